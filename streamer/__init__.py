@@ -63,11 +63,13 @@ _HOMES = {
     "Event": "events",
     "Findings": "detection.findings",
     "FindingsDiff": "report.diff",
+    "InputMap": "methods.input_map",
     "MatrixFinding": "detection.matrix_finding",
     "Monitor": "events",
     "StreamerError": "errors",
     "StreamerWarning": "errors",
     "VerificationError": "errors",
+    "add_map_files": "api.mapping",
     "detect_intruder_dimensions": "api.detection",
     "diff_findings": "report.diff",
     "evaluate_variants": "api.evaluation",
@@ -76,6 +78,8 @@ _HOMES = {
     "load_coefficients": "methods.coefficients_file",
     "load_evaluation": "evaluation.evaluation",
     "load_findings": "detection.findings",
+    "load_map": "methods.input_map_file",
+    "map_inputs": "api.mapping",
     "merge_with_reduced_intruder_dimensions": "api.writing",
     "reduce_intruder_dimension": "api.writing",
     "repair_adapter": "api.repair",
@@ -92,11 +96,13 @@ __all__ = [
     "Event",
     "Findings",
     "FindingsDiff",
+    "InputMap",
     "MatrixFinding",
     "Monitor",
     "StreamerError",
     "StreamerWarning",
     "VerificationError",
+    "add_map_files",
     "detect_intruder_dimensions",
     "diff_findings",
     "evaluate_variants",
@@ -105,6 +111,8 @@ __all__ = [
     "load_coefficients",
     "load_evaluation",
     "load_findings",
+    "load_map",
+    "map_inputs",
     "merge_with_reduced_intruder_dimensions",
     "reduce_intruder_dimension",
     "repair_adapter",
@@ -117,6 +125,7 @@ if TYPE_CHECKING:
     from streamer.api.detection import detect_intruder_dimensions
     from streamer.api.evaluation import evaluate_variants
     from streamer.api.fitting import fit_coefficients
+    from streamer.api.mapping import add_map_files, map_inputs
     from streamer.api.repair import repair_adapter
     from streamer.api.report import write_report
     from streamer.api.reporting import report_coefficients
@@ -131,6 +140,8 @@ if TYPE_CHECKING:
     from streamer.events import Event, Monitor
     from streamer.methods.coefficients import Coefficients
     from streamer.methods.coefficients_file import load_coefficients
+    from streamer.methods.input_map import InputMap
+    from streamer.methods.input_map_file import load_map
     from streamer.report.diff import FindingsDiff, diff_findings
 
 

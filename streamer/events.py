@@ -22,7 +22,7 @@ class Event:
     stage
         ``probe`` measures this machine, in steps; ``detect`` counts in units of cost (see `detection.cost.cost`), ``write`` and
         ``verify`` in bytes, ``download`` in bytes (from the hub in files), ``recompute`` in matrices, ``evaluate`` in multiplications for
-        a token, ``fit`` in multiplications;
+        a token, ``fit`` and ``map`` in multiplications;
         ``warning`` and ``note`` do not count.
     name
         The matrix or file that the run has just begun, or the text of a warning or note.
@@ -30,12 +30,14 @@ class Event:
         Units done before it, and in all.
     items, of
         Matrices (``detect``, ``recompute``), tensors and other files (``write``), files (``download``, ``verify``), or passes
-        (``evaluate``, ``fit``), done before it, and in all; 0 of 0 where they are not counted.
+        (``evaluate``, ``fit``, ``map``), done before it, and in all; 0 of 0 where they are not counted.
     adapter
         The name of its adapter where there are several, else empty.
     """
 
-    stage: Literal["download", "probe", "detect", "write", "verify", "recompute", "evaluate", "fit", "warning", "note"]
+    stage: Literal[
+        "download", "probe", "detect", "write", "verify", "recompute", "evaluate", "fit", "map", "warning", "note"
+    ]
     name: str
     done: int = 0
     total: int = 0

@@ -21,6 +21,7 @@ from streamer.api.records import DryRun, PlanRecord, SeveralRecord
 from streamer.api.repair import RepairRecord
 from streamer.detection.findings_records import FindingsRecord
 from streamer.evaluation.evaluation_records import EvaluationRecord
+from streamer.fitting.mapping import MapFacts
 from streamer.fitting.result import FitRecord
 from streamer.forecast.forecast import Forecast
 from streamer.json_types import Keywords
@@ -56,6 +57,7 @@ RECORDS: dict[type, tuple[str, Schema]] = {
     ]}),
     FindingsRecord: ("Findings", PRINTED),
     FitRecord: ("Fit", {}),
+    MapFacts: ("Map", {}),
     RepairRecord: ("Repair", {}),
     PlanRecord: ("Plan", {"dependentRequired": {"adapter": ["names", "matrices", "carried", "forecast", "refused"]}}),
     ReportRecord: ("Report", {}),

@@ -26,9 +26,10 @@ class EventRecord(TypedDict):
     event: Annotated[Literal["progress", "warning", "note", "error", "done"], "progress: a step; warning, note: a message; error, done: "
         "the end."]
     seconds: Annotated[Amount, "Wall time in s since the command began."]
-    stage: NotRequired[Annotated[Literal["download", "probe", "detect", "write", "verify", "recompute", "evaluate", "fit"], "Of progress: "
-        "download (in bytes, from the hub in files), probe (measures this machine, in steps), detect (in units of work), write and verify "
-        "(in bytes), recompute (in matrices), evaluate and fit (in multiplications)."]]
+    stage: NotRequired[Annotated[Literal["download", "probe", "detect", "write", "verify", "recompute", "evaluate", "fit", "map"],
+        "Of progress: download (in bytes, from the hub in files), probe (measures this machine, in steps), detect (in units of work), "
+        "write and verify "
+        "(in bytes), recompute (in matrices), evaluate, fit and map (in multiplications)."]]
     name: NotRequired[Annotated[str, "Of progress: the matrix or file that has just begun; empty at the end of a stage."]]
     done: NotRequired[Annotated[Count, "Of progress: units done before it."]]
     total: NotRequired[Annotated[Count, "Of progress: units in all."]]

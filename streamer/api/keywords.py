@@ -133,8 +133,7 @@ class MethodKeywords(TypedDict, total=False):
         ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put there,
         ``Δ' = (I − (1 − λ) U Uᵀ) Δ``. Without detection ``shrink`` scales the whole adapter, ``Δ' = λ Δ``, and ``fitted`` each singular
         direction of Δ by its coefficient, ``Δ' = U diag(c) Uᵀ Δ``; ``regmean`` takes new right factors, ``Δ' = L R'ᵀ``. None is the method
-        of the coefficients, if there are any, else ``paper``. With a map ``nullspace`` takes away what Δ answers to general inputs, without
-        any text of the task.
+        of the coefficients, or ``nullspace`` of a map, which takes away what Δ answers to general inputs; else ``paper``.
     scale
         ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
     coefficients
@@ -144,8 +143,7 @@ class MethodKeywords(TypedDict, total=False):
     amplify
         Allow λ outside [0, 1]: above 1 an intruder grows, below 0 its sign changes.
     map
-        From `map_inputs` on the base, or the path of its file, for ``nullspace``: λ is then the share of the energy that each matrix' delta
-        has on general inputs.
+        From `map_inputs` on the base, or the path of its file: λ is a share of each delta's energy on general inputs then.
     """
 
     method: MethodName | None
@@ -160,8 +158,7 @@ class MitigateKeywords(MethodKeywords, JudgeKeywords, total=False):
     """Keywords of functions that mitigate files, and detect first unless findings are given.
 
     mitigation_lambda
-        Share of an intruder that is kept, from 0 (removed) to 1 (unchanged). None is 0.75, with a `map` 0.6, and no λ if there are
-        `coefficients`.
+        Share of an intruder that is kept, from 0 (removed) to 1 (unchanged). None is 0.75, 0.6 of a `map`, and no λ of `coefficients`.
     """
 
     mitigation_lambda: float | None
@@ -209,19 +206,30 @@ class EvaluateKeywords(JudgeKeywords, RunKeywords, total=False):
     dtype: ProductDtype
 
 
-class FitKeywords(RunKeywords, total=False):
+class TextKeywords(RunKeywords, total=False):
+    """Keywords of functions that run the base on texts."""
+
+    sequences: int
+    length: int
+    dtype: ProductDtype
+    max_memory: int | str | None
+
+
+class FitKeywords(TextKeywords, total=False):
     """Keywords of `streamer.fit_coefficients`."""
 
     keep: float | Sequence[float]
     objective: Objective | None
     grain: Grain
     holdout: float
-    sequences: int
-    length: int
     seed: int
     steps: int | None
-    dtype: ProductDtype
-    max_memory: int | str | None
+
+
+class MapKeywords(TextKeywords, total=False):
+    """Keywords of `streamer.map_inputs`."""
+
+    vectors: int
 
 
 class RepairKeywords(FitKeywords, total=False):
@@ -256,8 +264,7 @@ class _Named(TypedDict, total=False):
     base
         Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file.
     adapter
-        Directory of a PEFT adapter, or of a fully fine-tuned model; or several, in a list or tuple, in which a directory of adapters
-        means all of those in it.
+        Directory of a PEFT adapter, or of a fully fine-tuned model; or several, or a directory of adapters, in a list or tuple.
     peft_model
         A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
     """

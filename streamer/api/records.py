@@ -74,12 +74,12 @@ class PlanRecord(TypedDict):
     refused: NotRequired[Annotated[dict[str, str], "Of the commands whose forecast is null: why each is refused, in one line."]]
 
 class DryRun(TypedDict):
-    """What `--dry-run --json` prints of detect, mitigate, merge, evaluate, fit and repair: all checks passed, nothing written."""
+    """What `--dry-run --json` prints of detect, mitigate, merge, evaluate, fit, map and repair: all checks passed, nothing written."""
     schema: Literal["streamer.dry-run/1"]
-    command: Annotated[str, Keywords(enum=["detect", "mitigate", "merge", "evaluate", "fit", "repair"]), "The command."]
+    command: Annotated[str, Keywords(enum=["detect", "mitigate", "merge", "evaluate", "fit", "map", "repair"]), "The command."]
     output: OutputPath
     state: Annotated[str, Keywords(enum=["new", "resume", "done"]), "What a run would do: write it, finish an interrupted run, or nothing."]
-    matrices: Annotated[Count, "Matrices that the adapter changes."]
+    matrices: Annotated[Count, "Matrices that the adapter changes; 0 of map, which takes none."]
     files: Annotated[Count, "Files that the output has, or will have, but the record."]
     bytes: Annotated[Count | None, "Bytes of them; null where they are not known beforehand."]
     free_bytes: Annotated[Count, "Bytes that are free on the output's disk."]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from streamer.api.inputs import Inputs
 from streamer.api.keywords import RepairKeywords, explained, watched
 from streamer.api.options import Judged, MethodChoice, Settings, read_path, take
 from streamer.api.records import DryRun
+from streamer.api.texts import BUILT_IN, general_text
 from streamer.api.writing import OutputRequest
 from streamer.errors import OutputExistsError, UnsupportedError, UsageError
 from streamer.evaluation.evaluation import GENERAL, TASK
@@ -26,14 +26,10 @@ from streamer.methods import UNCHANGED, Method, Shrink
 from streamer.methods.coefficients import Coefficients, MatrixCoefficients
 from streamer.output.prepare import OutputOptions
 from streamer.output.records import Written
-from streamer.storage.atomic_file import write_atomic
 from streamer.storage.output_plan import RECORD_NAME
 
 UNKNOWN: ReliableRecord = {"kept": True, "forgetting": True, "top1_kept": False}
 """What is taken to be reliable of a file of an earlier version, which does not say."""
-
-BUILT_IN = "python-help.txt"
-"""Name of the general text that is read if none is given: what Python's own help says of its topics."""
 
 
 # fmt: off
@@ -158,21 +154,9 @@ class RepairRequest:
 
     @contextlib.contextmanager
     def _texts(self) -> Iterator[FitRequest]:
-        """Give the fit with a general text: that of the user, or Python's own in a temporary file."""
-        if self.general is not None:
-            yield self.fit
-            return
-        with tempfile.TemporaryDirectory(prefix="streamer-") as directory:
-            path = Path(directory) / BUILT_IN
-            write_atomic(path, built_in_text().encode())
+        """Give the fit with a general text: that of the user, or Python's own."""
+        with general_text(self.general) as path:
             yield replace(self.fit, texts={**self.fit.texts, GENERAL: path, TASK: self.fit.texts[TASK]})
-
-
-def built_in_text() -> str:
-    """Return what Python's help says of its topics: half a megabyte of English prose about programming."""
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics[name] for name in sorted(topics))
 
 
 def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"], str, Method]:

@@ -181,6 +181,29 @@ def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
     return tree, f"{text}\n{stood(output, state)}"
 
 
+def _map(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.api.mapping import MapRequest, add_map_files, map_record
+    from streamer.cli.dry_run import dry_run_text
+    from streamer.cli.map_table import map_text
+
+    output, first = Path(args.output), args.base[0]
+    if len(args.base) > 1:
+        if args.general is not None or args.dry_run:
+            raise UsageError(
+                "map: adds the maps that are given, found --general or --dry-run as well; leave them out, or give one BASE"
+            )
+        made = add_map_files(args.base, output, vectors=args.vectors, overwrite=args.overwrite)
+        monitor.told(output, "written")
+    else:
+        request = MapRequest.of(first, output, vars(args))
+        if args.dry_run:
+            record = request.forecast(monitor)
+            return record, dry_run_text(record, args.command, _screen(args))
+        made = request.run(monitor)
+    tree = map_record(made, args.output, monitor.outputs[output])
+    return {**tree}, map_text(tree, shown(first) if len(args.base) == 1 else "BASE", _screen(args))
+
+
 def _repair(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api.repair import RepairRequest
     from streamer.cli.dry_run import dry_run_text
@@ -214,6 +237,7 @@ COMMANDS = {
     "verify": _verify,
     "evaluate": _evaluate,
     "fit": _fit,
+    "map": _map,
     "repair": _repair,
     "demo": _demo,
 }

@@ -39,6 +39,8 @@ a first run:
       an adapter that forgets less, if measurements show it
   streamer fit BASE ADAPTER --general TEXT --task TEXT -o FILE
       what repair uses: the adapter fitted to your text
+  streamer map BASE --general TEXT -o base.map.safetensors
+      once for a base: then --map FILE repairs its adapters without any text
   streamer verify DIR
       every byte as it was written, after a copy for example
 
@@ -77,6 +79,8 @@ examples:
   streamer mitigate BASE ADAPTER -o as-lora --to-lora 32
   streamer mitigate BASE ADAPTER -o fitted --coefficients c.safetensors
       each direction of the adapter as `streamer fit` found it
+  streamer mitigate BASE ADAPTER -o repaired --map base.map.safetensors
+      what `streamer map` made of BASE, once for all its adapters
 """,
     "merge": """\
 examples:
@@ -132,6 +136,14 @@ examples:
   streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --keep 0.95,0.9
       two sets in one file
   streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --dry-run
+""",
+    "map": """\
+examples:
+  streamer map BASE --general web.txt -o base.map.safetensors
+  streamer map BASE -o base.map.safetensors
+      on text that comes with Python
+  streamer map a.safetensors b.safetensors -o both.safetensors
+      the sum of two maps of one base
 """,
     "repair": """\
 examples:

@@ -11,7 +11,7 @@ from streamer import __version__
 from streamer.api.choices import ABOUT, DEFAULT_METHOD, WITHOUT_FILES
 from streamer.cli.arguments import Parser, number, numbers, path, rank, sample, size, top_k
 from streamer.cli.help import DESCRIPTION, EPILOG, EXAMPLES, EXIT_CODES
-from streamer.cli.text_options import add_fit, add_texts, add_threads
+from streamer.cli.text_options import add_fit, add_map, add_texts, add_threads
 from streamer.cli.worker_options import add_workers
 
 OPTIONS = {
@@ -134,8 +134,8 @@ def build_parser() -> Parser:
     mitigating = Parser(add_help=False)
     g = mitigating.add_argument_group("mitigation")
     g.add_argument("--lambda", dest="mitigation_lambda", type=number, metavar="L",
-                   help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0.75; with --map 0.6, of "
-                        "each delta's energy on general inputs)")  # fmt: skip
+                   help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0.75); with --map share "
+                        "of each delta's energy on general inputs, 0.6 if not given")  # fmt: skip
     add_amplify(g)
     g.add_argument("--method", choices=list(ABOUT), metavar="NAME",
                    help="; ".join(f"{name}: {about}" for name, about in ABOUT.items())
@@ -271,6 +271,15 @@ def build_parser() -> Parser:
     g.add_argument("--max-memory", type=size, metavar="SIZE",
                    help="the most memory to take, like 600M or 4G, mapped files not counted; it decides how many sequences go together "
                         "(default: as much as gradients of 1,024 tokens and measures of 4,096 take)")  # fmt: skip
+    add_threads(g)
+    out = writing("FILE", "map to write, a .safetensors file")
+    sub = command("map", "map a base's inputs on general text, to repair its adapters without any text", out, reading)
+    sub.add_argument("base", metavar="BASE", nargs="+",
+                     help="model directory, name on the hub, or address; or maps of one base on several texts, to be added")  # fmt: skip
+    add_map(sub)
+    g = sub.add_argument_group("computing")
+    g.add_argument("--max-memory", type=size, metavar="SIZE",
+                   help="the most memory to take, like 600M or 4G, mapped files not counted (default: as much as it takes)")  # fmt: skip
     add_threads(g)
     out = writing("DIR", "directory to write: an adapter, or with --merge a model")
     sub = command("repair", "write an adapter that forgets less, if measurements show it", out, reading)

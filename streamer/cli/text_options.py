@@ -63,3 +63,19 @@ def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
     sub.add_argument(
         "--seed", type=integer, default=0, metavar="N", help="decides which sequences are held apart (default: 0)"
     )
+
+
+def add_map(sub: argparse.ArgumentParser) -> None:
+    """Add the options of a map."""
+    sub.add_argument("--general", metavar="TEXT", help="text of what the model can do: .txt, .jsonl or .npy (default: what Python's help "
+                     "says of its topics)")  # fmt: skip
+    sub.add_argument("--vectors", type=integer, metavar="N",
+                     help="leading vectors that are kept of each input (default: 16; of added maps as many as they have)")  # fmt: skip
+    sub.add_argument(
+        "--sequences", type=integer, default=32, metavar="N", help="sequences of the text, at most (default: 32)"
+    )
+    sub.add_argument(
+        "--length", type=integer, default=512, metavar="N", help="tokens of a sequence, at most (default: 512)"
+    )
+    sub.add_argument("--dtype", choices=["float32", "bf16"], default="float32",
+                     help="bf16 multiplies the base's weights faster, on a processor made for it (default: float32)")  # fmt: skip

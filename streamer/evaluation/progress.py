@@ -25,10 +25,10 @@ class RunProgress:
     size
         Of the model.
     stage
-        Stage of its events: ``evaluate`` or ``fit``.
+        Stage of its events: ``evaluate``, ``fit`` or ``map``.
     """
 
-    def __init__(self, monitor: Monitor, size: ModelSize, stage: Literal["evaluate", "fit"]) -> None:
+    def __init__(self, monitor: Monitor, size: ModelSize, stage: Literal["evaluate", "fit", "map"]) -> None:
         self._monitor, self.size, self._stage = monitor, size, stage
         self._done = self._total = self._items = self._of = 0
 

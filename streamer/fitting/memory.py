@@ -8,9 +8,9 @@ from streamer.fitting.options import WEIGHTS
 from streamer.linalg import conjugate_gradients, regmean
 from streamer.plan.plan import Plan
 from streamer.streaming.gradients import GRADIENT_LOGIT_BYTES
-from streamer.streaming.inputs import ROWS as ROWS_OF_INPUTS
 from streamer.streaming.lazy import BLOCK_BYTES
 from streamer.streaming.model import ModelSize, vocabulary_block
+from streamer.streaming.spooled_inputs import ROWS as ROWS_OF_INPUTS
 
 ROWS = 1024
 """Tokens that run together where no budget asks for fewer: reading the weights is then less than a tenth of the time."""

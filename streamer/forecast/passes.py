@@ -16,9 +16,11 @@ from streamer.evaluation.statistics import MEASURES
 from streamer.evaluation.steps import MOST_PLACED
 from streamer.events import Event
 from streamer.fitting.costs import GRADIENT, expected_costs
+from streamer.fitting.mapping import HEADER_BYTES, PreparedMap
 from streamer.fitting.options import WEIGHTS
 from streamer.fitting.prepare import PreparedFit
 from streamer.forecast.forecast import Forecast, network_bytes
+from streamer.linalg.second_moments import MORE, ROUNDS
 from streamer.linalg.torch_state import bfloat16_products, full_float32
 
 OVERHEAD = 1.3
@@ -120,3 +122,22 @@ def forecast_fit(prepared: PreparedFit) -> Forecast:
     return Forecast(
         peak, peak, read, network_bytes(prepared.plan, read), writes, journal + prepared.spool_bytes, seconds
     )
+
+
+def forecast_map(prepared: PreparedMap) -> Forecast:
+    """Forecast what a map takes; time for products by a short probe."""
+    monitor, size, tokens = prepared.run.monitor, prepared.model.size, prepared.tokens
+    monitor.emit(Event("probe", "a matrix product", 0, 1))
+    pace = products_pace(size.hidden, min(size.widest, 4096), prepared.options.dtype)
+    monitor.emit(Event("probe", "", 1, 1))
+    own = [t for _, module, own in prepared.model.modules for t in own.values() if len(t.shape) > 1]
+    # Matrices that share inputs are counted each; of a matrix that is no head's the smaller side may be that of its inputs.
+    widths = [t.shape[-1] for t in own for _ in range(t.shape[0] if t.stacked else 1)]
+    products = sum(map(prepared.cost, prepared.groups))
+    products += sum(2 * (ROUNDS + 1) * tokens * n * (prepared.options.vectors + MORE) for n in widths)
+    seconds = pass_seconds(products, pace, len(prepared.model.modules) * len(prepared.groups))
+    writes = sum(2 * n * prepared.options.vectors + HEADER_BYTES for n in widths)
+    spooled = 4 * tokens * (size.layer_width + 2 * size.hidden)
+    read = size.read * len(prepared.groups)
+    peak = prepared.peak_bytes
+    return Forecast(peak, peak, read, network_bytes(prepared.plan, read), writes, writes + spooled, seconds)

@@ -2,10 +2,11 @@
 
 With ``C ≈ V diag(e) Vᵀ + ρ (I − V Vᵀ)`` (n, n), of whose eigenvectors V (n, k) the leading ones are known, and on the rest the mean ρ,
 
-    Δ' = argmin  ‖Δ' − Δ‖² + ν E‖Δ' x‖²  =  Δ (I + ν C)⁻¹
+    Δ' = Δ (I + ν C)⁻ᵖ
 
-Every direction of inputs keeps ``1 / (1 + ν e)`` of Δ. Of factors ``Δ = L Rᵀ`` only R changes, so that the rank stays. ν follows from the
-share λ of the delta's energy ``E‖Δ x‖²`` that stays.
+Every direction of inputs keeps ``(1 + ν e)⁻ᵖ`` of Δ. With p = 1 that is the argument of ``min ‖Δ' − Δ‖² + ν E‖Δ' x‖²``, a soft projection
+on the null space of general inputs; a smaller p spares the leading directions, which the task's inputs have as well. Of factors
+``Δ = L Rᵀ`` only R changes, so that the rank stays. ν follows from the share λ of the delta's energy ``E‖Δ x‖²`` that stays.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from torch import Tensor
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta, Dense
 
+POWER = 0.25
+"""p. On ten adapters of two bases, at nine tenths of the learning kept, 1, 1/2 and 1/4 leave 0.87, 0.85 and 0.84 of what a shrink does, and
+at worst 0.98, 0.93 and 0.90. The same ν for all matrices leaves more: with p = 1 0.91, at worst 1.13."""
+
 STEPS = 100
 """Bisections of the logarithm of ν: the share is met to the last bits of float64."""
 
-RANGE = 70.0
-"""Where ν is searched for, a logarithm: e^±70 over the mean eigenvalue."""
+RANGE = 100.0
+"""Where ν is searched for, a logarithm: e^±100 over the mean eigenvalue."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def _gains(spectrum: Spectrum, weight: float) -> tuple[Tensor, float]:
     """Compute what is left of each known direction (k,), and of all others."""
     if math.isinf(weight):
         return (spectrum.values == 0).double(), float(spectrum.rest == 0)
-    return 1 / (1 + weight * spectrum.values), 1 / (1 + weight * spectrum.rest)
+    return (1 + weight * spectrum.values) ** -POWER, float((1 + weight * spectrum.rest) ** -POWER)
 
 
 def _weight(spectrum: Spectrum, energies: Tensor, rest: float, share: float) -> float:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 import torch
 from torch import Tensor
 
+from streamer import __version__
 from streamer.errors import MismatchError, UsageError
 from streamer.json_types import Count, Sha256
 from streamer.linalg.null_space import Spectrum, leading
@@ -121,7 +122,15 @@ class InputMap:
         return {"vectors": self.facts["vectors"], "sha256": self.digest}
 
     def find(self, tensor: str, size: int) -> MappedInput | None:
-        """Find the inputs, of so many values, of a matrix; None where there are none, or two that cannot be told apart."""
+        """Find the inputs of a matrix; None where there are none, or two that cannot be told apart.
+
+        Parameters
+        ----------
+        tensor
+            Name of the matrix' tensor in the base, as findings have it.
+        size
+            Values of an input: the columns of the matrix' delta.
+        """
         found = [one for one in self._by_name.get(tensor, ()) if one.size == size]
         return found[0] if len(found) == 1 else None
 
@@ -188,7 +197,7 @@ def add_maps(maps: Sequence[InputMap], vectors: int | None = None) -> InputMap:
     texts = [text for one in maps for text in one.facts["texts"]]
     if len({text["sha256"] for text in texts}) < len(texts):
         raise UsageError(f"{first.name}: a text is in two of the maps; add maps of different texts")
-    facts = {**first.facts, "texts": texts, "vectors": most}
+    facts = {"version": __version__, "base": first.facts["base"], "texts": texts, "vectors": most}
     return InputMap(tuple(_sum(same, most) for same in found.values()), facts)
 
 

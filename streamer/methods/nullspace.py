@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class NullSpace(ByLambda):
-    """``Δ' = Δ (I + ν C)⁻¹`` with second moments C of general inputs; λ is the share of ``E‖Δ x‖²`` that stays, in each matrix."""
+    """``Δ' = Δ (I + ν C)⁻ᵖ`` with second moments C of general inputs; λ is the share of ``E‖Δ x‖²`` that stays, in each matrix."""
 
     name: ClassVar[MethodName] = "nullspace"
     needs: ClassVar[Needs] = Needs.MAP

@@ -1,4 +1,4 @@
-"""Read a map of a base's inputs, and compute what of a delta stays of its answer to them, by ``Δ' = Δ (I + ν C)⁻¹``."""
+"""Read a map of a base's inputs, and compute what of a delta stays of its answer to them, by ``Δ' = Δ (I + ν C)^(−1/4)``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streamer.verification.mitigation import Mitigated
 from streamer.verification.result import NotRecomputed
 from streamer.verification.tensors import Array, Matrix
 
-DECADES = 30
+DECADES = 43
 """Orders of magnitude about the inverse of the largest eigenvalue in which ν is searched for."""
 
 
@@ -120,7 +120,7 @@ def by_map(base: Matrix, delta: Delta, known: list[Known], share: float) -> Miti
 
 
 def _gains(values: Array, rest: float, energies: Array, others: float, share: float) -> tuple[Array, float]:
-    """Solve for ν, and return ``1 / (1 + ν e)`` of each direction, and of the others."""
+    """Solve for ν, and return ``(1 + ν e)^(−1/4)`` of each direction, and of the others."""
     from scipy.optimize import brentq
 
     if share == 0:
@@ -129,8 +129,8 @@ def _gains(values: Array, rest: float, energies: Array, others: float, share: fl
 
     def excess(decade: float) -> float:
         nu = 10**decade / scale
-        left = np.sum(energies / (1 + nu * values) ** 2) + others / (1 + nu * rest) ** 2
+        left = np.sum(energies / np.sqrt(1 + nu * values)) + others / np.sqrt(1 + nu * rest)
         return float(left / whole - share)
 
     nu = 10 ** brentq(excess, -DECADES, DECADES, xtol=1e-14, rtol=1e-14) / scale
-    return 1 / (1 + nu * values), 1 / (1 + nu * rest)
+    return (1 + nu * values) ** -0.25, float((1 + nu * rest) ** -0.25)

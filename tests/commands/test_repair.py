@@ -22,6 +22,7 @@ from test_schemas import check
 
 import streamer
 from streamer.api import repair
+from streamer.api import texts as texts_of_python
 from streamer.errors import UsageError
 
 SHARES = "0.9,0.7"
@@ -172,9 +173,9 @@ def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) ->
 
 
 def test_a_text_that_every_python_has() -> None:
-    text = repair.built_in_text()
+    text = texts_of_python.built_in_text()
     assert len(text) > 300_000
-    assert text == repair.built_in_text()
+    assert text == texts_of_python.built_in_text()
 
 
 def test_what_is_refused_in_a_line(server: Server, home: Path, fitted: Path, tmp_path: Path) -> None:

@@ -236,4 +236,4 @@ def test_the_docs_have_the_exit_codes() -> None:
 
 def test_the_schemas_are_in_the_package() -> None:
     assert streamer.__file__ is not None
-    assert len(SCHEMAS) == len(list((Path(streamer.__file__).parent / "schemas").glob("*.json"))) == 14
+    assert len(SCHEMAS) == len(list((Path(streamer.__file__).parent / "schemas").glob("*.json"))) == 15

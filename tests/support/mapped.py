@@ -40,15 +40,17 @@ def energy_form(one: MappedInput) -> np.ndarray:
     if one.vectors is None:
         return np.diag(one.values.numpy())
     Q = np.linalg.qr(one.vectors.double().numpy().T)[0]
-    rest = (one.trace - float(one.values.sum())) / (one.size - len(one.values))
+    rest = (one.trace - float(one.values.sum())) / max(1, one.size - len(one.values))
     return (Q * (one.values.numpy() - rest)) @ Q.T + rest * np.eye(one.size)
 
 
 def answer(delta: np.ndarray, C: np.ndarray, share: float) -> np.ndarray:
-    """``Δ (I + ν C)⁻¹`` in float64 by a solve with the whole matrix, ν by bisection such that this share of the energy stays."""
-    before, low, high = np.sum((delta @ C) * delta), 0.0, 1e9 / np.abs(C).max()
+    """``Δ (I + ν C)^(−1/4)`` in float64 by the spectrum of the whole matrix, ν by bisection such that this share of the energy stays."""
+    values, V = np.linalg.eigh(C)
+    before, low, high = np.sum((delta @ C) * delta), -300.0, 300.0
     for _ in range(200):
-        nu = np.sqrt(max(low, 1e-12) * high)
-        after = np.linalg.solve(np.eye(len(C)) + nu * C, delta.T).T
-        low, high = (nu, high) if np.sum((after @ C) * after) > share * before else (low, nu)
+        nu = 2 ** ((low + high) / 2)
+        after = (delta @ V * (1 + nu * np.maximum(values, 0)) ** -0.25) @ V.T
+        left = np.sum((after @ C) * after)
+        low, high = ((low + high) / 2, high) if left > share * before else (low, (low + high) / 2)
     return after

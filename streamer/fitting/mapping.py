@@ -1,0 +1,266 @@
+"""Make a map of a base's inputs: open and check what it reads, run general text as the base, and keep the leading vectors of each input.
+
+A killed run starts over, and gives the same bytes: the map is one file that is written at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+import torch
+from torch import Tensor
+
+from streamer import __version__
+from streamer.detection.options import RunOptions
+from streamer.errors import UnsupportedError, UsageError
+from streamer.evaluation.memory import parts, rows_within
+from streamer.evaluation.options import ProductDtype, check_dtype
+from streamer.evaluation.progress import RunProgress, pass_cost
+from streamer.evaluation.result_file import Records, ResultFile, State, computing, of_others
+from streamer.evaluation.sequences import TextSequences
+from streamer.evaluation.texts import read_text, sample_digest
+from streamer.evaluation.tokenizer import tokenizer_directory
+from streamer.fitting.inputs import of_few_lengths
+from streamer.fitting.memory import INPUT_COPIES, ROWS, collecting_bytes, states_bytes
+from streamer.json_types import Count, OutputPath, Sha256, TensorName
+from streamer.json_types import State as Done
+from streamer.linalg.second_moments import MORE, Moments, OneHotMoments, leading_vectors
+from streamer.methods.input_map import VECTORS, InputMap, MappedInput
+from streamer.methods.input_map_file import load_map
+from streamer.plan.base_plan import make_base_plan
+from streamer.plan.batch import Batch
+from streamer.plan.memory import resident_bytes
+from streamer.plan.plan import Plan
+from streamer.storage.identities import BaseIdentity
+from streamer.streaming.base_inputs import BaseInputModel, BaseMatrix
+from streamer.streaming.extra import require_transformers
+from streamer.streaming.inputs import GENERAL_AS, Group
+from streamer.streaming.model import StreamingModel
+from streamer.streaming.spooled_inputs import ROWS as ROWS_OF_INPUTS
+from streamer.streaming.values import Job
+from streamer.streaming.variants import BASE, Variant
+from streamer.units import counted, listed
+
+COPIES = 4
+"""Matrices of vectors that exist at once, in float64, as an input's are computed."""
+
+HEADER_BYTES = 200
+"""Bytes of an input's entries in the file's header, beside the names of its matrices."""
+
+
+# fmt: off
+class MappedText(TypedDict):
+    """A text that a map was made on."""
+    name: Annotated[str, "Name of its file."]
+    sequences: Annotated[Count, "Sequences that were taken of it."]
+    tokens: Annotated[Count, "Tokens of them but for the first ones."]
+    length: Annotated[Count, "Tokens of the longest one."]
+    sha256: Annotated[Sha256, "Digest of the sequences (SHA-256, hexadecimal)."]
+    sample_sha256: Annotated[Sha256, "Digest of a sample of the file (SHA-256, hexadecimal)."]
+
+class MapFacts(TypedDict):
+    """What `streamer map --json` prints: a map of a base's inputs."""
+    schema: Literal["streamer.map/1"]
+    version: Annotated[str, "Version of streamer that made it."]
+    base: Annotated[BaseIdentity, "What tells the base from another."]
+    texts: Annotated[list[MappedText], "The general texts that it was made on."]
+    vectors: Annotated[Count, "Leading vectors that it keeps of each input, at most."]
+    inputs: Annotated[Count, "Inputs; matrices that have the same share one."]
+    matrices: Annotated[Count, "Matrices that have these inputs."]
+    lacking: NotRequired[Annotated[list[TensorName], "Matrices of the base whose inputs it lacks: no token of the text reached them, they "
+        "are no factor of a product, or they run in several layers. Of a map that was added up, absent."]]
+    sha256: Annotated[Sha256, "Digest of its arrays (SHA-256, hexadecimal)."]
+    output: OutputPath
+    state: Done
+# fmt: on
+
+
+@dataclass(frozen=True)
+class MapOptions:
+    """Options of a map, all of which decide it: keywords of `api.map_inputs`, which explains them."""
+
+    vectors: int = VECTORS
+    sequences: int = 32
+    length: int = 512
+    dtype: ProductDtype = "float32"
+
+    def __post_init__(self) -> None:
+        for name, least in (("vectors", 1), ("sequences", 2), ("length", 2)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UsageError(f"{name}: expected a whole number from {least}, found {value!r}")
+        check_dtype(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedMap:
+    """A map whose base and text are open and checked; nothing is written.
+
+    Attributes
+    ----------
+    max_memory
+        Budget in bytes; None where there is none.
+    file
+        Digest of the text's file; see `sample_digest`.
+    model
+        For its sizes.
+    """
+
+    plan: Plan
+    options: MapOptions
+    run: RunOptions
+    max_memory: int | None
+    text: TextSequences
+    file: str
+    model: StreamingModel
+
+    @cached_property
+    def groups(self) -> list[TextSequences]:
+        """Divide the sequences into those that run together."""
+        text = of_few_lengths(self.text)
+        most = rows_within(self.max_memory, text.longest, ROWS, self._bytes,
+                           f"the inputs of a sequence of {text.longest} tokens")  # fmt: skip
+        return [text.take(rows) for rows in parts(text, most, self.model.size.short, True)]
+
+    @property
+    def tokens(self) -> int:
+        """Count the tokens that run."""
+        return sum(len(ids) for group in self.groups for ids in group.ids)
+
+    def cost(self, group: TextSequences) -> int:
+        """Count the multiplications of a group."""
+        return pass_cost(self.model.size, group, 1)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Estimate the memory of the largest step."""
+        return self._bytes(max(sum(map(len, group.ids)) for group in self.groups))
+
+    def _bytes(self, rows: int) -> int:
+        size, text = self.model.size, self.text
+        resident = resident_bytes(Batch(self.plan.base, (self.plan,)))
+        vectors = self.options.vectors + MORE
+        decomposing = size.widest * (INPUT_COPIES * 4 * ROWS_OF_INPUTS + COPIES * 8 * vectors)
+        states = states_bytes(size, resident, sum(map(len, text.ids)))
+        return states + max(collecting_bytes(size, rows, text.longest), decomposing)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Say what it is made of, as JSON; the digest `plan` tells whether two maps are one."""
+        tree = {
+            "transformers": require_transformers().__version__,
+            "base": {**self.plan.base_identity},
+            "texts": [{**self.text.facts(), "sample_sha256": self.file}],
+            "vectors": self.options.vectors,
+            "dtype": self.options.dtype,
+        }
+        told = json.dumps({**tree, "options": asdict(self.options), "max_memory": self.max_memory}, sort_keys=True)
+        return {"version": __version__, **tree, "plan": hashlib.sha256(told.encode()).hexdigest()}
+
+    def result_file(self, output: Path) -> ResultFile:
+        """Describe the file that it becomes."""
+        digest = self.facts["plan"]
+
+        def is_whole(path: Path) -> bool:
+            if load_map(path).facts.get("plan") != digest:
+                raise of_others(path, "a map")
+            return True
+
+        return ResultFile(
+            output, "a map", "this very map", "base.map.safetensors", self.plan, self.run, digest, is_whole
+        )
+
+    def inspect(self, output: Path) -> State:
+        """Check, read-only, whether it can be written to a file, and whether it stands there or was begun."""
+        file = self.result_file(output)
+        file.check_path()
+        _ = self.groups
+        return file.state()
+
+
+def prepare_map(
+    base: str | Path, text: Path, options: MapOptions, max_memory: int | None, run: RunOptions
+) -> PreparedMap:
+    """Open and check a base and a general text, and hand on their warnings."""
+    require_transformers()
+    plan = make_base_plan(base, run.io, run.architecture)
+    run.monitor.warn(plan.base.warnings)
+    model = StreamingModel(Job(plan, (Variant(BASE, None),), None, rounds_products=options.dtype == "bf16"))
+    read = read_text(text, tokenizer_directory(plan), sequences=options.sequences, length=options.length,
+                     vocabulary=model.vocabulary, positions=model.positions)  # fmt: skip
+    return PreparedMap(plan, options, run, max_memory, read, sample_digest(text), model)
+
+
+def make_map(prepared: PreparedMap, output: Path | None) -> InputMap:
+    """Make a map, into memory, or into a file where an output is named."""
+    if output is None:
+        return _made(prepared, Records(), None)
+    file = prepared.result_file(output)
+    if prepared.inspect(output) == "done":
+        file.left()
+        return load_map(output)
+    with file.written() as records:
+        made = _made(prepared, records, output.parent)
+        prepared.plan.check_unchanged()
+        made.save(output, overwrite=True)  # of what stands there, `inspect` has permitted it
+    return load_map(output)
+
+
+def _made(prepared: PreparedMap, records: Records, directory: Path | None) -> InputMap:
+    monitor, plan = prepared.run.monitor, prepared.plan
+    progress = RunProgress(monitor, prepared.model.size, "map")
+    costs = [prepared.cost(group) for group in prepared.groups]
+    progress.expect(costs)
+    found: list[tuple[Sequence[BaseMatrix], MappedInput]] = []
+
+    def complete(matrices: list[BaseMatrix], moments: Mapping[int, Moments]) -> None:
+        monitor.checkpoint()
+        names = tuple(dict.fromkeys(name for matrix in matrices for name in matrix.names))
+        found.append((matrices, _mapped(names, prepared.tokens, moments[GENERAL_AS], prepared.options.vectors)))
+
+    with computing(records.threads, monitor):
+        model = BaseInputModel(plan, rounds_products=prepared.options.dtype == "bf16", directory=directory)
+        groups = [
+            Group(group, GENERAL_AS, progress.reading(cost, 1))
+            for group, cost in zip(prepared.groups, costs, strict=True)
+        ]
+        model.collect(groups, complete)
+    for cost in costs:
+        progress.advance(cost)
+    progress.finish()
+    kept = [one for matrices, one in found if not model.repeated & {matrix.tensor for matrix in matrices}]
+    if not kept:
+        raise UnsupportedError(
+            f"{plan.base.path}: no matrix is seen that multiplies inputs, so that there is nothing to map"
+        )
+    if lacking := model.lacking():
+        monitor.warn((f"the map lacks the inputs of {counted(len(lacking), 'matrix')}, {listed(map(repr, lacking))}: no token of the text "
+                      "reached them, or they are not seen; what an adapter adds there will stay",))  # fmt: skip
+    return InputMap(tuple(kept), {**prepared.facts, "lacking": lacking})
+
+
+def _mapped(names: tuple[str, ...], tokens: int, moments: Moments, count: int) -> MappedInput:
+    """Keep what is leading of the moments of an input."""
+    if isinstance(moments, OneHotMoments):
+        return MappedInput(names, tokens, moments.size, moments.trace, moments.diagonal, None)
+    values, vectors = leading_vectors(moments, count)
+    rounded: Tensor = vectors.T.to(torch.bfloat16).contiguous()
+    return MappedInput(names, tokens, moments.size, moments.trace, values.contiguous(), rounded)
+
+
+def map_record(made: InputMap, output: str, state: Any) -> MapFacts:
+    """Say what a map is, as JSON."""
+    record: MapFacts = {
+        "schema": "streamer.map/1", "version": made.facts["version"], "base": made.facts["base"], "texts": made.facts["texts"],
+        "vectors": made.facts["vectors"], "inputs": len(made.inputs), "matrices": len({n for one in made.inputs for n in one.names}),
+        "sha256": made.digest, "output": output, "state": state,
+    }  # fmt: skip
+    if "lacking" in made.facts:
+        record["lacking"] = made.facts["lacking"]
+    return record

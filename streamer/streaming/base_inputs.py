@@ -1,0 +1,91 @@
+"""Collect the inputs of all matrices of a base, by the names under which adapters change them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamer.plan.architectures import architecture_for
+from streamer.plan.plan import Plan
+from streamer.plan.targets import TensorSlice
+from streamer.plan.tied_names import find_ties
+from streamer.plan.transformers_renames import renames_for
+from streamer.streaming.differentiable import Setting
+from streamer.streaming.inputs import Collected, CollectingModel, CollectingReader
+from streamer.streaming.run_time import RunTimeTensor
+
+LOOKED_UP = " (looked up)"
+"""End of the name of an embedding's table, which may be a head's matrix as well."""
+
+
+@dataclass(frozen=True)
+class BaseMatrix:
+    """A matrix of a base.
+
+    Attributes
+    ----------
+    tensor
+        Its name as no other's: see `LOOKED_UP`.
+    names
+        Under which adapters change it: its own, that of the stack which it becomes a part of on loading, and those that are tied to it.
+    """
+
+    tensor: str
+    names: tuple[str, ...]
+
+
+class BaseInputModel(CollectingModel):
+    """The model of a base alone, which hands on the inputs of all its matrices."""
+
+    def __init__(self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None) -> None:
+        ties = find_ties(plan.base.weight_map, architecture_for(plan.config), renames_for(plan.config))
+        self._ties = {tie.stored: tie.others for tie in ties if tie.stored}
+        super().__init__(plan, strict=False, rounds_products=rounds_products, directory=directory)
+
+    def _reader(
+        self, collected: Collected[BaseMatrix], tensor: RunTimeTensor, *, head: bool, rounded: bool
+    ) -> CollectingReader[BaseMatrix]:
+        return _BaseReader(collected, self.setting, tensor, self._ties, head=head, rounded=rounded)
+
+    def lacking(self) -> list[str]:
+        """Name the matrices whose inputs were not seen: no token reached them, or they are no factor of a product."""
+        readers = (p.reader for _, module, _ in self.modules for p in module._parameters.values() if p is not None)  # type: ignore[attr-defined]  # lazy
+        names = {name for reader in readers for name in reader.names()}
+        seen = {name.removesuffix(LOOKED_UP) for name in self._collected.complete}
+        return sorted((names - seen) | self.repeated)
+
+
+class _BaseReader(CollectingReader[BaseMatrix]):
+    def __init__(
+        self, collected: Collected[BaseMatrix], setting: Setting, tensor: RunTimeTensor,
+        ties: dict[str, tuple[str, ...]], *, head: bool, rounded: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(collected, setting, tensor, head=head, rounded=rounded)
+        self._ties = ties
+        self._experts = {
+            held: f"{tensor.name}[{e}]" for e, source in enumerate(tensor.adapted) for held in source.slices
+            if tensor.stacked
+        }  # fmt: skip
+
+    def matrices(self, held: TensorSlice, crossed: bool) -> Iterable[BaseMatrix]:
+        """Name the matrix."""
+        own = _name(held)
+        expert = (self._experts[held],) if held in self._experts else ()
+        return [BaseMatrix(own, tuple(dict.fromkeys((own, *expert, *self._ties.get(own, ())))))]
+
+    def tables(self) -> Iterable[tuple[BaseMatrix, int]]:
+        """Name the table."""
+        ((held,),) = (source.slices for source in self.tensor.adapted)
+        own = _name(held)
+        return [(BaseMatrix(own + LOOKED_UP, (own, *self._ties.get(own, ()))), self.shape[0])]
+
+    def names(self) -> Iterable[str]:
+        """Name the matrices; vectors are none, and a stack's biases are vectors."""
+        if len(self.shape) - self.tensor.stacked < 2 or self.name.endswith("bias"):
+            return []
+        return [_name(held) for source in self.tensor.adapted for held in source.slices]
+
+
+def _name(held: TensorSlice) -> str:
+    return held.weight if held.index is None else f"{held.weight}[{held.index}]"

@@ -1,0 +1,52 @@
+"""Keep the inputs of a module in a temporary file, and give their second moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from streamer.linalg.second_moments import Moments, OneHotMoments, RowMoments
+from streamer.streaming.spool import Spool, Spooled
+
+ROWS = 512
+"""Inputs that are written together, and read."""
+
+
+class Inputs:
+    """Inputs of a module on one text, in a spool; of one-hot inputs how many there are of each."""
+
+    def __init__(self, spool: Spool) -> None:
+        self.spool, self.places = spool, list[Spooled]()
+        self.squares = 0.0
+        """Sum of the squares of all inputs."""
+        self.counts: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs (t, n)."""
+        self.places += [self.spool.write([x[i : i + ROWS]]) for i in range(0, len(x), ROWS)]
+        self.squares += float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+
+    def count(self, ids: Tensor, size: int) -> None:
+        """Add one-hot inputs by their numbers, of `size` that there are."""
+        counts = torch.bincount(ids.flatten(), minlength=size).double()
+        self.counts = counts if self.counts is None else self.counts + counts
+        self.squares += ids.numel()
+
+    def moments(self, tokens: int) -> Moments:
+        """Return their moments as means over so many tokens, which may be read as long as the spool holds the inputs."""
+        if self.counts is not None:
+            return OneHotMoments(self.counts / tokens)
+        return RowMoments(self.places[0].shapes[0][1], tokens, self.squares / tokens, self._read)
+
+    def _read(self) -> Iterator[Tensor]:
+        """Read them, few as they were added at a time, as those of an expert are, as many as are read together."""
+        rows, count = list[Tensor](), 0
+        for place in self.places:
+            if count + place.shapes[0][0] > ROWS:
+                yield torch.cat(rows)
+                rows, count = [], 0
+            rows.append(self.spool.read(place, again=True)[0])
+            count += len(rows[-1])
+        yield torch.cat(rows)

@@ -1,0 +1,199 @@
+"""`streamer map` from outside: its lines, its JSON, its forecast, what uses its file, and a line for each thing that is wrong."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import process_mib
+from forks import KILL, Outcome, Server
+from learned import make_learned
+from stops import stopping_at
+from test_schemas import check
+
+import streamer
+from streamer.errors import InputChangedError, Interrupted
+from streamer.events import Event, Monitor
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_learned(tmp_path_factory.mktemp("map"))
+
+
+def run(server: Server, home: Path, output: object, *options: object, text: str = "general.npy") -> Outcome:
+    return server.run("map", home / "base", "--general", home / text, "-o", output, *options)
+
+
+def test_a_map_and_what_it_is_for(server: Server, home: Path, tmp_path: Path) -> None:
+    file, base, adapter = tmp_path / "new" / "m.safetensors", home / "base", home / "adapter"
+    dry = check(run(server, home, file, "--dry-run", "--json"), "streamer.dry-run/1")
+    assert (dry["command"], dry["state"], dry["files"]) == ("map", "new", 1)
+    assert dry["forecast"]["peak_memory_bytes"] > 200 << 20
+    assert not file.parent.exists()
+    tree = check(run(server, home, file, "--json"), "streamer.map/1")
+    assert (tree["state"], tree["vectors"], tree["lacking"]) == ("written", 16, [])
+    assert dry["forecast"]["write_bytes"] >= 0.5 * file.stat().st_size
+    found = streamer.load_map(file)
+    assert (tree["inputs"], tree["sha256"]) == (len(found.inputs), found.digest)
+    assert str(tmp_path) not in json.dumps(dict(found.facts))
+    again = run(server, home, file)
+    assert again.out.splitlines()[-1] == f"{file} exists already"
+    assert again.out.splitlines()[0].startswith("16 leading vectors of ")
+    (line,) = [line for line in again.out.splitlines() if line.startswith("next, for any adapter")]
+    made = tmp_path / "made"
+    line = line.partition(": streamer ")[2].replace("ADAPTER", str(adapter)).replace("OUTPUT", str(made))
+    done = server.run(*line.split())
+    assert done.code == 0
+    assert "method nullspace, lambda 0.6: " in done.out
+    assert "each by its energy on general inputs" in done.out
+    record = json.loads((made / "streamer.json").read_text())
+    assert record["map"] == {"vectors": 16, "sha256": found.digest}
+    card = (made / "README.md").read_text()
+    assert "--lambda 0.6 --method nullspace --map MAP" in card
+    assert f"nullspace, λ = 0.6, map `{found.digest[:16]}`" in card
+    done = server.run("verify", made, base, adapter, "--map", file, "--sample", "all")
+    assert (done.code, "each within its rounding" in done.out) == (0, True)
+    assert server.run("report", made).code == 0
+    for option in ("--coefficients", "--map"):
+        done = server.run("verify", made, base, adapter, option, file)
+        assert (done.code == 0) == (option == "--map")
+
+
+def test_an_evaluation_of_it(server: Server, home: Path, tmp_path: Path) -> None:
+    file, other = tmp_path / "m.safetensors", tmp_path / "o.safetensors"
+    run(server, home, file)
+    run(server, home, other, "--vectors", 3)
+    line = ["evaluate", home / "base", home / "adapter", "-o", tmp_path / "e.json"]
+    line += [word for name in ("general", "task") for word in (f"--{name}", home / f"{name}.npy")]
+    tree = check(server.run(*line, "--method", "shrink", "--lambda", "0.7", "--json"), "streamer.evaluation/1")
+    assert "map" not in tree
+    more = check(server.run(*line, "--method", "nullspace", "--lambda", "0.7,0.3", "--map", file, "--json"),
+                 "streamer.evaluation/1")  # fmt: skip
+    names = [variant["name"] for variant in more["variants"]]
+    assert {"shrink 0.7", "nullspace 0.7", "nullspace 0.3"} <= {*names}
+    assert more["map"]["vectors"] == 16
+    both = streamer.evaluate_variants(
+        home / "base", home / "adapter", general=home / "general.npy", task=home / "task.npy", methods=("shrink",),
+        lambdas=(0.7,), map=file,
+    )  # fmt: skip
+    assert {"shrink 0.7", "nullspace 0.7"} <= {v.name for v in both.variants}
+    done = server.run(*line, "--method", "nullspace", "--lambda", "0.5", "--map", other)
+    assert (done.code, "other inputs or options (map)" in done.err) == (4, True)
+    done = server.run(*line, "--method", "nullspace")
+    assert (done.code, "method 'nullspace' needs a map of the base's inputs" in done.err) == (2, True)
+
+
+def test_two_maps_are_added(server: Server, home: Path, tmp_path: Path) -> None:
+    one, two, both = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "both"))
+    run(server, home, one)
+    run(server, home, two, text="task.npy")
+    tree = check(server.run("map", one, two, "-o", both, "--json"), "streamer.map/1")
+    assert [text["name"] for text in tree["texts"]] == ["general.npy", "task.npy"]
+    assert "lacking" not in tree
+    assert server.run("mitigate", home / "base", home / "adapter", "-o", tmp_path / "out", "--map", both).code == 0
+    done = server.run("map", one, two, "-o", both)
+    assert (done.code, "exists; choose another output, or pass --overwrite" in done.err) == (4, True)
+    assert server.run("map", one, two, "-o", both, "--overwrite", "--vectors", 4).code == 0
+    assert streamer.load_map(both).facts["vectors"] == 4
+    done = server.run("map", one, two, "-o", both, "--general", home / "general.npy")
+    assert (done.code, "leave them out, or give one BASE" in done.err) == (2, True)
+
+
+def test_killed_anywhere_it_is_made_again_to_the_same_bytes(server: Server, home: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.safetensors"
+    calls = len(run(server, home, whole).calls)
+    for number, at in enumerate((calls // 3, calls // 2, 2 * calls // 3, calls - 2)):
+        output = tmp_path / f"{number}" / "m.safetensors"
+        line = ("map", home / "base", "--general", home / "general.npy", "-o", output)
+        assert server.run(*line, at=at, code=KILL).code == -signal.SIGKILL
+        assert run(server, home, output).code == 0
+        assert output.read_bytes() == whole.read_bytes()
+        assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_stopped_anywhere_it_leaves_nothing_that_stands_in_the_way(home: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    options = {"general": home / "general.npy"}
+    whole = streamer.map_inputs(home / "base", tmp_path / "w.safetensors", on_event=events.append, **options)
+    steps = sum(event.stage == "map" for event in events)
+    assert steps > 5
+    progress = [event for event in events if event.stage == "map"]
+    assert progress[-1].done == progress[-1].total > 0
+    for number in (1, steps // 2, steps - 1):
+        with pytest.raises(Interrupted):
+            streamer.map_inputs(
+                home / "base", tmp_path / "m.safetensors", monitor=stopping_at(number, "map"), **options
+            )
+        assert not (tmp_path / "m.safetensors").exists()
+    again = streamer.map_inputs(home / "base", tmp_path / "m.safetensors", monitor=Monitor(), **options)
+    assert again.digest == whole.digest == streamer.map_inputs(home / "base", **options).digest
+
+
+def test_a_base_that_changes_meanwhile_is_told(home: Path, tmp_path: Path) -> None:
+    base, seen = tmp_path / "base", 0
+    base.mkdir()
+    for path in (home / "base").iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+
+    def change(event: Event) -> None:
+        nonlocal seen
+        seen += event.stage == "map"
+        if seen == 4:
+            (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+
+    with pytest.raises(InputChangedError):
+        streamer.map_inputs(base, tmp_path / "m.safetensors", general=home / "general.npy", on_event=change)
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], int, str]]:
+    """Lines of words after `map` that are wrong: exit code, and what is said."""
+    np.save(place / "far.npy", np.full((4, 8), 10**6))
+    base, general, out = home / "base", ["--general", home / "general.npy"], ["-o", place / "m.safetensors"]
+    yield [base, *general, *out, "--vectors", 0], 2, "expected a whole number from 1"
+    yield [base, *general, *out, "--sequences", 1], 2, "--sequences: expected a whole number from 2, found 1"
+    yield [base, "--general", place / "absent.npy", *out], 3, "absent.npy: no such file"
+    yield [base, "--general", place / "far.npy", *out], 3, "expected token ids from 0 to"
+    yield [home / "adapter", *general, *out], 3, "is an adapter, not a base model"
+    yield [base, *general, "-o", base / "model.safetensors"], 4, "is not a map, which is all that is replaced"
+    yield [base, base, *out], 3, "expected a map of a base's inputs, found a directory"
+    yield [base, *general, *out, "--max-memory", f"{process_mib() + 20}M"], 2, "is not enough for the inputs of"
+
+
+def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_path: Path) -> None:
+    for words, code, message in wrong(home, tmp_path):
+        done = server.run("map", *words)
+        assert (done.code, done.out) == (code, ""), (message, done.err)
+        assert message in done.err.splitlines()[-1]
+    assert not (tmp_path / "m.safetensors").exists()
+    (tmp_path / "c.txt").write_text("notes")
+    done = run(server, home, tmp_path / "c.txt")
+    assert (done.code, "exists and is not a map, which is all that is replaced" in done.err) == (4, True)
+    run(server, home, tmp_path / "m.safetensors")
+    done = run(server, home, tmp_path / "m.safetensors", "--vectors", 3)
+    assert (done.code, "holds a map of other inputs or options" in done.err) == (4, True)
+    line = ("mitigate", home / "base", home / "adapter", "-o", tmp_path / "out")
+    for options, message in (
+        (["--map", home / "base" / "model.safetensors"], "expected a map (streamer.map/1), found another file"),
+        (["--map", tmp_path / "m.safetensors", "--method", "shrink"], "--map: is not used by method 'shrink'"),
+        (["--map", tmp_path / "m.safetensors", "--lambda", 1.5, "--amplify"], "leave out --amplify"),
+        (["--method", "nullspace"], "make one with `streamer map`"),
+    ):
+        done = server.run(*line, *options)
+        assert done.code in (2, 3)
+        assert message in done.err
+    other = tmp_path / "base"
+    other.mkdir()
+    for path in (home / "base").iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    done = server.run(line[0], other, *line[2:], "--map", tmp_path / "m.safetensors")
+    assert (done.code, "is a map of another base (the content of model.safetensors differs)" in done.err) == (3, True)
