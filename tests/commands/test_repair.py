@@ -120,10 +120,12 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     done = server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out, "--json")
     tree = check(done, "streamer.repair/1")
     facts = streamer.load_coefficients(tree["fit"]).facts
-    verdict = facts["sets"][0]["shrink"]["verdict"]
-    assert tree["chosen"] == ("repair" if verdict == "better" else "shrink")
+    verdict, worth = facts["sets"][0]["shrink"]["verdict"], facts["sets"][0]["trade"]["worth_it"]
+    assert tree["chosen"] == ("repair" if verdict == "better" else "shrink") or (
+        tree["chosen"] == "adapter" and not worth
+    )
     record = json.loads((out / "streamer.json").read_text())
-    assert record["method"] == ("regmean" if verdict == "better" else "shrink")
+    assert record["method"] == ("regmean" if tree["chosen"] == "repair" else "shrink")
     assert [row["what"] for row in tree["rows"]] == ["adapter", "shrink", "repair"]
     assert len(record["measured"]) == 4
     card = (out / "README.md").read_text()
@@ -151,6 +153,7 @@ def test_the_choice(fitted: Path, verdict: str, forgotten: bool, chosen: str, me
     found = streamer.load_coefficients(fitted)
     one: Any = {
         **found.facts["sets"][0],
+        "trade": {**found.facts["sets"][0]["trade"], "worth_it": True},
         "shrink": {**found.facts["sets"][0]["shrink"], "verdict": verdict, "lambda": 0.5},
     }
     facts = {**found.facts, "forgotten": forgotten, "sets": [one]}
@@ -290,8 +293,9 @@ def test_one_coefficient_for_all_is_written_as_the_shrink_that_it_is(
         "streamer.repair/1",
     )
     record = json.loads((out / "streamer.json").read_text())
-    assert (tree["chosen"], record["method"]) == ("shrink", "shrink")
-    assert 0 < record["lambda"] < 1
+    worth = streamer.load_coefficients(tree["fit"]).facts["sets"][0]["trade"]["worth_it"]
+    assert (tree["chosen"], record["method"]) == ("shrink" if worth else "adapter", "shrink")
+    assert 0 < record["lambda"] < 1 if worth else record["lambda"] == 1
 
 
 def test_without_a_general_text_pythons_help_serves(home: Path, tmp_path: Path) -> None:

@@ -43,6 +43,11 @@ def fitted(home: Path) -> Path:
     return path
 
 
+def figures(row: Any) -> list[float]:
+    """List the shares of a model; 0 where one is not defined."""
+    return [row[key] or 0.0 for key in ("kept", "top1_kept", "forgetting", "divergence")]
+
+
 def held_apart(home: Path, directory: Path) -> dict[str, Path]:
     """Write the sequences that a fit holds apart."""
     paths = {name: home / f"{name}.npy" for name in ("general", "task")}
@@ -81,49 +86,38 @@ def test_a_trade_that_is_not_worth_it_is_not_made(fitted: Path) -> None:
 @pytest.mark.parametrize("grain", ["inputs", "matrix"])
 def test_intruder_scaling_is_measured_beside_it(server: Server, home: Path, tmp_path: Path, grain: str) -> None:
     """As evaluate measures the method paper on the same sequences; without intruders a line says so."""
-    findings, line = (
-        tmp_path / "f.safetensors",
-        ["repair", home / "base", home / "adapter", *texts(home), "--grain", grain],
-    )
+    findings = tmp_path / "f.safetensors"
+    line = ["repair", home / "base", home / "adapter", *texts(home), "--grain", grain]
     found = streamer.detect_intruder_dimensions(home / "base", home / "adapter", findings, top_k=4)
     assert found.intruders
     tree = check(server.run(*line, "-o", tmp_path / "r", "--findings", findings, "--json"), "streamer.repair/1")
-    assert [(row["what"], row["name"].split()[0]) for row in tree["rows"]][::2] == [
-        ("adapter", "adapter"),
-        ("intruders", "paper"),
-    ]
-    facts = streamer.load_coefficients(tree["fit"]).facts
-    assert (
-        (facts["intruders"], facts["scaling"]["name"])
-        == (tree["intruders"], "paper 0.75")
-        == (found.intruders, "paper 0.75")
+    rows = {row["what"]: row for row in tree["rows"]}
+    assert (next(iter(rows)), list(rows)[-2:], rows["intruders"]["name"]) == (
+        "adapter",
+        ["intruders", "repair"],
+        "paper 0.75",
     )
+    facts = streamer.load_coefficients(tree["fit"]).facts
+    assert facts["intruders"] == tree["intruders"] == found.intruders
     record = json.loads((tmp_path / "r" / "streamer.json").read_text())
     assert [line.split(":")[0] for line in record["measured"][-2:]] == ["paper 0.75", tree["rows"][-1]["name"]]
     alone = check(server.run(*line, "-o", tmp_path / "a", "--json"), "streamer.repair/1")
-    assert [row for row in tree["rows"] if row["what"] != "intruders"] == [
-        {**row, **{key: pytest.approx(row[key], rel=1e-4) for key in ("kept", "top1_kept", "forgetting", "divergence")}}
-        for row in alone["rows"]
-    ]
+    for row in alone["rows"]:
+        assert figures(rows[row["what"]]) == pytest.approx(figures(row), rel=1e-4)
     assert alone["intruders"] is None
     held = held_apart(home, tmp_path)
     measured = streamer.evaluate_variants(home / "base", home / "adapter", **held, findings=findings, methods=["paper"], lambdas=[0.75],
                                           on_event=lambda event: None)  # fmt: skip
-    for key in ("kept", "top1_kept", "forgetting", "divergence"):
-        assert facts["scaling"][key] == pytest.approx(measured["paper 0.75"][key], rel=1e-4), key
+    assert figures(facts["scaling"]) == pytest.approx(figures(measured["paper 0.75"]), rel=1e-4)
     none = tmp_path / "none.safetensors"
-    assert (
-        streamer.detect_intruder_dimensions(
-            home / "base", home / "adapter", none, top_k=4, threshold_epsilon=1e-6
-        ).intruders
-        == 0
-    )
+    found = streamer.detect_intruder_dimensions(home / "base", home / "adapter", none, top_k=4, threshold_epsilon=1e-6)
+    assert found.intruders == 0
     shown = server.run(*line, "-o", tmp_path / "n", "--findings", none)
     assert (
         shown.code,
         "the findings have no intruder: scaling them changes nothing, and was not measured" in shown.out,
     ) == (0, True)
-    dashes = [row.split()[-3] for row in shown.out.splitlines()[2:5]]
+    dashes = [row.split()[-3] for row in shown.out.split("\n\n")[0].splitlines()[2:]]
     why = "top-1 kept is not shown: what the adapter changes there is small beside its error; more text may show more"
     assert (set(dashes) == {"-"}) == (why in shown.out) == (not tree["reliable"]["top1_kept"])
     other = server.run(*line, "-o", tmp_path / "r", "--findings", none)
