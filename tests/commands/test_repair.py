@@ -217,7 +217,7 @@ def adapted(home: Path, path: Path, **options: Any) -> Path:
     ("embeddings alone", {"targets": ["embed_tokens"]}),
     ("saved modules", {"targets": ["q_proj", "down_proj"], "lora_alpha": 64, "modules_to_save": ["lm_head"]}),
     ("rsLoRA, ranks", {"targets": ["q_proj", "v_proj"], "use_rslora": True, "rank_pattern": {"v_proj": 1}}),
-    ("head and embedding", {"targets": ["lm_head", "embed_tokens", "down_proj"]}),
+    ("head and embedding", {"targets": ["lm_head", "embed_tokens", "down_proj"], "lora_alpha": 4}),
 ])  # fmt: skip
 def test_kinds_of_adapters(server: Server, home: Path, tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     """The fit runs, PEFT loads what is written, and independent code recomputes it."""
