@@ -18,7 +18,7 @@ from streamer.linalg.second_moments import RowMoments
 TOLERANCE = 1e-5
 """Relative error of a solution, at most. It is bounded by its residual, as no eigenvalue is below s: most errors are far smaller."""
 
-SKETCH = 768
+SKETCH = 512
 """Columns of a sketch of each matrix at most; an eighth of its size if that is less."""
 
 REDUCTION = 1e-4
@@ -152,5 +152,7 @@ def sketch_size(n: int) -> int:
 
 
 def solving_bytes(n: int, columns: int, weights: int) -> int:
-    """Estimate the memory that solving takes: bases as they are made, and solutions, residuals, directions, and products."""
-    return 4 * n * max(7 * sketch_size(n), 2 * sketch_size(n) + 16 * columns * weights)
+    """Estimate the memory that solving takes: of bases as they are made, or of vectors for each μ and what is computed within the basis."""
+    k = sketch_size(n)
+    vectors = n * (2 * k + 16 * columns * weights)
+    return 4 * max(7 * n * k, vectors + (2 * k) ** 2 * (10 + weights))

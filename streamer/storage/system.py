@@ -6,6 +6,7 @@ Linux has all of them. macOS lacks `posix_fallocate`, `posix_fadvise`, `memfd_cr
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -85,3 +86,10 @@ def memory_file() -> IO[bytes]:
 def affinity_cores() -> int:
     """Count the cores of this process' affinity mask; all of the machine's where the system has no masks."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def give_freed_memory_back() -> None:
+    """Give memory that was freed, of all threads, back to the system, if the allocator is one that keeps it and can be told (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -24,6 +24,7 @@ from streamer.linalg.second_moments import Moments
 from streamer.methods import UNCHANGED
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
+from streamer.storage.system import give_freed_memory_back
 from streamer.streaming.differentiable import CoefficientDeltas, DifferentiableReader, Setting
 from streamer.streaming.extra import quiet_transformers, refused_errors
 from streamer.streaming.installed import is_rounded
@@ -136,6 +137,7 @@ class CollectingModel(LoadedModel):
             tokens[group.variant] = tokens.get(group.variant, 0) + sum(map(len, group.text.ids))
 
         def begin(number: int) -> None:
+            give_freed_memory_back()  # of the turn before, whose thread would keep it
             group = groups[number]
             self.setting.variant, self.batch.on_read = group.variant, group.on_read
             self.batch.sequences, self.batch.length = len(group.text.ids), group.text.longest
@@ -237,6 +239,7 @@ class Collected(Generic[M]):
 
     def hand_on(self, complete: Complete[M], tokens: Mapping[int, int], path: object) -> None:
         """Hand on the moments of all inputs that have been collected, and drop these."""
+        give_freed_memory_back()
         for first in list(self.inputs):
             own, matrices = self.inputs.pop(first), self.matrices.pop(first)
             if not all(math.isfinite(inputs.squares) for inputs in own.values()):
