@@ -154,5 +154,5 @@ def sketch_size(n: int) -> int:
 def solving_bytes(n: int, columns: int, weights: int) -> int:
     """Estimate the memory that solving takes: of bases as they are made, or of vectors for each μ and what is computed within the basis."""
     k = sketch_size(n)
-    vectors = n * (2 * k + 16 * columns * weights)
-    return 4 * max(7 * n * k, vectors + (2 * k) ** 2 * (10 + weights))
+    vectors = n * (2 * k + 20 * columns * weights)
+    return 4 * max(7 * n * k, vectors + (2 * k) ** 2 * (14 + weights))

@@ -239,8 +239,8 @@ class Collected(Generic[M]):
 
     def hand_on(self, complete: Complete[M], tokens: Mapping[int, int], path: object) -> None:
         """Hand on the moments of all inputs that have been collected, and drop these."""
-        give_freed_memory_back()
         for first in list(self.inputs):
+            give_freed_memory_back()  # of layers, and of the inputs before
             own, matrices = self.inputs.pop(first), self.matrices.pop(first)
             if not all(math.isfinite(inputs.squares) for inputs in own.values()):
                 raise NumericError(f"{path}: the inputs of {matrices[0].tensor!r} are NaN or Inf on the texts")
