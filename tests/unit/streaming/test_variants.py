@@ -48,7 +48,7 @@ def test_each_set_of_coefficients_is_a_variant() -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"methods": ()}, "method: expected at least one"),
     ({"methods": ("paper", "paper")}, "method: expected different values"),
-    ({"methods": ("average",)}, "method: expected one of paper, project, shrink, fitted, regmean, found 'average'"),
+    ({"methods": ("average",)}, "method: expected one of paper, project, shrink, fitted, regmean, nullspace, found 'average'"),
     ({"methods": ("fitted",)}, "method 'fitted' needs coefficients; make them with `streamer fit`"),
     ({"lambdas": ()}, "lambda: expected at least one"),
     ({"lambdas": (0.5, 0.5)}, "lambda: expected different values"),
@@ -71,7 +71,7 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
 def test_names_and_scale_are_checked_beside_coefficients() -> None:
     coefficients = Coefficients((CoefficientSet(0.9, {}),), {"base": {"files": []}})
     with pytest.raises(
-        UsageError, match="method: expected one of paper, project, shrink, fitted, regmean, found 'papr'"
+        UsageError, match="method: expected one of paper, project, shrink, fitted, regmean, nullspace, found 'papr'"
     ):
         make_variants(("papr", "shrink"), (0.5,), "all", coefficients)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="scale: expected one of all, first, found 'some'"):
