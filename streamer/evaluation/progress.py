@@ -47,12 +47,12 @@ class RunProgress:
 
         A request to stop is heeded there as well.
         """
-        return self.readings([cost], times)[0]
+        return self.readings([cost], [times])[0]
 
-    def readings(self, costs: Sequence[int], times: int) -> list[Callable[[RunTimeTensor], None]]:
+    def readings(self, costs: Sequence[int], times: Sequence[int]) -> list[Callable[[RunTimeTensor], None]]:
         """Make the hooks of passes that run by turns: each tells how far all of them are."""
         products, parts = self.size.products, [0] * len(costs)
-        whole = sum(products.values()) * times
+        whole = sum(products.values())
 
         def hook(number: int) -> Callable[[RunTimeTensor], None]:
             begun, done = Counter[str](), 0
@@ -61,11 +61,11 @@ class RunProgress:
                 nonlocal done
                 self._monitor.checkpoint()
                 name = tensor.name
-                if name in products and begun[name] < times:
+                if name in products and begun[name] < times[number]:
                     self._emit(name, self._done + sum(parts))
                     begun[name] += 1
                     done += products[name]
-                    parts[number] = costs[number] * done // whole
+                    parts[number] = costs[number] * done // (whole * times[number])
 
             return on_read
 

@@ -13,13 +13,17 @@ from streamer.evaluation.passes import answered
 from streamer.evaluation.progress import pass_cost
 from streamer.evaluation.statistics import SequenceSums
 from streamer.fitting.algorithm import Answer, Gradient, HeldOut, Request, Slope, fit_steps
-from streamer.fitting.options import WEIGHTS, FitOptions
+from streamer.fitting.options import CORRECTIONS, WEIGHTS, FitOptions
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.result import SHRINKS
 
 GRADIENT = 3
 """Passes over the base's weights for a gradient: forward, and from the last layer to the first forward once more and back. The first of
 a chunk takes one more, of the model that is compared with."""
+
+
+RUNS_CORRECTED = 2
+"""Runs of a layer that correcting it takes: up to each of its inputs, and to its end."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,19 @@ def expected_costs(prepared: PreparedFit) -> Costs:
 
 
 def _costs_of_inputs(prepared: PreparedFit) -> Costs:
-    """Count one pass that collects inputs, and those that measure shrinks, the grid of weights, and each share twice."""
+    """Count one pass that collects inputs, those that measure shrinks, the grid of weights, and each share twice, and its corrections."""
     size = prepared.model.size
-    collected = [
+    before = [
         pass_cost(size, text.fitted.take(rows), 1)
         for text in prepared.texts.values()
         for rows in parts(text.fitted, prepared.rows_of_inputs, size.short, True)
     ]
-    measured = [2 + len(SHRINKS) + len(prepared.scaling), 1 + len(WEIGHTS), *[1 + len(prepared.options.keep)] * 2]
+    shares = len(prepared.options.keep)
+    measured = [2 + len(SHRINKS) + len(prepared.scaling), 1 + len(WEIGHTS), *[1 + shares] * 2]
+    measured += [2] * (CORRECTIONS + 1) * shares
+    collected = [*before]
+    for _ in range(CORRECTIONS * shares):
+        collected += [*before, *(RUNS_CORRECTED * cost for cost in before)]
     return Costs(collected, [cost for count in measured for cost in pass_costs(prepared, count)], max(measured))
 
 

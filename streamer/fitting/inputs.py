@@ -1,4 +1,7 @@
-"""Fit right factors to the inputs of modules: one pass collects, one measures a grid of weights, and each share is interpolated.
+"""Fit right factors to the inputs of modules.
+
+One pass collects inputs and solves for a grid of weights, which are measured; each share is interpolated between them. Then, at the weight
+of each share, the model runs once more, in which each layer's factors are fitted to the inputs that the layers before it make with theirs.
 
 A killed run repeats the pass that collects, which gives the same values; what was measured is in the journal.
 """
@@ -7,138 +10,47 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from streamer.errors import UnsupportedError
 from streamer.evaluation.evaluation import GENERAL, TASK
-from streamer.evaluation.memory import parts
-from streamer.evaluation.progress import pass_cost
 from streamer.evaluation.result_file import Records, computing
-from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 from streamer.fitting.division import DividedFit
+from streamer.fitting.groups import advance, groups_of
 from streamer.fitting.options import WEIGHTS
+from streamer.fitting.points import Point, Replaced, ScaledFactors, SpooledFactors, factors_of, through
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.result import SHRINKS, FoundSet, adapter_facts, doubts, misses, scaling_facts, set_facts
-from streamer.linalg.low_rank import LowRank
+from streamer.linalg.feedback import InputPair, WeightDelta, corrected
 from streamer.linalg.regmean import RIDGE, answers
-from streamer.linalg.second_moments import Moments
+from streamer.linalg.second_moments import Moments, RowMoments
 from streamer.methods import UNCHANGED, RegMean, Shrink
 from streamer.methods.coefficients import Coefficients
 from streamer.methods.factors import FactorSet
-from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
-from streamer.streaming.inputs import GENERAL_AS, TASK_AS, Group, InputModel
+from streamer.streaming.corrected import CorrectedModel
 from streamer.streaming.spool import Spool, Spooled
+from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 from streamer.units import counted, listed
-
-LENGTHS = 32
-"""Lengths that the sequences of a text have at most as inputs are collected: a group of each length runs in a thread."""
 
 ROUNDS = 3
 """Interpolations that are measured for a share, at most: a secant rule."""
 
+STEP = 1.5
+"""Factor between the weights of two corrections, between which the share asked for is then interpolated."""
+
+CLOSE = 0.01
+"""A corrected point that keeps the share asked for to this may be taken in place of one that is not."""
+
 EXACT = 0.003
 """An interpolation that keeps the share asked for to this is taken as it is."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """Right factors for a weight μ: 0 is the adapter as it is, infinity nothing."""
-
-    weight: float
-    factors: Mapping[str, Tensor]
-
-    @property
-    def name(self) -> str:
-        """Name it, for the journal and for messages."""
-        return f"{RegMean.name} mu {self.weight!r}"
-
-    def towards(self, other: Point, t: float) -> Point:
-        """Interpolate Δ' linearly; the weight stands between the two, by its logarithm if that is finite."""
-        if self.weight > 0 and other.weight < math.inf:
-            weight = math.exp((1 - t) * math.log(self.weight) + t * math.log(other.weight))
-        else:
-            weight = t * other.weight if other.weight < math.inf else self.weight / (1 - t)
-        return Point(weight, _Mixed(self.factors, other.factors, t))
-
-
-@dataclass(frozen=True)
-class _Mixed(Mapping[str, Tensor]):
-    """``(1 − t) a + t b`` of each matrix, made when it is asked for."""
-
-    a: Mapping[str, Tensor]
-    b: Mapping[str, Tensor]
-    t: float
-
-    def __getitem__(self, tensor: str) -> Tensor:
-        return torch.lerp(self.a[tensor], self.b[tensor], self.t)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.a)
-
-    def __len__(self) -> int:
-        return len(self.a)
-
-
-@dataclass(frozen=True)
-class _Spooled(Mapping[str, Tensor]):
-    """Factors for one weight, of which each matrix' are in a spool."""
-
-    spool: Spool
-    places: Mapping[str, Sequence[Spooled]]
-    number: int
-
-    def __getitem__(self, tensor: str) -> Tensor:
-        return self.spool.read(self.places[tensor][self.number])[0]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-
-@dataclass(frozen=True)
-class _Scaled(Mapping[str, Tensor]):
-    """Right factors of the adapter as it is, times a number."""
-
-    plan: Plan
-    targets: Mapping[str, Target]
-    by: float
-
-    def __getitem__(self, tensor: str) -> Tensor:
-        return factors_of(self.plan, self.targets[tensor]).R.to(torch.float32) * self.by
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.targets)
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-
-def factors_of(plan: Plan, target: Target) -> LowRank:
-    """Read the factors of a delta, checked."""
-    delta = plan.finite_delta(target)
-    assert isinstance(delta, LowRank)
-    return delta
-
-
-def of_few_lengths(text: TextSequences) -> TextSequences:
-    """Cut the ends of sequences, if need be, so that they have no more than `LENGTHS` lengths: those of one length run together."""
-    step = 1
-    while len({len(ids) // step for ids in text.ids}) > LENGTHS:
-        step *= 2
-    sizes = [max(2, len(ids) // step * step) for ids in text.ids]
-    cut = tuple(ids[:n] for ids, n in zip(text.ids, sizes, strict=True))
-    return TextSequences(cut, tuple(c[:n] for c, n in zip(text.counted, sizes, strict=True)), text.name)
 
 
 class InputsRun(DividedFit):
@@ -174,8 +86,11 @@ class InputsRun(DividedFit):
                 self._measure_new([Variant(ADAPTER, UNCHANGED), *baseline, *prepared.scaling])
                 of_adapter = adapter_facts(*self._sums([]), prepared.texts[TASK].whole.name)
                 self.monitor.warn(doubts(of_adapter))
-                points, unseen = self._solved(spool)
-                found = self._interpolated(points)
+                model = CorrectedModel(plan, rounds_products=prepared.options.dtype == "bf16", directory=self.directory)
+                points, unseen = self._solved(model, spool)
+                found = [
+                    (keep, self._corrected(model, spool, keep, point)) for keep, point in self._interpolated(points)
+                ]
                 self.progress.finish()
                 sets = [FoundSet(keep, point.weight, RegMean.name) for keep, point in found]
                 names = [*(one.name for one in baseline), *(point.name for _, point in found)]
@@ -194,10 +109,9 @@ class InputsRun(DividedFit):
             spool.close()
         return Coefficients(made, facts)
 
-    def _solved(self, spool: Spool) -> tuple[list[Point], list[str]]:
+    def _solved(self, model: CorrectedModel, spool: Spool) -> tuple[list[Point], list[str]]:
         """Collect the inputs' moments, and solve for each weight; list what no text came to, whose delta stays."""
         prepared, plan = self.prepared, self.prepared.plan
-        texts = {name: of_few_lengths(text.fitted) for name, text in prepared.texts.items()}
         places: dict[str, Sequence[Spooled]] = {}
 
         def complete(targets: list[Target], moments: Mapping[int, Moments]) -> None:
@@ -211,18 +125,9 @@ class InputsRun(DividedFit):
             for target, mine in zip(targets, rights, strict=True):
                 places[target.tensor] = [spool.write([right.to(torch.float32)]) for right in mine]
 
-        model = InputModel(plan, rounds_products=prepared.options.dtype == "bf16", directory=self.directory)
-        size = prepared.model.size
-        divided = [
-            (texts[name].take(rows), variant)
-            for name, variant in ((GENERAL, GENERAL_AS), (TASK, TASK_AS))
-            for rows in parts(texts[name], prepared.rows_of_inputs, size.short, True)
-        ]
-        costs = [pass_cost(size, text, 1) for text, _ in divided]
-        hooks = self.progress.readings(costs, 1)
-        model.collect([Group(*one, hook) for one, hook in zip(divided, hooks, strict=True)], complete)
-        for cost in costs:
-            self.progress.advance(cost)
+        groups = groups_of(self.prepared, self.progress, {GENERAL_AS: GENERAL, TASK_AS: TASK})
+        model.collect(groups, complete)
+        advance(self.prepared, self.progress, groups)
         plan.check_unchanged()
         if model.unseen:
             count, first = counted(len(model.unseen), "matrix"), listed(map(repr, model.unseen))
@@ -235,11 +140,66 @@ class InputsRun(DividedFit):
             self.monitor.warn((f"the texts are short for the inputs of {counted(len(self.raised), 'matrix')}, "
                                f"{listed(map(repr, self.raised))}: the ridge was raised; more text may forget less",))  # fmt: skip
         targets = {target.tensor: target for target in plan.targets}
-        as_is = _Scaled(plan, targets, 1.0)
+        as_is = ScaledFactors(plan, targets, 1.0)
         for tensor in model.unseen:
             places[tensor] = [spool.write([as_is[tensor]])] * len(WEIGHTS)
-        points = [Point(mu, _Spooled(spool, places, number)) for number, mu in enumerate(WEIGHTS)]
-        return [Point(0.0, as_is), *points, Point(math.inf, _Scaled(plan, targets, 0.0))], model.unseen
+        points = [Point(mu, SpooledFactors(spool, places, number)) for number, mu in enumerate(WEIGHTS)]
+        return [Point(0.0, as_is), *points, Point(math.inf, ScaledFactors(plan, targets, 0.0))], model.unseen
+
+    def _corrected(self, model: CorrectedModel, spool: Spool, keep: float, point: Point) -> Point:
+        """Fit each layer to what the layers before it make, at two weights if need be; return what forgets less, if it keeps the share."""
+        if not 0 < point.weight < math.inf or not model.corrects:
+            return point
+        try:
+            made = [self._correct(model, spool, point, point.weight)]
+        except UnsupportedError as e:
+            self.monitor.warn((f"{e}: the factors are not corrected",))
+            return point
+        if abs((kept := self._kept(made[0])) - keep) > EXACT:
+            made.append(self._correct(model, spool, point, point.weight * (STEP if kept > keep else 1 / STEP)))
+            other = self._kept(made[1])
+            t = min(2.0, max(0.0, (kept - keep) / (kept - other))) if kept != other else 0.5
+            made.append(made[0].towards(made[1], t))
+            self._measure_new([self._variant(made[2])])
+        best = min(made, key=lambda one: abs(self._kept(one) - keep))
+
+        def left(one: Point) -> float:
+            return float(self._sums([one.name])[0].loss[ADAPTER_ROW + 1].sum())
+
+        return best if left(best) < left(point) and abs(self._kept(best) - keep) <= CLOSE else point
+
+    def _correct(self, model: CorrectedModel, spool: Spool, point: Point, weight: float) -> Point:
+        """Run the model as it is corrected, at a weight, from the factors of a point on, and measure what comes."""
+        plan = self.prepared.plan
+        places: dict[str, Sequence[Spooled]] = {}
+        made = Replaced(SpooledFactors(spool, places, 0), point.factors)
+
+        def replace(targets: Sequence[Target], moments: Mapping[int, RowMoments]) -> None:
+            self.monitor.checkpoint()
+            own = [
+                WeightDelta(delta.L, delta.R, partial(through, plan, target))
+                for target in targets
+                for delta in [factors_of(plan, target)]
+            ]
+            task, general = (
+                InputPair(moments[a], moments[b])
+                for a, b in ((TASK_AS, TASK_CORRECTED), (GENERAL_AS, GENERAL_CORRECTED))
+            )
+            rights = corrected(own, task, general, weight, self.prepared.matrices_bytes)
+            for target, right in zip(targets, rights or (), strict=rights is not None):
+                places[target.tensor] = [spool.write([right.to(torch.float32)])]
+
+        groups = groups_of(
+            self.prepared,
+            self.progress,
+            {GENERAL_AS: GENERAL, TASK_AS: TASK, GENERAL_CORRECTED: GENERAL, TASK_CORRECTED: TASK},
+        )
+        model.correct(groups, made, replace)
+        advance(self.prepared, self.progress, groups)
+        plan.check_unchanged()
+        found = Point(weight, made, corrected=True)
+        self._measure_new([self._variant(found)])
+        return found
 
     def _interpolated(self, points: Sequence[Point]) -> list[tuple[float, Point]]:
         """Find for each share the point that keeps it: between two that were measured, and measured itself."""

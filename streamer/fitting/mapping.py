@@ -26,7 +26,7 @@ from streamer.evaluation.result_file import Records, ResultFile, State, computin
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.texts import read_text, sample_digest
 from streamer.evaluation.tokenizer import tokenizer_directory
-from streamer.fitting.inputs import of_few_lengths
+from streamer.fitting.groups import of_few_lengths
 from streamer.fitting.memory import INPUT_COPIES, ROWS, collecting_bytes, states_bytes
 from streamer.json_types import Count, OutputPath, Sha256, TensorName
 from streamer.json_types import State as Done
@@ -40,9 +40,9 @@ from streamer.plan.plan import Plan
 from streamer.storage.identities import BaseIdentity
 from streamer.streaming.base_inputs import BaseInputModel, BaseMatrix
 from streamer.streaming.extra import require_transformers
-from streamer.streaming.inputs import GENERAL_AS, Group
 from streamer.streaming.model import StreamingModel
 from streamer.streaming.spooled_inputs import ROWS as ROWS_OF_INPUTS
+from streamer.streaming.streams import GENERAL_AS, Group
 from streamer.streaming.values import Job
 from streamer.streaming.variants import BASE, Variant
 from streamer.units import counted, listed

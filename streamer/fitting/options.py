@@ -30,6 +30,9 @@ LEAST = 2
 WEIGHTS = (0.05, 0.2, 0.6, 2.0, 6.0)
 """Each weight μ of the general text that is measured with grain ``inputs``; between neighbours Δ' is interpolated."""
 
+CORRECTIONS = 2
+"""Corrections of a share's factors, at two weights at most."""
+
 
 @dataclass(frozen=True)
 class FitOptions:

@@ -28,7 +28,7 @@ from streamer.fitting.memory import (
     solving_bytes,
     states_bytes,
 )
-from streamer.fitting.options import LEAST, WEIGHTS, Division, FitOptions, Grain, divide
+from streamer.fitting.options import CORRECTIONS, LEAST, WEIGHTS, Division, FitOptions, Grain, divide
 from streamer.fitting.parameters import Parameters, singular_values_of
 from streamer.linalg.regmean import DIRECT_BYTES
 from streamer.methods import UNCHANGED, Paper, make_method
@@ -129,7 +129,7 @@ class PreparedFit:
 
     @property
     def _between_layers(self) -> int:
-        return states_bytes(self.model.size, self.resident, self.fitted_tokens)
+        return states_bytes(self.model.size, self.resident, 2 * self.fitted_tokens)  # of the corrected model as well
 
     def _inputs_bytes(self, rows: int) -> int:
         """Estimate the memory of collecting inputs, so many tokens at a time, and of solving."""
@@ -187,8 +187,12 @@ class PreparedFit:
     def spool_bytes(self) -> int:
         """Estimate the bytes of temporary files: a layer's inputs; or a chunk's activations between layers, last hidden states, factors."""
         if self.by_inputs:
-            answers = len(WEIGHTS) * sum(t.module.factor_rank * t.module.shape[1] for t in self.plan.targets)
-            return 4 * (answers + self.fitted_tokens * self.model.size.changed_inputs)
+            answers = (len(WEIGHTS) + CORRECTIONS * len(self.options.keep)) * sum(
+                t.module.factor_rank * t.module.shape[1] for t in self.plan.targets
+            )
+            return 4 * (
+                answers + 2 * self.fitted_tokens * self.model.size.changed_inputs
+            )  # as they were, and corrected
         rows = [
             len(part) * text.fitted.take(part).longest
             for name, text in self.texts.items()

@@ -85,10 +85,11 @@ def answers(
     def sizes(rights: Tensor) -> list[float]:
         return [float(torch.linalg.matrix_norm(core @ R.T)) for core, R in zip(cores, own(rights), strict=True)]
 
-    system = _system(task, general, memory)
+    system = system_of(task, general, memory)
     most, ridge = [GROWTH * size for size in sizes(whole)], RIDGE
     while ridge <= MOST_RIDGE:
-        found = system.solved(whole, weights, ridge, sizes)
+        s = ridge * system.mean
+        found = system.solve(system.products(whole) + s * whole, s, weights, sizes)
         if found is not None and all(a <= b for right in found for a, b in zip(sizes(right), most, strict=True)):
             return [list(rights) for rights in zip(*map(own, found), strict=True)], ridge
         ridge *= RAISE
@@ -99,12 +100,15 @@ class _OneHot:
     """The system of one-hot inputs, which is diagonal."""
 
     def __init__(self, task: Tensor, general: Tensor) -> None:
-        self.task, self.general = task, general
+        self.task, self.general, self.mean = task, general, float(task.mean())
 
-    def solved(self, R: Tensor, weights: Sequence[float], ridge: float, sizes: Sizes) -> list[Tensor]:
-        """Solve for each μ."""
-        kept = self.task + ridge * self.task.mean()
-        return [R * (kept / (kept + mu * self.general))[:, None] for mu in weights]
+    def products(self, R: Tensor) -> Tensor:
+        """``C_t R``."""
+        return R * self.task[:, None]
+
+    def solve(self, B: Tensor, s: float, weights: Sequence[float], sizes: Sizes) -> list[Tensor]:
+        """Solve ``(s I + C_t + μ C_g) X = B`` for each μ."""
+        return [B / (self.task + s + mu * self.general)[:, None] for mu in weights]
 
 
 class _Direct:
@@ -112,35 +116,38 @@ class _Direct:
 
     def __init__(self, task: RowMoments, general: RowMoments) -> None:
         self.task, self.general = task.matrix(), general.matrix()
-        self.diagonal, self.mean = self.task.diagonal().clone(), task.trace / task.size
+        self.mean = task.trace / task.size
 
-    def solved(self, R: Tensor, weights: Sequence[float], ridge: float, sizes: Sizes) -> list[Tensor] | None:
+    def products(self, R: Tensor) -> Tensor:
+        """``C_t R``."""
+        return self.task @ R
+
+    def solve(self, B: Tensor, s: float, weights: Sequence[float], sizes: Sizes) -> list[Tensor] | None:
         """Solve for each μ; return None if the system is not solved to `RESIDUAL`."""
-        self.task.diagonal().copy_(self.diagonal + ridge * self.mean)
-        wanted, found = self.task @ R, []
+        found = []
         for mu in weights:
             system = torch.add(self.task, self.general, alpha=mu)
+            system.diagonal().add_(s)
             factor, failed = torch.linalg.cholesky_ex(system)
             if failed:
                 return None
-            right = torch.cholesky_solve(wanted, factor)
-            residual = torch.linalg.matrix_norm(system @ right - wanted)
-            if not residual <= RESIDUAL * torch.linalg.matrix_norm(wanted):
+            right = torch.cholesky_solve(B, factor)
+            if not torch.linalg.matrix_norm(system @ right - B) <= RESIDUAL * torch.linalg.matrix_norm(B):
                 return None
             found.append(right)
         return found
 
 
-class _Products:
+class _Products(TwoMoments):
     """The system by products with the inputs."""
 
     def __init__(self, task: RowMoments, general: RowMoments) -> None:
-        self.moments, self.mean = TwoMoments(task, general), task.trace / task.size
+        super().__init__(task, general)
+        self.mean = task.trace / task.size
 
-    def solved(self, R: Tensor, weights: Sequence[float], ridge: float, sizes: Sizes) -> list[Tensor] | None:
-        """Solve for each μ; return None if it does not converge."""
-        s = ridge * self.mean
-        return self.moments.solve(self.moments.task.products(R) + s * R, s, weights, sizes)
+    def products(self, R: Tensor) -> Tensor:
+        """``C_t R``."""
+        return self.task.products(R)
 
 
 def matrices_bytes(n: int) -> int:
@@ -153,7 +160,7 @@ def is_direct(n: int, memory: int) -> bool:
     return matrices_bytes(n) <= memory
 
 
-def _system(task: Moments, general: Moments, memory: int) -> _OneHot | _Direct | _Products:
+def system_of(task: Moments, general: Moments, memory: int) -> _OneHot | _Direct | _Products:
     """Choose the way to solve."""
     if isinstance(task, OneHotMoments):
         assert isinstance(general, OneHotMoments)

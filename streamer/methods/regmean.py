@@ -9,7 +9,7 @@ from streamer.methods.method import MethodName
 
 
 class RegMean(ByFit):
-    """``Δ' = Δ C̃_t (C̃_t + μ C_g)⁻¹``, of which a fit holds the right factors: the left ones stay as they are."""
+    """``Δ' = Δ C̃_t (C̃_t + μ C_g)⁻¹``, corrected layer by layer: a fit holds the right factors, the left ones stay."""
 
     name: ClassVar[MethodName] = "regmean"
     keeps_left: ClassVar[bool] = True

@@ -11,8 +11,9 @@ from streamer.plan.plan import Plan
 from streamer.plan.targets import TensorSlice
 from streamer.plan.tied_names import find_ties
 from streamer.plan.transformers_renames import renames_for
+from streamer.streaming.collected import Collected
 from streamer.streaming.differentiable import Setting
-from streamer.streaming.inputs import Collected, CollectingModel, CollectingReader
+from streamer.streaming.inputs import CollectingModel, CollectingReader
 from streamer.streaming.run_time import RunTimeTensor
 
 LOOKED_UP = " (looked up)"

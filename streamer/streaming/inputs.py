@@ -8,23 +8,21 @@ each group.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import Tensor, nn
 
-from streamer.errors import NumericError, UnsupportedError
-from streamer.linalg.second_moments import Moments
+from streamer.errors import UnsupportedError
 from streamer.methods import UNCHANGED
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
 from streamer.storage.system import give_freed_memory_back
+from streamer.streaming.collected import Collected, Complete, M
 from streamer.streaming.differentiable import CoefficientDeltas, DifferentiableReader, Setting
 from streamer.streaming.extra import quiet_transformers, refused_errors
 from streamer.streaming.installed import is_rounded
@@ -33,48 +31,13 @@ from streamer.streaming.lazy import LazyTensor
 from streamer.streaming.model import LoadedModel
 from streamer.streaming.run_time import RunTimeTensor, Source
 from streamer.streaming.spool import Spool
-from streamer.streaming.spooled_inputs import Inputs
+from streamer.streaming.streams import GENERAL_AS, TASK_AS, Group, tokens_of
 from streamer.streaming.turns import Turns
 from streamer.streaming.values import Job
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 
 if TYPE_CHECKING:
-    from streamer.evaluation.sequences import TextSequences
-
-GENERAL_AS, TASK_AS = 0, 1
-"""Variants that general and task text run as: the base, and base + adapter."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Sequences of one length that run together.
-
-    Attributes
-    ----------
-    variant
-        `GENERAL_AS` or `TASK_AS`.
-    on_read
-        Called before each parameter is read.
-    """
-
-    text: TextSequences
-    variant: int
-    on_read: Callable[[RunTimeTensor], None]
-
-
-class Matrix(Protocol):
-    """A matrix whose inputs are collected: an adapter's target, or one of the base."""
-
-    @property
-    def tensor(self) -> str:
-        """Name that no other matrix has."""
-
-
-M = TypeVar("M", bound=Matrix)
-
-Complete = Callable[[list[M], Mapping[int, Moments]], None]
-"""Takes matrices that have the same inputs, and the moments of these, means over the tokens of each text, by the variant that it runs as.
-They may be read until it returns."""
+    pass
 
 
 class CollectingModel(LoadedModel):
@@ -99,7 +62,7 @@ class CollectingModel(LoadedModel):
         variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
         super().__init__(Job(plan, variants, None, rounds_products=rounds_products), together=1)
         self.setting = Setting(self.values, CoefficientDeltas(plan, None), self.batch)
-        self._collected = Collected[Any](self.setting, Spool(directory), strict)
+        self._collected = Collected[Any](Spool(directory), strict)
         self._turns: Turns | None = None
         for _, module, own in self.modules:
             for name, tensor in own.items():
@@ -129,26 +92,35 @@ class CollectingModel(LoadedModel):
         NumericError
             If an input is NaN or Inf.
         """
-        self.setting.deltas.coefficients = None
+        tokens, path = tokens_of(groups), self.job.plan.base.path
+        try:
+            self._run_groups(groups, lambda: self._collected.hand_on(complete, tokens, path))
+        finally:
+            self._collected.spool.close()
+
+    def _run_groups(self, groups: Sequence[Group], between: Callable[[], None]) -> None:
+        """Run groups by turns; `between` is called each time that all have come as far."""
         self._turns = Turns([partial(self._run_group, group) for group in groups])
         self.batch.vocabulary = 0, 1
-        path, tokens = self.job.plan.base.path, dict[int, int]()
-        for group in groups:
-            tokens[group.variant] = tokens.get(group.variant, 0) + sum(map(len, group.text.ids))
 
         def begin(number: int) -> None:
             give_freed_memory_back()  # of the turn before, whose thread would keep it
-            group = groups[number]
-            self.setting.variant, self.batch.on_read = group.variant, group.on_read
-            self.batch.sequences, self.batch.length = len(group.text.ids), group.text.longest
+            self._begin(number, groups[number])
 
         try:
-            with quiet_transformers(), refused_errors(path, self._model):
-                self._turns.run(begin, lambda: self._collected.hand_on(complete, tokens, path))
+            with quiet_transformers(), refused_errors(self.job.plan.base.path, self._model):
+                self._turns.run(begin, between)
         finally:
             self.batch.vocabulary, self._turns = None, None
-            self.setting.deltas.spool.close()
-            self._collected.spool.close()
+
+    def _begin(self, number: int, group: Group) -> None:
+        """Set what a group's turn runs as."""
+        self._collected.stream, self.setting.variant = (
+            group.stream,
+            GENERAL_AS if group.stream == GENERAL_AS else TASK_AS,
+        )
+        self.batch.on_read = group.on_read
+        self.batch.sequences, self.batch.length = len(group.text.ids), group.text.longest
 
     def _run_group(self, group: Group) -> None:
         ids, _ = group.text.padded(group.text.longest)
@@ -200,78 +172,6 @@ class InputModel(CollectingModel):
             )
         self.unseen = sorted({t.tensor for t in self.job.plan.targets} - self._collected.complete)
         self.check_all_used()
-
-
-@dataclass
-class Collected(Generic[M]):
-    """Inputs that are being collected, by the first matrix that has them, and variant; `whole` are matrices that were read whole."""
-
-    setting: Setting
-    spool: Spool
-    strict: bool
-    inputs: dict[str, dict[int, Inputs]] = field(default_factory=dict)
-    matrices: dict[str, list[M]] = field(default_factory=dict)
-    complete: set[str] = field(default_factory=set)
-    whole: set[str] = field(default_factory=set)
-    repeated: set[str] = field(default_factory=set)
-    _first: dict[str, str] = field(default_factory=dict)
-    _latest: list[tuple[Tensor, str]] = field(default_factory=list)
-
-    def take(self, matrix: M, x: Tensor) -> None:
-        """Take inputs (t, n) of a matrix; those that another matrix had just now are not counted again."""
-        if len(x) == 0:  # of an expert that no token is routed to
-            return
-        first = next((name for seen, name in self._latest if _same(seen, x)), None)
-        if first is None:
-            first = matrix.tensor
-            self._latest.append((x, first))
-            self._of(first).add(x)
-        self._join(matrix, first)
-
-    def take_ids(self, matrix: M, ids: Tensor, size: int) -> None:
-        """Take one-hot inputs, of `size` that there are."""
-        self._of(matrix.tensor).count(ids, size)
-        self._join(matrix, matrix.tensor)
-
-    def forget_inputs(self) -> None:
-        """Let go of the inputs by which modules that share them are told."""
-        self._latest.clear()
-
-    def hand_on(self, complete: Complete[M], tokens: Mapping[int, int], path: object) -> None:
-        """Hand on the moments of all inputs that have been collected, and drop these."""
-        for first in list(self.inputs):
-            give_freed_memory_back()  # of layers, and of the inputs before
-            own, matrices = self.inputs.pop(first), self.matrices.pop(first)
-            if not all(math.isfinite(inputs.squares) for inputs in own.values()):
-                raise NumericError(f"{path}: the inputs of {matrices[0].tensor!r} are NaN or Inf on the texts")
-            if own.keys() == tokens.keys() and all(inputs.squares for inputs in own.values()):
-                complete(matrices, {variant: inputs.moments(tokens[variant]) for variant, inputs in own.items()})
-                self.complete.update(matrix.tensor for matrix in matrices)
-        self.spool.clear()
-
-    def _of(self, name: str) -> Inputs:
-        return self.inputs.setdefault(name, {}).setdefault(self.setting.variant, Inputs(self.spool))
-
-    def _join(self, matrix: M, first: str) -> None:
-        tensor = matrix.tensor
-        if tensor in self.complete or self._first.setdefault(tensor, first) != first:
-            if self.strict:
-                raise UnsupportedError(
-                    f"{tensor!r}: its module runs in several layers, or shares its inputs in some runs only, which the fit by inputs does "
-                    "not do; pass --grain direction"
-                )
-            self.repeated.add(tensor)
-        known = self.matrices.setdefault(first, [])
-        if all(one.tensor != tensor for one in known):
-            known.append(matrix)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Test whether two tensors are the same values in memory; the first is held, so that its memory is not used again."""
-    return (
-        one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
-        and one._version == other._version
-    )  # fmt: skip
 
 
 class CollectingReader(DifferentiableReader, Generic[M]):

@@ -21,11 +21,13 @@ class Inputs:
         self.spool, self.places = spool, list[Spooled]()
         self.squares = 0.0
         """Sum of the squares of all inputs."""
+        self.rows = 0
         self.counts: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Add inputs (t, n)."""
         self.places += [self.spool.write([x[i : i + ROWS]]) for i in range(0, len(x), ROWS)]
+        self.rows += len(x)
         self.squares += float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
     def count(self, ids: Tensor, size: int) -> None:
@@ -38,6 +40,10 @@ class Inputs:
         """Return their moments as means over so many tokens, which may be read as long as the spool holds the inputs."""
         if self.counts is not None:
             return OneHotMoments(self.counts / tokens)
+        return self.row_moments(tokens)
+
+    def row_moments(self, tokens: int) -> RowMoments:
+        """Return those of inputs that are not one-hot."""
         return RowMoments(self.places[0].shapes[0][1], tokens, self.squares / tokens, self._read)
 
     def _read(self) -> Iterator[Tensor]:

@@ -20,7 +20,8 @@ from streamer.errors import MismatchError, NumericError
 from streamer.events import Event
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_plan
-from streamer.streaming.inputs import GENERAL_AS, TASK_AS, Group, InputModel
+from streamer.streaming.inputs import InputModel
+from streamer.streaming.streams import GENERAL_AS, TASK_AS, Group
 
 
 @pytest.fixture(scope="module")

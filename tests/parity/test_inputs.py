@@ -20,7 +20,8 @@ from streamer.linalg.second_moments import OneHotMoments
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_plan
 from streamer.plan.targets import Target
-from streamer.streaming.inputs import GENERAL_AS, TASK_AS, Group, InputModel
+from streamer.streaming.inputs import InputModel
+from streamer.streaming.streams import GENERAL_AS, TASK_AS, Group
 
 ARCHITECTURES = [
     "llama",

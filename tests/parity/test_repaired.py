@@ -24,7 +24,8 @@ from streamer.methods.coefficients import Coefficients
 from streamer.methods.factors import FactorSet
 from streamer.plan.plan import make_plan
 from streamer.plan.targets import Target
-from streamer.streaming.inputs import GENERAL_AS, TASK_AS, Group, InputModel
+from streamer.streaming.inputs import InputModel
+from streamer.streaming.streams import GENERAL_AS, TASK_AS, Group
 
 MU = 0.6
 TOKENS = 24, 16
