@@ -55,7 +55,17 @@ class CorrectedModel(InputModel):
     @property
     def corrects(self) -> bool:
         """Test whether there is a layer whose matrices would be replaced."""
-        return any(self._collected.rounds[1:])
+        return any(self._replaceable)
+
+    @property
+    def _replaceable(self) -> list[list[list[Target]]]:
+        """List for each layer the targets by the inputs that they have in common; experts are given other tokens once routers change.
+
+        What ran before the first layer came with the first round.
+        """
+        return [
+            [own for own in one if all(t.module.form != "expert" for t in own)] for one in self._collected.rounds[1:]
+        ]
 
     def correct(self, groups: Sequence[Group], rights: Mapping[str, Tensor], replace: Replace) -> None:
         """Run all groups, of each of the `STREAMS`, and have those matrices replaced whose inputs all tokens brought.
@@ -72,10 +82,7 @@ class CorrectedModel(InputModel):
         """
         before, corrected = self.setting.deltas, FactorDeltas(self.job.plan, rights)
         layers, spool = layer_modules(self._model).values(), Spool(self.directory)
-        # What ran before the first layer came with the first round.
-        self._layers = by_layer = _LayerByLayer(
-            self._collected.rounds[1:], tokens_of(groups), spool, replace, self._pause
-        )
+        self._layers = by_layer = _LayerByLayer(self._replaceable, tokens_of(groups), spool, replace, self._pause)
         self._deltas = before, corrected
         self._collected.instead = by_layer.take
         for layer in layers:

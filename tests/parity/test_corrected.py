@@ -97,6 +97,7 @@ def given(model: Any, texts: torch.Tensor) -> dict[str, np.ndarray]:
             else pytest.mark.long,
         )
         for name in CAUSAL
+        if name != "xglm"  # whose own code does not run in float64
     ],
 )
 def test_each_layer_is_fitted_to_what_those_before_it_make(name: str, memory: int, tmp_path: Path) -> None:
