@@ -16,8 +16,8 @@ states in a file. With --threads 1 the processor seconds are those of the work i
 Projection, of a Llama. The second pass' seconds as they grow with what they depend on: products and the rest with tokens and the layers'
 weights, reading with chunks and weights, the head with its own. The text is --tokens long, which go in chunks of `fitting.memory.ROWS`.
 
-A fit by inputs collects the inputs of --tokens, half of either text, and solves. Its seconds for a whole model are those here times layers,
-if one that is known has the same widths. Measuring is left out, as it is of the gradient's.
+A fit by inputs collects the inputs of --tokens, half of either text, solves, and corrects one set. Its seconds for a whole model are
+those here times layers, if one that is known has the same widths. Measuring is left out, as it is of the gradient's.
 
 On paper, for one GPU. Multiplications of a pass, of layers three times (forward, again, backward), of the head four times (for the sum over
 the vocabulary, for the gradient, the reference's, backward), at --tflops; and the weights read for each at --read GB/s; whichever is
@@ -37,7 +37,7 @@ from typing import Any
 import make_checkpoint
 import numpy as np
 from measure import machine, size_of, watched
-from profile_fit import COLLECTING, HEAD, PRODUCTS, READING, SOFTMAX, SOLVING
+from profile_fit import COLLECTING, CORRECTED, CORRECTING, HEAD, PRODUCTS, READING, SOFTMAX, SOLVING
 from shapes import KNOWN, Known, Mixture
 
 from streamer.fitting.memory import ROWS
@@ -111,10 +111,13 @@ def project(args: argparse.Namespace, run: dict[str, Any], model: Known) -> dict
 
 
 def project_inputs(run: dict[str, Any], model: Known) -> dict[str, float]:
-    """Seconds of collecting and solving for all layers of the known model that this has the widths of."""
+    """Seconds of collecting, solving and one correction for all layers of the known model that this has the widths of."""
     whole = next((k for k in KNOWN.values() if (k.hidden, k.intermediate) == (model.hidden, model.intermediate)), model)
     stages, times = run["passes"][0]["stages"], whole.layers / model.layers
-    return {kind: times * sum(stages[stage][kind] for stage in (COLLECTING, SOLVING)) for kind in SECONDS}
+    return {
+        kind: times * sum(stages[stage][kind] for stage in (COLLECTING, SOLVING, CORRECTING, CORRECTED))
+        for kind in SECONDS
+    }
 
 
 def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -162,7 +165,9 @@ def table(tree: dict[str, Any]) -> str:
             f"{gpu['seconds'] / 60:.1f} min with a GPU of {tree['tflops']:g} TFLOP/s, weights read at {tree['read']:g} GB/s"
         )
     if "projected_inputs" in tree:
-        lines.append(f"all layers, collecting and solving: {tree['projected_inputs']['cpu'] / 3600:.1f} CPU h")
+        lines.append(
+            f"all layers, collecting, solving and one correction: {tree['projected_inputs']['cpu'] / 3600:.1f} CPU h"
+        )
     return "\n".join(lines)
 
 

@@ -26,6 +26,7 @@ HEAD = "head: "
 
 START = "start"
 COLLECTING, SOLVING = "running layers, inputs to a file", "solving"
+CORRECTING, CORRECTED = "running layers as they are corrected", "solving for corrections"
 HELD = 2
 """Sequences of each text that a fit by inputs holds apart here."""
 PRODUCTS, READING, LOW_RANK, FACTORS, ATTENTION, SPOOL, SOFTMAX, REST = (
@@ -124,7 +125,7 @@ def timed(function: Callable[..., Any], spent: dict[str, list[float]], stage: st
 def inputs_passes(
     request: dict[str, Any], spent: dict[str, list[float]], plan: Any, text: Any
 ) -> tuple[list[Callable[[], Any]], int]:
-    """The pass of a fit by inputs that collects them and solves, and the estimate of its memory."""
+    """The passes of a fit by inputs that collect them and solve, and that correct one set, and the estimate of their memory."""
     import numpy as np
     import torch
 
@@ -133,11 +134,13 @@ def inputs_passes(
     from streamer.fitting import inputs
     from streamer.fitting.options import FitOptions
     from streamer.fitting.prepare import prepare_fit
-    from streamer.streaming.inputs import InputModel
+    from streamer.streaming.corrected import CorrectedModel
     from streamer.streaming.spool import Spool
 
     inputs.answers = timed(inputs.answers, spent, SOLVING)
-    InputModel.collect = timed(InputModel.collect, spent, COLLECTING)  # type: ignore[method-assign]  # a clock around it
+    inputs.corrected = timed(inputs.corrected, spent, CORRECTED)
+    CorrectedModel.collect = timed(CorrectedModel.collect, spent, COLLECTING)  # type: ignore[method-assign]  # a clock around it
+    CorrectedModel.correct = timed(CorrectedModel.correct, spent, CORRECTING)  # type: ignore[method-assign]  # a clock around it
     length, directory = text.longest, Path(request["directory"])
     count = request["tokens"] // (2 * length) + HELD
     paths, rng = {name: directory / f"{name}.npy" for name in ("general", "task")}, np.random.default_rng(0)
@@ -148,7 +151,14 @@ def inputs_passes(
         plan.base.path, plan.adapter.path, paths, options, request["max_memory"], RunOptions(torch.device("cpu"))
     )
     run = inputs.InputsRun(prepared, Records(), directory)
-    return [lambda: run._solved(Spool(directory))], prepared._inputs_bytes(prepared.rows_of_inputs)
+    run._measure_new = lambda variants: None  # type: ignore[method-assign]  # measuring is left out
+
+    def solve_and_correct() -> None:
+        model, spool = CorrectedModel(plan, directory=directory), Spool(directory)
+        points, _ = run._solved(model, spool)
+        run._correct(model, spool, points[3], points[3].weight)
+
+    return [solve_and_correct], prepared._inputs_bytes(prepared.rows_of_inputs)
 
 
 def profile(request: dict[str, Any]) -> dict[str, Any]:
@@ -190,8 +200,12 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
             if name != START
         }
         if spent:  # solving is within collecting, and both are of threads that the clocks do not count
-            (a, b), (c, d) = spent[COLLECTING], spent[SOLVING]
-            times = {COLLECTING: (a - c, b - d), SOLVING: (c, d), REST: (seconds[0] - a, seconds[1] - b)}
+            times, rest = dict[str, tuple[float, float]](), seconds
+            for running, solving in ((COLLECTING, SOLVING), (CORRECTING, CORRECTED)):
+                (a, b), (c, d) = spent[running], spent[solving]
+                times |= {running: (a - c, b - d), solving: (c, d)}
+                rest = rest[0] - a, rest[1] - b
+            times[REST] = rest
             stages = {name: {"wall": wall, "cpu": cpu} for name, (wall, cpu) in times.items()}
         out["passes"].append({"wall": seconds[0], "cpu": seconds[1], "stages": stages})
     return out

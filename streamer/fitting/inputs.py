@@ -176,17 +176,16 @@ class InputsRun(DividedFit):
 
         def replace(targets: Sequence[Target], moments: Mapping[int, RowMoments]) -> None:
             self.monitor.checkpoint()
-            own = [
-                WeightDelta(delta.L, delta.R, partial(through, plan, target))
-                for target in targets
-                for delta in [factors_of(plan, target)]
-            ]
+            pairs = [(t, delta) for t in targets if not (delta := factors_of(plan, t)).is_zero()]
+            if not pairs:
+                return
+            own = [WeightDelta(delta.L, delta.R, partial(through, plan, t)) for t, delta in pairs]
             task, general = (
                 InputPair(moments[a], moments[b])
                 for a, b in ((TASK_AS, TASK_CORRECTED), (GENERAL_AS, GENERAL_CORRECTED))
             )
             rights = corrected(own, task, general, weight, self.prepared.matrices_bytes)
-            for target, right in zip(targets, rights or (), strict=rights is not None):
+            for (target, _), right in zip(pairs, rights or (), strict=rights is not None):
                 places[target.tensor] = [spool.write([right.to(torch.float32)])]
 
         groups = groups_of(

@@ -51,7 +51,7 @@ def test_a_fit_by_inputs_is_measured(tmp_path: Path) -> None:
     tree = json.loads(done.stdout)
     found, one = tree["model"]["inputs"], tree["model"]["inputs"]["passes"][0]
     assert 50e6 < found["anonymous"] < found["estimate"] < 1000 << 20
-    spent = sum(one["stages"][stage]["cpu"] for stage in (p.COLLECTING, p.SOLVING))
+    spent = sum(one["stages"][stage]["cpu"] for stage in (p.COLLECTING, p.SOLVING, p.CORRECTING, p.CORRECTED))
     assert 0 < spent < one["cpu"]
     assert tree["projected_inputs"]["cpu"] == pytest.approx(spent)
     assert "solving" in bench_fit.table(tree)
