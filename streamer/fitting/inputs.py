@@ -68,6 +68,7 @@ class InputsRun(DividedFit):
         super().__init__(prepared, records)
         self.directory = directory
         self.raised: list[str] = []
+        self.uncorrected: set[str] = set()
         self._requests = 0
         self._rows: dict[str, Mapping[str, SequenceSums]] = {}
 
@@ -92,13 +93,21 @@ class InputsRun(DividedFit):
                     (keep, self._corrected(model, spool, keep, point)) for keep, point in self._interpolated(points)
                 ]
                 self.progress.finish()
-                sets = [FoundSet(keep, point.weight, RegMean.name) for keep, point in found]
+                sets = [FoundSet(keep, point.weight, RegMean.name, None, point.corrected) for keep, point in found]
                 names = [*(one.name for one in baseline), *(point.name for _, point in found)]
                 facts = {
-                    **prepared.facts, "ridge": RIDGE, "raised": self.raised, "unseen": unseen, **of_adapter,
+                    **prepared.facts, "ridge": RIDGE, "raised": self.raised, "unseen": unseen,
+                    "uncorrected": sorted(self.uncorrected), **of_adapter,
                     **scaling_facts(prepared.scaling, lambda name: self._sums([name])),
                     "sets": set_facts(*self._sums(names), sets),
                 }  # fmt: skip
+                if self.uncorrected:
+                    count, first = counted(len(self.uncorrected), "matrix"), listed(map(repr, sorted(self.uncorrected)))
+                    self.monitor.warn(
+                        (
+                            f"a correction would have made {count} too large, {first}: they are as the first pass had them",
+                        )
+                    )
                 self.monitor.warn(misses(facts))
                 tensors = [target.tensor for target in plan.targets]
                 made = tuple(
@@ -185,7 +194,10 @@ class InputsRun(DividedFit):
                 for a, b in ((TASK_AS, TASK_CORRECTED), (GENERAL_AS, GENERAL_CORRECTED))
             )
             rights = corrected(own, task, general, weight, self.prepared.matrices_bytes)
-            for (target, _), right in zip(pairs, rights or (), strict=rights is not None):
+            if rights is None:
+                self.uncorrected.update(target.tensor for target, _ in pairs)
+                return
+            for (target, _), right in zip(pairs, rights, strict=True):
                 places[target.tensor] = [spool.write([right.to(torch.float32)])]
 
         groups = groups_of(

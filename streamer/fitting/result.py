@@ -89,6 +89,7 @@ class SetRecord(_Shares):
     exceeded: NotRequired[Annotated[bool, "Whether it keeps more, by more than 0.03; absent from files of earlier versions."]]
     mu: Annotated[Amount | None, "Weight of the task's text against the general one, of grain inputs of the general one against the "
         "task's; null with one coefficient, or if all are 0 or 1."]
+    corrected: NotRequired[Annotated[bool, "Of grain inputs: whether layers are fitted to what those before them make."]]
     trade: NotRequired[Annotated[TradeRecord, "What it gives up and regains; absent of earlier versions."]]
     coefficients: NotRequired[Annotated[_CoefficientFigures, "The coefficients in numbers, each counted once; absent of grain inputs."]]
     shrink: Annotated[FittedShrink | None, "The shrink of the whole adapter that keeps the same share, interpolated; null if it is one, or "
@@ -121,6 +122,8 @@ class FitFacts(TypedDict):
     ridge: NotRequired[Annotated[float, "Of grain inputs: share of the mean diagonal that is added to the task's second moments."]]
     raised: NotRequired[Annotated[list[str], "Of grain inputs: matrices for which the ridge was raised, the texts being short for them."]]
     unseen: NotRequired[Annotated[list[str], "Of grain inputs: matrices that no token came to, whose delta stays."]]
+    uncorrected: NotRequired[Annotated[list[str], "Of grain inputs: matrices that a correction would have made too large, and left as "
+        "the first pass had them."]]
 
 class AdapterFacts(TypedDict):
     """What the adapter as it is has learned and forgotten, on the sequences held apart."""
@@ -148,12 +151,13 @@ class FitRecord(FitFacts, AdapterFacts):
 
 @dataclass(frozen=True)
 class FoundSet:
-    """What was found for a share: the weight of one text against the other, the method, and coefficients if there are any."""
+    """What was found for a share: the weight of one text against the other, the method, and what it has of coefficients and corrections."""
 
     keep: float
     weight: float
     method: MethodName
     coefficients: Floats | None = None
+    corrected: bool | None = None
 
 
 def shrinks(count: int) -> list[Floats]:
@@ -231,6 +235,7 @@ def _set(one: FoundSet, variants: Sequence[EvaluatedVariant], general: SequenceS
         "missed": task.share(v).value < one.keep - MISSED,
         "exceeded": task.share(v).value > one.keep + EXCEEDED,
         "mu": one.weight if math.isfinite(one.weight) else None,
+        **({} if one.corrected is None else {"corrected": one.corrected}),
         "trade": Trade.of(general, task, v).record(variants[v].name),
         **_shares(general, task, v),
         **({} if theta is None else {"coefficients": {

@@ -62,18 +62,18 @@ class InputPair:
 def corrected(
     deltas: Sequence[WeightDelta], task: InputPair, general: InputPair, weight: float, memory: int
 ) -> list[Tensor] | None:
-    """Compute R' (n, r) of deltas with the same inputs, float64, for one weight μ; None if no ridge gives one that does not grow.
+    """Compute R' (n, r) of deltas with the same inputs, float64, for one weight μ; None if Δ' grows too much with every ridge.
 
     Parameters
     ----------
     memory
         Bytes that may be taken by matrices as large as C'; see `is_direct`.
     """
-    bases = [torch.linalg.qr(one.L.double()) for one in deltas]
+    bases = [_basis(one.L) for one in deltas]
     before = torch.cat([one.R.double() @ T.T for one, (_, T) in zip(deltas, bases, strict=True)], 1)
     P = torch.cat([one.through(Q) for one, (Q, _) in zip(deltas, bases, strict=True)], 1)
     wanted = task.cross(P + before, P).add_(general.cross(P, P), alpha=weight)
-    ranks = [one.R.shape[1] for one in deltas]
+    ranks = [len(T) for _, T in bases]
 
     def sizes(whole: Tensor) -> list[float]:
         return [float(torch.linalg.matrix_norm(one)) for one in torch.split(whole, ranks, 1)]
@@ -85,7 +85,15 @@ def corrected(
         found = system.solve(wanted + s * before, s, [weight], sizes)
         if found is not None and all(a <= b for a, b in zip(sizes(found[0]), most, strict=True)):
             changes = torch.split(found[0] - before, ranks, 1)
-            return [one.R.double() + change @ torch.linalg.pinv(T, rtol=LEAST).T
+            return [one.R.double() + change @ torch.linalg.pinv(T).T
                     for one, (_, T), change in zip(deltas, bases, changes, strict=True)]  # fmt: skip
         ridge *= RAISE
     return None
+
+
+def _basis(L: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor ``L ≈ Q T`` (m, k)(k, r) along the directions that are not below `LEAST`: Q orthonormal."""
+    Q, R = torch.linalg.qr(L.double())
+    U, S, Vh = torch.linalg.svd(R)
+    k = int((LEAST * S[0] < S).sum())
+    return Q @ U[:, :k], S[:k, None] * Vh[:k]
