@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from streamer.verification.mitigation import Mitigated
 from streamer.verification.result import NotRecomputed
 from streamer.verification.tensors import Array, Matrix
 
-DECADES = 43
-"""Orders of magnitude about the inverse of the largest eigenvalue in which ν is searched for."""
+DECADES = 100 / math.log(10)
+"""Orders of magnitude about the inverse of the largest eigenvalue in which ν is searched for; beyond them it is the last of them."""
 
 
 @dataclass(frozen=True)
@@ -132,5 +133,11 @@ def _gains(values: Array, rest: float, energies: Array, others: float, share: fl
         left = np.sum(energies / np.sqrt(1 + nu * values)) + others / np.sqrt(1 + nu * rest)
         return float(left / whole - share)
 
-    nu = 10 ** brentq(excess, -DECADES, DECADES, xtol=1e-14, rtol=1e-14) / scale
+    if excess(DECADES) > 0:
+        decade = DECADES
+    elif excess(-DECADES) < 0:
+        decade = -DECADES
+    else:
+        decade = brentq(excess, -DECADES, DECADES, xtol=1e-14, rtol=1e-14)
+    nu = 10**decade / scale
     return (1 + nu * values) ** -0.25, float((1 + nu * rest) ** -0.25)
