@@ -30,6 +30,9 @@ LEAST = 2
 WEIGHTS = (0.05, 0.2, 0.6, 2.0, 6.0)
 """Each weight μ of the general text that is measured with grain ``inputs``; between neighbours Δ' is interpolated."""
 
+ALGORITHM = 2
+"""Number of the algorithm by which factors are fitted to inputs: another one makes another fit of the same inputs. 2 corrects."""
+
 CORRECTIONS = 2
 """Corrections of a share's factors, at two weights at most."""
 

@@ -28,7 +28,7 @@ from streamer.fitting.memory import (
     solving_bytes,
     states_bytes,
 )
-from streamer.fitting.options import CORRECTIONS, LEAST, WEIGHTS, Division, FitOptions, Grain, divide
+from streamer.fitting.options import ALGORITHM, CORRECTIONS, LEAST, WEIGHTS, Division, FitOptions, Grain, divide
 from streamer.fitting.parameters import Parameters, singular_values_of
 from streamer.linalg.regmean import DIRECT_BYTES
 from streamer.methods import UNCHANGED, Paper, make_method
@@ -281,7 +281,8 @@ class PreparedFit:
         }
         if self.findings is not None:
             tree |= {"findings": self.findings.decisions_digest(), "intruders": self.findings.intruders}
-        digest = self.plan.digest(**tree, options=options, max_memory=self.max_memory)
+        own = {"algorithm": ALGORITHM} if self.by_inputs else {}
+        digest = self.plan.digest(**tree, **own, options=options, max_memory=self.max_memory)
         return {"version": __version__, **tree, "plan": digest}
 
 

@@ -97,24 +97,25 @@ def load_coefficients(path: str | Path) -> Coefficients:
     if path.is_dir():
         raise FormatError(f"{path}: expected a file of coefficients, found a directory; name the file in it")
     file = TensorFile(path)
-    text = file.header.metadata.get(KEY)
+    text, schema = file.header.metadata.get(KEY), f"{SCHEMA} or {OF_FACTORS}"
     if text is None:
-        raise FormatError(f"{path}: expected coefficients ({SCHEMA} or {OF_FACTORS}), found {_kind(file)}")
+        raise FormatError(f"{path}: expected coefficients ({schema}), found {_kind(file)}")
     try:
         tree = strict_json(text.encode())
         if not isinstance(tree, dict) or tree.get("schema") not in (SCHEMA, OF_FACTORS):
-            raise ValueError(f"expected the schema {SCHEMA} or {OF_FACTORS}")
+            raise ValueError(f"expected the schema {schema}")
+        schema = tree["schema"]
         keeps = tree["keeps"]
         if not (isinstance(keeps, list) and keeps and all(map(_is_share, keeps)) and _all_differ(keeps)):
             raise ValueError("keeps are not different shares in (0, 1]")
         arrays = {info.name: _array(file, info) for info in file.header.tensors}
-        made = _factor_sets if tree["schema"] == OF_FACTORS else _coefficient_sets
+        made = _factor_sets if schema == OF_FACTORS else _coefficient_sets
         sets = made(arrays, [float(keep) for keep in keeps])
         if tree["sha256"] != _digest(arrays):
             raise ValueError("the arrays differ from their digest")
     except (KeyError, TypeError, ValueError) as e:
         says = f"lacks {e}" if isinstance(e, KeyError) else str(e)
-        raise FormatError(f"{path}: coefficients are not as {SCHEMA} has them ({says}); fit them again") from e
+        raise FormatError(f"{path}: coefficients are not as {schema} has them ({says}); fit them again") from e
     return Coefficients(sets, {key: value for key, value in tree.items() if key not in OWN}, path)
 
 

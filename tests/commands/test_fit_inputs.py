@@ -16,7 +16,7 @@ from learned import make_learned
 from safetensors.torch import load_file, save_file
 
 import streamer
-from streamer.errors import MismatchError, NumericError
+from streamer.errors import FormatError, MismatchError, NumericError, OutputExistsError
 from streamer.events import Event
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_plan
@@ -63,6 +63,26 @@ def test_a_short_text_is_told(home: Path) -> None:
         )
         for one in warned
     )
+
+
+def test_a_file_of_another_algorithm_or_a_damaged_one_is_not_this_fit(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "f.safetensors"
+
+    def fit() -> streamer.Coefficients:
+        return streamer.fit_coefficients(home / "base", home / "adapter", path, general=home / "general.npy", task=home / "task.npy",
+                                         sequences=24, on_event=lambda event: None)  # fmt: skip
+
+    with monkeypatch.context() as other:
+        other.setattr("streamer.fitting.prepare.ALGORITHM", 1)
+        assert fit().facts == fit().facts
+    with pytest.raises(OutputExistsError, match="holds coefficients of other inputs or options"):
+        fit()
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(FormatError, match=r"coefficients are not as streamer\.coefficients/2 has them"):
+        streamer.load_coefficients(path)
 
 
 def test_inputs_that_are_not_finite_are_told_by_module(home: Path, tmp_path: Path) -> None:
