@@ -19,6 +19,7 @@ from streamer.api.writing import OutputRequest
 from streamer.errors import OutputExistsError, UnsupportedError, UsageError
 from streamer.evaluation.evaluation import GENERAL, TASK
 from streamer.evaluation.evaluation_records import ReliableRecord
+from streamer.evaluation.statistics import Estimate
 from streamer.events import Monitor
 from streamer.fitting.options import FitOptions
 from streamer.json_types import Count, State
@@ -165,7 +166,8 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
     shrink = one["shrink"]
     if not found.facts["forgotten"]:
         return "adapter", "the adapter as it is: there is no evidence that it forgets", UNCHANGED
-    if not _is_worth_it(one):
+    held = [found.facts["texts"][text]["held"]["sequences"] for text in (GENERAL, TASK)]
+    if not _is_worth_it(one, min(held)):
         trade = one["trade"]
         return "adapter", (
             f"the adapter as it is: {trade['name']} regains {trade['regained']:.4f} ± {trade['regained_se']:.4f} nats a token on general "
@@ -186,14 +188,21 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
     return "shrink", why, Shrink(lam)
 
 
-def _is_worth_it(one: Mapping[str, Any]) -> bool:
-    """Test whether a set, or the shrink that keeps as much, regains enough for what it gives up; see `Trade`."""
+def _is_worth_it(one: Mapping[str, Any], sequences: int) -> bool:
+    """Test whether a set, or the shrink that keeps as much, regains enough for what it gives up; see `Trade`.
+
+    Parameters
+    ----------
+    sequences
+        Held apart of the text that has fewer.
+    """
     trade, shrink = one.get("trade"), one["shrink"]
     if trade is None or trade["worth_it"] or shrink is None:  # a file of an earlier version does not say
         return trade is None or bool(trade["worth_it"])
     # The shrink gives up as much, and regains more by what the set's loss is above its.
     more = trade["regained"] + shrink["loss"] - trade["worth"] * trade["given_up"]
-    return bool(more > 2 * math.hypot(trade["regained_se"], shrink["loss_se"], trade["worth"] * trade["given_up_se"]))
+    error = math.hypot(trade["regained_se"], shrink["loss_se"], trade["worth"] * trade["given_up_se"])
+    return Estimate(more, error, sequences).is_positive
 
 
 def _rows(found: Coefficients) -> list[RepairRow]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple[str, str], screen: Screen) -> str:
-    """Format the models that were measured, the choice, and the command that checks the output.
+    """Format the models that were measured, the choice, and the command that measures the output unless it is the adapter as it is.
 
     Parameters
     ----------
@@ -36,7 +36,13 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
         Column("KL", shares("divergence"), "its divergence from the base; 100% is the adapter's", 5),
     ]  # fmt: skip
     more = "".join(f" {word}" for word in input_options(written))
-    words = shlex.join([*inputs, "--general", "TEXT", "--task", "TEXT", "-o", "FILE", "--coefficients", record["fit"]])
+    words = shlex.join([*inputs, "--general", "TEXT", "--task", "TEXT", "-o", "FILE"])
+    what = {
+        "repair": f"--coefficients {shlex.quote(record['fit'])}",
+        "shrink": f"--method shrink --lambda {written['lambda']}",
+        "adapter": "",
+    }[record["chosen"]]
+    then = [f"next, on text that nothing was trained or fitted on: streamer evaluate {words} {what}{more}"]
     told = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "forgetting": reliable["forgetting"]}
     hidden = [name for name, fine in told.items() if not fine]
     none = "the findings have no intruder: scaling them changes nothing, and was not measured"
@@ -48,6 +54,6 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
             for name in hidden
         ),
         *record_lines(written, stood(record["output"], record["state"])),
-        f"next, on text that nothing was trained or fitted on: streamer evaluate {words}{more}",
+        *(then if what else []),
     ]
     return "\n\n".join([table(columns, screen), "\n".join(fit(line, screen.width) for line in lines)])

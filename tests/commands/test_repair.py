@@ -138,6 +138,13 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     shown = server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out)
     assert [line.split()[0] for line in shown.out.splitlines()[2:5]] == ["adapter", "shrink", "regmean"]
     assert shown.out.splitlines()[0].split() == ["model", "kept", "top-1", "kept", "forgetting", "KL"]
+    what = {
+        "repair": f"--coefficients {tree['fit']}",
+        "shrink": f"--method shrink --lambda {record['lambda']}",
+        "adapter": "",
+    }
+    then = [line for line in shown.out.splitlines() if line.startswith("next, on text that nothing was")]
+    assert [line.partition("-o FILE ")[2] for line in then] == [what[tree["chosen"]]] * (tree["chosen"] != "adapter")
     more = ["--coefficients", tree["fit"]] if tree["chosen"] == "repair" else []
     assert server.run("verify", out, home / "base", home / "adapter", *more).code == 0
     if not more:

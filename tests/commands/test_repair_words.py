@@ -15,6 +15,8 @@ from test_schemas import check
 
 import streamer
 from streamer.api import repair
+from streamer.cli.repair_table import repair_table
+from streamer.cli.tables import NO_LIMIT
 from streamer.evaluation.sequences import TextSequences
 from streamer.fitting.options import FitOptions, divide
 
@@ -81,6 +83,53 @@ def test_a_trade_that_is_not_worth_it_is_not_made(fitted: Path) -> None:
                 "the adapter as it is: regmean 0.9 regains 0.0007 ± 0.0001 nats a token on general text and gives up 0.0170 ± 0.0020 on "
                 "the task's; what is written regains over 0.5 of what it gives up, by two errors"
             )
+
+
+def test_few_sequences_take_more_errors_to_tell(fitted: Path) -> None:
+    """The shrink regains three errors more than it must: enough of many sequences, not of four, of which it takes 3.2."""
+    found = streamer.load_coefficients(fitted)
+    first: Any = found.facts["sets"][0]
+    trade = {
+        **first["trade"],
+        "regained": 0.0,
+        "regained_se": 0.0,
+        "given_up": 0.0,
+        "given_up_se": 0.0,
+        "worth_it": False,
+    }
+    one = {
+        **first,
+        "trade": trade,
+        "shrink": {**first["shrink"], "verdict": "worse", "loss": 0.03, "loss_se": 0.01, "lambda": 0.5},
+    }
+    for sequences, chosen in ((64, "shrink"), (4, "adapter")):
+        texts = {name: {"held": {"sequences": count}} for name, count in (("general", 64), ("task", sequences))}
+        facts = {**found.facts, "forgotten": True, "sets": [one], "texts": texts}
+        assert repair._choice(streamer.Coefficients(found.sets[:1], facts))[0] == chosen
+
+
+def test_the_command_that_follows_measures_what_was_written(home: Path, tmp_path: Path) -> None:
+    row: Any = {
+        "what": "repair",
+        "name": "regmean 0.9",
+        "kept": 0.9,
+        "top1_kept": 0.8,
+        "forgetting": 0.2,
+        "divergence": 0.1,
+    }
+    record: Any = {
+        "schema": "streamer.repair/1", "why": "", "rows": [row], "intruders": None, "fit": "o.fit.safetensors", "output": "o",
+        "reliable": {"kept": True, "forgetting": True, "top1_kept": True}, "state": "written",
+    }  # fmt: skip
+    written = streamer.reduce_intruder_dimension(
+        home / "base", home / "adapter", tmp_path / "o", method="shrink", mitigation_lambda=0.8125
+    )
+    for chosen, ends in (
+        ("repair", "-o FILE --coefficients o.fit.safetensors"), ("shrink", "-o FILE --method shrink --lambda 0.8125"), ("adapter", None),
+    ):  # fmt: skip
+        shown = repair_table({**record, "chosen": chosen}, written, ("BASE", "ADAPTER"), NO_LIMIT).splitlines()
+        assert [line for line in shown if "streamer evaluate" in line] == [line for line in shown[-1:] if ends]
+        assert ends is None or shown[-1].endswith(ends)
 
 
 @pytest.mark.parametrize("grain", ["inputs", "matrix"])
