@@ -3,7 +3,7 @@
 One pass collects inputs and solves for a grid of weights, which are measured; each share is interpolated between them. Then, at the weight
 of each share, the model runs once more, in which each layer's factors are fitted to the inputs that the layers before it make with theirs.
 
-A killed run repeats the pass that collects, which gives the same values; what was measured is in the journal.
+A killed run repeats the pass that collects, and those that correct, which give the same values; what was measured is in the journal.
 """
 
 from __future__ import annotations

@@ -68,12 +68,12 @@ def answers(
     Returns
     -------
     right, ridge
-        R' of each delta for each μ, float64; and ε, which is raised until no delta grows.
+        R' of each delta for each μ, float64; and ε, which is raised until no delta grows beyond `GROWTH` times its norm.
 
     Raises
     ------
     NumericError
-        If no ridge gives a solution that is exact, and deltas that do not grow.
+        If no ridge gives a solution that is exact, and deltas that do not grow beyond that.
     """
     ranks = [R.shape[1] for _, R in factors]
     whole = torch.cat([R.double() for _, R in factors], 1)

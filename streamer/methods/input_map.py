@@ -44,7 +44,7 @@ class MappedInput:
     names
         Of these matrices, as `Target.tensor` has them; the first one's is the entry's own.
     tokens
-        Tokens of the text that reached them.
+        Tokens of the text, over which C is a mean; of an expert's inputs not all of them reached it.
     size
         n.
     trace

@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import os
-from typing import IO
+from typing import IO, Any
 
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY}
 """Errors by which a file system says that it has no such call."""
@@ -90,6 +91,11 @@ def affinity_cores() -> int:
 
 def give_freed_memory_back() -> None:
     """Give memory that was freed, of all threads, back to the system, if the allocator is one that keeps it and can be told (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
+    if (trim := _malloc_trim()) is not None:
         trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    """Find glibc's function; None elsewhere."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,6 @@ from streamer.streaming.streams import GENERAL_AS, TASK_AS, Group, tokens_of
 from streamer.streaming.turns import Turns
 from streamer.streaming.values import Job
 from streamer.streaming.variants import ADAPTER, BASE, Variant
-
-if TYPE_CHECKING:
-    pass
 
 
 class CollectingModel(LoadedModel):
