@@ -96,7 +96,7 @@ BUDGET = {
     "linalg": 1_160,
     "peft": 800,
     "remote": 640,
-    "api": 1_770,
+    "api": 1_775,
     "forecast": 460,
     "methods": 850,
     ".": 310,
