@@ -40,7 +40,7 @@ class RepairRow(TypedDict):
         "that scales intruders (if findings with any were given), or the repair."]
     name: Annotated[str, "Its method, with its lambda or its share."]
     kept: Annotated[float, "Share of what was learned that it keeps."]
-    top1_kept: Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined."]
+    top1_kept: Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined, or not measured."]
     forgetting: Annotated[float, "Share of what was forgotten that it leaves."]
     divergence: Annotated[float, "Its divergence from the base on general text, as a share of the adapter's."]
 
@@ -208,7 +208,7 @@ def _is_worth_it(one: Mapping[str, Any], sequences: int) -> bool:
 def _rows(found: Coefficients) -> list[RepairRow]:
     facts, shares = found.facts, ("kept", "top1_kept", "forgetting", "divergence")
     (one,) = facts["sets"]
-    measured: list[tuple[str, str, Mapping[str, Any]]] = [("adapter", "adapter", dict.fromkeys(shares, 1.0))]
+    measured: list[tuple[str, str, Mapping[str, Any]]] = [("adapter", "adapter", dict.fromkeys(one, 1.0))]
     if (shrink := one["shrink"]) is not None:
         measured.append(("shrink", f"shrink {shrink['lambda']:.3f}", {**shrink, "kept": one["kept"]}))
     if (scaling := facts.get("scaling")) is not None:

@@ -30,7 +30,7 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
         Column("kept", [_share(one, "kept", reliable) for one in sets],
                "fall of the task's loss below the base's; 100% is the adapter's", keep=8),
         Column("top-1 kept", [_share(one, "top1_kept", reliable) for one in sets],
-               "rise of the task's tokens that are found likeliest above the base's; 100% is the adapter's", keep=5),
+               "gain in top-1 on the task's text; 100% is the adapter's", keep=5),
         Column("forgetting", [_share(one, "forgetting", reliable) for one in sets],
                "rise of the general loss above the base's; 100% is the adapter's", keep=7),
         Column("KL", [_share(one, "divergence", reliable) for one in sets], "its divergence from the base; 100% is the adapter's", keep=6),
@@ -52,12 +52,12 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
 def unreliable(facts: Mapping[str, Any]) -> list[str]:
     """Say which shares are not shown, and why."""
     return [
-        f"{share} is not shown: {what}, {facts[of]:.4f} ± {facts[f'{of}_se']:.4f} a token, is small beside its error; more text may show "
-        "more"
+        f"{share} is not shown: the adapter {what} by {facts[of]:.4f} ± {facts[f'{of}_se']:.4f}, too little to measure on this text; "
+        "more text may help"
         for share, what, of in (
-            ("kept", "the fall of the task's loss by the adapter", "learning"),
-            ("top-1 kept", "the rise of the task's tokens that are found likeliest", "top1_gain"),
-            ("forgetting", "the rise of the general loss by the adapter", "forgetting"),
+            ("kept", "lowers the task's loss", "learning"),
+            ("top-1 kept", "raises top-1 on the task's text", "top1_gain"),
+            ("forgetting", "raises the general loss", "forgetting"),
         )
         if not facts.get("reliable", {}).get(share.replace("top-1 ", "top1_"), True)
     ]
@@ -85,7 +85,7 @@ def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int | None, reliab
 
 
 def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say whether each set is better than the equal shrink, and which may not be worth what it gives up."""
+    """Say whether each set is better than the equal shrink, and which is probably not worth what it gives up."""
     words = {"better": "forgets less than that shrink by loss and KL", "worse": "forgets more than that shrink by loss or KL",
              "not told apart": "is not told apart from that shrink by loss and KL"}  # fmt: skip
     lines = [f"{100 * one['keep']:g}%: {words[one['shrink']['verdict']]}" for one in sets if one["shrink"] is not None]
@@ -93,7 +93,7 @@ def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:
         if (trade := one.get("trade")) is not None and not trade["worth_it"]:
             numbers = [f"{trade[key]:.4f} ± {trade[f'{key}_se']:.4f}" for key in ("regained", "given_up")]
             lines.append(
-                f"{100 * one['keep']:g}%: may not be worth it: it regains {numbers[0]} nats a token on general text and gives up "
+                f"{100 * one['keep']:g}%: probably not worth it: it regains {numbers[0]} nats a token on general text and gives up "
                 f"{numbers[1]} on the task's"
             )
     return lines

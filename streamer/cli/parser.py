@@ -134,8 +134,8 @@ def build_parser() -> Parser:
     mitigating = Parser(add_help=False)
     g = mitigating.add_argument_group("mitigation")
     g.add_argument("--lambda", dest="mitigation_lambda", type=number, metavar="L",
-                   help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0.75); with --map share "
-                        "of each delta's energy on general inputs, 0.6 if not given")  # fmt: skip
+                   help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0.75); with --map, the share "
+                        "of each delta's energy on general inputs (default: 0.6)")  # fmt: skip
     add_amplify(g)
     g.add_argument("--method", choices=list(ABOUT), metavar="NAME",
                    help="; ".join(f"{name}: {about}" for name, about in ABOUT.items())
@@ -234,9 +234,8 @@ def build_parser() -> Parser:
     sub = command("evaluate", "measure on texts what each method and lambda keeps and forgets", out, computing, reading)
     inputs(sub)
     add_texts(sub)
-    sub.add_argument(
-        "--other", action="append", metavar="TEXT", help="a further text, by which nothing is suggested (repeatable)"
-    )
+    sub.add_argument("--other", action="append", metavar="TEXT",
+                     help="another text to measure; it does not affect the suggestion (repeatable)")  # fmt: skip
     sub.add_argument(
         "--findings",
         type=path,
@@ -273,7 +272,8 @@ def build_parser() -> Parser:
                         "(default: as much as gradients of 1,024 tokens and measures of 4,096 take)")  # fmt: skip
     add_threads(g)
     out = writing("FILE", "map to write, a .safetensors file")
-    sub = command("map", "map a base's inputs on general text, to repair its adapters without any text", out, reading)
+    sub = command("map", "record what a base's modules receive on general text; --map then repairs its adapters without text",
+                  out, reading)  # fmt: skip
     sub.add_argument("base", metavar="BASE", nargs="+",
                      help="model directory, name on the hub, or address; or maps of one base on several texts, to be added")  # fmt: skip
     add_map(sub)

@@ -31,7 +31,7 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     columns = [
         Column("model", [row["name"] + (" *" if row["what"] == record["chosen"] else "") for row in rows], "* is written", 9, left=True),
         Column("kept", shares("kept"), "share of what was learned that it keeps", 8),
-        Column("top-1 kept", shares("top1_kept"), "share of the rise of the task's tokens that are found likeliest", 4),
+        Column("top-1 kept", shares("top1_kept"), "share of the adapter's gain in top-1 on the task's text that it keeps", 4),
         Column("forgetting", shares("forgetting"), "share of what was forgotten that it leaves", 8),
         Column("KL", shares("divergence"), "its divergence from the base; 100% is the adapter's", 5),
     ]  # fmt: skip
@@ -44,15 +44,14 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     }[record["chosen"]]
     then = [f"next, on text that nothing was trained or fitted on: streamer evaluate {words} {what}{more}"]
     told = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "forgetting": reliable["forgetting"]}
-    hidden = [name for name, fine in told.items() if not fine]
+    why = dict.fromkeys(told, "the adapter's change is too small to measure on this text; more text may help")
+    if rows[0]["top1_kept"] is None:
+        why["top-1 kept"] = "the fit is of an earlier version, which did not measure it"
     none = "the findings have no intruder: scaling them changes nothing, and was not measured"
     lines = [
         f"writes {record['why']}",
         *([none] if record["intruders"] == 0 else []),
-        *(
-            f"{name} is not shown: what the adapter changes there is small beside its error; more text may show more"
-            for name in hidden
-        ),
+        *(f"{name} is not shown: {why[name]}" for name, fine in told.items() if not fine),
         *record_lines(written, stood(record["output"], record["state"])),
         *(then if what else []),
     ]

@@ -70,7 +70,7 @@ def add_map(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--general", metavar="TEXT", help="text of what the model can do: .txt, .jsonl or .npy (default: what Python's help "
                      "says of its topics)")  # fmt: skip
     sub.add_argument("--vectors", type=integer, metavar="N",
-                     help="leading vectors that are kept of each input (default: 16; of added maps as many as they have)")  # fmt: skip
+                     help="leading vectors to keep of each input (default: 16; when adding maps: as many as the largest has)")  # fmt: skip
     sub.add_argument(
         "--sequences", type=integer, default=32, metavar="N", help="sequences of the text, at most (default: 32)"
     )

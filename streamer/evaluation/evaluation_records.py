@@ -81,10 +81,11 @@ class Against(TypedDict):
     task_top1_se: PairedError | None
 
 VariantRecord = TypedDict("VariantRecord", {
-    "name": Annotated[str, "`base`, `adapter`, or method and lambda: `paper 0.5`; of coefficients the share that they keep: `fitted 0.9`."],
-    "method": Annotated[MethodName | None, "How intruders are scaled; null for base and adapter."],
-    "lambda": Annotated[float | None, "What is left of an intruder; null for base, adapter and fitted."],
-    "keep": NotRequired[Annotated[float, "Of the method fitted: share of the learning that its coefficients were fitted to keep."]],
+    "name": Annotated[str, "`base`, `adapter`, or method and lambda: `paper 0.5`; of a fit the share to keep: `fitted 0.9`."],
+    "method": Annotated[MethodName | None, "The method; null for base and adapter."],
+    "lambda": Annotated[float | None, "Share that is kept: of an intruder, of the delta (shrink), or of its energy on general inputs "
+        "(nullspace); null for base, adapter, fitted and regmean."],
+    "keep": NotRequired[Annotated[float, "Of the methods fitted and regmean: share of the learning that the set was fitted to keep."]],
     "general": Annotated[TextFigures, "On the general text."],
     "task": Annotated[TextFigures, "On the task's text."],
     "others": NotRequired[Annotated[list[OtherFigures], "On the other texts, in the order of `texts.others`."]],
@@ -134,8 +135,9 @@ class ReliableRecord(TypedDict):
 
 SuggestionRecord = TypedDict("SuggestionRecord", {
     "name": Annotated[str | None, "Its name; null where nothing can be suggested."],
-    "method": Annotated[MethodName | None, "How intruders are scaled; null for base and adapter."],
-    "lambda": Annotated[float | None, "What is left of an intruder; null for base, adapter and fitted."],
+    "method": Annotated[MethodName | None, "The method; null for base and adapter."],
+    "lambda": Annotated[float | None, "Share that is kept: of an intruder, of the delta (shrink), or of its energy on general inputs "
+        "(nullspace); null for base, adapter, fitted and regmean."],
     "reason": Annotated[Reason, "not learned: the adapter's loss on the task's text is not below the base's by two standard errors "
         "(Student's quantile: more where sequences are few), and nothing is suggested; not forgotten: its loss on the general text is not "
         "above the base's by two, so it is suggested as it is; none better: nor does any variant that keeps enough forget less; not worth "

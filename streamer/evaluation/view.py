@@ -151,14 +151,14 @@ def left_out(evaluation: Evaluation) -> list[str]:
     ):
         if not (change := sums.change).divides:
             lines.append(
-                f"{of} is not shown: the adapter's loss on {on} minus the base's is {_cell(change)}, and shares are shown of what is over "
-                f"{2 * telling(change.sequences):.1f} errors; longer texts may show more"
+                f"{of} is not shown: the adapter changes the loss on {on} by only {_cell(change)}, less than "
+                f"{2 * telling(change.sequences):.1f} standard errors; longer texts may help"
             )
     gain = evaluation.task.top1_gain
     if math.isfinite(gain.value) and not evaluation.reliable()["top1_kept"]:
         lines.append(
-            f"top-1 kept is not shown: the adapter finds {100 * gain.value:.2f} ± {100 * gain.error:.2f} points more of the task's tokens "
-            f"than the base, and shares are shown of a gain over {2 * telling(gain.sequences):.1f} errors"
+            f"top-1 kept is not shown: the adapter raises top-1 on the task's text by {100 * gain.value:.2f} ± {100 * gain.error:.2f} "
+            f"points, and a share needs a gain of over {2 * telling(gain.sequences):.1f} standard errors; longer texts may help"
         )
     return lines
 

@@ -141,9 +141,7 @@ class InputsRun(DividedFit):
         if model.unseen:
             count, first = counted(len(model.unseen), "matrix"), listed(map(repr, model.unseen))
             self.monitor.warn(
-                (
-                    f"no token of the general text, or none of the task's, reached {count}, {first}; what the adapter adds there stays",
-                )
+                (f"{count} received no tokens from one of the texts, and the delta there is kept: {first}",)
             )
         if self.raised:
             self.monitor.warn((f"the texts are short for the inputs of {counted(len(self.raised), 'matrix')}, "

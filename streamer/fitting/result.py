@@ -41,7 +41,7 @@ class _TextPart(TypedDict):
 class FittedText(TextFacts):
     """A text, and its two parts."""
     sample_sha256: Annotated[Sha256, "SHA-256 (hexadecimal) of the file's size and a sample of its bytes, whatever was cut from it."]
-    fitted: Annotated[_TextPart, "The part that coefficients are fitted on."]
+    fitted: Annotated[_TextPart, "The part that coefficients or factors are fitted on."]
     held: Annotated[_TextPart, "The part that is held apart: by it mu is chosen, and figures are measured."]
 
 class _FittedTexts(TypedDict):
@@ -83,7 +83,7 @@ class ScalingRecord(_Shares):
     name: Annotated[str, "Method and lambda."]
 
 class SetRecord(_Shares):
-    """A set of coefficients."""
+    """A set of coefficients or factors."""
     keep: Annotated[KeptShare, "Share of what was learned that was to be kept."]
     missed: NotRequired[Annotated[bool, "Whether it keeps less than was wanted, by more than 0.01; absent from files of earlier versions."]]
     exceeded: NotRequired[Annotated[bool, "Whether it keeps more, by more than 0.03; absent from files of earlier versions."]]
@@ -140,10 +140,10 @@ class AdapterFacts(TypedDict):
     reliable: NotRequired[Annotated[ReliableRecord, "Whether what shares divide by is large enough; absent of earlier versions."]]
 
 class FitRecord(FitFacts, AdapterFacts):
-    """What `streamer fit --json` prints: what coefficients were fitted to, and how they do on text that they were not fitted on."""
+    """What `streamer fit --json` prints: what coefficients or factors were fitted to, and their figures on other text."""
     schema: Literal["streamer.fit/1"]
     scaling: NotRequired[Annotated[ScalingRecord, "The method paper at its default lambda, if findings with intruders were given."]]
-    sets: Annotated[list[SetRecord], Keywords(minItems=1), "The sets of coefficients, one a share, measured on the sequences held apart."]
+    sets: Annotated[list[SetRecord], Keywords(minItems=1), "The sets, one a share, measured on the sequences held apart."]
     output: Annotated[str, "Path of the output, as it was given."]
     state: State
 # fmt: on
@@ -291,10 +291,14 @@ def misses(facts: Mapping[str, Any]) -> list[str]:
     """Warn of sets that keep less than was wanted, or much more; files of earlier versions do not say."""
     if not facts.get("reliable", {}).get("kept", True):
         return []
-    more = f"give more text{'' if facts.get('grain') == 'inputs' else ' or --steps'}"
+    more = "more text" if facts.get("grain") == "inputs" else "more text or --steps"
     return [
         f"{100 * one['keep']:g}% was to be kept, and {100 * one['kept']:.1f}% is, on the sequences held apart; "
-        + (f"ask for a larger share, or {more}" if one.get("missed") else f"a smaller share forgets less, or {more}")
+        + (
+            f"ask for a larger share, or give {more}"
+            if one.get("missed")
+            else f"to forget less, ask for a smaller share; {more} can bring the share closer to what you asked for"
+        )
         for one in facts["sets"]
         if one.get("missed") or one.get("exceeded")
     ]

@@ -69,7 +69,8 @@ Record = TypedDict("Record", {
     "scale": Annotated[Selection, "Which intruders are scaled: all, or the highest-ranked one of each matrix."],
     "lambda": Annotated[float | None, "Share of an intruder that is kept: 1 changes nothing, 0 removes it; of the method "
         "nullspace, of the delta's energy on general inputs. Null of the methods fitted and regmean."],
-    "coefficients": NotRequired[Annotated[CoefficientsRecord | None, "The coefficients of the method fitted; null of the others."]],
+    "coefficients": NotRequired[Annotated[CoefficientsRecord | None, "The set of coefficients (method fitted) or factors (regmean) "
+        "that was applied; null of the others."]],
     "map": NotRequired[Annotated[MapRecord, "The map of the base's inputs, of the method nullspace; absent of the others."]],
     "to_lora": Annotated[float | None, Keywords(exclusiveMinimum=0), "Rank that --to-lora asked for, or share of the energy, or null."],
     "dequantize": Annotated[bool, "Whether a quantized base is written plain."],

@@ -164,8 +164,8 @@ class InputModel(CollectingModel):
         super().collect(groups, complete)
         if whole := sorted(self._collected.whole - self._collected.complete):
             raise UnsupportedError(
-                f"{self.job.plan.base.path}: the weights of {len(whole)} matrices are used otherwise than by products and look-ups, as by "
-                f"a convolution, {whole[0]!r} first, so that their inputs are not seen; take grain 'direction'"
+                f"{self.job.plan.base.path}: the weights of {len(whole)} matrices are not used by a matrix product or look-up (a "
+                f"convolution, for example; first: {whole[0]!r}), so their inputs cannot be collected; take grain 'direction'"
             )
         self.unseen = sorted({t.tensor for t in self.job.plan.targets} - self._collected.complete)
         self.check_all_used()

@@ -132,6 +132,15 @@ def test_the_command_that_follows_measures_what_was_written(home: Path, tmp_path
         assert ends is None or shown[-1].endswith(ends)
 
 
+def test_a_fit_of_an_earlier_version_has_no_top_1(fitted: Path) -> None:
+    found = streamer.load_coefficients(fitted)
+    old = {key: value for key, value in found.facts.items() if not key.startswith("top1_")}
+    old["sets"] = [{key: value for key, value in old["sets"][0].items() if not key.startswith("top1_")}]
+    old["sets"][0]["shrink"] = None
+    assert {row["top1_kept"] for row in repair._rows(streamer.Coefficients(found.sets, old))} == {None}
+    assert repair._rows(found)[0]["top1_kept"] == 1
+
+
 @pytest.mark.parametrize("grain", ["inputs", "matrix"])
 def test_intruder_scaling_is_measured_beside_it(server: Server, home: Path, tmp_path: Path, grain: str) -> None:
     """As evaluate measures the method paper on the same sequences; without intruders a line says so."""
@@ -167,8 +176,11 @@ def test_intruder_scaling_is_measured_beside_it(server: Server, home: Path, tmp_
         "the findings have no intruder: scaling them changes nothing, and was not measured" in shown.out,
     ) == (0, True)
     dashes = [row.split()[-3] for row in shown.out.split("\n\n")[0].splitlines()[2:]]
-    why = "top-1 kept is not shown: what the adapter changes there is small beside its error; more text may show more"
+    why = "top-1 kept is not shown: the adapter's change is too small to measure on this text; more text may help"
     assert (set(dashes) == {"-"}) == (why in shown.out) == (not tree["reliable"]["top1_kept"])
+    old: Any = {**tree, "rows": [{**row, "top1_kept": None} for row in tree["rows"]], "reliable": repair.UNKNOWN}
+    text = repair_table(old, record, ("base", "adapter"), NO_LIMIT)
+    assert "top-1 kept is not shown: the fit is of an earlier version, which did not measure it" in text
     other = server.run(*line, "-o", tmp_path / "r", "--findings", none)
     assert (other.code, "holds coefficients of other inputs or options" in other.err) == (4, True)
 

@@ -82,12 +82,12 @@ def test_shares_of_next_to_nothing_are_dashes_with_a_reason() -> None:
     assert set(columns["forgetting"]) == {"-"}
     assert columns["kept"][1] == "100.0% ± 0.0"
     (line,) = [line for line in e.table().splitlines() if " is not shown: " in line]
-    assert line.startswith("forgetting is not shown: the adapter's loss on general text minus the base's is ")
-    assert line.endswith(", and shares are shown of what is over 4.0 errors; longer texts may show more")
+    assert line.startswith("forgetting is not shown: the adapter changes the loss on general text by only -0.000")
+    assert line.endswith(", less than 4.0 standard errors; longer texts may help")
     swapped = evaluation(learns=-0.4)
     assert swapped.to_dict()["reliable"] == {"kept": True, "forgetting": True, "top1_kept": False}
     (line,) = [line for line in swapped.table().splitlines() if " is not shown: " in line]
-    assert line.startswith("top-1 kept is not shown: the adapter finds -")
+    assert line.startswith("top-1 kept is not shown: the adapter raises top-1 on the task's text by -")
 
 
 def test_top_1_stands_beside_the_loss() -> None:
@@ -120,9 +120,7 @@ def test_other_texts_are_left_or_kept_by_what_the_adapter_does_to_them() -> None
         "far.npy", "far.npy left", "far.npy KL",
     ]  # fmt: skip
     assert set(columns["far.npy left"]) == {"-"}
-    assert (
-        "what is left or kept of far.npy is not shown: the adapter's loss on far.npy minus the base's is " in e.table()
-    )
+    assert "what is left or kept of far.npy is not shown: the adapter changes the loss on far.npy by only " in e.table()
     for name in ("code.txt", "near.jsonl"):
         own = e.others[name].loss.sum(axis=1)
         for v, one in enumerate(tree["variants"]):
@@ -158,7 +156,7 @@ def test_without_shares_the_verdict_is_in_nats() -> None:
     found = e.best()
     if found.reason == "forgets least":
         assert " regains 0." in e.table().splitlines()[0]
-    assert "kept is not shown: the adapter's loss on the task's text minus the base's is -0.0" in e.table()
+    assert "kept is not shown: the adapter changes the loss on the task's text by only -0.0" in e.table()
 
 
 @pytest.mark.parametrize(

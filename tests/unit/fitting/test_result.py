@@ -45,5 +45,5 @@ def test_a_set_that_keeps_less_than_was_wanted_or_much_more_says_so(left: float,
         assert lines[0].startswith("90% was to be kept, and 85.0% is, on the sequences held apart;")
     elif exceeded:
         assert lines[0].startswith(
-            "90% was to be kept, and 94.0% is, on the sequences held apart; a smaller share forgets less"
+            "90% was to be kept, and 94.0% is, on the sequences held apart; to forget less, ask for a smaller share"
         )
