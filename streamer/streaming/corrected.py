@@ -21,7 +21,7 @@ from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.streaming.differentiable import CoefficientDeltas
 from streamer.streaming.inputs import InputModel
-from streamer.streaming.layers import layer_modules
+from streamer.streaming.layers import layer_modules, tensors_of
 from streamer.streaming.spool import Spool
 from streamer.streaming.spooled_inputs import Inputs
 from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED, Group, tokens_of
@@ -154,7 +154,7 @@ class _LayerByLayer:
             self._layer, self._waiting = number, {targets[0].tensor: targets for targets in inputs}
             self._inputs.clear()
             self.spool.clear()
-        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+        tensors = tensors_of(args, kwargs)
         versions = [one._version for one in tensors]
         out = self._run(forward, args, kwargs)
         for _ in inputs:

@@ -30,6 +30,13 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def tensors_of(args: Any, kwargs: Any) -> list[Tensor]:
+    """List the tensors in a layer's arguments, those in tuples and in what layers hand tensors on in as well."""
+    arguments = tree_flatten((args, kwargs))[0]
+    leaves = tree_flatten([one.data if isinstance(one, UserDict) else one for one in arguments])[0]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
 class SpooledLayer:
     """A layer whose `forward` keeps its inputs in a spool instead of its activations in memory.
 
