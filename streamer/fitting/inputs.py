@@ -242,8 +242,6 @@ class InputsRun(DividedFit):
         """Return the share of what was learned that a point keeps."""
         if point.weight == 0:
             return 1.0
-        if point.weight == math.inf:  # what the adapter brings besides deltas stays
-            return self._sums([Variant.of(Shrink(0.0)).name])[1].share(ADAPTER_ROW + 1).value
         return self._sums([point.name])[1].share(ADAPTER_ROW + 1).value
 
     def _measure_new(self, variants: Sequence[Variant]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from streamer.linalg.low_rank import LowRank
-from streamer.methods import RegMean
+from streamer.methods import RegMean, Shrink
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.streaming.lazy import BLOCK_BYTES
@@ -46,11 +46,15 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Name it, for the journal and for messages."""
+        """Name it, for the journal and for messages; what lacks all deltas is the shrink that does."""
+        if self.weight == math.inf:
+            return Shrink(0.0).label
         return f"{RegMean.name} mu {self.weight!r}{' corrected' if self.corrected else ''}"
 
     def towards(self, other: Point, t: float) -> Point:
         """Interpolate Δ' linearly; the weight stands between the two, by its logarithm if that is finite."""
+        if t >= 1 and other.weight == math.inf:
+            return other
         if self.weight > 0 and other.weight < math.inf:
             weight = math.exp((1 - t) * math.log(self.weight) + t * math.log(other.weight))
         else:

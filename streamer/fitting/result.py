@@ -25,9 +25,13 @@ from streamer.methods.coefficients import Floats, share_name
 from streamer.methods.method import MethodName
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.streaming.variants import ADAPTER, BASE, Variant
+from streamer.units import listed
 
 SHRINKS = (0.85, 0.7, 0.5, 0.25, 0.0)
 """Shrinks that are measured on the sequences held apart, beside the adapter, λ = 1. By 0 it is the base, unless more than deltas stays."""
+
+NEAR_SHRINK = 0.9
+"""A fit by inputs that leaves this share of a shrink's forgetting has gained little: it is a shrink where the texts are of one kind."""
 
 NEAR = 0.05
 """A coefficient within this of 0 or 1 is near it."""
@@ -288,17 +292,35 @@ def doubts(facts: AdapterFacts | Mapping[str, Any]) -> list[str]:
 
 
 def misses(facts: Mapping[str, Any]) -> list[str]:
-    """Warn of sets that keep less than was wanted, or much more; files of earlier versions do not say."""
-    if not facts.get("reliable", {}).get("kept", True):
+    """Warn of sets that keep less than was wanted, or much more, or forget nearly as much as a shrink; earlier files do not say."""
+    reliable, by_inputs = facts.get("reliable", {}), facts.get("grain") == "inputs"
+    if not reliable.get("kept", True):
         return []
-    more = "more text" if facts.get("grain") == "inputs" else "more text or --steps"
-    return [
+    more = "more text" if by_inputs else "more text or --steps"
+    missed = [
         f"{100 * one['keep']:g}% was to be kept, and {100 * one['kept']:.1f}% is, on the sequences held apart; "
         + (
             f"ask for a larger share, or give {more}"
             if one.get("missed")
+            else "what the adapter brings besides deltas keeps that alone"
+            if by_inputs and one["mu"] is None
             else f"to forget less, ask for a smaller share; {more} can bring the share closer to what you asked for"
         )
         for one in facts["sets"]
         if one.get("missed") or one.get("exceeded")
     ]
+    if not (by_inputs and facts["forgotten"] and reliable.get("forgetting", True)):
+        return missed
+    near = [f"{100 * one['keep']:g}%" for one in facts["sets"] if _is_near_shrink(one)]
+    if not near:
+        return missed
+    return [*missed, f"{listed(near)}: the result is near the shrink that keeps as much, which leaves about as much forgotten: the texts "
+            "may be of one kind; give general text of another kind than the task's"]  # fmt: skip
+
+
+def _is_near_shrink(one: Mapping[str, Any]) -> bool:
+    """Test whether a set leaves nearly as much of the forgetting as the shrink that keeps the same."""
+    shrink = one["shrink"]
+    return (
+        shrink is not None and one["mu"] is not None and bool(one["forgetting"] >= NEAR_SHRINK * shrink["forgetting"])
+    )

@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from architectures import ATTENTION
+from causal_models import make_adapter, make_base
 from evaluated import sequences
 from learned import make_learned
 from safetensors.torch import load_file, save_file
+from seeds import vary
 
 import streamer
 from streamer.errors import FormatError, MismatchError, NumericError, OutputExistsError
@@ -83,6 +86,41 @@ def test_a_file_of_another_algorithm_or_a_damaged_one_is_not_this_fit(
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(FormatError, match=r"coefficients are not as streamer\.coefficients/2 has them"):
         streamer.load_coefficients(path)
+
+
+def test_what_a_saved_module_keeps_alone_can_be_more_than_was_asked_for(tmp_path: Path) -> None:
+    """No deltas are left then, and the figures are those of the shrink that leaves none."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    make_adapter(make_base("llama", base), base, adapter, ATTENTION, modules_to_save=["lm_head"])
+    file = adapter / "adapter_model.safetensors"
+    tensors, head = load_file(file), load_file(base / "model.safetensors")["lm_head.weight"]
+    tensors = {name: head + (tensor - head) / 3 if "lm_head" in name else tensor for name, tensor in tensors.items()}
+    save_file(
+        {name: tensor * (0.5 if "lora_B" in name else 1.0) for name, tensor in tensors.items()}, file, {"format": "pt"}
+    )
+    ids = np.random.default_rng(vary(0)).integers(3, 64, (1500, 8))
+    np.save(tmp_path / "all.npy", ids)
+    found = streamer.evaluate_variants(base, adapter, general=tmp_path / "all.npy", task=tmp_path / "all.npy", methods=["shrink"],
+                                       lambdas=[0.0], sequences=1500, length=8, on_event=lambda event: None)  # fmt: skip
+    whole, alone = (found.task.loss[0] - found.task.loss[row] for row in (1, 2))
+    np.save(tmp_path / "task.npy", ids[np.argsort(-np.minimum(whole, 2 * alone))[:64]])
+    np.save(tmp_path / "general.npy", ids[np.argsort(whole)[:64]])
+    warned: list[str] = []
+    made = streamer.fit_coefficients(
+        base, adapter, general=tmp_path / "general.npy", task=tmp_path / "task.npy", sequences=64, length=8, keep=(0.95, 0.01),
+        on_event=lambda event: warned.append(event.name),
+    )  # fmt: skip
+    some, none = made.facts["sets"]
+    assert (some["mu"] > 0, none["mu"], none["exceeded"]) == (True, None, True)
+    assert none["kept"] > 0.04
+    assert none["shrink"]["lambda"] == pytest.approx(0, abs=1e-9)
+    assert none["forgetting"] == pytest.approx(none["shrink"]["forgetting"])
+    assert not any(factor.any() for factor in made.select(0.01).matrices.values())
+    assert any(factor.any() for factor in made.select(0.95).matrices.values())
+    assert any(
+        line.startswith("1% was") and line.endswith("what the adapter brings besides deltas keeps that alone")
+        for line in warned
+    )
 
 
 def test_inputs_that_are_not_finite_are_told_by_module(home: Path, tmp_path: Path) -> None:

@@ -17,6 +17,18 @@ def sums(falls: list[float]) -> SequenceSums:
     return SequenceSums(np.full(len(falls), 10.0), loss, np.abs(loss - base), *[np.zeros_like(loss)] * 2)
 
 
+@pytest.mark.parametrize(("left", "near"), [(0.2, False), (0.53, False), (0.55, True), (0.7, True)])
+def test_what_is_near_a_shrink_is_told(left: float, near: bool) -> None:
+    one = {"keep": 0.9, "kept": 0.9, "mu": 1.0, "forgetting": left, "shrink": {"forgetting": 0.6}}
+    facts = {"grain": "inputs", "forgotten": True, "reliable": {"kept": True, "forgetting": True}, "sets": [one]}
+    line = "90%: the result is near the shrink that keeps as much, which leaves about as much forgotten: the texts may be of one kind; "
+    assert misses(facts) == [f"{line}give general text of another kind than the task's"] * near
+    for other in (
+        {"grain": "direction"}, {"forgotten": False}, {"reliable": {"forgetting": False}}, {"sets": [{**one, "shrink": None}]},
+    ):  # fmt: skip
+        assert misses({**facts, **other}) == []
+
+
 def test_a_refusal_says_how_many_errors_the_sequences_take() -> None:
     """Of two sequences a fall of four errors does not tell: without the number the message would contradict itself."""
     few = sums([0.3, 0.5])
