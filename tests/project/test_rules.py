@@ -88,7 +88,7 @@ BUDGET = {
     "storage": 2_110,
     "detection": 1_920,
     "evaluation": 2_100,
-    "streaming": 2_120,
+    "streaming": 2_125,
     "adapters": 1_280,
     "fitting": 1_790,
     "report": 1_035,
