@@ -69,17 +69,17 @@ def build_parser() -> Parser:
     saying = Parser(add_help=False)
     g = saying.add_argument_group("what is printed")
     g.add_argument("--json", action="store_true",
-                        help="print one JSON object to stdout, of a failure as well; see docs/formats.md")  # fmt: skip
+                        help="print one JSON object to stdout, also on failure; see docs/formats.md")  # fmt: skip
     g.add_argument("--json-events", action="store_true",
-                        help="one JSON object a line on stderr in place of progress, warnings and errors")  # fmt: skip
+                        help="print one JSON object per line to stderr instead of progress, warnings and errors")  # fmt: skip
     g.add_argument("-q", "--quiet", action="count", default=0,
                         help="no progress, no table, no last line; twice (-qq): no warnings either")  # fmt: skip
     g.add_argument("--progress", choices=["auto", "bar", "plain", "none"], default="auto",
                         help="on stderr: a bar, or a line every 30 s (plain); auto: a bar on a terminal, else plain")  # fmt: skip
     g.add_argument("--all", action="store_true",
-                        help="every row in the tables, which otherwise show what matters most where there are many")  # fmt: skip
+                        help="show every row; by default, long tables show the rows that matter most")  # fmt: skip
     g.add_argument(
-        "--no-legend", dest="legend", action="store_false", help="tables without the lines that explain their columns"
+        "--no-legend", dest="legend", action="store_false", help="omit the lines that explain the columns of tables"
     )
 
     reading = Parser(add_help=False)
@@ -87,18 +87,18 @@ def build_parser() -> Parser:
     g.add_argument("--io", choices=["mmap", "pread"], default="mmap",
                          help="how tensors are read; pread is for network file systems (default: mmap)")  # fmt: skip
     g.add_argument("--remote", choices=["cache", "stream"],
-                   help="an input at an address: cache downloads what is needed first; stream reads by ranges and keeps nothing "
-                        "(if not given, cache from the hub, else stream)")  # fmt: skip
+                   help="how to read an input at an address: cache downloads what is needed first; stream reads byte ranges and keeps "
+                        "nothing (if not given: cache from the hub, else stream)")  # fmt: skip
     g.add_argument("--base-is-residual", action="store_true",
-                   help="BASE is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model, on which ADAPTER was trained")  # fmt: skip
+                   help="BASE is the residual model of PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ on which ADAPTER was trained")  # fmt: skip
     g.add_argument("--lora-b-layout", choices=["rank_major", "grouped_by_expert"],
-                   help="order of lora_B's columns on stacked experts, where ADAPTER does not state it: rank_major is PEFT's, "
+                   help="order of lora_B's columns on stacked experts, if ADAPTER does not state it: rank_major is PEFT's, "
                         "grouped_by_expert was Unsloth's until September 2026")  # fmt: skip
     g.add_argument("--ignore-key", dest="ignore_keys", action="append", default=[], metavar="KEY",
                    help="accept the unknown key KEY of the adapter's config and ignore it; can be repeated")  # fmt: skip
     g.add_argument("--architecture", metavar="NAME",
-                   help="class of BASE in transformers, like GPT2LMHeadModel, where its config.json does not tell: it is asked for by "
-                        "a message that names this option")  # fmt: skip
+                   help="class of BASE in transformers, like GPT2LMHeadModel, if its config.json does not name it; needed only if a "
+                        "message asks for it")  # fmt: skip
 
     computing = Parser(add_help=False)
     g = computing.add_argument_group("detection")
@@ -119,16 +119,17 @@ def build_parser() -> Parser:
         parent = Parser(add_help=False)
         g = parent.add_argument_group("output")
         g.add_argument("-o", "--output", required=True, metavar=metavar, help=text)
-        g.add_argument("--dry-run", action="store_true", help="check all, forecast memory, disk and time, and write nothing")  # fmt: skip
+        g.add_argument("--dry-run", action="store_true",
+                       help="check everything, forecast memory, disk and time, and write nothing")  # fmt: skip
         g.add_argument(
             "--no-resume",
             dest="resume",
             action="store_false",
-            help="start over instead of taking up an interrupted run",
+            help="start over instead of resuming an interrupted run",
         )
         g.add_argument("--overwrite", action="store_true",
-                       help="replace an existing output, whose files its record lists, or write into a directory of other files: "
-                            "these stay, and one at a name that is written, or that a loader would read, is refused")  # fmt: skip
+                       help="replace an existing output (the files that its record lists), or write into a directory of other files, which "
+                            "are kept; refused if one of them has a name that the output needs or that a loader would read")  # fmt: skip
         return parent
 
     mitigating = Parser(add_help=False)
@@ -148,7 +149,7 @@ def build_parser() -> Parser:
     g.add_argument("--scale", choices=["all", "first"], default="all",
                    help="which intruders: all among the top k, or the highest-ranked one of each matrix (default: all)")  # fmt: skip
     g.add_argument("--no-card", dest="model_card", action="store_false",
-                   help="do not say in the output's model card, README.md, how it was made")  # fmt: skip
+                   help="do not describe in the output's model card (README.md) how it was made")  # fmt: skip
     g.add_argument("--findings", type=path, metavar="FILE",
                    help="from `streamer detect` (of several adapters, its directory); without it detection runs first")  # fmt: skip
 
@@ -261,25 +262,24 @@ def build_parser() -> Parser:
                           "lambda of the shrink that keeps it (default: 0.9)")  # fmt: skip
     sub.add_argument("--projected", action="store_true",
                      help="evaluate what `mitigate` writes, projected onto the adapter's rank, instead of what `merge` writes")  # fmt: skip
-    out = writing("FILE", "coefficients to write, a .safetensors file")
+    out = writing("FILE", "coefficients or factors to write, a .safetensors file")
     sub = command("fit", "fit an adapter to texts: new factors, or a coefficient for each direction", out, reading)
     inputs(sub)
     add_texts(sub)
     add_fit(sub)
     g = sub.add_argument_group("computing")
     g.add_argument("--max-memory", type=size, metavar="SIZE",
-                   help="the most memory to take, like 600M or 4G, mapped files not counted; it decides how many sequences go together "
+                   help="the most memory to use, like 600M or 4G, without mapped files; it decides how many sequences run together "
                         "(default: as much as gradients of 1,024 tokens and measures of 4,096 take)")  # fmt: skip
     add_threads(g)
     out = writing("FILE", "map to write, a .safetensors file")
-    sub = command("map", "record what a base's modules receive on general text; --map then repairs its adapters without text",
-                  out, reading)  # fmt: skip
+    sub = command("map", "record a base's inputs on general text; --map then repairs without any text", out, reading)
     sub.add_argument("base", metavar="BASE", nargs="+",
-                     help="model directory, name on the hub, or address; or maps of one base on several texts, to be added")  # fmt: skip
+                     help="model directory, name on the hub, or address; or maps of one base on several texts, to add")  # fmt: skip
     add_map(sub)
     g = sub.add_argument_group("computing")
     g.add_argument("--max-memory", type=size, metavar="SIZE",
-                   help="the most memory to take, like 600M or 4G, mapped files not counted (default: as much as it takes)")  # fmt: skip
+                   help="the most memory to use, like 600M or 4G, without mapped files (default: as much as it takes)")  # fmt: skip
     add_threads(g)
     out = writing("DIR", "directory to write: an adapter, or with --merge a model")
     sub = command("repair", "write an adapter that forgets less, if measurements show it", out, reading)
@@ -287,16 +287,16 @@ def build_parser() -> Parser:
     add_texts(sub, built_in=True)
     add_fit(sub, several=False)
     sub.add_argument("--findings", type=path, metavar="FILE",
-                     help="from `streamer detect`: measure the scaling of their intruders beside the repair")  # fmt: skip
-    sub.add_argument("--merge", action="store_true", help="write the model with the repaired adapter merged in")
+                     help="from `streamer detect`: also measure the effect of scaling these intruders")  # fmt: skip
+    sub.add_argument("--merge", action="store_true", help="write a model with the repaired adapter merged in")
     sub.add_argument(
-        "--dequantize", action="store_true", help="with --merge: write a plain model where the base is quantized"
+        "--dequantize", action="store_true", help="with --merge: if the base is quantized, write a plain model"
     )
     sub.add_argument("--no-card", dest="model_card", action="store_false",
-                     help="do not say in the output's model card, README.md, how it was made")  # fmt: skip
+                     help="do not describe in the output's model card (README.md) how it was made")  # fmt: skip
     g = sub.add_argument_group("computing")
     g.add_argument("--max-memory", type=size, metavar="SIZE",
-                   help="the most memory to take, like 600M or 4G, mapped files not counted (default: as much as it takes)")  # fmt: skip
+                   help="the most memory to use, like 600M or 4G, without mapped files (default: as much as it takes)")  # fmt: skip
     add_threads(g)
     sub = command("demo", "run the whole job on a small generated model with planted intruders")
     sub.add_argument("--lambda", dest="mitigation_lambda", type=number, default=0.0, metavar="L",

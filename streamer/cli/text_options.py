@@ -10,7 +10,7 @@ from streamer.cli.arguments import integer, number, numbers
 
 def add_texts(sub: argparse.ArgumentParser, built_in: bool = False) -> None:
     """Add the two texts, how much of them is read, and the dtype of products; `built_in` if there is a general one anyhow."""
-    more = " (default: what Python's help says of its topics; your own text works better)" if built_in else ""
+    more = " (default: the topics of Python's help; your own text works better)" if built_in else ""
     sub.add_argument(
         "--general",
         required=not built_in,
@@ -27,7 +27,7 @@ def add_texts(sub: argparse.ArgumentParser, built_in: bool = False) -> None:
         "--length", type=integer, default=512, metavar="N", help="tokens of a sequence, at most (default: 512)"
     )
     sub.add_argument("--dtype", choices=["float32", "bf16"], default="float32",
-                     help="bf16 multiplies the base's weights faster, on a processor made for it (default: float32)")  # fmt: skip
+                     help="bf16 multiplies the base's weights faster on processors that support it (default: float32)")  # fmt: skip
 
 
 def add_threads(group: argparse._ActionsContainer, more: str = "") -> None:
@@ -41,25 +41,25 @@ def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
     """Add the options of a fit, of `several` shares or of one."""
     if several:
         sub.add_argument("--keep", type=numbers, default=(0.9,), metavar="SHARE,SHARE",
-                         help="share of what ADAPTER learned to keep; several shares give several sets (default: 0.9)")  # fmt: skip
+                         help="share to keep of what ADAPTER learned; several shares give several sets (default: 0.9)")  # fmt: skip
     else:
         sub.add_argument(
             "--keep",
             type=number,
             default=0.9,
             metavar="SHARE",
-            help="share of what ADAPTER learned to keep (default: 0.9)",
+            help="share to keep of what ADAPTER learned (default: 0.9)",
         )
     sub.add_argument("--objective", choices=["divergence", "loss"],
-                     help="what coefficients make small: divergence from the base on general text, and from the adapter on the task's; "
-                          "or the loss of both texts (default: divergence)")  # fmt: skip
+                     help="what coefficients minimize: the divergence from the base on general text and from the adapter on the task's; "
+                          "or the loss on both texts (default: divergence)")  # fmt: skip
     sub.add_argument("--grain", choices=["inputs", "direction", "matrix", "all"],
-                     help="inputs: lora_A by what each module is given on both texts; direction, matrix, all: a coefficient for each of "
-                          "them, all is a shrink (default: inputs; direction for deltas without factors)")  # fmt: skip
+                     help="inputs: a new lora_A, from what each module receives on both texts; direction, matrix: a coefficient for each; "
+                          "all: one coefficient, a shrink (default: inputs; direction for deltas without factors)")  # fmt: skip
     sub.add_argument("--holdout", type=number, default=0.25, metavar="SHARE",
-                     help="share of each text's sequences that is held apart, to choose by and to measure on (default: 0.25)")  # fmt: skip
+                     help="share of each text's sequences to hold apart for choosing and measuring (default: 0.25)")  # fmt: skip
     sub.add_argument("--steps", type=integer, metavar="N",
-                     help="points at which gradients are taken for coefficients (default: two for each share, 3 at least)")  # fmt: skip
+                     help="points at which gradients for coefficients are computed (default: two for each share, at least 3)")  # fmt: skip
     sub.add_argument(
         "--seed", type=integer, default=0, metavar="N", help="decides which sequences are held apart (default: 0)"
     )
@@ -67,8 +67,8 @@ def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
 
 def add_map(sub: argparse.ArgumentParser) -> None:
     """Add the options of a map."""
-    sub.add_argument("--general", metavar="TEXT", help="text of what the model can do: .txt, .jsonl or .npy (default: what Python's help "
-                     "says of its topics)")  # fmt: skip
+    sub.add_argument("--general", metavar="TEXT", help="text of what the model can do: .txt, .jsonl or .npy (default: the topics "
+                     "of Python's help)")  # fmt: skip
     sub.add_argument("--vectors", type=integer, metavar="N",
                      help="leading vectors to keep of each input (default: 16; when adding maps: as many as the largest has)")  # fmt: skip
     sub.add_argument(
@@ -78,4 +78,4 @@ def add_map(sub: argparse.ArgumentParser) -> None:
         "--length", type=integer, default=512, metavar="N", help="tokens of a sequence, at most (default: 512)"
     )
     sub.add_argument("--dtype", choices=["float32", "bf16"], default="float32",
-                     help="bf16 multiplies the base's weights faster, on a processor made for it (default: float32)")  # fmt: skip
+                     help="bf16 multiplies the base's weights faster on processors that support it (default: float32)")  # fmt: skip
