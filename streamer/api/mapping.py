@@ -16,6 +16,7 @@ from streamer.events import Monitor
 from streamer.fitting.mapping import MapOptions, PreparedMap, make_map, map_record, prepare_map
 from streamer.forecast.passes import forecast_map
 from streamer.methods.input_map import InputMap, add_maps
+from streamer.methods.input_map_file import is_map_file
 from streamer.storage.output_checks import is_taken
 
 __all__ = ["MapRequest", "add_map_files", "map_inputs", "map_record"]
@@ -44,7 +45,9 @@ class MapRequest:
         """Make it of keywords of `map_inputs`, or of the command line's options."""
         read_path("base", base)
         general = keywords.get("general")
-        given = {name: value for name, value in keywords.items() if name != "vectors" or value is not None}
+        if is_map_file(Path(base)):
+            raise UsageError(f"{base}: is a map; name the base that it is of, or two maps at least, to add them")
+        given = {name: value for name, value in keywords.items() if value is not None}
         return cls(
             base,
             None if output is None else read_path("output", output),
@@ -151,6 +154,12 @@ def add_map_files(
     """
     if len(maps) < 2:
         raise UsageError(f"maps: expected two at least, found {len(maps)}")
+    if vectors is not None:
+        MapOptions(vectors=vectors)  # refuses what is no number of them
+    if models := [one for one in maps if not isinstance(one, InputMap) and read_path("maps", one).is_dir()]:
+        raise UsageError(
+            f"{models[0]}: is a directory, and of several only maps are taken, to be added; map one model at a time"
+        )
     path = read_path("output", output)
     if is_taken(path) and not overwrite:
         raise OutputExistsError(f"{path}: exists; choose another output, or pass --overwrite", path)

@@ -188,9 +188,12 @@ def _map(args: argparse.Namespace, monitor: Monitor) -> Result:
 
     output, first = Path(args.output), args.base[0]
     if len(args.base) > 1:
-        if args.general is not None or args.dry_run:
+        own = ("general", "sequences", "length", "dtype", "max_memory", "architecture", "threads")
+        found = [name for name in own if getattr(args, name) is not None] + ["dry-run"] * args.dry_run
+        if found:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in found)
             raise UsageError(
-                "map: adds the maps that are given, found --general or --dry-run as well; leave them out, or give one BASE"
+                f"map: adds the maps that are given, found {names} as well; leave them out, or give one BASE"
             )
         made = add_map_files(args.base, output, vectors=args.vectors, overwrite=args.overwrite)
         monitor.told(output, "written")

@@ -82,13 +82,19 @@ def build_parser() -> Parser:
         "--no-legend", dest="legend", action="store_false", help="omit the lines that explain the columns of tables"
     )
 
-    reading = Parser(add_help=False)
-    g = reading.add_argument_group("input")
+    of_base = Parser(add_help=False)
+    g = of_base.add_argument_group("input")
     g.add_argument("--io", choices=["mmap", "pread"], default="mmap",
                          help="how tensors are read; pread is for network file systems (default: mmap)")  # fmt: skip
     g.add_argument("--remote", choices=["cache", "stream"],
                    help="how to read an input at an address: cache downloads what is needed first; stream reads byte ranges and keeps "
                         "nothing (if not given: cache from the hub, else stream)")  # fmt: skip
+    g.add_argument("--architecture", metavar="NAME",
+                   help="class of BASE in transformers, like GPT2LMHeadModel, if its config.json does not name it; needed only if a "
+                        "message asks for it")  # fmt: skip
+
+    of_adapter = Parser(add_help=False)
+    g = of_adapter.add_argument_group("input")
     g.add_argument("--base-is-residual", action="store_true",
                    help="BASE is the residual model of PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ on which ADAPTER was trained")  # fmt: skip
     g.add_argument("--lora-b-layout", choices=["rank_major", "grouped_by_expert"],
@@ -96,9 +102,7 @@ def build_parser() -> Parser:
                         "grouped_by_expert was Unsloth's until September 2026")  # fmt: skip
     g.add_argument("--ignore-key", dest="ignore_keys", action="append", default=[], metavar="KEY",
                    help="accept the unknown key KEY of the adapter's config and ignore it; can be repeated")  # fmt: skip
-    g.add_argument("--architecture", metavar="NAME",
-                   help="class of BASE in transformers, like GPT2LMHeadModel, if its config.json does not name it; needed only if a "
-                        "message asks for it")  # fmt: skip
+    reading = Parser(add_help=False, parents=[of_base, of_adapter])
 
     computing = Parser(add_help=False)
     g = computing.add_argument_group("detection")
@@ -273,7 +277,7 @@ def build_parser() -> Parser:
                         "(default: as much as gradients of 1,024 tokens and measures of 4,096 take)")  # fmt: skip
     add_threads(g)
     out = writing("FILE", "map to write, a .safetensors file")
-    sub = command("map", "record a base's inputs on general text; --map then repairs without any text", out, reading)
+    sub = command("map", "record a base's inputs on general text; --map then repairs without any text", out, of_base)
     sub.add_argument("base", metavar="BASE", nargs="+",
                      help="model directory, name on the hub, or address; or maps of one base on several texts, to add")  # fmt: skip
     add_map(sub)

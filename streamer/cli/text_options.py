@@ -71,11 +71,7 @@ def add_map(sub: argparse.ArgumentParser) -> None:
                      "of Python's help)")  # fmt: skip
     sub.add_argument("--vectors", type=integer, metavar="N",
                      help="leading vectors to keep of each input (default: 16; when adding maps: as many as the largest has)")  # fmt: skip
-    sub.add_argument(
-        "--sequences", type=integer, default=32, metavar="N", help="sequences of the text, at most (default: 32)"
-    )
-    sub.add_argument(
-        "--length", type=integer, default=512, metavar="N", help="tokens of a sequence, at most (default: 512)"
-    )
-    sub.add_argument("--dtype", choices=["float32", "bf16"], default="float32",
+    sub.add_argument("--sequences", type=integer, metavar="N", help="sequences of the text, at most (default: 32)")
+    sub.add_argument("--length", type=integer, metavar="N", help="tokens of a sequence, at most (default: 512)")
+    sub.add_argument("--dtype", choices=["float32", "bf16"],
                      help="bf16 multiplies the base's weights faster on processors that support it (default: float32)")  # fmt: skip

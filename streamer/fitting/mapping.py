@@ -234,6 +234,7 @@ def _made(prepared: PreparedMap, records: Records, directory: Path | None) -> In
     for cost in costs:
         progress.advance(cost)
     progress.finish()
+    monitor.warn(_shortness(prepared, max((one.size for _, one in found if one.vectors is not None), default=0)))
     kept = [one for matrices, one in found if not model.repeated & {matrix.tensor for matrix in matrices}]
     if not kept:
         raise UnsupportedError(
@@ -243,6 +244,18 @@ def _made(prepared: PreparedMap, records: Records, directory: Path | None) -> In
         monitor.warn((f"the map lacks the inputs of {counted(len(lacking), 'matrix')}, {listed(map(repr, lacking))}: no token of the text "
                       "reached them, or they are not seen; what an adapter adds there will stay",))  # fmt: skip
     return InputMap(tuple(kept), {**prepared.facts, "lacking": lacking})
+
+
+def _shortness(prepared: PreparedMap, widest: int) -> list[str]:
+    """Warn of a text that is short for the inputs of the widest matrix, or for the vectors that are kept."""
+    tokens, vectors = prepared.tokens, prepared.options.vectors
+    if tokens < min(vectors, widest):
+        return [f"{prepared.text.name}: has {counted(tokens, 'token')}, fewer than the {vectors} vectors that are kept of each input; give "
+                "more text"]  # fmt: skip
+    if tokens < widest:
+        return [f"{prepared.text.name}: has {tokens} tokens, fewer than the {widest} inputs of the widest matrix: of what it does not show "
+                "the mean is kept; more text may forget less"]  # fmt: skip
+    return []
 
 
 def _mapped(names: tuple[str, ...], tokens: int, moments: Moments, count: int) -> MappedInput:

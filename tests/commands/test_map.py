@@ -100,8 +100,42 @@ def test_two_maps_are_added(server: Server, home: Path, tmp_path: Path) -> None:
     assert (done.code, "exists; choose another output, or pass --overwrite" in done.err) == (4, True)
     assert server.run("map", one, two, "-o", both, "--overwrite", "--vectors", 4).code == 0
     assert streamer.load_map(both).facts["vectors"] == 4
-    done = server.run("map", one, two, "-o", both, "--general", home / "general.npy")
-    assert (done.code, "leave them out, or give one BASE" in done.err) == (2, True)
+    for words in (
+        ["--general", home / "general.npy"], ["--sequences", 32], ["--length", 512], ["--dtype", "float32"], ["--threads", 1],
+        ["--max-memory", "4G"], ["--architecture", "LlamaForCausalLM"], ["--dry-run"],
+    ):  # fmt: skip
+        done = server.run("map", one, two, "-o", tmp_path / "more", *words)
+        assert (done.code, f"found {words[0]} as well; leave them out, or give one BASE" in done.err) == (2, True)
+    for vectors in (-3, 0):
+        done = server.run("map", one, two, "-o", tmp_path / "more", "--vectors", vectors)
+        assert (done.code, f"expected a whole number from 1, found {vectors}" in done.err) == (2, True)
+    done = server.run("map", one, "-o", tmp_path / "more")
+    assert (done.code, "is a map; name the base that it is of, or two maps at least, to add them" in done.err) == (
+        2,
+        True,
+    )
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_text_that_is_short_for_the_inputs_is_told(home: Path) -> None:
+    for sequences, told in (
+        (2, "general.npy: has 6 tokens, fewer than the 16 vectors that are kept of each input; give more text"),
+        (6, "general.npy: has 18 tokens, fewer than the 48 inputs of the widest matrix: of what it does not show the mean is kept"),
+        (16, None),
+    ):  # fmt: skip
+        warned: list[str] = []
+        streamer.map_inputs(home / "base", general=home / "general.npy", sequences=sequences, length=3,
+                            on_event=lambda event, to=warned: to.append(event.name) if event.stage == "warning" else None)  # fmt: skip
+        assert len(warned) == (told is not None), warned
+        assert told is None or warned[0].startswith(told)
+
+
+def test_the_help_offers_nothing_of_adapters(server: Server) -> None:
+    for command in ("map", "fit"):
+        offered = server.run(command, "--help").out
+        for option in ("--base-is-residual", "--lora-b-layout", "--ignore-key"):
+            assert (option in offered) == (command == "fit")
+        assert "--architecture" in offered
 
 
 def test_killed_anywhere_it_is_made_again_to_the_same_bytes(server: Server, home: Path, tmp_path: Path) -> None:
@@ -161,7 +195,11 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], int, str]]:
     yield [base, "--general", place / "far.npy", *out], 3, "expected token ids from 0 to"
     yield [home / "adapter", *general, *out], 3, "is an adapter, not a base model"
     yield [base, *general, "-o", base / "model.safetensors"], 4, "is not a map, which is all that is replaced"
-    yield [base, base, *out], 3, "expected a map of a base's inputs, found a directory"
+    yield (
+        [base, base, *out],
+        2,
+        "is a directory, and of several only maps are taken, to be added; map one model at a time",
+    )
     yield [base, *general, *out, "--max-memory", f"{process_mib() + 20}M"], 2, "is not enough for the inputs of"
 
 
