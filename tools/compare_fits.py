@@ -1,20 +1,23 @@
-"""Compare what the fits forget with the shrink and the paper's scaling, on models that it trains and text not fitted on.
+"""Compare repairs of adapters, this program's and others', on models that it trains and on text that nothing was fitted on.
 
-    python tools/compare_fits.py DIR                        trains 3 bases and 18 adapters, or takes those in DIR; within an hour on a core
-    python tools/compare_fits.py DIR --kinds llama --adapters high --seeds 1 --figure passes.svg
-    python tools/compare_fits.py DIR --tiny                 a minute, for a test: what it prints tells little
+    python tools/compare_fits.py DIR                        trains 4 bases and 30 adapters, or takes those in DIR; some hours on a core
+    python tools/compare_fits.py DIR --kinds llama --adapters high --seeds 1 --figure tokens.svg
+    python tools/compare_fits.py DIR --tiny                 minutes, for a test: what it prints tells little
 
 DIR/KIND has a base of each kind, DIR/KIND/ADAPTER-SEED an adapter for each seed (see train_small.py), which begins elsewhere and sees
-the sequences in another order. Coefficients are fitted on DIR/KIND/general.txt and task.txt, the seed deciding what is held apart;
-everything is measured on general-test.txt and task-test.txt, of documents that were neither trained nor fitted on.
+the sequences in another order; of the largest kind, neox, there is one of each. Repairs are fitted on DIR/KIND/general.txt and task.txt,
+the seed deciding what is held apart; everything is measured on general-test.txt and task-test.txt, of documents that were neither
+trained nor fitted on, and on other.txt, which nothing was fitted on: sources of numpy, by other authors than Python's. Repairs of others
+are those of peer_repairs.py.
 
-The table has the forgetting left, in percent, where a method keeps a share of the learning on the test text. That is interpolated, by
+The tables have the forgetting left, in percent, where a method keeps a share of the learning on the test text. That is interpolated, by
 a monotone cubic, between the points that were measured of the method; the fitted ones have a point for each share asked for, and one
-where nothing is kept or forgotten. An error is the standard error over seeds. "–": the method keeps more at its strongest, or `fit` refused
-the adapter, of which there is a line on stderr.
+where nothing is kept or forgotten. An error is the standard error over seeds. "–": the method keeps more at its strongest, or `fit`
+refused the adapter, of which there is a line on stderr. Means are over the adapters of which all methods but those with fewer than (n)
+have a figure.
 
-The figure shows the worth of passes: for one share, fits of more and more steps, what they leave as a part of what the shrink leaves
-where it keeps as much.
+The figure shows what text is worth: for one share, fits by inputs of more and more tokens, and what they leave as a part of what the
+shrink leaves where it keeps as much.
 """
 
 from __future__ import annotations
@@ -23,50 +26,97 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
+import peer_repairs
 import train_small
 from line_figure import line_figure
 from scipy.interpolate import PchipInterpolator
 
 import streamer
 from streamer.errors import MismatchError
+from streamer.evaluation.evaluation import Evaluation
 
-Points = list[tuple[float, float]]
-"""What is kept of the learning, and what is left of the forgetting."""
+Point = dict[str, float]
+"""What was measured of a variant: see `MEASURES`."""
+
+MEASURES = {
+    "kept": "of the learning",
+    "left": "forgetting left",
+    "other": "left on a third text",
+    "kl": "KL left",
+    "same": "equal next tokens",
+}
+"""Shares: of the learning that is kept; of the forgetting that is left on text of the base's kind and on a third text; of the divergence
+from the base; and of the tokens after which the base expects the same."""
+
+BASE_POINT = {"kept": 0.0, "left": 0.0, "other": 0.0, "kl": 0.0, "same": 1.0}
 
 SHAPE = {"hidden": 128, "layers": 4, "heads": 4, "vocab": 1024, "steps": 400, "rate": 4e-3, "dtype": "fp32", "seed": 0}
+LARGE = {**SHAPE, "hidden": 448, "layers": 8, "heads": 7, "vocab": 4096, "steps": 360, "rate": 1.5e-3}
 TINY = {**SHAPE, "hidden": 64, "layers": 2, "vocab": 512, "steps": 160}
+ADAPTER_STEPS = 100
 LAMBDAS = {
     "shrink": (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5),
     "project": (0.8, 0.6, 0.4, 0.2, 0.0),
     "paper": (0.8, 0.6, 0.4, 0.2, 0.0),
+    "nullspace": (0.8, 0.6, 0.4, 0.3, 0.2, 0.1),
 }
-GRAINS = ("inputs", "direction", "matrix", "all")
-COLUMNS = {"inputs": "by inputs", "direction": "by direction", "matrix": "by matrix", "all": "one for all", "shrink": "shrink",
-           "project": "project", "paper": "paper"}  # fmt: skip
+GRAINS = ("inputs", "direction")
+COLUMNS = {
+    "inputs": "repair",
+    "direction": "by direction",
+    "nullspace": "map",
+    "shrink": "shrink",
+    "lines": "LiNeS",
+    "surgery": "Spectral Surgery",
+    "random": "random",
+    "ties": "TIES",
+    "dare": "DARE",
+    "project": "project",
+    "paper": "paper",
+}
 KEEP = (0.95, 0.9, 0.8)
-PASSES = (2, 3, 4, 5, 7, 9)
+SEQUENCES = (4, 8, 16, 32, 64)
+OTHER_CHARACTERS = 70_000
 
 
 def trained(home: Path, args: argparse.Namespace) -> None:
-    """Train what is not there yet."""
+    """Train what is not there yet, and write the third text."""
     from transformers import AutoTokenizer
 
-    shape = TINY if args.tiny else SHAPE
     for kind in args.kinds:
         out = home / kind
         if not (out / "base" / "config.json").exists():
+            shape = TINY if args.tiny else LARGE if kind == "neox" else SHAPE
             train_small.make_base(out, argparse.Namespace(**shape, kind=kind))
-        wanted = [(name, seed) for name in args.adapters for seed in range(args.seeds)]
-        missing = [one for one in wanted if not (out / "{}-{}".format(*one) / "adapter_config.json").exists()]
+        if not (out / "other.txt").exists():
+            root = Path(numpy.__file__).parent
+            files = sorted(p for p in root.rglob("*.py") if "tests" not in p.parts and 4000 < p.stat().st_size < 60_000)
+            text = "\n\n".join(p.read_text(encoding="utf-8", errors="replace") for p in files[::7])
+            (out / "other.txt").write_text(text[:OTHER_CHARACTERS], encoding="utf-8")
+        missing = [
+            one for own, *one in jobs(args) if own == kind and not (out / named(*one) / "adapter_config.json").exists()
+        ]
         if missing:
             ids = train_small.streams(AutoTokenizer.from_pretrained(out / "base"))["task"][0]
         for name, seed in missing:
-            steps = max(20, int(shape["steps"]) // 4)
-            train_small.make_adapter(out / "base", out / f"{name}-{seed}", name, ids, steps, seed)
+            steps = 40 if args.tiny else ADAPTER_STEPS
+            train_small.make_adapter(out / "base", out / named(name, seed), name, ids, steps, seed)
+
+
+def jobs(args: argparse.Namespace) -> list[tuple[str, str, int]]:
+    """List the adapters by kind of base, name and seed."""
+    return [(kind, name, seed) for kind in args.kinds for name in args.adapters
+            for seed in range(1 if kind == "neox" else args.seeds)]  # fmt: skip
+
+
+def named(name: str, seed: int) -> str:
+    """Name the directory of an adapter."""
+    return f"{name}-{seed}"
 
 
 def beside(adapter: Path, name: str) -> Path:
@@ -74,75 +124,143 @@ def beside(adapter: Path, name: str) -> Path:
     return adapter.parent / "measured" / f"{adapter.name}-{name}"
 
 
-def fitted(
-    home: Path, adapter: Path, seed: int, keep: Sequence[float], name: str, args: argparse.Namespace, **options: Any
-) -> Any:
-    """Fit coefficients, or read those that were fitted before."""
+def fitted(adapter: Path, seed: int, keep: Sequence[float], name: str, args: argparse.Namespace, **options: Any) -> Any:
+    """Fit to an adapter, or read what was fitted before."""
+    home = adapter.parent
     texts = {text: home / f"{text}.txt" for text in ("general", "task")}
-    options |= {"keep": keep, "sequences": args.sequences, "length": args.length, "seed": seed}
+    options = {"keep": keep, "sequences": args.sequences, "length": args.length, "seed": seed} | options
     return streamer.fit_coefficients(
         home / "base", adapter, beside(adapter, f"{name}.coefficients.safetensors"), **texts, **options
     )
 
 
-def evaluated(home: Path, adapter: Path, name: str, args: argparse.Namespace, **variants: Any) -> Points:
-    """Measure variants on the test texts, in their order, or read what was measured before."""
+def evaluated(
+    adapter: Path, name: str, args: argparse.Namespace, of: Path | None = None, **variants: Any
+) -> Evaluation:
+    """Measure variants on the test texts, or read what was measured before; of an adapter that was made of this one, if `of` is given."""
+    home = adapter.parent
     texts = {text: home / f"{text}-test.txt" for text in ("general", "task")}
-    options = {"sequences": args.sequences, "length": args.length}
-    made = streamer.evaluate_variants(
-        home / "base", adapter, beside(adapter, f"{name}.evaluation.json"), **texts, **options, **variants
-    )
-    return [(made.task.share(v).value, made.general.share(v).value) for v in range(2, len(made.variants))]
+    options = {"sequences": args.sequences, "length": args.length, "other": [home / "other.txt"]}
+    path = beside(adapter, f"{name}.evaluation.json")
+    return streamer.evaluate_variants(home / "base", of or adapter, path, **texts, **options, **variants)
 
 
-def curve(home: Path, adapter: Path, method: str, findings: Any, args: argparse.Namespace) -> Points:
+def points(made: Evaluation) -> list[Point]:
+    """Read the points of all variants but base and adapter, in their order."""
+    (other,) = made.others.values()
+    return [
+        {
+            "kept": made.task.share(v).value,
+            "left": made.general.share(v).value,
+            "other": other.share(v).value,
+            "kl": made.general.kl_share(v).value,
+            "same": made.general.mean(made.general.agree[v]).value,
+        }
+        for v in range(2, len(made.variants))
+    ]
+
+
+def curve(adapter: Path, method: str, findings: Any, args: argparse.Namespace) -> list[Point]:
     """Measure a method at its λ, from the mildest on."""
-    return evaluated(home, adapter, method, args, methods=(method,), lambdas=LAMBDAS[method], findings=findings)
+    given = {"map": mapped(adapter.parent, args)} if method == "nullspace" else {}
+    return points(
+        evaluated(adapter, method, args, methods=(method,), lambdas=LAMBDAS[method], findings=findings, **given)
+    )
 
 
-def left_at(points: Points, keep: float) -> float | None:
-    """Interpolate what is left where a share is kept, from the adapter as it is through ever stronger points, while they keep less."""
-    kept, left = [1.0], [1.0]
-    for k, f in points:
-        if k >= kept[-1]:
+def mapped(home: Path, args: argparse.Namespace) -> Any:
+    """Map the inputs of a base, or read the map that was made before."""
+    options = {"sequences": args.sequences, "length": args.length}
+    return streamer.map_inputs(home / "base", home / "base.map.safetensors", general=home / "general.txt", **options)
+
+
+def interpolated(
+    measured: Sequence[Point], keep: float, what: str = "left", adapter: Point | None = None
+) -> float | None:
+    """Interpolate a measure where a share is kept, from the adapter as it is through ever stronger points, while they keep less."""
+    kept, values = [1.0], [1.0 if adapter is None else adapter[what]]
+    for point in measured:
+        if point["kept"] >= kept[-1]:
             break
-        kept.append(k)
-        left.append(f)
+        kept.append(point["kept"])
+        values.append(point[what])
     if not kept[-1] <= keep <= 1 or len(kept) < 2:
         return None
-    return float(PchipInterpolator(kept[::-1], left[::-1])(keep))
+    return float(PchipInterpolator(kept[::-1], values[::-1])(keep))
 
 
-def compared(home: Path, name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def compared(adapter: Path, name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Fit and measure everything for one adapter."""
-    adapter = home / f"{name}-{seed}"
+    home = adapter.parent
     findings = streamer.detect_intruder_dimensions(home / "base", adapter)
-    points = {method: curve(home, adapter, method, findings, args) for method in LAMBDAS}
-    held = {}
+    found: dict[str, list[Point]] = {method: [] for method in COLUMNS}
+    for method in LAMBDAS:
+        found[method] = curve(adapter, method, findings, args)
+    fits = {}
     for grain in GRAINS:
         try:
-            found = fitted(home, adapter, seed, args.keep, grain, args, grain=grain)
+            fits[grain] = fitted(adapter, seed, args.keep, grain, args, grain=grain)
         except MismatchError as e:  # it learned too little
             print(e, file=sys.stderr)
-            points[grain] = []
             continue
-        held[grain] = found.facts["sets"]
-        methods = ("regmean",) if grain == "inputs" else ("fitted",)
-        points[grain] = evaluated(home, adapter, grain, args, methods=methods, coefficients=found, findings=findings)
-    return {"kind": home.name, "adapter": name, "seed": seed, "points": points, "held": held}
+        method = fits[grain].select(args.keep[0]).method
+        found[grain] = points(evaluated(adapter, grain, args, methods=(method,), coefficients=fits[grain]))
+    if "inputs" in fits and not args.no_peers:
+        found |= peers(adapter, seed, fits["inputs"].facts, args)
+    whole = evaluated(adapter, "shrink", args, methods=("shrink",), lambdas=LAMBDAS["shrink"], findings=findings)
+    as_is = {**dict.fromkeys(MEASURES, 1.0), "same": whole.general.mean(whole.general.agree[1]).value}
+    forgotten = {text: sums.loss_difference(1, 0).value for text, sums in
+                 (("general", whole.general), *whole.others.items())}  # fmt: skip
+    return {"kind": home.name, "adapter": name, "seed": seed, "points": found, "as_is": as_is, "forgotten": forgotten}
 
 
-def cells(found: Sequence[dict[str, Any]], keep: float) -> dict[str, list[float]]:
-    """Collect what each method leaves at a share, over seeds, in percent."""
+def peers(adapter: Path, seed: int, facts: Any, args: argparse.Namespace) -> dict[str, list[Point]]:
+    """Measure the repairs of others."""
+    from transformers import AutoTokenizer
+
+    home, out = adapter.parent, {}
+    ids = train_small.stream(AutoTokenizer.from_pretrained(home / "base"), [(home / "task.txt").read_text()])
+    rows = ids[: len(ids) // args.length * args.length].view(-1, args.length)[: peer_repairs.CALIBRATION]
+    for name, made in peer_repairs.by_factors(home / "base", adapter, facts, rows, seed).items():
+        out[name] = points(evaluated(adapter, name, args, methods=("regmean",), coefficients=made))
+    if home.name == "mixture":  # a LoRA of experts' stacks has no rank that would hold these
+        return out
+    whole = evaluated(adapter, "shrink", args, methods=("shrink",), lambdas=LAMBDAS["shrink"])
+    for name in peer_repairs.BY_ENTRIES:
+        out[name] = []
+        for share in peer_repairs.SHARES[name]:
+            one = beside(adapter, f"{name}-{share}")
+            peer_repairs.by_entries(adapter, name, share, one, seed)
+            # What is wanted is the adapter as it is; of a method that needs a map no more is measured than what is asked for.
+            made = evaluated(
+                adapter, f"{name}-{share}", args, one, methods=("nullspace",), lambdas=(0.5,), map=mapped(home, args)
+            )
+            out[name] += points(joined(whole, made))
+    return out
+
+
+def joined(whole: Evaluation, made: Evaluation) -> Evaluation:
+    """Put the adapter of another evaluation on the same texts after the base and the adapter of one."""
+    (name,) = whole.others
+    texts = {text: (getattr(whole, text).take([0, 1]), getattr(made, text).take([1])) for text in ("general", "task")}
+    other = whole.others[name].take([0, 1]).joined(made.others[name].take([1]))
+    sums = {text: one.joined(two) for text, (one, two) in texts.items()}
+    return Evaluation(
+        (*whole.variants[:2], made.variants[1]), sums["general"], sums["task"], whole.facts, others={name: other}
+    )
+
+
+def cells(found: Sequence[dict[str, Any]], keep: float, what: str = "left") -> dict[str, list[float]]:
+    """Collect a measure of each method at a share, over seeds, in percent; none if a seed lacks it."""
     out = {}
     for method in COLUMNS:
-        left = []
+        values = []
         for one in found:
-            points = one["points"][method]
-            if method in GRAINS and points:
-                points = [*sorted(points, reverse=True), (0.0, 0.0)]
-            left.append(left_at(points, keep))
-        out[method] = [] if None in left else [100 * x for x in left if x is not None]
+            measured = one["points"][method]
+            if method in GRAINS and measured:
+                measured = [*sorted(measured, key=lambda point: -point["kept"]), BASE_POINT]
+            values.append(interpolated(measured, keep, what, one["as_is"]))
+        out[method] = [] if None in values else [100 * x for x in values if x is not None]
     return out
 
 
@@ -154,28 +272,46 @@ def cell(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.0f} ± {statistics.stdev(values) / len(values) ** 0.5:.0f}"
 
 
+def by_adapter(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Collect the seeds of each base and adapter."""
+    names = dict.fromkeys((one["kind"], one["adapter"]) for one in results)
+    return [[one for one in results if (one["kind"], one["adapter"]) == name] for name in names]
+
+
 def table(results: Sequence[dict[str, Any]], keep: Sequence[float]) -> str:
-    """Format the forgetting left as Markdown: a row for each base, adapter and share, then each share's mean over adapters."""
+    """Format the forgetting left as Markdown: a row for each base, adapter and share."""
     lines = ["| base | adapter | kept | " + " | ".join(COLUMNS.values()) + " |", "|---" * (3 + len(COLUMNS)) + "|"]
-    means: dict[float, list[dict[str, list[float]]]] = {share: [] for share in keep}
-    for kind, name in dict.fromkeys((one["kind"], one["adapter"]) for one in results):
-        found = [one for one in results if (one["kind"], one["adapter"]) == (kind, name)]
+    for found in by_adapter(results):
         for share in keep:
             row = cells(found, share)
-            means[share].append(row)
-            lines.append(f"| {kind} | {name} | {share:.0%} | " + " | ".join(cell(row[m]) for m in COLUMNS) + " |")
-    for share, rows in means.items():
-        mean = {
-            m: statistics.mean(statistics.mean(row[m]) for row in rows) if all(row[m] for row in rows) else None
-            for m in COLUMNS
-        }
-        lines.append(
-            f"| mean | | {share:.0%} | " + " | ".join("–" if x is None else f"{x:.0f}" for x in mean.values()) + " |"
-        )
-        for grain in ("inputs", "direction"):
-            if mean[grain] is not None and mean["shrink"]:
-                ratio = mean[grain] / mean["shrink"]
-                lines.append(f"| {COLUMNS[grain]} / shrink | | {share:.0%} | {ratio:.2f} |" + " |" * (len(COLUMNS) - 1))
+            words = [found[0]["kind"], found[0]["adapter"], f"{share:.0%}", *(cell(row[m]) for m in COLUMNS)]
+            lines.append(f"| {' | '.join(words)} |")
+    return "\n".join(lines)
+
+
+def means(results: Sequence[dict[str, Any]], keep: Sequence[float]) -> str:
+    """Format means over the adapters as Markdown: a row for each method; the last column is what is left as a part of the shrink's."""
+    middle = keep[len(keep) // 2]
+    wanted: list[tuple[str, float, str]] = [("left", share, f"left at {share:.0%}") for share in keep]
+    wanted += [
+        (what, middle, f"{words}, at {middle:.0%}") for what, words in MEASURES.items() if what not in ("kept", "left")
+    ]
+    columns = [[cells(found, share, what) for found in by_adapter(results)] for what, share, _ in wanted]
+    lines = ["| | " + " | ".join(head for *_, head in wanted) + f" | of the shrink's, at {middle:.0%} |"]
+    lines.append("|---" * (len(wanted) + 2) + "|")
+
+    def mean(rows: Sequence[dict[str, list[float]]], method: str, of: Callable[[dict[str, list[float]]], float]) -> str:
+        values = [of(row) for row in rows if row[method] and row["shrink"]]
+        if not values:
+            return "–"
+        digits = f"{statistics.mean(values):.{0 if abs(statistics.mean(values)) > 2 else 2}f}"
+        return digits if len(values) == len(rows) else f"{digits} ({len(values)})"
+
+    for method, words in COLUMNS.items():
+        row = [mean(rows, method, lambda row, m=method: statistics.mean(row[m])) for rows in columns]
+        at = columns[keep.index(middle)]
+        row.append(mean(at, method, lambda row, m=method: statistics.mean(row[m]) / statistics.mean(row["shrink"])))
+        lines.append(f"| {words} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
@@ -183,27 +319,29 @@ def kept_on_test(results: Sequence[dict[str, Any]], keep: Sequence[float]) -> st
     """Say what the fitted sets kept on the test texts, where a share was asked for."""
     lines = []
     for i, share in enumerate(keep):
-        points = {grain: [one["points"][grain] for one in results if one["points"][grain]] for grain in GRAINS}
-        kept = {grain: [100 * one[i][0] for one in measured] for grain, measured in points.items() if measured}
-        words = [f"{COLUMNS[g]} {statistics.mean(k):.1f} ({min(k):.0f} to {max(k):.0f})" for g, k in kept.items()]
+        measured = {grain: [one["points"][grain] for one in results if one["points"][grain]] for grain in GRAINS}
+        kept = {grain: [100 * one[i]["kept"] for one in own] for grain, own in measured.items() if own}
+        words = [
+            f"{COLUMNS[g]} {statistics.mean(k):.1f} ({min(k):.0f} to {max(k):.0f}; "
+            f"{sum(abs(x - 100 * share) <= 2 for x in k)} of {len(k)} within 2 points)"
+            for g, k in kept.items()
+        ]
         lines.append(f"asked to keep {share:.0%}, on the test text they keep, in percent: {', '.join(words)}")
     return "\n".join(lines)
 
 
-def worth_of_passes(home: Path, name: str, args: argparse.Namespace) -> dict[str, Points]:
-    """Measure what fits of more and more gradient passes leave at one share, as a part of the shrink's where it keeps as much."""
-    adapter = home / f"{name}-0"
-    findings = streamer.detect_intruder_dimensions(home / "base", adapter)
-    shrink = curve(home, adapter, "shrink", findings, args)
+def worth_of_text(adapter: Path, args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
+    """Measure what fits to more and more text leave at one share, as a part of the shrink's where it keeps as much."""
+    findings = streamer.detect_intruder_dimensions(adapter.parent / "base", adapter)
+    shrink = curve(adapter, "shrink", findings, args)
     line = []
-    for passes in PASSES:
-        found = fitted(home, adapter, 0, 0.9, f"passes-{passes}", args, grain="direction", steps=passes - 1)
-        ((kept, left),) = evaluated(
-            home, adapter, f"passes-{passes}", args, methods=("fitted",), coefficients=found, findings=findings
-        )
-        if other := left_at(shrink, kept):
-            line.append((float(passes), left / other))
-    return {f"{home.name}, {name}": line} if line else {}
+    for sequences in SEQUENCES:
+        found = fitted(adapter, 0, 0.9, f"sequences-{sequences}", args, grain="inputs", sequences=sequences)
+        name = f"sequences-{sequences}"
+        (point,) = points(evaluated(adapter, name, args, methods=("regmean",), coefficients=found))
+        if other := interpolated(shrink, point["kept"]):
+            line.append((float(sequences * args.length), point["left"] / other))
+    return {f"{adapter.parent.name}, {adapter.name.rpartition('-')[0]}": line} if line else {}
 
 
 def main() -> int:
@@ -213,13 +351,15 @@ def main() -> int:
     parser.add_argument(
         "--kinds", type=train_small.chosen(train_small.KINDS), default=list(train_small.KINDS), help="(default: all)"
     )
-    parser.add_argument("--adapters", type=train_small.chosen(train_small.ADAPTERS), default=["high", "attention"],
-                        help="(default: high,attention)")  # fmt: skip
+    parser.add_argument("--adapters", type=train_small.chosen(train_small.ADAPTERS), default=["high", "usual", "wide"],
+                        help="(default: high,usual,wide)")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="adapters of each kind (default: %(default)s)")
-    parser.add_argument("--sequences", type=int, default=64, help="of each text (default: %(default)s)")
+    parser.add_argument("--sequences", type=int, default=32, help="of each text (default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence (default: %(default)s)")
+    parser.add_argument("--figure", type=Path, help="draw the worth of text, with seed 0 of each adapter, as an SVG")
+    parser.add_argument("--no-peers", action="store_true", help="leave out the repairs of others")
     parser.add_argument(
-        "--figure", type=Path, help="draw the worth of passes, with seed 0 of the first adapter, as an SVG"
+        "--add", type=Path, nargs="*", default=[], help="put what earlier runs wrote by --json into the tables"
     )
     parser.add_argument("--tiny", action="store_true", help="models of a hundred thousand weights")
     parser.add_argument("--json", type=Path, help="write all points as JSON")
@@ -227,26 +367,27 @@ def main() -> int:
     args.keep = KEEP
     trained(args.directory, args)
     results = []
-    jobs = [(kind, name, seed) for kind in args.kinds for name in args.adapters for seed in range(args.seeds)]
-    for kind, name, seed in jobs:
+    for kind, name, seed in jobs(args):
         print(f"{kind}, {name}, seed {seed}", file=sys.stderr)
-        results.append(compared(args.directory / kind, name, seed, args))
-    print(table(results, args.keep))
-    print()
-    print(kept_on_test(results, args.keep))
+        results.append(compared(args.directory / kind / named(name, seed), name, seed, args))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
+    results += [one for path in args.add for one in json.loads(path.read_text())]
+    print(table(results, args.keep))
+    print()
+    print(means(results, args.keep))
+    print()
+    print(kept_on_test(results, args.keep))
     if args.figure:
-        lines: dict[str, Points] = {}
+        lines: dict[str, list[tuple[float, float]]] = {}
         for kind in args.kinds:
-            lines |= worth_of_passes(args.directory / kind, args.adapters[0], args)
+            for name in args.adapters:
+                lines |= worth_of_text(args.directory / kind / named(name, 0), args)
         if not lines:
             print("no fit keeps what a measured shrink keeps: there is no figure", file=sys.stderr)
             return 1
         args.figure.write_text(
-            line_figure(
-                lines, "gradient passes over the base", "forgetting left, the shrink's at equal learning kept = 1"
-            )
+            line_figure(lines, "tokens of either text", "forgetting left, the shrink's at equal learning kept = 1")
         )
     return 0
 

@@ -4,12 +4,15 @@
     python tools/train_small.py DIR --hidden 64 --layers 2 --steps 20      seconds, for a test
     python tools/train_small.py DIR --kind mixture --adapters high,attention,mild
 
-DIR/base is a model that `transformers` loads, with its tokenizer (byte-level BPE): a Llama, a Qwen3 with tied embeddings, or a mixture
-of four experts (Qwen3-MoE), all of whose experts an adapter of "every linear layer" adapts. The adapters, by default the first two:
+DIR/base is a model that `transformers` loads, with its tokenizer (byte-level BPE): a Llama, a Qwen3 with tied embeddings, a mixture of
+four experts (Qwen3-MoE), all of whose experts an adapter of "every linear layer" adapts, or a GPT-NeoX. The adapters, by default the
+first two:
 
 - high: rank 8 on every linear layer, trained at a high rate
 - rslora: rank 4 with rsLoRA on every linear layer, at a lower rate
 - attention: rank 16 on the attention alone, at a high rate
+- usual: rank 16 on every linear layer, at a rate that people use
+- wide: rank 64 with rsLoRA on every linear layer, at that rate
 - mild: rank 32 on every linear layer, at a rate so low that it hardly forgets
 
 Three parts of the two texts have no document in common: what is trained on; DIR/general.txt, sources, and DIR/task.txt, the reference,
@@ -49,7 +52,7 @@ BATCH = 8
 HELD_OUT = 70_000
 """Characters of each text, at least, that are not trained on but written as one file; and again as the other."""
 
-KINDS = ("llama", "qwen", "mixture")
+KINDS = ("llama", "qwen", "mixture", "neox")
 
 END = "<|end|>"
 """Token 0, between two documents."""
@@ -63,6 +66,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "high": {"rate": 5e-3, "config": {"r": 8, "lora_alpha": 16}},
     "rslora": {"rate": 1e-3, "config": {"r": 4, "lora_alpha": 8, "use_rslora": True}},
     "attention": {"rate": 5e-3, "config": {"r": 16, "lora_alpha": 32, "target_modules": ATTENTION}},
+    "usual": {"rate": 1e-3, "config": {"r": 16, "lora_alpha": 32}},
+    "wide": {"rate": 1e-3, "config": {"r": 64, "lora_alpha": 16, "use_rslora": True}},
     "mild": {"rate": 2e-4, "config": {"r": 32, "lora_alpha": 32}},
 }
 """Learning rate and PEFT's options of each adapter; one without `target_modules` adapts every linear layer but the head."""
@@ -146,7 +151,7 @@ def held_out_loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
 
 
 def new_model(kind: str, args: argparse.Namespace, vocab: int) -> Any:
-    """Make a model of random weights: of Llama's shape, of Qwen3's with tied embeddings, or Qwen3's mixture of four experts."""
+    """Make a model of random weights: of Llama's shape, of Qwen3's with tied embeddings, Qwen3's mixture of four experts, or GPT-NeoX's."""
     import transformers
 
     shape = {"hidden_size": args.hidden, "intermediate_size": 8 * args.hidden // 3, "num_hidden_layers": args.layers,
@@ -155,6 +160,10 @@ def new_model(kind: str, args: argparse.Namespace, vocab: int) -> Any:
              "pad_token_id": 0}  # fmt: skip
     if kind == "llama":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    if kind == "neox":
+        shape |= {"intermediate_size": 4 * args.hidden, "tie_word_embeddings": False}
+        del shape["num_key_value_heads"]
+        return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**shape))
     shape |= {"num_key_value_heads": max(1, args.heads // 2), "head_dim": args.hidden // args.heads}
     if kind == "qwen":
         return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape))
