@@ -13,8 +13,8 @@ are those of peer_repairs.py.
 The tables have the forgetting left, in percent, where a method keeps a share of the learning on the test text. That is interpolated, by
 a monotone cubic, between the points that were measured of the method; the fitted ones have a point for each share asked for, and one
 where nothing is kept or forgotten. An error is the standard error over seeds. "–": the method keeps more at its strongest, or `fit`
-refused the adapter, of which there is a line on stderr. Means are over the adapters of which all methods but those with fewer than (n)
-have a figure.
+refused the adapter, of which there is a line on stderr. A mean is over the (n) adapters that have a
+figure, if not all do.
 
 The figure shows what text is worth: for one share, fits by inputs of more and more tokens, and what they leave as a part of what the
 shrink leaves where it keeps as much.
@@ -300,17 +300,22 @@ def means(results: Sequence[dict[str, Any]], keep: Sequence[float]) -> str:
     lines = ["| | " + " | ".join(head for *_, head in wanted) + f" | of the shrink's, at {middle:.0%} |"]
     lines.append("|---" * (len(wanted) + 2) + "|")
 
-    def mean(rows: Sequence[dict[str, list[float]]], method: str, of: Callable[[dict[str, list[float]]], float]) -> str:
+    def mean(
+        rows: Sequence[dict[str, list[float]]],
+        method: str,
+        of: Callable[[dict[str, list[float]]], float],
+        digits: int = 0,
+    ) -> str:
         values = [of(row) for row in rows if row[method] and row["shrink"]]
         if not values:
             return "–"
-        digits = f"{statistics.mean(values):.{0 if abs(statistics.mean(values)) > 2 else 2}f}"
-        return digits if len(values) == len(rows) else f"{digits} ({len(values)})"
+        words = f"{statistics.mean(values):.{digits}f}"
+        return words if len(values) == len(rows) else f"{words} ({len(values)})"
 
     for method, words in COLUMNS.items():
         row = [mean(rows, method, lambda row, m=method: statistics.mean(row[m])) for rows in columns]
         at = columns[keep.index(middle)]
-        row.append(mean(at, method, lambda row, m=method: statistics.mean(row[m]) / statistics.mean(row["shrink"])))
+        row.append(mean(at, method, lambda row, m=method: statistics.mean(row[m]) / statistics.mean(row["shrink"]), 2))
         lines.append(f"| {words} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
