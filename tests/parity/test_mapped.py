@@ -14,6 +14,7 @@ from kinds_cases import Made
 from live import adapter_state, assert_equal, load_state, loaded
 from mapped import answer, energy_form, random_map
 from safetensors.torch import load_file
+from seeds import vary
 from test_fitted import CASES, logits, trained
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from verified import agree, edit_tensor
@@ -27,7 +28,7 @@ LAMBDA = 0.4
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     config = LlamaConfig(
         vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
     )
