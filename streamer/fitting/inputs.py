@@ -24,7 +24,7 @@ from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 from streamer.fitting.division import DividedFit
 from streamer.fitting.groups import advance, groups_of
 from streamer.fitting.options import WEIGHTS
-from streamer.fitting.points import Point, Replaced, ScaledFactors, SpooledFactors, factors_of, through
+from streamer.fitting.points import Point, factors_of, replaced, scaled, spooled, through
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.result import SHRINKS, FoundSet, adapter_facts, doubts, misses, scaling_facts, set_facts
 from streamer.linalg.feedback import InputPair, WeightDelta, corrected
@@ -146,12 +146,11 @@ class InputsRun(DividedFit):
         if self.raised:
             self.monitor.warn((f"the texts are short for the inputs of {counted(len(self.raised), 'matrix')}, "
                                f"{listed(map(repr, self.raised))}: the ridge was raised; more text may forget less",))  # fmt: skip
-        targets = {target.tensor: target for target in plan.targets}
-        as_is = ScaledFactors(plan, targets, 1.0)
+        as_is = scaled(plan, 1.0)
         for tensor in model.unseen:
             places[tensor] = [spool.write([as_is[tensor]])] * len(WEIGHTS)
-        points = [Point(mu, SpooledFactors(spool, places, number)) for number, mu in enumerate(WEIGHTS)]
-        return [Point(0.0, as_is), *points, Point(math.inf, ScaledFactors(plan, targets, 0.0))], model.unseen
+        points = [Point(mu, spooled(spool, places, number)) for number, mu in enumerate(WEIGHTS)]
+        return [Point(0.0, as_is), *points, Point(math.inf, scaled(plan, 0.0))], model.unseen
 
     def _corrected(self, model: CorrectedModel, spool: Spool, keep: float, point: Point) -> Point:
         """Fit each layer to what the layers before it make, at two weights if need be; return what forgets less, if it keeps the share."""
@@ -159,15 +158,15 @@ class InputsRun(DividedFit):
             return point
         try:
             made = [self._correct(model, spool, point, point.weight)]
+            if abs((kept := self._kept(made[0])) - keep) > EXACT:
+                made.append(self._correct(model, spool, point, point.weight * (STEP if kept > keep else 1 / STEP)))
+                other = self._kept(made[1])
+                t = min(2.0, max(0.0, (kept - keep) / (kept - other))) if kept != other else 0.5
+                made.append(made[0].towards(made[1], t))
+                self._measure_new([self._variant(made[2])])
         except UnsupportedError as e:
             self.monitor.warn((f"{e}: the factors are not corrected",))
             return point
-        if abs((kept := self._kept(made[0])) - keep) > EXACT:
-            made.append(self._correct(model, spool, point, point.weight * (STEP if kept > keep else 1 / STEP)))
-            other = self._kept(made[1])
-            t = min(2.0, max(0.0, (kept - keep) / (kept - other))) if kept != other else 0.5
-            made.append(made[0].towards(made[1], t))
-            self._measure_new([self._variant(made[2])])
         best = min(made, key=lambda one: abs(self._kept(one) - keep))
 
         def left(one: Point) -> float:
@@ -179,7 +178,7 @@ class InputsRun(DividedFit):
         """Run the model as it is corrected, at a weight, from the factors of a point on, and measure what comes."""
         plan = self.prepared.plan
         places: dict[str, Sequence[Spooled]] = {}
-        made = Replaced(SpooledFactors(spool, places, 0), point.factors)
+        made = replaced(spooled(spool, places, 0), point.factors)
 
         def replace(targets: Sequence[Target], moments: Mapping[int, RowMoments]) -> None:
             self.monitor.checkpoint()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,75 +59,42 @@ class Point:
             weight = math.exp((1 - t) * math.log(self.weight) + t * math.log(other.weight))
         else:
             weight = t * other.weight if other.weight < math.inf else self.weight / (1 - t)
-        return Point(weight, Mixed(self.factors, other.factors, t), other.corrected)
+        return Point(weight, mixed(self.factors, other.factors, t), other.corrected)
 
 
 @dataclass(frozen=True)
-class Mixed(Mapping[str, Tensor]):
-    """``(1 − t) a + t b`` of each matrix, made when it is asked for."""
+class Factors(Mapping[str, Tensor]):
+    """Right factors by `Target.tensor`, each of which is read or made when it is asked for."""
 
-    a: Mapping[str, Tensor]
-    b: Mapping[str, Tensor]
-    t: float
-
-    def __getitem__(self, tensor: str) -> Tensor:
-        return torch.lerp(self.a[tensor], self.b[tensor], self.t)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.a)
-
-    def __len__(self) -> int:
-        return len(self.a)
-
-
-@dataclass(frozen=True)
-class SpooledFactors(Mapping[str, Tensor]):
-    """Factors for one weight, of which each matrix' are in a spool."""
-
-    spool: Spool
-    places: Mapping[str, Sequence[Spooled]]
-    number: int
+    names: Collection[str]
+    read: Callable[[str], Tensor]
 
     def __getitem__(self, tensor: str) -> Tensor:
-        return self.spool.read(self.places[tensor][self.number])[0]
+        return self.read(tensor)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.names)
 
 
-@dataclass(frozen=True)
-class Replaced(Mapping[str, Tensor]):
-    """Factors of which some have been made anew."""
-
-    made: SpooledFactors
-    rest: Mapping[str, Tensor]
-
-    def __getitem__(self, tensor: str) -> Tensor:
-        return (self.made if tensor in self.made.places else self.rest)[tensor]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.rest)
-
-    def __len__(self) -> int:
-        return len(self.rest)
+def mixed(a: Mapping[str, Tensor], b: Mapping[str, Tensor], t: float) -> Factors:
+    """Interpolate: ``(1 − t) a + t b``."""
+    return Factors(a, lambda tensor: torch.lerp(a[tensor], b[tensor], t))
 
 
-@dataclass(frozen=True)
-class ScaledFactors(Mapping[str, Tensor]):
-    """Right factors of the adapter as it is, times a number."""
+def spooled(spool: Spool, places: Mapping[str, Sequence[Spooled]], number: int) -> Factors:
+    """Read those of one number from a spool, where each matrix has its places."""
+    return Factors(places, lambda tensor: spool.read(places[tensor][number])[0])
 
-    plan: Plan
-    targets: Mapping[str, Target]
-    by: float
 
-    def __getitem__(self, tensor: str) -> Tensor:
-        return factors_of(self.plan, self.targets[tensor]).R.to(torch.float32) * self.by
+def replaced(made: Factors, rest: Mapping[str, Tensor]) -> Factors:
+    """Take those that have been made anew, as they come, and of all other matrices the rest."""
+    return Factors(rest, lambda tensor: (made if tensor in made.names else rest)[tensor])
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.targets)
 
-    def __len__(self) -> int:
-        return len(self.targets)
+def scaled(plan: Plan, by: float) -> Factors:
+    """Scale those of the adapter as it is."""
+    targets = {target.tensor: target for target in plan.targets}
+    return Factors(targets, lambda tensor: factors_of(plan, targets[tensor]).R.to(torch.float32) * by)

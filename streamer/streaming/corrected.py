@@ -28,6 +28,8 @@ from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, T
 
 STREAMS = GENERAL_AS, TASK_AS, GENERAL_CORRECTED, TASK_CORRECTED
 
+OTHER_ORDER = "runs its matrices in another order once some are replaced"
+
 Replace = Callable[[Sequence[Target], Mapping[int, RowMoments]], None]
 """Takes targets that have the same inputs, and the moments of these by what runs, whose rows are in one order."""
 
@@ -164,7 +166,7 @@ class _LayerByLayer:
         if versions != [one._version for one in tensors]:
             raise UnsupportedError(f"layer {number} writes into its own inputs, so that it cannot run again")
         if out is None:
-            raise UnsupportedError(f"layer {number} runs its matrices in another order once some are replaced")
+            raise UnsupportedError(f"layer {number} {OTHER_ORDER}")
         return out
 
     def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -189,6 +191,8 @@ class _LayerByLayer:
         """Replace the matrices at whose inputs the corrected model has stopped."""
         for first, own in list(self._inputs.items()):
             if own.keys() == {*STREAMS}:
+                if any(one.rows != self.tokens[stream] for stream, one in own.items()):  # some stopped elsewhere
+                    raise UnsupportedError(f"layer {self._layer} {OTHER_ORDER}")
                 self.replace(self._waiting.pop(first), {s: one.row_moments(self.tokens[s]) for s, one in own.items()})
                 del self._inputs[first]
 
