@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import UserDict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from streamer.errors import UnsupportedError
-from streamer.streaming.corrected import _LayerByLayer
+from streamer.streaming.corrected import STREAMS, _LayerByLayer
 from streamer.streaming.spool import Spool
 
 
@@ -35,3 +36,23 @@ def test_a_layer_that_writes_into_its_inputs_is_refused(changes: str) -> None:
 
 def test_one_that_does_not_runs() -> None:
     assert run(None).tolist() == [2.0, 2.0]
+
+
+class Paused(Exception):
+    """Ends a group's turn."""
+
+
+def test_a_layer_in_which_some_sequences_stop_elsewhere_is_refused() -> None:
+    """One sequence of the last stream does not reach the matrix: its moments would be of too few tokens."""
+
+    def pause() -> None:
+        raise Paused
+
+    target: Any = SimpleNamespace(tensor="w")
+    layer = _LayerByLayer([[[target]]], dict.fromkeys(STREAMS, 4), Spool(), lambda targets, moments: None, pause)
+    for group, stream in enumerate(STREAMS):
+        layer.begin(group, stream)
+        with pytest.raises(Paused):
+            layer.run_layer(lambda x: layer.take(target, x), torch.ones(3 if stream == STREAMS[-1] else 4, 2))
+    with pytest.raises(UnsupportedError, match="layer 0 runs its matrices in another order"):
+        layer.between()
