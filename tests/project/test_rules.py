@@ -87,7 +87,7 @@ BUDGET = {
     "verification": 2_300,
     "storage": 2_110,
     "detection": 1_920,
-    "evaluation": 2_100,
+    "evaluation": 2_110,
     "streaming": 2_125,
     "adapters": 1_280,
     "fitting": 1_790,
