@@ -29,6 +29,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def anchors(text: str) -> list[str]:
+    """Return the anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
 @pytest.mark.parametrize("command", sorted(subparsers()))
 def test_every_command_is_in_the_readme(command: str) -> None:
     assert re.search(rf"streamer {command}\b", README)
@@ -48,8 +54,10 @@ def test_every_option_of_streamer_in_the_docs_exists(page: str) -> None:
 @pytest.mark.parametrize("page", sorted(PAGES))
 def test_every_link_leads_somewhere(page: str) -> None:
     folder = ROOT if page in ("README.md", "CONTRIBUTING.md") else ROOT / "docs"
-    for target in re.findall(r"\]\(([^)#]+)", PAGES[page]):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", PAGES[page]):
         assert target.startswith("https://") or (folder / target).exists(), target
+        if anchor and not target.startswith("https://"):
+            assert anchor in anchors((folder / target).read_text() if target else PAGES[page]), f"{target}#{anchor}"
 
 
 def test_every_source_file_named_in_the_docs_exists() -> None:
