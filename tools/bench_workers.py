@@ -33,8 +33,9 @@ import streamer
 from streamer.api.executors import RayExecutor, processes
 from streamer.detection.device import choose_device
 from streamer.detection.options import DetectionOptions, RunOptions
-from streamer.detection.task import Inputs, Task, detect_task
+from streamer.detection.workers import DetectTask, inputs_of
 from streamer.plan.plan import make_batch
+from streamer.workers.task import perform
 
 ROUNDS = 50
 
@@ -67,28 +68,28 @@ def ray(count: int) -> Iterator[Executor]:
 ENGINES = {"processes": processes, "dask": dask, "ray": ray}
 
 
-def empty_task(base: Path, adapter: Path) -> Task:
+def empty_task(base: Path, adapter: Path) -> DetectTask:
     """A task without a matrix: a worker opens the inputs, once, and answers."""
     run = RunOptions(choose_device("cpu"))
-    return Task(Inputs.of(make_batch(base, [adapter]), run), (), DetectionOptions(), "cpu", 0, 1)
+    return DetectTask(inputs_of(make_batch(base, [adapter]), run), 1, (), DetectionOptions(), "cpu", 0)
 
 
-def start(executor: Executor, count: int, task: Task) -> float:
+def start(executor: Executor, count: int, task: DetectTask) -> float:
     """Seconds until some rounds of tasks, several for each worker, are done: all have started by then."""
     began = time.perf_counter()
     for _ in range(3):  # those of the first may all go to the worker that starts first
-        for future in [executor.submit(detect_task, replace(task, resident=i)) for i in range(4 * count)]:
+        for future in [executor.submit(perform, replace(task, resident=i)) for i in range(4 * count)]:
             if (error := future.result().error) is not None:
                 raise error
     return time.perf_counter() - began
 
 
-def round_trip(executor: Executor, task: Task) -> float:
+def round_trip(executor: Executor, task: DetectTask) -> float:
     """Median seconds of a task without a matrix."""
     seconds = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
-        executor.submit(detect_task, task).result()
+        executor.submit(perform, task).result()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 

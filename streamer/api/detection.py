@@ -16,12 +16,13 @@ from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.parts import Part
 from streamer.detection.run import detect_in_memory, detect_to_files, inspect_detections
-from streamer.detection.workers import Workers
+from streamer.detection.workers import shared
 from streamer.events import Monitor, OutputState
 from streamer.forecast.forecast import forecast_detection, on_workers, shared_by_detections, together
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import make_batch
+from streamer.workers.engine import Workers
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class DetectRequest:
         monitor.warn(batch.warnings)
         resident = resident_bytes(batch)
         if workers is not None:
-            options = workers.shared(batch, options, resident)
+            options = shared(workers, batch, options, resident)
         if self.part is not None:
             batch, paths = Part(*self.part).take(batch, paths, options)
         return _Opened(adapters, batch, self.output, paths, options, run, resident)

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from streamer.api.threads import is_count_chosen
-from streamer.detection.workers import Cluster, Workers
 from streamer.errors import MissingPackageError, UsageError, WorkerError
 from streamer.events import Event, Monitor
 from streamer.forecast.cores import available_cores
 from streamer.units import counted, listed
+from streamer.workers.engine import Cluster, Workers
 
 WAITED = 30
 """Seconds until an engine that does not answer is given up."""

@@ -14,7 +14,6 @@ from streamer.detection.device import choose_device
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.selection import Selection
-from streamer.detection.workers import Workers
 from streamer.errors import UsageError
 from streamer.events import Monitor
 from streamer.methods import Method, MethodName, make_method
@@ -24,6 +23,7 @@ from streamer.methods.input_map import InputMap
 from streamer.methods.input_map_file import load_map
 from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
+from streamer.workers.engine import Workers
 
 SeveralAdapters = Sequence[Path] | list[str] | list[str | Path] | tuple[str | Path, ...]
 """Adapters on one base; a directory of adapters among them means all of those in it."""

@@ -16,7 +16,7 @@ from streamer.events import Monitor
 from streamer.storage.tensor_file import IOMode
 
 if TYPE_CHECKING:
-    from streamer.detection.workers import Workers
+    from streamer.workers.engine import Workers
 
 
 @dataclass(frozen=True)

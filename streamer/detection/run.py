@@ -18,6 +18,7 @@ from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.parts import finished_parts, remove_parts
+from streamer.detection.workers import detect_on_workers
 from streamer.errors import OutputExistsError
 from streamer.events import Event
 from streamer.plan.batch import Batch
@@ -59,7 +60,7 @@ def detect_all(batch: Batch, options: DetectionOptions, run: RunOptions, residen
     if run.workers is None:
         stream = detect_in_turn(plans, todo, options, run, resident, counts, begin)
     else:
-        stream = run.workers.detect(batch, todo, options, run, resident, counts, begin)
+        stream = detect_on_workers(run.workers, batch, todo, options, run, resident, counts, begin)
     with contextlib.closing(stream):
         for i, target, finding in stream:
             yield i, finding

@@ -32,12 +32,13 @@ from worker_runs import (
 import streamer
 from streamer.detection.findings_file import journal_of, lock_of
 from streamer.detection.options import DetectionOptions, RunOptions
-from streamer.detection.task import Inputs, Task, detect_task
+from streamer.detection.workers import DetectTask, inputs_of
 from streamer.errors import LockedError, MismatchError, WorkerError
 from streamer.events import Event
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_batch
 from streamer.storage.lock import locked
+from streamer.workers.task import perform
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +154,9 @@ def test_a_worker_with_other_inputs_is_refused(bench: WorkerBench, what: str, tm
 
 
 def test_a_worker_of_another_version_is_refused(bench: WorkerBench) -> None:
-    inputs = Inputs.of(make_batch(bench.base, [bench.adapter]), RunOptions(torch.device("cpu")))
-    task = Task(replace(inputs, version="0.0"), (), DetectionOptions(), "cpu", 0, 1)
-    assert re.fullmatch(r"worker .*: has version \S+, expected 0\.0 as .*", str(detect_task(task).error))
+    inputs = inputs_of(make_batch(bench.base, [bench.adapter]), RunOptions(torch.device("cpu")))
+    task = DetectTask(replace(inputs, version="0.0"), 1, (), DetectionOptions(), "cpu", 0)
+    assert re.fullmatch(r"worker .*: has version \S+, expected 0\.0 as .*", str(perform(task).error))
 
 
 class Failing(Executor):

@@ -1,4 +1,4 @@
-"""Detect in a group of matrices as a worker does: by the addresses of the inputs, in a process that may be on another machine."""
+"""Perform a task as a worker does: by the addresses of the inputs, in a process that may be on another machine."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ import os
 import pickle
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from streamer import __version__
 from streamer.adapters.stated import Stated
-from streamer.detection.device import choose_device
-from streamer.detection.matrices import detect_in_turn
-from streamer.detection.matrix_finding import MatrixFinding
-from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import InputError, MismatchError, StorageError, StreamerError
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import task_threads
@@ -25,6 +22,8 @@ from streamer.plan.batch import Batch
 from streamer.plan.plan import make_batch
 from streamer.storage.identities import difference
 from streamer.storage.tensor_file import IOMode
+
+Found = TypeVar("Found")
 
 KEPT = 2
 """Inputs that a process keeps open, those used last."""
@@ -39,7 +38,7 @@ class Inputs:
     base, adapters
         Paths, absolute.
     io, stated, architecture
-        As in `RunOptions`.
+        As in `detection.options.RunOptions`.
     identities
         Those of the base and of each adapter, as JSON.
     version
@@ -55,11 +54,10 @@ class Inputs:
     version: str = __version__
 
     @classmethod
-    def of(cls, batch: Batch, run: RunOptions) -> Inputs:
-        """State those of a batch."""
+    def of(cls, batch: Batch, io: IOMode, stated: Stated, architecture: str | None) -> Inputs:
+        """State those of a batch, and how it was opened."""
         paths = [os.path.abspath(plan.adapter.path) for plan in batch.plans]
-        return cls(os.path.abspath(batch.base.path), tuple(paths), run.io, run.stated, run.architecture,
-                   _identities(batch))  # fmt: skip
+        return cls(os.path.abspath(batch.base.path), tuple(paths), io, stated, architecture, _identities(batch))
 
     def open(self) -> Batch:
         """Open them.
@@ -88,41 +86,42 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A group of matrices, and all that decides their findings.
+class Task(ABC, Generic[Found]):
+    """What a worker is to do, and all that decides what comes of it; it is pickled.
 
     Attributes
     ----------
-    uses
-        For each matrix its targets, each by its plan's number and its tensor.
-    options, device, resident
-        See `detect_in_turn`; the device by its name.
     threads
         How many of torch's threads.
     """
 
     inputs: Inputs
-    uses: tuple[tuple[tuple[int, str], ...], ...]
-    options: DetectionOptions
-    device: str
-    resident: int
     threads: int
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Name what it is about, for messages."""
+
+    @abstractmethod
+    def do(self, batch: Batch, monitor: Monitor) -> Found:
+        """Do it, with inputs that are open."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What came of a task: its findings with the numbers of their plans, and warnings; or the error that ended it.
+    """What came of a task, and warnings; or the error that ended it.
 
     An error of a task stands here: what a worker raises is then of its engine alone.
     """
 
-    findings: tuple[tuple[int, MatrixFinding], ...] = ()
+    value: Any = None
     warnings: tuple[str, ...] = ()
     error: Exception | None = None
 
 
-def detect_task(task: Task) -> TaskResult:
-    """Detect in the matrices of a task, on its number of threads; the inputs are opened once in a process."""
+def perform(task: Task[Any]) -> TaskResult:
+    """Do a task, on its number of threads; the inputs are opened once in a process."""
     warnings: list[str] = []
 
     def note(event: Event) -> None:
@@ -131,24 +130,10 @@ def detect_task(task: Task) -> TaskResult:
 
     try:
         with task_threads(task.threads), _opened(task.inputs) as batch:
-            found = _detect(task, batch, Monitor(note))
+            value = task.do(batch, Monitor(note))
     except Exception as e:  # whatever it is, the caller raises it: what escaped here would pass for a dead worker
         return TaskResult(error=_portable(e))
-    return TaskResult(tuple(found), tuple(warnings))
-
-
-def _detect(task: Task, batch: Batch, monitor: Monitor) -> list[tuple[int, MatrixFinding]]:
-    plans = batch.plans
-    targets = [{target.tensor: target for target in plan.targets} for plan in plans]
-    todo = [[(i, targets[i][tensor]) for i, tensor in uses] for uses in task.uses]
-    counts = [task.threads] * len(plans)
-    run = RunOptions(choose_device(task.device), monitor=monitor)
-    stream = detect_in_turn(plans, todo, task.options, run, task.resident, counts, lambda _plan, _target: None)
-    with contextlib.closing(stream):
-        found = [(i, finding) for i, _, finding in stream]
-    for i in sorted({i for i, _ in found}):
-        plans[i].check_unchanged()
-    return found
+    return TaskResult(value, tuple(warnings))
 
 
 _batches: dict[Inputs, Batch] = {}

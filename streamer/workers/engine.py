@@ -1,0 +1,184 @@
+"""Give tasks to an executor and collect their results; the caller alone writes."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streamer.errors import WorkerError
+from streamer.events import Event, Monitor
+from streamer.plan.memory import MemoryEstimate, check_budget
+from streamer.workers.task import Found, Task, TaskResult, perform
+
+AT_ONCE = 1024
+"""Tasks that an executor of unknown size is given at a time."""
+
+POLLED = 0.1
+"""Seconds between two looks for a request to stop."""
+
+PATIENCE = 3.0
+"""Seconds without a result after which a cluster is asked, and asked again, whether it has workers."""
+
+
+class Cluster(Executor, ABC):
+    """An executor whose workers come and go."""
+
+    @abstractmethod
+    def lacks(self) -> str:
+        """Say what is lacking for a task to be taken, empty for nothing; asked while no result comes, and after a task was lost.
+
+        Raises
+        ------
+        WorkerError
+            If none will be taken any more.
+        """
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Workers, and how much they are given.
+
+    Attributes
+    ----------
+    open
+        Opens an executor, whose exit stops what it runs where it is our own; called again after workers have died.
+    at_once
+        Tasks that are given out at a time.
+    processes
+        How many processes on this machine share the memory allowed; None where each has it for itself.
+    """
+
+    open: Callable[[], contextlib.AbstractContextManager[Executor]]
+    at_once: int = AT_ONCE
+    processes: int | None = None
+
+    @classmethod
+    def of(cls, executor: Executor) -> Workers:
+        """Take an executor of the caller's, which stays open."""
+        return cls(lambda: contextlib.nullcontext(executor))
+
+    def share(self, max_memory: int | None, own: int, needs: Iterable[MemoryEstimate]) -> int | None:
+        """Divide the memory allowed among this process and the workers on this machine; return what each worker has.
+
+        Results are those of one process that is allowed a worker's share, and state that.
+
+        Parameters
+        ----------
+        own
+            Bytes that this process takes.
+        needs
+            Steps of a worker.
+
+        Raises
+        ------
+        UsageError
+            If it is too little; the message says how much would do.
+        """
+        if self.processes is None or max_memory is None:
+            return max_memory
+        n = self.processes
+        check_budget((replace(e, nbytes=own + n * _whole_mib(e.nbytes)) for e in needs), max_memory)
+        return (max_memory - own) // n >> 20 << 20
+
+    def run(
+        self, tasks: Sequence[Task[Found]], monitor: Monitor, begin: Callable[[int], None]
+    ) -> Generator[tuple[int, Found], None, None]:
+        """Give out tasks, and yield the number of each with what came of it, as results arrive.
+
+        A task whose worker died is done again, once.
+
+        Parameters
+        ----------
+        begin
+            Called with the number of the task that has been out for longest, before each wait.
+
+        Raises
+        ------
+        WorkerError
+            If workers die, or cannot be reached, time and again.
+        MismatchError
+            If a worker has other inputs.
+        """
+        waiting, lost, broken = deque(range(len(tasks))), set[int](), False
+        given: dict[Future[TaskResult], int] = {}
+        arrived: queue.SimpleQueue[Future[TaskResult]] = queue.SimpleQueue()
+        with contextlib.ExitStack() as engine:
+            executor = engine.enter_context(self.open())
+            try:
+                while waiting or given:
+                    if broken and not given:  # all that it had has come back
+                        engine.close()
+                        executor, broken = engine.enter_context(self.open()), False
+                    while waiting and not broken and len(given) < self.at_once:
+                        number = waiting.popleft()
+                        future = _submitted(executor, tasks[number])
+                        given[future] = number
+                        future.add_done_callback(arrived.put)
+                    begin(next(iter(given.values())))
+                    future = _next(arrived, executor, monitor)
+                    number, fault = given.pop(future), _fault(future)
+                    if fault is None:
+                        result = future.result()
+                        if result.error is not None:
+                            raise result.error
+                        monitor.warn(result.warnings)
+                        yield number, result.value
+                        del future, result  # what came is written, and needs no memory
+                        continue
+                    monitor.checkpoint()  # what ended the worker may have asked this process to stop as well
+                    _lacks(executor)
+                    said = f"{tasks[number].name}: its worker was lost ({type(fault).__name__}: {fault})"
+                    if number in lost:
+                        raise WorkerError(f"{said} for the second time; the same command goes on from here") from fault
+                    if not broken:  # one loss for all that it had
+                        monitor.emit(Event("warning", f"{said}; it is done again"))
+                    lost.add(number)
+                    waiting.appendleft(number)
+                    broken = broken or isinstance(fault, BrokenExecutor)
+            finally:
+                for future in given:
+                    future.cancel()
+
+
+def _submitted(executor: Executor, task: Task[Any]) -> Future[TaskResult]:
+    """Give a task to an executor; one that takes none has failed it."""
+    try:
+        return executor.submit(perform, task)
+    except Exception as e:  # each engine has its own
+        failed: Future[TaskResult] = Future()
+        failed.set_exception(e)
+        return failed
+
+
+def _next(arrived: queue.SimpleQueue[Future[TaskResult]], executor: Executor, monitor: Monitor) -> Future[TaskResult]:
+    """Wait for a task to end, or for a request to stop; what a cluster lacks meanwhile is said, once."""
+    said, asked = "", time.monotonic()
+    while True:
+        monitor.checkpoint()
+        with contextlib.suppress(queue.Empty):
+            return arrived.get(timeout=POLLED)
+        if time.monotonic() - asked > PATIENCE:
+            lacks = _lacks(executor)
+            if lacks and lacks != said:
+                monitor.emit(Event("warning", lacks))
+            said, asked = lacks, time.monotonic()
+
+
+def _lacks(executor: Executor) -> str:
+    return executor.lacks() if isinstance(executor, Cluster) else ""
+
+
+def _fault(future: Future[TaskResult]) -> BaseException | None:
+    """Return what an executor failed a task with, None where it did not."""
+    return CancelledError("cancelled") if future.cancelled() else future.exception()
+
+
+def _whole_mib(nbytes: int) -> int:
+    return -(-nbytes >> 20) << 20
