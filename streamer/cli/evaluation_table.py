@@ -21,7 +21,8 @@ def evaluation_table(evaluation: Evaluation, names: Names, screen: Screen = NO_L
         Line that says where the evaluation is, if it was written.
     """
     columns = [
-        Column(c.head, c.cells, c.about, c.keep, left=i == 0, names=False) for i, c in enumerate(figures(evaluation))
+        Column(c.head, c.cells, c.about, c.keep, left=i == 0, names=False)
+        for i, c in enumerate(figures(evaluation, screen.every))
     ]
     suggestion = evaluation.best()
     lines = [*reasons(evaluation, suggestion), written, *commands(evaluation, suggestion, names)]

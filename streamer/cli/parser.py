@@ -77,7 +77,7 @@ def build_parser() -> Parser:
     g.add_argument("--progress", choices=["auto", "bar", "plain", "none"], default="auto",
                         help="on stderr: a bar, or a line every 30 s (plain); auto: a bar on a terminal, else plain")  # fmt: skip
     g.add_argument("--all", action="store_true",
-                        help="show every row; by default, long tables show the rows that matter most")  # fmt: skip
+                        help="show every row and column; by default, tables show those that matter most")  # fmt: skip
     g.add_argument(
         "--no-legend", dest="legend", action="store_false", help="omit the lines that explain the columns of tables"
     )

@@ -14,6 +14,7 @@ import numpy as np
 
 from streamer.detection.options import DetectionOptions
 from streamer.errors import FormatError, UnknownNameError
+from streamer.evaluation.divergences import from_record, to_record
 from streamer.evaluation.evaluation_records import (
     EvaluationFacts,
     EvaluationRecord,
@@ -22,7 +23,7 @@ from streamer.evaluation.evaluation_records import (
     VariantRecord,
 )
 from streamer.evaluation.identity import input_options
-from streamer.evaluation.statistics import MEASURES, SequenceSums, flat
+from streamer.evaluation.statistics import MEASURES, MOST_LOSS, QUANTILES, SINCE, SequenceSums, defined, flat
 from streamer.evaluation.suggestion import Suggestion, Trade, front, suggest
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.evaluation.view import table_text, verdict
@@ -44,9 +45,6 @@ OPTIONAL = ("findings", "intruders", "coefficients", "map")
 
 KEEP = 0.9
 """Share of what was learned that a suggested variant keeps, unless another is asked for."""
-
-MOST_LOSS = 700.0
-"""Loss whose perplexity a float can hold."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -288,19 +286,26 @@ def _figures(sums: SequenceSums, v: int) -> dict[str, Any]:
     return {
         **flat("loss", loss),
         "perplexity": math.exp(loss.value) if loss.value < MOST_LOSS else None,
+        **flat("perplexity_ratio", sums.perplexity_ratio(v)),
         **flat("kl", sums.mean(sums.kl[v])),
+        **{f"kl_{name}": defined(sums.kl_quantile(v, share)) for name, share in QUANTILES.items()},
+        "kl_max": defined(sums.kl_max[v].max()),
         **flat("agreement", sums.mean(sums.agree[v])),
         **flat("top1", sums.mean(sums.right[v])),
+        **flat("p_change", sums.mean(sums.p_change[v])),
+        **flat("p_rms", sums.p_rms(v)),
         "sums": {name: own.tolist() for name in MEASURES if not np.isnan(own := getattr(sums, name)[v]).any()},
+        **({} if np.isnan(sums.kl_bins[v]).any() else {"kl_bins": to_record(sums.kl_bins[v])}),
     }
 
 
 def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> SequenceSums:
-    """Read the sums on a text, of its variants' figures; those by earlier versions lack counts of right tokens."""
+    """Read the sums on a text, of its variants' figures; those by earlier versions lack some."""
     none = [math.nan] * len(tokens)
-    arrays = [np.array([f["sums"].get(name, none) if name == "right" else f["sums"][name] for f in figures], np.float64)
-              for name in MEASURES]  # fmt: skip
-    shapes = {array.shape for array in arrays}
+    arrays = {name: np.array([f["sums"].get(name, none) if name in SINCE else f["sums"][name] for f in figures], np.float64)
+              for name in MEASURES}  # fmt: skip
+    shapes = {array.shape for array in arrays.values()}
     if shapes != {(len(figures), len(tokens))} or len(figures) < 2 or len(tokens) < 2:
         raise ValueError(f"sums of {text} are {listed(map(str, sorted(shapes)))}")
-    return SequenceSums(np.array(tokens, np.float64), *arrays)
+    bins = np.array([from_record(f.get("kl_bins")) for f in figures])
+    return SequenceSums(np.array(tokens, np.float64), **arrays, kl_bins=bins)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 from streamer.detection.findings_records import OptionsRecord
 from streamer.detection.selection import Selection
+from streamer.evaluation.divergences import BinsRecord
 from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.statistics import Effect
 from streamer.evaluation.suggestion import Reason
@@ -39,19 +40,35 @@ class _SumsRecord(TypedDict):
     kl: Annotated[list[float], "Of the divergence from the base, in nats."]
     agree: Annotated[list[float], "Counts of tokens where the likeliest is the base's."]
     right: NotRequired[Annotated[list[float], "Counts of tokens where the likeliest is the text's own; absent of earlier versions."]]
+    p_change: NotRequired[Annotated[list[float], "Of p(variant) - p(base) of the text's own token; absent of earlier versions."]]
+    p_square: NotRequired[Annotated[list[float], "Of the square of that; absent of earlier versions."]]
+    kl_max: NotRequired[Annotated[list[float], "The largest divergence of a token, no sum; absent of earlier versions."]]
 
 class TextFigures(TypedDict):
     """Figures of a variant on one text."""
     loss: Annotated[float, "Mean over counted tokens of the negative log likelihood, in nats."]
     loss_se: StandardError
     perplexity: Annotated[float | None, "exp(loss); null where it is beyond a double."]
+    perplexity_ratio: Annotated[float | None, "Perplexity as a multiple of the base's; null where its error is beyond a double."]
+    perplexity_ratio_se: PairedError | None
     kl: Annotated[float, "Mean divergence KL(base || variant) of the next token's distribution, in nats."]
     kl_se: StandardError
+    kl_median: Annotated[float | None, "Median of the tokens' divergences, within 1 %; 0 if below 1e-9 nats; null of earlier versions."]
+    kl_p90: Annotated[float | None, "What 90 % of them do not exceed, likewise."]
+    kl_p99: Annotated[float | None, "What 99 % do not, likewise."]
+    kl_p999: Annotated[float | None, "What 99.9 % do not, likewise."]
+    kl_max: Annotated[float | None, "The largest of them, exactly; null of earlier versions."]
     agreement: Annotated[float, "Share of counted tokens where the likeliest next token is the base's."]
     agreement_se: StandardError
     top1: Annotated[float | None, "Share of counted tokens where the likeliest next token is the text's own; null of earlier versions."]
     top1_se: StandardError | None
-    sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, in the text's order: they give all other figures."]
+    p_change: Annotated[float | None, "Mean of p(variant) - p(base), the probabilities of the text's own token; null of earlier versions."]
+    p_change_se: StandardError | None
+    p_rms: Annotated[float | None, "Root of the mean square of that change; null of earlier versions."]
+    p_rms_se: StandardError | None
+    sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, in the text's order: they give all other figures but "
+        "quantiles."]
+    kl_bins: NotRequired[Annotated[BinsRecord, "Counts of tokens by their divergence, for its quantiles; absent of earlier versions."]]
 
 class OtherFigures(TextFigures):
     """Figures of a variant on another text."""
@@ -99,7 +116,7 @@ VariantRecord = TypedDict("VariantRecord", {
     "divergence": Annotated[float | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0."],
     "divergence_se": StandardError | None,
     "against_adapter": Annotated[Against, "Differences to the adapter as it is."],
-    "against_base": Annotated[Against, "Differences to the base."],
+    "against_base": Annotated[Against, "Differences to the base; `general_loss` is what PEFT's method comparison calls forgetting."],
 })
 VariantRecord.__doc__ = "A variant that was evaluated."
 

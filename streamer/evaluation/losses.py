@@ -7,9 +7,11 @@ far.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from streamer.evaluation.divergences import counted_bins
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.statistics import SequenceSums
 from streamer.streaming.model import StreamingModel
@@ -44,11 +46,14 @@ class _Accumulator:
         found = z.gather(-1, (labels - i).clamp(0, z.shape[-1] - 1).expand(len(z), -1, -1)[..., None])[..., 0]
         self.label = torch.where(here, found, self.label)
 
-    def results(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return of each token its loss and KL, and whether the likeliest one is the base's, and the text's own."""
+    def results(self, labels: Tensor) -> dict[str, Tensor]:
+        """Return of each token its loss and KL, whether the likeliest one is the base's, and the text's own, and the change of its p."""
         log_sum = self.largest.double() + self.total.log()
         kl = self.cross / self.total[:1] - (log_sum[:1] - log_sum)
-        return log_sum - self.label.double(), kl, (self.top == self.top[:1]).double(), (self.top == labels).double()
+        loss = log_sum - self.label.double()
+        change = torch.exp(-loss) - torch.exp(-loss[:1])
+        agree, right = (self.top == self.top[:1]).double(), (self.top == labels).double()
+        return {"loss": loss, "kl": kl, "agree": agree, "right": right, "p_change": change, "p_square": change**2}
 
 
 def measure(model: StreamingModel, text: TextSequences, block: int) -> SequenceSums:
@@ -66,5 +71,9 @@ def measure(model: StreamingModel, text: TextSequences, block: int) -> SequenceS
     with torch.inference_mode():
         for i, _, z in model.logits(ids, model.vocabulary_blocks(block)):
             sums.add(z.float(), i, labels)
-        found = ((t * counted).sum(-1).numpy() for t in sums.results(labels))
-    return SequenceSums(counted.sum(-1).double().numpy(), *found)
+        results = sums.results(labels)
+        found = {name: (t * counted).sum(-1).numpy() for name, t in results.items()}
+        kl = results["kl"].numpy()
+    bins = counted_bins(kl, counted.numpy())
+    most = np.where(counted.numpy(), kl, 0.0).max(-1)
+    return SequenceSums(counted.sum(-1).double().numpy(), **found, kl_max=most, kl_bins=bins)

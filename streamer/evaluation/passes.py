@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamer.errors import NumericError
+from streamer.evaluation.divergences import BINS
 from streamer.evaluation.losses import measure
 from streamer.evaluation.memory import Pass
 from streamer.evaluation.progress import RunProgress, pass_cost
 from streamer.evaluation.result_file import Records
 from streamer.evaluation.sequences import TextSequences
-from streamer.evaluation.statistics import MEASURES, SequenceSums
+from streamer.evaluation.statistics import ARRAYS, MEASURES, SequenceSums
 from streamer.plan.plan import Plan
 from streamer.streaming.logit_checks import changed_by_padding, check_logits
 from streamer.streaming.model import StreamingModel, vocabulary_block
@@ -104,16 +105,18 @@ def together(
 ) -> SequenceSums:
     """Put the sums of a text's passes, by their numbers, in the order of variants and sequences."""
     shape = variants, sequences
-    tokens, arrays = np.zeros(sequences), {name: np.zeros(shape) for name in MEASURES}
+    tokens, arrays, bins = np.zeros(sequences), {name: np.zeros(shape) for name in MEASURES}, np.zeros((variants, BINS))
     for number, one in enumerate(passes):
         if one.text == text:
             own = sums[number]
-            at = np.ix_((0, *one.variants) if one.variants[0] == 1 else one.variants, one.sequences)
+            rows = (0, *one.variants) if one.variants[0] == 1 else one.variants
+            at = np.ix_(rows, one.sequences)
             tokens[list(one.sequences)] = own.tokens
             for name in MEASURES:
                 values = getattr(own, name)
-                arrays[name][at] = values if one.variants[0] == 1 else values[1:]
-    return SequenceSums(tokens, **arrays)
+                arrays[name][at] = values[-len(rows) :]
+            bins[list(rows)] += own.kl_bins[-len(rows) :]
+    return SequenceSums(tokens, **arrays, kl_bins=bins)
 
 
 def answered(steps: Generator[Request, Answer, Found], answer: Callable[[Request], Answer]) -> Found:
@@ -169,7 +172,7 @@ def measure_variants(passes: Sequence[Pass], texts: Mapping[str, TextSequences],
             if one.variants not in models:
                 models[one.variants] = StreamingModel(job(tuple(variants[v] for v in (0, *one.variants))))
             done = run_pass(models[one.variants], text, one.text, progress.reading(cost, 1))
-            found = {name: getattr(done, name) for name in ("tokens", *MEASURES)}
+            found = {name: getattr(done, name) for name in ("tokens", *ARRAYS)}
             records.add(key(number), found)
         sums[number] = SequenceSums(**found)
         progress.advance(cost)

@@ -12,9 +12,11 @@ from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.identity import differences
 from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.result_file import ResultFile, State, of_others
+from streamer.evaluation.statistics import SINCE
 from streamer.evaluation.steps import missing, shrink_to_place, was_placed
 from streamer.plan.memory import check_budget
 from streamer.storage.output_checks import is_taken
+from streamer.units import listed
 
 ONE = "an evaluation"
 
@@ -42,8 +44,8 @@ def _load(prepared: Prepared, path: Path) -> Evaluation:
     """Load an evaluation; refuse one whose variants are not comparable with those of this run."""
     standing = load_evaluation(path)
     differing = differences(prepared.facts, standing.facts)
-    if np.isnan(standing.task.right).any():
-        differing.append("no counts of right tokens, as before 0.2")
+    if lacking := [name for name in SINCE if np.isnan(getattr(standing.task, name)).any()]:
+        differing.append(f"no {listed(lacking)}, as of an earlier version")
     if differing:
         raise of_others(path, ONE, differing)
     return standing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from streamer.detection.findings_file import journal_of, lock_of, remove_leftove
 from streamer.detection.options import RunOptions
 from streamer.detection.run import naming_inputs
 from streamer.errors import InputError, NumericError, OutputError, OutputExistsError, StreamerError
-from streamer.evaluation.statistics import MEASURES, Floats
+from streamer.evaluation.divergences import Floats
+from streamer.evaluation.statistics import ARRAYS
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import full_float32, threads
 from streamer.plan.plan import Plan
@@ -76,7 +78,7 @@ class ResultFile:
     @property
     def head(self) -> dict[str, Any]:
         """Make the first record of the journal: what run it is of, what its sums are, and the threads and torch of their bits."""
-        bits = f"{self.bits} torch {torch.__version__} {' '.join(MEASURES)}".strip()
+        bits = f"{self.bits} torch {torch.__version__} {' '.join(ARRAYS)}".strip()
         return {"plan": self.digest, "version": __version__, "stamps": self.plan.detection_stamps(),
                 "bits": bits, "threads": torch.get_num_threads()}  # fmt: skip
 
@@ -167,17 +169,20 @@ def of_others(path: Path, one: str, differing: Sequence[str] = ()) -> OutputExis
 
 
 def pack(name: str, arrays: Arrays) -> bytes:
-    """Write arrays as a line of JSON with their shapes, and their bytes, so that they are read as the same bits."""
+    """Write arrays as a line of JSON with their shapes, and their bytes, compressed, so that they are read as the same bits."""
     head = {"key": name, "shapes": {array: list(values.shape) for array, values in arrays.items()}}
     return b"\n".join(
-        [json.dumps(head).encode(), b"".join(values.astype("<f8").tobytes() for values in arrays.values())]
+        [
+            json.dumps(head).encode(),
+            zlib.compress(b"".join(values.astype("<f8").tobytes() for values in arrays.values()), 1),
+        ]
     )
 
 
 def unpack(payload: bytes) -> tuple[str, dict[str, Floats]]:
     """Read what `pack` wrote."""
     line, _, raw = payload.partition(b"\n")
-    head, values, at = json.loads(line), np.frombuffer(raw, "<f8").astype(np.float64), 0
+    head, values, at = json.loads(line), np.frombuffer(zlib.decompress(raw), "<f8").astype(np.float64), 0
     arrays = {}
     for name, shape in head["shapes"].items():
         size = int(np.prod(shape, dtype=int))

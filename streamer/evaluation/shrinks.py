@@ -13,7 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from streamer.evaluation.statistics import Estimate, Floats, SequenceSums
+from streamer.evaluation.divergences import Floats
+from streamer.evaluation.statistics import Estimate, SequenceSums
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods.shrink import Shrink
 

@@ -14,18 +14,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from streamer.evaluation.divergences import BINS, Floats, quantile
 
-MEASURES = ("loss", "kl", "agree", "right")
-"""Sums that are taken of each sequence and variant."""
+SINCE = ("right", "p_change", "p_square", "kl_max")
+"""Those of the measures that evaluations by earlier versions may lack."""
+
+MEASURES = ("loss", "kl", "agree", *SINCE)
+"""What is taken of each sequence and variant: sums, and a largest one."""
+
+ARRAYS = (*MEASURES, "kl_bins")
+"""All that is taken of each variant."""
 
 Effect = Literal["forgets", "improves", "not told"]
+
+QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
+"""Shares of the tokens whose largest divergence is reported, by name."""
+
+MOST_LOSS = 700.0
+"""Loss whose perplexity a float can hold."""
 
 LEVEL = 0.975
 """A difference is told from none where it is beyond this quantile of Student's distribution of S − 1 degrees, in its standard errors: 12.7
@@ -94,9 +105,15 @@ def ratio(y: Floats, x: Floats) -> Estimate:
     return Estimate(value, float(np.sqrt(len(x) / (len(x) - 1) * (rest @ rest))) / abs(total), len(x))
 
 
+def _nothing() -> Floats:
+    return np.empty(0)
+
+
 @dataclass(frozen=True)
 class SequenceSums:
     """Sums over the counted tokens of each sequence of a text, for each variant; the first is the base, the second the adapter as it is.
+
+    What is not given, as of evaluations by earlier versions, is NaN.
 
     Attributes
     ----------
@@ -109,24 +126,40 @@ class SequenceSums:
     agree
         Counts of tokens where the variant's most likely token is the base's: (V, S).
     right
-        Counts of tokens where it is the text's own: (V, S). NaN of evaluations by earlier versions.
+        Counts of tokens where it is the text's own: (V, S).
+    p_change, p_square
+        Sums of the change of the probability of the text's own token from the base's, and of the square of it: (V, S).
+    kl_max
+        The largest divergence of a token: (V, S).
+    kl_bins
+        Counts of tokens by their divergence, see `divergences`, of all sequences together: (V, BINS).
     """
 
     tokens: Floats
     loss: Floats
     kl: Floats
     agree: Floats
-    right: Floats
+    right: Floats = field(default_factory=_nothing)
+    p_change: Floats = field(default_factory=_nothing)
+    p_square: Floats = field(default_factory=_nothing)
+    kl_max: Floats = field(default_factory=_nothing)
+    kl_bins: Floats = field(default_factory=_nothing)
+
+    def __post_init__(self) -> None:
+        for name in (*SINCE, "kl_bins"):
+            if not getattr(self, name).size:
+                shape = (len(self.loss), BINS) if name == "kl_bins" else self.loss.shape
+                object.__setattr__(self, name, np.full(shape, np.nan))
 
     def joined(self, *others: SequenceSums) -> SequenceSums:
         """Put the variants of others, on the same sequences, after its own."""
         return SequenceSums(
-            self.tokens, *(np.concatenate([getattr(one, name) for one in (self, *others)]) for name in MEASURES)
+            self.tokens, *(np.concatenate([getattr(one, name) for one in (self, *others)]) for name in ARRAYS)
         )
 
     def take(self, variants: Sequence[int]) -> SequenceSums:
         """Take some of the variants, by number."""
-        return SequenceSums(self.tokens, *(getattr(self, name)[list(variants)] for name in MEASURES))
+        return SequenceSums(self.tokens, *(getattr(self, name)[list(variants)] for name in ARRAYS))
 
     def mean(self, sums: Floats) -> Estimate:
         """Estimate the mean over tokens of one of the sums: (S,)."""
@@ -173,6 +206,22 @@ class SequenceSums:
         """Estimate what part of that gain a variant keeps."""
         return ratio(self.right[variant] - self.right[0], self.right[1] - self.right[0])
 
+    def perplexity_ratio(self, variant: int) -> Estimate:
+        """Estimate a variant's perplexity as a multiple of the base's."""
+        rise = self.loss_difference(variant, 0)
+        value = math.exp(rise.value) if rise.value < MOST_LOSS else math.inf
+        return Estimate(value, value * rise.error, rise.sequences)
+
+    def p_rms(self, variant: int) -> Estimate:
+        """Estimate the root of the mean square change of the probability of the text's own token."""
+        mean = self.mean(self.p_square[variant])
+        root = math.sqrt(mean.value)
+        return Estimate(root, mean.error / (2 * root) if root else mean.error, mean.sequences)
+
+    def kl_quantile(self, variant: int, share: float) -> float:
+        """Estimate the divergence that this share of the tokens does not exceed; see `quantile`."""
+        return quantile(self.kl_bins[variant], self.kl_max[variant].max(), share)
+
     def kl_share(self, variant: int) -> Estimate:
         """Estimate a variant's divergence as a part of that of the adapter as it is."""
         return ratio(self.kl[variant], self.kl[1])
@@ -180,5 +229,9 @@ class SequenceSums:
 
 def flat(name: str, estimate: Estimate) -> dict[str, float | None]:
     """Write an estimate under two keys of a JSON object, null where it is not defined: a share of no difference."""
-    return {key: value if math.isfinite(value) else None
-            for key, value in ((name, estimate.value), (f"{name}_se", estimate.error))}  # fmt: skip
+    return {name: defined(estimate.value), f"{name}_se": defined(estimate.error)}
+
+
+def defined(value: float) -> float | None:
+    """Return a figure for JSON, null where it is not finite."""
+    return float(value) if math.isfinite(value) else None

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from streamer.evaluation.identity import input_options
 from streamer.evaluation.shrinks import ShrinkComparison, next_shrink, rounded_up
-from streamer.evaluation.statistics import Estimate, SequenceSums, telling
+from streamer.evaluation.statistics import QUANTILES, Estimate, SequenceSums, telling
 from streamer.evaluation.suggestion import WORTH, Suggestion, Trade
-from streamer.evaluation.variants import ADAPTER_ROW
+from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 from streamer.methods import Shrink, takes_coefficients, takes_findings, takes_map
 
 if TYPE_CHECKING:
@@ -31,8 +31,14 @@ class Figures:
     keep: int
 
 
-def figures(evaluation: Evaluation) -> list[Figures]:
-    """Make the columns of an evaluation's table, the first of them names; a star marks those of the front."""
+def figures(evaluation: Evaluation, every: bool = False) -> list[Figures]:
+    """Make the columns of an evaluation's table, the first of them names; a star marks those of the front.
+
+    Parameters
+    ----------
+    every
+        Whether the figures of llama-perplexity and of PEFT's method comparison are among them.
+    """
     general, task, numbers = evaluation.general, evaluation.task, range(len(evaluation.variants))
     best = set(evaluation.front())
     return [
@@ -53,7 +59,31 @@ def figures(evaluation: Evaluation) -> list[Figures]:
         Figures("top-1 kept", [_percent(task.top1_share(v)) if evaluation.reliable()["top1_kept"] else "-" for v in numbers],
                 "rise of that share above the base's; 100% is the adapter's", 5),
         *(column for name, sums in evaluation.others.items() for column in _other(name, sums, numbers)),
+        *(_of_the_field(general, numbers) if every else ()),
     ]  # fmt: skip
+
+
+def _of_the_field(general: SequenceSums, variants: Sequence[int]) -> list[Figures]:
+    """Make the columns that llama-perplexity and PEFT's method comparison report, on general text."""
+    return [
+        Figures("CE rise", _cells([general.loss_difference(v, BASE_ROW) for v in variants]),
+                "mean loss on general text less the base's: what PEFT's method comparison calls forgetting", 0),
+        Figures("PPL ratio", _cells([general.perplexity_ratio(v) for v in variants]), "perplexity on general text over the base's", 0),
+        *(Figures(f"KL {100 * share:g}%", [_four(general.kl_quantile(v, share)) for v in variants],
+                  f"what {100 * share:g}% of the tokens of general text do not exceed, within 1%", 0) for share in QUANTILES.values()),
+        Figures("KL max", [_four(general.kl_max[v].max()) for v in variants], "largest of a token of general text", 0),
+        Figures("mean Δp", _cells([_in_percent(general.mean(general.p_change[v])) for v in variants]),
+                "change of the probability of general text's own token, in %", 0),
+        Figures("RMS Δp", _cells([_in_percent(general.p_rms(v)) for v in variants]), "root of the mean square of that change, in %", 0),
+    ]  # fmt: skip
+
+
+def _four(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "-"
+
+
+def _in_percent(estimate: Estimate) -> Estimate:
+    return Estimate(100 * estimate.value, 100 * estimate.error, estimate.sequences)
 
 
 def _other(name: str, sums: SequenceSums, variants: Sequence[int]) -> list[Figures]:
@@ -138,8 +168,10 @@ def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
 
 
 def left_out(evaluation: Evaluation) -> list[str]:
-    """Say what the table does not show, and why: methods without intruders, and shares of next to nothing."""
+    """Say what the table does not show, and why: rounded products, methods without intruders, and shares of next to nothing."""
     lines = []
+    if evaluation.facts["dtype"] != "float32":
+        lines.append(f"products with the base's weights are of factors rounded to {evaluation.facts['dtype']}")
     if evaluation.facts.get("intruders") == 0:
         epsilon = evaluation.facts["detection"]["threshold_epsilon"]
         lines.append(f"no intruder was found (epsilon {epsilon:g}): paper and project change nothing, and were not run")
@@ -286,7 +318,7 @@ def _cells(estimates: Sequence[Estimate]) -> list[str]:
     """Write figures of one kind with as many digits as the largest of their errors has, two of its own."""
     error = max(e.error for e in estimates)
     digits = min(6, max(2, 1 - math.floor(math.log10(error)))) if 0 < error < math.inf else 4
-    return [f"{e.value:.{digits}f} ± {e.error:.{digits}f}" for e in estimates]
+    return [f"{e.value:.{digits}f} ± {e.error:.{digits}f}" if math.isfinite(e.value) else "-" for e in estimates]
 
 
 def _percent_of(part: Estimate) -> str:

@@ -118,4 +118,4 @@ def expected_requests(options: FitOptions, several: bool, base_at_zero: bool) ->
 def _sums(losses: list[float]) -> SequenceSums:
     """Make sums of two sequences that are alike."""
     each = np.repeat(np.array(losses)[:, None], 2, 1)
-    return SequenceSums(np.ones(2), each, each, each, each)
+    return SequenceSums(np.ones(2), each, each, each)

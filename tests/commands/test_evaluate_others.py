@@ -96,7 +96,7 @@ def test_a_file_of_an_earlier_version_is_not_added_to(server: Server, home: Path
     output.write_text(json.dumps(tree))
     done = evaluate(server, home, output, *SHRINKS)
     assert done.code == 4
-    assert "(no counts of right tokens, as before 0.2); choose another output, or pass --overwrite" in done.err
+    assert "(no right, as of an earlier version); choose another output, or pass --overwrite" in done.err
     assert evaluate(server, home, output, *SHRINKS, "--overwrite").code == 0
     assert streamer.load_evaluation(output)["adapter"]["task"]["top1"] is not None
 

@@ -88,7 +88,7 @@ BUDGET = {
     "storage": 2_110,
     "detection": 1_720,
     "workers": 215,
-    "evaluation": 2_110,
+    "evaluation": 2_250,
     "streaming": 2_125,
     "adapters": 1_280,
     "fitting": 1_790,
