@@ -119,7 +119,7 @@ def test_a_journal_with_other_sums_is_started_over(home: Path, tmp_path: Path, m
     assert count > 2
     rest = [journal[i] for i in range(1, count)]
     journal.clear()
-    for record in [json.dumps({**head, "bits": head["bits"].removesuffix(" right")}).encode(), *rest]:
+    for record in [json.dumps({**head, "bits": head["bits"].removesuffix(" kl_bins")}).encode(), *rest]:
         journal.append(record)
     journal.close()
     made = run(output, on_event=events.append)
