@@ -76,7 +76,7 @@ def _costs_of_inputs(prepared: PreparedFit) -> Costs:
     before = [
         pass_cost(size, text.fitted.take(rows), 1)
         for text in prepared.texts.values()
-        for rows in parts(text.fitted, prepared.rows_of_inputs, size.short, True)
+        for rows in parts(text.fitted, range(len(text.fitted.ids)), prepared.rows_of_inputs, size.short, True)
     ]
     shares = len(prepared.options.keep)
     measured = [2 + len(SHRINKS) + len(prepared.scaling), 1 + len(WEIGHTS), *[1 + shares] * 2]

@@ -30,7 +30,7 @@ def groups_of(prepared: PreparedFit, progress: RunProgress, streams: Mapping[int
     size, divided = prepared.model.size, list[tuple[TextSequences, int]]()
     for stream, name in streams.items():
         whole = of_few_lengths(prepared.texts[name].fitted)
-        short = parts(whole, prepared.rows_of_inputs, size.short, True)
+        short = parts(whole, range(len(whole.ids)), prepared.rows_of_inputs, size.short, True)
         divided += [(whole.take(rows), stream) for rows in short]
     runs = [_runs(stream) for _, stream in divided]
     costs = [pass_cost(size, text, times) for (text, _), times in zip(divided, runs, strict=True)]

@@ -126,7 +126,7 @@ class PreparedMap:
         text = of_few_lengths(self.text)
         most = rows_within(self.max_memory, text.longest, ROWS, self._bytes,
                            f"the inputs of a sequence of {text.longest} tokens")  # fmt: skip
-        return [text.take(rows) for rows in parts(text, most, self.model.size.short, True)]
+        return [text.take(rows) for rows in parts(text, range(len(text.ids)), most, self.model.size.short, True)]
 
     @property
     def tokens(self) -> int:

@@ -111,4 +111,4 @@ def plan_chunks(
     longest = text.longest
     most = rows_within(max_memory, longest, ROWS, lambda rows: gradient_bytes(size, resident, rows, longest),
                        f"the gradient on a sequence of {longest} tokens")  # fmt: skip
-    return list(parts(text, most, size.short, one_length))
+    return list(parts(text, range(len(text.ids)), most, size.short, one_length))
