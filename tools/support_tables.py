@@ -20,19 +20,19 @@ class Support(NamedTuple):
 
 
 LORA = (
-    Support("LoRA on linear layers; rsLoRA, `rank_pattern`, `alpha_pattern`, Conv1D, whatever `fan_in_fan_out` says", "yes", "yes", "yes"),
+    Support("LoRA on linear layers; rsLoRA, `rank_pattern`, `alpha_pattern`, Conv1D, with any `fan_in_fan_out`", "yes", "yes", "yes"),
     Support("LoRA on embeddings, and on 1-d to 3-d convolutions without groups", "yes", "yes", "yes"),
-    Support("LoRA on experts and other stacked parameters (`target_parameters`), in stacks or one tensor an expert on disk",
+    Support("LoRA on experts and other stacked parameters (`target_parameters`), stored as a stack or as one tensor per expert",
             "yes, expert by expert", "yes", "yes"),
     Support("DoRA on layers, embeddings and convolutions", "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
-    Support("`modules_to_save`, `bias`, `lora_bias`, saved or resized embeddings, `trainable_token_indices`", "carried along",
-            "carried along, bit for bit", "applied; new tensors are added, `vocab_size` is set"),
+    Support("`modules_to_save`, `bias`, `lora_bias`, saved or resized embeddings, `trainable_token_indices`", "not judged",
+            "copied, bit for bit", "applied; new tensors are added, `vocab_size` is set"),
     Support("LoRA on a tied head or embedding, of any name", "yes", "yes",
-            "unties them in the config where they part; not T5 and its like, which no config unties"),
+            "unties them in the config if they differ; refused for models like T5, which no config can untie"),
 )  # fmt: skip
 
 EXPERTS = Support("a fully fine-tuned mixture with stacks of experts, of a class that transformers has", "expert by expert",
-                  "with `--to-lora RANK` where no expert changed; else refused", "yes")  # fmt: skip
+                  "with `--to-lora RANK` if no expert changed; else refused", "yes")  # fmt: skip
 
 
 def support_table() -> str:
@@ -59,11 +59,11 @@ def support_table() -> str:
 
 
 def encodings_table() -> str:
-    """The rows of the bases' table in Markdown: encoding, what stands on disk, what `detect` and `mitigate` do, what `merge` does."""
+    """The rows of the bases' table in Markdown: encoding, tensors on disk, what `detect` and `mitigate` do, what `merge` does."""
     rows = [
         ("BF16, F16, F32, F64", "`weight`", "read", "written, rounded once"),
         *(
-            (form.title, form.stored, "read", "coded anew, or `--dequantize`" if form.requantizes else "`--dequantize`")
+            (form.title, form.stored, "read", "encoded again, or `--dequantize`" if form.requantizes else "`--dequantize`")
             for form in FORMATS
         ),
     ]
