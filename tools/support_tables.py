@@ -63,7 +63,12 @@ def encodings_table() -> str:
     rows = [
         ("BF16, F16, F32, F64", "`weight`", "read", "written, rounded once"),
         *(
-            (form.title, form.stored, "read", "encoded again, or `--dequantize`" if form.requantizes else "`--dequantize`")
+            (
+                form.title,
+                form.stored,
+                "read",
+                "encoded again, or `--dequantize`" if form.requantizes else "`--dequantize`",
+            )
             for form in FORMATS
         ),
     ]

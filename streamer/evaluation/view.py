@@ -59,12 +59,13 @@ def figures(evaluation: Evaluation, every: bool = False) -> list[Figures]:
         Figures("top-1 kept", [_percent(task.top1_share(v)) if evaluation.reliable()["top1_kept"] else "-" for v in numbers],
                 "rise of that share above the base's; 100% is the adapter's", 5),
         *(column for name, sums in evaluation.others.items() for column in _other(name, sums, numbers)),
-        *(_of_the_field(general, numbers) if every else ()),
+        *(field_figures(general) if every else ()),
     ]  # fmt: skip
 
 
-def _of_the_field(general: SequenceSums, variants: Sequence[int]) -> list[Figures]:
+def field_figures(general: SequenceSums) -> list[Figures]:
     """Make the columns that llama-perplexity and PEFT's method comparison report, on general text."""
+    variants = range(len(general.loss))
     return [
         Figures("CE rise", _cells([general.loss_difference(v, BASE_ROW) for v in variants]),
                 "mean loss on general text less the base's: what PEFT's method comparison calls forgetting", 0),

@@ -32,8 +32,8 @@ START_SECONDS = 0.5
 READ_SECONDS = 4e-4
 """Time that each module's run takes beside its products, in each pass: where a model is small, it is most of it."""
 
-VALUE_BYTES, VARIANT_BYTES = 26, 1600
-"""Bytes in JSON of a sequence's sum, at most, and of a variant's other figures."""
+VALUE_BYTES, VARIANT_BYTES = 26, 8000
+"""Bytes in JSON of a sequence's sum, at most, and of a variant's other figures, most of them counts of its divergences."""
 
 SET_BYTES, TENSOR_BYTES = 2500, 120
 """Bytes of the figures of a set of coefficients in the file, at most, and of an array's entry in its header beside the matrix' name."""

@@ -92,8 +92,9 @@ function showEvaluation(tree) {
   }
   part.append(pair.children.length ? pair : html("p", {}, "Base and adapter have nearly the same loss on the task's text: there are no shares to draw."));
   const numeric = (head, about, key, format) => ({ head, about, cell: (v) => text(format(v)), key: (v) => last(v[key]) });
+  const names = { head: "variant", about: "* none is better in both loss on the task and divergence", up: true, cell: (v) => text(v.name + (tree.front.includes(v.name) ? " *" : "")), key: (v) => tree.variants.indexOf(v) };
   sortedTable(part, [
-    { head: "variant", about: "* none is better in both loss on the task and divergence", up: true, cell: (v) => text(v.name + (tree.front.includes(v.name) ? " *" : "")), key: (v) => tree.variants.indexOf(v) },
+    names,
     numeric("general", "mean loss in nats on general text", "general", (v) => v.general.toFixed(4)),
     numeric("forgetting", "rise of that loss above the base's", "forgetting", (v) => error(v.forgetting, v.forgetting_se)),
     numeric("KL", "divergence from the base on general text, in nats", "kl", (v) => v.kl.toFixed(4)),
@@ -114,6 +115,11 @@ function showEvaluation(tree) {
       ];
     }),
   ], tree.variants, { id: "variants", marked: (v) => v.name === tree.suggested });
+  part.append(html("p", { class: "note" }, `On ${tree.texts.general}, the figures of llama-perplexity and of PEFT's method comparison:`));
+  sortedTable(part, [names, ...tree.field.map(({ head, about, cells }) => {
+    const cell = (v) => cells[tree.variants.indexOf(v)], number = (v) => Number.parseFloat(cell(v));
+    return { head, about, cell: (v) => text(cell(v)), key: (v) => (Number.isNaN(number(v)) ? -Infinity : number(v)) };
+  })], tree.variants, { id: "field", marked: (v) => v.name === tree.suggested });
 }
 
 // Findings -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from streamer.detection.findings import Findings
 from streamer.errors import printable
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.variants import EvaluatedVariant
-from streamer.evaluation.view import shown_variants
+from streamer.evaluation.view import field_figures, shown_variants
 from streamer.methods import METHODS
 from streamer.plan.name_order import natural
 from streamer.report.curves import lambda_curve, threshold_curve
@@ -132,6 +132,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "front": [printable(name) for name in tree["front"]],
         "texts": {side: evaluation.facts["texts"][side]["name"] for side in ("general", "task")},
         "others": [{"name": printable(one["name"]), "effect": one["effect"]} for one in tree.get("others", [])],
+        "field": [{"head": c.head, "about": c.about, "cells": c.cells} for c in field_figures(evaluation.general)],
         "variants": [
             {
                 "name": printable(v["name"]),

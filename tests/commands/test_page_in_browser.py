@@ -127,6 +127,9 @@ def test_tables_sort_by_numbers_and_names(driver: Any, page: Path, found: Findin
     click(driver, "#variants thead th:nth-child(8) button")
     kept = [float(cell.partition("%")[0]) for cell in rows(driver, "variants", 7)]
     assert kept == sorted(kept, reverse=True)
+    click(driver, "#field thead th:nth-child(6) button")
+    quantiles = [float(cell) for cell in rows(driver, "field", 5)]
+    assert quantiles == sorted(quantiles, reverse=True) != [0.0] * len(quantiles)
 
 
 def test_figures_in_the_table_are_those_of_the_findings(driver: Any, page: Path, found: Findings) -> None:

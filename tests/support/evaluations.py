@@ -10,6 +10,7 @@ import numpy as np
 from seeds import vary
 
 from streamer.detection.findings import Findings
+from streamer.evaluation.divergences import counted_bins
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.variants import EvaluatedVariant
@@ -83,12 +84,17 @@ def evaluation(
         effect = np.outer(share, rng.normal(change, abs(change) / 6, 64))
         scatter = rng.normal(0, noise, effect.shape) * (np.arange(len(share)) > 0)[:, None]
         size = np.abs(effect)
+        kl = (size + np.abs(scatter))[:, :, None] * np.array([0.5, 1.5])  # of the two halves of each sequence
         return SequenceSums(
             tokens,
             (hard + effect + scatter) * tokens,
             (size + np.abs(scatter)) * tokens,
             np.round(np.exp(-size) * tokens),
             np.round(np.exp(-hard / 4 - effect) * tokens),
+            -effect / 9 * tokens,
+            effect**2 / 50 * tokens,
+            kl.max(-1),
+            counted_bins(kl, np.ones((64, 2), bool)),
         )
 
     texts = sums(shares[0], forgets), sums(shares[1], -learns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -15,6 +16,7 @@ from streamer.cli.evaluation_table import evaluation_table
 from streamer.cli.layout import Screen
 from streamer.errors import FormatError
 from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.statistics import SINCE
 from streamer.evaluation.variants import EvaluatedVariant
 from streamer.evaluation.view import Names, figures, shown_variants
 
@@ -105,6 +107,26 @@ def test_top_1_stands_beside_the_loss() -> None:
     assert columns["top-1 kept"][:2] == ["0.0% ± 0.0", "100.0% ± 0.0"]
 
 
+def test_the_figures_of_other_tools_are_columns_on_request() -> None:
+    e = evaluation()
+    narrow, wide = ({c.head: c.cells for c in figures(e, every)} for every in (False, True))
+    assert [head for head in wide if head not in narrow] == [
+        "CE rise", "PPL ratio", "KL 50%", "KL 90%", "KL 99%", "KL 99.9%", "KL max", "mean Δp", "RMS Δp",
+    ]  # fmt: skip
+    for v, tree in enumerate(e.to_dict()["variants"]):
+        general = tree["general"]
+        assert wide["KL 99%"][v] == f"{general['kl_p99']:.4g}"
+        for head, value in (
+            ("CE rise", tree["against_base"]["general_loss"]), ("PPL ratio", general["perplexity_ratio"]),
+            ("mean Δp", 100 * general["p_change"]), ("RMS Δp", 100 * general["p_rms"]),
+        ):  # fmt: skip
+            assert float(wide[head][v].partition(" ")[0]) == pytest.approx(value, abs=6e-3), head
+    for every in (False, True):
+        assert ("RMS Δp" in evaluation_table(e, Names(), Screen(None, every))) == every
+    rounded = replace(e, facts={**e.facts, "dtype": "bf16"}).table()
+    assert "products with the base's weights are of factors rounded to bf16" in rounded
+
+
 def test_other_texts_are_left_or_kept_by_what_the_adapter_does_to_them() -> None:
     """They are in table and JSON, and nothing is suggested by them."""
     e = evaluation(others={"code.txt": 0.3, "near.jsonl": -0.2, "far.npy": 0.0})
@@ -131,18 +153,23 @@ def test_other_texts_are_left_or_kept_by_what_the_adapter_does_to_them() -> None
     assert tree["suggestion"] == evaluation().to_dict()["suggestion"]
 
 
-def test_a_file_of_an_earlier_version_lacks_top_1_and_is_read() -> None:
+def test_a_file_of_an_earlier_version_lacks_figures_and_is_read() -> None:
     tree: Any = evaluation().to_dict()
     del tree["reliable"]
     for v in tree["variants"]:
         for text in ("general", "task"):
-            del v[text]["sums"]["right"]
+            del v[text]["kl_bins"]
+            for name in SINCE:
+                del v[text]["sums"][name]
     e = Evaluation.from_json(json.dumps(tree))
     again = e.to_dict()
     assert faults(again) == []
     assert {v["top1_kept"] for v in again["variants"]} == {v["task"]["top1"] for v in again["variants"]} == {None}
     assert [v["kept"] for v in again["variants"]] == [v["kept"] for v in tree["variants"]]
-    assert {c.head: set(c.cells) for c in figures(e)}["top-1 kept"] == {"-"}
+    late = ("kl_median", "kl_p90", "kl_p99", "kl_p999", "kl_max", "p_change", "p_rms")
+    assert {v["task"][name] for v in again["variants"] for name in late} == {None}
+    columns = {c.head: set(c.cells) for c in figures(e, every=True)}
+    assert columns["top-1 kept"] == columns["KL 99%"] == columns["KL max"] == columns["RMS Δp"] == {"-"}
     assert json.loads(e.to_json()) == again
 
 

@@ -23,7 +23,7 @@ from streamer.detection.findings import Findings
 from streamer.detection.intruders import Detection
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.errors import FormatError, MismatchError, UsageError
-from streamer.evaluation.view import verdict
+from streamer.evaluation.view import field_figures, verdict
 from streamer.report.page import make_page
 from streamer.report.subject import Subject, make_subject, open_subject
 from streamer.report.words import certificates, headline, sentences
@@ -147,6 +147,7 @@ def test_an_evaluation_is_shown_with_its_suggestion(findings: Findings) -> None:
     assert tree["suggested"] in page.decode()
     assert {v["series"] for v in tree["variants"]} == {"base", "adapter", "paper", "project", "shrink"}
     assert all(v["kept_se"] >= 0 for v in tree["variants"])
+    assert [c["head"] for c in tree["field"]] == [c.head for c in field_figures(of_findings(findings).general)]
 
 
 def test_an_evaluation_of_another_adapter_is_refused(findings: Findings) -> None:
