@@ -25,12 +25,12 @@ KeptShare = Annotated[float, Keywords(exclusiveMinimum=0, maximum=1)]
 Sha256 = Annotated[str, Keywords(pattern="^[0-9a-f]{64}$")]
 StandardError = Annotated[Amount, "Its standard error over sequences."]
 PairedError = Annotated[Amount, "Its standard error, paired by sequence."]
-TensorName = Annotated[str, "Name of the tensor in the base; with [N] behind it, matrix N of a stack of experts."]
+TensorName = Annotated[str, "Name of the tensor in the base; a following [N] means matrix N of a stack of experts."]
 ModuleName = Annotated[str, "Name of the module in the adapter."]
 Version = Annotated[str, "Version of streamer that made it."]
-OutputPath = Annotated[str, "Path of the output, as it was given; of several adapters the directory given, and the adapter's name in it."]
-State = Annotated[OutputState, "What this run did about the output: wrote it, finished what an interrupted run had begun, or found it "
-    "there already and set its files' times to now."]
+OutputPath = Annotated[str, "Path of the output, as given; with several adapters, the given directory and the adapter's name in it."]
+State = Annotated[OutputState, "What this run did: wrote the output, finished an interrupted run, or found it finished and set its files' "
+    "times to now."]
 
 class ReportFile(TypedDict):
     """A file of a report."""

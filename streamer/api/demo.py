@@ -22,27 +22,27 @@ from streamer.storage.checkpoint import open_checkpoint
 # fmt: off
 class _DemoTotals(TypedDict):
     matrices: Annotated[Count, "Matrices that the adapter changes."]
-    planted: Annotated[Count, "Intruders that the generated adapter brings."]
+    planted: Annotated[Count, "Intruders that the generated adapter was given."]
     found: Annotated[Count, "Intruders found."]
     left: Annotated[Count, "Intruders found in the mitigated adapter."]
-    gone: Annotated[Count, "Those found before and not after."]
+    gone: Annotated[Count, "Intruders found before and not after."]
 
 class DemoMatrix(TypedDict):
     """A matrix."""
     tensor: TensorName
-    planted: Annotated[Count, "Intruders that the adapter brings into it."]
+    planted: Annotated[Count, "Intruders that the adapter was given in it."]
     found: Annotated[Count, "Intruders found."]
     left: Annotated[Count, "Intruders found in the mitigated adapter."]
-    gone: Annotated[Count, "Those found before and not after."]
-    sigma_before: Annotated[Amount | None, "Singular value of the largest intruder found; null where none is."]
+    gone: Annotated[Count, "Intruders found before and not after."]
+    sigma_before: Annotated[Amount | None, "Singular value of the largest intruder found; null if there is none."]
     sigma_after: Annotated[Amount | None, "The same in the mitigated adapter."]
 
 DemoRecord = TypedDict("DemoRecord", {
     "schema": Literal["streamer.demo/1"],
-    "lambda": Annotated[float, "Share of an intruder that is kept: 1 changes nothing, 0 removes it."],
+    "lambda": Annotated[float, "Share of an intruder to keep: 1 changes nothing, 0 removes it."],
     "totals": Annotated[_DemoTotals, "Sums over matrices."],
     "matrices": Annotated[list[DemoMatrix], "The matrices with a planted or found intruder."],
-    "directory": Annotated[str | None, "Where everything was written, as --output names it; null without --output: then nothing is kept."],
+    "directory": Annotated[str | None, "Directory of all files, as given with --output; null without --output, when nothing is kept."],
 })
 DemoRecord.__doc__ = "What `streamer demo --json` prints."
 # fmt: on

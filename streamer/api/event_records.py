@@ -16,7 +16,7 @@ class ErrorEntry(TypedDict):
     path: Annotated[str | None, "The file or directory that it is about; null if it is about none or several."]
 
 class ErrorsRecord(TypedDict):
-    """What any command prints with --json if it fails; the message goes to stderr as well."""
+    """What any command prints with --json if it fails; the message also goes to stderr."""
     schema: Literal["streamer.error/1"]
     errors: Annotated[list[ErrorEntry], Keywords(minItems=1), "What went wrong; at present always one."]
 
@@ -27,17 +27,16 @@ class EventRecord(TypedDict):
         "the end."]
     seconds: Annotated[Amount, "Wall time in s since the command began."]
     stage: NotRequired[Annotated[Literal["download", "probe", "detect", "write", "verify", "recompute", "evaluate", "fit", "map"],
-        "Of progress: download (in bytes, from the hub in files), probe (measures this machine, in steps), detect (in units of work), "
-        "write and verify "
-        "(in bytes), recompute (in matrices), evaluate, fit and map (in multiplications)."]]
-    name: NotRequired[Annotated[str, "Of progress: the matrix or file that has just begun; empty at the end of a stage."]]
-    done: NotRequired[Annotated[Count, "Of progress: units done before it."]]
-    total: NotRequired[Annotated[Count, "Of progress: units in all."]]
-    items: NotRequired[Annotated[Count, "Of progress: matrices (detect, recompute), tensors and files (write), files (verify) or passes "
-        "before it."]]
-    of: NotRequired[Annotated[Count, "Of progress: these in all; 0 where they are not counted."]]
-    adapter: NotRequired[Annotated[str, "Of progress: name of the adapter where there are several, else empty."]]
-    kind: NotRequired[Annotated[str, "Of an error: name of its class in streamer.errors, or of Python's own class."]]
-    exit_code: NotRequired[Annotated[int, Keywords(minimum=1, maximum=255), "Of an error: exit code of the command."]]
-    path: NotRequired[Annotated[str | None, "Of an error: the file or directory that it is about; null if it is about none or several."]]
+        "For progress: download (in bytes; from the hub, in files), probe (measures this machine, in steps), detect (in units of work), "
+            "write and verify (in bytes), recompute (in matrices), evaluate, fit and map (in multiplications)."]]
+    name: NotRequired[Annotated[str, "For progress: the matrix or file that has just begun; empty at the end of a stage."]]
+    done: NotRequired[Annotated[Count, "For progress: units that are done."]]
+    total: NotRequired[Annotated[Count, "For progress: total number of units."]]
+    items: NotRequired[Annotated[Count, "For progress: matrices (detect, recompute), tensors and files (write), files (verify) or passes "
+        "that are done."]]
+    of: NotRequired[Annotated[Count, "For progress: their total number; 0 if unknown."]]
+    adapter: NotRequired[Annotated[str, "For progress: name of the adapter if there are several, else empty."]]
+    kind: NotRequired[Annotated[str, "For an error: name of its class in streamer.errors, or of Python's own class."]]
+    exit_code: NotRequired[Annotated[int, Keywords(minimum=1, maximum=255), "For an error: exit code of the command."]]
+    path: NotRequired[Annotated[str | None, "For an error: the file or directory that it is about; null if it is about none or several."]]
     message: NotRequired[Annotated[str, "The text of a warning or note; what was wrong and what to do next; or what was done."]]

@@ -29,30 +29,30 @@ __all__ = [
 ]
 
 # fmt: off
-CommandForecast = Annotated[ForecastRecord | None, "What the command takes, from the beginning; null where there is nothing to do or the "
+CommandForecast = Annotated[ForecastRecord | None, "What the command needs, from the beginning; null if there is nothing to do or the "
     "command is refused."]
 
 class _PlanTotals(TypedDict):
     tensors: Annotated[Count, "Tensors of the base."]
-    base_bytes: Annotated[Count, "Bytes of them, headers excluded."]
+    base_bytes: Annotated[Count, "Their bytes, without headers."]
     matrices: NotRequired[Annotated[Count, "Matrices that the adapter changes."]]
-    adapted_bytes: NotRequired[Annotated[Count, "Bytes of these in the base."]]
-    largest_matrix: NotRequired[Annotated[str, "The tensor of the largest one."]]
+    adapted_bytes: NotRequired[Annotated[Count, "Their bytes in the base."]]
+    largest_matrix: NotRequired[Annotated[str, "The tensor of the largest matrix."]]
     largest_matrix_bytes: NotRequired[Annotated[Count, "Its bytes in the base."]]
-    detection_cost: NotRequired[Annotated[Count, "Units of work of a detection, in which its progress counts."]]
+    detection_cost: NotRequired[Annotated[Count, "Units of work of a detection, as counted by its progress."]]
 
 class NameRule(TypedDict):
     """A rule, and the first module that it found."""
-    rule: Annotated[str, "exact, rename, or an exchange of prefixes."]
+    rule: Annotated[str, "exact, rename, or a change of prefix."]
     modules: Annotated[Count, "Modules that it found."]
     module: ModuleName
     tensor: TensorName
-    why: Annotated[str, "What speaks for it."]
+    why: Annotated[str, "The evidence for the rule."]
 
 class PlannedMatrix(MatrixHead):
     """A matrix that the adapter changes."""
-    transposed: Annotated[bool, "Stored as (inputs, outputs)."]
-    matched: Annotated[str, "The rule that found it, see `names`."]
+    transposed: Annotated[bool, "Whether it is stored as (inputs, outputs)."]
+    matched: Annotated[str, "The rule that found it; see `names`."]
 
 class _Forecasts(TypedDict):
     detect: CommandForecast
@@ -60,41 +60,43 @@ class _Forecasts(TypedDict):
     merge: CommandForecast
 
 class PlanRecord(TypedDict):
-    """What `streamer inspect --json` prints: what is there, and what a run would take; of a base alone only part of it."""
+    """What `streamer inspect --json` prints: the inputs, and what a run would need; for a base alone, only part of it."""
     schema: Literal["streamer.plan/1"]
-    base: Annotated[BaseSource, "The base model: its name, and what tells it from another, wherever it lies."]
-    adapter: NotRequired[Annotated[AdapterSource, "The adapter, or the fine-tuned model in its place, in the same way."]]
+    base: Annotated[BaseSource, "The base model: its name, and what identifies it, wherever it is stored."]
+    adapter: NotRequired[Annotated[AdapterSource, "The adapter, or the fine-tuned model in its place, described in the same way."]]
     totals: Annotated[_PlanTotals, "Sums."]
-    warnings: Annotated[list[str], "What may make the result differ from what was trained, a line each."]
-    names: NotRequired[Annotated[list[NameRule], "By which rules modules were found in the base."]]
-    matrices: NotRequired[Annotated[list[PlannedMatrix], "One entry a matrix, in the base's file order."]]
-    carried: NotRequired[Annotated[list[CarriedRecord], "Tensors of the adapter that are no factors; of a fine-tuned model those that "
+    warnings: Annotated[list[str], "What may make the result differ from what was trained, one line each."]
+    names: NotRequired[Annotated[list[NameRule], "The rules that found modules in the base."]]
+    matrices: NotRequired[Annotated[list[PlannedMatrix], "One entry per matrix, in the base's file order."]]
+    carried: NotRequired[Annotated[list[CarriedRecord], "Tensors of the adapter that are not factors; for a fine-tuned model, those that "
         "differ from the base."]]
-    forecast: NotRequired[Annotated[_Forecasts, "By command, with its defaults; mitigate and merge from findings."]]
-    refused: NotRequired[Annotated[dict[str, str], "Of the commands whose forecast is null: why each is refused, in one line."]]
+    forecast: NotRequired[Annotated[_Forecasts, "For each command, with its defaults; for mitigate and merge, from findings."]]
+    refused: NotRequired[Annotated[dict[str, str], "For each command without a forecast: why it is refused, in one line."]]
 
 class DryRun(TypedDict):
-    """What `--dry-run --json` prints of detect, mitigate, merge, evaluate, fit, map and repair: all checks passed, nothing written."""
+    """What `--dry-run --json` prints of detect, mitigate, merge, evaluate, fit, map and repair: all checks passed, nothing was written."""
     schema: Literal["streamer.dry-run/1"]
     command: Annotated[str, Keywords(enum=["detect", "mitigate", "merge", "evaluate", "fit", "map", "repair"]), "The command."]
     output: OutputPath
-    state: Annotated[str, Keywords(enum=["new", "resume", "done"]), "What a run would do: write it, finish an interrupted run, or nothing."]
-    matrices: Annotated[Count, "Matrices that the adapter changes; 0 of map, which takes none."]
-    files: Annotated[Count, "Files that the output has, or will have, but the record."]
-    bytes: Annotated[Count | None, "Bytes of them; null where they are not known beforehand."]
-    free_bytes: Annotated[Count, "Bytes that are free on the output's disk."]
+    state: Annotated[str, Keywords(enum=["new", "resume", "done"]), "What a run would do: write the output, finish an interrupted run, or "
+        "nothing."]
+    matrices: Annotated[Count, "Matrices that the adapter changes; 0 for map, which takes no adapter."]
+    files: Annotated[Count, "Files that the output has, or will have, without the record."]
+    bytes: Annotated[Count | None, "Their bytes; null if unknown in advance."]
+    free_bytes: Annotated[Count, "Free bytes on the output's disk."]
     forecast: CommandForecast
 
 class SeveralRecord(TypedDict):
-    """What detect, mitigate and merge print for several adapters, and report for a directory of findings: an object for each."""
+    """What detect, mitigate and merge print for several adapters, and report for a directory of findings: one object for each."""
     schema: Literal["streamer.several/1"]
     adapters: Annotated[dict[str, FindingsRecord | Written | DryRun], "By name of the adapter's directory: findings/1, output/2 "
         "or dry-run/1."]
-    output: NotRequired[Annotated[str, "Path of the page of `report`, as it was given. With -o only."]]
-    state: NotRequired[Annotated[Literal["written", "present"], "Whether `report` wrote the page, or found the same bytes there. -o only."]]
-    files: NotRequired[Annotated[list[ReportFile], "The files of `report`. With -o only."]]
-    free_bytes: NotRequired[Annotated[Count, "Of a dry run: bytes that are free on the output's disk."]]
-    forecast: NotRequired[Annotated[ForecastRecord | None, "Of a dry run: what all of them take together; null if nothing is to do."]]
+    output: NotRequired[Annotated[str, "Path of the page of `report`, as given. Only with -o."]]
+    state: NotRequired[Annotated[Literal["written", "present"], "Whether `report` wrote the page, or found the same bytes there. Only with "
+        "-o."]]
+    files: NotRequired[Annotated[list[ReportFile], "The files of `report`. Only with -o."]]
+    free_bytes: NotRequired[Annotated[Count, "For a dry run: free bytes on the output's disk."]]
+    forecast: NotRequired[Annotated[ForecastRecord | None, "For a dry run: what all runs together need; null if there is nothing to do."]]
 # fmt: on
 
 

@@ -35,25 +35,25 @@ UNKNOWN: ReliableRecord = {"kept": True, "forgetting": True, "top1_kept": False}
 
 # fmt: off
 class RepairRow(TypedDict):
-    """A model: as it was measured on the sequences held apart, of the shrink as it is interpolated between those that were."""
-    what: Annotated[Literal["adapter", "shrink", "intruders", "repair"], "The adapter as it is, the shrink that keeps as much, the method "
-        "that scales intruders (if findings with any were given), or the repair."]
-    name: Annotated[str, "Its method, with its lambda or its share."]
-    kept: Annotated[float, "Share of what was learned that it keeps."]
+    """A model, as measured on the held-out sequences; the shrink is interpolated between measured ones."""
+    what: Annotated[Literal["adapter", "shrink", "intruders", "repair"], "The unchanged adapter, the shrink that keeps as much, the method "
+        "that scales intruders (if the findings have any), or the repair."]
+    name: Annotated[str, "Its method, with lambda or share."]
+    kept: Annotated[float, "Share of the learning that it keeps."]
     top1_kept: Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined, or not measured."]
-    forgetting: Annotated[float, "Share of what was forgotten that it leaves."]
+    forgetting: Annotated[float, "Share of the forgetting that it leaves."]
     divergence: Annotated[float, "Its divergence from the base on general text, as a share of the adapter's."]
 
 class RepairRecord(TypedDict):
-    """What `streamer repair --json` prints: what was measured, what was chosen by it, and where that is."""
+    """What `streamer repair --json` prints: the measurements, the choice, and the files."""
     schema: Literal["streamer.repair/1"]
     chosen: Annotated[Literal["repair", "shrink", "adapter"], "What was written."]
-    why: Annotated[str, "Why, in a line."]
+    why: Annotated[str, "The reason, in one line."]
     rows: Annotated[list[RepairRow], "What was measured: the adapter, the equal shrink if there is one, intruder scaling, the repair."]
-    reliable: Annotated[ReliableRecord, "Whether what shares divide by is large enough."]
-    intruders: Annotated[Count | None, "Intruders in the findings given; null if none were given."]
+    reliable: Annotated[ReliableRecord, "Whether the denominators of shares are large enough."]
+    intruders: Annotated[Count | None, "Intruders in the given findings; null without findings."]
     fit: Annotated[str, "The file of the fit, beside the output."]
-    output: Annotated[str, "Path of the output, as it was given."]
+    output: Annotated[str, "Path of the output, as given."]
     state: State
 # fmt: on
 

@@ -19,8 +19,8 @@ STAMP = "streamer"
 class DetectionRecord(DecidingOptions):
     """How the intruders of an output were found."""
 
-    certified: Annotated[Count, "Matrices whose decisions are all certified."]
-    matrices: Annotated[Count, "Matrices in all."]
+    certified: Annotated[Count, "Matrices with certified decisions only."]
+    matrices: Annotated[Count, "Number of matrices."]
 
 
 def detection_record(options: DetectionOptions, certified: int, matrices: int) -> DetectionRecord:

@@ -27,9 +27,9 @@ class BinsRecord(TypedDict):
 
     first: Annotated[
         Count,
-        "Number of the first bin that is not empty: bin 0 is below 1e-9 nats, bin i from 1e-9 * 1.02**(i - 1) on.",
+        "Number of the first non-empty bin: bin 0 is below 1e-9 nats, bin i begins at 1e-9 * 1.02**(i - 1).",
     ]
-    counts: Annotated[list[int], "Of it and each bin up to the last that is not empty."]
+    counts: Annotated[list[int], "Counts of this bin and of each one up to the last non-empty bin."]
 
 
 def counted_bins(divergences: Floats, counted: NDArray[np.bool_]) -> Floats:

@@ -58,9 +58,9 @@ HEADER_BYTES = 200
 class MappedText(TypedDict):
     """A text that a map was made on."""
     name: Annotated[str, "Name of its file."]
-    sequences: Annotated[Count, "Sequences that were taken of it."]
-    tokens: Annotated[Count, "Tokens of them but for the first ones."]
-    length: Annotated[Count, "Tokens of the longest one."]
+    sequences: Annotated[Count, "Sequences taken from it."]
+    tokens: Annotated[Count, "Their tokens, without the first token of each."]
+    length: Annotated[Count, "Tokens of the longest sequence."]
     sha256: Annotated[Sha256, "Digest of the sequences (SHA-256, hexadecimal)."]
     sample_sha256: Annotated[Sha256, "Digest of a sample of the file (SHA-256, hexadecimal)."]
 
@@ -68,13 +68,13 @@ class MapFacts(TypedDict):
     """What `streamer map --json` prints: a map of a base's inputs."""
     schema: Literal["streamer.map/1"]
     version: Annotated[str, "Version of streamer that made it."]
-    base: Annotated[BaseIdentity, "What tells the base from another."]
+    base: Annotated[BaseIdentity, "What identifies the base."]
     texts: Annotated[list[MappedText], "The general texts that it was made on."]
-    vectors: Annotated[Count, "Leading vectors that it keeps of each input, at most."]
-    inputs: Annotated[Count, "Inputs; matrices that have the same share one."]
-    matrices: Annotated[Count, "Matrices that have these inputs."]
-    lacking: NotRequired[Annotated[list[TensorName], "Matrices of the base whose inputs it lacks: no token of the text reached them, they "
-        "are no factor of a product, or they run in several layers. Of a map that was added up, absent."]]
+    vectors: Annotated[Count, "Largest number of leading vectors that it keeps for an input."]
+    inputs: Annotated[Count, "Number of inputs; matrices with the same input share one."]
+    matrices: Annotated[Count, "Matrices with these inputs."]
+    lacking: NotRequired[Annotated[list[TensorName], "Matrices of the base without inputs in the map: no token of the text reached them, "
+        "they are not a factor of a product, or they run in several layers. Absent for a sum of maps."]]
     sha256: Annotated[Sha256, "Digest of its arrays (SHA-256, hexadecimal)."]
     output: OutputPath
     state: Done

@@ -39,14 +39,14 @@ NEAR = 0.05
 
 # fmt: off
 class _TextPart(TypedDict):
-    sequences: Annotated[Count, "Sequences of it."]
-    tokens: Annotated[Count, "Tokens of them whose losses count."]
+    sequences: Annotated[Count, "Its sequences."]
+    tokens: Annotated[Count, "Their tokens whose losses count."]
 
 class FittedText(TextFacts):
     """A text, and its two parts."""
-    sample_sha256: Annotated[Sha256, "SHA-256 (hexadecimal) of the file's size and a sample of its bytes, whatever was cut from it."]
-    fitted: Annotated[_TextPart, "The part that coefficients or factors are fitted on."]
-    held: Annotated[_TextPart, "The part that is held apart: by it mu is chosen, and figures are measured."]
+    sample_sha256: Annotated[Sha256, "SHA-256 (hexadecimal) of the file's size and a sample of its bytes, whichever part was used."]
+    fitted: Annotated[_TextPart, "The part on which coefficients or factors are fitted."]
+    held: Annotated[_TextPart, "The held-out part, on which mu is chosen and figures are measured."]
 
 class _FittedTexts(TypedDict):
     general: Annotated[FittedText, "What the base can do and should not forget."]
@@ -54,27 +54,28 @@ class _FittedTexts(TypedDict):
 
 class _CoefficientFigures(TypedDict):
     mean: Annotated[float, Keywords(minimum=0, maximum=1), "Their mean."]
-    near_0: Annotated[Count, "Those of 0.05 at most."]
-    near_1: Annotated[Count, "Those of 0.95 at least."]
+    near_0: Annotated[Count, "Coefficients of at most 0.05."]
+    near_1: Annotated[Count, "Coefficients of at least 0.95."]
 
 FittedShrink = TypedDict("FittedShrink", {
     "lambda": Annotated[float, "Lambda of that shrink."],
-    "forgetting": Annotated[float, "Share of what was forgotten that it leaves."],
+    "forgetting": Annotated[float, "Share of the forgetting that it leaves."],
     "divergence": Annotated[float, "Its mean divergence on the general text as a share of the adapter's."],
-    "top1_kept": NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 that it keeps; absent of earlier versions."]],
-    "loss": Annotated[float, "Mean loss of the fitted model on the general text less the shrink's; below 0 the fitted one forgets less."],
-    "loss_se": Annotated[PairedError, "The uncertainty of the share kept and of the interpolation is in it."],
-    "kl": Annotated[float, "Mean divergence of the fitted model on the general text less the shrink's."],
-    "kl_se": Annotated[Amount, "Its standard error, in the same way."],
-    "verdict": Annotated[Literal["better", "worse", "not told apart"], "By more than two standard errors: better by both, "
-        "worse by the loss, or by the divergence unless the loss is better."],
+    "top1_kept": NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 that it keeps; absent in earlier versions."]],
+    "loss": Annotated[float, "Mean loss of the fitted model on the general text minus the shrink's; below 0, the fitted model forgets "
+        "less."],
+    "loss_se": Annotated[PairedError, "It includes the uncertainty of the share kept and of the interpolation."],
+    "kl": Annotated[float, "Mean divergence of the fitted model on the general text minus the shrink's."],
+    "kl_se": Annotated[Amount, "Its standard error, computed in the same way."],
+    "verdict": Annotated[Literal["better", "worse", "not told apart"], "By more than two standard errors: better by both loss and "
+        "divergence; worse by the loss, or by the divergence unless the loss is better."],
 })
 FittedShrink.__doc__ = "A shrink of the whole adapter."
 
 class _Shares(TypedDict):
     kept: Annotated[float | None, "Share of the learning: (base - fitted) / (base - adapter) of the task's losses; null if undefined."]
     kept_se: StandardError | None
-    top1_kept: NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; absent of earlier versions."]]
+    top1_kept: NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; absent in earlier versions."]]
     top1_kept_se: NotRequired[StandardError | None]
     forgetting: Annotated[float | None, "Share of the forgetting: (fitted - base) / (adapter - base) of the general losses; null if "
         "undefined."]
@@ -88,67 +89,73 @@ class ScalingRecord(_Shares):
 
 class SetRecord(_Shares):
     """A set of coefficients or factors."""
-    keep: Annotated[KeptShare, "Share of what was learned that was to be kept."]
-    missed: NotRequired[Annotated[bool, "Whether it keeps less than was wanted, by more than 0.01; absent from files of earlier versions."]]
-    exceeded: NotRequired[Annotated[bool, "Whether it keeps more, by more than 0.03; absent from files of earlier versions."]]
-    mu: Annotated[Amount | None, "Weight of the task's text against the general one, of grain inputs of the general one against the "
-        "task's; null with one coefficient, or if all are 0 or 1."]
-    corrected: NotRequired[Annotated[bool, "Of grain inputs: whether layers are fitted to what those before them make."]]
-    trade: NotRequired[Annotated[TradeRecord, "What it gives up and regains; absent of earlier versions."]]
-    coefficients: NotRequired[Annotated[_CoefficientFigures, "The coefficients in numbers, each counted once; absent of grain inputs."]]
-    shrink: Annotated[FittedShrink | None, "The shrink of the whole adapter that keeps the same share, interpolated; null if it is one, or "
-        "none that was measured keeps as little, or as much."]
+    keep: Annotated[KeptShare, "Share of the learning to keep."]
+    missed: NotRequired[Annotated[bool, "Whether it keeps less than requested, by more than 0.01; absent in earlier versions."]]
+    exceeded: NotRequired[Annotated[bool, "Whether it keeps more than requested, by more than 0.03; absent in earlier versions."]]
+    mu: Annotated[Amount | None, "Weight of the task's text against the general one, or with grain inputs the reverse; null with one "
+        "coefficient, or if all coefficients are 0 or 1."]
+    corrected: NotRequired[Annotated[bool, "With grain inputs: whether layers were fitted to the output of the repaired layers before "
+        "them."]]
+    trade: NotRequired[Annotated[TradeRecord, "What it gives up and regains; absent in earlier versions."]]
+    coefficients: NotRequired[Annotated[_CoefficientFigures, "Statistics of coefficients, each counted once; absent with grain inputs."]]
+    shrink: Annotated[FittedShrink | None, "The shrink of the whole adapter that keeps the same share, interpolated; null if the result is "
+        "a shrink, or if no measured shrinks enclose the share."]
 
 class FitFacts(TypedDict):
-    """What a fit is made of."""
+    """Inputs and options of a fit."""
     version: Version
     transformers: Annotated[str, "Version of transformers."]
-    base: Annotated[BaseSource, "What tells the base model from another, wherever it lies."]
-    adapter: Annotated[AdapterSource, "What tells the adapter, or the fine-tuned model in its place, from another."]
-    factored: Annotated[bool, "Whether all deltas are the product of LoRA's factors, so that mitigate can write them back."]
-    quantized: Annotated[bool, "Whether a merge must write a quantized base plain (--dequantize)."]
-    objective: NotRequired[Annotated[Objective, "What was made small: divergences (from the base on general text, the adapter on the "
-        "task's) or losses; absent of grain inputs."]]
+    base: Annotated[BaseSource, "What identifies the base model, wherever it is stored."]
+    adapter: Annotated[AdapterSource, "What identifies the adapter, or the fine-tuned model in its place."]
+    factored: Annotated[bool, "Whether all deltas are products of LoRA factors, so that mitigate can write them."]
+    quantized: Annotated[bool, "Whether a merge must write a quantized base as a plain one (--dequantize)."]
+    objective: NotRequired[Annotated[Objective, "What was minimized: divergences (from the base on general text, from the adapter on the "
+        "task's) or losses; absent with grain inputs."]]
     grain: Annotated[Grain, "What is fitted: right factors to inputs, or a coefficient for each direction, each matrix, or all."]
-    holdout: Annotated[float, "Share of each text's sequences that was held apart."]
-    seed: Annotated[Count, "Decides which those are."]
-    steps: NotRequired[Annotated[Count, "Points at which gradients of both texts were taken, beside those of the base and the adapter as "
-        "it is; absent of grain inputs."]]
-    dtype: Annotated[ProductDtype, "Dtype to which base weights and activations are rounded for their products; all else is float32."]
+    holdout: Annotated[float, "Share of each text's sequences that were held out."]
+    seed: Annotated[Count, "Decides which sequences these are."]
+    steps: NotRequired[Annotated[Count, "Points at which gradients of both texts were computed, besides the base and the unchanged "
+        "adapter; absent with grain inputs."]]
+    dtype: Annotated[ProductDtype, "Dtype to which base weights and activations are rounded for their products; everything else is "
+        "float32."]
     texts: Annotated[_FittedTexts, "The two texts."]
-    unchanged: Annotated[list[str], "Tensors that the adapter changes otherwise than by deltas, which stay as it has them."]
-    findings: NotRequired[Annotated[Sha256, "Digest of the decisions of the findings, if some were given (SHA-256, hexadecimal)."]]
-    intruders: NotRequired[Annotated[Count, "Intruders in them; of 0 scaling them changes nothing, and is not measured."]]
-    plan: Annotated[Sha256, "Digest of all that decides the coefficients (SHA-256, hexadecimal)."]
-    parameters: NotRequired[Annotated[Count, "Coefficients that were fitted, those that are shared counted once; absent of grain inputs."]]
-    gradients: NotRequired[Annotated[Count, "Gradients that were computed, each over all sequences of a text that are fitted on; absent of "
-        "grain inputs."]]
-    ridge: NotRequired[Annotated[float, "Of grain inputs: share of the mean diagonal that is added to the task's second moments."]]
-    raised: NotRequired[Annotated[list[str], "Of grain inputs: matrices for which the ridge was raised, the texts being short for them."]]
-    unseen: NotRequired[Annotated[list[str], "Of grain inputs: matrices that no token came to, whose delta stays."]]
-    uncorrected: NotRequired[Annotated[list[str], "Of grain inputs: matrices that a correction would have made too large, and left as "
-        "the first pass had them."]]
+    unchanged: Annotated[list[str], "Tensors that the adapter changes by other means than deltas; they stay unchanged."]
+    findings: NotRequired[Annotated[Sha256, "Digest of the decisions in the findings, if findings were given (SHA-256, hexadecimal)."]]
+    intruders: NotRequired[Annotated[Count, "Intruders in the findings; if 0, scaling them changes nothing and is not measured."]]
+    plan: Annotated[Sha256, "Digest of everything that decides the coefficients (SHA-256, hexadecimal)."]
+    parameters: NotRequired[Annotated[Count, "Coefficients that were fitted, shared ones counted once; absent with grain inputs."]]
+    gradients: NotRequired[Annotated[Count, "Gradients that were computed, each over all fitted sequences of a text; absent with grain "
+        "inputs."]]
+    ridge: NotRequired[Annotated[float, "With grain inputs: share of the mean diagonal that is added to the task's second moments."]]
+    raised: NotRequired[Annotated[list[str], "With grain inputs: matrices for which the ridge was raised, because the texts are short for "
+        "them."]]
+    unseen: NotRequired[Annotated[list[str], "With grain inputs: matrices that no token reached; they keep their delta."]]
+    uncorrected: NotRequired[Annotated[list[str], "With grain inputs: matrices that a correction would have made too large; they keep the "
+        "first pass' factors."]]
 
 class AdapterFacts(TypedDict):
-    """What the adapter as it is has learned and forgotten, on the sequences held apart."""
-    forgotten: Annotated[bool, "Whether the adapter's loss on the general text is told above the base's, on the sequences held apart."]
-    improved: NotRequired[Annotated[bool, "Whether it is told below: text of the task's kind. Absent of earlier versions."]]
-    learning: Annotated[float, "Loss of the base on the task's text less the adapter's, in nats a token."]
+    """What the unchanged adapter has learned and forgotten, on the held-out sequences."""
+    forgotten: Annotated[bool, "Whether the adapter's loss on the general text is significantly above the base's, on the held-out "
+        "sequences."]
+    improved: NotRequired[Annotated[bool, "Whether the adapter's loss on the general text is significantly below the base's: the text "
+        "resembles the task. Absent in earlier versions."]]
+    learning: Annotated[float, "Loss of the base on the task's text minus the adapter's, in nats per token."]
     learning_se: PairedError
-    top1_gain: NotRequired[Annotated[float, "Share of the task's tokens that it finds likeliest, less the base's; not earlier."]]
+    top1_gain: NotRequired[Annotated[float, "Share of the task's tokens that are its most likely token, minus the base's; absent in "
+        "earlier versions."]]
     top1_gain_se: NotRequired[PairedError]
-    forgetting: Annotated[float, "Loss of the adapter on the general text less the base's, in nats a token."]
+    forgetting: Annotated[float, "Loss of the adapter on the general text minus the base's, in nats per token."]
     forgetting_se: PairedError
-    divergence: Annotated[float, "Mean divergence KL(base ‖ adapter) on the general text, in nats a token."]
+    divergence: Annotated[float, "Mean divergence KL(base ‖ adapter) on the general text, in nats per token."]
     divergence_se: StandardError
-    reliable: NotRequired[Annotated[ReliableRecord, "Whether what shares divide by is large enough; absent of earlier versions."]]
+    reliable: NotRequired[Annotated[ReliableRecord, "Whether the denominators of shares are large enough; absent in earlier versions."]]
 
 class FitRecord(FitFacts, AdapterFacts):
     """What `streamer fit --json` prints: what coefficients or factors were fitted to, and their figures on other text."""
     schema: Literal["streamer.fit/1"]
     scaling: NotRequired[Annotated[ScalingRecord, "The method paper at its default lambda, if findings with intruders were given."]]
-    sets: Annotated[list[SetRecord], Keywords(minItems=1), "The sets, one a share, measured on the sequences held apart."]
-    output: Annotated[str, "Path of the output, as it was given."]
+    sets: Annotated[list[SetRecord], Keywords(minItems=1), "The sets, one for each share, measured on the held-out sequences."]
+    output: Annotated[str, "Path of the output, as given."]
     state: State
 # fmt: on
 

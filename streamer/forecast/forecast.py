@@ -52,15 +52,14 @@ class Forecast:
     """
 
     # fmt: off
-    peak_memory_bytes: Annotated[Count, "Most anonymous memory of the process in bytes, if no matrix needs the dense solver or float64 "
-        "after all."]
+    peak_memory_bytes: Annotated[Count, "Largest anonymous memory of the process in bytes, if no matrix needs the dense solver or float64."]
     escalated_memory_bytes: Annotated[Count, "The same if the largest matrix needs the dense solver or float64."]
-    read_bytes: Annotated[Count, "Bytes to read of base, adapter and findings."]
-    network_bytes: Annotated[Count, "Of them, bytes that cross the network: of a base at an address."]
-    write_bytes: Annotated[Count, "Bytes to write: exact for models and adapters, for findings at most."]
-    temporary_bytes: Annotated[Count, "Bytes at most that stand beside the output for a while."]
-    seconds: Annotated[Amount | None, "Wall time in s, estimated from a probe of this machine; null where it is not estimated."]
-    threads: Annotated[int, Keywords(minimum=1), "CPU threads that the time is for."] = field(default_factory=torch.get_num_threads)
+    read_bytes: Annotated[Count, "Bytes to read from base, adapter and findings."]
+    network_bytes: Annotated[Count, "Bytes of these that cross the network, for a base at an address."]
+    write_bytes: Annotated[Count, "Bytes to write: exact for models and adapters, an upper bound for findings."]
+    temporary_bytes: Annotated[Count, "Largest number of bytes of temporary files beside the output."]
+    seconds: Annotated[Amount | None, "Wall time in s, estimated from a short benchmark of this machine; null if it is not estimated."]
+    threads: Annotated[int, Keywords(minimum=1), "CPU threads assumed for the time."] = field(default_factory=torch.get_num_threads)
     # fmt: on
 
 

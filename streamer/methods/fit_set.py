@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class CoefficientsRecord(TypedDict):
-    """What of a fit a method uses."""
+    """The part of a fit that a method uses."""
 
-    keep: Annotated[float, "Share of what the adapter learned that it was fitted to keep."]
+    keep: Annotated[float, "Share of the learning that the set was fitted to keep."]
     sha256: Annotated[Sha256, "Digest of the values of all matrices (SHA-256, hexadecimal)."]
 
 

@@ -31,7 +31,7 @@ VECTORS = 16
 class MapRecord(TypedDict):
     """Which map of a base's inputs was used."""
 
-    vectors: Annotated[Count, "Leading vectors that it keeps of each input, at most."]
+    vectors: Annotated[Count, "Largest number of leading vectors that it keeps for an input."]
     sha256: Annotated[Sha256, "Digest of its arrays (SHA-256, hexadecimal)."]
 
 

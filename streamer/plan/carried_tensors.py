@@ -30,8 +30,8 @@ from streamer.weights.model_config import ModelConfig
 class CarriedRecord(TypedDict):
     """A carried tensor."""
 
-    tensor: Annotated[str, "The tensor of the base that it concerns."]
-    change: Annotated[str, "What becomes of that tensor: replaced, new, rows replaced, …"]
+    tensor: Annotated[str, "The tensor of the base that changes."]
+    change: Annotated[str, "What happens to the tensor: replaced, new, rows replaced, …"]
     by: Annotated[str, "The adapter's tensor."]
 
 

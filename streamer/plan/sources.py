@@ -25,12 +25,12 @@ DIGEST_CHARACTERS = 16
 
 # fmt: off
 class Source(TypedDict, total=False):
-    """An input's name, beside what tells it from others."""
-    name: Annotated[str, "Name of the directory or file; of a model in the hub's cache the last part of its id. Never a path."]
-    address: Annotated[str, "Address that it was read from, as it was given, without secrets; of the hub the next two say it."]
-    model_id: Annotated[str, "Id on the hub, if known: from the cache that it lies in, or a config's name for it that ends in its name."]
-    revision: Annotated[str, "Revision on the hub, where it is known."]
-    digest: Annotated[str, Keywords(pattern="^[0-9a-f]{16}$"), "The first 16 digits of a SHA-256 over what tells this input from another."]
+    """Name and identity of an input."""
+    name: Annotated[str, "Name of the directory or file; for a model in the hub's cache, the last part of its id. Never a path."]
+    address: Annotated[str, "Address that it was read from, as given, without secrets; for the hub, see the next two keys."]
+    model_id: Annotated[str, "Id on the hub, if known from the path of the cache, or from a config's name for it that ends in its name."]
+    revision: Annotated[str, "Revision on the hub, if known."]
+    digest: Annotated[str, Keywords(pattern="^[0-9a-f]{16}$"), "The first 16 digits of a SHA-256 that identifies the input."]
 # fmt: on
 
 

@@ -21,18 +21,18 @@ THRESHOLDS = tuple(i / 50 for i in range(1, 51))
 
 # fmt: off
 class ThresholdRecord(TypedDict):
-    """A threshold, and the directions below it; what the bounds leave open is between `least` and `most`."""
+    """A threshold, and the directions below it: at least `least`, at most `most`."""
     epsilon: Annotated[float, "The threshold."]
-    intruders: Annotated[Count, "Directions whose similarity, as the decision took it, is below it, over all matrices."]
-    least: Annotated[Count, "Directions whose interval lies below it."]
-    most: Annotated[Count, "Directions whose interval begins below it."]
+    intruders: Annotated[Count, "Directions whose similarity, as used for the decision, is below the threshold, over all matrices."]
+    least: Annotated[Count, "Directions whose interval lies below the threshold."]
+    most: Annotated[Count, "Directions whose interval begins below the threshold."]
 
 # `lambda` is a keyword of the language, so this is no class.
 LambdaRecord = TypedDict("LambdaRecord", {
-    "lambda": Annotated[float, "What is left of an intruder."],
-    "paper": Annotated[float, "Norm that --method paper takes away, as a share of the delta's; above 1 if much of it is the base's own."],
-    "project": Annotated[float, "The same of --method project."],
-    "norm_left": Annotated[float, "Norm of the delta that project leaves, as a share: the shrink of the same norm."],
+    "lambda": Annotated[float, "Share of an intruder to keep."],
+    "paper": Annotated[float, "Norm that --method paper takes away, as a share of the delta's; above 1 if much of it belongs to the base."],
+    "project": Annotated[float, "The same for --method project."],
+    "norm_left": Annotated[float, "Norm of the delta that project leaves, as a share: lambda of the shrink with the same norm."],
 })
 LambdaRecord.__doc__ = """What a λ takes away, over all matrices.
 

@@ -40,30 +40,30 @@ class Direction:
     """An intruder in one of the findings."""
     rank: Annotated[Count, "0-based, among the singular directions of base + delta."]
     singular_value: Annotated[float, "Its singular value."]
-    similarity: Annotated[float, "Its similarity to the base, as the decision took it."]
+    similarity: Annotated[float, "Its similarity to the base, as used for the decision."]
 
 @dataclass(frozen=True)
 class IntruderFate:
     """What became of an intruder."""
     tensor: Annotated[str, "Name of the matrix in the base."]
     fate: Annotated[Fate, "What became of it; see `totals`."]
-    before: Annotated[Direction | None, "It in the first findings; null of a new one."]
-    after: Annotated[Direction | None, "It in the second findings; null where none matches."]
+    before: Annotated[Direction | None, "The intruder in the first findings; null for a new one."]
+    after: Annotated[Direction | None, "The intruder in the second findings; null if none matches."]
     overlap: Annotated[Share, "Absolute inner product with the nearest intruder of the other findings in this matrix, or 0."]
-    share: Annotated[Share, "Part of it, as a square, that lies in the span of the other's intruders of this matrix."]
+    share: Annotated[Share, "Its squared part in the span of the other findings' intruders of this matrix."]
 
 class DiffSide(TypedDict):
     """One of the two findings."""
     adapter: Annotated[str | None, "Name of the adapter; null if the findings do not say."]
     options: Annotated[OptionsRecord, "What decided the findings, as in streamer.findings/1."]
-    intruders: Annotated[Count, "Intruders in all of its matrices."]
+    intruders: Annotated[Count, "Intruders in all matrices."]
 
 class _DiffTotals(TypedDict):
-    matrices: Annotated[Count, "Matrices that both have."]
-    kept: Annotated[Count, "Intruders of the first that are matched by one of the second."]
-    mixed: Annotated[Count, "Intruders of the first that are not, but of which more than half lies in the span of the second's."]
-    gone: Annotated[Count, "Intruders of the first where the second has none."]
-    new: Annotated[Count, "Intruders of the second where the first has none."]
+    matrices: Annotated[Count, "Matrices that both findings have."]
+    kept: Annotated[Count, "Intruders of the first findings that match one of the second."]
+    mixed: Annotated[Count, "Intruders of the first findings that match none, but lie by more than half in the span of the second's."]
+    gone: Annotated[Count, "Intruders of the first findings that the second do not have."]
+    new: Annotated[Count, "Intruders of the second findings that the first do not have."]
 
 class DiffRecord(TypedDict):
     """What `streamer diff --json` prints: what became of each intruder between two findings on one base."""
@@ -71,11 +71,11 @@ class DiffRecord(TypedDict):
     first: Annotated[DiffSide, "The first findings."]
     second: Annotated[DiffSide, "The second findings."]
     totals: Annotated[_DiffTotals, "Counts over the matrices that both findings have."]
-    notes: Annotated[list[str], "What is to be kept in mind: other options, decisions that are not certified."]
-    only_first: Annotated[list[str], "Matrices that the first findings alone have."]
-    only_second: Annotated[list[str], "Matrices that the second findings alone have."]
-    intruders: Annotated[list[dict[str, Any]], IntruderFate, "Each intruder, by matrix, new ones last; `before` and `after` have 0-based "
-        "ranks."]
+    notes: Annotated[list[str], "What to bear in mind: different options, decisions that are not certified."]
+    only_first: Annotated[list[str], "Matrices that only the first findings have."]
+    only_second: Annotated[list[str], "Matrices that only the second findings have."]
+    intruders: Annotated[list[dict[str, Any]], IntruderFate, "Each intruder, by matrix, new ones last; ranks in `before` and `after` are "
+        "0-based."]
 # fmt: on
 
 

@@ -31,16 +31,16 @@ SCHEMA: Final = "streamer.report/1"
 
 # fmt: off
 class ReportRecord(TypedDict):
-    """What `streamer report --json` prints with an evaluation or with -o: all that a page or its figures draw."""
+    """What `streamer report --json` prints with an evaluation or with -o: the data of the page and the figures."""
     schema: Literal["streamer.report/1"]
-    findings: Annotated[FindingsRecord | None, "The findings, streamer.findings/1; null of an output."]
-    evaluation: Annotated[EvaluationRecord | None, "The evaluation, streamer.evaluation/1; null where none was given."]
-    record: Annotated[Written | None, "The record of an output, streamer.output/2; null of findings."]
-    thresholds: Annotated[list[ThresholdRecord], "Directions below each threshold, rising; of an output none."]
-    lambdas: Annotated[list[LambdaRecord], "What each lambda takes away, over all matrices; of an output none."]
-    output: NotRequired[Annotated[str, "Path of the page or directory, as it was given. With -o only."]]
-    state: NotRequired[Annotated[Literal["written", "present"], "Whether the run wrote the files, or found the same bytes. -o only."]]
-    files: NotRequired[Annotated[list[ReportFile], "The files of the report. With -o only."]]
+    findings: Annotated[FindingsRecord | None, "The findings, streamer.findings/1; null for an output."]
+    evaluation: Annotated[EvaluationRecord | None, "The evaluation, streamer.evaluation/1; null without one."]
+    record: Annotated[Written | None, "The record of an output, streamer.output/2; null for findings."]
+    thresholds: Annotated[list[ThresholdRecord], "Number of directions below each threshold, in rising order; empty for an output."]
+    lambdas: Annotated[list[LambdaRecord], "What each lambda takes away, over all matrices; empty for an output."]
+    output: NotRequired[Annotated[str, "Path of the page or directory, as given. Only with -o."]]
+    state: NotRequired[Annotated[Literal["written", "present"], "Whether the run wrote the files, or found the same bytes. Only with -o."]]
+    files: NotRequired[Annotated[list[ReportFile], "The files of the report. Only with -o."]]
 # fmt: on
 
 

@@ -17,20 +17,20 @@ class FileIdentity(TypedDict):
     sample_sha256: Annotated[Sha256, "Digest of a sample of every tensor (SHA-256, hexadecimal)."]
 
 class BaseIdentity(TypedDict):
-    """What tells a base from another."""
+    """What identifies a base."""
     files: Annotated[list[FileIdentity], "Its safetensors files."]
-    architecture: NotRequired[Annotated[str, "Class of the base, where the user named it (--architecture)."]]
-    in_memory: NotRequired[Annotated[bool, "True if the model was in memory; its tensors stand for a file. Left out otherwise."]]
+    architecture: NotRequired[Annotated[str, "Class of the base, if the user named it (--architecture)."]]
+    in_memory: NotRequired[Annotated[bool, "True if the model was in memory; its tensors are listed as one file. Otherwise absent."]]
 
 class DigestedAdapter(TypedDict):
-    """What tells an adapter, or a fine-tuned model in its place, from another."""
+    """What identifies an adapter, or a fine-tuned model in its place."""
     weights_sha256: NotRequired[Annotated[Sha256, "Digest of all tensors of an adapter (SHA-256, hexadecimal)."]]
     config_sha256: NotRequired[Annotated[Sha256, "Digest of its adapter_config.json (SHA-256, hexadecimal)."]]
     modules: Annotated[Count, "Modules that it changes."]
-    base_model_name_or_path: NotRequired[Annotated[str | None, "What its config calls its base; in findings it may be a path."]]
+    base_model_name_or_path: NotRequired[Annotated[str | None, "The base's name in its config; in findings it may be a path."]]
 
 class StatedIdentity(TypedDict):
-    """What the user has stated of an adapter, where its files leave it open: see `streamer.adapters.stated`."""
+    """What the user states about an adapter if its files do not: see `streamer.adapters.stated`."""
     base_is_residual: NotRequired[Annotated[bool, "True if --base-is-residual stated that the base is the adapter's residual."]]
     lora_b_layout: NotRequired[Annotated[Literal["rank_major", "grouped_by_expert"], "Order of lora_B's columns on "
         "stacked experts, if the user stated it."]]
@@ -38,7 +38,7 @@ class StatedIdentity(TypedDict):
 
 class AdapterIdentity(DigestedAdapter, StatedIdentity):
     """Identity of an adapter, or of a fine-tuned model in its place."""
-    files: NotRequired[Annotated[list[FileIdentity], "Its safetensors files; of a fine-tuned model only."]]
+    files: NotRequired[Annotated[list[FileIdentity], "Its safetensors files; only for a fine-tuned model."]]
 # fmt: on
 
 

@@ -20,32 +20,32 @@ class NotRecomputed(Exception):  # a reason, and no fault of anyone
 # fmt: off
 class DifferenceRecord(TypedDict):
     """A difference."""
-    file: Annotated[str, "Path of the file that differs, or that says otherwise."]
+    file: Annotated[str, "Path of the file that differs, or that states something else."]
     tensor: Annotated[str | None, "The tensor that it is about, or null."]
-    expected: Annotated[str, "What the record, the index, the other file or the inputs give."]
-    found: Annotated[str, "What stands there."]
-    message: Annotated[str, "The line that goes to stderr: file, tensor, expected and found."]
+    expected: Annotated[str, "What the record, the index, the other file or the inputs state."]
+    found: Annotated[str, "What was found."]
+    message: Annotated[str, "The line on stderr: file, tensor, expected and found."]
 
 class RecomputedRecord(TypedDict):
     """A matrix that was recomputed."""
     tensor: Annotated[str, "Name of the tensor in the base."]
-    error: Annotated[Amount, "The largest error found, as a share of what rounding permits: at most 1 where nothing differs."]
-    decisions: Annotated[bool, "Whether its similarities were recomputed too, by a full SVD: up to 2048 on the base matrix's short side."]
+    error: Annotated[Amount, "The largest error found, as a share of what rounding permits: at most 1 if nothing differs."]
+    decisions: Annotated[bool, "Whether its similarities were recomputed too, with a full SVD (up to 2048 on the base matrix' short side)."]
 
 class SkippedRecord(TypedDict):
     """A matrix that was not recomputed, or a tensor or file that was not compared."""
-    tensor: Annotated[str, "Its name; of a matrix that of the tensor in the base, with [N] behind it in a stack of experts."]
+    tensor: Annotated[str, "Its name; for a matrix, the name of the tensor in the base, followed by [N] in a stack of experts."]
     reason: Annotated[str, "Why not."]
 
 class TotalsRecord(TypedDict):
     """Counts."""
     files: Annotated[Count, "Files that the record lists; 1 for findings."]
-    bytes: Annotated[Count, "Bytes of those that were hashed."]
+    bytes: Annotated[Count, "Bytes of the files that were hashed."]
     matrices: Annotated[Count, "Matrices that the record or the findings list."]
     recomputed: Annotated[Count, "Matrices that were recomputed."]
-    not_recomputed: Annotated[Count, "Matrices that were tried and cannot be recomputed here."]
-    tensors: Annotated[Count, "Other tensors of the output, and those of the base that it lacks; 0 without inputs and of findings."]
-    compared: Annotated[Count, "`tensors` that were compared with the inputs', byte by byte or within a rounding; 0 without --sample all."]
+    not_recomputed: Annotated[Count, "Matrices that were tried but cannot be recomputed."]
+    tensors: Annotated[Count, "Other tensors of the output, and tensors of the base that it lacks; 0 for findings or without inputs."]
+    compared: Annotated[Count, "Of `tensors`, those compared with the inputs, byte by byte or within a rounding; 0 without --sample all."]
     not_compared: Annotated[Count, "Matrices that were not recomputed, and other tensors that were not compared."]
     differences: Annotated[Count, "Differences."]
 
@@ -56,15 +56,15 @@ class _Inputs(TypedDict):
 class Verification(TypedDict):
     """What `streamer verify --json` prints, whether anything differs (exit code 7) or not."""
     schema: Literal["streamer.verification/1"]
-    output: Annotated[str, "Path of the output, as it was given."]
+    output: Annotated[str, "Path of the output, as given."]
     kind: Annotated[Literal["model", "adapter", "findings"], "What it is: a merged model, a mitigated adapter, or findings."]
     verified: Annotated[bool, "Whether nothing differs."]
-    inputs: NotRequired[Annotated[_Inputs, "Paths of base and adapter, as they were given; absent where they were not."]]
+    inputs: NotRequired[Annotated[_Inputs, "Paths of base and adapter, as given; absent without them."]]
     totals: Annotated[TotalsRecord, "Counts."]
-    recomputed: Annotated[list[RecomputedRecord], "The matrices that were recomputed; of one that differs too."]
-    not_recomputed: Annotated[list[SkippedRecord], "The matrices of the sample that were not; only their digests are verified."]
-    not_compared: Annotated[list[SkippedRecord], "Other tensors, and files of neither input, that --sample all could not compare."]
-    differences: Annotated[list[DifferenceRecord], "What differs, each thing once; empty where nothing does."]
+    recomputed: Annotated[list[RecomputedRecord], "The matrices that were recomputed, with those that differ."]
+    not_recomputed: Annotated[list[SkippedRecord], "The matrices of the sample that were not recomputed; only their digests are verified."]
+    not_compared: Annotated[list[SkippedRecord], "Other tensors, and files from neither input, that --sample all could not compare."]
+    differences: Annotated[list[DifferenceRecord], "The differences, each listed once."]
 # fmt: on
 
 
