@@ -102,7 +102,7 @@ def evaluate_variants(
     """Measure the losses of the base, the adapter as it is, and every method at every λ, on texts, in passes over the base.
 
     No merged model is built: each weight is read when its module runs, and used for all variants at once. It needs transformers, with
-    its tokenizers: ``pip install 'intruder-streamer[evaluate]'``. All but a detection that runs first is on the CPU.
+    its tokenizers: ``pip install 'intruder-streamer[evaluate]'``.
 
     Parameters
     ----------
@@ -139,6 +139,9 @@ def evaluate_variants(
     dtype
         ``bf16``: products of the base's weights with activations are of factors rounded to bfloat16, on a processor that is fast at it
         (AMX); means move by up to 1e-3. Deltas, norms, the softmax and all sums stay float32.
+    device
+        ``cpu``, ``cuda`` or ``cuda:i``: where the model runs, and a detection that comes first; not yet run on a GPU. ``auto`` is the CPU
+        for the model, and CUDA for the detection if a GPU is there.
     max_memory
         Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``; it decides how many
         sequences and variants go together. None takes what 4,096 tokens, of all variants together, or one sequence need.

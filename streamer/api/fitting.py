@@ -57,7 +57,7 @@ class FitRequest:
         where = None if output is None else read_path("output", output)
         for name, given in (("base", base), ("adapter", adapter)):
             read_path(name, given)
-        settings = take(Settings, keywords, device="cpu")
+        settings = take(Settings, keywords)
         return cls(
             base, adapter, where, texts, take(FitOptions, keywords, keep=shares), settings, keywords.get("findings")
         )
@@ -99,7 +99,7 @@ def fit_coefficients(
     ``Δ = L Rᵀ`` new right factors R' make ``Δ' = L R'ᵀ`` answer the task's inputs as Δ does, and general ones as little as possible; with
     ``Δ = U diag(s) Vᵀ`` its SVD, coefficients c in [0, 1] make it ``Δ' = U diag(c·s) Vᵀ``, by the divergence from the base on general
     text. No model is built: each weight is read when its module runs, and once more where the gradient passes through it. It needs
-    transformers, with its tokenizers: ``pip install 'intruder-streamer[evaluate]'``. All is on the CPU.
+    transformers, with its tokenizers: ``pip install 'intruder-streamer[evaluate]'``.
 
     Parameters
     ----------
@@ -129,8 +129,8 @@ def fit_coefficients(
     steps
         Points at which gradients of both texts are taken, beside the base and the adapter as it is; more take longer.
         None takes two for each share, and 3 at least.
-    dtype
-        As `evaluate_variants` has it.
+    dtype, device
+        As `evaluate_variants` has them.
     max_memory
         Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``; it decides how many
         sequences go together.

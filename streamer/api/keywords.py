@@ -213,6 +213,7 @@ class TextKeywords(RunKeywords, total=False):
     length: int
     dtype: ProductDtype
     max_memory: int | str | None
+    device: str
 
 
 class FitKeywords(TextKeywords, total=False):

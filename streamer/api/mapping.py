@@ -53,7 +53,7 @@ class MapRequest:
             None if output is None else read_path("output", output),
             None if general is None else read_path("general", general),
             take(MapOptions, given),
-            take(Settings, keywords, device="cpu"),
+            take(Settings, keywords),
         )
 
     def run(self, monitor: Monitor) -> InputMap:
@@ -87,7 +87,7 @@ def map_inputs(
 
     With it `reduce_intruder_dimension` and the other functions that take a `map` take from any adapter of this base what it answers to
     general inputs, from files alone: no text of the task, no pass, no detection. It needs transformers, with its tokenizers:
-    ``pip install 'intruder-streamer[evaluate]'``. All is on the CPU.
+    ``pip install 'intruder-streamer[evaluate]'``.
 
     Parameters
     ----------
@@ -101,8 +101,8 @@ def map_inputs(
         That are kept of each input.
     sequences, length
         Sequences of the text, and tokens of a sequence, at most.
-    dtype
-        As `evaluate_variants` has it.
+    dtype, device
+        As `evaluate_variants` has them.
     max_memory
         Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``; it decides how many
         sequences go together.

@@ -16,6 +16,7 @@ from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.selection import Selection
 from streamer.errors import UsageError
 from streamer.events import Monitor
+from streamer.linalg.allocation import CPU
 from streamer.methods import Method, MethodName, make_method
 from streamer.methods.coefficients import Coefficients
 from streamer.methods.coefficients_file import load_coefficients
@@ -69,10 +70,14 @@ class Settings:
         return Remote(self.remote, peek, monitor)
 
     def run_options(self, monitor: Monitor, workers: Workers | None = None) -> RunOptions:
-        """Resolve the device, and put a run's options and who watches it together."""
+        """Resolve the devices, and put a run's options and who watches it together.
+
+        ``auto`` runs models on the CPU: they have not been run on a GPU.
+        """
         device = choose_device(self.device)
+        models = CPU if self.device == "auto" else device
         return RunOptions(
-            device, self.io, self.stated, self.architecture, self.resume, self.overwrite, monitor, workers
+            device, self.io, self.stated, self.architecture, self.resume, self.overwrite, monitor, workers, models
         )
 
 

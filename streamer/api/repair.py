@@ -263,7 +263,7 @@ def repair_adapter(
         Write the model with the repaired adapter merged in, in place of an adapter.
     dequantize
         With `merge`: write all that is quantized as plain tensors of the config's dtype.
-    grain, objective, holdout, sequences, length, seed, steps, dtype
+    grain, objective, holdout, sequences, length, seed, steps, dtype, device
         How the fit is made, as `fit_coefficients` has them.
     max_memory
         Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``.

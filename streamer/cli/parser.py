@@ -11,7 +11,7 @@ from streamer import __version__
 from streamer.api.choices import ABOUT, DEFAULT_METHOD, WITHOUT_FILES
 from streamer.cli.arguments import Parser, number, numbers, path, rank, sample, size, top_k
 from streamer.cli.help import DESCRIPTION, EPILOG, EXAMPLES, EXIT_CODES
-from streamer.cli.text_options import add_fit, add_map, add_texts, add_threads
+from streamer.cli.text_options import add_device, add_fit, add_map, add_texts, add_threads
 from streamer.cli.worker_options import add_workers
 
 OPTIONS = {
@@ -116,7 +116,7 @@ def build_parser() -> Parser:
                    help="the most memory to take, like 600M or 4G, mapped files and a GPU's driver not counted: large matrices take "
                         "longer, what only a full SVD could settle stays open, and what does not fit is refused "
                         "(default: as much as it takes)")  # fmt: skip
-    g.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:i (default: auto)")
+    add_device(g)
     add_threads(g, "; beside other work a detection uses fewer where it measures that more are slower, and says so")
 
     def writing(metavar: str, text: str) -> Parser:
@@ -275,6 +275,7 @@ def build_parser() -> Parser:
     g.add_argument("--max-memory", type=size, metavar="SIZE",
                    help="the most memory to use, like 600M or 4G, without mapped files; it decides how many sequences run together "
                         "(default: as much as gradients of 1,024 tokens and measures of 4,096 take)")  # fmt: skip
+    add_device(g)
     add_threads(g)
     out = writing("FILE", "map to write, a .safetensors file")
     sub = command("map", "record a base's inputs on general text; --map then repairs without any text", out, of_base)
@@ -284,6 +285,7 @@ def build_parser() -> Parser:
     g = sub.add_argument_group("computing")
     g.add_argument("--max-memory", type=size, metavar="SIZE",
                    help="the most memory to use, like 600M or 4G, without mapped files (default: as much as it takes)")  # fmt: skip
+    add_device(g)
     add_threads(g)
     out = writing("DIR", "directory to write: an adapter, or with --merge a model")
     sub = command("repair", "write an adapter that forgets less, if measurements show it", out, reading)
@@ -301,6 +303,7 @@ def build_parser() -> Parser:
     g = sub.add_argument_group("computing")
     g.add_argument("--max-memory", type=size, metavar="SIZE",
                    help="the most memory to use, like 600M or 4G, without mapped files (default: as much as it takes)")  # fmt: skip
+    add_device(g)
     add_threads(g)
     sub = command("demo", "run the whole job on a small generated model with planted intruders")
     sub.add_argument("--lambda", dest="mitigation_lambda", type=number, default=0.0, metavar="L",

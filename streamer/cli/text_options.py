@@ -30,6 +30,13 @@ def add_texts(sub: argparse.ArgumentParser, built_in: bool = False) -> None:
                      help="bf16 multiplies the base's weights faster on processors that support it (default: float32)")  # fmt: skip
 
 
+def add_device(group: argparse._ActionsContainer) -> None:
+    """Add the device."""
+    group.add_argument("--device", default="auto", metavar="DEV",
+                       help="cpu, cuda or cuda:i, which has not been run on a GPU yet; auto detects on a GPU if there is one, and runs "
+                            "models on the CPU (default: auto)")  # fmt: skip
+
+
 def add_threads(group: argparse._ActionsContainer, more: str = "") -> None:
     """Add the number of threads; `more` is said of it at the end."""
     cores = available_cores()

@@ -13,6 +13,7 @@ from streamer.detection.findings_records import OptionsRecord
 from streamer.detection.solvers import SOLVERS
 from streamer.errors import UsageError
 from streamer.events import Monitor
+from streamer.linalg.allocation import CPU
 from streamer.storage.tensor_file import IOMode
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class RunOptions:
     """Options of a run that leave its result as it is, up to last bits; the memory allowed decides it, and is in `DetectionOptions`.
 
     They are keywords of `api.detect_intruder_dimensions`, which explains them; `workers`, if any, detect in place of this process.
+    Detection computes on `device`, and models run on `model_device`.
     """
 
     device: torch.device
@@ -83,3 +85,4 @@ class RunOptions:
     overwrite: bool = False
     monitor: Monitor = field(default_factory=Monitor)
     workers: Workers | None = None
+    model_device: torch.device = CPU

@@ -20,13 +20,13 @@ from streamer.streaming.model import StreamingModel
 class _Accumulator:
     """Sums over the vocabulary for each token: shapes are (variants, sequences, length), the base's first."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.largest = torch.full(shape, -torch.inf)
-        self.top = torch.zeros(shape, dtype=torch.int64)
-        self.total = torch.zeros(shape, dtype=torch.float64)
-        self.cross = torch.zeros(shape, dtype=torch.float64)
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.largest = torch.full(shape, -torch.inf, device=device)
+        self.top = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.total = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(shape, dtype=torch.float64, device=device)
         """``Σ exp(z⁰ − largest⁰) (z⁰ − z)``."""
-        self.label = torch.zeros(shape)
+        self.label = torch.zeros(shape, device=device)
 
     def add(self, z: Tensor, i: int, labels: Tensor) -> None:
         """Add logits (…, j − i) of the tokens i to j."""
@@ -64,14 +64,14 @@ def measure(model: StreamingModel, text: TextSequences, block: int) -> SequenceS
     block
         Tokens of the vocabulary that are computed together.
     """
-    length = text.longest
+    length, device = text.longest, model.job.device
     ids, counted = map(torch.from_numpy, text.padded(length))
-    labels = torch.roll(ids, -1, 1)
-    sums = _Accumulator((model.batch.variants, len(text.ids), length))
+    labels = torch.roll(ids, -1, 1).to(device)
+    sums = _Accumulator((model.batch.variants, len(text.ids), length), device)
     with torch.inference_mode():
         for i, _, z in model.logits(ids, model.vocabulary_blocks(block)):
             sums.add(z.float(), i, labels)
-        results = sums.results(labels)
+        results = {name: t.cpu() for name, t in sums.results(labels).items()}
         found = {name: (t * counted).sum(-1).numpy() for name, t in results.items()}
         kl = results["kl"].numpy()
     bins = counted_bins(kl, counted.numpy())

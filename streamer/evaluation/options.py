@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from streamer.detection.findings import Findings
+import torch
+
 from streamer.detection.selection import Selection
 from streamer.errors import UsageError
 from streamer.evaluation.suggestion import check_keep
@@ -54,9 +55,9 @@ class EvaluationOptions:
         """List the variants: ``base``, ``adapter``, each method at each λ, then each set of coefficients."""
         return make_variants(self.methods, self.lambdas, self.scale, self.coefficients, self.amplify, self.map)
 
-    def job(self, plan: Plan, variants: tuple[Variant, ...], findings: Findings | None) -> Job:
-        """Say how these variants are computed."""
-        return Job(plan, variants, findings, self.projected, self.dtype == "bf16")
+    def job(self, plan: Plan, device: torch.device) -> Job:
+        """Say how all variants are computed; deltas that need findings can be had only once these are there."""
+        return Job(plan, self.variants, None, self.projected, self.dtype == "bf16", device)
 
     def fitted_record(self) -> list[CoefficientsRecord]:
         """Say which coefficients are evaluated."""

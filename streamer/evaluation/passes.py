@@ -16,7 +16,6 @@ from streamer.evaluation.progress import RunProgress, pass_cost
 from streamer.evaluation.result_file import Records
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.statistics import ARRAYS, MEASURES, SequenceSums
-from streamer.plan.plan import Plan
 from streamer.streaming.logit_checks import changed_by_padding, check_logits
 from streamer.streaming.model import StreamingModel, vocabulary_block
 from streamer.streaming.run_time import RunTimeTensor
@@ -55,7 +54,7 @@ def checked_tokens(groups: Iterable[TextSequences]) -> int:
     return 0 if padded is None else len(padded[0]) + padded[1]
 
 
-def padding_changes(plan: Plan, groups: Sequence[TextSequences], on_read: Callable[[RunTimeTensor], None]) -> bool:
+def padding_changes(job: Job, groups: Sequence[TextSequences], on_read: Callable[[RunTimeTensor], None]) -> bool:
     """Check the logits of a model, and test whether they change by the padding of sequences that are to run together.
 
     Raises
@@ -63,9 +62,9 @@ def padding_changes(plan: Plan, groups: Sequence[TextSequences], on_read: Callab
     UnsupportedError
         If losses would say nothing; see `check_logits`.
     """
-    check_logits(plan, groups[0].ids[0], on_read)
+    check_logits(job, groups[0].ids[0], on_read)
     padded = longest_padded(groups)
-    return padded is not None and changed_by_padding(plan, *padded, on_read)
+    return padded is not None and changed_by_padding(job, *padded, on_read)
 
 
 def run_pass(
@@ -132,7 +131,7 @@ def answered(steps: Generator[Request, Answer, Found], answer: Callable[[Request
 
 
 def needs_one_length(
-    plan: Plan, chosen: bool, groups: Sequence[TextSequences], records: Records, progress: RunProgress
+    job: Job, chosen: bool, groups: Sequence[TextSequences], records: Records, progress: RunProgress
 ) -> bool:
     """Check the logits once, and tell whether sequences that run together must be of one length.
 
@@ -145,7 +144,7 @@ def needs_one_length(
     """
     found = records.find("one_length")
     if found is None:
-        changed = padding_changes(plan, groups, progress.reading(0, 1))
+        changed = padding_changes(job, groups, progress.reading(0, 1))
         found = {"one_length": np.array([float(chosen or changed)])}
         records.add("one_length", found)
     return bool(found["one_length"][0])

@@ -159,7 +159,7 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
             check_coefficients(plan, variant.mitigation.coefficients)
     if options.map is not None:
         run.monitor.warn(check_map(plan, options.map))
-    model = StreamingModel(options.job(plan, options.variants, None))
+    model = StreamingModel(options.job(plan, run.model_device))
     read = read_texts(model, texts, options.sequences, options.length, run.monitor)
     if options.coefficients is not None:
         _warn_of_fitted_texts(options.coefficients, read, texts, run.monitor)

@@ -107,7 +107,7 @@ class _Run:
         """Check the logits, and divide the work anew if padding changes them."""
         prepared = self.prepared
         groups = [prepared.group(one) for one in prepared.expected(self.known)]
-        one_length = needs_one_length(prepared.plan, prepared.one_length, groups, self.records, self.progress)
+        one_length = needs_one_length(prepared.model.job, prepared.one_length, groups, self.records, self.progress)
         if one_length != prepared.one_length:
             self._divide(replace(prepared, one_length=one_length))
 
@@ -116,7 +116,7 @@ class _Run:
         prepared, names = self.prepared, json.dumps([variant.name for variant in variants])
 
         def job(chosen: tuple[Variant, ...]) -> Job:
-            return prepared.options.job(prepared.plan, chosen, self._findings_for(variants))
+            return replace(prepared.model.job, variants=chosen, findings=self._findings_for(variants))
 
         passes = prepared.passes(len(variants))
         return measure_variants(

@@ -31,7 +31,7 @@ class DividedFit:
     def check(self) -> None:
         """Check the logits, and divide the work anew if padding changes them."""
         own = self.prepared
-        one_length = needs_one_length(own.plan, own.one_length, own.groups, self.records, self.progress)
+        one_length = needs_one_length(own.model.job, own.one_length, own.groups, self.records, self.progress)
         if one_length != own.one_length:
             self._divide(replace(own, one_length=one_length))
 
@@ -40,7 +40,7 @@ class DividedFit:
         own = self.prepared
 
         def job(chosen: tuple[Variant, ...]) -> Job:
-            return Job(own.plan, chosen, own.findings, rounds_products=own.options.dtype == "bf16")
+            return replace(own.model.job, variants=chosen, findings=own.findings)
 
         return measure_variants(own.passes(len(variants)), own.held, variants, job, key, self.records, self.progress)
 

@@ -87,7 +87,8 @@ class InputsRun(DividedFit):
                 self._measure_new([Variant(ADAPTER, UNCHANGED), *baseline, *prepared.scaling])
                 of_adapter = adapter_facts(*self._sums([]), prepared.texts[TASK].whole.name)
                 self.monitor.warn(doubts(of_adapter))
-                model = CorrectedModel(plan, rounds_products=prepared.options.dtype == "bf16", directory=self.directory)
+                rounds, device = prepared.model.job.rounds_products, prepared.model.job.device
+                model = CorrectedModel(plan, rounds_products=rounds, directory=self.directory, device=device)
                 points, unseen = self._solved(model, spool)
                 found = [
                     (keep, self._corrected(model, spool, keep, point)) for keep, point in self._interpolated(points)

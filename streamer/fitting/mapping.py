@@ -191,7 +191,8 @@ def prepare_map(
     require_transformers()
     plan = make_base_plan(base, run.io, run.architecture)
     run.monitor.warn(plan.base.warnings)
-    model = StreamingModel(Job(plan, (Variant(BASE, None),), None, rounds_products=options.dtype == "bf16"))
+    job = Job(plan, (Variant(BASE, None),), None, rounds_products=options.dtype == "bf16", device=run.model_device)
+    model = StreamingModel(job)
     read = read_text(text, tokenizer_directory(plan), sequences=options.sequences, length=options.length,
                      vocabulary=model.vocabulary, positions=model.positions)  # fmt: skip
     return PreparedMap(plan, options, run, max_memory, read, sample_digest(text), model)
@@ -225,7 +226,8 @@ def _made(prepared: PreparedMap, records: Records, directory: Path | None) -> In
         found.append((matrices, _mapped(names, prepared.tokens, moments[GENERAL_AS], prepared.options.vectors)))
 
     with computing(records.threads, monitor):
-        model = BaseInputModel(plan, rounds_products=prepared.options.dtype == "bf16", directory=directory)
+        job = prepared.model.job
+        model = BaseInputModel(plan, rounds_products=job.rounds_products, directory=directory, device=job.device)
         groups = [
             Group(group, GENERAL_AS, progress.reading(cost, 1))
             for group, cost in zip(prepared.groups, costs, strict=True)
@@ -261,8 +263,8 @@ def _shortness(prepared: PreparedMap, widest: int) -> list[str]:
 def _mapped(names: tuple[str, ...], tokens: int, moments: Moments, count: int) -> MappedInput:
     """Keep what is leading of the moments of an input."""
     if isinstance(moments, OneHotMoments):
-        return MappedInput(names, tokens, moments.size, moments.trace, moments.diagonal, None)
-    values, vectors = leading_vectors(moments, count)
+        return MappedInput(names, tokens, moments.size, moments.trace, moments.diagonal.cpu(), None)
+    values, vectors = (found.cpu() for found in leading_vectors(moments, count))
     rounded: Tensor = vectors.T.to(torch.bfloat16).contiguous()
     return MappedInput(names, tokens, moments.size, moments.trace, values.contiguous(), rounded)
 

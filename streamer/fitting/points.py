@@ -29,10 +29,11 @@ def through(plan: Plan, target: Target, Q: Tensor) -> Tensor:
     weight = plan.weights[target.tensor]
     out = Q.new_zeros(target.module.shape[1], Q.shape[1])
     for i, j, rows in weight.blocks(max(1, BLOCK_BYTES // (8 * weight.matrix[1]))):
+        values = rows.to(Q.device).double()
         if target.transposed:
-            out[i:j] = rows.double() @ Q
+            out[i:j] = values @ Q
         else:
-            out.addmm_(rows.double().T, Q[i:j])
+            out.addmm_(values.T, Q[i:j])
     return out
 
 

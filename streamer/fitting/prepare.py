@@ -313,7 +313,7 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
         findings = fitting_findings(plan, findings, findings.options)
     options = replace(options, grain=_grain(plan, options, run.monitor))
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
-    model = StreamingModel(Job(plan, variants, None, rounds_products=options.dtype == "bf16"))
+    model = StreamingModel(Job(plan, variants, None, rounds_products=options.dtype == "bf16", device=run.model_device))
     read = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
     files = {name: sample_digest(path) for name, path in texts.items()}
     divided, one_length = divide(read, texts, options), chooses_keys(model, read)

@@ -203,8 +203,8 @@ class _Run(DividedFit):
     @cached_property
     def model(self) -> GradientModel:
         """The model that gradients are computed by, made when the first is."""
-        rounds = self.prepared.options.dtype == "bf16"
-        return GradientModel(self.prepared.plan, rounds_products=rounds, directory=self.directory)
+        job = self.prepared.model.job
+        return GradientModel(job.plan, rounds_products=job.rounds_products, directory=self.directory, device=job.device)
 
     @cached_property
     def held(self) -> HeldOut:

@@ -8,6 +8,8 @@ import mmap
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 LARGE_BYTES = 32 << 20
 """Matrices above so many bytes come from the system each time: up to there the C library keeps memory for the next one."""
 

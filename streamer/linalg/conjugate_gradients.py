@@ -40,7 +40,7 @@ class TwoMoments:
     def __init__(self, task: RowMoments, general: RowMoments) -> None:
         self.task, self.general = task, general
         n, k = task.size, sketch_size(task.size)
-        omega = torch.linalg.qr(torch.randn(n, k, generator=torch.Generator().manual_seed(0)))[0]
+        omega = torch.linalg.qr(torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(task.device))[0]
         sketches = torch.cat([task.products(omega), general.products(omega)], 1)
         inner = (omega.T @ sketches).double()
         self.basis, R = torch.linalg.qr(sketches)
@@ -51,7 +51,8 @@ class TwoMoments:
             torch.split(inner, k, 1), torch.split(R.double(), k, 1), (task, general), strict=True
         ):
             shift = SHIFT * float(torch.linalg.matrix_norm(own))
-            factor, _ = torch.linalg.cholesky_ex((G + G.T) / 2 + shift * torch.eye(k, dtype=torch.float64))
+            one = torch.eye(k, dtype=torch.float64, device=task.device)
+            factor, _ = torch.linalg.cholesky_ex((G + G.T) / 2 + shift * one)
             half = torch.linalg.solve_triangular(factor, (own + shift * within).T, upper=False)
             self._cores.append(half.T @ half)
             self._rests.append(max(0.0, moments.trace - float(self._cores[-1].trace())) / n)
@@ -140,7 +141,8 @@ class TwoMoments:
     def _preconditioner(self, s: float, mu: float) -> Callable[[Tensor], Tensor]:
         """Approximate the inverse: within the basis by both sketches, beside it by what is left of the traces."""
         Q = self.basis
-        rest, one = s + self._rests[0] + mu * self._rests[1], torch.eye(Q.shape[1], dtype=torch.float64)
+        one = torch.eye(Q.shape[1], dtype=torch.float64, device=Q.device)
+        rest = s + self._rests[0] + mu * self._rests[1]
         core = self._cores[0] + mu * self._cores[1] + rest * one
         inner = (torch.linalg.inv(core) - one / rest).float()
         return lambda V: Q @ (inner @ (Q.T @ V)) + V / rest

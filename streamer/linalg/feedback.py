@@ -64,14 +64,17 @@ def corrected(
 ) -> list[Tensor] | None:
     """Compute R' (n, r) of deltas with the same inputs, float64, for one weight μ; None if Δ' grows too much with every ridge.
 
+    Factors and R' may be on another device than the inputs.
+
     Parameters
     ----------
     memory
         Bytes that may be taken by matrices as large as C'; see `is_direct`.
     """
+    device = task.now.device
     bases = [_basis(one.L) for one in deltas]
-    before = torch.cat([one.R.double() @ T.T for one, (_, T) in zip(deltas, bases, strict=True)], 1)
-    P = torch.cat([one.through(Q) for one, (Q, _) in zip(deltas, bases, strict=True)], 1)
+    before = torch.cat([one.R.double() @ T.T for one, (_, T) in zip(deltas, bases, strict=True)], 1).to(device)
+    P = torch.cat([one.through(Q.to(device)) for one, (Q, _) in zip(deltas, bases, strict=True)], 1)
     wanted = task.cross(P + before, P).add_(general.cross(P, P), alpha=weight)
     ranks = [len(T) for _, T in bases]
 
@@ -85,7 +88,7 @@ def corrected(
         found = system.solve(wanted + s * before, s, [weight], sizes)
         if found is not None and all(a <= b for a, b in zip(sizes(found[0]), most, strict=True)):
             changes = torch.split(found[0] - before, ranks, 1)
-            return [one.R.double() + change @ torch.linalg.pinv(T).T
+            return [one.R.double() + change.to(T.device) @ torch.linalg.pinv(T).T
                     for one, (_, T), change in zip(deltas, bases, changes, strict=True)]  # fmt: skip
         ridge *= RAISE
     return None

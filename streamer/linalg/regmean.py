@@ -68,16 +68,17 @@ def answers(
     Returns
     -------
     right, ridge
-        R' of each delta for each μ, float64; and ε, which is raised until no delta grows beyond `GROWTH` times its norm.
+        R' of each delta for each μ, float64, on the device of the factors; and ε, which is raised until no delta grows beyond
+        `GROWTH` times its norm.
 
     Raises
     ------
     NumericError
         If no ridge gives a solution that is exact, and deltas that do not grow beyond that.
     """
-    ranks = [R.shape[1] for _, R in factors]
-    whole = torch.cat([R.double() for _, R in factors], 1)
-    cores = [torch.linalg.qr(L.double())[1] for L, _ in factors]
+    ranks, home = [R.shape[1] for _, R in factors], factors[0][1].device
+    whole = torch.cat([R.double() for _, R in factors], 1).to(task.device)
+    cores = [torch.linalg.qr(L.double())[1].to(task.device) for L, _ in factors]
 
     def own(rights: Tensor) -> list[Tensor]:
         return list(torch.split(rights, ranks, 1))
@@ -91,7 +92,7 @@ def answers(
         s = ridge * system.mean
         found = system.solve(system.products(whole) + s * whole, s, weights, sizes)
         if found is not None and all(a <= b for right in found for a, b in zip(sizes(right), most, strict=True)):
-            return [list(rights) for rights in zip(*map(own, found), strict=True)], ridge
+            return [list(rights) for rights in zip(*(own(right.to(home)) for right in found), strict=True)], ridge
         ridge *= RAISE
     raise NumericError(f"{name}: its inputs give no delta that can be computed; give more text, or another --grain")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from streamer.linalg.allocation import CPU
 from streamer.linalg.null_space import leading
 
 
@@ -25,12 +26,15 @@ class RowMoments:
         Of C.
     blocks
         Reads all inputs in order, (t, n) at a time, in float32.
+    device
+        Where the inputs are, and where is computed with them.
     """
 
     size: int
     count: int
     trace: float
     blocks: Callable[[], Iterator[Tensor]]
+    device: torch.device = CPU
 
     def products(self, V: Tensor) -> Tensor:
         """``C V`` (n, k) for V (n, k), computed in the type of V."""
@@ -42,7 +46,7 @@ class RowMoments:
 
     def matrix(self) -> Tensor:
         """Form C in float64."""
-        out = torch.zeros(self.size, self.size, dtype=torch.float64)
+        out = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
         for rows in self.blocks():
             exact = rows.double()
             out.addmm_(exact.T, exact)
@@ -65,6 +69,11 @@ class OneHotMoments:
     def size(self) -> int:
         """Return n."""
         return len(self.diagonal)
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the diagonal is."""
+        return self.diagonal.device
 
     @property
     def trace(self) -> float:
@@ -91,7 +100,7 @@ def leading_vectors(moments: RowMoments, count: int) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(moments.matrix())
         return values.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, :count]
     generator = torch.Generator().manual_seed(0)
-    V = torch.randn(moments.size, min(moments.size, count + MORE), generator=generator)
+    V = torch.randn(moments.size, min(moments.size, count + MORE), generator=generator).to(moments.device)
     for _ in range(ROUNDS):
         V = moments.products(torch.linalg.qr(V)[0])
     basis = torch.linalg.qr(V.double())[0]

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from streamer.linalg.allocation import CPU
 from streamer.plan.architectures import architecture_for
 from streamer.plan.plan import Plan
 from streamer.plan.targets import TensorSlice
@@ -39,10 +42,12 @@ class BaseMatrix:
 class BaseInputModel(CollectingModel):
     """The model of a base alone, which hands on the inputs of all its matrices."""
 
-    def __init__(self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None) -> None:
+    def __init__(
+        self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None, device: torch.device = CPU
+    ) -> None:
         ties = find_ties(plan.base.weight_map, architecture_for(plan.config), renames_for(plan.config))
         self._ties = {tie.stored: tie.others for tie in ties if tie.stored}
-        super().__init__(plan, strict=False, rounds_products=rounds_products, directory=directory)
+        super().__init__(plan, strict=False, rounds_products=rounds_products, directory=directory, device=device)
 
     def _reader(
         self, collected: Collected[BaseMatrix], tensor: RunTimeTensor, *, head: bool, rounded: bool

@@ -12,9 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from streamer.errors import UnsupportedError
+from streamer.linalg.allocation import CPU
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.second_moments import RowMoments
 from streamer.plan.plan import Plan
@@ -37,19 +39,21 @@ Replace = Callable[[Sequence[Target], Mapping[int, RowMoments]], None]
 class FactorDeltas(CoefficientDeltas):
     """The deltas of an adapter with other right factors: R' (n, r), by `Target.tensor`."""
 
-    def __init__(self, plan: Plan, rights: Mapping[str, Tensor]) -> None:
-        super().__init__(plan, None)
+    def __init__(self, plan: Plan, rights: Mapping[str, Tensor], device: torch.device) -> None:
+        super().__init__(plan, None, device)
         self.rights = rights
 
     def _factors(self, target: Target, c: Tensor | None) -> LowRank:
-        return LowRank(super()._factors(target, None).L, self.rights[target.tensor])
+        return LowRank(super()._factors(target, None).L, self.rights[target.tensor].to(self.device))
 
 
 class CorrectedModel(InputModel):
     """The model of a base with an adapter, which collects inputs, and then has its deltas replaced."""
 
-    def __init__(self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None) -> None:
-        super().__init__(plan, rounds_products=rounds_products, directory=directory)
+    def __init__(
+        self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None, device: torch.device = CPU
+    ) -> None:
+        super().__init__(plan, rounds_products=rounds_products, directory=directory, device=device)
         self.directory = directory
         self._layers: _LayerByLayer | None = None
         self._deltas: tuple[CoefficientDeltas, CoefficientDeltas] = self.setting.deltas, self.setting.deltas
@@ -82,7 +86,7 @@ class CorrectedModel(InputModel):
         UnsupportedError
             If a layer changes its own arguments, or runs its matrices in another order than before.
         """
-        before, corrected = self.setting.deltas, FactorDeltas(self.job.plan, rights)
+        before, corrected = self.setting.deltas, FactorDeltas(self.job.plan, rights, self.job.device)
         layers, spool = layer_modules(self._model).values(), Spool(self.directory)
         self._layers = by_layer = _LayerByLayer(self._replaceable, tokens_of(groups), spool, replace, self._pause)
         self._deltas = before, corrected

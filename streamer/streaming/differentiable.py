@@ -82,6 +82,8 @@ class CoefficientDeltas:
     ----------
     directory
         Where singular directions are spooled, which are computed once.
+    device
+        See `Job`.
 
     Attributes
     ----------
@@ -89,8 +91,8 @@ class CoefficientDeltas:
         Of each target (p,), tensors that may require gradients; None: the deltas as they are.
     """
 
-    def __init__(self, plan: Plan, directory: Path | None) -> None:
-        self.plan, self.spool = plan, Spool(directory)
+    def __init__(self, plan: Plan, directory: Path | None, device: torch.device) -> None:
+        self.plan, self.spool, self.device = plan, Spool(directory), device
         self.coefficients: Mapping[str, Tensor] | None = None
         self._places: dict[str, Spooled] = {}
 
@@ -105,7 +107,7 @@ class CoefficientDeltas:
         def matrix() -> Tensor:
             dense = self.plan.finite_delta(target)
             dense = dense if part.rows is None else dense.row_slice(*part.rows)
-            return (dense.T if target.transposed else dense).to(torch.float32).dense()
+            return (dense.T if target.transposed else dense).to(torch.float32, self.device).dense()
 
         rows, columns = target.module.shape
         i, j = part.rows or (0, rows)
@@ -116,7 +118,7 @@ class CoefficientDeltas:
         if c is None:
             delta = self.plan.finite_delta(target)
             assert isinstance(delta, LowRank)
-            return delta.to(torch.float32)
+            return delta.to(torch.float32, self.device)
         place = self._places.get(target.tensor)
         if place is None:
             delta = self.plan.finite_delta(target)
@@ -124,7 +126,7 @@ class CoefficientDeltas:
             U, S, Vh = delta.svd()
             place = self.spool.write([U.to(torch.float32), (Vh.T * S).to(torch.float32)])
             self._places[target.tensor] = place
-        U, R = self.spool.read(place)
+        U, R = (factor.to(self.device) for factor in self.spool.read(place))
         return LowRank(U * c.to(torch.float32), R)
 
 
@@ -177,7 +179,7 @@ class DifferentiableReader(Multiplier):
 
     def __init__(self, setting: Setting, tensor: RunTimeTensor, *, head: bool = False, rounded: bool = False) -> None:
         self.setting, self.tensor, self.head, self.rounded = setting, tensor, head, rounded
-        self.name, self.shape = tensor.name, tensor.shape
+        self.name, self.shape, self.device = tensor.name, tensor.shape, setting.values.device
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -209,7 +211,7 @@ class DifferentiableReader(Multiplier):
         for part, change in self.setting.changes(held):
             added = change.dense()
             if part.index is not None and held.index is None:
-                index = torch.tensor([part.index])
+                index = torch.tensor([part.index], device=self.device)
                 values = values.index_add(0, index, added.view(1, *values.shape[1:]))
             else:
                 values = values + added.view(values.shape)
@@ -230,8 +232,7 @@ class DifferentiableReader(Multiplier):
         if not values.row_access(self.tensor):
             return None
         self.setting.batch.on_read(self.tensor)
-        unique, at = torch.unique(ids, return_inverse=True)
-        rows = torch.cat([values.rows(self.tensor, variant, i, i + 1) for i in unique.tolist()])
+        unique, rows, at = values.looked_up(self.tensor, variant, ids)
         for _, change in self.setting.changes(self.sources[0].slices[0]):
             rows = rows + change.rows(unique)
         # Not `rows[at]`, whose backward pass adds what a row gets in the order in which threads come.
@@ -275,7 +276,7 @@ class _Expert(Multiplier):
 
     def __init__(self, stack: DifferentiableReader, index: int) -> None:
         self.stack, self.index = stack, index
-        self.name, self.shape = f"{stack.name}[{index}]", stack.shape[1:]
+        self.name, self.shape, self.device = f"{stack.name}[{index}]", stack.shape[1:], stack.device
 
     def read(self) -> Tensor:
         """Read all values, deltas included."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from streamer.errors import StreamerError, UnsupportedError
@@ -42,7 +43,7 @@ def refused_errors(path: Path, model: nn.Module) -> Iterator[None]:
     UnsupportedError
         If the error comes from outside of this package, and says neither that memory is short nor that a file cannot be read.
     MemoryError
-        If torch has no memory, which it says by a `RuntimeError`.
+        If torch has no memory, which it says by a `RuntimeError`, on the CPU of no class of its own.
     """
     try:
         yield
@@ -52,7 +53,7 @@ def refused_errors(path: Path, model: nn.Module) -> Iterator[None]:
         frames = [frame for frame, _ in traceback.walk_tb(e.__traceback__)]
         if frames[-1].f_globals.get("__name__", "").startswith("streamer."):  # a fault of ours keeps its traceback
             raise
-        if "DefaultCPUAllocator" in str(e):
+        if "DefaultCPUAllocator" in str(e) or isinstance(e, torch.cuda.OutOfMemoryError):
             raise MemoryError(first_line(e)) from e
         names = {id(module): name for name, module in model.named_modules()}
         where = next((names[at] for frame in reversed(frames) if (at := id(frame.f_locals.get("self"))) in names), "")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from streamer.errors import NumericError, UnsupportedError
+from streamer.linalg.allocation import CPU
 from streamer.methods import UNCHANGED
 from streamer.methods.coefficients import CoefficientSet
 from streamer.plan.plan import Plan
@@ -91,6 +92,8 @@ class GradientModel(LoadedModel):
         singular directions.
     block
         Tokens of the vocabulary that are computed together; by default as many as `GRADIENT_LOGIT_BYTES` hold.
+    device
+        See `Job`.
 
     Raises
     ------
@@ -99,14 +102,14 @@ class GradientModel(LoadedModel):
     """
 
     def __init__(self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None,
-                 block: int | None = None) -> None:  # fmt: skip
+                 block: int | None = None, device: torch.device = CPU) -> None:  # fmt: skip
         variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
-        super().__init__(Job(plan, variants, None, rounds_products=rounds_products), together=1)
+        super().__init__(Job(plan, variants, None, rounds_products=rounds_products, device=device), together=1)
         self.block = block
-        self.setting = Setting(self.values, CoefficientDeltas(plan, directory), self.batch)
+        self.setting = Setting(self.values, CoefficientDeltas(plan, directory, device), self.batch)
         self.spool, self.states = Spool(directory), Spool(directory)
         self._references: dict[tuple[Against, str], _Reference] = {}
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor = torch.zeros((), requires_grad=True, device=device)
         for _, module, own in self.modules:
             for name, tensor in own.items():
                 rounded = name == "weight" and is_rounded(self.values, module, tensor)  # as the passes that measure
@@ -148,11 +151,14 @@ class GradientModel(LoadedModel):
         NumericError
             If the value or a gradient is NaN or Inf, or the text leaves out something that the adapter changes.
         """
-        ids, counted = map(torch.from_numpy, text.padded(text.longest))
+        device = self.job.device
+        ids, counted = (torch.from_numpy(array).to(device) for array in text.padded(text.longest))
         if isinstance(coefficients, CoefficientSet):
             coefficients = {name: matrix.values for name, matrix in coefficients.matrices.items()}
         leaves = {
-            target.tensor: torch.tensor(coefficients[target.tensor], dtype=torch.float64, requires_grad=True)
+            target.tensor: torch.tensor(
+                coefficients[target.tensor], dtype=torch.float64, device=device, requires_grad=True
+            )
             for target in self.job.plan.targets
         }
         self.batch.sequences, self.batch.length = ids.shape
@@ -165,7 +171,7 @@ class GradientModel(LoadedModel):
             self.setting.deltas.coefficients = None
         self.check_all_used()
         gradient = {
-            name: np.zeros(len(leaf)) if leaf.grad is None else leaf.grad.numpy().copy()
+            name: np.zeros(len(leaf)) if leaf.grad is None else leaf.grad.cpu().numpy().copy()
             for name, leaf in leaves.items()
         }
         self._check_finite(text, value, gradient)
@@ -176,7 +182,7 @@ class GradientModel(LoadedModel):
         """Compute the value, and leave gradients in the coefficients."""
         weight = counted.to(torch.float32)
         labels = torch.roll(ids, -1, 1)
-        total = torch.zeros(ids.shape, dtype=torch.float64)
+        total = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
         with self._captured() as results, torch.enable_grad():
             self._run(ids, (0, 1))
             outer = self._outermost(results)
@@ -218,8 +224,8 @@ class GradientModel(LoadedModel):
 
     def _log_sum(self, ids: Tensor) -> Tensor:
         """Compute ``log Σ exp z`` of each token, in float64; the layers' result is given."""
-        most = torch.full(ids.shape, -torch.inf, dtype=torch.float64)
-        total = torch.zeros(ids.shape, dtype=torch.float64)
+        most = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=ids.device)
+        total = torch.zeros_like(most)
         with torch.no_grad():
             for block in self.vocabulary_blocks(self._block(ids)):
                 z = self._run(ids, block).float()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from streamer.errors import UnsupportedError
+from streamer.linalg.allocation import CPU
 from streamer.methods import UNCHANGED
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
@@ -46,6 +47,8 @@ class CollectingModel(LoadedModel):
         Whether to refuse a matrix that is multiplied in several layers; others are noted in `repeated`.
     directory
         Where a layer's inputs have their blocks; None for the system's.
+    device
+        See `Job`.
 
     Attributes
     ----------
@@ -54,11 +57,12 @@ class CollectingModel(LoadedModel):
     """
 
     def __init__(
-        self, plan: Plan, *, strict: bool, rounds_products: bool = False, directory: Path | None = None
-    ) -> None:
+        self, plan: Plan, *, strict: bool, rounds_products: bool = False, directory: Path | None = None,
+        device: torch.device = CPU,
+    ) -> None:  # fmt: skip
         variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
-        super().__init__(Job(plan, variants, None, rounds_products=rounds_products), together=1)
-        self.setting = Setting(self.values, CoefficientDeltas(plan, None), self.batch)
+        super().__init__(Job(plan, variants, None, rounds_products=rounds_products, device=device), together=1)
+        self.setting = Setting(self.values, CoefficientDeltas(plan, None, device), self.batch)
         self._collected = Collected[Any](Spool(directory), strict)
         self._turns: Turns | None = None
         for _, module, own in self.modules:
@@ -122,7 +126,7 @@ class CollectingModel(LoadedModel):
     def _run_group(self, group: Group) -> None:
         ids, _ = group.text.padded(group.text.longest)
         with torch.no_grad():
-            self._model(input_ids=torch.from_numpy(ids), use_cache=False)
+            self._model(input_ids=torch.from_numpy(ids).to(self.job.device), use_cache=False)
 
     def _before_layer(self, module: nn.Module, args: object) -> None:
         """Pause: of the layers before nothing but the last one's outputs is held any more."""
@@ -142,8 +146,10 @@ class InputModel(CollectingModel):
         Names of the matrices that no token of the general text, or none of the task's, reached in a pass.
     """
 
-    def __init__(self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None) -> None:
-        super().__init__(plan, strict=True, rounds_products=rounds_products, directory=directory)
+    def __init__(
+        self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None, device: torch.device = CPU
+    ) -> None:
+        super().__init__(plan, strict=True, rounds_products=rounds_products, directory=directory, device=device)
         self.unseen: list[str] = []
 
     def _reader(

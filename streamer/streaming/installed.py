@@ -178,7 +178,7 @@ class _Reader(Reader):
 
     def __init__(self, owner: InstalledModule, tensor: RunTimeTensor) -> None:
         self.owner, self.tensor, self.shape, self.name = owner, tensor, tensor.shape, tensor.name
-        self.values = owner.values
+        self.values, self.device = owner.values, owner.values.device
         self.additive = owner.target is not None and bool(self.values.targets(tensor))
         looked_up = owner.embeds and self.additive
         self.varies = looked_up or len(same_values(self.values, [tensor], additive=False)) > 1
@@ -238,8 +238,7 @@ class _Reader(Reader):
     def _look_up(self, ids: Tensor, variant: int, delta: LowRank | None) -> Tensor:
         if not self.has_rows:
             return self.values.whole(self.tensor, variant, with_delta=True)[ids]
-        unique, at = torch.unique(ids, return_inverse=True)
-        rows = torch.cat([self.values.rows(self.tensor, variant, i, i + 1) for i in unique.tolist()])
+        unique, rows, at = self.values.looked_up(self.tensor, variant, ids)
         if delta is not None:
             rows.addmm_(delta.L[unique], delta.R.T)
         return rows[at]

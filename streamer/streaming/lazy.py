@@ -22,6 +22,7 @@ class Reader(ABC):
 
     name: str
     shape: tuple[int, ...]
+    device: torch.device
     has_rows = False
     """Whether `rows` reads no others."""
 
@@ -58,7 +59,7 @@ class _Transpose(Multiplier):
     """Reads the transpose of a matrix."""
 
     def __init__(self, of: Multiplier) -> None:
-        self.of, self.name, self.shape = of, of.name, of.shape[::-1]
+        self.of, self.name, self.shape, self.device = of, of.name, of.shape[::-1], of.device
 
     def read(self) -> Tensor:
         return self.of.read().T
@@ -90,7 +91,7 @@ class LazyTensor(Tensor):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if func == Tensor.device.__get__:  # a new object each time
-                return torch.device("cpu")
+                return args[0].reader.device
             if func in _ALIASES:
                 return args[0]
             _refuse_writing(func, args, kwargs)

@@ -26,13 +26,15 @@ OnRead = Callable[[RunTimeTensor], None]
 Ids = NDArray[np.int64]
 
 
-def check_logits(plan: Plan, ids: Ids, on_read: OnRead) -> None:
+def check_logits(job: Job, ids: Ids, on_read: OnRead) -> None:
     """Compare the base's logits on two short sequences that differ in their last token, and computed in one block with those in two.
 
     The adapted model runs beside the base: a module in whose input variants cannot be told apart is refused before any pass.
 
     Parameters
     ----------
+    job
+        Of what plan, and on what device.
     ids
         Tokens of a text.
     on_read
@@ -44,7 +46,8 @@ def check_logits(plan: Plan, ids: Ids, on_read: OnRead) -> None:
         If the logits differ before the last token, or a block's depend on which tokens of the vocabulary are in it.
     """
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
-    model = StreamingModel(Job(plan, variants, None))
+    plan = job.plan
+    model = StreamingModel(Job(plan, variants, None, device=job.device))
     model.batch.on_read = on_read
     pair = torch.from_numpy(np.resize(ids, (2, LENGTH)))
     pair[1] = pair[0]
@@ -66,7 +69,7 @@ def check_logits(plan: Plan, ids: Ids, on_read: OnRead) -> None:
         raise _sees_what_follows(plan)
 
 
-def changed_by_padding(plan: Plan, ids: Ids, shorter: int, on_read: OnRead) -> bool:
+def changed_by_padding(job: Job, ids: Ids, shorter: int, on_read: OnRead) -> bool:
     """Test whether the base's logits of a sequence's first tokens change if the sequence ends after them.
 
     They do in models whose attention chooses some of the keys: the number of all keys decides ties. The sequence runs whole and cut, under
@@ -84,20 +87,20 @@ def changed_by_padding(plan: Plan, ids: Ids, shorter: int, on_read: OnRead) -> b
     UnsupportedError
         If they depend on which tokens follow.
     """
-    if not _differ(plan, ids, ids[:shorter], shorter, on_read):
+    if not _differ(job, ids, ids[:shorter], shorter, on_read):
         return False
     other = ids.copy()
     other[shorter:] = (ids[shorter:] == 0).astype(ids.dtype)
-    if _differ(plan, ids, other, shorter, on_read):
-        raise _sees_what_follows(plan)
+    if _differ(job, ids, other, shorter, on_read):
+        raise _sees_what_follows(job.plan)
     return True
 
 
-def _differ(plan: Plan, one: Ids, other: Ids, tokens: int, on_read: OnRead) -> bool:
+def _differ(job: Job, one: Ids, other: Ids, tokens: int, on_read: OnRead) -> bool:
     """Test whether the base's logits of the first tokens of two sequences differ; each sequence runs alone."""
     runs = []
     for ids in (one, other):
-        model = StreamingModel(Job(plan, (Variant(BASE, None),), None))
+        model = StreamingModel(Job(job.plan, (Variant(BASE, None),), None, device=job.device))
         model.batch.on_read = on_read
         blocks = model.vocabulary_blocks(vocabulary_block(len(one) + len(other)))
         runs.append(model.logits(torch.from_numpy(ids)[None], blocks))

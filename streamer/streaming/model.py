@@ -108,7 +108,7 @@ class LoadedModel:
     def __init__(self, job: Job, together: int) -> None:
         self.job, self.values = job, Values(job)
         self.batch = Batch(together)
-        self._model = build_skeleton(job.plan)
+        self._model = build_skeleton(job.plan, job.device)
         prefix = getattr(self._model, "base_model_prefix", "")
         self._head = self._model.get_output_embeddings()  # type: ignore[operator]  # a model of transformers, typed as a Module
         kind = require_transformers().PreTrainedModel
@@ -282,7 +282,7 @@ class StreamingModel(LoadedModel):
         """
         batch = self.batch
         batch.sequences, batch.length = ids.shape
-        ids = ids.repeat(batch.variants, 1)
+        ids = ids.to(self.job.device).repeat(batch.variants, 1)
         with self._captured() as results:
             for number, (i, j) in enumerate(blocks):
                 with torch.inference_mode():

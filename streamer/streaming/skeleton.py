@@ -15,13 +15,14 @@ from streamer.streaming.extra import ERROR_LENGTH, first_line, quiet_transformer
 from streamer.weights.model_config import MODEL_CONFIG
 
 
-def build_skeleton(plan: Plan) -> nn.Module:
+def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
     """Build the base's model as transformers does, without its weights.
 
     Returns
     -------
     nn.Module
-        In evaluation mode. Parameters are on the meta device, in float32; buffers hold what the class computes from the config.
+        In evaluation mode. Parameters are on the meta device, in float32; buffers, on the device given, hold what the class computes
+        from the config.
 
     Raises
     ------
@@ -63,6 +64,8 @@ def build_skeleton(plan: Plan) -> nn.Module:
             raise UnsupportedError(
                 f"{directory / MODEL_CONFIG}: transformers cannot build {name} from it: {first_line(e)[:ERROR_LENGTH]}"
             ) from e
+    for module in model.modules():
+        module._buffers |= {name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None}
     return model.eval()
 
 

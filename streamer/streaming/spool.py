@@ -25,7 +25,7 @@ class Spooled:
     ----------
     start, nbytes
         Their bytes.
-    shapes, dtypes
+    shapes, dtypes, devices
         Of each.
     """
 
@@ -33,6 +33,7 @@ class Spooled:
     nbytes: int
     shapes: tuple[torch.Size, ...]
     dtypes: tuple[torch.dtype, ...]
+    devices: tuple[torch.device, ...]
 
 
 class Spool:
@@ -63,13 +64,16 @@ class Spool:
         """
         start, at = self.end, self.end
         for tensor in tensors:
-            data = _bytes(tensor.detach().contiguous())
+            data = _bytes(tensor.detach().cpu().contiguous())
             while data:
                 with storage_errors(self.directory, "write a temporary file"):
                     done = os.pwrite(self._fd, data[:MAX_CALL_BYTES], at)
                 at, data = at + done, data[done:]
         self.end = at
-        return Spooled(start, at - start, tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors))
+        shapes, dtypes, devices = (
+            zip(*((t.shape, t.dtype, t.device) for t in tensors), strict=True) if tensors else ((), (), ())
+        )
+        return Spooled(start, at - start, shapes, dtypes, devices)
 
     def clear(self) -> None:
         """Drop all tensors, and give their blocks back."""
@@ -78,9 +82,9 @@ class Spool:
         self.end = 0
 
     def read(self, place: Spooled, *, again: bool = False) -> list[Tensor]:
-        """Read tensors into memory of their own; those that are read `again` stay in the page cache."""
+        """Read tensors into memory of their own, where they were; those that are read `again` stay in the page cache."""
         at, out = place.start, []
-        for shape, dtype in zip(place.shapes, place.dtypes, strict=True):
+        for shape, dtype, device in zip(place.shapes, place.dtypes, place.devices, strict=True):
             tensor = torch.empty(shape, dtype=dtype)
             data = _bytes(tensor)
             while data:
@@ -91,7 +95,7 @@ class Spool:
                         f"{self.directory}: a temporary file ends before what was written to it; run the same command again"
                     )
                 at, data = at + done, data[done:]
-            out.append(tensor)
+            out.append(tensor.to(device))
         if not again:
             drop_cached(self._fd, place.start, place.nbytes)
         return out

@@ -44,7 +44,8 @@ class Inputs:
 
     def row_moments(self, tokens: int) -> RowMoments:
         """Return those of inputs that are not one-hot."""
-        return RowMoments(self.places[0].shapes[0][1], tokens, self.squares / tokens, self._read)
+        first = self.places[0]
+        return RowMoments(first.shapes[0][1], tokens, self.squares / tokens, self._read, first.devices[0])
 
     def _read(self) -> Iterator[Tensor]:
         """Read them, few as they were added at a time, as those of an expert are, as many as are read together."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from streamer.detection.findings import Findings
+from streamer.errors import UsageError
+from streamer.linalg.allocation import CPU
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta
 from streamer.output.back_projection import back_project
@@ -21,8 +23,6 @@ from streamer.streaming.variants import Variant
 from streamer.weights.base import Weight
 from streamer.weights.logical import WeightView
 from streamer.weights.plain import Plain
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Job:
         Whether deltas are projected onto the adapter's rank, as `mitigate` writes them, and not complete, as `merge` does.
     rounds_products
         Whether products of the base's weights with activations are of factors rounded to bfloat16.
+    device
+        Where a model runs: what is read from files crosses to it here, and nothing else has a device of its own.
     """
 
     plan: Plan
@@ -44,6 +46,11 @@ class Job:
     findings: Findings | None
     projected: bool = False
     rounds_products: bool = False
+    device: torch.device = CPU
+
+    def __post_init__(self) -> None:
+        if self.rounds_products and self.device != CPU:
+            raise UsageError(f"dtype: bf16 is of processors, found device {str(self.device)!r}; leave it float32")
 
 
 class Values:
@@ -58,7 +65,7 @@ class Values:
     """
 
     def __init__(self, job: Job) -> None:
-        self.job, self.plan = job, job.plan
+        self.job, self.plan, self.device = job, job.plan, job.device
         self.base: WeightView = replace(job.plan.weights, replacements={}, derived={})
         self.applied: set[str] = set()
         self.read: set[str] = set()
@@ -106,7 +113,7 @@ class Values:
                 continue
             delta = self._delta(target, variant)
             assert isinstance(delta, LowRank)
-            yield (delta.T if target.transposed else delta).to(torch.float32)
+            yield (delta.T if target.transposed else delta).to(torch.float32, self.device)
 
     def _delta(self, target: Target, variant: int) -> Delta:
         """Compute Δ' (out, in) of one variant; Δ is kept for the variants to come."""
@@ -162,7 +169,7 @@ class Values:
             step = max(1, BLOCK_BYTES // (4 * max(1, n)))
             for i in range(max(0, -at), min(m, last - first - at), step):
                 j = min(i + step, m, last - first - at)
-                values = weight.rows(i, j).to(torch.float32, copy=True)
+                values = _float32(weight.rows(i, j), self.device)
                 if held.index is None:
                     self._edit(held.weight, variant, values, i)
                 yield at + i, at + j, values
@@ -170,18 +177,20 @@ class Values:
 
     def piece(self, held: TensorSlice, variant: int) -> Tensor:
         """Read a weight, or one matrix of it, without deltas."""
-        values = self.weight_of(held, variant).whole(CPU).to(torch.float32)
+        values = self.weight_of(held, variant).whole(self.device).to(torch.float32)
         if held.index is None:
             self._edit(held.weight, variant, values, 0)
         return values
 
     def rows(self, tensor: RunTimeTensor, variant: int, i: int, j: int) -> Tensor:
         """Read rows i to j of a plain matrix or vector, without deltas; see `row_access`."""
-        ((held,),) = (source.slices for source in self.sources(tensor, variant))
-        weight = self.weight(held.weight, variant)
-        values = weight.at_hand().rows(i, j).to(torch.float32, copy=True)
-        self._edit(held.weight, variant, values, i)
-        return values.reshape(j - i, *tensor.shape[1:])
+        return self._rows(tensor, variant, i, j, self.device)
+
+    def looked_up(self, tensor: RunTimeTensor, variant: int, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the rows of a plain matrix that are looked up: their numbers, without deltas, and each id's place among them."""
+        unique, at = torch.unique(ids.to(CPU), return_inverse=True)  # by which files are read
+        rows = torch.cat([self._rows(tensor, variant, i, i + 1, CPU) for i in unique.tolist()])  # which cross together
+        return unique.to(self.device), rows.to(self.device), at.to(self.device)
 
     def row_access(self, tensor: RunTimeTensor) -> bool:
         """Test whether a few rows can be read by themselves: of a vector or matrix that stands as it is."""
@@ -202,7 +211,7 @@ class Values:
         """Add a target's delta, or some of its rows, to the values that it changes."""
         delta = self._delta(target, variant)
         delta = delta if part.rows is None else delta.row_slice(*part.rows)
-        change = (delta.T if target.transposed else delta).to(torch.float32)
+        change = (delta.T if target.transposed else delta).to(torch.float32, self.device)
         matrix = values.view(len(values), -1)
         change.add_rows(matrix, 0, len(matrix))
         self.applied.add(part.weight)
@@ -215,20 +224,31 @@ class Values:
         if name in edits.shifts:
             shift, scaling = edits.shifts[name]
             values.add_(
-                Plain.of(shift).rows(start, start + len(values)).to(torch.float32).reshape(values.shape), alpha=scaling
+                Plain.of(shift).rows(start, start + len(values)).to(values).reshape(values.shape), alpha=scaling
             )
         if name in edits.rows:
             stored, indices = edits.rows[name]
             tokens = Plain.of(stored)
             for at, row in enumerate(indices):
                 if start <= row < start + len(values):
-                    values[row - start] = tokens.rows(at, at + 1)[0].to(torch.float32)
+                    values[row - start] = tokens.rows(at, at + 1)[0].to(values)
+
+    def _rows(self, tensor: RunTimeTensor, variant: int, i: int, j: int, device: torch.device) -> Tensor:
+        ((held,),) = (source.slices for source in self.sources(tensor, variant))
+        values = _float32(self.weight(held.weight, variant).at_hand().rows(i, j), device)
+        self._edit(held.weight, variant, values, i)
+        return values.reshape(j - i, *tensor.shape[1:])
 
     def unused(self) -> list[str]:
         """List the weights that the adapter changes, and of which no pass so far has used the change."""
         edits = self.plan.edits
         edited = {*edits.sources, *edits.shifts, *edits.rows}
         return sorted({*self.plan.by_weight} - self.applied | edited - self.read)
+
+
+def _float32(stored: Tensor, device: torch.device) -> Tensor:
+    """Copy values to a device as they are stored, which takes the fewest bytes, and there to float32."""
+    return stored.to(device).to(torch.float32, copy=True)
 
 
 def same_values(values: Values, tensors: Sequence[RunTimeTensor], additive: bool) -> list[range]:
