@@ -188,7 +188,17 @@ class MergeKeywords(IterateKeywords, RunKeywords, total=False):
     model_card: bool
 
 
-class EvaluateKeywords(JudgeKeywords, RunKeywords, total=False):
+class TextKeywords(RunKeywords, total=False):
+    """Keywords of functions that run the base on texts."""
+
+    sequences: int
+    length: int
+    dtype: ProductDtype
+    max_memory: int | str | None
+    device: str
+
+
+class EvaluateKeywords(JudgeKeywords, TextKeywords, total=False):
     """Keywords of `streamer.evaluate_variants`."""
 
     other: str | Path | Sequence[str | Path]
@@ -199,21 +209,8 @@ class EvaluateKeywords(JudgeKeywords, RunKeywords, total=False):
     scale: Selection
     coefficients: Coefficients | str | Path | None
     map: InputMap | str | Path | None
-    sequences: int
-    length: int
     keep: float
     projected: bool
-    dtype: ProductDtype
-
-
-class TextKeywords(RunKeywords, total=False):
-    """Keywords of functions that run the base on texts."""
-
-    sequences: int
-    length: int
-    dtype: ProductDtype
-    max_memory: int | str | None
-    device: str
 
 
 class FitKeywords(TextKeywords, total=False):

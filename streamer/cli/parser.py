@@ -11,7 +11,7 @@ from streamer import __version__
 from streamer.api.choices import ABOUT, DEFAULT_METHOD, WITHOUT_FILES
 from streamer.cli.arguments import Parser, number, numbers, path, rank, sample, size, top_k
 from streamer.cli.help import DESCRIPTION, EPILOG, EXAMPLES, EXIT_CODES
-from streamer.cli.text_options import add_device, add_fit, add_map, add_texts, add_threads
+from streamer.cli.text_options import add_computing, add_device, add_fit, add_map, add_texts, add_threads
 from streamer.cli.worker_options import add_workers
 
 OPTIONS = {
@@ -271,22 +271,13 @@ def build_parser() -> Parser:
     inputs(sub)
     add_texts(sub)
     add_fit(sub)
-    g = sub.add_argument_group("computing")
-    g.add_argument("--max-memory", type=size, metavar="SIZE",
-                   help="the most memory to use, like 600M or 4G, without mapped files; it decides how many sequences run together "
-                        "(default: as much as gradients of 1,024 tokens and measures of 4,096 take)")  # fmt: skip
-    add_device(g)
-    add_threads(g)
+    add_computing(sub, "as much as gradients of 1,024 tokens and measures of 4,096 take")
     out = writing("FILE", "map to write, a .safetensors file")
     sub = command("map", "record a base's inputs on general text; --map then repairs without any text", out, of_base)
     sub.add_argument("base", metavar="BASE", nargs="+",
                      help="model directory, name on the hub, or address; or maps of one base on several texts, to add")  # fmt: skip
     add_map(sub)
-    g = sub.add_argument_group("computing")
-    g.add_argument("--max-memory", type=size, metavar="SIZE",
-                   help="the most memory to use, like 600M or 4G, without mapped files (default: as much as it takes)")  # fmt: skip
-    add_device(g)
-    add_threads(g)
+    add_computing(sub)
     out = writing("DIR", "directory to write: an adapter, or with --merge a model")
     sub = command("repair", "write an adapter that forgets less, if measurements show it", out, reading)
     inputs(sub)
@@ -300,11 +291,7 @@ def build_parser() -> Parser:
     )
     sub.add_argument("--no-card", dest="model_card", action="store_false",
                      help="do not describe in the output's model card (README.md) how it was made")  # fmt: skip
-    g = sub.add_argument_group("computing")
-    g.add_argument("--max-memory", type=size, metavar="SIZE",
-                   help="the most memory to use, like 600M or 4G, without mapped files (default: as much as it takes)")  # fmt: skip
-    add_device(g)
-    add_threads(g)
+    add_computing(sub)
     sub = command("demo", "run the whole job on a small generated model with planted intruders")
     sub.add_argument("--lambda", dest="mitigation_lambda", type=number, default=0.0, metavar="L",
                      help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0)")  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from streamer.api.choices import available_cores
-from streamer.cli.arguments import integer, number, numbers
+from streamer.cli.arguments import integer, number, numbers, size
 
 
 def add_texts(sub: argparse.ArgumentParser, built_in: bool = False) -> None:
@@ -35,6 +35,16 @@ def add_device(group: argparse._ActionsContainer) -> None:
     group.add_argument("--device", default="auto", metavar="DEV",
                        help="cpu, cuda or cuda:i, which has not been run on a GPU yet; auto detects on a GPU if there is one, and runs "
                             "models on the CPU (default: auto)")  # fmt: skip
+
+
+def add_computing(sub: argparse.ArgumentParser, default: str = "as much as it takes") -> None:
+    """Add what a command that runs the model computes with; `default` is the memory that it takes."""
+    g = sub.add_argument_group("computing")
+    g.add_argument("--max-memory", type=size, metavar="SIZE",
+                   help="the most memory to use, like 600M or 4G, without mapped files; it decides how many sequences run together "
+                        f"(default: {default})")  # fmt: skip
+    add_device(g)
+    add_threads(g)
 
 
 def add_threads(group: argparse._ActionsContainer, more: str = "") -> None:

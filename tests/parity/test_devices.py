@@ -101,7 +101,11 @@ def mapped(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
 COMMANDS = {"evaluate": evaluated, "fit": fitted, "fit by gradients": fitted_by_gradients, "map": mapped}
 
 
-@pytest.fixture(scope="module", params=CAUSAL)
+SHORT = ("mixtral",)
+"""Runs with the short tests: routers, experts, a head of its own."""
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[] if n in SHORT else pytest.mark.long) for n in CAUSAL])
 def plan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     path = tmp_path_factory.mktemp("devices")
     cls = make_base(request.param, path / "base")
@@ -110,7 +114,6 @@ def plan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS)
 def test_architectures(plan: Plan, command: str) -> None:
     ids = token_ids(64)

@@ -89,7 +89,7 @@ BUDGET = {
     "detection": 1_720,
     "workers": 215,
     "evaluation": 2_250,
-    "streaming": 2_125,
+    "streaming": 2_165,
     "adapters": 1_280,
     "fitting": 1_790,
     "report": 1_035,
