@@ -21,7 +21,7 @@ class Given(Reader):
     has_rows, name = True, "w"
 
     def __init__(self, values: Tensor) -> None:
-        self.values, self.shape, self.asked = values, tuple(values.shape), list[Any]()
+        self.values, self.shape, self.device, self.asked = values, tuple(values.shape), values.device, list[Any]()
 
     def read(self) -> Tensor:
         self.asked.append("all")
