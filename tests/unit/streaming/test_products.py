@@ -18,7 +18,8 @@ class Streamed(Multiplier):
     """A matrix in memory, read three rows at a time."""
 
     def __init__(self, values: Tensor) -> None:
-        self.values, self.name, self.shape, self.reads = values, "w", tuple(values.shape), 0
+        self.values, self.name, self.shape, self.device = values, "w", tuple(values.shape), values.device
+        self.reads = 0
 
     def read(self) -> Tensor:
         raise AssertionError("no product needs all values")
