@@ -115,8 +115,8 @@ def evaluate_variants(
         texts and options, only the variants that it lacks are measured and added. None keeps the result in memory.
     general, task
         Texts: of what the model could do before, and of what the adapter was trained for; neither of them trained on. ``.txt``;
-        ``.jsonl`` with an object a line that has ``text``, ``prompt`` and ``completion``, or ``messages``, of which the answers count;
-        or ``.npy`` of token ids.
+        ``.jsonl`` with an object a line that has ``text``, ``prompt`` and ``completion``, or ``messages``, of which the answers count, or
+        ``question``, ``choices`` and ``answer``, of which accuracies are measured; or ``.npy`` of token ids.
     other
         A further text, or several, of different file names: what each variant does to text by which nothing is fitted or suggested.
     findings

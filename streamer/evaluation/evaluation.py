@@ -23,7 +23,7 @@ from streamer.evaluation.evaluation_records import (
     VariantRecord,
 )
 from streamer.evaluation.identity import input_options
-from streamer.evaluation.statistics import MEASURES, MOST_LOSS, QUANTILES, SINCE, SequenceSums, defined, flat
+from streamer.evaluation.statistics import ANSWERS, MEASURES, MOST_LOSS, QUANTILES, SINCE, SequenceSums, defined, flat
 from streamer.evaluation.suggestion import Suggestion, Trade, front, suggest
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.evaluation.view import table_text, verdict
@@ -88,6 +88,11 @@ class Evaluation:
     def sums(self) -> dict[str, SequenceSums]:
         """Return the sums on each text, by name."""
         return {GENERAL: self.general, TASK: self.task, **self.others}
+
+    @property
+    def answered(self) -> dict[str, SequenceSums]:
+        """Return the sums on each text of questions, by name."""
+        return {name: own for name, own in self.sums.items() if own.acc is not None}
 
     def __getitem__(self, name: str) -> VariantRecord:
         """Return the figures of the variant of this name, as the JSON has them."""
@@ -294,8 +299,22 @@ def _figures(sums: SequenceSums, v: int) -> dict[str, Any]:
         **flat("top1", sums.mean(sums.right[v])),
         **flat("p_change", sums.mean(sums.p_change[v])),
         **flat("p_rms", sums.p_rms(v)),
-        "sums": {name: own.tolist() for name in MEASURES if not np.isnan(own := getattr(sums, name)[v]).any()},
+        **{name: _accuracy(sums, name, v) for name in sums.answers},
+        "sums": {
+            name: own.tolist()
+            for name in (*MEASURES, *sums.answers)
+            if not np.isnan(own := getattr(sums, name)[v]).any()
+        },
         **({} if np.isnan(sums.kl_bins[v]).any() else {"kl_bins": to_record(sums.kl_bins[v])}),
+    }
+
+
+def _accuracy(sums: SequenceSums, name: str, v: int) -> dict[str, Any]:
+    return {
+        **flat("value", sums.accuracy(name, v)),
+        **flat("against_adapter", sums.accuracy(name, v, ADAPTER_ROW)),
+        **flat("against_base", sums.accuracy(name, v, BASE_ROW)),
+        **flat("share", sums.accuracy_share(name, v)),
     }
 
 
@@ -303,7 +322,7 @@ def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> S
     """Read the sums on a text, of its variants' figures; those by earlier versions lack some."""
     none = [math.nan] * len(tokens)
     arrays = {name: np.array([f["sums"].get(name, none) if name in SINCE else f["sums"][name] for f in figures], np.float64)
-              for name in MEASURES}  # fmt: skip
+              for name in (*MEASURES, *(name for name in ANSWERS if name in figures[0]["sums"]))}  # fmt: skip
     shapes = {array.shape for array in arrays.values()}
     if shapes != {(len(figures), len(tokens))} or len(figures) < 2 or len(tokens) < 2:
         raise ValueError(f"sums of {text} are {listed(map(str, sorted(shapes)))}")

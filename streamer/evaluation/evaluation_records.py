@@ -21,7 +21,8 @@ from streamer.plan.sources import AdapterSource, BaseSource
 class TextFacts(TypedDict):
     """A text."""
     name: Annotated[str, "Name of the file; never a path."]
-    sequences: Annotated[Count, "Sequences taken from it."]
+    sequences: Annotated[Count, "Sequences, or questions, taken from it."]
+    choices: NotRequired[Annotated[Count, "Choices of all questions, if it has questions."]]
     tokens: Annotated[Count, "Their tokens whose losses count."]
     length: Annotated[Count, "Tokens of the longest sequence."]
     sha256: Annotated[Sha256, "Digest of the token ids and of the positions that count (SHA-256, hexadecimal)."]
@@ -43,6 +44,20 @@ class _SumsRecord(TypedDict):
     p_change: NotRequired[Annotated[list[float], "Of p(variant) - p(base) of the text's own token; absent in earlier versions."]]
     p_square: NotRequired[Annotated[list[float], "Of the square of this change; absent in earlier versions."]]
     kl_max: NotRequired[Annotated[list[float], "The largest divergence of a token (not a sum); absent in earlier versions."]]
+    acc: NotRequired[Annotated[list[float], "1 for each question whose most likely choice is right, else 0."]]
+    acc_norm: NotRequired[Annotated[list[float], "1 for each question whose most likely choice per character is right, else 0."]]
+
+class Accuracy(TypedDict):
+    """Share of questions that a variant answers right."""
+    value: Annotated[float, "The share."]
+    value_se: StandardError
+    against_adapter: Annotated[float, "Difference from the adapter."]
+    against_adapter_se: PairedError
+    against_base: Annotated[float, "Difference from the base."]
+    against_base_se: PairedError
+    share: Annotated[float | None, "(variant - base) / (adapter - base): kept of the gain, or left of the fall; null if adapter and base "
+        "differ by four standard errors or less."]
+    share_se: StandardError | None
 
 class TextFigures(TypedDict):
     """Figures of a variant on one text."""
@@ -53,7 +68,8 @@ class TextFigures(TypedDict):
     perplexity_ratio_se: PairedError | None
     kl: Annotated[float, "Mean divergence KL(base || variant) of the next-token distribution, in nats."]
     kl_se: StandardError
-    kl_median: Annotated[float | None, "Median of the tokens' divergences, within 1 %; 0 if below 1e-9 nats; null in earlier versions."]
+    kl_median: Annotated[float | None, "Median of the tokens' divergences, within 1 %; 0 if below 1e-9 nats; null in earlier versions "
+        "and for questions."]
     kl_p90: Annotated[float | None, "90 % of the divergences are at most this, within 1 %."]
     kl_p99: Annotated[float | None, "99 % of the divergences are at most this, within 1 %."]
     kl_p999: Annotated[float | None, "99.9 % of the divergences are at most this, within 1 %."]
@@ -69,7 +85,10 @@ class TextFigures(TypedDict):
     p_rms_se: StandardError | None
     sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, in the text's order; all other figures except quantiles "
         "follow from them."]
-    kl_bins: NotRequired[Annotated[BinsRecord, "Counts of tokens by their divergence, for its quantiles; absent in earlier versions."]]
+    kl_bins: NotRequired[Annotated[BinsRecord, "Counts of tokens by their divergence, for its quantiles; absent in earlier versions and "
+        "for questions."]]
+    acc: NotRequired[Annotated[Accuracy, "Of questions: by the most likely choice."]]
+    acc_norm: NotRequired[Annotated[Accuracy, "Of questions: by the most likely choice per character."]]
 
 class OtherFigures(TextFigures):
     """Figures of a variant on another text."""

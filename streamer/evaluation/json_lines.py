@@ -1,4 +1,4 @@
-"""Read sequences of tokens from JSON lines: documents, prompts with completions, or conversations."""
+"""Read sequences of tokens from JSON lines: documents, prompts with completions, conversations, or questions with choices."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamer.errors import FormatError
+from streamer.evaluation.choices import Question, read_question
 from streamer.evaluation.sequences import evenly
 from streamer.evaluation.tokenizer import Tokenizer
 from streamer.storage.files import open_regular
 from streamer.storage.strict_json import strict_json
 from streamer.units import listed, quoted
 
-KEYS = ({"text"}, {"prompt", "completion"}, {"messages"})
-"""Keys that make a line a document, a prompt with a completion, or a conversation; a line has those of one of these."""
+KEYS = ({"text"}, {"prompt", "completion"}, {"messages"}, {"choices"}, {"choices", "prompt"})
+"""Keys that make a line a document, a prompt with a completion, a conversation, or a question; a line has those of one of these."""
 
 PROMPT_KEYS = ("tools", "documents", "chat_template_kwargs")
 """Keys beside ``messages`` by which the chat template would write another prompt."""
@@ -30,7 +31,7 @@ Spans = list[tuple[int, int]]
 """Characters from, to."""
 
 
-def read_json_lines(path: Path, tokenizer: Tokenizer, sequences: int, length: int) -> Iterator[Sequence]:
+def read_json_lines(path: Path, tokenizer: Tokenizer, sequences: int, length: int) -> Iterator[Sequence | Question]:
     """Read at most as many lines as are asked for, at even distances, empty ones apart.
 
     Keys of a line that are in neither `KEYS` nor `PROMPT_KEYS`, as ``id`` and ``source``, are ignored.
@@ -57,7 +58,7 @@ def read_json_lines(path: Path, tokenizer: Tokenizer, sequences: int, length: in
                 found += 1
 
 
-def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Sequence:
+def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Sequence | Question:
     try:
         tree = strict_json(raw)
     except ValueError as e:
@@ -65,8 +66,11 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Seq
     if not isinstance(tree, dict) or (kind := set(tree) & set().union(*KEYS)) not in KEYS:
         found = f"the keys {listed(map(quoted, tree))}" if isinstance(tree, dict) else f"a {type(tree).__name__}"
         raise FormatError(
-            f"{where}: expected an object with 'text', with 'prompt' and 'completion', or with 'messages', one kind alone, found {found}"
+            f"{where}: expected an object with 'text', with 'prompt' and 'completion', with 'messages', or with 'choices', one kind alone, "
+            f"found {found}"
         )
+    if "choices" in kind:
+        return read_question(where, tree, tokenizer, length)
     start = tokenizer.start
     if "messages" in kind:
         if given := [key for key in PROMPT_KEYS if tree.get(key)]:

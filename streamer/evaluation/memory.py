@@ -20,7 +20,7 @@ LOGIT_COPIES = 5
 """As much memory as the logits that exist at once takes what is computed from them, themselves among it."""
 
 EIGHTHS = (0, 4, 2, 6, 1, 5, 3, 7)
-"""Remainders by 8 of the numbers of a text's sequences, eighth by eighth. The first one, two or four eighths are spread evenly over the
+"""Remainders by 8 of the numbers of a text's units, eighth by eighth. The first one, two or four eighths are spread evenly over the
 text, whose sequences stand in its order."""
 
 WIDTHS = 5
@@ -111,7 +111,7 @@ def plan_passes(
     chunks = [tuple(others[i : i + together - 1]) for i in range(0, variants - 1, together - 1)]
     passes = []
     for name, text in texts.items():
-        rows = [i for eighth in eighths for i in range(EIGHTHS[eighth], len(text.ids), len(EIGHTHS))]
+        rows = [i for eighth in eighths for unit in text.units[EIGHTHS[eighth] :: len(EIGHTHS)] for i in unit]
         for part in parts(text, rows, max(1, most // together), size.short, one_length):
             passes += [Pass(name, part, chunk) for chunk in chunks]
     return passes

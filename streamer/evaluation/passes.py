@@ -153,7 +153,7 @@ def needs_one_length(
 def measure_variants(passes: Sequence[Pass], texts: Mapping[str, TextSequences], variants: Sequence[Variant],
                      job: Callable[[tuple[Variant, ...]], Job], key: Callable[[int], str], records: Records,
                      progress: RunProgress) -> dict[str, SequenceSums]:  # fmt: skip
-    """Run the passes of a request that no interrupted run recorded, and put the sums of all together, by text.
+    """Run the passes of a request that no interrupted run recorded, and put the sums of all together, by text; score questions.
 
     Parameters
     ----------
@@ -175,4 +175,6 @@ def measure_variants(passes: Sequence[Pass], texts: Mapping[str, TextSequences],
             records.add(key(number), found)
         sums[number] = SequenceSums(**found)
         progress.advance(cost)
-    return {name: together(passes, sums, name, len(variants), len(text.ids)) for name, text in texts.items()}
+    return {
+        name: text.scored(together(passes, sums, name, len(variants), len(text.ids))) for name, text in texts.items()
+    }

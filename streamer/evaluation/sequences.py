@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from streamer.evaluation.choices import Question, Questions
+from streamer.evaluation.statistics import SequenceSums
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,14 @@ class TextSequences:
         predicted from nothing and never counts; at least one does.
     name
         Name of the file that they were read from.
+    questions
+        Those whose choices the sequences are; None of other texts.
     """
 
     ids: tuple[NDArray[np.int64], ...]
     counted: tuple[NDArray[np.bool_], ...]
     name: str = ""
+    questions: Questions | None = None
 
     @classmethod
     def of(cls, ids: Iterable[NDArray[np.int64]]) -> TextSequences:
@@ -36,8 +42,22 @@ class TextSequences:
         taken = tuple(ids)
         return cls(taken, tuple(np.arange(len(own)) > 0 for own in taken))
 
+    @classmethod
+    def of_questions(cls, questions: Sequence[Question], name: str) -> TextSequences:
+        """Make sequences of all choices, of which their own tokens count."""
+        ids, counted = zip(*(choice for question in questions for choice in question.choices), strict=True)
+        return cls(ids, counted, name, Questions.of(questions))
+
+    def right(self) -> TextSequences:
+        """Return the right choices of questions; other texts as they are."""
+        return self if self.questions is None else self.take(self.questions.right)
+
+    def scored(self, sums: SequenceSums) -> SequenceSums:
+        """Make the sums of each question of those of each choice; see `Questions.scored`. Of other texts they stay as they are."""
+        return sums if self.questions is None else self.questions.scored(sums)
+
     def take(self, rows: Iterable[int]) -> TextSequences:
-        """Take some of the sequences, by number."""
+        """Take some of the sequences, by number, as those of no questions."""
         chosen = tuple(rows)
         return TextSequences(tuple(self.ids[i] for i in chosen), tuple(self.counted[i] for i in chosen), self.name)
 
@@ -57,9 +77,14 @@ class TextSequences:
         return ids, counted
 
     @property
+    def units(self) -> Sequence[Sequence[int]]:
+        """List the numbers of the sequences that are independent of the others: each alone, or all choices of a question."""
+        return [(i,) for i in range(len(self.ids))] if self.questions is None else self.questions.units
+
+    @property
     def tokens(self) -> int:
         """Count the tokens whose losses count."""
-        return sum(int(c.sum()) for c in self.counted)
+        return sum(int(c.sum()) for c in self.right().counted)
 
     @property
     def longest(self) -> int:
@@ -70,7 +95,8 @@ class TextSequences:
         """Say what they are, as JSON."""
         return {
             "name": self.name,
-            "sequences": len(self.ids),
+            "sequences": len(self.right().ids),
+            **({} if self.questions is None else {"choices": len(self.ids)}),
             "tokens": self.tokens,
             "length": self.longest,
             "sha256": self.digest(),
@@ -81,6 +107,7 @@ class TextSequences:
         digest = hashlib.sha256()
         for ids, counted in zip(self.ids, self.counted, strict=True):
             digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes() + counted.tobytes())
+        digest.update(b"" if self.questions is None else self.questions.digest_bytes())
         return digest.hexdigest()
 
 

@@ -30,6 +30,9 @@ MEASURES = ("loss", "kl", "agree", *SINCE)
 ARRAYS = (*MEASURES, "kl_bins")
 """All that is taken of each variant."""
 
+ANSWERS = ("acc", "acc_norm")
+"""Counts of right answers, of each question and variant."""
+
 Effect = Literal["forgets", "improves", "not told"]
 
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
@@ -132,7 +135,9 @@ class SequenceSums:
     kl_max
         The largest divergence of a token: (V, S).
     kl_bins
-        Counts of tokens by their divergence, see `divergences`, of all sequences together: (V, BINS).
+        Counts of tokens by their divergence, see `divergences`, of all sequences together: (V, BINS). NaN of questions.
+    acc, acc_norm
+        Of a text of questions, whose other sums are those of their right choices, 1 where the answer is right: (V, S). None of others.
     """
 
     tokens: Floats
@@ -144,6 +149,8 @@ class SequenceSums:
     p_square: Floats = field(default_factory=_nothing)
     kl_max: Floats = field(default_factory=_nothing)
     kl_bins: Floats = field(default_factory=_nothing)
+    acc: Floats | None = None
+    acc_norm: Floats | None = None
 
     def __post_init__(self) -> None:
         for name in (*SINCE, "kl_bins"):
@@ -151,15 +158,21 @@ class SequenceSums:
                 shape = (len(self.loss), BINS) if name == "kl_bins" else self.loss.shape
                 object.__setattr__(self, name, np.full(shape, np.nan))
 
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """List the counts of right answers that it has."""
+        return () if self.acc is None else ANSWERS
+
     def joined(self, *others: SequenceSums) -> SequenceSums:
         """Put the variants of others, on the same sequences, after its own."""
         return SequenceSums(
-            self.tokens, *(np.concatenate([getattr(one, name) for one in (self, *others)]) for name in ARRAYS)
+            self.tokens,
+            *(np.concatenate([getattr(one, name) for one in (self, *others)]) for name in (*ARRAYS, *self.answers)),
         )
 
     def take(self, variants: Sequence[int]) -> SequenceSums:
         """Take some of the variants, by number."""
-        return SequenceSums(self.tokens, *(getattr(self, name)[list(variants)] for name in ARRAYS))
+        return SequenceSums(self.tokens, *(getattr(self, name)[list(variants)] for name in (*ARRAYS, *self.answers)))
 
     def mean(self, sums: Floats) -> Estimate:
         """Estimate the mean over tokens of one of the sums: (S,)."""
@@ -221,6 +234,18 @@ class SequenceSums:
     def kl_quantile(self, variant: int, share: float) -> float:
         """Estimate the divergence that this share of the tokens does not exceed; see `quantile`."""
         return quantile(self.kl_bins[variant], self.kl_max[variant].max(), share)
+
+    def accuracy(self, name: str, variant: int, other: int | None = None) -> Estimate:
+        """Estimate the share of questions that a variant answers right, or by how much it is above another's; a name of `ANSWERS`."""
+        right: Floats = getattr(self, name)
+        return ratio(right[variant] if other is None else right[variant] - right[other], np.ones(len(self.tokens)))
+
+    def accuracy_share(self, name: str, variant: int) -> Estimate:
+        """Estimate what part of the way from the base's accuracy to the adapter's a variant is, if that can be divided by; else NaN."""
+        right: Floats = getattr(self, name)
+        if not self.accuracy(name, 1, 0).divides:
+            return Estimate(math.nan, math.inf, len(self.tokens))
+        return ratio(right[variant] - right[0], right[1] - right[0])
 
     def kl_share(self, variant: int) -> Estimate:
         """Estimate a variant's divergence as a part of that of the adapter as it is."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamer.errors import FormatError, UsageError
+from streamer.evaluation.choices import Question
 from streamer.evaluation.json_lines import read_json_lines
 from streamer.evaluation.sequences import TextSequences, evenly
 from streamer.evaluation.tokenizer import Tokenizer, load_tokenizer
@@ -53,7 +54,8 @@ def read_text(
     ``.jsonl``
         A JSON object on each line, which becomes one sequence of at most `length` tokens, cut at its end: with ``text``, all of whose
         tokens count; with ``prompt`` and ``completion``, of which those of the completion count; or with ``messages``, of which those of
-        the assistant's answers count. Other keys are ignored.
+        the assistant's answers count; or with ``question`` (or ``prompt``), ``choices`` and ``answer``, which makes a sequence for each
+        choice and is never cut; see `read_question`. Other keys are ignored.
     ``.npy``
         Token ids as they are: (n,), a stream that is cut into sequences of `length`, or (n, t), a sequence in each row, cut at its end.
 
@@ -87,6 +89,7 @@ def read_text(
         raise UsageError(
             f"{path}: expected the name of a text to end in {', '.join(SUFFIXES)}, found {quoted(path.suffix)}"
         )
+    taken: Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]] | Question]
     if path.suffix == ".npy":
         taken = [(ids, np.ones(len(ids), bool)) for ids in _read_ids(path, sequences, length, least)]
     else:
@@ -96,9 +99,16 @@ def read_text(
             taken = [(ids, own.copy()) for ids in _cut_text(path, tokenizer, sequences, length, least)]
         else:
             taken = list(read_json_lines(path, tokenizer, sequences, length))
-    for _, counted in taken:
+    questions = [one for one in taken if isinstance(one, Question)]
+    plain = [one for one in taken if not isinstance(one, Question)]
+    if questions and plain:
+        raise FormatError(
+            f"{path}: expected 'choices' on every line or on none, found them on {len(questions)} of {len(taken)}"
+        )
+    for _, counted in plain:
         counted[0] = False
-    text = TextSequences(tuple(ids for ids, _ in taken), tuple(counted for _, counted in taken), path.name)
+    text = TextSequences(tuple(ids for ids, _ in plain), tuple(counted for _, counted in plain), path.name)
+    text = TextSequences.of_questions(questions, path.name) if questions else text
     _check(path, text, vocabulary, positions)
     return text
 
@@ -120,9 +130,9 @@ def sample_digest(path: str | Path) -> str:
 
 def _check(path: Path, text: TextSequences, vocabulary: int | None, positions: int | None) -> None:
     """Refuse what errors cannot be estimated of, and what the model cannot take."""
-    if len(text.ids) < 2:
+    if (count := len(text.right().ids)) < 2:
         raise FormatError(
-            f"{path}: expected at least 2 sequences, whose difference gives the error, found {len(text.ids)}; give more text"
+            f"{path}: expected at least 2 sequences, whose difference gives the error, found {count}; give more text"
         )
     if positions is not None and text.longest > positions:
         raise UsageError(

@@ -57,6 +57,18 @@ class Tokenizer:
         )
         return found["input_ids"], found["offset_mapping"]
 
+    def started(self, text: str) -> list[int]:
+        """Split a text into tokens, those before it that the tokenizer puts there unless they are written out."""
+        ids, _ = self.encode(text)
+        return ids if tuple(ids[: len(self.start)]) == self.start else [*self.start, *ids]
+
+    @property
+    def prefix(self) -> int | None:
+        """Return the token that a text is predicted from where nothing precedes it: the one that begins texts, or ends them."""
+        begin, end = self._loaded.bos_token_id, self._loaded.eos_token_id
+        found: int | None = end if begin is None else begin
+        return found
+
     def render(self, messages: Sequence[Any], with_prompt: bool) -> str:
         """Write messages by the chat template, as at `TEMPLATE_TIME`; every fault of either raises an exception of its own."""
         text: str = self._loaded.apply_chat_template(

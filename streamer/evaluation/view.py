@@ -1,15 +1,15 @@
-"""Format an evaluation for people: the verdict, the cells of its table, the reasons, and the commands to run next."""
+"""Format an evaluation for people: the verdict, its table, the reasons, and the commands to run next."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from streamer.evaluation.columns import cell, figures, percent
 from streamer.evaluation.identity import input_options
 from streamer.evaluation.shrinks import ShrinkComparison, next_shrink, rounded_up
-from streamer.evaluation.statistics import QUANTILES, Estimate, SequenceSums, telling
+from streamer.evaluation.statistics import telling
 from streamer.evaluation.suggestion import WORTH, Suggestion, Trade
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 from streamer.methods import Shrink, takes_coefficients, takes_findings, takes_map
@@ -19,83 +19,6 @@ if TYPE_CHECKING:
 
 
 _RULE = f"what is suggested regains over {WORTH:g} of what it gives up, by two errors"
-
-
-@dataclass(frozen=True)
-class Figures:
-    """A column of figures: its title, a cell for each variant, its meaning, and how long it stays where room is scarce."""
-
-    head: str
-    cells: Sequence[str]
-    about: str
-    keep: int
-
-
-def figures(evaluation: Evaluation, every: bool = False) -> list[Figures]:
-    """Make the columns of an evaluation's table, the first of them names; a star marks those of the front.
-
-    Parameters
-    ----------
-    every
-        Whether the figures of llama-perplexity and of PEFT's method comparison are among them.
-    """
-    general, task, numbers = evaluation.general, evaluation.task, range(len(evaluation.variants))
-    best = set(evaluation.front())
-    return [
-        Figures("variant", [v.name + (" *" if v.name in best else "") for v in evaluation.variants],
-                "* no other variant has both a lower loss on the task and a lower divergence", 9),
-        Figures("general", [f"{general.mean(general.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on general text", 4),
-        Figures("vs adapter", _cells([general.loss_difference(v, ADAPTER_ROW) for v in numbers]),
-                "that loss less the adapter's, ± the standard error, paired by sequence", 5),
-        Figures("forgetting", _shares(general, numbers),
-                "rise of that loss above the base's; 100% is the adapter's", 7),
-        Figures("KL", _cells([general.mean(general.kl[v]) for v in numbers]), "divergence from the base on general text, in nats", 6),
-        Figures("same top", [_percent_of(general.mean(general.agree[v])) for v in numbers],
-                "tokens of general text whose likeliest next one is the base's", 2),
-        Figures("task", [f"{task.mean(task.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on the task's text", 3),
-        Figures("kept", _shares(task, numbers), "fall of that loss below the base's; 100% is the adapter's", 8),
-        Figures("top-1", [_percent_of(task.mean(task.right[v])) for v in numbers],
-                "tokens of the task's text whose likeliest next one is the text's own", 1),
-        Figures("top-1 kept", [_percent(task.top1_share(v)) if evaluation.reliable()["top1_kept"] else "-" for v in numbers],
-                "rise of that share above the base's; 100% is the adapter's", 5),
-        *(column for name, sums in evaluation.others.items() for column in _other(name, sums, numbers)),
-        *(field_figures(general) if every else ()),
-    ]  # fmt: skip
-
-
-def field_figures(general: SequenceSums) -> list[Figures]:
-    """Make the columns that llama-perplexity and PEFT's method comparison report, on general text."""
-    variants = range(len(general.loss))
-    return [
-        Figures("CE rise", _cells([general.loss_difference(v, BASE_ROW) for v in variants]),
-                "mean loss on general text less the base's: what PEFT's method comparison calls forgetting", 0),
-        Figures("PPL ratio", _cells([general.perplexity_ratio(v) for v in variants]), "perplexity on general text over the base's", 0),
-        *(Figures(f"KL {100 * share:g}%", [_four(general.kl_quantile(v, share)) for v in variants],
-                  f"what {100 * share:g}% of the tokens of general text do not exceed, within 1%", 0) for share in QUANTILES.values()),
-        Figures("KL max", [_four(general.kl_max[v].max()) for v in variants], "largest of a token of general text", 0),
-        Figures("mean Δp", _cells([_in_percent(general.mean(general.p_change[v])) for v in variants]),
-                "change of the probability of general text's own token, in %", 0),
-        Figures("RMS Δp", _cells([_in_percent(general.p_rms(v)) for v in variants]), "root of the mean square of that change, in %", 0),
-    ]  # fmt: skip
-
-
-def _four(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "-"
-
-
-def _in_percent(estimate: Estimate) -> Estimate:
-    return Estimate(100 * estimate.value, 100 * estimate.error, estimate.sequences)
-
-
-def _other(name: str, sums: SequenceSums, variants: Sequence[int]) -> list[Figures]:
-    """Make the columns of another text."""
-    left = sums.effect != "improves"
-    return [
-        Figures(name, [f"{sums.mean(sums.loss[v]).value:.4f}" for v in variants], "mean loss in nats on this text", 2),
-        Figures(f"{name} {'left' if left else 'kept'}", _shares(sums, variants),
-                f"{'rise' if left else 'fall'} of that loss {'above' if left else 'below'} the base's; 100% is the adapter's", 4),
-        Figures(f"{name} KL", _cells([sums.mean(sums.kl[v]) for v in variants]), "divergence from the base on this text, in nats", 1),
-    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -159,7 +82,7 @@ def verdict(evaluation: Evaluation, suggestion: Suggestion) -> str:
     v = evaluation.variants.index(variant)
     if not (evaluation.general.change.divides and evaluation.task.change.divides):
         return f"use {variant.name}: it {_trade(Trade.of(evaluation.general, evaluation.task, v))}"
-    kept, left = _percent(evaluation.task.share(v)), _percent(evaluation.general.share(v))
+    kept, left = percent(evaluation.task.share(v)), percent(evaluation.general.share(v))
     return f"use {variant.name}: it keeps {kept} of what the adapter learned and leaves {left} of its forgetting"
 
 
@@ -184,8 +107,14 @@ def left_out(evaluation: Evaluation) -> list[str]:
     ):
         if not (change := sums.change).divides:
             lines.append(
-                f"{of} is not shown: the adapter changes the loss on {on} by only {_cell(change)}, less than "
+                f"{of} is not shown: the adapter changes the loss on {on} by only {cell(change)}, less than "
                 f"{2 * telling(change.sequences):.1f} standard errors; longer texts may help"
+            )
+    for name, sums in evaluation.answered.items():
+        if not (change := sums.accuracy("acc", ADAPTER_ROW, BASE_ROW)).divides:
+            lines.append(
+                f"what is left or kept of acc on {name} is not shown: the adapter changes it by only {percent(change)}, and a share needs "
+                f"over {2 * telling(change.sequences):.1f} standard errors; more questions may help"
             )
     gain = evaluation.task.top1_gain
     if math.isfinite(gain.value) and not evaluation.reliable()["top1_kept"]:
@@ -214,13 +143,10 @@ def shown_variants(evaluation: Evaluation) -> list[dict[str, Any]]:
     ]
 
 
-def _shares(sums: SequenceSums, variants: Sequence[int]) -> list[str]:
-    """Write the shares of variants, or dashes if what they are of is too small."""
-    return [_percent(sums.share(v)) if sums.change.divides else "-" for v in variants]
-
-
 def _trade(trade: Trade) -> str:
-    return f"regains {_cell(trade.regained)} nats a token on general text and gives up {_cell(trade.given_up)} on the task's"
+    return (
+        f"regains {cell(trade.regained)} nats a token on general text and gives up {cell(trade.given_up)} on the task's"
+    )
 
 
 def _reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
@@ -228,7 +154,7 @@ def _reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
     for reason, on, sums in (("not learned", "the task's text", task), ("not forgotten", "general text", general)):
         if suggestion.reason == reason:  # what does not divide is said beside the table
             change = sums.change
-            return [f"the adapter's loss on {on} minus the base's is {_cell(change)}"] if change.divides else []
+            return [f"the adapter's loss on {on} minus the base's is {cell(change)}"] if change.divides else []
     if suggestion.declined is not None:
         trade = Trade.of(general, task, evaluation.variants.index(suggestion.declined))
         return [f"{suggestion.declined.name}, which forgets least, {_trade(trade)}; {_RULE}"]
@@ -237,12 +163,12 @@ def _reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
         v = evaluation.variants.index(variant)
         lines.append(
             f"of the variants that keep {100 * suggestion.keep:g}% of what was learned, {variant.name} has the least divergence from the "
-            f"base, {_percent(general.kl_share(v))} of the adapter's; it {_trade(Trade.of(general, task, v))}"
+            f"base, {percent(general.kl_share(v))} of the adapter's; it {_trade(Trade.of(general, task, v))}"
         )
         if suggestion.least_loss is not None:
             difference = general.loss_difference(v, evaluation.variants.index(suggestion.least_loss))
             lines.append(
-                f"by its loss on general text, {suggestion.least_loss.name} forgets less: {_cell(difference)} lower"
+                f"by its loss on general text, {suggestion.least_loss.name} forgets less: {cell(difference)} lower"
             )
         if variant.method == Shrink.name:
             lam = next_shrink(evaluation.variants, task, suggestion.keep)
@@ -267,7 +193,7 @@ def _shrink_line(found: ShrinkComparison) -> str:
     low, high = found.between
     return (
         f"{words[found.verdict]} a shrink that keeps the same (lambda {found.mitigation_lambda:.3f}, interpolated between {low:g} and "
-        f"{high:g}): general loss {_cell(found.loss)}, KL {_cell(found.kl)}"
+        f"{high:g}): general loss {cell(found.loss)}, KL {cell(found.kl)}"
     )
 
 
@@ -308,24 +234,3 @@ def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None
         "a fit to the texts usually forgets less than a shrink that keeps as much",
         f"next: {fit}",
     ]
-
-
-def _cell(estimate: Estimate) -> str:
-    """Write a figure with two digits of its error."""
-    return _cells([estimate])[0]
-
-
-def _cells(estimates: Sequence[Estimate]) -> list[str]:
-    """Write figures of one kind with as many digits as the largest of their errors has, two of its own."""
-    error = max(e.error for e in estimates)
-    digits = min(6, max(2, 1 - math.floor(math.log10(error)))) if 0 < error < math.inf else 4
-    return [f"{e.value:.{digits}f} ± {e.error:.{digits}f}" if math.isfinite(e.value) else "-" for e in estimates]
-
-
-def _percent_of(part: Estimate) -> str:
-    """Write a part of all tokens, without its error."""
-    return f"{100 * part.value:.1f}%" if math.isfinite(part.value) else "-"
-
-
-def _percent(share: Estimate) -> str:
-    return f"{100 * share.value + 0.0:.1f}% ± {100 * share.error:.1f}" if math.isfinite(share.value) else "-"

@@ -194,7 +194,7 @@ def prepare_map(
     job = Job(plan, (Variant(BASE, None),), None, rounds_products=options.dtype == "bf16", device=run.model_device)
     model = StreamingModel(job)
     read = read_text(text, tokenizer_directory(plan), sequences=options.sequences, length=options.length,
-                     vocabulary=model.vocabulary, positions=model.positions)  # fmt: skip
+                     vocabulary=model.vocabulary, positions=model.positions).right()  # fmt: skip
     return PreparedMap(plan, options, run, max_memory, read, sample_digest(text), model)
 
 

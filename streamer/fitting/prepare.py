@@ -314,7 +314,8 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
     options = replace(options, grain=_grain(plan, options, run.monitor))
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     model = StreamingModel(Job(plan, variants, None, rounds_products=options.dtype == "bf16", device=run.model_device))
-    read = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
+    whole = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
+    read = {name: text.right() for name, text in whole.items()}
     files = {name: sample_digest(path) for name, path in texts.items()}
     divided, one_length = divide(read, texts, options), chooses_keys(model, read)
     prepared = PreparedFit(plan, options, run, max_memory, divided, files, model, one_length, findings)

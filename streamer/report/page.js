@@ -114,6 +114,13 @@ function showEvaluation(tree) {
         column(`${one.name} KL`, "divergence from the base on this text, in nats", "kl", (v) => v.kl.toFixed(4)),
       ];
     }),
+    ...tree.accuracies.flatMap((name, i) => {
+      const column = (head, about, key) => ({ head, about, cell: (v) => text(error(v.accuracies[i][key], v.accuracies[i][`${key}_se`])), key: (v) => last(v.accuracies[i][key]) });
+      return [
+        column(`${name} acc`, "questions whose right choice is the likeliest", "value"),
+        column(`${name} acc share`, "of the adapter's change of that, what is left or kept", "share"),
+      ];
+    }),
   ], tree.variants, { id: "variants", marked: (v) => v.name === tree.suggested });
   part.append(html("p", { class: "note" }, `On ${tree.texts.general}, the figures of llama-perplexity and of PEFT's method comparison:`));
   sortedTable(part, [names, ...tree.field.map(({ head, about, cells }) => {

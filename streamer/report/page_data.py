@@ -11,9 +11,10 @@ import numpy as np
 
 from streamer.detection.findings import Findings
 from streamer.errors import printable
+from streamer.evaluation.columns import field_figures
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.variants import EvaluatedVariant
-from streamer.evaluation.view import field_figures, shown_variants
+from streamer.evaluation.view import shown_variants
 from streamer.methods import METHODS
 from streamer.plan.name_order import natural
 from streamer.report.curves import lambda_curve, threshold_curve
@@ -133,6 +134,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "texts": {side: evaluation.facts["texts"][side]["name"] for side in ("general", "task")},
         "others": [{"name": printable(one["name"]), "effect": one["effect"]} for one in tree.get("others", [])],
         "field": [{"head": c.head, "about": c.about, "cells": c.cells} for c in field_figures(evaluation.general)],
+        "accuracies": [printable(name) for name in evaluation.answered],
         "variants": [
             {
                 "name": printable(v["name"]),
@@ -144,6 +146,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
                 "agreement": v["general"]["agreement"],
                 "top1": v["task"]["top1"],
                 "others": [{key: one[key] for key in of_other} for one in v["others"]],
+                "accuracies": [own["acc"] for own in (v["general"], v["task"], *v["others"]) if "acc" in own],
                 **{key: v[key] for key in keys},
             }
             for v, one in zip(variants, evaluation.variants, strict=True)

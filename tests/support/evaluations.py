@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from jsonschema import Draft202012Validator
 from seeds import vary
 
 from streamer.detection.findings import Findings
@@ -14,6 +17,8 @@ from streamer.evaluation.divergences import counted_bins
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.variants import EvaluatedVariant
+
+SCHEMA = json.loads((files("streamer") / "schemas" / "evaluation-1.json").read_text())
 
 COLUMNS = [
     "variant",
@@ -68,8 +73,12 @@ def evaluation(
     noise: float = 0.003,
     seed: int = 0,
     others: Mapping[str, float] = {},
+    answers: bool = False,
 ) -> Evaluation:
-    """Make losses of 64 sequences of 200 to 512 tokens: how hard a sequence is, plus shares of what it forgets and learns, plus noise."""
+    """Make losses of 64 sequences of 200 to 512 tokens: how hard a sequence is, plus shares of what it forgets and learns, plus noise.
+
+    With answers, the sequences are right choices: as many more are found as the loss falls by, of half of them.
+    """
     rng = np.random.default_rng(vary(seed))
     tokens = rng.integers(200, 512, 64).astype(float)
     variants = [EvaluatedVariant("base", None, None), EvaluatedVariant("adapter", None, None)]
@@ -85,7 +94,7 @@ def evaluation(
         scatter = rng.normal(0, noise, effect.shape) * (np.arange(len(share)) > 0)[:, None]
         size = np.abs(effect)
         kl = (size + np.abs(scatter))[:, :, None] * np.array([0.5, 1.5])  # of the two halves of each sequence
-        return SequenceSums(
+        found = SequenceSums(
             tokens,
             (hard + effect + scatter) * tokens,
             (size + np.abs(scatter)) * tokens,
@@ -96,6 +105,9 @@ def evaluation(
             kl.max(-1),
             counted_bins(kl, np.ones((64, 2), bool)),
         )
+        ranks = (np.arange(64) + 0.5) / 64
+        right = (ranks < np.clip(0.5 - change * share[:, None], 0, 1)).astype(float)
+        return replace(found, acc=right, acc_norm=1 - right) if answers else found
 
     texts = sums(shares[0], forgets), sums(shares[1], -learns)
     facts = {**FACTS, "texts": {**TEXTS, **({"others": [text_facts(name) for name in others]} if others else {})}}
@@ -105,4 +117,10 @@ def evaluation(
 
 def of_findings(findings: Findings) -> Evaluation:
     """The evaluation, of the base and the adapter of findings."""
-    return replace(evaluation(), facts={**FACTS, "base": {**findings.base}, "adapter": {**findings.adapter}})
+    return replace(
+        evaluation(answers=True), facts={**FACTS, "base": {**findings.base}, "adapter": {**findings.adapter}}
+    )
+
+
+def faults(tree: dict[str, Any]) -> list[str]:
+    return [f"{e.json_path}: {e.message}" for e in Draft202012Validator(SCHEMA).iter_errors(tree)]

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import pytest
-from evaluations import COLUMNS, CURVES, evaluation
-from jsonschema import Draft202012Validator
+from evaluations import COLUMNS, CURVES, evaluation, faults
 
 from streamer.cli.evaluation_table import evaluation_table
 from streamer.cli.layout import Screen
 from streamer.errors import FormatError
+from streamer.evaluation.columns import figures
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.statistics import SINCE
 from streamer.evaluation.variants import EvaluatedVariant
-from streamer.evaluation.view import Names, figures, shown_variants
-
-SCHEMA = json.loads((files("streamer") / "schemas" / "evaluation-1.json").read_text())
-
-
-def faults(tree: dict[str, Any]) -> list[str]:
-    return [f"{e.json_path}: {e.message}" for e in Draft202012Validator(SCHEMA).iter_errors(tree)]
+from streamer.evaluation.view import Names, shown_variants
 
 
 @pytest.mark.parametrize("options", [{}, {"learns": 0.0}, {"forgets": 0.0}, {"learns": -0.4}])

@@ -23,7 +23,8 @@ from streamer.detection.findings import Findings
 from streamer.detection.intruders import Detection
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.errors import FormatError, MismatchError, UsageError
-from streamer.evaluation.view import field_figures, verdict
+from streamer.evaluation.columns import field_figures
+from streamer.evaluation.view import verdict
 from streamer.report.page import make_page
 from streamer.report.subject import Subject, make_subject, open_subject
 from streamer.report.words import certificates, headline, sentences
@@ -121,7 +122,10 @@ def test_numbers_are_rounded_once(findings: Findings) -> None:
     assert tree["delta_norm"] == [float(f"{norm:.4g}") for norm in tree["delta_norm"]]
     assert tree["energy"]["digits"] == 5
     evaluation = of_findings(findings)
-    variants = embedded(make_page(make_subject(findings, evaluation)))["evaluation"]["variants"]
+    tree = embedded(make_page(make_subject(findings, evaluation)))["evaluation"]
+    variants = tree["variants"]
+    assert tree["accuracies"] == ["general", "task"]
+    assert variants[2]["accuracies"] == [evaluation["paper 0.9"][text]["acc"] for text in ("general", "task")]
     assert [v["kept"] for v in variants] == [v["kept"] for v in evaluation.to_dict()["variants"]]
 
 

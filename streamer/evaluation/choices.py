@@ -1,0 +1,148 @@
+"""Read questions with choices, and score them as lm-evaluation-harness scores ``multiple_choice`` (its version 0.4.13).
+
+A choice's log-likelihood is that of its tokens behind the question: both are encoded together, with a space between them; white space at
+the end of the question belongs to the choice. ``acc`` takes the choice with the highest one as the answer, ``acc_norm`` the one with the
+highest for each of its characters. The loss of a text of questions is that of their right choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamer.errors import FormatError
+from streamer.evaluation.statistics import MEASURES, SequenceSums
+from streamer.evaluation.tokenizer import Tokenizer
+from streamer.units import quoted
+
+CONTEXTS = ("question", "prompt")
+"""Keys of what stands before the choices; a line has one of them."""
+
+DELIMITER = " "
+"""Stands between a question and a choice."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question: each choice as ids and which of them count, the number of the right one, and the characters of each."""
+
+    choices: tuple[tuple[NDArray[np.int64], NDArray[np.bool_]], ...]
+    right: int
+    characters: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions whose choices are the sequences of a text, in order.
+
+    Attributes
+    ----------
+    first
+        Number of the sequence that is the first choice of each question, and behind them the number of sequences: (Q + 1,).
+    right
+        Number of the sequence that is its right choice: (Q,).
+    characters
+        Characters of each choice: (S,).
+    """
+
+    first: NDArray[np.int64]
+    right: NDArray[np.int64]
+    characters: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, questions: Iterable[Question]) -> Questions:
+        """Put questions after one another."""
+        taken = list(questions)
+        first = np.cumsum([0, *(len(q.choices) for q in taken)])
+        right = first[:-1] + [q.right for q in taken]
+        return cls(first, right, np.concatenate([q.characters for q in taken]))
+
+    @property
+    def units(self) -> list[range]:
+        """List the numbers of the sequences of each question."""
+        return [range(i, j) for i, j in zip(self.first[:-1], self.first[1:], strict=True)]
+
+    def scored(self, sums: SequenceSums) -> SequenceSums:
+        """Make the sums of each question, those of its right choice, of the sums of each choice; count the right answers."""
+        own = SequenceSums(sums.tokens[self.right], *(getattr(sums, name)[:, self.right] for name in MEASURES))
+        return replace(own, acc=self._answered(sums.loss), acc_norm=self._answered(sums.loss / self.characters))
+
+    def _answered(self, losses: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return 1 where the choice of the least loss is the right one, else 0: (V, Q)."""
+        found = np.array([losses[:, unit].argmin(1) + unit[0] for unit in self.units]).T
+        return np.asarray(found == self.right, np.float64)
+
+    def digest_bytes(self) -> bytes:
+        """Return what distinguishes them from other questions on the same sequences."""
+        return b"".join(a.astype("<i8").tobytes() for a in (self.first, self.right, self.characters))
+
+
+def read_question(where: str, tree: dict[str, Any], tokenizer: Tokenizer, length: int) -> Question:
+    """Read a line that has ``choices``.
+
+    Raises
+    ------
+    FormatError
+        If it has no single question, two different choices or more, or an answer that names one of them; or if the question with a choice
+        is longer than `length`, or has no tokens before or in the choice.
+    """
+    keys = [key for key in CONTEXTS if key in tree]
+    if len(keys) != 1 or not isinstance(tree[keys[0]], str):
+        raise FormatError(
+            f"{where}: expected 'choices' beside one string, 'question' or 'prompt', found {quoted(str(list(tree)))}"
+        )
+    choices = tree["choices"]
+    if (
+        not isinstance(choices, list)
+        or len(choices) < 2
+        or not all(isinstance(c, str) and c for c in choices)
+        or len(set(choices)) < len(choices)
+    ):
+        raise FormatError(
+            f"{where}: expected 'choices' to be a list of two different strings or more, found {quoted(choices)}"
+        )
+    right = _right(where, choices, tree.get("answer"))
+    encoded = tuple(_encoded(where, tree[keys[0]], DELIMITER + c, tokenizer, length) for c in choices)
+    return Question(encoded, right, tuple(map(len, choices)))
+
+
+def _right(where: str, choices: list[str], answer: Any) -> int:
+    """Find the right choice: by its number from 0, by its text, or by its letter from A."""
+    found = set()
+    if type(answer) is int and 0 <= answer < len(choices):
+        found.add(answer)
+    elif isinstance(answer, str):
+        letters = [chr(ord("A") + i) for i in range(min(26, len(choices)))]
+        found |= {own.index(answer) for own in (choices, letters) if answer in own}
+    if len(found) == 1:
+        return found.pop()
+    what = "two choices by letter and by text" if found else quoted(answer)
+    raise FormatError(
+        f"{where}: expected 'answer' to be the number of a choice, from 0, its text, or its letter, found {what}"
+    )
+
+
+def _encoded(
+    where: str, context: str, continuation: str, tokenizer: Tokenizer, length: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Encode a question with a choice, whose tokens count."""
+    stripped = context.rstrip()
+    if context:
+        before, ids = (tokenizer.started(text) for text in (stripped, context + continuation))
+    else:
+        ids = tokenizer.encode(continuation)[0]
+        before = [] if tokenizer.prefix is None else [tokenizer.prefix]
+        ids = ids if ids[:1] == before else [*before, *ids]
+    if not before or len(ids) <= len(before):
+        raise FormatError(
+            f"{where}: expected tokens {'in' if before else 'before'} the choice {quoted(continuation[1:])}, found none"
+        )
+    if len(ids) > length:
+        raise FormatError(
+            f"{where}: the question with the choice {quoted(continuation[1:])} has {len(ids)} tokens; give --length {len(ids)}"
+        )
+    return np.array(ids, np.int64), np.arange(len(ids)) >= len(before)

@@ -1,0 +1,137 @@
+"""Make the columns of an evaluation's table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from streamer.evaluation.statistics import QUANTILES, Estimate, SequenceSums
+from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
+
+if TYPE_CHECKING:
+    from streamer.evaluation.evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A column of figures: its title, a cell for each variant, its meaning, and how long it stays where room is scarce."""
+
+    head: str
+    cells: Sequence[str]
+    about: str
+    keep: int
+
+
+def figures(evaluation: Evaluation, every: bool = False) -> list[Figures]:
+    """Make the columns of an evaluation's table, the first of them names; a star marks those of the front.
+
+    Parameters
+    ----------
+    every
+        Whether the figures of llama-perplexity and of PEFT's method comparison are among them.
+    """
+    general, task, numbers = evaluation.general, evaluation.task, range(len(evaluation.variants))
+    best = set(evaluation.front())
+    return [
+        Figures("variant", [v.name + (" *" if v.name in best else "") for v in evaluation.variants],
+                "* no other variant has both a lower loss on the task and a lower divergence", 9),
+        Figures("general", [f"{general.mean(general.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on general text", 4),
+        Figures("vs adapter", cells([general.loss_difference(v, ADAPTER_ROW) for v in numbers]),
+                "that loss less the adapter's, ± the standard error, paired by sequence", 5),
+        Figures("forgetting", _shares(general, numbers),
+                "rise of that loss above the base's; 100% is the adapter's", 7),
+        Figures("KL", cells([general.mean(general.kl[v]) for v in numbers]), "divergence from the base on general text, in nats", 6),
+        Figures("same top", [percent_of(general.mean(general.agree[v])) for v in numbers],
+                "tokens of general text whose likeliest next one is the base's", 2),
+        *_accuracies("general", general, numbers, left=True),
+        Figures("task", [f"{task.mean(task.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on the task's text", 3),
+        Figures("kept", _shares(task, numbers), "fall of that loss below the base's; 100% is the adapter's", 8),
+        Figures("top-1", [percent_of(task.mean(task.right[v])) for v in numbers],
+                "tokens of the task's text whose likeliest next one is the text's own", 1),
+        Figures("top-1 kept", [percent(task.top1_share(v)) if evaluation.reliable()["top1_kept"] else "-" for v in numbers],
+                "rise of that share above the base's; 100% is the adapter's", 5),
+        *_accuracies("task", task, numbers, left=False),
+        *(column for name, sums in evaluation.others.items() for column in _other(name, sums, numbers)),
+        *(field_figures(general) if every else ()),
+    ]  # fmt: skip
+
+
+def field_figures(general: SequenceSums) -> list[Figures]:
+    """Make the columns that llama-perplexity and PEFT's method comparison report, on general text."""
+    variants = range(len(general.loss))
+    return [
+        Figures("CE rise", cells([general.loss_difference(v, BASE_ROW) for v in variants]),
+                "mean loss on general text less the base's: what PEFT's method comparison calls forgetting", 0),
+        Figures("PPL ratio", cells([general.perplexity_ratio(v) for v in variants]), "perplexity on general text over the base's", 0),
+        *(Figures(f"KL {100 * share:g}%", [_four(general.kl_quantile(v, share)) for v in variants],
+                  f"what {100 * share:g}% of the tokens of general text do not exceed, within 1%", 0) for share in QUANTILES.values()),
+        Figures("KL max", [_four(general.kl_max[v].max()) for v in variants], "largest of a token of general text", 0),
+        Figures("mean Δp", cells([_in_percent(general.mean(general.p_change[v])) for v in variants]),
+                "change of the probability of general text's own token, in %", 0),
+        Figures("RMS Δp", cells([_in_percent(general.p_rms(v)) for v in variants]), "root of the mean square of that change, in %", 0),
+    ]  # fmt: skip
+
+
+def _four(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "-"
+
+
+def _in_percent(estimate: Estimate) -> Estimate:
+    return Estimate(100 * estimate.value, 100 * estimate.error, estimate.sequences)
+
+
+def _other(name: str, sums: SequenceSums, variants: Sequence[int]) -> list[Figures]:
+    """Make the columns of another text."""
+    left = sums.effect != "improves"
+    return [
+        Figures(name, [f"{sums.mean(sums.loss[v]).value:.4f}" for v in variants], "mean loss in nats on this text", 2),
+        Figures(f"{name} {'left' if left else 'kept'}", _shares(sums, variants),
+                f"{'rise' if left else 'fall'} of that loss {'above' if left else 'below'} the base's; 100% is the adapter's", 4),
+        Figures(f"{name} KL", cells([sums.mean(sums.kl[v]) for v in variants]), "divergence from the base on this text, in nats", 1),
+        *_accuracies(name, sums, variants, left),
+    ]  # fmt: skip
+
+
+def _accuracies(name: str, sums: SequenceSums, variants: Sequence[int], left: bool) -> list[Figures]:
+    """Make the columns of a text of questions; none of another text."""
+    if sums.acc is None:
+        return []
+    shares = [percent(sums.accuracy_share("acc", v)) for v in variants]
+    return [
+        Figures(f"{name} acc", [percent(sums.accuracy("acc", v)) for v in variants], "questions whose right choice is the likeliest", 6),
+        Figures(f"{name} acc vs adapter", [percent(sums.accuracy("acc", v, ADAPTER_ROW)) for v in variants],
+                "that share less the adapter's, ± the standard error, paired by question", 4),
+        Figures(f"{name} acc {'left' if left else 'kept'}", shares,
+                f"{'fall' if left else 'rise'} of that share {'below' if left else 'above'} the base's; 100% is the adapter's", 5),
+        Figures(f"{name} acc_norm", [percent(sums.accuracy("acc_norm", v)) for v in variants],
+                "the same, of the log-likelihood for each character of a choice", 1),
+    ]  # fmt: skip
+
+
+def _shares(sums: SequenceSums, variants: Sequence[int]) -> list[str]:
+    """Write the shares of variants, or dashes if what they are of is too small."""
+    return [percent(sums.share(v)) if sums.change.divides else "-" for v in variants]
+
+
+def cell(estimate: Estimate) -> str:
+    """Write a figure with two digits of its error."""
+    return cells([estimate])[0]
+
+
+def cells(estimates: Sequence[Estimate]) -> list[str]:
+    """Write figures of one kind with as many digits as the largest of their errors has, two of its own."""
+    error = max(e.error for e in estimates)
+    digits = min(6, max(2, 1 - math.floor(math.log10(error)))) if 0 < error < math.inf else 4
+    return [f"{e.value:.{digits}f} ± {e.error:.{digits}f}" if math.isfinite(e.value) else "-" for e in estimates]
+
+
+def percent_of(part: Estimate) -> str:
+    """Write a part of all tokens, without its error."""
+    return f"{100 * part.value:.1f}%" if math.isfinite(part.value) else "-"
+
+
+def percent(share: Estimate) -> str:
+    """Write a share with its error; a dash if it is not defined."""
+    return f"{100 * share.value + 0.0:.1f}% ± {100 * share.error:.1f}" if math.isfinite(share.value) else "-"
