@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,6 @@ SHARES = "0.9,0.7"
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_learned(tmp_path_factory.mktemp("repair"), sequences=48)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    made = Server(modules=("streamer.api.fitting", "transformers.models.llama.modeling_llama"))
-    yield made
-    made.close()
 
 
 def texts(home: Path) -> list[object]:

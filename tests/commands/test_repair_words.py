@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,6 @@ from streamer.fitting.options import FitOptions, divide
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_learned(tmp_path_factory.mktemp("repair"), sequences=48)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    made = Server(modules=("streamer.api.fitting", "transformers.models.llama.modeling_llama"))
-    yield made
-    made.close()
 
 
 def texts(home: Path) -> list[object]:

@@ -30,7 +30,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Several:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_together_they_give_what_each_gives_alone(several: Several, way: str, tmp_path: Path) -> None:
-    expected = tree_digest(several.single / way)
+    expected = tree_digest(several.alone(way))
     assert len(expected) >= len(NAMES)
     run(*several.line(way, tmp_path / "directory"))
     assert tree_digest(tmp_path / "directory") == expected
@@ -277,7 +277,7 @@ def test_the_library_gives_a_dict(several: Several, tmp_path: Path) -> None:
     assert list(records) == NAMES
     for name in NAMES:
         mine = tree_digest(tmp_path / "merged" / name)
-        assert mine == tree_digest(several.single / WAYS[2] / name)
+        assert mine == tree_digest(several.alone(WAYS[2]) / name)
         out = tmp_path / "merged" / name
         stands = json.loads((out / "streamer.json").read_text())
         assert records[name] == {**stands, "output": str(out), "state": "written"}
@@ -285,7 +285,7 @@ def test_the_library_gives_a_dict(several: Several, tmp_path: Path) -> None:
         several.base, [several.adapters], tmp_path / "reduced", findings=found, mitigation_lambda=0.5, to_lora=3
     )
     assert list(reduced) == NAMES
-    assert tree_digest(tmp_path / "reduced") == tree_digest(several.single / WAYS[3])
+    assert tree_digest(tmp_path / "reduced") == tree_digest(several.alone(WAYS[3]))
     del found["saved"]
     with pytest.raises(UsageError, match="findings: has none for adapter 'saved'; run detect on it"):
         streamer.merge_with_reduced_intruder_dimensions(several.base, paths, tmp_path / "no", findings=found)
@@ -294,7 +294,7 @@ def test_the_library_gives_a_dict(several: Several, tmp_path: Path) -> None:
 
 
 def test_a_fine_tuned_model_goes_along(several: Several, tmp_path: Path) -> None:
-    tuned = several.single / WAYS[1] / "lora"
+    tuned = several.alone(WAYS[1]) / "lora"
     names = ["saved", "lora"]
     found = streamer.detect_intruder_dimensions(several.base, [several.adapters / "saved", tuned])
     assert list(found) == names

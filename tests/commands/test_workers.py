@@ -9,9 +9,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import helpers
+import jobs
 import pytest
 from command_line import run_cli
-from several import Several
 from worker_runs import WorkerBench, dask_scheduler, dask_workers, ray_cluster, worker_bench
 
 import streamer
@@ -64,6 +64,7 @@ def test_threads_give_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None
     assert (steps[-1].done, steps[-1].items) == (steps[-1].total, 10)
 
 
+@pytest.mark.long
 def test_processes_give_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, get_context("spawn")) as pool, threads(1):
         streamer.detect_intruder_dimensions(
@@ -90,12 +91,12 @@ def test_workers_share_the_memory(bench: WorkerBench, tmp_path: Path) -> None:
 
 
 def test_several_adapters_on_workers(tmp_path: Path) -> None:
-    several = Several(tmp_path / "in")
+    base, adapters = jobs.several(tmp_path / "in")
     with ThreadPoolExecutor(2) as pool:
-        found = streamer.detect_intruder_dimensions(several.base, [several.adapters], tmp_path / "found", executor=pool)
+        found = streamer.detect_intruder_dimensions(base, [adapters], tmp_path / "found", executor=pool)
     for name, findings in found.items():
         path = tmp_path / f"{name}.safetensors"
-        streamer.detect_intruder_dimensions(several.base, several.adapters / name, path)
+        streamer.detect_intruder_dimensions(base, adapters / name, path)
         assert path.read_bytes() == (tmp_path / "found" / path.name).read_bytes()
         assert findings.digest() == streamer.load_findings(path).digest()
 

@@ -36,6 +36,11 @@ COMMANDS = {
 FEW_TRIES = "import streamer.storage.remote_access as access; access.TRIES = access.FIRST_TRIES = 2"
 """Code that lets a run give a server up in a second."""
 
+SHORT_WAITS = (
+    "import streamer.storage.remote_access as access; sleep = access._sleep; access._sleep = lambda s: sleep(s / 10)"
+)
+"""Code that lets a run try again sooner."""
+
 STALL = 1.0
 
 OF_DATA = {"stall", "reset", "short", "whole"}
@@ -305,7 +310,7 @@ def _service(command: str, site: RangeServer, home: Path, every: int, seed: str)
         else (f"{site.address}/base", f"{site.address}/adapter")
     )
     verb, *options = COMMANDS[command].split()
-    case = Case((verb, *inputs, *options), server(), before=f"os.environ.update({environment})")
+    case = Case((verb, *inputs, *options), server(), before=f"os.environ.update({environment}); {SHORT_WAITS}")
     out = home / "whole"
     home.mkdir(parents=True)
     site.reset()

@@ -22,7 +22,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Several:
 @pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_killed_anywhere_is_finished_by_the_same_command(several: Several, way: str, tmp_path: Path) -> None:
-    expected = tree_digest(several.single / way)
+    expected = tree_digest(several.alone(way))
     calls = len(server().run(*several.line(way, tmp_path / "whole")).calls)
     for n in range(3, calls, calls // 7):
         out = tmp_path / str(n)
@@ -38,7 +38,7 @@ def test_shards_that_one_output_has_already_are_kept(several: Several, tmp_path:
     way, out = WAYS[2], tmp_path / "out"
     alone = several.line(way, out / "lora", several.adapters / "lora")
     alone[alone.index(several.findings)] = several.findings / "lora.safetensors"
-    shards = sorted(n for n in tree_digest(several.single / way / "lora") if n.startswith("model-"))
+    shards = sorted(n for n in tree_digest(several.alone(way) / "lora") if n.startswith("model-"))
     for n in range(20, 500, 3):
         assert server().run(*alone, at=n, code=KILL).code == -signal.SIGKILL
         if (out / "lora" / shards[1]).exists():
@@ -47,7 +47,7 @@ def test_shards_that_one_output_has_already_are_kept(several: Several, tmp_path:
     kept = (out / "lora" / shards[0]).stat().st_ino
     assert not (out / "lora" / shards[2]).exists()
     run(*several.line(way, out))
-    assert tree_digest(out) == tree_digest(several.single / way)
+    assert tree_digest(out) == tree_digest(several.alone(way))
     assert (out / "lora" / shards[0]).stat().st_ino == kept
 
 
@@ -58,7 +58,7 @@ def test_each_output_is_locked(several: Several, tmp_path: Path) -> None:
         with locked(out / lock):
             assert "another run is writing here" in run(*several.line(way, out), code=5)
         run(*several.line(way, out))
-        assert tree_digest(out) == tree_digest(several.single / way)
+        assert tree_digest(out) == tree_digest(several.alone(way))
 
 
 def test_one_that_is_locked_leaves_the_others_as_they_were(several: Several, tmp_path: Path) -> None:

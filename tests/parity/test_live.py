@@ -217,7 +217,7 @@ def test_a_plain_model_with_an_injected_adapter(made: Made, expected: Path) -> N
     assert relative(logits(merged), tuned) < 5e-6
 
 
-@pytest.mark.parametrize("mode", ["compiled", "inference", "training"])
+@pytest.mark.parametrize("mode", [pytest.param("compiled", marks=pytest.mark.long), "inference", "training"])
 def test_modes_of_a_model(made: Made, expected: Path, mode: str) -> None:
     model: Any = loaded(made)
     with torch.inference_mode(mode == "inference"):

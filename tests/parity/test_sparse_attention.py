@@ -36,6 +36,8 @@ CHOOSING = {
 QUICK = {"DogeForCausalLM", "GlmMoeDsaForCausalLM"}
 """One that chooses by values, and one by an indexer, as the others do."""
 
+EACH = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in CHOOSING]
+
 CHOSEN = 4
 """Keys that attention chooses."""
 
@@ -92,7 +94,7 @@ def assert_alone(found: streamer.Evaluation, cls: Any, base: Path, adapter: Path
                 assert_sums(ours.loss[v, i], ours.kl[v, i], own, answers[0], ids, (text, i, v))
 
 
-@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("name", EACH)
 def test_losses_are_those_of_each_sequence_alone(name: str, tmp_path: Path) -> None:
     cls, base, adapter, texts = make_inputs(name, tmp_path)
     found = streamer.evaluate_variants(base, adapter, methods=["shrink"], lambdas=(0.5,), on_event=str, **texts)
@@ -112,7 +114,7 @@ def test_the_check_of_logits_finds_a_class_whose_config_does_not_say_so(
         assert np.array_equal(getattr(found, text).loss, getattr(stated, text).loss)
 
 
-@pytest.mark.parametrize("name", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.long) for c in CHOOSING])
+@pytest.mark.parametrize("name", EACH)
 def test_gradients_are_those_of_sequences_without_padding(name: str, tmp_path: Path) -> None:
     cls, base, adapter, texts = make_inputs(name, tmp_path)
     prepared = prepare_fit(base, adapter, texts, FitOptions(grain="direction"), None, RunOptions(torch.device("cpu")))
@@ -141,6 +143,7 @@ def make_learned_text(cls: Any, base: Path, adapter: Path, path: Path) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_a_fit_divides_its_sequences_by_length_if_the_check_of_logits_finds_that_it_must(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

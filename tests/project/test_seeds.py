@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -61,33 +62,30 @@ def draws(tmp_path: Path) -> Path:
     return file
 
 
-def printed(file: Path, *arguments: str) -> list[str]:
-    """The random numbers that the tests print, and the seed that their failures name."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-rP",
-        "--rootdir",
-        file.parents[2],
-        *arguments,
-        file,
-    ]
+RUNS = """
+import json, pytest, sys
+for arguments in json.loads(sys.argv[1]):
+    assert pytest.main(arguments) == 1
+    print("\f")
+"""
+
+
+def printed(file: Path, *runs: list[str]) -> list[list[str]]:
+    """The random numbers that the tests print in each run, and the seed that their failures name."""
+    always = ["-q", "-p", "no:cacheprovider", "-rP", "--rootdir", str(file.parents[2]), str(file)]
+    command = [sys.executable, "-c", RUNS, json.dumps([[*always, *own] for own in runs])]
     path = os.pathsep.join([str(TESTS / "support"), *sys.path])
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=False
     )
-    assert done.returncode == 1, done.stdout
-    return re.findall(r"^(?:(?:shared|own|example) \d|--seed).*", done.stdout, re.MULTILINE)
+    assert done.returncode == 0, done.stdout
+    numbers = re.compile(r"^(?:(?:shared|own|example) \d|--seed).*", re.MULTILINE)
+    return [numbers.findall(text) for text in done.stdout.split("\f")[:-1]]
 
 
 def test_a_failure_prints_the_seed_that_draws_the_same_again_after_others_or_not(draws: Path) -> None:
     """Fixtures that a test shares with others draw the same too, whichever asks first."""
-    first, other = (printed(draws, "--seed", seed) for seed in "34")
-    again = printed(draws, "--seed", "3", "-k", "not test_one")
+    first, other, again = printed(draws, ["--seed", "3"], ["--seed", "4"], ["--seed", "3", "-k", "not test_one"])
     assert set(first) == set(again)
     assert {line.split()[0] for line in first} == {"shared", "own", "example", "--seed"}
     for kind in ("shared", "own", "example"):

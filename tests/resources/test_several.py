@@ -78,9 +78,7 @@ def test_the_forecast_of_all_has_the_base_once(several: Several, way: str, tmp_p
 
 def test_all_outputs_must_fit_on_the_disk(several: Several, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [several.adapters / name for name in NAMES]
-    sizes = [
-        sum(p.stat().st_size for p in (several.single / WAYS[1] / name).rglob("*") if p.is_file()) for name in NAMES
-    ]
+    sizes = [sum(p.stat().st_size for p in (several.alone(WAYS[1]) / name).rglob("*") if p.is_file()) for name in NAMES]
     free = sum(sizes) - max(sizes) // 2
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     merge = streamer.merge_with_reduced_intruder_dimensions

@@ -38,6 +38,16 @@ LABELS = [VERBS.index(v) for _, v, _ in itertools.product(SUBJECTS, VERBS, OBJEC
 
 BASE = Path(get_model_path())
 
+PARTS = (
+    *(f"attention.self.{name}" for name in ("query", "key", "value")),
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+
+ADAPTED = 3, 4, 5
+"""The layers of six that an adapter changes."""
+
 
 def load_base() -> torch.nn.Module:
     return AutoModel.from_pretrained(BASE, dtype=torch.float32).eval()
@@ -56,7 +66,8 @@ def outputs(model: torch.nn.Module) -> torch.Tensor:
 def train(directory: Path, rank: int, steps: int = 40, lr: float = 6e-3, seed: int = 0, **config) -> Path:
     """Train a LoRA adapter to tell the verbs apart, and save it with PEFT."""
     torch.manual_seed(vary(seed))
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "key", "value", "dense"], **config)
+    parts = [f"{layer}.{part}" for layer in ADAPTED for part in PARTS]
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[*parts, "pooler.dense"], **config)
     model = get_peft_model(load_base(), lora)
     head = torch.nn.Linear(384, len(VERBS))
     optimizer = torch.optim.AdamW([*(p for p in model.parameters() if p.requires_grad), *head.parameters()], lr=lr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import jobs
@@ -22,22 +21,25 @@ def run(*argv: object, code: int = 0) -> str:
 
 
 class Several:
-    """A base, a directory of three adapters of different kinds, and what each alone gives, by way and name."""
+    """A base, a directory of three adapters of different kinds, their findings, and what each alone gives."""
 
     def __init__(self, home: Path) -> None:
         self.base, self.adapters = jobs.several(home)
-        self.single, self.home = home / "single", home
-        self.findings = home / "findings"
-        (self.single / "detect").mkdir(parents=True)
+        self.home, self.findings = home, home / "findings"
         self.findings.mkdir()
         for name in NAMES:
             run("detect", self.base, self.adapters / name, "-o", self.findings / f"{name}.safetensors")
-        shutil.copytree(self.findings, self.single / "detect", dirs_exist_ok=True)
-        for way in WAYS[1:]:
-            verb, *options = way.split()
-            for name in NAMES:
-                given = [self.findings / f"{name}.safetensors"] if "--findings" in options else []
-                run(verb, self.base, self.adapters / name, *options, *given, "-o", self.single / way / name)
+
+    def alone(self, way: str) -> Path:
+        """The directory of what each alone gives, made when it is first asked for."""
+        verb, *options = way.split()
+        if verb == "detect":
+            return self.findings
+        place = self.home / "alone" / way
+        for name in NAMES if not place.exists() else ():
+            given = [self.findings / f"{name}.safetensors"] if "--findings" in options else []
+            run(verb, self.base, self.adapters / name, *options, *given, "-o", place / name)
+        return place
 
     def line(self, way: str, out: Path, *adapters: Path) -> list[object]:
         """The command line for all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -13,7 +14,8 @@ from helpers import names, tree_digest
 import streamer
 from streamer.detection.findings import Findings
 from streamer.errors import LockedError, MissingPackageError, OutputError, OutputExistsError, UsageError
-from streamer.report.figures import _SETTINGS, _draw_output_map, _draw_tradeoff
+from streamer.evaluation.evaluation import Evaluation
+from streamer.report.figures import _SETTINGS, _draw_output_map, _draw_tradeoff, draw_figures
 from streamer.report.files import write_files
 from streamer.report.subject import make_subject, open_subject
 from streamer.storage.lock import locked
@@ -85,11 +87,23 @@ def test_figures_without_matplotlib(findings: Findings, tmp_path: Path, monkeypa
     write_files(make_subject(findings), tmp_path / "r.html")
 
 
-def test_figures_as_svg_and_png(findings: Findings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    from streamer.report.figures import draw_figures
+class Figures(NamedTuple):
+    """A few findings, an evaluation, and the figures of both."""
 
+    few: Findings
+    evaluation: Evaluation
+    drawn: dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def figures(findings: Findings) -> Figures:
+    pytest.importorskip("matplotlib")
     few, evaluation = findings.select("*layers.0.*"), of_findings(findings)
+    return Figures(few, evaluation, draw_figures(make_subject(few, evaluation)))
+
+
+def test_figures_as_svg_and_png(figures: Figures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, evaluation, again = figures
     streamer.write_report(few, tmp_path / "f", evaluation=evaluation)
     stems = {"map", "similarity", "spectrum", "thresholds", "lambdas", "tradeoff"}
     assert set(names(tmp_path / "f")) == {f"{stem}.{form}" for stem in stems for form in ("svg", "png")}
@@ -97,7 +111,6 @@ def test_figures_as_svg_and_png(findings: Findings, tmp_path: Path, monkeypatch:
         root = ET.fromstring((tmp_path / "f" / f"{stem}.svg").read_text())
         assert len(list(root.iter())) > 50
         assert (tmp_path / "f" / f"{stem}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    again = draw_figures(make_subject(few, evaluation))
     assert {name: (tmp_path / "f" / name).read_bytes() for name in again} == again, "the same bytes"
     (tmp_path / "f" / "notes.txt").write_text("mine")
     monkeypatch.setattr("streamer.report.files.draw_figures", lambda _: again)
@@ -167,13 +180,9 @@ def test_the_figure_of_a_shrink_has_no_map_of_intruders(
 
 
 def test_figures_that_a_report_has_not_are_removed_with_the_old_ones(
-    findings: Findings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    figures: Figures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("matplotlib")
-    from streamer.report.figures import draw_figures
-
-    few = make_subject(findings.select("*layers.0.*"))
-    drawn = draw_figures(few)
+    few, drawn = make_subject(figures.few), {n: data for n, data in figures.drawn.items() if "tradeoff" not in n}
     monkeypatch.setattr("streamer.report.files.draw_figures", lambda _: drawn)
     (tmp_path / "f").mkdir()
     for name, data in {**drawn, "tradeoff.svg": drawn["spectrum.svg"], "tradeoff.png": drawn["spectrum.png"]}.items():
