@@ -39,13 +39,22 @@ def test_files_from_before_a_killed_overwrite_go_as_well(
     assert tree_digest(out) == tree_digest(tmp_path / "fresh")
 
 
+@pytest.fixture(scope="module")
+def shrunk(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and an adapter."""
+    home = tmp_path_factory.mktemp("shrunk")
+    for command in ("merge", "mitigate"):
+        ok(command, *inputs, "-o", home / command, "--method", "shrink")
+    return home
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("n", range(1, 13))
-def test_killed_while_it_removes_the_old_output(inputs: tuple[Path, Path], tmp_path: Path, n: int) -> None:
-    out = tmp_path / "out"
-    ok("merge", *inputs, "-o", out, "--method", "shrink")
+def test_killed_while_it_removes_the_old_output(
+    inputs: tuple[Path, Path], shrunk: Path, tmp_path: Path, n: int
+) -> None:
+    out = shutil.copytree(shrunk / "merge", tmp_path / "out")
     line = ("mitigate", *inputs, "-o", out, "--overwrite", "--method", "shrink")
     assert server().run(*line, at=n, code=KILL).code == -signal.SIGKILL
     ok(*line)
-    ok("mitigate", *inputs, "-o", tmp_path / "fresh", "--method", "shrink")
-    assert tree_digest(out) == tree_digest(tmp_path / "fresh")
+    assert tree_digest(out) == tree_digest(shrunk / "mitigate")
