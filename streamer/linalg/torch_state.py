@@ -66,7 +66,7 @@ def has_fast_bfloat16() -> bool:
     """Test whether torch multiplies in bfloat16 here, by a product: of 1 + 2⁻¹², which bfloat16 rounds to 1.
 
     The processor's flags do not tell. Of two that have AVX512-BF16 (oneDNN 3.12) one multiplies float32 matrices by it, with AMX, and
-    the other stays in full float32, where asking for bfloat16 would save nothing.
+    the other stays in full float32, where asking for bfloat16 would save nothing; products of bfloat16 matrices take longer there.
     """
     with bfloat16_products():
         product = torch.full((64, 256), 1 + 2**-12) @ torch.ones(256, 64)
