@@ -1,15 +1,15 @@
 """Texts of the command line's help: what it is for, a first run, examples of each command, exit codes."""
 
 DESCRIPTION = """\
-Find the intruder dimensions of a LoRA adapter and scale them down, one matrix
-at a time. An intruder is one of the largest singular directions of a matrix
-after fine-tuning which resembles none that the base had before it.
+Make a LoRA adapter forget less of its base model, one matrix at a time. An
+intruder dimension is one of the largest singular directions of a fine-tuned
+matrix that resembles none of the base's.
 """
 
 EXIT_CODES = """\
 exit codes:
   0 done
-  1 unexpected
+  1 unexpected error
   2 usage
   3 bad or inconsistent input
   4 output exists or does not match
@@ -24,30 +24,29 @@ EPILOG = (
     """\
 a first run:
   streamer demo
-      the whole job on a generated model, in seconds
+      find and remove planted intruders in a generated model, in seconds
   streamer inspect BASE ADAPTER
-      what would be done, matrix by matrix
+      see which tensor each module changes, and what a run would need
   streamer detect BASE ADAPTER -o findings.safetensors
       find the intruders, once
   streamer mitigate BASE ADAPTER -o DIR --findings findings.safetensors
-      a mitigated adapter, for PEFT
+      write a mitigated adapter, for PEFT
   streamer merge BASE ADAPTER -o DIR --findings findings.safetensors
-      a plain model with the mitigated adapter merged in
+      write a plain model with the mitigated adapter merged in
   streamer evaluate BASE ADAPTER --general TEXT --task TEXT -o FILE
-      what each method and lambda keeps and forgets, on your text
+      measure what each method and lambda keeps and forgets
   streamer repair BASE ADAPTER --task TEXT --general TEXT -o DIR
-      an adapter that forgets less, if measurements show it
+      write an adapter that forgets less, as measured on your texts
   streamer fit BASE ADAPTER --general TEXT --task TEXT -o FILE
-      what repair uses: the adapter fitted to your text
+      write only the fit that repair uses
   streamer map BASE --general TEXT -o base.map.safetensors
-      once for a base: then --map FILE repairs its adapters without any text
+      map a base once; with --map, no adapter of it needs text of its task
   streamer verify DIR
-      every byte as it was written, after a copy for example
+      check every byte of an output, for example after a copy
 
-BASE is a model directory (or one .safetensors file), ADAPTER a PEFT adapter's
-directory. detect, mitigate and merge take several, or a directory of adapters,
-and read the base once for all; inspect, evaluate,
-fit, repair and verify take one.
+BASE is a model directory or a .safetensors file, ADAPTER the directory of a
+PEFT adapter; both can be hub names or addresses. detect, mitigate and merge
+accept several adapters and read the base once; other commands accept one.
 Results go to stdout, progress to stderr.
 
 """
@@ -75,12 +74,12 @@ examples:
   streamer mitigate BASE ADAPTER -o mild --lambda 0.75
   streamer mitigate BASE ADAPTER -o half --lambda 0.5 --findings f.safetensors
   streamer mitigate BASE ADAPTER -o half --lambda 0.4 --overwrite
-      another lambda in the same place
+      replaces the output by one with another lambda
   streamer mitigate BASE ADAPTER -o as-lora --to-lora 32
   streamer mitigate BASE ADAPTER -o fitted --coefficients c.safetensors
-      each direction of the adapter as `streamer fit` found it
+      apply the coefficients that `streamer fit` found
   streamer mitigate BASE ADAPTER -o repaired --map base.map.safetensors
-      what `streamer map` made of BASE, once for all its adapters
+      apply a map of BASE, made once for all its adapters
 """,
     "merge": """\
 examples:
@@ -88,38 +87,38 @@ examples:
   streamer merge BASE ADAPTER -o merged --lambda 0.5 --findings f.safetensors
   streamer merge BASE ADAPTER1 ADAPTER2 -o models --findings found
   streamer merge BASE ADAPTER -o plain --dequantize
-      a plain model, where BASE is quantized
+      a plain model, if BASE is quantized
 """,
     "report": """\
 examples:
   streamer report findings.safetensors
   streamer report findings.safetensors --json | jq .totals
   streamer report findings.safetensors evaluation.json -o report.html
-      a page with pictures, of findings alone too
+      a page with figures; the evaluation is optional
   streamer report DIR -o report.html
-      one page of all findings in DIR, which `detect` wrote for several adapters
+      one page for a directory of findings, from several adapters
   streamer report findings.safetensors -o figures
-      the pictures as SVG and PNG, in a directory
+      a directory of figures, as SVG and PNG
   streamer report f.safetensors BASE ADAPTER --coefficients c.safetensors
-      what coefficients leave of the intruders
+      the effect of coefficients on the intruders
   streamer report merged
-      what streamer.json of an output says
+      the record (streamer.json) of an output
 """,
     "diff": """\
 examples:
   streamer diff findings.safetensors after.safetensors
-      after: findings on the mitigated adapter, say
+      for example, of an adapter and of its mitigated version
   streamer diff before.safetensors after.safetensors --json | jq .totals
 """,
     "verify": """\
 examples:
   streamer verify merged
-      sizes, digests, index and shards against the record in it
+      checks sizes, digests, index and shards against the record
   streamer verify findings.safetensors
   streamer verify merged BASE ADAPTER
-      its configs and files too, and 3 matrices recomputed by independent code
+      also checks configs and files, and recomputes 3 matrices
   streamer verify merged BASE ADAPTER --sample all
-      every matrix, and every other tensor byte by byte
+      recomputes every matrix, and compares every other tensor byte by byte
 """,
     "evaluate": """\
 examples:
@@ -134,16 +133,16 @@ examples:
 examples:
   streamer fit BASE ADAPTER --general g.txt --task t.jsonl -o c.safetensors
   streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --keep 0.95,0.9
-      two sets in one file
+      writes two sets into one file
   streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --dry-run
 """,
     "map": """\
 examples:
   streamer map BASE --general web.txt -o base.map.safetensors
   streamer map BASE -o base.map.safetensors
-      on text that comes with Python
+      uses text that comes with Python
   streamer map a.safetensors b.safetensors -o both.safetensors
-      the sum of two maps of one base
+      adds two maps of one base
 """,
     "repair": """\
 examples:
@@ -155,6 +154,6 @@ examples:
 examples:
   streamer demo
   streamer demo --lambda 0.5 -o demo
-      keeps the model, the adapter and all that is made of them
+      keeps the model, the adapter and all results in ./demo
 """,
 }

@@ -55,7 +55,7 @@ def named_as_option(message: str) -> str:
 def add_amplify(group: argparse._ActionsContainer) -> None:
     """Add ``--amplify``."""
     group.add_argument("--amplify", action="store_true",
-                       help="allow a lambda outside [0, 1]: above 1 an intruder grows, below 0 its sign changes")  # fmt: skip
+                       help="allow a lambda outside [0, 1]: above 1 enlarges an intruder, below 0 changes its sign")  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -73,11 +73,11 @@ def build_parser() -> Parser:
     g.add_argument("--json-events", action="store_true",
                         help="print one JSON object per line to stderr instead of progress, warnings and errors")  # fmt: skip
     g.add_argument("-q", "--quiet", action="count", default=0,
-                        help="no progress, no table, no last line; twice (-qq): no warnings either")  # fmt: skip
+                        help="print only warnings and errors; twice (-qq): only errors")  # fmt: skip
     g.add_argument("--progress", choices=["auto", "bar", "plain", "none"], default="auto",
-                        help="on stderr: a bar, or a line every 30 s (plain); auto: a bar on a terminal, else plain")  # fmt: skip
+                        help="how to show progress: a bar, or a line every 30 s (plain); auto: bar on a terminal, else plain")  # fmt: skip
     g.add_argument("--all", action="store_true",
-                        help="show every row and column; by default, tables show those that matter most")  # fmt: skip
+                        help="show every row and column of tables, not only the most important ones")  # fmt: skip
     g.add_argument(
         "--no-legend", dest="legend", action="store_false", help="omit the lines that explain the columns of tables"
     )
@@ -85,46 +85,45 @@ def build_parser() -> Parser:
     of_base = Parser(add_help=False)
     g = of_base.add_argument_group("input")
     g.add_argument("--io", choices=["mmap", "pread"], default="mmap",
-                         help="how tensors are read; pread is for network file systems (default: mmap)")  # fmt: skip
+                         help="how to read tensors; use pread on network file systems (default: mmap)")  # fmt: skip
     g.add_argument("--remote", choices=["cache", "stream"],
-                   help="how to read an input at an address: cache downloads what is needed first; stream reads byte ranges and keeps "
-                        "nothing (if not given: cache from the hub, else stream)")  # fmt: skip
+                   help="how to read an input at an address: cache downloads what is needed first; stream reads byte ranges and stores "
+                        "nothing (default: cache for the hub, else stream)")  # fmt: skip
     g.add_argument("--architecture", metavar="NAME",
-                   help="class of BASE in transformers, like GPT2LMHeadModel, if its config.json does not name it; needed only if a "
-                        "message asks for it")  # fmt: skip
+                   help="class of BASE in transformers, like GPT2LMHeadModel; needed only if a message asks for it")  # fmt: skip
 
     of_adapter = Parser(add_help=False)
     g = of_adapter.add_argument_group("input")
     g.add_argument("--base-is-residual", action="store_true",
-                   help="BASE is the residual model of PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ on which ADAPTER was trained")  # fmt: skip
+                   help="BASE is the residual of PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ, on which ADAPTER was trained")  # fmt: skip
     g.add_argument("--lora-b-layout", choices=["rank_major", "grouped_by_expert"],
-                   help="order of lora_B's columns on stacked experts, if ADAPTER does not state it: rank_major is PEFT's, "
-                        "grouped_by_expert was Unsloth's until September 2026")  # fmt: skip
+                   help="order of lora_B's columns for stacked experts, if ADAPTER does not state it: rank_major (PEFT), or "
+                        "grouped_by_expert (Unsloth until September 2026)")  # fmt: skip
     g.add_argument("--ignore-key", dest="ignore_keys", action="append", default=[], metavar="KEY",
-                   help="accept the unknown key KEY of the adapter's config and ignore it; can be repeated")  # fmt: skip
+                   help="ignore the unknown key KEY of the adapter's config (repeatable)")  # fmt: skip
     reading = Parser(add_help=False, parents=[of_base, of_adapter])
 
     computing = Parser(add_help=False)
     g = computing.add_argument_group("detection")
     g.add_argument("--top-k", type=top_k, metavar="K",
-                   help="judge the K largest singular directions: a count, or a share like 0.1 (default: 10)")  # fmt: skip
+                   help="number of leading singular directions to judge in each matrix, or a share like 0.1 (default: 10)")  # fmt: skip
     g.add_argument("--epsilon", dest="threshold_epsilon", type=number, metavar="E",
-                   help="a direction whose similarity to the base is below E is an intruder (default: 0.5)")  # fmt: skip
+                   help="a direction is an intruder if its similarity to the base is below E (default: 0.5)")  # fmt: skip
     g.add_argument("--solver", choices=["auto", "certified", "dense"],
                    help="certified: Krylov with bounds; dense: LAPACK's full SVD; auto: the cheaper one (default: auto)")  # fmt: skip
     g.add_argument("--max-memory", type=size, metavar="SIZE",
-                   help="the most memory to take, like 600M or 4G, mapped files and a GPU's driver not counted: large matrices take "
-                        "longer, what only a full SVD could settle stays open, and what does not fit is refused "
-                        "(default: as much as it takes)")  # fmt: skip
+                   help="limit of memory, like 600M or 4G, without mapped files and a GPU's driver. With little memory, large matrices "
+                        "are slower and decisions that need a full SVD stay open; a matrix that does not fit is refused "
+                        "(default: no limit)")  # fmt: skip
     add_device(g)
-    add_threads(g, "; beside other work a detection uses fewer where it measures that more are slower, and says so")
+    add_threads(g, "; beside other work a detection uses fewer threads if it measures that they are faster")
 
     def writing(metavar: str, text: str) -> Parser:
         parent = Parser(add_help=False)
         g = parent.add_argument_group("output")
         g.add_argument("-o", "--output", required=True, metavar=metavar, help=text)
         g.add_argument("--dry-run", action="store_true",
-                       help="check everything, forecast memory, disk and time, and write nothing")  # fmt: skip
+                       help="check inputs and options, forecast memory, disk and time, and write nothing")  # fmt: skip
         g.add_argument(
             "--no-resume",
             dest="resume",
@@ -132,109 +131,110 @@ def build_parser() -> Parser:
             help="start over instead of resuming an interrupted run",
         )
         g.add_argument("--overwrite", action="store_true",
-                       help="replace an existing output (the files that its record lists), or write into a directory of other files, which "
-                            "are kept; refused if one of them has a name that the output needs or that a loader would read")  # fmt: skip
+                       help="replace the files of an existing output, or write into a directory with other files. Other files are kept; "
+                            "refused if one has a name that the output needs or that a loader would read")  # fmt: skip
         return parent
 
     mitigating = Parser(add_help=False)
     g = mitigating.add_argument_group("mitigation")
     g.add_argument("--lambda", dest="mitigation_lambda", type=number, metavar="L",
-                   help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0.75); with --map, the share "
-                        "of each delta's energy on general inputs (default: 0.6)")  # fmt: skip
+                   help="share of each intruder (with shrink: of the adapter) to keep, from 0 (remove) to 1 (unchanged) (default: "
+                        "0.75); with --map, share of each delta's energy on general inputs (default: 0.6)")  # fmt: skip
     add_amplify(g)
     g.add_argument("--method", choices=list(ABOUT), metavar="NAME",
                    help="; ".join(f"{name}: {about}" for name, about in ABOUT.items())
-                        + f"; if not given, that of --coefficients or --map, else {DEFAULT_METHOD}")  # fmt: skip
+                        + f" (default: the method of --coefficients or --map, else {DEFAULT_METHOD})")  # fmt: skip
     g.add_argument("--coefficients", metavar="FILE",
-                   help="from `streamer fit`; detection and --lambda are not used")  # fmt: skip
+                   help="coefficients from `streamer fit`; detection and --lambda are not used")  # fmt: skip
     g.add_argument("--keep", type=number, metavar="SHARE",
-                   help="which coefficients, where FILE has several sets: those that keep this share of what was learned")  # fmt: skip
-    g.add_argument("--map", type=path, metavar="FILE", help="from `streamer map` on BASE; detection is not used")
+                   help="if FILE has several sets of coefficients: use the one for this share of the learning")  # fmt: skip
+    g.add_argument("--map", type=path, metavar="FILE", help="map of BASE from `streamer map`; detection is not used")
     g.add_argument("--scale", choices=["all", "first"], default="all",
-                   help="which intruders: all among the top k, or the highest-ranked one of each matrix (default: all)")  # fmt: skip
+                   help="scale all intruders among the top k, or only the highest-ranked one of each matrix (default: all)")  # fmt: skip
     g.add_argument("--no-card", dest="model_card", action="store_false",
-                   help="do not describe in the output's model card (README.md) how it was made")  # fmt: skip
+                   help="do not write into the output's model card (README.md) how it was made")  # fmt: skip
     g.add_argument("--findings", type=path, metavar="FILE",
-                   help="from `streamer detect` (of several adapters, its directory); without it detection runs first")  # fmt: skip
+                   help="findings from `streamer detect` (a directory for several adapters); without it, detection runs first")  # fmt: skip
 
     def command(name: str, text: str, *parents: Parser) -> Parser:
         return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
                                    epilog=f"{EXAMPLES[name]}\n{EXIT_CODES}", parents=[*parents, saying])  # fmt: skip
 
     def inputs(sub: Parser, nargs: str | None = None) -> None:
-        several = "; several, or a directory of them, in one pass over the base" if nargs == "+" else "; one only"
+        several = "; several, or a directory of them, share one pass over the base" if nargs == "+" else "; one only"
+        sub.add_argument("base", metavar="BASE", help="model directory, .safetensors file, hub name or address")
         sub.add_argument(
-            "base", metavar="BASE", help="model directory, or one .safetensors file; a name on the hub, or an address"
-        )
-        sub.add_argument(
-            "adapter", metavar="ADAPTER", nargs=nargs, help=f"PEFT adapter's directory, name or address{several}"
+            "adapter", metavar="ADAPTER", nargs=nargs, help=f"directory, hub name or address of a PEFT adapter{several}"
         )
 
-    sub = command("inspect", "show what is there, and which tensor each module changes", reading)
+    sub = command("inspect", "show which tensor each module of an adapter changes, and forecast the cost", reading)
     inputs(sub, "?")
     out = writing(
-        "FILE", "findings to write, a .safetensors file; of several adapters a directory, for NAME.safetensors each"
+        "FILE", "findings file to write (.safetensors); for several adapters, a directory for one NAME.safetensors each"
     )
-    sub = command("detect", "find the intruder dimensions and write the findings", out, computing, reading)
+    sub = command("detect", "find the intruder dimensions and write them to a file", out, computing, reading)
     inputs(sub, "+")
     add_workers(sub)
-    out = writing("DIR", "adapter directory to write; of several adapters a directory, for an adapter NAME each")
+    out = writing("DIR", "adapter directory to write; for several adapters, a directory for one subdirectory NAME each")
     sub = command("mitigate", "write a mitigated adapter", out, mitigating, computing, reading)
     inputs(sub, "+")
-    sub.add_argument("--to-lora", type=rank, metavar="RANK", help="write a LoRA adapter of this rank, whatever kind ADAPTER is of; a "
-                     "share like 0.95 is of the energy of each delta, kept with the least rank; what is left out is reported")  # fmt: skip
-    out = writing("DIR", "model directory to write; of several adapters a directory, for a model NAME each")
+    sub.add_argument("--to-lora", type=rank, metavar="RANK", help="write a LoRA adapter of this rank from any kind of "
+                     "adapter; a share like 0.95 keeps this share of each delta's energy at the smallest rank")  # fmt: skip
+    out = writing("DIR", "model directory to write; for several adapters, a directory for one subdirectory NAME each")
     sub = command("merge", "write the base with the mitigated adapter merged in", out, mitigating, computing, reading)
     inputs(sub, "+")
     sub.add_argument("--dequantize", action="store_true",
-                     help="write a plain model where the base is quantized, in the dtype of its config")  # fmt: skip
-    sub = command("report", "show findings or an output as a table, as JSON, as a page, or as figures", reading)
+                     help="if the base is quantized, write a plain model, in the dtype of its config")  # fmt: skip
+    sub = command("report", "show findings or an output as a table, JSON, a page or figures", reading)
     sub.add_argument(
         "findings",
         metavar="FINDINGS",
-        help="file written by `streamer detect`, a directory of such files, or an output's directory",
+        help="findings file from `streamer detect`, a directory of such files, or an output's directory",
     )
     sub.add_argument("base", metavar="EVALUATION", nargs="?",
-                     help="file written by `streamer evaluate`, of the same adapter; or BASE, where coefficients are given")  # fmt: skip
-    sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter, where BASE is given")
+                     help="evaluation of the same adapter from `streamer evaluate`; with --coefficients, BASE instead")  # fmt: skip
+    sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter; give it together with BASE")
     sub.add_argument("--coefficients", metavar="FILE",
-                     help="from `streamer fit`: show what they leave of the intruders, beside the whole adapter")  # fmt: skip
+                     help="coefficients from `streamer fit`: compare their effect on the intruders and on the whole adapter")  # fmt: skip
     sub.add_argument("--keep", type=number, metavar="SHARE",
-                     help="which coefficients, where FILE has several sets: those that keep this share of what was learned")  # fmt: skip
+                     help="if FILE has several sets of coefficients: use the one for this share of the learning")  # fmt: skip
     sub.add_argument(
         "-o",
         "--output",
         metavar="PAGE",
-        help="page to write, a name that ends in .html; or a directory, for SVG and PNG",
+        help="page to write (a name that ends in .html), or a directory for SVG and PNG figures",
     )
-    sub.add_argument("--overwrite", action="store_true", help="replace another report; no other file is ever replaced")
-    sub = command("diff", "show what became of each intruder between two findings on one base")
-    sub.add_argument("first", metavar="FINDINGS", help="findings before: on an adapter, or an earlier checkpoint")
     sub.add_argument(
-        "second", metavar="FINDINGS", help="findings after: on the mitigated adapter, or a later checkpoint"
+        "--overwrite", action="store_true", help="replace an existing report; no other file is ever replaced"
     )
-    sub = command("verify", "compare an output with its record and its inputs, by other code than wrote it")
+    sub = command("diff", "compare two findings on one base: what became of each intruder")
+    sub.add_argument("first", metavar="FINDINGS", help="findings before: of the adapter, or of an earlier checkpoint")
     sub.add_argument(
-        "output", metavar="OUTPUT", help="one merged model's or mitigated adapter's directory, or findings"
+        "second", metavar="FINDINGS", help="findings after: of the mitigated adapter, or of a later checkpoint"
+    )
+    sub = command("verify", "check an output against its record and its inputs, with independent code")
+    sub.add_argument(
+        "output", metavar="OUTPUT", help="directory of one merged model or mitigated adapter, or a findings file"
     )
     sub.add_argument(
         "base",
         metavar="BASE",
         nargs="?",
-        help="what it was made from: its config, files and a sample of its matrices are compared",
+        help="base of OUTPUT: also compare config and files, and recompute a sample of matrices",
     )
-    sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter, where BASE is given")
+    sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter; give it together with BASE")
     sub.add_argument("--sample", type=sample, default=3, metavar="N",
-                     help="how many matrices to recompute, spread over their kinds (default: 3); all: every matrix, and every other "
-                          "tensor byte by byte")  # fmt: skip
+                     help="number of matrices to recompute, spread over their kinds (default: 3); all: recompute every matrix and "
+                          "compare every other tensor byte by byte")  # fmt: skip
     sub.add_argument("--max-memory", type=size, metavar="SIZE",
-                     help="do not recompute matrices that take more memory, like 4G (default: as much as it takes)")  # fmt: skip
+                     help="do not recompute matrices that need more memory than this, like 4G (default: no limit)")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
-                     help="from `streamer fit`: what OUTPUT was made with, if that is method regmean, to recompute it")  # fmt: skip
+                     help="file from `streamer fit` that OUTPUT was made with; needed to recompute method regmean")  # fmt: skip
     sub.add_argument("--map", metavar="FILE",
-                     help="from `streamer map`: what OUTPUT was made with, if that is method nullspace, to recompute it")  # fmt: skip
+                     help="map from `streamer map` that OUTPUT was made with; needed to recompute method nullspace")  # fmt: skip
     out = writing(
-        "FILE", "JSON file to write; variants are added to an evaluation of the same inputs, texts and options"
+        "FILE",
+        "JSON file to write; new variants are added to an evaluation of the same inputs, texts and options",
     )
     sub = command("evaluate", "measure on texts what each method and lambda keeps and forgets", out, computing, reading)
     inputs(sub)
@@ -245,57 +245,62 @@ def build_parser() -> Parser:
         "--findings",
         type=path,
         metavar="FILE",
-        help="from `streamer detect`; without it detection runs first, into memory",
+        help="findings from `streamer detect`; without it, detection runs first and keeps its findings in memory",
     )
     sub.add_argument("--lambda", dest="lambdas", type=numbers, default=(0.9, 0.75, 0.5, 0.25, 0.0), metavar="L,L",
-                     help="shares of an intruder that are kept, several (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
+                     help="shares to keep, separated by commas (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
     add_amplify(sub)
     sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=list(WITHOUT_FILES),
-                     metavar="M,M", help=f"of {', '.join(WITHOUT_FILES)} one or several (default: all); the method of FILE: "
-                                         "the coefficients alone")  # fmt: skip
+                     metavar="M,M", help=f"one or several of {', '.join(WITHOUT_FILES)}, separated by commas (default: all); the "
+                                         "method of --coefficients: evaluate only these")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
-                     help="from `streamer fit`: each set in FILE is one more variant; give text they were not fitted to")  # fmt: skip
+                     help="coefficients from `streamer fit`: each set is a variant; use texts that they were not fitted to")  # fmt: skip
     sub.add_argument(
-        "--map", type=path, metavar="FILE", help="from `streamer map`: method nullspace is evaluated as well"
+        "--map", type=path, metavar="FILE", help="map of BASE from `streamer map`: also evaluate method nullspace"
     )
     sub.add_argument(
-        "--scale", choices=["all", "first"], default="all", help="which intruders of each matrix (default: all)"
+        "--scale",
+        choices=["all", "first"],
+        default="all",
+        help="scale all intruders, or only the first of each matrix (default: all)",
     )
     sub.add_argument("--keep", type=number, default=0.9, metavar="SHARE",
-                     help="share of what ADAPTER learned that the suggestion keeps at least; up to three more measurements find the "
-                          "lambda of the shrink that keeps it (default: 0.9)")  # fmt: skip
+                     help="share of the learning that the suggestion must keep; up to three more measurements find the shrink that "
+                          "keeps this share (default: 0.9)")  # fmt: skip
     sub.add_argument("--projected", action="store_true",
-                     help="evaluate what `mitigate` writes, projected onto the adapter's rank, instead of what `merge` writes")  # fmt: skip
-    out = writing("FILE", "coefficients or factors to write, a .safetensors file")
-    sub = command("fit", "fit an adapter to texts: new factors, or a coefficient for each direction", out, reading)
+                     help="evaluate deltas projected onto the adapter's rank, as `mitigate` writes them")  # fmt: skip
+    out = writing("FILE", "file of coefficients or factors to write (.safetensors)")
+    sub = command("fit", "fit new factors, or a coefficient for each direction, to your texts", out, reading)
     inputs(sub)
     add_texts(sub)
     add_fit(sub)
-    add_computing(sub, "as much as gradients of 1,024 tokens and measures of 4,096 take")
-    out = writing("FILE", "map to write, a .safetensors file")
-    sub = command("map", "record a base's inputs on general text; --map then repairs without any text", out, of_base)
+    add_computing(sub, "enough for gradients of 1,024 tokens and measurements of 4,096")
+    out = writing("FILE", "map file to write (.safetensors)")
+    sub = command("map", "record the inputs of a base's modules on general text, for --map", out, of_base)
     sub.add_argument("base", metavar="BASE", nargs="+",
-                     help="model directory, name on the hub, or address; or maps of one base on several texts, to add")  # fmt: skip
+                     help="model directory, hub name or address; or several maps of one base, to add them")  # fmt: skip
     add_map(sub)
     add_computing(sub)
     out = writing("DIR", "directory to write: an adapter, or with --merge a model")
-    sub = command("repair", "write an adapter that forgets less, if measurements show it", out, reading)
+    sub = command("repair", "write an adapter that forgets less, as measured on your texts", out, reading)
     inputs(sub)
     add_texts(sub, built_in=True)
     add_fit(sub, several=False)
     sub.add_argument("--findings", type=path, metavar="FILE",
-                     help="from `streamer detect`: also measure the effect of scaling these intruders")  # fmt: skip
+                     help="findings from `streamer detect`: also measure the effect of scaling these intruders")  # fmt: skip
     sub.add_argument("--merge", action="store_true", help="write a model with the repaired adapter merged in")
     sub.add_argument(
         "--dequantize", action="store_true", help="with --merge: if the base is quantized, write a plain model"
     )
     sub.add_argument("--no-card", dest="model_card", action="store_false",
-                     help="do not describe in the output's model card (README.md) how it was made")  # fmt: skip
+                     help="do not write into the output's model card (README.md) how it was made")  # fmt: skip
     add_computing(sub)
-    sub = command("demo", "run the whole job on a small generated model with planted intruders")
+    sub = command("demo", "detect and remove planted intruders in a small generated model")
     sub.add_argument("--lambda", dest="mitigation_lambda", type=number, default=0.0, metavar="L",
-                     help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0)")  # fmt: skip
+                     help="share of each intruder to keep, from 0 (remove) to 1 (unchanged) (default: 0)")  # fmt: skip
     add_amplify(sub)
-    sub.add_argument("-o", "--output", metavar="DIR", help="write everything to DIR, which must not exist, and keep it")
+    sub.add_argument(
+        "-o", "--output", metavar="DIR", help="keep all files in DIR, which must not exist (default: keep nothing)"
+    )
     sub.add_argument("--keep", type=_not_a_directory, help=argparse.SUPPRESS)
     return parser

@@ -15,33 +15,31 @@ def add_texts(sub: argparse.ArgumentParser, built_in: bool = False) -> None:
         "--general",
         required=not built_in,
         metavar="TEXT",
-        help=f"text of what the model could do before: .txt, .jsonl or .npy{more}",
+        help=f"general text, of what BASE should not forget: .txt, .jsonl or .npy{more}",
+    )
+    sub.add_argument("--task", required=True, metavar="TEXT", help="text of ADAPTER's task, not from its training")
+    sub.add_argument(
+        "--sequences", type=integer, default=64, metavar="N", help="sequences per text, at most (default: 64)"
     )
     sub.add_argument(
-        "--task", required=True, metavar="TEXT", help="text of what ADAPTER was trained for, held out of training"
-    )
-    sub.add_argument(
-        "--sequences", type=integer, default=64, metavar="N", help="sequences of each text, at most (default: 64)"
-    )
-    sub.add_argument(
-        "--length", type=integer, default=512, metavar="N", help="tokens of a sequence, at most (default: 512)"
+        "--length", type=integer, default=512, metavar="N", help="tokens per sequence, at most (default: 512)"
     )
     sub.add_argument("--dtype", choices=["float32", "bf16"], default="float32",
-                     help="bf16 multiplies the base's weights faster on processors that support it (default: float32)")  # fmt: skip
+                     help="dtype of products with base weights; bf16 is faster on some processors (default: float32)")  # fmt: skip
 
 
 def add_device(group: argparse._ActionsContainer) -> None:
     """Add the device."""
     group.add_argument("--device", default="auto", metavar="DEV",
-                       help="cpu, cuda or cuda:i, which has not been run on a GPU yet; auto detects on a GPU if there is one, and runs "
+                       help="cpu, cuda or cuda:i (cuda has not been run on a GPU yet); auto detects on a GPU if there is one, and runs "
                             "models on the CPU (default: auto)")  # fmt: skip
 
 
-def add_computing(sub: argparse.ArgumentParser, default: str = "as much as it takes") -> None:
+def add_computing(sub: argparse.ArgumentParser, default: str = "no limit") -> None:
     """Add what a command that runs the model computes with; `default` is the memory that it takes."""
     g = sub.add_argument_group("computing")
     g.add_argument("--max-memory", type=size, metavar="SIZE",
-                   help="the most memory to use, like 600M or 4G, without mapped files; it decides how many sequences run together "
+                   help="limit of memory, like 600M or 4G, without mapped files; it decides how many sequences run together "
                         f"(default: {default})")  # fmt: skip
     add_device(g)
     add_threads(g)
@@ -58,37 +56,37 @@ def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
     """Add the options of a fit, of `several` shares or of one."""
     if several:
         sub.add_argument("--keep", type=numbers, default=(0.9,), metavar="SHARE,SHARE",
-                         help="share to keep of what ADAPTER learned; several shares give several sets (default: 0.9)")  # fmt: skip
+                         help="share of the learning to keep; each of several shares gives one set (default: 0.9)")  # fmt: skip
     else:
         sub.add_argument(
             "--keep",
             type=number,
             default=0.9,
             metavar="SHARE",
-            help="share to keep of what ADAPTER learned (default: 0.9)",
+            help="share of the learning to keep (default: 0.9)",
         )
     sub.add_argument("--objective", choices=["divergence", "loss"],
-                     help="what coefficients minimize: the divergence from the base on general text and from the adapter on the task's; "
+                     help="what coefficients minimize: the divergence (from BASE on general text, from ADAPTER on the task's), "
                           "or the loss on both texts (default: divergence)")  # fmt: skip
     sub.add_argument("--grain", choices=["inputs", "direction", "matrix", "all"],
-                     help="inputs: a new lora_A, from what each module receives on both texts; direction, matrix: a coefficient for each; "
-                          "all: one coefficient, a shrink (default: inputs; direction for deltas without factors)")  # fmt: skip
+                     help="inputs: fit a new lora_A to the inputs of each module on both texts; direction, matrix: fit a coefficient for "
+                          "each; all: fit one coefficient, a shrink (default: inputs; direction for deltas without factors)")  # fmt: skip
     sub.add_argument("--holdout", type=number, default=0.25, metavar="SHARE",
-                     help="share of each text's sequences to hold apart for choosing and measuring (default: 0.25)")  # fmt: skip
+                     help="share of each text's sequences to hold out for choosing and measuring (default: 0.25)")  # fmt: skip
     sub.add_argument("--steps", type=integer, metavar="N",
-                     help="points at which gradients for coefficients are computed (default: two for each share, at least 3)")  # fmt: skip
+                     help="points at which to compute gradients of coefficients (default: two for each share, at least three)")  # fmt: skip
     sub.add_argument(
-        "--seed", type=integer, default=0, metavar="N", help="decides which sequences are held apart (default: 0)"
+        "--seed", type=integer, default=0, metavar="N", help="decides which sequences are held out (default: 0)"
     )
 
 
 def add_map(sub: argparse.ArgumentParser) -> None:
     """Add the options of a map."""
-    sub.add_argument("--general", metavar="TEXT", help="text of what the model can do: .txt, .jsonl or .npy (default: the topics "
-                     "of Python's help)")  # fmt: skip
+    sub.add_argument("--general", metavar="TEXT", help="general text, of what BASE should not forget: .txt, .jsonl or .npy "
+                     "(default: the topics of Python's help)")  # fmt: skip
     sub.add_argument("--vectors", type=integer, metavar="N",
-                     help="leading vectors to keep of each input (default: 16; when adding maps: as many as the largest has)")  # fmt: skip
+                     help="leading vectors to store for each input (default: 16; to add maps, as many as the largest has)")  # fmt: skip
     sub.add_argument("--sequences", type=integer, metavar="N", help="sequences of the text, at most (default: 32)")
-    sub.add_argument("--length", type=integer, metavar="N", help="tokens of a sequence, at most (default: 512)")
+    sub.add_argument("--length", type=integer, metavar="N", help="tokens per sequence, at most (default: 512)")
     sub.add_argument("--dtype", choices=["float32", "bf16"],
-                     help="bf16 multiplies the base's weights faster on processors that support it (default: float32)")  # fmt: skip
+                     help="dtype of products with base weights; bf16 is faster on some processors (default: float32)")  # fmt: skip

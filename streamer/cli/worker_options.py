@@ -11,13 +11,13 @@ def add_workers(sub: argparse.ArgumentParser) -> None:
     """Add the workers of this machine, those of an engine, and the part of a job array."""
     g = sub.add_argument_group("workers (docs/workers.md)")
     g.add_argument("--workers", type=integer, metavar="N",
-                   help="detect in N processes, which share the cores and --max-memory (default: in this one)")  # fmt: skip
+                   help="detect in N processes that share the cores and --max-memory (default: in this process)")  # fmt: skip
     g.add_argument("--executor", metavar="ENGINE:ADDRESS",
-                   help="detect on the workers of a cluster: dask:HOST:PORT, dask:FILE.json of its scheduler, ray:auto, "
-                        "ray:HOST:PORT; --threads and --max-memory are those of a task")  # fmt: skip
+                   help="detect on the workers of a cluster: dask:HOST:PORT, dask:FILE.json (its scheduler file), ray:auto or "
+                        "ray:HOST:PORT; --threads and --max-memory apply to each task")  # fmt: skip
     g.add_argument("--part", type=_part, metavar="I/N",
-                   help="detect the I-th of N parts of the matrices, as a task of a job array, into a file beside FILE; the same "
-                        "command without --part joins the parts when all are there")  # fmt: skip
+                   help="detect the I-th of N parts of the matrices, as a task of a job array, into a file beside FILE; when all parts "
+                        "are done, the same command without --part joins them")  # fmt: skip
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -47,7 +47,7 @@ class Fitted(ByFit):
 
     name: ClassVar[MethodName] = "fitted"
     colour: ClassVar[str] = "#a64d86"
-    about: ClassVar[str] = "each of the adapter's own directions by its coefficient"
+    about: ClassVar[str] = "scale each of the adapter's own directions by its coefficient, from `streamer fit`"
     card: ClassVar[str] = (
         "Each singular direction of what the adapter adds to a weight has a coefficient, fitted to text of the task and to text of what "
         "the base could do before: 1 leaves the direction as it is, 0 removes it.\n"

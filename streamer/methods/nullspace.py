@@ -21,7 +21,7 @@ class NullSpace(ByLambda):
     keeps_left: ClassVar[bool] = True
     default_lambda: ClassVar[float | None] = 0.6
     colour: ClassVar[str] = "#1b6f8a"
-    about: ClassVar[str] = "answers general inputs less, by the base's map from `streamer map`"
+    about: ClassVar[str] = "reduce the response to general inputs, by a map from `streamer map`"
     card: ClassVar[str] = (
         "What the adapter adds to a weight answers general text less than it did: of its energy on such inputs, of which a map of the "
         "base knows the leading directions, the share λ stays, in each matrix. Its right factors (`lora_A`, of some stacked experts "

@@ -19,7 +19,7 @@ class Paper(Scaling):
     needs: ClassVar[Needs] = Needs.FINDINGS
     keeps_rank: ClassVar[bool] = False
     colour: ClassVar[str] = "#0072b2"
-    about: ClassVar[str] = "scale the whole direction"
+    about: ClassVar[str] = "scale each intruder"
 
     def formula(self, delta: Delta, *triplets: Tensor) -> Delta:
         """Compute Δ'."""

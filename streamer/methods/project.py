@@ -19,7 +19,7 @@ class Project(Scaling):
     needs: ClassVar[Needs] = Needs.FINDINGS
     keeps_rank: ClassVar[bool] = True
     colour: ClassVar[str] = "#007a5a"
-    about: ClassVar[str] = "only the adapter's part of it"
+    about: ClassVar[str] = "scale only the adapter's part of each intruder"
 
     def formula(self, delta: Delta, *triplets: Tensor) -> Delta:
         """Compute Δ'."""

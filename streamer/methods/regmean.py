@@ -14,7 +14,7 @@ class RegMean(ByFit):
     name: ClassVar[MethodName] = "regmean"
     keeps_left: ClassVar[bool] = True
     colour: ClassVar[str] = "#6b5b00"
-    about: ClassVar[str] = "answers the task's inputs alone, from `streamer fit`"
+    about: ClassVar[str] = "keep only the response to the task's inputs, from `streamer fit`"
     card: ClassVar[str] = (
         "What the adapter adds to a weight answers the task's inputs as it did, and what it answered to general text is taken away: its "
         "right factors (`lora_A`, of some stacked experts `lora_B`) were fitted to the inputs of each module, the others stay.\n"

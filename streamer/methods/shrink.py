@@ -19,7 +19,7 @@ class Shrink(Scaling):
     needs: ClassVar[Needs] = Needs.NOTHING
     keeps_rank: ClassVar[bool] = True
     colour: ClassVar[str] = "#d55e00"
-    about: ClassVar[str] = "the whole adapter, no detection, the baseline"
+    about: ClassVar[str] = "scale the whole adapter, without detection"
     card: ClassVar[str] = (
         "What the adapter adds to each weight is scaled by λ as a whole: 1 leaves it as it is, 0 removes it.\n"
     )
