@@ -10,7 +10,7 @@ from typing import Any, Unpack, overload
 from streamer.adapters.one_or_several import ByName, One, Several, each
 from streamer.api.inputs import Inputs
 from streamer.api.keywords import DetectKeywords, explained, watched
-from streamer.api.options import Adapters, Judged, Settings, SeveralAdapters, take
+from streamer.api.options import Adapters, Judged, Settings, SeveralAdapters, given_workers, take
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, RunOptions
@@ -106,15 +106,14 @@ class _Opened:
 
     def forecast(self) -> DryRun | SeveralRecord:
         assert self.output is not None
-        plans, run, workers = self.batch.plans, self.run, self.run.workers
-        processes = None if workers is None else workers.processes
+        plans, run = self.batch.plans, self.run
         states = inspect_detections(self.batch, self.paths, self.options, run)
         forecasts = [
             None
             if state == "done"
             else on_workers(
                 forecast_detection(plan, self.options, run.device, self.resident, size, run.monitor),
-                processes, self.resident,
+                run.workers, self.resident,
             )
             for plan, (state, size) in zip(plans, states, strict=True)
         ]  # fmt: skip
@@ -167,7 +166,7 @@ def detect_intruder_dimensions(
         Its class says what kind of fault it is (see `streamer.errors`), and may be one of Python's: `ValueError` for options and inputs,
         `FileNotFoundError` for missing inputs, `FileExistsError` for an output that may not be replaced.
     """
-    request, executor = DetectRequest.of(base, adapter, output, options), options.get("executor")
+    request = DetectRequest.of(base, adapter, output, options)
     with watched(options) as monitor:
-        found = request.run(monitor, None if executor is None else Workers.of(executor))
+        found = request.run(monitor, given_workers(options))
         return each(found, lambda one: one.findings)

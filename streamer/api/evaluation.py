@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 from streamer.adapters.one_or_several import One
 from streamer.api.keywords import EvaluateKeywords, explained, watched
-from streamer.api.options import Judged, Settings, read_coefficients, read_map, read_path, take
+from streamer.api.options import Judged, Settings, given_workers, read_coefficients, read_map, read_path, take
 from streamer.api.records import DryRun, dry_run
 from streamer.detection.findings import Findings
 from streamer.errors import UsageError
@@ -19,9 +19,11 @@ from streamer.evaluation.prepare import Prepared, prepare
 from streamer.evaluation.records import inspect, measured_before
 from streamer.evaluation.run import evaluate
 from streamer.events import Monitor
+from streamer.forecast.forecast import on_workers
 from streamer.forecast.passes import forecast_evaluation
 from streamer.output.prepare import load_given
 from streamer.units import quoted
+from streamer.workers.engine import Workers
 
 
 @dataclass(frozen=True)
@@ -68,22 +70,24 @@ class EvaluateRequest:
         judged, settings = take(Judged, keywords), take(Settings, keywords)
         return cls(base, adapter, where, texts, keywords.get("findings"), options, judged, settings)
 
-    def run(self, monitor: Monitor) -> Evaluation:
+    def run(self, monitor: Monitor, workers: Workers | None = None) -> Evaluation:
         """Evaluate."""
-        return evaluate(self._prepared(monitor), self.output)
+        return evaluate(self._prepared(monitor, workers), self.output)
 
-    def forecast(self, monitor: Monitor) -> DryRun:
+    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
         """Check all, and say what a run would do and take; nothing is written."""
         assert self.output is not None
-        prepared = self._prepared(monitor, peek=True)
+        prepared = self._prepared(monitor, workers, peek=True)
         state = inspect(prepared, self.output)
         known = None if state == "done" else measured_before(prepared, self.output)
-        forecast = None if state == "done" else forecast_evaluation(prepared, known)
+        forecast = None
+        if state != "done":
+            forecast = on_workers(forecast_evaluation(prepared, known), workers, prepared.resident)
         return dry_run("evaluate", self.output, state, len(prepared.plan.targets), 1, None, forecast)
 
-    def _prepared(self, monitor: Monitor, peek: bool = False) -> Prepared:
+    def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> Prepared:
         base, adapter = self.settings.located(monitor, peek).pair(self.base, self.adapter)
-        run = self.settings.run_options(monitor)
+        run = self.settings.run_options(monitor, workers)
         (found,) = load_given(self.findings, One(Path(adapter)))
         detection = self.judged.options(self.settings.memory, found)
         return prepare(base, Path(adapter), self.texts, found, self.options, detection, run)
@@ -145,6 +149,8 @@ def evaluate_variants(
     max_memory
         Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``; it decides how many
         sequences and variants go together. None takes what 4,096 tokens, of all variants together, or one sequence need.
+    executor
+        Workers that run passes, as `detect_intruder_dimensions` has them: the result is byte for byte that of this process.
 
     Returns
     -------
@@ -161,4 +167,4 @@ def evaluate_variants(
     """
     request = EvaluateRequest.of(base, adapter, output, {**options, "general": general, "task": task})
     with watched(options) as monitor:
-        return request.run(monitor)
+        return request.run(monitor, given_workers(options))

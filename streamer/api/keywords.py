@@ -211,6 +211,7 @@ class EvaluateKeywords(JudgeKeywords, TextKeywords, total=False):
     map: InputMap | str | Path | None
     keep: float
     projected: bool
+    executor: Executor | None
 
 
 class FitKeywords(TextKeywords, total=False):

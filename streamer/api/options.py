@@ -137,6 +137,12 @@ def take(kind: type[Options], keywords: Mapping[str, Any], **named: Any) -> Opti
     return kind(**{**{name: keywords[name] for name in own}, **named})
 
 
+def given_workers(keywords: Mapping[str, Any]) -> Workers | None:
+    """Return the workers of an executor among keywords; None without one."""
+    executor = keywords.get("executor")
+    return None if executor is None else Workers.of(executor)
+
+
 def read_coefficients(coefficients: Coefficients | str | Path) -> Coefficients:
     """Return coefficients, read if a path is given."""
     return coefficients if isinstance(coefficients, Coefficients) else load_coefficients(coefficients)

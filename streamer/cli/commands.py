@@ -137,16 +137,18 @@ def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api.evaluation import EvaluateRequest
+    from streamer.api.executors import open_workers
     from streamer.api.views import Names
     from streamer.cli.dry_run import dry_run_text
     from streamer.cli.evaluation_table import evaluation_table
     from streamer.cli.tables import stood
 
     request = EvaluateRequest.of(args.base, args.adapter, args.output, vars(args))
+    workers = open_workers(args.workers, args.executor, args.threads, monitor)
     if args.dry_run:
-        record = request.forecast(monitor)
+        record = request.forecast(monitor, workers)
         return record, dry_run_text(record, args.command, _screen(args))
-    found = request.run(monitor)
+    found = request.run(monitor, workers)
     output, options = Path(args.output), request.options
     state = monitor.outputs[output]
     files = (

@@ -174,7 +174,7 @@ def build_parser() -> Parser:
     )
     sub = command("detect", "find the intruder dimensions and write them to a file", out, computing, reading)
     inputs(sub, "+")
-    add_workers(sub)
+    add_workers(sub, parts=True)
     out = writing("DIR", "adapter directory to write; for several adapters, a directory for one subdirectory NAME each")
     sub = command("mitigate", "write a mitigated adapter", out, mitigating, computing, reading)
     inputs(sub, "+")
@@ -269,6 +269,7 @@ def build_parser() -> Parser:
                           "keeps this share (default: 0.9)")  # fmt: skip
     sub.add_argument("--projected", action="store_true",
                      help="evaluate deltas projected onto the adapter's rank, as `mitigate` writes them")  # fmt: skip
+    add_workers(sub)
     out = writing("FILE", "file of coefficients or factors to write (.safetensors)")
     sub = command("fit", "fit new factors, or a coefficient for each direction, to your texts", out, reading)
     inputs(sub)

@@ -1,4 +1,4 @@
-"""Declare the options of a detection that is divided among workers."""
+"""Declare the options of commands that are divided among workers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import argparse
 from streamer.cli.arguments import integer
 
 
-def add_workers(sub: argparse.ArgumentParser) -> None:
-    """Add the workers of this machine, those of an engine, and the part of a job array."""
+def add_workers(sub: argparse.ArgumentParser, parts: bool = False) -> None:
+    """Add the workers of this machine and those of an engine, and the `parts` of a job array."""
     g = sub.add_argument_group("workers (docs/workers.md)")
     g.add_argument("--workers", type=integer, metavar="N",
-                   help="detect in N processes that share the cores and --max-memory (default: in this process)")  # fmt: skip
+                   help="compute in N processes that share the cores and --max-memory (default: in this process)")  # fmt: skip
     g.add_argument("--executor", metavar="ENGINE:ADDRESS",
-                   help="detect on the workers of a cluster: dask:HOST:PORT, dask:FILE.json (its scheduler file), ray:auto or "
+                   help="compute on the workers of a cluster: dask:HOST:PORT, dask:FILE.json (its scheduler file), ray:auto or "
                         "ray:HOST:PORT; --threads and --max-memory apply to each task")  # fmt: skip
-    g.add_argument("--part", type=_part, metavar="I/N",
-                   help="detect the I-th of N parts of the matrices, as a task of a job array, into a file beside FILE; when all parts "
-                        "are done, the same command without --part joins them")  # fmt: skip
+    if parts:
+        g.add_argument("--part", type=_part, metavar="I/N",
+                       help="detect the I-th of N parts of the matrices, as a task of a job array, into a file beside FILE; when all parts "
+                            "are done, the same command without --part joins them")  # fmt: skip
 
 
 def _part(text: str) -> tuple[int, int]:

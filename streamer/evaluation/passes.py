@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamer.errors import NumericError
+from streamer.detection.options import RunOptions
 from streamer.evaluation.divergences import BINS
-from streamer.evaluation.losses import measure
 from streamer.evaluation.memory import Pass
 from streamer.evaluation.progress import RunProgress, pass_cost
 from streamer.evaluation.result_file import Records
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.statistics import ARRAYS, MEASURES, SequenceSums
+from streamer.evaluation.task import run_on_workers, run_pass
 from streamer.streaming.logit_checks import changed_by_padding, check_logits
-from streamer.streaming.model import StreamingModel, vocabulary_block
+from streamer.streaming.model import StreamingModel
 from streamer.streaming.run_time import RunTimeTensor
 from streamer.streaming.values import Job
 from streamer.streaming.variants import Variant
@@ -65,38 +66,6 @@ def padding_changes(job: Job, groups: Sequence[TextSequences], on_read: Callable
     check_logits(job, groups[0].ids[0], on_read)
     padded = longest_padded(groups)
     return padded is not None and changed_by_padding(job, *padded, on_read)
-
-
-def run_pass(
-    model: StreamingModel, text: TextSequences, where: str, on_read: Callable[[RunTimeTensor], None]
-) -> SequenceSums:
-    """Measure all variants of a model on sequences that run together.
-
-    Parameters
-    ----------
-    where
-        The text, for messages.
-
-    Raises
-    ------
-    NumericError
-        If a sum is not finite, or the pass did not use all that the adapter changes.
-    InputChangedError
-        If an input changed.
-    """
-    plan = model.job.plan
-    model.batch.on_read = on_read
-    sums = measure(model, text, vocabulary_block(model.batch.variants * sum(map(len, text.ids))))
-    model.check_all_used()
-    plan.check_unchanged()
-    for name in MEASURES:
-        if not np.isfinite(getattr(sums, name)).all():
-            v = int(np.argwhere(~np.isfinite(getattr(sums, name)))[0][0])
-            raise NumericError(
-                f"{plan.base.path}: variant {model.job.variants[v].name!r} has a {name} of NaN or Inf on the {where} text; "
-                "check the adapter's scale"
-            )
-    return sums
 
 
 def together(
@@ -152,8 +121,8 @@ def needs_one_length(
 
 def measure_variants(passes: Sequence[Pass], texts: Mapping[str, TextSequences], variants: Sequence[Variant],
                      job: Callable[[tuple[Variant, ...]], Job], key: Callable[[int], str], records: Records,
-                     progress: RunProgress) -> dict[str, SequenceSums]:  # fmt: skip
-    """Run the passes of a request that no interrupted run recorded, and put the sums of all together, by text; score questions.
+                     progress: RunProgress, run: RunOptions) -> dict[str, SequenceSums]:  # fmt: skip
+    """Run the passes that no interrupted run recorded, here or on workers, and put their sums together by text; score questions.
 
     Parameters
     ----------
@@ -163,18 +132,31 @@ def measure_variants(passes: Sequence[Pass], texts: Mapping[str, TextSequences],
         Names a pass by its number, for the records.
     """
     sums: dict[int, SequenceSums] = {}
-    models: dict[tuple[int, ...], StreamingModel] = {}
+    todo: dict[int, tuple[Pass, TextSequences]] = {}
+    costs = [pass_cost(progress.size, texts[one.text].take(one.sequences), 1 + len(one.variants)) for one in passes]
     for number, one in enumerate(passes):
-        text = texts[one.text].take(one.sequences)
-        cost, found = pass_cost(progress.size, text, 1 + len(one.variants)), records.find(key(number))
-        if found is None:
+        if (found := records.find(key(number))) is None:
+            todo[number] = one, texts[one.text].take(one.sequences)
+        else:
+            sums[number] = SequenceSums(**found)
+            progress.advance(costs[number])
+
+    def in_turn() -> Generator[tuple[int, SequenceSums], None, None]:
+        models: dict[tuple[int, ...], StreamingModel] = {}
+        for number, (one, text) in todo.items():
             if one.variants not in models:
                 models[one.variants] = StreamingModel(job(tuple(variants[v] for v in (0, *one.variants))))
-            done = run_pass(models[one.variants], text, one.text, progress.reading(cost, 1))
-            found = {name: getattr(done, name) for name in ("tokens", *ARRAYS)}
-            records.add(key(number), found)
-        sums[number] = SequenceSums(**found)
-        progress.advance(cost)
+            yield number, run_pass(models[one.variants], text, one.text, progress.reading(costs[number], 1))
+
+    elsewhere = run.workers is not None and todo
+    stream = (
+        run_on_workers(job(tuple(variants)), todo, run, records.threads, progress.begin) if elsewhere else in_turn()
+    )
+    with contextlib.closing(stream):
+        for number, own in stream:
+            records.add(key(number), {name: getattr(own, name) for name in ("tokens", *ARRAYS)})
+            sums[number] = own
+            progress.advance(costs[number])
     return {
         name: text.scored(together(passes, sums, name, len(variants), len(text.ids))) for name, text in texts.items()
     }

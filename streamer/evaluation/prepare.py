@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,17 @@ from typing import Any
 from streamer import __version__
 from streamer.adapters.one_or_several import One
 from streamer.detection.findings import Findings
+from streamer.detection.memory import detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import UnsupportedError
 from streamer.evaluation.evaluation import GENERAL, TASK, Evaluation
 from streamer.evaluation.identity import with_digest
-from streamer.evaluation.memory import Pass, plan_passes
+from streamer.evaluation.memory import TRANSFORMERS_BYTES, Pass, pass_bytes, plan_passes
 from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.progress import pass_cost
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.steps import EXPECTED_PLACED, missing, shrink_to_place, was_placed, without_scaling
+from streamer.evaluation.task import describe
 from streamer.evaluation.texts import read_text, sample_digest
 from streamer.evaluation.tokenizer import tokenizer_directory
 from streamer.events import Monitor
@@ -29,7 +31,7 @@ from streamer.methods.shrink import Shrink
 from streamer.output.job import GivenFindings
 from streamer.output.prepare import OutputOptions, check_coefficients, check_map, open_jobs
 from streamer.plan.batch import Batch
-from streamer.plan.memory import resident_bytes
+from streamer.plan.memory import MemoryEstimate, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.streaming.extra import require_transformers
 from streamer.streaming.model import StreamingModel
@@ -164,7 +166,24 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
     if options.coefficients is not None:
         _warn_of_fitted_texts(options.coefficients, read, texts, run.monitor)
     given = job.findings if isinstance(job.findings, GivenFindings) else None
+    detects = given is None and any(variant.scales_intruders for variant in options.variants)
+    detection = _shared(plan, detection, run, model, max(text.longest for text in read.values()), detects)
     return Prepared(plan, options, detection, run, given, read, model, chooses_keys(model, read))
+
+
+def _shared(
+    plan: Plan, detection: DetectionOptions, run: RunOptions, model: StreamingModel, longest: int, detects: bool
+) -> DetectionOptions:
+    """Divide the memory allowed among this process and its workers, if there are any; see `Workers.share`."""
+    if run.workers is None or detection.max_memory is None:
+        return detection
+    resident, carried = resident_bytes(Batch(plan.base, (plan,))), len(describe(model.job))
+    carried += sum(kept_bytes(plan, target, detection) for target in plan.targets) if detects else 0
+    one = pass_bytes(model.size, resident, 2 * longest, longest) + 2 * carried
+    needs = [MemoryEstimate(f"a sequence of {longest} tokens under two variants", (), one)]
+    needs += detection_estimates(plan, detection, resident) if detects else ()
+    own = resident + TRANSFORMERS_BYTES + (1 + run.workers.at_once) * carried
+    return replace(detection, max_memory=run.workers.share(detection.max_memory, own, needs))
 
 
 def _warn_of_fitted_texts(

@@ -71,6 +71,10 @@ class RunProgress:
 
         return [hook(number) for number in range(len(costs))]
 
+    def begin(self, name: str) -> None:
+        """Tell which pass is under way, of several that run elsewhere."""
+        self._emit(name, self._done)
+
     def advance(self, cost: int) -> None:
         """Take a pass as done."""
         self._done += cost

@@ -27,28 +27,34 @@ from streamer.storage.atomic_file import write_atomic
 from streamer.storage.lock import locked
 from streamer.streaming.values import Job
 from streamer.streaming.variants import Variant
+from streamer.workers.engine import kept
 
 
 def evaluate(prepared: Prepared, output: Path | None) -> Evaluation:
     """Measure the variants that are missing, into memory, or into a file if an output is named."""
-    if output is None:
-        found = _Run(prepared, None, Records()).result()
-    elif inspect(prepared, output) == "done":
-        found = _standing(prepared, output)
-    else:
-        with result_file(prepared, output).written() as records:
-            known = measured_before(prepared, output)
-            if known is not None:
-                prepared.run.monitor.emit(Event("note", f"{output}: adds to the {len(known.variants)} variants in it"))
-            found = _Run(prepared, known, records).result()
-            prepared.plan.check_unchanged()
-            write_atomic(output, found.to_json().encode())
+    with kept(prepared.run.workers):
+        found = _evaluated(prepared, output)
     if found.best().swapped:
         loss = found.task.loss_difference(ADAPTER_ROW, BASE_ROW)
         prepared.run.monitor.warn(
             (f"the adapter's loss on the task's text is above the base's, by {loss.value:.4f} ± {loss.error:.4f}: are the general and the "
              "task's text swapped?",)
         )  # fmt: skip
+    return found
+
+
+def _evaluated(prepared: Prepared, output: Path | None) -> Evaluation:
+    if output is None:
+        return _Run(prepared, None, Records()).result()
+    if inspect(prepared, output) == "done":
+        return _standing(prepared, output)
+    with result_file(prepared, output).written() as records:
+        known = measured_before(prepared, output)
+        if known is not None:
+            prepared.run.monitor.emit(Event("note", f"{output}: adds to the {len(known.variants)} variants in it"))
+        found = _Run(prepared, known, records).result()
+        prepared.plan.check_unchanged()
+        write_atomic(output, found.to_json().encode())
     return found
 
 
@@ -120,7 +126,7 @@ class _Run:
 
         passes = prepared.passes(len(variants))
         return measure_variants(
-            passes, prepared.texts, variants, job, lambda i: f"{i} {names}", self.records, self.progress
+            passes, prepared.texts, variants, job, lambda i: f"{i} {names}", self.records, self.progress, prepared.run
         )
 
     def _intruders(self, variants: Sequence[Variant]) -> int | None:

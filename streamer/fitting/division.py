@@ -42,7 +42,8 @@ class DividedFit:
         def job(chosen: tuple[Variant, ...]) -> Job:
             return replace(own.model.job, variants=chosen, findings=own.findings)
 
-        return measure_variants(own.passes(len(variants)), own.held, variants, job, key, self.records, self.progress)
+        passes = own.passes(len(variants))
+        return measure_variants(passes, own.held, variants, job, key, self.records, self.progress, own.run)
 
     def _divide(self, prepared: PreparedFit) -> None:
         """Take the division of the work, and begin to count."""

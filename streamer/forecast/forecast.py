@@ -32,6 +32,7 @@ from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.storage.tensor_file import sampled_bytes
 from streamer.weights.base import Weight
+from streamer.workers.engine import Workers
 
 TIMED = {"dense": 3, "certified": 1}
 """Shapes that a solver is timed on: `detection.cost.cost` is within a tenth of what the certified one takes from one shape to another, and
@@ -282,8 +283,9 @@ def _metrics_seconds(job: Job, times: int) -> float:
     return factor_pace(shape, rank + intruders) * units
 
 
-def on_workers(forecast: Forecast, processes: int | None, resident: int) -> Forecast:
-    """Forecast the same on processes of this machine, beside this one; None of them leaves it as it is."""
+def on_workers(forecast: Forecast, workers: Workers | None, resident: int) -> Forecast:
+    """Forecast the same on processes of this machine, beside this one; without any it stays as it is."""
+    processes = None if workers is None else workers.processes
     if processes is None:
         return forecast
     return replace(

@@ -39,11 +39,16 @@ MATRIX_BYTES = 20_000
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """A step, by the tensor that it is about, and the peak memory of the process while it runs."""
+    """A step, by the tensor that it is about or else, without a shape, in words; and the peak memory of the process while it runs."""
 
     tensor: str
     shape: tuple[int, ...]
     nbytes: int
+
+    @property
+    def what(self) -> str:
+        """Say what it is about."""
+        return f"tensor {self.tensor!r} ({'x'.join(map(str, self.shape))})" if self.shape else self.tensor
 
 
 def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> None:
@@ -59,8 +64,7 @@ def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> Non
     most = max(needs, key=lambda need: need.nbytes)
     if most.nbytes > max_memory:
         raise UsageError(
-            f"max_memory: {max_memory >> 20}M is not enough for tensor {most.tensor!r} "
-            f"({'x'.join(map(str, most.shape))}); it takes {-(-most.nbytes >> 20)}M"
+            f"max_memory: {max_memory >> 20}M is not enough for {most.what}; it takes {-(-most.nbytes >> 20)}M"
         )
 
 

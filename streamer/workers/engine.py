@@ -7,9 +7,9 @@ import queue
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from streamer.errors import WorkerError
@@ -41,13 +41,12 @@ class Cluster(Executor, ABC):
         """
 
 
-@dataclass(frozen=True)
 class Workers:
     """Workers, and how much they are given.
 
-    Attributes
+    Parameters
     ----------
-    open
+    opens
         Opens an executor, whose exit stops what it runs where it is our own; called again after workers have died.
     at_once
         Tasks that are given out at a time.
@@ -55,14 +54,37 @@ class Workers:
         How many processes on this machine share the memory allowed; None where each has it for itself.
     """
 
-    open: Callable[[], contextlib.AbstractContextManager[Executor]]
-    at_once: int = AT_ONCE
-    processes: int | None = None
+    def __init__(self, opens: Callable[[], contextlib.AbstractContextManager[Executor]],
+                 at_once: int = AT_ONCE, processes: int | None = None) -> None:  # fmt: skip
+        self._open, self.at_once, self.processes = opens, at_once, processes
+        self._opened, self._users = contextlib.ExitStack(), 0
+        self._executor: Executor | None = None
 
     @classmethod
     def of(cls, executor: Executor) -> Workers:
         """Take an executor of the caller's, which stays open."""
         return cls(lambda: contextlib.nullcontext(executor))
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep what is opened inside the context for all runs there; it is closed at the end."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._close()
+
+    def _close(self) -> None:
+        self._executor = None
+        self._opened.close()
+
+    def _current(self) -> Executor:
+        """Return the executor, opened if it is not."""
+        if self._executor is None:
+            self._executor = self._opened.enter_context(self._open())
+        return self._executor
 
     def share(self, max_memory: int | None, own: int, needs: Iterable[MemoryEstimate]) -> int | None:
         """Divide the memory allowed among this process and the workers on this machine; return what each worker has.
@@ -109,13 +131,13 @@ class Workers:
         waiting, lost, broken = deque(range(len(tasks))), set[int](), False
         given: dict[Future[TaskResult], int] = {}
         arrived: queue.SimpleQueue[Future[TaskResult]] = queue.SimpleQueue()
-        with contextlib.ExitStack() as engine:
-            executor = engine.enter_context(self.open())
+        with self.kept():
             try:
                 while waiting or given:
                     if broken and not given:  # all that it had has come back
-                        engine.close()
-                        executor, broken = engine.enter_context(self.open()), False
+                        self._close()
+                        broken = False
+                    executor = self._current()
                     while waiting and not broken and len(given) < self.at_once:
                         number = waiting.popleft()
                         future = _submitted(executor, tasks[number])
@@ -182,3 +204,8 @@ def _fault(future: Future[TaskResult]) -> BaseException | None:
 
 def _whole_mib(nbytes: int) -> int:
     return -(-nbytes >> 20) << 20
+
+
+def kept(workers: Workers | None) -> contextlib.AbstractContextManager[None]:
+    """Keep workers, if there are any, for all runs inside the context; see `Workers.kept`."""
+    return contextlib.nullcontext() if workers is None else workers.kept()

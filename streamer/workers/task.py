@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -12,6 +14,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+from torch import Tensor
 
 from streamer import __version__
 from streamer.adapters.stated import Stated
@@ -26,7 +30,7 @@ from streamer.storage.tensor_file import IOMode
 Found = TypeVar("Found")
 
 KEPT = 2
-"""Inputs that a process keeps open, those used last."""
+"""Inputs, and what tasks share, that a process keeps: those used last."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,54 @@ class Task(ABC, Generic[Found]):
         """Do it, with inputs that are open."""
 
 
+class Carried(Generic[Found]):
+    """A value that many tasks share: pickled once, and unpickled once in each process.
+
+    Attributes
+    ----------
+    digest
+        Of its bytes.
+    """
+
+    def __init__(self, value: Found) -> None:
+        file = io.BytesIO()
+        _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+        self._data = file.getvalue()
+        self.digest = hashlib.sha256(self._data).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    @property
+    def value(self) -> Found:
+        """Return it, as this process has it."""
+        found = _values.get(self.digest)
+        if found is None:
+            found = _values[self.digest] = pickle.loads(self._data)  # noqa: S301  # our own bytes
+            keep_last(_values)
+        value: Found = found
+        return value
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles of a tensor its own values alone, and not all of the storage that it is a view of."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Copy a view before it is pickled."""
+        if isinstance(obj, Tensor) and obj.untyped_storage().nbytes() > obj.nbytes:
+            return pickle.loads, (pickle.dumps(obj.detach().clone()),)
+        return NotImplemented
+
+
+_values: dict[str, Any] = {}
+
+
+def keep_last(held: dict[Any, Any]) -> None:
+    """Drop what a process holds, but for what was put there last."""
+    for old in list(held)[:-KEPT]:
+        held.pop(old, None)
+
+
 @dataclass(frozen=True)
 class TaskResult:
     """What came of a task, and warnings; or the error that ended it.
@@ -148,8 +200,7 @@ def _opened(inputs: Inputs) -> Iterator[Batch]:
         if batch is None or not _unchanged(batch):
             batch = inputs.open()
         _batches[inputs] = batch
-        for old in list(_batches)[:-KEPT]:
-            del _batches[old]
+        keep_last(_batches)
     yield batch
 
 

@@ -12,7 +12,7 @@ import helpers
 import jobs
 import pytest
 from command_line import run_cli
-from worker_runs import WorkerBench, dask_scheduler, dask_workers, ray_cluster, worker_bench
+from worker_runs import BENCHES, WorkerBench, dask_scheduler, dask_workers, evaluation_bench, ray_cluster, worker_bench
 
 import streamer
 from streamer.detection.device import choose_device
@@ -35,6 +35,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> WorkerBench:
 def small(tmp_path_factory: pytest.TempPathFactory) -> WorkerBench:
     """Where no memory is divided and nothing has to last, size adds nothing."""
     return worker_bench(tmp_path_factory.mktemp("small"), shape=(150, 170))
+
+
+@pytest.fixture(scope="module")
+def passes(tmp_path_factory: pytest.TempPathFactory) -> WorkerBench:
+    return evaluation_bench(tmp_path_factory.mktemp("passes"), 60)
 
 
 def on_engine(bench: WorkerBench, out: Path, engine: str) -> None:
@@ -65,6 +70,33 @@ def test_threads_give_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_evaluation_on_threads_has_the_same_bytes(passes: WorkerBench, count: int, tmp_path: Path) -> None:
+    """Whatever the number of workers, and the order in which passes end."""
+    events: list[Event] = []
+    with ThreadPoolExecutor(count) as pool, threads(1):
+        passes.here(tmp_path / passes.name, executor=pool, on_event=events.append)
+    assert (tmp_path / passes.name).read_bytes() == passes.alone
+    steps = [e for e in events if e.stage == "evaluate"]
+    assert [e.done for e in steps] == sorted(e.done for e in steps)
+    assert (steps[-1].done, steps[-1].items) == (steps[-1].total, steps[-1].of)
+
+
+@pytest.mark.long
+def test_workers_of_an_evaluation_share_the_memory(passes: WorkerBench, tmp_path: Path) -> None:
+    """Less than will do is refused, with what does."""
+    out = tmp_path / passes.name
+    with passes.start(out, "--workers", 2, "--max-memory", "500M") as few:
+        _, stderr = few.communicate(timeout=300)
+    assert few.returncode == 2
+    assert (
+        "streamer: --max-memory: 500M is not enough for a sequence of 24 tokens under two variants; it takes" in stderr
+    )
+    with passes.start(out, "--workers", 2, "--max-memory", stderr.split()[-1], "--dry-run", "-q") as enough:
+        enough.communicate(timeout=300)
+    assert enough.returncode == 0
+
+
 def test_processes_give_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, get_context("spawn")) as pool, threads(1):
         streamer.detect_intruder_dimensions(
@@ -184,17 +216,19 @@ def test_findings_pickle_by_value(small: WorkerBench, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_dask_gives_the_same_bytes(bench: WorkerBench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", BENCHES)
+def test_dask_gives_the_same_bytes(command: str, tmp_path: Path) -> None:
     pytest.importorskip("distributed")
     file = tmp_path / "scheduler.json"
     with dask_scheduler(file), dask_workers(file):
-        on_engine(bench, tmp_path / "f.safetensors", f"dask:{file}")
+        on_engine(BENCHES[command](tmp_path), tmp_path / "out", f"dask:{file}")
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_bytes(bench: WorkerBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", BENCHES)
+def test_ray_gives_the_same_bytes(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ray_cluster(monkeypatch, 2) as address:
-        on_engine(bench, tmp_path / "f.safetensors", f"ray:{address}")
+        on_engine(BENCHES[command](tmp_path), tmp_path / "out", f"ray:{address}")
 
 
 @pytest.mark.long

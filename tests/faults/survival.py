@@ -26,6 +26,7 @@ import survival_servers
 import survival_workers
 from jobs import COMMANDS, OTHERS, Bench
 from trials import Tally, Trial, recorded
+from worker_runs import BENCHES
 
 RANDOM = "kill at random"
 
@@ -101,9 +102,12 @@ def disturb_servers(table: Table, home: Path, every: int, seed: str) -> None:
 
 def disturb_workers(table: Table, home: Path, kills: int, seed: str) -> None:
     """Faults of workers."""
-    crew = survival_workers.Crew(home / "workers", kills, random.Random(seed))
-    for fault, inject in survival_workers.KINDS.items():
-        table.run(fault, survival_workers.COMMAND, lambda inject=inject: inject(crew))
+    for command in table.asked([*BENCHES]):
+        directory = home / f"workers-{command}"
+        directory.mkdir()
+        crew = survival_workers.Crew(BENCHES[command](directory), directory, kills, random.Random(seed))
+        for fault, inject in survival_workers.KINDS.items():
+            table.run(fault, command, lambda inject=inject, crew=crew: inject(crew))
 
 
 def main() -> int:

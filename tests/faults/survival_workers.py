@@ -1,4 +1,4 @@
-"""Faults of the workers that a detection is divided among: they are killed at random moments, or the command is, or what gives them tasks.
+"""Faults of the workers that a command is divided among: they are killed at random moments, or the command is, or what gives them tasks.
 
 Each run is a process of its own, whose workers are real ones: of this machine, and of a Dask cluster where that is installed.
 """
@@ -16,13 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trials import Tally
-from worker_runs import WorkerBench, dask_scheduler, dask_workers, has_begun, wait_until, worker_bench, workers_in
-
-COMMAND = "detect"
+from worker_runs import WorkerBench, dask_scheduler, dask_workers, has_begun, wait_until, workers_in
 
 
 class Crew:
-    """A detection of some seconds on workers, which is killed here and there.
+    """A command of some seconds on workers, which is killed here and there.
 
     Attributes
     ----------
@@ -32,9 +30,8 @@ class Crew:
         What an uninterrupted run takes.
     """
 
-    def __init__(self, home: Path, kills: int, rng: random.Random) -> None:
-        self.home, self.kills, self.rng = home, kills, rng
-        self.bench: WorkerBench = worker_bench(home)
+    def __init__(self, bench: WorkerBench, home: Path, kills: int, rng: random.Random) -> None:
+        self.bench, self.home, self.kills, self.rng = bench, home, kills, rng
         self.options: tuple[object, ...] = ("--workers", 2)
         began = time.monotonic()
         assert self.run(home / "first").returncode == 0
@@ -49,7 +46,7 @@ class Crew:
 
     def start(self, out: Path, *options: object) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
         """Start the command, which writes one file into a directory."""
-        return self.bench.start(out / "f.safetensors", *(options or self.options), "-qq")
+        return self.bench.start(out / self.bench.name, *(options or self.options), "-qq")
 
     def run(self, out: Path, *options: object) -> subprocess.CompletedProcess[str]:
         """Run it to its end."""
@@ -71,7 +68,7 @@ class Crew:
         again = self.run(out)
         wrong = [f"exit {again.returncode}: {again.stderr}"] if (again.returncode, again.stderr) != (0, "") else []
         left = sorted(path.name for path in out.iterdir())
-        return [*wrong, *self.lost(out), *([f"left {left}"] if left != ["f.safetensors"] else [])]
+        return [*wrong, *self.lost(out), *([f"left {left}"] if left != [self.bench.name] else [])]
 
 
 def kill(pids: list[int]) -> None:
@@ -126,7 +123,7 @@ def told_to_end(crew: Crew, signum: signal.Signals) -> Tally:
             crew.sleep()
             if signum == signal.SIGKILL:
                 process.kill()
-            elif has_begun(out / "f.safetensors"):  # before, signals are not taken yet
+            elif has_begun(out / crew.bench.name):  # before, signals are not taken yet
                 os.killpg(process.pid, signum)
             process.communicate(timeout=300)
         tally.begin(process.returncode, {0, -signum if signum == signal.SIGKILL else 128 + signum}, what)
@@ -190,7 +187,7 @@ def dask_scheduler_killed(crew: Crew) -> Tally:
         for what, out in crew.outputs():
             with dask_scheduler(file) as scheduler, dask_workers(file), crew.start(out) as process:
                 wait_until(
-                    lambda out=out, process=process: has_begun(out / "f.safetensors") or process.poll() is not None
+                    lambda out=out, process=process: has_begun(out / crew.bench.name) or process.poll() is not None
                 )
                 time.sleep(crew.rng.uniform(0, 0.5))
                 scheduler.kill()

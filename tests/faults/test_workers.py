@@ -19,6 +19,7 @@ import torch
 from seeds import vary
 from survival_workers import KINDS, Crew
 from worker_runs import (
+    BENCHES,
     WorkerBench,
     dask_scheduler,
     dask_workers,
@@ -46,10 +47,15 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> WorkerBench:
     return worker_bench(tmp_path_factory.mktemp("workers"))
 
 
+@pytest.fixture(scope="module", params=BENCHES)
+def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> WorkerBench:
+    return BENCHES[request.param](tmp_path_factory.mktemp(request.param))
+
+
 def finish(bench: WorkerBench, out: Path) -> None:
     """Take up what is there, in this process, and compare."""
     with threads(1):
-        streamer.detect_intruder_dimensions(bench.base, bench.adapter, out, solver="certified")
+        bench.here(out)
     assert out.read_bytes() == bench.alone
     assert not list(out.parent.glob(".*"))
 
@@ -62,15 +68,15 @@ def kill_a_worker(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.long
-def test_the_tasks_of_a_killed_worker_are_done_again(bench: WorkerBench, tmp_path: Path) -> None:
-    out = tmp_path / "f.safetensors"
-    with bench.start(out, "--workers", 2, "-q") as process:
+def test_the_tasks_of_a_killed_worker_are_done_again(each: WorkerBench, tmp_path: Path) -> None:
+    out = tmp_path / each.name
+    with each.start(out, "--workers", 2, "-q") as process:
         wait_until(lambda: has_begun(out))
         kill_a_worker(process)
         _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "its worker was lost (BrokenProcessPool" in stderr
-    assert out.read_bytes() == bench.alone
+    assert out.read_bytes() == each.alone
 
 
 def test_workers_that_die_time_and_again_end_the_run(bench: WorkerBench, tmp_path: Path) -> None:
@@ -88,10 +94,10 @@ def test_workers_that_die_time_and_again_end_the_run(bench: WorkerBench, tmp_pat
 
 @pytest.mark.long
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
-def test_no_worker_outlives_its_run(bench: WorkerBench, signum: signal.Signals, tmp_path: Path) -> None:
+def test_no_worker_outlives_its_run(each: WorkerBench, signum: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C goes to all processes of a terminal; SIGKILL to one alone."""
-    out = tmp_path / "f.safetensors"
-    with bench.start(out, "--workers", 2) as process:
+    out = tmp_path / each.name
+    with each.start(out, "--workers", 2) as process:
         wait_until(lambda: has_begun(out))
         if signum == signal.SIGINT:
             os.killpg(process.pid, signum)
@@ -105,7 +111,7 @@ def test_no_worker_outlives_its_run(bench: WorkerBench, signum: signal.Signals, 
         assert "Traceback" not in stderr
         assert not lock_of(out).exists()
     assert journal_of(out).exists()
-    finish(bench, out)
+    finish(each, out)
 
 
 @contextlib.contextmanager
@@ -223,8 +229,8 @@ def test_two_runs_on_one_output(bench: WorkerBench, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_survives_some_kills(kind: str, tmp_path: Path) -> None:
+def test_survives_some_kills(kind: str, each: WorkerBench, tmp_path: Path) -> None:
     """The table's kinds of fault; `survival.py` tries them more often."""
-    tally = KINDS[kind](Crew(tmp_path, 2, random.Random(vary(kind))))
+    tally = KINDS[kind](Crew(each, tmp_path, 2, random.Random(vary(kind))))
     assert tally.problems == []
     assert tally.passed

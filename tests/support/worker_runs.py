@@ -1,4 +1,4 @@
-"""A detection of some seconds, and runs of it as processes whose workers are looked for."""
+"""Commands of some seconds, and runs of them as processes whose workers are looked for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import ENV
 from helpers import intruding_factors, power_law, write_adapter, write_sharded
+from seeds import vary
 
 import streamer
 from streamer.detection.findings_file import journal_of
@@ -22,16 +24,39 @@ from streamer.linalg.torch_state import threads
 
 @dataclass(frozen=True)
 class WorkerBench:
-    """Inputs, and what one process with one thread makes of them."""
+    """Inputs of a command, and what one process with one thread makes of them.
+
+    Attributes
+    ----------
+    command, options
+        The command's name, and options beside the inputs and the output.
+    name
+        Of the file that it writes.
+    here
+        Runs the same in this process, on the threads that torch has, with further keywords.
+    """
 
     base: Path
     adapter: Path
     alone: bytes
+    command: str
+    options: tuple[object, ...]
+    name: str
+    here: Callable[..., object]
+
+    @classmethod
+    def of(cls, directory: Path, base: Path, adapter: Path, options: tuple[object, ...], here: Callable[..., object],
+           command: str = "detect", name: str = "f.safetensors") -> WorkerBench:  # fmt: skip
+        """Run it once."""
+        path = directory / f"alone-{name}"
+        with threads(1):
+            here(path)
+        return cls(base, adapter, path.read_bytes(), command, options, name, here)
 
     @contextlib.contextmanager
     def start(self, out: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
-        """Start `streamer detect` in a process group of its own, which is gone afterwards."""
-        line = ["detect", self.base, self.adapter, "-o", out, "--solver", "certified", "--threads", 1, *options]
+        """Start the command in a process group of its own, which is gone afterwards."""
+        line = [self.command, self.base, self.adapter, "-o", out, *self.options, "--threads", 1, *options]
         process = subprocess.Popen(
             [sys.executable, "-m", "streamer", *map(str, line)],
             stdout=subprocess.PIPE,
@@ -47,16 +72,39 @@ class WorkerBench:
 
 
 def worker_bench(directory: Path, matrices: int = 10, shape: tuple[int, int] = (600, 700)) -> WorkerBench:
-    """Make the inputs."""
+    """Make the inputs of a detection."""
     tensors, factors = {}, {}
     for i in range(matrices):
         tensors[f"a.{i}.weight"] = power_law(*shape, seed=i).float()
         factors[f"a.{i}"] = intruding_factors(*shape, 4, seed=i)
     base, adapter = write_sharded(directory / "base", [tensors]), write_adapter(directory / "adapter", factors, 4)
-    path = directory / "alone.safetensors"
-    with threads(1):
-        streamer.detect_intruder_dimensions(base, adapter, path, solver="certified")
-    return WorkerBench(base, adapter, path.read_bytes())
+
+    def here(path: Path, **more: object) -> None:
+        streamer.detect_intruder_dimensions(base, adapter, path, solver="certified", **more)
+
+    return WorkerBench.of(directory, base, adapter, ("--solver", "certified"), here)
+
+
+def evaluation_bench(directory: Path, sequences: int = 150, length: int = 24) -> WorkerBench:
+    """Make the inputs of an evaluation of many passes."""
+    from architectures import ATTENTION
+    from causal_models import make_adapter, make_base
+
+    base = directory / "base"
+    adapter = make_adapter(make_base("llama", base), base, directory / "adapter", ATTENTION)
+    texts = {name: directory / f"{name}.npy" for name in ("general", "task")}
+    for path in texts.values():
+        np.save(path, np.random.default_rng(vary(path.stem)).integers(3, 64, (sequences, length)))
+
+    def here(path: Path, **more: object) -> None:
+        streamer.evaluate_variants(base, adapter, path, **texts, sequences=sequences, **more)
+
+    options = (*(part for name, path in texts.items() for part in (f"--{name}", path)), "--sequences", sequences)
+    return WorkerBench.of(directory, base, adapter, options, here, "evaluate", "e.json")
+
+
+BENCHES: dict[str, Callable[[Path], WorkerBench]] = {"detect": worker_bench, "evaluate": evaluation_bench}
+"""Commands that are divided among workers."""
 
 
 @contextlib.contextmanager
@@ -123,7 +171,7 @@ def wait_until(what: Callable[[], object], seconds: float = 300) -> None:
 
 
 def has_begun(out: Path) -> bool:
-    """Say whether a matrix is in the journal."""
+    """Say whether a matrix, or a pass, is in the journal."""
     with contextlib.suppress(FileNotFoundError):
         return journal_of(out).stat().st_size > 5_000
     return False

@@ -1,0 +1,130 @@
+"""Run a pass: in this process, or as the task of a worker, who makes the same model from the addresses of the inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from streamer.detection.options import RunOptions
+from streamer.detection.workers import inputs_of
+from streamer.errors import NumericError
+from streamer.evaluation.losses import measure
+from streamer.evaluation.memory import Pass
+from streamer.evaluation.sequences import TextSequences
+from streamer.evaluation.statistics import MEASURES, SequenceSums
+from streamer.events import Monitor
+from streamer.linalg.torch_state import full_float32
+from streamer.plan.batch import Batch
+from streamer.streaming.model import StreamingModel, vocabulary_block
+from streamer.streaming.run_time import RunTimeTensor
+from streamer.streaming.values import Job
+from streamer.workers.task import Carried, Task, keep_last
+
+
+def run_pass(
+    model: StreamingModel, text: TextSequences, where: str, on_read: Callable[[RunTimeTensor], None]
+) -> SequenceSums:
+    """Measure all variants of a model on sequences that run together.
+
+    Parameters
+    ----------
+    where
+        The text, for messages.
+
+    Raises
+    ------
+    NumericError
+        If a sum is not finite, or the pass did not use all that the adapter changes.
+    InputChangedError
+        If an input changed.
+    """
+    plan = model.job.plan
+    model.batch.on_read = on_read
+    sums = measure(model, text, vocabulary_block(model.batch.variants * sum(map(len, text.ids))))
+    model.check_all_used()
+    plan.check_unchanged()
+    for name in MEASURES:
+        if not np.isfinite(getattr(sums, name)).all():
+            v = int(np.argwhere(~np.isfinite(getattr(sums, name)))[0][0])
+            raise NumericError(
+                f"{plan.base.path}: variant {model.job.variants[v].name!r} has a {name} of NaN or Inf on the {where} text; "
+                "check the adapter's scale"
+            )
+    return sums
+
+
+_computing = threading.Lock()
+"""A process runs one pass at a time: how torch multiplies matrices is set for all of its threads."""
+
+_models: dict[tuple[str, tuple[int, ...]], StreamingModel] = {}
+
+
+@dataclass(frozen=True)
+class PassTask(Task[SequenceSums]):
+    """A pass.
+
+    Attributes
+    ----------
+    described
+        All of the model's `Job` but the plan, for all variants of a request.
+    variants
+        Numbers of those that run.
+    text, where
+        The sequences, and which text they are of.
+    """
+
+    described: Carried[Mapping[str, Any]]
+    variants: tuple[int, ...]
+    text: TextSequences
+    where: str
+
+    @property
+    def name(self) -> str:
+        """Name the text."""
+        return f"the {self.where} text"
+
+    def do(self, batch: Batch, monitor: Monitor) -> SequenceSums:
+        """Run it, on a model that the process keeps for passes to come."""
+        (plan,), key = batch.plans, (self.described.digest, self.variants)
+        with _computing, full_float32():
+            model = _models.pop(key, None)
+            if model is None or model.job.plan is not plan:
+                job = Job(plan=plan, **self.described.value)
+                model = StreamingModel(replace(job, variants=tuple(job.variants[v] for v in self.variants)))
+            sums = run_pass(model, self.text, self.where, lambda _tensor: None)
+            _models[key] = model
+            keep_last(_models)
+        return sums
+
+
+def describe(job: Job) -> Carried[Mapping[str, Any]]:
+    """Describe a model to workers, who have the plan of their own."""
+    return Carried({f.name: getattr(job, f.name) for f in fields(job) if f.name != "plan"})
+
+
+def run_on_workers(job: Job, passes: Mapping[int, tuple[Pass, TextSequences]], run: RunOptions, threads: int,
+                   begin: Callable[[str], None]) -> Generator[tuple[int, SequenceSums], None, None]:  # fmt: skip
+    """Run passes on workers, and yield the number of each with its sums as they come.
+
+    Parameters
+    ----------
+    job
+        The model of all variants of the request.
+    passes
+        Each with its sequences, by number.
+    begin
+        Called with the name of the pass that has been out for longest, before each wait.
+    """
+    assert run.workers is not None
+    inputs, described = inputs_of(Batch(job.plan.base, (job.plan,)), run), describe(job)
+    tasks = [PassTask(inputs, threads, described, (0, *one.variants), text, one.text) for one, text in passes.values()]
+    numbers: Sequence[int] = [*passes]
+    stream = run.workers.run(tasks, run.monitor, lambda i: begin(tasks[i].name))
+    with contextlib.closing(stream):
+        for i, sums in stream:
+            yield numbers[i], sums
