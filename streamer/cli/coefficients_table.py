@@ -16,7 +16,7 @@ def mean_columns(means: Sequence[CoefficientMeans]) -> list[Column]:
     about = "mean coefficient of what the intruders are made of; 1 leaves it as it is"
     return [
         Column("c intr.", [_mean(m["intruders_mean"]) for m in means], about, keep=8),
-        Column("c all", [_mean(m["mean"]) for m in means], "mean coefficient of all of the delta", keep=8),
+        Column("c all", [_mean(m["mean"]) for m in means], "mean coefficient of the whole delta", keep=8),
     ]
 
 

@@ -25,7 +25,7 @@ def demo_table(result: DemoRecord, screen: Screen = NO_LIMIT) -> str:
     t, strength, top_k = result["totals"], result["lambda"], DetectionOptions().top_k
     rows = sorted(result["matrices"], key=lambda r: natural(r["tensor"]))
     counts: dict[Literal["planted", "found", "gone"], str] = {
-        "planted": "intruders that the generated adapter brings into this matrix",
+        "planted": "intruders planted in this matrix",
         "found": f"intruders among the {top_k} largest directions, by `streamer detect`",
         "gone": f"no longer found in the adapter that `streamer mitigate --method project --lambda {strength:g}` wrote",
     }
@@ -39,7 +39,9 @@ def demo_table(result: DemoRecord, screen: Screen = NO_LIMIT) -> str:
     if t["left"]:
         after = [number(r["sigma_after"]) for r in rows]
         columns.append(
-            Column("sigma left", after, "the same of what is found in the new adapter, `-` where none is", keep=5)
+            Column(
+                "sigma left", after, "singular value of the largest one found in the new adapter; `-` if none", keep=5
+            )
         )
     meaning = (
         "lambda 0 removes an intruder"

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 _MEANING = {
     "kept": "remains: the same direction is an intruder in both",
-    "mixed": "mixed: most of it lies among the second's intruders, in none alone",
-    "gone": "gone: no intruder of the second",
-    "new": "new: no intruder of the first",
+    "mixed": "mixed: it lies mostly in the span of the second's intruders, but matches none",
+    "gone": "gone: the second findings have no such intruder",
+    "new": "new: the first findings have no such intruder",
 }
 
 
@@ -29,16 +29,16 @@ def diff_table(diff: FindingsDiff, screen: Screen) -> str:
     columns = [
         Column("matrix", [one.tensor for one in shown], left=True, names=True, among=[one.tensor for one in every]),
         Column("fate", ["remains" if one.fate == "kept" else one.fate for one in shown], keep=9, left=True),
-        Column("rank", [_cell(one.before, "rank") for one in shown], "in the first findings; 1 is the largest", keep=5),
+        Column("rank", [_cell(one.before, "rank") for one in shown], "its rank in the first findings; 1 is the largest", keep=5),
         Column("sigma", [_cell(one.before, "sigma") for one in shown], "its singular value there", keep=6),
         Column("after", [_cell(one.after, "rank") for one in shown], "its rank in the second", keep=4),
         Column("sigma after", [_cell(one.after, "sigma") for one in shown], "its singular value there", keep=7),
         Column("overlap", [f"{one.overlap:.3f}" for one in shown], "with the nearest intruder of the other findings", keep=3),
-        Column("share", [f"{100 * one.share:.0f}%" for one in shown], "of it in the span of the other's intruders", keep=2),
+        Column("share", [f"{100 * one.share:.0f}%" for one in shown], "its part in the span of the other findings' intruders", keep=2),
     ]  # fmt: skip
     parts = [table(columns, screen)] if shown else []
     if cut:
-        words = f"of {len(every)} intruders none has changed"
+        words = f"none of {len(every)} intruders has changed"
         if changed:
             which = "that have changed" if len(shown) == len(changed) else "whose singular values changed most"
             words = f"the {len(shown)} {which}, of {len(every)}"
@@ -51,7 +51,7 @@ def diff_table(diff: FindingsDiff, screen: Screen) -> str:
     ]
     for where, names in (("first", diff.only_first), ("second", diff.only_second)):
         if names:
-            lines.append(f"in the {where} findings alone: {counted(len(names), 'matrix')}: {listed(names)}")
+            lines.append(f"only in the {where} findings: {counted(len(names), 'matrix')}: {listed(names)}")
     return "\n\n".join([*parts, "\n".join(fit(line, screen.width) for line in lines)])
 
 

@@ -26,7 +26,7 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
     many, reliable = facts.get("parameters"), facts.get("reliable", {})
     held = [facts["texts"][text]["held"]["sequences"] for text in ("general", "task")]
     columns = [
-        Column("keep", [f"{100 * one['keep']:g}%" for one in sets], "share of what was learned that was asked for", keep=9),
+        Column("keep", [f"{100 * one['keep']:g}%" for one in sets], "share of the learning to keep", keep=9),
         Column("kept", [_share(one, "kept", reliable) for one in sets],
                "fall of the task's loss below the base's; 100% is the adapter's", keep=8),
         Column("top-1 kept", [_share(one, "top1_kept", reliable) for one in sets],
@@ -41,7 +41,7 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
     else:
         chosen, columns = "the set", columns + _against_shrinks(sets, many, reliable)
     lines = [
-        f"measured on {held[0]} general and {held[1]} task sequences that nothing was fitted on, but by which {chosen} was chosen",
+        f"measured on {held[0]} general and {held[1]} task held-out sequences, on which {chosen} was chosen",
         *_verdicts(sets),
         *unreliable(facts),
         *_commands(facts, shlex.join(inputs), shlex.quote(output)),
@@ -68,7 +68,7 @@ def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int | None, reliab
     shrinks = [one["shrink"] for one in sets]
     columns = [
         Column("shrink", ["-" if s is None else f"{s['lambda']:.3f}" for s in shrinks],
-               "lambda of the shrink of the whole adapter that keeps the same", keep=3),
+               "lambda of the shrink of the whole adapter that keeps the same share", keep=3),
         Column("its forgetting", ["-" if s is None or not reliable.get("forgetting", True) else _percent(s["forgetting"]) for s in shrinks],
                "that shrink's forgetting", keep=5),
         Column("its KL", ["-" if s is None else _percent(s["divergence"]) for s in shrinks], "that shrink's KL", keep=4),
@@ -76,8 +76,8 @@ def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int | None, reliab
     if many is not None:
         columns += [
             Column("mean", [f"{one['coefficients']['mean']:.2f}" for one in sets], f"mean of {counted(many, 'coefficient')}", keep=2),
-            Column("near 0", [str(one["coefficients"]["near_0"]) for one in sets], "coefficients of 0.05 at most", keep=1),
-            Column("near 1", [str(one["coefficients"]["near_1"]) for one in sets], "coefficients of 0.95 at least", keep=1),
+            Column("near 0", [str(one["coefficients"]["near_0"]) for one in sets], "coefficients of at most 0.05", keep=1),
+            Column("near 1", [str(one["coefficients"]["near_1"]) for one in sets], "coefficients of at least 0.95", keep=1),
         ]  # fmt: skip
     which = "task's" if many is not None else "general"
     mu = ["-" if one["mu"] is None else f"{one['mu']:.3g}" for one in sets]
@@ -87,7 +87,7 @@ def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int | None, reliab
 def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:
     """Say whether each set is better than the equal shrink, and which is probably not worth what it gives up."""
     words = {"better": "forgets less than that shrink by loss and KL", "worse": "forgets more than that shrink by loss or KL",
-             "not told apart": "is not told apart from that shrink by loss and KL"}  # fmt: skip
+             "not told apart": "does not differ significantly from that shrink in loss and KL"}  # fmt: skip
     lines = [f"{100 * one['keep']:g}%: {words[one['shrink']['verdict']]}" for one in sets if one["shrink"] is not None]
     for one in sets:
         if (trade := one.get("trade")) is not None and not trade["worth_it"]:

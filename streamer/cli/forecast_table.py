@@ -25,8 +25,8 @@ def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Sc
     cells = list(zip(*rows, strict=True)) if rows else [()] * 5
     threads = next((f" on {counted(f['threads'], 'thread')}" for f in forecasts.values() if f), "")
     columns = [
-        Column("forecast", cells[0], "what each command takes; mitigate and merge with findings", left=True),
-        Column("memory", cells[1], "at its peak; the larger number where the dense solver, or float64, must decide", keep=3),
+        Column("forecast", cells[0], "what each command needs; mitigate and merge with findings", left=True),
+        Column("memory", cells[1], "at its peak; the larger number if the dense solver, or float64, must decide", keep=3),
         Column("read", cells[2], keep=1),
         Column("written", cells[3], "--dry-run shows the free disk", keep=2),
         Column("time", cells[4], f"estimated from a short benchmark at the current load{threads}; assumes that the disk keeps up", keep=4),
@@ -37,7 +37,7 @@ def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Sc
 def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
     """Format the forecast of one command, in a line."""
     beside = (
-        f" and at most {format_size(forecast['temporary_bytes'])} for a while" if forecast["temporary_bytes"] else ""
+        f" and at most {format_size(forecast['temporary_bytes'])} temporarily" if forecast["temporary_bytes"] else ""
     )
     most = "at most " if command == "detect" else ""
     return (
@@ -57,7 +57,7 @@ def _read(forecast: Mapping[str, Any]) -> str:
 def _memory(forecast: Mapping[str, Any]) -> str:
     usual, most = forecast["peak_memory_bytes"], forecast["escalated_memory_bytes"]
     return format_size(usual) + (
-        f", {format_size(most)} where the dense solver, or float64, must decide" if most > usual else ""
+        f", {format_size(most)} if the dense solver, or float64, must decide" if most > usual else ""
     )
 
 

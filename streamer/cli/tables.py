@@ -47,16 +47,16 @@ def findings_table(
         Column("matrix", [m.tensor for m in chosen], left=True, names=True, among=[m.tensor for m in every]),
         Column("shape", ["x".join(map(str, m.shape)) for m in chosen], "rows x columns", keep=1),
         Column("r", [str(m.rank or "-") for m in chosen], "rank of the adapter's factors", keep=2),
-        Column("intruders", [str(len(d.intruders)) for d in found], "how many of the largest directions the base does not have",
+        Column("intruders", [str(len(d.intruders)) for d in found], "leading directions that resemble none of the base's",
                keep=9),
-        Column("ranks", [_ranks(d.intruders) for d in found], "which these are in base + adapter; 1 is the largest", keep=6),
+        Column("ranks", [_ranks(d.intruders) for d in found], "ranks of the intruders in base + adapter; 1 is the largest", keep=6),
         Column("similarity", [f"{min(d.similarity):.3f}" for d in found],
-               f"least of a direction to the base, from 0 to 1; below {findings.options.threshold_epsilon:g} is an intruder", keep=4),
+               f"lowest of a direction to the base, from 0 to 1; below {findings.options.threshold_epsilon:g} is an intruder", keep=4),
         Column("sigma", [f"{d.singular_values[0]:#.4g}" for d in found], "largest singular value of base + adapter", keep=0),
-        Column("|delta|", [f"{d.delta_norm:#.4g}" for d in found], "Frobenius norm of what the adapter adds", keep=3),
+        Column("|delta|", [f"{d.delta_norm:#.4g}" for d in found], "Frobenius norm of the delta", keep=3),
         Column("energy", [f"{100 * d.intruder_energy:.1f}%" for d in found], "the intruders' share of |delta|^2", keep=8),
         Column("lost", [f"{100 * d.dropped_at_zero:.1f}%" for d in found],
-               "lost in projection onto rank r by `mitigate --lambda 0 --method paper`", keep=5),
+               "share lost in projection onto rank r by `mitigate --lambda 0 --method paper`", keep=5),
     ]  # fmt: skip
     if record is not None:
         means = {m["tensor"]: m["coefficients"] for m in record["matrices"]}
@@ -66,7 +66,7 @@ def findings_table(
             Column(
                 "decided",
                 decided,
-                "by which solver, in float64 where float32 did not settle a direction; open where none does",
+                "the solver; float64 if float32 left a direction open; open if nothing settled it",
                 keep=7,
             )
         )
@@ -77,11 +77,11 @@ def findings_table(
         f"(top_k={o.top_k}, epsilon={o.threshold_epsilon}); {certified} of {len(findings)} certified"
     )
     if turned := sum(bool(m.transposed) for m in findings):
-        summary += f"\n{turned} stored as columns x rows (embeddings, Conv1D): judged is the output side, whichever way a matrix is stored"
+        summary += f"\n{turned} stored as columns x rows (embeddings, Conv1D); decisions still use the output side"
     if open_ones := [m.tensor for m in every if not m.detection.certified]:
         open_ones[:3] = shorten(open_ones[:3], (screen.width or 10**6) - 4)
         summary += f"\nnot certified: {listed(open_ones)}"
-        summary += "; a direction that is left open there counts as no intruder, and another --epsilon may settle it"
+        summary += "; an open direction does not count as an intruder; another --epsilon may settle it"
         if short := sum(_wants_memory(m) for m in findings):
             summary += f"\n{short} of these for want of memory: with a larger --max-memory a full SVD or float64 may settle them"
     if record is not None:
@@ -139,7 +139,7 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
         scaled = [str(len(m["intruders"])) for m in chosen]
         columns.insert(1, Column("scaled", scaled, "intruders that were scaled", keep=2))
     if record["command"] == "mitigate":
-        about = "lost in projection: share of the mitigated delta that does not fit the adapter's rank"
+        about = "lost in projection: share of the mitigated delta that the adapter's rank cannot hold"
         columns.append(Column("lost", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, keep=4))
     lines = record_lines(record, stood(where, record["state"]))
     return _sections(table(columns, screen) if chosen else "", _cut(cut, len(matrices), "largest change", screen),
@@ -165,9 +165,7 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
         some = [sum(bool(m["intruders"]) for m in tree["matrices"]) for tree in trees.values()]
         columns += [
             _summed("with any", some, "matrices with intruders", 3),
-            _summed(
-                "intruders", [x["intruders"] for x in t], "how many of the largest directions the base does not have", 5
-            ),
+            _summed("intruders", [x["intruders"] for x in t], "leading directions that resemble none of the base's", 5),
             _summed("certified", [x["certified"] for x in t], "matrices in which every decision is proven", 4),
         ]
     return _sections(table(columns, screen), fit("--all shows each adapter's matrices", screen.width))
@@ -180,8 +178,8 @@ def _summed(head: str, numbers: Sequence[int], about: str, keep: int) -> Column:
 def _norms(rows: Sequence[Mapping[str, Any]], keep: int) -> list[Column]:
     """Make the columns of a delta's norm before and after."""
     before, after = ([f"{row[key]:#.4g}" for row in rows] for key in ("delta_norm", "delta_norm_after"))
-    return [Column("|delta|", before, "Frobenius norm of what the adapter adds", keep),
-            Column("after", after, "Frobenius norm of the delta that was written", keep + 2)]  # fmt: skip
+    return [Column("|delta|", before, "Frobenius norm of the delta", keep),
+            Column("after", after, "Frobenius norm of the written delta", keep + 2)]  # fmt: skip
 
 
 def _removed(matrix: Mapping[str, Any]) -> tuple[float, float]:
@@ -214,8 +212,8 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
         Column("out x in", ["x".join(map(str, m["shape"])) for m in first], keep=6),
         Column("dtype", [m["dtype"] for m in first], keep=5),
         Column("r", [str(m["rank"] or "-") for m in first], "rank of the adapter's factors", keep=7),
-        Column("scale", [f"{m['scale']:.4g}" for m in first], "factor on B A, from the adapter's alpha and rank", keep=3),
-        Column("matched", [m["matched"] for m in first], "by which rule its module was found in the base; see below", keep=4),
+        Column("scale", [f"{m['scale']:.4g}" for m in first], "factor of B A, from the adapter's alpha and rank", keep=3),
+        Column("matched", [m["matched"] for m in first], "the rule that found its module in the base; see below", keep=4),
     ]  # fmt: skip
     if transposed:
         columns.append(Column("stored", ["in x out" if m["transposed"] else "out x in" for m in first],
@@ -225,7 +223,7 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
         kept = sorted(tree["carried"], key=lambda c: natural(c["tensor"]))
         some = kept if screen.every or len(kept) <= MANY else kept[:SHOWN]
         carried = table([
-            Column("carried along", [c["tensor"] for c in some], "tensors that are no factors", left=True, names=True),
+            Column("carried along", [c["tensor"] for c in some], "tensors that are not factors", left=True, names=True),
             Column("change", [c["change"] for c in some], keep=2, left=True),
             Column("by", [c["by"] for c in some], "the adapter's tensor", keep=1, left=True, names=True),
         ], screen)  # fmt: skip

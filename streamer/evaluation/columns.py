@@ -36,22 +36,22 @@ def figures(evaluation: Evaluation, every: bool = False) -> list[Figures]:
     best = set(evaluation.front())
     return [
         Figures("variant", [v.name + (" *" if v.name in best else "") for v in evaluation.variants],
-                "* no other variant has both a lower loss on the task and a lower divergence", 9),
+                "* no other variant has both a lower task loss and a lower divergence", 9),
         Figures("general", [f"{general.mean(general.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on general text", 4),
         Figures("vs adapter", cells([general.loss_difference(v, ADAPTER_ROW) for v in numbers]),
-                "that loss less the adapter's, ± the standard error, paired by sequence", 5),
+                "this loss minus the adapter's, ± the standard error, paired by sequence", 5),
         Figures("forgetting", _shares(general, numbers),
-                "rise of that loss above the base's; 100% is the adapter's", 7),
+                "rise of this loss above the base's; 100% is the adapter's", 7),
         Figures("KL", cells([general.mean(general.kl[v]) for v in numbers]), "divergence from the base on general text, in nats", 6),
         Figures("same top", [percent_of(general.mean(general.agree[v])) for v in numbers],
-                "tokens of general text whose likeliest next one is the base's", 2),
+                "tokens of general text with the same most likely token as the base", 2),
         *_accuracies("general", general, numbers, left=True),
         Figures("task", [f"{task.mean(task.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on the task's text", 3),
-        Figures("kept", _shares(task, numbers), "fall of that loss below the base's; 100% is the adapter's", 8),
+        Figures("kept", _shares(task, numbers), "fall of this loss below the base's; 100% is the adapter's", 8),
         Figures("top-1", [percent_of(task.mean(task.right[v])) for v in numbers],
-                "tokens of the task's text whose likeliest next one is the text's own", 1),
+                "tokens of the task's text that are the most likely token", 1),
         Figures("top-1 kept", [percent(task.top1_share(v)) if evaluation.reliable()["top1_kept"] else "-" for v in numbers],
-                "rise of that share above the base's; 100% is the adapter's", 5),
+                "rise of this share above the base's; 100% is the adapter's", 5),
         *_accuracies("task", task, numbers, left=False),
         *(column for name, sums in evaluation.others.items() for column in _other(name, sums, numbers)),
         *(field_figures(general) if every else ()),
@@ -63,14 +63,14 @@ def field_figures(general: SequenceSums) -> list[Figures]:
     variants = range(len(general.loss))
     return [
         Figures("CE rise", cells([general.loss_difference(v, BASE_ROW) for v in variants]),
-                "mean loss on general text less the base's: what PEFT's method comparison calls forgetting", 0),
+                "mean loss on general text minus the base's: PEFT's method comparison calls it forgetting", 0),
         Figures("PPL ratio", cells([general.perplexity_ratio(v) for v in variants]), "perplexity on general text over the base's", 0),
         *(Figures(f"KL {100 * share:g}%", [_four(general.kl_quantile(v, share)) for v in variants],
-                  f"what {100 * share:g}% of the tokens of general text do not exceed, within 1%", 0) for share in QUANTILES.values()),
-        Figures("KL max", [_four(general.kl_max[v].max()) for v in variants], "largest of a token of general text", 0),
+                  f"{100 * share:g}% of general text's tokens are at most this, within 1%", 0) for share in QUANTILES.values()),
+        Figures("KL max", [_four(general.kl_max[v].max()) for v in variants], "the largest KL of a token of general text", 0),
         Figures("mean Δp", cells([_in_percent(general.mean(general.p_change[v])) for v in variants]),
                 "change of the probability of general text's own token, in %", 0),
-        Figures("RMS Δp", cells([_in_percent(general.p_rms(v)) for v in variants]), "root of the mean square of that change, in %", 0),
+        Figures("RMS Δp", cells([_in_percent(general.p_rms(v)) for v in variants]), "root mean square of this change, in %", 0),
     ]  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def _other(name: str, sums: SequenceSums, variants: Sequence[int]) -> list[Figur
     return [
         Figures(name, [f"{sums.mean(sums.loss[v]).value:.4f}" for v in variants], "mean loss in nats on this text", 2),
         Figures(f"{name} {'left' if left else 'kept'}", _shares(sums, variants),
-                f"{'rise' if left else 'fall'} of that loss {'above' if left else 'below'} the base's; 100% is the adapter's", 4),
+                f"{'rise' if left else 'fall'} of this loss {'above' if left else 'below'} the base's; 100% is the adapter's", 4),
         Figures(f"{name} KL", cells([sums.mean(sums.kl[v]) for v in variants]), "divergence from the base on this text, in nats", 1),
         *_accuracies(name, sums, variants, left),
     ]  # fmt: skip
@@ -100,13 +100,13 @@ def _accuracies(name: str, sums: SequenceSums, variants: Sequence[int], left: bo
         return []
     shares = [percent(sums.accuracy_share("acc", v)) for v in variants]
     return [
-        Figures(f"{name} acc", [percent(sums.accuracy("acc", v)) for v in variants], "questions whose right choice is the likeliest", 6),
+        Figures(f"{name} acc", [percent(sums.accuracy("acc", v)) for v in variants], "questions whose right choice is the most likely", 6),
         Figures(f"{name} acc vs adapter", [percent(sums.accuracy("acc", v, ADAPTER_ROW)) for v in variants],
-                "that share less the adapter's, ± the standard error, paired by question", 4),
+                "this share minus the adapter's, ± the standard error, paired by question", 4),
         Figures(f"{name} acc {'left' if left else 'kept'}", shares,
-                f"{'fall' if left else 'rise'} of that share {'below' if left else 'above'} the base's; 100% is the adapter's", 5),
+                f"{'fall' if left else 'rise'} of this share {'below' if left else 'above'} the base's; 100% is the adapter's", 5),
         Figures(f"{name} acc_norm", [percent(sums.accuracy("acc_norm", v)) for v in variants],
-                "the same, of the log-likelihood for each character of a choice", 1),
+                "the same, by the log-likelihood per character of a choice", 1),
     ]  # fmt: skip
 
 

@@ -49,7 +49,7 @@ class Fitted(ByFit):
     colour: ClassVar[str] = "#a64d86"
     about: ClassVar[str] = "scale each of the adapter's own directions by its coefficient, from `streamer fit`"
     card: ClassVar[str] = (
-        "Each singular direction of what the adapter adds to a weight has a coefficient, fitted to text of the task and to text of what "
-        "the base could do before: 1 leaves the direction as it is, 0 removes it.\n"
+        "Each singular direction of the adapter's change to a weight was scaled by a coefficient, fitted to text of the task and to "
+        "general text: 1 keeps the direction unchanged, 0 removes it.\n"
     )
     changes: ClassVar[str] = "each direction by its coefficient"

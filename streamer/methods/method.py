@@ -170,7 +170,7 @@ class Scaling(ByLambda):
 
     card: ClassVar[str] = (
         "Intruder dimensions ([Shuttleworth et al., arXiv 2410.21228](https://arxiv.org/abs/2410.21228)) are leading singular "
-        "directions that fine-tuning adds and the base does not have; here they are scaled by λ: 1 leaves them, 0 removes them.\n"
+        "directions of the fine-tuned weights that resemble none of the base's. They were scaled by λ: 1 keeps them, 0 removes them.\n"
     )
 
     def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:

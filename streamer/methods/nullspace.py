@@ -23,9 +23,9 @@ class NullSpace(ByLambda):
     colour: ClassVar[str] = "#1b6f8a"
     about: ClassVar[str] = "reduce the response to general inputs, by a map from `streamer map`"
     card: ClassVar[str] = (
-        "What the adapter adds to a weight answers general text less than it did: of its energy on such inputs, of which a map of the "
-        "base knows the leading directions, the share λ stays, in each matrix. Its right factors (`lora_A`, of some stacked experts "
-        "`lora_B`) are new, the others stay.\n"
+        "The adapter's response to general text was reduced: each matrix keeps the share λ of its energy on general inputs, whose "
+        "leading directions come from a map of the base. Only the right factors changed (`lora_A`, in some stacked experts "
+        "`lora_B`).\n"
     )
 
     changes: ClassVar[str] = "by its energy on general inputs"

@@ -16,7 +16,7 @@ class RegMean(ByFit):
     colour: ClassVar[str] = "#6b5b00"
     about: ClassVar[str] = "keep only the response to the task's inputs, from `streamer fit`"
     card: ClassVar[str] = (
-        "What the adapter adds to a weight answers the task's inputs as it did, and what it answered to general text is taken away: its "
-        "right factors (`lora_A`, of some stacked experts `lora_B`) were fitted to the inputs of each module, the others stay.\n"
+        "The adapter keeps its response to the task's inputs, and its response to general text was removed: its "
+        "right factors (`lora_A`, in some stacked experts `lora_B`) were fitted to the inputs of each module.\n"
     )
     changes: ClassVar[str] = "right factors by their inputs"

@@ -20,9 +20,7 @@ class Shrink(Scaling):
     keeps_rank: ClassVar[bool] = True
     colour: ClassVar[str] = "#d55e00"
     about: ClassVar[str] = "scale the whole adapter, without detection"
-    card: ClassVar[str] = (
-        "What the adapter adds to each weight is scaled by λ as a whole: 1 leaves it as it is, 0 removes it.\n"
-    )
+    card: ClassVar[str] = "The adapter's change to each weight was scaled by λ: 1 keeps it unchanged, 0 removes it.\n"
 
     def formula(self, delta: Delta, *triplets: Tensor) -> Delta:
         """Compute Δ'."""

@@ -86,7 +86,9 @@ class Card:
         facts = _facts(record)
         if merged and body.strip():
             what, source = ("fine-tuned", self.adapter) if self.tuned else ("base", self.base)
-            body = f"# Card of the {what} model\n\nWhat follows is the card of {_name(source)}, as it stands there.\n\n{body.lstrip()}"
+            body = (
+                f"# Card of the {what} model\n\nThe rest is the unchanged card of {_name(source)}.\n\n{body.lstrip()}"
+            )
         parts = [f"---\n{front}---", f"# {_title(self)}", facts, body.lstrip("\r\n")]
         text = "\n\n".join(part.rstrip("\n") for part in parts if part.strip()) + "\n"
         return text.encode("utf-8", "surrogateescape")
@@ -229,9 +231,7 @@ def _facts(record: Record) -> str:
     advice = "Warnings and advice:\n\n" + "".join(f"- {printable(line)}\n" for line in says) if says else ""
     lines = "".join(f"- {printable(line)}\n" for line in record.get("measured", ()))
     measured = (
-        f"Measured on sequences that nothing was fitted on, but by which the weight between the texts was chosen:\n\n{lines}"
-        if lines
-        else ""
+        f"Measured on held-out sequences, on which the weight between the texts was chosen:\n\n{lines}" if lines else ""
     )
     intro = METHODS[record["method"]].card
     return "\n".join(part for part in (intro, table, measured, command, advice) if part)
@@ -239,7 +239,7 @@ def _facts(record: Record) -> str:
 
 def _method(record: Record) -> str:
     if (fitted := record["coefficients"]) is not None:
-        return f"{record['method']}, to keep {100 * fitted['keep']:g} % of what was learned, coefficients `{fitted['sha256'][:16]}`"
+        return f"{record['method']}, to keep {100 * fitted['keep']:g} % of the learning, coefficients `{fitted['sha256'][:16]}`"
     assert record["lambda"] is not None
     if "map" in record:
         return f"{record['method']}, λ = {_number(record['lambda'])}, map `{record['map']['sha256'][:16]}`"

@@ -30,9 +30,9 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
     mitigated, norms = f"{t['changed']} of {t['matrices']} matrices mitigated", f"|delta| {t['delta_norm']:.4g}"
     if fitted is not None:
         each = METHODS[method].changes if method in METHODS else "as it was fitted"
-        how = f"method {method}, to keep {100 * fitted['keep']:g}% of what was learned: {mitigated}, {each}"
+        how = f"method {method}, to keep {100 * fitted['keep']:g}% of the learning: {mitigated}, {each}"
     elif lam == 1:
-        how = "lambda 1: the adapter as it is, nothing mitigated"
+        how = "lambda 1: the unchanged adapter, nothing mitigated"
     elif not takes_findings(method):
         how = f"method {method}, lambda {lam:g}: {mitigated}, each {METHODS[method].changes if method in METHODS else 'as a whole'}"
     else:
@@ -42,12 +42,12 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
     if lam != 1 and method != Shrink.name and t["equal_norm_shrink"] <= 1:  # no shrink makes a delta grow
         norms += f"; baseline of equal norm: --method shrink --lambda {t['equal_norm_shrink']:.4f}"
     asked = record["to_lora"]
-    kept = f"; written at the least ranks that keep {100 * (asked or 0):g} % of the energy"
+    kept = f"; written at the smallest ranks that keep {100 * (asked or 0):g} % of the energy"
     rank = kept if isinstance(asked, float) else f"; written at rank {asked}" if asked else ""
     lines = [f"{title}: {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}", how + rank, norms]
     if record["left_out"]:
         names = ", ".join(record["left_out"][:4]) + (", …" if len(record["left_out"]) > 4 else "")
-        lines.append(f"not taken along: {names} (weights or training state that would be stale)")
+        lines.append(f"not copied: {names} (weights or training state that would be stale)")
     if carried := record["carried"]:
         lines.append(
             f"carried along: {counted(len(carried), 'tensor')} beside the factors, {carried[0]['tensor']} first"

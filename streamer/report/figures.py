@@ -120,10 +120,10 @@ def _drawings(subject: Subject) -> dict[str, Callable[[Figure], None]]:
     if matrices:
         drawings["map"] = lambda f: _draw_findings_map(f, matrices)
         drawings["similarity"] = lambda f: _draw_each(
-            f, most, lambda a, m: _draw_similarity(a, m, findings), [("ε, below which is an intruder", EPSILON)]
+            f, most, lambda a, m: _draw_similarity(a, m, findings), [("ε: intruders are below", EPSILON)]
         )
         drawings["spectrum"] = lambda f: _draw_each(
-            f, most, _draw_spectrum, [("the base's singular value of that rank", OF_BASE)]
+            f, most, _draw_spectrum, [("the base's singular value of the same rank", OF_BASE)]
         )
         drawings["thresholds"] = lambda f: _draw_thresholds(f, findings)
         drawings["lambdas"] = lambda f: _draw_lambdas(f, findings)
@@ -184,7 +184,7 @@ def _draw_each(
         draw(ax, m)
     for ax in axes[len(matrices) :]:
         ax.set_visible(False)
-    entries = [("intruder", MARKS[True]), ("direction that the base has", MARKS[False]), *more]
+    entries = [("intruder", MARKS[True]), ("direction of the base", MARKS[False]), *more]
     lines = [axes[0].plot([], [], label=name, **style)[0] for name, style in entries]
     figure.legend(handles=lines, loc="outside lower center", ncols=len(entries), frameon=False, fontsize=7)
 
@@ -271,10 +271,10 @@ def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
     ax.axvline(100 * best.keep, color="black", linewidth=0.6, linestyle="--")
     ax.update_datalim([(0, 0), (103, 105)])
     ax.autoscale_view()
-    ax.set(xlabel="kept of what was learned, %", ylabel="forgetting left, %")
+    ax.set(xlabel="learning kept, %", ylabel="forgetting left, %")
     if outside:
         figure.supxlabel(
-            "\n".join(map(_plain, textwrap.wrap(f"Outside of the frame: {', '.join(outside)}.", 90))), fontsize=6
+            "\n".join(map(_plain, textwrap.wrap(f"Outside the frame: {', '.join(outside)}.", 90))), fontsize=6
         )
     ax.legend(frameon=False, loc="upper left", title="method; numbers: λ", title_fontsize=7, alignment="left")
 

@@ -180,7 +180,7 @@ function drawAll(parent, matrices, epsilon) {
     for (let j = 0; j < m.low.length; j += 1) counts[Math.floor((j * columns) / most)][bin(m, j)] += 1;
   }
   const largest = Math.max(...counts.map((c) => Math.max(...c)), 1);
-  const caption = "All directions by rank and similarity; the stronger the colour, the more. Below ε are the intruders.";
+  const caption = "All directions by rank and similarity (darker: more of them). Intruders are below ε.";
   return figure(parent, "all directions", caption, (width) => {
     const x = { least: 0.5, most: most + 0.5, label: "rank", room: 46, ticks: ticks(1, most, Math.min(10, width / 40)).filter((t) => t >= 1) };
     const { picture, sx, sy } = axes(width, 240, x, { least: 0, most: 1, label: "similarity" });
@@ -199,7 +199,7 @@ function drawAll(parent, matrices, epsilon) {
 }
 
 function drawThresholds(parent, rows, epsilon) {
-  const caption = "Intruders against ε. The band is what the bounds leave open at another ε than that of the findings.";
+  const caption = "Number of intruders by ε. Within the band, the bounds leave directions open.";
   return figure(parent, "thresholds", caption, (width) => {
     const most = Math.max(...rows.map((r) => r[3]), 1);
     const { picture, sx, sy } = axes(width, 240, { least: 0, most: 1, label: "ε" }, { least: 0, most, label: "intruders", format: (v) => v.toLocaleString("en") });
@@ -214,7 +214,7 @@ function drawThresholds(parent, rows, epsilon) {
 }
 
 function drawLambdas(parent, rows) {
-  const caption = "What λ takes away, as a share of the norm of what the adapter adds. That of paper has the base's own part of the directions in it.";
+  const caption = "Norm that λ takes away, as a share of the delta's. With paper it includes the base's part of the intruders.";
   const drawn = figure(parent, "lambdas", caption, (width) => {
     const most = Math.ceil(10 * Math.max(...rows.map((r) => Math.max(r[1], r[2])), 0.01)) / 10;
     const { picture, sx, sy } = axes(width, 220, { least: 0, most: 1, label: "λ" }, { least: 0, most, label: "taken away", format: (v) => percent(v, 0) });

@@ -45,7 +45,7 @@ function drawTradeoff(parent, tree, key, label, caption) {
       least: Math.min(least, ...shown.map((v) => v[name] - v[`${name}_se`])), most: Math.max(most, ...shown.map((v) => v[name] + v[`${name}_se`])),
       format: (v) => percent(v, 0),
     });
-    const across = { ...range("kept", 0, 1.03), label: "kept of what was learned" }, up = { ...range(key, 0, 1.05), label };
+    const across = { ...range("kept", 0, 1.03), label: "learning kept" }, up = { ...range(key, 0, 1.05), label };
     const { picture, sx, sy } = axes(width, Math.min(360, Math.max(260, width * 0.7)), across, up);
     const frame = picture.viewBox.baseVal;
     picture.append(svg("line", { class: "limit", x1: sx(tree.keep), x2: sx(tree.keep), y1: 8, y2: frame.height - 38 }));
@@ -73,43 +73,43 @@ function drawTradeoff(parent, tree, key, label, caption) {
     return picture;
   });
   const disc = (colour, fill) => svg("circle", { cx: 7, cy: 6, r: 4, css: { stroke: colour, "stroke-width": "2", fill } });
-  legend(drawn.node, [...series.map((s) => [s.name, disc(s.colour, s.colour)]), ["hollow: another is better in both", disc("var(--soft)", "none")]]);
+  legend(drawn.node, [...series.map((s) => [s.name, disc(s.colour, s.colour)]), ["hollow: another variant is better in both", disc("var(--soft)", "none")]]);
   if (outside.length) {
-    drawn.node.append(html("figcaption", {}, `Outside of the frame: ${outside.map((v) => `${v.name} (kept ${percent(v.kept, 0)}, left ${percent(v[key], 0)})`).join(", ")}.`));
+    drawn.node.append(html("figcaption", {}, `Outside the frame: ${outside.map((v) => `${v.name} (kept ${percent(v.kept, 0)}, left ${percent(v[key], 0)})`).join(", ")}.`));
   }
   return drawn;
 }
 
 function showEvaluation(tree) {
   const part = section("What each variant keeps and forgets", `Measured on ${tree.texts.general} (general) and ${tree.texts.task} (task)${tree.others.map((one) => `, and on ${one.name}`).join("")}; bars are standard errors. `
-    + "Base and adapter are 0% and 100% of both by definition; the dashed line is the share that is to be kept, the ring the suggestion.");
+    + "By definition, base and adapter are 0% and 100% of both. The dashed line is the share to keep; the ring marks the suggestion.");
   const pair = html("div", { class: "pair" });
   for (const [key, label, caption] of [
-    ["forgetting", "forgetting left", "Forgetting, by the loss on general text: lower is better, right is better."],
-    ["divergence", "divergence left", "Forgetting, by the divergence from the base (KL), which decides the suggestion."],
+    ["forgetting", "forgetting left", "Forgetting by the loss on general text. Lower and further right is better."],
+    ["divergence", "divergence left", "Forgetting by the divergence from the base (KL), which decides the suggestion."],
   ]) {
     if (tree.variants.some((v) => v.kept !== null && v[key] !== null)) drawTradeoff(pair, tree, key, label, caption);
   }
-  part.append(pair.children.length ? pair : html("p", {}, "Base and adapter have nearly the same loss on the task's text: there are no shares to draw."));
+  part.append(pair.children.length ? pair : html("p", {}, "Base and adapter have nearly the same loss on the task's text, so there are no shares to draw."));
   const numeric = (head, about, key, format) => ({ head, about, cell: (v) => text(format(v)), key: (v) => last(v[key]) });
-  const names = { head: "variant", about: "* none is better in both loss on the task and divergence", up: true, cell: (v) => text(v.name + (tree.front.includes(v.name) ? " *" : "")), key: (v) => tree.variants.indexOf(v) };
+  const names = { head: "variant", about: "* no variant is better in both task loss and divergence", up: true, cell: (v) => text(v.name + (tree.front.includes(v.name) ? " *" : "")), key: (v) => tree.variants.indexOf(v) };
   sortedTable(part, [
     names,
     numeric("general", "mean loss in nats on general text", "general", (v) => v.general.toFixed(4)),
-    numeric("forgetting", "rise of that loss above the base's", "forgetting", (v) => error(v.forgetting, v.forgetting_se)),
+    numeric("forgetting", "rise of this loss above the base's", "forgetting", (v) => error(v.forgetting, v.forgetting_se)),
     numeric("KL", "divergence from the base on general text, in nats", "kl", (v) => v.kl.toFixed(4)),
     numeric("divergence", "as a share of the adapter's", "divergence", (v) => error(v.divergence, v.divergence_se)),
-    numeric("same top", "tokens of general text whose likeliest next one is the base's", "agreement", (v) => percent(v.agreement)),
+    numeric("same top", "share of general text's tokens with the same most likely token as the base", "agreement", (v) => percent(v.agreement)),
     numeric("task", "mean loss in nats on the task's text", "task", (v) => v.task.toFixed(4)),
-    numeric("kept", "fall of that loss below the base's", "kept", (v) => error(v.kept, v.kept_se)),
-    numeric("top-1", "tokens of the task's text whose likeliest next one is the text's own", "top1", (v) => (v.top1 === null ? "–" : percent(v.top1))),
-    numeric("top-1 kept", "rise of that share above the base's", "top1_kept", (v) => error(v.top1_kept, v.top1_kept_se)),
+    numeric("kept", "fall of this loss below the base's", "kept", (v) => error(v.kept, v.kept_se)),
+    numeric("top-1", "share of the task's tokens that are the most likely token", "top1", (v) => (v.top1 === null ? "–" : percent(v.top1))),
+    numeric("top-1 kept", "rise of this share above the base's", "top1_kept", (v) => error(v.top1_kept, v.top1_kept_se)),
     ...tree.others.flatMap((one, i) => {
       const column = (head, about, key, format) => ({ head, about, cell: (v) => text(format(v.others[i])), key: (v) => last(v.others[i][key]) });
       const kept = one.effect === "improves";
       return [
         column(one.name, "mean loss in nats on this text", "loss", (v) => v.loss.toFixed(4)),
-        column(`${one.name} ${kept ? "kept" : "left"}`, kept ? "fall of that loss below the base's" : "rise of that loss above the base's", "share",
+        column(`${one.name} ${kept ? "kept" : "left"}`, kept ? "fall of this loss below the base's" : "rise of this loss above the base's", "share",
                (v) => error(v.share, v.share_se)),
         column(`${one.name} KL`, "divergence from the base on this text, in nats", "kl", (v) => v.kl.toFixed(4)),
       ];
@@ -117,8 +117,8 @@ function showEvaluation(tree) {
     ...tree.accuracies.flatMap((name, i) => {
       const column = (head, about, key) => ({ head, about, cell: (v) => text(error(v.accuracies[i][key], v.accuracies[i][`${key}_se`])), key: (v) => last(v.accuracies[i][key]) });
       return [
-        column(`${name} acc`, "questions whose right choice is the likeliest", "value"),
-        column(`${name} acc share`, "of the adapter's change of that, what is left or kept", "share"),
+        column(`${name} acc`, "share of questions whose right choice is the most likely", "value"),
+        column(`${name} acc share`, "share of the adapter's change of acc that is left or kept", "share"),
       ];
     }),
   ], tree.variants, { id: "variants", marked: (v) => v.name === tree.suggested });
@@ -156,7 +156,7 @@ function showFindings(tree) {
   const maps = html("div", { class: grid.layers.length <= 20 ? "pair" : null });
   where.append(maps);
   drawMap(maps, "map of intruders", "Number of intruders", grid, (cell) => sum(cell.matrices.map((m) => m.count)), (v) => String(Math.round(v)), pick);
-  drawMap(maps, "map of energy", "Energy of intruders: their share of what the adapter adds", grid, energy, (v) => percent(v, 0), pick);
+  drawMap(maps, "map of energy", "Energy of intruders: their share of the delta", grid, energy, (v) => percent(v, 0), pick);
 
   const how = section("How far from the base");
   const pair = html("div", { class: "pair" });
@@ -171,27 +171,27 @@ function showFindings(tree) {
   const beside = html("div", {});
   halves.append(beside);
   sortedTable(beside, [
-    { head: "λ", about: "what is left of an intruder", cell: (r) => text(String(r[0])), key: (r) => r[0] },
+    { head: "λ", about: "share of an intruder to keep", cell: (r) => text(String(r[0])), key: (r) => r[0] },
     { head: "paper", about: "norm taken away, as a share of the delta's", cell: (r) => text(percent(r[1])), key: (r) => r[1] },
     { head: "project", about: "norm taken away, as a share of the delta's", cell: (r) => text(percent(r[2])), key: (r) => r[2] },
-    { head: "norm left", about: "of project, and the equal-norm shrink", cell: (r) => text(percent(r[3])), key: (r) => r[3] },
+    { head: "norm left", about: "norm that project leaves; λ of the equal-norm shrink", cell: (r) => text(percent(r[3])), key: (r) => r[3] },
   ], tree.lambdas, { id: "lambdas" });
   const worst = matrices.reduce((a, b) => (b.dropped > a.dropped ? b : a));
   beside.append(html("p", { class: "note" }, worst.dropped > 0
-    ? `Lost in projection onto the adapter's rank by paper at λ = 0: up to ${percent(worst.dropped)} of a matrix's mitigated delta (${worst.name}); project and shrink lose nothing at any λ.`
-    : "Nothing is lost in projection onto the adapter's rank, by any method at any λ."));
+    ? `With paper at λ = 0, up to ${percent(worst.dropped)} of a matrix's mitigated delta (${worst.name}) is lost in projection onto the adapter's rank. project and shrink lose nothing at any λ.`
+    : "No method loses anything in projection onto the adapter's rank, at any λ."));
 
-  const matter = section("Matrices that matter", "Those whose intruders have most of the energy: similarity of their directions to the base, as the interval that is "
-    + `proven, and the singular values of base + adapter, beside those of the base alone.`);
+  const matter = section("Matrices that matter", "The matrices whose intruders have the most energy. Left: proven intervals of each direction's similarity to the base. "
+    + "Right: singular values of base + adapter and of the base.");
   legend(matter, [["direction of the base", mark(7, 6, false)], ["intruder", mark(7, 6, true)],
-                  ["the base's singular value of that rank", svg("line", { x1: 1, x2: 13, y1: 6, y2: 6, css: { stroke: "var(--ink)", "stroke-width": "1.5" } })]]);
+                  ["the base's singular value of the same rank", svg("line", { x1: 1, x2: 13, y1: 6, y2: 6, css: { stroke: "var(--ink)", "stroke-width": "1.5" } })]]);
   const weight = (m) => m.energy * m.norm ** 2;
   const most = [...matrices].sort((a, b) => weight(b) - weight(a)).slice(0, CARDS);
   const cards = html("div", { class: "cards" });
   matter.append(cards);
   for (const m of most) drawMatrix(cards, m, tree.epsilon, false);
 
-  const every = section("All matrices", "Click a name to draw its directions, a column heading to sort.");
+  const every = section("All matrices", "Click a name to draw its directions. Click a column heading to sort.");
   const chosen = html("div", {});
   every.append(chosen);
   filter = html("input", { type: "search", placeholder: "part of a name", "aria-label": "part of a name",
@@ -205,14 +205,14 @@ function showFindings(tree) {
     { head: "matrix", about: "its tensor in the base", up: true, cell: name, key: (m) => m.number },
     { head: "shape", about: "rows × columns, dtype", up: true, cell: (m) => text(m.kind), key: (m) => m.kind },
     { head: "r", about: "rank of the adapter's factors", cell: (m) => text(m.rank || "–"), key: (m) => m.rank },
-    { head: "intruders", about: "leading directions that the base does not have", cell: (m) => text(String(m.count)), key: (m) => m.count },
-    { head: "ranks", about: "which these are; 1 is the largest", up: true, cell: (m) => text(ranks(m).join(" ") || "–"), key: (m) => ranks(m)[0] ?? Infinity },
-    { head: "similarity", about: "the least of a direction", up: true, cell: (m) => text(m.least.toFixed(3)), key: (m) => m.least },
+    { head: "intruders", about: "leading directions that resemble none of the base's", cell: (m) => text(String(m.count)), key: (m) => m.count },
+    { head: "ranks", about: "ranks of the intruders; 1 is the largest singular value", up: true, cell: (m) => text(ranks(m).join(" ") || "–"), key: (m) => ranks(m)[0] ?? Infinity },
+    { head: "similarity", about: "the lowest of a direction", up: true, cell: (m) => text(m.least.toFixed(3)), key: (m) => m.least },
     { head: "σ₁", about: "largest singular value of base + adapter", cell: (m) => text(four(m.sigma)), key: (m) => m.sigma },
-    { head: "‖Δ‖", about: "norm of what the adapter adds", cell: (m) => text(four(m.norm)), key: (m) => m.norm },
-    { head: "energy", about: "the intruders' share of its square", cell: (m) => text(percent(m.energy)), key: (m) => m.energy },
-    { head: "lost", about: "in projection onto the adapter's rank, by paper at λ = 0", cell: (m) => text(percent(m.dropped)), key: (m) => m.dropped },
-    { head: "decided", about: "by which solver; open: not proven", up: true, cell: (m) => text(decided(m)), key: decided },
+    { head: "‖Δ‖", about: "norm of the delta", cell: (m) => text(four(m.norm)), key: (m) => m.norm },
+    { head: "energy", about: "the intruders' share of its squared norm", cell: (m) => text(percent(m.energy)), key: (m) => m.energy },
+    { head: "lost", about: "share lost in projection onto the adapter's rank, by paper at λ = 0", cell: (m) => text(percent(m.dropped)), key: (m) => m.dropped },
+    { head: "decided", about: "the solver that decided; open: not proven", up: true, cell: (m) => text(decided(m)), key: decided },
   ], matrices, { id: "matrices", limit: ROWS, by: 0 });
   choose(most[0]);
 }
@@ -229,7 +229,7 @@ function showSeveral(list) {
       lost: Math.max(0, ...of("dropped")), certified: matrices.filter((m) => m.certified).length,
     };
   });
-  const every = section("Adapters", "Click a name to show the adapter below, a column heading to sort.");
+  const every = section("Adapters", "Click a name to show the adapter below. Click a column heading to sort.");
   const main = place, kept = figures.length;
   let table = null, shown = null;
   const choose = (row) => {
@@ -245,13 +245,13 @@ function showSeveral(list) {
   const number = (head, about, key, format = String) => ({ head, about, cell: (r) => text(format(r[key])), key: (r) => r[key] });
   table = sortedTable(every, [
     { head: "adapter", about: "name of its findings file", up: true, cell: (r) => html("button", { type: "button", on: { click: () => choose(r) } }, r.name), key: (r) => r.name },
-    number("matrices", "that it changes", "matrices"),
+    number("matrices", "matrices that the adapter changes", "matrices"),
     number("intruders", "in all matrices", "intruders"),
     number("in", "matrices with intruders", "touched"),
-    number("‖Δ‖", "norm of what the adapter adds", "norm", four),
-    number("energy", "the intruders' share of its square", "energy", percent),
-    number("lost", "lost in projection onto rank r by paper at λ = 0: the most of a matrix", "lost", percent),
-    number("certified", "matrices whose decisions are all proven", "certified"),
+    number("‖Δ‖", "norm of the delta", "norm", four),
+    number("energy", "the intruders' share of its squared norm", "energy", percent),
+    number("lost", "largest share of a matrix' delta lost in projection, by paper at λ = 0", "lost", percent),
+    number("certified", "matrices with proven decisions only", "certified"),
   ], rows, { id: "adapters", marked: (r) => r === shown });
   choose(rows.reduce((a, b) => (b.intruders > a.intruders ? b : a)));
 }
@@ -280,14 +280,14 @@ function showOutput(tree) {
   const where = section("What was changed", "Layers from left to right. Click a cell to show its matrices below.");
   const mean = (key) => (cell) => sum(cell.matrices.map((m) => Math.max(0, m[key]))) / cell.matrices.length;
   if (tree.intruders) drawMap(where, "map of intruders", "Intruders that were scaled", grid, (cell) => sum(cell.matrices.map((m) => m.count)), (v) => String(Math.round(v)), pick);
-  drawMap(where, "map of norms", "Fall of the norm of what the adapter adds", grid, mean("taken"), (v) => percent(v, 0), pick);
+  drawMap(where, "map of norms", "Fall of the norm of the delta", grid, mean("taken"), (v) => percent(v, 0), pick);
   if (tree.dropped) drawMap(where, "map of losses", "Lost in projection onto the adapter's rank", grid, mean("dropped"), (v) => percent(v), pick);
   const every = section("All matrices", "Click a column heading to sort.");
   every.append(html("div", { class: "tools screen" }, html("button", { type: "button", on: { click: () => table.show(rows) } }, "all matrices")));
   table = sortedTable(every, [
     { head: "matrix", about: "its tensor in the base", up: true, cell: (m) => text(m.name), key: (m) => m.number },
     tree.intruders && { head: "scaled", about: "intruders that were scaled", cell: (m) => text(String(m.count)), key: (m) => m.count },
-    { head: "‖Δ‖", about: "norm of what the adapter adds", cell: (m) => text(four(m.norm)), key: (m) => m.norm },
+    { head: "‖Δ‖", about: "norm of the delta", cell: (m) => text(four(m.norm)), key: (m) => m.norm },
     { head: "after", about: "norm of what was written", cell: (m) => text(four(m.after)), key: (m) => m.after },
     { head: "fall", about: "of the norm", cell: (m) => text(percent(m.taken)), key: (m) => m.taken },
     tree.dropped && { head: "lost", about: "in projection onto the adapter's rank", cell: (m) => text(percent(m.dropped, 2)), key: (m) => m.dropped },

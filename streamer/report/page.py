@@ -37,7 +37,7 @@ $style</style>
 <main>
 <h1>$title</h1>
 $text
-<noscript><p>The figures and tables are drawn by the page's own script, which this reader does not run.</p></noscript>
+<noscript><p>This page draws its figures and tables with a script, which your browser does not run.</p></noscript>
 </main>
 <footer>$footer</footer>
 <script type="application/json" id="data">$data</script>
@@ -49,7 +49,7 @@ $script</script>
 
 FOOTER = (
     "Made by streamer report. Intruder dimensions: Shuttleworth et al., arXiv 2410.21228. Ranks count from 1, the largest singular value; "
-    "energy is the share of the squared norm of what the adapter adds."
+    "energy is the intruders' share of the delta's squared norm."
 )
 
 

@@ -30,9 +30,9 @@ def title(subject: Subject | Collection) -> str:
 def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]:
     """Say in a line what was found, and give the commands to run next, each with what it is for."""
     measure = [
-        ("Measure what the adapter forgets, and what mitigation would change, on two texts of your own",
+        ("Measure forgetting, and what mitigation would change, on two texts of yours",
          "streamer evaluate BASE ADAPTER --findings FINDINGS --general general.txt --task task.txt -o evaluation.json"),
-        ("Then make this page again, with the measurement", "streamer report FINDINGS evaluation.json -o report.html --overwrite"),
+        ("Then write this page again with the measurements", "streamer report FINDINGS evaluation.json -o report.html --overwrite"),
     ]  # fmt: skip
     if isinstance(subject, Collection):
         counts = {name: found.intruders for name, found in subject.findings.items()}
@@ -49,8 +49,8 @@ def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]
         check = "streamer verify OUTPUT BASE ADAPTER --sample all"
         scaled = f" and {counted(t['intruders'], 'intruder')} scaled" if scales_intruders(subject.record) else ""
         return (
-            f"{t['changed']} of {counted(t['matrices'], 'matrix')} mitigated{scaled}; the norm of what the adapter adds went from "
-            f"{t['delta_norm']:.4g} to {t['delta_norm_after']:.4g}.", [("Compare the files with the inputs", check)],
+            f"{t['changed']} of {counted(t['matrices'], 'matrix')} mitigated{scaled}; the norm of the delta changed from "
+            f"{t['delta_norm']:.4g} to {t['delta_norm_after']:.4g}.", [("Check the files against the inputs", check)],
         )  # fmt: skip
     if subject.evaluation is not None:
         said = printable(verdict(subject.evaluation, subject.evaluation.best()))
@@ -79,7 +79,7 @@ def certificates(subject: Subject) -> str:
     if subject.record is not None:
         made = subject.record["detection"]
         if made is None:
-            return "Certificates: none are needed, since no decision was."
+            return "Certificates: none, because no decision was needed."
         proven = sum(m["certified"] is True for m in subject.record["matrices"])
         return f"Certificates: in {proven} of {counted(len(subject.record['matrices']), 'matrix')} every decision is proven."
     assert subject.findings is not None
@@ -92,7 +92,7 @@ def certificates(subject: Subject) -> str:
     if rest:
         words += f"; not proven: {listed(map(printable, rest))}"
     if clustered:
-        words += f"; in {clustered} some singular values lie so close that no single direction is defined"
+        words += f"; in {clustered}, some singular values are so close that no single direction is defined"
     return f"Certificates: {words}."
 
 
@@ -121,15 +121,15 @@ def _of_findings(findings: Findings) -> list[str]:
     adapter, base = (f"“{_name(sources[what])}”" if what in sources else f"the {what}" for what in ("adapter", "base"))
     asked = (
         f"In {changed} that {adapter} changes in {base}, {judged} leading singular directions of "
-        f"base + adapter were compared with all directions of the base; one whose similarity to each of these is below "
-        f"{options.threshold_epsilon:g} is an intruder dimension."
+        f"base + adapter were compared with all directions of the base. A direction is an intruder if its similarity to every one is below "
+        f"{options.threshold_epsilon:g}."
     )
     _, share = delta_energy(findings)
     if not findings.intruders:
-        found = "There is none"
+        found = "There are no intruders"
         least = min((min(m.detection.similarity) for m in findings if m.detection.similarity), default=None)
         found += "." if least is None else f": the least similar direction has {least:.2f}."
-        return [asked, found, "Nothing is to be scaled down; a shrink of the whole adapter may still forget less."]
+        return [asked, found, "A shrink of the whole adapter may still forget less."]
     parts: Counter[str] = Counter()
     for m in findings:
         parts[part_of(m.tensor)] += len(m.detection.intruders)
@@ -139,8 +139,8 @@ def _of_findings(findings: Findings) -> list[str]:
     half = next(c for c in lambda_curve(findings) if c["lambda"] == 0.5)
     dropped = max(m.detection.dropped_at_zero for m in findings)
     weighs = (
-        f"{carry} {100 * share:.1f}% of the energy of what the adapter adds: λ = 0.5 leaves {100 * half['norm_left']:.1f}% of its norm "
-        f"with the method project. With the method paper at λ = 0, up to {100 * dropped:.1f}% of a matrix's mitigated delta is lost in "
+        f"{carry} {100 * share:.1f}% of the delta's energy. With method project, λ = 0.5 leaves {100 * half['norm_left']:.1f}% of its "
+        f"norm. With method paper and λ = 0, up to {100 * dropped:.1f}% of a matrix's mitigated delta is lost in "
         "projection onto the adapter's rank."
     )
     return [asked, found, weighs]
@@ -158,7 +158,7 @@ def _of_record(record: Mapping[str, Any]) -> list[str]:
         f"This is {what} made of “{_name(record['adapter'])}” and “{_name(record['base'])}” by streamer {printable(record['version'])}: "
         f"{how}, {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}."
     )
-    same = f"A shrink of the whole adapter by {t['equal_norm_shrink']:.4f} has the same norm: that is what to compare with."
+    same = f"A shrink of the whole adapter by {t['equal_norm_shrink']:.4f} has the same norm: use it as the baseline."
     lost = f"At most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta was lost in projection onto the adapter's rank."
     said = [(made, True), (same, t["equal_norm_shrink"] <= 1), (lost, record["command"] == "mitigate")]
     return [sentence for sentence, holds in said if holds]  # no shrink makes a delta grow

@@ -67,7 +67,7 @@ def test_the_table_and_what_comes_next(server: Server, home: Path, tmp_path: Pat
     lines = done.out.splitlines()
     assert lines[0].split() == HEADS
     assert [line.split()[0] for line in lines[2:4]] == ["90%", "60%"]
-    assert "measured on 6 general and 6 task sequences that nothing was fitted on" in done.out
+    assert "measured on 6 general and 6 task held-out sequences, on which" in done.out
     assert lines[-1] == f"wrote {output}"
     assert "16 coefficients in 2 sets" in done.last
     again = run(server, home, output, "--keep", "0.9,0.6")

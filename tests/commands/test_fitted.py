@@ -61,7 +61,7 @@ def test_an_output_says_how_it_was_made(inputs: tuple[Path, Path, Path], tmp_pat
     again = check(server().run(*line[:-1], "0.95", "--overwrite", "--json"), "streamer.output/2")
     assert again["coefficients"]["keep"] == 0.95
     text = server().run(*line[:-1], "0.95").out
-    assert "method fitted, to keep 95% of what was learned: 8 of 9 matrices mitigated" in text
+    assert "method fitted, to keep 95% of the learning: 8 of 9 matrices mitigated" in text
 
 
 @pytest.mark.parametrize("command", ["mitigate", "merge"])

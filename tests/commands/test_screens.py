@@ -110,7 +110,7 @@ def test_several_adapters_are_named(tmp_path: Path) -> None:
     full = server().run("merge", base, tmp_path / "several", "-o", tmp_path / "merged", "--all")
     assert full.code == 0, full.err
     assert full.out.count("model.layers.") == 18
-    assert full.out.count("Frobenius norm of what the adapter adds") == 1, "a legend is shown once"
+    assert full.out.count("Frobenius norm of the delta") == 1, "a legend is shown once"
     short = server().run("merge", base, tmp_path / "several", "-o", tmp_path / "merged2")
     assert short.code == 0, short.err
     assert "model.layers." not in short.out

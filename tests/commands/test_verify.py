@@ -309,9 +309,7 @@ def test_the_text_for_people(job: Job) -> None:
         "not compared: nothing",
     ]
     done = server().run("verify", job.home / "model")
-    assert done.out.splitlines()[1:] == [
-        "compared with its own record alone: give BASE ADAPTER to compare it with them"
-    ]
+    assert done.out.splitlines()[1:] == ["compared only with its own record; give BASE ADAPTER to compare it with them"]
 
 
 def test_progress_is_told_in_bytes_and_matrices(job: Job) -> None:

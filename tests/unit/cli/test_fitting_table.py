@@ -37,7 +37,7 @@ def test_one_coefficient_is_the_lambda_of_a_shrink(parameters: int, there: str, 
     assert ("shrink" in heads) == (parameters > 1)
     assert ("that shrink's forgetting" in text) == ("that shrink's KL" in text) == (parameters > 1)
     assert ("0.432" in text) == (parameters == 1)
-    assert f"but by which {chosen} was chosen" in text
+    assert f"on which {chosen} was chosen" in text
 
 
 def test_the_command_names_the_share_as_the_file_takes_it() -> None:

@@ -117,7 +117,7 @@ def test_a_result_is_shown_in_a_few_lines(job: tuple[Path, Path], tmp_path: Path
     assert "equal norm" not in repr(grown)  # a shrink cannot be given such a lambda
     assert "same norm" not in (tmp_path / "grown" / "README.md").read_text()
     merged = streamer.merge_with_reduced_intruder_dimensions(*job, tmp_path / "merged", mitigation_lambda=1)
-    assert "\n lambda 1: the adapter as it is, nothing mitigated\n |delta| " in repr(merged)
+    assert "\n lambda 1: the unchanged adapter, nothing mitigated\n |delta| " in repr(merged)
     assert "(merge, written): 8 files" in repr({"llama": merged})
 
 

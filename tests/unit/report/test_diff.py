@@ -135,7 +135,7 @@ def test_of_many_the_table_shows_those_that_changed(findings: Findings) -> None:
 
     many = MANY + 1
     text = diff_table(fates(*[2.0] * many), NO_LIMIT)
-    assert text.splitlines()[0] == f"of {many} intruders none has changed; --all shows every one"
+    assert text.splitlines()[0] == f"none of {many} intruders has changed; --all shows every one"
     lines = diff_table(fates(*[2.0] * (many - 2), 1.0, 1.5), NO_LIMIT).splitlines()
     assert [line.split()[0] for line in lines[2:4]] == [f"layers.{many - 2}.weight", f"layers.{many - 1}.weight"]
     assert f"the 2 that have changed, of {many}; --all shows every one" in lines

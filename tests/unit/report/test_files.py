@@ -147,7 +147,7 @@ def test_the_tradeoff_shows_or_names_every_variant() -> None:
             assert 100 * (v["kept"] + v["kept_se"]) <= most
             assert ax.get_ylim()[0] <= 100 * v["forgetting"] <= ax.get_ylim()[1]
     assert "project 0.9 (kept 90%, left -54%)" in named, "what forgets less than the base by more than the frame holds"
-    assert named.startswith("Outside of the frame: shrink 0.9 (kept 190%, left 90%), ")
+    assert named.startswith("Outside the frame: shrink 0.9 (kept 190%, left 90%), ")
     assert most > 103
 
 

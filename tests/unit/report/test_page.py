@@ -43,7 +43,7 @@ def test_the_sentences_and_data_of_findings(findings: Findings) -> None:
     assert "the 9 matrices that “adapter” changes in “base”, the 10 leading" in asked
     assert headline(subject)[0].startswith(f"{findings.intruders} intruders in 9 of 9 matrices, with ")
     assert found == "Intruders by part of a layer: down_proj (3), up_proj (3), q_proj (3)."
-    assert "% of the energy" in weighs
+    assert "% of the delta's energy" in weighs
     assert certificates(subject).startswith("Certificates: in 9 of 9 matrices every decision is proven")
     tree = embedded(make_page(subject))
     assert tree["evaluation"] is None
@@ -189,7 +189,7 @@ def test_findings_of_nothing_and_without_intruders(findings: Findings) -> None:
     make_page(Subject(dataclasses.replace(findings, matrices=())))
     none = dataclasses.replace(findings[0].detection, intruders=(), intruder_energy=0.0)
     clean = dataclasses.replace(findings, matrices=(dataclasses.replace(findings[0], detection=none),))
-    assert sentences(make_subject(clean))[1].startswith("There is none: the least similar direction has 0.")
+    assert sentences(make_subject(clean))[1].startswith("There are no intruders: the least similar direction has 0.")
     make_page(make_subject(clean))
     one = dataclasses.replace(findings[0].detection, intruders=findings[0].detection.intruders[:1])
     single = dataclasses.replace(findings, matrices=(dataclasses.replace(findings[0], detection=one),))
@@ -205,14 +205,14 @@ def test_the_record_of_an_output(pair: tuple[Path, Path], findings: Findings, tm
     made, compare, lost = sentences(subject)
     assert "an adapter made of “adapter” and “base”" in made
     assert headline(subject)[0].startswith(
-        "9 of 9 matrices mitigated and 9 intruders scaled; the norm of what the adapter adds went from "
+        "9 of 9 matrices mitigated and 9 intruders scaled; the norm of the delta changed from "
     )
     assert "the same norm" in compare
     assert "mitigated delta was lost in projection" in lost
     streamer.merge_with_reduced_intruder_dimensions(
         *pair, tmp_path / "merged", findings=findings, mitigation_lambda=0.5
     )
-    assert sentences(open_subject(tmp_path / "merged"))[1].endswith("that is what to compare with.")
+    assert sentences(open_subject(tmp_path / "merged"))[1].endswith("use it as the baseline.")
     tree = embedded(make_page(subject))["output"]
     assert len(tree["delta_norm"]) == 9
     with pytest.raises(UsageError, match="an evaluation is shown with findings"):
