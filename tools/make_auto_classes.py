@@ -77,9 +77,12 @@ def _parameters(name: str, config: Any) -> set[str]:
     """Names of a model's parameters, one name of those that are tied."""
     import torch
     import transformers
+    from transformers.initialization import no_init_weights
 
-    with torch.device("meta"):
-        return {parameter for parameter, _ in getattr(transformers, name)._from_config(config).named_parameters()}
+    with torch.device("meta"), no_init_weights():
+        model = getattr(transformers, name)._from_config(config)
+        model.tie_weights()  # else a part of initialization
+        return {parameter for parameter, _ in model.named_parameters()}
 
 
 def as_text(table: dict[str, Any]) -> str:
