@@ -10,7 +10,7 @@ import helpers
 import pytest
 import quantized
 import torch
-from command_line import run_cli
+from forks import server
 from peft import PeftModel
 from quantized import MAKERS
 from quantized_cases import FP8, Case, all_tensors, decoded_base, merged_by_peft
@@ -142,12 +142,11 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(case: Case, tmp_path: Pat
 def test_the_command_line(plain: tuple[Path, Path], tmp_path: Path) -> None:
     made = quantized.gptq(tmp_path / "base", plain[0])
     command = ("merge", made.base, plain[1], "-o", tmp_path / "out", "--lambda", "1", "--json")
-    done = run_cli(*command)
-    assert done.returncode == 3
-    assert done.stderr.count("\n") == 1
+    done = server().run(*command)
+    assert (done.code, done.err.count("\n")) == (3, 1)
     assert not (tmp_path / "out").exists()
-    planned = json.loads(run_cli(*command, "--dequantize", "--dry-run").stdout)
-    record = json.loads(run_cli(*command, "--dequantize").stdout)
+    planned = json.loads(server().run(*command, "--dequantize", "--dry-run").out)
+    record = json.loads(server().run(*command, "--dequantize").out)
     assert 0 <= planned["bytes"] - record["totals"]["bytes"] < 100  # the card's size is known to a few figures
     assert planned["files"] == len(record["files"])
     assert "quantize_config.json" in record["left_out"]

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
-from command_line import ENV
-from paths import TOOLS
 from tool_calls import call_tool
 
-TOOL = TOOLS / "bench_detect.py"
 TINY = ("--rank", "6", "--top-k", "5", "--repeats", "1", "--threads", "1")
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, TOOL, *args], capture_output=True, text=True, env=ENV, check=False)
-
-
 def measured(*args: str) -> dict:
-    done = run(*TINY, "--json", *args)
+    done = call_tool("bench_detect", *TINY, "--json", *args)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -48,7 +39,7 @@ def test_the_top_k_stage_is_compared_with_its_residuals() -> None:
 
 
 def test_the_table_for_people_and_the_help() -> None:
-    done = run(*TINY, "--shapes", "120x100", "--spectrum", "flat", "--solvers", "certified")
+    done = call_tool("bench_detect", *TINY, "--shapes", "120x100", "--spectrum", "flat", "--solvers", "certified")
     assert done.returncode == 0, done.stderr
     assert "120x100" in done.stdout
     assert "certified" in done.stdout

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from arguments import subparsers
 from command_line import ENV, run_cli
-from forks import server
+from forks import Server
 from paths import ROOT
 
 import streamer
@@ -90,7 +90,7 @@ def test_the_table_of_encodings_is_the_registrys() -> None:
 
 
 @pytest.mark.long
-def test_the_readmes_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_commands_run_in_order(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every line in one directory, with a tenth of the training; then the Python. The lines that install are run by .ci/run."""
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     trains = [line for line in lines if line.startswith("python tools/train_small.py")]
@@ -100,7 +100,7 @@ def test_the_readmes_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.M
     tool, *options = trains[0].replace("--steps 400", "--steps 40").split()[1:]
     subprocess.run([sys.executable, ROOT / tool, *options], cwd=tmp_path, env=ENV, check=True)
     for line in commands:
-        done = server().run(*shlex.split(line)[1:], before=f"os.chdir({str(tmp_path)!r})")
+        done = server.run(*shlex.split(line)[1:], before=f"os.chdir({str(tmp_path)!r})")
         assert done.code == 0, f"{line}: {done.err}"
     assert (tmp_path / "repaired" / "adapter_config.json").exists()
     assert (tmp_path / "merged" / "model.safetensors").exists()

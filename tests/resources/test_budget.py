@@ -12,7 +12,8 @@ import fitted
 import measure
 import pytest
 import torch
-from command_line import process_mib, run_cli
+from command_line import process_mib
+from forks import server
 from helpers import intruding_factors, power_law, write_adapter
 from safetensors.torch import save_file
 from seeds import vary
@@ -165,13 +166,11 @@ def test_the_smallest_budget_of_coefficients_is_kept(
 def keeps_smallest_budget(command: str, base: Path, adapter: Path, out: Path, *options: str) -> None:
     """Run a command in the smallest budget that it says would do."""
     arguments = [command, str(base), str(adapter), "-o", str(out), *options]
-    refused = run_cli(*arguments, "--max-memory", f"{process_mib() + 1}M")
-    assert refused.returncode == 2, refused.stderr
+    refused = server().run(*arguments, "--max-memory", f"{process_mib() + 1}M")
+    assert refused.code == 2, refused.err
     assert not out.exists()
-    least = re.search(
-        r"--max-memory: \d+M is not enough for tensor '[^']+' \([\dx]+\); it takes (\d+)M", refused.stderr
-    )
-    assert least, refused.stderr
+    least = re.search(r"--max-memory: \d+M is not enough for tensor '[^']+' \([\dx]+\); it takes (\d+)M", refused.err)
+    assert least, refused.err
     budget = int(least[1])
     line = [sys.executable, "-m", "streamer", *arguments, "--quiet", "--max-memory", f"{budget}M"]
     peak = measure.watched(line).anonymous

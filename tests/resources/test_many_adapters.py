@@ -11,7 +11,8 @@ from pathlib import Path
 import measure
 import pytest
 import torch
-from command_line import process_mib, run_cli
+from command_line import process_mib
+from forks import server
 from helpers import intruding_factors, write_adapter, write_sharded
 from safetensors.torch import save_file
 from seeds import vary
@@ -41,9 +42,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_many_adapters_keep_the_budget(inputs: tuple[Path, Path], command: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = [command, *map(str, inputs), "-o", str(out), "--quiet"]
-    refused = run_cli(*arguments, "--max-memory", f"{process_mib() + 1}M")
-    least = re.search(r"it takes (\d+)M", refused.stderr)
-    assert least, refused.stderr
+    refused = server().run(*arguments, "--max-memory", f"{process_mib() + 1}M")
+    least = re.search(r"it takes (\d+)M", refused.err)
+    assert least, refused.err
     assert not out.exists()
     budget = int(least[1])
     peak = measure.watched([sys.executable, "-m", "streamer", *arguments, "--max-memory", f"{budget}M"]).anonymous

@@ -15,7 +15,8 @@ import make_checkpoint
 import measure
 import pytest
 import torch
-from command_line import process_mib, run_cli
+from command_line import process_mib
+from forks import server
 from helpers import write_adapter
 from safetensors.torch import save_file
 from seeds import vary
@@ -118,19 +119,20 @@ def test_a_budget_too_small_is_refused_with_the_least_that_would_do(
     models: tuple[DemoModel, DemoModel], tmp_path: Path
 ) -> None:
     made, out = models[0], tmp_path / "findings.safetensors"
-    done = run_cli("detect", made.base, made.adapter, "-o", out, "--max-memory", f"{process_mib() + 10}M")
-    assert done.returncode == 2
+    done = server().run("detect", made.base, made.adapter, "-o", out, "--max-memory", f"{process_mib() + 10}M")
+    assert done.code == 2
     assert not out.exists()
     assert re.search(
         r"--max-memory: \d+M is not enough for tensor 'model\.layers\.\d\.mlp\.\w+\.weight' \(\d+x\d+\); it takes \d+M",
-        done.stderr,
+        done.err,
     )
-    least = re.search(r"it takes (\d+M)", done.stderr)
+    least = re.search(r"it takes (\d+M)", done.err)
     assert least
-    assert run_cli("detect", made.base, made.adapter, "-o", out, "--max-memory", least[1], "--dry-run").returncode == 0
-    done = run_cli("detect", made.base, made.adapter, "-o", out, "--max-memory", "lots")
-    assert done.returncode == 2
-    assert "expected a size like 600M or 4G, found 'lots'" in done.stderr
+    done = server().run("detect", made.base, made.adapter, "-o", out, "--max-memory", least[1], "--dry-run")
+    assert done.code == 0
+    done = server().run("detect", made.base, made.adapter, "-o", out, "--max-memory", "lots")
+    assert done.code == 2
+    assert "expected a size like 600M or 4G, found 'lots'" in done.err
 
 
 @pytest.mark.slow
