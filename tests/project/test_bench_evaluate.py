@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import bench_evaluate
 import profile_evaluate
 import pytest
-from command_line import ENV
-from paths import TOOLS
 from shapes import KNOWN
+from tool_calls import call_tool
 
 
 @pytest.mark.long
 def test_a_tiny_model_gives_every_figure(tmp_path: Path) -> None:
-    command = [sys.executable, TOOLS / "bench_evaluate.py", "--hidden", "64", "--layers", "1", "--dtype", "fp32", "--work", tmp_path,
-               "--method", "shrink", "--lambda", "0.5", "--length", "16", "--threads", "1", "--peer", "1", "--json"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, check=False)
+    done = call_tool("bench_evaluate", "--hidden", 64, "--layers", 1, "--dtype", "fp32", "--work", tmp_path, "--method", "shrink",
+                     "--lambda", 0.5, "--length", 16, "--threads", 1, "--peer", 1, "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     tree = json.loads(done.stdout)
     assert tree["variants"] == 3

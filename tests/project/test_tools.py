@@ -195,8 +195,8 @@ def test_help_teaches(tool: str) -> None:
 
 @pytest.mark.long
 def test_a_tiny_benchmark_gives_every_figure(tmp_path: Path) -> None:
-    done = run_tool(
-        "bench_merge.py", *SMALL, "--rounds", 2, "--double", "--max-memory", "1G", "--json", "--work", tmp_path
+    done = call_tool(
+        "bench_merge", *SMALL, "--rounds", 2, "--double", "--max-memory", "1G", "--json", "--work", tmp_path
     )
     assert done.returncode == 0, done.stderr
     tree = json.loads(done.stdout)
@@ -255,7 +255,7 @@ def test_the_peers_of_merge_do_what_they_are_named_for(tmp_path: Path) -> None:
 def test_a_given_checkpoint_is_measured_and_left_alone(tmp_path: Path) -> None:
     make(tmp_path, "--hidden", 64, "--layers", 1)
     before = tree_digest(tmp_path)
-    done = run_tool("bench_merge.py", "--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--rounds", 1)
+    done = call_tool("bench_merge", "--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--rounds", 1)
     assert done.returncode == 0, done.stderr
     for word in ("merge/cp", "merge/shards", "median", "anonymous", "addmm", "fsync", "sha256"):
         assert word in done.stdout
