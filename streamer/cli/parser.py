@@ -161,7 +161,7 @@ def build_parser() -> Parser:
                                    epilog=f"{EXAMPLES[name]}\n{EXIT_CODES}", parents=[*parents, saying])  # fmt: skip
 
     def inputs(sub: Parser, nargs: str | None = None) -> None:
-        several = "; several, or a directory of them, share one pass over the base" if nargs == "+" else "; one only"
+        several = "; several, or a directory of them, share one pass over the base" if nargs == "+" else "; only one"
         sub.add_argument("base", metavar="BASE", help="model directory, .safetensors file, hub name or address")
         sub.add_argument(
             "adapter", metavar="ADAPTER", nargs=nargs, help=f"directory, hub name or address of a PEFT adapter{several}"

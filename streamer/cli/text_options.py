@@ -15,9 +15,9 @@ def add_texts(sub: argparse.ArgumentParser, built_in: bool = False) -> None:
         "--general",
         required=not built_in,
         metavar="TEXT",
-        help=f"general text, of what BASE should not forget: .txt, .jsonl or .npy{more}",
+        help=f"general text, which shows forgetting: .txt, .jsonl or .npy{more}",
     )
-    sub.add_argument("--task", required=True, metavar="TEXT", help="text of ADAPTER's task, not from its training")
+    sub.add_argument("--task", required=True, metavar="TEXT", help="text of ADAPTER's task that it was not trained on")
     sub.add_argument(
         "--sequences", type=integer, default=64, metavar="N", help="sequences per text, at most (default: 64)"
     )
@@ -82,7 +82,7 @@ def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
 
 def add_map(sub: argparse.ArgumentParser) -> None:
     """Add the options of a map."""
-    sub.add_argument("--general", metavar="TEXT", help="general text, of what BASE should not forget: .txt, .jsonl or .npy "
+    sub.add_argument("--general", metavar="TEXT", help="general text, which shows forgetting: .txt, .jsonl or .npy "
                      "(default: the topics of Python's help)")  # fmt: skip
     sub.add_argument("--vectors", type=integer, metavar="N",
                      help="leading vectors to store for each input (default: 16; to add maps, as many as the largest has)")  # fmt: skip
