@@ -56,9 +56,11 @@ def _read(forecast: Mapping[str, Any]) -> str:
 
 def _memory(forecast: Mapping[str, Any]) -> str:
     usual, most = forecast["peak_memory_bytes"], forecast["escalated_memory_bytes"]
+    there = forecast["device_memory_bytes"]
     return format_size(usual) + (
-        f", {format_size(most)} if the dense solver, or float64, must decide" if most > usual else ""
-    )
+        f", {format_size(most)} if the dense solver, or float64, must decide" if most > usual
+        else f", of it {format_size(there)} on the GPU" if there else ""
+    )  # fmt: skip
 
 
 def _time(seconds: float | None) -> str:

@@ -61,6 +61,7 @@ class Forecast:
     temporary_bytes: Annotated[Count, "Largest number of bytes of temporary files beside the output."]
     seconds: Annotated[Amount | None, "Wall time in s, estimated from a short benchmark of this machine; null if it is not estimated."]
     threads: Annotated[int, Keywords(minimum=1), "CPU threads assumed for the time."] = field(default_factory=torch.get_num_threads)
+    device_memory_bytes: Annotated[Count, "Of the largest memory, bytes on the GPU that --device runs the model on; else 0."] = 0
     # fmt: on
 
 

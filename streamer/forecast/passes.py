@@ -8,7 +8,7 @@ import time
 import torch
 
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.memory import measured_bytes
+from streamer.evaluation.memory import TRANSFORMERS_BYTES, measured_bytes
 from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.passes import checked_tokens
 from streamer.evaluation.prepare import Prepared
@@ -20,8 +20,12 @@ from streamer.fitting.mapping import HEADER_BYTES, PreparedMap
 from streamer.fitting.options import WEIGHTS
 from streamer.fitting.prepare import PreparedFit
 from streamer.forecast.forecast import Forecast, network_bytes
+from streamer.linalg.allocation import CPU
 from streamer.linalg.second_moments import MORE, ROUNDS
 from streamer.linalg.torch_state import bfloat16_products, full_float32
+from streamer.plan.batch import Batch
+from streamer.plan.memory import resident_bytes
+from streamer.streaming.values import Job
 
 OVERHEAD = 1.3
 """Time of a pass over that of its products: attention, norms, the softmax, and reading the weights."""
@@ -64,7 +68,16 @@ def forecast_evaluation(prepared: Prepared, known: Evaluation | None) -> Forecas
     writes += len(json.dumps(prepared.facts, indent=1))
     read = size.read * runs
     peak = measured_bytes(passes, prepared.texts, size, prepared.resident)
-    return Forecast(peak, peak, read, network_bytes(prepared.plan, read), writes, writes, seconds)
+    return _forecast(prepared.model.job, peak, read, writes, writes, seconds)
+
+
+def _forecast(job: Job, peak: int, read: int, writes: int, temporary: int, seconds: float) -> Forecast:
+    """Put a forecast together; on a device is all but what stays between two steps, and its pace is not known."""
+    network = network_bytes(job.plan, read)
+    if job.device == CPU:
+        return Forecast(peak, peak, read, network, writes, temporary, seconds)
+    there = peak - TRANSFORMERS_BYTES - resident_bytes(Batch(job.plan.base, (job.plan,)))
+    return Forecast(peak, peak, read, network, writes, temporary, None, device_memory_bytes=there)
 
 
 def pass_seconds(products: int, pace: float, runs: int) -> float:
@@ -119,9 +132,7 @@ def forecast_fit(prepared: PreparedFit) -> Forecast:
         writes = 8 * count * (1 + sets) + names + facts
         journal += len(costs.gradients) * (RECORD_BYTES + 8 * prepared.parameters.count)
     seconds = pass_seconds(products, pace, len(prepared.model.modules) * runs)
-    return Forecast(
-        peak, peak, read, network_bytes(prepared.plan, read), writes, journal + prepared.spool_bytes, seconds
-    )
+    return _forecast(prepared.model.job, peak, read, writes, journal + prepared.spool_bytes, seconds)
 
 
 def forecast_map(prepared: PreparedMap) -> Forecast:
@@ -139,5 +150,4 @@ def forecast_map(prepared: PreparedMap) -> Forecast:
     writes = sum(2 * n * prepared.options.vectors + HEADER_BYTES for n in widths)
     spooled = 4 * tokens * (size.layer_width + 2 * size.hidden)
     read = size.read * len(prepared.groups)
-    peak = prepared.peak_bytes
-    return Forecast(peak, peak, read, network_bytes(prepared.plan, read), writes, writes + spooled, seconds)
+    return _forecast(prepared.model.job, prepared.peak_bytes, read, writes, writes + spooled, seconds)

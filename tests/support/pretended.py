@@ -6,8 +6,10 @@ are looked up and which expert is given a token, runs as it does, and results ca
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +32,15 @@ class Traffic:
     def __init__(self) -> None:
         self.to_device = self.to_host = self.live = self.peak = 0
         self.storages: dict[int, int] = {}
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[Traffic]:
+        """Count anew inside the context."""
+        gc.collect()
+        self.to_device, self.to_host, self.peak = 0, 0, self.live
+        before = self.live
+        yield self
+        self.peak -= before
 
     def holds(self, inner: torch.Tensor) -> None:
         """Count a tensor's memory until it goes."""
