@@ -36,6 +36,7 @@ NAMES = {
     "temporary_bytes",
     "seconds",
     "threads",
+    "device_memory_bytes",
 }
 CPU = torch.device("cpu")
 Job = tuple[Path, Path]
