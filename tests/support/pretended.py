@@ -76,6 +76,11 @@ class PretendedTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    def __getitem__(self, index: Any) -> Any:
+        """Index; torch itself makes no tensor of a list on a device that Python registers."""
+        indices = index if isinstance(index, tuple) else (index,)
+        return super().__getitem__(tuple(torch.tensor(i).to(DEVICE) if isinstance(i, list) else i for i in indices))
+
     @classmethod
     def __torch_dispatch__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
