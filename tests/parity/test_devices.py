@@ -15,7 +15,7 @@ from architectures import LINEAR, TEXT, config
 from causal_models import CAUSAL, make_adapter, make_base
 from evaluated import sequences, token_ids
 from fitted_models import coefficients_of
-from pretended import DEVICE, TRAFFIC
+from pretended import DEVICE, TRAFFIC, MixedDevices
 from seeds import vary
 
 import streamer
@@ -136,6 +136,13 @@ def test_architectures(plan: Plan, command: str) -> None:
     for name, values in expected.items():
         atol = TOLERANCE * float(np.abs(values).max())
         np.testing.assert_allclose(found[name], values, rtol=0, atol=atol, err_msg=name)
+
+
+def test_the_device_tells_what_is_mixed() -> None:
+    there = torch.ones(2, device=DEVICE)
+    for mixed in (lambda: there + torch.ones(2), lambda: torch.ones(2, 2) @ there, lambda: there[torch.ones(2).bool()]):
+        with pytest.raises(MixedDevices):
+            mixed()
 
 
 def test_wide_inputs_are_solved_for_by_products_there() -> None:

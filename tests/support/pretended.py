@@ -77,9 +77,8 @@ class PretendedTensor(torch.Tensor):
         return self.inner.data_ptr()
 
     def __getitem__(self, index: Any) -> Any:
-        """Index; torch itself makes no tensor of a list on a device that Python registers."""
         indices = index if isinstance(index, tuple) else (index,)
-        return super().__getitem__(tuple(torch.tensor(i).to(DEVICE) if isinstance(i, list) else i for i in indices))
+        return super().__getitem__(tuple(_tensor(i).to(DEVICE) if isinstance(i, list) else i for i in indices))
 
     @classmethod
     def __torch_dispatch__(
@@ -117,6 +116,7 @@ def compute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     def outer(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
+        value = value.resolve_conj()  # of which the outer tensor would not know
         if copied and func.overloadpacket is not torch.ops.aten.copy_:
             value = value.clone()
         if device != DEVICE:
@@ -133,3 +133,16 @@ def compute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 _made = torch.library.Library("_", "IMPL")
 _made.fallback(lambda func, *args, **kwargs: compute(func, args, kwargs), "PrivateUse1")  # what makes tensors
+
+_tensor = torch.tensor
+
+
+def tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
+    """Make a tensor of Python's numbers, which torch itself does not do on a device that Python registers."""
+    if device is None or torch.device(device) != DEVICE:
+        return _tensor(data, device=device, **options)
+    requires_grad = options.pop("requires_grad", False)
+    return _tensor(data, **options).to(DEVICE).requires_grad_(requires_grad)
+
+
+torch.tensor = tensor
