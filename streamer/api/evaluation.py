@@ -127,7 +127,7 @@ def evaluate_variants(
         From `detect_intruder_dimensions`, or the path of their file. None detects first, into memory.
     methods, lambdas
         Every method is evaluated at every λ: ``paper``, ``project``, ``shrink`` (see `merge_with_reduced_intruder_dimensions`).
-        ``fitted`` alone evaluates the coefficients, and no other method. With ``shrink``, up to three more shrinks are measured to find
+        ``fitted`` alone evaluates the coefficients, and no other method. With ``shrink``, up to four more shrinks are measured to find
         the λ that keeps the share `keep`.
     coefficients
         From `fit_coefficients`, or the path of their file: each set of them is one more variant, ``fitted 0.9``. Of text that they were
@@ -138,6 +138,10 @@ def evaluate_variants(
         Sequences of each text, and tokens of a sequence, at most.
     keep
         Share of what the adapter learned that the suggested variant keeps at least.
+    race
+        Drop variants that have lost on an eighth, a quarter or a half of the sequences: they keep too little, or another or the shrink
+        that keeps as much forgets less, by two standard errors. By default two shrinks run at first, not one at every λ. False runs all
+        on all sequences.
     projected
         Evaluate what `reduce_intruder_dimension` writes, projected onto the adapter's rank, in place of complete deltas.
     dtype

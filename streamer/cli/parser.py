@@ -265,8 +265,10 @@ def build_parser() -> Parser:
         help="scale all intruders, or only the first of each matrix (default: all)",
     )
     sub.add_argument("--keep", type=number, default=0.9, metavar="SHARE",
-                     help="share of the learning that the suggestion must keep; up to three more measurements find the shrink that "
+                     help="share of the learning that the suggestion must keep; up to four more measurements find the shrink that "
                           "keeps this share (default: 0.9)")  # fmt: skip
+    sub.add_argument("--no-race", dest="race", action="store_false",
+                     help="run all variants on all sequences; without it those that have lost on a part are dropped")  # fmt: skip
     sub.add_argument("--projected", action="store_true",
                      help="evaluate deltas projected onto the adapter's rank, as `mitigate` writes them")  # fmt: skip
     add_workers(sub)

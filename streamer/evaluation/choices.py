@@ -69,7 +69,9 @@ class Questions:
     def scored(self, sums: SequenceSums) -> SequenceSums:
         """Make the sums of each question, those of its right choice, of the sums of each choice; count the right answers."""
         own = SequenceSums(sums.tokens[self.right], *(getattr(sums, name)[:, self.right] for name in MEASURES))
-        return replace(own, acc=self._answered(sums.loss), acc_norm=self._answered(sums.loss / self.characters))
+        found = self._answered(sums.loss), self._answered(sums.loss / self.characters)
+        acc, acc_norm = (np.where(np.isfinite(own.loss), one, np.nan) for one in found)
+        return replace(own, acc=acc, acc_norm=acc_norm)
 
     def _answered(self, losses: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return 1 where the choice of the least loss is the right one, else 0: (V, Q)."""

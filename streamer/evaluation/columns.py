@@ -34,9 +34,10 @@ def figures(evaluation: Evaluation, every: bool = False) -> list[Figures]:
     """
     general, task, numbers = evaluation.general, evaluation.task, range(len(evaluation.variants))
     best = set(evaluation.front())
+    marked = "; †N dropped after N sequences" if any(map(evaluation.dropped, numbers)) else ""
     return [
-        Figures("variant", [v.name + (" *" if v.name in best else "") for v in evaluation.variants],
-                "* no other variant has both a lower task loss and a lower divergence", 9),
+        Figures("variant", [v.name + (" *" if v.name in best else evaluation.mark(row)) for row, v in enumerate(evaluation.variants)],
+                "* no other variant has both a lower task loss and a lower divergence" + marked, 9),
         Figures("general", [f"{general.mean(general.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on general text", 4),
         Figures("vs adapter", cells([general.loss_difference(v, ADAPTER_ROW) for v in numbers]),
                 "this loss minus the adapter's, ± the standard error, paired by sequence", 5),
@@ -67,7 +68,7 @@ def field_figures(general: SequenceSums) -> list[Figures]:
         Figures("PPL ratio", cells([general.perplexity_ratio(v) for v in variants]), "perplexity on general text over the base's", 0),
         *(Figures(f"KL {100 * share:g}%", [_four(general.kl_quantile(v, share)) for v in variants],
                   f"{100 * share:g}% of general text's tokens are at most this, within 1%", 0) for share in QUANTILES.values()),
-        Figures("KL max", [_four(general.kl_max[v].max()) for v in variants], "the largest KL of a token of general text", 0),
+        Figures("KL max", [_four(general.kl_largest(v)) for v in variants], "the largest KL of a token of general text", 0),
         Figures("mean Δp", cells([_in_percent(general.mean(general.p_change[v])) for v in variants]),
                 "change of the probability of general text's own token, in %", 0),
         Figures("RMS Δp", cells([_in_percent(general.p_rms(v)) for v in variants]), "root mean square of this change, in %", 0),

@@ -119,6 +119,14 @@ class Evaluation:
         """List the variants' names that no other one equals or excels in both loss on the task's text and divergence from the base."""
         return [self.variants[v].name for v in front(self.variants, self.general, self.task)]
 
+    def dropped(self, row: int) -> bool:
+        """Test whether a variant, by its number, was dropped in a race before it ran on all sequences."""
+        return self.task.ran(row) < len(self.task.tokens)
+
+    def mark(self, row: int) -> str:
+        """Mark a variant that was dropped with the sequences of general text that it ran on."""
+        return f" †{self.general.ran(row)}" if self.dropped(row) else ""
+
     def table(self, keep: float | None = None) -> str:
         """Format the verdict, the variants as a table, and why the suggested one is."""
         return table_text(self, self.best(keep))
@@ -187,6 +195,7 @@ class Evaluation:
             **flat("top1_kept", self.task.top1_share(v)),
             **flat("forgetting", self.general.share(v)),
             **flat("divergence", self.general.kl_share(v)),
+            "dropped": self.dropped(v),
             "against_adapter": self._against(v, ADAPTER_ROW),
             "against_base": self._against(v, BASE_ROW),
         })  # fmt: skip
@@ -294,16 +303,17 @@ def _figures(sums: SequenceSums, v: int) -> dict[str, Any]:
         **flat("perplexity_ratio", sums.perplexity_ratio(v)),
         **flat("kl", sums.mean(sums.kl[v])),
         **{f"kl_{name}": defined(sums.kl_quantile(v, share)) for name, share in QUANTILES.items()},
-        "kl_max": defined(sums.kl_max[v].max()),
+        "kl_max": defined(sums.kl_largest(v)),
         **flat("agreement", sums.mean(sums.agree[v])),
         **flat("top1", sums.mean(sums.right[v])),
         **flat("p_change", sums.mean(sums.p_change[v])),
         **flat("p_rms", sums.p_rms(v)),
         **{name: _accuracy(sums, name, v) for name in sums.answers},
+        "sequences": sums.ran(v),
         "sums": {
-            name: own.tolist()
+            name: [defined(x) for x in own]
             for name in (*MEASURES, *sums.answers)
-            if not np.isnan(own := getattr(sums, name)[v]).any()
+            if not np.isnan(own := getattr(sums, name)[v]).all()
         },
         **({} if np.isnan(sums.kl_bins[v]).any() else {"kl_bins": to_record(sums.kl_bins[v])}),
     }
@@ -324,6 +334,8 @@ def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> S
     arrays = {name: np.array([f["sums"].get(name, none) if name in SINCE else f["sums"][name] for f in figures], np.float64)
               for name in (*MEASURES, *(name for name in ANSWERS if name in figures[0]["sums"]))}  # fmt: skip
     shapes = {array.shape for array in arrays.values()}
+    if np.isnan(arrays["loss"][: ADAPTER_ROW + 1]).any():
+        raise ValueError(f"{text}: base or adapter lacks sequences")
     if shapes != {(len(figures), len(tokens))} or len(figures) < 2 or len(tokens) < 2:
         raise ValueError(f"sums of {text} are {listed(map(str, sorted(shapes)))}")
     bins = np.array([from_record(f.get("kl_bins")) for f in figures])

@@ -37,15 +37,16 @@ class _SequenceTokens(TypedDict):
     task: Annotated[list[float], "Of the task's text."]
 
 class _SumsRecord(TypedDict):
-    loss: Annotated[list[float], "Of the negative log likelihood, in nats."]
-    kl: Annotated[list[float], "Of the divergence from the base, in nats."]
-    agree: Annotated[list[float], "Counts of tokens whose most likely token is the base's."]
-    right: NotRequired[Annotated[list[float], "Counts of tokens whose most likely token is the text's own; absent in earlier versions."]]
-    p_change: NotRequired[Annotated[list[float], "Of p(variant) - p(base) of the text's own token; absent in earlier versions."]]
-    p_square: NotRequired[Annotated[list[float], "Of the square of this change; absent in earlier versions."]]
-    kl_max: NotRequired[Annotated[list[float], "The largest divergence of a token (not a sum); absent in earlier versions."]]
-    acc: NotRequired[Annotated[list[float], "1 for each question whose most likely choice is right, else 0."]]
-    acc_norm: NotRequired[Annotated[list[float], "1 for each question whose most likely choice per character is right, else 0."]]
+    loss: Annotated[list[float | None], "Of the negative log likelihood, in nats."]
+    kl: Annotated[list[float | None], "Of the divergence from the base, in nats."]
+    agree: Annotated[list[float | None], "Counts of tokens whose most likely token is the base's."]
+    right: NotRequired[Annotated[list[float | None], "Counts of tokens whose most likely token is the text's own; absent in earlier "
+        "versions."]]
+    p_change: NotRequired[Annotated[list[float | None], "Of p(variant) - p(base) of the text's own token; absent in earlier versions."]]
+    p_square: NotRequired[Annotated[list[float | None], "Of the square of this change; absent in earlier versions."]]
+    kl_max: NotRequired[Annotated[list[float | None], "The largest divergence of a token (not a sum); absent in earlier versions."]]
+    acc: NotRequired[Annotated[list[float | None], "1 for each question whose most likely choice is right, else 0."]]
+    acc_norm: NotRequired[Annotated[list[float | None], "1 for each question whose most likely choice per character is right, else 0."]]
 
 class Accuracy(TypedDict):
     """Share of questions that a variant answers right."""
@@ -83,8 +84,9 @@ class TextFigures(TypedDict):
     p_change_se: StandardError | None
     p_rms: Annotated[float | None, "Root mean square of this change; null in earlier versions."]
     p_rms_se: StandardError | None
-    sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, in the text's order; all other figures except quantiles "
-        "follow from them."]
+    sequences: Annotated[Count, "Sequences that it ran on."]
+    sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, in the text's order, null where it did not run; all "
+        "other figures except quantiles follow from them."]
     kl_bins: NotRequired[Annotated[BinsRecord, "Counts of tokens by their divergence, for its quantiles; absent in earlier versions and "
         "for questions."]]
     acc: NotRequired[Annotated[Accuracy, "Of questions: by the most likely choice."]]
@@ -137,6 +139,8 @@ VariantRecord = TypedDict("VariantRecord", {
     "forgetting_se": StandardError | None,
     "divergence": Annotated[float | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0."],
     "divergence_se": StandardError | None,
+    "dropped": Annotated[bool, "Whether it had lost on a part of the sequences and did not run on the rest. What compares two variants "
+        "is of the sequences that both ran on."],
     "against_adapter": Annotated[Against, "Differences from the unchanged adapter."],
     "against_base": Annotated[Against, "Differences from the base; PEFT's method comparison calls `general_loss` forgetting."],
 })

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from streamer.errors import UsageError
-from streamer.evaluation.sequences import TextSequences
+from streamer.evaluation.sequences import ALL, TextSequences, of_eighths
 from streamer.streaming.lazy import BLOCK_BYTES
 from streamer.streaming.model import ModelSize, vocabulary_block
 
@@ -18,10 +18,6 @@ ROWS = 4096
 
 LOGIT_COPIES = 5
 """As much memory as the logits that exist at once takes what is computed from them, themselves among it."""
-
-EIGHTHS = (0, 4, 2, 6, 1, 5, 3, 7)
-"""Remainders by 8 of the numbers of a text's units, eighth by eighth. The first one, two or four eighths are spread evenly over the
-text, whose sequences stand in its order."""
 
 WIDTHS = 5
 """Activations as wide as the widest layer that exist at once for each row, and as many as wide as the model."""
@@ -81,7 +77,7 @@ def plan_passes(
     resident: int,
     max_memory: int | None,
     one_length: bool,
-    eighths: Sequence[int] = range(len(EIGHTHS)),
+    eighths: range = ALL,
 ) -> list[Pass]:
     """Divide sequences and variants into passes that fit the budget; long sequences go together, so that little is padded.
 
@@ -95,7 +91,7 @@ def plan_passes(
     one_length
         Whether only sequences of one length run together, without padding.
     eighths
-        Parts of each text that are measured: indices of `EIGHTHS`. They are divided together: each for itself, sequences of varied
+        Parts of each text that are measured; see `of_eighths`. They are divided together: each for itself, sequences of varied
         lengths would be padded more, and short texts would read the weights more often, by up to a fifth of the time.
 
     Raises
@@ -111,7 +107,7 @@ def plan_passes(
     chunks = [tuple(others[i : i + together - 1]) for i in range(0, variants - 1, together - 1)]
     passes = []
     for name, text in texts.items():
-        rows = [i for eighth in eighths for unit in text.units[EIGHTHS[eighth] :: len(EIGHTHS)] for i in unit]
+        rows = [i for number in of_eighths(len(text.units), eighths) for i in text.units[number]]
         for part in parts(text, rows, max(1, most // together), size.short, one_length):
             passes += [Pass(name, part, chunk) for chunk in chunks]
     return passes

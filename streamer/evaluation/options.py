@@ -11,7 +11,7 @@ from streamer.detection.selection import Selection
 from streamer.errors import UsageError
 from streamer.evaluation.suggestion import check_keep
 from streamer.linalg.torch_state import has_fast_bfloat16
-from streamer.methods import WITHOUT_FILES, MethodName
+from streamer.methods import WITHOUT_FILES, MethodName, Shrink
 from streamer.methods.coefficients import Coefficients
 from streamer.methods.fit_set import CoefficientsRecord
 from streamer.methods.input_map import InputMap
@@ -23,6 +23,9 @@ ProductDtype = Literal["float32", "bf16"]
 """Dtype that the factors of a product of a base's weight with activations are rounded to; the product is float32."""
 
 LAMBDAS = (0.9, 0.75, 0.5, 0.25, 0.0)
+
+SHRINKS = (1.0, 0.8)
+"""Parts of the share to keep that are the λ of the first shrinks of a race: the one keeps it surely, the other about."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,28 @@ class EvaluationOptions:
     coefficients: Coefficients | None = None
     amplify: bool = False
     map: InputMap | None = None
+    race: bool = True
 
     def __post_init__(self) -> None:
+        check_keep(self.keep)
         _ = self.variants
         for name in ("sequences", "length"):
             value = getattr(self, name)
             if type(value) is not int or value < 2:
                 raise UsageError(f"{name}: expected a whole number from 2, found {value!r}")
-        check_keep(self.keep)
         check_dtype(self.dtype)
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """List the variants: ``base``, ``adapter``, each method at each λ, then each set of coefficients."""
-        return make_variants(self.methods, self.lambdas, self.scale, self.coefficients, self.amplify, self.map)
+        """List the variants: ``base``, ``adapter``, each method at each λ, then each set of coefficients.
+
+        A race runs no grid of shrinks that was not asked for: two, from which the one that keeps the share is placed, are enough.
+        """
+        made = make_variants(self.methods, self.lambdas, self.scale, self.coefficients, self.amplify, self.map)
+        if not self.race or self.lambdas != LAMBDAS or Shrink.name not in self.methods:
+            return made
+        nodes = [Variant.of(Shrink(lam)) for part in SHRINKS if (lam := round(part * self.keep, 3)) < 1]
+        return (*(v for v in made if v.method != Shrink.name), *nodes)
 
     def job(self, plan: Plan, device: torch.device) -> Job:
         """Say how all variants are computed; deltas that need findings can be had only once these are there."""

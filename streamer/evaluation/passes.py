@@ -69,21 +69,20 @@ def padding_changes(job: Job, groups: Sequence[TextSequences], on_read: Callable
 
 
 def together(
-    passes: Sequence[Pass], sums: Mapping[int, SequenceSums], text: str, variants: int, sequences: int
+    passes: Sequence[Pass], sums: Mapping[int, SequenceSums], name: str, variants: int, text: TextSequences
 ) -> SequenceSums:
-    """Put the sums of a text's passes, by their numbers, in the order of variants and sequences."""
-    shape = variants, sequences
-    tokens, arrays, bins = np.zeros(sequences), {name: np.zeros(shape) for name in MEASURES}, np.zeros((variants, BINS))
+    """Put the sums of a text's passes, by their numbers, in the order of variants and sequences; NaN of sequences in none."""
+    shape = variants, len(text.ids)
+    arrays, bins = {kind: np.full(shape, np.nan) for kind in MEASURES}, np.zeros((variants, BINS))
     for number, one in enumerate(passes):
-        if one.text == text:
+        if one.text == name:
             own = sums[number]
             rows = (0, *one.variants) if one.variants[0] == 1 else one.variants
             at = np.ix_(rows, one.sequences)
-            tokens[list(one.sequences)] = own.tokens
-            for name in MEASURES:
-                values = getattr(own, name)
-                arrays[name][at] = values[-len(rows) :]
+            for kind in MEASURES:
+                arrays[kind][at] = getattr(own, kind)[-len(rows) :]
             bins[list(rows)] += own.kl_bins[-len(rows) :]
+    tokens = np.array([float(counted.sum()) for counted in text.counted])
     return SequenceSums(tokens, **arrays, kl_bins=bins)
 
 
@@ -157,6 +156,4 @@ def measure_variants(passes: Sequence[Pass], texts: Mapping[str, TextSequences],
             records.add(key(number), {name: getattr(own, name) for name in ("tokens", *ARRAYS)})
             sums[number] = own
             progress.advance(costs[number])
-    return {
-        name: text.scored(together(passes, sums, name, len(variants), len(text.ids))) for name, text in texts.items()
-    }
+    return {name: text.scored(together(passes, sums, name, len(variants), text)) for name, text in texts.items()}

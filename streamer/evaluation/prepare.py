@@ -19,15 +19,15 @@ from streamer.evaluation.identity import with_digest
 from streamer.evaluation.memory import TRANSFORMERS_BYTES, Pass, pass_bytes, plan_passes
 from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.progress import pass_cost
-from streamer.evaluation.sequences import TextSequences
-from streamer.evaluation.steps import EXPECTED_PLACED, missing, shrink_to_place, was_placed, without_scaling
+from streamer.evaluation.race import WHOLE, rounds_of
+from streamer.evaluation.sequences import ALL, TextSequences
+from streamer.evaluation.steps import Wanted, expected, without_scaling
 from streamer.evaluation.task import describe
 from streamer.evaluation.texts import read_text, sample_digest
 from streamer.evaluation.tokenizer import tokenizer_directory
 from streamer.events import Monitor
 from streamer.methods import UNCHANGED
 from streamer.methods.coefficients import Coefficients
-from streamer.methods.shrink import Shrink
 from streamer.output.job import GivenFindings
 from streamer.output.prepare import OutputOptions, check_coefficients, check_map, open_jobs
 from streamer.plan.batch import Batch
@@ -35,7 +35,6 @@ from streamer.plan.memory import MemoryEstimate, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.streaming.extra import require_transformers
 from streamer.streaming.model import StreamingModel
-from streamer.streaming.variants import Variant
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +62,10 @@ class Prepared:
     model: StreamingModel
     one_length: bool
 
-    def passes(self, variants: int) -> list[Pass]:
-        """Divide the sequences into passes under so many variants, the base among them."""
+    def passes(self, variants: int, eighths: range = ALL) -> list[Pass]:
+        """Divide the sequences of some eighths into passes under so many variants, the base among them."""
         size, budget = self.model.size, self.detection.max_memory
-        return plan_passes(self.texts, variants, size, self.resident, budget, self.one_length)
+        return plan_passes(self.texts, variants, size, self.resident, budget, self.one_length, eighths)
 
     def group(self, one: Pass) -> TextSequences:
         """Return the sequences of a pass."""
@@ -77,20 +76,14 @@ class Prepared:
         return pass_cost(self.model.size, self.group(one), 1 + len(one.variants))
 
     def expected(self, known: Evaluation | None) -> list[Pass]:
-        """List the passes of a whole run, with those that are expected to place the shrink.
+        """List the passes of a whole run, if as many variants are dropped as is usual; none if nothing is missing.
 
         Parameters
         ----------
         known
             What was measured before.
         """
-        keep = self.options.keep
-        new = missing(self.wanted, known)
-        places = any(v.method == Shrink.name for v in new) or (
-            known is not None and shrink_to_place(known, keep) is not None
-        )
-        placed = EXPECTED_PLACED if places and keep < 1 and not was_placed(known, keep) else 0
-        return [*(self.passes(1 + len(new)) if new else ()), *(self.passes(2) * placed)]
+        return [one for size in expected(self.wanted, known) for one in self.passes(*size)]
 
     @property
     def resident(self) -> int:
@@ -103,9 +96,10 @@ class Prepared:
         return any(variant.scales_intruders for variant in self.options.variants)
 
     @property
-    def wanted(self) -> list[Variant]:
-        """List the variants to measure: those asked for, without what given findings say to be the adapter as it is."""
-        return without_scaling(self.options.variants, self.facts)
+    def wanted(self) -> Wanted:
+        """Say what to measure: what was asked for, without what given findings say to be the adapter as it is."""
+        rounds = rounds_of([len(text.units) for text in self.texts.values()]) if self.options.race else WHOLE
+        return Wanted(without_scaling(self.options.variants, self.facts), self.options.keep, rounds)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -138,7 +132,9 @@ class Prepared:
     def digest(self) -> str:
         """Hash all that decides the passes of a run, for its journal."""
         variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in self.options.variants]
-        return self.plan.digest(facts=self.facts, variants=variants, max_memory=self.detection.max_memory)
+        return self.plan.digest(
+            facts=self.facts, variants=variants, max_memory=self.detection.max_memory, race=self.options.race
+        )
 
 
 def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings: Findings | None, options: EvaluationOptions,

@@ -30,17 +30,16 @@ class RunProgress:
 
     def __init__(self, monitor: Monitor, size: ModelSize, stage: Literal["evaluate", "fit", "map"]) -> None:
         self._monitor, self.size, self._stage = monitor, size, stage
-        self._done = self._total = self._items = self._of = 0
+        self._done = self._total = self._items = self._of = self._resumed = 0
 
     def expect(self, costs: list[int]) -> None:
-        """Take the costs of passes that are to come."""
-        self._total += sum(costs)
-        self._of += len(costs)
+        """Take the costs of all passes that are to come."""
+        self._total = self._done + sum(costs)
+        self._of = self._items + len(costs)
 
     def resume(self, passes: int) -> None:
-        """Say how many passes an interrupted run has recorded, if any."""
-        if passes:
-            self._monitor.resuming(passes, max(self._of, passes), "pass")
+        """Take how many passes an interrupted run has recorded; it is said before the first event, when all that is known is expected."""
+        self._resumed = passes
 
     def reading(self, cost: int, times: int) -> Callable[[RunTimeTensor], None]:
         """Make the hook of a pass that reads each parameter so many times: before each it tells how far the pass is, in multiplications.
@@ -87,4 +86,7 @@ class RunProgress:
 
     def _emit(self, name: str, done: int) -> None:
         total, of = max(self._total, done + 1 if name else done), max(self._of, self._items)
+        if self._resumed:
+            self._monitor.resuming(self._resumed, max(of, self._resumed), "pass")
+            self._resumed = 0
         self._monitor.emit(Event(self._stage, name, done, total, self._items, of))

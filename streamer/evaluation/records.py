@@ -13,7 +13,7 @@ from streamer.evaluation.identity import differences
 from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.result_file import ResultFile, State, of_others
 from streamer.evaluation.statistics import SINCE
-from streamer.evaluation.steps import missing, shrink_to_place, was_placed
+from streamer.evaluation.variants import BASE_ROW
 from streamer.plan.memory import check_budget
 from streamer.storage.output_checks import is_taken
 from streamer.units import listed
@@ -25,8 +25,7 @@ def result_file(prepared: Prepared, output: Path) -> ResultFile:
     """Describe the file of an evaluation."""
 
     def is_whole(path: Path) -> bool:
-        standing, wanted, keep = _load(prepared, path), prepared.wanted, prepared.options.keep
-        return not missing(wanted, standing) and (was_placed(standing, keep) or shrink_to_place(standing, keep) is None)
+        return not prepared.expected(_load(prepared, path))
 
     # What an earlier run measured is not in the journal of this one.
     earlier = hashlib.sha256(output.read_bytes()).hexdigest() if is_taken(output) and output.is_file() else ""
@@ -44,7 +43,7 @@ def _load(prepared: Prepared, path: Path) -> Evaluation:
     """Load an evaluation; refuse one whose variants are not comparable with those of this run."""
     standing = load_evaluation(path)
     differing = differences(prepared.facts, standing.facts)
-    if lacking := [name for name in SINCE if np.isnan(getattr(standing.task, name)).any()]:
+    if lacking := [name for name in SINCE if np.isnan(getattr(standing.task, name)[BASE_ROW]).any()]:
         differing.append(f"no {listed(lacking)}, as of an earlier version")
     if differing:
         raise of_others(path, ONE, differing)

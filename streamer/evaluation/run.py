@@ -19,7 +19,7 @@ from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.progress import RunProgress
 from streamer.evaluation.records import inspect, measured_before, result_file
 from streamer.evaluation.result_file import Records, computing
-from streamer.evaluation.steps import Sums, evaluation_steps, missing, without_scaling
+from streamer.evaluation.steps import Request, Sums, alive_at_first, evaluation_steps, without_scaling
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 from streamer.events import Event
 from streamer.plan.batch import Batch
@@ -91,16 +91,16 @@ class _Run:
 
     def result(self) -> Evaluation:
         """Run to the end."""
-        facts, keep = self.prepared.facts, self.prepared.options.keep
+        facts, wanted = self.prepared.facts, self.prepared.wanted
         with computing(self.records.threads, self.monitor):
             self._check()
             self.progress.resume(self.records.taken_up)
-            if (count := self._intruders(missing(self.prepared.wanted, self.known))) is not None:
+            if (count := self._intruders(alive_at_first(wanted, self.known))) is not None:
                 facts = with_digest({**facts, "intruders": count})
             if self.known is not None:
                 facts = joined_facts(facts, self.known.facts)
-            steps = evaluation_steps(without_scaling(self.prepared.wanted, facts), self.known, facts, keep)
-            found = answered(steps, self._measured)
+            wanted = replace(wanted, variants=without_scaling(wanted.variants, facts))
+            found = answered(evaluation_steps(wanted, self.known, facts), self._measured)
             self.progress.finish()
         return found
 
@@ -117,16 +117,18 @@ class _Run:
         if one_length != prepared.one_length:
             self._divide(replace(prepared, one_length=one_length))
 
-    def _measured(self, variants: Sequence[Variant]) -> Sums:
-        """Measure the variants of a request on all texts."""
-        prepared, names = self.prepared, json.dumps([variant.name for variant in variants])
+    def _measured(self, request: Request) -> Sums:
+        """Measure the variants of a request on its part of all texts."""
+        prepared, variants = self.prepared, request.variants
+        what = f"{request.eighths.start} {json.dumps([variant.name for variant in variants])}"
 
         def job(chosen: tuple[Variant, ...]) -> Job:
             return replace(prepared.model.job, variants=chosen, findings=self._findings_for(variants))
 
-        passes = prepared.passes(len(variants))
+        passes, *later = (prepared.passes(*size) for size in (request.size, *request.later))
+        self.progress.expect([prepared.cost(one) for some in (passes, *later) for one in some])
         return measure_variants(
-            passes, prepared.texts, variants, job, lambda i: f"{i} {names}", self.records, self.progress, prepared.run
+            passes, prepared.texts, variants, job, lambda i: f"{i} {what}", self.records, self.progress, prepared.run
         )
 
     def _intruders(self, variants: Sequence[Variant]) -> int | None:

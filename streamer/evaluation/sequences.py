@@ -13,6 +13,13 @@ from numpy.typing import NDArray
 from streamer.evaluation.choices import Question, Questions
 from streamer.evaluation.statistics import SequenceSums
 
+EIGHTHS = (0, 4, 2, 6, 1, 5, 3, 7)
+"""Remainders by 8 of the numbers of a text's units, eighth by eighth. The first one, two or four eighths are spread evenly over the text,
+whose sequences stand in its order."""
+
+ALL = range(len(EIGHTHS))
+"""All eighths of a text."""
+
 
 @dataclass(frozen=True)
 class TextSequences:
@@ -118,3 +125,12 @@ def evenly(count: int, wanted: int) -> list[int]:
     ([0, 2, 5, 7], [0, 1, 2])
     """
     return [i * count // wanted for i in range(wanted)] if count > wanted else list(range(count))
+
+
+def of_eighths(count: int, eighths: range) -> list[int]:
+    """List the numbers of a text's units, which are sequences or questions, that some eighths of it hold.
+
+    >>> of_eighths(17, range(2)), of_eighths(3, range(2))
+    ([0, 8, 16, 4, 12], [0])
+    """
+    return [i for eighth in eighths for i in range(EIGHTHS[eighth], count, len(EIGHTHS))]

@@ -24,6 +24,9 @@ NODES = 4
 EXCESS = 0.002
 """A shrink is well placed if it keeps the share asked for, and at most this much more: a fraction of the share's standard error."""
 
+ERRORS = 1.5
+"""A race aims by so many standard errors beyond the share: what is kept of all sequences is not known when it places a shrink."""
+
 LAST = 4
 """Where the curve is rough, the λ computed fall short of the share. The last one aims beyond it by so many times what is missing."""
 
@@ -70,7 +73,11 @@ def against_shrink(
     """
     if variants[variant].method in (None, Shrink.name):
         return None
-    nodes, losses = _shrinks(variants), task.loss.sum(axis=1)
+    ran = np.isfinite(task.loss[variant])
+    nodes = [node for node in _shrinks(variants) if task.ran(node[1]) >= ran.sum()]
+    if len(nodes) < NODES and nodes[0][0] > 0:
+        nodes.insert(0, (0.0, BASE_ROW))  # nearly, if the adapter brings more than deltas
+    losses = np.nan_to_num(task.loss[:, ran].sum(axis=1))
     above = [losses[row] - losses[variant] for _, row in nodes]
     at = next((k for k in range(len(nodes) - 1) if above[k] * above[k + 1] <= 0), None)
     if at is None or len(nodes) < 3:
@@ -95,38 +102,63 @@ def against_shrink(
 
 
 def next_shrink(
-    variants: Sequence[EvaluatedVariant], task: SequenceSums, keep: float, last: bool = False
+    variants: Sequence[EvaluatedVariant], task: SequenceSums, keep: float, last: bool = False, loose: bool = False
 ) -> float | None:
     """Choose the λ of the shrink to measure next, so that one is measured that keeps a share of what was learned and little more.
 
-    λ is where the losses that were measured say that a little more than the share is kept, rounded up. Measuring it and asking again is a
-    secant rule: the nodes come ever nearer, and with them the interpolation.
-
-    Parameters
-    ----------
-    last
-        Whether this is the last one: it goes beyond the share by some times what the nearest shrink below falls short of it.
+    λ is where the shares that were measured say that a little more than that is kept, rounded up. Measuring it and asking again is a secant
+    rule: the nodes come ever nearer, and with them the interpolation. See `placed_shrink` for the options.
 
     Returns
     -------
     float or None
         None if such a shrink was measured already, or no shrink at all.
     """
-    nodes = [node for node in _shrinks(variants) if 0 <= node[0] <= 1]
-    if len(nodes) < 2:
-        return None
+    return placed_shrink(variants, task, keep, last, loose)[1]
+
+
+def placed_shrink(
+    variants: Sequence[EvaluatedVariant], task: SequenceSums, keep: float, last: bool = False, loose: bool = False
+) -> tuple[int, float | None]:
+    """Choose of the shrinks that were measured, the adapter among them, the one that keeps a share of what was learned and little more.
+
+    As long as only a part of the sequences has run, what is kept of all of them may be another share, by about the error that it will have
+    at the end. So it is aimed by `ERRORS` of these beyond the share, and a shrink is well placed that keeps as much less.
+
+    Parameters
+    ----------
+    last
+        Whether this is the last λ: it goes beyond the share by some times what the nearest shrink below falls short of it.
+    loose
+        Whether it may keep thrice `ERRORS` standard errors more, and so spare another.
+
+    Returns
+    -------
+    row, lambda
+        Its number, and the λ of a better one that is to be measured; None if it is well placed, or if no shrink is wanted.
+    """
+    shrinks = [node for node in _shrinks(variants) if 0 <= node[0] <= 1]
+    if len(shrinks) < 2:
+        return ADAPTER_ROW, None
+    nodes = [node for node in shrinks if task.ran(node[1]) == task.ran(BASE_ROW)]
     if nodes[0][0] > 0:  # what a shrink to nothing keeps is a guess: an adapter may bring more than deltas
         nodes.insert(0, (0.0, BASE_ROW))
-    shares = [task.share(row).value for _, row in nodes]
-    first = next(k for k, share in enumerate(shares) if share >= keep)  # at λ = 1 all is kept
-    if first == 0 or shares[first] <= keep + EXCESS:
-        return None
-    beyond = max(EXCESS / 2, LAST * (keep - shares[first - 1])) if last else EXCESS / 2
-    aim = keep + min(beyond, (shares[first] - keep) / 2)
-    losses, between = task.loss.sum(axis=1), (nodes[first - 1][0], nodes[first][0])
-    target = losses[BASE_ROW] + aim * (losses[ADAPTER_ROW] - losses[BASE_ROW])
-    lam = rounded_up(_crossing(_nearest(nodes, first - 1), between, losses, target))
-    return lam if lam < between[1] else None
+    shares, values = [task.share(row) for _, row in nodes], np.zeros(len(variants))
+    values[[row for _, row in nodes]] = [share.value for share in shares]
+    whole = len(task.tokens)
+    errors = [ERRORS * share.error * math.sqrt(share.sequences / whole) for share in shares]
+    apart = [0.0 if share.sequences == whole else error for share, error in zip(shares, errors, strict=True)]
+    first = next(k for k, share in enumerate(shares) if share.value >= keep - apart[k])  # at λ = 1 all is kept
+    above = shares[first].value - keep
+    if first == 0 or above <= max(EXCESS, loose * 3 * errors[first]):
+        return nodes[first][1], None
+    beyond = max(EXCESS / 2, LAST * (keep - shares[first - 1].value)) if last else EXCESS / 2 + apart[first - 1]
+    lam = rounded_up(
+        _crossing(
+            _nearest(nodes, first - 1), (nodes[first - 1][0], nodes[first][0]), values, keep + min(beyond, above / 2)
+        )
+    )
+    return nodes[first][1], lam if lam < nodes[first][0] else None
 
 
 def rounded_up(lam: float) -> float:

@@ -95,13 +95,15 @@ def telling(sequences: int) -> float:
 
 
 def ratio(y: Floats, x: Floats) -> Estimate:
-    """Estimate ``Σ y / Σ x`` from sums y, x of each sequence: (S,), S ≥ 2.
+    """Estimate ``Σ y / Σ x`` from sums y, x of each sequence: (S,). Where either is NaN it was not measured, and does not count.
 
     >>> ratio(np.array([2.0, 4.0, 6.0]), np.array([1.0, 2.0, 3.0]))
     Estimate(value=2.0, error=0.0, sequences=3)
     """
+    both = np.isfinite(y) & np.isfinite(x)
+    y, x = y[both], x[both]
     total = float(x.sum())
-    if total == 0:
+    if total == 0 or len(x) < 2:
         return Estimate(float("nan"), float("inf"), len(x))
     value = float(y.sum()) / total
     rest = y - value * x
@@ -116,6 +118,7 @@ def _nothing() -> Floats:
 class SequenceSums:
     """Sums over the counted tokens of each sequence of a text, for each variant; the first is the base, the second the adapter as it is.
 
+    They are NaN of sequences on which a variant did not run: a race dropped it before. What compares two is of those that both ran on.
     What is not given, as of evaluations by earlier versions, is NaN.
 
     Attributes
@@ -170,6 +173,24 @@ class SequenceSums:
             *(np.concatenate([getattr(one, name) for one in (self, *others)]) for name in (*ARRAYS, *self.answers)),
         )
 
+    def unknown(self, variants: int) -> SequenceSums:
+        """Make the sums of so many variants that have not run."""
+        none = np.full((variants, len(self.tokens)), np.nan)
+        arrays = {name: none.copy() for name in (*MEASURES, *self.answers)}
+        return SequenceSums(self.tokens, **arrays, kl_bins=np.zeros((variants, BINS)))
+
+    def add(self, row: int, other: SequenceSums, of: int) -> None:
+        """Add a row of another on sequences that its own lacks; if it has any of these, it keeps what it has."""
+        there = np.isfinite(other.loss[of])
+        if not np.isfinite(self.loss[row][there]).any():
+            self.kl_bins[row] += other.kl_bins[of]
+            for name in (*MEASURES, *self.answers):
+                getattr(self, name)[row, there] = getattr(other, name)[of, there]
+
+    def ran(self, variant: int) -> int:
+        """Count the sequences that a variant ran on."""
+        return int(np.isfinite(self.loss[variant]).sum())
+
     def take(self, variants: Sequence[int]) -> SequenceSums:
         """Take some of the variants, by number."""
         return SequenceSums(self.tokens, *(getattr(self, name)[list(variants)] for name in (*ARRAYS, *self.answers)))
@@ -180,11 +201,11 @@ class SequenceSums:
 
     def loss_of(self, weights: Sequence[float] | Floats) -> Estimate:
         """Estimate a linear combination of the variants' mean losses, such as a difference: weights (V,)."""
-        return self.mean(np.asarray(weights, float) @ self.loss)
+        return self.mean(_weighted(weights, self.loss))
 
     def kl_of(self, weights: Sequence[float] | Floats) -> Estimate:
         """Estimate a linear combination of the variants' mean divergences: weights (V,)."""
-        return self.mean(np.asarray(weights, float) @ self.kl)
+        return self.mean(_weighted(weights, self.kl))
 
     def loss_difference(self, variant: int, other: int) -> Estimate:
         """Estimate by how much the mean loss of a variant is above another's."""
@@ -233,7 +254,11 @@ class SequenceSums:
 
     def kl_quantile(self, variant: int, share: float) -> float:
         """Estimate the divergence that this share of the tokens does not exceed; see `quantile`."""
-        return quantile(self.kl_bins[variant], self.kl_max[variant].max(), share)
+        return quantile(self.kl_bins[variant], self.kl_largest(variant), share)
+
+    def kl_largest(self, variant: int) -> float:
+        """Return the largest divergence of a token."""
+        return float(self.kl_max[variant][np.isfinite(self.loss[variant])].max())
 
     def accuracy(self, name: str, variant: int, other: int | None = None) -> Estimate:
         """Estimate the share of questions that a variant answers right, or by how much it is above another's; a name of `ANSWERS`."""
@@ -250,6 +275,13 @@ class SequenceSums:
     def kl_share(self, variant: int) -> Estimate:
         """Estimate a variant's divergence as a part of that of the adapter as it is."""
         return ratio(self.kl[variant], self.kl[1])
+
+
+def _weighted(weights: Sequence[float] | Floats, sums: Floats) -> Floats:
+    """Add up the variants that have a weight."""
+    own = np.asarray(weights, float)
+    total: Floats = own[own != 0] @ sums[own != 0]
+    return total
 
 
 def flat(name: str, estimate: Estimate) -> dict[str, float | None]:

@@ -2,72 +2,190 @@
 
 It holds no model and reads no file; given the same answers it asks the same questions, so a journal of answers resumes it. It asks for:
 
-1. the variants that the user asked for and that are not measured yet, all together
-2. up to `MOST_PLACED` times, a shrink of the whole adapter: its λ is where the losses so far say that it keeps the share (`next_shrink`)
+1. the variants that the user asked for, on the sequences of a round; in the next, for those that have not lost (see `race`)
+2. up to `MOST_PLACED` times, a shrink of the whole adapter: its λ is where the losses so far say that it keeps the share
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.shrinks import next_shrink
+from streamer.evaluation.race import WHOLE, eighths_run, lost
+from streamer.evaluation.sequences import ALL
+from streamer.evaluation.shrinks import placed_shrink
 from streamer.evaluation.statistics import SequenceSums
-from streamer.evaluation.variants import EvaluatedVariant
+from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods.shrink import Shrink
-from streamer.streaming.variants import BASE, Variant
+from streamer.streaming.variants import ADAPTER, BASE, Variant
 
-MOST_PLACED, EXPECTED_PLACED = 3, 2
-"""How many shrinks are measured at most to place one, and how many forecasts and progress count; one or two are the rule."""
+MOST_PLACED = 4
+"""How many shrinks are measured at most to place one; one or two are the rule."""
+
+SURVIVING = 3
+"""One in so many variants is expected to go on after the first round, and after each further one."""
 
 
 Sums = Mapping[str, SequenceSums]
-"""Answers a request: sums on each text, of the base and of the variants that were asked for."""
-
-Steps = Generator[tuple[Variant, ...], Sums, Evaluation]
+"""Answers a request: sums on each text, of the base and of the variants that were asked for; NaN of sequences that were not."""
 
 
-def evaluation_steps(
-    wanted: Sequence[Variant], known: Evaluation | None, facts: Mapping[str, Any], keep: float
-) -> Steps:
-    """Evaluate variants; yields those to measure, the base first, and is sent their sums.
+Size = tuple[int, range]
+"""Variants, the base among them, and the eighths of the texts that they run on."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Variants to measure, the base first, on some eighths of the texts, and what is expected to be asked for later."""
+
+    variants: tuple[Variant, ...]
+    eighths: range
+    later: tuple[Size, ...] = ()
+
+    @property
+    def size(self) -> Size:
+        """Return how many variants it has, and the eighths."""
+        return len(self.variants), self.eighths
+
+
+Steps = Generator[Request, Sums, Evaluation]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for.
+
+    Attributes
+    ----------
+    variants
+        ``base``, ``adapter`` and others.
+    keep
+        Share of what was learned: a shrink is placed to keep it.
+    rounds
+        Eighths of the texts that are run before the next variants are dropped.
+    """
+
+    variants: Sequence[Variant]
+    keep: float
+    rounds: Sequence[range] = WHOLE
+
+
+def expected(wanted: Wanted, known: Evaluation | None) -> list[Size]:
+    """List the requests that are expected, if as many variants are dropped as is usual; none if nothing is missing."""
+    request = next_request(wanted, known, alive_at_first(wanted, known), _placed(known, wanted.keep))
+    return [] if request is None else [request.size, *request.later]
+
+
+def evaluation_steps(wanted: Wanted, known: Evaluation | None, facts: Mapping[str, Any]) -> Steps:
+    """Evaluate variants; yields those to measure, and is sent their sums.
 
     Parameters
     ----------
-    wanted
-        The variants that were asked for: ``base``, ``adapter`` and others.
     known
         What was measured before.
     facts
         Of the evaluation that is returned.
-    keep
-        Share of what was learned: a shrink is placed to keep it.
     """
-    new = missing(wanted, known)
-    evaluation = known
-    if new:
-        evaluation = joined(known, new, (yield (wanted[0], *new)), facts, keep)
+    evaluation, placed = known, _placed(known, wanted.keep)
+    alive = alive_at_first(wanted, known)
+    while (request := next_request(wanted, evaluation, alive, placed)) is not None:
+        placed += evaluation is not None and any(
+            v not in wanted.variants and EvaluatedVariant.of(v) not in evaluation.variants for v in request.variants
+        )
+        evaluation = joined(evaluation, request.variants, (yield request), facts, wanted.keep)
+        alive = [v for v in alive if goes_on(wanted, evaluation, v)]
     assert evaluation is not None
-    for step in range(1, MOST_PLACED + 1):
-        lam = None if was_placed(known, keep) else shrink_to_place(evaluation, keep, last=step == MOST_PLACED)
-        if lam is None:
-            break
-        shrink = Variant.of(Shrink(lam))
-        evaluation = joined(evaluation, [shrink], (yield (wanted[0], shrink)), facts, keep)
     return evaluation
 
 
-def was_placed(known: Evaluation | None, keep: float) -> bool:
-    """Test whether an earlier run has placed the shrink for this share; another run would measure it no better."""
-    return known is not None and known.keep == keep and any(v.method == Shrink.name for v in known.variants)
+def _placed(known: Evaluation | None, keep: float) -> int:
+    """Count the shrinks that an earlier run has placed for this share, as all that may be: another run would measure it no better."""
+    done = known is not None and known.keep == keep and any(v.method == Shrink.name for v in known.variants)
+    return MOST_PLACED if done else 0
 
 
-def missing(wanted: Sequence[Variant], known: Evaluation | None) -> list[Variant]:
-    """List the variants to measure, without the base, which every pass has."""
-    measured = set() if known is None else set(known.variants)
-    new = [variant for variant in wanted[1:] if EvaluatedVariant.of(variant) not in measured]
-    return new if known is None else without_scaling(new, known.facts)
+def alive_at_first(wanted: Wanted, known: Evaluation | None) -> list[Variant]:
+    """List the variants that are to be run, or to be run on: of those that were dropped none, unless for another share to keep."""
+    if known is None:
+        return list(wanted.variants[1:])
+    whole, others = eighths_run(known, BASE_ROW), without_scaling(wanted.variants[1:], known.facts)
+    return [
+        v
+        for v in others
+        if v.name == ADAPTER
+        or (row := row_of(known, v)) is None
+        or len(wanted.rounds) == 1
+        or eighths_run(known, row) == whole
+        or (known.keep != wanted.keep and goes_on(wanted, known, v))
+    ]
+
+
+def row_of(known: Evaluation, variant: Variant) -> int | None:
+    """Find a variant among those that were measured."""
+    own = EvaluatedVariant.of(variant)
+    return known.variants.index(own) if own in known.variants else None
+
+
+def next_request(wanted: Wanted, known: Evaluation | None, alive: Sequence[Variant], placed: int) -> Request | None:
+    """Say what to measure next; None if nothing is missing.
+
+    Parameters
+    ----------
+    alive
+        Variants that have not lost.
+    placed
+        How many shrinks were placed.
+    """
+    request = _request(wanted, known, alive, placed)
+    if request is None:
+        return None
+    reached = 0 if known is None else eighths_run(known, BASE_ROW) % len(ALL)
+    ahead = request.eighths.stop > reached and any(v.name == ADAPTER for v in request.variants)
+    racing = sum(v.name != ADAPTER and v.method != Shrink.name for v in alive)
+    shrinks = wanted.keep < 1 and placed < MOST_PLACED and any(v.method == Shrink.name for v in wanted.variants)
+    later: list[Size] = [(2, range(request.eighths.stop))] * (
+        shrinks and ahead and placed == 0 and len(wanted.rounds) > 1
+    )
+    for own in wanted.rounds:
+        racing = -(-racing // SURVIVING)
+        if own.start >= max(request.eighths.stop, reached) and (ahead or racing):
+            later.append((2 + racing + shrinks if ahead else 1 + racing, own))
+    later += [(2, ALL)] * (shrinks and placed < 2)
+    return Request(request.variants, request.eighths, tuple(later))
+
+
+def _request(wanted: Wanted, known: Evaluation | None, alive: Sequence[Variant], placed: int) -> Request | None:
+    base = wanted.variants[0]
+    if known is None:
+        return Request((base, *alive), wanted.rounds[0])
+    ran = {v: 0 if (row := row_of(known, v)) is None else eighths_run(known, row) for v in alive}
+    reached = eighths_run(known, BASE_ROW)
+    if behind := [v for v in ran if ran[v] < reached]:
+        least = min(ran[v] for v in behind)
+        stop = next(r.stop for r in wanted.rounds if r.stop > least)
+        return Request((base, *(v for v in behind if ran[v] == least)), range(least, min(stop, reached)))
+    placed_row, lam = shrink_to_place(wanted, known, placed)
+    if lam is not None:
+        shrink = Variant.of(Shrink(lam))
+        row = row_of(known, shrink)
+        return Request((base, shrink), range(0 if row is None else eighths_run(known, row), reached))
+    if reached == len(ALL):
+        return None
+    of_row = known.variants[placed_row]
+    if of_row.method == Shrink.name and of_row.mitigation_lambda is not None:
+        alive = [*alive, Variant.of(Shrink(of_row.mitigation_lambda))]
+    stop = next(r.stop for r in wanted.rounds if r.stop > reached)
+    return Request((base, *alive), range(reached, stop))
+
+
+def goes_on(wanted: Wanted, known: Evaluation, variant: Variant) -> bool:
+    """Test whether a variant runs on further sequences; of shrinks the one that is placed does."""
+    row = row_of(known, variant)
+    if row is None or row == ADAPTER_ROW or len(wanted.rounds) == 1:
+        return True
+    return variant.method != Shrink.name and not lost(known, row, wanted.keep)
 
 
 def without_scaling(variants: Sequence[Variant], facts: Mapping[str, Any]) -> list[Variant]:
@@ -76,24 +194,35 @@ def without_scaling(variants: Sequence[Variant], facts: Mapping[str, Any]) -> li
     return [variant for variant in variants if not (none and variant.scales_intruders)]
 
 
-def shrink_to_place(evaluation: Evaluation, keep: float, last: bool = False) -> float | None:
-    """Give the λ of the shrink to measure next, see `next_shrink`; None if one is placed, or there is no share to keep."""
-    if evaluation.best(keep).reason in ("not learned", "not forgotten"):
-        return None
-    return next_shrink(evaluation.variants, evaluation.task, keep, last)
+def shrink_to_place(wanted: Wanted, known: Evaluation, placed: int) -> tuple[int, float | None]:
+    """Give the shrink that goes on, and the λ of one to measure in its place; see `placed_shrink`."""
+    reason = known.best(wanted.keep).reason
+    if reason == "not learned" or (reason == "not forgotten" and eighths_run(known, BASE_ROW) == len(ALL)):
+        return ADAPTER_ROW, None
+    last, loose = placed == MOST_PLACED - 1, len(wanted.rounds) > 1
+    row, lam = placed_shrink(known.variants, known.task, wanted.keep, last, loose)
+    return row, lam if placed < MOST_PLACED else None
 
 
 def joined(
-    known: Evaluation | None, new: Sequence[Variant], sums: Sums, facts: Mapping[str, Any], keep: float
+    known: Evaluation | None, measured: Sequence[Variant], sums: Sums, facts: Mapping[str, Any], keep: float
 ) -> Evaluation:
-    """Add variants that were measured to an evaluation, in the order of its table; the base's own sums stay."""
-    added, rows = [EvaluatedVariant.of(variant) for variant in new], range(1, 1 + len(new))
-    if known is None:
-        variants, whole = [EvaluatedVariant(BASE, None, None), *added], sums
-    else:
-        variants = [*known.variants, *added]
-        whole = {text: own.joined(sums[text].take(rows)) for text, own in known.sums.items()}
+    """Add what was measured to an evaluation, in the order of its table; what it has of sequences that ran before stays."""
+    variants = [EvaluatedVariant(BASE, None, None)] if known is None else list(known.variants)
+    rows = [BASE_ROW]
+    for variant in map(EvaluatedVariant.of, measured[1:]):
+        if variant not in variants:
+            variants.append(variant)
+        rows.append(variants.index(variant))
     order = sorted(range(len(variants)), key=lambda v: variants[v].order)
-    return Evaluation.of(
-        [variants[v] for v in order], {text: own.take(order) for text, own in whole.items()}, facts, keep
-    )
+    whole = {}
+    for text, new in sums.items():
+        own = (
+            new.unknown(len(variants))
+            if known is None
+            else known.sums[text].joined(new.unknown(len(variants) - len(known.variants)))
+        )
+        for of, row in enumerate(rows):
+            own.add(row, new, of)
+        whole[text] = own.take(order)
+    return Evaluation.of([variants[v] for v in order], whole, facts, keep)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
+import numpy as np
+
 from streamer.errors import UsageError
 from streamer.evaluation.shrinks import ShrinkComparison, against_shrink, next_shrink
 from streamer.evaluation.statistics import Estimate, SequenceSums, flat
@@ -104,7 +106,8 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
         return Suggestion(None, "not learned", keep, swapped=learning.is_negative)
     if not general.loss_difference(ADAPTER_ROW, BASE_ROW).is_positive:
         return Suggestion(variants[ADAPTER_ROW], "not forgotten", keep)
-    keeping = [v for v in range(ADAPTER_ROW, len(variants)) if _keeps(variants[v], task.share(v), keep)]
+    ran = [v for v in range(ADAPTER_ROW, len(variants)) if task.ran(v) == task.ran(BASE_ROW)]  # the others were dropped
+    keeping = [v for v in ran if _keeps(variants[v], task.share(v), keep)]
     forgets_less = [
         v
         for v in keeping
@@ -112,18 +115,18 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
     ]
     if not forgets_less:
         return Suggestion(variants[ADAPTER_ROW], "none better", keep)
-    least_kl = min(forgets_less, key=lambda v: general.kl[v].sum())
+    least_kl = min(forgets_less, key=lambda v: np.nansum(general.kl[v]))
     forgets_less = [v for v in forgets_less if Trade.of(general, task, v).is_worth_it]
     if not forgets_less:
         return Suggestion(variants[ADAPTER_ROW], "not worth it", keep, declined=variants[least_kl])
-    best = min(forgets_less, key=lambda v: general.kl[v].sum())
+    best = min(forgets_less, key=lambda v: np.nansum(general.kl[v]))
     compared = against_shrink(variants, general, task, best)
     if compared is not None and compared.verdict == "worse":
         shrinks = [v for v in forgets_less if variants[v].method == Shrink.name]
-        if not shrinks or next_shrink(variants, task, keep) is not None:
+        if not shrinks or next_shrink(variants, task, keep, loose=True) is not None:
             return Suggestion(None, "a shrink is better", keep, shrink=compared)
-        best, compared = min(shrinks, key=lambda v: general.kl[v].sum()), None
-    least = min(keeping, key=lambda v: general.loss[v].sum())
+        best, compared = min(shrinks, key=lambda v: np.nansum(general.kl[v])), None
+    least = min(keeping, key=lambda v: np.nansum(general.loss[v]))
     least_loss = None if least == best else variants[least]
     return Suggestion(variants[best], "forgets least", keep, least_loss, compared)
 
@@ -131,9 +134,13 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
 def front(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums) -> list[int]:
     """List the variants that no other one equals or excels in both loss on the task's text and divergence from the base on general text.
 
-    They come by their loss on the task's text, the lowest first.
+    They come by their loss on the task's text, the lowest first. What was dropped in a race is not among them.
     """
-    points = sorted((float(task.loss[v].sum()), float(general.kl[v].sum()), v) for v in range(len(variants)))
+    points = sorted(
+        (float(task.loss[v].sum()), float(np.nansum(general.kl[v])), v)
+        for v in range(len(variants))
+        if task.ran(v) == task.ran(BASE_ROW)
+    )
     kept, least = [], math.inf
     for _, kl, v in points:
         if kl < least:

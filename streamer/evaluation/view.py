@@ -13,6 +13,7 @@ from streamer.evaluation.statistics import telling
 from streamer.evaluation.suggestion import WORTH, Suggestion, Trade
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 from streamer.methods import Shrink, takes_coefficients, takes_findings, takes_map
+from streamer.units import counted
 
 if TYPE_CHECKING:
     from streamer.evaluation.evaluation import Evaluation
@@ -99,6 +100,10 @@ def left_out(evaluation: Evaluation) -> list[str]:
     if evaluation.facts.get("intruders") == 0:
         epsilon = evaluation.facts["detection"]["threshold_epsilon"]
         lines.append(f"no intruder was found (epsilon {epsilon:g}): paper and project change nothing, and were not run")
+    if count := sum(evaluation.dropped(row) for row in range(len(evaluation.variants))):
+        lines.append(
+            f"{counted(count, 'variant')} marked † had lost on a part of the sequences and did not run on the rest; --no-race runs all"
+        )
     others = ((f"what is left or kept of {name}", name, sums) for name, sums in evaluation.others.items())
     for of, on, sums in (
         ("kept", "the task's text", evaluation.task),

@@ -140,6 +140,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
                 "name": printable(v["name"]),
                 "series": series_of(one),
                 "lambda": v["lambda"],
+                "ran": v["general"]["sequences"] if v["dropped"] else None,
                 "general": v["general"]["loss"],
                 "task": v["task"]["loss"],
                 "kl": v["general"]["kl"],

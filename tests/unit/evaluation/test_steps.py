@@ -11,9 +11,12 @@ from evaluations import FACTS
 from seeds import vary
 
 from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.race import WHOLE, rounds_of
+from streamer.evaluation.sequences import of_eighths
 from streamer.evaluation.shrinks import EXCESS, against_shrink
 from streamer.evaluation.statistics import SequenceSums
-from streamer.evaluation.steps import MOST_PLACED, Sums, evaluation_steps
+from streamer.evaluation.steps import MOST_PLACED, Request, Sums, Wanted, evaluation_steps
+from streamer.evaluation.variants import EvaluatedVariant
 from streamer.streaming.variants import ADAPTER, BASE, Variant, make_variants
 
 Shares = Callable[[float], float]
@@ -29,9 +32,12 @@ class World:
     learns: float = 0.5
     forgets: float = 0.3
     asked: list[list[str]] = field(default_factory=list)
+    cost: float = 0.0
 
-    def measure(self, variants: Sequence[Variant]) -> Sums:
+    def measure(self, request: Request) -> Sums:
+        variants = request.variants
         self.asked.append([v.name for v in variants])
+        self.cost += len(variants) * len(request.eighths) / 8
         rng = np.random.default_rng(vary(0))
         tokens = rng.integers(50, 100, 64).astype(float)
         hard, gain, loss = rng.normal(4, 0.5, 64), rng.normal(1, 0.2, 64), rng.normal(1, 0.2, 64)
@@ -46,10 +52,13 @@ class World:
         general = (hard + self.forgets * np.outer(left, loss)) * tokens
         task = (hard - self.learns * np.outer(kept, gain)) * tokens
         none = np.zeros_like(general)
-        return {
-            text: SequenceSums(tokens, sums, np.outer(left, tokens), none, none)
-            for text, sums in (("general", general), ("task", task))
-        }
+        missing = np.ones(64)
+        missing[of_eighths(64, request.eighths)] = 0
+        out = {}
+        for text, sums in (("general", general), ("task", task)):
+            measured = (np.where(missing, np.nan, one) for one in (sums, np.outer(left, tokens), none, none))
+            out[text] = SequenceSums(tokens, *measured)
+        return out
 
     def share(self, variant: Variant) -> float:
         if variant.method is None:
@@ -57,8 +66,9 @@ class World:
         assert variant.mitigation_lambda is not None
         return self.kept[variant.method](variant.mitigation_lambda)
 
-    def evaluate(self, wanted: Sequence[Variant], known: Evaluation | None = None, keep: float = 0.9) -> Evaluation:
-        steps = evaluation_steps(wanted, known, FACTS, keep)
+    def evaluate(self, wanted: Sequence[Variant], known: Evaluation | None = None, keep: float = 0.9,
+                 rounds: Sequence[range] = WHOLE) -> Evaluation:  # fmt: skip
+        steps = evaluation_steps(Wanted(wanted, keep, rounds), known, FACTS)
         try:
             request = next(steps)
             while True:
@@ -126,6 +136,51 @@ def test_given_the_same_answers_it_asks_the_same() -> None:
     wanted = make_variants(("paper", "shrink"), LAMBDAS, "all")
     assert first.evaluate(wanted).to_json() == again.evaluate(wanted).to_json()
     assert first.asked == again.asked
+
+
+BETTER: dict[str, Shares] = {"project": lambda x: x**0.5, "paper": SMOOTH["late"], "shrink": SMOOTH["concave"]}
+ROUNDS = rounds_of([64, 64])
+
+
+def test_a_race_suggests_the_same_for_less_and_says_what_it_dropped() -> None:
+    wanted, (whole, race) = (
+        make_variants(("paper", "project", "shrink"), LAMBDAS, "all"),
+        (World(BETTER) for _ in range(2)),
+    )
+    everything, raced = whole.evaluate(wanted), race.evaluate(wanted, rounds=ROUNDS)
+    assert raced.best().variant == everything.best().variant
+    assert race.cost < 0.5 * whole.cost
+    rows = [v for v in range(len(raced.variants)) if raced.dropped(v)]
+    assert {raced.task.ran(v) for v in rows} <= {8, 16, 32}
+    assert len(rows) > 10
+    names = raced.front()
+    assert not {raced.variants[v].name for v in rows} & set(names)
+    v = raced.variants.index(EvaluatedVariant.of(wanted[2]))
+    ran, (loss, base) = of_eighths(64, range(1)), (raced.task.loss[row] for row in (v, 0))
+    assert raced.task.ran(v) == 8
+    difference = (loss - base)[ran].sum() / raced.task.tokens[ran].sum()
+    assert raced.task.loss_difference(v, 0).value == pytest.approx(difference)
+    again = Evaluation.from_json(raced.to_json())
+    assert again.to_json() == raced.to_json()
+    assert f"{raced.variants[v].name} †8" in again.table()
+
+
+def test_a_race_that_is_over_asks_for_no_more_unless_for_another_share_or_for_all() -> None:
+    wanted, world = make_variants(("paper", "project", "shrink"), LAMBDAS, "all"), World(BETTER)
+    raced = world.evaluate(wanted, rounds=ROUNDS)
+    world.asked.clear()
+    assert world.evaluate(wanted, raced, rounds=ROUNDS).to_json() == raced.to_json()
+    assert world.asked == []
+    other = world.evaluate(wanted, raced, keep=0.6, rounds=ROUNDS)
+    assert other.best().variant == World(BETTER).evaluate(wanted, keep=0.6).best().variant
+    more = World(BETTER).evaluate((*wanted, *make_variants(("project",), (0.95,), "all")[2:]), raced, rounds=ROUNDS)
+    assert more.task.ran(more.variants.index(EvaluatedVariant("project 0.95", "project", 0.95))) >= 8
+    all_of_them = world.evaluate(wanted, raced)
+    assert not any(
+        all_of_them.dropped(v)
+        for v in range(len(all_of_them.variants))
+        if all_of_them.variants[v].mitigation_lambda in LAMBDAS
+    )
 
 
 def test_only_what_is_missing_is_measured() -> None:
