@@ -128,7 +128,7 @@ def named_adapters(adapters: Sequence[str | Path]) -> dict[str, Path]:
                 raise UsageError(f"{path}: is given twice; name it once")
             if name in found:
                 raise UsageError(
-                    f"{path}: has the same name as {found[name]}, and so would their outputs; rename one, or take it alone"
+                    f"{path}: has the same name as {found[name]}, and so would their outputs; rename one, or run it separately"
                 )
             found[name] = path
     if not found:
@@ -154,5 +154,5 @@ def _refuse_models(path: Path) -> None:
     models = sorted(p.name for p in _directories(path) if is_model(p) and not _is_adapter(p))
     if models:
         raise UsageError(
-            f"{path}: holds a model beside the adapters, {models[0]!r}; name one by one those that are meant"
+            f"{path}: holds a model beside the adapters, {models[0]!r}; give the adapters that you mean one by one"
         )

@@ -24,7 +24,7 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
     for pattern in patterns:
         if _may_explode(pattern):
             raise ValueError(
-                f"pattern {quoted(pattern)} may take for ever to match: it repeats a group that repeats or branches, or has over "
+                f"pattern {quoted(pattern)} may never finish matching: it repeats a group that repeats or branches, or has over "
                 f"{MAX_REPEATS} repeats; write it without"
             )
         try:

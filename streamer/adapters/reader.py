@@ -27,7 +27,7 @@ from streamer.weights.dtypes import encoding_of
 
 INSTEAD = "merge such an adapter with PEFT instead"
 
-UNMERGED = "PEFT does not merge it either: use it as it is"
+UNMERGED = "PEFT does not merge it either: use it unmerged"
 """Next step for kinds that no merge takes."""
 
 

@@ -145,7 +145,7 @@ def monitoring(on_event: OnEvent | None, monitor: Monitor | None, progress: bool
     if monitor is not None and not isinstance(monitor, Monitor):
         raise UsageError(f"monitor: expected a Monitor, found {monitor!r}")
     if progress and monitor is not None:
-        raise UsageError("progress: a monitor takes the events; give it an on_event, or leave one of the two out")
+        raise UsageError("progress: a monitor takes the events; give it an on_event, or omit one of the two")
     if progress is None:
         progress = on_event is None and monitor is None and in_notebook()
     listener = on_event or warn

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def mean_columns(means: Sequence[CoefficientMeans]) -> list[Column]:
     """Make the columns of mean coefficients, a row a matrix."""
-    about = "mean coefficient of what the intruders are made of; 1 leaves it as it is"
+    about = "mean coefficient of the intruders' parts; 1 keeps them unchanged"
     return [
         Column("c intr.", [_mean(m["intruders_mean"]) for m in means], about, keep=8),
         Column("c all", [_mean(m["mean"]) for m in means], "mean coefficient of the whole delta", keep=8),

@@ -121,7 +121,7 @@ def table(columns: Sequence[Column], screen: Screen) -> str:
         indent = max(len(head) for head, _ in legend) + 2
         lines += ["", *(fit(f"{head:<{indent}}{about}", width, indent) for head, about in legend)]
     if left_out:
-        lines += ["", fit(f"left out for want of room: {', '.join(left_out)}", width)]
+        lines += ["", fit(f"hidden columns: {', '.join(left_out)}", width)]
     return "\n".join(lines)
 
 

@@ -83,7 +83,7 @@ def findings_table(
         summary += f"\nnot certified: {listed(open_ones)}"
         summary += "; an open direction does not count as an intruder; another --epsilon may settle it"
         if short := sum(_wants_memory(m) for m in findings):
-            summary += f"\n{short} of these for want of memory: with a larger --max-memory a full SVD or float64 may settle them"
+            summary += f"\n{short} of these for lack of memory: with a larger --max-memory, a full SVD or float64 may settle them"
     if record is not None:
         summary += f"\n{mean_line(record['totals']['coefficients'])}"
     if written is not None:

@@ -89,9 +89,7 @@ def check_findings_path(path: Path) -> None:
 def check_findings_name(path: Path) -> None:
     """Refuse the name of a findings file that other programs would not take for one."""
     if path.suffix != ".safetensors" and not path.is_dir():
-        raise UsageError(
-            f"{path}: expected a name that ends in .safetensors, which the findings are; as {path}.safetensors"
-        )
+        raise UsageError(f"{path}: expected a name that ends in .safetensors, such as {path}.safetensors")
 
 
 def matrix_entries(tensor: str, arrays: Mapping[str, Tensor]) -> list[Entry]:

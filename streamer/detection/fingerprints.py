@@ -80,7 +80,7 @@ def matched_findings(plan: Plan, findings: Findings, where: str) -> Findings:
         if found.fingerprint is None or mine is None:
             raise MismatchError(
                 f"{where}: does not say by which values {found.tensor!r} was judged, as findings on a fine-tuned "
-                "model do not, so that it cannot be told whether they are the same here; run detect again"
+                "model do not, so it is unknown whether they are the same here; run detect again"
             )
         if found.fingerprint != mine:
             raise MismatchError(

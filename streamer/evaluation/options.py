@@ -81,6 +81,6 @@ def check_dtype(dtype: str) -> None:
         raise UsageError(f"dtype: expected one of {', '.join(get_args(ProductDtype))}, found {dtype!r}")
     if dtype == "bf16" and not has_fast_bfloat16():
         raise UsageError(
-            "dtype: bf16 takes a processor that multiplies bfloat16 matrices (AMX), which this one does not, or not by this torch; "
+            "dtype: bf16 needs a processor that multiplies bfloat16 matrices (AMX), which this one does not, or not by this torch; "
             "leave it float32"
         )

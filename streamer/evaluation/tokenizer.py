@@ -118,7 +118,7 @@ def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
     if directory is None or not any((directory / name).is_file() for name in VOCABULARIES):
         where = text if directory is None else directory
         raise MissingInputError(
-            f"{where}: has no tokenizer, which {text.name} is to be read with; put its files there, or give token ids (.npy)",
+            f"{where}: has no tokenizer, which {text.name} needs; put its files there, or give token ids (.npy)",
             where,
         )
     transformers = require_transformers()
@@ -132,7 +132,7 @@ def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
             raise FormatError(f"{directory}: transformers cannot read its tokenizer: {first_line(e)}") from e
     if not loaded.is_fast:
         raise UnsupportedError(
-            f"{directory}: its tokenizer ({type(loaded).__name__}) does not tell where in the text its tokens stand; give token ids (.npy)"
+            f"{directory}: its tokenizer ({type(loaded).__name__}) does not report positions in the text; give token ids (.npy)"
         )
     start = takewhile(lambda token: token[1], zip(text_a.input_ids, text_a.special_tokens_mask, strict=True))
     return Tokenizer(directory, tuple(i for i, _ in start), loaded)

@@ -240,7 +240,7 @@ def _made(prepared: PreparedMap, records: Records, directory: Path | None) -> In
     kept = [one for matrices, one in found if not model.repeated & {matrix.tensor for matrix in matrices}]
     if not kept:
         raise UnsupportedError(
-            f"{plan.base.path}: no matrix is seen that multiplies inputs, so that there is nothing to map"
+            f"{plan.base.path}: no matrix multiplies inputs that can be collected, so there is nothing to map"
         )
     if lacking := model.lacking():
         monitor.warn((f"the map lacks the inputs of {counted(len(lacking), 'matrix')}, {listed(map(repr, lacking))}: no token of the text "

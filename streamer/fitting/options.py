@@ -57,7 +57,7 @@ class FitOptions:
         for share in self.keep:
             check_keep(share)
             if share_name(share) == "1":
-                raise UsageError(f"keep: {share!r} is the adapter as it is, which takes no fit; give shares below it")
+                raise UsageError(f"keep: {share!r} is the unchanged adapter, which needs no fit; give smaller shares")
         if len({share_name(share) for share in self.keep}) < len(self.keep):
             raise UsageError(f"keep: expected shares that differ in six digits, found {list(self.keep)}")
         for name, choices in (("objective", Objective), ("grain", Grain)):

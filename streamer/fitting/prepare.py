@@ -323,7 +323,7 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
         names = prepared.unchanged
         run.monitor.warn(
             (
-                f"what {plan.adapter.path.name} brings besides deltas stays as it is: {counted(len(names), 'tensor')}, {listed(names)}",
+                f"what {plan.adapter.path.name} brings besides deltas stays unchanged: {counted(len(names), 'tensor')}, {listed(names)}",
             )
         )
     return prepared

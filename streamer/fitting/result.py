@@ -309,7 +309,7 @@ def misses(facts: Mapping[str, Any]) -> list[str]:
         + (
             f"ask for a larger share, or give {more}"
             if one.get("missed")
-            else "what the adapter brings besides deltas keeps that alone"
+            else "what the adapter saves besides deltas keeps this much by itself"
             if by_inputs and one["mu"] is None
             else f"to forget less, ask for a smaller share; {more} can bring the share closer to what you asked for"
         )

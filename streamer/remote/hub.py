@@ -216,7 +216,7 @@ def _said(name: HubName) -> Iterator[None]:
             f"{shown}: the hub has no revision {name.revision!r} of it; check its name", shown
         ) from e
     except errors.HFValidationError as e:
-        raise MissingInputError(f"{shown}: no such path, nor a name as the hub has them; check it", shown) from e
+        raise MissingInputError(f"{shown}: no such path, and not a valid hub name; check it", shown) from e
     except errors.OfflineModeIsEnabled as e:
         raise offline(name) from e
     except errors.HfHubHTTPError as e:
@@ -261,6 +261,6 @@ class Unreachable(StorageError):
 def offline(name: HubName) -> MissingInputError:
     """Make the error for a name on the hub that is asked for offline."""
     return MissingInputError(
-        f"{name.shown}: no such path, nor is it in the hub's cache, and HF_HUB_OFFLINE forbids to ask the hub; check the path, or unset it",
+        f"{name.shown}: no such path, nor is it in the hub's cache, and HF_HUB_OFFLINE is set; check the path, or unset it",
         name.shown,
     )

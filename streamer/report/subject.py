@@ -116,7 +116,7 @@ def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subj
         record = read_record(path)
         if isinstance(record, str):
             raise FormatError(
-                f"{path / RECORD_NAME}: {record}; `streamer verify` says more, and its command writes it anew"
+                f"{path / RECORD_NAME}: {record}; `streamer verify` says more, and its command writes it again"
             )
         return Subject(None, record=record)
     if found := _findings_in(path):
@@ -168,7 +168,7 @@ def make_subject(
             raise FormatError(f"{where}: a figure of {m.tensor} is NaN or Inf; run detect again")
     if evaluation is not None and findings.base.get("in_memory"):
         raise MismatchError(
-            f"{where}: made on a model in memory, and the evaluation on files, so that it cannot be told whether they belong together; "
+            f"{where}: made on a model in memory, and the evaluation on files, so it is unknown whether they belong together; "
             "run detect on the files, or report without an evaluation"
         )
     if evaluation is not None:

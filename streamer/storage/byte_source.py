@@ -98,7 +98,7 @@ class LocalSource(ByteSource):
             ) from e
         if now != self.stamp:
             raise InputChangedError(
-                f"{self.path}: changed since the run began; start again with a base that stays as it is"
+                f"{self.path}: changed since the run began; start again, and do not change the base during the run"
             )
 
     def view(self, at: int, length: int) -> memoryview:

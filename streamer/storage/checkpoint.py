@@ -221,7 +221,7 @@ def _sharded(path: Path, index_path: Path, io: IOMode) -> Checkpoint:
     unlisted = [t for t in owner if t not in weight_map]
     if unlisted:
         raise FormatError(
-            f"{index_path}: {len(unlisted)} tensors stand in the shards but not in the index, "
+            f"{index_path}: {len(unlisted)} tensors are in the shards but not in the index, "
             f"{unlisted[0]!r} first; get index and shards of one version"
         )
     checkpoint = Checkpoint(path, files, dict(weight_map), index)

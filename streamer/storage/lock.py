@@ -35,7 +35,7 @@ def locked(path: Path, output: Path | None = None) -> Iterator[None]:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as e:
             if e.errno == errno.ELOOP:
-                raise OutputError(f"{path}: a symlink stands where the lock must be; remove it") from None
+                raise OutputError(f"{path}: a symlink has the name of the lock; remove it") from None
             raise storage_error(path, "lock", e) from e
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -117,7 +117,7 @@ def check_output_path(path: Path, inputs: Sequence[Path], output: Path | None = 
         if parent.name.startswith(("models--", "datasets--", "spaces--")) and any(
             (parent / part).is_dir() for part in ("blobs", "refs", "snapshots")
         ):
-            raise OutputError(f"{path}: lies inside a hub cache, where nothing is written; choose another output")
+            raise OutputError(f"{path}: lies inside a hub cache, which is never written to; choose another output")
     nowhere = next((p for p in path.parents if p.is_symlink() and not p.exists()), None)
     if nowhere is not None:
         raise OutputError(f"{path}: {nowhere} is a link that leads nowhere; choose another output")

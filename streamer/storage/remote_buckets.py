@@ -109,7 +109,7 @@ def version_of(info: dict[str, Any], shown: str) -> str:
     version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
     if not version:
         raise StorageError(
-            f"{shown}: its server states no version, so that a change could not be seen; download it and name the directory"
+            f"{shown}: its server states no version, so a change could not be noticed; download it and give the directory"
         )
     return version
 

@@ -168,7 +168,7 @@ class _LayerByLayer:
             if out is None:
                 out = self._run(forward, args, kwargs)
         if versions != [one._version for one in tensors]:
-            raise UnsupportedError(f"layer {number} writes into its own inputs, so that it cannot run again")
+            raise UnsupportedError(f"layer {number} writes into its own inputs, so it cannot run again")
         if out is None:
             raise UnsupportedError(f"layer {number} {OTHER_ORDER}")
         return out

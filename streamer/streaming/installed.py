@@ -189,7 +189,7 @@ class _Reader(Reader):
         variant = self.owner.variant
         if variant is None or (self.owner.embeds and self.varies):
             raise UnsupportedError(
-                f"{self.tensor.name!r}, which the adapter changes, is read outside of its module; evaluate and fit do not do this model"
+                f"{self.tensor.name!r}, which the adapter changes, is read outside its module; evaluate and fit do not support this model"
             )
         self.owner.batch.on_read(self.tensor)
         return variant
@@ -227,7 +227,7 @@ class _Reader(Reader):
         if not self.owner.embeds or ids.ndim != 2 or ids.shape[0] not in (1, batch.rows):
             raise UnsupportedError(
                 f"{self.tensor.name!r}, which the adapter changes, is looked up by {list(ids.shape)} numbers for {batch.rows} sequences of "
-                f"{batch.length} tokens; evaluate and fit do not do this model"
+                f"{batch.length} tokens; evaluate and fit do not support this model"
             )
         batch.on_read(self.tensor)
         ids = ids.expand(batch.rows, -1).view(count, batch.sequences, -1)

@@ -116,7 +116,7 @@ def _refuse_writing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     if (inplace and args and isinstance(args[0], LazyTensor)) or isinstance(kwargs.get("out"), LazyTensor):
         target = args[0] if inplace else kwargs["out"]
         raise UnsupportedError(
-            f"{target.reader.name!r} is changed by the model as it runs ({name}), which evaluate and fit do not do; measure merged models"
+            f"{target.reader.name!r} is changed by the model as it runs ({name}); evaluate and fit do not do this; measure merged models"
         )
 
 

@@ -106,7 +106,7 @@ def match_run_time(
     if lost := sorted(changed - used):
         raise UnsupportedError(
             f"{plan.adapter.path}: changes {len(lost)} tensors that the class of {plan.base.path} does not compute a text's losses with, "
-            f"{listed(map(repr, lost))}; evaluate and fit cannot show what they do"
+            f"{listed(map(repr, lost))}; evaluate and fit cannot measure them"
         )
     return found
 

@@ -83,7 +83,7 @@ def make_variants(
         if len(set(values)) < len(values):
             raise UsageError(f"{what}: expected different values, found {list(values)}")
     if 1 in lambdas:
-        raise UsageError("lambda: 1 is the adapter as it is, which is always evaluated; leave it out")
+        raise UsageError("lambda: 1 is the unchanged adapter, which is always evaluated; omit it")
     for name in methods:
         if name not in BY_LAMBDA:  # refuses what is no name, a lack of coefficients, and those of another method
             make_method(name, coefficients=None if coefficients is None else coefficients.sets[0])

@@ -102,17 +102,17 @@ class AdapterFiles:
         """
         kind = self.config.get("peft_type", "LORA")
         if kind != "LORA":
-            raise NotRecomputed(f"it is changed by a {kind} adapter, of which no formula is here")
+            raise NotRecomputed(f"it is changed by a {kind} adapter, for which verify has no formula")
         names = self.modules.get(module, {})
         if names.keys() & {"base_layer", "token_adapter"} and not replaced:
             raise NotRecomputed("the adapter brings values for it besides its factors")
         embedding = "lora_embedding_A" in names
         a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         if a not in names or b not in names:
-            raise NotRecomputed("its factors do not stand in the adapter under its module's name")
+            raise NotRecomputed("its factors are not in the adapter under its module's name")
         A, B = self.files.whole(names[a]), self.files.whole(names[b])
         if B.ndim != A.ndim or B.shape[1] != len(A):
-            raise NotRecomputed("its factors stand for several matrices")
+            raise NotRecomputed("its factors are shared by several matrices")
         magnitude = names.get("lora_magnitude_vector")
         return Factors(
             B.reshape(len(B), -1), A.reshape(len(A), -1), self._scaling(module, len(A)),

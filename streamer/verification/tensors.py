@@ -227,5 +227,5 @@ def open_matrix(files: TensorFiles, name: str, shape: tuple[int, int], transpose
         even = (m // gm, n // gn) if gm and gn and m % gm == 0 and n % gn == 0 else (0, 0)
         block = even if (-(-m // 128), -(-n // 128)) != (gm, gn) else (128, 128)
         if 0 in block:
-            raise NotRecomputed(f"its scale has shape {list(scale.shape)}, whose blocks are not known here")
+            raise NotRecomputed(f"its scale has shape {list(scale.shape)}, whose blocks are unknown")
     return Matrix(files, name, shape, transposed, dtype, grid, block)

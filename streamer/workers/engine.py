@@ -158,7 +158,7 @@ class Workers:
                     _lacks(executor)
                     said = f"{tasks[number].name}: its worker was lost ({type(fault).__name__}: {fault})"
                     if number in lost:
-                        raise WorkerError(f"{said} for the second time; the same command goes on from here") from fault
+                        raise WorkerError(f"{said} for the second time; the same command resumes here") from fault
                     if not broken:  # one loss for all that it had
                         monitor.emit(Event("warning", f"{said}; it is done again"))
                     lost.add(number)

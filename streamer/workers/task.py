@@ -73,18 +73,18 @@ class Inputs:
         """
         if self.version != __version__:
             raise MismatchError(
-                f"{worker_name()}: has version {__version__}, expected {self.version} as where the run was started; install that"
+                f"{worker_name()}: has version {__version__}, expected {self.version}, the caller's version; install that"
             )
         try:
             batch = make_batch(self.base, self.adapters, self.io, self.stated, self.architecture)
         except (InputError, StorageError) as e:
-            raise MismatchError(f"{worker_name()}: {e} (where the run was started it opens)") from e
+            raise MismatchError(f"{worker_name()}: {e} (the caller can open it)") from e
         paths = (self.base, *self.adapters)
         for path, theirs, mine in zip(paths, self.identities, _identities(batch), strict=True):
             if theirs != mine:
                 differs = difference(json.loads(mine), json.loads(theirs))
                 raise MismatchError(
-                    f"{worker_name()}: {path} is another input than where the run was started ({differs}); give all workers the same files"
+                    f"{worker_name()}: {path} differs from the caller's input ({differs}); give all workers the same files"
                 )
         return batch
 

@@ -257,8 +257,8 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
         2,
         f"{place}/long.npy: a sequence has 65 tokens, and the model 64 positions; give --length 64",
     )
-    yield none, {"task": place / "a.txt"}, 3, f"{home}/base: has no tokenizer, which a.txt is to be read with"
-    yield none, {"general": place / "a.jsonl"}, 3, f"{home}/base: has no tokenizer, which a.jsonl is to be read with"
+    yield none, {"task": place / "a.txt"}, 3, f"{home}/base: has no tokenizer, which a.txt needs"
+    yield none, {"general": place / "a.jsonl"}, 3, f"{home}/base: has no tokenizer, which a.jsonl needs"
     yield none, {"task": place / "absent.npy"}, 3, f"{place}/absent.npy: no such file"
     yield none, {"task": home}, 2, f"{home}: expected the name of a text to end in .txt, .jsonl, .npy"
     yield (
@@ -267,7 +267,7 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
         2,
         "lambda must be between 0 (remove) and 1 (keep), got 2; did you mean 0.02? `--amplify` allows other values",
     )
-    yield ["--lambda", "0.5,1"], {}, 2, "--lambda: 1 is the adapter as it is"
+    yield ["--lambda", "0.5,1"], {}, 2, "--lambda: 1 is the unchanged adapter"
     yield (
         ["--method", "average"],
         {},
@@ -319,7 +319,7 @@ def test_products_of_bfloat16_are_recorded(server: Server, home: Path, tmp_path:
     slow = "import streamer.evaluation.options as o; o.has_fast_bfloat16 = lambda: False"
     done = run(server, home, output, "--dtype", "bf16", before=slow)
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("streamer: --dtype: bf16 takes a processor that multiplies bfloat16 matrices")
+    assert done.err.startswith("streamer: --dtype: bf16 needs a processor that multiplies bfloat16 matrices")
     assert len(done.err.splitlines()) == 1
 
 

@@ -118,7 +118,7 @@ def test_what_a_saved_module_keeps_alone_can_be_more_than_was_asked_for(tmp_path
     assert not any(factor.any() for factor in made.select(0.01).matrices.values())
     assert any(factor.any() for factor in made.select(0.95).matrices.values())
     assert any(
-        line.startswith("1% was") and line.endswith("what the adapter brings besides deltas keeps that alone")
+        line.startswith("1% was") and line.endswith("what the adapter saves besides deltas keeps this much by itself")
         for line in warned
     )
 

@@ -87,7 +87,7 @@ def test_workers_that_die_time_and_again_end_the_run(bench: WorkerBench, tmp_pat
         _, stderr = process.communicate(timeout=300)
     assert process.returncode == 6
     assert ".weight: its worker was lost (BrokenProcessPool" in stderr
-    assert stderr.endswith("for the second time; the same command goes on from here\n")
+    assert stderr.endswith("for the second time; the same command resumes here\n")
     assert journal_of(out).exists()
     finish(bench, out)
 
@@ -153,10 +153,10 @@ def test_a_worker_with_other_inputs_is_refused(bench: WorkerBench, what: str, tm
     assert f"process {os.getpid()}" in message
     assert str(link) in message
     if what == "another":
-        assert "is another input than where the run was started (the content of" in message
+        assert "differs from the caller's input (the content of" in message
         assert message.endswith("give all workers the same files")
     else:
-        assert message.endswith("(where the run was started it opens)")
+        assert message.endswith("(the caller can open it)")
 
 
 def test_a_worker_of_another_version_is_refused(bench: WorkerBench) -> None:

@@ -218,7 +218,7 @@ REFUSED: dict[str, tuple[str, Any, dict[str, Any], type[Exception], str]] = {
     "experts that all tokens run through": ("llama4-text", ["q_proj"], {"target_parameters": EXPERTS}, UnsupportedError,
                                             "feed_forward.experts' runs on"),
     "a weight read by another module": ("mamba", ["in_proj"], {"modules_to_save": ["conv1d"]}, UnsupportedError,
-                                        "read outside of its module"),
+                                        "read outside its module"),
     "a vision tower, which no text reaches": ("llava", LINEAR, {}, NumericError, "were not used in a pass over the text"),
 }  # fmt: skip
 
@@ -246,7 +246,7 @@ def test_a_weight_that_a_class_multiplies_with_itself(
     adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets)
     if targets == ["down_proj"]:
         with pytest.raises(
-            UnsupportedError, match=r"down_proj.weight', which the adapter changes, is read outside of its module"
+            UnsupportedError, match=r"down_proj.weight', which the adapter changes, is read outside its module"
         ):
             assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
     else:

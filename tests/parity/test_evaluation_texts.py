@@ -126,7 +126,8 @@ def test_a_tokenizer_without_offsets(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CanineTokenizer"}')
     (tmp_path / "vocab.txt").write_text("a")
     with pytest.raises(
-        UnsupportedError, match=r"its tokenizer \(CanineTokenizer\) does not tell where in the text its tokens stand"
+        UnsupportedError,
+        match=r"its tokenizer \(CanineTokenizer\) does not report positions in the text",
     ):
         load_tokenizer(tmp_path / "t.txt", tmp_path)
 

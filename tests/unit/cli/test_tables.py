@@ -39,7 +39,7 @@ def test_who_decided_and_what_more_memory_may_settle(
     assert ("decided" in text) == (decided != "dense")
     assert [row.rstrip().endswith(decided) for row in rows] == [decided != "dense"]
     assert (f"not certified: {first.tensor}" in text) == (not certified)
-    assert ("1 of these for want of memory: with a larger --max-memory" in text) == reason
+    assert ("1 of these for lack of memory: with a larger --max-memory" in text) == reason
 
 
 def test_memory_settles_no_matrix_whose_full_svds_are_not_repeated(job: tuple[Path, Path]) -> None:

@@ -145,7 +145,7 @@ def test_a_sequence_longer_than_the_models_positions(tmp_path: Path) -> None:
 def test_a_directory_without_a_tokenizer(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text('{"text": "words"}\n')
     with pytest.raises(
-        MissingInputError, match=rf"has no tokenizer, which {name} is to be read with; .* or give token ids \(\.npy\)"
+        MissingInputError, match=rf"has no tokenizer, which {name} needs; .* or give token ids \(\.npy\)"
     ):
         read_text(tmp_path / name, tmp_path)
     with pytest.raises(MissingInputError, match="has no tokenizer"):

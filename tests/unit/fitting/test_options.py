@@ -28,7 +28,7 @@ def texts(general: int, task: int) -> dict[str, TextSequences]:
     ({"keep": (float("nan"),)}, "keep: expected a share"),
     ({"keep": (0.9, 0.9)}, "keep: expected shares that differ in six digits"),
     ({"keep": (0.9, 0.9000001)}, "keep: expected shares that differ in six digits"),
-    ({"keep": (0.9, 1)}, "keep: 1 is the adapter as it is, which takes no fit; give shares below it"),
+    ({"keep": (0.9, 1)}, "keep: 1 is the unchanged adapter, which needs no fit; give smaller shares"),
     ({"objective": "kl"}, "objective: expected one of divergence, loss, found 'kl'"),
     ({"grain": "layer"}, "grain: expected one of inputs, direction, matrix, all, found 'layer'"),
     ({"holdout": 0}, "holdout: expected a share between 0 and 1, found 0"),

@@ -129,7 +129,7 @@ def test_index_and_shards_disagree(base: Path, change: dict[str, str], words: st
 
 def test_tensors_that_the_index_does_not_list(base: Path) -> None:
     edit_index(base, lambda index: index["weight_map"].pop("b"))
-    words = "1 tensors stand in the shards but not in the index, 'b' first; get index and shards of one version"
+    words = "1 tensors are in the shards but not in the index, 'b' first; get index and shards of one version"
     assert refusal(FormatError, base) == f"{base / INDEX_NAME}: {words}"
 
 

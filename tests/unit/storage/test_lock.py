@@ -57,7 +57,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_symlink_where_the_lock_must_be(tmp_path: Path) -> None:
     (tmp_path / "lock").symlink_to("elsewhere")
-    with pytest.raises(OutputError, match="a symlink stands where the lock must be; remove it"):
+    with pytest.raises(OutputError, match="a symlink has the name of the lock; remove it"):
         take(tmp_path / "lock")
     assert names(tmp_path) == ["lock"]
 

@@ -55,7 +55,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"methods": ("fitted",)}, "method 'fitted' needs coefficients; make them with `streamer fit`"),
     ({"lambdas": ()}, "lambda: expected at least one"),
     ({"lambdas": (0.5, 0.5)}, "lambda: expected different values"),
-    ({"lambdas": (0.5, 1.0)}, "lambda: 1 is the adapter as it is"),
+    ({"lambdas": (0.5, 1.0)}, "lambda: 1 is the unchanged adapter"),
     ({"lambdas": (float("nan"),)}, "lambda must be a finite number, got nan"),
     ({"lambdas": (0.5, 50)}, "got 50; did you mean 0.5"),
     ({"sequences": 1}, "sequences: expected a whole number from 2"),
