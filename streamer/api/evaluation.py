@@ -52,11 +52,7 @@ class EvaluateRequest:
         cls, base: str | Path, adapter: str | Path, output: str | Path | None, keywords: Mapping[str, Any]
     ) -> EvaluateRequest:
         """Make it of keywords of `evaluate_variants`, or of the command line's options."""
-        given = keywords.get("coefficients")
-        fitted = None if given is None else read_coefficients(given)
-        several = {name: tuple(keywords[name]) for name in ("methods", "lambdas") if name in keywords}
-        mapped = None if keywords.get("map") is None else read_map(keywords["map"])
-        options = take(EvaluationOptions, keywords, coefficients=fitted, map=mapped, **several)
+        options = evaluation_options(keywords)
         texts = {name: read_path(name, keywords[name]) for name in ("general", "task")}
         others = keywords.get("other") or ()
         for one in [others] if isinstance(others, str | Path) else others:
@@ -91,6 +87,15 @@ class EvaluateRequest:
         (found,) = load_given(self.findings, One(Path(adapter)))
         detection = self.judged.options(self.settings.memory, found)
         return prepare(base, Path(adapter), self.texts, found, self.options, detection, run)
+
+
+def evaluation_options(keywords: Mapping[str, Any]) -> EvaluationOptions:
+    """Make the options of keywords, and read the files that they name."""
+    given = keywords.get("coefficients")
+    fitted = None if given is None else read_coefficients(given)
+    several = {name: tuple(keywords[name]) for name in ("methods", "lambdas") if name in keywords}
+    mapped = None if keywords.get("map") is None else read_map(keywords["map"])
+    return take(EvaluationOptions, keywords, coefficients=fitted, map=mapped, **several)
 
 
 @explained(EvaluateKeywords, Settings, EvaluationOptions)

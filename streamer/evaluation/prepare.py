@@ -146,6 +146,18 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
     texts
         Paths of the ``general`` and the ``task`` text, and of others by the names of their files.
     """
+    model, given = open_model(base, adapter, findings, options, detection, run)
+    plan, read = model.job.plan, read_texts(model, texts, options.sequences, options.length, run.monitor)
+    if options.coefficients is not None:
+        _warn_of_fitted_texts(options.coefficients, read, texts, run.monitor)
+    detects = given is None and any(variant.scales_intruders for variant in options.variants)
+    detection = _shared(plan, detection, run, model, max(text.longest for text in read.values()), detects)
+    return Prepared(plan, options, detection, run, given, read, model, chooses_keys(model, read))
+
+
+def open_model(base: str | Path, adapter: Path, findings: Findings | None, options: EvaluationOptions, detection: DetectionOptions,
+               run: RunOptions) -> tuple[StreamingModel, GivenFindings | None]:  # fmt: skip
+    """Open and check the model of all variants, and the findings if some are given; hand on the warnings of the inputs."""
     require_transformers()
     form = OutputOptions(merges=True)
     (job,) = open_jobs(base, One(adapter), [findings], UNCHANGED, detection, form, run)
@@ -158,13 +170,7 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
     if options.map is not None:
         run.monitor.warn(check_map(plan, options.map))
     model = StreamingModel(options.job(plan, run.model_device))
-    read = read_texts(model, texts, options.sequences, options.length, run.monitor)
-    if options.coefficients is not None:
-        _warn_of_fitted_texts(options.coefficients, read, texts, run.monitor)
-    given = job.findings if isinstance(job.findings, GivenFindings) else None
-    detects = given is None and any(variant.scales_intruders for variant in options.variants)
-    detection = _shared(plan, detection, run, model, max(text.longest for text in read.values()), detects)
-    return Prepared(plan, options, detection, run, given, read, model, chooses_keys(model, read))
+    return model, job.findings if isinstance(job.findings, GivenFindings) else None
 
 
 def _shared(

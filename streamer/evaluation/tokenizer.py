@@ -33,11 +33,13 @@ class Tokenizer:
         Where it was read from.
     start
         The tokens that it puts before a text, as ``<s>``, or ``[gMASK]`` and ``<sop>``; often none.
+    loaded
+        As transformers loads it.
     """
 
     directory: Path
     start: tuple[int, ...]
-    _loaded: Any
+    loaded: Any
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Split a text into tokens, none added; special tokens are recognised by their text.
@@ -47,7 +49,7 @@ class Tokenizer:
         ids, offsets
             Of each token its id, and the characters that it stands for: from, to.
         """
-        found = self._loaded(
+        found = self.loaded(
             text,
             add_special_tokens=False,
             return_offsets_mapping=True,
@@ -65,15 +67,15 @@ class Tokenizer:
     @property
     def prefix(self) -> int | None:
         """Return the token that a text is predicted from where nothing precedes it: the one that begins texts, or ends them."""
-        begin, end = self._loaded.bos_token_id, self._loaded.eos_token_id
+        begin, end = self.loaded.bos_token_id, self.loaded.eos_token_id
         found: int | None = end if begin is None else begin
         return found
 
     def render(self, messages: Sequence[Any], with_prompt: bool) -> str:
         """Write messages by the chat template, as at `TEMPLATE_TIME`; every fault of either raises an exception of its own."""
-        text: str = self._loaded.apply_chat_template(
+        text: str = self.loaded.apply_chat_template(
             list(messages),
-            chat_template=NOW.sub(_at_template_time, self._loaded.get_chat_template()),
+            chat_template=NOW.sub(_at_template_time, self.loaded.get_chat_template()),
             tokenize=False,
             add_generation_prompt=with_prompt,
         )
@@ -82,7 +84,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Test whether it has a chat template."""
-        return bool(self._loaded.chat_template)
+        return bool(self.loaded.chat_template)
 
 
 def _at_template_time(call: re.Match[str]) -> str:

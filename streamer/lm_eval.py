@@ -1,0 +1,290 @@
+"""Score the requests of lm-evaluation-harness on variants of an adapter, on a base that is never loaded: a model type for the harness.
+
+    python -m streamer.lm_eval --model streamer --model_args base=BASE,adapter=ADAPTER,method=paper,lambda=0.75 --tasks arc_easy
+
+is the harness's own command line with the model type registered. In Python, import this module before `lm_eval.simple_evaluate`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import has_bos_prefix, resolve_max_length
+from tqdm import tqdm
+
+from streamer.adapters.one_or_several import One
+from streamer.api.evaluation import evaluation_options
+from streamer.api.keywords import watched
+from streamer.api.options import Judged, Settings, take
+from streamer.detection.findings import Findings
+from streamer.detection.run import detect_in_memory
+from streamer.errors import StreamerError, UnsupportedError, UsageError
+from streamer.evaluation.memory import plan_passes
+from streamer.evaluation.options import EvaluationOptions
+from streamer.evaluation.passes import padding_changes
+from streamer.evaluation.prepare import chooses_keys, open_model
+from streamer.evaluation.sequences import TextSequences
+from streamer.evaluation.task import run_pass
+from streamer.evaluation.tokenizer import load_tokenizer, tokenizer_directory
+from streamer.linalg.torch_state import full_float32
+from streamer.output.prepare import load_given
+from streamer.plan.batch import Batch
+from streamer.plan.memory import resident_bytes
+from streamer.streaming.extra import require_transformers
+from streamer.streaming.model import StreamingModel
+from streamer.streaming.variants import ADAPTER, BASE, Variant
+from streamer.units import quoted
+
+KEYWORDS = {f.name for kind in (EvaluationOptions, Settings, Judged) for f in fields(kind)} | {"findings"}
+KEYWORDS -= {"sequences", "length", "resume", "overwrite"}
+"""Keywords of `evaluate_variants` that say something here."""
+
+REQUESTS = "requests"
+"""Name of the text that the requests are, in messages."""
+
+Answer = tuple[float, bool]
+"""Log-likelihood of a continuation, and whether each of its tokens is the likeliest."""
+
+
+@register_model("streamer")
+class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
+    """A variant of an adapted model, for tasks that are scored by log-likelihoods.
+
+    Parameters
+    ----------
+    base, adapter
+        Their directories.
+    method
+        ``base``, ``adapter`` (the default), or a method of mitigation; its strength is ``lambda``, or ``keep`` of coefficients.
+    cache
+        File of results, by model, variant and tokens; it is made if needed. With one, the base, the adapter and all variants of
+        ``methods`` and ``lambdas`` (each values joined by ``+``) are measured in the same passes, and found in it by later runs.
+    max_length
+        Tokens before the last one that a sequence may have; longer ones lose the first. By default, what the model's config states.
+    options
+        Keywords of `evaluate_variants`, such as ``findings``, ``max_memory`` and ``coefficients``; ``lambda``; and what the harness
+        itself gives: ``device``, whose default ``cuda:0`` means ``auto`` here, ``batch_size`` and ``max_batch_size``, which are not used.
+    """
+
+    def __init__(self, base: str, adapter: str, method: str = ADAPTER, cache: str | None = None, max_length: int | None = None,
+                 **options: Any) -> None:  # fmt: skip
+        super().__init__()
+        lam, keep = options.pop("lambda", None), options.get("keep")
+        given = {k: v for k, v in options.items() if k not in ("batch_size", "max_batch_size") and v is not None}
+        if given.get("device") == "cuda:0":  # the harness's default, whatever the machine has
+            given["device"] = "auto"
+        if unknown := sorted(given.keys() - KEYWORDS):
+            raise UsageError(f"model_args: expected keywords of evaluate_variants, found {unknown[0]!r}")
+        for name, kind in (("methods", str), ("lambdas", float)):
+            if name in given:
+                listed = given[name] if isinstance(given[name], list | tuple) else str(given[name]).split("+")
+                given[name] = tuple(map(kind, listed))
+        several = "methods" in given or method not in (BASE, ADAPTER)
+        given = {
+            **({"methods": (method,)} if several else {}),
+            **({} if lam is None else {"lambdas": (float(lam),)}),
+            **given,
+        }
+        options_ = evaluation_options(given)
+        self._variants = options_.variants if several else options_.variants[:2]
+        self._variant = _chosen(self._variants, method, lam, keep)
+        self._settings = take(Settings, given)
+        with watched({}) as monitor:
+            base_path, adapter_path = self._settings.located(monitor).pair(base, adapter)
+            self._run = self._settings.run_options(monitor)
+            (found,) = load_given(given.get("findings"), One(Path(adapter_path)))
+            self._detection = take(Judged, given).options(self._settings.memory, found)
+            self._model, self._given = open_model(
+                base_path, Path(adapter_path), found, options_, self._detection, self._run
+            )
+        plan = self._model.job.plan
+        directory = tokenizer_directory(plan)
+        self.tokenizer = load_tokenizer(Path(REQUESTS), directory).loaded
+        config = require_transformers().AutoConfig.from_pretrained(plan.base.directory, local_files_only=True)
+        self.max_length = max_length or min(
+            resolve_max_length(config, self.tokenizer), (self._model.positions or sys.maxsize) - 1
+        )
+        self._cached = cache is not None
+        self._results = sqlite3.connect(":memory:" if cache is None else cache)
+        self._results.execute(
+            "create table if not exists results (key blob primary key, loss real, greedy integer) without rowid"
+        )
+
+    @property
+    def eot_token_id(self) -> int:
+        """Return the token that ends a text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Return the token that a text is predicted from if nothing precedes it."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else int(begin)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Encode a text as the harness's ``hf`` does: special tokens by the tokenizer's own rule, unless the text begins with one."""
+        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        kinds = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return list(self.tokenizer.encode(string, **kinds))
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name the tokenizer, for the harness's cache of prompts."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Write a conversation by the tokenizer's chat template."""
+        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+                                                      continue_final_message=not add_generation_prompt))  # fmt: skip
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Refuse to generate."""
+        task = getattr(requests[0], "task_name", None) if requests else None
+        raise UnsupportedError(
+            f"task {task!r} generates text (generate_until), and --model streamer scores log-likelihoods only; merge the adapter and use "
+            "--model hf"
+        )
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of each text, in windows where it is longer than the model's context."""
+        windows = [
+            [utils.make_disjoint_window(w) for w in utils.get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1)]
+            for request in requests
+        ]  # fmt: skip
+        found = iter(self._loglikelihood_tokens([(None, *w) for own in windows for w in own], disable_tqdm))
+        totals = [sum(next(found)[0] for _ in own) for own in windows]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[Answer]:
+        """Find the answers to requests: text, tokens of the context, and of the continuation; measure those that are not known."""
+        asked = []
+        for text, context, continuation in requests:
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise UsageError(
+                    f"request {quoted(str(text))}: expected tokens before the continuation, and 1 to {self.max_length} (max_length) in it, "
+                    f"found {len(context)} and {len(continuation)}"
+                )
+            ids = np.array([*context, *continuation][-self.max_length - 1 :], np.int64)
+            asked.append((ids, len(continuation)))
+        new = {self._key(self._variant, *one): one for one in asked if self._find(*one) is None}
+        if new:
+            self._measure(list(new.values()), disable_tqdm)
+        answers = []
+        for (text, *_tokens), one in zip(requests, asked, strict=True):
+            answer = self._find(*one)
+            assert answer is not None
+            answers.append(answer)
+            if text is not None:
+                self.cache_hook.add_partial("loglikelihood", text, answer)
+        return answers
+
+    def _find(self, ids: np.ndarray, count: int) -> Answer | None:
+        found = self._results.execute(
+            "select loss, greedy from results where key = ?", (self._key(self._variant, ids, count),)
+        ).fetchone()
+        return None if found is None else (-found[0], bool(found[1]))
+
+    def _key(self, variant: Variant, ids: np.ndarray, count: int) -> bytes:
+        return hashlib.sha256(
+            self._keys[variant.name] + count.to_bytes(8, "little") + ids.astype("<i8").tobytes()
+        ).digest()
+
+    @cached_property
+    def _keys(self) -> dict[str, bytes]:
+        """Hash all that decides the results of each variant; of the inputs their identities and stamps."""
+        job, given = self._model.job, self._given
+        about = {"transformers": require_transformers().__version__, "stamps": job.plan.detection_stamps(),
+                 "projected": job.projected, "bf16": job.rounds_products}  # fmt: skip
+        intruders = self._detection.as_dict() if given is None else given.decisions()
+        return {
+            v.name: bytes.fromhex(job.plan.digest(**about, method=v.mitigation and v.mitigation.as_dict(),
+                                                  intruders=intruders if v.scales_intruders else None))
+            for v in self._variants
+        }  # fmt: skip
+
+    @cached_property
+    def _findings(self) -> Findings | None:
+        """Return the findings, detected now if none were given and a variant needs some."""
+        if self._given is not None or not any(v.scales_intruders for v in self._variants):
+            return None if self._given is None else self._given.findings
+        plan = self._model.job.plan
+        return detect_in_memory(Batch(plan.base, (plan,)), self._detection, self._run)[0]
+
+    def _measure(self, asked: Sequence[tuple[np.ndarray, int]], disable_tqdm: bool) -> None:
+        """Run the passes that answer requests, and keep the results of each."""
+        other = self._variants[1] if self._variant.name == BASE else self._variant
+        variants = self._variants if self._cached else (self._variants[0], other)
+        ids, counted = zip(*((ids, np.arange(len(ids)) >= len(ids) - count) for ids, count in asked), strict=True)
+        text = TextSequences(ids, counted, REQUESTS)
+        job, size, plan = self._model.job, self._model.size, self._model.job.plan
+        resident, texts = resident_bytes(Batch(plan.base, (plan,))), {REQUESTS: text}
+
+        def divided(one_length: bool) -> list[Any]:
+            return plan_passes(texts, len(variants), size, resident, self._detection.max_memory, one_length)
+
+        with full_float32():
+            passes = divided(chooses_keys(self._model, texts))
+            if padding_changes(job, [text.take(one.sequences) for one in passes], lambda _: None):
+                passes = divided(one_length=True)
+            models: dict[tuple[int, ...], StreamingModel] = {}
+            for one in tqdm(passes, desc="Streaming passes", disable=disable_tqdm):
+                own = [variants[v] for v in (0, *one.variants)]
+                if one.variants not in models:
+                    models[one.variants] = StreamingModel(replace(job, variants=tuple(own), findings=self._findings))
+                sums = run_pass(models[one.variants], text.take(one.sequences), REQUESTS, lambda _: None)
+                rows = [
+                    (self._key(variant, *asked[i]), sums.loss[v, s], int(sums.right[v, s] == sums.tokens[s]))
+                    for v, variant in enumerate(own)
+                    for s, i in enumerate(one.sequences)
+                ]
+                with self._results:
+                    self._results.executemany("insert or replace into results values (?, ?, ?)", rows)
+
+
+def _chosen(variants: Sequence[Variant], method: str, lam: float | None, keep: float | None) -> Variant:
+    """Find the variant that is asked for among those that are measured."""
+    found = [
+        v
+        for v in variants
+        if method in (v.name, v.method)
+        and (lam is None or v.mitigation_lambda == lam)
+        and (keep is None or v.keep is None or v.keep == keep)
+    ]
+    if len(found) != 1:
+        names = ", ".join(v.name for v in variants)
+        asked = json.dumps({"method": method, "lambda": lam, "keep": keep})
+        raise UsageError(f"model_args: expected method, lambda and keep of one variant of {names}; found {asked}")
+    return found[0]
+
+
+def main() -> None:
+    """Run the harness's command line."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except StreamerError as e:
+        sys.stderr.write(f"error: {e}\n")
+        sys.exit(e.exit_code)
+
+
+if __name__ == "__main__":
+    main()
