@@ -283,7 +283,7 @@ def main() -> None:
         cli_evaluate()
     except StreamerError as e:
         sys.stderr.write(f"error: {e}\n")
-        sys.exit(e.exit_code)
+        raise SystemExit(e.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -13,8 +13,12 @@ from paths import ROOT
 
 PACKAGE = ROOT / "streamer"
 
-EXTRAS = {"completion.py": {"shtab"}, **{name: {"transformers"} for name in ("extra.py", "layers.py", "skeleton.py")}}
-"""Modules that import an optional dependency, inside a function, and say what to install where it is missing."""
+EXTRAS = {
+    "completion.py": {"shtab"},
+    "lm_eval.py": {"lm_eval"},
+    **{name: {"transformers"} for name in ("extra.py", "layers.py", "skeleton.py")},
+}
+"""Modules that import an optional dependency, inside a function, and say what to install where it is missing (but lm_eval.py)."""
 
 
 def _extras(path: Path) -> set[str]:
