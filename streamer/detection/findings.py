@@ -74,6 +74,10 @@ class Findings:
     _file: TensorFile | None = field(default=None, repr=False, compare=False)
     sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the file out, for another process: all factors are pickled by value."""
+        return {**self.__dict__, "_file": None}
+
     @cached_property
     def by_tensor(self) -> dict[str, MatrixFinding]:
         """Return the entries by the base tensor's name."""

@@ -65,6 +65,11 @@ class TensorFile:
     def __del__(self) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError(
+            f"{self.path}: is open, and a process cannot give that to another; it would close a file of the other's"
+        )
+
     @property
     def source(self) -> ByteSource:
         """Where its bytes come from."""
