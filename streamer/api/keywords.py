@@ -61,8 +61,7 @@ class ReadKeywords(WatchKeywords, total=False):
     base_is_residual
         True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model; their adapters are refused without it.
     lora_b_layout
-        Order of ``lora_B``'s columns on stacked experts, if not in the config: ``rank_major`` (PEFT) or ``grouped_by_expert`` (older
-        Unsloth).
+        Order of ``lora_B``'s columns on stacked experts, if not in the config: ``rank_major`` (PEFT), ``grouped_by_expert`` (old Unsloth).
     ignore_keys
         Unknown keys of ``adapter_config.json`` to accept because you know that they have no effect; others are refused.
     architecture
@@ -186,6 +185,7 @@ class MergeKeywords(IterateKeywords, RunKeywords, total=False):
     """Keywords of `streamer.merge_with_reduced_intruder_dimensions`."""
 
     model_card: bool
+    executor: Executor | None
 
 
 class TextKeywords(RunKeywords, total=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack, overload
 
@@ -12,17 +12,18 @@ from torch import Tensor
 from streamer.adapters.one_or_several import ByName, One, Several
 from streamer.api.inputs import Inputs
 from streamer.api.keywords import IterateKeywords, MergeKeywords, ReduceKeywords, explained, watched
-from streamer.api.options import Adapters, Judged, MethodChoice, Settings, SeveralAdapters, take
+from streamer.api.options import Adapters, Judged, MethodChoice, Settings, SeveralAdapters, given_workers, take
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
 from streamer.detection.options import RunOptions
 from streamer.events import Monitor
-from streamer.forecast.forecast import forecast_output, shared_by_merges, together
+from streamer.forecast.forecast import forecast_output, on_workers, shared_by_merges, together
 from streamer.methods.method import Method
 from streamer.output.iterate import merged_tensors
 from streamer.output.output_spec import Writer
 from streamer.output.prepare import FindingsOrPath, OutputOptions, load_given, open_jobs, prepare_outputs
 from streamer.output.records import Written
-from streamer.output.run import inspect_jobs, resident_of, run_jobs
+from streamer.output.run import inspect_jobs, resident_of, run_jobs, shared_memory
+from streamer.workers.engine import Workers
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,21 @@ class OutputRequest:
         """Open the inputs and plan the outputs, which refuses what cannot be written."""
         self._opened(monitor, peek=True)
 
-    def run(self, monitor: Monitor) -> Written | ByName[Written]:
+    def run(self, monitor: Monitor, workers: Workers | None = None) -> Written | ByName[Written]:
         """Write the output of each adapter, and return its record."""
-        adapters, writers, run = self._opened(monitor)
+        adapters, writers, run = self._opened(monitor, workers)
         return adapters.collected(run_jobs(writers, run))
 
-    def forecast(self, monitor: Monitor) -> DryRun | SeveralRecord:
+    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun | SeveralRecord:
         """Check all, and say what a run would do and take; nothing is written."""
-        adapters, writers, run = self._opened(monitor, peek=True)
+        adapters, writers, run = self._opened(monitor, workers, peek=True)
         states, resident = inspect_jobs(writers, run), resident_of(writers)
         pairs = list(zip(writers, states, strict=True))
         forecasts = [
-            None if state == "done" else forecast_output(writer, resident, monitor=monitor) for writer, state in pairs
+            None
+            if state == "done"
+            else on_workers(forecast_output(writer, resident, monitor=monitor), workers, resident)
+            for writer, state in pairs
         ]
         found = []
         for (writer, state), forecast in zip(pairs, forecasts, strict=True):
@@ -84,11 +88,16 @@ class OutputRequest:
         shared = shared_by_merges([writer for writer, state in pairs if state != "done"])
         return dry_runs(adapters, self.output, found, together(forecasts, shared))
 
-    def _opened(self, monitor: Monitor, peek: bool = False) -> tuple[One | Several, list[Writer], RunOptions]:
+    def _opened(
+        self, monitor: Monitor, workers: Workers | None = None, peek: bool = False
+    ) -> tuple[One | Several, list[Writer], RunOptions]:
         base, adapters = self.inputs.located(self.settings.located(monitor, peek))
-        run, given = self.settings.run_options(monitor), load_given(self.findings, adapters)
+        run, given = self.settings.run_options(monitor, workers), load_given(self.findings, adapters)
         detection = self.judged.options(self.settings.memory, given[0])
         writers = prepare_outputs(base, adapters, self.output, given, self.method, detection, self.form, run)
+        if workers is not None and workers.processes is not None and detection.max_memory is not None:
+            share = replace(detection, max_memory=shared_memory(writers, workers))
+            writers = prepare_outputs(base, adapters, self.output, given, self.method, share, self.form, run)
         return adapters, writers, run
 
 
@@ -168,6 +177,8 @@ def merge_with_reduced_intruder_dimensions(
         None detects first, into a findings file in the output.
     dequantize
         Write all that is quantized as plain tensors of the config's dtype, and take the quantization out of ``config.json``.
+    executor
+        Workers that write shards, as `detect_intruder_dimensions` has them; they see the output at the same path. The bytes are the same.
 
     Returns
     -------
@@ -183,7 +194,7 @@ def merge_with_reduced_intruder_dimensions(
     """
     request = OutputRequest.of(True, base, adapter, output, options)
     with watched(options) as monitor:
-        return request.run(monitor)
+        return request.run(monitor, given_workers(options))
 
 
 @explained(IterateKeywords, Settings, MethodChoice, OutputOptions)

@@ -64,22 +64,25 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 
 def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.api.executors import open_workers
     from streamer.api.threads import choose_threads
     from streamer.api.writing import OutputRequest
     from streamer.cli.dry_run import dry_run_text
     from streamer.cli.tables import record_table
 
-    request = OutputRequest.of(args.command == "merge", args.base, _adapters(args), args.output, vars(args))
-    if request.detects:
+    merges = args.command == "merge"
+    request = OutputRequest.of(merges, args.base, _adapters(args), args.output, vars(args))
+    workers = open_workers(args.workers, args.executor, args.threads, monitor) if merges else None
+    if request.detects and workers is None:
         choose_threads(args.threads, monitor)
     if args.dry_run:
-        record = request.forecast(monitor)
+        record = request.forecast(monitor, workers)
         return record, dry_run_text(record, args.command, _screen(args))
 
     def result(one: Written, shown: Screen) -> Result:
         return {**one}, record_table(one, one["output"], shown)
 
-    return _each(request.run(monitor), result, args.output, _screen(args))
+    return _each(request.run(monitor, workers), result, args.output, _screen(args))
 
 
 def _report(args: argparse.Namespace, monitor: Monitor) -> Result:

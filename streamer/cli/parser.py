@@ -183,6 +183,7 @@ def build_parser() -> Parser:
     out = writing("DIR", "model directory to write; for several adapters, a directory for one subdirectory NAME each")
     sub = command("merge", "write the base with the mitigated adapter merged in", out, mitigating, computing, reading)
     inputs(sub, "+")
+    add_workers(sub)
     sub.add_argument("--dequantize", action="store_true",
                      help="if the base is quantized, write a plain model, in the dtype of its config")  # fmt: skip
     sub = command("report", "show findings or an output as a table, JSON, a page or figures", reading)

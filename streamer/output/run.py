@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,19 +17,21 @@ from streamer.detection.findings_file import remove_leftovers
 from streamer.detection.memory import detection_estimates
 from streamer.detection.options import RunOptions
 from streamer.detection.run import detect_to_files, naming_inputs
+from streamer.detection.workers import inputs_of
 from streamer.errors import FormatError
 from streamer.events import Event, Monitor, OutputState
 from streamer.linalg.torch_state import threads
-from streamer.output.job import GivenFindings
+from streamer.output.job import GivenFindings, Job
 from streamer.output.metrics import journalled, totals
 from streamer.output.model_card import CARD_NAME
 from streamer.output.output_spec import OWN_FINDINGS, Writer
 from streamer.output.record_view import WrittenView
 from streamer.output.records import MitigatedMatrix, Record, Written, certified_count
+from streamer.output.shard_task import PartialShard, ShardTask, describe, shard_source
 from streamer.output.truncation import output_warnings
 from streamer.plan.batch import Batch
 from streamer.plan.memory import check_budget, resident_bytes
-from streamer.storage.atomic_file import AtomicFile, Buffer
+from streamer.storage.atomic_file import AtomicFile, remove_partials
 from streamer.storage.checkpoint import FilePosition
 from streamer.storage.header import TensorInfo
 from streamer.storage.lock import locked
@@ -37,6 +39,7 @@ from streamer.storage.output_checks import check_space
 from streamer.storage.output_plan import LOCK_NAME, RECORD_NAME, finished_record, inspect_output, missing_bytes
 from streamer.storage.shard_writer import shard_steps
 from streamer.storage.transaction import OutputDirectory, open_outputs, touch_output
+from streamer.workers.engine import Workers, kept
 
 
 def batch_of(writers: Sequence[Writer]) -> Batch:
@@ -48,6 +51,14 @@ def batch_of(writers: Sequence[Writer]) -> Batch:
 def resident_of(writers: Sequence[Writer]) -> int:
     """Estimate the memory between any two steps of outputs that are written together."""
     return resident_bytes(batch_of(writers), sum(writer.spec.model_tensors for writer in writers))
+
+
+def shared_memory(writers: Sequence[Writer], workers: Workers) -> int | None:
+    """Divide the memory allowed among this process and its workers; see `Workers.share`."""
+    resident, jobs = resident_of(writers), [writer.spec.job for writer in writers]
+    needs = [need for writer in writers for need in writer.estimates(resident)]
+    needs += [need for job in jobs if job.detects for need in detection_estimates(job.plan, job.detection, resident)]
+    return workers.share(jobs[0].detection.max_memory, resident, needs)
 
 
 def inspect_jobs(writers: Sequence[Writer], options: RunOptions) -> Sequence[str]:
@@ -91,6 +102,7 @@ def run_jobs(writers: Sequence[Writer], options: RunOptions) -> list[Written]:
     todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
     with open_outputs([writer.spec.output for writer in todo], options.overwrite, options.resume) as outs:
         runs = [_Run(writer, out, monitor) for writer, out in zip(todo, outs, strict=True)]
+        elsewhere = None if options.workers is None else _Elsewhere(options, batch_of(todo)) if todo else None
         for line in dict.fromkeys(line for run in runs for line in (*run.spec.notes, *run.spec.advice)):
             monitor.emit(Event("note", line))
         for run in runs:
@@ -99,7 +111,9 @@ def run_jobs(writers: Sequence[Writer], options: RunOptions) -> list[Written]:
             done, of = sum(run.finished_items for run in resumed), sum(run.item_count for run in resumed)
             monitor.resuming(done, of, "tensor")
         _detect([run for run in runs if run.lacks_findings], options, resident_of(writers))
-        with threads():
+        with threads(), kept(options.workers):
+            for run in runs:
+                run.elsewhere = elsewhere
             _in_step(runs)
     said: dict[str, OutputState] = {"new": "written", "resume": "resumed", "done": "present"}
     written = [
@@ -130,6 +144,8 @@ class _Run:
         self.items = 0
         """Tensors of the shards, and other files, that stand."""
         self._finished: set[str] = set()
+        self.elsewhere: _Elsewhere | None = None
+        """What writes shards in place of this process."""
 
     def look(self) -> None:
         """Find the files that an interrupted run has finished."""
@@ -175,9 +191,11 @@ class _Run:
             done, items = sum(run.done for run in runs), sum(run.items for run in runs)
             self.monitor.emit(Event("write", name, done, total, items, of, adapter))
 
-        begun = 0
+        begun, last = 0, spec.output.files[-1][0]
         for name, size in spec.output.files:
             self.monitor.checkpoint()
+            if self.elsewhere is not None and name in spec.shards and name != last and name not in self._finished:
+                self._write_elsewhere(self.elsewhere, begun, emit)
             if name in self._finished or (name == CARD_NAME and spec.card is not None):
                 self.items += self._items(name)  # the card comes with the commit point, when all is known that it says
             elif name in spec.shards:
@@ -191,7 +209,7 @@ class _Run:
                         self.items += 1
             else:
                 emit(name)
-                if name == spec.output.files[-1][0]:
+                if name == last:
                     self._write_card(self._matrices())
                 out.write(name, texts[name], check) if name in texts else out.copy(name, copies[name], check)
                 self.items += 1
@@ -203,6 +221,18 @@ class _Run:
         discard_own_findings(out.path)
         record = self._record(matrices, sum(out.entry(name)["bytes"] for name, _ in spec.output.files))
         out.commit(cast(dict[str, Any], record))
+
+    def _write_elsewhere(self, elsewhere: _Elsewhere, begun: int, emit: Callable[[str], None]) -> None:
+        """Let workers write all shards but one that makes the output loadable; journal and name each as it comes."""
+        sizes = dict(self.spec.output.files)
+        names = [name for name in self.spec.shards if name not in self._finished and name != [*sizes][-1]]
+        with contextlib.closing(elsewhere.write(self.job, self.out.path, names, emit)) as results:
+            for name, one in results:
+                self.job.plan.check_unchanged()
+                self.out.take(name, one.partial, one.nbytes, one.sha256, matrices=one.matrices)
+                self._finished.add(name)
+                self.done = begun + sum(sizes[other] for other in names if other in self._finished)
+        remove_partials(self.out.path, {*names})  # of workers that died
 
     def _matrices(self, last: list[MitigatedMatrix] | None = None) -> list[MitigatedMatrix]:
         """Collect the metrics of all matrices of finished files, and of the one in hand."""
@@ -224,14 +254,8 @@ class _Run:
     def _shard(self, name: str) -> Generator[tuple[FilePosition, TensorInfo, AtomicFile], None, None]:
         """Write a shard; give each of its tensors, before it is written, with its position and the file."""
         job, base = self.job, self.job.plan.base
-        ((key, value),) = job.stamp(self.spec.command, self.writer.written).items()
-        shard = self.spec.shards[name].with_metadata(key, value)
         metrics: list[MitigatedMatrix] = []
-
-        def source(info: TensorInfo) -> Generator[Buffer, None, None]:
-            for piece in self.writer.tensor_bytes(info, job, metrics):
-                self.monitor.checkpoint()
-                yield piece
+        shard, source = shard_source(self.writer, job, name, metrics, self.monitor)
 
         def announce(nbytes: int, sha256: str) -> None:
             job.plan.check_unchanged()
@@ -247,6 +271,25 @@ class _Run:
                 if info.name in stands:  # a new one, or one under another name, goes with the one before it
                     start = stands[info.name].start
                 yield FilePosition(number, start), info, file
+
+
+class _Elsewhere:
+    """Workers that write shards of outputs, whose plans are those of a batch."""
+
+    def __init__(self, options: RunOptions, batch: Batch) -> None:
+        assert options.workers is not None
+        self._workers, self._monitor = options.workers, options.monitor
+        self._inputs, self._plans = inputs_of(batch, options), batch.plans
+
+    def write(
+        self, job: Job, path: Path, names: Sequence[str], begin: Callable[[str], None]
+    ) -> Generator[tuple[str, PartialShard], None, None]:
+        """Write shards of a job into a directory, and yield each as it is complete."""
+        number, described = next(i for i, plan in enumerate(self._plans) if plan is job.plan), describe(job)
+        tasks = [ShardTask(self._inputs, 1, described, number, str(path.absolute()), name) for name in names]
+        with contextlib.closing(self._workers.run(tasks, self._monitor, lambda i: begin(names[i]))) as results:
+            for i, one in results:
+                yield names[i], one
 
 
 def _in_step(runs: Sequence[_Run]) -> None:

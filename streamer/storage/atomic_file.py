@@ -38,6 +38,8 @@ class AtomicFile:
         Exact bytes to come; reserved up front, so that a full disk is found before the work is done.
     check
         Called with the partial's descriptor after the fsync and before the rename; raises to prevent the rename.
+    renames
+        False leaves the complete file under the name `partial`, for `rename_partial`.
 
     Raises
     ------
@@ -45,12 +47,12 @@ class AtomicFile:
         If the system refuses to write. A failed fsync is never retried on the same file.
     """
 
-    def __init__(self, path: Path, size: int, check: Callable[[int], None] | None = None) -> None:
+    def __init__(self, path: Path, size: int, check: Callable[[int], None] | None = None, renames: bool = True) -> None:
         self.path = path
         self.size = size
         self.written = 0
-        self._check = check
-        self._partial = path.with_name(partial_name(path.name))
+        self._check, self._renames = check, renames
+        self.partial = path.with_name(partial_name(path.name))
         self._fd = -1
         self._appender = Appender(self._fd)
 
@@ -63,7 +65,7 @@ class AtomicFile:
     def __enter__(self) -> AtomicFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with storage_errors(self.path, "create"):  # what stands there, if anything does, is not ours to discard
-            self._fd = os.open(self._partial, flags, 0o666)  # the umask makes the mode
+            self._fd = os.open(self.partial, flags, 0o666)  # the umask makes the mode
         try:
             reserve(self._fd, self.size)
         except OSError as e:
@@ -100,7 +102,8 @@ class AtomicFile:
             if self._check is not None:
                 self._check(self._fd)
             self._close()
-            os.rename(self._partial, self.path)
+            if self._renames:
+                os.rename(self.partial, self.path)
             fsync_directory(self.path.parent)
             done = True
         except OSError as e:
@@ -119,7 +122,14 @@ class AtomicFile:
         with contextlib.suppress(OSError):
             self._close()
         with contextlib.suppress(OSError):
-            os.unlink(self._partial)
+            os.unlink(self.partial)
+
+
+def rename_partial(partial: Path, path: Path) -> None:
+    """Give a complete partial file its final name, durably."""
+    with storage_errors(path, "finish"):
+        os.rename(partial, path)
+        fsync_directory(path.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -61,8 +61,17 @@ def write_shard(directory: Path, plan: ShardPlan, source: Source, before_rename:
         pass
 
 
+def write_partial(directory: Path, plan: ShardPlan, source: Source) -> tuple[str, int, str]:
+    """Write a planned file, and leave it under the name of a partial one; return that name, its size and its SHA-256."""
+    found: list[tuple[int, str]] = []
+    name = ""
+    for _, f in shard_steps(directory, plan, source, lambda *one: found.append(one), renames=False):
+        name = f.partial.name
+    return name, *found[0]
+
+
 def shard_steps(
-    directory: Path, plan: ShardPlan, source: Source, before_rename: Callable[[int, str], None]
+    directory: Path, plan: ShardPlan, source: Source, before_rename: Callable[[int, str], None], renames: bool = True
 ) -> Generator[tuple[TensorInfo, AtomicFile], None, None]:
     """Write a planned file through an `AtomicFile`, which is given with each tensor before that is written.
 
@@ -77,7 +86,7 @@ def shard_steps(
             )
         before_rename(f.written, f.sha256)
 
-    with AtomicFile(directory / plan.name, plan.nbytes, check) as f:
+    with AtomicFile(directory / plan.name, plan.nbytes, check, renames) as f:
         f.write(plan.raw_header)
         for info in plan.header.tensors:
             yield info, f

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamer.errors import InputChangedError, OutputError
-from streamer.storage.atomic_file import AtomicFile, remove_partials, write_atomic
+from streamer.errors import InputChangedError, OutputError, StorageError
+from streamer.storage.atomic_file import AtomicFile, remove_partials, rename_partial, write_atomic
 from streamer.storage.files import make_directory, remove_file, storage_errors
 from streamer.storage.journal import Journal
 from streamer.storage.lock import locked
@@ -85,6 +85,16 @@ class OutputDirectory:
 
         with storage_errors(source, "copy"):
             self._put(name, size, copy_bytes, before_rename)
+
+    def take(self, name: str, partial: str, nbytes: int, sha256: str, **detail: Any) -> None:
+        """Take a complete partial file that a worker has left in the directory: journal it, and give it its name."""
+        found = size_of(self.path / partial)
+        if found != nbytes or nbytes != dict(self._plan.files)[name]:
+            raise StorageError(
+                f"{self.path / partial}: a worker wrote {nbytes} bytes, found {found}; run the same command again"
+            )
+        self.announce(name, nbytes, sha256, **detail)
+        rename_partial(self.path / partial, self.path / name)
 
     def _put(
         self, name: str, size: int, write: Callable[[AtomicFile], object], before_rename: Callable[[], None]

@@ -12,7 +12,17 @@ import helpers
 import jobs
 import pytest
 from command_line import run_cli
-from worker_runs import BENCHES, WorkerBench, dask_scheduler, dask_workers, evaluation_bench, ray_cluster, worker_bench
+from worker_runs import (
+    BENCHES,
+    WorkerBench,
+    contents,
+    dask_scheduler,
+    dask_workers,
+    evaluation_bench,
+    merge_bench,
+    ray_cluster,
+    worker_bench,
+)
 
 import streamer
 from streamer.detection.device import choose_device
@@ -42,12 +52,14 @@ def passes(tmp_path_factory: pytest.TempPathFactory) -> WorkerBench:
     return evaluation_bench(tmp_path_factory.mktemp("passes"), 60)
 
 
-def on_engine(bench: WorkerBench, out: Path, engine: str) -> None:
-    """Detect with an engine that runs, from the command line."""
+def on_engine(bench: WorkerBench, home: Path, engine: str) -> None:
+    """Run the command with an engine that runs."""
+    home.mkdir()
+    out = home / bench.name
     with bench.start(out, "--executor", engine, "-q") as process:
         _, stderr = process.communicate(timeout=300)
     assert (process.returncode, stderr) == (0, "")
-    assert out.read_bytes() == bench.alone
+    assert contents(out.parent) == bench.files
 
 
 def test_threads_give_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None:
@@ -80,6 +92,17 @@ def test_an_evaluation_on_threads_has_the_same_bytes(passes: WorkerBench, count:
     steps = [e for e in events if e.stage == "evaluate"]
     assert [e.done for e in steps] == sorted(e.done for e in steps)
     assert (steps[-1].done, steps[-1].items) == (steps[-1].total, steps[-1].of)
+
+
+@pytest.mark.long
+def test_a_merge_on_threads_has_the_same_bytes(tmp_path: Path) -> None:
+    bench = merge_bench(tmp_path, 4, (150, 170))
+    out = tmp_path / "out"
+    out.mkdir()
+    with ThreadPoolExecutor(2) as pool, threads(1):
+        bench.here(out / bench.name, executor=pool)
+    assert contents(out) == bench.files
+    assert not [path for path in out.rglob(".*") if path.is_file()]
 
 
 @pytest.mark.long
@@ -209,7 +232,11 @@ def test_options_that_make_no_sense(bench: WorkerBench, options: list[str], said
 def test_findings_pickle_by_value(small: WorkerBench, tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
     path.write_bytes(small.alone)
-    for matrix in streamer.load_findings(path):
+    found = streamer.load_findings(path)
+    assert pickle.loads(pickle.dumps(found)).digest() == found.digest()
+    with pytest.raises(TypeError, match="is open, and a process cannot give that to another"):
+        pickle.dumps(found._file)
+    for matrix in found:
         data = pickle.dumps(matrix)
         assert len(data) < 20_000
         assert pickle.loads(data) == matrix

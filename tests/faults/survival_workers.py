@@ -61,14 +61,14 @@ class Crew:
 
     def lost(self, out: Path) -> list[str]:
         """What has a final name and is not what one process writes (P1)."""
-        return [path.name for path in out.glob("[!.]*") if path.read_bytes() != self.bench.alone]
+        return self.bench.lost(out)
 
     def unfinished(self, out: Path) -> list[str]:
         """What goes wrong when the same command runs again (P2, P3)."""
         again = self.run(out)
         wrong = [f"exit {again.returncode}: {again.stderr}"] if (again.returncode, again.stderr) != (0, "") else []
-        left = sorted(path.name for path in out.iterdir())
-        return [*wrong, *self.lost(out), *([f"left {left}"] if left != [self.bench.name] else [])]
+        left = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+        return [*wrong, *self.lost(out), *([f"left {left}"] if left != sorted(self.bench.files) else [])]
 
 
 def kill(pids: list[int]) -> None:

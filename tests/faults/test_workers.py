@@ -21,6 +21,7 @@ from survival_workers import KINDS, Crew
 from worker_runs import (
     BENCHES,
     WorkerBench,
+    contents,
     dask_scheduler,
     dask_workers,
     has_begun,
@@ -56,8 +57,8 @@ def finish(bench: WorkerBench, out: Path) -> None:
     """Take up what is there, in this process, and compare."""
     with threads(1):
         bench.here(out)
-    assert out.read_bytes() == bench.alone
-    assert not list(out.parent.glob(".*"))
+    assert contents(out.parent) == bench.files
+    assert not list(out.parent.rglob(".*"))
 
 
 def kill_a_worker(process: subprocess.Popen[str]) -> None:
@@ -76,7 +77,7 @@ def test_the_tasks_of_a_killed_worker_are_done_again(each: WorkerBench, tmp_path
         _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "its worker was lost (BrokenProcessPool" in stderr
-    assert out.read_bytes() == each.alone
+    assert contents(tmp_path) == each.files
 
 
 def test_workers_that_die_time_and_again_end_the_run(bench: WorkerBench, tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_no_worker_outlives_its_run(each: WorkerBench, signum: signal.Signals, t
         assert stderr.endswith("streamer: stopped by signal 2; the same command resumes\n")
         assert "Traceback" not in stderr
         assert not lock_of(out).exists()
-    assert journal_of(out).exists()
+    assert journal_of(out).exists() or out.is_dir()
     finish(each, out)
 
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,17 +28,19 @@ class WorkerBench:
 
     Attributes
     ----------
+    files
+        The files that it makes, by their names beside the output.
     command, options
         The command's name, and options beside the inputs and the output.
     name
-        Of the file that it writes.
+        Of the file or directory that it writes.
     here
         Runs the same in this process, on the threads that torch has, with further keywords.
     """
 
     base: Path
     adapter: Path
-    alone: bytes
+    files: Mapping[str, bytes]
     command: str
     options: tuple[object, ...]
     name: str
@@ -48,10 +50,21 @@ class WorkerBench:
     def of(cls, directory: Path, base: Path, adapter: Path, options: tuple[object, ...], here: Callable[..., object],
            command: str = "detect", name: str = "f.safetensors") -> WorkerBench:  # fmt: skip
         """Run it once."""
-        path = directory / f"alone-{name}"
+        alone = directory / "alone"
+        alone.mkdir()
         with threads(1):
-            here(path)
-        return cls(base, adapter, path.read_bytes(), command, options, name, here)
+            here(alone / name)
+        return cls(base, adapter, contents(alone), command, options, name, here)
+
+    @property
+    def alone(self) -> bytes:
+        """The bytes of the one file."""
+        (found,) = self.files.values()
+        return found
+
+    def lost(self, out: Path) -> list[str]:
+        """List what has a final name in a directory and is not what one process writes."""
+        return [name for name, data in contents(out).items() if data != self.files.get(name)]
 
     @contextlib.contextmanager
     def start(self, out: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
@@ -69,6 +82,12 @@ class WorkerBench:
             yield process
             if process.poll() is None:
                 process.kill()
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Read all files that have final names."""
+    paths = [path for path in sorted(directory.rglob("[!.]*")) if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
 def worker_bench(directory: Path, matrices: int = 10, shape: tuple[int, int] = (600, 700)) -> WorkerBench:
@@ -103,7 +122,21 @@ def evaluation_bench(directory: Path, sequences: int = 150, length: int = 24) ->
     return WorkerBench.of(directory, base, adapter, options, here, "evaluate", "e.json")
 
 
-BENCHES: dict[str, Callable[[Path], WorkerBench]] = {"detect": worker_bench, "evaluate": evaluation_bench}
+def merge_bench(directory: Path, shards: int = 10, shape: tuple[int, int] = (600, 700)) -> WorkerBench:
+    """Make the inputs of a merge of many shards, that detects first."""
+    factors = {f"a.{i}": intruding_factors(*shape, 4, seed=i) for i in range(shards)}
+    tensors = [{f"a.{i}.weight": power_law(*shape, seed=i).float()} for i in range(shards)]
+    base, adapter = write_sharded(directory / "base", tensors), write_adapter(directory / "adapter", factors, 4)
+
+    def here(path: Path, **more: object) -> None:
+        streamer.merge_with_reduced_intruder_dimensions(base, adapter, path, **more)
+
+    return WorkerBench.of(directory, base, adapter, (), here, "merge", "model")
+
+
+BENCHES: dict[str, Callable[[Path], WorkerBench]] = {
+    "detect": worker_bench, "evaluate": evaluation_bench, "merge": merge_bench,
+}  # fmt: skip
 """Commands that are divided among workers."""
 
 
@@ -171,7 +204,9 @@ def wait_until(what: Callable[[], object], seconds: float = 300) -> None:
 
 
 def has_begun(out: Path) -> bool:
-    """Say whether a matrix, or a pass, is in the journal."""
+    """Say whether a matrix, a pass or a shard is in the journal."""
+    if any(out.glob("*.safetensors")):  # in the directory of a model
+        return True
     with contextlib.suppress(FileNotFoundError):
         return journal_of(out).stat().st_size > 5_000
     return False
