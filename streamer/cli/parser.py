@@ -269,7 +269,7 @@ def build_parser() -> Parser:
                      help="share of the learning that the suggestion must keep; up to four more measurements find the shrink that "
                           "keeps this share (default: 0.9)")  # fmt: skip
     sub.add_argument("--no-race", dest="race", action="store_false",
-                     help="run all variants on all sequences; without it those that have lost on a part are dropped")  # fmt: skip
+                     help="run all variants on all sequences; by default, variants that lose on a part are dropped")  # fmt: skip
     sub.add_argument("--projected", action="store_true",
                      help="evaluate deltas projected onto the adapter's rank, as `mitigate` writes them")  # fmt: skip
     add_workers(sub)

@@ -163,7 +163,9 @@ def test_a_worker_with_other_inputs_is_refused(bench: WorkerBench, what: str, tm
 def test_a_worker_of_another_version_is_refused(bench: WorkerBench) -> None:
     inputs = inputs_of(make_batch(bench.base, [bench.adapter]), RunOptions(torch.device("cpu")))
     task = DetectTask(replace(inputs, version="0.0"), 1, (), DetectionOptions(), "cpu", 0)
-    assert re.fullmatch(r"worker .*: has version \S+, expected 0\.0, the caller.s version; .*", str(perform(task).error))
+    assert re.fullmatch(
+        r"worker .*: has version \S+, expected 0\.0, the caller.s version; .*", str(perform(task).error)
+    )
 
 
 class Failing(Executor):
