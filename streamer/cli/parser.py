@@ -253,7 +253,7 @@ def build_parser() -> Parser:
     add_amplify(sub)
     sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=list(WITHOUT_FILES),
                      metavar="M,M", help=f"one or several of {', '.join(WITHOUT_FILES)}, separated by commas (default: all); the "
-                                         "method of --coefficients: evaluate only these")  # fmt: skip
+                                         "method of --coefficients evaluates only its sets")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
                      help="coefficients from `streamer fit`: each set is a variant; use texts that they were not fitted to")  # fmt: skip
     sub.add_argument(
