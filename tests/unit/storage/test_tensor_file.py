@@ -127,7 +127,9 @@ def test_check_unchanged(base: Path, change: Callable[[Path], None], shard: str)
     with pytest.raises(InputChangedError) as caught:
         checkpoint.check_unchanged()
     words = (
-        "vanished during the run" if change is Path.unlink else "changed since the run began; start again with a base"
+        "vanished during the run"
+        if change is Path.unlink
+        else "changed since the run began; start again, and do not change the base"
     )
     assert str(caught.value).startswith(f"{base / shard}: {words}")
     assert bytes(view(checkpoint, "c")) == before  # the open file is still the one that was planned
