@@ -44,7 +44,7 @@ def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
         f"forecast: memory {_memory(forecast)}; "
         f"reads {_read(forecast)}, writes {most}{format_size(forecast['write_bytes'])}{beside}; "
         f"{format_size(free)} free; time {_time(forecast['seconds'])}, "
-        f"on {counted(forecast['threads'], 'thread')}, at the current load, if the disk keeps up"
+        f"on {counted(forecast['threads'], 'thread')}, assuming that the load stays as it is and the disk keeps up"
     )
 
 
