@@ -70,9 +70,10 @@ def profile(arguments: dict[str, Any]) -> dict[str, Any]:
 
     import streamer
     from streamer.evaluation import passes as of_evaluation
+    from streamer.evaluation import task as of_pass
 
     torch.set_num_threads(arguments.pop("threads"))
-    check, measure, passes = of_evaluation.padding_changes, clocks.wrap(of_evaluation.measure, REST), []
+    check, measure, passes = of_evaluation.padding_changes, clocks.wrap(of_pass.measure, REST), []
 
     def checked(*args: Any) -> bool:
         changes = check(*args)
@@ -83,7 +84,7 @@ def profile(arguments: dict[str, Any]) -> dict[str, Any]:
         passes.append(model.batch.variants * len(text.ids) * text.longest)
         return measure(model, text, block)
 
-    of_evaluation.padding_changes, of_evaluation.measure = checked, counted
+    of_evaluation.padding_changes, of_pass.measure = checked, counted
     streamer.evaluate_variants(**arguments)
     with clock.stage(START):
         total = time.perf_counter() - began
