@@ -46,7 +46,7 @@ def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path
         "adapter",
         *(f"{method} {lam}" for method in ("paper", "project", "shrink") for lam in (0.75, 0.5)),
     ]
-    shown = [line[:14].strip(" *") for line in lines[4:]]
+    shown = [line[:14].partition("†")[0].strip(" *") for line in lines[4:]]
     assert [name for name in shown if name in names] == names
     assert "of the variants that keep 50% of what was learned, " in done.out
     assert f"\nwrote {tmp_path / 'e.json'}\n" in done.out
