@@ -7,7 +7,8 @@ A variant is dropped for what no more sequences are likely to change (`Estimate.
   keeps the share asked for and is worth it; or
 - the shrink of the whole adapter that keeps as much, interpolated, has the lower loss or divergence on general text.
 
-Of the shrinks one goes on, which keeps the share asked for as nearly as can be told: another would be placed (`placed_shrink`).
+Of the shrinks one goes on, which keeps the share asked for as nearly as can be told (`placed_shrink`), and milder ones until that is known
+to be worth it.
 """
 
 from __future__ import annotations

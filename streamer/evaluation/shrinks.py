@@ -21,8 +21,9 @@ from streamer.methods.shrink import Shrink
 NODES = 4
 """Shrinks that an interpolation is made from, the nearest ones: a cubic in λ."""
 
-EXCESS = 0.002
-"""A shrink is well placed if it keeps the share asked for, and at most this much more: a fraction of the share's standard error."""
+EXCESS, MOST_EXCESS = 0.002, 0.03
+"""A shrink is well placed if it keeps the share asked for, and at most this much more: a fraction of the share's standard error. In a
+race it may be thrice `ERRORS` standard errors more, up to the second number."""
 
 ERRORS = 1.5
 """A race aims by so many standard errors beyond the share: what is kept of all sequences is not known when it places a shrink."""
@@ -130,7 +131,7 @@ def placed_shrink(
     last
         Whether this is the last λ: it goes beyond the share by some times what the nearest shrink below falls short of it.
     loose
-        Whether it may keep thrice `ERRORS` standard errors more, and so spare another.
+        Whether it may keep as much more as in a race, and so spare another.
 
     Returns
     -------
@@ -150,7 +151,7 @@ def placed_shrink(
     apart = [0.0 if share.sequences == whole else error for share, error in zip(shares, errors, strict=True)]
     first = next(k for k, share in enumerate(shares) if share.value >= keep - apart[k])  # at λ = 1 all is kept
     above = shares[first].value - keep
-    if first == 0 or above <= max(EXCESS, loose * 3 * errors[first]):
+    if first == 0 or above <= max(EXCESS, loose * min(MOST_EXCESS, 3 * errors[first])):
         return nodes[first][1], None
     beyond = max(EXCESS / 2, LAST * (keep - shares[first - 1].value)) if last else EXCESS / 2 + apart[first - 1]
     lam = rounded_up(

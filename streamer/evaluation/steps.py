@@ -17,6 +17,7 @@ from streamer.evaluation.race import WHOLE, eighths_run, lost
 from streamer.evaluation.sequences import ALL
 from streamer.evaluation.shrinks import placed_shrink
 from streamer.evaluation.statistics import SequenceSums
+from streamer.evaluation.suggestion import Trade
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods.shrink import Shrink
 from streamer.streaming.variants import ADAPTER, BASE, Variant
@@ -175,17 +176,24 @@ def _request(wanted: Wanted, known: Evaluation | None, alive: Sequence[Variant],
         return None
     of_row = known.variants[placed_row]
     if of_row.method == Shrink.name and of_row.mitigation_lambda is not None:
-        alive = [*alive, Variant.of(Shrink(of_row.mitigation_lambda))]
+        alive = list(dict.fromkeys([*alive, Variant.of(Shrink(of_row.mitigation_lambda))]))
     stop = next(r.stop for r in wanted.rounds if r.stop > reached)
     return Request((base, *alive), range(reached, stop))
 
 
 def goes_on(wanted: Wanted, known: Evaluation, variant: Variant) -> bool:
-    """Test whether a variant runs on further sequences; of shrinks the one that is placed does."""
+    """Test whether a variant runs on further sequences.
+
+    Of shrinks the one that is placed does, and milder ones as long as that is not known to be worth it (`Trade`).
+    """
     row = row_of(known, variant)
     if row is None or row == ADAPTER_ROW or len(wanted.rounds) == 1:
         return True
-    return variant.method != Shrink.name and not lost(known, row, wanted.keep)
+    if variant.method != Shrink.name:
+        return not lost(known, row, wanted.keep)
+    placed, _ = shrink_to_place(wanted, known, 0)
+    milder = (variant.mitigation_lambda or 0.0) >= (known.variants[placed].mitigation_lambda or 1.0)
+    return milder and not Trade.of(known.general, known.task, placed).is_worth_it
 
 
 def without_scaling(variants: Sequence[Variant], facts: Mapping[str, Any]) -> list[Variant]:
