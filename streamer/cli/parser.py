@@ -143,7 +143,7 @@ def build_parser() -> Parser:
     add_amplify(g)
     g.add_argument("--method", choices=list(ABOUT), metavar="NAME",
                    help="; ".join(f"{name}: {about}" for name, about in ABOUT.items())
-                        + f" (default: the method of --coefficients or --map, else {DEFAULT_METHOD})")  # fmt: skip
+                        + f"; with --coefficients or --map their method (default: {DEFAULT_METHOD})")  # fmt: skip
     g.add_argument("--coefficients", metavar="FILE",
                    help="coefficients from `streamer fit`; detection and --lambda are not used")  # fmt: skip
     g.add_argument("--keep", type=number, metavar="SHARE",

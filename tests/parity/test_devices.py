@@ -1,223 +1,31 @@
-"""Models that run on a device: no operation has tensors of two devices, and results are those of the CPU."""
+"""The checks of devices.py, each half in a process of its own: torch keeps the device that they register."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
-import transformers
-from architectures import LINEAR, TEXT, config
-from causal_models import CAUSAL, make_adapter, make_base
-from evaluated import sequences, token_ids
-from fitted_models import coefficients_of
-from pretended import DEVICE, TRAFFIC, MixedDevices
-from seeds import vary
+import seeds
 
-import streamer
-from streamer.api.options import Settings
-from streamer.errors import UsageError
-from streamer.evaluation.losses import measure
-from streamer.evaluation.memory import TRANSFORMERS_BYTES, pass_bytes
-from streamer.evaluation.statistics import MEASURES
-from streamer.events import Monitor
-from streamer.fitting.memory import collecting_bytes, gradient_bytes, states_bytes
-from streamer.fitting.points import factors_of, through
-from streamer.linalg.feedback import InputPair, WeightDelta, corrected
-from streamer.linalg.regmean import DIRECT_BYTES, answers
-from streamer.linalg.second_moments import Moments, RowMoments, leading_vectors
-from streamer.linalg.torch_state import threads
-from streamer.plan.base_plan import make_base_plan
-from streamer.plan.plan import Plan, make_plan
-from streamer.plan.targets import Target
-from streamer.streaming.base_inputs import BaseInputModel, BaseMatrix
-from streamer.streaming.corrected import STREAMS, CorrectedModel
-from streamer.streaming.gradients import GradientModel
-from streamer.streaming.logit_checks import check_logits
-from streamer.streaming.model import StreamingModel, vocabulary_block
-from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED, Group
-from streamer.streaming.values import Job
-from streamer.streaming.variants import make_variants
-
-TOLERANCE = 1e-4
-"""Of the largest value: products are cut up otherwise, and rounded."""
-
-VARIANTS = make_variants(("shrink",), (0.5,), "all")
-
-Arrays = dict[str, np.ndarray]
+CHECKS = Path(__file__).with_name("devices.py")
 
 
-def evaluated(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
-    """Losses of all that `evaluate` measures without findings, in blocks of the vocabulary, once the logits are checked."""
-    job = Job(plan, VARIANTS, None, device=device)
-    check_logits(job, ids[0].numpy(), lambda tensor: None)
-    sums = measure(StreamingModel(job), sequences(ids), 25)
-    return {name: getattr(sums, name) for name in MEASURES}
-
-
-def fitted(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
-    """Right factors, by inputs, as the adapter's; and those that are corrected."""
-    rights: dict[str, torch.Tensor] = {}
-    factors = {t.tensor: factors_of(plan, t) for t in plan.targets}
-
-    def solve(targets: Sequence[Target], moments: Mapping[int, Moments]) -> None:
-        own = [(factors[t.tensor].L, factors[t.tensor].R) for t in targets]
-        found, _ = answers(own, moments[TASK_AS], moments[GENERAL_AS], [0.5], targets[0].tensor)
-        rights.update({t.tensor: right[0].float() for t, right in zip(targets, found, strict=True)})
-
-    def replace(targets: Sequence[Target], moments: Mapping[int, RowMoments]) -> None:
-        own = [WeightDelta(factors[t.tensor].L, factors[t.tensor].R, partial(through, plan, t)) for t in targets]
-        pairs = [InputPair(moments[a], moments[b]) for a, b in ((TASK_AS, TASK_CORRECTED), (GENERAL_AS, GENERAL_CORRECTED))]  # fmt: skip
-        found = corrected(own, *pairs, 0.5, DIRECT_BYTES)
-        assert found is not None
-        rights.update({t.tensor: right.float() for t, right in zip(targets, found, strict=True)})
-
-    model = CorrectedModel(plan, device=device)
-    texts = {stream: sequences(ids[: 1 + stream % 2]) for stream in STREAMS}
-    groups = [Group(texts[stream], stream, lambda tensor: None) for stream in STREAMS]
-    model.collect(groups[:2], solve)
-    rights.update({name: factors[name].R.float() for name in model.unseen})
-    first = {f"{name} first": right.numpy() for name, right in rights.items()}
-    model.correct(groups, rights, replace)
-    return first | {name: right.numpy() for name, right in rights.items()}
-
-
-def fitted_by_gradients(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
-    """Values and gradients of every objective."""
-    model = GradientModel(plan, block=25, device=device)
-    found: Arrays = {}
-    for against in ("base", "adapter", "labels"):
-        own = model.gradient(sequences(ids), coefficients_of(model), against)
-        found |= {f"{against} {name}": gradient for name, gradient in own.gradient.items()}
-        found[against] = np.array([own.value])
-    return found
-
-
-def mapped(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
-    """Leading vectors of the inputs of all matrices of the base."""
-    found: Arrays = {}
-
-    def keep(matrices: Sequence[BaseMatrix], moments: Mapping[int, Moments]) -> None:
-        own = moments[GENERAL_AS]
-        values = leading_vectors(own, 4)[0] if isinstance(own, RowMoments) else own.diagonal
-        found[matrices[0].tensor] = values.cpu().numpy()
-
-    model = BaseInputModel(make_base_plan(plan.base.path, "mmap", None), device=device)
-    model.collect([Group(sequences(ids), GENERAL_AS, lambda tensor: None)], keep)
-    return found
-
-
-COMMANDS = {"evaluate": evaluated, "fit": fitted, "fit by gradients": fitted_by_gradients, "map": mapped}
-
-
-SHORT = ("mixtral",)
-"""Runs with the short tests: routers, experts, a head of its own."""
-
-
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=[] if n in SHORT else pytest.mark.long) for n in CAUSAL])
-def plan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    path = tmp_path_factory.mktemp("devices")
-    cls = make_base(request.param, path / "base")
-    return make_plan(
-        path / "base", make_adapter(cls, path / "base", path / "adapter", CAUSAL[request.param][2], lora_alpha=4)
-    )
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_architectures(plan: Plan, command: str) -> None:
-    ids = token_ids(64)
-    with threads():
-        expected, found = (COMMANDS[command](plan, ids, device) for device in (torch.device("cpu"), DEVICE))
-    assert found.keys() == expected.keys()
-    for name, values in expected.items():
-        atol = TOLERANCE * float(np.abs(values).max())
-        np.testing.assert_allclose(found[name], values, rtol=0, atol=atol, err_msg=name)
-
-
-def test_the_device_tells_what_is_mixed() -> None:
-    there = torch.ones(2, device=DEVICE)
-    for mixed in (lambda: there + torch.ones(2), lambda: torch.ones(2, 2) @ there, lambda: there[torch.ones(2).bool()]):
-        with pytest.raises(MixedDevices):
-            mixed()
-
-
-def test_wide_inputs_are_solved_for_by_products_there() -> None:
-    torch.manual_seed(vary(0))
-    x, L, R = torch.randn(900, 600) * torch.arange(1, 601) ** -0.5, torch.randn(8, 2), torch.randn(600, 2)
-    found = []
-    for device in (torch.device("cpu"), DEVICE):
-        own = [part.to(device) for part in (x[:500], x[500:])]
-        task, general = (RowMoments(600, len(t), float((t**2).sum()) / len(t), partial(iter, [t]), device) for t in own)
-        (right,), _ = answers([(L, R)], task, general, [0.5], "", 0)
-        pairs = InputPair(task, task), InputPair(general, general)
-        after = corrected([WeightDelta(L, R, lambda Q: x.to(Q.device).double().T[:, :8] @ Q)], *pairs, 0.5, 0)
-        assert after is not None
-        found.append([right[0], after[0], leading_vectors(general, 4)[0].cpu()])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE * float(other.abs().max()))
-
-
-def test_weights_cross_once_a_pass_and_memory_there_is_as_forecast(tmp_path: Path) -> None:
-    """But for what the device's allocator rounds up, and kernels take for themselves."""
-    sizes = {
-        **TEXT,
-        "hidden_size": 128,
-        "intermediate_size": 344,
-        "head_dim": 32,
-        "num_hidden_layers": 4,
-        "vocab_size": 1000,
-    }
-    transformers.LlamaForCausalLM(config("Llama", **sizes)).save_pretrained(tmp_path / "base")
-    plan = make_plan(
-        tmp_path / "base", make_adapter(transformers.LlamaForCausalLM, tmp_path / "base", tmp_path / "adapter", LINEAR)
-    )
-    with pytest.raises(
-        UsageError, match=r"^dtype: bf16 is of processors, found device 'pretended:0'; leave it float32$"
-    ):
-        Job(plan, VARIANTS, None, rounds_products=True, device=DEVICE)
-    text = sequences(token_ids(1000, 4, 64))
-    rows, length, size = 256, 64, StreamingModel(Job(plan, VARIANTS, None)).size
-
-    def evaluate() -> None:
-        measure(StreamingModel(Job(plan, VARIANTS, None, device=DEVICE)), text, vocabulary_block(3 * rows))
-
-    def collect() -> None:
-        groups = [Group(text, stream, lambda tensor: None) for stream in (GENERAL_AS, TASK_AS)]
-        CorrectedModel(plan, device=DEVICE).collect(groups, lambda targets, moments: None)
-
-    def gradient() -> None:
-        model = GradientModel(plan, device=DEVICE)
-        model.gradient(text, coefficients_of(model), "adapter")
-
-    taken: dict[Any, int] = {evaluate: pass_bytes(size, 0, 3 * rows, length), gradient: gradient_bytes(size, 0, rows, length),
-             collect: states_bytes(size, 0, 2 * rows) + collecting_bytes(size, rows, length)}  # fmt: skip
-    for run, forecast in taken.items():
-        with threads(), TRAFFIC.counted() as traffic:
-            run()
-        assert 0.1 < traffic.peak / (forecast - TRANSFORMERS_BYTES) <= 1, run.__name__
-        if run is evaluate:  # an embedding's rows that are not looked up stay
-            assert 0.8 < traffic.to_device / size.read < 1.1
-
-
-@pytest.mark.parametrize(
-    "function", [streamer.evaluate_variants, streamer.fit_coefficients, streamer.repair_adapter, streamer.map_inputs]
-)
-def test_a_device_that_is_not_there_is_refused(function: Any, tmp_path: Path) -> None:
-    made = make_base("llama", tmp_path / "base"), tmp_path / "base"
-    inputs = (
-        made[1:] if function is streamer.map_inputs else (made[1], make_adapter(*made, tmp_path / "adapter", LINEAR))
-    )
-    texts = {} if function is streamer.map_inputs else {"task": tmp_path / "t.npy"}
-    np.save(tmp_path / "t.npy", token_ids(64, 8).numpy())
-    with pytest.raises(UsageError, match=r"^device: cuda:99 is not there; use cpu$"):
-        function(*inputs, tmp_path / "out", general=tmp_path / "t.npy", device="cuda:99", **texts)
-
-
-def test_auto_runs_models_on_the_cpu_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    run = Settings().run_options(Monitor())
-    assert (run.device.type, run.model_device.type) == ("cuda", "cpu")
+@pytest.mark.parametrize("marked", ["not long", pytest.param("long", marks=pytest.mark.long)])
+def test_models_mix_no_devices(marked: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        marked,
+        "--seed",
+        str(seeds.RUN),
+        str(CHECKS),
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.returncode == 0, done.stdout
