@@ -88,7 +88,7 @@ def build_parser() -> Parser:
                          help="how to read tensors; use pread on network file systems (default: mmap)")  # fmt: skip
     g.add_argument("--remote", choices=["cache", "stream"],
                    help="how to read an input at an address: cache downloads what is needed first; stream reads byte ranges and stores "
-                        "nothing (default: cache for the hub, else stream)")  # fmt: skip
+                        "nothing (if not given: cache for the hub, else stream)")  # fmt: skip
     g.add_argument("--architecture", metavar="NAME",
                    help="class of BASE in transformers, like GPT2LMHeadModel; needed only if a message asks for it")  # fmt: skip
 

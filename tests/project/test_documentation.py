@@ -68,5 +68,5 @@ def test_defaults_are_those_of_the_command_line() -> None:
         told = re.search(
             rf"^{name}\n(?:    .*\n)*?    .*(None is|else) `*{re.escape(shown)}`*[.,]", documented, re.MULTILINE
         )
-        none = parameter.default in (None, ()) and shown in ("as much as it takes", "None", "[]")
+        none = parameter.default in (None, ()) and shown in ("no limit", "None", "[]")
         assert told or none or shown == str(parameter.default), name
