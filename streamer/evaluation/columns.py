@@ -100,6 +100,8 @@ def _accuracies(name: str, sums: SequenceSums, variants: Sequence[int], left: bo
     if sums.acc is None:
         return []
     shares = [percent(sums.accuracy_share("acc", v)) for v in variants]
+    if (change := sums.accuracy("acc", ADAPTER_ROW, BASE_ROW)).divides:
+        left = change.value < 0
     return [
         Figures(f"{name} acc", [percent(sums.accuracy("acc", v)) for v in variants], "questions whose right choice is the most likely", 6),
         Figures(f"{name} acc vs adapter", [percent(sums.accuracy("acc", v, ADAPTER_ROW)) for v in variants],

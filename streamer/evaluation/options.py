@@ -63,7 +63,7 @@ class EvaluationOptions:
         made = make_variants(self.methods, self.lambdas, self.scale, self.coefficients, self.amplify, self.map)
         if not self.race or self.lambdas != LAMBDAS or Shrink.name not in self.methods:
             return made
-        nodes = [Variant.of(Shrink(lam)) for part in SHRINKS if (lam := round(part * self.keep, 3)) < 1]
+        nodes = [Variant.of(Shrink(lam)) for lam in {round(part * self.keep, 3): 0 for part in SHRINKS} if lam < 1]
         return (*(v for v in made if v.method != Shrink.name), *nodes)
 
     def job(self, plan: Plan, device: torch.device) -> Job:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,14 +88,14 @@ def together(
 
 def answered(steps: Generator[Request, Answer, Found], answer: Callable[[Request], Answer]) -> Found:
     """Answer the requests of steps until they have what they want; return that."""
-    request = next(steps)
+    reply: Any = None
     while True:
-        reply = answer(request)
         try:
             request = steps.send(reply)
         except StopIteration as end:
             found: Found = end.value
             return found
+        reply = answer(request)
 
 
 def needs_one_length(

@@ -5,7 +5,7 @@ A variant is dropped for what no more sequences are likely to change (`Estimate.
 - keeps less than the share asked for; or
 - another one excels it on general text, in loss and divergence, and keeps as much: it has the lower loss on the task's text as well, or
   keeps the share asked for and is worth it; or
-- the shrink of the whole adapter that keeps as much, interpolated, has the lower loss or divergence on general text.
+- it is worse than the shrink of the whole adapter that keeps as much, interpolated (`ShrinkComparison.verdict`).
 
 Of the shrinks one goes on, which keeps the share asked for as nearly as can be told (`placed_shrink`), and milder ones until that is known
 to be worth it.
@@ -53,7 +53,7 @@ def lost(evaluation: Evaluation, row: int, keep: float) -> bool:
     if any(_excels(evaluation, other, row, keep) for other in range(1, len(evaluation.variants)) if other != row):
         return True
     compared = against_shrink(evaluation.variants, general, task, row)
-    return compared is not None and (compared.loss.is_positive or compared.kl.is_positive)
+    return compared is not None and compared.verdict == "worse"
 
 
 def _below(share: Estimate, keep: float) -> bool:

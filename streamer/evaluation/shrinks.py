@@ -98,8 +98,7 @@ def against_shrink(
             found.value, math.hypot(found.error, of(slope).value / by_lambda * matched, interpolated), found.sequences
         )
 
-    top1 = estimate(lambda weights: task.mean(weights @ task.right))
-    return ShrinkComparison(lam, between, estimate(general.loss_of), estimate(general.kl_of), top1)
+    return ShrinkComparison(lam, between, estimate(general.loss_of), estimate(general.kl_of), estimate(task.top1_of))
 
 
 def next_shrink(

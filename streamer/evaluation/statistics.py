@@ -207,6 +207,10 @@ class SequenceSums:
         """Estimate a linear combination of the variants' mean divergences: weights (V,)."""
         return self.mean(_weighted(weights, self.kl))
 
+    def top1_of(self, weights: Sequence[float] | Floats) -> Estimate:
+        """Estimate a linear combination of the variants' top-1: weights (V,)."""
+        return self.mean(_weighted(weights, self.right))
+
     def loss_difference(self, variant: int, other: int) -> Estimate:
         """Estimate by how much the mean loss of a variant is above another's."""
         return self.mean(self.loss[variant] - self.loss[other])

@@ -9,7 +9,7 @@ It holds no model and reads no file; given the same answers it asks the same que
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streamer.evaluation.evaluation import Evaluation
@@ -98,7 +98,7 @@ def evaluation_steps(wanted: Wanted, known: Evaluation | None, facts: Mapping[st
         evaluation = joined(evaluation, request.variants, (yield request), facts, wanted.keep)
         alive = [v for v in alive if goes_on(wanted, evaluation, v)]
     assert evaluation is not None
-    return evaluation
+    return replace(evaluation, facts=facts, keep=wanted.keep)
 
 
 def _placed(known: Evaluation | None, keep: float) -> int:

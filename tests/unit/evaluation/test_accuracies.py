@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from evaluations import evaluation, faults
 
@@ -32,3 +34,11 @@ def test_accuracies_stand_beside_the_losses() -> None:
     assert line.startswith(
         "what is left or kept of acc on general is not shown: the adapter changes it by only -1.6% ± 1.6, "
     )
+
+
+def test_a_share_of_accuracy_is_named_by_what_the_adapter_does_to_it() -> None:
+    e = evaluation(answers=True)
+    assert "general acc left" in [c.head for c in figures(e)]
+    assert e.general.acc is not None
+    raised = replace(e, general=replace(e.general, acc=1 - e.general.acc))
+    assert "general acc kept" in [c.head for c in figures(raised)]

@@ -11,6 +11,8 @@ from evaluations import FACTS
 from seeds import vary
 
 from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.options import EvaluationOptions
+from streamer.evaluation.passes import answered
 from streamer.evaluation.race import WHOLE, rounds_of
 from streamer.evaluation.sequences import of_eighths
 from streamer.evaluation.shrinks import EXCESS, against_shrink
@@ -69,13 +71,7 @@ class World:
     def evaluate(self, wanted: Sequence[Variant], known: Evaluation | None = None, keep: float = 0.9,
                  rounds: Sequence[range] = WHOLE) -> Evaluation:  # fmt: skip
         steps = evaluation_steps(Wanted(wanted, keep, rounds), known, FACTS)
-        try:
-            request = next(steps)
-            while True:
-                request = steps.send(self.measure(request))
-        except StopIteration as end:
-            found: Evaluation = end.value
-            return found
+        return answered(steps, self.measure)
 
 
 SMOOTH: dict[str, Shares] = {
@@ -216,3 +212,15 @@ def test_where_no_shrink_is_to_be_placed_nothing_more_is_measured(
     world.asked.clear()
     world.evaluate(make_variants(methods, LAMBDAS, "all"), keep=keep)  # type: ignore[arg-type]
     assert len(world.asked) == 1
+
+
+def test_where_nothing_is_missing_the_share_asked_for_is_the_evaluations() -> None:
+    wanted, world = make_variants(("paper",), LAMBDAS, "all"), World({"paper": SMOOTH["concave"]})
+    assert world.evaluate(wanted, world.evaluate(wanted), keep=0.7).keep == 0.7
+    assert len(world.asked) == 1
+
+
+@pytest.mark.parametrize("keep", [0.0001, 0.001, 0.9, 1.0])
+def test_a_race_lists_no_shrink_twice(keep: float) -> None:
+    names = [v.name for v in EvaluationOptions(keep=keep).variants]
+    assert len(names) == len(set(names))
