@@ -139,8 +139,8 @@ VariantRecord = TypedDict("VariantRecord", {
     "forgetting_se": StandardError | None,
     "divergence": Annotated[float | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0."],
     "divergence_se": StandardError | None,
-    "dropped": Annotated[bool, "Whether it had lost on a part of the sequences and did not run on the rest. What compares two variants "
-        "is of the sequences that both ran on."],
+    "dropped": Annotated[bool, "Whether it was stopped early: it had lost on a part of the sequences, or another shrink was nearer the "
+        "share. What compares two variants is of the sequences that both ran on."],
     "against_adapter": Annotated[Against, "Differences from the unchanged adapter."],
     "against_base": Annotated[Against, "Differences from the base; PEFT's method comparison calls `general_loss` forgetting."],
 })

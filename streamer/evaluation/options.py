@@ -56,15 +56,16 @@ class EvaluationOptions:
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """List the variants: ``base``, ``adapter``, each method at each λ, then each set of coefficients.
-
-        A race runs no grid of shrinks that was not asked for: two, from which the one that keeps the share is placed, are enough.
-        """
+        """List the variants: ``base``, ``adapter``, each method at each λ, then each set of coefficients."""
         made = make_variants(self.methods, self.lambdas, self.scale, self.coefficients, self.amplify, self.map)
+        return (*(v for v in made if v.method != Shrink.name), *self.nodes) if self.nodes else made
+
+    @property
+    def nodes(self) -> list[Variant]:
+        """List the shrinks that a race runs in place of a grid that was not asked for; from them the one that keeps the share is placed."""
         if not self.race or self.lambdas != LAMBDAS or Shrink.name not in self.methods:
-            return made
-        nodes = [Variant.of(Shrink(lam)) for lam in {round(part * self.keep, 3): 0 for part in SHRINKS} if lam < 1]
-        return (*(v for v in made if v.method != Shrink.name), *nodes)
+            return []
+        return [Variant.of(Shrink(lam)) for lam in {round(part * self.keep, 3): 0 for part in SHRINKS} if lam < 1]
 
     def job(self, plan: Plan, device: torch.device) -> Job:
         """Say how all variants are computed; deltas that need findings can be had only once these are there."""

@@ -99,7 +99,7 @@ class Prepared:
     def wanted(self) -> Wanted:
         """Say what to measure: what was asked for, without what given findings say to be the adapter as it is."""
         rounds = rounds_of([len(text.units) for text in self.texts.values()]) if self.options.race else WHOLE
-        return Wanted(without_scaling(self.options.variants, self.facts), self.options.keep, rounds)
+        return Wanted(without_scaling(self.options.variants, self.facts), self.options.keep, rounds, self.options.nodes)
 
     @cached_property
     def facts(self) -> dict[str, Any]:

@@ -7,8 +7,8 @@ A variant is dropped for what no more sequences are likely to change (`Estimate.
   keeps the share asked for and is worth it; or
 - it is worse than the shrink of the whole adapter that keeps as much, interpolated (`ShrinkComparison.verdict`).
 
-Of the shrinks one goes on, which keeps the share asked for as nearly as can be told (`placed_shrink`), and milder ones until that is known
-to be worth it.
+Of the race's own shrinks one goes on, which keeps the share asked for as nearly as can be told (`placed_shrink`), and milder ones until
+that is known to be worth it. Shrinks that the user asked for run on all sequences.
 """
 
 from __future__ import annotations

@@ -66,11 +66,19 @@ class Wanted:
         Share of what was learned: a shrink is placed to keep it.
     rounds
         Eighths of the texts that are run before the next variants are dropped.
+    nodes
+        Those of the variants that a race runs to place a shrink: it may drop them, but no shrink that the user asked for.
     """
 
     variants: Sequence[Variant]
     keep: float
     rounds: Sequence[range] = WHOLE
+    nodes: Sequence[Variant] = ()
+
+    def always(self, variant: Variant) -> bool:
+        """Test whether a variant runs on all sequences, whatever is found."""
+        asked = variant.method == Shrink.name and variant not in self.nodes
+        return len(self.rounds) == 1 or variant.name == ADAPTER or asked
 
 
 def expected(wanted: Wanted, known: Evaluation | None) -> list[Size]:
@@ -112,12 +120,13 @@ def alive_at_first(wanted: Wanted, known: Evaluation | None) -> list[Variant]:
     if known is None:
         return list(wanted.variants[1:])
     whole, others = eighths_run(known, BASE_ROW), without_scaling(wanted.variants[1:], known.facts)
+    if any(v.method == Shrink.name and not known.dropped(row) for row, v in enumerate(known.variants)):
+        others = [v for v in others if v not in wanted.nodes]  # there are better ones to place a shrink from
     return [
         v
         for v in others
-        if v.name == ADAPTER
+        if wanted.always(v)
         or (row := row_of(known, v)) is None
-        or len(wanted.rounds) == 1
         or eighths_run(known, row) == whole
         or (known.keep != wanted.keep and goes_on(wanted, known, v))
     ]
@@ -144,15 +153,16 @@ def next_request(wanted: Wanted, known: Evaluation | None, alive: Sequence[Varia
         return None
     reached = 0 if known is None else eighths_run(known, BASE_ROW) % len(ALL)
     ahead = request.eighths.stop > reached and any(v.name == ADAPTER for v in request.variants)
-    racing = sum(v.name != ADAPTER and v.method != Shrink.name for v in alive)
+    always = sum(map(wanted.always, request.variants[1:]))
+    racing = sum(v.method not in (None, Shrink.name) for v in alive)
     shrinks = wanted.keep < 1 and placed < MOST_PLACED and any(v.method == Shrink.name for v in wanted.variants)
     later: list[Size] = [(2, range(request.eighths.stop))] * (
         shrinks and ahead and placed == 0 and len(wanted.rounds) > 1
     )
     for own in wanted.rounds:
         racing = -(-racing // SURVIVING)
-        if own.start >= max(request.eighths.stop, reached) and (ahead or racing):
-            later.append((2 + racing + shrinks if ahead else 1 + racing, own))
+        if own.start >= max(request.eighths.stop, reached) and (always or racing):
+            later.append((1 + always + racing + (shrinks and ahead), own))
     later += [(2, ALL)] * (shrinks and placed < 2)
     return Request(request.variants, request.eighths, tuple(later))
 
@@ -184,10 +194,10 @@ def _request(wanted: Wanted, known: Evaluation | None, alive: Sequence[Variant],
 def goes_on(wanted: Wanted, known: Evaluation, variant: Variant) -> bool:
     """Test whether a variant runs on further sequences.
 
-    Of shrinks the one that is placed does, and milder ones as long as that is not known to be worth it (`Trade`).
+    Of the race's own shrinks the one that is placed does, and milder ones as long as that is not known to be worth it (`Trade`).
     """
     row = row_of(known, variant)
-    if row is None or row == ADAPTER_ROW or len(wanted.rounds) == 1:
+    if row is None or wanted.always(variant):
         return True
     if variant.method != Shrink.name:
         return not lost(known, row, wanted.keep)

@@ -89,7 +89,12 @@ def verdict(evaluation: Evaluation, suggestion: Suggestion) -> str:
 
 def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
     """Say why this is suggested, what it costs, whether it is better than the equal shrink, and what the table leaves out."""
-    return [*_reasons(evaluation, suggestion), *left_out(evaluation)]
+    lines = [*_reasons(evaluation, suggestion), *left_out(evaluation)]
+    if suggestion.keep != evaluation.keep and any(map(evaluation.dropped, range(len(evaluation.variants)))):
+        lines.append(
+            f"variants were dropped for keep {evaluation.keep:g}; run evaluate --keep {suggestion.keep:g} to compare all"
+        )
+    return lines
 
 
 def left_out(evaluation: Evaluation) -> list[str]:
@@ -102,7 +107,7 @@ def left_out(evaluation: Evaluation) -> list[str]:
         lines.append(f"no intruder was found (epsilon {epsilon:g}): paper and project change nothing, and were not run")
     if count := sum(evaluation.dropped(row) for row in range(len(evaluation.variants))):
         lines.append(
-            f"{counted(count, 'variant')} marked † had lost on a part of the sequences and did not run on the rest; --no-race runs all"
+            f"{counted(count, 'variant')} marked † stopped early: they lost, or another shrink is nearer the share; --no-race runs all"
         )
     others = ((f"what is left or kept of {name}", name, sums) for name, sums in evaluation.others.items())
     for of, on, sums in (

@@ -69,8 +69,9 @@ class World:
         return self.kept[variant.method](variant.mitigation_lambda)
 
     def evaluate(self, wanted: Sequence[Variant], known: Evaluation | None = None, keep: float = 0.9,
-                 rounds: Sequence[range] = WHOLE) -> Evaluation:  # fmt: skip
-        steps = evaluation_steps(Wanted(wanted, keep, rounds), known, FACTS)
+                 rounds: Sequence[range] = WHOLE, asked: bool = False) -> Evaluation:  # fmt: skip
+        nodes = [v for v in wanted if v.method == "shrink" and not asked and rounds != WHOLE]
+        steps = evaluation_steps(Wanted(wanted, keep, rounds, nodes), known, FACTS)
         return answered(steps, self.measure)
 
 
@@ -224,3 +225,32 @@ def test_where_nothing_is_missing_the_share_asked_for_is_the_evaluations() -> No
 def test_a_race_lists_no_shrink_twice(keep: float) -> None:
     names = [v.name for v in EvaluationOptions(keep=keep).variants]
     assert len(names) == len(set(names))
+
+
+def test_a_shrink_that_was_asked_for_is_never_dropped() -> None:
+    methods, world = ("paper", "project", "shrink"), World(BETTER)
+    fresh = world.evaluate(make_variants(methods, LAMBDAS, "all"), rounds=ROUNDS, asked=True)
+    assert not any(
+        fresh.dropped(v) for v, one in enumerate(fresh.variants) if one.mitigation_lambda and one.method == "shrink"
+    )
+    raced = world.evaluate(make_variants(methods, LAMBDAS, "all"), rounds=ROUNDS)
+    for lam in (0.25, 0.4):  # one was dropped, one is new
+        more = world.evaluate(make_variants(("shrink",), (lam,), "all"), raced, rounds=ROUNDS, asked=True)
+        assert not more.dropped(more.variants.index(EvaluatedVariant(f"shrink {lam}", "shrink", lam)))
+
+
+def test_a_race_adds_no_shrinks_of_its_own_to_those_that_ran_on_all() -> None:
+    world = World(BETTER)
+    known = world.evaluate(make_variants(("paper", "shrink"), LAMBDAS, "all"))
+    world.asked.clear()
+    wanted = (*make_variants(("paper",), LAMBDAS, "all"), *make_variants(("shrink",), (0.85, 0.72), "all")[2:])
+    assert world.evaluate(wanted, known, rounds=ROUNDS) == known
+    assert world.asked == []
+
+
+def test_a_table_for_another_share_says_what_was_dropped() -> None:
+    wanted, line = make_variants(("paper", "shrink"), LAMBDAS, "all"), "run evaluate --keep 0.75 to compare all"
+    for rounds in (ROUNDS, WHOLE):
+        found = World(BETTER).evaluate(wanted, rounds=rounds)
+        assert (line in found.table(0.75)) == (rounds == ROUNDS)
+        assert "to compare all" not in found.table()
