@@ -7,11 +7,12 @@ is the harness's own command line with the model type registered. In Python, imp
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sqlite3
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +55,9 @@ KEYWORDS -= {"sequences", "length", "race", "resume", "overwrite"}
 REQUESTS = "requests"
 """Name of the text that the requests are, in messages."""
 
+RESULTS = "create table if not exists results (key blob primary key, loss real, greedy integer) without rowid"
+"""Makes the table of a cache."""
+
 Answer = tuple[float, bool]
 """Log-likelihood of a continuation, and whether each of its tokens is the likeliest."""
 
@@ -87,14 +91,15 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             given["device"] = "auto"
         if unknown := sorted(given.keys() - KEYWORDS):
             raise UsageError(f"model_args: expected keywords of evaluate_variants, found {unknown[0]!r}")
-        for name, kind in (("methods", str), ("lambdas", float)):
+        for name in ("methods", "lambdas"):
             if name in given:
                 listed = given[name] if isinstance(given[name], list | tuple) else str(given[name]).split("+")
-                given[name] = tuple(map(kind, listed))
+                given[name] = tuple(str(one) if name == "methods" else _number(name, one) for one in listed)
+        lam = None if lam is None else _number("lambda", lam)
         several = "methods" in given or method not in (BASE, ADAPTER)
         given = {
             **({"methods": (method,)} if several else {}),
-            **({} if lam is None else {"lambdas": (float(lam),)}),
+            **({} if lam is None else {"lambdas": (lam,)}),
             **given,
         }
         options_ = evaluation_options(given)
@@ -116,11 +121,11 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self.max_length = max_length or min(
             resolve_max_length(config, self.tokenizer), (self._model.positions or sys.maxsize) - 1
         )
-        self._cached = cache is not None
-        self._results = sqlite3.connect(":memory:" if cache is None else cache)
-        self._results.execute(
-            "create table if not exists results (key blob primary key, loss real, greedy integer) without rowid"
-        )
+        self._cache = cache
+        with _using(cache):
+            self._results = sqlite3.connect(":memory:" if cache is None else cache)
+            self._results.execute(RESULTS)
+            self._results.execute("select key, loss, greedy from results limit 1")
 
     @property
     def eot_token_id(self) -> int:
@@ -230,8 +235,10 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     def _measure(self, asked: Sequence[tuple[np.ndarray, int]], disable_tqdm: bool) -> None:
         """Run the passes that answer requests, and keep the results of each."""
+        with _using(self._cache), self._results:
+            self._results.execute("delete from results where key is null")  # none; fails now if nothing can be written
         other = self._variants[1] if self._variant.name == BASE else self._variant
-        variants = self._variants if self._cached else (self._variants[0], other)
+        variants = self._variants if self._cache is not None else (self._variants[0], other)
         ids, counted = zip(*((ids, np.arange(len(ids)) >= len(ids) - count) for ids, count in asked), strict=True)
         text = TextSequences(ids, counted, REQUESTS)
         job, size, plan = self._model.job, self._model.size, self._model.job.plan
@@ -257,6 +264,25 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 ]
                 with self._results:
                     self._results.executemany("insert or replace into results values (?, ?, ?)", rows)
+
+
+@contextlib.contextmanager
+def _using(cache: str | None) -> Iterator[None]:
+    """Say what to do if a cache cannot be used."""
+    try:
+        yield
+    except sqlite3.Error as e:
+        raise UsageError(
+            f"cache: cannot keep results in {cache} ({e}); name a new file in a directory that you can write to"
+        ) from None
+
+
+def _number(name: str, value: object) -> float:
+    """Read a number among the model's arguments."""
+    try:
+        return float(str(value))
+    except ValueError:
+        raise UsageError(f"{name}: expected a number, such as 0.5, found {quoted(value)}") from None
 
 
 def _chosen(variants: Sequence[Variant], method: str, lam: float | None, keep: float | None) -> Variant:

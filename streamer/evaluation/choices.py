@@ -93,11 +93,11 @@ def read_question(where: str, tree: dict[str, Any], tokenizer: Tokenizer, length
         is longer than `length`, or has no tokens before or in the choice.
     """
     keys = [key for key in CONTEXTS if key in tree]
-    if len(keys) != 1 or not isinstance(tree[keys[0]], str):
-        raise FormatError(
-            f"{where}: expected 'choices' beside one string, 'question' or 'prompt', found {quoted(str(list(tree)))}"
-        )
-    choices = tree["choices"]
+    if len(keys) != 1:
+        raise FormatError(f"{where}: expected 'choices' beside 'question' or 'prompt', found {quoted(list(tree))}")
+    context, choices = tree[keys[0]], tree["choices"]
+    if not isinstance(context, str):
+        raise FormatError(f"{where}: expected {keys[0]!r} to be a string, found {quoted(context)}")
     if (
         not isinstance(choices, list)
         or len(choices) < 2
@@ -107,8 +107,17 @@ def read_question(where: str, tree: dict[str, Any], tokenizer: Tokenizer, length
         raise FormatError(
             f"{where}: expected 'choices' to be a list of two different strings or more, found {quoted(choices)}"
         )
-    right = _right(where, choices, tree.get("answer"))
-    encoded = tuple(_encoded(where, tree[keys[0]], DELIMITER + c, tokenizer, length) for c in choices)
+    if "answer" not in tree:
+        raise FormatError(
+            f"{where}: 'answer' is missing: the number of the right choice, from 0, its text, or its letter"
+        )
+    right = _right(where, choices, tree["answer"])
+    encoded = tuple(_encoded(where, context, DELIMITER + c, tokenizer) for c in choices)
+    sizes = [len(ids) for ids, _ in encoded]
+    if (longest := max(sizes)) > length:
+        raise FormatError(
+            f"{where}: the question with the choice {quoted(choices[sizes.index(longest)])} has {longest} tokens; give --length {longest}"
+        )
     return Question(encoded, right, tuple(map(len, choices)))
 
 
@@ -123,13 +132,15 @@ def _right(where: str, choices: list[str], answer: Any) -> int:
     if len(found) == 1:
         return found.pop()
     what = "two choices by letter and by text" if found else quoted(answer)
+    if isinstance(answer, str) and answer.strip().isdecimal():
+        what += "; write a number without quotes, counted from 0"
     raise FormatError(
         f"{where}: expected 'answer' to be the number of a choice, from 0, its text, or its letter, found {what}"
     )
 
 
 def _encoded(
-    where: str, context: str, continuation: str, tokenizer: Tokenizer, length: int
+    where: str, context: str, continuation: str, tokenizer: Tokenizer
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Encode a question with a choice, whose tokens count."""
     stripped = context.rstrip()
@@ -142,9 +153,5 @@ def _encoded(
     if not before or len(ids) <= len(before):
         raise FormatError(
             f"{where}: expected tokens {'in' if before else 'before'} the choice {quoted(continuation[1:])}, found none"
-        )
-    if len(ids) > length:
-        raise FormatError(
-            f"{where}: the question with the choice {quoted(continuation[1:])} has {len(ids)} tokens; give --length {len(ids)}"
         )
     return np.array(ids, np.int64), np.arange(len(ids)) >= len(before)

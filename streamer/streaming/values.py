@@ -50,7 +50,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if self.rounds_products and self.device != CPU:
-            raise UsageError(f"dtype: bf16 is of processors, found device {str(self.device)!r}; leave it float32")
+            raise UsageError(f"bf16 products run only on the CPU; with --device {self.device}, use --dtype float32")
 
 
 class Values:

@@ -47,7 +47,7 @@ class Workers:
     Parameters
     ----------
     opens
-        Opens an executor, whose exit stops what it runs where it is our own; called again after workers have died.
+        Open an executor; called again after workers die. On exit, stop it if we started it.
     at_once
         Tasks that are given out at a time.
     processes

@@ -164,7 +164,7 @@ def keep_last(held: dict[Any, Any]) -> None:
 class TaskResult:
     """What came of a task, and warnings; or the error that ended it.
 
-    An error of a task stands here: what a worker raises is then of its engine alone.
+    A task returns its own error as a value, so an exception raised by a worker always comes from the executor.
     """
 
     value: Any = None

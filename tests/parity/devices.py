@@ -176,7 +176,7 @@ def test_weights_cross_once_a_pass_and_memory_there_is_as_forecast(tmp_path: Pat
         tmp_path / "base", make_adapter(transformers.LlamaForCausalLM, tmp_path / "base", tmp_path / "adapter", LINEAR)
     )
     with pytest.raises(
-        UsageError, match=r"^dtype: bf16 is of processors, found device 'pretended:0'; leave it float32$"
+        UsageError, match=r"^bf16 products run only on the CPU; with --device pretended:0, use --dtype float32$"
     ):
         Job(plan, VARIANTS, None, rounds_products=True, device=DEVICE)
     text = sequences(token_ids(1000, 4, 64))

@@ -71,15 +71,16 @@ def test_the_answer_is_a_number_a_text_or_a_letter(tmp_path: Path) -> None:
         ({"answer": True}, "found True"),
         ({"answer": "E"}, "found 'E'"),
         ({"answer": None}, "found None"),
+        ({"answer": "1"}, "its letter, found '1'; write a number without quotes, counted from 0"),
         ({"choices": ["B", "A"], "answer": "A"}, "found two choices by letter and by text"),
         ({"choices": ["fox"]}, "expected 'choices' to be a list of two different strings or more, found "),
         ({"choices": ["fox", "fox"]}, "two different strings"),
         ({"choices": ["fox", ""]}, "two different strings"),
         ({"choices": {"text": ["fox"]}}, "two different strings"),
-        ({"prompt": "the"}, "expected 'choices' beside one string, 'question' or 'prompt', found "),
-        ({"question": 3}, "beside one string"),
+        ({"prompt": "the"}, "expected 'choices' beside 'question' or 'prompt', found "),
+        ({"question": 3}, "expected 'question' to be a string, found 3"),
         ({"text": "the"}, "one kind alone"),
-        ({"question": "the " * 14}, "the question with the choice 'dog naps' has 17 tokens; give --length 17"),
+        ({"question": "the " * 14}, "the question with the choice 'lazy jugs of' has 18 tokens; give --length 18"),
     ],
 )  # fmt: skip
 def test_questions_that_are_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -96,6 +97,10 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     for given, words in (
         ((FOUR,), "at least 2 sequences"),
         ((FOUR, {"text": "the fox"}), "expected 'choices' on every line or on none, found them on 1 of 2"),
+        (
+            (FOUR, {k: v for k, v in FOUR.items() if k != "answer"}),
+            "line 2: 'answer' is missing: the number of the right",
+        ),
         (({**FOUR, "question": " "}, FOUR), "line 1: expected tokens before the choice 'fox', found none"),
     ):
         with pytest.raises(FormatError, match=words):
