@@ -129,19 +129,8 @@ def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Pat
 
 def test_the_suggested_command_makes_what_was_measured(server: Server, home: Path, tmp_path: Path) -> None:
     output = tmp_path / "e.json"
-    done = run(
-        server,
-        home,
-        output,
-        "--findings",
-        home / "f.safetensors",
-        "--keep",
-        "0.5",
-        "--method",
-        "project,shrink",
-        "--no-race",
-        "--json",
-    )
+    asked = ["--findings", home / "f.safetensors", "--keep", "0.5", "--method", "project,shrink", "--no-race"]
+    done = run(server, home, output, *asked, "--json")
     tree = check(done, "streamer.evaluation/1")
     assert tree["state"] == "written"
     assert {**json.loads(output.read_text()), "output": str(output), "state": "written"} == tree
@@ -149,18 +138,7 @@ def test_the_suggested_command_makes_what_was_measured(server: Server, home: Pat
     enough = [v for v in tree["variants"] if v["name"] != "base" and v["kept"] >= 0.5]
     assert min(v["kept"] for v in enough if v["method"] == "shrink") < 0.51, "one is placed"
     assert found["name"] == min(enough, key=lambda v: v["general"]["kl"])["name"]
-    text = run(
-        server,
-        home,
-        output,
-        "--findings",
-        home / "f.safetensors",
-        "--keep",
-        "0.5",
-        "--method",
-        "project,shrink",
-        "--no-race",
-    ).out
+    text = run(server, home, output, *asked).out
     (line,) = [line.partition(": ")[2] for line in text.splitlines() if "streamer mitigate " in line]
     words = line.replace("OUTPUT", str(tmp_path / "made")).split()[1:]
     assert server.run(*words).code == 0
