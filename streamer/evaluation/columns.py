@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from streamer.evaluation.statistics import QUANTILES, Estimate, SequenceSums
+from streamer.evaluation.variant_losses import VariantLosses
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
-
-if TYPE_CHECKING:
-    from streamer.evaluation.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,7 @@ class Figures:
     keep: int
 
 
-def figures(evaluation: Evaluation, every: bool = False) -> list[Figures]:
+def figures(evaluation: VariantLosses, every: bool = False) -> list[Figures]:
     """Make the columns of an evaluation's table, the first of them names; a star marks those of the front.
 
     Parameters
@@ -34,7 +31,7 @@ def figures(evaluation: Evaluation, every: bool = False) -> list[Figures]:
     """
     general, task, numbers = evaluation.general, evaluation.task, range(len(evaluation.variants))
     best = set(evaluation.front())
-    marked = "; †N dropped after N sequences" if any(map(evaluation.dropped, numbers)) else ""
+    marked = "; †N stopped after N sequences" if any(map(evaluation.dropped, numbers)) else ""
     return [
         Figures("variant", [v.name + (" *" if v.name in best else evaluation.mark(row)) for row, v in enumerate(evaluation.variants)],
                 "* no other variant has both a lower task loss and a lower divergence" + marked, 9),

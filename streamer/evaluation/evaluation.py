@@ -1,98 +1,46 @@
-"""Hold an evaluation: the losses of the base, the adapter and its mitigated variants on a general text and on the task's."""
+"""Show an evaluation, and write and read its JSON."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
 
-from streamer.detection.options import DetectionOptions
 from streamer.errors import FormatError, UnknownNameError
 from streamer.evaluation.divergences import from_record, to_record
 from streamer.evaluation.evaluation_records import (
     EvaluationFacts,
     EvaluationRecord,
-    ReliableRecord,
     SuggestionRecord,
     VariantRecord,
 )
-from streamer.evaluation.identity import input_options
 from streamer.evaluation.statistics import ANSWERS, MEASURES, MOST_LOSS, QUANTILES, SINCE, SequenceSums, defined, flat
-from streamer.evaluation.suggestion import Suggestion, Trade, front, suggest
+from streamer.evaluation.suggestion import Suggestion, Trade
+from streamer.evaluation.variant_losses import GENERAL, TASK, VariantLosses
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.evaluation.view import table_text, verdict
-from streamer.methods import METHODS, takes_findings
 from streamer.storage.files import open_regular
 from streamer.storage.strict_json import strict_json
 from streamer.units import listed, quoted
 
 SCHEMA: Final = "streamer.evaluation/1"
 
-GENERAL, TASK = "general", "task"
-"""Names of the two texts: what the model could do before, and what the adapter was trained for."""
-
 FACTS = tuple(EvaluationFacts.__annotations__)
-"""Keys of an evaluation's JSON that say what it was made of."""
+"""Keys of the JSON that name inputs and options."""
 
 OPTIONAL = ("findings", "intruders", "coefficients", "map")
-"""Those of them that are left out if there are none."""
-
-KEEP = 0.9
-"""Share of what was learned that a suggested variant keeps, unless another is asked for."""
+"""Keys that are absent if there is none."""
 
 
 @dataclass(frozen=True, repr=False)
-class Evaluation:
-    """Losses of the variants of an adapted model.
-
-    Attributes
-    ----------
-    variants
-        The base, the adapter as it is, each method at each λ, and each set of coefficients.
-    general, task
-        Sums over each sequence of the two texts, for each variant.
-    facts
-        What it was made of, as JSON: `EvaluationFacts`.
-    keep
-        Share of what was learned that the suggested variant keeps, unless another is asked for.
-    others
-        Sums as of the two texts, of others, by the names of their files.
-    """
-
-    variants: tuple[EvaluatedVariant, ...]
-    general: SequenceSums
-    task: SequenceSums
-    facts: Mapping[str, Any]
-    keep: float = KEEP
-    others: Mapping[str, SequenceSums] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        variants: Sequence[EvaluatedVariant],
-        sums: Mapping[str, SequenceSums],
-        facts: Mapping[str, Any],
-        keep: float,
-    ) -> Evaluation:
-        """Make it of the sums on each text, by name."""
-        others = {name: own for name, own in sums.items() if name not in (GENERAL, TASK)}
-        return cls(tuple(variants), sums[GENERAL], sums[TASK], facts, keep, others)
-
-    @property
-    def sums(self) -> dict[str, SequenceSums]:
-        """Return the sums on each text, by name."""
-        return {GENERAL: self.general, TASK: self.task, **self.others}
-
-    @property
-    def answered(self) -> dict[str, SequenceSums]:
-        """Return the sums on each text of questions, by name."""
-        return {name: own for name, own in self.sums.items() if own.acc is not None}
+class Evaluation(VariantLosses):
+    """Show the losses of variants, and write them as JSON."""
 
     def __getitem__(self, name: str) -> VariantRecord:
         """Return the figures of the variant of this name, as the JSON has them."""
@@ -100,32 +48,6 @@ class Evaluation:
         if name not in names:
             raise UnknownNameError(f"evaluation: has no variant {name!r}; it has {', '.join(names)}")
         return self._variant_dict(names.index(name))
-
-    def best(self, keep: float | None = None) -> Suggestion:
-        """Suggest the variant that forgets least of those that keep this share of what was learned; see `Suggestion`.
-
-        Raises
-        ------
-        UsageError
-            If `keep` is not in (0, 1].
-        """
-        return suggest(self.variants, self.general, self.task, self.keep if keep is None else keep)
-
-    def reliable(self) -> ReliableRecord:
-        """Say which shares are of a change that is large enough; see `ReliableRecord`."""
-        return reliable(self.general, self.task)
-
-    def front(self) -> list[str]:
-        """List the variants' names that no other one equals or excels in both loss on the task's text and divergence from the base."""
-        return [self.variants[v].name for v in front(self.variants, self.general, self.task)]
-
-    def dropped(self, row: int) -> bool:
-        """Test whether a variant, by its number, was dropped in a race before it ran on all sequences."""
-        return self.task.ran(row) < len(self.task.tokens)
-
-    def mark(self, row: int) -> str:
-        """Mark a variant that was dropped with the sequences of general text that it ran on."""
-        return f" †{self.general.ran(row)}" if self.dropped(row) else ""
 
     def table(self, keep: float | None = None) -> str:
         """Format the verdict, the variants as a table, and why the suggested one is."""
@@ -143,11 +65,29 @@ class Evaluation:
             **{key: self.facts[key] for key in FACTS if key in self.facts},
             "tokens": {"general": self.general.tokens.tolist(), "task": self.task.tokens.tolist()},
             **self._others_dict(),
+            "keep": self.keep,
             "variants": [self._variant_dict(v) for v in range(len(self.variants))],
             "reliable": self.reliable(),
             "front": self.front(),
             "suggestion": self._suggestion_dict(best),
         })  # fmt: skip
+
+    def shown_variants(self) -> list[dict[str, Any]]:
+        """Make the JSON of all variants, with null for shares that tables do not show."""
+        tree = self.to_dict()
+        hidden = {f"{name}{end}" for name, fine in tree["reliable"].items() if not fine for end in ("", "_se")}
+        texts, no_share = tree.get("others", []), {"share": None, "share_se": None}
+        return [
+            {
+                **v,
+                **dict.fromkeys(hidden),
+                "others": [
+                    {**own, **({} if text["reliable"] else no_share)}
+                    for text, own in zip(texts, v.get("others", []), strict=True)
+                ],
+            }
+            for v in tree["variants"]
+        ]
 
     def to_json(self, keep: float | None = None) -> str:
         """Write the JSON object as text."""
@@ -175,7 +115,7 @@ class Evaluation:
             }
             for i, one in enumerate(tree.get("others", ())):
                 sums[one["name"]] = _sums(one["name"], one["tokens"], [v["others"][i] for v in tree["variants"]])
-            return cls.of(variants, sums, facts, tree["suggestion"]["keep"])
+            return cls.of(variants, sums, facts, tree.get("keep", tree["suggestion"]["keep"]))
         except (ValueError, LookupError, TypeError) as e:
             raise FormatError(f"expected an evaluation ({SCHEMA}), found another text: {quoted(str(e))}") from e
 
@@ -239,32 +179,6 @@ class Evaluation:
             "trade": traded,
         }
 
-    def command(self, variant: EvaluatedVariant) -> list[str]:
-        """Give the command of streamer that makes a variant, and its options; inputs, output and files are to be added.
-
-        It is `mitigate` where the adapter can be written back and that drops nothing of what was evaluated, else `merge`.
-        """
-        facts, lam = self.facts, variant.mitigation_lambda
-        exact = facts["projected"] or (variant.method in METHODS and METHODS[variant.method].keeps_rank)
-        mitigates = variant.method is not None and exact and facts["factored"]
-        words = ["mitigate" if mitigates else "merge"]
-        if variant.keep is not None:
-            words += ["--method", str(variant.method), "--keep", f"{variant.keep!r}"]
-        elif lam is None:
-            words += ["--lambda", "1"]
-        else:
-            words += ["--method", str(variant.method), "--lambda", f"{lam!r}"]
-        if takes_findings(variant.method):
-            words += ["--scale", "first"] if facts["scale"] == "first" else []
-            default, used = DetectionOptions(), facts["detection"]
-            words += ["--top-k", f"{used['top_k']}"] if used["top_k"] != default.top_k else []
-            if used["threshold_epsilon"] != default.threshold_epsilon:
-                words += ["--epsilon", f"{used['threshold_epsilon']}"]
-        if lam is not None and not 0 <= lam <= 1:
-            words.append("--amplify")
-        words += input_options(facts)
-        return [*words, "--dequantize"] if facts["quantized"] and not mitigates else words
-
 
 def load_evaluation(path: str | Path) -> Evaluation:
     """Read the file that `evaluate_variants` or ``streamer evaluate`` wrote.
@@ -283,16 +197,6 @@ def load_evaluation(path: str | Path) -> Evaluation:
         raise FormatError(f"{path}: expected an evaluation ({SCHEMA}), found a file that is no text") from e
     except FormatError as e:
         raise FormatError(f"{path}: {e}") from e
-
-
-def reliable(general: SequenceSums, task: SequenceSums) -> ReliableRecord:
-    """Say which shares are of a change that is large enough, beside its error, to divide by."""
-    gain = task.top1_gain
-    return {
-        "kept": task.change.divides,
-        "forgetting": general.change.divides,
-        "top1_kept": gain.divides and gain.value > 0,
-    }
 
 
 def _figures(sums: SequenceSums, v: int) -> dict[str, Any]:

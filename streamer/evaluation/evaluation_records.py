@@ -230,6 +230,7 @@ class EvaluationRecord(EvaluationHead, EvaluationFacts):
     """What `streamer evaluate` writes and prints: losses of base, adapter and variants, on a general text and on the task's."""
     tokens: Annotated[_SequenceTokens, "Counted tokens of each sequence."]
     others: NotRequired[Annotated[list[OtherText], "The other texts, if any."]]
+    keep: NotRequired[Annotated[KeptShare, "Share of the learning for which a race dropped variants; absent in earlier versions."]]
     variants: Annotated[list[VariantRecord], Keywords(minItems=2), "The base, the unchanged adapter, each method from its largest lambda "
         "on, then each set of coefficients. The shrinks include the one that keeps the share asked for."]
     reliable: Annotated[ReliableRecord, "Whether the denominators of shares are large enough."]

@@ -14,7 +14,7 @@ from streamer.detection.findings import Findings
 from streamer.detection.memory import detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import UnsupportedError
-from streamer.evaluation.evaluation import GENERAL, TASK, Evaluation
+from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.identity import with_digest
 from streamer.evaluation.memory import TRANSFORMERS_BYTES, Pass, pass_bytes, plan_passes
 from streamer.evaluation.options import EvaluationOptions
@@ -25,6 +25,7 @@ from streamer.evaluation.steps import Wanted, expected, without_scaling
 from streamer.evaluation.task import describe
 from streamer.evaluation.texts import read_text, sample_digest
 from streamer.evaluation.tokenizer import tokenizer_directory
+from streamer.evaluation.variant_losses import GENERAL, TASK
 from streamer.events import Monitor
 from streamer.methods import UNCHANGED
 from streamer.methods.coefficients import Coefficients

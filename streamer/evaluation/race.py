@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.sequences import ALL, EIGHTHS, of_eighths
 from streamer.evaluation.shrinks import against_shrink
 from streamer.evaluation.statistics import Estimate
 from streamer.evaluation.suggestion import Trade
+from streamer.evaluation.variant_losses import VariantLosses
 
 FEWEST = 6
 """Sequences of either text that the first round has at least: fewer tell nothing apart."""
@@ -38,14 +38,14 @@ def rounds_of(counts: Sequence[int]) -> tuple[range, ...]:
     return tuple(range(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True))
 
 
-def eighths_run(evaluation: Evaluation, row: int) -> int:
+def eighths_run(evaluation: VariantLosses, row: int) -> int:
     """Count the eighths of the texts that a variant ran on, from the first."""
     sums = evaluation.task
     ran, count = sums.ran(row), len(sums.tokens)
     return next(n for n in range(len(EIGHTHS), -1, -1) if len(of_eighths(count, range(n))) <= ran)
 
 
-def lost(evaluation: Evaluation, row: int, keep: float) -> bool:
+def lost(evaluation: VariantLosses, row: int, keep: float) -> bool:
     """Test whether a variant has lost."""
     task, general = evaluation.task, evaluation.general
     if _below(task.share(row), keep):
@@ -60,7 +60,7 @@ def _below(share: Estimate, keep: float) -> bool:
     return Estimate(keep - share.value, share.error, share.sequences).is_positive
 
 
-def _excels(evaluation: Evaluation, one: int, other: int, keep: float) -> bool:
+def _excels(evaluation: VariantLosses, one: int, other: int, keep: float) -> bool:
     """Test whether a variant makes another superfluous."""
     general, task = evaluation.general, evaluation.task
     if not (general.kl_difference(other, one).is_positive and general.loss_difference(other, one).is_positive):

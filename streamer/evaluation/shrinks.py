@@ -140,7 +140,7 @@ def placed_shrink(
     shrinks = [node for node in _shrinks(variants) if 0 <= node[0] <= 1]
     if len(shrinks) < 2:
         return ADAPTER_ROW, None
-    nodes = [node for node in shrinks if task.ran(node[1]) == task.ran(BASE_ROW)]
+    nodes = [node for node in shrinks if not task.dropped(node[1])]
     if nodes[0][0] > 0:  # what a shrink to nothing keeps is a guess: an adapter may bring more than deltas
         nodes.insert(0, (0.0, BASE_ROW))
     shares, values = [task.share(row) for _, row in nodes], np.zeros(len(variants))

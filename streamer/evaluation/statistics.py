@@ -191,6 +191,10 @@ class SequenceSums:
         """Count the sequences that a variant ran on."""
         return int(np.isfinite(self.loss[variant]).sum())
 
+    def dropped(self, variant: int) -> bool:
+        """Test whether a variant ran on fewer sequences than the base: a race dropped it."""
+        return self.ran(variant) < self.ran(0)
+
     def take(self, variants: Sequence[int]) -> SequenceSums:
         """Take some of the variants, by number."""
         return SequenceSums(self.tokens, *(getattr(self, name)[list(variants)] for name in (*ARRAYS, *self.answers)))

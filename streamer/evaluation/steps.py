@@ -119,7 +119,7 @@ def alive_at_first(wanted: Wanted, known: Evaluation | None) -> list[Variant]:
     """List the variants that are to be run, or to be run on: of those that were dropped none, unless for another share to keep."""
     if known is None:
         return list(wanted.variants[1:])
-    whole, others = eighths_run(known, BASE_ROW), without_scaling(wanted.variants[1:], known.facts)
+    others = without_scaling(wanted.variants[1:], known.facts)
     if any(v.method == Shrink.name and not known.dropped(row) for row, v in enumerate(known.variants)):
         others = [v for v in others if v not in wanted.nodes]  # there are better ones to place a shrink from
     return [
@@ -127,7 +127,7 @@ def alive_at_first(wanted: Wanted, known: Evaluation | None) -> list[Variant]:
         for v in others
         if wanted.always(v)
         or (row := row_of(known, v)) is None
-        or eighths_run(known, row) == whole
+        or not known.dropped(row)
         or (known.keep != wanted.keep and goes_on(wanted, known, v))
     ]
 

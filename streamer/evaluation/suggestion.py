@@ -106,7 +106,7 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
         return Suggestion(None, "not learned", keep, swapped=learning.is_negative)
     if not general.loss_difference(ADAPTER_ROW, BASE_ROW).is_positive:
         return Suggestion(variants[ADAPTER_ROW], "not forgotten", keep)
-    ran = [v for v in range(ADAPTER_ROW, len(variants)) if task.ran(v) == task.ran(BASE_ROW)]  # the others were dropped
+    ran = [v for v in range(ADAPTER_ROW, len(variants)) if not task.dropped(v)]
     keeping = [v for v in ran if _keeps(variants[v], task.share(v), keep)]
     forgets_less = [
         v
@@ -139,7 +139,7 @@ def front(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: Seq
     points = sorted(
         (float(task.loss[v].sum()), float(np.nansum(general.kl[v])), v)
         for v in range(len(variants))
-        if task.ran(v) == task.ran(BASE_ROW)
+        if not task.dropped(v)
     )
     kept, least = [], math.inf
     for _, kl, v in points:

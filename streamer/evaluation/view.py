@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from streamer.evaluation.columns import cell, figures, percent
 from streamer.evaluation.identity import input_options
 from streamer.evaluation.shrinks import ShrinkComparison, next_shrink, rounded_up
 from streamer.evaluation.statistics import telling
 from streamer.evaluation.suggestion import WORTH, Suggestion, Trade
+from streamer.evaluation.variant_losses import VariantLosses
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 from streamer.methods import Shrink, takes_coefficients, takes_findings, takes_map
 from streamer.units import counted
-
-if TYPE_CHECKING:
-    from streamer.evaluation.evaluation import Evaluation
-
 
 _RULE = f"what is suggested regains over {WORTH:g} of what it gives up, by two errors"
 
@@ -49,7 +45,7 @@ class Names:
     others: str = ""
 
 
-def table_text(evaluation: Evaluation, suggestion: Suggestion) -> str:
+def table_text(evaluation: VariantLosses, suggestion: Suggestion) -> str:
     """Format the verdict, the table, its legend, the reasons and the commands as text of any width."""
     columns = figures(evaluation)
     widths = [max(map(len, (c.head, *c.cells))) for c in columns]
@@ -65,7 +61,7 @@ def table_text(evaluation: Evaluation, suggestion: Suggestion) -> str:
     return "\n".join([verdict(evaluation, suggestion), "", *lines, "", *legend, "", *words])
 
 
-def verdict(evaluation: Evaluation, suggestion: Suggestion) -> str:
+def verdict(evaluation: VariantLosses, suggestion: Suggestion) -> str:
     """Say in a line what to use."""
     variant, keep = suggestion.variant, f"{100 * suggestion.keep:g}%"
     if suggestion.swapped:
@@ -87,7 +83,7 @@ def verdict(evaluation: Evaluation, suggestion: Suggestion) -> str:
     return f"use {variant.name}: it keeps {kept} of what the adapter learned and leaves {left} of its forgetting"
 
 
-def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
+def reasons(evaluation: VariantLosses, suggestion: Suggestion) -> list[str]:
     """Say why this is suggested, what it costs, whether it is better than the equal shrink, and what the table leaves out."""
     lines = [*_reasons(evaluation, suggestion), *left_out(evaluation)]
     if suggestion.keep != evaluation.keep and any(map(evaluation.dropped, range(len(evaluation.variants)))):
@@ -97,7 +93,7 @@ def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
     return lines
 
 
-def left_out(evaluation: Evaluation) -> list[str]:
+def left_out(evaluation: VariantLosses) -> list[str]:
     """Say what the table does not show, and why: rounded products, methods without intruders, and shares of next to nothing."""
     lines = []
     if evaluation.facts["dtype"] != "float32":
@@ -135,31 +131,13 @@ def left_out(evaluation: Evaluation) -> list[str]:
     return lines
 
 
-def shown_variants(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Make the JSON of all variants with null in place of shares that tables do not show."""
-    tree = evaluation.to_dict()
-    hidden = {f"{name}{end}" for name, fine in tree["reliable"].items() if not fine for end in ("", "_se")}
-    texts, no_share = tree.get("others", []), {"share": None, "share_se": None}
-    return [
-        {
-            **v,
-            **dict.fromkeys(hidden),
-            "others": [
-                {**own, **({} if text["reliable"] else no_share)}
-                for text, own in zip(texts, v.get("others", []), strict=True)
-            ],
-        }
-        for v in tree["variants"]
-    ]
-
-
 def _trade(trade: Trade) -> str:
     return (
         f"regains {cell(trade.regained)} nats a token on general text and gives up {cell(trade.given_up)} on the task's"
     )
 
 
-def _reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
+def _reasons(evaluation: VariantLosses, suggestion: Suggestion) -> list[str]:
     general, task, variant = evaluation.general, evaluation.task, suggestion.variant
     for reason, on, sums in (("not learned", "the task's text", task), ("not forgotten", "general text", general)):
         if suggestion.reason == reason:  # what does not divide is said beside the table
@@ -207,7 +185,7 @@ def _shrink_line(found: ShrinkComparison) -> str:
     )
 
 
-def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None = None) -> list[str]:
+def commands(evaluation: VariantLosses, suggestion: Suggestion, names: Names | None = None) -> list[str]:
     """Show the command that makes what is suggested, and at the end what to do next."""
     names, variant, reason = names or Names(), suggestion.variant, suggestion.reason
     facts = evaluation.facts

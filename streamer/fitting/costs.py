@@ -7,11 +7,11 @@ from functools import cache
 
 import numpy as np
 
-from streamer.evaluation.evaluation import TASK
 from streamer.evaluation.memory import parts
 from streamer.evaluation.passes import answered
 from streamer.evaluation.progress import pass_cost
 from streamer.evaluation.statistics import SequenceSums
+from streamer.evaluation.variant_losses import TASK
 from streamer.fitting.algorithm import Answer, Gradient, HeldOut, Request, Slope, fit_steps
 from streamer.fitting.options import CORRECTIONS, WEIGHTS, FitOptions
 from streamer.fitting.prepare import PreparedFit

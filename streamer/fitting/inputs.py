@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from streamer.errors import UnsupportedError
-from streamer.evaluation.evaluation import GENERAL, TASK
 from streamer.evaluation.result_file import Records, computing
 from streamer.evaluation.statistics import SequenceSums
+from streamer.evaluation.variant_losses import GENERAL, TASK
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 from streamer.fitting.division import DividedFit
 from streamer.fitting.groups import advance, groups_of

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from streamer.errors import FormatError, UsageError
-from streamer.evaluation.evaluation import GENERAL, TASK
 from streamer.evaluation.options import ProductDtype, check_dtype
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.suggestion import check_keep
+from streamer.evaluation.variant_losses import GENERAL, TASK
 from streamer.fitting import algorithm
 from streamer.methods.coefficients import share_name
 

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 import numpy as np
 
 from streamer.errors import MismatchError
-from streamer.evaluation.evaluation import reliable
 from streamer.evaluation.evaluation_records import ReliableRecord, TextFacts, TradeRecord
 from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.shrinks import against_shrink
 from streamer.evaluation.statistics import SequenceSums, flat, telling
 from streamer.evaluation.suggestion import Trade
+from streamer.evaluation.variant_losses import reliable
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.fitting.front import EXCEEDED, MISSED
 from streamer.fitting.options import Grain, Objective

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from streamer.evaluation.evaluation import GENERAL, TASK
 from streamer.evaluation.passes import answered
 from streamer.evaluation.result_file import Records, computing
 from streamer.evaluation.statistics import SequenceSums
+from streamer.evaluation.variant_losses import GENERAL, TASK
 from streamer.fitting import algorithm
 from streamer.fitting.algorithm import Answer, Gradient, Measure, Request, Slope, fit_steps
 from streamer.fitting.costs import GRADIENT, gradient_costs

@@ -14,7 +14,6 @@ from streamer.detection.findings import Findings
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.errors import MissingPackageError, printable
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.view import shown_variants
 from streamer.methods import METHODS, Paper, Project
 from streamer.plan.name_order import natural
 from streamer.report.curves import lambda_curve, threshold_curve
@@ -238,7 +237,7 @@ def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
     """
     ax, best, tree = figure.subplots(), evaluation.best(), evaluation.to_dict()
     figure.set_size_inches(WIDTH / 1.5, 3.4)
-    variants = shown_variants(evaluation)
+    variants = evaluation.shown_variants()
     series: dict[str, list[dict[str, Any]]] = {}
     outside: list[str] = []
     for v, variant in zip(variants, evaluation.variants, strict=True):

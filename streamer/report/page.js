@@ -92,7 +92,7 @@ function showEvaluation(tree) {
   }
   part.append(pair.children.length ? pair : html("p", {}, "Base and adapter have nearly the same loss on the task's text, so there are no shares to draw."));
   const numeric = (head, about, key, format) => ({ head, about, cell: (v) => text(format(v)), key: (v) => last(v[key]) });
-  const names = { head: "variant", about: "* no variant is better in both task loss and divergence; †N dropped after N sequences", up: true, cell: (v) => text(v.name + (tree.front.includes(v.name) ? " *" : "") + (v.ran === null ? "" : ` †${v.ran}`)), key: (v) => tree.variants.indexOf(v) };
+  const names = { head: "variant", about: "* no variant is better in both task loss and divergence; †N stopped after N sequences", up: true, cell: (v) => text(v.name + (tree.front.includes(v.name) ? " *" : "") + (v.ran === null ? "" : ` †${v.ran}`)), key: (v) => tree.variants.indexOf(v) };
   sortedTable(part, [
     names,
     numeric("general", "mean loss in nats on general text", "general", (v) => v.general.toFixed(4)),

@@ -14,7 +14,6 @@ from streamer.errors import printable
 from streamer.evaluation.columns import field_figures
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.variants import EvaluatedVariant
-from streamer.evaluation.view import shown_variants
 from streamer.methods import METHODS
 from streamer.plan.name_order import natural
 from streamer.report.curves import lambda_curve, threshold_curve
@@ -114,7 +113,7 @@ def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     tree, best = evaluation.to_dict(), evaluation.best()
-    variants = shown_variants(evaluation)
+    variants = evaluation.shown_variants()
     keys = (
         "kept",
         "kept_se",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from streamer.detection.selection import Selection
 from streamer.errors import UsageError
-from streamer.methods import BY_LAMBDA, UNCHANGED, MethodName, NullSpace, Shrink, make_method, takes_map
+from streamer.methods import BY_LAMBDA, UNCHANGED, MethodName, NullSpace, Shrink, make_method, takes_findings, takes_map
 from streamer.methods.coefficients import Coefficients
 from streamer.methods.input_map import InputMap
 from streamer.methods.method import Method
@@ -92,7 +92,13 @@ def make_variants(
     if mapped is not None and NullSpace.name not in by_lambda:
         by_lambda.append(NullSpace.name)
     made = [
-        make_method(name, lam, scale, amplify=amplify, map=mapped if takes_map(name) else None)
+        make_method(
+            name,
+            lam,
+            scale if takes_findings(name) else "all",
+            amplify=amplify,
+            map=mapped if takes_map(name) else None,
+        )
         for name in by_lambda
         for lam in lambdas
     ]

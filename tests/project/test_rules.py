@@ -92,7 +92,7 @@ BUDGET = {
     "storage": 2_130,
     "detection": 1_720,
     "workers": 260,
-    "evaluation": 2_760,
+    "evaluation": 2_772,
     "streaming": 2_165,
     "adapters": 1_280,
     "fitting": 1_790,

@@ -17,7 +17,7 @@ from streamer.evaluation.columns import figures
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.statistics import SINCE
 from streamer.evaluation.variants import EvaluatedVariant
-from streamer.evaluation.view import Names, shown_variants
+from streamer.evaluation.view import Names
 
 
 @pytest.mark.parametrize("options", [{}, {"learns": 0.0}, {"forgets": 0.0}, {"learns": -0.4}])
@@ -71,8 +71,8 @@ def test_shares_of_next_to_nothing_are_dashes_with_a_reason() -> None:
     e = evaluation(forgets=0.0005)
     assert e.to_dict()["reliable"] == {"kept": True, "forgetting": False, "top1_kept": True}
     assert all(v["forgetting"] is not None for v in e.to_dict()["variants"])
-    assert {(v["forgetting"], v["forgetting_se"]) for v in shown_variants(e)} == {(None, None)}
-    assert [v["kept"] for v in shown_variants(e)] == [v["kept"] for v in e.to_dict()["variants"]]
+    assert {(v["forgetting"], v["forgetting_se"]) for v in e.shown_variants()} == {(None, None)}
+    assert [v["kept"] for v in e.shown_variants()] == [v["kept"] for v in e.to_dict()["variants"]]
     columns = {c.head: c.cells for c in figures(e)}
     assert set(columns["forgetting"]) == {"-"}
     assert columns["kept"][1] == "100.0% ± 0.0"
@@ -142,7 +142,7 @@ def test_other_texts_are_left_or_kept_by_what_the_adapter_does_to_them() -> None
             (figure,) = [f for f in one["others"] if f["name"] == name]
             assert figure["share"] == pytest.approx((own[v] - own[0]) / (own[1] - own[0]))
             assert figure["loss"] == pytest.approx(own[v] / e.others[name].tokens.sum())
-    assert {one["others"][2]["share"] for one in shown_variants(e)} == {None}
+    assert {one["others"][2]["share"] for one in e.shown_variants()} == {None}
     assert tree["suggestion"] == evaluation().to_dict()["suggestion"]
 
 

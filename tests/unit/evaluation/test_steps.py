@@ -19,6 +19,7 @@ from streamer.evaluation.shrinks import EXCESS, against_shrink
 from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.steps import MOST_PLACED, Request, Sums, Wanted, evaluation_steps
 from streamer.evaluation.variants import EvaluatedVariant
+from streamer.methods import Shrink
 from streamer.streaming.variants import ADAPTER, BASE, Variant, make_variants
 
 Shares = Callable[[float], float]
@@ -252,5 +253,11 @@ def test_a_table_for_another_share_says_what_was_dropped() -> None:
     wanted, line = make_variants(("paper", "shrink"), LAMBDAS, "all"), "run evaluate --keep 0.75 to compare all"
     for rounds in (ROUNDS, WHOLE):
         found = World(BETTER).evaluate(wanted, rounds=rounds)
-        assert (line in found.table(0.75)) == (rounds == ROUNDS)
-        assert "to compare all" not in found.table()
+        for one in (found, Evaluation.from_json(found.to_json(0.75))):
+            assert (line in one.table(0.75)) == (rounds == ROUNDS)
+            assert "to compare all" not in one.table(one.keep)
+            assert one.keep == found.keep
+
+
+def test_a_shrink_is_the_same_variant_whatever_intruders_are_scaled() -> None:
+    assert make_variants(("shrink",), (0.5,), "first")[2:] == (Variant.of(Shrink(0.5)),)

@@ -1,0 +1,131 @@
+"""Hold the losses of the base, the adapter and its mitigated variants on a general text and on the task's, and say which is best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from streamer.detection.options import DetectionOptions
+from streamer.evaluation.evaluation_records import ReliableRecord
+from streamer.evaluation.identity import input_options
+from streamer.evaluation.statistics import SequenceSums
+from streamer.evaluation.suggestion import Suggestion, front, suggest
+from streamer.evaluation.variants import EvaluatedVariant
+from streamer.methods import METHODS, takes_findings
+
+GENERAL, TASK = "general", "task"
+"""Names of the two texts: one of what the base can do, one of what the adapter was trained for."""
+
+KEEP = 0.9
+"""Default share of the learning that a suggested variant keeps."""
+
+
+@dataclass(frozen=True, repr=False)
+class VariantLosses:
+    """Hold the losses of an adapted model's variants.
+
+    Attributes
+    ----------
+    variants
+        The base, the adapter as it is, each method at each λ, and each set of coefficients.
+    general, task
+        Sums over each sequence of the two texts, for each variant.
+    facts
+        Inputs and options, as JSON: `EvaluationFacts`.
+    keep
+        Share of the learning that the suggested variant keeps by default; a race dropped variants for this share.
+    others
+        Sums over each sequence of other texts, by file name.
+    """
+
+    variants: tuple[EvaluatedVariant, ...]
+    general: SequenceSums
+    task: SequenceSums
+    facts: Mapping[str, Any]
+    keep: float = KEEP
+    others: Mapping[str, SequenceSums] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        variants: Sequence[EvaluatedVariant],
+        sums: Mapping[str, SequenceSums],
+        facts: Mapping[str, Any],
+        keep: float,
+    ) -> Self:
+        """Make one from the sums on each text, by name."""
+        others = {name: own for name, own in sums.items() if name not in (GENERAL, TASK)}
+        return cls(tuple(variants), sums[GENERAL], sums[TASK], facts, keep, others)
+
+    @property
+    def sums(self) -> dict[str, SequenceSums]:
+        """Return the sums on each text, by name."""
+        return {GENERAL: self.general, TASK: self.task, **self.others}
+
+    @property
+    def answered(self) -> dict[str, SequenceSums]:
+        """Return the sums on each text of questions, by name."""
+        return {name: own for name, own in self.sums.items() if own.acc is not None}
+
+    def best(self, keep: float | None = None) -> Suggestion:
+        """Suggest the variant that forgets least among those that keep this share of the learning; see `Suggestion`.
+
+        Raises
+        ------
+        UsageError
+            If `keep` is not in (0, 1].
+        """
+        return suggest(self.variants, self.general, self.task, self.keep if keep is None else keep)
+
+    def reliable(self) -> ReliableRecord:
+        """Say which shares divide by a change that is large enough; see `ReliableRecord`."""
+        return reliable(self.general, self.task)
+
+    def front(self) -> list[str]:
+        """Name the variants that no other variant equals or beats in both the task's loss and the divergence from the base."""
+        return [self.variants[v].name for v in front(self.variants, self.general, self.task)]
+
+    def dropped(self, row: int) -> bool:
+        """Test whether a race dropped a variant, by number, before it ran on all sequences."""
+        return self.task.dropped(row)
+
+    def mark(self, row: int) -> str:
+        """Make the mark of a dropped variant: how many sequences of general text it ran on."""
+        return f" †{self.general.ran(row)}" if self.dropped(row) else ""
+
+    def command(self, variant: EvaluatedVariant) -> list[str]:
+        """Return the command that makes a variant, and its options; the caller adds inputs, output and files.
+
+        It is `mitigate` if the variant can be written as an adapter without loss, else `merge`.
+        """
+        facts, lam = self.facts, variant.mitigation_lambda
+        exact = facts["projected"] or (variant.method in METHODS and METHODS[variant.method].keeps_rank)
+        mitigates = variant.method is not None and exact and facts["factored"]
+        words = ["mitigate" if mitigates else "merge"]
+        if variant.keep is not None:
+            words += ["--method", str(variant.method), "--keep", f"{variant.keep!r}"]
+        elif lam is None:
+            words += ["--lambda", "1"]
+        else:
+            words += ["--method", str(variant.method), "--lambda", f"{lam!r}"]
+        if takes_findings(variant.method):
+            words += ["--scale", "first"] if facts["scale"] == "first" else []
+            default, used = DetectionOptions(), facts["detection"]
+            words += ["--top-k", f"{used['top_k']}"] if used["top_k"] != default.top_k else []
+            if used["threshold_epsilon"] != default.threshold_epsilon:
+                words += ["--epsilon", f"{used['threshold_epsilon']}"]
+        if lam is not None and not 0 <= lam <= 1:
+            words.append("--amplify")
+        words += input_options(facts)
+        return [*words, "--dequantize"] if facts["quantized"] and not mitigates else words
+
+
+def reliable(general: SequenceSums, task: SequenceSums) -> ReliableRecord:
+    """Say which shares divide by a change that is large enough beside its error."""
+    gain = task.top1_gain
+    return {
+        "kept": task.change.divides,
+        "forgetting": general.change.divides,
+        "top1_kept": gain.divides and gain.value > 0,
+    }
