@@ -40,7 +40,21 @@ OPTIONAL = ("findings", "intruders", "coefficients", "map")
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(VariantLosses):
-    """Show the losses of variants, and write them as JSON."""
+    """Hold the losses of an adapted model's variants, show them, and write them as JSON.
+
+    Attributes
+    ----------
+    variants
+        The base, the adapter as it is, each method at each λ, and each set of coefficients.
+    general, task
+        Sums over each sequence of the two texts, for each variant.
+    facts
+        Inputs and options, as JSON: `EvaluationFacts`.
+    keep
+        Share of the learning that the suggested variant keeps by default; a race dropped variants for this share.
+    others
+        Sums over each sequence of other texts, by file name.
+    """
 
     def __getitem__(self, name: str) -> VariantRecord:
         """Return the figures of the variant of this name, as the JSON has them."""

@@ -23,21 +23,7 @@ KEEP = 0.9
 
 @dataclass(frozen=True, repr=False)
 class VariantLosses:
-    """Hold the losses of an adapted model's variants.
-
-    Attributes
-    ----------
-    variants
-        The base, the adapter as it is, each method at each λ, and each set of coefficients.
-    general, task
-        Sums over each sequence of the two texts, for each variant.
-    facts
-        Inputs and options, as JSON: `EvaluationFacts`.
-    keep
-        Share of the learning that the suggested variant keeps by default; a race dropped variants for this share.
-    others
-        Sums over each sequence of other texts, by file name.
-    """
+    """Hold the losses of an adapted model's variants; `Evaluation` lists its attributes."""
 
     variants: tuple[EvaluatedVariant, ...]
     general: SequenceSums

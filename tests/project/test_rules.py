@@ -93,7 +93,7 @@ BUDGET = {
     "detection": 1_720,
     "workers": 260,
     "evaluation": 2_772,
-    "streaming": 2_165,
+    "streaming": 2_167,
     "adapters": 1_280,
     "fitting": 1_790,
     "report": 1_036,
