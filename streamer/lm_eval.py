@@ -32,14 +32,15 @@ from streamer.api.options import Judged, Settings, take
 from streamer.detection.findings import Findings
 from streamer.detection.run import detect_in_memory
 from streamer.errors import StreamerError, UnsupportedError, UsageError
-from streamer.evaluation.memory import plan_passes
 from streamer.evaluation.options import EvaluationOptions
-from streamer.evaluation.passes import padding_changes
-from streamer.evaluation.prepare import chooses_keys, open_model
-from streamer.evaluation.sequences import TextSequences
-from streamer.evaluation.task import run_pass
-from streamer.evaluation.tokenizer import load_tokenizer, tokenizer_directory
+from streamer.evaluation.prepare import open_model
 from streamer.linalg.torch_state import full_float32
+from streamer.measuring.memory import plan_passes
+from streamer.measuring.model import chooses_keys
+from streamer.measuring.passes import padding_changes
+from streamer.measuring.sequences import TextSequences
+from streamer.measuring.task import run_pass
+from streamer.measuring.tokenizer import load_tokenizer, tokenizer_directory
 from streamer.output.prepare import load_given
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes

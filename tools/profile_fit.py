@@ -96,7 +96,7 @@ def gradient_passes(plan: Any, text: Any, coefficients: Any, directory: Path) ->
 
 def measure_passes(plan: Any, text: Any, coefficients: Any) -> list[Callable[[], Any]]:
     """One pass of the base, the adapter as it is, and a fitted variant."""
-    from streamer.evaluation.losses import measure
+    from streamer.measuring.losses import measure
     from streamer.methods import UNCHANGED, Fitted
     from streamer.streaming.model import StreamingModel, vocabulary_block
     from streamer.streaming.values import Job
@@ -130,10 +130,10 @@ def inputs_passes(
     import torch
 
     from streamer.detection.options import RunOptions
-    from streamer.evaluation.result_file import Records
     from streamer.fitting import inputs
     from streamer.fitting.options import FitOptions
     from streamer.fitting.prepare import prepare_fit
+    from streamer.measuring.result_file import Records
     from streamer.streaming.corrected import CorrectedModel
     from streamer.streaming.spool import Spool
 
@@ -168,7 +168,7 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from streamer.evaluation.sequences import TextSequences
+    from streamer.measuring.sequences import TextSequences
     from streamer.methods.coefficients import CoefficientSet, MatrixCoefficients, directions
     from streamer.plan.plan import make_plan
 

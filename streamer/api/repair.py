@@ -18,11 +18,11 @@ from streamer.api.texts import BUILT_IN, general_text
 from streamer.api.writing import OutputRequest
 from streamer.errors import OutputExistsError, UnsupportedError, UsageError
 from streamer.evaluation.evaluation_records import ReliableRecord
-from streamer.evaluation.statistics import Estimate
-from streamer.evaluation.variant_losses import GENERAL, TASK
 from streamer.events import Monitor
 from streamer.fitting.options import FitOptions
 from streamer.json_types import Count, State
+from streamer.measuring.sequences import GENERAL, TASK
+from streamer.measuring.statistics import Estimate
 from streamer.methods import UNCHANGED, Method, Shrink
 from streamer.methods.coefficients import Coefficients, MatrixCoefficients
 from streamer.output.prepare import OutputOptions

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamer.evaluation.statistics import QUANTILES, Estimate, SequenceSums
 from streamer.evaluation.variant_losses import VariantLosses
-from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
+from streamer.measuring.statistics import QUANTILES, Estimate, SequenceSums
+from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 from streamer.detection.findings_records import OptionsRecord
 from streamer.detection.selection import Selection
-from streamer.evaluation.divergences import BinsRecord
 from streamer.evaluation.options import ProductDtype
-from streamer.evaluation.statistics import Effect
 from streamer.evaluation.suggestion import Reason
 from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
+from streamer.measuring.divergences import BinsRecord
+from streamer.measuring.statistics import Effect
 from streamer.methods import MethodName
 from streamer.methods.fit_set import CoefficientsRecord
 from streamer.methods.input_map import MapRecord

@@ -13,20 +13,18 @@ from streamer.adapters.one_or_several import One
 from streamer.detection.findings import Findings
 from streamer.detection.memory import detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions, RunOptions
-from streamer.errors import UnsupportedError
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.identity import with_digest
-from streamer.evaluation.memory import TRANSFORMERS_BYTES, Pass, pass_bytes, plan_passes
 from streamer.evaluation.options import EvaluationOptions
-from streamer.evaluation.progress import pass_cost
 from streamer.evaluation.race import WHOLE, rounds_of
-from streamer.evaluation.sequences import ALL, TextSequences
 from streamer.evaluation.steps import Wanted, expected, without_scaling
-from streamer.evaluation.task import describe
-from streamer.evaluation.texts import read_text, sample_digest
-from streamer.evaluation.tokenizer import tokenizer_directory
-from streamer.evaluation.variant_losses import GENERAL, TASK
 from streamer.events import Monitor
+from streamer.measuring.memory import TRANSFORMERS_BYTES, Pass, pass_bytes, plan_passes
+from streamer.measuring.model import chooses_keys, is_factored, read_texts, refuse_new_tokens, stays_quantized
+from streamer.measuring.progress import pass_cost
+from streamer.measuring.sequences import ALL, GENERAL, TASK, TextSequences
+from streamer.measuring.task import describe
+from streamer.measuring.texts import sample_digest
 from streamer.methods import UNCHANGED
 from streamer.methods.coefficients import Coefficients
 from streamer.output.job import GivenFindings
@@ -202,50 +200,3 @@ def _warn_of_fitted_texts(
                 (f"the {name} text, {text.name}, is one that the coefficients were fitted to: the variants fitted look better on it than "
                  "they are; evaluate on other text",)
             )  # fmt: skip
-
-
-def is_factored(plan: Plan) -> bool:
-    """Test whether all deltas are the product of LoRA's factors, so that `mitigate` writes an adapter of the same kind."""
-    return not plan.adapter.describes_model and all(target.module.factors for target in plan.targets)
-
-
-def stays_quantized(plan: Plan) -> bool:
-    """Test whether the adapter changes a quantized weight that a merge can only write plain."""
-    weights = plan.weights
-    return any(name in weights.quantized_names and not weights.requantizes(name) for name in plan.by_weight)
-
-
-def refuse_new_tokens(plan: Plan) -> None:
-    """Refuse an adapter that gives the model tokens which the base does not have."""
-    if plan.edits.vocabulary is not None:
-        raise UnsupportedError(
-            f"{plan.adapter.path}: gives the model {plan.edits.vocabulary} tokens, which the base does not have; evaluate and fit "
-            "take adapters that keep the vocabulary"
-        )
-
-
-def chooses_keys(model: StreamingModel, texts: Mapping[str, TextSequences]) -> bool:
-    """Test whether the model's config says that attention chooses some of the keys in a sequence of these texts."""
-    keys = model.size.keys
-    return keys is not None and any(text.longest > keys for text in texts.values())
-
-
-def read_texts(
-    model: StreamingModel, texts: Mapping[str, Path], sequences: int, length: int, monitor: Monitor, least: int = 2
-) -> dict[str, TextSequences]:
-    """Read texts with the tokenizer of a model, and warn where two are the same; see `read_text`."""
-    directory = tokenizer_directory(model.job.plan)
-    read = {
-        name: read_text(path, directory, sequences=sequences, length=length, least=least,
-                        vocabulary=model.vocabulary, positions=model.positions)
-        for name, path in texts.items()
-    }  # fmt: skip
-    if read[GENERAL].digest() == read[TASK].digest():
-        monitor.warn(
-            ("the general and the task's text are the same: what is kept and what is forgotten are then one figure",)
-        )
-    for name, text in read.items():
-        same = [one for one in (GENERAL, TASK) if name not in (GENERAL, TASK) and read[one].digest() == text.digest()]
-        if same:
-            monitor.warn((f"{name} is the {same[0]} text as well: it shows nothing more",))
-    return read

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamer.evaluation.sequences import ALL, EIGHTHS, of_eighths
 from streamer.evaluation.shrinks import against_shrink
-from streamer.evaluation.statistics import Estimate
 from streamer.evaluation.suggestion import Trade
 from streamer.evaluation.variant_losses import VariantLosses
+from streamer.measuring.sequences import ALL, EIGHTHS, of_eighths
+from streamer.measuring.statistics import Estimate
 
 FEWEST = 6
 """Sequences of either text that the first round has at least: fewer tell nothing apart."""

@@ -14,14 +14,14 @@ from streamer.detection.findings_file import lock_of, remove_leftovers
 from streamer.detection.run import detect_in_memory
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.identity import joined_facts, with_digest
-from streamer.evaluation.passes import answered, measure_variants, needs_one_length
 from streamer.evaluation.prepare import Prepared
-from streamer.evaluation.progress import RunProgress
 from streamer.evaluation.records import inspect, measured_before, result_file
-from streamer.evaluation.result_file import Records, computing
 from streamer.evaluation.steps import Request, Sums, alive_at_first, evaluation_steps, without_scaling
-from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 from streamer.events import Event
+from streamer.measuring.passes import answered, measure_variants, needs_one_length
+from streamer.measuring.progress import RunProgress
+from streamer.measuring.result_file import Records, computing
+from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW
 from streamer.plan.batch import Batch
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.lock import locked

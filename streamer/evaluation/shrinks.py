@@ -13,9 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from streamer.evaluation.divergences import Floats
-from streamer.evaluation.statistics import Estimate, SequenceSums
-from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
+from streamer.measuring.divergences import Floats
+from streamer.measuring.statistics import Estimate, SequenceSums
+from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods.shrink import Shrink
 
 NODES = 4

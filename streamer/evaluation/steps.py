@@ -14,11 +14,11 @@ from typing import Any
 
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.race import WHOLE, eighths_run, lost
-from streamer.evaluation.sequences import ALL
 from streamer.evaluation.shrinks import placed_shrink
-from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.suggestion import Trade
-from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
+from streamer.measuring.sequences import ALL
+from streamer.measuring.statistics import SequenceSums
+from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods.shrink import Shrink
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from streamer.errors import UsageError
 from streamer.evaluation.shrinks import ShrinkComparison, against_shrink, next_shrink
-from streamer.evaluation.statistics import Estimate, SequenceSums, flat
-from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
+from streamer.measuring.statistics import Estimate, SequenceSums, flat
+from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods.shrink import Shrink
 
 Reason = Literal["not learned", "not forgotten", "none better", "not worth it", "forgets least", "a shrink is better"]

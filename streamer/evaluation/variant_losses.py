@@ -9,13 +9,11 @@ from typing import Any, Self
 from streamer.detection.options import DetectionOptions
 from streamer.evaluation.evaluation_records import ReliableRecord
 from streamer.evaluation.identity import input_options
-from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.suggestion import Suggestion, front, suggest
-from streamer.evaluation.variants import EvaluatedVariant
+from streamer.measuring.sequences import GENERAL, TASK
+from streamer.measuring.statistics import SequenceSums
+from streamer.measuring.variants import EvaluatedVariant
 from streamer.methods import METHODS, takes_findings
-
-GENERAL, TASK = "general", "task"
-"""Names of the two texts: one of what the base can do, one of what the adapter was trained for."""
 
 KEEP = 0.9
 """Default share of the learning that a suggested variant keeps."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from streamer.evaluation.columns import cell, figures, percent
 from streamer.evaluation.identity import input_options
 from streamer.evaluation.shrinks import ShrinkComparison, next_shrink, rounded_up
-from streamer.evaluation.statistics import telling
 from streamer.evaluation.suggestion import WORTH, Suggestion, Trade
 from streamer.evaluation.variant_losses import VariantLosses
-from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
+from streamer.measuring.statistics import telling
+from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW
 from streamer.methods import Shrink, takes_coefficients, takes_findings, takes_map
 from streamer.units import counted
 

@@ -20,9 +20,9 @@ from typing import Literal
 
 import numpy as np
 
-from streamer.evaluation.statistics import Estimate, SequenceSums
 from streamer.fitting.front import Front, FrontPoint, Sample, best, choices
 from streamer.fitting.quadratic import Floats
+from streamer.measuring.statistics import Estimate, SequenceSums
 
 Text = Literal["general", "task"]
 

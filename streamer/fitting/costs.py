@@ -7,15 +7,15 @@ from functools import cache
 
 import numpy as np
 
-from streamer.evaluation.memory import parts
-from streamer.evaluation.passes import answered
-from streamer.evaluation.progress import pass_cost
-from streamer.evaluation.statistics import SequenceSums
-from streamer.evaluation.variant_losses import TASK
 from streamer.fitting.algorithm import Answer, Gradient, HeldOut, Request, Slope, fit_steps
 from streamer.fitting.options import CORRECTIONS, WEIGHTS, FitOptions
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.result import SHRINKS
+from streamer.measuring.memory import parts
+from streamer.measuring.passes import answered
+from streamer.measuring.progress import pass_cost
+from streamer.measuring.sequences import TASK
+from streamer.measuring.statistics import SequenceSums
 
 GRADIENT = 3
 """Passes over the base's weights for a gradient: forward, and from the last layer to the first forward once more and back. The first of

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from streamer.evaluation.passes import measure_variants, needs_one_length
-from streamer.evaluation.progress import RunProgress
-from streamer.evaluation.result_file import Records
-from streamer.evaluation.statistics import SequenceSums
 from streamer.fitting.costs import expected_costs
 from streamer.fitting.prepare import PreparedFit
+from streamer.measuring.passes import measure_variants, needs_one_length
+from streamer.measuring.progress import RunProgress
+from streamer.measuring.result_file import Records
+from streamer.measuring.statistics import SequenceSums
 from streamer.streaming.values import Job
 from streamer.streaming.variants import Variant
 

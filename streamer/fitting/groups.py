@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from streamer.evaluation.memory import parts
-from streamer.evaluation.progress import RunProgress, pass_cost
-from streamer.evaluation.sequences import TextSequences
 from streamer.fitting.costs import RUNS_CORRECTED
 from streamer.fitting.prepare import PreparedFit
+from streamer.measuring.memory import parts
+from streamer.measuring.progress import RunProgress, pass_cost
+from streamer.measuring.sequences import TextSequences
 from streamer.streaming.streams import GENERAL_CORRECTED, TASK_CORRECTED, Group
 
 LENGTHS = 32

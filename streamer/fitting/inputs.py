@@ -17,10 +17,6 @@ from pathlib import Path
 import torch
 
 from streamer.errors import UnsupportedError
-from streamer.evaluation.result_file import Records, computing
-from streamer.evaluation.statistics import SequenceSums
-from streamer.evaluation.variant_losses import GENERAL, TASK
-from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 from streamer.fitting.division import DividedFit
 from streamer.fitting.groups import advance, groups_of
 from streamer.fitting.options import WEIGHTS
@@ -30,6 +26,10 @@ from streamer.fitting.result import SHRINKS, FoundSet, adapter_facts, doubts, mi
 from streamer.linalg.feedback import InputPair, WeightDelta, corrected
 from streamer.linalg.regmean import RIDGE, answers
 from streamer.linalg.second_moments import Moments, RowMoments
+from streamer.measuring.result_file import Records, computing
+from streamer.measuring.sequences import GENERAL, TASK
+from streamer.measuring.statistics import SequenceSums
+from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW
 from streamer.methods import UNCHANGED, RegMean, Shrink
 from streamer.methods.coefficients import Coefficients
 from streamer.methods.factors import FactorSet

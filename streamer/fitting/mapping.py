@@ -19,18 +19,18 @@ from torch import Tensor
 from streamer import __version__
 from streamer.detection.options import RunOptions
 from streamer.errors import UnsupportedError, UsageError
-from streamer.evaluation.memory import parts, rows_within
 from streamer.evaluation.options import ProductDtype, check_dtype
-from streamer.evaluation.progress import RunProgress, pass_cost
-from streamer.evaluation.result_file import Records, ResultFile, State, computing, of_others
-from streamer.evaluation.sequences import TextSequences
-from streamer.evaluation.texts import read_text, sample_digest
-from streamer.evaluation.tokenizer import tokenizer_directory
 from streamer.fitting.groups import of_few_lengths
 from streamer.fitting.memory import INPUT_COPIES, ROWS, collecting_bytes, states_bytes
 from streamer.json_types import Count, OutputPath, Sha256, TensorName
 from streamer.json_types import State as Done
 from streamer.linalg.second_moments import MORE, Moments, OneHotMoments, leading_vectors
+from streamer.measuring.memory import parts, rows_within
+from streamer.measuring.progress import RunProgress, pass_cost
+from streamer.measuring.result_file import Records, ResultFile, State, computing, of_others
+from streamer.measuring.sequences import TextSequences
+from streamer.measuring.texts import read_text, sample_digest
+from streamer.measuring.tokenizer import tokenizer_directory
 from streamer.methods.input_map import VECTORS, InputMap, MappedInput
 from streamer.methods.input_map_file import load_map
 from streamer.plan.base_plan import make_base_plan

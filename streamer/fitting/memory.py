@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from streamer.evaluation.memory import TRANSFORMERS_BYTES, parts, rows_within
-from streamer.evaluation.sequences import TextSequences
 from streamer.fitting.options import WEIGHTS
 from streamer.linalg import conjugate_gradients, regmean
+from streamer.measuring.memory import TRANSFORMERS_BYTES, parts, rows_within
+from streamer.measuring.sequences import TextSequences
 from streamer.plan.plan import Plan
 from streamer.streaming.gradients import GRADIENT_LOGIT_BYTES
 from streamer.streaming.lazy import BLOCK_BYTES

@@ -12,10 +12,9 @@ import numpy as np
 
 from streamer.errors import FormatError, UsageError
 from streamer.evaluation.options import ProductDtype, check_dtype
-from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.suggestion import check_keep
-from streamer.evaluation.variant_losses import GENERAL, TASK
 from streamer.fitting import algorithm
+from streamer.measuring.sequences import GENERAL, TASK, TextSequences
 from streamer.methods.coefficients import share_name
 
 Objective = Literal["divergence", "loss"]

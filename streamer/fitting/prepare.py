@@ -12,11 +12,6 @@ from streamer import __version__
 from streamer.detection.findings import Findings
 from streamer.detection.options import RunOptions
 from streamer.errors import UnsupportedError, UsageError
-from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes, rows_within
-from streamer.evaluation.prepare import chooses_keys, is_factored, read_texts, refuse_new_tokens, stays_quantized
-from streamer.evaluation.sequences import TextSequences
-from streamer.evaluation.statistics import telling
-from streamer.evaluation.texts import sample_digest
 from streamer.events import Event, Monitor
 from streamer.fitting import algorithm
 from streamer.fitting.memory import (
@@ -31,6 +26,11 @@ from streamer.fitting.memory import (
 from streamer.fitting.options import ALGORITHM, CORRECTIONS, LEAST, WEIGHTS, Division, FitOptions, Grain, divide
 from streamer.fitting.parameters import Parameters, singular_values_of
 from streamer.linalg.regmean import DIRECT_BYTES
+from streamer.measuring.memory import Pass, measured_bytes, pass_bytes, plan_passes, rows_within
+from streamer.measuring.model import chooses_keys, is_factored, read_texts, refuse_new_tokens, stays_quantized
+from streamer.measuring.sequences import TextSequences
+from streamer.measuring.statistics import telling
+from streamer.measuring.texts import sample_digest
 from streamer.methods import UNCHANGED, Paper, make_method
 from streamer.output.prepare import fitting_findings
 from streamer.plan.batch import Batch

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from streamer.evaluation.result_file import ResultFile, State, of_others
 from streamer.fitting.prepare import PreparedFit
+from streamer.measuring.result_file import ResultFile, State, of_others
 from streamer.methods.coefficients import Floats
 from streamer.methods.coefficients_file import load_coefficients
 

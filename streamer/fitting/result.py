@@ -13,13 +13,13 @@ from streamer.errors import MismatchError
 from streamer.evaluation.evaluation_records import ReliableRecord, TextFacts, TradeRecord
 from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.shrinks import against_shrink
-from streamer.evaluation.statistics import SequenceSums, flat, telling
 from streamer.evaluation.suggestion import Trade
 from streamer.evaluation.variant_losses import reliable
-from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.fitting.front import EXCEEDED, MISSED
 from streamer.fitting.options import Grain, Objective
 from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
+from streamer.measuring.statistics import SequenceSums, flat, telling
+from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods import Shrink
 from streamer.methods.coefficients import Floats, share_name
 from streamer.methods.method import MethodName

@@ -9,10 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from streamer.evaluation.passes import answered
-from streamer.evaluation.result_file import Records, computing
-from streamer.evaluation.statistics import SequenceSums
-from streamer.evaluation.variant_losses import GENERAL, TASK
 from streamer.fitting import algorithm
 from streamer.fitting.algorithm import Answer, Gradient, Measure, Request, Slope, fit_steps
 from streamer.fitting.costs import GRADIENT, gradient_costs
@@ -22,6 +18,10 @@ from streamer.fitting.parameters import Parameters
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.records import inspect, key, result_file
 from streamer.fitting.result import FoundSet, adapter_facts, doubts, misses, scaling_facts, set_facts, shrinks
+from streamer.measuring.passes import answered
+from streamer.measuring.result_file import Records, computing
+from streamer.measuring.sequences import GENERAL, TASK
+from streamer.measuring.statistics import SequenceSums
 from streamer.methods import Fitted, Shrink
 from streamer.methods.coefficients import Coefficients, Floats
 from streamer.methods.coefficients_file import load_coefficients

@@ -8,11 +8,8 @@ import time
 import torch
 
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.memory import TRANSFORMERS_BYTES, measured_bytes
 from streamer.evaluation.options import ProductDtype
-from streamer.evaluation.passes import checked_tokens
 from streamer.evaluation.prepare import Prepared
-from streamer.evaluation.statistics import MEASURES
 from streamer.evaluation.steps import MOST_PLACED
 from streamer.events import Event
 from streamer.fitting.costs import GRADIENT, expected_costs
@@ -23,6 +20,9 @@ from streamer.forecast.forecast import Forecast, network_bytes
 from streamer.linalg.allocation import CPU
 from streamer.linalg.second_moments import MORE, ROUNDS
 from streamer.linalg.torch_state import bfloat16_products, full_float32
+from streamer.measuring.memory import TRANSFORMERS_BYTES, measured_bytes
+from streamer.measuring.passes import checked_tokens
+from streamer.measuring.statistics import MEASURES
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
 from streamer.streaming.values import Job

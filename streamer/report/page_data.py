@@ -13,7 +13,7 @@ from streamer.detection.findings import Findings
 from streamer.errors import printable
 from streamer.evaluation.columns import field_figures
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.variants import EvaluatedVariant
+from streamer.measuring.variants import EvaluatedVariant
 from streamer.methods import METHODS
 from streamer.plan.name_order import natural
 from streamer.report.curves import lambda_curve, threshold_curve

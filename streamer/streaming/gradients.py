@@ -34,7 +34,7 @@ from streamer.streaming.values import Job
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 
 if TYPE_CHECKING:
-    from streamer.evaluation.sequences import TextSequences
+    from streamer.measuring.sequences import TextSequences
 
 Against = Literal["base", "adapter", "labels"]
 """What the fitted model is compared with: the base's or the adapted model's next-token distributions, or the tokens that follow."""

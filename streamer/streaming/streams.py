@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from streamer.streaming.run_time import RunTimeTensor
 
 if TYPE_CHECKING:
-    from streamer.evaluation.sequences import TextSequences
+    from streamer.measuring.sequences import TextSequences
 
 GENERAL_AS, TASK_AS, GENERAL_CORRECTED, TASK_CORRECTED = range(4)
 """What runs: general text as the base, the task's as base + adapter, and both as a model whose deltas are being replaced."""

@@ -16,8 +16,8 @@ import streamer
 from streamer.api import repair
 from streamer.cli.repair_table import repair_table
 from streamer.cli.tables import NO_LIMIT
-from streamer.evaluation.sequences import TextSequences
 from streamer.fitting.options import FitOptions, divide
+from streamer.measuring.sequences import TextSequences
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import streamer
 from streamer.errors import FormatError, UnsupportedError, UsageError
-from streamer.evaluation.tokenizer import load_tokenizer, tokenizer_directory
+from streamer.measuring.tokenizer import load_tokenizer, tokenizer_directory
 from streamer.plan.plan import make_plan
 
 

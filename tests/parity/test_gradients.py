@@ -22,8 +22,8 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from streamer.errors import NumericError, UnsupportedError
-from streamer.evaluation.sequences import TextSequences
 from streamer.linalg.torch_state import threads
+from streamer.measuring.sequences import TextSequences
 from streamer.plan.plan import make_plan
 from streamer.streaming import products, values
 from streamer.streaming.differentiable import DifferentiableReader

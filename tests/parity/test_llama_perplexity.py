@@ -13,7 +13,7 @@ from evaluations import FACTS
 from numpy.typing import NDArray
 
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.variants import EvaluatedVariant
+from streamer.measuring.variants import EvaluatedVariant
 from streamer.streaming.variants import make_variants
 
 Floats = NDArray[np.float64]

@@ -12,9 +12,9 @@ from seeds import vary
 
 import streamer
 from streamer.detection.findings import Findings
-from streamer.evaluation.losses import measure
-from streamer.evaluation.sequences import TextSequences
-from streamer.evaluation.statistics import SequenceSums
+from streamer.measuring.losses import measure
+from streamer.measuring.sequences import TextSequences
+from streamer.measuring.statistics import SequenceSums
 from streamer.plan.plan import make_plan
 from streamer.streaming.model import StreamingModel
 from streamer.streaming.values import Job

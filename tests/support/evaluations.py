@@ -13,10 +13,10 @@ from jsonschema import Draft202012Validator
 from seeds import vary
 
 from streamer.detection.findings import Findings
-from streamer.evaluation.divergences import counted_bins
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.statistics import SequenceSums
-from streamer.evaluation.variants import EvaluatedVariant
+from streamer.measuring.divergences import counted_bins
+from streamer.measuring.statistics import SequenceSums
+from streamer.measuring.variants import EvaluatedVariant
 
 SCHEMA = json.loads((files("streamer") / "schemas" / "evaluation-1.json").read_text())
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from seeds import vary
 
-from streamer.evaluation.statistics import SequenceSums
 from streamer.fitting.algorithm import Answer, FitOptions, FittedPoint, Gradient, HeldOut, Request, Slope, fit_steps
+from streamer.measuring.statistics import SequenceSums
 
 TOKENS, SEQUENCES = 100.0, 6
 

@@ -15,9 +15,9 @@ from streamer.cli.layout import Screen
 from streamer.errors import FormatError
 from streamer.evaluation.columns import figures
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.statistics import SINCE
-from streamer.evaluation.variants import EvaluatedVariant
 from streamer.evaluation.view import Names
+from streamer.measuring.statistics import SINCE
+from streamer.measuring.variants import EvaluatedVariant
 
 
 @pytest.mark.parametrize("options", [{}, {"learns": 0.0}, {"forgets": 0.0}, {"learns": -0.4}])

@@ -11,7 +11,7 @@ from scipy.stats import binom, norm
 
 from streamer.evaluation import race
 from streamer.evaluation.shrinks import ShrinkComparison, against_shrink
-from streamer.evaluation.statistics import Estimate
+from streamer.measuring.statistics import Estimate
 
 
 def test_the_shrink_that_keeps_as_much_is_found_between_those_that_were_tried() -> None:

@@ -12,13 +12,13 @@ from seeds import vary
 
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.options import EvaluationOptions
-from streamer.evaluation.passes import answered
 from streamer.evaluation.race import WHOLE, rounds_of
-from streamer.evaluation.sequences import of_eighths
 from streamer.evaluation.shrinks import EXCESS, against_shrink
-from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.steps import MOST_PLACED, Request, Sums, Wanted, evaluation_steps
-from streamer.evaluation.variants import EvaluatedVariant
+from streamer.measuring.passes import answered
+from streamer.measuring.sequences import of_eighths
+from streamer.measuring.statistics import SequenceSums
+from streamer.measuring.variants import EvaluatedVariant
 from streamer.methods import Shrink
 from streamer.streaming.variants import ADAPTER, BASE, Variant, make_variants
 

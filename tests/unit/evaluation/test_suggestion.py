@@ -6,9 +6,9 @@ import pytest
 from evaluations import CURVES, evaluation
 
 from streamer.errors import UsageError
-from streamer.evaluation.statistics import Estimate
 from streamer.evaluation.suggestion import WORTH, Trade, front
-from streamer.evaluation.variants import EvaluatedVariant
+from streamer.measuring.statistics import Estimate
+from streamer.measuring.variants import EvaluatedVariant
 
 ADAPTER = EvaluatedVariant("adapter", None, None)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from streamer.errors import UsageError
-from streamer.evaluation.sequences import TextSequences
 from streamer.fitting.memory import gradient_bytes, plan_chunks
+from streamer.measuring.sequences import TextSequences
 from streamer.streaming.model import ModelSize
 
 LARGE = ModelSize(widest=14336, hidden=4096, vocabulary=128256, attention=0, dense=0, factors=0, products={}, read=0,

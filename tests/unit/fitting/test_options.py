@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from streamer.errors import FormatError, UsageError
-from streamer.evaluation.sequences import TextSequences
 from streamer.fitting.options import FitOptions, divide
+from streamer.measuring.sequences import TextSequences
 
 PATHS = {"general": Path("g.npy"), "task": Path("t.npy")}
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from streamer.errors import MismatchError
-from streamer.evaluation.statistics import SequenceSums
 from streamer.fitting.result import SHRINKS, FoundSet, adapter_facts, misses, set_facts
+from streamer.measuring.statistics import SequenceSums
 
 
 def sums(falls: list[float]) -> SequenceSums:

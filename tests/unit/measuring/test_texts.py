@@ -13,8 +13,8 @@ from seeds import vary
 
 from streamer.errors import FormatError, MissingInputError, MissingPackageError, UsageError
 from streamer.evaluation import texts
-from streamer.evaluation.sequences import TextSequences, evenly
-from streamer.evaluation.texts import read_text
+from streamer.measuring.sequences import TextSequences, evenly
+from streamer.measuring.texts import read_text
 from streamer.streaming.extra import require_transformers
 
 

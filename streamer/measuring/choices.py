@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamer.errors import FormatError
-from streamer.evaluation.statistics import MEASURES, SequenceSums
-from streamer.evaluation.tokenizer import Tokenizer
+from streamer.measuring.statistics import MEASURES, SequenceSums
+from streamer.measuring.tokenizer import Tokenizer
 from streamer.units import quoted
 
 CONTEXTS = ("question", "prompt")

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamer.evaluation.divergences import counted_bins
-from streamer.evaluation.sequences import TextSequences
-from streamer.evaluation.statistics import SequenceSums
+from streamer.measuring.divergences import counted_bins
+from streamer.measuring.sequences import TextSequences
+from streamer.measuring.statistics import SequenceSums
 from streamer.streaming.model import StreamingModel
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from streamer.evaluation.divergences import BINS, Floats, quantile
+from streamer.measuring.divergences import BINS, Floats, quantile
 
 SINCE = ("right", "p_change", "p_square", "kl_max")
 """Those of the measures that evaluations by earlier versions may lack."""

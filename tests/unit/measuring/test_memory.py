@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from streamer.errors import UsageError
-from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes
-from streamer.evaluation.passes import checked_tokens, longest_padded
-from streamer.evaluation.sequences import TextSequences
+from streamer.measuring.memory import Pass, measured_bytes, pass_bytes, plan_passes
+from streamer.measuring.passes import checked_tokens, longest_padded
+from streamer.measuring.sequences import TextSequences
 from streamer.streaming.model import ModelSize
 
 LARGE = ModelSize(widest=14336, hidden=4096, vocabulary=128256, attention=0, dense=0, factors=0, products={}, read=0)

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamer.evaluation.choices import Question, Questions
-from streamer.evaluation.statistics import SequenceSums
+from streamer.measuring.choices import Question, Questions
+from streamer.measuring.statistics import SequenceSums
+
+GENERAL, TASK = "general", "task"
+"""Names of the two texts: one of what the base can do, one of what the adapter was trained for."""
 
 EIGHTHS = (0, 4, 2, 6, 1, 5, 3, 7)
 """Remainders by 8 of the numbers of a text's units, eighth by eighth. The first one, two or four eighths are spread evenly over the text,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from streamer.evaluation.result_file import JournalRecords, Records, pack, unpack
 from streamer.fitting.records import key
+from streamer.measuring.result_file import JournalRecords, Records, pack, unpack
 from streamer.storage.journal import Journal
 
 ARRAYS = {"sums": np.array([0.1 + 0.2, np.pi]), "gradient": np.array([[1e-300, -0.0], [np.nextafter(1, 2), 5e-324]])}

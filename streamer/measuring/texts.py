@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamer.errors import FormatError, UsageError
-from streamer.evaluation.choices import Question
-from streamer.evaluation.json_lines import read_json_lines
-from streamer.evaluation.sequences import TextSequences, evenly
-from streamer.evaluation.tokenizer import Tokenizer, load_tokenizer
+from streamer.measuring.choices import Question
+from streamer.measuring.json_lines import read_json_lines
+from streamer.measuring.sequences import TextSequences, evenly
+from streamer.measuring.tokenizer import Tokenizer, load_tokenizer
 from streamer.storage.files import open_regular, read_bytes
 from streamer.units import counted as count_of
 from streamer.units import quoted

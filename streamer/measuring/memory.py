@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from streamer.errors import UsageError
-from streamer.evaluation.sequences import ALL, TextSequences, of_eighths
+from streamer.measuring.sequences import ALL, TextSequences, of_eighths
 from streamer.streaming.lazy import BLOCK_BYTES
 from streamer.streaming.model import ModelSize, vocabulary_block
 

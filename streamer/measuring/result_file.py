@@ -18,10 +18,10 @@ from streamer.detection.findings_file import journal_of, lock_of, remove_leftove
 from streamer.detection.options import RunOptions
 from streamer.detection.run import naming_inputs
 from streamer.errors import InputError, NumericError, OutputError, OutputExistsError, StreamerError
-from streamer.evaluation.divergences import Floats
-from streamer.evaluation.statistics import ARRAYS
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import full_float32, threads
+from streamer.measuring.divergences import Floats
+from streamer.measuring.statistics import ARRAYS
 from streamer.plan.plan import Plan
 from streamer.storage.atomic_file import remove_partials
 from streamer.storage.files import make_directory

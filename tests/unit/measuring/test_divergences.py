@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from seeds import vary
 
-from streamer.evaluation.divergences import BINS, LEAST, counted_bins, from_record, quantile, to_record
+from streamer.measuring.divergences import BINS, LEAST, counted_bins, from_record, quantile, to_record
 
 SHARES = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
 

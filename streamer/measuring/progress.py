@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from streamer.evaluation.sequences import TextSequences
 from streamer.events import Event, Monitor
+from streamer.measuring.sequences import TextSequences
 from streamer.streaming.model import ModelSize
 from streamer.streaming.run_time import RunTimeTensor
 

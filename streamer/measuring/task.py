@@ -13,12 +13,12 @@ import numpy as np
 from streamer.detection.options import RunOptions
 from streamer.detection.workers import inputs_of
 from streamer.errors import NumericError
-from streamer.evaluation.losses import measure
-from streamer.evaluation.memory import Pass
-from streamer.evaluation.sequences import TextSequences
-from streamer.evaluation.statistics import MEASURES, SequenceSums
 from streamer.events import Monitor
 from streamer.linalg.torch_state import full_float32
+from streamer.measuring.losses import measure
+from streamer.measuring.memory import Pass
+from streamer.measuring.sequences import TextSequences
+from streamer.measuring.statistics import MEASURES, SequenceSums
 from streamer.plan.batch import Batch
 from streamer.streaming.model import StreamingModel, vocabulary_block
 from streamer.streaming.run_time import RunTimeTensor

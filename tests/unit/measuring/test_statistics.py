@@ -7,7 +7,7 @@ import pytest
 from evaluations import evaluation
 from seeds import vary
 
-from streamer.evaluation.statistics import Estimate, ratio
+from streamer.measuring.statistics import Estimate, ratio
 
 
 def test_of_equal_sequences_it_is_the_error_of_a_mean() -> None:

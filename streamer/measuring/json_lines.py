@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamer.errors import FormatError
-from streamer.evaluation.choices import Question, read_question
-from streamer.evaluation.sequences import evenly
-from streamer.evaluation.tokenizer import Tokenizer
+from streamer.measuring.choices import Question, read_question
+from streamer.measuring.sequences import evenly
+from streamer.measuring.tokenizer import Tokenizer
 from streamer.storage.files import open_regular
 from streamer.storage.strict_json import strict_json
 from streamer.units import listed, quoted

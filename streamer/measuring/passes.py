@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamer.detection.options import RunOptions
-from streamer.evaluation.divergences import BINS
-from streamer.evaluation.memory import Pass
-from streamer.evaluation.progress import RunProgress, pass_cost
-from streamer.evaluation.result_file import Records
-from streamer.evaluation.sequences import TextSequences
-from streamer.evaluation.statistics import ARRAYS, MEASURES, SequenceSums
-from streamer.evaluation.task import run_on_workers, run_pass
+from streamer.measuring.divergences import BINS
+from streamer.measuring.memory import Pass
+from streamer.measuring.progress import RunProgress, pass_cost
+from streamer.measuring.result_file import Records
+from streamer.measuring.sequences import TextSequences
+from streamer.measuring.statistics import ARRAYS, MEASURES, SequenceSums
+from streamer.measuring.task import run_on_workers, run_pass
 from streamer.streaming.logit_checks import changed_by_padding, check_logits
 from streamer.streaming.model import StreamingModel
 from streamer.streaming.run_time import RunTimeTensor
