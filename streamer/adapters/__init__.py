@@ -1,1 +1,1 @@
-"""Deltas: a PEFT adapter or a fine-tuned model, module by module."""
+"""Read deltas, module by module, from a PEFT adapter or a fine-tuned model."""

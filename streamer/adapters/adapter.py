@@ -1,4 +1,4 @@
-"""A source of deltas: a PEFT adapter, or a fine-tuned model in its place (`finetuned`), module by module."""
+"""Define a source of deltas, module by module: a PEFT adapter, or a fine-tuned model used as one (`finetuned`)."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from streamer.weights.base import StoredTensor
 
 @dataclass(frozen=True)
 class DeltaSource(ABC):
-    """Open weights files, with modules that add deltas to a base and tensors that edit it otherwise.
+    """Open weights files, with the modules that add deltas to a base and the tensors that change it in other ways.
 
     Attributes
     ----------
     path
-        Directory.
+        Directory of the source.
     config
-        PEFT's, or one of the same form that describes a fine-tuned model.
+        PEFT's config, or one in the same form that describes a fine-tuned model.
     files
-        One of an adapter; of a fine-tuned model all of its shards.
+        An adapter's single file, or all shards of a fine-tuned model.
     modules
         Modules by their names in the model.
     carried
-        Tensors that make no delta.
+        Tensors that form no delta.
     wrapped
         Modules whose parameters have factors of their own.
     describes_model
-        Whether its config, tokenizer and other files describe the merged model, in place of the base's.
+        Whether the source's config, tokenizer and other files describe the merged model, instead of the base's files.
     """
 
     path: Path
@@ -54,39 +54,39 @@ class DeltaSource(ABC):
 
     @property
     def file(self) -> TensorFile:
-        """Weights file, for messages the first one."""
+        """Return the weights file, or the first of several, for messages."""
         return self.files[0]
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor, by name."""
+        """Return every tensor by name."""
         return {info.name: StoredTensor(file, info) for file in self.files for info in file.header.tensors}
 
     @cached_property
     def config_paths(self) -> tuple[Path, ...]:
-        """List the file that the config was read from; none where a model had no config when it was opened."""
+        """List the file from which the config was read; empty if a model had no config when it was opened."""
         return (self.config.path,) if self.config.path.exists() else ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes on what of it is not judged, a line each."""
+        """Return notes on parts of the source that detection does not judge, one line each."""
         return ()
 
     @property
     @abstractmethod
     def identity_bytes(self) -> int:
-        """Bytes that `identity` reads."""
+        """Return the number of bytes that `identity` reads."""
 
     @abstractmethod
     def identity(self) -> AdapterIdentity:
-        """Compute digests of weights and config, which tell this source from others wherever it lies."""
+        """Compute digests of weights and config, which identify the source independently of its location."""
 
     @abstractmethod
     def trains(self, module: str) -> bool:
-        """Say whether a carried tensor of this module was trained; others are the base's as the source knows it."""
+        """Test whether a carried tensor of this module was trained; otherwise it is a copy of the base's tensor."""
 
     def stored_sum(self, module: Module) -> StoredTensor | None:
-        """Return ``W0 + Δ`` of a module where that stands in a file; a PEFT adapter has deltas alone."""
+        """Return ``W0 + Δ`` of a module if a file stores it; a PEFT adapter stores only deltas."""
         return None
 
 
@@ -97,11 +97,11 @@ class PeftAdapter(DeltaSource):
 
     @property
     def identity_bytes(self) -> int:
-        """Bytes of the whole weights file."""
+        """Return the size of the weights file in bytes."""
         return self.file.header.file_bytes
 
     def identity(self) -> AdapterIdentity:
-        """Digest the weights file, all of it, and the config."""
+        """Digest the whole weights file and the config."""
         digest = hashlib.sha256(self.file.header.digest.encode())
         for info in self.file.header.tensors:
             for piece in self.file.chunks(info):
@@ -115,7 +115,7 @@ class PeftAdapter(DeltaSource):
         return {**self._stated(), **identity}
 
     def _stated(self) -> StatedIdentity:
-        """Return what the user has stated of this adapter, if its files need it to be read."""
+        """Return what the user stated about this adapter, if its files cannot be read without it."""
         stated: StatedIdentity = {"base_is_residual": True} if is_residual(self.config) else {}
         if self.wrapped and (layout := self.config.stated.lora_b_layout) and stored_layout(self.config) is None:
             stated["lora_b_layout"] = layout
@@ -125,14 +125,14 @@ class PeftAdapter(DeltaSource):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Warn of keys that the user ignores."""
+        """Warn of config keys that the user chose to ignore."""
         ignored = self._stated().get("ignored_keys", [])
         are, them = ("is", "it") if len(ignored) == 1 else ("are", "them")
         line = f"{listed(map(repr, ignored))} of {CONFIG_NAME} {are} ignored: the result relies on {them} not changing the delta"
         return (line,) if ignored else ()
 
     def trains(self, module: str) -> bool:
-        """Apply PEFT's rule: a module whose path ends in an entry of ``modules_to_save``, and what is below it, is trained."""
+        """Apply PEFT's rule: a module is trained if its path, or a parent's path, ends in an entry of ``modules_to_save``."""
         parts = module.split(".")
         paths = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
         return any(path.endswith(entry) for path in paths for entry in self.config.strings("modules_to_save"))

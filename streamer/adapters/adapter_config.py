@@ -1,4 +1,4 @@
-"""A PEFT adapter's ``adapter_config.json``: each question that is asked of it, and PEFT's rules for a module's rank and scaling."""
+"""Read a PEFT adapter's ``adapter_config.json`` and apply PEFT's rules for a module's rank and scaling."""
 
 from __future__ import annotations
 
@@ -20,48 +20,48 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The values of an ``adapter_config.json``, its path for messages, and what the user states besides."""
+    """Values of an ``adapter_config.json``, its path for messages, and what the user states in addition."""
 
     values: Mapping[str, Any]
     path: Path
     stated: Stated = NOTHING_STATED
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return a key's value, or the default where it is not stated."""
+        """Return a key's value, or the default if the config does not have it."""
         return self.values.get(key, default)
 
     def strings(self, key: str) -> list[str]:
-        """Return the strings, none of them empty, of a key that holds a list."""
+        """Return the nonempty strings of a key that holds a list."""
         stated = self.values.get(key) or []
         return [s for s in stated if isinstance(s, str) and s] if isinstance(stated, list) else []
 
     @property
     def peft_type(self) -> Any:
-        """PEFT's name of the method."""
+        """Return PEFT's name of the method."""
         return self.values.get("peft_type", "LORA")
 
     @property
     def base_model(self) -> Any:
-        """Model that the adapter was trained on: an id on the hub, or a path."""
+        """Return the model that the adapter was trained on: a hub id or a path."""
         return self.values.get("base_model_name_or_path")
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether the base is stated to store (in, out)."""
+        """Return whether the config says that the base stores (in, out)."""
         return bool(self.values.get("fan_in_fan_out", False))
 
     @property
     def ensure_weight_tying(self) -> bool:
-        """Whether a tied ``lm_head`` gets the embedding's delta."""
+        """Return whether a tied ``lm_head`` also gets the embedding's delta."""
         return bool(self.values.get("ensure_weight_tying"))
 
     def number(self, pattern_key: str, key: str, module: str, default: float | None = None) -> float:
-        """Return a module's number: that of the first pattern that fits it, else the config's own, else the default.
+        """Return a module's number: from the first matching pattern, else from the config, else the default.
 
         Raises
         ------
         FormatError
-            If it is no number, or the patterns cannot be matched.
+            If the value is not a number, or the patterns cannot be matched.
         """
         patterns = self.values.get(pattern_key) or {}
         if not isinstance(patterns, dict):
@@ -76,24 +76,24 @@ class AdapterConfig:
         return float(value)
 
     def lora_scaling(self, module: str, rank: int) -> float:
-        """Return the scaling of a LoRA module with so many rows in ``lora_A``: ``alpha/r``, with rsLoRA ``alpha/√r``.
+        """Return the scaling of a LoRA module with this many rows in ``lora_A``: ``alpha/r``, or ``alpha/√r`` for rsLoRA.
 
         Raises
         ------
         MismatchError, FormatError
-            If the config has another rank, or no usable number.
+            If the config states another rank, or no usable number.
         """
         stated = self.number("rank_pattern", "r", module, default=rank)
         if stated != rank:
             raise MismatchError(
                 f"{self.path}: module {module!r}: expected rank {stated:g} by the config, found {rank} rows in lora_A; "
-                "config and weights are not of one adapter"
+                "config and weights belong to different adapters"
             )
         alpha = self.number("alpha_pattern", "lora_alpha", module)
         return self._finite(alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank, module)
 
     def method_scaling(self, module: str) -> tuple[int, float]:
-        """Return the rank and the scaling ``alpha/r`` of a module of another method than LoRA."""
+        """Return the rank and the scaling ``alpha/r`` of a module of a method other than LoRA."""
         rank = int(self.number("rank_pattern", "r", module))
         return rank, self._finite(self.number("alpha_pattern", "alpha", module) / rank if rank else 0.0, module)
 
@@ -106,17 +106,17 @@ class AdapterConfig:
 
 
 def read_adapter_config(path: Path, stated: Stated) -> AdapterConfig:
-    """Read the config of an adapter's directory.
+    """Read the config from an adapter's directory.
 
     Raises
     ------
     InputError
-        If the directory holds no adapter, or one whose weights are not safetensors.
+        If the directory holds no adapter, or its weights are not safetensors.
     """
     if not (path / CONFIG_NAME).exists():
         if (path / "config.json").exists():
             raise InputError(
-                f"{path}: has no {CONFIG_NAME} but a config.json: it looks like a model; the order is BASE ADAPTER"
+                f"{path}: has no {CONFIG_NAME} but a config.json, so it looks like a model; the order is BASE ADAPTER"
             )
         inside = listed(sorted(repr(p.parent.name) for p in path.glob(f"*/{CONFIG_NAME}")))
         what = f"name one of the adapters in it: {inside}" if inside else "is this a PEFT adapter?"
@@ -124,7 +124,7 @@ def read_adapter_config(path: Path, stated: Stated) -> AdapterConfig:
     if not (path / WEIGHTS_NAME).exists():
         if (path / "adapter_model.bin").exists():
             raise UnsupportedError(
-                f"{path}: has adapter_model.bin, a pickle, which can run code when read; load it with PEFT where you trust it "
+                f"{path}: has adapter_model.bin, a pickle, which can run code when read; if you trust it, load it with PEFT "
                 f"and save it again with save_pretrained, which writes {WEIGHTS_NAME}"
             )
         raise MissingInputError(

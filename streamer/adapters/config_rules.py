@@ -1,6 +1,6 @@
-"""Refusals of adapters by their config: each says the kind and the reason. A new kind is a new entry of `CONFIG_RULES`.
+"""Refuse adapters by their config, naming the kind and the reason. A new kind is a new entry of `CONFIG_RULES`.
 
-`reader` collects all of them, and those by tensors' names (`tensor_names`), before anything else happens.
+`reader` collects all of these refusals, and those based on tensor names (`tensor_names`), before it does anything else.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "default", "true", "fal
 
 @dataclass(frozen=True)
 class ConfigRule:
-    """A refusal by `adapter_config.json`: a key, the values of it that are refused, the kind of adapter and the reason.
+    """Refusal by `adapter_config.json`: a key, a test for the refused values, the kind of adapter and the reason.
 
-    One that is `residual` falls where the user states that the base is the residual that the adapter was trained on. Those of kinds
-    that PEFT does not merge either are not `mergeable`.
+    A `residual` rule does not apply if the user states that the base is the residual on which the adapter was trained. `mergeable` is
+    False for kinds that PEFT cannot merge either.
     """
 
     key: str
@@ -55,8 +55,8 @@ CONFIG_RULES: tuple[ConfigRule, ...] = (
                "its delta is relative to a residual of the base; save the adapter again with path_initial_model_for_weight_conversion, "
                "or give the residual as the base and pass --base-is-residual", residual=True),
     ConfigRule("init_lora_weights", _unknown_init, "unknown initialisation", "it may have changed the base"),
-    ConfigRule("loftq_config", bool, "LoftQ", "its delta is relative to a quantized base with its residual left out; give that one as "
-               "the base and pass --base-is-residual", residual=True),
+    ConfigRule("loftq_config", bool, "LoftQ", "its delta is relative to a quantized base without its residual; give that base "
+               "and pass --base-is-residual", residual=True),
     ConfigRule("alora_invocation_tokens", bool, "aLoRA", _SOME_TOKENS, mergeable=False),
     ConfigRule("invocation_string", bool, "aLoRA", _SOME_TOKENS, mergeable=False),
     ConfigRule("enable_lora", _is_list, "MergedLinear", "its delta is for some parts of a fused layer, and only PEFT before 0.3 reads it"),
@@ -76,18 +76,18 @@ NEVER_MERGED = frozenset({
     "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING",
     "SHADOW", "XLORA",
 })  # fmt: skip
-"""Methods that PEFT merges into no weight: prompts, layers beside the model's, and mixtures of adapters."""
+"""Methods that PEFT cannot merge into weights: prompts, additional layers, and mixtures of adapters."""
 
 
 def is_residual(config: AdapterConfig) -> bool:
-    """Say whether an adapter with this config is relative to a residual of its base."""
+    """Test whether an adapter with this config is relative to a residual of its base."""
     return any(rule.residual and rule.refuses(config.get(rule.key)) for rule in CONFIG_RULES)
 
 
 def peft_merges(config: AdapterConfig) -> bool:
-    """Say whether PEFT can merge an adapter of this kind, where it is refused here."""
+    """Test whether PEFT can merge an adapter of a kind that is refused here."""
     kind = str(config.peft_type)
-    turned = kind in METHODS and config.fan_in_fan_out  # the reason says so
+    turned = kind in METHODS and config.fan_in_fan_out  # the refusal's reason says that PEFT does not merge it
     return not (
         turned
         or kind in NEVER_MERGED
@@ -96,12 +96,12 @@ def peft_merges(config: AdapterConfig) -> bool:
 
 
 def config_refusals(config: AdapterConfig) -> list[str]:
-    """Return the reasons to refuse an adapter with this config, one phrase each; empty if it is handled."""
+    """Return the reasons to refuse an adapter with this config, one phrase each; empty if it is supported."""
     return [*kind_refusals(config), *_key_refusals(config)]
 
 
 def kind_refusals(config: AdapterConfig) -> list[str]:
-    """Return the reasons that lie in the kind of adapter."""
+    """Return the reasons based on the kind of adapter."""
     peft_type = config.peft_type
     if isinstance(peft_type, str) and (method := METHODS.get(peft_type)) is not None:
         return [f"{method.title}: {reason}"] if (reason := method.refuses(config)) else []
@@ -112,7 +112,7 @@ def kind_refusals(config: AdapterConfig) -> list[str]:
 
 
 def _key_refusals(config: AdapterConfig) -> list[str]:
-    """Return the reasons that lie in keys of other programs: PEFT drops them and reads the adapter without."""
+    """Return the reasons based on keys that other programs wrote; PEFT would drop these keys and read the adapter without them."""
     if not isinstance(config.peft_type, str) or config.peft_type not in KNOWN_KEYS:
         return []
     reasons = layout_refusals(config) if config.peft_type == "LORA" else []
@@ -125,7 +125,7 @@ def _key_refusals(config: AdapterConfig) -> list[str]:
 
 
 def unknown_keys(config: AdapterConfig) -> list[str]:
-    """List the keys of a config that are not known and not empty, whether the user ignores them or not."""
+    """List the nonempty keys of a config that are not known, whether or not the user ignores them."""
     ruled = {r.key for r in CONFIG_RULES if r.refuses(config.get(r.key))} if config.peft_type == "LORA" else set()
     known = KNOWN_KEYS.get(config.peft_type, set()) | ruled
     return [key for key, value in config.values.items() if key not in known and not _empty(value)]

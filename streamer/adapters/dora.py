@@ -1,7 +1,7 @@
-"""DoRA: ``W' = m · (W0 + Δ) / ‖W0 + Δ‖``, each row of the (out, in) matrix at the length that its magnitude gives.
+"""Compute DoRA's delta: ``W' = m · (W0 + Δ) / ‖W0 + Δ‖``, which scales each row of the (out, in) matrix to its magnitude.
 
-PEFT's convention: m has one entry a row of the (out, in) matrix, for an embedding one a column of the stored (vocabulary, dim), for a
-convolution one an output channel, its norm over all other dimensions. The norm includes the delta, unscaled by any dropout.
+PEFT's convention: m has one entry for each row of the (out, in) matrix. For an embedding this is a column of the stored (vocabulary, dim);
+for a convolution it is an output channel, with the norm over all other dimensions. The norm includes the delta, without dropout's scaling.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from streamer.linalg.operators import BLOCK_BYTES
 
 
 def dora_delta(base: Tensor, delta: LowRank, magnitude: Tensor) -> Tensor:
-    """``W' − W0``, (m, n), in the dtype of W0; norms are taken in float64.
+    """Compute ``W' − W0``, (m, n), in W0's dtype; norms are computed in float64.
 
     Parameters
     ----------
     base
         W0 as (out, in).
     delta
-        Δ, LoRA's own.
+        Δ, the product of the LoRA factors.
     magnitude
-        (m,).
+        Lengths m of the rows, (m,).
     """
     delta = LowRank(delta.L.to(base), delta.R.to(base))
     lengths = magnitude.to(base.device, torch.float64)
@@ -39,6 +39,6 @@ def dora_delta(base: Tensor, delta: LowRank, magnitude: Tensor) -> Tensor:
 
 
 def dora_bytes(shape: tuple[int, int], itemsize: int) -> int:
-    """Peak memory of `dora_delta`: W0, the delta, and rows in float64, four times by turns."""
+    """Estimate the peak memory of `dora_delta` in bytes: W0, the delta, and up to four blocks of rows in float64."""
     m, n = shape
     return 2 * itemsize * m * n + 4 * min(8 * m * n, max(BLOCK_BYTES, 8 * n))

@@ -1,9 +1,10 @@
-"""A fully fine-tuned model in an adapter's place: its deltas are the differences of the two models, matrix by matrix.
+"""Use a fully fine-tuned model as an adapter: its deltas are the differences between the two models, matrix by matrix.
 
-Its weights of two and more dimensions are modules of the method ``FULL``, whose delta is ``W1 − W0``; its other tensors (norms, biases,
-embeddings of another size) take the place of the base's, as an adapter's saved modules do:
+Weights of two or more dimensions become modules of the method ``FULL`` with delta ``W1 − W0``. Other tensors (norms, biases, embeddings of
+another size) replace the base's tensors, as an adapter's saved modules do:
 ``model.layers.0.mlp.up_proj.weight`` (m, n) → module ``model.layers.0.mlp.up_proj``; ``model.norm.weight`` (n,) → carried, ``saved``.
-A stack of experts gives a module an expert: ``model.layers.0.mlp.experts.down_proj`` (8, m, n) → ``….down_proj[0]`` … ``….down_proj[7]``.
+A stack of experts yields one module for each expert:
+``model.layers.0.mlp.experts.down_proj`` (8, m, n) → ``….down_proj[0]`` … ``….down_proj[7]``.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ METHOD = "FULL"
 
 @dataclass(frozen=True)
 class ExpertStack:
-    """A tensor that holds a matrix an expert.
+    """Tensor that holds one matrix for each expert.
 
     Attributes
     ----------
     tensor
-        Its name.
+        Name of the tensor.
     stored
-        Its shape: (experts, out, in), or (experts, in, out) where it is `transposed`.
+        Its shape: (experts, out, in), or (experts, in, out) if `transposed`.
     experts
-        A module an expert.
+        One module for each expert.
     """
 
     tensor: str
@@ -53,17 +54,18 @@ class ExpertStack:
 
 @dataclass(frozen=True)
 class FinetunedModel(DeltaSource):
-    """A fine-tuned model on disk.
+    """Fine-tuned model on disk.
 
     Attributes
     ----------
     model_config
-        Its ``config.json``.
+        Values of its ``config.json``.
     stacks
         Its stacks of experts.
     carried_matrices
-        Tensors of two dimensions and more, of the base's shape, that are carried along.
+        Tensors of two or more dimensions, with the base's shape, that are carried along.
     copies
+        Names of tensors that are stored under another name as well and are therefore left out.
         Names of tensors that stand there under another name as well, and are left out.
     """
 
@@ -76,11 +78,11 @@ class FinetunedModel(DeltaSource):
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor but the copies, by name."""
+        """Return every tensor except the copies, by name."""
         return {name: stored for name, stored in super().tensors.items() if name not in self.copies}
 
     def without(self, copies: Collection[str]) -> FinetunedModel:
-        """Leave out tensors that are copies of others."""
+        """Return this model without tensors that are copies of others."""
         modules = {name: m for name, m in self.modules.items() if f"{name}.weight" not in copies}
         carried = tuple(c for c in self.carried if c.source not in copies)
         carried_matrices = tuple(name for name in self.carried_matrices if name not in copies)
@@ -90,21 +92,21 @@ class FinetunedModel(DeltaSource):
 
     @property
     def identity_bytes(self) -> int:
-        """Bytes of headers and samples."""
+        """Return the number of bytes of headers and samples."""
         return sampled_bytes(self.files)
 
     def identity(self) -> AdapterIdentity:
-        """Digest headers and samples, as a base's."""
+        """Digest headers and samples, as for a base."""
         files = checkpoint_identity({file.path.name: file for file in self.files})["files"]
         return {"files": files, "modules": len(self.modules)}
 
     def trains(self, module: str) -> bool:
-        """True: all of the model was trained."""
+        """Return True: the whole model was trained."""
         return True
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Name the matrices that are carried along."""
+        """Name the matrices that are carried along without being judged."""
         if not self.carried_matrices:
             return ()
         return (f"matrices carried along without findings: {listed(map(repr, self.carried_matrices))}",)
@@ -117,7 +119,7 @@ class FinetunedModel(DeltaSource):
 
 
 def is_model(path: Path) -> bool:
-    """Say whether a path that is to be an adapter is a model's directory."""
+    """Test whether a path given as an adapter is a model's directory."""
     holds = path.is_dir() and any((path / name).exists() for name in (SINGLE_NAME, INDEX_NAME))
     return holds and not (path / CONFIG_NAME).exists()
 
@@ -128,13 +130,13 @@ def open_finetuned(path: Path, base: Checkpoint, role_of: Callable[[TensorInfo],
     Parameters
     ----------
     role_of
-        Tells what a tensor is to a layer: its ``weight``, stored (out, in, …), or (in, out) in a ``conv1d``, or an ``embedding``; of a
-        stack of experts how it stores a matrix an expert, ``out,in`` or ``in,out``; empty for what is none of these.
+        Returns a tensor's role in its layer: ``weight`` if stored (out, in, …), ``conv1d`` if stored (in, out), or ``embedding``. For
+        a stack of experts it returns the order in which each matrix is stored, ``out,in`` or ``in,out``; for anything else "".
 
     Raises
     ------
     InputError
-        If it is the base itself.
+        If the model is the base itself.
     """
     model_config = read_model_config(path)
     tuned = open_checkpoint(path, io)

@@ -1,4 +1,4 @@
-"""Layer names that tell embeddings from other layers where the model's class is not known, or the layer in no model of its class."""
+"""Recognise embeddings by layer names, if the model's class is unknown or does not contain the layer."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import re
 EMBEDDING = re.compile(
     r"(?:^|\.)(?:wte|wpe|shared|(?:\w+_)?relative_attention_bias|embed_(?!out|proj)\w+|(?!patch)\w*embeddings?)$"
 )
-"""Names of embeddings, as against linear layers."""
+"""Names of embeddings, as opposed to linear layers."""

@@ -1,4 +1,4 @@
-"""Stand in for an adapter where there is a base alone."""
+"""Provide an empty source of deltas for runs on a base alone."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from streamer.storage.identities import AdapterIdentity
 
 
 class NoAdapter(DeltaSource):
-    """A source of no deltas."""
+    """Source without deltas."""
 
     describes_model: ClassVar[bool] = False
     identity_bytes: ClassVar[int] = 0
 
     @classmethod
     def at(cls, base: Path) -> NoAdapter:
-        """Make one for a base, which messages name."""
+        """Make one for a base; messages name the base."""
         return cls(base, AdapterConfig({}, base / CONFIG_NAME), (), {})
 
     def identity(self) -> AdapterIdentity:
-        """Say that it changes nothing."""
+        """Return an identity without modules: nothing is changed."""
         return {"modules": 0}
 
     def trains(self, module: str) -> bool:
-        """Return False: there is nothing that it could train."""
+        """Return False: nothing was trained."""
         return False

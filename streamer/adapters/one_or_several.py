@@ -1,6 +1,7 @@
-"""Decide whether one adapter or several on one base are given, and where the output of each goes.
+"""Decide whether one adapter or several on one base are given, and where each output goes.
 
-The output of one is what the user names. That of several is a directory, in which each output has the name of its adapter's directory.
+For one adapter, the output is the path that the user names. For several, that path is a directory, and each output in it is named after its
+adapter's directory.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from streamer.errors import OutputExistsError, UsageError
 from streamer.storage.output_checks import refuse_symlink
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin")
-"""By any of them a directory is an adapter's, whole or not."""
+"""A directory that has any of these files is an adapter, complete or not."""
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class ByName(dict[str, T]):
-    """Results for several adapters, by their names."""
+    """Results for several adapters, by name."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,15 @@ class One:
 
     @property
     def paths(self) -> list[Path]:
-        """List its path alone."""
+        """List its path."""
         return [self.path]
 
     def directories(self, output: Path) -> list[Path]:
-        """List the directory that its model or adapter is written to."""
+        """List the directory for its model or adapter."""
         return [output]
 
     def findings_files(self, output: Path) -> list[Path]:
-        """List the file that findings on it are written to."""
+        """List the file for its findings."""
         return [output]
 
     def collected(self, results: Sequence[T]) -> T:
@@ -54,7 +55,7 @@ class One:
 
 @dataclass(frozen=True)
 class Several:
-    """Several adapters, by name and in order; there may be one of them only."""
+    """Several adapters, by name and in order; possibly only one."""
 
     by_name: Mapping[str, Path]
 
@@ -64,22 +65,22 @@ class Several:
         return list(self.by_name.values())
 
     def directories(self, output: Path) -> list[Path]:
-        """List the directory that each one's model or adapter is written to.
+        """List the directory for each adapter's model or adapter.
 
         Raises
         ------
         OutputError
-            If what is to be the directory of all is a file, or a symlink.
+            If the output path is a file or a symlink.
         """
         refuse_symlink(output)
         if output.exists() and not output.is_dir():
             raise OutputExistsError(
-                f"{output}: of several adapters -o is a directory, found a file; name a directory", output
+                f"{output}: for several adapters -o is a directory, found a file; name a directory", output
             )
         return [output / name for name in self.by_name]
 
     def findings_files(self, output: Path) -> list[Path]:
-        """List the file that findings on each are written to, in a directory; see `directories`."""
+        """List the file for each adapter's findings, all in one directory; see `directories`."""
         return [path.with_name(f"{path.name}.safetensors") for path in self.directories(output)]
 
     def collected(self, results: Sequence[T]) -> ByName[T]:
@@ -88,34 +89,34 @@ class Several:
 
 
 def one_or_several(given: str | Path | Sequence[str | Path]) -> One | Several:
-    """Decide by what is given: several adapters are a list, or a directory of adapters."""
+    """Decide by the argument: a list, or a directory of adapters, means several."""
     if isinstance(given, str | Path) and not holds_adapters(given):
         return One(Path(given))
     return Several(named_adapters([given] if isinstance(given, str | Path) else given))
 
 
 def each(results: T | ByName[T], change: Callable[[T], R]) -> R | ByName[R]:
-    """Change the result for one adapter, or each of those for several."""
+    """Apply `change` to the result for one adapter, or to each result for several."""
     if isinstance(results, ByName):
         return ByName({name: change(result) for name, result in results.items()})
     return change(results)
 
 
 def holds_adapters(path: str | Path) -> bool:
-    """Say whether a path is a directory of adapters: no adapter itself, nor a model, but there are adapters in it."""
+    """Test whether a path is a directory of adapters: neither an adapter nor a model, but with adapters inside."""
     path = Path(path)
     return not _is_adapter(path) and not is_model(path) and bool(_inside(path))
 
 
 def named_adapters(adapters: Sequence[str | Path]) -> dict[str, Path]:
-    """List adapters by name, in the order given; a directory of adapters means all of those in it, sorted.
+    """List adapters by name, in the order given; a directory of adapters stands for all adapters in it, sorted.
 
-    One that is not whole is among them, so that opening it says what it lacks. Other directories beside them are passed over.
+    Incomplete adapters are included: opening one reports what is missing. Other directories are skipped.
 
     Raises
     ------
     UsageError
-        If there are none, one is given twice, two have one name, or there is a model in a directory of adapters.
+        If there are none, one is given twice, two have the same name, or a directory of adapters contains a model.
     """
     found: dict[str, Path] = {}
     for given in map(Path, adapters):
@@ -128,7 +129,7 @@ def named_adapters(adapters: Sequence[str | Path]) -> dict[str, Path]:
                 raise UsageError(f"{path}: is given twice; name it once")
             if name in found:
                 raise UsageError(
-                    f"{path}: has the same name as {found[name]}, and so would their outputs; rename one, or run it separately"
+                    f"{path}: has the same name as {found[name]}, so their outputs would collide; rename one, or run it separately"
                 )
             found[name] = path
     if not found:
@@ -145,14 +146,14 @@ def _directories(path: Path) -> list[Path]:
 
 
 def _is_adapter(path: Path) -> bool:
-    """Say whether any of an adapter's files is there, if only as a link that leads nowhere."""
+    """Test whether any of an adapter's files exists, even as a broken link."""
     return any(os.path.lexists(path / name) for name in FILES)
 
 
 def _refuse_models(path: Path) -> None:
-    """Refuse models in a directory of adapters: one might be a fine-tuned one that is to go along, or the base."""
+    """Refuse models in a directory of adapters: the user may mean one as a fine-tuned model, or it may be the base."""
     models = sorted(p.name for p in _directories(path) if is_model(p) and not _is_adapter(p))
     if models:
         raise UsageError(
-            f"{path}: holds a model beside the adapters, {models[0]!r}; give the adapters that you mean one by one"
+            f"{path}: holds a model beside the adapters, {models[0]!r}; list the adapters that you mean one by one"
         )

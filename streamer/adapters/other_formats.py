@@ -1,4 +1,4 @@
-"""Recognise LoRA files that other libraries write, so that a refusal names them; `TensorRule`s are for PEFT's own."""
+"""Recognise LoRA files of other libraries so that the refusal can name the library; `TensorRule`s cover PEFT's own files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from streamer.storage.tensor_file import TensorFile
 
 @dataclass(frozen=True)
 class OtherFormat:
-    """A library's LoRA files, by the names of their tensors, and how they become a PEFT adapter."""
+    """One library's LoRA files, recognised by tensor names, and how to convert them to a PEFT adapter."""
 
     title: str
     tensor: re.Pattern[str]
     instead: str
 
 
-# A GPT-2's layers are ``transformer.h``.
+# GPT-2's layers are named ``transformer.h``.
 _DIFFUSERS = re.compile(
     r"^(?:unet|transformer(?!\.h\.)|diffusion_model|text_encoder\w*)\..*(?:lora_[AB]|lora\.(?:down|up))\.weight$"
 )
@@ -36,12 +36,12 @@ FORMATS = (
 
 
 def refuse_other_formats(path: Path) -> None:
-    """Refuse a LoRA of another library by the library's name: a safetensors file, or a directory with one.
+    """Refuse a LoRA of another library and name that library; `path` is a safetensors file, or a directory with some.
 
     Raises
     ------
     UnsupportedError
-        If there is one; files that cannot be read are passed over.
+        If a file is in another format. Unreadable files are skipped.
     """
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         try:

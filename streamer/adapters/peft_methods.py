@@ -1,7 +1,7 @@
-"""Methods other than LoRA whose change of a weight can be computed: one entry of `METHODS` a method, by PEFT's ``peft_type``.
+"""Compute the deltas of PEFT methods other than LoRA: one entry of `METHODS` for each method, by PEFT's ``peft_type``.
 
-An entry says which tensors a module has, which matrices they fit, and what they add to W0, (out, in), a convolution's kernel set out
-along its input. Every formula is that of PEFT's own merge.
+An entry says which tensors a module has, which matrices they fit, and what they add to W0 (out, in); a convolution's kernel is flattened
+into its input. Every formula is the one of PEFT's own merge.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from streamer.linalg.operators import Delta, Dense
 Shapes = Mapping[str, tuple[int, ...]]
 
 MOST_TERMS = 1000
-"""Of a Neumann series; PEFT's default is 5. A config may ask for any number, which is that many products a matrix."""
+"""Most terms of a Neumann series; PEFT's default is 5. A config may ask for any number, and each term costs a product for each matrix."""
 
 
 class MethodInputs(NamedTuple):
-    """A module's tensors by role, in the computing dtype; its scaling; the adapter's config; (out, in) of its weight."""
+    """A module's tensors by role in the computing dtype, its scaling, the adapter's config, and its weight's (out, in)."""
 
     tensors: Mapping[str, Tensor]
     scaling: float
@@ -35,28 +35,28 @@ class MethodInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class PeftMethod:
-    """One PEFT method: the tensors that it has, the weights that they fit, and the delta that they make.
+    """One PEFT method: its tensors, the weights that they fit, and the delta that they form.
 
     Attributes
     ----------
     title
-        Its name, for people.
+        Readable name.
     roles
-        A regular expression of the last part of its tensors' names.
+        Regular expression for the last part of the tensor names.
     fits
-        Whether tensors of these shapes fit a matrix of (out, in).
+        Tests whether tensors of these shapes fit a matrix of shape (out, in).
     delta
-        ``W' − W0``, from the parts and W0.
+        Computes ``W' − W0`` from the tensors and W0.
     scaled
-        Whether it is multiplied by ``alpha/r``.
+        Whether the delta is multiplied by ``alpha/r``.
     shared
-        Roles of tensors that stand in the file once, for all modules.
+        Roles of tensors that the file stores once for all modules.
     low_rank
-        Whether the delta comes in factors.
+        Whether the delta is given as factors.
     refuses
-        Config → why it cannot be computed, or nothing.
+        Returns why a config cannot be computed, or "".
     matrices
-        Matrices of the size of W0 that are in memory at once while the delta is computed, W0 among them, its own tensors not.
+        Matrices of W0's size in memory at once while the delta is computed, including W0 but not the module's tensors.
     """
 
     title: str
@@ -71,7 +71,7 @@ class PeftMethod:
 
 
 def _product(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
-    """Return the shape of a product; `ValueError` if there is none."""
+    """Return the shape of a product; raise `ValueError` if the shapes do not match."""
     (m, r), (k, n) = a, b
     if r != k:
         raise ValueError
@@ -79,7 +79,7 @@ def _product(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _cored(core: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of ``Σ_ij core[i, j, k, l] a[i, p] b[j, r]``, (p, r, k, l); `ValueError` if there is none."""
+    """Return the shape of ``Σ_ij core[i, j, k, l] a[i, p] b[j, r]``, (p, r, k, l); raise `ValueError` if the shapes do not match."""
     (i, j, *kernel), (a_i, p), (b_j, r) = core, a, b
     if len(kernel) != 2 or (i, j) != (a_i, b_j):
         raise ValueError
@@ -96,7 +96,7 @@ def _loha_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 
 
 def _loha(p: MethodInputs, base: Tensor) -> Delta:
-    """``(w1_a w1_b) ∘ (w2_a w2_b)``, each with a core for the kernel where there is one."""
+    """Compute ``(w1_a w1_b) ∘ (w2_a w2_b)``; either product may have a core for the kernel."""
     t = p.tensors
 
     def product(i: int) -> Tensor:
@@ -122,7 +122,7 @@ def _lokr_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 
 
 def _lokr(p: MethodInputs, base: Tensor) -> Delta:
-    """``w1 ⊗ w2``, either one a product itself."""
+    """Compute ``w1 ⊗ w2``; either may itself be a product."""
     t = p.tensors
     w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
     if "lokr_w2" in t:
@@ -142,7 +142,7 @@ def _adalora_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 
 
 def _adalora(p: MethodInputs, base: Tensor) -> Delta:
-    """``B · diag(E) · A · alpha / (init_r + 1e-5)``: PEFT keeps the rank that it started with in the scale."""
+    """Compute ``B · diag(E) · A · alpha / (init_r + 1e-5)``: PEFT keeps the initial rank in the scaling."""
     t, alpha = p.tensors, float(p.config.get("lora_alpha", 8))
     rank = float(t["ranknum"]) if "ranknum" in t else float(p.config.get("init_r", 12))
     scaling = (alpha if alpha > 0 else float(t["lora_A"].shape[0])) / (rank + 1e-5)
@@ -156,7 +156,7 @@ def _vera_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 
 
 def _vera(p: MethodInputs, base: Tensor) -> Delta:
-    """``diag(b) B · diag(d) A``, with the first rows and columns of projections that all modules share."""
+    """Compute ``diag(b) B · diag(d) A``, with the first rows and columns of projections that all modules share."""
     (m, n), t = p.shape, p.tensors
     L = t["vera_lambda_b"].flatten()[:, None] * t["vera_B"][:m]
     R = t["vera_lambda_d"].flatten()[:, None] * t["vera_A"][:, :n]
@@ -166,16 +166,16 @@ def _vera(p: MethodInputs, base: Tensor) -> Delta:
 def _vera_refuses(config: AdapterConfig) -> str:
     if config.get("save_projection", True):
         return ""
-    return "its projections are not in the file (save_projection=false), and only the library that trained it can draw them again"
+    return "its projections are not in the file (save_projection=false), and only the library that trained it can generate them again"
 
 
 def _block_size(elements: int) -> int:
-    """B of the b·(b−1)/2 entries above a skew-symmetric block's diagonal."""
+    """Return the size b of a skew-symmetric block with b·(b−1)/2 entries above its diagonal."""
     return (1 + math.isqrt(1 + 8 * elements)) // 2
 
 
 def _oft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
-    """Accept blocks along the input, or, of an embedding, along the output; one for all where they are shared."""
+    """Accept blocks along the input, or for an embedding along the output; a shared block counts for all."""
     (role, (blocks, elements)), *rest = s.items()
     size, length = _block_size(elements), shape[0] if role == "oft_embedding_R" else shape[1]
     whole = size * (size - 1) // 2 == elements and not rest
@@ -183,15 +183,15 @@ def _oft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 
 
 def _cayley(Q: Tensor, terms: int | None = None) -> Tensor:
-    """Make rotations from skew-symmetric blocks (blocks, b, b): ``(I − Q)(I + Q)⁻¹``, its inverse by so many terms of its Neumann series.
+    """Make rotations ``(I − Q)(I + Q)⁻¹`` from skew-symmetric blocks (blocks, b, b), or their inverse by `terms` of its Neumann series.
 
-    That the two turn in opposite senses is PEFT's convention: one adapter is trained with one of them.
+    The two turn in opposite senses, which is PEFT's convention: an adapter is trained with one of them.
     """
     eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
     if terms is None:
         solved: Tensor = torch.linalg.solve(eye + Q, eye - Q, left=False)
         return solved
-    terms = 4 if terms == 3 else terms  # as PEFT has it
+    terms = 4 if terms == 3 else terms  # as in PEFT
     R, power = eye.clone(), eye
     for i in range(1, terms):
         power = power @ Q
@@ -200,7 +200,7 @@ def _cayley(Q: Tensor, terms: int | None = None) -> Tensor:
 
 
 def _oft(p: MethodInputs, base: Tensor) -> Delta:
-    """``W0 Rᵀ`` with R of rotations along the diagonal; of an embedding ``Rᵀ W0``, W0 (dim, vocabulary)."""
+    """Compute ``W0 Rᵀ`` with rotations R along the diagonal; for an embedding ``Rᵀ W0``, W0 (dim, vocabulary)."""
     ((role, vectors),) = p.tensors.items()
     size = _block_size(vectors.shape[1])
     Q = vectors.new_zeros((len(vectors), size, size), dtype=torch.float64)
@@ -217,7 +217,7 @@ def _oft(p: MethodInputs, base: Tensor) -> Delta:
 
 
 def _rotated(base: Tensor, R: Tensor, embedding: bool = False) -> Tensor:
-    """``W0 · diag(R)ᵀ``, block by block; the same block all along where there is but one."""
+    """Compute ``W0 · diag(R)ᵀ`` block by block; a single block is repeated."""
     size = R.shape[-1]
     W = base.T if embedding else base
     blocks = W.reshape(len(W), -1, size).transpose(0, 1)
@@ -231,7 +231,7 @@ def _boft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 
 
 def _boft(p: MethodInputs, base: Tensor) -> Delta:
-    """``diag(s) W0 Rᵀ`` for one butterfly factor, where no permutation is in play."""
+    """Compute ``diag(s) W0 Rᵀ`` for one butterfly factor, which involves no permutation."""
     data = p.tensors["boft_R"][0].double()
     R = _cayley(0.5 * (data - data.mT)).to(base.dtype)
     return Dense(p.tensors["boft_s"].flatten()[:, None].to(base.dtype) * _rotated(base, R) - base)
@@ -250,19 +250,19 @@ def _full_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 
 
 def _full(p: MethodInputs, base: Tensor) -> Delta:
-    """``W1 − W0``."""
+    """Compute ``W1 − W0``."""
     ((role, weight),) = p.tensors.items()
     return Dense((weight.flatten(1) if role == "weight" else weight.T) - base)
 
 
 def _no_number(config: AdapterConfig, *keys: str) -> str:
-    """Name the first of these keys that is stated with anything but a finite number."""
+    """Report the first of these keys whose value is not a finite number."""
     wrong = [k for k in keys if k in config.values and not _is_number(config.get(k))]
     return f"{wrong[0]}={config.get(wrong[0])!r}, expected a number" if wrong else ""
 
 
 def _is_number(value: object) -> bool:
-    """Neither infinite nor NaN nor a truth value."""
+    """Test whether a value is a number, not infinite, NaN or a boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 

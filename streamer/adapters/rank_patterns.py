@@ -1,4 +1,4 @@
-"""Match regular expressions of an adapter's config as PEFT does; those that could take for ever are refused."""
+"""Match the regular expressions of an adapter's config as PEFT does, refusing those that might never finish."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterable
 from streamer.units import quoted
 
 MAX_REPEATS = 4
-"""Open-ended repeats (``*``, ``+``, ``{2,}``) in one pattern: each may multiply the time by the name's length."""
+"""Most open-ended repeats (``*``, ``+``, ``{2,}``) in one pattern: each may multiply the time by the name's length."""
 
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|.", re.DOTALL)
 
 
 def first_match(patterns: Iterable[str], module: str) -> str | None:
-    """Find the first pattern, in the config's order, that matches a tail of the module's path, as PEFT takes it.
+    """Find the first pattern, in the config's order, that matches a tail of the module's path, as PEFT does.
 
     Raises
     ------
     ValueError
-        If a pattern is not a regular expression, or may take for ever (`_may_explode`): a config comes from a download.
+        If a pattern is not a regular expression, or might never finish (`_may_explode`): configs are downloaded and not trusted.
     """
     for pattern in patterns:
         if _may_explode(pattern):
@@ -36,13 +36,13 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
 
 
 def _may_explode(pattern: str) -> bool:
-    """Say whether backtracking may cost more than a modest power of the name's length.
+    """Test whether backtracking may cost more than a small power of the name's length.
 
-    It does where a group that can match one text in many ways is repeated, as in ``(a+)+``, and it may where many repeats stand in a row.
+    It does if a repeated group can match one text in many ways, as in ``(a+)+``, and it may if there are many repeats in a row.
     """
     parts: list[str] = _TOKEN.findall(pattern)
     repeats = 0
-    ambiguous = [False]  # of each open group, the whole pattern outermost
+    ambiguous = [False]  # one entry for each open group, outermost first
     for i, part in enumerate(parts):
         following = parts[i + 1] if i + 1 < len(parts) else ""
         repeated = following in ("*", "+") or (following.startswith("{") and len(following) > 1)

@@ -1,4 +1,4 @@
-"""Read a PEFT adapter's directory: every tensor in it gets its module and role, or is refused by name."""
+"""Read a PEFT adapter's directory: assign every tensor to a module and role, or refuse it by name."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from streamer.weights.dtypes import encoding_of
 INSTEAD = "merge such an adapter with PEFT instead"
 
 UNMERGED = "PEFT does not merge it either: use it unmerged"
-"""Next step for kinds that no merge takes."""
+"""Next step for kinds that cannot be merged by any tool."""
 
 
 def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_STATED) -> PeftAdapter:
-    """Open a PEFT adapter's folder and account for every tensor in it.
+    """Open a PEFT adapter's directory and account for every tensor in it.
 
     Parameters
     ----------
     stated
-        Facts of it that the user states.
+        Facts about the adapter that the user states.
 
     Raises
     ------
     UnsupportedError
-        If the adapter, or any tensor in it, is of a kind that is not handled; all reasons are named.
+        If the adapter or any tensor in it is of an unsupported kind; the message names all reasons.
     FormatError, InputError
         If files are missing or broken, or tensors and config disagree.
     """
@@ -59,7 +59,7 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING
 
 
 def refuse_kinds(config: AdapterConfig) -> None:
-    """Raise `UnsupportedError` if the config says that the adapter is of a kind that is not handled; all reasons are named."""
+    """Raise `UnsupportedError` with all reasons if the config shows an unsupported kind of adapter."""
     refusals, kinds = config_refusals(config), kind_refusals(config)
     if refusals:
         steps = [UNMERGED] if not peft_merges(config) else [INSTEAD] if refusals == kinds else []
@@ -67,12 +67,12 @@ def refuse_kinds(config: AdapterConfig) -> None:
 
 
 def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftAdapter:
-    """Account for every tensor of an adapter; see `open_adapter`, whose errors it raises.
+    """Account for every tensor of an adapter; raises the same errors as `open_adapter`.
 
     Parameters
     ----------
     file
-        The adapter's tensors, by the names that PEFT saves them under.
+        The adapter's tensors, under the names that PEFT saves.
     """
     method = METHODS.get(str(config.peft_type))
     found, rest = _sort(file, method)
@@ -82,7 +82,9 @@ def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftA
 
     wrapped, wrong = ([], []) if method else find_wrapped(found, config, is_matrix)
     if wrong:
-        raise FormatError(f"{file.path}: {listed(wrong, separator='; ')}; config and weights are not of one adapter")
+        raise FormatError(
+            f"{file.path}: {listed(wrong, separator='; ')}; config and weights belong to different adapters"
+        )
     inner = {name for w in wrapped for name in w.layers}
     modules: dict[str, Module] = {}
     for name, tensors in found.items():
@@ -99,10 +101,10 @@ def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftA
 
 
 def _without_copies(file: TensorFile, carried: Iterable[Carried]) -> tuple[Carried, ...]:
-    """Leave out the copies that PEFT writes beside a saved module, as all that ends in ``bias``, or is below a grown embedding.
+    """Drop the copies that PEFT writes beside a saved module: tensors ending in ``bias``, and those below a resized embedding.
 
-    ``score.modules_to_save.bias`` and ``embed_tokens.modules_to_save.weight`` are left out beside ``score.bias`` and
-    ``embed_tokens.weight`` of the same bytes, the names under which PEFT looks for them.
+    ``score.modules_to_save.bias`` and ``embed_tokens.modules_to_save.weight`` are dropped if ``score.bias`` and
+    ``embed_tokens.weight`` have the same bytes: PEFT looks for the latter names.
     """
     kept: dict[tuple[str, str], Carried] = {}
     for c in carried:
@@ -118,7 +120,7 @@ def _without_copies(file: TensorFile, carried: Iterable[Carried]) -> tuple[Carri
 def _sort(
     file: TensorFile, method: PeftMethod | None
 ) -> tuple[dict[str, dict[str, str]], list[tuple[str, re.Match[str], str]]]:
-    """Sort every tensor by its role: module → role → tensor, and (role, match, tensor) of those that are carried along."""
+    """Sort every tensor by role: module → role → tensor, and (role, match, tensor) for carried tensors."""
     found: dict[str, dict[str, str]] = {}
     shared: dict[str, str] = {}
     rest: list[tuple[str, re.Match[str], str]] = []
@@ -183,14 +185,14 @@ def _lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, conf
         raise FormatError(
             f"{where}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} do not multiply; save the adapter again"
         )
-    # PEFT looks a parameter's rank and alpha up by the parameter's name.
+    # PEFT looks up a parameter's rank and alpha by the parameter's name.
     scaling = config.lora_scaling(f"{name}.weight" if "weight" in targeted_parameters(config, name) else name, rank)
     shape = (b.shape[0], math.prod(a.shape[1:]))
     if (magnitude is not None) != bool(config.get("use_dora")):
         found = "has magnitudes" if magnitude else "has none"
         raise MismatchError(
             f"{config.path}: module {name!r}: use_dora is {config.get('use_dora')!r}, but the module {found}; "
-            "config and weights are not of one adapter"
+            "config and weights belong to different adapters"
         )
     if magnitude is None:
         return LoraModule(name, a.name, b.name, rank, scaling, shape, form, a.shape[2:])
@@ -202,7 +204,7 @@ def _lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, conf
 
 
 def _form(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:
-    """Tell the kind of layer that the factors are of, by their names and dimensions."""
+    """Determine the kind of layer from the factors' names and dimensions."""
     by_name = {classify(normalize(info.name))[0].role for info in (a, b)}
     dimensions = len(a.shape)
     if len(b.shape) != dimensions or not 2 <= dimensions <= 5 or len(by_name) != 1:

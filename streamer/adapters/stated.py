@@ -1,4 +1,4 @@
-"""Facts of adapters that their files leave open, as the user states them."""
+"""Hold facts about adapters that their files do not contain, as the user states them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, Literal, get_args
 from streamer.errors import UsageError
 
 LoraBLayout = Literal["rank_major", "grouped_by_expert"]
-"""Order of the columns of lora_B on stacked experts: rank by rank, as PEFT stores them, or expert by expert, as Unsloth did."""
+"""Order of lora_B's columns for stacked experts: rank by rank, as PEFT stores them, or expert by expert, as Unsloth did."""
 
 
 @dataclass(frozen=True)
 class Stated:
-    """Facts of the adapters of a run: keywords of `api.detect_intruder_dimensions`, which explains them.
+    """Facts about a run's adapters; `api.detect_intruder_dimensions` explains them as keywords.
 
     Raises
     ------
     UsageError
-        If one of them is of another type.
+        If a value has the wrong type.
     """
 
     base_is_residual: bool = False
@@ -40,7 +40,7 @@ NOTHING_STATED = Stated()
 
 
 def stated_options(identity: Mapping[str, Any]) -> list[str]:
-    """List the options of the command line that state what the identity of an adapter says was stated of it."""
+    """List the command-line options that state again what an adapter's identity records as stated."""
     words = ["--base-is-residual"] if identity.get("base_is_residual") else []
     if layout := identity.get("lora_b_layout"):
         words += ["--lora-b-layout", layout]

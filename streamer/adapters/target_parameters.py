@@ -1,9 +1,9 @@
-"""Find LoRA on parameters of a module, as PEFT's ``target_parameters`` writes it: the experts of a mixture above all.
+"""Find LoRA on parameters of a module, as PEFT's ``target_parameters`` writes it, typically for the experts of a mixture.
 
-PEFT wraps the module once for each parameter, the one registered first innermost. The wrappers' factors stand under the module's
-name, the inner ones under ``base_layer`` once or more; which parameter each is of is not stored. lora_A is (E·r, in), its row
-e·r + k expert e's k-th; lora_B is (out, r·E), its column k·E + e expert e's k-th. Unsloth, until September 2026, stored that column as
-e·r + k: the shapes and norms are the same, so only the config or the user can tell.
+PEFT wraps the module once for each parameter; the parameter registered first is innermost. The factors are stored under the module's
+name, with ``base_layer`` appended once or more for inner wrappers; which parameter each belongs to is not stored. lora_A is (E·r, in),
+and its row e·r + k is expert e's k-th. lora_B is (out, r·E), and its column k·E + e is expert e's k-th. Until September 2026 Unsloth
+stored that column at e·r + k. Shapes and norms are the same, so only the config or the user can say which.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ INNER = ".base_layer"
 
 @dataclass(frozen=True)
 class Wrapped:
-    """The wrappers of one module.
+    """Wrappers of one module.
 
     Attributes
     ----------
     module
-        Its path in the model.
+        Path of the module in the model.
     parameters
-        The parameters of it that the config names: as many as there are wrappers.
+        The module's parameters that the config names, one for each wrapper.
     factors
-        Names of lora_A and lora_B of each wrapper, the innermost first.
+        Names of each wrapper's lora_A and lora_B, the innermost first.
     """
 
     module: str
@@ -45,25 +45,25 @@ class Wrapped:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the wrappers on disk."""
+        """Return the wrappers' names on disk."""
         return tuple(self.module + INNER * depth for depth in range(len(self.factors)))
 
     def matched_as(self, parameter: str) -> str:
-        """Return the name under which a base is searched for a parameter."""
+        """Return the name by which to search a base for a parameter."""
         return f"{self.module}.{parameter}".removesuffix(".weight")
 
 
 def find_wrapped(
     pairs: Mapping[str, Mapping[str, str]], config: AdapterConfig, is_matrix: Callable[[str, str], bool]
 ) -> tuple[list[Wrapped], list[str]]:
-    """Find the wrapped modules among those that have factors, and what is wrong with any, one phrase each.
+    """Find the wrapped modules among those with factors, and everything that is wrong with them, one phrase each.
 
     Parameters
     ----------
     pairs
-        Module → {"A": tensor, "B": tensor}; inner wrappers stand under their names on disk.
+        Module → {"A": tensor, "B": tensor}; inner wrappers appear under their names on disk.
     is_matrix
-        Whether a parameter's lora_A has as many rows as the rank: then it is a plain matrix, and no stack.
+        Tests whether a parameter's lora_A has as many rows as the rank; the parameter is then a plain matrix, not a stack.
     """
     found, wrong = [], []
     for name, factors in pairs.items():
@@ -73,7 +73,7 @@ def find_wrapped(
         while (inner := pairs.get(name + INNER * len(layers))) is not None:
             layers.append(inner)
         parameters = targeted_parameters(config, name)
-        # ``gate_up_proj`` names a parameter of any module that has one; where lora_A is of one matrix, it is of the module's weight.
+        # ``gate_up_proj`` names a parameter of any module that has one; if lora_A fits a single matrix, it belongs to the module's weight.
         bare = parameters & set(config.strings("target_parameters")) - {"weight"}
         if bare and len(layers) == 1 and is_matrix(name, factors["A"]):
             parameters -= bare
@@ -95,18 +95,18 @@ def find_wrapped(
 
 
 def targeted_parameters(config: AdapterConfig, module: str) -> set[str]:
-    """List the parameters of a module that a config names, by their own names."""
+    """List a module's parameters that a config names, by their own names."""
     return {t.rpartition(".")[2] for t in config.strings("target_parameters") if _names(t, module)}
 
 
 def _names(target: str, module: str) -> bool:
-    """Say whether an entry of target_parameters is a parameter of this module, by PEFT's rule."""
+    """Test whether an entry of target_parameters is a parameter of this module, by PEFT's rule."""
     name = f"{module}.{target.rpartition('.')[2]}"
     return name == target or name.endswith("." + target)
 
 
 def layout_refusals(config: AdapterConfig) -> list[str]:
-    """Return the reason to refuse what a config says of the order of lora_B's columns, if there is one."""
+    """Return the reason to refuse the config's order of lora_B's columns, if any."""
     rows, columns = _layouts(config)
     expected = f"expected {' or '.join(_LAYOUTS)}"
     if rows - {"grouped_by_expert"}:
@@ -119,7 +119,7 @@ def layout_refusals(config: AdapterConfig) -> list[str]:
 
 
 def stored_layout(config: AdapterConfig) -> str | None:
-    """Return the order of lora_B's columns that a config states; None if it states none."""
+    """Return the order of lora_B's columns that a config states, or None."""
     return next(iter(_layouts(config)[1]), None)
 
 
@@ -129,14 +129,14 @@ def without_layout(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_grouped(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -> bool:
-    """Say whether the columns of an adapter's lora_B are grouped by expert.
+    """Test whether the columns of an adapter's lora_B are grouped by expert.
 
     Parameters
     ----------
     path
         The adapter's directory.
     metadata
-        That of its weights file.
+        Metadata of the weights file.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def is_grouped(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -
         If Unsloth may have written the adapter, and neither its config nor the user states the order.
     """
     layout = stored_layout(config) or config.stated.lora_b_layout
-    # What streamer wrote is in PEFT's order, though its card still names what trained it.
+    # Adapters written by streamer are in PEFT's order, even if their card names Unsloth as the trainer.
     if layout is None and "streamer" not in metadata and (where := _naming_unsloth(config, path, metadata)):
         raise UnsupportedError(
             f"{config.path}: refused: LoRA on stacked experts, and {where} names Unsloth, which stored lora_B grouped by expert until "
@@ -154,7 +154,7 @@ def is_grouped(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -
 
 
 def _naming_unsloth(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -> str:
-    """Return which key or line of an adapter's files names Unsloth; empty if none does."""
+    """Return the key or line of an adapter's files that names Unsloth, or ""."""
     card = path / "README.md"
     lines = card.read_text(errors="replace").splitlines() if card.is_file() else []
     texts = {
@@ -166,7 +166,7 @@ def _naming_unsloth(config: AdapterConfig, path: Path, metadata: Mapping[str, st
 
 
 def _layouts(config: AdapterConfig) -> tuple[set[str], set[str]]:
-    """Collect all orders that a config states of the rows of lora_A, and of the columns of lora_B."""
+    """Collect every order that a config states for the rows of lora_A and for the columns of lora_B."""
     details = config.get(LAYOUT_DETAILS)
     details = details if isinstance(details, dict) else {}
     parameters = details.get("parameters")

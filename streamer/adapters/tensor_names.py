@@ -1,8 +1,8 @@
-"""Meanings of an adapter's tensors by their names; a new kind of tensor is a new entry of `TENSOR_RULES`, the first match wins.
+"""Assign roles to an adapter's tensors by name. A new kind of tensor is a new entry of `TENSOR_RULES`; the first match wins.
 
 ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`` → factor A of ``model.layers.0.self_attn.q_proj``;
 ``base_model.model.score.modules_to_save.default.weight``, also without ``default`` → ``weight`` of ``score``, saved whole;
-``base_model.model.lm_head.base_layer.weight`` → ``weight`` of ``lm_head``, saved whole, to which a delta is added.
+``base_model.model.lm_head.base_layer.weight`` → ``weight`` of ``lm_head``, saved whole, with a delta added to it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from streamer.errors import FormatError
 
 @dataclass(frozen=True)
 class TensorRule:
-    """A role of an adapter's tensors, by their normalised names; refused where `refusal` gives a reason.
+    """Role of an adapter's tensors, by a pattern for their normalised names; tensors with a `refusal` reason are refused.
 
-    The groups of the pattern name the ``module``, the ``factor`` (A or B), and the ``parameter`` of the module.
+    The groups of the pattern name the ``module``, the ``factor`` (A or B), and the module's ``parameter``.
     """
 
     pattern: re.Pattern[str]
@@ -30,7 +30,7 @@ class TensorRule:
 
 
 FACTORS = ("factor", "embedding", "magnitude")
-"""Roles of the tensors that make a LoRA module."""
+"""Roles of tensors that form a LoRA module."""
 
 _ADAPTER = r"(?:\.(?P<adapter>[^.]+))?"
 
@@ -40,10 +40,10 @@ TENSOR_RULES: tuple[TensorRule, ...] = (
     TensorRule(re.compile(rf"^(?P<module>.+)\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?$"), "magnitude"),
     TensorRule(re.compile(rf"^(?P<module>.+)\.lora_B{_ADAPTER}\.bias$"), "lora_bias"),
     TensorRule(re.compile(rf"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta{_ADAPTER}$"), "tokens"),
-    # What the base has there: kept by trainers that save a module's whole state.
+    # The base's own values, kept by trainers that save a module's whole state.
     TensorRule(re.compile(r"\.trainable_tokens_original(\.|$)|\.original_module\."), "original"),
     TensorRule(re.compile(r"\.(hada_|lokr_|lora_|ranknum|vera_|oft_|boft_|ia3_)"), "other", "another method's tensors"),
-    # PEFT strips the adapter's name where it is the last but one: a parameter that is the module's own stands without it.
+    # PEFT strips the adapter's name if it is the last part but one; parameters directly in the module are stored without it.
     TensorRule(re.compile(r"^(?P<module>.+?)\.modules_to_save\.(?:[^.]+\.)?(?P<parameter>.+)$"), "saved"),
     TensorRule(re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<parameter>[^.]+)$"), "saved"),
     TensorRule(re.compile(r"^(?P<module>.+)\.(?P<parameter>[^.]+)$"), "saved"),
@@ -54,7 +54,7 @@ _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapp
 
 
 def normalize(name: str) -> str:
-    """Strip a tensor's name of wrappers: PEFT's prefix, DDP's, torch.compile's, FSDP's.
+    """Strip wrappers from a tensor's name: PEFT's prefix, DDP's, torch.compile's, FSDP's.
 
     ``module.base_model.model.model.layers.0._orig_mod.mlp.up_proj.lora_A.weight`` → ``model.layers.0.mlp.up_proj.lora_A.weight``.
     """
@@ -63,7 +63,7 @@ def normalize(name: str) -> str:
 
 
 def classify(name: str) -> tuple[TensorRule, re.Match[str]]:
-    """Find the rule for a normalised tensor name, and its match."""
+    """Return the rule for a normalised tensor name, and its match."""
     for rule in TENSOR_RULES:
         match = rule.pattern.search(name)
         if match:
@@ -73,17 +73,17 @@ def classify(name: str) -> tuple[TensorRule, re.Match[str]]:
 
 @dataclass(frozen=True)
 class Carried:
-    """A tensor of the adapter that is no factor: its effect on one tensor of the model.
+    """Tensor of the adapter that is not a factor, with its effect on one tensor of the model.
 
     Attributes
     ----------
     role
-        ``saved``: takes the tensor's place. ``lora_bias``: is added to it, times `scaling`. ``tokens``: takes the place of the rows
-        that `indices` name. ``original``: the base's own values, of no effect.
+        ``saved``: replaces the tensor. ``lora_bias``: is added to it, times `scaling`. ``tokens``: replaces the rows in `indices`.
+        ``original``: the base's own values, without effect.
     module, parameter
-        The tensor's name in the model: ``module.parameter``; the module is empty where the model itself holds the parameter.
+        The tensor's name in the model, ``module.parameter``; the module is empty if the model itself holds the parameter.
     source
-        Its name in the adapter's file.
+        The tensor's name in the adapter's file.
     """
 
     role: str
@@ -95,23 +95,23 @@ class Carried:
 
     @property
     def name(self) -> str:
-        """Name of the model's tensor."""
+        """Return the name of the model's tensor."""
         return f"{self.module}.{self.parameter}" if self.module else self.parameter
 
 
 def carried_tensor(
     role: str, match: re.Match[str], source: str, modules: Mapping[str, Module], file: Path, config: AdapterConfig
 ) -> Carried:
-    """Give a tensor that is no factor the module and parameter that it changes.
+    """Find the module and parameter that a tensor other than a factor changes.
 
     Parameters
     ----------
     role, match
-        By the rule that its name falls under.
+        Role and match of the rule for its name.
     source
         Its name in the file.
     modules
-        Those that have factors.
+        Modules that have factors.
     file
         Path of the weights, for messages.
     """
@@ -127,7 +127,7 @@ def carried_tensor(
 
 
 def _token_indices(config: AdapterConfig, module: str) -> tuple[int, ...]:
-    """Return the rows that trained tokens replace: PEFT stores them in the config, for the input embedding or by module."""
+    """Return the rows that trained tokens replace; PEFT stores them in the config, for the input embedding or by module."""
     stated = config.get("trainable_token_indices")
     if isinstance(stated, dict):
         stated = next((v for key, v in stated.items() if f".{module}".endswith(f".{key}")), None)

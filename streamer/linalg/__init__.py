@@ -1,1 +1,1 @@
-"""Mathematics on operators: low-rank algebra, singular triplets, overlaps. Knows no files."""
+"""Compute with matrices as operators: low-rank algebra, singular triplets, overlaps. This layer reads no files."""

@@ -1,22 +1,22 @@
-"""Bound the overlap of any singular vector with given vectors from above: the Christoffel function of a block Krylov space.
+"""Bound the overlap of any singular vector with given vectors, by the Christoffel function of a block Krylov space.
 
-Let M be the base or its transpose, whichever has the smaller side as its right one, carried by the block Golub–Kahan process from a
-start block that holds the given vectors, with ``B = X S Yᵀ``, T = BᵀB. Let v be *any* unit right singular vector of M, with value σ,
-and ŷ = YᵀPᵀv, z = P₊ᵀv its coordinates. Multiplying the process' invariant by v from the left gives, for each Ritz value s_l, with
+Let M be the base or its transpose, oriented so that its right side is the smaller one. The block Golub–Kahan process starts from a block
+that contains the given vectors and yields ``B = X S Yᵀ`` and T = BᵀB. Let v be *any* unit right singular vector of M, with value σ and
+coordinates ŷ = YᵀPᵀv and z = P₊ᵀv. Multiplying the process' invariant by v from the left gives, for each Ritz value s_l and
 ``g_l = s_l tail_l``,
 
     ŷ_l (s_l² − σ²) = −g_lᵀ z − (σ f_l + s_l f'_l),      ‖ŷ‖² + ‖z‖² ≤ 1,
 
-where f, f' are what rounding added to the invariant, ‖f‖² + ‖f'‖² ≤ φ². So ŷ is a linear image of z plus rounding, and the
-overlap ``c = ŵᵀŷ`` of v with a vector of coordinates ŵ in the Ritz basis is bounded by Cauchy–Schwarz in the metric of the
-constraint, z ↦ zᵀ(I + H)z. Split off the Ritz values N within τ of σ, on whose ŷ_l nothing is known but its norm:
+where rounding adds f and f' to the invariant, ‖f‖² + ‖f'‖² ≤ φ². So ŷ is a linear image of z plus rounding. Cauchy–Schwarz in the metric
+of the constraint, z ↦ zᵀ(I + H)z, bounds the overlap ``c = ŵᵀŷ`` of v with a vector whose Ritz coordinates are ŵ. Let N be the Ritz
+values within τ of σ; only the norm of their ŷ_l is known. Then
 
     |c| ≤ (1 + e)·√( Σ_N ŵ_l² + aᵀ(I + H)⁻¹a ) + φ·√( Σ_¬N ŵ_l² / (s_l − σ)² ),
     a = Σ_¬N ŵ_l g_l / (s_l² − σ²),   H = Σ_¬N g_l g_lᵀ / (s_l² − σ²)²,   e = φ / τ at most,
 
-since |σ f + s f'| ≤ (s + σ)·√(f² + f'²). The first root is the block Christoffel function of the space. It holds for every singular
-vector with that value, in clusters or not; its supremum over σ bounds every overlap. Near a converged Ritz value it has a peak as
-narrow as the residual, so it is sampled on that scale as well. The supremum is taken over these samples, `MARGIN` above their largest.
+since |σ f + s f'| ≤ (s + σ)·√(f² + f'²). The first root is the block Christoffel function of the space. The bound holds for every singular
+vector with value σ, also in clusters, so its supremum over σ bounds every overlap. The supremum is estimated from samples, with a factor
+`MARGIN` on the largest. Near a converged Ritz value the bound has a peak as narrow as the residual, so that scale is sampled too.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from torch import Tensor
 from streamer.linalg.golub_kahan import RitzBasis
 
 WINDOW = 100.0
-"""τ/φ. Wider windows lump more Ritz values together, narrower ones pay more for rounding; at 100 rounding costs 1 %."""
+"""τ/φ. A wider window merges more Ritz values, a narrower one increases the rounding term; at 100 rounding costs 1 %."""
 
 MARGIN = 1.02
-"""Factor on the largest sample that covers the bound between two of them; measured in docs/benchmarks.md."""
+"""Factor on the largest sample, to cover the bound between samples; measured in docs/benchmarks.md."""
 
 CHRISTOFFEL_BYTES = 4 << 20
-"""Memory for evaluating the bound: what the cache holds; measured in docs/benchmarks.md."""
+"""Memory in bytes for evaluating the bound, chosen to fit the cache; measured in docs/benchmarks.md."""
 
 NARROW = 32
-"""Blocks of up to so many columns share one table of p·b² values among all σ, so that H is one product; for wider ones it would be
-larger than the basis."""
+"""Largest block width for which all σ share one table of p·b² values, so that H is one product. A wider block would make the table larger
+than the basis."""
 
 LEAST_WINDOW = 1e-5
-"""τ/‖L‖ at least: H grows with (‖L‖/τ)², and I + H must keep the I in float64. Only matrices in float64 come so far down."""
+"""Smallest τ/‖L‖: H grows with (‖L‖/τ)², and I + H must keep the I in float64. Only float64 matrices reach this limit."""
 
 
 def window(ritz: RitzBasis, phi: float) -> float:
-    """Compute τ: Ritz values within τ of σ are taken together."""
+    """Compute τ, the distance within which Ritz values are treated as equal to σ."""
     tail = float(torch.linalg.matrix_norm(ritz.tail)) if ritz.tail.numel() else 0.0
     return max(WINDOW * phi, LEAST_WINDOW * tail / math.sqrt(len(ritz.S)), 1e-300)
 
 
 def samples(S: Tensor, residual: Tensor, tau: float, bottom: float, top: float) -> Tensor:
-    """Choose the σ at which the bound is evaluated: the Ritz values, 7 between each two, and some around each on its own scales."""
+    """Choose the σ at which to evaluate the bound: the Ritz values, 7 between each pair, and some around each at its own scales."""
     inside = S[bottom < S].sort().values
     edges = torch.cat([S.new_tensor([bottom]), inside, S.new_tensor([top])])
     within = edges[:-1, None] + edges.diff()[:, None] * S.new_tensor([0.03, 0.12, 0.3, 0.5, 0.7, 0.88, 0.97])
@@ -63,22 +63,22 @@ def samples(S: Tensor, residual: Tensor, tau: float, bottom: float, top: float) 
 
 
 def christoffel_bound(sigma: Tensor, ritz: RitzBasis, w: Tensor, phi: float) -> Tensor:
-    """Evaluate the upper bound of the module's docstring at each σ, for vectors of Ritz coordinates w.
+    """Evaluate the upper bound of the module's docstring at each σ.
 
     Parameters
     ----------
     sigma
         (G,) values.
     w
-        (p, k) coordinates in the Ritz basis.
+        (p, k) coordinates of the given vectors in the Ritz basis.
     phi
-        Bound on the rounding in the process' invariant.
+        Bound on the rounding error in the process' invariant.
 
     Returns
     -------
     Tensor
-        (G, k): a bound on ``|⟨vector, v⟩|`` for every unit singular vector v with that value. Cost O(G·p·(b² + k·b)), vectorised over
-        as many values at a time as fit `CHRISTOFFEL_BYTES`.
+        (G, k): a bound on ``|⟨vector, v⟩|`` for every unit singular vector v with value σ. Costs O(G·p·(b² + k·b)), vectorised over
+        as many values at a time as fit in `CHRISTOFFEL_BYTES`.
     """
     g = (ritz.S * ritz.tail).T
     p, b = g.shape
@@ -91,7 +91,7 @@ def christoffel_bound(sigma: Tensor, ritz: RitzBasis, w: Tensor, phi: float) -> 
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:
-    """``x_li y_lj``, (p, i·j)."""
+    """Compute ``x_li y_lj`` for all i and j, (p, i·j)."""
     return (x[:, :, None] * y[:, None, :]).flatten(1)
 
 

@@ -1,8 +1,8 @@
-"""Solve ``(s I + C_t + μ C_g) X = B`` for several μ by products with C_t and C_g alone.
+"""Solve ``(s I + C_t + μ C_g) X = B`` for several μ, using only products with C_t and C_g.
 
-Preconditioned conjugate gradients in float32, whose solutions are refined by residuals in float64. The preconditioner is randomized
-Nyström's (Frangella, Tropp and Udell, Randomized Nyström Preconditioning, SIAM J. Matrix Anal. Appl. 44(2), 2023), of both matrices in one
-basis: it takes away what makes such systems hard, inputs that are thousands of times larger along a few directions than along the others.
+Preconditioned conjugate gradients run in float32; residuals in float64 refine their solutions. Inputs can be thousands of times larger
+along a few directions than along the others, which makes such systems hard. A randomized Nyström preconditioner (Frangella, Tropp and
+Udell, SIAM J. Matrix Anal. Appl. 44(2), 2023), built for both matrices in one basis, removes this difficulty.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from torch import Tensor
 from streamer.linalg.second_moments import RowMoments
 
 TOLERANCE = 1e-5
-"""Relative error of a solution, at most. It is bounded by its residual, as no eigenvalue is below s: most errors are far smaller."""
+"""Largest relative error of a solution. No eigenvalue is below s, so the residual bounds the error; most errors are far smaller."""
 
 SKETCH = 512
-"""Columns of a sketch of each matrix at most; an eighth of its size if that is less."""
+"""Most columns in the sketch of each matrix; a smaller matrix gets an eighth of its size."""
 
 REDUCTION = 1e-4
-"""A residual is made so small before it is computed anew: in float32 it goes astray."""
+"""Factor by which a residual shrinks before it is recomputed: the float32 recurrence drifts from the true residual."""
 
 STEPS, REFINEMENTS = 500, 8
-"""Steps between two refinements, and refinements, at most. Moments of trained models took 40 to 150 steps, and two or three refinements."""
+"""Most steps between two refinements, and most refinements. Moments of trained models took 40 to 150 steps and 2 or 3 refinements."""
 
 SHIFT = 1e-6
-"""Of a sketch's norm: is added for its Cholesky factor, as what float32 does not tell from zero."""
+"""Shift before the Cholesky factorisation, relative to the sketch's norm: float32 cannot distinguish smaller values from zero."""
 
 Sizes = Callable[[Tensor], list[float]]
-"""Takes columns, and gives the sizes of parts of them, each of which is to be exact."""
+"""Function from columns to the sizes of their parts; each part must reach the tolerance by itself."""
 
 
 class TwoMoments:
-    """Both matrices, and the basis of their preconditioner."""
+    """System of two second moments, with one basis to precondition it."""
 
     def __init__(self, task: RowMoments, general: RowMoments) -> None:
         self.task, self.general = task, general
@@ -58,19 +58,19 @@ class TwoMoments:
             self._rests.append(max(0.0, moments.trace - float(self._cores[-1].trace())) / n)
 
     def solve(self, B: Tensor, s: float, weights: Sequence[float], sizes: Sizes) -> list[Tensor] | None:
-        """Solve for each μ.
+        """Solve the system for each μ.
 
         Parameters
         ----------
         B
-            (n, k) in float64.
+            Right-hand side (n, k), float64.
         s
-            More than 0.
+            Shift, above 0.
 
         Returns
         -------
         list of Tensor or None
-            (n, k) in float64 for each μ; None if one is not exact to `TOLERANCE`.
+            (n, k) in float64 for each μ; None if any solution misses `TOLERANCE`.
         """
         norms = torch.linalg.vector_norm(B, dim=0)
         norms[norms == 0] = 1
@@ -109,7 +109,7 @@ class TwoMoments:
         inverses: Sequence[Callable[[Tensor], Tensor]],
         wanted: Sequence[float],
     ) -> list[Tensor]:
-        """Take steps for all μ together, each until the residual of every column is as small as is wanted of its first."""
+        """Iterate for all μ at once, until every column's residual is at most `wanted` times its first."""
         tiny = torch.finfo(torch.float32).tiny
         changes = [torch.zeros_like(r) for r in residuals]
         directions = [inverse(r) for inverse, r in zip(inverses, residuals, strict=True)]
@@ -133,13 +133,13 @@ class TwoMoments:
         return changes
 
     def _products(self, X: Sequence[Tensor], s: float, weights: Sequence[float]) -> list[Tensor]:
-        """``(s I + C_t + μ C_g) X`` for each μ, in one pass over the inputs."""
+        """Compute ``(s I + C_t + μ C_g) X`` for each μ, in one pass over the inputs."""
         whole, sizes = torch.cat([*X], 1), [x.shape[1] for x in X]
         pairs = zip(*(torch.split(of.products(whole), sizes, 1) for of in (self.task, self.general)), strict=True)
         return [s * x + t + mu * g for x, mu, (t, g) in zip(X, weights, pairs, strict=True)]
 
     def _preconditioner(self, s: float, mu: float) -> Callable[[Tensor], Tensor]:
-        """Approximate the inverse: within the basis by both sketches, beside it by what is left of the traces."""
+        """Approximate the inverse: by both sketches within the basis, by the mean of the remaining trace outside it."""
         Q = self.basis
         one = torch.eye(Q.shape[1], dtype=torch.float64, device=Q.device)
         rest = s + self._rests[0] + mu * self._rests[1]
@@ -149,12 +149,12 @@ class TwoMoments:
 
 
 def sketch_size(n: int) -> int:
-    """Count the columns of a sketch."""
+    """Return the number of columns of a sketch."""
     return min(SKETCH, -(-n // 8))
 
 
 def solving_bytes(n: int, columns: int, weights: int) -> int:
-    """Estimate the memory that solving takes: of bases as they are made, or of vectors for each μ and what is computed within the basis."""
+    """Estimate the peak memory in bytes of solving: building the bases, or the vectors for each μ and the work within the basis."""
     k = sketch_size(n)
     vectors = n * (2 * k + 20 * columns * weights)
     return 4 * max(7 * n * k, vectors + (2 * k) ** 2 * (14 + weights))

@@ -1,4 +1,4 @@
-"""Energy of a matrix, its squared singular values, and the rank that keeps a share of it."""
+"""Compute a matrix's energies (squared singular values) and the rank that keeps a share of them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from streamer.linalg.operators import Delta
 
 BLOCK = 1024
 ROUNDING = 1e-12
-"""Part of the whole energy that sums of squares in float64 leave open."""
+"""Share of the total energy by which sums of squares in float64 may be off."""
 
 
 def energies(delta: Delta) -> Tensor:
-    """Compute the squared singular values of a matrix, falling, in float64: from its factors, or as eigenvalues of ``M Mᵀ``.
+    """Compute the squared singular values, falling, in float64: from the factors, or as the eigenvalues of ``M Mᵀ``.
 
-    Memory is three squares of the shorter side, in float64, for a dense matrix, and that of its factors else.
+    A dense matrix needs memory for three float64 squares of its shorter side; factors need as much as they occupy.
     """
     if isinstance(delta, LowRank):
         return delta.svd()[1].square()
@@ -31,13 +31,13 @@ def energies(delta: Delta) -> Tensor:
 
 
 def energies_bytes(shape: tuple[int, int]) -> int:
-    """Estimate the memory for `energies` of a dense matrix, beside the matrix."""
+    """Estimate the memory in bytes of `energies` for a dense matrix, without the matrix itself."""
     p = min(shape)
     return 8 * (3 * p * p + p * min(BLOCK, max(shape)))
 
 
 def least_rank(energy: Tensor, share: float) -> int:
-    """Return the least k, at least 1, for which the k largest energies sum to this share of all.
+    """Return the least k ≥ 1 whose k largest energies sum to at least `share` of the total.
 
     >>> least_rank(torch.tensor([8.0, 1.0, 1.0]), 0.8), least_rank(torch.tensor([8.0, 1.0, 1.0]), 0.81)
     (1, 2)

@@ -1,15 +1,15 @@
-"""Fit new right factors to inputs that changed, such that a weight and its delta answer them as they answered what these were before.
+"""Refit right factors after the inputs of a module changed, so that its outputs stay as they were.
 
-With x the inputs of a module as they were, x' those that the modules before it make now, and ``Δ = Q D₀ᵀ``, ``QᵀQ = I``,
+Let x be the module's original inputs, x' its inputs after the modules before it changed, and ``Δ = Q D₀ᵀ`` with ``QᵀQ = I``:
 
     D' = argmin  E_t ‖(W + Q D'ᵀ) x' − (W + Δ) x‖² + μ E_g ‖(W + Q D'ᵀ) x' − W x‖² + s ‖D' − D₀‖²,      s = ε tr(C'_t) / n
 
-where only the part along Q of what is in ‖·‖ depends on D': with ``P = Wᵀ Q`` and ``C' = E[x' x'ᵀ]``,
+Only the parts of the norms along Q depend on D'. With ``P = Wᵀ Q`` and ``C' = E[x' x'ᵀ]``,
 
     (C'_t + s I + μ C'_g) D' = E_t[x' (xᵀ(P + D₀) − x'ᵀP)] + s D₀ + μ E_g[x' (x − x')ᵀ] P
 
-It is the regression mean of `linalg.regmean` if x' = x. What modules before left of what was to go, this one takes away, as layer by
-layer in pruning and quantization (compare Frantar and Alistarh, Optimal Brain Compression, NeurIPS 2022).
+If x' = x, this is the regression mean of `linalg.regmean`. Each module corrects what the modules before it failed to remove, as
+layer-by-layer pruning and quantization do (compare Frantar and Alistarh, Optimal Brain Compression, NeurIPS 2022).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from streamer.linalg.regmean import GROWTH, MOST_RIDGE, RAISE, RIDGE, system_of
 from streamer.linalg.second_moments import RowMoments
 
 LEAST = 1e-3
-"""Directions of L with singular values below this, relative to the largest, keep what R has along them: to change Δ there takes a change of
-R that is as many times larger."""
+"""Smallest singular value of L to refit, relative to the largest. Along weaker directions R stays unchanged: a change of Δ there would need
+a change of R larger by the inverse factor."""
 
 
 @dataclass(frozen=True)
 class WeightDelta:
-    """A delta ``L Rᵀ`` (m, n) and the weight W that it is added to.
+    """Delta ``L Rᵀ`` (m, n) together with a product of its weight W.
 
     Attributes
     ----------
     through
-        Computes ``Wᵀ Q`` (n, r) of Q (m, r), in float64.
+        Computes ``Wᵀ Q`` (n, r) from Q (m, r), in float64.
     """
 
     L: Tensor
@@ -45,7 +45,7 @@ class WeightDelta:
 
 @dataclass(frozen=True)
 class InputPair:
-    """Moments of inputs as they were and as they are, whose rows are in one order."""
+    """Second moments of a module's original and current inputs, with rows in the same order."""
 
     before: RowMoments
     now: RowMoments
@@ -62,14 +62,19 @@ class InputPair:
 def corrected(
     deltas: Sequence[WeightDelta], task: InputPair, general: InputPair, weight: float, memory: int
 ) -> list[Tensor] | None:
-    """Compute R' (n, r) of deltas with the same inputs, float64, for one weight μ; None if Δ' grows too much with every ridge.
+    """Compute R' (n, r) in float64 for deltas that share their inputs, for one weight μ.
 
-    Factors and R' may be on another device than the inputs.
+    The factors and R' may be on a different device than the inputs.
 
     Parameters
     ----------
     memory
-        Bytes that may be taken by matrices as large as C'; see `is_direct`.
+        Bytes that matrices the size of C' may occupy; see `is_direct`.
+
+    Returns
+    -------
+    list of Tensor or None
+        R' of each delta; None if some Δ' grows too much with every ridge.
     """
     device = task.now.device
     bases = [_basis(one.L) for one in deltas]
@@ -95,7 +100,7 @@ def corrected(
 
 
 def _basis(L: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor ``L ≈ Q T`` (m, k)(k, r) along the directions that are not below `LEAST`: Q orthonormal."""
+    """Factor ``L ≈ Q T`` (m, k)(k, r) with orthonormal Q, keeping only directions above `LEAST`."""
     Q, R = torch.linalg.qr(L.double())
     U, S, Vh = torch.linalg.svd(R)
     k = int((LEAST * S[0] < S).sum())

@@ -1,4 +1,4 @@
-"""Run the block Golub–Kahan process: one growing Krylov space of a matrix, known by its products."""
+"""Run the block Golub–Kahan process: grow one Krylov space of a matrix from products with it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import Tensor
 from streamer.linalg.operators import Operator
 
 NOISE = 4
-"""Directions of a block are dropped below this many roundings of the norm, times the square root of the basis' columns.
+"""Drop directions of a block below this many roundings of the norm, times the square root of the number of basis columns.
 
-One step puts at most 0.3 of them into a block; those of the steps before are amplified, which the square root allows for (measured in
+One step adds at most 0.3 roundings to a block. Later steps amplify earlier errors, which the square root accounts for (measured in
 docs/benchmarks.md).
 """
 
 
 def block_width(k: int, extra: int) -> int:
-    """Round k wanted and at least `extra` further columns up to a multiple of 16, for which products are fast."""
+    """Round k plus at least `extra` columns up to a multiple of 16, because products of such widths are fast."""
     return -(-(k + extra) // 16) * 16
 
 
 class RitzBasis(NamedTuple):
-    """The singular value decomposition of the projected matrix: ``B = X diag(S) Yᵀ``, all float64 on the CPU.
+    """Singular value decomposition of the projected matrix, ``B = X diag(S) Yᵀ``, all float64 on the CPU.
 
     Attributes
     ----------
     X, S, Y
-        (q, q), (p,), (p, p); S in falling order, padded with zeros where q < p.
+        (q, q), (p,), (p, p); S falls and is padded with zeros if q < p.
     tail
-        (b, p): ``Mᵀ (Q x_l) = S_l P y_l + P₊ tail[:, l]``, so that ``‖tail[:, l]‖`` is the residual of Ritz triplet l.
+        (b, p): ``Mᵀ (Q x_l) = S_l P y_l + P₊ tail[:, l]``, so ``‖tail[:, l]‖`` is the residual of Ritz triplet l.
     """
 
     X: Tensor
@@ -41,22 +41,22 @@ class RitzBasis(NamedTuple):
 
 
 class GolubKahan:
-    """``M P = Q B`` and ``Mᵀ Q = P Bᵀ + P₊ L Eᵀ``, with orthonormal ``[P, P₊]`` and ``Q``, growing by a block a step.
+    """Maintain ``M P = Q B`` and ``Mᵀ Q = P Bᵀ + P₊ L Eᵀ`` with orthonormal ``[P, P₊]`` and ``Q``; each step adds a block.
 
-    M is (m, n); P (n, p) and Q (m, q) are the bases, P₊ (n, b) the next block, B (q, p) upper triangular by blocks, and Eᵀ picks
-    the last block of rows (after a `restart` all of them). Hence ``MᵀM P = P T + P₊ β Eᵀ`` with ``T = BᵀB``, the block Lanczos
-    process on MᵀM. It is carried in this form because T formed from B in float64 loses eps·‖M‖ on singular values, where products
-    with MᵀM in float32 would lose eps·‖M‖² (Golub & Kahan 1965; Golub & Van Loan, Matrix Computations, 10.4).
+    M is (m, n). P (n, p) and Q (m, q) are the bases, P₊ (n, b) is the next block, B (q, p) is block upper triangular, and Eᵀ selects
+    the last block of rows (all rows after a `restart`). Hence ``MᵀM P = P T + P₊ β Eᵀ`` with ``T = BᵀB``: the block Lanczos process
+    on MᵀM. Forming T from B in float64 loses only eps·‖M‖ on singular values; products with MᵀM in float32 would lose eps·‖M‖²
+    (Golub & Kahan 1965; Golub & Van Loan, Matrix Computations, 10.4).
 
-    Every block is orthogonalised against the whole basis twice, and again where it has shrunk, until nothing of the basis is left
-    in it; directions in which a block vanishes to rounding are dropped (deflation, see `NOISE`), and count as `deflated`. A block
-    that vanishes whole means that the bases span invariant subspaces: `exhausted` is then true, and the Ritz values are singular
-    values of M, both to `deflated`.
+    Every block is orthogonalised against the whole basis twice, and again if it shrank, until it has no component left in the basis.
+    Directions that vanish to rounding are dropped (deflation, see `NOISE`) and added to `deflated`. If a whole block vanishes, the
+    bases span invariant subspaces: `exhausted` becomes true, and the Ritz values are singular values of M. Both hold up to
+    `deflated`.
 
     Parameters
     ----------
     op
-        M. Its values must be of a size whose squares neither overflow nor vanish: scale it first.
+        M. Scale it first, so that the squares of its values neither overflow nor underflow.
     start
         (n, b) start block; ``start = P[:, :b'] @ start_coefficients`` until the first `restart`.
 
@@ -65,7 +65,7 @@ class GolubKahan:
     products
         Columns multiplied by M or Mᵀ so far.
     deflated
-        Frobenius norm of all that was dropped: its share in the F of ``Mᵀ Q = P Bᵀ + P₊ L Eᵀ + F``.
+        Frobenius norm of everything dropped: its contribution to F in ``Mᵀ Q = P Bᵀ + P₊ L Eᵀ + F``.
     """
 
     def __init__(self, op: Operator, start: Tensor) -> None:
@@ -82,15 +82,15 @@ class GolubKahan:
         self.deflated = 0.0
         self._eps = torch.finfo(start.dtype).eps
         self.following, self.start_coefficients, _ = self._orthonormal(start, self.P, _norm(start))
-        self.deflated = 0.0  # what the start block lacked is no part of M
+        self.deflated = 0.0  # a rank-deficient start block says nothing about M
 
     @property
     def exhausted(self) -> bool:
-        """Test whether the space is invariant, so that a step would add nothing."""
+        """Test whether the space is invariant; another step would add nothing."""
         return self.following.shape[1] == 0
 
     def step(self) -> None:
-        """Grow by one block: one product with M and one with Mᵀ."""
+        """Add one block, at the cost of one product with M and one with Mᵀ."""
         block = self.following
         image = self._counted(self.op.matmat(block))
         new, R, C = self._orthonormal(image, self.Q, self.norm)
@@ -107,10 +107,10 @@ class GolubKahan:
         self.steps += 1
 
     def restart(self, keep: int) -> None:
-        """Shrink the bases to the `keep` leading Ritz triplets, so that memory stays bounded.
+        """Shrink the bases to the `keep` leading Ritz triplets to bound memory.
 
-        ``M (P y) = (Q x) S`` and ``Mᵀ (Q x) = (P y) S + P₊ tail`` is the invariant again, with B = S and L = the tail, over all rows
-        now: nothing is lost but the directions dropped (thick restart; Baglama & Reichel, SIAM J. Sci. Comput. 27, 2005).
+        ``M (P y) = (Q x) S`` and ``Mᵀ (Q x) = (P y) S + P₊ tail`` is the same invariant with B = S and L = the tail, now over all rows.
+        Only the dropped directions are lost (thick restart; Baglama & Reichel, SIAM J. Sci. Comput. 27, 2005).
         """
         ritz = self.ritz()
         keep = min(keep, *self.B.shape)
@@ -123,7 +123,7 @@ class GolubKahan:
         return image
 
     def _orthonormal(self, block: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """``block = basis @ C + new @ R`` with orthonormal `new`, of the rank that `block` has beyond rounding at `scale`."""
+        """Factor ``block = basis @ C + new @ R`` with orthonormal `new`, of the rank of `block` beyond rounding at `scale`."""
         C = torch.zeros((basis.shape[1], block.shape[1]), dtype=torch.float64)
         for _ in range(2):
             c = basis.T @ block
@@ -138,7 +138,7 @@ class GolubKahan:
             self.deflated = math.hypot(self.deflated, float(torch.linalg.vector_norm(s[keep:])))
             new, R = new @ u[:, :keep].to(new), s[:keep, None] * vh[:keep]
         if keep and float(s[keep - 1]) < 0.01 * scale:
-            # Normalising a direction that had shrunk has blown its rounding up with it, and may do so again.
+            # Normalising a small direction amplifies its rounding error, and may do so more than once.
             for _ in range(3):
                 c = basis.T @ new
                 if _norm(c) <= 4 * self._eps * math.sqrt(keep):
@@ -149,7 +149,7 @@ class GolubKahan:
         return new, R, C
 
     def ritz(self) -> RitzBasis:
-        """Decompose B, and compute the residual of each Ritz triplet."""
+        """Decompose B and compute the residual of each Ritz triplet."""
         q, p = self.B.shape
         X, S, Yt = torch.linalg.svd(self.B)
         tail = torch.zeros((self.following.shape[1], p), dtype=torch.float64)
@@ -158,10 +158,10 @@ class GolubKahan:
         return RitzBasis(X, torch.nn.functional.pad(S, (0, p - len(S))), Yt.T.contiguous(), tail)
 
     def defect_estimate(self, generator: torch.Generator, probes: int = 16) -> float:
-        """Estimate ``(‖M P − Q B‖_F² + ‖Mᵀ Q − P Bᵀ − P₊ L Eᵀ‖_F²)^½``: by how much rounding breaks the invariant.
+        """Estimate how far rounding breaks the invariant: ``(‖M P − Q B‖_F² + ‖Mᵀ Q − P Bᵀ − P₊ L Eᵀ‖_F²)^½``.
 
-        For Gaussian z, ``E‖F z‖² = ‖F‖_F²``. Were F of rank one, 16 probes would give less than half of its norm once in 900 draws,
-        by the χ² distribution; rounding spreads F over as many directions as the basis has, and the estimate is far closer.
+        For Gaussian z, ``E‖F z‖² = ‖F‖_F²``. If F had rank one, 16 probes would give less than half of its norm once in 900 draws (χ²
+        distribution). Rounding spreads F over as many directions as the basis has, so the estimate is far closer.
         """
         z = torch.randn(self.B.shape[1], probes, generator=generator, dtype=torch.float64)
         forward = self.op.matmat(self.P @ z.to(self.P)).double().cpu() - _times(self.Q, self.B @ z)
@@ -175,10 +175,10 @@ class GolubKahan:
 
 
 def _times(basis: Tensor, coefficients: Tensor) -> Tensor:
-    """``basis @ coefficients`` in float64 on the CPU, a few rows at a time: a basis in float64 would be the largest thing in memory."""
+    """Compute ``basis @ coefficients`` in float64 on the CPU, a few rows at a time: a float64 copy of the basis would dominate memory."""
     return torch.cat([rows.double().cpu() @ coefficients for rows in torch.split(basis, 4096)])
 
 
 def _norm(t: Tensor) -> float:
-    """Bound the spectral norm from above, cheaply: by Frobenius over a skinny block, at most √b too large."""
+    """Bound the spectral norm from above by the Frobenius norm, which is at most √b too large for b columns."""
     return float(torch.linalg.matrix_norm(t)) if t.numel() else 0.0

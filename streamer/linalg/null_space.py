@@ -1,12 +1,12 @@
-"""Take away what a delta answers to general inputs, by the leading eigenvectors of their second moments.
+"""Reduce a delta's response to general inputs, along the leading eigenvectors of their second moments.
 
-With ``C ≈ V diag(e) Vᵀ + ρ (I − V Vᵀ)`` (n, n), of whose eigenvectors V (n, k) the leading ones are known, and on the rest the mean ρ,
+Let ``C ≈ V diag(e) Vᵀ + ρ (I − V Vᵀ)`` (n, n), where V (n, k) are the leading eigenvectors and ρ is the mean of the other eigenvalues:
 
     Δ' = Δ (I + ν C)⁻ᵖ
 
-Every direction of inputs keeps ``(1 + ν e)⁻ᵖ`` of Δ. With p = 1 that is the argument of ``min ‖Δ' − Δ‖² + ν E‖Δ' x‖²``, a soft projection
-on the null space of general inputs; a smaller p spares the leading directions, which the task's inputs have as well. Of factors
-``Δ = L Rᵀ`` only R changes, so that the rank stays. ν follows from the share λ of the delta's energy ``E‖Δ x‖²`` that stays.
+Every direction v of the inputs keeps ``(1 + ν e)⁻ᵖ`` of ``Δ v``. For p = 1 this minimises ``‖Δ' − Δ‖² + ν E‖Δ' x‖²``, a soft projection on
+the null space of general inputs. A smaller p spares the leading directions, which task inputs share. For factors ``Δ = L Rᵀ`` only R
+changes, so the rank stays. ν is chosen so that Δ' keeps a share λ of the delta's energy ``E‖Δ x‖²``.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta, Dense
 
 POWER = 0.25
-"""p. On ten adapters of two bases, at nine tenths of the learning kept, 1, 1/2 and 1/4 leave 0.87, 0.85 and 0.84 of what a shrink does, and
-at worst 0.98, 0.93 and 0.90. The same ν for all matrices leaves more: with p = 1 0.91, at worst 1.13."""
+"""p. On ten adapters of two bases, at nine tenths of the learning kept, p = 1, 1/2 and 1/4 leave 0.87, 0.85 and 0.84 of the forgetting that
+`shrink` leaves (0.98, 0.93 and 0.90 at worst). One ν for all matrices leaves more: 0.91 with p = 1, 1.13 at worst."""
 
 STEPS = 100
-"""Bisections of the logarithm of ν: the share is met to the last bits of float64."""
+"""Bisection steps for the logarithm of ν; enough to meet the share to the last bits of float64."""
 
 RANGE = 100.0
-"""Where ν is searched for, a logarithm: e^±100 over the mean eigenvalue."""
+"""Search range for ν: the logarithm extends this far on each side of the inverse of the largest eigenvalue."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What is known of the second moments C (n, n) of a module's inputs; float64.
+    """Approximate spectrum of the second moments C (n, n) of a module's inputs; float64.
 
     Attributes
     ----------
     values
-        The leading eigenvalues e (k,); of one-hot inputs the whole diagonal (n,).
+        The leading eigenvalues e (k,); for one-hot inputs the whole diagonal (n,).
     rest
-        Mean eigenvalue ρ of all others.
+        Mean ρ of the other eigenvalues.
     vectors
-        Eigenvectors V (n, k), orthonormal; None of one-hot inputs.
+        Eigenvectors V (n, k), orthonormal; None for one-hot inputs.
     """
 
     values: Tensor
@@ -51,19 +51,19 @@ class Spectrum:
 
 
 def leading(V: Tensor, C_V: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute eigenvalues (k,), falling, and eigenvectors (n, k) of a symmetric C within the span of V, which is orthonormal."""
+    """Compute eigenvalues (k,), falling, and eigenvectors (n, k) of a symmetric C within the span of orthonormal V."""
     core = V.T @ C_V
     values, rotation = torch.linalg.eigh((core + core.T) / 2)
     return values.flip(0).clamp_min(0), V @ rotation.flip(1)
 
 
 def reduced(delta: Delta, spectrum: Spectrum, share: float) -> Delta:
-    """Compute Δ' whose energy on inputs of this spectrum is a share, in [0, 1], of that of Δ; Δ itself if it has none.
+    """Compute the Δ' that keeps `share` (in [0, 1]) of Δ's energy on inputs with this spectrum; return Δ itself if it has no energy.
 
     Returns
     -------
     LowRank or Dense
-        Factors of Δ's rank in float64, L being that of Δ; a dense Δ' has the dtype of Δ.
+        Float64 factors with Δ's L and rank; a dense Δ' has Δ's dtype.
     """
     energies, rest = _energies(delta, spectrum)
     if share == 1 or not float(energies.sum()) + rest > 0:
@@ -76,7 +76,7 @@ def reduced(delta: Delta, spectrum: Spectrum, share: float) -> Delta:
 
 
 def _energies(delta: Delta, spectrum: Spectrum) -> tuple[Tensor, float]:
-    """Compute ``‖Δ v‖² e`` of each known direction (k,), and of all others together."""
+    """Compute ``‖Δ v‖² e`` for each known direction (k,), and the sum over all others."""
     V = spectrum.vectors
     if isinstance(delta, LowRank):
         core, right = torch.linalg.qr(delta.L.double())[1], delta.R.double()
@@ -91,14 +91,14 @@ def _energies(delta: Delta, spectrum: Spectrum) -> tuple[Tensor, float]:
 
 
 def _gains(spectrum: Spectrum, weight: float) -> tuple[Tensor, float]:
-    """Compute what is left of each known direction (k,), and of all others."""
+    """Compute the factor for each known direction (k,), and the one for all others."""
     if math.isinf(weight):
         return (spectrum.values == 0).double(), float(spectrum.rest == 0)
     return (1 + weight * spectrum.values) ** -POWER, float((1 + weight * spectrum.rest) ** -POWER)
 
 
 def _weight(spectrum: Spectrum, energies: Tensor, rest: float, share: float) -> float:
-    """Find ν by the share that stays; infinity for 0."""
+    """Find the ν at which `share` of the energy remains; infinity for share 0."""
     if share == 0:
         return math.inf
     whole = float(energies.sum()) + rest
@@ -113,7 +113,7 @@ def _weight(spectrum: Spectrum, energies: Tensor, rest: float, share: float) -> 
 
 
 def _scaled(R: Tensor, spectrum: Spectrum, gains: Tensor, of_rest: float) -> Tensor:
-    """Scale the rows' side of R (n, r) along each direction, in the dtype of R."""
+    """Scale the row side of R (n, r) along each direction, in R's dtype."""
     V = spectrum.vectors
     if V is None:
         return R * gains.to(R)[:, None]

@@ -1,18 +1,18 @@
-"""Overlaps of given unit vectors u_j with the left singular vectors u⁰_i of a matrix W0: exactly, or by bounds.
+"""Compute overlaps of unit vectors u_j with the left singular vectors u⁰_i of a matrix W0: exactly, or by bounds.
 
-**The upper bound** on the overlap with any singular vector comes from the Krylov space itself: see `christoffel`. Its process starts
-from a block that holds the u_j (or ``W0ᵀu_j``, see below).
+**Upper bound.** The Krylov space itself bounds the overlap with any singular vector: see `christoffel`. Its process starts from a block
+that contains the u_j (or ``W0ᵀu_j``, see below).
 
-**Tall matrices.** For m > n the u_j have a part outside the range of W0 that the thin SVD does not count. There the process runs
-on the n side from ``x_j = W0ᵀu_j``, and ⟨u_j, u⁰_i⟩ = ⟨x_j, v⁰_i⟩/σ⁰_i: the bound is divided by σ, and holds for singular values
-above a cut-off δ·σ⁰_1. Before it settles anything, a base of up to `PROVABLE` columns is shown to have none below:
-``W0ᵀW0 − (δ·σ⁰_1)²`` has a Cholesky factor. For wider ones δ is reported.
+**Tall matrices.** For m > n the u_j have a part outside the range of W0, which the thin SVD does not count. The process then runs on
+the n side from ``x_j = W0ᵀu_j``. Because ⟨u_j, u⁰_i⟩ = ⟨x_j, v⁰_i⟩/σ⁰_i, the bound is divided by σ, and it holds only for singular
+values above a cut-off δ·σ⁰_1. For a base of up to `PROVABLE` columns, a Cholesky factor of ``W0ᵀW0 − (δ·σ⁰_1)²`` proves that no
+singular value is below the cut-off; until then nothing is settled. For wider bases δ is reported.
 
-**The lower bound.** A Ritz vector whose residual is small against its distance to its neighbours is a singular vector up to the
-angle residual/gap (Wedin). The neighbours must be all there, so only the converged *prefix* of the spectrum counts, and of it only
-what is followed by one that has converged as well: in the bulk a Ritz vector can be a mixture. That no singular value of the prefix
-was missed rests on the random columns in the start block: a vector that the space does not see would be orthogonal to all of them,
-which has probability zero, and nearly so, which becomes as unlikely as it has to be near. It is the one step that is not a proof.
+**Lower bound.** A Ritz vector whose residual is small against its distance to its neighbours is a singular vector up to the angle
+residual/gap (Wedin). This requires that no neighbour is missing, so only the converged *prefix* of the spectrum counts, and within it
+only values whose successor has converged too: in the bulk a Ritz vector can be a mixture. That the prefix misses no singular value
+rests on the random columns of the start block. A missed vector would have to be orthogonal to all of them, which has probability zero;
+the nearer to orthogonal it must be, the less likely it is. This is the only step without a proof.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from streamer.linalg.golub_kahan import GolubKahan, RitzBasis, block_width
 from streamer.linalg.operators import Matrix
 
 CUTOFF = 1e-4
-"""δ: for tall matrices, singular values of the base below this share of its largest are not judged."""
+"""δ: for tall matrices, singular values of the base below this share of its largest are not covered."""
 
 PROVABLE = 2048
-"""Tall matrices of up to so many columns are shown to have no singular value below the cut-off, by a Cholesky factorisation; for wider
-ones that would cost many times the rest, and the answer carries the cut-off instead."""
+"""Most columns for which a Cholesky factorisation proves that a tall matrix has no singular value below the cut-off. For wider matrices
+the proof would cost many times the rest, so the result states the cut-off instead."""
 
 DENSE_WINDOWS = {torch.float32: (300.0,), torch.float64: (300.0, 1e4, 3e5, 1e7)}
-"""τ/φ for LAPACK's vectors, with its backward error for φ: see `christoffel.WINDOW`. An interval is as narrow as φ/τ allows, where no
-other singular value is within τ. Each window's holds; in float64, where φ is small, the narrowest ends of all of them are taken."""
+"""τ/φ for LAPACK's vectors, where φ is LAPACK's backward error: see `christoffel.WINDOW`. An interval is as narrow as φ/τ allows if no
+other singular value is within τ. Every window gives a valid interval; in float64, where φ is small, their intersection is used."""
 
 
 @dataclass(frozen=True)
 class OverlapBounds:
-    """``low_j ≤ sim_j ≤ high_j``, (k,) float64 each, and their cost.
+    """Intervals ``low_j ≤ sim_j ≤ high_j``, (k,) float64 each, and what they cost.
 
     Attributes
     ----------
     low, high
         The interval of each direction.
     steps, products
-        Block steps, and columns multiplied with the base.
+        Block steps, and columns multiplied by the base.
     cutoff
-        δ: singular values of the base below ``δ·σ⁰_1`` are not covered; 0 where all are. It is not
-        0 for tall matrices of more than `PROVABLE` columns.
+        δ: singular values of the base below ``δ·σ⁰_1`` are not covered; 0 if all are covered. Above 0 only for tall matrices, and
+        always for those of more than `PROVABLE` columns.
     values
-        (k,) float64: the base's largest singular values, each at most the true one but for rounding, as Ritz values are;
-        where the space has fewer, zeros.
+        (k,) float64: the base's largest singular values. As Ritz values they are at most the true ones, up to rounding; padded with
+        zeros if the space has fewer.
     measured
-        Whether rounding was measured in this very space, by this call: only then are the intervals claims.
+        Whether this call measured rounding in this very space; only then may the intervals be claimed.
     reach
-        At least ε while some upper bound cannot be below it. It shows how far the process has come.
+        Progress of the process: at least ε while some upper bound cannot yet be below ε.
     """
 
     low: Tensor
@@ -75,9 +75,9 @@ class OverlapBounds:
 def dense_overlaps(base: Matrix, U: Tensor, generator: torch.Generator) -> tuple[OverlapBounds, Tensor]:
     """Compute ``sim_j = max_i |⟨u_j, u⁰_i⟩|`` and bounds on it by LAPACK's full SVD of the base.
 
-    LAPACK's u⁰_i are those of a matrix φ away, so vectors whose values lie within τ of each other may be mixtures: the upper bound
-    takes each such window together, the lower bound only vectors that stand alone (the module's formulas, with z = 0). For m > n
-    the window at zero holds all that lies outside the range of the base as well. See `DENSE_WINDOWS` for τ.
+    LAPACK's u⁰_i are singular vectors of a matrix at distance φ, so vectors whose values lie within τ of each other may be mixtures.
+    The upper bound therefore sums over each such window, and the lower bound uses only vectors alone in their window (the module's
+    formulas with z = 0). For m > n the window at zero also holds everything outside the range of the base. See `DENSE_WINDOWS` for τ.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def dense_overlaps(base: Matrix, U: Tensor, generator: torch.Generator) -> tuple
     Returns
     -------
     OverlapBounds, Tensor
-        The bounds, and the similarity itself, (k,) float64 on the CPU: Shuttleworth et al. (arXiv 2410.21228), Algorithm 1.
+        The bounds, and the similarity itself, (k,) float64 on the CPU (Shuttleworth et al., arXiv 2410.21228, Algorithm 1).
     """
     U0, S, V0h = torch.linalg.svd(base.dense(), full_matrices=False)
     probe = torch.randn(base.shape[1], 8, generator=generator, dtype=torch.float32).to(base.like)
@@ -106,18 +106,18 @@ def dense_overlaps(base: Matrix, U: Tensor, generator: torch.Generator) -> tuple
 
 
 def _largest(values: Tensor, k: int) -> Tensor:
-    """Take the first k of falling values, with zeros where there are fewer."""
+    """Take the first k of falling values, padded with zeros."""
     return torch.nn.functional.pad(values[:k], (0, max(0, k - len(values))))
 
 
 def _interval(w: Tensor, values: Tensor, tau: float, slack: float, tall: bool) -> tuple[Tensor, Tensor]:
-    """Bound the overlaps from below and above for one τ, with ``slack = φ/τ``; values (p,) rise, and w (p, k) is in their order."""
+    """Bound the overlaps from below and above for one τ, with ``slack = φ/τ``; values (p,) rise, and w (p, k) is in the same order."""
     mass = torch.nn.functional.pad(w.square().cumsum(0), (0, 0, 1, 0))
     first, last = torch.searchsorted(values, values - tau), torch.searchsorted(values, values + tau, right=True)
     inside = (mass[last] - mass[first]).clamp_min(0)
     alone = (last - first) == 1
     if tall:
-        # Down there the u⁰_i may as well be any vectors outside the range of the base.
+        # In this window the u⁰_i could be any vectors outside the range of the base.
         lowest = values <= tau
         inside[lowest] += (1 - mass[-1]).clamp_min(0)
         alone &= ~lowest
@@ -126,7 +126,7 @@ def _interval(w: Tensor, values: Tensor, tau: float, slack: float, tall: bool) -
 
 
 class OverlapProcess:
-    """Process that bounds the overlaps of fixed directions, more tightly with each step.
+    """Bound the overlaps of fixed directions, more tightly with each step.
 
     Parameters
     ----------
@@ -137,14 +137,14 @@ class OverlapProcess:
     generator
         Source of the random columns and probes.
     distance
-        (k,) float64: how far each column may be from the vector that is meant, of which the interval is to hold; one with 2 is left
-        open, whatever the process finds. By default 0.
+        (k,) float64: largest distance of each column from the vector that it approximates; the interval then holds for that vector.
+        A direction with distance 2 is never settled. Default 0.
 
     Attributes
     ----------
     hopeless
-        The base is numerically rank-deficient and tall: the u⁰_i outside its range are as good as any, and no direction with
-        ``low < ε`` will be settled.
+        The base is tall and numerically rank-deficient: any vector outside its range could be a u⁰_i, so no direction with ``low < ε``
+        can be settled.
     """
 
     def __init__(self, base: Matrix, U: Tensor, generator: torch.Generator, distance: Tensor | None = None) -> None:
@@ -154,7 +154,7 @@ class OverlapProcess:
         self.hopeless = False
         self._base = base
         self._U, self._generator = U, generator
-        self._rounding = 0.0  # as last measured
+        self._rounding = 0.0  # as last measured; 0 before the first measurement
         start = base.rmatmat(U) if self.tall else U
         k = U.shape[1]
         width = min(block_width(k, 4), m, n)
@@ -162,7 +162,7 @@ class OverlapProcess:
         extra *= torch.linalg.vector_norm(start) / max(1.0, float(torch.linalg.vector_norm(extra)))
         gk = self.process = GolubKahan(base if self.tall else base.T, torch.cat([start, extra], 1))
         self._distance = torch.zeros(k, dtype=torch.float64) if distance is None else distance
-        # Deflation and rounding of the start block: what the process is about is not quite what was given.
+        # Deflation and rounding of the start block: the process starts from slightly different vectors.
         kept = gk.following.double().cpu() @ gk.start_coefficients[:, :k]
         self._lost = torch.linalg.vector_norm(start.double().cpu() - kept, dim=0)
 
@@ -172,21 +172,20 @@ class OverlapProcess:
 
     @property
     def exhausted(self) -> bool:
-        """Test whether the space is invariant, so that further steps add nothing."""
+        """Test whether the space is invariant; further steps would add nothing."""
         return self.process.exhausted
 
     def bounds(self, epsilon: float, final: bool = False) -> OverlapBounds:
-        """Compute the intervals from the space so far.
+        """Compute the intervals from the current space.
 
-        Upper bounds are what costs, so they are taken only where they can settle something: not for a direction with
-        ``low ≥ epsilon``, and for none at all while a Ritz vector overlaps with an open direction by more than ε, or the bound
-        exceeds ε at a few values already. They are 1 then. Rounding is measured, by two products with the base, the first time, and
-        taken to be the same later on.
+        Upper bounds are costly, so they are computed only if they can settle something, and are 1 otherwise. They are skipped for
+        a direction with ``low ≥ epsilon``, and for all directions while a Ritz vector overlaps an open direction by more than ε or a
+        few samples of the bound already exceed ε. Rounding is measured once, by two products with the base; later calls reuse it.
 
         Parameters
         ----------
         epsilon
-            The threshold.
+            The threshold ε.
         final
             Measure rounding in any case, and bound every direction with ``low < epsilon``.
         """
@@ -219,7 +218,7 @@ class OverlapProcess:
         )
 
     def settles_without_rounding(self, epsilon: float) -> bool:
-        """Test whether each interval would lie on one side of ε if the process were exact, directions of unknown distance apart."""
+        """Test whether an exact process would place each interval on one side of ε, ignoring directions of unknown distance."""
         ritz, w, overlap = self._in_ritz_basis()
         open_ = self._open(self._low(ritz, overlap, 0.0), epsilon)
         if self.hopeless or not bool(open_.any()):
@@ -227,7 +226,7 @@ class OverlapProcess:
         return bool((self._high(ritz, w, open_, 0.0) < epsilon).all())
 
     def _in_ritz_basis(self) -> tuple[RitzBasis, Tensor, Tensor]:
-        """Compute the Ritz basis of the space so far, the directions' coordinates in it, and their overlaps with its left vectors."""
+        """Compute the Ritz basis, the directions' coordinates in it, and their overlaps with its left vectors."""
         gk = self.process
         ritz = gk.ritz()
         k = self._U.shape[1]
@@ -238,7 +237,7 @@ class OverlapProcess:
 
     @property
     def _phi(self) -> float:
-        """φ: what the process has deflated, and its rounding: as measured, before that one rounding of the norm."""
+        """Return φ: the deflated norm plus rounding, which counts as one rounding of the norm until it is measured."""
         gk = self.process
         return (self._rounding or torch.finfo(gk.P.dtype).eps * gk.norm) + gk.deflated
 
@@ -246,7 +245,7 @@ class OverlapProcess:
         return (low < epsilon) & (self._distance < 2)
 
     def _prove(self, floor: float) -> None:
-        """Prove that no singular value is below the cut-off and lift it, or set `hopeless`; where the proof costs too much it stays."""
+        """Prove that no singular value is below the cut-off and clear it, or set `hopeless`; skip the proof if it costs too much."""
         rows = self._base.rows()
         if self._base.shape[1] > PROVABLE or rows is None:
             return
@@ -269,7 +268,7 @@ class OverlapProcess:
         wide = torch.nn.functional.pad(residual, (1, 1))
         gap = torch.minimum(padded[:-2] - wide[:-2] - S, S - padded[2:] - wide[2:])
         angle = torch.where(gap > 0, residual / gap.clamp_min(1e-300), torch.ones_like(gap))
-        # One that has converged counts only if the next one has as well, or there is none: its gap is to that one's true place.
+        # A converged value counts only if its successor has converged too, or none exists: the gap is to the successor's true place.
         sound = torch.nn.functional.pad(angle < 0.1, (0, 1), value=self.process.exhausted)
         prefix = torch.cumprod((sound[:-1] & sound[1:]).long(), 0).bool()
         if not bool(prefix.any()):
@@ -280,9 +279,9 @@ class OverlapProcess:
         return (certain.amax(0) - lost).clamp(0, 1)
 
     def _quick_upper_bound(self, ritz: RitzBasis, w: Tensor, open_: Tensor) -> float:
-        """Estimate the supremum of the upper bounds from one sample in ten: where it is over ε the whole would settle nothing.
+        """Estimate the supremum of the upper bounds from a tenth of the samples; above ε, the full bound would settle nothing.
 
-        It missed 0 to 2.2 % where it came near ε (power and flat spectra, 1024x4096 to 14336x4096), so 4 % is added.
+        Near ε it fell short by up to 2.2 % (power-law and flat spectra, 1024x4096 to 14336x4096), so 4 % is added.
         """
         bottom = CUTOFF * float(ritz.S[0]) if self.tall else 0.0
         edges = torch.cat([ritz.S, ritz.S.new_tensor([bottom])])
@@ -293,7 +292,7 @@ class OverlapProcess:
     def _high(self, ritz: RitzBasis, w: Tensor, open_: Tensor, phi: float) -> Tensor:
         S, tau = ritz.S, window(ritz, phi)
         if self.cutoff and float(S[-1]) <= 2 * self.cutoff * float(S[0]):
-            # By interlacing the base has a singular value at least as small: the u⁰_i down there are not covered.
+            # By interlacing, the base has a singular value at least this small, whose u⁰_i would not be covered.
             self.hopeless = True
             return torch.ones(int(open_.sum()), dtype=torch.float64)
         residual = torch.linalg.vector_norm(ritz.tail, dim=0)
@@ -302,20 +301,20 @@ class OverlapProcess:
         return (MARGIN * self._bounded(samples(S, residual, tau, bottom, top), ritz, w, open_, phi)).clamp_max(1.0)
 
     def _bounded(self, sigma: Tensor, ritz: RitzBasis, w: Tensor, open_: Tensor, phi: float) -> Tensor:
-        """Take the largest of the bounds at these σ, for each open direction."""
+        """Return the largest of the bounds over these σ, for each open direction."""
         bound = christoffel_bound(sigma, ritz, w[:, open_], phi) + self._lost[open_]
         if self.tall:
-            bound = (bound + phi) / sigma[:, None]  # x_j = W0ᵀu_j was rounded too, by one product's error
+            bound = (bound + phi) / sigma[:, None]  # x_j = W0ᵀu_j carries one product's rounding error
         highest: Tensor = bound.amax(0) + self._distance[open_]
         return highest
 
 
 def singular_values_exceed(rows: Iterable[Tensor], shape: tuple[int, int], floor: float) -> bool:
-    """Test whether all n singular values of a tall (m, n) matrix exceed `floor`: whether ``MᵀM − floor²`` has a Cholesky factor.
+    """Test whether all n singular values of a tall (m, n) matrix exceed `floor`, by a Cholesky factorisation of ``MᵀM − floor²``.
 
-    The product is summed in float64 by blocks of rows, so a floor down to 1e-6·σ_1 is resolved, and only its lower triangle, which
-    Cholesky reads. Rows only add to it: if the first 5n/4 give a factor, all do. So the cost is 5n³/8 multiplications as a rule and
-    m·n²/2 at most, and twice n² values of memory.
+    The product is summed in float64 over blocks of rows, which resolves a floor down to 1e-6·σ_1; only the lower triangle is formed,
+    as Cholesky reads no other. More rows only increase MᵀM, so if the first 5n/4 rows admit a factor, all rows do. The usual cost is
+    5n³/8 multiplications, at most m·n²/2, and memory for 2n² values.
     """
     m, n = shape
     gram: Tensor | None = None

@@ -1,11 +1,11 @@
-"""Keep what a delta answers to the inputs of one text, and take away what it answers to those of another.
+"""Keep a delta's response to the inputs of one text, and reduce its response to those of another.
 
-With ``C = Σ x xᵀ / N`` the second moments (n, n) of a module's inputs on task and general text,
+Let ``C = Σ x xᵀ / N`` (n, n) be the second moments of a module's inputs, on task text (C_t) and general text (C_g):
 
     Δ' = argmin  E_t ‖(Δ' − Δ) x‖² + μ E_g ‖Δ' x‖²  =  Δ C̃_t (C̃_t + μ C_g)⁻¹,      C̃_t = C_t + ε tr(C_t) / n · I
 
-the regression mean (Jin, Ren, Preotiuc-Pietro and Cheng, Dataless Knowledge Fusion by Merging Weights of Language Models, ICLR 2023) of the
-delta and nothing. Of factors ``Δ = L Rᵀ`` only R changes: ``R' = (C̃_t + μ C_g)⁻¹ C̃_t R``, so that the rank stays.
+This is the regression mean of the delta and zero (Jin, Ren, Preotiuc-Pietro and Cheng, Dataless Knowledge Fusion by Merging Weights of
+Language Models, ICLR 2023). For factors ``Δ = L Rᵀ`` only R changes, ``R' = (C̃_t + μ C_g)⁻¹ C̃_t R``, so the rank stays.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from streamer.linalg.conjugate_gradients import Sizes, TwoMoments
 from streamer.linalg.second_moments import Moments, OneHotMoments, RowMoments
 
 RIDGE = 0.1
-"""ε: from 0.01 to 0.3 as much is forgotten for as much that is kept of text that was not seen. With a small one less is kept of such text
-than of what was fitted to: of 90 % that were asked for, 87 % at 0.01, 88 % at 0.03, 89 % at 0.1."""
+"""ε. From 0.01 to 0.3 the trade-off on unseen text is the same. A small ε keeps less on unseen text than on the text used for the fit: with
+90 % requested, 87 % at 0.01, 88 % at 0.03, 89 % at 0.1."""
 
 GROWTH = 30.0
-"""‖Δ'‖ may be so many times ‖Δ‖; beyond it ε is raised. Trained adapters grow 2 to 7 times, along inputs that neither text has much of."""
+"""Largest ‖Δ'‖/‖Δ‖; beyond it ε is raised. Trained adapters grow 2 to 7 times, along inputs that are rare in both texts."""
 
 RAISE = 10**0.5
-"""Factor by which ε is raised at a time."""
+"""Factor by which each attempt raises ε."""
 
 MOST_RIDGE = 12.0
-"""ε at most; ``C̃_t`` is then nearly a multiple of I."""
+"""Largest ε; ``C̃_t`` is then nearly a multiple of I."""
 
 RESIDUAL = 1e-8
-"""Relative residual of the solution by matrices, at most."""
+"""Largest relative residual of a solution by matrices."""
 
 MATRICES_BYTES = 32
-"""Bytes for each pair of inputs, if the system is solved as a matrix."""
+"""Bytes for each pair of inputs if the system is solved as a matrix."""
 
 DIRECT_BYTES = 1 << 30
-"""Bytes that matrices may take where there is no budget: 5,792 inputs. Of more, products with the inputs are faster as well."""
+"""Bytes that matrices may use if no budget is given: enough for 5,792 inputs. Above that, products with the inputs are faster anyway."""
 
 
 def answers(
@@ -50,31 +50,31 @@ def answers(
     name: str,
     memory: int = DIRECT_BYTES,
 ) -> tuple[list[list[Tensor]], float]:
-    """Compute ``R' = (C̃_t + μ C_g)⁻¹ C̃_t R`` of deltas with the same inputs.
+    """Compute ``R' = (C̃_t + μ C_g)⁻¹ C̃_t R`` for deltas that share their inputs.
 
     Parameters
     ----------
     factors
         L (m, r) and R (n, r) of each delta.
     task, general
-        C_t and C_g, neither of which is zero.
+        C_t and C_g, both nonzero.
     weights
         Each μ > 0.
     name
-        Of the first matrix, for messages.
+        Name of the first matrix, for messages.
     memory
-        Bytes that may be taken by matrices as large as C; see `is_direct`.
+        Bytes that matrices the size of C may occupy; see `is_direct`.
 
     Returns
     -------
     right, ridge
-        R' of each delta for each μ, float64, on the device of the factors; and ε, which is raised until no delta grows beyond
-        `GROWTH` times its norm.
+        R' of each delta for each μ, float64, on the factors' device; and the ε used, raised until no delta grows beyond `GROWTH`
+        times its norm.
 
     Raises
     ------
     NumericError
-        If no ridge gives a solution that is exact, and deltas that do not grow beyond that.
+        If no ridge gives an accurate solution whose deltas stay within `GROWTH`.
     """
     ranks, home = [R.shape[1] for _, R in factors], factors[0][1].device
     whole = torch.cat([R.double() for _, R in factors], 1).to(task.device)
@@ -98,13 +98,13 @@ def answers(
 
 
 class _OneHot:
-    """The system of one-hot inputs, which is diagonal."""
+    """Diagonal system of one-hot inputs."""
 
     def __init__(self, task: Tensor, general: Tensor) -> None:
         self.task, self.general, self.mean = task, general, float(task.mean())
 
     def products(self, R: Tensor) -> Tensor:
-        """``C_t R``."""
+        """Compute ``C_t R``."""
         return R * self.task[:, None]
 
     def solve(self, B: Tensor, s: float, weights: Sequence[float], sizes: Sizes) -> list[Tensor]:
@@ -113,18 +113,18 @@ class _OneHot:
 
 
 class _Direct:
-    """The system as a matrix, of which there are four: two moments, the system for one μ and its Cholesky factor."""
+    """System as a dense matrix. Memory holds four: two moments, the system for one μ, and its Cholesky factor."""
 
     def __init__(self, task: RowMoments, general: RowMoments) -> None:
         self.task, self.general = task.matrix(), general.matrix()
         self.mean = task.trace / task.size
 
     def products(self, R: Tensor) -> Tensor:
-        """``C_t R``."""
+        """Compute ``C_t R``."""
         return self.task @ R
 
     def solve(self, B: Tensor, s: float, weights: Sequence[float], sizes: Sizes) -> list[Tensor] | None:
-        """Solve for each μ; return None if the system is not solved to `RESIDUAL`."""
+        """Solve for each μ; return None if any solution misses `RESIDUAL`."""
         found = []
         for mu in weights:
             system = torch.add(self.task, self.general, alpha=mu)
@@ -140,29 +140,29 @@ class _Direct:
 
 
 class _Products(TwoMoments):
-    """The system by products with the inputs."""
+    """System accessed by products with the inputs."""
 
     def __init__(self, task: RowMoments, general: RowMoments) -> None:
         super().__init__(task, general)
         self.mean = task.trace / task.size
 
     def products(self, R: Tensor) -> Tensor:
-        """``C_t R``."""
+        """Compute ``C_t R``."""
         return self.task.products(R)
 
 
 def matrices_bytes(n: int) -> int:
-    """Count the bytes of a system of n inputs that is solved as a matrix."""
+    """Return the bytes that a system of n inputs needs when it is solved as a matrix."""
     return MATRICES_BYTES * n * n
 
 
 def is_direct(n: int, memory: int) -> bool:
-    """Test whether a system of n inputs is solved as a matrix; else by products with the inputs."""
+    """Test whether a system of n inputs fits in `memory` as a matrix; otherwise it is solved by products with the inputs."""
     return matrices_bytes(n) <= memory
 
 
 def system_of(task: Moments, general: Moments, memory: int) -> _OneHot | _Direct | _Products:
-    """Choose the way to solve."""
+    """Choose how to solve the system."""
     if isinstance(task, OneHotMoments):
         assert isinstance(general, OneHotMoments)
         return _OneHot(task.diagonal, general.diagonal)

@@ -1,4 +1,4 @@
-"""Second moments ``C = Σ x xᵀ / N`` (n, n) of inputs x, by rows that are read for each product, or by the counts of one-hot inputs."""
+"""Represent second moments ``C = Σ x xᵀ / N`` (n, n) of inputs x: by rows read for each product, or by counts of one-hot inputs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from streamer.linalg.null_space import leading
 
 @dataclass(frozen=True)
 class RowMoments:
-    """Those of inputs that are read a few at a time.
+    """Second moments of inputs that are read a few at a time.
 
     Attributes
     ----------
     size
         n.
     count
-        N, which may be more than there are inputs: those of an expert are some of the text's tokens.
+        N. It may exceed the number of inputs: an expert receives only some of the text's tokens.
     trace
-        Of C.
+        Trace of C.
     blocks
         Reads all inputs in order, (t, n) at a time, in float32.
     device
-        Where the inputs are, and where is computed with them.
+        Device of the inputs and of the computation.
     """
 
     size: int
@@ -37,7 +37,7 @@ class RowMoments:
     device: torch.device = CPU
 
     def products(self, V: Tensor) -> Tensor:
-        """``C V`` (n, k) for V (n, k), computed in the type of V."""
+        """Compute ``C V`` (n, k) for V (n, k), in V's dtype."""
         out = torch.zeros_like(V)
         for rows in self.blocks():
             x = rows.to(V.dtype)
@@ -55,12 +55,12 @@ class RowMoments:
 
 @dataclass(frozen=True)
 class OneHotMoments:
-    """Those of one-hot inputs.
+    """Second moments of one-hot inputs.
 
     Attributes
     ----------
     diagonal
-        Of C (n,), in float64; the rest is 0.
+        Diagonal of C (n,), float64; all other entries are 0.
     """
 
     diagonal: Tensor
@@ -72,29 +72,29 @@ class OneHotMoments:
 
     @property
     def device(self) -> torch.device:
-        """Return where the diagonal is."""
+        """Return the diagonal's device."""
         return self.diagonal.device
 
     @property
     def trace(self) -> float:
-        """Sum the diagonal."""
+        """Return the sum of the diagonal."""
         return float(self.diagonal.sum())
 
 
 Moments = RowMoments | OneHotMoments
 
 SMALL = 512
-"""Inputs of so many values have their moments formed, to be decomposed as a whole."""
+"""Largest n for which C is formed and decomposed directly."""
 
 MORE, ROUNDS = 16, 8
-"""Vectors that are iterated beside those that are wanted, and products with C: eigenvalues to 1e-3 where the last of all are a third of the
-last wanted."""
+"""Extra vectors in the iteration, and products with C. They give eigenvalues to 1e-3 if the last iterated eigenvalue is a third of the last
+one wanted."""
 
 
 def leading_vectors(moments: RowMoments, count: int) -> tuple[Tensor, Tensor]:
     """Compute the leading eigenvalues (k,), falling, and eigenvectors (n, k) of C in float64, k = min(count, n).
 
-    Above `SMALL` by subspace iteration (Halko, Martinsson and Tropp, SIAM Review 2011), from the same vectors in every run.
+    Above `SMALL`, uses subspace iteration (Halko, Martinsson and Tropp, SIAM Review 2011) from the same random vectors in every run.
     """
     if moments.size <= SMALL:
         values, vectors = torch.linalg.eigh(moments.matrix())

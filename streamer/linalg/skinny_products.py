@@ -1,4 +1,4 @@
-"""Multiply a large matrix with a block of few columns, by the kernels that are measured to be fast at it."""
+"""Multiply a large matrix by a block of few columns, with the kernels that benchmarks show to be fast."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import torch
 from torch import Tensor
 
 PIECES = 8
-"""Row blocks that a product of a long matrix is cut into; measured in docs/benchmarks.md."""
+"""Row blocks into which a product with a long matrix is cut; measured in docs/benchmarks.md."""
 
 
 @functools.cache
 def _has_fast_onednn() -> bool:
-    """Test whether torch has oneDNN's products of float32 matrices, and the processor AVX-512, for which they are fast.
+    """Test whether torch has oneDNN's float32 products and the processor has AVX-512, which makes them fast.
 
-    Before torch 2.9 they are not asked for: there they were not measured.
+    They are used only from torch 2.9 on; older versions were not measured.
     """
     asked = hasattr(torch.backends, "fp32_precision") and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return asked and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def skinny_product(M: Tensor, X: Tensor) -> Tensor:
-    """``M @ X`` for M (m, n), row-major or a transpose, and X (n, c) of few columns.
+    """Compute ``M @ X`` for M (m, n), row-major or transposed, and X (n, c) of few columns.
 
-    oneDNN takes float32 where `_has_fast_onednn`; its bits do not depend on the number of threads. Elsewhere X gets zero columns up to a
-    multiple of 16, for which products are several times as fast, a transpose is multiplied from the left on the CPU, and long matrices in
-    `PIECES`. All are measured in docs/benchmarks.md.
+    If `_has_fast_onednn`, oneDNN multiplies float32 matrices; its bits do not depend on the number of threads. Otherwise X is padded with
+    zero columns to a multiple of 16, which makes products several times as fast; on the CPU a transpose is multiplied from the left,
+    and a long matrix is cut into `PIECES`. docs/benchmarks.md has the measurements.
     """
     c = X.shape[1]
     if M.device.type == "cpu" and M.dtype == torch.float32 and min(*M.shape, c) > 0 and _has_fast_onednn():
-        # Only whole matrices: for a part of longer rows oneDNN has a reference kernel, a thousand times as slow.
+        # Only contiguous matrices: for part of longer rows oneDNN uses a reference kernel, a thousand times slower.
         X = X if X.T.is_contiguous() else X.contiguous()
         if M.is_contiguous():
             return _onednn_linear(M, X.T)
@@ -50,6 +50,6 @@ def skinny_product(M: Tensor, X: Tensor) -> Tensor:
 
 
 def _onednn_linear(A: Tensor, B: Tensor) -> Tensor:
-    """``A @ B.T`` by oneDNN; B is row-major or the transpose of a row-major matrix."""
+    """Compute ``A @ B.T`` with oneDNN; B is row-major or the transpose of a row-major matrix."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(A, B, None, "none", [], "")
     return product

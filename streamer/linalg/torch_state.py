@@ -1,4 +1,4 @@
-"""Set torch's process-wide state while streamer computes, and restore it: number of threads, and how float32 matrices are multiplied."""
+"""Set torch's process-wide state for a computation and restore it: the number of threads, and how float32 matrices are multiplied."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class _Shared:
-    """Share a state of the process among its threads: the first to come sets it, the last to go restores it; who needs another waits."""
+    """Share a process-wide state among threads: the first sets it, the last restores it, and threads that need another state wait."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -42,10 +42,10 @@ _PRECISION, _THREADS = _Shared(), _Shared()
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Multiply float32 matrices in full float32 inside the context; restore the setting after it.
+    """Multiply float32 matrices in full float32 inside the context, and restore the setting afterwards.
 
-    With TF32 a product has an error of 5e-4 of its size in place of 6e-8: every bound would be that much wider, and most matrices
-    would go to the dense solver.
+    With TF32 a product's relative error is 5e-4 instead of 6e-8. Every bound would widen accordingly, and most matrices would need the
+    dense solver.
     """
     with _PRECISION.hold("ieee", lambda: _float32_products({"cuda": "ieee", "mkldnn": "ieee"}, "highest")):
         yield
@@ -53,9 +53,9 @@ def full_float32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def bfloat16_products() -> Iterator[None]:
-    """Multiply float32 matrices on the CPU with their factors rounded to bfloat16 inside the context; sums and results are float32.
+    """Multiply float32 matrices on the CPU with factors rounded to bfloat16 inside the context; sums and results stay float32.
 
-    A product has an error of 2e-3 of its size. Where `has_fast_bfloat16` is false, torch may multiply in full float32 all the same.
+    A product's relative error is 2e-3. If `has_fast_bfloat16` is false, torch may still multiply in full float32.
     """
     with _float32_products({"mkldnn": "bf16"}, "medium"):
         yield
@@ -63,10 +63,10 @@ def bfloat16_products() -> Iterator[None]:
 
 @functools.cache
 def has_fast_bfloat16() -> bool:
-    """Test whether torch multiplies in bfloat16 here, by a product: of 1 + 2⁻¹², which bfloat16 rounds to 1.
+    """Test whether torch multiplies in bfloat16 on this machine, with a product of 1 + 2⁻¹², which bfloat16 rounds to 1.
 
-    The processor's flags do not tell. Of two that have AVX512-BF16 (oneDNN 3.12) one multiplies float32 matrices by it, with AMX, and
-    the other stays in full float32, where asking for bfloat16 would save nothing; products of bfloat16 matrices take longer there.
+    The processor's flags do not decide it. Of two processors with AVX512-BF16 (oneDNN 3.12), one uses it for float32 matrices, with AMX,
+    and the other stays in full float32; there bfloat16 saves nothing, and products of bfloat16 matrices take longer.
     """
     with bfloat16_products():
         product = torch.full((64, 256), 1 + 2**-12) @ torch.ones(256, 64)
@@ -75,8 +75,8 @@ def has_fast_bfloat16() -> bool:
 
 @contextlib.contextmanager
 def _float32_products(precision: Mapping[str, str], older: str) -> Iterator[None]:
-    """Set how float32 matrices are multiplied inside the context, by backend, and as torch before 2.9 calls it."""
-    if hasattr(torch.backends, "fp32_precision"):  # torch 2.9, where reading the older setting fails if both were used
+    """Set how float32 matrices are multiplied inside the context: `precision` by backend, or `older` for torch before 2.9."""
+    if hasattr(torch.backends, "fp32_precision"):  # torch 2.9; reading the older setting fails after both were used
         backends = {name: getattr(torch.backends, name).matmul for name in precision}
         before = {name: backend.fp32_precision for name, backend in backends.items()}
         try:
@@ -97,10 +97,10 @@ def _float32_products(precision: Mapping[str, str], older: str) -> Iterator[None
 
 @contextlib.contextmanager
 def threads(count: int = 1) -> Iterator[None]:
-    """Compute on `count` of torch's threads inside the context: on one while rows are merged and written.
+    """Compute on `count` torch threads inside the context; one thread is used to merge and write rows.
 
-    With more threads each small step ends at a barrier, and where other processes want the cores the wait there is many times the work
-    (docs/benchmarks.md). On one thread a sum's last bit does not depend on the number of cores; on several it may.
+    With more threads, each small step ends at a barrier. If other processes compete for the cores, waiting there takes many times as long
+    as the work (docs/benchmarks.md). On one thread the last bit of a sum does not depend on the number of cores; on several it may.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -112,10 +112,10 @@ def threads(count: int = 1) -> Iterator[None]:
 
 @contextlib.contextmanager
 def task_threads(count: int) -> Iterator[None]:
-    """Compute a task on `count` of torch's threads inside the context, beside tasks of the same number in other threads of this process.
+    """Compute a task on `count` torch threads inside the context, concurrently with tasks of the same count in other threads.
 
-    One of another number waits until these are done: a part of torch's setting is the whole process', and last bits depend on it.
+    A task with another count waits until these are done, because part of torch's setting is process-wide and affects last bits.
     """
     with _THREADS.hold(count, lambda: threads(count)):
-        torch.set_num_threads(count)  # the other part is the thread's own
+        torch.set_num_threads(count)  # the other part of the setting belongs to the thread
         yield

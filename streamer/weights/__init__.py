@@ -1,1 +1,1 @@
-"""Logical weights of a base: its tensors as float matrices, plain or quantized."""
+"""Read a base's logical weights: its tensors as float matrices, plain or quantized."""

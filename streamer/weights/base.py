@@ -1,8 +1,8 @@
-"""One logical weight of a base, read from disk a few rows at a time, or whole.
+"""Read one logical weight of a base, whole or a few rows at a time.
 
-A logical weight is what the model computes with: in a plain checkpoint one tensor, in a quantized one several (quantized values, scales,
-tables) under names of their own, or several below each other, as the gate and up projections of an expert. The rest of the package asks for
-logical names and shapes, and gets floating-point values.
+A logical weight is what the model computes with. A plain checkpoint stores it as one tensor. A quantized one stores several tensors
+(quantized values, scales, tables) under their own names; an expert's gate and up projections may be stacked from two tensors. The rest of
+the package asks for logical names and shapes and gets floating-point values.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from streamer.storage.tensor_file import TensorFile
 from streamer.weights.dtypes import TORCH_DTYPES, Encoding, as_tensor
 
 DECODED_BYTES = 4 << 20
-"""`Weight.whole` decodes rows of this many bytes at a time."""
+"""Bytes of rows that `Weight.whole` decodes at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class StoredTensor:
     Attributes
     ----------
     held
-        Its bytes, where they have been read ahead.
+        The tensor's bytes, if they have been read ahead.
     """
 
     file: TensorFile
@@ -41,7 +41,7 @@ class StoredTensor:
     held: memoryview | None = None
 
     def rows(self, i: int, j: int) -> Tensor:
-        """Read indices i to j of the first dimension in the stored dtype, without a copy where their address allows it."""
+        """Read indices i to j of the first dimension in the stored dtype, without a copy if their address is aligned."""
         dtype, rest = TORCH_DTYPES[self.info.dtype], self.info.shape[1:]
         row = math.prod(rest) * dtype.itemsize
         return as_tensor(self._data(i * row, j * row), dtype, (j - i, *rest))
@@ -56,7 +56,7 @@ class StoredTensor:
         return as_tensor(self._data(), TORCH_DTYPES[self.info.dtype], self.info.shape)
 
     def bytes(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Read bytes `start` to `stop` as uint8, flat: for quantized values, whose dtype says nothing."""
+        """Read bytes `start` to `stop` as flat uint8, for quantized values whose dtype is meaningless."""
         stop = self.info.nbytes if stop is None else stop
         return as_tensor(self._data(start, stop), torch.uint8, (stop - start,))
 
@@ -64,7 +64,7 @@ class StoredTensor:
         return self.file.view(self.info, start, stop) if self.held is None else self.held[start:stop]
 
     def slice(self, index: int) -> StoredTensor:
-        """Select one index of the first dimension: for (experts, out, in) one (out, in) tensor."""
+        """Select one index of the first dimension: (experts, out, in) becomes (out, in)."""
         info = self.info
         size = info.nbytes // info.shape[0]
         at = index * size
@@ -73,14 +73,14 @@ class StoredTensor:
         return replace(self, info=one, held=held)
 
     def load(self) -> StoredTensor:
-        """Read the bytes ahead, touching every page, so that the disk is waited for here."""
+        """Read the bytes ahead by touching every page, so that later reads do not wait for the disk."""
         view = self.file.view(self.info)
         np.frombuffer(view, np.uint8)[::4096].sum()
         return replace(self, held=view)
 
 
 def equal(a: StoredTensor, b: StoredTensor) -> bool:
-    """Say whether two tensors are the same bytes of the same dtype and shape."""
+    """Test whether two tensors have the same bytes, dtype and shape."""
     if (a.info.dtype, a.info.shape) != (b.info.dtype, b.info.shape):
         return False
     return all(x == y for x, y in zip(a.file.chunks(a.info), b.file.chunks(b.info), strict=True))
@@ -88,22 +88,22 @@ def equal(a: StoredTensor, b: StoredTensor) -> bool:
 
 @dataclass(frozen=True)
 class Weight(ABC):
-    """A named array of floating-point values, whatever tensors store it.
+    """Named array of floating-point values, in whatever form it is stored.
 
     Attributes
     ----------
     name
         The tensor's name in a plain checkpoint of this model.
     shape
-        Its shape there.
+        Its shape in that checkpoint.
     tensors
-        The tensors on disk that it is made of, by their role; the first one gives its position in file order.
+        The tensors on disk that store it, by role; the first one determines its position in file order.
     label
-        The encoding, as findings and tables name it.
+        Name of the encoding in findings and tables.
     compute
-        The dtype that computations with it run in.
+        Dtype for computations with it.
     encoding
-        The plain encoding in which merged values are written back; None for a weight that has none.
+        Plain encoding in which merged values are written back; None if the weight has none.
     """
 
     quantized: ClassVar[bool] = False
@@ -118,27 +118,27 @@ class Weight(ABC):
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(m, n) of the matrix of rows: the first dimension, and all others as one; 1 if the array has none."""
+        """Return (m, n) of the matrix of rows: the first dimension, and the product of all others; 1 for a missing dimension."""
         return math.prod(self.shape[:1]), math.prod(self.shape[1:])
 
     @property
     def where(self) -> str:
-        """Name the file, for messages."""
+        """Return the file's path, for messages."""
         return str(next(iter(self.tensors.values())).file.path)
 
     @property
     def nbytes(self) -> int:
-        """Count the bytes on disk."""
+        """Return the number of bytes on disk."""
         return sum(stored.info.nbytes for stored in self.tensors.values())
 
     @property
     def held_bytes(self) -> int:
-        """Count the bytes of anonymous memory that `load` takes: 0 where files are mapped."""
+        """Return the bytes of anonymous memory that `load` needs: 0 for mapped files."""
         return sum(stored.info.nbytes for stored in self.tensors.values() if stored.file.io == "pread")
 
     @property
     def remote(self) -> bool:
-        """Whether bytes cross a network each time they are read."""
+        """Return whether each read crosses a network."""
         return any(stored.file.remote for stored in self.tensors.values())
 
     def load(self) -> Self:
@@ -146,16 +146,16 @@ class Weight(ABC):
         return replace(self, tensors={role: stored.load() for role, stored in self.tensors.items()})
 
     def at_hand(self) -> Self:
-        """Prepare for a loop over the rows, in which no byte is to be read twice."""
+        """Prepare for a loop over the rows that must not read any byte twice."""
         return self.load() if self.remote and not self.held else self
 
     @property
     def held(self) -> bool:
-        """Whether the bytes have been read ahead."""
+        """Return whether the bytes have been read ahead."""
         return all(stored.held is not None for stored in self.tensors.values())
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
-        """Iterate over all rows in order, `rows` at a time, as (from, to, values); values are valid until `QUEUE` more were given."""
+        """Yield all rows in order, `rows` at a time, as (from, to, values); values stay valid until `QUEUE` more blocks are yielded."""
         source, m = self.at_hand(), self.matrix[0]
         for i in range(0, m, rows):
             j = min(m, i + rows)
@@ -168,14 +168,14 @@ class Weight(ABC):
 
     @abstractmethod
     def rows(self, i: int, j: int) -> Tensor:
-        """Read rows i to j of the `matrix`, (j − i, n), in a floating-point dtype that `compute` holds exactly; not to be written to."""
+        """Read rows i to j of the `matrix`, (j − i, n), in a dtype that `compute` represents exactly; the result is read-only."""
 
     def stored(self) -> Tensor | None:
-        """Read all values in the stored dtype and logical shape, not to be written to; None for values that no one tensor holds."""
+        """Read all values in the stored dtype and logical shape, read-only; return None if no single tensor holds them."""
         return None
 
     def whole(self, device: torch.device) -> Tensor:
-        """Decode all values into a new tensor of the computing dtype and the logical shape."""
+        """Decode all values into a new tensor of the computing dtype and logical shape."""
         source, (m, n) = self.at_hand(), self.matrix
         out = empty_matrix((m, n), self.compute, device)
         step = max(1, DECODED_BYTES // max(1, n * self.compute.itemsize))
@@ -187,12 +187,12 @@ class Weight(ABC):
 
 @dataclass(frozen=True)
 class QuantizedWeight(Weight):
-    """A weight that is stored quantized, and computed in float32; a stack of matrices is decoded one by one."""
+    """Weight that is stored quantized and computed in float32; the matrices of a stack are decoded one at a time."""
 
     quantized: ClassVar[bool] = True
 
     def at_hand(self) -> Self:
-        """Read the bytes ahead where files are not mapped: a few rows may need some of every stored row."""
+        """Read the bytes ahead unless files are mapped: a few rows may need part of every stored row."""
         held = all(stored.held is not None or stored.file.io == "mmap" for stored in self.tensors.values())
         return self if held else self.load()
 
@@ -209,7 +209,7 @@ class QuantizedWeight(Weight):
 
 @dataclass(frozen=True)
 class RowConcat(Weight):
-    """Matrices of one width and encoding, concatenated by rows."""
+    """Row-wise concatenation of matrices of one width and encoding."""
 
     pieces: tuple[Weight, ...]
 

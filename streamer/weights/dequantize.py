@@ -1,4 +1,4 @@
-"""Write a quantized model plain: its weights in one dtype, its config and files without what says that it is quantized."""
+"""Write a quantized model as plain weights of one dtype, and remove every sign of quantization from its config and files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from streamer.weights.logical import WeightView
 from streamer.weights.model_config import ModelConfig
 
 STALE = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
-"""Files by which some loaders take a model for a quantized one."""
+"""Files that make some loaders treat a model as quantized."""
 
 # Scales of activations and caches.
 _ACTIVATION_SCALE = re.compile(r"(^|[._])(input|output|activation|[qkv]|kv)_(scale|zero_point)(_ub)?$")
 
-# Dtypes of quantized values; integers as well, in two and more dimensions: with one they are indices.
+# Dtypes of quantized values. Integers count only with two or more dimensions; with one they are indices.
 _QUANTIZED = re.compile(r"^(F8_|F6_|F4)")
 _INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32"}
 
@@ -23,12 +23,12 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def plain_weights(weights: WeightView, config: ModelConfig) -> WeightView:
-    """Have quantized weights written plain, in the dtype of the model's config, or in bfloat16.
+    """Make quantized weights be written as plain ones, in the dtype of the model's config or in bfloat16.
 
     Raises
     ------
     UnsupportedError
-        If quantized values have no format that decodes them.
+        If some quantized values have no known format.
     """
     for name, info in ((t.name, t) for f in weights.checkpoint.files.values() for t in f.header.tensors):
         quantized = _QUANTIZED.match(info.dtype) or (info.dtype in _INTEGERS and len(info.shape) > 1)
@@ -41,11 +41,11 @@ def plain_weights(weights: WeightView, config: ModelConfig) -> WeightView:
 
 
 def plain_dtype(config: ModelConfig) -> str:
-    """Read the model's dtype from its config, in safetensors' spelling: ``torch.float16`` → ``F16``; BF16 by default."""
+    """Read the model's dtype from its config in safetensors' spelling, ``torch.float16`` → ``F16``; default BF16."""
     stated = (str(value).removeprefix("torch.") for value in config.stated("dtype", "torch_dtype"))
     return next((_DTYPES[name] for name in stated if name in _DTYPES), "BF16")
 
 
 def is_activation_scale(name: str, weights: WeightView) -> bool:
-    """Test whether a tensor scales the activations or caches of a quantized model, and so has no use in a plain one."""
+    """Test whether a tensor scales a quantized model's activations or caches, and so has no use in a plain model."""
     return bool(weights.owners) and bool(_ACTIVATION_SCALE.search(name))

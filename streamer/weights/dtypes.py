@@ -1,6 +1,6 @@
-"""Plain dtypes: bytes ↔ torch tensors, and the rounding of computed values.
+"""Convert between bytes and torch tensors of plain dtypes, and round computed values.
 
-A dtype without an entry in `ENCODINGS` is copied as bytes, or refused by name: raw quantized values never reach a computation.
+A dtype without an entry in `ENCODINGS` is copied as bytes or refused by name, so raw quantized values never reach a computation.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from streamer.storage.header import TensorInfo
 
 @dataclass(frozen=True)
 class Encoding:
-    """A floating-point dtype of a plain tensor, and the dtype to compute in.
+    """Floating-point dtype of a plain tensor, and the dtype to compute in.
 
     Attributes
     ----------
     dtype
         The torch dtype with the same bits.
     compute
-        The dtype that computations run in.
+        The dtype for computations.
     """
 
     dtype: torch.dtype
@@ -39,7 +39,7 @@ ENCODINGS = {
     "F64": Encoding(torch.float64, torch.float64),
 }
 
-# What torch can hold, for callers that take untouched tensors as they are.
+# Dtypes that torch can hold, for callers that use tensors unchanged.
 TORCH_DTYPES = {
     **{name: e.dtype for name, e in ENCODINGS.items()},
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
@@ -53,23 +53,23 @@ SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def encoding_of(info: TensorInfo, where: str) -> Encoding:
-    """Look up the encoding of a tensor that is to be computed with.
+    """Return the encoding of a tensor that takes part in a computation.
 
     Raises
     ------
     UnsupportedError
-        If its dtype is not one of floating-point values.
+        If its dtype is not a floating-point one.
     """
     if info.dtype not in ENCODINGS:
         raise UnsupportedError(
             f"{where}: tensor {info.name!r}: dtype {info.dtype} is not one of {', '.join(ENCODINGS)}, "
-            "and nothing beside it says what its codes mean; use the 16-bit model"
+            "and no tensor says how to decode it; use the 16-bit model"
         )
     return ENCODINGS[info.dtype]
 
 
 def as_tensor(view: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """View bytes as a tensor, without a copy where their address allows it. The caller must not write to it."""
+    """View bytes as a tensor, without a copy if their address is aligned. The caller must not write to it."""
     if len(view) == 0:
         return torch.empty(shape, dtype=dtype)
     raw = np.frombuffer(view, dtype=np.uint8)
@@ -79,7 +79,7 @@ def as_tensor(view: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> T
 
 
 def as_bytes(t: Tensor) -> memoryview:
-    """View a CPU tensor as bytes, without a copy where it is contiguous; they keep the tensor alive."""
+    """View a CPU tensor as bytes, without a copy if it is contiguous; the view keeps the tensor alive."""
     raw: np.ndarray[tuple[int], np.dtype[np.uint8]] = t.contiguous().reshape(-1).view(torch.uint8).numpy()
     return raw.data
 
@@ -92,16 +92,16 @@ def encode(values: Tensor, encoding: Encoding, source: Tensor, name: str, out: T
     values
         Computed values, in `Encoding.compute`.
     source
-        The values that they replace, of the same shape: what was NaN or Inf there may stay so.
+        The values that they replace, of the same shape; positions that were NaN or Inf may stay so.
     name
-        The tensor's name, for the message.
+        The tensor's name, for messages.
     out
-        A tensor of the encoding's dtype that takes the result, for callers that round many blocks.
+        A tensor of the encoding's dtype to hold the result, for callers that round many blocks.
 
     Raises
     ------
     NumericError
-        If a value has become NaN or Inf.
+        If a value became NaN or Inf.
     """
     out = values.to(encoding.dtype) if out is None else out.copy_(values)
     if not all_finite(out) and bool((torch.isfinite(source) & ~torch.isfinite(out)).any()):

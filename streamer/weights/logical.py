@@ -1,7 +1,7 @@
-"""Find the logical weights of a base: by the names of a plain checkpoint, whatever tensors store them.
+"""Find a base's logical weights under the names of a plain checkpoint, in whatever tensors they are stored.
 
-Before → after, for GPTQ: the tensors ``q_proj.qweight``, ``q_proj.qzeros`` and ``q_proj.scales`` → the weight ``q_proj.weight``. A tensor
-that no format of `quantization.registry` claims is a weight of its own name.
+For GPTQ, the tensors ``q_proj.qweight``, ``q_proj.qzeros`` and ``q_proj.scales`` form the weight ``q_proj.weight``. A tensor that no
+format of `quantization.registry` claims is a weight by itself.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class StoredWeight:
     Attributes
     ----------
     index
-        Its number in file order.
+        Its position in file order.
     tensors
         The tensors on disk, by role.
     form
-        The format of quantized values; None for a plain tensor.
+        The quantization format; None for a plain tensor.
     """
 
     index: int
@@ -40,27 +40,27 @@ class StoredWeight:
 
 @dataclass(frozen=True, eq=False)
 class WeightView(Mapping[str, Weight]):
-    """Logical weights by name: the base's in file order, then what was added to them.
+    """Logical weights by name: the base's in file order, then those added to them.
 
-    A view that is made from another by `replaced`, `extended` or `dequantized` shares the base's table: several adapters on one base have
-    one. Looking a weight up raises `UnsupportedError` where its tensors have a dtype that cannot be computed with.
+    Views made by `replaced`, `extended` or `dequantized` share the base's table, so several adapters on one base need only one.
+    Looking up a weight raises `UnsupportedError` if its tensors have a dtype that cannot be computed with.
 
     Attributes
     ----------
     checkpoint
         The base's files.
     quantization
-        The model's quantization config, {} for a plain base.
+        The model's quantization config; {} for a plain base.
     stored
         The base's weights by name, in file order.
     owners
         For each tensor that is part of a quantized weight: the weight's name, and the tensor's role in it.
     replacements
-        Tensors in the place of the base's weights of these names, or added to them; written in the dtype of those that they replace.
+        Tensors that replace the base's weights of the same names, written in the replaced weight's dtype, or add new ones.
     derived
-        Weights under names of their own that are made of others: an expert's matrix, from the tensors that hold its rows.
+        Weights under new names that are computed from others, such as one expert's matrix from the tensors that hold its rows.
     encoding
-        The encoding in which quantized weights are written back plain; None where they stay quantized.
+        The plain encoding in which quantized weights are written back; None if they stay quantized.
     """
 
     checkpoint: Checkpoint
@@ -72,15 +72,15 @@ class WeightView(Mapping[str, Weight]):
     encoding: Encoding | None = None
 
     def replaced(self, sources: Mapping[str, StoredTensor]) -> WeightView:
-        """Put tensors in the place of some weights, or add them."""
+        """Replace some weights by tensors, or add tensors."""
         return replace(self, replacements={**self.replacements, **sources})
 
     def extended(self, derived: Mapping[str, Callable[[WeightView], Weight]]) -> WeightView:
-        """Add weights that are made of others."""
+        """Add weights that are computed from others."""
         return replace(self, derived={**self.derived, **derived})
 
     def dequantized(self, encoding: Encoding) -> WeightView:
-        """Have quantized weights written in a plain encoding."""
+        """Make quantized weights be written in a plain encoding."""
         return replace(self, encoding=encoding)
 
     def __getitem__(self, name: str) -> Weight:
@@ -109,36 +109,36 @@ class WeightView(Mapping[str, Weight]):
 
     @property
     def quantized_names(self) -> frozenset[str]:
-        """List the names of the base's weights that are stored quantized."""
+        """Return the names of the base's weights that are stored quantized."""
         return frozenset(name for name, _ in self.owners.values())
 
     def file_index(self, name: str) -> int:
-        """Number a weight by file order; one that the base does not hold comes after all that it holds."""
+        """Return a weight's position in file order; weights that the base does not hold come last."""
         if name in self.stored:
             return self.stored[name].index
         return len(self.stored) + list(self.replacements).index(name)
 
     def requantizes(self, name: str) -> bool:
-        """Test whether merged values of a quantized weight are written back quantized."""
+        """Test whether merged values of this quantized weight are written back quantized."""
         form, tensors = self.stored[name].form, self.stored[name].tensors
         matrix = len(tensors["weight"].info.shape) == 2
         return form is not None and form.requantizes and matrix and name not in self.replacements
 
 
 def open_weights(checkpoint: Checkpoint, config: ModelConfig) -> WeightView:
-    """Group the tensors of a base into logical weights, by names and dtypes alone.
+    """Group the tensors of a base into logical weights, using only names and dtypes.
 
     Parameters
     ----------
     config
-        The model's.
+        The model's config.
 
     Raises
     ------
     UnsupportedError
-        If the config names a method of quantization that no format has.
+        If no format supports the quantization method that the config names.
     FormatError
-        If two sets of tensors are one weight.
+        If two sets of tensors form the same weight.
     """
     quantization = config.quantization
     method = supported_method(quantization, f"{checkpoint.path}")

@@ -1,6 +1,6 @@
-"""Read and edit a model's ``config.json``: each question that is asked of it, and each edit, in one place.
+"""Read and edit a model's ``config.json``, with each question and each edit in one place.
 
-A vision-language model keeps its language model's config under ``text_config``; a key may stand at the top, there, or in both.
+A vision-language model keeps its language model's config under ``text_config``; a key may be at the top level, there, or in both places.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ MODEL_CONFIG = "config.json"
 
 TOP_VOCABULARY = ("vocab_size",)
 TEXT_VOCABULARY = ("text_config", "vocab_size")
-"""Where most configs state the number of tokens."""
+"""Paths under which most configs state the number of tokens."""
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The values of a ``config.json``; empty where a checkpoint has none.
+    """Values of a ``config.json``; empty if the checkpoint has none.
 
     Attributes
     ----------
     architecture
-        The class that the user names, where the config does not, or names one that is not known.
+        Class that the user names because the config names none, or an unknown one.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -39,17 +39,17 @@ class ModelConfig:
 
     @property
     def text(self) -> Mapping[str, Any]:
-        """Find the language model's part of a vision-language config, else {}."""
+        """Return the language model's part of a vision-language config, else {}."""
         text = self.values.get("text_config")
         return text if isinstance(text, dict) else {}
 
     def stated(self, *keys: str) -> list[Any]:
-        """Return the values of these keys: those at the top, then those of the language model."""
+        """Return the values of these keys, first from the top level, then from the language model's part."""
         return [part[key] for part in (self.values, self.text) for key in keys if key in part]
 
     @property
     def model_type(self) -> str | None:
-        """Read transformers' name of the architecture."""
+        """Return transformers' name of the architecture."""
         model_type = self.values.get("model_type")
         return model_type if isinstance(model_type, str) else None
 
@@ -61,35 +61,35 @@ class ModelConfig:
 
     @property
     def hidden_size(self) -> int:
-        """Read the width of the language model; 0 where it is not stated."""
+        """Return the width of the language model; 0 if the config does not state it."""
         hidden = (self.text or self.values).get("hidden_size")
         return hidden if isinstance(hidden, int) else 0
 
     @property
     def vocab_size(self) -> int | None:
-        """Read the number of rows of the embedding."""
+        """Return the number of rows of the embedding."""
         return next((n for n in self.stated("vocab_size") if type(n) is int), None)
 
     @property
     def vocabulary_keys(self) -> tuple[str, ...]:
-        """Find where a model of an unknown class states the number of rows of its embedding."""
+        """Return the path under which a model of unknown class states the number of rows of its embedding."""
         return TEXT_VOCABULARY if TEXT_VOCABULARY[-1] in self.text else TOP_VOCABULARY
 
     @property
     def tied(self) -> bool | None:
-        """Test whether ``lm_head`` is stated to be the embedding; None where the class's default holds."""
+        """Return whether the config ties ``lm_head`` to the embedding; None if the class's default applies."""
         stated = self.stated("tie_word_embeddings")
         return any(stated) if stated else None
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """Find the quantization config, {} where there is none."""
+        """Return the quantization config, or {}."""
         return next((dict(v) for v in self.stated(*QUANTIZATION_KEYS) if isinstance(v, dict) and v), {})
 
     def with_vocabulary(self, rows: int, keys: tuple[str, ...]) -> ModelConfig:
-        """Set the number of tokens at a path of keys; at the top and in the language model's part, where both state it.
+        """Set the number of tokens at a path of keys, and also at the top level and in the language model's part if both state it.
 
-        A ``decoder_vocab_size`` that was the same stays the same (Marian), and a decoder's that the top repeats (Canary).
+        Copies of the number are kept equal: ``decoder_vocab_size`` (Marian), and a top-level copy of a decoder's number (Canary).
         """
         places = {keys}
         part = reduce(lambda inner, key: inner.get(key, {}), keys[:-1], self.values)
@@ -106,7 +106,7 @@ class ModelConfig:
         return replace(self, values=out)
 
     def untied(self, keys: Iterable[tuple[str, ...]]) -> ModelConfig:
-        """State that head and embedding are two tensors, at each path of keys; for the language model too where one is at the top."""
+        """State at each path of keys that head and embedding are separate; a top-level key is also set for the language model."""
         out: dict[str, Any] = dict(self.values)
         for *path, key in keys:
             _part(out, path)[key] = False
@@ -115,7 +115,7 @@ class ModelConfig:
         return replace(self, values=out)
 
     def unquantized(self) -> ModelConfig:
-        """Leave out what says that the model is quantized."""
+        """Remove every statement that the model is quantized."""
         out = {key: value for key, value in self.values.items() if key not in QUANTIZATION_KEYS}
         if isinstance(out.get("text_config"), dict):
             out["text_config"] = {key: value for key, value in self.text.items() if key not in QUANTIZATION_KEYS}
@@ -123,7 +123,7 @@ class ModelConfig:
 
 
 def _part(config: dict[str, Any], path: Iterable[str]) -> dict[str, Any]:
-    """Copy the parts of a config along a path, in place, and return the last."""
+    """Copy the parts of a config along a path, replacing them in place, and return the last."""
     for name in path:
         inner = config.get(name)
         config[name] = config = dict(inner) if isinstance(inner, Mapping) else {}
@@ -131,12 +131,12 @@ def _part(config: dict[str, Any], path: Iterable[str]) -> dict[str, Any]:
 
 
 def read_model_config(directory: Path | None) -> ModelConfig:
-    """Read a model's ``config.json`` as transformers writes it, with Infinity and NaN; empty where there is none.
+    """Read a model's ``config.json`` as transformers writes it, allowing Infinity and NaN; empty if there is none.
 
     Raises
     ------
     StorageError, FormatError
-        If it cannot be read, or is no JSON.
+        If it cannot be read or is not valid JSON.
     """
     if directory is None or not (directory / MODEL_CONFIG).exists():
         return ModelConfig()

@@ -1,4 +1,4 @@
-"""Plain floating-point weights: one tensor, values as they are."""
+"""Read plain floating-point weights, each stored as one tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streamer.weights.dtypes import TORCH_DTYPES, as_tensor, encoding_of
 
 @dataclass(frozen=True)
 class Plain(Weight):
-    """A weight that one tensor of floating-point values stores."""
+    """Weight stored as one floating-point tensor."""
 
     @classmethod
     def of(cls, stored: StoredTensor) -> Self:
@@ -25,7 +25,7 @@ class Plain(Weight):
         Raises
         ------
         UnsupportedError
-            If its dtype is not one of floating-point values.
+            If its dtype is not a floating-point one.
         """
         info = stored.info
         encoding = encoding_of(info, str(stored.file.path))
@@ -36,7 +36,7 @@ class Plain(Weight):
         return self.tensors["weight"].rows(i, j).reshape(j - i, -1)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
-        """Iterate over the rows in the stored dtype, reading the disk ahead."""
+        """Yield the rows in the stored dtype, reading ahead from the disk."""
         stored, (m, n) = self.tensors["weight"], self.matrix
         if stored.held is not None or stored.info.nbytes == 0:
             yield from super().blocks(rows)
@@ -52,5 +52,5 @@ class Plain(Weight):
 
     def whole(self, device: torch.device) -> Tensor:
         """Copy all values to the computing dtype."""
-        # A copy even where the dtype stays: LAPACK's bits depend on the alignment of its input, and a map has any.
+        # Copy even if the dtype stays: LAPACK's bits depend on the alignment of its input, and a mapped file may have any alignment.
         return empty_matrix(self.matrix, self.compute, device).reshape(self.shape).copy_(self.stored())

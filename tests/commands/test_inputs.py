@@ -127,7 +127,7 @@ def test_a_quantized_base(tmp_path: Path, dtype: torch.dtype) -> None:
     save_file(tensors, shard)
     code = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}[dtype]
     refuse_everywhere(base, adapter, tmp_path, 3, f"{shard}: tensor {name!r}: dtype {code} is not one of BF16, F16, F32, F64",
-                      "nothing beside it says what its codes mean; use the 16-bit model")  # fmt: skip
+                      "no tensor says how to decode it; use the 16-bit model")  # fmt: skip
 
 
 @pytest.mark.long

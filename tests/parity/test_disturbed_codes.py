@@ -32,7 +32,7 @@ def test_a_quant_state_that_does_not_fit(tmp_path: Path, change: dict) -> None:
     with pytest.raises(InputError, match=r"tensor 'w\.weight'"):
         base_of(tmp_path, tensors)["w.weight"]
     tensors[key] = torch.zeros(7, dtype=torch.uint8)
-    with pytest.raises(InputError, match="is no JSON"):
+    with pytest.raises(InputError, match="is not JSON"):
         base_of(tmp_path, tensors)["w.weight"]
 
 

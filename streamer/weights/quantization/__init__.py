@@ -1,1 +1,1 @@
-"""Quantized formats: one module for each family, found through `registry`."""
+"""Decode quantized formats: one module for each family, found through `registry`."""

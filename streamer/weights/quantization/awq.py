@@ -1,7 +1,7 @@
-"""AWQ in its gemm version: integers of four bits in 32-bit words, with a scale and a zero point for each group of inputs and each output.
+"""Decode AWQ (gemm): 4-bit integers in 32-bit words, with a scale and a zero point for each group of inputs and each output.
 
-``W[out, in] = (q[in, out] − zero[g, out]) · scale[g, out]`` with g the group of the input; stored transposed, inputs first. Values and zero
-points are packed along the outputs, eight to a word, in the order of `AWQ_ORDER`.
+``W[out, in] = (q[in, out] − zero[g, out]) · scale[g, out]``, where g is the group of the input; stored transposed, inputs first. Values and
+zero points are packed along the outputs, eight to a word, in the order of `AWQ_ORDER`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from streamer.weights.base import QuantizedWeight, StoredTensor
 from streamer.weights.quantization import packing
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""The four bits of a word that hold each of its eight outputs: output 1 of a word stands in bits 16 to 19."""
+"""Index of the four bits that hold each of a word's eight outputs: output 1 is in bits 16 to 19."""
 
 
 @dataclass(frozen=True)
 class AWQ(QuantizedWeight):
-    """Quantized values of four bits, packed along the outputs.
+    """Four-bit values, packed along the outputs.
 
     Attributes
     ----------
     group_size
-        Inputs to a group.
+        Inputs in a group.
     """
 
     group_size: int
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
-        """Check that the tensors fit one another, and make the weight that they hold."""
+        """Check that the tensors fit together, and make the weight that they store."""
         where = f"{tensors['weight'].file.path}: tensor {tensors['weight'].info.name!r}"
         stated = config.get("version") or config.get("format") or "gemm"
         if str(stated).lower() != "gemm" or config.get("bits", 4) != 4 or config.get("zero_point", True) is not True:
@@ -52,7 +52,7 @@ class AWQ(QuantizedWeight):
         return cls(name, (8 * weight[1], inputs), dict(tensors), "AWQ 4 bits", torch.float32, None, size)
 
     def decode(self, i: int, j: int) -> Tensor:
-        """``(q − zero) · scale``, transposed."""
+        """Compute ``(q − zero) · scale``, transposed."""
         first, last = i // 8, -(-j // 8)
         shifts = torch.tensor(AWQ_ORDER, dtype=torch.int32) * 4
 

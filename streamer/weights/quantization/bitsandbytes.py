@@ -1,8 +1,8 @@
-"""bitsandbytes: 4-bit values with a scale a block (NF4, FP4), and 8-bit values with a scale a row.
+"""Decode bitsandbytes: 4-bit values with a scale for each block (NF4, FP4), and 8-bit values with a scale for each row.
 
-Four bits: ``W = quant_map[q] · absmax[block]`` over the flattened matrix, two values a byte, the first in the high bits. With double
-quantization the scales are quantized as well: ``absmax = nested_quant_map[q] · nested_absmax[block] + offset``. Eight bits:
-``W = q · SCB[row] / 127``. Decoded in float32; the library then rounds to the dtype that the model had.
+Four bits: ``W = quant_map[q] · absmax[block]`` over the flattened matrix, two values in a byte, the first in the high bits. With double
+quantization the scales are quantized too: ``absmax = nested_quant_map[q] · nested_absmax[block] + offset``. Eight bits:
+``W = q · SCB[row] / 127``. Values are decoded in float32; the library itself then rounds to the dtype that the model had.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FourBit(QuantizedWeight):
     Attributes
     ----------
     blocksize, nested_blocksize, offset
-        As the quant_state says; the last two count with double quantization only.
+        Values from the quant_state; the last two apply only with double quantization.
     """
 
     blocksize: int
@@ -36,7 +36,7 @@ class FourBit(QuantizedWeight):
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
-        """Check that the tensors fit one another, and make the weight that they hold."""
+        """Check that the tensors fit together, and make the weight that they store."""
         where = f"{tensors['weight'].file.path}: tensor {name!r}"
         state = _state(tensors["state"], where)
         shape = state.get("shape")
@@ -64,7 +64,7 @@ class FourBit(QuantizedWeight):
         return cls(name, tuple(shape), dict(tensors), kind, torch.float32, None, blocksize, inner, float(offset))
 
     def decode(self, i: int, j: int) -> Tensor:
-        """``quant_map[q] · absmax``."""
+        """Compute ``quant_map[q] · absmax``."""
         n = self.shape[1]
         a, b = i * n, j * n
         packed = self.tensors["weight"].bytes(a // 2, -(-b // 2))
@@ -72,7 +72,7 @@ class FourBit(QuantizedWeight):
         values = self.tensors["map"].flat(0, 16)[quantized.int()]
         size, first = self.blocksize, a // self.blocksize
         scales = self._absmax(first, -(-b // size))
-        head = min(-a % size, b - a)  # values before the first whole block, and after the last
+        head = min(-a % size, b - a)  # number of values before the first whole block
         values[:head] *= scales[0]
         whole = (b - a - head) // size
         at = 1 if a % size else 0
@@ -94,16 +94,16 @@ class FourBit(QuantizedWeight):
 
 @dataclass(frozen=True)
 class EightBit(QuantizedWeight):
-    """Int8 values and the largest magnitude of each row."""
+    """Int8 values with the largest magnitude of each row."""
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
-        """Check that the tensors fit one another, and make the weight that they hold."""
+        """Check that the tensors fit together, and make the weight that they store."""
         weight, scale = tensors["weight"].info, tensors["SCB"].info
         where = f"{tensors['weight'].file.path}: tensor {name!r}"
         if len(weight.shape) != 2 or scale.dtype != "F32" or math.prod(scale.shape) != weight.shape[0]:
             raise FormatError(
-                f"{where}: expected a matrix and an F32 scale a row, found {list(weight.shape)} and {scale.dtype} "
+                f"{where}: expected a matrix and one F32 scale for each row, found {list(weight.shape)} and {scale.dtype} "
                 f"{list(scale.shape)}; get the file again"
             )
         if "format" in tensors and bool(tensors["format"].bytes().any()):
@@ -113,7 +113,7 @@ class EightBit(QuantizedWeight):
         return cls(name, weight.shape, dict(tensors), "INT8 (bitsandbytes)", torch.float32, None)
 
     def decode(self, i: int, j: int) -> Tensor:
-        """``q · SCB / 127``, as the library multiplies."""
+        """Compute ``q · SCB / 127``, multiplying as the library does."""
         scale = self.tensors["SCB"].flat(i, j)
         return self.tensors["weight"].rows(i, j).to(torch.float32).mul_(scale[:, None]).mul_(7.874015718698502e-3)
 
@@ -130,11 +130,11 @@ def _count(state: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def _state(stored: StoredTensor, where: str) -> dict[str, Any]:
-    """Parse the JSON that bitsandbytes keeps in a tensor; a few hundred bytes."""
+    """Parse the JSON, a few hundred bytes, that bitsandbytes keeps in a tensor."""
     if stored.info.nbytes > 1 << 16:
         raise FormatError(f"{where}: its quant_state has {stored.info.nbytes} bytes; get the file again")
     try:
         state = strict_json(stored.bytes().numpy().tobytes())
     except ValueError as e:
-        raise FormatError(f"{where}: its quant_state is no JSON: {e}; get the file again") from None
+        raise FormatError(f"{where}: its quant_state is not JSON: {e}; get the file again") from None
     return state if isinstance(state, dict) else {}

@@ -1,8 +1,8 @@
-"""compressed-tensors' packed integers: 1 to 8 bits in 32-bit words, with a scale for each output and each group of inputs.
+"""Decode compressed-tensors' packed integers: 1 to 8 bits in 32-bit words, with a scale for each output and each group of inputs.
 
-``W[out, in] = (q[out, in] − zero[out, g]) · scale[out, g]`` with g the group of the input. Values are packed along the inputs, and zero
-points along the outputs, as `packing` has it; where no zero points are stored they are half of the range. Its int8 and FP8 are in
-`scaled_codes`.
+``W[out, in] = (q[out, in] − zero[out, g]) · scale[out, g]``, where g is the group of the input. Values are packed along the inputs and zero
+points along the outputs, as in `packing`; without stored zero points, the zero point is half of the range. `scaled_codes` decodes the
+library's int8 and FP8 formats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from streamer.weights.quantization import packing
 
 @dataclass(frozen=True)
 class PackedIntegers(QuantizedWeight):
-    """Integers in 32-bit words, in the format that compressed-tensors calls pack-quantized.
+    """Integers in 32-bit words, which compressed-tensors calls pack-quantized.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class PackedIntegers(QuantizedWeight):
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
-        """Check that the tensors fit one another, and make the weight that they hold."""
+        """Check that the tensors fit together, and make the weight that they store."""
         where = f"{tensors['weight'].file.path}: tensor {tensors['weight'].info.name!r}"
         words, scales, stated = (tensors[role].info for role in ("weight", "scales", "shape"))
         readable = stated.dtype in ("I64", "I32") and stated.shape == (2,)
@@ -54,12 +54,14 @@ class PackedIntegers(QuantizedWeight):
         return cls(name, (m, n), dict(tensors), f"INT{bits} (compressed-tensors)", torch.float32, None, bits)
 
     def decode(self, i: int, j: int) -> Tensor:
-        """``(q − zero) · scale``."""
+        """Compute ``(q − zero) · scale``."""
         n, scales = self.shape[1], self.tensors["scales"].rows(i, j).to(torch.float32)
         values = packing.unpack(self.tensors["weight"].rows(i, j).T, self.bits, 0, n).T
         count = scales.shape[1]
         group = torch.arange(n) // -(-n // count)
-        if "groups" in self.tensors and not bool((self.tensors["groups"].whole() < 0).any()):  # −1 where it is not used
+        if "groups" in self.tensors and not bool(
+            (self.tensors["groups"].whole() < 0).any()
+        ):  # −1 marks an unused g_idx
             group = packing.group_indices(self.tensors["groups"], count)
         stored = self.tensors.get("zeros")
         zeros = packing.unpack(stored.whole(), self.bits, i, j)[:, group] if stored else 1 << (self.bits - 1)

@@ -1,4 +1,4 @@
-"""FP8 e4m3: decoded as `scaled_codes` has it; merged values are quantized again, with scales of their own."""
+"""Decode FP8 e4m3 as in `scaled_codes`, and quantize merged values again with new scales."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from streamer.weights.dtypes import TORCH_DTYPES
 from streamer.weights.quantization.scaled_codes import EXPONENTS, Scaled, exponents
 
 LARGEST = 448.0
-"""The largest e4m3 value."""
+"""Largest e4m3 value."""
 
 Rows = Callable[[int, int], Tensor]
-"""Rows i to j of a matrix, float32, in memory of their own."""
+"""Function that returns rows i to j of a matrix, float32, in new memory."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class FP8(Scaled):
     """E4m3 values and their scales."""
 
     def new_scales(self, merged: Rows) -> Tensor:
-        """Choose scales for merged values, (block rows, block columns): each block's largest over `LARGEST`, rounded as scales are stored.
+        """Choose scales for merged values, (block rows, block columns): each block's maximum over `LARGEST`, rounded as scales are stored.
 
         Raises
         ------
         NumericError
-            If a value has become NaN or Inf.
+            If a value is NaN or Inf.
         """
         (bm, bn), n = self.block, self.shape[1]
         grid = torch.zeros_like(self.grid())
@@ -53,7 +53,7 @@ class FP8(Scaled):
         return scale.clamp_min(smallest).to(dtype).to(torch.float32)
 
     def requantized(self, role: str, merged: Rows, grid: Tensor) -> Iterator[Tensor]:
-        """Make one of the tensors for merged values with the scales of `new_scales`: e4m3 values, rounded to nearest, or the scales."""
+        """Yield one tensor for merged values with the scales of `new_scales`: the scales, or e4m3 values rounded to nearest."""
         if role == "scale":
             dtype = self.tensors["scale"].info.dtype
             yield _exponent_bytes(grid) if dtype in EXPONENTS else grid.to(TORCH_DTYPES[dtype])

@@ -1,7 +1,7 @@
-"""GPTQ: integers of 2, 3, 4 or 8 bits in 32-bit words, with a scale and a zero point for each group of inputs and each output.
+"""Decode GPTQ: integers of 2, 3, 4 or 8 bits in 32-bit words, with a scale and a zero point for each group of inputs and each output.
 
-``W[out, in] = (q[in, out] − zero[g, out]) · scale[g, out]`` with g the group of the input; stored transposed, inputs first. Values are
-packed along the inputs and zero points along the outputs, as `packing` has it; the first format stores zero points less one.
+``W[out, in] = (q[in, out] − zero[g, out]) · scale[g, out]``, where g is the group of the input; stored transposed, inputs first. Values are
+packed along the inputs and zero points along the outputs, as in `packing`. The first version of the format stores zero points less one.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class GPTQ(QuantizedWeight):
     bits
         2, 3, 4 or 8.
     group_size
-        Inputs to a group, where no ``g_idx`` says it for each.
+        Inputs in a group, if no ``g_idx`` assigns each input to a group.
     offset
-        What is added to a stored zero point.
+        Number to add to a stored zero point.
     """
 
     bits: int
@@ -39,7 +39,7 @@ class GPTQ(QuantizedWeight):
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
-        """Check that the tensors fit one another, and make the weight that they hold."""
+        """Check that the tensors fit together, and make the weight that they store."""
         where = f"{tensors['weight'].file.path}: tensor {tensors['weight'].info.name!r}"
         stated = config.get("checkpoint_format") or config.get("format") or "gptq"
         if stated not in ("gptq", "gptq_v2"):
@@ -48,7 +48,9 @@ class GPTQ(QuantizedWeight):
         bits = config.get("bits")
         if len(weight) != 2 or len(scales) != 2 or len(zeros) != 2:
             raise FormatError(f"{where}: expected matrices of codes, scales and zero points; get the file again")
-        if "groups" in tensors and weight[0]:  # tells the inputs, and so the bits, which may differ by layer
+        if (
+            "groups" in tensors and weight[0]
+        ):  # its length is the number of inputs, which gives the bits; these may differ by layer
             bits = weight[0] * 32 // max(1, math.prod(tensors["groups"].info.shape))
         if bits not in (2, 3, 4, 8):
             raise UnsupportedError(f"{where}: GPTQ with {bits!r} bits is not supported")
@@ -64,7 +66,7 @@ class GPTQ(QuantizedWeight):
         return cls(name, (outputs, inputs), dict(tensors), label, torch.float32, None, bits, size, offset)
 
     def decode(self, i: int, j: int) -> Tensor:
-        """``(q − zero) · scale``, transposed."""
+        """Compute ``(q − zero) · scale``, transposed."""
         values = packing.unpack(self.tensors["weight"].whole()[:, i:j], self.bits, 0, self.shape[1])
         zeros = packing.unpack(self.tensors["zeros"].whole().T, self.bits, i, j).T + self.offset
         if "groups" in self.tensors:

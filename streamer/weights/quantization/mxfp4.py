@@ -1,7 +1,7 @@
-"""MXFP4 as gpt-oss has it: stacks of matrices in FP4 (e2m1), 32 values under one power of two.
+"""Decode gpt-oss's MXFP4: stacks of matrices in FP4 (e2m1), where each 32 values share one power of two.
 
-On disk ``<name>_blocks`` (experts, out, in / 32, 16) holds two values a byte, the first in the low bits, and ``<name>_scales``
-(experts, out, in / 32) the exponents. The model's own tensor is (experts, in, out).
+On disk, ``<name>_blocks`` (experts, out, in / 32, 16) holds two values in a byte, the first in the low bits, and ``<name>_scales``
+(experts, out, in / 32) holds the exponents. The model's own tensor is (experts, in, out).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class MXFP4(QuantizedWeight):
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
-        """Check that the tensors fit one another, and make the weight that they hold."""
+        """Check that the tensors fit together, and make the weight that they store."""
         blocks, scales = tensors["weight"].info, tensors["scales"].info
         if len(scales.shape) != 3 or blocks.shape != (*scales.shape, GROUP // 2) or scales.dtype != "U8":
             raise FormatError(
@@ -39,7 +39,7 @@ class MXFP4(QuantizedWeight):
         return cls(name, (experts, groups * GROUP, out), dict(tensors), "MXFP4", torch.float32, None)
 
     def decode(self, i: int, j: int) -> Tensor:
-        """``e2m1 · 2^(scale − 127)``, transposed."""
+        """Compute ``e2m1 · 2^(scale − 127)``, transposed."""
         first, last = i // GROUP, -(-j // GROUP)
         packed = self.tensors["weight"].whole()[:, first:last]
         quantized = torch.stack([packed & 15, packed >> 4], -1).flatten(2)  # (out, groups, 32)

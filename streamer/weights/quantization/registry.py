@@ -1,7 +1,7 @@
-"""Formats of quantized weights: by names and dtypes, the tensors on disk that make one weight, and the class that decodes them.
+"""Register the formats of quantized weights: which tensors on disk form one weight, by name and dtype, and which class decodes them.
 
-The model's ``quantization_config`` must name a method that a format has; a tensor of quantized values that no format claims is refused by
-name when it is looked up, so that raw quantized values never reach a computation.
+The model's ``quantization_config`` must name a method of some format. Looking up a tensor of quantized values that no format claims is
+refused by name, so raw quantized values never reach a computation.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class QuantizationFormat:
     Attributes
     ----------
     title, stored
-        For people: what it is, and what stands on disk.
+        Readable name, and the tensors on disk.
     quant_methods
-        Values of ``quant_method`` under which it is used; None among them where it needs no config.
+        Values of ``quant_method`` that use this format; None is one of them if it needs no config.
     values
-        How the name of the tensor of quantized values ends, its dtypes (none: any), and what the name of the weight ends with instead.
+        Suffix of the quantized tensor's name, its dtypes (empty for any), and the suffix that replaces it in the weight's name.
     companion_suffixes
-        Other tensors, by role: how their names go on after the stem; the first that is there.
+        For each other role, the suffixes that may follow the stem; the first that exists is used.
     optional
-        As `companion_suffixes`, for tensors that may be missing.
+        Like `companion_suffixes`, for tensors that may be missing.
     make
-        The weight that these tensors hold.
+        Makes the weight that these tensors store.
     requantizes
         Whether `merge` writes merged weights back in this encoding.
     """
@@ -53,15 +53,15 @@ class QuantizationFormat:
     requantizes: bool = False
 
     def claim(self, tensor: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, dict[str, str]] | None:
-        """Recognise the tensor of a weight's quantized values by its name and dtype, and collect the tensors that belong to it.
+        """Recognise a weight's tensor of quantized values by name and dtype, and collect its companions.
 
-        Before → after, for GPTQ: ``layers.0.q_proj.qweight`` → ``layers.0.q_proj.weight`` and ``{"weight": "layers.0.q_proj.qweight",
+        For GPTQ: ``layers.0.q_proj.qweight`` → ``layers.0.q_proj.weight`` and ``{"weight": "layers.0.q_proj.qweight",
         "zeros": "layers.0.q_proj.qzeros", "scales": "layers.0.q_proj.scales"}``.
 
         Returns
         -------
         tuple or None
-            The weight's name and the names of its tensors by role; None for any other tensor.
+            The weight's name and its tensors' names by role; None for any other tensor.
         """
         ending, dtypes, instead = self.values
         if not tensor.endswith(ending) or (dtypes and tensors[tensor].info.dtype not in dtypes):
@@ -106,22 +106,22 @@ FORMATS: tuple[QuantizationFormat, ...] = (
           frozenset({None, "mxfp4"}), ("_blocks", ("U8",), ""),
           {"scales": ("_scales",)}, MXFP4.of),
 )  # fmt: skip
-"""Formats of quantized weights; a new one is a new entry here, with its class in a module of this folder."""
+"""Formats of quantized weights. To add one, add an entry here and its class in a module of this folder."""
 
 
 def supported_method(quantization: Mapping[str, Any], where: str) -> str | None:
-    """Read the ``quant_method`` of a quantization config, None for {}.
+    """Read the ``quant_method`` of a quantization config; None for {}.
 
     Raises
     ------
     UnsupportedError
-        If no format has it, or the config says something more that changes what the quantized values mean.
+        If no format supports it, or another key changes what the quantized values mean.
     """
     if not quantization:
         return None
     method = quantization.get("quant_method")
     if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
-        method = "bitsandbytes"  # as older versions of transformers wrote it
+        method = "bitsandbytes"  # older versions of transformers left it out
     kind = repr(method)
     known = sorted({m for form in FORMATS for m in form.quant_methods if m is not None})
     if method in known:
@@ -139,7 +139,7 @@ def supported_method(quantization: Mapping[str, Any], where: str) -> str | None:
 
 
 _VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
-    # Keys that change what the quantized values mean, with the settings that leave it as it is.
+    # Keys that can change what the quantized values mean, with the settings that do not.
     "compressed-tensors": {
         "format": ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense"),
         "sparsity_config": ("dense",),

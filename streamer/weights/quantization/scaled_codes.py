@@ -1,7 +1,7 @@
-"""Quantized values times a scale, which a tensor, a row (a channel), or a block of rows and columns shares: FP8 e4m3, and int8.
+"""Decode quantized values with one scale for each tensor, row (channel), or block of rows and columns: FP8 e4m3, and int8.
 
-``W = q · scale`` in float32 under every name that the scale goes by: ``weight_scale_inv`` (the "inverse" of what the quantizer
-multiplied with) and ``weight_scale``. Scales stand as floating-point values or as e8m0 exponents.
+``W = q · scale`` in float32, under every name of the scale: ``weight_scale`` and ``weight_scale_inv`` (the "inverse" of the quantizer's
+factor). Scales are stored as floating-point values or as e8m0 exponents.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EXPONENTS = ("F8_E8M0", "U8")
 
 @dataclass(frozen=True)
 class Scaled(QuantizedWeight):
-    """Quantized values that a scale turns into the weight's.
+    """Quantized values with scales.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Scaled(QuantizedWeight):
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
-        """Check that the tensors fit one another, and make the weight that they hold; `config` is the model's ``quantization_config``."""
+        """Check that the tensors fit together, and make the weight that they store; `config` is the model's ``quantization_config``."""
         weight, scale = tensors["weight"].info, tensors["scale"].info
         where = f"{tensors['weight'].file.path}: tensor {name!r}"
         if len(weight.shape) not in (2, 3):
@@ -61,7 +61,7 @@ class Scaled(QuantizedWeight):
         return cls(name, weight.shape, dict(tensors), f"{weight.dtype} ({kind})", torch.float32, None, block, powers)
 
     def decode(self, i: int, j: int) -> Tensor:
-        """``q · scale``."""
+        """Compute ``q · scale``."""
         values = self.tensors["weight"].rows(i, j).to(torch.float32)
         return self.by_block(values, self.grid(), i, torch.Tensor.mul_)
 
@@ -73,7 +73,7 @@ class Scaled(QuantizedWeight):
         return values.reshape(-(-m // bm), -(-n // bn))
 
     def by_block(self, values: Tensor, grid: Tensor, i: int, act: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Apply `act` in place to rows i, i + 1, … and the scale of each value."""
+        """Apply `act` in place to rows i, i + 1, … and each value's scale."""
         (bm, bn), n = self.block, values.shape[1]
         scales, whole = grid[torch.arange(i, i + len(values)) // bm], n // bn
         act(values[:, : whole * bn].view(len(values), whole, bn), scales[:, :whole, None])
@@ -82,14 +82,14 @@ class Scaled(QuantizedWeight):
 
 
 def exponents(raw: Tensor) -> Tensor:
-    """Decode e8m0 bytes to float32: ``2^(byte − 127)``, 255 to NaN. By the bits, since a power function may be inexact."""
+    """Decode e8m0 bytes to float32, ``2^(byte − 127)`` with 255 as NaN; uses the bits because a power function may be inexact."""
     bits = raw.to(torch.int32)
     values = torch.where(bits == 0, 1 << 22, bits << 23).view(torch.float32)  # 2^-127 is subnormal
     return torch.where(bits == 255, float("nan"), values)
 
 
 def _stated_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Read the block size from a quantization config of transformers or of compressed-tensors; None where it states none."""
+    """Read the block size from a quantization config of transformers or compressed-tensors; None if it states none."""
     groups = config.get("config_groups")
     weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
     stated = [config.get("weight_block_size"), *(w.get("block_structure") for w in weights if isinstance(w, dict))]
@@ -100,9 +100,9 @@ def _stated_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _block(shape: tuple[int, ...], scale: tuple[int, ...], stated: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Infer the rows and columns that share a scale from the shapes; None if they do not fit.
+    """Infer from the shapes which rows and columns share a scale; None if they do not fit.
 
-    The config's block is taken where it fits, then one that divides evenly: one checkpoint may hold two kinds of blocks.
+    The config's block is used if it fits, else one that divides evenly: a checkpoint may contain two kinds of blocks.
     """
     m, n = shape[-2:]
     stack = math.prod(shape[:-2])
@@ -110,7 +110,9 @@ def _block(shape: tuple[int, ...], scale: tuple[int, ...], stated: tuple[int, in
         return None
     if math.prod(scale) == stack and (stack == 1 or scale[0] == stack):
         return m, n
-    grid = (*scale, 1) if len(scale) == len(shape) - 1 else scale  # one a row, without a dimension for columns
+    grid = (
+        (*scale, 1) if len(scale) == len(shape) - 1 else scale
+    )  # one scale for each row, stored without a column dimension
     if len(grid) != len(shape) or grid[:-2] != shape[:-2]:
         return None
     gm, gn = grid[-2:]

@@ -112,7 +112,7 @@ BROKEN = {
     "int8: a scale for other rows": (
         {"w.weight": CODES["w.weight"], "w.SCB": torch.ones(63)},
         BNB,
-        "an F32 scale a row",
+        "one F32 scale for each row",
     ),
     "int8: another format": (
         {"w.weight": CODES["w.weight"], "w.SCB": torch.ones(64), "w.weight_format": torch.ones(1, dtype=torch.uint8)},
@@ -133,7 +133,7 @@ BROKEN = {
     "gptq: a group that is not there": (
         packed(g_idx=torch.ones(64, dtype=torch.int32)),
         {"quant_method": "gptq", "bits": 4},
-        "groups that are not there",
+        "groups that do not exist",
     ),
     "awq: gemv": (packed(qweight=AWQ_WORDS), {"quant_method": "awq", "version": "gemv"}, "version gemm"),
     "awq: other groups": (packed(qweight=AWQ_WORDS), {"quant_method": "awq", "group_size": 32}, "do not fit"),
