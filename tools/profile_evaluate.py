@@ -32,7 +32,7 @@ def install(clocks: Clocks) -> None:
     """Put the clocks around everything that a pass does."""
     from torch.nn import functional
 
-    from streamer.evaluation import losses
+    from streamer.measuring import losses
     from streamer.streaming import installed, lazy
     from streamer.streaming.values import Values
 
@@ -69,11 +69,11 @@ def profile(arguments: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     import streamer
-    from streamer.evaluation import passes as of_evaluation
-    from streamer.evaluation import task as of_pass
+    from streamer.measuring import passes as of_measuring
+    from streamer.measuring import task as of_pass
 
     torch.set_num_threads(arguments.pop("threads"))
-    check, measure, passes = of_evaluation.padding_changes, clocks.wrap(of_pass.measure, REST), []
+    check, measure, passes = of_measuring.padding_changes, clocks.wrap(of_pass.measure, REST), []
 
     def checked(*args: Any) -> bool:
         changes = check(*args)
@@ -84,7 +84,7 @@ def profile(arguments: dict[str, Any]) -> dict[str, Any]:
         passes.append(model.batch.variants * len(text.ids) * text.longest)
         return measure(model, text, block)
 
-    of_evaluation.padding_changes, of_pass.measure = checked, counted
+    of_measuring.padding_changes, of_pass.measure = checked, counted
     streamer.evaluate_variants(**arguments)
     with clock.stage(START):
         total = time.perf_counter() - began

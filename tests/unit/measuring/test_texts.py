@@ -12,7 +12,7 @@ import pytest
 from seeds import vary
 
 from streamer.errors import FormatError, MissingInputError, MissingPackageError, UsageError
-from streamer.evaluation import texts
+from streamer.measuring import texts
 from streamer.measuring.sequences import TextSequences, evenly
 from streamer.measuring.texts import read_text
 from streamer.streaming.extra import require_transformers
