@@ -75,10 +75,10 @@ _HOMES = {
     "evaluate_variants": "api.evaluation",
     "fit_coefficients": "api.fitting",
     "iter_merged": "api.writing",
-    "load_coefficients": "methods.coefficients_file",
+    "load_coefficients": "methods.coefficients",
     "load_evaluation": "evaluation.evaluation",
     "load_findings": "detection.findings",
-    "load_map": "methods.input_map_file",
+    "load_map": "methods.input_map",
     "map_inputs": "api.mapping",
     "merge_with_reduced_intruder_dimensions": "api.writing",
     "reduce_intruder_dimension": "api.writing",
@@ -138,10 +138,8 @@ if TYPE_CHECKING:
     from streamer.errors import StreamerError, StreamerWarning, VerificationError
     from streamer.evaluation.evaluation import Evaluation, load_evaluation
     from streamer.events import Event, Monitor
-    from streamer.methods.coefficients import Coefficients
-    from streamer.methods.coefficients_file import load_coefficients
-    from streamer.methods.input_map import InputMap
-    from streamer.methods.input_map_file import load_map
+    from streamer.methods.coefficients import Coefficients, load_coefficients
+    from streamer.methods.input_map import InputMap, load_map
     from streamer.report.diff import FindingsDiff, diff_findings
 
 

@@ -34,7 +34,7 @@ from streamer.api.executors import RayExecutor, processes
 from streamer.detection.device import choose_device
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.workers import DetectTask, inputs_of
-from streamer.plan.plan import make_batch
+from streamer.plan.batch import make_batch
 from streamer.workers.task import perform
 
 ROUNDS = 50

@@ -169,7 +169,7 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from streamer.measuring.sequences import TextSequences
-    from streamer.methods.coefficients import CoefficientSet, MatrixCoefficients, directions
+    from streamer.methods.coefficient_set import CoefficientSet, MatrixCoefficients, directions
     from streamer.plan.plan import make_plan
 
     torch.set_num_threads(request["threads"])

@@ -19,9 +19,8 @@ from streamer.detection.run import detect_in_memory, detect_to_files, inspect_de
 from streamer.detection.workers import shared
 from streamer.events import Monitor, OutputState
 from streamer.forecast.forecast import forecast_detection, on_workers, shared_by_detections, together
-from streamer.plan.batch import Batch
+from streamer.plan.batch import Batch, make_batch
 from streamer.plan.memory import resident_bytes
-from streamer.plan.plan import make_batch
 from streamer.workers.engine import Workers
 
 

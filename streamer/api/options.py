@@ -18,10 +18,8 @@ from streamer.errors import UsageError
 from streamer.events import Monitor
 from streamer.linalg.allocation import CPU
 from streamer.methods import Method, MethodName, make_method
-from streamer.methods.coefficients import Coefficients
-from streamer.methods.coefficients_file import load_coefficients
-from streamer.methods.input_map import InputMap
-from streamer.methods.input_map_file import load_map
+from streamer.methods.coefficients import Coefficients, load_coefficients
+from streamer.methods.input_map import InputMap, load_map
 from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 from streamer.workers.engine import Workers

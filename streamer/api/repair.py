@@ -24,7 +24,8 @@ from streamer.json_types import Count, State
 from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import Estimate
 from streamer.methods import UNCHANGED, Method, Shrink
-from streamer.methods.coefficients import Coefficients, MatrixCoefficients
+from streamer.methods.coefficient_set import MatrixCoefficients
+from streamer.methods.coefficients import Coefficients
 from streamer.output.prepare import OutputOptions
 from streamer.output.records import Written
 from streamer.storage.output_plan import RECORD_NAME

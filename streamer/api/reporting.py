@@ -12,7 +12,8 @@ from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_records import FindingsRecord
 from streamer.errors import UsageError
 from streamer.events import Monitor
-from streamer.methods.coefficients import Coefficients, CoefficientSet
+from streamer.methods.coefficient_set import CoefficientSet
+from streamer.methods.coefficients import Coefficients
 from streamer.output.intruder_coefficients import findings_means, with_means
 from streamer.plan.plan import make_plan
 

@@ -8,20 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
-from streamer.detection.findings_file import (
-    COEFFICIENTS,
-    SCHEMA,
-    check_digest,
-    matrix_entries,
-    plan_findings_file,
-    save_findings_file,
-)
+from streamer.detection.findings_file import SCHEMA, FindingsHead, read_findings, save_findings_file
 from streamer.detection.findings_records import FindingsRecord, TotalsRecord
 from streamer.detection.findings_view import (
     findings_frame,
@@ -32,14 +25,11 @@ from streamer.detection.findings_view import (
     is_pattern,
     summary_lines,
 )
-from streamer.detection.matrix_finding import MatrixFinding, read_matrix
+from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.options import DetectionOptions
 from streamer.detection.random_overlaps import ANOTHER_BASE, look_random
-from streamer.detection.stamps import STAMP
-from streamer.errors import FormatError, MismatchError, UnknownNameError
+from streamer.errors import MismatchError, UnknownNameError
 from streamer.plan.sources import AdapterSource, BaseSource
-from streamer.storage.atomic_file import Buffer
-from streamer.storage.header import TensorInfo
 from streamer.storage.identities import AdapterIdentity, BaseIdentity, difference
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.dtypes import as_bytes
@@ -77,6 +67,16 @@ class Findings:
     def __getstate__(self) -> dict[str, object]:
         """Leave the file out, for another process: all factors are pickled by value."""
         return {**self.__dict__, "_file": None}
+
+    @classmethod
+    def of(cls, head: FindingsHead, matrices: Iterable[MatrixFinding], file: TensorFile | None = None) -> Findings:
+        """Put findings together; `file` is the one that they were read from."""
+        return cls(head.base, head.adapter, head.options, tuple(matrices), file, head.sources)
+
+    @property
+    def head(self) -> FindingsHead:
+        """Return all but the matrices."""
+        return FindingsHead(self.base, self.adapter, self.options, self.sources)
 
     @cached_property
     def by_tensor(self) -> dict[str, MatrixFinding]:
@@ -121,10 +121,12 @@ class Findings:
 
     def decisions_digest(self) -> str:
         """Hash (SHA-256, hex) what they were made from, and which directions of each matrix are intruders."""
-        tensors = [m.tensor for m in self.matrices]
-        made = detection_digest(self.base, self.adapter, self.options, tensors)
         decisions = [list(m.detection.intruders) for m in self.matrices]
-        return hashlib.sha256(json.dumps([made, decisions]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.made_from(), decisions]).encode()).hexdigest()
+
+    def made_from(self) -> str:
+        """Hash (SHA-256, hex) everything that decides their bytes."""
+        return self.head.digest(m.tensor for m in self.matrices)
 
     def check_matches(self, base: BaseIdentity, adapter: AdapterIdentity, options: DetectionOptions | None) -> None:
         """Refuse to be used with another base, adapter or options than they were made with.
@@ -271,24 +273,7 @@ class Findings:
         OutputError, StorageError, LockedError
             If it cannot be written there.
         """
-        path, matrices = Path(path), self.by_tensor
-        entries = [entry for m in self.matrices for entry in matrix_entries(m.tensor, m.arrays())]
-        figures = [m.figures() for m in self.matrices]
-        shard = plan_findings_file(path.name, self, figures, entries)
-
-        def source(info: TensorInfo) -> Iterator[Buffer]:
-            tensor, _, key = info.name.rpartition("/")
-            yield as_bytes(matrices[tensor].arrays()[key])
-
-        save_findings_file(path, shard, source, overwrite)
-
-
-def detection_digest(
-    base: BaseIdentity, adapter: AdapterIdentity, options: DetectionOptions, tensors: Sequence[str]
-) -> str:
-    """Hash (SHA-256) everything that decides the findings' bytes."""
-    plan = {"schema": SCHEMA, "base": base, "adapter": adapter, "options": options.as_dict(), "tensors": list(tensors)}
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+        save_findings_file(Path(path), self.head, self.matrices, overwrite)
 
 
 def load_findings(path: str | Path) -> Findings:
@@ -304,44 +289,4 @@ def load_findings(path: str | Path) -> Findings:
     FormatError
         If it is not one, or is damaged or incomplete.
     """
-    if Path(path).is_dir():
-        raise FormatError(f"{path}: expected a findings file, found a directory; name the findings file in it")
-    file = TensorFile(Path(path))
-    text = file.header.metadata.get("findings")
-    if file.header.metadata.get("schema") != SCHEMA or text is None:
-        found = "another safetensors file; make them with `streamer detect`"
-        if COEFFICIENTS in file.header.metadata:
-            found = (
-                "coefficients; pass those by --coefficients (coefficients=), and make findings with `streamer detect`"
-            )
-        raise FormatError(f"{path}: expected findings ({SCHEMA}), found {found}")
-    try:
-        tree = json.loads(text)
-        options = DetectionOptions(**tree["options"])
-        data = file.data()  # one map for all: a map each would run out of descriptors
-        matrices = tuple(read_matrix(figures, file, data) for figures in tree["matrices"])
-        _check_identities(tree["base"], tree["adapter"])
-    except (KeyError, TypeError, ValueError, RecursionError) as e:
-        raise FormatError(
-            f"{path}: findings are not as {SCHEMA} has them ({type(e).__name__}: {e}); run detect again"
-        ) from e
-    check_digest(file)
-    return Findings(tree["base"], tree["adapter"], options, matrices, file, _sources(file))
-
-
-def _sources(file: TensorFile) -> dict[str, dict[str, str]]:
-    """Read the names of the inputs from the stamp of a findings file; {} where it has none."""
-    try:
-        tree = json.loads(file.header.metadata[STAMP])
-        return {what: {k: v for k, v in tree[what].items() if isinstance(v, str)} for what in ("base", "adapter")}
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        return {}
-
-
-def _check_identities(*identities: Any) -> None:
-    for identity in identities:
-        files = identity.get("files", []) if isinstance(identity, dict) else None
-        if not isinstance(files, list) or not all(
-            isinstance(f, dict) and isinstance(f.get("file"), str) for f in files
-        ):
-            raise ValueError("an input's identity is not one")
+    return Findings.of(*read_findings(Path(path)))

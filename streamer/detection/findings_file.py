@@ -1,4 +1,4 @@
-"""Layout of a findings file, the paths of its journal and its lock, and writing one at once.
+"""Lay out, read and write a findings file; name its journal and its lock.
 
 On disk findings are one safetensors file. For the base tensor ``T`` it holds ``T/U`` (m, q), ``T/S`` (q,), ``T/Vh`` (q, n), the
 intruders' triplets; ``T/singular_values``, ``T/similarity``, ``T/similarity_low``, ``T/similarity_high``,
@@ -9,28 +9,34 @@ figures of each matrix.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from types import UnionType
+from typing import Any, Final, NamedTuple, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from streamer.detection.findings_records import MatrixFigures
+from streamer.detection.intruders import Detection
+from streamer.detection.matrix_finding import ARRAYS, DECISIONS, NUMBERS, MatrixFinding
+from streamer.detection.options import DetectionOptions
 from streamer.detection.stamps import STAMP, detection_record, stamp
 from streamer.errors import FormatError, InputError, OutputError, OutputExistsError, UsageError
-from streamer.plan.sources import Source
+from streamer.linalg.operators import all_finite
+from streamer.plan.plan import Plan
+from streamer.plan.sources import Source, in_short
 from streamer.storage.atomic_file import Buffer, partial_name, remove_partials
 from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
+from streamer.storage.identities import AdapterIdentity, BaseIdentity
 from streamer.storage.lock import locked
 from streamer.storage.output_checks import check_name, check_output_path, check_space, refuse_address, refuse_symlink
 from streamer.storage.shard_writer import ShardPlan, plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile
-
-if TYPE_CHECKING:
-    from streamer.detection.findings import Findings
+from streamer.weights.dtypes import TORCH_DTYPES, as_bytes, as_tensor
 
 SCHEMA: Final = "streamer.findings/1"
 
@@ -40,15 +46,46 @@ COEFFICIENTS = "streamer.coefficients"
 DIGEST = "sha256"
 """The key in the metadata of a digest over all of the file."""
 
-FACTORS = ("U", "S", "Vh")
-NUMBERS = ("singular_values", "similarity", "similarity_low", "similarity_high", "base_singular_values")
-ARRAYS = (*FACTORS, *NUMBERS, "intruders")
-"""The arrays of a matrix, in file order."""
-
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 
 Entry = tuple[str, str, tuple[int, ...]]
 """A tensor's name, dtype and shape."""
+
+_KINDS: dict[str, set[type]] = {
+    key: {int, float}
+    if kind is float
+    else set(get_args(kind))
+    if isinstance(kind, UnionType)
+    else {get_origin(kind) or kind}
+    for key, kind in get_type_hints(MatrixFigures).items()
+}
+
+
+class FindingsHead(NamedTuple):
+    """What findings are of, and how they are made: all but the matrices; see `Findings`."""
+
+    base: BaseIdentity
+    adapter: AdapterIdentity
+    options: DetectionOptions
+    sources: Mapping[str, Mapping[str, str]]
+
+    @classmethod
+    def of(cls, plan: Plan, options: DetectionOptions) -> FindingsHead:
+        """State what the findings of a plan are of."""
+        base, adapter = plan.sources
+        sources = {"base": in_short(base), "adapter": in_short(adapter)}
+        return cls(plan.base_identity, plan.adapter_identity, options, sources)
+
+    def digest(self, tensors: Iterable[str]) -> str:
+        """Hash (SHA-256, hex) everything that decides the bytes of findings on these tensors, in file order."""
+        plan = {
+            "schema": SCHEMA,
+            "base": self.base,
+            "adapter": self.adapter,
+            "options": self.options.as_dict(),
+            "tensors": list(tensors),
+        }
+        return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
 def journal_of(path: Path) -> Path:
@@ -98,15 +135,9 @@ def matrix_entries(tensor: str, arrays: Mapping[str, Tensor]) -> list[Entry]:
 
 
 def plan_findings_file(
-    name: str, head: Findings, matrices: Sequence[MatrixFigures], entries: Iterable[Entry]
+    name: str, head: FindingsHead, matrices: Sequence[MatrixFigures], entries: Iterable[Entry]
 ) -> ShardPlan:
-    """Lay out a findings file. Equal findings give equal bytes, whether written at once or through a journal.
-
-    Parameters
-    ----------
-    head
-        Identity and options; its matrices are not used.
-    """
+    """Lay out a findings file. Equal findings give equal bytes, whether written at once or through a journal."""
     tree = {"base": head.base, "adapter": head.adapter, "options": head.options.as_dict(), "matrices": matrices}
     metadata = {"schema": SCHEMA, "findings": json.dumps(tree), DIGEST: "0" * 64}
     if head.sources:
@@ -162,19 +193,11 @@ def refuse_foreign(path: Path) -> None:
         )
 
 
-def save_findings_file(
-    path: Path, shard: ShardPlan, source: Callable[[TensorInfo], Iterable[Buffer]], overwrite: bool
-) -> None:
+def save_findings_file(path: Path, head: FindingsHead, matrices: Sequence[MatrixFinding], overwrite: bool) -> None:
     """Write a findings file at once, atomically; missing directories are made.
 
     Parameters
     ----------
-    path
-        The file.
-    shard
-        Its layout.
-    source
-        Gives the bytes of each tensor.
     overwrite
         Whether to replace findings at the path, and the journal of an interrupted run. An empty file is replaced in any case.
 
@@ -195,9 +218,114 @@ def save_findings_file(
             f"{path}: an interrupted run has its journal there; finish that one, choose another output, or pass overwrite=True",
             journal_of(path),
         )
+    by_tensor = {m.tensor: m for m in matrices}
+    entries = [entry for m in matrices for entry in matrix_entries(m.tensor, m.arrays())]
+    shard = plan_findings_file(path.name, head, [m.figures() for m in matrices], entries)
+
+    def source(info: TensorInfo) -> Iterator[Buffer]:
+        tensor, _, key = info.name.rpartition("/")
+        yield as_bytes(by_tensor[tensor].arrays()[key])
+
     check_space(path, shard.nbytes)
     make_directory(path.parent)
     with locked(lock_of(path), path):
         remove_partials(path.parent, {path.name, journal_of(path).name})
         write_shard(path.parent, seal(shard, source), source, lambda _size, _sha256: None)
         journal_of(path).unlink(missing_ok=True)
+
+
+def read_findings(path: Path) -> tuple[FindingsHead, tuple[MatrixFinding, ...], TensorFile]:
+    """Read what a findings file holds and compare it with its digest; see `load_findings`.
+
+    Raises
+    ------
+    FormatError
+        If it is not one, or is damaged or incomplete.
+    """
+    if path.is_dir():
+        raise FormatError(f"{path}: expected a findings file, found a directory; name the findings file in it")
+    file = TensorFile(path)
+    text = file.header.metadata.get("findings")
+    if file.header.metadata.get("schema") != SCHEMA or text is None:
+        found = "another safetensors file; make them with `streamer detect`"
+        if COEFFICIENTS in file.header.metadata:
+            found = (
+                "coefficients; pass those by --coefficients (coefficients=), and make findings with `streamer detect`"
+            )
+        raise FormatError(f"{path}: expected findings ({SCHEMA}), found {found}")
+    try:
+        tree = json.loads(text)
+        options = DetectionOptions(**tree["options"])
+        data = file.data()  # one map for all: a map each would run out of descriptors
+        matrices = tuple(read_matrix(figures, file, data) for figures in tree["matrices"])
+        _check_identities(tree["base"], tree["adapter"])
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        raise FormatError(
+            f"{path}: findings are not as {SCHEMA} has them ({type(e).__name__}: {e}); run detect again"
+        ) from e
+    check_digest(file)
+    return FindingsHead(tree["base"], tree["adapter"], options, _sources(file)), matrices, file
+
+
+def check_figures(figures: Any) -> None:
+    """Check that the figures of a matrix are all there, each of its kind; `KeyError` or `TypeError` where not."""
+    for key, kinds in _KINDS.items():
+        value = figures[key]
+        fits = type(value) in kinds
+        if kinds == {list}:
+            fits = fits and all(type(i) is int and i >= 0 for i in value)
+        if not fits:
+            raise TypeError(f"{key} is {type(value).__name__}")
+
+
+def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> MatrixFinding:
+    """Read the finding of these figures from an open findings file, whose data are mapped.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        If figures or arrays are not as the schema has them.
+    """
+    check_figures(figures)
+    arrays: dict[str, Tensor] = {}
+    for key in ARRAYS:
+        info = file.header.by_name[f"{figures['tensor']}/{key}"]
+        if info.dtype not in DTYPE_NAMES.values():
+            raise ValueError(f"tensor {info.name!r} is {info.dtype}")
+        arrays[key] = as_tensor(data[info.start : info.end], TORCH_DTYPES[info.dtype], info.shape)
+    m, n = figures["shape"]
+    q, k = len(arrays["intruders"]), len(arrays["singular_values"])
+    expected = {"U": (m, q), "S": (q,), "Vh": (q, n)} | dict.fromkeys(NUMBERS, (k,))
+    for key, shape in expected.items():
+        if tuple(arrays[key].shape) != shape:
+            raise ValueError(f"{figures['tensor']}/{key}: expected shape {shape}, found {tuple(arrays[key].shape)}")
+    if not all_finite(arrays["S"]):
+        raise ValueError(f"{figures['tensor']}/S holds NaN or Inf")
+    numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in (*NUMBERS, "intruders")}
+    for what, ranks in (("intruders", numbers["intruders"]), ("degenerate", figures["degenerate"])):
+        among = k > 0 and all(type(j) is int and 0 <= j < k for j in ranks)
+        if not among or any(a >= b for a, b in itertools.pairwise(ranks)):
+            raise ValueError(f"{figures['tensor']}: {what} must be ascending ranks below {k}")
+    chosen: dict[str, Any] = {key: figures[key] for key in DECISIONS} | {"degenerate": tuple(figures["degenerate"])}
+    detection = Detection(U=arrays["U"], S=arrays["S"], Vh=arrays["Vh"], **numbers, **chosen)
+    return MatrixFinding(figures["tensor"], figures["module"], (m, n), figures["dtype"],
+                         figures["rank"], figures["scale"], detection, transposed=figures["transposed"],
+                         fingerprint=figures["fingerprint"])  # fmt: skip
+
+
+def _sources(file: TensorFile) -> dict[str, dict[str, str]]:
+    """Read the names of the inputs from the stamp of a findings file; {} where it has none."""
+    try:
+        tree = json.loads(file.header.metadata[STAMP])
+        return {what: {k: v for k, v in tree[what].items() if isinstance(v, str)} for what in ("base", "adapter")}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return {}
+
+
+def _check_identities(*identities: Any) -> None:
+    for identity in identities:
+        files = identity.get("files", []) if isinstance(identity, dict) else None
+        if not isinstance(files, list) or not all(
+            isinstance(f, dict) and isinstance(f.get("file"), str) for f in files
+        ):
+            raise ValueError("an input's identity is not one")

@@ -9,27 +9,18 @@ from pathlib import Path
 import torch
 
 from streamer.detection import solvers
-from streamer.detection.findings import Findings
-from streamer.detection.findings_file import journal_of
+from streamer.detection.findings_file import FindingsHead, journal_of
 from streamer.detection.findings_writer import most_bytes
 from streamer.detection.intruders import Detection
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.options import DetectionOptions
 from streamer.plan.plan import Plan
-from streamer.plan.sources import in_short
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import partials_of
 from streamer.storage.output_checks import allocated_bytes, check_space
 
 FindingsSize = tuple[int, int]
 """Bytes of a findings file, and of the journal beside it."""
-
-
-def findings_head(plan: Plan, options: DetectionOptions) -> Findings:
-    """Make findings without a matrix: what they are of, and how they are made."""
-    base, adapter = plan.sources
-    sources = {"base": in_short(base), "adapter": in_short(adapter)}
-    return Findings(plan.base_identity, plan.adapter_identity, options, (), sources=sources)
 
 
 def check_findings_space(paths: Sequence[Path], sizes: Sequence[FindingsSize]) -> None:
@@ -51,7 +42,7 @@ def check_findings_space(paths: Sequence[Path], sizes: Sequence[FindingsSize]) -
 
 def findings_bytes(plan: Plan, options: DetectionOptions) -> FindingsSize:
     """Compute the bytes of findings at most: all directions intruders. About 1 s for 10,000 matrices."""
-    return most_bytes(findings_head(plan, options), (_widest(plan, target, options) for target in plan.targets))
+    return most_bytes(FindingsHead.of(plan, options), (_widest(plan, target, options) for target in plan.targets))
 
 
 def _widest(plan: Plan, target: Target, options: DetectionOptions) -> MatrixFinding:

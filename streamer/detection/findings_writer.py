@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from streamer import __version__
-from streamer.detection.findings import Findings, detection_digest, load_findings
+from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_file import (
-    ARRAYS,
+    FindingsHead,
+    check_figures,
     check_findings_name,
     check_findings_path,
     journal_of,
@@ -26,7 +27,7 @@ from streamer.detection.findings_file import (
     seal,
 )
 from streamer.detection.findings_records import MatrixFigures
-from streamer.detection.matrix_finding import MatrixFinding, check_figures
+from streamer.detection.matrix_finding import ARRAYS, MatrixFinding
 from streamer.errors import FormatError, OutputError, OutputExistsError
 from streamer.storage.atomic_file import Buffer, remove_partials
 from streamer.storage.header import Header, TensorInfo, layout, parse_header
@@ -51,7 +52,7 @@ class FindingsWriter:
     path
         The file.
     head
-        Identity and options; its matrices are not used.
+        What the findings are of.
     tensors
         Base tensors to come, in the order of the file.
     stamps
@@ -70,7 +71,7 @@ class FindingsWriter:
         last bits of findings depend on it.
     """
 
-    def __init__(self, path: Path, head: Findings, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]], *,
+    def __init__(self, path: Path, head: FindingsHead, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]], *,
                  resume: bool, overwrite: bool, before_rename: Callable[[], None]) -> None:  # fmt: skip
         self.path = path
         self._head = head
@@ -160,13 +161,13 @@ def _layout(finding: MatrixFinding, arrays: Mapping[str, Tensor]) -> tuple[Heade
     return layout(matrix_entries(finding.tensor, arrays), {"matrix": json.dumps(finding.figures())})
 
 
-def most_bytes(head: Findings, widest: Iterable[MatrixFinding]) -> tuple[int, int]:
+def most_bytes(head: FindingsHead, widest: Iterable[MatrixFinding]) -> tuple[int, int]:
     """Compute the bytes of a findings file and of its journal, at most.
 
     Parameters
     ----------
     head
-        Identity and options.
+        What the findings are of.
     widest
         For each matrix the largest finding that there could be; tensors without values (``meta``) will do.
     """
@@ -179,10 +180,14 @@ def most_bytes(head: Findings, widest: Iterable[MatrixFinding]) -> tuple[int, in
     return file, journal
 
 
-def journal_head(head: Findings, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+def journal_head(head: FindingsHead, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """Make the first record of a journal: what run it belongs to, and on how many threads, on which last bits depend."""
-    digest = detection_digest(head.base, head.adapter, head.options, tensors)
-    return {"plan": digest, "version": __version__, "stamps": dict(stamps), "threads": torch.get_num_threads()}
+    return {
+        "plan": head.digest(tensors),
+        "version": __version__,
+        "stamps": dict(stamps),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def interrupted_run(path: Path, start: dict[str, Any], overwrite: bool) -> bool:
@@ -212,7 +217,7 @@ def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Se
     path
         The findings file; its directory may still be missing, and an empty file there counts as none.
     digest
-        See `detection_digest`.
+        See `FindingsHead.digest`.
     overwrite
         Whether findings that stand at the path may be replaced; anything else may not.
     inputs
@@ -239,8 +244,7 @@ def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Se
         raise OutputExistsError(
             f"{path}: holds findings that cannot be read; choose another output, or pass --overwrite", path
         ) from e
-    tensors = [m.tensor for m in findings]
-    if detection_digest(findings.base, findings.adapter, findings.options, tensors) != digest:
+    if findings.made_from() != digest:
         raise OutputExistsError(
             f"{path}: holds findings of other inputs or options; choose another output, or pass --overwrite", path
         )

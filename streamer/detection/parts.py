@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from streamer.detection.findings import Findings, detection_digest, load_findings
-from streamer.detection.findings_file import remove_leftovers
+from streamer.detection.findings import Findings, load_findings
+from streamer.detection.findings_file import FindingsHead, remove_leftovers
 from streamer.detection.matrices import cost
 from streamer.detection.options import DetectionOptions
 from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UsageError
@@ -119,9 +119,7 @@ def _checked(plan: Plan, part: Part, path: Path, options: DetectionOptions) -> F
         findings = load_findings(where)
     except FormatError as e:
         raise FormatError(f"{where}: is damaged, or not findings that this version reads; {advice}") from e
-    tensors = [target.tensor for target in part.of(plan, options).targets]
-    expected = detection_digest(plan.base_identity, plan.adapter_identity, options, tensors)
-    made = detection_digest(findings.base, findings.adapter, findings.options, [m.tensor for m in findings])
-    if made != expected:
+    targets = part.of(plan, options).targets
+    if findings.made_from() != FindingsHead.of(plan, options).digest(target.tensor for target in targets):
         raise MismatchError(f"{where}: holds findings of other inputs or options; {advice}")
     return findings

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from streamer.detection.findings import Findings, detection_digest, load_findings
-from streamer.detection.findings_file import remove_leftovers
-from streamer.detection.findings_size import FindingsSize, check_findings_space, findings_bytes, findings_head
+from streamer.detection.findings import Findings, load_findings
+from streamer.detection.findings_file import FindingsHead, remove_leftovers
+from streamer.detection.findings_size import FindingsSize, check_findings_space, findings_bytes
 from streamer.detection.findings_writer import FindingsWriter, inspect_findings_output, interrupted_run, journal_head
 from streamer.detection.matrices import cost, detect_in_turn
 from streamer.detection.matrix_finding import MatrixFinding
@@ -75,7 +75,7 @@ def detect_in_memory(batch: Batch, options: DetectionOptions, run: RunOptions) -
     for i, finding in detect_all(batch, options, run, resident_bytes(batch) + kept):
         found[i][finding.tensor] = finding
     made = [
-        replace(findings_head(p, options), matrices=tuple(mine[t.tensor] for t in p.targets))
+        Findings.of(FindingsHead.of(p, options), (mine[t.tensor] for t in p.targets))
         for p, mine in zip(batch.plans, found, strict=True)
     ]
     run.monitor.warn(warning for findings in made for warning in findings.warnings)
@@ -115,7 +115,7 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
     with contextlib.ExitStack() as stack:
         writers = []
         for plan, path in todo:
-            head = findings_head(plan, options)
+            head = FindingsHead.of(plan, options)
             tensors = [t.tensor for t in plan.targets]
             writer = FindingsWriter(path, head, tensors, plan.detection_stamps(), resume=run.resume,
                                     overwrite=run.overwrite, before_rename=plan.check_unchanged)  # fmt: skip
@@ -172,7 +172,7 @@ def inspect_detections(
         state = "done"
         if found is None:
             tensors = [t.tensor for t in plan.targets]
-            start = journal_head(findings_head(plan, options), tensors, plan.detection_stamps())
+            start = journal_head(FindingsHead.of(plan, options), tensors, plan.detection_stamps())
             state = "resume" if run.resume and interrupted_run(path, start, run.overwrite) else "new"
         states.append((state, size))
     return states
@@ -207,8 +207,7 @@ def _finished(
     _check_budgets(batch, options, resident)
     finished = []
     for plan, path in zip(batch.plans, paths, strict=True):
-        tensors = [t.tensor for t in plan.targets]
-        digest = detection_digest(plan.base_identity, plan.adapter_identity, options, tensors)
+        digest = FindingsHead.of(plan, options).digest(t.tensor for t in plan.targets)
         with naming_inputs(plan, [path], overwrite):
             found = inspect_findings_output(path, digest, overwrite, plan.inputs)
         if found is None:

@@ -31,8 +31,8 @@ from streamer.measuring.result_file import Records, ResultFile, State, computing
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.texts import read_text, sample_digest
 from streamer.measuring.tokenizer import tokenizer_directory
-from streamer.methods.input_map import VECTORS, InputMap, MappedInput
-from streamer.methods.input_map_file import load_map
+from streamer.methods.input_map import VECTORS, InputMap, load_map
+from streamer.methods.mapped_input import MappedInput
 from streamer.plan.base_plan import make_base_plan
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes

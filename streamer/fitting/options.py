@@ -15,7 +15,7 @@ from streamer.evaluation.options import ProductDtype, check_dtype
 from streamer.evaluation.suggestion import check_keep
 from streamer.fitting import algorithm
 from streamer.measuring.sequences import GENERAL, TASK, TextSequences
-from streamer.methods.coefficients import share_name
+from streamer.methods.fit_set import share_name
 
 Objective = Literal["divergence", "loss"]
 """What is made small: divergences from the base and from the adapter as it is, or the losses of both texts."""

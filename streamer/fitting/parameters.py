@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from streamer.events import Monitor
 from streamer.fitting.options import Grain
 from streamer.linalg.torch_state import threads
-from streamer.methods.coefficients import CoefficientSet, Floats, MatrixCoefficients, directions, groups
+from streamer.methods.coefficient_set import CoefficientSet, Floats, MatrixCoefficients, directions, groups
 from streamer.plan.plan import Plan
 
 

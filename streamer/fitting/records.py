@@ -8,8 +8,8 @@ from pathlib import Path
 
 from streamer.fitting.prepare import PreparedFit
 from streamer.measuring.result_file import ResultFile, State, of_others
-from streamer.methods.coefficients import Floats
-from streamer.methods.coefficients_file import load_coefficients
+from streamer.methods.coefficient_set import Floats
+from streamer.methods.coefficients import load_coefficients
 
 
 def result_file(prepared: PreparedFit, output: Path) -> ResultFile:

@@ -21,7 +21,8 @@ from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError,
 from streamer.measuring.statistics import SequenceSums, flat, telling
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods import Shrink
-from streamer.methods.coefficients import Floats, share_name
+from streamer.methods.coefficient_set import Floats
+from streamer.methods.fit_set import share_name
 from streamer.methods.method import MethodName
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.streaming.variants import ADAPTER, BASE, Variant

@@ -23,8 +23,8 @@ from streamer.measuring.result_file import Records, computing
 from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import SequenceSums
 from streamer.methods import Fitted, Shrink
-from streamer.methods.coefficients import Coefficients, Floats
-from streamer.methods.coefficients_file import load_coefficients
+from streamer.methods.coefficient_set import Floats
+from streamer.methods.coefficients import Coefficients, load_coefficients
 from streamer.streaming.gradients import Against, GradientModel
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 

@@ -1,109 +1,16 @@
-"""Hold coefficients in [0, 1], one for each singular direction of each matrix' delta, and apply them.
-
-``Δ = U diag(s) Vᵀ`` is the SVD of the adapter's own delta, and ``Δ' = U diag(c·s) Vᵀ = U diag(c) Uᵀ Δ`` what it becomes: exact at the
-adapter's rank. A dense delta, of an adapter that has no factors, has one coefficient, ``Δ' = c Δ``, and its norm stands for s.
-"""
+"""Hold what a fit gives for each share of the learning that is kept, and what it was fitted to."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
-from streamer.errors import MismatchError, UsageError
-from streamer.linalg.low_rank import LowRank
-from streamer.linalg.operators import Delta
-from streamer.methods.fit_set import FitSet
+from streamer.errors import UsageError
+from streamer.methods.coefficients_file import read_sets, save_sets
+from streamer.methods.fit_set import FitSet, share_name
 from streamer.units import counted, listed
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from streamer.plan.targets import Target
-
-Floats = npt.NDArray[np.float64]
-
-AGREEMENT = 1e-6
-"""Singular values that differ by less, relative to the largest one of the same matrix, are the same to another machine."""
-
-CLUSTER = 1e-6
-"""Neighbouring singular values that differ by less, relative to the larger one, share a coefficient."""
-
-NEGLIGIBLE = 1e-7
-"""Directions with singular values below this, relative to the largest one, do nothing, and keep the coefficient 1."""
-
-
-@dataclass(frozen=True, eq=False)
-class MatrixCoefficients:
-    """Coefficients of one matrix.
-
-    Attributes
-    ----------
-    singular_values
-        (p,) those of Δ, in falling order; of a dense Δ its Frobenius norm, p = 1.
-    values
-        (p,) what is left of each direction, in [0, 1].
-    """
-
-    singular_values: Floats
-    values: Floats
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class CoefficientSet(FitSet):
-    """Coefficients of all matrices; see `FitSet`."""
-
-    matrices: Mapping[str, MatrixCoefficients]
-    method: ClassVar[str] = "fitted"
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 (hex) over all values: what they do to a delta, to the last bit."""
-        digest = hashlib.sha256()
-        for tensor in sorted(self.matrices):
-            digest.update(f"{tensor}\n".encode())
-            digest.update(self.matrices[tensor].values.astype("<f8").tobytes())
-        return digest.hexdigest()
-
-    def check(self) -> None:
-        """Refuse what no fit gives, and no file holds.
-
-        Raises
-        ------
-        UsageError
-            If a coefficient is NaN or outside of [0, 1], or singular values are not their like.
-        """
-        for tensor, matrix in self.matrices.items():
-            if fault := fault_of(tensor, matrix.singular_values, matrix.values):
-                raise UsageError(f"{self.name}: {fault}; give those of a fit")
-
-    def __repr__(self) -> str:
-        values = np.concatenate([np.zeros(0), *(matrix.values for matrix in self.matrices.values())])
-        mean = f" of mean {values.mean():.3f}" if len(values) else ""
-        count, matrices = counted(len(values), "coefficient"), counted(len(self.matrices), "matrix")
-        return f"<CoefficientSet: keep {share_name(self.keep)}, {count}{mean} in {matrices}>"
-
-    def fits(self, target: Target) -> bool:
-        """Test whether a matrix has as many directions; a dense delta has one."""
-        matrix = self.matrices.get(target.tensor)
-        if matrix is None or not target.module.low_rank:
-            return matrix is not None and len(matrix.values) == 1
-        factors = target.module.factors
-        return factors is None or len(matrix.values) == min(factors.rank, *target.module.shape)
-
-    def mitigated(self, delta: Delta, tensor: str) -> Delta:
-        """Compute Δ' by the coefficients of a matrix; see `fitted_delta`."""
-        return fitted_delta(delta, self.matrices[tensor], tensor)
-
-    def row(self, tensor: str) -> dict[str, Any]:
-        """Return the coefficients of a matrix."""
-        return {"coefficients": self.matrices[tensor].values.tolist()}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -181,110 +88,15 @@ class Coefficients:
         OutputError, StorageError
             If it cannot be written there.
         """
-        from pathlib import Path
-
-        from streamer.methods.coefficients_file import save_coefficients
-
-        save_coefficients(self, Path(path), overwrite)
+        save_sets(Path(path), self.sets, self.facts, overwrite)
 
 
-def fault_of(tensor: str, singular_values: Floats, values: Floats) -> str:
-    """Say what is wrong with singular values (p,) and coefficients (p,) or (K, p) of a matrix; nothing is an empty string."""
-    if singular_values.ndim != 1 or values.shape[-1:] != singular_values.shape:
-        return f"{tensor!r} has {list(singular_values.shape)} singular values, and coefficients of shape {list(values.shape)}"
-    if not ((values >= 0) & (values <= 1)).all():
-        return f"{tensor!r} has a coefficient that is NaN or outside of [0, 1]"
-    if not (
-        np.isfinite(singular_values).all() and (singular_values >= 0).all() and (np.diff(singular_values) <= 0).all()
-    ):
-        return f"{tensor!r} has singular values that are not finite and in falling order"
-    return ""
-
-
-def share_name(keep: float) -> str:
-    """Name a share of the learning, in six digits, as tables, variants and commands have it; sets of one file differ in it.
-
-    >>> share_name(0.9), share_name(1 / 3)
-    ('0.9', '0.333333')
-    """
-    return f"{keep:g}"
-
-
-def directions(delta: Delta) -> Floats:
-    """Compute the singular values (p,) of the directions that get a coefficient each, in falling order.
-
-    Those of a delta in factors, p = min(r, m, n), in float64; the Frobenius norm of a dense one, p = 1.
-    """
-    if not isinstance(delta, LowRank):
-        return np.array([delta.norm()])
-    return np.asarray(delta.svd()[1].cpu().numpy(), dtype=np.float64)
-
-
-def groups(singular_values: Sequence[float] | Floats) -> npt.NDArray[np.int64]:
-    """Number the free coefficients of a matrix, and say which one each direction has: (p,), −1 for none.
-
-    Within a cluster of singular values no single direction is defined, so that its members share a coefficient; else coefficients would
-    mean other directions on another machine. Directions that do nothing have none, and stay as they are.
-
-    >>> groups([3.0, 2.0, 2.0, 1.0, 1e-9]).tolist()
-    [0, 1, 1, 2, -1]
-    """
-    s = np.asarray(singular_values, dtype=np.float64)
-    apart = s[:-1] - s[1:] > CLUSTER * s[:-1]
-    numbers = np.concatenate([[0], np.cumsum(apart)]) if len(s) else np.zeros(0)
-    return np.where((s > 0) & (s >= NEGLIGIBLE * s[:1]), numbers, -1).astype(np.int64)
-
-
-def fitted_delta(delta: Delta, matrix: MatrixCoefficients, name: str) -> Delta:
-    """Compute ``Δ' = U diag(c) Uᵀ Δ``, or ``c Δ`` of a dense Δ; the delta itself, as it is, where all coefficients are 1.
-
-    Parameters
-    ----------
-    delta
-        Δ, (m, n), in factors or dense.
-    matrix
-        Coefficients of its directions.
-    name
-        The tensor's, for messages.
-
-    Returns
-    -------
-    LowRank or Dense
-        Of factors in float64 and of the same rank, R being that of Δ.
+def load_coefficients(path: str | Path) -> Coefficients:
+    """Read a file of coefficients.
 
     Raises
     ------
-    MismatchError
-        If its singular values are not those that the coefficients were fitted to.
+    FormatError
+        If it is another file, or its arrays are not whole, finite and in [0, 1].
     """
-    if (matrix.values == 1).all():
-        return delta
-    if not isinstance(delta, LowRank):
-        check_spectrum(np.array([delta.norm()]), matrix, name)
-        return delta.scaled(float(matrix.values[0]))
-    precise = delta.precise()
-    U, S, _ = precise.svd()
-    check_spectrum(np.asarray(S.cpu().numpy(), dtype=np.float64), matrix, name)
-    return precise.plus_projection(U, torch.from_numpy(matrix.values - 1).to(U))
-
-
-def check_spectrum(found: Floats, matrix: MatrixCoefficients, name: str) -> None:
-    """Refuse coefficients that were fitted to other singular values than those that are found, (p,), to `AGREEMENT`.
-
-    Raises
-    ------
-    MismatchError
-        Which of them differs.
-    """
-    stated = matrix.singular_values
-    if found.shape != stated.shape:
-        raise MismatchError(
-            f"coefficients: has {len(stated)} for {name!r}, whose delta has {len(found)} directions; fit them to this adapter"
-        )
-    off = np.abs(found - stated)
-    if not (off <= AGREEMENT * found.max(initial=0.0)).all():
-        i = int(off.argmax())
-        raise MismatchError(
-            f"coefficients: direction {i} of {name!r} has a singular value of {found[i]:.9g} here, and had {stated[i]:.9g} where they were "
-            "fitted; they are of another adapter"
-        )
+    return Coefficients(*read_sets(Path(path)), Path(path))

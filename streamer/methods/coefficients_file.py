@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ import torch
 from streamer.detection.findings_file import COEFFICIENTS as KEY
 from streamer.detection.findings_file import SCHEMA as FINDINGS_SCHEMA
 from streamer.errors import FormatError
-from streamer.methods.coefficients import Coefficients, CoefficientSet, Floats, MatrixCoefficients, fault_of, share_name
+from streamer.methods.coefficient_set import CoefficientSet, Floats, MatrixCoefficients, fault_of
 from streamer.methods.factors import FactorSet
-from streamer.methods.fit_set import FitSet
+from streamer.methods.fit_set import FitSet, share_name
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_checks import check_replaced
 from streamer.storage.shard_writer import plan_shard, write_shard
@@ -43,8 +43,8 @@ OWN = ("schema", "keeps", "sha256")
 """Keys of the JSON that are the file's; the others are `Coefficients.facts`."""
 
 
-def save_coefficients(coefficients: Coefficients, path: Path, overwrite: bool = False) -> None:
-    """Write coefficients, atomically: the file appears whole, or not at all; missing directories are made.
+def save_sets(path: Path, sets: Sequence[FitSet], facts: Mapping[str, Any], overwrite: bool) -> None:
+    """Write sets of coefficients, atomically: the file appears whole, or not at all; missing directories are made.
 
     Parameters
     ----------
@@ -60,14 +60,14 @@ def save_coefficients(coefficients: Coefficients, path: Path, overwrite: bool = 
     UsageError
         If they are none; see `CoefficientSet.check`.
     """
-    for one in coefficients.sets:
+    for one in sets:
         one.check()
     check_replaced(path, overwrite, is_coefficients_file, "coefficients")
-    arrays, factors = _arrays(coefficients), isinstance(coefficients.sets[0], FactorSet)
+    arrays, factors = _arrays(sets), isinstance(sets[0], FactorSet)
     tree = {
-        **coefficients.facts,
+        **facts,
         "schema": OF_FACTORS if factors else SCHEMA,
-        "keeps": coefficients.keeps,
+        "keeps": [one.keep for one in sets],
         "sha256": _digest(arrays),
     }
     metadata = {"format": "pt", KEY: json.dumps(tree, sort_keys=True, ensure_ascii=False, allow_nan=False)}
@@ -85,15 +85,14 @@ def is_coefficients_file(path: Path) -> bool:
         return False
 
 
-def load_coefficients(path: str | Path) -> Coefficients:
-    """Read a file of coefficients.
+def read_sets(path: Path) -> tuple[tuple[FitSet, ...], dict[str, Any]]:
+    """Read the sets of a file of coefficients, and its facts.
 
     Raises
     ------
     FormatError
         If it is another file, or its arrays are not whole, finite and in [0, 1].
     """
-    path = Path(path)
     if path.is_dir():
         raise FormatError(f"{path}: expected a file of coefficients, found a directory; name the file in it")
     file = TensorFile(path)
@@ -116,7 +115,7 @@ def load_coefficients(path: str | Path) -> Coefficients:
     except (KeyError, TypeError, ValueError) as e:
         says = f"lacks {e}" if isinstance(e, KeyError) else str(e)
         raise FormatError(f"{path}: coefficients are not as {schema} has them ({says}); fit them again") from e
-    return Coefficients(sets, {key: value for key, value in tree.items() if key not in OWN}, path)
+    return sets, {key: value for key, value in tree.items() if key not in OWN}
 
 
 def _kind(file: TensorFile) -> str:
@@ -126,11 +125,11 @@ def _kind(file: TensorFile) -> str:
     return "another safetensors file; make them with `streamer fit`"
 
 
-def _arrays(coefficients: Coefficients) -> dict[str, Array]:
+def _arrays(sets: Sequence[FitSet]) -> dict[str, Array]:
     """Return the arrays by their names in the file, little-endian."""
     out: dict[str, Array] = {}
-    for tensor, matrix in coefficients.sets[0].matrices.items():
-        own = [one.matrices[tensor] for one in coefficients.sets]
+    for tensor, matrix in sets[0].matrices.items():
+        own = [one.matrices[tensor] for one in sets]
         if isinstance(matrix, MatrixCoefficients):
             out[tensor + SINGULAR_VALUES] = matrix.singular_values.astype("<f8")
             out[tensor + VALUES] = np.stack([one.values for one in own]).astype("<f8")

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from streamer.errors import MismatchError, UsageError
 from streamer.linalg.low_rank import LowRank
-from streamer.methods.coefficients import share_name
-from streamer.methods.fit_set import FitSet
+from streamer.methods.fit_set import FitSet, share_name
 from streamer.units import counted
 
 if TYPE_CHECKING:

@@ -69,3 +69,12 @@ class FitSet(ABC):
     def record(self) -> CoefficientsRecord:
         """Say which they are, as an output has it."""
         return {"keep": self.keep, "sha256": self.digest}
+
+
+def share_name(keep: float) -> str:
+    """Name a share of the learning, in six digits, as tables, variants and commands have it; sets of one file differ in it.
+
+    >>> share_name(0.9), share_name(1 / 3)
+    ('0.9', '0.333333')
+    """
+    return f"{keep:g}"

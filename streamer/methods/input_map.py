@@ -5,11 +5,11 @@ Modules that have the same inputs, as q, k and v, share an entry. Of one-hot inp
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,12 +17,11 @@ from torch import Tensor
 from streamer import __version__
 from streamer.errors import MismatchError, UsageError
 from streamer.json_types import Count, Sha256
-from streamer.linalg.null_space import Spectrum, leading
+from streamer.linalg.null_space import leading
+from streamer.methods.input_map_file import read_inputs, save_inputs
+from streamer.methods.mapped_input import MappedInput, digest_of
 from streamer.storage.identities import difference
 from streamer.units import counted, listed
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 VECTORS = 16
 """Vectors that are kept of each input, where no other number is asked for."""
@@ -33,48 +32,6 @@ class MapRecord(TypedDict):
 
     vectors: Annotated[Count, "Largest number of leading vectors that it keeps for an input."]
     sha256: Annotated[Sha256, "Digest of its arrays (SHA-256, hexadecimal)."]
-
-
-@dataclass(frozen=True, eq=False)
-class MappedInput:
-    """Inputs x (n,) that one matrix of the base is given, or several.
-
-    Attributes
-    ----------
-    names
-        Of these matrices, as `Target.tensor` has them; the first one's is the entry's own.
-    tokens
-        Tokens of the text, over which C is a mean; of an expert's inputs not all of them reached it.
-    size
-        n.
-    trace
-        Of ``C = Σ x xᵀ / tokens``.
-    values
-        Leading eigenvalues of C (k,), falling; of one-hot inputs the frequencies (n,). Float64.
-    vectors
-        Their eigenvectors (k, n), in bfloat16; None of one-hot inputs.
-    """
-
-    names: tuple[str, ...]
-    tokens: int
-    size: int
-    trace: float
-    values: Tensor
-    vectors: Tensor | None
-
-    @property
-    def key(self) -> tuple[str, bool]:
-        """Tell it from others: a tied matrix is an embedding's and the head's."""
-        return self.names[0], self.vectors is None
-
-    @property
-    def spectrum(self) -> Spectrum:
-        """Return what is known of C; what rounding took of the vectors' orthonormality is put right."""
-        if self.vectors is None:
-            return Spectrum(self.values)
-        others = self.size - len(self.values)
-        rest = max(0.0, self.trace - float(self.values.sum())) / others if others else 0.0
-        return Spectrum(self.values, rest, torch.linalg.qr(self.vectors.double().T)[0])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,13 +66,7 @@ class InputMap:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over all arrays, their names, and the figures beside them."""
-        digest = hashlib.sha256()
-        for one in sorted(self.inputs, key=lambda one: one.key):
-            digest.update(f"{one.names} {one.tokens} {one.size} {one.trace!r}\n".encode())
-            digest.update(one.values.numpy().astype("<f8").tobytes())
-            if one.vectors is not None:
-                digest.update(one.vectors.contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return digest_of(self.inputs)
 
     def record(self) -> MapRecord:
         """Say which it is, as an output has it."""
@@ -159,11 +110,18 @@ class InputMap:
         OutputError, StorageError
             If it cannot be written there.
         """
-        from pathlib import Path
+        save_inputs(Path(path), self.inputs, self.facts, overwrite)
 
-        from streamer.methods.input_map_file import save_map
 
-        save_map(self, Path(path), overwrite)
+def load_map(path: str | Path) -> InputMap:
+    """Read a map.
+
+    Raises
+    ------
+    FormatError
+        If it is another file, or what it holds is not whole.
+    """
+    return InputMap(*read_inputs(Path(path)), Path(path))
 
 
 def add_maps(maps: Sequence[InputMap], vectors: int | None = None) -> InputMap:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from streamer.errors import FormatError
-from streamer.methods.input_map import InputMap, MappedInput
+from streamer.methods.mapped_input import MappedInput, digest_of
 from streamer.storage.output_checks import check_replaced
 from streamer.storage.shard_writer import plan_shard, write_shard
 from streamer.storage.strict_json import strict_json
@@ -38,11 +39,11 @@ SKEW = 0.05
 """Products of two different vectors, at most, and differences of their squares from 1: rounding to bfloat16 makes less than a tenth."""
 
 
-def save_map(made: InputMap, path: Path, overwrite: bool = False) -> None:
+def save_inputs(path: Path, mapped: Sequence[MappedInput], facts: Mapping[str, Any], overwrite: bool) -> None:
     """Write a map, atomically; see `InputMap.save`."""
     check_replaced(path, overwrite, is_map_file, "a map")
     arrays: dict[str, tuple[str, Tensor]] = {}
-    for one in made.inputs:
+    for one in mapped:
         name = one.names[0]
         if one.vectors is None:
             arrays[name + FREQUENCIES] = "F64", one.values
@@ -51,9 +52,9 @@ def save_map(made: InputMap, path: Path, overwrite: bool = False) -> None:
             arrays[name + VALUES] = "F64", one.values
     inputs = [
         {"names": list(one.names), "tokens": one.tokens, "trace": one.trace, "one_hot": one.vectors is None}
-        for one in made.inputs
+        for one in mapped
     ]
-    tree = {**made.facts, "schema": SCHEMA, "inputs": inputs, "sha256": made.digest}
+    tree = {**facts, "schema": SCHEMA, "inputs": inputs, "sha256": digest_of(mapped)}
     metadata = {"format": "pt", KEY: json.dumps(tree, sort_keys=True, ensure_ascii=False, allow_nan=False)}
     shard = plan_shard(path.name, [(name, dtype, array.shape) for name, (dtype, array) in arrays.items()], metadata)
     write_shard(path.parent, shard, lambda info: [_bytes(arrays[info.name][1])], lambda _size, _sha256: None)
@@ -67,15 +68,14 @@ def is_map_file(path: Path) -> bool:
         return False
 
 
-def load_map(path: str | Path) -> InputMap:
-    """Read a map.
+def read_inputs(path: Path) -> tuple[tuple[MappedInput, ...], dict[str, Any]]:
+    """Read the inputs of a map, and its facts.
 
     Raises
     ------
     FormatError
         If it is another file, or what it holds is not whole.
     """
-    path = Path(path)
     if path.is_dir():
         raise FormatError(f"{path}: expected a map of a base's inputs, found a directory; name the file in it")
     file = TensorFile(path)
@@ -95,13 +95,12 @@ def load_map(path: str | Path) -> InputMap:
         facts = {key: value for key, value in tree.items() if key not in OWN}
         if not (isinstance(facts["base"], dict) and isinstance(facts["texts"], list) and facts["vectors"] >= 1):
             raise ValueError("base, texts or vectors are of another type")
-        made = InputMap(inputs, facts, path)
-        if tree["sha256"] != made.digest:
+        if tree["sha256"] != digest_of(inputs):
             raise ValueError("the arrays differ from their digest")
     except (KeyError, TypeError, ValueError) as e:
         says = f"lacks {e}" if isinstance(e, KeyError) else str(e)
         raise FormatError(f"{path}: the map is not as {SCHEMA} has it ({says}); make it again") from e
-    return made
+    return inputs, facts
 
 
 def _input(tree: dict[str, Any], arrays: dict[str, Tensor]) -> MappedInput:

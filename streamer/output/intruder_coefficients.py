@@ -19,7 +19,7 @@ from streamer.detection.findings import Findings
 from streamer.detection.findings_records import FindingsRecord
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta
-from streamer.methods.coefficients import CoefficientSet, Floats, MatrixCoefficients, check_spectrum
+from streamer.methods.coefficient_set import CoefficientSet, Floats, MatrixCoefficients, check_spectrum
 from streamer.output.prepare import check_coefficients
 from streamer.plan.plan import Plan
 

@@ -20,7 +20,8 @@ from streamer.output.lora_writer import LoraWriter
 from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer
 from streamer.output.run import batch_of
-from streamer.plan.plan import Plan, make_batch
+from streamer.plan.batch import make_batch
+from streamer.plan.plan import Plan
 from streamer.storage.identities import difference
 from streamer.units import counted, listed
 

@@ -12,7 +12,7 @@ from torch import nn
 from streamer.api.keywords import LiveDetectKeywords, explained, watched
 from streamer.api.options import Judged, Settings, take
 from streamer.detection.findings import Findings, load_findings
-from streamer.detection.findings_size import findings_head
+from streamer.detection.findings_file import FindingsHead
 from streamer.detection.fingerprints import matched_findings
 from streamer.detection.matrices import cost, detect_matrix
 from streamer.detection.options import DetectionOptions
@@ -70,7 +70,7 @@ def detect_live(live: LivePlan, options: DetectionOptions, device: torch.device,
         live.release()
         done += cost(target, options)
     monitor.emit(Event("detect", "", total, total, len(plan.targets), len(plan.targets)))
-    findings = replace(findings_head(plan, options), matrices=tuple(matrices))
+    findings = Findings.of(FindingsHead.of(plan, options), matrices)
     monitor.warn(findings.warnings)
     return findings
 

@@ -17,7 +17,7 @@ from streamer.weights.model_config import read_model_config
 
 
 def make_base_plan(base: str | Path, io: IOMode = "mmap", architecture: str | None = None) -> Plan:
-    """Open a base alone; the plan has no targets. See `streamer.plan.plan.make_batch`."""
+    """Open a base alone; the plan has no targets. See `streamer.plan.plan.make_plan`."""
     checkpoint = open_checkpoint(base, io)
     config = with_architecture(read_model_config(checkpoint.directory), architecture)
     nothing, orientation = NoAdapter.at(checkpoint.path), Orientation.of(checkpoint, config)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from streamer.adapters.stated import NOTHING_STATED, Stated
+from streamer.plan.plan import Plan, make_plans
 from streamer.plan.targets import Target
 from streamer.storage.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from streamer.plan.plan import Plan
+from streamer.storage.tensor_file import IOMode
 
 Use = tuple[int, Target]
 """A target, with the number of its plan in the batch."""
@@ -64,3 +66,10 @@ class Batch:
                 where = tuple((str(stored.file.path), stored.info.start, stored.info.end) for stored in tensors)
                 found.setdefault((plan.file_order(target), target.tensor, where), []).append((i, target))
         return [found[key] for key in sorted(found, key=lambda key: key[0])]
+
+
+def make_batch(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
+               architecture: str | None = None) -> Batch:  # fmt: skip
+    """Open a base, once, and match each adapter with it, at least one; see `make_plans`."""
+    plans = make_plans(base, adapters, io, stated, architecture)
+    return Batch(plans[0].base, plans)

@@ -25,7 +25,6 @@ from streamer.linalg.operators import Delta, all_finite
 from streamer.plan import tied_embeddings as tied
 from streamer.plan.announced import Announced
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of, with_architecture
-from streamer.plan.batch import Batch
 from streamer.plan.carried_tensors import TensorEdits, match_carried
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
 from streamer.plan.finetuned_experts import match_stacks, stacks_of, tensor_roles
@@ -194,12 +193,12 @@ class Plan:
 
 def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
               architecture: str | None = None) -> Plan:  # fmt: skip
-    """Open and match a base and an adapter; see `make_batch`."""
-    return make_batch(base, [adapter], io, stated, architecture).plans[0]
+    """Open and match a base and an adapter; see `make_plans`."""
+    return make_plans(base, [adapter], io, stated, architecture)[0]
 
 
-def make_batch(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
-               architecture: str | None = None) -> Batch:  # fmt: skip
+def make_plans(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
+               architecture: str | None = None) -> tuple[Plan, ...]:  # fmt: skip
     """Open a base, once, and match each adapter with it.
 
     Parameters
@@ -227,7 +226,7 @@ def make_batch(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "m
         plan = match_plan(checkpoint, weights, config, orientation, source, renames)
         stamps = {str(p): _stamp(p) for p in _side_files(checkpoint, source)}
         plans.append(replace(plan, extra_stamps=stamps, inputs=inputs))
-    return Batch(checkpoint, tuple(plans))
+    return tuple(plans)
 
 
 def _side_files(checkpoint: Checkpoint, opened: DeltaSource) -> list[Path]:

@@ -15,7 +15,8 @@ from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 from streamer import __version__
 from streamer.errors import InputChangedError, StorageError, UnsupportedError
 from streamer.packages import require_package
-from streamer.storage.remote_access import (
+from streamer.storage.remote_manifest import RemoteFile
+from streamer.storage.remote_ways import (
     Access,
     RemoteStat,
     Transient,
@@ -25,7 +26,6 @@ from streamer.storage.remote_access import (
     silence_allowed,
     without_secrets,
 )
-from streamer.storage.remote_manifest import RemoteFile
 
 CONNECTIONS = 16
 """Connections kept to one server."""

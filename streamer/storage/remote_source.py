@@ -13,8 +13,9 @@ from typing import ClassVar
 from streamer.errors import FormatError, InputChangedError, InputError, StorageError
 from streamer.storage.byte_source import ByteSource
 from streamer.storage.header import Header, check_length, parse_header
-from streamer.storage.remote_access import check_version, in_context, read_range, stat_remote
+from streamer.storage.remote_access import in_context, read_range, stat_remote
 from streamer.storage.remote_manifest import RemoteFile
+from streamer.storage.remote_ways import check_version
 
 IN_FLIGHT = 8
 """Ranges on their way at a time, of all files together."""

@@ -21,7 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from streamer.errors import NumericError, UnsupportedError
 from streamer.linalg.allocation import CPU
 from streamer.methods import UNCHANGED
-from streamer.methods.coefficients import CoefficientSet
+from streamer.methods.coefficient_set import CoefficientSet
 from streamer.plan.plan import Plan
 from streamer.streaming.differentiable import CoefficientDeltas, DifferentiableReader, Setting
 from streamer.streaming.extra import refused_errors

@@ -22,8 +22,7 @@ from streamer.adapters.stated import Stated
 from streamer.errors import InputError, MismatchError, StorageError, StreamerError
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import task_threads
-from streamer.plan.batch import Batch
-from streamer.plan.plan import make_batch
+from streamer.plan.batch import Batch, make_batch
 from streamer.storage.identities import difference
 from streamer.storage.tensor_file import IOMode
 

@@ -22,7 +22,7 @@ from verified import agree, edit_record, edit_tensor, lines
 import streamer
 from streamer.errors import UsageError
 from streamer.linalg.operators import Delta
-from streamer.methods.coefficients import MatrixCoefficients, fitted_delta
+from streamer.methods.coefficient_set import MatrixCoefficients, fitted_delta
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_a_wrong_coefficient_is_caught(
         values[1] = 0.98 * values[1] + 0.01
         return fitted_delta(delta, MatrixCoefficients(matrix.singular_values, values), name)
 
-    monkeypatch.setattr("streamer.methods.coefficients.fitted_delta", another)
+    monkeypatch.setattr("streamer.methods.coefficient_set.fitted_delta", another)
     write(base, adapter, tmp_path / "wrong", coefficients=coefficients, **options)
     assert lines(tmp_path / "wrong") == []
     found = lines(tmp_path / "wrong", base, adapter, sample="all")

@@ -20,7 +20,7 @@ import streamer
 from streamer.adapters.one_or_several import named_adapters
 from streamer.errors import StorageError, UsageError
 from streamer.linalg.torch_state import threads
-from streamer.plan.plan import make_batch
+from streamer.plan.batch import make_batch
 
 
 @pytest.fixture(scope="module")

@@ -32,8 +32,8 @@ from streamer.detection.run import detect_to_files
 from streamer.errors import FormatError, MismatchError, MissingInputError, OutputExistsError, UsageError
 from streamer.events import Event
 from streamer.linalg.torch_state import threads
+from streamer.plan.batch import make_batch
 from streamer.plan.memory import resident_bytes
-from streamer.plan.plan import make_batch
 
 
 @pytest.fixture(scope="module")

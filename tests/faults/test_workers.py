@@ -38,7 +38,7 @@ from streamer.detection.workers import DetectTask, inputs_of
 from streamer.errors import LockedError, MismatchError, WorkerError
 from streamer.events import Event
 from streamer.linalg.torch_state import threads
-from streamer.plan.plan import make_batch
+from streamer.plan.batch import make_batch
 from streamer.storage.lock import locked
 from streamer.workers.task import perform
 

@@ -15,7 +15,8 @@ from live import adapter_state, assert_equal, load_state, loaded
 import streamer
 import streamer.peft as live
 from streamer.errors import MismatchError
-from streamer.methods.coefficients import Coefficients, MatrixCoefficients
+from streamer.methods.coefficient_set import MatrixCoefficients
+from streamer.methods.coefficients import Coefficients
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_another_rank_is_refused_before_any_matrix_is_read(
     matrix = MatrixCoefficients(one.matrices[name].singular_values[:1], one.matrices[name].values[:1])
     wrong = dataclasses.replace(coefficients, sets=(dataclasses.replace(one, matrices={**one.matrices, name: matrix}),))
     model = loaded(made)
-    monkeypatch.delattr("streamer.methods.coefficients.fitted_delta")  # whatever reads one fails otherwise
+    monkeypatch.delattr("streamer.methods.coefficient_set.fitted_delta")  # whatever reads one fails otherwise
     for act in (live.reduce_intruder_dimension, live.merge_and_unload_with_reduced_intruder_dimensions):
         with pytest.raises(MismatchError, match="coefficients do not fit 1 of the adapter's matrices"):
             act(model, coefficients=wrong)

@@ -22,9 +22,8 @@ from torch import Tensor
 import streamer
 from streamer.detection.memory import float64_way
 from streamer.detection.options import DetectionOptions
-from streamer.plan.batch import Batch
+from streamer.plan.batch import Batch, make_batch
 from streamer.plan.memory import resident_bytes
-from streamer.plan.plan import make_batch
 
 M, N, RANK = 4096, 3072, 8
 MODULE = "model.layers.0.mlp.up_proj"

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from seeds import vary
 
-from streamer.methods.coefficients import Coefficients, CoefficientSet, MatrixCoefficients, directions, groups
+from streamer.methods.coefficient_set import CoefficientSet, MatrixCoefficients, directions, groups
+from streamer.methods.coefficients import Coefficients
 from streamer.plan.plan import make_plan
 
 

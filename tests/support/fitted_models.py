@@ -15,7 +15,7 @@ from peft import PeftModel
 from seeds import vary
 from torch.func import functional_call
 
-from streamer.methods.coefficients import directions
+from streamer.methods.coefficient_set import directions
 from streamer.plan.plan import make_plan
 from streamer.streaming.gradients import GradientModel, TextGradient
 

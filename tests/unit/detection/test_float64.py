@@ -19,9 +19,9 @@ from streamer.detection.intruders import Detection
 from streamer.detection.matrices import detect_matrix
 from streamer.detection.memory import best_way, detection_bytes, float64_way, is_repeated
 from streamer.detection.options import DetectionOptions
-from streamer.plan.batch import Batch
+from streamer.plan.batch import Batch, make_batch
 from streamer.plan.memory import resident_bytes
-from streamer.plan.plan import Plan, make_batch
+from streamer.plan.plan import Plan
 
 SHAPES = [(96, 64), (64, 96), (80, 80)]
 CPU = torch.device("cpu")

@@ -15,15 +15,9 @@ from streamer.errors import FormatError, MismatchError, OutputExistsError, Usage
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Dense
 from streamer.methods import METHODS, Fitted, make_method
-from streamer.methods.coefficients import (
-    Coefficients,
-    CoefficientSet,
-    MatrixCoefficients,
-    directions,
-    fitted_delta,
-    groups,
-)
-from streamer.methods.coefficients_file import KEY, load_coefficients
+from streamer.methods.coefficient_set import CoefficientSet, MatrixCoefficients, directions, fitted_delta, groups
+from streamer.methods.coefficients import Coefficients, load_coefficients
+from streamer.methods.coefficients_file import KEY
 
 FACTS = {"base": {"files": []}, "adapter": {"modules": 2}, "options": {"grain": "direction"}}
 

@@ -12,7 +12,7 @@ from streamer.detection.options import DetectionOptions
 from streamer.errors import MismatchError
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Dense
-from streamer.methods.coefficients import MatrixCoefficients, directions, fitted_delta
+from streamer.methods.coefficient_set import MatrixCoefficients, directions, fitted_delta
 from streamer.output.intruder_coefficients import matrix_means, together
 
 

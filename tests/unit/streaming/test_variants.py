@@ -8,7 +8,8 @@ import pytest
 
 from streamer.errors import UsageError
 from streamer.evaluation.options import EvaluationOptions
-from streamer.methods.coefficients import Coefficients, CoefficientSet
+from streamer.methods.coefficient_set import CoefficientSet
+from streamer.methods.coefficients import Coefficients
 from streamer.streaming.variants import make_variants
 
 

@@ -1,0 +1,97 @@
+"""Define what a way to files at addresses answers, and how it says what failed."""
+
+from __future__ import annotations
+
+import os
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from streamer.errors import InputChangedError, InputError, UnsupportedError
+from streamer.storage.remote_manifest import RemoteFile
+
+
+class Transient(Exception):
+    """A failure that may pass.
+
+    Attributes
+    ----------
+    done
+        Bytes that came before it.
+    wait
+        Seconds that the server asks to wait; None where it does not.
+    """
+
+    def __init__(self, reason: str, done: int = 0, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.done, self.wait = done, wait
+
+
+@dataclass(frozen=True)
+class RemoteStat:
+    """Size and version of a file at an address; `ranges` says whether its server gives a part of it."""
+
+    size: int
+    version: str
+    ranges: bool = True
+
+
+class Access(ABC):
+    """A way to files at addresses of some schemes, used by several threads at once."""
+
+    @abstractmethod
+    def stat(self, url: str, shown: str, *, token: bool = False) -> RemoteStat | None:
+        """Ask for a file's size and version, once; None if there is no such file, or a web page in its place.
+
+        Raises
+        ------
+        Transient, InputError
+            If that cannot be told now, or not without a right that is lacking.
+        """
+
+    @abstractmethod
+    def fetch(self, file: RemoteFile, out: memoryview, at: int) -> int:
+        """Read from offset `at` into `out`, once, and return how many bytes came: all, or the first of them.
+
+        Raises
+        ------
+        Transient, StorageError, InputChangedError
+            If it failed for now, for good, or the file is another one by now.
+        """
+
+
+def silence_allowed() -> float:
+    """Return the seconds without a byte after which a server is taken to be stalled."""
+    try:
+        return max(0.1, float(os.environ.get("STREAMER_REMOTE_TIMEOUT", "20")))
+    except ValueError:
+        return 20.0
+
+
+def check_version(file: RemoteFile, version: str, size: int | None) -> None:
+    """Raise `InputChangedError` where a file is another one than was opened; an empty `version` says nothing."""
+    if version not in ("", file.version) or size not in (None, file.size):
+        raise InputChangedError(
+            f"{file.shown}: changed since the run began; start again, and do not change the base during the run"
+        )
+
+
+def refused(shown: str, status: int, *, token: bool) -> InputError:
+    """Make the error for a file that may not be read."""
+    if token:
+        advice = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
+    else:
+        advice = "check its user, password or signature, which may have expired"
+    return InputError(f"{shown}: the server refuses to give it (status {status}); {advice}")
+
+
+def no_ranges(shown: str) -> UnsupportedError:
+    """Make the error for a server that gives whole files only."""
+    return UnsupportedError(
+        f"{shown}: expected a part of the file, its server gives whole files only; download it and name the directory"
+    )
+
+
+def without_secrets(text: str) -> str:
+    """Cut queries, and users with passwords, out of the addresses in a text."""
+    return re.sub(r"(://)[^/\s@]*@", r"\1", re.sub(r"\?[^\s'\")]*", "", text))
