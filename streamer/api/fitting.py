@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 from streamer.adapters.one_or_several import One
 from streamer.api.keywords import FitKeywords, explained, watched
-from streamer.api.options import Settings, read_path, take
+from streamer.api.options import Settings, given_workers, read_path, take
 from streamer.api.records import DryRun, dry_run
 from streamer.detection.findings import Findings
 from streamer.events import Monitor
@@ -18,9 +18,12 @@ from streamer.fitting.options import FitOptions
 from streamer.fitting.prepare import PreparedFit, prepare_fit
 from streamer.fitting.records import inspect
 from streamer.fitting.run import fit
+from streamer.fitting.tasks import shared
+from streamer.forecast.forecast import on_workers
 from streamer.forecast.passes import forecast_fit
 from streamer.methods.coefficients import Coefficients
 from streamer.output.prepare import load_given
+from streamer.workers.engine import Workers
 
 
 @dataclass(frozen=True)
@@ -62,25 +65,25 @@ class FitRequest:
             base, adapter, where, texts, take(FitOptions, keywords, keep=shares), settings, keywords.get("findings")
         )
 
-    def run(self, monitor: Monitor) -> Coefficients:
+    def run(self, monitor: Monitor, workers: Workers | None = None) -> Coefficients:
         """Fit."""
-        return fit(self._prepared(monitor), self.output)
+        return fit(self._prepared(monitor, workers), self.output)
 
-    def forecast(self, monitor: Monitor) -> DryRun:
+    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
         """Check all, and say what a run would do and take; nothing is written."""
         assert self.output is not None
-        prepared = self._prepared(monitor, peek=True)
+        prepared = self._prepared(monitor, workers, peek=True)
         state = inspect(prepared, self.output)
         if state != "done":
             prepared.warn()
-        forecast = None if state == "done" else forecast_fit(prepared)
+        forecast = None if state == "done" else on_workers(forecast_fit(prepared), workers, prepared.resident)
         return dry_run("fit", self.output, state, len(prepared.plan.targets), 1, None, forecast)
 
-    def _prepared(self, monitor: Monitor, peek: bool = False) -> PreparedFit:
+    def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedFit:
         base, adapter = self.settings.located(monitor, peek).pair(self.base, self.adapter)
-        run, memory = self.settings.run_options(monitor), self.settings.memory
+        run, memory = self.settings.run_options(monitor, workers), self.settings.memory
         (found,) = load_given(self.findings, One(Path(adapter)))
-        return prepare_fit(Path(base), Path(adapter), self.texts, self.options, memory, run, found)
+        return shared(prepare_fit(Path(base), Path(adapter), self.texts, self.options, memory, run, found))
 
 
 @explained(FitKeywords, Settings, FitOptions)
@@ -134,6 +137,9 @@ def fit_coefficients(
     max_memory
         Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``; it decides how many
         sequences go together.
+    executor
+        Workers that compute gradients and measure, as `detect_intruder_dimensions` has them: the result is byte for byte that of this
+        process. The pass that collects inputs, and those that correct factors, run in this process.
 
     Returns
     -------
@@ -150,4 +156,4 @@ def fit_coefficients(
     """
     request = FitRequest.of(base, adapter, output, {**options, "general": general, "task": task})
     with watched(options) as monitor:
-        return request.run(monitor)
+        return request.run(monitor, given_workers(options))

@@ -224,6 +224,7 @@ class FitKeywords(TextKeywords, total=False):
     holdout: float
     seed: int
     steps: int | None
+    executor: Executor | None
 
 
 class MapKeywords(TextKeywords, total=False):

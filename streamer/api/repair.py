@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypedDict, Unpack, cast
 from streamer.api.fitting import FitRequest
 from streamer.api.inputs import Inputs
 from streamer.api.keywords import RepairKeywords, explained, watched
-from streamer.api.options import Judged, MethodChoice, Settings, read_path, take
+from streamer.api.options import Judged, MethodChoice, Settings, given_workers, read_path, take
 from streamer.api.records import DryRun
 from streamer.api.texts import BUILT_IN, general_text
 from streamer.api.writing import OutputRequest
@@ -29,6 +29,7 @@ from streamer.methods.coefficients import Coefficients
 from streamer.output.prepare import OutputOptions
 from streamer.output.records import Written
 from streamer.storage.output_plan import RECORD_NAME
+from streamer.workers.engine import Workers, kept
 
 UNKNOWN: ReliableRecord = {"kept": True, "forgetting": True, "top1_kept": False}
 """What is taken to be reliable of a file of an earlier version, which does not say."""
@@ -102,16 +103,18 @@ class RepairRequest:
             )
         return cls(fit, where, None if general is None else read_path("general", general), form)
 
-    def run(self, monitor: Monitor) -> Repaired:
+    def run(self, monitor: Monitor, workers: Workers | None = None) -> Repaired:
         """Fit, choose, and write."""
         self._check(monitor)
-        with self._texts() as fit:
-            found = fit.run(monitor)
-        chosen, why, method = _choice(found)
-        rows = _rows(found)
-        fine, intruders = found.facts.get("reliable", UNKNOWN), found.facts.get("intruders")
-        measured = f"this is {why}", *(_line(row, fine) for row in rows)
-        written = cast(Written, self._output(method, measured).run(monitor))  # of one adapter
+        with kept(workers):
+            with self._texts() as fit:
+                found = fit.run(monitor, workers)
+            chosen, why, method = _choice(found)
+            rows = _rows(found)
+            fine, intruders = found.facts.get("reliable", UNKNOWN), found.facts.get("intruders")
+            measured = f"this is {why}", *(_line(row, fine) for row in rows)
+            writers = workers if self.form.merges else None
+            written = cast(Written, self._output(method, measured).run(monitor, writers))  # of one adapter
         record: RepairRecord = {
             "schema": "streamer.repair/1", "chosen": chosen, "why": why, "rows": rows, "reliable": fine,
             "intruders": intruders, "fit": str(self.fit.output), "output": str(self.output), "state": written["state"],
@@ -139,11 +142,11 @@ class RepairRequest:
                 self.output,
             )
 
-    def forecast(self, monitor: Monitor) -> DryRun:
+    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
         """Check all, and say what the fit would take, which is nearly all of it, and what is written; nothing is."""
         self._check(monitor)
         with self._texts() as fit:
-            found = fit.forecast(monitor)
+            found = fit.forecast(monitor, workers)
         if found["state"] == "done" and not (self.output / RECORD_NAME).exists():
             found["state"] = "resume"  # the fit is there, and what is made of it is not
         if not self.output.exists() and (forecast := found["forecast"]) is not None:
@@ -268,6 +271,8 @@ def repair_adapter(
         How the fit is made, as `fit_coefficients` has them.
     max_memory
         Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``.
+    executor
+        Workers of the fit, as `fit_coefficients` has them, and of the shards of `merge`.
 
     Returns
     -------
@@ -283,4 +288,4 @@ def repair_adapter(
     """
     request = RepairRequest.of(base, adapter, output, {**options, "task": task})
     with watched(options) as monitor:
-        return request.run(monitor).written
+        return request.run(monitor, given_workers(options)).written

@@ -169,16 +169,18 @@ def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 
 def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.api.executors import open_workers
     from streamer.api.fitting import FitRequest
     from streamer.cli.dry_run import dry_run_text
     from streamer.cli.fitting_table import fitting_table
     from streamer.cli.tables import stood
 
     request = FitRequest.of(args.base, args.adapter, args.output, vars(args))
+    workers = open_workers(args.workers, args.executor, args.threads, monitor)
     if args.dry_run:
-        record = request.forecast(monitor)
+        record = request.forecast(monitor, workers)
         return record, dry_run_text(record, args.command, _screen(args))
-    found = request.run(monitor)
+    found = request.run(monitor, workers)
     output = Path(args.output)
     state = monitor.outputs[output]
     text = fitting_table(found.facts, (shown(args.base), shown(args.adapter)), args.output, _screen(args))
@@ -213,15 +215,17 @@ def _map(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 
 def _repair(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.api.executors import open_workers
     from streamer.api.repair import RepairRequest
     from streamer.cli.dry_run import dry_run_text
     from streamer.cli.repair_table import repair_table
 
     request = RepairRequest.of(args.base, args.adapter, args.output, vars(args))
+    workers = open_workers(args.workers, args.executor, args.threads, monitor)
     if args.dry_run:
-        record = request.forecast(monitor)
+        record = request.forecast(monitor, workers)
         return record, dry_run_text(record, args.command, _screen(args))
-    found = request.run(monitor)
+    found = request.run(monitor, workers)
     inputs = shown(args.base), shown(args.adapter)
     return found.record, repair_table(found.record, found.written, inputs, _screen(args))
 

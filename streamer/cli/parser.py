@@ -279,6 +279,7 @@ def build_parser() -> Parser:
     add_texts(sub)
     add_fit(sub)
     add_computing(sub, "enough for gradients of 1,024 tokens and measurements of 4,096")
+    add_workers(sub)
     out = writing("FILE", "map file to write (.safetensors)")
     sub = command("map", "record the inputs of a base's modules on general text, for --map", out, of_base)
     sub.add_argument("base", metavar="BASE", nargs="+",
@@ -299,6 +300,7 @@ def build_parser() -> Parser:
     sub.add_argument("--no-card", dest="model_card", action="store_false",
                      help="do not write into the output's model card (README.md) how it was made")  # fmt: skip
     add_computing(sub)
+    add_workers(sub)
     sub = command("demo", "detect and remove planted intruders in a small generated model")
     sub.add_argument("--lambda", dest="mitigation_lambda", type=number, default=0.0, metavar="L",
                      help="share of each intruder to keep, from 0 (remove) to 1 (unchanged) (default: 0)")  # fmt: skip

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streamer.events import Monitor
-from streamer.fitting.options import Grain
+from streamer.errors import UnsupportedError
+from streamer.events import Event, Monitor
+from streamer.fitting.options import FitOptions, Grain
 from streamer.linalg.torch_state import threads
 from streamer.methods.coefficient_set import CoefficientSet, Floats, MatrixCoefficients, directions, groups
 from streamer.plan.plan import Plan
+from streamer.units import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,3 +89,24 @@ def singular_values_of(plan: Plan, monitor: Monitor) -> dict[str, Floats]:
             monitor.checkpoint()
             found[target.tensor] = directions(plan.finite_delta(target))
     return found
+
+
+def chosen_grain(plan: Plan, options: FitOptions, monitor: Monitor) -> Grain:
+    """Choose what is fitted, if it is not said: right factors, to inputs; of deltas without factors, coefficients.
+
+    Raises
+    ------
+    UnsupportedError
+        If inputs are asked for, and a delta has no factors.
+    """
+    dense = [target.tensor for target in plan.targets if not target.module.low_rank]
+    if not dense:
+        return options.grain or "inputs"
+    what = f"the deltas of {counted(len(dense), 'matrix')} have no factors, {dense[0]!r} first"
+    if options.grain == "inputs":
+        raise UnsupportedError(
+            f"{plan.adapter.path}: {what}, and grain 'inputs' changes factors; take grain 'direction'"
+        )
+    if options.grain is None:
+        monitor.emit(Event("note", f"{what}: coefficients by direction are fitted"))
+    return options.grain or "direction"

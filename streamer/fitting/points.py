@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,10 @@ class Factors(Mapping[str, Tensor]):
 
     def __getitem__(self, tensor: str) -> Tensor:
         return self.read(tensor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Give another process the factors themselves, for it has not what they are read from."""
+        return dict, (dict(self),)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -11,8 +11,7 @@ from typing import Any
 from streamer import __version__
 from streamer.detection.findings import Findings
 from streamer.detection.options import RunOptions
-from streamer.errors import UnsupportedError, UsageError
-from streamer.events import Event, Monitor
+from streamer.errors import UnsupportedError
 from streamer.fitting import algorithm
 from streamer.fitting.memory import (
     ROWS,
@@ -24,7 +23,7 @@ from streamer.fitting.memory import (
     states_bytes,
 )
 from streamer.fitting.options import ALGORITHM, CORRECTIONS, LEAST, WEIGHTS, Division, FitOptions, Grain, divide
-from streamer.fitting.parameters import Parameters, singular_values_of
+from streamer.fitting.parameters import Parameters, chosen_grain, singular_values_of
 from streamer.linalg.regmean import DIRECT_BYTES
 from streamer.measuring.memory import Pass, measured_bytes, pass_bytes, plan_passes, rows_within
 from streamer.measuring.model import chooses_keys, is_factored, read_texts, refuse_new_tokens, stays_quantized
@@ -34,7 +33,7 @@ from streamer.measuring.texts import sample_digest
 from streamer.methods import UNCHANGED, Paper, make_method
 from streamer.output.prepare import fitting_findings
 from streamer.plan.batch import Batch
-from streamer.plan.memory import resident_bytes
+from streamer.plan.memory import MemoryEstimate, resident_bytes
 from streamer.plan.plan import Plan, make_plan
 from streamer.streaming.extra import require_transformers
 from streamer.streaming.model import StreamingModel
@@ -112,8 +111,11 @@ class PreparedFit:
     @cached_property
     def rows_of_inputs(self) -> int:
         """Count the tokens that run together as inputs are collected."""
-        longest = max(text.fitted.longest for text in self.texts.values())
-        return rows_within(self.max_memory, longest, ROWS, self._inputs_bytes, f"the inputs of a sequence of {longest} tokens")  # fmt: skip
+        longest, matrices = max(text.longest for text in self._fitted), self.matrices_bytes
+        return rows_within(
+            self.max_memory, longest, ROWS, lambda rows: self._inputs_bytes(rows, matrices),
+            f"the inputs of a sequence of {longest} tokens",
+        )  # fmt: skip
 
     @cached_property
     def matrices_bytes(self) -> int:
@@ -125,17 +127,21 @@ class PreparedFit:
     @property
     def fitted_tokens(self) -> int:
         """Count the tokens of both texts that are fitted on."""
-        return sum(len(ids) for text in self.texts.values() for ids in text.fitted.ids)
+        return sum(len(ids) for text in self._fitted for ids in text.ids)
+
+    @property
+    def _fitted(self) -> list[TextSequences]:
+        return [text.fitted for text in self.texts.values()]
 
     @property
     def _between_layers(self) -> int:
         return states_bytes(self.model.size, self.resident, 2 * self.fitted_tokens)  # of the corrected model as well
 
-    def _inputs_bytes(self, rows: int) -> int:
-        """Estimate the memory of collecting inputs, so many tokens at a time, and of solving."""
-        longest = max(text.fitted.longest for text in self.texts.values())
+    def _inputs_bytes(self, rows: int, matrices: int) -> int:
+        """Estimate the memory of collecting inputs, so many tokens at a time, and of solving, for which matrices may take so much."""
+        longest = max(text.longest for text in self._fitted)
         return self._between_layers + max(
-            collecting_bytes(self.model.size, rows, longest), solving_bytes(self.plan, self.matrices_bytes)
+            collecting_bytes(self.model.size, rows, longest), solving_bytes(self.plan, matrices)
         )
 
     def passes(self, variants: int) -> list[Pass]:
@@ -155,28 +161,28 @@ class PreparedFit:
         """Sequences of each text that are held apart."""
         return {name: text.held for name, text in self.texts.items()}
 
-    def check_budget(self) -> None:
-        """Raise `UsageError` if the budget does not hold one sequence; it names the smallest that does."""
-        if self.by_inputs:
-            self.passes(2)
-            _ = self.rows_of_inputs
-            return
-        size, length = self.model.size, max(text.whole.longest for text in self.texts.values())
-        least = max(
-            gradient_bytes(size, self.resident, length, length), pass_bytes(size, self.resident, 2 * length, length)
-        )
-        if self.max_memory is not None and least > self.max_memory:
-            raise UsageError(
-                f"max_memory: {self.max_memory >> 20}M is not enough for a sequence of {length} tokens, forward and back; it takes "
-                f"{-(-least >> 20)}M"
-            )
+    @property
+    def least(self) -> MemoryEstimate:
+        """Estimate the memory of the largest step that cannot be divided: by it alone some budgets are refused."""
+        size, resident = self.model.size, self.resident
+        if not self.by_inputs:
+            length = max(text.whole.longest for text in self.texts.values())
+            both = gradient_bytes(size, resident, length, length), pass_bytes(size, resident, 2 * length, length)
+            return MemoryEstimate(f"a sequence of {length} tokens, forward and back", (), max(both))
+        held, longest = (max(text.longest for text in own) for own in (self.held.values(), self._fitted))
+        measured = pass_bytes(size, resident, 2 * held, held)
+        steps = [
+            MemoryEstimate(f"a sequence of {held} tokens under two variants", (), measured),
+            MemoryEstimate(f"the inputs of a sequence of {longest} tokens", (), self._inputs_bytes(longest, 0)),
+        ]
+        return max(steps, key=lambda step: step.nbytes)
 
     def peak_bytes(self, variants: int) -> int:
         """Estimate the memory of the largest step, with so many variants in a pass over what is held apart."""
         size = self.model.size
         most = measured_bytes(self.passes(variants), self.held, size, self.resident)
         if self.by_inputs:
-            return max(most, self._inputs_bytes(self.rows_of_inputs))
+            return max(most, self._inputs_bytes(self.rows_of_inputs, self.matrices_bytes))
         for name, chunks in self.chunks.items():
             for rows in chunks:
                 text = self.texts[name].fitted.take(rows)
@@ -311,7 +317,7 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
     refuse_new_tokens(plan)
     if findings is not None:
         findings = fitting_findings(plan, findings, findings.options)
-    options = replace(options, grain=_grain(plan, options, run.monitor))
+    options = replace(options, grain=chosen_grain(plan, options, run.monitor))
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     model = StreamingModel(Job(plan, variants, None, rounds_products=options.dtype == "bf16", device=run.model_device))
     whole = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
@@ -327,24 +333,3 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
             )
         )
     return prepared
-
-
-def _grain(plan: Plan, options: FitOptions, monitor: Monitor) -> Grain:
-    """Choose what is fitted, if it is not said: right factors, to inputs; of deltas without factors, coefficients.
-
-    Raises
-    ------
-    UnsupportedError
-        If inputs are asked for, and a delta has no factors.
-    """
-    dense = [target.tensor for target in plan.targets if not target.module.low_rank]
-    if not dense:
-        return options.grain or "inputs"
-    what = f"the deltas of {counted(len(dense), 'matrix')} have no factors, {dense[0]!r} first"
-    if options.grain == "inputs":
-        raise UnsupportedError(
-            f"{plan.adapter.path}: {what}, and grain 'inputs' changes factors; take grain 'direction'"
-        )
-    if options.grain is None:
-        monitor.emit(Event("note", f"{what}: coefficients by direction are fitted"))
-    return options.grain or "direction"

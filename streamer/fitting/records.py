@@ -10,6 +10,7 @@ from streamer.fitting.prepare import PreparedFit
 from streamer.measuring.result_file import ResultFile, State, of_others
 from streamer.methods.coefficient_set import Floats
 from streamer.methods.coefficients import load_coefficients
+from streamer.plan.memory import check_budget
 
 
 def result_file(prepared: PreparedFit, output: Path) -> ResultFile:
@@ -29,7 +30,7 @@ def inspect(prepared: PreparedFit, output: Path) -> State:
     """Check, read-only, whether a fit can be written to a file, and whether it stands there or was begun."""
     file = result_file(prepared, output)
     file.check_path()
-    prepared.check_budget()
+    check_budget([prepared.least], prepared.max_memory)
     return file.state()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -18,15 +19,17 @@ from streamer.fitting.parameters import Parameters
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.records import inspect, key, result_file
 from streamer.fitting.result import FoundSet, adapter_facts, doubts, misses, scaling_facts, set_facts, shrinks
+from streamer.fitting.tasks import gradients_on_workers
 from streamer.measuring.passes import answered
-from streamer.measuring.result_file import Records, computing
+from streamer.measuring.result_file import Arrays, Records, computing
 from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import SequenceSums
 from streamer.methods import Fitted, Shrink
 from streamer.methods.coefficient_set import Floats
 from streamer.methods.coefficients import Coefficients, load_coefficients
-from streamer.streaming.gradients import Against, GradientModel
+from streamer.streaming.gradients import Against, GradientModel, TextGradient
 from streamer.streaming.variants import ADAPTER, BASE, Variant
+from streamer.workers.engine import kept
 
 
 class HeldOut:
@@ -94,7 +97,7 @@ class HeldOut:
 def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
     """Fit all sets of coefficients, into memory, or into a file where an output is named."""
     if output is None:
-        return _run(prepared, Records(), None).result()
+        return _result(prepared, Records(), None)
     file = result_file(prepared, output)
     if inspect(prepared, output) == "done":
         file.left()
@@ -102,14 +105,15 @@ def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
         prepared.run.monitor.warn([*doubts(standing.facts), *misses(standing.facts)])
         return standing
     with file.written() as records:
-        made = _run(prepared, records, output.parent).result()
+        made = _result(prepared, records, output.parent)
         prepared.plan.check_unchanged()
         made.save(output, overwrite=True)  # of what stands there, `inspect` has permitted it
     return made
 
 
-def _run(prepared: PreparedFit, records: Records, directory: Path | None) -> InputsRun | _Run:
-    return (InputsRun if prepared.by_inputs else _Run)(prepared, records, directory)
+def _result(prepared: PreparedFit, records: Records, directory: Path | None) -> Coefficients:
+    with kept(prepared.run.workers):
+        return (InputsRun if prepared.by_inputs else _Run)(prepared, records, directory).result()
 
 
 class _Run(DividedFit):
@@ -172,24 +176,45 @@ class _Run(DividedFit):
 
     def _slope(self, number: int, request: Gradient) -> Slope:
         """Compute the mean over a text's tokens of what is made small there, and its gradient."""
-        text, objective = self.prepared.texts[request.text].fitted, self.prepared.options.made_small
-        against: Against = "labels" if objective == "loss" else "base" if request.text == GENERAL else "adapter"
-        theta, chunks = request.coefficients, self.prepared.chunks[request.text]
-        value, tokens, gradient = 0.0, 0.0, np.zeros(self.parameters.count)
-        for chunk, (rows, cost) in enumerate(zip(chunks, gradient_costs(self.prepared, request.text), strict=True)):
-            name = key(number, chunk, [theta])
-            found = self.records.find(name)
-            if found is None:
-                self.model.batch.on_read = self.progress.reading(cost, GRADIENT)
-                own = self.model.gradient(text.take(rows), self.parameters.coefficients(theta), against)
-                self.prepared.plan.check_unchanged()
-                found = {"sums": np.array([own.value, own.tokens]), "gradient": self.parameters.gather(own.gradient)}
-                self.records.add(name, found)
-            value, tokens = value + float(found["sums"][0]), tokens + float(found["sums"][1])
-            gradient += found["gradient"]
-            self.progress.advance(cost)
+        theta, costs = request.coefficients, gradient_costs(self.prepared, request.text)
+        keys = [key(number, chunk, [theta]) for chunk in range(len(costs))]
+        found, todo = dict[int, Arrays](), list[int]()
+        for chunk, cost in enumerate(costs):
+            if (known := self.records.find(keys[chunk])) is None:
+                todo.append(chunk)
+            else:
+                found[chunk] = known
+                self.progress.advance(cost)
+        with contextlib.closing(self._gradients(request, todo, costs)) as stream:
+            for chunk, own in stream:
+                sums = np.array([own.value, own.tokens])
+                found[chunk] = {"sums": sums, "gradient": self.parameters.gather(own.gradient)}
+                self.records.add(keys[chunk], found[chunk])
+                self.progress.advance(costs[chunk])
         self.gradients += 1
-        return Slope(value / tokens, gradient / tokens)
+        sums, gradient = np.zeros(2), np.zeros(self.parameters.count)
+        for chunk in range(len(costs)):  # in their order, whichever came first
+            sums, gradient = sums + found[chunk]["sums"], gradient + found[chunk]["gradient"]
+        return Slope(float(sums[0] / sums[1]), gradient / sums[1])
+
+    def _gradients(
+        self, request: Gradient, chunks: Sequence[int], costs: Sequence[int]
+    ) -> Generator[tuple[int, TextGradient], None, None]:
+        """Compute the gradient on chunks of a text, here or on workers; each comes with the chunk's number."""
+        prepared, objective = self.prepared, self.prepared.options.made_small
+        against: Against = "labels" if objective == "loss" else "base" if request.text == GENERAL else "adapter"
+        text, coefficients = prepared.texts[request.text].fitted, self.parameters.coefficients(request.coefficients)
+        own = {chunk: text.take(prepared.chunks[request.text][chunk]) for chunk in chunks}
+        if prepared.run.workers is not None and own:
+            yield from gradients_on_workers(
+                prepared, self.directory, coefficients, against, own, self.records.threads, self.progress.begin
+            )
+            return
+        for chunk, sequences in own.items():
+            self.model.batch.on_read = self.progress.reading(costs[chunk], GRADIENT)
+            found = self.model.gradient(sequences, coefficients, against)
+            prepared.plan.check_unchanged()
+            yield chunk, found
 
     def _losses(self, number: int, request: Measure) -> algorithm.HeldOut:
         """Measure models on the sequences held apart."""

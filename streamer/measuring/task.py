@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -64,6 +64,13 @@ _computing = threading.Lock()
 _models: dict[tuple[str, tuple[int, ...]], StreamingModel] = {}
 
 
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Compute in full float32 inside the context, while no other task of this process does."""
+    with _computing, full_float32():
+        yield
+
+
 @dataclass(frozen=True)
 class PassTask(Task[SequenceSums]):
     """A pass.
@@ -91,7 +98,7 @@ class PassTask(Task[SequenceSums]):
     def do(self, batch: Batch, monitor: Monitor) -> SequenceSums:
         """Run it, on a model that the process keeps for passes to come."""
         (plan,), key = batch.plans, (self.described.digest, self.variants)
-        with _computing, full_float32():
+        with one_at_a_time():
             model = _models.pop(key, None)
             if model is None or model.job.plan is not plan:
                 job = Job(plan=plan, **self.described.value)

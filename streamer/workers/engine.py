@@ -86,7 +86,9 @@ class Workers:
             self._executor = self._opened.enter_context(self._open())
         return self._executor
 
-    def share(self, max_memory: int | None, own: int, needs: Iterable[MemoryEstimate]) -> int | None:
+    def share(
+        self, max_memory: int | None, own: int, needs: Iterable[MemoryEstimate], computes: bool = False
+    ) -> int | None:
         """Divide the memory allowed among this process and the workers on this machine; return what each worker has.
 
         Results are those of one process that is allowed a worker's share, and state that.
@@ -97,6 +99,8 @@ class Workers:
             Bytes that this process takes.
         needs
             Steps of a worker.
+        computes
+            Whether this process has a share as well: it takes some of these steps.
 
         Raises
         ------
@@ -105,7 +109,7 @@ class Workers:
         """
         if self.processes is None or max_memory is None:
             return max_memory
-        n = self.processes
+        n = self.processes + computes
         check_budget((replace(e, nbytes=own + n * _whole_mib(e.nbytes)) for e in needs), max_memory)
         return (max_memory - own) // n >> 20 << 20
 

@@ -18,7 +18,6 @@ from worker_runs import (
     contents,
     dask_scheduler,
     dask_workers,
-    evaluation_bench,
     merge_bench,
     ray_cluster,
     worker_bench,
@@ -47,16 +46,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> WorkerBench:
     return worker_bench(tmp_path_factory.mktemp("small"), shape=(150, 170))
 
 
-@pytest.fixture(scope="module")
-def passes(tmp_path_factory: pytest.TempPathFactory) -> WorkerBench:
-    return evaluation_bench(tmp_path_factory.mktemp("passes"), 60)
-
-
 def on_engine(bench: WorkerBench, home: Path, engine: str) -> None:
     """Run the command with an engine that runs."""
     home.mkdir()
     out = home / bench.name
-    with bench.start(out, "--executor", engine, "-q") as process:
+    with bench.start(out, "--executor", engine, "-qq") as process:
         _, stderr = process.communicate(timeout=300)
     assert (process.returncode, stderr) == (0, "")
     assert contents(out.parent) == bench.files
@@ -82,14 +76,15 @@ def test_threads_give_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("count", [1, 3])
-def test_an_evaluation_on_threads_has_the_same_bytes(passes: WorkerBench, count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("command", "count"), [("evaluate", 1), ("evaluate", 3), ("fit", 3), ("repair", 3)])
+def test_passes_on_threads_give_the_same_bytes(command: str, count: int, tmp_path: Path) -> None:
     """Whatever the number of workers, and the order in which passes end."""
-    events: list[Event] = []
+    bench, out, events = BENCHES[command](tmp_path), tmp_path / "out", list[Event]()
+    out.mkdir()
     with ThreadPoolExecutor(count) as pool, threads(1):
-        passes.here(tmp_path / passes.name, executor=pool, on_event=events.append)
-    assert (tmp_path / passes.name).read_bytes() == passes.alone
-    steps = [e for e in events if e.stage == "evaluate"]
+        bench.here(out / bench.name, executor=pool, on_event=events.append)
+    assert contents(out) == bench.files
+    steps = [e for e in events if e.stage == ("evaluate" if command == "evaluate" else "fit")]
     assert [e.done for e in steps] == sorted(e.done for e in steps)
     assert (steps[-1].done, steps[-1].items) == (steps[-1].total, steps[-1].of)
 
@@ -106,16 +101,20 @@ def test_a_merge_on_threads_has_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_workers_of_an_evaluation_share_the_memory(passes: WorkerBench, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [("evaluate", "a sequence of 24 tokens under two variants"), ("fit", "a sequence of 24 tokens, forward and back"),
+     ("repair", "the inputs of a sequence of 24 tokens")],
+)  # fmt: skip
+def test_workers_on_passes_share_the_memory(command: str, what: str, tmp_path: Path) -> None:
     """Less than will do is refused, with what does."""
-    out = tmp_path / passes.name
-    with passes.start(out, "--workers", 2, "--max-memory", "500M") as few:
+    bench = BENCHES[command](tmp_path)
+    out = tmp_path / "out" / bench.name
+    with bench.start(out, "--workers", 2, "--max-memory", "500M") as few:
         _, stderr = few.communicate(timeout=300)
     assert few.returncode == 2
-    assert (
-        "streamer: --max-memory: 500M is not enough for a sequence of 24 tokens under two variants; it takes" in stderr
-    )
-    with passes.start(out, "--workers", 2, "--max-memory", stderr.split()[-1], "--dry-run", "-q") as enough:
+    assert f"streamer: --max-memory: 500M is not enough for {what}; it takes" in stderr
+    with bench.start(out, "--workers", 2, "--max-memory", stderr.split()[-1], "--dry-run", "-q") as enough:
         enough.communicate(timeout=300)
     assert enough.returncode == 0
 

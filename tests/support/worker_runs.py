@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,29 @@ def evaluation_bench(directory: Path, sequences: int = 150, length: int = 24) ->
     return WorkerBench.of(directory, base, adapter, options, here, "evaluate", "e.json")
 
 
+def fit_bench(
+    directory: Path, command: str = "fit", name: str = "fit.safetensors", grain: str = "direction", sequences: int = 120
+) -> WorkerBench:
+    """Make the inputs of a fit of many chunks, or of a repair."""
+    from learned import make_learned
+
+    texts = {text: directory / f"{text}.npy" for text in ("general", "task")}
+    make_learned(directory, sequences, 24)
+    call = streamer.fit_coefficients if command == "fit" else streamer.repair_adapter
+
+    def here(path: Path, **more: object) -> None:
+        given = {
+            "sequences": sequences,
+            "grain": grain,
+            "on_event": lambda event: None,
+        }  # of texts so short there are warnings
+        call(directory / "base", directory / "adapter", path, **texts, **{**given, **more})
+
+    options = (*(part for text, path in texts.items() for part in (f"--{text}", path)), "--sequences", sequences,
+               "--grain", grain)  # fmt: skip
+    return WorkerBench.of(directory, directory / "base", directory / "adapter", options, here, command, name)
+
+
 def merge_bench(directory: Path, shards: int = 10, shape: tuple[int, int] = (600, 700)) -> WorkerBench:
     """Make the inputs of a merge of many shards, that detects first."""
     factors = {f"a.{i}": intruding_factors(*shape, 4, seed=i) for i in range(shards)}
@@ -136,6 +160,7 @@ def merge_bench(directory: Path, shards: int = 10, shape: tuple[int, int] = (600
 
 BENCHES: dict[str, Callable[[Path], WorkerBench]] = {
     "detect": worker_bench, "evaluate": evaluation_bench, "merge": merge_bench,
+    "fit": fit_bench, "repair": partial(fit_bench, command="repair", name="repaired", grain="inputs"),
 }  # fmt: skip
 """Commands that are divided among workers."""
 
@@ -207,9 +232,16 @@ def has_begun(out: Path) -> bool:
     """Say whether a matrix, a pass or a shard is in the journal."""
     if any(out.glob("*.safetensors")):  # in the directory of a model
         return True
-    with contextlib.suppress(FileNotFoundError):
-        return journal_of(out).stat().st_size > 5_000
+    for path in journals(out):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size > 5_000:
+                return True
     return False
+
+
+def journals(out: Path) -> list[Path]:
+    """Name the journals that a command may have: of its output, and of the fit beside it."""
+    return [journal_of(out), journal_of(out.with_name(f"{out.name}.fit.safetensors"))]
 
 
 def workers_in(group: int) -> list[int]:
