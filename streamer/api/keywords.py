@@ -11,6 +11,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
@@ -22,8 +23,6 @@ from streamer.events import Monitor, OnEvent
 from streamer.units import parse_size
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
     from streamer.adapters.stated import LoraBLayout
     from streamer.detection.findings import Findings
     from streamer.detection.selection import Selection
