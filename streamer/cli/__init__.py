@@ -1,1 +1,1 @@
-"""Commands: arguments, progress, tables, forecasts, the demo. The only place that prints and exits."""
+"""Provide the command line: arguments, progress, tables, forecasts, the demo. Only this folder prints and exits."""

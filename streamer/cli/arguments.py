@@ -1,4 +1,4 @@
-"""Parse arguments: what is wrong is said in one line, with a suggestion, and values of options are read here."""
+"""Parse arguments and option values; report an error in one line, with a suggestion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BadUsage(SystemExit):
     Attributes
     ----------
     message
-        What is wrong and what to do, one line.
+        The error and what to do, in one line.
     """
 
     def __init__(self, message: str) -> None:
@@ -27,7 +27,7 @@ class BadUsage(SystemExit):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises `BadUsage`, and takes no abbreviations, which a new option would break."""
+    """Parser that raises `BadUsage` and accepts no abbreviations, because a new option could break them."""
 
     def __init__(self, **options: Any) -> None:
         raw = argparse.RawDescriptionHelpFormatter
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         raise BadUsage(message if "did you mean" in message else f"{message}; see `{self.prog} --help`")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and refuse an unknown option first: argparse would rather miss an argument that was misspelt."""
+        """Parse, but first refuse unknown options: argparse would report a missing argument for a misspelt option."""
         own = args or () if self._subparsers is None else takewhile(lambda arg: arg.startswith("-"), args or ())
         for arg in takewhile(lambda arg: arg != "--", own):
             name = arg.partition("=")[0]
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _closest(given: str, names: Iterable[str]) -> str:
-    """Suggest the name that was meant, if one is near."""
+    """Suggest the closest name, if one is close."""
     by_letters = {name.strip("-"): name for name in names}
     close = difflib.get_close_matches(given.strip("-"), by_letters, n=1)
     return f"; did you mean {by_letters[close[0]]}?" if close else ""
@@ -77,7 +77,7 @@ def number(text: str) -> float:
 
 
 def numbers(text: str) -> Sequence[float]:
-    """Read numbers between commas."""
+    """Read comma-separated numbers."""
     return tuple(number(part) for part in text.split(","))
 
 
@@ -90,7 +90,7 @@ def integer(text: str) -> int:
 
 
 def top_k(text: str, expected: str = "a count like 10 or a share like 0.1") -> int | float:
-    """Read a count or a share."""
+    """Read a count (integer) or a share (decimal number)."""
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
@@ -112,7 +112,7 @@ def sample(text: str) -> int | str:
 
 
 def path(text: str) -> str | None:
-    """Read a path; an empty one, as of a shell variable that is not set, is none."""
+    """Read a path; an empty one, for example from an unset shell variable, gives None."""
     return text or None
 
 

@@ -1,4 +1,4 @@
-"""Format what coefficients leave of intruders, for the table of findings."""
+"""Format the effect of coefficients on intruders, for the table of findings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def mean_columns(means: Sequence[CoefficientMeans]) -> list[Column]:
-    """Make the columns of mean coefficients, a row a matrix."""
+    """Make the columns of mean coefficients, one row for each matrix."""
     about = "mean coefficient of the intruders' parts; 1 keeps them unchanged"
     return [
         Column("c intr.", [_mean(m["intruders_mean"]) for m in means], about, keep=8),
@@ -21,7 +21,7 @@ def mean_columns(means: Sequence[CoefficientMeans]) -> list[Column]:
 
 
 def mean_line(totals: CoefficientTotals) -> str:
-    """Say in a line what is left of the intruders of all matrices, and of all deltas."""
+    """State in one line how much the coefficients leave of all intruders and of all deltas."""
     whole = f"the coefficients to keep {100 * totals['keep']:g}% leave {_mean(totals['mean'])} of the delta"
     if totals["intruders_mean"] is None:
         return f"{whole}, on average by energy; there are no intruders"

@@ -1,4 +1,4 @@
-"""Run the commands: each makes a request of the parsed arguments, runs it, and returns one result, which `main` prints."""
+"""Run the commands: each builds a request from the parsed arguments, runs it, and returns a result for `main` to print."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from streamer.output.records import Written
 
 Result = tuple[Mapping[str, Any], str]
-"""The object that `--json` prints, and the text for people."""
+"""JSON object for `--json`, and text for people."""
 
 
 def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -42,7 +42,7 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
 
     request = DetectRequest.of(args.base, _adapters(args), args.output, vars(args))
     workers = open_workers(args.workers, args.executor, args.threads, monitor)
-    if workers is None and args.part is None:  # other parts are to have as many
+    if workers is None and args.part is None:  # all parts must use the same number of threads
         choose_threads(args.threads, monitor)
     if args.dry_run:
         record = request.forecast(monitor, workers)
@@ -96,7 +96,7 @@ def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 
 def _is_base(path: str | None) -> bool:
-    """Test whether a model stands in the place of an evaluation."""
+    """Test whether a model is given in place of an evaluation."""
     return path is not None and Path(path).is_dir()
 
 
@@ -111,7 +111,7 @@ def _with_coefficients(args: argparse.Namespace, monitor: Monitor) -> Result:
         )
     if args.output is not None:
         raise UsageError(
-            "--output: a page is of findings and an evaluation; leave out --coefficients, BASE and ADAPTER"
+            "--output: a page shows findings and an evaluation; leave out --coefficients, BASE and ADAPTER"
         )
     settings = take(Settings, vars(args), overwrite=False)
     request = CoefficientsRequest(args.findings, args.base, args.adapter, args.coefficients, args.keep, settings)
@@ -256,19 +256,19 @@ COMMANDS = {
 
 
 def _adapters(args: argparse.Namespace) -> str | list[str]:
-    """Return the adapter, or a list of several."""
+    """Return the adapter, or a list if there are several."""
     given: list[str] = args.adapter
     return given if len(given) > 1 else given[0]
 
 
 def _screen(args: argparse.Namespace) -> Screen:
-    """Describe what tables are shown on; beside a page, which explains its figures, they need no legend."""
+    """Describe the screen for tables; a page explains its figures, so tables beside it have no legend."""
     page = args.command == "report" and args.output is not None
     return screen(args.all, args.legend and not page)
 
 
 def _each(found: Any, result: Callable[[Any, Screen], Result], output: str, shown: Screen) -> Result:
-    """Combine the results for several adapters by their names, in full if all is asked for; the one for one alone stays as it is."""
+    """Combine results for several adapters by name, in full with `--all`; return a single adapter's result unchanged."""
     from streamer.api.records import ByName, several
     from streamer.cli.tables import adapters_table, stood
 

@@ -1,4 +1,4 @@
-"""Shell completion, made from the parser by shtab; imported where a script is asked for."""
+"""Generate shell completion from the parser with shtab, which is imported only when a script is requested."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """Write the completion script of a shell.
+    """Generate a shell's completion script.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
     }
     for action in _actions(parser):
         if action.metavar in completes:
-            action.complete = completes[action.metavar]  # type: ignore[attr-defined]  # where shtab looks for it
+            action.complete = completes[action.metavar]  # type: ignore[attr-defined]  # shtab reads this attribute
     return str(shtab.complete(parser, shell))
 
 

@@ -1,4 +1,4 @@
-"""Format what became of intruders as a table that fits the screen."""
+"""Format the fates of intruders as a table that fits the screen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MEANING = {
 
 
 def diff_table(diff: FindingsDiff, screen: Screen) -> str:
-    """Format a line an intruder, or of many the ten that changed most; and counts."""
+    """Format one line for each intruder, or the ten that changed most if there are many, and counts."""
     every = sorted(diff.intruders, key=lambda one: (natural(one.tensor), one.before is None, _rank(one)))
     cut = len(every) > MANY and not screen.every
     changed = [one for one in every if _is_changed(one)]
@@ -56,7 +56,7 @@ def diff_table(diff: FindingsDiff, screen: Screen) -> str:
 
 
 def _is_changed(one: IntruderFate) -> bool:
-    """Test whether anything of an intruder is another in the two findings, as far as the table shows."""
+    """Test whether the table shows any difference of an intruder between the two findings."""
     sides = [[_cell(side, what) for what in ("rank", "sigma")] for side in (one.before, one.after)]
     return one.fate != "kept" or sides[0] != sides[1]
 

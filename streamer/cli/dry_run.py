@@ -1,4 +1,4 @@
-"""Say what a dry run found, from its record."""
+"""Format the result of a dry run from its record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from streamer.units import counted, format_size
 
 
 def dry_run_text(record: Mapping[str, Any], command: str, screen: Screen) -> str:
-    """Say what a run would write, and what it would take: one output, or those of several adapters."""
+    """Describe what a run would write and need, for one output or those of several adapters."""
     found = record.get("adapters")
     tree = record["forecast"]
     forecast = "" if tree is None else forecast_text(command, tree, record["free_bytes"])

@@ -1,4 +1,4 @@
-"""Describe the error that ended a run as the JSON that `--json` and `--json-events` print."""
+"""Describe the error that ended a run, as JSON for `--json` and `--json-events`."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def error_entry(
     kind
         Name of the exception's class.
     message
-        The line that goes to stderr, without the program's name.
+        The line printed to stderr, without the program's name.
     path
-        The file or directory that is to blame; by default the one that the message begins with, if it does.
+        The file or directory at fault; by default the path that the message begins with, if any.
     given
-        Paths that the command was given: whether they exist or not, a message may begin with one.
+        Paths given to the command; a message may begin with one even if it does not exist.
     """
     where = _leading_path(message, given) if path is None else path
     return {"kind": kind, "exit_code": exit_code, "message": message, "path": where}
 
 
 def errors_object(errors: list[ErrorEntry]) -> ErrorsRecord:
-    """Put errors into the object that `--json` prints."""
+    """Collect errors into the object that `--json` prints."""
     return {"schema": SCHEMA, "errors": errors}
 
 
 def _leading_path(message: str, given: Collection[str]) -> str | None:
-    """Return the path before the first colon; messages begin with where the fault is, which may be an option, too."""
+    """Return the path before the first colon; a message begins with the location of the error, which may also be an option."""
     head, colon, _ = message.partition(": ")
     return head if colon and (head in given or os.sep in head or os.path.lexists(head)) else None

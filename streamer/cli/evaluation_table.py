@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def evaluation_table(evaluation: Evaluation, names: Names, screen: Screen = NO_LIMIT, written: str = "") -> str:
-    """Format the verdict, the figures of every variant, the reasons, and the commands to run next.
+    """Format the verdict, every variant's figures, the reasons, and the commands to run next.
 
     Parameters
     ----------
     written
-        Line that says where the evaluation is, if it was written.
+        Line that says where the evaluation was written, or "".
     """
     columns = [
         Column(c.head, c.cells, c.about, c.keep, left=i == 0, names=False)

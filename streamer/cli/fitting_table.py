@@ -1,4 +1,4 @@
-"""Format a fit as a table that fits the screen, and say what comes next."""
+"""Format a fit as a table that fits the screen, and list the next steps."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from streamer.units import counted
 
 
 def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str, screen: Screen = NO_LIMIT) -> str:
-    """Format the figures of every set of coefficients, beside the shrink that keeps the same, and the commands that use them.
+    """Format the figures of every set of coefficients beside its equal shrink, and the commands that use the sets.
 
     Parameters
     ----------
     facts
-        Of the coefficients.
+        Facts of the coefficients.
     inputs, output
-        Base, adapter and the file of coefficients, as they were given.
+        Base, adapter and the coefficients file, as given.
     """
     sets: Sequence[Mapping[str, Any]] = facts["sets"]
     many, reliable = facts.get("parameters"), facts.get("reliable", {})
@@ -50,7 +50,7 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
 
 
 def unreliable(facts: Mapping[str, Any]) -> list[str]:
-    """Say which shares are not shown, and why."""
+    """State which shares are not shown, and why."""
     return [
         f"{share} is not shown: the adapter {what} by {facts[of]:.4f} ± {facts[f'{of}_se']:.4f}, too little to measure on this text; "
         "more text may help"
@@ -64,7 +64,7 @@ def unreliable(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int | None, reliable: Mapping[str, bool]) -> list[Column]:
-    """Make the columns of the shrink that keeps as much as each set, and of so many coefficients; None: of factors."""
+    """Make the columns of the shrink that keeps as much as each set; `many` is the number of coefficients, None for factors."""
     shrinks = [one["shrink"] for one in sets]
     columns = [
         Column("shrink", ["-" if s is None else f"{s['lambda']:.3f}" for s in shrinks],
@@ -85,7 +85,7 @@ def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int | None, reliab
 
 
 def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say whether each set is better than the equal shrink, and which is probably not worth what it gives up."""
+    """State whether each set is better than its equal shrink, and which sets probably cost more than they gain."""
     words = {"better": "forgets less than that shrink by loss and KL", "worse": "forgets more than that shrink by loss or KL",
              "not told apart": "does not differ significantly from that shrink in loss and KL"}  # fmt: skip
     lines = [f"{100 * one['keep']:g}%: {words[one['shrink']['verdict']]}" for one in sets if one["shrink"] is not None]
@@ -100,7 +100,7 @@ def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _commands(facts: Mapping[str, Any], inputs: str, output: str) -> list[str]:
-    """List the commands that use the first set: as an adapter where it has factors, else as a model."""
+    """List the commands that use the first set: `mitigate` if the adapter has factors, else `merge`."""
     sets = facts["sets"]
     keep = f" --keep {share_name(sets[0]['keep'])}" if len(sets) > 1 else ""
     more = "".join(f" {word}" for word in input_options(facts))

@@ -10,7 +10,7 @@ from streamer.units import counted, format_duration, format_size
 
 
 def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Screen) -> str:
-    """Format the forecasts of the commands, a line each."""
+    """Format the forecasts of all commands, one line for each."""
     rows = []
     for command, f in forecasts.items():
         if f is None:
@@ -35,7 +35,7 @@ def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Sc
 
 
 def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
-    """Format the forecast of one command, in a line."""
+    """Format one command's forecast in one line."""
     beside = (
         f" and at most {format_size(forecast['temporary_bytes'])} temporarily" if forecast["temporary_bytes"] else ""
     )
@@ -49,7 +49,7 @@ def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
 
 
 def _read(forecast: Mapping[str, Any]) -> str:
-    """Format the bytes that are read, and those of them that cross the network."""
+    """Format the bytes to read, with those that cross the network."""
     far = forecast["network_bytes"]
     return format_size(forecast["read_bytes"]) + (f" ({format_size(far)} over the network)" if far else "")
 

@@ -1,4 +1,4 @@
-"""Texts of the command line's help: what it is for, a first run, examples of each command, exit codes."""
+"""Define the help texts: description, first run, examples of each command, exit codes."""
 
 DESCRIPTION = """\
 Make a LoRA adapter forget less of its base model, one matrix at a time. An

@@ -1,4 +1,4 @@
-"""Progress, warnings and errors as JSON on stderr, one object a line, for programs that watch a run."""
+"""Write progress, warnings and errors to stderr as JSON, one object on each line, for programs that watch a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEMA = "streamer.event/1"
 
 
 class JsonEvents:
-    """Write events as lines of JSON, each complete when it is written; what Python warns of as well."""
+    """Writes events, and Python's warnings, as complete lines of JSON."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -26,26 +26,26 @@ class JsonEvents:
         warnings.showwarning = lambda message, *_args, **_more: self.say("warning", message=str(message))
 
     def __call__(self, event: Event) -> None:
-        """Take an event."""
+        """Write an event."""
         if event.stage in ("warning", "note"):
             self.say(event.stage, message=event.name)
         else:
             self.say("progress", **asdict(event))
 
     def tell(self, text: str) -> None:
-        """Take a line for stderr that is no event of the library."""
+        """Write a message that is not an event of the library."""
         self.say("note", message=text.removeprefix("streamer: "))
 
     def error(self, error: ErrorEntry) -> None:
-        """Take what `cli.errors_json.error_entry` says of the error that ended the run."""
+        """Write the error that ended the run, as described by `cli.errors_json.error_entry`."""
         self.say("error", **error)
 
     def finish(self, summary: str) -> None:
-        """Say that the command has done what it was asked for."""
+        """Write that the command has finished."""
         self.say("done", message=summary)
 
     def close(self) -> None:
-        """Leave Python's warnings as they were."""
+        """Restore Python's own display of warnings."""
         warnings.showwarning = self._show
 
     def say(self, event: str, **more: Any) -> None:

@@ -1,6 +1,6 @@
-"""Lay out tables that fit a width: names shortened alike, columns left out before a line wraps.
+"""Lay out tables that fit a width: shorten names consistently, and hide columns before a line would wrap.
 
-Where the width is not limited, as in a pipe or a file, nothing is shortened or left out, so that scripts find what they look for.
+If the width is unlimited, as in a pipe or a file, nothing is shortened or hidden, so scripts find what they look for.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from functools import partial
 from streamer.errors import printable
 
 NAME_COLUMNS = 24
-"""A name is shortened to as few columns before others are left out, and no further unless they all are."""
+"""Width to which names are shortened before other columns are hidden; names get shorter only when all those columns are hidden."""
 
 
 @dataclass(frozen=True)
 class Screen:
-    """Screen, pipe or file that a result is shown on.
+    """Screen, pipe or file that shows a result.
 
     Attributes
     ----------
     width
-        Columns; None where lines may have any length.
+        Width in characters; None for unlimited lines.
     every
         Whether tables show all rows.
     legend
-        Whether a legend stands below a table.
+        Whether tables have a legend below them.
     """
 
     width: int | None = None
@@ -38,7 +38,7 @@ class Screen:
 
 
 def screen(every: bool = False, legend: bool = True) -> Screen:
-    """Describe stdout: as wide as `COLUMNS` says, or the terminal is; a pipe or file takes lines of any length."""
+    """Describe stdout: width from `COLUMNS` or the terminal, unlimited for a pipe or file."""
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns) > 0:
         return Screen(max(20, int(columns)), every, legend)
@@ -51,26 +51,26 @@ def screen(every: bool = False, legend: bool = True) -> Screen:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
+    """Column of a table.
 
     Attributes
     ----------
     head
-        Its title.
+        Title.
     cells
-        One a row.
+        One cell for each row.
     about
-        What it holds, for the legend; empty where the title says it.
+        Explanation for the legend; empty if the title is clear.
     keep
-        Columns with smaller numbers are left out first where there is no room; the first column always stays.
+        Priority: if there is no room, columns with smaller numbers are hidden first. The first column always stays.
     left
-        Whether cells are set flush left.
+        Whether to align cells to the left.
     names
         Whether cells are names of tensors, which can be shortened.
     foot
-        The cell below the last row, of totals.
+        Cell below the last row, for totals.
     among
-        Of a column of names: all that there are, where the rows have some; shortened, a name is to be like no other.
+        For a column of names that shows only some rows: all names, so that shortened names stay unique among them.
     """
 
     head: str
@@ -84,17 +84,17 @@ class Column:
 
     @property
     def width(self) -> int:
-        """Count the columns that it takes."""
+        """Return the width that it needs."""
         return max(map(len, (self.head, *self.cells, self.foot)))
 
     @property
     def least(self) -> int:
-        """Count the columns that it takes at least, before others are left out."""
+        """Return the smallest width before other columns are hidden."""
         return min(self.width, max(NAME_COLUMNS, len(self.head), len(self.foot))) if self.names else self.width
 
 
 def table(columns: Sequence[Column], screen: Screen) -> str:
-    """Set columns side by side, two spaces apart, and under them a legend of the columns that are shown."""
+    """Place columns side by side, two spaces apart, followed by a legend of the visible columns."""
     width = screen.width
     shown = [replace(c, cells=[printable(text) for text in c.cells]) for c in columns]
     left_out: list[str] = []
@@ -126,7 +126,7 @@ def table(columns: Sequence[Column], screen: Screen) -> str:
 
 
 def fit(text: str, width: int | None, indent: int = 2) -> str:
-    """Wrap a line at the width, further lines indented; words longer than it, such as paths, stay whole."""
+    """Wrap a line at the width, indenting further lines; longer words, such as paths, stay whole."""
     if width is None:
         return text
     indent = indent if indent < width // 2 else 2
@@ -140,12 +140,12 @@ def fit(text: str, width: int | None, indent: int = 2) -> str:
 
 
 def shorten(names: Sequence[str], width: int, among: Sequence[str] = ()) -> list[str]:
-    """Shorten names of tensors alike to as many columns, so that they stay different; layer number and projection go last.
+    """Shorten tensor names consistently to fit a width, keeping them distinct; layer number and projection are kept longest.
 
     Parameters
     ----------
     among
-        All names that they are not to be taken for, themselves among them; by default they alone.
+        All names from which the shortened ones must stay distinct, including themselves; by default only themselves.
     """
     if max(map(len, names), default=0) <= width:
         return list(names)
@@ -158,7 +158,7 @@ def shorten(names: Sequence[str], width: int, among: Sequence[str] = ()) -> list
 
 
 def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:
-    """List the ways of shortening, the mildest first."""
+    """List the ways to shorten names, mildest first."""
     tail = ".weight" if all(name.endswith(".weight") for name in names) else ""
 
     def bare(name: str) -> str:
@@ -188,7 +188,7 @@ def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:
 
 
 def _middle(name: str, width: int) -> str:
-    """Keep the start and the end of a name, more of the end."""
+    """Keep the start and the end of a name, with more of the end."""
     if len(name) <= width:
         return name
     start = (width - 1) // 3

@@ -1,4 +1,4 @@
-"""Run the command that was asked for, and turn errors into one line and an exit code; nothing heavy is imported before."""
+"""Run the requested command, and turn errors into one line and an exit code; heavy imports happen only inside commands."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(argv: list[str] | None = None) -> int:
     except Exception as e:
         error = _described(e, _paths(args))
         _tell(error or error_entry(type(e).__name__, 1, str(e)), args.json, progress, error is not None)
-        if error is None:  # a fault of ours: its traceback is printed as it goes up
+        if error is None:  # our own bug: print its traceback
             raise
         return error["exit_code"]
     finally:
@@ -61,7 +61,7 @@ def _progress(args: argparse.Namespace) -> Progress:
 
 
 def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
-    """Run the command, print its result on stdout, and the last line on stderr."""
+    """Run the command; print its result on stdout and the last line on stderr."""
     monitor = Monitor(progress)
     prints = args.json or not args.quiet
     if prints and sys.stdout is None:
@@ -72,34 +72,34 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
         try:
             if args.command != "verify":
                 set_threads(getattr(args, "threads", None))
-            else:  # needs no torch to hash files, and computes by numpy, whose idle threads spin: beside other work one is faster
+            else:  # hashing needs no torch, and numpy's idle threads spin: one thread is faster if other processes run
                 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
             tree, text = COMMANDS[args.command](args, monitor)
         finally:
             progress.close()
     if prints:
         _print(json.dumps(tree, indent=1) if args.json else text)
-    # On a terminal the numbers stand just above.
+    # On a terminal the numbers are just above.
     shown = prints and not args.json and not args.json_events and sys.stdout.isatty()
     progress.finish("" if shown else summary(tree))
 
 
 def _paths(args: argparse.Namespace) -> list[str]:
-    """Collect the paths that the command was given, addresses as they may be printed too."""
+    """Collect the paths given to the command, including addresses as they are printed."""
     names = ("base", "adapter", "output", "findings", "first", "second", "general", "task")
     values = [getattr(args, name, None) for name in names]
     paths = [path for value in values for path in (value if isinstance(value, list) else [value]) if path]
-    with contextlib.suppress(UsageError):  # an address that cannot be read stays as it is
+    with contextlib.suppress(UsageError):  # keep an invalid address as given
         paths += [shown(path) for path in paths]
     return paths
 
 
 def _described(e: Exception, given: Sequence[str]) -> ErrorEntry | None:
-    """Describe an error, in a command that was given these paths; None of one that nobody foresaw."""
+    """Describe an expected error of a command that was given these paths; return None for an unexpected one."""
     kind = type(e).__name__
     if isinstance(e, StreamerError):
         message = str(e)
-        if isinstance(e, UsageError) and message.partition(": ")[0] not in given:  # which may be called as an option is
+        if isinstance(e, UsageError) and message.partition(": ")[0] not in given:  # a path may be named like an option
             message = named_as_option(message)
         return error_entry(kind, e.exit_code, message, getattr(e, "filename", None), given)
     if isinstance(e, OSError):
@@ -113,7 +113,7 @@ def _described(e: Exception, given: Sequence[str]) -> ErrorEntry | None:
 
 
 def _tell(error: ErrorEntry, as_json: bool, progress: Progress | JsonEvents, foreseen: bool) -> None:
-    """Say on stderr what went wrong, in a line, and to programs on stdout as well; for people, a traceback says what nobody foresaw."""
+    """Report an error in one line on stderr, and with `--json` also on stdout; an unexpected error prints a traceback instead."""
     if as_json and sys.stdout is not None:
         with contextlib.suppress(StorageError):  # stdout is what failed
             _print(json.dumps(errors_object([error]), indent=1))
@@ -124,7 +124,7 @@ def _tell(error: ErrorEntry, as_json: bool, progress: Progress | JsonEvents, for
 
 
 def _tell_differences(e: VerificationError, args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
-    """Say on stderr what differs, a line each, and to programs on stdout in the object that a success has as well."""
+    """Report each difference in one line on stderr, and with `--json` print the same object as for a success."""
     if args.json and sys.stdout is not None:
         with contextlib.suppress(StorageError):
             _print(json.dumps(e.verification, indent=1))
@@ -137,35 +137,35 @@ def _tell_differences(e: VerificationError, args: argparse.Namespace, progress: 
 
 
 def _refuse(message: str, argv: Sequence[str]) -> None:
-    """Say what is wrong with the arguments, in the form that those which could be read ask for."""
+    """Report wrong arguments in the format that the readable arguments ask for."""
     progress = JsonEvents() if "--json-events" in argv else Progress("none")
     _tell(error_entry("UsageError", UsageError.exit_code, one_line(message)), "--json" in argv, progress, True)
     progress.close()
 
 
 def _open_missing_streams() -> None:
-    """Give the null device the numbers of closed standard streams, lest a file that is opened gets one and what is printed goes into it."""
+    """Open the null device for closed standard streams; otherwise a file could get such a number and receive printed text."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.open(os.devnull, os.O_RDWR)  # uses the lowest free number
 
 
 def _print(text: str = "") -> None:
-    """Print a result on stdout, or what is on its way there.
+    """Print a result on stdout, or flush earlier output.
 
     Raises
     ------
     StorageError
-        If it cannot be written; a reader that has gone is no fault.
+        If it cannot be written; a reader that closed the pipe is not an error.
     """
     if sys.stdout is None:
         return
     try:
         print(text, end="\n" if text else "", flush=True)
     except OSError as e:
-        silent = os.open(os.devnull, os.O_WRONLY)  # for what stays in Python's buffer until the process ends
+        silent = os.open(os.devnull, os.O_WRONLY)  # receives Python's remaining buffer when the process ends
         os.dup2(silent, sys.stdout.fileno())
         os.close(silent)
         if not isinstance(e, BrokenPipeError):
@@ -179,7 +179,7 @@ def main() -> NoReturn:
     """Run the `streamer` command and exit with its code."""
     try:
         code = run()
-    except SystemExit:  # the parser's, after help or a wrong option
+    except SystemExit:  # from the parser, after help or a wrong option
         try:
             _print()
         except StorageError as e:

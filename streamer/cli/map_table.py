@@ -1,4 +1,4 @@
-"""Say what a map of a base's inputs is, and what comes next."""
+"""Describe a map of a base's inputs and the next step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from streamer.units import counted, listed
 
 
 def map_text(record: Mapping[str, Any], base: str, screen: Screen) -> str:
-    """Say what was mapped, on what text, and the command that uses it.
+    """Describe what was mapped, on which text, and the command that uses it.
 
     Parameters
     ----------
     base
-        As it was given.
+        The base as given.
     """
     texts = listed(f"{text['name']} ({counted(text['tokens'], 'token')})" for text in record["texts"])
     inputs, matrices = counted(record["inputs"], "input"), counted(record["matrices"], "matrix")

@@ -1,4 +1,4 @@
-"""Parse the command line: every command and option, declared once."""
+"""Define the command line: every command and option, declared once."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ OPTIONS = {
         "method", "other",
         "objective", "scale", "seed", "sequences", "solver", "steps", "to_lora", "top_k")},
 }  # fmt: skip
-"""The options of the library's keywords, by which its messages call them."""
+"""Options by the library's keyword, so that messages can name the option."""
 
 
 class _PrintCompletion(argparse.Action):
-    """Print a shell's completion script and leave."""
+    """Print a shell's completion script and exit."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: str | Sequence[Any] | None,
@@ -47,7 +47,7 @@ def _not_a_directory(text: str) -> NoReturn:
 
 
 def named_as_option(message: str) -> str:
-    """Name the library's keywords as the user's options: one that begins a message, and flags like ``amplify=True``."""
+    """Replace the library's keywords by options: a keyword that begins a message, and flags like ``amplify=True``."""
     head, colon, rest = re.sub(r"`(\w+)=True`", r"`--\1`", message).partition(": ")
     return f"{OPTIONS.get(head, head)}{colon}{rest}"
 
@@ -59,7 +59,7 @@ def add_amplify(group: argparse._ActionsContainer) -> None:
 
 
 def build_parser() -> Parser:
-    """Build the parser; options are declared here, once."""
+    """Build the parser; every option is declared here or in the modules that it calls."""
     parser = Parser(prog="streamer", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"streamer {__version__}")
     parser.add_argument("--print-completion", action=_PrintCompletion, choices=["bash", "zsh", "tcsh"], metavar="SHELL",

@@ -1,4 +1,4 @@
-"""Show progress on stderr: a bar on a terminal, a line now and then in a log, warnings and notes between them, and one line at the end."""
+"""Show progress on stderr: a bar on a terminal or periodic lines in a log, warnings and notes between them, and a last line."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from streamer.units import format_duration
 Mode = Literal["auto", "bar", "plain", "none"]
 
 ERASE = "\x1b[K"
-"""Erases the rest of a line: tqdm overwrites its own bar, not the ^C that a terminal echoes behind it."""
+"""Erases the rest of a line: tqdm overwrites its own bar, but not the ^C that a terminal echoes after it."""
 
 LOGGED = 30.0
-"""Seconds between two lines of plain progress; a job shorter than this prints none."""
+"""Seconds between lines of plain progress; a shorter job prints none."""
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, for people: on a terminal it is wrapped between words."""
+    """Print a line on stderr for people, wrapped between words on a terminal."""
     write_line(_fitted(text))
 
 
 def write_line(line: str) -> None:
-    """Write a line as it is to stderr, if anyone can read it: a log that is full or a reader that has gone does not end a job."""
+    """Write an unchanged line to stderr; a full log or a reader that is gone must not end a job."""
     STDERR.write(f"{line}\n")
 
 
 class _Stderr:
-    """stderr, as long as anyone reads it."""
+    """Wrapper of stderr that ignores write errors."""
 
     def write(self, text: str) -> None:
         if sys.stderr is None or sys.stderr.closed:
@@ -45,7 +45,7 @@ class _Stderr:
             sys.stderr.write(text)
             sys.stderr.flush()
         except OSError:
-            # What could not be written stays in Python's buffer, and another try at the end of the process would change its exit code.
+            # Unwritten text stays in Python's buffer; writing it again at exit would change the exit code.
             with contextlib.suppress(OSError, ValueError):
                 silent = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(silent, sys.stderr.fileno())
@@ -66,11 +66,11 @@ class Progress:
     mode
         ``bar``, ``plain``, ``none``; ``auto`` is a bar on a terminal, else plain.
     quiet
-        1: no progress, notes and last line; 2: no warnings either.
+        1: no progress, notes or last line; 2: no warnings either.
     command
         The command's name, for the last line.
     logged
-        Seconds between two lines of plain progress.
+        Seconds between lines of plain progress.
     """
 
     def __init__(self, mode: Mode = "auto", quiet: int = 0, command: str = "", logged: float = LOGGED) -> None:
@@ -85,7 +85,7 @@ class Progress:
         self._ticker = threading.Thread(target=self._tick, daemon=True, name="progress")
 
     def __call__(self, event: Event) -> None:
-        """Take an event."""
+        """Show an event."""
         with self._lock:
             if event.stage in ("warning", "note"):
                 if self._quiet < (2 if event.stage == "warning" else 1):
@@ -96,7 +96,7 @@ class Progress:
                 self._bars(event)
 
     def tell(self, text: str) -> None:
-        """Print a line that is no event, on a clean line."""
+        """Print a line that is not an event, on a clean line."""
         with self._lock:
             if self._mode == "bar" and self._bars is not None and self._bars.bar is not None:
                 self._bars.bar.write(f"{ERASE}{_fitted(text)}", file=STDERR)
@@ -104,7 +104,7 @@ class Progress:
                 say(text)
 
     def close(self) -> None:
-        """Remove the bar, for good: what is printed from now on is on a clean line."""
+        """Remove the bar permanently, so that later output starts on a clean line."""
         self._closed.set()
         with self._lock:
             if self._bars is not None:
@@ -113,21 +113,21 @@ class Progress:
             self._ticker.join()
 
     def finish(self, summary: str) -> None:
-        """Print the last line: what the command did, and how long it took."""
+        """Print the last line: what the command did and how long it took."""
         if not self._quiet:
             what = f"{summary}, in" if summary else "done in"
             say(f"streamer: {self._command}: {what} {format_duration(time.monotonic() - self._began)}")
 
     def _begin(self) -> Bars:
-        """Import tqdm, and start the thread that draws while no event comes: a matrix may take minutes."""
+        """Import tqdm, and start the thread that redraws between events, since a matrix may take minutes."""
         from tqdm import tqdm
 
         tqdm.set_lock(self._lock)
-        tqdm.monitor_interval = 0  # its thread only looks after bars that skip drawings
+        tqdm.monitor_interval = 0  # tqdm's monitor thread is needed only for bars that skip redraws
         self._ticker.start()
         if self._mode == "bar":
             return Bars(partial(tqdm, file=STDERR, leave=False), lambda e: layout(e, columns()))
-        return Bars(partial(tqdm, delay=float("inf")), self._logged_layout)  # draws nothing by itself
+        return Bars(partial(tqdm, delay=float("inf")), self._logged_layout)  # never draws by itself
 
     def _tick(self) -> None:
         while not self._closed.wait(1.0 if self._mode == "bar" else self._logged):
@@ -142,7 +142,7 @@ class Progress:
                     say(f"streamer: {self._command}: after {after}, {bar}".removesuffix(", ? left"))
 
     def _logged_layout(self, event: Event) -> dict[str, Any]:
-        """Lay out the line in a log."""
+        """Lay out a line for a log."""
         stage = "" if event.stage == self._command else f"{event.stage} "
         desc = counts(event, " of ").lstrip() if event.of else event.name
         bar_format = "{desc}, {percentage:.0f}%{postfix}, {remaining} left" if event.of else "{desc}"

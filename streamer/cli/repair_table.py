@@ -1,4 +1,4 @@
-"""Format what a repair measured, and what it wrote."""
+"""Format a repair's measurements and what it wrote."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple[str, str], screen: Screen) -> str:
-    """Format the models that were measured, the choice, and the command that measures the output unless it is the adapter as it is.
+    """Format the measured models, the choice, and the command that measures the output, unless it is the unchanged adapter.
 
     Parameters
     ----------
     inputs
-        Base and adapter, as they were given.
+        Base and adapter, as given.
     """
     rows, reliable = record["rows"], record["reliable"]
 

@@ -1,4 +1,4 @@
-"""Format reports: tables of findings, outputs and of several adapters, and the files that were written."""
+"""Format reports: tables for findings, outputs and several adapters, and the files that were written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def report_text(report: Report, where: str, screen: Screen) -> str:
-    """Format what a report is on, with an evaluation beside it, and say what was written or what to do next."""
+    """Format a report's subject, with an evaluation if given, and state what was written or what to do next."""
     one, parts = report.one, [_adapters(report, screen) if report.one is None else _one(report.one, where, screen)]
     if report.written is not None:
         files = report.written.files
@@ -39,7 +39,7 @@ def _one(subject: Subject, where: str, screen: Screen) -> str:
 
 
 def _adapters(report: Report, screen: Screen) -> str:
-    """Format a line for each adapter, with its totals."""
+    """Format one line for each adapter, with its totals."""
     found, energies = report.several or {}, report.energies()
     columns = [
         Column("adapter", list(found), "name of its findings file", left=True, names=True),

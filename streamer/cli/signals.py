@@ -1,4 +1,4 @@
-"""Take SIGINT and SIGTERM as requests to stop."""
+"""Treat SIGINT and SIGTERM as requests to stop."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from streamer.events import Monitor
 
 @contextlib.contextmanager
 def stop_on_signals(monitor: Monitor, tell: Callable[[str], None], close: Callable[[], None]) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into a request to stop at the next safe point, which is said, and the second into an end at once.
+    """Turn the first SIGINT or SIGTERM into an announced stop at the next safe point, and the second into an immediate exit.
 
-    A thread waits for them, since Python runs handlers in the main thread alone, which may sit in LAPACK for a minute.
+    A thread waits for the signals: Python runs handlers only in the main thread, which may be inside LAPACK for a minute.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def stop_on_signals(monitor: Monitor, tell: Callable[[str], None], close: Callab
         second = signal.sigwait(watched)
         closing = threading.Thread(target=close, daemon=True)
         closing.start()
-        closing.join(0.5)  # a terminal that takes nothing must not keep the process
+        closing.join(0.5)  # an unresponsive terminal must not keep the process alive
         os._exit(128 + second)
 
     threading.Thread(target=watch, daemon=True, name="signals").start()

@@ -1,4 +1,4 @@
-"""Make the last line of a command: what it did, in numbers."""
+"""Make a command's last line: what it did, in numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from streamer.units import counted, format_size
 
 
 def summary(tree: Mapping[str, Any]) -> str:
-    """Say in half a line what a result holds, and whether it was there before, from its object as `--json` prints it."""
+    """Summarise a result in half a line from its JSON object, including whether it existed before."""
     parts = [tree] if "adapters" not in tree else list(tree["adapters"].values())
     present = sum(part.get("state") == "present" for part in parts)
     if not present:
@@ -75,4 +75,4 @@ def _held(tree: Mapping[str, Any]) -> str:
 
 def _files(part: Mapping[str, Any]) -> list[Any]:
     files = part.get("files", [])
-    return files if isinstance(files, list) else []  # a dry run has their number
+    return files if isinstance(files, list) else []  # a dry run has only their number

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from streamer.detection.matrix_finding import MatrixFinding
 
 MANY, SHOWN = 20, 10
-"""A table of more rows than `MANY` shows the `SHOWN` that matter most, unless all are asked for."""
+"""A table with more than `MANY` rows shows the `SHOWN` most important ones, unless `--all` is given."""
 
 NO_LIMIT = Screen()
 
@@ -32,12 +32,12 @@ def findings_table(
     state: str = "written",
     record: FindingsRecord | None = None,
 ) -> str:
-    """Format findings: a line a matrix, or the ten whose deltas are intruders for the largest part; totals; and where it is written.
+    """Format findings: one line for each matrix, or the ten with the most intruder energy; totals; and the file written.
 
     Parameters
     ----------
     record
-        Their JSON, with mean coefficients, where some are given.
+        The findings' JSON with mean coefficients, if coefficients are given.
     """
     every = sorted(findings, key=lambda m: natural(m.tensor))
     chosen, cut = _most(every, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
@@ -94,12 +94,12 @@ def findings_table(
 
 
 def stood(where: object, state: str) -> str:
-    """Say whether a run has written an output, found it there, or only reads it."""
+    """State whether a run wrote an output, found it there, or only reads it."""
     return {"read": f"{where}", "present": f"{where} exists already"}.get(state, f"wrote {where}")
 
 
 def next_step(findings: Findings, where: object, screen: Screen, base: str = "BASE", adapter: str = "ADAPTER") -> str:
-    """Give the command that measures what findings say nothing of: what the adapter forgets, and which mitigation helps."""
+    """Give the command that measures what findings do not show: how much the adapter forgets, and which mitigation helps."""
     facts = {"base": findings.base, "adapter": findings.adapter}
     words = ["streamer", "evaluate", base, adapter, "--general", "GENERAL", "--task", "TASK", "-o", "evaluation.json",
              "--findings", str(where), *input_options(facts)]  # fmt: skip
@@ -107,7 +107,7 @@ def next_step(findings: Findings, where: object, screen: Screen, base: str = "BA
 
 
 def _wants_memory(m: MatrixFinding) -> bool:
-    """Test whether memory kept an open matrix from the dense solver, or from being done once more in float64."""
+    """Test whether lack of memory kept an open matrix from the dense solver or from a second run in float64."""
     d = m.detection
     return not d.certified and (d.solver == "certified" or (d.precision == "float32" and is_repeated(m.shape)))
 
@@ -119,7 +119,7 @@ def _decided(m: MatrixFinding) -> str:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """Format 0-based ranks as people count them; runs of more than two in short."""
+    """Format 0-based ranks as 1-based; runs of more than two are abbreviated."""
     runs: list[list[int]] = []
     for j in ranks:
         if runs and j == runs[-1][1] + 1:
@@ -131,7 +131,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMIT) -> str:
-    """Format a record: totals, and of more than a few matrices the ten that changed most."""
+    """Format a record: totals and matrices, or the ten matrices that changed most if there are many."""
     matrices = sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
     chosen, cut = _most(matrices, _removed, screen)
     columns = [Column("matrix", [m["tensor"] for m in chosen], left=True, names=True), *_norms(chosen, keep=1)]
@@ -147,7 +147,7 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
 
 
 def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_LIMIT) -> str:
-    """Format what was found or written for several adapters, a line an adapter, from the objects that `--json` prints."""
+    """Format results for several adapters, one line for each, from the objects that `--json` prints."""
     t = [tree["totals"] for tree in trees.values()]
     columns = [Column("adapter", list(trees), left=True, names=True, foot="all together"),
                _summed("matrices", [x["matrices"] for x in t], "", 1)]  # fmt: skip
@@ -176,7 +176,7 @@ def _summed(head: str, numbers: Sequence[int], about: str, keep: int) -> Column:
 
 
 def _norms(rows: Sequence[Mapping[str, Any]], keep: int) -> list[Column]:
-    """Make the columns of a delta's norm before and after."""
+    """Make the columns of a delta's norm before and after mitigation."""
     before, after = ([f"{row[key]:#.4g}" for row in rows] for key in ("delta_norm", "delta_norm_after"))
     return [Column("|delta|", before, "Frobenius norm of the delta", keep),
             Column("after", after, "Frobenius norm of the written delta", keep + 2)]  # fmt: skip
@@ -187,7 +187,7 @@ def _removed(matrix: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
-    """Format a plan: a line a matrix, or where they are many, one for all that differ in nothing but a number in their names."""
+    """Format a plan: one line for each matrix, or if there are many, for each group whose names differ only in numbers."""
     t = tree["totals"]
     matrices = sorted(tree["matrices"], key=lambda m: natural(m["tensor"]))
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -242,7 +242,7 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
 
 
 def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]], screen: Screen = NO_LIMIT) -> str:
-    """Format the files of a base: tensors, bytes and dtypes of each; of many files the first ones."""
+    """Format a base's files with tensors, bytes and dtypes; of many files, the first ones."""
     rows = []
     for name, tensors in base_files:
         by_dtype: dict[str, int] = {}
@@ -261,14 +261,14 @@ def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]], scr
 
 
 def _most(items: Sequence[Any], weight: Any, screen: Screen) -> tuple[list[Any], int]:
-    """Choose the items to show, and count the others: all in their order, or those with the largest weight, the largest first."""
+    """Choose the items to show and count the others: all in order, or those with the largest weight, largest first."""
     if screen.every or len(items) <= MANY:
         return list(items), 0
     return sorted(items, key=weight, reverse=True)[:SHOWN], len(items) - SHOWN
 
 
 def _cut(count: int, of: int, by: str, screen: Screen, what: str = "matrices") -> str:
-    """Say how much a table leaves out."""
+    """State how many rows a table leaves out."""
     if not count:
         return ""
     which = f"with the {by}, of {of} {what}" if by else f"first ones of {of}"

@@ -1,4 +1,4 @@
-"""Declare the options of the commands that run the model on texts: those of both, and those of `fit`."""
+"""Declare the options of the commands that run the model on texts, and those of `fit`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streamer.cli.arguments import integer, number, numbers, size
 
 
 def add_texts(sub: argparse.ArgumentParser, built_in: bool = False) -> None:
-    """Add the two texts, how much of them is read, and the dtype of products; `built_in` if there is a general one anyhow."""
+    """Add the two texts, how much of each to read, and the dtype of products; `built_in` if general text has a default."""
     more = " (default: the topics of Python's help; your own text works better)" if built_in else ""
     sub.add_argument(
         "--general",
@@ -29,14 +29,14 @@ def add_texts(sub: argparse.ArgumentParser, built_in: bool = False) -> None:
 
 
 def add_device(group: argparse._ActionsContainer) -> None:
-    """Add the device."""
+    """Add the device option."""
     group.add_argument("--device", default="auto", metavar="DEV",
                        help="cpu, cuda or cuda:i (cuda has not been run on a GPU yet); auto detects on a GPU if there is one, and runs "
                             "models on the CPU (default: auto)")  # fmt: skip
 
 
 def add_computing(sub: argparse.ArgumentParser, default: str = "no limit") -> None:
-    """Add what a command that runs the model computes with; `default` is the memory that it takes."""
+    """Add the computing options of a command that runs the model; `default` describes the default memory."""
     g = sub.add_argument_group("computing")
     g.add_argument("--max-memory", type=size, metavar="SIZE",
                    help="limit of memory, like 600M or 4G, without mapped files; it decides how many sequences run together "
@@ -46,14 +46,14 @@ def add_computing(sub: argparse.ArgumentParser, default: str = "no limit") -> No
 
 
 def add_threads(group: argparse._ActionsContainer, more: str = "") -> None:
-    """Add the number of threads; `more` is said of it at the end."""
+    """Add the number of threads; `more` is appended to its help."""
     cores = available_cores()
     default = f"OMP_NUM_THREADS, or one for each core of this process, {cores} here"
     group.add_argument("--threads", type=integer, metavar="N", help=f"CPU threads (default: {default}{more})")
 
 
 def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
-    """Add the options of a fit, of `several` shares or of one."""
+    """Add the options of a fit, for one share or for `several`."""
     if several:
         sub.add_argument("--keep", type=numbers, default=(0.9,), metavar="SHARE,SHARE",
                          help="share of the learning to keep; each of several shares gives one set (default: 0.9)")  # fmt: skip

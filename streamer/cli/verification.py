@@ -1,4 +1,4 @@
-"""The result of a verification as text for people."""
+"""Format the result of a verification for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from streamer.units import counted, format_size
 
 
 def verification_text(found: Mapping[str, Any]) -> str:
-    """Say what was compared, what was recomputed, and what was not and why."""
+    """State what was compared and recomputed, and what was not and why."""
     totals = found["totals"]
     lines = [f"{found['output']}: {counted(totals['files'], 'file')}, {format_size(totals['bytes'])}, as recorded"]
     if "inputs" not in found:

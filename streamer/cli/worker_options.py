@@ -1,4 +1,4 @@
-"""Declare the options of commands that are divided among workers."""
+"""Declare the options of commands that divide work among workers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from streamer.cli.arguments import integer
 
 
 def add_workers(sub: argparse.ArgumentParser, parts: bool = False) -> None:
-    """Add the workers of this machine and those of an engine, and the `parts` of a job array."""
+    """Add the options for workers on this machine or an engine, and the `parts` of a job array."""
     g = sub.add_argument_group("workers (docs/workers.md)")
     g.add_argument("--workers", type=integer, metavar="N",
                    help="compute in N processes that share the cores and --max-memory (default: in this process)")  # fmt: skip

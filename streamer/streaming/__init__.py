@@ -1,1 +1,1 @@
-"""The model of a base, run from its files: each weight is read when its module runs, for several variants of an adapter at once."""
+"""Run a base's model from its files: read each weight when its module runs, for several variants of an adapter at once."""

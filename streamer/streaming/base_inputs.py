@@ -1,4 +1,4 @@
-"""Collect the inputs of all matrices of a base, by the names under which adapters change them."""
+"""Collect the inputs of all matrices of a base, under the names by which adapters change them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from streamer.streaming.inputs import CollectingModel, CollectingReader
 from streamer.streaming.run_time import RunTimeTensor
 
 LOOKED_UP = " (looked up)"
-"""End of the name of an embedding's table, which may be a head's matrix as well."""
+"""Suffix for the name of an embedding's table, because a head may use the same matrix."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class BaseMatrix:
     Attributes
     ----------
     tensor
-        Its name as no other's: see `LOOKED_UP`.
+        A unique name: see `LOOKED_UP`.
     names
-        Under which adapters change it: its own, that of the stack which it becomes a part of on loading, and those that are tied to it.
+        Names under which adapters change it: its own, the name of the stack that contains it after loading, and names tied to it.
     """
 
     tensor: str
@@ -40,7 +40,7 @@ class BaseMatrix:
 
 
 class BaseInputModel(CollectingModel):
-    """The model of a base alone, which hands on the inputs of all its matrices."""
+    """Model of a base without an adapter, which passes on the inputs of all its matrices."""
 
     def __init__(
         self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None, device: torch.device = CPU
@@ -55,7 +55,7 @@ class BaseInputModel(CollectingModel):
         return _BaseReader(collected, self.setting, tensor, self._ties, head=head, rounded=rounded)
 
     def lacking(self) -> list[str]:
-        """Name the matrices whose inputs were not seen: no token reached them, or they are no factor of a product."""
+        """List the matrices whose inputs were not seen: no token reached them, or they take part in no product."""
         readers = (p.reader for _, module, _ in self.modules for p in module._parameters.values() if p is not None)  # type: ignore[attr-defined]  # lazy
         names = {name for reader in readers for name in reader.names()}
         seen = {name.removesuffix(LOOKED_UP) for name in self._collected.complete}
@@ -75,19 +75,19 @@ class _BaseReader(CollectingReader[BaseMatrix]):
         }  # fmt: skip
 
     def matrices(self, held: TensorSlice, crossed: bool) -> Iterable[BaseMatrix]:
-        """Name the matrix."""
+        """Return the matrix, which is the same on both sides."""
         own = _name(held)
         expert = (self._experts[held],) if held in self._experts else ()
         return [BaseMatrix(own, tuple(dict.fromkeys((own, *expert, *self._ties.get(own, ())))))]
 
     def tables(self) -> Iterable[tuple[BaseMatrix, int]]:
-        """Name the table."""
+        """Return the embedding's table."""
         ((held,),) = (source.slices for source in self.tensor.adapted)
         own = _name(held)
         return [(BaseMatrix(own + LOOKED_UP, (own, *self._ties.get(own, ()))), self.shape[0])]
 
     def names(self) -> Iterable[str]:
-        """Name the matrices; vectors are none, and a stack's biases are vectors."""
+        """Return the names of the matrices; vectors and a stack's biases have none."""
         if len(self.shape) - self.tensor.stacked < 2 or self.name.endswith("bias"):
             return []
         return [_name(held) for source in self.tensor.adapted for held in source.slices]

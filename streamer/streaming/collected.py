@@ -1,4 +1,4 @@
-"""Collect the inputs of matrices as a model runs, and hand on their moments when all are there."""
+"""Collect the inputs of matrices while a model runs, and pass on their moments when they are complete."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from streamer.streaming.streams import GENERAL_AS
 
 
 class Matrix(Protocol):
-    """A matrix whose inputs are collected: an adapter's target, or one of the base."""
+    """Matrix whose inputs are collected: an adapter's target, or a matrix of the base."""
 
     @property
     def tensor(self) -> str:
-        """Name that no other matrix has."""
+        """Return a unique name."""
 
 
 M = TypeVar("M", bound=Matrix)
 
 Complete = Callable[[list[M], Mapping[int, Moments]], None]
-"""Takes matrices that have the same inputs, and the moments of these, means over the tokens of each text, by the stream. They may be
-read until it returns."""
+"""Receives matrices that share their inputs, and the moments of these inputs by stream: means over each text's tokens. The moments may be
+read only until it returns."""
 
 Take = Callable[[Any, Tensor], None]
-"""Takes inputs (t, n) of a matrix."""
+"""Receives inputs (t, n) of a matrix."""
 
 
 @dataclass
 class Collected(Generic[M]):
-    """Inputs that are being collected, by the first matrix that has them, and stream; `whole` are matrices that were read whole.
+    """Inputs being collected, by stream and by the first matrix that has them; `whole` lists matrices that were read whole.
 
     Attributes
     ----------
     rounds
-        Of each time that inputs were handed on, the matrices that share such as all tokens bring.
+        For each time that inputs were passed on, the groups of matrices that share inputs from all tokens.
     instead
-        Takes the inputs in place of this.
+        Receives the inputs in place of this object.
     """
 
     spool: Spool
@@ -61,11 +61,11 @@ class Collected(Generic[M]):
     _latest: list[tuple[Tensor, str]] = field(default_factory=list)
 
     def take(self, matrix: M, x: Tensor) -> None:
-        """Take inputs (t, n) of a matrix; those that another matrix had just now are not counted again."""
+        """Add inputs (t, n) of a matrix, unless another matrix has just brought the same inputs."""
         if self.instead is not None:
             self.instead(matrix, x)
             return
-        if len(x) == 0:  # of an expert that no token is routed to
+        if len(x) == 0:  # an expert to which no token is routed
             return
         first = next((name for seen, name in self._latest if _same(seen, x)), None)
         if first is None:
@@ -75,20 +75,20 @@ class Collected(Generic[M]):
         self._join(matrix, first)
 
     def take_ids(self, matrix: M, ids: Tensor, size: int) -> None:
-        """Take one-hot inputs, of `size` that there are."""
+        """Add one-hot inputs of `size` possible values."""
         if self.instead is None:
             self._of(matrix.tensor).count(ids, size)
             self._join(matrix, matrix.tensor)
 
     def forget_inputs(self) -> None:
-        """Let go of the inputs by which modules that share them are told."""
+        """Forget which inputs were seen last; they serve to recognise modules that share inputs."""
         self._latest.clear()
 
     def hand_on(self, complete: Complete[M], tokens: Mapping[int, int], path: object) -> None:
-        """Hand on the moments of all inputs that have been collected, and drop these."""
+        """Pass on the moments of all collected inputs, and drop the inputs."""
         self.rounds.append([])
         for first in list(self.inputs):
-            give_freed_memory_back()  # of layers, and of the inputs before
+            give_freed_memory_back()  # from layers and earlier inputs
             own, matrices = self.inputs.pop(first), self.matrices.pop(first)
             if not all(math.isfinite(inputs.squares) for inputs in own.values()):
                 raise NumericError(f"{path}: the inputs of {matrices[0].tensor!r} are NaN or Inf on the texts")
@@ -107,8 +107,8 @@ class Collected(Generic[M]):
         if tensor in self.complete or self._first.setdefault(tensor, first) != first:
             if self.strict:
                 raise UnsupportedError(
-                    f"{tensor!r}: its module runs in several layers, or shares its inputs in some runs only, which the fit by inputs does "
-                    "not do; pass --grain direction"
+                    f"{tensor!r}: its module runs in several layers, or shares its inputs only in some runs, which the fit by inputs does "
+                    "not support; pass --grain direction"
                 )
             self.repeated.add(tensor)
         known = self.matrices.setdefault(first, [])
@@ -117,7 +117,7 @@ class Collected(Generic[M]):
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Test whether two tensors are the same values in memory; the first is held, so that its memory is not used again."""
+    """Test whether two tensors are the same memory, unchanged; the first is still referenced, so its memory is not reused."""
     return (
         one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
         and one._version == other._version

@@ -1,8 +1,9 @@
-"""Replace the deltas of one layer after the other, so that each replacement sees the inputs that those before it make.
+"""Replace the deltas layer by layer, so that each replacement sees the inputs that earlier replacements produce.
 
-General text runs as the base and as the corrected model, the task's as base + adapter and as the corrected model. The first two run a
-layer once. The corrected model runs it up to the first inputs whose matrices have no replacement yet; once these have one, up to the
-next, and at last to the end. It begins anew each time: what a layer computes on all tokens takes many times the memory of its outputs.
+General text runs through the base and the corrected model; task text runs through base + adapter and the corrected model. The base and
+base + adapter run each layer once. The corrected model runs a layer up to the first inputs whose matrices are not replaced yet. After their
+replacement it starts the layer again and runs to the next such inputs, and finally to the end. Restarting saves memory: a layer's
+intermediate results on all tokens are many times larger than its outputs.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, T
 
 STREAMS = GENERAL_AS, TASK_AS, GENERAL_CORRECTED, TASK_CORRECTED
 
-OTHER_ORDER = "runs its matrices in another order once some are replaced"
+OTHER_ORDER = "runs its matrices in a different order after some are replaced"
 
 Replace = Callable[[Sequence[Target], Mapping[int, RowMoments]], None]
-"""Takes targets that have the same inputs, and the moments of these by what runs, whose rows are in one order."""
+"""Receives targets that share their inputs, and the moments of these inputs by stream, with rows in the same order."""
 
 
 class FactorDeltas(CoefficientDeltas):
-    """The deltas of an adapter with other right factors: R' (n, r), by `Target.tensor`."""
+    """An adapter's deltas with other right factors: R' (n, r), by `Target.tensor`."""
 
     def __init__(self, plan: Plan, rights: Mapping[str, Tensor], device: torch.device) -> None:
         super().__init__(plan, None, device)
@@ -48,7 +49,7 @@ class FactorDeltas(CoefficientDeltas):
 
 
 class CorrectedModel(InputModel):
-    """The model of a base with an adapter, which collects inputs, and then has its deltas replaced."""
+    """Model of a base with an adapter that collects inputs first and has its deltas replaced afterwards."""
 
     def __init__(
         self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None, device: torch.device = CPU
@@ -60,31 +61,31 @@ class CorrectedModel(InputModel):
 
     @property
     def corrects(self) -> bool:
-        """Test whether there is a layer whose matrices would be replaced."""
+        """Test whether any layer has matrices to replace."""
         return any(self._replaceable)
 
     @property
     def _replaceable(self) -> list[list[list[Target]]]:
-        """List for each layer the targets by the inputs that they have in common; experts are given other tokens once routers change.
+        """List, for each layer, the targets grouped by shared inputs. Experts are excluded: changed routers send them other tokens.
 
-        What ran before the first layer came with the first round.
+        The first round covers what ran before the first layer.
         """
         return [
             [own for own in one if all(t.module.form != "expert" for t in own)] for one in self._collected.rounds[1:]
         ]
 
     def correct(self, groups: Sequence[Group], rights: Mapping[str, Tensor], replace: Replace) -> None:
-        """Run all groups, of each of the `STREAMS`, and have those matrices replaced whose inputs all tokens brought.
+        """Run all groups, for each of the `STREAMS`, and have every matrix replaced whose inputs come from all tokens.
 
         Parameters
         ----------
         rights
-            R' (n, r) of all targets, by `Target.tensor`, those that `replace` makes among them from then on.
+            R' (n, r) of all targets, by `Target.tensor`; `replace` updates them during the run.
 
         Raises
         ------
         UnsupportedError
-            If a layer changes its own arguments, or runs its matrices in another order than before.
+            If a layer changes its own arguments, or runs its matrices in a different order than before.
         """
         before, corrected = self.setting.deltas, FactorDeltas(self.job.plan, rights, self.job.device)
         layers, spool = layer_modules(self._model).values(), Spool(self.directory)
@@ -97,7 +98,7 @@ class CorrectedModel(InputModel):
             self._run_groups(groups, by_layer.between)
         finally:
             for layer in layers:
-                del layer.forward  # the class's is left
+                del layer.forward  # uncovers the class's own method
             self.setting.deltas, self._layers, self._collected.instead = before, None, None
             corrected.spool.close()
             spool.close()
@@ -114,14 +115,14 @@ class CorrectedModel(InputModel):
 
 
 class _LayerByLayer:
-    """The inputs of the layer that runs, and how often each group runs it.
+    """Inputs of the layer that is running, and how often each group has run layers.
 
     Parameters
     ----------
     layers
-        Of each layer, in the order in which they run, the targets by the inputs that they have in common, which the first names.
+        For each layer in running order, the targets grouped by shared inputs; the first target names its group.
     tokens
-        How many each of the `STREAMS` has.
+        Number of tokens of each of the `STREAMS`.
     pause
         Ends a group's turn.
     """
@@ -142,7 +143,7 @@ class _LayerByLayer:
         self._inputs: dict[str, dict[int, Inputs]] = {}
 
     def begin(self, group: int, stream: int) -> None:
-        """Take the group that runs from now on."""
+        """Set the group that runs from now on."""
         self.group, self.stream = group, stream
 
     def run_layer(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -151,7 +152,7 @@ class _LayerByLayer:
         Raises
         ------
         UnsupportedError
-            If the layer changes its own arguments, or runs its matrices in another order than before.
+            If the layer changes its own arguments, or runs its matrices in a different order than before.
         """
         number = self._next.get(self.group, 0)
         self._next[self.group] = number + 1
@@ -183,7 +184,7 @@ class _LayerByLayer:
             self._inside = False
 
     def take(self, target: Target, x: Tensor) -> None:
-        """Take inputs (t, n) of a matrix that has no replacement yet; the corrected model stops there."""
+        """Add inputs (t, n) of a matrix that is not replaced yet; the corrected model stops here."""
         if not self._inside or target.tensor not in self._waiting:
             return
         own = self._inputs.setdefault(target.tensor, {})
@@ -192,7 +193,7 @@ class _LayerByLayer:
             raise _Reached
 
     def between(self) -> None:
-        """Replace the matrices at whose inputs the corrected model has stopped."""
+        """Replace the matrices at whose inputs the corrected model stopped."""
         for first, own in list(self._inputs.items()):
             if own.keys() == {*STREAMS}:
                 if any(one.rows != self.tokens[stream] for stream, one in own.items()):  # some stopped elsewhere
@@ -202,4 +203,4 @@ class _LayerByLayer:
 
 
 class _Reached(BaseException):
-    """Ends the run of a layer at inputs whose matrices have no replacement yet."""
+    """Ends a layer's run at inputs whose matrices are not replaced yet."""

@@ -1,8 +1,8 @@
-"""Read a parameter such that gradients pass: to what it is multiplied with, and to the coefficients of the deltas in it.
+"""Read a parameter so that gradients flow to its other factor and to the coefficients of its deltas.
 
-A product with a matrix is one with the base's weight, which is read again for the backward pass, and one with each delta's factors. An
-operation of any other kind computes with the values, deltas added, which autograd keeps until its backward pass. Of a low-rank delta the
-coefficients are of its directions, ``U diag(c) Uᵀ Δ``; a dense one has one, ``c Δ``.
+A product with a matrix is split into a product with the base's weight, which is read again for the backward pass, and one with each delta's
+factors. Any other operation uses the values with deltas added, which autograd keeps until the backward pass. A low-rank delta has one
+coefficient for each direction, ``U diag(c) Uᵀ Δ``; a dense delta has a single one, ``c Δ``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from streamer.streaming.values import Values
 
 @dataclass(frozen=True)
 class FactoredChange:
-    """``L Rᵀ`` (m, n) with L (m, r), which depends on the coefficients, and R (n, r)."""
+    """``L Rᵀ`` (m, n) with L (m, r) depending on the coefficients and a constant R (n, r)."""
 
     delta: LowRank
 
@@ -39,18 +39,18 @@ class FactoredChange:
         return self.delta.dense()
 
     def add_product(self, out: Tensor, x: Tensor, transposed: bool, rows: tuple[int, int]) -> Tensor:
-        """``out + x Mᵀ``, or `transposed`, ``out + x M``, of these rows M of the matrix; all are matrices."""
+        """Compute ``out + x Mᵀ`` (or ``out + x M`` if `transposed`), where M are these rows of the matrix; all arguments are matrices."""
         part = self.delta.row_slice(*rows)
         return torch.addmm(out, x @ part.L, part.R.T) if transposed else torch.addmm(out, x @ part.R, part.L.T)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Form some of its rows."""
+        """Form the given rows."""
         return self.delta.L[ids] @ self.delta.R.T
 
 
 @dataclass(frozen=True)
 class DenseChange:
-    """``c Δ`` (m, n) with one coefficient, () or 1; Δ is formed for each product."""
+    """``c Δ`` (m, n) with a single coefficient; Δ is formed for each product."""
 
     coefficient: Tensor | float
     shape: tuple[int, int]
@@ -61,34 +61,34 @@ class DenseChange:
         return self.coefficient * self.matrix()
 
     def add_product(self, out: Tensor, x: Tensor, transposed: bool, rows: tuple[int, int]) -> Tensor:
-        """``out + x Mᵀ``, or `transposed`, ``out + x M``, of these rows M of the matrix; all are matrices."""
+        """Compute ``out + x Mᵀ`` (or ``out + x M`` if `transposed`), where M are these rows of the matrix; all arguments are matrices."""
         i, j = rows
         streamed = StreamedMatrix((j - i, self.shape[1]), lambda: iter([(0, j - i, self.matrix()[i:j])]))
         return out + self.coefficient * streamed.product(x, transposed)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Form some of its rows."""
+        """Form the given rows."""
         return self.coefficient * self.matrix()[ids]
 
 
 Change = FactoredChange | DenseChange
-"""What a variant adds to rows of a weight."""
+"""Change that a variant adds to rows of a weight."""
 
 
 class CoefficientDeltas:
-    """The deltas of an adapter, with coefficients.
+    """Deltas of an adapter, with coefficients.
 
     Parameters
     ----------
     directory
-        Where singular directions are spooled, which are computed once.
+        Directory in which singular directions are spooled; each is computed once.
     device
         See `Job`.
 
     Attributes
     ----------
     coefficients
-        Of each target (p,), tensors that may require gradients; None: the deltas as they are.
+        For each target (p,), tensors that may require gradients; None for unchanged deltas.
     """
 
     def __init__(self, plan: Plan, directory: Path | None, device: torch.device) -> None:
@@ -97,7 +97,7 @@ class CoefficientDeltas:
         self._places: dict[str, Spooled] = {}
 
     def change(self, target: Target, part: TensorSlice) -> Change:
-        """Form what a target adds to a slice of a weight, in float32 and as the weight is stored."""
+        """Form the change that a target makes to a slice of a weight, in float32 and oriented as the weight is stored."""
         c = None if self.coefficients is None else self.coefficients[target.tensor]
         if target.module.low_rank:
             delta = self._factors(target, c)
@@ -132,14 +132,14 @@ class CoefficientDeltas:
 
 @dataclass
 class Setting:
-    """What a model is run as, and with what its parameters are read.
+    """State of a running model: its variant, and what its parameters are read with.
 
     Attributes
     ----------
     values
-        Those of the base and of the adapted model, its variants 0 and 1.
+        Values of the base and of the adapted model, as variants 0 and 1.
     variant
-        Which of them is run.
+        The variant that runs.
     """
 
     values: Values
@@ -158,7 +158,7 @@ class Setting:
             self.variant, self.deltas.coefficients = before
 
     def changes(self, held: TensorSlice) -> list[tuple[TensorSlice, Change]]:
-        """List what is added to a weight or to one matrix of it, in the order of targets."""
+        """List the changes to a weight, or to one matrix of it, in the order of targets."""
         if not self.values.adapted(self.variant):
             return []
         self.values.applied.add(held.weight)
@@ -172,9 +172,9 @@ class DifferentiableReader(Multiplier):
     Parameters
     ----------
     head
-        Whether it is one of the module that computes the logits, a block of the vocabulary at a time.
+        Whether the parameter belongs to the module that computes the logits, one block of the vocabulary at a time.
     rounded
-        Whether products with the base's weight are of factors rounded to bfloat16.
+        Whether products with the base's weight use factors rounded to bfloat16.
     """
 
     def __init__(self, setting: Setting, tensor: RunTimeTensor, *, head: bool = False, rounded: bool = False) -> None:
@@ -183,16 +183,16 @@ class DifferentiableReader(Multiplier):
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Sources of the parameter, as the model is run."""
+        """Return the parameter's sources for the current variant."""
         return self.setting.values.sources(self.tensor, self.setting.variant)
 
     def row_range(self) -> tuple[int, int]:
-        """Return all rows, or of the head a block of the vocabulary."""
+        """Return all rows, or for the head the current block of the vocabulary."""
         block = self.setting.batch.vocabulary if self.head else None
         return block or (0, self.shape[0])
 
     def read(self) -> Tensor:
-        """Read all values, deltas included."""
+        """Read all values, including deltas."""
         self.setting.batch.on_read(self.tensor)
         i, j = self.row_range()
         if self.tensor.stacked:
@@ -201,7 +201,7 @@ class DifferentiableReader(Multiplier):
         return values if (i, j) == (0, self.shape[0]) else values[i:j]
 
     def values_of(self, source: Source) -> Tensor:
-        """Read the tensor, or the one matrix, of a source, deltas included."""
+        """Read the tensor or the single matrix of a source, including deltas."""
         pieces = [self._piece(held) for held in source.slices]
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return values.T if source.transposed else values
@@ -218,7 +218,7 @@ class DifferentiableReader(Multiplier):
         return values
 
     def matrix(self, index: int) -> Tensor | None:
-        """Stand in for one expert's matrix; with it, all experts of the stack count as used: the text decides which are needed."""
+        """Return a stand-in for one expert's matrix. The whole stack then counts as used, since the text decides which experts run."""
         if not self.tensor.stacked:
             return None
         if self.setting.values.adapted(self.setting.variant):
@@ -227,7 +227,7 @@ class DifferentiableReader(Multiplier):
         return LazyTensor.of(_Expert(self, index))
 
     def gather(self, ids: Tensor) -> Tensor | None:
-        """Look rows up."""
+        """Look up rows."""
         values, variant = self.setting.values, self.setting.variant
         if not values.row_access(self.tensor):
             return None
@@ -235,15 +235,15 @@ class DifferentiableReader(Multiplier):
         unique, rows, at = values.looked_up(self.tensor, variant, ids)
         for _, change in self.setting.changes(self.sources[0].slices[0]):
             rows = rows + change.rows(unique)
-        # Not `rows[at]`, whose backward pass adds what a row gets in the order in which threads come.
+        # Not `rows[at]`: its backward pass adds up gradients in an order that depends on the threads.
         return functional.embedding(at, rows)
 
     def product(self, x: Tensor, transposed: bool) -> Tensor:
-        """``x Wᵀ``, or `transposed`, ``x W``."""
+        """Compute ``x Wᵀ``, or ``x W`` if `transposed`."""
         return self.multiply(x, self.sources[0], transposed, self.row_range())
 
     def multiply(self, x: Tensor, source: Source, transposed: bool, rows: tuple[int, int]) -> Tensor:
-        """``x Mᵀ``, or `transposed`, ``x M``, of these rows of a source's matrix, or of all where its transpose is stored."""
+        """Compute ``x Mᵀ`` (``x M`` if `transposed`) for these rows of a source's matrix, or all rows if its transpose is stored."""
         setting, slices = self.setting, source.slices
         shapes = [setting.values.weight_of(held, setting.variant).matrix for held in slices]
         starts = [*itertools.accumulate((m for m, _ in shapes), initial=0)]
@@ -279,9 +279,9 @@ class _Expert(Multiplier):
         self.name, self.shape, self.device = f"{stack.name}[{index}]", stack.shape[1:], stack.device
 
     def read(self) -> Tensor:
-        """Read all values, deltas included."""
+        """Read all values, including deltas."""
         return self.stack.values_of(self.stack.sources[self.index])
 
     def product(self, x: Tensor, transposed: bool) -> Tensor:
-        """``x Wᵀ``, or `transposed`, ``x W``."""
+        """Compute ``x Wᵀ``, or ``x W`` if `transposed`."""
         return self.stack.multiply(x, self.stack.sources[self.index], transposed, (0, self.shape[0]))

@@ -1,4 +1,4 @@
-"""Import transformers, and keep it quiet."""
+"""Import transformers and silence it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streamer.errors import StreamerError, UnsupportedError
 from streamer.packages import require_package
 
 ERROR_LENGTH = 120
-"""Characters of another library's message that ours quotes."""
+"""Most characters of another library's message that ours quotes."""
 
 
 def require_transformers() -> Any:
@@ -25,7 +25,7 @@ def require_transformers() -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an exception of transformers says; its class where it says nothing."""
+    """Return the first line of an exception's message, or its class if the message is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
@@ -41,9 +41,9 @@ def refused_errors(path: Path, model: nn.Module) -> Iterator[None]:
     Raises
     ------
     UnsupportedError
-        If the error comes from outside of this package, and says neither that memory is short nor that a file cannot be read.
+        If the error comes from outside this package and is neither a lack of memory nor a failure to read a file.
     MemoryError
-        If torch has no memory, which it says by a `RuntimeError`, on the CPU of no class of its own.
+        If torch runs out of memory; torch reports this as a `RuntimeError`, on the CPU without a class of its own.
     """
     try:
         yield
@@ -51,7 +51,7 @@ def refused_errors(path: Path, model: nn.Module) -> Iterator[None]:
         raise
     except Exception as e:
         frames = [frame for frame, _ in traceback.walk_tb(e.__traceback__)]
-        if frames[-1].f_globals.get("__name__", "").startswith("streamer."):  # a fault of ours keeps its traceback
+        if frames[-1].f_globals.get("__name__", "").startswith("streamer."):  # our own bugs keep their traceback
             raise
         if "DefaultCPUAllocator" in str(e) or isinstance(e, torch.cuda.OutOfMemoryError):
             raise MemoryError(first_line(e)) from e
@@ -65,7 +65,7 @@ def refused_errors(path: Path, model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' log below errors inside the context: a library prints nothing."""
+    """Silence transformers' log messages below errors inside the context: a library must not print."""
     logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.ERROR)

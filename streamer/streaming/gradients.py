@@ -1,8 +1,8 @@
-"""Compute gradients with respect to coefficients of the deltas' directions, weights and activations streamed.
+"""Compute gradients with respect to the coefficients of the deltas' directions, streaming weights and activations.
 
-The layers below the head run once and leave their inputs in a spool; the logits come a block of the vocabulary at a time, first for the
-sum over the vocabulary, then for their gradient, ``p − q`` for the divergence from q; it is added up in the last hidden states, with which
-the layers run again, from the last to the first, each recording its activations for its own backward pass alone.
+The layers below the head run once and leave their inputs in a spool. The logits are computed a block of the vocabulary at a time: first for
+the sum over the vocabulary, then for their gradient (``p − q`` for the divergence from q), which is accumulated in the last hidden states.
+From there the layers run again, last to first; each records activations only for its own backward pass.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from streamer.measuring.sequences import TextSequences
 
 Against = Literal["base", "adapter", "labels"]
-"""What the fitted model is compared with: the base's or the adapted model's next-token distributions, or the tokens that follow."""
+"""What the fitted model is compared with: next-token distributions of the base or of the adapted model, or the actual tokens."""
 
 GRADIENT_LOGIT_BYTES = 8 << 20
-"""Logits that exist at once; up to eight times as much memory is taken by what is computed from them."""
+"""Bytes of logits that exist at once; intermediate results may need up to eight times as much."""
 
 Floats = NDArray[np.float64]
 
@@ -54,9 +54,9 @@ class TextGradient:
     value
         Sum over the counted tokens, in nats.
     tokens
-        Counted tokens.
+        Number of counted tokens.
     gradient
-        Of the sum, by `Target.tensor`: (p,), one entry for each direction.
+        Gradient of the sum by `Target.tensor`: (p,), one entry for each direction.
     """
 
     value: float
@@ -65,12 +65,12 @@ class TextGradient:
 
 
 _TENSOR = object()
-"""Stands for a tensor that lies in a spool."""
+"""Placeholder for a tensor that is in a spool."""
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """The result of a reference model's layers, in a spool, and the logarithms of its sums over the vocabulary."""
+    """Result of a reference model's layers, in a spool, with the logarithms of its sums over the vocabulary."""
 
     leaves: list[Any]
     spec: TreeSpec
@@ -79,26 +79,26 @@ class _Reference:
 
 
 class GradientModel(LoadedModel):
-    """The model of a base with an adapter whose deltas have coefficients.
+    """Model of a base with an adapter whose deltas have coefficients.
 
     Parameters
     ----------
     plan
         The base and the adapter.
     rounds_products
-        Whether products of the base's weights with activations are of factors rounded to bfloat16.
+        Whether products of the base's weights with activations use factors rounded to bfloat16.
     directory
-        Where temporary files have their blocks: activations at the boundaries of layers, references' last hidden states, and the deltas'
-        singular directions.
+        Directory for temporary files: activations at layer boundaries, the references' last hidden states, and the deltas' singular
+        directions.
     block
-        Tokens of the vocabulary that are computed together; by default as many as `GRADIENT_LOGIT_BYTES` hold.
+        Vocabulary tokens to compute together; by default as many as fit in `GRADIENT_LOGIT_BYTES`.
     device
         See `Job`.
 
     Raises
     ------
     UnsupportedError
-        If the model's class has no layers that its authors let be run again.
+        If the model's class has no layers that its authors declare safe to run again.
     """
 
     def __init__(self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None,
@@ -112,13 +112,13 @@ class GradientModel(LoadedModel):
         self._anchor = torch.zeros((), requires_grad=True, device=device)
         for _, module, own in self.modules:
             for name, tensor in own.items():
-                rounded = name == "weight" and is_rounded(self.values, module, tensor)  # as the passes that measure
+                rounded = name == "weight" and is_rounded(self.values, module, tensor)  # as in the passes that measure
                 reader = DifferentiableReader(self.setting, tensor, head=module is self._head, rounded=rounded)
                 module._parameters[name] = LazyTensor.of(reader)  # type: ignore[assignment]  # torch types a Parameter, which this stands in for
         layers = layer_modules(self._model)
         if not layers:
             raise UnsupportedError(
-                f"{plan.base.path}: {type(self._model).__name__} has no layers that can run again for a backward pass; fit does not do it"
+                f"{plan.base.path}: {type(self._model).__name__} has no layers that can run again for a backward pass; not supported by fit"
             )
         for path, layer in layers.items():
             inside = [t for at, _, own in self.modules if f"{at}.".startswith(f"{path}.") for t in own.values()]
@@ -126,7 +126,7 @@ class GradientModel(LoadedModel):
             SpooledLayer(path, layer, self.spool, self._anchored if adapted else lambda: None)
 
     def close(self) -> None:
-        """Give the blocks of temporary files back; no gradient is computed afterwards."""
+        """Free the blocks of temporary files; no gradient can be computed afterwards."""
         for spool in (self.spool, self.states, self.setting.deltas.spool):
             spool.close()
 
@@ -135,21 +135,21 @@ class GradientModel(LoadedModel):
 
     def gradient(self, text: TextSequences, coefficients: CoefficientSet | Mapping[str, Floats],
                  against: Against) -> TextGradient:  # fmt: skip
-        """Compute value and gradient of an objective on sequences that run together.
+        """Compute an objective's value and gradient on sequences that run together.
 
         Parameters
         ----------
         text
-            The sequences; they are padded at the end, where no token that counts sees it.
+            The sequences. They are padded at the end, which no counted token sees.
         coefficients
-            By `Target.tensor`: (p,).
+            Coefficients (p,) by `Target.tensor`.
         against
             ``base``: Σ KL(base ‖ fitted) over the counted tokens. ``adapter``: Σ KL(adapted ‖ fitted). ``labels``: Σ −log p(token).
 
         Raises
         ------
         NumericError
-            If the value or a gradient is NaN or Inf, or the text leaves out something that the adapter changes.
+            If the value or a gradient is NaN or Inf, or the text does not use everything that the adapter changes.
         """
         device = self.job.device
         ids, counted = (torch.from_numpy(array).to(device) for array in text.padded(text.longest))
@@ -163,7 +163,7 @@ class GradientModel(LoadedModel):
         }
         self.batch.sequences, self.batch.length = ids.shape
         reference = None if against == "labels" else self._reference(ids, text.digest(), against)
-        self.spool.end = 0  # what was kept for the last one is spent
+        self.spool.end = 0  # the last gradient's tensors are no longer needed
         self.setting.variant, self.setting.deltas.coefficients = 1, leaves
         try:
             value = self._backward(ids, counted, leaves, reference, _variant_of(against))
@@ -179,7 +179,7 @@ class GradientModel(LoadedModel):
 
     def _backward(self, ids: Tensor, counted: Tensor, leaves: Mapping[str, Tensor], reference: _Reference | None,
                   variant: int) -> float:  # fmt: skip
-        """Compute the value, and leave gradients in the coefficients."""
+        """Compute the value and leave the gradients in the coefficients."""
         weight = counted.to(torch.float32)
         labels = torch.roll(ids, -1, 1)
         total = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
@@ -187,7 +187,7 @@ class GradientModel(LoadedModel):
             self._run(ids, (0, 1))
             outer = self._outermost(results)
             out, spec = tree_flatten(results[outer])
-            results[outer] = None  # the graph of the layers lives in `out`
+            results[outer] = None  # `out` holds the graph of the layers
             cut = [t.detach().requires_grad_() if _has_gradient(t) else t for t in out]
             own = giving(tree_unflatten(cut, spec))
             outer.forward = own
@@ -223,7 +223,7 @@ class GradientModel(LoadedModel):
         return float((total * counted).sum())
 
     def _log_sum(self, ids: Tensor) -> Tensor:
-        """Compute ``log Σ exp z`` of each token, in float64; the layers' result is given."""
+        """Compute ``log Σ exp z`` for each token in float64, from the layers' given result."""
         most = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=ids.device)
         total = torch.zeros_like(most)
         with torch.no_grad():
@@ -237,7 +237,7 @@ class GradientModel(LoadedModel):
         return most + total.log()
 
     def _reference(self, ids: Tensor, digest: str, against: Against) -> _Reference:
-        """Run the layers of a reference model, or find what they gave before."""
+        """Run the layers of a reference model, or return the result of an earlier run."""
         key = against, digest
         if key not in self._references:
             with self._captured() as results, torch.no_grad(), self.setting.reference(_variant_of(against)):
@@ -253,7 +253,7 @@ class GradientModel(LoadedModel):
         return self._references[key]
 
     def _state(self, reference: _Reference) -> Any:
-        """Read the result of a reference model's layers."""
+        """Read the result of a reference model's layers from the spool."""
         tensors = iter(self.states.read(reference.place))
         leaves = [next(tensors) if leaf is _TENSOR else leaf for leaf in reference.leaves]
         return tree_unflatten(leaves, reference.spec)
@@ -265,7 +265,7 @@ class GradientModel(LoadedModel):
         path = self.job.plan.base.path
         if not np.isfinite(value):
             raise NumericError(
-                f"{path}: an objective of NaN or Inf on {text.name or 'the text'}; check the adapter's scale"
+                f"{path}: the objective is NaN or Inf on {text.name or 'the text'}; check the adapter's scale"
             )
         for name, values in gradient.items():
             if not np.isfinite(values).all():
@@ -279,7 +279,7 @@ def _variant_of(against: Against) -> int:
 
 
 def _probabilities(z: Tensor, log_sum: Tensor) -> Tensor:
-    """``exp(z − log_sum)`` in float32; what rounding `log_sum` to float32 loses is made good."""
+    """Compute ``exp(z − log_sum)`` in float32, correcting for the rounding of `log_sum` to float32."""
     rounded = log_sum.to(torch.float32)
     return torch.exp(z - rounded[..., None]).mul_(torch.exp(rounded.double() - log_sum).to(torch.float32)[..., None])
 

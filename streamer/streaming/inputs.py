@@ -1,9 +1,9 @@
-"""Collect the inputs of modules, those that an adapter changes for example, in a pass over the base.
+"""Collect the inputs of modules, such as those that an adapter changes, in a pass over the base.
 
-General text runs as the base, the task's as base + adapter. Sequences run in groups, by turns: each group runs one layer, then the next
-group does, so that a layer's inputs are complete when all have; their second moments are handed on, and the inputs dropped before the next
-layer begins. The inputs lie in a temporary file; memory is that of the layer's outputs on all tokens. A layer's weights are read once for
-each group.
+General text runs through the base, task text through base + adapter. Sequences run in groups that take turns: each group runs one layer,
+then the next group does. When all groups have run a layer, its inputs are complete; their second moments are passed on, and the inputs
+are dropped before the next layer begins. The inputs are kept in a temporary file; memory holds the layer's outputs on all tokens. Each
+group reads a layer's weights once.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from streamer.streaming.variants import ADAPTER, BASE, Variant
 
 
 class CollectingModel(LoadedModel):
-    """A model of a base, with an adapter or without, which hands on the moments of its modules' inputs.
+    """Model of a base, with or without an adapter, that passes on the moments of its modules' inputs.
 
     Parameters
     ----------
     strict
-        Whether to refuse a matrix that is multiplied in several layers; others are noted in `repeated`.
+        Whether to refuse a matrix that is multiplied in several layers; otherwise `repeated` lists it.
     directory
-        Where a layer's inputs have their blocks; None for the system's.
+        Directory for a layer's inputs; None for the system's temporary directory.
     device
         See `Job`.
 
     Attributes
     ----------
     repeated
-        Names of matrices that are multiplied in several layers: what was handed on of them are the inputs of one.
+        Names of matrices that are multiplied in several layers; only the inputs of one layer were passed on.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class CollectingModel(LoadedModel):
 
     @property
     def repeated(self) -> set[str]:
-        """See the class."""
+        """Return names of matrices that are multiplied in several layers; see the class."""
         return self._collected.repeated
 
     def collect(self, groups: Sequence[Group], complete: Complete[Any]) -> None:
-        """Run all groups, and hand on the moments of each module's inputs as soon as all are there, if every text has any.
+        """Run all groups, and pass on the moments of each module's inputs once they are complete and every text has some.
 
         Raises
         ------
@@ -100,12 +100,12 @@ class CollectingModel(LoadedModel):
             self._collected.spool.close()
 
     def _run_groups(self, groups: Sequence[Group], between: Callable[[], None]) -> None:
-        """Run groups by turns; `between` is called each time that all have come as far."""
+        """Run groups in turns; `between` is called each time all groups have reached the same layer."""
         self._turns = Turns([partial(self._run_group, group) for group in groups])
         self.batch.vocabulary = 0, 1
 
         def begin(number: int) -> None:
-            give_freed_memory_back()  # of the turn before, whose thread would keep it
+            give_freed_memory_back()  # from the turn before, whose thread would keep it
             self._begin(number, groups[number])
 
         try:
@@ -115,7 +115,7 @@ class CollectingModel(LoadedModel):
             self.batch.vocabulary, self._turns = None, None
 
     def _begin(self, number: int, group: Group) -> None:
-        """Set what a group's turn runs as."""
+        """Set the stream and variant for a group's turn."""
         self._collected.stream, self.setting.variant = (
             group.stream,
             GENERAL_AS if group.stream == GENERAL_AS else TASK_AS,
@@ -129,7 +129,7 @@ class CollectingModel(LoadedModel):
             self._model(input_ids=torch.from_numpy(ids).to(self.job.device), use_cache=False)
 
     def _before_layer(self, module: nn.Module, args: object) -> None:
-        """Pause: of the layers before nothing but the last one's outputs is held any more."""
+        """Pause; of the earlier layers only the last one's outputs are still in memory."""
         if self._turns is not None:
             self._turns.pause()
 
@@ -138,12 +138,12 @@ class CollectingModel(LoadedModel):
 
 
 class InputModel(CollectingModel):
-    """The model of a base with an adapter, which hands on the inputs of the modules that the adapter changes.
+    """Model of a base with an adapter that passes on the inputs of the modules that the adapter changes.
 
     Attributes
     ----------
     unseen
-        Names of the matrices that no token of the general text, or none of the task's, reached in a pass.
+        Names of the matrices that no token of the general text, or none of the task text, reached in a pass.
     """
 
     def __init__(
@@ -158,27 +158,27 @@ class InputModel(CollectingModel):
         return _TargetReader(collected, self.setting, tensor, head=head, rounded=rounded)
 
     def collect(self, groups: Sequence[Group], complete: Complete[Target]) -> None:
-        """Collect, see `CollectingModel`; all that the adapter changes must have been used.
+        """Collect as in `CollectingModel`, and check that everything the adapter changes was used.
 
         Raises
         ------
         NumericError
             If an input is NaN or Inf.
         UnsupportedError
-            If a module that the adapter changes multiplies inputs in a way that is not seen here, or runs in several layers.
+            If a module that the adapter changes multiplies its inputs in an unknown way, or runs in several layers.
         """
         super().collect(groups, complete)
         if whole := sorted(self._collected.whole - self._collected.complete):
             raise UnsupportedError(
                 f"{self.job.plan.base.path}: the weights of {len(whole)} matrices are not used by a matrix product or look-up (a "
-                f"convolution, for example; first: {whole[0]!r}), so their inputs cannot be collected; take grain 'direction'"
+                f"convolution, for example; first: {whole[0]!r}), so their inputs cannot be collected; use grain 'direction'"
             )
         self.unseen = sorted({t.tensor for t in self.job.plan.targets} - self._collected.complete)
         self.check_all_used()
 
 
 class CollectingReader(DifferentiableReader, Generic[M]):
-    """Reads one parameter of a model, and hands on what it is multiplied with."""
+    """Reads one parameter of a model, and passes on its inputs."""
 
     def __init__(
         self, collected: Collected[M], setting: Setting, tensor: RunTimeTensor, *, head: bool, rounded: bool
@@ -188,20 +188,20 @@ class CollectingReader(DifferentiableReader, Generic[M]):
 
     @abstractmethod
     def matrices(self, held: TensorSlice, crossed: bool) -> Iterable[M]:
-        """List the matrices in a slice whose inputs are multiplied with its columns or, if `crossed`, with its rows."""
+        """List the matrices in a slice whose inputs are multiplied with its columns, or with its rows if `crossed`."""
 
     @abstractmethod
     def tables(self) -> Iterable[tuple[M, int]]:
-        """List the matrices whose one-hot inputs are looked up in this parameter, and how many such inputs there are."""
+        """List the matrices that are looked up in this parameter by one-hot inputs, each with the number of possible inputs."""
 
     @abstractmethod
     def names(self) -> Iterable[str]:
         """Name all matrices in this parameter."""
 
     def multiply(self, x: Tensor, source: Source, transposed: bool, rows: tuple[int, int]) -> Tensor:
-        """``x Mᵀ``, or `transposed`, ``x M``; what is on the input's side of a matrix are its inputs."""
+        """Compute ``x Mᵀ`` (``x M`` if `transposed`), and record the operand on a matrix's input side as its inputs."""
         X = x.reshape(-1, x.shape[-1])
-        # The adapted model's weights have the targets; a head may be tied to an embedding in the base alone.
+        # The adapted model's sources name the targets; in the base alone a head may be tied to an embedding.
         adapted, at = self.tensor.adapted[self.sources.index(source)], 0
         crossed = transposed != adapted.transposed
         for held in adapted.slices:
@@ -217,7 +217,7 @@ class CollectingReader(DifferentiableReader, Generic[M]):
         return super().values_of(source)
 
     def gather(self, ids: Tensor) -> Tensor | None:
-        """Look rows up, which are the inputs of an embedding."""
+        """Look up rows and record the ids as inputs of an embedding."""
         found = super().gather(ids)
         if found is not None:
             for matrix, size in self.tables():
@@ -226,18 +226,18 @@ class CollectingReader(DifferentiableReader, Generic[M]):
 
 
 class _TargetReader(CollectingReader[Target]):
-    """Hands on the inputs of an adapter's targets."""
+    """Passes on the inputs of an adapter's targets."""
 
     def matrices(self, held: TensorSlice, crossed: bool) -> Iterable[Target]:
-        """List the targets; the other side is that of a tied head, which multiplies with an embedding's delta transposed."""
+        """List the targets. A tied head has the other side: it multiplies with the transpose of an embedding's delta."""
         pairs = self.setting.values.plan.by_weight.get(held.weight, ())
         return [t for t, part in pairs if held.index in (None, part.index) and t.transposed == crossed]
 
     def tables(self) -> Iterable[tuple[Target, int]]:
-        """List the embeddings' targets."""
+        """List the targets that are embeddings."""
         pairs = self.setting.values.targets(self.tensor)
         return [(t, t.module.shape[1]) for t, part in pairs if t.transposed and part.rows is None]
 
     def names(self) -> Iterable[str]:
-        """Name the targets."""
+        """Return the names of the targets."""
         return [target.tensor for target, _ in self.setting.values.targets(self.tensor)]

@@ -1,8 +1,8 @@
-"""Put stand-ins in the place of a module's parameters, and add each variant's deltas to what the module computes.
+"""Replace a module's parameters by stand-ins, and add each variant's deltas to the module's results.
 
-A linear layer with a delta in factors multiplies all rows by the base's weight and adds ``(x R_v) L_vᵀ`` to those of variant v; an
-embedding adds them to the rows that it looks up; every other module whose parameters differ runs once for each group of variants under
-which they are the same.
+A linear layer whose delta has factors multiplies all rows by the base's weight and adds ``(x R_v) L_vᵀ`` to the rows of variant v. An
+embedding adds the deltas to the rows that it looks up. Every other module whose parameters differ runs once for each group of variants with
+equal parameters.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from streamer.streaming.run_time import RunTimeTensor
 from streamer.streaming.values import Values, same_values
 
 LINEAR_BY_NAME = {"FalconLinear"}
-"""Subclasses of Linear that have a `forward` of their own, and compute ``x Wᵀ + b`` all the same."""
+"""Subclasses of Linear with their own `forward` that still computes ``x Wᵀ + b``."""
 
 RUN_ALL_EXPERTS = {"Llama4TextExperts"}
-"""Modules in which every token runs through every expert, weighted by 0 where the router has not chosen it."""
+"""Modules in which every token passes every expert, with weight 0 for experts that the router did not choose."""
 
 
 @dataclass
 class Batch:
-    """Rows that run together, and the share of the vocabulary that is computed.
+    """Rows that run together, and the block of the vocabulary to compute.
 
     Attributes
     ----------
     variants, sequences, length
-        Rows are (variants · sequences, length) tokens. If rows are as many as tokens, the first dimension is taken to be of rows:
-        `check_logits`, which runs before, has refused models in which it is not.
+        Rows are (variants · sequences, length) tokens. If the number of rows equals the number of tokens, the first dimension is assumed
+        to be rows; `check_logits`, which runs earlier, has refused models in which it is not.
     vocabulary
-        From and to: the head computes these rows of its weight; None: all.
+        Range of the head's rows to compute; None for all.
     on_read
         Called before each parameter is read; may raise to stop the pass.
     """
@@ -55,16 +55,16 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """Count the rows."""
+        """Return the number of rows."""
         return self.variants * self.sequences
 
     def per_variant(self, x: Tensor, where: str) -> int:
-        """Count the entries of the first dimension that belong to one variant.
+        """Return the number of entries of the first dimension that belong to one variant.
 
         Raises
         ------
         UnsupportedError
-            If the shape does not show which they are.
+            If the shape does not show it.
         """
         if x.ndim >= 3 and x.shape[0] == self.rows and self.length in x.shape[1:]:
             return self.sequences
@@ -72,21 +72,21 @@ class Batch:
             return self.sequences * self.length
         raise UnsupportedError(
             f"module {where!r} runs on {list(x.shape)} for {self.rows} sequences of {self.length} tokens, in which variants cannot "
-            "be told apart; evaluate and fit do not do this module"
+            "be told apart; evaluate and fit do not support this module"
         )
 
 
 class InstalledModule:
-    """A module whose parameters are stand-ins; its `forward` runs once for each group of variants that differ.
+    """Module whose parameters are stand-ins; its `forward` runs once for each group of variants that differ.
 
     Parameters
     ----------
     path, module
-        Where it is in the loaded model, and the module, which is changed.
+        Its path in the loaded model, and the module, which is modified.
     tensors
         Its own parameters.
     head
-        Whether it computes the logits, a block of the vocabulary at a time.
+        Whether it computes the logits, one block of the vocabulary at a time.
     """
 
     def __init__(self, path: str, module: nn.Module, tensors: Mapping[str, RunTimeTensor], values: Values, batch: Batch, *,
@@ -104,7 +104,7 @@ class InstalledModule:
         changes = len(self.groups) > 1 or (self.target is not None and not self.embeds)
         self.rounded = weight is not None and is_rounded(values, module, weight)
         self.variant: int | None = None if changes else 0
-        """Number of the variant whose values are read; None outside of `run`, where nothing is added to what others compute with them."""
+        """Variant whose values are read. None outside `run`: other modules that use the parameters would miss their deltas."""
         for name, tensor in tensors.items():
             module._parameters[name] = LazyTensor.of(_Reader(self, tensor))  # type: ignore[assignment]  # a Parameter in torch's stub
         self.forward = module.forward
@@ -112,13 +112,13 @@ class InstalledModule:
             module.forward = self.run
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own `forward`, and add the deltas."""
+        """Run the module's own `forward` and add the deltas."""
         out = self._as(0, args, kwargs) if len(self.groups) == 1 else self._by_group(args, kwargs)
         if self.target is None:
             return out
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         size = self.batch.per_variant(x, self.path)
-        out = out.contiguous()  # what is flattened is then `out` itself
+        out = out.contiguous()  # so that flattening gives a view of `out`
         for v, delta in enumerate(self.values.deltas(self.target)):
             if delta is None:
                 continue
@@ -128,7 +128,7 @@ class InstalledModule:
         return out
 
     def _as(self, variant: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run the module's own `forward` with the values of one variant."""
+        """Run the module's own `forward` with one variant's values."""
         outside, self.variant = self.variant, variant
         try:
             with bfloat16_products() if self.rounded else contextlib.nullcontext():
@@ -157,15 +157,15 @@ class InstalledModule:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Test whether a module computes ``x Wᵀ + b``, or ``x W + b`` as Conv1D does, and nothing else."""
+    """Test whether a module computes exactly ``x Wᵀ + b``, or ``x W + b`` as Conv1D does."""
     kind = type(module)
     return kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D" or kind.__name__ in LINEAR_BY_NAME
 
 
 def is_rounded(values: Values, module: nn.Module, weight: RunTimeTensor) -> bool:
-    """Test whether a module's product is one of the base's weight alone, and to be of factors rounded to bfloat16.
+    """Test whether a module's product uses only the base's weight and is to round its factors to bfloat16.
 
-    A weight with a dense delta, or that the adapter replaces, is not: what it differs by from the base's would be rounded away.
+    A weight that the adapter replaces or changes by a dense delta is not rounded: rounding would erase its difference from the base.
     """
     if not values.job.rounds_products or not is_linear(module):
         return False
@@ -174,7 +174,7 @@ def is_rounded(values: Values, module: nn.Module, weight: RunTimeTensor) -> bool
 
 
 class _Reader(Reader):
-    """Reads one parameter of an installed module for the variants whose turn it is."""
+    """Reads one parameter of an installed module for the current variant."""
 
     def __init__(self, owner: InstalledModule, tensor: RunTimeTensor) -> None:
         self.owner, self.tensor, self.shape, self.name = owner, tensor, tensor.shape, tensor.name
@@ -195,12 +195,12 @@ class _Reader(Reader):
         return variant
 
     def row_range(self) -> tuple[int, int]:
-        """Return all rows, or of the head a block of the vocabulary."""
+        """Return all rows, or for the head the current block of the vocabulary."""
         block = self.owner.batch.vocabulary if self.owner.head else None
         return block or (0, self.shape[0])
 
     def read(self) -> Tensor:
-        """Read all values, deltas included unless they are added to the products."""
+        """Read all values, including deltas unless they are added to the products."""
         variant, (i, j) = self._variant(), self.row_range()
         if self.has_rows:
             return self.values.rows(self.tensor, variant, i, j)
@@ -211,7 +211,7 @@ class _Reader(Reader):
         return self.values.rows(self.tensor, self._variant(), i, j)
 
     def matrix(self, index: int) -> Tensor | None:
-        """Read one expert's matrix; with it, all experts of the stack count as used: the text decides which are needed."""
+        """Read one expert's matrix. All experts of the stack then count as used, since the text decides which are needed."""
         if not self.tensor.stacked:
             return None
         variant = self._variant()
@@ -220,7 +220,7 @@ class _Reader(Reader):
         return self.values.matrix(self.values.sources(self.tensor, variant)[index], variant, with_delta=True)
 
     def gather(self, ids: Tensor) -> Tensor | None:
-        """Look rows up, those of each variant by its own."""
+        """Look up rows, each variant's from its own values."""
         if not self.varies:
             return None if not self.has_rows else self._look_up(ids, self._variant(), None)
         batch, count = self.owner.batch, self.owner.batch.variants

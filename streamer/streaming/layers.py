@@ -1,4 +1,4 @@
-"""Run decoder layers without keeping their activations: each layer's inputs go to a spool, and it runs again where gradients pass it."""
+"""Run decoder layers without keeping activations: a layer's inputs go to a spool, and it runs again for the backward pass."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from streamer.errors import UnsupportedError
 from streamer.streaming.spool import Spool
 
 TOLERANCE = 1e-4
-"""Relative difference of the norms of a layer's outputs, run twice, that rounding may make."""
+"""Largest relative difference that rounding may make between the norms of a layer's outputs in two runs."""
 
 
 def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """List by path the layers of a transformers' model that its authors let be run again, without those within others."""
+    """List by path the layers of a transformers model that its authors declare safe to run again; nested layers are left out."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     found: dict[str, nn.Module] = {}
@@ -31,24 +31,24 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def tensors_of(args: Any, kwargs: Any) -> list[Tensor]:
-    """List the tensors in a layer's arguments, those in tuples and in what layers hand tensors on in as well."""
+    """List the tensors in a layer's arguments, including those in tuples and in containers that pass tensors between layers."""
     arguments = tree_flatten((args, kwargs))[0]
     leaves = tree_flatten([one.data if isinstance(one, UserDict) else one for one in arguments])[0]
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 class SpooledLayer:
-    """A layer whose `forward` keeps its inputs in a spool instead of its activations in memory.
+    """Layer whose `forward` keeps its inputs in a spool instead of its activations in memory.
 
-    A `UserDict` among its arguments is one in which layers hand tensors on, such as keys and values that later layers use again
-    (`KVSharingDict` of transformers): what it holds is among the layer's inputs, and what the layer puts there among its outputs.
+    A `UserDict` argument passes tensors between layers, such as keys and values that later layers use again (transformers'
+    `KVSharingDict`). Its contents count as the layer's inputs, and what the layer adds to it counts as outputs.
 
     Parameters
     ----------
     path, module
-        Where it is in the model, and the module, which is changed.
+        Its path in the model, and the module, which is modified.
     anchor
-        Says what requires gradients inside: a tensor that does, or None if nothing in the layer does.
+        Returns a tensor that requires gradients, or None if nothing inside the layer requires any.
     """
 
     def __init__(self, path: str, module: nn.Module, spool: Spool, anchor: Callable[[], Tensor | None]) -> None:
@@ -62,7 +62,7 @@ class SpooledLayer:
         Raises
         ------
         UnsupportedError
-            If the layer hands tensors on in an argument of another kind, where gradients would be lost.
+            If the layer passes tensors on in another kind of argument, where gradients would be lost.
         """
         arguments, form = tree_flatten((args, kwargs))
         shared = {i: argument for i, argument in enumerate(arguments) if isinstance(argument, UserDict)}
@@ -82,18 +82,18 @@ class SpooledLayer:
 
 @dataclass(eq=False)
 class _Call:
-    """One call of a layer: its arguments but for the tensors that require gradients, and the form of its result.
+    """One call of a layer: its arguments except tensors that require gradients, and the structure of its result.
 
     Attributes
     ----------
     constants, spec
-        What the arguments hold, None for each tensor that requires gradients, and how they hold it.
+        Contents of the arguments, with None for each tensor that requires gradients, and their structure.
     form
-        How the arguments are given.
+        Structure of the argument list.
     shared
-        Class of each argument in which tensors are handed on; `constants` has what they held before the call.
+        Class of each argument that passes tensors between layers; `constants` has their contents before the call.
     inputs
-        Numbers of the tensors that require gradients.
+        Positions of the tensors that require gradients.
     """
 
     layer: SpooledLayer
@@ -105,7 +105,7 @@ class _Call:
     result: tuple[list[Any], TreeSpec] | None = None
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Run the layer on the tensors that require gradients, and return those of its result and of what it hands on."""
+        """Run the layer on the tensors that require gradients; return the tensors of its result and those that it passes on."""
         leaves = list(self.constants)
         for i, tensor in zip(self.inputs, tensors, strict=True):
             leaves[i] = tensor
@@ -128,29 +128,29 @@ class _Call:
         return tensors
 
     def _check(self, before: list[Any], held: list[Tensor], after: tuple[list[Any], TreeSpec]) -> None:
-        """Raise `UnsupportedError` if tensors are handed on where gradients do not follow them."""
+        """Raise `UnsupportedError` if tensors are passed on where gradients cannot follow."""
         arguments, form = after
         same = form == self.form and all(a is b for a, b in zip(before, arguments, strict=True))
         now = _held_tensors(before)
         if not same or [*map(id, held)] != [*map(id, now)] or any(t.requires_grad for t in held):
             raise UnsupportedError(
                 f"layer {self.layer.path!r} hands tensors on to other layers in its arguments, where gradients do not follow "
-                "them; fit does not do this model"
+                "them; fit does not support this model"
             )
 
     def rebuilt(self, tensors: tuple[Tensor, ...]) -> Any:
-        """Put tensors in the place of those of the result and of what is handed on."""
+        """Put the given tensors into the structure of the result and of what is passed on."""
         assert self.result is not None
         leaves, spec = self.result
         for i, tensor in zip(self.places, tensors, strict=True):
             leaves[i] = tensor
         result = tree_unflatten(leaves, spec)
-        self.result = None  # which holds the tensors
+        self.result = None  # releases the tensors
         return result
 
 
 class _Boundary(torch.autograd.Function):
-    """Runs a layer without recording it, and in the backward pass again, recording."""
+    """Runs a layer without recording, and again with recording in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, anchor: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -170,7 +170,7 @@ class _Boundary(torch.autograd.Function):
         if not math.isclose(_norm(out), ctx.norm, rel_tol=TOLERANCE) and math.isfinite(ctx.norm):
             raise UnsupportedError(
                 f"layer {call.layer.path!r} gives another result when it runs again: it depends on what ran before; "
-                "fit does not do this model"
+                "fit does not support this model"
             )
         pairs = [(t, grad) for t, grad in zip(out, grads, strict=True) if grad is not None and t.requires_grad]
         if pairs:
@@ -179,7 +179,7 @@ class _Boundary(torch.autograd.Function):
 
 
 def _held_tensors(arguments: list[Any]) -> list[Tensor]:
-    """List the tensors in arguments that are objects of other kinds, such as caches."""
+    """List the tensors inside arguments that are other objects, such as caches."""
     seen: set[int] = set()
 
     def within(value: Any) -> Iterator[Tensor]:

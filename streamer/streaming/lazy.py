@@ -1,4 +1,4 @@
-"""Stand in for a model's parameter: a tensor without memory, whose values are read when an operation needs them."""
+"""Stand in for a model's parameter with a tensor that needs no memory and reads its values when an operation needs them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.utils._pytree import tree_map
 from streamer.errors import UnsupportedError
 
 BLOCK_BYTES = 64 << 20
-"""Rows of this many bytes of a matrix are read and multiplied at a time."""
+"""Bytes of a matrix's rows that are read and multiplied at a time."""
 
 
 class Reader(ABC):
-    """Reads the values of one parameter, in float32, as they are for the variant whose turn it is."""
+    """Reads the float32 values of one parameter for the current variant."""
 
     name: str
     shape: tuple[int, ...]
     device: torch.device
     has_rows = False
-    """Whether `rows` reads no others."""
+    """Whether `rows` reads only those rows."""
 
     @abstractmethod
     def read(self) -> Tensor:
@@ -35,24 +35,24 @@ class Reader(ABC):
         return self.read()[i:j]
 
     def row_range(self) -> tuple[int, int]:
-        """Return the rows that are computed with: all, or a block of the vocabulary."""
+        """Return the range of rows in use: all, or a block of the vocabulary."""
         return 0, self.shape[0]
 
     def matrix(self, index: int) -> Tensor | None:
-        """Read one matrix of a stack, or stand in for it; None where the parameter is none."""
+        """Read one matrix of a stack, or return a stand-in; None if the parameter is not a stack."""
         return None
 
     def gather(self, ids: Tensor) -> Tensor | None:
-        """Read a row for each id, (*ids, columns); None where that is not to be done row by row."""
+        """Read one row for each id, (*ids, columns); None if the parameter is not read row by row."""
         return None
 
 
 class Multiplier(Reader):
-    """Reads the values of one parameter, and multiplies with it such that gradients pass."""
+    """Reads the values of one parameter, and multiplies with it so that gradients flow."""
 
     @abstractmethod
     def product(self, x: Tensor, transposed: bool) -> Tensor:
-        """``x Wᵀ``, or `transposed`, ``x W``."""
+        """Compute ``x Wᵀ``, or ``x W`` if `transposed`."""
 
 
 class _Transpose(Multiplier):
@@ -69,17 +69,17 @@ class _Transpose(Multiplier):
 
 
 class LazyTensor(Tensor):
-    """A parameter whose values stay on disk: it has shape and dtype, and any operation on it reads what it needs.
+    """Parameter whose values stay on disk: it has shape and dtype, and each operation reads what it needs.
 
-    Products, look-ups of an embedding, and one matrix of a stack read a part at a time; every other operation reads the whole tensor.
-    Results are plain tensors.
+    Products, look-ups in an embedding, and access to one matrix of a stack read a part at a time; every other operation reads the whole
+    tensor. Results are plain tensors.
     """
 
     reader: Reader
 
     @classmethod
     def of(cls, reader: Reader) -> LazyTensor:
-        """Make the stand-in of a parameter."""
+        """Make the stand-in for a parameter."""
         lazy: LazyTensor = Tensor._make_subclass(cls, torch.empty(reader.shape, dtype=torch.float32, device="meta"))
         lazy.reader = reader
         return lazy
@@ -87,10 +87,10 @@ class LazyTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:  # fmt: skip
-        """Compute an operation on values that are read for it."""
+        """Compute an operation on values read for it."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func == Tensor.device.__get__:  # a new object each time
+            if func == Tensor.device.__get__:  # `__get__` makes a new object each time, so compare with ==
                 return args[0].reader.device
             if func in _ALIASES:
                 return args[0]
@@ -102,12 +102,12 @@ class LazyTensor(Tensor):
                 return result
             return func(*tree_map(_values, tuple(args)), **tree_map(_values, dict(kwargs)))
 
-    def __repr__(self) -> str:  # type: ignore[override]  # of fewer arguments
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes more arguments
         return f"LazyTensor({self.reader.shape})"
 
 
 def _refuse_writing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse an operation that changes a parameter: it would change what was read for it, and be lost."""
+    """Refuse an operation that changes a parameter: it would change only a temporary copy."""
     name = getattr(func, "__name__", "")
     inplace = name in ("__setitem__", "__set__") or (
         name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
@@ -116,7 +116,7 @@ def _refuse_writing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     if (inplace and args and isinstance(args[0], LazyTensor)) or isinstance(kwargs.get("out"), LazyTensor):
         target = args[0] if inplace else kwargs["out"]
         raise UnsupportedError(
-            f"{target.reader.name!r} is changed by the model as it runs ({name}); evaluate and fit do not do this; measure merged models"
+            f"{target.reader.name!r} is changed by the model as it runs ({name}), not supported by evaluate and fit; measure merged models"
         )
 
 
@@ -125,7 +125,7 @@ def _values(value: Any) -> Any:
 
 
 _ALIASES = {Tensor.data.__get__, Tensor.detach}  # type: ignore[attr-defined]  # a getter, in torch's stub a tensor
-"""Operations whose results share the parameter's memory: a change to them would be one to it."""
+"""Operations whose results share the parameter's memory: changing a result would change the parameter."""
 
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "is_meta", "layout", "requires_grad", "itemsize",
@@ -137,7 +137,7 @@ _METADATA = {
 
 
 def _linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
-    """``x Wᵀ + b``, a few rows of W at a time."""
+    """Compute ``x Wᵀ + b``, a few rows of W at a time."""
     if not isinstance(weight, LazyTensor) or isinstance(x, LazyTensor):
         return None
     reader = weight.reader
@@ -159,14 +159,14 @@ def _linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
 
 
 def _embedding(ids: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-    """Look rows up; what else the function takes is about gradients or norms."""
+    """Look up rows; the function's other arguments concern gradients or norms."""
     renormed = kwargs.get("max_norm") is not None or (len(args) > 1 and args[1] is not None)
     if not isinstance(weight, LazyTensor) or renormed:
         return None
     count = weight.reader.shape[0]
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:  # files have other bytes there
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:  # beyond the rows a file has other bytes
         raise UnsupportedError(
-            f"{weight.reader.name!r}: expected rows 0 to {count - 1}, found {int(ids.min())} to {int(ids.max())} looked up; give a "
+            f"{weight.reader.name!r}: expected rows 0 to {count - 1}, found {int(ids.min())} to {int(ids.max())} looked up; use a "
             "smaller --length if they are positions"
         )
     return weight.reader.gather(ids)
@@ -181,19 +181,19 @@ def _item(weight: Any, index: Any) -> Tensor | None:
 
 
 def _matmul(x: Any, weight: Any) -> Tensor | None:
-    """``x W``, where gradients are to pass."""
+    """Compute ``x W`` if gradients are to flow."""
     multiplier = isinstance(weight, LazyTensor) and weight.ndim == 2 and isinstance(weight.reader, Multiplier)
     return weight.reader.product(x, True) if multiplier and not isinstance(x, LazyTensor) else None
 
 
 def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
-    """``b + x W``, where gradients are to pass."""
+    """Compute ``b + x W`` if gradients are to flow."""
     product = _matmul(x, weight) if beta == alpha == 1 else None
     return None if product is None else product + _values(bias)
 
 
 def _bmm(input: Any, mat2: Any) -> Tensor | None:  # noqa: A002  # torch's names, by which it may be called
-    """``x_e W_e`` of each matrix of a stack, one at a time."""
+    """Compute ``x_e W_e`` for each matrix of a stack, one at a time."""
     if isinstance(input, LazyTensor) or not isinstance(mat2, LazyTensor) or len(input) != mat2.shape[0]:
         return None
     products = []
@@ -207,7 +207,7 @@ def _bmm(input: Any, mat2: Any) -> Tensor | None:  # noqa: A002  # torch's names
 
 
 def _transpose(weight: Any, *dimensions: int) -> Tensor | None:
-    """Stand in for the transpose of a matrix with which gradients are to pass."""
+    """Return a stand-in for the transpose of a matrix through which gradients flow."""
     multiplier = isinstance(weight, LazyTensor) and weight.ndim == 2 and isinstance(weight.reader, Multiplier)
     exchanged = not dimensions or {d % 2 for d in dimensions} == {0, 1}
     return LazyTensor.of(_Transpose(weight.reader)) if multiplier and exchanged else None

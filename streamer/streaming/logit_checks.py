@@ -1,4 +1,4 @@
-"""Check what losses rely on: tokens do not see those that follow, logits come from the head alone, and padding changes nothing."""
+"""Check what losses rely on: tokens do not see later ones, logits come only from the head, and padding changes nothing."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from streamer.streaming.values import Job
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 
 LENGTH = 8
-"""Tokens of the two sequences that `check_logits` runs; they run under two variants, so that rows and tokens differ in number."""
+"""Tokens in each of the two sequences that `check_logits` runs. With two variants, rows and tokens then differ in number."""
 
 TOLERANCE = 1e-3
-"""Difference of logits, as a share of the largest, that rounding may make."""
+"""Largest difference of logits that rounding may make, as a share of the largest logit."""
 
 OnRead = Callable[[RunTimeTensor], None]
 Ids = NDArray[np.int64]
 
 
 def check_logits(job: Job, ids: Ids, on_read: OnRead) -> None:
-    """Compare the base's logits on two short sequences that differ in their last token, and computed in one block with those in two.
+    """Check the base's logits on two short sequences that differ in the last token, and compare one vocabulary block with two.
 
-    The adapted model runs beside the base: a module in whose input variants cannot be told apart is refused before any pass.
+    The adapted model runs along with the base, so a module whose input does not show the variants is refused before any pass.
 
     Parameters
     ----------
     job
-        Of what plan, and on what device.
+        Supplies the plan and the device.
     ids
         Tokens of a text.
     on_read
@@ -43,7 +43,7 @@ def check_logits(job: Job, ids: Ids, on_read: OnRead) -> None:
     Raises
     ------
     UnsupportedError
-        If the logits differ before the last token, or a block's depend on which tokens of the vocabulary are in it.
+        If the logits differ before the last token, or a token's logit depends on which vocabulary block contains it.
     """
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     plan = job.plan
@@ -58,7 +58,7 @@ def check_logits(job: Job, ids: Ids, on_read: OnRead) -> None:
     try:
         parts = [z[0].clone() for *_, z in blocks]
     except UnsupportedError as e:
-        if isinstance(e.__cause__, IndexError):  # of a token that is not in the block
+        if isinstance(e.__cause__, IndexError):  # the model indexed a token outside the block
             raise _changed_by_number(plan) from e
         raise
     in_blocks = float((whole - torch.cat(parts, -1)).abs().max())
@@ -72,20 +72,20 @@ def check_logits(job: Job, ids: Ids, on_read: OnRead) -> None:
 def changed_by_padding(job: Job, ids: Ids, shorter: int, on_read: OnRead) -> bool:
     """Test whether the base's logits of a sequence's first tokens change if the sequence ends after them.
 
-    They do in models whose attention chooses some of the keys: the number of all keys decides ties. The sequence runs whole and cut, under
-    the base alone.
+    They do in models whose attention selects some of the keys, because the number of all keys decides ties. The sequence runs whole and
+    cut, through the base alone.
 
     Parameters
     ----------
     ids
         A sequence of a text.
     shorter
-        Tokens of the sequence that is cut.
+        Length of the cut sequence, in tokens.
 
     Raises
     ------
     UnsupportedError
-        If they depend on which tokens follow.
+        If the logits depend on which tokens follow.
     """
     if not _differ(job, ids, ids[:shorter], shorter, on_read):
         return False
@@ -97,7 +97,7 @@ def changed_by_padding(job: Job, ids: Ids, shorter: int, on_read: OnRead) -> boo
 
 
 def _differ(job: Job, one: Ids, other: Ids, tokens: int, on_read: OnRead) -> bool:
-    """Test whether the base's logits of the first tokens of two sequences differ; each sequence runs alone."""
+    """Test whether the base's logits of the first tokens of two sequences differ; each sequence runs by itself."""
     runs = []
     for ids in (one, other):
         model = StreamingModel(Job(job.plan, (Variant(BASE, None),), None, device=job.device))
@@ -113,13 +113,13 @@ def _differ(job: Job, one: Ids, other: Ids, tokens: int, on_read: OnRead) -> boo
 
 def _changed_by_number(plan: Plan) -> UnsupportedError:
     return UnsupportedError(
-        f"{plan.base.path}: the model changes the logits of some tokens by their number: it does not compute some logits with its head "
+        f"{plan.base.path}: the model changes the logits of some tokens by their number, so it does not compute all logits with its head "
         "alone; not supported by evaluate and fit"
     )
 
 
 def _sees_what_follows(plan: Plan) -> UnsupportedError:
     return UnsupportedError(
-        f"{plan.base.path}: in this model a token sees those that follow it, so that its losses say nothing of what it predicts; "
-        "evaluate and fit take causal language models"
+        f"{plan.base.path}: in this model a token sees those that follow it, so its losses do not measure prediction; "
+        "evaluate and fit need a causal language model"
     )

@@ -1,7 +1,7 @@
-"""Run a model whose weights stay on disk: each is read when its module runs, used for all variants at once, and dropped.
+"""Run a model whose weights stay on disk: read each when its module runs, use it for all variants at once, and drop it.
 
-A batch holds the same sequences once for each variant: rows (variant, sequence). The logits come a block of the
-vocabulary at a time, by the model's own `forward`, which begins with the result of the layers below the head.
+A batch repeats the same sequences for each variant: rows are (variant, sequence). The logits are computed a block of the vocabulary at a
+time by the model's own `forward`, starting from the result of the layers below the head.
 """
 
 from __future__ import annotations
@@ -27,47 +27,47 @@ from streamer.streaming.values import Job, Values
 from streamer.units import listed
 
 LOGIT_BYTES = 32 << 20
-"""Logits of all variants that exist at once."""
+"""Bytes of logits of all variants that exist at once."""
 
 MASK_VALUES = 2
-"""Values of four bytes that a mask takes for each pair of tokens of a sequence: a byte, and a float that torch makes of it."""
+"""Four-byte values that a mask needs for each pair of tokens of a sequence: a byte, and a float that torch makes from it."""
 
 CHOSEN_KEYS = "index_topk", "keep_window_size"
-"""What configs call the number of keys that attention chooses."""
+"""Config keys for the number of keys that attention selects."""
 
 FACTOR_BYTES = 24
-"""Bytes for each value of a delta's factors: 4 as it is read, and 8 + 4 of up to twice as many of a variant's, rounded down."""
+"""Bytes for each value of a delta's factors: 4 when read, and 8 + 4 for a variant's factors, up to twice as many; rounded down."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes that the memory and the time of a pass depend on.
+    """Sizes that determine the memory and time of a pass.
 
     Attributes
     ----------
     widest, hidden, vocabulary
-        The widest layer's inputs or outputs but for the head's (of all experts, where a token runs through all), the model's width, and
-        the head's outputs.
+        Inputs or outputs of the widest layer except the head (over all experts if a token passes all of them), the model's width, and the
+        head's outputs.
     attention
-        Values that are formed for each pair of tokens: where attention is computed with its weights formed, or with a mask; else 0.
+        Values formed for each pair of tokens if attention forms its weights or uses a mask; else 0.
     dense
-        Bytes of matrices that are in memory whole: a dense delta and what it is added to, or an expert's.
+        Bytes of matrices held whole: a dense delta and the weight that it is added to, or an expert's matrix.
     factors
-        Bytes of the factors of one delta, as they are read and as they are computed with.
+        Bytes of one delta's factors, both as read and as used in computations.
     products
-        Multiplications for one token by parameter, of experts those of as many as it runs through.
+        Multiplications for one token, by parameter; for experts, for as many as a token passes.
     read
         Bytes of all weights on disk.
     short
-        Longest sequence that rotary embeddings of two kinds (longrope) take for a short one, by its length with padding; None of others.
+        Longest sequence, with padding, that longrope embeddings treat as short; None for other embeddings.
     keys
-        Tokens that attention chooses among those of a longer sequence; None if it attends to all that it sees.
+        Number of tokens that attention selects in a longer sequence; None if it attends to all that it sees.
     layer_width
-        Inputs and outputs of all matrices of one layer, for one token; of experts those of as many as it runs through.
+        Inputs and outputs of all matrices of one layer for one token; for experts, of as many as a token passes.
     layer_factors
         Bytes of the factors of all deltas in one layer, in float32.
     changed_inputs
-        Inputs for one token of all matrices of one layer that the adapter changes; those that share inputs are counted each.
+        Inputs, for one token, of all matrices of one layer that the adapter changes; shared inputs are counted for each matrix.
     """
 
     widest: int
@@ -86,21 +86,21 @@ class ModelSize:
 
 
 class LoadedModel:
-    """The model of a base as transformers builds it, and what each of its tensors is read from.
+    """Model of a base as transformers builds it, with the source of each of its tensors.
 
     Parameters
     ----------
     together
-        Variants that run at once.
+        Number of variants that run at once.
 
     Attributes
     ----------
     modules
-        Path, module, and the module's own parameters, of each that has any.
+        Path, module, and own parameters of each module that has any.
     vocabulary
         Rows of the head's weight.
     positions
-        Tokens that a sequence may have at most, where the model's config states it.
+        Most tokens that a sequence may have, if the model's config states it.
     size
         See `ModelSize`.
     """
@@ -116,7 +116,7 @@ class LoadedModel:
         if not self._inner or not isinstance(self._head, nn.Linear):
             name = type(self._model).__name__
             raise UnsupportedError(
-                f"{job.plan.base.path}: {name} has no linear head behind a model of its own; evaluate and fit do not do it"
+                f"{job.plan.base.path}: {name} has no linear head behind a model of its own; evaluate and fit do not support it"
             )
         state = {
             n: tuple(t.shape)
@@ -135,7 +135,7 @@ class LoadedModel:
             if not isinstance(module, nn.Embedding):
                 inner += [tensor for tensor in own.values() if len(tensor.shape) > 1]
         self.vocabulary = self._head.out_features
-        config = self._model.config.get_text_config()  # type: ignore[operator, union-attr]  # likewise
+        config = self._model.config.get_text_config()  # type: ignore[operator, union-attr]  # as above
         self.positions = self._position_count(getattr(config, "max_position_embeddings", None))
         self.size = self._size(config, inner, tensors.values())
 
@@ -144,7 +144,7 @@ class LoadedModel:
         run_all = {t.name for _, m, own in self.modules for t in own.values() if type(m).__name__ in RUN_ALL_EXPERTS}
 
         def used(t: RunTimeTensor) -> int:
-            """Count the matrices of a tensor that a token runs through."""
+            """Count the matrices of a tensor that a token passes."""
             return 1 if not t.stacked else t.shape[0] if t.name in run_all else min(chosen, t.shape[0])
 
         layers = [t for t in inner if t.shape != self._head.weight.shape]
@@ -172,14 +172,14 @@ class LoadedModel:
         )
 
     def _position_count(self, stated: object) -> int | None:
-        """Count the tokens that a sequence may have; a table with a row for padding, as RoBERTa's, begins behind this row."""
-        if not isinstance(stated, int) or stated < 1:  # XLNet states -1: any number
+        """Return the most tokens of a sequence; a position table with a padding row, like RoBERTa's, starts after that row."""
+        if not isinstance(stated, int) or stated < 1:  # XLNet states -1 for any number
             return None
         tables = (m for path, m in self._model.named_modules() if isinstance(m, nn.Embedding) and "position" in path)
         return stated - max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
 
     def _in_one_layer(self, size: Callable[[RunTimeTensor], int]) -> int:
-        """Add up the sizes of matrices by the layer that they are in, and return the largest sum."""
+        """Sum the sizes of matrices by layer and return the largest sum."""
         layers: dict[str, int] = {}
         for path, module, own in self.modules:
             layer = re.match(r".*?\.\d+(?=\.)", path)
@@ -189,20 +189,20 @@ class LoadedModel:
         return max(layers.values(), default=0)
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over the buffers that a checkpoint holds."""
+        """Yield the buffers that a checkpoint stores."""
         stored = self._model.state_dict(keep_vars=True)
         return ((n, b) for n, b in self._model.named_buffers(remove_duplicate=False) if n in stored)
 
     def _fill(self, name: str, buffer: Tensor, tensor: RunTimeTensor) -> None:
         if self.values.edited(tensor) or self.values.targets(tensor):
             raise UnsupportedError(
-                f"{self.job.plan.adapter.path}: changes {name!r}, a buffer; evaluate and fit do not do that"
+                f"{self.job.plan.adapter.path}: changes {name!r}, a buffer; evaluate and fit do not support that"
             )
         buffer.copy_(self.values.whole(tensor, 0, with_delta=False))
 
     @contextlib.contextmanager
     def _captured(self) -> Iterator[dict[nn.Module, Any]]:
-        """Collect the results of the models below the head as they run; what replaces their `forward` ends with the context."""
+        """Collect the results of the models below the head inside the context; on exit, restore every replaced `forward`."""
         results: dict[nn.Module, Any] = {}
         handles = [
             module.register_forward_hook(lambda module, args, out: results.update({module: out}))
@@ -218,19 +218,19 @@ class LoadedModel:
             self.batch.vocabulary = None
 
     def _run(self, ids: Tensor, block: tuple[int, int]) -> Tensor:
-        """Compute the logits of a block of the vocabulary: (rows, length, block)."""
+        """Compute the logits of one block of the vocabulary: (rows, length, block)."""
         self.batch.vocabulary = i, j = block
         with quiet_transformers(), refused_errors(self.job.plan.base.path, self._model):
             out: Tensor = self._model(input_ids=ids, use_cache=False).logits
         if out.shape != (*ids.shape, j - i):
             raise UnsupportedError(
                 f"{self.job.plan.base.path}: {type(self._model).__name__} gives logits {list(out.shape)} for {j - i} tokens of "
-                "the vocabulary: it does not compute some logits with its head alone; not supported by evaluate and fit"
+                "the vocabulary: it does not compute all logits with its head alone; not supported by evaluate and fit"
             )
         return out
 
     def _outermost(self, results: Mapping[nn.Module, Any]) -> nn.Module:
-        """Find the outermost of the models below the head that ran: given its result again, nothing within it runs."""
+        """Find the outermost model below the head that ran; if it returns its result again, nothing inside it runs."""
         found: nn.Module | None = next((module for module in self._inner if module in results), None)
         if found is None:
             raise UnsupportedError(
@@ -240,11 +240,11 @@ class LoadedModel:
         return found
 
     def vocabulary_blocks(self, block: int) -> list[tuple[int, int]]:
-        """Divide the vocabulary into blocks of so many tokens, the last of fewer."""
+        """Divide the vocabulary into blocks of this many tokens; the last may be smaller."""
         return [(i, min(self.vocabulary, i + block)) for i in range(0, self.vocabulary, block)]
 
     def check_all_used(self) -> None:
-        """Raise `NumericError` if a pass has left out something that the adapter changes."""
+        """Raise `NumericError` if a pass did not use everything that the adapter changes."""
         if unused := self.values.unused():
             raise NumericError(
                 f"{self.job.plan.adapter.path}: {len(unused)} of the tensors that it changes were not used in a pass over the text, "
@@ -253,7 +253,7 @@ class LoadedModel:
 
 
 class StreamingModel(LoadedModel):
-    """The model of a base, for all variants of an adapted model at once."""
+    """Model of a base that runs all variants of an adapted model at once."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job, len(job.variants))
@@ -261,14 +261,14 @@ class StreamingModel(LoadedModel):
             InstalledModule(path, module, own, self.values, self.batch, head=module is self._head)
 
     def logits(self, ids: Tensor, blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, Tensor]]:
-        """Compute the logits of some sequences under all variants, a block of the vocabulary at a time.
+        """Compute the logits of some sequences under all variants, one block of the vocabulary at a time.
 
         Parameters
         ----------
         ids
             Tokens (sequences, length).
         blocks
-            Tokens of the vocabulary that are computed together: from, to; see `vocabulary_blocks`.
+            Ranges of the vocabulary to compute together; see `vocabulary_blocks`.
 
         Yields
         ------
@@ -278,7 +278,7 @@ class StreamingModel(LoadedModel):
         Raises
         ------
         UnsupportedError
-            If the model does not compute some logits with its head alone, token by token.
+            If the model does not compute all logits with its head alone, token by token.
         """
         batch = self.batch
         batch.sequences, batch.length = ids.shape
@@ -294,12 +294,12 @@ class StreamingModel(LoadedModel):
 
 
 def vocabulary_block(rows: int, nbytes: int = LOGIT_BYTES) -> int:
-    """Count the tokens of the vocabulary that are computed together, for so many rows and bytes of logits."""
+    """Return the number of vocabulary tokens to compute together, for this many rows and bytes of logits."""
     return max(64, nbytes // (4 * rows))
 
 
 def _attention_values(config: Any) -> int:
-    """Count the values that attention forms for each pair of tokens: weights by head, or a mask where there is a window."""
+    """Return the number of values that attention forms for each pair of tokens: weights by head, or a mask if it has a window."""
     if config._attn_implementation == "eager":
         return 3 * int(getattr(config, "num_attention_heads", 1))
     kinds = getattr(config, "layer_types", None) or ()
@@ -308,9 +308,9 @@ def _attention_values(config: Any) -> int:
 
 
 def _short_length(config: Any) -> int | None:
-    """Return the length up to which longrope takes its short factors; None of other rotary embeddings."""
+    """Return the length up to which longrope uses its short factors; None for other rotary embeddings."""
     rope = getattr(config, "rope_parameters", None) or {}
-    # Some models have parameters for each kind of layer.
+    # Some models have separate parameters for each kind of layer.
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
     stated = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
     length = next(
@@ -320,11 +320,11 @@ def _short_length(config: Any) -> int | None:
 
 
 def _factor_values(target: Target) -> int:
-    """Count the values of a delta's factors; none of a dense one."""
+    """Return the number of values in a delta's factors; 0 for a dense delta."""
     rank = target.module.factor_rank if target.module.low_rank else 0
     return rank * sum(target.module.shape)
 
 
 def giving(result: Any) -> Callable[..., Any]:
-    """Make a function that returns the same, whatever it is called with."""
+    """Make a function that returns `result` for any arguments."""
     return lambda *args, **kwargs: result

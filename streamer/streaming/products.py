@@ -1,6 +1,6 @@
-"""Multiply with a matrix that is read a few rows at a time, and again where the gradient passes through the product.
+"""Multiply with a matrix that is read a few rows at a time, and read it again for the backward pass.
 
-Nothing of the matrix is kept between the two, and it gets no gradient: of ``Y = X Mᵀ`` the backward pass computes ``dX = dY M``.
+No part of the matrix is kept between the two, and it receives no gradient: for ``Y = X Mᵀ`` the backward pass computes ``dX = dY M``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from streamer.linalg.torch_state import bfloat16_products
 
 Blocks = Iterator[tuple[int, int, Tensor]]
-"""Rows of a matrix in order: from, to, and their values (to − from, n) in float32."""
+"""Rows of a matrix in order, as (from, to, values), with values (to − from, n) in float32."""
 
 
 @dataclass(frozen=True)
 class StreamedMatrix:
-    """A matrix (m, n) that is read for each product.
+    """Matrix (m, n) that is read for each product.
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class StreamedMatrix:
     blocks
         Reads all rows in order.
     rounded
-        Whether factors of products are rounded to bfloat16.
+        Whether products round their factors to bfloat16.
     """
 
     shape: tuple[int, int]
@@ -38,7 +38,7 @@ class StreamedMatrix:
     rounded: bool = False
 
     def multiply(self, X: Tensor, transposed: bool) -> Tensor:
-        """``X Mᵀ`` (t, m) for X (t, n), or `transposed`, ``X M`` (t, n) for X (t, m); without gradients."""
+        """Compute ``X Mᵀ`` (t, m) for X (t, n), or if `transposed` ``X M`` (t, n) for X (t, m); without gradients."""
         m, n = self.shape
         out: Tensor | None = None
         with torch.no_grad(), bfloat16_products() if self.rounded else contextlib.nullcontext():
@@ -55,13 +55,13 @@ class StreamedMatrix:
         return X.new_zeros((len(X), n if transposed else m)) if out is None else out
 
     def product(self, X: Tensor, transposed: bool) -> Tensor:
-        """``X Mᵀ`` or ``X M``, through which gradients pass to X."""
+        """Compute ``X Mᵀ`` or ``X M`` so that gradients flow to X."""
         out: Tensor = _Product.apply(X, self, transposed)  # type: ignore[no-untyped-call]  # torch types no `apply`
         return out
 
 
 class _Product(torch.autograd.Function):
-    """``X Mᵀ`` or ``X M``, whose backward pass reads M again."""
+    """``X Mᵀ`` or ``X M``; the backward pass reads M again."""
 
     @staticmethod
     def forward(ctx: Any, X: Tensor, matrix: StreamedMatrix, transposed: bool) -> Tensor:

@@ -1,7 +1,7 @@
-"""Find the weights on disk that each parameter and buffer of a loaded model is made of.
+"""Find the weights on disk that form each parameter and buffer of a loaded model.
 
 ``model.layers.0.mlp.up_proj.weight`` of a vision-language model → ``language_model.model.layers.0.mlp.up_proj.weight`` on disk;
-``model.layers.0.mlp.experts.gate_up_proj`` (8, 2·I, H) → for each expert ``….experts.3.w1.weight`` above ``….experts.3.w3.weight``.
+``model.layers.0.mlp.experts.gate_up_proj`` (8, 2·I, H) → for each expert, ``….experts.3.w1.weight`` above ``….experts.3.w3.weight``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from streamer.units import listed
 
 @dataclass(frozen=True)
 class Source:
-    """Weights on disk that hold a tensor of the loaded model, or one matrix of a stack, one below the other.
+    """Weights on disk, concatenated by rows, that form a tensor of the loaded model or one matrix of a stack.
 
     Attributes
     ----------
     slices
-        The weights' names, with the index of the matrix where a weight is a stack.
+        The weights' names, with the matrix's index if a weight is a stack.
     transposed
-        The loaded tensor is the transpose.
+        Whether the loaded tensor is the transpose.
     """
 
     slices: tuple[TensorSlice, ...]
@@ -37,16 +37,16 @@ class Source:
 
 @dataclass(frozen=True)
 class RunTimeTensor:
-    """A parameter or buffer of the loaded model.
+    """Parameter or buffer of the loaded model.
 
     Attributes
     ----------
     name, shape
-        In the loaded model.
+        Name and shape in the loaded model.
     base, adapted
-        Sources in the base and in the model with the adapter, which may undo a tie: one of the whole tensor, or one an expert.
+        Sources in the base and in the adapted model, which may undo a tie: one for the whole tensor, or one for each expert.
     stacked
-        Whether there is one an expert.
+        Whether there is one source for each expert.
     """
 
     name: str
@@ -57,35 +57,35 @@ class RunTimeTensor:
 
     @property
     def weights(self) -> set[str]:
-        """Names of the adapted model's weights that it is made of."""
+        """Return the names of the adapted model's weights that form it."""
         return {piece.weight for source in self.adapted for piece in source.slices}
 
 
 def match_run_time(
     plan: Plan, shapes: Mapping[str, tuple[int, ...]], optional: Iterable[str], prefix: str
 ) -> dict[str, RunTimeTensor]:
-    """Match each tensor of a loaded model to the base's weights, and check that all that the adapter changes are among them.
+    """Match each tensor of a loaded model to the base's weights, and check that they include everything that the adapter changes.
 
     Parameters
     ----------
     shapes
         Name → shape of every parameter and persistent buffer.
     optional
-        Those that a checkpoint may lack: buffers, whose values the class makes.
+        Buffers that a checkpoint may lack because the class computes them.
     prefix
-        The class's ``base_model_prefix``, with which a checkpoint's names begin or not.
+        The class's ``base_model_prefix``, with which a checkpoint's names may begin.
 
     Raises
     ------
     MismatchError
-        If a parameter has no weights, or ones of another shape.
+        If a parameter has no weights, or weights of another shape.
     UnsupportedError
-        If weights are built on loading in a way that is not known here, or the adapter changes one that the loaded model lacks.
+        If loading builds weights in an unknown way, or the adapter changes a weight that the loaded model does not have.
     """
     if plan.weights.quantized_names and any(a.conv1d for a in architectures_for(plan.config)):
         raise UnsupportedError(
             f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in), and the loaded model as (in, out), "
-            "which is not supported by evaluate and fit; take the 16-bit base"
+            "which is not supported by evaluate and fit; use the 16-bit base"
         )
     names, optional = _Names(plan, prefix), set(optional)
     found: dict[str, RunTimeTensor] = {}
@@ -105,14 +105,14 @@ def match_run_time(
     changed = {*plan.by_weight, *plan.edits.sources, *plan.edits.shifts, *plan.edits.rows}
     if lost := sorted(changed - used):
         raise UnsupportedError(
-            f"{plan.adapter.path}: changes {len(lost)} tensors that the class of {plan.base.path} does not compute a text's losses with, "
+            f"{plan.adapter.path}: changes {len(lost)} tensors that the class of {plan.base.path} does not use to compute a text's losses, "
             f"{listed(map(repr, lost))}; evaluate and fit cannot measure them"
         )
     return found
 
 
 class _Names:
-    """Weights on disk by the run-time names that loading gives them."""
+    """Index of weights on disk by the run-time names that loading gives them."""
 
     def __init__(self, plan: Plan, prefix: str) -> None:
         self.plan, self.prefix = plan, f"{prefix}." if prefix else ""
@@ -128,7 +128,7 @@ class _Names:
         self.edited = {*edits.sources, *edits.rows, *edits.shifts, *plan.by_weight}
 
     def find(self, name: str, shape: tuple[int, ...]) -> RunTimeTensor | None:
-        """Find the sources of one tensor; None where there are none."""
+        """Find the sources of one tensor; None if it has none."""
         spellings = dict.fromkeys((name, name.removeprefix(self.prefix), self.prefix + name))
         loaded = next((self.at[spelling] for spelling in spellings if spelling in self.at), [])
         tie = next((self.ties[spelling] for spelling in spellings if spelling in self.ties), None)
@@ -147,7 +147,7 @@ class _Names:
         return RunTimeTensor(name, shape, base, adapted, stacked)
 
     def _direct(self, weight: str, shape: tuple[int, ...]) -> tuple[Source, ...]:
-        """Take a weight as it is: a stack of matrices one by one."""
+        """Use a weight unchanged; a stack gives one source for each matrix."""
         weights, sources = self.plan.weights, self.plan.edits.sources
         stored = weights[weight].shape if weight in weights else sources[weight].info.shape
         if stored != shape:
@@ -155,12 +155,12 @@ class _Names:
                 f"{self.plan.base.path}: {weight!r} has shape {list(stored)}, and its class expects {list(shape)}; is it of another class, "
                 "or another vocabulary, than its config.json says?"
             )
-        if len(shape) == 3 and not weight.endswith(".weight"):  # a convolution's is called so
+        if len(shape) == 3 and not weight.endswith(".weight"):  # a name in .weight is a convolution's
             return tuple(Source((TensorSlice(weight, e),)) for e in range(shape[0]))
         return (Source((TensorSlice(weight),)),)
 
     def _built(self, name: str, loaded: Sequence[Loaded], shape: tuple[int, ...]) -> tuple[Source, ...]:
-        """Take the pieces of a tensor that loading builds: of each expert's tensors, or of stacks."""
+        """Collect the pieces of a tensor that loading builds, from each expert's tensors or from stacks."""
         by = loaded[0].by
         assert by is not None
         if not by.stacks or len(shape) != 3:
@@ -175,8 +175,8 @@ class _Names:
         experts = range(shape[0])
         if any(sorted(s) != (list(experts) if numbered else [0]) for s in sources):
             raise MismatchError(
-                f"{self.plan.base.path}: {name!r} is built on loading from {loaded[0].tensor!r} and its like, which are not one for each "
-                f"of {shape[0]} experts"
+                f"{self.plan.base.path}: {name!r} is built on loading from {loaded[0].tensor!r} and similar tensors, which are not one for "
+                f"each of {shape[0]} experts"
             )
         rows, width = self._sides(sources, numbered)
         transposed = by.by == (TRANSPOSE,) or (by.by == (TRANSPOSE_IF,) and (rows, width) != shape[1:])
@@ -191,7 +191,7 @@ class _Names:
         return tuple(Source(pieces(e), transposed) for e in experts)
 
     def _sides(self, sources: Sequence[Mapping[int, str]], numbered: bool) -> tuple[int, int]:
-        """Return rows and columns of one expert's matrix, its pieces one below the other."""
+        """Return the rows and columns of one expert's matrix, with its pieces concatenated by rows."""
         shapes = [self.plan.weights[s[0]].shape for s in sources]
         shapes = shapes if numbered else [shape[1:] for shape in shapes]
         if any(len(shape) != 2 for shape in shapes) or len({shape[1] for shape in shapes}) != 1:

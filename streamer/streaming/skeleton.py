@@ -1,4 +1,4 @@
-"""Build the model of a ``config.json`` with transformers: parameters on the meta device, buffers for real."""
+"""Build a model from its ``config.json`` with transformers: parameters on the meta device, buffers with real values."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
     Returns
     -------
     nn.Module
-        In evaluation mode. Parameters are on the meta device, in float32; buffers, on the device given, hold what the class computes
-        from the config.
+        The model in evaluation mode. Parameters are on the meta device, in float32; buffers are on the given device and hold what the class
+        computes from the config.
 
     Raises
     ------
     UnsupportedError
-        If the class is none of transformers', or not one that predicts the next token of a text.
+        If the class is not one of transformers', or does not predict the next token of a text.
     """
     transformers = require_transformers()
     from transformers.initialization import no_init_weights
@@ -35,7 +35,7 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
     directory = plan.base.directory
     if directory is None or not (directory / MODEL_CONFIG).exists():
         raise MissingInputError(
-            f"{plan.base.path}: has no {MODEL_CONFIG}, which says what model it is; give the directory of the model",
+            f"{plan.base.path}: has no {MODEL_CONFIG}, which names the model's class; give the directory of the model",
             MODEL_CONFIG,
         )
     name = plan.config.architecture or next(iter(plan.config.architectures), None)
@@ -52,10 +52,10 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
             raise FormatError(f"{directory / MODEL_CONFIG}: transformers cannot read it: {first_line(e)}") from e
         if config.is_encoder_decoder or not _predicts_next(cls.__name__):
             raise UnsupportedError(
-                f"{directory / MODEL_CONFIG}: {name} does not predict the next token of a text; evaluate and fit take "
-                "causal language models"
+                f"{directory / MODEL_CONFIG}: {name} does not predict the next token of a text; evaluate and fit need "
+                "a causal language model"
             )
-        config._experts_implementation = "eager"  # a loop over experts, of which one is in memory at a time
+        config._experts_implementation = "eager"  # loops over experts, so that one is in memory at a time
         config.use_cache = False
         try:
             with _parameters_on_meta(), no_init_weights():
@@ -78,7 +78,7 @@ def _predicts_next(name: str) -> bool:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Move each parameter to the meta device as a module registers it, before anything fills it."""
+    """Move each parameter to the meta device when a module registers it, before it is filled."""
 
     def on_meta(module: nn.Module, name: str, parameter: Tensor | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta:

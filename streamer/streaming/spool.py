@@ -1,4 +1,4 @@
-"""Keep tensors in a temporary file without a name, so that memory does not grow with their number."""
+"""Keep tensors in an unnamed temporary file, so that memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from streamer.storage.system import MAX_CALL_BYTES, drop_cached, read_at
 
 @dataclass(frozen=True)
 class Spooled:
-    """Where tensors lie in a spool, one after the other.
+    """Position of consecutive tensors in a spool.
 
     Attributes
     ----------
     start, nbytes
-        Their bytes.
+        Offset and length in bytes.
     shapes, dtypes, devices
-        Of each.
+        Shape, dtype and device of each tensor.
     """
 
     start: int
@@ -37,12 +37,12 @@ class Spooled:
 
 
 class Spool:
-    """A file that vanishes with the process, and the tensors written to it.
+    """File that disappears with the process, and the tensors written to it.
 
     Parameters
     ----------
     directory
-        Where the file has its blocks; the system's directory for temporary files by default.
+        Directory whose disk holds the file; by default the system's directory for temporary files.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -51,7 +51,7 @@ class Spool:
             self._fd, path = tempfile.mkstemp(prefix=".streamer-", dir=self.directory)
             os.unlink(path)
         self.close = weakref.finalize(self, os.close, self._fd)
-        """Gives the file's blocks back."""
+        """Frees the file's blocks."""
         self.end = 0
 
     def write(self, tensors: Sequence[Tensor]) -> Spooled:
@@ -76,13 +76,13 @@ class Spool:
         return Spooled(start, at - start, shapes, dtypes, devices)
 
     def clear(self) -> None:
-        """Drop all tensors, and give their blocks back."""
+        """Drop all tensors and free their blocks."""
         with storage_errors(self.directory, "shorten a temporary file"):
             os.ftruncate(self._fd, 0)
         self.end = 0
 
     def read(self, place: Spooled, *, again: bool = False) -> list[Tensor]:
-        """Read tensors into memory of their own, where they were; those that are read `again` stay in the page cache."""
+        """Read tensors into new memory on their devices; with `again`, they stay in the page cache for another read."""
         at, out = place.start, []
         for shape, dtype, device in zip(place.shapes, place.dtypes, place.devices, strict=True):
             tensor = torch.empty(shape, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Keep the inputs of a module in a temporary file, and give their second moments."""
+"""Keep the inputs of a module in a temporary file, and compute their second moments."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from streamer.linalg.second_moments import Moments, OneHotMoments, RowMoments
 from streamer.streaming.spool import Spool, Spooled
 
 ROWS = 512
-"""Inputs that are written together, and read."""
+"""Number of inputs to write or read at a time."""
 
 
 class Inputs:
-    """Inputs of a module on one text, in a spool; of one-hot inputs how many there are of each."""
+    """Inputs of a module on one text, in a spool; for one-hot inputs, the count of each value."""
 
     def __init__(self, spool: Spool) -> None:
         self.spool, self.places = spool, list[Spooled]()
@@ -31,24 +31,24 @@ class Inputs:
         self.squares += float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
     def count(self, ids: Tensor, size: int) -> None:
-        """Add one-hot inputs by their numbers, of `size` that there are."""
+        """Add one-hot inputs by their indices, of `size` possible ones."""
         counts = torch.bincount(ids.flatten(), minlength=size).double()
         self.counts = counts if self.counts is None else self.counts + counts
         self.squares += ids.numel()
 
     def moments(self, tokens: int) -> Moments:
-        """Return their moments as means over so many tokens, which may be read as long as the spool holds the inputs."""
+        """Return the moments as means over this many tokens; they can be read as long as the spool holds the inputs."""
         if self.counts is not None:
             return OneHotMoments(self.counts / tokens)
         return self.row_moments(tokens)
 
     def row_moments(self, tokens: int) -> RowMoments:
-        """Return those of inputs that are not one-hot."""
+        """Return the moments of inputs that are not one-hot."""
         first = self.places[0]
         return RowMoments(first.shapes[0][1], tokens, self.squares / tokens, self._read, first.devices[0])
 
     def _read(self) -> Iterator[Tensor]:
-        """Read them, few as they were added at a time, as those of an expert are, as many as are read together."""
+        """Read the inputs; small pieces, such as an expert's, are joined up to `ROWS` at a time."""
         rows, count = list[Tensor](), 0
         for place in self.places:
             if count + place.shapes[0][0] > ROWS:

@@ -1,4 +1,4 @@
-"""What runs by turns as inputs are collected: texts, each as the base, as base + adapter, or as a model in the making."""
+"""Define what runs in turns while inputs are collected: texts, each through the base, base + adapter, or a model being corrected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from streamer.measuring.sequences import TextSequences
 
 GENERAL_AS, TASK_AS, GENERAL_CORRECTED, TASK_CORRECTED = range(4)
-"""What runs: general text as the base, the task's as base + adapter, and both as a model whose deltas are being replaced."""
+"""Streams: general text through the base, task text through base + adapter, and both through a model whose deltas are being replaced."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Group:
     Attributes
     ----------
     stream
-        What runs: `GENERAL_AS` or another.
+        The stream, such as `GENERAL_AS`.
     on_read
         Called before each parameter is read.
     """

@@ -1,4 +1,4 @@
-"""Run functions by turns."""
+"""Run functions in turns."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 
 class Turns:
-    """Functions that run by turns, one at a time, each until it pauses; a thread each, so that they keep their place.
+    """Functions that run in turns, one at a time, each until it pauses; each has a thread, which keeps its position.
 
-    A round is over when each has paused once more, or ended.
+    A round is over when each function has paused once more or ended.
     """
 
     def __init__(self, runs: Sequence[Callable[[], None]]) -> None:
@@ -21,7 +21,7 @@ class Turns:
         self._ended: set[int] = set()
 
     def run(self, begin: Callable[[int], None], between: Callable[[], None]) -> None:
-        """Run all to their ends.
+        """Run all functions to their ends.
 
         Parameters
         ----------
@@ -52,11 +52,11 @@ class Turns:
             for semaphore in self._go:
                 semaphore.release()
             for thread in threads:
-                if thread.ident is not None:  # it was started
+                if thread.ident is not None:  # the thread was started
                     thread.join()
 
     def pause(self) -> None:
-        """End the turn of the run that calls it."""
+        """End the turn of the calling function."""
         number = self._running
         self._back.release()
         self._go[number].acquire()
@@ -70,7 +70,7 @@ class Turns:
                 self._runs[number]()
         except _Stopped:
             return
-        except BaseException as e:  # handed to the caller, who raises it
+        except BaseException as e:  # the main thread raises it
             self._error = e
         finally:
             self._ended.add(number)
@@ -78,4 +78,4 @@ class Turns:
 
 
 class _Stopped(BaseException):
-    """Ends a run whose turns are over because another failed."""
+    """Ends a function whose turns are over because another failed."""

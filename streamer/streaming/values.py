@@ -1,4 +1,4 @@
-"""Read the values of a loaded model's tensors under each variant: the base's, and with the adapter's edits and mitigated deltas."""
+"""Read the values of a loaded model's tensors under each variant: the base's own, or with the adapter's edits and mitigated deltas."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from streamer.weights.plain import Plain
 
 @dataclass(frozen=True)
 class Job:
-    """Variants of one adapted model, and what their deltas are made of.
+    """Variants of one adapted model, and what their deltas are computed from.
 
     Attributes
     ----------
     findings
-        Those on all matrices; None where no variant needs any.
+        Findings on all matrices; None if no variant needs them.
     projected
-        Whether deltas are projected onto the adapter's rank, as `mitigate` writes them, and not complete, as `merge` does.
+        Whether deltas are projected onto the adapter's rank, as `mitigate` writes them, instead of kept complete, as `merge` does.
     rounds_products
-        Whether products of the base's weights with activations are of factors rounded to bfloat16.
+        Whether products of the base's weights with activations use factors rounded to bfloat16.
     device
-        Where a model runs: what is read from files crosses to it here, and nothing else has a device of its own.
+        Device on which the model runs; everything read from files is copied to it here.
     """
 
     plan: Plan
@@ -54,12 +54,12 @@ class Job:
 
 
 class Values:
-    """Values in float32 of the tensors that a loaded model is made of, by number of the variant.
+    """Float32 values of the tensors that form a loaded model, by the variant's number.
 
     Attributes
     ----------
     applied
-        Names of the weights whose deltas were given out.
+        Names of the weights whose deltas were used.
     read
         Names of the weights that were read with the adapter's edits.
     """
@@ -72,11 +72,11 @@ class Values:
         self._last: tuple[str, Delta] | None = None
 
     def adapted(self, variant: int) -> bool:
-        """Test whether a variant has anything of the adapter: all but the base have."""
+        """Test whether a variant uses the adapter; only the base does not."""
         return self.job.variants[variant].mitigation is not None
 
     def weight(self, name: str, variant: int) -> Weight:
-        """Return the weight that the deltas of a variant are added to."""
+        """Return the weight to which a variant's deltas are added."""
         adapted = self.adapted(variant)
         if adapted:
             self.read.add(name)
@@ -87,7 +87,7 @@ class Values:
         return tensor.adapted if self.adapted(variant) else tensor.base
 
     def edited(self, tensor: RunTimeTensor) -> bool:
-        """Test whether the adapter changes a tensor otherwise than by deltas, alike in all variants but the base."""
+        """Test whether the adapter changes a tensor in other ways than by deltas, which is the same in all variants but the base."""
         edits = self.plan.edits
         names = {*edits.sources, *edits.shifts, *edits.rows}
         return bool(names & tensor.weights) or tensor.base != tensor.adapted
@@ -97,7 +97,7 @@ class Values:
         return [pair for weight in sorted(tensor.weights) for pair in self.plan.by_weight.get(weight, ())]
 
     def low_rank_target(self, tensor: RunTimeTensor) -> Target | None:
-        """Return the target that is the whole tensor, if its delta comes in factors."""
+        """Return the target that covers the whole tensor, if its delta is given as factors."""
         pairs = self.targets(tensor)
         if len(pairs) != 1 or tensor.stacked or tensor.adapted[0].transposed or len(tensor.adapted[0].slices) > 1:
             return None
@@ -105,7 +105,7 @@ class Values:
         return target if low_rank and held.index is None and held.rows is None and len(tensor.shape) == 2 else None
 
     def deltas(self, target: Target) -> Iterator[LowRank | None]:
-        """Compute the factors of Δ' of each variant in turn, in float32 and as the weight is stored: (rows, columns); None of the base."""
+        """Yield the factors of each variant's Δ' in float32, oriented as the weight is stored: (rows, columns); None for the base."""
         self.applied.update(held.weight for held in target.slices)
         for variant in range(len(self.job.variants)):
             if not self.adapted(variant):
@@ -116,7 +116,7 @@ class Values:
             yield (delta.T if target.transposed else delta).to(torch.float32, self.device)
 
     def _delta(self, target: Target, variant: int) -> Delta:
-        """Compute Δ' (out, in) of one variant; Δ is kept for the variants to come."""
+        """Compute Δ' (out, in) of one variant; Δ is kept for the next variants."""
         if self._last is None or self._last[0] != target.tensor:
             self._last = target.tensor, self.plan.finite_delta(target)
         method, findings = self.job.variants[variant].mitigation, self.job.findings
@@ -136,7 +136,7 @@ class Values:
         Parameters
         ----------
         with_delta
-            Whether deltas are added.
+            Whether to add deltas.
         """
         sources = self.sources(tensor, variant)
         if not tensor.stacked:
@@ -144,7 +144,7 @@ class Values:
         return torch.stack([self.matrix(source, variant, with_delta) for source in sources])
 
     def matrix(self, source: Source, variant: int, with_delta: bool) -> Tensor:
-        """Read the tensor, or the one matrix, of a source."""
+        """Read the tensor or the single matrix of a source."""
         pieces = [self._piece(piece, variant, with_delta) for piece in source.slices]
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return values.T if source.transposed else values
@@ -155,12 +155,12 @@ class Values:
         return weight if held.index is None else weight.slice(held.index)
 
     def blocks(self, source: Source, variant: int, first: int, last: int) -> Iterator[tuple[int, int, Tensor]]:
-        """Read rows of a source's matrix as they are stored, a few at a time, without deltas: from, to, values.
+        """Read rows of a source's matrix as stored, a few at a time, without deltas; yields (from, to, values).
 
         Parameters
         ----------
         first, last
-            Rows to read; those that are given out are counted from the first.
+            Range of rows to read; the yielded positions count from `first`.
         """
         at = -first
         for held in source.slices:
@@ -187,13 +187,13 @@ class Values:
         return self._rows(tensor, variant, i, j, self.device)
 
     def looked_up(self, tensor: RunTimeTensor, variant: int, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Read the rows of a plain matrix that are looked up: their numbers, without deltas, and each id's place among them."""
-        unique, at = torch.unique(ids.to(CPU), return_inverse=True)  # by which files are read
-        rows = torch.cat([self._rows(tensor, variant, i, i + 1, CPU) for i in unique.tolist()])  # which cross together
+        """Read the looked-up rows of a plain matrix, without deltas; returns their numbers, the rows, and each id's place among them."""
+        unique, at = torch.unique(ids.to(CPU), return_inverse=True)  # files are read by these numbers
+        rows = torch.cat([self._rows(tensor, variant, i, i + 1, CPU) for i in unique.tolist()])  # to copy at once
         return unique.to(self.device), rows.to(self.device), at.to(self.device)
 
     def row_access(self, tensor: RunTimeTensor) -> bool:
-        """Test whether a few rows can be read by themselves: of a vector or matrix that stands as it is."""
+        """Test whether a few rows can be read by themselves: the tensor is a vector or matrix that one weight stores unchanged."""
         sources = (*tensor.base, *tensor.adapted)
         return len(tensor.shape) <= 2 and all(
             len(s.slices) == 1 and s.slices[0].index is None and not s.transposed for s in sources
@@ -217,7 +217,7 @@ class Values:
         self.applied.add(part.weight)
 
     def _edit(self, name: str, variant: int, values: Tensor, start: int) -> None:
-        """Make the adapter's edits to rows of a weight that begin at `start`: biases that are added, rows that are replaced."""
+        """Apply the adapter's edits to rows of a weight starting at `start`: biases are added, rows are replaced."""
         edits = self.plan.edits
         if not self.adapted(variant):
             return
@@ -240,24 +240,24 @@ class Values:
         return values.reshape(j - i, *tensor.shape[1:])
 
     def unused(self) -> list[str]:
-        """List the weights that the adapter changes, and of which no pass so far has used the change."""
+        """List the weights whose change by the adapter no pass has used so far."""
         edits = self.plan.edits
         edited = {*edits.sources, *edits.shifts, *edits.rows}
         return sorted({*self.plan.by_weight} - self.applied | edited - self.read)
 
 
 def _float32(stored: Tensor, device: torch.device) -> Tensor:
-    """Copy values to a device as they are stored, which takes the fewest bytes, and there to float32."""
+    """Copy values to a device in their stored dtype, which moves the fewest bytes, and convert them to float32 there."""
     return stored.to(device).to(torch.float32, copy=True)
 
 
 def same_values(values: Values, tensors: Sequence[RunTimeTensor], additive: bool) -> list[range]:
-    """Group variants that follow one another and under which tensors have the same values.
+    """Group consecutive variants under which tensors have the same values.
 
     Parameters
     ----------
     additive
-        Whether the deltas are added to the products, and not to the tensors.
+        Whether deltas are added to the products instead of the tensors.
     """
     count = len(values.job.variants)
     if count == 1:

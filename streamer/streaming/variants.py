@@ -1,4 +1,4 @@
-"""Name the variants of a model that are compared: the base, the adapter as it is, and each method at each λ."""
+"""Name the variants of a model to compare: the base, the unchanged adapter, and each method at each λ."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from streamer.methods.input_map import InputMap
 from streamer.methods.method import Method
 
 BASE, ADAPTER = "base", "adapter"
-"""Names of the first two variants: the model without the adapter, and with the adapter as it is."""
+"""Names of the first two variants: the model without the adapter, and with the unchanged adapter."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to evaluate: the base, with an adapter mitigated by these options.
+    """A model to evaluate: the base with an adapter mitigated by one method.
 
     Attributes
     ----------
     name
-        ``base``, ``adapter``, or method and λ: ``paper 0.5``; of coefficients the share that they keep: ``fitted 0.9``.
+        ``base``, ``adapter``, or method and λ: ``paper 0.5``; for coefficients the share that they keep: ``fitted 0.9``.
     mitigation
-        Options of Δ'; None for the base, which has nothing of the adapter.
+        The method that computes Δ'; None for the base, which does not use the adapter.
     """
 
     name: str
@@ -33,27 +33,27 @@ class Variant:
 
     @classmethod
     def of(cls, method: Method) -> Variant:
-        """Name the variant that a method makes."""
+        """Make the variant for a method, named by its label."""
         return cls(method.label, method)
 
     @property
     def method(self) -> MethodName | None:
-        """Method of mitigation; None for ``base`` and ``adapter``."""
+        """Return the name of the method; None for ``base`` and ``adapter``."""
         return self.mitigation.name if self.mitigation and self.name != ADAPTER else None
 
     @property
     def mitigation_lambda(self) -> float | None:
-        """λ; None for ``base``, ``adapter`` and coefficients."""
+        """Return λ; None for ``base``, ``adapter`` and coefficients."""
         return self.mitigation.mitigation_lambda if self.mitigation and self.name != ADAPTER else None
 
     @property
     def scales_intruders(self) -> bool:
-        """Test whether it depends on findings."""
+        """Test whether the variant depends on findings."""
         return self.mitigation is not None and self.mitigation.needs_detection
 
     @property
     def keep(self) -> float | None:
-        """Share of the learning that its coefficients keep; None for all others."""
+        """Return the share of the learning that its coefficients keep; None for all other variants."""
         fitted = self.mitigation and self.mitigation.coefficients
         return fitted.keep if fitted else None
 
@@ -68,14 +68,14 @@ def make_variants(
 ) -> tuple[Variant, ...]:
     """List ``base``, ``adapter``, each method at each λ, and each set of coefficients, in this order.
 
-    The method ``fitted`` among others says no more than the coefficients do; alone it leaves the other methods out. With a map the method
-    that uses it is evaluated as well.
+    Listed among other methods, ``fitted`` adds nothing to the coefficients; alone, it leaves out the other methods. If a map is given, the
+    method that uses it is evaluated as well.
 
     Raises
     ------
     UsageError
-        If there is no method or no λ, one is given twice, λ is 1, which is the adapter as it is, ``fitted`` has no coefficients,
-        or an option makes no sense.
+        If there is no method or no λ, one is given twice, λ is 1 (the unchanged adapter), ``fitted`` has no coefficients, or an option
+        makes no sense.
     """
     for what, values in (("method", methods), ("lambda", lambdas)):
         if not values:
@@ -85,9 +85,9 @@ def make_variants(
     if 1 in lambdas:
         raise UsageError("lambda: 1 is the unchanged adapter, which is always evaluated; omit it")
     for name in methods:
-        if name not in BY_LAMBDA:  # refuses what is no name, a lack of coefficients, and those of another method
+        if name not in BY_LAMBDA:  # refuses unknown names, missing coefficients, and coefficients of another method
             make_method(name, coefficients=None if coefficients is None else coefficients.sets[0])
-    make_method(Shrink.name, scale=scale)  # refuses a scale, whatever the methods
+    make_method(Shrink.name, scale=scale)  # refuses a bad scale, whatever the methods
     by_lambda = [name for name in methods if name in BY_LAMBDA]
     if mapped is not None and NullSpace.name not in by_lambda:
         by_lambda.append(NullSpace.name)

@@ -1,1 +1,1 @@
-"""Check an output against its record and its inputs by safetensors, numpy and scipy, apart from the code that wrote it."""
+"""Check an output against its record and its inputs with safetensors, numpy and scipy, independently of the code that wrote it."""

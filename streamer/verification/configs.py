@@ -1,4 +1,4 @@
-"""Compare an output's config with the inputs', but for what streamer changes on purpose."""
+"""Compare an output's config with the inputs', except for deliberate changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLASSES = {
     "QUESTION_ANS": r"\w+ForQuestionAnswering(Simple)?", "SEQ_2_SEQ_LM": r"\w+(ForConditionalGeneration|ForTextToText|Model)",
     "CAUSAL_LM": r"\w+(ForCausalLM|LMHeadModel|ModelWithLMHead|ForConditionalGeneration|Decoder)",
 }  # fmt: skip
-"""The class that a merged model gets by its adapter's task, if its base has another head or none."""
+"""Pattern for a merged model's class by the adapter's task, for a base with another head or none."""
 
 KEPT = (
     "base_model_name_or_path",
@@ -36,28 +36,28 @@ KEPT = (
     "task_type",
     "trainable_token_indices",
 )
-"""Keys of an adapter's config that stay when it is written as LoRA of another rank; all others describe the old factors."""
+"""Keys that an adapter's config keeps when it is rewritten as LoRA of another rank; all others describe the old factors."""
 
 READ_ONLY = ("lora_B_layout", "unsloth_fused_expert_lora")
-"""Keys that say how an input is stored, which an output is not."""
+"""Keys that describe how an input is stored; outputs do not have them."""
 
 
 @dataclass(frozen=True)
 class ModelConfigCheck:
-    """Compare a merged model's ``config.json`` with that of the base, or of the fine-tuned model.
+    """Compare a merged model's ``config.json`` with the base's or the fine-tuned model's.
 
     Attributes
     ----------
     outcome
-        Takes the differences.
+        Collects the differences.
     record
         The output's ``streamer.json``.
     source
-        Directory of the model whose config the output has.
+        Directory of the model from which the output's config comes.
     adapter, base, files
         The adapter, and the tensors of the base and of the output.
     carried
-        The model's tensor → the adapter's that edit it.
+        The model's tensor → the adapter's tensors that edit it.
     """
 
     outcome: Outcome
@@ -69,14 +69,14 @@ class ModelConfigCheck:
     carried: dict[str, list[Part]]
 
     def check(self) -> None:
-        """Note each key that differs and that no change of the tensors explains."""
+        """Note each key that differs, unless a change of the tensors explains it."""
         path = self.outcome.output / MODEL_CONFIG
         before, after = _tree(self.source / MODEL_CONFIG), _tree(path)
         for keys, was, now in _changes(before, after, LABEL_NAMES):
             if not self._is_explained(keys, was, now):
                 self.outcome.differ(path, f"{'.'.join(keys)} {_shown(was)}, as the inputs say", _shown(now))
         untied = any(part.role == "tied" for edits in self.carried.values() for part in edits)
-        # Copies in the base, of which the output changes one.
+        # Matrices that are equal in the base and differ in the output.
         if not self.adapter.is_model and any(
             keys[-1] == TIE_KEY and value is True for keys, _, value in _changes({}, before)
         ):
@@ -90,7 +90,7 @@ class ModelConfigCheck:
             self.outcome.differ(path, f"{TIE_KEY} false, since the output has a head of its own", "another value")
 
     def _pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield each changed matrix outside of layers with every other of its shape, as a head and its embedding are."""
+        """Yield each changed matrix outside of layers with every other one of its shape, such as a head and its embedding."""
         outer = [name for name in self.files.all_names if not re.search(r"\.\d+\.", name)]
         changed = {*self.carried, *(row["tensor"] for row in self.record["matrices"])}
         shapes = {name: self.files.stored(name).shape for name in outer}
@@ -123,7 +123,7 @@ class ModelConfigCheck:
 
 
 def check_adapter_config(record: dict[str, Any], adapter: AdapterFiles, files: AdapterFiles, outcome: Outcome) -> None:
-    """Compare a written adapter's config with the input's, or with what its own tensors and the rank of ``--to-lora`` say."""
+    """Compare a written adapter's config with the input's, or with what its own tensors and the rank of ``--to-lora`` imply."""
     path, after = outcome.output / CONFIG_NAME, files.config
     before = {key: value for key, value in adapter.config.items() if key not in READ_ONLY}
     if record["to_lora"] is not None:
@@ -134,7 +134,7 @@ def check_adapter_config(record: dict[str, Any], adapter: AdapterFiles, files: A
 
 
 def _of_lora(record: dict[str, Any], adapter: AdapterFiles, files: AdapterFiles) -> dict[str, Any]:
-    """Make the config of an adapter of rank `to_lora`, or of a rank a module, as its tensors say."""
+    """Make the config of an adapter of rank `to_lora`, or of the ranks that its tensors have by module."""
     found = list(parts(files))
     config = {key: adapter.config[key] for key in KEPT if key in adapter.config}
     saved = {
@@ -144,7 +144,7 @@ def _of_lora(record: dict[str, Any], adapter: AdapterFiles, files: AdapterFiles)
         config["modules_to_save"] = [*saved]
     if adapter.is_model and "ensure_weight_tying" in files.config:
         config["ensure_weight_tying"] = True
-    # PEFT's names of a fine-tuned model's modules may begin otherwise than the record's.
+    # PEFT's names of a fine-tuned model's modules may have another prefix than the record's.
     linear = {_last(part.target) for part in found if ".lora_A." in part.source}
     inward = any(row["transposed"] and _last(row["module"]) in linear for row in record["matrices"])
     ranks = {module: files.files.stored(names[role])[1][0] for module, names in files.modules.items()
@@ -172,7 +172,7 @@ def _tree(path: Path) -> Any:
 def _changes(
     before: Any, after: Any, whole: tuple[str, ...] = (), at: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    """Yield the path of each key whose value differs, with both values; objects under keys in `whole` are compared as one value."""
+    """Yield the path of each key whose value differs, with both values; objects under keys in `whole` are compared whole."""
     if isinstance(after, dict) and (isinstance(before, dict) or before is ABSENT) and (not at or at[-1] not in whole):
         was: dict[str, Any] = before if isinstance(before, dict) else {}
         for key in [*was, *(key for key in after if key not in was)]:

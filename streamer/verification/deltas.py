@@ -1,4 +1,4 @@
-"""Compute with the matrix that is added to a weight, in float64: a product of factors, DoRA's, or a fine-tuned weight's difference."""
+"""Compute with the matrix added to a weight, in float64: a product of factors, DoRA's delta, or a fine-tuned model's difference."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from streamer.verification.tensors import Array, Matrix
 
 
 class Delta(Protocol):
-    """Give a matrix Δ (m, n) that is added to W0, a few rows at a time or as a whole."""
+    """Matrix Δ (m, n) that is added to W0, available by rows or as a whole."""
 
     def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        """Compute rows i to j of Δ, and a bound on the size of the terms that each value is the sum of; W0 are the base's rows."""
+        """Compute rows i to j of Δ, and a bound on the size of each value's summands; W0 are the base's rows."""
 
     def left_product(self, U: Array, base: Matrix) -> Array:
         """Compute ``Uᵀ Δ``, (q, n)."""
@@ -27,19 +27,19 @@ class Delta(Protocol):
         """Compute ‖Δ‖_F."""
 
     def operator(self, base: Matrix) -> Any:
-        """Return ``W0 + Δ`` as scipy's `LinearOperator`; memory is that of W0 in float64."""
+        """Return ``W0 + Δ`` as scipy's `LinearOperator`; holds W0 in float64."""
 
     def combined(self, factor: float, left: Array, right: Array, base: Matrix) -> LowRankDelta:
-        """Return ``factor · Δ + left · right`` in factors; left (m, q), right (q, n).
+        """Return ``factor · Δ + left · right`` as factors; left (m, q), right (q, n).
 
         Raises
         ------
         NotRecomputed
-            If that takes the full SVD of a matrix whose short side is over `DENSE_SIDE`.
+            If this needs the full SVD of a matrix whose short side is over `DENSE_SIDE`.
         """
 
     def dropped_without(self, U: Array, S: Array, Vh: Array, rank: int) -> float:
-        """Compute the relative norm that truncating ``Δ − U diag(S) Vh`` to a rank drops; 0 of a Δ that has no factors.
+        """Compute the relative norm lost by truncating ``Δ − U diag(S) Vh`` to a rank; 0 if Δ has no factors.
 
         Raises
         ------
@@ -49,7 +49,7 @@ class Delta(Protocol):
 
 
 class Truncated(NamedTuple):
-    """Hold the nearest matrix of rank r; the norm that is dropped, relative to the whole; how far it moves if the whole does by 1."""
+    """Nearest matrix of rank r; the norm lost, relative to the whole; how far the nearest matrix moves if the whole moves by 1."""
 
     low_rank: LowRankDelta
     dropped: float
@@ -58,7 +58,7 @@ class Truncated(NamedTuple):
 
 @dataclass(frozen=True)
 class LowRankDelta:
-    """``Δ = L Rᵀ``, L (m, r), R (n, r)."""
+    """``Δ = L Rᵀ`` with L (m, r) and R (n, r)."""
 
     L: Array
     R: Array
@@ -97,19 +97,19 @@ class LowRankDelta:
         return self.combined(1.0, -U * S, Vh).truncated(rank).dropped
 
     def svd(self) -> tuple[Array, Array, Array]:
-        """Compute ``U diag(S) Vᵀ = Δ``, U (m, p), S (p,), V (n, p), p = min(r, m, n), by QR of the factors and the SVD of the core."""
+        """Decompose ``Δ = U diag(S) Vᵀ`` by QR of the factors and SVD of the core: U (m, p), S (p,), V (n, p), p = min(r, m, n)."""
         Q, left = np.linalg.qr(self.L)
         P, right = np.linalg.qr(self.R)
         U, S, Vh = np.linalg.svd(left @ right.T, full_matrices=False)
         return Q @ U, S, P @ Vh.T
 
     def truncated(self, rank: int) -> Truncated:
-        """Truncate to a rank by QR of both factors and the SVD of the small core.
+        """Truncate to a rank by QR of both factors and SVD of the small core.
 
         Raises
         ------
         NotRecomputed
-            If the last value that is kept is as large as the first that is not.
+            If the smallest singular value kept is about as large as the first one dropped.
         """
         if self.L.shape[1] <= rank:
             return Truncated(self, 0.0, 1.0)
@@ -126,7 +126,7 @@ class LowRankDelta:
 
 
 class _DenseDelta(ABC):
-    """Compute with a delta that depends on W0, from its rows."""
+    """Computes with a delta that depends on W0, from its rows."""
 
     @abstractmethod
     def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
@@ -152,7 +152,7 @@ class _DenseDelta(ABC):
         from scipy.linalg import svd
 
         if min(base.shape) > DENSE_SIDE:
-            raise NotRecomputed(f"its delta is no product of factors, and its short side is over {DENSE_SIDE}")
+            raise NotRecomputed(f"its delta is not a product of factors, and its short side is over {DENSE_SIDE}")
         blocks = [factor * self.rows(i, j, base.rows(i, j))[0] + left[i:j] @ right for i, j in base.blocks()]
         U, S, Vh = svd(np.concatenate(blocks), full_matrices=False)
         return LowRankDelta(U * S, Vh.T)
@@ -163,7 +163,7 @@ class _DenseDelta(ABC):
 
 @dataclass(frozen=True)
 class DoraDelta(_DenseDelta):
-    """``Δ = m·(W0 + L Rᵀ)/‖W0 + L Rᵀ‖ − W0``; m (out,)."""
+    """``Δ = m·(W0 + L Rᵀ)/‖W0 + L Rᵀ‖ − W0`` with m (out,)."""
 
     low_rank: LowRankDelta
     magnitude: Array

@@ -1,4 +1,4 @@
-"""Compare an output's files with its record, its index with its shards, and names, dtypes and shapes of its tensors with the base's."""
+"""Compare an output's files with its record, its index with its shards, and its tensors' names, dtypes and shapes with the base's."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from streamer.verification.tensors import TensorFiles
 INDEX_NAME = "model.safetensors.index.json"
 
 LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
-"""Names of files that a loader takes for weights, or for a sign of them; none may stand beside those of the record, nor any of `READ`."""
+"""Files that a loader takes for weights or for a sign of them. Besides those in the record, none may exist, nor any in `READ`."""
 
 READ = (
     "config.json", "generation_config.json", "*processor_config.json", "*quant*config*.json", "*sentence*.json", "adapter_config.json",
     "tokenizer*.json", "*vocab*.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.json",
     "modules.json", "tekken.json", "params.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.py",
 )  # fmt: skip
-"""Names of other files that a loader reads: of configs, of tokenizers and their chat templates, and code that a config may name."""
+"""Other files that loaders read: configs, tokenizers with their chat templates, and code that a config may name."""
 
 TEMPLATES = "additional_chat_templates"
-"""A directory in which transformers looks for chat templates."""
+"""Directory in which transformers looks for chat templates."""
 
 BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64, "BF16": 16}
-"""Bits of an element, of dtypes whose names do not end in them."""
+"""Bits of an element for dtypes whose names do not end in the number of bits."""
 
 
 def check_files(record: dict[str, Any], outcome: Outcome, monitor: Monitor) -> None:
-    """Compare presence, size and SHA-256 of every file with the record; a file differs in one of these at most."""
+    """Compare the presence, size and SHA-256 of every file with the record; only the first difference of a file is noted."""
     listed: dict[Path, dict[str, Any]] = {}
     for entry in record["files"]:
         name = Path(entry["file"])
@@ -53,7 +53,7 @@ def check_files(record: dict[str, Any], outcome: Outcome, monitor: Monitor) -> N
     beside = {
         path for folder in folders for pattern in (*LOADED, *READ) for path in folder.glob(pattern)
     } - listed.keys()
-    if outcome.kind == "adapter":  # PEFT asks for its own config and runs no code
+    if outcome.kind == "adapter":  # PEFT reads only its own config and runs no code
         beside -= {path for path in beside if path.name == "config.json" or path.suffix == ".py"}
     for path in sorted(path for path in beside if path.is_file() and not path.name.startswith(".")):
         outcome.differ(path, f"no such file by {RECORD_NAME}", "one")
@@ -64,7 +64,7 @@ def check_files(record: dict[str, Any], outcome: Outcome, monitor: Monitor) -> N
 
 
 def check_tensors(record: dict[str, Any], outcome: Outcome, base: TensorFiles | None) -> None:
-    """Compare the headers of an output's files with the record, with its index, and with the base's where that is given."""
+    """Compare the headers of an output's files with the record, the index, and the base if given."""
     paths = [outcome.output / name for name in shards(record)]
     if any(map(outcome.differing, paths)):
         return
@@ -80,7 +80,7 @@ def check_tensors(record: dict[str, Any], outcome: Outcome, base: TensorFiles | 
 
 
 def _check_index(index: Path, files: TensorFiles, outcome: Outcome) -> None:
-    """Compare an index with the shards: each tensor where it says, none missing, none more, and the sum of their bytes."""
+    """Compare an index with the shards: where each tensor is, missing and additional tensors, and the sum of bytes."""
     try:
         tree = json.loads(index.read_bytes())
         weight_map, total = dict(tree["weight_map"]), tree["metadata"]["total_size"]
@@ -107,7 +107,7 @@ def _nbytes(files: TensorFiles, name: str) -> int:
 
 
 def _check_shapes(record: dict[str, Any], files: TensorFiles, base: TensorFiles, outcome: Outcome) -> None:
-    """Compare names, dtypes and shapes with the base's; tensors that the adapter brings may have others."""
+    """Compare names, dtypes and shapes with the base's, except for tensors that come from the adapter."""
     carried = {c["tensor"] for c in record["carried"]}
     mine, theirs = ({n for names in f.names.values() for n in names} for f in (files, base))
     for name in sorted((mine | theirs) - carried):

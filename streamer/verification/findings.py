@@ -1,4 +1,4 @@
-"""Check a findings file: the digest that it holds of itself, its arrays, and, given the inputs, its triplets and similarities."""
+"""Check a findings file: its own digest, its arrays, and, if inputs are given, its triplets and similarities."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ NUMBERS = ("singular_values", "similarity", "similarity_low", "similarity_high",
 ARRAYS = (*FACTORS, *NUMBERS, "intruders")
 
 FIGURE_ERROR = 1e-3
-"""Relative difference of norms and shares: findings have them in float32, from vectors that are off by an angle."""
+"""Largest relative difference of norms and shares: findings store float32 values, from vectors with an angle error."""
 
 
 def read_findings(outcome: Outcome, has_inputs: bool, monitor: Monitor) -> dict[str, Any] | None:
-    """Compare a findings file with the digest that it holds, and return its JSON, or None where it differs.
+    """Compare a findings file with its own digest, and return its JSON, or None if it differs.
 
     Raises
     ------
     FormatError
-        If it is a safetensors file of another kind.
+        If it is another kind of safetensors file.
     UnsupportedError
-        If it holds no digest, and no inputs are given to recompute it from.
+        If it has no digest, and no inputs are given to recompute it from.
     """
     from safetensors import SafetensorError
 
@@ -65,7 +65,7 @@ def read_findings(outcome: Outcome, has_inputs: bool, monitor: Monitor) -> dict[
         raise FormatError(
             f"{path}: expected findings or an output's directory, found another safetensors file; name what streamer wrote"
         )
-    # Keys that a later version adds stand under a digest; without one any other key is damage.
+    # A later version may add keys, which a digest covers; without a digest any other key is damage.
     unknown = metadata.keys() - own if DIGEST not in metadata else ()
     if metadata.get("schema") != SCHEMA or "findings" not in metadata or unknown:
         outcome.differ(path, f"metadata of {SCHEMA}", f"schema {metadata.get('schema')!r} and keys {sorted(metadata)}")
@@ -74,7 +74,7 @@ def read_findings(outcome: Outcome, has_inputs: bool, monitor: Monitor) -> dict[
     if stated is None:
         if not has_inputs:
             raise UnsupportedError(
-                f"{path}: holds no digest, as findings that a version before 0.2 wrote; give BASE ADAPTER and --sample all to recompute it"
+                f"{path}: holds no digest, like all findings from versions before 0.2; give BASE ADAPTER and --sample all to recompute it"
             )
     elif (found := _digest(path, stated, monitor)) != stated:
         outcome.differ(path, f"SHA-256 {stated} by its own metadata", found)
@@ -83,11 +83,11 @@ def read_findings(outcome: Outcome, has_inputs: bool, monitor: Monitor) -> dict[
 
 
 def _digest(path: Path, stated: str, monitor: Monitor) -> str:
-    """Compute the SHA-256 of a file in whose header the stated digest is replaced by zeros."""
+    """Compute the SHA-256 of a file with zeros in place of the digest in its header."""
     total = path.stat().st_size
     with path.open("rb") as f:
         length = f.read(8)
-        # The library has read the header, so that its length is within the format's limit.
+        # The library has already read the header, so its length is within the format's limit.
         header = length + f.read(int.from_bytes(length, "little"))
         digest, done = hashlib.sha256(header.replace(stated.encode(), b"0" * 64, 1)), len(header)
         while piece := f.read(PIECE_BYTES):
@@ -100,7 +100,7 @@ def _digest(path: Path, stated: str, monitor: Monitor) -> str:
 
 
 def _parsed(outcome: Outcome, text: str) -> dict[str, Any] | None:
-    """Return the JSON of findings, whose matrices have all their arrays, and no others."""
+    """Return the findings' JSON if each matrix has exactly its own arrays; otherwise note differences and return None."""
     path = outcome.output
     try:
         tree: dict[str, Any] = json.loads(text)
@@ -113,7 +113,7 @@ def _parsed(outcome: Outcome, text: str) -> dict[str, Any] | None:
                 if not outcome.differences:
                     _check_intervals(row, float(options["threshold_epsilon"]), file, outcome)
         for name in sorted(left):
-            outcome.differ(path, "arrays of its matrices alone", "one of none", name)
+            outcome.differ(path, "only arrays of its matrices", "another", name)
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         outcome.differ(path, f"JSON of {SCHEMA} in its metadata", f"{type(e).__name__} ({e})")
     return None if outcome.differences else tree
@@ -132,7 +132,7 @@ def _check_arrays(row: dict[str, Any], k: int, file: TensorFiles, outcome: Outco
 
 
 def _check_intervals(row: dict[str, Any], epsilon: float, file: TensorFiles, outcome: Outcome) -> None:
-    """Compare a matrix's decisions with its own intervals: what is an intruder, and whether that is certified."""
+    """Check a matrix's decisions against its own intervals: which directions are intruders, and whether all are certified."""
     keys = "similarity_low", "similarity", "similarity_high", "intruders"
     low, similar, high, intruders = (file.values(f"{row['tensor']}/{key}") for key in keys)
     room, clusters = 1e-6, row["degenerate"]
@@ -160,13 +160,13 @@ class FindingsCheck:
     Attributes
     ----------
     outcome
-        Takes the differences.
+        Collects the differences.
     tree
         The findings' JSON.
     base, adapter
-        The inputs, opened.
+        The open inputs.
     file
-        The findings, opened.
+        The open findings.
     """
 
     outcome: Outcome
@@ -176,9 +176,9 @@ class FindingsCheck:
     file: TensorFiles
 
     def check(self, row: dict[str, Any]) -> Checked:
-        """Recompute the triplets and residuals of one matrix, and its similarities where LAPACK can decompose the base.
+        """Recompute one matrix's triplets and residuals, and its similarities if LAPACK can decompose the base.
 
-        The first check that fails ends those of the matrix, since the later ones follow from the same values.
+        The first failed check ends the matrix, because later checks use the same values.
 
         Raises
         ------
@@ -198,7 +198,7 @@ class FindingsCheck:
         return found
 
     def _steps(self, row: dict[str, Any], W0: Matrix, delta: Delta) -> Iterator[Checked]:
-        """Yield the result of each check of a matrix; an error above 1 has been noted as a difference."""
+        """Yield the result of each check of a matrix; an error above 1 is already noted as a difference."""
         names = {key: f"{row['tensor']}/{key}" for key in ARRAYS}
         arrays = {key: self.file.whole(name) for key, name in names.items()}
         W = delta.operator(W0)
@@ -228,7 +228,7 @@ class FindingsCheck:
         self.outcome.differ(self.outcome.output, expected, found, row["tensor"])
 
     def _compare(self, row: dict[str, Any], what: str, shares: Array) -> float:
-        """Note a difference if a share of what is permitted is above 1, and return the largest one."""
+        """Note a difference if any error exceeds its tolerance, and return the largest error in units of its tolerance."""
         worst = float(np.where(np.isnan(shares), np.inf, shares).max(initial=0.0))
         if worst > 1:
             self._differ(
@@ -239,13 +239,13 @@ class FindingsCheck:
         return worst
 
     def _check_figures(self, row: dict[str, Any], arrays: dict[str, Array], W0: Matrix, delta: Delta) -> float:
-        """Compare the norm of the delta, the intruders' share of it, and what would be lost in projection."""
+        """Compare the delta's norm, the intruders' share of it, and what projection would lose."""
         U, S, Vh = (arrays[key] for key in FACTORS)
         norm = delta.norm(W0)
         share = float(np.linalg.norm(delta.left_product(U, W0))) / norm if norm else 0.0
         figures = {"delta_norm": norm, "intruder_energy": min(1.0, share**2)}
         if len(S):
-            with contextlib.suppress(NotRecomputed):  # a tie leaves this figure alone undefined
+            with contextlib.suppress(NotRecomputed):  # a tie leaves only this figure undefined
                 figures["dropped_at_zero"] = delta.dropped_without(U, S, Vh, row["rank"])
         worst = 0.0
         for key, value in figures.items():
@@ -257,7 +257,7 @@ class FindingsCheck:
         return worst
 
     def _check_base(self, row: dict[str, Any], stated: Array, S: Array) -> float:
-        """Compare the base's singular values: Ritz values, of the certified solver, may be smaller."""
+        """Compare the base's singular values; the certified solver's Ritz values may be smaller."""
         true = np.sort(S)[::-1][: len(stated)]
         above = stated[: len(true)] - true
         off = np.abs(above) if row["solver"] == "dense" else np.maximum(above, -stated[: len(true)])
@@ -279,7 +279,7 @@ class FindingsCheck:
         )
         epsilon = self.tree["options"]["threshold_epsilon"]
         listed = np.isin(np.arange(len(similar)), arrays["intruders"].astype(int))
-        # With less memory than the dense solver needs, an interval may stay open, and its direction is no intruder then.
+        # With too little memory for the dense solver an interval may stay open; its direction then does not count as an intruder.
         limited = self.tree["options"].get("max_memory") is not None and not row["certified"]
         sure = defined & (np.abs(similar - epsilon) > 2 * errors) & (listed | (not limited))
         for j in np.flatnonzero(sure & ((similar < epsilon) != listed)):

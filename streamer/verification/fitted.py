@@ -1,4 +1,4 @@
-"""Read the right factors that a fit gave, and of which an output's record has the digest alone."""
+"""Read the right factors of a fit; an output's record holds only their digest."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from streamer.errors import MismatchError
 from streamer.verification.tensors import Array
 
 FACTOR = ".right_factor"
-"""End of the names of arrays (K, n, r), one for each set."""
+"""Suffix of the names of arrays (K, n, r), with one entry for each set."""
 
 
 def read_factors(path: Path, sha256: str) -> dict[str, Array]:
-    """Read the set of factors that has a digest, by matrix: (n, r), float64.
+    """Read the set of factors with the given digest, by matrix: (n, r), float64.
 
     Raises
     ------
@@ -38,5 +38,5 @@ def read_factors(path: Path, sha256: str) -> dict[str, Array]:
         if digest.hexdigest() == sha256:
             return {tensor: array[k].astype(np.float64) for tensor, array in arrays.items()}
     raise MismatchError(
-        f"{path}: has no factors of the digest {sha256[:16]}; give the file that the output was made with"
+        f"{path}: has no factors with digest {sha256[:16]}; give the file that the output was made with"
     )

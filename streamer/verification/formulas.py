@@ -1,7 +1,7 @@
-"""Compute what an adapter adds to a weight by a plain reading of PEFT's formulas, in float64: LoRA, DoRA, a fine-tuned model.
+"""Compute what an adapter adds to a weight, in float64, by a direct reading of PEFT's formulas: LoRA, DoRA, a fine-tuned model.
 
-LoRA: ``Δ = s·B·A`` with ``s = alpha/r``, or ``alpha/√r`` with rsLoRA, r and alpha those of the first pattern that fits the module.
-DoRA: ``Δ = m·(W0 + s·B·A)/‖W0 + s·B·A‖ − W0``, norms by row of (out, in). A fine-tuned model: ``Δ = W1 − W0``.
+LoRA: ``Δ = s·B·A`` with ``s = alpha/r``, or ``alpha/√r`` for rsLoRA; r and alpha come from the first pattern that matches the module.
+DoRA: ``Δ = m·(W0 + s·B·A)/‖W0 + s·B·A‖ − W0`` with norms by row of (out, in). Fine-tuned model: ``Δ = W1 − W0``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapp
 
 @dataclass(frozen=True)
 class Factors:
-    """Hold one module's LoRA tensors: B (out, r), A (r, in) as matrices, scaling s, DoRA's magnitude (out,) or None."""
+    """One module's LoRA tensors: matrices B (out, r) and A (r, in), scaling s, and DoRA's magnitude (out,) or None."""
 
     B: Array
     A: Array
@@ -44,17 +44,18 @@ class Factors:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
+        """Return (out, in)."""
         return len(self.B), self.A.shape[1]
 
 
 class AdapterFiles:
-    """Open an adapter's directory, or that of a fine-tuned model in its place; or the one `streamer mitigate` wrote.
+    """Open directory of an adapter, of a fine-tuned model used as one, or of the output of `streamer mitigate`.
 
     Parameters
     ----------
     base, architecture
-        The base that it changes, and the class that the user named: by them square layers are stored (out, in), or as a Conv1D (in, out).
+        The base that it changes, and the class that the user named: these decide whether square layers are stored (out, in), or
+        (in, out) as a Conv1D.
     """
 
     def __init__(self, directory: Path, base: Path | None = None, architecture: str | None = None) -> None:
@@ -78,7 +79,7 @@ class AdapterFiles:
 
     @cached_property
     def modules(self) -> dict[str, dict[str, str]]:
-        """Map module's path → role → tensor's name."""
+        """Map each module's path to its tensors' names by role."""
         found: dict[str, dict[str, str]] = {}
         for names in self.files.names.values():
             for name in names:
@@ -88,12 +89,12 @@ class AdapterFiles:
 
     @staticmethod
     def plain_name(name: str) -> str:
-        """Strip a tensor's name of the prefixes of PEFT, DDP, torch.compile and FSDP."""
+        """Strip PEFT's, DDP's, torch.compile's and FSDP's prefixes from a tensor's name."""
         plain = _WRAPPERS.sub(r"\1", name).replace("..", ".").removeprefix(".").removeprefix("module.")
         return plain.removeprefix("base_model.model.")
 
     def factors(self, module: str, replaced: bool = False) -> Factors:
-        """Read a module's LoRA tensors; `replaced` if what the adapter brings besides them is taken into account.
+        """Read a module's LoRA tensors; set `replaced` if the caller also applies the adapter's other values for the module.
 
         Raises
         ------
@@ -105,7 +106,7 @@ class AdapterFiles:
             raise NotRecomputed(f"it is changed by a {kind} adapter, for which verify has no formula")
         names = self.modules.get(module, {})
         if names.keys() & {"base_layer", "token_adapter"} and not replaced:
-            raise NotRecomputed("the adapter brings values for it besides its factors")
+            raise NotRecomputed("the adapter has values for it besides its factors")
         embedding = "lora_embedding_A" in names
         a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         if a not in names or b not in names:
@@ -120,21 +121,21 @@ class AdapterFiles:
         )  # fmt: skip
 
     def saved_weight(self, module: str) -> str | None:
-        """Return the name of a module's weight that stands whole in the adapter; None where it has factors."""
+        """Return the name of a module's weight if the adapter stores it whole, else None."""
         name = f"base_model.model.{module}.weight"
         return name if name in self.files else None
 
     def rank(self, module: str) -> int:
-        """Return a module's rank by the config."""
+        """Return a module's rank according to the config."""
         return int(self._stated("rank_pattern", "r", module))
 
     def bias_scaling(self, bias: str) -> float:
-        """Return the factor on a bias that LoRA adds (``lora_bias``): its module's."""
+        """Return the scaling of a bias that LoRA adds (``lora_bias``), which is its module's."""
         module = bias.removesuffix(".bias")
         return self._scaling(module, self.files.stored(self.modules[module]["lora_A"]).shape[0])
 
     def token_rows(self, weight: str) -> list[int]:
-        """Return the rows of a weight that trained tokens replace: those of its module, or of the input embedding."""
+        """Return the rows of a weight that trained tokens replace, listed for its module or for the input embedding."""
         stated = self.config.get("trainable_token_indices")
         if isinstance(stated, dict):
             module = weight.removesuffix(".weight")
@@ -147,7 +148,7 @@ class AdapterFiles:
         return next(fitting, self.config[default])
 
     def _scaling(self, module: str, rank: int) -> float:
-        # PEFT looks the alpha of a targeted parameter up by the parameter's name.
+        # PEFT looks up a targeted parameter's alpha by the parameter's name.
         if any(f".{module}.weight".endswith(f".{name}") for name in self.config.get("target_parameters") or ()):
             module = f"{module}.weight"
         alpha = float(self._stated("alpha_pattern", "lora_alpha", module))
@@ -161,18 +162,18 @@ class AdapterFiles:
         base: TensorFiles,
         source: tuple[TensorFiles, str] | None = None,
     ) -> tuple[Matrix, Delta, int]:
-        """Return W0 as (out, in), Δ, and the rank of its factors, 0 where it has none.
+        """Return W0 as (out, in), Δ, and the rank of its factors, or 0 without factors.
 
-        `transposed` is what the record says of the base's tensor, where its shape and its class leave that open. `source` has W0 instead
-        of the base, where the adapter replaces it before it adds to it.
+        `transposed` is the record's statement about the base's tensor, used if its shape and class do not decide. `source` holds W0
+        instead of the base, if the adapter replaces the weight before adding to it.
         """
         files, name = source or (base, tensor)
         if name not in files:
-            raise NotRecomputed("it is no tensor of the base by itself, but a part of one or built of several")
+            raise NotRecomputed("it is not a tensor of the base by itself, but part of one or built from several")
         stored = files.stored(name)[1]
         if self.is_model:
             if tensor not in self.files or self.files.stored(tensor).shape != stored or len(stored) != 2:
-                raise NotRecomputed("it is no matrix of this name and shape in the fine-tuned model")
+                raise NotRecomputed("the fine-tuned model has no matrix of this name and shape")
             m, n = stored[::-1] if transposed else stored
             W0 = open_matrix(files, name, (m, n), transposed)
             return W0, TunedDelta(open_matrix(self.files, tensor, W0.shape, transposed)), 0
@@ -185,7 +186,7 @@ class AdapterFiles:
         return W0, DoraDelta(low_rank, factors.magnitude), rank
 
     def _transposed(self, factors: Factors, stored: tuple[int, ...], recorded: bool, *names: str) -> bool:
-        """Tell whether the base stores (in, out): by shape, where that is square by the base's class, else as it is recorded."""
+        """Test whether the base stores (in, out): by shape, for square matrices by the base's class, else as recorded."""
         m, n = factors.shape
         flat = (stored[0], math.prod(stored[1:]))
         layers = [name.removesuffix(".weight") for name in names]
@@ -195,4 +196,4 @@ class AdapterFiles:
             return False
         if stored == (n, m):
             return True
-        raise NotRecomputed(f"its factors are of {m} by {n}, its weight of shape {list(stored)}")
+        raise NotRecomputed(f"its factors give a matrix of {m} by {n}, its weight has shape {list(stored)}")

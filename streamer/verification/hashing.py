@@ -1,4 +1,4 @@
-"""Take SHA-256 digests of files, two at a time: while one waits for the disk, the other is hashed."""
+"""Compute SHA-256 digests of files, two at a time: one is hashed while the other waits for the disk."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from streamer.errors import StorageError
 from streamer.events import Event, Monitor
 
 PIECE_BYTES = 1 << 20
-"""Read at a time, a buffer for each thread; hashlib lets go of Python's lock while it works on one."""
+"""Bytes to read at a time, and size of each thread's buffer; hashlib releases Python's lock while it hashes them."""
 
 THREADS = 2
 
 POLL_SECONDS = 0.1
-"""Between two looks at the threads, for progress and for a request to stop."""
+"""Seconds between checks of the threads, for progress and for a request to stop."""
 
 
 class _Progress:
-    """Count the bytes hashed by all threads, and hold whether they are to stop."""
+    """Count the bytes that all threads have hashed, and tell the threads when to stop."""
 
     def __init__(self) -> None:
         self.done = 0
@@ -34,14 +34,14 @@ class _Progress:
 
 
 def hash_files(paths: Mapping[Path, int], monitor: Monitor) -> dict[Path, str]:
-    """Hash files whole and return their hexadecimal digests.
+    """Hash whole files and return their hexadecimal digests.
 
     Parameters
     ----------
     paths
         Files, each with its size in bytes.
     monitor
-        Told of progress in bytes; its request to stop ends the hashing.
+        Receives progress in bytes; its request to stop ends the hashing.
 
     Raises
     ------
@@ -58,13 +58,13 @@ def hash_files(paths: Mapping[Path, int], monitor: Monitor) -> dict[Path, str]:
                 monitor.checkpoint()
                 begun = next((path for path, digest in digests.items() if not digest.done()), largest_first[-1])
                 count = len(digests) - len(waiting)
-                # A file that grows meanwhile must not end the stage's bar early.
+                # A file that grows during hashing must not end the stage's bar early.
                 done = min(progress.done, total - 1)
                 monitor.emit(Event("verify", begun.name, done, total, count, len(digests)))
                 finished, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
                 for digest in finished:
                     digest.result()
-        finally:  # where it ends early, what is being read is given up, and what waits is not begun
+        finally:  # on an early end, abandon the files being read and do not start the others
             progress.stop = True
             pool.shutdown(cancel_futures=True)
     monitor.emit(Event("verify", "", total, total, len(digests), len(digests)))

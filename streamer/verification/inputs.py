@@ -1,4 +1,4 @@
-"""Find the files of a base and of an adapter, and refuse others than an output was made from."""
+"""Find the files of a base and of an adapter, and refuse any from which the output was not made."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from streamer.errors import MismatchError, MissingInputError
 from streamer.verification.formulas import CONFIG_NAME, WEIGHTS_NAME
 
 LONGEST_HEADER = 100_000_000
-"""Bytes that the format permits: what stands at the place of a length may be anything."""
+"""Largest header that the format permits, in bytes; the stored length may be arbitrary."""
 
 SAMPLE_BYTES = 4096
-"""Bytes in the middle of each tensor that a file's identity holds a digest of."""
+"""Bytes in the middle of each tensor that a file's identity digests."""
 
 
 def model_files(path: Path, identity: Mapping[str, Any], output: Path, role: str = "base") -> list[Path]:
-    """Find the files of a model by the record of an output: those of its names, sizes, headers and samples.
+    """Find a model's files by an output's record, which gives their names, sizes, headers and samples.
 
     Parameters
     ----------
     path
-        The model's directory, or its one file.
+        The model's directory, or its single file.
     identity
-        What the output says of it.
+        The output's statement about the model.
     role
-        Names it in messages: the base, or the fine-tuned model in the adapter's place.
+        Role of the model in messages: the base, or the fine-tuned model used as adapter.
 
     Raises
     ------
@@ -58,12 +58,12 @@ def model_files(path: Path, identity: Mapping[str, Any], output: Path, role: str
 
 
 def check_adapter(path: Path, identity: Mapping[str, Any], output: Path) -> None:
-    """Refuse another adapter, or fine-tuned model in its place, than an output was made from.
+    """Refuse an adapter, or a fine-tuned model used as one, from which the output was not made.
 
     Raises
     ------
     MissingInputError, MismatchError
-        If it is another one.
+        If it is a different one.
     """
     if "files" in identity:
         model_files(path, identity, output, "fine-tuned model")
@@ -91,7 +91,7 @@ def check_adapter(path: Path, identity: Mapping[str, Any], output: Path) -> None
 
 
 def _sample_digest(path: Path, header_digest: str) -> str:
-    """Compute the SHA-256 of a header's digest, in hexadecimal, and the middle `SAMPLE_BYTES` of every tensor in file order."""
+    """Compute the SHA-256 of the header's hexadecimal digest and the middle `SAMPLE_BYTES` of every tensor, in file order."""
     digest = hashlib.sha256(header_digest.encode())
     with path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")

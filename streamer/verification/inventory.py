@@ -1,7 +1,7 @@
-"""Compare what a record lists with what the adapter brings: a row for each module that it changes, an entry for each other tensor.
+"""Compare what a record lists with what the adapter contains: a row for each module that it changes, an entry for each other tensor.
 
 An adapter's tensor is a factor of a module, or it edits one tensor of the model: ``saved`` replaces it, ``lora_bias`` is added to it times
-the module's scaling, ``tokens`` replaces rows of it. Without this comparison, a row that someone removed would never be recomputed.
+the module's scaling, ``tokens`` replaces some of its rows. Without this comparison, a row that someone removed would never be recomputed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from streamer.verification.result import Outcome
 from streamer.verification.tensors import Array, TensorFiles, same_bytes
 
 STACKED = re.compile(r"(.+)\[(\d+)\]")
-"""Name of one matrix of a stack: the stack's, and the index."""
+"""Name of one matrix of a stack: the stack's name and the index."""
 
 
 def stored_name(name: str) -> str:
-    """Return the name of the tensor that holds a matrix: the stack of an expert's, else its own."""
+    """Return the name of the tensor that stores a matrix: the stack for an expert's matrix, else its own."""
     return STACKED.sub(r"\1", name)
 
 
@@ -44,7 +44,7 @@ _ROLES = tuple(
 
 
 class Part(NamedTuple):
-    """Say what a tensor of the adapter is: its role, and the module (of a factor) or the model's tensor that it concerns."""
+    """A tensor of the adapter: its role, and its module (for a factor) or the model's tensor that it affects."""
 
     role: str
     target: str
@@ -52,7 +52,7 @@ class Part(NamedTuple):
 
 
 def parts(adapter: AdapterFiles) -> Iterator[Part]:
-    """Yield the role of every tensor of an adapter; a fine-tuned model's are all ``saved``."""
+    """Yield every tensor of an adapter with its role; a fine-tuned model's tensors are all ``saved``."""
     for source in (name for names in adapter.files.names.values() for name in names):
         plain = source if adapter.is_model else adapter.plain_name(source)
         found = ((role, pattern.fullmatch(plain)) for role, pattern in _ROLES if not adapter.is_model)
@@ -64,7 +64,7 @@ def parts(adapter: AdapterFiles) -> Iterator[Part]:
 
 
 class _Names:
-    """Find the names that are one with another but for a prefix that only one of them has."""
+    """Match names that are equal except for a prefix that only one of them has."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = frozenset(names)
@@ -77,7 +77,7 @@ class _Names:
         return self._by_end.get(name, set()) | {end for end in _ends(name) if end in self._names}
 
     def fit(self, name: str, other: str) -> bool:
-        """Tell whether `other`, one of the names, may be called `name`; of renamed tensors the layers' numbers are compared."""
+        """Test whether `other`, one of the names, may stand for `name`; for renamed tensors, compare layer numbers."""
         if like := self.like(name):
             return other in like
         numbers = sorted(([c for c in re.split(r"[.\[\]]", n) if c.isdigit()] for n in (name, other)), key=len)
@@ -93,7 +93,7 @@ def _ends(name: str) -> list[str]:
 def check_rows(
     rows: list[dict[str, Any]], adapter: AdapterFiles, base: TensorFiles, path: Path, outcome: Outcome
 ) -> None:
-    """Compare rows, of a record or of findings at `path`, with the modules that the adapter changes."""
+    """Compare the rows of a record or of findings at `path` with the modules that the adapter changes."""
     modules: defaultdict[str, list[str]] = defaultdict(list)
     for part in parts(adapter):
         if part.role == "factor":
@@ -107,7 +107,7 @@ def check_rows(
     for row in rows:
         tensor, module = row["tensor"], row["module"]
         if tensor in seen:
-            outcome.differ(path, "one row of its name", "several", tensor)
+            outcome.differ(path, "one row of this name", "several", tensor)
         seen.add(tensor)
         stacked = STACKED.fullmatch(module)
         if stacked is not None and stacked[1].rpartition(".")[0] in stacks:
@@ -117,7 +117,7 @@ def check_rows(
             and names.fit(tensor, f"{module}.weight")
             and tensor in (stored.like(f"{module}.weight") or {tensor})
         ):
-            outcome.differ(path, "a row of the module of the adapter that changes it", repr(module), tensor)
+            outcome.differ(path, "a row of the adapter's module that changes it", repr(module), tensor)
     if adapter.is_model:
         _check_kinds(rows, adapter, base, path, outcome)
         return
@@ -134,7 +134,7 @@ def check_rows(
 def _check_kinds(
     rows: list[dict[str, Any]], adapter: AdapterFiles, base: TensorFiles, path: Path, outcome: Outcome
 ) -> None:
-    """Compare rows with the matrices of a fine-tuned model: one that changed has a row if its like in another layer has one."""
+    """Compare rows with a fine-tuned model's matrices: a changed one needs a row if the same matrix of another layer has one."""
     listed = {stored_name(row["tensor"]) for row in rows}
     kinds = {re.sub(r"\d+", "N", name) for name in listed}
     for name in sorted(adapter.files.all_names - listed):
@@ -151,7 +151,7 @@ def _check_stack(
     path: Path,
     outcome: Outcome,
 ) -> None:
-    """Compare the rows of stacked experts with their factors: one parameter for each A, and of each all experts."""
+    """Compare the rows of stacked experts with their factors: each A belongs to one parameter and covers all experts."""
     heights = {adapter.files.stored(name).shape[0] for names in factors for name in names if ".lora_A" in name}
     whole = (n == set(range(len(n))) and len(n) * adapter.rank(name) in heights for name, n in found.items())
     if len(found) != len(factors) or not all(whole):
@@ -160,7 +160,7 @@ def _check_stack(
 
 
 def check_mirrors(rows: list[dict[str, Any]], files: AdapterFiles, path: Path, outcome: Outcome) -> None:
-    """Compare the factors of an embedding's head that is tied to it, which no row has, with the embedding's."""
+    """Check that a head tied to an embedding, which has no row of its own, has the embedding's factors."""
     outer = {part.target for part in parts(files) if part.role == "factor" and not re.search(r"\d", part.target)}
     listed = {row["module"] for row in rows if not re.search(r"\d", row["module"])}
     names = _Names(listed)
@@ -171,7 +171,7 @@ def check_mirrors(rows: list[dict[str, Any]], files: AdapterFiles, path: Path, o
 
 
 def is_mirror(module: str, listed: set[str], adapter: AdapterFiles) -> bool:
-    """Tell whether a module holds the factors of a listed one once more, transposed, as PEFT ties a head to its embedding."""
+    """Test whether a module repeats the factors of a listed module, transposed, as PEFT ties a head to its embedding."""
 
     def factors(of: str) -> list[Array]:
         return [
@@ -194,8 +194,8 @@ def check_carried(
     Returns
     -------
     dict
-        The model's tensor → the adapter's that edit it, what replaces it first; a head that is written beside the embedding that it was
-        tied to has the base's, with the role ``tied``.
+        The model's tensor → the adapter's tensors that edit it, replacements first. A head that is written separately from the
+        embedding to which it was tied comes from the base, with the role ``tied``.
     """
     brought = {p.source: p for p in parts(adapter) if p.role in ("saved", "lora_bias", "tokens")}
     names = _Names(part.target for part in brought.values())
@@ -227,7 +227,7 @@ def check_carried(
             continue
         copies = (brought[source] for source in listed & brought.keys() if brought[source].role == part.role)
         if not any(same_bytes(adapter.files, copy.source, adapter.files, part.source) for copy in copies):
-            outcome.misrecorded(f"an entry for {part.source!r}, which the adapter brings", "none", part.target)
+            outcome.misrecorded(f"an entry for {part.source!r}, which the adapter has", "none", part.target)
     return dict(found)
 
 

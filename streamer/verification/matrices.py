@@ -1,4 +1,4 @@
-"""Recompute matrices of a merged model or of a mitigated adapter, and compare them with what was written."""
+"""Recompute matrices of a merged model or a mitigated adapter, and compare them with the written ones."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from streamer.verification.spectrum import (
 from streamer.verification.tensors import FP8, Array, Matrix, TensorFiles, open_matrix
 
 NORM_ERROR = 1e-4
-"""Relative difference of norms in a record to those recomputed: they are sums in float32."""
+"""Largest relative difference between norms in a record, which are float32 sums, and recomputed ones."""
 
 CUTOFF = 1e-4
-"""Base singular values below this share of the largest: whether a decision counts their vectors stands in findings, and in no record."""
+"""Base singular values below this share of the largest may or may not be covered by a decision; findings say which, records do not."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ class Recomputation:
     Attributes
     ----------
     outcome
-        Takes the differences.
+        Collects the differences.
     base, adapter
-        The inputs, opened.
+        The open inputs.
     record
         The output's ``streamer.json``.
     carried
-        The model's tensor → the adapter's that edit it (see `check_carried`).
+        The model's tensor → the adapter's tensors that edit it (see `check_carried`).
     factors
         Right factors of a fit, by matrix; None if they were not given.
     inputs
-        What a map knows, by matrix and number of its inputs; None if none was given.
+        A map's knowledge of inputs, by matrix and number of inputs; None if no map was given.
     """
 
     outcome: Outcome
@@ -66,9 +66,9 @@ class Recomputation:
         Parameters
         ----------
         row
-            Of the record's `matrices`.
+            A row of the record's `matrices`.
         files
-            The output's: a merged model's, or a mitigated adapter's.
+            The output's files: a merged model's, or a mitigated adapter's.
 
         Raises
         ------
@@ -83,7 +83,7 @@ class Recomputation:
         W0, delta, rank = self.adapter.delta(tensor, row["module"], bool(row.get("transposed")), self.base, source)
         before = len(self.outcome.differences)
         triplets, decisions = self._decide(row, W0, delta)
-        if len(self.outcome.differences) > before:  # all else of the matrix follows from its decisions
+        if len(self.outcome.differences) > before:  # everything else about the matrix follows from its decisions
             return Checked(math.inf, decisions)
         if self.record["method"] == "fitted":
             coefficients = row["coefficients"]
@@ -111,7 +111,7 @@ class Recomputation:
         return Checked(error, decisions)
 
     def _decide(self, row: dict[str, Any], W0: Matrix, delta: Delta) -> tuple[Triplets | None, bool]:
-        """Compute the triplets that the intruders are among; compare the decisions where LAPACK can decompose the base."""
+        """Compute the triplets that include the intruders; compare the decisions if LAPACK can decompose the base."""
         options = self.record["detection"]
         if options is None:
             return None, False
@@ -142,7 +142,7 @@ class Recomputation:
     def _check_merged(
         self, row: dict[str, Any], W0: Matrix, mitigated: Mitigated, files: TensorFiles, rank: int, tensor: str
     ) -> float:
-        """Compare ``W0 + Δ'`` with the written tensor, and return the largest error as a share of what rounding permits."""
+        """Compare ``W0 + Δ'`` with the written tensor, and return the largest error in units of the rounding tolerance."""
         if tensor not in files or math.prod(files.stored(tensor).shape) != math.prod(W0.shape):
             found = f"shape {list(files.stored(tensor).shape)}" if tensor in files else "no such tensor"
             self.outcome.differ(self.outcome.output, f"a matrix of {list(W0.shape)}", found, tensor)
@@ -178,12 +178,12 @@ class Recomputation:
         return max(worst, spread)
 
     def _rounding(self, written: Matrix, i: int, j: int, exact: Array, slack: Array) -> Array:
-        """Bound what one rounding to the written dtype changes, of a sum that is off by `slack`."""
+        """Bound the effect of one rounding to the written dtype on a sum that may be off by `slack`."""
         if written.dtype != FP8:
             return half_spacing(np.abs(exact) + slack, written.dtype) + slack
         scales = np.broadcast_to(written.scales(i, j), exact.shape)
         codes = (np.abs(exact) + slack) / scales
-        # The scale is rounded as well: the block's largest value may lie a little beyond the largest code.
+        # The scale is rounded too, so the block's largest value may slightly exceed the largest code.
         beyond = np.where(codes < LARGEST_FP8 * (1 + 2.0**-8), np.maximum(codes - LARGEST_FP8, 0), 0)
         rounding: Array = np.maximum(half_spacing(codes, FP8) * (1 + 2.0**-20), beyond) * scales + slack
         return rounding
@@ -195,14 +195,14 @@ class Recomputation:
                 self.outcome.misrecorded(f"{key} {norm:.6g}", f"{row[key]:.6g}", row["tensor"])
 
     def _check_factors(self, row: dict[str, Any], W0: Matrix, mitigated: Mitigated, files: AdapterFiles) -> float:
-        """Compare ``s·B'·A'`` with Δ' at the written adapter's rank, and return the largest error as a share of the permitted."""
+        """Compare ``s·B'·A'`` with Δ' at the written adapter's rank, and return the largest error in units of its tolerance."""
         path, tensor = self.outcome.output / WEIGHTS_NAME, row["tensor"]
         factors = files.factors(row["module"], row["tensor"] in self.carried)
         if factors.shape != W0.shape:
             self.outcome.differ(path, f"factors of a matrix of {list(W0.shape)}", f"of {list(factors.shape)}", tensor)
             return math.inf
         asked, rank = self.record["to_lora"], files.rank(row["module"])
-        # Without --to-lora a lower rank shows in the product.
+        # Without --to-lora the product shows a lower rank.
         if asked is not None and (len(factors.A) != rank or (isinstance(asked, int) and rank != asked)):
             self.outcome.differ(path, f"factors of rank {asked or rank}", f"of {len(factors.A)}", tensor)
             return math.inf
@@ -236,6 +236,6 @@ class Recomputation:
 
 
 def directions(top_k: float, shape: Sequence[int]) -> int:
-    """Count the directions that are judged: `top_k` itself, or as a share of min(m, n); at least one, at most min(m, n)."""
+    """Return the number of directions to judge: `top_k`, or that share of min(m, n); at least 1 and at most min(m, n)."""
     side = min(shape)
     return min(side, top_k if isinstance(top_k, int) else max(1, round(top_k * side)))

@@ -1,9 +1,9 @@
-"""Compute the mitigated delta by its formula, in float64, from triplets that are computed here.
+"""Compute the mitigated delta by its formula, in float64, from triplets computed here.
 
 ``paper``: ``Δ' = Δ + (λ − 1) U_I Σ_I V_Iᵀ``. ``project``: ``Δ' = Δ − (1 − λ) U_I U_Iᵀ Δ``. ``shrink``: ``Δ' = λ Δ``. U_I, Σ_I, V_I are the
-singular triplets of ``W0 + Δ`` that the record calls intruders. ``fitted``: ``Δ' = U diag(c) Uᵀ Δ``, U the left singular vectors of Δ
-itself and c the record's coefficients; of a Δ that is no product of factors ``Δ' = c Δ``. ``regmean``: ``Δ' = L R'ᵀ`` of ``Δ = L Rᵀ``,
-with R' from the file of the fit. ``nullspace``: see `null_space`.
+singular triplets of ``W0 + Δ`` that the record calls intruders. ``fitted``: ``Δ' = U diag(c) Uᵀ Δ``, where U are the left singular vectors
+of Δ itself and c are the record's coefficients; if Δ is not a product of factors, ``Δ' = c Δ``. ``regmean``: ``Δ' = L R'ᵀ`` for
+``Δ = L Rᵀ``, with R' from the fit's file. ``nullspace``: see `null_space`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from streamer.verification.tensors import Array, Matrix
 
 @dataclass(frozen=True)
 class Mitigated:
-    """``Δ' = factor · Δ + left · right``, left (m, q), right (q, n).
+    """``Δ' = factor · Δ + left · right`` with left (m, q) and right (q, n).
 
     Attributes
     ----------
     row_error, column_error
-        (m,), (n,): an element of Δ' may differ by the sum of its row's and its column's, as vectors of findings may from those here.
+        (m,), (n,): an element of Δ' may differ by the sum of its row's and column's error, since the vectors in findings may differ
+        from those computed here.
     error
-        Frobenius norm by which Δ' may differ for that reason.
+        Frobenius norm by which Δ' may differ for this reason.
     """
 
     delta: Delta
@@ -41,7 +42,7 @@ class Mitigated:
     error: float
 
     def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array, Array]:
-        """Compute rows i to j of Δ, of Δ', and of a bound on the size of the terms that Δ' is the sum of; W0 are the base's rows."""
+        """Compute rows i to j of Δ and of Δ', and a bound on the size of the summands of Δ'; W0 are the base's rows."""
         delta, bound = self.delta.rows(i, j, W0)
         change = self.left[i:j] @ self.right
         return delta, self.factor * delta + change, bound + np.abs(self.left[i:j]) @ np.abs(self.right)
@@ -52,10 +53,10 @@ class Mitigated:
 
 
 def by_coefficients(base: Matrix, delta: Delta, coefficients: Sequence[float]) -> Mitigated:
-    """Compute Δ' of one matrix by the method ``fitted``, from as many coefficients as `coefficient_count` says.
+    """Compute one matrix's Δ' for the method ``fitted``, from as many coefficients as `coefficient_count` returns.
 
-    Directions with neighbouring singular values are mixed by the rounding of Δ's factors to float32, by an angle of at most that rounding
-    over the distance of the values; what this changes in Δ' is permitted.
+    Rounding Δ's factors to float32 mixes directions with neighbouring singular values, by an angle of at most the rounding over the
+    distance of the values. The tolerance covers the effect on Δ'.
     """
     c, (m, n) = np.asarray(coefficients, np.float64), base.shape
     if (c == c[0]).all():
@@ -65,27 +66,27 @@ def by_coefficients(base: Matrix, delta: Delta, coefficients: Sequence[float]) -
     rounding = 2.0**-24 * float(np.linalg.norm(delta.L) * np.linalg.norm(delta.R))
     angles = np.minimum(1.0, rounding / np.maximum(np.abs(S[:, None] - S), 1e-300))
     mixed = float(np.linalg.norm(np.abs(c[:, None] - c) * np.maximum(S[:, None], S) * angles))
-    # |Σ u_i d_ij v_j| ≤ ‖u‖ ‖d‖ ‖v‖ ≤ ‖d‖ (‖u‖² + ‖v‖²) / 2 for the rows u, v of U, V that an element of Δ' is made of.
+    # |Σ u_i d_ij v_j| ≤ ‖u‖ ‖d‖ ‖v‖ ≤ ‖d‖ (‖u‖² + ‖v‖²) / 2 for the rows u of U and v of V that form an element of Δ'.
     rows, columns = (mixed / 2 * np.sum(vectors**2, axis=1) for vectors in (U, V))
     return Mitigated(delta, 1.0, U * (c - 1), delta.left_product(U, base), rows, columns, mixed)
 
 
 def by_factor(delta: Delta, R: Array) -> Mitigated:
-    """Compute Δ' of one matrix by the method ``regmean``, ``L R'ᵀ`` with the right factor R' (n, r) that a fit gave.
+    """Compute one matrix's Δ' for the method ``regmean``: ``L R'ᵀ`` with the right factor R' (n, r) of a fit.
 
     Raises
     ------
     NotRecomputed
-        If the delta has no factors of that form.
+        If the delta has no factors of that shape.
     """
     if not isinstance(delta, LowRankDelta) or R.shape != delta.R.shape:
-        raise NotRecomputed("the right factor is not of its form")
+        raise NotRecomputed("its delta has no right factor of that shape")
     m, n = len(delta.L), len(R)
     return Mitigated(delta, 0.0, delta.L, R.T, np.zeros(m), np.zeros(n), 0.0)
 
 
 def coefficient_count(delta: Delta) -> int:
-    """Count the directions of Δ that have a coefficient each: min(r, m, n); 1 where it is no product of factors."""
+    """Return the number of coefficients of Δ: one for each direction, min(r, m, n), or 1 if Δ is not a product of factors."""
     return min(*delta.L.shape, len(delta.R)) if isinstance(delta, LowRankDelta) else 1
 
 
@@ -97,7 +98,7 @@ WITNESSED = {
     "regmean": "factors",
     "nullspace": "map",
 }
-"""What each method of a record takes beside λ, for all that are computed here."""
+"""What each method needs besides λ, for all methods with a formula here."""
 
 
 def mitigate(
@@ -108,16 +109,16 @@ def mitigate(
     Parameters
     ----------
     triplets
-        Of W0 + Δ, the largest first; may be None where there are no intruders to scale.
+        Triplets of W0 + Δ, largest first; may be None if there are no intruders to scale.
     intruders
-        0-based ranks of those that were scaled.
+        0-based ranks of the scaled intruders.
     record
-        The output's record: method and lambda.
+        The output's record, with method and lambda.
 
     Raises
     ------
     NotRecomputed
-        If an intruder is one of a cluster of directions.
+        If an intruder belongs to a cluster of directions.
     """
     lam, (m, n) = float(record["lambda"]), base.shape
     none = np.zeros((m, 0)), np.zeros((0, n)), np.zeros(m), np.zeros(n)
@@ -130,14 +131,14 @@ def mitigate(
     angles = triplets.angle_errors()[chosen]
     if angles.max() > ILL_DEFINED:
         raise NotRecomputed(
-            f"its direction {chosen[int(angles.argmax())]} is one of a cluster, and no single vector is defined"
+            f"its direction {chosen[int(angles.argmax())]} is one of a cluster, in which no single vector is defined"
         )
     U, S, V = triplets.U[:, chosen], triplets.S[chosen], triplets.V[:, chosen]
     if record["method"] == "paper":
         left, right, sizes = (lam - 1) * U * S, V.T, S
         columns = np.abs(V) @ (angles * S)
     elif record["method"] != "project":
-        raise NotRecomputed(f"no formula of method {record['method']!r} is here")
+        raise NotRecomputed(f"verify has no formula for method {record['method']!r}")
     else:
         right = delta.left_product(U, base)
         left, sizes = (lam - 1) * U, np.full(len(S), delta.norm(base))

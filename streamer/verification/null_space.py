@@ -1,4 +1,4 @@
-"""Read a map of a base's inputs, and compute what of a delta stays of its answer to them, by ``Δ' = Δ (I + ν C)^(−1/4)``."""
+"""Read a map of a base's inputs, and compute the delta reduced by it, ``Δ' = Δ (I + ν C)^(−1/4)``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from streamer.verification.result import NotRecomputed
 from streamer.verification.tensors import Array, Matrix
 
 DECADES = 100 / math.log(10)
-"""Orders of magnitude about the inverse of the largest eigenvalue in which ν is searched for; beyond them it is the last of them."""
+"""Search range for ν, in orders of magnitude on each side of the inverse of the largest eigenvalue; ν is clipped to this range."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """What a map knows of ``C``: eigenvalues (k,), orthonormal eigenvectors (n, k), and the mean of the other eigenvalues."""
+    """A map's knowledge of ``C``: eigenvalues (k,), orthonormal eigenvectors (n, k), and the mean of the other eigenvalues."""
 
     values: Array
     vectors: Array | None
@@ -31,12 +31,12 @@ class Known:
 
 
 def read_map(path: Path, sha256: str) -> dict[tuple[str, int], list[Known]]:
-    """Read a map of a digest: what is known by matrix and number of its inputs.
+    """Read the map with the given digest; returns what it knows by matrix and number of inputs.
 
     Raises
     ------
     MismatchError
-        If it is no map, or another.
+        If the file is not a map, or is a different one.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -63,7 +63,7 @@ def read_map(path: Path, sha256: str) -> dict[tuple[str, int], list[Known]]:
         raise MismatchError(f"{path}: is not a map ({e}); give the one that the output was made with") from e
     if digest.hexdigest() != sha256:
         raise MismatchError(
-            f"{path}: is not the map of the digest {sha256[:16]}; give the one that the output was made with"
+            f"{path}: is not the map with digest {sha256[:16]}; give the one that the output was made with"
         )
     return found
 
@@ -75,19 +75,19 @@ def _bytes() -> Any:
 
 
 def by_map(base: Matrix, delta: Delta, known: list[Known], share: float) -> Mitigated:
-    """Compute Δ' of one matrix by the method ``nullspace``.
+    """Compute one matrix's Δ' for the method ``nullspace``.
 
     Parameters
     ----------
     known
-        Of the inputs of this matrix; none, or several, leave it as it is.
+        Entries for this matrix's inputs; unless there is exactly one, the matrix is unchanged.
     share
         λ.
 
     Raises
     ------
     NotRecomputed
-        If the delta of an embedding has no factors.
+        If an embedding's delta has no factors.
     """
     m, n = base.shape
     none = np.zeros(m), np.zeros(n)
@@ -101,7 +101,7 @@ def by_map(base: Matrix, delta: Delta, known: list[Known], share: float) -> Miti
         whole = float(np.sum((left @ right) ** 2))
     else:
         if V is None:
-            raise NotRecomputed("its delta is no product of factors")
+            raise NotRecomputed("its delta is not a product of factors")
         along = np.concatenate([delta.rows(i, j, base.rows(i, j))[0] @ V for i, j in base.blocks()])
         whole = delta.norm(base) ** 2
     squares = np.sum(along**2, axis=0)
@@ -121,7 +121,7 @@ def by_map(base: Matrix, delta: Delta, known: list[Known], share: float) -> Miti
 
 
 def _gains(values: Array, rest: float, energies: Array, others: float, share: float) -> tuple[Array, float]:
-    """Solve for ν, and return ``(1 + ν e)^(−1/4)`` of each direction, and of the others."""
+    """Solve for ν, and return ``(1 + ν e)^(−1/4)`` for each known direction and for the others."""
     from scipy.optimize import brentq
 
     if share == 0:

@@ -1,4 +1,4 @@
-"""Compare the tensors that no row of the record recomputes with the inputs': byte by byte, or within the one rounding of writing."""
+"""Compare the tensors that no row of the record covers with the inputs': byte by byte, or within one rounding."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Comparison = Callable[[], None]
 
 @dataclass(frozen=True)
 class MergedTensors:
-    """Compare the tensors of a merged model that are none of the record's matrices.
+    """Compare a merged model's tensors other than the record's matrices.
 
     Attributes
     ----------
     outcome
-        Takes the differences.
+        Collects the differences.
     record
         The output's ``streamer.json``.
     base, adapter, files
-        The inputs and the output, opened.
+        The open inputs and output.
     carried
-        The model's tensor → the adapter's that edit it (see `check_carried`).
+        The model's tensor → the adapter's tensors that edit it (see `check_carried`).
     """
 
     outcome: Outcome
@@ -45,7 +45,7 @@ class MergedTensors:
     carried: dict[str, list[Part]]
 
     def comparisons(self) -> Iterator[tuple[str, Comparison]]:
-        """Yield each tensor with its comparison, which raises `NotRecomputed` if nothing here can compare it."""
+        """Yield each tensor with its comparison, which raises `NotRecomputed` if it cannot be compared here."""
         rows = {stored_name(row["tensor"]) for row in self.record["matrices"]}
         scales = {f"{row}{end}" for row in rows if row in self.base and self.base.stored(row).dtype == FP8
                   for end in ("_scale_inv", "_scale")}  # fmt: skip
@@ -56,7 +56,7 @@ class MergedTensors:
             yield name, partial(self._missing, name)
 
     def _built(self, rows: set[str]) -> set[str]:
-        """Find the base's tensors that these matrices, which it does not have by name, may be built from: of one layer and one module.
+        """Find base tensors from which matrices missing in the base may be built, by layer and module.
 
         ``model.layers.0.mlp.experts.gate_up_proj`` → ``model.layers.0.block_sparse_moe.experts.3.w1.weight``.
         """
@@ -91,10 +91,10 @@ class MergedTensors:
             for i, j in W0.blocks():
                 self._check_rounding(name, written.rows(i, j), W0.rows(i, j))
         else:
-            raise NotRecomputed("it is decoded from an encoding that is not decoded here")
+            raise NotRecomputed("its encoding is not decoded here")
 
     def _compare_carried(self, name: str, edits: list[Part]) -> None:
-        """Compare a tensor with what the adapter puts in its place, or adds to it, or with the rows that it replaces."""
+        """Compare a tensor with the adapter's replacement, with the bias added to it, or with the rows replaced in it."""
         first, last = edits[0], edits[-1]
         source, start = self.base, name
         if first.role in ("saved", "tied"):
@@ -120,7 +120,7 @@ class MergedTensors:
                 self._compare_rows(name, source, start, frozenset())
 
     def _compare_rows(self, name: str, source: TensorFiles, start: str, apart: frozenset[int]) -> None:
-        """Compare all rows but those in `apart`: byte by byte, or within one rounding if they were cast."""
+        """Compare all rows except those in `apart`: byte by byte, or within one rounding if they were cast."""
         shape = self.files.stored(name).shape
         if source.stored(start) != self.files.stored(name):
             for i, j in _blocks(shape):
@@ -136,13 +136,13 @@ class MergedTensors:
             begun += len(mine)
 
     def _missing(self, name: str) -> None:
-        """Judge a tensor of the base that the output does not have."""
+        """Check a tensor of the base that the output does not have."""
         if any(c["tensor"] == name and c["change"] == "dropped" for c in self.record["carried"]):
             mine, shape = self.files.all_names & self.base.all_names, self.base.stored(name).shape
             resized = {
                 self.base.stored(n).shape[:1] for n in mine if self.base.stored(n).shape != self.files.stored(n).shape
             }
-            # Zeros of a token each, of a vocabulary that has another size; or a copy of a tensor that is tied to it.
+            # All zeros with one entry for each token of a resized vocabulary, or a copy of a tensor tied to it.
             stale = any((n,) in resized for n in shape) and not any(any(piece) for piece in self.base.pieces(name))
             if not stale and not any(same_bytes(self.base, name, self.base, other) for other in mine):
                 self._differ(name, "the base's tensor, which is no copy of another", "none")
@@ -152,18 +152,18 @@ class MergedTensors:
         self._differ(name, "the base's tensor", "none")
 
     def _is_decoded(self, name: str) -> bool:
-        """Test whether the base holds quantized values in this tensor's module, which a merge with ``--dequantize`` decodes."""
+        """Test whether the base has quantized values in this tensor's module, which ``--dequantize`` would decode."""
         home = name.rpartition(".")[0]
         return bool(self.record["dequantize"]) and home in self._quantized
 
     @cached_property
     def _quantized(self) -> frozenset[str]:
-        """Collect the base's tensors of codes, and the modules that hold them."""
+        """Return the base's tensors of quantized values and the modules that contain them."""
         codes = [name for name in self.base.all_names if self.base.stored(name).dtype not in FLOATS]
         return frozenset((*codes, *(name.rpartition(".")[0] for name in codes)))
 
     def _check_rounding(self, name: str, written: Array, exact: Array, slack: Array | float = 0.0) -> None:
-        """Compare values with exact ones within one rounding to the written dtype and what computing them in less precision adds."""
+        """Check values within one rounding to the written dtype, plus the slack of computing in lower precision."""
         permitted = half_spacing(np.abs(exact) + slack, self.files.stored(name).dtype) + slack
         if not (np.abs(written - exact) <= permitted).all():
             self._differ(name, "the adapter's values within one rounding")
@@ -176,7 +176,7 @@ class MergedTensors:
 
 @dataclass(frozen=True)
 class AdapterTensors:
-    """Compare the tensors of a written adapter that are no factors; see `MergedTensors`."""
+    """Compare a written adapter's tensors other than factors; see `MergedTensors`."""
 
     outcome: Outcome
     record: dict[str, Any]
@@ -189,7 +189,7 @@ class AdapterTensors:
         theirs = self.adapter.files
         check_mirrors(self.record["matrices"], self.files, self.outcome.output / WEIGHTS_NAME, self.outcome)
         rewritten = self.record["to_lora"] is not None
-        # A method without factors to write back is written as it was read.
+        # An adapter of a method without writable factors is copied.
         copied = not rewritten and self.adapter.config.get("peft_type", "LORA") != "LORA"
         roles = {part.source: part.role for part in parts(self.files)}
         recomputed = {self.files.saved_weight(row["module"]) for row in self.record["matrices"]}
@@ -213,7 +213,7 @@ class AdapterTensors:
             self._differ(name, "the adapter's bytes")
 
     def _compare_tuned(self, name: str) -> None:
-        """Look a tensor of the fine-tuned model up by its bytes: PEFT's name of it may be another."""
+        """Search for a tensor of the fine-tuned model by its bytes, because PEFT may use another name."""
         theirs = self.adapter.files
         first = self.adapter.plain_name(name)
         others = (*(n for n in [first] if n in theirs), *theirs.all_names)
@@ -221,11 +221,11 @@ class AdapterTensors:
             self._differ(name, "the bytes of a tensor of the fine-tuned model")
 
     def _find(self, part: Part, others: list[str]) -> None:
-        """Find what the output has of a tensor that the adapter brings, or that a fine-tuned model changed."""
+        """Search the output for a tensor that the adapter contains or that a fine-tuned model changed."""
         if self.adapter.is_model:
             rows = {stored_name(row["tensor"]) for row in self.record["matrices"]} & self.adapter.files.all_names
             unchanged = part.source in self.base and same_bytes(self.base, part.source, self.adapter.files, part.source)
-            # A copy of a tied matrix is none of its own.
+            # A copy of a tied matrix does not count as a tensor of its own.
             if unchanged or any(same_bytes(self.adapter.files, row, self.adapter.files, part.source) for row in rows):
                 return
         elif part.role == "original":

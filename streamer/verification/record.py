@@ -1,4 +1,4 @@
-"""Read the record of an output, ``streamer.json``, and compare it with itself and with what each of its safetensors files says."""
+"""Read an output's record, ``streamer.json``, and compare it with itself and with the metadata of its safetensors files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "tokenizer": (str, type(None)),
 }  # fmt: skip
 _OPTIONAL: dict[str, type | tuple[type, ...]] = {"coefficients": (dict, type(None)), "measured": list, "map": dict}
-"""Keys that records of former versions lack."""
+"""Keys that records of earlier versions lack."""
 
 _NESTED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "files": {"file": str, "bytes": int, "sha256": str},
@@ -38,21 +38,21 @@ _NESTED: dict[str, dict[str, type | tuple[type, ...]]] = {
 }  # fmt: skip
 
 DIGEST = "sha256"
-"""The key of a digest that a file holds of itself: of all its bytes, with zeros in the digest's own place."""
+"""Key of the digest that a file holds of itself: over all its bytes, with zeros in place of the digest."""
 
 IN_SHORT = ("name", "model_id", "revision", "digest")
-"""Keys of an input that a file's metadata has as well."""
+"""Keys of an input that a file's metadata repeats."""
 
 
 def read_record(output: Path) -> dict[str, Any] | str:
-    """Read an output's record, or say what is wrong with it. Keys that a later version added are passed over.
+    """Read an output's record, or return what is wrong with it. Keys that a later version added are ignored.
 
     Raises
     ------
     MissingInputError
-        If there is none: no finished output stands there.
+        If there is no record, so no finished output.
     FormatError
-        If it is of another version's schema.
+        If it has another version's schema.
     """
     path = output / RECORD_NAME
     if not path.is_file():
@@ -63,7 +63,7 @@ def read_record(output: Path) -> dict[str, Any] | str:
     try:
         record = json.loads(path.read_bytes().decode())
     except (ValueError, RecursionError) as e:
-        return f"no JSON ({e})"
+        return f"invalid JSON ({e})"
     if not isinstance(record, dict):
         return "JSON of another kind"
     schema = record.get("schema")
@@ -74,7 +74,7 @@ def read_record(output: Path) -> dict[str, Any] | str:
         )
     known = {"schema": str, **_TYPES, **{key: kind for key, kind in _OPTIONAL.items() if key in record}}
     wrong = _wrong_key(record, known)
-    if DIGEST not in record:  # keys that a later version adds stand under a digest; without one any other key is damage
+    if DIGEST not in record:  # a digest covers keys that later versions add; without one any other key is damage
         wrong = wrong or next((k for k in record if k not in known), "")
     for key, types in _NESTED.items():
         wrong = wrong or next((f"{key}[].{k}" for entry in record[key] if (k := _wrong_key(entry, types))), "")
@@ -98,7 +98,7 @@ def _wrong_key(entry: object, types: Mapping[str, type | tuple[type, ...]]) -> s
 
 
 def check_digest(record: dict[str, Any], outcome: Outcome) -> None:
-    """Compare the record with the digest that it holds of itself; where that differs, say which key does if other files tell."""
+    """Compare the record with its own digest; if it differs, name the changed key if other files reveal it."""
     path = outcome.output / RECORD_NAME
     if DIGEST in record and record[DIGEST] != (found := _digest(path, record)):
         check_stamps(record, outcome)
@@ -107,12 +107,12 @@ def check_digest(record: dict[str, Any], outcome: Outcome) -> None:
 
 
 def _digest(path: Path, record: Mapping[str, Any]) -> str:
-    """Compute the SHA-256 (hex) of the record's file, in which the stated one is replaced by zeros."""
+    """Compute the SHA-256 (hex) of the record's file with zeros in place of the stated digest."""
     return hashlib.sha256(path.read_bytes().replace(str(record.get(DIGEST)).encode(), b"0" * 64, 1)).hexdigest()
 
 
 def check_record(record: dict[str, Any], outcome: Outcome) -> None:
-    """Compare the record's sums and digests with what they are made of."""
+    """Compare the record's sums and digests with the entries that they summarise."""
     rows, totals = record["matrices"], record["totals"]
     before, after = (math.sqrt(sum(m[key] * m[key] for m in rows)) for key in ("delta_norm", "delta_norm_after"))
     sums = {
@@ -125,13 +125,13 @@ def check_record(record: dict[str, Any], outcome: Outcome) -> None:
         "dropped_max": max((m["dropped"] for m in rows), default=0.0),
         "bytes": sum(f["bytes"] for f in record["files"]),
     }
-    # Records of former versions lack these.
+    # Records of earlier versions lack these.
     sums |= {key: sum(m.get(key, 0) for m in rows) for key in ("values", "rounded_away") if key in totals}
     for key, value in sums.items():
         found = totals.get(key)
         if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=1e-12):
             outcome.misrecorded(f"totals.{key} {value!r}, the sum over its entries", repr(found))
-            break  # others may be made from it
+            break  # other sums may depend on it
     if record["detection"] is not None:
         certified = record["detection"].get("certified")
         if certified != sum(m["certified"] is True for m in rows):
@@ -147,7 +147,7 @@ def check_record(record: dict[str, Any], outcome: Outcome) -> None:
 
 
 def _check_method(record: dict[str, Any], outcome: Outcome) -> None:
-    """Compare what the record says of detection, λ and intruders with what its method takes."""
+    """Compare the record's detection, λ and intruders with what its method needs."""
     method, lam = record["method"], record["lambda"]
     takes = WITNESSED.get(method)
     detects = takes == "findings" and lam != 1
@@ -164,7 +164,7 @@ def _check_method(record: dict[str, Any], outcome: Outcome) -> None:
 
 
 def _check_coefficients(record: dict[str, Any], outcome: Outcome) -> None:
-    """Compare the digest of all coefficients with those of the matrices."""
+    """Compare the digest of all coefficients with the matrices' coefficients."""
     digest = hashlib.sha256()
     for row in sorted(record["matrices"], key=lambda row: str(row["tensor"])):
         values = row.get("coefficients")
@@ -179,12 +179,12 @@ def _check_coefficients(record: dict[str, Any], outcome: Outcome) -> None:
 
 
 def shards(record: dict[str, Any]) -> list[str]:
-    """List the files of the output's own tensors; below its directory are those of other modules, which are copied."""
+    """List the files of the output's own tensors; subdirectories contain other modules' files, which are copied."""
     return [f["file"] for f in record["files"] if f["file"].endswith(".safetensors") and "/" not in f["file"]]
 
 
 def check_stamps(record: dict[str, Any], outcome: Outcome) -> None:
-    """Compare the record with what the metadata of each of its safetensors files says of how it was made; missing files are passed over."""
+    """Compare the record with the metadata of each safetensors file about how it was made; missing files are skipped."""
     from safetensors import SafetensorError
 
     for path in (outcome.output / name for name in shards(record)):
@@ -195,7 +195,7 @@ def check_stamps(record: dict[str, Any], outcome: Outcome) -> None:
                 _check_stamp(record, path, file.metadata[path], outcome)
         except SafetensorError as e:
             outcome.differ(path, "a safetensors file", f"{e}")
-        if outcome.differing(outcome.output / RECORD_NAME):  # the other files would say the same
+        if outcome.differing(outcome.output / RECORD_NAME):  # the other files would show the same
             return
 
 
@@ -204,11 +204,11 @@ def _check_stamp(record: dict[str, Any], file: Path, metadata: Mapping[str, str]
         stamp = json.loads(metadata["streamer"])
         items = list(stamp.items())
     except (KeyError, AttributeError, ValueError, RecursionError):
-        outcome.differ(file, "metadata that say how it was made", "none that can be read")
+        outcome.differ(file, "metadata that says how it was made", "none that can be read")
         return
     for key, value in items:
         mine = record.get(key)
         if key in ("base", "adapter"):
             mine = {k: str(mine[k]) for k in IN_SHORT if k in mine} if isinstance(mine, dict) else mine
         if mine != value:
-            outcome.misrecorded(f"{key} {value!r}, as the metadata of {file.name} have it", repr(mine))
+            outcome.misrecorded(f"{key} {value!r}, as in the metadata of {file.name}", repr(mine))

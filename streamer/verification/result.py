@@ -1,4 +1,4 @@
-"""State what a verification compared and what differed: the object of `streamer verify --json`, schema ``streamer.verification/1``."""
+"""Define the result of a verification: the object of `streamer verify --json`, schema ``streamer.verification/1``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from streamer.json_types import Amount, Count
 
 SCHEMA: Final = "streamer.verification/1"
 RECORD_NAME = "streamer.json"
-"""Of the record of an output, in its directory."""
+"""Name of an output's record, in its directory."""
 
 
-class NotRecomputed(Exception):  # a reason, and no fault of anyone
-    """Say why a matrix is not recomputed: a kind, a size or an encoding that no plain formula here covers."""
+class NotRecomputed(Exception):  # a reason, not an error
+    """Reason why a matrix is not recomputed: a kind, size or encoding that no plain formula here covers."""
 
 
 # fmt: off
@@ -69,7 +69,7 @@ class Verification(TypedDict):
 
 
 class Checked(NamedTuple):
-    """State the result of a recomputation: the largest error as a share of what rounding permits; whether decisions were recomputed too."""
+    """Result of a recomputation: the largest error in units of its tolerance, and whether decisions were recomputed too."""
 
     error: float
     decisions: bool
@@ -77,7 +77,7 @@ class Checked(NamedTuple):
 
 @dataclass
 class Outcome:
-    """Collect differences and recomputed matrices of one output while it is verified."""
+    """Differences and recomputed matrices of one output, collected during verification."""
 
     output: Path
     kind: Literal["model", "adapter", "findings"]
@@ -92,7 +92,7 @@ class Outcome:
     differences: list[DifferenceRecord] = field(default_factory=list)
 
     def differ(self, file: Path, expected: str, found: str, tensor: str | None = None) -> None:
-        """Note a difference; it becomes one line."""
+        """Note a difference, which becomes one line."""
         where = f"{file}: " if tensor is None else f"{file}: tensor {tensor!r}: "
         line = f"{where}expected {expected}, found {found}"
         self.differences.append(
@@ -100,15 +100,15 @@ class Outcome:
         )
 
     def misrecorded(self, expected: str, found: str, tensor: str | None = None) -> None:
-        """Note that the output's record says otherwise."""
+        """Note a difference in the output's record."""
         self.differ(self.output / RECORD_NAME, expected, found, tensor)
 
     def differing(self, file: Path) -> bool:
-        """Tell whether a difference of this file was noted."""
+        """Test whether a difference of this file was noted."""
         return any(d["file"] == str(file) for d in self.differences)
 
     def result(self, inputs: _Inputs | None) -> Verification:
-        """Return the object that is printed."""
+        """Return the object to print."""
         result: Verification = {
             "schema": SCHEMA,
             "output": str(self.output),

@@ -1,4 +1,4 @@
-"""Verify an output: its files, and, given its inputs, a sample of its matrices."""
+"""Verify an output's files and, if inputs are given, a sample of its matrices."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def verify(
     coefficients: str | Path | None = None,
     inputs_map: str | Path | None = None,
 ) -> Verification:
-    """Verify an output; see `streamer.verify_output`, whose parameters these are."""
+    """Verify an output; `streamer.verify_output` explains the parameters."""
     if (base is None) != (adapter is None):
         raise UsageError("verify: expected BASE and ADAPTER, found one of them; give both, or neither")
     if sample != "all" and (isinstance(sample, bool) or not isinstance(sample, int) or sample < 1):
@@ -53,7 +53,7 @@ def verify(
 
 
 class _Sample:
-    """Recompute matrices until as many are checked as were asked for; compare all other tensors if all of them were."""
+    """Recompute matrices until the requested number is checked; compare all other tensors if all matrices were requested."""
 
     def __init__(
         self, size: int | Literal["all"], max_memory: int | None, monitor: Monitor, coefficients: str | Path | None,
@@ -61,10 +61,10 @@ class _Sample:
     ) -> None:  # fmt: skip
         self._size, self._max_memory, self.monitor = size, max_memory, monitor
         self.files = {"regmean": ("coefficients", coefficients), "nullspace": ("map", inputs_map)}
-        """By the method that needs it: the option that names a file, and the file."""
+        """For each method that needs a file, the option that names it and the file."""
 
     def file_of(self, method: str) -> Path | None:
-        """Return the file that a method's values are in, if it was given; refuse that of another method."""
+        """Return the file with a method's values, if given; refuse a file for another method."""
         for needs, (option, path) in self.files.items():
             if path is not None and needs != method:
                 raise UsageError(f"{option}: is not needed for an output of method {method!r}; leave it out")
@@ -75,18 +75,18 @@ class _Sample:
         self, outcome: Outcome, rows: Sequence[dict[str, Any]], seed: str, needs: Callable[[str], int], check: Check,
         others: Sequence[tuple[str, Callable[[], None]]] = (),
     ) -> None:  # fmt: skip
-        """Recompute a sample of rows, spread over kinds of matrices and drawn by the digests of their names.
+        """Recompute a sample of rows that covers all kinds of matrices, drawn by digests of their names.
 
         Parameters
         ----------
         seed
-            Draws the same sample of the same output.
+            Makes the sample of an output repeatable.
         needs
-            Bytes that a tensor of the base takes while it is recomputed.
+            Returns the bytes that recomputing a tensor of the base needs.
         check
-            Recomputes one row; notes what differs.
+            Recomputes one row and notes differences.
         others
-            All other tensors, each with its comparison, which notes what differs.
+            All other tensors, each with a comparison that notes differences.
         """
         count = len(rows) if self._size == "all" else min(self._size, len(rows))
         outcome.matrices, outcome.tensors = len(rows), len(others)
@@ -100,7 +100,7 @@ class _Sample:
             try:
                 if self._max_memory is not None and (need := needs(row["tensor"])) > self._max_memory:
                     raise NotRecomputed(
-                        f"it takes {need >> 20}M of memory, over the {self._max_memory >> 20}M of max_memory"
+                        f"it needs {need >> 20}M of memory, over the {self._max_memory >> 20}M of max_memory"
                     )
                 error, decisions = check(row)
                 outcome.recomputed.append({"tensor": row["tensor"], "error": min(error, 1e300), "decisions": decisions})
@@ -140,7 +140,7 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
     check_record(record, outcome)
     if not outcome.differences:
         check_digest(record, outcome)
-    if outcome.differences:  # nothing is compared with a record that is not as it was written
+    if outcome.differences:  # a damaged record is no basis for comparison
         return outcome
     base = adapter = None
     if inputs is not None:
@@ -213,7 +213,7 @@ def _verify_findings(path: Path, inputs: tuple[Path, Path] | None, sample: _Samp
 
 
 def _open_inputs(inputs: tuple[Path, Path], base: Any, adapter: Any, output: Path, opened: ExitStack) -> Any:
-    """Open base and adapter, which must be those that the output was made from."""
+    """Open base and adapter after checking that the output was made from them."""
     from safetensors import SafetensorError
 
     from streamer.verification.formulas import AdapterFiles
@@ -232,7 +232,7 @@ def _open_inputs(inputs: tuple[Path, Path], base: Any, adapter: Any, output: Pat
 
 
 def _needs(base: Any) -> Callable[[str], int]:
-    """Estimate the memory to recompute a matrix: four copies in float64 if LAPACK decomposes it, else one; and the process's own."""
+    """Estimate the memory of recomputing a matrix: four float64 copies if LAPACK decomposes it, else one, plus the process itself."""
 
     def needs(tensor: str) -> int:
         if tensor not in base:

@@ -1,4 +1,4 @@
-"""Compare the files beside the weights with the inputs': each with that of the input it must come from, none missing and none more."""
+"""Compare the files beside the weights with the files of the input from which each must come; report missing and additional files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from streamer.verification.result import Outcome
 
 MODEL_CONFIG = "config.json"
 APART = {"model": {"README.md", INDEX_NAME, MODEL_CONFIG}, "adapter": {"README.md", CONFIG_NAME}}
-"""Files of each kind of output that are checked elsewhere, and the card, which anyone may edit."""
+"""Files of each kind of output that are checked elsewhere, and the model card, which anyone may edit."""
 
 OF_QUANTIZED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Files that a model does without once its weights are plain."""
+"""Files that a model no longer needs once its weights are plain."""
 
 VOCABULARIES = {
     "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model",
@@ -32,18 +32,18 @@ TOKENIZER = VOCABULARIES | {
 PROCESSOR = {
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "audio_tokenizer_config.json",
 }  # fmt: skip
-"""Files of transformers' tokenizers and processors: a merged model has those of one input."""
+"""Files of transformers' tokenizers and processors; a merged model takes them from one input."""
 
 ASKED = {
     "generation_config.json", "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 }  # fmt: skip
-"""Those that every server by https is asked for. It lists none, so others may be missing on one side."""
+"""Files requested from every https server. Such servers list no files, so other files may be missing on one side."""
 
 
 def check_side_files(record: dict[str, Any], base: Path, adapter: AdapterFiles, outcome: Outcome) -> None:
-    """Compare every copied file byte by byte, and look for those that a loader reads and only one side has."""
+    """Compare every copied file byte by byte, and report files that a loader reads but only one side has."""
     listed = {entry["file"] for entry in record["files"]} - APART[outcome.kind] - {*shards(record)}
     folders = {".", TEMPLATES, *(str(PurePath(name).parent) for name in listed)}
     wanted, tokenizer = _wanted(record, base, adapter, folders, outcome)
@@ -69,7 +69,7 @@ def check_side_files(record: dict[str, Any], base: Path, adapter: AdapterFiles, 
 def _wanted(
     record: dict[str, Any], base: Path, adapter: AdapterFiles, folders: set[str], outcome: Outcome
 ) -> tuple[dict[str, Path], str | None]:
-    """Find the files that an output takes along, by relative name, and whose tokenizer is among them."""
+    """Find the files that an output copies, by relative name, and the input whose tokenizer they include."""
     if outcome.kind == "adapter":
         return {} if adapter.is_model else _files(adapter.directory, folders, APART["adapter"]), None
     apart = APART["model"] | {CONFIG_NAME, *(OF_QUANTIZED if record["dequantize"] else ())}
@@ -108,14 +108,14 @@ def _is_like(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _rows(path: Path) -> int:
-    """Read how many tokens a config permits; 0 where it does not say."""
+    """Read the number of tokens that a config permits; 0 if it does not state it."""
     tree = json.loads(path.read_bytes()) if path.is_file() else {}
     stated = (part.get("vocab_size") for part in (tree, tree.get("text_config")) if isinstance(part, dict))
     return next((rows for rows in stated if type(rows) is int), 0)
 
 
 def _token_count(path: Path) -> int:
-    """Count tokens: one more than the largest number of a ``tokenizer.json``; 0 where that is not known."""
+    """Return the largest token number of a ``tokenizer.json`` plus one; 0 if it is unknown."""
     try:
         tree = json.loads(path.read_bytes())
         vocab, added = tree["model"]["vocab"], tree.get("added_tokens") or ()

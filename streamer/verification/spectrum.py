@@ -1,6 +1,6 @@
-"""Compute leading singular triplets and similarities by scipy, in float64: ARPACK on a `LinearOperator`, LAPACK for the base.
+"""Compute leading singular triplets and similarities with scipy, in float64: ARPACK on a `LinearOperator`, LAPACK for the base.
 
-Notation: W0 (m, n) is the base weight, Δ the adapter's delta, ``W = W0 + Δ``, u_j, σ_j, v_j W's leading singular triplets.
+Notation: W0 (m, n) is the base weight, Δ is the adapter's delta, ``W = W0 + Δ``, and u_j, σ_j, v_j are W's leading singular triplets.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from streamer.verification.result import NotRecomputed
 from streamer.verification.tensors import Array, Matrix
 
 DENSE_SIDE = 2048
-"""The longest short side of a matrix that LAPACK decomposes whole."""
+"""Largest short side of a matrix that LAPACK decomposes whole."""
 
 ANGLES = (2e-5, 1e-3)
-"""Error of a vector, in radians, that findings may have beside rounding; the second where singular values decay slowly."""
+"""Angle error of a vector, in radians, that findings may have besides rounding; the second applies if singular values decay slowly."""
 
 MORE = 6
-"""Singular values after the first k that say how fast they decay; the solver's block has as many columns more at least."""
+"""Singular values after the first k that measure the decay; the solver's block has at least this many additional columns."""
 
 SLOW = 0.15
-"""Relative fall of the squared values over these below which a block Krylov process of 16 steps does not reach the first of `ANGLES`:
-its error falls like ``2 exp(−2·16·√fall)``."""
+"""Relative decrease of the squared values over these, below which a block Krylov process misses the first of `ANGLES` in 16 steps: its
+error decreases like ``2 exp(−2·16·√decrease)``."""
 
 ROUNDINGS = 32 * 2.0**-23
-"""Error of a residual in float32 relative to σ_1: some roundings."""
+"""Error of a residual in float32 relative to σ_1: a few roundings."""
 
 DOUBLE_ROUNDINGS = 32 * 2.0**-52
 """The same in float64."""
 
 ILL_DEFINED = 0.05
-"""An angle error above this makes a vector one of a cluster, of which only the space that they span is defined."""
+"""Angle error above which a vector belongs to a cluster, in which only the spanned subspace is defined."""
 
 
 @dataclass(frozen=True)
 class Triplets:
-    """``W v_j = σ_j u_j``: U (m, k), S (k,) falling, V (n, k); gaps (k,), each σ_j's distance to its nearest neighbour; one of `ANGLES`."""
+    """``W v_j = σ_j u_j``: U (m, k), falling S (k,), V (n, k); gaps (k,) from σ_j to its nearest neighbour; one of `ANGLES`."""
 
     U: Array
     S: Array
@@ -47,19 +47,19 @@ class Triplets:
     angle: float
 
     def angle_errors(self, exact: bool = False) -> Array:
-        """Bound the angle by which each vector in findings may differ from these, (k,); `exact` are LAPACK's vectors in float64."""
+        """Bound the angle between each vector in findings and the one here, (k,); `exact` if findings have LAPACK's float64 vectors."""
         angle, roundings = (0.0, DOUBLE_ROUNDINGS) if exact else (self.angle, ROUNDINGS)
         errors: Array = np.minimum(1.0, angle + roundings * self.S[0] / np.maximum(self.gaps, 1e-300))
         return errors
 
 
 def leading_triplets(W: Any, k: int) -> Triplets:
-    """Compute the k leading triplets of an operator, by ARPACK where it can give some more, else by LAPACK.
+    """Compute the k leading triplets of an operator, by ARPACK if it can also give `MORE` further ones, else by LAPACK.
 
     Raises
     ------
     NotRecomputed
-        If neither can.
+        If neither is possible.
     """
     from scipy.linalg import svd
     from scipy.sparse.linalg import ArpackError, svds
@@ -85,7 +85,7 @@ def leading_triplets(W: Any, k: int) -> Triplets:
 
 
 def base_vectors(base: Matrix) -> tuple[Array, Array] | None:
-    """Compute all left singular vectors and singular values of W0, (m, p) and (p,); None where the short side is over `DENSE_SIDE`."""
+    """Compute all left singular vectors and singular values of W0, (m, p) and (p,); None if its short side is over `DENSE_SIDE`."""
     from scipy.linalg import svd
 
     if min(base.shape) > DENSE_SIDE:
@@ -95,7 +95,7 @@ def base_vectors(base: Matrix) -> tuple[Array, Array] | None:
 
 
 def similarities(U: Array, vectors: Array) -> Array:
-    """Compute ``max_i |⟨u_j, u⁰_i⟩|`` of each column of U, (k,)."""
+    """Compute ``max_i |⟨u_j, u⁰_i⟩|`` for each column of U, (k,)."""
     if not vectors.shape[1]:
         return np.zeros(U.shape[1])
     largest: Array = np.abs(vectors.T @ U).max(axis=0)

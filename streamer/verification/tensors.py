@@ -1,4 +1,4 @@
-"""Read tensors of safetensors files with the safetensors library, as float64 rows of (out, in) matrices."""
+"""Read tensors with the safetensors library, as float64 rows of (out, in) matrices."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from streamer.verification.result import NotRecomputed
 Array = NDArray[np.float64]
 
 BLOCK_BYTES = 32 << 20
-"""Of float64 rows that are compared at a time."""
+"""Bytes of float64 rows to compare at a time."""
 
 PIECE_BYTES = 1 << 20
-"""Of bytes that are compared at a time."""
+"""Raw bytes to compare at a time."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 FP8 = "F8_E4M3"
 
 
 class Stored(NamedTuple):
-    """Describe a tensor as stored: dtype in the format's spelling, and shape."""
+    """A tensor as stored: dtype in the format's spelling, and shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 class TensorFiles:
-    """Open safetensors files with the library and find tensors by name.
+    """Safetensors files opened with the library, with tensors found by name.
 
     Parameters
     ----------
     paths
-        The files; a name in two of them is found in the last.
+        The files; if two have the same name, the last one is used.
     framework
-        ``numpy`` reads headers without loading torch; ``pt`` reads values of every floating dtype.
+        ``numpy`` reads headers without loading torch; ``pt`` reads values of every floating-point dtype.
 
     Raises
     ------
@@ -78,7 +78,7 @@ class TensorFiles:
 
     @property
     def all_names(self) -> frozenset[str]:
-        """The names of all tensors."""
+        """Return the names of all tensors."""
         return frozenset(self._of)
 
     def stored(self, name: str) -> Stored:
@@ -87,16 +87,16 @@ class TensorFiles:
         return Stored(str(view.get_dtype()), tuple(view.get_shape()))
 
     def whole(self, name: str) -> Array:
-        """Read a small tensor, float64 in its own shape."""
+        """Read a small tensor as float64 in its own shape."""
         return _float64(self._of[name].get_tensor(name))
 
     def values(self, name: str) -> NDArray[Any]:
-        """Read a small tensor of a dtype that numpy has, as it is stored."""
+        """Read a small tensor in its stored dtype, which numpy must have."""
         return np.asarray(self._of[name].get_tensor(name))
 
     @cached_property
     def _places(self) -> dict[str, tuple[Path, int, int]]:
-        """Map each tensor's name → file, first byte and number of bytes."""
+        """Map each tensor's name to its file, first byte and number of bytes."""
         found = {}
         for path in self.names:
             with path.open("rb") as f:
@@ -108,7 +108,7 @@ class TensorFiles:
         return found
 
     def nbytes(self, name: str) -> int:
-        """Count the bytes of a tensor."""
+        """Return the number of bytes of a tensor."""
         return self._places[name][2]
 
     def pieces(self, name: str) -> Iterator[bytes]:
@@ -121,21 +121,21 @@ class TensorFiles:
                 yield piece
 
     def rows(self, name: str, i: int, j: int) -> Array:
-        """Read rows i to j of a tensor as a float64 matrix, a convolution's kernel set out along its input."""
+        """Read rows i to j of a tensor as a float64 matrix, with a convolution's kernel flattened into its input."""
         return _float64(self._of[name].get_slice(name)[i:j]).reshape(j - i, -1)
 
     def some(self, name: str, i: int, j: int) -> Array:
-        """Read entries i to j along the first dimension, float64; the whole of a tensor that has none."""
+        """Read entries i to j along the first dimension as float64; a scalar is read whole."""
         view = self._of[name].get_slice(name)
         return _float64(view[i:j]) if view.get_shape() else self.whole(name)
 
     def columns(self, name: str, i: int, j: int) -> Array:
-        """Read columns i to j of a tensor of two dimensions, float64."""
+        """Read columns i to j of a two-dimensional tensor as float64."""
         return _float64(self._of[name].get_slice(name)[:, i:j])
 
 
 def same_bytes(files: TensorFiles, name: str, others: TensorFiles, other: str) -> bool:
-    """Compare dtype, shape and bytes of two tensors."""
+    """Test whether two tensors have the same dtype, shape and bytes."""
     if files.stored(name) != others.stored(other):
         return False
     return all(a == b for a, b in zip_longest(files.pieces(name), others.pieces(other)))
@@ -150,20 +150,20 @@ def _float64(tensor: Any) -> Array:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Read a weight as a float64 (out, in) matrix, a few rows at a time.
+    """Weight read as a float64 (out, in) matrix, a few rows at a time.
 
     Attributes
     ----------
     files, name
-        Where it stands.
+        Its files, and its name in them.
     shape
         (out, in).
     transposed
         Whether it is stored as (in, out).
     dtype
-        As it is stored, in the format's spelling.
+        Stored dtype, in the format's spelling.
     scale
-        Of FP8 codes: their scale, (1, 1), (out, 1) or one for each value of (out, in) blocks; else None.
+        Scale of FP8 values, (1, 1), (out, 1) or one for each (out, in) block; None for other dtypes.
     block
         Rows and columns that share a scale.
     """
@@ -190,7 +190,7 @@ class Matrix:
         return self.scale[np.arange(i, j) // bm][:, np.arange(n) // bn]
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Return the ranges of rows that are read at a time."""
+        """Yield the row ranges to read at a time."""
         m, n = self.shape
         step = max(1, BLOCK_BYTES // (8 * n))
         return ((i, min(m, i + step)) for i in range(0, m, step))
@@ -204,12 +204,12 @@ class Matrix:
 
 
 def open_matrix(files: TensorFiles, name: str, shape: tuple[int, int], transposed: bool) -> Matrix:
-    """Find a weight that stands as floating-point values, or as FP8 codes with a scale beside them.
+    """Find a weight that is stored as floating-point values, or as FP8 values with a scale.
 
     Raises
     ------
     NotRecomputed
-        If it stands in another encoding.
+        If it has another encoding.
     """
     dtype, stored = files.stored(name)
     if dtype in FLOATS:

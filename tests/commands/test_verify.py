@@ -121,7 +121,7 @@ def test_what_no_formula_covers_is_said_and_not_counted(tmp_path: Path) -> None:
     make_outputs(base, adapter, tmp_path)
     with pytest.warns(
         streamer.StreamerWarning,
-        match="none of its matrices could be recomputed: it is no tensor of the base by itself",
+        match="none of its matrices could be recomputed: it is not a tensor of the base by itself",
     ):
         found = streamer.verify_output(tmp_path / "model", base, adapter, sample="all")
     assert found["totals"] | {"files": 0, "bytes": 0} == {

@@ -168,7 +168,7 @@ def test_lambda_tampered_in_the_record(job: Job, tmp_path: Path) -> None:
         output = job.copy(kind, tmp_path)
         record = output / "streamer.json"
         record.write_text(record.read_text().replace('"lambda": 0.5', '"lambda": 0.7'))
-        line = f"{record}: expected lambda 0.5, as the metadata of {file} have it, found 0.7"
+        line = f"{record}: expected lambda 0.5, as in the metadata of {file}, found 0.7"
         assert lines(output)[0] == line
         edit_record(output, lambda tree: None)
         assert lines(output)[0] == line

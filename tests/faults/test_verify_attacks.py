@@ -143,7 +143,7 @@ ATTACKS = {
     "a row of another tensor": (
         "model",
         together(record(lambda tree: tree["matrices"][0].update(tensor=f"{NORM}[0]")), tensor(NORM, lambda t: t.mul_(2))),
-        f"tensor '{NORM}[0]': expected a row of the module of the adapter that changes it",
+        f"tensor '{NORM}[0]': expected a row of the adapter's module that changes it",
     ),
     "no decision certified, and no intruders": ("model", undecided, "to be an intruder"),
     "rope_theta": ("model", config("config.json", rope_parameters={"rope_type": "default", "rope_theta": 5e5}),

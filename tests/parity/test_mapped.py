@@ -103,7 +103,7 @@ def test_verification_needs_the_map_and_finds_a_wrong_value(base: Path, tmp_path
     with pytest.warns(StreamerWarning, match="pass it as --map"):
         found = streamer.verify_output(tmp_path / "0.4", base, adapter)
     assert found["totals"]["recomputed"] == 0
-    with pytest.raises(MismatchError, match="is not the map of the digest"):
+    with pytest.raises(MismatchError, match="is not the map with digest"):
         streamer.verify_output(tmp_path / "0.4", base, adapter, map=tmp_path / "other.safetensors")
     with pytest.raises(MismatchError, match="is not a map"):
         streamer.verify_output(tmp_path / "0.4", base, adapter, map=adapter / "adapter_model.safetensors")

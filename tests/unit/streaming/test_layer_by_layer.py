@@ -54,5 +54,5 @@ def test_a_layer_in_which_some_sequences_stop_elsewhere_is_refused() -> None:
         layer.begin(group, stream)
         with pytest.raises(Paused):
             layer.run_layer(lambda x: layer.take(target, x), torch.ones(3 if stream == STREAMS[-1] else 4, 2))
-    with pytest.raises(UnsupportedError, match="layer 0 runs its matrices in another order"):
+    with pytest.raises(UnsupportedError, match="layer 0 runs its matrices in a different order"):
         layer.between()
