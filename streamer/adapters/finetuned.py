@@ -66,7 +66,6 @@ class FinetunedModel(DeltaSource):
         Tensors of two or more dimensions, with the base's shape, that are carried along.
     copies
         Names of tensors that are stored under another name as well and are therefore left out.
-        Names of tensors that stand there under another name as well, and are left out.
     """
 
     model_config: ModelConfig = field(default_factory=ModelConfig)

@@ -41,7 +41,7 @@ class RitzBasis(NamedTuple):
 
 
 class GolubKahan:
-    """Maintain ``M P = Q B`` and ``Mᵀ Q = P Bᵀ + P₊ L Eᵀ`` with orthonormal ``[P, P₊]`` and ``Q``; each step adds a block.
+    """Process that maintains ``M P = Q B`` and ``Mᵀ Q = P Bᵀ + P₊ L Eᵀ`` with orthonormal ``[P, P₊]`` and ``Q``; each step adds a block.
 
     M is (m, n). P (n, p) and Q (m, q) are the bases, P₊ (n, b) is the next block, B (q, p) is block upper triangular, and Eᵀ selects
     the last block of rows (all rows after a `restart`). Hence ``MᵀM P = P T + P₊ β Eᵀ`` with ``T = BᵀB``: the block Lanczos process

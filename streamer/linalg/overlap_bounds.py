@@ -126,7 +126,7 @@ def _interval(w: Tensor, values: Tensor, tau: float, slack: float, tall: bool) -
 
 
 class OverlapProcess:
-    """Bound the overlaps of fixed directions, more tightly with each step.
+    """Process that bounds the overlaps of fixed directions, more tightly with each step.
 
     Parameters
     ----------

@@ -1,11 +1,11 @@
-"""Find and scale down intruder dimensions in a PEFT model that is in memory, one weight matrix at a time.
+"""Find and scale down intruder dimensions in a PEFT model in memory, one weight matrix at a time.
 
-The names and parameters are those of PEFT's own function, so that one import line is the whole change::
+Names and parameters are those of PEFT's own function, so changing one import line is enough::
 
-    from streamer.peft import reduce_intruder_dimension  # in place of peft.tuners.lora.intruders
+    from streamer.peft import reduce_intruder_dimension  # instead of from peft.tuners.lora.intruders
 
-A live model is presented to the same engine that reads files: `tensors` gives its tensors the form of a file, `model` finds them by name,
-and `plan` matches them. Findings on files serve the model in memory, and the reverse. It takes PEFT:
+The engine that reads files also handles the live model: `tensors` presents its tensors as a file, `model` finds them by name, and `plan`
+matches them. Findings on files can be used for the model in memory, and vice versa. Needs PEFT:
 ``pip install 'intruder-streamer[peft]'``.
 """
 

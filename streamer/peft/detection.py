@@ -1,4 +1,4 @@
-"""Detect in a live model."""
+"""Detect intruders in a live model."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ def detect_intruder_dimensions(
     threshold_epsilon: float | None = None,
     **options: Unpack[LiveDetectKeywords],
 ) -> Findings:
-    """Find the intruder dimensions of every matrix that an adapter of a live model changes; the model stays as it is.
+    """Find the intruder dimensions of every matrix that an adapter of a live model changes; the model stays unchanged.
 
     Parameters
     ----------
     adapter_name
-        The adapter, active or not; others are passed over.
+        The adapter, active or not; others are ignored.
 
     Returns
     -------
     Findings
-        As from files. `Findings.save` writes them, and mitigate and merge of files take
-        them where base and adapter are the same; `diff` and reports with coefficients or an evaluation do not.
+        As from files. `Findings.save` writes them. Mitigate and merge on files accept them if base and adapter are the same; `diff`, and
+        reports with coefficients or an evaluation, do not.
 
     Raises
     ------
     MissingPackageError
         If PEFT is not installed.
     StreamerError
-        Of the class that says what kind of fault it is (see `streamer.errors`).
+        Of the class for the kind of error (see `streamer.errors`).
     """
     judged, settings = take(Judged, options, top_k=top_k, threshold_epsilon=threshold_epsilon), take(Settings, options)
     with watched(options) as monitor:
@@ -59,7 +59,7 @@ def detect_intruder_dimensions(
 
 
 def detect_live(live: LivePlan, options: DetectionOptions, device: torch.device, monitor: Monitor) -> Findings:
-    """Detect in one matrix after the other; the findings have the names in memory."""
+    """Detect in one matrix after another; the findings use the names in memory."""
     plan = live.plan
     total, done, matrices = sum(cost(target, options) for target in plan.targets), 0, []
     resident = resident_bytes(Batch(plan.base, (plan,)))
@@ -78,12 +78,12 @@ def detect_live(live: LivePlan, options: DetectionOptions, device: torch.device,
 def findings_for(
     live: LivePlan, findings: Findings | str | Path | None, judged: Judged, device: torch.device, monitor: Monitor
 ) -> Findings:
-    """Check given findings against the model, or detect; the result has the names in memory.
+    """Check given findings against the model, or run detection; the result uses the names in memory.
 
     Raises
     ------
     MismatchError
-        If given findings are not on this model and adapter, or were made with other options.
+        If given findings are not on this model and adapter, or were made with different options.
     """
     if findings is None:
         return detect_live(live, judged.options(), device, monitor)
@@ -95,5 +95,5 @@ def findings_for(
 
 
 def named_as_files(live: LivePlan, findings: Findings) -> Findings:
-    """Give findings on a live model the names that the base's files have."""
+    """Rename findings on a live model to the names in the base's files."""
     return replace(findings, matrices=tuple(replace(m, tensor=live.name_in_files(m.tensor)) for m in findings))

@@ -1,4 +1,4 @@
-"""Describe the mitigation of a live model's deltas, as that of files is described."""
+"""Describe the mitigation of a live model's deltas in the same form as for files."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def live_job(
     live: LivePlan, method: Method, judged: Judged, findings: Findings | str | Path | None,
     device: torch.device, monitor: Monitor,
 ) -> tuple[Job, Findings | None]:  # fmt: skip
-    """Detect, or take the findings given, if the method needs them.
+    """Run detection, or use the given findings, if the method needs them.
 
     Returns
     -------
     Job, Findings or None
-        The findings have the names in memory; None where none are needed.
+        The findings use the names in memory; None if the method needs none.
     """
     monitor.warn(live.plan.warnings)
     if method.coefficients is not None:
@@ -46,12 +46,12 @@ def live_job(
 
 
 def _named_in_memory(live: LivePlan, coefficients: FitSet) -> FitSet:
-    """Give coefficients the names in memory; that they are of this adapter is checked by its singular values, matrix by matrix.
+    """Rename coefficients to the names in memory; each matrix' singular values are checked later to belong to this adapter.
 
     Raises
     ------
     MismatchError
-        If they are not on the adapter's matrices, or not one for each of their directions.
+        If they do not cover exactly the adapter's matrices, with one coefficient for each direction.
     """
     names = {target.tensor: live.name_in_files(target.tensor) for target in live.plan.targets}
     lacking = [name for name in names.values() if name not in coefficients.matrices]
@@ -68,19 +68,19 @@ def _named_in_memory(live: LivePlan, coefficients: FitSet) -> FitSet:
 
 
 def _map_in_memory(live: LivePlan, inputs: InputMap, monitor: Monitor) -> InputMap:
-    """Give a map the names in memory, of the adapter's matrices alone.
+    """Rename a map to the names in memory, keeping only the adapter's matrices.
 
     Raises
     ------
     UnsupportedError
-        If it is not known which files the base was loaded from.
+        If it is unknown from which files the base was loaded.
     MismatchError
         If the map is of another base.
     """
     here = live.files_identity
     if here is None:
         raise UnsupportedError(
-            f"{inputs.name}: is of a base's files, and it is not known which this model was loaded from; load it from their directory"
+            f"{inputs.name}: is of a base's files, and it is unknown from which files this model was loaded; load it from their directory"
         )
     theirs = {key: value for key, value in inputs.facts["base"].items() if key != "architecture"}
     if theirs != here:

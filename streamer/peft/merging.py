@@ -1,4 +1,4 @@
-"""Merge a mitigated adapter into a live model, matrix by matrix and in place."""
+"""Merge a mitigated adapter into a live model, one matrix at a time and in place."""
 
 from __future__ import annotations
 
@@ -33,33 +33,33 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     mitigation_lambda: float | None = None,
     **options: Unpack[LiveKeywords],
 ) -> nn.Module:
-    """Merge an adapter, its intruders scaled by `mitigation_lambda`, into the base, and return the base without PEFT.
+    """Merge an adapter with its intruders scaled by `mitigation_lambda` into the base, and return the base without PEFT.
 
-    Weights are changed in place, one matrix after the other, in the base's dtypes and on its devices, each rounded once from the sum in
-    float32. Everything is detected and checked before the first is changed; a run that is stopped after that leaves a model that is merged
-    in part, to be loaded anew. Other adapters are dropped, and `peft_model` is of no use
-    any more. An embedding and a head that are one tensor part where the adapter changes one of them, which the base's config says then.
+    Weights are changed in place, one matrix after another, in the base's dtypes and on its devices; each is rounded once from a float32
+    sum. Everything is detected and checked before the first weight changes. If the run is stopped after that, the model is partly merged
+    and must be loaded again. Other adapters are dropped, and `peft_model` must not be used any more. If an embedding and a head share one
+    tensor and the adapter changes only one of them, they are separated, and the base's config states it.
 
     Parameters
     ----------
     adapter_name
-        An adapter of any kind that ``streamer merge`` takes.
+        An adapter of any kind that ``streamer merge`` supports.
     findings
-        From `detect_intruder_dimensions`, of this module or on the files, or the path of their file: no SVD of a weight is done then.
+        From `detect_intruder_dimensions` of this module or on the files, or the path of their file; no weight is then decomposed.
 
     Returns
     -------
     torch.nn.Module
-        The base model, for a `PeftModel` what ``get_base_model()`` gives.
+        The base model; for a `PeftModel`, the result of ``get_base_model()``.
 
     Raises
     ------
     MissingPackageError
         If PEFT is not installed.
     UnsupportedError
-        If weights are quantized, or offloaded to the disk.
+        If weights are quantized or offloaded to disk.
     StreamerError
-        Of the class that says what kind of fault it is (see `streamer.errors`).
+        Of the class for the kind of error (see `streamer.errors`).
     """
     method = take(MethodChoice, options, mitigation_lambda=mitigation_lambda).make()
     judged, settings = take(Judged, options, top_k=top_k, threshold_epsilon=threshold_epsilon), take(Settings, options)
@@ -68,12 +68,12 @@ def merge_and_unload_with_reduced_intruder_dimensions(
         live = plan_live(peft_model, adapter_name, settings.ignore_keys)
         outputs = _checked(live, list(_changed(live)))
         job, _ = live_job(live, method, judged, options.get("findings"), device, monitor)
-        # Once before the first is changed: coefficients of other values, or a sum that overflows, are refused here.
+        # Compute everything once before the first change, so that wrong coefficients or an overflow are refused here.
         for output in outputs:
             monitor.checkpoint()
             _values(job, output)
             live.release()
-        # Before a weight is changed, since it may fail: a model loaded in inference mode takes no gradients.
+        # Activate before any weight changes, because it may fail: a model loaded in inference mode allows no gradients.
         with quiet_peft():
             live.live.activate(adapter_name)
         total, done = sum(_nbytes(output) for output in outputs), 0
@@ -89,9 +89,9 @@ def merge_and_unload_with_reduced_intruder_dimensions(
 
 
 def _changed(live: LivePlan) -> Iterator[Output]:
-    """List the tensors of the base that the merge changes, those that get a parameter of their own first.
+    """List the tensors of the base that the merge changes, starting with those that get a parameter of their own.
 
-    What the adapter saves stands in the model already, in modules that take the base's places when PEFT is taken out.
+    Modules that the adapter saves are already in the model; they replace the base's when PEFT is removed.
     """
     plan = live.plan
     if refused := [n for n in plan.by_weight if n in plan.weights.quantized_names and not plan.weights.requantizes(n)]:
@@ -116,7 +116,7 @@ def _changed(live: LivePlan) -> Iterator[Output]:
 
 
 def _checked(live: LivePlan, outputs: list[Output]) -> list[Output]:
-    """Refuse, before anything is changed, what cannot be written to, and adapters with values that are not finite."""
+    """Refuse, before anything changes, tensors that cannot be written and adapters with values that are not finite."""
     for output in outputs:
         tensor = live.tensors.get(output.name)
         if tensor is None or tensor.on_disk:
@@ -137,7 +137,7 @@ def _nbytes(output: Output) -> int:
 
 
 def _values(job: Job, output: Output) -> Tensor:
-    """Make the values of a tensor in the dtype that it has."""
+    """Compute a tensor's values in its own dtype."""
     data, at = bytearray(_nbytes(output)), 0
     with threads():
         for piece in output.recipe.pieces(lambda target: job.mitigated(target)[:2]):
@@ -150,19 +150,19 @@ def _write(live: LivePlan, output: Output, values: Tensor) -> None:
     tensor = live.tensors[output.name]
     if output.name in live.plan.base.weight_map:
         tensor.write(values)
-    else:  # another's, so far
+    else:  # the parameter still belongs to another module
         tensor.untie(values)
 
 
 def _say_untied(live: LivePlan) -> None:
-    """State in the base's config that head and embedding are two tensors, where they are now."""
+    """State in the base's config that head and embedding are separate, if the merge separated them."""
     config: Any = getattr(live.live.base, "config", None)
     for *path, key in live.plan.edits.untied:
         setattr(functools.reduce(getattr, path, config), key, False)
 
 
 def unloaded(live: LiveModel) -> nn.Module:
-    """Take PEFT's layers out of the base, in place, leaving what the active adapter saves, and return the base."""
+    """Remove PEFT's layers from the base in place, keep what the active adapter saves, and return the base."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

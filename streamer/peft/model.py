@@ -1,4 +1,4 @@
-"""Find the parts of a PEFT model in memory: the base's tensors by the names that they have without PEFT, and an adapter's."""
+"""Find the parts of a PEFT model in memory: the base's tensors by their names without PEFT, and an adapter's tensors."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def require_peft() -> Any:
 
 @dataclass(frozen=True, eq=False)
 class LiveModel:
-    """A model with adapters that PEFT put into it.
+    """Model into which PEFT put adapters.
 
     Attributes
     ----------
     model
-        A `PeftModel`, or a plain model with injected adapters, out of what `torch.compile` wraps around it.
+        A `PeftModel`, or a plain model with injected adapters, without the wrapper of `torch.compile`.
     base
-        The model that has the layers; `model` itself where adapters were injected.
+        The model with the layers; `model` itself if adapters were injected.
     adapter_name
-        The adapter that is looked at.
+        The adapter to use.
     """
 
     model: nn.Module
@@ -47,29 +47,29 @@ class LiveModel:
 
     @property
     def title(self) -> str:
-        """Name the base in messages."""
+        """Return the base's name for messages."""
         return f"{type(self.base).__name__} in memory"
 
     @property
     def adapter_title(self) -> str:
-        """Name the adapter in messages."""
+        """Return the adapter's name for messages."""
         return f"adapter {self.adapter_name!r} in memory"
 
     @property
     def configs(self) -> dict[str, Any]:
-        """PEFT's configs by the adapters' names."""
+        """Return PEFT's configs by adapter name."""
         model: Any = self.model
         found: dict[str, Any] = model.peft_config
         return found
 
     def base_tensors(self) -> dict[str, LiveTensor]:
-        """List the base's parameters and buffers by the names that they have without PEFT; tied ones under each of their names."""
+        """Return the base's parameters and buffers by their names without PEFT; tied ones under each name."""
         return dict(_entries(self.base, "", base_only=True))
 
     def adapter_tensors(self, adapter_name: str | None = None) -> dict[str, LiveTensor]:
-        """List an adapter's tensors by the names that PEFT saves them under.
+        """Return an adapter's tensors by the names under which PEFT saves them.
 
-        A tensor that PEFT makes for saving belongs to no module, and stands for itself.
+        A tensor that PEFT creates for saving belongs to no module.
         """
         every = dict(_entries(self.model, "", base_only=False))
         by_id = {id(live.tensor): live for live in every.values()}
@@ -83,13 +83,13 @@ class LiveModel:
         return {name: by_id.get(id(t)) or LiveTensor(self.model, name, t) for name, t in saved.items()}
 
     def adapter_config(self) -> AdapterConfig:
-        """Return the adapter's config as PEFT would save it, its version that of the PEFT that runs."""
+        """Return the adapter's config as PEFT would save it, with the version of the running PEFT."""
         tree = self.configs[self.adapter_name].to_dict()
         values = json.loads(json.dumps({**tree, "peft_version": require_peft().__version__}, default=_json_value))
         return AdapterConfig(values, Path(self.adapter_title))
 
     def layers(self) -> Iterator[tuple[str, Any]]:
-        """Iterate over PEFT's layers that have this adapter, by their paths in `model`."""
+        """Yield PEFT's layers that have this adapter, with their paths in `model`."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         for name, module in self.model.named_modules():
@@ -101,7 +101,7 @@ class LiveModel:
         return any(self.adapter_name in kind for kind in kinds if not isinstance(kind, Tensor | nn.Parameter))
 
     def activate(self, adapter_name: str) -> None:
-        """Make an adapter the active one, and the one that is trained."""
+        """Make an adapter active and trainable."""
         from peft import PeftModel, functional
 
         if isinstance(self.model, PeftModel):
@@ -154,14 +154,14 @@ def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
 
 
 def _uncompiled(model: Any) -> Any:
-    """Return the model in what `torch.compile` wraps around it."""
+    """Return the model without the wrapper of `torch.compile`."""
     while isinstance(model, nn.Module) and "_orig_mod" in model._modules:  # PeftModel passes attributes on to its base
         model = model._modules["_orig_mod"]
     return model
 
 
 def _entries(module: nn.Module, prefix: str, base_only: bool) -> Iterator[tuple[str, LiveTensor]]:
-    """Iterate over the tensors that each module's state dict has: of quantized layers what decodes them is among these."""
+    """Yield the tensors in each module's state dict, which for quantized layers include what decodes them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -180,7 +180,7 @@ def _entries(module: nn.Module, prefix: str, base_only: bool) -> Iterator[tuple[
 
 
 def layer_of(target: Target, layers: Container[str]) -> str:
-    """Find the one of PEFT's layers, by their paths, that has the tensors of a target's module; "" where none has."""
+    """Return the path of PEFT's layer with the tensors of a target's module; "" if there is none."""
     path = target.module.tensor_names[0]
     while path and path not in layers:
         path = path.rpartition(".")[0]
@@ -188,7 +188,7 @@ def layer_of(target: Target, layers: Container[str]) -> str:
 
 
 def path_in_base(name: str) -> str:
-    """Give the path of one of PEFT's layers without PEFT: ``base_model.model.layers.0.experts.base_layer`` → ``layers.0.experts``."""
+    """Return the path of PEFT's layer without PEFT: ``base_model.model.layers.0.experts.base_layer`` → ``layers.0.experts``."""
     path = normalize(f"{name}.")[:-1]
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
@@ -196,7 +196,7 @@ def path_in_base(name: str) -> str:
 
 
 def model_config(base: nn.Module) -> Mapping[str, Any]:
-    """Return a model's config as it would be saved; {} where it has none."""
+    """Return a model's config as it would be saved; {} if it has none."""
     config: Any = getattr(base, "config", None)
     if hasattr(config, "to_json_string"):
         return dict(json.loads(config.to_json_string(use_diff=False)))
@@ -205,14 +205,14 @@ def model_config(base: nn.Module) -> Mapping[str, Any]:
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence PEFT's advice, and leave torch's generator on the CPU as it was: new factors are overwritten."""
+    """Silence PEFT's advice, and preserve torch's CPU generator: new factors are overwritten anyway."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         yield
 
 
 def _json_value(value: object) -> Any:
-    """Make a JSON value as PEFT does."""
+    """Convert a value to JSON as PEFT does."""
     if isinstance(value, set | frozenset):
         return sorted(value)
     return getattr(value, "value", str(value))

@@ -1,4 +1,4 @@
-"""Plan a live model as files are planned: each module of an adapter with the matrix that it changes, and all refusals."""
+"""Plan a live model as files are planned: match each of an adapter's modules with the matrix that it changes, or refuse it."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from streamer.weights.model_config import ModelConfig, read_model_config
 
 
 class LiveBase(Checkpoint):
-    """A base in memory, under the interface of its files."""
+    """Base in memory, with the interface of its files."""
 
     def identity(self) -> BaseIdentity:
-        """Return names, dtypes, shapes and samples of its tensors, and say that it is in memory."""
+        """Return names, dtypes, shapes and samples of its tensors, and the fact that it is in memory."""
         return {"in_memory": True, **self._identity}
 
 
 class LiveAdapter(PeftAdapter):
-    """An adapter in memory, under the interface of its directory."""
+    """Adapter in memory, with the interface of its directory."""
 
     def identity(self) -> AdapterIdentity:
-        """Digest all tensors, and the config."""
+        """Digest all tensors and the config."""
         digest = hashlib.sha256(self.file.header.digest.encode())
         for info in self.file.header.tensors:
             digest.update(self.file.view(info))
@@ -56,7 +56,7 @@ class LiveAdapter(PeftAdapter):
 
 @dataclass(frozen=True)
 class LiveOrientation(Orientation):
-    """Orientation of a base whose layers are at hand.
+    """Orientation of a base whose layers are available.
 
     Attributes
     ----------
@@ -67,26 +67,26 @@ class LiveOrientation(Orientation):
     conv1d: frozenset[str] = frozenset()
 
     def seen(self, adapter: DeltaSource, weights: WeightView, names: Mapping[str, Match]) -> Orientation:
-        """Return itself: nothing is left to be learned."""
+        """Return itself; there is nothing more to learn."""
         return self
 
     def ways(self, tensor: str, *names: str, fan_in_fan_out: bool = False) -> set[bool]:
-        """Tell whether the weight is a Conv1D's."""
+        """Return whether the weight belongs to a Conv1D."""
         return {tensor in self.conv1d}
 
 
 @dataclass(frozen=True, eq=False)
 class LivePlan:
-    """A live model's plan, and its tensors.
+    """Plan of a live model, and its tensors.
 
     Attributes
     ----------
     live
         The model.
     plan
-        Which matrix each module changes, by the names in memory.
+        The matrix that each module changes, by the names in memory.
     tensors
-        The base's tensors, tied ones under each of their names.
+        The base's tensors; tied ones under each name.
     """
 
     live: LiveModel
@@ -95,12 +95,12 @@ class LivePlan:
 
     @cached_property
     def names_in_files(self) -> dict[str, str]:
-        """Map a tensor's name in memory → its name in the files that the model was loaded from, where these are at hand."""
+        """Map tensor names in memory to names in the files from which the model was loaded, if these are available."""
         return _names_in_files(self.live.base, list(self.tensors))
 
     @cached_property
     def files_identity(self) -> BaseIdentity | None:
-        """Identity of the files that the model was loaded from; None where these are not at hand."""
+        """Return the identity of the files from which the model was loaded; None if these are not available."""
         directory = _directory(getattr(self.live.base, "name_or_path", None))
         try:
             return None if directory is None else open_checkpoint(directory).identity()
@@ -108,12 +108,12 @@ class LivePlan:
             return None  # not in safetensors
 
     def name_in_files(self, tensor: str) -> str:
-        """Name a matrix as the files have it, an expert's by its stack; by its own name where they are not at hand."""
+        """Return a matrix's name in the files (for an expert, by its stack), or its own name if they are not available."""
         stem, bracket, index = tensor.partition("[")
         return self.names_in_files.get(stem, stem) + bracket + index
 
     def release(self) -> None:
-        """Drop what had to be copied to be read."""
+        """Drop the copies that were needed to read tensors."""
         for file in (*self.plan.base.files.values(), *self.plan.adapter.files):
             assert isinstance(file, LiveFile)
             file.release()
@@ -122,15 +122,15 @@ class LivePlan:
 def plan_live(peft_model: nn.Module, adapter_name: str, ignore_keys: Sequence[str]) -> LivePlan:
     """Match an adapter of a live model with the model's matrices.
 
-    The base in memory is what the adapter is added to, so that an adapter that was made relative to a residual, as PiSSA's, finds it there.
+    The delta is added to the base in memory, so an adapter relative to a residual, such as PiSSA's, finds the right base.
 
     Raises
     ------
     UsageError, UnsupportedError, MismatchError
-        What files of that kind are refused for as well, or because of the model's state.
+        For the same reasons as for files, or because of the model's state.
     """
     live = open_model(peft_model, adapter_name)
-    # PEFT's layers compute in PEFT's order, whatever trained the adapter.
+    # PEFT's layers use PEFT's column order, no matter what trained the adapter.
     config = replace(live.adapter_config(), stated=Stated(True, "rank_major", ignore_keys))
     refuse_kinds(config)
     adapter_file = LiveFile(live.adapter_title, live.adapter_tensors())
@@ -139,7 +139,7 @@ def plan_live(peft_model: nn.Module, adapter_name: str, ignore_keys: Sequence[st
     tensors = live.base_tensors()
     seen: set[tuple[str, int]] = set()
     own: dict[str, LiveTensor] = {}
-    for name, tensor in tensors.items():  # tied tensors stand once, as in files
+    for name, tensor in tensors.items():  # tied tensors appear once, as in files
         if tensor.storage not in seen:
             own[name] = tensor
         seen.add(tensor.storage)
@@ -159,9 +159,9 @@ def plan_live(peft_model: nn.Module, adapter_name: str, ignore_keys: Sequence[st
 
 
 def _config(base: nn.Module, tied: bool) -> ModelConfig:
-    """Return the model's config; its class is that of the model, or the one that this was derived from.
+    """Return the model's config, with the model's class or a known class from which it is derived.
 
-    Of a class that is not known it states that nothing is tied, where no parameter has two names.
+    For an unknown class, state that nothing is tied unless a parameter has two names.
     """
     values = model_config(base)
     named = (ModelConfig({**values, "architectures": [cls.__name__]}) for cls in type(base).__mro__)
@@ -173,7 +173,7 @@ def _config(base: nn.Module, tied: bool) -> ModelConfig:
 
 
 def _refuse_other_scalings(live: LiveModel, plan: Plan) -> None:
-    """Refuse an adapter that was scaled after it was loaded: its config says another scaling than its layers have."""
+    """Refuse an adapter whose layers were scaled after loading, so that the config's scaling is wrong."""
     layers = {name: layer for name, layer in live.layers() if isinstance(getattr(layer, "scaling", None), dict)}
     for target in plan.targets:
         if isinstance(target.module, MethodModule) and not target.module.method.scaled:
@@ -182,8 +182,8 @@ def _refuse_other_scalings(live: LiveModel, plan: Plan) -> None:
         scaling = layers[path].scaling.get(live.adapter_name) if path else None
         if scaling is not None and abs(scaling - target.module.scaling) > 1e-6 * abs(scaling):
             raise UnsupportedError(
-                f"{path_in_base(path)}: is scaled by {scaling:g}, and by the config of adapter {live.adapter_name!r} by "
-                f"{target.module.scaling:g}; set the scale back (unscale_layer), or the config's lora_alpha to what it is to be"
+                f"{path_in_base(path)}: is scaled by {scaling:g}, but the config of adapter {live.adapter_name!r} says "
+                f"{target.module.scaling:g}; reset the scale (unscale_layer), or change the config's lora_alpha to match"
             )
 
 
@@ -208,7 +208,7 @@ def _names_in_files(base: nn.Module, names: list[str]) -> dict[str, str]:
 
 
 def _directory(stated: object) -> Path | None:
-    """Find the directory that a model was loaded from, by its path or, in the hub's cache, by its id."""
+    """Find the directory from which a model was loaded, by its path or by its id in the hub's cache."""
     if not isinstance(stated, str) or not stated:
         return None
     if Path(stated).is_dir():
@@ -217,6 +217,6 @@ def _directory(stated: object) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
 
         config = try_to_load_from_cache(stated, "config.json")
-    except (ImportError, ValueError):  # what is no id
+    except (ImportError, ValueError):  # not a hub id
         return None
     return Path(config).parent if isinstance(config, str) else None

@@ -1,4 +1,4 @@
-"""Mitigate an adapter of a live model: a new adapter beside it."""
+"""Mitigate an adapter of a live model by adding a new adapter."""
 
 from __future__ import annotations
 
@@ -37,36 +37,36 @@ def reduce_intruder_dimension(
     logging_sink: LoggingSink | None = None,
     **options: Unpack[LiveKeywords],
 ) -> Findings | None:
-    """Add an adapter whose delta has its intruders scaled by `mitigation_lambda`, and make it the active one.
+    """Add an adapter whose delta has its intruders scaled by `mitigation_lambda`, and make it active.
 
-    The mitigated delta is projected onto ``lora_A``, ``lora_B`` at the adapter's own rank, with a warning if more than 1 % of a matrix's
-    delta is lost in projection. The new adapter has the old one's saved modules, biases and tokens too. The old one stays as it is. If
-    anything is refused or fails, the model stays as it was.
+    The mitigated delta is projected onto ``lora_A`` and ``lora_B`` at the adapter's rank, with a warning if more than 1 % of a matrix's
+    delta is lost in projection. The new adapter also gets the old one's saved modules, biases and tokens. The old adapter stays unchanged.
+    If anything is refused or fails, the model stays unchanged.
 
     Parameters
     ----------
     old_adapter_name
         A LoRA adapter, active or not.
     new_adapter_name
-        The name of the new one, which the model must not have yet.
+        Name of the new adapter, not used in the model so far.
     logging_sink
-        Called with a line for each of PEFT's layers, as PEFT's function prints them; None says nothing.
+        Called with one line for each of PEFT's layers, as PEFT's function prints them; None prints nothing.
     findings
-        From `detect_intruder_dimensions`, of this module or on the files, or the path of their file: no SVD of a weight is done then.
+        From `detect_intruder_dimensions` of this module or on the files, or the path of their file; no weight is then decomposed.
 
     Returns
     -------
     Findings or None
-        What was found; None where nothing had to be detected (``shrink``, what a fit gave, λ = 1).
+        The findings used; None if no detection was needed (``shrink``, coefficients or factors of a fit, λ = 1).
 
     Raises
     ------
     MissingPackageError
         If PEFT is not installed.
     UnsupportedError
-        If the mitigated delta has no form in an adapter of this kind, such as DoRA.
+        If an adapter of this kind, such as DoRA, cannot represent the mitigated delta.
     StreamerError
-        Of the class that says what kind of fault it is (see `streamer.errors`).
+        Of the class for the kind of error (see `streamer.errors`).
     """
     method = take(MethodChoice, options, mitigation_lambda=mitigation_lambda).make()
     judged, settings = take(Judged, options, top_k=top_k, threshold_epsilon=threshold_epsilon), take(Settings, options)
@@ -95,7 +95,7 @@ def reduce_intruder_dimension(
 
 
 def _check_name(name: str) -> None:
-    """Refuse a name that torch takes for no module: PEFT keeps an adapter's tensors in modules of its name."""
+    """Refuse a name that torch does not accept for a module: PEFT keeps an adapter's tensors in modules of its name."""
     try:
         nn.ModuleDict().add_module(name, None)
     except (KeyError, TypeError):
@@ -115,20 +115,20 @@ def _refuse_dense(live: LivePlan) -> None:
 
 
 def _add(live: LiveModel, name: str, new: Mapping[str, Tensor]) -> None:
-    """Add an adapter like the old one, with new values of some of its tensors, and make it the active one.
+    """Add an adapter like the old one, with new values for some of its tensors, and make it active.
 
     Parameters
     ----------
     new
-        By the names that PEFT saves tensors under.
+        New values by the names under which PEFT saves tensors.
     """
     old = live.adapter_tensors()
     with _added(live, name):
         made = live.adapter_tensors(name)
         if other := sorted(made.keys() ^ old.keys()):
             raise UnsupportedError(
-                f"adapter {live.adapter_name!r}: PEFT gives a second one of its config other tensors, {other[0]!r} first (as with "
-                "ensure_weight_tying); merge_and_unload_with_reduced_intruder_dimensions needs no second one, nor do files"
+                f"adapter {live.adapter_name!r}: PEFT gives a second adapter with its config other tensors, {other[0]!r} first (as with "
+                "ensure_weight_tying); merge_and_unload_with_reduced_intruder_dimensions and files do not need a second adapter"
             )
         for saved, tensor in made.items():
             values = new.get(saved)
@@ -142,18 +142,18 @@ def _add(live: LiveModel, name: str, new: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def _added(live: LiveModel, name: str) -> Iterator[None]:
-    """Add an adapter of the old one's config, and remove it again where the body fails.
+    """Add an adapter with the old one's config, and remove it if the body fails.
 
     Raises
     ------
     UnsupportedError
-        If PEFT does not add one beside the old one.
+        If PEFT refuses a second adapter of this kind.
     """
     peft = require_peft()
     stated = live.configs[live.adapter_name]
     config = copy.deepcopy(stated)
     if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # others look at the base, and some change it
+        config.init_lora_weights = True  # other initialisations read the base, and some change it
     try:
         with quiet_peft():
             if isinstance(live.model, peft.PeftModel):
@@ -161,7 +161,7 @@ def _added(live: LiveModel, name: str) -> Iterator[None]:
             else:
                 peft.inject_adapter_in_model(config, live.model, name)
     except ValueError as e:
-        live.configs.pop(name, None)  # where no PeftModel takes it out itself
+        live.configs.pop(name, None)  # only a PeftModel removes it itself
         raise UnsupportedError(
             f"adapter {live.adapter_name!r}: PEFT adds no second one beside it ({next(iter(str(e).splitlines()), '')}); "
             "merge_and_unload_with_reduced_intruder_dimensions needs none"
@@ -177,9 +177,9 @@ def _added(live: LiveModel, name: str) -> Iterator[None]:
 
 
 def _assign(tensor: LiveTensor, values: Tensor, source: LiveTensor) -> None:
-    """Give a parameter of the new adapter its values, in the dtype of the old one's and on the device that this is used on."""
+    """Set a parameter of the new adapter, with the dtype of the old adapter's parameter and on the device where that is used."""
     made = values.to(source.device, source.tensor.dtype, copy=True).reshape(source.tensor.shape)
-    if tensor.offloaded:  # made beside a base on the meta device: a parameter of its own, which no hook moves
+    if tensor.offloaded:  # PEFT made it on the meta device: register a real parameter, which no hook moves
         tensor.stay()
         tensor.module.register_parameter(tensor.key, nn.Parameter(made, tensor.tensor.requires_grad))
     else:
@@ -187,7 +187,7 @@ def _assign(tensor: LiveTensor, values: Tensor, source: LiveTensor) -> None:
 
 
 def _log(live: LivePlan, found: Findings | None, name: str, sink: LoggingSink) -> None:
-    """Say what PEFT's function says, a line for each layer."""
+    """Log the same lines as PEFT's function, one for each layer."""
     by_tensor = {} if found is None else found.by_tensor
     counts: dict[str, int] = {}
     layers = {path for path, _ in live.live.layers()}

@@ -1,4 +1,4 @@
-"""Give tensors of a live model the form of a safetensors file, wherever they are: on a device, or offloaded by accelerate."""
+"""Present tensors of a live model as a safetensors file, wherever they are: on a device, or offloaded by accelerate."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 @dataclass(frozen=True, eq=False)
 class LiveTensor:
-    """A parameter or buffer of a module.
+    """Parameter or buffer of a module.
 
     Attributes
     ----------
     module, key
-        The module that has it, and its name there.
+        The module, and the tensor's name in it.
     tensor
-        The parameter itself; on the meta device where accelerate keeps its values elsewhere.
+        The parameter itself; it is on the meta device if accelerate keeps its values elsewhere.
     """
 
     module: nn.Module
@@ -38,44 +38,44 @@ class LiveTensor:
 
     @property
     def offloaded(self) -> bool:
-        """Whether accelerate keeps its values elsewhere between two uses."""
+        """Return whether accelerate keeps its values elsewhere between uses."""
         return self.tensor.device.type == "meta"
 
     @property
     def at_hand(self) -> bool:
-        """Whether its bytes can be viewed where they are."""
+        """Return whether its bytes can be viewed in place."""
         return self.tensor.device.type == "cpu" and self.tensor.is_contiguous()
 
     @property
     def on_disk(self) -> bool:
-        """Whether its values are offloaded to the disk."""
+        """Return whether its values are offloaded to disk."""
         return self.offloaded and self._in_cpu_memory() is None
 
     @property
     def storage(self) -> tuple[str, int]:
-        """Tell its values from others': those of tied tensors are the same ones, offloaded or not."""
+        """Return a key for its values, which tied tensors share, offloaded or not."""
         kept = self._in_cpu_memory() if self.offloaded else None
         return ("parameter", id(self.tensor)) if kept is None or kept.numel() == 0 else ("memory", kept.data_ptr())
 
     @property
     def device(self) -> torch.device:
-        """Device that it is used on."""
+        """Return the device on which it is used."""
         return torch.device(_hook(self).execution_device) if self.offloaded else self.tensor.device
 
     def values(self) -> Tensor:
-        """Return its values; those of an offloaded tensor are read anew where they are on the disk."""
+        """Return its values; those of a tensor offloaded to disk are read each time."""
         if not self.offloaded:
             return self.tensor.detach()
         found: Tensor = _hook(self).weights_map[self.key]
         return found.detach()
 
     def write(self, values: Tensor) -> None:
-        """Put values of its shape in the place of its own.
+        """Replace its values by others of the same shape.
 
         Raises
         ------
         UnsupportedError
-            If they are on the disk.
+            If they are on disk.
         """
         stored = self._in_cpu_memory() if self.offloaded else self.tensor.detach()
         if stored is None:
@@ -87,13 +87,13 @@ class LiveTensor:
             stored.copy_(values)
 
     def stay(self) -> None:
-        """Have accelerate leave its module's values where they are: a hook that PEFT copied with a base's module loads the base's."""
+        """Make accelerate leave the module's values in place; a hook that PEFT copied from a base's module would load the base's."""
         for hook in _hooks(self.module):
             if getattr(hook, "weights_map", None) is not None:
                 hook.offload = False
 
     def untie(self, values: Tensor) -> None:
-        """Give its module values of its own in the place of those that it shares with another; they are not on the disk."""
+        """Give its module separate values instead of those it shares with another module; the values must not be on disk."""
         if self.offloaded:
             data, name = self._map()
             data[name] = values
@@ -102,17 +102,17 @@ class LiveTensor:
             self.module.register_parameter(self.key, nn.Parameter(made, self.tensor.requires_grad))
 
     def _in_cpu_memory(self) -> Tensor | None:
-        """Find the tensor that accelerate keeps in the CPU's memory; None where it is on the disk."""
+        """Return the tensor that accelerate keeps in CPU memory; None if it is on disk."""
         data, name = self._map()
         found = data.get(name) if isinstance(data, Mapping) else None
         return found if isinstance(found, Tensor) else None
 
     def _map(self) -> tuple[Any, str]:
-        """Find the map in which accelerate keeps the values of offloaded tensors, and its name there."""
+        """Return the map in which accelerate keeps offloaded values, and the tensor's name in it."""
         data: Any = _hook(self).weights_map
         name = getattr(data, "prefix", "") + self.key
-        data = getattr(data, "dataset", data)  # a view of some names of one map
-        return getattr(data, "state_dict", data), name  # of a loader that has some in memory and others on the disk
+        data = getattr(data, "dataset", data)  # unwrap a view that has only names with a prefix
+        return getattr(data, "state_dict", data), name  # unwrap a loader with some values in memory and others on disk
 
 
 def _hook(live: LiveTensor) -> Any:
@@ -139,19 +139,19 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
 
 
 class LiveFile(TensorFile):
-    """Tensors of a live model by name, as a file that is never written to; bytes are those of the model itself where they can be.
+    """Tensors of a live model by name, as a read-only file; its bytes are the model's own if they can be viewed.
 
     Parameters
     ----------
     title
-        In the place of a path, in messages.
+        Used in messages in place of a path.
     tensors
-        In file order.
+        Tensors in file order.
 
     Raises
     ------
     UnsupportedError
-        If a tensor is of a class or dtype that no file has.
+        If a tensor has a class or dtype that no file can store.
     """
 
     def __init__(self, title: str, tensors: Mapping[str, LiveTensor]) -> None:
@@ -175,14 +175,14 @@ class LiveFile(TensorFile):
         self.header = Header(tuple(infos), {}, 0, hashlib.sha256(listed.encode()).hexdigest())
 
     def check_unchanged(self) -> None:
-        """Do nothing: who has the model may change it."""
+        """Do nothing: the owner of the model may change it."""
 
     def release(self) -> None:
-        """Drop the copy of the last tensor that had to be copied to be read."""
+        """Drop the copy of the last tensor that could not be viewed."""
         self._last = None
 
     def view(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> memoryview:
-        """View the bytes ``[start, stop)`` of a tensor, or of a slice of one; nobody writes to them."""
+        """View the bytes ``[start, stop)`` of a tensor or of a slice of one, read-only."""
         stop = info.nbytes if stop is None else stop
         offset = info.start - self.header.by_name[info.name].start
         return as_bytes(self._contiguous(info.name))[offset + start : offset + stop]
@@ -193,7 +193,7 @@ class LiveFile(TensorFile):
         return (whole[i : i + size] for i in range(0, info.nbytes, size))
 
     def sample(self, size: int = SAMPLE_BYTES) -> str:
-        """Compute the SHA-256 (hex) of names, dtypes and shapes, and the middle `size` bytes of every tensor that is not on the disk."""
+        """Compute the SHA-256 (hex) of names, dtypes, shapes, and the middle `size` bytes of every tensor that is not on disk."""
         digest = hashlib.sha256(self.header.digest.encode())
         for info in self.header.tensors:
             live = self.tensors[info.name]
@@ -206,16 +206,16 @@ class LiveFile(TensorFile):
         return digest.hexdigest()
 
     def _contiguous(self, name: str) -> Tensor:
-        """Return a tensor's values in the CPU's memory; of the last one that had to be copied the copy is kept."""
+        """Return a tensor's values in CPU memory; if they must be copied, the last copy is kept."""
         live = self.tensors[name]
         if live.at_hand:
             return live.values()
         if self._last is None or self._last[0] != name:
-            self._last = None  # before the next is read
+            self._last = None  # free the last copy before making the next
             self._last = name, live.values().cpu().contiguous()
         return self._last[1]
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Test whether a tensor is what its dtype and shape say: of torch's own classes, or of bitsandbytes', whose layers say the rest."""
+    """Test whether dtype and shape describe a tensor fully: torch's own classes, or bitsandbytes', whose layers describe the rest."""
     return type(tensor) in _PLAIN or type(tensor).__module__.startswith("bitsandbytes")

@@ -1,1 +1,1 @@
-"""Inputs at addresses: names on the hub, buckets, and https."""
+"""Read inputs at addresses: hub names, buckets, and https."""

@@ -1,4 +1,4 @@
-"""Tell addresses and names on the hub from paths."""
+"""Distinguish addresses and hub names from paths."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _SCHEME = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+)://")
 
 @dataclass(frozen=True)
 class HubName:
-    """A model or adapter on the hub.
+    """Model or adapter on the hub.
 
     Attributes
     ----------
     repo
         ``owner/name``.
     revision
-        A branch, tag or commit; None for the newest.
+        Branch, tag or commit; None for the newest.
     inside
-        A directory in it, or a file; empty for the whole.
+        Directory or file in the repository; empty for the whole repository.
     """
 
     repo: str
@@ -43,14 +43,14 @@ class HubName:
 
 @dataclass(frozen=True)
 class Url:
-    """A directory or a file at an address.
+    """Directory or file at an address.
 
     Attributes
     ----------
     text
-        Which may hold a user's password, or a signature in its query.
+        The address; it may contain a password, or a signature in its query.
     shown
-        The same without them.
+        The address without them.
     """
 
     text: str
@@ -58,26 +58,27 @@ class Url:
 
     @property
     def name(self) -> str:
-        """The last part of its path, ``model`` where that is no plain name: it becomes one of a directory here."""
+        """Return the last part of its path, or ``model`` if that is not a plain name; it becomes a local directory's name."""
         last = unquote(self.shown.rstrip("/").rpartition("/")[2])
         return last if re.fullmatch(r"\w[\w.+=@ -]{0,199}", last) else "model"
 
     def below(self, name: str) -> tuple[str, str]:
-        """Return the address of a file in this directory, and what is shown of it."""
+        """Return the address of a file in this directory, and the same address for display."""
         parts = urlsplit(self.text)
         inside = urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
         return inside, f"{self.shown.rstrip('/')}/{name}"
 
 
 def parse_address(text: str) -> HubName | Url | None:
-    """Read what a user gave as an input: a name on the hub, an address, or (None) a path.
+    """Parse a user's input as a hub name, an address, or (None) a path.
 
-    What exists is a path. So is what begins like one, or lies in a directory that exists: a mistyped path looks like a name on the hub.
+    Anything that exists is a path. So is anything that begins like a path or lies in an existing directory, because a mistyped path looks
+    like a hub name.
 
     Raises
     ------
     UsageError
-        For an address of an unknown scheme.
+        If an address has an unknown scheme.
     """
     if os.path.lexists(text):
         return None

@@ -1,4 +1,4 @@
-"""Directories in this user's cache that stand for addresses: with all files, or with notes in place of those that are read by ranges."""
+"""Manage cache directories for addresses: with all files, or with placeholders for those that are read by ranges."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ PIECE_BYTES = 8 << 20
 ASKED_AT_ONCE = 8
 
 DEAD_SECONDS = 3600
-"""Seconds without a byte after which a download is one that was killed: the longest wait of a living one is minutes."""
+"""Seconds without a new byte after which a download counts as killed; a running download waits at most minutes."""
 
 T = TypeVar("T")
 V = TypeVar("V")
 
 
 def at_once(ask: Callable[[T], V], items: Iterable[T]) -> list[V]:
-    """Ask a server about several files at once, in order."""
+    """Query a server about several files concurrently; results are in order."""
     with ThreadPoolExecutor(ASKED_AT_ONCE, thread_name_prefix="ask") as pool:
         return list(pool.map(in_context(ask), items))
 
 
 def directory_for(kind: str, listing: Listing, *inside: str) -> Path:
-    """Return the directory for these very versions of the files; another version has another."""
+    """Return the directory for exactly these versions of the files; other versions have another directory."""
     files = sorted((name, file.shown, file.size, file.version) for name, file in listing.files.items())
     key = hashlib.sha256(json.dumps([listing.address, files]).encode()).hexdigest()[:16]
     return cache_directory() / kind / key / Path(*inside or (listing.name,))
 
 
 def make_private(path: Path) -> None:
-    """Make a directory of the cache."""
+    """Create a directory of the cache, readable only by its owner."""
     with storage_errors(path, "create"):
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
 def is_complete(directory: Path, listing: Listing) -> bool:
-    """Say whether a directory holds all files of these versions: its manifest is written last."""
+    """Test whether a directory holds all files of these versions; the manifest is written last."""
     if read_manifest(directory) is None:
         return False
     return all((directory / name).is_file() and (directory / name).stat().st_size == file.size
@@ -60,7 +60,7 @@ def is_complete(directory: Path, listing: Listing) -> bool:
 
 
 def download_all(listing: Listing, monitor: Monitor) -> Path:
-    """Download all files of a listing, unless they are there; a run that was stopped goes on with the file that it was at."""
+    """Download all files of a listing unless they exist; a stopped run resumes with the unfinished file."""
     directory = directory_for("files", listing)
     if is_complete(directory, listing):
         Manifest(listing.address, {}).write(directory)
@@ -71,7 +71,7 @@ def download_all(listing: Listing, monitor: Monitor) -> Path:
 
 
 def download(directory: Path, files: Mapping[str, RemoteFile], monitor: Monitor) -> None:
-    """Download files into a directory, each under its name once it is whole."""
+    """Download files into a directory; each gets its name when it is complete."""
     make_private(directory)
     total, done = sum(file.size for file in files.values()), 0
     for i, (name, file) in enumerate(files.items()):
@@ -97,12 +97,12 @@ def download(directory: Path, files: Mapping[str, RemoteFile], monitor: Monitor)
 
 
 def parse_json(raw: bytes, file: RemoteFile) -> Any:
-    """Parse JSON as transformers writes it, with Infinity and NaN.
+    """Parse JSON as transformers writes it, allowing Infinity and NaN.
 
     Raises
     ------
     FormatError
-        If it is something else, such as the page of a server that has no such file; the message names the address.
+        If it is not JSON, such as an error page of a server; the message names the address.
     """
     try:
         return json.loads(raw)
@@ -113,7 +113,7 @@ def parse_json(raw: bytes, file: RemoteFile) -> Any:
 
 
 def _remove_dead(directory: Path) -> None:
-    """Remove what killed runs were downloading: a living one writes on."""
+    """Remove partial downloads of killed runs; running ones keep changing theirs."""
     for partial in directory.glob(".streamer.*.partial"):
         with contextlib.suppress(OSError):
             if time.time() - partial.stat().st_mtime > DEAD_SECONDS:
@@ -121,14 +121,14 @@ def _remove_dead(directory: Path) -> None:
 
 
 def _copy(file: RemoteFile, path: Path) -> Iterable[int]:
-    """Copy a file by ranges, several on their way, and yield how far it is."""
+    """Copy a file by several concurrent range requests, and yield the bytes done."""
     source = RemoteSource(file)
     with storage_errors(path, "write"), open(path, "xb") as out:
         buffer = memoryview(bytearray(min(PIECE_BYTES, file.size)))
         for at in range(0, file.size, PIECE_BYTES):
             yield at
             piece = buffer[: min(PIECE_BYTES, file.size - at)]
-            if file.size <= PIECE_BYTES:  # which servers give that know no ranges
+            if file.size <= PIECE_BYTES:  # works even on servers without ranges
                 read_range(file, piece, 0)
             else:
                 source.prefetch(at, at + len(piece), file.size)
@@ -136,7 +136,7 @@ def _copy(file: RemoteFile, path: Path) -> Iterable[int]:
             out.write(piece)
         out.flush()
         sync(out.fileno())
-    source.check_unchanged()  # what an address leads on to, and what a bucket gives, bears no version of its own
+    source.check_unchanged()  # redirect targets and bucket responses carry no version of their own
 
 
 def shadow(listing: Listing, directory: Path, put_small: Callable[[Path], None], to_download: int = 0,
@@ -150,7 +150,7 @@ def shadow(listing: Listing, directory: Path, put_small: Callable[[Path], None],
     to_download
         See `Manifest`.
     small
-        Names of small files that the listing has not; links among them may lead nowhere by now.
+        Names of small files that are not in the listing; links among them may be broken by now.
     """
     if not is_shadow(directory, [*listing.files, *small]):
         make_private(directory)
@@ -158,10 +158,10 @@ def shadow(listing: Listing, directory: Path, put_small: Callable[[Path], None],
         for name, file in listing.weights.items():
             with storage_errors(directory / name, "write"):
                 (directory / name).write_text(f"in place of {file.shown}, which is read by ranges\n")
-    Manifest(listing.address, dict(listing.weights), to_download).write(directory)  # addresses may be signed anew
+    Manifest(listing.address, dict(listing.weights), to_download).write(directory)  # addresses may have new signatures
     return directory
 
 
 def is_shadow(directory: Path, names: Iterable[str]) -> bool:
-    """Say whether a directory stands for these files already."""
+    """Test whether a directory already stands in for these files."""
     return read_manifest(directory) is not None and all((directory / name).exists() for name in names)

@@ -1,4 +1,4 @@
-"""Models and adapters on the hub, by its own client: its cache, token, offline switch and mirrors are as it has them."""
+"""Read models and adapters from the hub through its own client, with the client's cache, token, offline switch and mirrors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class HubFiles:
     Attributes
     ----------
     commit
-        Its hash.
+        Hash of the commit.
     small, weights
         Names relative to the repository; see `needed_names`.
     """
@@ -51,41 +51,41 @@ class HubFiles:
 
     @property
     def start(self) -> str:
-        """The directory in the repository, as names begin."""
+        """Return the directory in the repository as a prefix of names."""
         inside = self.name.inside
         return f"{inside}/" if inside and not inside.endswith(".safetensors") else ""
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is an adapter, which is small enough to be downloaded in any case."""
+        """Return whether this is an adapter, which is small enough to be always downloaded."""
         names = {path.removeprefix(self.start) for path in (*self.small, *self.weights)}
         return CONFIG_NAME in names and not names & {INDEX_NAME, SINGLE_NAME}
 
     @property
     def file(self) -> str:
-        """The one file that was named; empty for a directory."""
+        """Return the single file that was named; empty for a directory."""
         inside = self.name.inside
         return inside.rpartition("/")[2] if inside.endswith(".safetensors") else ""
 
     def directory(self, snapshot: Path) -> Path:
-        """The directory that stands for what was named, below that of the repository."""
+        """Return the directory for what was named, below the repository's directory."""
         return snapshot / (self.name.inside.rpartition("/")[0] if self.file else self.name.inside)
 
 
 def list_hub(name: HubName) -> HubFiles:
-    """Resolve a revision, and list the files that are needed.
+    """Resolve a revision, and list the needed files.
 
     Raises
     ------
     InputError, StorageError
-        If there is no such thing, it may not be read, or nothing answers.
+        If it does not exist, access is denied, or the hub does not answer.
     """
     hub = _hub(name.shown)
     with _said(name), _quiet():
         info = hub.HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
         listed = {
             str(sibling.rfilename): sibling.size or 0 for sibling in info.siblings or ()
-        }  # a mirror may state no sizes
+        }  # a mirror may not state sizes
     if not re.fullmatch("[0-9a-f]{7,64}", str(info.sha)):
         raise InputError(f"{name.shown}: the hub states no commit, which tells its versions apart; check HF_ENDPOINT")
     commit, found = str(info.sha), HubFiles(name, str(info.sha), [], [])
@@ -114,7 +114,7 @@ def list_hub(name: HubName) -> HubFiles:
 
 
 def cached_snapshot(name: HubName) -> Path | None:
-    """Find what the hub's cache has of a revision, without asking the hub."""
+    """Find a revision in the hub's cache without contacting the hub."""
     hub = _hub(name.shown)
     inside = name.inside
     tried = [inside] if inside.endswith(".safetensors") else [
@@ -128,19 +128,19 @@ def cached_snapshot(name: HubName) -> Path | None:
 
 
 def is_offline() -> bool:
-    """Say whether the hub's own switch forbids to ask it."""
+    """Test whether the hub's own switch forbids contacting it."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def snapshot(files: HubFiles, names: list[str], monitor: Monitor) -> Path:
-    """Download files into the hub's cache, where they are not there yet, and return the directory of the commit."""
+    """Download files into the hub's cache unless they exist, and return the commit's directory."""
     name, hub = files.name, _hub(files.name.shown)
     root: Path | None = None
     with _said(name), _quiet():
         for i, one in enumerate(names):
             monitor.checkpoint()
             monitor.emit(Event("download", one, i, len(names), i, len(names)))
-            # The first by the revision as it was named, which its cache then knows offline too.
+            # Request the first file by the revision as named, so that the hub's cache can resolve it offline too.
             path = Path(hub.hf_hub_download(name.repo, one, revision=files.commit if i else name.revision))
             root = path.parents[one.count("/")]
             if root.name != files.commit:
@@ -153,7 +153,7 @@ def snapshot(files: HubFiles, names: list[str], monitor: Monitor) -> Path:
 
 
 def listing_of(files: HubFiles) -> Listing:
-    """Ask for the sizes and versions of the files that hold tensors, where they are read by ranges."""
+    """Query the sizes and versions of the weight files, which are read by ranges."""
     name, hub = files.name, _hub(files.name.shown)
 
     def ask(path: str) -> RemoteFile:
@@ -169,7 +169,7 @@ def listing_of(files: HubFiles) -> Listing:
 
 
 def missing_bytes(files: HubFiles, listing: Listing) -> int:
-    """Count the bytes of weights that the hub's cache does not have yet."""
+    """Return the bytes of weights that the hub's cache does not have yet."""
     hub = _hub(files.name.shown)
     sizes = [file.size for file in listing.weights.values()]
     there = [
@@ -181,7 +181,7 @@ def missing_bytes(files: HubFiles, listing: Listing) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the hub's bars, and what it logs of attempts that failed, off the terminal: progress has bars of its own, an error its line."""
+    """Hide the hub client's bars and its log of failed attempts: progress has its own bars, and an error its own line."""
     utils, logger = import_module("huggingface_hub.utils"), logging.getLogger("huggingface_hub")
     level, hidden = logger.level, utils.are_progress_bars_disabled()
     logger.setLevel(logging.CRITICAL)
@@ -197,7 +197,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _said(name: HubName) -> Iterator[None]:
-    """Turn the errors of the hub's client into those that say what to do."""
+    """Turn errors of the hub's client into errors that say what to do."""
     errors, shown = import_module("huggingface_hub.errors"), name.shown
     try:
         yield
@@ -234,7 +234,7 @@ def _said(name: HubName) -> Iterator[None]:
         raise Unreachable(
             f"{shown}: no such path, and the hub cannot be reached ({type(e).__name__}); check the path or the network"
         ) from e
-    except Exception as e:  # of its transport, which differs by version
+    except Exception as e:  # of the client's transport, which differs by version
         raise Unreachable(
             f"{shown}: no such path, and the hub cannot be reached ({type(e).__name__}: {without_secrets(str(e))[:80]}); check the path "
             "or the network"
@@ -242,7 +242,7 @@ def _said(name: HubName) -> Iterator[None]:
 
 
 def _status(e: BaseException | None) -> int | None:
-    """Return the status of the answer that an error of the hub's client is about."""
+    """Return the HTTP status of the response behind an error of the hub's client."""
     status = getattr(getattr(e, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
@@ -256,11 +256,11 @@ def _refusal(shown: str, status: int) -> StreamerError:
 
 
 class Unreachable(StorageError):
-    """The hub does not answer."""
+    """Raised if the hub does not answer."""
 
 
 def offline(name: HubName) -> MissingInputError:
-    """Make the error for a name on the hub that is asked for offline."""
+    """Make the error for a hub name that is not cached while offline."""
     return MissingInputError(
         f"{name.shown}: no such path, nor is it in the hub's cache, and HF_HUB_OFFLINE is set; check the path, or unset it",
         name.shown,

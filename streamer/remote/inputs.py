@@ -1,4 +1,4 @@
-"""Turn what a user named as an input into a path: the one way in for addresses."""
+"""Turn an input that the user named into a path; all addresses pass through here."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ Given = TypeVar("Given", str, Path)
 
 @dataclass(frozen=True)
 class Remote:
-    """How inputs at addresses are read.
+    """How to read inputs at addresses.
 
     Attributes
     ----------
     mode
-        ``cache`` downloads what is needed first; ``stream`` reads by ranges; None: the first from the hub, else the second.
+        ``cache`` downloads what is needed first; ``stream`` reads by ranges; None means ``cache`` for the hub and ``stream`` elsewhere.
     peek
-        Whether only headers will be read: nothing large is downloaded then, whatever the mode.
+        Whether only headers will be read; nothing large is then downloaded in either mode.
     monitor
-        Takes events, and asks for a stop.
+        Receives events and can request a stop.
     """
 
     mode: RemoteMode | None = None
@@ -60,14 +60,14 @@ class Remote:
             raise UsageError(f"remote: expected one of {', '.join(REMOTE_MODES)}, found {self.mode!r}")
 
     def path(self, given: str | Path) -> str | Path:
-        """Return where an input is read from here: the path itself, or the directory that stands for an address.
+        """Return the local path of an input: the path itself, or the directory that stands in for an address.
 
         Raises
         ------
         InputError, StorageError
-            If there is no such thing at the address, it may not be read, or nothing answers.
+            If nothing exists at the address, access is denied, or no server answers.
         MissingPackageError
-            If what reads from such addresses is not installed.
+            If the package for such addresses is not installed.
         """
         address = parse_address(given) if isinstance(given, str) else None
         if address is None:
@@ -79,11 +79,11 @@ class Remote:
         return _inside(self._web(listing), listing)
 
     def paths(self, given: Sequence[str | Path]) -> list[str | Path]:
-        """Return where several inputs are read from."""
+        """Return the local paths of several inputs."""
         return [self.path(one) for one in given]
 
     def pair(self, base: str | Path, adapter: str | Path) -> tuple[str | Path, str | Path]:
-        """Return where a base and an adapter are read from."""
+        """Return the local paths of a base and an adapter."""
         return self.path(base), self.path(adapter)
 
     def _web(self, listing: Listing) -> Path:
@@ -108,7 +108,7 @@ class Remote:
         except Unreachable:
             if (found := cached_snapshot(name)) is None:
                 raise
-            self.monitor.emit(Event("note", f"{name.shown}: the hub cannot be reached; what its cache has is taken"))
+            self.monitor.emit(Event("note", f"{name.shown}: the hub cannot be reached; its cache is used"))
             return _linked(found, name)
         root = self._hub_root(files)
         directory = files.directory(root)
@@ -140,7 +140,7 @@ class Remote:
 
 
 def _kind(to_download: int) -> str:
-    """Name the part of the cache: what only forecasts read says how much a run would download."""
+    """Return the part of the cache; the part for forecasts also records how much a run would download."""
     return "forecasts" if to_download else "ranges"
 
 
@@ -149,7 +149,7 @@ def _inside(directory: Path, listing: Listing) -> Path:
 
 
 def _linked(path: Path, name: HubName) -> Path:
-    """Link to a directory of a commit under the name that people know, by which outputs of several adapters are called."""
+    """Link to a commit's directory under the readable name, which names the outputs of several adapters."""
     if path.is_file():
         return path
     key = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What an address holds, and which of its files are needed."""
+"""List an address's files and decide which are needed."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Listing:
     Attributes
     ----------
     name
-        What its directory is called here.
+        Name of its local directory.
     address
-        As the user gave it, without secrets.
+        The address as given, without secrets.
     small
-        Files that are downloaded in any case, by relative name.
+        Files that are always downloaded, by relative name.
     weights
-        Those that hold tensors.
+        Files that hold tensors, by relative name.
     file
-        The one file that was named, in place of a directory; empty for a directory.
+        The single file that was named; empty for a directory.
     """
 
     name: str
@@ -42,27 +42,27 @@ class Listing:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is an adapter, which is small enough to be downloaded in any case."""
+        """Return whether this is an adapter, which is small enough to be always downloaded."""
         return CONFIG_NAME in self.small and not {INDEX_NAME, SINGLE_NAME} & {*self.small, *self.weights}
 
     @property
     def files(self) -> dict[str, RemoteFile]:
-        """All of them."""
+        """Return all files."""
         return {**self.small, **self.weights}
 
     @property
     def nbytes(self) -> int:
-        """Count the bytes of all files."""
+        """Return the number of bytes of all files."""
         return sum(file.size for file in self.files.values())
 
 
 def needed_names(names: Iterable[str], read_shards: Callable[[], list[str]]) -> tuple[list[str], list[str]]:
-    """Choose among the files of a model or adapter: the small ones that go along, and those that hold its tensors.
+    """Choose among the files of a model or adapter: the small files to copy, and the files with its tensors.
 
     Parameters
     ----------
     read_shards
-        Reads the names of the shards from their index.
+        Reads the shards' names from their index.
     """
     there = set(names)
     small = sorted(name for name in there if goes_along(name) and _is_safe(name))
@@ -74,19 +74,19 @@ def needed_names(names: Iterable[str], read_shards: Callable[[], list[str]]) -> 
 
 
 def shards_of(index: Mapping[str, Any], where: str) -> list[str]:
-    """List the names of the shards in an index that was read from an address, each a plain name."""
+    """List the shards named in an index from an address, after checking that each is a plain name."""
     weight_map = index.get("weight_map")
     values = weight_map.values() if isinstance(weight_map, dict) else ()
     return [check_shard_name(name, where) for name in dict.fromkeys(map(str, values))]
 
 
 def check_small(shown: str, size: int) -> None:
-    """Refuse a file of this size that is no weights: it would be downloaded in any case."""
+    """Refuse a file too large for one without weights, because it would always be downloaded."""
     if size > MAX_INDEX_BYTES:
         most, found = format_sizes(MAX_INDEX_BYTES, size)
         raise InputError(f"{shown}: expected {most} at most of such a file, found {found}; check the address")
 
 
 def _is_safe(name: str) -> bool:
-    """Say whether a listed name stays below its directory: it comes from a server."""
+    """Test whether a name listed by a server stays below its directory."""
     return all(part not in ("", ".", "..") and "\\" not in part and "\0" not in part for part in name.split("/"))

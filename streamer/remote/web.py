@@ -1,4 +1,4 @@
-"""List what is at ``https://`` addresses and in buckets."""
+"""List the files at ``https://`` addresses and in buckets."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ KNOWN_NAMES = (
     "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "README.md", "LICENSE",
     "LICENSE.txt", "USE_POLICY.md",
 )  # fmt: skip
-"""Small files that a model or adapter has, by the names that transformers and PEFT give them: a server by https lists none."""
+"""Small files that a model or adapter may have, as transformers and PEFT name them; an https server does not list files."""
 
 
 def list_address(url: Url) -> Listing:
-    """List what is at an address.
+    """List the files at an address.
 
     Raises
     ------
     MissingInputError
         If there is neither a model nor an adapter.
     InputError, StorageError
-        If it may not be read, or nothing answers.
+        If access is denied, or no server answers.
     """
     scheme = url.text.partition("://")[0]
     if url.name.endswith(".safetensors"):
@@ -67,7 +67,7 @@ def _bucket(url: Url) -> Listing:
 
 
 def _web(url: Url) -> Listing:
-    """Ask for each file by its name: there is no list."""
+    """Request each file by name, because there is no list."""
     asked, told = [INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME, *KNOWN_NAMES], _tells_absent(url)
     found, told = _ask(url, asked, {INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME}, 1, told)
     weights = {name: found.pop(name) for name in (SINGLE_NAME, WEIGHTS_NAME) if name in found}
@@ -85,12 +85,12 @@ def _web(url: Url) -> Listing:
 
 
 def _tells_absent(url: Url) -> bool:
-    """Ask for a file of a made-up name: whether the server says that it is absent, as against refusing it.
+    """Request a file with a made-up name to see whether the server reports absent files, as opposed to refusing access.
 
     Raises
     ------
     UnsupportedError
-        If the server gives one: then it cannot be known which files exist.
+        If the server returns such a file; existing files then cannot be distinguished from missing ones.
     """
     name = f"no-such-file-{token_hex(8)}.json"
     try:
@@ -110,15 +110,15 @@ def _tells_absent(url: Url) -> bool:
 def _ask(
     url: Url, names: Iterable[str], weights: set[str], least: int, told: bool
 ) -> tuple[dict[str, RemoteFile], bool]:
-    """Ask which of some files are there.
+    """Determine which of some files exist.
 
-    A bucket that may not be listed refuses what is not there as well as what may not be read. So what is refused is not there only where
-    nothing is said to be absent, here or before (`told`), and at least so many of the `weights` were found.
+    A bucket that may not be listed refuses missing files as well as forbidden ones. So a refused file counts as missing only if the server
+    has reported no file as absent, here or before (`told`), and at least `least` of the `weights` were found.
 
     Returns
     -------
     dict, bool
-        Those that are there; and whether the server tells what is absent.
+        The existing files, and whether the server reports absent files.
     """
     names = list(names)
 
@@ -144,7 +144,7 @@ def _ask(
 
 
 def remote_code(config: dict[str, Any]) -> list[str]:
-    """Name the files of a model's own code that its config refers to."""
+    """List the files of a model's own code to which its config refers."""
     auto_map = config.get("auto_map")
     values = auto_map.values() if isinstance(auto_map, dict) else ()
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]

@@ -1,1 +1,1 @@
-"""A report for people: what was found and measured, as a page or as figures, and what became of intruders between two findings."""
+"""Make reports for people: findings and measurements as a page or figures, and the fate of intruders between two findings."""

@@ -1,7 +1,7 @@
-"""Say what became of each intruder between two findings on one base: after mitigation, or from one checkpoint to another.
+"""Determine the fate of each intruder between two findings on one base: after mitigation, or between two checkpoints.
 
-Both findings hold the intruders' left singular vectors, ``U`` (m, q) and ``U'`` (m, q'), each orthonormal. An intruder u is matched with u'
-where ``⟨u, u'⟩² > 1/2``: more than half of either lies along the other, so that on neither side a second one can be.
+Both findings contain the intruders' left singular vectors, ``U`` (m, q) and ``U'`` (m, q'), each orthonormal. An intruder u matches u' if
+``⟨u, u'⟩² > 1/2``: each then lies by more than half along the other, so neither can have a second match.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from streamer.units import counted
 SCHEMA: Final = "streamer.diff/1"
 
 MATCHED = 0.5
-"""Squared overlap above which two directions are one."""
+"""Squared overlap above which two directions count as the same."""
 
 Fate = Literal["kept", "mixed", "gone", "new"]
 FATES: tuple[Fate, ...] = ("kept", "mixed", "gone", "new")
 
 
 def fates_counted(totals: _DiffTotals) -> str:
-    """Write the number of intruders of each fate."""
+    """Format the number of intruders of each fate."""
     return ", ".join(f"{totals[fate]} {'remain' if fate == 'kept' else fate}" for fate in FATES)
 
 
@@ -55,7 +55,7 @@ class IntruderFate:
 class DiffSide(TypedDict):
     """One of the two findings."""
     adapter: Annotated[str | None, "Name of the adapter; null if the findings do not say."]
-    options: Annotated[OptionsRecord, "What decided the findings, as in streamer.findings/1."]
+    options: Annotated[OptionsRecord, "Options of the detection, as in streamer.findings/1."]
     intruders: Annotated[Count, "Intruders in all matrices."]
 
 class _DiffTotals(TypedDict):
@@ -71,7 +71,7 @@ class DiffRecord(TypedDict):
     first: Annotated[DiffSide, "The first findings."]
     second: Annotated[DiffSide, "The second findings."]
     totals: Annotated[_DiffTotals, "Counts over the matrices that both findings have."]
-    notes: Annotated[list[str], "What to bear in mind: different options, decisions that are not certified."]
+    notes: Annotated[list[str], "Limits of the comparison: different options, decisions that are not certified."]
     only_first: Annotated[list[str], "Matrices that only the first findings have."]
     only_second: Annotated[list[str], "Matrices that only the second findings have."]
     intruders: Annotated[list[dict[str, Any]], IntruderFate, "Each intruder, by matrix, new ones last; ranks in `before` and `after` are "
@@ -81,21 +81,21 @@ class DiffRecord(TypedDict):
 
 @dataclass(frozen=True, repr=False)
 class FindingsDiff:
-    """What became of the intruders between two findings.
+    """Fates of the intruders between two findings.
 
     Attributes
     ----------
     intruders
-        By matrix, each intruder of the first findings, then the new ones. One of the second that no single one of the first matches, but
-        that lies mostly in the span of the first's, is not listed.
+        By matrix, each intruder of the first findings, then the new ones. An intruder of the second findings that matches none of the
+        first but lies mostly in their span is not listed.
     matrices
-        Matrices that both have.
+        Number of matrices that both findings have.
     only_first, only_second
-        Matrices that one of them has alone: their intruders are not listed.
+        Matrices that only one of the findings has; their intruders are not listed.
     first, second
         Adapter, options and number of intruders of the two findings.
     notes
-        What is to be kept in mind: other options, decisions that are not certified.
+        Limits of the comparison: different options, decisions that are not certified.
     """
 
     intruders: tuple[IntruderFate, ...]
@@ -107,11 +107,11 @@ class FindingsDiff:
     notes: tuple[str, ...]
 
     def count(self, fate: Fate) -> int:
-        """Count the intruders of a fate."""
+        """Return the number of intruders with this fate."""
         return Counter(one.fate for one in self.intruders)[fate]
 
     def to_dict(self) -> DiffRecord:
-        """Make the JSON object (schema ``streamer.diff/1``)."""
+        """Return the JSON object (schema ``streamer.diff/1``)."""
         return {
             "schema": SCHEMA, "first": self.first, "second": self.second,
             "totals": {"matrices": self.matrices, "kept": self.count("kept"), "mixed": self.count("mixed"),
@@ -130,12 +130,12 @@ def diff_findings(first: Findings, second: Findings) -> FindingsDiff:
     Parameters
     ----------
     first, second
-        The findings before and after: on an adapter and on its mitigated form, or on two checkpoints of a training.
+        The findings before and after: on an adapter and its mitigated version, or on two checkpoints of a training.
 
     Raises
     ------
     MismatchError
-        If they are on different bases, or one on files and the other on a model in memory.
+        If they are on different bases, or one is on files and the other on a model in memory.
     """
     if first.base.get("in_memory") != second.base.get("in_memory"):
         raise MismatchError(
@@ -145,7 +145,7 @@ def diff_findings(first: Findings, second: Findings) -> FindingsDiff:
     if first.base != second.base:
         names = [str(f.sources.get("base", {}).get("name", "unnamed")) for f in (first, second)]
         raise MismatchError(
-            f"findings: expected two on one base, found bases of other content ({names[0]!r} and {names[1]!r}); "
+            f"findings: expected two on one base, found bases with different content ({names[0]!r} and {names[1]!r}); "
             "run detect for both on the same base"
         )
     both = [m.tensor for m in first if m.tensor in second.by_tensor]
@@ -198,8 +198,8 @@ def _notes(first: Findings, second: Findings) -> Iterator[str]:
     a, b = first.options, second.options
     if (a.top_k, a.threshold_epsilon) != (b.top_k, b.threshold_epsilon):
         yield (
-            f"made with other options (top_k={a.top_k}, epsilon={a.threshold_epsilon:g} and top_k={b.top_k}, "
-            f"epsilon={b.threshold_epsilon:g}): an intruder of one may be none of the other for that alone"
+            f"made with different options (top_k={a.top_k}, epsilon={a.threshold_epsilon:g} and top_k={b.top_k}, "
+            f"epsilon={b.threshold_epsilon:g}): that alone can make an intruder of one none of the other"
         )
     for what, findings in (("first", first), ("second", second)):
         if rest := sum(not m.detection.certified for m in findings):

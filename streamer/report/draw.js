@@ -1,5 +1,5 @@
 "use strict";
-// Elements, scales and charts. Every text that comes from the data is set as text, never as markup.
+// Elements, scales and charts. All text from the data is set as text, never as markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -29,7 +29,7 @@ function short(value) {
   return size >= 1e5 || size < 1e-4 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
 }
 
-// Round steps between least and most: some five of them.
+// Round steps between least and most, about as many as wanted.
 function ticks(least, most, wanted) {
   const span = most - least || 1;
   const raw = span / Math.max(1, wanted);
@@ -45,7 +45,7 @@ const four = (value) => value.toPrecision(4);
 
 const figures = [];
 
-// A box that scrolls sideways, and says so while there is more than it shows.
+// A box that scrolls sideways, with a hint while part of it is hidden.
 function scroller(...children) {
   const hint = html("p", { class: "hint screen", hidden: "" }, "scroll sideways for more →");
   const box = html("div", { class: "scroll", tabindex: "0" }, ...children);
@@ -54,7 +54,7 @@ function scroller(...children) {
   return { box, hint, look };
 }
 
-// A figure that is drawn for the width that it has, and again where that changes.
+// A figure drawn for its width, and drawn again when the width changes.
 function figure(parent, label, caption, paint) {
   const { box: holder, hint, look } = scroller();
   const node = html("figure", { "data-figure": label }, caption ? html("figcaption", {}, caption) : null, hint, holder);
@@ -109,7 +109,7 @@ function curve(points, colour, attributes) {
   return svg("path", { d: path(points), fill: "none", css: { stroke: colour, "stroke-width": "2" }, ...attributes });
 }
 
-// Texts beside points; one that finds no place within the frame and off all points and texts is left out: the first ones stay.
+// Texts beside points. A text that would leave the frame or cover a point or an earlier text is left out.
 function placeTexts(picture, wanted, frame) {
   const taken = wanted.map(({ x, y }) => ({ x: x - 4, y: y + 4, wide: 8, tall: 8 }));
   for (const { x, y, name, gap, colour } of wanted) {
@@ -138,7 +138,7 @@ function legend(parent, entries) {
   return node;
 }
 
-// A table that sorts by the head that is clicked: columns have head, about, cell(row), key(row).
+// A table that sorts by the column heading clicked; columns have head, about, cell(row), key(row).
 function sortedTable(parent, columns, rows, options) {
   const head = html("tr", {});
   const body = html("tbody", {});

@@ -1,4 +1,4 @@
-"""Draw a report's figures with matplotlib, as SVG and PNG for papers: one subject a file, no titles, width of a page."""
+"""Draw a report's figures with matplotlib, as SVG and PNG for papers: one subject in each file, no titles, page width."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIGN = "streamer report"
-"""Text in the head of every file, by which one is told from others."""
+"""Text in the head of every file that identifies it as a report's figure."""
 
 FIGURES, FORMS = ("map", "similarity", "spectrum", "thresholds", "lambdas", "tradeoff"), ("svg", "png")
-"""Names of all figures that a report may have, and the formats of each."""
+"""Names of all figures that a report may have, and their formats."""
 
 WIDTH = 6.75
-"""Inches."""
+"""Width of a figure in inches."""
 
 LEAST_ROWS = 7
-"""Rows of a map at least whose height it has: the names beside its scales are as high as that."""
+"""Fewest rows for which a map has height, so that the labels of its scales fit."""
 
 SHOWN = 6
-"""Matrices whose directions are drawn: those whose intruders have most energy."""
+"""Number of matrices whose directions are drawn: those whose intruders have the most energy."""
 
 KEPT, FORGETTING = (-0.05, 1.2), (-0.3, 1.4)
-"""Shares that the trade-off shows, as the page does; variants outside of them are named below it."""
+"""Range of shares that the trade-off shows, as on the page; variants outside are named below it."""
 
 BASE, INTRUDER = "#2f6db5", "#c2410c"
 
@@ -50,7 +50,7 @@ MARKS: dict[bool, Style] = {
     False: {"marker": "o", "color": BASE, "markersize": 3, "linestyle": "none"},
     True: {"marker": "D", "color": INTRUDER, "markersize": 3, "linestyle": "none"},
 }
-"""Marks of a direction of the base, and of an intruder."""
+"""Marks of a direction of the base and of an intruder."""
 
 OF_BASE: Style = {"marker": "_", "color": "black", "markersize": 6, "linestyle": "none"}
 EPSILON: Style = {"color": "black", "linewidth": 0.6, "linestyle": "--"}
@@ -67,12 +67,12 @@ _SETTINGS = {
 
 
 def draw_figures(subject: Subject) -> dict[str, bytes]:
-    """Draw all figures of a report; the same inputs give the same bytes with the same matplotlib.
+    """Draw all figures of a report; the same inputs and matplotlib version give the same bytes.
 
     Returns
     -------
     dict
-        Name of each file, and its content.
+        Content of each file by name.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def draw_figures(subject: Subject) -> dict[str, bytes]:
         ) from None
     out: dict[str, bytes] = {}
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # not what the user has set for other work
+        matplotlib.rcdefaults()  # ignore the user's own settings
         matplotlib.rcParams.update(_SETTINGS)
         for name, draw in _drawings(subject).items():
             figure = make(figsize=(WIDTH, 2.6), layout="constrained")
@@ -98,13 +98,13 @@ def draw_figures(subject: Subject) -> dict[str, bytes]:
             for form, sign in _SIGNS.items():
                 file = io.BytesIO()
                 figure.savefig(file, format=form, dpi=200, metadata=sign)
-                figure.set_layout_engine("none")  # laid out once
+                figure.set_layout_engine("none")  # the layout is final after the first format
                 out[f"{name}.{form}"] = file.getvalue()
     return out
 
 
 def _drawings(subject: Subject) -> dict[str, Callable[[Figure], None]]:
-    """List what is drawn, by the names of the files."""
+    """List the drawing functions by file name."""
     record, findings, evaluation = subject.record, subject.findings, subject.evaluation
     if record is not None:
         rows = sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
@@ -151,7 +151,7 @@ def _draw_output_map(figure: Figure, names: Sequence[str], counts: Sequence[int]
 
 
 def _draw_grids(figure: Figure, parts: Sequence[str], layers: Sequence[int | None], values: dict[str, Any]) -> None:
-    """Draw maps of one grid below each other, or side by side where the layers are few."""
+    """Draw maps of one grid below each other, or side by side if there are few layers."""
     stacked = len(layers) > 16
     height = 0.5 + 0.16 * max(LEAST_ROWS, len(parts))
     figure.set_size_inches(WIDTH, (len(values) if stacked else 1) * (height + 0.2))
@@ -173,7 +173,7 @@ def _draw_each(
     draw: Callable[[Axes, MatrixFinding], None],
     more: Sequence[tuple[str, Style]],
 ) -> None:
-    """Draw one subject of each matrix, with a legend below all of them; `more` are its entries beside the directions."""
+    """Draw one subject for each matrix, with a common legend; `more` are its entries besides the directions."""
     rows = -(-len(matrices) // 3)
     figure.set_size_inches(WIDTH, 1.7 * rows + 0.25)
     axes = figure.subplots(rows, min(3, len(matrices)), squeeze=False).ravel()
@@ -226,14 +226,14 @@ def _draw_lambdas(figure: Figure, findings: Findings) -> None:
     x = [r["lambda"] for r in rows]
     ax.plot(x, [100 * r["paper"] for r in rows], color=Paper.colour, label=Paper.name)
     ax.plot(x, [100 * r["project"] for r in rows], color=Project.colour, linestyle="--", label=Project.name)
-    ax.set(xlabel="λ", ylabel="taken away, % of the delta's norm", xlim=(0, 1), ylim=(0, None))
+    ax.set(xlabel="λ", ylabel="removed, % of the delta's norm", xlim=(0, 1), ylim=(0, None))
     ax.legend(frameon=False)
 
 
 def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
-    """Draw forgetting against learning kept, with standard errors; a filled point is on the front, a ring marks the suggestion.
+    """Draw forgetting against learning kept, with standard errors. Filled points are on the front; a ring marks the suggestion.
 
-    Variants outside of the frame are named below it.
+    Variants outside the frame are named below it.
     """
     ax, best, tree = figure.subplots(), evaluation.best(), evaluation.to_dict()
     figure.set_size_inches(WIDTH / 1.5, 3.4)
@@ -279,5 +279,5 @@ def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
 
 
 def _plain(text: str) -> str:
-    """Keep a name from being read as mathematics."""
+    """Escape a name so that matplotlib does not read it as mathematics."""
     return printable(text).replace("$", r"\$")

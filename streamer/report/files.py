@@ -1,4 +1,4 @@
-"""Write a report's files: a page, or figures into a directory; atomically, and over nothing but reports."""
+"""Write a report's files, a page or a directory of figures, atomically; replace nothing but reports."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from streamer.storage.output_plan import refuse_within_output
 PAGES = (".html", ".htm")
 
 HEAD = 4096
-"""Bytes in which the sign of a report stands."""
+"""Number of bytes at the start of a file that contain a report's sign."""
 
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """What was written.
+    """Result of writing a report.
 
     Attributes
     ----------
     state
-        ``present`` where all files stood there already.
+        ``present`` if all files already existed.
     files
-        Names and sizes in bytes, in the directory of the output.
+        Sizes in bytes by name, in the output's directory.
     """
 
     state: Literal["written", "present"]
@@ -52,23 +52,23 @@ class WrittenReport:
 
 
 def write_files(subject: Subject | Collection, output: str | Path, overwrite: bool = False) -> WrittenReport:
-    """Write the page of a report, or its figures.
+    """Write a report's page or its figures.
 
     Parameters
     ----------
     subject
-        What it is on.
+        Subject of the report.
     output
-        A name that ends in .html; or a directory, for SVG and PNG, which may stand already.
+        A name that ends in .html, or a directory for SVG and PNG, which may exist.
     overwrite
-        Whether another report there is replaced, and figures that this one has not are removed; anything else never is.
+        Whether to replace another report there, and remove figures that this one does not have; other files are never replaced.
 
     Raises
     ------
     UsageError
-        If the output's name ends in something else, or matplotlib is missing.
+        If the output's name has another ending, or matplotlib is missing.
     OutputError
-        If something stands there that is not to be replaced, or nothing can be written there.
+        If something exists there that must not be replaced, or nothing can be written there.
     """
     path = Path(output)
     check_path(path)
@@ -93,7 +93,7 @@ def write_files(subject: Subject | Collection, output: str | Path, overwrite: bo
         held.enter_context(locked(lock, path))
         remove_partials(directory, set(files))
         for name, data in files.items():
-            _is_present(directory / name, data, overwrite)  # another run may have been there
+            _is_present(directory / name, data, overwrite)  # another run may have written it meanwhile
             write_atomic(directory / name, data)
         with storage_errors(path, "write"):
             for old in stale:
@@ -102,7 +102,7 @@ def write_files(subject: Subject | Collection, output: str | Path, overwrite: bo
 
 
 def check_path(path: Path) -> None:
-    """Refuse a path where no report can be written; see `write_files`."""
+    """Refuse a path at which no report can be written; see `write_files`."""
     refuse_address(path)
     refuse_symlink(path)
     page = path.suffix.lower() in PAGES
@@ -118,7 +118,7 @@ def check_path(path: Path) -> None:
 
 
 def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:
-    """Test whether these very bytes stand at a name; refuse what is not to be replaced."""
+    """Test whether a file already has these bytes; refuse a file that must not be replaced."""
     refuse_symlink(path)
     if not path.exists() or is_placeholder(path):
         return False
@@ -138,7 +138,7 @@ def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:
 
 
 def _stale(directory: Path, files: Mapping[str, bytes], overwrite: bool) -> list[Path]:
-    """List figures of an earlier report that this one has not; refuse them where nothing is to be replaced."""
+    """List figures of an earlier report that this one does not have; refuse them unless `overwrite`."""
     named = [directory / f"{stem}.{form}" for stem in FIGURES for form in FORMS]
     stale = [old for old in named if old.name not in files and old.is_file() and _is_report(old.suffix, _head(old))]
     if stale and not overwrite:
@@ -155,7 +155,7 @@ def _head(path: Path) -> bytes:
 
 
 def _is_report(suffix: str, head: bytes) -> bool:
-    """Test whether a file begins as a report of its kind; one that only names the command in its text does not."""
+    """Test whether a file begins like a report of its kind; naming the command in its text is not enough."""
     sign = FIGURE_SIGN.encode()
     if suffix == ".png":
         return head.startswith(b"\x89PNG") and b"tEXtSoftware\0" + sign in head

@@ -1,5 +1,5 @@
 "use strict";
-// What findings hold: decoded, and drawn as maps, curves, and the directions of one matrix.
+// Findings: decoded, and drawn as maps, curves, and the directions of one matrix.
 
 const DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 const VALUE = new Map([...DIGITS].map((c, i) => [c.charCodeAt(0), i]));
@@ -14,7 +14,7 @@ function unpack({ digits, codes }) {
 
 const unpackShare = (column) => unpack(column).map((code) => code / (64 ** column.digits - 1));
 
-// Each name with its form, and the first number in it: the layer.
+// Each name with its form and its first number, which is the layer.
 function unpackNames({ forms, form, numbers }) {
   let at = 0;
   return Array.from(unpack(form), (f) => {
@@ -52,14 +52,14 @@ function decodeFindings(tree) {
   });
 }
 
-// The part of each layer that a form stands for, without what all of them have in common where that leaves them apart.
+// The part of a layer for each form, without the common beginning if the names stay distinct.
 function partNames(forms) {
   const cut = (form) => form.replace(/^[^*]*?\*\./, "").replace(/\.?weight$/, "") || form;
   const names = new Map(forms.map((form) => [form, cut(form)]));
   return new Set(names.values()).size === names.size ? names : new Map(forms.map((form) => [form, form]));
 }
 
-// Cells of layers and parts; of a stack of experts, which has many matrices in a cell, their sums.
+// Cells by layer and part; a stack of experts has several matrices in a cell.
 function cellsOf(matrices) {
   const forms = [...new Set(matrices.map((m) => m.form))];
   const layers = [...new Set(matrices.map((m) => m.layer))].sort((a, b) => (a ?? -1) - (b ?? -1));
@@ -115,7 +115,7 @@ function drawMap(parent, label, caption, grid, value, format, pick) {
   });
 }
 
-// Similarity of each direction to the base, as the interval that is proven, and the threshold.
+// Each direction's similarity to the base, as the proven interval, and the threshold.
 function drawSimilarity(parent, matrix, epsilon, caption) {
   return figure(parent, `similarity of ${matrix.name}`, caption, (width) => {
     const k = matrix.low.length;
@@ -199,7 +199,7 @@ function drawAll(parent, matrices, epsilon) {
 }
 
 function drawThresholds(parent, rows, epsilon) {
-  const caption = "Number of intruders by ε. Within the band, the bounds leave directions open.";
+  const caption = "Number of intruders by ε. The band shows the directions that the bounds leave open.";
   return figure(parent, "thresholds", caption, (width) => {
     const most = Math.max(...rows.map((r) => r[3]), 1);
     const { picture, sx, sy } = axes(width, 240, { least: 0, most: 1, label: "ε" }, { least: 0, most, label: "intruders", format: (v) => v.toLocaleString("en") });
@@ -214,10 +214,10 @@ function drawThresholds(parent, rows, epsilon) {
 }
 
 function drawLambdas(parent, rows) {
-  const caption = "Norm that λ takes away, as a share of the delta's. With paper it includes the base's part of the intruders.";
+  const caption = "Norm removed by λ, as a share of the delta's. For paper it includes the base's part of the intruders.";
   const drawn = figure(parent, "lambdas", caption, (width) => {
     const most = Math.ceil(10 * Math.max(...rows.map((r) => Math.max(r[1], r[2])), 0.01)) / 10;
-    const { picture, sx, sy } = axes(width, 220, { least: 0, most: 1, label: "λ" }, { least: 0, most, label: "taken away", format: (v) => percent(v, 0) });
+    const { picture, sx, sy } = axes(width, 220, { least: 0, most: 1, label: "λ" }, { least: 0, most, label: "norm removed", format: (v) => percent(v, 0) });
     picture.append(curve(rows.map((r) => [sx(r[0]), sy(r[1])]), "var(--s0)"), curve(rows.map((r) => [sx(r[0]), sy(r[2])]), "var(--s1)", { "stroke-dasharray": "7 4" }));
     return picture;
   });

@@ -1,4 +1,4 @@
-"""Lay out matrices as a map: layers from left to right, the parts of a layer from top to bottom."""
+"""Lay out matrices as a map: layers from left to right, parts of a layer from top to bottom."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from streamer.report.packing import NUMBER
 
 @dataclass(frozen=True)
 class Grid:
-    """Where each matrix lies in a map.
+    """Position of each matrix in a map.
 
     Attributes
     ----------
     parts
-        Names of the rows: those of the tensors, with a star for each number, without what comes before the layer where that is clear.
+        Names of the rows: tensor names with a star for each number, without the part before the layer if they stay distinct.
     layers
-        Numbers of the columns; None stands for names without one, such as the head's.
+        Numbers of the columns; None for names without a number, such as the head's.
     row, column
-        Of each matrix.
+        Position of each matrix.
     """
 
     parts: tuple[str, ...]
@@ -32,7 +32,7 @@ class Grid:
     column: tuple[int, ...]
 
     def sums(self, values: Sequence[float]) -> NDArray[np.float64]:
-        """Sum a figure of the matrices over each cell, which has many of a stack of experts: (rows, columns), NaN where there is none."""
+        """Sum a value of the matrices over each cell, which contains several for a stack of experts: (rows, columns), NaN if empty."""
         out, seen = np.zeros((len(self.parts), len(self.layers))), np.zeros((len(self.parts), len(self.layers)), bool)
         np.add.at(out, (self.row, self.column), values)
         seen[self.row, self.column] = True
@@ -40,7 +40,7 @@ class Grid:
 
 
 def make_grid(names: Sequence[str]) -> Grid:
-    """Lay out matrices by their tensors' names, the rows in the order in which they come.
+    """Lay out matrices by tensor name, with rows in order of first appearance.
 
     >>> make_grid(["model.layers.0.q.weight", "model.layers.1.q.weight"]).parts
     ('q',)

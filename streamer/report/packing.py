@@ -1,7 +1,7 @@
-"""Pack whole numbers and names of tensors into short texts, which a page's script reads: 36,000 matrices are to fit into 5 MB.
+"""Pack whole numbers and tensor names into short texts for a page's script, so that 36,000 matrices fit into 5 MB.
 
-A number is written in digits of base 64, those of base64, the most significant first, all of one column alike many. Similarities take two
-digits, steps of 1/4095: finer than a screen shows.
+A number is written with base64's digits, most significant first; all numbers of a column have the same number of digits. Similarities use
+two digits, steps of 1/4095, which is finer than a screen shows.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ DIGITS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 """Digits of base 64, 0 first."""
 
 NUMBER = re.compile(r"(?<![^.\[])\d+(?![^.\]])")
-"""A number that is a whole part of a name: of a layer, an expert."""
+"""A number that is a whole part of a name, such as a layer's or an expert's."""
 
 LONGEST = 15
-"""Digits of a number that a script's floats hold."""
+"""Most decimal digits of a number that JavaScript represents exactly."""
 
 
 class Packed(TypedDict):
-    """A column of whole numbers: the digits of each, and all of them behind one another."""
+    """Column of whole numbers: digits of each number, and all numbers concatenated."""
 
     digits: int
     codes: str
 
 
 class PackedNames(TypedDict):
-    """Names, as forms with a star for each number: the forms, which one each name has, and the numbers of all names in order."""
+    """Names as forms with a star for each number: the forms, each name's form, and the numbers of all names in order."""
 
     forms: list[str]
     form: Packed
@@ -39,14 +39,14 @@ class PackedNames(TypedDict):
 
 
 def pack(values: ArrayLike, digits: int | None = None) -> Packed:
-    """Write whole numbers from 0 in base 64.
+    """Write nonnegative whole numbers in base 64.
 
     Parameters
     ----------
     values
         Numbers of any shape, below ``64^digits``.
     digits
-        Of each; by default as many as the largest takes.
+        Digits of each number; by default as many as the largest needs.
 
     >>> pack([0, 1, 63])
     {'digits': 1, 'codes': 'AB/'}
@@ -64,19 +64,19 @@ def pack(values: ArrayLike, digits: int | None = None) -> Packed:
 
 
 def pack_share(values: NDArray[np.float64], digits: int, up: bool = False) -> Packed:
-    """Write shares from 0 to 1 in steps of ``1 / (64^digits - 1)``, rounded down, or up, so that an interval stays one."""
+    """Write shares from 0 to 1 in steps of ``1 / (64^digits - 1)``, rounded down or `up`, so that intervals stay valid."""
     steps = np.clip(values, 0.0, 1.0) * (64**digits - 1)
     return pack(np.ceil(steps) if up else np.floor(steps), digits)
 
 
 def pack_ratio(values: NDArray[np.float64], digits: int, least: float) -> Packed:
-    """Write ratios from `least` to 1 by their logarithms: 0 is a ratio of 1, the largest code one of `least` or less."""
+    """Write ratios from `least` to 1 by their logarithms: code 0 is ratio 1, the largest code is `least` or less."""
     steps = np.log(np.clip(values, least, 1.0)) / np.log(least) * (64**digits - 1)
     return pack(np.rint(steps), digits)
 
 
 def pack_names(names: Sequence[str]) -> PackedNames:
-    """Write names as forms and numbers; one that this would not give back stands whole, behind a sign of equality.
+    """Write names as forms and numbers; a name that this would not reproduce is stored whole after an equals sign.
 
     >>> pack_names(["layers.0.q.weight", "layers.1.q.weight"])
     {'forms': ['layers.*.q.weight'], 'form': {'digits': 1, 'codes': 'AA'}, 'numbers': [0, 1]}

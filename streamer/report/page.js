@@ -1,5 +1,5 @@
 "use strict";
-// Puts the page together, from the data that it embeds.
+// Builds the page from its embedded data.
 
 const CARDS = 6;
 const ROWS = 50;
@@ -30,7 +30,7 @@ function seriesOf(variants, methods) {
   return [...series].map(([name, own], i) => {
     const strengths = own.every((v) => v.lambda !== null);
     own.sort(strengths ? (a, b) => b.lambda - a.lambda : (a, b) => b.kept - a.kept);
-    const known = methods.indexOf(name); // the first five colours are those of the methods, in their order
+    const known = methods.indexOf(name); // the first five colours belong to the methods, in order
     return { name, colour: `var(--s${known < 0 ? 5 + (i % 2) : known})`, variants: strengths && adapter ? [adapter, ...own] : own };
   });
 }
@@ -90,7 +90,7 @@ function showEvaluation(tree) {
   ]) {
     if (tree.variants.some((v) => v.kept !== null && v[key] !== null)) drawTradeoff(pair, tree, key, label, caption);
   }
-  part.append(pair.children.length ? pair : html("p", {}, "Base and adapter have nearly the same loss on the task's text, so there are no shares to draw."));
+  part.append(pair.children.length ? pair : html("p", {}, "Base and adapter have nearly the same loss on the task's text, so no shares can be drawn."));
   const numeric = (head, about, key, format) => ({ head, about, cell: (v) => text(format(v)), key: (v) => last(v[key]) });
   const names = { head: "variant", about: "* no variant is better in both task loss and divergence; †N stopped after N sequences", up: true, cell: (v) => text(v.name + (tree.front.includes(v.name) ? " *" : "") + (v.ran === null ? "" : ` †${v.ran}`)), key: (v) => tree.variants.indexOf(v) };
   sortedTable(part, [
@@ -148,7 +148,7 @@ function showFindings(tree) {
     chosen.scrollIntoView({ block: "nearest" });
   };
 
-  const where = section("Where they are", "Layers from left to right. Click a cell to show its matrices below.");
+  const where = section("Where the intruders are", "Layers from left to right. Click a cell to show its matrices below.");
   const energy = (cell) => {
     const all = sum(cell.matrices.map((m) => m.norm ** 2));
     return all ? sum(cell.matrices.map((m) => m.norm ** 2 * m.energy)) / all : 0;
@@ -158,13 +158,13 @@ function showFindings(tree) {
   drawMap(maps, "map of intruders", "Number of intruders", grid, (cell) => sum(cell.matrices.map((m) => m.count)), (v) => String(Math.round(v)), pick);
   drawMap(maps, "map of energy", "Energy of intruders: their share of the delta", grid, energy, (v) => percent(v, 0), pick);
 
-  const how = section("How far from the base");
+  const how = section("Similarity to the base");
   const pair = html("div", { class: "pair" });
   how.append(pair);
   drawAll(pair, matrices, tree.epsilon);
   drawThresholds(pair, tree.thresholds, tree.epsilon);
 
-  const lambdas = section("What each λ takes away");
+  const lambdas = section("What each λ removes");
   const halves = html("div", { class: "pair" });
   lambdas.append(halves);
   drawLambdas(halves, tree.lambdas);
@@ -172,9 +172,9 @@ function showFindings(tree) {
   halves.append(beside);
   sortedTable(beside, [
     { head: "λ", about: "share of an intruder to keep", cell: (r) => text(String(r[0])), key: (r) => r[0] },
-    { head: "paper", about: "norm taken away, as a share of the delta's", cell: (r) => text(percent(r[1])), key: (r) => r[1] },
-    { head: "project", about: "norm taken away, as a share of the delta's", cell: (r) => text(percent(r[2])), key: (r) => r[2] },
-    { head: "norm left", about: "norm that project leaves; λ of the equal-norm shrink", cell: (r) => text(percent(r[3])), key: (r) => r[3] },
+    { head: "paper", about: "norm removed, as a share of the delta's", cell: (r) => text(percent(r[1])), key: (r) => r[1] },
+    { head: "project", about: "norm removed, as a share of the delta's", cell: (r) => text(percent(r[2])), key: (r) => r[2] },
+    { head: "norm left", about: "norm that project leaves; λ of the shrink with the same norm", cell: (r) => text(percent(r[3])), key: (r) => r[3] },
   ], tree.lambdas, { id: "lambdas" });
   const worst = matrices.reduce((a, b) => (b.dropped > a.dropped ? b : a));
   beside.append(html("p", { class: "note" }, worst.dropped > 0
@@ -207,7 +207,7 @@ function showFindings(tree) {
     { head: "r", about: "rank of the adapter's factors", cell: (m) => text(m.rank || "–"), key: (m) => m.rank },
     { head: "intruders", about: "leading directions that resemble none of the base's", cell: (m) => text(String(m.count)), key: (m) => m.count },
     { head: "ranks", about: "ranks of the intruders; 1 is the largest singular value", up: true, cell: (m) => text(ranks(m).join(" ") || "–"), key: (m) => ranks(m)[0] ?? Infinity },
-    { head: "similarity", about: "the lowest of a direction", up: true, cell: (m) => text(m.least.toFixed(3)), key: (m) => m.least },
+    { head: "similarity", about: "lowest similarity of a direction to the base", up: true, cell: (m) => text(m.least.toFixed(3)), key: (m) => m.least },
     { head: "σ₁", about: "largest singular value of base + adapter", cell: (m) => text(four(m.sigma)), key: (m) => m.sigma },
     { head: "‖Δ‖", about: "norm of the delta", cell: (m) => text(four(m.norm)), key: (m) => m.norm },
     { head: "energy", about: "the intruders' share of its squared norm", cell: (m) => text(percent(m.energy)), key: (m) => m.energy },
@@ -237,7 +237,7 @@ function showSeveral(list) {
     place = html("div", { id: "adapter" }, html("h2", { class: "adapter" }, row.name));
     main.querySelector("#adapter")?.remove();
     main.append(place);
-    figures.length = Math.min(figures.length, kept + 1); // this table's own stays
+    figures.length = Math.min(figures.length, kept + 1); // keeps this table's entry
     showFindings(row.findings);
     for (const draw of figures) draw();
     table.fill();
@@ -288,9 +288,9 @@ function showOutput(tree) {
     { head: "matrix", about: "its tensor in the base", up: true, cell: (m) => text(m.name), key: (m) => m.number },
     tree.intruders && { head: "scaled", about: "intruders that were scaled", cell: (m) => text(String(m.count)), key: (m) => m.count },
     { head: "‖Δ‖", about: "norm of the delta", cell: (m) => text(four(m.norm)), key: (m) => m.norm },
-    { head: "after", about: "norm of what was written", cell: (m) => text(four(m.after)), key: (m) => m.after },
-    { head: "fall", about: "of the norm", cell: (m) => text(percent(m.taken)), key: (m) => m.taken },
-    tree.dropped && { head: "lost", about: "in projection onto the adapter's rank", cell: (m) => text(percent(m.dropped, 2)), key: (m) => m.dropped },
+    { head: "after", about: "norm of the written delta", cell: (m) => text(four(m.after)), key: (m) => m.after },
+    { head: "fall", about: "decrease of the norm", cell: (m) => text(percent(m.taken)), key: (m) => m.taken },
+    tree.dropped && { head: "lost", about: "share lost in projection onto the adapter's rank", cell: (m) => text(percent(m.dropped, 2)), key: (m) => m.dropped },
   ].filter(Boolean), rows, { id: "matrices", limit: ROWS, by: 0 });
 }
 

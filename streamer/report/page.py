@@ -1,4 +1,4 @@
-"""Make a report's page: one HTML file with its style, its script and its data, which loads nothing."""
+"""Make a report's page: one HTML file that contains its style, script and data, and loads nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from streamer.report.words import certificates, headline, sentences, suggestion,
 SCRIPTS = ("draw.js", "findings.js", "page.js")
 
 SIGN = '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta name="generator" content="streamer report">\n'
-"""Beginning of every page, by which one is told from other files."""
+"""Beginning of every page, which identifies it."""
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-$digest'"
 
@@ -54,9 +54,9 @@ FOOTER = (
 
 
 def make_page(subject: Subject | Collection) -> bytes:
-    """Make the page of a report. It holds no times and no paths: the same inputs give the same bytes.
+    """Make a report's page. It contains no times or paths, so the same inputs give the same bytes.
 
-    All that comes from the inputs is escaped, or set as text by the script; a policy in the page lets no other script run.
+    All text from the inputs is escaped, or set as text by the script; a policy in the page prevents any other script from running.
     """
     style, *scripts = (files("streamer.report").joinpath(name).read_text("utf-8") for name in ("page.css", *SCRIPTS))
     script = "\n" + "\n".join(scripts)
@@ -83,20 +83,20 @@ def make_page(subject: Subject | Collection) -> bytes:
 
 
 def _list(lines: Sequence[str]) -> str:
-    """Write what an evaluation suggests: reasons as a list, and the commands in it as code."""
+    """Format an evaluation's suggestion: reasons as a list, commands as code."""
     found = [(line, re.match(r"([a-z ]+): (streamer .+)", line)) for line in lines]
     items = "".join(f"<li>{html.escape(line)}</li>\n" for line, command in found if command is None)
     return "\n".join([f'<ul id="suggestion">\n{items}</ul>', *(_command((c[1], c[2])) for _, c in found if c)])
 
 
 def _command(command: tuple[str, str]) -> str:
-    """Write a command to copy, under what it is for."""
+    """Format a command to copy, below its purpose."""
     label, *words = (html.escape(word) for word in (command[0], *command[1].split(" ")))
     code = " ".join(f"<span>{word}</span>" for word in words)
     return f'<p class="note">{label[:1].upper()}{label[1:]}:</p>\n<pre class="command"><code>{code}</code></pre>'
 
 
 def embed(tree: dict[str, Any]) -> str:
-    """Write JSON that may stand in a script element: nothing in it ends the element or begins markup."""
+    """Serialise JSON for a script element, so that it cannot end the element or begin markup."""
     text = json.dumps(tree, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

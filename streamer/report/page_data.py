@@ -1,4 +1,4 @@
-"""Make the data that a page embeds and its script draws from: findings, evaluation or record as compact JSON."""
+"""Make the data embedded in a page, from which its script draws: findings, evaluation or record as compact JSON."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from streamer.report.subject import Collection, Subject, scales_intruders
 SCHEMA = "streamer.page/1"
 
 MOST_DIRECTIONS = 400_000
-"""Directions that a page holds of all matrices together; where there are more, it has of each matrix the largest."""
+"""Most directions on a page, over all matrices; if there are more, it has the largest of each matrix."""
 
 LEAST_DIRECTIONS = 10
-"""Directions of a matrix that it holds at least."""
+"""Fewest directions for each matrix."""
 
 LEAST_RATIO = 1e-6
-"""The least ratio of a singular value to the largest that is told from zero."""
+"""Smallest ratio of a singular value to the largest that is distinguished from zero."""
 
 
 def page_data(subject: Subject | Collection) -> dict[str, Any]:
-    """Make the object; names in it are escaped as on a terminal. Norms and singular values of findings have the digits that are shown."""
+    """Make the object. Names are escaped as on a terminal; norms and singular values of findings have only the digits shown."""
     tree: dict[str, Any] = {"schema": SCHEMA, "findings": None, "evaluation": None, "output": None, "several": None}
     if isinstance(subject, Collection):
         held = subject.findings
@@ -49,7 +49,7 @@ def page_data(subject: Subject | Collection) -> dict[str, Any]:
         tree["evaluation"] = _evaluation(subject.evaluation)
     if record is not None:
         matrices = sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
-        # None where there is no such thing: a shrink and coefficients scale no intruders, a merge is not cut to a rank.
+        # None if it does not apply: a shrink or coefficients scale no intruders, and a merge is not truncated to a rank.
         scaled, cut = scales_intruders(record), record["command"] == "mitigate"
         tree["output"] = {
             "names": pack_names([printable(m["tensor"]) for m in matrices]),
@@ -77,7 +77,7 @@ def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str
         return np.fromiter(chain.from_iterable(map(getitem, values, map(slice, shown))), np.float64)
 
     def shares(values: Sequence[float]) -> list[float]:
-        """Divide the singular values of a matrix by the largest."""
+        """Divide a matrix's singular values by the largest."""
         largest = max(values, default=0.0)
         return [s / largest if largest > 0 else 0.0 for s in values]
 
@@ -155,15 +155,15 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def series_of(variant: EvaluatedVariant) -> str:
-    """Give the curve that a variant is a point of: its method; ``base`` and ``adapter`` are the ends of all."""
+    """Return the curve to which a variant belongs: its method; ``base`` and ``adapter`` are the ends of all curves."""
     return printable(variant.method or variant.name.partition(" ")[0])
 
 
 def _figures(shares: Sequence[float]) -> Packed:
-    """Pack shares that tables show, in steps of 1e-9: with coarser ones the page would round twice."""
+    """Pack shares that tables show, in steps of 1e-9; coarser steps would make the page round twice."""
     return pack(np.rint(np.clip(shares, 0.0, 1.0) * (64**5 - 1)), 5)
 
 
 def _short(value: float) -> float:
-    """Round to the digits that tables show, here and on a terminal: a second rounding would show other ones."""
+    """Round to the digits that tables show on the page and on a terminal, to avoid rounding twice."""
     return float(f"{value:.4g}")

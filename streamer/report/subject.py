@@ -1,4 +1,4 @@
-"""Hold what a report is on: findings with what was measured beside them, or the record of an output."""
+"""Hold the subject of a report: findings with an optional evaluation, or the record of an output."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ReportRecord(TypedDict):
     evaluation: Annotated[EvaluationRecord | None, "The evaluation, streamer.evaluation/1; null without one."]
     record: Annotated[Written | None, "The record of an output, streamer.output/2; null for findings."]
     thresholds: Annotated[list[ThresholdRecord], "Number of directions below each threshold, in rising order; empty for an output."]
-    lambdas: Annotated[list[LambdaRecord], "What each lambda takes away, over all matrices; empty for an output."]
+    lambdas: Annotated[list[LambdaRecord], "What each lambda removes, over all matrices; empty for an output."]
     output: NotRequired[Annotated[str, "Path of the page or directory, as given. Only with -o."]]
     state: NotRequired[Annotated[Literal["written", "present"], "Whether the run wrote the files, or found the same bytes. Only with -o."]]
     files: NotRequired[Annotated[list[ReportFile], "The files of the report. Only with -o."]]
@@ -46,16 +46,16 @@ class ReportRecord(TypedDict):
 
 @dataclass(frozen=True)
 class Subject:
-    """What a report is on.
+    """Subject of a report.
 
     Attributes
     ----------
     findings
-        Findings; None where it is on an output.
+        Findings; None for a report on an output.
     evaluation
-        Losses measured of the same base and adapter, if there are any.
+        Evaluation of the same base and adapter, if given.
     record
-        The record of an output, ``streamer.json``; None where it is on findings.
+        The record of an output, ``streamer.json``; None for a report on findings.
     """
 
     findings: Findings | None
@@ -64,12 +64,12 @@ class Subject:
 
     @property
     def found(self) -> Findings:
-        """Return the findings, of a report on findings."""
+        """Return the findings; the report must be on findings."""
         assert self.findings is not None
         return self.findings
 
     def to_dict(self) -> ReportRecord:
-        """Make the JSON object (schema ``streamer.report/1``), which has all that is drawn."""
+        """Return the JSON object (schema ``streamer.report/1``), which contains everything that is drawn."""
         findings, evaluation = self.findings, self.evaluation
         return {
             "schema": SCHEMA,
@@ -83,27 +83,27 @@ class Subject:
 
 @dataclass(frozen=True)
 class Collection:
-    """Hold findings on several adapters, by the names of their files, as `detect` of several leaves them in a directory."""
+    """Findings on several adapters, by file name, as `detect` writes them into a directory."""
 
     findings: Mapping[str, Findings]
 
 
 def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subject | Collection:
-    """Read what a report is on.
+    """Read the subject of a report.
 
     Parameters
     ----------
     path
-        Findings, a directory of findings, or the directory of an output, in which ``streamer.json`` stands.
+        Findings, a directory of findings, or an output's directory with ``streamer.json``.
     evaluation
-        What ``streamer evaluate`` wrote for the same base and adapter.
+        File from ``streamer evaluate`` for the same base and adapter.
 
     Raises
     ------
     InputError
         If one of them is something else, or they do not belong together.
     UsageError
-        If an evaluation is given beside an output or a directory of findings, or in the place of the findings.
+        If an evaluation is given with an output or a directory of findings, or in place of the findings.
     """
     path = Path(path)
     if _is_evaluation(path):
@@ -138,7 +138,7 @@ def _is_evaluation(path: Path) -> bool:
 
 
 def _findings_in(directory: Path) -> list[Path]:
-    """List the findings files in a directory; one that cannot be read is an error."""
+    """List the findings files in a directory; an unreadable one is an error."""
     files = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("."))
     return [path for path in files if TensorFile(path).header.metadata.get("schema") == FINDINGS_SCHEMA]
 
@@ -146,17 +146,17 @@ def _findings_in(directory: Path) -> list[Path]:
 def make_subject(
     findings: Findings, evaluation: Evaluation | None = None, where: str | Path = "the findings"
 ) -> Subject:
-    """Put findings and an evaluation together, checked.
+    """Combine findings and an evaluation after checking them.
 
     Parameters
     ----------
     where
-        What the findings are called in messages.
+        Name of the findings in messages.
 
     Raises
     ------
     FormatError
-        If a figure of the findings is not finite.
+        If a number in the findings is not finite.
     MismatchError
         If the evaluation is of another base or adapter, or the findings are on a model in memory.
     """
@@ -183,5 +183,5 @@ def make_subject(
 
 
 def scales_intruders(record: Mapping[str, Any]) -> bool:
-    """Test whether an output was made by scaling intruders; a shrink scales whole deltas, coefficients each direction."""
+    """Test whether an output was made by scaling intruders; a shrink scales whole deltas, coefficients scale each direction."""
     return takes_findings(record["method"])

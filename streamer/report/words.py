@@ -1,4 +1,4 @@
-"""Say in sentences what was asked and found, how far it is proven, and what an evaluation suggests."""
+"""Describe in sentences what was asked and found, how far it is proven, and what an evaluation suggests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from streamer.units import counted, format_size, listed
 
 
 def title(subject: Subject | Collection) -> str:
-    """Name a report."""
+    """Return a report's title."""
     if isinstance(subject, Collection):
         return f"Intruder dimensions of {counted(len(subject.findings), 'adapter')}"
     if subject.record is not None:
@@ -28,7 +28,7 @@ def title(subject: Subject | Collection) -> str:
 
 
 def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]:
-    """Say in a line what was found, and give the commands to run next, each with what it is for."""
+    """State the main result in one line, and list the next commands with their purposes."""
     measure = [
         ("Measure forgetting, and what mitigation would change, on two texts of yours",
          "streamer evaluate BASE ADAPTER --findings FINDINGS --general general.txt --task task.txt -o evaluation.json"),
@@ -67,7 +67,7 @@ def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]
 
 
 def sentences(subject: Subject) -> list[str]:
-    """Say in sentences what was asked and found, or what an output is."""
+    """Describe what was asked and found, or what an output is."""
     if subject.record is not None:
         return _of_record(subject.record)
     assert subject.findings is not None
@@ -75,7 +75,7 @@ def sentences(subject: Subject) -> list[str]:
 
 
 def certificates(subject: Subject) -> str:
-    """Say in a line how many decisions are proven."""
+    """State in one line how many decisions are proven."""
     if subject.record is not None:
         made = subject.record["detection"]
         if made is None:
@@ -97,13 +97,13 @@ def certificates(subject: Subject) -> str:
 
 
 def suggestion(evaluation: Evaluation) -> list[str]:
-    """Say why an evaluation suggests what it does, and the commands to run next, in lines."""
+    """List the reasons for an evaluation's suggestion, and the next commands."""
     best = evaluation.best()
     return [printable(line) for line in (*reasons(evaluation, best), *commands(evaluation, best))]
 
 
 def part_of(tensor: str) -> str:
-    """Give the part of a layer that a tensor's name ends in: ``model.layers.0.self_attn.q_proj.weight`` → ``q_proj``."""
+    """Return the part of a layer that a tensor belongs to: ``model.layers.0.self_attn.q_proj.weight`` → ``q_proj``."""
     parts = [p for p in re.split(r"[.\[\]]+", NUMBER.sub("", tensor)) if p and p != "weight"]
     return parts[-1] if parts else tensor
 
@@ -161,4 +161,4 @@ def _of_record(record: Mapping[str, Any]) -> list[str]:
     same = f"A shrink of the whole adapter by {t['equal_norm_shrink']:.4f} has the same norm: use it as the baseline."
     lost = f"At most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta was lost in projection onto the adapter's rank."
     said = [(made, True), (same, t["equal_norm_shrink"] <= 1), (lost, record["command"] == "mitigate")]
-    return [sentence for sentence, holds in said if holds]  # no shrink makes a delta grow
+    return [sentence for sentence, holds in said if holds]  # a shrink cannot enlarge a delta

@@ -16,7 +16,7 @@ from streamer.verification.tensors import TensorFiles
 INDEX_NAME = "model.safetensors.index.json"
 
 LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
-"""Files that a loader takes for weights or for a sign of them. Besides those in the record, none may exist, nor any in `READ`."""
+"""Files that a loader takes for weights or for a sign of them. Of these and of `READ`, an output may contain only recorded ones."""
 
 READ = (
     "config.json", "generation_config.json", "*processor_config.json", "*quant*config*.json", "*sentence*.json", "adapter_config.json",

@@ -49,7 +49,7 @@ class Factors:
 
 
 class AdapterFiles:
-    """Open directory of an adapter, of a fine-tuned model used as one, or of the output of `streamer mitigate`.
+    """Opened directory of an adapter, of a fine-tuned model used as one, or of the output of `streamer mitigate`.
 
     Parameters
     ----------

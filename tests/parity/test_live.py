@@ -300,7 +300,7 @@ def test_what_is_refused_leaves_the_model_as_it_was(made: Made) -> None:
     model.unmerge_adapter()
     layer = next(m for m in model.modules() if hasattr(m, "scale_layer"))
     layer.scale_layer(2.0)
-    with pytest.raises(UnsupportedError, match="is scaled by 6, and by the config of adapter 'default' by 3"):
+    with pytest.raises(UnsupportedError, match="is scaled by 6, but the config of adapter 'default' says 3"):
         live.detect_intruder_dimensions(model)
     layer.unscale_layer()
     with torch.no_grad():

@@ -104,7 +104,7 @@ def test_other_options_are_noted_and_other_bases_refused(pair: Pair, findings: F
     (note,) = diff_findings(findings, other).notes
     assert "epsilon=0.5 and top_k=10, epsilon=0.4" in note
     foreign = streamer.detect_intruder_dimensions(*helpers.three_shards(tmp_path, hidden=32))
-    with pytest.raises(MismatchError, match="expected two on one base, found bases of other content"):
+    with pytest.raises(MismatchError, match="expected two on one base, found bases with different content"):
         diff_findings(findings, foreign)
     live = dataclasses.replace(findings, base={**findings.base, "in_memory": True})
     with pytest.raises(MismatchError, match="found one on files and one on a model in memory"):
