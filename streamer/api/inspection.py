@@ -10,7 +10,6 @@ from typing import cast
 from streamer.api.options import Settings
 from streamer.api.records import NameRule, PlannedMatrix, PlanRecord, _Forecasts
 from streamer.detection.device import choose_device
-from streamer.detection.matrices import cost
 from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
 from streamer.events import Monitor
@@ -87,7 +86,7 @@ def inspection_record(plan: Plan, forecasts: Mapping[str, Forecast | Unsupported
             "adapted_bytes": sum(plan.weights[t.tensor].nbytes for t in plan.targets),
             "largest_matrix": largest.tensor,
             "largest_matrix_bytes": plan.weights[largest.tensor].nbytes,
-            "detection_cost": sum(cost(t, DetectionOptions()) for t in plan.targets),
+            "detection_cost": sum(DetectionOptions().cost(t.module.shape) for t in plan.targets),
         },
         "warnings": list(plan.warnings),
         "names": _names_json(plan),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
 from streamer.linalg.golub_kahan import block_width
 from streamer.linalg.operators import BLOCK_BYTES
 from streamer.linalg.overlap_bounds import PROVABLE
@@ -15,6 +17,22 @@ BASIS = 256
 
 OPEN_COLUMNS = 512
 """Columns of the basis for the bounds where memory does not allow the matrix to be formed."""
+
+
+class Way(Enum):
+    """A way through a matrix, by the memory that it takes, the most first."""
+
+    DENSE = "dense"
+    """There is room for the full SVDs of the dense solver, whichever solver runs."""
+    WHOLE = "whole"
+    """The certified solver only, with a copy of the matrix in the computing dtype."""
+    BLOCKS = "blocks"
+    """The certified solver only, by products with the matrix as it is stored, a few rows at a time."""
+
+    @property
+    def allows_dense(self) -> bool:
+        """Whether the dense solver is allowed."""
+        return self is Way.DENSE
 
 
 def triplets_columns(k: int) -> int:
@@ -34,13 +52,11 @@ def bounds_columns(shape: tuple[int, int], k: int, allow_dense: bool) -> int:
     return max(min(round(0.45 * min(m, n)), most), min(256, m, n))
 
 
-def working_bytes(shape: tuple[int, int], k: int, rank: int | None, itemsize: int) -> dict[str, int]:
-    """Estimate from above the peak memory for one matrix in bytes, beyond the process itself, by each way that there is.
+def working_bytes(shape: tuple[int, int], k: int, rank: int | None, itemsize: int) -> dict[Way, int]:
+    """Estimate from above the peak memory for one matrix in bytes, beyond the process itself, by each way that there is, in order.
 
-    ``dense`` allows for the full SVD of the sum, in the computing dtype of `itemsize` bytes; ``whole`` for a copy of the matrix;
-    ``blocks`` for products with the matrix as it is stored. The last two are the certified solver's, which has a share of the matrix
-    for its bases only, and so is not for all k. A `rank` of None stands for a dense delta: there are two matrices then, a third while
-    the second is formed, and no way by blocks.
+    Values have `itemsize` bytes. The certified solver has a share of the matrix for its bases only, and so is not for all k. A `rank` of
+    None means a dense delta: there are two matrices then, a third while the second is formed, and no way by blocks.
     """
     m, n = shape
     p = min(m, n)
@@ -49,7 +65,7 @@ def working_bytes(shape: tuple[int, int], k: int, rank: int | None, itemsize: in
     # The sum, LAPACK's copy, both factors, and its workspace, beside the matrix.
     dense = 3 * matrix + itemsize * ((m + n) * p + 4 * p * p) + factors
     if k + OVERSAMPLING >= p:
-        return {"dense": dense}
+        return {Way.DENSE: dense}
 
     proof = 20 * n * n if n < m and n <= PROVABLE else 0
 
@@ -59,8 +75,8 @@ def working_bytes(shape: tuple[int, int], k: int, rank: int | None, itemsize: in
         return bases + BOUNDS_BYTES + 8 * columns**2 * 8 + proof + factors
 
     whole = matrix + certified(True)
-    ways = {"dense": max(dense, whole), "whole": whole}
-    return ways if rank is None else ways | {"blocks": 3 * min(matrix, BLOCK_BYTES) + certified(False)}
+    ways = {Way.DENSE: max(dense, whole), Way.WHOLE: whole}
+    return ways if rank is None else ways | {Way.BLOCKS: 3 * min(matrix, BLOCK_BYTES) + certified(False)}
 
 
 def cheaper(shape: tuple[int, int], k: int) -> str:

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from streamer.detection.cost import cost as solver_cost
+from streamer.detection.cost import Way
 from streamer.detection.fingerprints import fingerprint
 from streamer.detection.intruders import Detection, decide
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import best_way, float64_way
-from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.detection.options import DetectionOptions
 from streamer.detection.prefetch import PrefetchedWeight, Prefetcher, read_ahead
+from streamer.detection.work import Begin, Found, Work
 from streamer.errors import NumericError
 from streamer.events import Event, Monitor
 from streamer.linalg.operators import Dense, Matrix, RowBlocks, all_finite
 from streamer.linalg.torch_state import threads
-from streamer.plan.batch import Use
+from streamer.plan.batch import SharedGroup
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.weights.base import StoredTensor
-
-
-def cost(target: Target, options: DetectionOptions) -> int:
-    """Estimate the units of work that detection spends on a matrix; see `detection.cost.cost`."""
-    shape = target.module.shape
-    return solver_cost(shape, options.directions(shape), options.solver)
 
 
 def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, resident: int,
@@ -108,22 +103,22 @@ class _Step:
                        escalated=found.escalated, steps=found.steps + precise.steps,
                        products=found.products + precise.products)  # fmt: skip
 
-    def _base(self, way: str) -> Matrix:
+    def _base(self, way: Way) -> Matrix:
         """Take the weight in the computing dtype, as it is stored in the base: whole, or decoded a few rows at a time in each product."""
         weight = self.prefetched.weight
-        if way == "blocks":
+        if way is Way.BLOCKS:
             like = torch.empty(0, dtype=weight.compute, device=self.device)
             return RowBlocks(weight.matrix, weight.at_hand().rows, like)
         return Dense(self.prefetched.whole(self.device).reshape(weight.matrix))
 
-    def _decisions(self, way: str) -> tuple[Detection, bool]:
-        """Decide in the weight's computing dtype, in one of the ways of `working_bytes`; see `decide`."""
+    def _decisions(self, way: Way) -> tuple[Detection, bool]:
+        """Decide in the weight's computing dtype, in one of the ways; see `decide`."""
         base, weight = self._base(way), self.prefetched.weight
         W0 = base.matrix if isinstance(base, Dense) else None
         delta = self.plan.delta(self.target, W0, double=weight.compute == torch.float64, tensors=self.tensors)
         oriented = base.T if self.target.transposed else base
         try:
-            return decide(oriented, delta, self.options, self.target.module.rank, self.target.tensor, way == "dense")
+            return decide(oriented, delta, self.options, self.target.module.rank, self.target.tensor, way.allows_dense)
         except NumericError as e:
             # Of several adapters only one is at fault, unless it is the base.
             where = self.plan.adapter.file.path if all(map(all_finite, base.pieces())) else weight.where
@@ -131,36 +126,24 @@ class _Step:
             raise NumericError(f"{where}: {names}: {e}") from e
 
 
-def detect_in_turn(
-    plans: Sequence[Plan], todo: Sequence[Sequence[Use]], options: DetectionOptions, run: RunOptions,
-    resident: int, counts: Sequence[int], begin: Callable[[int, Target], None],
-) -> Generator[tuple[int, Target, MatrixFinding], None, None]:  # fmt: skip
-    """Detect in matrices one at a time, in this process, and yield the number of the plan, the target, and its finding.
-
-    Parameters
-    ----------
-    todo
-        For each matrix of the base its targets; see `Batch.matrices`.
-    counts
-        Torch's threads for each plan.
-    begin
-        Called before each target.
-    """
-    device, monitor = run.device, run.monitor
+def detect_in_turn(work: Work, device: torch.device, monitor: Monitor, begin: Begin) -> Found:
+    """Detect in this process, in one matrix at a time."""
+    plans, options, resident = work.batch.plans, work.options, work.resident
     stager = Prefetcher(device)
 
-    def load(uses: Sequence[Use]) -> PrefetchedWeight | None:
-        i, target = uses[0]
+    def load(group: SharedGroup) -> PrefetchedWeight | None:
+        i, target = group.assignments[0]
         weight = plans[i].weights[target.tensor]
-        whole = weight.remote or any(best_way(plans[i], t, options, resident) != "blocks" for i, t in uses)
+        whole = weight.remote or any(best_way(plans[i], t, options, resident) is not Way.BLOCKS for i, t in group)
         return stager.stage(weight) if whole else None
 
     # Behind a small matrix a large one is not read in time; what is mapped may wait, other memory is not to grow.
-    mapped = device.type == "cpu" and not any(plans[i].weights[t.tensor].held_bytes for uses in todo for i, t in uses)
-    with contextlib.closing(read_ahead(todo, load, 2 if mapped else 1)) as stream:
-        for uses, prefetched in stream:
-            for i, target in uses:
-                begin(i, target)
-                with threads(counts[i]):
-                    finding = detect_matrix(plans[i], target, options, device, resident, prefetched, monitor)
-                yield i, target, finding
+    mapped = device.type == "cpu" and not any(plans[i].weights[t.tensor].held_bytes for g in work.groups for i, t in g)
+    with contextlib.closing(read_ahead(work.groups, load, 2 if mapped else 1)) as stream:
+        for group, prefetched in stream:
+            for one in group:
+                begin(one)
+                with threads(work.threads[one.plan]):
+                    plan = plans[one.plan]
+                    finding = detect_matrix(plan, one.target, options, device, resident, prefetched, monitor)
+                yield one, finding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from streamer.detection.cost import working_bytes
+from streamer.detection.cost import Way, working_bytes
 from streamer.detection.options import DetectionOptions
 from streamer.plan.memory import MemoryEstimate, factor_bytes
 from streamer.plan.plan import Plan
@@ -23,7 +23,7 @@ REPEATED_CUBE = 4096**3
 
 def detection_bytes(
     plan: Plan, target: Target, options: DetectionOptions, resident: int, itemsize: int | None = None
-) -> dict[str, int]:
+) -> dict[Way, int]:
     """Estimate the peak memory of detection in one matrix, by each way that the options leave; see `working_bytes`.
 
     Parameters
@@ -39,14 +39,14 @@ def detection_bytes(
     rank = module.factor_rank if module.low_rank else None
     ways = working_bytes(module.shape, options.directions(module.shape), rank, itemsize)
     if options.solver == "dense":
-        ways = {"dense": ways["dense"]}
+        ways = {Way.DENSE: ways[Way.DENSE]}
     fixed, making = resident + factor_bytes(plan, target, itemsize), module.peak_bytes(itemsize)
     return {way: fixed + max(size, making) + _read_bytes(weight, way) for way, size in ways.items()}
 
 
-def _read_bytes(weight: Weight, way: str) -> int:
+def _read_bytes(weight: Weight, way: Way) -> int:
     """Return the memory of a tensor's own bytes, and of those of the next one."""
-    return 2 * weight.held_bytes if way != "blocks" or weight.quantized or weight.remote else 0
+    return 2 * weight.held_bytes if way is not Way.BLOCKS or weight.quantized or weight.remote else 0
 
 
 def kept_bytes(plan: Plan, target: Target, options: DetectionOptions) -> int:
@@ -58,24 +58,24 @@ def kept_bytes(plan: Plan, target: Target, options: DetectionOptions) -> int:
     return options.directions((m, n)) * (m + n) * plan.weights[target.tensor].compute.itemsize * 9 // 8
 
 
-def best_way(plan: Plan, target: Target, options: DetectionOptions, resident: int) -> str:
-    """Choose the first of ``dense``, ``whole`` and ``blocks`` that fits the memory allowed."""
+def best_way(plan: Plan, target: Target, options: DetectionOptions, resident: int) -> Way:
+    """Choose the first way that fits the memory allowed."""
     if options.max_memory is None:
-        return "dense"
+        return Way.DENSE
     ways = detection_bytes(plan, target, options, resident)
     return next(way for way, size in ways.items() if size <= options.max_memory)
 
 
 def float64_way(
     plan: Plan, target: Target, options: DetectionOptions, resident: int, solver: str
-) -> tuple[str, int] | None:
+) -> tuple[Way, int] | None:
     """Choose the way to do a matrix once more in float64, with its peak memory.
 
     Returns
     -------
     tuple or None
-        For the dense solver ``dense``, for the certified one the first of ``whole`` and ``blocks`` that fits the memory allowed. None
-        where none does, where the weight is computed in float64 to begin with, and for full SVDs beyond `is_repeated`.
+        The first way of the solver that fits the memory allowed. None if none does, if the weight is computed
+        in float64 to begin with, and for full SVDs beyond `is_repeated`.
     """
     if plan.weights[target.tensor].compute.itemsize == DOUBLE_BYTES:
         return None
@@ -83,7 +83,7 @@ def float64_way(
         return None
     ways = detection_bytes(plan, target, options, resident, DOUBLE_BYTES)
     allowed = options.max_memory
-    fitting = (pair for pair in ways.items() if (pair[0] == "dense") == (solver == "dense"))
+    fitting = (pair for pair in ways.items() if pair[0].allows_dense == (solver == "dense"))
     return next((pair for pair in fitting if allowed is None or pair[1] <= allowed), None)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from streamer.adapters.stated import NOTHING_STATED, Stated
+from streamer.detection.cost import cost
 from streamer.detection.findings_records import OptionsRecord
 from streamer.detection.solvers import SOLVERS
 from streamer.errors import UsageError
@@ -62,6 +63,10 @@ class DetectionOptions:
         p = min(shape)
         k = self.top_k if isinstance(self.top_k, int) else max(1, round(self.top_k * p))
         return min(k, p)
+
+    def cost(self, shape: tuple[int, int]) -> int:
+        """Estimate the units of work that detection spends on a matrix of this shape; see `detection.cost.cost`."""
+        return cost(shape, self.directions(shape), self.solver)
 
     def as_dict(self) -> OptionsRecord:
         """Return the options as JSON values."""

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_file import FindingsHead, remove_leftovers
-from streamer.detection.matrices import cost
 from streamer.detection.options import DetectionOptions
 from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UsageError
 from streamer.plan.batch import Batch
@@ -53,7 +52,7 @@ def _divided(targets: Sequence[Target], options: DetectionOptions, count: int) -
     """Divide targets into parts of about the same cost, each in the order given: the costliest first, to the part that has least."""
     if count > len(targets):
         raise UsageError(f"--part: expected {len(targets)} parts at most, as many as matrices, found {count}")
-    costs = [cost(target, options) for target in targets]
+    costs = [options.cost(target.module.shape) for target in targets]
     work, shares = [0] * count, [list[int]() for _ in range(count)]
     for i in sorted(range(len(targets)), key=lambda i: -costs[i]):
         least = work.index(min(work))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,18 +14,18 @@ from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_file import FindingsHead, remove_leftovers
 from streamer.detection.findings_size import FindingsSize, check_findings_space, findings_bytes
 from streamer.detection.findings_writer import FindingsWriter, inspect_findings_output, interrupted_run, journal_head
-from streamer.detection.matrices import cost, detect_in_turn
+from streamer.detection.matrices import detect_in_turn
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.parts import finished_parts, remove_parts
-from streamer.detection.workers import detect_on_workers
+from streamer.detection.work import Work
+from streamer.detection.workers import detect_on_workers, inputs_of
 from streamer.errors import OutputExistsError
 from streamer.events import Event
-from streamer.plan.batch import Batch
+from streamer.plan.batch import Assignment, Batch
 from streamer.plan.memory import check_budget, resident_bytes
 from streamer.plan.plan import Plan
-from streamer.plan.targets import Target
 from streamer.storage.files import make_directory
 from streamer.storage.output_checks import touch
 from streamer.units import counted
@@ -44,27 +45,27 @@ def detect_all(batch: Batch, options: DetectionOptions, run: RunOptions, residen
         Of each plan's findings: a matrix on which they are there already is passed over, and they say the number of torch's threads.
     """
     plans, monitor = batch.plans, run.monitor
-    counts = [writer.threads for writer in writers] or [torch.get_num_threads()] * len(plans)
+    threads = [writer.threads for writer in writers] or [torch.get_num_threads()] * len(plans)
     _check_budgets(batch, options, resident)
-
-    todo = [[(i, t) for i, t in uses if not writers or t.tensor not in writers[i]] for uses in batch.matrices()]
-    todo = [uses for uses in todo if uses]
-    total, of = sum(cost(t, options) for plan in plans for t in plan.targets), batch.matrix_count
-    done, items = total - sum(cost(t, options) for uses in todo for _, t in uses), of - sum(map(len, todo))
+    groups = batch.matrices(lambda one: not writers or one.target.tensor not in writers[one.plan])
+    work = Work(batch, groups, options, threads, resident)
+    todo = [one for group in groups for one in group]
+    total, of = work.cost(Assignment(i, t) for i, plan in enumerate(plans) for t in plan.targets), batch.matrix_count
+    done, items = total - work.cost(todo), of - len(todo)
     names = [plan.adapter.path.absolute().name if len(plans) > 1 else "" for plan in plans]
 
-    def begin(i: int, target: Target) -> None:
+    def begin(one: Assignment) -> None:
         monitor.checkpoint()
-        monitor.emit(Event("detect", target.tensor, done, total, items, of, names[i]))
+        monitor.emit(Event("detect", one.target.tensor, done, total, items, of, names[one.plan]))
 
     if run.workers is None:
-        stream = detect_in_turn(plans, todo, options, run, resident, counts, begin)
+        stream = detect_in_turn(work, run.device, monitor, begin)
     else:
-        stream = detect_on_workers(run.workers, batch, todo, options, run, resident, counts, begin)
+        stream = detect_on_workers(work, run.workers, inputs_of(batch, run), run.device, monitor, begin)
     with contextlib.closing(stream):
-        for i, target, finding in stream:
-            yield i, finding
-            done, items = done + cost(target, options), items + 1
+        for one, finding in stream:
+            yield one.plan, finding
+            done, items = done + work.cost([one]), items + 1
     monitor.emit(Event("detect", "", total, total, of, of))
 
 
@@ -96,48 +97,36 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
     sizes
         `findings_bytes` of each plan, where the caller has them.
     """
-    monitor, plans = run.monitor, batch.plans
-    finished = _finished(batch, paths, options, run.overwrite, resident)
-    pairs = list(zip(plans, paths, strict=True))
-    todo = [pair for pair, found in zip(pairs, finished, strict=True) if found is None]
-    parts = [finished_parts(plan, path, options) if run.resume else [] for plan, path in todo]
-    _checked_sizes(batch, paths, options, finished, sizes)
-    for (plan, path), found in zip(pairs, finished, strict=True):
-        if found is None:
-            make_directory(path.parent)
-        else:
-            remove_leftovers(path)  # of a run that was killed just after the file got its name
-            remove_parts(plan, path, options)
-            monitor.told(path, "present")
-            if fault := touch([path]):
-                monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
+    monitor = run.monitor
+    places = _places(batch, paths, options, run.overwrite, resident)
+    todo = [place for place in places if place.finished is None]
+    parts = [finished_parts(one.plan, one.path, options) if run.resume else [] for one in todo]
+    _check_space(places, sizes or _sizes(places))
+    for one in places:
+        if one.finished is None:
+            make_directory(one.path.parent)
+            continue
+        remove_leftovers(one.path)  # of a run that was killed just after the file got its name
+        remove_parts(one.plan, one.path, options)
+        monitor.told(one.path, "present")
+        if fault := touch([one.path]):
+            monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     seconds: dict[tuple[Path, str], float | None] = {}
     with contextlib.ExitStack() as stack:
-        writers = []
-        for plan, path in todo:
-            head = FindingsHead.of(plan, options)
-            tensors = [t.tensor for t in plan.targets]
-            writer = FindingsWriter(path, head, tensors, plan.detection_stamps(), resume=run.resume,
-                                    overwrite=run.overwrite, before_rename=plan.check_unchanged)  # fmt: skip
-            writers.append(stack.enter_context(writer))
-        for writer, finding in ((w, f) for w, mine in zip(writers, parts, strict=True) for part in mine for f in part):
-            if finding.tensor not in writer:
-                writer.add(finding)
-        if any(writer.resumed for writer in writers):
-            begun_by = [
-                (w, t.tensor) for w, (plan, _) in zip(writers, todo, strict=True) if w.resumed for t in plan.targets
-            ]
-            monitor.resuming(sum(tensor in writer for writer, tensor in begun_by), len(begun_by), "matrix")
+        writers = [stack.enter_context(one.writer(run)) for one in todo]
+        for writer, joined in zip(writers, parts, strict=True):
+            for finding in itertools.chain(*joined):
+                if finding.tensor not in writer:
+                    writer.add(finding)
+        begun = [(w, t) for w, one in zip(writers, todo, strict=True) if w.resumed for t in one.tensors]
+        if begun:
+            monitor.resuming(sum(tensor in writer for writer, tensor in begun), len(begun), "matrix")
         if todo:
-            pending = Batch(batch.base, tuple(plan for plan, _ in todo))
             now = torch.get_num_threads()
             for count in sorted({writer.threads for writer in writers} - {now}):
-                monitor.emit(
-                    Event(
-                        "note",
-                        f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over with {now}",
-                    )
-                )
+                text = f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over with {now}"
+                monitor.emit(Event("note", text))
+            pending = Batch(batch.base, tuple(one.plan for one in todo))
             for i, finding in detect_all(pending, options, run, resident, writers):
                 writers[i].add(finding)
                 seconds[writers[i].path, finding.tensor] = finding.seconds
@@ -150,10 +139,10 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
         matrices = tuple(replace(m, seconds=seconds.get((path, m.tensor))) for m in findings)
         return replace(findings, matrices=matrices)
 
-    made = [timed(path) if found is None else found for path, found in zip(paths, finished, strict=True)]
-    for (plan, path), joined in zip(todo, parts, strict=True):
+    made = [timed(one.path) if one.finished is None else one.finished for one in places]
+    for one, joined in zip(todo, parts, strict=True):
         if joined:  # kept until here: the file that they are joined in has been read back and fits its digest
-            remove_parts(plan, path, options)
+            remove_parts(one.plan, one.path, options)
     monitor.warn(warning for findings in made for warning in findings.warnings)
     return made
 
@@ -165,28 +154,46 @@ def inspect_detections(
 
     Findings that are done have the size (0, 0).
     """
-    states = []
-    finished = _finished(batch, paths, options, run.overwrite, resident_bytes(batch))
-    sizes = _checked_sizes(batch, paths, options, finished)
-    for plan, path, found, size in zip(batch.plans, paths, finished, sizes, strict=True):
-        state = "done"
-        if found is None:
-            tensors = [t.tensor for t in plan.targets]
-            start = journal_head(FindingsHead.of(plan, options), tensors, plan.detection_stamps())
-            state = "resume" if run.resume and interrupted_run(path, start, run.overwrite) else "new"
-        states.append((state, size))
-    return states
+    places = _places(batch, paths, options, run.overwrite, resident_bytes(batch))
+    sizes = _sizes(places)
+    _check_space(places, sizes)
+    return [(one.state(run), size) for one, size in zip(places, sizes, strict=True)]
 
 
-def _checked_sizes(batch: Batch, paths: Sequence[Path], options: DetectionOptions, finished: Sequence[Findings | None],
-                   sizes: Sequence[FindingsSize] = ()) -> Sequence[FindingsSize]:  # fmt: skip
-    """Compute `findings_bytes` of each plan, (0, 0) where findings are finished, and check that the disk has room."""
-    pairs = list(zip(batch.plans, finished, strict=True))
-    sizes = sizes or [findings_bytes(plan, options) if found is None else (0, 0) for plan, found in pairs]
-    todo = [i for i, found in enumerate(finished) if found is None]
+@dataclass(frozen=True)
+class _Place:
+    """A findings file to be made, or `finished`: there already."""
+
+    plan: Plan
+    path: Path
+    head: FindingsHead
+    finished: Findings | None
+
+    @property
+    def tensors(self) -> list[str]:
+        return [target.tensor for target in self.plan.targets]
+
+    def writer(self, run: RunOptions) -> FindingsWriter:
+        return FindingsWriter(self.path, self.head, self.tensors, self.plan.detection_stamps(), resume=run.resume,
+                              overwrite=run.overwrite, before_rename=self.plan.check_unchanged)  # fmt: skip
+
+    def state(self, run: RunOptions) -> str:
+        if self.finished is not None:
+            return "done"
+        start = journal_head(self.head, self.tensors, self.plan.detection_stamps())
+        return "resume" if run.resume and interrupted_run(self.path, start, run.overwrite) else "new"
+
+
+def _sizes(places: Sequence[_Place]) -> list[FindingsSize]:
+    """Compute `findings_bytes` of each plan, (0, 0) where findings are finished."""
+    return [findings_bytes(one.plan, one.head.options) if one.finished is None else (0, 0) for one in places]
+
+
+def _check_space(places: Sequence[_Place], sizes: Sequence[FindingsSize]) -> None:
+    """Check that the disk has room."""
+    todo = [(one.path, size) for one, size in zip(places, sizes, strict=True) if one.finished is None]
     if todo:
-        check_findings_space([paths[i] for i in todo], [sizes[i] for i in todo])
-    return sizes
+        check_findings_space(*zip(*todo, strict=True))
 
 
 @contextlib.contextmanager
@@ -200,20 +207,21 @@ def naming_inputs(plan: Plan, paths: Sequence[Path], overwrite: bool) -> Iterato
         raise
 
 
-def _finished(
+def _places(
     batch: Batch, paths: Sequence[Path], options: DetectionOptions, overwrite: bool, resident: int
-) -> list[Findings | None]:
-    """Check before detection: for each plan its finished findings, or None if they are still to be made."""
+) -> list[_Place]:
+    """Check before detection where findings go, and which are finished."""
     _check_budgets(batch, options, resident)
-    finished = []
+    places = []
     for plan, path in zip(batch.plans, paths, strict=True):
-        digest = FindingsHead.of(plan, options).digest(t.tensor for t in plan.targets)
+        head = FindingsHead.of(plan, options)
         with naming_inputs(plan, [path], overwrite):
+            digest = head.digest(target.tensor for target in plan.targets)
             found = inspect_findings_output(path, digest, overwrite, plan.inputs)
         if found is None:
             plan.refuse_overwriting([path])
-        finished.append(found)
-    return finished
+        places.append(_Place(plan, path, head, found))
+    return places
 
 
 def _check_budgets(batch: Batch, options: DetectionOptions, resident: int) -> None:

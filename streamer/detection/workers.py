@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
 
 from streamer.detection.device import choose_device
-from streamer.detection.matrices import cost, detect_in_turn
+from streamer.detection.matrices import detect_in_turn
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.detection.work import Begin, Found, Work
 from streamer.events import Monitor
-from streamer.plan.batch import Batch, Use
+from streamer.plan.batch import Assignment, Batch, SharedGroup
 from streamer.plan.memory import resident_bytes
 from streamer.plan.targets import Target
 from streamer.workers.engine import Workers
@@ -25,19 +28,26 @@ TASK_MATRICES = 8
 """Matrices of a task at most: a killed run loses those of the tasks that were under way."""
 
 
+class MatrixName(NamedTuple):
+    """An `Assignment` by the name of its tensor, to be pickled."""
+
+    plan: int
+    tensor: str
+
+
 @dataclass(frozen=True)
 class DetectTask(Task[list[tuple[int, MatrixFinding]]]):
     """A group of matrices; of it come their findings, with the numbers of their plans.
 
     Attributes
     ----------
-    uses
-        For each matrix its targets, each by its plan's number and its tensor.
+    groups
+        The matrices; see `Work`.
     options, device, resident
-        See `detect_in_turn`; the device by its name.
+        See `Work`; the device by its name.
     """
 
-    uses: tuple[tuple[tuple[int, str], ...], ...]
+    groups: tuple[tuple[MatrixName, ...], ...]
     options: DetectionOptions
     device: str
     resident: int
@@ -45,18 +55,15 @@ class DetectTask(Task[list[tuple[int, MatrixFinding]]]):
     @property
     def name(self) -> str:
         """Name the first matrix."""
-        return self.uses[0][0][1]
+        return self.groups[0][0].tensor
 
     def do(self, batch: Batch, monitor: Monitor) -> list[tuple[int, MatrixFinding]]:
         """Detect."""
-        plans = batch.plans
-        targets = [{target.tensor: target for target in plan.targets} for plan in plans]
-        todo = [[(i, targets[i][tensor]) for i, tensor in uses] for uses in self.uses]
-        counts = [self.threads] * len(plans)
-        run = RunOptions(choose_device(self.device), monitor=monitor)
-        stream = detect_in_turn(plans, todo, self.options, run, self.resident, counts, lambda _plan, _target: None)
-        with contextlib.closing(stream):
-            found = [(i, finding) for i, _, finding in stream]
+        plans, targets = batch.plans, _targets(batch)
+        groups = [SharedGroup(tuple(Assignment(i, targets[i][tensor]) for i, tensor in one)) for one in self.groups]
+        work = Work(batch, groups, self.options, [self.threads] * len(plans), self.resident)
+        with contextlib.closing(detect_in_turn(work, choose_device(self.device), monitor, lambda _: None)) as stream:
+            found = [(one.plan, finding) for one, finding in stream]
         for i in sorted({i for i, _ in found}):
             plans[i].check_unchanged()
         return found
@@ -75,38 +82,39 @@ def shared(workers: Workers, batch: Batch, options: DetectionOptions, resident: 
     return replace(options, max_memory=workers.share(options.max_memory, own, needs))
 
 
-def detect_on_workers(workers: Workers, batch: Batch, todo: Sequence[Sequence[Use]], options: DetectionOptions, run: RunOptions,
-                      resident: int, counts: Sequence[int], begin: Callable[[int, Target], None],
-                      ) -> Generator[tuple[int, Target, MatrixFinding], None, None]:  # fmt: skip
-    """Detect as `detect_in_turn` does, on workers; findings come as they are made."""
-    targets = [{target.tensor: target for target in plan.targets} for plan in batch.plans]
-    tasks = _tasks(inputs_of(batch, run), todo, options, run, resident, counts, workers.at_once)
+def detect_on_workers(work: Work, workers: Workers, inputs: Inputs, device: torch.device,
+                      monitor: Monitor, begin: Begin) -> Found:  # fmt: skip
+    """Detect as `detect_in_turn` does, on workers; findings come as they are made, and `begin` is called once a task."""
+    targets, tasks = _targets(work.batch), _tasks(work, inputs, str(device), workers.at_once)
 
     def begin_task(number: int) -> None:
-        i, tensor = tasks[number].uses[0][0]
-        begin(i, targets[i][tensor])
+        i, tensor = tasks[number].groups[0][0]
+        begin(Assignment(i, targets[i][tensor]))
 
-    with contextlib.closing(workers.run(tasks, run.monitor, begin_task)) as results:
+    with contextlib.closing(workers.run(tasks, monitor, begin_task)) as results:
         for _, found in results:
             for i, finding in found:
-                yield i, targets[i][finding.tensor], finding
+                yield Assignment(i, targets[i][finding.tensor]), finding
 
 
-def _tasks(inputs: Inputs, todo: Sequence[Sequence[Use]], options: DetectionOptions, run: RunOptions, resident: int,
-           counts: Sequence[int], at_once: int) -> list[DetectTask]:  # fmt: skip
+def _targets(batch: Batch) -> list[dict[str, Target]]:
+    """Return each plan's targets by their tensors."""
+    return [{target.tensor: target for target in plan.targets} for plan in batch.plans]
+
+
+def _tasks(work: Work, inputs: Inputs, device: str, at_once: int) -> list[DetectTask]:
     """Group matrices into tasks, each on one number of threads, in the base's file order."""
-    total = sum(cost(target, options) for uses in todo for _, target in uses)
-    enough = min(TASK_COST, total // (4 * at_once))
+    enough = min(TASK_COST, sum(map(work.cost, work.groups)) // (4 * at_once))
     tasks: list[DetectTask] = []
-    for threads in sorted(set(counts)):
-        matrices: list[tuple[tuple[int, str], ...]] = []
-        work = 0
-        for uses in todo:
-            mine = [(i, target) for i, target in uses if counts[i] == threads]
+    for threads in sorted(set(work.threads)):
+        groups: list[tuple[MatrixName, ...]] = []
+        done = 0
+        for group in work.groups:
+            mine = [one for one in group if work.threads[one.plan] == threads]
             if mine:
-                matrices.append(tuple((i, target.tensor) for i, target in mine))
-                work += sum(cost(target, options) for _, target in mine)
-            if matrices and (work >= enough or len(matrices) == TASK_MATRICES or uses is todo[-1]):
-                tasks.append(DetectTask(inputs, threads, tuple(matrices), options, str(run.device), resident))
-                matrices, work = [], 0
+                groups.append(tuple(MatrixName(i, target.tensor) for i, target in mine))
+                done += work.cost(mine)
+            if groups and (done >= enough or len(groups) == TASK_MATRICES or group is work.groups[-1]):
+                tasks.append(DetectTask(inputs, threads, tuple(groups), work.options, device, work.resident))
+                groups, done = [], 0
     return tasks

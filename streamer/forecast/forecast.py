@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import torch
 
-from streamer.detection.cost import chosen_solver, cost
+from streamer.detection.cost import Way, chosen_solver, cost
 from streamer.detection.findings_size import FindingsSize, findings_bytes
 from streamer.detection.memory import best_way, detection_bytes, float64_way
 from streamer.detection.options import DetectionOptions
@@ -195,14 +195,14 @@ class _Work:
         shape, module = target.module.shape, target.module
         k, ways = options.directions(shape), detection_bytes(plan, target, options, resident)
         way = best_way(plan, target, options, resident)
-        solver = chosen_solver(shape, k, options.solver, allow_dense=way == "dense")
+        solver = chosen_solver(shape, k, options.solver, way.allows_dense)
         if k + OVERSAMPLING >= min(shape):
             solver = "dense"
-        expected = ways["whole"] if way == "dense" and solver == "certified" else ways[way]
-        last = "dense" if way == "dense" else "certified"
+        expected = ways[Way.WHOLE] if way.allows_dense and solver == "certified" else ways[way]
+        last = "dense" if way.allows_dense else "certified"
         again = float64_way(plan, target, options, resident, last)
         rank = module.factor_rank if module.low_rank else None
-        return cls(target, k, rank, solver, way == "blocks", expected, max(ways[way], again[1] if again else 0))
+        return cls(target, k, rank, solver, way is Way.BLOCKS, expected, max(ways[way], again[1] if again else 0))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -324,7 +324,11 @@ def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | 
 
 def shared_by_detections(batch: Batch) -> int:
     """Count the bytes of the matrices that several plans change, for each plan but the first."""
-    return sum(batch.plans[i].weights[target.tensor].nbytes for same in batch.matrices() for i, target in same[1:])
+    return sum(
+        batch.plans[i].weights[target.tensor].nbytes
+        for group in batch.matrices()
+        for i, target in group.assignments[1:]
+    )
 
 
 def shared_by_merges(writers: Sequence[Writer]) -> int:

@@ -14,7 +14,7 @@ from streamer.api.options import Judged, Settings, take
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_file import FindingsHead
 from streamer.detection.fingerprints import matched_findings
-from streamer.detection.matrices import cost, detect_matrix
+from streamer.detection.matrices import detect_matrix
 from streamer.detection.options import DetectionOptions
 from streamer.events import Event, Monitor
 from streamer.peft.plan import LivePlan, plan_live
@@ -61,14 +61,14 @@ def detect_intruder_dimensions(
 def detect_live(live: LivePlan, options: DetectionOptions, device: torch.device, monitor: Monitor) -> Findings:
     """Detect in one matrix after another; the findings use the names in memory."""
     plan = live.plan
-    total, done, matrices = sum(cost(target, options) for target in plan.targets), 0, []
+    total, done, matrices = sum(options.cost(target.module.shape) for target in plan.targets), 0, []
     resident = resident_bytes(Batch(plan.base, (plan,)))
     for items, target in enumerate(plan.targets):
         monitor.checkpoint()
         monitor.emit(Event("detect", live.name_in_files(target.tensor), done, total, items, len(plan.targets)))
         matrices.append(detect_matrix(plan, target, options, device, resident, monitor=monitor))
         live.release()
-        done += cost(target, options)
+        done += options.cost(target.module.shape)
     monitor.emit(Event("detect", "", total, total, len(plan.targets), len(plan.targets)))
     findings = Findings.of(FindingsHead.of(plan, options), matrices)
     monitor.warn(findings.warnings)

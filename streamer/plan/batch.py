@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from streamer.adapters.stated import NOTHING_STATED, Stated
 from streamer.plan.plan import Plan, make_plans
@@ -13,8 +13,22 @@ from streamer.plan.targets import Target
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.tensor_file import IOMode
 
-Use = tuple[int, Target]
-"""A target, with the number of its plan in the batch."""
+
+class Assignment(NamedTuple):
+    """A matrix that one plan of a batch changes: the plan's number, and its target."""
+
+    plan: int
+    target: Target
+
+
+@dataclass(frozen=True)
+class SharedGroup:
+    """Assignments whose matrices are the same bytes of the base, which are read once for all; at least one."""
+
+    assignments: tuple[Assignment, ...]
+
+    def __iter__(self) -> Iterator[Assignment]:
+        return iter(self.assignments)
 
 
 @dataclass(frozen=True)
@@ -53,19 +67,20 @@ class Batch:
         """Collect what a user should know of any of the plans."""
         return [warning for plan in self.plans for warning in plan.warnings]
 
-    def matrices(self) -> list[list[Use]]:
-        """List the matrices in the base's file order, each with the targets that are these bytes and the numbers of their plans.
+    def matrices(self, wanted: Callable[[Assignment], bool] = lambda _: True) -> list[SharedGroup]:
+        """List the matrices that are wanted in the base's file order.
 
-        Two adapters on ``q_proj`` give one entry, ``[(0, target), (1, target)]``; an adapter that saves a ``q_proj`` of its own to add
-        its delta to gives an entry of its own.
+        Two adapters on ``q_proj`` give one group of two; an adapter that saves a ``q_proj`` of its own to add its delta to gives a group
+        of its own.
         """
-        found: dict[tuple[Any, ...], list[Use]] = {}
+        found: dict[tuple[Any, ...], list[Assignment]] = {}
         for i, plan in enumerate(self.plans):
-            for target in plan.targets:
+            for assignment in filter(wanted, (Assignment(i, target) for target in plan.targets)):
+                target = assignment.target
                 tensors = plan.weights[target.tensor].tensors.values()
                 where = tuple((str(stored.file.path), stored.info.start, stored.info.end) for stored in tensors)
-                found.setdefault((plan.file_order(target), target.tensor, where), []).append((i, target))
-        return [found[key] for key in sorted(found, key=lambda key: key[0])]
+                found.setdefault((plan.file_order(target), target.tensor, where), []).append(assignment)
+        return [SharedGroup(tuple(found[key])) for key in sorted(found, key=lambda key: key[0])]
 
 
 def make_batch(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,

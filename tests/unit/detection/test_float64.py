@@ -15,6 +15,7 @@ from scipy.sparse.linalg import svds
 from seeds import vary
 
 from streamer.detection import memory
+from streamer.detection.cost import Way
 from streamer.detection.intruders import Detection
 from streamer.detection.matrices import detect_matrix
 from streamer.detection.memory import best_way, detection_bytes, float64_way, is_repeated
@@ -155,10 +156,10 @@ def test_without_room_for_float64_a_matrix_stays_open(tmp_path: Path) -> None:
     options = DetectionOptions(threshold_epsilon=epsilon)
     needed = float64_way(plan, target, options, resident(plan), "dense")
     assert needed is not None
-    assert needed == ("dense", detection_bytes(plan, target, options, resident(plan), 8)["dense"])
-    assert needed[1] > detection_bytes(plan, target, options, resident(plan))["dense"]
+    assert needed == (Way.DENSE, detection_bytes(plan, target, options, resident(plan), 8)[Way.DENSE])
+    assert needed[1] > detection_bytes(plan, target, options, resident(plan))[Way.DENSE]
     enough, short = (replace(options, max_memory=needed[1] - less) for less in (0, 1))
-    assert best_way(plan, target, short, resident(plan)) == "dense"
+    assert best_way(plan, target, short, resident(plan)) is Way.DENSE
     assert float64_way(plan, target, short, resident(plan), "dense") is None
     settled, open_ = (detected(plan, epsilon, max_memory=o.max_memory) for o in (enough, short))
     assert (settled.certified, settled.precision) == (True, "float64")
@@ -210,8 +211,8 @@ def test_products_in_float64_settle_what_hangs_on_rounding_alone(
     """One singular value is thousands of times the others: its rounding in float32 is as large as what the bound has to tell."""
     plan, exact = leaning(tmp_path, shape, outlier, 0.2)
     options = DetectionOptions(top_k=1)
-    needed = detection_bytes(plan, plan.targets[0], options, resident(plan), 8)["blocks"]
-    assert needed < detection_bytes(plan, plan.targets[0], options, resident(plan))["dense"]
+    needed = detection_bytes(plan, plan.targets[0], options, resident(plan), 8)[Way.BLOCKS]
+    assert needed < detection_bytes(plan, plan.targets[0], options, resident(plan))[Way.DENSE]
     found = detected(plan, 0.5, k=1, max_memory=needed)
     assert (found.solver, found.precision) == ("certified", "float64")
     assert found.certified

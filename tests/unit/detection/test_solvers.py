@@ -9,7 +9,7 @@ from helpers import intruding_factors, power_law, spectrum_matrix
 from seeds import vary
 
 from streamer.detection import intruders
-from streamer.detection.cost import cheaper, cost, working_bytes
+from streamer.detection.cost import Way, cheaper, cost, working_bytes
 from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import SOLVERS, SolverResult
@@ -223,14 +223,14 @@ def test_without_room_for_it_no_path_forms_the_matrix(shape: tuple[int, int], k:
 
 def test_the_ways_that_memory_leaves() -> None:
     large = working_bytes((8192, 28672), 10, 16, 4)
-    assert large["blocks"] < 400e6  # with the process itself below 600 MB
-    assert large["whole"] < 8192 * 28672 * 4 * 1.25 + 350e6
-    assert list(large) == ["dense", "whole", "blocks"]
-    assert large["dense"] > large["whole"] > large["blocks"]
-    assert list(working_bytes((300, 400), 295, 8, 4)) == ["dense"]  # no room for Krylov
+    assert large[Way.BLOCKS] < 400e6  # with the process itself below 600 MB
+    assert large[Way.WHOLE] < 8192 * 28672 * 4 * 1.25 + 350e6
+    assert list(large) == [Way.DENSE, Way.WHOLE, Way.BLOCKS]
+    assert large[Way.DENSE] > large[Way.WHOLE] > large[Way.BLOCKS]
+    assert list(working_bytes((300, 400), 295, 8, 4)) == [Way.DENSE]  # no room for Krylov
     # A dense delta is a matrix more, and another one while it is formed; it is never multiplied from the disk.
-    assert list(working_bytes((8192, 28672), 10, None, 4)) == ["dense", "whole"]
-    assert working_bytes((8192, 28672), 10, None, 4)["whole"] - large["whole"] > 1.9 * 4 * 8192 * 28672
+    assert list(working_bytes((8192, 28672), 10, None, 4)) == [Way.DENSE, Way.WHOLE]
+    assert working_bytes((8192, 28672), 10, None, 4)[Way.WHOLE] - large[Way.WHOLE] > 1.9 * 4 * 8192 * 28672
     base, delta = problem(300, 400)
     assert detect(base, delta, DetectionOptions()).solver == "dense"
     assert detect(base, delta, DetectionOptions(), allow_dense=False).solver == "certified"
