@@ -132,7 +132,7 @@ def detect_in_turn(work: Work, device: torch.device, monitor: Monitor, begin: Be
     stager = Prefetcher(device)
 
     def load(group: SharedGroup) -> PrefetchedWeight | None:
-        i, target = group.assignments[0]
+        i, target = group[0]
         weight = plans[i].weights[target.tensor]
         whole = weight.remote or any(best_way(plans[i], t, options, resident) is not Way.BLOCKS for i, t in group)
         return stager.stage(weight) if whole else None

@@ -60,7 +60,7 @@ class DetectTask(Task[list[tuple[int, MatrixFinding]]]):
     def do(self, batch: Batch, monitor: Monitor) -> list[tuple[int, MatrixFinding]]:
         """Detect."""
         plans, targets = batch.plans, _targets(batch)
-        groups = [SharedGroup(tuple(Assignment(i, targets[i][tensor]) for i, tensor in one)) for one in self.groups]
+        groups = [SharedGroup(Assignment(i, targets[i][tensor]) for i, tensor in one) for one in self.groups]
         work = Work(batch, groups, self.options, [self.threads] * len(plans), self.resident)
         with contextlib.closing(detect_in_turn(work, choose_device(self.device), monitor, lambda _: None)) as stream:
             found = [(one.plan, finding) for one, finding in stream]

@@ -324,11 +324,7 @@ def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | 
 
 def shared_by_detections(batch: Batch) -> int:
     """Count the bytes of the matrices that several plans change, for each plan but the first."""
-    return sum(
-        batch.plans[i].weights[target.tensor].nbytes
-        for group in batch.matrices()
-        for i, target in group.assignments[1:]
-    )
+    return sum(batch.plans[i].weights[target.tensor].nbytes for group in batch.matrices() for i, target in group[1:])
 
 
 def shared_by_merges(writers: Sequence[Writer]) -> int:

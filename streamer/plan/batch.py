@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +21,10 @@ class Assignment(NamedTuple):
     target: Target
 
 
-@dataclass(frozen=True)
-class SharedGroup:
+class SharedGroup(tuple[Assignment, ...]):
     """Assignments whose matrices are the same bytes of the base, which are read once for all; at least one."""
 
-    assignments: tuple[Assignment, ...]
-
-    def __iter__(self) -> Iterator[Assignment]:
-        return iter(self.assignments)
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ class Batch:
                 tensors = plan.weights[target.tensor].tensors.values()
                 where = tuple((str(stored.file.path), stored.info.start, stored.info.end) for stored in tensors)
                 found.setdefault((plan.file_order(target), target.tensor, where), []).append(assignment)
-        return [SharedGroup(tuple(found[key])) for key in sorted(found, key=lambda key: key[0])]
+        return [SharedGroup(found[key]) for key in sorted(found, key=lambda key: key[0])]
 
 
 def make_batch(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
