@@ -1,1 +1,1 @@
-"""Losses of every mitigated variant of a model on a user's text, in streaming passes over the base."""
+"""Measure the losses of a model's mitigated variants on a user's texts, in streaming passes over the base."""

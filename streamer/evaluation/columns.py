@@ -13,7 +13,7 @@ from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW
 
 @dataclass(frozen=True)
 class Figures:
-    """A column of figures: its title, a cell for each variant, its meaning, and how long it stays where room is scarce."""
+    """A column of figures: its title, a cell for each variant, its meaning, and its priority if the terminal is narrow."""
 
     head: str
     cells: Sequence[str]
@@ -22,12 +22,12 @@ class Figures:
 
 
 def figures(evaluation: VariantLosses, every: bool = False) -> list[Figures]:
-    """Make the columns of an evaluation's table, the first of them names; a star marks those of the front.
+    """Make the columns of an evaluation's table, names first; a star marks variants on the front.
 
     Parameters
     ----------
     every
-        Whether the figures of llama-perplexity and of PEFT's method comparison are among them.
+        Whether to include the figures of llama-perplexity and of PEFT's method comparison.
     """
     general, task, numbers = evaluation.general, evaluation.task, range(len(evaluation.variants))
     best = set(evaluation.front())
@@ -47,7 +47,7 @@ def figures(evaluation: VariantLosses, every: bool = False) -> list[Figures]:
         Figures("task", [f"{task.mean(task.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on the task's text", 3),
         Figures("kept", _shares(task, numbers), "fall of this loss below the base's; 100% is the adapter's", 8),
         Figures("top-1", [percent_of(task.mean(task.right[v])) for v in numbers],
-                "tokens of the task's text that are the most likely token", 1),
+                "tokens of the task's text that the model ranks as most likely", 1),
         Figures("top-1 kept", [percent(task.top1_share(v)) if evaluation.reliable()["top1_kept"] else "-" for v in numbers],
                 "rise of this share above the base's; 100% is the adapter's", 5),
         *_accuracies("task", task, numbers, left=False),
@@ -93,7 +93,7 @@ def _other(name: str, sums: SequenceSums, variants: Sequence[int]) -> list[Figur
 
 
 def _accuracies(name: str, sums: SequenceSums, variants: Sequence[int], left: bool) -> list[Figures]:
-    """Make the columns of a text of questions; none of another text."""
+    """Make the columns of a text of questions; none for other texts."""
     if sums.acc is None:
         return []
     shares = [percent(sums.accuracy_share("acc", v)) for v in variants]
@@ -111,7 +111,7 @@ def _accuracies(name: str, sums: SequenceSums, variants: Sequence[int], left: bo
 
 
 def _shares(sums: SequenceSums, variants: Sequence[int]) -> list[str]:
-    """Write the shares of variants, or dashes if what they are of is too small."""
+    """Write the shares of variants, or dashes if their denominator is too small."""
     return [percent(sums.share(v)) if sums.change.divides else "-" for v in variants]
 
 
@@ -121,17 +121,17 @@ def cell(estimate: Estimate) -> str:
 
 
 def cells(estimates: Sequence[Estimate]) -> list[str]:
-    """Write figures of one kind with as many digits as the largest of their errors has, two of its own."""
+    """Write figures of one kind with as many decimals as show two digits of the largest error."""
     error = max(e.error for e in estimates)
     digits = min(6, max(2, 1 - math.floor(math.log10(error)))) if 0 < error < math.inf else 4
     return [f"{e.value:.{digits}f} ± {e.error:.{digits}f}" if math.isfinite(e.value) else "-" for e in estimates]
 
 
 def percent_of(part: Estimate) -> str:
-    """Write a part of all tokens, without its error."""
+    """Write a fraction of all tokens in percent, without its error."""
     return f"{100 * part.value:.1f}%" if math.isfinite(part.value) else "-"
 
 
 def percent(share: Estimate) -> str:
-    """Write a share with its error; a dash if it is not defined."""
+    """Write a share with its error in percent; a dash if undefined."""
     return f"{100 * share.value + 0.0:.1f}% ± {100 * share.error:.1f}" if math.isfinite(share.value) else "-"

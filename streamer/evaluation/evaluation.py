@@ -41,12 +41,12 @@ OPTIONAL = ("findings", "intruders", "coefficients", "map")
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(VariantLosses):
-    """Hold the losses of an adapted model's variants, show them, and write them as JSON.
+    """Losses of an adapted model's variants, shown as a table and written as JSON.
 
     Attributes
     ----------
     variants
-        The base, the adapter as it is, each method at each λ, and each set of coefficients.
+        The base, the unchanged adapter, each method at each λ, and each set of coefficients.
     general, task
         Sums over each sequence of the two texts, for each variant.
     facts
@@ -58,21 +58,21 @@ class Evaluation(VariantLosses):
     """
 
     def __getitem__(self, name: str) -> VariantRecord:
-        """Return the figures of the variant of this name, as the JSON has them."""
+        """Return the figures of a variant by name, as in the JSON."""
         names = [v.name for v in self.variants]
         if name not in names:
             raise UnknownNameError(f"evaluation: has no variant {name!r}; it has {', '.join(names)}")
         return self._variant_dict(names.index(name))
 
     def table(self, keep: float | None = None) -> str:
-        """Format the verdict, the variants as a table, and why the suggested one is."""
+        """Format the verdict, the table of variants, and the reasons for the suggestion."""
         return table_text(self, self.best(keep))
 
     def __repr__(self) -> str:
         return f"<Evaluation: {len(self.variants)} variants, {len(self.general.tokens)} general and {len(self.task.tokens)} task sequences>"
 
     def to_dict(self, keep: float | None = None) -> EvaluationRecord:
-        """Make the JSON object (schema ``streamer.evaluation/1``); its sums of each sequence are all that `from_json` needs."""
+        """Make the JSON object (schema ``streamer.evaluation/1``); `from_json` rebuilds the evaluation from its sums per sequence."""
         best = self.best(keep)
         return cast(EvaluationRecord, {
             "schema": SCHEMA,
@@ -88,7 +88,7 @@ class Evaluation(VariantLosses):
         })  # fmt: skip
 
     def shown_variants(self) -> list[dict[str, Any]]:
-        """Make the JSON of all variants, with null for shares that tables do not show."""
+        """Make the JSON of all variants, with null for shares that tables leave out."""
         tree = self.to_dict()
         hidden = {f"{name}{end}" for name, fine in tree["reliable"].items() if not fine for end in ("", "_se")}
         texts, no_share = tree.get("others", []), {"share": None, "share_se": None}
@@ -105,17 +105,17 @@ class Evaluation(VariantLosses):
         ]
 
     def to_json(self, keep: float | None = None) -> str:
-        """Write the JSON object as text."""
+        """Return the JSON object as text."""
         return json.dumps(self.to_dict(keep), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
-        """Read what `to_json` or ``streamer evaluate`` wrote.
+        """Read an evaluation from the text that `to_json` or ``streamer evaluate`` wrote.
 
         Raises
         ------
         FormatError
-            If it is something else.
+            If the text is not an evaluation.
         """
         try:
             tree = strict_json(text.encode())
@@ -132,7 +132,7 @@ class Evaluation(VariantLosses):
                 sums[one["name"]] = _sums(one["name"], one["tokens"], [v["others"][i] for v in tree["variants"]])
             return cls.of(variants, sums, facts, tree.get("keep", tree["suggestion"]["keep"]))
         except (ValueError, LookupError, TypeError) as e:
-            raise FormatError(f"expected an evaluation ({SCHEMA}), found another text: {quoted(str(e))}") from e
+            raise FormatError(f"expected an evaluation ({SCHEMA}), found other text: {quoted(str(e))}") from e
 
     def _variant_dict(self, v: int) -> VariantRecord:
         variant = self.variants[v]
@@ -196,12 +196,12 @@ class Evaluation(VariantLosses):
 
 
 def load_evaluation(path: str | Path) -> Evaluation:
-    """Read the file that `evaluate_variants` or ``streamer evaluate`` wrote.
+    """Read an evaluation from the file that `evaluate_variants` or ``streamer evaluate`` wrote.
 
     Raises
     ------
     MissingInputError, FormatError
-        If it is not there, or not one.
+        If the file does not exist, or is not an evaluation.
     """
     fd, _ = open_regular(Path(path), "an evaluation")
     with os.fdopen(fd, "rb") as file:
@@ -209,7 +209,7 @@ def load_evaluation(path: str | Path) -> Evaluation:
     try:
         return Evaluation.from_json(raw.decode())
     except UnicodeDecodeError as e:
-        raise FormatError(f"{path}: expected an evaluation ({SCHEMA}), found a file that is no text") from e
+        raise FormatError(f"{path}: expected an evaluation ({SCHEMA}), found a file that is not text") from e
     except FormatError as e:
         raise FormatError(f"{path}: {e}") from e
 
@@ -248,7 +248,7 @@ def _accuracy(sums: SequenceSums, name: str, v: int) -> dict[str, Any]:
 
 
 def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> SequenceSums:
-    """Read the sums on a text, of its variants' figures; those by earlier versions lack some."""
+    """Collect the sums on a text from the variants' figures; files of earlier versions lack some sums."""
     none = [math.nan] * len(tokens)
     arrays = {name: np.array([f["sums"].get(name, none) if name in SINCE else f["sums"][name] for f in figures], np.float64)
               for name in (*MEASURES, *(name for name in ANSWERS if name in figures[0]["sums"]))}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Compare and join what evaluations are made of: variants are added to one only if its inputs, texts and options are the same."""
+"""Compare and join the facts of evaluations: variants are added to an evaluation only if inputs, texts and options are the same."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ Facts = Mapping[str, Any]
 
 IDENTIFYING = ("architecture", "files", "weights_sha256", "config_sha256", "base_is_residual", "lora_b_layout",
                "ignored_keys")  # fmt: skip
-"""Keys of a base's or adapter's identity that tell it from another; findings and evaluations have them."""
+"""Keys that identify a base or an adapter, in findings and in evaluations."""
 
 DETECTION = ("detection", "scale", "findings", "intruders")
 """Keys that matter only to variants that scale intruders; without such variants `detection` is null."""
 
 
 def same_input(one: Facts, other: Facts) -> bool:
-    """Test whether two descriptions are of the same base, or of the same adapter, wherever it lies."""
+    """Test whether two descriptions identify the same base, or the same adapter, wherever it is stored."""
     return all(one.get(key) == other.get(key) for key in IDENTIFYING)
 
 
 def input_options(facts: Mapping[str, Any]) -> list[str]:
-    """List the options by which a command takes the inputs as those facts were made of them: as a residual, and of what class."""
+    """List the command-line options that make a command read the inputs as these facts do: as a residual, and with which model class."""
     words = stated_options(facts["adapter"])
     return words + (["--architecture", facts["base"]["architecture"]] if "architecture" in facts["base"] else [])
 
 
 def differences(mine: Facts, theirs: Facts) -> list[str]:
-    """Name what differs between two evaluations whose variants would not be comparable."""
+    """Name the differences that make the variants of two evaluations incomparable."""
     found = [what for what in ("base", "adapter") if not same_input(mine[what], theirs[what])]
     here, there = _texts(mine), _texts(theirs)
     for name in dict.fromkeys([*here, *there]):
@@ -56,14 +56,14 @@ def differences(mine: Facts, theirs: Facts) -> list[str]:
 
 
 def _texts(facts: Facts) -> dict[str, Any]:
-    """List the texts by what they are called."""
+    """Return the texts' facts by the names used in messages."""
     texts: dict[str, Any] = facts["texts"]
     two = {f"{name} text": texts[name] for name in texts if name != "others"}
     return two | {f"other text {one['name']}": one for one in texts.get("others", ())}
 
 
 def joined_facts(mine: Facts, theirs: Facts) -> dict[str, Any]:
-    """Say what an evaluation is made of to which variants were added; both are the same but for detection, coefficients and map."""
+    """Join the facts of a run with the facts of the evaluation that it adds to; only detection, coefficients and map may differ."""
     tree = {**theirs, "version": mine["version"]}
     if theirs["detection"] is None:
         tree |= {key: mine[key] for key in DETECTION if key in mine}
@@ -76,6 +76,6 @@ def joined_facts(mine: Facts, theirs: Facts) -> dict[str, Any]:
 
 
 def with_digest(facts: Facts) -> dict[str, Any]:
-    """Add to facts a digest of them all, the version of streamer apart."""
+    """Add the digest of all facts except streamer's version."""
     told = json.dumps({key: value for key, value in facts.items() if key not in ("version", "plan")}, sort_keys=True)
     return {**facts, "plan": hashlib.sha256(told.encode()).hexdigest()}

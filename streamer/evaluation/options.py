@@ -1,4 +1,4 @@
-"""Options of an evaluation, which decide its result."""
+"""Define the options that determine an evaluation's result."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from streamer.streaming.values import Job
 from streamer.streaming.variants import Variant, make_variants
 
 ProductDtype = Literal["float32", "bf16"]
-"""Dtype that the factors of a product of a base's weight with activations are rounded to; the product is float32."""
+"""Dtype to which base weights and activations are rounded before they are multiplied; the product is float32."""
 
 LAMBDAS = (0.9, 0.75, 0.5, 0.25, 0.0)
 
 SHRINKS = (1.0, 0.8)
-"""Parts of the share to keep that are the λ of the first shrinks of a race: the one keeps it surely, the other about."""
+"""λ of a race's first shrinks, as fractions of the share to keep: the first shrink surely keeps the share, the second roughly."""
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Options of an evaluation: keywords of `api.evaluate_variants`, which explains them; for `dtype` see also `bfloat16_products`."""
+    """Options of an evaluation. `api.evaluate_variants` explains them; for `dtype` see also `bfloat16_products`."""
 
     methods: tuple[MethodName, ...] = WITHOUT_FILES
     lambdas: tuple[float, ...] = LAMBDAS
@@ -56,32 +56,35 @@ class EvaluationOptions:
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """List the variants: ``base``, ``adapter``, each method at each λ, then each set of coefficients."""
+        """List the variants: ``base``, ``adapter``, each method at each λ, then each set of coefficients.
+
+        A race replaces the grid of shrinks by `nodes`.
+        """
         made = make_variants(self.methods, self.lambdas, self.scale, self.coefficients, self.amplify, self.map)
         return (*(v for v in made if v.method != Shrink.name), *self.nodes) if self.nodes else made
 
     @property
     def nodes(self) -> list[Variant]:
-        """List the shrinks that a race runs in place of a grid that was not asked for; from them the one that keeps the share is placed."""
+        """List the shrinks that a race runs instead of the default grid, to place the shrink that keeps the share."""
         if not self.race or self.lambdas != LAMBDAS or Shrink.name not in self.methods:
             return []
         return [Variant.of(Shrink(lam)) for lam in {round(part * self.keep, 3): 0 for part in SHRINKS} if lam < 1]
 
     def job(self, plan: Plan, device: torch.device) -> Job:
-        """Say how all variants are computed; deltas that need findings can be had only once these are there."""
+        """Describe how to compute all variants; deltas that need findings are available only once findings are set."""
         return Job(plan, self.variants, None, self.projected, self.dtype == "bf16", device)
 
     def fitted_record(self) -> list[CoefficientsRecord]:
-        """Say which coefficients are evaluated."""
+        """Describe the sets of coefficients that are evaluated."""
         return [] if self.coefficients is None else [one.record() for one in self.coefficients.sets]
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse a dtype of products that is none, or that this processor is slow at."""
+    """Refuse an unknown dtype, or a dtype in which this processor multiplies slowly."""
     if dtype not in get_args(ProductDtype):
         raise UsageError(f"dtype: expected one of {', '.join(get_args(ProductDtype))}, found {dtype!r}")
     if dtype == "bf16" and not has_fast_bfloat16():
         raise UsageError(
-            "dtype: bf16 needs a processor that multiplies bfloat16 matrices (AMX), which this one does not, or not by this torch; "
-            "leave it float32"
+            "dtype: bf16 needs a processor that multiplies bfloat16 matrices (AMX), and a torch that makes it do so; "
+            "use float32 here"
         )

@@ -1,4 +1,4 @@
-"""Open and check what an evaluation reads, and say what it is made of."""
+"""Open and check an evaluation's inputs, and describe them as facts."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from streamer.streaming.model import StreamingModel
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """An evaluation whose inputs are open and checked; nothing is written.
+    """An evaluation whose inputs are open and checked; nothing has been written.
 
     Attributes
     ----------
     findings
-        Those given; None where there are none.
+        Findings that were given; None if none were.
     texts
-        ``general``, ``task``, and others by the names of their files.
+        ``general``, ``task``, and others by file name.
     model
-        Of all variants; deltas that need findings can be had of it only once these are there.
+        Model of all variants; deltas that need findings are available only once findings are set.
     one_length
-        Whether only sequences of one length run together: padding would change the model's logits.
+        Whether only sequences of equal length run together, because padding would change the model's logits.
     """
 
     plan: Plan
@@ -62,7 +62,7 @@ class Prepared:
     one_length: bool
 
     def passes(self, variants: int, eighths: range = ALL) -> list[Pass]:
-        """Divide the sequences of some eighths into passes under so many variants, the base among them."""
+        """Divide the sequences of some eighths into passes, for this many variants including the base."""
         size, budget = self.model.size, self.detection.max_memory
         return plan_passes(self.texts, variants, size, self.resident, budget, self.one_length, eighths)
 
@@ -75,12 +75,12 @@ class Prepared:
         return pass_cost(self.model.size, self.group(one), 1 + len(one.variants))
 
     def expected(self, known: Evaluation | None) -> list[Pass]:
-        """List the passes of a whole run, if as many variants are dropped as is usual; none if nothing is missing.
+        """List the passes of a whole run, if the usual number of variants is dropped; empty if nothing is missing.
 
         Parameters
         ----------
         known
-            What was measured before.
+            Earlier measurements.
         """
         return [one for size in expected(self.wanted, known) for one in self.passes(*size)]
 
@@ -96,13 +96,13 @@ class Prepared:
 
     @property
     def wanted(self) -> Wanted:
-        """Say what to measure: what was asked for, without what given findings say to be the adapter as it is."""
+        """Return what to measure: the requested variants, without any that equal the unchanged adapter according to given findings."""
         rounds = rounds_of([len(text.units) for text in self.texts.values()]) if self.options.race else WHOLE
         return Wanted(without_scaling(self.options.variants, self.facts), self.options.keep, rounds, self.options.nodes)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """Say what it is made of, as JSON."""
+        """Return the inputs and options as JSON: `EvaluationFacts`."""
         o, detection = self.options, self.findings.options if self.findings else self.detection
         tree = {
             "version": __version__,
@@ -129,7 +129,7 @@ class Prepared:
 
     @cached_property
     def digest(self) -> str:
-        """Hash all that decides the passes of a run, for its journal."""
+        """Hash everything that determines the passes of a run, for its journal."""
         variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in self.options.variants]
         return self.plan.digest(
             facts=self.facts, variants=variants, max_memory=self.detection.max_memory, race=self.options.race
@@ -138,12 +138,12 @@ class Prepared:
 
 def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings: Findings | None, options: EvaluationOptions,
             detection: DetectionOptions, run: RunOptions) -> Prepared:  # fmt: skip
-    """Open and check everything that an evaluation reads, and hand on the warnings of the inputs.
+    """Open and check an evaluation's inputs, and pass their warnings to the monitor.
 
     Parameters
     ----------
     texts
-        Paths of the ``general`` and the ``task`` text, and of others by the names of their files.
+        Paths of the ``general`` and the ``task`` text, and of others by file name.
     """
     model, given = open_model(base, adapter, findings, options, detection, run)
     plan, read = model.job.plan, read_texts(model, texts, options.sequences, options.length, run.monitor)
@@ -156,7 +156,7 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
 
 def open_model(base: str | Path, adapter: Path, findings: Findings | None, options: EvaluationOptions, detection: DetectionOptions,
                run: RunOptions) -> tuple[StreamingModel, GivenFindings | None]:  # fmt: skip
-    """Open and check the model of all variants, and the findings if some are given; hand on the warnings of the inputs."""
+    """Open and check the model of all variants, and the findings if given; pass warnings to the monitor."""
     require_transformers()
     form = OutputOptions(merges=True)
     (job,) = open_jobs(base, One(adapter), [findings], UNCHANGED, detection, form, run)
@@ -175,7 +175,7 @@ def open_model(base: str | Path, adapter: Path, findings: Findings | None, optio
 def _shared(
     plan: Plan, detection: DetectionOptions, run: RunOptions, model: StreamingModel, longest: int, detects: bool
 ) -> DetectionOptions:
-    """Divide the memory allowed among this process and its workers, if there are any; see `Workers.share`."""
+    """Divide the memory budget among this process and its workers, if any; see `Workers.share`."""
     if run.workers is None or detection.max_memory is None:
         return detection
     resident, carried = resident_bytes(Batch(plan.base, (plan,))), len(describe(model.job))
@@ -190,13 +190,13 @@ def _shared(
 def _warn_of_fitted_texts(
     coefficients: Coefficients, texts: Mapping[str, TextSequences], paths: Mapping[str, Path], monitor: Monitor
 ) -> None:
-    """Warn of texts that coefficients were fitted to, by the digests that their facts have: of the file, or of the same sequences."""
+    """Warn if coefficients were fitted to one of the texts, recognised by a digest of its file or of its sequences."""
     stated = coefficients.facts.get("texts")
     facts = [text for text in stated.values() if isinstance(text, dict)] if isinstance(stated, dict) else []
     sequences, files = {text.get("sha256") for text in facts}, {text.get("sample_sha256") for text in facts}
     for name, text in texts.items():
         if text.digest() in sequences or sample_digest(paths[name]) in files:
             monitor.warn(
-                (f"the {name} text, {text.name}, is one that the coefficients were fitted to: the variants fitted look better on it than "
-                 "they are; evaluate on other text",)
+                (f"the {name} text, {text.name}, was used to fit the coefficients: on it, the fitted variants look better than they are; "
+                 "evaluate on other text",)
             )  # fmt: skip

@@ -1,14 +1,14 @@
-"""Drop variants that have lost from a race over the sequences of both texts: an eighth, as much again up to a quarter, a half, all.
+"""Race variants over growing parts of both texts, an eighth, a quarter, a half, all, and drop the losers after each part.
 
-A variant is dropped for what no more sequences are likely to change (`Estimate.is_positive`). It
+A variant has lost if one of these is true and further sequences are unlikely to change it (`Estimate.is_positive`):
 
-- keeps less than the share asked for; or
-- another one excels it on general text, in loss and divergence, and keeps as much: it has the lower loss on the task's text as well, or
-  keeps the share asked for and is worth it; or
-- it is worse than the shrink of the whole adapter that keeps as much, interpolated (`ShrinkComparison.verdict`).
+- It keeps less than the requested share.
+- Another variant is better on general text, in both loss and divergence. The other also has the lower loss on the task's text, or it keeps
+  the requested share and is worth it.
+- It is worse than the interpolated shrink of the whole adapter that keeps as much (`ShrinkComparison.verdict`).
 
-Of the race's own shrinks one goes on, which keeps the share asked for as nearly as can be told (`placed_shrink`), and milder ones until
-that is known to be worth it. Shrinks that the user asked for run on all sequences.
+One of the race's own shrinks goes on: the one that keeps the requested share, as far as is known (`placed_shrink`). Milder ones go on until
+that shrink is known to be worth it. Shrinks that the user asked for run on all sequences.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from streamer.measuring.sequences import ALL, EIGHTHS, of_eighths
 from streamer.measuring.statistics import Estimate
 
 FEWEST = 6
-"""Sequences of either text that the first round has at least: fewer tell nothing apart."""
+"""Fewest sequences of a text in the first round; fewer cannot separate variants."""
 
 WHOLE = (ALL,)
-"""The only round of what is no race."""
+"""The single round that runs if there is no race."""
 
 
 def rounds_of(counts: Sequence[int]) -> tuple[range, ...]:
-    """Divide the eighths of texts of so many sequences into rounds.
+    """Divide the eighths of texts into rounds, given each text's number of sequences.
 
     >>> rounds_of([64, 60]), rounds_of([64, 16])
     ((range(0, 1), range(1, 2), range(2, 4), range(4, 8)), (range(0, 4), range(4, 8)))
@@ -39,7 +39,7 @@ def rounds_of(counts: Sequence[int]) -> tuple[range, ...]:
 
 
 def eighths_run(evaluation: VariantLosses, row: int) -> int:
-    """Count the eighths of the texts that a variant ran on, from the first."""
+    """Count the eighths of the texts, from the first, on which a variant ran."""
     sums = evaluation.task
     ran, count = sums.ran(row), len(sums.tokens)
     return next(n for n in range(len(EIGHTHS), -1, -1) if len(of_eighths(count, range(n))) <= ran)
@@ -61,7 +61,7 @@ def _below(share: Estimate, keep: float) -> bool:
 
 
 def _excels(evaluation: VariantLosses, one: int, other: int, keep: float) -> bool:
-    """Test whether a variant makes another superfluous."""
+    """Test whether variant `one` makes variant `other` superfluous."""
     general, task = evaluation.general, evaluation.task
     if not (general.kl_difference(other, one).is_positive and general.loss_difference(other, one).is_positive):
         return False

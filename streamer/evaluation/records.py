@@ -1,4 +1,4 @@
-"""Tell whether the file of an evaluation is whole, was begun, or lacks variants."""
+"""Check whether an evaluation's file is complete, was begun, or lacks variants."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def result_file(prepared: Prepared, output: Path) -> ResultFile:
     def is_whole(path: Path) -> bool:
         return not prepared.expected(_load(prepared, path))
 
-    # What an earlier run measured is not in the journal of this one.
+    # The journal does not contain what earlier runs measured, so it must belong to this version of their file.
     earlier = hashlib.sha256(output.read_bytes()).hexdigest() if is_taken(output) and output.is_file() else ""
     bits = f"{prepared.findings.bits if prepared.findings else ''} {earlier}".strip()
     return ResultFile(output, ONE, "this very evaluation", "evaluation.json", prepared.plan, prepared.run, prepared.digest,
@@ -35,12 +35,12 @@ def result_file(prepared: Prepared, output: Path) -> ResultFile:
 
 
 def measured_before(prepared: Prepared, output: Path) -> Evaluation | None:
-    """Load the evaluation to which variants are added; None if the file is new or replaced."""
+    """Load the evaluation to which this run adds variants; None if the file is new or will be replaced."""
     return _load(prepared, output) if is_taken(output) and not prepared.run.overwrite else None
 
 
 def _load(prepared: Prepared, path: Path) -> Evaluation:
-    """Load an evaluation; refuse one whose variants are not comparable with those of this run."""
+    """Load an evaluation; refuse it if its variants cannot be compared with this run's variants."""
     standing = load_evaluation(path)
     differing = differences(prepared.facts, standing.facts)
     if lacking := [name for name in SINCE if np.isnan(getattr(standing.task, name)[BASE_ROW]).any()]:
@@ -51,7 +51,7 @@ def _load(prepared: Prepared, path: Path) -> Evaluation:
 
 
 def inspect(prepared: Prepared, output: Path) -> State:
-    """Check, read-only, whether an evaluation can be written to a file, and whether it stands there or was begun."""
+    """Check, without writing, that an evaluation can be written to a file, and whether it is complete there or was begun."""
     plan, file = prepared.plan, result_file(prepared, output)
     file.check_path()
     prepared.passes(2)  # raises if the budget does not hold one sequence

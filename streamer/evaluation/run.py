@@ -1,4 +1,4 @@
-"""Evaluate variants: answer what the steps ask for, pass by pass, journalling each, so that a killed run resumes."""
+"""Evaluate variants: answer the steps' requests pass by pass, and record each pass in a journal, so that a killed run resumes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from streamer.workers.engine import kept
 
 
 def evaluate(prepared: Prepared, output: Path | None) -> Evaluation:
-    """Measure the variants that are missing, into memory, or into a file if an output is named."""
+    """Measure the missing variants; write the evaluation to a file if an output is named."""
     with kept(prepared.run.workers):
         found = _evaluated(prepared, output)
     if found.best().swapped:
@@ -59,29 +59,29 @@ def _evaluated(prepared: Prepared, output: Path | None) -> Evaluation:
 
 
 def _standing(prepared: Prepared, output: Path) -> Evaluation:
-    """Load the measures in a file, and make the suggestion again if another share is asked for."""
+    """Load a complete evaluation; write its suggestion anew if the requested share differs."""
     monitor, evaluation = prepared.run.monitor, replace(load_evaluation(output), keep=prepared.options.keep)
     text = evaluation.to_json().encode()
     if text == output.read_bytes():
         result_file(prepared, output).left()
         return evaluation
-    remove_leftovers(output)  # of a run that was killed just after the file got its name
+    remove_leftovers(output)  # from a run that was killed just after it renamed the file
     with locked(lock_of(output), output):
         write_atomic(output, text)
-    monitor.emit(Event("note", f"{output} holds these measures already; only the suggestion is made again"))
+    monitor.emit(Event("note", f"{output} already contains these measures; only the suggestion is updated"))
     monitor.told(output, "written")
     return evaluation
 
 
 class _Run:
-    """One evaluation under way.
+    """A running evaluation.
 
     Parameters
     ----------
     known
-        What was measured before.
+        Earlier measurements.
     records
-        What an interrupted run recorded, and what this one does.
+        Records of an interrupted run, to which this run adds its own.
     """
 
     def __init__(self, prepared: Prepared, known: Evaluation | None, records: Records) -> None:
@@ -90,7 +90,7 @@ class _Run:
         self._divide(prepared)
 
     def result(self) -> Evaluation:
-        """Run to the end."""
+        """Run the evaluation to its end and return it."""
         facts, wanted = self.prepared.facts, self.prepared.wanted
         with computing(self.records.threads, self.monitor):
             self._check()
@@ -105,12 +105,12 @@ class _Run:
         return found
 
     def _divide(self, prepared: Prepared) -> None:
-        """Take the division of the work, and begin to count."""
+        """Set how the work is divided, and start its progress."""
         self.prepared, self.progress = prepared, RunProgress(self.monitor, prepared.model.size, "evaluate")
         self.progress.expect([prepared.cost(one) for one in prepared.expected(self.known)])
 
     def _check(self) -> None:
-        """Check the logits, and divide the work anew if padding changes them."""
+        """Check whether padding changes the logits; if so, divide the work again."""
         prepared = self.prepared
         groups = [prepared.group(one) for one in prepared.expected(self.known)]
         one_length = needs_one_length(prepared.model.job, prepared.one_length, groups, self.records, self.progress)
@@ -118,7 +118,7 @@ class _Run:
             self._divide(replace(prepared, one_length=one_length))
 
     def _measured(self, request: Request) -> Sums:
-        """Measure the variants of a request on its part of all texts."""
+        """Measure the variants of a request on its part of each text."""
         prepared, variants = self.prepared, request.variants
         what = f"{request.eighths.start} {json.dumps([variant.name for variant in variants])}"
 
@@ -132,7 +132,7 @@ class _Run:
         )
 
     def _intruders(self, variants: Sequence[Variant]) -> int | None:
-        """Count the intruders that these variants scale; None if none of them scales any."""
+        """Count the intruders that these variants scale; None if no variant scales intruders."""
         if not any(variant.scales_intruders for variant in variants):
             return None
         known = self.records.find("intruders")
@@ -144,7 +144,7 @@ class _Run:
         return int(known["count"][0])
 
     def _findings_for(self, variants: Sequence[Variant]) -> Findings | None:
-        """Return the findings, detected now if none were given and some are needed."""
+        """Return the findings that these variants need, detected now if none were given; None if none are needed."""
         prepared = self.prepared
         if not any(variant.scales_intruders for variant in variants):
             return None

@@ -1,7 +1,7 @@
 """Compare a variant with the shrink of the whole adapter that keeps as much, and choose the λ of the shrink to measure next.
 
-What a shrink keeps and forgets between the measured λ is interpolated by a cubic in λ through the four nearest. The interpolation is linear
-in the losses, so its weights serve every loss and every sequence, and errors stay paired.
+Between the measured λ, a cubic in λ through the four nearest interpolates what a shrink keeps and forgets. The interpolation is linear in
+the losses, so the same weights apply to every loss and every sequence, and errors stay paired.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods.shrink import Shrink
 
 NODES = 4
-"""Shrinks that an interpolation is made from, the nearest ones: a cubic in λ."""
+"""Number of nearest shrinks through which a cubic in λ interpolates."""
 
 EXCESS, MOST_EXCESS = 0.002, 0.03
-"""A shrink is well placed if it keeps the share asked for, and at most this much more: a fraction of the share's standard error. In a
-race it may be thrice `ERRORS` standard errors more, up to the second number."""
+"""A shrink is well placed if it keeps the requested share and at most `EXCESS` more, which is a fraction of the share's standard error. In
+a race, the excess may be 3 · `ERRORS` standard errors, but at most `MOST_EXCESS`."""
 
 ERRORS = 1.5
-"""A race aims by so many standard errors beyond the share: what is kept of all sequences is not known when it places a shrink."""
+"""Standard errors by which a race aims above the share: it places a shrink before the share kept on all sequences is known."""
 
 LAST = 4
-"""Where the curve is rough, the λ computed fall short of the share. The last one aims beyond it by so many times what is missing."""
+"""If the curve is rough, computed λ fall short of the share. The last λ therefore aims above it by this factor times the shortfall."""
 
 STEPS = 1000
-"""The λ that is placed is a multiple of 1 / STEPS, so that a command can name it."""
+"""A placed λ is a multiple of 1 / STEPS, so that a command can name it."""
 
 Node = tuple[float, int]
-"""λ of a shrink, and its row."""
+"""A shrink's λ and row."""
 
 
 @dataclass(frozen=True)
 class ShrinkComparison:
-    """A variant against the equal shrink: the whole adapter times λ, with λ such that it keeps the same share of what was learned.
+    """A variant's differences from the equal shrink: the whole adapter times the λ that keeps the same share of the learning.
 
-    See `ShrinkRecord`: λ is interpolated, and the errors of both differences are paired.
+    λ is interpolated, and the errors of the differences are paired; see `ShrinkRecord`.
     """
 
     mitigation_lambda: float
@@ -53,10 +53,10 @@ class ShrinkComparison:
 
     @property
     def verdict(self) -> Literal["better", "worse", "not told apart"]:
-        """Say whether the variant is better by both measures, or worse by its loss, or by its divergence with a loss that is not better.
+        """Judge the variant: better by both loss and divergence; worse by the loss, or by the divergence unless the loss is better.
 
-        Only differences beyond the error count. The two are not symmetric: *better* is a claim, which one measure must not make against
-        the other, and *worse* is a doubt. Forgetting is a loss, so what has a higher one than a shrink forgets more, whatever else it has.
+        Only differences beyond the error count. The rule is not symmetric: *better* is a claim and needs both measures, *worse* is a doubt.
+        The loss decides in a conflict, because forgetting is a loss: a variant with a higher loss than the shrink forgets more.
         """
         if self.loss.is_negative:
             return "better" if self.kl.is_negative else "not told apart"
@@ -66,18 +66,20 @@ class ShrinkComparison:
 def against_shrink(
     variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums, variant: int
 ) -> ShrinkComparison | None:
-    """Compare a variant with the shrink that keeps the same share of what was learned; see `ShrinkComparison`.
+    """Compare a variant with the shrink that keeps the same share of the learning; see `ShrinkComparison`.
 
-    Three things are uncertain of a difference on general text, and add up as independent ones do: its own error over sequences; the error
-    of the variant's loss on the task's text, times the slope of the one loss against the other along the shrink; and the interpolation,
-    by how much it changes without the farthest of its nodes.
+    Return None if the variant is the base, the adapter or a shrink, or if the measured shrinks do not enclose its share.
+
+    The error of a difference on general text combines three errors as independent: the difference's own error over sequences; the error
+    of the variant's loss on the task's text, times the slope of the general loss against the task's loss along the shrinks; and the
+    interpolation's error, estimated by its change without the farthest node.
     """
     if variants[variant].method in (None, Shrink.name):
         return None
     ran = np.isfinite(task.loss[variant])
     nodes = [node for node in _shrinks(variants) if task.ran(node[1]) >= ran.sum()]
     if len(nodes) < NODES and nodes[0][0] > 0:
-        nodes.insert(0, (0.0, BASE_ROW))  # nearly, if the adapter brings more than deltas
+        nodes.insert(0, (0.0, BASE_ROW))  # an approximation if the adapter has more than deltas
     losses = np.nan_to_num(task.loss[:, ran].sum(axis=1))
     above = [losses[row] - losses[variant] for _, row in nodes]
     at = next((k for k in range(len(nodes) - 1) if above[k] * above[k + 1] <= 0), None)
@@ -104,15 +106,15 @@ def against_shrink(
 def next_shrink(
     variants: Sequence[EvaluatedVariant], task: SequenceSums, keep: float, last: bool = False, loose: bool = False
 ) -> float | None:
-    """Choose the λ of the shrink to measure next, so that one is measured that keeps a share of what was learned and little more.
+    """Choose the λ of the shrink to measure next, aiming at a shrink that keeps a share of the learning and little more.
 
-    λ is where the shares that were measured say that a little more than that is kept, rounded up. Measuring it and asking again is a secant
-    rule: the nodes come ever nearer, and with them the interpolation. See `placed_shrink` for the options.
+    The measured shares are interpolated to find a λ that keeps slightly more than the share; it is rounded up. Repeated measuring is a
+    secant method: the nodes move closer, and the interpolation improves. See `placed_shrink` for the options.
 
     Returns
     -------
     float or None
-        None if such a shrink was measured already, or no shrink at all.
+        None if such a shrink was already measured, or if no shrink was measured at all.
     """
     return placed_shrink(variants, task, keep, last, loose)[1]
 
@@ -120,28 +122,28 @@ def next_shrink(
 def placed_shrink(
     variants: Sequence[EvaluatedVariant], task: SequenceSums, keep: float, last: bool = False, loose: bool = False
 ) -> tuple[int, float | None]:
-    """Choose of the shrinks that were measured, the adapter among them, the one that keeps a share of what was learned and little more.
+    """Choose, among the measured shrinks and the adapter, the one that keeps a share of the learning and little more.
 
-    As long as only a part of the sequences has run, what is kept of all of them may be another share, by about the error that it will have
-    at the end. So it is aimed by `ERRORS` of these beyond the share, and a shrink is well placed that keeps as much less.
+    Before all sequences have run, the final share may differ from the current one by about its final error. Therefore a new λ aims `ERRORS`
+    of these errors above the share, and a measured shrink is accepted if it falls short by as much.
 
     Parameters
     ----------
     last
-        Whether this is the last λ: it goes beyond the share by some times what the nearest shrink below falls short of it.
+        Whether this is the last λ, which aims above the share by `LAST` times the shortfall of the nearest shrink below it.
     loose
-        Whether it may keep as much more as in a race, and so spare another.
+        Whether to accept as large an excess as in a race, which can save one measurement.
 
     Returns
     -------
     row, lambda
-        Its number, and the λ of a better one that is to be measured; None if it is well placed, or if no shrink is wanted.
+        Row of the shrink, and the λ of a better one to measure; None if the shrink is well placed, or if no shrink was requested.
     """
     shrinks = [node for node in _shrinks(variants) if 0 <= node[0] <= 1]
     if len(shrinks) < 2:
         return ADAPTER_ROW, None
     nodes = [node for node in shrinks if not task.dropped(node[1])]
-    if nodes[0][0] > 0:  # what a shrink to nothing keeps is a guess: an adapter may bring more than deltas
+    if nodes[0][0] > 0:  # λ = 0 is approximately the base: an adapter may have more than deltas
         nodes.insert(0, (0.0, BASE_ROW))
     shares, values = [task.share(row) for _, row in nodes], np.zeros(len(variants))
     values[[row for _, row in nodes]] = [share.value for share in shares]
@@ -162,12 +164,12 @@ def placed_shrink(
 
 
 def rounded_up(lam: float) -> float:
-    """Round λ up to a multiple of 1 / `STEPS`: more is kept, not less."""
+    """Round λ up to a multiple of 1 / `STEPS`, so that no less is kept."""
     return math.ceil(lam * STEPS - 1e-6) / STEPS
 
 
 def _shrinks(variants: Sequence[EvaluatedVariant]) -> list[Node]:
-    """List the shrinks by λ, the adapter as it is among them."""
+    """List the shrinks in order of λ, including the unchanged adapter."""
     nodes = [(1.0, ADAPTER_ROW)]
     nodes += [(v.mitigation_lambda, i) for i, v in enumerate(variants)
               if v.method == Shrink.name and v.mitigation_lambda is not None]  # fmt: skip
@@ -175,13 +177,13 @@ def _shrinks(variants: Sequence[EvaluatedVariant]) -> list[Node]:
 
 
 def _nearest(nodes: Sequence[Node], at: int) -> Sequence[Node]:
-    """Choose the nodes that are nearest to the interval between number `at` and the next."""
+    """Choose the nodes nearest to the interval between node `at` and the next."""
     first = max(0, min(at - (NODES - 2) // 2, len(nodes) - NODES))
     return nodes[first : first + NODES]
 
 
 def _crossing(nodes: Sequence[Node], between: tuple[float, float], losses: Floats, target: float) -> float:
-    """Find the λ between two neighbouring nodes at which the interpolated loss is the target."""
+    """Find the λ between two neighbouring nodes at which the interpolated loss equals the target."""
     from scipy.optimize import brentq
 
     known = {lam: float(losses[row]) for lam, row in nodes}
@@ -193,7 +195,7 @@ def _crossing(nodes: Sequence[Node], between: tuple[float, float], losses: Float
 
 
 def _weights(nodes: Sequence[Node], lam: float, count: int) -> tuple[Floats, Floats]:
-    """Return a shrink as weights of the variants (count,), which interpolate any sum of theirs, and the derivative of these by λ."""
+    """Return the weights of the variants (count,) that interpolate any of their sums at λ, and the weights' derivatives by λ."""
     from scipy.interpolate import KroghInterpolator
 
     polynomial = KroghInterpolator([node for node, _ in nodes], np.eye(count)[[row for _, row in nodes]])

@@ -1,9 +1,9 @@
-"""Decide what an evaluation measures: a generator that asks for variants, is given their sums, and returns the evaluation.
+"""Decide what an evaluation measures: a generator requests variants, receives their sums, and returns the evaluation.
 
-It holds no model and reads no file; given the same answers it asks the same questions, so a journal of answers resumes it. It asks for:
+The generator holds no model and reads no file. The same answers lead to the same requests, so a journal of answers resumes it. It requests:
 
-1. the variants that the user asked for, on the sequences of a round; in the next, for those that have not lost (see `race`)
-2. up to `MOST_PLACED` times, a shrink of the whole adapter: its λ is where the losses so far say that it keeps the share
+1. the user's variants, on the sequences of the first round; in each later round, the variants that have not lost (see `race`)
+2. up to `MOST_PLACED` times, a shrink of the whole adapter, with the λ that keeps the share according to the losses so far
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from streamer.methods.shrink import Shrink
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 
 MOST_PLACED = 4
-"""How many shrinks are measured at most to place one; one or two are the rule."""
+"""Most shrinks measured in order to place one; one or two are usual."""
 
 SURVIVING = 3
-"""One in so many variants is expected to go on after the first round, and after each further one."""
+"""After each round, one in this many variants is expected to go on."""
 
 
 Sums = Mapping[str, SequenceSums]
-"""Answers a request: sums on each text, of the base and of the variants that were asked for; NaN of sequences that were not."""
+"""Answer to a request: on each text, the sums of the requested variants, including the base; NaN for sequences not requested."""
 
 
 Size = tuple[int, range]
-"""Variants, the base among them, and the eighths of the texts that they run on."""
+"""Number of variants, including the base, and the eighths of the texts on which they run."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Variants to measure, the base first, on some eighths of the texts, and what is expected to be asked for later."""
+    """Variants to measure on some eighths of the texts, the base first, and the sizes of the requests expected later."""
 
     variants: tuple[Variant, ...]
     eighths: range
@@ -47,7 +47,7 @@ class Request:
 
     @property
     def size(self) -> Size:
-        """Return how many variants it has, and the eighths."""
+        """Return the number of variants, and the eighths."""
         return len(self.variants), self.eighths
 
 
@@ -56,18 +56,18 @@ Steps = Generator[Request, Sums, Evaluation]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for.
+    """What to measure.
 
     Attributes
     ----------
     variants
         ``base``, ``adapter`` and others.
     keep
-        Share of what was learned: a shrink is placed to keep it.
+        Share of the learning that the placed shrink should keep.
     rounds
-        Eighths of the texts that are run before the next variants are dropped.
+        Eighths of the texts that each round runs; after each round, variants may be dropped.
     nodes
-        Those of the variants that a race runs to place a shrink: it may drop them, but no shrink that the user asked for.
+        Shrinks among the variants that a race runs to place another. It may drop them, but not shrinks that the user asked for.
     """
 
     variants: Sequence[Variant]
@@ -76,26 +76,26 @@ class Wanted:
     nodes: Sequence[Variant] = ()
 
     def always(self, variant: Variant) -> bool:
-        """Test whether a variant runs on all sequences, whatever is found."""
+        """Test whether a variant runs on all sequences, whatever the results."""
         asked = variant.method == Shrink.name and variant not in self.nodes
         return len(self.rounds) == 1 or variant.name == ADAPTER or asked
 
 
 def expected(wanted: Wanted, known: Evaluation | None) -> list[Size]:
-    """List the requests that are expected, if as many variants are dropped as is usual; none if nothing is missing."""
+    """List the sizes of the expected requests, if the usual number of variants is dropped; empty if nothing is missing."""
     request = next_request(wanted, known, alive_at_first(wanted, known), _placed(known, wanted.keep))
     return [] if request is None else [request.size, *request.later]
 
 
 def evaluation_steps(wanted: Wanted, known: Evaluation | None, facts: Mapping[str, Any]) -> Steps:
-    """Evaluate variants; yields those to measure, and is sent their sums.
+    """Evaluate variants: yield requests, receive their sums, and return the evaluation.
 
     Parameters
     ----------
     known
-        What was measured before.
+        Earlier measurements.
     facts
-        Of the evaluation that is returned.
+        Facts of the returned evaluation.
     """
     evaluation, placed = known, _placed(known, wanted.keep)
     alive = alive_at_first(wanted, known)
@@ -110,18 +110,18 @@ def evaluation_steps(wanted: Wanted, known: Evaluation | None, facts: Mapping[st
 
 
 def _placed(known: Evaluation | None, keep: float) -> int:
-    """Count the shrinks that an earlier run has placed for this share, as all that may be: another run would measure it no better."""
+    """Return the number of shrinks already placed: `MOST_PLACED` if an earlier run placed one for this share, else 0."""
     done = known is not None and known.keep == keep and any(v.method == Shrink.name for v in known.variants)
     return MOST_PLACED if done else 0
 
 
 def alive_at_first(wanted: Wanted, known: Evaluation | None) -> list[Variant]:
-    """List the variants that are to be run, or to be run on: of those that were dropped none, unless for another share to keep."""
+    """List the variants to run, or to run further; variants dropped earlier are left out, unless they survive at a new share."""
     if known is None:
         return list(wanted.variants[1:])
     others = without_scaling(wanted.variants[1:], known.facts)
     if any(v.method == Shrink.name and not known.dropped(row) for row, v in enumerate(known.variants)):
-        others = [v for v in others if v not in wanted.nodes]  # there are better ones to place a shrink from
+        others = [v for v in others if v not in wanted.nodes]  # the measured shrinks are better for placing one
     return [
         v
         for v in others
@@ -133,20 +133,20 @@ def alive_at_first(wanted: Wanted, known: Evaluation | None) -> list[Variant]:
 
 
 def row_of(known: Evaluation, variant: Variant) -> int | None:
-    """Find a variant among those that were measured."""
+    """Find the row of a variant; None if it was not measured."""
     own = EvaluatedVariant.of(variant)
     return known.variants.index(own) if own in known.variants else None
 
 
 def next_request(wanted: Wanted, known: Evaluation | None, alive: Sequence[Variant], placed: int) -> Request | None:
-    """Say what to measure next; None if nothing is missing.
+    """Return the next request; None if nothing is missing.
 
     Parameters
     ----------
     alive
         Variants that have not lost.
     placed
-        How many shrinks were placed.
+        Number of shrinks placed so far.
     """
     request = _request(wanted, known, alive, placed)
     if request is None:
@@ -194,7 +194,7 @@ def _request(wanted: Wanted, known: Evaluation | None, alive: Sequence[Variant],
 def goes_on(wanted: Wanted, known: Evaluation, variant: Variant) -> bool:
     """Test whether a variant runs on further sequences.
 
-    Of the race's own shrinks the one that is placed does, and milder ones as long as that is not known to be worth it (`Trade`).
+    Among the race's own shrinks, the placed one and the milder ones go on, until the placed one is known to be worth it (`Trade`).
     """
     row = row_of(known, variant)
     if row is None or wanted.always(variant):
@@ -207,13 +207,13 @@ def goes_on(wanted: Wanted, known: Evaluation, variant: Variant) -> bool:
 
 
 def without_scaling(variants: Sequence[Variant], facts: Mapping[str, Any]) -> list[Variant]:
-    """Leave out what scales intruders, if it is known that there are none: that is the adapter as it is."""
+    """Leave out the variants that scale intruders, if there are known to be none: they equal the unchanged adapter."""
     none = facts.get("intruders") == 0
     return [variant for variant in variants if not (none and variant.scales_intruders)]
 
 
 def shrink_to_place(wanted: Wanted, known: Evaluation, placed: int) -> tuple[int, float | None]:
-    """Give the shrink that goes on, and the λ of one to measure in its place; see `placed_shrink`."""
+    """Choose the shrink that goes on, and the λ of a better one to measure, or None; see `placed_shrink`."""
     reason = known.best(wanted.keep).reason
     if reason == "not learned" or (reason == "not forgotten" and eighths_run(known, BASE_ROW) == len(ALL)):
         return ADAPTER_ROW, None
@@ -225,7 +225,7 @@ def shrink_to_place(wanted: Wanted, known: Evaluation, placed: int) -> tuple[int
 def joined(
     known: Evaluation | None, measured: Sequence[Variant], sums: Sums, facts: Mapping[str, Any], keep: float
 ) -> Evaluation:
-    """Add what was measured to an evaluation, in the order of its table; what it has of sequences that ran before stays."""
+    """Add measured sums to an evaluation, in the order of its table; sums of other sequences stay."""
     variants = [EvaluatedVariant(BASE, None, None)] if known is None else list(known.variants)
     rows = [BASE_ROW]
     for variant in map(EvaluatedVariant.of, measured[1:]):

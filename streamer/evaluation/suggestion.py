@@ -1,10 +1,10 @@
-"""Suggest the variant that forgets least of those that keep what was learned, and compare it with the equal shrink.
+"""Suggest the variant that forgets least among all that keep enough of the learning, and compare it with the equal shrink.
 
-What was learned is the fall of the loss on the task's text from the base to the adapter as it is; the share of it that a variant keeps is
-where its own loss lies between these. Forgetting is judged by the divergence from the base, ``KL(base ‖ variant)``, on general text: on the
-adapters that were tried it ranks variants as the rise of the loss does and tells more of them apart, since it takes each token's whole
-distribution and not the one token that the text has. A variant must not be told worse than the adapter by its loss either, nor than the
-shrink that keeps as much (`ShrinkComparison.verdict`); and it must be worth it (`Trade`).
+The learning is the fall of the loss on the task's text from the base to the unchanged adapter. A variant keeps the share
+``(base − variant) / (base − adapter)`` of it. Forgetting is judged by the divergence from the base, ``KL(base ‖ variant)``, on general
+text. On the adapters that were tried, divergence ranks variants as the rise of the loss does, but separates more of them, because it
+compares whole next-token distributions instead of the probability of one token. A suggested variant must also be worth it (`Trade`); by its
+loss, it must not be worse than the adapter; and it must not be worse than the shrink that keeps as much (`ShrinkComparison.verdict`).
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from streamer.methods.shrink import Shrink
 Reason = Literal["not learned", "not forgotten", "none better", "not worth it", "forgets least", "a shrink is better"]
 
 WORTH = 0.5
-"""A variant is suggested if it regains more than this many nats of general text for each that it gives up of the task's. General text
-stands for all that the model is used for besides the task, and the share to keep has said that some of the task may go: so a nat of
-general text counts as two of the task's. It is a guard against trades that nobody wants; the share decides the rest."""
+"""Nats on general text that a suggested variant must regain, at least, for each nat that it gives up on the task's text. General text
+represents every other use of the model, and the share to keep already permits some loss on the task; so one nat on general text counts as
+two on the task's. This guards against trades that nobody wants; the share decides the rest."""
 
 
 @dataclass(frozen=True)
 class Trade:
-    """What a variant gives up of the task's text, and what it regains on general text, against the adapter as it is, in nats a token."""
+    """What a variant regains on general text and gives up on the task's text, relative to the unchanged adapter, in nats per token."""
 
     regained: Estimate
     given_up: Estimate
 
     @classmethod
     def of(cls, general: SequenceSums, task: SequenceSums, variant: int) -> Trade:
-        """Estimate that of a variant by its number."""
+        """Estimate the trade of the variant with this row number."""
         return cls(general.loss_difference(ADAPTER_ROW, variant), task.loss_difference(variant, ADAPTER_ROW))
 
     def record(self, name: str) -> dict[str, Any]:
-        """Write it as `TradeRecord`, of the variant of a name."""
+        """Make the `TradeRecord` of the variant with this name."""
         numbers = {**flat("regained", self.regained), **flat("given_up", self.given_up)}
         return {"name": name, **numbers, "worth": WORTH, "worth_it": self.is_worth_it}
 
     @property
     def is_worth_it(self) -> bool:
-        """Test whether it is told that more than `WORTH` times as much is regained as is given up; errors of two texts are independent."""
+        """Test whether the gain exceeds `WORTH` times the loss beyond the error; the errors of the two texts are independent."""
         error = math.hypot(self.regained.error, WORTH * self.given_up.error)
         few = min(self.regained.sequences, self.given_up.sequences)
         return Estimate(self.regained.value - WORTH * self.given_up.value, error, few).is_positive
@@ -58,12 +58,12 @@ class Trade:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The variant to use; see `SuggestionRecord`, whose `name`, `method` and `lambda` are those of `variant`.
+    """The variant to use; `SuggestionRecord` explains the attributes and describes `variant` by name, method and lambda.
 
     Attributes
     ----------
     declined
-        The variant that would be suggested, were it worth it.
+        The variant that was not suggested only because it is not worth it.
     """
 
     variant: EvaluatedVariant | None
@@ -76,29 +76,29 @@ class Suggestion:
 
 
 def check_keep(keep: float) -> None:
-    """Refuse what is no share of what was learned."""
+    """Refuse a share to keep that is not a number in (0, 1]."""
     if isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < keep <= 1:
         raise UsageError(f"keep: expected a share in (0, 1], found {keep!r}")
 
 
 def _keeps(variant: EvaluatedVariant, share: Estimate, keep: float) -> bool:
-    """Test whether a variant keeps a share; of one that was fitted to keep it on other text, whether it is not told to keep less."""
+    """Test whether a variant keeps a share; if it was fitted to keep that share on other text, allow two standard errors."""
     fitted = variant.keep is not None and variant.keep >= keep
     return share.value + (2 * share.error if fitted else 0.0) >= keep
 
 
 def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums, keep: float) -> Suggestion:
-    """Suggest a variant.
+    """Suggest a variant, or say why none is suggested.
 
     Parameters
     ----------
     keep
-        Share of what was learned that is to be kept, in (0, 1].
+        Share of the learning to keep, in (0, 1].
 
     Raises
     ------
     UsageError
-        If `keep` is outside of that.
+        If `keep` is out of range.
     """
     check_keep(keep)
     learning = task.loss_difference(BASE_ROW, ADAPTER_ROW)
@@ -132,9 +132,9 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
 
 
 def front(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums) -> list[int]:
-    """List the variants that no other one equals or excels in both loss on the task's text and divergence from the base on general text.
+    """List the variants that no other variant equals or beats in both the task's loss and the divergence on general text.
 
-    They come by their loss on the task's text, the lowest first. What was dropped in a race is not among them.
+    The order is by loss on the task's text, lowest first. Variants that a race dropped are excluded.
     """
     points = sorted(
         (float(task.loss[v].sum()), float(np.nansum(general.kl[v])), v)

@@ -1,4 +1,4 @@
-"""Hold the losses of the base, the adapter and its mitigated variants on a general text and on the task's, and say which is best."""
+"""Hold the losses of the base, the adapter and its mitigated variants on general text and on the task's text, and choose the best."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class VariantLosses:
         facts: Mapping[str, Any],
         keep: float,
     ) -> Self:
-        """Make one from the sums on each text, by name."""
+        """Make an object of this class from the sums on each text, by name."""
         others = {name: own for name, own in sums.items() if name not in (GENERAL, TASK)}
         return cls(tuple(variants), sums[GENERAL], sums[TASK], facts, keep, others)
 
@@ -63,7 +63,7 @@ class VariantLosses:
         return suggest(self.variants, self.general, self.task, self.keep if keep is None else keep)
 
     def reliable(self) -> ReliableRecord:
-        """Say which shares divide by a change that is large enough; see `ReliableRecord`."""
+        """Return which shares have a large enough denominator; see `ReliableRecord`."""
         return reliable(self.general, self.task)
 
     def front(self) -> list[str]:
@@ -71,17 +71,17 @@ class VariantLosses:
         return [self.variants[v].name for v in front(self.variants, self.general, self.task)]
 
     def dropped(self, row: int) -> bool:
-        """Test whether a race dropped a variant, by number, before it ran on all sequences."""
+        """Test whether a race dropped the variant in this row before it ran on all sequences."""
         return self.task.dropped(row)
 
     def mark(self, row: int) -> str:
-        """Make the mark of a dropped variant: how many sequences of general text it ran on."""
+        """Return the mark of a dropped variant, the number of sequences of general text that it ran on; empty if not dropped."""
         return f" †{self.general.ran(row)}" if self.dropped(row) else ""
 
     def command(self, variant: EvaluatedVariant) -> list[str]:
-        """Return the command that makes a variant, and its options; the caller adds inputs, output and files.
+        """Return the command that makes a variant, with its options; the caller adds inputs, output and files.
 
-        It is `mitigate` if the variant can be written as an adapter without loss, else `merge`.
+        The command is `mitigate` if the variant can be written as an adapter without loss, else `merge`.
         """
         facts, lam = self.facts, variant.mitigation_lambda
         exact = facts["projected"] or (variant.method in METHODS and METHODS[variant.method].keeps_rank)
@@ -106,7 +106,7 @@ class VariantLosses:
 
 
 def reliable(general: SequenceSums, task: SequenceSums) -> ReliableRecord:
-    """Say which shares divide by a change that is large enough beside its error."""
+    """Return which shares have a denominator that is large relative to its error."""
     gain = task.top1_gain
     return {
         "kept": task.change.divides,

@@ -1,8 +1,8 @@
-"""Read questions with choices, and score them as lm-evaluation-harness scores ``multiple_choice`` (its version 0.4.13).
+"""Read questions with choices, and score them as lm-evaluation-harness 0.4.13 scores ``multiple_choice``.
 
-A choice's log-likelihood is that of its tokens behind the question: both are encoded together, with a space between them; white space at
-the end of the question belongs to the choice. ``acc`` takes the choice with the highest one as the answer, ``acc_norm`` the one with the
-highest for each of its characters. The loss of a text of questions is that of their right choices.
+A choice's log-likelihood is the sum over its tokens after the question. Question and choice are encoded together, with a space between
+them; white space at the end of the question belongs to the choice. For ``acc`` the answer is the choice with the highest log-likelihood,
+for ``acc_norm`` the choice with the highest log-likelihood per character. The loss of a text of questions is the loss of the right choices.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from streamer.measuring.tokenizer import Tokenizer
 from streamer.units import quoted
 
 CONTEXTS = ("question", "prompt")
-"""Keys of what stands before the choices; a line has one of them."""
+"""Keys for the text before the choices; a line has one of them."""
 
 DELIMITER = " "
-"""Stands between a question and a choice."""
+"""Text between a question and a choice."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question: each choice as ids and which of them count, the number of the right one, and the characters of each."""
+    """A question: for each choice its token ids and which of them count, the number of the right choice, and each choice's characters."""
 
     choices: tuple[tuple[NDArray[np.int64], NDArray[np.bool_]], ...]
     right: int
@@ -42,9 +42,9 @@ class Questions:
     Attributes
     ----------
     first
-        Number of the sequence that is the first choice of each question, and behind them the number of sequences: (Q + 1,).
+        Sequence number of each question's first choice, followed by the number of sequences: (Q + 1,).
     right
-        Number of the sequence that is its right choice: (Q,).
+        Sequence number of each question's right choice: (Q,).
     characters
         Characters of each choice: (S,).
     """
@@ -55,7 +55,7 @@ class Questions:
 
     @classmethod
     def of(cls, questions: Iterable[Question]) -> Questions:
-        """Put questions after one another."""
+        """Join questions in order."""
         taken = list(questions)
         first = np.cumsum([0, *(len(q.choices) for q in taken)])
         right = first[:-1] + [q.right for q in taken]
@@ -63,34 +63,34 @@ class Questions:
 
     @property
     def units(self) -> list[range]:
-        """List the numbers of the sequences of each question."""
+        """List the sequence numbers of each question's choices."""
         return [range(i, j) for i, j in zip(self.first[:-1], self.first[1:], strict=True)]
 
     def scored(self, sums: SequenceSums) -> SequenceSums:
-        """Make the sums of each question, those of its right choice, of the sums of each choice; count the right answers."""
+        """Make the sums of each question from the sums of each choice: the right choice's sums, and whether the answers are right."""
         own = SequenceSums(sums.tokens[self.right], *(getattr(sums, name)[:, self.right] for name in MEASURES))
         found = self._answered(sums.loss), self._answered(sums.loss / self.characters)
         acc, acc_norm = (np.where(np.isfinite(own.loss), one, np.nan) for one in found)
         return replace(own, acc=acc, acc_norm=acc_norm)
 
     def _answered(self, losses: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return 1 where the choice of the least loss is the right one, else 0: (V, Q)."""
+        """Return 1 if the choice of least loss is the right one, else 0: (V, Q)."""
         found = np.array([losses[:, unit].argmin(1) + unit[0] for unit in self.units]).T
         return np.asarray(found == self.right, np.float64)
 
     def digest_bytes(self) -> bytes:
-        """Return what distinguishes them from other questions on the same sequences."""
+        """Return bytes that distinguish these questions from others on the same sequences."""
         return b"".join(a.astype("<i8").tobytes() for a in (self.first, self.right, self.characters))
 
 
 def read_question(where: str, tree: dict[str, Any], tokenizer: Tokenizer, length: int) -> Question:
-    """Read a line that has ``choices``.
+    """Read the question in a line with ``choices``.
 
     Raises
     ------
     FormatError
-        If it has no single question, two different choices or more, or an answer that names one of them; or if the question with a choice
-        is longer than `length`, or has no tokens before or in the choice.
+        Unless the line has one question, at least two different choices, and an answer that names one of them; or if a question with its
+        choice is longer than `length`, or if there are no tokens before or in the choice.
     """
     keys = [key for key in CONTEXTS if key in tree]
     if len(keys) != 1:
@@ -122,7 +122,7 @@ def read_question(where: str, tree: dict[str, Any], tokenizer: Tokenizer, length
 
 
 def _right(where: str, choices: list[str], answer: Any) -> int:
-    """Find the right choice: by its number from 0, by its text, or by its letter from A."""
+    """Find the number of the right choice, which the answer gives as a number from 0, as a text, or as a letter from A."""
     found = set()
     if type(answer) is int and 0 <= answer < len(choices):
         found.add(answer)

@@ -1,7 +1,7 @@
-"""Count the divergences of tokens in a fixed histogram of their logarithm, and estimate quantiles from its counts.
+"""Count the divergences of tokens in a fixed logarithmic histogram, and estimate quantiles from its counts.
 
-From `LEAST` nats on, each bin ends at `STEP` times where it begins, whatever the data: counts of passes and processes add up. A divergence
-is taken to be the geometric middle of its bin, which is within 1 % of it; one below `LEAST`, where rounding is larger, is taken to be 0.
+From `LEAST` nats on, each bin ends at `STEP` times its beginning, independent of the data, so that counts of passes and processes add up. A
+divergence is represented by the geometric middle of its bin, within 1 %. Below `LEAST`, rounding dominates, and a divergence counts as 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 LEAST, MOST, STEP = 1e-9, 1e6, 1.02
 
 BINS = 2 + math.floor(math.log(MOST / LEAST) / math.log(STEP))
-"""The first is below `LEAST`, the last holds all from `MOST` on."""
+"""Number of bins; the first is below `LEAST`, the last contains everything from `MOST` on."""
 
 
 class BinsRecord(TypedDict):
@@ -33,12 +33,12 @@ class BinsRecord(TypedDict):
 
 
 def counted_bins(divergences: Floats, counted: NDArray[np.bool_]) -> Floats:
-    """Count divergences (V, …) of tokens in bins: (V, BINS).
+    """Count the tokens' divergences (V, …) in bins: (V, BINS).
 
     Parameters
     ----------
     counted
-        Which tokens count: of the shape of a variant's divergences.
+        Which tokens count, in the shape of one variant's divergences.
     """
     chosen = np.nan_to_num(divergences[:, counted])
     bins = np.floor(np.log(np.clip(chosen, LEAST, MOST) / LEAST) / math.log(STEP)) + (chosen >= LEAST)
@@ -47,12 +47,12 @@ def counted_bins(divergences: Floats, counted: NDArray[np.bool_]) -> Floats:
 
 
 def quantile(bins: Floats, largest: float, share: float) -> float:
-    """Estimate a quantile from the counts of bins (BINS,), linear between the two nearest tokens, as numpy and llama.cpp have it.
+    """Estimate a quantile from the counts of bins (BINS,), linear between the two nearest tokens, as numpy and llama.cpp do.
 
     Parameters
     ----------
     largest
-        The largest divergence, which is known exactly. NaN, as counts that are unknown, gives NaN.
+        The largest divergence, which is known exactly. The result is NaN if this or a count is NaN.
     """
     if math.isnan(largest) or np.isnan(bins).any():
         return math.nan
@@ -73,14 +73,14 @@ def _middle(number: int) -> float:
 
 
 def to_record(bins: Floats) -> BinsRecord:
-    """Write the counts of bins (BINS,) as JSON."""
+    """Convert the counts of bins (BINS,) to JSON."""
     used = np.flatnonzero(bins)
     first, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
     return {"first": first, "counts": [int(n) for n in bins[first:end]]}
 
 
 def from_record(record: BinsRecord | None) -> Floats:
-    """Read what `to_record` wrote; NaN if an earlier version counted none."""
+    """Read the counts that `to_record` made; NaN if the file's version had none."""
     if record is None:
         return np.full(BINS, np.nan)
     before, counts = np.zeros(record["first"]), np.array(record["counts"], np.float64)

@@ -19,28 +19,28 @@ from streamer.storage.strict_json import strict_json
 from streamer.units import listed, quoted
 
 KEYS = ({"text"}, {"prompt", "completion"}, {"messages"}, {"choices"}, {"choices", "prompt"})
-"""Keys that make a line a document, a prompt with a completion, a conversation, or a question; a line has those of one of these."""
+"""Keys that make a line a document, a prompt with a completion, a conversation, or a question; a line has the keys of one kind."""
 
 PROMPT_KEYS = ("tools", "documents", "chat_template_kwargs")
-"""Keys beside ``messages`` by which the chat template would write another prompt."""
+"""Keys beside ``messages`` that would make the chat template write a different prompt."""
 
 Sequence = tuple[NDArray[np.int64], NDArray[np.bool_]]
-"""Ids (t,), and which of them count."""
+"""Token ids (t,), and which of them count (t,)."""
 
 Spans = list[tuple[int, int]]
-"""Characters from, to."""
+"""Ranges of characters: begin, end."""
 
 
 def read_json_lines(path: Path, tokenizer: Tokenizer, sequences: int, length: int) -> Iterator[Sequence | Question]:
-    """Read at most as many lines as are asked for, at even distances, empty ones apart.
+    """Read at most `sequences` nonempty lines, at even distances.
 
-    Keys of a line that are in neither `KEYS` nor `PROMPT_KEYS`, as ``id`` and ``source``, are ignored.
+    Keys in neither `KEYS` nor `PROMPT_KEYS`, such as ``id`` and ``source``, are ignored.
 
     Raises
     ------
     FormatError
-        If a line is not JSON, has the keys of no kind or of two, or what the template would write into the prompt, or no token of it
-        counts.
+        If a line is not JSON, has the keys of no kind or of two kinds, has keys that the chat template would write into the prompt, or has
+        no counted token.
     """
     fd, _ = open_regular(path, "JSON lines")
     with os.fdopen(fd, "rb") as file:
@@ -62,7 +62,7 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Seq
     try:
         tree = strict_json(raw)
     except ValueError as e:
-        raise FormatError(f"{where}: expected a JSON object, found another text: {e}") from e
+        raise FormatError(f"{where}: expected a JSON object, found other text: {e}") from e
     if not isinstance(tree, dict) or (kind := set(tree) & set().union(*KEYS)) not in KEYS:
         found = f"the keys {listed(map(quoted, tree))}" if isinstance(tree, dict) else f"a {type(tree).__name__}"
         raise FormatError(
@@ -78,7 +78,7 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Seq
                 f"{where}: has {listed(map(quoted, given))}, which the chat template is not given; give 'prompt' and 'completion'"
             )
         text, spans = _conversation(where, tree["messages"], tokenizer)
-        start = ()  # the template writes what it begins with
+        start = ()  # the template writes the start tokens itself
     else:
         for key in sorted(kind, reverse=True):
             if not isinstance(tree[key], str):
@@ -87,8 +87,8 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Seq
         spans = [(len(tree["prompt"]) if "prompt" in kind else 0, len(text))]
     ids, offsets = tokenizer.encode(text)
     if tuple(ids[: len(start)]) == start:
-        start = ()  # it is written out
-    # A token that holds characters of both sides, as a space at the end of a prompt and the word behind it, is the answer's.
+        start = ()  # the text contains them
+    # A token with characters of both sides, such as a space that ends the prompt and the next word, belongs to the answer.
     marks = [any(end > first and begin < last for first, last in spans) for begin, end in offsets]
     ids, marks = [*start, *ids][:length], [*(False for _ in start), *marks][:length]
     if not any(marks[1:]):
@@ -101,9 +101,9 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Seq
 
 
 def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str, Spans]:
-    """Write a conversation as the chat template has it, and find the assistant's answers: what follows the prompt for one.
+    """Write a conversation by the chat template, and find the assistant's answers: the text after the prompt for each answer.
 
-    An answer ends with the mark that the template ends it with; line feeds behind that are not counted.
+    An answer includes the template's end mark, but not the line feeds after it.
     """
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
@@ -117,7 +117,7 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
     def rendered(count: int, with_prompt: bool) -> str:
         try:
             return tokenizer.render(messages[:count], with_prompt)
-        except Exception as e:  # a template is a program of the user's, and may raise anything
+        except Exception as e:  # a template is the user's program and may raise anything
             raise FormatError(f"{where}: the chat template refuses it: {quoted(str(e))}") from e
 
     spans: Spans = []
@@ -127,8 +127,8 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
             before, behind = rendered(i, with_prompt=True), rendered(i + 1, with_prompt=False).rstrip("\n")
             if not (behind.startswith(before) and whole.startswith(behind)):
                 raise FormatError(
-                    f"{where}: the chat template writes the beginning of this conversation otherwise when it goes on, so that answer "
-                    f"{len(spans) + 1} is not to be found; give a line for each answer, with the messages up to it"
+                    f"{where}: the chat template writes the beginning of this conversation differently once more messages follow, so that "
+                    f"answer {len(spans) + 1} cannot be found; give one line for each answer, with the messages up to it"
                 )
             spans.append((len(before), len(behind)))
     return whole, spans

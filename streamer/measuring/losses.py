@@ -1,8 +1,7 @@
-"""Measure the losses of all variants on a batch of sequences, from logits that come a block of the vocabulary at a time.
+"""Measure the losses of all variants on a batch of sequences, from logits that arrive one block of the vocabulary at a time.
 
-With z the logits of a token and y the token that follows: ``loss = log Σ exp z − z_y``; against the base's z⁰ and p⁰ = softmax(z⁰),
-``KL(p⁰ ‖ p) = Σ p⁰ (z⁰ − z) − (log Σ exp z⁰ − log Σ exp z)``. Sums over the vocabulary are kept in float64, scaled by the largest logit so
-far.
+For the logits z at a token and the next token y, ``loss = log Σ exp z − z_y``. With the base's z⁰ and p⁰ = softmax(z⁰),
+``KL(p⁰ ‖ p) = Σ p⁰ (z⁰ − z) − (log Σ exp z⁰ − log Σ exp z)``. Sums over the vocabulary are float64 and scaled by the largest logit so far.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from streamer.streaming.model import StreamingModel
 
 
 class _Accumulator:
-    """Sums over the vocabulary for each token: shapes are (variants, sequences, length), the base's first."""
+    """Sums over the vocabulary for each token; shapes are (variants, sequences, length), with the base as the first variant."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self.largest = torch.full(shape, -torch.inf, device=device)
@@ -29,7 +28,7 @@ class _Accumulator:
         self.label = torch.zeros(shape, device=device)
 
     def add(self, z: Tensor, i: int, labels: Tensor) -> None:
-        """Add logits (…, j − i) of the tokens i to j."""
+        """Add the logits (…, j − i) of vocabulary entries i to j."""
         most, at = z.max(-1)
         self.top = torch.where(most > self.largest, at + i, self.top)
         largest = torch.maximum(most, self.largest)
@@ -47,7 +46,7 @@ class _Accumulator:
         self.label = torch.where(here, found, self.label)
 
     def results(self, labels: Tensor) -> dict[str, Tensor]:
-        """Return of each token its loss and KL, whether the likeliest one is the base's, and the text's own, and the change of its p."""
+        """Return for each token the loss, the KL, whether the likeliest token is the base's or the text's own, and the change of p."""
         log_sum = self.largest.double() + self.total.log()
         kl = self.cross / self.total[:1] - (log_sum[:1] - log_sum)
         loss = log_sum - self.label.double()
@@ -57,12 +56,12 @@ class _Accumulator:
 
 
 def measure(model: StreamingModel, text: TextSequences, block: int) -> SequenceSums:
-    """Run one pass over all sequences of a text; they are padded at the end, where no token that counts sees it.
+    """Run one pass over all sequences of a text, padded at their ends, where no counted token attends to the padding.
 
     Parameters
     ----------
     block
-        Tokens of the vocabulary that are computed together.
+        Number of vocabulary entries whose logits are computed together.
     """
     length, device = text.longest, model.job.device
     ids, counted = map(torch.from_numpy, text.padded(length))

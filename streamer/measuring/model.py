@@ -1,4 +1,4 @@
-"""Read texts for a model, and answer what measuring needs to know of it."""
+"""Read texts for a model, and answer questions about it that measuring needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streamer.streaming.model import StreamingModel
 
 
 def is_factored(plan: Plan) -> bool:
-    """Test whether all deltas are the product of LoRA's factors, so that `mitigate` writes an adapter of the same kind."""
+    """Test whether all deltas are products of LoRA factors, so that `mitigate` can write an adapter of the same kind."""
     return not plan.adapter.describes_model and all(target.module.factors for target in plan.targets)
 
 
@@ -26,16 +26,16 @@ def stays_quantized(plan: Plan) -> bool:
 
 
 def refuse_new_tokens(plan: Plan) -> None:
-    """Refuse an adapter that gives the model tokens which the base does not have."""
+    """Refuse an adapter that changes the size of the vocabulary."""
     if plan.edits.vocabulary is not None:
         raise UnsupportedError(
-            f"{plan.adapter.path}: gives the model {plan.edits.vocabulary} tokens, which the base does not have; evaluate and fit "
-            "take adapters that keep the vocabulary"
+            f"{plan.adapter.path}: changes the vocabulary to {plan.edits.vocabulary} tokens; evaluate and fit need an adapter that keeps "
+            "the base's vocabulary"
         )
 
 
 def chooses_keys(model: StreamingModel, texts: Mapping[str, TextSequences]) -> bool:
-    """Test whether the model's config says that attention chooses some of the keys in a sequence of these texts."""
+    """Test whether, according to the model's config, attention selects only some of the keys in a sequence of these texts."""
     keys = model.size.keys
     return keys is not None and any(text.longest > keys for text in texts.values())
 
@@ -43,7 +43,7 @@ def chooses_keys(model: StreamingModel, texts: Mapping[str, TextSequences]) -> b
 def read_texts(
     model: StreamingModel, texts: Mapping[str, Path], sequences: int, length: int, monitor: Monitor, least: int = 2
 ) -> dict[str, TextSequences]:
-    """Read texts with the tokenizer of a model, and warn where two are the same; see `read_text`."""
+    """Read texts with a model's tokenizer, and warn if two are the same; see `read_text`."""
     directory = tokenizer_directory(model.job.plan)
     read = {
         name: read_text(path, directory, sequences=sequences, length=length, least=least,
@@ -52,10 +52,10 @@ def read_texts(
     }  # fmt: skip
     if read[GENERAL].digest() == read[TASK].digest():
         monitor.warn(
-            ("the general and the task's text are the same: what is kept and what is forgotten are then one figure",)
+            ("the general and the task's text are the same: kept and forgetting are then one figure; give two texts",)
         )
     for name, text in read.items():
         same = [one for one in (GENERAL, TASK) if name not in (GENERAL, TASK) and read[one].digest() == text.digest()]
         if same:
-            monitor.warn((f"{name} is the {same[0]} text as well: it shows nothing more",))
+            monitor.warn((f"{name} is the same as the {same[0]} text: it adds no information",))
     return read

@@ -1,4 +1,4 @@
-"""Write a result that is one file, with a journal of its run beside it, and tell whether it stands there or was begun."""
+"""Write a result in one file, with its run's journal beside it, and check whether it exists or was begun."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ class ResultFile:
     Attributes
     ----------
     path
-        Its name.
+        Path of the file.
     one, same, example
-        What it is, for messages, as ``an evaluation`` and ``this very evaluation``, and a name that it might have.
+        Words for messages: its kind, such as ``an evaluation``; this result, such as ``this very evaluation``; and a possible file name.
     plan, run
-        Of the inputs that it is made from, and of the run.
+        Plan of the inputs, and options of the run.
     digest
-        Of all that decides the run, for its journal.
+        Digest of everything that determines the run, for its journal.
     is_whole
-        Tests whether the file at a path is the result, with nothing missing. Raises `StreamerError` if it is no such file, and
-        `OutputExistsError` if it is that of other inputs or options (see `of_others`).
+        Tests whether the file at a path is the complete result. Raises `StreamerError` if the file is of another kind, and
+        `OutputExistsError` if it belongs to other inputs or options (see `of_others`).
     bits
-        What tells inputs apart that differ in rounding alone.
+        Text that distinguishes inputs which differ only in rounding.
     """
 
     path: Path
@@ -77,13 +77,13 @@ class ResultFile:
 
     @property
     def head(self) -> dict[str, Any]:
-        """Make the first record of the journal: what run it is of, what its sums are, and the threads and torch of their bits."""
+        """Make the journal's first record: the run, the names of its sums, and the threads and torch that determine their bits."""
         bits = f"{self.bits} torch {torch.__version__} {' '.join(ARRAYS)}".strip()
         return {"plan": self.digest, "version": __version__, "stamps": self.plan.detection_stamps(),
                 "bits": bits, "threads": torch.get_num_threads()}  # fmt: skip
 
     def check_path(self) -> None:
-        """Refuse a path where no file can be written."""
+        """Refuse a path at which no file can be written."""
         refuse_address(self.path)
         refuse_symlink(self.path)
         if self.path.is_dir():
@@ -93,14 +93,14 @@ class ResultFile:
         check_name(self.path, journal_of(self.path).name + ".0123456789abcdef.partial")
 
     def state(self) -> State:
-        """Check, read-only, whether it stands there, was begun, or is still to be made.
+        """Check, without writing, whether the result exists, was begun, or is still to be made.
 
         Raises
         ------
         OutputExistsError
-            If something else stands there, or a result or an interrupted run of other inputs or options, which `overwrite` replaces.
+            If the path holds something else, or a result or an interrupted run of other inputs or options, which `overwrite` replaces.
         OutputError, InputChangedError
-            If it is an input, or another version or other inputs began it.
+            If the path is an input, or if another version or other inputs began the run.
         """
         if self.path.exists() and not is_placeholder(self.path):
             with naming_inputs(self.plan, [self.path], self.run.overwrite):
@@ -129,9 +129,9 @@ class ResultFile:
 
     @contextlib.contextmanager
     def written(self) -> Iterator[JournalRecords]:
-        """Lock the file, open the journal, give its records, and remove it at the end, by when the caller has written the file.
+        """Lock the file, open the journal and yield its records; the caller writes the file, and then the journal is removed.
 
-        If that raises, the journal stays, unless it is the inputs' fault.
+        If the caller raises, the journal stays, unless the inputs are at fault.
         """
         make_directory(self.path.parent)
         with locked(lock_of(self.path), self.path), contextlib.closing(Journal(journal_of(self.path))) as journal:
@@ -144,16 +144,16 @@ class ResultFile:
             remove_partials(self.path.parent, {self.path.name})
             try:
                 yield JournalRecords(journal, found["threads"])
-            except (InputError, NumericError):  # the same run would end there again: nothing is to be taken up
+            except (InputError, NumericError):  # the same run would fail again, so there is nothing to resume
                 journal.remove()
                 raise
             journal.remove()
         self.run.monitor.told(self.path, "resumed" if resumed else "written")
 
     def left(self) -> None:
-        """Leave a file that stands as it is, with the time of now, and say so; remove what a killed run left beside it."""
+        """Keep a file that is complete, but set its time to now; say so, and remove what a killed run left beside it."""
         monitor = self.run.monitor
-        remove_leftovers(self.path)  # of a run that was killed just after the file got its name
+        remove_leftovers(self.path)  # from a run that was killed just after it renamed the file
         monitor.emit(Event("note", f"{self.path} holds {self.same} already; nothing to do"))
         if fault := touch([self.path]):
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
@@ -161,7 +161,7 @@ class ResultFile:
 
 
 def of_others(path: Path, one: str, differing: Sequence[str] = ()) -> OutputExistsError:
-    """Make the error of a file that holds a result of other inputs or options, with what differs."""
+    """Make the error for a file that holds a result of other inputs or options, with the differences."""
     what = f" ({listed(differing)})" if differing else ""
     return OutputExistsError(
         f"{path}: holds {one} of other inputs or options{what}; choose another output, or pass --overwrite", path
@@ -169,7 +169,7 @@ def of_others(path: Path, one: str, differing: Sequence[str] = ()) -> OutputExis
 
 
 def pack(name: str, arrays: Arrays) -> bytes:
-    """Write arrays as a line of JSON with their shapes, and their bytes, compressed, so that they are read as the same bits."""
+    """Pack arrays as a line of JSON with their shapes, followed by their compressed bytes, so that unpacking restores the same bits."""
     head = {"key": name, "shapes": {array: list(values.shape) for array, values in arrays.items()}}
     return b"\n".join(
         [
@@ -180,7 +180,7 @@ def pack(name: str, arrays: Arrays) -> bytes:
 
 
 def unpack(payload: bytes) -> tuple[str, dict[str, Floats]]:
-    """Read what `pack` wrote."""
+    """Unpack the name and arrays from what `pack` returned."""
     line, _, raw = payload.partition(b"\n")
     head, values, at = json.loads(line), np.frombuffer(zlib.decompress(raw), "<f8").astype(np.float64), 0
     arrays = {}
@@ -192,14 +192,14 @@ def unpack(payload: bytes) -> tuple[str, dict[str, Floats]]:
 
 
 class Records:
-    """Records of this run alone, none of which is asked for twice.
+    """Records of a run without a journal: nothing is kept, because nothing is asked for twice.
 
     Attributes
     ----------
     taken_up
-        Passes that an interrupted run has recorded; their keys begin with a digit.
+        Number of passes that an interrupted run recorded; their keys begin with a digit.
     threads
-        Torch's threads, with which the run began.
+        Number of torch threads with which the run began.
     """
 
     taken_up = 0
@@ -208,15 +208,15 @@ class Records:
         self.threads = torch.get_num_threads()
 
     def find(self, name: str) -> Arrays | None:
-        """Find what an interrupted run recorded under a key."""
+        """Find the arrays that an interrupted run recorded under a key."""
         return None
 
     def add(self, name: str, arrays: Arrays) -> None:
-        """Record what a pass gave."""
+        """Record the results of a pass."""
 
 
 class JournalRecords(Records):
-    """Records that a journal keeps, those of an interrupted run among them; they are read when they are asked for."""
+    """Records in a journal, including an interrupted run's records; each is read only when asked for."""
 
     def __init__(self, journal: Journal, threads: int) -> None:
         self._journal, self.threads = journal, threads
@@ -224,19 +224,19 @@ class JournalRecords(Records):
         self.taken_up = sum(name[0].isdigit() for name in self._at)
 
     def find(self, name: str) -> Arrays | None:
-        """Find what was recorded under a key."""
+        """Find the arrays recorded under a key."""
         at = self._at.get(name)
         return None if at is None else unpack(self._journal[at])[1]
 
     def add(self, name: str, arrays: Arrays) -> None:
-        """Record what a pass gave, durably."""
+        """Record the results of a pass durably."""
         self._at[name] = len(self._journal)
         self._journal.append(pack(name, arrays))
 
 
 @contextlib.contextmanager
 def computing(count: int, monitor: Monitor) -> Iterator[None]:
-    """Compute in full float32 on the threads that a run began with inside the context; say so where torch has others."""
+    """Compute in full float32, with the number of threads with which the run began; emit a note if torch now has another number."""
     if count != torch.get_num_threads():
         monitor.emit(Event("note", f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over"))
     with threads(count), full_float32():

@@ -1,4 +1,4 @@
-"""Hold sequences of tokens, and choose among many."""
+"""Hold sequences of tokens, and choose some of many."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from streamer.measuring.choices import Question, Questions
 from streamer.measuring.statistics import SequenceSums
 
 GENERAL, TASK = "general", "task"
-"""Names of the two texts: one of what the base can do, one of what the adapter was trained for."""
+"""Names of the two texts: what the base can do, and what the adapter was trained for."""
 
 EIGHTHS = (0, 4, 2, 6, 1, 5, 3, 7)
-"""Remainders by 8 of the numbers of a text's units, eighth by eighth. The first one, two or four eighths are spread evenly over the text,
-whose sequences stand in its order."""
+"""Remainders modulo 8 of the unit numbers in each eighth of a text. Units are numbered in the text's order, so the first one, two or four
+eighths are spread evenly over the text."""
 
 ALL = range(len(EIGHTHS))
 """All eighths of a text."""
@@ -26,19 +26,19 @@ ALL = range(len(EIGHTHS))
 
 @dataclass(frozen=True)
 class TextSequences:
-    """Sequences of tokens, and the tokens among them whose losses count.
+    """Sequences of tokens, and which tokens' losses count.
 
     Attributes
     ----------
     ids
         Token ids of each sequence: (t,), t ≥ 2.
     counted
-        Of each sequence (t,): whether the loss of predicting this token, from those before it, counts. The first token of a sequence is
-        predicted from nothing and never counts; at least one does.
+        For each sequence (t,): whether the loss of predicting this token from the tokens before it counts. The first token has nothing
+        before it and never counts; at least one token counts.
     name
-        Name of the file that they were read from.
+        Name of the file from which they were read.
     questions
-        Those whose choices the sequences are; None of other texts.
+        Questions whose choices are these sequences; None for other texts.
     """
 
     ids: tuple[NDArray[np.int64], ...]
@@ -48,36 +48,36 @@ class TextSequences:
 
     @classmethod
     def of(cls, ids: Iterable[NDArray[np.int64]]) -> TextSequences:
-        """Make sequences of which every token counts but the first."""
+        """Make sequences in which every token except the first counts."""
         taken = tuple(ids)
         return cls(taken, tuple(np.arange(len(own)) > 0 for own in taken))
 
     @classmethod
     def of_questions(cls, questions: Sequence[Question], name: str) -> TextSequences:
-        """Make sequences of all choices, of which their own tokens count."""
+        """Make one sequence for each choice, in which the choice's own tokens count."""
         ids, counted = zip(*(choice for question in questions for choice in question.choices), strict=True)
         return cls(ids, counted, name, Questions.of(questions))
 
     def right(self) -> TextSequences:
-        """Return the right choices of questions; other texts as they are."""
+        """Return the right choices if these are questions, else this text unchanged."""
         return self if self.questions is None else self.take(self.questions.right)
 
     def scored(self, sums: SequenceSums) -> SequenceSums:
-        """Make the sums of each question of those of each choice; see `Questions.scored`. Of other texts they stay as they are."""
+        """Turn sums of each choice into sums of each question (see `Questions.scored`); return the sums of other texts unchanged."""
         return sums if self.questions is None else self.questions.scored(sums)
 
     def take(self, rows: Iterable[int]) -> TextSequences:
-        """Take some of the sequences, by number, as those of no questions."""
+        """Take some of the sequences, by number, without their questions."""
         chosen = tuple(rows)
         return TextSequences(tuple(self.ids[i] for i in chosen), tuple(self.counted[i] for i in chosen), self.name)
 
     def padded(self, length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Put all sequences into one batch, with zeros at their ends, where no token that counts sees them.
+        """Put all sequences into one batch, with zeros at their ends, where no counted token attends to them.
 
         Returns
         -------
         ids, counted
-            (sequences, length): tokens, and whether the loss of predicting the token after each of them counts.
+            (sequences, length): tokens, and whether the loss of predicting the next token counts.
         """
         ids = np.zeros((len(self.ids), length), np.int64)
         counted = np.zeros((len(self.ids), length), np.bool_)
@@ -88,7 +88,7 @@ class TextSequences:
 
     @property
     def units(self) -> Sequence[Sequence[int]]:
-        """List the numbers of the sequences that are independent of the others: each alone, or all choices of a question."""
+        """List the independent units as sequence numbers: each sequence alone, or all choices of a question."""
         return [(i,) for i in range(len(self.ids))] if self.questions is None else self.questions.units
 
     @property
@@ -102,7 +102,7 @@ class TextSequences:
         return max(len(ids) for ids in self.ids)
 
     def facts(self) -> dict[str, Any]:
-        """Say what they are, as JSON."""
+        """Describe the sequences as JSON: `TextFacts`."""
         return {
             "name": self.name,
             "sequences": len(self.right().ids),
@@ -113,7 +113,7 @@ class TextSequences:
         }
 
     def digest(self) -> str:
-        """Hash (SHA-256, hex) all sequences: ids, and which of them count."""
+        """Hash (SHA-256, hex) all sequences: the ids, and which of them count."""
         digest = hashlib.sha256()
         for ids, counted in zip(self.ids, self.counted, strict=True):
             digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes() + counted.tobytes())
@@ -122,7 +122,7 @@ class TextSequences:
 
 
 def evenly(count: int, wanted: int) -> list[int]:
-    """Choose at most `wanted` of `count` things at even distances, the first of them among these.
+    """Choose at most `wanted` of `count` things at even distances, including the first.
 
     >>> evenly(10, 4), evenly(3, 4)
     ([0, 2, 5, 7], [0, 1, 2])
@@ -131,7 +131,7 @@ def evenly(count: int, wanted: int) -> list[int]:
 
 
 def of_eighths(count: int, eighths: range) -> list[int]:
-    """List the numbers of a text's units, which are sequences or questions, that some eighths of it hold.
+    """List the numbers of the units, sequences or questions, in some eighths of a text.
 
     >>> of_eighths(17, range(2)), of_eighths(3, range(2))
     ([0, 8, 16, 4, 12], [0])

@@ -1,8 +1,8 @@
 """Read a user's text as sequences of tokens: running text, JSON lines, or token ids.
 
-Of a text that has more than is asked for, sequences are taken at even distances from its beginning to its end. The choice is the same in
-every run; no part of the text counts more than another, as its first chapter or the first source of a sorted collection would; and
-sequences that lie apart depend less on one another, which the standard errors assume.
+If a text has more sequences than requested, they are taken at even distances from its beginning to its end. Thus every run makes the same
+choice, and no part of the text dominates, such as the first chapter or the first source of a sorted collection. Distant sequences also
+depend less on each other; the standard errors assume independence.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from streamer.units import quoted
 SUFFIXES = (".txt", ".jsonl", ".npy")
 
 BYTES_PER_TOKEN = 8
-"""Text that is tokenized at first for each token that is wanted; more is read where this was too little."""
+"""Bytes of text read at first for each token needed; if they are too few, more are read."""
 
 SAMPLES, SAMPLE_BYTES = 256, 4096
-"""Pieces of a file that its digest is of, at even distances, and bytes of each; a file that has no more is taken whole."""
+"""Number of evenly spaced pieces of a file that its digest covers, and bytes of each; a smaller file is covered completely."""
 
 LONGEST_WORD = 100
-"""Bytes in which a sequence looks for the beginning of a word; text without spaces begins at a character."""
+"""Bytes searched for the beginning of a word; in text without spaces, a sequence begins at a character."""
 
 
 def read_text(
@@ -49,40 +49,40 @@ def read_text(
     """Read sequences of tokens from a file.
 
     ``.txt``
-        Running text in UTF-8. A sequence begins at a word and has `length` tokens, those that the tokenizer puts before a text among
-        them; these do not count. Sequences do not overlap; what is left at the end is dropped.
+        Running text in UTF-8. A sequence begins at a word and has `length` tokens, including the tokens that the tokenizer puts before a
+        text, which do not count. Sequences do not overlap; the rest at the end is dropped.
     ``.jsonl``
-        A JSON object on each line, which becomes one sequence of at most `length` tokens, cut at its end: with ``text``, all of whose
-        tokens count; with ``prompt`` and ``completion``, of which those of the completion count; or with ``messages``, of which those of
-        the assistant's answers count; or with ``question`` (or ``prompt``), ``choices`` and ``answer``, which makes a sequence for each
-        choice and is never cut; see `read_question`. Other keys are ignored.
+        One JSON object per line, which becomes one sequence, truncated to `length` tokens. With ``text``, all tokens count; with
+        ``prompt`` and ``completion``, the completion's tokens; with ``messages``, the tokens of the assistant's answers. With ``question``
+        (or ``prompt``), ``choices`` and ``answer``, each choice becomes a sequence that is never truncated; see `read_question`. Other
+        keys are ignored.
     ``.npy``
-        Token ids as they are: (n,), a stream that is cut into sequences of `length`, or (n, t), a sequence in each row, cut at its end.
+        Token ids: (n,), a stream that is cut into sequences of `length`, or (n, t), one sequence per row, truncated to `length`.
 
     Parameters
     ----------
     tokenizer_directory
-        Holds the tokenizer and its chat template; ``.npy`` needs none.
+        Directory of the tokenizer and its chat template; ``.npy`` needs none.
     sequences
-        Sequences that are taken, `least` or more; fewer where the text has no more.
+        Number of sequences to take, at least `least`; a shorter text gives fewer.
     length
-        Tokens of a sequence, at least 2.
+        Tokens per sequence, at least 2.
     least
-        Sequences that running text and a stream are to give, 2 or more.
+        Fewest sequences that running text or a stream must give, at least 2.
     vocabulary
-        Ids must be below it.
+        Size of the vocabulary; all ids must be smaller.
     positions
-        Tokens that a sequence may have at most.
+        Most tokens per sequence that the model permits.
 
     Raises
     ------
     UsageError
-        If the name has another suffix, a sequence is longer than the model's positions, or has room only for what the tokenizer puts
-        before a text.
+        If the name has another suffix, or a sequence exceeds the model's positions or has no room beside the tokens that the tokenizer
+        puts before a text.
     FormatError
-        If the file breaks its format, holds fewer than two sequences or the least, or an id outside of the vocabulary.
+        If the file breaks its format, has fewer than two sequences or than `least`, or has an id outside the vocabulary.
     MissingInputError, MissingPackageError
-        If the file, the tokenizer or transformers is not there.
+        If the file, the tokenizer or transformers is missing.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -114,7 +114,7 @@ def read_text(
 
 
 def sample_digest(path: str | Path) -> str:
-    """Hash (SHA-256, hex) the size of a text's file and a sample of its bytes: it tells files apart, however they are cut."""
+    """Hash (SHA-256, hex) the size of a text's file and a sample of its bytes, which identify it however it is cut into sequences."""
     fd, status = open_regular(Path(path), "text")
     try:
         digest = hashlib.sha256(status.st_size.to_bytes(8, "little"))
@@ -129,7 +129,7 @@ def sample_digest(path: str | Path) -> str:
 
 
 def _check(path: Path, text: TextSequences, vocabulary: int | None, positions: int | None) -> None:
-    """Refuse what errors cannot be estimated of, and what the model cannot take."""
+    """Refuse a text with too few sequences to estimate errors, or with sequences that the model cannot process."""
     if (count := len(text.right().ids)) < 2:
         raise FormatError(
             f"{path}: expected at least 2 sequences, whose difference gives the error, found {count}; give more text"
@@ -173,7 +173,7 @@ def _read_ids(path: Path, sequences: int, length: int, least: int) -> Iterator[N
 
 
 def _check_stream(path: Path, tokens: int, length: int, least: int) -> None:
-    """Refuse a stream of fewer tokens than the least number of sequences has; name the length that does."""
+    """Refuse a stream with too few tokens for the fewest sequences; name a length that would do."""
     if tokens < least * length:
         hint = f"give more text, or --length {tokens // least}" if tokens >= 2 * least else "give more text"
         raise FormatError(
@@ -182,7 +182,7 @@ def _check_stream(path: Path, tokens: int, length: int, least: int) -> None:
 
 
 def _cut_text(path: Path, tokenizer: Tokenizer, sequences: int, length: int, least: int) -> Iterator[NDArray[np.int64]]:
-    """Take sequences from text at even distances in bytes; where it has too few for that, one after another."""
+    """Take sequences from text at even distances in bytes, or one directly after another if the text is too short for that."""
     if length <= len(tokenizer.start):
         raise UsageError(
             f"--length: expected more than the {len(tokenizer.start)} tokens that the tokenizer puts before a text, found {length}"
@@ -205,7 +205,7 @@ def _cut_text(path: Path, tokenizer: Tokenizer, sequences: int, length: int, lea
 
 
 def _next_word(fd: int, at: int) -> int:
-    """Find where the next word begins; where none does soon, the next character."""
+    """Find where the next word begins, or the next character if no word begins within `LONGEST_WORD` bytes."""
     near = read_bytes(fd, LONGEST_WORD, at)
     for i, byte in enumerate(near):
         if bytes([byte]).isspace():
@@ -219,14 +219,14 @@ def _tokenize_from(path: Path, fd: int, at: int, tokenizer: Tokenizer, wanted: i
     Returns
     -------
     ids, size
-        As many tokens as are wanted, fewer where the text ends, and the bytes that they take.
+        The number of tokens wanted, or fewer at the end of the text, and the bytes that they represent.
     """
     room = BYTES_PER_TOKEN * (wanted + LONGEST_WORD)
     while True:
         raw = read_bytes(fd, room, at)
         text = _decode(path, raw, at, whole=len(raw) < room)
         ids, offsets = tokenizer.encode(text.lstrip(" "))
-        # The last word of a part may be cut, and is other tokens then.
+        # The last word of a part may be cut and would then become other tokens.
         if len(raw) < room or len(ids) > wanted + LONGEST_WORD:
             break
         room *= 2
@@ -237,7 +237,7 @@ def _tokenize_from(path: Path, fd: int, at: int, tokenizer: Tokenizer, wanted: i
 
 
 def _decode(path: Path, raw: bytes, at: int, whole: bool) -> str:
-    """Decode UTF-8; of a part that ends within a character, all before it."""
+    """Decode UTF-8; if a part ends within a character, leave that character out."""
     try:
         return raw.decode()
     except UnicodeDecodeError as e:

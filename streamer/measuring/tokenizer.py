@@ -1,4 +1,4 @@
-"""Load the tokenizer of a model, with the offsets of its tokens in the text."""
+"""Load a model's tokenizer, which also reports where each token is in the text."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from streamer.plan.tokenizer import VOCABULARIES, with_tokenizer
 from streamer.streaming.extra import first_line, quiet_transformers, require_transformers
 
 TEMPLATE_TIME = datetime(2024, 7, 26, 12)
-"""Time that a chat template is given where it writes the present one, so that a text is the same tokens on every day; that day is the one
-that Llama 3's templates write where they are given none."""
+"""Time given to chat templates that write the current time, so that a text has the same tokens every day. Llama 3's templates write this
+date if they cannot ask for the current one."""
 
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-"""Call by which a chat template asks transformers for the present time: quote, and format."""
+"""Call by which a chat template asks transformers for the current time; the groups are the quote and the format."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Tokenizer:
     Attributes
     ----------
     directory
-        Where it was read from.
+        Directory from which it was read.
     start
-        The tokens that it puts before a text, as ``<s>``, or ``[gMASK]`` and ``<sop>``; often none.
+        Tokens that it puts before a text, such as ``<s>``, or ``[gMASK]`` and ``<sop>``; often none.
     loaded
-        As transformers loads it.
+        The tokenizer object of transformers.
     """
 
     directory: Path
@@ -42,12 +42,12 @@ class Tokenizer:
     loaded: Any
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Split a text into tokens, none added; special tokens are recognised by their text.
+        """Split a text into tokens without adding any; special tokens in the text are recognised.
 
         Returns
         -------
         ids, offsets
-            Of each token its id, and the characters that it stands for: from, to.
+            Each token's id, and the range of characters (begin, end) that it represents.
         """
         found = self.loaded(
             text,
@@ -60,19 +60,19 @@ class Tokenizer:
         return found["input_ids"], found["offset_mapping"]
 
     def started(self, text: str) -> list[int]:
-        """Split a text into tokens, those before it that the tokenizer puts there unless they are written out."""
+        """Split a text into tokens, and put the tokenizer's start tokens before them unless the text contains them."""
         ids, _ = self.encode(text)
         return ids if tuple(ids[: len(self.start)]) == self.start else [*self.start, *ids]
 
     @property
     def prefix(self) -> int | None:
-        """Return the token that a text is predicted from where nothing precedes it: the one that begins texts, or ends them."""
+        """Return the token from which a text is predicted if nothing precedes it: the begin-of-text token, else the end-of-text token."""
         begin, end = self.loaded.bos_token_id, self.loaded.eos_token_id
         found: int | None = end if begin is None else begin
         return found
 
     def render(self, messages: Sequence[Any], with_prompt: bool) -> str:
-        """Write messages by the chat template, as at `TEMPLATE_TIME`; every fault of either raises an exception of its own."""
+        """Write messages by the chat template, at the time `TEMPLATE_TIME`; a faulty template or message may raise any exception."""
         text: str = self.loaded.apply_chat_template(
             list(messages),
             chat_template=NOW.sub(_at_template_time, self.loaded.get_chat_template()),
@@ -83,17 +83,17 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Test whether it has a chat template."""
+        """Test whether the tokenizer has a chat template."""
         return bool(self.loaded.chat_template)
 
 
 def _at_template_time(call: re.Match[str]) -> str:
-    """Write a call for the present time as the string that it gives at `TEMPLATE_TIME`."""
+    """Replace a call for the current time by the string that it returns at `TEMPLATE_TIME`."""
     return f"{call[1]}{TEMPLATE_TIME.strftime(call[2])}{call[1]}"
 
 
 def tokenizer_directory(plan: Plan) -> Path | None:
-    """Choose the directory whose tokenizer and chat template are used: the adapter's, where a merge would take them, or the base's."""
+    """Choose the directory of the tokenizer and chat template: the adapter's if a merge would use them, else the base's."""
     own = plan.adapter.path
     if plan.adapter.describes_model:
         return own if any((own / name).is_file() for name in VOCABULARIES) else plan.base.directory
@@ -101,19 +101,19 @@ def tokenizer_directory(plan: Plan) -> Path | None:
 
 
 def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
-    """Load the tokenizer in a directory; code that lies there is not run.
+    """Load the tokenizer in a directory, without running code from there.
 
     Parameters
     ----------
     text
-        The file that it is needed for, which messages name.
+        File that needs the tokenizer, named in messages.
 
     Raises
     ------
     MissingInputError, FormatError
-        If there is none, or transformers cannot read it.
+        If there is no tokenizer, or transformers cannot read it.
     UnsupportedError
-        If it does not say where in the text its tokens stand.
+        If it does not report the positions of tokens in the text.
     MissingPackageError
         If transformers is not installed.
     """
@@ -130,7 +130,7 @@ def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
                 directory, local_files_only=True, trust_remote_code=False
             )
             text_a = loaded("a", return_special_tokens_mask=True)
-        except Exception as e:  # of the tokenizers library it may be Exception itself
+        except Exception as e:  # the tokenizers library raises Exception itself
             raise FormatError(f"{directory}: transformers cannot read its tokenizer: {first_line(e)}") from e
     if not loaded.is_fast:
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""Name the models that an evaluation has measured."""
+"""Describe the models that an evaluation measured."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from streamer.methods import METHODS, MethodName
 from streamer.streaming.variants import Variant
 
 BASE_ROW, ADAPTER_ROW = 0, 1
-"""Numbers of the first two variants."""
+"""Row numbers of the first two variants."""
 
 ORDER = (None, *METHODS)
 
 
 @dataclass(frozen=True)
 class EvaluatedVariant:
-    """A model that was evaluated, as `VariantRecord` names it."""
+    """A model that was evaluated; `VariantRecord` explains the attributes."""
 
     name: str
     method: MethodName | None
@@ -24,11 +24,11 @@ class EvaluatedVariant:
 
     @classmethod
     def of(cls, variant: Variant) -> EvaluatedVariant:
-        """Make the entry of a variant that was run."""
+        """Describe a variant that was run."""
         return cls(variant.name, variant.method, variant.mitigation_lambda, variant.keep)
 
     @property
     def order(self) -> tuple[int, float]:
-        """Give the place in a table: the base and the adapter come first, then each method from its mildest variant on."""
+        """Return the sort key for tables: the base and the adapter come first, then each method from its mildest variant on."""
         method = ORDER.index(self.method) if self.method in ORDER else len(ORDER)
         return method, -(self.mitigation_lambda or self.keep or 0.0)

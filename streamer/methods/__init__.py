@@ -1,7 +1,6 @@
-"""Methods of mitigation: what becomes of an adapter's delta. A new method is a file here and an entry in `METHODS`.
+"""Define the mitigation methods, which change an adapter's delta. A new method is a file here and an entry in `METHODS`.
 
-Everything else reads this table: the command line, the library, evaluations, reports and figures. `verification` has a formula of its own
-for each name.
+The command line, the library, evaluations, reports and figures read this table. Only `verification` has its own formula for each name.
 """
 
 from __future__ import annotations
@@ -49,31 +48,31 @@ METHODS: dict[str, type[Method]] = {
 """Methods by name, in the order in which help and tables show them."""
 
 DEFAULT = Paper
-"""The method where none is named and no coefficients are given."""
+"""Method used if none is named and neither coefficients nor a map are given."""
 
 BY_LAMBDA = tuple(method.name for method in METHODS.values() if method.needs is not Needs.COEFFICIENTS)
-"""Names of the methods that take a λ."""
+"""Names of the methods with a λ."""
 
 WITHOUT_FILES = tuple(name for name in BY_LAMBDA if METHODS[name].needs is not Needs.MAP)
-"""Those of them that need no file but findings."""
+"""Names of the methods with a λ that need no file other than findings."""
 
 
 UNCHANGED = Shrink(1.0)
-"""The adapter as it is."""
+"""Method that leaves the adapter unchanged."""
 
 
 def takes_findings(name: str | None) -> bool:
-    """Test whether a method of this name scales intruders; a record's name may be unknown, and None is no method."""
+    """Test whether the method with this name scales intruders; False if the name is unknown, or None."""
     return name in METHODS and METHODS[name].needs is Needs.FINDINGS
 
 
 def takes_coefficients(name: str | None) -> bool:
-    """Test whether a method of this name uses what a fit gave."""
+    """Test whether the method with this name uses the result of a fit."""
     return name in METHODS and METHODS[name].needs is Needs.COEFFICIENTS
 
 
 def takes_map(name: str | None) -> bool:
-    """Test whether a method of this name uses a map of the base's inputs."""
+    """Test whether the method with this name uses a map of the base's inputs."""
     return name in METHODS and METHODS[name].needs is Needs.MAP
 
 
@@ -84,18 +83,18 @@ def make_method(name: str | None, mitigation_lambda: float | None = None, scale:
     Parameters
     ----------
     name
-        None: `DEFAULT`, or the method of the coefficients or the map that are given.
+        By default, the method of the given coefficients or map, else `DEFAULT`.
     mitigation_lambda
-        None: the method's own default.
+        By default, the method's own default.
 
     Raises
     ------
     UsageError
-        If there is no method of this name, or it refuses an option.
+        If no method has this name, or if the method refuses an option.
     """
     if name is None:
         name = (DEFAULT if map is None else NullSpace).name if coefficients is None else coefficients.method
-    if name not in tuple(METHODS):  # what has no hash is no name either
+    if name not in tuple(METHODS):  # a tuple also handles unhashable values
         raise UsageError(f"method: expected one of {', '.join(METHODS)}, found {name!r}")
     method = METHODS[name]
     return method(

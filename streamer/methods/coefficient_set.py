@@ -1,7 +1,7 @@
-"""Hold coefficients in [0, 1], one for each singular direction of each matrix' delta, and apply them.
+"""Hold coefficients in [0, 1], one for each singular direction of each matrix's delta, and apply them.
 
-``Δ = U diag(s) Vᵀ`` is the SVD of the adapter's own delta, and ``Δ' = U diag(c·s) Vᵀ = U diag(c) Uᵀ Δ`` what it becomes: exact at the
-adapter's rank. A dense delta, of an adapter that has no factors, has one coefficient, ``Δ' = c Δ``, and its norm stands for s.
+With the SVD ``Δ = U diag(s) Vᵀ`` of the adapter's delta, ``Δ' = U diag(c·s) Vᵀ = U diag(c) Uᵀ Δ``, which is exact at the adapter's rank. A
+dense delta, from an adapter without factors, has a single coefficient, ``Δ' = c Δ``, and its norm is used as s.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 
 AGREEMENT = 1e-6
-"""Singular values that differ by less, relative to the largest one of the same matrix, are the same to another machine."""
+"""Singular values count as equal if they differ by less than this, relative to the matrix's largest one; machines round differently."""
 
 CLUSTER = 1e-6
-"""Neighbouring singular values that differ by less, relative to the larger one, share a coefficient."""
+"""Neighbouring singular values share a coefficient if they differ by less than this, relative to the larger one."""
 
 NEGLIGIBLE = 1e-7
-"""Directions with singular values below this, relative to the largest one, do nothing, and keep the coefficient 1."""
+"""Directions with singular values below this, relative to the largest one, have no effect and keep the coefficient 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +44,9 @@ class MatrixCoefficients:
     Attributes
     ----------
     singular_values
-        (p,) those of Δ, in falling order; of a dense Δ its Frobenius norm, p = 1.
+        Singular values of Δ in descending order, (p,); for a dense Δ its Frobenius norm, p = 1.
     values
-        (p,) what is left of each direction, in [0, 1].
+        Share of each direction to keep, in [0, 1], (p,).
     """
 
     singular_values: Floats
@@ -62,7 +62,7 @@ class CoefficientSet(FitSet):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) over all values: what they do to a delta, to the last bit."""
+        """Hash all values (SHA-256, hex), which determine the mitigated delta to the last bit."""
         digest = hashlib.sha256()
         for tensor in sorted(self.matrices):
             digest.update(f"{tensor}\n".encode())
@@ -70,16 +70,16 @@ class CoefficientSet(FitSet):
         return digest.hexdigest()
 
     def check(self) -> None:
-        """Refuse what no fit gives, and no file holds.
+        """Refuse values that no fit can produce.
 
         Raises
         ------
         UsageError
-            If a coefficient is NaN or outside of [0, 1], or singular values are not their like.
+            If a coefficient is NaN or outside [0, 1], or if the singular values are invalid.
         """
         for tensor, matrix in self.matrices.items():
             if fault := fault_of(tensor, matrix.singular_values, matrix.values):
-                raise UsageError(f"{self.name}: {fault}; give those of a fit")
+                raise UsageError(f"{self.name}: {fault}; use the coefficients of a fit")
 
     def __repr__(self) -> str:
         values = np.concatenate([np.zeros(0), *(matrix.values for matrix in self.matrices.values())])
@@ -88,7 +88,7 @@ class CoefficientSet(FitSet):
         return f"<CoefficientSet: keep {share_name(self.keep)}, {count}{mean} in {matrices}>"
 
     def fits(self, target: Target) -> bool:
-        """Test whether a matrix has as many directions; a dense delta has one."""
+        """Test whether a matrix has as many directions as there are coefficients; a dense delta has one."""
         matrix = self.matrices.get(target.tensor)
         if matrix is None or not target.module.low_rank:
             return matrix is not None and len(matrix.values) == 1
@@ -96,7 +96,7 @@ class CoefficientSet(FitSet):
         return factors is None or len(matrix.values) == min(factors.rank, *target.module.shape)
 
     def mitigated(self, delta: Delta, tensor: str) -> Delta:
-        """Compute Δ' by the coefficients of a matrix; see `fitted_delta`."""
+        """Compute Δ' with the coefficients of a matrix; see `fitted_delta`."""
         return fitted_delta(delta, self.matrices[tensor], tensor)
 
     def row(self, tensor: str) -> dict[str, Any]:
@@ -105,22 +105,22 @@ class CoefficientSet(FitSet):
 
 
 def fault_of(tensor: str, singular_values: Floats, values: Floats) -> str:
-    """Say what is wrong with singular values (p,) and coefficients (p,) or (K, p) of a matrix; nothing is an empty string."""
+    """Describe what is wrong with a matrix's singular values (p,) and coefficients (p,) or (K, p); return an empty string if nothing is."""
     if singular_values.ndim != 1 or values.shape[-1:] != singular_values.shape:
         return f"{tensor!r} has {list(singular_values.shape)} singular values, and coefficients of shape {list(values.shape)}"
     if not ((values >= 0) & (values <= 1)).all():
-        return f"{tensor!r} has a coefficient that is NaN or outside of [0, 1]"
+        return f"{tensor!r} has a coefficient that is NaN or outside [0, 1]"
     if not (
         np.isfinite(singular_values).all() and (singular_values >= 0).all() and (np.diff(singular_values) <= 0).all()
     ):
-        return f"{tensor!r} has singular values that are not finite and in falling order"
+        return f"{tensor!r} has singular values that are not finite and in descending order"
     return ""
 
 
 def directions(delta: Delta) -> Floats:
-    """Compute the singular values (p,) of the directions that get a coefficient each, in falling order.
+    """Compute the singular values (p,) of the directions that have coefficients, in descending order and float64.
 
-    Those of a delta in factors, p = min(r, m, n), in float64; the Frobenius norm of a dense one, p = 1.
+    For a delta in factors, p = min(r, m, n). For a dense delta, p = 1 and the value is the Frobenius norm.
     """
     if not isinstance(delta, LowRank):
         return np.array([delta.norm()])
@@ -128,10 +128,10 @@ def directions(delta: Delta) -> Floats:
 
 
 def groups(singular_values: Sequence[float] | Floats) -> npt.NDArray[np.int64]:
-    """Number the free coefficients of a matrix, and say which one each direction has: (p,), −1 for none.
+    """Number the free coefficients of a matrix, and return the number for each direction: (p,), −1 for none.
 
-    Within a cluster of singular values no single direction is defined, so that its members share a coefficient; else coefficients would
-    mean other directions on another machine. Directions that do nothing have none, and stay as they are.
+    Within a cluster of equal singular values, single directions are undefined and would differ between machines; therefore the cluster
+    shares a coefficient. Directions without effect have no coefficient and stay unchanged.
 
     >>> groups([3.0, 2.0, 2.0, 1.0, 1e-9]).tolist()
     [0, 1, 1, 2, -1]
@@ -143,7 +143,7 @@ def groups(singular_values: Sequence[float] | Floats) -> npt.NDArray[np.int64]:
 
 
 def fitted_delta(delta: Delta, matrix: MatrixCoefficients, name: str) -> Delta:
-    """Compute ``Δ' = U diag(c) Uᵀ Δ``, or ``c Δ`` of a dense Δ; the delta itself, as it is, where all coefficients are 1.
+    """Compute ``Δ' = U diag(c) Uᵀ Δ``, or ``c Δ`` for a dense Δ; return the given delta if all coefficients are 1.
 
     Parameters
     ----------
@@ -152,17 +152,17 @@ def fitted_delta(delta: Delta, matrix: MatrixCoefficients, name: str) -> Delta:
     matrix
         Coefficients of its directions.
     name
-        The tensor's, for messages.
+        Name of the tensor, for messages.
 
     Returns
     -------
     LowRank or Dense
-        Of factors in float64 and of the same rank, R being that of Δ.
+        Factors are float64, with the rank and the right factor R of Δ.
 
     Raises
     ------
     MismatchError
-        If its singular values are not those that the coefficients were fitted to.
+        If the coefficients were fitted to other singular values.
     """
     if (matrix.values == 1).all():
         return delta
@@ -176,12 +176,12 @@ def fitted_delta(delta: Delta, matrix: MatrixCoefficients, name: str) -> Delta:
 
 
 def check_spectrum(found: Floats, matrix: MatrixCoefficients, name: str) -> None:
-    """Refuse coefficients that were fitted to other singular values than those that are found, (p,), to `AGREEMENT`.
+    """Check that coefficients were fitted to the singular values found here, (p,), within `AGREEMENT`.
 
     Raises
     ------
     MismatchError
-        Which of them differs.
+        If a singular value differs; the message names the direction.
     """
     stated = matrix.singular_values
     if found.shape != stated.shape:
@@ -192,6 +192,6 @@ def check_spectrum(found: Floats, matrix: MatrixCoefficients, name: str) -> None
     if not (off <= AGREEMENT * found.max(initial=0.0)).all():
         i = int(off.argmax())
         raise MismatchError(
-            f"coefficients: direction {i} of {name!r} has a singular value of {found[i]:.9g} here, and had {stated[i]:.9g} where they were "
-            "fitted; they are of another adapter"
+            f"coefficients: direction {i} of {name!r} has a singular value of {found[i]:.9g} here, but had {stated[i]:.9g} in the fit; "
+            "they belong to another adapter"
         )

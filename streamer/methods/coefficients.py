@@ -1,4 +1,4 @@
-"""Hold what a fit gives for each share of the learning that is kept, and what it was fitted to."""
+"""Hold the results of a fit, one for each share of the learning to keep, and the facts of the fit."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from streamer.units import counted, listed
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Coefficients:
-    """Sets of coefficients, one for each share of the learning that is kept, and what they were fitted to.
+    """Sets of coefficients, one for each share of the learning to keep, and the facts of their fit.
 
     Attributes
     ----------
     sets
-        At least one, of different shares, all of the same matrices.
+        At least one set. Sets have different shares and the same matrices.
     facts
-        JSON values: ``base`` and ``adapter``, the inputs' identities, without which coefficients belong to no adapter; options, digests
-        of texts, figures. No paths.
+        JSON values: the identities of ``base`` and ``adapter``, which tie the coefficients to these inputs; options, digests of texts,
+        figures. No paths.
     source
-        The file that they were read from, for messages.
+        File from which they were read, for messages.
     """
 
     sets: tuple[FitSet, ...]
@@ -34,7 +34,7 @@ class Coefficients:
 
     @property
     def name(self) -> str:
-        """Name them in messages: by their file, if they are from one."""
+        """Return the name for messages: the file, or "coefficients"."""
         return "coefficients" if self.source is None else str(self.source)
 
     def __repr__(self) -> str:
@@ -43,16 +43,16 @@ class Coefficients:
 
     @property
     def keeps(self) -> list[float]:
-        """List the shares kept, in the order of the sets."""
+        """List the shares to keep, in the order of the sets."""
         return [one.keep for one in self.sets]
 
     def select(self, keep: float | None = None) -> FitSet:
-        """Select the set that keeps a share, or the only one. A share is what `share_name` prints of it.
+        """Select the set for a share, or the only set. Shares are compared as `share_name` writes them.
 
         Raises
         ------
         UsageError
-            If there is none for that share, or several and none is named.
+            If no set has that share, or if there are several sets and no share is given.
         """
         shares = listed([share_name(one) for one in self.keeps])
         if keep is None:
@@ -64,7 +64,7 @@ class Coefficients:
         found = [one for one in self.sets if share_name(one.keep) == share_name(keep)]
         if not found:
             raise UsageError(
-                f"{self.name}: holds no coefficients that keep {share_name(keep)}; those there are keep {shares}"
+                f"{self.name}: holds no coefficients that keep {share_name(keep)}; the shares in it are {shares}"
             )
         return self._bound(found[0])
 
@@ -72,31 +72,31 @@ class Coefficients:
         return replace(one, facts=self.facts, name=self.name)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write them as a file, a safetensors file; missing directories are made.
+        """Write the coefficients to a safetensors file; make missing directories.
 
         Parameters
         ----------
         path
-            The file. It appears whole, or not at all.
+            Path of the file, which appears complete or not at all.
         overwrite
-            Whether to replace coefficients that stand there; anything else is not replaced, unless it is an empty file.
+            Whether to replace a file of coefficients. Other files are never replaced, except empty ones.
 
         Raises
         ------
         OutputExistsError
-            If something else stands there; it is a `FileExistsError`.
+            If the path holds something that is not replaced; it is a `FileExistsError`.
         OutputError, StorageError
-            If it cannot be written there.
+            If the file cannot be written there.
         """
         save_sets(Path(path), self.sets, self.facts, overwrite)
 
 
 def load_coefficients(path: str | Path) -> Coefficients:
-    """Read a file of coefficients.
+    """Read coefficients from a file.
 
     Raises
     ------
     FormatError
-        If it is another file, or its arrays are not whole, finite and in [0, 1].
+        If the file does not hold coefficients, or if an array is incomplete, not finite, or has coefficients outside [0, 1].
     """
     return Coefficients(*read_sets(Path(path)), Path(path))

@@ -1,8 +1,8 @@
 """Write and read a file of coefficients.
 
-It is one safetensors file. For each `Target.tensor` ``T`` it holds ``T.singular_values`` (p,) and ``T.coefficients`` (K, p), float64, K
-being the number of sets; or, fitted to inputs, ``T.right_factor`` (K, n, r), float32. The metadata's ``streamer.coefficients`` is JSON: the
-schema, the shares that the sets keep, a digest of the arrays, and the facts.
+It is a safetensors file. For each `Target.tensor` ``T`` and K sets, it holds ``T.singular_values`` (p,) and ``T.coefficients`` (K, p),
+float64, or, if fitted to inputs, ``T.right_factor`` (K, n, r), float32. The metadata's ``streamer.coefficients`` is JSON: the schema, the
+shares that the sets keep, a digest of the arrays, and the facts.
 """
 
 from __future__ import annotations
@@ -32,33 +32,33 @@ from streamer.storage.tensor_file import TensorFile
 Array = npt.NDArray[Any]
 
 SCHEMA, OF_FACTORS = "streamer.coefficients/1", "streamer.coefficients/2"
-"""Schemas of files that hold coefficients, and right factors."""
+"""Schemas of files with coefficients, and of files with right factors."""
 
 VALUES, SINGULAR_VALUES, FACTOR = ".coefficients", ".singular_values", ".right_factor"
-"""Ends of the arrays' names."""
+"""Suffixes of the arrays' names."""
 
 DTYPES = {"F64": "<f8", "F32": "<f4"}
 
 OWN = ("schema", "keeps", "sha256")
-"""Keys of the JSON that are the file's; the others are `Coefficients.facts`."""
+"""Keys of the JSON that belong to the file; all others are `Coefficients.facts`."""
 
 
 def save_sets(path: Path, sets: Sequence[FitSet], facts: Mapping[str, Any], overwrite: bool) -> None:
-    """Write sets of coefficients, atomically: the file appears whole, or not at all; missing directories are made.
+    """Write sets of coefficients atomically: the file appears complete or not at all; make missing directories.
 
     Parameters
     ----------
     overwrite
-        Whether coefficients that stand there are replaced; nothing else is, but for an empty file.
+        Whether to replace a file of coefficients. Other files are never replaced, except empty ones.
 
     Raises
     ------
     OutputError
-        If something else stands there, or the path names no file.
+        If the path holds something that is not replaced, or cannot be a file.
     StorageError
         If the system refuses to write.
     UsageError
-        If they are none; see `CoefficientSet.check`.
+        If the coefficients are invalid; see `CoefficientSet.check`.
     """
     for one in sets:
         one.check()
@@ -78,7 +78,7 @@ def save_sets(path: Path, sets: Sequence[FitSet], facts: Mapping[str, Any], over
 
 
 def is_coefficients_file(path: Path) -> bool:
-    """Say whether a file's header states coefficients."""
+    """Test whether a file's header says that it holds coefficients."""
     try:
         return KEY in TensorFile(path).header.metadata
     except (FormatError, OSError):
@@ -86,12 +86,12 @@ def is_coefficients_file(path: Path) -> bool:
 
 
 def read_sets(path: Path) -> tuple[tuple[FitSet, ...], dict[str, Any]]:
-    """Read the sets of a file of coefficients, and its facts.
+    """Read the sets and the facts from a file of coefficients.
 
     Raises
     ------
     FormatError
-        If it is another file, or its arrays are not whole, finite and in [0, 1].
+        If the file does not hold coefficients, or if an array is incomplete, not finite, or has coefficients outside [0, 1].
     """
     if path.is_dir():
         raise FormatError(f"{path}: expected a file of coefficients, found a directory; name the file in it")
@@ -119,9 +119,9 @@ def read_sets(path: Path) -> tuple[tuple[FitSet, ...], dict[str, Any]]:
 
 
 def _kind(file: TensorFile) -> str:
-    """Say what a file is that holds no coefficients, and what to do."""
+    """Describe a file that does not hold coefficients, and what to do about it."""
     if file.header.metadata.get("schema") == FINDINGS_SCHEMA:
-        return "findings; pass those as findings, and make coefficients with `streamer fit`"
+        return "findings; pass them as findings, and make coefficients with `streamer fit`"
     return "another safetensors file; make them with `streamer fit`"
 
 
@@ -140,7 +140,7 @@ def _arrays(sets: Sequence[FitSet]) -> dict[str, Array]:
 
 def _digest(arrays: dict[str, Array]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(arrays):  # programs that copy the file may order it anew
+    for name in sorted(arrays):  # programs that copy the file may change the order
         digest.update(f"{name}{list(arrays[name].shape)}\n".encode())
         digest.update(arrays[name].tobytes())
     return digest.hexdigest()
@@ -167,7 +167,7 @@ def _coefficient_sets(arrays: dict[str, Array], keeps: Sequence[float]) -> tuple
 def _factor_sets(arrays: dict[str, Array], keeps: Sequence[float]) -> tuple[FitSet, ...]:
     for name, array in arrays.items():
         if not name.endswith(FACTOR) or array.dtype != "<f4" or array.ndim != 3 or len(array) != len(keeps):
-            raise ValueError(f"{name!r} is no {len(keeps)} factors in float32")
+            raise ValueError(f"{name!r} does not hold {len(keeps)} factors in float32")
         if not np.isfinite(array).all():
             raise ValueError(f"{name!r} has a value that is NaN or Inf")
     if not arrays:
@@ -197,7 +197,7 @@ def _matrices(arrays: dict[str, Array], sets: int) -> dict[str, tuple[Floats, Fl
 
 
 def _all_differ(keeps: list[float]) -> bool:
-    """Test whether each names one set."""
+    """Test whether each share names one set."""
     return len({share_name(keep) for keep in keeps}) == len(keeps)
 
 

@@ -1,6 +1,6 @@
 """Hold new right factors of an adapter's deltas, fitted to the inputs of its modules.
 
-``Δ = L Rᵀ`` with L (m, r) and R (n, r) becomes ``Δ' = L R'ᵀ``: of a LoRA adapter ``lora_A`` changes, and ``lora_B`` stays.
+``Δ = L Rᵀ`` with L (m, r) and R (n, r) becomes ``Δ' = L R'ᵀ``: in a LoRA adapter, ``lora_A`` changes and ``lora_B`` stays.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FactorSet(FitSet):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) over all values."""
+        """Hash all values (SHA-256, hex)."""
         digest = hashlib.sha256()
         for tensor in sorted(self.matrices):
             digest.update(f"{tensor}\n".encode())
@@ -41,15 +41,15 @@ class FactorSet(FitSet):
         return digest.hexdigest()
 
     def check(self) -> None:
-        """Refuse factors that are no matrices of finite numbers."""
+        """Refuse factors that are not matrices of finite numbers."""
         for tensor, factor in self.matrices.items():
             if factor.ndim != 2 or not bool(torch.isfinite(factor).all()):
                 raise UsageError(
-                    f"{self.name}: the factor of {tensor!r} is no matrix of finite numbers; give those of a fit"
+                    f"{self.name}: the factor of {tensor!r} is not a matrix of finite numbers; use the factors of a fit"
                 )
 
     def fits(self, target: Target) -> bool:
-        """Test whether there is a factor of a matrix, of as many inputs and of its rank."""
+        """Test whether there is a factor for a matrix, with its number of inputs and its rank."""
         factor = self.matrices.get(target.tensor)
         if factor is None or not target.module.low_rank:
             return False
@@ -60,7 +60,7 @@ class FactorSet(FitSet):
         factor = self.matrices[tensor]
         if not isinstance(delta, LowRank) or factor.shape != delta.R.shape:
             raise MismatchError(
-                f"{self.name}: the factor of {tensor!r} is not of this adapter's form; fit it to this adapter"
+                f"{self.name}: the factor of {tensor!r} does not have this adapter's shape; fit it to this adapter"
             )
         return LowRank(delta.L.double(), factor.double())
 

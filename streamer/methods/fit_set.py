@@ -1,4 +1,4 @@
-"""What a fit gives for one share of the learning that is kept, whatever a method makes of it."""
+"""Define the result of a fit for one share of the learning, independent of the method that uses it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class CoefficientsRecord(TypedDict):
-    """The part of a fit that a method uses."""
+    """The set of a fit that a method uses."""
 
     keep: Annotated[float, "Share of the learning that the set was fitted to keep."]
     sha256: Annotated[Sha256, "Digest of the values of all matrices (SHA-256, hexadecimal)."]
@@ -23,20 +23,20 @@ class CoefficientsRecord(TypedDict):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FitSet(ABC):
-    """Values of all matrices for one share of the learning that is kept.
+    """Fitted values of all matrices for one share of the learning.
 
     Attributes
     ----------
     keep
-        The share of what the adapter learned that they were fitted to keep.
+        Share of the learning that the values were fitted to keep.
     matrices
-        By `Target.tensor`.
+        Values of each matrix, by `Target.tensor`.
     facts
-        What they were fitted to; see `Coefficients`, whose `select` puts them here.
+        Inputs and options of the fit; see `Coefficients`, whose `select` sets them.
     name
-        Name them in messages.
+        Name for messages.
     method
-        Name of the method that uses them.
+        Name of the method that uses the values.
     """
 
     keep: float
@@ -48,31 +48,31 @@ class FitSet(ABC):
     @property
     @abstractmethod
     def digest(self) -> str:
-        """SHA-256 (hex) over all values: what they do to a delta, to the last bit."""
+        """Hash all values (SHA-256, hex), which determine the mitigated delta to the last bit."""
 
     @abstractmethod
     def check(self) -> None:
-        """Raise `UsageError` if they are what no fit gives."""
+        """Raise `UsageError` if no fit can produce these values."""
 
     @abstractmethod
     def fits(self, target: Target) -> bool:
-        """Test whether there are values for a matrix, of its form, as far as its adapter's headers tell."""
+        """Test whether there are values for a matrix, with its shape as far as the adapter's headers show it."""
 
     @abstractmethod
     def mitigated(self, delta: Delta, tensor: str) -> Delta:
-        """Compute Δ' of a matrix."""
+        """Compute Δ' of a matrix from its delta."""
 
     def row(self, tensor: str) -> dict[str, Any]:
-        """Say what a record's row of a matrix holds of them."""
+        """Return the values that a record's row of a matrix contains."""
         return {}
 
     def record(self) -> CoefficientsRecord:
-        """Say which they are, as an output has it."""
+        """Identify this set, for the record of an output."""
         return {"keep": self.keep, "sha256": self.digest}
 
 
 def share_name(keep: float) -> str:
-    """Name a share of the learning, in six digits, as tables, variants and commands have it; sets of one file differ in it.
+    """Write a share of the learning with six digits, as in tables, variants and commands; it is unique among the sets of a file.
 
     >>> share_name(0.9), share_name(1 / 3)
     ('0.9', '0.333333')

@@ -1,4 +1,4 @@
-"""Use what a fit gave: a coefficient for each singular direction of the delta, or new right factors."""
+"""Apply the result of a fit: a coefficient for each singular direction of the delta, or new right factors."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ if TYPE_CHECKING:
 
 
 class ByFit(Method):
-    """A method that uses what a fit gave; no λ and no detection."""
+    """A method that applies the result of a fit, without λ and without detection."""
 
     needs: ClassVar[Needs] = Needs.COEFFICIENTS
     keeps_rank: ClassVar[bool] = True
     default_lambda: ClassVar[float | None] = None
 
     def check(self) -> None:
-        """Refuse a λ, and a lack of coefficients, or those of another method."""
+        """Refuse a λ, missing coefficients, and coefficients of another method."""
         if self.coefficients is None:
             raise UsageError(f"method {self.name!r} needs coefficients; make them with `streamer fit`")
         if self.coefficients.method != self.name:
             raise UsageError(
-                f"{self.coefficients.name}: was fitted for method {self.coefficients.method!r}, found {self.name!r}; leave the method out"
+                f"{self.coefficients.name}: was fitted for method {self.coefficients.method!r}, found {self.name!r}; do not name a method"
             )
         if (lam := self.mitigation_lambda) is not None:
             raise UsageError(f"lambda: method {self.name!r} uses coefficients instead, got {lam!r}; leave it out")
 
     @property
     def label(self) -> str:
-        """Name it with the share of the learning that it keeps: ``fitted 0.9``."""
+        """Return the name with the share of the learning to keep: ``fitted 0.9``."""
         assert self.coefficients is not None
         return f"{self.name} {self.coefficients.keep:g}"
 
     def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:
-        """Compute Δ' by what was fitted to this tensor."""
+        """Compute Δ' with the values that were fitted to this tensor."""
         assert self.coefficients is not None
         return self.coefficients.mitigated(delta, tensor)
 

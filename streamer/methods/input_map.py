@@ -1,6 +1,6 @@
-"""Hold what a base's modules are given on general text: leading eigenvectors of the second moments of every input.
+"""Hold the inputs of a base's modules on general text: the leading eigenvectors of each input's second moments.
 
-Modules that have the same inputs, as q, k and v, share an entry. Of one-hot inputs, an embedding's, the frequency of each is held.
+Modules with the same inputs, such as q, k and v, share an entry. For one-hot inputs (of an embedding), the frequency of each is held.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from streamer.storage.identities import difference
 from streamer.units import counted, listed
 
 VECTORS = 16
-"""Vectors that are kept of each input, where no other number is asked for."""
+"""Default number of vectors kept for each input."""
 
 
 class MapRecord(TypedDict):
-    """Which map of a base's inputs was used."""
+    """The map of a base's inputs that was used."""
 
     vectors: Annotated[Count, "Largest number of leading vectors that it keeps for an input."]
     sha256: Annotated[Sha256, "Digest of its arrays (SHA-256, hexadecimal)."]
@@ -41,11 +41,11 @@ class InputMap:
     Attributes
     ----------
     inputs
-        By no order that matters.
+        Entries, in any order.
     facts
-        JSON values: ``base``, its identity; ``texts`` that it was made on; ``vectors`` that are kept at most. No paths.
+        JSON values: ``base``, its identity; ``texts``, from which the map was made; ``vectors``, the most kept for an input. No paths.
     source
-        The file that it was read from, for messages.
+        File from which it was read, for messages.
     """
 
     inputs: tuple[MappedInput, ...]
@@ -54,7 +54,7 @@ class InputMap:
 
     @property
     def name(self) -> str:
-        """Name it in messages: by its file, if it is from one."""
+        """Return the name for messages: the file, or "map"."""
         return "map" if self.source is None else str(self.source)
 
     def __repr__(self) -> str:
@@ -65,22 +65,22 @@ class InputMap:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) over all arrays, their names, and the figures beside them."""
+        """Hash (SHA-256, hex) all arrays, their names, and the figures beside them."""
         return digest_of(self.inputs)
 
     def record(self) -> MapRecord:
-        """Say which it is, as an output has it."""
+        """Identify this map, for the record of an output."""
         return {"vectors": self.facts["vectors"], "sha256": self.digest}
 
     def find(self, tensor: str, size: int) -> MappedInput | None:
-        """Find the inputs of a matrix; None where there are none, or two that cannot be told apart.
+        """Find the inputs of a matrix; None if there are none, or if two entries match.
 
         Parameters
         ----------
         tensor
-            Name of the matrix' tensor in the base, as findings have it.
+            Name of the matrix's tensor in the base, as in findings.
         size
-            Values of an input: the columns of the matrix' delta.
+            Length of an input: the number of columns of the matrix's delta.
         """
         found = [one for one in self._by_name.get(tensor, ()) if one.size == size]
         return found[0] if len(found) == 1 else None
@@ -94,51 +94,53 @@ class InputMap:
         return out
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write it as a file, a safetensors file; missing directories are made.
+        """Write the map to a safetensors file; make missing directories.
 
         Parameters
         ----------
         path
-            The file. It appears whole, or not at all.
+            Path of the file, which appears complete or not at all.
         overwrite
-            Whether to replace a map that stands there; anything else is not replaced, unless it is an empty file.
+            Whether to replace a map. Other files are never replaced, except empty ones.
 
         Raises
         ------
         OutputExistsError
-            If something else stands there; it is a `FileExistsError`.
+            If the path holds something that is not replaced; it is a `FileExistsError`.
         OutputError, StorageError
-            If it cannot be written there.
+            If the file cannot be written there.
         """
         save_inputs(Path(path), self.inputs, self.facts, overwrite)
 
 
 def load_map(path: str | Path) -> InputMap:
-    """Read a map.
+    """Read a map from a file.
 
     Raises
     ------
     FormatError
-        If it is another file, or what it holds is not whole.
+        If the file does not hold a map, or if its contents are incomplete or invalid.
     """
     return InputMap(*read_inputs(Path(path)), Path(path))
 
 
 def add_maps(maps: Sequence[InputMap], vectors: int | None = None) -> InputMap:
-    """Add maps of one base on several texts, each text by its tokens.
+    """Add maps of one base on several texts, weighted by each text's tokens.
 
-    The union of their vectors is cut to so many again. What a text has along vectors that only another's map holds is taken as the mean of
-    its rest.
+    The union of their vectors is truncated to `vectors` again. Along vectors that only another text's map holds, a text's second moment is
+    taken to be the mean of its remainder.
 
     Parameters
     ----------
     vectors
-        That are kept; None: as many as the map that has most.
+        Number of vectors to keep; by default as many as the largest map.
 
     Raises
     ------
     MismatchError
-        If they are of several bases, or of matrices that share inputs in some of them only.
+        If the maps belong to different bases, or if matrices share inputs in some of the maps only.
+    UsageError
+        If a text is in two of the maps.
     """
     first, most = maps[0], vectors or max(one.facts["vectors"] for one in maps)
     found: dict[tuple[str, bool], list[MappedInput]] = {}
@@ -160,7 +162,7 @@ def add_maps(maps: Sequence[InputMap], vectors: int | None = None) -> InputMap:
 
 
 def _sum(same: Sequence[MappedInput], most: int) -> MappedInput:
-    """Add what is known of the same inputs on several texts."""
+    """Add the entries of the same inputs on several texts."""
     first, tokens = same[0], sum(one.tokens for one in same)
     shares, spectra = [one.tokens / tokens for one in same], [one.spectrum for one in same]
     weighted = list(zip(shares, spectra, strict=True))

@@ -1,8 +1,8 @@
 """Write and read a map of a base's inputs.
 
-It is one safetensors file. For each input, called by its first matrix ``T``, it holds ``T.vectors`` (k, n), bfloat16, and
-``T.eigenvalues`` (k,), float64; of one-hot inputs ``T.frequencies`` (n,), float64. The metadata's ``streamer.map`` is JSON: the schema, the
-names, tokens and traces of all inputs, a digest, and the facts.
+It is a safetensors file. For each input, named after its first matrix ``T``, it holds ``T.vectors`` (k, n), bfloat16, and
+``T.eigenvalues`` (k,), float64, or, for one-hot inputs, ``T.frequencies`` (n,), float64. The metadata's ``streamer.map`` is JSON: the
+schema, the names, tokens and traces of all inputs, a digest, and the facts.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from streamer.storage.tensor_file import TensorFile
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
 
 KEY = "streamer.map"
-"""Key in the metadata."""
+"""Key in the file's metadata."""
 
 SCHEMA = "streamer.map/1"
 
 VECTORS, VALUES, FREQUENCIES = ".vectors", ".eigenvalues", ".frequencies"
-"""Ends of the arrays' names."""
+"""Suffixes of the arrays' names."""
 
 OWN = ("schema", "inputs", "sha256")
-"""Keys of the JSON that are the file's; the others are `InputMap.facts`."""
+"""Keys of the JSON that belong to the file; all others are `InputMap.facts`."""
 
 SKEW = 0.05
-"""Products of two different vectors, at most, and differences of their squares from 1: rounding to bfloat16 makes less than a tenth."""
+"""Largest product of two different vectors, and largest difference of a squared length from 1; rounding to bfloat16 causes less than a
+tenth of this."""
 
 
 def save_inputs(path: Path, mapped: Sequence[MappedInput], facts: Mapping[str, Any], overwrite: bool) -> None:
-    """Write a map, atomically; see `InputMap.save`."""
+    """Write a map atomically; see `InputMap.save`."""
     check_replaced(path, overwrite, is_map_file, "a map")
     arrays: dict[str, tuple[str, Tensor]] = {}
     for one in mapped:
@@ -61,7 +62,7 @@ def save_inputs(path: Path, mapped: Sequence[MappedInput], facts: Mapping[str, A
 
 
 def is_map_file(path: Path) -> bool:
-    """Say whether a file's header states a map."""
+    """Test whether a file's header says that it holds a map."""
     try:
         return KEY in TensorFile(path).header.metadata
     except (FormatError, OSError):
@@ -91,7 +92,7 @@ def read_inputs(path: Path) -> tuple[tuple[MappedInput, ...], dict[str, Any]]:
         }
         inputs = tuple(_input(one, arrays) for one in tree["inputs"])
         if arrays or not inputs:
-            raise ValueError("its arrays are not those of its inputs")
+            raise ValueError("its arrays do not match its inputs")
         facts = {key: value for key, value in tree.items() if key not in OWN}
         if not (isinstance(facts["base"], dict) and isinstance(facts["texts"], list) and facts["vectors"] >= 1):
             raise ValueError("base, texts or vectors are of another type")
@@ -107,15 +108,15 @@ def _input(tree: dict[str, Any], arrays: dict[str, Tensor]) -> MappedInput:
     names, trace, tokens = tuple(tree["names"]), tree["trace"], tree["tokens"]
     first = names[0]
     if not (math.isfinite(trace) and trace >= 0 and type(tokens) is int and tokens > 0):
-        raise ValueError(f"{first!r} has a trace or tokens that are no such numbers")
+        raise ValueError(f"{first!r} has an invalid trace or number of tokens")
     values = arrays.pop(first + (FREQUENCIES if tree["one_hot"] else VALUES))
     if values.dtype != torch.float64 or values.ndim != 1 or not bool((values.isfinite() & (values >= 0)).all()):
-        raise ValueError(f"{first!r} has eigenvalues that are no such numbers")
+        raise ValueError(f"{first!r} has invalid eigenvalues")
     if tree["one_hot"]:
         return MappedInput(names, tokens, len(values), float(trace), values, None)
     vectors = arrays.pop(first + VECTORS)
     if vectors.dtype != torch.bfloat16 or vectors.ndim != 2 or not 0 < len(values) == len(vectors) <= vectors.shape[1]:
-        raise ValueError(f"{first!r} has vectors of another form")
+        raise ValueError(f"{first!r} has vectors of another dtype or shape")
     gram = vectors.float() @ vectors.float().T
     if not bool(((gram - torch.eye(len(vectors))).abs() <= SKEW).all()):
         raise ValueError(f"the vectors of {first!r} are not orthonormal")

@@ -1,4 +1,4 @@
-"""Hold what one input of a base's matrices is on general text: leading eigenvectors of its second moments."""
+"""Hold one input of a base's matrices on general text: the leading eigenvectors of its second moments."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from streamer.linalg.null_space import Spectrum
 
 @dataclass(frozen=True, eq=False)
 class MappedInput:
-    """Inputs x (n,) that one matrix of the base is given, or several.
+    """Inputs x (n,) of one or more matrices of the base.
 
     Attributes
     ----------
     names
-        Of these matrices, as `Target.tensor` has them; the first one's is the entry's own.
+        Names of these matrices, as in `Target.tensor`; the entry is named after the first.
     tokens
-        Tokens of the text, over which C is a mean; of an expert's inputs not all of them reached it.
+        Number of tokens over which C is a mean: all tokens of the text, even if only some of them reach an expert.
     size
         n.
     trace
-        Of ``C = Σ x xᵀ / tokens``.
+        Trace of ``C = Σ x xᵀ / tokens``.
     values
-        Leading eigenvalues of C (k,), falling; of one-hot inputs the frequencies (n,). Float64.
+        Leading eigenvalues of C (k,), descending; for one-hot inputs the frequencies (n,). Float64.
     vectors
-        Their eigenvectors (k, n), in bfloat16; None of one-hot inputs.
+        Eigenvectors (k, n), bfloat16; None for one-hot inputs.
     """
 
     names: tuple[str, ...]
@@ -41,12 +41,12 @@ class MappedInput:
 
     @property
     def key(self) -> tuple[str, bool]:
-        """Tell it from others: a tied matrix is an embedding's and the head's."""
+        """Return a unique key; a tied matrix has two entries, one as the embedding and one as the head."""
         return self.names[0], self.vectors is None
 
     @property
     def spectrum(self) -> Spectrum:
-        """Return what is known of C; what rounding took of the vectors' orthonormality is put right."""
+        """Return what is known of C, with the rounded vectors made orthonormal again."""
         if self.vectors is None:
             return Spectrum(self.values)
         others = self.size - len(self.values)
@@ -55,7 +55,7 @@ class MappedInput:
 
 
 def digest_of(inputs: Iterable[MappedInput]) -> str:
-    """SHA-256 (hex) over all arrays, their names, and the figures beside them."""
+    """Hash (SHA-256, hex) all arrays, their names, and the figures beside them."""
     digest = hashlib.sha256()
     for one in sorted(inputs, key=lambda one: one.key):
         digest.update(f"{one.names} {one.tokens} {one.size} {one.trace!r}\n".encode())

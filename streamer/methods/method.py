@@ -1,6 +1,7 @@
-"""What a method of mitigation is: a formula for the mitigated delta, and what it needs.
+"""Define what a mitigation method is: a formula for the mitigated delta, and what it needs.
 
-Notation as in `detection.intruders`: Δ (m, n) is the adapter's delta, and ``U_I Σ_I V_Iᵀ`` the intruders' triplets of ``W0 + Δ``.
+The notation is as in `detection.intruders`: Δ (m, n) is the adapter's delta, and ``U_I Σ_I V_Iᵀ`` are the intruders' singular triplets of
+``W0 + Δ``.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 
 
 MethodName = Literal["paper", "project", "shrink", "fitted", "regmean", "nullspace"]
-"""Names of the methods, for type checkers; `METHODS` has the methods."""
+"""Names of the methods, for type checkers; `METHODS` maps them to classes."""
 
 
 class Needs(Enum):
-    """What a method needs beside the adapter."""
+    """What a method needs in addition to the adapter."""
 
     NOTHING = "nothing"
     FINDINGS = "findings"
@@ -39,34 +40,34 @@ class Needs(Enum):
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A method with its options, which decide the mitigated delta Δ' (given the findings).
+    """A method with its options, which, with the findings, determine the mitigated delta Δ'.
 
     Attributes
     ----------
     mitigation_lambda
-        Share that is kept, of each intruder or of the whole delta: 1 changes nothing, 0 removes it. None for a method without λ.
+        Share to keep, of each intruder or of the whole delta: 1 changes nothing, 0 removes it. None for a method without λ.
     scale
-        ``all`` intruders among the top k, or only the ``first`` (highest-ranked) of each matrix.
+        Which intruders to scale: ``all`` among the top k, or only the ``first`` (highest-ranked) of each matrix.
     coefficients
-        Those of a method that needs them; None for the others.
+        Coefficients, for a method that needs them; else None.
     amplify
-        Allow λ outside [0, 1]: above 1 an intruder grows, below 0 its sign changes.
+        Whether to allow λ outside [0, 1]: above 1 an intruder grows, below 0 its sign changes.
     map
-        That of the base's inputs, for a method that needs it; None for the others.
+        Map of the base's inputs, for a method that needs it; else None.
     name
-        On the command line, in records and in tables.
+        Name on the command line, in records and in tables.
     needs
-        What it needs beside the adapter.
+        What the method needs in addition to the adapter.
     keeps_rank
         Whether Δ' has the rank of Δ, so that the adapter's own factors can hold it.
     keeps_left
-        Whether the left factor stays as it is, so that only ``lora_A`` is written anew.
+        Whether the left factor stays unchanged, so that only ``lora_A`` is rewritten.
     colour, about, card
-        In figures; what it does, in help, and at the head of a model card.
+        Colour in figures; description in help; description at the beginning of a model card.
     changes
-        What it changes of each matrix, for a table; of a method that scales intruders their number stands there.
+        What the method changes in each matrix, for a table; a table shows the number of intruders for methods that scale them.
     default_lambda
-        λ where none is given.
+        λ if none is given.
     """
 
     mitigation_lambda: float | None = None
@@ -101,20 +102,20 @@ class Method(ABC):
     @property
     @abstractmethod
     def label(self) -> str:
-        """Name it with its λ, or with what its coefficients keep, for tables and figures: ``paper 0.75``."""
+        """Return the name with λ, or with the share that the coefficients keep, for tables and figures: ``paper 0.75``."""
 
     @abstractmethod
     def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:
-        """Compute the mitigated delta Δ'; the delta itself, as it is, if nothing changes.
+        """Compute the mitigated delta Δ'; return the given delta object if nothing changes.
 
         Parameters
         ----------
         delta
             Δ, (m, n), in factors or dense.
         detection
-            The findings on this matrix; may be None if they are not needed.
+            Findings for this matrix; None if they are not needed.
         tensor
-            The matrix's name, by which its coefficients are found.
+            Name of the matrix, for looking up its coefficients.
 
         Returns
         -------
@@ -128,12 +129,12 @@ class Method(ABC):
         return self.needs is Needs.FINDINGS and self.mitigation_lambda != 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what decides the mitigated delta, given the findings, as JSON values; digests of plans are made of it."""
+        """Return everything that, with the findings, determines the mitigated delta, as JSON values; plans include it in their digests."""
         tree = self.as_json()
         return {"mitigation_lambda": tree.pop("lambda"), **tree}
 
     def as_json(self) -> dict[str, Any]:
-        """Return the options by the names that are written and printed."""
+        """Return the options under the names used in records and printed JSON."""
         more: dict[str, Any] = {} if self.coefficients is None else {"coefficients": self.coefficients.record()}
         if self.map is not None:
             more["map"] = self.map.record()
@@ -141,10 +142,10 @@ class Method(ABC):
 
 
 class ByLambda(Method):
-    """A method that has a λ."""
+    """A method with a λ."""
 
     def check(self) -> None:
-        """Refuse a λ that is no share, and coefficients."""
+        """Refuse a λ that is not a share, and coefficients."""
         lam = self.mitigation_lambda
         if self.coefficients is not None:
             raise UsageError(
@@ -161,7 +162,7 @@ class ByLambda(Method):
 
     @property
     def label(self) -> str:
-        """Name it with its λ."""
+        """Return the name with λ."""
         return f"{self.name} {self.mitigation_lambda:g}"
 
 
@@ -186,11 +187,11 @@ class Scaling(ByLambda):
 
     @abstractmethod
     def formula(self, delta: Delta, *triplets: Tensor) -> Delta:
-        """Compute Δ' of Δ in float64, and of ``U_I`` (m, q), ``Σ_I`` (q,), ``V_Iᵀ`` (q, n) if the method needs findings."""
+        """Compute Δ' from Δ in float64 and, if the method needs findings, from ``U_I`` (m, q), ``Σ_I`` (q,) and ``V_Iᵀ`` (q, n)."""
 
 
 def _share_meant(lam: object) -> str:
-    """Ask whether a percentage, or a number in a string, was meant as a share; return an empty string if neither is likely."""
+    """Return a question whether a percentage, or a number in a string, was meant as a share; empty if neither is likely."""
     text = str(lam)
     try:
         number = float(text.rstrip("% "))

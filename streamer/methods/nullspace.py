@@ -1,4 +1,4 @@
-"""Take away what the delta answers to general inputs, of which a map of the base holds the leading vectors; see `linalg.null_space`."""
+"""Reduce the delta's response to general inputs, whose leading directions come from a map of the base; see `linalg.null_space`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class NullSpace(ByLambda):
-    """``Δ' = Δ (I + ν C)⁻ᵖ`` with second moments C of general inputs; λ is the share of ``E‖Δ x‖²`` that stays, in each matrix."""
+    """``Δ' = Δ (I + ν C)⁻ᵖ`` with second moments C of general inputs; λ is the share of ``E‖Δ x‖²`` that each matrix keeps."""
 
     name: ClassVar[MethodName] = "nullspace"
     needs: ClassVar[Needs] = Needs.MAP
@@ -31,7 +31,7 @@ class NullSpace(ByLambda):
     changes: ClassVar[str] = "by its energy on general inputs"
 
     def check(self) -> None:
-        """Refuse what is no share."""
+        """Refuse a λ outside [0, 1], and coefficients."""
         super().check()
         lam = self.mitigation_lambda
         assert lam is not None
@@ -41,7 +41,7 @@ class NullSpace(ByLambda):
             )
 
     def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:
-        """Compute Δ'; the delta itself where the map has no inputs of this matrix."""
+        """Compute Δ'; return the given delta if the map has no inputs for this matrix."""
         from streamer.linalg.null_space import reduced
 
         assert self.map is not None

@@ -1,4 +1,4 @@
-"""The paper's method: scale each intruder's singular value, and with it the base's own share of that direction."""
+"""Apply the paper's method: scale each intruder's singular value, including the base's own part of that direction."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Paper(Scaling):
     about: ClassVar[str] = "scale each intruder"
 
     def formula(self, delta: Delta, *triplets: Tensor) -> Delta:
-        """Compute Δ'."""
+        """Compute Δ' from Δ, ``U_I``, ``Σ_I`` and ``V_Iᵀ``."""
         assert self.mitigation_lambda is not None
         U, S, Vh = triplets
         return delta.plus_triplets(U, S, Vh, self.mitigation_lambda - 1)

@@ -1,4 +1,4 @@
-"""Scale what the adapter put into an intruder's direction; the base's own share of it stays."""
+"""Scale the adapter's part of each intruder's direction; the base's part stays."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ class Project(Scaling):
     about: ClassVar[str] = "scale only the adapter's part of each intruder"
 
     def formula(self, delta: Delta, *triplets: Tensor) -> Delta:
-        """Compute Δ'."""
+        """Compute Δ' from Δ and ``U_I``."""
         assert self.mitigation_lambda is not None
         return delta.plus_projection(triplets[0], self.mitigation_lambda - 1)

@@ -1,4 +1,4 @@
-"""Keep what the delta answers to the task's inputs, and take away what it answers to general ones; see `linalg.regmean`."""
+"""Keep the delta's response to the task's inputs, and remove its response to general inputs; see `linalg.regmean`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streamer.methods.method import MethodName
 
 
 class RegMean(ByFit):
-    """``Δ' = Δ C̃_t (C̃_t + μ C_g)⁻¹``, corrected layer by layer: a fit holds the right factors, the left ones stay."""
+    """``Δ' = Δ C̃_t (C̃_t + μ C_g)⁻¹``, corrected layer by layer; a fit holds the new right factors, and the left factors stay."""
 
     name: ClassVar[MethodName] = "regmean"
     keeps_left: ClassVar[bool] = True

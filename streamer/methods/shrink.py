@@ -1,4 +1,4 @@
-"""Scale the whole delta: the baseline that every other method is compared with."""
+"""Scale the whole delta: the baseline for all other methods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Shrink(Scaling):
-    """``Δ' = λ Δ``; no detection."""
+    """``Δ' = λ Δ``, without detection."""
 
     name: ClassVar[MethodName] = "shrink"
     needs: ClassVar[Needs] = Needs.NOTHING
@@ -23,6 +23,6 @@ class Shrink(Scaling):
     card: ClassVar[str] = "The adapter's change to each weight was scaled by λ: 1 keeps it unchanged, 0 removes it.\n"
 
     def formula(self, delta: Delta, *triplets: Tensor) -> Delta:
-        """Compute Δ'."""
+        """Compute Δ' from Δ."""
         assert self.mitigation_lambda is not None
         return delta.scaled(self.mitigation_lambda)

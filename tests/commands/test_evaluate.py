@@ -164,8 +164,8 @@ def test_coefficients_are_variants(server: Server, home: Path, tmp_path: Path) -
     ]
     assert tree["coefficients"] == [one.record() for one in made.sets]
     assert done.err == (
-        "streamer: warning: the task text, task.npy, is one that the coefficients were fitted to: the variants fitted look better on it "
-        "than they are; evaluate on other text\n"
+        "streamer: warning: the task text, task.npy, was used to fit the coefficients: on it, the fitted variants look better than they "
+        "are; evaluate on other text\n"
     )
     assert streamer.load_evaluation(output).to_json(0.01) == output.read_text()
     found = tree["suggestion"]

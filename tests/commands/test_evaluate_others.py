@@ -83,7 +83,7 @@ def test_names_are_those_of_files(server: Server, home: Path, tmp_path: Path) ->
     assert done.code == 2
     assert "--other: expected files of different names, found two named 'some.npy'; rename one" in done.err
     done = evaluate(server, home, tmp_path / "e.json", *SHRINKS, "--other", home / "task.npy")
-    assert "task.npy is the task text as well: it shows nothing more" in done.err
+    assert "task.npy is the same as the task text: it adds no information" in done.err
 
 
 def test_a_file_of_an_earlier_version_is_not_added_to(server: Server, home: Path, tmp_path: Path) -> None:

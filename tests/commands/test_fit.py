@@ -173,7 +173,7 @@ def test_an_evaluation_warns_of_files_that_were_fitted_to_however_they_are_cut(
             home / "base", home / "adapter", **{**others, **texts}, methods=["fitted"], coefficients=output, sequences=7,
             length=6, on_event=lambda event: said.append(event.name) if event.stage == "warning" else None,
         )  # fmt: skip
-        return [" ".join(line.split()[:4]) for line in said if "is one that the coefficients were fitted to" in line]
+        return [" ".join(line.split()[:4]) for line in said if "was used to fit the coefficients" in line]
 
     assert warnings() == []
     assert warnings(general=tmp_path / "copied.npy") == ["the general text, copied.npy,"]

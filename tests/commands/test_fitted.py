@@ -254,11 +254,11 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
         (3, [files / "none.safetensors"], "none.safetensors: no such file"),
         (3, [of_other], f"streamer: {of_other}: coefficients of another base ("),
         (3, [of_tuned], f"streamer: {of_tuned}: coefficients of another adapter (weights_sha256 differ); fit them to"),
-        (3, [with_metadata(file, files / "nan", nan), *keep], "has a coefficient that is NaN or outside of [0, 1]"),
+        (3, [with_metadata(file, files / "nan", nan), *keep], "has a coefficient that is NaN or outside [0, 1]"),
         (3, [with_metadata(file, files / "base", another_base), *keep], "of another base (the content of model-00001-of-"),
         (3, [with_metadata(file, files / "no", nothing), *keep], "do not say which base they were fitted to"),
         (2, [file], f"streamer: --keep: expected one of 0.95, 0.9, the 2 sets of coefficients in {file}; choose one"),
-        (2, [file, "--keep", "0.8"], "holds no coefficients that keep 0.8; those there are keep 0.95, 0.9"),
+        (2, [file, "--keep", "0.8"], "holds no coefficients that keep 0.8; the shares in it are 0.95, 0.9"),
         (2, [file, *keep, "--lambda", "0.5"], "--lambda: method 'fitted' uses coefficients instead, got 0.5; leave it out"),
         (2, [file, *keep, "--lambda", "0.75"], "--lambda: method 'fitted' uses coefficients instead, got 0.75; leave it out"),
         (2, [file, *keep, "--method", "project"], "--coefficients: belong to method 'fitted', found 'project'"),
@@ -283,9 +283,9 @@ def test_what_is_no_coefficient_is_refused_in_memory_too(
     base, adapter, file = inputs
     made = streamer.load_coefficients(file)
     next(iter(made.sets[0].matrices.values())).values[0] = value
-    with pytest.raises(UsageError, match="has a coefficient that is NaN or outside of"):
+    with pytest.raises(UsageError, match="has a coefficient that is NaN or outside"):
         streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", coefficients=made, keep=made.keeps[0])
-    with pytest.raises(UsageError, match="has a coefficient that is NaN or outside of"):
+    with pytest.raises(UsageError, match="has a coefficient that is NaN or outside"):
         made.save(tmp_path / "c.safetensors")
     assert list(tmp_path.iterdir()) == []
 

@@ -190,7 +190,7 @@ def test_what_is_refused_in_a_line(server: Server, home: Path, fitted: Path, tmp
     done = server.run(
         "mitigate", *inputs, "-o", tmp_path / "x", "--coefficients", fitted, "--keep", 0.9, "--method", "fitted"
     )
-    assert (done.code, "was fitted for method 'regmean', found 'fitted'; leave the method out" in done.err) == (2, True)
+    assert (done.code, "was fitted for method 'regmean', found 'fitted'; do not name a method" in done.err) == (2, True)
     found = streamer.detect_intruder_dimensions(*inputs)
     with pytest.raises(
         UsageError,

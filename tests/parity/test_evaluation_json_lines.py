@@ -83,7 +83,7 @@ MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "expected a JSON object, found another text: "),
+        ("{", "expected a JSON object, found other text: "),
         ('{"text": "a", "text": "b"}', "key 'text' appears twice"),
         ('"text"', "one kind alone, found a str"),
         ({"text": "a", "prompt": "b"}, "one kind alone, found the keys 'text', 'prompt'"),
@@ -145,7 +145,7 @@ def test_a_template_that_writes_earlier_answers_otherwise(tmp_path: Path) -> Non
     both = [*MESSAGES, *MESSAGES]
     with pytest.raises(
         FormatError,
-        match="so that answer 1 is not to be found; give a line for each answer, with the messages up to it",
+        match="so that answer 1 cannot be found; give one line for each answer, with the messages up to it",
     ):
         read(lines(tmp_path / "t.jsonl", {"messages": both}))
     assert read(lines(tmp_path / "t.jsonl", {"messages": MESSAGES}, {"messages": MESSAGES})).tokens > 0

@@ -48,7 +48,7 @@ def test_those_of_another_adapter_leave_the_model_as_it_was(made: Made, coeffici
     model = loaded(made)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for act in (live.reduce_intruder_dimension, live.merge_and_unload_with_reduced_intruder_dimensions):
-        with pytest.raises(MismatchError, match="they are of another adapter"):
+        with pytest.raises(MismatchError, match="they belong to another adapter"):
             act(model, coefficients=wrong)
         assert model.state_dict().keys() == before.keys()
         assert_equal(model.state_dict(), before)

@@ -71,9 +71,9 @@ FIRST = "model.layers.0.self_attn.q_proj.weight"
 FAULTS = {
     "another version": ({"schema": "streamer.map/2"}, "expected the schema streamer.map/1"),
     "another value": ({"array": f"{FIRST}.eigenvalues", "by": 1.01}, "differ from their digest"),
-    "NaN": ({"array": f"{FIRST}.eigenvalues", "by": float("nan")}, "eigenvalues that are no such numbers"),
+    "NaN": ({"array": f"{FIRST}.eigenvalues", "by": float("nan")}, "invalid eigenvalues"),
     "longer vectors": ({"array": f"{FIRST}.vectors", "by": 1.5}, "are not orthonormal"),
-    "no inputs": ({"inputs": []}, "arrays are not those of its inputs"),
+    "no inputs": ({"inputs": []}, "arrays do not match its inputs"),
     "another base": ({"base": 3}, "of another type"),
 }
 

@@ -89,7 +89,7 @@ def test_coefficients_of_another_adapter_are_refused(dense: bool) -> None:
     s = directions(delta)
     c = np.full(len(s), 0.5)
     fitted_delta(delta, MatrixCoefficients(s + 5e-7 * s[0], c), "x")
-    with pytest.raises(MismatchError, match=r"coefficients: direction . of 'x' .* they are of another adapter$"):
+    with pytest.raises(MismatchError, match=r"coefficients: direction . of 'x' .* they belong to another adapter$"):
         fitted_delta(delta, MatrixCoefficients(s + 2e-6 * s[0], c), "x")
     with pytest.raises(MismatchError, match=rf"coefficients: has 7 for 'x', whose delta has {len(s)} directions"):
         fitted_delta(delta, MatrixCoefficients(np.ones(7), np.zeros(7)), "x")
@@ -129,7 +129,7 @@ def test_a_set_is_selected_by_what_it_keeps() -> None:
     ):
         made(0.95, 0.9).select()
     with pytest.raises(
-        UsageError, match=r"^coefficients: holds no coefficients that keep 0.8; those there are keep 0.9$"
+        UsageError, match=r"^coefficients: holds no coefficients that keep 0.8; the shares in it are 0.9$"
     ):
         made(0.9).select(0.8)
 
@@ -189,7 +189,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"a.weight.coefficients": np.array([[np.nan, 1.0]])}, {}, "'a.weight' has a coefficient that is NaN or outside"),
     ({"a.weight.coefficients": np.array([[1.5, 1.0]])}, {}, r"'a.weight' has a coefficient that is NaN or outside"),
     ({"a.weight.coefficients": np.array([[0.5]])}, {}, r"'a.weight' has \[2\] singular values, and coefficients of shape \[1, 1\]"),
-    ({"a.weight.singular_values": np.array([2.0, 3.0])}, {}, "not finite and in falling order"),
+    ({"a.weight.singular_values": np.array([2.0, 3.0])}, {}, "not finite and in descending order"),
     ({"a.weight.singular_values": None}, {}, "lacks 'a.weight.singular_values'"),
     ({"b.weight.coefficients": np.zeros((1, 1), np.float32)}, {}, "'b.weight.coefficients' is F32, not F64"),
     ({"other": np.zeros(1)}, {}, "not pairs of singular values and coefficients"),
@@ -221,7 +221,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     ):
         load_coefficients(path)
     save_file({"x": np.zeros(3)}, path, {"schema": "streamer.findings/1"})
-    with pytest.raises(FormatError, match=r"found findings; pass those as findings"):
+    with pytest.raises(FormatError, match=r"found findings; pass them as findings"):
         load_coefficients(path)
     with pytest.raises(FormatError, match=r"found a directory; name the file in it"):
         load_coefficients(tmp_path)

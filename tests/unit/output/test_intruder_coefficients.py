@@ -64,5 +64,5 @@ def test_where_nothing_is_there_is_no_mean() -> None:
 
 def test_coefficients_of_another_delta_are_refused() -> None:
     _, delta = problem(30, 20)
-    with pytest.raises(MismatchError, match="they are of another adapter"):
+    with pytest.raises(MismatchError, match="they belong to another adapter"):
         matrix_means(delta, MatrixCoefficients(directions(delta) * 2, np.ones(4)), torch.eye(30)[:, :1], "x")
