@@ -100,7 +100,7 @@ class AdapterConfig:
     def _finite(self, scaling: float, module: str) -> float:
         if not math.isfinite(scaling) or scaling == 0:
             raise FormatError(
-                f"{self.path}: module {module!r}: its alpha gives a scale of {scaling!r}; expected a finite number, not 0"
+                f"{self.path}: module {module!r}: its alpha gives a scale of {scaling!r}, expected a finite number other than 0"
             )
         return scaling
 

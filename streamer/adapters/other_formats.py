@@ -50,7 +50,7 @@ def refuse_other_formats(path: Path) -> None:
             continue
         if (found := _format(names)) is not None:
             raise UnsupportedError(
-                f"{file}: refused: a LoRA in the format of {found.title}, and only PEFT's is read; {found.instead}"
+                f"{file}: refused: a LoRA in the format of {found.title}; only PEFT's format is supported; {found.instead}"
             )
 
 

@@ -209,7 +209,8 @@ def _form(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:
     dimensions = len(a.shape)
     if len(b.shape) != dimensions or not 2 <= dimensions <= 5 or len(by_name) != 1:
         raise FormatError(
-            f"{where}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} are not of one layer; save the adapter again"
+            f"{where}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} belong to different layers; "
+            "save the adapter again"
         )
     if dimensions == 2:
         return "embedding" if by_name == {"embedding"} else "linear"

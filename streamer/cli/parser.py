@@ -116,7 +116,7 @@ def build_parser() -> Parser:
                         "are slower and decisions that need a full SVD stay open; a matrix that does not fit is refused "
                         "(default: no limit)")  # fmt: skip
     add_device(g)
-    add_threads(g, "; beside other work a detection uses fewer threads if it measures that they are faster")
+    add_threads(g, "; if other processes run, detection uses fewer threads when it measures that they are faster")
 
     def writing(metavar: str, text: str) -> Parser:
         parent = Parser(add_help=False)

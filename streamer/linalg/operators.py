@@ -258,7 +258,7 @@ class Sum:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n)."""
+        """Return (m, n)."""
         return self.base.shape
 
     @property

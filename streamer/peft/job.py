@@ -58,7 +58,7 @@ def _named_in_memory(live: LivePlan, coefficients: FitSet) -> FitSet:
     if lacking or len(coefficients.matrices) != len(names):
         known = next(iter(coefficients.matrices), "none")
         raise MismatchError(
-            f"{coefficients.name}: coefficients are of {len(coefficients.matrices)} matrices, {known!r} first, and the adapter has "
+            f"{coefficients.name}: coefficients cover {len(coefficients.matrices)} matrices, {known!r} first, but the adapter has "
             f"{len(names)}, {next(iter(names.values()))!r} first; fit them to this adapter, or load the base from the directory that they "
             "were fitted on, so that its names are known"
         )
@@ -80,7 +80,7 @@ def _map_in_memory(live: LivePlan, inputs: InputMap, monitor: Monitor) -> InputM
     here = live.files_identity
     if here is None:
         raise UnsupportedError(
-            f"{inputs.name}: is of a base's files, and it is unknown from which files this model was loaded; load it from their directory"
+            f"{inputs.name}: is a map of a base's files, but the files of this model are unknown; load the model from their directory"
         )
     theirs = {key: value for key, value in inputs.facts["base"].items() if key != "architecture"}
     if theirs != here:

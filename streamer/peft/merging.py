@@ -97,7 +97,7 @@ def _changed(live: LivePlan) -> Iterator[Output]:
     if refused := [n for n in plan.by_weight if n in plan.weights.quantized_names and not plan.weights.requantizes(n)]:
         raise UnsupportedError(
             f"{plan.base.path}: {len(refused)} of the weights to merge into are quantized, {refused[0]!r} first "
-            f"({plan.weights[refused[0]].label}), and merged weights do not fit their codes; load the base without quantization, or merge "
+            f"({plan.weights[refused[0]].label}), and cannot hold merged values; load the base without quantization, or merge "
             "its files with `streamer merge --dequantize`"
         )
     outputs = [output for outputs in plan_merged(plan).files.values() for output in outputs]
@@ -109,7 +109,7 @@ def _changed(live: LivePlan) -> Iterator[Output]:
             continue
         if saved and not isinstance(output.recipe, AddBias):
             raise UnsupportedError(
-                f"{plan.adapter.path}: saves {output.name!r} and changes it besides, which is not supported in memory; merge its files "
+                f"{plan.adapter.path}: saves {output.name!r} and also changes it, which is not supported in memory; merge its files "
                 "with `streamer merge`"
             )
         yield output
@@ -120,7 +120,7 @@ def _checked(live: LivePlan, outputs: list[Output]) -> list[Output]:
     for output in outputs:
         tensor = live.tensors.get(output.name)
         if tensor is None or tensor.on_disk:
-            why = "is offloaded to the disk, which is not written to" if tensor else "is no parameter of the model"
+            why = "is offloaded to the disk, which is not written to" if tensor else "is not a parameter of the model"
             raise UnsupportedError(
                 f"{live.plan.base.path}: {output.name!r} {why}; load the model without disk in its device_map, or merge its files with "
                 "`streamer merge`"

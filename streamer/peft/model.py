@@ -138,17 +138,19 @@ def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
     configs = getattr(model, "peft_config", None)
     if not isinstance(model, nn.Module) or not isinstance(configs, dict) or not configs:
         raise UsageError(
-            f"peft_model: expected a model with adapters of PEFT, found {type(model).__name__}; load one with PeftModel.from_pretrained"
+            f"peft_model: expected a model with PEFT adapters, found {type(model).__name__}; load one with PeftModel.from_pretrained"
         )
     if isinstance(model, peft.PeftMixedModel):
         raise UnsupportedError("peft_model: a PeftMixedModel, whose adapters are of several kinds, is not supported")
     if adapter_name not in configs:
-        raise UsageError(f"adapter {adapter_name!r}: the model has none of this name, but {listed(map(repr, configs))}")
+        raise UsageError(
+            f"adapter {adapter_name!r}: the model has none of this name; it has {listed(map(repr, configs))}"
+        )
     base = _uncompiled(model.get_base_model() if isinstance(model, peft.PeftModel) else model)
     merged = next((n for n, m in base.named_modules() if isinstance(m, BaseTunerLayer) and m.merged), None)
     if merged is not None:
         raise UnsupportedError(
-            f"{merged}: an adapter is merged into its weight, so that the base's values are not there; call unmerge_adapter() first"
+            f"{merged}: an adapter is merged into its weight, so the base's values are not available; call unmerge_adapter() first"
         )
     return LiveModel(model, base, adapter_name)
 

@@ -76,7 +76,7 @@ def reduce_intruder_dimension(
         live = plan_live(peft_model, old_adapter_name, settings.ignore_keys)
         if new_adapter_name in live.live.configs:
             raise UsageError(
-                f"adapter {new_adapter_name!r}: the model has one of this name; choose another, or delete_adapter it"
+                f"adapter {new_adapter_name!r}: the model has one of this name; choose another, or call delete_adapter"
             )
         _refuse_dense(live)
         job, found = live_job(live, method, judged, options.get("findings"), device, monitor)
@@ -100,7 +100,7 @@ def _check_name(name: str) -> None:
         nn.ModuleDict().add_module(name, None)
     except (KeyError, TypeError):
         raise UsageError(
-            f"new_adapter_name: expected a name without dots that is no attribute of a torch module, found {name!r}"
+            f"new_adapter_name: expected a name without dots that is not an attribute of a torch module, found {name!r}"
         ) from None
 
 
@@ -109,7 +109,7 @@ def _refuse_dense(live: LivePlan) -> None:
     if dense:
         raise UnsupportedError(
             f"{live.plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
-            "adapter; merge_and_unload_with_reduced_intruder_dimensions puts it into the base, and of files `streamer mitigate "
+            "adapter; merge_and_unload_with_reduced_intruder_dimensions merges it into the base, and for files `streamer mitigate "
             "--to-lora RANK` writes it as a LoRA adapter"
         )
 

@@ -94,7 +94,9 @@ def parse_address(text: str) -> HubName | Url | None:
         if scheme in ("http", "https") or scheme in SCHEMES:
             return Url(text, _without_secrets(text))
         known = ", ".join(f"{name}://" for name in ("hf", "https", "s3", "gs", "az"))
-        raise UsageError(f"{_without_secrets(text)}: expected a path, a name on the hub, or an address of {known}")
+        raise UsageError(
+            f"{_without_secrets(text)}: expected a path, a name on the hub, or an address that begins with one of {known}"
+        )
     named = _HUB_NAME.fullmatch(text)
     if named is None or Path(text).parts[0] in (".", "..") or Path(Path(text).parts[0]).exists():
         return None

@@ -87,7 +87,7 @@ def list_hub(name: HubName) -> HubFiles:
             str(sibling.rfilename): sibling.size or 0 for sibling in info.siblings or ()
         }  # a mirror may not state sizes
     if not re.fullmatch("[0-9a-f]{7,64}", str(info.sha)):
-        raise InputError(f"{name.shown}: the hub states no commit, which tells its versions apart; check HF_ENDPOINT")
+        raise InputError(f"{name.shown}: the hub states no commit, which would identify its version; check HF_ENDPOINT")
     commit, found = str(info.sha), HubFiles(name, str(info.sha), [], [])
     if found.file:
         if name.inside not in listed:
@@ -145,7 +145,7 @@ def snapshot(files: HubFiles, names: list[str], monitor: Monitor) -> Path:
             root = path.parents[one.count("/")]
             if root.name != files.commit:
                 raise InputChangedError(
-                    f"{name.shown}: has another commit than a moment ago; run the same command again"
+                    f"{name.shown}: changed to another commit a moment ago; run the same command again"
                 )
     monitor.emit(Event("download", "", len(names), len(names), len(names), len(names)))
     assert root is not None
@@ -209,7 +209,7 @@ def _said(name: HubName) -> Iterator[None]:
         ) from e
     except errors.RepositoryNotFoundError as e:
         raise MissingInputError(
-            f"{shown}: no such path, and the hub has no model {name.repo}, or only for those who may see it; check it, or log in with "
+            f"{shown}: no such path, and the hub has no model {name.repo}, or it is private; check the name, or log in with "
             "`hf auth login`", shown,
         ) from e  # fmt: skip
     except errors.RevisionNotFoundError as e:

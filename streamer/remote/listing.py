@@ -84,7 +84,7 @@ def check_small(shown: str, size: int) -> None:
     """Refuse a file too large for one without weights, because it would always be downloaded."""
     if size > MAX_INDEX_BYTES:
         most, found = format_sizes(MAX_INDEX_BYTES, size)
-        raise InputError(f"{shown}: expected {most} at most of such a file, found {found}; check the address")
+        raise InputError(f"{shown}: expected at most {most} for such a file, found {found}; check the address")
 
 
 def _is_safe(name: str) -> bool:

@@ -130,7 +130,7 @@ def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:
             return True
     if not _is_report(path.suffix.lower(), head):
         raise OutputExistsError(
-            f"{path}: exists and is not a report, which is all that is replaced; choose another output", path
+            f"{path}: exists and is not a report; only reports are replaced; choose another output", path
         )
     if not overwrite:
         raise OutputExistsError(f"{path}: holds another report; choose another output, or pass --overwrite", path)
@@ -143,7 +143,7 @@ def _stale(directory: Path, files: Mapping[str, bytes], overwrite: bool) -> list
     stale = [old for old in named if old.name not in files and old.is_file() and _is_report(old.suffix, _head(old))]
     if stale and not overwrite:
         raise OutputExistsError(
-            f"{stale[0]}: is of another report, and this one has no such figure; choose another output, or pass --overwrite to remove it",
+            f"{stale[0]}: belongs to another report, and this one lacks it; choose another output, or pass --overwrite to remove it",
             stale[0],
         )
     return stale

@@ -116,13 +116,13 @@ def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subj
         record = read_record(path)
         if isinstance(record, str):
             raise FormatError(
-                f"{path / RECORD_NAME}: {record}; `streamer verify` says more, and its command writes it again"
+                f"{path / RECORD_NAME}: {record}; `streamer verify` gives details; the output's command writes it again"
             )
         return Subject(None, record=record)
     if found := _findings_in(path):
         if evaluation is not None:
             raise UsageError(
-                f"{path}: holds findings on {counted(len(found), 'adapter')}, and an evaluation is of one; name its findings, such as "
+                f"{path}: holds findings on {counted(len(found), 'adapter')}, but an evaluation covers one; name its findings, such as "
                 f"{found[0]}"
             )
         return Collection({one.stem: make_subject(load_findings(one), where=one).found for one in found})

@@ -226,8 +226,8 @@ class _Reader(Reader):
         batch, count = self.owner.batch, self.owner.batch.variants
         if not self.owner.embeds or ids.ndim != 2 or ids.shape[0] not in (1, batch.rows):
             raise UnsupportedError(
-                f"{self.tensor.name!r}, which the adapter changes, is looked up by {list(ids.shape)} numbers for {batch.rows} sequences of "
-                f"{batch.length} tokens; evaluate and fit do not support this model"
+                f"{self.tensor.name!r}, which the adapter changes, is looked up with indices {list(ids.shape)} for {batch.rows} sequences "
+                f"of {batch.length} tokens; evaluate and fit do not support this model"
             )
         batch.on_read(self.tensor)
         ids = ids.expand(batch.rows, -1).view(count, batch.sequences, -1)

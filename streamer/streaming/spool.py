@@ -92,7 +92,7 @@ class Spool:
                     done = read_at(self._fd, data, at)
                 if not done:
                     raise StorageError(
-                        f"{self.directory}: a temporary file ends before what was written to it; run the same command again"
+                        f"{self.directory}: a temporary file is shorter than what was written to it; run the same command again"
                     )
                 at, data = at + done, data[done:]
             out.append(tensor.to(device))

@@ -77,7 +77,7 @@ class Recomputation:
         """
         tensor, edits, source = row["tensor"], self.carried.get(row["tensor"], []), None
         if edits and (len(edits) > 1 or edits[0].role not in ("saved", "tied")):
-            raise NotRecomputed("the adapter replaces rows of it besides its factors")
+            raise NotRecomputed("the adapter also replaces rows of it")
         if edits:
             source = (self.base if edits[0].role == "tied" else self.adapter.files), edits[0].source
         W0, delta, rank = self.adapter.delta(tensor, row["module"], bool(row.get("transposed")), self.base, source)

@@ -145,7 +145,7 @@ class MergedTensors:
             # All zeros with one entry for each token of a resized vocabulary, or a copy of a tensor tied to it.
             stale = any((n,) in resized for n in shape) and not any(any(piece) for piece in self.base.pieces(name))
             if not stale and not any(same_bytes(self.base, name, self.base, other) for other in mine):
-                self._differ(name, "the base's tensor, which is no copy of another", "none")
+                self._differ(name, "the base's tensor, which is not a copy of another", "none")
             return
         if self._is_decoded(name):
             raise NotRecomputed("it belongs to quantized values")

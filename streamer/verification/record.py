@@ -143,7 +143,7 @@ def check_record(record: dict[str, Any], outcome: Outcome) -> None:
         identity = {k: v for k, v in record[key].items() if k not in (*IN_SHORT, "address", "base_model_name_or_path")}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         if record[key].get("digest") != digest:
-            outcome.misrecorded(f"{key}.digest {digest}, of what it says of it", repr(record[key].get("digest")))
+            outcome.misrecorded(f"{key}.digest {digest}, the digest of its entry", repr(record[key].get("digest")))
 
 
 def _check_method(record: dict[str, Any], outcome: Outcome) -> None:
@@ -175,7 +175,7 @@ def _check_coefficients(record: dict[str, Any], outcome: Outcome) -> None:
         digest.update(f"{row['tensor']}\n".encode() + np.array(values, "<f8").tobytes())
     found = (record.get("coefficients") or {}).get("sha256")
     if found != digest.hexdigest():
-        outcome.misrecorded(f"coefficients.sha256 {digest.hexdigest()}, of those of its matrices", repr(found))
+        outcome.misrecorded(f"coefficients.sha256 {digest.hexdigest()}, of its matrices' values", repr(found))
 
 
 def shards(record: dict[str, Any]) -> list[str]:

@@ -86,7 +86,7 @@ def test_a_directory_in_a_repository(served: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "code", "words"),
     [
-        ("owner/none", 3, "no such path, and the hub has no model owner/none, or only for those who may see it"),
+        ("owner/none", 3, "no such path, and the hub has no model owner/none, or it is private"),
         ("owner/base@v9", 3, "the hub has no revision 'v9' of it"),
         ("owner/base/nothing", 3, "expected a model or an adapter in safetensors, found neither"),
     ],
@@ -106,7 +106,7 @@ def test_a_small_file_that_is_large_is_not_downloaded(served: Path, tmp_path: Pa
     with serving(root, HubHandler) as site:
         done = hub_run(site, tmp_path, "detect", "owner/base", str(served / "owner" / "adapter"))
     assert (done.code, done.err.count("\n")) == (3, 1), done
-    assert f"owner/base/{name}: expected 200.0 MB at most of such a file, found " in done.err
+    assert f"owner/base/{name}: expected at most 200.0 MB for such a file, found " in done.err
     assert not any(request.path.endswith(name) for request in site.requests)
 
 

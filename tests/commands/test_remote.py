@@ -159,7 +159,7 @@ def test_a_server_that_has_every_name_is_refused(served: Path, tmp_path: Path) -
         ("model.safetensors.index.json", b'{"weight_map": {"a": "../x"}}', "weight_map names '../x': expected a plain"),
         ("config.json", b"<html>", "expected JSON, found something else ("),
         ("tokenizer.json", b"{", "expected JSON, found something else ("),
-        ("README.md", None, "expected 200.0 MB at most of such a file, found "),
+        ("README.md", None, "expected at most 200.0 MB for such a file, found "),
     ],
 )
 def test_small_files_that_are_none(served: Path, tmp_path: Path, name: str, data: bytes | None, words: str) -> None:

@@ -130,7 +130,7 @@ def test_refusals(files: Path, inputs: Inputs, tmp_path: Path) -> None:
         (
             ("report", files, e),
             2,
-            f"{files}: holds findings on 2 adapters, and an evaluation is of one; name its findings, such as ",
+            f"{files}: holds findings on 2 adapters, but an evaluation covers one; name its findings, such as ",
         ),
         (
             ("report", files, "-o", tmp_path / "figures"),

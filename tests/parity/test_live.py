@@ -288,11 +288,11 @@ def test_shrink_needs_no_findings(made: Made) -> None:
 
 def test_what_is_refused_leaves_the_model_as_it_was(made: Made) -> None:
     model = loaded(made)
-    with pytest.raises(UsageError, match="the model has none of this name, but 'default'"):
+    with pytest.raises(UsageError, match="the model has none of this name; it has 'default'"):
         live.detect_intruder_dimensions(model, "other")
     with pytest.raises(UsageError, match="the model has one of this name"):
         live.reduce_intruder_dimension(model, new_adapter_name="default")
-    with pytest.raises(UsageError, match="expected a model with adapters of PEFT, found LlamaForCausalLM"):
+    with pytest.raises(UsageError, match="expected a model with PEFT adapters, found LlamaForCausalLM"):
         live.detect_intruder_dimensions(LlamaForCausalLM(llama_config()))
     model.merge_adapter()
     with pytest.raises(UnsupportedError, match="call unmerge_adapter"):

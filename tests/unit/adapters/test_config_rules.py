@@ -60,7 +60,7 @@ def test_scale(tmp_path: Path, config: dict, rank: int, scale: float) -> None:
             "expected rank 8 by the config, found 4 rows in lora_A; config and weights belong to different adapters",
         ),
         ({"rank_pattern": {"q_proj": 2}}, MismatchError, "expected rank 2 by the config, found 4 rows"),
-        ({"alpha": 0}, FormatError, "its alpha gives a scale of 0.0; expected a finite number, not 0"),
+        ({"alpha": 0}, FormatError, "its alpha gives a scale of 0.0, expected a finite number other than 0"),
         (
             {"alpha": "8"},
             FormatError,

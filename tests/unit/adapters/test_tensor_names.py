@@ -151,9 +151,9 @@ def test_forms(
             UnsupportedError,
             "is not a convolution of kernel size 1",
         ),
-        ({"lora_A.weight": (4, 5, 3), "lora_B.weight": (6, 4)}, FormatError, "are not of one layer"),
-        ({"lora_embedding_A": (4, 5), "lora_B.weight": (6, 4)}, FormatError, "are not of one layer"),
-        ({"lora_A.weight": (4,), "lora_B.weight": (6,)}, FormatError, "are not of one layer"),
+        ({"lora_A.weight": (4, 5, 3), "lora_B.weight": (6, 4)}, FormatError, "belong to different layers"),
+        ({"lora_embedding_A": (4, 5), "lora_B.weight": (6, 4)}, FormatError, "belong to different layers"),
+        ({"lora_A.weight": (4,), "lora_B.weight": (6,)}, FormatError, "belong to different layers"),
     ],
 )
 def test_factors_of_no_form(tmp_path: Path, tensors: dict, error: type, words: str) -> None:
@@ -172,7 +172,10 @@ def test_factors_of_no_form(tmp_path: Path, tensors: dict, error: type, words: s
             {"x.lora_A.weight": (4, 5), "x.lora_B.weight": (6, 3)},
             "lora_B [6, 3] and lora_A [4, 5] do not multiply; save",
         ),
-        ({"x.lora_A.weight": (0, 5), "x.lora_B.weight": (6, 0)}, "lora_B [6, 0] and lora_A [0, 5] do not multiply"),
+        (
+            {"x.lora_A.weight": (0, 5), "x.lora_B.weight": (6, 0)},
+            "lora_B [6, 0] and lora_A [0, 5] do not multiply",
+        ),
         ({"x.lora_A.weight": (4, 0), "x.lora_B.weight": (6, 4)}, "do not multiply"),
         (
             {"x.lora_A.weight": (4, 5), "x.lora_B.weight": (6, 4), "x.lora_A.second.weight": (4, 5)},

@@ -49,7 +49,7 @@ def test_what_is_no_report_is_never_replaced(findings: Findings, tmp_path: Path,
     path = tmp_path / "r.html"
     path.write_bytes(content)
     for overwrite in (False, True):
-        with pytest.raises(OutputExistsError, match="exists and is not a report, which is all that is replaced"):
+        with pytest.raises(OutputExistsError, match="exists and is not a report; only reports are replaced"):
             write_files(make_subject(findings), path, overwrite)
     assert path.read_bytes() == content
     path.write_bytes(b"")  # made beforehand, as mktemp does
@@ -189,9 +189,7 @@ def test_figures_that_a_report_has_not_are_removed_with_the_old_ones(
         (tmp_path / "f" / name).write_bytes(data)
     (tmp_path / "f" / "notes.svg").write_text("mine")
     before = tree_digest(tmp_path)
-    with pytest.raises(
-        OutputExistsError, match=r"tradeoff\.svg: is of another report, and this one has no such figure;"
-    ):
+    with pytest.raises(OutputExistsError, match=r"tradeoff\.svg: belongs to another report, and this one lacks it;"):
         write_files(few, tmp_path / "f")
     assert tree_digest(tmp_path) == before
     assert write_files(few, tmp_path / "f", overwrite=True).state == "written"

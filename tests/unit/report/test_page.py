@@ -219,7 +219,7 @@ def test_the_record_of_an_output(pair: tuple[Path, Path], findings: Findings, tm
         open_subject(tmp_path / "out", tmp_path / "evaluation.json")
     record = tmp_path / "out" / "streamer.json"
     record.write_text(record.read_text().replace('"method"', '"mehtod"'))
-    with pytest.raises(FormatError, match="`streamer verify` says more"):
+    with pytest.raises(FormatError, match="`streamer verify` gives details"):
         open_subject(tmp_path / "out")
 
 
