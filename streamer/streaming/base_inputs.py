@@ -75,7 +75,7 @@ class _BaseReader(CollectingReader[BaseMatrix]):
         }  # fmt: skip
 
     def matrices(self, held: TensorSlice, crossed: bool) -> Iterable[BaseMatrix]:
-        """Return the matrix, which is the same on both sides."""
+        """Return the slice's matrix."""
         own = _name(held)
         expert = (self._experts[held],) if held in self._experts else ()
         return [BaseMatrix(own, tuple(dict.fromkeys((own, *expert, *self._ties.get(own, ())))))]

@@ -87,7 +87,7 @@ class Values:
         return tensor.adapted if self.adapted(variant) else tensor.base
 
     def edited(self, tensor: RunTimeTensor) -> bool:
-        """Test whether the adapter changes a tensor in other ways than by deltas, which is the same in all variants but the base."""
+        """Test whether the adapter changes a tensor other than by deltas; such changes affect all variants but the base."""
         edits = self.plan.edits
         names = {*edits.sources, *edits.shifts, *edits.rows}
         return bool(names & tensor.weights) or tensor.base != tensor.adapted
