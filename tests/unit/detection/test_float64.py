@@ -60,7 +60,7 @@ def product(A: torch.Tensor, B: torch.Tensor, scaling: float) -> np.ndarray:
     return scaling * (B.double().numpy() @ A.double().numpy())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("distance", [1e-3, 1e-4, 1e-5, 2e-6, 1e-7, 0.0])
 def test_a_similarity_near_epsilon_is_settled(
@@ -204,6 +204,7 @@ def leaning(home: Path, shape: tuple[int, int], outlier: float, lean: float) -> 
     return make_plan(home, W0, A, B), float(exact)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("shape", "outlier"), [((2600, 2300), 4000.0), ((2300, 2600), 30000.0)])
 def test_products_in_float64_settle_what_hangs_on_rounding_alone(
     tmp_path: Path, shape: tuple[int, int], outlier: float

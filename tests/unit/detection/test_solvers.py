@@ -80,7 +80,7 @@ def test_same_seed_same_bits_another_seed_the_same_decisions(shape: tuple[int, i
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [2.0**-140, 2.0**-120, 2.0**-100, 2.0**100, 2.0**120])
+@pytest.mark.parametrize("size", [2.0**-140, 2.0**-100, 2.0**120])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_size_does_not_matter(name: str, size: float, dtype: torch.dtype) -> None:
     """2⁻¹⁴⁰ makes float32 subnormal: the power of two that would undo it overflows."""
@@ -207,7 +207,7 @@ def test_what_only_the_dense_solver_could_settle_stays_open_where_there_is_no_ro
 
 
 @pytest.mark.parametrize("shape", [(500, 300), (300, 500)])
-@pytest.mark.parametrize("k", [1, 10, 60])
+@pytest.mark.parametrize("k", [1, pytest.param(10, marks=pytest.mark.long), 60])
 def test_without_room_for_it_no_path_forms_the_matrix(shape: tuple[int, int], k: int) -> None:
     """Stored as it is used, and the other way round, as Conv1D does; a base of zeros; a base without rank."""
     base, delta = problem(*shape)

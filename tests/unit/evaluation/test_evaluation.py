@@ -20,8 +20,10 @@ from streamer.measuring.statistics import SINCE
 from streamer.measuring.variants import EvaluatedVariant
 
 
-@pytest.mark.parametrize("options", [{}, {"learns": 0.0}, {"forgets": 0.0}, {"learns": -0.4}])
-@pytest.mark.parametrize("keep", [0.9, 0.7])
+@pytest.mark.parametrize(
+    ("options", "keep"),
+    [({}, 0.9), ({}, 0.7), ({"learns": 0.0}, 0.9), ({"forgets": 0.0}, 0.7), ({"learns": -0.4}, 0.9)],
+)
 def test_it_is_as_its_schema_says_and_is_read_again(options: dict[str, float], keep: float) -> None:
     e = evaluation(**options)
     tree = e.to_dict(keep)

@@ -35,6 +35,7 @@ FALSE_ALARMS = 3 * norm.sf(2)
 """Probability, at most, that two differences of zero are told: that the one is two errors above, the other one is, or both are below."""
 
 
+@pytest.mark.long
 def test_what_is_uncertain_about_the_share_kept_is_in_the_error() -> None:
     """A method on the shrink's own curve is told apart from it about as seldom as two errors permit."""
     told, values, errors, trials = 0, [], [], 600

@@ -116,7 +116,7 @@ def test_rounding_enters_the_christoffel_bound() -> None:
     assert float(bounds[-1].mean()) > 1.1 * float(bounds[0].mean())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.long)])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_intervals_hold_the_similarity_at_every_step(shape: tuple[int, int], spectrum: str, dtype: torch.dtype) -> None:
@@ -163,6 +163,7 @@ def bulk() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return U, V, torch.linspace(2, 1, 1024, dtype=torch.float64)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("times", "form"), [(10, "square"), (300, "transposed"), (30000, "transposed")])
 def test_an_outlier_does_not_hide_the_bulk(bulk: tuple[torch.Tensor, ...], times: float, form: str) -> None:
     """On the Gram matrix, without a term for rounding, the bound was 0.08 at 30,000 times the bulk where 0.61 is true."""

@@ -102,6 +102,7 @@ def figures(findings: Findings) -> Figures:
     return Figures(few, evaluation, draw_figures(make_subject(few, evaluation)))
 
 
+@pytest.mark.long
 def test_figures_as_svg_and_png(figures: Figures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few, evaluation, again = figures
     streamer.write_report(few, tmp_path / "f", evaluation=evaluation)
