@@ -25,7 +25,7 @@ from streamer.streaming.variants import ADAPTER, BASE, Variant
 MOST_PLACED = 4
 """Most shrinks measured in order to place one; one or two are usual."""
 
-SURVIVING = 3
+SURVIVING = 5
 """After each round, one in this many variants is expected to go on."""
 
 
@@ -163,7 +163,7 @@ def next_request(wanted: Wanted, known: Evaluation | None, alive: Sequence[Varia
         racing = -(-racing // SURVIVING)
         if own.start >= max(request.eighths.stop, reached) and (always or racing):
             later.append((1 + always + racing + (shrinks and ahead), own))
-    later += [(2, ALL)] * (shrinks and placed < 2)
+    later += [(2, range(len(ALL) // 2))] * (shrinks and placed < 2)  # which is asked for at any time, or not at all
     return Request(request.variants, request.eighths, tuple(later))
 
 

@@ -8,22 +8,19 @@ from functools import cache
 import numpy as np
 
 from streamer.fitting.algorithm import Answer, Gradient, HeldOut, Request, Slope, fit_steps
+from streamer.fitting.groups import divided, group_costs
 from streamer.fitting.options import CORRECTIONS, WEIGHTS, FitOptions
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.result import SHRINKS
-from streamer.measuring.memory import parts
 from streamer.measuring.passes import answered
 from streamer.measuring.progress import pass_cost
-from streamer.measuring.sequences import TASK
+from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import SequenceSums
+from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED
 
 GRADIENT = 3
 """Passes over the base's weights for a gradient: forward, and from the last layer to the first forward once more and back. The first of
 a chunk takes one more, of the model that is compared with."""
-
-
-RUNS_CORRECTED = 2
-"""Runs of a layer that correcting it takes: up to each of its inputs, and to its end."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Costs:
 def gradient_costs(prepared: PreparedFit, text: str) -> list[int]:
     """Count those of each chunk of a gradient on a text."""
     fitted = prepared.texts[text].fitted
-    return [pass_cost(prepared.model.size, fitted.take(rows), GRADIENT) for rows in prepared.chunks[text]]
+    return [pass_cost(prepared.model.size, fitted.take(rows), GRADIENT, GRADIENT) for rows in prepared.chunks[text]]
 
 
 def pass_costs(prepared: PreparedFit, variants: int) -> list[int]:
@@ -72,18 +69,13 @@ def expected_costs(prepared: PreparedFit) -> Costs:
 
 def _costs_of_inputs(prepared: PreparedFit) -> Costs:
     """Count one pass that collects inputs, those that measure shrinks, the grid of weights, and each share twice, and its corrections."""
-    size = prepared.model.size
-    before = [
-        pass_cost(size, text.fitted.take(rows), 1)
-        for text in prepared.texts.values()
-        for rows in parts(text.fitted, range(len(text.fitted.ids)), prepared.rows_of_inputs, size.short, True)
-    ]
     shares = len(prepared.options.keep)
     measured = [2 + len(SHRINKS) + len(prepared.scaling), 1 + len(WEIGHTS), *[1 + shares] * 2]
     measured += [2] * (CORRECTIONS + 1) * shares
-    collected = [*before]
-    for _ in range(CORRECTIONS * shares):
-        collected += [*before, *(RUNS_CORRECTED * cost for cost in before)]
+    before = {GENERAL_AS: GENERAL, TASK_AS: TASK}
+    again = {**before, GENERAL_CORRECTED: GENERAL, TASK_CORRECTED: TASK}
+    once, corrected = (group_costs(prepared, divided(prepared, streams)) for streams in (before, again))
+    collected = once + CORRECTIONS * shares * corrected
     return Costs(collected, [cost for count in measured for cost in pass_costs(prepared, count)], max(measured))
 
 

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from streamer.fitting.costs import RUNS_CORRECTED
+from streamer.fitting.memory import columns_of_inputs
+from streamer.fitting.options import WEIGHTS
 from streamer.fitting.prepare import PreparedFit
+from streamer.linalg.conjugate_gradients import sketch_size
+from streamer.linalg.regmean import is_direct
 from streamer.measuring.memory import parts
 from streamer.measuring.progress import RunProgress, pass_cost
 from streamer.measuring.sequences import TextSequences
 from streamer.streaming.streams import GENERAL_CORRECTED, TASK_CORRECTED, Group
+
+RUNS_CORRECTED = 2
+"""Runs of a layer that correcting it takes: up to each of its inputs, and to its end."""
+
+STEPS = 150
+"""Steps of conjugate gradients that solving by products takes, about."""
+
+EXACT = 5
+"""Multiplications in float32 that take as long as one in float64 of moments and their factors, at most."""
+
+CORRECTED = GENERAL_CORRECTED, TASK_CORRECTED
+
+Divided = tuple[TextSequences, int]
+"""Sequences that run together, and as what: one of `streams`."""
 
 LENGTHS = 32
 """Lengths that the sequences of a text have at most as inputs are collected: a group of each length runs in a thread."""
@@ -25,25 +42,52 @@ def of_few_lengths(text: TextSequences) -> TextSequences:
     return TextSequences(cut, tuple(c[:n] for c, n in zip(text.counted, sizes, strict=True)), text.name)
 
 
-def groups_of(prepared: PreparedFit, progress: RunProgress, streams: Mapping[int, str]) -> list[Group]:
+def divided(prepared: PreparedFit, streams: Mapping[int, str]) -> list[Divided]:
     """Divide the texts that run, by what they run as, into groups of one length."""
-    size, divided = prepared.model.size, list[tuple[TextSequences, int]]()
+    found: list[Divided] = []
     for stream, name in streams.items():
         whole = of_few_lengths(prepared.texts[name].fitted)
-        short = parts(whole, range(len(whole.ids)), prepared.rows_of_inputs, size.short, True)
-        divided += [(whole.take(rows), stream) for rows in short]
-    runs = [_runs(stream) for _, stream in divided]
-    costs = [pass_cost(size, text, times) for (text, _), times in zip(divided, runs, strict=True)]
-    hooks = progress.readings(costs, runs)
-    return [Group(*one, hook) for one, hook in zip(divided, hooks, strict=True)]
+        short = parts(whole, range(len(whole.ids)), prepared.rows_of_inputs, prepared.model.size.short, True)
+        found += [(whole.take(rows), stream) for rows in short]
+    return found
+
+
+def group_costs(prepared: PreparedFit, groups: Sequence[Divided]) -> list[int]:
+    """Count the multiplications of groups that run by turns, and of solving between the layers, of which each has a share by its tokens."""
+    corrects = any(stream in CORRECTED for _, stream in groups)
+    solving = _solving_cost(prepared, 1 if corrects else len(WEIGHTS))
+    tokens = [len(text.ids) * text.longest for text, _ in groups]
+    runs = [_runs(stream) for _, stream in groups]
+    return [
+        pass_cost(prepared.model.size, text, times, times) + solving * own // sum(tokens)
+        for (text, _), times, own in zip(groups, runs, tokens, strict=True)
+    ]
+
+
+def _solving_cost(prepared: PreparedFit, weights: int) -> int:
+    """Count those of solving for so many weights; in float64 one takes as long as up to `EXACT`, where matrices outgrow the caches."""
+    tokens, count = prepared.fitted_tokens, 0
+    for n, columns in columns_of_inputs(prepared.plan):
+        if is_direct(n, prepared.matrices_bytes):
+            count += min(EXACT, max(1, n // 800)) * (tokens * n * n + weights * n**3 // 3)
+        else:
+            count += 2 * tokens * n * (sketch_size(n) + STEPS * columns * weights)
+    return count
+
+
+def groups_of(prepared: PreparedFit, progress: RunProgress, streams: Mapping[int, str]) -> list[Group]:
+    """Make the groups of the texts that run, by what they run as."""
+    groups = divided(prepared, streams)
+    hooks = progress.readings(group_costs(prepared, groups), [_runs(stream) for _, stream in groups])
+    return [Group(*one, hook) for one, hook in zip(groups, hooks, strict=True)]
 
 
 def advance(prepared: PreparedFit, progress: RunProgress, groups: Sequence[Group]) -> None:
     """Take groups as done."""
-    for group in groups:
-        progress.advance(pass_cost(prepared.model.size, group.text, _runs(group.stream)))
+    for cost in group_costs(prepared, [(group.text, group.stream) for group in groups]):
+        progress.advance(cost)
 
 
 def _runs(stream: int) -> int:
     """Count the runs of each layer."""
-    return RUNS_CORRECTED if stream in (GENERAL_CORRECTED, TASK_CORRECTED) else 1
+    return RUNS_CORRECTED if stream in CORRECTED else 1

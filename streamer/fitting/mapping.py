@@ -24,7 +24,7 @@ from streamer.fitting.groups import of_few_lengths
 from streamer.fitting.memory import INPUT_COPIES, ROWS, collecting_bytes, states_bytes
 from streamer.json_types import Count, OutputPath, Sha256, TensorName
 from streamer.json_types import State as Done
-from streamer.linalg.second_moments import MORE, Moments, OneHotMoments, leading_vectors
+from streamer.linalg.second_moments import MORE, ROUNDS, Moments, OneHotMoments, leading_vectors
 from streamer.measuring.memory import parts, rows_within
 from streamer.measuring.progress import RunProgress, pass_cost
 from streamer.measuring.result_file import Records, ResultFile, State, computing, of_others
@@ -134,8 +134,15 @@ class PreparedMap:
         return sum(len(ids) for group in self.groups for ids in group.ids)
 
     def cost(self, group: TextSequences) -> int:
-        """Count the multiplications of a group."""
-        return pass_cost(self.model.size, group, 1)
+        """Count the multiplications of a group, and its share of those for the vectors of each input."""
+        each = sum(min(self.options.vectors + MORE, n) * n for n in self.widths)
+        return pass_cost(self.model.size, group, 1) + 2 * (ROUNDS + 1) * each * len(group.ids) * group.longest
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """List the inputs of each matrix, also where several share them; of one that is no head's the smaller side may be its inputs'."""
+        own = [t for _, _, own in self.model.modules for t in own.values() if len(t.shape) > 1]
+        return [t.shape[-1] for t in own for _ in range(t.shape[0] if t.stacked else 1)]
 
     @property
     def peak_bytes(self) -> int:
@@ -228,10 +235,8 @@ def _made(prepared: PreparedMap, records: Records, directory: Path | None) -> In
     with computing(records.threads, monitor):
         job = prepared.model.job
         model = BaseInputModel(plan, rounds_products=job.rounds_products, directory=directory, device=job.device)
-        groups = [
-            Group(group, GENERAL_AS, progress.reading(cost, 1))
-            for group, cost in zip(prepared.groups, costs, strict=True)
-        ]
+        hooks = progress.readings(costs, [1] * len(costs))
+        groups = [Group(group, GENERAL_AS, hook) for group, hook in zip(prepared.groups, hooks, strict=True)]
         model.collect(groups, complete)
     for cost in costs:
         progress.advance(cost)

@@ -74,6 +74,15 @@ def reading_bytes(plan: Plan) -> int:
 
 def solving_bytes(plan: Plan, memory: int) -> int:
     """Estimate what solving for factors takes between two layers, of which matrices of moments may take so much memory."""
+    most = 0
+    for n, count in columns_of_inputs(plan):
+        by_products = conjugate_gradients.solving_bytes(n, count, len(WEIGHTS))
+        most = max(most, regmean.matrices_bytes(n) if regmean.is_direct(n, memory) else by_products)
+    return most + reading_bytes(plan)
+
+
+def columns_of_inputs(plan: Plan) -> list[tuple[int, int]]:
+    """List how many inputs modules share, and how many columns their right factors have together."""
     columns: dict[tuple[str, str, int], int] = {}
     for target in plan.targets:
         if target.module.form != "embedding":  # which looks rows up
@@ -81,11 +90,7 @@ def solving_bytes(plan: Plan, memory: int) -> int:
             parent, _, name = target.tensor.removesuffix(".weight").rpartition(".")
             key = parent, name.partition("[")[2], target.module.shape[1]
             columns[key] = columns.get(key, 0) + target.module.factor_rank
-    most = 0
-    for (*_, n), count in columns.items():
-        by_products = conjugate_gradients.solving_bytes(n, count, len(WEIGHTS))
-        most = max(most, regmean.matrices_bytes(n) if regmean.is_direct(n, memory) else by_products)
-    return most + reading_bytes(plan)
+    return [(n, count) for (*_, n), count in columns.items()]
 
 
 def plan_chunks(

@@ -11,10 +11,23 @@ from streamer.measuring.sequences import TextSequences
 from streamer.streaming.model import ModelSize
 from streamer.streaming.run_time import RunTimeTensor
 
+READING = 64
+"""Rows whose products with a weight take as long as reading it."""
 
-def pass_cost(size: ModelSize, text: TextSequences, times: int) -> int:
-    """Count the multiplications of running sequences, padded to the longest, so many times: under so many variants, for example."""
-    return sum(size.products.values()) * times * len(text.ids) * text.longest
+CALL = 5_000_000
+"""Multiplications that take as long as what a module's call takes besides, about half a millisecond."""
+
+
+def pass_cost(size: ModelSize, text: TextSequences, times: int, readings: int = 1) -> int:
+    """Count the multiplications of running sequences, padded to the longest, so many times: under so many variants, for example.
+
+    Parameters
+    ----------
+    readings
+        How often each weight is read, which counts as multiplications that take as long.
+    """
+    rows = times * len(text.ids) * text.longest
+    return sum(size.products.values()) * (rows + readings * READING) + readings * CALL * len(size.products)
 
 
 class RunProgress:
