@@ -158,7 +158,7 @@ def inputs_passes(
         points, _ = run._solved(model, spool)
         run._correct(model, spool, points[3], points[3].weight)
 
-    return [solve_and_correct], prepared._inputs_bytes(prepared.rows_of_inputs)
+    return [solve_and_correct], prepared._inputs_bytes(prepared.rows_of_inputs, prepared.matrices_bytes)
 
 
 def profile(request: dict[str, Any]) -> dict[str, Any]:
