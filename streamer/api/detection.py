@@ -13,7 +13,7 @@ from streamer.api.keywords import DetectKeywords, explained, watched
 from streamer.api.options import Adapters, Judged, Settings, SeveralAdapters, given_workers, take
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
 from streamer.detection.findings import Findings
-from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.parts import Part
 from streamer.detection.run import detect_in_memory, detect_to_files, inspect_detections
 from streamer.detection.workers import shared
@@ -95,7 +95,7 @@ class _Opened:
     output: Path | None
     paths: Sequence[Path]
     options: DetectionOptions
-    run: RunOptions
+    run: Run
     resident: int
 
     def detected(self) -> list[Findings]:

@@ -12,7 +12,7 @@ from streamer.adapters.stated import LoraBLayout, Stated
 from streamer.api.keywords import read_size
 from streamer.detection.device import choose_device
 from streamer.detection.findings import Findings
-from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.selection import Selection
 from streamer.errors import UsageError
 from streamer.events import Monitor
@@ -67,15 +67,15 @@ class Settings:
         """Return what finds inputs, which may be addresses; `peek` if only their headers will be read."""
         return Remote(self.remote, peek, monitor)
 
-    def run_options(self, monitor: Monitor, workers: Workers | None = None) -> RunOptions:
+    def run_options(self, monitor: Monitor, workers: Workers | None = None) -> Run:
         """Resolve the devices, and put a run's options and who watches it together.
 
         ``auto`` runs models on the CPU: they have not been run on a GPU.
         """
         device = choose_device(self.device)
         models = CPU if self.device == "auto" else device
-        return RunOptions(
-            device, self.io, self.stated, self.architecture, self.resume, self.overwrite, monitor, workers, models
+        return Run(
+            device, self.io, self.stated, self.architecture, self.resume, self.overwrite, models, monitor, workers
         )
 
 

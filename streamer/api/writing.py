@@ -14,7 +14,7 @@ from streamer.api.inputs import Inputs
 from streamer.api.keywords import IterateKeywords, MergeKeywords, ReduceKeywords, explained, watched
 from streamer.api.options import Adapters, Judged, MethodChoice, Settings, SeveralAdapters, given_workers, take
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
-from streamer.detection.options import RunOptions
+from streamer.detection.options import Run
 from streamer.events import Monitor
 from streamer.forecast.forecast import forecast_output, on_workers, shared_by_merges, together
 from streamer.methods.method import Method
@@ -90,7 +90,7 @@ class OutputRequest:
 
     def _opened(
         self, monitor: Monitor, workers: Workers | None = None, peek: bool = False
-    ) -> tuple[One | Several, list[Writer], RunOptions]:
+    ) -> tuple[One | Several, list[Writer], Run]:
         base, adapters = self.inputs.located(self.settings.located(monitor, peek))
         run, given = self.settings.run_options(monitor, workers), load_given(self.findings, adapters)
         detection = self.judged.options(self.settings.memory, given[0])

@@ -78,8 +78,8 @@ class DetectionOptions:
 class RunOptions:
     """Options of a run that leave its result as it is, up to last bits; the memory allowed decides it, and is in `DetectionOptions`.
 
-    They are keywords of `api.detect_intruder_dimensions`, which explains them; `workers`, if any, detect in place of this process.
-    Detection computes on `device`, and models run on `model_device`.
+    They are keywords of `api.detect_intruder_dimensions`, which explains them. Detection computes on `device`, and models run on
+    `model_device`.
     """
 
     device: torch.device
@@ -88,6 +88,12 @@ class RunOptions:
     architecture: str | None = None
     resume: bool = True
     overwrite: bool = False
+    model_device: torch.device = CPU
+
+
+@dataclass(frozen=True)
+class Run(RunOptions):
+    """A run with its options: `monitor` watches it, and `workers`, if there are any, compute in place of this process."""
+
     monitor: Monitor = field(default_factory=Monitor)
     workers: Workers | None = None
-    model_device: torch.device = CPU

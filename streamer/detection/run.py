@@ -17,7 +17,7 @@ from streamer.detection.findings_writer import FindingsWriter, inspect_findings_
 from streamer.detection.matrices import detect_in_turn
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import detection_estimates, kept_bytes
-from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.detection.options import DetectionOptions, Run, RunOptions
 from streamer.detection.parts import finished_parts, remove_parts
 from streamer.detection.work import Work
 from streamer.detection.workers import detect_on_workers, inputs_of
@@ -31,7 +31,7 @@ from streamer.storage.output_checks import touch
 from streamer.units import counted
 
 
-def detect_all(batch: Batch, options: DetectionOptions, run: RunOptions, resident: int,
+def detect_all(batch: Batch, options: DetectionOptions, run: Run, resident: int,
                writers: Sequence[FindingsWriter] = ()) -> Iterator[tuple[int, MatrixFinding]]:  # fmt: skip
     """Detect in every target of a batch, in the base's file order, and yield each finding with its plan's number.
 
@@ -69,7 +69,7 @@ def detect_all(batch: Batch, options: DetectionOptions, run: RunOptions, residen
     monitor.emit(Event("detect", "", total, total, of, of))
 
 
-def detect_in_memory(batch: Batch, options: DetectionOptions, run: RunOptions) -> list[Findings]:
+def detect_in_memory(batch: Batch, options: DetectionOptions, run: Run) -> list[Findings]:
     """Detect, and keep each plan's findings in memory, which the budget has to hold as well."""
     kept = sum(kept_bytes(plan, t, options) for plan in batch.plans for t in plan.targets)
     found: list[dict[str, MatrixFinding]] = [{} for _ in batch.plans]
@@ -83,7 +83,7 @@ def detect_in_memory(batch: Batch, options: DetectionOptions, run: RunOptions) -
     return made
 
 
-def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptions, run: RunOptions, resident: int,
+def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptions, run: Run, resident: int,
                     sizes: Sequence[FindingsSize] = ()) -> list[Findings]:  # fmt: skip
     """Detect, journalling each matrix, and write each plan's findings file; seconds are those of this run.
 

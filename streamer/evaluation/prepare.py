@@ -12,7 +12,7 @@ from streamer import __version__
 from streamer.adapters.one_or_several import One
 from streamer.detection.findings import Findings
 from streamer.detection.memory import detection_estimates, kept_bytes
-from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.detection.options import DetectionOptions, Run
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.identity import with_digest
 from streamer.evaluation.options import EvaluationOptions
@@ -55,7 +55,7 @@ class Prepared:
     plan: Plan
     options: EvaluationOptions
     detection: DetectionOptions
-    run: RunOptions
+    run: Run
     findings: GivenFindings | None
     texts: Mapping[str, TextSequences]
     model: StreamingModel
@@ -137,7 +137,7 @@ class Prepared:
 
 
 def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings: Findings | None, options: EvaluationOptions,
-            detection: DetectionOptions, run: RunOptions) -> Prepared:  # fmt: skip
+            detection: DetectionOptions, run: Run) -> Prepared:  # fmt: skip
     """Open and check an evaluation's inputs, and pass their warnings to the monitor.
 
     Parameters
@@ -155,7 +155,7 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
 
 
 def open_model(base: str | Path, adapter: Path, findings: Findings | None, options: EvaluationOptions, detection: DetectionOptions,
-               run: RunOptions) -> tuple[StreamingModel, GivenFindings | None]:  # fmt: skip
+               run: Run) -> tuple[StreamingModel, GivenFindings | None]:  # fmt: skip
     """Open and check the model of all variants, and the findings if given; pass warnings to the monitor."""
     require_transformers()
     form = OutputOptions(merges=True)
@@ -173,7 +173,7 @@ def open_model(base: str | Path, adapter: Path, findings: Findings | None, optio
 
 
 def _shared(
-    plan: Plan, detection: DetectionOptions, run: RunOptions, model: StreamingModel, longest: int, detects: bool
+    plan: Plan, detection: DetectionOptions, run: Run, model: StreamingModel, longest: int, detects: bool
 ) -> DetectionOptions:
     """Divide the memory budget among this process and its workers, if any; see `Workers.share`."""
     if run.workers is None or detection.max_memory is None:

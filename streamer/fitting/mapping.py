@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from streamer import __version__
-from streamer.detection.options import RunOptions
+from streamer.detection.options import Run
 from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.options import ProductDtype, check_dtype
 from streamer.fitting.groups import of_few_lengths
@@ -114,7 +114,7 @@ class PreparedMap:
 
     plan: Plan
     options: MapOptions
-    run: RunOptions
+    run: Run
     max_memory: int | None
     text: TextSequences
     file: str
@@ -191,9 +191,7 @@ class PreparedMap:
         return file.state()
 
 
-def prepare_map(
-    base: str | Path, text: Path, options: MapOptions, max_memory: int | None, run: RunOptions
-) -> PreparedMap:
+def prepare_map(base: str | Path, text: Path, options: MapOptions, max_memory: int | None, run: Run) -> PreparedMap:
     """Open and check a base and a general text, and hand on their warnings."""
     require_transformers()
     plan = make_base_plan(base, run.io, run.architecture)

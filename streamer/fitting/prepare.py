@@ -10,7 +10,7 @@ from typing import Any
 
 from streamer import __version__
 from streamer.detection.findings import Findings
-from streamer.detection.options import RunOptions
+from streamer.detection.options import Run
 from streamer.errors import UnsupportedError
 from streamer.fitting import algorithm
 from streamer.fitting.memory import (
@@ -76,7 +76,7 @@ class PreparedFit:
 
     plan: Plan
     options: FitOptions
-    run: RunOptions
+    run: Run
     max_memory: int | None
     texts: Mapping[str, Division]
     files: Mapping[str, str]
@@ -303,7 +303,7 @@ def _text_facts(text: Division, file: str) -> dict[str, Any]:
 
 
 def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], options: FitOptions, max_memory: int | None,
-                run: RunOptions, findings: Findings | None = None) -> PreparedFit:  # fmt: skip
+                run: Run, findings: Findings | None = None) -> PreparedFit:  # fmt: skip
     """Open and check everything that a fit reads, and hand on the warnings of the inputs.
 
     Parameters

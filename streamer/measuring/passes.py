@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from streamer.detection.options import RunOptions
+from streamer.detection.options import Run
 from streamer.measuring.divergences import BINS
 from streamer.measuring.memory import Pass
 from streamer.measuring.progress import RunProgress, pass_cost
@@ -120,7 +120,7 @@ def needs_one_length(
 
 def measure_variants(passes: Sequence[Pass], texts: Mapping[str, TextSequences], variants: Sequence[Variant],
                      job: Callable[[tuple[Variant, ...]], Job], key: Callable[[int], str], records: Records,
-                     progress: RunProgress, run: RunOptions) -> dict[str, SequenceSums]:  # fmt: skip
+                     progress: RunProgress, run: Run) -> dict[str, SequenceSums]:  # fmt: skip
     """Run the passes that no interrupted run recorded, here or on workers, and put their sums together by text; score questions.
 
     Parameters

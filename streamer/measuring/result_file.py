@@ -15,7 +15,7 @@ import torch
 
 from streamer import __version__
 from streamer.detection.findings_file import journal_of, lock_of, remove_leftovers
-from streamer.detection.options import RunOptions
+from streamer.detection.options import Run
 from streamer.detection.run import naming_inputs
 from streamer.errors import InputError, NumericError, OutputError, OutputExistsError, StreamerError
 from streamer.events import Event, Monitor
@@ -70,7 +70,7 @@ class ResultFile:
     same: str
     example: str
     plan: Plan
-    run: RunOptions
+    run: Run
     digest: str
     is_whole: Callable[[Path], bool]
     bits: str = ""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from streamer.detection.options import RunOptions
+from streamer.detection.options import Run
 from streamer.detection.workers import inputs_of
 from streamer.errors import NumericError
 from streamer.events import Monitor
@@ -114,7 +114,7 @@ def describe(job: Job) -> Carried[Mapping[str, Any]]:
     return Carried({f.name: getattr(job, f.name) for f in fields(job) if f.name != "plan"})
 
 
-def run_on_workers(job: Job, passes: Mapping[int, tuple[Pass, TextSequences]], run: RunOptions, threads: int,
+def run_on_workers(job: Job, passes: Mapping[int, tuple[Pass, TextSequences]], run: Run, threads: int,
                    begin: Callable[[str], None]) -> Generator[tuple[int, SequenceSums], None, None]:  # fmt: skip
     """Run passes on workers, and yield the number of each with its sums as they come.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from streamer.adapters.one_or_several import One, Several
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.fingerprints import matched_findings
-from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import MismatchError, UsageError
 from streamer.methods.fit_set import FitSet
 from streamer.methods.input_map import InputMap
@@ -41,7 +41,7 @@ class OutputOptions:
 
 
 def prepare_outputs(base: str | Path, adapters: One | Several, output: Path, findings: Sequence[Findings | None],
-                    method: Method, detection: DetectionOptions, form: OutputOptions, run: RunOptions) -> list[Writer]:  # fmt: skip
+                    method: Method, detection: DetectionOptions, form: OutputOptions, run: Run) -> list[Writer]:  # fmt: skip
     """Plan the output of each adapter, and hand on the warnings of the inputs.
 
     Parameters
@@ -64,7 +64,7 @@ def _writer(job: Job, path: Path, form: OutputOptions) -> Writer:
 
 
 def open_jobs(base: str | Path, adapters: One | Several, findings: Sequence[Findings | None], method: Method,
-              detection: DetectionOptions, form: OutputOptions, run: RunOptions) -> list[Job]:  # fmt: skip
+              detection: DetectionOptions, form: OutputOptions, run: Run) -> list[Job]:  # fmt: skip
     """Open and check everything that mitigations read.
 
     Parameters

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from streamer.detection.findings_file import remove_leftovers
 from streamer.detection.memory import detection_estimates
-from streamer.detection.options import RunOptions
+from streamer.detection.options import Run, RunOptions
 from streamer.detection.run import detect_to_files, naming_inputs
 from streamer.detection.workers import inputs_of
 from streamer.errors import FormatError
@@ -81,7 +81,7 @@ def inspect_jobs(writers: Sequence[Writer], options: RunOptions) -> Sequence[str
     return states
 
 
-def run_jobs(writers: Sequence[Writer], options: RunOptions) -> list[Written]:
+def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
     """Write outputs that are made from one base, each as one resumable transaction, and return their records.
 
     A record is that of `streamer mitigate --json` and `streamer merge --json`; without `output` and `state` it stands in the output, as
@@ -276,7 +276,7 @@ class _Run:
 class _Elsewhere:
     """Workers that write shards of outputs, whose plans are those of a batch."""
 
-    def __init__(self, options: RunOptions, batch: Batch) -> None:
+    def __init__(self, options: Run, batch: Batch) -> None:
         assert options.workers is not None
         self._workers, self._monitor = options.workers, options.monitor
         self._inputs, self._plans = inputs_of(batch, options), batch.plans
@@ -316,7 +316,7 @@ def _in_step(runs: Sequence[_Run]) -> None:
                 file.release_pages(following.start if following and inside else file.header.data_bytes)
 
 
-def _detect(runs: Sequence[_Run], options: RunOptions, resident: int) -> None:
+def _detect(runs: Sequence[_Run], options: Run, resident: int) -> None:
     """Detect into the output directories where findings are needed and none were given; resumable like everything."""
     if not runs:
         return

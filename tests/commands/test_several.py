@@ -150,7 +150,7 @@ def test_of_several_the_output_is_no_file(several: Several, way: str, tmp_path: 
     (tmp_path / "out").write_text("mine")
     for more in [], ["--dry-run"], ["--overwrite"]:
         error = run(*several.line(way, tmp_path / "out"), *more, code=4)
-        assert f"{tmp_path / 'out'}: of several adapters -o is a directory, found a file" in error
+        assert f"{tmp_path / 'out'}: for several adapters -o is a directory, found a file" in error
     assert (tmp_path / "out").read_text() == "mine"
 
 

@@ -90,7 +90,7 @@ BUDGET = {
     "plan": 2_280,
     "verification": 2_300,
     "storage": 2_130,
-    "detection": 1_740,
+    "detection": 1_742,
     "workers": 260,
     "measuring": 1_251,
     "evaluation": 1_540,

@@ -12,7 +12,7 @@ from seeds import vary
 
 from streamer.detection.matrices import detect_matrix
 from streamer.detection.matrix_finding import MatrixFinding
-from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.prefetch import Prefetcher, read_ahead
 from streamer.detection.run import detect_all
 from streamer.events import Event, Monitor
@@ -99,9 +99,7 @@ def test_what_cannot_be_read_is_raised_at_its_turn() -> None:
 def test_every_device_decides_the_same(plan: Plan, device: str) -> None:
     options = DetectionOptions()
     expected = [decisions(detect_matrix(plan, t, options, torch.device("cpu"), 0)) for t in plan.targets]
-    found = [
-        decisions(f) for _, f in detect_all(Batch(plan.base, (plan,)), options, RunOptions(torch.device(device)), 0)
-    ]
+    found = [decisions(f) for _, f in detect_all(Batch(plan.base, (plan,)), options, Run(torch.device(device)), 0)]
     assert found == expected
 
 
