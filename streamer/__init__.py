@@ -1,6 +1,6 @@
 """Find and scale down LoRA intruder dimensions, one weight matrix at a time, without building the model.
 
-Detect once, look at what was found, and write a mitigated adapter or a merged model::
+Detect once, look at the findings, and write a mitigated adapter or a merged model::
 
     import streamer
 
@@ -10,18 +10,18 @@ Detect once, look at what was found, and write a mitigated adapter or a merged m
     streamer.reduce_intruder_dimension("BASE", "ADAPTER", "mitigated", findings=findings, mitigation_lambda=0.5)
     streamer.merge_with_reduced_intruder_dimensions("BASE", "ADAPTER", "merged", findings=findings, mitigation_lambda=0.5)
 
-BASE is the directory of a model, ADAPTER that of a PEFT adapter; each may also be a name on the hub. Measure on your own texts what every
-method keeps and forgets, or fit a coefficient for each direction::
+BASE and ADAPTER are the directories of a model and of a PEFT adapter, or their names on the hub. Measure on your own texts what each method
+keeps and forgets, or fit coefficients to them::
 
     evaluation = streamer.evaluate_variants("BASE", "ADAPTER", general="general.txt", task="task.jsonl")
     print(evaluation.table())
     coefficients = streamer.fit_coefficients("BASE", "ADAPTER", general="general.txt", task="task.jsonl")
     streamer.reduce_intruder_dimension("BASE", "ADAPTER", "repaired", coefficients=coefficients)
 
-Every error that is raised on purpose is a `StreamerError`. `streamer.peft` has the same functions for a model in memory. ``help`` on a
-function explains its parameters.
+All errors raised on purpose are `StreamerError`. `streamer.peft` has the same functions for a model in memory. Call ``help`` on a function
+for its parameters.
 
-The rest is for who reads the code. The folders follow the data, and a module imports only from what is above it in this list::
+The rest is for readers of the code. The folders follow the data, and a module imports only from folders above its own in this list::
 
     errors, events, progress, units
     storage/       bytes             safetensors in, crash-safe files out
@@ -32,14 +32,14 @@ The rest is for who reads the code. The folders follow the data, and a module im
     detection/     decisions         the leading directions of each matrix, and the findings file
     methods/       mitigated deltas  one file for each method, and their table
     output/        results           output tensors, files, records
-    streaming/     the model         run from its files: each weight read when its module runs, for several variants at once
-    verification/  witnesses         an output against its record and inputs, by other code
+    streaming/     the model         run from its files: each weight is read when its module runs, for several variants at once
+    verification/  witnesses         an output checked against its record and inputs by independent code
     evaluation/    measures          losses of every variant on a user's text, in passes over the base
     fitting/       coefficients      one for each direction of an adapter, fitted to the user's text
-    report/        pictures          a page and figures of what was found and measured; what became of intruders
+    report/        pictures          a page and figures of findings and measurements; comparison of findings
     forecast/      forecasts         memory, bytes and time of a command, before it runs
     api/           the library       one request and one function for each command
-    peft/          in memory         the same on a PEFT model that is loaded
+    peft/          in memory         the same for a loaded PEFT model
     cli/           commands          arguments, progress, tables
 
 >>> import streamer
@@ -54,7 +54,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-# Where each public name lives. They are resolved when first used: importing streamer loads no torch.
+# Module of each public name. Names are resolved on first use, so that importing streamer does not load torch.
 _HOMES = {
     "Coefficients": "methods.coefficients",
     "Detection": "detection.intruders",

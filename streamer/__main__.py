@@ -1,4 +1,4 @@
-"""``python -m streamer``."""
+"""Run the command line as ``python -m streamer``."""
 
 from streamer.cli.main import main
 

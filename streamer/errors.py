@@ -1,30 +1,30 @@
-"""Every error that streamer raises on purpose; the exit code of the command line stands on the class.
+"""Define all errors that streamer raises on purpose; each class holds the exit code of the command line.
 
 ::
 
     StreamerError                1   something unexpected
-    ├── UsageError               2   an option or argument that makes no sense; a ValueError
+    ├── UsageError               2   an invalid option or argument; a ValueError
     │   ├── UnknownNameError         a name that findings do not have; a KeyError
     │   └── MissingPackageError      an optional package is not installed; an ImportError
     ├── InputError               3   bad or inconsistent input
-    │   ├── MissingInputError        a file or directory that is not there; a FileNotFoundError
-    │   ├── FormatError              a file breaks its own format; a ValueError
-    │   ├── UnsupportedError         a known kind of adapter or base that is refused, by name and reason; a ValueError
+    │   ├── MissingInputError        a file or directory does not exist; a FileNotFoundError
+    │   ├── FormatError              a file violates its own format; a ValueError
+    │   ├── UnsupportedError         a known kind of adapter or base that is refused, with its name and the reason; a ValueError
     │   └── MismatchError            inputs that do not belong together; a ValueError
     ├── OutputError              4   the output cannot be written here
-    │   └── OutputExistsError        something stands there that is not to be replaced; a FileExistsError
+    │   └── OutputExistsError        the path holds something that is not replaced; a FileExistsError
     ├── LockedError              5   another run is writing this output
     ├── StorageError             6   I/O or space; the same command resumes
     ├── WorkerError              6   workers that died or cannot be reached; the same command resumes
     ├── NumericError             7   a non-finite value, or a verification that failed; an ArithmeticError
-    ├── UnloadableError          7   a planned output that would not be loaded as its config says; an error of streamer's own
-    ├── VerificationError        7   an output that differs from its record, or from what its inputs give
+    ├── UnloadableError          7   a planned output that would not load as its config says; a defect of streamer
+    ├── VerificationError        7   an output that differs from its record, or from the result of its inputs
     ├── InputChangedError        8   an input changed since the plan was made
     └── Interrupted          128+N   stopped by signal N at a safe point; the same command resumes
 
     StreamerWarning                  something to check; a UserWarning
 
-A message says where, what was expected and found, and what to do next, in one line.
+A message says in one line where the error is, what was expected, what was found, and what to do next.
 """
 
 from __future__ import annotations
@@ -36,45 +36,45 @@ from pathlib import Path
 from typing import Any
 
 LONGEST_MESSAGE = 600
-"""Characters, as a last resort: what is quoted from a download, or a path, may be of any length."""
+"""Longest message in characters; a quoted path or text from a download may have any length."""
 
 AT_THE_END = 200
-"""Of them, those that are kept of the end, which says what to do."""
+"""Characters kept from the end of a message that is too long; the end says what to do."""
 
 
 class StreamerError(Exception):
-    """Base of all errors raised on purpose. As text it is one line of bounded length, whatever it quotes (see `one_line`)."""
+    """Base class of all errors raised on purpose. Its text is always one line of bounded length (see `one_line`)."""
 
     exit_code = 1
 
     def __str__(self) -> str:
-        return one_line(BaseException.__str__(self))  # not that of OSError or KeyError, which some are too
+        return one_line(BaseException.__str__(self))  # OSError and KeyError, bases of some, format differently
 
 
 class StreamerWarning(UserWarning):
-    """Something to check; issued through `warnings` by calls that have neither `on_event` nor `monitor`."""
+    """Something to check. Calls without `on_event` and `monitor` issue it through `warnings`."""
 
 
 def one_line(text: str) -> str:
-    """Make a text one printable line of bounded length, whose beginning and end are kept."""
+    """Convert a text to one printable line of bounded length, keeping its beginning and end."""
     if len(text) > LONGEST_MESSAGE:
         text = f"{text[: LONGEST_MESSAGE - AT_THE_END]} … {text[-AT_THE_END:]}"
     return printable(text)
 
 
 def printable(text: str) -> str:
-    """Escape what would steer a terminal: names come from downloads."""
+    """Escape characters that would control a terminal, because names may come from downloads."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UsageError(StreamerError, ValueError):
-    """An option or argument that makes no sense."""
+    """An option or argument is invalid."""
 
     exit_code = 2
 
 
 class UnknownNameError(UsageError, KeyError):
-    """A name that findings do not have, or that fits several of their matrices."""
+    """Findings do not have this name, or several of their matrices match it."""
 
 
 class MissingPackageError(UsageError, ImportError):
@@ -83,9 +83,9 @@ class MissingPackageError(UsageError, ImportError):
     Parameters
     ----------
     message
-        The whole message, which says how to install it.
+        Complete message, which says how to install it.
     name
-        The package.
+        Name of the package.
     """
 
     def __init__(self, message: str, name: str) -> None:
@@ -103,14 +103,14 @@ class InputError(StreamerError):
 
 
 class MissingInputError(InputError, FileNotFoundError):
-    """A file or directory of an input is not there.
+    """A file or directory of an input does not exist.
 
     Parameters
     ----------
     message
-        The whole message, which names the path.
+        Complete message, which names the path.
     path
-        What is missing; it becomes the `filename`, beside `errno` and `strerror`.
+        The missing path. It becomes `filename`; `errno` and `strerror` are set too.
     """
 
     def __init__(self, message: str, path: str | Path) -> None:
@@ -122,7 +122,7 @@ class MissingInputError(InputError, FileNotFoundError):
 
 
 class FormatError(InputError, ValueError):
-    """A file breaks its own format."""
+    """A file violates its own format."""
 
 
 class UnsupportedError(InputError, ValueError):
@@ -130,24 +130,24 @@ class UnsupportedError(InputError, ValueError):
 
 
 class MismatchError(InputError, ValueError):
-    """Base, adapter, findings or options that do not belong together."""
+    """Base, adapter, findings or options do not belong together."""
 
 
 class OutputError(StreamerError):
-    """The output cannot be written here, or something stands there that is not what this command would write."""
+    """The output cannot be written here, or the path holds something else than this command writes."""
 
     exit_code = 4
 
 
 class OutputExistsError(OutputError, FileExistsError):
-    """Something stands where the output would be, and is not to be replaced.
+    """The output's path holds something that is not replaced.
 
     Parameters
     ----------
     message
-        The whole message, which names the path.
+        Complete message, which names the path.
     path
-        What stands there; it becomes the `filename`, beside `errno` and `strerror`.
+        The existing path. It becomes `filename`; `errno` and `strerror` are set too.
     """
 
     def __init__(self, message: str, path: str | Path) -> None:
@@ -165,38 +165,38 @@ class LockedError(StreamerError):
 
 
 class StorageError(StreamerError):
-    """Reading or writing failed, or the disk is full. What was finished is kept; the same command resumes."""
+    """Reading or writing failed, or the disk is full. Finished work is kept; the same command resumes."""
 
     exit_code = 6
 
 
 class WorkerError(StreamerError):
-    """Workers died, or cannot be reached. What was finished is kept; the same command resumes."""
+    """Workers died or cannot be reached. Finished work is kept; the same command resumes."""
 
     exit_code = 6
 
 
 class NumericError(StreamerError, ArithmeticError):
-    """A non-finite value where there must be none, or a verification that failed."""
+    """A value that must be finite is not, or a verification failed."""
 
     exit_code = 7
 
 
 class UnloadableError(StreamerError):
-    """A planned output that would not be loaded as its config says: the plan is wrong, and nothing has been written."""
+    """A planned output would not load as its config says: the plan is wrong, and nothing has been written."""
 
     exit_code = 7
 
 
 class VerificationError(StreamerError):
-    """An output differs from its record, or from what its inputs give.
+    """An output differs from its record, or from the result of its inputs.
 
     Parameters
     ----------
     message
-        The first difference, and how many more there are.
+        The first difference, and the number of others.
     verification
-        What `verify_output` else returns, with a line for each of its `differences`; it becomes an attribute.
+        The object that `verify_output` would return, with one line for each of its `differences`; it becomes an attribute.
     """
 
     exit_code = 7
@@ -233,7 +233,7 @@ class Interrupted(StreamerError):
 
 
 def advice(e: OSError) -> str:
-    """Say what to do about an error of the system's."""
+    """Return what to do about an error of the operating system."""
     if e.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return "free some space, then run the same command again"
     if e.errno in {errno.EMFILE, errno.ENFILE}:

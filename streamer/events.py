@@ -1,4 +1,4 @@
-"""Report what a run does while it works, and take requests to stop."""
+"""Report a run's progress, and accept requests to stop it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ class Event:
     Attributes
     ----------
     stage
-        ``probe`` measures this machine, in steps; ``detect`` counts in units of cost (see `detection.cost.cost`), ``write`` and
-        ``verify`` in bytes, ``download`` in bytes (from the hub in files), ``recompute`` in matrices, ``evaluate`` in multiplications for
-        a token, ``fit`` and ``map`` in multiplications;
-        ``warning`` and ``note`` do not count.
+        ``probe`` measures this machine, in steps; ``detect`` counts units of cost (see `detection.cost.cost`), ``write`` and ``verify``
+        bytes, ``download`` bytes (files, from the hub), ``recompute`` matrices, ``evaluate`` multiplications for a token, ``fit`` and
+        ``map`` multiplications; ``warning`` and ``note`` count nothing.
     name
         The matrix or file that the run has just begun, or the text of a warning or note.
     done, total
-        Units done before it, and in all.
+        Units done before this step, and in total.
     items, of
-        Matrices (``detect``, ``recompute``), tensors and other files (``write``), files (``download``, ``verify``), or passes
-        (``evaluate``, ``fit``, ``map``), done before it, and in all; 0 of 0 where they are not counted.
+        Items done before this step, and in total: matrices (``detect``, ``recompute``), tensors and other files (``write``), files
+        (``download``, ``verify``), or passes (``evaluate``, ``fit``, ``map``); 0 of 0 if they are not counted.
     adapter
-        The name of its adapter where there are several, else empty.
+        Name of the adapter if there are several, else empty.
     """
 
     stage: Literal[
@@ -49,11 +48,11 @@ class Event:
 OnEvent = Callable[[Event], None]
 
 OutputState = Literal["written", "resumed", "present"]
-"""What a run did about an output: wrote it, finished what an interrupted run had begun, or found it there."""
+"""What a run did with an output: wrote it, finished an interrupted run, or found it complete."""
 
 
 def warn(event: Event) -> None:
-    """Issue warnings through the `warnings` module, in the name of the line that called the library; pass over other events."""
+    """Issue warnings through the `warnings` module, attributed to the line that called the library; ignore other events."""
     if event.stage == "warning":
         level, frame = 1, sys._getframe()
         while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "streamer":
@@ -62,12 +61,12 @@ def warn(event: Event) -> None:
 
 
 class Monitor:
-    """Carries events out and a request to stop in. Signal handlers call `request_stop`; the run polls `checkpoint`.
+    """Pass events to the caller, and requests to stop to the run. Signal handlers call `request_stop`; the run polls `checkpoint`.
 
     Attributes
     ----------
     outputs
-        What the run did about each finished output, by its path.
+        What the run did with each finished output, by path.
     """
 
     def __init__(self, on_event: OnEvent | None = None) -> None:
@@ -76,44 +75,44 @@ class Monitor:
         self.outputs: dict[Path, OutputState] = {}
 
     def emit(self, event: Event) -> None:
-        """Hand an event to the caller."""
+        """Pass an event to the caller."""
         if self._on_event is not None:
             self._on_event(event)
 
     def warn(self, warnings: Iterable[str]) -> None:
-        """Hand warnings to the caller, each once."""
+        """Pass warnings to the caller, each once."""
         for warning in dict.fromkeys(warnings):
             self.emit(Event("warning", warning))
 
     def resuming(self, done: int, of: int, noun: str) -> None:
-        """Tell the caller how much of an interrupted run this one takes up.
+        """Tell the caller how much an interrupted run had finished.
 
         Parameters
         ----------
         done, of
-            Items that are done, and items in all.
+            Number of finished items, and of all items.
         noun
-            One of them.
+            Word for one item.
         """
         self.emit(Event("note", f"resuming: {done} of {of} {plural(noun)} are done"))
 
     def told(self, output: Path, state: OutputState) -> None:
-        """Note what the run did about an output that is finished.
+        """Record what the run did with a finished output.
 
         Parameters
         ----------
         output
-            Where it stands.
+            Path of the output.
         state
-            What was done about it.
+            What the run did.
         """
         self.outputs[output] = state
 
     def request_stop(self, signum: int) -> None:
-        """Ask for a stop at the next safe point."""
+        """Ask the run to stop at its next safe point."""
         self._signum = signum
 
     def checkpoint(self) -> None:
-        """Raise `Interrupted` if a stop was asked for; called at safe points."""
+        """Raise `Interrupted` if a stop was requested; runs call this at safe points."""
         if self._signum is not None:
             raise Interrupted(self._signum)

@@ -1,8 +1,8 @@
-"""Name the types that keys of printed and written records share: what JSON Schema says of them, and what they mean.
+"""Define the types that keys of printed and written records share, with their JSON Schema and their meaning.
 
 A record is a `TypedDict`, or a dataclass that `dataclasses.asdict` prints. In `Annotated`, a text is the key's description, `Keywords` are
-those of JSON Schema, and a dataclass stands for a ``dict[str, Any]`` that is made from it. ``tools/make_schemas.py`` makes
-``streamer/schemas`` and the tables of ``docs/formats.md`` of them.
+keywords of JSON Schema, and a dataclass describes a ``dict[str, Any]`` made from it. From these, ``tools/make_schemas.py`` generates
+``streamer/schemas`` and the tables in ``docs/formats.md``.
 """
 
 from typing import Annotated, Any, TypedDict

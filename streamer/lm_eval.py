@@ -1,8 +1,8 @@
-"""Score the requests of lm-evaluation-harness on variants of an adapter, on a base that is never loaded: a model type for the harness.
+"""Score requests of lm-evaluation-harness on variants of an adapter without loading the base: a model type for the harness.
 
     python -m streamer.lm_eval --model streamer --model_args base=BASE,adapter=ADAPTER,method=paper,lambda=0.75 --tasks arc_easy
 
-is the harness's own command line with the model type registered. In Python, import this module before `lm_eval.simple_evaluate`.
+runs the harness's own command line with the model type registered. In Python, import this module before `lm_eval.simple_evaluate`.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ from streamer.units import quoted
 
 KEYWORDS = {f.name for kind in (EvaluationOptions, Settings, Judged) for f in fields(kind)} | {"findings"}
 KEYWORDS -= {"sequences", "length", "race", "resume", "overwrite"}
-"""Keywords of `evaluate_variants` that say something here."""
+"""Keywords of `evaluate_variants` that have an effect here."""
 
 REQUESTS = "requests"
-"""Name of the text that the requests are, in messages."""
+"""Name of the requests as a text, in messages."""
 
 RESULTS = "create table if not exists results (key blob primary key, loss real, greedy integer) without rowid"
-"""Makes the table of a cache."""
+"""Statement that makes the table of a cache."""
 
 Answer = tuple[float, bool]
-"""Log-likelihood of a continuation, and whether each of its tokens is the likeliest."""
+"""Log-likelihood of a continuation, and whether all its tokens are the likeliest ones."""
 
 
 @register_model("streamer")
@@ -70,17 +70,17 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     Parameters
     ----------
     base, adapter
-        Their directories.
+        Directories of the base and the adapter.
     method
-        ``base``, ``adapter`` (the default), or a method of mitigation; its strength is ``lambda``, or ``keep`` of coefficients.
+        ``base``, ``adapter`` (the default), or a mitigation method, whose strength is ``lambda``, or ``keep`` for coefficients.
     cache
-        File of results, by model, variant and tokens; it is made if needed. With one, the base, the adapter and all variants of
-        ``methods`` and ``lambdas`` (each values joined by ``+``) are measured in the same passes, and found in it by later runs.
+        File of results by model, variant and tokens; made if it does not exist. With a cache, the base, the adapter and all variants of
+        ``methods`` and ``lambdas`` (several values joined by ``+``) are measured in the same passes, and later runs find their results.
     max_length
-        Tokens before the last one that a sequence may have; longer ones lose the first. By default, what the model's config states.
+        Most tokens of a sequence, not counting the last; longer sequences lose their first tokens. By default, as in the model's config.
     options
-        Keywords of `evaluate_variants`, such as ``findings``, ``max_memory`` and ``coefficients``; ``lambda``; and what the harness
-        itself gives: ``device``, whose default ``cuda:0`` means ``auto`` here, ``batch_size`` and ``max_batch_size``, which are not used.
+        Keywords of `evaluate_variants`, such as ``findings``, ``max_memory`` and ``coefficients``; ``lambda``; and the harness's own:
+        ``device``, whose default ``cuda:0`` means ``auto`` here, and ``batch_size`` and ``max_batch_size``, which are ignored.
     """
 
     def __init__(self, base: str, adapter: str, method: str = ADAPTER, cache: str | None = None, max_length: int | None = None,
@@ -88,7 +88,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         super().__init__()
         lam, keep = options.pop("lambda", None), options.get("keep")
         given = {k: v for k, v in options.items() if k not in ("batch_size", "max_batch_size") and v is not None}
-        if given.get("device") == "cuda:0":  # the harness's default, whatever the machine has
+        if given.get("device") == "cuda:0":  # the harness's default, even on a machine without a GPU
             given["device"] = "auto"
         if unknown := sorted(given.keys() - KEYWORDS):
             raise UsageError(f"model_args: expected keywords of evaluate_variants, found {unknown[0]!r}")
@@ -135,12 +135,12 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     @property
     def prefix_token_id(self) -> int:
-        """Return the token that a text is predicted from if nothing precedes it."""
+        """Return the token from which a text is predicted if nothing precedes it."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else int(begin)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Encode a text as the harness's ``hf`` does: special tokens by the tokenizer's own rule, unless the text begins with one."""
+        """Encode a text as the harness's ``hf`` does: with the tokenizer's special tokens, unless the text already begins with one."""
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         kinds = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
@@ -148,7 +148,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     @property
     def tokenizer_name(self) -> str:
-        """Name the tokenizer, for the harness's cache of prompts."""
+        """Return the tokenizer's name, for the harness's cache of prompts."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -157,15 +157,15 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                                                       continue_final_message=not add_generation_prompt))  # fmt: skip
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Refuse to generate."""
+        """Refuse to generate text."""
         task = getattr(requests[0], "task_name", None) if requests else None
         raise UnsupportedError(
-            f"task {task!r} generates text (generate_until), and --model streamer scores log-likelihoods only; merge the adapter and use "
+            f"task {task!r} generates text (generate_until), but --model streamer only scores log-likelihoods; merge the adapter and use "
             "--model hf"
         )
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each text, in windows where it is longer than the model's context."""
+        """Return the log-likelihood of each text, computed in windows if the text is longer than the model's context."""
         windows = [
             [utils.make_disjoint_window(w) for w in utils.get_rolling_token_windows(
                 self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1)]
@@ -180,7 +180,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[Answer]:
-        """Find the answers to requests: text, tokens of the context, and of the continuation; measure those that are not known."""
+        """Answer requests, each a text with the tokens of its context and continuation; measure the answers not yet known."""
         asked = []
         for text, context, continuation in requests:
             if not context or not 0 < len(continuation) <= self.max_length:
@@ -215,7 +215,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     @cached_property
     def _keys(self) -> dict[str, bytes]:
-        """Hash all that decides the results of each variant; of the inputs their identities and stamps."""
+        """Hash everything that determines each variant's results, including the inputs' identities and stamps."""
         job, given = self._model.job, self._given
         about = {"transformers": require_transformers().__version__, "stamps": job.plan.detection_stamps(),
                  "projected": job.projected, "bf16": job.rounds_products}  # fmt: skip
@@ -228,16 +228,16 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     @cached_property
     def _findings(self) -> Findings | None:
-        """Return the findings, detected now if none were given and a variant needs some."""
+        """Return the findings, detected now if a variant needs them and none were given."""
         if self._given is not None or not any(v.scales_intruders for v in self._variants):
             return None if self._given is None else self._given.findings
         plan = self._model.job.plan
         return detect_in_memory(Batch(plan.base, (plan,)), self._detection, self._run)[0]
 
     def _measure(self, asked: Sequence[tuple[np.ndarray, int]], disable_tqdm: bool) -> None:
-        """Run the passes that answer requests, and keep the results of each."""
+        """Run the passes that answer requests, and store the results after each pass."""
         with _using(self._cache), self._results:
-            self._results.execute("delete from results where key is null")  # none; fails now if nothing can be written
+            self._results.execute("delete from results where key is null")  # deletes nothing, but fails if not writable
         other = self._variants[1] if self._variant.name == BASE else self._variant
         variants = self._variants if self._cache is not None else (self._variants[0], other)
         ids, counted = zip(*((ids, np.arange(len(ids)) >= len(ids) - count) for ids, count in asked), strict=True)
@@ -269,7 +269,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
 @contextlib.contextmanager
 def _using(cache: str | None) -> Iterator[None]:
-    """Say what to do if a cache cannot be used."""
+    """Turn errors of the cache into a message that says what to do."""
     try:
         yield
     except sqlite3.Error as e:
@@ -279,7 +279,7 @@ def _using(cache: str | None) -> Iterator[None]:
 
 
 def _number(name: str, value: object) -> float:
-    """Read a number among the model's arguments."""
+    """Read a number from the model's arguments."""
     try:
         return float(str(value))
     except ValueError:
@@ -287,7 +287,7 @@ def _number(name: str, value: object) -> float:
 
 
 def _chosen(variants: Sequence[Variant], method: str, lam: float | None, keep: float | None) -> Variant:
-    """Find the variant that is asked for among those that are measured."""
+    """Find the requested variant among the measured ones."""
     found = [
         v
         for v in variants

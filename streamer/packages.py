@@ -1,4 +1,4 @@
-"""Import optional packages, which the extras of the distribution install."""
+"""Import optional packages, which this distribution's extras install."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def require_package(name: str, version: tuple[int, ...], needs: str, extra: str)
     Parameters
     ----------
     version
-        That it must have at least.
+        Lowest version that works.
     needs
-        What needs it, and in which version: the beginning of the messages.
+        Beginning of the messages: what needs the package, and in which version.
     extra
-        The extra of this package that installs it.
+        This distribution's extra that installs the package.
 
     Raises
     ------
     MissingPackageError
-        If it, or a version that this works with, is not installed; the message says what to install.
+        If the package is not installed, or is too old; the message says what to install.
     """
     install = f"'intruder-streamer[{extra}]'"
     try:

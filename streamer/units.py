@@ -1,4 +1,4 @@
-"""Write sizes, durations and lists of names as text for messages and tables, and read sizes as options give them."""
+"""Write sizes, durations and lists of names as text for messages and tables, and read sizes from options."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 MOST_LISTED = 3
-"""Names that a message lists before it only counts the others."""
+"""Most names that a message lists; it only counts the others."""
 
 _PLURALS = {"matrix": "matrices", "pass": "passes"}
 
@@ -15,7 +15,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Read a size like ``600M`` or ``4G``, in powers of 1024, as a number of bytes.
+    """Convert a size like ``600M`` or ``4G``, in powers of 1024, to bytes.
 
     >>> parse_size("600M"), parse_size("1.5 GiB"), parse_size("4096")
     (629145600, 1610612736, 4096)
@@ -32,7 +32,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(nbytes: float) -> str:
-    """Write a number of bytes for people, in powers of 1000 as disks are sold.
+    """Write a number of bytes for people, in powers of 1000 as on disks.
 
     >>> format_size(999), format_size(1_200_000_000)
     ('999 B', '1.2 GB')
@@ -45,7 +45,7 @@ def format_size(nbytes: float) -> str:
 
 
 def format_sizes(wanted: int, found: int) -> tuple[str, str]:
-    """Write two sizes for a message that sets one against the other: in bytes where they would otherwise look equal.
+    """Write two sizes for a message that compares them; in bytes if they would otherwise look equal.
 
     >>> format_sizes(5_000_000_000, 2_500_000_000)
     ('5.0 GB', '2.5 GB')
@@ -87,7 +87,7 @@ def plural(noun: str) -> str:
 
 
 def quoted(value: object, most: int = 100) -> str:
-    """Quote a value in a message, cut where it is long: it may come from a download.
+    """Quote a value in a message, and shorten it if it is long, because it may come from a download.
 
     >>> quoted("abc"), quoted("abcdefghij", 6)
     ("'abc'", "'abcde…")
@@ -97,7 +97,7 @@ def quoted(value: object, most: int = 100) -> str:
 
 
 def listed(names: Iterable[object], most: int = MOST_LISTED, separator: str = ", ", room: float = math.inf) -> str:
-    """List names in a message: the first, further ones while they have room, then how many more there are.
+    """List names in a message: the first, as many others as fit, and the number of the rest.
 
     >>> listed(["a", "b"]), listed("abcdefghij")
     ('a, b', 'a, b, c and 7 more')

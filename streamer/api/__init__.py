@@ -1,1 +1,1 @@
-"""The library's functions, a file and a request for each command; `streamer` has them all."""
+"""Define the library's functions, with one file and one request for each command; `streamer` exports the functions."""

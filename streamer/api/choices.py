@@ -1,4 +1,4 @@
-"""Offer what a command line needs without importing torch: choices, cores, and inputs as they may be printed."""
+"""Offer what the command line needs before torch is imported: choices, cores, and printable inputs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ DEFAULT_METHOD, COEFFICIENTS_METHOD = DEFAULT.name, Fitted.name
 
 
 def shown(given: str) -> str:
-    """Return an input as it may be printed: an address without the password or signature in it."""
+    """Return an input in printable form: an address without its password or signature."""
     address = parse_address(given)
     return given if address is None else address.shown

@@ -1,4 +1,4 @@
-"""Run the whole job on a small generated model with planted intruders."""
+"""Run detection, mitigation and merging on a small generated model with planted intruders."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ DemoRecord.__doc__ = "What `streamer demo --json` prints."
 
 @dataclass(frozen=True)
 class DemoRequest:
-    """A demo as it is asked for.
+    """A requested demo.
 
     Attributes
     ----------
     output
-        Directory to write, which must not exist; None: one that is removed at the end.
+        Directory to write, which must not exist; None uses a temporary directory.
     """
 
     mitigation_lambda: float
@@ -63,7 +63,7 @@ class DemoRequest:
     output: Path | None
 
     def run(self, monitor: Monitor) -> DemoRecord:
-        """Detect, mitigate, merge, and detect again on what is left of the adapter."""
+        """Detect, mitigate, merge, and detect again in the mitigated adapter."""
         method = Project(self.mitigation_lambda, amplify=self.amplify)
         if self.output is None:
             with tempfile.TemporaryDirectory(prefix="streamer-demo-") as directory:
@@ -86,7 +86,7 @@ def _run(directory: Path, mitigation: Method, monitor: Monitor) -> DemoRecord:
                               mitigation_lambda=lam, method=method, amplify=amplify)  # fmt: skip
     merge_with_reduced_intruder_dimensions(model.base, model.adapter, merged_path, findings=findings, monitor=monitor,
                                            mitigation_lambda=lam, method=method, amplify=amplify)  # fmt: skip
-    open_checkpoint(merged_path)  # a strict reader takes the result
+    open_checkpoint(merged_path)  # a strict reader must accept the result
     left = detect_intruder_dimensions(model.base, adapter_path, monitor=monitor).by_tensor
     rows: list[DemoMatrix] = []
     for m in found:

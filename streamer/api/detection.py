@@ -26,7 +26,7 @@ from streamer.workers.engine import Workers
 
 @dataclass(frozen=True)
 class Detected:
-    """Findings, with their file and what the run did about it; neither if they are in memory."""
+    """Findings, with their file and what the run did with it; both None if the findings are only in memory."""
 
     findings: Findings
     path: Path | None
@@ -35,14 +35,14 @@ class Detected:
 
 @dataclass(frozen=True)
 class DetectRequest:
-    """A detection as it is asked for.
+    """A requested detection.
 
     Attributes
     ----------
     output
-        Findings file, or of several adapters a directory; None keeps them in memory.
+        Findings file, or a directory for several adapters; None keeps findings in memory.
     part
-        Number and count: of the matrices, whose findings go into files of their own.
+        Number of this part of the matrices, and number of parts; each part's findings go into their own files.
     """
 
     inputs: Inputs
@@ -55,12 +55,12 @@ class DetectRequest:
     def of(
         cls, base: str | Path, adapter: Adapters, output: str | Path | None, keywords: Mapping[str, Any]
     ) -> DetectRequest:
-        """Make it of keywords of `detect_intruder_dimensions`, or of the command line's options."""
+        """Make a request from keywords of `detect_intruder_dimensions`, or from options of the command line."""
         where, part = None if output is None else Path(output), keywords.get("part")
         return cls(Inputs(base, adapter), where, take(Judged, keywords), take(Settings, keywords), part)
 
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Detected | ByName[Detected]:
-        """Detect."""
+        """Run the detection."""
         opened = self._opened(monitor, workers)
         found = opened.detected()
         outputs: Sequence[Path | None] = opened.paths or [None] * len(found)
@@ -69,7 +69,7 @@ class DetectRequest:
         )
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun | SeveralRecord:
-        """Check all, and say what a run would do and take; nothing is written."""
+        """Check everything and forecast a run, without writing anything."""
         return self._opened(monitor, workers, peek=True).forecast()
 
     def _opened(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> _Opened:
@@ -144,26 +144,26 @@ def detect_intruder_dimensions(
     Parameters
     ----------
     output
-        Findings file to write as detection goes; a killed run resumes from the journal beside it. None keeps the findings in
-        memory. Of several adapters a directory, where ``NAME.safetensors`` is written for the adapter in ``…/NAME``.
+        Findings file to write; a journal beside it lets a killed run resume. None keeps the findings in memory. For several adapters, a
+        directory in which ``NAME.safetensors`` is written for the adapter in ``…/NAME``.
     executor
         Workers that run detection: any `concurrent.futures.Executor`, of threads, processes, or an engine such as
-        ``dask.distributed.Client.get_executor()``; None runs it in this process. They read the inputs at the same paths. Findings are
-        byte for byte those of this process with torch's present number of threads, which each task has, as it has `max_memory`. If a
-        worker dies its tasks are done again, once, if the executor replaces it; a `ProcessPoolExecutor` does not, and the run ends with
-        `WorkerError`.
+        ``dask.distributed.Client.get_executor()``; None runs it in this process. Workers need the inputs at the same paths. Each task uses
+        torch's current number of threads and has the budget `max_memory`; with that number, findings have the same bytes as without
+        workers. If a worker dies and the executor replaces it, its tasks run once more; a `ProcessPoolExecutor` does not replace workers,
+        so the run ends with `WorkerError`.
 
     Returns
     -------
     Findings
-        One entry a matrix; `reduce_intruder_dimension` and `merge_with_reduced_intruder_dimensions` take it.
-        Of several adapters a dict of them by the adapters' names.
+        One entry for each matrix, as input for `reduce_intruder_dimension` and `merge_with_reduced_intruder_dimensions`. For several
+        adapters, a dict of findings by adapter name.
 
     Raises
     ------
     StreamerError
-        Its class says what kind of fault it is (see `streamer.errors`), and may be one of Python's: `ValueError` for options and inputs,
-        `FileNotFoundError` for missing inputs, `FileExistsError` for an output that may not be replaced.
+        Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
+        `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced.
     """
     request = DetectRequest.of(base, adapter, output, options)
     with watched(options) as monitor:

@@ -28,14 +28,14 @@ from streamer.workers.engine import Workers
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """An evaluation as it is asked for.
+    """A requested evaluation.
 
     Attributes
     ----------
     output
-        Its file; None keeps it in memory.
+        File to write; None keeps the evaluation in memory.
     texts
-        Paths of the ``general`` and the ``task`` text, and of others by the names of their files.
+        Paths of the ``general`` and the ``task`` text, and of others by file name.
     """
 
     base: str | Path
@@ -51,7 +51,7 @@ class EvaluateRequest:
     def of(
         cls, base: str | Path, adapter: str | Path, output: str | Path | None, keywords: Mapping[str, Any]
     ) -> EvaluateRequest:
-        """Make it of keywords of `evaluate_variants`, or of the command line's options."""
+        """Make a request from keywords of `evaluate_variants`, or from options of the command line."""
         options = evaluation_options(keywords)
         texts = {name: read_path(name, keywords[name]) for name in ("general", "task")}
         others = keywords.get("other") or ()
@@ -67,11 +67,11 @@ class EvaluateRequest:
         return cls(base, adapter, where, texts, keywords.get("findings"), options, judged, settings)
 
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Evaluation:
-        """Evaluate."""
+        """Run the evaluation."""
         return evaluate(self._prepared(monitor, workers), self.output)
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
-        """Check all, and say what a run would do and take; nothing is written."""
+        """Check everything and forecast a run, without writing anything."""
         assert self.output is not None
         prepared = self._prepared(monitor, workers, peek=True)
         state = inspect(prepared, self.output)
@@ -90,7 +90,7 @@ class EvaluateRequest:
 
 
 def evaluation_options(keywords: Mapping[str, Any]) -> EvaluationOptions:
-    """Make the options of keywords, and read the files that they name."""
+    """Make the options from keywords, and read the files that they name."""
     given = keywords.get("coefficients")
     fitted = None if given is None else read_coefficients(given)
     several = {name: tuple(keywords[name]) for name in ("methods", "lambdas") if name in keywords}
@@ -108,58 +108,58 @@ def evaluate_variants(
     task: str | Path,
     **options: Unpack[EvaluateKeywords],
 ) -> Evaluation:
-    """Measure the losses of the base, the adapter as it is, and every method at every λ, on texts, in passes over the base.
+    """Measure the losses of the base, the unchanged adapter, and each method at each λ, on texts, in passes over the base.
 
-    No merged model is built: each weight is read when its module runs, and used for all variants at once. It needs transformers, with
+    No merged model is built: each weight is read when its module runs, and used for all variants at once. This needs transformers with
     its tokenizers: ``pip install 'intruder-streamer[evaluate]'``.
 
     Parameters
     ----------
     base
-        Directory of the base model: its ``config.json``, its weights and, unless texts are token ids, its tokenizer.
+        Directory of the base model: its ``config.json``, its weights and, unless all texts are token ids, its tokenizer.
     adapter
         Directory of a PEFT adapter, or of a fully fine-tuned model.
     output
-        File to write as JSON; passes are journalled beside it, so that a killed run resumes. If it holds an evaluation of the same inputs,
-        texts and options, only the variants that it lacks are measured and added. None keeps the result in memory.
+        JSON file to write. Passes are recorded in a journal beside it, so that a killed run resumes. If the file holds an evaluation of the
+        same inputs, texts and options, only the missing variants are measured and added. None keeps the result in memory.
     general, task
-        Texts: of what the model could do before, and of what the adapter was trained for; neither of them trained on. ``.txt``;
-        ``.jsonl`` with an object a line that has ``text``, ``prompt`` and ``completion``, or ``messages``, of which the answers count, or
-        ``question``, ``choices`` and ``answer``, of which accuracies are measured; or ``.npy`` of token ids.
+        Two texts that were not used in training: what the model could do before, and what the adapter was trained for. Formats: ``.txt``;
+        ``.jsonl``, each line an object with ``text``, with ``prompt`` and ``completion``, with ``messages`` (the assistant's answers
+        count), or with ``question``, ``choices`` and ``answer`` (accuracies are measured as well); ``.npy`` with token ids.
     other
-        A further text, or several, of different file names: what each variant does to text by which nothing is fitted or suggested.
+        One or more other texts with different file names. They show what each variant does to text that no fit or suggestion uses.
     findings
-        From `detect_intruder_dimensions`, or the path of their file. None detects first, into memory.
+        Findings from `detect_intruder_dimensions`, or the path of their file. None detects first, in memory.
     methods, lambdas
-        Every method is evaluated at every λ: ``paper``, ``project``, ``shrink`` (see `merge_with_reduced_intruder_dimensions`).
-        ``fitted`` alone evaluates the coefficients, and no other method. With ``shrink``, up to four more shrinks are measured to find
-        the λ that keeps the share `keep`.
+        Methods to evaluate, each at each λ: ``paper``, ``project``, ``shrink`` (see `merge_with_reduced_intruder_dimensions`).
+        ``fitted`` alone evaluates only the coefficients. With ``shrink``, up to four more shrinks are measured to find the λ that keeps
+        the share `keep`.
     coefficients
-        From `fit_coefficients`, or the path of their file: each set of them is one more variant, ``fitted 0.9``. Of text that they were
-        fitted to there is a warning.
+        Coefficients from `fit_coefficients`, or the path of their file: each set is one more variant, such as ``fitted 0.9``. A warning
+        names texts to which they were fitted.
     map
-        From `map_inputs`, or the path of its file: ``nullspace`` is evaluated at every λ as well.
+        Map from `map_inputs`, or the path of its file: ``nullspace`` is then evaluated at each λ too.
     sequences, length
-        Sequences of each text, and tokens of a sequence, at most.
+        Most sequences of each text, and most tokens of each sequence.
     keep
-        Share of what the adapter learned that the suggested variant keeps at least.
+        Least share of the learning that the suggested variant keeps.
     race
-        Drop variants that have lost on an eighth, a quarter or a half of the sequences: they keep too little, or another or the shrink
-        that keeps as much forgets less, by two standard errors. By default two shrinks run at first, not one at every λ. False runs all
-        on all sequences.
+        Drop variants that have lost after an eighth, a quarter or a half of the sequences: they keep too little, or another variant, or
+        the shrink that keeps as much, forgets less, by two standard errors. By default the race begins with two shrinks, instead of one at
+        each λ. False runs all variants on all sequences.
     projected
-        Evaluate what `reduce_intruder_dimension` writes, projected onto the adapter's rank, in place of complete deltas.
+        Evaluate deltas projected onto the adapter's rank, as `reduce_intruder_dimension` writes them, instead of complete deltas.
     dtype
-        ``bf16``: products of the base's weights with activations are of factors rounded to bfloat16, on a processor that is fast at it
-        (AMX); means move by up to 1e-3. Deltas, norms, the softmax and all sums stay float32.
+        ``bf16`` rounds base weights and activations to bfloat16 before they are multiplied, on processors with fast bfloat16 (AMX); means
+        change by up to 1e-3. Deltas, norms, the softmax and all sums stay float32.
     device
-        ``cpu``, ``cuda`` or ``cuda:i``: where the model runs, and a detection that comes first; not yet run on a GPU. ``auto`` is the CPU
-        for the model, and CUDA for the detection if a GPU is there.
+        ``cpu``, ``cuda`` or ``cuda:i`` for the model, and for detection if it runs first; no GPU has been tried yet. ``auto`` runs the
+        model on the CPU, and detection on CUDA if a GPU is available.
     max_memory
-        Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``; it decides how many
-        sequences and variants go together. None takes what 4,096 tokens, of all variants together, or one sequence need.
+        Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
+        sequences and variants run together. None uses what 4,096 tokens, counted over all variants, or one sequence need.
     executor
-        Workers that run passes, as `detect_intruder_dimensions` has them: the result is byte for byte that of this process.
+        Workers that run passes, as for `detect_intruder_dimensions`; the result has the same bytes as without workers.
 
     Returns
     -------
@@ -171,8 +171,8 @@ def evaluate_variants(
     MissingPackageError
         If transformers is not installed.
     StreamerError
-        Of the class that says what kind of fault it is (see `streamer.errors`): `UnsupportedError` for a model or adapter that this
-        cannot evaluate, `NumericError` where a pass did not use all that the adapter changes.
+        Its class names the kind of error (see `streamer.errors`): `UnsupportedError` for a model or adapter that cannot be evaluated,
+        `NumericError` if a pass did not use everything that the adapter changes.
     """
     request = EvaluateRequest.of(base, adapter, output, {**options, "general": general, "task": task})
     with watched(options) as monitor:

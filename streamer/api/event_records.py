@@ -1,4 +1,4 @@
-"""Types of the JSON of errors and events (``streamer.error/1``, ``streamer.event/1``), apart so that ``--help`` need not make them."""
+"""Define the JSON of errors and events (``streamer.error/1``, ``streamer.event/1``), in a separate file so that ``--help`` stays fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open workers: processes on this machine, or those of Dask or Ray."""
+"""Open workers: processes on this machine, or workers of Dask or Ray."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from streamer.units import counted, listed
 from streamer.workers.engine import Cluster, Workers
 
 WAITED = 30
-"""Seconds until an engine that does not answer is given up."""
+"""Seconds to wait for an engine's answer."""
 
 
 def open_workers(count: int | None, executor: str | None, threads: int | None, monitor: Monitor) -> Workers | None:
-    """Make the workers that options name, and give torch the number of threads that each has; None if they name none.
+    """Make the workers that the options name, and set torch's threads to the number that each worker has; None if they name no workers.
 
     Parameters
     ----------
     count
-        Processes on this machine.
+        Number of processes on this machine.
     executor
         ``dask:ADDRESS`` or ``ray:ADDRESS``.
     threads
-        Threads of each; None: a share of the cores, or one for a task of an engine.
+        Threads of each worker; by default a share of the cores, or one for each task of an engine.
     """
     if executor is not None and count is not None:
-        raise UsageError("--workers: starts processes here, --executor takes those of an engine; give one of them")
+        raise UsageError("--workers: starts processes here, --executor uses an engine's workers; give one of them")
     if executor is not None:
         engine, _, address = executor.partition(":")
         if engine not in ENGINES or not address:
@@ -58,7 +58,7 @@ def open_workers(count: int | None, executor: str | None, threads: int | None, m
 
 
 def _give_threads(count: int | None, default: int, what: str, monitor: Monitor) -> None:
-    """Give torch the threads of a task, on which the last bits of findings depend, and say how many these are."""
+    """Set torch's threads to the number of a task, on which the last bits of findings depend, and emit a note with the number."""
     if count is None and not is_count_chosen():
         torch.set_num_threads(default)
     monitor.emit(
@@ -68,12 +68,12 @@ def _give_threads(count: int | None, default: int, what: str, monitor: Monitor) 
 
 @contextlib.contextmanager
 def processes(count: int) -> Iterator[Executor]:
-    """Start processes; leaving the block ends them at once, and so does the end of this process, however it comes."""
+    """Start processes; they end at once when the block is left or this process ends for any reason."""
     context = get_context("spawn")
     theirs, ours = context.Pipe(duplex=False)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     pool = ProcessPoolExecutor(count, context, _begin_worker, (theirs,))
-    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # multiprocessing lets SIGINT and SIGTERM through
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # multiprocessing unblocks SIGINT and SIGTERM
     try:
         yield pool
     finally:
@@ -83,7 +83,7 @@ def processes(count: int) -> Iterator[Executor]:
 
 
 def _begin_worker(parent: Connection) -> None:
-    """Leave signals to the process that started this one, and end with it."""
+    """Ignore signals, which the parent process handles, and end when it ends."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
 
@@ -97,11 +97,11 @@ def _begin_worker(parent: Connection) -> None:
 
 @contextlib.contextmanager
 def dask(address: str) -> Iterator[Executor]:
-    """Connect to the scheduler at an address, or to that of a scheduler file."""
+    """Connect to Dask's scheduler, given its address or a scheduler file."""
     library = _library("distributed", "dask")
     logging.getLogger("distributed.client").setLevel(
         logging.CRITICAL
-    )  # of a scheduler that goes away a line says enough
+    )  # streamer's own line about a lost scheduler is enough
     where = {"scheduler_file": address} if address.endswith(".json") else {"address": address}
     try:
         client = library.Client(**where, timeout=WAITED, set_as_default=False)
@@ -112,7 +112,7 @@ def dask(address: str) -> Iterator[Executor]:
 
 
 class DaskExecutor(Cluster):
-    """Submit calls to the workers of a scheduler of Dask's."""
+    """Submit calls to the workers of a Dask scheduler."""
 
     def __init__(self, client: Any, address: str) -> None:
         self._client, self._address = client, address
@@ -123,7 +123,7 @@ class DaskExecutor(Cluster):
         return self._executor.submit(fn, *args, **kwargs)
 
     def lacks(self) -> str:
-        """Say that the scheduler has no workers; one that went away has forgotten the tasks."""
+        """Return a message if the scheduler has no workers, else an empty string; raise if the scheduler, with its tasks, is lost."""
         gone = (
             f"dask:{self._address}: its scheduler does not answer any more; start one, then run the same command again"
         )
@@ -131,19 +131,19 @@ class DaskExecutor(Cluster):
             raise WorkerError(gone)
         try:
             there = self._client.sync(self._client.scheduler.ncores, callback_timeout=WAITED)
-        except (AttributeError, OSError, RuntimeError) as e:  # a client that has lost it has no scheduler
+        except (AttributeError, OSError, RuntimeError) as e:  # a disconnected client has no scheduler attribute
             raise WorkerError(gone) from e
         return "" if there else f"dask:{self._address}: has no workers; the run waits for them"
 
 
 @contextlib.contextmanager
 def ray(address: str) -> Iterator[Executor]:
-    """Connect to a cluster; `auto` is the one that runs on this machine.
+    """Connect to a Ray cluster; `auto` is the cluster that runs on this machine.
 
     Raises
     ------
     UsageError
-        If no node has as many CPUs as a task takes: it would wait for ever.
+        If no node has as many CPUs as a task needs, because tasks would wait forever.
     """
     library = _library("ray", "ray")
     try:
@@ -160,7 +160,7 @@ def ray(address: str) -> Iterator[Executor]:
 
 
 class RayExecutor(Cluster):
-    """Submit calls to Ray as tasks that reserve a number of its CPUs."""
+    """Submit calls to Ray as tasks that reserve a number of CPUs."""
 
     def __init__(self, library: Any, cpus: int, address: str = "auto") -> None:
         self._library, self._cpus, self._address = library, cpus, address
@@ -172,10 +172,10 @@ class RayExecutor(Cluster):
         return future
 
     def lacks(self) -> str:
-        """Say that no node has as many CPUs as a task takes, and how many they have."""
+        """Return a message if no node has as many CPUs as a task needs, else an empty string."""
         try:
             nodes = self._library.nodes()
-        except Exception as e:  # of its transport
+        except Exception as e:  # Ray's transport may raise anything
             raise WorkerError(
                 f"ray:{self._address}: does not answer any more; start a cluster, then run the same command again"
             ) from e

@@ -12,13 +12,13 @@ from streamer.remote.inputs import Remote
 
 @dataclass(frozen=True)
 class Inputs:
-    """Base, and one adapter or several, as they were given."""
+    """Base, and one adapter or several, as given."""
 
     base: str | Path
     adapter: Adapters
 
     def located(self, remote: Remote) -> tuple[str | Path, One | Several]:
-        """Find both, and decide whether one adapter or several are given."""
+        """Find base and adapters, and determine whether one adapter or several are given."""
         base = remote.path(self.base)
         if isinstance(self.adapter, str | Path):
             return base, one_or_several(remote.path(self.adapter))

@@ -1,4 +1,4 @@
-"""Offer a look at inputs: what is there, which tensor each module changes, and what each command would take."""
+"""Inspect inputs: what they contain, which tensor each module changes, and what each command would need."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from streamer.weights.model_config import read_model_config
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
+    """The result of an inspection.
 
     Attributes
     ----------
     record
-        As `streamer inspect --json` prints it.
+        The object that `streamer inspect --json` prints.
     files
-        Of a base alone: name, dtype and bytes of each tensor, by file.
+        For a base alone: dtype and bytes of each tensor, by file.
     """
 
     record: PlanRecord
@@ -39,14 +39,14 @@ class Inspection:
 
 @dataclass(frozen=True)
 class InspectRequest:
-    """A look at a base, or at a base and an adapter."""
+    """A requested inspection of a base, or of a base and an adapter."""
 
     base: str | Path
     adapter: str | Path | None
     settings: Settings
 
     def run(self, monitor: Monitor) -> Inspection:
-        """Open the inputs, and forecast the commands."""
+        """Open the inputs and forecast the commands."""
         settings, located = self.settings, self.settings.located(monitor, peek=True)
         base = located.path(self.base)
         if self.adapter is None:
@@ -68,7 +68,7 @@ class InspectRequest:
 
 
 def inspection_record(plan: Plan, forecasts: Mapping[str, Forecast | UnsupportedError]) -> PlanRecord:
-    """Say what is there, and what a run would read, compute and take; null for a command that is refused, and why it is."""
+    """Describe the inputs, and forecast each command; a refused command has null and the reason."""
     matrices: list[PlannedMatrix] = [
         {"tensor": t.tensor, "module": t.module.name, "shape": list(t.module.shape), "dtype": plan.weights[t.tensor].label,
          "rank": t.module.rank, "scale": t.module.scaling, "transposed": t.transposed, "matched": t.match.rule}
@@ -98,7 +98,7 @@ def inspection_record(plan: Plan, forecasts: Mapping[str, Forecast | Unsupported
 
 
 def _names_json(plan: Plan) -> list[NameRule]:
-    """List the rules by which modules were found in the base: how many each, and the first of them."""
+    """List the rules by which modules were found in the base, each with the number of modules and the first one."""
     groups: dict[str, NameRule] = {}
     for t in plan.targets:
         group = groups.setdefault(

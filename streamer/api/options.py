@@ -1,4 +1,4 @@
-"""Options of the library's functions as given, and what they become; each is validated when it is made."""
+"""Convert options of the library's functions from the form in which they are given; each is validated when it is made."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from streamer.storage.tensor_file import IOMode
 from streamer.workers.engine import Workers
 
 SeveralAdapters = Sequence[Path] | list[str] | list[str | Path] | tuple[str | Path, ...]
-"""Adapters on one base; a directory of adapters among them means all of those in it."""
+"""Adapters on one base; a directory of adapters means all adapters in it."""
 
 Adapters = str | Path | SeveralAdapters
 """One adapter, or several."""
@@ -33,7 +33,7 @@ Adapters = str | Path | SeveralAdapters
 
 @dataclass(frozen=True)
 class Settings:
-    """How inputs are read, what a run computes on, and what it may replace: the keywords of `DetectKeywords` as given."""
+    """How inputs are read, which device and memory a run uses, and what it may replace: keywords of `DetectKeywords`, as given."""
 
     max_memory: int | str | None = None
     device: str = "auto"
@@ -55,22 +55,22 @@ class Settings:
 
     @property
     def memory(self) -> int | None:
-        """Return the budget in bytes; None if there is none."""
+        """Return the memory budget in bytes; None if there is none."""
         return read_size(self.max_memory)
 
     @property
     def stated(self) -> Stated:
-        """Return what the user states of the adapters."""
+        """Return what the user states about the adapters."""
         return Stated(self.base_is_residual, self.lora_b_layout, self.ignore_keys)
 
     def located(self, monitor: Monitor, peek: bool = False) -> Remote:
-        """Return what finds inputs, which may be addresses; `peek` if only their headers will be read."""
+        """Return the finder of inputs, which may be addresses; `peek` says that only headers will be read."""
         return Remote(self.remote, peek, monitor)
 
     def run_options(self, monitor: Monitor, workers: Workers | None = None) -> Run:
-        """Resolve the devices, and put a run's options and who watches it together.
+        """Resolve the devices, and join a run's options with its monitor and workers.
 
-        ``auto`` runs models on the CPU: they have not been run on a GPU.
+        ``auto`` runs models on the CPU, because no GPU has been tried for them.
         """
         device = choose_device(self.device)
         models = CPU if self.device == "auto" else device
@@ -81,7 +81,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Judged:
-    """What counts as an intruder, as given: None leaves it to findings, or to the default."""
+    """What counts as an intruder, as given; None means the value in the findings, or the default."""
 
     top_k: int | float | None = None
     threshold_epsilon: float | None = None
@@ -91,7 +91,7 @@ class Judged:
         self.options()
 
     def options(self, max_memory: int | None = None, findings: Findings | None = None) -> DetectionOptions:
-        """Make the options of detection; what is not given is the findings', or the default. The memory is this run's alone."""
+        """Make the options of detection; missing ones come from the findings, or are the defaults. The memory always is this run's."""
         default = DetectionOptions() if findings is None else findings.options
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(default, max_memory=max_memory, **{k: v for k, v in given.items() if v is not None})
@@ -99,7 +99,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class MethodChoice:
-    """A method of mitigation, as given."""
+    """A mitigation method, as given."""
 
     mitigation_lambda: float | None = None
     method: MethodName | None = None
@@ -115,11 +115,11 @@ class MethodChoice:
         Raises
         ------
         UsageError
-            If a λ or another method comes with coefficients, a share to keep comes without them, or λ is refused.
+            If coefficients are combined with a λ or another method, if a share to keep is given without coefficients, or if λ is refused.
         """
         if self.coefficients is None and self.keep is not None:
             raise UsageError(
-                f"keep: chooses among coefficients, found {self.keep!r} and none; give them, or leave it out"
+                f"keep: chooses among coefficients, found {self.keep!r} but no coefficients; give them, or omit keep"
             )
         fitted = None if self.coefficients is None else read_coefficients(self.coefficients).select(self.keep)
         mapped = None if self.map is None else read_map(self.map)
@@ -130,34 +130,34 @@ Options = TypeVar("Options")
 
 
 def take(kind: type[Options], keywords: Mapping[str, Any], **named: Any) -> Options:
-    """Make a dataclass of those of the keywords that are its fields, and of others by name."""
+    """Make a dataclass from the keywords that are its fields, and from the named values."""
     own = [f.name for f in fields(cast(Any, kind)) if f.name in keywords]
     return kind(**{**{name: keywords[name] for name in own}, **named})
 
 
 def given_workers(keywords: Mapping[str, Any]) -> Workers | None:
-    """Return the workers of an executor among keywords; None without one."""
+    """Return the workers of the executor in the keywords; None if there is none."""
     executor = keywords.get("executor")
     return None if executor is None else Workers.of(executor)
 
 
 def read_coefficients(coefficients: Coefficients | str | Path) -> Coefficients:
-    """Return coefficients, read if a path is given."""
+    """Return coefficients, read from their file if a path is given."""
     return coefficients if isinstance(coefficients, Coefficients) else load_coefficients(coefficients)
 
 
 def read_map(given: InputMap | str | Path) -> InputMap:
-    """Return a map of a base's inputs, read if a path is given."""
+    """Return a map of a base's inputs, read from its file if a path is given."""
     return given if isinstance(given, InputMap) else load_map(given)
 
 
 def read_path(name: str, value: str | Path) -> Path:
-    """Read a path, of the keyword of this name.
+    """Convert the value of the keyword of this name to a path.
 
     Raises
     ------
     UsageError
-        If it is none.
+        If it is not a path.
     """
     if not isinstance(value, str | os.PathLike):
         raise UsageError(f"{name}: expected a path, found {value!r}")

@@ -25,10 +25,10 @@ NO_BAR = "{desc} {elapsed}<{remaining}"
 """tqdm's formats, from the most columns to the fewest."""
 
 BESIDE, SHORTEST, ADAPTER = 46, 10, 20
-"""Columns of `FULL` without description and postfix, of the shortest name that helps, and of the longest name of an adapter."""
+"""Columns of `FULL` without description and postfix, of the shortest useful name, and of the longest name of an adapter."""
 
 ECHO = 2
-"""Columns that stay free for the ^C of an interrupt, which would otherwise wrap and leave the bar above it."""
+"""Columns left free for the ^C of an interrupt, which would otherwise wrap and leave the bar behind."""
 
 
 class Bars:
@@ -37,7 +37,7 @@ class Bars:
     Parameters
     ----------
     tqdm
-        Makes a bar: a class of tqdm, with the options that all bars have.
+        Makes a bar: a tqdm class with the options common to all bars.
     layout
         Returns the bar's attributes that depend on an event.
     """
@@ -48,10 +48,10 @@ class Bars:
         self.bar: Any = None
 
     def __call__(self, event: Event) -> None:
-        """Take an event of a stage that counts."""
+        """Draw an event of a stage that counts."""
         ends = event.total > 0 and event.done >= event.total
         if self.bar is not None and (event.stage != self._event.stage or event.done < self._event.done):
-            self.bar.total, self.bar.leave = None, False  # a stage within this one begins: nothing has failed
+            self.bar.total, self.bar.leave = None, False  # a nested stage begins, so the bar must not look failed
             self.close()
         if self.bar is None:
             if ends:
@@ -59,7 +59,7 @@ class Bars:
             self._open(event)
         self._event = event
         self._lay_out()
-        if event.total:  # a fit may turn out to need more: the bar's own total stays
+        if event.total:  # a fit's total may grow; the bar keeps its own total
             self.bar.n = self.bar.total * event.done / event.total
         if ends:
             self.close()
@@ -67,7 +67,7 @@ class Bars:
             self.bar.update(0)
 
     def refresh(self) -> None:
-        """Draw the bar again, as wide as the terminal is now."""
+        """Draw the bar again at the terminal's current width."""
         self._lay_out()
         self.bar.refresh()
 
@@ -91,13 +91,13 @@ class Bars:
 
 
 def counts(event: Event, of: str = "/") -> str:
-    """Write how many items of how many are done, with their unit."""
+    """Write the number of items done, of all items, with their unit."""
     width = len(str(event.of))
     return f"{event.items:>{width}}{of}{event.of} {plural(ITEMS[event.stage])}"
 
 
 def layout(event: Event, columns: int | None) -> dict[str, Any]:
-    """Fit a bar to a terminal: without room the matrix's name goes first, then rate and share, the bar last."""
+    """Fit a bar to a terminal: if room is scarce, leave out the matrix's name first, then rate and share, the bar last."""
     if not event.of:
         return {"desc": f"{event.stage}: {printable(event.name)}", "bar_format": "{desc} {elapsed}"}
     desc, ncols = f"{event.stage} {counts(event)}", None if columns is None else columns - ECHO
@@ -108,14 +108,14 @@ def layout(event: Event, columns: int | None) -> dict[str, Any]:
 
 
 def _name(event: Event, columns: int) -> str:
-    """Shorten the names of adapter and matrix to fit; of the matrix's its end stays."""
+    """Shorten the names of adapter and matrix to fit, keeping the end of the matrix's name."""
     start = f"{event.adapter[:ADAPTER]}: " if event.adapter else ""
     name, room = event.name.removesuffix(".weight"), columns - len(start)
     return printable(start + (name if len(name) <= room else "…" + name[len(name) - room + 1 :].lstrip(".")))
 
 
 def columns() -> int | None:
-    """Return the columns of the terminal that stderr is, None if it is none."""
+    """Return the number of columns if stderr is a terminal, else None."""
     try:
         return max(8, os.get_terminal_size(sys.stderr.fileno()).columns or 80)
     except (OSError, ValueError, AttributeError):
@@ -123,7 +123,7 @@ def columns() -> int | None:
 
 
 def in_notebook() -> bool:
-    """Return whether this process is the kernel of a notebook, as `tqdm.auto` decides it."""
+    """Test whether this process is the kernel of a notebook, by the rule of `tqdm.auto`."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     return shell is not None and "IPKernelApp" in shell.config
@@ -131,21 +131,21 @@ def in_notebook() -> bool:
 
 @contextlib.contextmanager
 def monitoring(on_event: OnEvent | None, monitor: Monitor | None, progress: bool | None) -> Iterator[Monitor]:
-    """Make the monitor of a call in Python, and draw bars while the call runs if they are asked for.
+    """Make the monitor of a call in Python, and draw bars during the call if requested.
 
     Without a listener, warnings go through the `warnings` module.
 
     Raises
     ------
     UsageError
-        If a keyword is of another type, or bars are asked for beside a monitor.
+        If a keyword has the wrong type, or if bars are requested together with a monitor.
     """
     if on_event is not None and not callable(on_event):
         raise UsageError(f"on_event: expected a function that takes an event, found {on_event!r}")
     if monitor is not None and not isinstance(monitor, Monitor):
         raise UsageError(f"monitor: expected a Monitor, found {monitor!r}")
     if progress and monitor is not None:
-        raise UsageError("progress: a monitor takes the events; give it an on_event, or omit one of the two")
+        raise UsageError("progress: the monitor receives the events; give it an on_event, or omit one of the two")
     if progress is None:
         progress = on_event is None and monitor is None and in_notebook()
     listener = on_event or warn

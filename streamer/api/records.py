@@ -1,4 +1,4 @@
-"""Types of the JSON that commands print and no folder below has made: plans, dry runs, and results for several adapters."""
+"""Define the JSON that commands print and no other folder defines: plans, dry runs, and results for several adapters."""
 
 from __future__ import annotations
 
@@ -103,14 +103,14 @@ class SeveralRecord(TypedDict):
 def dry_run(
     command: str, output: Path, state: str, matrices: int, files: int, nbytes: int | None, forecast: Forecast | None
 ) -> DryRun:
-    """Describe what a dry run found.
+    """Describe the result of a dry run.
 
     Parameters
     ----------
     state
         ``new``, ``resume`` or ``done``.
     nbytes
-        Of the output; None if they are not known.
+        Bytes of the output; None if unknown.
     """
     return {"schema": "streamer.dry-run/1", "command": command, "output": str(output), "state": state,
             "matrices": matrices, "files": files, "bytes": nbytes,
@@ -120,7 +120,7 @@ def dry_run(
 def dry_runs(
     adapters: One | Several, output: Path, found: Sequence[DryRun], forecast: Forecast | None
 ) -> DryRun | SeveralRecord:
-    """Put together what dry runs found; of several adapters by name, with the forecast of all."""
+    """Join the results of dry runs; for several adapters, by name and with the forecast for all."""
     if isinstance(adapters, One):
         return adapters.collected(found)
     tree = None if forecast is None else asdict(forecast)
@@ -128,5 +128,5 @@ def dry_runs(
 
 
 def several(by_name: Mapping[str, Mapping[str, Any]], more: Mapping[str, Any] | None = None) -> SeveralRecord:
-    """Put the records on several adapters into one, with `more` on all of them."""
+    """Join the records of several adapters, with the keys `more` for all of them."""
     return cast(SeveralRecord, {"schema": "streamer.several/1", "adapters": dict(by_name), **(more or {})})

@@ -1,4 +1,4 @@
-"""Offer the repair of an adapter as a function of the library: fit, measure, and write what is better than a shrink."""
+"""Offer the repair of an adapter as a function of the library: fit, measure, and write the repair if it beats a shrink."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from streamer.storage.output_plan import RECORD_NAME
 from streamer.workers.engine import Workers, kept
 
 UNKNOWN: ReliableRecord = {"kept": True, "forgetting": True, "top1_kept": False}
-"""What is taken to be reliable of a file of an earlier version, which does not say."""
+"""Figures assumed reliable in a file of an earlier version, which does not state it."""
 
 
 # fmt: off
@@ -62,7 +62,7 @@ class RepairRecord(TypedDict):
 
 @dataclass(frozen=True)
 class Repaired:
-    """What was chosen, and the record of what was written."""
+    """The record of a repair, with the choice, and the record of the output."""
 
     record: RepairRecord
     written: Written
@@ -70,14 +70,14 @@ class Repaired:
 
 @dataclass(frozen=True)
 class RepairRequest:
-    """A repair as it is asked for.
+    """A requested repair.
 
     Attributes
     ----------
     general
-        Path of the general text; None: what Python's help says of its topics.
+        Path of the general text; None uses Python's help on its topics.
     form
-        A model or an adapter, and how it is written.
+        Whether to write a model or an adapter, and how.
     """
 
     fit: FitRequest
@@ -89,7 +89,7 @@ class RepairRequest:
     def of(
         cls, base: str | Path, adapter: str | Path, output: str | Path, keywords: Mapping[str, Any]
     ) -> RepairRequest:
-        """Make it of keywords of `repair_adapter`, or of the command line's options."""
+        """Make a request from keywords of `repair_adapter`, or from options of the command line."""
         where = read_path("output", output)
         general = keywords.get("general")
         given = {**keywords, "general": BUILT_IN if general is None else general}
@@ -99,7 +99,7 @@ class RepairRequest:
         form = take(OutputOptions, keywords, merges=bool(keywords.get("merge")))
         if form.dequantize and not form.merges:
             raise UsageError(
-                "dequantize: is of a model, and `merge=True` writes one, found dequantize alone; pass both, or neither"
+                "dequantize: applies only to a model, which `merge=True` writes, found dequantize alone; pass both, or neither"
             )
         return cls(fit, where, None if general is None else read_path("general", general), form)
 
@@ -128,7 +128,7 @@ class RepairRequest:
         )
 
     def _check(self, monitor: Monitor) -> None:
-        """Refuse before the fit what could not be written after it."""
+        """Refuse, before the fit, an output that could not be written after it."""
         try:
             self._output(Shrink(0.5)).open(monitor)
         except UnsupportedError as e:
@@ -143,29 +143,29 @@ class RepairRequest:
             )
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
-        """Check all, and say what the fit would take, which is nearly all of it, and what is written; nothing is."""
+        """Check everything, and forecast the fit, which needs nearly all the time, and the output, without writing anything."""
         self._check(monitor)
         with self._texts() as fit:
             found = fit.forecast(monitor, workers)
         if found["state"] == "done" and not (self.output / RECORD_NAME).exists():
-            found["state"] = "resume"  # the fit is there, and what is made of it is not
+            found["state"] = "resume"  # the fit exists, but not its output
         if not self.output.exists() and (forecast := found["forecast"]) is not None:
             made = cast(
                 DryRun, self._output(Shrink(0.5)).forecast(monitor)
-            )  # of one adapter; whatever is written is as large
+            )  # one adapter; every possible output has the same size
             found["files"] += made["files"]
             forecast["write_bytes"] += made["bytes"] or 0
         return {**found, "command": "repair", "output": str(self.output)}
 
     @contextlib.contextmanager
     def _texts(self) -> Iterator[FitRequest]:
-        """Give the fit with a general text: that of the user, or Python's own."""
+        """Yield the fit with its general text: the user's, or Python's help."""
         with general_text(self.general) as path:
             yield replace(self.fit, texts={**self.fit.texts, GENERAL: path, TASK: self.fit.texts[TASK]})
 
 
 def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"], str, Method]:
-    """Choose by what was measured: the repair if it is better than the shrink that keeps as much, else that shrink, or the adapter."""
+    """Choose by the measurements: the repair if it is better than the shrink that keeps as much, else that shrink or the adapter."""
     (one,) = found.facts["sets"]
     shrink = one["shrink"]
     if not found.facts["forgotten"]:
@@ -183,7 +183,7 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
         lam = round(values.pop(), 4)
         return "shrink", f"shrink {lam:g}: one coefficient for all", Shrink(lam)
     if shrink is None:
-        return "adapter", "the adapter as it is: no shrink that was measured keeps as much, to compare with", UNCHANGED
+        return "adapter", "the adapter as it is: no measured shrink keeps as much for a comparison", UNCHANGED
     if shrink["verdict"] == "better":
         method = MethodChoice(coefficients=found).make()
         return "repair", f"{method.label}: it forgets less than the shrink that keeps as much, by loss and KL", method
@@ -198,12 +198,12 @@ def _is_worth_it(one: Mapping[str, Any], sequences: int) -> bool:
     Parameters
     ----------
     sequences
-        Held apart of the text that has fewer.
+        The smaller of the two texts' numbers of held-out sequences.
     """
     trade, shrink = one.get("trade"), one["shrink"]
-    if trade is None or trade["worth_it"] or shrink is None:  # a file of an earlier version does not say
+    if trade is None or trade["worth_it"] or shrink is None:  # files of earlier versions have no trade
         return trade is None or bool(trade["worth_it"])
-    # The shrink gives up as much, and regains more by what the set's loss is above its.
+    # The shrink gives up as much, and regains more by the difference of the general losses.
     more = trade["regained"] + shrink["loss"] - trade["worth"] * trade["given_up"]
     error = math.hypot(trade["regained_se"], shrink["loss_se"], trade["worth"] * trade["given_up_se"])
     return Estimate(more, error, sequences).is_positive
@@ -240,51 +240,51 @@ def _line(row: RepairRow, reliable: Mapping[str, bool]) -> str:
 def repair_adapter(
     base: str | Path, adapter: str | Path, output: str | Path, *, task: str | Path, **options: Unpack[RepairKeywords]
 ) -> Written:
-    """Write an adapter that forgets less: fit it to the inputs of its modules, measure it, and choose what is better than a shrink.
+    """Write an adapter that forgets less: fit it to texts, measure it, and write it if it is better than a shrink.
 
-    It is never worse than the shrink of the whole adapter that keeps as much, by what was measured on sequences held apart: if the repair
-    is not better by two standard errors of loss and KL, that shrink is written; if the adapter does not forget, what is regained is not
-    worth what is given up, or no measured shrink keeps as much, the adapter as it is. The fit is in ``OUTPUT.fit.safetensors`` beside the
-    output. It needs transformers: ``pip install 'intruder-streamer[evaluate]'``.
+    By the measurements on held-out sequences, the output is never worse than the shrink of the whole adapter that keeps as much. If the
+    repair is not better than that shrink by two standard errors of loss and KL, the shrink is written. The unchanged adapter is written if
+    it does not forget, if the gain is not worth the loss, or if no measured shrink keeps as much. The fit is written to
+    ``OUTPUT.fit.safetensors`` beside the output. This needs transformers: ``pip install 'intruder-streamer[evaluate]'``.
 
     Parameters
     ----------
     base
-        Directory of the base model: its ``config.json``, its weights and, unless texts are token ids, its tokenizer.
+        Directory of the base model: its ``config.json``, its weights and, unless all texts are token ids, its tokenizer.
     adapter
         Directory of a PEFT adapter, or of a fully fine-tuned model.
     output
-        Directory to write: a PEFT adapter, or with `merge` a model.
+        Directory to write: a PEFT adapter, or a model with `merge`.
     task
-        Text of what the adapter was trained for, not trained on, in the forms that `evaluate_variants` takes.
+        Text of the kind that the adapter was trained for, but not used in training, in a format of `evaluate_variants`.
     general
-        Text of what the model could do before. None: what Python's help says of its topics; your own is better.
+        Text that shows what the model could do before. None uses Python's help on its topics; your own text is better.
     findings
-        From `detect_intruder_dimensions`, or the path of their file: the method ``paper`` at its default λ is measured beside the repair.
+        Findings from `detect_intruder_dimensions`, or the path of their file: ``paper`` at its default λ is then measured for comparison.
     keep
-        Share of what the adapter learned that is to stay, below 1.
+        Share of the learning to keep, below 1.
     merge
-        Write the model with the repaired adapter merged in, in place of an adapter.
+        Write the model with the repaired adapter merged in, instead of an adapter.
     dequantize
-        With `merge`: write all that is quantized as plain tensors of the config's dtype.
+        With `merge`: write all quantized weights as plain tensors of the config's dtype.
     grain, objective, holdout, sequences, length, seed, steps, dtype, device
-        How the fit is made, as `fit_coefficients` has them.
+        Options of the fit, as for `fit_coefficients`.
     max_memory
-        Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``.
+        Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`.
     executor
-        Workers of the fit, as `fit_coefficients` has them, and of the shards of `merge`.
+        Workers for the fit, as for `fit_coefficients`, and for the shards of `merge`.
 
     Returns
     -------
     Written
-        The record of what was written; its ``measured`` says what was measured.
+        The record of the output, with the measurements in ``measured``.
 
     Raises
     ------
     MissingPackageError
         If transformers is not installed.
     StreamerError
-        Of the class that says what kind of fault it is (see `streamer.errors`).
+        Its class names the kind of error (see `streamer.errors`).
     """
     request = RepairRequest.of(base, adapter, output, {**options, "task": task})
     with watched(options) as monitor:

@@ -1,4 +1,4 @@
-"""Offer reports on findings and outputs, and what became of intruders, as functions of the library."""
+"""Offer reports on findings and outputs, and comparisons of findings, as functions of the library."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from streamer.report.subject import Collection, Subject, make_subject, open_subj
 
 @dataclass(frozen=True)
 class Report:
-    """What a report is on, one or several, and the files that were written of it.
+    """The subject of a report, for one adapter or several, and the files that were written.
 
     Attributes
     ----------
     one
-        Findings, with an evaluation beside them, or the record of an output.
+        Findings, possibly with an evaluation, or the record of an output.
     several
-        Findings on several adapters, by name.
+        Findings of several adapters, by name.
     """
 
     one: Subject | None
@@ -35,11 +35,11 @@ class Report:
     written: WrittenReport | None = None
 
     def energies(self) -> list[tuple[float, float]]:
-        """Compute for each of several adapters the energy of its delta, and the intruders' share of it."""
+        """Compute the energy of each of several adapters' deltas, and the intruders' share of it."""
         return [delta_energy(findings) for findings in (self.several or {}).values()]
 
     def record(self) -> dict[str, Any]:
-        """Make the object that `streamer report --json` prints: what it is on as it is, or all that is drawn."""
+        """Make the object that `streamer report --json` prints: the subject itself, or everything that is drawn if files were written."""
         if self.written is None:
             return self._subject()
         files = [{"file": name, "bytes": size} for name, size in self.written.files.items()]
@@ -55,7 +55,7 @@ class Report:
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """A report as it is asked for; see `write_report`. Without an output nothing is written."""
+    """A requested report; see `write_report`. Without an output, nothing is written."""
 
     findings: Findings | str | Path
     evaluation: Evaluation | str | Path | None = None
@@ -63,7 +63,7 @@ class ReportRequest:
     overwrite: bool = False
 
     def run(self, monitor: Monitor) -> Report:
-        """Open what it is on, and write the page or the figures."""
+        """Open the subject, and write the page or the figures."""
         subject = self._subject()
         several = subject.findings if isinstance(subject, Collection) else None
         one = None if isinstance(subject, Collection) else subject
@@ -87,30 +87,30 @@ def write_report(
     evaluation: Evaluation | str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write findings as a page to look at, or as figures for a paper.
+    """Write findings as an HTML page, or as figures for a paper.
 
     Parameters
     ----------
     findings
-        Findings, the file that they are in, or a directory of such files, for one page of several adapters.
+        Findings, the path of their file, or a directory of such files, for one page on several adapters.
     output
-        A name that ends in ``.html``, for one page that loads nothing; or a directory, for SVG and PNG, which take matplotlib
+        Path that ends in ``.html``, for one page that loads no other files; or a directory, for SVG and PNG, which need matplotlib
         (``pip install 'intruder-streamer[plots]'``).
     evaluation
-        An evaluation of the same base and adapter, or the file that it is in: its trade-off is drawn as well.
+        Evaluation of the same base and adapter, or the path of its file; its trade-off is drawn too.
     overwrite
-        Whether another report that stands there is replaced; anything else never is.
+        Whether to replace another report. Other files are never replaced.
 
     Raises
     ------
     StreamerError
-        If the inputs do not belong together, something else stands at the output, or matplotlib is missing (see `streamer.errors`).
+        If the inputs do not belong together, the output path holds something else, or matplotlib is missing (see `streamer.errors`).
     """
     ReportRequest(findings, evaluation, output, overwrite).run(Monitor())
 
 
 def diff_files(first: str | Path, second: str | Path, monitor: Monitor) -> FindingsDiff:
-    """Compare the findings of two files; see `diff_findings`."""
+    """Compare the findings in two files; see `diff_findings`."""
     found = diff_findings(load_findings(first), load_findings(second))
     monitor.warn(found.notes)
     return found

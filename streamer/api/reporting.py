@@ -20,7 +20,7 @@ from streamer.plan.plan import make_plan
 
 @dataclass(frozen=True)
 class CoefficientsRequest:
-    """A report on coefficients as it is asked for; see `report_coefficients`."""
+    """A requested report on coefficients; see `report_coefficients`."""
 
     findings: Findings | str | Path
     base: str | Path
@@ -36,7 +36,7 @@ class CoefficientsRequest:
         chosen = read_coefficients(self.coefficients).select(self.keep)
         if not isinstance(chosen, CoefficientSet):
             raise UsageError(
-                f"{chosen.name}: holds new factors, which leave no share of each direction; fit coefficients with --grain direction"
+                f"{chosen.name}: holds new factors instead of coefficients of directions; fit coefficients with --grain direction"
             )
         base, adapter = settings.located(monitor).pair(self.base, self.adapter)
         plan = make_plan(base, adapter, settings.io, settings.stated, settings.architecture)
@@ -54,30 +54,30 @@ def report_coefficients(
     keep: float | None = None,
     **options: Unpack[ReadKeywords],
 ) -> FindingsRecord:
-    """Say what coefficients leave of the intruders, and of the whole delta, for each matrix and in all.
+    """Report how much coefficients keep of the intruders, and of the whole delta, for each matrix and in total.
 
-    Each is a mean of the coefficients of the delta's own singular directions. A direction counts by its energy, ``s_i²``, and in an
-    intruder by the energy that it puts there, ``(s_i u_jᵀU_i)²``, where u_j is the intruder's left singular vector. Where the fit takes
-    intruders for what is to go, less is left of them than of the whole.
+    Each figure is a weighted mean of the coefficients of the delta's own singular directions. For the whole delta, the weight of direction
+    i is its energy, ``s_i²``; for an intruder with the left singular vector u_j, it is the energy that the direction adds there,
+    ``(s_i u_jᵀU_i)²``. If the fit removes mainly intruders, less is kept of them than of the whole.
 
     Parameters
     ----------
     findings
-        From `detect_intruder_dimensions`, or the path of their file.
+        Findings from `detect_intruder_dimensions`, or the path of their file.
     base, adapter
-        Those that findings and coefficients are of.
+        Base and adapter of the findings and the coefficients.
     coefficients, keep
-        From `fit_coefficients`, or the path of their file, and which set of them.
+        Coefficients from `fit_coefficients`, or the path of their file, and the share of the set to use.
 
     Returns
     -------
     dict
-        `Findings.record`, with ``coefficients`` in each of its matrices and in its totals.
+        `Findings.record`, with ``coefficients`` in each matrix and in the totals.
 
     Raises
     ------
     MismatchError
-        If findings or coefficients are of another base or adapter.
+        If findings or coefficients belong to another base or adapter.
     """
     request = CoefficientsRequest(findings, base, adapter, coefficients, keep, take(Settings, options))
     with watched(options) as monitor:

@@ -1,7 +1,7 @@
 """Generate Llama-shaped models and LoRA adapters with planted intruders, piece by piece, of any size.
 
-The base has a power-law spectrum, as trained weights have; the adapter holds, in some modules, a direction that is orthogonal
-to nothing and near to nothing in the base, and large enough to come among the first singular directions: an intruder.
+The base has a power-law spectrum, like trained weights. In some modules, the adapter adds a random direction that resembles no singular
+vector of the base, and is large enough to be among the first singular directions: an intruder.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from streamer.weights.dtypes import ENCODINGS, as_bytes
 
 HIDDEN, LAYERS, VOCAB, RANK, ALPHA = 192, 4, 512, 4, 8
 PLANTED = {"self_attn.q_proj": 1, "self_attn.o_proj": 2, "mlp.down_proj": 1}
-"""Intruders planted in each layer's modules; the adapter's other modules get none."""
+"""Intruders planted in each layer, by module; other modules get none."""
 
 SIGMA = (1.4, 0.8)
-"""Their singular values: well apart from the base's own 1, 0.616, 0.463, …; near one of these they would mix with it."""
+"""Singular values of the intruders, well apart from the base's 1, 0.616, 0.463, …; close values would mix their directions."""
 
 
 @dataclass(frozen=True)
 class DemoModel:
-    """Generated base and adapter, and how many intruders were planted by base tensor."""
+    """Generated base and adapter, and the number of planted intruders by base tensor."""
 
     base: Path
     adapter: Path
@@ -43,14 +43,14 @@ class DemoModel:
 
 @dataclass(frozen=True)
 class Llama:
-    """Sizes of a Llama-shaped model, and what follows from them: its tensors, its config.
+    """Sizes of a Llama-shaped model, which determine its tensors and its config.
 
     Attributes
     ----------
     hidden, intermediate, layers, vocab, heads, kv_heads
-        As in the config; heads divide hidden, kv_heads divide heads.
+        As in the config; hidden is a multiple of heads, and heads of kv_heads.
     tied
-        Whether the embedding is the output layer as well; if not there is an ``lm_head``.
+        Whether the embedding is also the output layer; if not, there is an ``lm_head``.
     """
 
     hidden: int
@@ -77,7 +77,7 @@ class Llama:
 
     @property
     def targets(self) -> dict[str, list[str]]:
-        """Make the entries of an adapter's config that say what it wraps: every linear layer."""
+        """Make the entries of an adapter's config that name its targets: every linear layer."""
         return {"target_modules": sorted({name.rpartition(".")[2] for name in self.linears})}
 
     @property
@@ -103,14 +103,14 @@ class Llama:
 
 
 def lora_shapes(model: Llama, rank: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
-    """List the shapes of A and B of a LoRA adapter on every linear layer."""
+    """List the shapes of A and B for a LoRA adapter on every linear layer."""
     return {module: ((rank, n), (m, rank)) for module, (m, n) in model.modules.items()}
 
 
 def power_law(
     shape: tuple[int, int], generator: torch.Generator, decay: float = 0.7, top: int | None = None
 ) -> LowRank:
-    """Make a random matrix with singular values ``j^-decay``, all of them or the first `top`, in factors, float32."""
+    """Make a random matrix with singular values ``j^-decay``, all or the first `top`, as float32 factors."""
     p = min(*shape, *(() if top is None else (top,)))
     U = torch.linalg.qr(torch.randn(shape[0], p, generator=generator)).Q
     V = torch.linalg.qr(torch.randn(shape[1], p, generator=generator)).Q
@@ -120,9 +120,9 @@ def power_law(
 def planted_factors(
     shape: tuple[int, int], rank: int, scale: float, planted: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Make ``A`` (rank, n) and ``B`` (m, rank): `planted` intruders of singular values `SIGMA`, and a small random rest.
+    """Make ``A`` (rank, n) and ``B`` (m, rank): `planted` intruders with singular values `SIGMA`, and a small random rest.
 
-    A trained adapter leans on what the base does already; here that part is small and random.
+    In a trained adapter, the rest follows directions of the base; here it is small and random.
     """
     m, n = shape
     A, B = torch.randn(rank, n, generator=generator) / n**0.5, 0.05 * torch.randn(m, rank, generator=generator) / m**0.5
@@ -135,14 +135,14 @@ def planted_factors(
 def write_base(
     directory: Path, model: Llama, dtype: str, shards: Sequence[Sequence[str]], rows: Callable[[str], Iterable[Tensor]]
 ) -> None:
-    """Write a base model: one file, or shards with their index, and the config. Memory is that of one piece.
+    """Write a base model: one file, or shards with their index, and the config, with one piece in memory at a time.
 
     Parameters
     ----------
     shards
-        The names of the tensors of each file.
+        Names of the tensors in each file.
     rows
-        Gives a tensor's values in consecutive pieces of whole rows; they are rounded to `dtype`.
+        Returns a tensor's values in consecutive pieces of whole rows, which are rounded to `dtype`.
     """
     directory.mkdir(parents=True)
 
@@ -174,11 +174,11 @@ def write_adapter(
     Parameters
     ----------
     targets
-        What its config says that it wraps.
+        Entries of the config that name its targets.
     shapes
-        The shapes of ``lora_A`` and ``lora_B`` by module.
+        Shapes of ``lora_A`` and ``lora_B`` by module.
     factors
-        Gives a module's A and B.
+        Returns a module's A and B.
     """
     directory.mkdir(parents=True)
     entries = [

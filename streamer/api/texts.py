@@ -1,4 +1,4 @@
-"""Give a general text where the user names none: what Python's own help says of its topics."""
+"""Provide a general text if the user names none: Python's own help on its topics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUILT_IN = "python-help.txt"
 
 @contextlib.contextmanager
 def general_text(given: Path | None) -> Iterator[Path]:
-    """Give the path of the user's text, or of Python's own in a temporary file."""
+    """Yield the path of the user's text, or of a temporary file with Python's help."""
     if given is not None:
         yield given
         return
@@ -26,7 +26,7 @@ def general_text(given: Path | None) -> Iterator[Path]:
 
 
 def built_in_text() -> str:
-    """Return what Python's help says of its topics: half a megabyte of English prose about programming."""
+    """Return Python's help on its topics: half a megabyte of English prose about programming."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))

@@ -1,4 +1,4 @@
-"""Choose the threads of a command: how they wait, and how many there are: one for each core of this process, where they help."""
+"""Choose how a command's threads wait, and how many there are: one for each core of this process, unless they would not help."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from streamer.events import Event, Monitor
 from streamer.forecast.cores import available_cores
 
 SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""By any of these the user says how OpenMP's threads wait."""
+"""Environment variables that set how OpenMP's threads wait."""
 
 WORTHLESS = 1.5
-"""Threads that take this many times as long as one alone are not used. Where they only help nothing they are: the last bits of findings
-depend on their number, which had better not change from one run to the next."""
+"""Several threads are not used if they take this many times as long as one. If they are only not faster, they are still used: the last bits
+of findings depend on the number of threads, which should not change between runs."""
 
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""By any of these the user says how many there are."""
+"""Environment variables that set the number of threads."""
 
 
 def wait_passively() -> None:
-    """Let OpenMP's idle threads sleep instead of spin, unless the user has said how they wait; before torch is imported.
+    """Let OpenMP's idle threads sleep instead of spin, unless the environment says how they wait; call this before importing torch.
 
-    Spinning threads hold the cores that other work wants, and then wait for one another: `tools/bench_shared.py` measures it.
+    Spinning threads occupy cores that other work needs, and then wait for each other; `tools/bench_shared.py` measures this.
     """
     if not any(name in os.environ for name in SPINNING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def set_threads(count: int | None) -> None:
-    """Give torch this many threads; without a count one for each core of this process, unless the user's environment says how many."""
+    """Set torch's number of threads; by default one for each core of this process, unless the environment sets it."""
     if count is None and is_count_chosen():
         return
     if count is not None and count < 1:
@@ -40,14 +40,14 @@ def set_threads(count: int | None) -> None:
 
 
 def choose_threads(count: int | None, monitor: Monitor) -> None:
-    """Give torch the threads for a detection that nobody has said the number of: one where more take longer, beside other work.
+    """Reduce torch's threads to one for a detection if several would be slower because of other work, unless the user chose a number.
 
     Parameters
     ----------
     count
-        As the user gives it.
+        The user's number of threads, or None.
     monitor
-        Is told where there are fewer than cores.
+        Receives a note if the number is reduced.
     """
     import torch
 
@@ -62,5 +62,5 @@ def choose_threads(count: int | None, monitor: Monitor) -> None:
 
 
 def is_count_chosen() -> bool:
-    """Say whether the user's environment tells how many threads there are."""
+    """Test whether the environment sets the number of threads."""
     return any(name in os.environ for name in COUNTS)

@@ -23,41 +23,41 @@ def verify_output(
     map: str | Path | None = None,  # noqa: A002
     **options: Unpack[WatchKeywords],
 ) -> Verification:
-    """Compare an output with its record and, given its inputs, with what they give, by other code than wrote it.
+    """Check an output against its record and, if its inputs are given, against a recomputation by independent code.
 
     Files are hashed, opened with the safetensors library and compared with ``streamer.json`` and the index; findings are compared
-    with the digest that they hold. Given base and adapter, configs, copied files and the record's rows are compared with them, and a
-    sample of matrices is recomputed in float64 by numpy and scipy; with ``sample="all"`` every tensor is compared.
+    with their own digest. If base and adapter are given, configs, copied files and the record's rows are compared with them, and a
+    sample of matrices is recomputed in float64 by numpy and scipy. With ``sample="all"``, every tensor is compared.
 
     Parameters
     ----------
     output
         Directory of a merged model or a mitigated adapter, or a findings file.
     base, adapter
-        What it was made from; both, or neither.
+        Inputs of the output; give both or neither.
     sample
-        How many matrices to recompute, spread over their kinds, the same of the same output; ``all``: every one of them, and all other
-        tensors byte by byte.
+        Number of matrices to recompute, spread over their kinds; the same output always gives the same sample. ``all`` recomputes every
+        matrix and compares all other tensors byte by byte.
     max_memory
-        Matrices that take more memory, in bytes or as a size like ``"4G"``, are not recomputed.
+        Limit in bytes, or as a size like ``"4G"``; matrices that need more memory are not recomputed.
     coefficients
-        File of the fit that it was made with, if that gave new factors (method ``regmean``): the output has their digest alone.
+        File of the fit that made the output, if it gave new factors (method ``regmean``); the output contains only their digest.
     map
-        File of the map that it was made with (method ``nullspace``).
+        File of the map that made the output (method ``nullspace``).
 
     Returns
     -------
     Verification
-        What was compared, and which matrices could not be recomputed, and why.
+        What was compared, and which matrices could not be recomputed and why.
 
     Raises
     ------
     VerificationError
-        If anything differs: its `verification` has the same object, with the differences.
+        If anything differs; its `verification` is the same object, with the differences.
     StreamerError
-        If the output has no record, or the inputs are others than it was made from (see `streamer.errors`).
+        If the output has no record, or was made from other inputs (see `streamer.errors`).
     """
     with watched(options) as monitor:
-        inputs = Remote("cache", monitor=monitor)  # it reads files, by code that knows no addresses
+        inputs = Remote("cache", monitor=monitor)  # the verifying code reads only local files
         base, adapter = (None if given is None else inputs.path(given) for given in (base, adapter))
         return verify(output, base, adapter, sample, read_size(max_memory), monitor, coefficients, map)

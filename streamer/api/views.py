@@ -1,4 +1,4 @@
-"""Offer what tables say of results, beside the results themselves."""
+"""Offer the texts and figures that tables show besides the results themselves."""
 
 from __future__ import annotations
 

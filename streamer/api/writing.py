@@ -1,4 +1,4 @@
-"""Offer mitigation of an adapter, and merging, as functions of the library: into files, or tensor by tensor."""
+"""Offer mitigation and merging of adapters as functions of the library: into files, or tensor by tensor."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from streamer.workers.engine import Workers
 
 @dataclass(frozen=True)
 class OutputRequest:
-    """A mitigation or a merge as it is asked for.
+    """A requested mitigation or merge.
 
     Attributes
     ----------
     output
-        Directory of the adapter or model, or of several adapters the directory of those.
+        Directory of the adapter or model to write; for several adapters, the directory that will contain these.
     findings
-        None detects first, if the method needs findings.
+        If None, detection runs first if the method needs findings.
     """
 
     inputs: Inputs
@@ -50,7 +50,7 @@ class OutputRequest:
     def of(
         cls, merges: bool, base: str | Path, adapter: Adapters, output: str | Path, keywords: Mapping[str, Any]
     ) -> OutputRequest:
-        """Make it of keywords of the library's functions, or of the command line's options."""
+        """Make a request from keywords of the library's functions, or from options of the command line."""
         method, form = take(MethodChoice, keywords).make(), take(OutputOptions, keywords, merges=merges)
         judged, settings = take(Judged, keywords), take(Settings, keywords)
         return cls(Inputs(base, adapter), Path(output), keywords.get("findings"), judged, method, form, settings)
@@ -61,16 +61,16 @@ class OutputRequest:
         return self.method.needs_detection and self.findings is None
 
     def open(self, monitor: Monitor) -> None:
-        """Open the inputs and plan the outputs, which refuses what cannot be written."""
+        """Open the inputs and plan the outputs; this refuses outputs that cannot be written."""
         self._opened(monitor, peek=True)
 
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Written | ByName[Written]:
-        """Write the output of each adapter, and return its record."""
+        """Write the output of each adapter and return its record."""
         adapters, writers, run = self._opened(monitor, workers)
         return adapters.collected(run_jobs(writers, run))
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun | SeveralRecord:
-        """Check all, and say what a run would do and take; nothing is written."""
+        """Check everything and forecast a run, without writing anything."""
         adapters, writers, run = self._opened(monitor, workers, peek=True)
         states, resident = inspect_jobs(writers, run), resident_of(writers)
         pairs = list(zip(writers, states, strict=True))
@@ -115,34 +115,35 @@ def reduce_intruder_dimension(
 ) -> Written | dict[str, Written]:
     """Write a new LoRA adapter whose delta has its intruders scaled by `mitigation_lambda`.
 
-    The mitigated delta is projected onto ``lora_A``, ``lora_B`` at the adapter's own rank. The record says for each matrix what share of
-    its norm is lost in projection (``dropped``); more than 1 % is a warning. Tensors of matrices without intruders are copied bit for bit.
+    The mitigated delta is projected onto ``lora_A`` and ``lora_B`` at the adapter's own rank. The record states for each matrix the share
+    of the norm that is lost in projection (``dropped``); a loss over 1 % is a warning. Tensors of matrices without intruders are copied bit
+    for bit.
 
     Parameters
     ----------
     output
-        Directory to write: a PEFT adapter. For several adapters, a directory in which each is written under its name.
+        Directory to write: a PEFT adapter. For several adapters, a directory in which each adapter is written under its name.
     findings
-        From `detect_intruder_dimensions`, or the path of their file; for several adapters a dict by name, or the directory that was
-        written for them. No SVD of a weight is done then. They must be of the same base and adapter.
+        Findings from `detect_intruder_dimensions`, or the path of their file; for several adapters a dict by name, or the directory
+        that detection wrote. They must belong to the same base and adapter; no weight needs an SVD then.
         None detects first, into a findings file in the output.
     to_lora
-        Write a LoRA adapter of this rank, whatever the kind of the given one; the record says what relative norm the rank left out. A
-        float in (0, 1] is a share of the energy, the squared singular values, of each mitigated delta: each module gets the least rank
-        that keeps it, as in PEFT's ``convert_to_lora``. Methods that need findings must be given them then. None writes the given
-        adapter's own kind, which must be LoRA, and not DoRA.
+        Write a LoRA adapter of this rank, for an adapter of any kind; the record states the relative norm that the rank leaves out. A
+        float in (0, 1] is a share of each mitigated delta's energy, its squared singular values: each module gets the smallest rank that
+        keeps this share, as in PEFT's ``convert_to_lora``. Methods that need findings then require `findings`. None writes the adapter's
+        own kind, which must be LoRA without DoRA.
 
     Returns
     -------
     Written
-        The record, as ``streamer.json`` has it, with `output` (where) and `state` (``written``, ``resumed`` or ``present``): a dict that
-        is shown in a few lines. Several adapters give a dict of records by name.
+        The record, as in ``streamer.json``, with `output` (the path) and `state` (``written``, ``resumed`` or ``present``): a dict that
+        prints as a few lines. For several adapters, a dict of records by name.
 
     Raises
     ------
     StreamerError
-        Its class says what kind of fault it is (see `streamer.errors`), and may be one of Python's: `ValueError` for options and inputs,
-        `FileNotFoundError` for missing inputs, `FileExistsError` for an output that may not be replaced.
+        Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
+        `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced.
     """
     request = OutputRequest.of(False, base, adapter, output, options)
     with watched(options) as monitor:
@@ -163,34 +164,34 @@ def merge_with_reduced_intruder_dimensions(
 ) -> Written | dict[str, Written]:
     """Write the base with the mitigated delta merged in: ``W0 + Δ'``, summed in float32 and rounded once to the base's dtype.
 
-    Shard names, tensor order, dtypes, metadata and all other files are the base's; untouched tensors keep their bytes. Nothing is
-    truncated. Weights in FP8 are quantized anew, with new scales: each value is rounded to the nearest of 4 significant
-    bits. Other quantized weights are refused without `dequantize`. Several adapters share one pass over the base.
+    Shard names, tensor order, dtypes, metadata and all other files are the base's; unchanged tensors keep their bytes. The delta is not
+    truncated. FP8 weights are quantized again with new scales: each value is rounded to 4 significant bits. Other quantized weights need
+    `dequantize`. Several adapters share one pass over the base.
 
     Parameters
     ----------
     output
-        Directory to write: a model. Of several adapters a directory in which a model is written for each, under the adapter's name.
+        Directory to write: a model. For several adapters, a directory in which each model is written under its adapter's name.
     findings
-        From `detect_intruder_dimensions`, or the path of their file; of several adapters a dict of them by name, or the directory
-        that was written for them. No SVD of a weight is done then. They must be of the same base and adapter.
+        Findings from `detect_intruder_dimensions`, or the path of their file; for several adapters a dict by name, or the directory
+        that detection wrote. They must belong to the same base and adapter; no weight needs an SVD then.
         None detects first, into a findings file in the output.
     dequantize
-        Write all that is quantized as plain tensors of the config's dtype, and take the quantization out of ``config.json``.
+        Write all quantized weights as plain tensors of the config's dtype, and remove the quantization from ``config.json``.
     executor
-        Workers that write shards, as `detect_intruder_dimensions` has them; they see the output at the same path. The bytes are the same.
+        Workers that write shards, as for `detect_intruder_dimensions`; they need the output at the same path. The bytes are the same.
 
     Returns
     -------
     Written
-        The record, as ``streamer.json`` has it, with `output` and `state`: a dict that is shown in a few lines. Several adapters give a
-        dict of records by name.
+        The record, as in ``streamer.json``, with `output` and `state`: a dict that prints as a few lines. For several adapters, a dict of
+        records by name.
 
     Raises
     ------
     StreamerError
-        Its class says what kind of fault it is (see `streamer.errors`), and may be one of Python's: `ValueError` for options and inputs,
-        `FileNotFoundError` for missing inputs, `FileExistsError` for an output that may not be replaced.
+        Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
+        `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced.
     """
     request = OutputRequest.of(True, base, adapter, output, options)
     with watched(options) as monitor:
@@ -201,35 +202,35 @@ def merge_with_reduced_intruder_dimensions(
 def iter_merged(
     base: str | Path, adapter: str | Path, **options: Unpack[IterateKeywords]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(name, tensor)`` of the merged model in file order, one tensor in memory at a time; nothing is written.
+    """Yield ``(name, tensor)`` of the merged model in file order, one tensor in memory at a time, without writing files.
 
-    Inputs are opened and checked by the call itself, not by the first step.
+    The call itself opens and checks the inputs, before the first step.
 
     Parameters
     ----------
     adapter
         Directory of a PEFT adapter, or of a fully fine-tuned model.
     findings
-        From `detect_intruder_dimensions`, or the path of their file: no SVD of a weight is done then. They must be of the same base and
-        adapter. None detects first, each matrix when its turn comes.
+        Findings from `detect_intruder_dimensions`, or the path of their file. They must belong to the same base and adapter; no weight
+        needs an SVD then. None detects each matrix before its tensor is yielded.
     dequantize
-        Yield all that is quantized as plain tensors of the config's dtype.
+        Yield all quantized weights as plain tensors of the config's dtype.
 
     Yields
     ------
     name, tensor
-        In the dtype that `merge_with_reduced_intruder_dimensions` would write. A tensor of a dtype that torch does not have comes as
-        its bytes, a flat uint8 tensor.
+        Tensors in the dtype that `merge_with_reduced_intruder_dimensions` would write. If torch lacks a dtype, the tensor is its bytes, as
+        flat uint8.
 
     Raises
     ------
     StreamerError
-        Its class says what kind of fault it is (see `streamer.errors`), and may be one of Python's: `ValueError` for options and inputs,
+        Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
         `FileNotFoundError` for missing inputs.
     """
     method, form = take(MethodChoice, options).make(), take(OutputOptions, options, merges=True)
     judged, settings = take(Judged, options), take(Settings, options)
-    with watched(options) as monitor:  # its bar closes with the last tensor
+    with watched(options) as monitor:  # the progress bar closes with the last tensor
         run = settings.run_options(monitor)
     remote = settings.located(monitor)
     base, only = remote.path(base), One(Path(remote.path(adapter)))

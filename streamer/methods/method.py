@@ -97,7 +97,7 @@ class Method(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise `UsageError` if an option makes no sense."""
+        """Raise `UsageError` if an option is invalid."""
 
     @property
     @abstractmethod

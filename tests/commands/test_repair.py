@@ -194,7 +194,7 @@ def test_what_is_refused_in_a_line(server: Server, home: Path, fitted: Path, tmp
     found = streamer.detect_intruder_dimensions(*inputs)
     with pytest.raises(
         UsageError,
-        match=r"holds new factors, which leave no share of each direction; fit coefficients with --grain dir",
+        match=r"holds new factors instead of coefficients of directions; fit coefficients with --grain dir",
     ):
         streamer.report_coefficients(found, *inputs, fitted, keep=0.9)
     same = np.load(home / "general.npy")
@@ -267,7 +267,7 @@ def test_what_cannot_be_written_is_refused_before_the_fit(server: Server, home: 
     done = server.run("repair", *inputs, *texts(home), "-o", tmp_path / "full")
     assert (done.code, "its fit, does not; choose another output, or pass --overwrite" in done.err) == (4, True)
     done = server.run("repair", *inputs, *texts(home), "-o", tmp_path / "q", "--dequantize")
-    assert (done.code, "is of a model, and `--merge` writes one" in done.err) == (2, True)
+    assert (done.code, "applies only to a model, which `--merge` writes" in done.err) == (2, True)
     assert not [p for p in tmp_path.iterdir() if "fit" in p.name]
 
 

@@ -161,7 +161,7 @@ def test_what_it_refuses(home: Path) -> None:
         (
             "written",
             {},
-            "task 'written' generates text (generate_until), and --model streamer scores log-likelihoods only",
+            "task 'written' generates text (generate_until), but --model streamer only scores log-likelihoods",
         ),
         (
             "choices",
