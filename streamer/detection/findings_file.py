@@ -27,7 +27,7 @@ from streamer.detection.stamps import STAMP, detection_record, stamp
 from streamer.errors import FormatError, InputError, OutputError, OutputExistsError, UsageError
 from streamer.linalg.operators import all_finite
 from streamer.plan.plan import Plan
-from streamer.plan.sources import Source, in_short
+from streamer.plan.sources import NameSource, in_short
 from streamer.storage.atomic_file import Buffer, partial_name, remove_partials
 from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
@@ -142,7 +142,7 @@ def plan_findings_file(
     metadata = {"schema": SCHEMA, "findings": json.dumps(tree), DIGEST: "0" * 64}
     if head.sources:
         detection = detection_record(head.options, sum(m["certified"] is True for m in matrices), len(matrices))
-        base, adapter = (cast(Source, head.sources[what]) for what in ("base", "adapter"))
+        base, adapter = (cast(NameSource, head.sources[what]) for what in ("base", "adapter"))
         metadata[STAMP] = stamp("detect", base, adapter, detection)
     return plan_shard(name, list(entries), metadata)
 

@@ -10,7 +10,7 @@ from streamer import __version__
 from streamer.detection.findings_records import DecidingOptions
 from streamer.detection.options import DetectionOptions
 from streamer.json_types import Count
-from streamer.plan.sources import Source, in_short
+from streamer.plan.sources import NameSource, in_short
 
 STAMP = "streamer"
 """The key of the stamp in a file's metadata."""
@@ -29,7 +29,7 @@ def detection_record(options: DetectionOptions, certified: int, matrices: int) -
             "certified": certified, "matrices": matrices}  # fmt: skip
 
 
-def stamp(command: str, base: Source, adapter: Source, detection: DetectionRecord | None = None,
+def stamp(command: str, base: NameSource, adapter: NameSource, detection: DetectionRecord | None = None,
           mitigation: Mapping[str, Any] | None = None) -> str:  # fmt: skip
     """Make the stamp of a file, as JSON."""
     inputs = {"base": in_short(base), "adapter": in_short(adapter)}

@@ -16,7 +16,7 @@ from streamer.adapters.stated import stated_options
 from streamer.errors import printable
 from streamer.methods import METHODS
 from streamer.output.records import MitigatedMatrix, Record, Totals
-from streamer.plan.sources import Source
+from streamer.plan.sources import NameSource
 
 CARD_NAME = "README.md"
 
@@ -59,8 +59,8 @@ class Card:
     """
 
     original: bytes
-    base: Source
-    adapter: Source
+    base: NameSource
+    adapter: NameSource
     command: str
     pipeline: str
     longest: Record
@@ -189,7 +189,7 @@ def _safe(text: str) -> str:
     return re.sub(r"[^\w .+@/-]", "_", text)
 
 
-def _name(source: Source) -> str:
+def _name(source: NameSource) -> str:
     """Name a source as a card does."""
     name = _safe(source["name"])
     if "model_id" in source:

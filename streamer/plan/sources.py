@@ -24,7 +24,7 @@ DIGEST_CHARACTERS = 16
 
 
 # fmt: off
-class Source(TypedDict, total=False):
+class NameSource(TypedDict, total=False):
     """Name and identity of an input."""
     name: Annotated[str, "Name of the directory or file; for a model in the hub's cache, the last part of its id. Never a path."]
     address: Annotated[str, "Address that it was read from, as given, without secrets; for the hub, see the next two keys."]
@@ -34,11 +34,11 @@ class Source(TypedDict, total=False):
 # fmt: on
 
 
-class BaseSource(Source, BaseIdentity):
+class BaseSource(NameSource, BaseIdentity):
     """The base model: its name, and what tells it from another, wherever it lies."""
 
 
-class AdapterSource(Source, AdapterIdentity):
+class AdapterSource(NameSource, AdapterIdentity):
     """The adapter, or the fine-tuned model in its place, in the same way."""
 
 
@@ -80,6 +80,6 @@ def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None
     return {**source, "digest": digest[:DIGEST_CHARACTERS], **identity}
 
 
-def in_short(source: Source) -> dict[str, str]:
+def in_short(source: NameSource) -> dict[str, str]:
     """A source's name, id and digest, without its identity."""
     return {key: str(source[key]) for key in ("name", "model_id", "revision", "digest") if key in source}
