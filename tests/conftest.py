@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the oracles of numpy: as for torch below
 os.environ.pop("COLUMNS", None)  # tables would fit a width of the test runner's
+os.environ["STREAMER_CHECK_BUFFERS"] = "1"  # read by streamer.storage.buffers: who uses a released buffer fails
 
 import streamer.plan.memory  # noqa: F401 - before what else the tests need: it measures the process that imports it
 

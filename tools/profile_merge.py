@@ -127,8 +127,8 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     atomic_file.sync = clocks.wrap(system.sync, "fsync")
     atomic_file.reserve = clocks.wrap(system.reserve, "reserve")
     tensor_file.read_at = clocks.wrap(system.read_at, "read")
-    atomic_file.AtomicFile.write = clocks.wrap(
-        atomic_file.AtomicFile.write, "wait for the write"
+    atomic_file.AtomicFile.append = clocks.wrap(
+        atomic_file.AtomicFile.append, "wait for the write"
     )  # of the piece before
     model_writer.matrix_metrics = clocks.wrap(unwatched(model_writer.matrix_metrics), "factors and figures")
     Job.mitigated = clocks.wrap(unwatched(Job.mitigated), "factors and figures")

@@ -15,6 +15,7 @@ from streamer.adapters.config_rules import is_residual, unknown_keys
 from streamer.adapters.modules import Module
 from streamer.adapters.target_parameters import Wrapped, stored_layout
 from streamer.adapters.tensor_names import Carried
+from streamer.storage.buffers import views
 from streamer.storage.identities import AdapterIdentity, StatedIdentity
 from streamer.storage.tensor_file import TensorFile
 from streamer.units import listed
@@ -104,8 +105,8 @@ class PeftAdapter(DeltaSource):
         """Digest the whole weights file and the config."""
         digest = hashlib.sha256(self.file.header.digest.encode())
         for info in self.file.header.tensors:
-            for piece in self.file.chunks(info):
-                digest.update(piece)
+            for view in views(self.file.chunks(info)):
+                digest.update(view)
         identity: AdapterIdentity = {
             "weights_sha256": digest.hexdigest(),
             "config_sha256": hashlib.sha256(self.config.path.read_bytes()).hexdigest(),

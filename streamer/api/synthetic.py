@@ -18,7 +18,8 @@ from torch import Tensor
 from streamer.adapters.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
 from streamer.adapters.adapter_config import WEIGHTS_NAME
 from streamer.linalg.low_rank import LowRank
-from streamer.storage.atomic_file import Buffer, write_atomic
+from streamer.storage.atomic_file import write_atomic
+from streamer.storage.buffers import Piece
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo, tensor_nbytes
 from streamer.storage.shard_writer import index_bytes, plan_shard, write_shard
@@ -146,9 +147,9 @@ def write_base(
     """
     directory.mkdir(parents=True)
 
-    def source(info: TensorInfo) -> Iterator[Buffer]:
+    def source(info: TensorInfo) -> Iterator[Piece]:
         for piece in rows(info.name):
-            yield as_bytes(piece.to(ENCODINGS[dtype].dtype))
+            yield Piece(as_bytes(piece.to(ENCODINGS[dtype].dtype)))
 
     shapes = model.tensors
     weight_map: dict[str, str] = {}
@@ -188,12 +189,12 @@ def write_adapter(
     ]
     held: dict[str, Tensor] = {}
 
-    def source(info: TensorInfo) -> Iterator[Buffer]:
+    def source(info: TensorInfo) -> Iterator[Piece]:
         if info.name not in held:
             module = info.name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             A, B = factors(module)
             held[info.name], held[info.name.replace("lora_A", "lora_B")] = A, B
-        yield as_bytes(held.pop(info.name))
+        yield Piece(as_bytes(held.pop(info.name)))
 
     _write(directory / WEIGHTS_NAME, entries, source)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none", "fan_in_fan_out": False, **targets,
@@ -202,8 +203,9 @@ def write_adapter(
 
 
 def _write(path: Path, entries: Sequence[tuple[str, str, tuple[int, ...]]],
-           source: Callable[[TensorInfo], Iterable[Buffer]]) -> None:  # fmt: skip
-    write_shard(path.parent, plan_shard(path.name, entries, {"format": "pt"}), source, lambda _size, _sha256: None)
+           source: Callable[[TensorInfo], Iterable[Piece]]) -> None:  # fmt: skip
+    plan = plan_shard(path.name, entries, {"format": "pt"})
+    write_shard(path.parent, plan, ((info, source(info)) for info in plan.header.tensors))
 
 
 def make_demo(directory: Path, seed: int = 0) -> DemoModel:

@@ -28,7 +28,8 @@ from streamer.errors import FormatError, InputError, OutputError, OutputExistsEr
 from streamer.linalg.operators import all_finite
 from streamer.plan.plan import Plan
 from streamer.plan.sources import NameSource, in_short
-from streamer.storage.atomic_file import Buffer, partial_name, remove_partials
+from streamer.storage.atomic_file import partial_name, remove_partials
+from streamer.storage.buffers import Buffer, Piece
 from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
@@ -230,7 +231,7 @@ def save_findings_file(path: Path, head: FindingsHead, matrices: Sequence[Matrix
     make_directory(path.parent)
     with locked(lock_of(path), path):
         remove_partials(path.parent, {path.name, journal_of(path).name})
-        write_shard(path.parent, seal(shard, source), source, lambda _size, _sha256: None)
+        write_shard(path.parent, seal(shard, source), ((t, map(Piece, source(t))) for t in shard.header.tensors))
         journal_of(path).unlink(missing_ok=True)
 
 

@@ -29,12 +29,13 @@ from streamer.detection.findings_file import (
 from streamer.detection.findings_records import MatrixFigures
 from streamer.detection.matrix_finding import ARRAYS, MatrixFinding
 from streamer.errors import FormatError, OutputError, OutputExistsError
-from streamer.storage.atomic_file import Buffer, remove_partials
+from streamer.storage.atomic_file import remove_partials
+from streamer.storage.buffers import Buffer, Piece
 from streamer.storage.header import Header, TensorInfo, layout, parse_header
 from streamer.storage.journal import Journal, may_resume
 from streamer.storage.lock import locked
 from streamer.storage.output_checks import is_placeholder
-from streamer.storage.shard_writer import write_shard
+from streamer.storage.shard_writer import ShardFile
 from streamer.weights.dtypes import as_bytes
 
 OFFSETS_BYTES = 16 * 14
@@ -143,7 +144,11 @@ class FindingsWriter:
             own = header.by_name[info.name]
             yield raw[header.data_start + own.start : header.data_start + own.end]
 
-        write_shard(self.path.parent, seal(plan, source), source, lambda _size, _sha256: self._before_rename())
+        with ShardFile(self.path.parent, seal(plan, source)) as file:
+            for info in plan.header.tensors:
+                file.add(info, map(Piece, source(info)))
+            file.complete()
+            self._before_rename()
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         try:

@@ -20,6 +20,7 @@ from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta, Dense, Matrix, RowBlocks
 from streamer.linalg.torch_state import threads
 from streamer.output.merged_tensors import Mitigated, Recipe
+from streamer.storage.buffers import views
 from streamer.storage.system import memory_file
 from streamer.weights.base import DECODED_BYTES, Weight
 
@@ -132,8 +133,8 @@ def writing_pace(recipe: Recipe, mitigated: Mitigated) -> float:
     def make() -> None:
         nonlocal count, last
         count = 0
-        for piece in recipe.pieces(mitigated):
-            count, last = count + len(piece), bytes(piece) if count == 0 else last
+        for view in views(recipe.pieces(mitigated)):
+            count, last = count + len(view), bytes(view) if count == 0 else last
             if count >= SAMPLE_BYTES:
                 break
 

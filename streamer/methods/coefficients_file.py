@@ -23,6 +23,7 @@ from streamer.errors import FormatError
 from streamer.methods.coefficient_set import CoefficientSet, Floats, MatrixCoefficients, fault_of
 from streamer.methods.factors import FactorSet
 from streamer.methods.fit_set import FitSet, share_name
+from streamer.storage.buffers import Piece
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_checks import check_replaced
 from streamer.storage.shard_writer import plan_shard, write_shard
@@ -74,7 +75,7 @@ def save_sets(path: Path, sets: Sequence[FitSet], facts: Mapping[str, Any], over
     shard = plan_shard(
         path.name, [(name, "F32" if factors else "F64", array.shape) for name, array in arrays.items()], metadata
     )
-    write_shard(path.parent, shard, lambda info: [arrays[info.name].tobytes()], lambda _size, _sha256: None)
+    write_shard(path.parent, shard, ((info, [Piece(arrays[info.name].tobytes())]) for info in shard.header.tensors))
 
 
 def is_coefficients_file(path: Path) -> bool:

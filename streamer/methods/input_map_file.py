@@ -18,6 +18,7 @@ from torch import Tensor
 
 from streamer.errors import FormatError
 from streamer.methods.mapped_input import MappedInput, digest_of
+from streamer.storage.buffers import Piece
 from streamer.storage.output_checks import check_replaced
 from streamer.storage.shard_writer import plan_shard, write_shard
 from streamer.storage.strict_json import strict_json
@@ -58,7 +59,7 @@ def save_inputs(path: Path, mapped: Sequence[MappedInput], facts: Mapping[str, A
     tree = {**facts, "schema": SCHEMA, "inputs": inputs, "sha256": digest_of(mapped)}
     metadata = {"format": "pt", KEY: json.dumps(tree, sort_keys=True, ensure_ascii=False, allow_nan=False)}
     shard = plan_shard(path.name, [(name, dtype, array.shape) for name, (dtype, array) in arrays.items()], metadata)
-    write_shard(path.parent, shard, lambda info: [_bytes(arrays[info.name][1])], lambda _size, _sha256: None)
+    write_shard(path.parent, shard, ((info, [Piece(_bytes(arrays[info.name][1]))]) for info in shard.header.tensors))
 
 
 def is_map_file(path: Path) -> bool:

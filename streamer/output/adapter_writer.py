@@ -17,7 +17,7 @@ from streamer.output.mitigated_factors import MitigatedFactors
 from streamer.output.output_spec import Writer, adapter_spec
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.memory import MemoryEstimate
-from streamer.storage.atomic_file import Buffer
+from streamer.storage.buffers import Piece
 from streamer.storage.header import TensorInfo
 from streamer.storage.shard_writer import like
 from streamer.weights.dtypes import as_bytes
@@ -57,7 +57,7 @@ class AdapterWriter(Writer):
                 size += 2 * sum(plan.adapter.tensors[name].info.nbytes for name in self._factors.names(target))
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
-    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
+    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
         """Give the bytes of a tensor; those of what is no factor, or does not change, are the file's own."""
         file = job.plan.adapter.file
         targets = self._factors.targets.get(info.name)
@@ -66,4 +66,4 @@ class AdapterWriter(Writer):
         if info.name not in self._ready:
             self._ready |= MitigatedFactors(job).tensors(targets, metrics)
         new = self._ready.pop(info.name)
-        return file.chunks(info) if new.numel() == 0 else [as_bytes(new)]
+        return file.chunks(info) if new.numel() == 0 else [Piece(as_bytes(new))]

@@ -18,6 +18,7 @@ from streamer.output.merge_plan import MergedModel, plan_merged
 from streamer.output.model_writer import merge_estimates
 from streamer.plan.batch import Batch
 from streamer.plan.memory import check_budget, resident_bytes
+from streamer.storage.buffers import gather
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
 
 
@@ -43,14 +44,11 @@ def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[s
             monitor.checkpoint()
             monitor.emit(Event("write", info.name, done, total, items, of))
             job.plan.check_unchanged()
-            data, at = bytearray(info.nbytes), 0
             with threads():
-                for piece in output.recipe.pieces(lambda target: job.mitigated(target)[:2]):
-                    data[at : at + len(piece)] = piece
-                    at += len(piece)
+                data = gather(output.recipe.pieces(lambda target: job.mitigated(target)[:2]), info.nbytes)
             dtype = TORCH_DTYPES.get(info.dtype)
             # Of a dtype that torch does not have, the bytes.
             shape = info.shape if dtype else (info.nbytes,)
-            yield info.name, as_tensor(memoryview(data), dtype or torch.uint8, shape)
+            yield info.name, as_tensor(data, dtype or torch.uint8, shape)
             done, items = done + info.nbytes, items + 1
     monitor.emit(Event("write", "", total, total, of, of))

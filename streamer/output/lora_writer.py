@@ -37,7 +37,7 @@ from streamer.plan.memory import MemoryEstimate, check_budget, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.plan.transformers_renames import renames_for
-from streamer.storage.atomic_file import Buffer
+from streamer.storage.buffers import Piece
 from streamer.storage.header import TensorInfo
 from streamer.storage.shard_writer import plan_shard
 from streamer.units import listed
@@ -109,7 +109,7 @@ class LoraWriter(Writer):
                 )
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
-    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
+    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
         """Give the bytes of a tensor; among the metrics is the relative norm of what the rank leaves out."""
         if stored := self._layout.carried.get(info.name):
             return stored.file.chunks(stored.info)
@@ -120,7 +120,7 @@ class LoraWriter(Writer):
             return AddDelta(self._plan.weights[target.tensor], target).pieces(lambda _: (delta, after))
         if info.name not in self._ready:
             self._ready |= self._factors(job, target, metrics)
-        return [as_bytes(self._ready.pop(info.name))]
+        return [Piece(as_bytes(self._ready.pop(info.name)))]
 
     def _factors(self, job: Job, target: Target, metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
         delta, after, found = job.mitigated(target)

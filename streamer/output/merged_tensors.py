@@ -18,8 +18,7 @@ from torch import Tensor
 from streamer.errors import NumericError
 from streamer.linalg.operators import Delta, all_finite
 from streamer.plan.targets import Target
-from streamer.storage.atomic_file import Buffer
-from streamer.storage.page_cache import QUEUE
+from streamer.storage.buffers import BufferRing, Piece
 from streamer.weights.base import DECODED_BYTES, StoredTensor, Weight
 from streamer.weights.dtypes import Encoding, as_bytes, encode
 from streamer.weights.quantization.fp8 import FP8
@@ -58,8 +57,8 @@ class Recipe(ABC):
         return False
 
     @abstractmethod
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
-        """Give its bytes, in order; each piece stays as it is until `QUEUE` more were given.
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+        """Give its bytes, in order, in pieces that the caller releases.
 
         Parameters
         ----------
@@ -74,7 +73,7 @@ class CopyBytes(Recipe):
 
     stored: StoredTensor
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Give the file's own bytes."""
         return self.stored.file.chunks(self.stored.info)
 
@@ -94,14 +93,15 @@ class Rows(Recipe):
 class Cast(Rows):
     """Rounds the values of a weight once to the dtype that is written: the adapter's own, or decoded ones. They must be finite."""
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Give the rows in the written dtype."""
-        for _, _, raw, values, out in _rows(self.weight):
+        for _, _, raw, values, out, piece in _rows(self.weight):
             if not all_finite(raw):
                 raise NumericError(
                     f"{self.weight.where}: the values for {self.weight.name!r} hold NaN or Inf; check the file"
                 )
-            yield as_bytes(encode(values, _encoding(self.weight), raw, self.weight.name, out))
+            encode(values, _encoding(self.weight), raw, self.weight.name, out)
+            yield piece
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class AddDelta(Recipe):
     target: Target
     tuned: StoredTensor | None = None
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Give the rows of the sum."""
         delta, after = mitigated(self.target)
         if after is delta and self.tuned is not None:
@@ -124,15 +124,15 @@ class AddDelta(Recipe):
         change = (after.T if self.target.transposed else after).to(self.weight.compute)
         nothing = change.is_zero()
         encoding, count = _encoding(self.weight), 0
-        for i, j, raw, values, out in _rows(self.weight):
+        for i, j, raw, values, out, piece in _rows(self.weight):
             if nothing and raw.dtype == encoding.dtype:
-                yield as_bytes(raw)
+                out.copy_(raw)
             else:
                 change.add_rows(values, i, j)
                 encode(values, encoding, raw, self.weight.name, out)
                 if kept is not None and raw.dtype == out.dtype:
                     count += _equal_count(raw, out)
-                yield as_bytes(out)
+            yield piece
         if kept is not None and not nothing and self.tuned is None and not self.weight.quantized:
             kept(self.target, math.prod(self.weight.shape), count)
 
@@ -154,7 +154,7 @@ class Requantize(Recipe):
         """Test whether these are the scales: the delta is counted with the quantized values."""
         return self.role != "weight"
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Give the quantized values, or their scales. The sum is made again for each pass: it is never in memory whole."""
         (_, delta), weight = mitigated(self.target), self.weight.at_hand()
         change = (delta.T if self.target.transposed else delta).to(weight.compute)
@@ -168,8 +168,8 @@ class Requantize(Recipe):
             change.add_rows(values, i, j)
             return values
 
-        for piece in weight.requantized(self.role, merged, weight.new_scales(merged)):
-            yield as_bytes(piece)
+        for values in weight.requantized(self.role, merged, weight.new_scales(merged)):
+            yield Piece(as_bytes(values))
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class RowSlice(Recipe):
         """Test whether these are later rows: the delta is counted with the first."""
         return self.rows[0] > 0 or self.recipe.repeats
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Give the recipe's pieces; what rounding leaves unchanged is not counted in a part of a matrix."""
 
         def share(target: Target) -> tuple[Delta, Delta]:
@@ -215,7 +215,7 @@ class Stack(Recipe):
         """Test whether each does."""
         return self.recipes[0].repeats
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Give those of each, one after the other."""
         return itertools.chain.from_iterable(recipe.pieces(mitigated, kept) for recipe in self.recipes)
 
@@ -232,11 +232,12 @@ class AddBias(Rows):
         """Count as copied: a bias is small."""
         return CopyBytes
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Give the rows of the sum."""
-        for i, j, raw, values, out in _rows(self.weight):
+        for i, j, raw, values, out, piece in _rows(self.weight):
             values.add_(self.shift.rows(i, j).to(values.dtype), alpha=self.scaling)
-            yield as_bytes(encode(values, _encoding(self.weight), raw, self.weight.name, out))
+            encode(values, _encoding(self.weight), raw, self.weight.name, out)
+            yield piece
 
 
 @dataclass(frozen=True)
@@ -251,16 +252,16 @@ class ReplaceRows(Rows):
         """Count as copied: few rows are computed."""
         return CopyBytes
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Give the rows, the trained ones rounded once."""
         trained = {row: at for at, row in enumerate(self.indices)}
-        for i, j, raw, values, out in _rows(self.weight):
+        for i, j, raw, values, out, piece in _rows(self.weight):
             out.copy_(raw)
             for row in (r for r in self.indices if i <= r < j):
                 at = trained[row]
                 new = self.tokens.rows(at, at + 1).to(values.dtype)
                 out[row - i] = encode(new, _encoding(self.weight), torch.zeros_like(new), self.tokens.name)[0]
-            yield as_bytes(out)
+            yield piece
 
 
 def rows_bytes(weight: Weight) -> int:
@@ -282,15 +283,20 @@ def _encoding(weight: Weight) -> Encoding:
     return weight.encoding
 
 
-def _rows(weight: Weight) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
-    """Iterate over a few rows at a time: from, to, as stored, in the computing dtype to compute in, and a buffer of the written dtype.
+def _rows(weight: Weight) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor, Piece]]:
+    """Iterate over a few rows at a time.
 
-    The buffers are the same for all, the last one by turns: fresh ones are zeroed by the system first, which costs as much as a sum.
+    Yields
+    ------
+    From, to, as stored, in the computing dtype to compute in, in the written dtype to write to, and the latter's bytes. All memory is used
+    again, the last when it is released: fresh memory is zeroed by the system first, which costs as much as a sum.
     """
     encoding = _encoding(weight)
     m, n = weight.matrix
     rows = max(1, BLOCK_BYTES // max(1, n * weight.compute.itemsize))
     values = torch.empty((min(rows, m), n), dtype=weight.compute)
-    rounded = itertools.cycle([torch.empty((min(rows, m), n), dtype=encoding.dtype) for _ in range(QUEUE + 1)])
+    ring = BufferRing(min(rows, m) * n * encoding.dtype.itemsize)
     for i, j, raw in weight.blocks(rows):
-        yield i, j, raw, values[: j - i].copy_(raw), next(rounded)[: j - i]
+        piece = ring.lease((j - i) * n * encoding.dtype.itemsize)
+        out = torch.from_numpy(np.frombuffer(piece.view, np.uint8)).view(encoding.dtype).view(j - i, n)
+        yield i, j, raw, values[: j - i].copy_(raw), out, piece

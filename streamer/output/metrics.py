@@ -15,12 +15,7 @@ from streamer.plan.targets import Target
 
 
 def matrix_metrics(
-    target: Target,
-    delta: Delta,
-    after: Delta,
-    found: Detection | None,
-    method: Method,
-    truncation_error: float = 0.0,
+    target: Target, delta: Delta, after: Delta, found: Detection | None, method: Method, truncation_error: float = 0.0
 ) -> MitigatedMatrix:
     """Measure the mitigation of one matrix, as JSON values.
 

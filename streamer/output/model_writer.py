@@ -21,7 +21,7 @@ from streamer.plan.memory import MemoryEstimate
 from streamer.plan.side_files import other_files, skipped_files
 from streamer.plan.targets import Target
 from streamer.plan.tokenizer import with_tokenizer
-from streamer.storage.atomic_file import Buffer
+from streamer.storage.buffers import Piece
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_plan import RECORD_NAME
@@ -54,7 +54,7 @@ class ModelWriter(Writer):
             for alike in kinds.values()
         ]  # fmt: skip
 
-    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
+    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
         """Give the bytes of a tensor by its recipe; metrics are of the first tensor that takes a matrix' delta.
 
         What rounding leaves unchanged is counted as the bytes are made, and is in the metrics once all have been given.

@@ -21,7 +21,7 @@ from streamer.plan.memory import MemoryEstimate
 from streamer.plan.side_files import other_files, read_beside, skipped_files
 from streamer.plan.targets import Target
 from streamer.plan.tokenizer import own_tokenizer
-from streamer.storage.atomic_file import Buffer
+from streamer.storage.buffers import Piece
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_plan import RECORD_NAME, OutputPlan
@@ -187,7 +187,7 @@ class Writer(ABC):
         return [("an adapter's tensors", CopyBytes(largest), self.spec.output.total_bytes)]
 
     @abstractmethod
-    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
+    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
         """Give the bytes of a tensor in pieces, and append the metrics of each matrix that is mitigated for it.
 
         Parameters

@@ -1,14 +1,14 @@
 """Write outputs, one or several in step: each is a resumable transaction of its own, and of the base each tensor is read once.
 
-An output's tensors are in the base's file order. Of several outputs the one that is furthest behind goes on, so that all of them ask for
-a tensor before any asks for the next, and the system's cache has it for all but the first.
+An output's tensors are in the base's file order. Several outputs are zipped by position (`in_step`), so that all of them pull a tensor
+before any pulls the next, and the system's cache has it for all but the first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,31 +21,31 @@ from streamer.detection.workers import inputs_of
 from streamer.errors import FormatError
 from streamer.events import Event, Monitor, OutputState
 from streamer.linalg.torch_state import threads
-from streamer.output.job import GivenFindings, Job
+from streamer.output.job import GivenFindings
 from streamer.output.metrics import journalled, totals
 from streamer.output.model_card import CARD_NAME
 from streamer.output.output_spec import OWN_FINDINGS, Writer
 from streamer.output.record_view import WrittenView
 from streamer.output.records import MitigatedMatrix, Record, Written, certified_count
-from streamer.output.shard_task import PartialShard, ShardTask, describe, shard_source
+from streamer.output.shards import MadeShard, ShardTask, describe, in_step
 from streamer.output.truncation import output_warnings
 from streamer.plan.batch import Batch
 from streamer.plan.memory import check_budget, resident_bytes
-from streamer.storage.atomic_file import AtomicFile, remove_partials
-from streamer.storage.checkpoint import FilePosition
+from streamer.storage.atomic_file import remove_partials
 from streamer.storage.header import TensorInfo
 from streamer.storage.lock import locked
 from streamer.storage.output_checks import check_space
 from streamer.storage.output_plan import LOCK_NAME, RECORD_NAME, finished_record, inspect_output, missing_bytes
-from streamer.storage.shard_writer import shard_steps
+from streamer.storage.shard_writer import ShardFile
+from streamer.storage.tensor_file import TensorFile
 from streamer.storage.transaction import OutputDirectory, open_outputs, touch_output
 from streamer.workers.engine import Workers, kept
+from streamer.workers.task import Inputs
 
 
 def batch_of(writers: Sequence[Writer]) -> Batch:
     """Return the plans of outputs that are made from one base."""
-    plans = [writer.spec.job.plan for writer in writers]
-    return Batch(plans[0].base, tuple(plans))
+    return Batch(writers[0].spec.job.plan.base, tuple(writer.spec.job.plan for writer in writers))
 
 
 def resident_of(writers: Sequence[Writer]) -> int:
@@ -101,8 +101,9 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
     with open_outputs([writer.spec.output for writer in todo], options.overwrite, options.resume) as outs:
-        runs = [_Run(writer, out, monitor) for writer, out in zip(todo, outs, strict=True)]
-        elsewhere = None if options.workers is None else _Elsewhere(options, batch_of(todo)) if todo else None
+        runs: list[_Run] = []
+        runs += [_Run(writer, out, monitor, runs) for writer, out in zip(todo, outs, strict=True)]
+        inputs = inputs_of(batch_of(todo), options) if todo and options.workers is not None else None
         for line in dict.fromkeys(line for run in runs for line in (*run.spec.notes, *run.spec.advice)):
             monitor.emit(Event("note", line))
         for run in runs:
@@ -112,9 +113,14 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
             monitor.resuming(done, of, "tensor")
         _detect([run for run in runs if run.lacks_findings], options, resident_of(writers))
         with threads(), kept(options.workers):
+            for number, run in enumerate(runs):
+                run.write_small({**dict(run.spec.copies), **run.spec.texts})
+                if options.workers is not None and inputs is not None:
+                    run.write_elsewhere(options.workers, inputs, number)
+            if runs:
+                _write_shards(runs)
             for run in runs:
-                run.elsewhere = elsewhere
-            _in_step(runs)
+                run.finish()
     said: dict[str, OutputState] = {"new": "written", "resume": "resumed", "done": "present"}
     written = [
         cast(Written, WrittenView(finished_record(spec.output), output=str(spec.path), state=said[state]))
@@ -133,19 +139,27 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
 
 
 class _Run:
-    """Writes one output."""
+    """Writes one output.
 
-    def __init__(self, writer: Writer, out: OutputDirectory, monitor: Monitor) -> None:
-        self.writer, self.spec, self.out, self.monitor = writer, writer.spec, out, monitor
+    Parameters
+    ----------
+    runs
+        All that are in step, this one among them: events count what all have written.
+    """
+
+    def __init__(self, writer: Writer, out: OutputDirectory, monitor: Monitor, runs: Sequence[_Run]) -> None:
+        self.writer, self.spec, self.out, self.monitor, self._runs = writer, writer.spec, out, monitor, runs
         self.job = writer.spec.job
         """The spec's; with the findings in hand, once they are made."""
-        self.done = 0
-        """Bytes that stand, those of the file in hand included."""
-        self.items = 0
-        """Tensors of the shards, and other files, that stand."""
+        self.done = self.items = 0
+        """Bytes that stand, those of the file in hand included; tensors of the shards, and other files, that stand."""
         self._finished: set[str] = set()
-        self.elsewhere: _Elsewhere | None = None
-        """What writes shards in place of this process."""
+        self._sizes, self._items = dict(self.spec.output.files), {name: 1 for name, _ in self.spec.output.files}
+        self._items |= {name: len(shard.header.tensors) for name, shard in self.spec.shards.items()}
+        self.item_count = sum(self._items.values())
+        self._ends = dict(zip(self._sizes, itertools.accumulate(self._sizes.values()), strict=True))
+        """Bytes of the output up to the end of each file."""
+        *_, (self._last, self.nbytes) = self._ends.items()
 
     def look(self) -> None:
         """Find the files that an interrupted run has finished."""
@@ -160,83 +174,100 @@ class _Run:
         return self.job.detects and not self.spec.shards.keys() <= self._finished
 
     @property
-    def item_count(self) -> int:
-        """Count the tensors of the shards, and other files, in all."""
-        return sum(self._items(name) for name, _ in self.spec.output.files)
-
-    @property
     def finished_items(self) -> int:
         """Count those that an interrupted run has finished."""
-        return sum(map(self._items, self._finished))
+        return sum(self._items[name] for name in self._finished)
 
-    def _items(self, name: str) -> int:
-        shards = self.spec.shards
-        return len(shards[name].header.tensors) if name in shards else 1
+    def _emit(self, name: str) -> None:
+        done, total = sum(run.done for run in self._runs), sum(run.nbytes for run in self._runs)
+        items, of = sum(run.items for run in self._runs), sum(run.item_count for run in self._runs)
+        adapter = self.job.plan.adapter.path.absolute().name if len(self._runs) > 1 else ""
+        self.monitor.emit(Event("write", name, done, total, items, of, adapter))
 
-    def steps(self, runs: Sequence[_Run]) -> Generator[FilePosition, None, None]:
-        """Write everything, in order, the commit point last; pause before each tensor, at its position in the base.
+    def begin(self, name: str) -> bool:
+        """Say whether a file is to be written; one that an interrupted run has finished is counted."""
+        self.monitor.checkpoint()
+        if name == self._last and self.spec.card is not None:
+            self._count(CARD_NAME)  # it comes just before the commit point, when all is known that it says
+        if name in self._finished:
+            self._count(name)
+        return name not in self._finished
+
+    def _count(self, name: str) -> None:
+        """Count a file that stands."""
+        self.items += self._items[name]
+        self.done = self._ends[name]
+
+    def write_small(self, files: Mapping[str, Path | bytes]) -> None:
+        """Write files that are no shards, copied or with the contents given."""
+        for name, data in files.items():
+            if self.begin(name):
+                self._emit(name)
+                if name == self._last:
+                    self._write_card(self._matrices())
+                self._write(name, data)
+                self._count(name)
+
+    def _write(self, name: str, data: Path | bytes) -> None:
+        with self.out.file(name, len(data) if isinstance(data, bytes) else self._sizes[name]) as file:
+            file.write(data) if isinstance(data, bytes) else file.copy(data)
+            file.complete()
+            self.job.plan.check_unchanged()
+
+    def write_elsewhere(self, workers: Workers, inputs: Inputs, number: int) -> None:
+        """Let workers write all shards but one that makes the output loadable; journal and name each as it comes.
 
         Parameters
         ----------
-        runs
-            All that are in step, this one among them: while one goes on, the others hold no pieces.
+        number
+            Of the plan among those of the batch that `inputs` describe.
         """
-        spec, out = self.spec, self.out
-        check = self.job.plan.check_unchanged
-        total, of = sum(run.spec.output.total_bytes for run in runs), sum(run.item_count for run in runs)
-        adapter = self.job.plan.adapter.path.absolute().name if len(runs) > 1 else ""
-        copies, texts = dict(spec.copies), {**spec.texts, **spec.finals}
+        names = [name for name in self.spec.shards if name not in self._finished and name != self._last]
+        if not names:
+            return
+        self.done = self._ends[names[0]] - self._sizes[names[0]]
+        path, described = str(self.out.path.absolute()), describe(self.job)
+        tasks = [ShardTask(inputs, 1, described, number, path, name) for name in names]
+        with contextlib.closing(workers.run(tasks, self.monitor, lambda i: self._emit(names[i]))) as results:
+            for i, one in results:
+                self.job.plan.check_unchanged()
+                self.out.take(names[i], one.partial, one.nbytes, one.sha256, matrices=one.matrices)
+                self._finished.add(names[i])
+                self.done += one.nbytes
+        remove_partials(self.out.path, {*names})  # of workers that died
 
-        def emit(name: str) -> None:
-            done, items = sum(run.done for run in runs), sum(run.items for run in runs)
-            self.monitor.emit(Event("write", name, done, total, items, of, adapter))
+    @contextlib.contextmanager
+    def shard(self, name: str) -> Iterator[tuple[MadeShard, ShardFile]]:
+        """Open a shard and the file to write it to; when the block ends the file is complete, journalled and renamed."""
+        shard = MadeShard(self.writer, self.job, name, self.monitor)
+        with ShardFile(self.out.path, shard.plan) as file:
+            yield shard, file
+            file.complete()
+            self.job.plan.check_unchanged()
+            if name == self._last:
+                self._write_card(self._matrices(shard.metrics))
+            self.out.announce(name, file.written, file.sha256, matrices=shard.metrics)
+        self.done = self._ends[name]
 
-        begun, last = 0, spec.output.files[-1][0]
-        for name, size in spec.output.files:
-            self.monitor.checkpoint()
-            if self.elsewhere is not None and name in spec.shards and name != last and name not in self._finished:
-                self._write_elsewhere(self.elsewhere, begun, emit)
-            if name in self._finished or (name == CARD_NAME and spec.card is not None):
-                self.items += self._items(name)  # the card comes with the commit point, when all is known that it says
-            elif name in spec.shards:
-                with contextlib.closing(self._shard(name)) as tensors:
-                    for position, info, file in tensors:
-                        if len(runs) > 1:
-                            file.flush()
-                        yield position
-                        self.done = begun + info.start
-                        emit(info.name)
-                        self.items += 1
-            else:
-                emit(name)
-                if name == last:
-                    self._write_card(self._matrices())
-                out.write(name, texts[name], check) if name in texts else out.copy(name, copies[name], check)
-                self.items += 1
-            begun += size
-            self.done = begun
+    def begin_tensor(self, name: str, tensor: TensorInfo) -> None:
+        """Say that a tensor of a shard comes next."""
+        self.done = self._ends[name] - self._sizes[name] + tensor.start
+        self._emit(tensor.name)
+        self.items += 1
+
+    def finish(self) -> None:
+        """Write the last files, the commit point at the end, and the record."""
+        self.write_small(self.spec.finals)
         matrices = self._matrices()
         self._write_card(matrices)
-        emit("")
-        discard_own_findings(out.path)
-        record = self._record(matrices, sum(out.entry(name)["bytes"] for name, _ in spec.output.files))
-        out.commit(cast(dict[str, Any], record))
-
-    def _write_elsewhere(self, elsewhere: _Elsewhere, begun: int, emit: Callable[[str], None]) -> None:
-        """Let workers write all shards but one that makes the output loadable; journal and name each as it comes."""
-        sizes = dict(self.spec.output.files)
-        names = [name for name in self.spec.shards if name not in self._finished and name != [*sizes][-1]]
-        with contextlib.closing(elsewhere.write(self.job, self.out.path, names, emit)) as results:
-            for name, one in results:
-                self.job.plan.check_unchanged()
-                self.out.take(name, one.partial, one.nbytes, one.sha256, matrices=one.matrices)
-                self._finished.add(name)
-                self.done = begun + sum(sizes[other] for other in names if other in self._finished)
-        remove_partials(self.out.path, {*names})  # of workers that died
+        self._emit("")
+        discard_own_findings(self.out.path)
+        record = self._record(matrices, sum(self.out.entry(name)["bytes"] for name, _ in self.spec.output.files))
+        self.out.commit(cast(dict[str, Any], record))
 
     def _matrices(self, last: list[MitigatedMatrix] | None = None) -> list[MitigatedMatrix]:
         """Collect the metrics of all matrices of finished files, and of the one in hand."""
-        done = [name for name in self.spec.shards if last is None or name != self.spec.output.files[-1][0]]
+        done = [name for name in self.spec.shards if last is None or name != self._last]
         return [m for name in done for m in journalled(self.out.entry(name), self.out.path)] + (last or [])
 
     def _record(self, matrices: list[MitigatedMatrix], nbytes: int = 0) -> Record:
@@ -248,72 +279,37 @@ class _Run:
         """Write the card, just before the commit point; one that an interrupted run has written stays, being the same."""
         card = self.spec.card
         if card is not None and CARD_NAME not in self._finished:
-            self.out.write(CARD_NAME, card.text(self._record(matrices)), self.job.plan.check_unchanged)
+            self._write(CARD_NAME, card.text(self._record(matrices)))
             self._finished.add(CARD_NAME)
 
-    def _shard(self, name: str) -> Generator[tuple[FilePosition, TensorInfo, AtomicFile], None, None]:
-        """Write a shard; give each of its tensors, before it is written, with its position and the file."""
-        job, base = self.job, self.job.plan.base
-        metrics: list[MitigatedMatrix] = []
-        shard, source = shard_source(self.writer, job, name, metrics, self.monitor)
 
-        def announce(nbytes: int, sha256: str) -> None:
-            job.plan.check_unchanged()
-            if name == self.spec.output.files[-1][0]:
-                self._write_card(self._matrices(metrics))
-            self.out.announce(name, nbytes, sha256, matrices=metrics)
-
-        number = list(base.files).index(name) if name in base.files else 0
-        stands = base.files[name].header.by_name if name in base.files else {}
-        start = 0
-        with contextlib.closing(shard_steps(self.out.path, shard, source, announce)) as tensors:
-            for info, file in tensors:
-                if info.name in stands:  # a new one, or one under another name, goes with the one before it
-                    start = stands[info.name].start
-                yield FilePosition(number, start), info, file
-
-
-class _Elsewhere:
-    """Workers that write shards of outputs, whose plans are those of a batch."""
-
-    def __init__(self, options: Run, batch: Batch) -> None:
-        assert options.workers is not None
-        self._workers, self._monitor = options.workers, options.monitor
-        self._inputs, self._plans = inputs_of(batch, options), batch.plans
-
-    def write(
-        self, job: Job, path: Path, names: Sequence[str], begin: Callable[[str], None]
-    ) -> Generator[tuple[str, PartialShard], None, None]:
-        """Write shards of a job into a directory, and yield each as it is complete."""
-        number, described = next(i for i, plan in enumerate(self._plans) if plan is job.plan), describe(job)
-        tasks = [ShardTask(self._inputs, 1, described, number, str(path.absolute()), name) for name in names]
-        with contextlib.closing(self._workers.run(tasks, self._monitor, lambda i: begin(names[i]))) as results:
-            for i, one in results:
-                yield names[i], one
-
-
-def _in_step(runs: Sequence[_Run]) -> None:
-    """Let the run that is furthest behind go on, until all are done; the cache keeps what not all have had."""
-    if not runs:
-        return
-    files = list(runs[0].job.plan.base.files.values())
+def _write_shards(runs: Sequence[_Run]) -> None:
+    """Write all shards, those that are made from one file of the base in step; the cache keeps what not all have had."""
+    files = runs[0].job.plan.base.files
     with contextlib.ExitStack() as stack:
-        for file in files:
-            stack.enter_context(file.keeping_pages() if len(runs) > 1 else file.read_through())
-        waiting: dict[Generator[FilePosition, None, None], FilePosition] = {}
-        for run in runs:
-            waiting[stack.enter_context(contextlib.closing(run.steps(runs)))] = FilePosition(-1, 0)
-        while waiting:
-            behind = min(waiting.values())
-            for steps in [steps for steps, at in waiting.items() if at == behind]:
-                if (position := next(steps, None)) is None:
-                    del waiting[steps]
-                else:
-                    waiting[steps] = position
-            if len(runs) > 1 and behind.file_index >= 0:
-                file, following = files[behind.file_index], min(waiting.values(), default=None)
-                inside = following is not None and following.file_index == behind.file_index
-                file.release_pages(following.start if following and inside else file.header.data_bytes)
+        for base in files.values():
+            stack.enter_context(base.read_through(by_several=len(runs) > 1))
+        for name in dict.fromkeys([*files, *(name for run in runs for name in run.spec.shards)]):
+            if group := [run for run in runs if name in run.spec.shards and run.begin(name)]:
+                # What is made from no one file of the base begins with its first.
+                _write_in_step(group, name, files.get(name, next(iter(files.values()))), len(runs) > 1)
+
+
+def _write_in_step(runs: Sequence[_Run], name: str, base: TensorFile, keeps_pages: bool) -> None:
+    with contextlib.ExitStack() as stack:
+        # The context that was entered last is left first, and the first run is to finish first.
+        opened = [stack.enter_context(run.shard(name)) for run in reversed(runs)][::-1]
+        starts = {info.name: info.start for info in base.header.tensors} if name == base.path.name else {}
+        for start, number, tensor, pieces in in_step([shard for shard, _ in opened], starts):
+            if keeps_pages:
+                base.release_pages(start)
+            runs[number].begin_tensor(name, tensor)
+            file = opened[number][1]
+            file.add(tensor, pieces)
+            if keeps_pages:
+                file.flush()  # while others go on, this one holds no pieces
+        if keeps_pages:
+            base.release_pages(base.header.data_bytes)
 
 
 def _detect(runs: Sequence[_Run], options: Run, resident: int) -> None:

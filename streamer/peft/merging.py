@@ -21,6 +21,7 @@ from streamer.output.merged_tensors import AddBias, Cast, CopyBytes
 from streamer.peft.job import live_job
 from streamer.peft.model import LiveModel, quiet_peft
 from streamer.peft.plan import LivePlan, plan_live
+from streamer.storage.buffers import gather
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
 
 
@@ -138,12 +139,9 @@ def _nbytes(output: Output) -> int:
 
 def _values(job: Job, output: Output) -> Tensor:
     """Compute a tensor's values in its own dtype."""
-    data, at = bytearray(_nbytes(output)), 0
     with threads():
-        for piece in output.recipe.pieces(lambda target: job.mitigated(target)[:2]):
-            data[at : at + len(piece)] = piece
-            at += len(piece)
-    return as_tensor(memoryview(data), TORCH_DTYPES[output.dtype], output.shape)
+        data = gather(output.recipe.pieces(lambda target: job.mitigated(target)[:2]), _nbytes(output))
+    return as_tensor(data, TORCH_DTYPES[output.dtype], output.shape)
 
 
 def _write(live: LivePlan, output: Output, values: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from streamer.errors import UnsupportedError
+from streamer.storage.buffers import Piece
 from streamer.storage.header import Header, TensorInfo
 from streamer.storage.tensor_file import SAMPLE_BYTES, TensorFile
 from streamer.weights.dtypes import SPELLINGS, as_bytes
@@ -187,10 +188,10 @@ class LiveFile(TensorFile):
         offset = info.start - self.header.by_name[info.name].start
         return as_bytes(self._contiguous(info.name))[offset + start : offset + stop]
 
-    def chunks(self, info: TensorInfo, size: int = 4 << 20) -> Iterator[memoryview]:
+    def chunks(self, info: TensorInfo, size: int = 4 << 20) -> Iterator[Piece]:
         """Yield a tensor's bytes in pieces."""
         whole = self.view(info)
-        return (whole[i : i + size] for i in range(0, info.nbytes, size))
+        return (Piece(whole[i : i + size]) for i in range(0, info.nbytes, size))
 
     def sample(self, size: int = SAMPLE_BYTES) -> str:
         """Compute the SHA-256 (hex) of names, dtypes, shapes, and the middle `size` bytes of every tensor that is not on disk."""

@@ -9,26 +9,25 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from typing import Self
 
-from streamer.errors import StorageError
-from streamer.storage.files import fsync_directory, remove_file, storage_error, storage_errors
-from streamer.storage.page_cache import Appender
-from streamer.storage.system import reserve, sync
+from streamer.errors import InputChangedError, StorageError
+from streamer.storage.buffers import Buffer, Piece
+from streamer.storage.files import fsync_directory, remove_file, storage_errors
+from streamer.storage.page_cache import LAG_BYTES, Appender
+from streamer.storage.system import drop_cached, reserve, sync
+from streamer.units import format_sizes
 
 PARTIAL = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{16}\.partial$")
 
-Buffer = bytes | bytearray | memoryview
 
-
-class AtomicFile:
+class AtomicFile(Appender):
     """Write a file that gets its final name only when it is complete, durable and checked.
 
     ``with AtomicFile(path, size) as f: f.write(...)`` writes ``.<name>.<unique>.partial`` beside the target. Leaving the
-    block without an exception checks the byte count, fsyncs, calls `check`, renames and fsyncs the directory; leaving it
-    with one removes the partial. It never follows a symlink and it replaces what stands at `path` in one step.
+    block without an exception does what `complete` does, renames and fsyncs the directory; leaving it with one removes
+    the partial. It never follows a symlink and it replaces what stands at `path` in one step.
 
     Parameters
     ----------
@@ -36,8 +35,8 @@ class AtomicFile:
         The final name. Its directory must exist.
     size
         Exact bytes to come; reserved up front, so that a full disk is found before the work is done.
-    check
-        Called with the partial's descriptor after the fsync and before the rename; raises to prevent the rename.
+    head
+        The first bytes, written as it is entered.
     renames
         False leaves the complete file under the name `partial`, for `rename_partial`.
 
@@ -47,80 +46,70 @@ class AtomicFile:
         If the system refuses to write. A failed fsync is never retried on the same file.
     """
 
-    def __init__(self, path: Path, size: int, check: Callable[[int], None] | None = None, renames: bool = True) -> None:
-        self.path = path
+    def __init__(self, path: Path, size: int, head: bytes = b"", renames: bool = True) -> None:
+        super().__init__(path)
         self.size = size
-        self.written = 0
-        self._check, self._renames = check, renames
+        self._head, self._renames, self._is_complete = head, renames, False
         self.partial = path.with_name(partial_name(path.name))
-        self._fd = -1
-        self._appender = Appender(self._fd)
 
-    @property
-    def sha256(self) -> str:
-        """SHA-256 (hex) of what has been written so far."""
-        self.flush()
-        return self._appender.sha256
-
-    def __enter__(self) -> AtomicFile:
+    def __enter__(self) -> Self:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with storage_errors(self.path, "create"):  # what stands there, if anything does, is not ours to discard
             self._fd = os.open(self.partial, flags, 0o666)  # the umask makes the mode
-        try:
-            reserve(self._fd, self.size)
-        except OSError as e:
-            self._discard()
-            raise storage_error(self.path, "create", e) from e
-        self._appender = Appender(self._fd)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._discard)
+            with storage_errors(self.path, "create"):
+                reserve(self._fd, self.size)
+            self.write(self._head)
+            undo.pop_all()
         return self
 
     def write(self, data: Buffer) -> None:
-        """Append bytes. A large piece is hashed and written by threads while the caller goes on: see `Appender.append`."""
-        view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
-        with storage_errors(self.path, "write"):
-            self._appender.append(view)
-        self.written += len(view)
+        """Append bytes that stay as they are."""
+        self.append(Piece(data))
 
-    def flush(self) -> None:
-        """Wait until all that was appended is written: its memory is free."""
-        with storage_errors(self.path, "write"):
-            self._appender.flush()
+    def copy(self, source: Path) -> None:
+        """Append a file, of which the rest of this one consists."""
+        with storage_errors(source, "copy"), source.open("rb") as src:
+            while data := src.read(8 << 20):
+                self.write(data)
+        if self.written != self.size:
+            wanted, found = format_sizes(self.size, self.written)
+            raise InputChangedError(
+                f"{source}: expected {wanted}, found {found}: it changed during the run; start again"
+            )
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        if kind is not None:
-            self._discard()
+    def complete(self) -> None:
+        """Check the byte count and fsync, so that only the rename is left; what is done already is not done again."""
+        if self._is_complete:
             return
-        done = False
-        try:
-            self.flush()
-            if self.written != self.size:
-                raise StorageError(
-                    f"{self.path}: expected to write {self.size} bytes, wrote {self.written}; please report this"
-                )
+        self.flush()
+        if self.written != self.size:
+            raise StorageError(
+                f"{self.path}: expected to write {self.size} bytes, wrote {self.written}; please report this"
+            )
+        with storage_errors(self.path, "finish"):
             sync(self._fd)
-            self._appender.drop_pages()
-            if self._check is not None:
-                self._check(self._fd)
-            self._close()
-            if self._renames:
-                os.rename(self.partial, self.path)
-            fsync_directory(self.path.parent)
-            done = True
-        except OSError as e:
-            raise storage_error(self.path, "finish", e) from e
-        finally:
-            if not done:
-                self._discard()
+            if self.written > LAG_BYTES:
+                drop_cached(self._fd, 0, self.written)
+        self._is_complete = True
 
-    def _close(self) -> None:
-        self._appender.close()  # waits: nothing may write to a descriptor that is closed, or another file's by then
-        fd, self._fd = self._fd, -1  # a close that fails has closed the descriptor all the same
-        if fd >= 0:
-            os.close(fd)
+    def __exit__(self, kind: object, *_: object) -> None:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._discard)
+            if kind is None:
+                if not self._is_complete:
+                    self.complete()
+                with storage_errors(self.path, "finish"):
+                    self.close()
+                    if self._renames:
+                        os.rename(self.partial, self.path)
+                    fsync_directory(self.path.parent)
+                undo.pop_all()
 
     def _discard(self) -> None:
         with contextlib.suppress(OSError):
-            self._close()
+            self.close()
         with contextlib.suppress(OSError):
             os.unlink(self.partial)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from streamer.errors import FormatError, InputError, MissingInputError, StorageError, UnsupportedError
 from streamer.storage.files import absent, open_regular
@@ -25,13 +25,6 @@ MAX_INDEX_BYTES = 200_000_000
 
 _PLAIN = re.compile(r"(?![A-Za-z]:)[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.safetensors")
 """Names of files: not hidden, without a drive, a directory or control characters."""
-
-
-class FilePosition(NamedTuple):
-    """Position of a tensor in a model: the index of its file among the model's, and its first byte in that file's data."""
-
-    file_index: int
-    start: int
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
+from streamer.storage.buffers import CHECKED, QUEUE, Piece
+from streamer.storage.files import storage_errors
 from streamer.storage.system import MAX_CALL_BYTES, drop_cached
-
-QUEUE = 3
-"""Pieces being written and hashed at most. A maker that uses its buffers again takes them by turns from one more than these."""
 
 THREADED_BYTES = 1 << 18
 """Pieces from this many bytes are hashed and written by threads; smaller ones are not worth it where nothing waits."""
@@ -20,19 +21,18 @@ LAG_BYTES = 64 << 20
 
 
 class Appender:
-    """Append to a descriptor and hash what is appended: one thread writes, one hashes, and the caller makes the next piece.
+    """Append to a file and hash what is appended: one thread writes, one hashes, and the caller makes the next piece.
 
     Untouched bytes come this way too: the digest takes them through memory anyway, and ``copy_file_range`` was slower
     (docs/benchmarks.md). Pages that are written lie in the cache no longer than the disk needs: their memory is used again, and
     the fsync at the end finds little left.
     """
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._at = 0
+    def __init__(self, path: Path) -> None:
+        self.path, self.written, self._fd, self._at = path, 0, -1, 0
         self._hash = hashlib.sha256()
         self._threads: tuple[ThreadPoolExecutor, ...] = ()
-        self._pending: deque[tuple[Future[None], ...]] = deque()
+        self._pending: deque[tuple[Piece, int, tuple[Future[None], ...]]] = deque()
 
     @property
     def sha256(self) -> str:
@@ -40,43 +40,49 @@ class Appender:
         self.flush()
         return self._hash.hexdigest()
 
-    def append(self, view: memoryview) -> None:
-        """Append bytes, all of them, whatever the system does in one call.
+    def append(self, piece: Piece) -> None:
+        """Append a piece, all of it, whatever the system does in one call; it is released when it is written and hashed.
 
-        A large piece may still be in hand when this returns: leave its bytes as they are until `QUEUE` more have been appended,
-        or `flush` has returned.
+        Up to `QUEUE` large pieces are in hand when this returns.
 
         Raises
         ------
-        OSError
+        StorageError
             What the system refused, this piece or one before it.
         """
-        if len(view) < THREADED_BYTES:
-            if not self._pending:
-                self._write(view)
-                self._hash.update(view)
-                return
-            view = memoryview(bytes(view))
+        self.written += len(piece.view)
+        if len(piece.view) < THREADED_BYTES:
+            with piece as view:
+                if not self._pending:
+                    with storage_errors(self.path, "write"):
+                        self._write(view)
+                    self._hash.update(view)
+                    return
+                piece = Piece(bytes(view))
         self._threads = self._threads or tuple(ThreadPoolExecutor(1, thread_name_prefix=f"write-{i}") for i in (1, 2))
         self.flush(QUEUE - 1)
-        writer, hasher = self._threads
-        self._pending.append((writer.submit(self._write, view), hasher.submit(self._hash.update, view)))
+        (writer, hasher), view = self._threads, piece.view
+        futures = writer.submit(self._write, view), hasher.submit(self._hash.update, view)
+        self._pending.append((piece, zlib.crc32(view) if CHECKED else 0, futures))
 
     def flush(self, pieces: int = 0) -> None:
         """Wait until at most so many pieces are in hand, and raise what became of the others."""
         while len(self._pending) > pieces:
-            for future in self._pending.popleft():
-                future.result()
+            piece, checksum, futures = self._pending.popleft()
+            with storage_errors(self.path, "write"):
+                for future in futures:
+                    future.result()
+            if CHECKED and zlib.crc32(piece.view) != checksum:
+                raise BufferError("a piece of a tensor was changed before its release")
+            piece.release()
 
     def close(self) -> None:
-        """Stop the threads: what has not been begun is left out, and nothing writes to the descriptor any more."""
+        """Close the file: what has not been begun is left out, and nothing writes to a descriptor that is another file's by then."""
         for thread in self._threads:
             thread.shutdown(cancel_futures=True)
-
-    def drop_pages(self) -> None:
-        """Drop the last pages of a large file from the cache, after its fsync."""
-        if self._at > LAG_BYTES:
-            drop_cached(self._fd, 0, self._at)
+        fd, self._fd = self._fd, -1  # a close that fails has closed the descriptor all the same
+        if fd >= 0:
+            os.close(fd)
 
     def _write(self, view: memoryview) -> None:
         done = 0

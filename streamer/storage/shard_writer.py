@@ -1,22 +1,23 @@
 """Output shards: planned from headers alone, then streamed tensor by tensor.
 
-A planned file is a header and, for each tensor in offset order, a source of bytes. Nothing is held but the piece in hand.
+A planned file is a header and, for each tensor in offset order, pieces of bytes that the writer pulls and releases.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamer.errors import NumericError
-from streamer.storage.atomic_file import AtomicFile, Buffer
+from streamer.storage.atomic_file import AtomicFile
+from streamer.storage.buffers import Piece
 from streamer.storage.header import Header, TensorInfo, layout, read_header
 
-Source = Callable[[TensorInfo], Iterable[Buffer]]
-"""Gives the bytes of a planned tensor, in pieces; each must stay as it is until `QUEUE` more were asked for."""
+Shard = Iterable[tuple[TensorInfo, Iterable[Piece]]]
+"""The tensors of a file, in its order, and the pieces of each."""
 
 
 @dataclass(frozen=True)
@@ -55,50 +56,36 @@ def like(name: str, header: Header, metadata: Mapping[str, str] | None = None) -
     return plan_shard(name, entries, {**header.metadata, **(metadata or {})})
 
 
-def write_shard(directory: Path, plan: ShardPlan, source: Source, before_rename: Callable[[int, str], None]) -> None:
-    """Write a planned file; see `shard_steps`."""
-    for _ in shard_steps(directory, plan, source, before_rename):
-        pass
+class ShardFile(AtomicFile):
+    """A planned file, which is an `AtomicFile`: its tensors are pulled one by one, in the plan's order."""
+
+    def __init__(self, directory: Path, plan: ShardPlan, renames: bool = True) -> None:
+        super().__init__(directory / plan.name, plan.nbytes, plan.raw_header, renames)
+        self._plan, self._following = plan, iter(plan.header.tensors)
+
+    def add(self, info: TensorInfo, pieces: Iterable[Piece]) -> None:
+        """Pull the pieces of the next tensor, hash and write them, and check their number of bytes."""
+        begun = self.written
+        if next(self._following, None) != info:
+            raise NumericError(f"tensor {info.name!r}: the plan has another one here; please report this")
+        for piece in pieces:
+            self.append(piece)
+        if (found := self.written - begun) != info.nbytes:
+            raise NumericError(f"tensor {info.name!r}: planned {info.nbytes} bytes, got {found}; please report this")
+
+    def complete(self) -> None:
+        """Check and fsync, and read the header back from the disk by the strict reader: it must equal the plan's."""
+        super().complete()
+        if read_header(self._fd, str(self.path)).digest != self._plan.header.digest:
+            raise NumericError(f"{self.path}: the header read back differs from what was written; check the disk")
 
 
-def write_partial(directory: Path, plan: ShardPlan, source: Source) -> tuple[str, int, str]:
-    """Write a planned file, and leave it under the name of a partial one; return that name, its size and its SHA-256."""
-    found: list[tuple[int, str]] = []
-    name = ""
-    for _, f in shard_steps(directory, plan, source, lambda *one: found.append(one), renames=False):
-        name = f.partial.name
-    return name, *found[0]
-
-
-def shard_steps(
-    directory: Path, plan: ShardPlan, source: Source, before_rename: Callable[[int, str], None], renames: bool = True
-) -> Generator[tuple[TensorInfo, AtomicFile], None, None]:
-    """Write a planned file through an `AtomicFile`, which is given with each tensor before that is written.
-
-    Before the rename the header is read back from the disk by the strict reader and must equal the plan's; then
-    `before_rename` is called with its size and SHA-256; it may raise to stop the rename.
-    """
-
-    def check(fd: int) -> None:
-        if read_header(fd, str(directory / plan.name)).digest != plan.header.digest:
-            raise NumericError(
-                f"{directory / plan.name}: the header read back differs from what was written; check the disk"
-            )
-        before_rename(f.written, f.sha256)
-
-    with AtomicFile(directory / plan.name, plan.nbytes, check, renames) as f:
-        f.write(plan.raw_header)
-        for info in plan.header.tensors:
-            yield info, f
-            begun = f.written
-            piece: Buffer = b""
-            for piece in source(info):
-                f.write(piece)
-            del piece  # not to be held while other files are written
-            if f.written - begun != info.nbytes:
-                raise NumericError(
-                    f"tensor {info.name!r}: planned {info.nbytes} bytes, got {f.written - begun}; please report this"
-                )
+def write_shard(directory: Path, plan: ShardPlan, shard: Shard, renames: bool = True) -> ShardFile:
+    """Write a planned file, its tensors pulled in the plan's order, and return it closed."""
+    with ShardFile(directory, plan, renames) as file:
+        for tensor, pieces in shard:
+            file.add(tensor, pieces)
+    return file
 
 
 def index_bytes(index: dict[str, Any], total_size: int) -> bytes:

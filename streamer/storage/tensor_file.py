@@ -11,9 +11,9 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from streamer.storage.buffers import BufferRing, Piece
 from streamer.storage.byte_source import ByteSource, IOMode, LocalSource, opened
 from streamer.storage.header import TensorInfo
-from streamer.storage.page_cache import QUEUE
 from streamer.storage.remote_manifest import remote_file
 from streamer.storage.remote_source import RemoteSource
 
@@ -95,37 +95,35 @@ class TensorFile:
         """Give the bytes of all tensors at once, each of which is a slice of them: for many small tensors that stay in use."""
         return self.source.view(self.header.data_start, self.header.data_bytes)
 
-    def chunks(self, info: TensorInfo, size: int = 4 << 20) -> Iterator[memoryview]:
-        """Yield a tensor's bytes in pieces, the disk reading ahead. A piece stays as it is until `QUEUE` more were given."""
+    def chunks(self, info: TensorInfo, size: int = 4 << 20) -> Iterator[Piece]:
+        """Yield a tensor's bytes in pieces that the caller releases, the disk reading ahead."""
         source, first = self.source, self.header.data_start + info.start
         end = self.header.file_bytes if self._read_through else first + info.nbytes
-        buffers = [memoryview(bytearray(min(size, max(0, info.nbytes - i * size)))) for i in range(QUEUE + 1)]
-        for i, start in enumerate(range(0, info.nbytes, size)):
-            piece = buffers[i % len(buffers)][: min(size, info.nbytes - start)]
-            at = first + start
-            source.prefetch(at, at + len(piece), end)
-            source.read_into(piece, at)
+        ring = BufferRing(min(size, info.nbytes))
+        for start in range(0, info.nbytes, size):
+            at, stop = first + start, first + min(start + size, info.nbytes)
+            piece = ring.lease(stop - at)
+            source.prefetch(at, stop, end)
+            source.read_into(piece.view, at)
             if not self._keeps_pages:
-                source.release(at, at + len(piece))
+                source.release(at, stop)
             yield piece
 
     @contextlib.contextmanager
-    def read_through(self) -> Iterator[None]:
-        """Let `chunks` read ahead beyond its tensor: all of them are read, in file order."""
-        self._read_through = True
-        try:
-            yield
-        finally:
-            self._read_through = False
+    def read_through(self, by_several: bool) -> Iterator[None]:
+        """Have `chunks` know that all tensors are read, in file order.
 
-    @contextlib.contextmanager
-    def keeping_pages(self) -> Iterator[None]:
-        """Keep what `chunks` reads in the page cache until `release_pages`, for several readers that take turns with each tensor."""
-        self._keeps_pages = True
+        Parameters
+        ----------
+        by_several
+            Whether several readers take turns with each tensor: what they read stays in the page cache until `release_pages`. For one
+            reader, it is read ahead beyond the tensor.
+        """
+        self._read_through, self._keeps_pages = not by_several, by_several
         try:
             yield
         finally:
-            self._keeps_pages = False
+            self._read_through = self._keeps_pages = False
 
     def release_pages(self, stop: int) -> None:
         """Drop from the page cache what stands before `stop`, counted from the first tensor: all readers have had it."""

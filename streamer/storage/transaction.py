@@ -11,13 +11,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from streamer.errors import InputChangedError, OutputError, StorageError
+from streamer.errors import OutputError, StorageError
 from streamer.storage.atomic_file import AtomicFile, remove_partials, rename_partial, write_atomic
-from streamer.storage.files import make_directory, remove_file, storage_errors
+from streamer.storage.files import make_directory, remove_file
 from streamer.storage.journal import Journal
 from streamer.storage.lock import locked
 from streamer.storage.old_output import NAMES, OLD, as_entries, journal_entry, own_files, remove_own_files
@@ -31,7 +30,6 @@ from streamer.storage.output_plan import (
     output_directories,
     size_of,
 )
-from streamer.units import format_sizes
 
 
 class OutputDirectory:
@@ -65,26 +63,14 @@ class OutputDirectory:
         self._journal.append(json.dumps(entry).encode())
         self._entries[name] = entry
 
-    def write(self, name: str, data: bytes, before_rename: Callable[[], None]) -> None:
-        """Write a small file."""
-        self._put(name, len(data), lambda f: f.write(data), before_rename)
-
-    def copy(self, name: str, source: Path, before_rename: Callable[[], None]) -> None:
-        """Copy a file as it is; the mode follows the umask."""
-        size = dict(self._plan.files)[name]
-
-        def copy_bytes(f: AtomicFile) -> None:
-            with source.open("rb") as src:
-                while piece := src.read(8 << 20):
-                    f.write(piece)
-            if f.written != size:
-                wanted, found = format_sizes(size, f.written)
-                raise InputChangedError(
-                    f"{source}: expected {wanted}, found {found}: it changed during the run; start again"
-                )
-
-        with storage_errors(source, "copy"):
-            self._put(name, size, copy_bytes, before_rename)
+    @contextlib.contextmanager
+    def file(self, name: str, size: int) -> Iterator[AtomicFile]:
+        """Open a file to be written; when the block ends it is complete, journalled and renamed."""
+        make_directory((self.path / name).parent)
+        with AtomicFile(self.path / name, size) as f:
+            yield f
+            f.complete()
+            self.announce(name, f.written, f.sha256)
 
     def take(self, name: str, partial: str, nbytes: int, sha256: str, **detail: Any) -> None:
         """Take a complete partial file that a worker has left in the directory: journal it, and give it its name."""
@@ -95,19 +81,6 @@ class OutputDirectory:
             )
         self.announce(name, nbytes, sha256, **detail)
         rename_partial(self.path / partial, self.path / name)
-
-    def _put(
-        self, name: str, size: int, write: Callable[[AtomicFile], object], before_rename: Callable[[], None]
-    ) -> None:
-        target = self.path / name
-        make_directory(target.parent)
-
-        def check(_: int) -> None:
-            before_rename()
-            self.announce(name, f.written, f.sha256)
-
-        with AtomicFile(target, size, check) as f:
-            write(f)
 
     def commit(self, record: dict[str, Any]) -> dict[str, Any]:
         """Write the record, with a digest of itself, and remove the journal, when all files stand; return the record.

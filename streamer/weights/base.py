@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from streamer.linalg.allocation import empty_matrix
+from streamer.storage.buffers import views
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.dtypes import TORCH_DTYPES, Encoding, as_tensor
@@ -83,7 +84,7 @@ def equal(a: StoredTensor, b: StoredTensor) -> bool:
     """Test whether two tensors have the same bytes, dtype and shape."""
     if (a.info.dtype, a.info.shape) != (b.info.dtype, b.info.shape):
         return False
-    return all(x == y for x, y in zip(a.file.chunks(a.info), b.file.chunks(b.info), strict=True))
+    return all(x == y for x, y in zip(views(a.file.chunks(a.info)), views(b.file.chunks(b.info)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Weight(ABC):
         return all(stored.held is not None for stored in self.tensors.values())
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield all rows in order, `rows` at a time, as (from, to, values); values stay valid until `QUEUE` more blocks are yielded."""
+        """Yield all rows in order, `rows` at a time, as (from, to, values); values are valid until the next block is asked for."""
         source, m = self.at_hand(), self.matrix[0]
         for i in range(0, m, rows):
             j = min(m, i + rows)

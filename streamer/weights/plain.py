@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from streamer.linalg.allocation import empty_matrix
+from streamer.storage.buffers import views
 from streamer.weights.base import StoredTensor, Weight
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor, encoding_of
 
@@ -42,9 +43,9 @@ class Plain(Weight):
             yield from super().blocks(rows)
             return
         dtype = TORCH_DTYPES[stored.info.dtype]
-        for k, piece in enumerate(stored.file.chunks(stored.info, rows * n * dtype.itemsize)):
+        for k, view in enumerate(views(stored.file.chunks(stored.info, rows * n * dtype.itemsize))):
             i, j = k * rows, min(m, (k + 1) * rows)
-            yield i, j, as_tensor(piece, dtype, (j - i, n))
+            yield i, j, as_tensor(view, dtype, (j - i, n))
 
     def stored(self) -> Tensor:
         """Read all values in the stored dtype."""

@@ -30,9 +30,11 @@ def rename(*args):
     real(*args)
     os.kill(os.getpid(), signal.SIGKILL)
 with open_outputs([plan]) as (out,):
-    out.write("sub/config.json", b"{{}}", lambda: None)
+    with out.file("sub/config.json", 2) as f:
+        f.write(b"{{}}")
     os.rename = rename
-    out.write("model-1", bytes(range(100)), lambda: None)
+    with out.file("model-1", 100) as f:
+        f.write(bytes(range(100)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=300, check=False)
     assert done.returncode == -9

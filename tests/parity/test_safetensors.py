@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import header_cases
@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from seeds import vary
 
 from streamer.errors import FormatError
-from streamer.storage.header import DTYPE_BITS, TensorInfo, layout, parse_header
-from streamer.storage.shard_writer import like, plan_shard, write_shard
+from streamer.storage.buffers import Piece, gather
+from streamer.storage.header import DTYPE_BITS, layout, parse_header
+from streamer.storage.shard_writer import Shard, ShardPlan, like, plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile
 
 Verdict = list[tuple[str, str, tuple[int, ...], int]] | None
@@ -175,12 +176,10 @@ def test_every_dtype_is_the_librarys(dtype: str) -> None:
 # Write and read -----------------------------------------------------------------------------------------------------
 
 
-def pour(data: dict[str, bytes], step: int = 7) -> Callable[[TensorInfo], Iterator[bytes]]:
-    def source(info: TensorInfo) -> Iterator[bytes]:
+def pour(plan: ShardPlan, data: dict[str, bytes], step: int = 7) -> Shard:
+    for info in plan.header.tensors:
         raw = data[info.name]
-        yield from (raw[i : i + step] for i in range(0, len(raw), step))
-
-    return source
+        yield info, [Piece(raw[i : i + step]) for i in range(0, len(raw), step)]
 
 
 def as_torch(raw: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -195,7 +194,7 @@ def test_the_library_reads_what_we_write(
 ) -> None:
     plan = plan_shard("model.safetensors", tensors, metadata)
     data = {t.name: rng.randbytes(t.nbytes) for t in plan.header.tensors}
-    write_shard(tmp_path, plan, pour(data), lambda _size, _digest: None)
+    write_shard(tmp_path, plan, pour(plan, data))
     path = tmp_path / "model.safetensors"
     assert {n: bytes(t["data"]) for n, t in safetensors.deserialize(path.read_bytes())} == data
     with safe_open(path, "pt") as f:
@@ -228,7 +227,7 @@ def test_we_read_what_the_library_writes(
         assert dict(file.header.metadata) == metadata
         for t in file.header.tensors:
             assert bytes(file.view(t)) == written[t.name]
-            assert b"".join(map(bytes, file.chunks(t, 5))) == written[t.name]
+            assert gather(file.chunks(t, 5), t.nbytes) == written[t.name]
     # And planned again it has the same bytes, header and all: also the metadata, whose order is the file's.
     again = like(path.name, file.header)
     raw = path.read_bytes()
@@ -242,6 +241,7 @@ def test_a_planned_copy_equals_the_librarys_file(tmp_path: Path) -> None:
     tensors = {"b": torch.randn(3, 5), "a": torch.arange(7), "empty": torch.empty(0, 4), "one": torch.tensor(True)}
     save_file(tensors, tmp_path / "theirs.safetensors", {"format": "pt"})
     file = TensorFile(tmp_path / "theirs.safetensors")
-    write_shard(tmp_path, like("ours.safetensors", file.header), file.chunks, lambda _size, _digest: None)
+    ours = like("ours.safetensors", file.header)
+    write_shard(tmp_path, ours, ((t, file.chunks(t)) for t in ours.header.tensors))
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
     file.close()

@@ -20,6 +20,7 @@ from streamer.cli.tables import inspect_table
 from streamer.errors import FormatError, StreamerError
 from streamer.output.merge_plan import plan_merged
 from streamer.plan.plan import make_plan
+from streamer.storage.buffers import gather
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.storage.header import DTYPE_BITS, tensor_nbytes
 from streamer.storage.tensor_file import TensorFile
@@ -90,7 +91,7 @@ def header(home: Path) -> Target:
         if theirs != file.header.by_name.keys():
             raise Trouble("other names than the library's")
         for info in file.header.tensors:
-            if bytes(file.view(info)) != b"".join(bytes(p) for p in file.chunks(info)):
+            if bytes(file.view(info)) != gather(file.chunks(info), info.nbytes):
                 raise Trouble("two ways to read differ")
         file.sample()
 

@@ -55,10 +55,6 @@ class Killed(BaseException):
     """The process ends here: nothing that runs afterwards may be counted on."""
 
 
-def nothing() -> None:
-    """Before a rename."""
-
-
 def carry_out(case: Case, plan: OutputPlan | None = None, until: str = "", **options: bool) -> list[str]:
     """Carry a plan out, up to the file `until`; the names that were written."""
     written = []
@@ -74,11 +70,12 @@ def carry_out(case: Case, plan: OutputPlan | None = None, until: str = "", **opt
     return written
 
 
-def put(out: OutputDirectory, case: Case, name: str, data: bytes, check: Callable[[], None] = nothing) -> None:
-    if (case.base / name).exists():
-        out.copy(name, case.base / name, check)
-    else:
-        out.write(name, data, check)
+def put(out: OutputDirectory, case: Case, name: str, data: bytes) -> None:
+    with out.file(name, len(data)) as f:
+        if (case.base / name).exists():
+            f.copy(case.base / name)
+        else:
+            f.write(data)
 
 
 def interrupt(case: Case, until: str = "model-2", plan: OutputPlan | None = None) -> None:

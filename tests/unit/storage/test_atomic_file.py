@@ -30,15 +30,16 @@ def umask() -> Iterator[Callable[[int], int]]:
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "f"
-    seen: list[bytes] = []
-    with AtomicFile(path, 6, lambda fd: seen.append(os.pread(fd, 99, 0))) as f:
+    with AtomicFile(path, 6) as f:
         f.write(b"one")
         assert not path.exists()
         (partial,) = names(tmp_path)
         assert PARTIAL.match(partial)
         f.write(memoryview(bytearray(b"two")))
         assert f.written == 6
-    assert seen == [b"onetwo"]
+        f.complete()
+        assert (tmp_path / partial).read_bytes() == b"onetwo"
+        assert not path.exists()
     assert f.sha256 == hashlib.sha256(b"onetwo").hexdigest()
     assert path.read_bytes() == b"onetwo"
     assert names(tmp_path) == ["f"]
@@ -69,13 +70,12 @@ def test_an_exception_leaves_the_old_file_and_no_partial(tmp_path: Path, kind: t
     assert names(tmp_path) == ["f"]
 
 
-def test_the_check_can_stop_the_rename(tmp_path: Path) -> None:
-    def check(_: int) -> None:
-        raise KeyError("no")
-
+def test_a_complete_file_can_be_stopped_before_the_rename(tmp_path: Path) -> None:
     def write() -> None:
-        with AtomicFile(tmp_path / "f", 3, check) as f:
+        with AtomicFile(tmp_path / "f", 3) as f:
             f.write(b"new")
+            f.complete()
+            raise KeyError("no")
 
     with pytest.raises(KeyError):
         write()

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, interrupt, nothing, refusal, run
+from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, interrupt, refusal, run
 
 from streamer.errors import OutputError, OutputExistsError, StorageError
 from streamer.storage.output_plan import JOURNAL_NAME, LOCK_NAME, RECORD_NAME, inspect_output
@@ -57,7 +57,8 @@ def test_a_foreign_file_beside_another_output_is_kept(case: Case, name: str) -> 
     """Neither the old record nor an interrupted run's journal names it."""
     old = dataclasses.replace(case.plan, files=(("old", 3),), digest="old", conflicting_names=())
     with open_outputs([old]) as (out,):
-        out.write("old", b"old", nothing)
+        with out.file("old", 3) as f:
+            f.write(b"old")
         out.commit({"schema": "streamer.output/2"})
     with pytest.raises(Killed):
         carry_out(case, until="sub/config.json", overwrite=True)
@@ -72,7 +73,8 @@ def test_a_rival_of_the_old_output_goes_unless_it_was_changed(case: Case) -> Non
     old = dataclasses.replace(case.plan, files=((rival.name, 3),), digest="old", conflicting_names=())
     for changed in (False, True):
         with open_outputs([old]) as (out,):
-            out.write(rival.name, b"old", nothing)
+            with out.file(rival.name, 3) as f:
+                f.write(b"old")
             out.commit({"schema": "streamer.output/2"})
         if changed:
             rival.write_bytes(b"new")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from faults import failing
 from helpers import tree_digest
-from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, interrupt, nothing, put, refusal
+from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, interrupt, refusal
 
 from streamer.errors import InputChangedError, OutputError, OutputExistsError, StorageError
 from streamer.storage.atomic_file import AtomicFile
@@ -109,12 +109,11 @@ def test_a_system_that_refuses(case: Case, monkeypatch: pytest.MonkeyPatch, call
 
 
 def test_a_check_before_the_rename_stops_it(case: Case) -> None:
-    def changed() -> None:
-        raise InputChangedError("changed")
-
     def write() -> None:
-        with open_outputs([case.plan]) as (out,):
-            put(out, case, "sub/config.json", b"", changed)
+        with open_outputs([case.plan]) as (out,), out.file("sub/config.json", 2) as f:
+            f.write(b"{}")
+            f.complete()
+            raise InputChangedError("changed")
 
     with pytest.raises(InputChangedError, match="changed"):
         write()
@@ -134,8 +133,8 @@ def test_a_copied_file_that_changed_its_size(case: Case, content: bytes) -> None
 
 def test_a_copied_file_that_vanished(case: Case) -> None:
     def copy() -> None:
-        with open_outputs([case.plan]) as (out,):
-            out.copy("sub/config.json", case.base / "gone", nothing)
+        with open_outputs([case.plan]) as (out,), out.file("sub/config.json", 2) as f:
+            f.copy(case.base / "gone")
 
     with pytest.raises(StorageError, match="gone: cannot copy: No such file or directory"):
         copy()
