@@ -1,4 +1,4 @@
-"""Estimate the memory of a pass, and choose how many rows run together."""
+"""Estimate the memory of a pass, and choose how many rows run together. A row is one token of one variant."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from streamer.streaming.lazy import BLOCK_BYTES
 from streamer.streaming.model import ModelSize, vocabulary_block
 
 TRANSFORMERS_BYTES = 150 << 20
-"""Anonymous memory that importing transformers and building a model takes, beside what `plan.memory.resident_bytes` counts."""
+"""Anonymous memory for importing transformers and building a model, in addition to `plan.memory.resident_bytes`."""
 
 ROWS = 4096
-"""Tokens of all variants that run together where no budget asks for fewer: reading the weights is then about a hundredth of the time."""
+"""Rows that run together if no budget requires fewer; reading the weights is then about a hundredth of the time."""
 
 LOGIT_COPIES = 5
-"""As much memory as the logits that exist at once takes what is computed from them, themselves among it."""
+"""Memory for logits and everything computed from them, as a multiple of the logits that exist at one time."""
 
 WIDTHS = 5
-"""Activations as wide as the widest layer that exist at once for each row, and as many as wide as the model."""
+"""Number of activations of the widest layer's width that exist at one time for each row, and of the model's width."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Pass:
     sequences
         Numbers of the sequences.
     variants
-        Numbers of the variants beside the base, which is in every pass.
+        Numbers of the variants, without the base, which is in every pass.
     """
 
     text: str
@@ -48,11 +48,11 @@ def pass_bytes(size: ModelSize, resident: int, rows: int, length: int) -> int:
     Parameters
     ----------
     resident
-        Bytes between two steps; see `plan.memory.resident_bytes`.
+        Bytes in use between two steps; see `plan.memory.resident_bytes`.
     rows
-        Tokens of all variants.
+        Tokens, counted for each variant.
     length
-        Tokens of a sequence.
+        Tokens per sequence.
     """
     activations = 4 * rows * (WIDTHS * (size.widest + size.hidden) + size.attention * length)
     logits = LOGIT_COPIES * 4 * rows * min(size.vocabulary, vocabulary_block(rows))
@@ -62,7 +62,7 @@ def pass_bytes(size: ModelSize, resident: int, rows: int, length: int) -> int:
 
 
 def measured_bytes(passes: Sequence[Pass], texts: Mapping[str, TextSequences], size: ModelSize, resident: int) -> int:
-    """Estimate the peak memory of all passes; see `pass_bytes`."""
+    """Estimate the peak memory over all passes; see `pass_bytes`."""
     most = 0
     for one in passes:
         length = max(len(texts[one.text].ids[i]) for i in one.sequences)
@@ -79,25 +79,25 @@ def plan_passes(
     one_length: bool,
     eighths: range = ALL,
 ) -> list[Pass]:
-    """Divide sequences and variants into passes that fit the budget; long sequences go together, so that little is padded.
+    """Divide sequences and variants into passes that fit the budget, grouping sequences of similar length to reduce padding.
 
-    Bits of a sum depend on what runs together. So the division depends on what is measured and on the budget alone, never on who runs the
-    passes: any number of processes gives the same bytes.
+    The last bits of a sum depend on what runs together. Therefore the division depends only on what is measured and on the budget, and not
+    on who runs the passes: any number of processes gives the same bytes.
 
     Parameters
     ----------
     variants
-        All of them, the base included.
+        Number of variants, including the base.
     one_length
-        Whether only sequences of one length run together, without padding.
+        Whether only sequences of equal length run together, without padding.
     eighths
-        Parts of each text that are measured; see `of_eighths`. They are divided together: each for itself, sequences of varied
-        lengths would be padded more, and short texts would read the weights more often, by up to a fifth of the time.
+        Parts of each text to measure; see `of_eighths`. They are divided jointly. Separate divisions would pad sequences of varied lengths
+        more and read the weights more often for short texts, which costs up to a fifth of the time.
 
     Raises
     ------
     UsageError
-        If the budget does not hold one sequence under the base and one variant; it names the smallest that does.
+        If the budget is too small for one sequence under the base and one variant; the message names the smallest budget.
     """
     longest = max(text.longest for text in texts.values())
     most = rows_within(max_memory, 2 * longest, ROWS, lambda rows: pass_bytes(size, resident, rows, longest),
@@ -114,25 +114,25 @@ def plan_passes(
 
 
 def rows_within(max_memory: int | None, least: int, most: int, needed: Callable[[int], int], what: str) -> int:
-    """Find how many rows run together: as many as the budget holds, up to `most`, and `least` in any case.
+    """Find how many rows run together: as many as fit the budget, but at most `most` and at least `least`.
 
     Parameters
     ----------
     needed
-        Bytes that so many rows take.
+        Returns the bytes that a number of rows needs.
     what
-        The least rows, for a message.
+        Description of the least rows, for a message.
 
     Raises
     ------
     UsageError
-        If the budget does not hold the least; it names the smallest that does.
+        If the budget is too small for the least rows; the message names the smallest budget.
     """
     if max_memory is None:
         return most
     if needed(least) > max_memory:
         raise UsageError(
-            f"max_memory: {max_memory >> 20}M is not enough for {what}; it takes {-(-needed(least) >> 20)}M"
+            f"max_memory: {max_memory >> 20}M is not enough for {what}; it needs {-(-needed(least) >> 20)}M"
         )
     return max(rows for rows in range(least, max(least, most) + 1, 64) if needed(rows) <= max_memory)
 
@@ -140,9 +140,9 @@ def rows_within(max_memory: int | None, least: int, most: int, needed: Callable[
 def parts(
     text: TextSequences, rows: Sequence[int], tokens: int, short: int | None, one_length: bool
 ) -> Iterator[tuple[int, ...]]:
-    """Divide some sequences, the longest first, into parts of so many tokens at most; at least one a part.
+    """Divide sequences, the longest first, into parts with at most this many padded tokens, and at least one sequence each.
 
-    Short ones are not padded to a length for which the model's rotary embeddings are others; none are padded if a group has one length.
+    Short sequences are not padded to a length at which the model's rotary embeddings change. With `one_length`, nothing is padded.
     """
     group: list[int] = []
     for i in sorted(rows, key=lambda i: (-len(text.ids[i]), i)):

@@ -1,4 +1,4 @@
-"""Run passes of the model over some sequences under some variants, record each, and put the sums of several together."""
+"""Run passes of the model over sequences under variants, record each pass, and join their sums."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ Found = TypeVar("Found")
 
 
 def longest_padded(groups: Iterable[TextSequences]) -> tuple[NDArray[np.int64], int] | None:
-    """Find the longest sequence that others are padded to, and the length of the longest of these.
+    """Find the longest sequence to which others are padded, and the length of the next longest in its group.
 
     Parameters
     ----------
     groups
-        Sequences that run together.
+        Groups of sequences that run together.
 
     Returns
     -------
@@ -50,18 +50,18 @@ def longest_padded(groups: Iterable[TextSequences]) -> tuple[NDArray[np.int64], 
 
 
 def checked_tokens(groups: Iterable[TextSequences]) -> int:
-    """Count the tokens of the base alone by which `padding_changes` compares padded sequences, where any are."""
+    """Count the tokens that `padding_changes` runs on the base to compare padded sequences; 0 if none are padded."""
     padded = longest_padded(groups)
     return 0 if padded is None else len(padded[0]) + padded[1]
 
 
 def padding_changes(job: Job, groups: Sequence[TextSequences], on_read: Callable[[RunTimeTensor], None]) -> bool:
-    """Check the logits of a model, and test whether they change by the padding of sequences that are to run together.
+    """Check the logits of a model, and test whether padding changes them for sequences that will run together.
 
     Raises
     ------
     UnsupportedError
-        If losses would say nothing; see `check_logits`.
+        If losses would be meaningless; see `check_logits`.
     """
     check_logits(job, groups[0].ids[0], on_read)
     padded = longest_padded(groups)
@@ -71,7 +71,7 @@ def padding_changes(job: Job, groups: Sequence[TextSequences], on_read: Callable
 def together(
     passes: Sequence[Pass], sums: Mapping[int, SequenceSums], name: str, variants: int, text: TextSequences
 ) -> SequenceSums:
-    """Put the sums of a text's passes, by their numbers, in the order of variants and sequences; NaN of sequences in none."""
+    """Join the sums of a text's passes, by pass number, in the order of variants and sequences; NaN for sequences in no pass."""
     shape = variants, len(text.ids)
     arrays, bins = {kind: np.full(shape, np.nan) for kind in MEASURES}, np.zeros((variants, BINS))
     for number, one in enumerate(passes):
@@ -87,7 +87,7 @@ def together(
 
 
 def answered(steps: Generator[Request, Answer, Found], answer: Callable[[Request], Answer]) -> Found:
-    """Answer the requests of steps until they have what they want; return that."""
+    """Answer the requests of steps until they end; return their result."""
     reply: Any = None
     while True:
         try:
@@ -101,14 +101,14 @@ def answered(steps: Generator[Request, Answer, Found], answer: Callable[[Request
 def needs_one_length(
     job: Job, chosen: bool, groups: Sequence[TextSequences], records: Records, progress: RunProgress
 ) -> bool:
-    """Check the logits once, and tell whether sequences that run together must be of one length.
+    """Check the logits once, and test whether sequences that run together must have equal lengths.
 
     Parameters
     ----------
     chosen
-        Whether they must whatever the logits say.
+        Whether equal lengths are required regardless of the logits.
     groups
-        Sequences that are to run together.
+        Groups of sequences that will run together.
     """
     found = records.find("one_length")
     if found is None:
@@ -121,14 +121,14 @@ def needs_one_length(
 def measure_variants(passes: Sequence[Pass], texts: Mapping[str, TextSequences], variants: Sequence[Variant],
                      job: Callable[[tuple[Variant, ...]], Job], key: Callable[[int], str], records: Records,
                      progress: RunProgress, run: Run) -> dict[str, SequenceSums]:  # fmt: skip
-    """Run the passes that no interrupted run recorded, here or on workers, and put their sums together by text; score questions.
+    """Run the passes that no interrupted run recorded, here or on workers; join the sums by text, and score questions.
 
     Parameters
     ----------
     job
-        Describes the model of some of the variants.
+        Returns the description of the model for some of the variants.
     key
-        Names a pass by its number, for the records.
+        Returns the key of a pass in the records, given its number.
     """
     sums: dict[int, SequenceSums] = {}
     todo: dict[int, tuple[Pass, TextSequences]] = {}

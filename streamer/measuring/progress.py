@@ -1,4 +1,4 @@
-"""Tell how far a run over texts is, in multiplications, and heed requests to stop."""
+"""Report a run's progress over texts, in multiplications, and act on requests to stop."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from streamer.streaming.model import ModelSize
 from streamer.streaming.run_time import RunTimeTensor
 
 READING = 64
-"""Rows whose products with a weight take as long as reading it."""
+"""Number of rows whose products with a weight take as long as reading the weight."""
 
 CALL = 5_000_000
-"""Multiplications that take as long as what a module's call takes besides, about half a millisecond."""
+"""Multiplications that take as long as the fixed cost of a module's call, about half a millisecond."""
 
 
 def pass_cost(size: ModelSize, text: TextSequences, times: int, readings: int = 1) -> int:
-    """Count the multiplications of running sequences, padded to the longest, so many times: under so many variants, for example.
+    """Count the multiplications of running sequences, padded to the longest, `times` times, for example under that many variants.
 
     Parameters
     ----------
     readings
-        How often each weight is read, which counts as multiplications that take as long.
+        Number of times that each weight is read; a reading counts as the multiplications that take equally long.
     """
     rows = times * len(text.ids) * text.longest
     return sum(size.products.values()) * (rows + readings * READING) + readings * CALL * len(size.products)
@@ -36,9 +36,9 @@ class RunProgress:
     Parameters
     ----------
     size
-        Of the model.
+        Size of the model.
     stage
-        Stage of its events: ``evaluate``, ``fit`` or ``map``.
+        Stage of the events: ``evaluate``, ``fit`` or ``map``.
     """
 
     def __init__(self, monitor: Monitor, size: ModelSize, stage: Literal["evaluate", "fit", "map"]) -> None:
@@ -46,23 +46,23 @@ class RunProgress:
         self._done = self._total = self._items = self._of = self._resumed = 0
 
     def expect(self, costs: list[int]) -> None:
-        """Take the costs of all passes that are to come."""
+        """Set the costs of all passes still to come."""
         self._total = self._done + sum(costs)
         self._of = self._items + len(costs)
 
     def resume(self, passes: int) -> None:
-        """Take how many passes an interrupted run has recorded; it is said before the first event, when all that is known is expected."""
+        """Set the number of passes that an interrupted run recorded; a note reports it before the first event, when the total is known."""
         self._resumed = passes
 
     def reading(self, cost: int, times: int) -> Callable[[RunTimeTensor], None]:
-        """Make the hook of a pass that reads each parameter so many times: before each it tells how far the pass is, in multiplications.
+        """Make the hook of a pass that reads each parameter `times` times; before each reading it reports the multiplications done.
 
-        A request to stop is heeded there as well.
+        The hook also acts on requests to stop.
         """
         return self.readings([cost], [times])[0]
 
     def readings(self, costs: Sequence[int], times: Sequence[int]) -> list[Callable[[RunTimeTensor], None]]:
-        """Make the hooks of passes that run by turns: each tells how far all of them are."""
+        """Make the hooks of passes that run in turns; each hook reports the progress of all of them."""
         products, parts = self.size.products, [0] * len(costs)
         whole = sum(products.values())
 
@@ -84,16 +84,16 @@ class RunProgress:
         return [hook(number) for number in range(len(costs))]
 
     def begin(self, name: str) -> None:
-        """Tell which pass is under way, of several that run elsewhere."""
+        """Report which pass is running, for passes that run on workers."""
         self._emit(name, self._done)
 
     def advance(self, cost: int) -> None:
-        """Take a pass as done."""
+        """Count a pass as done."""
         self._done += cost
         self._items += 1
 
     def finish(self) -> None:
-        """Say that all is done."""
+        """Report that everything is done."""
         self._total, self._of = self._done, self._items
         self._emit("", self._done)
 

@@ -1,4 +1,4 @@
-"""Run a pass: in this process, or as the task of a worker, who makes the same model from the addresses of the inputs."""
+"""Run a pass in this process, or as a task of a worker, which builds the same model from the paths of the inputs."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def run_pass(
     Parameters
     ----------
     where
-        The text, for messages.
+        Name of the text, for messages.
 
     Raises
     ------
     NumericError
-        If a sum is not finite, or the pass did not use all that the adapter changes.
+        If a sum is not finite, or if the pass did not use everything that the adapter changes.
     InputChangedError
         If an input changed.
     """
@@ -59,14 +59,14 @@ def run_pass(
 
 
 _computing = threading.Lock()
-"""A process runs one pass at a time: how torch multiplies matrices is set for all of its threads."""
+"""Lock that lets a process run one pass at a time, because torch's settings for matrix products apply to all threads."""
 
 _models: dict[tuple[str, tuple[int, ...]], StreamingModel] = {}
 
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Compute in full float32 inside the context, while no other task of this process does."""
+    """Compute in full float32 inside the context, while no other task of this process computes."""
     with _computing, full_float32():
         yield
 
@@ -78,11 +78,11 @@ class PassTask(Task[SequenceSums]):
     Attributes
     ----------
     described
-        All of the model's `Job` but the plan, for all variants of a request.
+        The model's `Job` without the plan, for all variants of a request.
     variants
-        Numbers of those that run.
+        Numbers of the variants to run.
     text, where
-        The sequences, and which text they are of.
+        The sequences, and the name of their text.
     """
 
     described: Carried[Mapping[str, Any]]
@@ -92,11 +92,11 @@ class PassTask(Task[SequenceSums]):
 
     @property
     def name(self) -> str:
-        """Name the text."""
+        """Return the name of the text."""
         return f"the {self.where} text"
 
     def do(self, batch: Batch, monitor: Monitor) -> SequenceSums:
-        """Run it, on a model that the process keeps for passes to come."""
+        """Run the pass, on a model that the process keeps for later passes."""
         (plan,), key = batch.plans, (self.described.digest, self.variants)
         with one_at_a_time():
             model = _models.pop(key, None)
@@ -110,22 +110,22 @@ class PassTask(Task[SequenceSums]):
 
 
 def describe(job: Job) -> Carried[Mapping[str, Any]]:
-    """Describe a model to workers, who have the plan of their own."""
+    """Describe a model for workers, which make the plan themselves."""
     return Carried({f.name: getattr(job, f.name) for f in fields(job) if f.name != "plan"})
 
 
 def run_on_workers(job: Job, passes: Mapping[int, tuple[Pass, TextSequences]], run: Run, threads: int,
                    begin: Callable[[str], None]) -> Generator[tuple[int, SequenceSums], None, None]:  # fmt: skip
-    """Run passes on workers, and yield the number of each with its sums as they come.
+    """Run passes on workers, and yield each pass's number and sums as they arrive.
 
     Parameters
     ----------
     job
-        The model of all variants of the request.
+        Model of all variants of the request.
     passes
-        Each with its sequences, by number.
+        Passes with their sequences, by number.
     begin
-        Called with the name of the pass that has been out for longest, before each wait.
+        Called before each wait, with the name of the pass that has been running longest.
     """
     assert run.workers is not None
     inputs, described = inputs_of(Batch(job.plan.base, (job.plan,)), run), describe(job)

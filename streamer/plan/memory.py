@@ -64,7 +64,7 @@ def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> Non
     most = max(needs, key=lambda need: need.nbytes)
     if most.nbytes > max_memory:
         raise UsageError(
-            f"max_memory: {max_memory >> 20}M is not enough for {most.what}; it takes {-(-most.nbytes >> 20)}M"
+            f"max_memory: {max_memory >> 20}M is not enough for {most.what}; it needs {-(-most.nbytes >> 20)}M"
         )
 
 

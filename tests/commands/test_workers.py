@@ -113,7 +113,7 @@ def test_workers_on_passes_share_the_memory(command: str, what: str, tmp_path: P
     with bench.start(out, "--workers", 2, "--max-memory", "500M") as few:
         _, stderr = few.communicate(timeout=300)
     assert few.returncode == 2
-    assert f"streamer: --max-memory: 500M is not enough for {what}; it takes" in stderr
+    assert f"streamer: --max-memory: 500M is not enough for {what}; it needs" in stderr
     with bench.start(out, "--workers", 2, "--max-memory", stderr.split()[-1], "--dry-run", "-q") as enough:
         enough.communicate(timeout=300)
     assert enough.returncode == 0
@@ -134,7 +134,7 @@ def test_workers_share_the_memory(bench: WorkerBench, tmp_path: Path) -> None:
     line = ["detect", bench.base, bench.adapter, "--threads", 1]
     few = run_cli(*line, "-o", out, "--workers", 2, "--max-memory", "450M")
     assert few.returncode == 2
-    assert "streamer: --max-memory: 450M is not enough for tensor 'a.0.weight' (600x700); it takes" in few.stderr
+    assert "streamer: --max-memory: 450M is not enough for tensor 'a.0.weight' (600x700); it needs" in few.stderr
     least = few.stderr.split()[-1]
     assert run_cli(*line, "-o", out, "--workers", 2, "--max-memory", least, "-q").returncode == 0
     found = streamer.load_findings(out)

@@ -123,10 +123,10 @@ def test_a_budget_too_small_is_refused_with_the_least_that_would_do(
     assert done.code == 2
     assert not out.exists()
     assert re.search(
-        r"--max-memory: \d+M is not enough for tensor 'model\.layers\.\d\.mlp\.\w+\.weight' \(\d+x\d+\); it takes \d+M",
+        r"--max-memory: \d+M is not enough for tensor 'model\.layers\.\d\.mlp\.\w+\.weight' \(\d+x\d+\); it needs \d+M",
         done.err,
     )
-    least = re.search(r"it takes (\d+M)", done.err)
+    least = re.search(r"it needs (\d+M)", done.err)
     assert least
     done = server().run("detect", made.base, made.adapter, "-o", out, "--max-memory", least[1], "--dry-run")
     assert done.code == 0

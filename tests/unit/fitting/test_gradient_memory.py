@@ -45,7 +45,7 @@ def test_a_budget_makes_chunks_smaller_and_is_kept() -> None:
 
 def test_a_budget_that_holds_no_sequence_is_refused_with_one_that_does() -> None:
     with pytest.raises(
-        UsageError, match=r"max_memory: 100M is not enough for the gradient .* of 512 tokens; it takes \d+M"
+        UsageError, match=r"max_memory: 100M is not enough for the gradient .* of 512 tokens; it needs \d+M"
     ) as refused:
         plan_chunks(text(512, 8), LARGE, RESIDENT, 100 << 20, False)
     enough = int(str(refused.value).rpartition(" ")[2].removesuffix("M")) << 20

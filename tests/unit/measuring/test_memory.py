@@ -80,6 +80,6 @@ def test_a_budget_divides_the_variants_too() -> None:
 def test_a_budget_for_no_pass_names_the_smallest() -> None:
     texts = {"general": text(512), "task": text(64)}
     least = pass_bytes(LARGE, RESIDENT, 2 * 512, 512)
-    with pytest.raises(UsageError, match=rf"max_memory: 400M is not enough .* it takes {-(-least >> 20)}M"):
+    with pytest.raises(UsageError, match=rf"max_memory: 400M is not enough .* it needs {-(-least >> 20)}M"):
         plan_passes(texts, 3, LARGE, RESIDENT, 400 << 20, False)
     plan_passes(texts, 3, LARGE, RESIDENT, least, False)
