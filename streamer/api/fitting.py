@@ -138,8 +138,8 @@ def fit_coefficients(
         Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``; it decides how many
         sequences go together.
     executor
-        Workers that compute gradients and measure, as `detect_intruder_dimensions` has them: the result is byte for byte that of this
-        process. The pass that collects inputs, and those that correct factors, run in this process.
+        Workers that compute gradients, run layers and measure, as `detect_intruder_dimensions` has them: the result is byte for byte that
+        of this process.
 
     Returns
     -------

@@ -195,6 +195,7 @@ class TextKeywords(RunKeywords, total=False):
     dtype: ProductDtype
     max_memory: int | str | None
     device: str
+    executor: Executor | None
 
 
 class EvaluateKeywords(JudgeKeywords, TextKeywords, total=False):
@@ -211,7 +212,6 @@ class EvaluateKeywords(JudgeKeywords, TextKeywords, total=False):
     keep: float
     race: bool
     projected: bool
-    executor: Executor | None
 
 
 class FitKeywords(TextKeywords, total=False):
@@ -223,7 +223,6 @@ class FitKeywords(TextKeywords, total=False):
     holdout: float
     seed: int
     steps: int | None
-    executor: Executor | None
 
 
 class MapKeywords(TextKeywords, total=False):

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from streamer.api.keywords import MapKeywords, explained, watched
-from streamer.api.options import Settings, read_map, read_path, take
+from streamer.api.options import Settings, given_workers, read_map, read_path, take
 from streamer.api.records import DryRun, dry_run
 from streamer.api.texts import general_text
 from streamer.errors import OutputExistsError, UsageError
 from streamer.events import Monitor
 from streamer.fitting.mapping import MapOptions, PreparedMap, make_map, map_record, prepare_map
+from streamer.forecast.forecast import on_workers
 from streamer.forecast.passes import forecast_map
 from streamer.methods.input_map import InputMap, add_maps
 from streamer.methods.input_map_file import is_map_file
 from streamer.storage.output_checks import is_taken
+from streamer.workers.engine import Workers
 
 __all__ = ["MapRequest", "add_map_files", "map_inputs", "map_record"]
 
@@ -56,23 +58,24 @@ class MapRequest:
             take(Settings, keywords),
         )
 
-    def run(self, monitor: Monitor) -> InputMap:
+    def run(self, monitor: Monitor, workers: Workers | None = None) -> InputMap:
         """Make the map."""
         with general_text(self.general) as text:
-            return make_map(self._prepared(text, monitor), self.output)
+            return make_map(self._prepared(text, monitor, workers), self.output)
 
-    def forecast(self, monitor: Monitor) -> DryRun:
+    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
         """Check all, and say what a run would do and take; nothing is written."""
         assert self.output is not None
         with general_text(self.general) as text:
-            prepared = self._prepared(text, monitor, peek=True)
+            prepared = self._prepared(text, monitor, workers, peek=True)
             state = prepared.inspect(self.output)
-            forecast = None if state == "done" else forecast_map(prepared)
+            forecast = None if state == "done" else on_workers(forecast_map(prepared), workers, prepared.resident)
         return dry_run("map", self.output, state, 0, 1, None, forecast)
 
-    def _prepared(self, text: Path, monitor: Monitor, peek: bool = False) -> PreparedMap:
+    def _prepared(self, text: Path, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedMap:
         base = self.settings.located(monitor, peek).path(self.base)
-        return prepare_map(base, text, self.options, self.settings.memory, self.settings.run_options(monitor))
+        run = self.settings.run_options(monitor, workers)
+        return prepare_map(base, text, self.options, self.settings.memory, run)
 
 
 @explained(MapKeywords, Settings, MapOptions)
@@ -106,6 +109,8 @@ def map_inputs(
     max_memory
         Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``; it decides how many
         sequences go together.
+    executor
+        Workers that run layers, as `detect_intruder_dimensions` has them: the result is byte for byte that of this process.
 
     Returns
     -------
@@ -121,7 +126,7 @@ def map_inputs(
     """
     request = MapRequest.of(base, output, {**options, "general": general})
     with watched(options) as monitor:
-        return request.run(monitor)
+        return request.run(monitor, given_workers(options))
 
 
 def add_map_files(

@@ -189,13 +189,24 @@ def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 
 def _map(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.api.executors import open_workers
     from streamer.api.mapping import MapRequest, add_map_files, map_record
     from streamer.cli.dry_run import dry_run_text
     from streamer.cli.map_table import map_text
 
     output, first = Path(args.output), args.base[0]
     if len(args.base) > 1:
-        own = ("general", "sequences", "length", "dtype", "max_memory", "architecture", "threads")
+        own = (
+            "general",
+            "sequences",
+            "length",
+            "dtype",
+            "max_memory",
+            "architecture",
+            "threads",
+            "workers",
+            "executor",
+        )
         found = [name for name in own if getattr(args, name) is not None] + ["dry-run"] * args.dry_run
         if found:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in found)
@@ -206,10 +217,11 @@ def _map(args: argparse.Namespace, monitor: Monitor) -> Result:
         monitor.told(output, "written")
     else:
         request = MapRequest.of(first, output, vars(args))
+        workers = open_workers(args.workers, args.executor, args.threads, monitor)
         if args.dry_run:
-            record = request.forecast(monitor)
+            record = request.forecast(monitor, workers)
             return record, dry_run_text(record, args.command, _screen(args))
-        made = request.run(monitor)
+        made = request.run(monitor, workers)
     tree = map_record(made, args.output, monitor.outputs[output])
     return {**tree}, map_text(tree, shown(first) if len(args.base) == 1 else "BASE", _screen(args))
 

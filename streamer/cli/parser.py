@@ -286,6 +286,7 @@ def build_parser() -> Parser:
                      help="model directory, hub name or address; or several maps of one base, to add them")  # fmt: skip
     add_map(sub)
     add_computing(sub)
+    add_workers(sub)
     out = writing("DIR", "directory to write: an adapter, or with --merge a model")
     sub = command("repair", "write an adapter that forgets less, as measured on your texts", out, reading)
     inputs(sub)

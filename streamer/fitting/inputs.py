@@ -23,6 +23,7 @@ from streamer.fitting.options import WEIGHTS
 from streamer.fitting.points import Point, factors_of, replaced, scaled, spooled, through
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.result import SHRINKS, FoundSet, adapter_facts, doubts, misses, scaling_facts, set_facts
+from streamer.fitting.tasks import layers_on_workers
 from streamer.linalg.feedback import InputPair, WeightDelta, corrected
 from streamer.linalg.regmean import RIDGE, answers
 from streamer.linalg.second_moments import Moments, RowMoments
@@ -88,7 +89,9 @@ class InputsRun(DividedFit):
                 of_adapter = adapter_facts(*self._sums([]), prepared.texts[TASK].whole.name)
                 self.monitor.warn(doubts(of_adapter))
                 rounds, device = prepared.model.job.rounds_products, prepared.model.job.device
-                model = CorrectedModel(plan, rounds_products=rounds, directory=self.directory, device=device)
+                elsewhere = layers_on_workers(prepared.model.job, prepared.run, self.records.threads)
+                model = CorrectedModel(plan, rounds_products=rounds, directory=self.directory, device=device,
+                                       elsewhere=elsewhere)  # fmt: skip
                 points, unseen = self._solved(model, spool)
                 found = [
                     (keep, self._corrected(model, spool, keep, point)) for keep, point in self._interpolated(points)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
@@ -22,6 +22,7 @@ from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.options import ProductDtype, check_dtype
 from streamer.fitting.groups import of_few_lengths
 from streamer.fitting.memory import INPUT_COPIES, ROWS, collecting_bytes, states_bytes
+from streamer.fitting.tasks import layers_on_workers, shared_memory
 from streamer.json_types import Count, OutputPath, Sha256, TensorName
 from streamer.json_types import State as Done
 from streamer.linalg.second_moments import MORE, ROUNDS, Moments, OneHotMoments, leading_vectors
@@ -35,7 +36,7 @@ from streamer.methods.input_map import VECTORS, InputMap, load_map
 from streamer.methods.mapped_input import MappedInput
 from streamer.plan.base_plan import make_base_plan
 from streamer.plan.batch import Batch
-from streamer.plan.memory import resident_bytes
+from streamer.plan.memory import MemoryEstimate, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.storage.identities import BaseIdentity
 from streamer.streaming.base_inputs import BaseInputModel, BaseMatrix
@@ -46,6 +47,7 @@ from streamer.streaming.streams import GENERAL_AS, Group
 from streamer.streaming.values import Job
 from streamer.streaming.variants import BASE, Variant
 from streamer.units import counted, listed
+from streamer.workers.engine import kept
 
 COPIES = 4
 """Matrices of vectors that exist at once, in float64, as an input's are computed."""
@@ -149,12 +151,23 @@ class PreparedMap:
         """Estimate the memory of the largest step."""
         return self._bytes(max(sum(map(len, group.ids)) for group in self.groups))
 
+    @property
+    def resident(self) -> int:
+        """Estimate the bytes that stay in memory between two steps."""
+        return resident_bytes(Batch(self.plan.base, (self.plan,)))
+
+    def shared(self) -> PreparedMap:
+        """Divide the memory allowed among this process, which has a share as well, and its workers; see `Workers.share`."""
+        longest = self.text.longest
+        need = MemoryEstimate(f"the inputs of a sequence of {longest} tokens", (), self._bytes(longest))
+        tokens = sum(map(len, self.text.ids))
+        return replace(self, max_memory=shared_memory(self.run, self.max_memory, self.model.size, tokens, need))
+
     def _bytes(self, rows: int) -> int:
         size, text = self.model.size, self.text
-        resident = resident_bytes(Batch(self.plan.base, (self.plan,)))
         vectors = self.options.vectors + MORE
         decomposing = size.widest * (INPUT_COPIES * 4 * ROWS_OF_INPUTS + COPIES * 8 * vectors)
-        states = states_bytes(size, resident, sum(map(len, text.ids)))
+        states = states_bytes(size, self.resident, sum(map(len, text.ids)))
         return states + max(collecting_bytes(size, rows, text.longest), decomposing)
 
     @cached_property
@@ -200,7 +213,7 @@ def prepare_map(base: str | Path, text: Path, options: MapOptions, max_memory: i
     model = StreamingModel(job)
     read = read_text(text, tokenizer_directory(plan), sequences=options.sequences, length=options.length,
                      vocabulary=model.vocabulary, positions=model.positions).right()  # fmt: skip
-    return PreparedMap(plan, options, run, max_memory, read, sample_digest(text), model)
+    return PreparedMap(plan, options, run, max_memory, read, sample_digest(text), model).shared()
 
 
 def make_map(prepared: PreparedMap, output: Path | None) -> InputMap:
@@ -230,9 +243,10 @@ def _made(prepared: PreparedMap, records: Records, directory: Path | None) -> In
         names = tuple(dict.fromkeys(name for matrix in matrices for name in matrix.names))
         found.append((matrices, _mapped(names, prepared.tokens, moments[GENERAL_AS], prepared.options.vectors)))
 
-    with computing(records.threads, monitor):
+    with kept(prepared.run.workers), computing(records.threads, monitor):
         job = prepared.model.job
-        model = BaseInputModel(plan, rounds_products=job.rounds_products, directory=directory, device=job.device)
+        model = BaseInputModel(plan, rounds_products=job.rounds_products, directory=directory, device=job.device,
+                               elsewhere=layers_on_workers(job, prepared.run, records.threads))  # fmt: skip
         hooks = progress.readings(costs, [1] * len(costs))
         groups = [Group(group, GENERAL_AS, hook) for group, hook in zip(prepared.groups, hooks, strict=True)]
         model.collect(groups, complete)
@@ -240,15 +254,15 @@ def _made(prepared: PreparedMap, records: Records, directory: Path | None) -> In
         progress.advance(cost)
     progress.finish()
     monitor.warn(_shortness(prepared, max((one.size for _, one in found if one.vectors is not None), default=0)))
-    kept = [one for matrices, one in found if not model.repeated & {matrix.tensor for matrix in matrices}]
-    if not kept:
+    own = [one for matrices, one in found if not model.repeated & {matrix.tensor for matrix in matrices}]
+    if not own:
         raise UnsupportedError(
             f"{plan.base.path}: no matrix multiplies inputs that can be collected, so there is nothing to map"
         )
     if lacking := model.lacking():
         monitor.warn((f"the map lacks the inputs of {counted(len(lacking), 'matrix')}, {listed(map(repr, lacking))}: no token of the text "
                       "reached them, or they are not seen; what an adapter adds there will stay",))  # fmt: skip
-    return InputMap(tuple(kept), {**prepared.facts, "lacking": lacking})
+    return InputMap(tuple(own), {**prepared.facts, "lacking": lacking})
 
 
 def _shortness(prepared: PreparedMap, widest: int) -> list[str]:

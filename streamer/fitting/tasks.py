@@ -1,16 +1,19 @@
-"""Compute gradients on workers, who make the same model from the addresses of the inputs, and share the memory with them."""
+"""Compute gradients and run layers on workers, who make the same model from the addresses of the inputs; share the memory with them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from streamer.detection.device import choose_device
+from streamer.detection.options import RunOptions
 from streamer.detection.workers import inputs_of
 from streamer.events import Monitor
 from streamer.fitting.costs import expected_requests
+from streamer.fitting.memory import ROWS
 from streamer.fitting.options import WEIGHTS
 from streamer.fitting.prepare import PreparedFit
 from streamer.measuring.memory import TRANSFORMERS_BYTES
@@ -18,29 +21,66 @@ from streamer.measuring.sequences import TextSequences
 from streamer.measuring.task import one_at_a_time
 from streamer.methods.coefficient_set import Floats
 from streamer.plan.batch import Batch
+from streamer.plan.memory import MemoryEstimate
+from streamer.plan.plan import Plan
+from streamer.streaming.base_inputs import BaseInputModel
+from streamer.streaming.corrected import CorrectedModel
 from streamer.streaming.gradients import Against, GradientModel, TextGradient
-from streamer.workers.task import Carried, Task, keep_last
+from streamer.streaming.inputs import CollectingModel
+from streamer.streaming.layer_runs import Elsewhere, LayerResult, LayerRun
+from streamer.streaming.model import LoadedModel, ModelSize
+from streamer.streaming.values import Job
+from streamer.workers.task import Carried, Found, Packed, Task, keep_last
 
-_models: dict[tuple[bool, str, Path | None], GradientModel] = {}
+_models: dict[tuple[type, bool, str, Path | None], LoadedModel] = {}
+
+Model = TypeVar("Model", bound=LoadedModel)
 
 
 @dataclass(frozen=True)
-class GradientTask(Task[TextGradient]):
-    """A gradient on a chunk of a text.
+class ModelTask(Task[Found]):
+    """A task on a model.
 
     Attributes
     ----------
     rounds_products, device
-        See `GradientModel`; the device by its name.
+        See `Job`; the device by its name.
     directory
         For temporary files, if the worker has it.
-    coefficients
-        By `Target.tensor`: (p,).
     """
 
     rounds_products: bool
     device: str
     directory: Path | None
+
+    @contextlib.contextmanager
+    def model(self, kind: type[Model], plan: Plan) -> Iterator[Model]:
+        """Give a model that the process keeps for tasks to come, for no other task meanwhile."""
+        key = kind, self.rounds_products, self.device, self.directory
+        with one_at_a_time():
+            model = _models.pop(key, None)
+            if not isinstance(model, kind) or model.job.plan is not plan:
+                directory = self.directory if self.directory is not None and self.directory.is_dir() else None
+                make: Callable[..., Model] = kind
+                model = make(
+                    plan, rounds_products=self.rounds_products, directory=directory, device=choose_device(self.device)
+                )
+            yield model
+            plan.check_unchanged()
+            _models[key] = model
+            keep_last(_models)
+
+
+@dataclass(frozen=True)
+class GradientTask(ModelTask[TextGradient]):
+    """A gradient on a chunk of a text.
+
+    Attributes
+    ----------
+    coefficients
+        By `Target.tensor`: (p,).
+    """
+
     coefficients: Carried[Mapping[str, Floats]]
     text: TextSequences
     against: Against
@@ -51,19 +91,45 @@ class GradientTask(Task[TextGradient]):
         return f"a gradient on {self.text.name or 'a text'}"
 
     def do(self, batch: Batch, monitor: Monitor) -> TextGradient:
-        """Compute it, on a model that the process keeps for chunks to come."""
-        (plan,), key = batch.plans, (self.rounds_products, self.device, self.directory)
-        with one_at_a_time():
-            model = _models.pop(key, None)
-            if model is None or model.job.plan is not plan:
-                directory = self.directory if self.directory is not None and self.directory.is_dir() else None
-                model = GradientModel(plan, rounds_products=self.rounds_products, directory=directory,
-                                      device=choose_device(self.device))  # fmt: skip
-            found = model.gradient(self.text, self.coefficients.value, self.against)
-            plan.check_unchanged()
-            _models[key] = model
-            keep_last(_models)
-        return found
+        """Compute it."""
+        with self.model(GradientModel, batch.plans[0]) as model:
+            return model.gradient(self.text, self.coefficients.value, self.against)
+
+
+@dataclass(frozen=True)
+class LayerTask(ModelTask[Packed[LayerResult | None]]):
+    """A layer of the model of a base with an adapter, or of a base alone, on some sequences."""
+
+    layer: str
+    run: Packed[LayerRun]
+
+    @property
+    def name(self) -> str:
+        """Name the layer."""
+        return self.layer
+
+    def do(self, batch: Batch, monitor: Monitor) -> Packed[LayerResult | None]:
+        """Run it."""
+        (plan,) = batch.plans
+        kind: type[CollectingModel] = CorrectedModel if plan.targets else BaseInputModel
+        with self.model(kind, plan) as model:
+            return Packed(model.run_layer(self.run.value))
+
+
+def layers_on_workers(job: Job, run: RunOptions, threads: int) -> Elsewhere | None:
+    """Give what runs layers on workers; None if there are none."""
+    workers = run.workers
+    if workers is None:
+        return None
+    common = inputs_of(Batch(job.plan.base, (job.plan,)), run), threads, job.rounds_products, str(job.device), None
+
+    def elsewhere(runs: Mapping[int, LayerRun]) -> Iterator[tuple[int, LayerResult | None]]:
+        tasks, numbers = [LayerTask(*common, one.layer, Packed(one)) for one in runs.values()], [*runs]
+        with contextlib.closing(workers.run(tasks, run.monitor, lambda _number: None)) as stream:
+            for i, found in stream:
+                yield numbers[i], found.value
+
+    return elsewhere
 
 
 def gradients_on_workers(prepared: PreparedFit, directory: Path | None, coefficients: Mapping[str, Floats], against: Against,
@@ -89,21 +155,41 @@ def gradients_on_workers(prepared: PreparedFit, directory: Path | None, coeffici
             yield numbers[i], found
 
 
-def shared(prepared: PreparedFit) -> PreparedFit:
-    """Divide the memory allowed among this process and its workers, if there are any; see `Workers.share`.
+def shared_memory(
+    run: RunOptions, max_memory: int | None, size: ModelSize, tokens: int, need: MemoryEstimate, carried: int = 0
+) -> int | None:
+    """Divide the memory allowed among this process, which solves, and workers that run layers, if there are any; see `Workers.share`.
 
-    A fit by inputs has a share for this process as well, which collects and corrects.
+    Parameters
+    ----------
+    tokens
+        That run, of all texts: what their layers are given is there once more, as it goes to workers.
+    need
+        The largest step that cannot be divided.
+    carried
+        Bytes that come with a task besides.
     """
+    if run.workers is None:
+        return max_memory
+    carried += 4 * ROWS * size.layer_width
+    own = TRANSFORMERS_BYTES + 4 * tokens * size.hidden + (1 + run.workers.at_once) * carried
+    return run.workers.share(max_memory, own, [replace(need, nbytes=need.nbytes + 2 * carried)], computes=True)
+
+
+def shared(prepared: PreparedFit) -> PreparedFit:
+    """Divide the memory allowed among this process and its workers, if there are any; see `Workers.share`."""
     workers, targets = prepared.run.workers, prepared.plan.targets
     if workers is None or prepared.max_memory is None:
         return prepared
+    need, budget = prepared.least, prepared.max_memory
     if prepared.by_inputs:
         values = sum(t.module.factor_rank * t.module.shape[1] for t in targets)
         carried = 4 * max(len(WEIGHTS), len(prepared.options.keep)) * values
-    else:
-        values = sum(t.module.factor_rank if t.module.low_rank else min(t.module.shape) for t in targets)
-        asked = expected_requests(prepared.options, True, not prepared.unchanged)
-        carried = 16 * max(one for one in asked if isinstance(one, int)) * values
-    needs = [replace(prepared.least, nbytes=prepared.least.nbytes + 2 * carried)]
+        size, tokens = prepared.model.size, 2 * prepared.fitted_tokens
+        return replace(prepared, max_memory=shared_memory(prepared.run, budget, size, tokens, need, carried))
+    values = sum(t.module.factor_rank if t.module.low_rank else min(t.module.shape) for t in targets)
+    asked = expected_requests(prepared.options, True, not prepared.unchanged)
+    carried = 16 * max(one for one in asked if isinstance(one, int)) * values
     own = prepared.resident + TRANSFORMERS_BYTES + (1 + workers.at_once) * carried
-    return replace(prepared, max_memory=workers.share(prepared.max_memory, own, needs, prepared.by_inputs))
+    needs = [replace(need, nbytes=need.nbytes + 2 * carried)]
+    return replace(prepared, max_memory=workers.share(budget, own, needs))

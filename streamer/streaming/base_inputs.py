@@ -15,8 +15,10 @@ from streamer.plan.targets import TensorSlice
 from streamer.plan.tied_names import find_ties
 from streamer.plan.transformers_renames import renames_for
 from streamer.streaming.collected import Collected
+from streamer.streaming.collecting import CollectingReader
 from streamer.streaming.differentiable import Setting
-from streamer.streaming.inputs import CollectingModel, CollectingReader
+from streamer.streaming.inputs import CollectingModel
+from streamer.streaming.layer_runs import Elsewhere
 from streamer.streaming.run_time import RunTimeTensor
 
 LOOKED_UP = " (looked up)"
@@ -43,11 +45,13 @@ class BaseInputModel(CollectingModel):
     """Model of a base without an adapter, which passes on the inputs of all its matrices."""
 
     def __init__(
-        self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None, device: torch.device = CPU
-    ) -> None:
+        self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None, device: torch.device = CPU,
+        elsewhere: Elsewhere | None = None,
+    ) -> None:  # fmt: skip
         ties = find_ties(plan.base.weight_map, architecture_for(plan.config), renames_for(plan.config))
         self._ties = {tie.stored: tie.others for tie in ties if tie.stored}
-        super().__init__(plan, strict=False, rounds_products=rounds_products, directory=directory, device=device)
+        super().__init__(plan, strict=False, rounds_products=rounds_products, directory=directory, device=device,
+                         elsewhere=elsewhere)  # fmt: skip
 
     def _reader(
         self, collected: Collected[BaseMatrix], tensor: RunTimeTensor, *, head: bool, rounded: bool

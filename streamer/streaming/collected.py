@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -12,8 +12,9 @@ from torch import Tensor
 from streamer.errors import NumericError, UnsupportedError
 from streamer.linalg.second_moments import Moments
 from streamer.storage.system import give_freed_memory_back
+from streamer.streaming.layer_runs import Taken
 from streamer.streaming.spool import Spool
-from streamer.streaming.spooled_inputs import Inputs
+from streamer.streaming.spooled_inputs import Inputs, Written
 from streamer.streaming.streams import GENERAL_AS
 
 
@@ -45,6 +46,8 @@ class Collected(Generic[M]):
         For each time that inputs were passed on, the groups of matrices that share inputs from all tokens.
     instead
         Receives the inputs in place of this object.
+    taken
+        Lists the inputs in place of this object, for another process.
     """
 
     spool: Spool
@@ -52,6 +55,7 @@ class Collected(Generic[M]):
     stream: int = GENERAL_AS
     rounds: list[list[list[M]]] = field(default_factory=list)
     instead: Take | None = None
+    taken: list[Taken] | None = None
     inputs: dict[str, dict[int, Inputs]] = field(default_factory=dict)
     matrices: dict[str, list[M]] = field(default_factory=dict)
     complete: set[str] = field(default_factory=set)
@@ -69,16 +73,29 @@ class Collected(Generic[M]):
             return
         first = next((name for seen, name in self._latest if _same(seen, x)), None)
         if first is None:
-            first = matrix.tensor
-            self._latest.append((x, first))
-            self._of(first).add(x)
-        self._join(matrix, first)
+            self._latest.append((x, matrix.tensor))
+            self.add(Taken(matrix, matrix.tensor, x))
+        else:
+            self.add(Taken(matrix, first, None))
 
     def take_ids(self, matrix: M, ids: Tensor, size: int) -> None:
         """Add one-hot inputs of `size` possible values."""
         if self.instead is None:
-            self._of(matrix.tensor).count(ids, size)
-            self._join(matrix, matrix.tensor)
+            self.add(Taken(matrix, matrix.tensor, ids, size))
+
+    def add(self, one: Taken, written: Written | None = None) -> None:
+        """Add inputs, or for another process list them; `written` are those that are in the spool already."""
+        if self.taken is not None:
+            # What the layer does next may write over them.
+            self.taken.append(replace(one, x=None if one.x is None else one.x.clone()))
+            return
+        if one.size is not None and one.x is not None:
+            self._of(one.first).count(one.x, one.size)
+        elif one.x is not None:
+            written = Written.to(self.spool, one.x)
+        if written is not None:
+            self._of(one.first).add(written)
+        self._join(one.matrix, one.first)
 
     def forget_inputs(self) -> None:
         """Forget which inputs were seen last; they serve to recognise modules that share inputs."""

@@ -8,8 +8,8 @@ intermediate results on all tokens are many times larger than its outputs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,20 @@ from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.streaming.differentiable import CoefficientDeltas
 from streamer.streaming.inputs import InputModel
-from streamer.streaming.layers import layer_modules, tensors_of
+from streamer.streaming.layer_runs import Arguments, Elsewhere, LayerResult, LayerRun, Taken
+from streamer.streaming.layers import tensors_of
 from streamer.streaming.spool import Spool
-from streamer.streaming.spooled_inputs import Inputs
+from streamer.streaming.spooled_inputs import Inputs, Written
 from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED, Group, tokens_of
+
+CORRECTED = GENERAL_CORRECTED, TASK_CORRECTED
 
 STREAMS = GENERAL_AS, TASK_AS, GENERAL_CORRECTED, TASK_CORRECTED
 
 OTHER_ORDER = "runs its matrices in a different order after some are replaced"
+
+Ask = Callable[[str, Arguments], LayerResult | None]
+"""Lets a layer run elsewhere, by its path; None if it is to run here."""
 
 Replace = Callable[[Sequence[Target], Mapping[int, RowMoments]], None]
 """Receives targets that share their inputs, and the moments of these inputs by stream, with rows in the same order."""
@@ -52,11 +58,13 @@ class CorrectedModel(InputModel):
     """Model of a base with an adapter that collects inputs first and has its deltas replaced afterwards."""
 
     def __init__(
-        self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None, device: torch.device = CPU
-    ) -> None:
-        super().__init__(plan, rounds_products=rounds_products, directory=directory, device=device)
+        self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None, device: torch.device = CPU,
+        elsewhere: Elsewhere | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(plan, rounds_products=rounds_products, directory=directory, device=device, elsewhere=elsewhere)
         self.directory = directory
-        self._layers: _LayerByLayer | None = None
+        self._by_layer: _LayerByLayer | None = None
+        self._corrected: FactorDeltas | None = None
         self._deltas: tuple[CoefficientDeltas, CoefficientDeltas] = self.setting.deltas, self.setting.deltas
 
     @property
@@ -88,26 +96,74 @@ class CorrectedModel(InputModel):
             If a layer changes its own arguments, or runs its matrices in a different order than before.
         """
         before, corrected = self.setting.deltas, FactorDeltas(self.job.plan, rights, self.job.device)
-        layers, spool = layer_modules(self._model).values(), Spool(self.directory)
-        self._layers = by_layer = _LayerByLayer(self._replaceable, tokens_of(groups), spool, replace, self._pause)
+        spool, ask = Spool(self.directory), None if self._elsewhere is None else self._ask
+        self._by_layer = by_layer = _LayerByLayer(
+            self._replaceable, tokens_of(groups), spool, replace, self._pause, ask
+        )
         self._deltas = before, corrected
         self._collected.instead = by_layer.take
-        for layer in layers:
-            layer.forward = partial(by_layer.run_layer, layer.forward)
+
+        def between() -> None:
+            self._answer(groups)
+            by_layer.between()
+
         try:
-            self._run_groups(groups, by_layer.between)
+            with self._replaced(by_layer.run_layer):
+                self._run_groups(groups, between)
         finally:
-            for layer in layers:
-                del layer.forward  # uncovers the class's own method
-            self.setting.deltas, self._layers, self._collected.instead = before, None, None
+            self.setting.deltas, self._by_layer, self._collected.instead = before, None, None
             corrected.spool.close()
             spool.close()
 
     def _begin(self, number: int, group: Group) -> None:
         super()._begin(number, group)
-        if self._layers is not None:
-            self._layers.begin(number, group.stream)
-            self.setting.deltas = self._deltas[group.stream in (GENERAL_CORRECTED, TASK_CORRECTED)]
+        if self._by_layer is not None:
+            self._by_layer.begin(number, group.stream)
+            self.setting.deltas = self._deltas[group.stream in CORRECTED]
+
+    @property
+    def _spool(self) -> Spool:
+        return super()._spool if self._by_layer is None else self._by_layer.spool
+
+    def _completed(self, run: LayerRun) -> LayerRun:
+        """State what is taken of a layer that is being corrected, and the factors of its targets as they are by now."""
+        if self._by_layer is None:
+            return run
+        inside = [own for path, _, own in self.modules if f"{path}.".startswith(f"{run.layer}.")]
+        names = {t.tensor for own in inside for tensor in own.values() for t, _ in self.values.targets(tensor)}
+        assert isinstance(self._deltas[1], FactorDeltas)
+        rights = {name: self._deltas[1].rights[name] for name in sorted(names)} if run.stream in CORRECTED else None
+        return dataclasses.replace(run, waiting=frozenset(self._by_layer.waiting), rights=rights)
+
+    def _take(self, one: Taken, written: Written | None) -> None:
+        if self._by_layer is None:
+            super()._take(one, written)
+        elif written is not None:
+            self._by_layer.add(one.matrix, written)
+
+    def _run_one(self, run: LayerRun, args: Any, kwargs: Any) -> Any:
+        """Run a layer as it is, or as it is corrected, up to the first inputs that are waited for."""
+        waiting, before = run.waiting, self.setting.deltas
+        if waiting is None:
+            return super()._run_one(run, args, kwargs)
+
+        def take(target: Target, x: Tensor) -> None:
+            if target.tensor in waiting:
+                taken.append(Taken(target, target.tensor, x.clone()))
+                if run.rights is not None:
+                    raise _Reached
+
+        taken = self._collected.taken = []
+        self._collected.instead = take
+        if run.rights is not None:
+            self._corrected = self._corrected or FactorDeltas(self.job.plan, {}, self.job.device)
+            self._corrected.rights, self.setting.deltas = run.rights, self._corrected
+        try:
+            return super()._run_one(run, args, kwargs)
+        except _Reached:
+            return None
+        finally:
+            self.setting.deltas, self._collected.instead = before, None
 
     def _pause(self) -> None:
         assert self._turns is not None
@@ -125,6 +181,8 @@ class _LayerByLayer:
         Number of tokens of each of the `STREAMS`.
     pause
         Ends a group's turn.
+    ask
+        Lets a layer run elsewhere, which ends the group's turn as well; None runs all here.
     """
 
     def __init__(
@@ -134,19 +192,21 @@ class _LayerByLayer:
         spool: Spool,
         replace: Replace,
         pause: Callable[[], None],
+        ask: Ask | None,
     ) -> None:
         self.layers, self.tokens, self.spool, self.replace, self.pause = layers, tokens, spool, replace, pause
+        self.ask = ask
         self.group, self.stream = 0, GENERAL_AS
         self._next: dict[int, int] = {}
         self._layer, self._inside = -1, False
-        self._waiting: dict[str, Sequence[Target]] = {}
+        self.waiting: dict[str, Sequence[Target]] = {}
         self._inputs: dict[str, dict[int, Inputs]] = {}
 
     def begin(self, group: int, stream: int) -> None:
         """Set the group that runs from now on."""
         self.group, self.stream = group, stream
 
-    def run_layer(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run_layer(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a layer until its matrices have been replaced.
 
         Raises
@@ -158,23 +218,26 @@ class _LayerByLayer:
         self._next[self.group] = number + 1
         inputs = self.layers[number] if number < len(self.layers) else ()
         if number != self._layer:  # the first group begins
-            self._layer, self._waiting = number, {targets[0].tensor: targets for targets in inputs}
+            self._layer, self.waiting = number, {targets[0].tensor: targets for targets in inputs}
             self._inputs.clear()
             self.spool.clear()
         tensors = tensors_of(args, kwargs)
         versions = [one._version for one in tensors]
-        out = self._run(forward, args, kwargs)
+        out = self._run(path, forward, args, kwargs)
         for _ in inputs:
-            self.pause()
+            if self.ask is None or out is not None:  # as it asks it pauses
+                self.pause()
             if out is None:
-                out = self._run(forward, args, kwargs)
+                out = self._run(path, forward, args, kwargs)
         if versions != [one._version for one in tensors]:
             raise UnsupportedError(f"layer {number} writes into its own inputs, so it cannot run again")
         if out is None:
             raise UnsupportedError(f"layer {number} {OTHER_ORDER}")
         return out
 
-    def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _run(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.ask is not None and (found := self.ask(path, (args, kwargs))) is not None:
+            return found.out
         self._inside = True
         try:
             return forward(*args, **kwargs)
@@ -185,12 +248,15 @@ class _LayerByLayer:
 
     def take(self, target: Target, x: Tensor) -> None:
         """Add inputs (t, n) of a matrix that is not replaced yet; the corrected model stops here."""
-        if not self._inside or target.tensor not in self._waiting:
+        if not self._inside or target.tensor not in self.waiting:
             return
-        own = self._inputs.setdefault(target.tensor, {})
-        own.setdefault(self.stream, Inputs(self.spool)).add(x)
-        if self.stream in (GENERAL_CORRECTED, TASK_CORRECTED):
+        self.add(target, Written.to(self.spool, x))
+        if self.stream in CORRECTED:
             raise _Reached
+
+    def add(self, target: Target, x: Written) -> None:
+        """Add inputs of a matrix to those of the stream that runs."""
+        self._inputs.setdefault(target.tensor, {}).setdefault(self.stream, Inputs(self.spool)).add(x)
 
     def between(self) -> None:
         """Replace the matrices at whose inputs the corrected model stopped."""
@@ -198,7 +264,7 @@ class _LayerByLayer:
             if own.keys() == {*STREAMS}:
                 if any(one.rows != self.tokens[stream] for stream, one in own.items()):  # some stopped elsewhere
                     raise UnsupportedError(f"layer {self._layer} {OTHER_ORDER}")
-                self.replace(self._waiting.pop(first), {s: one.row_moments(self.tokens[s]) for s, one in own.items()})
+                self.replace(self.waiting.pop(first), {s: one.row_moments(self.tokens[s]) for s, one in own.items()})
                 del self._inputs[first]
 
 

@@ -8,14 +8,16 @@ group reads a layer's weights once.
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from streamer.errors import UnsupportedError
 from streamer.linalg.allocation import CPU
@@ -23,15 +25,26 @@ from streamer.methods import UNCHANGED
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
 from streamer.storage.system import give_freed_memory_back
-from streamer.streaming.collected import Collected, Complete, M
-from streamer.streaming.differentiable import CoefficientDeltas, DifferentiableReader, Setting
+from streamer.streaming.collected import Collected, Complete
+from streamer.streaming.collecting import CollectingReader
+from streamer.streaming.differentiable import CoefficientDeltas, Setting
 from streamer.streaming.extra import quiet_transformers, refused_errors
 from streamer.streaming.installed import is_rounded
-from streamer.streaming.layers import layer_modules
+from streamer.streaming.layer_runs import (
+    Arguments,
+    Elsewhere,
+    LayerResult,
+    LayerRun,
+    Taken,
+    containers_of,
+    is_portable,
+)
+from streamer.streaming.layers import layer_modules, tensors_of
 from streamer.streaming.lazy import LazyTensor
 from streamer.streaming.model import LoadedModel
-from streamer.streaming.run_time import RunTimeTensor, Source
+from streamer.streaming.run_time import RunTimeTensor
 from streamer.streaming.spool import Spool
+from streamer.streaming.spooled_inputs import Written
 from streamer.streaming.streams import GENERAL_AS, TASK_AS, Group, tokens_of
 from streamer.streaming.turns import Turns
 from streamer.streaming.values import Job
@@ -49,6 +62,8 @@ class CollectingModel(LoadedModel):
         Directory for a layer's inputs; None for the system's temporary directory.
     device
         See `Job`.
+    elsewhere
+        Runs layers, all groups' at a time; None runs them here, by turns. What comes of it is the same.
 
     Attributes
     ----------
@@ -58,19 +73,23 @@ class CollectingModel(LoadedModel):
 
     def __init__(
         self, plan: Plan, *, strict: bool, rounds_products: bool = False, directory: Path | None = None,
-        device: torch.device = CPU,
+        device: torch.device = CPU, elsewhere: Elsewhere | None = None,
     ) -> None:  # fmt: skip
         variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
         super().__init__(Job(plan, variants, None, rounds_products=rounds_products, device=device), together=1)
         self.setting = Setting(self.values, CoefficientDeltas(plan, None, device), self.batch)
         self._collected = Collected[Any](Spool(directory), strict)
         self._turns: Turns | None = None
+        self._elsewhere, self._group = elsewhere, 0
+        self._asked: dict[int, LayerRun | None] = {}
+        self._answers: dict[int, LayerResult] = {}
+        self._layers = layer_modules(self._model)
         for _, module, own in self.modules:
             for name, tensor in own.items():
                 rounded = name == "weight" and is_rounded(self.values, module, tensor)
                 reader = self._reader(self._collected, tensor, head=module is self._head, rounded=rounded)
                 module._parameters[name] = LazyTensor.of(reader)  # type: ignore[assignment]  # torch types a Parameter, which this stands in for
-        for layer in layer_modules(self._model).values():
+        for layer in self._layers.values():
             layer.register_forward_pre_hook(self._before_layer)
             layer.register_forward_hook(self._after_layer)
 
@@ -94,10 +113,106 @@ class CollectingModel(LoadedModel):
             If an input is NaN or Inf.
         """
         tokens, path = tokens_of(groups), self.job.plan.base.path
+
+        def between() -> None:
+            self._collected.hand_on(complete, tokens, path)
+            self._answer(groups)
+
         try:
-            self._run_groups(groups, lambda: self._collected.hand_on(complete, tokens, path))
+            with self._replaced(self._forward):
+                self._run_groups(groups, between)
         finally:
             self._collected.spool.close()
+
+    @contextlib.contextmanager
+    def _replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Replace what layers run as inside the context; it is called with the layer's path and its own `forward`."""
+        for path, layer in self._layers.items():
+            layer.forward = partial(forward, path, layer.forward)
+        try:
+            yield
+        finally:
+            for layer in self._layers.values():
+                del layer.forward  # the class's is left
+
+    def _forward(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found = self._ask(path, (args, kwargs))
+        return forward(*args, **kwargs) if found is None else found.out
+
+    def _ask(self, path: str, arguments: Arguments) -> LayerResult | None:
+        """Let a layer run elsewhere for the group whose turn it is; None if it is to run here."""
+        if self._elsewhere is None:
+            return None
+        assert self._turns is not None
+        stream, group = self._collected.stream, self._group
+        run = LayerRun(path, stream, self.batch.sequences, self.batch.length, arguments)
+        self._asked[group] = run if is_portable(arguments) else None
+        self._turns.pause()
+        found = self._answers.pop(group, None)
+        for container, held in zip(containers_of(arguments), found.shared if found else (), strict=found is not None):
+            container.update(held)
+        return found
+
+    def _answer(self, groups: Sequence[Group]) -> None:
+        """Run elsewhere what was asked for, and take what comes of it in the order of the groups."""
+        asked, self._asked = self._asked, {}
+        runs = {number: self._completed(run) for number, run in asked.items() if run is not None}
+        if self._elsewhere is None or len(runs) < len(asked):
+            return
+        found: dict[int, tuple[LayerResult, list[Written | None]]] = {}
+        for number, result in self._elsewhere(runs):
+            if result is None:
+                return  # and all run here, so that inputs come in the order of the groups
+            found[number] = result, [self._written(one) for one in result.taken]
+        for number in sorted(found):
+            result, written = found[number]
+            self._begin(number, groups[number])
+            inside = f"{runs[number].layer}."
+            for tensor in (t for path, _, own in self.modules if f"{path}.".startswith(inside) for t in own.values()):
+                groups[number].on_read(tensor)
+            for one, place in zip(result.taken, written, strict=True):
+                self._take(replace(one, matrix=self._own(one.matrix), x=one.x if one.size else None), place)
+            self.values.applied |= result.applied
+            self.values.read |= result.read
+            self._collected.whole |= result.whole
+            self._collected.forget_inputs()
+            self._answers[number] = result
+
+    def _written(self, one: Taken) -> Written | None:
+        return None if one.x is None or one.size is not None else Written.to(self._spool, one.x)
+
+    @property
+    def _spool(self) -> Spool:
+        return self._collected.spool
+
+    def _completed(self, run: LayerRun) -> LayerRun:
+        return run
+
+    def _take(self, one: Taken, written: Written | None) -> None:
+        self._collected.add(one, written)
+
+    def _own(self, matrix: Any) -> Any:
+        """Return a matrix that another process names as it is here."""
+        return matrix
+
+    def run_layer(self, run: LayerRun) -> LayerResult | None:
+        """Run a layer for another process; None if it writes into its arguments."""
+        collected, values, arguments = self._collected, self.values, run.arguments
+        collected.taken, collected.whole, values.applied, values.read = [], set(), set(), set()
+        self.setting.variant = GENERAL_AS if run.stream == GENERAL_AS else TASK_AS
+        self.batch.sequences, self.batch.length, self.batch.vocabulary = run.sequences, run.length, (0, 1)
+        tensors = tensors_of(*arguments)
+        versions = [one._version for one in tensors]
+        with torch.no_grad(), quiet_transformers(), refused_errors(self.job.plan.base.path, self._model):
+            out = self._run_one(run, *arguments)
+        collected.forget_inputs()
+        if versions != [one._version for one in tensors]:
+            return None
+        shared = [dict(one) for one in containers_of(arguments)]
+        return LayerResult(out, shared, collected.taken, values.applied, values.read, collected.whole)
+
+    def _run_one(self, run: LayerRun, args: Any, kwargs: Any) -> Any:
+        return self._layers[run.layer].forward(*args, **kwargs)
 
     def _run_groups(self, groups: Sequence[Group], between: Callable[[], None]) -> None:
         """Run groups in turns; `between` is called each time all groups have reached the same layer."""
@@ -116,6 +231,7 @@ class CollectingModel(LoadedModel):
 
     def _begin(self, number: int, group: Group) -> None:
         """Set the stream and variant for a group's turn."""
+        self._group = number
         self._collected.stream, self.setting.variant = (
             group.stream,
             GENERAL_AS if group.stream == GENERAL_AS else TASK_AS,
@@ -130,7 +246,7 @@ class CollectingModel(LoadedModel):
 
     def _before_layer(self, module: nn.Module, args: object) -> None:
         """Pause; of the earlier layers only the last one's outputs are still in memory."""
-        if self._turns is not None:
+        if self._turns is not None and self._elsewhere is None:  # where layers run elsewhere, `_ask` pauses
             self._turns.pause()
 
     def _after_layer(self, module: nn.Module, args: object, out: object) -> None:
@@ -147,10 +263,16 @@ class InputModel(CollectingModel):
     """
 
     def __init__(
-        self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None, device: torch.device = CPU
-    ) -> None:
-        super().__init__(plan, strict=True, rounds_products=rounds_products, directory=directory, device=device)
+        self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None, device: torch.device = CPU,
+        elsewhere: Elsewhere | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(plan, strict=True, rounds_products=rounds_products, directory=directory, device=device,
+                         elsewhere=elsewhere)  # fmt: skip
         self.unseen: list[str] = []
+        self._targets = {target.tensor: target for target in plan.targets}
+
+    def _own(self, matrix: Target) -> Target:
+        return self._targets[matrix.tensor]
 
     def _reader(
         self, collected: Collected[Target], tensor: RunTimeTensor, *, head: bool, rounded: bool
@@ -175,54 +297,6 @@ class InputModel(CollectingModel):
             )
         self.unseen = sorted({t.tensor for t in self.job.plan.targets} - self._collected.complete)
         self.check_all_used()
-
-
-class CollectingReader(DifferentiableReader, Generic[M]):
-    """Reads one parameter of a model, and passes on its inputs."""
-
-    def __init__(
-        self, collected: Collected[M], setting: Setting, tensor: RunTimeTensor, *, head: bool, rounded: bool
-    ) -> None:
-        super().__init__(setting, tensor, head=head, rounded=rounded)
-        self._collected = collected
-
-    @abstractmethod
-    def matrices(self, held: TensorSlice, crossed: bool) -> Iterable[M]:
-        """List the matrices in a slice whose inputs are multiplied with its columns, or with its rows if `crossed`."""
-
-    @abstractmethod
-    def tables(self) -> Iterable[tuple[M, int]]:
-        """List the matrices that are looked up in this parameter by one-hot inputs, each with the number of possible inputs."""
-
-    @abstractmethod
-    def names(self) -> Iterable[str]:
-        """Name all matrices in this parameter."""
-
-    def multiply(self, x: Tensor, source: Source, transposed: bool, rows: tuple[int, int]) -> Tensor:
-        """Compute ``x Mᵀ`` (``x M`` if `transposed`), and record the operand on a matrix's input side as its inputs."""
-        X = x.reshape(-1, x.shape[-1])
-        # The adapted model's sources name the targets; in the base alone a head may be tied to an embedding.
-        adapted, at = self.tensor.adapted[self.sources.index(source)], 0
-        crossed = transposed != adapted.transposed
-        for held in adapted.slices:
-            size = self.setting.values.weight_of(held, TASK_AS).matrix[0]
-            for matrix in self.matrices(held, crossed):
-                self._collected.take(matrix, X[:, at : at + size] if crossed else X)
-            at += size
-        return super().multiply(x, source, transposed, rows)
-
-    def values_of(self, source: Source) -> Tensor:
-        """Read a source whole, and note that its inputs are not seen."""
-        self._collected.whole.update(self.names())
-        return super().values_of(source)
-
-    def gather(self, ids: Tensor) -> Tensor | None:
-        """Look up rows and record the ids as inputs of an embedding."""
-        found = super().gather(ids)
-        if found is not None:
-            for matrix, size in self.tables():
-                self._collected.take_ids(matrix, ids, size)
-        return found
 
 
 class _TargetReader(CollectingReader[Target]):

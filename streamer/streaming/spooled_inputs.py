@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,21 @@ from streamer.streaming.spool import Spool, Spooled
 
 ROWS = 512
 """Number of inputs to write or read at a time."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Inputs (t, n) in a spool, how many there are, and the sum of their squares."""
+
+    places: list[Spooled]
+    rows: int
+    squares: float
+
+    @classmethod
+    def to(cls, spool: Spool, x: Tensor) -> Written:
+        """Write inputs."""
+        squares = float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+        return cls([spool.write([x[i : i + ROWS]]) for i in range(0, len(x), ROWS)], len(x), squares)
 
 
 class Inputs:
@@ -24,11 +40,11 @@ class Inputs:
         self.rows = 0
         self.counts: Tensor | None = None
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Written) -> None:
         """Add inputs (t, n)."""
-        self.places += [self.spool.write([x[i : i + ROWS]]) for i in range(0, len(x), ROWS)]
-        self.rows += len(x)
-        self.squares += float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+        self.places += x.places
+        self.rows += x.rows
+        self.squares += x.squares
 
     def count(self, ids: Tensor, size: int) -> None:
         """Add one-hot inputs by their indices, of `size` possible ones."""

@@ -18,11 +18,14 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from streamer import __version__
+from streamer.adapters.no_adapter import NoAdapter
 from streamer.adapters.stated import Stated
 from streamer.errors import InputError, MismatchError, StorageError, StreamerError
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import task_threads
+from streamer.plan.base_plan import make_base_plan
 from streamer.plan.batch import Batch, make_batch
+from streamer.plan.plan import Plan
 from streamer.storage.identities import difference
 from streamer.storage.tensor_file import IOMode
 
@@ -39,7 +42,7 @@ class Inputs:
     Attributes
     ----------
     base, adapters
-        Paths, absolute.
+        Paths, absolute; no adapters for a run on the base alone.
     io, stated, architecture
         As in `detection.options.RunOptions`.
     identities
@@ -59,7 +62,7 @@ class Inputs:
     @classmethod
     def of(cls, batch: Batch, io: IOMode, stated: Stated, architecture: str | None) -> Inputs:
         """State those of a batch, and how it was opened."""
-        paths = [os.path.abspath(plan.adapter.path) for plan in batch.plans]
+        paths = [os.path.abspath(plan.adapter.path) for plan in _adapted(batch)]
         return cls(os.path.abspath(batch.base.path), tuple(paths), io, stated, architecture, _identities(batch))
 
     def open(self) -> Batch:
@@ -75,7 +78,11 @@ class Inputs:
                 f"{worker_name()}: has version {__version__}, expected {self.version}, the caller's version; install that"
             )
         try:
-            batch = make_batch(self.base, self.adapters, self.io, self.stated, self.architecture)
+            if self.adapters:
+                batch = make_batch(self.base, self.adapters, self.io, self.stated, self.architecture)
+            else:
+                alone = make_base_plan(self.base, self.io, self.architecture)
+                batch = Batch(alone.base, (alone,))
         except (InputError, StorageError) as e:
             raise MismatchError(f"{worker_name()}: {e} (the caller can open it)") from e
         paths = (self.base, *self.adapters)
@@ -111,7 +118,25 @@ class Task(ABC, Generic[Found]):
         """Do it, with inputs that are open."""
 
 
-class Carried(Generic[Found]):
+class Packed(Generic[Found]):
+    """A value that goes to another process as bytes, whatever the executor would make of it, and is a copy in the same process."""
+
+    def __init__(self, value: Found) -> None:
+        file = io.BytesIO()
+        _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+        self._data = file.getvalue()
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    @property
+    def value(self) -> Found:
+        """Make a copy."""
+        value: Found = pickle.loads(self._data)  # noqa: S301  # our own bytes
+        return value
+
+
+class Carried(Packed[Found]):
     """A value that many tasks share: pickled once, and unpickled once in each process.
 
     Attributes
@@ -121,20 +146,15 @@ class Carried(Generic[Found]):
     """
 
     def __init__(self, value: Found) -> None:
-        file = io.BytesIO()
-        _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
-        self._data = file.getvalue()
+        super().__init__(value)
         self.digest = hashlib.sha256(self._data).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._data)
 
     @property
     def value(self) -> Found:
         """Return it, as this process has it."""
         found = _values.get(self.digest)
         if found is None:
-            found = _values[self.digest] = pickle.loads(self._data)  # noqa: S301  # our own bytes
+            found = _values[self.digest] = super().value
             keep_last(_values)
         value: Found = found
         return value
@@ -213,8 +233,13 @@ def _unchanged(batch: Batch) -> bool:
 
 
 def _identities(batch: Batch) -> tuple[str, ...]:
-    identities: Sequence[Any] = [batch.plans[0].base_identity, *(plan.adapter_identity for plan in batch.plans)]
+    identities: Sequence[Any] = [batch.plans[0].base_identity, *(plan.adapter_identity for plan in _adapted(batch))]
     return tuple(json.dumps(identity, sort_keys=True) for identity in identities)
+
+
+def _adapted(batch: Batch) -> list[Plan]:
+    """List the plans that have an adapter: one of a base alone has none."""
+    return [plan for plan in batch.plans if not isinstance(plan.adapter, NoAdapter)]
 
 
 def worker_name() -> str:

@@ -76,7 +76,9 @@ def test_threads_give_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("command", "count"), [("evaluate", 1), ("evaluate", 3), ("fit", 3), ("repair", 3)])
+@pytest.mark.parametrize(
+    ("command", "count"), [("evaluate", 1), ("evaluate", 3), ("map", 3), ("fit", 3), ("repair", 3)]
+)
 def test_passes_on_threads_give_the_same_bytes(command: str, count: int, tmp_path: Path) -> None:
     """Whatever the number of workers, and the order in which passes end."""
     bench, out, events = BENCHES[command](tmp_path), tmp_path / "out", list[Event]()
@@ -84,7 +86,7 @@ def test_passes_on_threads_give_the_same_bytes(command: str, count: int, tmp_pat
     with ThreadPoolExecutor(count) as pool, threads(1):
         bench.here(out / bench.name, executor=pool, on_event=events.append)
     assert contents(out) == bench.files
-    steps = [e for e in events if e.stage == ("evaluate" if command == "evaluate" else "fit")]
+    steps = [e for e in events if e.stage == ("fit" if command == "repair" else command)]
     assert [e.done for e in steps] == sorted(e.done for e in steps)
     assert (steps[-1].done, steps[-1].items) == (steps[-1].total, steps[-1].of)
 
@@ -104,7 +106,7 @@ def test_a_merge_on_threads_has_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "what"),
     [("evaluate", "a sequence of 24 tokens under two variants"), ("fit", "a sequence of 24 tokens, forward and back"),
-     ("repair", "the inputs of a sequence of 24 tokens")],
+     ("repair", "the inputs of a sequence of 24 tokens"), ("map", "the inputs of a sequence of 24 tokens")],
 )  # fmt: skip
 def test_workers_on_passes_share_the_memory(command: str, what: str, tmp_path: Path) -> None:
     """Less than will do is refused, with what does."""

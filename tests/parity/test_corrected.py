@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from causal_models import ADAPTERS, CAUSAL, make_adapter, make_base
+from elsewhere import Away
 from evaluated import loaded, sequences, token_ids
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
@@ -31,7 +32,7 @@ MU = 0.5
 
 
 def corrected_factors(
-    base: Path, adapter: Path, texts: Mapping[int, torch.Tensor], memory: int
+    base: Path, adapter: Path, texts: Mapping[int, torch.Tensor], memory: int, away: bool = False
 ) -> tuple[dict[str, torch.Tensor], list[str], list[str]]:
     """R' of each module, and which were replaced, and which were not."""
     plan, made = make_plan(base, adapter), list[str]()
@@ -49,7 +50,7 @@ def corrected_factors(
             rights[target.tensor] = right.float()
             made.append(target.module.name)
 
-    model = CorrectedModel(plan)
+    model = CorrectedModel(plan, elsewhere=Away(plan) if away else None)
     # Two groups a stream, of two lengths, take turns.
     groups = [
         Group(sequences(part), stream, lambda tensor: None)
@@ -111,6 +112,10 @@ def test_each_layer_is_fitted_to_what_those_before_it_make(name: str, memory: in
     texts = {GENERAL_AS: general, GENERAL_CORRECTED: general, TASK_AS: task, TASK_CORRECTED: task}
     rights, made, left = corrected_factors(base, adapter, texts, memory)
     assert made
+    if memory:
+        elsewhere, *same = corrected_factors(base, adapter, texts, memory, away=True)
+        assert same == [made, left]
+        assert all(torch.equal(R, elsewhere[one]) for one, R in rights.items())
     assert all(any(part in one for part in ("expert", "lm_head")) for one in left), left
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

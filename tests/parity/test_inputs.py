@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from causal_models import ADAPTERS, CAUSAL, make_adapter, make_base
+from elsewhere import Away
 from evaluated import sequences, token_ids
 from peft_inputs import Moments, of_peft
 
@@ -53,23 +54,30 @@ def formed(moments: SecondMoments) -> torch.Tensor:
 
 def collected(base: Path, adapter: Path, general: list[torch.Tensor], task: list[torch.Tensor]) -> Moments:
     """Means over the tokens of both texts, each sequence a group of its own, by the module's name in the adapter."""
-    found: Moments = {}
+    plan, passes = make_plan(base, adapter), list[Moments]()
 
     def take(targets: list[Target], moments: Mapping[int, SecondMoments]) -> None:
         of_general, of_task = (formed(moments[variant]) for variant in (GENERAL_AS, TASK_AS))
         for target in targets:
-            assert target.module.name not in found
-            found[target.module.name] = of_general, of_task
+            assert target.module.name not in passes[-1]
+            passes[-1][target.module.name] = of_general, of_task
 
     groups = [
         Group(sequences(ids[None]), variant, lambda tensor: None)
         for variant, texts in ((GENERAL_AS, general), (TASK_AS, task))
         for ids in texts
     ]
-    model = InputModel(make_plan(base, adapter))
-    with threads():
-        model.collect(groups, take)
-    assert model.unseen == []
+    away = Away(plan)
+    for elsewhere in (None, away):
+        passes.append({})
+        model = InputModel(plan, elsewhere=elsewhere)
+        with threads():
+            model.collect(groups, take)
+        assert model.unseen == []
+    found, again = passes
+    assert again.keys() == found.keys()
+    assert all(torch.equal(a, b) for name in found for a, b in zip(found[name], again[name], strict=True))
+    assert away.ran
     return found
 
 

@@ -40,7 +40,7 @@ class WorkerBench:
     """
 
     base: Path
-    adapter: Path
+    adapter: Path | None
     files: Mapping[str, bytes]
     command: str
     options: tuple[object, ...]
@@ -48,7 +48,7 @@ class WorkerBench:
     here: Callable[..., object]
 
     @classmethod
-    def of(cls, directory: Path, base: Path, adapter: Path, options: tuple[object, ...], here: Callable[..., object],
+    def of(cls, directory: Path, base: Path, adapter: Path | None, options: tuple[object, ...], here: Callable[..., object],
            command: str = "detect", name: str = "f.safetensors") -> WorkerBench:  # fmt: skip
         """Run it once."""
         alone = directory / "alone"
@@ -70,7 +70,8 @@ class WorkerBench:
     @contextlib.contextmanager
     def start(self, out: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
         """Start the command in a process group of its own, which is gone afterwards."""
-        line = [self.command, self.base, self.adapter, "-o", out, *self.options, "--threads", 1, *options]
+        inputs = [self.base] if self.adapter is None else [self.base, self.adapter]
+        line = [self.command, *inputs, "-o", out, *self.options, "--threads", 1, *options]
         process = subprocess.Popen(
             [sys.executable, "-m", "streamer", *map(str, line)],
             stdout=subprocess.PIPE,
@@ -146,6 +147,22 @@ def fit_bench(
     return WorkerBench.of(directory, directory / "base", directory / "adapter", options, here, command, name)
 
 
+def map_bench(directory: Path, sequences: int = 120, length: int = 24) -> WorkerBench:
+    """Make the inputs of a map of several groups of sequences."""
+    from causal_models import make_base
+
+    base, text = directory / "base", directory / "general.npy"
+    make_base("llama", base)
+    np.save(text, np.random.default_rng(vary("map")).integers(3, 64, (sequences, length)))
+
+    def here(path: Path, **more: object) -> None:
+        streamer.map_inputs(base, path, general=text, sequences=sequences, **more)
+
+    return WorkerBench.of(
+        directory, base, None, ("--general", text, "--sequences", sequences), here, "map", "base.map.safetensors"
+    )
+
+
 def merge_bench(directory: Path, shards: int = 10, shape: tuple[int, int] = (600, 700)) -> WorkerBench:
     """Make the inputs of a merge of many shards, that detects first."""
     factors = {f"a.{i}": intruding_factors(*shape, 4, seed=i) for i in range(shards)}
@@ -160,7 +177,7 @@ def merge_bench(directory: Path, shards: int = 10, shape: tuple[int, int] = (600
 
 BENCHES: dict[str, Callable[[Path], WorkerBench]] = {
     "detect": worker_bench, "evaluate": evaluation_bench, "merge": merge_bench,
-    "fit": fit_bench, "repair": partial(fit_bench, command="repair", name="repaired", grain="inputs"),
+    "map": map_bench, "fit": fit_bench, "repair": partial(fit_bench, command="repair", name="repaired", grain="inputs"),
 }  # fmt: skip
 """Commands that are divided among workers."""
 
@@ -232,9 +249,10 @@ def has_begun(out: Path) -> bool:
     """Say whether a matrix, a pass or a shard is in the journal."""
     if any(out.glob("*.safetensors")):  # in the directory of a model
         return True
+    least = 0 if out.name.endswith(".map.safetensors") else 5_000  # a map's has no more than what run it is of
     for path in journals(out):
         with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_size > 5_000:
+            if path.stat().st_size > least:
                 return True
     return False
 
