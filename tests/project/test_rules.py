@@ -94,7 +94,7 @@ BUDGET = {
     "workers": 272,
     "measuring": 1_251,
     "evaluation": 1_540,
-    "streaming": 2_392,
+    "streaming": 2_395,
     "adapters": 1_280,
     "fitting": 1_975,
     "report": 1_036,

@@ -23,9 +23,9 @@ def run(changes: str | None) -> Any:
             given[changes].add_(1)
         return x + positions[0]
 
-    layer = _LayerByLayer([[]], {}, Spool(), lambda targets, moments: None, lambda: None)
+    layer = _LayerByLayer([[]], {}, Spool(), lambda targets, moments: None, lambda: None, None)
     positions, shared = (given["cos"], (torch.zeros(2), None)), UserDict({"0": (given["key"], None)})
-    return layer.run_layer(forward, given["x"], positions, mask={"full": given["mask"]}, shared=shared)
+    return layer.run_layer("", forward, given["x"], positions, mask={"full": given["mask"]}, shared=shared)
 
 
 @pytest.mark.parametrize("changes", ["x", "mask", "cos", "key"])
@@ -49,10 +49,10 @@ def test_a_layer_in_which_some_sequences_stop_elsewhere_is_refused() -> None:
         raise Paused
 
     target: Any = SimpleNamespace(tensor="w")
-    layer = _LayerByLayer([[[target]]], dict.fromkeys(STREAMS, 4), Spool(), lambda targets, moments: None, pause)
+    layer = _LayerByLayer([[[target]]], dict.fromkeys(STREAMS, 4), Spool(), lambda targets, moments: None, pause, None)
     for group, stream in enumerate(STREAMS):
         layer.begin(group, stream)
         with pytest.raises(Paused):
-            layer.run_layer(lambda x: layer.take(target, x), torch.ones(3 if stream == STREAMS[-1] else 4, 2))
+            layer.run_layer("", lambda x: layer.take(target, x), torch.ones(3 if stream == STREAMS[-1] else 4, 2))
     with pytest.raises(UnsupportedError, match="layer 0 runs its matrices in a different order"):
         layer.between()
