@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from streamer.detection.device import choose_device
-from streamer.detection.options import RunOptions
+from streamer.detection.options import Run
 from streamer.detection.workers import inputs_of
 from streamer.events import Monitor
 from streamer.fitting.costs import expected_requests
@@ -116,7 +116,7 @@ class LayerTask(ModelTask[Packed[LayerResult | None]]):
             return Packed(model.run_layer(self.run.value))
 
 
-def layers_on_workers(job: Job, run: RunOptions, threads: int) -> Elsewhere | None:
+def layers_on_workers(job: Job, run: Run, threads: int) -> Elsewhere | None:
     """Give what runs layers on workers; None if there are none."""
     workers = run.workers
     if workers is None:
@@ -156,7 +156,7 @@ def gradients_on_workers(prepared: PreparedFit, directory: Path | None, coeffici
 
 
 def shared_memory(
-    run: RunOptions, max_memory: int | None, size: ModelSize, tokens: int, need: MemoryEstimate, carried: int = 0
+    run: Run, max_memory: int | None, size: ModelSize, tokens: int, need: MemoryEstimate, carried: int = 0
 ) -> int | None:
     """Divide the memory allowed among this process, which solves, and workers that run layers, if there are any; see `Workers.share`.
 
