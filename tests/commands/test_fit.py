@@ -251,7 +251,7 @@ def test_the_least_budget_that_is_named_is_enough(server: Server, home: Path, tm
     assert (refused.code, refused.out) == (2, "")
     (line,) = refused.err.splitlines()
     assert line.startswith(
-        f"streamer: --max-memory: {budget} is not enough for a sequence of 8 tokens, forward and back; it takes "
+        f"streamer: --max-memory: {budget} is not enough for a sequence of 8 tokens, forward and back; it needs "
     )
     least = line.split()[-1]
     tree = check(run(server, home, output, "--max-memory", least, "--dry-run", "--json"), "streamer.dry-run/1")

@@ -168,7 +168,7 @@ def keeps_smallest_budget(command: str, base: Path, adapter: Path, out: Path, *o
     refused = server().run(*arguments, "--max-memory", f"{process_mib() + 1}M")
     assert refused.code == 2, refused.err
     assert not out.exists()
-    least = re.search(r"--max-memory: \d+M is not enough for tensor '[^']+' \([\dx]+\); it takes (\d+)M", refused.err)
+    least = re.search(r"--max-memory: \d+M is not enough for tensor '[^']+' \([\dx]+\); it needs (\d+)M", refused.err)
     assert least, refused.err
     budget = int(least[1])
     line = [sys.executable, "-m", "streamer", *arguments, "--quiet", "--max-memory", f"{budget}M"]
