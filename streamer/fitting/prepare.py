@@ -135,7 +135,8 @@ class PreparedFit:
 
     @property
     def _between_layers(self) -> int:
-        return states_bytes(self.model.size, self.resident, 2 * self.fitted_tokens)  # of the corrected model as well
+        # Of the corrected model as well; and while its layer runs again, the inputs of the layer that the others have left behind.
+        return states_bytes(self.model.size, self.resident, 5 * self.fitted_tokens // 2)
 
     def _inputs_bytes(self, rows: int, matrices: int) -> int:
         """Estimate the memory of collecting inputs, so many tokens at a time, and of solving, for which matrices may take so much."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -119,3 +122,16 @@ def task_threads(count: int) -> Iterator[None]:
     with _THREADS.hold(count, lambda: threads(count)):
         torch.set_num_threads(count)  # the other part of the setting belongs to the thread
         yield
+
+
+def free_product_buffers() -> None:
+    """Free what MKL keeps in each thread for its next product, a dozen MB or more, if torch computes with MKL; nothing may be computing."""
+    if (free := _mkl_free_buffers()) is not None:
+        free()
+
+
+@functools.cache
+def _mkl_free_buffers() -> Any:
+    """Find MKL's function; None in a torch without it."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    return getattr(ctypes.CDLL(str(library)), "mkl_serv_free_buffers", None) if library.exists() else None

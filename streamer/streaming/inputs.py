@@ -21,6 +21,7 @@ from torch import nn
 
 from streamer.errors import UnsupportedError
 from streamer.linalg.allocation import CPU
+from streamer.linalg.torch_state import free_product_buffers
 from streamer.methods import UNCHANGED
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
@@ -219,13 +220,21 @@ class CollectingModel(LoadedModel):
         self._turns = Turns([partial(self._run_group, group) for group in groups])
         self.batch.vocabulary = 0, 1
 
+        def tidy() -> None:  # after a turn, whose thread would keep memory while others run
+            free_product_buffers()
+            give_freed_memory_back()
+
         def begin(number: int) -> None:
-            give_freed_memory_back()  # from the turn before, whose thread would keep it
+            tidy()
             self._begin(number, groups[number])
+
+        def round_ends() -> None:
+            tidy()
+            between()
 
         try:
             with quiet_transformers(), refused_errors(self.job.plan.base.path, self._model):
-                self._turns.run(begin, between)
+                self._turns.run(begin, round_ends)
         finally:
             self.batch.vocabulary, self._turns = None, None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +11,21 @@ from threading import Event
 import pytest
 import torch
 from helpers import intruding_factors, power_law
+from measure import kilobytes
 from seeds import vary
 
 from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Dense
-from streamer.linalg.torch_state import bfloat16_products, full_float32, has_fast_bfloat16, task_threads
+from streamer.linalg.torch_state import (
+    bfloat16_products,
+    free_product_buffers,
+    full_float32,
+    has_fast_bfloat16,
+    task_threads,
+)
+from streamer.storage.system import give_freed_memory_back
 
 
 @pytest.fixture
@@ -115,3 +124,27 @@ def test_tasks_of_another_number_of_threads_wait() -> None:
     assert [count for count, _ in order] in ([2, 2, 2, 2, 3, 3], [2, 2, 3, 3, 2, 2])
     assert all(count == seen for count, seen in order)
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(
+    not torch.backends.mkl.is_available() or sys.platform != "linux", reason="MKL's buffers, in Linux's counters"
+)
+def test_what_mkl_keeps_in_a_thread_that_waits_is_freed() -> None:
+    a, b, multiplied, end = torch.randn(512, 1024), torch.randn(1024, 4096), Event(), Event()
+
+    def multiply() -> None:
+        _ = a @ b
+        multiplied.set()
+        end.wait()
+
+    def anonymous() -> int:
+        give_freed_memory_back()
+        return kilobytes("/proc/self/status", "RssAnon:")
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(multiply)
+        multiplied.wait()
+        held = anonymous()
+        free_product_buffers()
+        assert anonymous() < held - (4 << 20)
+        end.set()
