@@ -117,7 +117,10 @@ def main() -> int:
     )
     machine, servers, workers = ([f.replace(",", "") for f in faults] for faults in (
         [*survival_calls.FAULTS, RANDOM], survival_servers.KINDS, survival_workers.KINDS))  # fmt: skip
-    commands = [*COMMANDS, *OTHERS, *(c.replace(",", "") for c in survival_servers.COMMANDS)]
+    commands = [
+        *dict.fromkeys((*COMMANDS, *OTHERS, *BENCHES)),
+        *(c.replace(",", "") for c in survival_servers.COMMANDS),
+    ]
     parser.add_argument("--runs", type=int, default=300, help="random kills in all, over detect, mitigate and merge")
     parser.add_argument("--worker-runs", type=int, default=20, help="random kills of each kind among workers")
     parser.add_argument("--every", type=int, default=1, help="of the calls and requests, only each n-th is disturbed")
