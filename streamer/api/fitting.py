@@ -28,7 +28,7 @@ from streamer.workers.engine import Workers
 
 @dataclass(frozen=True)
 class FitRequest:
-    """A fit as it is asked for.
+    """A requested fit.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class FitRequest:
     texts
         Paths of the ``general`` and the ``task`` text.
     findings
-        Those whose intruders are scaled, to measure that beside; None if that is not asked for.
+        Findings whose intruders are scaled for comparison; None measures no comparison.
     """
 
     base: str | Path
@@ -52,7 +52,7 @@ class FitRequest:
     def of(
         cls, base: str | Path, adapter: str | Path, output: str | Path | None, keywords: Mapping[str, Any]
     ) -> FitRequest:
-        """Make it of keywords of `fit_coefficients`, or of the command line's options."""
+        """Make a request from keywords of `fit_coefficients`, or from options of the command line."""
         keep = keywords.get("keep", FitOptions.keep)
         several = keep if isinstance(keep, Iterable) and not isinstance(keep, str) else [keep]
         shares = tuple(float(one) if isinstance(one, Real) else one for one in several)
@@ -66,11 +66,11 @@ class FitRequest:
         )
 
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Coefficients:
-        """Fit."""
+        """Run the fit."""
         return fit(self._prepared(monitor, workers), self.output)
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
-        """Check all, and say what a run would do and take; nothing is written."""
+        """Check everything and forecast a run, without writing anything."""
         assert self.output is not None
         prepared = self._prepared(monitor, workers, peek=True)
         state = inspect(prepared, self.output)
@@ -98,61 +98,62 @@ def fit_coefficients(
 ) -> Coefficients:
     """Fit an adapter to texts, in passes over the base: new right factors, or a coefficient for each of its own directions.
 
-    As much of what the adapter learned as is to be kept, by its loss on the task's text, with as little forgetting as that allows. With
-    ``Δ = L Rᵀ`` new right factors R' make ``Δ' = L R'ᵀ`` answer the task's inputs as Δ does, and general ones as little as possible; with
-    ``Δ = U diag(s) Vᵀ`` its SVD, coefficients c in [0, 1] make it ``Δ' = U diag(c·s) Vᵀ``, by the divergence from the base on general
-    text. No model is built: each weight is read when its module runs, and once more where the gradient passes through it. It needs
-    transformers, with its tokenizers: ``pip install 'intruder-streamer[evaluate]'``.
+    The fit keeps a share of the learning, by the loss on the task's text, with as little forgetting as possible. With ``Δ = L Rᵀ``, new
+    right factors R' make ``Δ' = L R'ᵀ`` respond to the task's inputs as Δ does, and to general inputs as little as possible. With the SVD
+    ``Δ = U diag(s) Vᵀ``, coefficients c in [0, 1] give ``Δ' = U diag(c·s) Vᵀ``, chosen by the divergence from the base on general text. No
+    model is built: each weight is read when its module runs, and again when a gradient passes through it. This needs transformers with
+    its tokenizers: ``pip install 'intruder-streamer[evaluate]'``.
 
     Parameters
     ----------
     base
-        Directory of the base model: its ``config.json``, its weights and, unless texts are token ids, its tokenizer.
+        Directory of the base model: its ``config.json``, its weights and, unless all texts are token ids, its tokenizer.
     adapter
-        Directory of a PEFT adapter, or of a fully fine-tuned model. Modules that it saves whole, biases and tokens stay as they are.
+        Directory of a PEFT adapter, or of a fully fine-tuned model. Completely saved modules, biases and tokens stay unchanged.
     output
-        File of coefficients to write; each step is journalled beside it, so that a killed run resumes. None keeps the result in memory.
+        File of coefficients to write. Steps are recorded in a journal beside it, so that a killed run resumes. None keeps the result in
+        memory.
     general, task
-        Texts, in the forms that `evaluate_variants` takes: of what the model could do before, and of what the adapter was trained for.
+        Texts in a format of `evaluate_variants`: what the model could do before, and what the adapter was trained for.
     keep
-        Share of what the adapter learned that is to stay, below 1; several give several sets of coefficients.
+        Share of the learning to keep, below 1; several shares give several sets of coefficients.
     objective
-        ``divergence``: ``KL(base ‖ fitted)`` on the general text and ``KL(adapter ‖ fitted)`` on the task's are made small, which takes
-        no labels; ``loss``: the losses of the two.
+        ``divergence`` minimises ``KL(base ‖ fitted)`` on the general text and ``KL(adapter ‖ fitted)`` on the task's text, which needs no
+        labels; ``loss`` minimises the losses on both texts.
     grain
-        ``inputs``: right factors. ``direction``: a coefficient for each direction; ``matrix``: for each matrix; ``all``: one, a shrink
-        whose λ is chosen by data. A delta that comes without factors, of DoRA or a fine-tuned model, has one coefficient in any case.
-        None: inputs, or direction if a delta has no factors.
+        ``inputs``: new right factors; ``direction``: a coefficient for each direction; ``matrix``: a coefficient for each matrix; ``all``:
+        a single coefficient, which is a shrink whose λ is fitted. A delta without factors (DoRA, fine-tuned models) always has a single
+        coefficient. None uses ``inputs``, or ``direction`` if a delta has no factors.
     holdout
-        Share of each text's sequences that is held apart: by them the weight between the texts is chosen, and figures are measured.
+        Share of each text's sequences to hold out; they choose the weight between the texts, and give the figures.
     sequences, length
-        Sequences of each text, and tokens of a sequence, at most.
+        Most sequences of each text, and most tokens of each sequence.
     seed
-        Decides which sequences are held apart.
+        Seed for choosing the held-out sequences.
     steps
-        Points at which gradients of both texts are taken, beside the base and the adapter as it is; more take longer.
-        None takes two for each share, and 3 at least.
+        Number of points at which gradients of both texts are computed, in addition to the base and the unchanged adapter; more need more
+        time. None uses two for each share, and at least 3.
     dtype, device
-        As `evaluate_variants` has them.
+        As for `evaluate_variants`.
     max_memory
-        Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``; it decides how many
-        sequences go together.
+        Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
+        sequences run together.
     executor
-        Workers that compute gradients, run layers and measure, as `detect_intruder_dimensions` has them: the result is byte for byte that
-        of this process.
+        Workers that compute gradients, run layers and measure, as for `detect_intruder_dimensions`; the result has the same bytes as
+        without workers.
 
     Returns
     -------
     Coefficients
-        A set for each share; the figures measured on the sequences held apart are in its `facts`.
+        A set for each share; `facts` contains the figures measured on the held-out sequences.
 
     Raises
     ------
     MissingPackageError
         If transformers is not installed.
     StreamerError
-        Of the class that says what kind of fault it is (see `streamer.errors`): `UnsupportedError` for a model or adapter that this
-        cannot fit, `FormatError` for a text too short to hold sequences apart, `NumericError` where a loss is NaN.
+        Its class names the kind of error (see `streamer.errors`): `UnsupportedError` for a model or adapter that cannot be fitted,
+        `FormatError` for a text too short to hold sequences out, `NumericError` for a loss of NaN.
     """
     request = FitRequest.of(base, adapter, output, {**options, "general": general, "task": task})
     with watched(options) as monitor:

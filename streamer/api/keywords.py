@@ -1,7 +1,7 @@
-"""Explain once the keywords that functions of the library have in common.
+"""Define and explain, once, the keywords that several functions of the library share.
 
-Each function names its own keywords, and those of PEFT's function; it takes the others as ``**options``, typed by one of the classes here.
-`explained` completes its signature and its docstring. Nothing here imports torch, which verification does without.
+Each function lists its own keywords, and the keywords of PEFT's function. It accepts the others as ``**options``, typed by one of the
+classes here; `explained` adds them to its signature and docstring. Nothing here imports torch, because verification does not need it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 
 class WatchKeywords(TypedDict, total=False):
-    """Keywords for who watches a call.
+    """Keywords for watching a call.
 
     on_event
-        Called with an `Event` at each step, warnings included. Without it and `monitor`, Python warns, with `StreamerWarning`.
+        Function to call with an `Event` at each step and for each warning. Without it and `monitor`, warnings are `StreamerWarning`.
     monitor
-        In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
+        A `Monitor` instead of `on_event`, for callers that also need to stop a run at its next safe point.
     progress
-        True draws tqdm bars. None draws them in a notebook if there is neither `on_event` nor `monitor`.
+        True draws tqdm bars. None draws them only in a notebook, and only without `on_event` and `monitor`.
     """
 
     on_event: OnEvent | None
@@ -53,20 +53,20 @@ class WatchKeywords(TypedDict, total=False):
 
 
 class ReadKeywords(WatchKeywords, total=False):
-    """Keywords that say how inputs are read, and what they do not say themselves.
+    """Keywords for reading inputs, and for facts that the inputs do not contain.
 
     io
-        How tensors are read: ``mmap``, or ``pread`` for network file systems, where it takes a copy of each matrix in memory.
+        How to read tensors: ``mmap``, or ``pread`` for network file systems, which needs memory for a copy of each matrix.
     base_is_residual
-        True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model; their adapters are refused without it.
+        True if `base` is the residual model of PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ; without it, their adapters are refused.
     lora_b_layout
-        Order of ``lora_B``'s columns on stacked experts, if not in the config: ``rank_major`` (PEFT), ``grouped_by_expert`` (old Unsloth).
+        Order of ``lora_B``'s columns for stacked experts, if not in the config: ``rank_major`` (PEFT), ``grouped_by_expert`` (old Unsloth).
     ignore_keys
-        Unknown keys of ``adapter_config.json`` to accept because you know that they have no effect; others are refused.
+        Unknown keys of ``adapter_config.json`` to accept because you know that they have no effect; other unknown keys are refused.
     architecture
-        Class of the base in transformers, like ``"GPT2LMHeadModel"``, if its ``config.json`` is missing or names one that is not known.
+        Class of the base in transformers, like ``"GPT2LMHeadModel"``, if its ``config.json`` is missing or names an unknown class.
     remote
-        For inputs at addresses: ``cache`` downloads them first, ``stream`` reads ranges; None: ``cache`` from the hub, else ``stream``.
+        How to read inputs at addresses: ``cache`` downloads first, ``stream`` reads ranges; None: ``cache`` for the hub, else ``stream``.
     """
 
     io: IOMode
@@ -78,13 +78,13 @@ class ReadKeywords(WatchKeywords, total=False):
 
 
 class RunKeywords(ReadKeywords, total=False):
-    """Keywords of functions that write.
+    """Keywords of functions that write outputs.
 
     resume
-        Whether to continue an interrupted run with the same inputs and options; False starts it over.
+        Whether to continue an interrupted run with the same inputs and options; False starts over.
     overwrite
-        Whether to replace an output or an interrupted run of other inputs or options, or to write into a directory of other files.
-        Files that are not the output's own are never replaced.
+        Whether to replace an output or an interrupted run of other inputs or options, or to write into a directory with other files.
+        Files that do not belong to an output are never replaced.
     """
 
     resume: bool
@@ -92,23 +92,23 @@ class RunKeywords(ReadKeywords, total=False):
 
 
 class JudgeKeywords(ReadKeywords, total=False):
-    """Keywords that say what an intruder is, and how detection computes.
+    """Keywords that define intruders and choose how detection computes.
 
     top_k
-        Leading singular directions of each matrix that are judged: a count from 1, or a share of min(rows, columns), a float in (0, 1].
-        None: as in the findings given, else 10.
+        Number of leading singular directions to judge in each matrix: an int from 1, or a float in (0, 1], a share of min(rows, columns).
+        None: as in the given findings, else 10.
     threshold_epsilon
-        An intruder is a direction whose similarity, its largest |cosine| to a left singular vector of the base, is below this, in (0, 1].
-        None: as in the findings given, else 0.5.
+        Threshold in (0, 1]: a direction is an intruder if its similarity, its largest |cosine| to a left singular vector of the base, is
+        smaller. None: as in the given findings, else 0.5.
     solver
         ``certified``: block Krylov with proven bounds, and the dense solver if the bounds do not settle a decision; ``dense``: LAPACK's
-        full SVD; ``auto``: the cheaper one for each matrix. None: as in the findings given, else ``auto``.
+        full SVD; ``auto``: the cheaper one for each matrix. None: as in the given findings, else ``auto``.
     max_memory
-        Anonymous memory of Python, torch and streamer (200M, or 350M with a GPU's torch, before any matrix), without your program's data,
-        in bytes or as a size like ``"4G"`` (powers of 1024); None takes what is needed. Under a budget large matrices are multiplied as
-        they are stored, and what only a full SVD could settle stays open. Too small a one is refused.
+        Budget in bytes, or as a size like ``"4G"`` (powers of 1024), for the anonymous memory of Python, torch and streamer, without your
+        program's data; 200M (350M with torch for GPUs) are needed before any matrix. With a budget, large matrices are multiplied as
+        stored, and directions that only a full SVD could settle stay open. A budget that is too small is refused. None uses what is needed.
     device
-        ``cpu``, ``cuda``, ``cuda:i``, or ``auto``: CUDA if a GPU is there.
+        ``cpu``, ``cuda``, ``cuda:i``, or ``auto``: CUDA if a GPU is available.
     """
 
     top_k: int | float | None
@@ -125,23 +125,23 @@ class DetectKeywords(JudgeKeywords, RunKeywords, total=False):
 
 
 class MethodKeywords(TypedDict, total=False):
-    """Keywords that choose a method of mitigation.
+    """Keywords that choose a mitigation method.
 
     method
-        ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put there,
-        ``Δ' = (I − (1 − λ) U Uᵀ) Δ``. Without detection ``shrink`` scales the whole adapter, ``Δ' = λ Δ``, and ``fitted`` each singular
-        direction of Δ by its coefficient, ``Δ' = U diag(c) Uᵀ Δ``; ``regmean`` takes new right factors, ``Δ' = L R'ᵀ``. None is the method
-        of the coefficients, or ``nullspace`` of a map, which takes away what Δ answers to general inputs; else ``paper``.
+        With detection, ``paper`` scales each intruder's whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ``, and ``project`` only the adapter's
+        part of it, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``. Without detection, ``shrink`` scales the whole adapter, ``Δ' = λ Δ``; ``fitted`` scales
+        each singular direction of Δ by its coefficient, ``Δ' = U diag(c) Uᵀ Δ``; ``regmean`` uses new right factors, ``Δ' = L R'ᵀ``;
+        ``nullspace`` reduces the response of Δ to general inputs. None is the method of the given coefficients or map, else ``paper``.
     scale
-        ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
+        Which intruders to scale: ``all`` among the top k, or only the ``first`` (highest-ranked) of each matrix.
     coefficients
-        From `fit_coefficients`, or the path of their file: what was fitted to this base and adapter, for ``fitted`` or ``regmean``.
+        Coefficients from `fit_coefficients` for this base and adapter, or the path of their file, for ``fitted`` or ``regmean``.
     keep
-        Which coefficients, if there are several sets: those that keep this share of what the adapter learned.
+        Share of the learning that chooses a set, if there are several sets of coefficients.
     amplify
-        Allow λ outside [0, 1]: above 1 an intruder grows, below 0 its sign changes.
+        Whether to allow λ outside [0, 1]: above 1 an intruder grows, below 0 its sign changes.
     map
-        From `map_inputs` on the base, or the path of its file: λ is a share of each delta's energy on general inputs then.
+        Map of the base from `map_inputs`, or the path of its file; λ is then a share of each delta's energy on general inputs.
     """
 
     method: MethodName | None
@@ -153,10 +153,10 @@ class MethodKeywords(TypedDict, total=False):
 
 
 class MitigateKeywords(MethodKeywords, JudgeKeywords, total=False):
-    """Keywords of functions that mitigate files, and detect first unless findings are given.
+    """Keywords of functions that mitigate files, and run detection first unless findings are given.
 
     mitigation_lambda
-        Share of an intruder that is kept, from 0 (removed) to 1 (unchanged). None is 0.75, 0.6 of a `map`, and no λ of `coefficients`.
+        Share of an intruder to keep, from 0 (removed) to 1 (unchanged). None is 0.75, or 0.6 with a `map`; `coefficients` need no λ.
     """
 
     mitigation_lambda: float | None
@@ -173,7 +173,7 @@ class ReduceKeywords(MitigateKeywords, RunKeywords, total=False):
     """Keywords of `streamer.reduce_intruder_dimension`.
 
     model_card
-        Put how it was made in front of the ``README.md``, and base and tags into its head. False leaves that file as it is.
+        Whether to describe in ``README.md`` how the output was made, with base and tags in its header; False leaves it unchanged.
     """
 
     to_lora: int | float | None
@@ -258,12 +258,12 @@ class LiveKeywords(MethodKeywords, LiveDetectKeywords, total=False):
 
 
 class _Named(TypedDict, total=False):
-    """Keywords that functions name themselves.
+    """Keywords that functions list themselves.
 
     base
         Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file.
     adapter
-        Directory of a PEFT adapter, or of a fully fine-tuned model; or several, or a directory of adapters, in a list or tuple.
+        Directory of a PEFT adapter or of a fully fine-tuned model; or a list or tuple of these, or of directories that contain adapters.
     peft_model
         A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
     """
@@ -288,16 +288,16 @@ _TEXTS = {
 
 
 def explained(keywords: type, *options: Any) -> Callable[[Function], Function]:
-    """Complete the signature and the docstring of a function by the keywords that it takes as ``**options``; refuse others.
+    """Add the keywords that a function accepts as ``**options`` to its signature and docstring; make it refuse others.
 
-    Parameters of its own that its docstring leaves out are explained here as well.
+    The function's own parameters are explained too if its docstring leaves them out.
 
     Parameters
     ----------
     keywords
-        Type of its ``**options``.
+        Type of ``**options``.
     options
-        Dataclasses whose fields have the defaults of these; that of others is None.
+        Dataclasses whose fields have the keywords' defaults; other keywords default to None.
     """
     defaults = {f.name: f.default for kind in options for f in fields(kind)}
 
@@ -338,7 +338,7 @@ def explained(keywords: type, *options: Any) -> Callable[[Function], Function]:
 
 
 def read_size(max_memory: object) -> int | None:
-    """Read a budget, in bytes or as a size like ``4G``."""
+    """Convert a budget, in bytes or as a size like ``4G``, to bytes."""
     if isinstance(max_memory, str):
         try:
             return parse_size(max_memory)

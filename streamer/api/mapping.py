@@ -26,14 +26,14 @@ __all__ = ["MapRequest", "add_map_files", "map_inputs", "map_record"]
 
 @dataclass(frozen=True)
 class MapRequest:
-    """A map as it is asked for.
+    """A requested map.
 
     Attributes
     ----------
     output
-        Its file; None keeps it in memory.
+        File to write; None keeps the map in memory.
     general
-        Path of the text; None: what Python's help says of its topics.
+        Path of the text; None uses Python's help on its topics.
     """
 
     base: str | Path
@@ -44,11 +44,11 @@ class MapRequest:
 
     @classmethod
     def of(cls, base: str | Path, output: str | Path | None, keywords: Mapping[str, Any]) -> MapRequest:
-        """Make it of keywords of `map_inputs`, or of the command line's options."""
+        """Make a request from keywords of `map_inputs`, or from options of the command line."""
         read_path("base", base)
         general = keywords.get("general")
         if is_map_file(Path(base)):
-            raise UsageError(f"{base}: is a map; name the base that it is of, or two maps at least, to add them")
+            raise UsageError(f"{base}: is a map; name the base to map, or at least two maps to add")
         given = {name: value for name, value in keywords.items() if value is not None}
         return cls(
             base,
@@ -64,7 +64,7 @@ class MapRequest:
             return make_map(self._prepared(text, monitor, workers), self.output)
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
-        """Check all, and say what a run would do and take; nothing is written."""
+        """Check everything and forecast a run, without writing anything."""
         assert self.output is not None
         with general_text(self.general) as text:
             prepared = self._prepared(text, monitor, workers, peek=True)
@@ -86,43 +86,43 @@ def map_inputs(
     general: str | Path | None = None,
     **options: Unpack[MapKeywords],
 ) -> InputMap:
-    """Map what a base's modules are given on general text, in one pass: the leading vectors of the second moments of every input.
+    """Map the inputs of a base's modules on general text, in one pass: the leading eigenvectors of each input's second moments.
 
-    With it `reduce_intruder_dimension` and the other functions that take a `map` take from any adapter of this base what it answers to
-    general inputs, from files alone: no text of the task, no pass, no detection. It needs transformers, with its tokenizers:
-    ``pip install 'intruder-streamer[evaluate]'``.
+    With the map, `reduce_intruder_dimension` and the other functions with the keyword `map` reduce any adapter's response to general inputs
+    on this base. They then need only files: no text of the task, no pass, no detection. Making the map needs transformers with its
+    tokenizers: ``pip install 'intruder-streamer[evaluate]'``.
 
     Parameters
     ----------
     base
         Directory of the base model: its ``config.json``, its weights and, unless the text is token ids, its tokenizer.
     output
-        File to write, a safetensors file. A killed run starts over. None keeps the map in memory.
+        Safetensors file to write; a killed run starts over. None keeps the map in memory.
     general
-        Text of what the model can do, in the forms that `evaluate_variants` takes. None: what Python's help says of its topics.
+        Text that shows what the model can do, in a format of `evaluate_variants`. None uses Python's help on its topics.
     vectors
-        That are kept of each input.
+        Number of vectors to keep for each input.
     sequences, length
-        Sequences of the text, and tokens of a sequence, at most.
+        Most sequences of the text, and most tokens of each sequence.
     dtype, device
-        As `evaluate_variants` has them.
+        As for `evaluate_variants`.
     max_memory
-        Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``; it decides how many
-        sequences go together.
+        Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
+        sequences run together.
     executor
-        Workers that run layers, as `detect_intruder_dimensions` has them: the result is byte for byte that of this process.
+        Workers that run layers, as for `detect_intruder_dimensions`; the result has the same bytes as without workers.
 
     Returns
     -------
     InputMap
-        Of all matrices of the base that multiply inputs, and of its embeddings.
+        Map for all matrices of the base that multiply inputs, and for its embeddings.
 
     Raises
     ------
     MissingPackageError
         If transformers is not installed.
     StreamerError
-        Of the class that says what kind of fault it is (see `streamer.errors`).
+        Its class names the kind of error (see `streamer.errors`).
     """
     request = MapRequest.of(base, output, {**options, "general": general})
     with watched(options) as monitor:
@@ -137,33 +137,34 @@ def add_map_files(
     Parameters
     ----------
     maps
-        From `map_inputs`, or the paths of their files: two at least.
+        At least two maps from `map_inputs`, or the paths of their files.
     output
         File to write.
     vectors
-        That are kept of each input; None: as many as the map that has most.
+        Number of vectors to keep for each input; None keeps as many as the largest map.
     overwrite
-        Whether to replace a map that stands there.
+        Whether to replace an existing map.
 
     Returns
     -------
     InputMap
-        Each text counts by its tokens. What a text has along vectors that only another's map holds is taken as the mean of its rest.
+        The sum, in which each text is weighted by its tokens. Along vectors that only another text's map holds, a text's second moment is
+        taken to be the mean of its remainder.
 
     Raises
     ------
     MismatchError
-        If they are of several bases.
+        If the maps belong to different bases.
     StreamerError
-        Of the class that says what kind of fault it is (see `streamer.errors`).
+        Its class names the kind of error (see `streamer.errors`).
     """
     if len(maps) < 2:
-        raise UsageError(f"maps: expected two at least, found {len(maps)}")
+        raise UsageError(f"maps: expected at least two, found {len(maps)}")
     if vectors is not None:
-        MapOptions(vectors=vectors)  # refuses what is no number of them
+        MapOptions(vectors=vectors)  # refuses an invalid number
     if models := [one for one in maps if not isinstance(one, InputMap) and read_path("maps", one).is_dir()]:
         raise UsageError(
-            f"{models[0]}: is a directory, and of several only maps are taken, to be added; map one model at a time"
+            f"{models[0]}: is a directory, but with several inputs, all must be maps to add; map one model at a time"
         )
     path = read_path("output", output)
     if is_taken(path) and not overwrite:

@@ -110,7 +110,7 @@ def test_two_maps_are_added(server: Server, home: Path, tmp_path: Path) -> None:
         done = server.run("map", one, two, "-o", tmp_path / "more", "--vectors", vectors)
         assert (done.code, f"expected a whole number from 1, found {vectors}" in done.err) == (2, True)
     done = server.run("map", one, "-o", tmp_path / "more")
-    assert (done.code, "is a map; name the base that it is of, or two maps at least, to add them" in done.err) == (
+    assert (done.code, "is a map; name the base to map, or at least two maps to add" in done.err) == (
         2,
         True,
     )
@@ -198,7 +198,7 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], int, str]]:
     yield (
         [base, base, *out],
         2,
-        "is a directory, and of several only maps are taken, to be added; map one model at a time",
+        "is a directory, but with several inputs, all must be maps to add; map one model at a time",
     )
     yield [base, *general, *out, "--max-memory", f"{process_mib() + 20}M"], 2, "is not enough for the inputs of"
 
