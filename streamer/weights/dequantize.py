@@ -13,7 +13,7 @@ STALE = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 """Files that make some loaders treat a model as quantized."""
 
 # Scales of activations and caches.
-_ACTIVATION_SCALE = re.compile(r"(^|[._])(input|output|activation|[qkv]|kv)_(scale|zero_point)(_ub)?$")
+_ACTIVATION_SCALE = re.compile(r"(^|[._])(input|output|activation|[qkv]|kv)_(global_scale|scale|zero_point)(_ub)?$")
 
 # Dtypes of quantized values. Integers count only with two or more dimensions; with one they are indices.
 _QUANTIZED = re.compile(r"^(F8_|F6_|F4)")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from four_bits import four_bits
+from quantized import FLOATS, as_modelopt, floats_config, small_floats
 from quantized_values import AWQ_WORDS, BNB, CODES, CPU, base_of, fp8, packed, scales
 from seeds import vary
 
@@ -64,6 +65,14 @@ def healthy() -> dict[str, tuple[dict[str, torch.Tensor], dict]]:
                 "w.weight_zero_point": torch.zeros(5, 3, dtype=torch.int32),
             },
             {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}},
+        ),
+        **{
+            form: ({f"w{k}": t for k, t in small_floats(torch.randn(64, 96), form)[0].items()}, floats_config(form))
+            for form in FLOATS
+        },
+        "modelopt": (
+            {f"w{k}": t for k, t in as_modelopt(small_floats(torch.randn(64, 96), "nvfp4-pack-quantized")[0]).items()},
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
         ),
         "mxfp4": (
             {

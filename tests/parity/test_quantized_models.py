@@ -75,6 +75,16 @@ def test_fp8_blocks_are_what_transformers_would_code(plain: tuple[Path, Path], t
     assert all(torch.equal(loaded[name], decode(after, name)) for name in made.decoded)
 
 
+def test_transformers_opens_mxfp8_that_was_coded_anew(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    made = quantized.mxfp8(tmp_path / "base", plain[0])
+    streamer.merge_with_reduced_intruder_dimensions(made.base, plain[1], tmp_path / "out", mitigation_lambda=1)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model(torch.arange(1, 9)[None])  # the library decodes before the first use
+    state, after = model.state_dict(), all_tensors(tmp_path / "out")
+    assert all(torch.equal(state[name], decode(after, name).bfloat16()) for name in made.decoded)
+
+
 def test_fp8_with_scales_that_are_powers_of_two(plain: tuple[Path, Path], tmp_path: Path) -> None:
     made = quantized.fp8_blocks(tmp_path / "base", plain[0], scale_fmt="ue8m0")
     streamer.merge_with_reduced_intruder_dimensions(made.base, plain[1], tmp_path / "out", mitigation_lambda=1)

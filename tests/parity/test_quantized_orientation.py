@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import transformers
 from bitsandbytes import functional as bnb
 from peft import LoraConfig, get_peft_model
+from quantized import floats_config, small_floats
 from safetensors.torch import load_file, save_file
 from seeds import vary
 
@@ -20,8 +22,22 @@ pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # which PEFT c
 SIZE = 64
 
 
-def quantized_base(home: Path, cls: str, config: transformers.PreTrainedConfig, layer: str) -> dict[str, torch.Tensor]:
-    """Save a model whose square layers of this name are NF4, and an adapter on them; return the decoded layers as (out, in)."""
+def nf4(W: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    codes, state = bnb.quantize_4bit(W.contiguous(), quant_type="nf4")
+    parts = {f".weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return {".weight": codes, **parts}, bnb.dequantize_4bit(codes, state)
+
+
+ENCODINGS = {
+    "nf4": (nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+    "nvfp4": (partial(small_floats, form="nvfp4-pack-quantized"), floats_config("nvfp4-pack-quantized")),
+}
+
+
+def quantized_base(
+    home: Path, cls: str, config: transformers.PreTrainedConfig, layer: str, encoding: str
+) -> dict[str, torch.Tensor]:
+    """Save a model whose square layers of this name are quantized, and an adapter on them; return the decoded layers as (out, in)."""
     torch.manual_seed(vary(0))
     model = getattr(transformers, cls)(config)
     model.save_pretrained(home / "base")
@@ -34,13 +50,11 @@ def quantized_base(home: Path, cls: str, config: transformers.PreTrainedConfig, 
     for name in [name for name in tensors if name.endswith(f"{layer}.weight")]:
         W = tensors.pop(name)
         W = W.T if cls.startswith("GPT2") else W
-        codes, state = bnb.quantize_4bit(W.contiguous(), quant_type="nf4")
-        tensors |= {name: codes, **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}}
-        decoded[name] = bnb.dequantize_4bit(codes, state)
+        parts, decoded[name] = ENCODINGS[encoding][0](W)
+        tensors |= {name.removesuffix(".weight") + key: part for key, part in parts.items()}
     save_file(tensors, home / "base" / "model.safetensors", metadata={"format": "pt"})
     path = home / "base" / "config.json"
-    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": ENCODINGS[encoding][1]}))
     return decoded
 
 
@@ -56,10 +70,17 @@ def llama() -> transformers.PreTrainedConfig:
 
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize(
-    ("cls", "config", "layer"), [("LlamaForCausalLM", llama, "o_proj"), ("GPT2LMHeadModel", gpt2, "attn.c_proj")]
+    ("cls", "config", "layer", "encoding"),
+    [
+        ("LlamaForCausalLM", llama, "o_proj", "nf4"),
+        ("LlamaForCausalLM", llama, "o_proj", "nvfp4"),
+        ("GPT2LMHeadModel", gpt2, "attn.c_proj", "nf4"),
+    ],
 )
-def test_four_bits_are_out_by_in_whatever_the_flag_says(cls, config, layer: str, named: bool, tmp_path: Path) -> None:
-    decoded = quantized_base(tmp_path, cls, config(), layer)
+def test_four_bits_are_out_by_in_whatever_the_flag_says(
+    cls, config, layer: str, encoding: str, named: bool, tmp_path: Path
+) -> None:
+    decoded = quantized_base(tmp_path, cls, config(), layer, encoding)
     if not named:
         stated = json.loads((tmp_path / "base" / "config.json").read_text())
         (tmp_path / "base" / "config.json").write_text(

@@ -8,11 +8,13 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from four_bits import four_bits
-from quantized import awq_words, stream
+from quantized import FLOATS, as_modelopt, awq_words, floats_config, small_floats, stream
 from quantized_values import CPU, FP8_CONFIG, assert_decodes, base_of, fp8, scales
 from seeds import vary
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -203,6 +205,52 @@ def test_scaled_codes_are_what_compressed_tensors_decodes(tmp_path: Path, kind: 
     scale = scales(grid)
     weights = base_of(tmp_path, {"w.weight": codes, "w.weight_scale": scale}, config | {"format": f"{kind}-quantized"})
     assert_decodes(weights, "w.weight", dequantize(codes, scale, args=scheme.weights))
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+@pytest.mark.parametrize("shape", [(48, 128), (33, 96), (1, 32)])
+@pytest.mark.parametrize("form", FLOATS)
+def test_small_floats_are_what_compressed_tensors_decodes(tmp_path: Path, form: str, shape, io: str) -> None:
+    parts, decoded = small_floats(torch.randn(shape) * torch.rand(shape[0], 1), form)
+    weights = base_of(tmp_path, {f"w{key}": t for key, t in parts.items()}, floats_config(form), io)
+    assert list(weights) == ["w.weight"]
+    assert_decodes(weights, "w.weight", decoded)
+
+
+def test_all_codes_and_scales_of_fp4(tmp_path: Path) -> None:
+    """Every byte under every scale that the library decodes to a number."""
+    packed = torch.arange(256, dtype=torch.uint8).repeat(255, 1)
+    for form, scale in (
+        ("nvfp4-pack-quantized", torch.arange(256, dtype=torch.uint8)[torch.arange(256) % 128 != 127]),
+        ("mxfp4-pack-quantized", torch.arange(255, dtype=torch.uint8)),
+    ):
+        size = 16 if form.startswith("nv") else 32
+        rows, groups = len(scale), 512 // size
+        parts = {"weight_packed": packed[:rows], "weight_scale": scale[:, None].repeat(1, groups)}
+        if size == 16:
+            parts["weight_scale"] = parts["weight_scale"].view(torch.float8_e4m3fn)
+            parts["weight_global_scale"] = torch.tensor([709.7066])
+        scheme = preset_name_to_scheme(FLOATS[form], ["Linear"])
+        library = BaseCompressor.get_value_from_registry(form).decompress(dict(parts), scheme)["weight"]
+        weights = base_of(tmp_path / form, {f"w.{key}": t for key, t in parts.items()}, floats_config(form))
+        assert torch.equal(weights["w.weight"].whole(CPU).bfloat16(), library)
+
+
+@pytest.mark.parametrize("outer", [(), (1,)])
+def test_nvfp4_of_modelopt(tmp_path: Path, outer: tuple[int, ...]) -> None:
+    """As `NVFP4QTensor.dequantize` in the published source computes it: the product of both scales, then of the value."""
+    parts = as_modelopt(small_floats(torch.randn(48, 96), "nvfp4-pack-quantized")[0])
+    parts[".weight_scale_2"] = parts[".weight_scale_2"].view(outer)
+    table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    codes = np.empty((48, 96), int)
+    codes[:, 0::2], codes[:, 1::2] = parts[".weight"].numpy() & 15, parts[".weight"].numpy() >> 4
+    scale = parts[".weight_scale"].float().numpy() * parts[".weight_scale_2"].numpy()
+    decoded = torch.from_numpy(table[codes] * scale.repeat(16, 1))
+    group = {"weights": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}}
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {"group_0": group}}
+    tensors = {f"w{key}": t for key, t in parts.items()} | {"w.input_scale": torch.tensor(0.5)}
+    for stated in (config, {"quant_method": "modelopt"}):
+        assert_decodes(base_of(tmp_path / str(len(stated)), tensors, stated), "w.weight", decoded)
 
 
 def test_awq(tmp_path: Path) -> None:

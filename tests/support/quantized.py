@@ -16,8 +16,13 @@ import bitsandbytes as bnb
 import numpy as np
 import peft
 import torch
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import dequantize
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import load_file, save_file
 from seeds import vary
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
@@ -232,6 +237,52 @@ def packed(directory: Path, plain: Path) -> Quantized:
     return Quantized(write(directory, plain, tensors, config), decoded)
 
 
+FLOATS = {"nvfp4-pack-quantized": "NVFP4", "mxfp4-pack-quantized": "MXFP4A16", "mxfp8-quantized": "MXFP8A16"}
+"""Formats of small floats in compressed-tensors, and the library's name of their scheme."""
+
+
+def small_floats(t: torch.Tensor, form: str) -> tuple[Tensors, torch.Tensor]:
+    """What compressed-tensors stores of a matrix, and what it decodes, here in float32."""
+    scheme = preset_name_to_scheme(FLOATS[form], ["Linear"])
+    low, high = t.float().view(t.shape[0], -1, scheme.weights.group_size).aminmax(dim=2)
+    outer = {"weight_global_scale": generate_gparam(low.amin(), high.amax())} if form.startswith("nv") else {}
+    scale, _ = calculate_qparams(low, high, scheme.weights, global_scale=outer.get("weight_global_scale"))
+    compressor = BaseCompressor.get_value_from_registry(form)
+    parts = compressor.compress({"weight": t.float(), "weight_scale": scale, **outer}, scheme)
+    codes = parts.get("weight")
+    if codes is None:
+        codes = unpack_fp4_from_uint8(parts["weight_packed"], *t.shape, dtype=torch.float32)
+    values = dequantize(
+        codes, scale, args=scheme.weights, dtype=torch.float32, global_scale=outer.get("weight_global_scale")
+    )
+    assert torch.equal(values.bfloat16(), compressor.decompress(dict(parts), scheme)["weight"])
+    return {f".{name}": part for name, part in parts.items()}, values
+
+
+def floats_config(form: str) -> dict:
+    """The quantization config of a model in this format."""
+    group = json.loads(preset_name_to_scheme(FLOATS[form], ["Linear"]).model_dump_json(exclude_none=True))
+    return {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
+            "ignore": ["lm_head"], "config_groups": {"group_0": group}}  # fmt: skip
+
+
+def nvfp4(directory: Path, plain: Path) -> Quantized:
+    tensors, decoded = by_linear(plain, lambda t: small_floats(t, "nvfp4-pack-quantized"))
+    tensors |= {f"{name.removesuffix('.weight')}.input_global_scale": torch.ones(1) for name in decoded}
+    return Quantized(write(directory, plain, tensors, floats_config("nvfp4-pack-quantized")), decoded)
+
+
+def mxfp8(directory: Path, plain: Path) -> Quantized:
+    tensors, decoded = by_linear(plain, lambda t: small_floats(t, "mxfp8-quantized"))
+    return Quantized(write(directory, plain, tensors, floats_config("mxfp8-quantized")), decoded)
+
+
+def as_modelopt(parts: Tensors) -> Tensors:
+    """NVFP4 of compressed-tensors under ModelOpt's names, with the inverse scale of the tensor."""
+    packed, scale, outer = (parts[f".weight_{name}"] for name in ("packed", "scale", "global_scale"))
+    return {".weight": packed, ".weight_scale": scale, ".weight_scale_2": 1 / outer.squeeze(0)}
+
+
 MAKERS: dict[str, Callable[[Path, Path], Quantized]] = {
     "fp8-blocks": fp8_blocks,
     "fp8-rows": fp8_rows,
@@ -241,4 +292,6 @@ MAKERS: dict[str, Callable[[Path, Path], Quantized]] = {
     "gptq": gptq,
     "awq": awq,
     "packed": packed,
+    "nvfp4": nvfp4,
+    "mxfp8": mxfp8,
 }

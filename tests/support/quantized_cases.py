@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-FP8 = ("fp8-blocks", "fp8-rows", "fp8-tensor")
+FP8 = ("fp8-blocks", "fp8-rows", "fp8-tensor", "mxfp8")
 
 
 class Case(NamedTuple):
@@ -47,4 +47,7 @@ def decode(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     stem = name.removesuffix(".weight")
     if f"{name}_scale_inv" in tensors:
         return Fp8Dequantize(None)._dequantize_one(tensors[name], tensors[f"{name}_scale_inv"], torch.float32)
-    return tensors[name].float() * tensors[f"{stem}.weight_scale"].float()
+    scale = tensors[f"{stem}.weight_scale"]
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu).float().repeat_interleave(32, 1)
+    return tensors[name].float() * scale.float()

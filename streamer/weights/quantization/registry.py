@@ -15,9 +15,9 @@ from streamer.weights.base import QuantizedWeight, StoredTensor
 from streamer.weights.quantization.awq import AWQ
 from streamer.weights.quantization.bitsandbytes import EightBit, FourBit
 from streamer.weights.quantization.compressed_tensors import PackedIntegers
+from streamer.weights.quantization.fp4 import MXFP4, PackedFP4
 from streamer.weights.quantization.fp8 import FP8
 from streamer.weights.quantization.gptq import GPTQ
-from streamer.weights.quantization.mxfp4 import MXFP4
 from streamer.weights.quantization.scaled_codes import Scaled
 
 
@@ -78,7 +78,7 @@ class QuantizationFormat:
 
 
 FORMATS: tuple[QuantizationFormat, ...] = (
-    QuantizationFormat("FP8 e4m3: scale of a block, a row or the tensor", "`weight`, `weight_scale_inv` or `weight_scale`",
+    QuantizationFormat("FP8 e4m3: scale of a block, a row or the tensor; MXFP8", "`weight`, `weight_scale_inv` or `weight_scale`",
           frozenset({None, "fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt"}), ("", ("F8_E4M3",), ""),
           {"scale": ("_scale_inv", "_scale")}, FP8.of, {"zeros": ("_zero_point",)}, requantizes=True),
     QuantizationFormat("bitsandbytes NF4 and FP4, double quantization too", "`weight`, `.absmax`, `.quant_map`, `.quant_state.*`",
@@ -102,6 +102,13 @@ FORMATS: tuple[QuantizationFormat, ...] = (
           frozenset({"compressed-tensors"}), (".weight_packed", (), ".weight"),
           {"scales": (".weight_scale",), "shape": (".weight_shape",)}, PackedIntegers.of,
           {"zeros": (".weight_zero_point",), "groups": (".weight_g_idx",)}),
+    QuantizationFormat("compressed-tensors NVFP4 and MXFP4", "`weight_packed`, `weight_scale`, `weight_global_scale` (NVFP4)",
+          frozenset({"compressed-tensors"}), (".weight_packed", ("U8",), ".weight"),
+          {"scales": (".weight_scale",)}, PackedFP4.of,
+          {"divisor": (".weight_global_scale",), "extra": (".weight_zero_point", ".weight_g_idx")}),
+    QuantizationFormat("ModelOpt NVFP4", "`weight`, `weight_scale`, `weight_scale_2`",
+          frozenset({"modelopt"}), (".weight", ("U8",), ".weight"),
+          {"scales": (".weight_scale",), "factor": (".weight_scale_2",)}, PackedFP4.of, {"extra": (".pre_quant_scale",)}),
     QuantizationFormat("MXFP4 expert stacks", "`*_blocks`, `*_scales`",
           frozenset({None, "mxfp4"}), ("_blocks", ("U8",), ""),
           {"scales": ("_scales",)}, MXFP4.of),
@@ -141,10 +148,11 @@ def supported_method(quantization: Mapping[str, Any], where: str) -> str | None:
 _VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     # Keys that can change what the quantized values mean, with the settings that do not.
     "compressed-tensors": {
-        "format": ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense"),
+        "format": ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense", "nvfp4-pack-quantized",
+                   "mxfp4-pack-quantized", "mxfp8-quantized"),
         "sparsity_config": ("dense",),
         "transform_config": (),
     },
-    "modelopt": {"quant_algo": ("FP8", "FP8_PB_WO")},
+    "modelopt": {"quant_algo": ("FP8", "FP8_PB_WO", "NVFP4")},
     "gptq": {"is_marlin_format": (), "rotation": ()},
-}
+}  # fmt: skip

@@ -55,6 +55,13 @@ class Scaled(QuantizedWeight):
             raise FormatError(
                 f"{where}: shape {list(weight.shape)} and scale {list(scale.shape)} do not fit; get index and shards of one version"
             )
+        mx = scale.dtype in EXPONENTS or config.get("format") == "mxfp8-quantized"
+        stored = weight.dtype, scale.dtype, block
+        if mx and config.get("quant_method") == "compressed-tensors" and stored != ("F8_E4M3", "U8", (1, 32)):
+            raise UnsupportedError(
+                f"{where}: expected MXFP8, F8_E4M3 with a U8 scale for 32 inputs, found {weight.dtype} {list(weight.shape)} with "
+                f"{scale.dtype} {list(scale.shape)}; use the 16-bit model"
+            )
         m, n = weight.shape[-2:]
         kind = "tensor" if block == (m, n) else "channel" if block == (1, n) else f"{block[0]}x{block[1]}"
         powers = scale.dtype in EXPONENTS or config.get("scale_fmt") == "ue8m0"
@@ -88,11 +95,16 @@ def exponents(raw: Tensor) -> Tensor:
     return torch.where(bits == 255, float("nan"), values)
 
 
-def _stated_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Read the block size from a quantization config of transformers or compressed-tensors; None if it states none."""
+def stated_weights(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List what the groups of a quantization config state of their weights."""
     groups = config.get("config_groups")
     weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
-    stated = [config.get("weight_block_size"), *(w.get("block_structure") for w in weights if isinstance(w, dict))]
+    return [w for w in weights if isinstance(w, dict)]
+
+
+def _stated_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Read the block size from a quantization config of transformers or compressed-tensors; None if it states none."""
+    stated = [config.get("weight_block_size"), *(w.get("block_structure") for w in stated_weights(config))]
     for size in stated:
         if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
             return size[0], size[1]

@@ -60,10 +60,10 @@ def test_a_view_holds_the_names_that_it_looks_up(tmp_path: Path) -> None:
             )
         ),
         {"bits": 4},
-        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+        {"quant_method": "compressed-tensors", "format": "mxfp6-pack-quantized"},
         {"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": {"a": 1}},
         {"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": {"format": "sparse-24-bitmask"}},
-        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"},
         {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
     ],
 )
@@ -93,7 +93,85 @@ def test_codes_that_nothing_explains_are_refused(tmp_path: Path, config: dict | 
     assert torch.equal(weights["w.bias"].whole(CPU), torch.zeros(64))
 
 
+NVFP4 = {
+    "w.weight_packed": torch.zeros(64, 48, dtype=torch.uint8),
+    "w.weight_scale": torch.ones(64, 6).to(torch.float8_e4m3fn),
+    "w.weight_global_scale": torch.ones(1),
+}
+MODELOPT = {
+    "w.weight": NVFP4["w.weight_packed"],
+    "w.weight_scale": NVFP4["w.weight_scale"],
+    "w.weight_scale_2": torch.ones(()),
+}
+EXPONENTS = torch.full((64, 3), 127, dtype=torch.uint8)
+
+
+def float_groups(form: str, **weights) -> dict:
+    """A config of compressed-tensors that states this of the weights."""
+    group = {"weights": {"num_bits": 4, "type": "float", "group_size": 16, **weights}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
+
+
 BROKEN = {
+    "nvfp4: no scale of the tensor": (
+        {k: t for k, t in NVFP4.items() if "global" not in k}, float_groups("nvfp4-pack-quantized"), "do not fit"
+    ),
+    "nvfp4: two scales of the tensor": (
+        NVFP4 | {"w.weight_global_scale": torch.ones(2)}, float_groups("nvfp4-pack-quantized"), "do not fit"
+    ),
+    "nvfp4: a scale of the tensor without dimensions, which the library rounds to bfloat16": (
+        NVFP4 | {"w.weight_global_scale": torch.ones(())}, float_groups("nvfp4-pack-quantized"), "do not fit"
+    ),
+    "nvfp4: groups of 32": (
+        NVFP4 | {"w.weight_scale": NVFP4["w.weight_scale"][:, :3]}, float_groups("nvfp4-pack-quantized"), "do not fit"
+    ),
+    "nvfp4: groups of 32 in the config": (NVFP4, float_groups("nvfp4-pack-quantized", group_size=32), "in groups of 16, but"),
+    "nvfp4: asymmetric in the config": (NVFP4, float_groups("nvfp4-pack-quantized", symmetric=False), "groups of 16, but"),
+    "nvfp4: zero points": (
+        NVFP4 | {"w.weight_zero_point": torch.ones(64, 6)}, float_groups("nvfp4-pack-quantized"), "'w.weight_zero_point'"
+    ),
+    "nvfp4: transposed": (
+        NVFP4 | {"w.weight_packed": torch.zeros(48, 64, dtype=torch.uint8)}, float_groups("nvfp4-pack-quantized"), "do not fit"
+    ),
+    "nvfp4: rows padded": (
+        NVFP4 | {"w.weight_scale": torch.ones(128, 6).to(torch.float8_e4m3fn)}, float_groups("nvfp4-pack-quantized"), "do not fit"
+    ),
+    "nvfp4: a stack": (
+        NVFP4 | {"w.weight_packed": torch.zeros(2, 64, 48, dtype=torch.uint8)}, float_groups("nvfp4-pack-quantized"), "do not fit"
+    ),
+    "mxfp4: six bits": (
+        {"w.weight_packed": torch.zeros(64, 72, dtype=torch.uint8), "w.weight_scale": EXPONENTS},
+        float_groups("mxfp4-pack-quantized", group_size=32),
+        "do not fit",
+    ),
+    "mxfp4: NVFP4 in the config": (
+        {"w.weight_packed": NVFP4["w.weight_packed"], "w.weight_scale": EXPONENTS},
+        float_groups("nvfp4-pack-quantized"),
+        "in groups of 32, but",
+    ),
+    "mxfp8: groups of 96": (
+        {"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS[:, :1]}, float_groups("mxfp8-quantized"), "expected MXFP8"
+    ),
+    "mxfp8: two rows a scale": (
+        {"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS[:32]}, float_groups("mxfp8-quantized"), "expected MXFP8"
+    ),
+    "mxfp8: scales that are no exponents": (
+        {"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(64, 3)}, float_groups("mxfp8-quantized"), "expected MXFP8"
+    ),
+    "mxfp8: exponents of another dtype, which the library reads otherwise": (
+        {"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS.view(torch.float8_e8m0fnu)},
+        float_groups("mxfp8-quantized"),
+        "expected MXFP8",
+    ),
+    "modelopt: scales of the inputs": (
+        MODELOPT | {"w.pre_quant_scale": torch.ones(96)}, {"quant_method": "modelopt"}, "'w.pre_quant_scale'"
+    ),
+    "modelopt: groups of 32 in the config": (
+        MODELOPT, {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32}, "in groups of 16, but"
+    ),
+    "modelopt: no scale of the tensor": (
+        {k: t for k, t in MODELOPT.items() if "_2" not in k}, {"quant_method": "modelopt"}, "dtype U8 is not one of"
+    ),
     "fp8: a scale for other rows": (
         {"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(3, 1)},
         {"quant_method": "fp8"},
@@ -137,7 +215,7 @@ BROKEN = {
     ),
     "awq: gemv": (packed(qweight=AWQ_WORDS), {"quant_method": "awq", "version": "gemv"}, "version gemm"),
     "awq: other groups": (packed(qweight=AWQ_WORDS), {"quant_method": "awq", "group_size": 32}, "do not fit"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BROKEN)
