@@ -59,11 +59,11 @@ class Facts:
     tensors
         Parameters, under all of their names; buffers stand in `buffers`.
     vocabulary, labels
-        Those of them with a row a token → where the config states how many, the key last; and those with a row a label.
+        Tensors with a row for each token → path of the config key that states how many; and tensors with a row for each label.
     embeddings, transposed
         Modules that are embeddings, and those that store (in, out).
     stacks
-        Parameter that holds a matrix an expert → ``out,in`` or ``in,out``; empty where the module does not say.
+        Parameter that holds a matrix for each expert → ``out,in`` or ``in,out``; empty if the module does not say.
     matrices
         Matrices of modules of no standard class, as an expert router's.
     buffers

@@ -174,7 +174,7 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
     if not _is_worth_it(one, min(held)):
         trade = one["trade"]
         return "adapter", (
-            f"the adapter as it is: {trade['name']} regains {trade['regained']:.4f} ± {trade['regained_se']:.4f} nats a token on general "
+            f"the adapter as it is: {trade['name']} regains {trade['regained']:.4f} ± {trade['regained_se']:.4f} nats per token on general "
             f"text and gives up {trade['given_up']:.4f} ± {trade['given_up_se']:.4f} on the task's; what is written regains over "
             f"{trade['worth']:g} of what it gives up, by two errors"
         ), UNCHANGED  # fmt: skip

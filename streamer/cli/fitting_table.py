@@ -93,7 +93,7 @@ def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:
         if (trade := one.get("trade")) is not None and not trade["worth_it"]:
             numbers = [f"{trade[key]:.4f} ± {trade[f'{key}_se']:.4f}" for key in ("regained", "given_up")]
             lines.append(
-                f"{100 * one['keep']:g}%: probably not worth it: it regains {numbers[0]} nats a token on general text and gives up "
+                f"{100 * one['keep']:g}%: probably not worth it: it regains {numbers[0]} nats per token on general text and gives up "
                 f"{numbers[1]} on the task's"
             )
     return lines

@@ -132,9 +132,7 @@ def left_out(evaluation: VariantLosses) -> list[str]:
 
 
 def _trade(trade: Trade) -> str:
-    return (
-        f"regains {cell(trade.regained)} nats a token on general text and gives up {cell(trade.given_up)} on the task's"
-    )
+    return f"regains {cell(trade.regained)} nats per token on general text and gives up {cell(trade.given_up)} on the task's"
 
 
 def _reasons(evaluation: VariantLosses, suggestion: Suggestion) -> list[str]:

@@ -83,7 +83,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Slope:
-    """Answers `Gradient`: the value in nats a token, and its gradient (P,)."""
+    """Answers `Gradient`: the value in nats per token and its gradient (P,)."""
 
     value: float
     gradient: Floats

@@ -1,1 +1,1 @@
-"""Matching: the base tensor that each module changes; every refusal."""
+"""Match each module to the base tensor that it changes, and refuse what cannot be matched."""

@@ -1,8 +1,8 @@
-"""Compare what an adapter's config announces with the tensors that its file has.
+"""Compare what an adapter's config announces with the tensors in its file.
 
-An adapter that was saved in part loads in PEFT with values that nobody trained. Tensors of ``modules_to_save`` and
-``trainable_token_indices`` and the biases of ``lora_bias`` are the adapter's alone, so it is refused without them; biases of
-``bias="all"`` and modules of ``target_modules`` may have been left out on purpose, so the base's values are kept, with a warning.
+PEFT loads a partly saved adapter and fills the gaps with values that nobody trained. Only the adapter can supply the tensors of
+``modules_to_save`` and ``trainable_token_indices`` and the biases of ``lora_bias``, so an adapter without them is refused. Biases of
+``bias="all"`` and modules of ``target_modules`` may be missing on purpose, so the base's values are kept, with a warning.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from streamer.weights.model_config import ModelConfig
 
 
 class Announced:
-    """Compares what an adapter's config announces of a base with what its file brings.
+    """Comparison of what an adapter's config announces about a base with what its file contains.
 
     Parameters
     ----------
     names
-        All names of the base's tensors, those of tied ones too, in the order of messages.
+        All names of the base's tensors, including names of tied tensors, in the order of messages.
     edits
-        The edits that the adapter's other tensors make.
+        Edits that the adapter's other tensors make.
     """
 
     def __init__(self, adapter: DeltaSource, names: Collection[str], renames: Renames, config: ModelConfig,
@@ -48,44 +48,44 @@ class Announced:
         }
 
     def check(self) -> tuple[str, ...]:
-        """Return notes on announced tensors that are missing, and that the base has as well.
+        """Return notes on announced tensors that the file lacks and the base has.
 
         Raises
         ------
         FormatError
-            If the adapter's file lacks tensors that only the adapter can bring; all are named.
+            If the file lacks tensors that only the adapter can supply; the message names all of them.
         """
         missing = [*self._saved_modules(), *self._tokens(), *self._lora_biases()]
         if missing:
             raise FormatError(
-                f"{self._adapter.file.path}: lacks what {CONFIG_NAME} announces: {listed(missing, separator='; ')}; save the adapter "
-                "again with PEFT's save_pretrained"
+                f"{self._adapter.file.path}: lacks tensors that {CONFIG_NAME} announces: {listed(missing, separator='; ')}; save the "
+                "adapter again with PEFT's save_pretrained"
             )
         return (*self._biases(), *self._targets())
 
     def _biases(self) -> Iterator[str]:
-        """Note the biases that ``bias="all"`` announces."""
+        """Note missing biases that ``bias="all"`` announces."""
         biases = [t for t in self._tensors if t.endswith(".bias") and self._adapter.config.get("bias") == "all"]
         if missing := [t for t in biases if not self._brings(t)]:
             yield (
-                f"the adapter's bias is 'all', and its file lacks {len(missing)} of the base's {len(biases)} biases, {missing[0]!r} first: "
+                f"the adapter's bias is 'all', but its file lacks {len(missing)} of the base's {len(biases)} biases, {missing[0]!r} first: "
                 "the base's values are kept"
             )
 
     def _targets(self) -> Iterator[str]:
-        """Note the modules that ``target_modules`` names by their full paths."""
+        """Note missing modules that ``target_modules`` names by their full paths."""
         adapter, config = self._adapter, self._adapter.config
         if config.get("exclude_modules") or config.get("layers_to_transform"):
             return
         modules = {*adapter.modules, *(name for w in adapter.wrapped for name in w.layers)}
         given = [f"{module}.weight" for module in modules]
-        known = {*given, *self._renames.at_run_time(given).values()}  # an earlier version named them otherwise
+        known = {*given, *self._renames.at_run_time(given).values()}  # an earlier version used other names
         pairs = {name: pair for pair in self._tensors.items() for name in pair}
         named = [m for m in config.strings("target_modules") if f"{m}.weight" in pairs and not adapter.trains(m)]
         if missing := [m for m in named if known.isdisjoint(pairs[f"{m}.weight"])]:
             one = len(missing) == 1
             yield (
-                f"the adapter's target_modules names {listed(map(repr, missing))}, and its file has no factors of "
+                f"the adapter's target_modules names {listed(map(repr, missing))}, but its file has no factors of "
                 f"{'it' if one else 'them'}: the base's values are kept"
             )
 
@@ -93,29 +93,29 @@ class Announced:
         return tensor in self._brought or self._tensors[tensor] in self._saved
 
     def _saved_modules(self) -> Iterator[str]:
-        """Name the entries of modules_to_save that the model has modules of, and the file no tensor, or not every one.
+        """Report the entries of modules_to_save whose module the model has, but some of whose tensors the file lacks.
 
-        PEFT adds the names of common heads for a task, and the model has one of them: an entry alone announces nothing.
+        PEFT adds the names of common heads for a task, and the model has only one of them: an entry alone announces nothing.
         """
         for entry in self._adapter.config.strings("modules_to_save"):
             missing = [t for t, now in self._tensors.items() if _is_below(now, entry) and not self._brings(t)]
             if not missing and not any(_is_below(name, entry) for name in self._tensors.values()):
                 missing = self._missing_of_head(entry)
             if missing:
-                yield f"modules_to_save names {entry!r}, and {_missing(missing)}"
+                yield f"modules_to_save names {entry!r}, but {_missing(missing)}"
 
     def _missing_of_head(self, entry: str) -> list[str]:
-        """List the tensors that the file lacks of a head that the base has not: PEFT's loader wants each one.
+        """List the missing tensors of a head that the base does not have: PEFT's loader needs every one.
 
-        A class may have a head in one of two forms, as LayoutLMv3 a ``classifier`` or a ``classifier.dense`` by the number of labels. So
-        what is inside a module that the file has tensors of, or around it, is not missing.
+        A class may have a head in one of two forms: LayoutLMv3 has a ``classifier`` or a ``classifier.dense``, depending on the number of
+        labels. So a module counts as present if the file has tensors of a module inside it or around it.
         """
         there = {name.rpartition(".")[0] for name in self._saved if _is_below(name, entry)}
         lacking = [name for name in self._task_head() if _is_below(name, entry) and name not in self._saved]
         return [name for name in lacking if not any(_is_nested(name.rpartition(".")[0], module) for module in there)]
 
     def _task_head(self) -> list[str]:
-        """List the tensors outside of layers that the class of the adapter's task has."""
+        """List the tensors outside layers of the class for the adapter's task."""
         task = self._adapter.config.get("task_type")
         cls = auto_class(self._config.model_type, task) if task in LABEL_TASKS else None
         architecture = None if cls is None else architecture_for(self._config, cls)
@@ -127,9 +127,9 @@ class Announced:
         if isinstance(stated, list) and stated and not found:
             yield f"the rows of its {len(stated)} trainable_token_indices are missing"
         for key, rows in stated.items() if isinstance(stated, dict) else ():
-            # Of tied modules with the same rows PEFT saves one.
+            # PEFT saves only one of several tied modules with the same rows.
             if rows and not any(f".{module}".endswith(f".{key}") or found[module] == rows for module in found):
-                yield f"trainable_token_indices names {key!r}, and its rows are missing"
+                yield f"trainable_token_indices names {key!r}, but its rows are missing"
 
     def _lora_biases(self) -> Iterator[str]:
         if not self._adapter.config.get("lora_bias"):
@@ -138,11 +138,11 @@ class Announced:
         modules = self._adapter.modules.items()
         of_lora = [name for name, m in modules if isinstance(m, LoraModule) and m.form != "embedding"]
         if missing := [f"{name}.lora_B.bias" for name in of_lora if name not in found]:
-            yield f"lora_bias is true, and {_missing(missing)}"
+            yield f"lora_bias is true, but {_missing(missing)}"
 
 
 def _is_behind(name: str, config: ModelConfig) -> bool:
-    """Say whether a tensor is of a layer behind the last that the config counts, as for multi-token prediction: no class loads it."""
+    """Test whether a tensor belongs to a layer after the last that the config counts (multi-token prediction): no class loads it."""
     layers, found = config.values.get("num_hidden_layers"), re.match(r"(?:model\.)?layers\.(\d+)\.", name)
     return found is not None and type(layers) is int and int(found[1]) >= layers
 
@@ -152,11 +152,11 @@ def _missing(names: Sequence[str]) -> str:
 
 
 def _is_below(tensor: str, entry: str) -> bool:
-    """Say whether a tensor is in a module that an entry of modules_to_save names: by the end of its path, as PEFT takes it."""
+    """Test whether a tensor is in a module that an entry of modules_to_save names by the end of its path, as PEFT matches it."""
     steps = tensor.split(".")[:-1]
     return any(".".join(steps[:i]).endswith(entry) for i in range(1, len(steps) + 1))
 
 
 def _is_nested(a: str, b: str) -> bool:
-    """Say whether one of two modules is inside the other."""
+    """Test whether one of two modules is inside the other."""
     return a.startswith(f"{b}.") or b.startswith(f"{a}.")

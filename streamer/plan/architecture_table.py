@@ -1,7 +1,7 @@
-"""Read the packaged table of architectures: a record for each class, as ``tools/make_architectures.py`` wrote it.
+"""Read the packaged table of architectures: a record for each class, written by ``tools/make_architectures.py``.
 
-The first line of ``architectures.json.gz`` holds what all classes share, each other line the record of the classes that say the same. A
-record has what the classes of the models within it do not say already.
+The first line of ``architectures.json.gz`` holds what all classes share. Each further line holds one record, which several classes may
+share. A record omits what the records of its inner models already say.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any, NamedTuple
 
 
 class Table(NamedTuple):
-    """The table, whose records are parsed when they are asked for.
+    """The table; records are parsed on demand.
 
     Attributes
     ----------
     source
-        The version of transformers that it was made from.
+        Version of transformers from which the table was made.
     classes
-        Class → the number of its record's line.
+        Class → line number of its record.
     types
-        Model type → the classes that a config of it may be of.
+        Model type → classes that its config can have.
     auto
-        Auto class → model type → the class that it builds.
+        Auto class → model type → class that it builds.
     lines
         Records as JSON.
     tie_rules
-        Model types: those ``always`` tied, those whose tie is stated for more than itself (``not_alone``), those that take it from their
-        ``text_config`` too (``of_text``), and those that are tied by ``default``.
+        Rule → model types. ``always``: the weights are always tied; ``not_alone``: the config key states more than this tie; ``of_text``:
+        the ``text_config`` can also state the tie; ``default``: tied by default.
     """
 
     source: str
@@ -44,7 +44,7 @@ class Table(NamedTuple):
 
 @cache
 def table() -> Table:
-    """Read the table, once."""
+    """Read the table once."""
     data = gzip.decompress(resources.files(__package__).joinpath("architectures.json.gz").read_bytes())
     head, *lines = data.decode().splitlines()
     facts = json.loads(head)
@@ -55,7 +55,7 @@ def table() -> Table:
 
 @cache
 def record(name: str) -> Mapping[str, Any] | None:
-    """Return the record of a class; None where the table has none."""
+    """Return the record of a class, or None if the table has none."""
     line = table().classes.get(name)
     found: dict[str, Any] | None = None if line is None else json.loads(table().lines[line])
     return found
@@ -63,6 +63,6 @@ def record(name: str) -> Mapping[str, Any] | None:
 
 @cache
 def conv1d_names() -> frozenset[str]:
-    """List the last names of modules that some class stores (in, out), as ``c_proj``: in an unknown class it may be either way."""
+    """List the last names of modules that some class stores (in, out), such as ``c_proj``: in an unknown class they may be either way."""
     records = filter(None, map(record, table().classes))
     return frozenset(pattern.rpartition(".")[2] for of in records for pattern in of.get("transposed", ()))

@@ -1,8 +1,8 @@
-"""Facts of model classes: which weights are tied, stored transposed, embeddings or stacks of experts, and their names on disk.
+"""Describe model classes: which weights are tied, stored transposed, embeddings or stacks of experts, and their names on disk.
 
-They stand in ``architectures.json.gz``, taken from transformers' own classes by ``tools/make_architectures.py``; none of its code is
-needed to read them. Names are run-time names. In a pattern the number of a layer is ``*``: ``model.layers.0.mlp`` and
-``model.layers.79.mlp`` are one, ``model.layers.*.mlp``. A model is described by its class, and each model within it (a vision tower, a
+``tools/make_architectures.py`` extracts these facts from transformers' classes into ``architectures.json.gz``; reading them needs none of
+transformers' code. Names are run-time names. In a pattern ``*`` replaces a layer's number: ``model.layers.0.mlp`` and
+``model.layers.79.mlp`` both match ``model.layers.*.mlp``. A model is described by its class, and each model inside it (a vision tower, a
 decoder) by the class that the config names there.
 """
 
@@ -29,12 +29,12 @@ class Tie:
     Attributes
     ----------
     name, source
-        Patterns of the two; loaders give `name` what stands on disk for `source`, or the reverse where only `name` stands there.
+        Patterns of the two. Loaders give `name` the tensor stored as `source`, or the reverse if only `name` is stored.
     keys
-        Where a config states it: paths of keys, any of which ties; none: no config can untie them, as the class ties them whatever its
-        config says, or computes otherwise where it says that they are apart (T5).
+        Paths of config keys that state the tie; any one of them ties. Empty if no config can untie the two: the class ties them whatever
+        its config says, or computes something else if the config unties them (T5).
     tied
-        Whether they are tied under the config that was asked for, by its values or by the defaults of its classes.
+        Whether they are tied under the given config, by its values or by the defaults of its classes.
     """
 
     name: str
@@ -44,18 +44,18 @@ class Tie:
 
 
 class Part(NamedTuple):
-    """A model within a model.
+    """A model inside a model.
 
     Attributes
     ----------
     path
-        Its module's.
+        Path of its module.
     name, model_type
-        Its class, and the type of that class.
+        Its class, and that class's model type.
     config
-        The keys under which its config stands in the model's; none: it has the whole one.
+        Keys that lead to its config inside the model's config; empty if it uses the whole config.
     disk
-        What its own names on disk begin with there.
+        Prefix of its names on disk.
     """
 
     path: str
@@ -67,39 +67,39 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """Facts of a model.
+    """Facts about a model.
 
     Attributes
     ----------
     name, model_type
-        Its class, and the type of that class.
+        Its class, and that class's model type.
     base_prefix
-        The path of the model without its head (``base_model_prefix``): modules are found with it and without.
+        Path of the model without its head (``base_model_prefix``): modules are found with and without it.
     tensors
-        Patterns of its parameters, under all of their names: those that some config of the class makes.
+        Patterns of its parameters under all their names, for every config of the class.
     vocabulary
-        Patterns of tensors with a row a token → where the config states how many: a path of keys.
+        Pattern of a tensor with a row for each token → path of the config keys that state the number of rows.
     labels
-        Patterns of parameters with a row a label.
+        Patterns of parameters with a row for each label.
     ties
-        Those that hold, and those that the config could state.
+        Ties that hold, and ties that the config could state.
     input_embedding, output_embedding
-        Their modules; None where the class has none.
+        The modules' paths; None if the class has none.
     embeddings, conv1d
-        Patterns of modules that are embeddings, and of those that store (in, out).
+        Patterns of embedding modules, and of modules that store (in, out).
     expert_stacks
-        Pattern of a parameter with a matrix an expert, (experts, …) → ``out,in`` or ``in,out``; empty where transformers does not say.
+        Pattern of a parameter with a matrix for each expert, (experts, …) → ``out,in`` or ``in,out``; empty if transformers does not say.
     matrices
-        Patterns of two-dimensional parameters of modules that are no Linear, Conv1D or embedding, as an expert router's.
+        Patterns of two-dimensional parameters of modules other than Linear, Conv1D and embeddings, such as an expert router.
     saved_buffers
-        Patterns of tensors on disk that are no parameters.
+        Patterns of tensors on disk that are not parameters.
     disk_names
-        Run-time pattern of a tensor named here → patterns on disk, where they differ: several where loading builds one of many, none
-        where it builds several at once of many.
+        Run-time pattern of a tensor named here → patterns on disk, if they differ: several if loading builds one tensor from many, none
+        if it builds several from many.
     may_be_missing, unsaved
-        Regular expressions of names that loading does without, and patterns of names that are not written.
+        Regular expressions of names that loading does not need, and patterns of names that are not saved.
     parts
-        The models within it, the outer ones first.
+        The models inside it, outer ones first.
     """
 
     name: str
@@ -122,36 +122,36 @@ class Architecture:
     parts: tuple[Part, ...]
 
     def has_tensor(self, name: str) -> bool:
-        """Whether a loaded model has a tensor of this name, or of this one in another layer."""
+        """Test whether a loaded model has a tensor of this name, possibly in another layer."""
         return (pattern := pattern_of(name)) in self.tensors or pattern in self.saved_buffers
 
     def transposed(self, module: str) -> bool:
-        """Whether a module stores its weight (in, out), as Conv1D does; every other linear layer stores (out, in)."""
+        """Test whether a module stores its weight (in, out), as Conv1D does; every other linear layer stores (out, in)."""
         return self._among(module, self.conv1d)
 
     def has_module(self, module: str) -> bool:
-        """Whether a loaded model has a module with a weight of this name, with the base's prefix or without."""
+        """Test whether a loaded model has a module with a weight of this name, with or without the base's prefix."""
         return self._among(f"{module}.weight", self.tensors)
 
     def is_embedding(self, module: str) -> bool:
-        """Whether a module with a weight is looked up and not multiplied; of one that the table does not have the name tells."""
+        """Test whether a module is an embedding (looked up, not multiplied); if the table does not have it, the name decides."""
         named = not self.has_module(module) and EMBEDDING.search(module) is not None
         return named or self._among(module, self.embeddings)
 
     def is_matrix(self, parameter: str) -> bool:
-        """Whether a two-dimensional parameter is of a module that is no Linear, Conv1D or embedding, as an expert router."""
+        """Test whether a two-dimensional parameter belongs to a module other than Linear, Conv1D or embedding, such as an expert router."""
         return self._among(parameter, self.matrices)
 
     def vocabulary_keys(self, parameter: str) -> tuple[str, ...] | None:
-        """Where the config states how many rows a tensor with a row a token has; None of any other."""
+        """Return the config keys that state the number of rows of a tensor with a row for each token; None for any other tensor."""
         return next((self.vocabulary[p] for p in self._spellings(parameter) if p in self.vocabulary), None)
 
     def stack_orientation(self, parameter: str) -> str:
-        """Orientation of each matrix of a stack of experts, ``out,in`` or ``in,out``; empty where the table does not tell."""
+        """Return the orientation of each matrix in a stack of experts, ``out,in`` or ``in,out``; empty if the table does not say."""
         return next((self.expert_stacks[p] for p in self._spellings(parameter) if p in self.expert_stacks), "")
 
     def disk_patterns(self, name: str) -> tuple[str, ...]:
-        """The patterns on disk of a tensor that the table names."""
+        """Return the patterns on disk of a tensor that the table names."""
         return self.disk_names.get(pattern := pattern_of(name), (pattern,))
 
     def _among(self, name: str, patterns: frozenset[str]) -> bool:
@@ -163,23 +163,23 @@ class Architecture:
 
 
 def pattern_of(name: str) -> str:
-    """The pattern of a name: ``h.0.attn`` → ``h.*.attn``."""
+    """Return the pattern of a name: ``h.0.attn`` → ``h.*.attn``."""
     return ".".join("*" if step.isdigit() else step for step in name.split("."))
 
 
 def architecture_of(config: Mapping[str, Any], name: str | None = None) -> Architecture | None:
-    """The facts of the model with this ``config.json``.
+    """Return the facts about the model with this ``config.json``.
 
     Parameters
     ----------
     name
-        Its class, where it is not the first of the config's ``architectures``.
+        Its class, if not the first of the config's ``architectures``.
 
     Returns
     -------
     Architecture or None
-        None where the table does not tell: it has no such class, or one of another ``model_type``, or not the class of a model within it;
-        or the config names no class and its type has more than one.
+        None if the facts are not known: the table lacks the class, has it for another ``model_type`` or lacks the class of an inner
+        model; or the config names no class and its type has several.
     """
     stated, model_type = config.get("architectures"), config.get("model_type")
     of_type = table().types.get(model_type, ()) if isinstance(model_type, str) else ()
@@ -192,9 +192,9 @@ def architecture_of(config: Mapping[str, Any], name: str | None = None) -> Archi
 
 
 def architecture_for(config: ModelConfig, name: str | None = None) -> Architecture | None:
-    """The facts of the class of this name, else of that which the user names or the config; None where the table does not tell.
+    """Return the facts about the named class, else the class that the user or the config names; None if the table does not have them.
 
-    A class that is named stands for a model type that is not known, too.
+    A named class is accepted for an unknown model type, too.
     """
     name = name or config.architecture
     unknown = name is not None and not classes_of(config.model_type)
@@ -202,9 +202,9 @@ def architecture_for(config: ModelConfig, name: str | None = None) -> Architectu
 
 
 def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
-    """List the facts of the model with this config; none: it is not known.
+    """List the facts about the model with this config; empty if it is not known.
 
-    Where it names no class, or one of another library that brings no code of its own (``auto_map``), those of every class of its type.
+    If the config names no class, or a class of another library without its own code (``auto_map``), list every class of its type.
     """
     of_type = classes_of(config.model_type)
     elsewhere = of_type and config.architectures[:1] and config.architectures[0] not in of_type
@@ -215,7 +215,7 @@ def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
 
 
 def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
-    """Set the class that a user names.
+    """Set the class that the user names.
 
     Raises
     ------
@@ -234,17 +234,17 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
 
 
 def classes_of(model_type: str | None) -> tuple[str, ...]:
-    """The classes that a config of this type may be of; none where the table has none."""
+    """Return the classes that a config of this type can have; empty if the table has none."""
     return table().types.get(model_type, ()) if model_type else ()
 
 
 def source() -> str:
-    """What the table was made from."""
+    """Name the source of the table."""
     return table().source
 
 
 def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) -> Architecture | None:
-    """The facts of a class whose own config stands at `place`."""
+    """Return the facts about a class whose own config is at `place`."""
     record = record_of(name)
     if record is None:
         return None
@@ -310,7 +310,7 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
 
 
 def _part_class(slot: Mapping[str, Any], config: Any) -> str | None:
-    """The class of a part: the one its class builds there, or of its auto class the one for the nested config's type."""
+    """Return the class of a part: the class that the outer class builds, or for an auto class the one for the nested config's type."""
     name: str = slot["class"]
     model_type = config.get("model_type") if isinstance(config, Mapping) else None
     record = record_of(name)
@@ -331,7 +331,7 @@ def _flag(config: Mapping[str, Any], keys: tuple[str, ...], default: bool) -> bo
 
 
 def _named(part: Architecture) -> set[str]:
-    """The names of a part whose names on disk the table knows."""
+    """Return the part's names for which the table knows the names on disk."""
     modules = {*part.embeddings, *part.conv1d, *filter(None, (part.input_embedding, part.output_embedding))}
     tied = {name for tie in part.ties for name in (tie.name, tie.source)}
     weights = {f"{module}.weight" for module in modules}
@@ -339,7 +339,7 @@ def _named(part: Architecture) -> set[str]:
 
 
 def _embedding(path: str | None, kind: str, inner: Mapping[str, Architecture]) -> str | None:
-    """A module's path; ``@part`` is the part's own."""
+    """Return a module's path; ``@part`` refers to the part's own module."""
     if path is None or not path.startswith("@"):
         return path
     module = getattr(inner[path[1:]], kind)

@@ -1,4 +1,4 @@
-"""Plans on one base that are carried out together."""
+"""Group plans on one base that are executed together."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from streamer.storage.tensor_file import IOMode
 
 
 class Assignment(NamedTuple):
-    """A matrix that one plan of a batch changes: the plan's number, and its target."""
+    """A matrix that one plan of a batch changes: the plan's index and its target."""
 
     plan: int
     target: Target
 
 
 class SharedGroup(tuple[Assignment, ...]):
-    """Assignments whose matrices are the same bytes of the base, which are read once for all; at least one."""
+    """Assignments, at least one, whose matrices are the same bytes of the base and are read once for all."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Plans of one or several adapters on one base, each tensor of which is read once for all of them.
+    """Plans of one or more adapters on one base; each tensor of the base is read once for all of them.
 
     Attributes
     ----------
     base
         The base, opened once.
     plans
-        One for each adapter, in the order given.
+        One plan for each adapter, in the order given.
     """
 
     base: Checkpoint
@@ -49,25 +49,25 @@ class Batch:
 
     @property
     def remote_count(self) -> int:
-        """Count the models whose tensors are read from an address by ranges."""
+        """Count the models whose tensors are read from a URL by ranges."""
         models = [tuple(self.base.files.values()), *(plan.adapter.files for plan in self.plans)]
         return sum(any(file.remote for file in files) for files in models)
 
     @property
     def matrix_count(self) -> int:
-        """Count the matrices that the adapters change, one that several change for each of them."""
+        """Count the matrices that the adapters change; a matrix that several adapters change counts for each of them."""
         return sum(len(plan.targets) for plan in self.plans)
 
     @property
     def warnings(self) -> list[str]:
-        """Collect what a user should know of any of the plans."""
+        """Collect the warnings of all plans."""
         return [warning for plan in self.plans for warning in plan.warnings]
 
     def matrices(self, wanted: Callable[[Assignment], bool] = lambda _: True) -> list[SharedGroup]:
-        """List the matrices that are wanted in the base's file order.
+        """List the wanted matrices in the base's file order.
 
-        Two adapters on ``q_proj`` give one group of two; an adapter that saves a ``q_proj`` of its own to add its delta to gives a group
-        of its own.
+        Two adapters on ``q_proj`` form one group of two. An adapter that saves its own ``q_proj``, to which its delta is added, forms a
+        group of its own.
         """
         found: dict[tuple[Any, ...], list[Assignment]] = {}
         for i, plan in enumerate(self.plans):
@@ -81,6 +81,6 @@ class Batch:
 
 def make_batch(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
                architecture: str | None = None) -> Batch:  # fmt: skip
-    """Open a base, once, and match each adapter with it, at least one; see `make_plans`."""
+    """Open a base once and match each adapter, at least one, with it; see `make_plans`."""
     plans = make_plans(base, adapters, io, stated, architecture)
     return Batch(plans[0].base, plans)

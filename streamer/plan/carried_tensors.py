@@ -1,7 +1,7 @@
-"""Match an adapter's carried tensors, those that are no factors, to the model's tensors that they edit.
+"""Match an adapter's carried tensors, the ones that are not factors, to the model's tensors that they edit.
 
-Weights and biases replace the base's, or are new; LoRA's biases are added; trained tokens replace rows. Names are matched as those of
-the factors were (`targets`): where the module ``model.layers.0.mlp.up_proj`` was found as ``layers.0.mlp.up_proj.weight``, the saved
+Weights and biases replace the base's or are new; LoRA biases are added; trained tokens replace rows. Names are matched in the same way as
+the factors' names (`targets`): if the module ``model.layers.0.mlp.up_proj`` was found as ``layers.0.mlp.up_proj.weight``, the saved
 ``model.norm.weight`` is ``norm.weight``. So `plan` knows every tensor of the merged model before anything is written.
 """
 
@@ -36,14 +36,14 @@ class CarriedRecord(TypedDict):
 
 
 class VocabularyTensor(NamedTuple):
-    """A tensor whose rows are a vocabulary.
+    """A tensor with a row for each entry of a vocabulary.
 
     Attributes
     ----------
     names
-        All names that are one with it.
+        All names of the same parameter.
     keys
-        Where the config states the number of rows: encoder and decoder may have vocabularies of their own.
+        Config keys that state the number of rows: encoder and decoder may have separate vocabularies.
     """
 
     names: tuple[str, ...]
@@ -52,26 +52,26 @@ class VocabularyTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorEdits:
-    """Edits of the base besides deltas, by the name of the merged model's tensor.
+    """Edits of the base other than deltas, by the name of the merged model's tensor.
 
     Attributes
     ----------
     sources
-        Tensors that take the place of the base's, before any delta; a name that the base does not have is a new tensor.
+        Tensors that replace the base's before any delta is added; a name that the base does not have is a new tensor.
     shifts
-        Tensors that are added, and the factor of each.
+        Tensors that are added, each with its factor.
     rows
-        Tensors that take the place of some rows, and the rows' indices.
+        Tensors that replace some rows, and the rows' indices.
     trained
-        Those of the sources that the adapter trained. The others are the base as the adapter knows it.
+        The sources that the adapter trained; the rest are copies of the base.
     vocabularies
-        Where the config states the size of a vocabulary → its new size, where a replaced embedding has another.
+        Config keys of a vocabulary's size → its new size, if a replaced embedding changes it.
     dropped
-        Tensors of the base that the merged model does without, each with the reason.
+        Tensors of the base that the merged model omits, each with the reason.
     untied
-        Paths of keys that state ties that are undone (see `tied_embeddings`); for the config.
+        Key paths of ties that the config must no longer state (see `tied_embeddings`).
     notes
-        Notes on the merged model, one line each.
+        Notes about the merged model, one line each.
     """
 
     sources: Mapping[str, StoredTensor] = field(default_factory=dict)
@@ -85,11 +85,11 @@ class TensorEdits:
 
     @property
     def vocabulary(self) -> int | None:
-        """The vocabulary's new size, where it has another: of several the first."""
+        """Return the vocabulary's new size if it changes; with several vocabularies, the first."""
         return next(iter(self.vocabularies.values()), None)
 
     def listed(self, base: Checkpoint, of_model: bool) -> list[CarriedRecord]:
-        """List the edits as JSON values; those `of_model`, a fine-tuned one, only where they differ from the base."""
+        """List the edits as JSON values; edits `of_model`, a fine-tuned model, only if they differ from the base."""
         lines = [(name, "replaced" if name in base.weight_map else "new", part) for name, part in self.sources.items()
                  if not (of_model and name in base.weight_map and equal(part, StoredTensor(*base.locate(name))))]  # fmt: skip
         lines += [(name, f"plus {scaling:g} times", part) for name, (part, scaling) in self.shifts.items()]
@@ -102,7 +102,7 @@ class TensorEdits:
         ]
 
     def config(self, config: ModelConfig) -> ModelConfig:
-        """Set a model's config right where the edits make it untrue; the one given where they do not."""
+        """Return the model's config with every value corrected that the edits make wrong."""
         for keys, rows in self.vocabularies.items():
             config = config.with_vocabulary(rows, keys)
         return config.untied(self.untied)
@@ -122,22 +122,22 @@ def match_carried(
     Parameters
     ----------
     matched
-        Module → base tensor of the factors: the same exchange of prefixes holds for the rest.
+        Module → base tensor of the factors: the other tensors use the same exchange of prefixes.
     renames
-        Those of the base's model.
+        Renames of the base's model.
     aliases
         Further names that the model has for tensors of the base.
     quantized
-        Quantized weights, whose tensors on disk are not to be compared with: a merge refuses to replace them.
+        Quantized weights. Their stored tensors are not compared: a merge refuses to replace them.
     vocabulary
-        Tensors whose rows are a vocabulary, which may grow or shrink.
+        Tensors with a row for each entry of a vocabulary; their rows may grow or shrink in number.
 
     Raises
     ------
     MismatchError
-        If a tensor has no match, or does not fit it.
+        If a tensor has no match, or does not fit its match.
     UnsupportedError
-        If the merged model could not be loaded, or a dtype is not one of values.
+        If the merged model could not be loaded, or a dtype does not hold plain values.
     """
     known = {**{name: StoredTensor(*base.locate(name)) for name in base.weight_map}, **(aliases or {})}
     matcher = CarriedMatcher(base, adapter, known, matched, renames)
@@ -146,7 +146,7 @@ def match_carried(
     sources: dict[str, StoredTensor] = {}
     shifts: dict[str, tuple[StoredTensor, float]] = {}
     rows: dict[str, tuple[StoredTensor, tuple[int, ...]]] = {}
-    # What replaces comes first: the rest must fit it.
+    # Replacements come first: the other edits must fit them.
     for c in sorted(adapter.carried, key=lambda c: c.role != "saved"):
         name = None if c.role == "original" else matcher.find(c)
         if name is None:
@@ -162,7 +162,7 @@ def match_carried(
                 problems.append(problem)
         if c.role == "saved":
             sources[name] = mine
-            # A head's bias is saved with a vocabulary that has grown, trained or not.
+            # A head's bias is saved along with a vocabulary that has grown, whether or not it was trained.
             if (c.parameter == "bias" and adapter.config.get("bias", "all") != "none") or adapter.trains(c.module):
                 trained.add(name)
         elif c.role == "lora_bias":
@@ -179,7 +179,7 @@ def match_carried(
 
 
 class CarriedMatcher:
-    """Finds the tensors of the merged model that an adapter's carried tensors edit.
+    """Search for the tensors of the merged model that an adapter's carried tensors edit.
 
     Parameters
     ----------
@@ -206,7 +206,7 @@ class CarriedMatcher:
         self.notes: dict[str, str] = {}
 
     def find(self, c: Carried) -> str | None:
-        """Return the tensor's name; None where it has none, which is noted as a problem."""
+        """Return the tensor's name; if there is none, add a problem and return None."""
         exchanged = [add + c.name[len(strip) :] for strip, add in self.exchanges if c.name.startswith(strip)]
         found = dict.fromkeys(n for n in (c.name, self.by_run_time.get(c.name), *exchanged) if n in self.known)
         if len(found) > 1:
@@ -220,21 +220,21 @@ class CarriedMatcher:
         for name in (c.name, *exchanged):
             if name in self.built:
                 raise UnsupportedError(
-                    f"{self.adapter.file.path}: {c.source!r} takes the place of {name!r}, which transformers builds on loading from "
-                    f"{self.built[name]!r} and its like in {self.base.path}; a merge beside them is not supported"
+                    f"{self.adapter.file.path}: {c.source!r} replaces {name!r}, which transformers builds on loading from "
+                    f"{self.built[name]!r} and similar tensors in {self.base.path}; merging such a replacement is not supported"
                 )
         stripped = next((strip for strip, add in self.exchanges if strip and not add), None)
         if stripped:
             self.notes[stripped] = (
-                f"{c.name!r} is new, beside names that lack the prefix {stripped!r}: transformers 5 loads them together, and earlier "
-                "versions refuse to"
+                f"{c.name!r} is new, and the other names lack its prefix {stripped!r}: transformers 5 loads them together, but earlier "
+                "versions refuse"
             )
         return exchanged[0] if len(set(exchanged)) == 1 else c.name
 
 
 def _unmatched(c: Carried) -> str:
     if c.role == "lora_bias":
-        return f"{c.source!r} would be added to a bias that the base does not have ({c.name!r}), as PEFT cannot merge it either"
+        return f"{c.source!r} would be added to a bias that the base does not have ({c.name!r}); PEFT cannot merge it either"
     return f"{c.source!r} has no tensor in the base (looked for {c.name!r}), and no modules_to_save in {CONFIG_NAME} names it"
 
 
@@ -261,7 +261,7 @@ def _vocabularies(
     adapter: DeltaSource,
     vocabulary: Mapping[str, VocabularyTensor],
 ) -> dict[tuple[str, ...], int]:
-    """Return the new number of rows of each vocabulary, if some embedding has another than the base's; then all of it must."""
+    """Return the new number of rows of each vocabulary that a replaced embedding resizes; all its embeddings must match."""
     resized = {
         name: (known[name].info.shape[0], part.info.shape[0])
         for name, part in sources.items()
@@ -272,12 +272,12 @@ def _vocabularies(
     for name, (before, after) in resized.items():
         found.setdefault(vocabulary[name].keys, after)
         for other in vocabulary.keys() & known.keys() - follow:
-            # Values of a token each, as a head's bias, are no embedding (see `tied_names.without_stale_values`).
+            # One value for each token, such as a head's bias, is not an embedding (`tied_names.without_stale_values`).
             info, rows = known[other].info, sources.get(other, known[other]).info.shape[0]
             embedding = other.endswith(".weight") and len(info.shape) == 2 and info.shape[0] == before
             if embedding and vocabulary[other].keys == vocabulary[name].keys and rows != after:
                 raise MismatchError(
-                    f"{adapter.file.path}: gives {name!r} {after} rows, but {other!r} keeps {rows}: the vocabulary grew, and the adapter "
-                    "was saved without one of the embeddings; save it again with save_embedding_layers=True and both, or neither, targeted"
+                    f"{adapter.file.path}: gives {name!r} {after} rows, but {other!r} keeps {rows}: the vocabulary grew, but the adapter "
+                    "was saved without one of the embeddings; save it again with save_embedding_layers=True and target both or neither"
                 )
     return found

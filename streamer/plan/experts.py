@@ -1,12 +1,12 @@
-"""Match LoRA on a stacked parameter of experts, taken apart into one matrix an expert, to the base's tensors.
+"""Match LoRA on a stacked parameter of experts, split into one matrix for each expert, to the base's tensors.
 
-A loaded model has the experts of a layer in one parameter (E, out, in), or (E, in, out) in some; a base has that tensor, or one tensor
-an expert, or even two (gate and up), which transformers puts together on loading. Here each expert is a matrix (out, in) of its own,
-whatever stands on disk: detected, mitigated and merged as any other.
+A loaded model has the experts of a layer in one parameter (E, out, in), or (E, in, out) in some models. A base stores that tensor, or one
+tensor for each expert, or even two (gate and up), which transformers combines on loading. Here each expert is a matrix (out, in) of its
+own, however it is stored: it is detected, mitigated and merged like any other.
 
 LoRA on ``model.layers.0.mlp.experts.gate_up_proj`` (8, 2·I, H) of a base with ``model.layers.0.mlp.experts.0.gate_proj.weight`` (I, H),
 ``….0.up_proj.weight`` (I, H) and so on → targets ``model.layers.0.mlp.experts.gate_up_proj[0]`` … ``[7]``, each (2·I, H): the first I rows
-in its expert's ``gate_proj``, the others in its ``up_proj``.
+are in the expert's ``gate_proj``, the others in its ``up_proj``.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ REGISTERED = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "down_proj", "
 
 @dataclass(frozen=True)
 class Stack:
-    """A parameter of the loaded model that holds one matrix for each expert.
+    """A parameter of the loaded model that holds a matrix for each expert.
 
     Attributes
     ----------
     name
-        Its name in findings: the tensor's, or the run-time name of one that is built on loading.
+        Its name in findings: the tensor's name, or the run-time name if it is built on loading.
     experts
-        For each expert where its rows stand.
+        The location of each expert's rows.
     shape
         (out, in) of one matrix.
     transposed
-        The base stores (in, out).
+        Whether the base stores (in, out).
     run_time
-        ``out,in`` or ``in,out``, as the loaded model stores a matrix; empty where versions of transformers differ.
+        ``out,in`` or ``in,out``: how the loaded model stores a matrix; empty if versions of transformers differ.
     """
 
     name: str
@@ -60,12 +60,12 @@ class Stack:
 
 
 def parameters_of(adapter: DeltaSource) -> list[str]:
-    """List the names under which a base is searched for the wrapped parameters."""
+    """List the names under which wrapped parameters are looked up in a base."""
     return [w.matched_as(p) for w in adapter.wrapped for p in w.parameters]
 
 
 def expert_weight(target: Target, weights: WeightView) -> Weight:
-    """Make the matrix of an expert from the slices that hold its rows."""
+    """Make an expert's matrix from the slices that hold its rows."""
     pieces = [weights[p.weight] if p.index is None else weights[p.weight].slice(p.index) for p in target.pieces]
     return replace(pieces[0], name=target.tensor) if len(pieces) == 1 else RowConcat.of(target.tensor, pieces)
 
@@ -77,16 +77,16 @@ def match_experts(weights: WeightView, adapter: DeltaSource, config: ModelConfig
     Parameters
     ----------
     architectures
-        Facts of the base's class, or of all that it can be of.
+        Facts about the base's class, or about all classes that it may have.
     names
-        From `match_names`, the wrapped parameters among them.
+        Matches of `match_names`, including the wrapped parameters.
 
     Raises
     ------
     MismatchError
-        If a parameter is unmatched, or its shape fits no factors, or factors fit more than one: all of them in one message.
+        If a parameter is unmatched, or its shape fits no factors, or factors fit several parameters; the message names all of them.
     UnsupportedError
-        If it cannot be told which way round the factors of square matrices are.
+        If the orientation of square matrices' factors is not known.
     """
     if not adapter.wrapped:
         return []
@@ -132,12 +132,12 @@ def match_experts(weights: WeightView, adapter: DeltaSource, config: ModelConfig
 def _stack(
     tensor: str, built: Mapping[str, list[Loaded]], weights: WeightView, config: ModelConfig, stored: set[str]
 ) -> Stack | str:
-    """Find the stack of this name, or say what is wrong with it; `stored` are the orientations that the base's class may give it."""
+    """Find the stack of this name, or describe what is wrong; `stored` are the orientations that the base's class may use."""
     if tensor not in built and len(weights[tensor].shape) != 3:
-        return f"is expected to be a stack of matrices, {tensor!r} has {list(weights[tensor].shape)}"
+        return f"should be a stack of matrices, but {tensor!r} has shape {list(weights[tensor].shape)}"
     if len(stored) != 1:
         return (
-            "is a stack of matrices, and the base's config.json does not tell whether they are stored as (out, in) or (in, out); name "
+            "is a stack of matrices, but the base's config.json does not say whether they are stored as (out, in) or (in, out); name "
             "the base's class with --architecture NAME"
         )
     in_out = stored == {"in,out"}
@@ -152,7 +152,7 @@ def _stack(
 
 
 def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: ModelConfig, in_out: bool) -> Stack | str:
-    """Make the stack that is built on loading: of the tensors of each expert, or of stacks, one below the other."""
+    """Make the stack that loading builds from each expert's tensors, or from stacks concatenated by rows."""
     by = loaded[0].by
     assert by is not None
     numbered = MERGE in by.by
@@ -163,13 +163,11 @@ def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: Mod
     shapes = {tuple(weights[s[e]].shape for s in sources) for e in range(experts) if all(e in s for s in sources)}
     whole = all(sorted(s) == list(range(experts)) for s in sources)
     if not whole or sum(map(len, sources)) != len(loaded) or len(shapes) != 1:
-        return (
-            f"is built on loading from {loaded[0].tensor!r} and its like, which are not one of a shape for each expert"
-        )
+        return f"is built on loading from {loaded[0].tensor!r} and similar tensors, which are not one for each expert, all of one shape"
     (one,) = shapes
-    kinds = {(*s[:-2], s[-1]) for s in one}  # all but their heights
+    kinds = {(*s[:-2], s[-1]) for s in one}  # everything except their heights
     if len(kinds) != 1 or len(one[0]) != (2 if numbered else 3) or (CONCATENATE in by.by and in_out):
-        return f"is built on loading from {loaded[0].tensor!r} and its like, whose shapes do not fit together"
+        return f"is built on loading from {loaded[0].tensor!r} and similar tensors, whose shapes do not fit together"
     heights, width = [s[-2] for s in one], one[0][-1]
     ends = list(itertools.accumulate(heights))
     rows = [(end - h, end) for h, end in zip(heights, ends, strict=True)] if len(heights) > 1 else [None]
@@ -180,11 +178,11 @@ def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: Mod
 
     m, n = ends[-1], width
     transposed = in_out != (TRANSPOSE in by.by)
-    if TRANSPOSE_IF in by.by:  # where the shape is not the model's, whose input and output are of its width
+    if TRANSPOSE_IF in by.by:  # if the shape is not the model's, whose input and output are hidden_size wide
         known = n if not name.endswith("down_proj") else m
         transposed = known != config.hidden_size
         if config.hidden_size not in (m, n):
-            return f"is stored as {[m, n]}, of which none is the model's hidden_size {config.hidden_size}"
+            return f"is stored as {[m, n]}, but neither dimension is the model's hidden_size {config.hidden_size}"
     if transposed:
         m, n = n, m
     run_time = "out,in" if by.by in ((MERGE,), (MERGE, CONCATENATE), (CONCATENATE,)) else ""
@@ -197,7 +195,7 @@ def _sides(factors: tuple[str, str], adapter: DeltaSource) -> tuple[tuple[int, .
 
 
 def _assign(wrapped: Wrapped, stacks: Mapping[str, Stack], adapter: DeltaSource) -> tuple[str, ...] | str:
-    """Assign each wrapper its parameter, the innermost first; or say what is wrong."""
+    """Assign each wrapper its parameter, innermost first, or describe what is wrong."""
     fits = [
         order
         for order in itertools.permutations(stacks)
@@ -222,7 +220,7 @@ def _fit(stack: Stack, a: Sequence[int], b: Sequence[int]) -> bool:
 
 
 def _transposed(stacks: Sequence[tuple[Stack, Sequence[int], Sequence[int]]], adapter: DeltaSource) -> list[bool]:
-    """Say of each stack whether ``(B·A)ᵀ`` is (out, in): by its shape; for square ones as the others; else by PEFT's version."""
+    """Return for each stack whether ``(B·A)ᵀ`` is (out, in): by its shape; if square, like the others; else by PEFT's version."""
     by_shape = [None if s.shape[0] == s.shape[1] else (a[1] == s.shape[0]) for s, a, _ in stacks]
     seen = {t for t in by_shape if t is not None}
     out = []
@@ -235,12 +233,12 @@ def _transposed(stacks: Sequence[tuple[Stack, Sequence[int], Sequence[int]]], ad
 
 
 def _by_version(stack: Stack, adapter: DeltaSource) -> bool:
-    """Decide by PEFT's version: up to 0.19.0 it added ``(B·A)ᵀ`` to the parameter as stored; since 0.19.1 lora_A is of the input's width.
+    """Decide by PEFT's version: up to 0.19.0 it added ``(B·A)ᵀ`` to the stored parameter; since 0.19.1 lora_A has the input's width.
 
-    With 0.19 and later, of a parameter (in, out), that depends on whether transformers says of the module that it is one
-    (``is_transposed``): version 5 does, 4 does not, and the adapter does not tell which it was; for a parameter (out, in) both say nothing.
+    For a parameter (in, out), PEFT 0.19 and later also depends on whether transformers marks the module as transposed (``is_transposed``):
+    version 5 does, version 4 does not, and the adapter does not record which one was used. For a parameter (out, in) neither marks it.
     """
-    stated = adapter.config.get("peft_version", "0.17.0")  # later ones write it
+    stated = adapter.config.get("peft_version", "0.17.0")  # later versions write it
     match = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", stated) if isinstance(stated, str) else None
     version = tuple(map(int, match.groups())) if match else ()
     if version and stack.run_time == "out,in":
@@ -248,9 +246,9 @@ def _by_version(stack: Stack, adapter: DeltaSource) -> bool:
     if version and version < (0, 19) and stack.run_time == "in,out":
         return False
     raise UnsupportedError(
-        f"{adapter.config.path}: refused: the experts of {stack.name!r} are square ({stack.shape[0]}x{stack.shape[1]}), and by "
-        f"peft_version {stated!r} it cannot be told which way round their factors are, which depends on the transformers that it was "
-        "trained with; train their gate_up_proj as well, whose shape tells, or merge it with PEFT in those versions"
+        f"{adapter.config.path}: refused: the experts of {stack.name!r} are square ({stack.shape[0]}x{stack.shape[1]}), and "
+        f"peft_version {stated!r} does not determine the orientation of their factors, which depends on the version of transformers used "
+        "for training; train their gate_up_proj as well, whose shape shows it, or merge with PEFT in the versions used for training"
     )
 
 
@@ -261,7 +259,7 @@ def _targets(
     experts = len(stack.experts)
     rank = adapter.file.header.by_name[a].shape[0] // experts
     scaling = adapter.config.lora_scaling(name, rank)
-    # With one expert, or of rank 1, both orders are the same.
+    # With one expert, or rank 1, both orders are the same.
     grouped = min(experts, rank) > 1 and is_grouped(adapter.config, adapter.path, adapter.file.header.metadata)
     whole = LoraModule(
         name, a, b, rank, scaling, stack.shape, "expert", grouped=grouped, delta_transposed=delta_transposed

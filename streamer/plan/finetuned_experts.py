@@ -1,7 +1,7 @@
-"""Tell the layers of a fine-tuned model, and match its stacks of experts to those of its base, a matrix an expert.
+"""Classify the layers of a fine-tuned model, and match its stacks of experts to the base's, one matrix for each expert.
 
 ``model.layers.0.mlp.experts.down_proj`` (8, m, n) of both models → targets ``model.layers.0.mlp.experts.down_proj[0]`` … ``[7]``, each the
-difference of two matrices. Which tensors are stacks, and which way round they are stored, the table of `architectures` says.
+difference of two matrices. The table of `architectures` says which tensors are stacks and how they are oriented.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from streamer.weights.model_config import ModelConfig
 def tensor_roles(
     path: Path, base: Checkpoint, config: ModelConfig, orientation: Orientation
 ) -> Callable[[TensorInfo], str]:
-    """Return the function that tells of a tensor of a fine-tuned model what it is to a layer; see `open_finetuned`.
+    """Return a function that gives the role in its layer of a fine-tuned model's tensor; see `open_finetuned`.
 
-    By the base's class; where that is not known, or has no such layer under a usual config, by names that embeddings have.
+    The base's class decides. If that is not known, or has no such layer under a usual config, common names of embeddings decide.
 
     Parameters
     ----------
     path
-        The fine-tuned model's, for messages.
+        Path of the fine-tuned model, for messages.
     config
-        The base's.
+        Config of the base.
 
     Raises
     ------
     UnsupportedError
-        By that function, if a tensor may be a stack of experts, and it is not known which way round.
+        Raised by the returned function if a tensor may be a stack of experts with unknown orientation.
     """
     classes, renames = orientation.architectures, renames_for(config)
-    # Of a class of another library its type's classes tell nothing of stacks.
+    # For a class of another library, the classes of its type say nothing about stacks.
     unknown = not classes or (bool(config.architectures) and architecture_for(config) is None)
 
     def role(info: TensorInfo) -> str:
@@ -54,7 +54,7 @@ def tensor_roles(
             return layout
         if parameter != "weight" or len(info.shape) < 2:
             return ""
-        if len(info.shape) > 2:  # a table of positions may be a weight by its name on disk alone
+        if len(info.shape) > 2:  # a table of positions may be called a weight only on disk
             return "weight" if loaded.by or loaded.name.endswith(".weight") else ""
         run_time = loaded.name.removesuffix(".weight")
         telling = [a for a in classes if a.has_module(run_time)] or classes
@@ -68,14 +68,14 @@ def tensor_roles(
         if len(stated) == 1 and by in ((), (CONCATENATE,), (TRANSPOSE,)):
             (run_time,) = stated
             return ",".join(reversed(run_time.split(","))) if by == (TRANSPOSE,) else run_time
-        # A vector a position, as a token that all sequences begin with, has a dimension of 1, and so has the kernel of a convolution
-        # of one channel; another convolution shows itself by its bias.
+        # A tensor with a vector for each position, such as a token that starts every sequence, has a dimension of 1; so has the kernel
+        # of a convolution with one channel. Other convolutions are recognised by their bias.
         undecided = (unknown or by) and min(info.shape) > 1 and not _is_convolution(info, base)
         if stated or undecided:
             raise UnsupportedError(
-                f"{path}: {info.name!r} {list(info.shape)} may be a stack of experts, of which it is not known which way round they are "
-                f"stored in {listed(map(str, config.architectures)) or 'a model whose config.json names no class'}; name the base's class "
-                "with --architecture NAME"
+                f"{path}: {info.name!r} {list(info.shape)} may be a stack of experts, and how their matrices are oriented is not known for "
+                f"{listed(map(str, config.architectures)) or 'a model whose config.json names no class'}; name the base's class with "
+                "--architecture NAME"
             )
         return ""
 
@@ -83,28 +83,28 @@ def tensor_roles(
 
 
 def _is_convolution(info: TensorInfo, base: Checkpoint) -> bool:
-    """Say whether a bias of one number an output stands beside a weight (out, in, kernel): experts have a bias each."""
+    """Test whether a weight (out, in, kernel) has a bias of one number for each output; experts have a bias for each expert."""
     bias = info.name.removesuffix("weight") + "bias"
     return info.name.endswith(".weight") and bias in base.weight_map and base.info(bias).shape == info.shape[:1]
 
 
 def stacks_of(adapter: DeltaSource) -> list[str]:
-    """List the names under which a base is searched for the stacks of a fine-tuned model."""
+    """List the names under which a fine-tuned model's stacks are looked up in a base."""
     return [s.tensor.removesuffix(".weight") for s in adapter.stacks] if isinstance(adapter, FinetunedModel) else []
 
 
 def match_stacks(weights: WeightView, adapter: DeltaSource, names: Mapping[str, Match]) -> list[Target]:
-    """Match every expert of every stack of a fine-tuned model to its slice of the base's.
+    """Match every expert of every stack of a fine-tuned model to its slice of the base.
 
     Parameters
     ----------
     names
-        From `match_names`, those of `stacks_of` among them.
+        Matches of `match_names`, including the names of `stacks_of`.
 
     Raises
     ------
     MismatchError
-        If a stack is unmatched, or the base's has another shape.
+        If a stack is unmatched, or the base's stack has another shape.
     """
     problems: list[str] = []
     targets: list[Target] = []

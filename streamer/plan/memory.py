@@ -1,7 +1,7 @@
-"""Estimate a run's memory from headers alone: the share that stays between two steps, and a module's tensors.
+"""Estimate a run's memory from headers alone: the part that remains between two steps, and a module's tensors.
 
-Counted is anonymous memory, an upper estimate: what the interpreter and torch take, the tables of all tensors, and the largest of the
-steps, of which one is under way at a time. Mapped files are not counted: the system drops their pages when it must.
+The estimate is an upper bound of anonymous memory: the interpreter and torch, the tables of all tensors, and the largest step, as one step
+runs at a time. Mapped files do not count: the system drops their pages when it needs memory.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from streamer.plan.targets import Target
 from streamer.storage.remote_source import AHEAD_BYTES
 
 PROCESS_BYTES = (350 if torch.version.cuda or torch.version.hip else 200) << 20
-"""Anonymous memory of a process that has done nothing yet but import torch and read an adapter.
+"""Anonymous memory of a process that has only imported torch and read an adapter.
 
 Measured: 150 MB with torch for the CPU, 150 MB more with torch for CUDA, and up to 50 MB for modules that are imported later; a test
-measures the installed build. The running process is not: a Python program may hold data of its own, which the budget does not count.
+measures the installed build. The running process is not measured: a Python program may hold data of its own, which the budget excludes.
 """
 
 TENSOR_BYTES = 1500
 """Memory of a tensor's entries in the plan. Measured: 15,360 modules of three tensors each (base, lora_A, lora_B) took 4.2 kB each."""
 
 ADAPTER_BYTES = 100_000
-"""Memory of an adapter's plan beside that of its tensors. Measured with configs alone: 12 kB."""
+"""Memory of an adapter's plan in addition to its tensors' entries. Measured with configs alone: 12 kB."""
 
 OUTPUT_BYTES = 1000
-"""Memory of a tensor of a merged model, in its plan and header. Measured: 24 models of 6,000 tensors took 0.7 kB each."""
+"""Memory of a merged model's tensor in the plan and header. Measured: 24 models of 6,000 tensors took 0.7 kB each."""
 
 MATRIX_BYTES = 20_000
-"""Memory of a matrix' findings and figures, while they are made and written. Measured with 3,840 matrices: 16 kB each."""
+"""Memory of a matrix' findings and figures while they are computed and written. Measured with 3,840 matrices: 16 kB each."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """A step, by the tensor that it is about or else, without a shape, in words; and the peak memory of the process while it runs."""
+    """A step, named by its tensor or, without a shape, described in words; and the peak memory of the process during that step."""
 
     tensor: str
     shape: tuple[int, ...]
@@ -47,17 +47,17 @@ class MemoryEstimate:
 
     @property
     def what(self) -> str:
-        """Say what it is about."""
+        """Describe the step."""
         return f"tensor {self.tensor!r} ({'x'.join(map(str, self.shape))})" if self.shape else self.tensor
 
 
 def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> None:
-    """Refuse a budget that some step does not fit.
+    """Refuse a budget that is too small for some step.
 
     Raises
     ------
     UsageError
-        It names the step that needs most, and the smallest budget that would do.
+        Names the step that needs most, and the smallest sufficient budget.
     """
     if max_memory is None:
         return
@@ -69,12 +69,12 @@ def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> Non
 
 
 def resident_bytes(batch: Batch, output_tensors: int = 0) -> int:
-    """Estimate the memory between any two steps, the tables of all adapters included.
+    """Estimate the memory used between any two steps, including the tables of all adapters.
 
     Parameters
     ----------
     output_tensors
-        Tensors of the merged models that are written, all together.
+        Number of tensors to write, over all merged models.
     """
     tables = TENSOR_BYTES * (len(batch.base.weight_map) + batch.adapter_tensor_count) + ADAPTER_BYTES * len(batch.plans)
     ahead = AHEAD_BYTES * batch.remote_count
@@ -82,7 +82,7 @@ def resident_bytes(batch: Batch, output_tensors: int = 0) -> int:
 
 
 def factor_bytes(plan: Plan, target: Target, itemsize: int) -> int:
-    """Return the memory of a module's tensors: as stored where they are not mapped, and in the computing dtype where a step keeps them."""
+    """Return the memory of a module's tensors: stored bytes if not mapped, plus copies that a step keeps in the computing dtype."""
     tensors = [plan.adapter.tensors[name] for name in target.module.tensor_names]
     held = sum(stored.info.nbytes for stored in tensors if stored.file.io == "pread")
     return held + target.module.copied_bytes(itemsize)

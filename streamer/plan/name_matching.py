@@ -1,12 +1,12 @@
 """Match an adapter's modules to the tensors of a base by exact names, known renames, or one exchange of prefixes.
 
-Adapters use run-time module names, checkpoints their own. A module is looked for under its own name, then under the name that
-transformers gives to a tensor on loading (`transformers_renames`), then, for the adapter as a whole, under one exchange of prefixes
-that fits every module. A module that finds no tensor, or more than one, has no match: a partial match is never a warning.
+Adapters use run-time module names; checkpoints use their own. A module is looked up under its own name, then under the name that
+transformers gives a tensor on loading (`transformers_renames`), then, for the adapter as a whole, under one exchange of prefixes
+that fits every module. A module that finds no tensor, or several, has no match, which is an error and never a mere warning.
 
 ``model.layers.0.q_proj`` → ``model.layers.0.q_proj.weight`` (exact); ``model.language_model.layers.0.q_proj`` →
 ``language_model.model.layers.0.q_proj.weight`` (rename); ``model.layers.0.q_proj`` → ``layers.0.q_proj.weight``, if every module of the
-adapter is found with ``model.`` taken away (prefix).
+adapter is found after ``model.`` is removed (prefix).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from streamer.units import listed
 
 
 class Match(NamedTuple):
-    """A tensor of the base, found for a module, and the rule that found it.
+    """A base tensor that was found for a module, and the rule that found it.
 
     Attributes
     ----------
@@ -43,17 +43,17 @@ EXACT = "the module's own name"
 def match_names(
     modules: Iterable[str], tensors: Iterable[str], renames: Renames, parameters: Iterable[str] = ()
 ) -> dict[str, Match]:
-    """Match every module to the ``.weight`` tensor that it is.
+    """Match every module to its ``.weight`` tensor.
 
     Parameters
     ----------
     tensors
         All tensor names of the base.
     renames
-        Those of its model.
+        Renames of the base's model.
     parameters
-        Names of parameters, found in the same way. One that is built on loading, out of one tensor an expert, has no tensor of its
-        own: its match is its run-time name.
+        Names of parameters, matched in the same way. A parameter that loading builds from one tensor for each expert has no tensor of its
+        own: it matches its run-time name.
     """
     parameters = list(parameters)
     modules = [*modules, *parameters]
@@ -73,7 +73,7 @@ def match_names(
 
 
 class _Names:
-    """A base's tensor names, as they stand on disk and as a loaded model has them."""
+    """A base's tensor names, on disk and in a loaded model."""
 
     def __init__(self, tensors: Sequence[str], renames: Renames, parameters: frozenset[str]) -> None:
         self.renames = renames
@@ -84,7 +84,7 @@ class _Names:
         self.built: dict[str, Conversion] = {}
         for tensor, name, conversion, _, _ in renames.loaded(tensors):
             stem = tensor.removesuffix(".weight")
-            # A parameter goes by its whole name, a module by its weight's.
+            # A parameter is found by its whole name, a module by the name of its weight.
             if stem != tensor or stem not in self.disk:
                 self.disk[stem] = tensor
             if conversion is None:
@@ -93,11 +93,11 @@ class _Names:
             if conversion.stacks:
                 self.stacks.add(name)
             self.built[tensor] = conversion
-            if name == tensor:  # the values change, the name stays: what the module holds does not stand on disk
+            if name == tensor:  # the name stays but the values change: the module's weight is not on disk
                 del self.disk[stem]
 
     def by_name(self, name: str, modules: Sequence[str]) -> Match:
-        """Match under the module's own name or a known rename; no `why` if there simply is no match."""
+        """Match under the module's own name or a known rename; `why` is empty if there is simply no match."""
         if name in self.stacks and name in self.parameters:
             return self._renamed(name, name)
         exact, loaded = self.disk.get(name), self.run_time.get(name, [])
@@ -105,15 +105,15 @@ class _Names:
             return Match(exact, "exact", EXACT)
         if exact is None and len(loaded) == 1:
             return self._renamed(name, loaded[0])
-        if loaded:  # on disk the name means one tensor, in a loaded model another
+        if loaded:  # the name means one tensor on disk and another in a loaded model
             by_disk, by_run_time = (all(m in names for m in modules) for names in (self.disk, self.run_time))
             if exact is not None and by_disk and not by_run_time:
-                return Match(exact, "exact", f"{EXACT}, as of all modules of the adapter")
+                return Match(exact, "exact", f"{EXACT}, as for all modules of the adapter")
             if len(loaded) == 1 and by_run_time and not by_disk:
                 return self._renamed(name, loaded[0])
             places = listed(repr(t) for t in ([exact] if exact else []) + loaded)
             return Match("", "", f"is ambiguous: it could be {places}")
-        # An adapter of transformers 4 on a checkpoint of transformers 5: both carried forward; only where that settles.
+        # An adapter of transformers 4 on a checkpoint of transformers 5: rename both forward, and accept only an unambiguous result.
         onward = self.renames.at_run_time([name + ".weight"]).get(name + ".weight", name)
         loaded = self.run_time.get(onward.removesuffix(".weight"), [])
         if len(loaded) == 1 and self.renames.at_run_time([onward]).get(onward) == onward:
@@ -124,10 +124,10 @@ class _Names:
         if tensor == name:
             return Match(tensor, "rename", f"transformers builds it on loading, in {self.renames.model}")
         whose = f"in {self.renames.model}" if self.renames.model else "in vision-language models"
-        return Match(tensor, "rename", f"transformers has {tensor!r} as {name + '.weight'!r}, or had, {whose}")
+        return Match(tensor, "rename", f"transformers loads {tensor!r} as {name + '.weight'!r}, or did, {whose}")
 
     def by_prefix(self, modules: Sequence[str]) -> list[dict[str, Match]]:
-        """List every way in which one exchange of prefixes fits all modules, on disk names or on run-time names."""
+        """List every way in which one exchange of prefixes fits all modules, on disk names or run-time names."""
         run_time = {name: tensors[0] for name, tensors in self.run_time.items() if len(tensors) == 1}
         run_time |= {name: name for name in self.stacks}
         ways: dict[tuple[str, ...], dict[str, Match]] = {}
@@ -141,7 +141,7 @@ class _Names:
         return list(ways.values())
 
     def by_prefix_of_most(self, modules: Sequence[str]) -> dict[str, Match]:
-        """Match the modules that one exchange of prefixes fits, where it fits most of them: what is wrong is said of the others alone."""
+        """Match the modules that fit the exchange of prefixes that fits most of them, so that only the others are reported as problems."""
         best: dict[str, Match] = {}
         for rule in {rule for m in (modules[0], modules[-1]) for rule in _prefix_rules([m], self.disk)}:
             fit = [m for m in modules if _fits(m, *rule, self.disk)]
@@ -161,16 +161,16 @@ class _Names:
             return f"is computed from {weight!r} on loading ({listed(self.built[weight].by)}), which is not supported"
         attention = name.removesuffix(".base_layer.out_proj")
         if f"{attention}.in_proj_weight" in self.disk:
-            return f"is or is in a MultiheadAttention, {attention!r}: LoRA on its fused in_proj_weight is not supported"
+            return f"belongs to a MultiheadAttention, {attention!r}: LoRA on its fused in_proj_weight is not supported"
         parts = [t for t, c in self.built.items() if any(to.removesuffix(".weight") in name for to in c.to)]
         if parts:
             how = listed(self.built[parts[0]].by)
-            return f"has no tensor of its own: transformers builds it from {parts[0]!r} and its like ({how}), which is not supported"
+            return f"has no tensor of its own: transformers builds it from {parts[0]!r} and similar tensors ({how}), which is not supported"
         return f"has no tensor in the base (looked for {weight!r} and for one exchange of prefixes)"
 
 
 def prefix_exchange(module: str, stem: str) -> tuple[str, str]:
-    """Return the prefixes of a module and of its tensor that differ: (strip, add).
+    """Return the differing prefixes of a module and its tensor: (strip, add).
 
     ``model.layers.0.q``, ``transformer.layers.0.q`` → ``("model.", "transformer.")``.
     """
@@ -187,10 +187,10 @@ def _exchange(name: str, strip: str, add: str) -> str:
 
 
 def _prefix_rules(modules: Sequence[str], stems: Mapping[str, str]) -> list[tuple[str, str]]:
-    """List exchanges of a prefix that fit every module, those with the longest common suffix only.
+    """List exchanges of a prefix that fit every module, only those with the longest common suffix.
 
-    A prefix may not hold a number: ``layers.0`` is not ``layers.1``. It may be added or taken away, as wrappers do, but exchanged for
-    another only where the suffix holds a number, a layer's: ``classifier.dense`` is not ``pooler.dense``.
+    A prefix may not contain a number: ``layers.0`` is not ``layers.1``. It may be added or removed, as wrappers do, but replaced by another
+    only if the suffix contains a layer's number: ``classifier.dense`` is not ``pooler.dense``.
     """
     first, *others = modules
     last = first.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Order names of tensors as people count them: numbers by size, and inside a layer as data passes its parts."""
+"""Sort names of tensors in natural order: numbers by size, and parts of a layer in the order in which data passes them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ ORDER = [
     ("norm", "ln_f", "final_layernorm"),
     ("lm_head", "score", "classifier", "qa_outputs"),
 ]  # fmt: skip
-"""Parts of names in the order in which data passes them; what is not listed comes between the feed-forward and the head, by name."""
+"""Parts of names in the order in which data passes them; unlisted parts sort by name between the feed-forward and the head."""
 
 _RANKS = {name: (i, j) for i, names in enumerate(ORDER) for j, name in enumerate(names)}
 _OTHER = (len(ORDER) - 3, 99)
 
 
 def natural(name: str) -> tuple[Any, ...]:
-    """Make the sort key of a tensor's name: numbers by size, and inside a layer q, k, v, o, gate, up, down."""
+    """Make the sort key of a tensor's name: numbers by size, and in a layer q, k, v, o, gate, up, down."""
     return tuple(_key(part) for part in re.split(r"[.\[\]]+", name) if part)
 
 
-@lru_cache(4096)  # the names of a model have few different parts
+@lru_cache(4096)  # a model's names have few distinct parts
 def _key(part: str) -> tuple[Any, ...]:
     if part.isdigit():
         return 0, int(part)

@@ -1,4 +1,4 @@
-"""Plan a run: open, match and check its inputs, from headers alone, before anything is written."""
+"""Plan a run from headers alone: open, match and check its inputs before anything is written."""
 
 from __future__ import annotations
 
@@ -47,28 +47,28 @@ from streamer.weights.model_config import ModelConfig, read_model_config
 
 @dataclass(frozen=True)
 class Plan:
-    """A base, an adapter, and which tensor each module changes.
+    """A base, an adapter, and the tensor that each module changes.
 
     Attributes
     ----------
     weights
-        The logical weights that deltas are added to, by name: the base's, or what the adapter puts in their place.
+        The logical weights to which deltas are added, by name: the base's, or the adapter's replacements.
     targets
-        In the base's file order.
+        Targets in the base's file order.
     edits
         Edits of the base by the adapter's other tensors.
     mirrors
-        Modules that hold another's factors once more, by the other's name (see `tied_embeddings.mirrored`).
+        Modules that repeat another module's factors, by the other's name (see `tied_embeddings.mirrored`).
     config
         The base's ``config.json``.
     architecture
-        Facts of the merged model's class; None where they are not known.
+        Facts about the merged model's class; None if not known.
     announced
-        Notes on what the adapter's config announces and its file lacks.
+        Notes on tensors that the adapter's config announces and its file lacks.
     extra_stamps
         Stamps of the small files that are copied or read whole, by path.
     inputs
-        Directories and files that an output must stay out of: those of all plans of its batch.
+        Directories and files that outputs must not touch, for all plans of the batch.
     """
 
     base: Checkpoint
@@ -85,18 +85,18 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes on the inputs, printed as warnings and stored in the record; free of paths, so that outputs are reproducible."""
+        """Return notes on the inputs, printed as warnings and stored in the record; they contain no paths, so outputs are reproducible."""
         stated = base_notes(self.adapter.config.base_model, self.base.path, self.config, self.base.metadata)
         return *stated, *self.announced, *self.adapter.notes
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Warnings, which stop nothing."""
+        """Return all warnings."""
         return *self.base.warnings, *self.notes
 
     @cached_property
     def by_weight(self) -> dict[str, list[tuple[Target, TensorSlice]]]:
-        """Targets of each weight, and the slice of it that each of them is."""
+        """Return the targets of each weight, each with its slice of the weight."""
         out: dict[str, list[tuple[Target, TensorSlice]]] = {}
         for target in self.targets:
             for part in target.slices:
@@ -105,17 +105,17 @@ class Plan:
 
     @cached_property
     def file_order(self) -> Callable[[Target], tuple[int, int]]:
-        """Key that sorts targets by the base's file order: the position of the weight, and the index of the matrix in it."""
+        """Return the key that sorts targets by the base's file order: the weight's position, and the matrix' index in it."""
         return _file_order(self.weights)
 
     def delta(self, target: Target, base: Tensor | None = None, *, double: bool = False,
               tensors: Mapping[str, StoredTensor] | None = None) -> Delta:  # fmt: skip
-        """Compute the delta of a matrix, (out, in); dense where it is not of low rank, from W0 as it is stored; see `Module.delta`.
+        """Compute the delta of a matrix, (out, in); if it is not of low rank, dense and from the stored W0; see `Module.delta`.
 
         Parameters
         ----------
         tensors
-            The module's, where they have been read.
+            The module's tensors, if already read.
         """
         if base is None and not target.module.low_rank:
             weight = self.weights[target.tensor]
@@ -129,7 +129,7 @@ class Plan:
         Raises
         ------
         NumericError
-            If it, or one of its factors, holds NaN or Inf.
+            If the delta, or one of its factors, holds NaN or Inf.
         """
         delta = self.delta(target)
         for what, tensor in delta.named_tensors():
@@ -141,34 +141,34 @@ class Plan:
 
     @cached_property
     def base_identity(self) -> BaseIdentity:
-        """See `Checkpoint.identity`; with the base's class, where the user named it."""
+        """Return `Checkpoint.identity`, plus the base's class if the user named it."""
         identity, name = self.base.identity(), self.config.architecture
         return identity if name is None else {"architecture": name, **identity}
 
     @cached_property
     def adapter_identity(self) -> AdapterIdentity:
-        """See `DeltaSource.identity`."""
+        """Return `DeltaSource.identity`."""
         return self.adapter.identity()
 
     @cached_property
     def sources(self) -> tuple[BaseSource, AdapterSource]:
-        """Names and identities of base and adapter as an output states them; no paths."""
+        """Return names and identities of base and adapter as an output states them, without paths."""
         base, adapter = self.base, self.adapter
         of_base = base_source(base.path, self.config, adapter.config.base_model, self.base_identity)
         return of_base, adapter_source(adapter.path, self.adapter_identity)
 
     def stamps(self) -> dict[str, Sequence[int]]:
-        """Stamps of every input file, by path."""
+        """Return the stamps of every input file by path."""
         return self.detection_stamps() | {os.path.realpath(p): stamp for p, stamp in self.extra_stamps.items()}
 
     def detection_stamps(self) -> dict[str, Sequence[int]]:
-        """Stamps of the input files that detection reads, by real path: however the inputs are spelled, they are the same."""
+        """Return the stamps of the input files that detection reads, by real path, so the spelling of inputs does not matter."""
         stamps = {**self.base.stamps(), **{str(file.path): file.stamp for file in self.adapter.files}}
         stamps |= {str(path): self.extra_stamps[str(path)] for path in self.adapter.config_paths}
         return {os.path.realpath(path): stamp for path, stamp in stamps.items()}
 
     def refuse_overwriting(self, paths: Iterable[Path]) -> None:
-        """Raise `OutputError` if any of the paths is an input file, under whatever name or link."""
+        """Raise `OutputError` if any of the paths is an input file, under any name or link."""
         inputs = {tuple(stamp[:2]): name for name, stamp in self.stamps().items()}
         for path in paths:
             if path.exists() and (same := inputs.get(file_stamp(path.stat())[:2])):
@@ -182,11 +182,11 @@ class Plan:
         for path, stamp in self.extra_stamps.items():
             if not os.path.exists(path) or _stamp(Path(path)) != stamp:
                 raise InputChangedError(
-                    f"{path}: changed since the run began; start again with inputs that stay as they are"
+                    f"{path}: changed since the run began; start again and leave the inputs unchanged"
                 )
 
     def digest(self, **decisions: Any) -> str:
-        """SHA-256 over both identities and the given decisions: what an output is the result of."""
+        """Compute a SHA-256 over both identities and the given decisions, which together determine an output."""
         tree = {"base": self.base_identity, "adapter": self.adapter_identity, **decisions}
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
@@ -199,22 +199,22 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", stated
 
 def make_plans(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
                architecture: str | None = None) -> tuple[Plan, ...]:  # fmt: skip
-    """Open a base, once, and match each adapter with it.
+    """Open a base once and match each adapter with it.
 
     Parameters
     ----------
     architecture
-        The base's class, where its config does not tell.
+        The base's class, if its config does not state it.
 
     Raises
     ------
     UsageError
-        If `architecture` is no class that is known, or not of the type that the base's config states.
+        If `architecture` is not a known class, or not of the type that the base's config states.
     InputError
-        If one of them is bad, refused, or they do not belong together. Nothing has been written.
+        If an input is faulty or refused, or the inputs do not belong together. Nothing has been written.
     """
     given = [Path(adapter) for adapter in adapters]
-    # What is wrong with an adapter is said before what is wrong with the base.
+    # Errors of adapters are reported before errors of the base.
     opened = [None if is_model(path) else open_adapter(path, io, stated) for path in given]
     checkpoint = open_checkpoint(base, io)
     config = with_architecture(read_model_config(checkpoint.directory), architecture)
@@ -230,7 +230,7 @@ def make_plans(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "m
 
 
 def _side_files(checkpoint: Checkpoint, opened: DeltaSource) -> list[Path]:
-    """List the small files that outputs copy, or that are read whole."""
+    """List the small files that outputs copy or that are read whole."""
     extra = [*opened.config_paths, *(path for _, path in other_files(opened.path))]
     if checkpoint.directory is not None:
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
@@ -239,17 +239,17 @@ def _side_files(checkpoint: Checkpoint, opened: DeltaSource) -> list[Path]:
 
 def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig, orientation: Orientation,
                opened: DeltaSource, renames: Renames) -> Plan:  # fmt: skip
-    """Match an adapter with a base, whether their tensors are in files or in memory; the plan has no side files.
+    """Match an adapter with a base, in files or in memory; the plan has no side files.
 
     Parameters
     ----------
     renames
-        From the names of the base's tensors to those of a loaded model.
+        Renames from the base's tensor names to names in a loaded model.
 
     Raises
     ------
     InputError
-        If they do not belong together, or are not supported.
+        If they do not belong together or are not supported.
     """
     architecture = merged_architecture(config, opened)
     dropped: dict[str, str] = {}
@@ -257,7 +257,7 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
         stated = opened.model_config if opened.model_config.values else config
         tuned_class = architecture_for(stated, config.architecture)
         opened, dropped = tied.without_copies(checkpoint, opened, tuned_class, renames)
-    # Of a fine-tuned model the config says what is tied, and goes along.
+    # For a fine-tuned model, the output takes the model's own config, which states the ties.
     ties = () if opened.describes_model else find_ties(checkpoint.weight_map, architecture, renames)
     aliases = {
         name: StoredTensor(*checkpoint.locate(tie.stored))
@@ -275,7 +275,7 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
     own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
     _refuse_unmatched(own, opened, weights)
     vocabulary = vocabulary_tensors(checkpoint, config, architecture, ties, renames)
-    # Of an adapter on stacks of experts alone, only these tell how its names begin in the base.
+    # If an adapter changes only stacks of experts, only these show the prefix of its names in the base.
     placed = matched | {p: names[p].tensor for p in parameters if names[p].rule.startswith("prefix")}
     edits = match_carried(checkpoint, opened, placed, renames, aliases, weights.quantized_names, vocabulary)
     announced: tuple[str, ...] = ()
@@ -306,14 +306,14 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
 
 
 def _refuse_unmatched(names: Mapping[str, Match], adapter: DeltaSource, weights: WeightView) -> None:
-    """Refuse modules without a tensor, before carried tensors, which are found as the modules are."""
+    """Refuse modules without a tensor before matching carried tensors, whose names are matched in the same way."""
     problems = [f"{name!r} {match.why}" for name, match in names.items() if not match.tensor]
     if problems and adapter.carried:
         raise MismatchError(misfits(problems, len(names), adapter, weights))
 
 
 def _with_class_asked(name: str, match: Match) -> Match:
-    """Say of a module without a tensor, outside of layers, that a class may tie it to one."""
+    """Add to the message for an unmatched module outside layers that a class may tie it to a tensor."""
     if match.tensor or "*" in pattern_of(name):
         return match
     return match._replace(why=f"{match.why}; if it is tied to one there, name the model's class with --architecture")
@@ -326,17 +326,17 @@ def _file_order(weights: WeightView) -> Callable[[Target], tuple[int, int]]:
 def _check_whole(
     base: Checkpoint, weights: WeightView, architecture: Architecture | None, tuned: DeltaSource, found: set[str]
 ) -> None:
-    """Refuse a fine-tuned model that lacks tensors of the base, but for those that loading does without."""
+    """Refuse a fine-tuned model that lacks tensors of the base, except tensors that loading does not need."""
     if weights.quantized_names:
         raise UnsupportedError(
-            f"{base.path}: is quantized; a fine-tuned model is compared with the 16-bit base that it was trained from"
+            f"{base.path}: is quantized; a fine-tuned model must be compared with the 16-bit base from which it was trained"
         )
     spare = () if architecture is None else architecture.may_be_missing
     missing = [name for name in base.weight_map if name not in found and not any(re.search(s, name) for s in spare)]
     if missing:
         raise MismatchError(
-            f"{tuned.path}: lacks {len(missing)} of the base's {len(base.weight_map)} tensors, {missing[0]!r} first; is it trained from "
-            f"{base.path}, and of the same class, with its head or without as that is?"
+            f"{tuned.path}: lacks {len(missing)} of the base's {len(base.weight_map)} tensors, {missing[0]!r} first; check that it was "
+            f"trained from {base.path} and that both have the same class, with or without a head"
         )
 
 

@@ -1,4 +1,4 @@
-"""Compare the base that an adapter was trained on with the one that it is used with, by their names and encodings."""
+"""Compare the base on which an adapter was trained with the base in use, by their names and encodings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NAME = re.compile(rf"{_ID.pattern}|[A-Za-z0-9][\w.-]*")
 DIRECTORIES = {"base", "checkpoint", "checkpoints", "ckpt", "ckpts", "data", "exp", "experiments", "hf_models", "llms", "merged", "model",
                "models", "my_models", "out", "output", "outputs", "pretrain", "pretrained", "results", "runs", "save", "saves", "tmp",
                "weights"}  # fmt: skip
-"""Names of directories in which models lie, as against owners on the hub."""
+"""Names of directories that commonly contain models, as opposed to owners on the hub."""
 
-# What a model's name says of its encoding, as quantized copies are named; a whole word of the name each.
+# Words in the names of quantized copies that state the encoding; each pattern matches a whole word.
 NAMED = (
     (r"gptq", "gptq"),
     (r"awq", "awq"),
@@ -35,29 +35,29 @@ NAMED = (
 _SPARE = re.compile(
     rf"(?:^|(?<=[-_.]))(?:{'|'.join(pattern for pattern, _ in NAMED)}|unsloth|quantized|dequantized|merged|hf|fp16|bf16|fp32)(?=$|[-_.])"
 )
-"""Words of a name that do not tell models apart: encodings, and what copies are called."""
+"""Words of a name that do not distinguish models: encodings, and common words for copies."""
 
 _VARIANT = re.compile(r"(?:^|(?<=[-_.]))(?:base|chat|instruct|it|thinking|reasoning)(?=$|[-_.])")
-"""Words by which models of one name differ."""
+"""Words that distinguish models of the same name."""
 
 _SIZE = re.compile(r"(?<![a-z0-9.])(?:\d+x)?\d+(?:\.\d+)?[bm](?![a-z0-9])")
 """Number of parameters in a name, such as 8B, 0.5B or 8x7B."""
 
 _WORD = re.compile(r"\d+(?:x\d+)?(?:\.\d+)*[bm](?![a-z0-9])|\d+(?:\.\d+)*|[a-z]+")
-"""Word or number of a name: ``Llama3-8B`` has the same as ``Llama-3-8B``."""
+"""Word or number of a name: ``Llama3-8B`` has the same words as ``Llama-3-8B``."""
 
 LEAST_CORE = 4
-"""Letters and digits of a name, at least, that is looked for in another."""
+"""Least number of letters and digits in a name that is searched for in another name."""
 
 
 def base_notes(trained_on: object, path: Path, config: ModelConfig, metadata: Mapping[str, str]) -> list[str]:
-    """Note how the base that is used at a path differs from the one that the adapter's config names; see `base_names` for the others."""
+    """Note how the base in use at a path differs from the base that the adapter's config names; see `base_names`."""
     encodings = provenance_notes(trained_on, config, path.resolve().name)
     return [*encodings, *other_base_notes(trained_on, base_names(path, config, metadata))]
 
 
 def named_encoding(name: str) -> str:
-    """Return the quantization that a model's name speaks of; empty if it speaks of none."""
+    """Return the quantization that a model's name mentions; empty if it mentions none."""
     last = PurePosixPath(name.replace("\\", "/")).name
     for pattern, method in NAMED:
         if re.search(rf"(?:^|[-_.])(?:{pattern})(?:$|[-_.])", last, re.IGNORECASE):
@@ -72,14 +72,14 @@ def stored_encoding(config: ModelConfig) -> str:
 
 
 def provenance_notes(trained_on: object, base_config: ModelConfig, base_name: str) -> list[str]:
-    """Note, one line each, that the adapter was trained on another encoding of the base than is used.
+    """Note, one line each, if the adapter was trained on another encoding of the base than the one in use.
 
     Parameters
     ----------
     trained_on
-        The base by the adapter's config.
+        The base, as named in the adapter's config.
     base_name
-        The name of the base as it is used: if the adapter's config names the same, there is nothing to say.
+        The name of the base in use: if the adapter's config states the same name, there is nothing to note.
     """
     if not isinstance(trained_on, str) or not trained_on:
         return []
@@ -89,29 +89,28 @@ def provenance_notes(trained_on: object, base_config: ModelConfig, base_name: st
         return []
     if named:
         return [
-            f"the adapter was trained on {trained_on!r}, a quantized model by its name ({named}); used here is a base that is not "
-            "quantized: the result is that of the adapter on these weights, which differ from those it saw by the quantization error"
+            f"the adapter was trained on {trained_on!r}, a quantized model by its name ({named}), but the base given here is not "
+            "quantized: the adapter is applied to these weights, which differ from those in training by the quantization error"
         ]
     return [
-        f"the adapter was trained on {trained_on!r}, by its name not quantized; used here is a base in {stored}: the result is that of "
-        "the adapter on these weights, which differ from those it saw by the quantization error (if it saw them quantized on loading, "
-        "as QLoRA does, its config does not say so)"
+        f"the adapter was trained on {trained_on!r}, by its name not quantized, but the base given here is in {stored}: the adapter is "
+        "applied to these weights, which differ from those in training by the quantization error (unless training quantized them on "
+        "loading, as QLoRA does; the config does not record this)"
     ]
 
 
 def other_base_notes(trained_on: object, names: Iterable[object]) -> list[str]:
-    """Note that the adapter's config names plainly another model than the base that is used.
+    """Note if the adapter's config clearly names another model than the base in use.
 
-    Names are of people's own making, so that few of them prove anything: an id on the hub, or a name that states a size. Case, owners,
-    encodings and words such as "merged" do not count, and neither does what one of two names has in addition, unless it is a variant
-    such as "instruct".
+    People choose names freely, so few names prove anything: only a hub id, or a name that states a size. Case, owners, encodings and words
+    such as "merged" do not count, and neither do additional words in one of the names, unless they name a variant such as "instruct".
 
     Parameters
     ----------
     trained_on
-        The base by the adapter's config.
+        The base, as named in the adapter's config.
     names
-        Names of the base that is used: one that may mean the same model is enough.
+        Names of the base in use; one that may mean the same model is enough.
     """
     stated = _plain(trained_on)
     others = [name for name in map(_plain, names) if _core(name) and name.lower() not in DIRECTORIES]
@@ -119,13 +118,13 @@ def other_base_notes(trained_on: object, names: Iterable[object]) -> list[str]:
     if not _tells(stated) or not telling or any(_may_be_same(stated, name) for name in others):
         return []
     return [
-        f"the adapter's config names {stated!r} as its base, and the base given here is {telling[0]!r}; check that the adapter was "
+        f"the adapter's config names {stated!r} as its base, but the base given here is {telling[0]!r}; check that the adapter was "
         "trained on this model"
     ]
 
 
 def _plain(stated: object) -> str:
-    """Return an id on the hub as it is, also of a path into the hub's cache, and of any other path its last part."""
+    """Return a hub id unchanged or taken from a path into the hub's cache; for any other path return the last part."""
     text = stated.replace("\\", "/").rstrip("/") if isinstance(stated, str) else ""
     cached = re.search(r"models--([^/]+)/snapshots/", text)
     text = cached[1].replace("--", "/") if cached else text.partition("@")[0]
@@ -134,17 +133,17 @@ def _plain(stated: object) -> str:
 
 
 def _tells(name: str) -> bool:
-    """Test whether a name is one that its model has for everyone."""
+    """Test whether a name identifies its model for everyone."""
     return "/" in name or _SIZE.search(name.lower()) is not None
 
 
 def _core(name: str) -> list[str]:
-    """Split a name into the words and numbers that tell its model from others."""
+    """Split a name into the words and numbers that distinguish its model from others."""
     return _WORD.findall(_SPARE.sub("", name.rpartition("/")[2].lower()))
 
 
 def _may_be_same(a: str, b: str) -> bool:
-    """Test whether one name has the words of the other, in their order; variants are equal, and so are sizes that both state."""
+    """Test whether one name has the other's words in the same order, with equal variants and equal sizes if both state one."""
     variants, sizes = ([set(pattern.findall(name.lower())) for name in (a, b)] for pattern in (_VARIANT, _SIZE))
     if variants[0] != variants[1] or (all(sizes) and sizes[0] != sizes[1]):
         return False
@@ -155,12 +154,12 @@ def _may_be_same(a: str, b: str) -> bool:
 
 
 def base_names(path: Path, config: ModelConfig, metadata: Mapping[str, str]) -> list[object]:
-    """List the names of a base: its id if it lies in the hub's cache; else its directory's, its config's, and of a merged model its base's.
+    """List a base's names: its id if it is in the hub's cache; else its directory's and config's, and for a merged model its base's.
 
     Parameters
     ----------
     metadata
-        Of one of the base's safetensors files.
+        Metadata of one of the base's safetensors files.
     """
     if (cached := cached_model(path)) is not None:
         return [cached[0]]
@@ -168,17 +167,17 @@ def base_names(path: Path, config: ModelConfig, metadata: Mapping[str, str]) -> 
         merged = json.loads(metadata.get("streamer", "{}"))["base"]
         earlier = [merged["name"], merged.get("model_id")]
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        earlier = []  # made by another program
+        earlier = []  # written by another program
     return [path.resolve().name, config.values.get("_name_or_path"), *earlier]
 
 
 def mitigated_before(metadata: Mapping[str, str]) -> list[str]:
-    """Say that an adapter is one that `mitigate` made: with another λ than 1 its intruders would be scaled twice.
+    """Note if `mitigate` made the adapter: any λ other than 1 would scale its intruders twice.
 
     Parameters
     ----------
     metadata
-        Of the adapter's safetensors file.
+        Metadata of the adapter's safetensors file.
     """
     try:
         made = json.loads(metadata.get("streamer", ""))
@@ -187,16 +186,16 @@ def mitigated_before(metadata: Mapping[str, str]) -> list[str]:
         by = f"lambda {float(made['lambda']):g} and " if made["lambda"] is not None else ""
         how = f"by `streamer mitigate` from {made['adapter']['name']!r}, with {by}method {made['method']}"
     except (KeyError, TypeError, ValueError, RecursionError):
-        return []  # of another program
-    return [f"the adapter is mitigated already, {how}: lambda 1 takes it as it is, any other comes on top"]
+        return []  # written by another program
+    return [f"the adapter is mitigated already, {how}: lambda 1 leaves it unchanged, any other is applied in addition"]
 
 
 def hub_id(stated: object, path: Path) -> str | None:
-    """Take what a config calls a model for its id on the hub, ``owner/name``, where that may be said of the one at `path`.
+    """Return a config's name for a model if it can be taken as the hub id, ``owner/name``, of the model at `path`; else None.
 
-    A relative path of two parts looks like an id. It is taken for one where it ends in the model's name, and is not where the model lies
-    nor below a directory as people call those of models; what merely may exist decides nothing, so that the same inputs are called the
-    same wherever a run is begun.
+    A relative path of two parts looks like an id. It is taken as an id if it ends in the model's name, but not if it is the path of this
+    model or starts with a usual name for a directory of models. Whether other paths exist does not matter, so the same inputs get the same
+    names wherever a run starts.
     """
     if not isinstance(stated, str) or not _ID.fullmatch(stated):
         return None
@@ -208,12 +207,12 @@ def hub_id(stated: object, path: Path) -> str | None:
 
 
 def stated_name(stated: object) -> str | None:
-    """Return a config's name of a model, where that is a name, or looks like an id, and no path of a machine."""
+    """Return a config's name for a model if it is a plain name or looks like an id, and not a path on some machine; else None."""
     return stated if isinstance(stated, str) and _NAME.fullmatch(stated) else None
 
 
 def cached_model(path: Path) -> tuple[str, str] | None:
-    """Return the id and the revision of a model that lies in the hub's cache, ``models--OWNER--NAME/snapshots/REVISION``."""
+    """Return the id and revision of a model in the hub's cache, ``models--OWNER--NAME/snapshots/REVISION``; else None."""
     parts = path.resolve().parts
     for at in range(len(parts) - 2):
         if parts[at].startswith("models--") and parts[at + 1] == "snapshots":

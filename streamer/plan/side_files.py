@@ -1,4 +1,4 @@
-"""Side files: everything of a model's or an adapter's directory that an output takes along, and what stays behind."""
+"""List side files: the files of a model's or adapter's directory that an output copies, and the files that it leaves out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-# Weights in other formats would be the old ones beside the new; training state belongs to the old adapter.
+# Weights in other formats would remain the old ones beside the new weights; training state belongs to the old adapter.
 _STALE = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|mlmodel|pb|tflite)(\.index\.json)?$|^streamer\.json$"
 )
@@ -19,53 +19,53 @@ READ = (
     "tokenizer*.json", "*vocab*.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.json",
     "modules.json", "tekken.json", "params.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.py",
 )  # fmt: skip
-"""Patterns of the files beside the weights that loaders read, by names of their own or because a config or a class names them."""
+"""Patterns of files beside the weights that loaders read, under fixed names or because a config or a class names them."""
 
 
 def goes_along(name: str) -> bool:
-    """Say of a file of a model, by its relative name, whether an output would take it along; see `other_files`."""
+    """Test whether an output would copy a model's file, given by its relative name; see `other_files`."""
     *directories, last = name.split("/")
     hidden = any(_SKIPPED_DIRECTORIES.match(part) for part in directories) or last.startswith(".streamer.")
     return not hidden and (bool(directories) or not _STALE.search(last))
 
 
 def other_files(directory: Path, apart: Path | None = None) -> list[tuple[str, Path]]:
-    """List the files that an output takes along: (relative name, path), sorted; symlinks are followed.
+    """List the files that an output copies: (relative name, path), sorted; symlinks are followed.
 
-    All but weights in other formats beside the safetensors, which would be stale, and their copies for other runtimes; trainers'
-    state; `.git` and caches; the files of an unfinished run of ours; and everything below `apart`.
+    Not copied: weights in other formats beside the safetensors, which would be stale, and their copies for other runtimes; trainers' state;
+    `.git` and caches; files of an unfinished run of streamer; and everything below `apart`.
     """
     return [(str(p.relative_to(directory)), p) for p, stays in _walk(directory, apart) if not stays]
 
 
 def skipped_files(directory: Path, apart: Path | None = None) -> list[str]:
-    """List what `other_files` leaves out, by relative name: files, and directories as a whole."""
+    """List what `other_files` leaves out, by relative name: files, and whole directories."""
     return [str(p.relative_to(directory)) for p, stays in _walk(directory, apart) if stays]
 
 
 def read_beside(directory: Path, names: Collection[str]) -> list[str]:
-    """List the files at the top of a directory that a loader would read beside an output's; of an adapter no code or ``config.json``."""
+    """List the top-level files that a loader would read beside an output's own; for an adapter, neither code nor ``config.json``."""
     found = {p.name for pattern in READ for p in directory.glob(pattern) if p.is_file() and not p.name.startswith(".")}
     of_model = {name for name in found if name == "config.json" or name.endswith(".py")}
     return sorted(found - {*names, *(of_model if "adapter_config.json" in names else ())})
 
 
 def _walk(directory: Path, apart: Path | None) -> Iterator[tuple[Path, bool]]:
-    """Walk the files below a directory, and say of each whether it stays behind; directories may stay behind as a whole."""
+    """Walk the files below a directory and yield for each whether it is left out; whole directories may be left out."""
     hidden = None if apart is None else apart.resolve()
 
     def walk(at: Path, above: frozenset[Path]) -> Iterator[tuple[Path, bool]]:
         for path in sorted(at.iterdir()):
             if path.is_dir():
                 real = path.resolve()
-                if real == hidden or real in above:  # a link to a directory around it would never end
+                if real == hidden or real in above:  # following a link to a parent directory would never end
                     continue
                 if _SKIPPED_DIRECTORIES.match(path.name):
                     yield path, True
                 else:
                     yield from walk(path, above | {real})
             elif path.is_file() and not path.name.startswith(".streamer."):
-                # Below the top, weights are those of modules of their own (sentence-transformers' 2_Dense, say).
+                # Below the top, weights belong to separate modules (such as sentence-transformers' 2_Dense).
                 yield path, at == directory and bool(_STALE.search(path.name))
 
     yield from walk(directory, frozenset({directory.resolve()}))

@@ -1,7 +1,6 @@
 """Name the inputs of an output.
 
-By the names of their directories, by their ids on the hub where these are known, and by digests; never by paths, so that the same inputs
-give the same bytes on any machine.
+Names are directory names, hub ids if known, and digests, but never paths, so the same inputs give the same bytes on any machine.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from streamer.storage.remote_manifest import read_manifest
 from streamer.weights.model_config import ModelConfig
 
 DIGEST_CHARACTERS = 16
-"""Hexadecimal characters of an input's digest: enough to tell any two apart, and short enough to be read out."""
+"""Hexadecimal characters of an input's digest: enough to distinguish inputs, short enough to read aloud."""
 
 
 # fmt: off
@@ -35,27 +34,27 @@ class NameSource(TypedDict, total=False):
 
 
 class BaseSource(NameSource, BaseIdentity):
-    """The base model: its name, and what tells it from another, wherever it lies."""
+    """The base model: its name, and what identifies it independently of its location."""
 
 
 class AdapterSource(NameSource, AdapterIdentity):
-    """The adapter, or the fine-tuned model in its place, in the same way."""
+    """The adapter, or the fine-tuned model used as one, described in the same way."""
 
 
 def base_source(path: Path, config: ModelConfig, stated: object, identity: Mapping[str, Any]) -> BaseSource:
-    """Name a base; `stated` is the adapter's config's name for its base.
+    """Name a base; `stated` is the name that the adapter's config gives its base.
 
-    Its id is that of the cache that it lies in, or what the adapter's config or its own calls it, where that is by its last part the
-    name of the directory: it may have been trained from what its own config names, or the adapter on another model. By its name a model
-    in another encoding is another.
+    The id is the one of the hub's cache if the base is in it, else the name in the adapter's config or the base's own, provided that its
+    last part is the directory's name: the base's config may name the model from which it was trained, and the adapter's another model. If
+    the adapter's config names another encoding, it means another model.
     """
     model_id = None if bool(named_encoding(str(stated))) != bool(stored_encoding(config)) else hub_id(stated, path)
     return cast(BaseSource, _source(path, identity, model_id or hub_id(config.values.get("_name_or_path"), path)))
 
 
 def adapter_source(path: Path, identity: Mapping[str, Any]) -> AdapterSource:
-    """Name an adapter, or a fine-tuned model in its place."""
-    # A config may call its base by a path.
+    """Name an adapter, or a fine-tuned model used as one."""
+    # A config may name its base by a path.
     unnamed = {k: v for k, v in identity.items() if k != "base_model_name_or_path"}
     source = cast(AdapterSource, _source(path, unnamed))
     if named := stated_name(identity.get("base_model_name_or_path")):
@@ -65,7 +64,7 @@ def adapter_source(path: Path, identity: Mapping[str, Any]) -> AdapterSource:
 
 def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None) -> dict[str, Any]:
     cached = cached_model(path)
-    # JSON holds no bytes that are not UTF-8.
+    # JSON cannot hold bytes that are not UTF-8.
     source: dict[str, Any] = {"name": os.fsencode(path.resolve().name).decode(errors="backslashreplace")}
     if cached is not None:
         model_id = cached[0]
@@ -81,5 +80,5 @@ def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None
 
 
 def in_short(source: NameSource) -> dict[str, str]:
-    """A source's name, id and digest, without its identity."""
+    """Return a source's name, id, revision and digest, without its identity."""
     return {key: str(source[key]) for key in ("name", "model_id", "revision", "digest") if key in source}

@@ -21,19 +21,19 @@ from streamer.weights.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A share of a weight of the base that holds a matrix, or some of its rows.
+    """A part of a base's weight that holds a matrix, or some of its rows.
 
-    Expert 3 of a stack is ``("model.layers.0.mlp.experts.down_proj", 3)``; the upper half of expert 3 of a ``gate_up_proj`` that the base
-    stores apart is ``("model.layers.0.mlp.experts.3.gate_proj.weight", None, (0, 4096))``.
+    Expert 3 of a stack is ``("model.layers.0.mlp.experts.down_proj", 3)``. The upper half of expert 3 of a ``gate_up_proj`` that the base
+    stores in two tensors is ``("model.layers.0.mlp.experts.3.gate_proj.weight", None, (0, 4096))``.
 
     Attributes
     ----------
     weight
         A weight's name.
     index
-        Which matrix of it, where the weight is a stack.
+        Index of the matrix, if the weight is a stack.
     rows
-        From and to: the weight holds these rows of the matrix, other weights the others; None: all.
+        First and last-plus-one row of the matrix that this weight holds, if other weights hold the rest; None for all rows.
     """
 
     weight: str
@@ -48,15 +48,15 @@ class Target:
     Attributes
     ----------
     tensor
-        Its name: the tensor's in the base, or one made for a matrix that is a part of a tensor, or made of several.
+        The matrix' name: the tensor's name in the base, or a made-up name if the matrix is part of a tensor or combines several.
     module
         The adapter's module.
     transposed
-        The base stores (in, out): its transpose is the matrix that the delta is added to.
+        Whether the base stores (in, out): the delta is then added to the transpose.
     match
         How the name was found.
     pieces
-        Slices that hold its rows, one below the other, where it is not a whole tensor.
+        Slices that together hold its rows, in order, if it is not a whole tensor.
     """
 
     tensor: str
@@ -68,36 +68,36 @@ class Target:
 
     @property
     def slices(self) -> tuple[TensorSlice, ...]:
-        """Slices that hold its rows, one below the other."""
+        """Return the slices that together hold its rows, in order."""
         return self.pieces or (TensorSlice(self.tensor),)
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """Dimensions of a convolution's kernel."""
+        """Return the dimensions of a convolution's kernel."""
         return self.stored[2:]
 
     @property
     def is_embedding(self) -> bool:
-        """Whether the weight is an embedding's, looked up and not multiplied."""
+        """Return whether the weight is an embedding, which is looked up and not multiplied."""
         return self.module.form == "embedding"
 
 
 @dataclass(frozen=True)
 class Orientation:
-    """Tells which layers of a base store (in, out), as Conv1D does, where every other linear layer stores (out, in).
+    """The layers of a base that store (in, out), as Conv1D does; every other linear layer stores (out, in).
 
-    Of a base that is not known, ``c_proj`` and the other names that Conv1D has in some class may be either; a layer of the same stack of
-    layers, ``transformer.h.0`` to ``transformer.h.11``, settles that they are Linear. A base that names no class of its type, as another
-    library's ``NanoGPT`` of type ``gpt2``, is known where its biases show that it stores its layers as those classes do.
+    In an unknown base, ``c_proj`` and the other names that Conv1D has in some class may be either. If another layer of the same stack of
+    layers (``transformer.h.0`` to ``transformer.h.11``) is seen to be Linear, all are. A base without a class of its type, such as another
+    library's ``NanoGPT`` of type ``gpt2``, counts as known if its biases show that it stores its layers as the classes of that type do.
 
     Attributes
     ----------
     architectures
-        Facts of the base's class, or of all that it can be of; none where it is not known.
+        Facts about the base's class, or about all classes that it may have; empty if not known.
     has_conv1d
-        Whether a base that is not known has a layer whose bias shows that it is stored (in, out): others may be, too.
+        Whether the bias of some layer of an unknown base shows (in, out): other layers may be stored so, too.
     linear
-        Stacks of layers of a base that is not known in which layers that are called as Conv1D is are seen to be Linear.
+        For an unknown base, stacks of layers in which layers with a Conv1D name were seen to be Linear.
     """
 
     architectures: tuple[Architecture, ...]
@@ -106,7 +106,7 @@ class Orientation:
 
     @classmethod
     def of(cls, base: Checkpoint, config: ModelConfig) -> Orientation:
-        """Ask the table of architectures, and the shapes of a base that it does not know."""
+        """Decide by the table of architectures, or by the shapes of a base that it does not know."""
         known = architectures_for(config)
         biased = {} if architecture_for(config) else _by_bias(base)
         if known and (architecture_for(config) or _stored_as(known, base, biased)):
@@ -117,7 +117,7 @@ class Orientation:
         return cls((), any(biased.values()), linear)
 
     def seen(self, adapter: DeltaSource, weights: WeightView, names: Mapping[str, Match]) -> Orientation:
-        """Learn from the layers of an adapter on a base that is not known: those that fit (out, in) alone."""
+        """Learn from an adapter's layers on an unknown base: layers that fit only (out, in) are Linear."""
         if self.architectures or adapter.describes_model:
             return self
         fitting = {
@@ -130,14 +130,15 @@ class Orientation:
         return replace(self, linear=self.linear | {_stack_of(tensor) for tensor in fitting})
 
     def ways(self, tensor: str, *names: str, fan_in_fan_out: bool = False) -> set[bool]:
-        """List the ways in which a weight that is called so may be stored: False is (out, in), True (in, out).
+        """List the ways in which a weight of this name may be stored: False is (out, in), True (in, out).
 
-        PEFT sets ``fan_in_fan_out`` where it wrapped a Conv1D last, and ignores it on a Linear; users set it by habit: it decides nothing.
+        PEFT sets ``fan_in_fan_out`` if the last module that it wrapped is a Conv1D, and ignores the key on a Linear; users set it out of
+        habit. So it decides nothing.
 
         Parameters
         ----------
         names
-            Names of its module in a loaded model.
+            Names of the weight's module in a loaded model.
         """
         if self.architectures:
             return {any(map(a.transposed, names)) for a in self.architectures}
@@ -150,7 +151,7 @@ def _may_be_conv1d(name: str) -> bool:
 
 
 def _stack_of(name: str) -> str:
-    """Path of the stack of layers that a name stands in: ``transformer.h.0.attn.c_proj.weight`` → ``transformer.h.``."""
+    """Return the path of the stack of layers that contains a name: ``transformer.h.0.attn.c_proj.weight`` → ``transformer.h.``."""
     return pattern_of(name).partition("*")[0]
 
 
@@ -160,7 +161,7 @@ def _ways_that_fit(module: Module, weight: Weight) -> set[bool]:
 
 
 def _by_bias(base: Checkpoint) -> dict[str, bool]:
-    """Tell by their biases of layers that are not square whether they are stored (in, out)."""
+    """Determine from the biases of layers that are not square whether each is stored (in, out)."""
     found = {}
     for name in base.weight_map:
         if name.endswith(".weight") and (bias := name.removesuffix("weight") + "bias") in base.weight_map:
@@ -171,7 +172,7 @@ def _by_bias(base: Checkpoint) -> dict[str, bool]:
 
 
 def _stored_as(classes: Sequence[Architecture], base: Checkpoint, biased: Mapping[str, bool]) -> bool:
-    """Tell whether layers with biases are stored as these classes store them, one in each stack of layers in which these have Conv1D."""
+    """Test whether layers with biases are stored as in these classes, with at least one in every stack of layers that has a Conv1D."""
     conv1d = {name for name in base.weight_map if any(a.transposed(name.removesuffix(".weight")) for a in classes)}
     shown = {_stack_of(name) for name in biased}
     return {n for n, way in biased.items() if way} == conv1d & biased.keys() and {_stack_of(n) for n in conv1d} <= shown
@@ -180,19 +181,19 @@ def _stored_as(classes: Sequence[Architecture], base: Checkpoint, biased: Mappin
 def match_targets(
     weights: WeightView, adapter: DeltaSource, orientation: Orientation, names: Mapping[str, Match], renames: Renames
 ) -> list[Target]:
-    """Match every module of the adapter to the one tensor of the base that it changes, in the base's file order.
+    """Match every module of the adapter to the base tensor that it changes, in the base's file order.
 
     Parameters
     ----------
     names
-        From `match_names`.
+        Matches of `match_names`.
 
     Raises
     ------
     MismatchError
-        If any module is unmatched, ambiguous, of a wrong shape, or two name one tensor: all of them in one message.
+        If any module is unmatched, ambiguous or of a wrong shape, or two modules change one tensor; the message names all of them.
     UnsupportedError
-        If a matched tensor is encoded in a way that cannot be computed with.
+        If computing with a matched tensor's encoding is not supported.
     """
     problems: list[str] = []
     targets: dict[str, Target] = {}
@@ -207,7 +208,7 @@ def match_targets(
         shape = weight.shape
         if module.form != "linear":
             ways = {module.form != "convolution"}
-        elif weight.quantized or len(shape) != 2:  # quantizers store every kind of layer as (out, in)
+        elif weight.quantized or len(shape) != 2:  # quantizers store all kinds of layers as (out, in)
             ways = {False}
         else:
             loaded = run_time.get(found, found).removesuffix(".weight")
@@ -218,8 +219,8 @@ def match_targets(
             problems.append(f"{name!r}: expected {_expected(module, ways)} in the base, {has} {list(shape)}")
         elif len(fitting) > 1 or (adapter.describes_model and len(ways) > 1):
             problems.append(
-                f"{name!r}: {list(shape)} does not tell whether it is stored as (out, in) or, as a Conv1D, (in, out), and "
-                "neither does the base's config.json; name its class with --architecture NAME"
+                f"{name!r}: {list(shape)} does not show whether it is stored as (out, in) or, as a Conv1D, (in, out), and the base's "
+                "config.json does not say; name its class with --architecture NAME"
             )
         elif found in targets:
             problems.append(f"{name!r} and {targets[found].module.name!r} both change {found!r}")
@@ -236,7 +237,7 @@ def _expected(module: Module, ways: set[bool]) -> str:
 
 
 def misfits(problems: Sequence[str], of: int, adapter: DeltaSource, weights: WeightView) -> str:
-    """Say in one line which modules do not fit the base: two of them, or one where names are long."""
+    """Describe in one line which modules do not fit the base: two of them, or one if names are long."""
     return (
         f"{adapter.path}: {len(problems)} of {of} modules do not fit {weights.checkpoint.path}: {listed(problems, 2, '; ', 200)}; "
         "is this the base that the adapter was trained on?"

@@ -1,7 +1,7 @@
-"""Set a model's config right for the head that an adapter brings along: the class, and the number of labels.
+"""Update a model's config for the head that an adapter saves: the class and the number of labels.
 
 An adapter for classification saves a head that its base does not have, or has for another number of labels. The class of the merged
-model follows from the base's type and the adapter's task, by a table of transformers' own (``auto_classes.json``, see
+model follows from the base's type and the adapter's task, by transformers' own table (``auto_classes.json``, see
 ``tools/make_auto_classes.py``); the number of labels is the head's number of rows.
 """
 
@@ -24,13 +24,13 @@ LABEL_HEAD = re.compile(
     r"(?:^|\.)(?:score|classifier|qa_outputs|logits_proj|sequence_summary\.summary|"
     r"(?:classifier|classification_head)\.(?:out_proj|linear_out|1))\.(?P<parameter>weight|bias)$"
 )
-"""Names of the last layer of transformers' heads for classification and question answering: a row a label."""
+"""Names of the last layer of transformers' heads for classification and question answering, with a row for each label."""
 
 PIPELINES = {
     "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification", "QUESTION_ANS": "question-answering",
     "CAUSAL_LM": "text-generation", "SEQ_2_SEQ_LM": "text2text-generation", "FEATURE_EXTRACTION": "feature-extraction",
 }  # fmt: skip
-"""PEFT's task types, and what the hub calls the same tasks."""
+"""PEFT's task types, and the hub's names for the same tasks."""
 
 LABEL_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -39,16 +39,16 @@ LANGUAGE_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 @dataclass(frozen=True)
 class Head:
-    """A model's config after an adapter's task and head, with notes.
+    """A model's config, updated for an adapter's task and head, with notes.
 
     Attributes
     ----------
     config
-        The model's config, with what follows set.
+        The updated config.
     pipeline
-        The hub's name of the task, where the class changed; else empty.
+        The hub's name of the task if the class changed, else empty.
     notes, advice
-        What was set, and what could not be known and must be passed on loading; a line each.
+        What was set, and what is not known and must be passed on loading; one line each.
     """
 
     config: ModelConfig
@@ -59,17 +59,17 @@ class Head:
 
 @cache
 def table() -> dict[str, Any]:
-    """Read the facts.
+    """Read the table.
 
-    ``names`` by model type; ``tasks``: by PEFT's task type the forms of class names, and the model types of each; ``ties``: by task the
-    model types whose head is nothing but the embedding where the two are tied, by ``default`` or where a config has ``stated`` it.
+    ``names``: names by model type; ``tasks``: for each of PEFT's task types the patterns of class names, and each pattern's model types;
+    ``ties``: for each task the model types whose head is only the tied embedding, tied by ``default`` or if the config ``stated`` it.
     """
     data: dict[str, Any] = json.loads(resources.files(__package__).joinpath("auto_classes.json").read_text())
     return data
 
 
 def auto_class(model_type: object, task: object) -> str | None:
-    """Return the class that transformers loads a model of this type as for one of PEFT's tasks; None where it has none."""
+    """Return the class that transformers uses to load a model of this type for one of PEFT's tasks; None if there is none."""
     if not isinstance(model_type, str) or not isinstance(task, str):
         return None
     for form, types in table()["tasks"].get(task, {}).items():
@@ -79,9 +79,9 @@ def auto_class(model_type: object, task: object) -> str | None:
 
 
 def merged_architecture(config: ModelConfig, adapter: DeltaSource) -> Architecture | None:
-    """Return the facts of the class that the merged model is of: that of the adapter's task where the base is of none with its head.
+    """Return the facts about the merged model's class: the class for the adapter's task if the base's class lacks the head.
 
-    Where a base's config names no class and the adapter no task, PEFT has written which class it was trained on.
+    If the base's config names no class and the adapter no task, use the class that PEFT recorded in training.
     """
     stated = architecture_for(config)
     if adapter.describes_model:
@@ -100,16 +100,16 @@ def merged_architecture(config: ModelConfig, adapter: DeltaSource) -> Architectu
 def implied_head(
     config: ModelConfig, task: object, saved: Mapping[str, tuple[int, ...]], names: Collection[str]
 ) -> Head:
-    """Set a model's config right for the head that an adapter saves.
+    """Update a model's config for the head that an adapter saves.
 
     Parameters
     ----------
     config
-        The base's.
+        The base's config.
     task
-        PEFT's ``task_type`` by the adapter's config.
+        PEFT's ``task_type`` in the adapter's config.
     saved
-        Shapes of the tensors that the adapter trained and saved whole (``modules_to_save``), by their names in the merged model.
+        Shapes of tensors that the adapter trained and saved whole (``modules_to_save``), by their names in the merged model.
     names
         All tensors of the merged model.
     """
@@ -122,12 +122,12 @@ def implied_head(
     if labels is None and task in LABEL_TASKS and matrices and not heads:
         name, shape = next(reversed(matrices.items()))
         advice.append(
-            f"the adapter saves a head of its own, {name!r}, and no head that is known; if its {shape[0]} rows are labels, "
+            f"the adapter saves its own head, {name!r}, but no known type of head; if its {shape[0]} rows are labels, "
             f"load the model with num_labels={shape[0]}"
         )
     elif task in LABEL_TASKS and not heads:
         advice.append(
-            f"the adapter is for {task}, and neither it nor the base has a head that is known: loading will make one of random values"
+            f"the adapter is for {task}, but neither it nor the base has a known head: loading will create one with random values"
         )
     if not config.values:
         if labels is not None:
@@ -138,7 +138,7 @@ def implied_head(
         notes.append(f"config.json says {many}: the saved head has {rows}")
     elif labels is not None and (kept := _own_names(config)):
         advice.append(
-            f"config.json keeps the base's names of labels ({listed(kept)}), being as many as the saved head has rows: where the "
+            f"config.json keeps the base's names of labels ({listed(kept)}), because there are as many as rows in the saved head: if the "
             "adapter was trained on other labels, set id2label and label2id"
         )
     cls = auto_class(config.model_type, task)
@@ -148,19 +148,19 @@ def implied_head(
         if not _has_head(str(task), config, names):
             if task in LANGUAGE_TASKS:
                 advice.append(
-                    f"the adapter is for {task}, and neither it nor the base has the head of {cls}, which loading would make of random "
-                    f"values: config.json keeps {old or 'no class'}; merge into the model that the adapter was trained on"
+                    f"the adapter is for {task}, but neither it nor the base has the head of {cls}, which loading would create with random "
+                    f"values: config.json keeps {old or 'no class'}; merge into the model on which the adapter was trained"
                 )
         else:
             out["architectures"] = [cls]
             notes.append(
-                f"config.json says {cls}, by the adapter's task {task}" + (f", in place of {old}" if old else "")
+                f"config.json says {cls}, by the adapter's task {task}" + (f", instead of {old}" if old else "")
             )
     elif cls is None and labels is not None and not re.search(r"Classification|QuestionAnswering", old):
         unknown = f"no class for {config.model_type!r} and {task} is known"
         why = unknown if task else "the adapter's config names no task"
         advice.append(
-            f"{why}: load the model by the class that the adapter was trained with; config.json keeps {old or 'none'}"
+            f"{why}: load the model with the class used to train the adapter; config.json keeps {old or 'none'}"
         )
     if task == "SEQ_CLS" and _pads(heads) and out.get("pad_token_id") is None:
         advice.append(
@@ -178,12 +178,12 @@ def _labels(saved: Mapping[str, tuple[int, ...]]) -> int | None:
 
 
 def _pads(heads: Collection[str]) -> bool:
-    """Say whether a model classifies the last token, and so must know which ones are padding."""
+    """Test whether a model classifies the last token, and so must know which tokens are padding."""
     return any(re.search(r"(?:^|\.)score\.weight$", name) for name in heads)
 
 
 def _fits_task(task: str, old: str, model_type: object, saved: Mapping[str, tuple[int, ...]]) -> bool:
-    """Say whether the class for the task may take the place of the one that was stated: nothing but the bare model, or a classifier."""
+    """Test whether the task's class may replace the stated class: only a bare model or a classifier may be replaced."""
     if task in LABEL_TASKS:
         return True
     if task == "FEATURE_EXTRACTION":
@@ -193,36 +193,36 @@ def _fits_task(task: str, old: str, model_type: object, saved: Mapping[str, tupl
 
 
 def _has_head(task: str, config: ModelConfig, names: Collection[str]) -> bool:
-    """Say whether the merged model holds the head of the task's class, or a tie that makes it."""
+    """Test whether the merged model has the head of the task's class, or a tie that provides it."""
     if task in LABEL_TASKS:
         return any(map(LABEL_HEAD.search, names))
     cls = auto_class(config.model_type, task)
     architecture = None if cls is None else architecture_for(config, cls)
     if task not in LANGUAGE_TASKS or architecture is None or (head := architecture.output_embedding) is None:
         return True
-    # The head's outermost module holds what stands between model and vocabulary: ``lm_head.decoder`` → ``lm_head.``.
+    # The head's outermost module holds everything between model and vocabulary: ``lm_head.decoder`` → ``lm_head.``.
     modules = tuple(f"{name.partition('.')[0]}." for name in (head, *architecture.disk_patterns(f"{head}.weight")))
     ties, model_type = table()["ties"][task], config.model_type
-    # Where a config states nothing, its class's default holds.
+    # If the config states nothing, the class's default applies.
     default, possible = model_type in ties["default"], any(model_type in types for types in ties.values())
     tied = default if config.tied is None else config.tied and possible
     return tied or any(name.startswith(modules) for name in names)
 
 
 def _own_names(config: ModelConfig) -> list[str]:
-    """List the names that a config gives its labels; none where they are the numbered ones that transformers makes."""
+    """List the names that a config gives its labels; empty if they are transformers' numbered defaults."""
     names = config.values.get("id2label")
     texts = [str(name) for name in names.values()] if isinstance(names, dict) else []
     return [] if all(re.fullmatch(r"LABEL_\d+", text) for text in texts) else [quoted(text, 30) for text in texts]
 
 
 def _set_labels(config: dict[str, Any], labels: int) -> bool:
-    """Set the number of labels as transformers writes it; the base's names stay where they are as many."""
+    """Set the number of labels as transformers writes it; keep the base's names if there are as many. Return whether anything changed."""
     names = config.get("id2label")
-    # What a config means that states none depends on its class: mostly 2, of BART 3.
+    # The default number of labels depends on the class: usually 2, for BART 3.
     if (len(names) if isinstance(names, dict) else config.get("num_labels")) == labels:
         return False
-    # What kind of problem it is does not follow from the number.
+    # The problem type does not follow from the number.
     for key in ("num_labels", "_num_labels", "problem_type"):
         config.pop(key, None)
     config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}

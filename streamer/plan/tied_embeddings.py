@@ -1,10 +1,10 @@
-"""Ties: keep or undo them where an adapter changes an embedding and a head that are one tensor, or other names of one parameter.
+"""Keep or undo ties if an adapter changes an embedding and a head that are one tensor, or other names of one parameter.
 
-A checkpoint stores one of the names, and a loader gives its tensor to the others as well: whatever a merge writes for the head would
-vanish, and whatever it adds to the embedding would change both. In PEFT's model the names part as soon as an adapter changes one of them
-(only its own merge, in place on the shared tensor, mixes them up). So the merged model is untied where they part: all names are written,
-and the config says so. Where they change as one, they stay tied. Which names are one, and where the config says it, stands in the
-table of `architectures`.
+A checkpoint stores one of the names, and a loader gives its tensor to the others as well: anything that a merge writes for the head would
+be lost, and anything that it adds to the embedding would change both. In PEFT's model the names separate as soon as an adapter changes
+one of them (only PEFT's merge, in place on the shared tensor, mixes them up). So if the names separate, the merged model is untied: all
+names are written, and the config says so. If all change in the same way, they stay tied. The table of `architectures` says which names
+are one parameter, and where the config states it.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from streamer.weights.base import StoredTensor, equal
 from streamer.weights.model_config import ModelConfig
 
 BY_TIE = "the tie to the embedding"
-"""Reason of a tensor that is dropped, in records."""
+"""Reason for dropping a tensor, in records."""
 
 
 @dataclass(frozen=True)
 class TieEditor:
-    """Adds to an adapter's edits those that keep the ties of its base, or undo them.
+    """Editor that extends an adapter's edits so that they keep or undo the ties of its base.
 
     LoRA on ``lm_head`` of a tied model: ``lm_head.weight``, which the base does not have, becomes a source with the embedding's values,
-    its delta is added to that, and the model is untied. Embedding and ``lm_head`` saved with the same values: the copy is dropped.
+    the delta is added to it, and the model is untied. Embedding and ``lm_head`` saved with equal values: the copy is dropped.
 
     Attributes
     ----------
     deltas
-        Names of the tensors that have a delta.
+        Names of the tensors with a delta.
     """
 
     base: Checkpoint
@@ -59,7 +59,7 @@ class TieEditor:
         Raises
         ------
         UnsupportedError
-            If names part that no config can untie.
+            If names separate but no config can untie them.
         """
         ties = [self._without_apart(tie) for tie in ties if tie.stored]
         parted = [tie for tie in ties if self._parts(tie)]
@@ -67,7 +67,7 @@ class TieEditor:
         if untied and not self.config.values:
             raise UnsupportedError(
                 f"{self.base.path}: has no config.json, which would have to say that {listed(map(repr, parted[0].names))} are no "
-                "longer one tensor; give the directory of the model, with its config.json"
+                "longer one tensor; give the model's directory, with its config.json"
             )
         left = architecture_for(self.config.untied(untied), self.architecture.name) if parted else None
         still = {name for tie in (left.ties if left else ()) if tie.tied for name in (tie.name, tie.source)}
@@ -78,8 +78,8 @@ class TieEditor:
             elif tie in parted:
                 option = "trainable_token_indices" if self.edits.rows.keys() & {*tie.names} else "exclude_modules"
                 raise UnsupportedError(
-                    f"{self.base.path}: {self.architecture.name} ties {listed(map(repr, tie.names))} whatever its config says, and "
-                    f"{self.adapter.path} changes them apart; train one that leaves them as they are ({option})"
+                    f"{self.base.path}: {self.architecture.name} ties {listed(map(repr, tie.names))} whatever its config says, but "
+                    f"{self.adapter.path} changes them separately; train an adapter that leaves them unchanged ({option})"
                 )
             elif self._changed(tie):
                 edits = _together(tie, edits, self.base, self.deltas)
@@ -90,19 +90,19 @@ class TieEditor:
         return {*tie.names} & {*edits.sources, *edits.rows, *edits.shifts, *self.deltas}
 
     def _without_apart(self, tie: TiedNames) -> TiedNames:
-        """Compare the copies on disk of a tensor that changes, and leave out one that is not the same where the config says so."""
+        """Compare the stored copies of a tensor that changes, and omit unequal copies if the config says that they are separate."""
         if not self._changed(tie):
             return tie
         copies = {name: StoredTensor(*self.base.locate(name)) for name in tie.names if name in self.base.weight_map}
-        # A head of T5's own stands beside the embedding, where the config says that they are apart.
+        # A T5 stores its own head beside the embedding if the config says that they are separate.
         apart = _unequal(copies, self.base.path, "the config", bool(tie.keys) or self.config.tied is not False)
         return replace(tie, on_disk={now: name for now, name in tie.on_disk.items() if name not in apart})
 
     def _parts(self, tie: TiedNames) -> bool:
-        """Say whether the names stop being one tensor: they change, and not all in the same way."""
+        """Test whether the names stop being one tensor: they change, but not all in the same way."""
         changed, edits = self._changed(tie), self.edits
         delta, rows = changed & self.deltas, changed & edits.rows.keys()
-        # PEFT ties some embeddings only, and then the factors of both are in the adapter (see `mirrored`).
+        # PEFT ties only some embeddings, and the adapter then has the factors of both (see `mirrored`).
         if not changed or (self.adapter.config.ensure_weight_tying and len(delta) > 1):
             return False
         saved = {name: edits.sources[name] for name in tie.names if name in edits.sources}
@@ -115,13 +115,13 @@ class TieEditor:
         if self._input(tie) in rows and self._shares_tokens(tie) and (changed - rows or len(rows) > 1):
             others = listed(map(repr, sorted({*tie.names} - rows)))
             raise UnsupportedError(
-                f"{self.adapter.path}: trains tokens of {self._input(tie)!r}, which is tied to {others}, and changes one of them besides; "
-                f"untie them first (save the model with {KEY}=false) and train again"
+                f"{self.adapter.path}: trains tokens of {self._input(tie)!r}, which is tied to {others}, and also changes one of them "
+                f"otherwise; untie them first (save the model with {KEY}=false) and train again"
             )
         if missing := [now for now, name in tie.on_disk.items() if name is None]:
             raise UnsupportedError(
-                f"{self.base.path}: {self.adapter.path} changes {tie.stored!r} and {missing[0]!r}, which is tied to it, apart, and the "
-                "name under which loaders would find that one is not known; train one that leaves them as they are (exclude_modules)"
+                f"{self.base.path}: {self.adapter.path} changes {tie.stored!r} and {missing[0]!r}, which is tied to it, separately, but "
+                "the name under which loaders would find the latter is not known; train one that leaves them as they are (exclude_modules)"
             )
         return True
 
@@ -129,12 +129,12 @@ class TieEditor:
         return tie.on_disk.get(f"{self.architecture.input_embedding}.weight")
 
     def _shares_tokens(self, tie: TiedNames) -> bool:
-        """Test whether PEFT gives all names the tokens that it trains: it does if the class itself, and its own config, ties them."""
+        """Test whether PEFT applies trained tokens to all names: it does if the class itself, and its own config, ties them."""
         stated = (record(self.architecture.name) or {}).get("ties")
         return bool(stated) and (not tie.keys or any(len(key) == 1 for key in tie.keys))
 
     def _apart(self, tie: TiedNames, edits: TensorEdits) -> TensorEdits:
-        """Write all names, those that do not change with the values that the adapter knows the base by."""
+        """Write all names; names that do not change get the values that the adapter has for the base."""
         sources, base = dict(edits.sources), StoredTensor(*self.base.locate(tie.stored))
         start = next((sources[name] for name in tie.names if name in sources and name not in edits.trained), base)
         for name in tie.names:
@@ -144,13 +144,13 @@ class TieEditor:
         if other := next((name for name in tie.others if shapes[name] != shapes[tie.stored]), None):
             raise UnsupportedError(
                 f"{self.adapter.path}: gives {tie.stored!r} {shapes[tie.stored][0]} rows, but {other!r}, which is tied to it, "
-                f"{shapes[other][0]}; save the adapter again with save_embedding_layers=True"
+                f"has {shapes[other][0]}; save the adapter again with save_embedding_layers=True"
             )
         return replace(edits, sources=sources)
 
 
 def _together(tie: TiedNames, edits: TensorEdits, base: Checkpoint, deltas: frozenset[str]) -> TensorEdits:
-    """Write the stored name alone, with what changes all of them."""
+    """Write only the stored name, with the edits that change all names."""
     sources, rows, shifts = dict(edits.sources), dict(edits.rows), dict(edits.shifts)
     for name in tie.others:
         if name in sources:
@@ -165,24 +165,24 @@ def _together(tie: TiedNames, edits: TensorEdits, base: Checkpoint, deltas: froz
 def without_copies(
     base: Checkpoint, tuned: FinetunedModel, architecture: Architecture | None, renames: Renames
 ) -> tuple[FinetunedModel, dict[str, str]]:
-    """Leave out the copies that a fine-tuned model has of tied tensors, which would be judged and mitigated apart.
+    """Omit a fine-tuned model's copies of tied tensors, which would otherwise be judged and mitigated separately.
 
-    Embedding and ``lm_head`` of the same bytes in both models, tied → the embedding alone is judged and written.
+    If embedding and ``lm_head`` have equal bytes in both models and are tied, only the embedding is judged and written.
 
     Parameters
     ----------
     architecture
-        Facts of the fine-tuned model.
+        Facts about the fine-tuned model.
 
     Returns
     -------
     tuned, dropped
-        The model without them, and the base's copies, which the merged model does without, with the reason.
+        The model without the copies, and the base's copies that the merged model omits, with the reason.
 
     Raises
     ------
     UnsupportedError
-        If copies in either model differ, or if it is not known whether the class ties what has the same bytes.
+        If copies in either model differ, or if it is not known whether the class ties tensors of equal bytes.
     """
     if architecture is None and tuned.model_config.tied is not False:
         _refuse_unknown_copies(tuned)
@@ -203,7 +203,7 @@ def without_copies(
 
 
 def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[str, str]) -> dict[str, Module]:
-    """Find modules that hold another's factors once more, transposed: PEFT's LoRA on a tied head with ``ensure_weight_tying``.
+    """Find modules that repeat another module's factors, transposed: PEFT's LoRA on a tied head with ``ensure_weight_tying``.
 
     Parameters
     ----------
@@ -213,7 +213,7 @@ def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[s
     Returns
     -------
     dict
-        The embedding's module → the head's, whose ``lora_A`` is its ``lora_embedding_B`` transposed, and the reverse.
+        The embedding's module → the head's module; its ``lora_A`` is the embedding's ``lora_embedding_B`` transposed, and vice versa.
     """
     if not adapter.config.ensure_weight_tying or adapter.config.peft_type != "LORA":
         return {}
@@ -227,7 +227,7 @@ def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[s
         same = (head.shape, head.rank, head.scaling) == (embedding.shape[::-1], embedding.rank, embedding.scaling)
         if more or not same:
             raise UnsupportedError(
-                f"{adapter.path}: says ensure_weight_tying, but the factors of {embedding.name!r} and {head.name!r} are not of one "
+                f"{adapter.path}: says ensure_weight_tying, but the factors of {embedding.name!r} and {head.name!r} are not those of one "
                 "delta"
             )
         found[embedding.name] = head
@@ -235,24 +235,25 @@ def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[s
 
 
 def refuse_numbered_ties(ties: Iterable[TiedNames], base: Path, adapter: DeltaSource, matched: Iterable[str]) -> None:
-    """Refuse a change of one of many parameters that are tied layer by layer."""
+    """Refuse changes to parameters that are tied layer by layer."""
     for name in (*(f"{module}.weight" for module in matched), *(c.name for c in adapter.carried)):
         pattern = pattern_of(name)
         tied = [now for tie in ties if not tie.stored for now in tie.on_disk]
         if any(pattern == now or now.endswith(f".{pattern}") or pattern.endswith(f".{now}") for now in tied):
             raise UnsupportedError(
-                f"{base}: ties {name!r}, which {adapter.path} changes, to others layer by layer, which is not supported; train one that "
-                "leaves it as it is (exclude_modules)"
+                f"{base}: ties {name!r}, which {adapter.path} changes, to others layer by layer, which is not supported; train an adapter "
+                "that leaves it unchanged (exclude_modules)"
             )
 
 
 def refuse_unknown_ties(
     base: Checkpoint, config: ModelConfig, adapter: DeltaSource, edits: TensorEdits, matched: Mapping[str, str]
 ) -> None:
-    """Refuse a change of what may be tied in a model of an unknown class: what has no other of its shape, and does not stand in a layer.
+    """Refuse changes to tensors that may be tied, in a model of an unknown class.
 
-    Where the config states a vocabulary, that many rows; else, of linear layers, not a width that layers have: a projector, a pooler;
-    but all that has the bytes of another. Where it states that nothing is tied, nothing.
+    A matrix outside layers may be tied if no other has its shape, as the base may store only one of the names. If the config states a
+    vocabulary, only matrices with that many rows count; if not, linear layers (a projector, a pooler) do not count if their number of rows
+    is a width found in layers. A matrix with the bytes of another is refused, too. If the config states that nothing is tied, nothing is.
     """
     if config.tied is False:
         return
@@ -261,7 +262,7 @@ def refuse_unknown_ties(
     linear = {name for module, name in matched.items() if adapter.modules[module].form == "linear"}
     outer = {name: base.info(name).shape for name in base.weight_map if not pattern_of(name).count("*")}
     for name in dict.fromkeys([*matched.values(), *edits.sources, *edits.rows]):
-        # A quantized weight is under other names on disk, and tied to nothing.
+        # A quantized weight has other names on disk and is tied to nothing.
         new = name in edits.sources and name not in base.weight_map
         shape = edits.sources[name].info.shape if new else outer.get(name, ())
         if len(shape) != 2 or "*" in pattern_of(name) or config.vocab_size not in (None, shape[0]):
@@ -279,7 +280,7 @@ def refuse_unknown_ties(
 
 def _unknown(config: ModelConfig) -> str:
     whose = listed(map(repr, config.architectures)) if config.architectures else "no class"
-    return f"the config names {whose}, of which nothing is known here; name the class, or one that is like it, with --architecture"
+    return f"the config names {whose}, which is not known here; name the class, or a similar one, with --architecture"
 
 
 def _refuse_unknown_copies(tuned: FinetunedModel) -> None:
@@ -287,19 +288,19 @@ def _refuse_unknown_copies(tuned: FinetunedModel) -> None:
     for one, other in combinations(outer, 2):
         if equal(one, other):
             raise UnsupportedError(
-                f"{tuned.path}: whether {one.info.name!r} and {other.info.name!r}, whose bytes are the same, are tied depends on the "
+                f"{tuned.path}: whether {one.info.name!r} and {other.info.name!r}, whose bytes are equal, are tied depends on the "
                 f"model's class: {_unknown(tuned.model_config)}"
             )
 
 
 def _unequal(copies: Mapping[str, StoredTensor], path: Path, whose: str, refuse: bool) -> set[str]:
-    """Find copies of a tied tensor that are not as the first, by name."""
+    """Return the names of a tied tensor's copies that differ from the first."""
     first, *others = copies.values() or (None,)
     apart = {other.info.name for other in others if first and other and not equal(first, other)}
     if first and apart and refuse:
         raise UnsupportedError(
-            f"{path}: {apart.pop()!r} differs from {first.info.name!r}, to which {whose} ties it, and loaders disagree which of them "
-            f"counts; set {KEY} to what it is, or remove the copy"
+            f"{path}: {apart.pop()!r} differs from {first.info.name!r}, to which {whose} ties it, and loaders disagree on which of them "
+            f"to use; correct {KEY}, or remove the copy"
         )
     return apart
 

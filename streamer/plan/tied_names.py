@@ -1,7 +1,7 @@
-"""Find the names that one parameter has: in a loaded model, by the table of architectures, and on disk.
+"""Find all names of one parameter: in a loaded model, by the table of architectures, and on disk.
 
-A checkpoint holds one of them. ``lm_head.weight`` and ``model.language_model.embed_tokens.weight`` of a LLaVA that ties them →
-``language_model.model.embed_tokens.weight`` on disk, beside which the head would be ``language_model.lm_head.weight``.
+A checkpoint stores one of them. ``lm_head.weight`` and ``model.language_model.embed_tokens.weight`` of a LLaVA that ties them →
+``language_model.model.embed_tokens.weight`` on disk, where the head would be ``language_model.lm_head.weight``.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class TiedNames:
     Attributes
     ----------
     on_disk
-        Run-time name → the name on disk that it has or would have there; those that others are tied to first. None where it has none,
-        and where the names hold the number of a layer.
+        Run-time name → the name that it has, or would have, on disk; names to which others are tied come first. None if there is no such
+        name, or if the names contain a layer's number.
     stored
-        The one that is read, by its name on disk; there may be copies under others. Empty where the names hold numbers.
+        Name on disk of the tensor that is read; there may be copies under other names. Empty if the names contain numbers.
     keys
-        Where a config states the tie (see `architectures.Tie`).
+        Config keys that state the tie (see `architectures.Tie`).
     """
 
     on_disk: Mapping[str, str | None]
@@ -40,22 +40,22 @@ class TiedNames:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names on disk, the stored one first."""
+        """Return all names on disk, the stored one first."""
         return tuple(dict.fromkeys([self.stored, *(name for name in self.on_disk.values() if name)]))
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Names on disk but for the stored one."""
+        """Return the names on disk except the stored one."""
         return self.names[1:]
 
 
 class NamesOnDisk:
-    """Finds the names that a loaded model's tensors have on disk, or would have there.
+    """Lookup of the names that a loaded model's tensors have, or would have, on disk.
 
     Parameters
     ----------
     names
-        Those of a checkpoint.
+        Names in a checkpoint.
     """
 
     def __init__(self, names: Collection[str], architecture: Architecture, renames: Renames) -> None:
@@ -64,24 +64,24 @@ class NamesOnDisk:
         self._base = f"{architecture.base_prefix}."
 
     def find(self, run_time: str) -> str | None:
-        """Return the name on disk of a tensor that stands there, in whatever layout: with the prefix of the base model or without."""
+        """Return the name on disk of a stored tensor in any layout: with or without the prefix of the base model."""
         for name in (run_time, run_time.removeprefix(self._base), self._base + run_time):
             if (found := self._at.get(name)) is not None:
                 return found
         return next((n for n in (run_time, *self._architecture.disk_patterns(run_time)) if n in self._names), None)
 
     def find_all(self, pattern: str) -> list[str]:
-        """List the names on disk of the tensors with a pattern, of all layers where that holds a layer's number."""
+        """List the names on disk of the tensors that match a pattern, in all layers if it stands for a layer's number."""
         if "*" in pattern:
             return [name for now, name in self._at.items() if pattern_of(now) == pattern]
         found = self.find(pattern)
         return [] if found is None else [found]
 
     def of_new(self, run_time: str, beside: str, beside_on_disk: str) -> str | None:
-        """Return the name on disk that makes loaders find a new tensor, in the layout of another; None where there is none.
+        """Return a name on disk under which loaders find a new tensor, in the layout of another tensor; None if there is none.
 
-        ``lm_head.weight`` beside ``model.language_model.embed_tokens.weight``, which stands as ``language_model.model.embed_tokens.weight``
-        → ``language_model.lm_head.weight``.
+        ``lm_head.weight`` beside ``model.language_model.embed_tokens.weight``, which is stored as
+        ``language_model.model.embed_tokens.weight`` → ``language_model.lm_head.weight``.
         """
         if beside != beside_on_disk and beside == self._base + beside_on_disk:
             return run_time.removeprefix(self._base)
@@ -94,12 +94,12 @@ class NamesOnDisk:
 
 
 def find_ties(names: Collection[str], architecture: Architecture | None, renames: Renames) -> tuple[TiedNames, ...]:
-    """Find the names of the parameters that have several, of those that a checkpoint holds.
+    """Find the parameters of a checkpoint that have several names.
 
     Parameters
     ----------
     names
-        The tensors of the checkpoint.
+        The checkpoint's tensors.
     """
     if architecture is None:
         return ()
@@ -108,7 +108,7 @@ def find_ties(names: Collection[str], architecture: Architecture | None, renames
 
 
 def _groups(architecture: Architecture) -> list[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]]:
-    """List the run-time names of each parameter that has several, and the keys of their ties: none where one of them has none."""
+    """List the run-time names of each parameter with several, and the keys of their ties: no keys if one of the ties has none."""
     groups: list[tuple[list[str], list[tuple[tuple[str, ...], ...]]]] = []
     for tie in architecture.ties:
         if not tie.tied:
@@ -139,9 +139,9 @@ def vocabulary_tensors(
     ties: Iterable[TiedNames],
     renames: Renames,
 ) -> dict[str, VocabularyTensor]:
-    """Find the tensors whose rows are a vocabulary, by their names on disk.
+    """Find the tensors with a row for each entry of a vocabulary, by their names on disk.
 
-    In a model of an unknown class, those that have as many rows as the config says.
+    In a model of an unknown class, these are the tensors with as many rows as the config states.
     """
     if architecture is None:
         shapes = {name: base.info(name).shape for name in base.weight_map}
@@ -162,12 +162,12 @@ def vocabulary_tensors(
 def without_stale_values(
     base: Checkpoint, architecture: Architecture | None, vocabulary: Mapping[str, VocabularyTensor], edits: TensorEdits
 ) -> TensorEdits:
-    """Leave out zeros of a token each, where the vocabulary has another size: loaders do without (BART's ``final_logits_bias``).
+    """Omit zeros with one value for each token if the vocabulary's size changes: loaders do not need them (BART's ``final_logits_bias``).
 
     Raises
     ------
     UnsupportedError
-        If there are other values of a token each, which the adapter does not bring for the new ones: a head's bias, a router's table.
+        If other tensors have a value for each token that the adapter does not supply for new tokens: a head's bias, a router's table.
     """
     before = {
         vocabulary[name].keys: base.info(name).shape[0]
@@ -183,7 +183,7 @@ def without_stale_values(
         spare = saved is None and any(re.search(pattern, name) for pattern in patterns)
         if not spare or StoredTensor(*base.locate(name)).whole().any():
             raise UnsupportedError(
-                f"{base.path}: {name!r} has a value for each of {before[keys]} tokens, and the adapter gives the model "
+                f"{base.path}: {name!r} has a value for each of {before[keys]} tokens, but the adapter gives the model "
                 f"{edits.vocabularies[keys]}; train from a model whose embeddings have that many rows"
             )
         stale[name] = "the vocabulary's new size"

@@ -1,6 +1,6 @@
-"""Choose a merged model's tokenizer: the adapter's, where a whole one stands beside its weights, or the base's; never a mixture.
+"""Choose a merged model's tokenizer: the adapter's if a complete one is beside its weights, else the base's; never a mixture.
 
-Trainers save the tokenizer that they used beside the adapter: it may have more tokens, another padding token or another chat template.
+Trainers save their tokenizer beside the adapter: it may have more tokens, another padding token or another chat template.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VOCABULARIES = {
     "byte_maps.json", "tekken.json",
     "tiktoken.model", "tokenizer.tiktoken", "qwen.tiktoken",
 }  # fmt: skip
-"""Files in which transformers' tokenizers have their vocabularies: without any of them a tokenizer is not whole."""
+"""Files in which transformers' tokenizers store their vocabularies: a tokenizer without any of them is incomplete."""
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -29,17 +29,17 @@ TOKENIZER = VOCABULARIES | {
     TOKENIZER_CONFIG, ADDED_TOKENS, "special_tokens_map.json", "merges.txt", "normalizer.json", "target.spm", "target_vocab.json",
     "vocab-tgt.json", "emoji.json", "word_shape.json", "word_pronunciation.json", "chat_template.jinja", "chat_template.json",
 }  # fmt: skip
-"""Files that make up a tokenizer and its chat template, with those of `TEMPLATES`; what one has of them the other is not to add to."""
+"""Files that form a tokenizer and its chat template, together with `TEMPLATES`; files of one tokenizer must not join another's."""
 
 TEMPLATES = "additional_chat_templates"
 
 PROCESSOR = {
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "audio_tokenizer_config.json",
 }  # fmt: skip
-"""Files of a processor of images or sound. A trainer that saves only the tokenizer means the base's to stay."""
+"""Files of a processor for images or sound. If a trainer saves only the tokenizer, the base's processor is kept."""
 
 MOST_BYTES = 200_000_000
-"""Of a vocabulary that is looked through; larger ones are taken as they are."""
+"""Largest vocabulary file that is searched; larger files are accepted unchecked."""
 
 Copies = list[tuple[str, Path]]
 
@@ -52,13 +52,13 @@ _PIECE = re.compile(rb'\s*\[\s*"(?:[^"\\]|\\.)*+"\s*,\s*[-+\d.eE]+\s*\]\s*([,\]]
 def with_tokenizer(
     plan: Plan, copies: Copies
 ) -> tuple[Copies, Literal["adapter", "base"] | None, list[str], list[str]]:
-    """Put the adapter's tokenizer in the place of the base's, among the files that a merged model takes along.
+    """Replace the base's tokenizer by the adapter's among the files that a merged model takes along.
 
     Returns
     -------
     copies, tokenizer, warnings, notes
-        The files, whose tokenizer is among them, and why it is not the adapter's where parts of one stand there: a warning where that
-        may have tokens that the other does not have.
+        The files; whose tokenizer they include; and, if parts of an adapter's tokenizer were not used, the reason: a warning if that
+        tokenizer may have tokens that the other one lacks.
     """
     stays: Literal["adapter", "base"] | None = "base" if any(_is_tokenizer(name) for name, _ in copies) else None
     beside, base = plan.adapter.path, plan.base.directory
@@ -69,21 +69,21 @@ def with_tokenizer(
     own = [c for c in other_files(beside) if _is_tokenizer(c[0])]
     if not own:
         rows = plan.edits.vocabulary
-        grown = f"the vocabulary has grown to {rows} rows, and the adapter brings no tokenizer: it is the base's"
+        grown = f"the vocabulary has grown to {rows} rows, but the adapter has no tokenizer: the base's is kept"
         return copies, stays, [], [grown] if rows is not None and stays else []
     has = {name for name, _ in own}
     lacks = "a vocabulary" if not has & VOCABULARIES else "" if TOKENIZER_CONFIG in has else TOKENIZER_CONFIG
     kept = "the tokenizer is the base's" if stays else "none is taken along"
     if lacks:
-        says = f"the adapter has {own[0][0]} beside it but no whole tokenizer ({lacks} is missing): {kept}"
+        says = f"the adapter has {own[0][0]} beside it but no complete tokenizer ({lacks} is missing): {kept}"
         if has.isdisjoint(VOCABULARIES | {ADDED_TOKENS}):
             return copies, stays, [], [says]
-        return copies, stays, [f"{says}, and tokens that were added for training are not known to the merged model"], []
+        return copies, stays, [f"{says}, and the merged model does not know tokens that were added for training"], []
     tokens, rows = token_count(beside), plan.edits.vocabulary or plan.config.vocab_size
     if tokens is not None and rows is not None and tokens > rows:
         says = (
-            f"the adapter's tokenizer has {tokens} tokens and the merged embedding {rows} rows: {kept}, and the tokens that were "
-            "added for training are not known to the merged model"
+            f"the adapter's tokenizer has {tokens} tokens but the merged embedding {rows} rows: {kept}, and the merged model does not "
+            "know the tokens that were added for training"
         )
         return copies, stays, [says], []
     processor = [c for c in other_files(beside) if c[0] in PROCESSOR]
@@ -93,7 +93,7 @@ def with_tokenizer(
 
 
 def own_tokenizer(copies: Copies) -> Literal["adapter"] | None:
-    """Say whether a tokenizer is among an adapter's files."""
+    """Return "adapter" if an adapter's files include a tokenizer."""
     return "adapter" if TOKENIZER_CONFIG in dict(copies) else None
 
 
@@ -102,11 +102,11 @@ def _is_tokenizer(name: str) -> bool:
 
 
 def token_count(directory: Path) -> int | None:
-    """Count tokens: one more than the largest number in ``tokenizer.json``; None where that is not there, or not as expected."""
+    """Count tokens as one more than the largest number in ``tokenizer.json``; None if the file is missing or not as expected."""
     path = directory / "tokenizer.json"
     if not path.is_file() or not 0 < path.stat().st_size <= MOST_BYTES:
         return None
-    # Through a map and token by token: as a tree of objects a vocabulary takes hundreds of megabytes.
+    # Scan the mapped file token by token: parsed as objects, a vocabulary would take hundreds of megabytes.
     with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         start = _VOCAB.search(data)
         if start is None:

@@ -3,9 +3,9 @@
 ``language_model.model.layers.0.mlp.up_proj.weight`` → ``model.language_model.layers.0.mlp.up_proj.weight`` of a vision-language model;
 ``model.layers.0.mlp.experts.3.w1.weight`` → a part of ``model.layers.0.mlp.experts.gate_up_proj``, which is built from all experts.
 
-transformers renames tensors between the two, by the model's class and type. The renames stand in ``renames.json`` as facts taken from
-transformers' own table by ``tools/make_renames.py``; none of its code is needed to read them. They point one way only, from disk to
-run time, so names are compared there: every tensor's name is carried forward, and no pattern is ever inverted.
+transformers chooses the renames by the model's class and type. ``tools/make_renames.py`` extracts them as facts from transformers' table
+into ``renames.json``; reading them needs none of transformers' code. They lead only from disk to run time, so names are compared there:
+every tensor's name is carried forward, and no pattern is ever inverted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from streamer.plan.architectures import Architecture, architectures_for
 from streamer.weights.model_config import ModelConfig
 
-# Where no table knows the model: what vision-language models have in common.
+# For a model that no table knows: renames common to vision-language models.
 COMMON = (
     {"rename": r"^language_model\.lm_head(?!\w)", "to": "lm_head"},
     {"rename": r"^language_model\.model\.", "to": "model.language_model."},
@@ -32,7 +32,7 @@ COMMON = (
 
 @dataclass(frozen=True)
 class Conversion:
-    """Tensors that are built from others on loading: `to` from each match of `sources`, by the operations named."""
+    """Tensors that loading builds from others: `to` from each match of `sources`, by the named operations."""
 
     sources: tuple[re.Pattern[str], ...]
     to: tuple[str, ...]
@@ -41,11 +41,11 @@ class Conversion:
 
     @property
     def stacks(self) -> bool:
-        """Whether it makes one stack of matrices out of whole tensors, or out of one that is stored the other way round."""
+        """Return whether it builds one stack of matrices from whole tensors, or from one that is stored transposed."""
         return self.by in STACKS and len(self.to) == 1
 
     def load(self, tensor: str, name: str) -> Loaded | None:
-        """Return the loaded name of a tensor, or None if it is no source of this."""
+        """Return the loaded name of a tensor, or None if it is not a source of this conversion."""
         for at, source in enumerate(self.sources):
             found = _replace(name, source, self.to[0] if self.to else "", self.scope)
             if found is not None:
@@ -66,11 +66,11 @@ class Loaded(NamedTuple):
     Attributes
     ----------
     tensor, name
-        Its name on disk, and the run-time name of what it becomes, or becomes a part of.
+        Its name on disk, and the run-time name of the tensor that it becomes, whole or as a part.
     by
-        What builds that out of it and others; None if it is loaded as it is.
+        Conversion that builds that tensor from this one and others; None if it is loaded unchanged.
     source, number
-        Which source of the conversion it is, and which of that source's tensors, where these are numbered.
+        Index of the conversion's source that it matches, and its number within that source, if numbered.
     """
 
     tensor: str
@@ -82,13 +82,13 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class Rename:
-    """Pairs of a pattern and what replaces its first match; of several pairs, all wait for the first one to be seen."""
+    """Pairs of a pattern and the replacement of its first match; several pairs apply only if the first one matches some name."""
 
     pairs: tuple[tuple[re.Pattern[str], str], ...]
     scope: re.Pattern[str] | None = None
 
     def apply(self, names: Iterable[str]) -> dict[str, str]:
-        """Name → renamed, for those that it changes."""
+        """Return name → new name for the names that it changes."""
         out = {}
         for name in names:
             for pattern, to in self.pairs:
@@ -97,12 +97,12 @@ class Rename:
                     out[name] = found[0]
                     break
         if len(self.pairs) > 1 and not any(self.pairs[0][0].search(name) for name in out):
-            return {}  # a checkpoint that has been converted already
+            return {}  # the checkpoint is already converted
         return out
 
 
 def _replace(name: str, pattern: re.Pattern[str], to: str, scope: re.Pattern[str] | None) -> tuple[str, str] | None:
-    """Rename by one pattern: the new name, and the part of it that matched; None if none does."""
+    """Rename by one pattern: return the new name and the part that matched; None if nothing matches."""
     head = ""
     if scope is not None:
         at = scope.match(name)
@@ -118,12 +118,12 @@ def _replace(name: str, pattern: re.Pattern[str], to: str, scope: re.Pattern[str
 
 @dataclass(frozen=True)
 class Renames:
-    """The renames of one model, in the order in which they act.
+    """The renames of one model, in the order in which they apply.
 
     Attributes
     ----------
     model
-        Whose they are, for messages: a class or a model type; empty where they are only those that all models share.
+        The model for messages: a class or model type; empty if there are only the renames common to all models.
     """
 
     model: str
@@ -131,7 +131,7 @@ class Renames:
     conversions: tuple[Conversion, ...]
 
     def at_run_time(self, names: Iterable[str]) -> dict[str, str]:
-        """Map each tensor on disk → its run-time name, for those that are loaded as they are."""
+        """Map each tensor on disk → its run-time name, for tensors that are loaded unchanged."""
         return {tensor: name for tensor, name, by, _, _ in self.loaded(names) if by is None}
 
     def loaded(self, names: Iterable[str]) -> list[Loaded]:
@@ -149,7 +149,7 @@ class Renames:
 
 @cache
 def table() -> dict[str, Any]:
-    """Read the facts: ``rules`` and ``same`` by class or model type, and ``classes`` by model type."""
+    """Read the table: ``rules`` and ``same`` by class or model type, and ``classes`` by model type."""
     data: dict[str, Any] = json.loads(resources.files(__package__).joinpath("renames.json").read_text())
     return data
 
@@ -161,11 +161,11 @@ def _steps(key: str) -> list[dict[str, Any]] | None:
 
 
 def renames_for(config: ModelConfig) -> Renames:
-    """Collect the renames of a model: its own, those of the models within it, and those that all models share.
+    """Collect the renames of a model: its own, its inner models', and those common to all models.
 
-    As transformers collects them: by each model's class, else by its type where no model around it has had those; renames of a model
-    within act below its path, with the base's prefix or without. ``language_model.embed_tokens`` of
-    ``LlavaForConditionalGeneration`` is below ``model.language_model``.
+    This follows transformers: by each model's class, else by its type unless a surrounding model used the same type; renames of an inner
+    model apply below its path, with or without the base's prefix. ``language_model.embed_tokens`` of ``LlavaForConditionalGeneration`` is
+    below ``model.language_model``.
     """
     architecture = _architecture(config)
     if architecture is None:
@@ -206,13 +206,13 @@ def renames_for(config: ModelConfig) -> Renames:
 
 
 def _architecture(config: ModelConfig) -> Architecture | None:
-    """The facts of the base's class; where that is not known, those of the class of its type that has the most models within it."""
+    """Return the facts about the base's class; if that is not known, about the class of its type with the most inner models."""
     unnamed = replace(config, values={**config.values, "architectures": None})
     return max(architectures_for(config) or architectures_for(unnamed), key=lambda a: len(a.parts), default=None)
 
 
 def _scope(path: str, prefix: str) -> str | None:
-    """Pattern of the beginning of names below a model within, loaded with the model's base prefix or without; None for the model."""
+    """Return a pattern for the start of names below an inner model, loaded with or without the base prefix; None for the whole model."""
     if not path:
         return None
     below = path.removeprefix(prefix).removeprefix(".")

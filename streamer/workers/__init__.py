@@ -1,1 +1,1 @@
-"""Give tasks to workers: processes of this machine, or those of an engine; results come back as values, and the caller alone writes."""
+"""Run tasks on workers: processes on this machine or of a distributed engine. Results come back as values; only the caller writes."""

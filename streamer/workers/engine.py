@@ -1,4 +1,4 @@
-"""Give tasks to an executor and collect their results; the caller alone writes."""
+"""Give tasks to an executor and collect their results; only the caller writes."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from streamer.plan.memory import MemoryEstimate, check_budget
 from streamer.workers.task import Found, Task, TaskResult, perform
 
 AT_ONCE = 1024
-"""Tasks that an executor of unknown size is given at a time."""
+"""Most tasks given at a time to an executor of unknown size."""
 
 POLLED = 0.1
-"""Seconds between two looks for a request to stop."""
+"""Seconds between checks for a request to stop."""
 
 PATIENCE = 3.0
-"""Seconds without a result after which a cluster is asked, and asked again, whether it has workers."""
+"""Seconds without a result before a cluster is asked, and asked again, whether it has workers."""
 
 
 class Cluster(Executor, ABC):
-    """An executor whose workers come and go."""
+    """An executor whose workers may join and leave."""
 
     @abstractmethod
     def lacks(self) -> str:
-        """Say what is lacking for a task to be taken, empty for nothing; asked while no result comes, and after a task was lost.
+        """Describe what is missing before a task can run, empty for nothing; called while no result arrives, and after a task was lost.
 
         Raises
         ------
         WorkerError
-            If none will be taken any more.
+            If the cluster will accept no more tasks.
         """
 
 
 class Workers:
-    """Workers, and how much they are given.
+    """Workers, and how much work they get.
 
     Parameters
     ----------
     opens
         Open an executor; called again after workers die. On exit, stop it if we started it.
     at_once
-        Tasks that are given out at a time.
+        Most tasks given out at a time.
     processes
-        How many processes on this machine share the memory allowed; None where each has it for itself.
+        Number of processes on this machine that share the allowed memory; None if each has its own.
     """
 
     def __init__(self, opens: Callable[[], contextlib.AbstractContextManager[Executor]],
@@ -62,12 +62,12 @@ class Workers:
 
     @classmethod
     def of(cls, executor: Executor) -> Workers:
-        """Take an executor of the caller's, which stays open."""
+        """Use the caller's executor, which stays open."""
         return cls(lambda: contextlib.nullcontext(executor))
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep what is opened inside the context for all runs there; it is closed at the end."""
+        """Keep an executor opened inside the context for all runs there; close it at the end."""
         self._users += 1
         try:
             yield
@@ -81,7 +81,7 @@ class Workers:
         self._opened.close()
 
     def _current(self) -> Executor:
-        """Return the executor, opened if it is not."""
+        """Return the executor, opening it if necessary."""
         if self._executor is None:
             self._executor = self._opened.enter_context(self._open())
         return self._executor
@@ -89,23 +89,23 @@ class Workers:
     def share(
         self, max_memory: int | None, own: int, needs: Iterable[MemoryEstimate], computes: bool = False
     ) -> int | None:
-        """Divide the memory allowed among this process and the workers on this machine; return what each worker has.
+        """Divide the allowed memory among this process and the workers on this machine; return the share of each worker.
 
-        Results are those of one process that is allowed a worker's share, and state that.
+        Results equal those of a single process that is allowed a worker's share, and they state that amount.
 
         Parameters
         ----------
         own
-            Bytes that this process takes.
+            Bytes that this process needs.
         needs
-            Steps of a worker.
+            A worker's steps.
         computes
-            Whether this process has a share as well: it takes some of these steps.
+            Whether this process also needs a share because it runs some of these steps.
 
         Raises
         ------
         UsageError
-            If it is too little; the message says how much would do.
+            If the memory is too small; the message says how much is needed.
         """
         if self.processes is None or max_memory is None:
             return max_memory
@@ -116,21 +116,21 @@ class Workers:
     def run(
         self, tasks: Sequence[Task[Found]], monitor: Monitor, begin: Callable[[int], None]
     ) -> Generator[tuple[int, Found], None, None]:
-        """Give out tasks, and yield the number of each with what came of it, as results arrive.
+        """Give out tasks; yield each task's number and result as results arrive.
 
-        A task whose worker died is done again, once.
+        A task whose worker died is run again, once.
 
         Parameters
         ----------
         begin
-            Called with the number of the task that has been out for longest, before each wait.
+            Called before each wait with the number of the task that was given out first.
 
         Raises
         ------
         WorkerError
-            If workers die, or cannot be reached, time and again.
+            If workers die or cannot be reached repeatedly.
         MismatchError
-            If a worker has other inputs.
+            If a worker has different inputs.
         """
         waiting, lost, broken = deque(range(len(tasks))), set[int](), False
         given: dict[Future[TaskResult], int] = {}
@@ -138,7 +138,7 @@ class Workers:
         with self.kept():
             try:
                 while waiting or given:
-                    if broken and not given:  # all that it had has come back
+                    if broken and not given:  # all of its tasks have come back
                         self._close()
                         broken = False
                     executor = self._current()
@@ -156,15 +156,15 @@ class Workers:
                             raise result.error
                         monitor.warn(result.warnings)
                         yield number, result.value
-                        del future, result  # what came is written, and needs no memory
+                        del future, result  # the caller is done with the result: free its memory
                         continue
-                    monitor.checkpoint()  # what ended the worker may have asked this process to stop as well
+                    monitor.checkpoint()  # whatever ended the worker may have asked this process to stop as well
                     _lacks(executor)
                     said = f"{tasks[number].name}: its worker was lost ({type(fault).__name__}: {fault})"
                     if number in lost:
                         raise WorkerError(f"{said} for the second time; the same command resumes here") from fault
-                    if not broken:  # one loss for all that it had
-                        monitor.emit(Event("warning", f"{said}; it is done again"))
+                    if not broken:  # warn once for all tasks that the executor had
+                        monitor.emit(Event("warning", f"{said}; it is run again"))
                     lost.add(number)
                     waiting.appendleft(number)
                     broken = broken or isinstance(fault, BrokenExecutor)
@@ -174,17 +174,17 @@ class Workers:
 
 
 def _submitted(executor: Executor, task: Task[Any]) -> Future[TaskResult]:
-    """Give a task to an executor; one that takes none has failed it."""
+    """Give a task to an executor; if the executor refuses it, return a failed future."""
     try:
         return executor.submit(perform, task)
-    except Exception as e:  # each engine has its own
+    except Exception as e:  # each engine has its own exceptions
         failed: Future[TaskResult] = Future()
         failed.set_exception(e)
         return failed
 
 
 def _next(arrived: queue.SimpleQueue[Future[TaskResult]], executor: Executor, monitor: Monitor) -> Future[TaskResult]:
-    """Wait for a task to end, or for a request to stop; what a cluster lacks meanwhile is said, once."""
+    """Wait for a task to end or for a request to stop; warn once of each thing that a cluster lacks meanwhile."""
     said, asked = "", time.monotonic()
     while True:
         monitor.checkpoint()
@@ -202,7 +202,7 @@ def _lacks(executor: Executor) -> str:
 
 
 def _fault(future: Future[TaskResult]) -> BaseException | None:
-    """Return what an executor failed a task with, None where it did not."""
+    """Return the exception with which the executor failed a task; None if it did not fail."""
     return CancelledError("cancelled") if future.cancelled() else future.exception()
 
 

@@ -1,4 +1,4 @@
-"""Perform a task as a worker does: by the addresses of the inputs, in a process that may be on another machine."""
+"""Run a task as a worker does: from the inputs' addresses, in a process that may be on another machine."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from streamer.storage.tensor_file import IOMode
 Found = TypeVar("Found")
 
 KEPT = 2
-"""Inputs, and what tasks share, that a process keeps: those used last."""
+"""Number of inputs, and of values shared by tasks, that a process keeps: the last ones used."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Addresses of a base and its adapters, how they are opened, and what is expected there.
+    """Addresses of a base and its adapters, how to open them, and their expected identities.
 
     Attributes
     ----------
     base, adapters
-        Paths, absolute; no adapters for a run on the base alone.
+        Absolute paths; no adapters for a run on the base alone.
     io, stated, architecture
         As in `detection.options.RunOptions`.
     identities
-        Those of the base and of each adapter, as JSON.
+        Identities of the base and of each adapter, as JSON.
     version
-        Of streamer: another may round otherwise.
+        Version of streamer: another version may round differently.
     """
 
     base: str
@@ -61,17 +61,17 @@ class Inputs:
 
     @classmethod
     def of(cls, batch: Batch, io: IOMode, stated: Stated, architecture: str | None) -> Inputs:
-        """State those of a batch, and how it was opened."""
+        """Describe the inputs of a batch, and how it was opened."""
         paths = [os.path.abspath(plan.adapter.path) for plan in _adapted(batch)]
         return cls(os.path.abspath(batch.base.path), tuple(paths), io, stated, architecture, _identities(batch))
 
     def open(self) -> Batch:
-        """Open them.
+        """Open the inputs.
 
         Raises
         ------
         MismatchError
-            If they cannot be opened here, or are others than expected, or streamer is.
+            If they cannot be opened here, or differ from the expected inputs, or the version of streamer differs.
         """
         if self.version != __version__:
             raise MismatchError(
@@ -97,12 +97,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Task(ABC, Generic[Found]):
-    """What a worker is to do, and all that decides what comes of it; it is pickled.
+    """The work for a worker, with everything that determines its result; it is pickled.
 
     Attributes
     ----------
     threads
-        How many of torch's threads.
+        Number of torch's threads.
     """
 
     inputs: Inputs
@@ -111,15 +111,15 @@ class Task(ABC, Generic[Found]):
     @property
     @abstractmethod
     def name(self) -> str:
-        """Name what it is about, for messages."""
+        """Name the task's subject, for messages."""
 
     @abstractmethod
     def do(self, batch: Batch, monitor: Monitor) -> Found:
-        """Do it, with inputs that are open."""
+        """Do the task with open inputs."""
 
 
 class Packed(Generic[Found]):
-    """A value that goes to another process as bytes, whatever the executor would make of it, and is a copy in the same process."""
+    """A value pickled to bytes here, not by the executor; reading it makes a copy, even in the same process."""
 
     def __init__(self, value: Found) -> None:
         file = io.BytesIO()
@@ -131,7 +131,7 @@ class Packed(Generic[Found]):
 
     @property
     def value(self) -> Found:
-        """Make a copy."""
+        """Unpickle a copy."""
         value: Found = pickle.loads(self._data)  # noqa: S301  # our own bytes
         return value
 
@@ -142,7 +142,7 @@ class Carried(Packed[Found]):
     Attributes
     ----------
     digest
-        Of its bytes.
+        SHA-256 of its bytes.
     """
 
     def __init__(self, value: Found) -> None:
@@ -151,7 +151,7 @@ class Carried(Packed[Found]):
 
     @property
     def value(self) -> Found:
-        """Return it, as this process has it."""
+        """Return the value, unpickled once in this process."""
         found = _values.get(self.digest)
         if found is None:
             found = _values[self.digest] = super().value
@@ -161,10 +161,10 @@ class Carried(Packed[Found]):
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles of a tensor its own values alone, and not all of the storage that it is a view of."""
+    """Pickles only a tensor's own values, not the whole storage of which it is a view."""
 
     def reducer_override(self, obj: Any) -> Any:
-        """Copy a view before it is pickled."""
+        """Copy a view before pickling it."""
         if isinstance(obj, Tensor) and obj.untyped_storage().nbytes() > obj.nbytes:
             return pickle.loads, (pickle.dumps(obj.detach().clone()),)
         return NotImplemented
@@ -174,14 +174,14 @@ _values: dict[str, Any] = {}
 
 
 def keep_last(held: dict[Any, Any]) -> None:
-    """Drop what a process holds, but for what was put there last."""
+    """Drop all entries that a process keeps except the last ones added."""
     for old in list(held)[:-KEPT]:
         held.pop(old, None)
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What came of a task, and warnings; or the error that ended it.
+    """A task's value and warnings, or the error that ended it.
 
     A task returns its own error as a value, so an exception raised by a worker always comes from the executor.
     """
@@ -192,7 +192,7 @@ class TaskResult:
 
 
 def perform(task: Task[Any]) -> TaskResult:
-    """Do a task, on its number of threads; the inputs are opened once in a process."""
+    """Run a task on its number of threads; the inputs are opened once in a process."""
     warnings: list[str] = []
 
     def note(event: Event) -> None:
@@ -202,7 +202,7 @@ def perform(task: Task[Any]) -> TaskResult:
     try:
         with task_threads(task.threads), _opened(task.inputs) as batch:
             value = task.do(batch, Monitor(note))
-    except Exception as e:  # whatever it is, the caller raises it: what escaped here would pass for a dead worker
+    except Exception as e:  # the caller raises it; an exception that left this function would look like a dead worker
         return TaskResult(error=_portable(e))
     return TaskResult(value, tuple(warnings))
 
@@ -213,7 +213,7 @@ _opening = threading.Lock()
 
 @contextlib.contextmanager
 def _opened(inputs: Inputs) -> Iterator[Batch]:
-    """Open inputs, or take those that this process has open, unless their files have changed since."""
+    """Open inputs, or reuse those that this process has open unless their files have changed."""
     with _opening:
         batch = _batches.pop(inputs, None)
         if batch is None or not _unchanged(batch):
@@ -248,9 +248,9 @@ def worker_name() -> str:
 
 
 def _portable(e: Exception) -> Exception:
-    """Return the error, or where it cannot be sent to another process its text."""
+    """Return the error, or its text if it cannot be sent to another process."""
     try:
         pickle.loads(pickle.dumps(e))  # noqa: S301  # our own bytes
-    except Exception:  # of pickling, which may raise anything
+    except Exception:  # pickling may raise anything
         return RuntimeError(f"{type(e).__name__}: {e}")
     return e

@@ -189,7 +189,7 @@ def test_an_engine_that_takes_nothing_is_named(bench: WorkerBench, tmp_path: Pat
         )
     warnings = [e.name for e in events if e.stage == "warning"]
     assert len(warnings) == 10
-    assert all(text.endswith("no route to host); it is done again") for text in warnings)
+    assert all(text.endswith("no route to host); it is run again") for text in warnings)
     finish(bench, out)
 
 

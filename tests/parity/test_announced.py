@@ -73,31 +73,31 @@ def roberta_classifier(base: Path, dtype: torch.dtype) -> RobertaForSequenceClas
 
 REFUSED: dict[str, tuple[str | Kind, Callable[[str], bool], Sequence[str]]] = {
     "a saved head": ("modules_to_save", lambda n: "lm_head" in n,
-                     ["modules_to_save names 'lm_head', and 'lm_head.weight' is missing"]),
+                     ["modules_to_save names 'lm_head', but 'lm_head.weight' is missing"]),
     "part of a saved layer": ("modules_to_save", lambda n: n == f"{LAYER}.1.mlp.up_proj.weight",
-                              ["modules_to_save names 'layers.1.mlp', and 'model.layers.1.mlp.up_proj.weight' is missing"]),
+                              ["modules_to_save names 'layers.1.mlp', but 'model.layers.1.mlp.up_proj.weight' is missing"]),
     "all that was saved": ("modules_to_save", lambda n: "lora" not in n,
                            ["'lm_head.weight' is missing; ", "and 2 more are missing"]),
-    "a new head": ("modules_to_save, new", lambda n: "score" in n, ["modules_to_save names 'score', and 'score.weight' is missing"]),
+    "a new head": ("modules_to_save, new", lambda n: "score" in n, ["modules_to_save names 'score', but 'score.weight' is missing"]),
     "a new head's bias": ("headless, new head", lambda n: "classifier" in n,
-                          ["modules_to_save names 'classifier', and 'classifier.bias' and 1 more are missing"]),
+                          ["modules_to_save names 'classifier', but 'classifier.bias' and 1 more are missing"]),
     "part of a new head": ("headless, new head", lambda n: "classifier.bias" in n,
-                           ["modules_to_save names 'classifier', and 'classifier.bias' is missing"]),
+                           ["modules_to_save names 'classifier', but 'classifier.bias' is missing"]),
     "a layer of a new head": (Kind(roberta, lora("query", task_type="SEQ_CLS"), load=roberta_classifier), lambda n: "classifier.dense" in n,
-                              ["and 'classifier.dense.bias' and 1 more are missing"]),
+                              ["but 'classifier.dense.bias' and 1 more are missing"]),
     "beside a head that is tied": (Kind(tied, lora("q_proj", modules_to_save=["embed_tokens", "lm_head"])), lambda n: "lm_head" in n,
-                                   ["modules_to_save names 'lm_head', and 'lm_head.weight' is missing"]),
+                                   ["modules_to_save names 'lm_head', but 'lm_head.weight' is missing"]),
     "of another method": (Kind(llama(), lambda: peft.LoHaConfig(target_modules=["q_proj"], modules_to_save=["norm"])),
-                          lambda n: ".norm." in n, ["modules_to_save names 'norm', and 'model.norm.weight' is missing"]),
+                          lambda n: ".norm." in n, ["modules_to_save names 'norm', but 'model.norm.weight' is missing"]),
     "tokens": ("trainable tokens", lambda n: "token" in n, ["the rows of its 3 trainable_token_indices are missing"]),
     "tokens by name": ("trainable tokens by name", lambda n: "trainable_tokens" in n,
-                       ["trainable_token_indices names 'embed_tokens', and its rows are missing"]),
+                       ["trainable_token_indices names 'embed_tokens', but its rows are missing"]),
     "tokens of one of two": (Kind(llama(), lora("q_proj", trainable_token_indices={"embed_tokens": [1, 2], "lm_head": [1, 3]})),
-                             lambda n: "lm_head" in n, ["trainable_token_indices names 'lm_head', and its rows are missing"]),
+                             lambda n: "lm_head" in n, ["trainable_token_indices names 'lm_head', but its rows are missing"]),
     "a bias of LoRA": ("lora_bias", lambda n: n == f"{LAYER}.0.self_attn.q_proj.lora_B.bias",
-                       ["lora_bias is true, and 'model.layers.0.self_attn.q_proj.lora_B.bias' is missing"]),
+                       ["lora_bias is true, but 'model.layers.0.self_attn.q_proj.lora_B.bias' is missing"]),
     "all biases of LoRA": ("conv2d, lora_bias", lambda n: n.endswith("lora_B.bias"),
-                           ["lora_bias is true, and 'pointwise.lora_B.bias' and 1 more are missing"]),
+                           ["lora_bias is true, but 'pointwise.lora_B.bias' and 1 more are missing"]),
 }  # fmt: skip
 
 
@@ -107,7 +107,9 @@ def test_what_only_the_adapter_has_is_refused(case: str, tmp_path: Path, monkeyp
     made = make(kind, tmp_path, monkeypatch)
     assert make_plan(made.base, made.adapter).announced == ()
     without(made.adapter, gone)
-    refuse_everywhere(made.base, made.adapter, tmp_path, 3, "lacks what adapter_config.json announces: ", *words)
+    refuse_everywhere(
+        made.base, made.adapter, tmp_path, 3, "lacks tensors that adapter_config.json announces: ", *words
+    )
 
 
 def test_peft_does_not_load_part_of_a_saved_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +168,7 @@ def test_a_missing_module_that_a_full_path_names_is_warned_of(tmp_path: Path, mo
     made = make(Kind(llama(), lora(*paths)), tmp_path, monkeypatch)
     without(made.adapter, lambda n: "lora" in n and "up_proj" in n)
     assert make_plan(made.base, made.adapter).announced == (
-        "the adapter's target_modules names 'model.layers.1.mlp.up_proj', and its file has no factors of it: the base's values are kept",
+        "the adapter's target_modules names 'model.layers.1.mlp.up_proj', but its file has no factors of it: the base's values are kept",
     )
     without(made.adapter, lambda n: "lm_head" in n)
     (note,) = make_plan(made.base, made.adapter).announced
@@ -206,7 +208,7 @@ def test_tensors_that_the_class_does_not_load_are_not_announced(
     kinds_cases.compare_merge(made, tmp_path / "merged", kinds_cases.Figures())
     without(made.adapter, lambda n: "embed_tokens" in n)
     refuse_everywhere(made.base, made.adapter, tmp_path, 3,
-                      "modules_to_save names 'embed_tokens', and 'model.embed_tokens.weight' is missing; save")  # fmt: skip
+                      "modules_to_save names 'embed_tokens', but 'model.embed_tokens.weight' is missing; save")  # fmt: skip
 
 
 def test_biases_that_the_class_does_not_load_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,7 @@ def test_mxfp4_experts(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:the adapter was trained on")  # the decoded base
 def test_fp8_experts(tmp_path: Path) -> None:
-    """One tensor an expert, in FP8: gate and up are coded anew, each with its rows of the delta."""
+    """One tensor for each expert, in FP8: gate and up are coded anew, each with its rows of the delta."""
     base, adapter, _ = make("qwen3-moe", tmp_path, EXPERTS, torch.bfloat16)
     tensors, coded = weights(base), {}
     for key, w in tensors.items():
@@ -262,7 +262,7 @@ def test_a_base_whose_experts_do_not_fit(what: str, tmp_path: Path) -> None:
     else:
         tensors[one] = tensors[one][:5].clone()
     save_file(tensors, base / "model.safetensors")
-    says = {"an expert is missing": "which are not one of a shape for each expert", "another shape": "which are not one of a shape",
+    says = {"an expert is missing": "which are not one for each expert, all of one shape", "another shape": "which are not one for",
             "no experts": r"experts.down_proj' has no tensor in the base"}[what]  # fmt: skip
     with pytest.raises(MismatchError, match=says):
         streamer.iter_merged(base, adapter, mitigation_lambda=1.0)

@@ -102,7 +102,7 @@ def test_stacks_of_an_unknown_class(tmp_path: Path) -> None:
     expected = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0))
     alone = base / "model.safetensors"
     (base / "config.json").unlink()
-    with pytest.raises(MismatchError, match=r"does not tell whether they are stored as .* with --architecture NAME"):
+    with pytest.raises(MismatchError, match=r"does not say whether they are stored as .* with --architecture NAME"):
         streamer.iter_merged(alone, adapter, mitigation_lambda=1.0)
     named = dict(streamer.iter_merged(alone, adapter, mitigation_lambda=1.0, architecture="GptOssForCausalLM"))
     assert all(torch.equal(named[key], tensor) for key, tensor in expected.items())
@@ -124,7 +124,7 @@ def test_of_other_versions(case: str, tmp_path: Path) -> None:
     base, adapter = ADAPTERS / f"base-{name}-{loader}", ADAPTERS / case / "adapter"
     if case in REFUSED:
         with pytest.raises(
-            UnsupportedError, match=r"down_proj' are square \(8x8\), and by peft_version '0.19.[01]' it cannot be told"
+            UnsupportedError, match=r"down_proj' are square \(8x8\), and peft_version '0.19.[01]' does not determine"
         ):
             streamer.detect_intruder_dimensions(base, adapter)
         return

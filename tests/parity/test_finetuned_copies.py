@@ -70,5 +70,5 @@ def test_copies_in_a_model_of_an_unknown_class(tmp_path: Path) -> None:
         config = json.loads((home / "config.json").read_text())
         kept = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "tie_word_embeddings")}
         (home / "config.json").write_text(json.dumps(kept))
-    with pytest.raises(UnsupportedError, match=r"whose bytes are the same, are tied depends on .* with --architecture"):
+    with pytest.raises(UnsupportedError, match=r"whose bytes are equal, are tied depends on .* with --architecture"):
         make_plan(base, tuned)

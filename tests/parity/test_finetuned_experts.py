@@ -1,4 +1,4 @@
-"""Fully fine-tuned mixtures, whose experts stand in stacks on disk: detected and merged a matrix an expert."""
+"""Fully fine-tuned mixtures that store their experts in stacks: detected and merged one matrix for each expert."""
 
 from __future__ import annotations
 

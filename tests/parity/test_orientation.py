@@ -120,7 +120,7 @@ def test_square_layers_of_an_unknown_class(name: str, flag: bool, tmp_path: Path
     cls = make(name, tmp_path, flag)
     adapter = tmp_path / "adapter"
     with pytest.raises(
-        MismatchError, match=r"does not tell whether it is stored as .* name its class with --architecture NAME"
+        MismatchError, match=r"does not show whether it is stored as .* name its class with --architecture NAME"
     ):
         streamer.detect_intruder_dimensions(one_file(tmp_path), adapter)
     expected = dict(streamer.iter_merged(tmp_path / "base", adapter, mitigation_lambda=1.0))
@@ -144,7 +144,7 @@ def without_biases(home: Path) -> Path:
 def test_nothing_tells_that_a_square_layer_is_a_conv1d(tmp_path: Path) -> None:
     """No flag, no bias, no other layer: ``c_proj`` is a Conv1D in some classes, and a Linear in others."""
     make("conv1d", tmp_path, flag=False)
-    with pytest.raises(MismatchError, match=r"does not tell whether it is stored as .* with --architecture NAME"):
+    with pytest.raises(MismatchError, match=r"does not show whether it is stored as .* with --architecture NAME"):
         streamer.detect_intruder_dimensions(without_biases(tmp_path), tmp_path / "adapter")
 
 

@@ -90,7 +90,7 @@ def test_inspect_says_which_base_it_is(ran: tuple[Path, dict[str, Outcome]]) -> 
     assert "NF4" not in plain.out
     assert "trained on" not in plain.err
     assert "NF4" in quantized.out
-    assert "by its name not quantized; used here is a base in bitsandbytes" in quantized.err
+    assert "by its name not quantized, but the base given here is in bitsandbytes" in quantized.err
 
 
 def test_merge_says_what_rounding_left_unchanged(ran: tuple[Path, dict[str, Outcome]]) -> None:

@@ -183,7 +183,7 @@ def test_a_head_that_nobody_has_is_not_promised(tmp_path: Path) -> None:
     assert written["architectures"] == ["LlamaForSequenceClassification"]
     (line,) = json.loads(done.out)["advice"]
     assert line.startswith(
-        "the adapter is for CAUSAL_LM, and neither it nor the base has the head of LlamaForCausalLM, which"
+        "the adapter is for CAUSAL_LM, but neither it nor the base has the head of LlamaForCausalLM, which"
     )
     assert len(line) <= 300
 
@@ -217,11 +217,11 @@ CLASSIFIER = ("bert.pooler.dense.weight", "classifier.weight")
 @pytest.mark.parametrize(
     ("config", "task", "saved", "words"),
     [
-        (BERT, None, {"classifier.weight": (3, 8)}, "names no task: load the model by the class that the adapter was trained with"),
+        (BERT, None, {"classifier.weight": (3, 8)}, "names no task: load the model with the class used to train the adapter"),
         ({**BERT, "model_type": "its own"}, "SEQ_CLS", {"classifier.weight": (3, 8)}, "no class for 'its own' and SEQ_CLS is known"),
-        (BERT, "SEQ_CLS", {"my_head.weight": (3, 8)}, "'my_head.weight', and no head that is known; if its 3 rows are labels, "
+        (BERT, "SEQ_CLS", {"my_head.weight": (3, 8)}, "'my_head.weight', but no known type of head; if its 3 rows are labels, "
                                                       "load the model with num_labels=3"),
-        (BERT, "TOKEN_CLS", {}, "neither it nor the base has a head that is known: loading will make one of random values"),
+        (BERT, "TOKEN_CLS", {}, "neither it nor the base has a known head: loading will create one with random values"),
         ({}, "SEQ_CLS", {"classifier.weight": (3, 8)}, "the base has no config.json: load the model with a config of num_labels=3"),
         ({"model_type": "llama"}, "SEQ_CLS", {"score.weight": (3, 8)}, "config.json has no pad_token_id"),
     ],

@@ -93,15 +93,15 @@ def test_why_not(job: tuple[Path, Path], tmp_path: Path) -> None:
     record = merge(base, adapter, tmp_path / "template")
     assert record["tokenizer"] == "base"
     assert record["notes"] == [
-        "the adapter has chat_template.jinja beside it but no whole tokenizer (a vocabulary is missing): the tokenizer is the base's"
+        "the adapter has chat_template.jinja beside it but no complete tokenizer (a vocabulary is missing): the tokenizer is the base's"
     ]
     assert (tmp_path / "template" / "chat_template.jinja").read_text() == "base's template"
     save(adapter, "bpe", "adapter's", *(f"<{i}>" for i in range(20)))
-    with pytest.warns(streamer.StreamerWarning, match="tokens and the merged embedding 64 rows"):
+    with pytest.warns(streamer.StreamerWarning, match="tokens but the merged embedding 64 rows"):
         record = merge(base, adapter, tmp_path / "larger")
     assert record["tokenizer"] == "base"
     (line,) = record["warnings"]
-    assert "tokens and the merged embedding 64 rows: the tokenizer is the base's" in line
+    assert "tokens but the merged embedding 64 rows: the tokenizer is the base's" in line
     assert line in (tmp_path / "larger" / "README.md").read_text()
     assert record["notes"] == []
     assert (tmp_path / "larger" / "vocab.txt").exists()
@@ -118,7 +118,7 @@ def test_tokens_that_are_lost_are_a_warning(gone: str, job: tuple[Path, Path], t
     assert done.code == 0
     (line,) = json.loads((tmp_path / "out" / "streamer.json").read_text())["warnings"]
     assert line.endswith(
-        "the tokenizer is the base's, and tokens that were added for training are not known to the merged model"
+        "the tokenizer is the base's, and the merged model does not know tokens that were added for training"
     )
     assert len(line) <= 300
     assert f"streamer: warning: {line}" in done.err
@@ -144,7 +144,7 @@ def test_a_grown_vocabulary_and_its_tokenizer(job: tuple[Path, Path], tmp_path: 
         record = merge(base, adapter, tmp_path / "none")
     assert record["tokenizer"] == "base"
     assert record["notes"] == [
-        f"the vocabulary has grown to {rows + 8} rows, and the adapter brings no tokenizer: it is the base's"
+        f"the vocabulary has grown to {rows + 8} rows, but the adapter has no tokenizer: the base's is kept"
     ]
     save(adapter, "bpe", "adapter's", *(f"<{i}>" for i in range(6)))
     with pytest.warns(streamer.StreamerWarning, match="total_size"):

@@ -43,7 +43,7 @@ def test_many_adapters_keep_the_budget(inputs: tuple[Path, Path], command: str, 
     out = tmp_path / "out"
     arguments = [command, *map(str, inputs), "-o", str(out), "--quiet"]
     refused = server().run(*arguments, "--max-memory", f"{process_mib() + 1}M")
-    least = re.search(r"it takes (\d+)M", refused.err)
+    least = re.search(r"it needs (\d+)M", refused.err)
     assert least, refused.err
     assert not out.exists()
     budget = int(least[1])
@@ -69,7 +69,7 @@ def test_findings_that_stay_in_memory_are_counted(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", {name: intruding_factors(256, 256, 2) for name in names}, 2)
     command = [sys.executable, "-c", IN_MEMORY, str(base), str(adapter)]
     refused = subprocess.run([*command, str(process_mib() + 1 << 20)], stderr=subprocess.PIPE, text=True, check=False)
-    least = re.search(r"it takes (\d+)M", refused.stderr)
+    least = re.search(r"it needs (\d+)M", refused.stderr)
     assert least, refused.stderr
     budget = int(least[1]) << 20
     command.append(str(budget))

@@ -15,7 +15,7 @@ TOKENS, SEQUENCES = 100.0, 6
 
 @dataclass
 class World:
-    """``G(c) = ½ cᵀ H c + b Σ c⁴`` and ``T(c)`` the like of ``1 − c``; both are the texts' losses above 3 and 2 nats a token.
+    """``G(c) = ½ cᵀ H c + b Σ c⁴`` and ``T(c)`` the like of ``1 − c``; both are the texts' losses above 3 and 2 nats per token.
 
     Attributes
     ----------

@@ -47,7 +47,7 @@ class RangeServer:
     peek_fault
         The same of requests for the first byte, which ask for size and version.
     rate
-        Bytes a second of all connections together; None for as fast as it goes.
+        Bytes per second over all connections; None for no limit.
     tags
         ETags by path, where they are not of the content.
     redirect

@@ -204,7 +204,7 @@ def test_a_lora_bias_without_a_bias(tmp_path: Path) -> None:
     file = a / "adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.lm_head.lora_B.bias": torch.zeros(6)}, file)
     with pytest.raises(
-        MismatchError, match=r"would be added to a bias that the base does not have \('lm_head.bias'\), as PEFT cannot"
+        MismatchError, match=r"would be added to a bias that the base does not have \('lm_head.bias'\); PEFT cannot"
     ):
         make_plan(b, a)
 
@@ -220,8 +220,8 @@ def test_a_new_module_beside_names_without_their_prefix(tmp_path: Path) -> None:
     plan = make_plan(b, a)
     assert list(plan.edits.sources) == ["classifier.weight"]
     said = (
-        "'classifier.weight' is new, beside names that lack the prefix 'bert.': transformers 5 loads them together, and earlier versions "
-        "refuse to"
+        "'classifier.weight' is new, and the other names lack its prefix 'bert.': transformers 5 loads them together, but earlier "
+        "versions refuse"
     )
     assert (plan.warnings, plan.edits.notes) == ((), (said,))
     record = streamer.merge_with_reduced_intruder_dimensions(b, a, tmp_path / "out", mitigation_lambda=1.0)

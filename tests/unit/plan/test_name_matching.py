@@ -181,8 +181,8 @@ def test_what_a_loader_builds_has_no_tensor_of_its_own() -> None:
     (match,) = found.values()
     assert match.tensor == ""
     assert match.why == (
-        "has no tensor of its own: transformers builds it from 'model.layers.0.mlp.experts.0.gate_proj.weight' and its like "
-        "(MergeModulelist 0, Concatenate 1), which is not supported"
+        "has no tensor of its own: transformers builds it from 'model.layers.0.mlp.experts.0.gate_proj.weight' and similar "
+        "tensors (MergeModulelist 0, Concatenate 1), which is not supported"
     )
 
 
@@ -193,7 +193,10 @@ def test_a_fused_tensor_is_found_by_its_name_on_disk_alone() -> None:
     assert match_names(["model.layers.0.mlp.gate_up_proj"], tensors, config).popitem()[1].rule == "exact"
     (match,) = match_names(["model.layers.0.mlp.gate_proj"], tensors, config).values()
     assert match.tensor == ""
-    assert "transformers builds it from 'model.layers.0.mlp.gate_up_proj.weight' and its like (Chunk 0)" in match.why
+    assert (
+        "transformers builds it from 'model.layers.0.mlp.gate_up_proj.weight' and similar tensors (Chunk 0)"
+        in match.why
+    )
 
 
 def test_nested_models_bring_their_renames() -> None:
@@ -208,8 +211,8 @@ def test_nested_models_bring_their_renames() -> None:
     found = match_names(modules, tensors, config)
     assert [m.tensor for m in found.values()] == tensors
     assert found[modules[0]].why == (
-        "transformers has 'vision_tower.vision_model.encoder.layers.0.q_proj.weight' as "
-        "'model.vision_tower.encoder.layers.0.q_proj.weight', or had, in llava"
+        "transformers loads 'vision_tower.vision_model.encoder.layers.0.q_proj.weight' as "
+        "'model.vision_tower.encoder.layers.0.q_proj.weight', or did, in llava"
     )
 
 

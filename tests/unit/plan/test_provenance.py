@@ -58,8 +58,8 @@ FP8 = {"quantization_config": {"quant_method": "fp8"}}
 @pytest.mark.parametrize(
     ("trained_on", "config", "base", "says"),
     [
-        ("org/m-bnb-4bit", {}, "m", "was trained on 'org/m-bnb-4bit', a quantized model by its name (bitsandbytes); used here"),
-        ("org/m", FP8, "m-FP8", "was trained on 'org/m', by its name not quantized; used here is a base in fp8"),
+        ("org/m-bnb-4bit", {}, "m", "trained on 'org/m-bnb-4bit', a quantized model by its name (bitsandbytes), but the base given"),
+        ("org/m", FP8, "m-FP8", "was trained on 'org/m', by its name not quantized, but the base given here is in fp8"),
         ("org/m", {}, "m", None),
         ("org/m-FP8", FP8, "copy", None),
         ("deepseek-ai/DeepSeek-V3", FP8, "DeepSeek-V3", None),  # as it was published
@@ -125,7 +125,7 @@ def test_both_names_are_said(job: tuple[Path, Path], tmp_path: Path, capsys: pyt
     write(base / "config.json", _name_or_path="org/Qwen2.5-7B")
     assert run(["detect", str(base), str(adapter), "-o", str(tmp_path / "f.safetensors"), "-q"]) == 0
     assert (
-        "names 'Llama-3.1-8B' as its base, and the base given here is 'org/Qwen2.5-7B'; check"
+        "names 'Llama-3.1-8B' as its base, but the base given here is 'org/Qwen2.5-7B'; check"
         in capsys.readouterr().err
     )
     with pytest.warns(streamer.StreamerWarning, match="given here is 'org/Qwen2.5-7B'"):
@@ -172,8 +172,8 @@ def test_an_adapter_that_is_mitigated_already_is_told(job: tuple[Path, Path], tm
     """Mitigating and then merging the result is what one would try first, and scales intruders twice."""
     base, adapter = job
     says = (
-        "the adapter is mitigated already, by `streamer mitigate` from 'adapter', with lambda 0.5 and method project: lambda 1 takes it as "
-        "it is, any other comes on top"
+        "the adapter is mitigated already, by `streamer mitigate` from 'adapter', with lambda 0.5 and method project: lambda 1 leaves it "
+        "unchanged, any other is applied in addition"
     )
     once = tmp_path / "once"
     first = streamer.reduce_intruder_dimension(base, adapter, once, mitigation_lambda=0.5, method="project")

@@ -87,7 +87,7 @@ def test_a_square_matrix_of_an_unknown_class(tmp_path: Path) -> None:
     """Without the flag it is a Linear's, unless a layer of the base has a bias that only a Conv1D has."""
     W = torch.randn(12, 12)
     assert not match_one(tmp_path / "plain", W, (12, 12)).transposed
-    refusal = r"'h.0.fc': \[12, 12\] does not tell whether it is stored as .* --architecture NAME"
+    refusal = r"'h.0.fc': \[12, 12\] does not show whether it is stored as .* --architecture NAME"
     with pytest.raises(MismatchError, match=refusal):
         match_one(tmp_path / "flag", W, (12, 12), fan_in_fan_out=True)
     for name, outputs in {"linear": 8, "conv1d": 12}.items():

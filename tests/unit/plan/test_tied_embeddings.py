@@ -169,7 +169,7 @@ REFUSED = {
     "tokens beside a delta": (
         {"tie_word_embeddings": True}, EMBED, "lm_head",
         {"model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 32)}, {"trainable_token_indices": [5]},
-        "trains tokens of 'model.embed_tokens.weight', which is tied to 'lm_head.weight', and changes one of them besides",
+        "trains tokens of 'model.embed_tokens.weight', which is tied to 'lm_head.weight', and also changes one of them otherwise",
     ),
     "an unknown class": (
         UNKNOWN, "encoder.word_embeddings.weight", "model.layers.0.q_proj",
@@ -178,7 +178,7 @@ REFUSED = {
     ),
     "an unknown class, tied": (
         {**UNKNOWN, "tie_word_embeddings": True, "vocab_size": 64}, EMBED, "model.layers.0.q_proj", {EMBED: torch.ones(64, 32)}, {},
-        "the config names 'TestForCausalLM', of which nothing is known here; name the class, or one that is like it, with --architecture",
+        "the config names 'TestForCausalLM', which is not known here; name the class, or a similar one, with --architecture",
     ),
     "a new head in an unknown class": (
         {**UNKNOWN, "vocab_size": 64}, EMBED, "model.layers.0.q_proj", {"out.weight": torch.ones(64, 32)}, {"modules_to_save": ["out"]},
@@ -186,7 +186,7 @@ REFUSED = {
     ),
     "grown apart": (
         {"tie_word_embeddings": True}, EMBED, "model.layers.0.q_proj", {EMBED: torch.ones(70, 32)}, {"modules_to_save": ["embed_tokens"]},
-        "gives 'model.embed_tokens.weight' 70 rows, but 'lm_head.weight', which is tied to it, 64",
+        "gives 'model.embed_tokens.weight' 70 rows, but 'lm_head.weight', which is tied to it, has 64",
     ),
 }  # fmt: skip
 
