@@ -33,7 +33,7 @@ import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 LONGEST_MESSAGE = 600
 """Longest message in characters; a quoted path or text from a download may have any length."""
@@ -213,6 +213,16 @@ class InputChangedError(StreamerError):
     """An input changed since the plan was made; versions are never mixed."""
 
     exit_code = 8
+
+    @classmethod
+    def changed(cls, path: object) -> Self:
+        """Make the error of a file that is another one now."""
+        return cls(f"{path}: changed since the run began; start again, and do not change the base during the run")
+
+    @classmethod
+    def vanished(cls, path: object) -> Self:
+        """Make the error of a file that no longer exists."""
+        return cls(f"{path}: vanished during the run; put it back and start again")
 
 
 class Interrupted(StreamerError):

@@ -24,7 +24,7 @@ from streamer.detection.intruders import Detection
 from streamer.detection.matrix_finding import ARRAYS, DECISIONS, NUMBERS, MatrixFinding
 from streamer.detection.options import DetectionOptions
 from streamer.detection.stamps import STAMP, detection_record, stamp
-from streamer.errors import FormatError, InputError, OutputError, OutputExistsError, UsageError
+from streamer.errors import FormatError, InputError, OutputExistsError, UsageError
 from streamer.linalg.operators import all_finite
 from streamer.plan.plan import Plan
 from streamer.plan.sources import NameSource, in_short
@@ -34,7 +34,14 @@ from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
 from streamer.storage.lock import locked
-from streamer.storage.output_checks import check_name, check_output_path, check_space, refuse_address, refuse_symlink
+from streamer.storage.output_checks import (
+    check_name,
+    check_output_path,
+    check_space,
+    exists,
+    refuse_no_file,
+    refuse_symlink,
+)
 from streamer.storage.shard_writer import ShardPlan, plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.dtypes import TORCH_DTYPES, as_bytes, as_tensor
@@ -116,9 +123,7 @@ def remove_leftovers(path: Path) -> None:
 
 def check_findings_path(path: Path) -> None:
     """Refuse a path where no findings file can be written: an address, a directory, a symlink, a hub cache. Its parent may be missing."""
-    refuse_address(path)
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
+    refuse_no_file(path)
     check_name(path, partial_name(journal_of(path).name))
     refuse_symlink(path)
     check_output_path(path.parent.resolve(), (), path)
@@ -212,7 +217,7 @@ def save_findings_file(path: Path, head: FindingsHead, matrices: Sequence[Matrix
     check_findings_path(path)
     if path.exists() and path.stat().st_size > 0:
         if not overwrite:
-            raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
+            raise exists(path)
         refuse_foreign(path)
     if journal_of(path).exists() and not overwrite:
         raise OutputExistsError(

@@ -112,9 +112,7 @@ class FindingsWriter:
         except (KeyError, TypeError, ValueError, RecursionError):
             keys = set()
         if keys != header.by_name.keys():
-            raise OutputError(
-                f"{self._journal.path}: its record {i} is not one of this version; --no-resume starts the run over"
-            )
+            raise self._journal.foreign(i)
         return figures
 
     def __contains__(self, tensor: str) -> bool:

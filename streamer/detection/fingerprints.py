@@ -56,6 +56,13 @@ def fingerprint(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor] 
     return digest.hexdigest()
 
 
+def lacking(where: str, missing: int, count: int, first: str) -> MismatchError:
+    """Make the error of findings that lack matrices of an adapter."""
+    return MismatchError(
+        f"{where}: has no findings on {missing} of {count} matrices, {first} first; pass those on all matrices, or run detect again"
+    )
+
+
 def matched_findings(plan: Plan, findings: Findings, where: str) -> Findings:
     """Give findings the names and identities of another place of the same model: of files, or of a model in memory.
 
@@ -67,12 +74,9 @@ def matched_findings(plan: Plan, findings: Findings, where: str) -> Findings:
         If they are not findings on this base and adapter, or do not say.
     """
     by_module = {m.module: m for m in findings}
-    lacking = [t.module.name for t in plan.targets if t.module.name not in by_module]
-    if lacking:
-        raise MismatchError(
-            f"{where}: has no findings on {len(lacking)} of {len(plan.targets)} matrices, module {lacking[0]!r} first; pass those on "
-            "all matrices, or run detect again"
-        )
+    without = [t.module.name for t in plan.targets if t.module.name not in by_module]
+    if without:
+        raise lacking(where, len(without), len(plan.targets), f"module {without[0]!r}")
     matrices = []
     for target in plan.targets:
         found = by_module[target.module.name]

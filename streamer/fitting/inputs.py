@@ -77,7 +77,7 @@ class InputsRun(DividedFit):
         """Run to the end."""
         prepared, plan = self.prepared, self.prepared.plan
         if all(factors_of(plan, target).is_zero() for target in plan.targets):
-            raise UnsupportedError(f"{plan.adapter.path}: changes nothing by its deltas, all of which are zero")
+            raise prepared.nothing_to_fit()
         prepared.warn()
         spool = Spool(self.directory)
         try:

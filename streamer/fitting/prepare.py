@@ -228,8 +228,12 @@ class PreparedFit:
         """
         found = Parameters.of(singular_values_of(self.plan, self.run.monitor), self.grain)
         if found.count == 0:
-            raise UnsupportedError(f"{self.plan.adapter.path}: changes nothing by its deltas, all of which are zero")
+            raise self.nothing_to_fit()
         return found
+
+    def nothing_to_fit(self) -> UnsupportedError:
+        """Make the error of an adapter without a delta."""
+        return UnsupportedError(f"{self.plan.adapter.path}: changes nothing by its deltas, all of which are zero")
 
     @property
     def of_algorithm(self) -> algorithm.FitOptions:

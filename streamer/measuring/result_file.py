@@ -31,6 +31,7 @@ from streamer.storage.output_checks import (
     check_name,
     check_output_path,
     is_placeholder,
+    not_own,
     refuse_address,
     refuse_symlink,
     touch,
@@ -117,10 +118,7 @@ class ResultFile:
                 return False
             raise
         except StreamerError:
-            raise OutputExistsError(
-                f"{self.path}: exists and is not {self.one}, which is all that is replaced; choose another output",
-                self.path,
-            ) from None
+            raise not_own(self.path, self.one) from None
 
     def _may_resume(self, found: Mapping[str, Any]) -> bool:
         ours = {"plan", "stamps"} <= found.keys()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from streamer.adapters.one_or_several import One, Several
 from streamer.detection.findings import Findings, load_findings
-from streamer.detection.fingerprints import matched_findings
+from streamer.detection.fingerprints import lacking, matched_findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import MismatchError, UsageError
 from streamer.methods.fit_set import FitSet
@@ -169,12 +170,16 @@ def check_map(plan: Plan, inputs: InputMap) -> list[str]:
     MismatchError
         If it is of another base, or has none of the adapter's matrices.
     """
-    here = {**plan.base_identity}
-    if inputs.facts["base"] != here:
-        raise MismatchError(
-            f"{inputs.name}: is a map of another base ({difference(inputs.facts['base'], here)}); make one of this base with `streamer map`"
-        )
+    refuse_other_base(inputs, inputs.facts["base"], {**plan.base_identity})
     return lacking_inputs(plan, inputs)
+
+
+def refuse_other_base(inputs: InputMap, theirs: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse a map of another base, by the identities of both."""
+    if theirs != here:
+        raise MismatchError(
+            f"{inputs.name}: is a map of another base ({difference(theirs, here)}); make one of this base with `streamer map`"
+        )
 
 
 def lacking_inputs(plan: Plan, inputs: InputMap) -> list[str]:
@@ -197,8 +202,5 @@ def fitting_findings(plan: Plan, findings: Findings, options: DetectionOptions) 
     shapes = {m.tensor: m.shape for m in findings}
     missing = [t.tensor for t in plan.targets if shapes.get(t.tensor) != t.module.shape]
     if missing:
-        raise MismatchError(
-            f"{name}: has no findings on {len(missing)} of {len(plan.targets)} matrices, {missing[0]!r} first; "
-            "pass those on all matrices, or run detect again"
-        )
+        raise lacking(name, len(missing), len(plan.targets), repr(missing[0]))
     return findings

@@ -15,10 +15,9 @@ from streamer.methods.fit_set import FitSet
 from streamer.methods.input_map import InputMap
 from streamer.methods.method import Method
 from streamer.output.job import GivenFindings, Job, OwnFile
-from streamer.output.prepare import check_counts, lacking_inputs
+from streamer.output.prepare import check_counts, lacking_inputs, refuse_other_base
 from streamer.peft.detection import findings_for
 from streamer.peft.plan import LivePlan
-from streamer.storage.identities import difference
 
 
 def live_job(
@@ -83,10 +82,7 @@ def _map_in_memory(live: LivePlan, inputs: InputMap, monitor: Monitor) -> InputM
             f"{inputs.name}: is a map of a base's files, but the files of this model are unknown; load the model from their directory"
         )
     theirs = {key: value for key, value in inputs.facts["base"].items() if key != "architecture"}
-    if theirs != here:
-        raise MismatchError(
-            f"{inputs.name}: is a map of another base ({difference(theirs, here)}); make one of this base with `streamer map`"
-        )
+    refuse_other_base(inputs, theirs, here)
     names = {live.name_in_files(target.tensor): target.tensor for target in live.plan.targets}
     own = (replace(one, names=tuple(names[n] for n in one.names if n in names)) for one in inputs.inputs)
     named = replace(inputs, inputs=tuple(one for one in own if one.names))

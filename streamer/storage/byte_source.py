@@ -93,13 +93,9 @@ class LocalSource(ByteSource):
         try:
             now = file_stamp(os.stat(self.path))
         except OSError as e:
-            raise InputChangedError(
-                f"{self.path}: vanished during the run ({e.strerror}); put it back and start again"
-            ) from e
+            raise InputChangedError.vanished(self.path) from e
         if now != self.stamp:
-            raise InputChangedError(
-                f"{self.path}: changed since the run began; start again, and do not change the base during the run"
-            )
+            raise InputChangedError.changed(self.path)
 
     def view(self, at: int, length: int) -> memoryview:
         """Map or read bytes.

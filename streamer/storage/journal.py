@@ -36,6 +36,12 @@ class Journal:
         self._stale = False
         remove_partials(path.parent, {path.name})
 
+    def foreign(self, record: int) -> OutputError:
+        """Make the error of a record that another version wrote."""
+        return OutputError(
+            f"{self.path}: its record {record} is not one of this version; --no-resume starts the run over"
+        )
+
     @staticmethod
     def peek(path: Path) -> Iterator[dict[str, Any]]:
         """Read a journal's records without changing it: JSON objects, up to one that is torn or something else.

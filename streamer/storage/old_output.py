@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Any
 
-from streamer.errors import OutputError
 from streamer.storage.files import remove_file
 from streamer.storage.journal import Journal
 from streamer.storage.strict_json import strict_json
@@ -46,7 +45,7 @@ def journal_entry(journal: Journal, i: int) -> dict[str, Any]:
         entry = None
     kinds = {"file": str, "bytes": int, "sha256": str}
     if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in kinds.items()):
-        raise OutputError(f"{journal.path}: its record {i} is not one of this version; --no-resume starts the run over")
+        raise journal.foreign(i)
     return entry
 
 

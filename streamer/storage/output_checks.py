@@ -59,18 +59,33 @@ def check_replaced(path: Path, overwrite: bool, is_own: Callable[[Path], bool], 
     what
         That it is, for messages.
     """
-    refuse_address(path)
+    refuse_no_file(path)
     refuse_symlink(path)
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
     if path.exists() and path.stat().st_size > 0:
         if not overwrite:
-            raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
+            raise exists(path)
         if not is_own(path):
-            raise OutputExistsError(
-                f"{path}: exists and is not {what}, which is all that is replaced; choose another output", path
-            )
+            raise not_own(path, what)
     make_directory(path.parent)
+
+
+def refuse_no_file(path: Path) -> None:
+    """Refuse an address or a directory in place of a file to write."""
+    refuse_address(path)
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
+
+
+def exists(path: Path) -> OutputExistsError:
+    """Make the error of an output that exists."""
+    return OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
+
+
+def not_own(path: Path, what: str) -> OutputExistsError:
+    """Make the error of an output that is something else than this command replaces."""
+    return OutputExistsError(
+        f"{path}: exists and is not {what}, which is all that is replaced; choose another output", path
+    )
 
 
 def touch(paths: Sequence[Path]) -> str:

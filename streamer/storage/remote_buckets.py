@@ -39,7 +39,7 @@ class BucketAccess(Access):
             fs, path = file_system(file.url, file.shown)
             data = fs.cat_file(path, start=at, end=at + len(out))
         except FileNotFoundError as e:
-            raise InputChangedError(f"{file.shown}: vanished during the run; put it back and start again") from e
+            raise InputChangedError.vanished(file.shown) from e
         except Exception as e:
             error = _error(e, file.shown)
             if isinstance(error, InputError):  # in mid-run: credentials have expired, and with new ones it goes on

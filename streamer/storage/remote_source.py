@@ -118,7 +118,7 @@ class RemoteSource(ByteSource):
         except InputError as e:  # it was given when the run began
             raise StorageError(f"{e}; then run the same command again") from e
         if stat is None:
-            raise InputChangedError(f"{file.shown}: vanished during the run; put it back and start again")
+            raise InputChangedError.vanished(file.shown)
         check_version(file, stat.version, stat.size)
 
     def close(self) -> None:

@@ -71,9 +71,7 @@ def silence_allowed() -> float:
 def check_version(file: RemoteFile, version: str, size: int | None) -> None:
     """Raise `InputChangedError` where a file is another one than was opened; an empty `version` says nothing."""
     if version not in ("", file.version) or size not in (None, file.size):
-        raise InputChangedError(
-            f"{file.shown}: changed since the run began; start again, and do not change the base during the run"
-        )
+        raise InputChangedError.changed(file.shown)
 
 
 def refused(shown: str, status: int, *, token: bool) -> InputError:
