@@ -175,8 +175,8 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
         trade = one["trade"]
         return "adapter", (
             f"the adapter as it is: {trade['name']} regains {trade['regained']:.4f} ± {trade['regained_se']:.4f} nats per token on general "
-            f"text and gives up {trade['given_up']:.4f} ± {trade['given_up_se']:.4f} on the task's; what is written regains over "
-            f"{trade['worth']:g} of what it gives up, by two errors"
+            f"text and gives up {trade['given_up']:.4f} ± {trade['given_up_se']:.4f} on the task's; a written variant regains over "
+            f"{trade['worth']:g} of what it gives up, by two standard errors"
         ), UNCHANGED  # fmt: skip
     values = {float(c) for m in found.sets[0].matrices.values() if isinstance(m, MatrixCoefficients) for c in m.values}
     if len(values) == 1:  # it is a shrink

@@ -15,23 +15,23 @@ from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW
 from streamer.methods import Shrink, takes_coefficients, takes_findings, takes_map
 from streamer.units import counted
 
-_RULE = f"what is suggested regains over {WORTH:g} of what it gives up, by two errors"
+_RULE = f"a suggested variant regains over {WORTH:g} of what it gives up, by two standard errors"
 
 
 @dataclass(frozen=True)
 class Names:
-    """Words of the commands that are shown, quoted for a shell.
+    """Words of the commands to show, quoted for a shell.
 
     Attributes
     ----------
     inputs, general, task, output
         Base and adapter, the two texts, and the file of the evaluation.
     findings, coefficients, mapped
-        Files of these; empty if they are not known.
+        Files of findings, coefficients and map; empty if unknown.
     reading
-        Options that decide how much of the texts is read, with a space before each.
+        Options that set how much of the texts is read, each with a space before it.
     others
-        Options that name the other texts, likewise.
+        Options that name the other texts, in the same form.
     """
 
     inputs: str = "BASE ADAPTER"
@@ -46,7 +46,7 @@ class Names:
 
 
 def table_text(evaluation: VariantLosses, suggestion: Suggestion) -> str:
-    """Format the verdict, the table, its legend, the reasons and the commands as text of any width."""
+    """Format the verdict, the table, its legend, the reasons and the commands as text of unlimited width."""
     columns = figures(evaluation)
     widths = [max(map(len, (c.head, *c.cells))) for c in columns]
     rows = [
@@ -62,7 +62,7 @@ def table_text(evaluation: VariantLosses, suggestion: Suggestion) -> str:
 
 
 def verdict(evaluation: VariantLosses, suggestion: Suggestion) -> str:
-    """Say in a line what to use."""
+    """Say in one line which variant to use."""
     variant, keep = suggestion.variant, f"{100 * suggestion.keep:g}%"
     if suggestion.swapped:
         return "no suggestion: the adapter's loss on the task's text is above the base's; are the two texts swapped?"
@@ -75,7 +75,7 @@ def verdict(evaluation: VariantLosses, suggestion: Suggestion) -> str:
     if suggestion.reason == "not worth it":
         return f"use the adapter as it is: no variant that keeps {keep} of what it learned is worth what it gives up"
     if variant is None:
-        return "no suggestion yet: a shrink that was not measured is better than the variants that were"
+        return "no suggestion yet: a shrink that was not measured is better than the measured variants"
     v = evaluation.variants.index(variant)
     if not (evaluation.general.change.divides and evaluation.task.change.divides):
         return f"use {variant.name}: it {_trade(Trade.of(evaluation.general, evaluation.task, v))}"
@@ -84,7 +84,7 @@ def verdict(evaluation: VariantLosses, suggestion: Suggestion) -> str:
 
 
 def reasons(evaluation: VariantLosses, suggestion: Suggestion) -> list[str]:
-    """Say why this is suggested, what it costs, whether it is better than the equal shrink, and what the table leaves out."""
+    """Explain the suggestion, its cost, its comparison with the equal shrink, and what the table leaves out."""
     lines = [*_reasons(evaluation, suggestion), *left_out(evaluation)]
     if suggestion.keep != evaluation.keep and any(map(evaluation.dropped, range(len(evaluation.variants)))):
         lines.append(
@@ -94,10 +94,10 @@ def reasons(evaluation: VariantLosses, suggestion: Suggestion) -> list[str]:
 
 
 def left_out(evaluation: VariantLosses) -> list[str]:
-    """Say what the table does not show, and why: rounded products, methods without intruders, and shares of next to nothing."""
+    """Explain what the table does not show: rounding, methods that were not run, and shares whose denominator is too small."""
     lines = []
     if evaluation.facts["dtype"] != "float32":
-        lines.append(f"products with the base's weights are of factors rounded to {evaluation.facts['dtype']}")
+        lines.append(f"base weights and activations were rounded to {evaluation.facts['dtype']} for their products")
     if evaluation.facts.get("intruders") == 0:
         epsilon = evaluation.facts["detection"]["threshold_epsilon"]
         lines.append(f"no intruder was found (epsilon {epsilon:g}): paper and project change nothing, and were not run")
@@ -105,7 +105,7 @@ def left_out(evaluation: VariantLosses) -> list[str]:
         lines.append(
             f"{counted(count, 'variant')} marked † stopped early: they lost, or another shrink is nearer the share; --no-race runs all"
         )
-    others = ((f"what is left or kept of {name}", name, sums) for name, sums in evaluation.others.items())
+    others = ((f"{name} left or kept", name, sums) for name, sums in evaluation.others.items())
     for of, on, sums in (
         ("kept", "the task's text", evaluation.task),
         ("forgetting", "general text", evaluation.general),
@@ -119,7 +119,7 @@ def left_out(evaluation: VariantLosses) -> list[str]:
     for name, sums in evaluation.answered.items():
         if not (change := sums.accuracy("acc", ADAPTER_ROW, BASE_ROW)).divides:
             lines.append(
-                f"what is left or kept of acc on {name} is not shown: the adapter changes it by only {percent(change)}, and a share needs "
+                f"{name} acc left or kept is not shown: the adapter changes the accuracy by only {percent(change)}, and a share needs "
                 f"over {2 * telling(change.sequences):.1f} standard errors; more questions may help"
             )
     gain = evaluation.task.top1_gain
@@ -138,7 +138,7 @@ def _trade(trade: Trade) -> str:
 def _reasons(evaluation: VariantLosses, suggestion: Suggestion) -> list[str]:
     general, task, variant = evaluation.general, evaluation.task, suggestion.variant
     for reason, on, sums in (("not learned", "the task's text", task), ("not forgotten", "general text", general)):
-        if suggestion.reason == reason:  # what does not divide is said beside the table
+        if suggestion.reason == reason:  # `left_out` explains a change that is too small to divide
             change = sums.change
             return [f"the adapter's loss on {on} minus the base's is {cell(change)}"] if change.divides else []
     if suggestion.declined is not None:
@@ -161,7 +161,7 @@ def _reasons(evaluation: VariantLosses, suggestion: Suggestion) -> list[str]:
             also = "" if lam is None else f"; one at lambda {lam:g}, not measured, may keep enough and forget less"
             return [
                 *lines,
-                f"it is a shrink of the whole adapter; nothing that was measured forgets less and keeps as much{also}",
+                f"it is a shrink of the whole adapter; no other measured variant forgets less and keeps as much{also}",
             ]
         if suggestion.shrink is None:
             lines.append(
@@ -173,7 +173,7 @@ def _reasons(evaluation: VariantLosses, suggestion: Suggestion) -> list[str]:
 def _shrink_line(found: ShrinkComparison) -> str:
     words = {
         "better": "it is better than",
-        "worse": "the variant of least divergence is worse than",
+        "worse": "the variant with the least divergence is worse than",
         "not told apart": "it cannot be told apart from",
     }
     low, high = found.between
@@ -184,7 +184,7 @@ def _shrink_line(found: ShrinkComparison) -> str:
 
 
 def commands(evaluation: VariantLosses, suggestion: Suggestion, names: Names | None = None) -> list[str]:
-    """Show the command that makes what is suggested, and at the end what to do next."""
+    """Return the command that makes the suggested variant, and at the end what to do next."""
     names, variant, reason = names or Names(), suggestion.variant, suggestion.reason
     facts = evaluation.facts
     options = names.reading + (f" --dtype {facts['dtype']}" if facts["dtype"] != "float32" else "")

@@ -73,7 +73,7 @@ def test_a_trade_that_is_not_worth_it_is_not_made(fitted: Path) -> None:
         if chosen == "adapter":
             assert why == (
                 "the adapter as it is: regmean 0.9 regains 0.0007 ± 0.0001 nats per token on general text and gives up 0.0170 ± 0.0020 on "
-                "the task's; what is written regains over 0.5 of what it gives up, by two errors"
+                "the task's; a written variant regains over 0.5 of what it gives up, by two standard errors"
             )
 
 

@@ -30,9 +30,9 @@ def test_accuracies_stand_beside_the_losses() -> None:
         assert columns["task acc kept"][v].startswith(f"{100 * found['share']:.1f}% ± ")
     assert set(columns["general acc left"]) == {"-"}
     assert "quiz.jsonl acc kept" in columns
-    (line,) = [line for line in e.table().splitlines() if "of acc on " in line]
+    (line,) = [line for line in e.table().splitlines() if "acc left or kept" in line]
     assert line.startswith(
-        "what is left or kept of acc on general is not shown: the adapter changes it by only -1.6% ± 1.6, "
+        "general acc left or kept is not shown: the adapter changes the accuracy by only -1.6% ± 1.6, "
     )
 
 

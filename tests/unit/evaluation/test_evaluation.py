@@ -119,7 +119,7 @@ def test_the_figures_of_other_tools_are_columns_on_request() -> None:
     for every in (False, True):
         assert ("RMS Δp" in evaluation_table(e, Names(), Screen(None, every))) == every
     rounded = replace(e, facts={**e.facts, "dtype": "bf16"}).table()
-    assert "products with the base's weights are of factors rounded to bf16" in rounded
+    assert "base weights and activations were rounded to bf16 for their products" in rounded
 
 
 def test_other_texts_are_left_or_kept_by_what_the_adapter_does_to_them() -> None:
@@ -137,7 +137,7 @@ def test_other_texts_are_left_or_kept_by_what_the_adapter_does_to_them() -> None
         "far.npy", "far.npy left", "far.npy KL",
     ]  # fmt: skip
     assert set(columns["far.npy left"]) == {"-"}
-    assert "what is left or kept of far.npy is not shown: the adapter changes the loss on far.npy by only " in e.table()
+    assert "far.npy left or kept is not shown: the adapter changes the loss on far.npy by only " in e.table()
     for name in ("code.txt", "near.jsonl"):
         own = e.others[name].loss.sum(axis=1)
         for v, one in enumerate(tree["variants"]):
@@ -293,7 +293,7 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
         (
             {"curves": {**CURVES, "project": lambda x: (x**3, x**0.5)}, "noise": 0.0},
             0.94,
-            "no suggestion yet: a shrink that was not measured is better than the variants that were",
+            "no suggestion yet: a shrink that was not measured is better than the measured variants",
             "next: streamer evaluate BASE ADAPTER --general GENERAL --task TASK -o EVALUATION --method shrink --lambda 0.77",
         ),
         ({"noise": 0.0}, 0.85, "use shrink 0.75: it keeps ", "; one at lambda 0.61"),

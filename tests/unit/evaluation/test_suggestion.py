@@ -65,7 +65,7 @@ def test_a_trade_that_gives_up_many_times_what_it_regains_is_not_suggested() -> 
         lines[0] == "use the adapter as it is: no variant that keeps 90% of what it learned is worth what it gives up"
     )
     assert any(line.startswith("shrink 0.75, which forgets least, regains 0.00") and line.endswith(
-        "; what is suggested regains over 0.5 of what it gives up, by two errors") for line in lines)  # fmt: skip
+        "; a suggested variant regains over 0.5 of what it gives up, by two standard errors") for line in lines)  # fmt: skip
     assert lines[-1] == "next: streamer merge BASE ADAPTER -o OUTPUT --lambda 1"
 
 
