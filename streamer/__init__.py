@@ -81,11 +81,13 @@ _HOMES = {
     "load_map": "methods.input_map",
     "map_inputs": "api.mapping",
     "merge_with_reduced_intruder_dimensions": "api.writing",
+    "read_tensors": "api.tensors",
     "reduce_intruder_dimension": "api.writing",
     "repair_adapter": "api.repair",
     "report_coefficients": "api.reporting",
     "verify_output": "api.verification",
     "write_report": "api.report",
+    "write_safetensors": "api.tensors",
 }
 
 __all__ = [
@@ -114,11 +116,13 @@ __all__ = [
     "load_map",
     "map_inputs",
     "merge_with_reduced_intruder_dimensions",
+    "read_tensors",
     "reduce_intruder_dimension",
     "repair_adapter",
     "report_coefficients",
     "verify_output",
     "write_report",
+    "write_safetensors",
 ]
 
 if TYPE_CHECKING:
@@ -129,6 +133,7 @@ if TYPE_CHECKING:
     from streamer.api.repair import repair_adapter
     from streamer.api.report import write_report
     from streamer.api.reporting import report_coefficients
+    from streamer.api.tensors import read_tensors, write_safetensors
     from streamer.api.verification import verify_output
     from streamer.api.writing import iter_merged, merge_with_reduced_intruder_dimensions, reduce_intruder_dimension
     from streamer.detection.findings import Findings, load_findings

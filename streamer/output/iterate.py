@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from streamer.detection.memory import detection_estimates
@@ -19,7 +18,7 @@ from streamer.output.model_writer import merge_estimates
 from streamer.plan.batch import Batch
 from streamer.plan.memory import check_budget, resident_bytes
 from streamer.storage.buffers import gather
-from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
+from streamer.weights.dtypes import as_tensor, in_memory
 
 
 def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
@@ -46,9 +45,6 @@ def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[s
             job.plan.check_unchanged()
             with threads():
                 data = gather(output.recipe.pieces(lambda target: job.mitigated(target)[:2]), info.nbytes)
-            dtype = TORCH_DTYPES.get(info.dtype)
-            # Of a dtype that torch does not have, the bytes.
-            shape = info.shape if dtype else (info.nbytes,)
-            yield info.name, as_tensor(data, dtype or torch.uint8, shape)
+            yield info.name, as_tensor(data, *in_memory(info))
             done, items = done + info.nbytes, items + 1
     monitor.emit(Event("write", "", total, total, of, of))

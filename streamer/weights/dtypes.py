@@ -68,6 +68,12 @@ def encoding_of(info: TensorInfo, where: str) -> Encoding:
     return ENCODINGS[info.dtype]
 
 
+def in_memory(info: TensorInfo) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Return the dtype and shape of a tensor in memory; if torch lacks the dtype, of its bytes, as flat uint8."""
+    dtype = TORCH_DTYPES.get(info.dtype)
+    return (torch.uint8, (info.nbytes,)) if dtype is None else (dtype, info.shape)
+
+
 def as_tensor(view: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """View bytes as a tensor, without a copy if their address is aligned. The caller must not write to it."""
     if len(view) == 0:
@@ -80,7 +86,9 @@ def as_tensor(view: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> T
 
 def as_bytes(t: Tensor) -> memoryview:
     """View a CPU tensor as bytes, without a copy if it is contiguous; the view keeps the tensor alive."""
-    raw: np.ndarray[tuple[int], np.dtype[np.uint8]] = t.contiguous().reshape(-1).view(torch.uint8).numpy()
+    raw: np.ndarray[tuple[int], np.dtype[np.uint8]] = (
+        t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8).numpy()
+    )
     return raw.data
 
 

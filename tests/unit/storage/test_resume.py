@@ -7,12 +7,15 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import tree_digest
 from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, interrupt, refusal
 
+import streamer
 from streamer.errors import InputChangedError, OutputExistsError
 from streamer.storage.journal import Journal
 from streamer.storage.output_plan import JOURNAL_NAME, LOCK_NAME, RECORD_NAME, inspect_output
@@ -64,6 +67,46 @@ def test_killed_at_any_call(case: Case, monkeypatch: pytest.MonkeyPatch, call: s
         (copy / LOCK_NAME).unlink(missing_ok=True)  # of the process that was killed last of all
         assert tree_digest(copy) == whole, copy
         shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("name", ["out", "one.safetensors"])
+def test_the_public_writer_killed_at_any_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Before each call: what has a final name is whole, an index has its shards, the same call starts over."""
+    home, copies = tmp_path / "home", list[Path]()
+    home.mkdir()
+
+    def write(where: Path) -> None:
+        tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(2)}
+        entries = [(n, t.dtype, t.shape) for n, t in tensors.items()]
+        streamer.write_safetensors(where / name, entries, iter(tensors.items()), max_shard_bytes=40)
+
+    def watched(call: str) -> Callable[..., object]:
+        real = getattr(os, call)
+
+        def run(*args: object, **kwargs: object) -> object:
+            copies.append(shutil.copytree(home, tmp_path / f"copy{len(copies)}"))
+            return real(*args, **kwargs)
+
+        return run
+
+    with monkeypatch.context() as m:
+        calls = {
+            call: watched(call) for call in ("write", "pwrite", "fsync", "rename")
+        }  # unlink and open: copies use them
+        for call, wrapped in calls.items():
+            m.setattr(os, call, wrapped)
+        write(home)
+    whole = tree_digest(home)
+    assert len(copies) >= 6
+    for copy in copies:
+        found = {n: digest for n, digest in tree_digest(copy).items() if not Path(n).name.startswith(".")}
+        assert found.items() <= whole.items(), copy
+        assert "out/model.safetensors.index.json" not in found or whole.keys() - found.keys() <= {f"out/{RECORD_NAME}"}
+        with contextlib.suppress(OutputExistsError):
+            write(copy)
+        for lock in copy.rglob(".*.lock"):
+            lock.unlink()  # of the process that was killed last of all
+        assert tree_digest(copy) == whole, copy
 
 
 def test_a_kill_between_rename_and_anything_else(case: Case) -> None:

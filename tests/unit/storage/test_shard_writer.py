@@ -8,12 +8,24 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from streamer.errors import FormatError, InputChangedError, NumericError, StorageError
+import streamer
+from streamer.errors import (
+    FormatError,
+    InputChangedError,
+    MismatchError,
+    NumericError,
+    OutputExistsError,
+    StorageError,
+    StreamerError,
+    UsageError,
+)
 from streamer.storage.buffers import Buffer, BufferRing, Piece
 from streamer.storage.header import TensorInfo
 from streamer.storage.shard_writer import Shard, ShardFile, ShardPlan, index_bytes, like, plan_shard, write_shard
@@ -182,3 +194,96 @@ def test_index_bytes() -> None:
     assert base["metadata"] == {"note": "é", "total_size": 1}
     for metadata in (None, [], "x"):
         assert json.loads(index_bytes({"metadata": metadata, "weight_map": {}}, 5))["metadata"] == {"total_size": 5}
+
+
+MIXED = {
+    "a": torch.arange(15.0).reshape(5, 3), "b": torch.arange(6.0).reshape(3, 2).T.to(torch.bfloat16), "c": torch.arange(5),
+    "d": torch.tensor([True, False, True]), "e": torch.arange(9.0).to(torch.float8_e4m3fn), "f": torch.tensor([1 + 2j, 3 - 1j]),
+    "g": torch.empty(0, 5), "h": torch.tensor(3.0, dtype=torch.float64), "i": torch.zeros(2)[::2],
+}  # fmt: skip
+"""Tensors of many dtypes, one of them not contiguous."""
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_the_public_writer_writes_what_safetensors_does(tmp_path: Path, raw: bool) -> None:
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    save_file({name: t.clone().contiguous() for name, t in MIXED.items()}, theirs, {"format": "pt"})
+    tensors = dict(streamer.read_tensors(theirs))
+    entries = [(name, t.dtype, t.shape) for name, t in tensors.items()]
+    data = {
+        name: t.flatten().view(torch.uint8).numpy().tobytes() if raw else MIXED[name] for name, t in tensors.items()
+    }
+    streamer.write_safetensors(ours, entries, data.items(), metadata={"format": "pt"})
+    assert ours.read_bytes() == theirs.read_bytes()
+    for read in (tensors, dict(streamer.read_tensors(ours))):
+        assert all(t.dtype == MIXED[n].dtype and torch.equal(t, MIXED[n]) for n, t in read.items())
+    assert tensors.keys() == MIXED.keys()
+
+
+def test_the_public_writer_makes_shards(tmp_path: Path) -> None:
+    """As a loader of models has them; an array that its owner fills again for the next tensor is no trap."""
+    out, array = tmp_path / "out", np.empty((300, 1000), np.float32)
+    entries = [(f"t{i}", array.dtype, array.shape) for i in range(5)]
+
+    def tensors(names: Iterable[str]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+        for name in names:
+            array.fill(int(name[1]))
+            yield name, array
+
+    streamer.write_safetensors(out, entries, tensors([e[0] for e in entries]), max_shard_bytes=2 * array.nbytes)
+    shards = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert sorted(p.name for p in out.iterdir()) == [*shards, "model.safetensors.index.json", "streamer.json"]
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 5 * array.nbytes}
+    loaded = {name: t for shard in shards for name, t in load_file(out / shard).items()}
+    assert {name: index["weight_map"][name] for name in loaded} == {f"t{i}": shards[i // 2] for i in range(5)}
+    for name, tensor in streamer.read_tensors(out):
+        assert torch.equal(tensor, loaded[name])
+        assert bool((tensor == int(name[1])).all())
+    for named in (entries, entries[:1]):
+        with pytest.raises(OutputExistsError):
+            streamer.write_safetensors(out, named, tensors(["t0"]), max_shard_bytes=2 * array.nbytes)
+    streamer.write_safetensors(out, entries[:1], tensors(["t0"]), overwrite=True)
+    assert sorted(p.name for p in out.iterdir()) == ["model.safetensors", "streamer.json"]
+
+
+def test_bytes_of_a_dtype_that_torch_lacks(tmp_path: Path) -> None:
+    entries = [("q", "F4", (2, 3))]
+    streamer.write_safetensors(tmp_path / "a.safetensors", entries, [("q", b"abc")])
+    streamer.write_safetensors(tmp_path / "b.safetensors", entries, streamer.read_tensors(tmp_path / "a.safetensors"))
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+
+
+F23 = ("x", "F32", (2, 3))
+WELL = ("x", torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "entries", "tensors", "words"),
+    [
+        (FormatError, [F23, F23], [], "tensor 'x' is laid out twice"),
+        (UsageError, [("x", "F33", (1,))], [], "entry ('x', 'F33', (1,)): unknown dtype 'F33'"),
+        (UsageError, [("x", "F4", (1,))], [], "entry ('x', 'F4', (1,)): 1 values of F4 do not fill whole bytes"),
+        (UsageError, [("x", "U8", (-1,))], [], "entry ('x', 'U8', (-1,)): the name is the metadata's, or a size is negative"),
+        (UsageError, ["x"], [], "entry 'x': not enough values to unpack (expected 3, got 1)"),
+        (MismatchError, [F23, ("y", "U8", ())], [WELL], "tensor 'y': expected next, found 'no more tensors'; give the tensors"),
+        (MismatchError, [F23], [("z", b"")], "tensor 'x': expected next, found 'z'; give the tensors"),
+        (MismatchError, [F23], [WELL, ("y", b"")], "tensor 'y': has no entry; give each tensor an entry, in the same order"),
+        (MismatchError, [F23], [("x", torch.zeros(3, 2))], "tensor 'x': expected F32 [2, 3] by its entry, found F32 [3, 2]"),
+        (MismatchError, [F23], [("x", np.zeros((2, 3), ">f4"))], "tensor 'x': expected F32 [2, 3] by its entry, found >f4 [2, 3]"),
+        (MismatchError, [F23], [("x", bytes(23))], "tensor 'x': expected 24 bytes by its entry, found 23 bytes"),
+        (MismatchError, [F23], [("x", [1])], "tensor 'x': expected F32 [2, 3] by its entry, found <class 'list'> []"),
+        (MismatchError, [F23], [("x", torch.zeros(2, 3, device="meta"))], "tensor 'x': expected plain values in memory; Cannot copy"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_the_public_writer_refuses(
+    tmp_path: Path, name: str, kind: type[StreamerError], entries: list[Any], tensors: list[Any], words: str
+) -> None:
+    with pytest.raises(StreamerError) as caught:
+        streamer.write_safetensors(tmp_path / name, entries, iter(tensors))
+    assert type(caught.value) is kind
+    assert str(caught.value).startswith(words)
+    assert not [*tmp_path.rglob("*.safetensors"), *tmp_path.rglob("*.partial")]
+    streamer.write_safetensors(tmp_path / name, [F23], [WELL])  # the mistake corrected
+    assert dict(streamer.read_tensors(tmp_path / name)).keys() == {"x"}

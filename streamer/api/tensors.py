@@ -1,0 +1,206 @@
+"""Offer the crash-safe writer of safetensors, and a reader, as functions of the library: one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamer import __version__
+from streamer.detection.findings_file import lock_of
+from streamer.errors import MismatchError, OutputExistsError, UsageError
+from streamer.storage.atomic_file import remove_partials
+from streamer.storage.buffers import Buffer, BufferRing, Piece, gather
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
+from streamer.storage.header import TensorInfo, layout, tensor_nbytes
+from streamer.storage.lock import locked
+from streamer.storage.output_checks import check_replaced
+from streamer.storage.output_plan import OutputPlan, inspect_output
+from streamer.storage.shard_writer import Shard, ShardPlan, index_bytes, plan_shard, write_shard
+from streamer.storage.transaction import open_outputs
+from streamer.weights.dtypes import SPELLINGS, as_bytes, as_tensor, in_memory
+
+PIECE_BYTES = 4 << 20
+"""Bytes of a tensor that are copied, hashed and written at a time."""
+
+Given = Iterator[tuple[str, Any]]
+
+
+def write_safetensors(
+    path: str | Path,
+    entries: Iterable[tuple[str, object, Sequence[int]]],
+    tensors: Iterable[tuple[str, Tensor | np.ndarray[Any, Any] | Buffer]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> None:
+    """Write tensors as they come, one at a time, into files that appear only when they are complete and durable.
+
+    An interrupted directory has no index, or no ``model.safetensors``; the same call starts it over.
+
+    Parameters
+    ----------
+    path
+        A name that ends in ``.safetensors`` for one file, else a directory: it gets ``model.safetensors``, or shards with an index, and
+        ``streamer.json``, which lists the SHA-256 of each file.
+    entries
+        ``(name, dtype, shape)`` of each tensor, in the order of writing. The dtype is the format's, such as ``"BF16"``, torch's or numpy's.
+    tensors
+        ``(name, tensor)`` in the same order. A tensor is an array of torch or numpy with the dtype and shape of its entry, or its bytes. If
+        torch lacks the dtype, flat uint8 counts as bytes. The caller may use a tensor's memory again when the next one is asked for.
+    metadata
+        Strings by name for each file's header; transformers expects ``{"format": "pt"}``.
+    max_shard_bytes
+        Most bytes of tensors in a file of a directory; a larger tensor gets a file of its own.
+    overwrite
+        Whether to replace a file, or an earlier output in the directory.
+
+    Raises
+    ------
+    StreamerError
+        `UsageError` for an invalid or repeated entry; `MismatchError` for a tensor that is missing, is one too many, or differs from its
+        entry; `OutputExistsError` for an output that is not replaced; `StorageError` if the disk refuses.
+    """
+    path, given, ring = Path(path), iter(tensors), BufferRing(PIECE_BYTES)
+    if path.suffix == ".safetensors":
+        (plan,) = _planned(entries, path.name, metadata, math.inf)
+        check_replaced(path, overwrite, Path.is_file, "a file")
+        with locked(lock_of(path), path):
+            remove_partials(path.parent, {path.name})
+            write_shard(path.parent, plan, _shard(plan, given, ring, is_last=True))
+        return
+    plans = _planned(entries, SINGLE_NAME, metadata, max_shard_bytes)
+    files, other = {plan.name: plan.nbytes for plan in plans}, INDEX_NAME
+    index = index_bytes(
+        {"weight_map": {info.name: plan.name for plan in plans for info in plan.header.tensors}},
+        sum(plan.header.data_bytes for plan in plans),
+    )
+    if len(plans) > 1:
+        files[INDEX_NAME], other = len(index), SINGLE_NAME
+    # One digest for all: no run is ever taken up, as nothing is known of the tensors to come.
+    output = OutputPlan(path, tuple(files.items()), "tensors", {}, (), (other,), version=__version__)
+    if inspect_output(output, overwrite, resume=False) == "done":
+        raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
+    with open_outputs([output], overwrite, resume=False) as (out,):
+        for plan in plans:
+            shard = _shard(plan, given, ring, plan is plans[-1])
+            file = write_shard(path, plan, shard, renames=False)
+            out.take(plan.name, file.partial.name, file.written, file.sha256)
+        if len(plans) > 1:
+            with out.file(INDEX_NAME, len(index)) as last:
+                last.write(index)
+        out.commit({"schema": "streamer.output/tensors", "version": __version__})
+
+
+def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``(name, tensor)`` in file order, one tensor in memory at a time. The call itself checks headers and index.
+
+    Parameters
+    ----------
+    path
+        A ``.safetensors`` file, or a directory with ``model.safetensors`` or shards and their index.
+
+    Yields
+    ------
+    name, tensor
+        Tensors in memory of their own; of a dtype that torch lacks, the bytes, as flat uint8.
+
+    Raises
+    ------
+    StreamerError
+        `FormatError` for files or an index that are damaged or disagree, `MissingInputError` for missing ones, and `InputChangedError` for
+        a file that changes in between.
+    """
+    return _read(open_checkpoint(path, "pread"))
+
+
+def _read(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    for file in checkpoint.files.values():
+        with file.read_through(by_several=False):
+            for info in file.header.tensors:
+                data = gather(file.chunks(info), info.nbytes)
+                file.check_unchanged()
+                yield info.name, as_tensor(data, *in_memory(info))
+
+
+def _planned(
+    entries: Iterable[tuple[str, object, Sequence[int]]], name: str, metadata: Mapping[str, str] | None, limit: float
+) -> list[ShardPlan]:
+    """Plan one file of this name, or several numbered ones that hold up to `limit` bytes of tensors each."""
+    whole, _ = layout(map(_checked, entries))
+    groups: list[list[TensorInfo]] = [[]]
+    for info in whole.tensors:
+        if groups[-1] and info.end - groups[-1][0].start > limit:
+            groups.append([])
+        groups[-1].append(info)
+    numbers = [f"-{i:05}-of-{len(groups):05}." for i in range(1, len(groups) + 1)] if len(groups) > 1 else ["."]
+    return [
+        plan_shard(name.replace(".", number), [(i.name, i.dtype, i.shape) for i in group], dict(metadata or {}))
+        for number, group in zip(numbers, groups, strict=True)
+    ]
+
+
+def _checked(entry: tuple[str, object, Sequence[int]]) -> tuple[str, str, tuple[int, ...]]:
+    """Check an entry, and spell its dtype as the format does."""
+    try:
+        name, dtype, sizes = entry
+        spelled, shape, _ = str(_spelling(dtype)), tuple(map(operator.index, sizes)), str.encode(name)
+        if name == "__metadata__" or min(shape, default=0) < 0:
+            raise ValueError("the name is the metadata's, or a size is negative")
+        tensor_nbytes(spelled, shape)
+    except (TypeError, ValueError) as e:
+        raise UsageError(f"entry {entry!r}: {e}") from None
+    return name, spelled, shape
+
+
+def _spelling(dtype: object) -> object:
+    """Spell a dtype of torch or numpy as the format does; any other is returned as it is."""
+    of_torch: Any = getattr(torch, str(dtype).removeprefix("torch."), None)
+    return SPELLINGS.get(of_torch, dtype)
+
+
+def _shard(plan: ShardPlan, given: Given, ring: BufferRing, is_last: bool) -> Shard:
+    for info in plan.header.tensors:
+        yield info, _pieces(info, given, ring)
+    if is_last and (more := next(given, None)) is not None:
+        raise MismatchError(f"tensor {more[0]!r}: has no entry; give each tensor an entry, in the same order")
+
+
+def _pieces(info: TensorInfo, given: Given, ring: BufferRing) -> Iterator[Piece]:
+    """Take the next tensor, check it, and copy it piece by piece: its owner may change it while the last pieces are being written."""
+    name, tensor = next(given, ("no more tensors", None))
+    if name != info.name:
+        raise MismatchError(
+            f"tensor {info.name!r}: expected next, found {name!r}; give the tensors of all entries in their order"
+        )
+    data = _data(info, tensor)
+    for at in range(0, info.nbytes, PIECE_BYTES):
+        part = data[at : at + PIECE_BYTES]
+        piece = ring.lease(len(part))
+        piece.view[:] = part
+        yield piece
+
+
+def _data(info: TensorInfo, tensor: Any) -> memoryview:
+    """View a tensor as bytes, after a check of its dtype, shape and number of bytes."""
+    dtype, shape = in_memory(info)
+    wanted = f"{SPELLINGS[dtype]} {[*shape]}"
+    found = f"{_spelling(getattr(tensor, 'dtype', type(tensor)))} {[*getattr(tensor, 'shape', ())]}"
+    if isinstance(tensor, bytes | bytearray | memoryview):
+        wanted, found = f"{info.nbytes} bytes", f"{memoryview(tensor).nbytes} bytes"
+    if wanted != found:
+        raise MismatchError(f"tensor {info.name!r}: expected {wanted} by its entry, found {found}")
+    try:
+        if isinstance(tensor, Tensor):
+            return as_bytes(tensor.detach().cpu())
+        array = np.ascontiguousarray(tensor) if hasattr(tensor, "dtype") else np.frombuffer(tensor, np.uint8)
+        return array.reshape(-1).view(np.uint8).data
+    except (BufferError, RuntimeError) as e:  # of torch: sparse, on the meta device, or lazily conjugated
+        raise MismatchError(f"tensor {info.name!r}: expected plain values in memory; {e}") from None
