@@ -131,16 +131,27 @@ def _part(config: dict[str, Any], path: Iterable[str]) -> dict[str, Any]:
 
 
 def read_model_config(directory: Path | None) -> ModelConfig:
-    """Read a model's ``config.json`` as transformers writes it, allowing Infinity and NaN; empty if there is none.
+    """Read a model's ``config.json``; empty if there is none.
+
+    ModelOpt's older exports state their quantization in ``hf_quant_config.json`` alone; it is added as newer ones write it.
 
     Raises
     ------
     StorageError, FormatError
-        If it cannot be read or is not valid JSON.
+        If a file cannot be read or is not valid JSON.
     """
-    if directory is None or not (directory / MODEL_CONFIG).exists():
-        return ModelConfig()
-    path = directory / MODEL_CONFIG
+    values = _read(directory / MODEL_CONFIG) if directory else {}
+    if directory and values and not ModelConfig(values).quantization:
+        match _read(directory / "hf_quant_config.json"):
+            case {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": str()} as stated}:
+                values |= {"quantization_config": {"quant_method": "modelopt", **stated}}
+    return ModelConfig(values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a JSON object as transformers writes it, allowing Infinity and NaN; {} if there is none."""
+    if not path.exists():
+        return {}
     fd, _ = open_regular(path, "a model's config")
     try:
         with open(fd, "rb") as f:
@@ -149,4 +160,4 @@ def read_model_config(directory: Path | None) -> ModelConfig:
         raise StorageError(f"{path}: cannot read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
         raise FormatError(f"{path}: bad JSON: {e}; get the file again") from None
-    return ModelConfig(tree if isinstance(tree, dict) else {})
+    return tree if isinstance(tree, dict) else {}

@@ -80,7 +80,8 @@ def train_adapter(directory: Path, model: torch.nn.Module) -> Path:
 def write(directory: Path, plain: Path, tensors: Tensors, quantization: dict) -> Path:
     """A base in two shards, its other files those of the plain one."""
     shutil.copytree(plain, directory, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((plain / "config.json").read_text()) | {"quantization_config": quantization}
+    stated = {"quantization_config": quantization} if quantization else {}
+    config = json.loads((plain / "config.json").read_text()) | stated
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     names = sorted(tensors)
     weight_map = {}
@@ -283,6 +284,23 @@ def as_modelopt(parts: Tensors) -> Tensors:
     return {".weight": packed, ".weight_scale": scale, ".weight_scale_2": 1 / outer.squeeze(0)}
 
 
+def modelopt(directory: Path, plain: Path) -> Quantized:
+    """NVFP4 by ModelOpt's published layout, stated in its own file alone."""
+
+    def code(t: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        parts = as_modelopt(small_floats(t, "nvfp4-pack-quantized")[0])
+        codes = unpack_fp4_from_uint8(parts[".weight"], *t.shape, dtype=torch.float32)
+        scale = parts[".weight_scale"].float() * parts[".weight_scale_2"]
+        return parts | {".input_scale": torch.tensor(0.25)}, codes * scale.repeat_interleave(16, 1)
+
+    tensors, decoded = by_linear(plain, code)
+    base = write(directory, plain, tensors, {})
+    stated = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
+    config = {"producer": {"name": "modelopt", "version": "0.23.0"}, "quantization": stated}
+    (base / "hf_quant_config.json").write_text(json.dumps(config))
+    return Quantized(base, decoded)
+
+
 MAKERS: dict[str, Callable[[Path, Path], Quantized]] = {
     "fp8-blocks": fp8_blocks,
     "fp8-rows": fp8_rows,
@@ -294,4 +312,5 @@ MAKERS: dict[str, Callable[[Path, Path], Quantized]] = {
     "packed": packed,
     "nvfp4": nvfp4,
     "mxfp8": mxfp8,
+    "modelopt": modelopt,
 }

@@ -106,7 +106,7 @@ FORMATS: tuple[QuantizationFormat, ...] = (
           frozenset({"compressed-tensors"}), (".weight_packed", ("U8",), ".weight"),
           {"scales": (".weight_scale",)}, PackedFP4.of,
           {"divisor": (".weight_global_scale",), "extra": (".weight_zero_point", ".weight_g_idx")}),
-    QuantizationFormat("ModelOpt NVFP4", "`weight`, `weight_scale`, `weight_scale_2`",
+    QuantizationFormat("ModelOpt NVFP4, stated in `config.json` or `hf_quant_config.json`", "`weight`, `weight_scale`, `weight_scale_2`",
           frozenset({"modelopt"}), (".weight", ("U8",), ".weight"),
           {"scales": (".weight_scale",), "factor": (".weight_scale_2",)}, PackedFP4.of, {"extra": (".pre_quant_scale",)}),
     QuantizationFormat("MXFP4 expert stacks", "`*_blocks`, `*_scales`",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from quantized_values import AWQ_WORDS, BNB, CODES, CPU, FP8_CONFIG, base_of, fp
 
 from streamer.errors import FormatError, InputError, UnsupportedError
 from streamer.weights.dequantize import plain_weights
-from streamer.weights.model_config import ModelConfig
+from streamer.weights.model_config import ModelConfig, read_model_config
 
 
 def test_a_view_holds_the_names_that_it_looks_up(tmp_path: Path) -> None:
@@ -81,6 +82,30 @@ def test_other_ways_of_quantization_are_refused_by_name(tmp_path: Path, quantiza
             or value in ("dense", "float-quantized")
             or f"with {key}" in text
         )
+
+
+@pytest.mark.parametrize(
+    ("apart", "config", "quantization"),
+    [
+        ({"quant_algo": "NVFP4"}, {}, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+        ({"quant_algo": None, "kv_cache_quant_algo": "FP8"}, {}, {}),
+        ([], {}, {}),
+        ({"quant_algo": "NVFP4"}, {"quantization_config": BNB}, BNB),
+        ({"quant_algo": "NVFP4"}, None, {}),
+    ],
+)
+def test_modelopt_may_state_its_quantization_apart(
+    tmp_path: Path, apart: object, config: dict | None, quantization: dict
+) -> None:
+    producer = {"producer": {"name": "modelopt"}, "quantization": apart}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(producer))
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "test", **config}))
+    read = read_model_config(tmp_path)
+    assert read.quantization == quantization
+    assert bool(read.values) == (config is not None)
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(producer | {"producer": {"name": "x"}}))
+    assert read_model_config(tmp_path).quantization == (config or {}).get("quantization_config", {})
 
 
 @pytest.mark.parametrize("config", [None, {"quant_method": "bitsandbytes"}, {"quant_method": "fp8"}])
