@@ -1,1 +1,1 @@
-"""Decisions: the leading directions of each matrix, and the findings file."""
+"""Decide on the leading directions of each matrix, and read and write the findings file."""

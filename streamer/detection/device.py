@@ -1,4 +1,4 @@
-"""Choose the device that detection computes on."""
+"""Choose the device on which detection computes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from streamer.errors import UsageError
 
 
 def choose_device(name: str) -> torch.device:
-    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:i`` to a device that is there.
+    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:i`` to an available device.
 
     Raises
     ------
     UsageError
-        If it is not.
+        If the device is not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,5 +24,5 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"device: expected auto, cpu, cuda or cuda:i, found {name!r}")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(f"device: {name} is not there; use cpu")
+        raise UsageError(f"device: {name} is not available; use cpu")
     return device

@@ -1,7 +1,7 @@
-"""Hold the findings: what was detected in each matrix, and from which base, adapter and options.
+"""Define the findings: the result of detection for each matrix, with the base, adapter and options that determined it.
 
-On disk they are one safetensors file, whose layout `findings_file` has. While detection runs, each matrix is a record in a journal
-beside the file; a record is itself a safetensors file of the matrix' tensors, and the end puts them together.
+On disk they are one safetensors file; `findings_file` describes its layout. While detection runs, a journal beside the file holds a record
+for each matrix; a record is itself a safetensors file of the matrix' tensors, and the end of the run combines them.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Findings:
-    """All matrices of an adapter, in the base's file order; a sequence of `MatrixFinding`.
+    """Results for all matrices of an adapter, in the base's file order: a sequence of `MatrixFinding`.
 
-    ``findings[0]`` is a matrix, ``findings[:4]`` are findings on the first four, ``findings["layers.0.self_attn.q_proj"]`` is the
-    matrix of that name, and ``findings["*.q_proj"]`` are findings on all that fit; see `find` and `select`.
+    ``findings[0]`` is one matrix; ``findings[:4]`` are findings for the first four; ``findings["layers.0.self_attn.q_proj"]`` is the matrix
+    of that name; and ``findings["*.q_proj"]`` are findings for all that match. See `find` and `select`.
 
     Attributes
     ----------
     base, adapter
-        The identities of the inputs (sizes, digests); no paths, so that the same inputs give the same bytes anywhere.
+        Identities of the inputs (sizes, digests), without paths, so that the same inputs give the same bytes anywhere.
     options
-        What decided the findings.
+        The options that determined the findings.
     matrices
-        One entry a matrix.
+        One entry for each matrix.
     sources
-        ``base`` and ``adapter``: names, and ids where they are known; they do not decide whether findings fit other inputs.
+        Names of ``base`` and ``adapter``, and ids if known; they do not affect whether findings fit other inputs.
     """
 
     base: BaseIdentity
@@ -65,17 +65,17 @@ class Findings:
     sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the file out, for another process: all factors are pickled by value."""
+        """Omit the file when pickling for another process: all factors are pickled by value."""
         return {**self.__dict__, "_file": None}
 
     @classmethod
     def of(cls, head: FindingsHead, matrices: Iterable[MatrixFinding], file: TensorFile | None = None) -> Findings:
-        """Put findings together; `file` is the one that they were read from."""
+        """Make findings from their parts; `file` is the file from which they were read."""
         return cls(head.base, head.adapter, head.options, tuple(matrices), file, head.sources)
 
     @property
     def head(self) -> FindingsHead:
-        """Return all but the matrices."""
+        """Return everything except the matrices."""
         return FindingsHead(self.base, self.adapter, self.options, self.sources)
 
     @cached_property
@@ -85,7 +85,7 @@ class Findings:
 
     @property
     def name(self) -> str:
-        """Name them in messages: by their file, if they are from one."""
+        """Return the name for messages: the file's path if they come from a file."""
         return str(self._file.path) if self._file else "findings"
 
     @property
@@ -95,7 +95,7 @@ class Findings:
 
     @property
     def totals(self) -> TotalsRecord:
-        """Sum up all matrices, as `record` has it."""
+        """Return the totals over all matrices, as in `record`."""
         found, timed = [m.detection for m in self.matrices], [m.seconds for m in self.matrices if m.seconds is not None]
         return {"matrices": len(found), "intruders": self.intruders, "certified": sum(d.certified for d in found),
                 "escalated": sum(d.escalated for d in found), "degenerate": sum(bool(d.degenerate) for d in found),
@@ -104,13 +104,13 @@ class Findings:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Warn where the base does not look like the one that the adapter was trained on."""
+        """Warn if the base does not look like the base on which the adapter was trained."""
         return (ANOTHER_BASE,) if self.totals["looks_like_another_base"] else ()
 
     def digest(self) -> str:
-        """Hash (SHA-256, hex) the decisions and factors of all matrices: what they would do to a delta, to the last bit.
+        """Hash (SHA-256, hex) the decisions and factors of all matrices, which determine what they do to a delta, to the last bit.
 
-        Last bits depend on the number of threads; `decisions_digest` does not.
+        The last bits depend on the number of threads; `decisions_digest` does not.
         """
         digest = hashlib.sha256()
         for m in self.matrices:
@@ -120,28 +120,28 @@ class Findings:
         return digest.hexdigest()
 
     def decisions_digest(self) -> str:
-        """Hash (SHA-256, hex) what they were made from, and which directions of each matrix are intruders."""
+        """Hash (SHA-256, hex) the inputs and options, and the intruders of each matrix."""
         decisions = [list(m.detection.intruders) for m in self.matrices]
         return hashlib.sha256(json.dumps([self.made_from(), decisions]).encode()).hexdigest()
 
     def made_from(self) -> str:
-        """Hash (SHA-256, hex) everything that decides their bytes."""
+        """Hash (SHA-256, hex) everything that determines the findings' bytes."""
         return self.head.digest(m.tensor for m in self.matrices)
 
     def check_matches(self, base: BaseIdentity, adapter: AdapterIdentity, options: DetectionOptions | None) -> None:
-        """Refuse to be used with another base, adapter or options than they were made with.
+        """Refuse findings that were made with another base, adapter or options.
 
         Parameters
         ----------
         base, adapter
-            Identities of the inputs that they are to be used with.
+            Identities of the inputs with which they are to be used.
         options
-            The options that are asked for; None takes those of the findings.
+            The requested options; None accepts the findings' own.
 
         Raises
         ------
         MismatchError
-            Which of them differs, and how.
+            Names the one that differs, and how.
         """
         pairs: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...]
         pairs = ("base", {**self.base}, {**base}), ("adapter", {**self.adapter}, {**adapter})
@@ -152,30 +152,30 @@ class Findings:
                 )
         for name, value in (asdict(options) if options else {}).items():
             mine_value = getattr(self.options, name)
-            # Which solver made them, in what memory, does not matter to who uses them, unless one was asked for.
+            # The solver and its memory do not matter to users of findings, unless they requested a solver.
             if value != mine_value and not ((name == "solver" and value == "auto") or name == "max_memory"):
                 raise MismatchError(
                     f"{self.name}: made with {name}={mine_value!r}, asked for {value!r}; pass the same, or run detect again"
                 )
 
     def find(self, name: str) -> MatrixFinding:
-        """Find the one matrix of a name.
+        """Find one matrix by name.
 
         Parameters
         ----------
         name
-            A base tensor's name, an adapter module's, or an end of one, from a dot on, that no other matrix has:
+            A base tensor's name, an adapter module's name, or the end of one, starting after a dot, that no other matrix shares:
             ``layers.0.self_attn.q_proj``.
 
         Raises
         ------
         UnknownNameError
-            If there is none, or several; it is a `KeyError`.
+            If no matrix or several have it; this is a `KeyError`.
         """
         return self.matrices[index_of(self._names, name)]
 
     def select(self, pattern: str) -> Findings:
-        """Select the findings on the matrices whose tensor or module a pattern fits; to mitigate or merge takes those on all.
+        """Select the findings for the matrices whose tensor or module matches a pattern; mitigate and merge need findings for all matrices.
 
         Parameters
         ----------
@@ -185,7 +185,7 @@ class Findings:
         Raises
         ------
         UnknownNameError
-            If there are none; it is a `KeyError`.
+            If no matrix matches; this is a `KeyError`.
         """
         return replace(self, matrices=tuple(self.matrices[i] for i in indices_of(self._names, pattern)))
 
@@ -194,7 +194,7 @@ class Findings:
     @overload
     def __getitem__(self, key: slice) -> Findings: ...
     @overload
-    def __getitem__(self, key: str) -> Any: ...  # `find` and `select` say which
+    def __getitem__(self, key: str) -> Any: ...  # `find` or `select`
     def __getitem__(self, key: int | slice | str) -> MatrixFinding | Findings:
         if isinstance(key, slice):
             return replace(self, matrices=self.matrices[key])
@@ -222,16 +222,16 @@ class Findings:
         return [(m.tensor, m.module) for m in self.matrices]
 
     def record(self) -> FindingsRecord:
-        """Return all but the vectors, as JSON values: what `streamer report --json` prints.
+        """Return everything except the vectors, as JSON values: the output of `streamer report --json`.
 
-        Names are added, never changed. Seconds are None where a file was read.
+        Names may be added but never change. Seconds are None if the findings were read from a file.
         """
         base, adapter = ({**self.sources.get(what, {})} for what in ("base", "adapter"))
         return {"schema": SCHEMA, "base": cast(BaseSource, base | self.base), "adapter": cast(AdapterSource, adapter | self.adapter),
                 "options": self.options.as_dict(), "totals": self.totals, "matrices": [m.record() for m in self.matrices]}  # fmt: skip
 
     def table(self) -> str:
-        """Format a line for each matrix, and the totals, as text."""
+        """Format a text table with a line for each matrix, and the totals."""
         return findings_text(self.record())
 
     def __repr__(self) -> str:
@@ -241,43 +241,43 @@ class Findings:
         return findings_html(self.record())
 
     def to_pandas(self, by: Literal["matrix", "direction"] = "matrix") -> pandas.DataFrame:
-        """Return the figures as a data frame; pandas comes with ``pip install 'intruder-streamer[pandas]'``.
+        """Return the figures as a data frame; install pandas with ``pip install 'intruder-streamer[pandas]'``.
 
         Parameters
         ----------
         by
-            ``matrix``: a row for each matrix; ``direction``: one for each of its leading singular directions. Directions and
+            ``matrix``: one row for each matrix; ``direction``: one row for each leading singular direction. Directions and
             `intruders` count from 0.
 
         Raises
         ------
         MissingPackageError
-            If pandas is not installed; it is an `ImportError`.
+            If pandas is not installed; this is an `ImportError`.
         """
         return findings_frame(self.record(), by)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write them as a findings file, byte for byte as `detect_intruder_dimensions` writes it; missing directories are made.
+        """Write a findings file, with the same bytes as `detect_intruder_dimensions`; create missing directories.
 
         Parameters
         ----------
         path
-            The file. It appears whole, or not at all.
+            The file. It appears complete or not at all.
         overwrite
-            Whether to replace findings that stand there; anything else is not replaced, unless it is an empty file.
+            Whether to replace existing findings; any other file is never replaced unless it is empty.
 
         Raises
         ------
         OutputExistsError
-            If something else stands there; it is a `FileExistsError`.
+            If another file exists there; this is a `FileExistsError`.
         OutputError, StorageError, LockedError
-            If it cannot be written there.
+            If the file cannot be written.
         """
         save_findings_file(Path(path), self.head, self.matrices, overwrite)
 
 
 def load_findings(path: str | Path) -> Findings:
-    """Read a findings file and compare it with its digest; its vectors are read through a map when they are used.
+    """Read a findings file and check its digest; its vectors are read from a memory map when they are used.
 
     Parameters
     ----------
@@ -287,6 +287,6 @@ def load_findings(path: str | Path) -> Findings:
     Raises
     ------
     FormatError
-        If it is not one, or is damaged or incomplete.
+        If it is not a findings file, or is damaged or incomplete.
     """
     return Findings.of(*read_findings(Path(path)))

@@ -1,9 +1,8 @@
-"""Lay out, read and write a findings file; name its journal and its lock.
+"""Lay out, read and write a findings file, and name its journal and lock.
 
-On disk findings are one safetensors file. For the base tensor ``T`` it holds ``T/U`` (m, q), ``T/S`` (q,), ``T/Vh`` (q, n), the
-intruders' triplets; ``T/singular_values``, ``T/similarity``, ``T/similarity_low``, ``T/similarity_high``,
-``T/base_singular_values`` (k,) float64; ``T/intruders`` (q,) int64. The metadata's ``findings`` is JSON: identity, options, and the
-figures of each matrix.
+Findings are stored as one safetensors file. For the base tensor ``T`` it holds the intruders' triplets ``T/U`` (m, q), ``T/S`` (q,) and
+``T/Vh`` (q, n); ``T/singular_values``, ``T/similarity``, ``T/similarity_low``, ``T/similarity_high``, ``T/base_singular_values`` (k,)
+float64; and ``T/intruders`` (q,) int64. The metadata's ``findings`` is JSON: identities, options, and the figures of each matrix.
 """
 
 from __future__ import annotations
@@ -49,10 +48,10 @@ from streamer.weights.dtypes import TORCH_DTYPES, as_bytes, as_tensor
 SCHEMA: Final = "streamer.findings/1"
 
 COEFFICIENTS = "streamer.coefficients"
-"""Key in the metadata of files of coefficients, which are named where one is given in place of findings."""
+"""Metadata key of coefficients files, used to recognise one that was passed instead of findings."""
 
 DIGEST = "sha256"
-"""The key in the metadata of a digest over all of the file."""
+"""Metadata key of a digest of the whole file."""
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 
@@ -70,7 +69,7 @@ _KINDS: dict[str, set[type]] = {
 
 
 class FindingsHead(NamedTuple):
-    """What findings are of, and how they are made: all but the matrices; see `Findings`."""
+    """Inputs and options of findings: everything except the matrices; see `Findings`."""
 
     base: BaseIdentity
     adapter: AdapterIdentity
@@ -79,13 +78,13 @@ class FindingsHead(NamedTuple):
 
     @classmethod
     def of(cls, plan: Plan, options: DetectionOptions) -> FindingsHead:
-        """State what the findings of a plan are of."""
+        """Describe the findings of a plan."""
         base, adapter = plan.sources
         sources = {"base": in_short(base), "adapter": in_short(adapter)}
         return cls(plan.base_identity, plan.adapter_identity, options, sources)
 
     def digest(self, tensors: Iterable[str]) -> str:
-        """Hash (SHA-256, hex) everything that decides the bytes of findings on these tensors, in file order."""
+        """Hash (SHA-256, hex) everything that determines the bytes of findings for these tensors, in file order."""
         plan = {
             "schema": SCHEMA,
             "base": self.base,
@@ -97,22 +96,22 @@ class FindingsHead(NamedTuple):
 
 
 def journal_of(path: Path) -> Path:
-    """Give the path of the journal of a findings file that is being made: ``dir/f.safetensors`` → ``dir/.f.safetensors.journal``."""
+    """Return the path of the journal of an unfinished findings file: ``dir/f.safetensors`` → ``dir/.f.safetensors.journal``."""
     return path.with_name(f".{path.name}.journal")
 
 
 def lock_of(path: Path) -> Path:
-    """Give the path of the lock of a findings file that is being made: ``dir/f.safetensors`` → ``dir/.f.safetensors.lock``."""
+    """Return the path of the lock of an unfinished findings file: ``dir/f.safetensors`` → ``dir/.f.safetensors.lock``."""
     return path.with_name(f".{path.name}.lock")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the journal, lock and partials that a killed run left for a findings file.
+    """Remove the journal, lock and partial files that a killed run left beside a findings file.
 
     Raises
     ------
     LockedError
-        If a run is at work there.
+        If a run is active there.
     """
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     if any(p.name.startswith((f".{path.name}.", f"..{path.name}.")) for p in beside):
@@ -122,7 +121,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def check_findings_path(path: Path) -> None:
-    """Refuse a path where no findings file can be written: an address, a directory, a symlink, a hub cache. Its parent may be missing."""
+    """Refuse a path that cannot be a findings file: a URL, a directory, a symlink, inside a hub cache. Its parent may be missing."""
     refuse_no_file(path)
     check_name(path, partial_name(journal_of(path).name))
     refuse_symlink(path)
@@ -130,7 +129,7 @@ def check_findings_path(path: Path) -> None:
 
 
 def check_findings_name(path: Path) -> None:
-    """Refuse the name of a findings file that other programs would not take for one."""
+    """Refuse a name that other programs would not recognise as a safetensors file."""
     if path.suffix != ".safetensors" and not path.is_dir():
         raise UsageError(f"{path}: expected a name that ends in .safetensors, such as {path}.safetensors")
 
@@ -143,7 +142,7 @@ def matrix_entries(tensor: str, arrays: Mapping[str, Tensor]) -> list[Entry]:
 def plan_findings_file(
     name: str, head: FindingsHead, matrices: Sequence[MatrixFigures], entries: Iterable[Entry]
 ) -> ShardPlan:
-    """Lay out a findings file. Equal findings give equal bytes, whether written at once or through a journal."""
+    """Lay out a findings file. Equal findings give equal bytes, written directly or through a journal."""
     tree = {"base": head.base, "adapter": head.adapter, "options": head.options.as_dict(), "matrices": matrices}
     metadata = {"schema": SCHEMA, "findings": json.dumps(tree), DIGEST: "0" * 64}
     if head.sources:
@@ -154,7 +153,7 @@ def plan_findings_file(
 
 
 def seal(shard: ShardPlan, source: Callable[[TensorInfo], Iterable[Buffer]]) -> ShardPlan:
-    """Put into the metadata the SHA-256 (hex) of the whole file, taken with zeros in the digest's own place."""
+    """Put the SHA-256 (hex) of the whole file into its metadata, computed with zeros in the digest's place."""
     digest = hashlib.sha256(shard.raw_header)
     for info in shard.header.tensors:
         for piece in source(info):
@@ -163,12 +162,12 @@ def seal(shard: ShardPlan, source: Callable[[TensorInfo], Iterable[Buffer]]) -> 
 
 
 def check_digest(file: TensorFile) -> None:
-    """Compare an open findings file with the digest that it states of itself, which takes about 1 s for a gigabyte.
+    """Compare an open findings file with the digest in its metadata, at about 1 s per gigabyte.
 
     Raises
     ------
     FormatError
-        If they differ, or it states none, as files of versions before 0.2: whether such a file is intact cannot be known.
+        If they differ, or the file has no digest, as in versions before 0.2: such a file cannot be checked for damage.
     """
     stated = file.header.metadata.get(DIGEST)
     if stated is None:
@@ -184,7 +183,7 @@ def check_digest(file: TensorFile) -> None:
 
 
 def is_findings_file(path: Path) -> bool:
-    """Say whether a file's header states findings of this schema."""
+    """Test whether a file's header declares findings of this schema."""
     try:
         return TensorFile(path).header.metadata.get("schema") == SCHEMA
     except InputError:
@@ -192,7 +191,7 @@ def is_findings_file(path: Path) -> bool:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Refuse to replace a file that is not findings: it may be weights."""
+    """Refuse to replace a file other than findings: it may be weights."""
     if not is_findings_file(path):
         raise OutputExistsError(
             f"{path}: exists and is not findings, which is all that is replaced; choose another output", path
@@ -200,19 +199,19 @@ def refuse_foreign(path: Path) -> None:
 
 
 def save_findings_file(path: Path, head: FindingsHead, matrices: Sequence[MatrixFinding], overwrite: bool) -> None:
-    """Write a findings file at once, atomically; missing directories are made.
+    """Write a findings file atomically; create missing directories.
 
     Parameters
     ----------
     overwrite
-        Whether to replace findings at the path, and the journal of an interrupted run. An empty file is replaced in any case.
+        Whether to replace findings at the path and the journal of an interrupted run. An empty file is always replaced.
 
     Raises
     ------
     OutputExistsError
-        If something else stands there.
+        If another file exists there.
     OutputError, StorageError, LockedError
-        If it cannot be written there.
+        If the file cannot be written.
     """
     check_findings_path(path)
     if path.exists() and path.stat().st_size > 0:
@@ -221,7 +220,7 @@ def save_findings_file(path: Path, head: FindingsHead, matrices: Sequence[Matrix
         refuse_foreign(path)
     if journal_of(path).exists() and not overwrite:
         raise OutputExistsError(
-            f"{path}: an interrupted run has its journal there; finish that one, choose another output, or pass overwrite=True",
+            f"{path}: an interrupted run has its journal there; finish that run, choose another output, or pass overwrite=True",
             journal_of(path),
         )
     by_tensor = {m.tensor: m for m in matrices}
@@ -241,12 +240,12 @@ def save_findings_file(path: Path, head: FindingsHead, matrices: Sequence[Matrix
 
 
 def read_findings(path: Path) -> tuple[FindingsHead, tuple[MatrixFinding, ...], TensorFile]:
-    """Read what a findings file holds and compare it with its digest; see `load_findings`.
+    """Read a findings file and check its digest; see `load_findings`.
 
     Raises
     ------
     FormatError
-        If it is not one, or is damaged or incomplete.
+        If it is not a findings file, or is damaged or incomplete.
     """
     if path.is_dir():
         raise FormatError(f"{path}: expected a findings file, found a directory; name the findings file in it")
@@ -256,13 +255,13 @@ def read_findings(path: Path) -> tuple[FindingsHead, tuple[MatrixFinding, ...], 
         found = "another safetensors file; make them with `streamer detect`"
         if COEFFICIENTS in file.header.metadata:
             found = (
-                "coefficients; pass those by --coefficients (coefficients=), and make findings with `streamer detect`"
+                "coefficients; pass them with --coefficients (coefficients=), and make findings with `streamer detect`"
             )
         raise FormatError(f"{path}: expected findings ({SCHEMA}), found {found}")
     try:
         tree = json.loads(text)
         options = DetectionOptions(**tree["options"])
-        data = file.data()  # one map for all: a map each would run out of descriptors
+        data = file.data()  # one map for all: one for each matrix would exhaust the descriptors
         matrices = tuple(read_matrix(figures, file, data) for figures in tree["matrices"])
         _check_identities(tree["base"], tree["adapter"])
     except (KeyError, TypeError, ValueError, RecursionError) as e:
@@ -274,7 +273,7 @@ def read_findings(path: Path) -> tuple[FindingsHead, tuple[MatrixFinding, ...], 
 
 
 def check_figures(figures: Any) -> None:
-    """Check that the figures of a matrix are all there, each of its kind; `KeyError` or `TypeError` where not."""
+    """Check that a matrix has all figures with the right types; raise `KeyError` or `TypeError` if not."""
     for key, kinds in _KINDS.items():
         value = figures[key]
         fits = type(value) in kinds
@@ -285,12 +284,12 @@ def check_figures(figures: Any) -> None:
 
 
 def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> MatrixFinding:
-    """Read the finding of these figures from an open findings file, whose data are mapped.
+    """Read the finding with these figures from an open, mapped findings file.
 
     Raises
     ------
     KeyError, TypeError, ValueError
-        If figures or arrays are not as the schema has them.
+        If figures or arrays do not follow the schema.
     """
     check_figures(figures)
     arrays: dict[str, Tensor] = {}
@@ -320,7 +319,7 @@ def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> 
 
 
 def _sources(file: TensorFile) -> dict[str, dict[str, str]]:
-    """Read the names of the inputs from the stamp of a findings file; {} where it has none."""
+    """Read the names of the inputs from a findings file's stamp; return {} if it has none."""
     try:
         tree = json.loads(file.header.metadata[STAMP])
         return {what: {k: v for k, v in tree[what].items() if isinstance(v, str)} for what in ("base", "adapter")}
@@ -334,4 +333,4 @@ def _check_identities(*identities: Any) -> None:
         if not isinstance(files, list) or not all(
             isinstance(f, dict) and isinstance(f.get("file"), str) for f in files
         ):
-            raise ValueError("an input's identity is not one")
+            raise ValueError("an input's identity has the wrong form")

@@ -1,4 +1,4 @@
-"""Types of the JSON of findings: options, and the figures of each matrix (schema ``streamer.findings/1``)."""
+"""Define the JSON types of findings: options, and the figures of each matrix (schema ``streamer.findings/1``)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MatrixHead(TypedDict):
     scale: Annotated[float, "Factor of B A, from the adapter's alpha and rank."]
 
 class MatrixFigures(MatrixHead):
-    """Figures of a matrix, its arrays apart; see `MatrixFinding` and `Detection`. Ranks count from 0."""
+    """Figures of a matrix without its arrays; see `MatrixFinding` and `Detection`. Ranks count from 0."""
     transposed: Annotated[bool, "Whether it is stored as (inputs, outputs), like embeddings and Conv1D layers. Decisions still use the "
         "output side, whose vectors are the right singular vectors of the stored matrix."]
     fingerprint: Annotated[str | None, "Digest of the values behind the decisions: a sample of the base's, and the adapter's (SHA-256, "
@@ -62,7 +62,7 @@ class CoefficientMeans(TypedDict):
     intruders: Annotated[list[Share | None], "The same for each intruder, in the order of their 0-based ranks."]
 
 class MatrixRecord(MatrixFigures):
-    """What was found in one matrix."""
+    """Result for one matrix."""
     singular_values: Annotated[PerDirection, "singular values of base + delta."]
     similarity: Annotated[PerDirection, "similarity to the nearest left singular vector of the base, as used for the decision."]
     similarity_low: Annotated[PerDirection, "lower end of an interval around the similarity."]
@@ -73,7 +73,7 @@ class MatrixRecord(MatrixFigures):
     coefficients: NotRequired[Annotated[CoefficientMeans, "Effect of the given coefficients on the matrix' delta."]]
 
 class CoefficientTotals(TypedDict):
-    """Which coefficients were given, and their means over all matrices."""
+    """Digest of the given coefficients, and their means over all matrices."""
     keep: Annotated[float, "Share of the learning that they were fitted to keep."]
     sha256: Annotated[Sha256, "Digest of the values of all matrices' coefficients (SHA-256, hexadecimal)."]
     mean: Annotated[Share | None, "Mean coefficient of the deltas' singular directions, weighted by their squared singular values."]
@@ -81,11 +81,11 @@ class CoefficientTotals(TypedDict):
         "there are none."]
 
 class TotalsRecord(TypedDict):
-    """Sums over all matrices."""
-    matrices: Annotated[Count, "Matrices."]
+    """Totals over all matrices."""
+    matrices: Annotated[Count, "Number of matrices."]
     intruders: Annotated[Count, "Intruders in all matrices."]
     certified: Annotated[Count, "Matrices with certified decisions only."]
-    escalated: Annotated[Count, "Matrices that the certified solver could not decide and the dense one did."]
+    escalated: Annotated[Count, "Matrices that the certified solver could not decide, so the dense solver did."]
     degenerate: Annotated[Count, "Matrices with directions in so tight a cluster that no single vector is defined."]
     looks_like_another_base: Annotated[bool | None, "Whether in most matrices the leading direction is an intruder, one of several, and no "
         "closer to the base than a random vector. Then the adapter was probably trained on another base. Null if undecidable: at least 8 "
@@ -94,12 +94,12 @@ class TotalsRecord(TypedDict):
     coefficients: NotRequired[Annotated[CoefficientTotals, "Effect of the given coefficients on all matrices together."]]
 
 class FindingsRecord(TypedDict):
-    """What `streamer detect --json` and `streamer report --json` print: the intruder dimensions of an adapter."""
+    """The intruder dimensions of an adapter, as printed by `streamer detect --json` and `streamer report --json`."""
     schema: Literal["streamer.findings/1"]
     base: Annotated[BaseSource, "The base model: its name, and what identifies it, wherever it is stored."]
-    adapter: Annotated[AdapterSource, "The adapter, or the fine-tuned model in its place, described in the same way."]
-    options: Annotated[OptionsRecord, "What decided the findings."]
-    totals: Annotated[TotalsRecord, "Sums over matrices."]
+    adapter: Annotated[AdapterSource, "The adapter, or the fine-tuned model used as one, described in the same way."]
+    options: Annotated[OptionsRecord, "Options that determined the findings."]
+    totals: Annotated[TotalsRecord, "Totals over all matrices."]
     matrices: Annotated[list[MatrixRecord], "One entry per matrix, in the base's file order."]
     output: NotRequired[Annotated[OutputPath, "Only for detect."]]
     state: NotRequired[Annotated[State, "Only for detect."]]

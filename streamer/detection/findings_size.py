@@ -1,4 +1,4 @@
-"""Estimate the bytes that findings take on the disk, at most, and check that there is room, before the first matrix is read."""
+"""Estimate the largest size of findings on disk, and check the free space before the first matrix is read."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from streamer.storage.atomic_file import partials_of
 from streamer.storage.output_checks import allocated_bytes, check_space
 
 FindingsSize = tuple[int, int]
-"""Bytes of a findings file, and of the journal beside it."""
+"""Bytes of a findings file and of the journal beside it."""
 
 
 def check_findings_space(paths: Sequence[Path], sizes: Sequence[FindingsSize]) -> None:
-    """Refuse findings that might not fit on the disk, each with its journal beside it.
+    """Refuse findings that might not fit on the disk together with their journals.
 
     Raises
     ------
     StorageError
-        If they might not.
+        If they might not fit.
     """
     needed = 0
     for path, size in zip(paths, sizes, strict=True):
-        # Of an interrupted run: what can be taken up counts, and what cannot is removed first.
+        # Files of an interrupted run: usable ones are reused, and the others are removed first.
         names = {path.name, journal_of(path).name}
         there = [journal_of(path), *(partials_of(path.parent, names) if path.parent.is_dir() else ())]
         needed += sum(size) - sum(map(allocated_bytes, there))
@@ -41,12 +41,12 @@ def check_findings_space(paths: Sequence[Path], sizes: Sequence[FindingsSize]) -
 
 
 def findings_bytes(plan: Plan, options: DetectionOptions) -> FindingsSize:
-    """Compute the bytes of findings at most: all directions intruders. About 1 s for 10,000 matrices."""
+    """Compute the largest size of findings, with every direction an intruder. Needs about 1 s for 10,000 matrices."""
     return most_bytes(FindingsHead.of(plan, options), (_widest(plan, target, options) for target in plan.targets))
 
 
 def _widest(plan: Plan, target: Target, options: DetectionOptions) -> MatrixFinding:
-    """Make a finding that takes as many bytes as there could be: every direction an intruder, every figure at its longest."""
+    """Make a finding of the largest possible size: every direction an intruder, every figure as long as possible."""
     module, weight = target.module, plan.weights[target.tensor]
     (m, n), k = module.shape, options.directions(module.shape)
     longest, every = -sys.float_info.max, tuple(range(k))

@@ -1,4 +1,4 @@
-"""Look at findings: which matrices a name or pattern means, a short text, an HTML table, data frames."""
+"""Present findings: matrices by name or pattern, a short text, an HTML table, data frames."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     import pandas
 
 SHOWN = 10
-"""Matrices in the HTML table."""
+"""Number of matrices in the HTML table."""
 
 Names = Sequence[tuple[str, str]]
-"""The base tensor's name and the adapter module's of each matrix."""
+"""The names of each matrix: the base tensor's and the adapter module's."""
 
 
 def is_pattern(key: str) -> bool:
-    """Tell a pattern from a name; ``[3]`` alone is an expert's number."""
+    """Test whether a key is a pattern; ``[3]`` alone is an expert's number."""
     return "*" in key or "?" in key or re.search(r"\[(?!\d+\])", key) is not None
 
 
 def index_of(names: Names, key: str) -> int:
-    """Find the one matrix of a name: its tensor's, its module's, or an end of one of these that no other matrix has.
+    """Find one matrix by its tensor's name, its module's name, or an end of either that no other matrix shares.
 
     Raises
     ------
     UnknownNameError
-        If there is none, or several.
+        If no matrix or several match.
     """
     for fits in (
         [i for i, pair in enumerate(names) if key in pair],
@@ -54,14 +54,14 @@ def index_of(names: Names, key: str) -> int:
 
 
 def indices_of(names: Names, pattern: str) -> list[int]:
-    """Find the matrices whose tensor or module a pattern fits, with ``*``, ``?`` and ``[…]`` as in file names.
+    """Find the matrices whose tensor or module matches a pattern, with ``*``, ``?`` and ``[…]`` as in file names.
 
     Raises
     ------
     UnknownNameError
-        If there are none.
+        If no matrix matches.
     """
-    literal = re.sub(r"\[(\d+)\]", r"[[]\1]", pattern)  # experts are numbered so
+    literal = re.sub(r"\[(\d+)\]", r"[[]\1]", pattern)  # expert numbers have this form
     fits = [re.compile(fnmatch.translate(p)).match for p in dict.fromkeys((pattern, literal))]
     found = [i for i, pair in enumerate(names) if any(fit(name) for fit in fits for name in pair)]
     if not found:
@@ -71,7 +71,7 @@ def indices_of(names: Names, pattern: str) -> list[int]:
 
 
 def summary_lines(tree: FindingsRecord) -> list[str]:
-    """Say in three lines what was found, how, and in what."""
+    """Summarise in three lines the result, the options and the inputs."""
     t, o, matrices = tree["totals"], tree["options"], tree["matrices"]
     with_any = sum(bool(m["intruders"]) for m in matrices)
     files = tree["base"].get("files", [])
@@ -92,14 +92,14 @@ HEAD = ("matrix", "shape", "intruders", "ranks (1 = largest)", "least similarity
 
 
 def _cells(m: MatrixRecord) -> tuple[str, ...]:
-    """Format a matrix, a cell for each of `HEAD`."""
+    """Format a matrix as one cell for each entry of `HEAD`."""
     return (printable(m["tensor"]), "×".join(map(str, m["shape"])), str(len(m["intruders"])),
             " ".join(str(j + 1) for j in m["intruders"]), f"{min(m['similarity']):.3f}", f"{m['singular_values'][0]:.4g}",
             f"{m['delta_norm']:.4g}", f"{m['intruder_energy']:.1%}", "yes" if m["certified"] else "no")  # fmt: skip
 
 
 def findings_text(tree: FindingsRecord) -> str:
-    """Make a table of all matrices as text of any width, and say what was found."""
+    """Format all matrices as a text table of any width, followed by a summary."""
     rows = [HEAD, *map(_cells, tree["matrices"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -107,7 +107,7 @@ def findings_text(tree: FindingsRecord) -> str:
 
 
 def findings_html(tree: FindingsRecord) -> str:
-    """Make a small table of the matrices with the most intruders, for notebooks."""
+    """Format the matrices with the most intruders as a small HTML table for notebooks."""
     most = sorted(tree["matrices"], key=lambda m: (-len(m["intruders"]), -m["intruder_energy"]))[:SHOWN]
     rows = [_cells(m) for m in most]
     left = len(tree["matrices"]) - len(most)
@@ -119,7 +119,7 @@ def findings_html(tree: FindingsRecord) -> str:
 
 
 def findings_frame(tree: FindingsRecord, by: Literal["matrix", "direction"]) -> pandas.DataFrame:
-    """Make a data frame of the figures, with a row for each matrix or for each of its leading directions."""
+    """Make a data frame of the figures, with one row for each matrix or each leading direction."""
     if by not in ("matrix", "direction"):
         raise UsageError(f"by: expected 'matrix' or 'direction', found {by!r}")
     try:

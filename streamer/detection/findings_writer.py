@@ -1,4 +1,4 @@
-"""Write a findings file by way of a journal with a record for each matrix, so that a killed run resumes."""
+"""Write a findings file through a journal with a record for each matrix, so that a killed run resumes."""
 
 from __future__ import annotations
 
@@ -39,37 +39,37 @@ from streamer.storage.shard_writer import ShardFile
 from streamer.weights.dtypes import as_bytes
 
 OFFSETS_BYTES = 16 * 14
-"""Bytes by which the offsets of a matrix' tensors are longer in a large file than in a record, at most."""
+"""Upper bound of the additional bytes for a matrix' tensor offsets in a large file, compared with a record."""
 
 
 class FindingsWriter:
-    """Write a findings file that is locked, resumable after each matrix, and under its name only when it is whole.
+    """Writer of a findings file that is locked, resumable after each matrix, and gets its name only when complete.
 
     ``with FindingsWriter(path, findings, tensors, stamps) as w: w.add(…)``; leaving the block without an exception writes the
-    file and removes the journal, leaving it with one keeps the journal.
+    file and removes the journal; an exception keeps the journal.
 
     Parameters
     ----------
     path
         The file.
     head
-        What the findings are of.
+        Inputs and options of the findings.
     tensors
-        Base tensors to come, in the order of the file.
+        Names of all base tensors, in file order.
     stamps
-        Stamps of the inputs; a journal of other stamps is refused.
+        Stamps of the inputs; a journal with other stamps is refused.
     resume
-        False starts over.
+        Whether to continue an interrupted run; False starts over.
     overwrite
-        Replaces a finished file, and a journal of another run.
+        Whether to replace a finished file, and the journal of another run.
     before_rename
-        Called before the file gets its name; may raise to stop it.
+        Called before the file gets its name; may raise to prevent that.
 
     Attributes
     ----------
     threads
-        On how many of torch's threads its matrices are computed: as many as the run began with, wherever it is resumed, since the
-        last bits of findings depend on it.
+        Number of torch's threads for the matrices: the number with which the run began, even if it is resumed elsewhere, because
+        the last bits of findings depend on it.
     """
 
     def __init__(self, path: Path, head: FindingsHead, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]], *,
@@ -94,7 +94,7 @@ class FindingsWriter:
 
     def _take_up(self) -> None:
         begun = self._resume and interrupted_run(self.path, self._start, self._overwrite)
-        self.resumed = begun and len(self._journal) > 1  # no matrix: the number of threads is this run's to say
+        self.resumed = begun and len(self._journal) > 1  # without any matrix, this run chooses the number of threads
         if not self.resumed:
             self._journal.clear()
             self._journal.append(json.dumps(self._start).encode())
@@ -119,7 +119,7 @@ class FindingsWriter:
         return tensor in self._records
 
     def add(self, finding: MatrixFinding) -> None:
-        """Journal one matrix, durably."""
+        """Append one matrix durably to the journal."""
         arrays = finding.arrays()
         _, raw = _layout(finding, arrays)
         self._journal.append(raw + b"".join(as_bytes(t) for t in arrays.values()))
@@ -160,19 +160,19 @@ class FindingsWriter:
 
 
 def _layout(finding: MatrixFinding, arrays: Mapping[str, Tensor]) -> tuple[Header, bytes]:
-    """Make the header of a matrix' record, and its bytes."""
+    """Lay out a matrix' record: its header, and the header's bytes."""
     return layout(matrix_entries(finding.tensor, arrays), {"matrix": json.dumps(finding.figures())})
 
 
 def most_bytes(head: FindingsHead, widest: Iterable[MatrixFinding]) -> tuple[int, int]:
-    """Compute the bytes of a findings file and of its journal, at most.
+    """Compute the largest sizes of a findings file and its journal, in bytes.
 
     Parameters
     ----------
     head
-        What the findings are of.
+        Inputs and options of the findings.
     widest
-        For each matrix the largest finding that there could be; tensors without values (``meta``) will do.
+        The largest possible finding for each matrix; tensors without values (``meta``) suffice.
     """
     known = [head.base, head.adapter, dict(head.sources), head.options.as_dict()]
     file = journal = 4096 + 2 * len(json.dumps(known))
@@ -184,7 +184,7 @@ def most_bytes(head: FindingsHead, widest: Iterable[MatrixFinding]) -> tuple[int
 
 
 def journal_head(head: FindingsHead, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Make the first record of a journal: what run it belongs to, and on how many threads, on which last bits depend."""
+    """Make the first record of a journal: the run's identity, and its number of threads, on which the last bits depend."""
     return {
         "plan": head.digest(tensors),
         "version": __version__,
@@ -194,12 +194,12 @@ def journal_head(head: FindingsHead, tensors: Sequence[str], stamps: Mapping[str
 
 
 def interrupted_run(path: Path, start: dict[str, Any], overwrite: bool) -> bool:
-    """Say, read-only, whether a run with this `journal_head` was interrupted here and can be taken up.
+    """Test, without writing, whether an interrupted run with this `journal_head` can be resumed here.
 
     Raises
     ------
     OutputError, InputChangedError
-        If the interrupted run is another one, or its inputs have changed.
+        If another run was interrupted here, or its inputs have changed.
     """
     found = next(Journal.peek(journal_of(path)), {})
     ours = {"plan", "stamps"} <= found.keys()
@@ -207,29 +207,29 @@ def interrupted_run(path: Path, start: dict[str, Any], overwrite: bool) -> bool:
 
 
 def _record_header(raw: bytes) -> Header:
-    """Read the header of a record, which is a safetensors file of one matrix."""
+    """Read the header of a record, which is a safetensors file for one matrix."""
     n = 8 + int.from_bytes(raw[:8], "little")
     return parse_header(raw[:n], len(raw), "journal")
 
 
 def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Sequence[Path] = ()) -> Findings | None:
-    """Find, read-only, the finished findings of this very plan; None if they are still to be made.
+    """Find the finished findings of exactly this plan, without writing; return None if they do not exist yet.
 
     Parameters
     ----------
     path
-        The findings file; its directory may still be missing, and an empty file there counts as none.
+        The findings file; its directory may be missing, and an empty file counts as none.
     digest
         See `FindingsHead.digest`.
     overwrite
-        Whether findings that stand at the path may be replaced; anything else may not.
+        Whether existing findings at the path may be replaced; any other file may not.
     inputs
-        Input directories and files that the output must stay out of.
+        Input directories and files that must not contain the output.
 
     Raises
     ------
     OutputError
-        If something else stands at the path, or it cannot be written.
+        If another file exists at the path, or it cannot be written.
     """
     check_findings_path(path)
     check_findings_name(path)

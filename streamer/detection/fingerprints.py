@@ -1,7 +1,7 @@
-"""Tell a matrix of a base with an adapter's module from others by its values, wherever they are and in whatever dtype.
+"""Identify a matrix of a base and an adapter's module by their values, independently of location and dtype.
 
-The same model may be in files and in memory, its tensors under other names, in shards or on devices, and in a wider dtype than they were
-stored in. Findings on one serve the other where each matrix has the same fingerprint.
+The same model may be in files and in memory, its tensors under other names, in shards or on devices, and in a wider dtype than stored.
+Findings for one apply to the other if every matrix has the same fingerprint.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from streamer.plan.targets import Target
 from streamer.weights.base import StoredTensor, Weight
 
 SAMPLED = 32
-"""Rows and columns of the base's matrix, evenly spaced, whose crossings are hashed."""
+"""Number of evenly spaced rows and columns of the base's matrix whose crossings are hashed."""
 
 _NOT_OF_DELTA = {"inference_mode"}
-"""Numbers and flags of an adapter's config that do not decide its delta."""
+"""Numbers and flags of an adapter's config that do not affect its delta."""
 
 
 def fingerprint(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor] | None = None,
                 weight: Weight | None = None) -> str | None:  # fmt: skip
-    """Hash (SHA-256, hex) what decides the findings on a matrix, all values as float64.
+    """Hash (SHA-256, hex) the values that determine the findings for a matrix, all as float64.
 
-    That is its shape, a sample of W0, and the module's scaling and tensors, whole. It is no checksum of W0: a change outside of the
-    sample is not seen.
+    These are its shape, a sample of W0, and the module's scaling and whole tensors. This is not a checksum of W0: a change outside the
+    sample goes unnoticed.
 
     Parameters
     ----------
     tensors, weight
-        The module's tensors and the matrix' weight, where they have been read.
+        The module's tensors and the matrix' weight, if already read.
 
     Returns
     -------
     str or None
-        None for a fine-tuned model in an adapter's place, which is compared as files are.
+        None for a fine-tuned model used as an adapter, which is compared by its files.
     """
     if plan.adapter.describes_model:
         return None
@@ -57,21 +57,21 @@ def fingerprint(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor] 
 
 
 def lacking(where: str, missing: int, count: int, first: str) -> MismatchError:
-    """Make the error of findings that lack matrices of an adapter."""
+    """Make the error for findings that lack matrices of an adapter."""
     return MismatchError(
         f"{where}: has no findings on {missing} of {count} matrices, {first} first; pass those on all matrices, or run detect again"
     )
 
 
 def matched_findings(plan: Plan, findings: Findings, where: str) -> Findings:
-    """Give findings the names and identities of another place of the same model: of files, or of a model in memory.
+    """Change the names and identities in findings to another location of the same model, in files or in memory.
 
-    Matrices are matched by the adapter's modules, and proven the same by their fingerprints.
+    Matrices are matched by the adapter's modules; equal fingerprints prove that they are the same.
 
     Raises
     ------
     MismatchError
-        If they are not findings on this base and adapter, or do not say.
+        If the findings are for another base or adapter, or do not say.
     """
     by_module = {m.module: m for m in findings}
     without = [t.module.name for t in plan.targets if t.module.name not in by_module]
@@ -83,13 +83,13 @@ def matched_findings(plan: Plan, findings: Findings, where: str) -> Findings:
         mine = fingerprint(plan, target)
         if found.fingerprint is None or mine is None:
             raise MismatchError(
-                f"{where}: does not say by which values {found.tensor!r} was judged, as findings on a fine-tuned "
-                "model do not, so it is unknown whether they are the same here; run detect again"
+                f"{where}: does not say by which values {found.tensor!r} was judged (findings on a fine-tuned model do not), so they "
+                "may differ from the values here; run detect again"
             )
         if found.fingerprint != mine:
             raise MismatchError(
                 f"{where}: {found.tensor!r} was judged with other values than {plan.base.path} and {plan.adapter.path} have; run "
-                "detect again on these (a model that was loaded in a narrower dtype than it is stored in has other values)"
+                "detect again on these (a model that was loaded in a narrower dtype than its files has other values)"
             )
         matrices.append(replace(found, tensor=target.tensor))
     return replace(findings, base=plan.base_identity, adapter=plan.adapter_identity, matrices=tuple(matrices))
@@ -100,13 +100,13 @@ def _update(digest: hashlib._Hash, values: Tensor) -> None:
 
 
 def _spaced(n: int) -> list[int]:
-    """Choose up to `SAMPLED` of n indices, evenly spaced, the first and the last among them."""
+    """Choose up to `SAMPLED` of n indices, evenly spaced, including the first and the last."""
     count = min(n, SAMPLED)
     return [i * (n - 1) // max(1, count - 1) for i in range(count)]
 
 
 def _sample(weight: Weight, transposed: bool) -> Tensor:
-    """Read the crossings of some rows and columns of the matrix as (out, in), in float64."""
+    """Read the crossings of some rows and columns of the matrix (out, in), in float64."""
     source, (m, n) = weight.at_hand(), weight.matrix
     columns = torch.tensor(_spaced(n))
     rows = torch.stack([source.rows(i, i + 1)[0, columns].double() for i in _spaced(m)])
@@ -114,7 +114,7 @@ def _sample(weight: Weight, transposed: bool) -> Tensor:
 
 
 def _module_values(tensors: Mapping[str, StoredTensor], target: Target) -> Iterator[tuple[str, Tensor]]:
-    """Give the tensors of a module by their roles; of another method than LoRA the numbers of its config besides."""
+    """Yield a module's tensors by their roles; for a method other than LoRA also the numbers in its config."""
     module = target.module
     if isinstance(module, LoraModule):
         slices = (*module.expert_slices, ())

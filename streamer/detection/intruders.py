@@ -28,40 +28,40 @@ from streamer.linalg.torch_state import full_float32
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Detection:
-    """Decisions on each of the k leading directions of ``W = W0 + Δ``, and the factors of the intruders.
+    """Decisions for each of the k leading directions of ``W = W0 + Δ``, and the factors of the intruders.
 
     Attributes
     ----------
     singular_values
-        (k,) σ_1 … σ_k of W.
+        (k,) singular values σ_1 … σ_k of W.
     similarity
-        (k,) each direction's similarity to the base's nearest left singular vector, as the decision took it; from the certified
-        solver the bound that decided.
+        (k,) similarity of each direction to the nearest left singular vector of the base, as used for the decision; with the
+        certified solver, the bound that decided.
     similarity_low, similarity_high
-        (k,) an interval around it.
+        (k,) interval around the similarity.
     base_singular_values
-        (k,) the largest singular values of W0; from the certified solver Ritz values, which are at most those.
+        (k,) largest singular values of W0; with the certified solver Ritz values, which are at most as large.
     intruders
-        0-based ranks of the intruders, rising.
+        0-based ranks of the intruders, ascending.
     U, S, Vh
         (m, q), (q,), (q, n): the intruders' triplets, float32 (float64 for a float64 base).
     certified
-        Each interval lies on one side of ε, and no direction is degenerate: for all singular vectors of the base but those below
-        `cutoff`.
+        Whether each interval lies on one side of ε and no direction is degenerate. This covers all singular vectors of the base except
+        those below `cutoff`.
     degenerate
-        0-based ranks of directions in a cluster so tight that no single vector is defined, by any solver.
+        0-based ranks of directions in a cluster so tight that no solver can define a single vector.
     solver, escalated
-        The solver that ran; whether the certified one had to give up for it.
+        The solver that decided, and whether the certified solver gave up first.
     precision
-        ``float32`` or ``float64``, in which the decisions were computed.
+        ``float32`` or ``float64``: the precision of the decisions.
     steps, products, cutoff
-        What the certificate cost, and δ: base singular values below ``δ·σ⁰_1`` are not covered by it (0: all are).
+        Cost of the certificate, and δ: it does not cover base singular values below ``δ·σ⁰_1`` (0: it covers all).
     delta_norm
         ``‖Δ‖_F``.
     intruder_energy
-        ``‖U_Iᵀ Δ‖_F² / ‖Δ‖_F²``: the share of the delta's energy on the intruders' side, in [0, 1].
+        ``‖U_Iᵀ Δ‖_F² / ‖Δ‖_F²``: the share of the delta's energy on the intruders' output side, in [0, 1].
     dropped_at_zero
-        Relative norm that would be lost in projection onto the adapter's rank at λ = 0 with ``--method paper``; 0 for a dense delta.
+        Relative norm that projection onto the adapter's rank would lose at λ = 0 with ``--method paper``; 0 for a dense delta.
     """
 
     singular_values: tuple[float, ...]
@@ -86,7 +86,7 @@ class Detection:
     base_singular_values: tuple[float, ...]
 
     def summary(self) -> str:
-        """Say the decision in a line. Ranks count from 0."""
+        """Summarise the decision in one line. Ranks count from 0."""
         ranks = ", ".join(map(str, self.intruders[:10])) + (", …" if len(self.intruders) > 10 else "")
         found = f"intruders [{ranks}] (ranks from 0) of" if self.intruders else "no intruder in"
         least = f", least similarity {min(self.similarity):.3f}" if self.similarity else ""
@@ -104,12 +104,12 @@ class Detection:
     __hash__ = None  # type: ignore[assignment]  # tensors have no hash by value
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the factors by value: torch would hand them to other processes in shared memory, which ends with the process."""
+        """Pickle the factors by value: torch would pass them to other processes in shared memory, which ends with the process."""
         values = [getattr(self, f.name) for f in fields(self)]
         return _from_values, tuple(v.numpy(force=True) if isinstance(v, Tensor) else v for v in values)
 
     def factors(self, scale: Selection) -> tuple[Tensor, Tensor, Tensor]:
-        """Return U (m, q), S (q,), Vh (q, n) of the intruders to scale: all of them, or the highest-ranked one."""
+        """Return U (m, q), S (q,), Vh (q, n) of the intruders to scale: all of them, or only the highest-ranked."""
         q = len(self.intruders) if scale == "all" else min(1, len(self.intruders))
         return self.U[:, :q], self.S[:q], self.Vh[:q]
 
@@ -127,25 +127,25 @@ def detect(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | No
 
 def decide(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | None, name: str,
            allow_dense: bool) -> tuple[Detection, bool]:  # fmt: skip
-    """Find the intruder dimensions of ``W0 + Δ``, and say whether a direction is open for rounding, so that more precision may settle it.
+    """Find the intruder dimensions of ``W0 + Δ``, and say whether more precision may settle a direction that rounding left open.
 
     Parameters
     ----------
     base
-        W0, (m, n), float32 or float64, on any device, in memory or by blocks of rows.
+        W0 (m, n), float32 or float64, on any device, in memory or by blocks of rows.
     delta
-        Δ of the same shape, in factors or dense; its dtype is made the base's.
+        Δ of the same shape, as factors or dense; it is converted to the base's dtype.
     rank
         The adapter's rank, for `Detection.dropped_at_zero`; by default the delta's.
     name
-        Seeds the random start of the Krylov processes, so that a matrix gives the same bits in whatever order it comes.
+        Seeds the random start of the Krylov processes, so that a matrix gives the same bits in any order of matrices.
     allow_dense
-        Whether there is memory for the dense solver. Without it, what bounds cannot settle stays open.
+        Whether there is memory for the dense solver. Without it, directions that bounds cannot settle stay open.
 
     Raises
     ------
     NumericError
-        If an input holds NaN or Inf, or the solver does not converge. Nothing non-finite reaches a solver.
+        If an input holds NaN or Inf, or the solver does not converge. Solvers never get non-finite values.
     """
     inputs = itertools.chain((("the base matrix", piece) for piece in base.pieces()), delta.named_tensors())
     for what, tensor in inputs:

@@ -1,4 +1,4 @@
-"""Detect in matrices one at a time, in this process, the next one read while the current one computes."""
+"""Detect in one matrix at a time in this process, reading the next one while the current one computes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from streamer.weights.base import StoredTensor
 
 def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, resident: int,
                   prefetched: PrefetchedWeight | None = None, monitor: Monitor | None = None) -> MatrixFinding:  # fmt: skip
-    """Detect in one matrix; one that the device has no memory for is computed on the CPU, and the monitor is told.
+    """Detect in one matrix; if the device lacks memory for it, compute on the CPU and warn through the monitor.
 
     Parameters
     ----------
     resident
-        Bytes that stay in memory between two steps, as the budget has to hold them too; see `resident_bytes`.
+        Bytes in memory between two steps, which the budget includes; see `resident_bytes`.
     prefetched
-        The matrix' weight, where that has been read ahead.
+        The matrix' weight, if already read.
 
     Raises
     ------
@@ -49,7 +49,7 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
 
 
 def _tensors(plan: Plan, target: Target) -> Mapping[str, StoredTensor]:
-    """Read a module's tensors; a model's matrix has no fingerprint, and is too large to be held."""
+    """Read a module's tensors; a fine-tuned model's matrix has no fingerprint and is too large to keep."""
     tensors = plan.adapter.tensors
     if plan.adapter.describes_model:
         return tensors
@@ -58,7 +58,7 @@ def _tensors(plan: Plan, target: Target) -> Mapping[str, StoredTensor]:
 
 @dataclass(frozen=True)
 class _Step:
-    """Detection in one matrix; the attributes are parameters of `detect_matrix`, and the adapter's tensors at hand."""
+    """Detection in one matrix; the attributes are `detect_matrix`'s parameters and the adapter's tensors."""
 
     plan: Plan
     target: Target
@@ -70,16 +70,16 @@ class _Step:
     monitor: Monitor | None
 
     def finding(self) -> MatrixFinding:
-        """Detect, on the CPU if the device has too little memory for it."""
+        """Detect, on the CPU if the device has too little memory."""
         began = time.perf_counter()
         found: Detection | None = None
         try:
             found = self._detection()
-        except RuntimeError as e:  # cuBLAS and cuSOLVER have no class of their own for it
+        except RuntimeError as e:  # cuBLAS and cuSOLVER have no class of their own for this
             lacks_memory = isinstance(e, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(e)
             if self.device.type == "cpu" or not lacks_memory:
                 raise
-        if found is None:  # outside of the handler, which holds on to what the device has
+        if found is None:  # outside the handler, which keeps the device's memory in use
             if self.monitor is not None:
                 text = f"{self.target.tensor}: {self.device} has not enough memory for it; it is computed on the CPU"
                 self.monitor.emit(Event("warning", text))
@@ -90,7 +90,7 @@ class _Step:
                              time.perf_counter() - began, self.target.transposed, printed)  # fmt: skip
 
     def _detection(self) -> Detection:
-        """Detect on this very device, once more in float64 if only rounding leaves a direction open and memory allows it."""
+        """Detect on this device, and again in float64 if only rounding leaves a direction open and memory allows it."""
         found, rounded = self._decisions(best_way(self.plan, self.target, self.options, self.resident))
         again = float64_way(self.plan, self.target, self.options, self.resident, found.solver) if rounded else None
         if again is None:
@@ -104,7 +104,7 @@ class _Step:
                        products=found.products + precise.products)  # fmt: skip
 
     def _base(self, way: Way) -> Matrix:
-        """Take the weight in the computing dtype, as it is stored in the base: whole, or decoded a few rows at a time in each product."""
+        """Return the base's weight in the computing dtype: whole, or decoded a few rows at a time in each product."""
         weight = self.prefetched.weight
         if way is Way.BLOCKS:
             like = torch.empty(0, dtype=weight.compute, device=self.device)
@@ -112,7 +112,7 @@ class _Step:
         return Dense(self.prefetched.whole(self.device).reshape(weight.matrix))
 
     def _decisions(self, way: Way) -> tuple[Detection, bool]:
-        """Decide in the weight's computing dtype, in one of the ways; see `decide`."""
+        """Decide in the weight's computing dtype, in the given way; see `decide`."""
         base, weight = self._base(way), self.prefetched.weight
         W0 = base.matrix if isinstance(base, Dense) else None
         delta = self.plan.delta(self.target, W0, double=weight.compute == torch.float64, tensors=self.tensors)
@@ -120,14 +120,14 @@ class _Step:
         try:
             return decide(oriented, delta, self.options, self.target.module.rank, self.target.tensor, way.allows_dense)
         except NumericError as e:
-            # Of several adapters only one is at fault, unless it is the base.
+            # Only one of several adapters is at fault, unless the base is.
             where = self.plan.adapter.file.path if all(map(all_finite, base.pieces())) else weight.where
             names = f"tensor {self.target.tensor!r} with module {self.target.module.name!r}"
             raise NumericError(f"{where}: {names}: {e}") from e
 
 
 def detect_in_turn(work: Work, device: torch.device, monitor: Monitor, begin: Begin) -> Found:
-    """Detect in this process, in one matrix at a time."""
+    """Detect in one matrix at a time, in this process."""
     plans, options, resident = work.batch.plans, work.options, work.resident
     stager = Prefetcher(device)
 
@@ -137,7 +137,7 @@ def detect_in_turn(work: Work, device: torch.device, monitor: Monitor, begin: Be
         whole = weight.remote or any(best_way(plans[i], t, options, resident) is not Way.BLOCKS for i, t in group)
         return stager.stage(weight) if whole else None
 
-    # Behind a small matrix a large one is not read in time; what is mapped may wait, other memory is not to grow.
+    # A large matrix after a small one is not read in time. Mapped weights may be read two ahead; other memory must not grow.
     mapped = device.type == "cpu" and not any(plans[i].weights[t.tensor].held_bytes for g in work.groups for i, t in g)
     with contextlib.closing(read_ahead(work.groups, load, 2 if mapped else 1)) as stream:
         for group, prefetched in stream:

@@ -1,4 +1,4 @@
-"""One matrix of the findings: decisions and factors, as JSON values and arrays."""
+"""Define the finding for one matrix: decisions and factors, as JSON values and arrays."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ ARRAYS = (*FACTORS, *NUMBERS, "intruders")
 """The arrays of a matrix, in file order."""
 
 DECISIONS = tuple(key for key in get_type_hints(MatrixFigures) if key in Detection.__dataclass_fields__)
-"""The figures that are the detection's; the others are the finding's own."""
+"""Figures that belong to the detection; the others belong to the finding."""
 
 
 @dataclass(frozen=True, repr=False)
 class MatrixFinding:
-    """Findings on one matrix.
+    """Finding for one matrix.
 
     Attributes
     ----------
     tensor, module
-        Its name in the base, and in the adapter.
+        Its name in the base and in the adapter.
     shape
-        (out, in), whatever the order on disk.
+        (out, in), independent of the order on disk.
     dtype
-        The base tensor's dtype, in the format's spelling.
+        The base tensor's dtype, spelled as in the safetensors format.
     rank, scale
-        The adapter's, for this module.
+        The adapter's rank and scale for this module.
     detection
-        Decisions and factors. From a file, the factors are read through a map, when they are used.
+        Decisions and factors. From a file, the factors are read through a memory map when they are used.
     seconds
-        How long detection took; None where it was read from a file, which holds no times.
+        Time that detection took; None if read from a file, which stores no times.
     transposed
-        Whether the base stores (in, out), as embeddings and Conv1D layers do; the output side is judged all the same.
+        Whether the base stores (in, out), as embeddings and Conv1D layers do; the output side is still judged.
     fingerprint
-        Digest of the values that it was made from (see `fingerprints.fingerprint`); None on a fine-tuned model.
+        Digest of the values behind the decisions (see `fingerprints.fingerprint`); None for a fine-tuned model.
     """
 
     tensor: str
@@ -59,14 +59,14 @@ class MatrixFinding:
         return f"<MatrixFinding {self.tensor} {'x'.join(map(str, self.shape))}: {self.detection.summary()}>"
 
     def figures(self) -> MatrixFigures:
-        """Return all but the arrays, as JSON values."""
+        """Return everything except the arrays, as JSON values."""
         own = {"tensor": self.tensor, "module": self.module, "shape": list(self.shape), "dtype": self.dtype,
                "rank": self.rank, "scale": self.scale, "transposed": self.transposed,
                "fingerprint": self.fingerprint}  # fmt: skip
         return cast("MatrixFigures", own | {name: getattr(self.detection, name) for name in DECISIONS})
 
     def record(self) -> MatrixRecord:
-        """Return all but the vectors, as JSON values: what `streamer report --json` has of a matrix."""
+        """Return everything except the vectors, as JSON values: a matrix in `streamer report --json`."""
         d = self.detection
         numbers = {name: list(getattr(d, name)) for name in (*NUMBERS, "intruders", "degenerate")}
         return cast("MatrixRecord", {**self.figures(), **numbers, "seconds": self.seconds})

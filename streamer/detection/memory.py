@@ -1,4 +1,4 @@
-"""Estimate the peak memory of detection, matrix by matrix, and choose the way that a budget leaves."""
+"""Estimate the peak memory of detection for each matrix, and choose the way that fits a budget."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ DOUBLE_BYTES = 8
 """Bytes of a value in float64."""
 
 MIXED_BYTES = 32 << 20
-"""Memory that the allocator keeps between arrays of two sizes of values: up to 18 MB over 160 matrices done once more in float64."""
+"""Memory that the allocator keeps between arrays of two dtypes: up to 18 MB over 160 matrices repeated in float64."""
 
 REPEATED_CUBE = 4096**3
-"""m·n·min(m, n) up to which full SVDs are done once more in float64; its time is in docs/benchmarks.md."""
+"""Largest m·n·min(m, n) for which full SVDs are repeated in float64; docs/benchmarks.md has the time."""
 
 
 def detection_bytes(
     plan: Plan, target: Target, options: DetectionOptions, resident: int, itemsize: int | None = None
 ) -> dict[Way, int]:
-    """Estimate the peak memory of detection in one matrix, by each way that the options leave; see `working_bytes`.
+    """Estimate the peak memory of detection in one matrix, for each way that the options allow; see `working_bytes`.
 
     Parameters
     ----------
     resident
-        Bytes that stay in memory between two steps; see `resident_bytes`.
+        Bytes in memory between two steps; see `resident_bytes`.
     itemsize
-        Bytes of a value that a matrix is done once more with; by default it is done once, in the weight's computing dtype.
+        Bytes per value if the matrix is repeated in another dtype; by default it is computed once, in the weight's computing dtype.
     """
     weight, module = plan.weights[target.tensor], target.module
     resident += MIXED_BYTES if itemsize else 0
@@ -45,21 +45,21 @@ def detection_bytes(
 
 
 def _read_bytes(weight: Weight, way: Way) -> int:
-    """Return the memory of a tensor's own bytes, and of those of the next one."""
+    """Return the memory of the stored bytes of a tensor and the next one."""
     return 2 * weight.held_bytes if way is not Way.BLOCKS or weight.quantized or weight.remote else 0
 
 
 def kept_bytes(plan: Plan, target: Target, options: DetectionOptions) -> int:
-    """Estimate the memory of a matrix' findings that are not written: the vectors, every direction an intruder.
+    """Estimate the memory of a matrix' findings that are not written: the vectors, with every direction an intruder.
 
-    An eighth more lies idle between them, where the allocator keeps what a step used and gave back (5 % were seen).
+    An additional eighth covers gaps that the allocator keeps between them from earlier steps (5 % were measured).
     """
     m, n = target.module.shape
     return options.directions((m, n)) * (m + n) * plan.weights[target.tensor].compute.itemsize * 9 // 8
 
 
 def best_way(plan: Plan, target: Target, options: DetectionOptions, resident: int) -> Way:
-    """Choose the first way that fits the memory allowed."""
+    """Choose the first way that fits the allowed memory."""
     if options.max_memory is None:
         return Way.DENSE
     ways = detection_bytes(plan, target, options, resident)
@@ -69,13 +69,13 @@ def best_way(plan: Plan, target: Target, options: DetectionOptions, resident: in
 def float64_way(
     plan: Plan, target: Target, options: DetectionOptions, resident: int, solver: str
 ) -> tuple[Way, int] | None:
-    """Choose the way to do a matrix once more in float64, with its peak memory.
+    """Choose the way to repeat a matrix in float64, and its peak memory.
 
     Returns
     -------
     tuple or None
-        The first way of the solver that fits the memory allowed. None if none does, if the weight is computed
-        in float64 to begin with, and for full SVDs beyond `is_repeated`.
+        The first of the solver's ways that fits the allowed memory. None if none fits, if the weight is already computed in float64,
+        or for full SVDs of matrices beyond `is_repeated`.
     """
     if plan.weights[target.tensor].compute.itemsize == DOUBLE_BYTES:
         return None
@@ -88,13 +88,13 @@ def float64_way(
 
 
 def is_repeated(shape: tuple[int, int]) -> bool:
-    """Test whether a matrix is small enough for its full SVDs to be done once more in float64."""
+    """Test whether a matrix is small enough to repeat its full SVDs in float64."""
     m, n = shape
     return m * n * min(m, n) <= REPEATED_CUBE
 
 
 def detection_estimates(plan: Plan, options: DetectionOptions, resident: int) -> Iterator[MemoryEstimate]:
-    """Estimate the least memory that detection in each matrix takes."""
+    """Estimate the least memory that detection needs for each matrix."""
     for t in plan.targets:
         least = min(detection_bytes(plan, t, options, resident).values())
         yield MemoryEstimate(t.tensor, t.module.shape, least)

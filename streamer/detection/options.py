@@ -1,4 +1,4 @@
-"""Options of detection, which decide the findings, and of a run."""
+"""Define the options of detection, which determine the findings, and the options of a run."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DetectionOptions:
-    """Options that decide the findings.
+    """Options that determine the findings.
 
     Attributes
     ----------
     top_k
-        How many leading directions are judged: a count, or a share of min(m, n) as a float in (0, 1].
+        Number of leading directions to judge: a count, or a share of min(m, n) as a float in (0, 1].
     threshold_epsilon
         A direction is an intruder if its similarity is below this; in (0, 1].
     solver
         ``auto`` or the name of a solver.
     max_memory
-        Bytes of anonymous memory for Python, torch and streamer, or None. A matrix that does not fit in the computing dtype is multiplied
-        as it is stored; one that the dense solver has no room for stays open where bounds cannot settle it: `certified` is false then,
-        and nothing is an intruder that is not proven to be one.
+        Bytes of anonymous memory for Python, torch and streamer, or None. If a matrix does not fit in the computing dtype, products use
+        it as stored. If there is no memory for the dense solver, directions that bounds cannot settle stay open: `certified` is then
+        false, and only proven intruders count as intruders.
     """
 
     top_k: int | float = 10
@@ -59,13 +59,13 @@ class DetectionOptions:
             raise UsageError(f"max_memory: expected a whole number of bytes, found {memory!r}")
 
     def directions(self, shape: tuple[int, int]) -> int:
-        """Count the directions that are judged in a matrix of this shape: at least one, at most min(m, n)."""
+        """Return the number of directions to judge in a matrix of this shape: at least one, at most min(m, n)."""
         p = min(shape)
         k = self.top_k if isinstance(self.top_k, int) else max(1, round(self.top_k * p))
         return min(k, p)
 
     def cost(self, shape: tuple[int, int]) -> int:
-        """Estimate the units of work that detection spends on a matrix of this shape; see `detection.cost.cost`."""
+        """Estimate the units of work for detection in a matrix of this shape; see `detection.cost.cost`."""
         return cost(shape, self.directions(shape), self.solver)
 
     def as_dict(self) -> OptionsRecord:
@@ -76,9 +76,9 @@ class DetectionOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of a run that leave its result as it is, up to last bits; the memory allowed decides it, and is in `DetectionOptions`.
+    """Options of a run that do not change its result, except last bits; the allowed memory does change it and is in `DetectionOptions`.
 
-    They are keywords of `api.detect_intruder_dimensions`, which explains them. Detection computes on `device`, and models run on
+    They are keywords of `api.detect_intruder_dimensions`, which explains them. Detection computes on `device`; models run on
     `model_device`.
     """
 
@@ -93,7 +93,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Run(RunOptions):
-    """A run with its options: `monitor` watches it, and `workers`, if there are any, compute in place of this process."""
+    """A run with its options: `monitor` watches it, and `workers`, if any, compute instead of this process."""
 
     monitor: Monitor = field(default_factory=Monitor)
     workers: Workers | None = None

@@ -1,6 +1,6 @@
-"""Divide a detection into parts, each a findings file of its own beside the whole one's place, and join them.
+"""Divide a detection into parts, each with its own findings file beside the whole one's path, and join them.
 
-Of ``f.safetensors`` the first of four is ``f.part-1-of-4.safetensors``: findings as any, on a share of the matrices.
+The first of four parts of ``f.safetensors`` is ``f.part-1-of-4.safetensors``: ordinary findings for some of the matrices.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from streamer.units import listed
 
 @dataclass(frozen=True)
 class Part:
-    """One of the parts of a detection: `number`, from 1, of `count`."""
+    """One part of a detection: `number`, from 1, of `count`."""
 
     number: int
     count: int
 
     def path(self, whole: Path) -> Path:
-        """Return its file, where the whole one's is that."""
+        """Return the part's file, given the whole one's."""
         return whole.with_name(f"{whole.stem}.part-{self.number}-of-{self.count}{whole.suffix}")
 
     def of(self, plan: Plan, options: DetectionOptions) -> Plan:
-        """Reduce a plan to the matrices of the part.
+        """Reduce a plan to the part's matrices.
 
         Raises
         ------
@@ -43,13 +43,13 @@ class Part:
         return replace(plan, targets=_divided(plan.targets, options, self.count)[self.number - 1])
 
     def take(self, batch: Batch, paths: Sequence[Path], options: DetectionOptions) -> tuple[Batch, list[Path]]:
-        """Reduce plans, and the files of their findings, to the part."""
+        """Reduce plans and the paths of their findings to the part."""
         plans = tuple(self.of(plan, options) for plan in batch.plans)
         return Batch(batch.base, plans), [self.path(path) for path in paths]
 
 
 def _divided(targets: Sequence[Target], options: DetectionOptions, count: int) -> list[tuple[Target, ...]]:
-    """Divide targets into parts of about the same cost, each in the order given: the costliest first, to the part that has least."""
+    """Divide targets into parts of about equal cost, each in the given order: assign the costliest first, to the cheapest part."""
     if count > len(targets):
         raise UsageError(f"--part: expected {len(targets)} parts at most, as many as matrices, found {count}")
     costs = [options.cost(target.module.shape) for target in targets]
@@ -62,21 +62,21 @@ def _divided(targets: Sequence[Target], options: DetectionOptions, count: int) -
 
 
 def finished_parts(plan: Plan, path: Path, options: DetectionOptions) -> list[Findings]:
-    """Open the parts of the findings at a path: all of them, or none where there are none.
+    """Open the parts of the findings at a path: all of them, or an empty list if no part exists.
 
     Raises
     ------
     MissingInputError
-        If some are there and some not.
+        If only some parts exist.
     FormatError
-        If one is damaged.
+        If a part is damaged.
     MismatchError
-        If one has findings of other inputs or options.
+        If a part has findings for other inputs or options.
     """
     there = _there(path)
     if not there:
         return []
-    # Of parts by several counts those are taken that are whole, or else nearest to it.
+    # If parts with several counts exist, use the complete set, or the one closest to complete.
     count = min(there, key=lambda n: (n - len(there[n]), n))
     missing = [n for n in range(1, count + 1) if n not in there[count]]
     if missing:
@@ -89,7 +89,7 @@ def finished_parts(plan: Plan, path: Path, options: DetectionOptions) -> list[Fi
 
 
 def remove_parts(plan: Plan, path: Path, options: DetectionOptions) -> None:
-    """Remove the parts of findings that are whole at a path; those of other inputs or options stay."""
+    """Remove the parts of findings that are complete at a path; keep parts for other inputs or options."""
     for count, numbers in _there(path).items():
         for number in numbers:
             part = Part(number, count)
@@ -102,7 +102,7 @@ def remove_parts(plan: Plan, path: Path, options: DetectionOptions) -> None:
 
 
 def _there(path: Path) -> dict[int, set[int]]:
-    """List the numbers of the parts beside a path, by their count."""
+    """List the numbers of the parts beside a path, by count."""
     pattern = re.compile(rf"{re.escape(path.stem)}\.part-([1-9]\d*)-of-([1-9]\d*){re.escape(path.suffix)}")
     found: dict[int, set[int]] = {}
     for other in path.parent.iterdir() if path.parent.is_dir() else ():

@@ -1,7 +1,7 @@
-"""Read weights ahead: a thread brings the next ones from the disk while the current one is in use.
+"""Read weights ahead: a thread reads the next ones from disk while the current one is in use.
 
-For a GPU bytes are copied as they are stored into pinned memory, and copied to the device on a stream of their own while it computes; they
-become float32 on the device, exactly. Quantized values, and weights in several tensors, are decoded on the CPU when its turn comes.
+For a GPU, the stored bytes are copied into pinned memory and then, on a separate stream, to the device while it computes; the device
+converts them to float32 exactly. Quantized values, and weights in several tensors, are decoded on the CPU when they are needed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class PrefetchedWeight:
     Attributes
     ----------
     weight
-        With its bytes at hand.
+        The weight, with its bytes in memory.
     values
-        The same on a GPU, as they are stored; None where there are none yet.
+        Its stored values on a GPU; None if not copied yet.
     arrived
-        The event after which they are there.
+        Event that marks the end of the copy.
     """
 
     weight: Weight
@@ -41,30 +41,30 @@ class PrefetchedWeight:
     arrived: torch.cuda.Event | None = None
 
     def whole(self, device: torch.device) -> Tensor:
-        """Return all values in the computing dtype, as `Weight.whole` has them; not to be written to.
+        """Return all values in the computing dtype, as `Weight.whole` does; do not write to them.
 
         Raises
         ------
         torch.cuda.OutOfMemoryError
-            If a GPU has no room for them.
+            If the GPU has too little memory.
         """
         if self.values is None or self.arrived is None or self.values.device.type != device.type:
             return self.weight.whole(device)
         stream = torch.cuda.current_stream(self.values.device)
         stream.wait_event(self.arrived)
-        self.values.record_stream(stream)  # its memory is not given away before this stream is done with it
+        self.values.record_stream(stream)  # the memory is not reused before this stream is done with it
         return self.values.to(self.weight.compute)
 
 
 class Prefetcher:
-    """Reader of weights; a GPU copies them while it computes."""
+    """Reader of weights; a GPU receives copies while it computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # in torch's stubs
 
     def stage(self, weight: Weight) -> PrefetchedWeight:
-        """Read a weight and begin its copy, in whatever thread this is called."""
+        """Read a weight and start its copy, in the calling thread."""
         weight = weight.load()
         values = weight.stored() if self._stream is not None else None
         if values is None or self._stream is None:
@@ -74,12 +74,12 @@ class Prefetcher:
                 there = values.pin_memory().to(self._device, non_blocking=True)
             return PrefetchedWeight(weight, there, self._stream.record_event())
         except RuntimeError:
-            # No room there, or for pinned memory. There may be some when its turn comes; if not, that says so.
+            # There is no memory on the device, or no pinned memory. There may be when the weight is needed; if not, that step fails.
             return PrefetchedWeight(weight)
 
 
 def read_ahead(items: Sequence[T], load: Callable[[T], V], depth: int = 1) -> Generator[tuple[T, V], None, None]:
-    """Yield each item with what `load` gives for it; a thread loads `depth` of the next ones while the current one is in use."""
+    """Yield each item with its result of `load`; a thread loads the next `depth` items while the current one is in use."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
         load = in_context(load)
@@ -88,6 +88,6 @@ def read_ahead(items: Sequence[T], load: Callable[[T], V], depth: int = 1) -> Ge
             value = coming.popleft().result()
             coming.extend(pool.submit(load, following) for following in items[i + depth : i + depth + 1])
             yield item, value
-            del value  # before the next one arrives: never more than `depth` beside the current one
+            del value  # before the next one arrives: keep at most `depth` beside the current one
     finally:
         pool.shutdown(cancel_futures=True)

@@ -40,9 +40,9 @@ def detect_all(batch: Batch, options: DetectionOptions, run: Run, resident: int,
     Parameters
     ----------
     resident
-        Bytes that stay in memory between two steps; see `resident_bytes`.
+        Bytes in memory between two steps; see `resident_bytes`.
     writers
-        Of each plan's findings: a matrix on which they are there already is passed over, and they say the number of torch's threads.
+        Writers of each plan's findings: matrices that they already have are skipped, and they set the number of torch's threads.
     """
     plans, monitor = batch.plans, run.monitor
     threads = [writer.threads for writer in writers] or [torch.get_num_threads()] * len(plans)
@@ -70,7 +70,7 @@ def detect_all(batch: Batch, options: DetectionOptions, run: Run, resident: int,
 
 
 def detect_in_memory(batch: Batch, options: DetectionOptions, run: Run) -> list[Findings]:
-    """Detect, and keep each plan's findings in memory, which the budget has to hold as well."""
+    """Detect and keep each plan's findings in memory, which the budget includes."""
     kept = sum(kept_bytes(plan, t, options) for plan in batch.plans for t in plan.targets)
     found: list[dict[str, MatrixFinding]] = [{} for _ in batch.plans]
     for i, finding in detect_all(batch, options, run, resident_bytes(batch) + kept):
@@ -85,17 +85,17 @@ def detect_in_memory(batch: Batch, options: DetectionOptions, run: Run) -> list[
 
 def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptions, run: Run, resident: int,
                     sizes: Sequence[FindingsSize] = ()) -> list[Findings]:  # fmt: skip
-    """Detect, journalling each matrix, and write each plan's findings file; seconds are those of this run.
+    """Detect, journal each matrix, and write each plan's findings file; seconds are this run's.
 
-    Finished findings of these very plans are left as they are; the files' times become those of this run. Missing directories are made.
-    Parts of them that stand beside their place (see `parts`) are joined, and removed at the end.
+    Finished findings of exactly these plans stay unchanged, but their modification times are updated. Missing directories are created.
+    Existing parts (see `parts`) are joined, and removed at the end.
 
     Parameters
     ----------
     resident
-        Bytes that stay in memory between two steps; see `resident_bytes`.
+        Bytes in memory between two steps; see `resident_bytes`.
     sizes
-        `findings_bytes` of each plan, where the caller has them.
+        `findings_bytes` of each plan, if the caller has computed them.
     """
     monitor = run.monitor
     places = _places(batch, paths, options, run.overwrite, resident)
@@ -106,7 +106,7 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
         if one.finished is None:
             make_directory(one.path.parent)
             continue
-        remove_leftovers(one.path)  # of a run that was killed just after the file got its name
+        remove_leftovers(one.path)  # of a run that was killed just after naming the file
         remove_parts(one.plan, one.path, options)
         monitor.told(one.path, "present")
         if fault := touch([one.path]):
@@ -141,7 +141,7 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
 
     made = [timed(one.path) if one.finished is None else one.finished for one in places]
     for one, joined in zip(todo, parts, strict=True):
-        if joined:  # kept until here: the file that they are joined in has been read back and fits its digest
+        if joined:  # kept until the joined file was read back and matches its digest
             remove_parts(one.plan, one.path, options)
     monitor.warn(warning for findings in made for warning in findings.warnings)
     return made
@@ -150,9 +150,9 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
 def inspect_detections(
     batch: Batch, paths: Sequence[Path], options: DetectionOptions, run: RunOptions
 ) -> list[tuple[str, FindingsSize]]:
-    """Check what `detect_to_files` would write, without writing: for each plan ``new``, ``resume`` or ``done``, and `findings_bytes`.
+    """Check without writing what `detect_to_files` would do: for each plan ``new``, ``resume`` or ``done``, and `findings_bytes`.
 
-    Findings that are done have the size (0, 0).
+    Finished findings have the size (0, 0).
     """
     places = _places(batch, paths, options, run.overwrite, resident_bytes(batch))
     sizes = _sizes(places)
@@ -162,7 +162,7 @@ def inspect_detections(
 
 @dataclass(frozen=True)
 class _Place:
-    """A findings file to be made, or `finished`: there already."""
+    """A findings file to write, or an existing one if `finished`."""
 
     plan: Plan
     path: Path
@@ -185,12 +185,12 @@ class _Place:
 
 
 def _sizes(places: Sequence[_Place]) -> list[FindingsSize]:
-    """Compute `findings_bytes` of each plan, (0, 0) where findings are finished."""
+    """Compute `findings_bytes` of each plan, (0, 0) for finished findings."""
     return [findings_bytes(one.plan, one.head.options) if one.finished is None else (0, 0) for one in places]
 
 
 def _check_space(places: Sequence[_Place], sizes: Sequence[FindingsSize]) -> None:
-    """Check that the disk has room."""
+    """Check the free space on the disk."""
     todo = [(one.path, size) for one, size in zip(places, sizes, strict=True) if one.finished is None]
     if todo:
         check_findings_space(*zip(*todo, strict=True))
@@ -198,7 +198,7 @@ def _check_space(places: Sequence[_Place], sizes: Sequence[FindingsSize]) -> Non
 
 @contextlib.contextmanager
 def naming_inputs(plan: Plan, paths: Sequence[Path], overwrite: bool) -> Iterator[None]:
-    """Name the input, where an output would replace one, in place of the refusal to replace a file of unknown origin."""
+    """If an output would replace an input, raise an error that names the input, instead of one about an unknown file."""
     try:
         yield
     except OutputExistsError:
@@ -210,7 +210,7 @@ def naming_inputs(plan: Plan, paths: Sequence[Path], overwrite: bool) -> Iterato
 def _places(
     batch: Batch, paths: Sequence[Path], options: DetectionOptions, overwrite: bool, resident: int
 ) -> list[_Place]:
-    """Check before detection where findings go, and which are finished."""
+    """Check before detection where findings go and which are finished."""
     _check_budgets(batch, options, resident)
     places = []
     for plan, path in zip(batch.plans, paths, strict=True):

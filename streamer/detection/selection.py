@@ -1,4 +1,4 @@
-"""Say which intruders of a matrix are scaled."""
+"""Name which of a matrix' intruders are scaled."""
 
 from __future__ import annotations
 

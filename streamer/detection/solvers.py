@@ -1,7 +1,7 @@
-"""Solvers: base and delta → the leading triplets of their sum, and an interval for each similarity.
+"""Define the solvers: from base and delta to the leading triplets of their sum, and an interval for each similarity.
 
-A new solver is a new entry in `SOLVERS`. ``certified`` multiplies and never decomposes; what it cannot settle within a cost limit goes
-to ``dense``, and the answer says so. ``auto`` takes the cheaper one (`cost.cheaper`).
+A new solver is a new entry in `SOLVERS`. ``certified`` uses only products, no decompositions; matrices that it cannot settle within a cost
+limit go to ``dense``, and the result says so. ``auto`` chooses the cheaper one (`cost.cheaper`).
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from streamer.linalg.svd import OVERSAMPLING, Triplets, dense_triplets, krylov_t
 
 @dataclass(frozen=True)
 class SolverResult:
-    """Triplets and similarities from a solver; what is not explained here is as `Detection` has it.
+    """Triplets and similarities from a solver; attributes not described here are as in `Detection`.
 
     Attributes
     ----------
     triplets
-        The k leading ones of base + delta.
+        The k leading triplets of base + delta.
     similarity, low, high
-        (k,) float64: the best estimate, and an interval that holds for the true singular vectors: it is widened by the angle
-        error of the triplets.
+        (k,) float64: the best estimate, and an interval that holds for the true singular vectors, widened by the angle error
+        of the triplets.
     base_values
-        (k,) float64: the largest singular values of the base, none above the true one; see `OverlapBounds.values`.
+        (k,) float64: the largest singular values of the base, never above the true ones; see `OverlapBounds.values`.
     limited
-        Intervals are as wide as they are for want of steps: in higher precision they would be no narrower.
+        Whether the intervals are wide because the process stopped early; higher precision would not narrow them.
     """
 
     triplets: Triplets
@@ -56,7 +56,7 @@ Solver = Callable[[Matrix, Delta, int, float, torch.Generator, bool], SolverResu
 def solve_dense(
     base: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, allow_dense: bool = True
 ) -> SolverResult:
-    """Decide by LAPACK's full SVDs of the sum and of the base, which are formed in any case."""
+    """Decide by LAPACK's full SVDs of the sum and the base, which are always formed."""
     scale, base_scale = _scales(base, delta)
     triplets = dense_triplets(Sum(base.scaled(scale), delta.scaled(scale)), k)
     bounds, similarity = dense_overlaps(base.scaled(base_scale), triplets.U, generator)
@@ -70,9 +70,9 @@ def solve_certified(
 ) -> SolverResult:
     """Decide by block Krylov triplets, then by bounds on the overlaps until each lies on one side of ε; else by the dense solver.
 
-    A matrix with a direction that is degenerate goes to the dense solver at once: no bound on its overlaps would settle it. Where the
-    matrix may not be formed, what is open stays open: the interval says so, and the similarity is its upper end, so that nothing is
-    called an intruder that is not proven to be one.
+    A matrix with a degenerate direction goes to the dense solver at once: no bound on its overlaps would settle it. If the matrix may not
+    be formed, open directions stay open: the interval shows it, and the similarity is its upper end, so that only proven intruders count
+    as intruders.
     """
     scale, base_scale = _scales(base, delta)
     if k + OVERSAMPLING >= min(base.shape) or (base_scale == 0 and allow_dense):
@@ -84,7 +84,7 @@ def solve_certified(
     steps, products, triplets = found.steps, found.products, found.triplets
     distance = triplets.distance_estimate
     if not allow_dense or (found.converged and bool((distance < 2).all())):
-        # A zero base has any singular vectors.
+        # Any vectors are singular vectors of a zero base.
         unknown, process = torch.zeros_like(distance), None
         bounds = OverlapBounds(unknown, torch.ones_like(distance), 0, 0, 0.0, unknown)
         if base_scale:
@@ -102,7 +102,7 @@ def solve_certified(
 
 
 def _settle(process: OverlapProcess, epsilon: float, columns: int) -> OverlapBounds:
-    """Step until every interval that can lies on one side of ε, or the process is hopeless."""
+    """Step until every interval that can settle lies on one side of ε, or the process is hopeless."""
     look, before = 4, (0, 1.0)
     while True:
         while process.process.steps < look and not process.exhausted:
@@ -118,10 +118,10 @@ def _settle(process: OverlapProcess, epsilon: float, columns: int) -> OverlapBou
 
 
 def _steps_to(epsilon: float, before: tuple[int, float], now: tuple[int, float]) -> int:
-    """Choose the number of steps until the next look is worth its cost: at most half of those taken.
+    """Choose the number of steps until the next check is worth its cost: at most half of the steps so far.
 
-    The bound on a direction that is spread over the bulk falls like steps^-½ once the process has found what stands out of it: then
-    1/reach² grows by as much each step.
+    The bound on a direction that is spread over the bulk falls like steps^-½ once the process has found the values outside the bulk: then
+    1/reach² grows by the same amount at each step.
     """
     (n0, reach0), (n1, reach1) = before, now
     grown = (reach1**-2 - reach0**-2) / (n1 - n0)
@@ -129,14 +129,14 @@ def _steps_to(epsilon: float, before: tuple[int, float], now: tuple[int, float])
 
 
 def _sizes(base: Matrix) -> list[float]:
-    """List the sizes of extreme values, piece by piece: no copy of the matrix, as abs() would make."""
+    """List the magnitudes of extreme values piece by piece, without copying the matrix as abs() would."""
     return [abs(end) for piece in base.pieces() for end in torch.stack(torch.aminmax(piece)).tolist()]
 
 
 def _scales(base: Matrix, delta: Delta) -> tuple[float, float]:
-    """Choose powers of two that bring the entries of the sum, and of the base alone, to where squares neither overflow nor vanish.
+    """Choose powers of two that scale the entries of the sum, and of the base alone, so that squares neither overflow nor vanish.
 
-    They are 1 as a rule. A base far smaller than the delta needs its own: its singular vectors are judged alone. For a zero
+    Usually they are 1. A base far smaller than the delta needs its own power, because its singular vectors are judged alone. For a zero
     base the second is 0.
     """
     largest = max(_sizes(base))
@@ -145,12 +145,12 @@ def _scales(base: Matrix, delta: Delta) -> tuple[float, float]:
 
 
 def _power(largest: float, dtype: torch.dtype) -> float:
-    """Round ``1/largest`` to a power of two: 1 where that is near enough to 1, 0 for 0."""
+    """Round ``1/largest`` to a power of two: 1 if it is near enough to 1, 0 for 0."""
     if largest == 0:
         return 0.0
     if 1e-6 < largest < 1e6:
         return 1.0
-    # The power itself must not overflow, as it would for subnormals.
+    # The power itself must not overflow, as it would for subnormal numbers.
     limit = math.floor(math.log2(torch.finfo(dtype).max)) - 8
     return 2.0 ** max(-limit, min(limit, -round(math.log2(min(largest, 1e308)))))
 
@@ -160,4 +160,4 @@ def _unscaled(t: Triplets, scale: float) -> Triplets:
 
 
 SOLVERS: dict[str, Solver] = {"certified": solve_certified, "dense": solve_dense}
-"""Solvers by name: base, delta, k, ε, source of randomness, whether the base may be formed for the dense one → `SolverResult`."""
+"""Solvers by name: base, delta, k, ε, random generator, whether the dense solver may form the base → `SolverResult`."""

@@ -1,4 +1,4 @@
-"""Say what is to be detected, whoever does it: a list of matrices, with all that decides what is found in them."""
+"""Describe the work of a detection, independent of who does it: a list of matrices, with everything that determines the findings."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from streamer.detection.options import DetectionOptions
 from streamer.plan.batch import Assignment, Batch, SharedGroup
 
 Begin = Callable[[Assignment], None]
-"""Called before a matrix is begun."""
+"""Called before each matrix."""
 
 Found = Generator[tuple[Assignment, MatrixFinding], None, None]
-"""Findings as they are made; closing it stops whoever makes them."""
+"""Findings as they are made; closing the generator stops the work."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Matrices to detect in.
+    """Matrices in which to detect.
 
     Attributes
     ----------
     groups
-        The matrices; they may be fewer than those of the batch.
+        The matrices; there may be fewer than in the batch.
     threads
         Torch's threads for each plan, on which the last bits of findings depend.
     resident
-        Bytes that stay in memory between two steps; see `resident_bytes`.
+        Bytes in memory between two steps; see `resident_bytes`.
     """
 
     batch: Batch
@@ -37,5 +37,5 @@ class Work:
     resident: int
 
     def cost(self, assignments: Iterable[Assignment]) -> int:
-        """Estimate the units of work of some matrices."""
+        """Estimate the units of work for some matrices."""
         return sum(self.options.cost(one.target.module.shape) for one in assignments)

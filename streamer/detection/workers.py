@@ -1,4 +1,4 @@
-"""Detect on workers: divide matrices into tasks, and hand on the findings as they come."""
+"""Detect on workers: divide matrices into tasks and pass on findings as they arrive."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from streamer.workers.engine import Workers
 from streamer.workers.task import Inputs, Task
 
 TASK_COST = 1_000_000_000
-"""Units of cost (see `detection.cost.cost`, about a second) from which on a task takes no more matrices."""
+"""Units of cost (see `detection.cost.cost`; about a second) from which a task gets no more matrices."""
 
 TASK_MATRICES = 8
-"""Matrices of a task at most: a killed run loses those of the tasks that were under way."""
+"""Most matrices of a task: a killed run loses the matrices of its unfinished tasks."""
 
 
 class MatrixName(NamedTuple):
-    """An `Assignment` by the name of its tensor, to be pickled."""
+    """An `Assignment` with its tensor's name instead of the target, for pickling."""
 
     plan: int
     tensor: str
@@ -37,14 +37,14 @@ class MatrixName(NamedTuple):
 
 @dataclass(frozen=True)
 class DetectTask(Task[list[tuple[int, MatrixFinding]]]):
-    """A group of matrices; of it come their findings, with the numbers of their plans.
+    """A group of matrices; its result is their findings with their plans' numbers.
 
     Attributes
     ----------
     groups
         The matrices; see `Work`.
     options, device, resident
-        See `Work`; the device by its name.
+        See `Work`; the device is given by name.
     """
 
     groups: tuple[tuple[MatrixName, ...], ...]
@@ -58,7 +58,7 @@ class DetectTask(Task[list[tuple[int, MatrixFinding]]]):
         return self.groups[0][0].tensor
 
     def do(self, batch: Batch, monitor: Monitor) -> list[tuple[int, MatrixFinding]]:
-        """Detect."""
+        """Detect in the task's matrices."""
         plans, targets = batch.plans, _targets(batch)
         groups = [SharedGroup(Assignment(i, targets[i][tensor]) for i, tensor in one) for one in self.groups]
         work = Work(batch, groups, self.options, [self.threads] * len(plans), self.resident)
@@ -70,12 +70,12 @@ class DetectTask(Task[list[tuple[int, MatrixFinding]]]):
 
 
 def inputs_of(batch: Batch, run: RunOptions) -> Inputs:
-    """State the inputs of a run."""
+    """Describe the inputs of a run."""
     return Inputs.of(batch, run.io, run.stated, run.architecture)
 
 
 def shared(workers: Workers, batch: Batch, options: DetectionOptions, resident: int) -> DetectionOptions:
-    """Divide the memory allowed among this process and its workers; see `Workers.share`."""
+    """Divide the allowed memory among this process and its workers; see `Workers.share`."""
     results = [kept_bytes(plan, target, options) for plan in batch.plans for target in plan.targets]
     own = resident_bytes(batch) + workers.at_once * TASK_MATRICES * max(results, default=0)
     needs = (e for plan in batch.plans for e in detection_estimates(plan, options, resident))
@@ -84,7 +84,7 @@ def shared(workers: Workers, batch: Batch, options: DetectionOptions, resident: 
 
 def detect_on_workers(work: Work, workers: Workers, inputs: Inputs, device: torch.device,
                       monitor: Monitor, begin: Begin) -> Found:  # fmt: skip
-    """Detect as `detect_in_turn` does, on workers; findings come as they are made, and `begin` is called once a task."""
+    """Detect as `detect_in_turn` does, but on workers; findings arrive as they are made, and `begin` is called once per task."""
     targets, tasks = _targets(work.batch), _tasks(work, inputs, str(device), workers.at_once)
 
     def begin_task(number: int) -> None:
@@ -103,7 +103,7 @@ def _targets(batch: Batch) -> list[dict[str, Target]]:
 
 
 def _tasks(work: Work, inputs: Inputs, device: str, at_once: int) -> list[DetectTask]:
-    """Group matrices into tasks, each on one number of threads, in the base's file order."""
+    """Group matrices into tasks, each with one number of threads, in the base's file order."""
     enough = min(TASK_COST, sum(map(work.cost, work.groups)) // (4 * at_once))
     tasks: list[DetectTask] = []
     for threads in sorted(set(work.threads)):

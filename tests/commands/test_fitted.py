@@ -268,7 +268,7 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
         assert words in line, line
     line = refuse(command, base, adapter, home, 3, "--findings", file)
     assert line == (
-        f"streamer: {file}: expected findings (streamer.findings/1), found coefficients; pass those by --coefficients (coefficients=), "
+        f"streamer: {file}: expected findings (streamer.findings/1), found coefficients; pass them with --coefficients (coefficients=), "
         "and make findings with `streamer detect`\n"
     )
     assert "--keep: chooses among coefficients" in refuse(command, base, adapter, home, 2, *keep)

@@ -26,7 +26,7 @@ from forks import server
         (["--epsilon", "nan"], "found nan"),
         (["--threads", "0"], "--threads: expected a number from 1, found 0"),
         (["--device", "abacus"], "streamer: --device: expected auto, cpu, cuda or cuda:i, found 'abacus'"),
-        (["--device", "cuda:99"], "streamer: --device: cuda:99 is not there; use cpu"),
+        (["--device", "cuda:99"], "streamer: --device: cuda:99 is not available; use cpu"),
     ],
 )
 def test_options_that_make_no_sense(job: tuple[Path, Path], tmp_path: Path, options: list[str], words: str) -> None:

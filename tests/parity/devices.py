@@ -213,7 +213,7 @@ def test_a_device_that_is_not_there_is_refused(function: Any, tmp_path: Path) ->
     )
     texts = {} if function is streamer.map_inputs else {"task": tmp_path / "t.npy"}
     np.save(tmp_path / "t.npy", token_ids(64, 8).numpy())
-    with pytest.raises(UsageError, match=r"^device: cuda:99 is not there; use cpu$"):
+    with pytest.raises(UsageError, match=r"^device: cuda:99 is not available; use cpu$"):
         function(*inputs, tmp_path / "out", general=tmp_path / "t.npy", device="cuda:99", **texts)
 
 
