@@ -1,1 +1,1 @@
-"""Forecasts of what a command takes, from headers and a short probe of this machine."""
+"""Forecast what a command needs, from headers and a short probe of this machine."""

@@ -1,6 +1,6 @@
-"""Time the steps of a run on this machine: each is done once, on a small share of the work, and nothing is written.
+"""Time the steps of a run on this machine: each step runs on a small part of the work, and nothing is written.
 
-A pace is seconds for a unit of work. Disks are not measured: of what is read the second reading counts.
+A pace is in seconds per unit of work. Disks are not measured: inputs are timed when they are read a second time.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from streamer.storage.system import memory_file
 from streamer.weights.base import DECODED_BYTES, Weight
 
 DENSE_COST = 100_000_000
-"""Units of `detection.cost.cost` of a matrix that the dense solver is timed on, at most."""
+"""Largest matrix on which the dense solver is timed, in units of `detection.cost.cost`."""
 
 CERTIFIED_VALUES = 1 << 21
-"""Values of a matrix that the certified solver is timed on, at most: 0.1 s on two cores."""
+"""Most values of a matrix on which the certified solver is timed: 0.1 s on two cores."""
 
 SAMPLE_BYTES = 16 << 20
-"""Bytes of an output tensor that are made, at most, to time it."""
+"""Most bytes of an output tensor that are made to time it."""
 
 TOP = 64
-"""Directions above the bulk of a matrix that is timed, as in `tools/bench_detect.py`."""
+"""Directions above the bulk of the timed matrix, as in `tools/bench_detect.py`."""
 
 DELTA = 0.5
-"""The largest singular value of a delta that is timed; the base's is 1."""
+"""Largest singular value of the timed delta; the base's is 1."""
 
 RUNS = 3
-"""Runs of which the fastest counts: on a machine with other work one alone says little."""
+"""Number of runs, of which the fastest counts: a single run says little on a busy machine."""
 
 ROUNDS, STEPS = 5, 10
-"""Turns of each number of threads, and steps in a turn: 0.1 s in all on two idle cores."""
+"""Turns for each number of threads, and steps in a turn: 0.1 s in total on two idle cores."""
 
 SECONDS = 0.4
-"""No further run begins after these."""
+"""Seconds after which no further run starts."""
 
 
 def detection_pace(shape: tuple[int, int], k: int, rank: int | None, solver: str, blocks: bool = False) -> float:
-    """Measure the seconds for a unit of `detection.cost.cost`, from a generated matrix of this form, smaller where that is large.
+    """Measure the seconds per unit of `detection.cost.cost` on a generated matrix of this shape, or a smaller one if it is large.
 
     Parameters
     ----------
     rank
-        That of the delta; None for a dense one.
+        Rank of the delta; None for a dense one.
     solver
-        The one that is meant to run, not ``auto``.
+        The solver that is expected to run, not ``auto``.
     blocks
-        Whether the matrix is multiplied as it is stored.
+        Whether products use the stored matrix.
     """
     m, n = _smaller(shape, solver)
     share = min(1.0, min(m, n) / min(shape))
@@ -82,8 +82,8 @@ def detection_pace(shape: tuple[int, int], k: int, rank: int | None, solver: str
     def solve() -> None:
         detect(matrix, delta, options, name="probe", allow_dense=not blocks)
 
-    # Where other work wants the processors, threads wait for one another after each small step, and this matrix has smaller ones than
-    # the run: it took 20 times as long then as on one thread.
+    # On a busy machine, threads wait for one another after each small step, and this matrix has smaller steps than the run: once it
+    # took 20 times as long as on one thread.
     seconds = fastest(solve)
     with threads():
         seconds = min(seconds, fastest(solve))
@@ -91,24 +91,24 @@ def detection_pace(shape: tuple[int, int], k: int, rank: int | None, solver: str
 
 
 def _smaller(shape: tuple[int, int], solver: str) -> tuple[int, int]:
-    """Scale a shape down to one that takes a fraction of a second."""
+    """Scale a shape down so that timing it needs a fraction of a second."""
     (m, n), whole = shape, max(1, cost(shape, 1, solver))
     factor = (DENSE_COST / whole) ** (1 / 3) if solver == "dense" else (CERTIFIED_VALUES / max(1, m * n)) ** 0.5
     return (m, n) if factor >= 1 else (max(1, round(m * factor)), max(1, round(n * factor)))
 
 
 def decoding_pace(weight: Weight) -> float:
-    """Measure the seconds for a value that is brought from where it is stored to the computing dtype."""
+    """Measure the seconds per value for conversion from the stored form to the computing dtype."""
     m, n = weight.matrix
     rows = max(1, min(m, DECODED_BYTES // max(1, n * weight.compute.itemsize)))
     source = weight.at_hand()
     out = torch.empty((rows, n), dtype=weight.compute)
-    source.rows(0, rows)  # read by now
+    source.rows(0, rows)  # so that the data is in the page cache
     return fastest(lambda: out.copy_(source.rows(0, rows))) / max(1, rows * n)
 
 
 def factor_pace(shape: tuple[int, int], rank: int) -> float:
-    """Measure the seconds for a unit of `factor_cost`, from the norm of a generated delta in factors; on one thread, as mitigation has."""
+    """Measure the seconds per unit of `factor_cost`, from the norm of a generated delta in factors, on one thread as in mitigation."""
     (m, n), r = shape, max(1, rank)
     g = torch.Generator().manual_seed(0)
     delta = LowRank(
@@ -119,14 +119,14 @@ def factor_pace(shape: tuple[int, int], rank: int) -> float:
 
 
 def factor_cost(shape: tuple[int, int], rank: int) -> int:
-    """Estimate the units of work of the thin QRs of both factors of a delta."""
+    """Estimate the units of work for the thin QRs of a delta's two factors."""
     return (sum(shape) + 1000) * rank * (rank + 8)
 
 
 def writing_pace(recipe: Recipe, mitigated: Mitigated) -> float:
-    """Measure the seconds for a byte of a tensor that is made by this recipe, hashed and written, as far as the processors go.
+    """Measure the seconds per byte to make a tensor by this recipe, hash it and write it, as limited by the processors.
 
-    A writer and a hasher work beside the maker, so that the slowest sets the pace, or all three where there are fewer processors.
+    A writer and a hasher work beside the maker, so the slowest sets the pace, or the sum of the three if there are fewer processors.
     """
     count, last = 0, b""
 
@@ -146,15 +146,15 @@ def writing_pace(recipe: Recipe, mitigated: Mitigated) -> float:
 
 
 def _write(data: bytes) -> None:
-    """Write into memory of the system's, as into its cache of a file."""
+    """Write into memory, as into the system's cache of a file."""
     with memory_file() as f:
         f.write(data)
 
 
 def threads_pace(count: int) -> float:
-    """Time what detection does again and again, products with a block and its orthogonalisation, on so many threads: in times of one alone.
+    """Time detection's typical step, products with a block and its orthogonalisation, on `count` threads, relative to one thread.
 
-    The two take turns, and their sums count: what matters is how long they wait for a core.
+    The two take turns, and their sums count, because the time waiting for a core matters.
     """
     g = torch.Generator().manual_seed(0)
     W, block = torch.randn(1024, 1024, generator=g), torch.randn(1024, 16, generator=g)

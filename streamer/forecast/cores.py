@@ -9,18 +9,18 @@ from streamer.storage.system import affinity_cores
 
 
 def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
-    """Count the cores that this process may use: those of its affinity mask, and of its control group's quota, begun ones included.
+    """Count the cores that this process may use, by its affinity mask and its control group's quota, rounded up.
 
     Parameters
     ----------
     cgroups, membership
-        Where Linux mounts control groups, and where it says which ones hold this process.
+        Directories where Linux mounts control groups, and the file that names this process' groups.
     """
     return max(1, math.ceil(min(affinity_cores(), _quota(cgroups, membership))))
 
 
 def _quota(cgroups: Path, membership: Path) -> float:
-    """Read the cores that the control groups of this process allow, the innermost to the outermost; infinite where none says."""
+    """Read the number of cores that this process' control groups allow, from innermost to outermost; infinite if none sets a limit."""
     quota = math.inf
     try:
         lines = membership.read_text().splitlines()
@@ -32,7 +32,7 @@ def _quota(cgroups: Path, membership: Path) -> float:
             continue
         root = cgroups / controllers if controllers else cgroups
         group = root / inner.lstrip("/")
-        # In a container the path may be that of the host; the root of the mount is then the container's own.
+        # In a container the path may be the host's; the root of the mount is then the container's own group.
         for directory in {root, *(p for p in (group, *group.parents) if root in p.parents)}:
             quota = min(quota, _quota_of(directory, bool(controllers)))
     return quota

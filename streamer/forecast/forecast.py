@@ -1,4 +1,4 @@
-"""Forecast what a command takes: memory, bytes and disk from headers alone, and time from a short probe of this machine."""
+"""Forecast what a command needs: memory, bytes and disk from headers alone, and time from a short probe of this machine."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from streamer.weights.base import Weight
 from streamer.workers.engine import Workers
 
 TIMED = {"dense": 3, "certified": 1}
-"""Shapes that a solver is timed on: `detection.cost.cost` is within a tenth of what the certified one takes from one shape to another, and
-only within a factor of two for the dense one."""
+"""Number of shapes on which a solver is timed: `detection.cost.cost` predicts the certified solver's time on another shape to a tenth,
+but the dense solver's only to a factor of two."""
 
 NORMS = 2
-"""Norms of a delta in factors that the figures of a detection take, about."""
+"""Approximate number of norms of a delta in factors that a detection's figures need."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Forecast of one command, from its beginning.
+    """Forecast for one command, from its start.
 
-    Reads are headers, the samples and digests that tell inputs from others, and the tensors, as often as they are read: by a merge that
-    detects first, those that it detects in twice. Small files are left out, and the record of an output. Time is for processors as busy as
-    now, a disk that keeps up, and no matrix that needs the dense solver after all; the start of the process and the checks of a dry run
-    come on top.
+    Reads include headers, the samples and digests that identify inputs, and the tensors as often as they are read: a merge that detects
+    first reads matrices twice. Small files and an output's record are not included. The time assumes that the processors stay as busy as
+    now, that the disk keeps up, and that no matrix needs the dense solver unexpectedly; starting the process and the checks of a dry run
+    take additional time.
     """
 
     # fmt: off
@@ -71,16 +71,16 @@ ForecastRecord = Annotated[dict[str, Any], Forecast]
 
 def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device, resident: int, size: FindingsSize,
                        monitor: Monitor | None = None) -> Forecast:  # fmt: skip
-    """Forecast what `detect` takes.
+    """Forecast what `detect` needs.
 
     Parameters
     ----------
     resident
-        Bytes that stay in memory between two steps; see `resident_bytes`.
+        Bytes in memory between two steps; see `resident_bytes`.
     size
         See `findings_bytes`.
     monitor
-        Is told of the probe.
+        Receives events about the probe.
     """
     monitor = monitor or Monitor()
     _tell(monitor, "memory of each matrix")
@@ -96,14 +96,14 @@ def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.devi
 
 
 def forecast_output(writer: Writer, resident: int, detects: bool | None = None, monitor: Monitor | None = None) -> Forecast:  # fmt: skip
-    """Forecast what `mitigate` or `merge` takes.
+    """Forecast what `mitigate` or `merge` needs.
 
     Parameters
     ----------
     resident
-        Bytes that stay in memory between two steps; see `resident_of`.
+        Bytes in memory between two steps; see `resident_of`.
     detects
-        Whether it detects first; by default what the job says. False asks for a forecast as if findings were there.
+        Whether it detects first; by default as in the job. False forecasts as if findings existed.
     monitor
         As for `forecast_detection`.
     """
@@ -129,7 +129,7 @@ def forecast_output(writer: Writer, resident: int, detects: bool | None = None, 
 def forecast_commands(
     plan: Plan, device: torch.device, monitor: Monitor | None = None
 ) -> dict[str, Forecast | UnsupportedError]:
-    """Say what each command takes with its defaults, `mitigate` and `merge` from findings; or with which error it is refused."""
+    """Forecast each command with its defaults, `mitigate` and `merge` from findings; or return the error that refuses it."""
     detection = DetectionOptions()
     job = Job(plan, make_method(None), detection, device, OwnFile(detection))
     resident = resident_bytes(Batch(plan.base, (plan,)))
@@ -146,13 +146,13 @@ def forecast_commands(
 
 
 def _tell(monitor: Monitor, what: str) -> None:
-    """Say what is measured next; how many such steps there are depends on what they find."""
+    """Report what is measured next; the number of such steps depends on their results."""
     monitor.checkpoint()
     monitor.emit(Event("probe", what))
 
 
 def _identified_bytes(plan: Plan) -> int:
-    """Count the bytes that are read to identify the inputs: headers, samples of models, and the whole of an adapter."""
+    """Count the bytes read to identify the inputs: headers, samples of models, and the whole adapter."""
     return sampled_bytes(plan.base.files.values()) + plan.adapter.identity_bytes
 
 
@@ -161,7 +161,7 @@ def _adapter_bytes(plan: Plan) -> int:
 
 
 def _detected_bytes(plan: Plan) -> int:
-    """Count the bytes that detection reads of the tensors."""
+    """Count the bytes of tensors that detection reads."""
     return _adapter_bytes(plan) + _base_bytes(plan)
 
 
@@ -171,7 +171,7 @@ def _base_bytes(plan: Plan) -> int:
 
 
 def network_bytes(plan: Plan, nbytes: int) -> int:
-    """Count the bytes that cross the network, where so many of the base's tensors are read."""
+    """Count the bytes that cross the network when this many bytes of the base's tensors are read."""
     base = plan.base
     if not base.remote:
         return 0
@@ -180,7 +180,7 @@ def network_bytes(plan: Plan, nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class _Work:
-    """Detection in one matrix: its solver, and what memory that takes."""
+    """Detection in one matrix: its solver and the memory that it needs."""
 
     target: Target
     k: int
@@ -214,8 +214,8 @@ class _Work:
 
 
 def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device, monitor: Monitor) -> float | None:
-    """Estimate the solvers' time, and that of bringing each matrix to the computing dtype. The next one is read meanwhile."""
-    if device.type != "cpu" or plan.base.remote:  # by a network of unknown pace
+    """Estimate the solvers' time and the time to convert each matrix to the computing dtype; the next one is read meanwhile."""
+    if device.type != "cpu" or plan.base.remote:  # the speed of the device or network is unknown
         return None
     seconds, decoded = 0.0, defaultdict[str, list[Weight]](list)
     alike = defaultdict[tuple[str, bool, bool], list[_Work]](list)
@@ -238,7 +238,7 @@ def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device,
             timed += detection_pace(work.shape, work.k, work.rank, solver, blocks) * sum(w.cost for w in same)
         known = sum(w.cost for same in by_cost[: TIMED[solver]] for w in same)
         seconds += timed * sum(w.cost for w in group) / known
-    # The figures of each matrix: these grow with the square of the rank, which is scaled down where the solver is timed.
+    # Figures of each matrix: their cost grows with the square of the rank, which is scaled down when the solver is timed.
     factors = [(work.shape, work.rank) for work in works if work.rank is not None]
     if factors:
         _tell(monitor, "norms of deltas")
@@ -252,7 +252,7 @@ def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device,
 
 
 def _writing_seconds(writer: Writer, monitor: Monitor) -> float | None:
-    """Estimate the time of all output tensors, and of the metrics of each matrix; None for what is not summed a few rows at a time."""
+    """Estimate the time for all output tensors and each matrix' metrics; None for deltas that cannot be added a few rows at a time."""
     plan = writer.spec.job.plan
     if plan.base.remote and writer.spec.base_bytes:
         return None
@@ -271,13 +271,13 @@ def _writing_seconds(writer: Writer, monitor: Monitor) -> float | None:
         _tell(monitor, f"writing {name}")
         try:
             seconds += writing_pace(recipe, unchanged) * nbytes
-        except NumericError:  # the run itself will say where
+        except NumericError:  # the run itself will report where
             return None
     return seconds
 
 
 def _metrics_seconds(job: Job, times: int) -> float:
-    """Estimate the time of the norms of Δ and Δ' of each matrix, and of its projection."""
+    """Estimate the time for the norms of each matrix' Δ and Δ', and for its projection."""
     works = [(t.module.shape, t.module.factor_rank, job.intruders(t)) for t in job.plan.targets]
     units = sum(factor_cost(shape, r) + (times - 1) * factor_cost(shape, r + q) for shape, r, q in works)
     shape, rank, intruders = max(works, key=lambda work: factor_cost(work[0], work[1] + work[2]))
@@ -285,7 +285,7 @@ def _metrics_seconds(job: Job, times: int) -> float:
 
 
 def on_workers(forecast: Forecast, workers: Workers | None, resident: int) -> Forecast:
-    """Forecast the same on processes of this machine, beside this one; without any it stays as it is."""
+    """Forecast the same work on workers of this machine beside this process; without workers, return the forecast unchanged."""
     processes = None if workers is None else workers.processes
     if processes is None:
         return forecast
@@ -298,14 +298,14 @@ def on_workers(forecast: Forecast, workers: Workers | None, resident: int) -> Fo
 
 
 def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | None:
-    """Add up forecasts, of which None has nothing to do; None if all have.
+    """Add up forecasts; None entries have nothing to do, and the result is None if all are.
 
-    The steps of different outputs take turns, and each forecast counts the tables of all adapters: so the memory is the largest.
+    The steps of different outputs take turns, and each forecast counts the tables of all adapters, so the memory is the maximum.
 
     Parameters
     ----------
     shared
-        Bytes that several of them count, beyond the first.
+        Bytes that several of them count, except the first time.
     """
     forecasts = [forecast for forecast in planned if forecast]
     if not forecasts:
@@ -323,12 +323,12 @@ def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | 
 
 
 def shared_by_detections(batch: Batch) -> int:
-    """Count the bytes of the matrices that several plans change, for each plan but the first."""
+    """Count the bytes of matrices that several plans change, for every plan except the first."""
     return sum(batch.plans[i].weights[target.tensor].nbytes for group in batch.matrices() for i, target in group[1:])
 
 
 def shared_by_merges(writers: Sequence[Writer]) -> int:
-    """Count the bytes of the base's files, for each output but the first, and what detection shares."""
+    """Count the bytes of the base's files, for every output except the first, plus the bytes that detection shares."""
     jobs = [writer.spec.job for writer in writers]
     if not jobs:
         return 0

@@ -1,4 +1,4 @@
-"""Forecast what an evaluation and a fit take: the time of their passes by a short probe of this machine."""
+"""Forecast what an evaluation and a fit need: the time of their passes comes from a short probe of this machine."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from streamer.plan.memory import resident_bytes
 from streamer.streaming.values import Job
 
 START_SECONDS = 0.5
-"""Time that a run takes before its first pass and after its last, beside what a dry run takes: the check of the logits, files."""
+"""Time before a run's first pass and after its last, in addition to a dry run's: the check of the logits, files."""
 
 VALUE_BYTES, VARIANT_BYTES = 26, 8000
-"""Bytes in JSON of a sequence's sum, at most, and of a variant's other figures, most of them counts of its divergences."""
+"""Largest JSON size in bytes of a sequence's sum, and of a variant's other figures, most of which count its divergences."""
 
 SET_BYTES, TENSOR_BYTES = 2500, 120
-"""Bytes of the figures of a set of coefficients in the file, at most, and of an array's entry in its header beside the matrix' name."""
+"""Largest size in bytes of a coefficient set's figures in the file, and of an array's header entry without the matrix' name."""
 
 RECORD_BYTES, PASS_BYTES = 300, 4000
-"""Bytes of a record of the journal beside its gradient, and of the sums of a pass, about."""
+"""Approximate size in bytes of a journal record without its gradient, and of a pass' sums."""
 
 
 def forecast_evaluation(prepared: Prepared, known: Evaluation | None) -> Forecast:
-    """Forecast what an evaluation takes; time for products by a short probe, a detection that runs first not counted.
+    """Forecast what an evaluation needs; a short probe times the products, and a detection that runs first is not included.
 
     Parameters
     ----------
     known
-        What was measured before, which is not measured again.
+        Earlier results, which are not measured again.
     """
     size, passes = prepared.model.size, prepared.expected(known)
     checked = checked_tokens(map(prepared.group, passes))
@@ -60,7 +60,7 @@ def forecast_evaluation(prepared: Prepared, known: Evaluation | None) -> Forecas
 
 
 def _forecast(job: Job, peak: int, read: int, writes: int, temporary: int, seconds: float | None) -> Forecast:
-    """Put a forecast together; on a device is all but what stays between two steps, and its time is not estimated."""
+    """Assemble a forecast; a device holds everything except the memory between steps, and its time is not estimated."""
     network = network_bytes(job.plan, read)
     if job.device == CPU:
         return Forecast(peak, peak, read, network, writes, temporary, seconds)
@@ -71,12 +71,12 @@ def _forecast(job: Job, peak: int, read: int, writes: int, temporary: int, secon
 def _seconds(
     prepared: Prepared | PreparedFit | PreparedMap, texts: Iterable[TextSequences], costs: Iterable[int]
 ) -> float | None:
-    """Forecast the time of passes by a probe of the model; None on a device, or if the weights would cross the network.
+    """Forecast the time of passes from a probe of the model; None on a device, or if the weights would cross the network.
 
     Parameters
     ----------
     costs
-        Multiplications; see `pass_cost`.
+        Numbers of multiplications; see `pass_cost`.
     """
     job, monitor = prepared.model.job, prepared.run.monitor
     if job.device != CPU or job.plan.base.remote:
@@ -84,12 +84,12 @@ def _seconds(
     monitor.emit(Event("probe", "a layer of the model", 0, 1))
     seconds = measure_pace(job, texts) * sum(costs)
     monitor.emit(Event("probe", "", 1, 1))
-    # What this process has taken so far, the imports above all, the run takes as well.
+    # The run needs the time that this process has used so far, mostly for imports, as well.
     return time.process_time() + START_SECONDS + seconds
 
 
 def forecast_fit(prepared: PreparedFit) -> Forecast:
-    """Forecast what a fit takes that does all that is expected of it; time for products by a short probe."""
+    """Forecast what a fit needs if it does all the expected work; a short probe times the products."""
     size, costs = prepared.model.size, expected_costs(prepared)
     peak = prepared.peak_bytes(costs.variants)
     checked = checked_tokens(prepared.groups)
@@ -110,7 +110,7 @@ def forecast_fit(prepared: PreparedFit) -> Forecast:
 
 
 def forecast_map(prepared: PreparedMap) -> Forecast:
-    """Forecast what a map takes; time for products by a short probe."""
+    """Forecast what a map needs; a short probe times the products."""
     size, tokens = prepared.model.size, prepared.tokens
     seconds = _seconds(prepared, [prepared.text], map(prepared.cost, prepared.groups))
     writes = sum(2 * n * prepared.options.vectors + HEADER_BYTES for n in prepared.widths)

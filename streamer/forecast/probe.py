@@ -1,6 +1,6 @@
-"""Time a pass of a model from a share of its work: one layer of each class and two blocks of the vocabulary, on some tokens of the text.
+"""Time a pass of a model from part of its work: one layer of each class and two blocks of the vocabulary, on some of the text's tokens.
 
-What runs is the code of the real pass, so that attention, norms, deltas, reading and the softmax count as they are.
+The real pass' code runs, so attention, norms, deltas, reading and the softmax count at their actual cost.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from streamer.streaming.model import StreamingModel, giving, vocabulary_block
 from streamer.streaming.values import Job
 
 PRODUCTS = 5 * 10**10
-"""Multiplications of a timed run, at most, about: one or two seconds on one core."""
+"""Approximate largest number of multiplications of a timed run: one or two seconds on one core."""
 
 RUNS = 2
-"""Runs of which the fastest counts: the first one reads files and fills caches."""
+"""Number of runs, of which the fastest counts: the first one reads files and fills caches."""
 
 
 def measure_pace(job: Job, texts: Iterable[TextSequences]) -> float:
-    """Measure the processor seconds of the main thread for a multiplication of passes over texts, as `pass_cost` counts them."""
+    """Measure the main thread's processor seconds per multiplication of passes over texts, as counted by `pass_cost`."""
     ids = max((own for text in texts for own in text.ids), key=len)
     plain = tuple(variant for variant in job.variants if not variant.scales_intruders)[:2]
     with full_float32():
@@ -40,7 +40,7 @@ def measure_pace(job: Job, texts: Iterable[TextSequences]) -> float:
 
 
 class TimedModel(StreamingModel):
-    """A model of which one layer of each class runs; the others return what that layer did."""
+    """A model that runs one layer of each class; the other layers return that layer's output."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -60,21 +60,21 @@ class TimedModel(StreamingModel):
         head = self.vocabulary * self.size.hidden
         not_run += max(0, head - 2 * self._block * self.size.hidden)
         self.products_run = max(1, sum(products.values()) - not_run)
-        """Multiplications for one token of what runs."""
+        """Multiplications per token in the part that runs."""
 
     def seconds(self, text: TextSequences) -> float:
-        """Time a run; return the seconds of the whole model."""
+        """Time a run; return the seconds for the whole model."""
         self._left_out, began = 0.0, thread_time()
         measure(self, text, self._block)
         return thread_time() - began + self._left_out
 
     def logits(self, ids: Tensor, blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, Tensor]]:
-        """Compute the logits of two blocks, and count as many times the second one as there are others."""
+        """Compute the logits of two blocks, and count the second block's time once for each of the others."""
         every, begun = list(blocks), list[float]()
         for block in super().logits(ids, every[:2]):
             begun.append(thread_time())
             yield block
-        # From the first block's logits to the second's, one block is computed and one summed up.
+        # Between the first block's logits and the second's, one block is computed and one is summed.
         if len(begun) > 1:
             self._left_out += (len(every) - 2) * (begun[1] - begun[0])
 
