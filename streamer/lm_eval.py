@@ -29,21 +29,21 @@ from streamer.adapters.one_or_several import One
 from streamer.api.evaluation import evaluation_options
 from streamer.api.keywords import watched
 from streamer.api.options import Judged, Settings, take
+from streamer.detection.detect import detect_in_memory
 from streamer.detection.findings import Findings
-from streamer.detection.run import detect_in_memory
 from streamer.errors import StreamerError, UnsupportedError, UsageError
 from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.prepare import open_model
 from streamer.linalg.torch_state import full_float32
-from streamer.measuring.memory import plan_passes
 from streamer.measuring.model import chooses_keys
+from streamer.measuring.pass_memory import plan_passes
 from streamer.measuring.passes import padding_changes
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.task import run_pass
 from streamer.measuring.tokenizer import load_tokenizer, tokenizer_directory
 from streamer.output.prepare import load_given
 from streamer.plan.batch import Batch
-from streamer.plan.memory import resident_bytes
+from streamer.plan.memory_estimate import resident_bytes
 from streamer.streaming.extra import require_transformers
 from streamer.streaming.model import StreamingModel
 from streamer.streaming.variants import ADAPTER, BASE, Variant

@@ -13,7 +13,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the oracles of numpy: as f
 os.environ.pop("COLUMNS", None)  # tables would fit a width of the test runner's
 os.environ["STREAMER_CHECK_BUFFERS"] = "1"  # read by streamer.storage.buffers: who uses a released buffer fails
 
-import streamer.plan.memory  # noqa: F401 - before what else the tests need: it measures the process that imports it
+import streamer.plan.memory_estimate  # noqa: F401 - before what else the tests need: it measures the process that imports it
 
 # isort: split
 import helpers

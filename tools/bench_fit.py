@@ -8,13 +8,13 @@ The text is random tokens: no time depends on what they are. Coefficients are 0.
 the base.
 
 Memory. A process of each kind, from outside: every 10 ms `RssAnon:` of /proc/PID/status. --double runs a model of twice the layers besides.
-Beside it stands what `fitting.memory.gradient_bytes` estimates.
+Beside it stands what `fitting.fit_memory.gradient_bytes` estimates.
 
 Time. Two gradient passes in an instrumented process (see profile_fit.py): the first runs the base, too, the second finds its last hidden
 states in a file. With --threads 1 the processor seconds are those of the work itself on a machine that has other work.
 
 Projection, of a Llama. The second pass' seconds as they grow with what they depend on: products and the rest with tokens and the layers'
-weights, reading with chunks and weights, the head with its own. The text is --tokens long, which go in chunks of `fitting.memory.ROWS`.
+weights, reading with chunks and weights, the head with its own. The text is --tokens long, which go in chunks of `fitting.fit_memory.ROWS`.
 
 A fit by inputs collects the inputs of --tokens, half of either text, solves, and corrects one set. Its seconds for a whole model are
 those here times layers, if one that is known has the same widths. Measuring is left out, as it is of the gradient's.
@@ -40,7 +40,7 @@ from measure import machine, size_of, watched
 from profile_fit import COLLECTING, CORRECTED, CORRECTING, HEAD, PRODUCTS, READING, SOFTMAX, SOLVING
 from shapes import KNOWN, Known, Mixture
 
-from streamer.fitting.memory import ROWS
+from streamer.fitting.fit_memory import ROWS
 
 TOOLS = Path(__file__).parent
 KIND_NAMES = "gradient", "measure"

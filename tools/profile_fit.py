@@ -82,9 +82,9 @@ def install(clocks: Clocks) -> None:
 
 def gradient_passes(plan: Any, text: Any, coefficients: Any, directory: Path) -> tuple[list[Callable[[], Any]], int]:
     """Two gradient passes, of which the first runs the base, too, and the estimate of their memory."""
-    from streamer.fitting.memory import gradient_bytes
+    from streamer.fitting.fit_memory import gradient_bytes
     from streamer.plan.batch import Batch
-    from streamer.plan.memory import resident_bytes
+    from streamer.plan.memory_estimate import resident_bytes
     from streamer.streaming.gradients import GradientModel
 
     model = GradientModel(plan, directory=directory)

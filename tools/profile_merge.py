@@ -83,7 +83,7 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
         from streamer.detection.options import Run
         from streamer.methods import Paper
         from streamer.output import model_writer
-        from streamer.output import run as outputs
+        from streamer.output import write as outputs
         from streamer.output.job import Job
         from streamer.output.prepare import OutputOptions, prepare_outputs
         from streamer.storage import atomic_file, page_cache, system, tensor_file

@@ -12,15 +12,15 @@ from streamer.api.inputs import Inputs
 from streamer.api.keywords import DetectKeywords, explained, watched
 from streamer.api.options import Adapters, Judged, Settings, SeveralAdapters, given_workers, take
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
+from streamer.detection.detect import detect_in_memory, detect_to_files, inspect_detections
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.parts import Part
-from streamer.detection.run import detect_in_memory, detect_to_files, inspect_detections
 from streamer.detection.workers import shared
 from streamer.events import Monitor, OutputState
 from streamer.forecast.forecast import forecast_detection, on_workers, shared_by_detections, together
 from streamer.plan.batch import Batch, make_batch
-from streamer.plan.memory import resident_bytes
+from streamer.plan.memory_estimate import resident_bytes
 from streamer.workers.engine import Workers
 
 

@@ -13,11 +13,11 @@ from streamer.api.options import Judged, Settings, given_workers, read_coefficie
 from streamer.api.records import DryRun, dry_run
 from streamer.detection.findings import Findings
 from streamer.errors import UsageError
+from streamer.evaluation.evaluate import evaluate
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.prepare import Prepared, prepare
 from streamer.evaluation.records import inspect, measured_before
-from streamer.evaluation.run import evaluate
 from streamer.events import Monitor
 from streamer.forecast.forecast import on_workers
 from streamer.forecast.passes import forecast_evaluation

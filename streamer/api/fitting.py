@@ -14,10 +14,10 @@ from streamer.api.options import Settings, given_workers, read_path, take
 from streamer.api.records import DryRun, dry_run
 from streamer.detection.findings import Findings
 from streamer.events import Monitor
+from streamer.fitting.fit import fit
 from streamer.fitting.options import FitOptions
 from streamer.fitting.prepare import PreparedFit, prepare_fit
 from streamer.fitting.records import inspect
-from streamer.fitting.run import fit
 from streamer.fitting.tasks import shared
 from streamer.forecast.forecast import on_workers
 from streamer.forecast.passes import forecast_fit

@@ -8,7 +8,7 @@ from typing import Literal, Unpack
 from streamer.api.keywords import WatchKeywords, explained, read_size, watched
 from streamer.remote.inputs import Remote
 from streamer.verification.result import Verification
-from streamer.verification.run import verify
+from streamer.verification.verify import verify
 
 
 @explained(WatchKeywords)

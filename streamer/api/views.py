@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamer.detection.memory import is_repeated
+from streamer.detection.detection_memory import is_repeated
 from streamer.detection.options import DetectionOptions
 from streamer.evaluation.columns import figures
 from streamer.evaluation.identity import input_options

@@ -22,7 +22,7 @@ from streamer.output.iterate import merged_tensors
 from streamer.output.output_spec import Writer
 from streamer.output.prepare import FindingsOrPath, OutputOptions, load_given, open_jobs, prepare_outputs
 from streamer.output.records import Written
-from streamer.output.run import inspect_jobs, resident_of, run_jobs, shared_memory
+from streamer.output.write import inspect_jobs, resident_of, run_jobs, shared_memory
 from streamer.workers.engine import Workers
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from streamer.detection.cost import Way
+from streamer.detection.detection_memory import best_way, float64_way
 from streamer.detection.fingerprints import fingerprint
 from streamer.detection.intruders import Detection, decide
 from streamer.detection.matrix_finding import MatrixFinding
-from streamer.detection.memory import best_way, float64_way
 from streamer.detection.options import DetectionOptions
 from streamer.detection.prefetch import PrefetchedWeight, Prefetcher, read_ahead
 from streamer.detection.work import Begin, Found, Work

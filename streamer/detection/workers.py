@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 import torch
 
+from streamer.detection.detection_memory import detection_estimates, kept_bytes
 from streamer.detection.device import choose_device
 from streamer.detection.matrices import detect_in_turn
 from streamer.detection.matrix_finding import MatrixFinding
-from streamer.detection.memory import detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.work import Begin, Found, Work
 from streamer.events import Monitor
 from streamer.plan.batch import Assignment, Batch, SharedGroup
-from streamer.plan.memory import resident_bytes
+from streamer.plan.memory_estimate import resident_bytes
 from streamer.plan.targets import Target
 from streamer.workers.engine import Workers
 from streamer.workers.task import Inputs, Task

@@ -10,8 +10,8 @@ from typing import Any
 
 from streamer import __version__
 from streamer.adapters.one_or_several import One
+from streamer.detection.detection_memory import detection_estimates, kept_bytes
 from streamer.detection.findings import Findings
-from streamer.detection.memory import detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions, Run
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.identity import with_digest
@@ -19,8 +19,8 @@ from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.race import WHOLE, rounds_of
 from streamer.evaluation.steps import Wanted, expected, without_scaling
 from streamer.events import Monitor
-from streamer.measuring.memory import TRANSFORMERS_BYTES, Pass, pass_bytes, plan_passes
 from streamer.measuring.model import chooses_keys, is_factored, read_texts, refuse_new_tokens, stays_quantized
+from streamer.measuring.pass_memory import TRANSFORMERS_BYTES, Pass, pass_bytes, plan_passes
 from streamer.measuring.progress import pass_cost
 from streamer.measuring.sequences import ALL, GENERAL, TASK, TextSequences
 from streamer.measuring.task import describe
@@ -30,7 +30,7 @@ from streamer.methods.coefficients import Coefficients
 from streamer.output.job import GivenFindings
 from streamer.output.prepare import OutputOptions, check_coefficients, check_map, open_jobs
 from streamer.plan.batch import Batch
-from streamer.plan.memory import MemoryEstimate, resident_bytes
+from streamer.plan.memory_estimate import MemoryEstimate, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.streaming.extra import require_transformers
 from streamer.streaming.model import StreamingModel

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from streamer.detection.memory import detection_estimates
+from streamer.detection.detection_memory import detection_estimates
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.identity import differences
 from streamer.evaluation.prepare import Prepared
 from streamer.measuring.result_file import ResultFile, State, of_others
 from streamer.measuring.statistics import SINCE
 from streamer.measuring.variants import BASE_ROW
-from streamer.plan.memory import check_budget
+from streamer.plan.memory_estimate import check_budget
 from streamer.storage.output_checks import is_taken
 from streamer.units import listed
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from streamer.fitting.memory import columns_of_inputs
+from streamer.fitting.fit_memory import columns_of_inputs
 from streamer.fitting.options import WEIGHTS
 from streamer.fitting.prepare import PreparedFit
 from streamer.linalg.conjugate_gradients import sketch_size
 from streamer.linalg.regmean import is_direct
-from streamer.measuring.memory import parts
+from streamer.measuring.pass_memory import parts
 from streamer.measuring.progress import RunProgress, pass_cost
 from streamer.measuring.sequences import TextSequences
 from streamer.streaming.streams import GENERAL_CORRECTED, TASK_CORRECTED, Group

@@ -20,13 +20,13 @@ from streamer import __version__
 from streamer.detection.options import Run
 from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.options import ProductDtype, check_dtype
+from streamer.fitting.fit_memory import INPUT_COPIES, ROWS, collecting_bytes, states_bytes
 from streamer.fitting.groups import of_few_lengths
-from streamer.fitting.memory import INPUT_COPIES, ROWS, collecting_bytes, states_bytes
 from streamer.fitting.tasks import layers_on_workers, shared_memory
 from streamer.json_types import Count, OutputPath, Sha256, TensorName
 from streamer.json_types import State as Done
 from streamer.linalg.second_moments import MORE, ROUNDS, Moments, OneHotMoments, leading_vectors
-from streamer.measuring.memory import parts, rows_within
+from streamer.measuring.pass_memory import parts, rows_within
 from streamer.measuring.progress import RunProgress, pass_cost
 from streamer.measuring.result_file import Records, ResultFile, State, computing, of_others
 from streamer.measuring.sequences import TextSequences
@@ -36,7 +36,7 @@ from streamer.methods.input_map import VECTORS, InputMap, load_map
 from streamer.methods.mapped_input import MappedInput
 from streamer.plan.base_plan import make_base_plan
 from streamer.plan.batch import Batch
-from streamer.plan.memory import MemoryEstimate, resident_bytes
+from streamer.plan.memory_estimate import MemoryEstimate, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.storage.identities import BaseIdentity
 from streamer.streaming.base_inputs import BaseInputModel, BaseMatrix

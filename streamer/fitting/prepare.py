@@ -13,7 +13,7 @@ from streamer.detection.findings import Findings
 from streamer.detection.options import Run
 from streamer.errors import UnsupportedError
 from streamer.fitting import algorithm
-from streamer.fitting.memory import (
+from streamer.fitting.fit_memory import (
     ROWS,
     collecting_bytes,
     gradient_bytes,
@@ -25,15 +25,15 @@ from streamer.fitting.memory import (
 from streamer.fitting.options import ALGORITHM, CORRECTIONS, LEAST, WEIGHTS, Division, FitOptions, Grain, divide
 from streamer.fitting.parameters import Parameters, chosen_grain, singular_values_of
 from streamer.linalg.regmean import DIRECT_BYTES
-from streamer.measuring.memory import Pass, measured_bytes, pass_bytes, plan_passes, rows_within
 from streamer.measuring.model import chooses_keys, is_factored, read_texts, refuse_new_tokens, stays_quantized
+from streamer.measuring.pass_memory import Pass, measured_bytes, pass_bytes, plan_passes, rows_within
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.statistics import telling
 from streamer.measuring.texts import sample_digest
 from streamer.methods import UNCHANGED, Paper, make_method
 from streamer.output.prepare import fitting_findings
 from streamer.plan.batch import Batch
-from streamer.plan.memory import MemoryEstimate, resident_bytes
+from streamer.plan.memory_estimate import MemoryEstimate, resident_bytes
 from streamer.plan.plan import Plan, make_plan
 from streamer.streaming.extra import require_transformers
 from streamer.streaming.model import StreamingModel

@@ -10,7 +10,7 @@ from streamer.fitting.prepare import PreparedFit
 from streamer.measuring.result_file import ResultFile, State, of_others
 from streamer.methods.coefficient_set import Floats
 from streamer.methods.coefficients import load_coefficients
-from streamer.plan.memory import check_budget
+from streamer.plan.memory_estimate import check_budget
 
 
 def result_file(prepared: PreparedFit, output: Path) -> ResultFile:

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import torch
 
 from streamer.detection.cost import Way, chosen_solver, cost
+from streamer.detection.detection_memory import best_way, detection_bytes, float64_way
 from streamer.detection.findings_size import FindingsSize, findings_bytes
-from streamer.detection.memory import best_way, detection_bytes, float64_way
 from streamer.detection.options import DetectionOptions
 from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
@@ -25,9 +25,9 @@ from streamer.output.adapter_writer import AdapterWriter
 from streamer.output.job import Job, OwnFile
 from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer
-from streamer.output.run import resident_of
+from streamer.output.write import resident_of
 from streamer.plan.batch import Batch
-from streamer.plan.memory import resident_bytes
+from streamer.plan.memory_estimate import resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.storage.tensor_file import sampled_bytes

@@ -16,12 +16,12 @@ from streamer.fitting.prepare import PreparedFit
 from streamer.forecast.forecast import Forecast, network_bytes
 from streamer.forecast.probe import measure_pace
 from streamer.linalg.allocation import CPU
-from streamer.measuring.memory import TRANSFORMERS_BYTES, measured_bytes
+from streamer.measuring.pass_memory import TRANSFORMERS_BYTES, measured_bytes
 from streamer.measuring.passes import checked_tokens
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.statistics import MEASURES
 from streamer.plan.batch import Batch
-from streamer.plan.memory import resident_bytes
+from streamer.plan.memory_estimate import resident_bytes
 from streamer.streaming.values import Job
 
 START_SECONDS = 0.5

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from streamer.linalg.torch_state import full_float32
 from streamer.measuring.losses import measure
-from streamer.measuring.memory import ROWS
+from streamer.measuring.pass_memory import ROWS
 from streamer.measuring.progress import pass_cost
 from streamer.measuring.sequences import TextSequences
 from streamer.streaming.layers import layer_modules

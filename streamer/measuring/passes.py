@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from streamer.detection.options import Run
 from streamer.measuring.divergences import BINS
-from streamer.measuring.memory import Pass
+from streamer.measuring.pass_memory import Pass
 from streamer.measuring.progress import RunProgress, pass_cost
 from streamer.measuring.result_file import Records
 from streamer.measuring.sequences import TextSequences

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from streamer import __version__
+from streamer.detection.detect import naming_inputs
 from streamer.detection.findings_file import journal_of, lock_of, remove_leftovers
 from streamer.detection.options import Run
-from streamer.detection.run import naming_inputs
 from streamer.errors import InputError, NumericError, OutputError, OutputExistsError, StreamerError
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import full_float32, threads

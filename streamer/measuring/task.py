@@ -16,7 +16,7 @@ from streamer.errors import NumericError
 from streamer.events import Monitor
 from streamer.linalg.torch_state import full_float32
 from streamer.measuring.losses import measure
-from streamer.measuring.memory import Pass
+from streamer.measuring.pass_memory import Pass
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.statistics import MEASURES, SequenceSums
 from streamer.plan.batch import Batch

@@ -12,11 +12,11 @@ from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.adapters.target_parameters import without_layout
 from streamer.errors import UnsupportedError
 from streamer.output.job import Job
-from streamer.output.memory import mitigation_bytes
 from streamer.output.mitigated_factors import MitigatedFactors
+from streamer.output.mitigation_memory import mitigation_bytes
 from streamer.output.output_spec import Writer, adapter_spec
 from streamer.output.records import MitigatedMatrix
-from streamer.plan.memory import MemoryEstimate
+from streamer.plan.memory_estimate import MemoryEstimate
 from streamer.storage.buffers import Piece
 from streamer.storage.header import TensorInfo
 from streamer.storage.shard_writer import like

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from streamer.detection.memory import detection_estimates
+from streamer.detection.detection_memory import detection_estimates
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import threads
 from streamer.output.job import DetectedOnTheWay, Job
@@ -16,7 +16,7 @@ from streamer.output.loadability import check_merged
 from streamer.output.merge_plan import MergedModel, plan_merged
 from streamer.output.model_writer import merge_estimates
 from streamer.plan.batch import Batch
-from streamer.plan.memory import check_budget, resident_bytes
+from streamer.plan.memory_estimate import check_budget, resident_bytes
 from streamer.storage.buffers import gather
 from streamer.weights.dtypes import as_tensor, in_memory
 

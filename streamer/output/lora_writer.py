@@ -26,14 +26,14 @@ from streamer.linalg.svd import krylov_triplets
 from streamer.output.adapter_loadability import check_lora
 from streamer.output.job import Job
 from streamer.output.lora_layout import PREFIX, LoraLayout, is_refused, lora_layout
-from streamer.output.memory import mitigation_bytes
 from streamer.output.merged_tensors import AddDelta
 from streamer.output.metrics import matrix_metrics
+from streamer.output.mitigation_memory import mitigation_bytes
 from streamer.output.output_spec import Writer, adapter_spec
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.architectures import architecture_for
 from streamer.plan.batch import Batch
-from streamer.plan.memory import MemoryEstimate, check_budget, resident_bytes
+from streamer.plan.memory_estimate import MemoryEstimate, check_budget, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.plan.transformers_renames import renames_for

@@ -11,13 +11,13 @@ from streamer.linalg.operators import Delta
 from streamer.methods.method import Needs
 from streamer.output.job import Job
 from streamer.output.loadability import check_merged
-from streamer.output.memory import mitigation_bytes
 from streamer.output.merge_plan import MergedModel, Output, plan_merged
 from streamer.output.merged_tensors import Recipe, rows_bytes
 from streamer.output.metrics import matrix_metrics
+from streamer.output.mitigation_memory import mitigation_bytes
 from streamer.output.output_spec import OutputSpec, Writer
 from streamer.output.records import MitigatedMatrix
-from streamer.plan.memory import MemoryEstimate
+from streamer.plan.memory_estimate import MemoryEstimate
 from streamer.plan.side_files import other_files, skipped_files
 from streamer.plan.targets import Target
 from streamer.plan.tokenizer import with_tokenizer

@@ -17,7 +17,7 @@ from streamer.output.job import Job
 from streamer.output.merged_tensors import CopyBytes, Recipe
 from streamer.output.model_card import CARD_NAME, Card, longest_matrices, longest_totals, take_original
 from streamer.output.records import SCHEMA, MitigatedMatrix, Record, Totals
-from streamer.plan.memory import MemoryEstimate
+from streamer.plan.memory_estimate import MemoryEstimate
 from streamer.plan.side_files import other_files, read_beside, skipped_files
 from streamer.plan.targets import Target
 from streamer.plan.tokenizer import own_tokenizer

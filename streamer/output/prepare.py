@@ -20,7 +20,7 @@ from streamer.output.job import GivenFindings, Job, OwnFile
 from streamer.output.lora_writer import LoraWriter
 from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer
-from streamer.output.run import batch_of
+from streamer.output.write import batch_of
 from streamer.plan.batch import make_batch
 from streamer.plan.plan import Plan
 from streamer.storage.identities import difference

@@ -19,7 +19,7 @@ from streamer.detection.options import DetectionOptions
 from streamer.events import Event, Monitor
 from streamer.peft.plan import LivePlan, plan_live
 from streamer.plan.batch import Batch
-from streamer.plan.memory import resident_bytes
+from streamer.plan.memory_estimate import resident_bytes
 
 
 @explained(LiveDetectKeywords, Settings, Judged)

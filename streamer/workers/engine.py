@@ -14,7 +14,7 @@ from typing import Any
 
 from streamer.errors import WorkerError
 from streamer.events import Event, Monitor
-from streamer.plan.memory import MemoryEstimate, check_budget
+from streamer.plan.memory_estimate import MemoryEstimate, check_budget
 from streamer.workers.task import Found, Task, TaskResult, perform
 
 AT_ONCE = 1024

@@ -103,7 +103,7 @@ def test_a_file_of_an_earlier_version_is_not_added_to(server: Server, home: Path
 
 def test_a_journal_with_other_sums_is_started_over(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an earlier version left it: its passes do not say what this one is to write."""
-    monkeypatch.setattr("streamer.measuring.memory.ROWS", 40)
+    monkeypatch.setattr("streamer.measuring.pass_memory.ROWS", 40)
 
     def run(output: Path, **options: Any) -> streamer.Evaluation:
         given = {"general": home / "general.npy", "task": home / "task.npy", "other": home / "some.npy"}

@@ -34,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_progress_by_turns_is_even(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of sequences run by turns, and each step is about as long as the others."""
-    monkeypatch.setattr("streamer.fitting.memory.ROWS", 54)
+    monkeypatch.setattr("streamer.fitting.fit_memory.ROWS", 54)
     monkeypatch.setattr("streamer.fitting.prepare.ROWS", 54)
     steps: list[Event] = []
     streamer.fit_coefficients(

@@ -24,15 +24,15 @@ from worker_runs import (
 )
 
 import streamer
+from streamer.detection.detect import detect_to_files
 from streamer.detection.device import choose_device
 from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.parts import Part
-from streamer.detection.run import detect_to_files
 from streamer.errors import FormatError, MismatchError, MissingInputError, OutputExistsError, UsageError
 from streamer.events import Event
 from streamer.linalg.torch_state import threads
 from streamer.plan.batch import make_batch
-from streamer.plan.memory import resident_bytes
+from streamer.plan.memory_estimate import resident_bytes
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     home = tmp_path_factory.mktemp("evaluation")
     make_learned(home, sequences=6, length=12)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamer.measuring.memory.ROWS", 40)
+        patch.setattr("streamer.measuring.pass_memory.ROWS", 40)
         Job(home, b"").run(home / "whole.json")
     return Job(home, (home / "whole.json").read_bytes())
 
@@ -56,10 +56,10 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 @pytest.fixture(autouse=True)
 def small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows at a time: each pass has one sequence under two variants."""
-    monkeypatch.setattr("streamer.measuring.memory.ROWS", 40)
+    monkeypatch.setattr("streamer.measuring.pass_memory.ROWS", 40)
 
 
-FEW_ROWS = "import streamer.measuring.memory as m; m.ROWS = 40"
+FEW_ROWS = "import streamer.measuring.pass_memory as m; m.ROWS = 40"
 
 
 def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path) -> None:

@@ -55,11 +55,11 @@ class Job(NamedTuple):
 
 
 def few_rows(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("streamer.measuring.memory.ROWS", 80)
-    patch.setattr("streamer.fitting.memory.ROWS", 54)
+    patch.setattr("streamer.measuring.pass_memory.ROWS", 80)
+    patch.setattr("streamer.fitting.fit_memory.ROWS", 54)
 
 
-FEW_ROWS = "import streamer.measuring.memory as e, streamer.fitting.memory as f; e.ROWS, f.ROWS = 80, 54"
+FEW_ROWS = "import streamer.measuring.pass_memory as e, streamer.fitting.fit_memory as f; e.ROWS, f.ROWS = 80, 54"
 
 
 @pytest.fixture(scope="module")

@@ -22,14 +22,14 @@ import streamer
 from streamer.api.options import Settings
 from streamer.errors import UsageError
 from streamer.events import Monitor
-from streamer.fitting.memory import collecting_bytes, gradient_bytes, states_bytes
+from streamer.fitting.fit_memory import collecting_bytes, gradient_bytes, states_bytes
 from streamer.fitting.points import factors_of, through
 from streamer.linalg.feedback import InputPair, WeightDelta, corrected
 from streamer.linalg.regmean import DIRECT_BYTES, answers
 from streamer.linalg.second_moments import Moments, RowMoments, leading_vectors
 from streamer.linalg.torch_state import threads
 from streamer.measuring.losses import measure
-from streamer.measuring.memory import TRANSFORMERS_BYTES, pass_bytes
+from streamer.measuring.pass_memory import TRANSFORMERS_BYTES, pass_bytes
 from streamer.measuring.statistics import MEASURES
 from streamer.plan.base_plan import make_base_plan
 from streamer.plan.plan import Plan, make_plan

@@ -159,7 +159,7 @@ def test_accuracies_are_those_of_merged_models(tmp_path: Path, monkeypatch: pyte
         "task": lines(tmp_path / "task.jsonl", *task),
         "other": lines(tmp_path / "other.jsonl", *other),
     }
-    monkeypatch.setattr("streamer.measuring.memory.ROWS", 300)
+    monkeypatch.setattr("streamer.measuring.pass_memory.ROWS", 300)
     e = streamer.evaluate_variants(base, adapter, tmp_path / "e.json", methods=["shrink"], lambdas=[0.5], keep=1.0,
                                    sequences=100, on_event=lambda event: None, **texts)  # fmt: skip
     tree = json.loads((tmp_path / "e.json").read_text())

@@ -20,10 +20,10 @@ from seeds import vary
 from torch import Tensor
 
 import streamer
-from streamer.detection.memory import float64_way
+from streamer.detection.detection_memory import float64_way
 from streamer.detection.options import DetectionOptions
 from streamer.plan.batch import Batch, make_batch
-from streamer.plan.memory import resident_bytes
+from streamer.plan.memory_estimate import resident_bytes
 
 M, N, RANK = 4096, 3072, 8
 MODULE = "model.layers.0.mlp.up_proj"

@@ -12,7 +12,7 @@ READ = """
 import re
 from pathlib import Path
 
-from streamer.plan.memory import PROCESS_BYTES
+from streamer.plan.memory_estimate import PROCESS_BYTES
 import streamer.cli.commands, streamer.api.writing
 
 print(PROCESS_BYTES, re.search(r"RssAnon:\\s*([0-9]+) kB", Path("/proc/self/status").read_text())[1])

@@ -17,14 +17,14 @@ from forks import Outcome, server
 from helpers import write_adapter, write_sharded
 from seeds import vary
 
+from streamer.detection.detection_memory import detection_estimates
 from streamer.detection.findings_size import findings_bytes
-from streamer.detection.memory import detection_estimates
 from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
 from streamer.forecast import forecast as forecast_module
 from streamer.forecast.forecast import Forecast, forecast_commands, forecast_detection
 from streamer.plan.batch import Batch
-from streamer.plan.memory import resident_bytes
+from streamer.plan.memory_estimate import resident_bytes
 from streamer.plan.plan import Plan, make_plan
 
 NAMES = {

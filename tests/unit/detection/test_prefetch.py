@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from seeds import vary
 
+from streamer.detection.detect import detect_all
 from streamer.detection.matrices import detect_matrix
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.prefetch import Prefetcher, read_ahead
-from streamer.detection.run import detect_all
 from streamer.events import Event, Monitor
 from streamer.plan.batch import Batch
 from streamer.plan.plan import Plan, make_plan

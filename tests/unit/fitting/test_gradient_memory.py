@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from streamer.errors import UsageError
-from streamer.fitting.memory import gradient_bytes, plan_chunks
+from streamer.fitting.fit_memory import gradient_bytes, plan_chunks
 from streamer.measuring.sequences import TextSequences
 from streamer.streaming.model import ModelSize
 

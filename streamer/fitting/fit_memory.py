@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from streamer.fitting.options import WEIGHTS
 from streamer.linalg import conjugate_gradients, regmean
-from streamer.measuring.memory import TRANSFORMERS_BYTES, parts, rows_within
+from streamer.measuring.pass_memory import TRANSFORMERS_BYTES, parts, rows_within
 from streamer.measuring.sequences import TextSequences
 from streamer.plan.plan import Plan
 from streamer.streaming.gradients import GRADIENT_LOGIT_BYTES
@@ -37,7 +37,7 @@ def gradient_bytes(size: ModelSize, resident: int, rows: int, length: int) -> in
     Parameters
     ----------
     resident
-        Bytes between two steps; see `plan.memory.resident_bytes`.
+        Bytes between two steps; see `plan.memory_estimate.resident_bytes`.
     rows
         Tokens that run together.
     length

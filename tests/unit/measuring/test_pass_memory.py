@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from streamer.errors import UsageError
-from streamer.measuring.memory import Pass, measured_bytes, pass_bytes, plan_passes
+from streamer.measuring.pass_memory import Pass, measured_bytes, pass_bytes, plan_passes
 from streamer.measuring.passes import checked_tokens, longest_padded
 from streamer.measuring.sequences import TextSequences
 from streamer.streaming.model import ModelSize

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
+from streamer.detection.detection_memory import detection_estimates, kept_bytes
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_file import FindingsHead, remove_leftovers
 from streamer.detection.findings_size import FindingsSize, check_findings_space, findings_bytes
 from streamer.detection.findings_writer import FindingsWriter, inspect_findings_output, interrupted_run, journal_head
 from streamer.detection.matrices import detect_in_turn
 from streamer.detection.matrix_finding import MatrixFinding
-from streamer.detection.memory import detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions, Run, RunOptions
 from streamer.detection.parts import finished_parts, remove_parts
 from streamer.detection.work import Work
@@ -24,7 +24,7 @@ from streamer.detection.workers import detect_on_workers, inputs_of
 from streamer.errors import OutputExistsError
 from streamer.events import Event
 from streamer.plan.batch import Assignment, Batch
-from streamer.plan.memory import check_budget, resident_bytes
+from streamer.plan.memory_estimate import check_budget, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.storage.files import make_directory
 from streamer.storage.output_checks import touch

@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from streamer.detection.detect import detect_to_files, naming_inputs
+from streamer.detection.detection_memory import detection_estimates
 from streamer.detection.findings_file import remove_leftovers
-from streamer.detection.memory import detection_estimates
 from streamer.detection.options import Run, RunOptions
-from streamer.detection.run import detect_to_files, naming_inputs
 from streamer.detection.workers import inputs_of
 from streamer.errors import FormatError
 from streamer.events import Event, Monitor, OutputState
@@ -30,7 +30,7 @@ from streamer.output.records import MitigatedMatrix, Record, Written, certified_
 from streamer.output.shards import MadeShard, ShardTask, describe, in_step
 from streamer.output.truncation import output_warnings
 from streamer.plan.batch import Batch
-from streamer.plan.memory import check_budget, resident_bytes
+from streamer.plan.memory_estimate import check_budget, resident_bytes
 from streamer.storage.atomic_file import remove_partials
 from streamer.storage.header import TensorInfo
 from streamer.storage.lock import locked

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from streamer.detection.cost import Way, working_bytes
 from streamer.detection.options import DetectionOptions
-from streamer.plan.memory import MemoryEstimate, factor_bytes
+from streamer.plan.memory_estimate import MemoryEstimate, factor_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.weights.base import Weight

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from streamer.detection.detect import detect_in_memory
 from streamer.detection.findings import Findings
 from streamer.detection.findings_file import lock_of, remove_leftovers
-from streamer.detection.run import detect_in_memory
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.identity import joined_facts, with_digest
 from streamer.evaluation.prepare import Prepared

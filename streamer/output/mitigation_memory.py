@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamer.plan.memory import factor_bytes
+from streamer.plan.memory_estimate import factor_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 

@@ -11,7 +11,7 @@ from streamer.streaming.lazy import BLOCK_BYTES
 from streamer.streaming.model import ModelSize, vocabulary_block
 
 TRANSFORMERS_BYTES = 150 << 20
-"""Anonymous memory for importing transformers and building a model, in addition to `plan.memory.resident_bytes`."""
+"""Anonymous memory for importing transformers and building a model, in addition to `plan.memory_estimate.resident_bytes`."""
 
 ROWS = 4096
 """Rows that run together if no budget requires fewer; reading the weights is then about a hundredth of the time."""
@@ -48,7 +48,7 @@ def pass_bytes(size: ModelSize, resident: int, rows: int, length: int) -> int:
     Parameters
     ----------
     resident
-        Bytes in use between two steps; see `plan.memory.resident_bytes`.
+        Bytes in use between two steps; see `plan.memory_estimate.resident_bytes`.
     rows
         Tokens, counted for each variant.
     length
