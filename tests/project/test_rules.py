@@ -98,7 +98,7 @@ BUDGET = {
     "adapters": 1_280,
     "fitting": 1_975,
     "report": 1_036,
-    "weights": 1_011,
+    "weights": 1_012,
     "linalg": 1_168,
     "peft": 800,
     "remote": 640,

@@ -56,11 +56,12 @@ class Scaled(QuantizedWeight):
                 f"{where}: shape {list(weight.shape)} and scale {list(scale.shape)} do not fit; get index and shards of one version"
             )
         mx = scale.dtype in EXPONENTS or config.get("format") == "mxfp8-quantized"
-        stored = weight.dtype, scale.dtype, block
-        if mx and config.get("quant_method") == "compressed-tensors" and stored != ("F8_E4M3", "U8", (1, 32)):
+        sizes = [w.get("group_size") for w in stated_weights(config)] or [32]
+        fits = (weight.dtype, scale.dtype, block) == ("F8_E4M3", "U8", (1, 32)) and 32 in sizes
+        if mx and config.get("quant_method") == "compressed-tensors" and not fits:
             raise UnsupportedError(
                 f"{where}: expected MXFP8, F8_E4M3 with a U8 scale for 32 inputs, found {weight.dtype} {list(weight.shape)} with "
-                f"{scale.dtype} {list(scale.shape)}; use the 16-bit model"
+                f"{scale.dtype} {list(scale.shape)}, for {sizes} inputs by the config; use the 16-bit model"
             )
         m, n = weight.shape[-2:]
         kind = "tensor" if block == (m, n) else "channel" if block == (1, n) else f"{block[0]}x{block[1]}"

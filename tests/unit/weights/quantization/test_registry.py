@@ -137,6 +137,8 @@ def float_groups(form: str, **weights) -> dict:
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
 
 
+MXFP8 = float_groups("mxfp8-quantized", num_bits=8, group_size=32)
+
 BROKEN = {
     "nvfp4: no scale of the tensor": (
         {k: t for k, t in NVFP4.items() if "global" not in k}, float_groups("nvfp4-pack-quantized"), "do not fit"
@@ -175,17 +177,22 @@ BROKEN = {
         "in groups of 32, but",
     ),
     "mxfp8: groups of 96": (
-        {"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS[:, :1]}, float_groups("mxfp8-quantized"), "expected MXFP8"
+        {"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS[:, :1]}, MXFP8, "expected MXFP8"
     ),
     "mxfp8: two rows a scale": (
-        {"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS[:32]}, float_groups("mxfp8-quantized"), "expected MXFP8"
+        {"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS[:32]}, MXFP8, "expected MXFP8"
+    ),
+    "mxfp8: groups of 64 in the config": (
+        {"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS},
+        float_groups("mxfp8-quantized", num_bits=8, group_size=64),
+        r"for \[64\] inputs by the config",
     ),
     "mxfp8: scales that are no exponents": (
-        {"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(64, 3)}, float_groups("mxfp8-quantized"), "expected MXFP8"
+        {"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(64, 3)}, MXFP8, "expected MXFP8"
     ),
     "mxfp8: exponents of another dtype, which the library reads otherwise": (
         {"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS.view(torch.float8_e8m0fnu)},
-        float_groups("mxfp8-quantized"),
+        MXFP8,
         "expected MXFP8",
     ),
     "modelopt: scales of the inputs": (
