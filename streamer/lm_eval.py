@@ -42,7 +42,7 @@ from streamer.measuring.sequences import TextSequences
 from streamer.measuring.task import run_pass
 from streamer.measuring.tokenizer import load_tokenizer, tokenizer_directory
 from streamer.output.prepare import load_given
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import resident_bytes
 from streamer.streaming.extra import require_transformers
 from streamer.streaming.model import StreamingModel
@@ -232,7 +232,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         if self._given is not None or not any(v.scales_intruders for v in self._variants):
             return None if self._given is None else self._given.findings
         plan = self._model.job.plan
-        return detect_in_memory(Batch(plan.base, (plan,)), self._detection, self._run)[0]
+        return detect_in_memory(AdapterBatch(plan.base, (plan,)), self._detection, self._run)[0]
 
     def _measure(self, asked: Sequence[tuple[np.ndarray, int]], disable_tqdm: bool) -> None:
         """Run the passes that answer requests, and store the results after each pass."""
@@ -243,7 +243,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         ids, counted = zip(*((ids, np.arange(len(ids)) >= len(ids) - count) for ids, count in asked), strict=True)
         text = TextSequences(ids, counted, REQUESTS)
         job, size, plan = self._model.job, self._model.size, self._model.job.plan
-        resident, texts = resident_bytes(Batch(plan.base, (plan,))), {REQUESTS: text}
+        resident, texts = resident_bytes(AdapterBatch(plan.base, (plan,))), {REQUESTS: text}
 
         def divided(one_length: bool) -> list[Any]:
             return plan_passes(texts, len(variants), size, resident, self._detection.max_memory, one_length)

@@ -83,14 +83,14 @@ def install(clocks: Clocks) -> None:
 def gradient_passes(plan: Any, text: Any, coefficients: Any, directory: Path) -> tuple[list[Callable[[], Any]], int]:
     """Two gradient passes, of which the first runs the base, too, and the estimate of their memory."""
     from streamer.fitting.fit_memory import gradient_bytes
-    from streamer.plan.batch import Batch
+    from streamer.plan.batch import AdapterBatch
     from streamer.plan.memory_estimate import resident_bytes
     from streamer.streaming.gradients import GradientModel
 
     model = GradientModel(plan, directory=directory)
     values = {name: matrix.values for name, matrix in coefficients.matrices.items()}
     rows = len(text.ids) * text.longest
-    estimate = gradient_bytes(model.size, resident_bytes(Batch(plan.base, (plan,))), rows, text.longest)
+    estimate = gradient_bytes(model.size, resident_bytes(AdapterBatch(plan.base, (plan,))), rows, text.longest)
     return 2 * [lambda: model.gradient(text, values, "base")], estimate
 
 
@@ -99,12 +99,12 @@ def measure_passes(plan: Any, text: Any, coefficients: Any) -> list[Callable[[],
     from streamer.measuring.losses import measure
     from streamer.methods import UNCHANGED, Fitted
     from streamer.streaming.model import StreamingModel, vocabulary_block
-    from streamer.streaming.values import Job
+    from streamer.streaming.values import VariantSet
     from streamer.streaming.variants import BASE, Variant
 
     options = UNCHANGED, Fitted(coefficients=coefficients)
     variants = Variant(BASE, None), *map(Variant.of, options)
-    model = StreamingModel(Job(plan, variants, None))
+    model = StreamingModel(VariantSet(plan, variants, None))
     return [lambda: measure(model, text, vocabulary_block(3 * len(text.ids) * text.longest))]
 
 

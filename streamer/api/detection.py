@@ -19,7 +19,7 @@ from streamer.detection.parts import Part
 from streamer.detection.workers import shared
 from streamer.events import Monitor, OutputState
 from streamer.forecast.forecast import forecast_detection, on_workers, shared_by_detections, together
-from streamer.plan.batch import Batch, make_batch
+from streamer.plan.batch import AdapterBatch, make_batch
 from streamer.plan.memory_estimate import resident_bytes
 from streamer.workers.engine import Workers
 
@@ -91,7 +91,7 @@ class _Opened:
     """A detection whose inputs are open."""
 
     adapters: One | Several
-    batch: Batch
+    batch: AdapterBatch
     output: Path | None
     paths: Sequence[Path]
     options: DetectionOptions
@@ -121,7 +121,7 @@ class _Opened:
             for plan, path, (state, _), forecast in zip(plans, self.paths, states, forecasts, strict=True)
         ]
         todo = tuple(plan for plan, (state, _) in zip(plans, states, strict=True) if state != "done")
-        shared = shared_by_detections(Batch(self.batch.base, todo))
+        shared = shared_by_detections(AdapterBatch(self.batch.base, todo))
         return dry_runs(self.adapters, self.output, found, together(forecasts, shared))
 
 

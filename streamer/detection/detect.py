@@ -23,7 +23,7 @@ from streamer.detection.work import Work
 from streamer.detection.workers import detect_on_workers, inputs_of
 from streamer.errors import OutputExistsError
 from streamer.events import Event
-from streamer.plan.batch import Assignment, Batch
+from streamer.plan.batch import AdapterBatch, Assignment
 from streamer.plan.memory_estimate import check_budget, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.storage.files import make_directory
@@ -31,7 +31,7 @@ from streamer.storage.output_checks import touch
 from streamer.units import counted
 
 
-def detect_all(batch: Batch, options: DetectionOptions, run: Run, resident: int,
+def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, resident: int,
                writers: Sequence[FindingsWriter] = ()) -> Iterator[tuple[int, MatrixFinding]]:  # fmt: skip
     """Detect in every target of a batch, in the base's file order, and yield each finding with its plan's number.
 
@@ -69,7 +69,7 @@ def detect_all(batch: Batch, options: DetectionOptions, run: Run, resident: int,
     monitor.emit(Event("detect", "", total, total, of, of))
 
 
-def detect_in_memory(batch: Batch, options: DetectionOptions, run: Run) -> list[Findings]:
+def detect_in_memory(batch: AdapterBatch, options: DetectionOptions, run: Run) -> list[Findings]:
     """Detect and keep each plan's findings in memory, which the budget includes."""
     kept = sum(kept_bytes(plan, t, options) for plan in batch.plans for t in plan.targets)
     found: list[dict[str, MatrixFinding]] = [{} for _ in batch.plans]
@@ -83,7 +83,7 @@ def detect_in_memory(batch: Batch, options: DetectionOptions, run: Run) -> list[
     return made
 
 
-def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptions, run: Run, resident: int,
+def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run, resident: int,
                     sizes: Sequence[FindingsSize] = ()) -> list[Findings]:  # fmt: skip
     """Detect, journal each matrix, and write each plan's findings file; seconds are this run's.
 
@@ -126,7 +126,7 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
             for count in sorted({writer.threads for writer in writers} - {now}):
                 text = f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over with {now}"
                 monitor.emit(Event("note", text))
-            pending = Batch(batch.base, tuple(one.plan for one in todo))
+            pending = AdapterBatch(batch.base, tuple(one.plan for one in todo))
             for i, finding in detect_all(pending, options, run, resident, writers):
                 writers[i].add(finding)
                 seconds[writers[i].path, finding.tensor] = finding.seconds
@@ -148,7 +148,7 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
 
 
 def inspect_detections(
-    batch: Batch, paths: Sequence[Path], options: DetectionOptions, run: RunOptions
+    batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: RunOptions
 ) -> list[tuple[str, FindingsSize]]:
     """Check without writing what `detect_to_files` would do: for each plan ``new``, ``resume`` or ``done``, and `findings_bytes`.
 
@@ -208,7 +208,7 @@ def naming_inputs(plan: Plan, paths: Sequence[Path], overwrite: bool) -> Iterato
 
 
 def _places(
-    batch: Batch, paths: Sequence[Path], options: DetectionOptions, overwrite: bool, resident: int
+    batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, overwrite: bool, resident: int
 ) -> list[_Place]:
     """Check before detection where findings go and which are finished."""
     _check_budgets(batch, options, resident)
@@ -224,6 +224,6 @@ def _places(
     return places
 
 
-def _check_budgets(batch: Batch, options: DetectionOptions, resident: int) -> None:
+def _check_budgets(batch: AdapterBatch, options: DetectionOptions, resident: int) -> None:
     needs = (need for plan in batch.plans for need in detection_estimates(plan, options, resident))
     check_budget(needs, options.max_memory)

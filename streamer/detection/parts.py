@@ -14,7 +14,7 @@ from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_file import FindingsHead, remove_leftovers
 from streamer.detection.options import DetectionOptions
 from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UsageError
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.storage.files import remove_file
@@ -42,10 +42,12 @@ class Part:
         """
         return replace(plan, targets=_divided(plan.targets, options, self.count)[self.number - 1])
 
-    def take(self, batch: Batch, paths: Sequence[Path], options: DetectionOptions) -> tuple[Batch, list[Path]]:
+    def take(
+        self, batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions
+    ) -> tuple[AdapterBatch, list[Path]]:
         """Reduce plans and the paths of their findings to the part."""
         plans = tuple(self.of(plan, options) for plan in batch.plans)
-        return Batch(batch.base, plans), [self.path(path) for path in paths]
+        return AdapterBatch(batch.base, plans), [self.path(path) for path in paths]
 
 
 def _divided(targets: Sequence[Target], options: DetectionOptions, count: int) -> list[tuple[Target, ...]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.options import DetectionOptions
-from streamer.plan.batch import Assignment, Batch, SharedGroup
+from streamer.plan.batch import AdapterBatch, Assignment, SharedGroup
 
 Begin = Callable[[Assignment], None]
 """Called before each matrix."""
@@ -30,7 +30,7 @@ class Work:
         Bytes in memory between two steps; see `resident_bytes`.
     """
 
-    batch: Batch
+    batch: AdapterBatch
     groups: Sequence[SharedGroup]
     options: DetectionOptions
     threads: Sequence[int]

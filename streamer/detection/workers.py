@@ -15,7 +15,7 @@ from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.work import Begin, Found, Work
 from streamer.events import Monitor
-from streamer.plan.batch import Assignment, Batch, SharedGroup
+from streamer.plan.batch import AdapterBatch, Assignment, SharedGroup
 from streamer.plan.memory_estimate import resident_bytes
 from streamer.plan.targets import Target
 from streamer.workers.engine import Workers
@@ -57,7 +57,7 @@ class DetectTask(Task[list[tuple[int, MatrixFinding]]]):
         """Name the first matrix."""
         return self.groups[0][0].tensor
 
-    def do(self, batch: Batch, monitor: Monitor) -> list[tuple[int, MatrixFinding]]:
+    def do(self, batch: AdapterBatch, monitor: Monitor) -> list[tuple[int, MatrixFinding]]:
         """Detect in the task's matrices."""
         plans, targets = batch.plans, _targets(batch)
         groups = [SharedGroup(Assignment(i, targets[i][tensor]) for i, tensor in one) for one in self.groups]
@@ -69,12 +69,12 @@ class DetectTask(Task[list[tuple[int, MatrixFinding]]]):
         return found
 
 
-def inputs_of(batch: Batch, run: RunOptions) -> Inputs:
+def inputs_of(batch: AdapterBatch, run: RunOptions) -> Inputs:
     """Describe the inputs of a run."""
     return Inputs.of(batch, run.io, run.stated, run.architecture)
 
 
-def shared(workers: Workers, batch: Batch, options: DetectionOptions, resident: int) -> DetectionOptions:
+def shared(workers: Workers, batch: AdapterBatch, options: DetectionOptions, resident: int) -> DetectionOptions:
     """Divide the allowed memory among this process and its workers; see `Workers.share`."""
     results = [kept_bytes(plan, target, options) for plan in batch.plans for target in plan.targets]
     own = resident_bytes(batch) + workers.at_once * TASK_MATRICES * max(results, default=0)
@@ -97,7 +97,7 @@ def detect_on_workers(work: Work, workers: Workers, inputs: Inputs, device: torc
                 yield Assignment(i, targets[i][finding.tensor]), finding
 
 
-def _targets(batch: Batch) -> list[dict[str, Target]]:
+def _targets(batch: AdapterBatch) -> list[dict[str, Target]]:
     """Return each plan's targets by their tensors."""
     return [{target.tensor: target for target in plan.targets} for plan in batch.plans]
 

@@ -22,10 +22,10 @@ from streamer.measuring.passes import answered, measure_variants, needs_one_leng
 from streamer.measuring.progress import RunProgress
 from streamer.measuring.result_file import Records, computing
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.lock import locked
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import Variant
 from streamer.workers.engine import kept
 
@@ -122,7 +122,7 @@ class _Run:
         prepared, variants = self.prepared, request.variants
         what = f"{request.eighths.start} {json.dumps([variant.name for variant in variants])}"
 
-        def job(chosen: tuple[Variant, ...]) -> Job:
+        def job(chosen: tuple[Variant, ...]) -> VariantSet:
             return replace(prepared.model.job, variants=chosen, findings=self._findings_for(variants))
 
         passes, *later = (prepared.passes(*size) for size in (request.size, *request.later))
@@ -151,6 +151,6 @@ class _Run:
         if prepared.findings is not None:
             return prepared.findings.findings
         if self._findings is None:
-            batch = Batch(prepared.plan.base, (prepared.plan,))
+            batch = AdapterBatch(prepared.plan.base, (prepared.plan,))
             (self._findings,) = detect_in_memory(batch, prepared.detection, prepared.run)
         return self._findings

@@ -16,7 +16,7 @@ from streamer.methods.coefficients import Coefficients
 from streamer.methods.fit_set import CoefficientsRecord
 from streamer.methods.input_map import InputMap
 from streamer.plan.plan import Plan
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import Variant, make_variants
 
 ProductDtype = Literal["float32", "bf16"]
@@ -70,9 +70,9 @@ class EvaluationOptions:
             return []
         return [Variant.of(Shrink(lam)) for lam in {round(part * self.keep, 3): 0 for part in SHRINKS} if lam < 1]
 
-    def job(self, plan: Plan, device: torch.device) -> Job:
+    def job(self, plan: Plan, device: torch.device) -> VariantSet:
         """Describe how to compute all variants; deltas that need findings are available only once findings are set."""
-        return Job(plan, self.variants, None, self.projected, self.dtype == "bf16", device)
+        return VariantSet(plan, self.variants, None, self.projected, self.dtype == "bf16", device)
 
     def fitted_record(self) -> list[CoefficientsRecord]:
         """Describe the sets of coefficients that are evaluated."""

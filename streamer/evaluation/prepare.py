@@ -29,7 +29,7 @@ from streamer.methods import UNCHANGED
 from streamer.methods.coefficients import Coefficients
 from streamer.output.job import GivenFindings
 from streamer.output.prepare import OutputOptions, check_coefficients, check_map, open_jobs
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import MemoryEstimate, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.streaming.extra import require_transformers
@@ -87,7 +87,7 @@ class Prepared:
     @property
     def resident(self) -> int:
         """Estimate the bytes that stay in memory between two steps."""
-        return resident_bytes(Batch(self.plan.base, (self.plan,)))
+        return resident_bytes(AdapterBatch(self.plan.base, (self.plan,)))
 
     @property
     def needs_findings(self) -> bool:
@@ -178,7 +178,7 @@ def _shared(
     """Divide the memory budget among this process and its workers, if any; see `Workers.share`."""
     if run.workers is None or detection.max_memory is None:
         return detection
-    resident, carried = resident_bytes(Batch(plan.base, (plan,))), len(describe(model.job))
+    resident, carried = resident_bytes(AdapterBatch(plan.base, (plan,))), len(describe(model.job))
     carried += sum(kept_bytes(plan, target, detection) for target in plan.targets) if detects else 0
     one = pass_bytes(model.size, resident, 2 * longest, longest) + 2 * carried
     needs = [MemoryEstimate(f"a sequence of {longest} tokens under two variants", (), one)]

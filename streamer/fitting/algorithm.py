@@ -37,7 +37,7 @@ SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
-class FitOptions:
+class Problem:
     """What to fit.
 
     Attributes
@@ -76,7 +76,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Measure:
-    """Asks for losses on the sequences held apart with each of some coefficients (P,): the answer is a `HeldOut`."""
+    """Asks for losses on the sequences held apart with each of some coefficients (P,): the answer is a `HeldOutAnswer`."""
 
     coefficients: tuple[Floats, ...]
 
@@ -90,7 +90,7 @@ class Slope:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutAnswer:
     """Answers `Measure`: sums of both texts' sequences held apart; variants are the base, the adapter as it is, then those asked for."""
 
     general: SequenceSums
@@ -98,7 +98,7 @@ class HeldOut:
 
 
 Request = Gradient | Measure
-Answer = Slope | HeldOut
+Answer = Slope | HeldOutAnswer
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class FittedPoint:
     forgetting: Estimate
 
 
-def fit_steps(options: FitOptions) -> Generator[Request, Answer, tuple[FittedPoint, ...]]:
+def fit_steps(options: Problem) -> Generator[Request, Answer, tuple[FittedPoint, ...]]:
     """Fit coefficients for each share of the learning; yields requests, is sent their answers, returns a point for each share."""
     P = options.count
     zero = FrontPoint(float("nan"), np.zeros(P), 0.0)
@@ -153,7 +153,7 @@ def fit_steps(options: FitOptions) -> Generator[Request, Answer, tuple[FittedPoi
     return tuple(_chosen(options.keep, found, held))
 
 
-def _chosen(keep: Sequence[float], found: Sequence[Sequence[FrontPoint]], held: HeldOut) -> Iterator[FittedPoint]:
+def _chosen(keep: Sequence[float], found: Sequence[Sequence[FrontPoint]], held: HeldOutAnswer) -> Iterator[FittedPoint]:
     """Choose for each share among the points that were found for it, and measured one after the other."""
     row = 2  # after the base and the adapter
     for wanted, points in zip(keep, found, strict=True):
@@ -169,7 +169,7 @@ def _chosen(keep: Sequence[float], found: Sequence[Sequence[FrontPoint]], held: 
         )
 
 
-def _sampled(options: FitOptions, wanted: Sequence[float]) -> Generator[Request, Answer, Front]:
+def _sampled(options: Problem, wanted: Sequence[float]) -> Generator[Request, Answer, Front]:
     """Sample both texts at the ends and then at points of the front that the samples so far give, for shares that are wanted."""
     zero, one = np.zeros(options.count), np.ones(options.count)
     known = options.objective == "kl"
@@ -191,9 +191,9 @@ def _sample(text: Text, point: Floats) -> Generator[Request, Answer, Sample]:
     return Sample(point, answer.value, answer.gradient)
 
 
-def _measure(coefficients: Sequence[Floats]) -> Generator[Request, Answer, HeldOut]:
+def _measure(coefficients: Sequence[Floats]) -> Generator[Request, Answer, HeldOutAnswer]:
     answer = yield Measure(tuple(coefficients))
-    assert isinstance(answer, HeldOut)
+    assert isinstance(answer, HeldOutAnswer)
     return answer
 
 

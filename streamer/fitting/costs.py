@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-from streamer.fitting.algorithm import Answer, Gradient, HeldOut, Request, Slope, fit_steps
+from streamer.fitting.algorithm import Answer, Gradient, HeldOutAnswer, Request, Slope, fit_steps
 from streamer.fitting.groups import divided, group_costs
 from streamer.fitting.options import CORRECTIONS, WEIGHTS, FitOptions
 from streamer.fitting.prepare import PreparedFit
@@ -101,7 +101,7 @@ def expected_requests(options: FitOptions, several: bool, base_at_zero: bool) ->
         # That of coefficients of 0 is the base, or was measured among the shrinks.
         asked.append(sum(bool(c.any()) for c in request.coefficients))
         rows = [np.zeros(1), np.ones(1), *request.coefficients]
-        return HeldOut(_sums([row.mean() ** 2 for row in rows]), _sums([(row.mean() - 1) ** 2 for row in rows]))
+        return HeldOutAnswer(_sums([row.mean() ** 2 for row in rows]), _sums([(row.mean() - 1) ** 2 for row in rows]))
 
     answered(fit_steps(options.of_algorithm(2 if several else 1, base_at_zero)), answer)
     return tuple(asked)

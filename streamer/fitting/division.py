@@ -11,7 +11,7 @@ from streamer.measuring.passes import measure_variants, needs_one_length
 from streamer.measuring.progress import RunProgress
 from streamer.measuring.result_file import Records
 from streamer.measuring.statistics import SequenceSums
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import Variant
 
 
@@ -39,7 +39,7 @@ class DividedFit:
         """Measure variants together on the sequences held apart; return their sums by text."""
         own = self.prepared
 
-        def job(chosen: tuple[Variant, ...]) -> Job:
+        def job(chosen: tuple[Variant, ...]) -> VariantSet:
             return replace(own.model.job, variants=chosen, findings=own.findings)
 
         passes = own.passes(len(variants))

@@ -32,7 +32,7 @@ from streamer.streaming.variants import ADAPTER, BASE, Variant
 from streamer.workers.engine import kept
 
 
-class HeldOut:
+class HeldOutText:
     """Sums on the held-out sequences of both texts, of the base and of every θ that was asked about."""
 
     def __init__(self, divided: DividedFit, parameters: Parameters) -> None:
@@ -216,10 +216,10 @@ class _Run(DividedFit):
             prepared.plan.check_unchanged()
             yield chunk, found
 
-    def _losses(self, number: int, request: Measure) -> algorithm.HeldOut:
+    def _losses(self, number: int, request: Measure) -> algorithm.HeldOutAnswer:
         """Measure models on the sequences held apart."""
         self.held.measure(number, request.coefficients)
-        return algorithm.HeldOut(*self._held_sums(request.coefficients))
+        return algorithm.HeldOutAnswer(*self._held_sums(request.coefficients))
 
     def _held_sums(self, thetas: Sequence[Floats]) -> tuple[SequenceSums, SequenceSums]:
         """Return the sums on both texts of the base, the adapter as it is, and models that were measured."""
@@ -232,6 +232,6 @@ class _Run(DividedFit):
         return GradientModel(job.plan, rounds_products=job.rounds_products, directory=self.directory, device=job.device)
 
     @cached_property
-    def held(self) -> HeldOut:
+    def held(self) -> HeldOutText:
         """Measures of the sequences that are held apart, once the logits are checked."""
-        return HeldOut(self, self.parameters)
+        return HeldOutText(self, self.parameters)

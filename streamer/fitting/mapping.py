@@ -35,7 +35,7 @@ from streamer.measuring.tokenizer import tokenizer_directory
 from streamer.methods.input_map import VECTORS, InputMap, load_map
 from streamer.methods.mapped_input import MappedInput
 from streamer.plan.base_plan import make_base_plan
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import MemoryEstimate, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.storage.identities import BaseIdentity
@@ -44,7 +44,7 @@ from streamer.streaming.extra import require_transformers
 from streamer.streaming.model import StreamingModel
 from streamer.streaming.spooled_inputs import ROWS as ROWS_OF_INPUTS
 from streamer.streaming.streams import GENERAL_AS, Group
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import BASE, Variant
 from streamer.units import counted, listed
 from streamer.workers.engine import kept
@@ -154,7 +154,7 @@ class PreparedMap:
     @property
     def resident(self) -> int:
         """Estimate the bytes that stay in memory between two steps."""
-        return resident_bytes(Batch(self.plan.base, (self.plan,)))
+        return resident_bytes(AdapterBatch(self.plan.base, (self.plan,)))
 
     def shared(self) -> PreparedMap:
         """Divide the memory allowed among this process, which has a share as well, and its workers; see `Workers.share`."""
@@ -209,7 +209,9 @@ def prepare_map(base: str | Path, text: Path, options: MapOptions, max_memory: i
     require_transformers()
     plan = make_base_plan(base, run.io, run.architecture)
     run.monitor.warn(plan.base.warnings)
-    job = Job(plan, (Variant(BASE, None),), None, rounds_products=options.dtype == "bf16", device=run.model_device)
+    job = VariantSet(
+        plan, (Variant(BASE, None),), None, rounds_products=options.dtype == "bf16", device=run.model_device
+    )
     model = StreamingModel(job)
     read = read_text(text, tokenizer_directory(plan), sequences=options.sequences, length=options.length,
                      vocabulary=model.vocabulary, positions=model.positions).right()  # fmt: skip

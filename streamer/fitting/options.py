@@ -84,10 +84,10 @@ class FitOptions:
         """Return what coefficients make small."""
         return self.objective or "divergence"
 
-    def of_algorithm(self, count: int, base_at_zero: bool = True) -> algorithm.FitOptions:
-        """Make the options of the algorithm, for so many parameters; see `algorithm.FitOptions`."""
+    def of_algorithm(self, count: int, base_at_zero: bool = True) -> algorithm.Problem:
+        """Make the options of the algorithm, for so many parameters; see `algorithm.Problem`."""
         objective: Literal["kl", "loss"] = "kl" if self.made_small == "divergence" else "loss"
-        return algorithm.FitOptions(count, self.keep, objective, self.steps, base_at_zero)
+        return algorithm.Problem(count, self.keep, objective, self.steps, base_at_zero)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as JSON values."""

@@ -32,12 +32,12 @@ from streamer.measuring.statistics import telling
 from streamer.measuring.texts import sample_digest
 from streamer.methods import UNCHANGED, Paper, make_method
 from streamer.output.prepare import fitting_findings
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import MemoryEstimate, resident_bytes
 from streamer.plan.plan import Plan, make_plan
 from streamer.streaming.extra import require_transformers
 from streamer.streaming.model import StreamingModel
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 from streamer.units import counted, listed
 
@@ -213,7 +213,7 @@ class PreparedFit:
     @property
     def resident(self) -> int:
         """Estimate the bytes that stay in memory between two steps."""
-        return resident_bytes(Batch(self.plan.base, (self.plan,)))
+        return resident_bytes(AdapterBatch(self.plan.base, (self.plan,)))
 
     @cached_property
     def parameters(self) -> Parameters:
@@ -236,7 +236,7 @@ class PreparedFit:
         return UnsupportedError(f"{self.plan.adapter.path}: changes nothing by its deltas, all of which are zero")
 
     @property
-    def of_algorithm(self) -> algorithm.FitOptions:
+    def of_algorithm(self) -> algorithm.Problem:
         """Make the options of the algorithm."""
         return self.options.of_algorithm(self.parameters.count, base_at_zero=not self.unchanged)
 
@@ -324,7 +324,9 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
         findings = fitting_findings(plan, findings, findings.options)
     options = replace(options, grain=chosen_grain(plan, options, run.monitor))
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
-    model = StreamingModel(Job(plan, variants, None, rounds_products=options.dtype == "bf16", device=run.model_device))
+    model = StreamingModel(
+        VariantSet(plan, variants, None, rounds_products=options.dtype == "bf16", device=run.model_device)
+    )
     whole = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
     read = {name: text.right() for name, text in whole.items()}
     files = {name: sample_digest(path) for name, path in texts.items()}

@@ -20,7 +20,7 @@ from streamer.measuring.pass_memory import TRANSFORMERS_BYTES
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.task import one_at_a_time
 from streamer.methods.coefficient_set import Floats
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import MemoryEstimate
 from streamer.plan.plan import Plan
 from streamer.streaming.base_inputs import BaseInputModel
@@ -29,7 +29,7 @@ from streamer.streaming.gradients import Against, GradientModel, TextGradient
 from streamer.streaming.inputs import CollectingModel
 from streamer.streaming.layer_runs import Elsewhere, LayerResult, LayerRun
 from streamer.streaming.model import LoadedModel, ModelSize
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.workers.task import Carried, Found, Packed, Task, keep_last
 
 _models: dict[tuple[type, bool, str, Path | None], LoadedModel] = {}
@@ -44,7 +44,7 @@ class ModelTask(Task[Found]):
     Attributes
     ----------
     rounds_products, device
-        See `Job`; the device by its name.
+        See `VariantSet`; the device by its name.
     directory
         For temporary files, if the worker has it.
     """
@@ -90,7 +90,7 @@ class GradientTask(ModelTask[TextGradient]):
         """Name the text."""
         return f"a gradient on {self.text.name or 'a text'}"
 
-    def do(self, batch: Batch, monitor: Monitor) -> TextGradient:
+    def do(self, batch: AdapterBatch, monitor: Monitor) -> TextGradient:
         """Compute it."""
         with self.model(GradientModel, batch.plans[0]) as model:
             return model.gradient(self.text, self.coefficients.value, self.against)
@@ -108,7 +108,7 @@ class LayerTask(ModelTask[Packed[LayerResult | None]]):
         """Name the layer."""
         return self.layer
 
-    def do(self, batch: Batch, monitor: Monitor) -> Packed[LayerResult | None]:
+    def do(self, batch: AdapterBatch, monitor: Monitor) -> Packed[LayerResult | None]:
         """Run it."""
         (plan,) = batch.plans
         kind: type[CollectingModel] = CorrectedModel if plan.targets else BaseInputModel
@@ -116,12 +116,18 @@ class LayerTask(ModelTask[Packed[LayerResult | None]]):
             return Packed(model.run_layer(self.run.value))
 
 
-def layers_on_workers(job: Job, run: Run, threads: int) -> Elsewhere | None:
+def layers_on_workers(job: VariantSet, run: Run, threads: int) -> Elsewhere | None:
     """Give what runs layers on workers; None if there are none."""
     workers = run.workers
     if workers is None:
         return None
-    common = inputs_of(Batch(job.plan.base, (job.plan,)), run), threads, job.rounds_products, str(job.device), None
+    common = (
+        inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run),
+        threads,
+        job.rounds_products,
+        str(job.device),
+        None,
+    )
 
     def elsewhere(runs: Mapping[int, LayerRun]) -> Iterator[tuple[int, LayerResult | None]]:
         tasks, numbers = [LayerTask(*common, one.layer, Packed(one)) for one in runs.values()], [*runs]
@@ -144,7 +150,7 @@ def gradients_on_workers(prepared: PreparedFit, directory: Path | None, coeffici
     """
     run, job, carried = prepared.run, prepared.model.job, Carried(coefficients)
     assert run.workers is not None
-    inputs = inputs_of(Batch(job.plan.base, (job.plan,)), run)
+    inputs = inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run)
     tasks = [
         GradientTask(inputs, threads, job.rounds_products, str(job.device), directory, carried, text, against)
         for text in chunks.values()

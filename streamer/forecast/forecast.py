@@ -22,11 +22,11 @@ from streamer.linalg.operators import Delta
 from streamer.linalg.svd import OVERSAMPLING
 from streamer.methods import make_method
 from streamer.output.adapter_writer import AdapterWriter
-from streamer.output.job import Job, OwnFile
+from streamer.output.job import FindingsToMake, Job
 from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer
 from streamer.output.write import resident_of
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
@@ -131,8 +131,8 @@ def forecast_commands(
 ) -> dict[str, Forecast | UnsupportedError]:
     """Forecast each command with its defaults, `mitigate` and `merge` from findings; or return the error that refuses it."""
     detection = DetectionOptions()
-    job = Job(plan, make_method(None), detection, device, OwnFile(detection))
-    resident = resident_bytes(Batch(plan.base, (plan,)))
+    job = Job(plan, make_method(None), detection, device, FindingsToMake(detection))
+    resident = resident_bytes(AdapterBatch(plan.base, (plan,)))
     first = forecast_detection(plan, detection, device, resident, findings_bytes(plan, detection), monitor)
     commands: dict[str, Forecast | UnsupportedError] = {"detect": first}
     writers: dict[str, Callable[[Job, Path], Writer]] = {"mitigate": AdapterWriter, "merge": ModelWriter}
@@ -322,7 +322,7 @@ def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | 
     )
 
 
-def shared_by_detections(batch: Batch) -> int:
+def shared_by_detections(batch: AdapterBatch) -> int:
     """Count the bytes of matrices that several plans change, for every plan except the first."""
     return sum(batch.plans[i].weights[target.tensor].nbytes for group in batch.matrices() for i, target in group[1:])
 
@@ -333,4 +333,4 @@ def shared_by_merges(writers: Sequence[Writer]) -> int:
     if not jobs:
         return 0
     base = sum(file.header.file_bytes for job in jobs[1:] for file in job.plan.base.files.values())
-    return base + shared_by_detections(Batch(jobs[0].plan.base, tuple(job.plan for job in jobs if job.detects)))
+    return base + shared_by_detections(AdapterBatch(jobs[0].plan.base, tuple(job.plan for job in jobs if job.detects)))

@@ -20,9 +20,9 @@ from streamer.measuring.pass_memory import TRANSFORMERS_BYTES, measured_bytes
 from streamer.measuring.passes import checked_tokens
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.statistics import MEASURES
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import resident_bytes
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 
 START_SECONDS = 0.5
 """Time before a run's first pass and after its last, in addition to a dry run's: the check of the logits, files."""
@@ -59,12 +59,12 @@ def forecast_evaluation(prepared: Prepared, known: Evaluation | None) -> Forecas
     return _forecast(prepared.model.job, peak, read, writes, writes, seconds)
 
 
-def _forecast(job: Job, peak: int, read: int, writes: int, temporary: int, seconds: float | None) -> Forecast:
+def _forecast(job: VariantSet, peak: int, read: int, writes: int, temporary: int, seconds: float | None) -> Forecast:
     """Assemble a forecast; a device holds everything except the memory between steps, and its time is not estimated."""
     network = network_bytes(job.plan, read)
     if job.device == CPU:
         return Forecast(peak, peak, read, network, writes, temporary, seconds)
-    there = peak - TRANSFORMERS_BYTES - resident_bytes(Batch(job.plan.base, (job.plan,)))
+    there = peak - TRANSFORMERS_BYTES - resident_bytes(AdapterBatch(job.plan.base, (job.plan,)))
     return Forecast(peak, peak, read, network, writes, temporary, None, device_memory_bytes=there)
 
 

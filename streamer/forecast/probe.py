@@ -20,7 +20,7 @@ from streamer.measuring.progress import pass_cost
 from streamer.measuring.sequences import TextSequences
 from streamer.streaming.layers import layer_modules
 from streamer.streaming.model import StreamingModel, giving, vocabulary_block
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 
 PRODUCTS = 5 * 10**10
 """Approximate largest number of multiplications of a timed run: one or two seconds on one core."""
@@ -29,7 +29,7 @@ RUNS = 2
 """Number of runs, of which the fastest counts: the first one reads files and fills caches."""
 
 
-def measure_pace(job: Job, texts: Iterable[TextSequences]) -> float:
+def measure_pace(job: VariantSet, texts: Iterable[TextSequences]) -> float:
     """Measure the main thread's processor seconds per multiplication of passes over texts, as counted by `pass_cost`."""
     ids = max((own for text in texts for own in text.ids), key=len)
     plain = tuple(variant for variant in job.variants if not variant.scales_intruders)[:2]
@@ -42,7 +42,7 @@ def measure_pace(job: Job, texts: Iterable[TextSequences]) -> float:
 class TimedModel(StreamingModel):
     """A model that runs one layer of each class; the other layers return that layer's output."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: VariantSet) -> None:
         super().__init__(job)
         products = self.size.products
         alike: dict[type, list[tuple[nn.Module, int]]] = {}

@@ -20,7 +20,7 @@ from streamer.measuring.task import run_on_workers, run_pass
 from streamer.streaming.logit_checks import changed_by_padding, check_logits
 from streamer.streaming.model import StreamingModel
 from streamer.streaming.run_time import RunTimeTensor
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import Variant
 
 Request = TypeVar("Request")
@@ -55,7 +55,7 @@ def checked_tokens(groups: Iterable[TextSequences]) -> int:
     return 0 if padded is None else len(padded[0]) + padded[1]
 
 
-def padding_changes(job: Job, groups: Sequence[TextSequences], on_read: Callable[[RunTimeTensor], None]) -> bool:
+def padding_changes(job: VariantSet, groups: Sequence[TextSequences], on_read: Callable[[RunTimeTensor], None]) -> bool:
     """Check the logits of a model, and test whether padding changes them for sequences that will run together.
 
     Raises
@@ -99,7 +99,7 @@ def answered(steps: Generator[Request, Answer, Found], answer: Callable[[Request
 
 
 def needs_one_length(
-    job: Job, chosen: bool, groups: Sequence[TextSequences], records: Records, progress: RunProgress
+    job: VariantSet, chosen: bool, groups: Sequence[TextSequences], records: Records, progress: RunProgress
 ) -> bool:
     """Check the logits once, and test whether sequences that run together must have equal lengths.
 
@@ -119,7 +119,7 @@ def needs_one_length(
 
 
 def measure_variants(passes: Sequence[Pass], texts: Mapping[str, TextSequences], variants: Sequence[Variant],
-                     job: Callable[[tuple[Variant, ...]], Job], key: Callable[[int], str], records: Records,
+                     job: Callable[[tuple[Variant, ...]], VariantSet], key: Callable[[int], str], records: Records,
                      progress: RunProgress, run: Run) -> dict[str, SequenceSums]:  # fmt: skip
     """Run the passes that no interrupted run recorded, here or on workers; join the sums by text, and score questions.
 

@@ -19,10 +19,10 @@ from streamer.measuring.losses import measure
 from streamer.measuring.pass_memory import Pass
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.statistics import MEASURES, SequenceSums
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.streaming.model import StreamingModel, vocabulary_block
 from streamer.streaming.run_time import RunTimeTensor
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.workers.task import Carried, Task, keep_last
 
 
@@ -78,7 +78,7 @@ class PassTask(Task[SequenceSums]):
     Attributes
     ----------
     described
-        The model's `Job` without the plan, for all variants of a request.
+        The model's `VariantSet` without the plan, for all variants of a request.
     variants
         Numbers of the variants to run.
     text, where
@@ -95,13 +95,13 @@ class PassTask(Task[SequenceSums]):
         """Return the name of the text."""
         return f"the {self.where} text"
 
-    def do(self, batch: Batch, monitor: Monitor) -> SequenceSums:
+    def do(self, batch: AdapterBatch, monitor: Monitor) -> SequenceSums:
         """Run the pass, on a model that the process keeps for later passes."""
         (plan,), key = batch.plans, (self.described.digest, self.variants)
         with one_at_a_time():
             model = _models.pop(key, None)
             if model is None or model.job.plan is not plan:
-                job = Job(plan=plan, **self.described.value)
+                job = VariantSet(plan=plan, **self.described.value)
                 model = StreamingModel(replace(job, variants=tuple(job.variants[v] for v in self.variants)))
             sums = run_pass(model, self.text, self.where, lambda _tensor: None)
             _models[key] = model
@@ -109,12 +109,12 @@ class PassTask(Task[SequenceSums]):
         return sums
 
 
-def describe(job: Job) -> Carried[Mapping[str, Any]]:
+def describe(job: VariantSet) -> Carried[Mapping[str, Any]]:
     """Describe a model for workers, which make the plan themselves."""
     return Carried({f.name: getattr(job, f.name) for f in fields(job) if f.name != "plan"})
 
 
-def run_on_workers(job: Job, passes: Mapping[int, tuple[Pass, TextSequences]], run: Run, threads: int,
+def run_on_workers(job: VariantSet, passes: Mapping[int, tuple[Pass, TextSequences]], run: Run, threads: int,
                    begin: Callable[[str], None]) -> Generator[tuple[int, SequenceSums], None, None]:  # fmt: skip
     """Run passes on workers, and yield each pass's number and sums as they arrive.
 
@@ -128,7 +128,7 @@ def run_on_workers(job: Job, passes: Mapping[int, tuple[Pass, TextSequences]], r
         Called before each wait, with the name of the pass that has been running longest.
     """
     assert run.workers is not None
-    inputs, described = inputs_of(Batch(job.plan.base, (job.plan,)), run), describe(job)
+    inputs, described = inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run), describe(job)
     tasks = [PassTask(inputs, threads, described, (0, *one.variants), text, one.text) for one, text in passes.values()]
     numbers: Sequence[int] = [*passes]
     stream = run.workers.run(tasks, run.monitor, lambda i: begin(tasks[i].name))

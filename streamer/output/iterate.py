@@ -15,7 +15,7 @@ from streamer.output.job import DetectedOnTheWay, Job
 from streamer.output.loadability import check_merged
 from streamer.output.merge_plan import MergedModel, plan_merged
 from streamer.output.model_writer import merge_estimates
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import check_budget, resident_bytes
 from streamer.storage.buffers import gather
 from streamer.weights.dtypes import as_tensor, in_memory
@@ -26,7 +26,7 @@ def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     model = plan_merged(job.plan, job.dequantize)
     check_merged(job.plan.base.path, job, model)
     most = max(info.nbytes for shard in model.shards().values() for info in shard.header.tensors)
-    resident = resident_bytes(Batch(job.plan.base, (job.plan,)), model.tensor_count)
+    resident = resident_bytes(AdapterBatch(job.plan.base, (job.plan,)), model.tensor_count)
     detecting = detection_estimates(job.plan, job.detection, resident + most) if job.detects else ()
     check_budget(itertools.chain(detecting, merge_estimates(job, model, resident + most)), job.detection.max_memory)
     if job.detects:

@@ -66,7 +66,7 @@ class GivenFindings:
 
 
 @dataclass(frozen=True)
-class OwnFile:
+class FindingsToMake:
     """Findings that the run makes before it writes what needs them, into a file of its own; `GivenFindings` take this one's place then."""
 
     options: DetectionOptions
@@ -92,7 +92,7 @@ class OwnFile:
 
 
 @dataclass(frozen=True)
-class DetectedOnTheWay(OwnFile):
+class DetectedOnTheWay(FindingsToMake):
     """Findings that are made one matrix at a time, as its tensors are.
 
     Attributes
@@ -124,8 +124,8 @@ class DetectedOnTheWay(OwnFile):
         return self.last[target.tensor]
 
 
-FindingsSource = GivenFindings | OwnFile
-"""Source of the findings of a job; `DetectedOnTheWay` is an `OwnFile` that writes none."""
+FindingsSource = GivenFindings | FindingsToMake
+"""Source of the findings of a job; `DetectedOnTheWay` is an `FindingsToMake` that writes none."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from streamer.output.mitigation_memory import mitigation_bytes
 from streamer.output.output_spec import Writer, adapter_spec
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.architectures import architecture_for
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import MemoryEstimate, check_budget, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
@@ -185,7 +185,7 @@ def _least_ranks(job: Job, targets: Sequence[Target], share: float) -> dict[str,
             "to_lora: a share of the energy needs the findings before anything is written; run `streamer detect`, and pass them with "
             "--findings, or pass a rank"
         )
-    plan, resident = job.plan, resident_bytes(Batch(job.plan.base, (job.plan,)))
+    plan, resident = job.plan, resident_bytes(AdapterBatch(job.plan.base, (job.plan,)))
     sizes = {
         target.tensor: mitigation_bytes(plan, target, job.intruders(target), projected=False)
         + (0 if target.module.low_rank else energies_bytes(target.module.shape))

@@ -38,7 +38,7 @@ from streamer.weights.quantization.fp8 import FP8
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class OutputTensor:
     """One tensor of the merged model, in the format's spelling, and how it is made."""
 
     name: str
@@ -65,7 +65,7 @@ class MergedModel:
         What follows from a head that the adapter saves.
     """
 
-    files: Mapping[str, tuple[Output, ...]]
+    files: Mapping[str, tuple[OutputTensor, ...]]
     metadata: Mapping[str, Mapping[str, str]]
     texts: Mapping[str, bytes]
     index: Mapping[str, Any] | None
@@ -132,7 +132,7 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
     )
 
 
-def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, dequantize: bool) -> Output | None:
+def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, dequantize: bool) -> OutputTensor | None:
     """Plan the output of a tensor of the base; None if it is left out."""
     if name in plan.edits.dropped or (dequantize and is_activation_scale(name, weights)):
         return None
@@ -145,10 +145,10 @@ def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, d
         weight = weights[logical]
         assert weight.encoding is not None
         recipe = _merged(plan, weight) if logical in plan.by_weight else Cast(weight)
-        return Output(logical, SPELLINGS[weight.encoding.dtype], weight.shape, recipe)
+        return OutputTensor(logical, SPELLINGS[weight.encoding.dtype], weight.shape, recipe)
     if logical not in plan.by_weight or role not in ("weight", "scale"):
-        return Output(name, stored.info.dtype, stored.info.shape, CopyBytes(stored))
-    return Output(name, stored.info.dtype, stored.info.shape, _merged(plan, weights[logical], role))
+        return OutputTensor(name, stored.info.dtype, stored.info.shape, CopyBytes(stored))
+    return OutputTensor(name, stored.info.dtype, stored.info.shape, _merged(plan, weights[logical], role))
 
 
 def _merged(plan: Plan, weight: Weight, role: str | None = None, stands: StoredTensor | None = None) -> Recipe:
@@ -202,7 +202,7 @@ def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
         )
 
 
-def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | None) -> Output:
+def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | None) -> OutputTensor:
     """Plan a tensor of the merged model; `stored` is the base's own, if it has one."""
     edits = plan.edits
     source = edits.sources.get(name, stored)
@@ -220,10 +220,10 @@ def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | N
     elif source.info.dtype != stands.info.dtype:
         recipe = Cast(weights[name])
     else:
-        return Output(name, source.info.dtype, source.info.shape, CopyBytes(source))
+        return OutputTensor(name, source.info.dtype, source.info.shape, CopyBytes(source))
     encoding = weights[name].encoding
     assert encoding is not None
-    return Output(name, SPELLINGS[encoding.dtype], source.info.shape, recipe)
+    return OutputTensor(name, SPELLINGS[encoding.dtype], source.info.shape, recipe)
 
 
 def _tuned(plan: Plan, target: Target, stands: StoredTensor) -> StoredTensor | None:

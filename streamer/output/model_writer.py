@@ -11,7 +11,7 @@ from streamer.linalg.operators import Delta
 from streamer.methods.method import Needs
 from streamer.output.job import Job
 from streamer.output.loadability import check_merged
-from streamer.output.merge_plan import MergedModel, Output, plan_merged
+from streamer.output.merge_plan import MergedModel, OutputTensor, plan_merged
 from streamer.output.merged_tensors import Recipe, rows_bytes
 from streamer.output.metrics import matrix_metrics
 from streamer.output.mitigation_memory import mitigation_bytes
@@ -44,7 +44,7 @@ class ModelWriter(Writer):
     def timed(self) -> list[tuple[str, Recipe, int]] | None:
         """Give the recipe of the largest tensor of each kind, and the bytes of the kind."""
         sizes = {info.name: info.nbytes for shard in self.spec.shards.values() for info in shard.header.tensors}
-        kinds = defaultdict[type[Recipe] | None, list[Output]](list)
+        kinds = defaultdict[type[Recipe] | None, list[OutputTensor]](list)
         for output in self._outputs.values():
             kinds[output.recipe.cost_kind].append(output)
         if None in kinds:

@@ -16,7 +16,7 @@ from streamer.methods.fit_set import FitSet
 from streamer.methods.input_map import InputMap
 from streamer.methods.method import Method
 from streamer.output.adapter_writer import AdapterWriter
-from streamer.output.job import GivenFindings, Job, OwnFile
+from streamer.output.job import FindingsToMake, GivenFindings, Job
 from streamer.output.lora_writer import LoraWriter
 from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer
@@ -87,7 +87,7 @@ def open_jobs(base: str | Path, adapters: One | Several, findings: Sequence[Find
             check_coefficients(plan, method.coefficients)
         if method.map is not None:
             run.monitor.warn(check_map(plan, method.map))
-    sources = [OwnFile(detection) if found is None else GivenFindings(found) for found in fitting]
+    sources = [FindingsToMake(detection) if found is None else GivenFindings(found) for found in fitting]
     return [
         Job(plan, method, detection, run.device, source, form.dequantize, form.model_card, form.measured)
         for plan, source in zip(batch.plans, sources, strict=True)

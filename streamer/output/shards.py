@@ -16,7 +16,7 @@ from streamer.output.job import Job
 from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer
 from streamer.output.records import MitigatedMatrix
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.storage.buffers import Piece
 from streamer.storage.header import TensorInfo
 from streamer.storage.shard_writer import write_shard
@@ -109,7 +109,7 @@ class ShardTask(Task[PartialShard]):
         """Name the file."""
         return self.shard
 
-    def do(self, batch: Batch, monitor: Monitor) -> PartialShard:
+    def do(self, batch: AdapterBatch, monitor: Monitor) -> PartialShard:
         """Write it."""
         key, plan = (self.described.digest, self.number), batch.plans[self.number]
         writer = _writers.get(key)

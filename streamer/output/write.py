@@ -29,7 +29,7 @@ from streamer.output.record_view import WrittenView
 from streamer.output.records import MitigatedMatrix, Record, Written, certified_count
 from streamer.output.shards import MadeShard, ShardTask, describe, in_step
 from streamer.output.truncation import output_warnings
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import check_budget, resident_bytes
 from streamer.storage.atomic_file import remove_partials
 from streamer.storage.header import TensorInfo
@@ -43,9 +43,9 @@ from streamer.workers.engine import Workers, kept
 from streamer.workers.task import Inputs
 
 
-def batch_of(writers: Sequence[Writer]) -> Batch:
+def batch_of(writers: Sequence[Writer]) -> AdapterBatch:
     """Return the plans of outputs that are made from one base."""
-    return Batch(writers[0].spec.job.plan.base, tuple(writer.spec.job.plan for writer in writers))
+    return AdapterBatch(writers[0].spec.job.plan.base, tuple(writer.spec.job.plan for writer in writers))
 
 
 def resident_of(writers: Sequence[Writer]) -> int:

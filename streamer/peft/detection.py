@@ -18,7 +18,7 @@ from streamer.detection.matrices import detect_matrix
 from streamer.detection.options import DetectionOptions
 from streamer.events import Event, Monitor
 from streamer.peft.plan import LivePlan, plan_live
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import resident_bytes
 
 
@@ -62,7 +62,7 @@ def detect_live(live: LivePlan, options: DetectionOptions, device: torch.device,
     """Detect in one matrix after another; the findings use the names in memory."""
     plan = live.plan
     total, done, matrices = sum(options.cost(target.module.shape) for target in plan.targets), 0, []
-    resident = resident_bytes(Batch(plan.base, (plan,)))
+    resident = resident_bytes(AdapterBatch(plan.base, (plan,)))
     for items, target in enumerate(plan.targets):
         monitor.checkpoint()
         monitor.emit(Event("detect", live.name_in_files(target.tensor), done, total, items, len(plan.targets)))

@@ -14,7 +14,7 @@ from streamer.events import Monitor
 from streamer.methods.fit_set import FitSet
 from streamer.methods.input_map import InputMap
 from streamer.methods.method import Method
-from streamer.output.job import GivenFindings, Job, OwnFile
+from streamer.output.job import FindingsToMake, GivenFindings, Job
 from streamer.output.prepare import check_counts, lacking_inputs, refuse_other_base
 from streamer.peft.detection import findings_for
 from streamer.peft.plan import LivePlan
@@ -40,7 +40,7 @@ def live_job(
     if method.needs_detection:
         found = findings_for(live, findings, judged, device, monitor)
     detection = judged.options()
-    source = OwnFile(detection) if found is None else GivenFindings(found)
+    source = FindingsToMake(detection) if found is None else GivenFindings(found)
     return Job(live.plan, method, detection, device, source), found
 
 

@@ -16,7 +16,7 @@ from streamer.events import Event
 from streamer.linalg.operators import all_finite
 from streamer.linalg.torch_state import threads
 from streamer.output.job import Job
-from streamer.output.merge_plan import Output, plan_merged
+from streamer.output.merge_plan import OutputTensor, plan_merged
 from streamer.output.merged_tensors import AddBias, Cast, CopyBytes
 from streamer.peft.job import live_job
 from streamer.peft.model import LiveModel, quiet_peft
@@ -89,7 +89,7 @@ def merge_and_unload_with_reduced_intruder_dimensions(
             return unloaded(live.live)
 
 
-def _changed(live: LivePlan) -> Iterator[Output]:
+def _changed(live: LivePlan) -> Iterator[OutputTensor]:
     """List the tensors of the base that the merge changes, starting with those that get a parameter of their own.
 
     Modules that the adapter saves are already in the model; they replace the base's when PEFT is removed.
@@ -116,7 +116,7 @@ def _changed(live: LivePlan) -> Iterator[Output]:
         yield output
 
 
-def _checked(live: LivePlan, outputs: list[Output]) -> list[Output]:
+def _checked(live: LivePlan, outputs: list[OutputTensor]) -> list[OutputTensor]:
     """Refuse, before anything changes, tensors that cannot be written and adapters with values that are not finite."""
     for output in outputs:
         tensor = live.tensors.get(output.name)
@@ -133,18 +133,18 @@ def _checked(live: LivePlan, outputs: list[Output]) -> list[Output]:
     return outputs
 
 
-def _nbytes(output: Output) -> int:
+def _nbytes(output: OutputTensor) -> int:
     return torch.Size(output.shape).numel() * TORCH_DTYPES[output.dtype].itemsize
 
 
-def _values(job: Job, output: Output) -> Tensor:
+def _values(job: Job, output: OutputTensor) -> Tensor:
     """Compute a tensor's values in its own dtype."""
     with threads():
         data = gather(output.recipe.pieces(lambda target: job.mitigated(target)[:2]), _nbytes(output))
     return as_tensor(data, TORCH_DTYPES[output.dtype], output.shape)
 
 
-def _write(live: LivePlan, output: Output, values: Tensor) -> None:
+def _write(live: LivePlan, output: OutputTensor, values: Tensor) -> None:
     tensor = live.tensors[output.name]
     if output.name in live.plan.base.weight_map:
         tensor.write(values)

@@ -28,7 +28,7 @@ class SharedGroup(tuple[Assignment, ...]):
 
 
 @dataclass(frozen=True)
-class Batch:
+class AdapterBatch:
     """Plans of one or more adapters on one base; each tensor of the base is read once for all of them.
 
     Attributes
@@ -80,7 +80,7 @@ class Batch:
 
 
 def make_batch(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
-               architecture: str | None = None) -> Batch:  # fmt: skip
+               architecture: str | None = None) -> AdapterBatch:  # fmt: skip
     """Open a base once and match each adapter, at least one, with it; see `make_plans`."""
     plans = make_plans(base, adapters, io, stated, architecture)
-    return Batch(plans[0].base, plans)
+    return AdapterBatch(plans[0].base, plans)

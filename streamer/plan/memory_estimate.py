@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from streamer.errors import UsageError
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.storage.remote_source import AHEAD_BYTES
@@ -68,7 +68,7 @@ def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> Non
         )
 
 
-def resident_bytes(batch: Batch, output_tensors: int = 0) -> int:
+def resident_bytes(batch: AdapterBatch, output_tensors: int = 0) -> int:
     """Estimate the memory used between any two steps, including the tables of all adapters.
 
     Parameters

@@ -23,7 +23,7 @@ OLD, NAMES = "old", "names"
 
 
 @dataclass(frozen=True)
-class OwnFile:
+class OldFile:
     """Relative name, bytes and SHA-256 (hex) of a file as an earlier run wrote it."""
 
     name: str
@@ -49,7 +49,7 @@ def journal_entry(journal: Journal, i: int) -> dict[str, Any]:
     return entry
 
 
-def own_files(record: Path, journal: Path) -> list[OwnFile]:
+def own_files(record: Path, journal: Path) -> list[OldFile]:
     """List the files of earlier outputs, finished or not, in the order of writing, by their record and their journal.
 
     A journal's head names those that stood before its run: until that has finished, they may be there still.
@@ -68,12 +68,12 @@ def own_names(directory: Path, record: Path, journal: Path) -> list[str]:
     return [name for name in dict.fromkeys(names) if _is_within(directory, name)]
 
 
-def as_entries(files: Iterable[OwnFile]) -> list[dict[str, Any]]:
+def as_entries(files: Iterable[OldFile]) -> list[dict[str, Any]]:
     """Turn files into JSON values, as records and journals name them."""
     return [{"file": file.name, "bytes": file.nbytes, "sha256": file.sha256} for file in files]
 
 
-def remove_own_files(directory: Path, files: Sequence[OwnFile], keep: Collection[str]) -> None:
+def remove_own_files(directory: Path, files: Sequence[OldFile], keep: Collection[str]) -> None:
     """Remove the files of an earlier output that stand as they were written, the last first: it is the one that others stand on.
 
     Parameters
@@ -96,7 +96,7 @@ def remove_own_files(directory: Path, files: Sequence[OwnFile], keep: Collection
                 (directory / parent).rmdir()
 
 
-def stands(directory: Path, file: OwnFile) -> bool:
+def stands(directory: Path, file: OldFile) -> bool:
     """Say whether a file is there as it was written, under a plain name in the directory, with no symlink on the way to it."""
     path = directory / file.name
     if not _is_within(directory, file.name):
@@ -144,8 +144,8 @@ def _journalled(path: Path) -> list[dict[str, Any]]:
     return [*Journal.peek(path)] or [{}] if path.is_file() and not path.is_symlink() else [{}]
 
 
-def _own_file(entry: Any) -> OwnFile | None:
+def _own_file(entry: Any) -> OldFile | None:
     match entry:
         case {"file": str(name), "bytes": int(nbytes), "sha256": str(digest)} if type(nbytes) is int:
-            return OwnFile(name, nbytes, digest)
+            return OldFile(name, nbytes, digest)
     return None

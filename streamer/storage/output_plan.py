@@ -12,7 +12,7 @@ from streamer.errors import OutputError, OutputExistsError
 from streamer.storage.atomic_file import partials_of
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.journal import Journal, may_resume
-from streamer.storage.old_output import OwnFile, is_record, own_files, own_names, stands
+from streamer.storage.old_output import OldFile, is_record, own_files, own_names, stands
 from streamer.storage.output_checks import allocated_bytes, check_output_path, check_space, is_placeholder, is_taken
 from streamer.units import format_sizes, listed
 
@@ -179,7 +179,7 @@ def _recorded_state(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal[
     raise _another(path)
 
 
-def _refuse_foreign(plan: OutputPlan, own: Sequence[OwnFile], overwrite: bool) -> None:
+def _refuse_foreign(plan: OutputPlan, own: Sequence[OldFile], overwrite: bool) -> None:
     """Refuse to write over, or beside, files that no record or journal of ours names: they may be someone's weights.
 
     A file of ours under a conflicting name goes, if it is as it was written; so does an empty one under `overwrite`.
@@ -214,7 +214,7 @@ def _another(path: Path) -> OutputExistsError:
     return OutputExistsError(f"{path}: holds another output; choose another directory, or pass --overwrite", path)
 
 
-def _refuse_edited(plan: OutputPlan, own: Sequence[OwnFile]) -> None:
+def _refuse_edited(plan: OutputPlan, own: Sequence[OldFile]) -> None:
     """Refuse to replace or remove a file that users edit, such as a model card, where one did."""
     for path, name in ((plan.path / name, name) for name, _ in plan.files if name in plan.editable):
         if is_taken(path) and not any(stands(plan.path, file) for file in own if file.name == name):

@@ -11,7 +11,7 @@ from torch import Tensor
 from streamer.plan.targets import TensorSlice
 from streamer.streaming.collected import Collected, M
 from streamer.streaming.differentiable import DifferentiableReader, Setting
-from streamer.streaming.run_time import RunTimeTensor, Source
+from streamer.streaming.run_time import RunTimeTensor, WeightSource
 from streamer.streaming.streams import TASK_AS
 
 
@@ -36,7 +36,7 @@ class CollectingReader(DifferentiableReader, Generic[M]):
     def names(self) -> Iterable[str]:
         """Name all matrices in this parameter."""
 
-    def multiply(self, x: Tensor, source: Source, transposed: bool, rows: tuple[int, int]) -> Tensor:
+    def multiply(self, x: Tensor, source: WeightSource, transposed: bool, rows: tuple[int, int]) -> Tensor:
         """Compute ``x Mᵀ`` (``x M`` if `transposed`), and record the operand on a matrix's input side as its inputs."""
         X = x.reshape(-1, x.shape[-1])
         # The adapted model's sources name the targets; in the base alone a head may be tied to an embedding.
@@ -49,7 +49,7 @@ class CollectingReader(DifferentiableReader, Generic[M]):
             at += size
         return super().multiply(x, source, transposed, rows)
 
-    def values_of(self, source: Source) -> Tensor:
+    def values_of(self, source: WeightSource) -> Tensor:
         """Read a source whole, and note that its inputs are not seen."""
         self._collected.whole.update(self.names())
         return super().values_of(source)

@@ -20,10 +20,10 @@ from torch.nn import functional
 from streamer.linalg.low_rank import LowRank
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
-from streamer.streaming.installed import Batch
+from streamer.streaming.installed import RowBatch
 from streamer.streaming.lazy import LazyTensor, Multiplier
 from streamer.streaming.products import Blocks, StreamedMatrix
-from streamer.streaming.run_time import RunTimeTensor, Source
+from streamer.streaming.run_time import RunTimeTensor, WeightSource
 from streamer.streaming.spool import Spool, Spooled
 from streamer.streaming.values import Values
 
@@ -144,7 +144,7 @@ class Setting:
 
     values: Values
     deltas: CoefficientDeltas
-    batch: Batch
+    batch: RowBatch
     variant: int = 1
 
     @contextlib.contextmanager
@@ -182,7 +182,7 @@ class DifferentiableReader(Multiplier):
         self.name, self.shape, self.device = tensor.name, tensor.shape, setting.values.device
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[WeightSource, ...]:
         """Return the parameter's sources for the current variant."""
         return self.setting.values.sources(self.tensor, self.setting.variant)
 
@@ -200,7 +200,7 @@ class DifferentiableReader(Multiplier):
         values = self.values_of(self.sources[0])
         return values if (i, j) == (0, self.shape[0]) else values[i:j]
 
-    def values_of(self, source: Source) -> Tensor:
+    def values_of(self, source: WeightSource) -> Tensor:
         """Read the tensor or the single matrix of a source, including deltas."""
         pieces = [self._piece(held) for held in source.slices]
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -242,7 +242,7 @@ class DifferentiableReader(Multiplier):
         """Compute ``x Wᵀ``, or ``x W`` if `transposed`."""
         return self.multiply(x, self.sources[0], transposed, self.row_range())
 
-    def multiply(self, x: Tensor, source: Source, transposed: bool, rows: tuple[int, int]) -> Tensor:
+    def multiply(self, x: Tensor, source: WeightSource, transposed: bool, rows: tuple[int, int]) -> Tensor:
         """Compute ``x Mᵀ`` (``x M`` if `transposed`) for these rows of a source's matrix, or all rows if its transpose is stored."""
         setting, slices = self.setting, source.slices
         shapes = [setting.values.weight_of(held, setting.variant).matrix for held in slices]
@@ -266,7 +266,7 @@ class DifferentiableReader(Multiplier):
                     out = torch.cat([a, change.add_product(b, X, False, held_rows), c], 1)
         return out.view(*x.shape[:-1], -1)
 
-    def _blocks(self, source: Source, rows: tuple[int, int]) -> Blocks:
+    def _blocks(self, source: WeightSource, rows: tuple[int, int]) -> Blocks:
         self.setting.batch.on_read(self.tensor)
         return self.setting.values.blocks(source, self.setting.variant, *rows)
 

@@ -30,7 +30,7 @@ from streamer.streaming.layers import SpooledLayer, layer_modules
 from streamer.streaming.lazy import LazyTensor
 from streamer.streaming.model import LoadedModel, giving, vocabulary_block
 from streamer.streaming.spool import Spool, Spooled
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class GradientModel(LoadedModel):
     block
         Vocabulary tokens to compute together; by default as many as fit in `GRADIENT_LOGIT_BYTES`.
     device
-        See `Job`.
+        See `VariantSet`.
 
     Raises
     ------
@@ -104,7 +104,7 @@ class GradientModel(LoadedModel):
     def __init__(self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None,
                  block: int | None = None, device: torch.device = CPU) -> None:  # fmt: skip
         variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
-        super().__init__(Job(plan, variants, None, rounds_products=rounds_products, device=device), together=1)
+        super().__init__(VariantSet(plan, variants, None, rounds_products=rounds_products, device=device), together=1)
         self.block = block
         self.setting = Setting(self.values, CoefficientDeltas(plan, directory, device), self.batch)
         self.spool, self.states = Spool(directory), Spool(directory)

@@ -48,7 +48,7 @@ from streamer.streaming.spool import Spool
 from streamer.streaming.spooled_inputs import Written
 from streamer.streaming.streams import GENERAL_AS, TASK_AS, Group, tokens_of
 from streamer.streaming.turns import Turns
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 
 
@@ -62,7 +62,7 @@ class CollectingModel(LoadedModel):
     directory
         Directory for a layer's inputs; None for the system's temporary directory.
     device
-        See `Job`.
+        See `VariantSet`.
     elsewhere
         Runs layers, all groups' at a time; None runs them here, by turns. What comes of it is the same.
 
@@ -77,7 +77,7 @@ class CollectingModel(LoadedModel):
         device: torch.device = CPU, elsewhere: Elsewhere | None = None,
     ) -> None:  # fmt: skip
         variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
-        super().__init__(Job(plan, variants, None, rounds_products=rounds_products, device=device), together=1)
+        super().__init__(VariantSet(plan, variants, None, rounds_products=rounds_products, device=device), together=1)
         self.setting = Setting(self.values, CoefficientDeltas(plan, None, device), self.batch)
         self._collected = Collected[Any](Spool(directory), strict)
         self._turns: Turns | None = None

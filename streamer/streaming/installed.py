@@ -33,7 +33,7 @@ RUN_ALL_EXPERTS = {"Llama4TextExperts"}
 
 
 @dataclass
-class Batch:
+class RowBatch:
     """Rows that run together, and the block of the vocabulary to compute.
 
     Attributes
@@ -89,7 +89,7 @@ class InstalledModule:
         Whether it computes the logits, one block of the vocabulary at a time.
     """
 
-    def __init__(self, path: str, module: nn.Module, tensors: Mapping[str, RunTimeTensor], values: Values, batch: Batch, *,
+    def __init__(self, path: str, module: nn.Module, tensors: Mapping[str, RunTimeTensor], values: Values, batch: RowBatch, *,
                  head: bool) -> None:  # fmt: skip
         self.path, self.values, self.batch, self.head = path, values, batch, head
         self.target: Target | None = None

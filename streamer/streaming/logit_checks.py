@@ -13,7 +13,7 @@ from streamer.methods import UNCHANGED
 from streamer.plan.plan import Plan
 from streamer.streaming.model import StreamingModel, vocabulary_block
 from streamer.streaming.run_time import RunTimeTensor
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 
 LENGTH = 8
@@ -26,7 +26,7 @@ OnRead = Callable[[RunTimeTensor], None]
 Ids = NDArray[np.int64]
 
 
-def check_logits(job: Job, ids: Ids, on_read: OnRead) -> None:
+def check_logits(job: VariantSet, ids: Ids, on_read: OnRead) -> None:
     """Check the base's logits on two short sequences that differ in the last token, and compare one vocabulary block with two.
 
     The adapted model runs along with the base, so a module whose input does not show the variants is refused before any pass.
@@ -47,7 +47,7 @@ def check_logits(job: Job, ids: Ids, on_read: OnRead) -> None:
     """
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     plan = job.plan
-    model = StreamingModel(Job(plan, variants, None, device=job.device))
+    model = StreamingModel(VariantSet(plan, variants, None, device=job.device))
     model.batch.on_read = on_read
     pair = torch.from_numpy(np.resize(ids, (2, LENGTH)))
     pair[1] = pair[0]
@@ -69,7 +69,7 @@ def check_logits(job: Job, ids: Ids, on_read: OnRead) -> None:
         raise _sees_what_follows(plan)
 
 
-def changed_by_padding(job: Job, ids: Ids, shorter: int, on_read: OnRead) -> bool:
+def changed_by_padding(job: VariantSet, ids: Ids, shorter: int, on_read: OnRead) -> bool:
     """Test whether the base's logits of a sequence's first tokens change if the sequence ends after them.
 
     They do in models whose attention selects some of the keys, because the number of all keys decides ties. The sequence runs whole and
@@ -96,11 +96,11 @@ def changed_by_padding(job: Job, ids: Ids, shorter: int, on_read: OnRead) -> boo
     return True
 
 
-def _differ(job: Job, one: Ids, other: Ids, tokens: int, on_read: OnRead) -> bool:
+def _differ(job: VariantSet, one: Ids, other: Ids, tokens: int, on_read: OnRead) -> bool:
     """Test whether the base's logits of the first tokens of two sequences differ; each sequence runs by itself."""
     runs = []
     for ids in (one, other):
-        model = StreamingModel(Job(job.plan, (Variant(BASE, None),), None, device=job.device))
+        model = StreamingModel(VariantSet(job.plan, (Variant(BASE, None),), None, device=job.device))
         model.batch.on_read = on_read
         blocks = model.vocabulary_blocks(vocabulary_block(len(one) + len(other)))
         runs.append(model.logits(torch.from_numpy(ids)[None], blocks))

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from streamer.errors import NumericError, UnsupportedError
 from streamer.plan.targets import Target
 from streamer.streaming.extra import quiet_transformers, refused_errors, require_transformers
-from streamer.streaming.installed import RUN_ALL_EXPERTS, Batch, InstalledModule
+from streamer.streaming.installed import RUN_ALL_EXPERTS, InstalledModule, RowBatch
 from streamer.streaming.run_time import RunTimeTensor, match_run_time
 from streamer.streaming.skeleton import build_skeleton
-from streamer.streaming.values import Job, Values
+from streamer.streaming.values import Values, VariantSet
 from streamer.units import listed
 
 LOGIT_BYTES = 32 << 20
@@ -105,9 +105,9 @@ class LoadedModel:
         See `ModelSize`.
     """
 
-    def __init__(self, job: Job, together: int) -> None:
+    def __init__(self, job: VariantSet, together: int) -> None:
         self.job, self.values = job, Values(job)
-        self.batch = Batch(together)
+        self.batch = RowBatch(together)
         self._model = build_skeleton(job.plan, job.device)
         prefix = getattr(self._model, "base_model_prefix", "")
         self._head = self._model.get_output_embeddings()  # type: ignore[operator]  # a model of transformers, typed as a Module
@@ -255,7 +255,7 @@ class LoadedModel:
 class StreamingModel(LoadedModel):
     """Model of a base that runs all variants of an adapted model at once."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: VariantSet) -> None:
         super().__init__(job, len(job.variants))
         for path, module, own in self.modules:
             InstalledModule(path, module, own, self.values, self.batch, head=module is self._head)

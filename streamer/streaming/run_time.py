@@ -20,7 +20,7 @@ from streamer.units import listed
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Weights on disk, concatenated by rows, that form a tensor of the loaded model or one matrix of a stack.
 
     Attributes
@@ -51,8 +51,8 @@ class RunTimeTensor:
 
     name: str
     shape: tuple[int, ...]
-    base: tuple[Source, ...]
-    adapted: tuple[Source, ...]
+    base: tuple[WeightSource, ...]
+    adapted: tuple[WeightSource, ...]
     stacked: bool = False
 
     @property
@@ -146,7 +146,7 @@ class _Names:
         stacked = len(shape) == 3 and adapted[0].slices[0].index is not None
         return RunTimeTensor(name, shape, base, adapted, stacked)
 
-    def _direct(self, weight: str, shape: tuple[int, ...]) -> tuple[Source, ...]:
+    def _direct(self, weight: str, shape: tuple[int, ...]) -> tuple[WeightSource, ...]:
         """Use a weight unchanged; a stack gives one source for each matrix."""
         weights, sources = self.plan.weights, self.plan.edits.sources
         stored = weights[weight].shape if weight in weights else sources[weight].info.shape
@@ -156,10 +156,10 @@ class _Names:
                 "or another vocabulary, than its config.json says?"
             )
         if len(shape) == 3 and not weight.endswith(".weight"):  # a name in .weight is a convolution's
-            return tuple(Source((TensorSlice(weight, e),)) for e in range(shape[0]))
-        return (Source((TensorSlice(weight),)),)
+            return tuple(WeightSource((TensorSlice(weight, e),)) for e in range(shape[0]))
+        return (WeightSource((TensorSlice(weight),)),)
 
-    def _built(self, name: str, loaded: Sequence[Loaded], shape: tuple[int, ...]) -> tuple[Source, ...]:
+    def _built(self, name: str, loaded: Sequence[Loaded], shape: tuple[int, ...]) -> tuple[WeightSource, ...]:
         """Collect the pieces of a tensor that loading builds, from each expert's tensors or from stacks."""
         by = loaded[0].by
         assert by is not None
@@ -188,7 +188,7 @@ class _Names:
         def pieces(e: int) -> tuple[TensorSlice, ...]:
             return tuple(TensorSlice(s[e]) if numbered else TensorSlice(s[0], e) for s in sources)
 
-        return tuple(Source(pieces(e), transposed) for e in experts)
+        return tuple(WeightSource(pieces(e), transposed) for e in experts)
 
     def _sides(self, sources: Sequence[Mapping[int, str]], numbered: bool) -> tuple[int, int]:
         """Return the rows and columns of one expert's matrix, with its pieces concatenated by rows."""

@@ -18,7 +18,7 @@ from streamer.output.back_projection import back_project
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
 from streamer.streaming.lazy import BLOCK_BYTES
-from streamer.streaming.run_time import RunTimeTensor, Source
+from streamer.streaming.run_time import RunTimeTensor, WeightSource
 from streamer.streaming.variants import Variant
 from streamer.weights.base import Weight
 from streamer.weights.logical import WeightView
@@ -26,7 +26,7 @@ from streamer.weights.plain import Plain
 
 
 @dataclass(frozen=True)
-class Job:
+class VariantSet:
     """Variants of one adapted model, and what their deltas are computed from.
 
     Attributes
@@ -64,7 +64,7 @@ class Values:
         Names of the weights that were read with the adapter's edits.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: VariantSet) -> None:
         self.job, self.plan, self.device = job, job.plan, job.device
         self.base: WeightView = replace(job.plan.weights, replacements={}, derived={})
         self.applied: set[str] = set()
@@ -82,7 +82,7 @@ class Values:
             self.read.add(name)
         return (self.plan.weights if adapted else self.base)[name]
 
-    def sources(self, tensor: RunTimeTensor, variant: int) -> tuple[Source, ...]:
+    def sources(self, tensor: RunTimeTensor, variant: int) -> tuple[WeightSource, ...]:
         """Return the sources of a tensor under a variant."""
         return tensor.adapted if self.adapted(variant) else tensor.base
 
@@ -143,7 +143,7 @@ class Values:
             return self.matrix(sources[0], variant, with_delta)
         return torch.stack([self.matrix(source, variant, with_delta) for source in sources])
 
-    def matrix(self, source: Source, variant: int, with_delta: bool) -> Tensor:
+    def matrix(self, source: WeightSource, variant: int, with_delta: bool) -> Tensor:
         """Read the tensor or the single matrix of a source."""
         pieces = [self._piece(piece, variant, with_delta) for piece in source.slices]
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -154,7 +154,7 @@ class Values:
         weight = self.weight(held.weight, variant)
         return weight if held.index is None else weight.slice(held.index)
 
-    def blocks(self, source: Source, variant: int, first: int, last: int) -> Iterator[tuple[int, int, Tensor]]:
+    def blocks(self, source: WeightSource, variant: int, first: int, last: int) -> Iterator[tuple[int, int, Tensor]]:
         """Read rows of a source's matrix as stored, a few at a time, without deltas; yields (from, to, values).
 
         Parameters

@@ -14,7 +14,7 @@ from streamer.verification.spectrum import DENSE_SIDE, ILL_DEFINED
 from streamer.verification.tensors import Array, Matrix
 
 
-class Delta(Protocol):
+class WitnessDelta(Protocol):
     """Matrix Δ (m, n) that is added to W0, available by rows or as a whole."""
 
     def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
@@ -64,7 +64,7 @@ class LowRankDelta:
     R: Array
 
     def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        """See `Delta`."""
+        """See `WitnessDelta`."""
         L = self.L[i:j]
         return L @ self.R.T, np.linalg.norm(L, axis=1)[:, None] * self._lengths
 
@@ -74,26 +74,26 @@ class LowRankDelta:
         return lengths
 
     def left_product(self, U: Array, base: Matrix) -> Array:
-        """See `Delta`."""
+        """See `WitnessDelta`."""
         return (U.T @ self.L) @ self.R.T
 
     def norm(self, base: Matrix | None = None) -> float:
-        """See `Delta`."""
+        """See `WitnessDelta`."""
         return float(np.linalg.norm(np.linalg.qr(self.L)[1] @ np.linalg.qr(self.R)[1].T))
 
     def operator(self, base: Matrix) -> Any:
-        """See `Delta`."""
+        """See `WitnessDelta`."""
         from scipy.sparse.linalg import aslinearoperator
 
         W0, L, R = map(aslinearoperator, (base.whole(), self.L, self.R.T))
         return W0 + L @ R
 
     def combined(self, factor: float, left: Array, right: Array, base: Matrix | None = None) -> LowRankDelta:
-        """See `Delta`."""
+        """See `WitnessDelta`."""
         return LowRankDelta(np.hstack([factor * self.L, left]), np.hstack([self.R, right.T]))
 
     def dropped_without(self, U: Array, S: Array, Vh: Array, rank: int) -> float:
-        """See `Delta`."""
+        """See `WitnessDelta`."""
         return self.combined(1.0, -U * S, Vh).truncated(rank).dropped
 
     def svd(self) -> tuple[Array, Array, Array]:
@@ -130,7 +130,7 @@ class _DenseDelta(ABC):
 
     @abstractmethod
     def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        """See `Delta`."""
+        """See `WitnessDelta`."""
 
     def left_product(self, U: Array, base: Matrix) -> Array:
         return sum((U[i:j].T @ self.rows(i, j, base.rows(i, j))[0] for i, j in base.blocks()), np.zeros(()))
@@ -169,7 +169,7 @@ class DoraDelta(_DenseDelta):
     magnitude: Array
 
     def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        """See `Delta`."""
+        """See `WitnessDelta`."""
         change, bound = self.low_rank.rows(i, j, W0)
         total = W0 + change
         factor = (self.magnitude[i:j] / np.linalg.norm(total, axis=1))[:, None]
@@ -183,6 +183,6 @@ class TunedDelta(_DenseDelta):
     tuned: Matrix
 
     def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        """See `Delta`."""
+        """See `WitnessDelta`."""
         values = self.tuned.rows(i, j)
         return values - W0, np.abs(values) + np.abs(W0)

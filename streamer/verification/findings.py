@@ -15,7 +15,7 @@ import numpy as np
 
 from streamer.errors import FormatError, UnsupportedError
 from streamer.events import Event, Monitor
-from streamer.verification.deltas import Delta
+from streamer.verification.deltas import WitnessDelta
 from streamer.verification.formulas import AdapterFiles
 from streamer.verification.hashing import PIECE_BYTES
 from streamer.verification.matrices import directions
@@ -197,7 +197,7 @@ class FindingsCheck:
                 break
         return found
 
-    def _steps(self, row: dict[str, Any], W0: Matrix, delta: Delta) -> Iterator[Checked]:
+    def _steps(self, row: dict[str, Any], W0: Matrix, delta: WitnessDelta) -> Iterator[Checked]:
         """Yield the result of each check of a matrix; an error above 1 is already noted as a difference."""
         names = {key: f"{row['tensor']}/{key}" for key in ARRAYS}
         arrays = {key: self.file.whole(name) for key, name in names.items()}
@@ -238,7 +238,7 @@ class FindingsCheck:
             )
         return worst
 
-    def _check_figures(self, row: dict[str, Any], arrays: dict[str, Array], W0: Matrix, delta: Delta) -> float:
+    def _check_figures(self, row: dict[str, Any], arrays: dict[str, Array], W0: Matrix, delta: WitnessDelta) -> float:
         """Compare the delta's norm, the intruders' share of it, and what projection would lose."""
         U, S, Vh = (arrays[key] for key in FACTORS)
         norm = delta.norm(W0)

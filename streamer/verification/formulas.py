@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from streamer.plan.architectures import architecture_for
-from streamer.verification.deltas import Delta, DoraDelta, LowRankDelta, TunedDelta
+from streamer.verification.deltas import DoraDelta, LowRankDelta, TunedDelta, WitnessDelta
 from streamer.verification.result import NotRecomputed
 from streamer.verification.tensors import Array, Matrix, TensorFiles, open_matrix
 from streamer.weights.model_config import read_model_config
@@ -161,7 +161,7 @@ class AdapterFiles:
         transposed: bool,
         base: TensorFiles,
         source: tuple[TensorFiles, str] | None = None,
-    ) -> tuple[Matrix, Delta, int]:
+    ) -> tuple[Matrix, WitnessDelta, int]:
         """Return W0 as (out, in), Δ, and the rank of its factors, or 0 without factors.
 
         `transposed` is the record's statement about the base's tensor, used if its shape and class do not decide. `source` holds W0

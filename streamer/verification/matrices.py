@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from streamer.verification.deltas import Delta
+from streamer.verification.deltas import WitnessDelta
 from streamer.verification.formulas import WEIGHTS_NAME, AdapterFiles
 from streamer.verification.inventory import Part
 from streamer.verification.mitigation import Mitigated, by_coefficients, by_factor, coefficient_count, mitigate
@@ -110,7 +110,7 @@ class Recomputation:
             error = self._check_factors(row, W0, mitigated, files)
         return Checked(error, decisions)
 
-    def _decide(self, row: dict[str, Any], W0: Matrix, delta: Delta) -> tuple[Triplets | None, bool]:
+    def _decide(self, row: dict[str, Any], W0: Matrix, delta: WitnessDelta) -> tuple[Triplets | None, bool]:
         """Compute the triplets that include the intruders; compare the decisions if LAPACK can decompose the base."""
         options = self.record["detection"]
         if options is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from streamer.verification.deltas import Delta, LowRankDelta
+from streamer.verification.deltas import LowRankDelta, WitnessDelta
 from streamer.verification.result import NotRecomputed
 from streamer.verification.spectrum import ILL_DEFINED, Triplets
 from streamer.verification.tensors import Array, Matrix
@@ -33,7 +33,7 @@ class Mitigated:
         Frobenius norm by which Δ' may differ for this reason.
     """
 
-    delta: Delta
+    delta: WitnessDelta
     factor: float
     left: Array
     right: Array
@@ -48,11 +48,11 @@ class Mitigated:
         return delta, self.factor * delta + change, bound + np.abs(self.left[i:j]) @ np.abs(self.right)
 
     def in_factors(self, base: Matrix) -> LowRankDelta:
-        """Return Δ' as a product of factors (see `Delta.combined`)."""
+        """Return Δ' as a product of factors (see `WitnessDelta.combined`)."""
         return self.delta.combined(self.factor, self.left, self.right, base)
 
 
-def by_coefficients(base: Matrix, delta: Delta, coefficients: Sequence[float]) -> Mitigated:
+def by_coefficients(base: Matrix, delta: WitnessDelta, coefficients: Sequence[float]) -> Mitigated:
     """Compute one matrix's Δ' for the method ``fitted``, from as many coefficients as `coefficient_count` returns.
 
     Rounding Δ's factors to float32 mixes directions with neighbouring singular values, by an angle of at most the rounding over the
@@ -71,7 +71,7 @@ def by_coefficients(base: Matrix, delta: Delta, coefficients: Sequence[float]) -
     return Mitigated(delta, 1.0, U * (c - 1), delta.left_product(U, base), rows, columns, mixed)
 
 
-def by_factor(delta: Delta, R: Array) -> Mitigated:
+def by_factor(delta: WitnessDelta, R: Array) -> Mitigated:
     """Compute one matrix's Δ' for the method ``regmean``: ``L R'ᵀ`` with the right factor R' (n, r) of a fit.
 
     Raises
@@ -85,7 +85,7 @@ def by_factor(delta: Delta, R: Array) -> Mitigated:
     return Mitigated(delta, 0.0, delta.L, R.T, np.zeros(m), np.zeros(n), 0.0)
 
 
-def coefficient_count(delta: Delta) -> int:
+def coefficient_count(delta: WitnessDelta) -> int:
     """Return the number of coefficients of Δ: one for each direction, min(r, m, n), or 1 if Δ is not a product of factors."""
     return min(*delta.L.shape, len(delta.R)) if isinstance(delta, LowRankDelta) else 1
 
@@ -102,7 +102,7 @@ WITNESSED = {
 
 
 def mitigate(
-    base: Matrix, delta: Delta, triplets: Triplets | None, intruders: Sequence[int], record: dict[str, Any]
+    base: Matrix, delta: WitnessDelta, triplets: Triplets | None, intruders: Sequence[int], record: dict[str, Any]
 ) -> Mitigated:
     """Compute Δ' of one matrix.
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from streamer.errors import MismatchError
-from streamer.verification.deltas import Delta, LowRankDelta
+from streamer.verification.deltas import LowRankDelta, WitnessDelta
 from streamer.verification.mitigation import Mitigated
 from streamer.verification.result import NotRecomputed
 from streamer.verification.tensors import Array, Matrix
@@ -74,7 +74,7 @@ def _bytes() -> Any:
     return torch.uint8
 
 
-def by_map(base: Matrix, delta: Delta, known: list[Known], share: float) -> Mitigated:
+def by_map(base: Matrix, delta: WitnessDelta, known: list[Known], share: float) -> Mitigated:
     """Compute one matrix's Δ' for the method ``nullspace``.
 
     Parameters

@@ -24,7 +24,7 @@ from streamer.errors import InputError, MismatchError, StorageError, StreamerErr
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import task_threads
 from streamer.plan.base_plan import make_base_plan
-from streamer.plan.batch import Batch, make_batch
+from streamer.plan.batch import AdapterBatch, make_batch
 from streamer.plan.plan import Plan
 from streamer.storage.identities import difference
 from streamer.storage.tensor_file import IOMode
@@ -60,12 +60,12 @@ class Inputs:
     version: str = __version__
 
     @classmethod
-    def of(cls, batch: Batch, io: IOMode, stated: Stated, architecture: str | None) -> Inputs:
+    def of(cls, batch: AdapterBatch, io: IOMode, stated: Stated, architecture: str | None) -> Inputs:
         """Describe the inputs of a batch, and how it was opened."""
         paths = [os.path.abspath(plan.adapter.path) for plan in _adapted(batch)]
         return cls(os.path.abspath(batch.base.path), tuple(paths), io, stated, architecture, _identities(batch))
 
-    def open(self) -> Batch:
+    def open(self) -> AdapterBatch:
         """Open the inputs.
 
         Raises
@@ -82,7 +82,7 @@ class Inputs:
                 batch = make_batch(self.base, self.adapters, self.io, self.stated, self.architecture)
             else:
                 alone = make_base_plan(self.base, self.io, self.architecture)
-                batch = Batch(alone.base, (alone,))
+                batch = AdapterBatch(alone.base, (alone,))
         except (InputError, StorageError) as e:
             raise MismatchError(f"{worker_name()}: {e} (the caller can open it)") from e
         paths = (self.base, *self.adapters)
@@ -114,7 +114,7 @@ class Task(ABC, Generic[Found]):
         """Name the task's subject, for messages."""
 
     @abstractmethod
-    def do(self, batch: Batch, monitor: Monitor) -> Found:
+    def do(self, batch: AdapterBatch, monitor: Monitor) -> Found:
         """Do the task with open inputs."""
 
 
@@ -207,12 +207,12 @@ def perform(task: Task[Any]) -> TaskResult:
     return TaskResult(value, tuple(warnings))
 
 
-_batches: dict[Inputs, Batch] = {}
+_batches: dict[Inputs, AdapterBatch] = {}
 _opening = threading.Lock()
 
 
 @contextlib.contextmanager
-def _opened(inputs: Inputs) -> Iterator[Batch]:
+def _opened(inputs: Inputs) -> Iterator[AdapterBatch]:
     """Open inputs, or reuse those that this process has open unless their files have changed."""
     with _opening:
         batch = _batches.pop(inputs, None)
@@ -223,7 +223,7 @@ def _opened(inputs: Inputs) -> Iterator[Batch]:
     yield batch
 
 
-def _unchanged(batch: Batch) -> bool:
+def _unchanged(batch: AdapterBatch) -> bool:
     try:
         for plan in batch.plans:
             plan.check_unchanged()
@@ -232,12 +232,12 @@ def _unchanged(batch: Batch) -> bool:
     return True
 
 
-def _identities(batch: Batch) -> tuple[str, ...]:
+def _identities(batch: AdapterBatch) -> tuple[str, ...]:
     identities: Sequence[Any] = [batch.plans[0].base_identity, *(plan.adapter_identity for plan in _adapted(batch))]
     return tuple(json.dumps(identity, sort_keys=True) for identity in identities)
 
 
-def _adapted(batch: Batch) -> list[Plan]:
+def _adapted(batch: AdapterBatch) -> list[Plan]:
     """List the plans that have an adapter: one of a base alone has none."""
     return [plan for plan in batch.plans if not isinstance(plan.adapter, NoAdapter)]
 

@@ -40,7 +40,7 @@ from streamer.streaming.gradients import GradientModel
 from streamer.streaming.logit_checks import check_logits
 from streamer.streaming.model import StreamingModel, vocabulary_block
 from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED, Group
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import make_variants
 
 TOLERANCE = 1e-4
@@ -53,7 +53,7 @@ Arrays = dict[str, np.ndarray]
 
 def evaluated(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
     """Losses of all that `evaluate` measures without findings, in blocks of the vocabulary, once the logits are checked."""
-    job = Job(plan, VARIANTS, None, device=device)
+    job = VariantSet(plan, VARIANTS, None, device=device)
     check_logits(job, ids[0].numpy(), lambda tensor: None)
     sums = measure(StreamingModel(job), sequences(ids), 25)
     return {name: getattr(sums, name) for name in MEASURES}
@@ -178,12 +178,12 @@ def test_weights_cross_once_a_pass_and_memory_there_is_as_forecast(tmp_path: Pat
     with pytest.raises(
         UsageError, match=r"^bf16 products run only on the CPU; with --device pretended:0, use --dtype float32$"
     ):
-        Job(plan, VARIANTS, None, rounds_products=True, device=DEVICE)
+        VariantSet(plan, VARIANTS, None, rounds_products=True, device=DEVICE)
     text = sequences(token_ids(1000, 4, 64))
-    rows, length, size = 256, 64, StreamingModel(Job(plan, VARIANTS, None)).size
+    rows, length, size = 256, 64, StreamingModel(VariantSet(plan, VARIANTS, None)).size
 
     def evaluate() -> None:
-        measure(StreamingModel(Job(plan, VARIANTS, None, device=DEVICE)), text, vocabulary_block(3 * rows))
+        measure(StreamingModel(VariantSet(plan, VARIANTS, None, device=DEVICE)), text, vocabulary_block(3 * rows))
 
     def collect() -> None:
         groups = [Group(text, stream, lambda tensor: None) for stream in (GENERAL_AS, TASK_AS)]

@@ -25,7 +25,7 @@ from streamer.errors import NumericError, UnsupportedError
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.plan.plan import make_plan
 from streamer.streaming.model import StreamingModel
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import BASE, Variant, make_variants
 
 
@@ -309,7 +309,9 @@ def test_the_length_from_which_longrope_is_another_is_known(tmp_path: Path) -> N
     ).eval()
     model.save_pretrained(tmp_path / "base")
     adapter = make_adapter(type(model), tmp_path / "base", tmp_path / "adapter", ["qkv_proj"])
-    assert StreamingModel(Job(make_plan(tmp_path / "base", adapter), (Variant(BASE, None),), None)).size.short == 16
+    assert (
+        StreamingModel(VariantSet(make_plan(tmp_path / "base", adapter), (Variant(BASE, None),), None)).size.short == 16
+    )
     ids = token_ids(64, 1, 17)
     with torch.no_grad():
         short, padded = model(input_ids=ids[:, :16]).logits, model(input_ids=ids).logits[:, :16]

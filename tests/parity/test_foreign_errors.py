@@ -22,7 +22,7 @@ from streamer.errors import UnsupportedError, UsageError
 from streamer.plan.plan import make_plan
 from streamer.streaming.extra import refused_errors
 from streamer.streaming.model import StreamingModel
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import BASE, Variant, make_variants
 
 
@@ -101,7 +101,7 @@ POSITIONS = {
 def test_positions_are_those_that_the_model_takes(name: str, tmp_path: Path) -> None:
     target, positions = POSITIONS[name]
     given = make_inputs(name, target, tmp_path, length=positions or 12)
-    model = StreamingModel(Job(make_plan(given["base"], given["adapter"]), (Variant(BASE, None),), None))
+    model = StreamingModel(VariantSet(make_plan(given["base"], given["adapter"]), (Variant(BASE, None),), None))
     assert model.positions == positions
     if positions is None:
         with pytest.raises(

@@ -15,7 +15,7 @@ from streamer.measuring.progress import CALL, READING, pass_cost
 from streamer.methods import UNCHANGED
 from streamer.plan.plan import make_plan
 from streamer.streaming.model import StreamingModel
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 
 LONG = "deepseek-v3", "gemma3n", "qwen3-next", "gemma3-vision", "mamba"
@@ -25,7 +25,7 @@ LONG = "deepseek-v3", "gemma3n", "qwen3-next", "gemma3-vision", "mamba"
 def test_a_probe_counts_the_whole_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cls = make_base(name, tmp_path / "base")
     adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", CAUSAL[name][2])
-    job = Job(make_plan(tmp_path / "base", adapter), (Variant(BASE, None), Variant(ADAPTER, UNCHANGED)), None)
+    job = VariantSet(make_plan(tmp_path / "base", adapter), (Variant(BASE, None), Variant(ADAPTER, UNCHANGED)), None)
     text = sequences(token_ids(64)[:1])
     monkeypatch.setattr(probe, "ROWS", 1 << 20)  # so that the vocabulary has several blocks
     timed = probe.TimedModel(job)

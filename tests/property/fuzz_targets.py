@@ -26,7 +26,7 @@ from streamer.output.job import Job
 from streamer.output.model_writer import ModelWriter
 from streamer.output.prepare import OutputOptions, open_jobs
 from streamer.output.write import run_jobs
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import resident_bytes
 from streamer.plan.plan import Plan, make_plan
 
@@ -38,7 +38,7 @@ HALF = Paper(0.5)
 
 def detect_file(plan: Plan, path: Path, options: DetectionOptions, monitor: Monitor) -> None:
     """Detect into a findings file."""
-    batch = Batch(plan.base, (plan,))
+    batch = AdapterBatch(plan.base, (plan,))
     detect_to_files(batch, [path], options, Run(CPU, monitor=monitor), resident_bytes(batch))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 import streamer
 from streamer.detection.detection_memory import float64_way
 from streamer.detection.options import DetectionOptions
-from streamer.plan.batch import Batch, make_batch
+from streamer.plan.batch import AdapterBatch, make_batch
 from streamer.plan.memory_estimate import resident_bytes
 
 M, N, RANK = 4096, 3072, 8
@@ -191,7 +191,7 @@ def test_float64_keeps_within_its_budget(dora: bool, tmp_path: Path) -> None:
     plan = make_batch(base, [adapter]).plans[0]
     (target,) = plan.targets
     similarity = streamer.detect_intruder_dimensions(base, adapter, solver="dense")[MODULE].detection.similarity[1]
-    resident = resident_bytes(Batch(plan.base, (plan,)))
+    resident = resident_bytes(AdapterBatch(plan.base, (plan,)))
     needed = float64_way(plan, target, DetectionOptions(), resident, "dense")
     assert needed is not None
     budget, out = needed[1], tmp_path / "findings.safetensors"

@@ -23,7 +23,7 @@ from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
 from streamer.forecast import forecast as forecast_module
 from streamer.forecast.forecast import Forecast, forecast_commands, forecast_detection
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import resident_bytes
 from streamer.plan.plan import Plan, make_plan
 
@@ -43,7 +43,7 @@ Job = tuple[Path, Path]
 
 
 def resident(plan: Plan) -> int:
-    return resident_bytes(Batch(plan.base, (plan,)))
+    return resident_bytes(AdapterBatch(plan.base, (plan,)))
 
 
 def forecast_of(plan: Plan, options: DetectionOptions, device: torch.device = CPU) -> Forecast:

@@ -17,7 +17,7 @@ from streamer.measuring.sequences import TextSequences
 from streamer.measuring.statistics import SequenceSums
 from streamer.plan.plan import make_plan
 from streamer.streaming.model import StreamingModel
-from streamer.streaming.values import Job
+from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import Variant, make_variants
 
 TOP_K = 4
@@ -114,7 +114,7 @@ def streamed(
     projected: bool = False,
     rounds_products: bool = False,
 ) -> SequenceSums:
-    model = StreamingModel(Job(make_plan(base, adapter), variants, found, projected, rounds_products))
+    model = StreamingModel(VariantSet(make_plan(base, adapter), variants, found, projected, rounds_products))
     sums = measure(model, sequences(ids), block=25)
     model.check_all_used()
     return sums

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from seeds import vary
 
-from streamer.fitting.algorithm import Answer, FitOptions, FittedPoint, Gradient, HeldOut, Request, Slope, fit_steps
+from streamer.fitting.algorithm import Answer, FittedPoint, Gradient, HeldOutAnswer, Problem, Request, Slope, fit_steps
 from streamer.measuring.statistics import SequenceSums
 
 TOKENS, SEQUENCES = 100.0, 6
@@ -51,7 +51,7 @@ class World:
             return Slope(self.value(request.text, request.coefficients), self.slope(request.text, request.coefficients))
         P = len(self.H)
         points = [np.zeros(P), np.ones(P), *request.coefficients]
-        return HeldOut(self.sums("general", points, 3.0), self.sums("task", points, 2.0))
+        return HeldOutAnswer(self.sums("general", points, 3.0), self.sums("task", points, 2.0))
 
     def sums(self, text: str, points: list[np.ndarray], least: float) -> SequenceSums:
         factors = 1 + self.scatter * np.linspace(-1, 1, SEQUENCES)
@@ -61,7 +61,7 @@ class World:
         none = np.zeros_like(loss)
         return SequenceSums(np.full(SEQUENCES, TOKENS), loss, none, none, none)
 
-    def fit(self, options: FitOptions) -> tuple[FittedPoint, ...]:
+    def fit(self, options: Problem) -> tuple[FittedPoint, ...]:
         steps = fit_steps(options)
         request = next(steps)
         while True:

@@ -20,7 +20,7 @@ from streamer.detection.detection_memory import best_way, detection_bytes, float
 from streamer.detection.intruders import Detection
 from streamer.detection.matrices import detect_matrix
 from streamer.detection.options import DetectionOptions
-from streamer.plan.batch import Batch, make_batch
+from streamer.plan.batch import AdapterBatch, make_batch
 from streamer.plan.memory_estimate import resident_bytes
 from streamer.plan.plan import Plan
 
@@ -44,7 +44,7 @@ def detected(plan: Plan, epsilon: float, k: int = 10, **options) -> Detection:
 
 
 def resident(plan: Plan) -> int:
-    return resident_bytes(Batch(plan.base, (plan,)))
+    return resident_bytes(AdapterBatch(plan.base, (plan,)))
 
 
 def oracle(W0: torch.Tensor, delta: np.ndarray, k: int = 10) -> np.ndarray:

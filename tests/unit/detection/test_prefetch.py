@@ -16,7 +16,7 @@ from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.prefetch import Prefetcher, read_ahead
 from streamer.events import Event, Monitor
-from streamer.plan.batch import Batch
+from streamer.plan.batch import AdapterBatch
 from streamer.plan.plan import Plan, make_plan
 from streamer.storage.tensor_file import IOMode, TensorFile
 from streamer.weights.base import StoredTensor
@@ -99,7 +99,9 @@ def test_what_cannot_be_read_is_raised_at_its_turn() -> None:
 def test_every_device_decides_the_same(plan: Plan, device: str) -> None:
     options = DetectionOptions()
     expected = [decisions(detect_matrix(plan, t, options, torch.device("cpu"), 0)) for t in plan.targets]
-    found = [decisions(f) for _, f in detect_all(Batch(plan.base, (plan,)), options, Run(torch.device(device)), 0)]
+    found = [
+        decisions(f) for _, f in detect_all(AdapterBatch(plan.base, (plan,)), options, Run(torch.device(device)), 0)
+    ]
     assert found == expected
 
 

@@ -7,7 +7,7 @@ import pytest
 from fitted_worlds import World, world
 from scipy.optimize import minimize
 
-from streamer.fitting.algorithm import FitOptions, Gradient, Measure, fit_steps
+from streamer.fitting.algorithm import Gradient, Measure, Problem, fit_steps
 
 P = 40
 
@@ -34,13 +34,13 @@ def best_forgetting(w: World, kept: float) -> float:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_few_gradients_come_near_the_best_coefficients(seed: int, quartic: float) -> None:
     w = world(P, seed, quartic=quartic)
-    (found,) = w.fit(FitOptions(P, (0.9,)))
+    (found,) = w.fit(Problem(P, (0.9,)))
     assert sum(isinstance(r, Gradient) for r in w.asked) == 8
     assert found.keep == 0.9
     assert found.kept.value == pytest.approx(w.kept(found.coefficients), rel=1e-9)
     assert found.forgetting.value == pytest.approx(w.forgetting(found.coefficients), rel=1e-9)
     assert 0.9 - 1e-9 <= found.kept.value < 0.915
-    (shrink,) = w.one_for_all().fit(FitOptions(1, (found.kept.value,)))
+    (shrink,) = w.one_for_all().fit(Problem(1, (found.kept.value,)))
     best = best_forgetting(w, found.kept.value)
     assert found.forgetting.value - best < 0.15 * (shrink.forgetting.value - best)
 
@@ -50,7 +50,7 @@ def test_several_shares_share_gradients_and_more_steps_come_nearer() -> None:
     gaps = []
     for steps in (1, 6, 12):
         w.asked.clear()
-        points = w.fit(FitOptions(P, (0.95, 0.9, 0.8), steps=steps))
+        points = w.fit(Problem(P, (0.95, 0.9, 0.8), steps=steps))
         assert sum(isinstance(r, Gradient) for r in w.asked) == 2 + 2 * steps
         gaps.append(max(p.forgetting.value - best_forgetting(w, p.kept.value) for p in points))
         assert [p.keep for p in points] == [0.95, 0.9, 0.8]
@@ -61,7 +61,7 @@ def test_several_shares_share_gradients_and_more_steps_come_nearer() -> None:
 
 def test_requests_come_in_their_order() -> None:
     w = world(P)
-    w.fit(FitOptions(P, (0.9, 0.8)))
+    w.fit(Problem(P, (0.9, 0.8)))
     general, task, *rest = w.asked
     assert (general.text, task.text) == ("general", "task")
     assert (general.coefficients == 1).all()
@@ -81,7 +81,7 @@ def test_requests_come_in_their_order() -> None:
 
 def test_losses_are_asked_for_at_both_ends() -> None:
     w = world(P)
-    w.fit(FitOptions(P, objective="loss"))
+    w.fit(Problem(P, objective="loss"))
     ends = [(r.text, float(r.coefficients.mean())) for r in w.asked[:4]]
     assert ends == [("general", 0.0), ("general", 1.0), ("task", 1.0), ("task", 0.0)]
 
@@ -91,7 +91,7 @@ def test_what_is_kept_without_coefficients_is_no_learning_of_theirs() -> None:
     w = world(P, beside=0.5)
     nothing = w.kept(np.zeros(P))
     assert 0.4 < nothing < 0.6
-    *found, least = w.fit(FitOptions(P, (0.9, 0.7, 0.3), base_at_zero=False))
+    *found, least = w.fit(Problem(P, (0.9, 0.7, 0.3), base_at_zero=False))
     for point, keep in zip(found, (0.9, 0.7), strict=True):
         assert point.kept.value == pytest.approx(w.kept(point.coefficients), abs=1e-9)
         assert point.kept.value == pytest.approx(keep, abs=0.02)
@@ -105,13 +105,13 @@ def test_what_is_kept_without_coefficients_is_no_learning_of_theirs() -> None:
         ("task", 0.0),
     ]
     w.asked.clear()
-    w.fit(FitOptions(P, (0.3,), base_at_zero=False))
+    w.fit(Problem(P, (0.3,), base_at_zero=False))
     assert all(isinstance(r, Measure) for r in w.asked), "nothing is fitted where nothing has to be"
 
 
 def test_the_same_answers_give_the_same_questions_and_coefficients() -> None:
     w = world(P)
-    options = FitOptions(P, (0.9, 0.8))
+    options = Problem(P, (0.9, 0.8))
     whole = w.fit(options)
     requests = list(w.asked)
     answers = [w.answer(r) for r in requests]
@@ -133,17 +133,17 @@ def test_the_same_answers_give_the_same_questions_and_coefficients() -> None:
 
 def test_low_shares_are_kept_too() -> None:
     w = world(P)
-    assert w.fit(FitOptions(P, (0.2,)))[0].kept.value == pytest.approx(0.2, abs=0.05)
+    assert w.fit(Problem(P, (0.2,)))[0].kept.value == pytest.approx(0.2, abs=0.05)
 
 
 def test_an_adapter_that_changes_nothing_gives_finite_coefficients() -> None:
     w = World(np.zeros((P, P)), np.zeros((P, P)))
-    assert np.isfinite(w.fit(FitOptions(P))[0].coefficients).all()
+    assert np.isfinite(w.fit(Problem(P))[0].coefficients).all()
 
 
 def test_a_single_coefficient_is_the_scale_and_takes_no_gradient() -> None:
     w = world(P).one_for_all()
-    found = w.fit(FitOptions(1, (0.95, 0.8)))
+    found = w.fit(Problem(1, (0.95, 0.8)))
     assert all(isinstance(r, Measure) for r in w.asked)
     for point in found:
         assert point.coefficients[0] == pytest.approx(1 - np.sqrt(1 - point.keep), abs=0.02)
@@ -156,5 +156,5 @@ def test_what_is_not_told_from_noise_gives_finite_coefficients_too() -> None:
     noisy, harmless = world(P, scatter=5.0), world(P)
     harmless.H = np.zeros((P, P))
     for w in (noisy, harmless):
-        (found,) = w.fit(FitOptions(P))
+        (found,) = w.fit(Problem(P))
         assert np.isfinite(found.coefficients).all()

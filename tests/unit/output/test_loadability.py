@@ -24,7 +24,7 @@ from streamer.output import lora_writer, model_writer
 from streamer.output.adapter_loadability import check_lora
 from streamer.output.job import Job
 from streamer.output.loadability import check_loadable, check_merged
-from streamer.output.merge_plan import MergedModel, Output, plan_merged
+from streamer.output.merge_plan import MergedModel, OutputTensor, plan_merged
 from streamer.output.model_headers import Headers
 from streamer.output.prepare import OutputOptions, open_jobs
 from streamer.storage.checkpoint import open_checkpoint
@@ -167,14 +167,14 @@ def without(model: MergedModel, name: str) -> MergedModel:
 
 
 def renamed(model: MergedModel, name: str, other: str) -> MergedModel:
-    def new(o: Output) -> Output:
+    def new(o: OutputTensor) -> OutputTensor:
         return replace(o, name=other) if o.name == name else o
 
     return replace(model, files={file: tuple(map(new, outputs)) for file, outputs in model.files.items()})
 
 
 def reshaped(model: MergedModel, name: str) -> MergedModel:
-    def new(o: Output) -> Output:
+    def new(o: OutputTensor) -> OutputTensor:
         return replace(o, shape=(o.shape[0] + 1, *o.shape[1:])) if o.name == name else o
 
     return replace(model, files={file: tuple(map(new, outputs)) for file, outputs in model.files.items()})

@@ -188,10 +188,10 @@ def test_a_large_file_that_was_edited_stays(tmp_path: Path) -> None:
     """At its size: only its digest tells it from the one that was written, however long that takes."""
     import hashlib
 
-    from streamer.storage.old_output import OwnFile, remove_own_files
+    from streamer.storage.old_output import OldFile, remove_own_files
 
     data = bytes(70_000_000)
-    files = [OwnFile(name, len(data), hashlib.sha256(data).hexdigest()) for name in ("edited", "own")]
+    files = [OldFile(name, len(data), hashlib.sha256(data).hexdigest()) for name in ("edited", "own")]
     for file in files:
         (tmp_path / file.name).write_bytes(data)
     with (tmp_path / "edited").open("r+b") as f:
