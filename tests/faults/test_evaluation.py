@@ -166,7 +166,7 @@ def test_another_share_places_another_shrink(job: Job, tmp_path: Path) -> None:
     job.run(output, keep=shrink["kept"] - 0.001, monitor=monitor)
     assert monitor.outputs[output] == "written"
     assert {e.stage for e in events} == {"note"}
-    assert "only the suggestion is made again" in events[0].name
+    assert "only the suggestion is updated" in events[0].name
     assert variants_of(output.read_bytes()) == new
     assert json.loads(output.read_bytes())["suggestion"]["keep"] == shrink["kept"] - 0.001
     assert list(tmp_path.iterdir()) == [output]

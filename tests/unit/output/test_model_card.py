@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import streamer
 from streamer.output.model_card import Card, _blocks, _merged_head, _with_tag
-from streamer.plan.sources import Source
+from streamer.plan.sources import NameSource
 
 BASE = """---
 language:
@@ -112,7 +112,7 @@ def test_matrices_with_intruders_are_counted(tmp_path: Path) -> None:
 
 def test_the_library_is_that_of_the_class(tmp_path: Path) -> None:
     """A classifier made of a sentence encoder is none."""
-    source: Source = {"name": "x", "digest": "0"}
+    source: NameSource = {"name": "x", "digest": "0"}
     blocks = {
         "library_name": "library_name: sentence-transformers\n",
         "pipeline_tag": "pipeline_tag: sentence-similarity\n",
