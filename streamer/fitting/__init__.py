@@ -1,1 +1,1 @@
-"""Fit a coefficient to each direction of an adapter's delta: numeric algorithm, without models and files."""
+"""Fit a coefficient to each direction of an adapter's delta, or factors to the modules' inputs."""

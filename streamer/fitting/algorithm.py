@@ -1,13 +1,14 @@
-"""Fit the coefficients of ``Δ' = U diag(c s) Vᵀ`` in few passes: a generator that asks for gradients and measures, and is given them.
+"""Fit the coefficients of ``Δ' = U diag(c s) Vᵀ`` in few passes, by a generator that asks for gradients and measurements.
 
-It holds no model and reads no file; given the same answers it asks the same questions, so a journal of answers resumes it. What is asked:
+It uses no model and reads no file. Given the same answers it asks the same questions, so a journal of answers resumes it. It asks for:
 
-1. `Measure` of c = 0, on the sequences held apart, where that is another model than the base.
-2. `Gradient` of G at c = 1 and of T at c = 0. KL divergences from the models at the other ends have value and gradient 0 there; of losses,
-   and of G where c = 0 is not the base, the gradients there are asked for too.
-3. Some times: `Gradient` of both at one point of the front that the models of G and T give (see `front`), for that share of the
-   learning whose point is furthest from all sampled ones.
-4. `Measure` of points of the final front around each share, then of those on lines between them that should keep it (see `choices`).
+1. `Measure` of c = 0, on the held-out sequences, if that is a model other than the base.
+2. `Gradient` of G at c = 1 and of T at c = 0. KL divergences have value and gradient 0 at the other ends; for losses, and for G if c = 0 is
+   not the base, it asks for the gradients there too.
+3. Several times: `Gradient` of both at one point of the front of the current models of G and T (see `front`), for the share of the learning
+   whose point is furthest from all sampled ones.
+4. `Measure` of points of the final front around each share, then of points on lines between them that should keep the share (see
+   `choices`).
 
 A single coefficient needs no gradient: it is the adapter's scale, and step 4 chooses it.
 """
@@ -27,13 +28,13 @@ from streamer.measuring.statistics import Estimate, SequenceSums
 Text = Literal["general", "task"]
 
 STEPS_PER_SHARE, LEAST_STEPS = 2, 3
-"""Points at which both gradients are taken, by default: so many for each share of the learning, but at least so many."""
+"""Default number of points at which both gradients are computed: so many for each share of the learning, but at least the second number."""
 
 SPREAD = 0.5
-"""Points of the front are measured at the wanted share and below and above it, by this part of what is between it and 0 or 1."""
+"""The front is measured at the wanted share, and this part of the way from it to 0 and to 1."""
 
 SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-"""Scales that are measured for a single coefficient."""
+"""Scales that are measured if there is a single coefficient."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,15 @@ class Problem:
     Attributes
     ----------
     count
-        P, coefficients to fit; with a single one Δ' is a shrink.
+        P, number of coefficients to fit; with a single one Δ' is a shrink.
     keep
         Shares of the learning to keep, each in (0, 1).
     objective
-        What G and T are: divergences from the base and from the adapter as it is ("kl"), or the texts' own losses ("loss").
+        Meaning of G and T: divergences from the base and from the unchanged adapter ("kl"), or the texts' own losses ("loss").
     steps
-        Points at which both gradients are taken after those at the ends; by default `STEPS_PER_SHARE` for each share.
+        Points at which both gradients are computed after the ends; by default `STEPS_PER_SHARE` for each share.
     base_at_zero
-        Whether c = 0 is the base; with what an adapter brings besides deltas, which stays, it is another model.
+        Whether c = 0 is the base. It is not if the adapter changes more than its deltas do: those changes remain.
     """
 
     count: int
@@ -62,13 +63,13 @@ class Problem:
 
     @property
     def step_count(self) -> int:
-        """Count the points at which both gradients are taken after those at the ends."""
+        """Return the number of points at which both gradients are computed after the ends."""
         return max(LEAST_STEPS, STEPS_PER_SHARE * len(self.keep)) if self.steps is None else self.steps
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """Asks for a text's mean over tokens and its gradient with respect to the coefficients (P,): the answer is a `Slope`."""
+    """Request for a text's mean over tokens and its gradient with respect to the coefficients (P,), answered by a `Slope`."""
 
     text: Text
     coefficients: Floats
@@ -76,14 +77,14 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Measure:
-    """Asks for losses on the sequences held apart with each of some coefficients (P,): the answer is a `HeldOutAnswer`."""
+    """Request for losses on the held-out sequences with each of some coefficients (P,), answered by a `HeldOutAnswer`."""
 
     coefficients: tuple[Floats, ...]
 
 
 @dataclass(frozen=True)
 class Slope:
-    """Answers `Gradient`: the value in nats per token and its gradient (P,)."""
+    """Answer to `Gradient`: the value in nats per token and its gradient (P,)."""
 
     value: float
     gradient: Floats
@@ -91,7 +92,7 @@ class Slope:
 
 @dataclass(frozen=True)
 class HeldOutAnswer:
-    """Answers `Measure`: sums of both texts' sequences held apart; variants are the base, the adapter as it is, then those asked for."""
+    """Answer to `Measure`: sums for both texts' held-out sequences; variants are the base, the unchanged adapter and the requested ones."""
 
     general: SequenceSums
     task: SequenceSums
@@ -108,13 +109,13 @@ class FittedPoint:
     Attributes
     ----------
     keep
-        The share that was wanted.
+        The requested share.
     coefficients
         c: (P,).
     weight
-        μ, in nats of general text a nat of task text; not a number for a single coefficient, and where all are 0.
+        μ, in nats of general text per nat of task text; NaN for a single coefficient, or if all are 0.
     kept, forgetting
-        Shares of the learning kept and of the forgetting left on the sequences held apart.
+        Shares of the learning kept and of the forgetting left, on the held-out sequences.
     """
 
     keep: float
@@ -125,7 +126,7 @@ class FittedPoint:
 
 
 def fit_steps(options: Problem) -> Generator[Request, Answer, tuple[FittedPoint, ...]]:
-    """Fit coefficients for each share of the learning; yields requests, is sent their answers, returns a point for each share."""
+    """Fit coefficients for each share of the learning: yield requests, receive their answers, return a point for each share."""
     P = options.count
     zero = FrontPoint(float("nan"), np.zeros(P), 0.0)
     beside = None
@@ -137,7 +138,7 @@ def fit_steps(options: Problem) -> Generator[Request, Answer, tuple[FittedPoint,
     if above and P == 1:
         candidates = [FrontPoint(float("nan"), np.full(P, scale), scale) for scale in SCALES]
     elif above:
-        # Models of T know what the coefficients add to what is kept without them.
+        # The models of T predict what the coefficients add to the share that is kept without them.
         wanted = [(keep - zero.kept) / (1 - zero.kept) for keep in above]
         front = yield from _sampled(options, wanted)
         candidates = [front.at(level) for level in _levels(wanted)]
@@ -154,7 +155,7 @@ def fit_steps(options: Problem) -> Generator[Request, Answer, tuple[FittedPoint,
 
 
 def _chosen(keep: Sequence[float], found: Sequence[Sequence[FrontPoint]], held: HeldOutAnswer) -> Iterator[FittedPoint]:
-    """Choose for each share among the points that were found for it, and measured one after the other."""
+    """Choose, for each share, among its points, which were measured one after the other."""
     row = 2  # after the base and the adapter
     for wanted, points in zip(keep, found, strict=True):
         rows = range(row, row + len(points))
@@ -170,7 +171,7 @@ def _chosen(keep: Sequence[float], found: Sequence[Sequence[FrontPoint]], held: 
 
 
 def _sampled(options: Problem, wanted: Sequence[float]) -> Generator[Request, Answer, Front]:
-    """Sample both texts at the ends and then at points of the front that the samples so far give, for shares that are wanted."""
+    """Sample both texts at the ends and then, for the wanted shares, at points of the front of the samples so far."""
     zero, one = np.zeros(options.count), np.ones(options.count)
     known = options.objective == "kl"
     general = [Sample(zero, 0.0, zero) if known and options.base_at_zero else (yield from _sample("general", zero))]
@@ -198,5 +199,5 @@ def _measure(coefficients: Sequence[Floats]) -> Generator[Request, Answer, HeldO
 
 
 def _levels(keep: Sequence[float]) -> list[float]:
-    """List the shares at which the front is measured: each that is wanted, and one below and above it."""
+    """List the shares at which the front is measured: each wanted share, and one below and above it."""
     return sorted({round(k + side * SPREAD * min(k, 1 - k), 6) for k in keep for side in (-1, 0, 1)})

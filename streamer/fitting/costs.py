@@ -1,4 +1,4 @@
-"""Count the multiplications that a fit takes, chunk by chunk, for its progress and its forecast."""
+"""Count the multiplications that a fit needs, chunk by chunk, for its progress and its forecast."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from streamer.measuring.statistics import SequenceSums
 from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED
 
 GRADIENT = 3
-"""Passes over the base's weights for a gradient: forward, and from the last layer to the first forward once more and back. The first of
-a chunk takes one more, of the model that is compared with."""
+"""Passes over the base's weights for a gradient: one forward, then, from the last layer to the first, forward again and backward. The first
+gradient of a chunk needs one more, of the reference model."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Multiplications of each chunk that is expected: of gradients, and of passes over the sequences held apart.
+    """Multiplications of each expected chunk: of gradients, and of passes over the held-out sequences.
 
     Attributes
     ----------
     variants
-        Models that run in such a pass at most, the base among them.
+        Most models that run in such a pass, including the base.
     """
 
     gradients: list[int]
@@ -39,13 +39,13 @@ class Costs:
 
 
 def gradient_costs(prepared: PreparedFit, text: str) -> list[int]:
-    """Count those of each chunk of a gradient on a text."""
+    """Count the multiplications of each chunk of a gradient on a text."""
     fitted = prepared.texts[text].fitted
     return [pass_cost(prepared.model.size, fitted.take(rows), GRADIENT, GRADIENT) for rows in prepared.chunks[text]]
 
 
 def pass_costs(prepared: PreparedFit, variants: int) -> list[int]:
-    """Count those of each pass over the sequences held apart, under so many variants, the base among them."""
+    """Count the multiplications of each pass over the held-out sequences with this many variants, including the base."""
     return [
         pass_cost(prepared.model.size, prepared.texts[one.text].held.take(one.sequences), 1 + len(one.variants))
         for one in prepared.passes(variants)
@@ -53,7 +53,7 @@ def pass_costs(prepared: PreparedFit, variants: int) -> list[int]:
 
 
 def expected_costs(prepared: PreparedFit) -> Costs:
-    """Count those of a whole fit."""
+    """Count the multiplications of a whole fit."""
     if prepared.by_inputs:
         return _costs_of_inputs(prepared)
     several, base_at_zero = prepared.parameters.count > 1, not prepared.unchanged
@@ -68,7 +68,7 @@ def expected_costs(prepared: PreparedFit) -> Costs:
 
 
 def _costs_of_inputs(prepared: PreparedFit) -> Costs:
-    """Count one pass that collects inputs, those that measure shrinks, the grid of weights, and each share twice, and its corrections."""
+    """Count the pass that collects inputs, the corrections, and the passes that measure shrinks, the grid, and each share twice."""
     shares = len(prepared.options.keep)
     measured = [2 + len(SHRINKS) + len(prepared.scaling), 1 + len(WEIGHTS), *[1 + shares] * 2]
     measured += [2] * (CORRECTIONS + 1) * shares
@@ -81,7 +81,7 @@ def _costs_of_inputs(prepared: PreparedFit) -> Costs:
 
 @cache
 def expected_requests(options: FitOptions, several: bool, base_at_zero: bool) -> tuple[str | int, ...]:
-    """List what the algorithm asks for: a text, of whose gradient, or a number of models to measure. It depends on the options alone.
+    """List the algorithm's requests: a text for its gradient, or a number of models to measure. They depend only on the options.
 
     Parameters
     ----------
@@ -93,12 +93,12 @@ def expected_requests(options: FitOptions, several: bool, base_at_zero: bool) ->
     asked: list[str | int] = []
 
     def answer(request: Request) -> Answer:
-        """Answer as quadratic functions of one or two coefficients do."""
+        """Answer as quadratic functions of one or two coefficients would."""
         if isinstance(request, Gradient):
             asked.append(request.text)
             c = request.coefficients - (request.text == TASK)
             return Slope(float(c @ c) / 2, c)
-        # That of coefficients of 0 is the base, or was measured among the shrinks.
+        # With coefficients of 0 the model is the base, or was measured among the shrinks.
         asked.append(sum(bool(c.any()) for c in request.coefficients))
         rows = [np.zeros(1), np.ones(1), *request.coefficients]
         return HeldOutAnswer(_sums([row.mean() ** 2 for row in rows]), _sums([(row.mean() - 1) ** 2 for row in rows]))
@@ -108,6 +108,6 @@ def expected_requests(options: FitOptions, several: bool, base_at_zero: bool) ->
 
 
 def _sums(losses: list[float]) -> SequenceSums:
-    """Make sums of two sequences that are alike."""
+    """Make sums of two equal sequences."""
     each = np.repeat(np.array(losses)[:, None], 2, 1)
     return SequenceSums(np.ones(2), each, each, each)

@@ -1,4 +1,4 @@
-"""Divide a fit into passes: anew, if the logits show that sequences that run together must be of one length."""
+"""Divide a fit into passes, and again if the logits show that only sequences of one length may run together."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from streamer.streaming.variants import Variant
 
 
 class DividedFit:
-    """A fit that is divided into passes, and how far it is.
+    """A fit that is divided into passes, and its progress.
 
     Parameters
     ----------
     records
-        What an interrupted run recorded, and what this one does.
+        Records of an interrupted run, extended by this run.
     """
 
     def __init__(self, prepared: PreparedFit, records: Records) -> None:
@@ -29,14 +29,14 @@ class DividedFit:
         self._divide(prepared)
 
     def check(self) -> None:
-        """Check the logits, and divide the work anew if padding changes them."""
+        """Check the logits, and divide the work again if padding changes them."""
         own = self.prepared
         one_length = needs_one_length(own.model.job, own.one_length, own.groups, self.records, self.progress)
         if one_length != own.one_length:
             self._divide(replace(own, one_length=one_length))
 
     def measure(self, variants: Sequence[Variant], key: Callable[[int], str]) -> dict[str, SequenceSums]:
-        """Measure variants together on the sequences held apart; return their sums by text."""
+        """Measure variants together on the held-out sequences; return their sums by text."""
         own = self.prepared
 
         def job(chosen: tuple[Variant, ...]) -> VariantSet:
@@ -46,7 +46,7 @@ class DividedFit:
         return measure_variants(passes, own.held, variants, job, key, self.records, self.progress, own.run)
 
     def _divide(self, prepared: PreparedFit) -> None:
-        """Take the division of the work, and begin to count."""
+        """Set the division of the work, and start counting."""
         self.prepared, self.progress = prepared, RunProgress(self.monitor, prepared.model.size, "fit")
         expected = expected_costs(prepared)
         self.progress.expect([*expected.gradients, *expected.passes])

@@ -1,4 +1,4 @@
-"""Fit coefficients: drive the algorithm, answer its requests chunk by chunk, and journal each, so that a killed run resumes."""
+"""Fit coefficients: run the algorithm, answer its requests chunk by chunk, and journal each answer so that a killed run resumes."""
 
 from __future__ import annotations
 
@@ -33,26 +33,25 @@ from streamer.workers.engine import kept
 
 
 class HeldOutText:
-    """Sums on the held-out sequences of both texts, of the base and of every θ that was asked about."""
+    """Sums on both texts' held-out sequences, for the base and every requested θ."""
 
     def __init__(self, divided: DividedFit, parameters: Parameters) -> None:
         self._divided, self._parameters = divided, parameters
         self._rows: dict[bytes, Mapping[str, SequenceSums]] = {}
-        """By θ, in bytes: sums of one variant, by text; of the base under an empty key, which is also that of θ = 0 where this is the
-        base."""
+        """By θ in bytes: sums of one variant, by text. The base has an empty key, as does θ = 0 if that is the base."""
 
     @property
     def adapter(self) -> Floats:
-        """Parameters of the adapter as it is: 1."""
+        """Return the parameters of the unchanged adapter, all 1."""
         return np.ones(self._parameters.count)
 
     def missing(self, asked: Sequence[Floats]) -> list[Floats]:
-        """List those that were not measured yet, each once."""
+        """List the parameters that were not measured yet, each once."""
         measured = {b"", *self._rows}
         return list({self._key(theta): theta for theta in asked if self._key(theta) not in measured}.values())
 
     def measure(self, request: int, asked: Sequence[Floats], others: Sequence[Variant] = ()) -> None:
-        """Measure those of the parameters that were not measured before; they run together.
+        """Measure together those parameters that were not measured before.
 
         Parameters
         ----------
@@ -71,11 +70,11 @@ class HeldOutText:
             self._rows[row] = {text: of.take([v]) for text, of in whole.items()}
 
     def sums(self, text: str, asked: Sequence[Floats]) -> SequenceSums:
-        """Return the sums of a text, of the base, the adapter as it is, and these parameters, which were measured."""
+        """Return a text's sums for the base, the unchanged adapter, and these measured parameters."""
         return self._joined(text, [b"", *map(self._key, [self.adapter, *asked])])
 
     def of_variant(self, name: str) -> tuple[SequenceSums, SequenceSums]:
-        """Return the sums on both texts of the base, the adapter as it is, and a variant that ran beside."""
+        """Return the sums on both texts for the base, the unchanged adapter, and a variant that ran with them."""
         keys = [b"", self._key(self.adapter), name.encode()]
         return self._joined(GENERAL, keys), self._joined(TASK, keys)
 
@@ -88,14 +87,14 @@ class HeldOutText:
 
     @staticmethod
     def _name(theta: Floats) -> str:
-        """Name a model, for messages."""
+        """Name a model for messages."""
         if (theta == theta[:1]).all():
             return ADAPTER if (theta == 1).all() else Shrink(float(theta[0])).label
         return Fitted.name
 
 
 def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
-    """Fit all sets of coefficients, into memory, or into a file where an output is named."""
+    """Fit all sets of coefficients in memory, or in a file if an output is given."""
     if output is None:
         return _result(prepared, Records(), None)
     file = result_file(prepared, output)
@@ -107,7 +106,7 @@ def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
     with file.written() as records:
         made = _result(prepared, records, output.parent)
         prepared.plan.check_unchanged()
-        made.save(output, overwrite=True)  # of what stands there, `inspect` has permitted it
+        made.save(output, overwrite=True)  # `inspect` has permitted it for any existing file
     return made
 
 
@@ -117,28 +116,28 @@ def _result(prepared: PreparedFit, records: Records, directory: Path | None) -> 
 
 
 class _Run(DividedFit):
-    """One fit of coefficients under way.
+    """One fit of coefficients in progress.
 
     Parameters
     ----------
     records
-        What an interrupted run recorded, and what this one does.
+        Records of an interrupted run, extended by this run.
     directory
-        Where temporary files have their blocks; None for the system's.
+        Directory whose file system holds temporary files; None for the system's default.
     """
 
     def __init__(self, prepared: PreparedFit, records: Records, directory: Path | None) -> None:
         super().__init__(prepared, records)
         self.directory, self.parameters = directory, prepared.parameters
         self.gradients = 0
-        """Gradients that were asked for."""
+        """Number of requested gradients."""
 
     def result(self) -> Coefficients:
-        """Run to the end, and give temporary files back, also where the run is interrupted."""
+        """Run to the end, and release temporary files even if the run is interrupted."""
         try:
             return self._result()
         finally:
-            if "model" in self.__dict__:  # it was made
+            if "model" in self.__dict__:  # if it was made
                 self.model.close()
 
     def _result(self) -> Coefficients:
@@ -146,7 +145,7 @@ class _Run(DividedFit):
         with computing(self.records.threads, self.monitor):
             self.check()
             self.progress.resume(self.records.taken_up)
-            # First of all, so that what evaluate would refuse is refused, and doubted what is not worth the time.
+            # Measure these first, so that refusals and doubts come before the expensive work.
             baseline = shrinks(self.parameters.count)
             self.held.measure(0, baseline, self.prepared.scaling)
             of_adapter = adapter_facts(*self._held_sums([]), self.prepared.texts[TASK].whole.name)
@@ -175,7 +174,7 @@ class _Run(DividedFit):
         return Coefficients(made, facts)
 
     def _slope(self, number: int, request: Gradient) -> Slope:
-        """Compute the mean over a text's tokens of what is made small there, and its gradient."""
+        """Compute the mean over a text's tokens of the minimised quantity, and its gradient."""
         theta, costs = request.coefficients, gradient_costs(self.prepared, request.text)
         keys = [key(number, chunk, [theta]) for chunk in range(len(costs))]
         found, todo = dict[int, Arrays](), list[int]()
@@ -193,14 +192,14 @@ class _Run(DividedFit):
                 self.progress.advance(costs[chunk])
         self.gradients += 1
         sums, gradient = np.zeros(2), np.zeros(self.parameters.count)
-        for chunk in range(len(costs)):  # in their order, whichever came first
+        for chunk in range(len(costs)):  # in their order, independent of arrival
             sums, gradient = sums + found[chunk]["sums"], gradient + found[chunk]["gradient"]
         return Slope(float(sums[0] / sums[1]), gradient / sums[1])
 
     def _gradients(
         self, request: Gradient, chunks: Sequence[int], costs: Sequence[int]
     ) -> Generator[tuple[int, TextGradient], None, None]:
-        """Compute the gradient on chunks of a text, here or on workers; each comes with the chunk's number."""
+        """Compute the gradient on chunks of a text, here or on workers; yield each with the chunk's index."""
         prepared, objective = self.prepared, self.prepared.options.made_small
         against: Against = "labels" if objective == "loss" else "base" if request.text == GENERAL else "adapter"
         text, coefficients = prepared.texts[request.text].fitted, self.parameters.coefficients(request.coefficients)
@@ -217,21 +216,21 @@ class _Run(DividedFit):
             yield chunk, found
 
     def _losses(self, number: int, request: Measure) -> algorithm.HeldOutAnswer:
-        """Measure models on the sequences held apart."""
+        """Measure models on the held-out sequences."""
         self.held.measure(number, request.coefficients)
         return algorithm.HeldOutAnswer(*self._held_sums(request.coefficients))
 
     def _held_sums(self, thetas: Sequence[Floats]) -> tuple[SequenceSums, SequenceSums]:
-        """Return the sums on both texts of the base, the adapter as it is, and models that were measured."""
+        """Return the sums on both texts for the base, the unchanged adapter, and measured models."""
         return self.held.sums(GENERAL, thetas), self.held.sums(TASK, thetas)
 
     @cached_property
     def model(self) -> GradientModel:
-        """The model that gradients are computed by, made when the first is."""
+        """Make the model that computes gradients, on first use."""
         job = self.prepared.model.job
         return GradientModel(job.plan, rounds_products=job.rounds_products, directory=self.directory, device=job.device)
 
     @cached_property
     def held(self) -> HeldOutText:
-        """Measures of the sequences that are held apart, once the logits are checked."""
+        """Return the held-out measurements, once the logits are checked."""
         return HeldOutText(self, self.parameters)

@@ -13,35 +13,35 @@ from streamer.streaming.model import ModelSize, vocabulary_block
 from streamer.streaming.spooled_inputs import ROWS as ROWS_OF_INPUTS
 
 ROWS = 1024
-"""Tokens that run together where no budget asks for fewer: reading the weights is then less than a tenth of the time."""
+"""Most tokens that run together unless a budget asks for fewer: reading the weights then needs less than a tenth of the time."""
 
 LOGIT_COPIES = 8
-"""As much memory as the logits that exist at once takes what is computed from them and for their gradient, themselves among it."""
+"""Memory for everything that is computed from the logits in memory and for their gradient, in copies of these logits, including them."""
 
 ACTIVATIONS = 3
-"""Values that one layer's activations and their gradients take, for each input or output of its matrices."""
+"""Values of one layer's activations and their gradients, for each input or output of its matrices."""
 
 STATES_OF_INPUTS = 2
-"""Values as wide as the model that stay for each token of both texts as inputs are collected: embeddings, and a layer's outputs."""
+"""Values of the model's width that stay for each token of both texts while inputs are collected: embeddings, and a layer's outputs."""
 
 INPUT_COPIES = 4
-"""Inputs that are read together are there once in float32, and in float64, and once more as they are joined."""
+"""Copies of inputs that are read together, in float32 units: one in float32, one in float64, and one more while they are joined."""
 
 STATES = 6
-"""Values as wide as the model that exist at once for each token: last hidden states, the reference's, their gradients, and what is read."""
+"""Values of the model's width that exist at once for each token: last hidden states, the reference's, their gradients, and data read."""
 
 
 def gradient_bytes(size: ModelSize, resident: int, rows: int, length: int) -> int:
-    """Estimate the peak memory of a gradient pass; it does not depend on the number of layers.
+    """Estimate the peak memory of a gradient pass, which does not depend on the number of layers.
 
     Parameters
     ----------
     resident
-        Bytes between two steps; see `plan.memory_estimate.resident_bytes`.
+        Bytes in memory between two steps; see `plan.memory_estimate.resident_bytes`.
     rows
-        Tokens that run together.
+        Number of tokens that run together.
     length
-        Tokens of a sequence.
+        Number of tokens in a sequence.
     """
     layer = 4 * rows * (ACTIVATIONS * size.layer_width + 2 * size.attention * length) + 3 * size.layer_factors
     block = min(size.vocabulary, vocabulary_block(rows, GRADIENT_LOGIT_BYTES))
@@ -52,18 +52,18 @@ def gradient_bytes(size: ModelSize, resident: int, rows: int, length: int) -> in
 
 
 def states_bytes(size: ModelSize, resident: int, tokens: int) -> int:
-    """Estimate the memory between two layers as inputs are collected, for so many tokens of both texts."""
+    """Estimate the memory between two layers while inputs are collected, for this many tokens of both texts."""
     return resident + TRANSFORMERS_BYTES + STATES_OF_INPUTS * 4 * tokens * size.hidden
 
 
 def collecting_bytes(size: ModelSize, rows: int, length: int) -> int:
-    """Estimate what running a layer takes besides, for so many tokens together, in sequences of a length."""
+    """Estimate the additional memory of running a layer on this many tokens together, in sequences of this length."""
     layer = 4 * rows * (ACTIVATIONS * size.layer_width + 2 * size.attention * length) + 3 * size.layer_factors
     return layer + 2 * min(BLOCK_BYTES, 4 * size.widest * size.hidden) + size.factors
 
 
 def reading_bytes(plan: Plan) -> int:
-    """Estimate what reading inputs takes, and computing with them."""
+    """Estimate the memory of reading inputs and computing with them."""
     return (
         INPUT_COPIES
         * 4
@@ -73,7 +73,7 @@ def reading_bytes(plan: Plan) -> int:
 
 
 def solving_bytes(plan: Plan, memory: int) -> int:
-    """Estimate what solving for factors takes between two layers, of which matrices of moments may take so much memory."""
+    """Estimate the memory to solve for factors between two layers, if matrices of moments may use `memory` bytes."""
     most = 0
     for n, count in columns_of_inputs(plan):
         by_products = conjugate_gradients.solving_bytes(n, count, len(WEIGHTS))
@@ -82,11 +82,11 @@ def solving_bytes(plan: Plan, memory: int) -> int:
 
 
 def columns_of_inputs(plan: Plan) -> list[tuple[int, int]]:
-    """List how many inputs modules share, and how many columns their right factors have together."""
+    """List the number of inputs that modules share, and the number of columns of their right factors together."""
     columns: dict[tuple[str, str, int], int] = {}
     for target in plan.targets:
-        if target.module.form != "embedding":  # which looks rows up
-            # Those with as many inputs in one module of the model may share them.
+        if target.module.form != "embedding":  # embeddings look rows up
+            # Modules with as many inputs in one parent module may share them.
             parent, _, name = target.tensor.removesuffix(".weight").rpartition(".")
             key = parent, name.partition("[")[2], target.module.shape[1]
             columns[key] = columns.get(key, 0) + target.module.factor_rank
@@ -96,22 +96,22 @@ def columns_of_inputs(plan: Plan) -> list[tuple[int, int]]:
 def plan_chunks(
     text: TextSequences, size: ModelSize, resident: int, max_memory: int | None, one_length: bool
 ) -> list[tuple[int, ...]]:
-    """Divide sequences into chunks that fit the budget; long ones go together, so that little is padded.
+    """Divide sequences into chunks that fit the budget; long ones run together, to reduce padding.
 
     Parameters
     ----------
     one_length
-        Whether only sequences of one length run together, without padding.
+        Whether only sequences of one length may run together, without padding.
 
     Returns
     -------
     list of tuple of int
-        Numbers of the sequences that run together.
+        Indices of the sequences that run together.
 
     Raises
     ------
     UsageError
-        If the budget does not hold the longest sequence; it names the smallest that does.
+        If the budget is too small for the longest sequence; the message names the smallest sufficient budget.
     """
     longest = text.longest
     most = rows_within(max_memory, longest, ROWS, lambda rows: gradient_bytes(size, resident, rows, longest),

@@ -1,8 +1,8 @@
-"""Trade what is forgotten against what is kept: models of both as functions of the coefficients, and the points of least forgetting.
+"""Balance forgetting against learning kept: model both as functions of the coefficients, and find the points of least forgetting.
 
-With G(c) what is lost on the general text and T(c) what is lost on the task's, the coefficients ``c(μ) = argmin G(c) + μ T(c)`` over
-``[0, 1]^P`` are those that forget least among all that keep as much: the front. Every gradient taken of G or T, for whichever μ, improves
-its model, and the models serve every μ.
+Let G(c) be what is lost on the general text and T(c) what is lost on the task's. The coefficients ``c(μ) = argmin G(c) + μ T(c)`` over
+``[0, 1]^P`` forget least among all that keep as much: they form the front. Every gradient of G or T, for any μ, improves its model, and the
+models serve every μ.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 from streamer.fitting.quadratic import Curvature, Floats, dot, minimize_in_box, secant_curvature
 
 PROXIMITY = 0.2
-"""Share of the curvature's diagonal that is added to it, around the point that a model begins from: a few secants tell too little of the
-directions between them, and a step that is too short costs less than one too long."""
+"""Share of the curvature's diagonal that is added to it around the model's starting point: a few secants say too little about the
+directions between them, and a step that is too short costs less than one that is too long."""
 
 LOG_RANGE = 14.0
-"""Weights μ are looked for between exp(−14) and exp(14) times the ratio of what the two texts can lose."""
+"""Weights μ are searched between exp(−14) and exp(14) times the ratio of the two texts' possible losses."""
 
 LOG_STEP = 1e-8
 """Precision of log μ."""
@@ -28,7 +28,7 @@ LOG_STEP = 1e-8
 
 @dataclass(frozen=True)
 class Sample:
-    """A function's value and gradient at a point: (P,)."""
+    """A function's value and gradient at a point, (P,)."""
 
     point: Floats
     value: float
@@ -36,8 +36,8 @@ class Sample:
 
 
 MISSED, EXCEEDED = 0.01, 0.03
-"""A point that keeps less than was wanted by more than the one has missed it; one that keeps more by more than the other forgets more than
-was asked for."""
+"""A point misses a share if it keeps less than the share by more than the first number; it exceeds the share, and so forgets more than
+necessary, if it keeps more by more than the second."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class FrontPoint:
     coefficients
         c(μ): (P,).
     kept
-        What the models expect to be kept of the learning on the text that they were made from; once it was measured, that.
+        Share of the learning that the models predict to be kept on their text; once measured, the measured share.
     loss
-        Mean loss on the general text, once it was measured.
+        Mean loss on the general text, once measured.
     """
 
     weight: float
@@ -69,9 +69,9 @@ class Front:
     Attributes
     ----------
     general
-        Samples of G; among them those at c = 0 and c = 1.
+        Samples of G, including c = 0 and c = 1.
     task
-        Samples of T, likewise.
+        Samples of T, including the same points.
     """
 
     general: Sequence[Sample]
@@ -89,9 +89,9 @@ class Front:
         return secant_curvature([s.point for s in self.task], [s.gradient for s in self.task])
 
     def anchors(self, weight: float) -> tuple[Sample, Sample]:
-        """Choose the samples of G and T that the models of ``G + μ T`` begin from: the best point where both were sampled.
+        """Choose the samples from which the models of ``G + μ T`` start: the best point at which both were sampled.
 
-        Before there is one inside the bounds, G's model begins from c = 0 and T's from c = 1, where KL divergences have their minima.
+        If no such point is inside the bounds yet, G's model starts from c = 0 and T's from c = 1, the minima of KL divergences.
         """
         task = {s.point.tobytes(): s for s in self.task}
         both = [(g, task[g.point.tobytes()]) for g in self.general if g.point.tobytes() in task]
@@ -105,7 +105,7 @@ class Front:
         return self.general_curvature.plus(self.task_curvature, weight)
 
     def coefficients(self, weight: float) -> Floats:
-        """Minimise the models' ``G + μ T`` between the bounds."""
+        """Minimise the models' ``G + μ T`` within the bounds."""
         if weight not in self._solutions:
             g, t = self.anchors(weight)
             A = self.curvature(weight)
@@ -116,16 +116,16 @@ class Front:
         return self._solutions[weight]
 
     def kept(self, weight: float, coefficients: Floats) -> float:
-        """Expect what is kept: ``(T(0) − T(c)) / (T(0) − T(1))``, T(c) by its model."""
+        """Predict the share kept: ``(T(0) − T(c)) / (T(0) − T(1))``, with T(c) from its model."""
         anchor = self.anchors(weight)[1]
         zero, one = _at(self.task, 0.0), _at(self.task, 1.0)
         first = anchor is one
-        # A model that knows c = 1 alone may be far from T(0): its own value there makes shares of 0 and 1 at both ends.
+        # A model that knows only c = 1 may be far from T(0): with its own value there, the shares are 0 and 1 at the ends.
         nothing = self._task_value(anchor, zero.point) if first else zero.value
         return (nothing - self._task_value(anchor, coefficients)) / max(nothing - one.value, 1e-300)
 
     def at(self, kept: float) -> FrontPoint:
-        """Find the point of the front where the models expect this share of the learning to be kept."""
+        """Find the point of the front at which the models predict that this share of the learning is kept."""
         from scipy.optimize import brentq
 
         ratio = _range(self.general) / max(_range(self.task), 1e-300)
@@ -144,7 +144,7 @@ class Front:
         return FrontPoint(weight, c, self.kept(weight, c))
 
     def distance(self, point: FrontPoint) -> float:
-        """Measure how far a point is from all those that were sampled: the least ``(c − x)ᵀ A (c − x)``, x such a one."""
+        """Compute the distance of a point from the sampled points: the least ``(c − x)ᵀ A (c − x)`` over the samples x."""
         A = self.curvature(point.weight)
         steps = [point.coefficients - s.point for s in self.general]
         return min(dot(d, A @ d) for d in steps)
@@ -157,20 +157,21 @@ class Front:
 def choices(
     zero: FrontPoint, candidates: Sequence[FrontPoint], one: FrontPoint, wanted: float
 ) -> tuple[FrontPoint, ...]:
-    """Find points that should keep a share, on lines between measured ones: where the least loss is expected, and between the nearest two.
+    """Find points that should keep a share, on lines between measured ones: one of least expected loss, and one between the nearest two.
 
-    Were both functions convex, no less would be kept on a line, and no more lost, than interpolation says, and the first would do. Where
-    the loss flattens out, as of an adapter far too strong, a long line promises too much: so both are to be measured; see `best`.
+    If both functions were convex, then on a line at least as much would be kept and at most as much lost as interpolation predicts, and
+    the first point would suffice. If the loss flattens out, as for an adapter that is far too strong, a long line promises too much, so
+    both points must be measured; see `best`.
 
     Parameters
     ----------
     zero, one
-        c = 0, with what was measured there, and c = 1, which keeps all. Where c = 0 keeps enough, it is the answer: nothing, if all that
-        the adapter brings is deltas.
+        c = 0 with its measurements, and c = 1, which keeps everything. If c = 0 keeps enough, it is the answer: if the adapter consists
+        of deltas only, it then keeps nothing of the adapter.
     candidates
-        With what each was measured to keep and to lose. Those that keep too little are ends of lines as well.
+        Points with their measured shares and losses. Points that keep too little also serve as ends of lines.
     wanted
-        The share, in (0, 1).
+        The wanted share, in (0, 1).
     """
     if zero.kept >= wanted:
         return (zero,)
@@ -182,7 +183,7 @@ def choices(
 
 
 def best(points: Sequence[FrontPoint], wanted: float) -> int:
-    """Choose among measured points the one of least loss that keeps the share, to `MISSED`; else the one that keeps most."""
+    """Choose among measured points the one of least loss that keeps the share to within `MISSED`; else the one that keeps most."""
     enough = [i for i, point in enumerate(points) if point.kept >= wanted - MISSED]
     if enough:
         return min(enough, key=lambda i: points[i].loss)
@@ -190,7 +191,7 @@ def best(points: Sequence[FrontPoint], wanted: float) -> int:
 
 
 def _crossing(low: FrontPoint, high: FrontPoint, wanted: float, ends: tuple[FrontPoint, FrontPoint]) -> FrontPoint:
-    """Interpolate to where a share is kept between a point that keeps less and one that keeps enough."""
+    """Interpolate where a share is kept, between a point that keeps less and one that keeps enough."""
     share = (wanted - low.kept) / (high.kept - low.kept)
     nearer = high if (share > 0.5 and high is not ends[1]) or low is ends[0] else low
     c = low.coefficients + share * (high.coefficients - low.coefficients)

@@ -1,4 +1,4 @@
-"""Divide the texts that inputs are collected of into groups of sequences, which run by turns."""
+"""Divide the texts whose inputs are collected into groups of sequences, which take turns."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from streamer.measuring.sequences import TextSequences
 from streamer.streaming.streams import GENERAL_CORRECTED, TASK_CORRECTED, Group
 
 RUNS_CORRECTED = 2
-"""Runs of a layer that correcting it takes: up to each of its inputs, and to its end."""
+"""Runs of a layer for its correction: up to each of its inputs, and to its end."""
 
 STEPS = 150
-"""Steps of conjugate gradients that solving by products takes, about."""
+"""Approximate number of conjugate gradient steps to solve by products."""
 
 EXACT = 5
-"""Multiplications in float32 that take as long as one in float64 of moments and their factors, at most."""
+"""Most multiplications in float32 that need the time of one in float64 for moments and their factors."""
 
 CORRECTED = GENERAL_CORRECTED, TASK_CORRECTED
 
 Divided = tuple[TextSequences, int]
-"""Sequences that run together, and as what: one of `streams`."""
+"""Sequences that run together, and their stream: one of `streams`."""
 
 LENGTHS = 32
-"""Lengths that the sequences of a text have at most as inputs are collected: a group of each length runs in a thread."""
+"""Most different lengths of a text's sequences while inputs are collected: a group of each length runs in its own thread."""
 
 
 def of_few_lengths(text: TextSequences) -> TextSequences:
-    """Cut the ends of sequences, if need be, so that they have no more than `LENGTHS` lengths: those of one length run together."""
+    """Cut the ends of sequences, if necessary, so that they have at most `LENGTHS` lengths: sequences of one length run together."""
     step = 1
     while len({len(ids) // step for ids in text.ids}) > LENGTHS:
         step *= 2
@@ -43,7 +43,7 @@ def of_few_lengths(text: TextSequences) -> TextSequences:
 
 
 def divided(prepared: PreparedFit, streams: Mapping[int, str]) -> list[Divided]:
-    """Divide the texts that run, by what they run as, into groups of one length."""
+    """Divide the texts of each stream into groups of one length."""
     found: list[Divided] = []
     for stream, name in streams.items():
         whole = of_few_lengths(prepared.texts[name].fitted)
@@ -53,7 +53,7 @@ def divided(prepared: PreparedFit, streams: Mapping[int, str]) -> list[Divided]:
 
 
 def group_costs(prepared: PreparedFit, groups: Sequence[Divided]) -> list[int]:
-    """Count the multiplications of groups that run by turns, and of solving between the layers, of which each has a share by its tokens."""
+    """Count the multiplications of groups that take turns, plus each group's part, by its tokens, of solving between layers."""
     corrects = any(stream in CORRECTED for _, stream in groups)
     solving = _solving_cost(prepared, 1 if corrects else len(WEIGHTS))
     tokens = [len(text.ids) * text.longest for text, _ in groups]
@@ -65,7 +65,7 @@ def group_costs(prepared: PreparedFit, groups: Sequence[Divided]) -> list[int]:
 
 
 def _solving_cost(prepared: PreparedFit, weights: int) -> int:
-    """Count those of solving for so many weights; in float64 one takes as long as up to `EXACT`, where matrices outgrow the caches."""
+    """Count the multiplications to solve for this many weights; one in float64 costs up to `EXACT` if matrices outgrow the caches."""
     tokens, count = prepared.fitted_tokens, 0
     for n, columns in columns_of_inputs(prepared.plan):
         if is_direct(n, prepared.matrices_bytes):
@@ -76,18 +76,18 @@ def _solving_cost(prepared: PreparedFit, weights: int) -> int:
 
 
 def groups_of(prepared: PreparedFit, progress: RunProgress, streams: Mapping[int, str]) -> list[Group]:
-    """Make the groups of the texts that run, by what they run as."""
+    """Make the groups of the texts of each stream."""
     groups = divided(prepared, streams)
     hooks = progress.readings(group_costs(prepared, groups), [_runs(stream) for _, stream in groups])
     return [Group(*one, hook) for one, hook in zip(groups, hooks, strict=True)]
 
 
 def advance(prepared: PreparedFit, progress: RunProgress, groups: Sequence[Group]) -> None:
-    """Take groups as done."""
+    """Count groups as done."""
     for cost in group_costs(prepared, [(group.text, group.stream) for group in groups]):
         progress.advance(cost)
 
 
 def _runs(stream: int) -> int:
-    """Count the runs of each layer."""
+    """Return the number of runs of each layer."""
     return RUNS_CORRECTED if stream in CORRECTED else 1

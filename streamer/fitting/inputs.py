@@ -1,9 +1,8 @@
 """Fit right factors to the inputs of modules.
 
-One pass collects inputs and solves for a grid of weights, which are measured; each share is interpolated between them. Then, at the weight
-of each share, the model runs once more, in which each layer's factors are fitted to the inputs that the layers before it make with theirs.
-
-A killed run repeats the pass that collects, and those that correct, which give the same values; what was measured is in the journal.
+One pass collects inputs and solves for a grid of weights, whose results are measured; each share is interpolated between them. Then, at
+each share's weight, the model runs again, and each layer's factors are fitted to the inputs that the preceding layers produce with their
+new factors. A killed run repeats the collecting and correcting passes, which give the same values; measurements are in the journal.
 """
 
 from __future__ import annotations
@@ -42,27 +41,27 @@ from streamer.streaming.variants import ADAPTER, BASE, Variant
 from streamer.units import counted, listed
 
 ROUNDS = 3
-"""Interpolations that are measured for a share, at most: a secant rule."""
+"""Most interpolations that are measured for a share, by a secant rule."""
 
 STEP = 1.5
-"""Factor between the weights of two corrections, between which the share asked for is then interpolated."""
+"""Factor between the weights of two corrections, between which the requested share is interpolated."""
 
 CLOSE = 0.01
-"""A corrected point that keeps the share asked for to this may be taken in place of one that is not."""
+"""A corrected point may replace an uncorrected one if it keeps the requested share to within this."""
 
 EXACT = 0.003
-"""An interpolation that keeps the share asked for to this is taken as it is."""
+"""An interpolation is accepted if it keeps the requested share to within this."""
 
 
 class InputsRun(DividedFit):
-    """One fit under way.
+    """One fit in progress.
 
     Parameters
     ----------
     records
-        What an interrupted run recorded, and what this one does.
+        Records of an interrupted run, extended by this run.
     directory
-        Where temporary files have their blocks; None for the system's.
+        Directory whose file system holds temporary files; None for the system's default.
     """
 
     def __init__(self, prepared: PreparedFit, records: Records, directory: Path | None) -> None:
@@ -74,7 +73,7 @@ class InputsRun(DividedFit):
         self._rows: dict[str, Mapping[str, SequenceSums]] = {}
 
     def result(self) -> Coefficients:
-        """Run to the end."""
+        """Run to the end and return the result."""
         prepared, plan = self.prepared, self.prepared.plan
         if all(factors_of(plan, target).is_zero() for target in plan.targets):
             raise prepared.nothing_to_fit()
@@ -123,7 +122,7 @@ class InputsRun(DividedFit):
         return Coefficients(made, facts)
 
     def _solved(self, model: CorrectedModel, spool: Spool) -> tuple[list[Point], list[str]]:
-        """Collect the inputs' moments, and solve for each weight; list what no text came to, whose delta stays."""
+        """Collect the inputs' moments and solve for each weight; also list matrices that some text never reached: their delta stays."""
         prepared, plan = self.prepared, self.prepared.plan
         places: dict[str, Sequence[Spooled]] = {}
 
@@ -157,7 +156,7 @@ class InputsRun(DividedFit):
         return [Point(0.0, as_is), *points, Point(math.inf, scaled(plan, 0.0))], model.unseen
 
     def _corrected(self, model: CorrectedModel, spool: Spool, keep: float, point: Point) -> Point:
-        """Fit each layer to what the layers before it make, at two weights if need be; return what forgets less, if it keeps the share."""
+        """Fit each layer to the preceding ones' outputs, at two weights if needed; return the result if better and close to the share."""
         if not 0 < point.weight < math.inf or not model.corrects:
             return point
         try:
@@ -179,7 +178,7 @@ class InputsRun(DividedFit):
         return best if left(best) < left(point) and abs(self._kept(best) - keep) <= CLOSE else point
 
     def _correct(self, model: CorrectedModel, spool: Spool, point: Point, weight: float) -> Point:
-        """Run the model as it is corrected, at a weight, from the factors of a point on, and measure what comes."""
+        """Run and correct the model at a weight, starting from a point's factors, and measure the result."""
         plan = self.prepared.plan
         places: dict[str, Sequence[Spooled]] = {}
         made = replaced(spooled(spool, places, 0), point.factors)
@@ -214,7 +213,7 @@ class InputsRun(DividedFit):
         return found
 
     def _interpolated(self, points: Sequence[Point]) -> list[tuple[float, Point]]:
-        """Find for each share the point that keeps it: between two that were measured, and measured itself."""
+        """Find for each share the point that keeps it, between two measured points, and measure it."""
         keeps = self.prepared.options.keep
         self._measure_new([self._variant(point) for point in points[1:-1]])
         known = {keep: [(self._kept(point), point) for point in points] for keep in keeps}
@@ -234,7 +233,7 @@ class InputsRun(DividedFit):
                 kept, own = self._kept(point), known[keep]
                 at = next((i for i, (_, other) in enumerate(own) if other.weight > point.weight), len(own) - 1)
                 own.insert(at, (kept, point))
-        for keep, own in known.items():  # where the curve is rough the last one is not always the nearest
+        for keep, own in known.items():  # if the curve is rough, the last point is not always the nearest
             found[keep] = min((abs(kept - keep), i, point) for i, (kept, point) in enumerate(own[1:]))[2]
         return [(keep, found[keep]) for keep in keeps]
 
@@ -242,13 +241,13 @@ class InputsRun(DividedFit):
         return Variant(point.name, RegMean(coefficients=FactorSet(1.0, point.factors)))
 
     def _kept(self, point: Point) -> float:
-        """Return the share of what was learned that a point keeps."""
+        """Return the share of the learning that a point keeps."""
         if point.weight == 0:
             return 1.0
         return self._sums([point.name])[1].share(ADAPTER_ROW + 1).value
 
     def _measure_new(self, variants: Sequence[Variant]) -> None:
-        """Measure those of the variants that were not measured yet, together."""
+        """Measure together those variants that were not measured yet."""
         new = [Variant(BASE, None), *(v for v in variants if v.name not in self._rows)]
         if len(new) == 1:
             return
@@ -259,7 +258,7 @@ class InputsRun(DividedFit):
             self._rows.setdefault(variant.name, {text: of.take([row]) for text, of in whole.items()})
 
     def _sums(self, names: Sequence[str]) -> tuple[SequenceSums, SequenceSums]:
-        """Return the sums on both texts of the base, the adapter as it is, and variants that were measured."""
+        """Return the sums on both texts for the base, the unchanged adapter, and measured variants."""
         assert (BASE_ROW, ADAPTER_ROW) == (0, 1)
         rows = [self._rows[name] for name in (BASE, ADAPTER, *names)]
         general, task = (rows[0][text].joined(*(row[text] for row in rows[1:])) for text in (GENERAL, TASK))

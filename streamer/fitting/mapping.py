@@ -1,6 +1,6 @@
-"""Make a map of a base's inputs: open and check what it reads, run general text as the base, and keep the leading vectors of each input.
+"""Map a base's inputs: open and check the files, run general text through the base, and keep the leading vectors of each input.
 
-A killed run starts over, and gives the same bytes: the map is one file that is written at the end.
+A killed run starts over and gives the same bytes: the map is one file, written at the end.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ from streamer.units import counted, listed
 from streamer.workers.engine import kept
 
 COPIES = 4
-"""Matrices of vectors that exist at once, in float64, as an input's are computed."""
+"""Number of float64 matrices of vectors that exist at once while an input's vectors are computed."""
 
 HEADER_BYTES = 200
-"""Bytes of an input's entries in the file's header, beside the names of its matrices."""
+"""Bytes of an input's entries in the file's header, without the names of its matrices."""
 
 
 # fmt: off
 class MappedText(TypedDict):
-    """A text that a map was made on."""
+    """A text from which a map was made."""
     name: Annotated[str, "Name of its file."]
     sequences: Annotated[Count, "Sequences taken from it."]
     tokens: Annotated[Count, "Their tokens, without the first token of each."]
@@ -67,7 +67,7 @@ class MappedText(TypedDict):
     sample_sha256: Annotated[Sha256, "Digest of a sample of the file (SHA-256, hexadecimal)."]
 
 class MapFacts(TypedDict):
-    """What `streamer map --json` prints: a map of a base's inputs."""
+    """A map of a base's inputs, as printed by `streamer map --json`."""
     schema: Literal["streamer.map/1"]
     version: Annotated[str, "Version of streamer that made it."]
     base: Annotated[BaseIdentity, "What identifies the base."]
@@ -85,7 +85,7 @@ class MapFacts(TypedDict):
 
 @dataclass(frozen=True)
 class MapOptions:
-    """Options of a map, all of which decide it: keywords of `api.map_inputs`, which explains them."""
+    """Options of a map, all of which affect it: keywords of `api.map_inputs`, which explains them."""
 
     vectors: int = VECTORS
     sequences: int = 32
@@ -107,11 +107,11 @@ class PreparedMap:
     Attributes
     ----------
     max_memory
-        Budget in bytes; None where there is none.
+        Budget in bytes; None for no budget.
     file
         Digest of the text's file; see `sample_digest`.
     model
-        For its sizes.
+        Model that supplies sizes.
     """
 
     plan: Plan
@@ -124,7 +124,7 @@ class PreparedMap:
 
     @cached_property
     def groups(self) -> list[TextSequences]:
-        """Divide the sequences into those that run together."""
+        """Divide the sequences into groups that run together."""
         text = of_few_lengths(self.text)
         most = rows_within(self.max_memory, text.longest, ROWS, self._bytes,
                            f"the inputs of a sequence of {text.longest} tokens")  # fmt: skip
@@ -132,32 +132,32 @@ class PreparedMap:
 
     @property
     def tokens(self) -> int:
-        """Count the tokens that run."""
+        """Return the number of tokens that run."""
         return sum(len(ids) for group in self.groups for ids in group.ids)
 
     def cost(self, group: TextSequences) -> int:
-        """Count the multiplications of a group, and its share of those for the vectors of each input."""
+        """Count the multiplications of a group, plus its part of computing each input's vectors."""
         each = sum(min(self.options.vectors + MORE, n) * n for n in self.widths)
         return pass_cost(self.model.size, group, 1) + 2 * (ROUNDS + 1) * each * len(group.ids) * group.longest
 
     @cached_property
     def widths(self) -> list[int]:
-        """List the inputs of each matrix, also where several share them; of one that is no head's the smaller side may be its inputs'."""
+        """List the number of inputs of each matrix, even if several share them, taken from the last stored dimension."""
         own = [t for _, _, own in self.model.modules for t in own.values() if len(t.shape) > 1]
         return [t.shape[-1] for t in own for _ in range(t.shape[0] if t.stacked else 1)]
 
     @property
     def peak_bytes(self) -> int:
-        """Estimate the memory of the largest step."""
+        """Estimate the peak memory of the largest step."""
         return self._bytes(max(sum(map(len, group.ids)) for group in self.groups))
 
     @property
     def resident(self) -> int:
-        """Estimate the bytes that stay in memory between two steps."""
+        """Estimate the bytes in memory between two steps."""
         return resident_bytes(AdapterBatch(self.plan.base, (self.plan,)))
 
     def shared(self) -> PreparedMap:
-        """Divide the memory allowed among this process, which has a share as well, and its workers; see `Workers.share`."""
+        """Divide the allowed memory among this process, which also needs a share, and its workers; see `Workers.share`."""
         longest = self.text.longest
         need = MemoryEstimate(f"the inputs of a sequence of {longest} tokens", (), self._bytes(longest))
         tokens = sum(map(len, self.text.ids))
@@ -172,7 +172,7 @@ class PreparedMap:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """Say what it is made of, as JSON; the digest `plan` tells whether two maps are one."""
+        """Describe the map's inputs and options as JSON; equal `plan` digests mean equal maps."""
         tree = {
             "transformers": require_transformers().__version__,
             "base": {**self.plan.base_identity},
@@ -184,7 +184,7 @@ class PreparedMap:
         return {"version": __version__, **tree, "plan": hashlib.sha256(told.encode()).hexdigest()}
 
     def result_file(self, output: Path) -> ResultFile:
-        """Describe the file that it becomes."""
+        """Describe the map's output file."""
         digest = self.facts["plan"]
 
         def is_whole(path: Path) -> bool:
@@ -197,7 +197,7 @@ class PreparedMap:
         )
 
     def inspect(self, output: Path) -> State:
-        """Check, read-only, whether it can be written to a file, and whether it stands there or was begun."""
+        """Check, without writing, whether the map can be written to a file, and whether the file exists or was begun."""
         file = self.result_file(output)
         file.check_path()
         _ = self.groups
@@ -205,7 +205,7 @@ class PreparedMap:
 
 
 def prepare_map(base: str | Path, text: Path, options: MapOptions, max_memory: int | None, run: Run) -> PreparedMap:
-    """Open and check a base and a general text, and hand on their warnings."""
+    """Open and check a base and a general text, and pass on their warnings."""
     require_transformers()
     plan = make_base_plan(base, run.io, run.architecture)
     run.monitor.warn(plan.base.warnings)
@@ -219,7 +219,7 @@ def prepare_map(base: str | Path, text: Path, options: MapOptions, max_memory: i
 
 
 def make_map(prepared: PreparedMap, output: Path | None) -> InputMap:
-    """Make a map, into memory, or into a file where an output is named."""
+    """Make a map in memory, or in a file if an output is given."""
     if output is None:
         return _made(prepared, Records(), None)
     file = prepared.result_file(output)
@@ -229,7 +229,7 @@ def make_map(prepared: PreparedMap, output: Path | None) -> InputMap:
     with file.written() as records:
         made = _made(prepared, records, output.parent)
         prepared.plan.check_unchanged()
-        made.save(output, overwrite=True)  # of what stands there, `inspect` has permitted it
+        made.save(output, overwrite=True)  # `inspect` has permitted it for any existing file
     return load_map(output)
 
 
@@ -268,7 +268,7 @@ def _made(prepared: PreparedMap, records: Records, directory: Path | None) -> In
 
 
 def _shortness(prepared: PreparedMap, widest: int) -> list[str]:
-    """Warn of a text that is short for the inputs of the widest matrix, or for the vectors that are kept."""
+    """Warn of a text that is short for the inputs of the widest matrix, or for the kept vectors."""
     tokens, vectors = prepared.tokens, prepared.options.vectors
     if tokens < min(vectors, widest):
         return [f"{prepared.text.name}: has {counted(tokens, 'token')}, fewer than the {vectors} vectors that are kept of each input; give "
@@ -280,7 +280,7 @@ def _shortness(prepared: PreparedMap, widest: int) -> list[str]:
 
 
 def _mapped(names: tuple[str, ...], tokens: int, moments: Moments, count: int) -> MappedInput:
-    """Keep what is leading of the moments of an input."""
+    """Keep the leading part of an input's moments."""
     if isinstance(moments, OneHotMoments):
         return MappedInput(names, tokens, moments.size, moments.trace, moments.diagonal.cpu(), None)
     values, vectors = (found.cpu() for found in leading_vectors(moments, count))
@@ -289,7 +289,7 @@ def _mapped(names: tuple[str, ...], tokens: int, moments: Moments, count: int) -
 
 
 def map_record(made: InputMap, output: str, state: Any) -> MapFacts:
-    """Say what a map is, as JSON."""
+    """Describe a map as JSON."""
     record: MapFacts = {
         "schema": "streamer.map/1", "version": made.facts["version"], "base": made.facts["base"], "texts": made.facts["texts"],
         "vectors": made.facts["vectors"], "inputs": len(made.inputs), "matrices": len({n for one in made.inputs for n in one.names}),

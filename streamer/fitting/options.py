@@ -1,4 +1,4 @@
-"""Options of a fit, and the division of its texts into what is fitted on and what is held apart."""
+"""Define the options of a fit, and divide its texts into a part for fitting and a held-out part."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from streamer.measuring.sequences import GENERAL, TASK, TextSequences
 from streamer.methods.fit_set import share_name
 
 Objective = Literal["divergence", "loss"]
-"""What is made small: divergences from the base and from the adapter as it is, or the losses of both texts."""
+"""What a fit minimises: divergences from the base and from the unchanged adapter, or the losses of both texts."""
 
 Grain = Literal["inputs", "direction", "matrix", "all"]
-"""What is fitted: right factors, to the inputs of each module; or coefficients, one a direction, one a matrix, or one for all."""
+"""What is fitted: right factors, to the inputs of each module; or coefficients, one per direction, one per matrix, or one for all."""
 
 LEAST = 2
-"""Sequences that each part of a text has at least."""
+"""Least number of sequences in each part of a text."""
 
 WEIGHTS = (0.05, 0.2, 0.6, 2.0, 6.0)
-"""Each weight μ of the general text that is measured with grain ``inputs``; between neighbours Δ' is interpolated."""
+"""Weights μ of the general text that are measured with grain ``inputs``; Δ' is interpolated between neighbours."""
 
 ALGORITHM = 2
-"""Number of the algorithm by which factors are fitted to inputs: another one makes another fit of the same inputs. 2 corrects."""
+"""Version of the algorithm that fits factors to inputs: another version gives another fit of the same inputs. Version 2 corrects."""
 
 CORRECTIONS = 2
-"""Corrections of a share's factors, at two weights at most."""
+"""Most corrections of a share's factors, at two weights."""
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Options of a fit, all of which decide its result: keywords of `api.fit_coefficients`, which explains them."""
+    """Options of a fit, all of which affect its result: keywords of `api.fit_coefficients`, which explains them."""
 
     keep: tuple[float, ...] = (0.9,)
     objective: Objective | None = None
@@ -76,16 +76,16 @@ class FitOptions:
         for name in ("steps", "objective"):
             if self.grain == "inputs" and getattr(self, name) is not None:
                 raise UsageError(
-                    f"{name}: is of coefficients, and grain 'inputs' fits none, found {getattr(self, name)!r}; leave it out"
+                    f"{name}: applies to coefficients, but grain 'inputs' fits none, found {getattr(self, name)!r}; leave it out"
                 )
 
     @property
     def made_small(self) -> Objective:
-        """Return what coefficients make small."""
+        """Return what coefficients minimise."""
         return self.objective or "divergence"
 
     def of_algorithm(self, count: int, base_at_zero: bool = True) -> algorithm.Problem:
-        """Make the options of the algorithm, for so many parameters; see `algorithm.Problem`."""
+        """Make the algorithm's options for this many parameters; see `algorithm.Problem`."""
         objective: Literal["kl", "loss"] = "kl" if self.made_small == "divergence" else "loss"
         return algorithm.Problem(count, self.keep, objective, self.steps, base_at_zero)
 
@@ -104,9 +104,9 @@ class Division:
     Attributes
     ----------
     whole
-        All of it.
+        The whole text.
     fitted, held
-        Sequences that coefficients are fitted on, and those that are held apart.
+        Sequences used for fitting, and held-out sequences.
     """
 
     whole: TextSequences
@@ -115,22 +115,21 @@ class Division:
 
 
 def divide(texts: Mapping[str, TextSequences], paths: Mapping[str, Path], options: FitOptions) -> dict[str, Division]:
-    """Divide the sequences of each text, by the seed; texts of one kind and as many sequences are divided alike.
+    """Divide the sequences of each text by the seed; texts of the same kind with as many sequences are divided in the same way.
 
-    Of running text a run of sequences is held apart, that goes on at the beginning where it reaches the end: neighbours come from one
-    document as a rule, and what was fitted on one half of it would look better on the other than on other text. JSON lines are documents
-    of their own, and are held apart one by one. A sequence that stands more than once is taken once: held apart and fitted on, it would
-    look better than other text.
+    In running text, consecutive sequences are held out, wrapping around at the end: neighbours usually come from one document, and a fit on
+    one half of a document would look better on the other half than on other text. JSON lines are separate documents and are held out one by
+    one. A repeated sequence is used once: both held out and fitted on, it would look better than other text.
 
     Parameters
     ----------
     paths
-        Where each was read from.
+        Paths from which the texts were read.
 
     Raises
     ------
     FormatError
-        If a text has too few.
+        If a text has too few different sequences.
     """
     out = {}
     for name in (GENERAL, TASK):

@@ -1,4 +1,4 @@
-"""Say which parameter each singular direction of each delta has, and carry coefficients and gradients between the two."""
+"""Assign a parameter to each singular direction of each delta, and convert coefficients and gradients between the two."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from streamer.units import counted
 
 @dataclass(frozen=True, eq=False)
 class Parameters:
-    """The parameters of a fit, θ (P,), and the coefficients that they are.
+    """The parameters of a fit, θ (P,), and the coefficients that they determine.
 
     Attributes
     ----------
     singular_values
-        (p,) of each matrix, by `Target.tensor`; see `coefficients.directions`.
+        (p,) singular values of each matrix, by `Target.tensor`; see `coefficients.directions`.
     numbers
-        (p,) the parameter of each direction; −1 of one that does nothing, whose coefficient stays 1.
+        (p,) index of each direction's parameter; −1 for a direction without effect, whose coefficient stays 1.
     count
-        P.
+        P, the number of parameters.
     """
 
     singular_values: Mapping[str, Floats]
@@ -56,19 +56,19 @@ class Parameters:
         return cls(singular_values, numbers, count)
 
     def coefficients(self, theta: Floats) -> dict[str, Floats]:
-        """Return the coefficients (p,) of each matrix, of parameters θ (P,)."""
-        values = np.append(theta, 1.0)  # number −1 is the last
+        """Return the coefficients (p,) of each matrix for parameters θ (P,)."""
+        values = np.append(theta, 1.0)  # index −1 is the last
         return {tensor: values[own] for tensor, own in self.numbers.items()}
 
     def coefficient_set(self, keep: float, theta: Floats) -> CoefficientSet:
-        """Make the set of coefficients of parameters θ (P,), for a share of the learning that they keep."""
+        """Make the set of coefficients for parameters θ (P,) and the share of the learning that they keep."""
         values = self.coefficients(theta)
         return CoefficientSet(
             keep, {tensor: MatrixCoefficients(s, values[tensor]) for tensor, s in self.singular_values.items()}
         )
 
     def gather(self, gradient: Mapping[str, Floats]) -> Floats:
-        """Return the gradient (P,) by the parameters, of one by the coefficients (p,) of each matrix."""
+        """Convert a gradient by the coefficients (p,) of each matrix into the gradient (P,) by the parameters."""
         out = np.zeros(self.count + 1)
         for tensor, own in self.numbers.items():
             np.add.at(out, own, gradient[tensor])
@@ -76,7 +76,7 @@ class Parameters:
 
 
 def singular_values_of(plan: Plan, monitor: Monitor) -> dict[str, Floats]:
-    """Compute the singular values of every delta, in the order of the plan's targets; a request to stop is heeded between two.
+    """Compute the singular values of every delta, in the order of the plan's targets, checking for a request to stop between deltas.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def singular_values_of(plan: Plan, monitor: Monitor) -> dict[str, Floats]:
         If a delta holds NaN or Inf.
     """
     found = {}
-    with threads():  # so that they are the same bits on any number of cores
+    with threads():  # for the same bits on any number of cores
         for target in plan.targets:
             monitor.checkpoint()
             found[target.tensor] = directions(plan.finite_delta(target))
@@ -92,12 +92,12 @@ def singular_values_of(plan: Plan, monitor: Monitor) -> dict[str, Floats]:
 
 
 def chosen_grain(plan: Plan, options: FitOptions, monitor: Monitor) -> Grain:
-    """Choose what is fitted, if it is not said: right factors, to inputs; of deltas without factors, coefficients.
+    """Choose what is fitted, if the options do not: right factors to inputs, or coefficients if a delta has no factors.
 
     Raises
     ------
     UnsupportedError
-        If inputs are asked for, and a delta has no factors.
+        If inputs are requested but a delta has no factors.
     """
     dense = [target.tensor for target in plan.targets if not target.module.low_rank]
     if not dense:
@@ -105,7 +105,7 @@ def chosen_grain(plan: Plan, options: FitOptions, monitor: Monitor) -> Grain:
     what = f"the deltas of {counted(len(dense), 'matrix')} have no factors, {dense[0]!r} first"
     if options.grain == "inputs":
         raise UnsupportedError(
-            f"{plan.adapter.path}: {what}, and grain 'inputs' changes factors; take grain 'direction'"
+            f"{plan.adapter.path}: {what}, and grain 'inputs' changes factors; use grain 'direction'"
         )
     if options.grain is None:
         monitor.emit(Event("note", f"{what}: coefficients by direction are fitted"))

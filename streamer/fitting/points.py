@@ -1,4 +1,4 @@
-"""Right factors of all matrices for a weight, and where they come from: a spool, other factors, the adapter itself."""
+"""Provide right factors of all matrices for a weight, from a spool, from other factors, or from the adapter itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from streamer.streaming.spool import Spool, Spooled
 
 
 def factors_of(plan: Plan, target: Target) -> LowRank:
-    """Read the factors of a delta, checked."""
+    """Read the factors of a delta and check that they are finite."""
     delta = plan.finite_delta(target)
     assert isinstance(delta, LowRank)
     return delta
@@ -40,7 +40,7 @@ def through(plan: Plan, target: Target, Q: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Point:
-    """Right factors for a weight μ: 0 is the adapter as it is, infinity nothing; `corrected` ones by the second kind of pass."""
+    """Right factors for a weight μ: 0 is the unchanged adapter, infinity is no delta; `corrected` marks results of a correcting pass."""
 
     weight: float
     factors: Mapping[str, Tensor]
@@ -48,13 +48,13 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Name it, for the journal and for messages; what lacks all deltas is the shrink that does."""
+        """Return the name for the journal and messages; a point without deltas has the name of the shrink to 0."""
         if self.weight == math.inf:
             return Shrink(0.0).label
         return f"{RegMean.name} mu {self.weight!r}{' corrected' if self.corrected else ''}"
 
     def towards(self, other: Point, t: float) -> Point:
-        """Interpolate Δ' linearly; the weight stands between the two, by its logarithm if that is finite."""
+        """Interpolate Δ' linearly; the weight is interpolated too, by its logarithm if both logarithms are finite."""
         if t >= 1 and other.weight == math.inf:
             return other
         if self.weight > 0 and other.weight < math.inf:
@@ -66,7 +66,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Factors(Mapping[str, Tensor]):
-    """Right factors by `Target.tensor`, each of which is read or made when it is asked for."""
+    """Right factors by `Target.tensor`, each read or computed on demand."""
 
     names: Collection[str]
     read: Callable[[str], Tensor]
@@ -75,7 +75,7 @@ class Factors(Mapping[str, Tensor]):
         return self.read(tensor)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Give another process the factors themselves, for it has not what they are read from."""
+        """Pickle the factors themselves: another process lacks the source from which they are read."""
         return dict, (dict(self),)
 
     def __iter__(self) -> Iterator[str]:
@@ -91,16 +91,16 @@ def mixed(a: Mapping[str, Tensor], b: Mapping[str, Tensor], t: float) -> Factors
 
 
 def spooled(spool: Spool, places: Mapping[str, Sequence[Spooled]], number: int) -> Factors:
-    """Read those of one number from a spool, where each matrix has its places."""
+    """Read the factors with an index from a spool that has several for each matrix."""
     return Factors(places, lambda tensor: spool.read(places[tensor][number])[0])
 
 
 def replaced(made: Factors, rest: Mapping[str, Tensor]) -> Factors:
-    """Take those that have been made anew, as they come, and of all other matrices the rest."""
+    """Use new factors as they are made, and `rest` for all other matrices."""
     return Factors(rest, lambda tensor: (made if tensor in made.names else rest)[tensor])
 
 
 def scaled(plan: Plan, by: float) -> Factors:
-    """Scale those of the adapter as it is."""
+    """Scale the factors of the unchanged adapter."""
     targets = {target.tensor: target for target in plan.targets}
     return Factors(targets, lambda tensor: factors_of(plan, targets[tensor]).R.to(torch.float32) * by)

@@ -1,4 +1,4 @@
-"""Open and check what a fit reads, and say what it is made of."""
+"""Open and check a fit's inputs, and describe them."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ from streamer.streaming.variants import ADAPTER, BASE, Variant
 from streamer.units import counted, listed
 
 TOKENS = 10
-"""Tokens for each coefficient, of either text, below which there is a warning."""
+"""Least number of tokens of either text for each coefficient; fewer cause a warning."""
 
 FEW = 5
-"""Sequences held apart, below which there is a warning: by Student's distribution, it takes over three errors to tell a difference."""
+"""Least number of held-out sequences; with fewer, a warning: by Student's distribution, a difference then needs over three errors."""
 
 OF_OPTIONS = ("objective", "grain", "holdout", "seed", "steps", "dtype")
-"""Options that the facts of a fit state."""
+"""Options that a fit's facts include."""
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-"""Keys of configs that state the number of layers."""
+"""Config keys for the number of layers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,17 +61,17 @@ class PreparedFit:
     Attributes
     ----------
     max_memory
-        Budget in bytes; None where there is none.
+        Budget in bytes; None for no budget.
     texts
         ``general`` and ``task``, each in two parts.
     files
-        Digests of their files; see `sample_digest`.
+        Digests of the texts' files; see `sample_digest`.
     model
-        Of the base and one variant, for its sizes.
+        Model of the base and one variant, which supplies sizes.
     one_length
         See `evaluation.prepare.Prepared`.
     findings
-        Those whose intruders are scaled, to measure that beside what is fitted; None if it is not asked for.
+        Findings whose scaled intruders are measured for comparison; None if not requested.
     """
 
     plan: Plan
@@ -86,12 +86,12 @@ class PreparedFit:
 
     @property
     def scaling(self) -> list[Variant]:
-        """List the variant that scales intruders, if that is asked for, and there are any."""
+        """List the variant that scales intruders, if it is requested and there are intruders."""
         return [Variant.of(make_method(Paper.name))] if self.findings is not None and self.findings.intruders else []
 
     @cached_property
     def chunks(self) -> Mapping[str, list[tuple[int, ...]]]:
-        """Divide the sequences that are fitted on, of each text, into those that run together."""
+        """Divide each text's sequences for fitting into chunks that run together."""
         return {
             name: plan_chunks(text.fitted, self.model.size, self.resident, self.max_memory, self.one_length)
             for name, text in self.texts.items()
@@ -99,18 +99,18 @@ class PreparedFit:
 
     @property
     def by_inputs(self) -> bool:
-        """Test whether right factors are fitted to inputs, and no coefficients."""
+        """Test whether the fit is of right factors to inputs, not of coefficients."""
         return self.grain == "inputs"
 
     @property
     def grain(self) -> Grain:
-        """Return what is fitted, which `prepare_fit` has decided."""
+        """Return what is fitted, as decided by `prepare_fit`."""
         assert self.options.grain is not None
         return self.options.grain
 
     @cached_property
     def rows_of_inputs(self) -> int:
-        """Count the tokens that run together as inputs are collected."""
+        """Return the number of tokens that run together while inputs are collected."""
         longest, matrices = max(text.longest for text in self._fitted), self.matrices_bytes
         return rows_within(
             self.max_memory, longest, ROWS, lambda rows: self._inputs_bytes(rows, matrices),
@@ -119,14 +119,14 @@ class PreparedFit:
 
     @cached_property
     def matrices_bytes(self) -> int:
-        """Count the bytes that matrices of moments may take as factors are solved for: what the budget leaves."""
+        """Return the bytes that the budget leaves for matrices of moments while factors are computed."""
         if self.max_memory is None:
             return DIRECT_BYTES
         return max(0, min(DIRECT_BYTES, self.max_memory - self._between_layers - reading_bytes(self.plan)))
 
     @property
     def fitted_tokens(self) -> int:
-        """Count the tokens of both texts that are fitted on."""
+        """Return the number of tokens of both texts that are used for fitting."""
         return sum(len(ids) for text in self._fitted for ids in text.ids)
 
     @property
@@ -135,36 +135,36 @@ class PreparedFit:
 
     @property
     def _between_layers(self) -> int:
-        # Of the corrected model as well; and while its layer runs again, the inputs of the layer that the others have left behind.
+        # Including the corrected model's tokens, and, while its layer runs again, the layer's inputs that the other streams have left.
         return states_bytes(self.model.size, self.resident, 5 * self.fitted_tokens // 2)
 
     def _inputs_bytes(self, rows: int, matrices: int) -> int:
-        """Estimate the memory of collecting inputs, so many tokens at a time, and of solving, for which matrices may take so much."""
+        """Estimate the memory to collect inputs, this many tokens at a time, and to solve, if matrices may use this much."""
         longest = max(text.longest for text in self._fitted)
         return self._between_layers + max(
             collecting_bytes(self.model.size, rows, longest), solving_bytes(self.plan, matrices)
         )
 
     def passes(self, variants: int) -> list[Pass]:
-        """Divide the sequences that are held apart, under so many variants, the base among them."""
+        """Divide the held-out sequences into passes with this many variants, including the base."""
         return plan_passes(self.held, variants, self.model.size, self.resident, self.max_memory, self.one_length)
 
     @property
     def groups(self) -> list[TextSequences]:
-        """List the sequences that run together: in each pass under two variants, and in each chunk of a gradient."""
+        """List the sequences that run together in each pass with two variants and in each chunk of a gradient."""
         held = [self.held[one.text].take(one.sequences) for one in self.passes(2)]
-        if self.by_inputs:  # whose groups are not padded
+        if self.by_inputs:  # its groups are not padded
             return held
         return held + [self.texts[name].fitted.take(rows) for name, chunks in self.chunks.items() for rows in chunks]
 
     @property
     def held(self) -> dict[str, TextSequences]:
-        """Sequences of each text that are held apart."""
+        """Return the held-out sequences of each text."""
         return {name: text.held for name, text in self.texts.items()}
 
     @property
     def least(self) -> MemoryEstimate:
-        """Estimate the memory of the largest step that cannot be divided: by it alone some budgets are refused."""
+        """Estimate the memory of the largest indivisible step, which alone decides whether a budget is refused."""
         size, resident = self.model.size, self.resident
         if not self.by_inputs:
             length = max(text.whole.longest for text in self.texts.values())
@@ -179,7 +179,7 @@ class PreparedFit:
         return max(steps, key=lambda step: step.nbytes)
 
     def peak_bytes(self, variants: int) -> int:
-        """Estimate the memory of the largest step, with so many variants in a pass over what is held apart."""
+        """Estimate the memory of the largest step, with this many variants in a pass over held-out sequences."""
         size = self.model.size
         most = measured_bytes(self.passes(variants), self.held, size, self.resident)
         if self.by_inputs:
@@ -197,9 +197,7 @@ class PreparedFit:
             answers = (len(WEIGHTS) + CORRECTIONS * len(self.options.keep)) * sum(
                 t.module.factor_rank * t.module.shape[1] for t in self.plan.targets
             )
-            return 4 * (
-                answers + 2 * self.fitted_tokens * self.model.size.changed_inputs
-            )  # as they were, and corrected
+            return 4 * (answers + 2 * self.fitted_tokens * self.model.size.changed_inputs)  # uncorrected and corrected
         rows = [
             len(part) * text.fitted.take(part).longest
             for name, text in self.texts.items()
@@ -212,7 +210,7 @@ class PreparedFit:
 
     @property
     def resident(self) -> int:
-        """Estimate the bytes that stay in memory between two steps."""
+        """Estimate the bytes in memory between two steps."""
         return resident_bytes(AdapterBatch(self.plan.base, (self.plan,)))
 
     @cached_property
@@ -224,7 +222,7 @@ class PreparedFit:
         NumericError
             If a delta holds NaN or Inf.
         UnsupportedError
-            If there is none to fit: all deltas are zero.
+            If there is nothing to fit: all deltas are zero.
         """
         found = Parameters.of(singular_values_of(self.plan, self.run.monitor), self.grain)
         if found.count == 0:
@@ -237,11 +235,11 @@ class PreparedFit:
 
     @property
     def of_algorithm(self) -> algorithm.Problem:
-        """Make the options of the algorithm."""
+        """Make the algorithm's options."""
         return self.options.of_algorithm(self.parameters.count, base_at_zero=not self.unchanged)
 
     def warn(self) -> None:
-        """Warn of a text that is short for as many parameters, and of one of which too few sequences are held apart to tell anything."""
+        """Warn of a text that is short for the number of parameters, or has too few held-out sequences to show anything."""
         for name, text in self.texts.items():
             held = len(text.held.ids)
             if held < FEW:
@@ -272,13 +270,13 @@ class PreparedFit:
 
     @cached_property
     def unchanged(self) -> list[str]:
-        """List what the adapter changes otherwise than by deltas, which stays as it is."""
+        """List the changes that the adapter makes by other means than deltas, which the fit leaves unchanged."""
         edits = self.plan.edits
         return sorted({*edits.trained, *edits.shifts, *edits.rows})
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """Say what it is made of, as JSON; the digest `plan` tells whether two fits are one."""
+        """Describe the fit's inputs and options as JSON; equal `plan` digests mean equal fits."""
         options = self.options.as_dict()
         tree = {
             "transformers": require_transformers().__version__,
@@ -298,7 +296,7 @@ class PreparedFit:
 
 
 def _text_facts(text: Division, file: str) -> dict[str, Any]:
-    """Say what both parts of a text are; the digests are of all of it, and of its file."""
+    """Describe both parts of a text; the digests are of the whole text and of its file."""
     return {
         **text.whole.facts(),
         "sample_sha256": file,
@@ -309,7 +307,7 @@ def _text_facts(text: Division, file: str) -> dict[str, Any]:
 
 def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], options: FitOptions, max_memory: int | None,
                 run: Run, findings: Findings | None = None) -> PreparedFit:  # fmt: skip
-    """Open and check everything that a fit reads, and hand on the warnings of the inputs.
+    """Open and check all inputs of a fit, and pass on their warnings.
 
     Parameters
     ----------

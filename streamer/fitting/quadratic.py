@@ -1,17 +1,17 @@
-"""Model a convex function of many coefficients by a quadratic, and minimise that between bounds.
+"""Model a convex function of many coefficients by a quadratic, and minimise that within bounds.
 
-The curvature ``A = diag(d) + W diag(σ) Wᵀ`` is never formed: a product costs O(P k) for P coefficients and k columns, a system with the
-free coefficients O(P k²) by the identity of Woodbury. Sums over the coefficients are by `np.einsum`: `@` sums long vectors in as many
-parts as its library has threads, which gives other last bits on another number of cores.
+The curvature ``A = diag(d) + W diag(σ) Wᵀ`` is never formed: a product costs O(P k) for P coefficients and k columns; solving for the
+free coefficients costs O(P k²) by the Woodbury identity. Sums over the coefficients use `np.einsum`: `@` splits sums over long vectors by
+its library's threads, so that the last bits depend on the number of cores.
 
-It is modelled from gradients at a few points. Between points x_i and x_j a smooth function's gradients differ by
-``y = ∇f(x_j) − ∇f(x_i) = H s``, ``s = x_j − x_i``, H its mean curvature between the two. Each point is paired with the nearest before it,
-where H has changed least. The model begins with the diagonal
+The model is built from gradients at a few points. Between points x_i and x_j a smooth function's gradients differ by
+``y = ∇f(x_j) − ∇f(x_i) = H s``, ``s = x_j − x_i``, where H is the mean curvature between the two. Each point is paired with the nearest
+earlier one, for which H has changed least. The model starts with the diagonal
 
     d_p = √( Σ y_p² / Σ s_p² )        over all pairs
 
-which, unlike a quotient y_p / s_p, is positive and counts what the neighbours of p contribute; then every pair is imposed in turn by the
-update of Broyden, Fletcher, Goldfarb and Shanno (BFGS), which keeps it positive definite:
+which, unlike a quotient y_p / s_p, is positive and includes the contributions of p's neighbours. Then every pair is imposed in turn by the
+update of Broyden, Fletcher, Goldfarb and Shanno (BFGS), which keeps the model positive definite:
 
     H ← H − H s sᵀ H / (sᵀ H s) + y yᵀ / (yᵀ s),        H s = y afterwards
 """
@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 ITERATIONS = 200
-"""Newton steps of `minimize_in_box` at most; ten to thirty are usual."""
+"""Most Newton steps of `minimize_in_box`; ten to thirty are usual."""
 
 TOLERANCE = 1e-10
-"""It ends where the projected gradient is under this share of the largest gradient seen."""
+"""The minimisation ends when the projected gradient is below this share of the largest gradient seen."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Curvature:
         return cls(diagonal, np.zeros((len(diagonal), 0)), np.zeros(0))
 
     def __matmul__(self, x: Floats) -> Floats:
-        """Multiply with a vector: (P,)."""
+        """Multiply by a vector (P,)."""
         weights = self.signs * np.einsum("pk,p->k", self.columns, x)
         product: Floats = self.diagonal * x + np.einsum("pk,k->p", self.columns, weights)
         return product
@@ -79,7 +79,7 @@ class Curvature:
     def solve(self, b: Floats, free: NDArray[np.bool_]) -> Floats:
         """Solve ``A_FF x_F = b_F`` for the free coefficients F; the others of x are 0.
 
-        With ``D = diag(d_F)`` and without the columns whose weight is 0: ``x = D⁻¹ b − D⁻¹ W (diag(σ)⁻¹ + Wᵀ D⁻¹ W)⁻¹ Wᵀ D⁻¹ b``.
+        With ``D = diag(d_F)`` and without columns of weight 0: ``x = D⁻¹ b − D⁻¹ W (diag(σ)⁻¹ + Wᵀ D⁻¹ W)⁻¹ Wᵀ D⁻¹ b``.
         """
         used = self.signs != 0
         W, d = self.columns[free][:, used], self.diagonal[free]
@@ -98,8 +98,8 @@ def dot(x: Floats, y: Floats) -> float:
 def minimize_in_box(A: Curvature, gradient: Floats, start: Floats, at: Floats | None = None) -> Floats:
     """Minimise ``gᵀ (x − a) + ½ (x − a)ᵀ A (x − a)`` over ``0 ≤ x ≤ 1`` by projected Newton steps (Bertsekas, 1982).
 
-    A step solves for the coefficients that are not held at a bound by their gradient, then goes back along the projected path until
-    the value falls. The minimum is the only one, for A is positive definite.
+    A step solves for the coefficients that their gradient does not hold at a bound, then shortens the step along the projected path until
+    the value falls. The minimum is unique because A is positive definite.
 
     Parameters
     ----------
@@ -108,9 +108,9 @@ def minimize_in_box(A: Curvature, gradient: Floats, start: Floats, at: Floats | 
     gradient
         g, the gradient at a: (P,).
     start
-        Where to begin, within the bounds: (P,).
+        Starting point within the bounds, (P,).
     at
-        a, where the gradient was taken; by default `start`.
+        a, the point of the gradient; by default `start`.
     """
     a = start if at is None else at
     x = start.copy()
@@ -123,7 +123,7 @@ def minimize_in_box(A: Curvature, gradient: Floats, start: Floats, at: Floats | 
         direction = A.solve(-slope, ~held)
         for halvings in range(40):
             step = np.clip(x + 0.5**halvings * direction, 0.0, 1.0) - x
-            # Sufficient decrease; along the projected path the slope is taken at the step itself.
+            # Sufficient decrease; along the projected path the slope is evaluated for the step itself.
             fall = dot(slope, step)
             if fall + 0.5 * dot(step, A @ step) <= 1e-4 * min(0.0, fall):
                 break
@@ -137,17 +137,17 @@ def minimize_in_box(A: Curvature, gradient: Floats, start: Floats, at: Floats | 
 
 
 DAMPING = 0.2
-"""Where ``yᵀ s`` is under this share of ``sᵀ H s``, y is drawn towards H s until it is not (Powell, 1978): the function is not convex
-there, or its gradients are of finite text."""
+"""If ``yᵀ s`` is below this share of ``sᵀ H s``, y is moved towards H s until it is not (Powell, 1978): the function is not convex
+there, or its gradients come from finite text."""
 
 FLOOR = 1e-3
 """Least element of the diagonal, as a share of the mean."""
 
 
 def secant_pairs(points: Sequence[Floats]) -> list[tuple[int, int]]:
-    """Pair each point but the first with the nearest before it: ``(later, earlier)``.
+    """Pair each point except the first with the nearest earlier one: ``(later, earlier)``.
 
-    Points that coincide with an earlier one are left out.
+    Points that coincide with an earlier one are omitted.
     """
     pairs = []
     for j in range(1, len(points)):
@@ -171,10 +171,10 @@ def secant_diagonal(pairs: Sequence[tuple[Floats, Floats]]) -> Floats:
 
 
 def secant_curvature(points: Sequence[Floats], gradients: Sequence[Floats]) -> Curvature:
-    """Model the curvature of a function from its gradients at two points or more.
+    """Model the curvature of a function from its gradients at two or more points.
 
-    ``H s = y`` holds for the last pair, and for every pair where the function is quadratic and the pairs conjugate; H is positive
-    definite always. Its rank above the diagonal is at most two a pair.
+    ``H s = y`` holds for the last pair, and for every pair if the function is quadratic and the pairs are conjugate; H is always positive
+    definite. The part added to the diagonal has a rank of at most two per pair.
     """
     pairs = [(points[j] - points[i], gradients[j] - gradients[i]) for j, i in secant_pairs(points)]
     H = Curvature.of_diagonal(secant_diagonal(pairs))

@@ -1,4 +1,4 @@
-"""Tell whether the file of a fit stands or was begun, and name what each chunk of it gave."""
+"""Find out whether a fit's file exists or was begun, and name the results of its chunks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from streamer.plan.memory_estimate import check_budget
 
 
 def result_file(prepared: PreparedFit, output: Path) -> ResultFile:
-    """Describe the file of coefficients that a fit writes."""
+    """Describe the coefficients file that a fit writes."""
     one, digest = "coefficients", prepared.facts["plan"]
 
     def is_whole(path: Path) -> bool:
@@ -27,7 +27,7 @@ def result_file(prepared: PreparedFit, output: Path) -> ResultFile:
 
 
 def inspect(prepared: PreparedFit, output: Path) -> State:
-    """Check, read-only, whether a fit can be written to a file, and whether it stands there or was begun."""
+    """Check, without writing, whether a fit can be written to a file, and whether the file exists or was begun."""
     file = result_file(prepared, output)
     file.check_path()
     check_budget([prepared.least], prepared.max_memory)
@@ -35,7 +35,7 @@ def inspect(prepared: PreparedFit, output: Path) -> State:
 
 
 def key(request: int, chunk: int, asked: Iterable[Floats]) -> str:
-    """Name what a chunk of a request gives: by their numbers, and a digest of the parameters that were asked about."""
+    """Name the result of a request's chunk: by their numbers and a digest of the parameters in question."""
     digest = hashlib.sha256()
     for theta in asked:
         digest.update(theta.astype("<f8").tobytes())

@@ -1,4 +1,4 @@
-"""State what a fit gave: figures of each set of coefficients on the sequences held apart, beside the shrink that keeps the same."""
+"""Report a fit's results: figures of each set on the held-out sequences, beside the shrink that keeps the same share."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from streamer.streaming.variants import ADAPTER, BASE, Variant
 from streamer.units import listed
 
 SHRINKS = (0.85, 0.7, 0.5, 0.25, 0.0)
-"""Shrinks that are measured on the sequences held apart, beside the adapter, λ = 1. By 0 it is the base, unless more than deltas stays."""
+"""Shrinks measured on the held-out sequences, besides the adapter (λ = 1). 0 is the base, unless the adapter changes more than deltas."""
 
 NEAR_SHRINK = 0.9
-"""A fit by inputs that leaves this share of a shrink's forgetting has gained little: it is a shrink where the texts are of one kind."""
+"""A fit by inputs that leaves at least this share of a shrink's forgetting has gained little: texts of one kind give a shrink."""
 
 NEAR = 0.05
-"""A coefficient within this of 0 or 1 is near it."""
+"""Largest distance from 0 or 1 of a coefficient that counts as near it."""
 
 
 # fmt: off
@@ -163,7 +163,7 @@ class FitRecord(FitFacts, AdapterFacts):
 
 @dataclass(frozen=True)
 class FoundSet:
-    """What was found for a share: the weight of one text against the other, the method, and what it has of coefficients and corrections."""
+    """Result for a share: the weight of one text against the other, the method, the coefficients if any, and whether it is corrected."""
 
     keep: float
     weight: float
@@ -173,22 +173,22 @@ class FoundSet:
 
 
 def shrinks(count: int) -> list[Floats]:
-    """Return the parameters of the shrinks that are measured."""
+    """Return the parameters of the measured shrinks."""
     return [np.full(count, lam) for lam in SHRINKS]
 
 
 def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> AdapterFacts:
-    """Say as JSON what the adapter as it is has learned and forgotten, on the sequences held apart.
+    """Report as JSON what the unchanged adapter has learned and forgotten, on the held-out sequences.
 
     Parameters
     ----------
     name
-        Of the task's text, for messages.
+        Name of the task's text, for messages.
 
     Raises
     ------
     MismatchError
-        If it is not told that it has learned anything: of that no share can be kept.
+        If there is no evidence that the adapter learned anything, so that there is no learning to keep.
     """
     learning = task.loss_difference(BASE_ROW, ADAPTER_ROW)
     forgetting = general.loss_difference(ADAPTER_ROW, BASE_ROW)
@@ -215,7 +215,7 @@ def set_facts(general: SequenceSums, task: SequenceSums, found: Sequence[FoundSe
     Parameters
     ----------
     general, task
-        Sums on the sequences held apart: of the base, the adapter as it is, each of `SHRINKS`, and each set.
+        Sums on the held-out sequences for the base, the unchanged adapter, each of `SHRINKS`, and each set.
     """
     variants = [EvaluatedVariant(BASE, None, None), EvaluatedVariant(ADAPTER, None, None)]
     variants += [EvaluatedVariant(Shrink(lam).label, Shrink.name, lam) for lam in SHRINKS]
@@ -226,7 +226,7 @@ def set_facts(general: SequenceSums, task: SequenceSums, found: Sequence[FoundSe
 
 def _set(one: FoundSet, variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums,
          v: int) -> SetRecord:  # fmt: skip
-    """Return the figures of one set, a variant by its number."""
+    """Return the figures of one set, given as a variant's index."""
     theta = one.coefficients
     same = theta is not None and (theta == theta[:1]).all()  # it is a shrink
     compared, shrink = None if same else against_shrink(variants, general, task, v), None
@@ -276,7 +276,7 @@ def scaling_facts(
     Parameters
     ----------
     sums
-        Gives sums on both texts, of the base, the adapter as it is, and a variant by name.
+        Returns sums on both texts for the base, the unchanged adapter, and a variant by name.
     """
     if not variants:
         return {}
@@ -285,7 +285,7 @@ def scaling_facts(
 
 
 def doubts(facts: AdapterFacts | Mapping[str, Any]) -> list[str]:
-    """Warn of an adapter of which it is not told that it forgets."""
+    """Warn if there is no evidence that the adapter forgets."""
     if facts["forgotten"]:
         return []
     return [
@@ -300,7 +300,7 @@ def doubts(facts: AdapterFacts | Mapping[str, Any]) -> list[str]:
 
 
 def misses(facts: Mapping[str, Any]) -> list[str]:
-    """Warn of sets that keep less than was wanted, or much more, or forget nearly as much as a shrink; earlier files do not say."""
+    """Warn of sets that keep less than requested, or much more, or forget nearly as much as a shrink; earlier files lack these facts."""
     reliable, by_inputs = facts.get("reliable", {}), facts.get("grain") == "inputs"
     if not reliable.get("kept", True):
         return []
@@ -327,7 +327,7 @@ def misses(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _is_near_shrink(one: Mapping[str, Any]) -> bool:
-    """Test whether a set leaves nearly as much of the forgetting as the shrink that keeps the same."""
+    """Test whether a set leaves nearly as much forgetting as the shrink that keeps the same share."""
     shrink = one["shrink"]
     return (
         shrink is not None and one["mu"] is not None and bool(one["forgetting"] >= NEAR_SHRINK * shrink["forgetting"])

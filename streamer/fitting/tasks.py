@@ -1,4 +1,4 @@
-"""Compute gradients and run layers on workers, who make the same model from the addresses of the inputs; share the memory with them."""
+"""Compute gradients and run layers on workers, which make the same model from the inputs' addresses; share the memory with them."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class ModelTask(Task[Found]):
     Attributes
     ----------
     rounds_products, device
-        See `VariantSet`; the device by its name.
+        See `VariantSet`; the device is given by name.
     directory
-        For temporary files, if the worker has it.
+        Directory for temporary files, if it exists on the worker.
     """
 
     rounds_products: bool
@@ -55,7 +55,7 @@ class ModelTask(Task[Found]):
 
     @contextlib.contextmanager
     def model(self, kind: type[Model], plan: Plan) -> Iterator[Model]:
-        """Give a model that the process keeps for tasks to come, for no other task meanwhile."""
+        """Yield a model that the process keeps for later tasks, to one task at a time."""
         key = kind, self.rounds_products, self.device, self.directory
         with one_at_a_time():
             model = _models.pop(key, None)
@@ -73,12 +73,12 @@ class ModelTask(Task[Found]):
 
 @dataclass(frozen=True)
 class GradientTask(ModelTask[TextGradient]):
-    """A gradient on a chunk of a text.
+    """A gradient on one chunk of a text.
 
     Attributes
     ----------
     coefficients
-        By `Target.tensor`: (p,).
+        Coefficients by `Target.tensor`, (p,).
     """
 
     coefficients: Carried[Mapping[str, Floats]]
@@ -91,14 +91,14 @@ class GradientTask(ModelTask[TextGradient]):
         return f"a gradient on {self.text.name or 'a text'}"
 
     def do(self, batch: AdapterBatch, monitor: Monitor) -> TextGradient:
-        """Compute it."""
+        """Compute the gradient."""
         with self.model(GradientModel, batch.plans[0]) as model:
             return model.gradient(self.text, self.coefficients.value, self.against)
 
 
 @dataclass(frozen=True)
 class LayerTask(ModelTask[Packed[LayerResult | None]]):
-    """A layer of the model of a base with an adapter, or of a base alone, on some sequences."""
+    """A layer of a model, with an adapter or of the base alone, on some sequences."""
 
     layer: str
     run: Packed[LayerRun]
@@ -109,7 +109,7 @@ class LayerTask(ModelTask[Packed[LayerResult | None]]):
         return self.layer
 
     def do(self, batch: AdapterBatch, monitor: Monitor) -> Packed[LayerResult | None]:
-        """Run it."""
+        """Run the layer."""
         (plan,) = batch.plans
         kind: type[CollectingModel] = CorrectedModel if plan.targets else BaseInputModel
         with self.model(kind, plan) as model:
@@ -117,7 +117,7 @@ class LayerTask(ModelTask[Packed[LayerResult | None]]):
 
 
 def layers_on_workers(job: VariantSet, run: Run, threads: int) -> Elsewhere | None:
-    """Give what runs layers on workers; None if there are none."""
+    """Return a function that runs layers on workers; None if there are no workers."""
     workers = run.workers
     if workers is None:
         return None
@@ -141,12 +141,12 @@ def layers_on_workers(job: VariantSet, run: Run, threads: int) -> Elsewhere | No
 def gradients_on_workers(prepared: PreparedFit, directory: Path | None, coefficients: Mapping[str, Floats], against: Against,
                          chunks: Mapping[int, TextSequences], threads: int, begin: Callable[[str], None],
                          ) -> Generator[tuple[int, TextGradient], None, None]:  # fmt: skip
-    """Compute gradients at one point on workers, and yield the number of each chunk with its own as they come.
+    """Compute gradients at one point on workers; yield each chunk's index and gradient as they arrive.
 
     Parameters
     ----------
     begin
-        Called with the name of the text, before each wait.
+        Called with the text's name before each wait.
     """
     run, job, carried = prepared.run, prepared.model.job, Carried(coefficients)
     assert run.workers is not None
@@ -164,16 +164,16 @@ def gradients_on_workers(prepared: PreparedFit, directory: Path | None, coeffici
 def shared_memory(
     run: Run, max_memory: int | None, size: ModelSize, tokens: int, need: MemoryEstimate, carried: int = 0
 ) -> int | None:
-    """Divide the memory allowed among this process, which solves, and workers that run layers, if there are any; see `Workers.share`.
+    """Divide the allowed memory among this process, which solves, and workers that run layers, if any; see `Workers.share`.
 
     Parameters
     ----------
     tokens
-        That run, of all texts: what their layers are given is there once more, as it goes to workers.
+        Tokens of all texts that run: a layer's inputs exist once more while they are sent to workers.
     need
-        The largest step that cannot be divided.
+        The largest indivisible step.
     carried
-        Bytes that come with a task besides.
+        Additional bytes sent with a task.
     """
     if run.workers is None:
         return max_memory
@@ -183,7 +183,7 @@ def shared_memory(
 
 
 def shared(prepared: PreparedFit) -> PreparedFit:
-    """Divide the memory allowed among this process and its workers, if there are any; see `Workers.share`."""
+    """Divide the allowed memory among this process and its workers, if any; see `Workers.share`."""
     workers, targets = prepared.run.workers, prepared.plan.targets
     if workers is None or prepared.max_memory is None:
         return prepared

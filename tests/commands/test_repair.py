@@ -185,7 +185,7 @@ def test_what_is_refused_in_a_line(server: Server, home: Path, fitted: Path, tmp
     done = server.run("fit", *inputs, *texts(home), "-o", tmp_path / "c", "--grain", "inputs", "--steps", 3)
     assert (
         done.code,
-        "--steps: is of coefficients, and grain 'inputs' fits none, found 3; leave it out" in done.err,
+        "--steps: applies to coefficients, but grain 'inputs' fits none, found 3; leave it out" in done.err,
     ) == (2, True)
     done = server.run(
         "mitigate", *inputs, "-o", tmp_path / "x", "--coefficients", fitted, "--keep", 0.9, "--method", "fitted"

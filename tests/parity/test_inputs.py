@@ -168,7 +168,7 @@ def test_deltas_without_factors_are_refused_by_name(tmp_path: Path) -> None:
     ids = token_ids(64, 16)
     np.save(tmp_path / "t.npy", ids.numpy())
     with pytest.raises(
-        UnsupportedError, match=r"have no factors, .* first, and grain 'inputs' changes factors; take grain 'direction'"
+        UnsupportedError, match=r"have no factors, .* first, and grain 'inputs' changes factors; use grain 'direction'"
     ):
         streamer.fit_coefficients(
             tmp_path / "base", adapter, general=tmp_path / "t.npy", task=tmp_path / "t.npy", grain="inputs"
