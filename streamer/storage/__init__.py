@@ -1,1 +1,1 @@
-"""Safetensors files in, crash-safe files out, as bytes: no mathematics, no torch."""
+"""Read safetensors files and write crash-safe files, as bytes: no mathematics, no torch."""

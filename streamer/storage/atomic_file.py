@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all: partial file, fsync, rename.
+"""Write files that appear complete or not at all: partial file, fsync, rename.
 
-Several names that appear together are `transaction`'s.
+`transaction` handles several files that appear together.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ PARTIAL = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{16}\.partial$")
 
 
 class AtomicFile(Appender):
-    """Write a file that gets its final name only when it is complete, durable and checked.
+    """A file to write that gets its final name only when it is complete, durable and checked.
 
     ``with AtomicFile(path, size) as f: f.write(...)`` writes ``.<name>.<unique>.partial`` beside the target. Leaving the
-    block without an exception does what `complete` does, renames and fsyncs the directory; leaving it with one removes
-    the partial. It never follows a symlink and it replaces what stands at `path` in one step.
+    block without an exception calls `complete`, renames the file and fsyncs the directory; an exception removes the
+    partial file. It never follows a symlink, and it replaces an existing file at `path` in one step.
 
     Parameters
     ----------
     path
         The final name. Its directory must exist.
     size
-        Exact bytes to come; reserved up front, so that a full disk is found before the work is done.
+        Exact number of bytes to be written; reserved at once, so that a full disk is found before the work is done.
     head
-        The first bytes, written as it is entered.
+        The first bytes, written on entry.
     renames
-        False leaves the complete file under the name `partial`, for `rename_partial`.
+        False leaves the complete file under its name `partial`, for `rename_partial`.
 
     Raises
     ------
     StorageError
-        If the system refuses to write. A failed fsync is never retried on the same file.
+        If the system refuses to write. Never retry a failed fsync on the same file.
     """
 
     def __init__(self, path: Path, size: int, head: bytes = b"", renames: bool = True) -> None:
@@ -54,8 +54,8 @@ class AtomicFile(Appender):
 
     def __enter__(self) -> Self:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with storage_errors(self.path, "create"):  # what stands there, if anything does, is not ours to discard
-            self._fd = os.open(self.partial, flags, 0o666)  # the umask makes the mode
+        with storage_errors(self.path, "create"):  # an existing file is not ours to discard
+            self._fd = os.open(self.partial, flags, 0o666)  # the umask determines the mode
         with contextlib.ExitStack() as undo:
             undo.callback(self._discard)
             with storage_errors(self.path, "create"):
@@ -65,11 +65,11 @@ class AtomicFile(Appender):
         return self
 
     def write(self, data: Buffer) -> None:
-        """Append bytes that stay as they are."""
+        """Append bytes that will not change."""
         self.append(Piece(data))
 
     def copy(self, source: Path) -> None:
-        """Append a file, of which the rest of this one consists."""
+        """Append another file, which forms the rest of this one."""
         with storage_errors(source, "copy"), source.open("rb") as src:
             while data := src.read(8 << 20):
                 self.write(data)
@@ -80,7 +80,7 @@ class AtomicFile(Appender):
             )
 
     def complete(self) -> None:
-        """Check the byte count and fsync, so that only the rename is left; what is done already is not done again."""
+        """Check the byte count and fsync, so that only the rename remains; a second call does nothing."""
         if self._is_complete:
             return
         self.flush()
@@ -128,7 +128,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def partial_name(name: str) -> str:
-    """Make a unique name that `PARTIAL` matches, such as ``.model.safetensors.0123456789abcdef.partial``."""
+    """Make a unique name that matches `PARTIAL`, such as ``.model.safetensors.0123456789abcdef.partial``."""
     return f".{name}.{secrets.token_hex(8)}.partial"
 
 
@@ -143,6 +143,6 @@ def partials_of(directory: Path, names: set[str]) -> list[Path]:
 
 
 def remove_partials(directory: Path, names: set[str]) -> None:
-    """Remove what `partials_of` finds. Call it under the lock."""
+    """Remove the files found by `partials_of`. Call it under the lock."""
     for path in partials_of(directory, names):
         remove_file(path)

@@ -1,4 +1,4 @@
-"""Buffers that are used again: a ring leases each for one piece of a tensor, and whoever has used the piece last releases it."""
+"""Reuse buffers: a ring leases one for each piece of a tensor, and the last user of the piece releases it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 Buffer = bytes | bytearray | memoryview
 
 QUEUE = 3
-"""Pieces that a file has in hand at most: being written and hashed. A ring that feeds it needs one more."""
+"""Most pieces of a file that are being written and hashed. A ring that feeds the file needs one more."""
 
 CHECKED = "STREAMER_CHECK_BUFFERS" in os.environ
-"""Whether the rules are checked, for tests: a buffer is filled with `RELEASED` on its release, and a piece must not change on its way."""
+"""Whether tests check the rules: a released buffer is filled with `RELEASED`, and a piece must not change before its release."""
 
 RELEASED = b"\xff"
 """NaN in every floating-point dtype."""
@@ -26,20 +26,20 @@ class Piece:
     Parameters
     ----------
     data
-        A buffer, which nobody changes before the release.
+        A buffer that nobody changes before the release.
     size
-        Only the first bytes of it; None for all.
+        Number of first bytes to use; None for all.
     free
-        The list that it returns to; None if it is not used again.
+        The list to which the buffer returns; None if it is not reused.
     """
 
     def __init__(self, data: Buffer, size: int | None = None, free: list[bytearray | None] | None = None) -> None:
         self.view = memoryview(data).cast("B")[:size] if len(data) else memoryview(b"")
-        """The bytes; after the release whatever is done with this raises `ValueError`."""
+        """The bytes; after the release every use raises `ValueError`."""
         self._free = free
 
     def release(self) -> None:
-        """Let the bytes go: their buffer may be leased again."""
+        """Release the bytes: their buffer may be leased again."""
         view, buffer, self.view = self.view, self.view.obj, _GONE
         if self._free is not None:
             if CHECKED:
@@ -54,7 +54,7 @@ class Piece:
 
 
 class BufferRing:
-    """Lease up to `count` buffers of `size` bytes, made when they are first needed."""
+    """Leases up to `count` buffers of `size` bytes, allocated when they are first needed."""
 
     def __init__(self, size: int, count: int = QUEUE + 1) -> None:
         self._size, self._free = size, list[bytearray | None]([None] * count)
@@ -67,14 +67,14 @@ class BufferRing:
 
 
 def views(pieces: Iterable[Piece]) -> Iterator[memoryview]:
-    """Yield the bytes of each piece, and release it when the next is asked for."""
+    """Yield the bytes of each piece, and release it when the next one is requested."""
     for piece in pieces:
         with piece as view:
             yield view
 
 
 def gather(pieces: Iterable[Piece], nbytes: int) -> memoryview:
-    """Copy pieces into new memory of `nbytes`, and release each."""
+    """Copy pieces into newly allocated memory of `nbytes`, and release each."""
     out, at = memoryview(bytearray(nbytes)), 0
     for view in views(pieces):
         out[at : at + len(view)] = view

@@ -1,4 +1,4 @@
-"""Where the bytes of a safetensors file come from: an interface, and the file on a disk."""
+"""Define the source of a safetensors file's bytes: an interface, and files on disk."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ IOMode = Literal["mmap", "pread"]
 
 
 class ByteSource(ABC):
-    """Bytes of one safetensors file, which stay those of one version.
+    """Bytes of one version of a safetensors file.
 
     Attributes
     ----------
     io
-        Whether a view is a map (``mmap``) or a copy in anonymous memory (``pread``).
+        Whether a view is a memory map (``mmap``) or a copy in anonymous memory (``pread``).
     stamp
-        What must not change while a plan is carried out.
+        Identity that must not change while a plan is carried out.
     """
 
     remote: ClassVar[bool] = False
-    """Whether bytes cross a network each time they are read: what is read twice is better kept."""
+    """Whether each read crosses a network: bytes that are read twice should then be kept."""
 
     io: IOMode
     stamp: Stamp
@@ -42,21 +42,21 @@ class ByteSource(ABC):
 
     @abstractmethod
     def view(self, at: int, length: int) -> memoryview:
-        """Give the bytes ``[at, at + length)`` of the file, as a map or a copy."""
+        """Return the bytes ``[at, at + length)`` of the file, as a map or a copy."""
 
     @abstractmethod
     def read_pieces(self, pieces: Iterable[tuple[memoryview, int]]) -> None:
-        """Read small pieces all over the file, each into its buffer from its offset."""
+        """Read small pieces throughout the file, each into its buffer from its offset."""
 
     @abstractmethod
     def read_into(self, out: memoryview, at: int) -> None:
         """Read bytes from offset `at` until `out` is full."""
 
-    def prefetch(self, start: int, stop: int, end: int) -> None:  # noqa: B027  # of a disk the kernel does it
-        """Have ``[start, stop)`` read, which the caller asks for next, and what follows it; from `end` on nothing may be wanted."""
+    def prefetch(self, start: int, stop: int, end: int) -> None:  # noqa: B027  # for a disk the kernel does this
+        """Start reading ``[start, stop)``, which the caller will request next, and what follows, but nothing from `end` on."""
 
-    def release(self, start: int, stop: int) -> None:  # noqa: B027  # what a server gives is in no cache
-        """Drop ``[start, stop)``, which was read, from the system's cache."""
+    def release(self, start: int, stop: int) -> None:  # noqa: B027  # bytes from a server are in no cache
+        """Drop ``[start, stop)`` from the system's cache after reading it."""
 
     @abstractmethod
     def check_unchanged(self) -> None:
@@ -64,11 +64,11 @@ class ByteSource(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what the system lent; views that are still alive stay valid."""
+        """Release system resources; existing views stay valid."""
 
 
 class LocalSource(ByteSource):
-    """A file on a disk, opened once: what is read is what was planned, even if the name is replaced."""
+    """A file on a disk, opened once: reads see the planned file even if its name is replaced."""
 
     _fd = -1
 
@@ -103,7 +103,7 @@ class LocalSource(ByteSource):
         Raises
         ------
         InputChangedError
-            If the file has become shorter than its header says. The size is checked before each map, since touching
+            If the file has become shorter than its header says. The size is checked before each map, because touching
             a page beyond the end would kill the process.
         """
         if self.io == "pread":
@@ -118,10 +118,10 @@ class LocalSource(ByteSource):
         self._check_size(at + length)
         page = at % mmap.ALLOCATIONGRANULARITY
         try:
-            # Private and writable, so that torch takes it as a tensor without a copy; nobody writes to it.
+            # Private and writable, so that torch accepts it as a tensor without a copy; nobody writes to it.
             window = mmap.mmap(self._fd, page + length, flags=mmap.MAP_PRIVATE,
                                prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=at - page)  # fmt: skip
-        except ValueError:  # Python looks at the size once more
+        except ValueError:  # Python checks the size again
             self._check_size(at + length)
             raise
         except OSError as e:
@@ -129,12 +129,12 @@ class LocalSource(ByteSource):
         return memoryview(window)[page:]
 
     def read_pieces(self, pieces: Iterable[tuple[memoryview, int]]) -> None:
-        """Read one after the other."""
+        """Read the pieces one after the other."""
         for out, at in pieces:
             self.read_into(out, at)
 
     def read_into(self, out: memoryview, at: int) -> None:
-        """Read bytes, whatever the system brings in one call."""
+        """Read bytes, repeating calls that return fewer."""
         done = 0
         while done < len(out):
             try:
@@ -147,7 +147,7 @@ class LocalSource(ByteSource):
             done += n
 
     def release(self, start: int, stop: int) -> None:
-        """Drop pages from the system's cache, with the one at `start`, of which the piece before has read the rest."""
+        """Drop pages from the system's cache, including the page at `start`, whose beginning belongs to the previous piece."""
         start -= start % mmap.PAGESIZE
         drop_cached(self._fd, start, stop - start)
 
@@ -158,7 +158,7 @@ class LocalSource(ByteSource):
 
 
 def opened(source: ByteSource) -> tuple[ByteSource, Header]:
-    """Read the header of a source, which is closed where that fails."""
+    """Read the header of a source; close the source if that fails."""
     with contextlib.ExitStack() as undo:
         undo.callback(source.close)
         header = source.header()

@@ -1,4 +1,4 @@
-"""A base model on disk: one safetensors file, or shards with an index."""
+"""Open a base model on disk: one safetensors file, or shards with an index."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 200_000_000
 
 _PLAIN = re.compile(r"(?![A-Za-z]:)[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.safetensors")
-"""Names of files: not hidden, without a drive, a directory or control characters."""
+"""File names that are not hidden and contain no drive, directory or control characters."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Open files of a model, the map from tensors to files, and the rest of its index.
+    """Open files of a model, the map from tensors to files, and the rest of the index.
 
     Attributes
     ----------
     path
-        What the user named: a directory, or a single file.
+        The path that the user named: a directory or a single file.
     files
         Open files by name, in the order of first mention in the index.
     weight_map
-        Tensor name to file name, in the index's own order (for a single file: in offset order).
+        Tensor name → file name, in the index's own order (for a single file in offset order).
     index
-        The index's JSON, or None for a single file.
+        The index as JSON, or None for a single file.
     warnings
-        What is odd but harmless, one line each.
+        Descriptions of odd but harmless facts, one line each.
     """
 
     path: Path
@@ -53,37 +53,37 @@ class Checkpoint:
 
     @property
     def directory(self) -> Path | None:
-        """Find the directory whose other files belong to the model; None where a single file was named."""
+        """Return the directory whose other files belong to the model; None if the user named a single file."""
         return self.path if self.path.is_dir() else None
 
     @property
     def data_bytes(self) -> int:
-        """Count the bytes of all tensors, headers excluded: the index's ``total_size``."""
+        """Count the bytes of all tensors without headers: the index's ``total_size``."""
         return sum(f.header.data_bytes for f in self.files.values())
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Return the metadata of its first file."""
+        """Return the metadata of the first file."""
         return next((file.header.metadata for file in self.files.values()), {})
 
     @property
     def remote(self) -> bool:
-        """Whether tensors are read from an address by ranges."""
+        """Return whether tensors are read from a URL by ranges."""
         return any(f.remote for f in self.files.values())
 
     @property
     def to_download(self) -> int:
-        """Count the bytes that a run would download first, of a model that is looked at without that."""
+        """Return the number of bytes that a run would download first, if the model is only inspected now."""
         manifest = read_manifest(self.path if self.path.is_dir() else self.path.parent)
         return 0 if manifest is None else manifest.to_download
 
     def locate(self, name: str) -> tuple[TensorFile, TensorInfo]:
-        """Find the file and the entry of a tensor."""
+        """Find a tensor's file and entry."""
         file = self.files[self.weight_map[name]]
         return file, file.header.by_name[name]
 
     def info(self, name: str) -> TensorInfo:
-        """Find the entry of a tensor."""
+        """Find a tensor's entry."""
         return self.locate(name)[1]
 
     def check_unchanged(self) -> None:
@@ -92,7 +92,7 @@ class Checkpoint:
             file.check_unchanged()
 
     def identity(self) -> BaseIdentity:
-        """Return the identity of the model, independent of its path and read once; see `checkpoint_identity`."""
+        """Return the identity of the model, independent of its path and computed once; see `checkpoint_identity`."""
         return self._identity
 
     @cached_property
@@ -115,12 +115,12 @@ def checkpoint_identity(files: Mapping[str, TensorFile]) -> BaseIdentity:
 
 
 def read_json_object(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]:
-    """Read a JSON object from a file, strictly parsed.
+    """Read a JSON object from a file with the strict parser.
 
     Raises
     ------
     InputError
-        If it is missing, too large, not JSON, or not an object.
+        If the file is missing, too large, not JSON, or not an object.
     """
     fd, _ = open_regular(path, "a JSON file")
     try:
@@ -145,7 +145,7 @@ def check_shard_name(name: object, where: str | Path) -> str:
     Raises
     ------
     FormatError
-        For anything else, such as ``../x.safetensors``: these names come from a download, and a path out of the directory is an attack.
+        For anything else, such as ``../x.safetensors``: the names come from a download, and a path out of the directory is an attack.
     """
     if isinstance(name, str) and _PLAIN.fullmatch(name) and len(os.fsencode(name)) <= 255:
         return name
@@ -157,12 +157,12 @@ def check_shard_name(name: object, where: str | Path) -> str:
 def open_checkpoint(path: str | Path, io: IOMode = "mmap") -> Checkpoint:
     """Open a base model: a directory with ``model.safetensors`` or an index, or one ``.safetensors`` file.
 
-    Every indexed file must exist and hold exactly the tensors that the index says.
+    Every indexed file must exist and hold exactly the tensors that the index lists for it.
 
     Raises
     ------
     InputError
-        If the path is no such thing; the message says what was found.
+        If the path is neither; the message says what was found.
     FormatError
         If a header or the index is broken, or they disagree.
     """
@@ -203,9 +203,7 @@ def _sharded(path: Path, index_path: Path, io: IOMode) -> Checkpoint:
     for name, file in files.items():
         for t in file.header.tensors:
             if t.name in owner:
-                raise FormatError(
-                    f"{file.path}: tensor {t.name!r} stands in {owner[t.name]} as well; get the shards again"
-                )
+                raise FormatError(f"{file.path}: tensor {t.name!r} is in {owner[t.name]} as well; get the shards again")
             owner[t.name] = name
     for tensor, name in weight_map.items():
         if owner.get(tensor) != name:

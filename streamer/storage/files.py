@@ -1,4 +1,4 @@
-"""Open, stamp and make durable files and directories, and turn the system's errors into those that say what to do."""
+"""Open files, stamp them and make them durable, and turn system errors into messages that say what to do."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from streamer.errors import FormatError, MissingInputError, OutputError, Storage
 from streamer.storage.system import MAX_CALL_BYTES, sync
 
 Stamp = tuple[int, int, int, int]
-"""Device, inode, size, mtime in ns: what must not change while a plan is carried out."""
+"""Device, inode, size and mtime in ns, which must not change while a plan is carried out."""
 
 
 def file_stamp(st: os.stat_result) -> Stamp:
-    """Take the stamp of a stat result."""
+    """Return the stamp in a stat result."""
     return st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns
 
 
 def open_regular(path: Path, what: str) -> tuple[int, os.stat_result]:
-    """Open a file for reading and see that it is one: a FIFO would keep us waiting, a device never end.
+    """Open a regular file for reading; refuse others, because a FIFO would block and a device might never end.
 
     Raises
     ------
     MissingInputError, FormatError, StorageError
-        If it is not there, is something else than a regular file, or cannot be opened; `what` was expected.
+        If the file is missing, is not a regular file, or cannot be opened; `what` names the expected file.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -46,7 +46,7 @@ def open_regular(path: Path, what: str) -> tuple[int, os.stat_result]:
 
 
 def read_bytes(fd: int, length: int, at: int) -> bytes:
-    """Read bytes from offset `at`, whatever the system brings in one call; fewer where the file ends."""
+    """Read bytes from offset `at`, repeating calls that return fewer; fewer only at the end of the file."""
     out = bytearray()
     while len(out) < length and (piece := os.pread(fd, min(length - len(out), MAX_CALL_BYTES), at + len(out))):
         out += piece
@@ -54,7 +54,7 @@ def read_bytes(fd: int, length: int, at: int) -> bytes:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and its missing parents, durably; one that stands already is left as it is."""
+    """Create a directory and its missing parents durably; leave an existing one unchanged."""
     missing = [p for p in (path, *path.parents) if not p.exists()]
     with storage_errors(path, "create"):
         path.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def make_directory(path: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file if it exists."""
     with storage_errors(path, "remove"):
         path.unlink(missing_ok=True)
 
@@ -78,14 +78,14 @@ def fsync_directory(path: Path) -> None:
 
 
 def storage_error(path: Path, action: str, e: OSError) -> StorageError | OutputError:
-    """Turn an `OSError` into the error that says where, what, and what to do."""
+    """Convert an `OSError` into an error that says where it happened, what failed, and what to do."""
     kind = OutputError if e.errno == errno.ENAMETOOLONG else StorageError
     return kind(f"{path}: cannot {action}: {e.strerror or e}; {advice(e)}")
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path, action: str) -> Iterator[None]:
-    """Raise the `storage_error` of an `OSError` in the block."""
+    """Convert an `OSError` in the block into a `storage_error`."""
     try:
         yield
     except OSError as e:
@@ -96,12 +96,12 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/+.*")
 
 
 def absent(path: Path, what: str) -> MissingInputError:
-    """Make the error for an input directory that is not there; `what` it should have been.
+    """Make the error for a missing input directory; `what` names the expected input.
 
     Parameters
     ----------
     path
-        As the user gave it. Of an address a `Path` has only one slash left.
+        The path as the user gave it. A URL in a `Path` has only one slash left.
     """
     text = os.fspath(path)
     if _ADDRESS.fullmatch(text):

@@ -1,9 +1,9 @@
-"""Validate safetensors headers: one validator for reader and writer.
+"""Validate safetensors headers, with the same validator for reading and writing.
 
 A file is an 8-byte little-endian length N, N bytes of JSON, then the data. The JSON maps each tensor's name to
-``{"dtype", "shape", "data_offsets"}``, offsets relative to the data, and ``__metadata__`` to a map of strings.
-Sorted by offset, tensors tile the data exactly. A header is validated whole before any part of it is used. We accept
-what the safetensors library accepts, save duplicate keys: of two equal names the library silently takes the last.
+``{"dtype", "shape", "data_offsets"}``, with offsets relative to the data, and ``__metadata__`` to a map of strings.
+Sorted by offset, tensors tile the data exactly. A header is validated completely before any part of it is used. The
+validator accepts what the safetensors library accepts, except duplicate keys, of which the library silently uses the last.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from streamer.storage.strict_json import strict_json
 from streamer.units import format_size, format_sizes
 
 MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library's own limit on N."""
+"""Largest N, which is the safetensors library's own limit."""
 
 MAX_DEPTH = 127
-"""Levels of lists and objects, the whole header's braces included, that the library's JSON parser goes down."""
+"""Deepest nesting of lists and objects that the library's JSON parser accepts, including the whole header's braces."""
 
 MAX_FAULT = 400
-"""Characters of a message: a name in a broken header may be as long as the header."""
+"""Most characters of a message: a name in a broken header may be as long as the header."""
 
-# Bits a value, for every dtype of the format. What we cannot compute with is still copied, bit for bit.
+# Bits per value for every dtype of the format. Dtypes that we cannot compute with are still copied bit for bit.
 DTYPE_BITS: dict[str, int] = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "BOOL": 8, "U8": 8, "I8": 8,
@@ -43,7 +43,7 @@ DTYPE_BITS: dict[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Dtype name, shape and bytes ``[start, end)`` of one tensor, relative to the file's data."""
+    """Dtype, shape and bytes ``[start, end)`` of one tensor, relative to the file's data."""
 
     name: str
     dtype: str
@@ -53,13 +53,13 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Count the bytes of data."""
+        """Return the number of bytes of data."""
         return self.end - self.start
 
 
 @dataclass(frozen=True)
 class Header:
-    """Tensors in offset order, metadata and start of the data, as a valid header gives them.
+    """Tensors in offset order, metadata and start of the data, from a valid header.
 
     Attributes
     ----------
@@ -70,7 +70,7 @@ class Header:
     data_start
         Offset of the first data byte in the file: 8 + N.
     digest
-        SHA-256 (hex) of the header's bytes, length field included.
+        SHA-256 (hex) of the header's bytes, including the length field.
     """
 
     tensors: tuple[TensorInfo, ...]
@@ -80,12 +80,12 @@ class Header:
 
     @property
     def data_bytes(self) -> int:
-        """Count the bytes of all tensors."""
+        """Return the number of bytes of all tensors."""
         return self.tensors[-1].end if self.tensors else 0
 
     @property
     def file_bytes(self) -> int:
-        """Count the bytes of the whole file."""
+        """Return the number of bytes of the whole file."""
         return self.data_start + self.data_bytes
 
     @cached_property
@@ -120,7 +120,7 @@ def _is_index(value: object) -> bool:
 
 
 def _depth(value: object) -> int:
-    """Count the levels of lists and objects in a JSON value."""
+    """Return the nesting depth of lists and objects in a JSON value."""
     depth, level = 0, [value]
     while level := [v for v in level if isinstance(v, dict | list)]:
         depth += 1
@@ -133,7 +133,7 @@ _FIELDS = ("dtype", "shape", "data_offsets")
 
 def _tensor_info(name: str, entry: object) -> TensorInfo:
     if isinstance(entry, list) and len(entry) == len(_FIELDS):
-        entry = dict(zip(_FIELDS, entry, strict=True))  # the library takes the three fields in a row as well
+        entry = dict(zip(_FIELDS, entry, strict=True))  # the library also accepts the three fields as a list
     if not isinstance(entry, dict):
         raise ValueError(f"tensor {name!r}: expected an object, found {type(entry).__name__}")
     for key in _FIELDS:
@@ -143,7 +143,7 @@ def _tensor_info(name: str, entry: object) -> TensorInfo:
         raise ValueError(f"tensor {name!r}: nested too deeply")
     dtype, shape, offsets = (entry[key] for key in _FIELDS)
     if isinstance(dtype, dict) and list(dtype.values()) == [None]:
-        dtype = next(iter(dtype))  # and {"F32": null} for "F32"
+        dtype = next(iter(dtype))  # the library also accepts {"F32": null} for "F32"
     if not isinstance(dtype, str):
         raise ValueError(f"tensor {name!r}: dtype is not a string")
     if not isinstance(shape, list) or not all(_is_index(n) for n in shape):
@@ -163,7 +163,7 @@ def _tensor_info(name: str, entry: object) -> TensorInfo:
 
 
 def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
-    """Validate a header whole.
+    """Validate a whole header.
 
     Parameters
     ----------
@@ -172,12 +172,12 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
     file_bytes
         Size of the whole file.
     where
-        Path, for messages.
+        Path for messages.
 
     Raises
     ------
     FormatError
-        If anything in it is not as the format demands; the message names the tensor and the fault.
+        If the header violates the format; the message names the tensor and the fault.
     """
     try:
         tree = strict_json(raw[8:])
@@ -205,7 +205,7 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
 
 
 def check_length(n: int, file_bytes: int, where: str, head: Callable[[], bytes]) -> None:
-    """Raise `FormatError` where a header of N bytes is too long for the format or the file; `head` gives the file's first bytes."""
+    """Raise `FormatError` if a header of N bytes is too long for the format or the file; `head` returns the file's first bytes."""
     if n > MAX_HEADER_BYTES or 8 + n > file_bytes:
         if other := _guess_content(head()):
             raise FormatError(f"{where}: expected a safetensors file, found {other}")
@@ -234,12 +234,12 @@ def read_header(fd: int, where: str) -> Header:
 
 
 def _guess_content(head: bytes) -> str:
-    """Guess from a file's first bytes what was given or downloaded in place of a safetensors file, and say what to do."""
+    """Guess from a file's first bytes what was given or downloaded instead of a safetensors file, and say what to do."""
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer: run `git lfs pull`"
     if head.startswith((b"PK\x03\x04", b"\x80\x02")):
         return "a pickle: convert it to safetensors"
-    if not head[:8].isascii() or b"\0" in head[:8]:  # the length of a header, whose first bytes may look like text
+    if not head[:8].isascii() or b"\0" in head[:8]:  # the length of a header; the header itself may look like text
         return ""
     if head.lstrip()[:1] == b"<":
         return "a web page; get it again"
@@ -251,22 +251,22 @@ def _guess_content(head: bytes) -> str:
 def layout(
     entries: Iterable[tuple[str, str, Iterable[int]]], metadata: Mapping[str, str] | None = None, length: int = 0
 ) -> tuple[Header, bytes]:
-    """Lay tensors out in the given order, without gaps, and make the header and its bytes.
+    """Lay out tensors in the given order without gaps, and make the header and its bytes.
 
     Parameters
     ----------
     entries
         Name, dtype and shape of each tensor, in file order.
     metadata
-        The ``__metadata__`` map; omitted from the file when empty.
+        The ``__metadata__`` map; omitted from the file if empty.
     length
-        Bytes of the JSON at least, a multiple of 8: of a header whose size was settled before all of its metadata was known.
+        Least number of bytes of the JSON, a multiple of 8, if the header's size was fixed before all of its metadata was known.
 
     Returns
     -------
     Header, bytes
-        The bytes are those that the library would write for this order: compact JSON, padded with spaces to a multiple
-        of 8. They are parsed again by `parse_header` before they are returned.
+        The same bytes that the library would write in this order: compact JSON, padded with spaces to a multiple
+        of 8. `parse_header` checks them before they are returned.
     """
     tree: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0

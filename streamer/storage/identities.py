@@ -1,4 +1,4 @@
-"""Identities of inputs, by digests and sizes and independent of paths, as types of JSON values."""
+"""Define identities of inputs as JSON types: digests and sizes, independent of paths."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ class FileIdentity(TypedDict):
     sample_sha256: Annotated[Sha256, "Digest of a sample of every tensor (SHA-256, hexadecimal)."]
 
 class BaseIdentity(TypedDict):
-    """What identifies a base."""
+    """Identity of a base."""
     files: Annotated[list[FileIdentity], "Its safetensors files."]
     architecture: NotRequired[Annotated[str, "Class of the base, if the user named it (--architecture)."]]
     in_memory: NotRequired[Annotated[bool, "True if the model was in memory; its tensors are listed as one file. Otherwise absent."]]
 
 class DigestedAdapter(TypedDict):
-    """What identifies an adapter, or a fine-tuned model in its place."""
+    """Identity of an adapter, or of a fine-tuned model used as one."""
     weights_sha256: NotRequired[Annotated[Sha256, "Digest of all tensors of an adapter (SHA-256, hexadecimal)."]]
     config_sha256: NotRequired[Annotated[Sha256, "Digest of its adapter_config.json (SHA-256, hexadecimal)."]]
     modules: Annotated[Count, "Modules that it changes."]
     base_model_name_or_path: NotRequired[Annotated[str | None, "The base's name in its config; in findings it may be a path."]]
 
 class StatedIdentity(TypedDict):
-    """What the user states about an adapter if its files do not: see `streamer.adapters.stated`."""
+    """Facts about an adapter that the user states if its files do not; see `streamer.adapters.stated`."""
     base_is_residual: NotRequired[Annotated[bool, "True if --base-is-residual stated that the base is the adapter's residual."]]
     lora_b_layout: NotRequired[Annotated[Literal["rank_major", "grouped_by_expert"], "Order of lora_B's columns on "
         "stacked experts, if the user stated it."]]
     ignored_keys: NotRequired[Annotated[list[str], "Unknown keys of adapter_config.json that the user ignored (--ignore-key)."]]
 
 class AdapterIdentity(DigestedAdapter, StatedIdentity):
-    """Identity of an adapter, or of a fine-tuned model in its place."""
+    """Identity of an adapter, or of a fine-tuned model used as one."""
     files: NotRequired[Annotated[list[FileIdentity], "Its safetensors files; only for a fine-tuned model."]]
 # fmt: on
 
 
 def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """Say in a few words in what two identities differ."""
+    """Describe briefly how two identities differ."""
     keys = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
     if "files" in keys:
         a, b = mine.get("files", []), theirs.get("files", [])

@@ -1,4 +1,4 @@
-"""Append-only journals of a run: what it has finished, so that the next one takes it up, and whether it may."""
+"""Keep append-only journals of finished work, from which the next run resumes, and decide whether it may."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from streamer.storage.strict_json import strict_json
 from streamer.storage.system import MAX_CALL_BYTES, sync
 
 FRAME_BYTES = 40
-"""Bytes before a record's payload: its length (8, little-endian) and SHA-256 (32)."""
+"""Number of bytes before a record's payload: its length (8, little-endian) and SHA-256 (32)."""
 
 
 class Journal:
-    """Append records to a file that survives a kill: a torn last record is dropped on opening.
+    """An append-only file of records that survives a kill: a torn last record is dropped on opening.
 
     A record is its length (8 bytes, little-endian), the SHA-256 of its payload (32 bytes), and the payload. Each append
-    is durable before it returns. The first record is the head: it says what run this journal belongs to. Open it under a lock.
+    is durable before it returns. The first record is the head: it identifies the journal's run. Open a journal under a lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,16 +37,16 @@ class Journal:
         remove_partials(path.parent, {path.name})
 
     def foreign(self, record: int) -> OutputError:
-        """Make the error of a record that another version wrote."""
+        """Make the error for a record that another version wrote."""
         return OutputError(
             f"{self.path}: its record {record} is not one of this version; --no-resume starts the run over"
         )
 
     @staticmethod
     def peek(path: Path) -> Iterator[dict[str, Any]]:
-        """Read a journal's records without changing it: JSON objects, up to one that is torn or something else.
+        """Read a journal's records without changing it: JSON objects, up to the first torn or different record.
 
-        Where there is no journal, or none of ours, there are none.
+        If there is no journal, or not one of ours, yield nothing.
         """
         try:
             with path.open("rb") as f:
@@ -68,7 +68,7 @@ class Journal:
         return read_bytes(self._fd, length, start)
 
     def append(self, payload: bytes) -> None:
-        """Add a record, durably."""
+        """Add a record durably."""
         frame = len(payload).to_bytes(8, "little") + hashlib.sha256(payload).digest() + payload
         with storage_errors(self.path, "append to the journal"):
             if self._stale:
@@ -79,7 +79,7 @@ class Journal:
                     done += os.pwrite(self._fd, frame[done : done + MAX_CALL_BYTES], self._end + done)
                 sync(self._fd)
                 if not self._spans:
-                    fsync_directory(self.path.parent)  # the name of a new journal must last as well
+                    fsync_directory(self.path.parent)  # the name of a new journal must be durable as well
         self._spans.append((self._end + FRAME_BYTES, len(payload)))
         self._end += len(frame)
 
@@ -90,9 +90,9 @@ class Journal:
         self._stale = False
 
     def clear(self) -> None:
-        """Forget every record. On disk they stay until the next append replaces them, in one step.
+        """Forget every record. They stay on disk until the next append replaces them in one step.
 
-        A kill at any point leaves the old records or the new head: never a journal that belongs to no run.
+        A kill at any point leaves the old records or the new head, never a journal that belongs to no run.
         """
         self._stale = self._stale or bool(self._spans)
         self._spans.clear()
@@ -105,13 +105,13 @@ class Journal:
             self._fd = -1
 
     def remove(self) -> None:
-        """Close and delete the journal: the run is finished."""
+        """Close and delete the journal of a finished run."""
         self.close()
         os.unlink(self.path)
 
 
 def _records(fd: int) -> Iterator[tuple[int, bytes]]:
-    """Read the whole records of a journal: each payload with its offset, up to one that is torn."""
+    """Read the complete records of a journal, up to the first torn one, as offsets and payloads."""
     size, at = os.fstat(fd).st_size, 0
     while at + FRAME_BYTES <= size:
         frame = read_bytes(fd, FRAME_BYTES, at)
@@ -125,27 +125,27 @@ def _records(fd: int) -> Iterator[tuple[int, bytes]]:
 
 def may_resume(path: Path, found: Mapping[str, Any], head: Mapping[str, Any], *, resume: bool = True,
                overwrite: bool = False, journal: Path | None = None) -> bool:  # fmt: skip
-    """Decide what becomes of an interrupted run: True where it is to be taken up, False where it is started over.
+    """Decide whether to resume an interrupted run (True) or to start over (False).
 
     Parameters
     ----------
     path
         The output, for messages.
     found, head
-        The heads of the journal that stands there and of the run to come. Their ``plan`` is the digest of everything that decides the
-        output, ``version`` the tool's, ``stamps`` those of the inputs; ``bits``, where there are any, tell inputs apart that differ in
-        rounding alone, so that no output mixes two.
+        Heads of the existing journal and of the new run. ``plan`` is the digest of everything that determines the output, ``version``
+        is the tool's, ``stamps`` are the inputs'; ``bits``, if present, distinguishes inputs that differ only in rounding, so that no
+        output mixes the two.
     resume, overwrite
-        Whether the user lets a run be taken up, and another one's be replaced.
+        Whether the user allows a run to be resumed, and another run to be replaced.
     journal
-        That of an output which is a single file, for messages.
+        Path of the journal if the output is a single file, for messages.
 
     Raises
     ------
     OutputExistsError
-        If the run is of another plan and not to be overwritten.
+        If the run has another plan and must not be overwritten.
     OutputError
-        If another version began it: no output is made by two.
+        If another version began it: two versions must not make one output.
     InputChangedError
         If its inputs have changed since.
     """

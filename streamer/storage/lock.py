@@ -1,4 +1,4 @@
-"""Lock files: one run at a time writes an output."""
+"""Lock files, so that only one run at a time writes an output."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from streamer.storage.files import storage_error
 
 @contextlib.contextmanager
 def locked(path: Path, output: Path | None = None) -> Iterator[None]:
-    """Hold the lock file at `path`; it is removed at the end. A lock of a dead process does not hold.
+    """Hold the lock file at `path` and remove it at the end. The lock of a dead process does not hold.
 
     Parameters
     ----------
     path
         The lock file.
     output
-        What it locks, for messages; by default its directory.
+        The locked output, for messages; by default the lock's directory.
 
     Raises
     ------
     LockedError
-        If another process holds it: at once, without waiting.
+        If another process holds the lock; raised at once, without waiting.
     """
     output = output or path.parent
     while True:
@@ -44,7 +44,7 @@ def locked(path: Path, output: Path | None = None) -> Iterator[None]:
             raise LockedError(f"{output}: another run is writing here; wait for it, or choose another output") from None
         except OSError:
             pass  # a file system without locks: unique partial names still keep runs apart
-        # The holder before us may have removed the file between our open and our lock.
+        # The previous holder may have removed the file between our open and our lock.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
                 break

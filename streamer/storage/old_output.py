@@ -1,4 +1,4 @@
-"""Find the files of an earlier output, by its record or its journal, and remove them before another is written."""
+"""Find the files of an earlier output by its record or journal, and remove them before another output is written."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from streamer.storage.strict_json import strict_json
 MAX_RECORD_BYTES = 200_000_000
 
 OLD, NAMES = "old", "names"
-"""Keys of a journal's head: the files of what stood there before, and the names of those to come."""
+"""Keys of a journal's head: files that existed before the run, and names of files to come."""
 
 
 @dataclass(frozen=True)
 class OldFile:
-    """Relative name, bytes and SHA-256 (hex) of a file as an earlier run wrote it."""
+    """Relative name, size and SHA-256 (hex) of a file as an earlier run wrote it."""
 
     name: str
     nbytes: int
@@ -32,7 +32,7 @@ class OldFile:
 
 
 def journal_entry(journal: Journal, i: int) -> dict[str, Any]:
-    """Read what a journal says of a file: its name, bytes and digest.
+    """Read a journal's entry for a file: its name, size and digest.
 
     Raises
     ------
@@ -50,9 +50,9 @@ def journal_entry(journal: Journal, i: int) -> dict[str, Any]:
 
 
 def own_files(record: Path, journal: Path) -> list[OldFile]:
-    """List the files of earlier outputs, finished or not, in the order of writing, by their record and their journal.
+    """List the files of earlier outputs, finished or not, in the order of writing, from their record and journal.
 
-    A journal's head names those that stood before its run: until that has finished, they may be there still.
+    A journal's head names the files from before its run; until that run has finished, they may still exist.
     """
     head, *finished = _journalled(journal)
     listed = ((_record(record) or {}).get("files"), head.get(OLD), finished)
@@ -61,7 +61,7 @@ def own_files(record: Path, journal: Path) -> list[OldFile]:
 
 
 def own_names(directory: Path, record: Path, journal: Path) -> list[str]:
-    """List the names in this directory for which earlier runs wrote files, or were to, and so may have left partials."""
+    """List the names in this directory for which earlier runs wrote or planned files, and so may have left partial files."""
     planned = next(Journal.peek(journal), {}).get(NAMES)
     names = [file.name for file in own_files(record, journal)]
     names += [name for name in planned if isinstance(name, str)] if isinstance(planned, list) else []
@@ -69,17 +69,17 @@ def own_names(directory: Path, record: Path, journal: Path) -> list[str]:
 
 
 def as_entries(files: Iterable[OldFile]) -> list[dict[str, Any]]:
-    """Turn files into JSON values, as records and journals name them."""
+    """Convert files to JSON values, as in records and journals."""
     return [{"file": file.name, "bytes": file.nbytes, "sha256": file.sha256} for file in files]
 
 
 def remove_own_files(directory: Path, files: Sequence[OldFile], keep: Collection[str]) -> None:
-    """Remove the files of an earlier output that stand as they were written, the last first: it is the one that others stand on.
+    """Remove the unchanged files of an earlier output, starting with the last, which makes it loadable.
 
     Parameters
     ----------
     keep
-        Names that the output to come will replace in one step.
+        Names that the new output will replace in one step.
 
     Raises
     ------
@@ -92,12 +92,12 @@ def remove_own_files(directory: Path, files: Sequence[OldFile], keep: Collection
             continue
         remove_file(path)
         for parent in path.relative_to(directory).parents[:-1]:
-            with contextlib.suppress(OSError):  # other files are in it
+            with contextlib.suppress(OSError):  # it contains other files
                 (directory / parent).rmdir()
 
 
 def stands(directory: Path, file: OldFile) -> bool:
-    """Say whether a file is there as it was written, under a plain name in the directory, with no symlink on the way to it."""
+    """Test whether a file exists unchanged, under a plain name in the directory, with no symlink in its path."""
     path = directory / file.name
     if not _is_within(directory, file.name):
         return False
@@ -112,20 +112,20 @@ def stands(directory: Path, file: OldFile) -> bool:
 
 @lru_cache(maxsize=1024)
 def _digest(path: Path, stamp: tuple[int, ...]) -> str:
-    """Compute the SHA-256 (hex) of a file's bytes. Cached: preflight, lock and removal each ask for it."""
+    """Compute the SHA-256 (hex) of a file's bytes. Cached, because preflight, lock and removal each need it."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _is_within(directory: Path, name: str) -> bool:
-    """Say whether a name stays in the directory, with no symlink on the way: ``a/b`` does, ``../b`` and ``/b`` do not."""
+    """Test whether a name stays in the directory, with no symlink in its path: ``a/b`` does, ``../b`` and ``/b`` do not."""
     plain = PurePosixPath(name)
     paths = [directory / plain, *(directory / parent for parent in plain.parents[:-1])]
     return not (plain.is_absolute() or ".." in plain.parts or "\0" in name or any(map(os.path.islink, paths)))
 
 
 def is_record(path: Path) -> bool:
-    """Say whether a file is the record of an output."""
+    """Test whether a file is the record of an output."""
     return _record(path) is not None
 
 
@@ -140,7 +140,7 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 
 def _journalled(path: Path) -> list[dict[str, Any]]:
-    """Read the head of a journal and its entries; an empty head where there is none."""
+    """Read the head of a journal and its entries; an empty head if there is no journal."""
     return [*Journal.peek(path)] or [{}] if path.is_file() and not path.is_symlink() else [{}]
 
 

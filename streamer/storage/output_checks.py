@@ -1,4 +1,4 @@
-"""Checks of an output's path, its name and the room on its disk; all read-only."""
+"""Check an output's path, its name and the free space on its disk, without writing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def refuse_symlink(path: Path) -> None:
 
 
 def refuse_address(path: Path) -> None:
-    """Refuse an output given as ``-``, or as an address like ``s3://bucket/name``, which would become directories here."""
+    """Refuse an output given as ``-``, or as a URL like ``s3://bucket/name``, which would become directories here."""
     if path == Path("-"):
         raise UsageError(
             f"{path}: expected a path, found the sign for stdout: outputs are resumable files; name one (--json prints to stdout)"
@@ -34,7 +34,7 @@ def refuse_address(path: Path) -> None:
 
 
 def is_placeholder(path: Path) -> bool:
-    """Say whether an empty regular file stands here, as ``mktemp`` and workflow systems make one for an output that is to come."""
+    """Test whether an empty regular file is here, as ``mktemp`` and workflow systems create one for a future output."""
     try:
         found = path.stat(follow_symlinks=False)
     except OSError:
@@ -43,21 +43,21 @@ def is_placeholder(path: Path) -> bool:
 
 
 def is_taken(path: Path) -> bool:
-    """Say whether something stands at the name of a file to come; an empty file is one that was made beforehand."""
+    """Test whether a new file's name is taken; an empty file is a placeholder and does not count."""
     return path.exists() and not is_placeholder(path)
 
 
 def check_replaced(path: Path, overwrite: bool, is_own: Callable[[Path], bool], what: str) -> None:
-    """Refuse a file's path where something else stands, and make its directory.
+    """Refuse a file's path if another file exists there, and create its directory.
 
     Parameters
     ----------
     overwrite
-        Whether one that stands there is replaced; nothing else is, but for an empty file.
+        Whether to replace an existing file of this kind; other files are never replaced unless empty.
     is_own
-        Tests whether a file is one that may be replaced.
+        Tests whether a file may be replaced.
     what
-        That it is, for messages.
+        Name of that kind of file, for messages.
     """
     refuse_no_file(path)
     refuse_symlink(path)
@@ -70,31 +70,31 @@ def check_replaced(path: Path, overwrite: bool, is_own: Callable[[Path], bool], 
 
 
 def refuse_no_file(path: Path) -> None:
-    """Refuse an address or a directory in place of a file to write."""
+    """Refuse a URL or a directory instead of a file to write."""
     refuse_address(path)
     if path.is_dir():
         raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
 
 
 def exists(path: Path) -> OutputExistsError:
-    """Make the error of an output that exists."""
+    """Make the error for an output that exists."""
     return OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
 
 
 def not_own(path: Path, what: str) -> OutputExistsError:
-    """Make the error of an output that is something else than this command replaces."""
+    """Make the error for an output of a kind that this command does not replace."""
     return OutputExistsError(
         f"{path}: exists and is not {what}, which is all that is replaced; choose another output", path
     )
 
 
 def touch(paths: Sequence[Path]) -> str:
-    """Set the times of files to now, so that `make` takes them for newer than their inputs; the contents stay.
+    """Set the times of files to now, so that `make` considers them newer than their inputs; contents do not change.
 
     Returns
     -------
     str
-        Why that failed, for the first where it did; empty if it did not. A finished output on a disk that cannot be written is no fault.
+        Why the first failure happened; empty if there was none. A finished output on a read-only disk is not an error.
     """
     for path in paths:
         try:
@@ -105,16 +105,16 @@ def touch(paths: Sequence[Path]) -> str:
 
 
 def check_output_path(path: Path, inputs: Sequence[Path], output: Path | None = None) -> None:
-    """Refuse an output that is a symlink, an input, or inside an input or a hub cache, or cannot be written.
+    """Refuse an output that is a symlink or an input, is inside an input or a hub cache, or cannot be written.
 
     Parameters
     ----------
     path
-        A directory that is written to.
+        Directory to write to.
     inputs
-        Input directories and files that it must stay out of.
+        Input directories and files that must not contain the output.
     output
-        The output as the user named it, for messages, where it is a file in the directory.
+        The output as the user named it, for messages, if it is a file in the directory.
     """
     refuse_symlink(path)
     refuse_address(path)
@@ -145,7 +145,7 @@ def check_output_path(path: Path, inputs: Sequence[Path], output: Path | None = 
 
 
 def check_name(path: Path, longest: str) -> None:
-    """Refuse an output for which a file would be written, for a while at least, under a longer name than the file system takes."""
+    """Refuse an output if a file, even a temporary one, would get a name longer than the file system allows."""
     most, found = os.pathconf(_existing(path.parent), "PC_NAME_MAX"), len(os.fsencode(longest))
     if 0 < most < found:
         raise OutputError(
@@ -155,12 +155,12 @@ def check_name(path: Path, longest: str) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Read the bytes that are free on the disk where a path stands, or would stand."""
+    """Return the free bytes on the disk of a path, which need not exist."""
     return shutil.disk_usage(_existing(path)).free
 
 
 def check_space(path: Path, needed: int, at_most: bool = False) -> None:
-    """Refuse a plan that does not fit on the disk; `at_most` says that less may turn out to be needed."""
+    """Refuse a plan that does not fit on the disk; `at_most` means that less may be needed."""
     free = free_bytes(path)
     if needed > free:
         wanted, found = format_sizes(needed, free)
@@ -171,7 +171,7 @@ def check_space(path: Path, needed: int, at_most: bool = False) -> None:
 
 
 def allocated_bytes(path: Path) -> int:
-    """Read the bytes on the disk that removing a file gives back; 0 if there is none."""
+    """Return the bytes on disk that removing a file would free; 0 if there is none."""
     try:
         return path.stat(follow_symlinks=False).st_blocks * 512
     except OSError:
@@ -179,7 +179,7 @@ def allocated_bytes(path: Path) -> int:
 
 
 def _same(a: Path, b: Path) -> bool:
-    """Say whether two paths are one, by device and inode too: a mount shows a directory under a second name."""
+    """Test whether two paths are the same, also by device and inode: a mount shows a directory under a second name."""
     return a == b or (a.exists() and b.exists() and a.samefile(b))
 
 

@@ -1,4 +1,4 @@
-"""Plan of an output directory, and the state of what stands there already; all read-only."""
+"""Plan an output directory, and determine the state of an existing one, without writing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOCK_NAME = ".streamer.lock"
 
 
 def refuse_within_output(path: Path) -> None:
-    """Refuse a file or directory to come that lies in an output which is complete: its record lists all that belongs in there."""
+    """Refuse a new file or directory inside a complete output, whose record lists everything that belongs there."""
     real = Path(os.path.realpath(path))
     for parent in (real, *real.parents):
         if is_record(parent / RECORD_NAME):
@@ -34,39 +34,39 @@ def refuse_within_output(path: Path) -> None:
 
 @dataclass(frozen=True)
 class OutputPlan:
-    """Files of an output directory to come, with all that decides their bytes.
+    """Files of an output directory to write, with everything that determines their bytes.
 
     Attributes
     ----------
     path
         The directory.
     files
-        (relative name, bytes), in the order of writing; the last one is the commit point.
+        (relative name, bytes) in the order of writing; the last one is the commit point.
     digest
-        SHA-256 (hex) over everything that decides the output's bytes: inputs, options, names.
+        SHA-256 (hex) over everything that determines the output's bytes: inputs, options, names.
     stamps
-        Stamps of the inputs; a resumed run must find the same.
+        Stamps of the inputs; a resumed run must find the same stamps.
     inputs
-        Input directories that the output must stay out of.
+        Input directories that must not contain the output.
     conflicting_names
-        Names that a loader might prefer to ours, such as ``model.safetensors`` beside an index; they must not be there, unless they
-        are an old output's, and go with it.
+        Names that a loader might prefer to ours, such as ``model.safetensors`` beside an index. They must not exist, unless they belong
+        to an old output and are removed with it.
     beside_names
-        Names of other files there that a loader would read as parts of the output; an old output's go with it, and any other, an
-        empty one too, is refused and stays.
+        Names of other files that a loader would read as parts of the output. An old output's are removed with it; any other, even an
+        empty one, is refused and stays.
     temporary
-        (relative name, bytes at most) of what stands there only while the run is under way.
+        (relative name, largest size in bytes) of files that exist only during the run.
     late
-        Names of files whose contents are known only when all others are made: their planned bytes are the most that they take.
+        Names of files whose contents are known only after all others: their planned size is an upper bound.
     editable
-        Names of files that users edit when they stand: such an output is whole, and no edited one is replaced or removed.
+        Names of files that users may edit: an output with an edited one counts as complete, and no edited one is replaced or removed.
     instead
-        For names of files that need not be written, how to do without.
+        For names of files that are optional, how to do without them.
     bits
-        What tells inputs apart that differ in rounding alone. A finished output of the others is this one; a run that began with them
-        is started over, so that no output mixes two.
+        Distinguishes inputs that differ only in rounding. A finished output of either counts as this one; an interrupted run with the
+        other is started over, so that no output mixes the two.
     version
-        The tool's. A run that another one began is not taken up: no output is made by two.
+        The tool's version. A run that another version began is not resumed: two versions must not make one output.
     """
 
     path: Path
@@ -85,27 +85,27 @@ class OutputPlan:
 
     @property
     def head(self) -> dict[str, Any]:
-        """Make the head of the run's journal, as far as `may_resume` compares it."""
+        """Make the head of the run's journal, as compared by `may_resume`."""
         return {"plan": self.digest, "version": self.version, "bits": self.bits, "stamps": self.stamps}
 
     @property
     def total_bytes(self) -> int:
-        """Count the bytes of all files."""
+        """Return the number of bytes of all files."""
         return sum(size for _, size in self.files)
 
     @property
     def temporary_bytes(self) -> int:
-        """Count the bytes of the temporary files, at most."""
+        """Return the largest number of bytes of the temporary files."""
         return sum(size for _, size in self.temporary)
 
 
 def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = True) -> Literal["new", "resume", "done"]:
-    """Say, read-only, whether the plan may be carried out here and what is left to do.
+    """Determine, without writing, whether the plan may be carried out here and what remains to be done.
 
     Raises
     ------
     OutputError
-        If the path is a symlink, an input, inside an input or a hub cache, not writable, or holds what is not ours.
+        If the path is a symlink or an input, is inside an input or a hub cache, is not writable, or holds foreign files.
     StorageError
         If the plan does not fit on the disk.
     """
@@ -122,7 +122,7 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
 
 
 def missing_bytes(plan: OutputPlan, state: str) -> int:
-    """Compute the bytes that a plan in this state, ``new`` or ``resume``, still takes on the disk."""
+    """Compute the additional bytes on disk that a plan in the state ``new`` or ``resume`` needs."""
     have = sum(
         allocated_bytes(p) for directory, names in output_directories(plan) for p in partials_of(directory, names)
     )
@@ -133,7 +133,7 @@ def missing_bytes(plan: OutputPlan, state: str) -> int:
 
 
 def size_of(path: Path) -> int:
-    """Read the size of what stands at a path; -1 if nothing does."""
+    """Return the size of the file at a path; -1 if there is none."""
     try:
         return path.stat(follow_symlinks=False).st_size
     except OSError:
@@ -141,7 +141,7 @@ def size_of(path: Path) -> int:
 
 
 def output_directories(plan: OutputPlan) -> Iterator[tuple[Path, set[str]]]:
-    """Yield each directory that stands and gets files, or got some, with the names of all files: a killed run left its partials there."""
+    """Yield each existing directory that gets or got files, with the names of all files: a killed run left its partial files there."""
     old = own_names(plan.path, plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)
     paths = [plan.path / name for name in (RECORD_NAME, *(name for name, _ in plan.files), *old)]
     for directory in dict.fromkeys(path.parent for path in paths):
@@ -164,7 +164,7 @@ def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new",
 
 
 def _recorded_state(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:
-    """Decide by journal and record."""
+    """Determine the state from journal and record."""
     path = plan.path
     if is_taken(path / RECORD_NAME) and not is_record(path / RECORD_NAME):
         raise _foreign(path / RECORD_NAME)
@@ -182,7 +182,7 @@ def _recorded_state(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal[
 def _refuse_foreign(plan: OutputPlan, own: Sequence[OldFile], overwrite: bool) -> None:
     """Refuse to write over, or beside, files that no record or journal of ours names: they may be someone's weights.
 
-    A file of ours under a conflicting name goes, if it is as it was written; so does an empty one under `overwrite`.
+    An unchanged file of ours under a conflicting name is removed; so is an empty one with `overwrite`.
     """
     path, names = plan.path, {file.name for file in own}
     for name, _ in plan.files:
@@ -197,7 +197,7 @@ def _refuse_foreign(plan: OutputPlan, own: Sequence[OldFile], overwrite: bool) -
             raise _foreign(path / name, what=read) if name in plan.beside_names else _foreign(path / name)
         if not any(stands(path, file) for file in own if file.name == name):
             raise OutputExistsError(
-                f"{path / name}: was changed since it was written, and a loader would take it for a part of this output; "
+                f"{path / name}: was changed since it was written, and a loader would read it as a part of this output; "
                 "choose another output, or move it away",
                 path / name,
             )
@@ -215,7 +215,7 @@ def _another(path: Path) -> OutputExistsError:
 
 
 def _refuse_edited(plan: OutputPlan, own: Sequence[OldFile]) -> None:
-    """Refuse to replace or remove a file that users edit, such as a model card, where one did."""
+    """Refuse to replace or remove a file that users may edit, such as a model card, if someone did."""
     for path, name in ((plan.path / name, name) for name, _ in plan.files if name in plan.editable):
         if is_taken(path) and not any(stands(plan.path, file) for file in own if file.name == name):
             raise _foreign(path, plan.instead.get(name, ""), "was edited since it was written")
@@ -227,9 +227,9 @@ def _foreign(path: Path, instead: str = "", what: str = "exists and is not ours"
 
 
 def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "new"]:
-    """Say whether the files of a finished output have the sizes that its record gives; by another version a header may have another.
+    """Check that the files of a finished output have the sizes in its record; another version's headers may differ in size.
 
-    Made anew if some are missing, as where a user removed one for that; refused if one differs, which might be an edited one.
+    Missing files make it new, as when a user removed one on purpose; a different size is refused, because the file may be edited.
     """
     files = record.get("files")
     entries = [f for f in files if isinstance(f, dict)] if isinstance(files, list) else []
@@ -253,5 +253,5 @@ def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "
 
 
 def finished_record(plan: OutputPlan) -> dict[str, Any]:
-    """Read the record of an output that `inspect_output` calls done."""
+    """Read the record of an output that `inspect_output` reports as done."""
     return read_json_object(plan.path / RECORD_NAME)

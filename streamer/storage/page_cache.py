@@ -1,4 +1,4 @@
-"""Write behind, and leave no pages of large files in the system's cache."""
+"""Write behind, and keep pages of large files out of the system's cache."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from streamer.storage.files import storage_errors
 from streamer.storage.system import MAX_CALL_BYTES, drop_cached
 
 THREADED_BYTES = 1 << 18
-"""Pieces from this many bytes are hashed and written by threads; smaller ones are not worth it where nothing waits."""
+"""Pieces of at least this many bytes are hashed and written by threads; smaller ones are not worth it if no others are pending."""
 
 LAG_BYTES = 64 << 20
-"""Written pages are dropped when the file has grown this much further: by then the disk has them."""
+"""Written pages are dropped when the file has grown by this much more: by then they are on disk."""
 
 
 class Appender:
-    """Append to a file and hash what is appended: one thread writes, one hashes, and the caller makes the next piece.
+    """Appends to a file and hashes the data: one thread writes, one hashes, and the caller makes the next piece.
 
-    Untouched bytes come this way too: the digest takes them through memory anyway, and ``copy_file_range`` was slower
-    (docs/benchmarks.md). Pages that are written lie in the cache no longer than the disk needs: their memory is used again, and
-    the fsync at the end finds little left.
+    Unchanged bytes take this path too: the digest needs them in memory anyway, and ``copy_file_range`` was slower
+    (docs/benchmarks.md). Written pages stay in the cache only as long as the disk needs them, so their memory is reused, and
+    the fsync at the end finds little left to do.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,19 +36,19 @@ class Appender:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 (hex) of what has been appended so far."""
+        """Return the SHA-256 (hex) of the data appended so far."""
         self.flush()
         return self._hash.hexdigest()
 
     def append(self, piece: Piece) -> None:
-        """Append a piece, all of it, whatever the system does in one call; it is released when it is written and hashed.
+        """Append a whole piece, repeating calls that write less; the piece is released when it is written and hashed.
 
-        Up to `QUEUE` large pieces are in hand when this returns.
+        Up to `QUEUE` large pieces are still pending when this returns.
 
         Raises
         ------
         StorageError
-            What the system refused, this piece or one before it.
+            If the system refused this piece or an earlier one.
         """
         self.written += len(piece.view)
         if len(piece.view) < THREADED_BYTES:
@@ -66,7 +66,7 @@ class Appender:
         self._pending.append((piece, zlib.crc32(view) if CHECKED else 0, futures))
 
     def flush(self, pieces: int = 0) -> None:
-        """Wait until at most so many pieces are in hand, and raise what became of the others."""
+        """Wait until at most this many pieces are pending, and raise the errors of the others."""
         while len(self._pending) > pieces:
             piece, checksum, futures = self._pending.popleft()
             with storage_errors(self.path, "write"):
@@ -77,10 +77,10 @@ class Appender:
             piece.release()
 
     def close(self) -> None:
-        """Close the file: what has not been begun is left out, and nothing writes to a descriptor that is another file's by then."""
+        """Close the file: writes that have not begun are dropped, so that none goes to a descriptor that is reused for another file."""
         for thread in self._threads:
             thread.shutdown(cancel_futures=True)
-        fd, self._fd = self._fd, -1  # a close that fails has closed the descriptor all the same
+        fd, self._fd = self._fd, -1  # a failed close has still closed the descriptor
         if fd >= 0:
             os.close(fd)
 
@@ -90,7 +90,7 @@ class Appender:
             done += os.write(self._fd, view[done : done + MAX_CALL_BYTES])
         begun, self._at = self._at, self._at + len(view)
         if len(view) >= THREADED_BYTES:
-            # Still dirty, these pages stay, but Linux begins to write them.
+            # These pages are still dirty, so they stay, but Linux begins to write them.
             drop_cached(self._fd, begun, len(view))
             if begun >= LAG_BYTES:
                 drop_cached(self._fd, begun - LAG_BYTES, len(view))

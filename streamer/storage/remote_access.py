@@ -1,4 +1,4 @@
-"""Read ranges of files at addresses, again where it failed for a while, and say in one line what did not."""
+"""Read ranges of remote files, retry transient failures, and report other failures in one line."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from streamer.storage.remote_ways import Access, RemoteStat, Transient
 from streamer.units import format_size
 
 TRIES = 6
-"""Attempts at a range without any progress, half a second after the first, twice as long after each other: 15 s in all."""
+"""Attempts at a range without progress; the first wait is half a second, each further one twice as long: 15 s in total."""
 
 FIRST_TRIES = 4
-"""Attempts at what is asked first of a file, at whose address nothing may answer: 3.5 s in all."""
+"""Attempts at a file's first request, since the URL may have no server: 3.5 s in total."""
 
 LONGEST_WAIT = 120.0
-"""Seconds that a server may ask to wait, by ``Retry-After``, before it is tried again; one that asks for more is given up."""
+"""Longest wait in seconds that a server may request by ``Retry-After``; if it requests more, reading fails."""
 
 PROGRESS_BYTES = 1 << 16
-"""Bytes of a range after which its attempts are counted anew."""
+"""Bytes of a range after which its attempts are counted from zero again."""
 
 POLLED = 0.1
-"""Seconds of a wait between two looks for a request to stop."""
+"""Seconds between checks for a request to stop during a wait."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,7 +40,7 @@ _monitor: ContextVar[Monitor | None] = ContextVar("monitor", default=None)
 
 @cache
 def access_of(url: str) -> Access:
-    """Return the way to an address."""
+    """Return the access for a URL."""
     scheme = url.partition("://")[0]
     return _access_of_scheme("http" if scheme in ("http", "https") else scheme)
 
@@ -51,27 +51,27 @@ def _access_of_scheme(scheme: str) -> Access:
 
 
 def heed(monitor: Monitor) -> None:
-    """Let waits for servers, from here on in this context, end where this monitor is asked to stop."""
+    """Make waits for servers in this context end if this monitor receives a request to stop."""
     _monitor.set(monitor)
 
 
 def in_context(call: Callable[P, T]) -> Callable[P, T]:
-    """Return a call that heeds the monitor of this context in whatever thread it runs."""
+    """Wrap a call so that it uses this context's monitor in any thread."""
     context = copy_context()
 
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        return context.copy().run(call, *args, **kwargs)  # several threads may be in it at once
+        return context.copy().run(call, *args, **kwargs)  # several threads may use it at once
 
     return run
 
 
 def stat_remote(url: str, shown: str, *, token: bool = False) -> RemoteStat | None:
-    """Ask for a file's size and version, again where it failed for a while; None where there is no such file.
+    """Request a file's size and version, retrying transient failures; None if there is no such file.
 
     Raises
     ------
     InputError, StorageError
-        If it is refused, or nothing answers.
+        If access is refused, or no server answers.
     """
     tries = 0
     while True:
@@ -83,14 +83,14 @@ def stat_remote(url: str, shown: str, *, token: bool = False) -> RemoteStat | No
 
 
 def read_range(file: RemoteFile, out: memoryview, at: int) -> None:
-    """Read bytes from offset `at` until `out` is full, going on after failures that pass.
+    """Read bytes from offset `at` until `out` is full, continuing after transient failures.
 
     Raises
     ------
     StorageError
-        If no byte comes in `TRIES` attempts, or the server refuses.
+        If no byte arrives in `TRIES` attempts, or the server refuses.
     InputChangedError
-        If the file is another one by now.
+        If the file has changed.
     """
     done = tries = counted = 0
     while done < len(out):
@@ -111,20 +111,20 @@ def _wait(shown: str, tries: int, most: int, e: Transient) -> None:
     Raises
     ------
     StorageError
-        If there were enough, or the server asks for too long a wait.
+        If there were enough attempts, or the server requests too long a wait.
     Interrupted
-        If a stop is asked for meanwhile.
+        If a stop is requested meanwhile.
     """
     if tries >= most or (e.wait or 0) > LONGEST_WAIT:
         again = f" in {tries} attempts" if tries > 1 else ""
         asked = f" (the server asks to wait {e.wait:.0f} s)" if (e.wait or 0) > LONGEST_WAIT else ""
         raise StorageError(f"{shown}: cannot read{again}: {e}{asked}; run the same command again") from e
-    backoff = 0.5 * 2 ** (tries - 1) * random.uniform(0.75, 1.0)  # noqa: S311  # so that several readers do not return together
+    backoff = 0.5 * 2 ** (tries - 1) * random.uniform(0.75, 1.0)  # noqa: S311  # so that several readers do not retry at once
     _sleep(backoff if e.wait is None else max(e.wait, 0.05))
 
 
 def _sleep(seconds: float) -> None:
-    """Sleep, or raise `Interrupted` as soon as a stop is asked for."""
+    """Sleep, or raise `Interrupted` as soon as a stop is requested."""
     monitor, until = _monitor.get(), time.monotonic() + seconds
     while True:
         if monitor is not None:

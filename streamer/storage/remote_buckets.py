@@ -1,4 +1,4 @@
-"""Files in buckets, ``s3://``, ``gs://`` and ``az://``, by fsspec and its plugins, which have their own ways to credentials."""
+"""Read files in buckets, ``s3://``, ``gs://`` and ``az://``, through fsspec and its plugins, which find credentials themselves."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from streamer.storage.remote_manifest import RemoteFile
 from streamer.storage.remote_ways import Access, RemoteStat, Transient, without_secrets
 
 SCHEMES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
-"""The plugin of each scheme."""
+"""The plugin for each scheme."""
 
 VERSIONS = ("ETag", "etag", "generation", "LastModified", "last_modified", "updated", "mtime")
-"""What file systems tell versions by, the best first."""
+"""Keys by which file systems state a file's version, in order of preference."""
 
 
 class BucketAccess(Access):
-    """Ranges by fsspec."""
+    """Ranges through fsspec."""
 
     def stat(self, url: str, shown: str, *, token: bool = False) -> RemoteStat | None:
-        """Ask for a file's size and version."""
+        """Request a file's size and version."""
         try:
             fs, path = file_system(url, shown)
             fs.invalidate_cache()
             info = fs.info(path)
         except (FileNotFoundError, IsADirectoryError):
             return None
-        except Exception as e:  # each plugin has its own
+        except Exception as e:  # each plugin has its own exceptions
             raise _error(e, shown) from e
         if info.get("type") == "directory" or info.get("size") is None:
             return None
@@ -42,7 +42,7 @@ class BucketAccess(Access):
             raise InputChangedError.vanished(file.shown) from e
         except Exception as e:
             error = _error(e, file.shown)
-            if isinstance(error, InputError):  # in mid-run: credentials have expired, and with new ones it goes on
+            if isinstance(error, InputError):  # credentials expired during the run; with new ones it can continue
                 error = StorageError(f"{error}; then run the same command again")
             raise error from e
         if len(data) > len(out):
@@ -52,7 +52,7 @@ class BucketAccess(Access):
 
 
 def file_system(url: str, shown: str) -> tuple[Any, str]:
-    """Open the file system of an address.
+    """Open the file system of a URL.
 
     Raises
     ------
@@ -73,12 +73,12 @@ def file_system(url: str, shown: str) -> tuple[Any, str]:
 
 
 def list_files(url: str, shown: str) -> dict[str, RemoteFile]:
-    """List the files below an address, by their names relative to it.
+    """List the files below a URL, by their relative names.
 
     Raises
     ------
     InputError, StorageError
-        If it cannot be listed.
+        If the files cannot be listed.
     """
     try:
         fs, path = file_system(url, shown)
@@ -99,12 +99,12 @@ def list_files(url: str, shown: str) -> dict[str, RemoteFile]:
 
 
 def version_of(info: dict[str, Any], shown: str) -> str:
-    """Take a file's version from what its file system says.
+    """Return a file's version from its file system's information.
 
     Raises
     ------
     StorageError
-        If it says nothing of that kind.
+        If there is no version.
     """
     version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
     if not version:
@@ -115,7 +115,7 @@ def version_of(info: dict[str, Any], shown: str) -> str:
 
 
 def _error(e: Exception, shown: str) -> Exception:
-    """Turn an exception of fsspec or a plugin into one that may pass, or says what to do."""
+    """Convert an exception of fsspec or a plugin into a transient error, or one that says what to do."""
     name = type(e).__name__
     if isinstance(e, MissingPackageError):
         return e

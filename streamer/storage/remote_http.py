@@ -1,4 +1,4 @@
-"""Files at https addresses and on the hub: each range is asked for, and its status, place and ETag are looked at before it is used."""
+"""Read files at https URLs and on the hub: the status, offset and ETag of each range are checked before use."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from streamer.storage.remote_ways import (
 )
 
 CONNECTIONS = 16
-"""Connections kept to one server."""
+"""Number of connections kept to one server."""
 
 REDIRECTS = 8
 PIECE_BYTES = 1 << 20
 
 DRAINED_BYTES = 1 << 10
-"""Bytes that are read of an answer that is not wanted: less work than another connection."""
+"""Most bytes of an unwanted answer that are read: less work than another connection."""
 
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 ABSENT = {404, 410}
@@ -43,7 +43,7 @@ CONNECT_SECONDS = 10.0
 
 
 class HttpAccess(Access):
-    """Ranges by HTTP; where an address leads on to another, as the hub's do, that one is asked until it refuses."""
+    """Ranges by HTTP; if a URL redirects, as the hub's do, the target is used until it refuses."""
 
     def __init__(self) -> None:
         self._urllib3 = _urllib3()
@@ -52,7 +52,7 @@ class HttpAccess(Access):
         self._ranged: set[str] = set()
 
     def stat(self, url: str, shown: str, *, token: bool = False) -> RemoteStat | None:
-        """Ask for the first byte, which addresses that are signed for reading allow, and a HEAD is not."""
+        """Request the first byte: URLs that are signed for reading allow this but not HEAD."""
         response, version = self._get(url, url, "bytes=0-0", shown, token=token)
         try:
             status, total = response.status, _total(response)
@@ -63,7 +63,7 @@ class HttpAccess(Access):
             if status not in (200, 206, 416):
                 _fail(response, shown)
             if response.headers.get("Content-Type", "").lower().startswith("text/html"):
-                return None  # a page in place of a file: many servers have one for what they do not have
+                return None  # a page instead of a file: many servers send one for a missing file
             _refuse_encoded(response, shown)
             if total is None or not version:
                 raise StorageError(
@@ -75,12 +75,12 @@ class HttpAccess(Access):
             _done(response)
 
     def fetch(self, file: RemoteFile, out: memoryview, at: int) -> int:
-        """Ask for a range, and read what comes of it."""
+        """Request a range and read the answer."""
         url = self._located.get(file.url, file.url)
         response, version = self._get(url, file.url, f"bytes={at}-{at + len(out) - 1}", file.shown, token=file.token)
         try:
             status = response.status
-            if status in ABSENT | REFUSED and url != file.url:  # what the address led to has expired
+            if status in ABSENT | REFUSED and url != file.url:  # the redirect's target has expired
                 with self._lock:
                     self._located.pop(file.url, None)
                 raise Transient(f"status {status}", wait=0)
@@ -91,7 +91,7 @@ class HttpAccess(Access):
             if status not in (200, 206):
                 _fail(response, file.shown)
             _refuse_encoded(response, file.shown)
-            # What an address leads on to has a version in other words.
+            # A redirect's target states the version in another form.
             check_version(file, version if url == file.url else "", _total(response))
             if status == 206:
                 self._ranged.add(urlsplit(url).netloc)
@@ -118,7 +118,7 @@ class HttpAccess(Access):
         return done
 
     def _get(self, url: str, first: str, bytes_: str, shown: str, *, token: bool) -> tuple[Any, str]:
-        """Ask, and follow where that leads; returns the last answer, and the version that the first one with any stated."""
+        """Send a request and follow redirects; return the last answer, and the version stated by the first answer that has one."""
         exceptions, version = self._urllib3.exceptions, ""
         for _ in range(REDIRECTS):
             headers = {"Range": bytes_, "Accept-Encoding": "identity", "User-Agent": f"streamer/{__version__}"}
@@ -164,7 +164,7 @@ def _pool(proxy: str) -> Any:
 
 
 def _proxy(url: str) -> str:
-    """Find the proxy that the environment names for an address; empty for none."""
+    """Return the proxy that the environment sets for a URL; empty for none."""
     parts = urlsplit(url)
     if urllib.request.proxy_bypass(parts.hostname or ""):
         return ""
@@ -186,7 +186,7 @@ def _authorization(url: str, *, token: bool) -> dict[str, str]:
 
 
 def _host(url: str) -> tuple[str, str]:
-    """Return scheme and host with port, to whom an authorization goes: an address that is led on to seldom names the user again."""
+    """Return the scheme and the host with port, to which an authorization applies: redirects rarely repeat the user."""
     parts = urlsplit(_without_user(url))
     return parts.scheme, parts.netloc.lower().removesuffix({"http": ":80", "https": ":443"}.get(parts.scheme, ":"))
 
@@ -197,7 +197,7 @@ def _without_user(url: str) -> str:
 
 
 def _total(response: Any) -> int | None:
-    """Read the size of the whole file from an answer to a request for a range; None where it is not said."""
+    """Read the size of the whole file from the answer to a range request; None if not stated."""
     found = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
     if found:
         return int(found[1])
@@ -206,7 +206,7 @@ def _total(response: Any) -> int | None:
 
 
 def _refuse_encoded(response: Any, shown: str) -> None:
-    """Refuse an answer that is compressed, though it was asked for as it is: its bytes are not the file's."""
+    """Refuse an answer that is compressed although the request excluded it: its bytes are not the file's."""
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
     if encoding not in ("", "identity"):
         raise UnsupportedError(
@@ -215,7 +215,7 @@ def _refuse_encoded(response: Any, shown: str) -> None:
 
 
 def _fail(response: Any, shown: str) -> NoReturn:
-    """Raise the error for a status that is none of a file: one that may pass, or not."""
+    """Raise the error for an unexpected status: transient or not."""
     status = response.status
     if status in TRANSIENT:
         raise Transient(f"status {status}", wait=_retry_after(response))
@@ -233,7 +233,7 @@ def _retry_after(response: Any) -> float | None:
 
 
 def _reason(e: Exception) -> str:
-    """Say in a few words what went wrong on the way."""
+    """Describe a connection error briefly."""
     kinds = {"ReadTimeoutError": f"no byte came for {silence_allowed():g} s", "ConnectTimeoutError": "nothing answers",
              "NewConnectionError": "nothing answers", "NameResolutionError": "its name leads to no server",
              "IncompleteRead": "the answer ended early"}  # fmt: skip
@@ -246,7 +246,7 @@ def _reason(e: Exception) -> str:
 
 
 def _done(response: Any) -> None:
-    """Give a connection back for the next request, which takes one whose answer was read to its end; one with much to come is closed."""
+    """Return a connection for reuse, which needs its answer read to the end; close it if much is left."""
     if response.length_remaining is not None and response.length_remaining <= DRAINED_BYTES:
         response.drain_conn()
         response.release_conn()

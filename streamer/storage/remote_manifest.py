@@ -1,6 +1,6 @@
-"""Manifest of a directory whose files come from an address: read by ranges when their turn comes, or downloaded.
+"""Describe a directory whose files come from a URL: read by ranges when needed, or downloaded.
 
-It is honoured only below the cache of this user: a directory that was downloaded by other means could hold one that names any address.
+A manifest counts only inside this user's cache: a directory from elsewhere could contain one that names any URL.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ MANIFEST_NAME = ".streamer.remote.json"
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file at an address, of one version.
+    """One version of a file at a URL.
 
     Attributes
     ----------
     url
-        That it is read from; it may hold a signature, and is never shown.
+        URL for reading; it may contain a signature and is never shown.
     shown
-        The address without secrets, for messages.
+        The URL without secrets, for messages.
     size
-        In bytes.
+        Size in bytes.
     version
-        Its ETag, generation or time of change, whatever its server tells versions by.
+        Its ETag, generation or modification time, depending on the server.
     token
-        Whether the token of the hub goes along.
+        Whether requests include the hub's token.
     """
 
     url: str
@@ -45,23 +45,23 @@ class RemoteFile:
 
     @property
     def stamp(self) -> Stamp:
-        """A stamp of the form that files on a disk have: of the address and the version."""
+        """Return a stamp in the form of a local file's, made from URL and version."""
         digest = hashlib.sha256(f"{self.shown}\n{self.version}".encode()).digest()
         return 0, 0, self.size, int.from_bytes(digest[:7], "little")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a directory stands for.
+    """The remote content that a directory represents.
 
     Attributes
     ----------
     address
-        The address as the user gave it, without secrets.
+        The URL as the user gave it, without secrets.
     files
-        Files that are read by ranges, by name; what stands in the directory under that name is a note for people.
+        Files that are read by ranges, by name; the file of that name in the directory is only a note for people.
     to_download
-        Bytes that a run downloads before it begins, where only a forecast was asked for.
+        Bytes that a run would download first, if only a forecast was requested.
     """
 
     address: str
@@ -69,7 +69,7 @@ class Manifest:
     to_download: int = 0
 
     def write(self, directory: Path) -> None:
-        """Write the manifest, readable by this user alone: addresses may hold signatures."""
+        """Write the manifest, readable only by this user: URLs may contain signatures."""
         tree = {"address": self.address, "to_download": self.to_download,
                 "files": {name: asdict(file) for name, file in self.files.items()}}  # fmt: skip
         path = directory / MANIFEST_NAME
@@ -83,24 +83,24 @@ class Manifest:
 
 
 def cache_directory() -> Path:
-    """Find the cache of this user: ``$XDG_CACHE_HOME/streamer``, by default ``~/.cache/streamer``."""
+    """Return this user's cache: ``$XDG_CACHE_HOME/streamer``, by default ``~/.cache/streamer``."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "streamer"
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """Read the manifest of a directory; None where it has none, or none of ours."""
+    """Read a directory's manifest; None if it has none, or none of ours."""
     path = directory / MANIFEST_NAME
     try:
         modified = path.stat().st_mtime_ns
         ours = Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(cache_directory()))
-    except (OSError, RuntimeError):  # there is none, or no home
+    except (OSError, RuntimeError):  # there is no manifest, or no home directory
         return None
     return _parsed(path, modified) if ours else None
 
 
 def remote_file(path: Path) -> RemoteFile | None:
-    """Find where a file is read from by ranges; None of one that is on the disk."""
+    """Return the remote file that is read by ranges instead of a path; None if the file is on disk."""
     manifest = read_manifest(path.parent)
     return None if manifest is None else manifest.files.get(path.name)
 
@@ -111,5 +111,5 @@ def _parsed(path: Path, modified: int) -> Manifest | None:
         tree = json.loads(path.read_text())
         files = {name: RemoteFile(**entry) for name, entry in tree["files"].items()}
         return Manifest(tree["address"], files, tree["to_download"])
-    except (OSError, KeyError, TypeError, ValueError):  # torn: it is made again with the directory
+    except (OSError, KeyError, TypeError, ValueError):  # torn: it will be made again with the directory
         return None

@@ -1,4 +1,4 @@
-"""A safetensors file at an address, read by ranges, several on their way at a time."""
+"""Read a safetensors file at a URL by ranges, several at a time."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from streamer.storage.remote_manifest import RemoteFile
 from streamer.storage.remote_ways import check_version
 
 IN_FLIGHT = 8
-"""Ranges on their way at a time, of all files together."""
+"""Most ranges requested at a time, over all files."""
 
 RANGE_BYTES = 8 << 20
-"""Bytes of a range at most."""
+"""Most bytes of a range."""
 
 LEAST_BYTES = 1 << 20
-"""Bytes of a range that a tensor is divided into at least: a request takes as long as this many, about."""
+"""Least bytes of a range when a tensor is divided: a request needs about as long as this many bytes."""
 
 AHEAD_BYTES = 6 * RANGE_BYTES
-"""Bytes that are on their way, or have come, ahead of one who reads from front to back."""
+"""Bytes that are requested or read ahead of a sequential reader."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RemoteSource(ByteSource):
         self._lock = threading.Lock()
 
     def header(self) -> Header:
-        """Read the header by two small ranges, and validate it."""
+        """Read the header by two small ranges and validate it."""
         file = self.file
         if file.size < 8:
             raise FormatError(f"{file.shown}: expected a safetensors file, found {file.size} bytes; check the address")
@@ -70,12 +70,12 @@ class RemoteSource(ByteSource):
         return out
 
     def read_pieces(self, pieces: Iterable[tuple[memoryview, int]]) -> None:
-        """Read them all at once."""
+        """Read all pieces at once."""
         _finish([_submitted(self.file, out, at) for out, at in pieces if len(out)])
 
     def read_into(self, out: memoryview, at: int) -> None:
-        """Take bytes from what was read ahead, and read what was not."""
-        if not self._ahead:  # several threads may do so at once
+        """Return bytes that were read ahead, and read the rest."""
+        if not self._ahead:  # several threads may read at once
             self._read_ranges(out, at)
             return
         with self._lock:
@@ -97,12 +97,12 @@ class RemoteSource(ByteSource):
             done += len(piece)
 
     def prefetch(self, start: int, stop: int, end: int) -> None:
-        """Send for what follows `start`, up to `AHEAD_BYTES` and before `end`."""
+        """Request what follows `start`, up to `AHEAD_BYTES` and before `end`."""
         with self._lock:
             ahead = self._ahead
             while ahead and ahead[0].stop <= start:
                 ahead.popleft()
-            if ahead and not ahead[0].start <= start:  # somewhere else in the file
+            if ahead and not ahead[0].start <= start:  # the reader is elsewhere in the file
                 self._forget()
             following = ahead[-1].stop if ahead else start
             while following < min(end, max(stop, start + AHEAD_BYTES)):
@@ -111,18 +111,18 @@ class RemoteSource(ByteSource):
                 following += len(data)
 
     def check_unchanged(self) -> None:
-        """Ask once more for size and version."""
+        """Request size and version again."""
         file = self.file
         try:
             stat = stat_remote(file.url, file.shown, token=file.token)
-        except InputError as e:  # it was given when the run began
+        except InputError as e:  # access was allowed when the run began
             raise StorageError(f"{e}; then run the same command again") from e
         if stat is None:
             raise InputChangedError.vanished(file.shown)
         check_version(file, stat.version, stat.size)
 
     def close(self) -> None:
-        """Take back what was sent for and has not begun."""
+        """Cancel requests that have not begun."""
         self._forget()
 
     def _forget(self) -> None:
@@ -135,25 +135,25 @@ class RemoteSource(ByteSource):
         return bytes(out)
 
     def _read_ranges(self, out: memoryview, at: int) -> None:
-        """Read bytes by as many ranges as are on their way at a time, if they are not too small."""
+        """Read bytes by as many ranges as may be requested at a time, unless they would be too small."""
         step = min(RANGE_BYTES, max(LEAST_BYTES, -(-len(out) // IN_FLIGHT)))
         _finish([_submitted(self.file, out[i : i + step], at + i) for i in range(0, len(out), step)])
 
 
 def _submitted(file: RemoteFile, out: memoryview, at: int) -> Future[None]:
-    """Send for a range."""
+    """Request a range."""
     return _pool().submit(in_context(read_range), file, out, at)
 
 
 def _finish(ranges: list[Future[None]]) -> None:
-    """Wait for all, and raise what became of the first that failed; the others are taken back."""
+    """Wait for all ranges, and raise the error of the first that failed; cancel the others."""
     try:
         for one in ranges:
             one.result()
     finally:
         for one in ranges:
             one.cancel()
-        wait(ranges)  # none writes to a buffer that its owner has left
+        wait(ranges)  # so that none writes to a buffer after its owner has left
 
 
 @cache

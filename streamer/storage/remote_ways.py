@@ -1,4 +1,4 @@
-"""Define what a way to files at addresses answers, and how it says what failed."""
+"""Define the interface for access to remote files, and its errors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from streamer.storage.remote_manifest import RemoteFile
 
 
 class Transient(Exception):
-    """A failure that may pass.
+    """A transient failure.
 
     Attributes
     ----------
     done
-        Bytes that came before it.
+        Bytes received before it.
     wait
-        Seconds that the server asks to wait; None where it does not.
+        Seconds that the server asks to wait; None if it does not.
     """
 
     def __init__(self, reason: str, done: int = 0, wait: float | None = None) -> None:
@@ -29,7 +29,7 @@ class Transient(Exception):
 
 @dataclass(frozen=True)
 class RemoteStat:
-    """Size and version of a file at an address; `ranges` says whether its server gives a part of it."""
+    """Size and version of a remote file; `ranges` says whether its server supports ranges."""
 
     size: int
     version: str
@@ -37,31 +37,31 @@ class RemoteStat:
 
 
 class Access(ABC):
-    """A way to files at addresses of some schemes, used by several threads at once."""
+    """Access to files at URLs of some schemes, used by several threads at once."""
 
     @abstractmethod
     def stat(self, url: str, shown: str, *, token: bool = False) -> RemoteStat | None:
-        """Ask for a file's size and version, once; None if there is no such file, or a web page in its place.
+        """Request a file's size and version once; None if there is no such file, or a web page instead.
 
         Raises
         ------
         Transient, InputError
-            If that cannot be told now, or not without a right that is lacking.
+            If the answer is not available now, or access is refused.
         """
 
     @abstractmethod
     def fetch(self, file: RemoteFile, out: memoryview, at: int) -> int:
-        """Read from offset `at` into `out`, once, and return how many bytes came: all, or the first of them.
+        """Read from offset `at` into `out` once, and return the number of bytes received: all, or only the first.
 
         Raises
         ------
         Transient, StorageError, InputChangedError
-            If it failed for now, for good, or the file is another one by now.
+            If reading failed temporarily or permanently, or the file has changed.
         """
 
 
 def silence_allowed() -> float:
-    """Return the seconds without a byte after which a server is taken to be stalled."""
+    """Return the seconds without a byte after which a server counts as stalled."""
     try:
         return max(0.1, float(os.environ.get("STREAMER_REMOTE_TIMEOUT", "20")))
     except ValueError:
@@ -69,7 +69,7 @@ def silence_allowed() -> float:
 
 
 def check_version(file: RemoteFile, version: str, size: int | None) -> None:
-    """Raise `InputChangedError` where a file is another one than was opened; an empty `version` says nothing."""
+    """Raise `InputChangedError` if a file is not the one that was opened; an empty `version` is not compared."""
     if version not in ("", file.version) or size not in (None, file.size):
         raise InputChangedError.changed(file.shown)
 
@@ -84,12 +84,12 @@ def refused(shown: str, status: int, *, token: bool) -> InputError:
 
 
 def no_ranges(shown: str) -> UnsupportedError:
-    """Make the error for a server that gives whole files only."""
+    """Make the error for a server that supports no ranges."""
     return UnsupportedError(
         f"{shown}: expected a part of the file, its server gives whole files only; download it and name the directory"
     )
 
 
 def without_secrets(text: str) -> str:
-    """Cut queries, and users with passwords, out of the addresses in a text."""
+    """Remove queries, users and passwords from URLs in a text."""
     return re.sub(r"(://)[^/\s@]*@", r"\1", re.sub(r"\?[^\s'\")]*", "", text))

@@ -1,4 +1,4 @@
-"""Output shards: planned from headers alone, then streamed tensor by tensor.
+"""Plan output shards from headers alone, then stream them tensor by tensor.
 
 A planned file is a header and, for each tensor in offset order, pieces of bytes that the writer pulls and releases.
 """
@@ -17,12 +17,12 @@ from streamer.storage.buffers import Piece
 from streamer.storage.header import Header, TensorInfo, layout, read_header
 
 Shard = Iterable[tuple[TensorInfo, Iterable[Piece]]]
-"""The tensors of a file, in its order, and the pieces of each."""
+"""The tensors of a file in file order, with the pieces of each."""
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Name, header and header's bytes of an output file, whose size is exact before a byte is written."""
+    """Name, header and header bytes of an output file, whose exact size is known before a byte is written."""
 
     name: str
     header: Header
@@ -30,11 +30,11 @@ class ShardPlan:
 
     @property
     def nbytes(self) -> int:
-        """Count the bytes of the whole file."""
+        """Return the number of bytes of the whole file."""
         return self.header.file_bytes
 
     def with_metadata(self, key: str, value: str) -> ShardPlan:
-        """Replace a value in the metadata by one that is no longer; spaces in the header keep the planned size."""
+        """Replace a metadata value by one that is not longer; spaces in the header keep the planned size."""
         if self.header.metadata.get(key) == value:
             return self
         entries = [(t.name, t.dtype, t.shape) for t in self.header.tensors]
@@ -51,20 +51,20 @@ def plan_shard(name: str, entries: Iterable[tuple[str, str, Iterable[int]]], met
 
 
 def like(name: str, header: Header, metadata: Mapping[str, str] | None = None) -> ShardPlan:
-    """Plan a file with the tensors, order and metadata of an existing one, and more metadata."""
+    """Plan a file with the tensors, order and metadata of an existing one, and additional metadata."""
     entries = [(t.name, t.dtype, t.shape) for t in header.tensors]
     return plan_shard(name, entries, {**header.metadata, **(metadata or {})})
 
 
 class ShardFile(AtomicFile):
-    """A planned file, which is an `AtomicFile`: its tensors are pulled one by one, in the plan's order."""
+    """A planned file, written as an `AtomicFile`: its tensors are pulled one by one, in the plan's order."""
 
     def __init__(self, directory: Path, plan: ShardPlan, renames: bool = True) -> None:
         super().__init__(directory / plan.name, plan.nbytes, plan.raw_header, renames)
         self._plan, self._following = plan, iter(plan.header.tensors)
 
     def add(self, info: TensorInfo, pieces: Iterable[Piece]) -> None:
-        """Pull the pieces of the next tensor, hash and write them, and check their number of bytes."""
+        """Pull the next tensor's pieces, hash and write them, and check their total size."""
         begun = self.written
         if next(self._following, None) != info:
             raise NumericError(f"tensor {info.name!r}: the plan has another one here; please report this")
@@ -74,14 +74,14 @@ class ShardFile(AtomicFile):
             raise NumericError(f"tensor {info.name!r}: planned {info.nbytes} bytes, got {found}; please report this")
 
     def complete(self) -> None:
-        """Check and fsync, and read the header back from the disk by the strict reader: it must equal the plan's."""
+        """Check and fsync, then read the header back from disk with the strict reader: it must equal the plan's."""
         super().complete()
         if read_header(self._fd, str(self.path)).digest != self._plan.header.digest:
             raise NumericError(f"{self.path}: the header read back differs from what was written; check the disk")
 
 
 def write_shard(directory: Path, plan: ShardPlan, shard: Shard, renames: bool = True) -> ShardFile:
-    """Write a planned file, its tensors pulled in the plan's order, and return it closed."""
+    """Write a planned file, pulling its tensors in the plan's order, and return it closed."""
     with ShardFile(directory, plan, renames) as file:
         for tensor, pieces in shard:
             file.add(tensor, pieces)

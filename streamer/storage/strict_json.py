@@ -1,4 +1,4 @@
-"""JSON as the standard has it, read as the safetensors library reads it."""
+"""Parse standard JSON as the safetensors library does."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def _finite(text: str) -> float:
 
 
 def _integer(text: str) -> int | float:
-    # As the library's parser has it: beyond 64 bits an integer must still fit a double, and −0 is no integer.
+    # As in the library's parser: an integer beyond 64 bits must still fit a double, and −0 is not an integer.
     if len(text) > 20:
         _finite(text)
     return -0.0 if text == "-0" else int(text)
 
 
 def strict_json(raw: bytes, surrogates: bool = False) -> Any:
-    """Parse JSON as the standard has it: UTF-8, no duplicate keys, no NaN, nothing beyond a double; every fault is a `ValueError`.
+    """Parse standard JSON: UTF-8, no duplicate keys, no NaN, nothing beyond a double; every fault is a `ValueError`.
 
     Parameters
     ----------
     surrogates
-        Whether strings may hold lone surrogates, as paths that are not UTF-8 do; Python can write them in no encoding.
+        Whether strings may contain lone surrogates, as paths that are not UTF-8 do; Python cannot encode them.
     """
     try:
         value = json.loads(
@@ -49,7 +49,7 @@ def strict_json(raw: bytes, surrogates: bool = False) -> Any:
             parse_float=_finite,
             parse_int=_integer,
         )
-        if b"\\u" in raw and not surrogates:  # Python's parser lets them through
+        if b"\\u" in raw and not surrogates:  # Python's parser accepts them
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise ValueError("nested too deeply") from None

@@ -1,7 +1,7 @@
-"""System calls that are missing on some systems, each with what is done without it.
+"""Wrap system calls that some systems lack, each with a substitute.
 
-Linux has all of them. macOS lacks `posix_fallocate`, `posix_fadvise`, `memfd_create` and `sched_getaffinity`, before version 11 also
-`preadv`; its `fsync` leaves bytes in the disk's own cache, from which ``F_FULLFSYNC`` takes them.
+Linux has all of them. macOS lacks `posix_fallocate`, `posix_fadvise`, `memfd_create` and `sched_getaffinity`, and before version 11 also
+`preadv`; its `fsync` leaves bytes in the disk's own cache, which only ``F_FULLFSYNC`` empties.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import os
 from typing import IO, Any
 
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY}
-"""Errors by which a file system says that it has no such call."""
+"""Errors by which a file system reports that it does not support a call."""
 
 MAX_CALL_BYTES = 1 << 30
-"""Bytes read or written by one call at most: macOS refuses 2 GiB or more."""
+"""Most bytes read or written by one call: macOS refuses 2 GiB or more."""
 
 
 def reserve(fd: int, size: int) -> None:
-    """Reserve a file's bytes on the disk; without `posix_fallocate` a full disk is met by the write that no longer fits.
+    """Reserve a file's bytes on disk; without `posix_fallocate` a full disk is found only by the write that does not fit.
 
     Raises
     ------
     OSError
-        If the disk has no room for them.
+        If the disk has no space for them.
     """
     if size == 0 or not hasattr(os, "posix_fallocate"):
         return
@@ -38,12 +38,12 @@ def reserve(fd: int, size: int) -> None:
 
 
 def sync(fd: int) -> None:
-    """Make a file's bytes, or a directory's entries, durable: by ``F_FULLFSYNC`` where the system has it, else by `fsync`.
+    """Make a file's bytes, or a directory's entries, durable: by ``F_FULLFSYNC`` if the system has it, else by `fsync`.
 
     Raises
     ------
     OSError
-        If the system refuses; never to be tried again on the same file.
+        If the system refuses; never retry on the same file.
     """
     if hasattr(fcntl, "F_FULLFSYNC"):
         try:
@@ -56,7 +56,7 @@ def sync(fd: int) -> None:
 
 
 def drop_cached(fd: int, at: int, length: int) -> None:
-    """Drop bytes of a file from the page cache; where the system does not take that advice, they stay there."""
+    """Drop bytes of a file from the page cache; do nothing if the system does not support it."""
     advice: int | None = getattr(os, "POSIX_FADV_DONTNEED", None)
     if hasattr(os, "posix_fadvise") and advice is not None:
         try:
@@ -66,7 +66,7 @@ def drop_cached(fd: int, at: int, length: int) -> None:
 
 
 def read_at(fd: int, out: memoryview, at: int) -> int:
-    """Read bytes of a file from offset `at` into `out`, by one call; return how many it brought, 0 at the file's end."""
+    """Read bytes of a file from offset `at` into `out` in one call; return their number, 0 at the end of the file."""
     out = out[:MAX_CALL_BYTES]
     if hasattr(os, "preadv"):
         return os.preadv(fd, [out], at)
@@ -76,7 +76,7 @@ def read_at(fd: int, out: memoryview, at: int) -> int:
 
 
 def memory_file() -> IO[bytes]:
-    """Open an unnamed, unbuffered file in memory; without `memfd_create` a temporary one, whose bytes go to the page cache first."""
+    """Open an unnamed, unbuffered file in memory; without `memfd_create` a temporary file, whose bytes go to the page cache first."""
     if hasattr(os, "memfd_create"):
         return open(os.memfd_create("streamer"), "wb", buffering=0)
     import tempfile
@@ -85,17 +85,17 @@ def memory_file() -> IO[bytes]:
 
 
 def affinity_cores() -> int:
-    """Count the cores of this process' affinity mask; all of the machine's where the system has no masks."""
+    """Return the number of cores in this process' affinity mask, or all of the machine's if the system has no masks."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def give_freed_memory_back() -> None:
-    """Give memory that was freed, of all threads, back to the system, if the allocator is one that keeps it and can be told (glibc)."""
+    """Return freed memory of all threads to the system, if the allocator keeps it and supports this (glibc)."""
     if (trim := _malloc_trim()) is not None:
         trim(0)
 
 
 @functools.cache
 def _malloc_trim() -> Any:
-    """Find glibc's function; None elsewhere."""
+    """Return glibc's function; None elsewhere."""
     return getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -1,7 +1,7 @@
 """Open safetensors files, and views of their tensors that are released after use.
 
-A file is opened read-only, once, and stays open: what is read is what was planned, even if the name is replaced. A tensor
-is read through a window that maps just its own bytes, or into a buffer; dropping the view releases it.
+A file is opened read-only, once, and stays open, so that reads see the planned file even if its name is replaced. A tensor
+is read through a window that maps only its own bytes, or into a buffer; dropping the view releases it.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from streamer.storage.remote_source import RemoteSource
 __all__ = ["SAMPLE_BYTES", "IOMode", "TensorFile", "sampled_bytes"]
 
 SAMPLE_BYTES = 4096
-"""Bytes of each tensor that tell a model from another."""
+"""Number of bytes of each tensor that identify a model."""
 
 HASHED_BYTES = 1 << 20
-"""Bytes that are read at a time to hash a file."""
+"""Number of bytes read at a time to hash a file."""
 
 PIECES = 256
-"""Samples that are read at a time: of a file far away many are on their way together."""
+"""Number of samples read at a time: from a remote file, many are requested together."""
 
 
 class TensorFile:
-    """Open a safetensors file, validate its header, and give views of its tensors.
+    """An open safetensors file with a validated header, which gives views of its tensors.
 
     Parameters
     ----------
     path
-        The file; symlinks are followed (hub caches are made of them). One that a manifest beside it names is read from its address.
+        The file; symlinks are followed (hub caches consist of them). If a manifest beside it names it, it is read from its URL.
     io
         ``mmap`` maps each tensor while it is used; ``pread`` copies it, for network file systems, where a map is slow
-        and a vanished page is fatal.
+        and a page that vanishes is fatal.
 
     Attributes
     ----------
     remote
-        Whether its bytes cross a network each time they are read.
+        Whether each read crosses a network.
     """
 
     remote = False
@@ -58,7 +58,7 @@ class TensorFile:
         self._source, self.io, self.stamp, self.remote = source, source.io, source.stamp, source.remote
 
     def close(self) -> None:
-        """Close the file; views that are still alive stay valid."""
+        """Close the file; existing views stay valid."""
         if self._source is not None:
             self._source.close()
 
@@ -72,7 +72,7 @@ class TensorFile:
 
     @property
     def source(self) -> ByteSource:
-        """Where its bytes come from."""
+        """Return the source of the file's bytes."""
         assert self._source is not None
         return self._source
 
@@ -81,7 +81,7 @@ class TensorFile:
         self.source.check_unchanged()
 
     def view(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> memoryview:
-        """Map or read the bytes ``[start, stop)`` of a tensor, counted from its first; the whole of it by default.
+        """Map or read the bytes ``[start, stop)`` of a tensor, relative to its first; by default all of them.
 
         Raises
         ------
@@ -92,11 +92,11 @@ class TensorFile:
         return self.source.view(self.header.data_start + info.start + start, stop - start)
 
     def data(self) -> memoryview:
-        """Give the bytes of all tensors at once, each of which is a slice of them: for many small tensors that stay in use."""
+        """Return the bytes of all tensors at once, for many small tensors that stay in use; each is a slice of the result."""
         return self.source.view(self.header.data_start, self.header.data_bytes)
 
     def chunks(self, info: TensorInfo, size: int = 4 << 20) -> Iterator[Piece]:
-        """Yield a tensor's bytes in pieces that the caller releases, the disk reading ahead."""
+        """Yield a tensor's bytes in pieces that the caller releases, while the disk reads ahead."""
         source, first = self.source, self.header.data_start + info.start
         end = self.header.file_bytes if self._read_through else first + info.nbytes
         ring = BufferRing(min(size, info.nbytes))
@@ -111,13 +111,13 @@ class TensorFile:
 
     @contextlib.contextmanager
     def read_through(self, by_several: bool) -> Iterator[None]:
-        """Have `chunks` know that all tensors are read, in file order.
+        """Tell `chunks` that all tensors are read, in file order.
 
         Parameters
         ----------
         by_several
-            Whether several readers take turns with each tensor: what they read stays in the page cache until `release_pages`. For one
-            reader, it is read ahead beyond the tensor.
+            Whether several readers take turns with each tensor: its pages then stay in the page cache until `release_pages`. For one
+            reader, `chunks` reads ahead beyond the tensor.
         """
         self._read_through, self._keeps_pages = not by_several, by_several
         try:
@@ -126,13 +126,13 @@ class TensorFile:
             self._read_through = self._keeps_pages = False
 
     def release_pages(self, stop: int) -> None:
-        """Drop from the page cache what stands before `stop`, counted from the first tensor: all readers have had it."""
+        """Drop pages before `stop`, relative to the first tensor, from the page cache: all readers are done with them."""
         self.source.release(0, self.header.data_start + stop)
 
     def digest_without(self, text: str) -> str:
-        """Compute the SHA-256 (hex) of the whole file, with as many zeros in place of the first `text` in its header.
+        """Compute the SHA-256 (hex) of the whole file, with zeros instead of the first `text` in its header.
 
-        The reader of a file that states its own digest passes that digest, and expects it back.
+        To check a file that states its own digest, pass that digest and compare it with the result.
         """
         source, at, end = self.source, self.header.data_start, self.header.file_bytes
         header = bytes(source.view(0, at))
@@ -148,8 +148,8 @@ class TensorFile:
     def sample(self, size: int = SAMPLE_BYTES) -> str:
         """Compute the SHA-256 (hex) of the header and the middle `size` bytes of every tensor.
 
-        Two models of one architecture have equal headers; this tells them apart without reading them. It is no
-        checksum: a change outside the samples is not seen.
+        Two models of one architecture have equal headers; the samples distinguish them without reading everything. This is not a
+        checksum: a change outside the samples goes unnoticed.
         """
         digest = hashlib.sha256(self.header.digest.encode())
         tensors = self.header.tensors
@@ -166,5 +166,5 @@ class TensorFile:
 
 
 def sampled_bytes(files: Iterable[TensorFile]) -> int:
-    """Count the bytes that an identity by headers and samples reads."""
+    """Count the bytes that are read to identify files by headers and samples."""
     return sum(f.header.data_start + sum(min(SAMPLE_BYTES, t.nbytes) for t in f.header.tensors) for f in files)

@@ -1,9 +1,9 @@
-"""Output directories, each written as one resumable transaction.
+"""Write output directories, each as one resumable transaction.
 
-While a run is under way the directory holds ``.streamer.lock`` and ``.streamer.journal``; the file that makes the output
-loadable (the last of the plan's names) comes last. Then the journal gives way to ``streamer.json``, the record of what was
-made from what, by which a rerun knows that there is nothing to do. A file's size and digest are journalled *before* it is
-renamed: after a kill, a final name that matches its entry is finished, and everything else is done again.
+During a run the directory contains ``.streamer.lock`` and ``.streamer.journal``; the file that makes the output
+loadable (the last of the plan's names) comes last. Then the record ``streamer.json`` replaces the journal. It says what was
+made from what, so that a rerun knows that nothing is left to do. A file's size and digest are journalled *before* it is
+renamed: after a kill, a file whose final name matches its entry is finished, and everything else is done again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from streamer.storage.output_plan import (
 
 
 class OutputDirectory:
-    """Write the files of an output directory; made by `open_outputs`."""
+    """Writer of an output directory's files; made by `open_outputs`."""
 
     def __init__(self, plan: OutputPlan, journal: Journal, resumed: bool) -> None:
         self.path = plan.path
@@ -46,7 +46,7 @@ class OutputDirectory:
             self._entries[entry["file"]] = entry
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """Find the journal's entry of a file that stands complete, its digest checked; None if it is still to be written."""
+        """Return the journal's entry of a complete file, checking its digest; None if it must still be written."""
         entry = self._entries.get(name)
         if entry is None or size_of(self.path / name) != entry["bytes"]:
             return None
@@ -54,7 +54,7 @@ class OutputDirectory:
             return entry if hashlib.file_digest(f, "sha256").hexdigest() == entry["sha256"] else None
 
     def entry(self, name: str) -> dict[str, Any]:
-        """Find the journal's entry of a file that this run has written or found finished."""
+        """Return the journal's entry of a file that this run has written or found finished."""
         return self._entries[name]
 
     def announce(self, name: str, nbytes: int, sha256: str, **detail: Any) -> None:
@@ -65,7 +65,7 @@ class OutputDirectory:
 
     @contextlib.contextmanager
     def file(self, name: str, size: int) -> Iterator[AtomicFile]:
-        """Open a file to be written; when the block ends it is complete, journalled and renamed."""
+        """Open a file to write; at the end of the block it is completed, journalled and renamed."""
         make_directory((self.path / name).parent)
         with AtomicFile(self.path / name, size) as f:
             yield f
@@ -73,7 +73,7 @@ class OutputDirectory:
             self.announce(name, f.written, f.sha256)
 
     def take(self, name: str, partial: str, nbytes: int, sha256: str, **detail: Any) -> None:
-        """Take a complete partial file that a worker has left in the directory: journal it, and give it its name."""
+        """Accept a complete partial file that a worker left in the directory: journal it and rename it."""
         found = size_of(self.path / partial)
         if found != nbytes or nbytes != dict(self._plan.files)[name]:
             raise StorageError(
@@ -83,9 +83,9 @@ class OutputDirectory:
         rename_partial(self.path / partial, self.path / name)
 
     def commit(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Write the record, with a digest of itself, and remove the journal, when all files stand; return the record.
+        """Write the record with its own digest and remove the journal, once all files exist; return the record.
 
-        The digest is the SHA-256 of the record's file, taken with 64 zeros in its own place.
+        The digest is the SHA-256 of the record's file with 64 zeros in the digest's place.
         """
         files = [{k: self._entries[name][k] for k in ("file", "bytes", "sha256")} for name, _ in self._plan.files]
         record = {**record, "plan": self._plan.digest, "files": files, "sha256": "0" * 64}
@@ -100,7 +100,7 @@ def _record_bytes(record: Mapping[str, Any]) -> bytes:
 
 
 def touch_output(plan: OutputPlan) -> str:
-    """Set the times of a finished output to now: of its files, the commit point and the record last, then of the directory; see `touch`."""
+    """Set the times of a finished output to now: first its files, then the commit point, the record and the directory; see `touch`."""
     return touch([*(plan.path / name for name, _ in plan.files), plan.path / RECORD_NAME, plan.path])
 
 
@@ -108,16 +108,16 @@ def touch_output(plan: OutputPlan) -> str:
 def open_outputs(
     plans: Sequence[OutputPlan], overwrite: bool = False, resume: bool = True
 ) -> Iterator[list[OutputDirectory]]:
-    """Lock the directories, take up interrupted runs or begin, and keep the journals if the block raises.
+    """Lock the directories, resume interrupted runs or begin new ones, and keep the journals if the block raises.
 
-    All are locked and looked at before anything in one of them is touched: one that is refused leaves the others as they were.
+    All are locked and checked before anything in any of them changes, so that a refusal leaves all of them unchanged.
 
     Raises
     ------
     LockedError
-        If another run is at work in one of them.
+        If another run is active in one of them.
     OutputError, StorageError, InputChangedError
-        As `inspect_output`, which is repeated under the locks.
+        As raised by `inspect_output`, which is repeated under the locks.
     """
     with contextlib.ExitStack() as stack:
         states = []
@@ -137,18 +137,18 @@ def open_outputs(
 
 @contextlib.contextmanager
 def _begun(plan: OutputPlan, state: str) -> Iterator[OutputDirectory]:
-    """Begin or take up one output, locked, in the state ``new`` or ``resume``."""
+    """Begin or resume one locked output in the state ``new`` or ``resume``."""
     for directory, names in output_directories(plan):
         remove_partials(directory, names)
     old = own_files(plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)
     if state == "new":
-        # The old commit point goes first, be it another's or that of a run of ours killed at its very end: from here
-        # on nobody takes the directory for a finished output.
+        # Remove the old commit point first, whether it is another output's or from a run killed at its very end: from here
+        # on nobody mistakes the directory for a finished output.
         remove_file(plan.path / plan.files[-1][0])
     journal = Journal(plan.path / JOURNAL_NAME)
     try:
         if state == "new":
-            # Before anything else goes: a kill on the way leaves a run to take up, which knows what is still to be removed.
+            # Before anything else is removed: a kill from here on leaves a run that can be resumed and knows what is still to be removed.
             head = {**plan.head, NAMES: [name for name, _ in plan.files], OLD: as_entries(old)}
             journal.clear()
             journal.append(json.dumps(head).encode())

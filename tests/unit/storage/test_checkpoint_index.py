@@ -104,14 +104,14 @@ def test_a_missing_shard(base: Path) -> None:
 
 def test_a_tensor_in_two_shards(base: Path) -> None:
     save_file({"a": torch.ones(1), "c": torch.ones(1)}, base / SHARDS[1])
-    expected = f"{base / SHARDS[1]}: tensor 'a' stands in {SHARDS[0]} as well; get the shards again"
+    expected = f"{base / SHARDS[1]}: tensor 'a' is in {SHARDS[0]} as well; get the shards again"
     assert refusal(FormatError, base) == expected
 
 
 def test_one_shard_under_two_names(base: Path) -> None:
     (base / "again.safetensors").symlink_to(SHARDS[0])
     edit_index(base, lambda index: index["weight_map"].update(b="again.safetensors"))
-    assert f"tensor 'b' stands in {SHARDS[0]} as well" in refusal(FormatError, base)
+    assert f"tensor 'b' is in {SHARDS[0]} as well" in refusal(FormatError, base)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_a_rival_of_the_old_output_goes_unless_it_was_changed(case: Case) -> Non
             rival.write_bytes(b"new")
             message = refusal(OutputExistsError, case, overwrite=True)
             assert message.startswith(
-                f"{rival}: was changed since it was written, and a loader would take it for a part"
+                f"{rival}: was changed since it was written, and a loader would read it as a part"
             )
         else:
             carry_out(case, overwrite=True)
