@@ -21,6 +21,9 @@ Mode = Literal["auto", "bar", "plain", "none"]
 ERASE = "\x1b[K"
 """Erases the rest of a line: tqdm overwrites its own bar, but not the ^C that a terminal echoes after it."""
 
+REDRAWN = 1.0
+"""Seconds between two redraws of a bar."""
+
 LOGGED = 30.0
 """Seconds between lines of plain progress; a shorter job prints none."""
 
@@ -130,7 +133,7 @@ class Progress:
         return Bars(partial(tqdm, delay=float("inf")), self._logged_layout)  # never draws by itself
 
     def _tick(self) -> None:
-        while not self._closed.wait(1.0 if self._mode == "bar" else self._logged):
+        while not self._closed.wait(REDRAWN if self._mode == "bar" else self._logged):
             with self._lock:
                 if self._bars is None or self._bars.bar is None:
                     continue

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from streamer.storage.remote_access import in_context
+from streamer.storage.remote_retries import in_context
 from streamer.weights.base import Weight
 
 T = TypeVar("T")

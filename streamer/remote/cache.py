@@ -16,8 +16,8 @@ from streamer.errors import FormatError
 from streamer.events import Event, Monitor
 from streamer.remote.listing import Listing
 from streamer.storage.files import fsync_directory, storage_errors
-from streamer.storage.remote_access import in_context, read_range
 from streamer.storage.remote_manifest import Manifest, RemoteFile, cache_directory, read_manifest
+from streamer.storage.remote_retries import in_context, read_range
 from streamer.storage.remote_source import RemoteSource
 from streamer.storage.system import sync
 from streamer.units import quoted

@@ -21,9 +21,9 @@ from streamer.remote.addresses import HubName
 from streamer.remote.cache import at_once
 from streamer.remote.listing import Listing, check_small, needed_names, shards_of
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, read_json_object
-from streamer.storage.remote_access import stat_remote
+from streamer.storage.remote_access import without_secrets
 from streamer.storage.remote_manifest import RemoteFile
-from streamer.storage.remote_ways import without_secrets
+from streamer.storage.remote_retries import stat_remote
 
 
 def _hub(shown: str) -> Any:

@@ -28,8 +28,8 @@ from streamer.remote.hub import (
 from streamer.remote.listing import Listing
 from streamer.remote.web import list_address
 from streamer.storage.files import storage_errors
-from streamer.storage.remote_access import heed
 from streamer.storage.remote_manifest import cache_directory
+from streamer.storage.remote_retries import heed
 
 RemoteMode = Literal["cache", "stream"]
 REMOTE_MODES = ("cache", "stream")

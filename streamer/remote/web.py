@@ -12,10 +12,10 @@ from streamer.remote.addresses import Url
 from streamer.remote.cache import at_once, parse_json
 from streamer.remote.listing import Listing, check_small, needed_names, shards_of
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, check_shard_name
-from streamer.storage.remote_access import read_range, stat_remote
+from streamer.storage.remote_access import no_ranges
 from streamer.storage.remote_buckets import SCHEMES, list_files
 from streamer.storage.remote_manifest import RemoteFile
-from streamer.storage.remote_ways import no_ranges
+from streamer.storage.remote_retries import read_range, stat_remote
 
 KNOWN_NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

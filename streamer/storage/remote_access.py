@@ -1,134 +1,95 @@
-"""Read ranges of remote files, retry transient failures, and report other failures in one line."""
+"""Define the interface for access to remote files, and its errors."""
 
 from __future__ import annotations
 
-import random
-import time
-from collections.abc import Callable
-from contextvars import ContextVar, copy_context
-from functools import cache
-from typing import ParamSpec, TypeVar
+import os
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
-from streamer.errors import StorageError
-from streamer.events import Monitor
-from streamer.storage.remote_buckets import BucketAccess
-from streamer.storage.remote_http import HttpAccess
+from streamer.errors import InputChangedError, InputError, UnsupportedError
 from streamer.storage.remote_manifest import RemoteFile
-from streamer.storage.remote_ways import Access, RemoteStat, Transient
-from streamer.units import format_size
-
-TRIES = 6
-"""Attempts at a range without progress; the first wait is half a second, each further one twice as long: 15 s in total."""
-
-FIRST_TRIES = 4
-"""Attempts at a file's first request, since the URL may have no server: 3.5 s in total."""
-
-LONGEST_WAIT = 120.0
-"""Longest wait in seconds that a server may request by ``Retry-After``; if it requests more, reading fails."""
-
-PROGRESS_BYTES = 1 << 16
-"""Bytes of a range after which its attempts are counted from zero again."""
-
-POLLED = 0.1
-"""Seconds between checks for a request to stop during a wait."""
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-_monitor: ContextVar[Monitor | None] = ContextVar("monitor", default=None)
 
 
-@cache
-def access_of(url: str) -> Access:
-    """Return the access for a URL."""
-    scheme = url.partition("://")[0]
-    return _access_of_scheme("http" if scheme in ("http", "https") else scheme)
+class Transient(Exception):
+    """A transient failure.
 
-
-@cache
-def _access_of_scheme(scheme: str) -> Access:
-    return HttpAccess() if scheme == "http" else BucketAccess()
-
-
-def heed(monitor: Monitor) -> None:
-    """Make waits for servers in this context end if this monitor receives a request to stop."""
-    _monitor.set(monitor)
-
-
-def in_context(call: Callable[P, T]) -> Callable[P, T]:
-    """Wrap a call so that it uses this context's monitor in any thread."""
-    context = copy_context()
-
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        return context.copy().run(call, *args, **kwargs)  # several threads may use it at once
-
-    return run
-
-
-def stat_remote(url: str, shown: str, *, token: bool = False) -> RemoteStat | None:
-    """Request a file's size and version, retrying transient failures; None if there is no such file.
-
-    Raises
-    ------
-    InputError, StorageError
-        If access is refused, or no server answers.
+    Attributes
+    ----------
+    done
+        Bytes received before it.
+    wait
+        Seconds that the server asks to wait; None if it does not.
     """
-    tries = 0
-    while True:
-        try:
-            return access_of(url).stat(url, shown, token=token)
-        except Transient as e:
-            tries += 1
-            _wait(shown, tries, FIRST_TRIES, e)
+
+    def __init__(self, reason: str, done: int = 0, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.done, self.wait = done, wait
 
 
-def read_range(file: RemoteFile, out: memoryview, at: int) -> None:
-    """Read bytes from offset `at` until `out` is full, continuing after transient failures.
+@dataclass(frozen=True)
+class RemoteStat:
+    """Size and version of a remote file; `ranges` says whether its server supports ranges."""
 
-    Raises
-    ------
-    StorageError
-        If no byte arrives in `TRIES` attempts, or the server refuses.
-    InputChangedError
-        If the file has changed.
-    """
-    done = tries = counted = 0
-    while done < len(out):
-        try:
-            done += access_of(file.url).fetch(file, out[done:], at + done)
-            if done < len(out):
-                raise Transient(f"the answer ended after {format_size(done)} of {format_size(len(out))}")
-        except Transient as e:
-            done += e.done
-            tries = 1 if done - counted >= PROGRESS_BYTES else tries + 1
-            counted = done if tries == 1 else counted
-            _wait(file.shown, tries, TRIES, e)
+    size: int
+    version: str
+    ranges: bool = True
 
 
-def _wait(shown: str, tries: int, most: int, e: Transient) -> None:
-    """Wait before another attempt.
+class Access(ABC):
+    """Access to files at URLs of some schemes, used by several threads at once."""
 
-    Raises
-    ------
-    StorageError
-        If there were enough attempts, or the server requests too long a wait.
-    Interrupted
-        If a stop is requested meanwhile.
-    """
-    if tries >= most or (e.wait or 0) > LONGEST_WAIT:
-        again = f" in {tries} attempts" if tries > 1 else ""
-        asked = f" (the server asks to wait {e.wait:.0f} s)" if (e.wait or 0) > LONGEST_WAIT else ""
-        raise StorageError(f"{shown}: cannot read{again}: {e}{asked}; run the same command again") from e
-    backoff = 0.5 * 2 ** (tries - 1) * random.uniform(0.75, 1.0)  # noqa: S311  # so that several readers do not retry at once
-    _sleep(backoff if e.wait is None else max(e.wait, 0.05))
+    @abstractmethod
+    def stat(self, url: str, shown: str, *, token: bool = False) -> RemoteStat | None:
+        """Request a file's size and version once; None if there is no such file, or a web page instead.
+
+        Raises
+        ------
+        Transient, InputError
+            If the answer is not available now, or access is refused.
+        """
+
+    @abstractmethod
+    def fetch(self, file: RemoteFile, out: memoryview, at: int) -> int:
+        """Read from offset `at` into `out` once, and return the number of bytes received: all, or only the first.
+
+        Raises
+        ------
+        Transient, StorageError, InputChangedError
+            If reading failed temporarily or permanently, or the file has changed.
+        """
 
 
-def _sleep(seconds: float) -> None:
-    """Sleep, or raise `Interrupted` as soon as a stop is requested."""
-    monitor, until = _monitor.get(), time.monotonic() + seconds
-    while True:
-        if monitor is not None:
-            monitor.checkpoint()
-        if (left := until - time.monotonic()) <= 0:
-            return
-        time.sleep(min(left, POLLED))
+def silence_allowed() -> float:
+    """Return the seconds without a byte after which a server counts as stalled."""
+    try:
+        return max(0.1, float(os.environ.get("STREAMER_REMOTE_TIMEOUT", "20")))
+    except ValueError:
+        return 20.0
+
+
+def check_version(file: RemoteFile, version: str, size: int | None) -> None:
+    """Raise `InputChangedError` if a file is not the one that was opened; an empty `version` is not compared."""
+    if version not in ("", file.version) or size not in (None, file.size):
+        raise InputChangedError.changed(file.shown)
+
+
+def refused(shown: str, status: int, *, token: bool) -> InputError:
+    """Make the error for a file that may not be read."""
+    if token:
+        advice = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
+    else:
+        advice = "check its user, password or signature, which may have expired"
+    return InputError(f"{shown}: the server refuses to give it (status {status}); {advice}")
+
+
+def no_ranges(shown: str) -> UnsupportedError:
+    """Make the error for a server that supports no ranges."""
+    return UnsupportedError(
+        f"{shown}: expected a part of the file, its server gives whole files only; download it and name the directory"
+    )
+
+
+def without_secrets(text: str) -> str:
+    """Remove queries, users and passwords from URLs in a text."""
+    return re.sub(r"(://)[^/\s@]*@", r"\1", re.sub(r"\?[^\s'\")]*", "", text))

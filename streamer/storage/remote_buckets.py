@@ -6,8 +6,8 @@ from typing import Any
 
 from streamer.errors import InputChangedError, InputError, MissingPackageError, StorageError
 from streamer.packages import require_package
+from streamer.storage.remote_access import Access, RemoteStat, Transient, without_secrets
 from streamer.storage.remote_manifest import RemoteFile
-from streamer.storage.remote_ways import Access, RemoteStat, Transient, without_secrets
 
 SCHEMES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
 """The plugin for each scheme."""

@@ -15,8 +15,7 @@ from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 from streamer import __version__
 from streamer.errors import InputChangedError, StorageError, UnsupportedError
 from streamer.packages import require_package
-from streamer.storage.remote_manifest import RemoteFile
-from streamer.storage.remote_ways import (
+from streamer.storage.remote_access import (
     Access,
     RemoteStat,
     Transient,
@@ -26,6 +25,7 @@ from streamer.storage.remote_ways import (
     silence_allowed,
     without_secrets,
 )
+from streamer.storage.remote_manifest import RemoteFile
 
 CONNECTIONS = 16
 """Number of connections kept to one server."""

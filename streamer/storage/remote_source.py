@@ -13,9 +13,9 @@ from typing import ClassVar
 from streamer.errors import FormatError, InputChangedError, InputError, StorageError
 from streamer.storage.byte_source import ByteSource
 from streamer.storage.header import Header, check_length, parse_header
-from streamer.storage.remote_access import in_context, read_range, stat_remote
+from streamer.storage.remote_access import check_version
 from streamer.storage.remote_manifest import RemoteFile
-from streamer.storage.remote_ways import check_version
+from streamer.storage.remote_retries import in_context, read_range, stat_remote
 
 IN_FLIGHT = 8
 """Most ranges requested at a time, over all files."""

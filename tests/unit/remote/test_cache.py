@@ -16,8 +16,8 @@ from streamer.events import Monitor
 from streamer.remote.addresses import Url
 from streamer.remote.cache import DEAD_SECONDS, PIECE_BYTES, directory_for, download, shadow
 from streamer.remote.listing import Listing
-from streamer.storage.remote_access import stat_remote
 from streamer.storage.remote_manifest import RemoteFile, cache_directory
+from streamer.storage.remote_retries import stat_remote
 
 SIZE = 3 * PIECE_BYTES
 

@@ -12,8 +12,8 @@ from range_server import RangeServer, serving
 from streamer.detection.prefetch import read_ahead
 from streamer.errors import InputChangedError, Interrupted, StorageError, StreamerError, UnsupportedError
 from streamer.events import Monitor
-from streamer.storage.remote_access import heed, read_range, stat_remote
 from streamer.storage.remote_manifest import RemoteFile
+from streamer.storage.remote_retries import heed, read_range, stat_remote
 from streamer.storage.remote_source import RANGE_BYTES, RemoteSource
 
 DATA = bytes(range(256)) * 16384
@@ -90,7 +90,7 @@ def test_what_does_not_pass_is_said_at_once(
 
 
 def test_what_never_passes_ends(site: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamer.storage.remote_access.TRIES", 2)
+    monkeypatch.setattr("streamer.storage.remote_retries.TRIES", 2)
     file, site.fault = opened(site), lambda path, n: "500"
     with pytest.raises(StorageError, match=r"cannot read in 2 attempts: status 500; run the same command again"):
         read(file, 0, 10)
