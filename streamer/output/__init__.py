@@ -1,1 +1,1 @@
-"""Results: mitigated deltas, output tensors, files."""
+"""Make results: mitigated deltas, output tensors, files."""

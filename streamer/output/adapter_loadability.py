@@ -28,19 +28,19 @@ _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<facto
 
 
 def check_lora(where: object, job: Job, shard: ShardPlan, config: bytes) -> None:
-    """Check that PEFT finds the modules of a LoRA adapter, and that its tensors fit them.
+    """Check that PEFT finds the modules of a LoRA adapter and that its tensors fit them.
 
     Parameters
     ----------
     where
-        The output, for the message.
+        The output, for messages.
     config
-        The adapter's, as it will be written.
+        The adapter's config, as it will be written.
 
     Raises
     ------
     UnloadableError
-        If modules, shapes or config do not go together.
+        If modules, shapes and config do not match.
     """
     plan = job.plan
     shapes = {name: plan.base.info(name).shape if name in plan.base.weight_map and name not in plan.weights.quantized_names
@@ -57,11 +57,11 @@ class _Class:
     Attributes
     ----------
     weights
-        Weight of a module, at run time → its shape in the base.
+        Run-time name of a module's weight → its shape in the base.
     architecture
-        None where the class is not known.
+        None if the class is not known.
     own
-        Names that the adapter that was read has for modules and tensors, which PEFT found.
+        Names of modules and tensors in the original adapter, which PEFT found.
     """
 
     weights: Mapping[str, Shape]
@@ -85,14 +85,14 @@ class _Class:
 
 @dataclass(frozen=True)
 class _Check:
-    """Finds the faults of a planned LoRA adapter, a line each."""
+    """Search for faults of a planned LoRA adapter; each is described in one line."""
 
     shapes: Mapping[str, Shape]
     config: Mapping[str, Any]
     model: _Class
 
     def faults(self) -> Iterator[str]:
-        """Give what is wrong, each with its name."""
+        """Yield a description of each fault, with names."""
         factors: dict[str, dict[str, tuple[bool, Shape]]] = {}
         others: list[str] = []
         for tensor, shape in self.shapes.items():
@@ -157,5 +157,5 @@ class _Check:
         return any(self._entry(".".join(steps[:i])) for i in range(1, len(steps) + 1))
 
     def _entry(self, module: str) -> str:
-        """Find the entry of modules_to_save that names a module, which PEFT takes for the end of its path; empty: none."""
+        """Return the entry of modules_to_save that names a module, by the end of its path as PEFT does; empty if none does."""
         return next((entry for entry in self.config.get("modules_to_save") or [] if module.endswith(entry)), "")

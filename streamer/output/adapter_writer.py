@@ -1,4 +1,4 @@
-"""Write a mitigated adapter in the form of the one that was read: its factors anew, everything else as it stands."""
+"""Write a mitigated adapter in the form of the original: new factors, everything else unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from streamer.weights.dtypes import as_bytes
 
 
 class AdapterWriter(Writer):
-    """Writes the tensors, names, order, dtypes and config of the adapter that was read, and new factors of mitigated modules."""
+    """Writer of the original adapter's tensors, names, order, dtypes and config, with new factors of mitigated modules."""
 
     def __init__(self, job: Job, path: Path) -> None:
         plan = job.plan
@@ -49,7 +49,7 @@ class AdapterWriter(Writer):
         self._ready: dict[str, Tensor] = {}
 
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
-        """Estimate the peak memory for each matrix; of experts, whose factors stand in one tensor, for all of them and the new ones."""
+        """Estimate the peak memory for each matrix; for experts, whose factors share a tensor, including all factors, old and new."""
         plan = self.spec.job.plan
         for target in plan.targets:
             size = mitigation_bytes(plan, target, self.spec.job.intruders(target), projected=True)
@@ -58,7 +58,7 @@ class AdapterWriter(Writer):
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
-        """Give the bytes of a tensor; those of what is no factor, or does not change, are the file's own."""
+        """Yield the bytes of a tensor; tensors that are not factors, or do not change, keep the file's bytes."""
         file = job.plan.adapter.file
         targets = self._factors.targets.get(info.name)
         if targets is None:

@@ -8,15 +8,15 @@ from streamer.linalg.low_rank import LowRank
 
 
 def back_project(delta: LowRank, rank: int, scaling: float) -> tuple[Tensor, Tensor, float]:
-    """Project Δ' onto adapter factors with ``scaling · B @ A ≈ Δ'``, and measure the relative Frobenius norm that is lost.
+    """Compute adapter factors with ``scaling · B @ A ≈ Δ'``, and the relative Frobenius norm that is lost.
 
     Parameters
     ----------
     delta
         Δ' = L Rᵀ, (m, n).
     rank
-        The adapter's rank r. If Δ' has no more columns, its factors are kept and nothing is lost; else it is
-        truncated to the nearest matrix of rank r, and ``√Σ`` is shared evenly between B and A.
+        The adapter's rank r. If Δ' has at most r columns, its factors are kept and nothing is lost; otherwise Δ' is
+        truncated to the nearest matrix of rank r, and ``√Σ`` goes into both B and A.
     scaling
         LoRA's s, not zero.
 

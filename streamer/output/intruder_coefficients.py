@@ -1,10 +1,10 @@
-"""Say what coefficients leave of the intruders, beside what they leave of the whole delta.
+"""Compute how much coefficients keep of the intruders, beside how much they keep of the whole delta.
 
-Notation: ``Δ = U diag(s) Vᵀ``, with a coefficient c_i for each direction; u_j is the left singular vector of the intruder j of
-``W0 + Δ``. Of the energy ``‖u_jᵀ Δ‖²`` that the delta puts there, direction i has ``w_ji = (s_i u_jᵀU_i)²``, and these add up to it, since
-V has orthonormal columns; over all intruders of a matrix they add up to `Detection.intruder_energy` times ``‖Δ‖²``. So
-``Σ_i w_ji c_i / Σ_i w_ji`` is the mean coefficient of what an intruder is made of, and ``Σ_i s_i² c_i / Σ_i s_i²``, with the energies of
-the whole delta for weights, that of the matrix.
+Notation: ``Δ = U diag(s) Vᵀ``, with a coefficient c_i for each direction; u_j is the left singular vector of intruder j of
+``W0 + Δ``. The delta has the energy ``‖u_jᵀ Δ‖²`` along u_j. Direction i contributes ``w_ji = (s_i u_jᵀU_i)²`` of it; the contributions
+sum to the energy because V has orthonormal columns, and over all intruders of a matrix to `Detection.intruder_energy` times ``‖Δ‖²``. So
+``Σ_i w_ji c_i / Σ_i w_ji`` is the mean coefficient of intruder j. ``Σ_i s_i² c_i / Σ_i s_i²``, weighted by the energies of the whole delta,
+is the mean coefficient of the matrix.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from streamer.plan.plan import Plan
 
 @dataclass(frozen=True, eq=False)
 class Weighted:
-    """A mean in parts: ``Σ w c`` and ``Σ w``, of means that are to be put together."""
+    """The parts of a weighted mean, ``Σ w c`` and ``Σ w``, so that means can be combined."""
 
     coefficients: float
     weights: float
 
     @property
     def mean(self) -> float | None:
-        """``Σ w c / Σ w``; None where all weights are zero."""
+        """Return ``Σ w c / Σ w``; None if all weights are zero."""
         return self.coefficients / self.weights if self.weights > 0 else None
 
 
@@ -46,7 +46,7 @@ class MatrixMeans:
 
 
 def together(parts: Iterable[Weighted]) -> Weighted:
-    """Put means together, each by its weights."""
+    """Combine means by their weights."""
     listed = list(parts)
     return Weighted(sum(p.coefficients for p in listed), sum(p.weights for p in listed))
 
@@ -57,18 +57,18 @@ def matrix_means(delta: Delta, matrix: MatrixCoefficients, U: Tensor, name: str)
     Parameters
     ----------
     delta
-        Δ, (m, n); of a dense one all means are its one coefficient.
+        Δ (m, n); if it is dense, all means equal its only coefficient.
     matrix
-        Coefficients of its directions.
+        Coefficients of the delta's directions.
     U
-        (m, q) left singular vectors of its intruders.
+        (m, q) left singular vectors of the matrix' intruders.
     name
-        The tensor's, for messages.
+        The tensor's name, for messages.
 
     Raises
     ------
     MismatchError
-        If its singular values are not those that the coefficients were fitted to.
+        If its singular values differ from those to which the coefficients were fitted.
     """
     if isinstance(delta, LowRank):
         own, S, _ = delta.svd()
@@ -83,12 +83,12 @@ def matrix_means(delta: Delta, matrix: MatrixCoefficients, U: Tensor, name: str)
 
 
 def findings_means(plan: Plan, findings: Findings, coefficients: CoefficientSet) -> dict[str, MatrixMeans]:
-    """Compute the mean coefficients of every matrix that findings have, by `Target.tensor`.
+    """Compute the mean coefficients of every matrix in the findings, by `Target.tensor`.
 
     Raises
     ------
     MismatchError
-        If findings or coefficients are of another base or adapter.
+        If findings or coefficients belong to another base or adapter.
     """
     findings.check_matches(plan.base_identity, plan.adapter_identity, None)
     check_coefficients(plan, coefficients)
@@ -104,7 +104,7 @@ def findings_means(plan: Plan, findings: Findings, coefficients: CoefficientSet)
 def with_means(
     record: FindingsRecord, coefficients: CoefficientSet, means: Mapping[str, MatrixMeans]
 ) -> FindingsRecord:
-    """Return the JSON of findings with the mean coefficients of each matrix, and of all together."""
+    """Add the mean coefficients of each matrix, and of all together, to the JSON of findings."""
     for matrix in record["matrices"]:
         own = means[matrix["tensor"]]
         matrix["coefficients"] = {

@@ -1,4 +1,4 @@
-"""Iterate over the tensors of a merged model, in memory and one at a time."""
+"""Iterate over the tensors of a merged model, one at a time in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from streamer.weights.dtypes import as_tensor, in_memory
 
 
 def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
-    """Give every tensor of the merged model, in file order; one at a time in memory. What is refused is refused by the call itself."""
+    """Yield every tensor of the merged model, in file order and one at a time in memory; the call itself raises any refusal."""
     model = plan_merged(job.plan, job.dequantize)
     check_merged(job.plan.base.path, job, model)
     most = max(info.nbytes for shard in model.shards().values() for info in shard.header.tensors)

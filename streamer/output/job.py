@@ -1,4 +1,4 @@
-"""Describe one mitigation of an adapter's deltas: the plan, the options, and where the findings come from."""
+"""Describe one mitigation of an adapter's deltas: the plan, the options, and the source of the findings."""
 
 from __future__ import annotations
 
@@ -28,46 +28,46 @@ from streamer.plan.targets import Target
 
 @dataclass(frozen=True)
 class GivenFindings:
-    """Findings that are at hand; `given` tells them from those that the job detects itself."""
+    """Existing findings; `given` distinguishes them from findings that the job detects itself."""
 
     findings: Findings
     given: ClassVar[bool] = True
 
     @property
     def options(self) -> DetectionOptions:
-        """Return the options that they were made with."""
+        """Return the options with which they were made."""
         return self.findings.options
 
     @property
     def bits(self) -> str:
-        """Hash their last bits, which depend on the threads that they were made on."""
+        """Hash their last bits, which depend on the number of threads."""
         return self.findings.digest()
 
     @property
     def nbytes(self) -> int:
-        """Count the bytes of their factors, which a run reads."""
+        """Return the number of bytes of their factors, which a run reads."""
         return sum(f.nbytes for m in self.findings for f in (m.detection.U, m.detection.S, m.detection.Vh))
 
     def detection(self, target: Target) -> Detection:
-        """Look one matrix up."""
+        """Return the detection for one matrix."""
         return self.findings.by_tensor[target.tensor].detection
 
     def most_intruders(self, target: Target) -> int:
-        """Count its intruders; of findings yet to be made, as many as there may be."""
+        """Return the number of its intruders, or an upper bound before the findings exist."""
         return len(self.detection(target).intruders)
 
     def certified(self, targets: Sequence[Target]) -> int:
-        """Count the matrices with certified decisions; of findings yet to be made, as many as there may be."""
+        """Return the number of matrices with certified decisions, or an upper bound before the findings exist."""
         return sum(self.detection(target).certified for target in targets)
 
     def decisions(self) -> Any:
-        """Say as JSON what decides the intruders, besides base and adapter."""
+        """Return as JSON what determines the intruders, besides base and adapter."""
         return self.findings.decisions_digest()
 
 
 @dataclass(frozen=True)
 class FindingsToMake:
-    """Findings that the run makes before it writes what needs them, into a file of its own; `GivenFindings` take this one's place then."""
+    """Findings that this run computes first, in its own file, before outputs need them; `GivenFindings` then replace this object."""
 
     options: DetectionOptions
     given: ClassVar[bool] = False
@@ -75,15 +75,15 @@ class FindingsToMake:
     nbytes: ClassVar[int] = 0
 
     def detection(self, target: Target) -> Detection:
-        """Raise, the file being yet to be made."""
+        """Raise, because the file does not exist yet."""
         raise LookupError(f"findings on {target.tensor!r} are yet to be made; please report this")
 
     def most_intruders(self, target: Target) -> int:
-        """Count all directions that are judged."""
+        """Return the number of judged directions."""
         return self.options.directions(target.module.shape)
 
     def certified(self, targets: Sequence[Target]) -> int:
-        """Count all matrices."""
+        """Return the number of matrices."""
         return len(targets)
 
     def decisions(self) -> Any:
@@ -93,18 +93,18 @@ class FindingsToMake:
 
 @dataclass(frozen=True)
 class DetectedOnTheWay(FindingsToMake):
-    """Findings that are made one matrix at a time, as its tensors are.
+    """Findings that are made one matrix at a time, together with its tensors.
 
     Attributes
     ----------
     resident
-        Bytes that stay in memory between two steps; see `resident_bytes`.
+        Bytes in memory between two steps; see `resident_bytes`.
     threads
-        Torch's threads for detection amid the merging of rows, which has one: its last bits depend on them.
+        Torch's threads for detection, on which its last bits depend; merging rows in between uses one.
     monitor
-        Told of what happens in it.
+        Receives events of the detection.
     last
-        The findings on the last matrix: its quantized values and their scales are made one after the other.
+        Findings for the last matrix: its quantized values and their scales are made one after the other.
     """
 
     plan: Plan
@@ -115,7 +115,7 @@ class DetectedOnTheWay(FindingsToMake):
     last: dict[str, Detection] = field(default_factory=dict)
 
     def detection(self, target: Target) -> Detection:
-        """Detect in one matrix, if it is another than the last."""
+        """Detect in one matrix, unless it is the last one again."""
         if target.tensor not in self.last:
             with threads(self.threads):
                 found = detect_matrix(self.plan, target, self.options, self.device, self.resident, monitor=self.monitor)
@@ -125,7 +125,7 @@ class DetectedOnTheWay(FindingsToMake):
 
 
 FindingsSource = GivenFindings | FindingsToMake
-"""Source of the findings of a job; `DetectedOnTheWay` is an `FindingsToMake` that writes none."""
+"""Source of a job's findings; `DetectedOnTheWay` is a `FindingsToMake` that writes none."""
 
 
 @dataclass(frozen=True)
@@ -135,15 +135,15 @@ class Job:
     Attributes
     ----------
     detection
-        How findings are made that are not given, and the memory that the run may take.
+        Options for detection if no findings are given, and the allowed memory of the run.
     findings
-        Where the findings come from; asked only where the options need any.
+        Source of the findings; used only if the method needs them.
     dequantize
-        Whether a merged model is written plain where the base is quantized.
+        Whether a merged model of a quantized base is written as a plain one.
     card
-        Whether the output's ``README.md`` says how it was made.
+        Whether the output's ``README.md`` describes how it was made.
     measured
-        What was measured of it, a line each, for the record and the card.
+        Measurements, one line each, for the record and the card.
     """
 
     plan: Plan
@@ -157,27 +157,27 @@ class Job:
 
     @cached_property
     def findings_size(self) -> FindingsSize:
-        """Compute the bytes of the findings that the job makes; see `findings_bytes`."""
+        """Compute the size of the findings that the job makes; see `findings_bytes`."""
         return findings_bytes(self.plan, self.detection)
 
     @property
     def detects(self) -> bool:
-        """Test whether the job makes findings of its own."""
+        """Test whether the job makes its own findings."""
         return self.method.needs_detection and not self.findings.given
 
     @property
     def warnings(self) -> list[str]:
-        """Warn of an adapter whose intruders were scaled before."""
+        """Warn of an adapter whose intruders were already scaled."""
         if self.method.mitigation_lambda == 1:
             return []
         return mitigated_before(self.plan.adapter.files[0].header.metadata)
 
     def intruders(self, target: Target) -> int:
-        """Count the directions that Δ' takes up, at most."""
+        """Return the largest number of directions that Δ' adds."""
         return self.findings.most_intruders(target) if self.method.needs_detection else 0
 
     def mitigated(self, target: Target) -> tuple[Delta, Delta, Detection | None]:
-        """Return Δ, Δ' and the findings of one matrix: Δ itself twice where nothing changes, no findings where none are needed."""
+        """Return Δ, Δ' and the findings of one matrix: Δ twice if nothing changes, None if no findings are needed."""
         delta = self.plan.finite_delta(target)
         found = self.findings.detection(target) if self.method.needs_detection else None
         if found is not None and not (all_finite(found.U) and all_finite(found.Vh)):
@@ -185,7 +185,7 @@ class Job:
         return delta, self.method.mitigated(delta, found, target.tensor), found
 
     def decisions(self) -> dict[str, Any]:
-        """Return everything besides the inputs that decides the output's bytes, last bits of given findings apart."""
+        """Return everything besides the inputs that determines the output's bytes, except last bits of given findings."""
         return {
             "schema": SCHEMA,
             "mitigation": self.method.as_dict(),
@@ -197,19 +197,19 @@ class Job:
 
     @property
     def bits(self) -> str:
-        """Return the digest of the last bits that the output's are made of; see `GivenFindings.bits`."""
+        """Return the digest of the last bits that the output's bytes depend on; see `GivenFindings.bits`."""
         return self.findings.bits if self.method.needs_detection else ""
 
     def detection_record(self, certified: int) -> DetectionRecord | None:
-        """Return how intruders are found; None where that does not matter."""
+        """Return how intruders are found; None if the method does not need them."""
         if not self.method.needs_detection:
             return None
         return detection_record(self.findings.options, certified, len(self.plan.targets))
 
     def stamp(self, command: str, written: Sequence[Target] | None = None) -> dict[str, str]:
-        """Return what the metadata of the output's files says; before the findings are there, at its longest.
+        """Return the stamp for the metadata of the output's files, or the longest possible one before the findings exist.
 
-        `written` are the matrices that the output has; by default all.
+        `written` are the matrices in the output; by default all.
         """
         targets = self.plan.targets if written is None else written
         certified = self.findings.certified(targets) if self.method.needs_detection else 0

@@ -1,8 +1,8 @@
 """Check a planned model, from headers alone, against what transformers loads for the class that its config names.
 
-Before the first byte the planned names, shapes and ties are compared with the table of architectures and with the base: every tensor that
-the base has is there, none is new that the class does not have, one run-time name stands for one tensor, and the config says which names
-are one. A fault that the base has already is the base's own and passes.
+Before the first byte is written, the planned names, shapes and ties are compared with the table of architectures and with the base: every
+tensor of the base exists, new tensors belong to the class, every run-time name belongs to one tensor, and the config states which names
+are tied. Faults of the base itself are accepted.
 
 ``lm_head.weight`` planned for a ``WhisperForConditionalGeneration``, whose head is ``proj_out`` → `UnloadableError`.
 """
@@ -29,22 +29,22 @@ from streamer.weights.model_config import MODEL_CONFIG, read_model_config
 
 
 def check_merged(where: object, job: Job, model: MergedModel) -> None:
-    """Check that a merged model, as planned, is loaded as its config says.
+    """Check that a planned merged model loads as its config says.
 
     Parameters
     ----------
     where
-        The output, for the message.
+        The output, for messages.
 
     Raises
     ------
     UnloadableError
-        If names, shapes or ties are not those of the class.
+        If names, shapes or ties do not fit the class.
     """
     plan, base = job.plan, job.plan.base
     shapes = {info.name: info.shape for shard in model.shards().values() for info in shard.header.tensors}
     tuned = plan.adapter.describes_model
-    # A fine-tuned model is of its base's class, and its own config goes along.
+    # A fine-tuned model has its base's class, and its own config is copied.
     given = read_model_config(plan.adapter.path) if tuned else plan.config
     given = config = replace(given, architecture=plan.config.architecture)
     if MODEL_CONFIG in model.texts:
@@ -67,21 +67,21 @@ def check_merged(where: object, job: Job, model: MergedModel) -> None:
 
 def check_loadable(where: object, written: Headers, base: Headers, weights: WeightView, brings: Callable[[str], bool],
                    changes: Mapping[str, str]) -> None:  # fmt: skip
-    """Check the headers and config of a model against its class and against its base.
+    """Check a model's headers and config against its class and its base.
 
     Parameters
     ----------
     weights
         The base's logical weights.
     brings
-        Whether the adapter trained a tensor of this name whole: a head may be of no class.
+        Tests whether the adapter trained a whole tensor of this name: a head may belong to no class.
     changes
-        Tensor → ``new``, ``dropped`` and so on, by the output's record; for models of a class that is not known.
+        Tensor → ``new``, ``dropped`` and so on, by the output's record; for models of an unknown class.
 
     Raises
     ------
     UnloadableError
-        If names, shapes or ties are not those of the class.
+        If names, shapes or ties do not fit the class.
     """
     check = _Check(written, base, weights, brings, changes)
     cls = "the model" if written.architecture is None else written.architecture.name
@@ -89,18 +89,18 @@ def check_loadable(where: object, written: Headers, base: Headers, weights: Weig
 
 
 def refuse(where: object, what: str, faults: Sequence[str], instead: str) -> None:
-    """Raise `UnloadableError` if there are faults, with the first of them."""
+    """Raise `UnloadableError` with the first fault, if there are any."""
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise UnloadableError(
-            f"{where}: as planned, {what}: {faults[0]}{more}; this is an error of streamer: nothing was written and the inputs are as "
-            f"they were; please report it with the command; {instead}"
+            f"{where}: as planned, {what}: {faults[0]}{more}; this is an error of streamer: nothing was written and the inputs are "
+            f"unchanged; please report it with the command; {instead}"
         )
 
 
 @dataclass(frozen=True)
 class _Check:
-    """Finds the faults of a planned model, a line each."""
+    """Search for faults of a planned model; each is described in one line."""
 
     written: Headers
     base: Headers
@@ -109,7 +109,7 @@ class _Check:
     changes: Mapping[str, str]
 
     def faults(self) -> Iterator[str]:
-        """Give what is wrong, each with its name."""
+        """Yield a description of each fault, with names."""
         yield from self._collisions()
         yield from self._unexpected()
         yield from self._missing()
@@ -121,7 +121,7 @@ class _Check:
 
     @cached_property
     def _known(self) -> set[str]:
-        """Names of the base: of tensors, and of weights that may be written plain."""
+        """Return the names in the base: of tensors, and of weights that may be written plain."""
         return {*self.base.shapes, *self.weights.stored}
 
     def _collisions(self) -> Iterator[str]:
@@ -147,7 +147,7 @@ class _Check:
                 yield f"{tensor!r} is in a layer that the base does not have"
 
     def _has_layer(self, name: str) -> bool:
-        """Test whether the base has the numbered module of a name, or none like it."""
+        """Test whether the base has the numbered module of a name, or no module like it."""
         layer = _layer_of(name)
         return not layer or layer in self._layers or pattern_of(layer) not in {pattern_of(n) for n in self._layers}
 
@@ -187,15 +187,15 @@ class _Check:
                 yield f"{tensor!r} has shape {list(shape)}, and the config says {stated}"
 
     def _shape_before(self, tensor: str) -> Shape | None:
-        """Return the shape of the base's tensor, or of the weight that it stores quantized where that is written plain."""
+        """Return the shape of the base's tensor, or of the logical weight if a quantized one is written plain."""
         if tensor in self._quantized and self._plain:
             return self.weights[tensor].shape
         return self.base.shapes.get(tensor)
 
     def _stated_size(self, name: str, shape: Shape, before: Shape | None) -> int | None:
-        """Return the number of tokens or labels that a tensor has by the written config; None where it has none, or none is stated.
+        """Return a tensor's number of tokens or labels by the written config; None if it has none, or none is stated.
 
-        Where there is no config, loading is told: as many tokens as the embedding has rows, and any labels.
+        Without a config, the caller of the loader states them: as many tokens as the embedding has rows, and any number of labels.
         """
         written, pattern = self.written, pattern_of(name)
         if (architecture := written.architecture) is None:
@@ -209,7 +209,7 @@ class _Check:
         return None
 
     def _stated_before(self, name: str, before: Shape | None) -> bool:
-        """Test whether the base's config states the same size, of which the base's tensor is not."""
+        """Test whether the base's config states the same size although the base's tensor has another."""
         architecture, pattern = self.written.architecture, pattern_of(name)
         if before is None or architecture is None:
             return before is not None
@@ -224,7 +224,7 @@ class _Check:
 
     @cached_property
     def _plain(self) -> bool:
-        """Test whether a quantized base is written plain, by the config, or by its tensors where that does not say."""
+        """Test whether a quantized base is written plain, by its config, or by its tensors if the config does not say."""
         if self.base.config.quantization:
             return not self.written.config.quantization
         companions = self.weights.owners.keys() - self._quantized
@@ -252,19 +252,19 @@ class _Check:
                     yield f"{lacking!r} is missing, and the config says that it is not {there!r}"
 
     def _apart_in_base(self, tie: Tie) -> bool:
-        """Test for a head of T5's own, which stands beside the embedding where the config says that they are apart."""
+        """Test for T5's separate head, which is stored beside the embedding if the config says that they are separate."""
         both = self.base.tensors_of(tie.name) and self.base.tensors_of(tie.source)
         return bool(both) and not tie.keys and self.written.config.tied is False
 
     def _lacked(self, tie: Tie, there: str, lacking: str) -> bool:
-        """Test whether the base lacks one of two names that its own config says are apart."""
+        """Test whether the base lacks one of two names that its own config declares separate."""
         before = self.base.architecture
         if before is None or not self.base.tensors_of(there) or self.base.tensors_of(lacking):
             return False
         return not any(t.tied and {t.name, t.source} == {tie.name, tie.source} for t in before.ties)
 
     def _head(self, architecture: Architecture) -> Iterator[str]:
-        """Look for the head of a class that the base is not of."""
+        """Look for the head of a class that the base does not have."""
         if self.written.config.architectures == self.base.config.architectures:
             return
         output = architecture.output_embedding
@@ -276,13 +276,13 @@ class _Check:
 
 
 def _layer_of(name: str) -> str:
-    """Return the beginning of a name up to its last number, and a dot: ``model.layers.3.``; empty where it has none."""
+    """Return the start of a name up to its last number and dot: ``model.layers.3.``; empty if there is no number."""
     found = re.match(r"(.*\.)?\d+\.", name)
     return "" if found is None else found[0]
 
 
 def _tied_to(name: str, architecture: Architecture) -> list[str]:
-    """List the other names of a parameter; a number in a pattern is that of the name."""
+    """List the other names of a parameter; numbers in a pattern come from the name."""
     pattern, numbers = pattern_of(name), [step for step in name.split(".") if step.isdigit()]
     groups = [{tie.name, tie.source} for tie in architecture.ties if tie.tied]
     same, size = {pattern, name}, 0

@@ -20,7 +20,7 @@ PREFIX = "base_model.model."
 
 
 OF_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-"""Model types in which PEFT 0.21 refuses LoRA for modules whose weights the kernels take, and pass the modules by."""
+"""Model types in which PEFT 0.21 refuses LoRA for modules whose weights are passed to kernels without calling the module."""
 
 REFUSED_IN_MAMBA = frozenset({"conv1d", "out_proj"})
 """Last names of those modules."""
@@ -32,7 +32,7 @@ TAKEN_FOR_EXPERTS = dict.fromkeys(("minimax", "minimax_m2"), EXPERTS_OF_MIXTRAL)
      "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "olmoe", "qwen3_moe",
      "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open"), EXPERTS_OF_QWEN2
 )  # fmt: skip
-"""Model type → last names of modules that PEFT 0.21 takes for experts wherever they are, and passes by in layers that have none."""
+"""Model type → last names of modules that PEFT 0.21 treats as experts anywhere, and so skips in layers without experts."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ class LoraLayout:
     Attributes
     ----------
     names
-        Modules that have factors → their names in a loaded model.
+        Modules with factors → their names in a loaded model.
     carried
-        Tensor's name in the adapter → what it holds.
+        Tensor's name in the adapter → its contents.
     config
-        What the config says of it.
+        Config entries for these tensors.
     heads
-        Embedding's module → the modules that are tied to it, and take the same delta, and whether each is an embedding.
+        Embedding's module → modules that are tied to it and get the same delta, and whether each is an embedding.
     embeddings
-        Modules that are embeddings by the model's class.
+        Modules that are embeddings in the model's class.
     whole
-        Modules that are saved with their mitigated weight in place of factors, PEFT having no LoRA for them.
+        Modules saved with their mitigated weight instead of factors, because PEFT has no LoRA for them.
     """
 
     names: Mapping[str, str]
@@ -67,10 +67,10 @@ def lora_layout(
     tuned: FinetunedModel, architecture: Architecture | None, base: Checkpoint, matched: Mapping[str, str],
     trained: Collection[str], edits: TensorEdits, renames: Renames,
 ) -> LoraLayout:  # fmt: skip
-    """Give what changed in a fine-tuned model outside of matrices its form in a LoRA adapter.
+    """Represent changes of a fine-tuned model outside matrices in the form of a LoRA adapter.
 
-    PEFT knows the modules by their names in a loaded model; a bias is its module's own where that has factors; what else has changed
-    is a saved module, with all of its tensors; an embedding and its lm_head stay tied. What has not changed stays out. Examples:
+    PEFT identifies modules by their names in a loaded model. A bias stays with its module if that has factors; any other change becomes a
+    saved module with all of its tensors; an embedding and its lm_head stay tied. Unchanged tensors are omitted. Examples:
 
     ``language_model.model.norm.weight``    → saved as ``base_model.model.model.language_model.norm.weight``
     ``….q_proj.bias``, its weight changed   → ``….q_proj.base_layer.bias``
@@ -82,16 +82,16 @@ def lora_layout(
     Parameters
     ----------
     architecture
-        The facts of the fine-tuned model.
+        Facts about the fine-tuned model.
     matched
-        Module → base tensor of those that may have factors.
+        Module → base tensor, for modules that may have factors.
     trained
-        Those of them whose matrix has changed.
+        Those of these modules whose matrix has changed.
 
     Raises
     ------
     UnsupportedError
-        If something changed that has no place in a LoRA adapter.
+        If a change has no place in a LoRA adapter.
     """
     now = renames.at_run_time(tuned.tensors)
     bases = {
@@ -117,7 +117,7 @@ def lora_layout(
         m for m in matched if not has_no_lora(paths[m], shapes[m], architecture, tuned.model_config.model_type)
     ]
     named = {m for m in matched if m in trained or m in biased}
-    if not named & {*adaptable}:  # PEFT opens no adapter without factors
+    if not named & {*adaptable}:  # PEFT cannot open an adapter without factors
         named |= {*adaptable[:1]}
     names = {m: paths[m] for m in matched if m in named}
     whole = names.keys() - {*adaptable}
@@ -148,14 +148,14 @@ def lora_layout(
     for module, (mine, others) in tied.items():
         if module in names and architecture is not None:
             heads[module] = {other: architecture.is_embedding(other) for other in others}
-        elif mine in saved:  # of another size than the base's
+        elif mine in saved:  # its size differs from the base's
             saved |= {*others}
             carried |= {f"{PREFIX}{other}.weight": tuned.tensors[f"{module}.weight"] for other in others}
         else:
             continue
         pairs += len(others) == 1
     config: dict[str, Any] = {"modules_to_save": sorted(saved)} if saved else {}
-    # Of more than two, PEFT takes all but the first for linear layers.
+    # If more than two are tied, PEFT treats all except the first as linear layers.
     if pairs:
         config["ensure_weight_tying"] = True
     looked_up = frozenset(
@@ -167,7 +167,7 @@ def lora_layout(
 def _tied_modules(
     tuned: FinetunedModel, architecture: Architecture | None, renames: Renames
 ) -> dict[str, tuple[str, list[str]]]:
-    """Map each module whose weight others share, by its name on disk → its run-time name, and the others'."""
+    """Map each module whose weight others share, by its name on disk → its run-time name and the others'."""
     found = {}
     for tie in find_ties(tuned.tensors, architecture, renames):
         if tie.stored.endswith(".weight") and not {*tie.others} & tuned.tensors.keys():
@@ -178,18 +178,18 @@ def _tied_modules(
 
 
 def is_refused(module: str, model_type: str | None) -> bool:
-    """Say whether PEFT refuses LoRA for a module, or takes it for an expert's."""
+    """Test whether PEFT refuses LoRA for a module, or treats it as an expert's."""
     last = module.rpartition(".")[2]
     in_mamba = model_type in OF_MAMBA and last in REFUSED_IN_MAMBA
     return in_mamba or last in TAKEN_FOR_EXPERTS.get(model_type or "", ())
 
 
 def has_no_lora(name: str, stored: tuple[int, ...], architecture: Architecture | None, model_type: str | None) -> bool:
-    """Say whether PEFT has no LoRA for a module of a loaded model, or one whose forward pass is not the merged model's.
+    """Test whether PEFT has no LoRA for a module of a loaded model, or one whose forward pass differs from the merged model's.
 
-    Models look up positions by offsets or masks, where PEFT's LoRA of an embedding takes ids; they take the weight of a step size's
-    projection (``dt_proj``), and weight or stride of a convolution over a sequence, and pass the module by; a convolution of one channel
-    may be one of many groups.
+    Models look up positions by offsets or masks, but PEFT's LoRA of an embedding needs ids. They use the weight of a step size's projection
+    (``dt_proj``), and the weight or stride of a convolution over a sequence, without calling the module. A convolution of one channel may
+    be one of many groups.
     """
     if name.rpartition(".")[2] == "dt_proj" or is_refused(name, model_type):
         return True

@@ -1,4 +1,4 @@
-"""Write mitigated deltas of any kind as a LoRA adapter of a chosen rank: the nearest of that rank, and how far it is off."""
+"""Write mitigated deltas of any kind as a LoRA adapter of a chosen rank: the nearest of that rank, and its error."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ from streamer.weights.base import StoredTensor, equal
 from streamer.weights.dtypes import as_bytes
 
 SMALL = 1024
-"""Up to this many rows or columns a dense delta is truncated by LAPACK's SVD, and above by the Krylov solver."""
+"""Largest number of rows or columns for which a dense delta is truncated by LAPACK's SVD; above, the Krylov solver is used."""
 
 
 class LoraWriter(Writer):
-    """Writes the mitigated deltas as a LoRA adapter of scale 1, in float32; what is carried along keeps its bytes.
+    """Writer of the mitigated deltas as a LoRA adapter of scale 1, in float32; carried tensors keep their bytes.
 
     Parameters
     ----------
     rank
-        The rank of all modules; or, as a float in (0, 1], the share of each delta's energy that its own rank is to keep.
+        The rank of all modules; or, as a float in (0, 1], the share of each delta's energy that its rank must keep.
     """
 
     written: list[Target]
@@ -90,7 +90,7 @@ class LoraWriter(Writer):
         entries += [(name, stored.info.dtype, stored.info.shape) for name, stored in self._layout.carried.items()]
         shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate", self.written))
         config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        # A model's other files are not an adapter's.
+        # A model's other files do not belong to an adapter.
         source = None if plan.adapter.describes_model else plan.adapter.path
         check_lora(path, job, shard, config.encode())
         spec = adapter_spec(job, path, shard, config.encode(), source, rank)
@@ -110,7 +110,7 @@ class LoraWriter(Writer):
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
-        """Give the bytes of a tensor; among the metrics is the relative norm of what the rank leaves out."""
+        """Yield the bytes of a tensor; the metrics include the relative norm of the part beyond the rank."""
         if stored := self._layout.carried.get(info.name):
             return stored.file.chunks(stored.info)
         target = self._targets[info.name]
@@ -135,12 +135,12 @@ class LoraWriter(Writer):
         }
 
     def _tensors(self, target: Target) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Name A and B as PEFT stores them, with their shapes and the factor of each; and those of modules that are tied to the target."""
+        """Return PEFT's names for A and B of the target, and of modules tied to it, with the shape and the factor of each."""
         shape, name = target.module.shape, target.module.name
         rank, stem = self._ranks[name], f"{PREFIX}{self._layout.names[name]}"
         if not target.is_embedding and name not in self._layout.embeddings:
             return _linear(stem, shape, rank, target.kernel, ("A", "B"))
-        # An embedding's factors are those of its transpose.
+        # An embedding's factors belong to its transpose.
         factors, others = ("A", "B"), ("Bᵀ", "Aᵀ")
         if not target.transposed:
             shape, factors, others = shape[::-1], others, factors
@@ -153,7 +153,7 @@ class LoraWriter(Writer):
         return tensors
 
     def _config(self) -> dict[str, Any]:
-        """Make a plain LoRA config: where it goes, what is carried along, and nothing of how the old adapter was trained."""
+        """Make a plain LoRA config: the modules and the carried tensors, and nothing about the original adapter's training."""
         names, heads = self._layout.names, self._layout.heads
         ranks = {path: r for name, r in self._ranks.items() for path in (names[name], *heads.get(name, ()))}
         largest = max(ranks.values(), default=self._least)
@@ -178,7 +178,7 @@ def _least_ranks(job: Job, targets: Sequence[Target], share: float) -> dict[str,
     Raises
     ------
     UsageError
-        If the mitigated deltas follow from findings that are yet to be made: tensors have their shapes before anything is written.
+        If the mitigated deltas need findings that do not exist yet: the tensors' shapes must be known before anything is written.
     """
     if job.detects:
         raise UsageError(
@@ -212,25 +212,25 @@ def _embedding(
 
 
 def _ties_said(layout: LoraLayout) -> list[str]:
-    """Say of tied modules, whose factors an adapter holds twice, what PEFT's merge makes of them."""
+    """Note what PEFT's merge does with tied modules, whose factors an adapter stores twice."""
     if not layout.heads:
         return []
     tied = listed([repr(m) for name, heads in layout.heads.items() for m in (layout.names[name], *heads)])
     return [
-        f"{tied} are tied, and each has the delta: PEFT's model answers as it should, but its merge_and_unload adds the delta of each to "
+        f"{tied} are tied, and each has the delta: PEFT's model answers correctly, but its merge_and_unload adds the delta of each to "
         "their one weight; use the adapter unmerged, or `streamer merge`"
     ]
 
 
 def _is_unchanged(plan: Plan, target: Target) -> bool:
-    """Say whether a fine-tuned model has a matrix's very bytes of the base."""
+    """Test whether a fine-tuned model's matrix has the same bytes as the base's."""
     (piece,), tuned = target.slices, plan.adapter.stored_sum(target.module)
     base = StoredTensor(*plan.base.locate(piece.weight))
     return tuned is not None and equal(tuned, base if piece.index is None else base.slice(piece.index))
 
 
 def _built_on_loading(plan: Plan) -> dict[str, str]:
-    """Map each module of a fine-tuned model whose weight loading makes other tensors of, as a fused one → what it makes.
+    """Map each module of a fine-tuned model whose weight loading converts, such as a fused one → the resulting tensor.
 
     ``model.layers.0.mlp.experts.3.up_proj`` → ``model.layers.0.mlp.experts.gate_up_proj``, the stack of all experts.
     """
@@ -241,10 +241,10 @@ def _built_on_loading(plan: Plan) -> dict[str, str]:
 
 
 def _layout(plan: Plan) -> LoraLayout:
-    """Lay the adapter out; one that is read carries along what it did, under the same names."""
+    """Lay out the adapter; an original adapter keeps its carried tensors under the same names."""
     adapter = plan.adapter
     if isinstance(adapter, FinetunedModel):
-        # What has no module of its own in a loaded model is refused where it has changed.
+        # Changed tensors without a module of their own in a loaded model are refused.
         built = _built_on_loading(plan)
         targets = [t for t in plan.targets if not t.pieces and t.module.name not in built]
         changed = frozenset(t.module.name for t in targets if not _is_unchanged(plan, t))
@@ -259,12 +259,12 @@ def _layout(plan: Plan) -> LoraLayout:
 
 
 def truncated(delta: Delta, rank: int, name: str = "") -> LowRank:
-    """Compute the nearest matrix of that rank, its singular values shared evenly between the factors; `name` seeds the Krylov solver."""
+    """Compute the nearest matrix of that rank, its singular values split evenly between the factors; `name` seeds the Krylov solver."""
     return delta.nearest(rank, partial(_leading_triplets, seed=zlib.crc32(name.encode())))
 
 
 def _leading_triplets(delta: Dense, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the leading singular triplets of a dense delta, in float64: by LAPACK where it is small, and else by the Krylov solver."""
+    """Compute the leading singular triplets of a dense delta in float64: by LAPACK if it is small, else by the Krylov solver."""
     matrix = delta.dense()
     m, n = matrix.shape
     if not matrix.any():
@@ -280,10 +280,10 @@ def _leading_triplets(delta: Dense, rank: int, seed: int) -> tuple[Tensor, Tenso
 
 
 def truncation_bytes(shape: tuple[int, int], rank: int, itemsize: int) -> int:
-    """Estimate the memory for `truncated` with a dense delta, on top of the delta."""
+    """Estimate the memory of `truncated` for a dense delta, in addition to the delta."""
     m, n = shape
     p = min(m, n)
-    if _is_small(shape, rank):  # in float64: a copy, LAPACK's own, both factors and the workspace
+    if _is_small(shape, rank):  # in float64: a copy, LAPACK's copy, both factors and the workspace
         return 8 * (2 * m * n + (m + n) * p + 5 * p * p)
     columns = 5 * (rank + 16)
     return (m + n + max(m, n)) * columns * itemsize + 8 * 8 * columns**2 + 2 * 8 * (m + n) * rank
@@ -294,13 +294,13 @@ def _is_small(shape: Sequence[int], rank: int) -> bool:
 
 
 def _truncation_error(delta: Delta, written: LowRank) -> float:
-    """Compute ``‖Δ' − B·A‖_F / ‖Δ'‖_F`` of what is written, rounding and all."""
+    """Compute ``‖Δ' − B·A‖_F / ‖Δ'‖_F`` of the written factors, including rounding."""
     total = delta.norm()
     return delta.distance(written) / total if total else 0.0
 
 
 def refusal(job: Job) -> str:
-    """Say why a plain LoRA adapter cannot do what an adapter does; empty where it can."""
+    """Explain why a plain LoRA adapter cannot represent an adapter; empty if it can."""
     adapter = job.plan.adapter
     if is_residual(adapter.config):
         return "is relative to a residual base, which a plain config does not say"

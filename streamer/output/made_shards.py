@@ -1,6 +1,6 @@
-"""Shards of outputs as they are made: iterators of tensors and their pieces, which the writer pulls, one shard or several in step.
+"""Make shards of outputs: iterators of tensors and their pieces, which the writer pulls, one shard or several in step.
 
-A worker writes a shard to a file that has no final name yet, which the caller journals and renames.
+A worker writes a shard to a file under a temporary name, which the caller journals and renames.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from streamer.workers.task import Carried, Task, keep_last
 
 
 class MadeShard:
-    """Iterate over the tensors of an output's file, in file order; the pieces of each are made as they are pulled.
+    """Tensors of an output's file, in file order; the pieces of each are made as they are pulled.
 
     Attributes
     ----------
     plan
-        The file's plan, its metadata complete.
+        The file's plan, with complete metadata.
     metrics
-        Of each matrix that was mitigated so far.
+        Metrics of each matrix mitigated so far.
     """
 
     def __init__(self, writer: Writer, job: Job, name: str, monitor: Monitor) -> None:
@@ -55,18 +55,18 @@ def in_step(shards: list[MadeShard], starts: dict[str, int]) -> Iterator[tuple[i
     Parameters
     ----------
     starts
-        Positions in a file of the base: the first byte of each tensor.
+        Positions in a file of the base: each tensor's first byte.
 
     Returns
     -------
-    Of each tensor
-        The position, the number of the shard, the tensor, and its pieces.
+    For each tensor
+        The position, the index of the shard, the tensor, and its pieces.
     """
     order: list[tuple[int, int, int]] = []
     for number, shard in enumerate(shards):
         start = 0
         for nth, info in enumerate(shard.plan.header.tensors):
-            start = starts.get(info.name, start)  # a new one, or one under another name, goes with the one before it
+            start = starts.get(info.name, start)  # a new tensor, or one under another name, follows the previous one
             order.append((start, nth, number))
     tensors = [*map(iter, shards)]
     return ((start, number, *next(tensors[number])) for start, _, number in sorted(order))
@@ -74,7 +74,7 @@ def in_step(shards: list[MadeShard], starts: dict[str, int]) -> Iterator[tuple[i
 
 @dataclass(frozen=True)
 class PartialShard:
-    """A shard that is complete and durable under the name of a partial file, and the metrics of the matrices in it."""
+    """A complete, durable shard under the name of a partial file, and the metrics of its matrices."""
 
     partial: str
     nbytes: int
@@ -92,11 +92,11 @@ class ShardTask(Task[PartialShard]):
     Attributes
     ----------
     described
-        All of the output's `Job` but the plan.
+        The output's `Job` without the plan.
     number
-        Of the plan.
+        The plan's index.
     path, shard
-        The output's directory, and the name of the file.
+        The output's directory and the file's name.
     """
 
     described: Carried[Mapping[str, Any]]
@@ -106,11 +106,11 @@ class ShardTask(Task[PartialShard]):
 
     @property
     def name(self) -> str:
-        """Name the file."""
+        """Return the file's name."""
         return self.shard
 
     def do(self, batch: AdapterBatch, monitor: Monitor) -> PartialShard:
-        """Write it."""
+        """Write the shard."""
         key, plan = (self.described.digest, self.number), batch.plans[self.number]
         writer = _writers.get(key)
         if writer is None or writer.spec.job.plan is not plan:
@@ -124,5 +124,5 @@ class ShardTask(Task[PartialShard]):
 
 
 def describe(job: Job) -> Carried[Mapping[str, Any]]:
-    """Describe a job to workers, who have the plan of their own."""
+    """Describe a job for workers, which have their own plan."""
     return Carried({f.name: getattr(job, f.name) for f in fields(job) if f.name != "plan"})

@@ -1,6 +1,6 @@
-"""Plan a merged model: for each tensor of each file, its dtype and shape, and what it is made of.
+"""Plan a merged model: for each tensor of each file its dtype, its shape, and how it is made.
 
-One plan serves the files that `merge` writes, the index, the sizes of a dry run, and the tensors of `iter_merged`.
+One plan serves the files written by `merge`, the index, the sizes of a dry run, and the tensors of `iter_merged`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from streamer.weights.quantization.fp8 import FP8
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """One tensor of the merged model, in the format's spelling, and how it is made."""
+    """One tensor of the merged model, with its dtype spelled as in the format, and its recipe."""
 
     name: str
     dtype: str
@@ -54,15 +54,15 @@ class MergedModel:
     Attributes
     ----------
     files
-        Output tensors by file name, in file order: the base's files and order, new tensors at the end of the last file.
+        Output tensors by file name, in file order: the base's files and order, with new tensors at the end of the last file.
     metadata
-        Each file's metadata.
+        Metadata of each file.
     texts
-        Small files with contents of their own: configs that the merge makes untrue as they stand.
+        Small files with new contents: configs that the merge would make wrong.
     index
         The base's index, or None for a single file.
     head
-        What follows from a head that the adapter saves.
+        Consequences of a head that the adapter saves.
     """
 
     files: Mapping[str, tuple[OutputTensor, ...]]
@@ -73,11 +73,11 @@ class MergedModel:
 
     @property
     def tensor_count(self) -> int:
-        """Count the output tensors of all files."""
+        """Return the number of output tensors in all files."""
         return sum(map(len, self.files.values()))
 
     def shards(self, metadata: Mapping[str, str] | None = None) -> dict[str, ShardPlan]:
-        """Lay out the files, their headers exact; their metadata is the base's, and what is given."""
+        """Lay out the files with exact headers; their metadata is the base's plus the given metadata."""
         return {
             name: plan_shard(
                 name, [(o.name, o.dtype, o.shape) for o in outputs], {**self.metadata[name], **(metadata or {})}
@@ -86,29 +86,29 @@ class MergedModel:
         }
 
     def finals(self, shards: Mapping[str, ShardPlan]) -> dict[str, bytes]:
-        """Make the index, with the tensors as they are."""
+        """Make the index of the output's tensors."""
         if self.index is None:
             return {}
         stated: Mapping[str, str] = self.index["weight_map"]
         where = {o.name: name for name, outputs in self.files.items() for o in outputs}
-        # The base's own order: new names come last.
+        # Keep the base's order; new names come last.
         weight_map = {t: where[t] for t in stated if t in where} | where
         total = sum(shard.header.data_bytes for shard in shards.values())
         return {INDEX_NAME: index_bytes({**self.index, "weight_map": weight_map}, total)}
 
 
 def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
-    """Plan each tensor of the merged model, from headers alone.
+    """Plan each tensor of the merged model from headers alone.
 
     Parameters
     ----------
     dequantize
-        Write quantized weights plain, in the dtype of the model's config, and leave out what only quantized values need.
+        Write quantized weights plain, in the dtype of the model's config, and omit tensors that only quantized values need.
 
     Raises
     ------
     UnsupportedError
-        If merged values would have to be written in an encoding that is not written.
+        If merged values would have to be written in an encoding that streamer cannot write.
     """
     _refuse_quantized(plan, dequantize)
     weights = plain_weights(plan.weights, plan.config) if dequantize else plan.weights
@@ -133,7 +133,7 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
 
 
 def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, dequantize: bool) -> OutputTensor | None:
-    """Plan the output of a tensor of the base; None if it is left out."""
+    """Plan the output of a base's tensor; None if it is omitted."""
     if name in plan.edits.dropped or (dequantize and is_activation_scale(name, weights)):
         return None
     if name not in weights.owners:
@@ -157,9 +157,9 @@ def _merged(plan: Plan, weight: Weight, role: str | None = None, stands: StoredT
     Parameters
     ----------
     role
-        Of its tensors the one to make, where it is quantized.
+        If the weight is quantized, the role of the tensor to make.
     stands
-        The tensor whose dtype is written, where it is not.
+        If it is not, the tensor whose dtype is written.
     """
     recipes = [
         _piece(weight, target, held, role, None if stands is None else _tuned(plan, target, stands))
@@ -180,7 +180,7 @@ def _piece(weight: Weight, target: Target, held: TensorSlice, role: str | None, 
 
 
 def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
-    """Refuse what does not fit the quantized weights that it changes; one line for all."""
+    """Refuse changes that do not fit quantized weights; one line for all."""
     quantized = plan.weights.quantized_names
     replaced = [name for name in plan.edits.sources if name in quantized]
     if replaced:
@@ -203,7 +203,7 @@ def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
 
 
 def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | None) -> OutputTensor:
-    """Plan a tensor of the merged model; `stored` is the base's own, if it has one."""
+    """Plan a tensor of the merged model; `stored` is the base's own tensor, if it has one."""
     edits = plan.edits
     source = edits.sources.get(name, stored)
     assert source is not None
@@ -227,13 +227,13 @@ def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | N
 
 
 def _tuned(plan: Plan, target: Target, stands: StoredTensor) -> StoredTensor | None:
-    """Find the fine-tuned model's own matrix, where it stands in an adapter's place and in the dtype that is written."""
+    """Return the fine-tuned model's own matrix, if one is used as the adapter and has the dtype that is written."""
     tuned = plan.adapter.stored_sum(target.module)
     return tuned if tuned is not None and tuned.info.dtype == stands.info.dtype else None
 
 
 def _head(plan: Plan, names: list[str]) -> Head:
-    """Derive the head from the adapter's task and the head that it saves; a fine-tuned model's own config has it."""
+    """Derive the head from the adapter's task and saved head; a fine-tuned model's own config describes its head."""
     if plan.adapter.describes_model:
         return Head(plan.config)
     trained = {name: stored.info.shape for name, stored in plan.edits.sources.items() if name in plan.edits.trained}
@@ -247,8 +247,8 @@ def _head(plan: Plan, names: list[str]) -> Head:
 
 
 def _texts(plan: Plan, head: Head, dequantize: bool) -> dict[str, bytes]:
-    """Write the model's config, where the merge changes what it must say."""
-    # A fine-tuned model's own config describes it; where there is none, one of a few keys would load as nothing.
+    """Write the model's config if the merge changes what it must state."""
+    # A fine-tuned model's own config describes it; without a base config, a config of a few keys could not be loaded.
     if plan.adapter.describes_model or not plan.config.values:
         return {}
     config = plan.edits.config(head.config)

@@ -1,6 +1,6 @@
-"""Make the tensors of a merged model: one recipe for each way, giving the bytes a few rows at a time.
+"""Make the tensors of a merged model: each kind of recipe yields the bytes a few rows at a time.
 
-A recipe gives bytes of the dtype that the output has; what is computed is computed in the computing dtype and rounded once.
+A recipe yields bytes in the output's dtype; it computes in the computing dtype and rounds once.
 """
 
 from __future__ import annotations
@@ -27,60 +27,60 @@ BLOCK_BYTES = 4 << 20
 """Rows of this many float32 bytes are merged at a time, so that memory does not depend on the matrix; measured in docs/benchmarks.md."""
 
 DECODED = 8
-"""Rows in float32 that decoding a few rows takes at most, themselves among them: quantized values and scales spread out to int32."""
+"""Most copies of rows in float32 while a few rows are decoded, including the result: quantized values and scales expand to int32."""
 
 Mitigated = Callable[[Target], tuple[Delta, Delta]]
-"""Gives Δ and Δ' of one matrix; Δ' is Δ itself where nothing changes."""
+"""Returns Δ and Δ' of one matrix; Δ' is Δ itself if nothing changes."""
 
 Kept = Callable[[Target, int, int], None]
-"""Takes of a matrix how many of its merged values, and of how many, have the base's bytes: what rounding leaves unchanged."""
+"""Receives, for a matrix, the number of its merged values, and the number of those that rounding left with the base's bytes."""
 
 
 class Recipe(ABC):
-    """Makes one tensor of a merged model."""
+    """Way to make one tensor of a merged model."""
 
     __slots__ = ()
 
     @property
     def cost_kind(self) -> type[Recipe] | None:
-        """Name the kind of recipes that take as long for each byte; None where the whole matrix is computed more than once."""
+        """Return the kind of recipes with the same time per byte; None if the whole matrix is computed more than once."""
         return type(self)
 
     @property
     def peak_bytes(self) -> int:
-        """Estimate the memory that it takes; 0 where that is counted with the mitigation of its matrix."""
+        """Estimate the memory that it needs; 0 if that is included in the mitigation of its matrix."""
         return 0
 
     @property
     def repeats(self) -> bool:
-        """Test whether another tensor's recipe asks for the same delta, which is counted there."""
+        """Test whether another tensor's recipe uses the same delta and counts it."""
         return False
 
     @abstractmethod
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
-        """Give its bytes, in order, in pieces that the caller releases.
+        """Yield its bytes in order, in pieces that the caller releases.
 
         Parameters
         ----------
         kept
-            Called at the end of each matrix that is summed whole and has a Δ' other than zero; None counts nothing.
+            Called at the end of each matrix that is added whole and whose Δ' is not zero; None counts nothing.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class CopyBytes(Recipe):
-    """Copies the bytes of a tensor as they stand, of any dtype."""
+    """Copies the stored bytes of a tensor of any dtype."""
 
     stored: StoredTensor
 
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
-        """Give the file's own bytes."""
+        """Yield the file's own bytes."""
         return self.stored.file.chunks(self.stored.info)
 
 
 @dataclass(frozen=True)
 class Rows(Recipe):
-    """Makes a weight anew by rows, with no delta."""
+    """Makes a weight's tensor by rows, without a delta."""
 
     weight: Weight
 
@@ -91,10 +91,10 @@ class Rows(Recipe):
 
 
 class Cast(Rows):
-    """Rounds the values of a weight once to the dtype that is written: the adapter's own, or decoded ones. They must be finite."""
+    """Rounds a weight's values once to the written dtype: the adapter's own values, or decoded ones. They must be finite."""
 
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
-        """Give the rows in the written dtype."""
+        """Yield the rows in the written dtype."""
         for _, _, raw, values, out, piece in _rows(self.weight):
             if not all_finite(raw):
                 raise NumericError(
@@ -106,9 +106,9 @@ class Cast(Rows):
 
 @dataclass(frozen=True)
 class AddDelta(Recipe):
-    """Makes ``W0 + Δ'``; a delta of zero leaves W0's own bytes: adding it would turn −0 into +0.
+    """Makes ``W0 + Δ'``; a zero delta leaves W0's bytes, because adding it would turn −0 into +0.
 
-    `tuned` is ``W0 + Δ`` as it stands in a file, whose bytes are the result where Δ' is Δ.
+    `tuned` is the stored ``W0 + Δ``, whose bytes are the result if Δ' is Δ.
     """
 
     weight: Weight
@@ -116,7 +116,7 @@ class AddDelta(Recipe):
     tuned: StoredTensor | None = None
 
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
-        """Give the rows of the sum."""
+        """Yield the rows of the sum."""
         delta, after = mitigated(self.target)
         if after is delta and self.tuned is not None:
             yield from self.tuned.file.chunks(self.tuned.info)
@@ -139,7 +139,7 @@ class AddDelta(Recipe):
 
 @dataclass(frozen=True)
 class Requantize(Recipe):
-    """Makes one of the tensors that store ``W0 + Δ'`` quantized, scales chosen anew; a delta of zero leaves W0's own bytes."""
+    """Makes one of the tensors that store ``W0 + Δ'`` quantized, with new scales; a zero delta leaves W0's bytes."""
 
     weight: FP8
     target: Target
@@ -147,7 +147,7 @@ class Requantize(Recipe):
 
     @property
     def cost_kind(self) -> None:
-        """Return None: the scales take a pass of their own."""
+        """Return None: the scales need a separate pass."""
 
     @property
     def repeats(self) -> bool:
@@ -155,7 +155,7 @@ class Requantize(Recipe):
         return self.role != "weight"
 
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
-        """Give the quantized values, or their scales. The sum is made again for each pass: it is never in memory whole."""
+        """Yield the quantized values or their scales. Each pass computes the sum again, so that it is never in memory whole."""
         (_, delta), weight = mitigated(self.target), self.weight.at_hand()
         change = (delta.T if self.target.transposed else delta).to(weight.compute)
         stored = weight.tensors[self.role]
@@ -174,23 +174,23 @@ class Requantize(Recipe):
 
 @dataclass(frozen=True)
 class RowSlice(Recipe):
-    """Makes a tensor that holds some rows of a matrix, by the recipe with these rows of the delta."""
+    """Makes a tensor that holds some rows of a matrix, by a recipe with these rows of the delta."""
 
     recipe: AddDelta | Requantize
     rows: tuple[int, int]
 
     @property
     def cost_kind(self) -> type[Recipe] | None:
-        """Return the recipe's."""
+        """Return the inner recipe's kind."""
         return self.recipe.cost_kind
 
     @property
     def repeats(self) -> bool:
-        """Test whether these are later rows: the delta is counted with the first."""
+        """Test whether these are later rows: the delta is counted with the first rows."""
         return self.rows[0] > 0 or self.recipe.repeats
 
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
-        """Give the recipe's pieces; what rounding leaves unchanged is not counted in a part of a matrix."""
+        """Yield the recipe's pieces; for part of a matrix, values that rounding leaves unchanged are not counted."""
 
         def share(target: Target) -> tuple[Delta, Delta]:
             delta, after = mitigated(target)
@@ -201,39 +201,39 @@ class RowSlice(Recipe):
 
 @dataclass(frozen=True)
 class Stack(Recipe):
-    """Makes a tensor that holds one matrix after the other, all made alike."""
+    """Makes a tensor that holds several matrices one after the other, all made in the same way."""
 
     recipes: tuple[Recipe, ...]
 
     @property
     def cost_kind(self) -> type[Recipe] | None:
-        """Return each one's."""
+        """Return the recipes' common kind."""
         return self.recipes[0].cost_kind
 
     @property
     def repeats(self) -> bool:
-        """Test whether each does."""
+        """Test whether the recipes repeat a delta."""
         return self.recipes[0].repeats
 
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
-        """Give those of each, one after the other."""
+        """Yield the pieces of each recipe, one after the other."""
         return itertools.chain.from_iterable(recipe.pieces(mitigated, kept) for recipe in self.recipes)
 
 
 @dataclass(frozen=True)
 class AddBias(Rows):
-    """Adds `scaling` times a tensor of its shape to a weight: LoRA's own bias to a layer's."""
+    """Adds `scaling` times a tensor of the same shape to a weight: LoRA's bias to a layer's bias."""
 
     shift: Weight
     scaling: float
 
     @property
     def cost_kind(self) -> type[Recipe]:
-        """Count as copied: a bias is small."""
+        """Count it as copied, because a bias is small."""
         return CopyBytes
 
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
-        """Give the rows of the sum."""
+        """Yield the rows of the sum."""
         for i, j, raw, values, out, piece in _rows(self.weight):
             values.add_(self.shift.rows(i, j).to(values.dtype), alpha=self.scaling)
             encode(values, _encoding(self.weight), raw, self.weight.name, out)
@@ -242,18 +242,18 @@ class AddBias(Rows):
 
 @dataclass(frozen=True)
 class ReplaceRows(Rows):
-    """Exchanges some rows of a weight: an embedding gets trained tokens. All other rows keep their bytes."""
+    """Replaces some rows of a weight: an embedding gets trained tokens. All other rows keep their bytes."""
 
     tokens: Weight
     indices: tuple[int, ...]
 
     @property
     def cost_kind(self) -> type[Recipe]:
-        """Count as copied: few rows are computed."""
+        """Count it as copied, because few rows are computed."""
         return CopyBytes
 
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
-        """Give the rows, the trained ones rounded once."""
+        """Yield the rows, with the trained ones rounded once."""
         trained = {row: at for at, row in enumerate(self.indices)}
         for i, j, raw, values, out, piece in _rows(self.weight):
             out.copy_(raw)
@@ -265,7 +265,7 @@ class ReplaceRows(Rows):
 
 
 def rows_bytes(weight: Weight) -> int:
-    """Estimate the memory for making a weight anew a few rows at a time: what is read or decoded, summed, and rounded twice by turns."""
+    """Estimate the memory to make a weight a few rows at a time: rows read or decoded, added, and rounded into alternating buffers."""
     m, n = weight.matrix
     row = max(1, n * weight.compute.itemsize)
     block = max(row, min(m * row, max(BLOCK_BYTES, DECODED_BYTES)))
@@ -273,7 +273,7 @@ def rows_bytes(weight: Weight) -> int:
 
 
 def _equal_count(a: Tensor, b: Tensor) -> int:
-    """Count the values of the same bytes; numpy compares integers faster than torch does floats."""
+    """Count the values with equal bytes; numpy compares integers faster than torch compares floats."""
     kind = f"i{a.itemsize}"
     return int(np.count_nonzero(np.frombuffer(as_bytes(a), kind) == np.frombuffer(as_bytes(b), kind)))
 
@@ -284,12 +284,13 @@ def _encoding(weight: Weight) -> Encoding:
 
 
 def _rows(weight: Weight) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor, Piece]]:
-    """Iterate over a few rows at a time.
+    """Iterate over a weight a few rows at a time.
 
     Yields
     ------
-    From, to, as stored, in the computing dtype to compute in, in the written dtype to write to, and the latter's bytes. All memory is used
-    again, the last when it is released: fresh memory is zeroed by the system first, which costs as much as a sum.
+    First row, end row, stored values, values in the computing dtype for the computation, values in the written dtype for the result, and
+    the result's bytes. All memory is reused, the bytes once they are released: the system zeroes new memory first, which costs as much
+    as a sum.
     """
     encoding = _encoding(weight)
     m, n = weight.matrix

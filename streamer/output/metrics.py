@@ -1,4 +1,4 @@
-"""Measure what a mitigation did: the metrics of a matrix, as the journal and the record of an output hold them, and their sums."""
+"""Measure a mitigation: the metrics of a matrix, as in an output's journal and record, and their totals."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def matrix_metrics(
     Parameters
     ----------
     after
-        Δ' as it is written.
+        Δ' as written.
     method
-        How it was mitigated.
+        The method of the mitigation.
     truncation_error
         ``‖Δ' − written‖_F / ‖Δ'‖_F``.
     """
@@ -45,7 +45,7 @@ def matrix_metrics(
 
 
 def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
-    """Return the metrics of a finished file's matrices, checked."""
+    """Return and check the journalled metrics of a finished file's matrices."""
     metrics: list[MitigatedMatrix] = entry.get("matrices", [])
     numbers = ("delta_norm", "delta_norm_after", "dropped")
     try:
@@ -66,7 +66,7 @@ def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
 
 
 def totals(matrices: list[MitigatedMatrix], nbytes: int) -> Totals:
-    """Sum the metrics of all matrices of an output of so many bytes."""
+    """Sum the metrics of all matrices of an output of `nbytes` bytes."""
     before = math.sqrt(sum(m["delta_norm"] ** 2 for m in matrices))
     after = math.sqrt(sum(m["delta_norm_after"] ** 2 for m in matrices))
     return {

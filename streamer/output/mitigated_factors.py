@@ -1,4 +1,4 @@
-"""Make new factors of the modules of an adapter, in the names, shapes and dtypes that it has."""
+"""Make new factors for an adapter's modules, with its names, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from streamer.weights.dtypes import ENCODINGS, encode
 
 @dataclass(frozen=True)
 class MitigatedFactors:
-    """New values of the tensors that hold factors, for a mitigation of an adapter whose deltas all come in factors."""
+    """New values of the tensors that hold factors, for a mitigation of an adapter whose deltas all have factors."""
 
     job: Job
 
     @cached_property
     def targets(self) -> dict[str, list[Target]]:
-        """List the targets that each tensor of the adapter has factors of: one, or all experts of a layer."""
+        """List for each tensor of the adapter the targets whose factors it holds: one, or all experts of a layer."""
         found: dict[str, list[Target]] = {}
         for target in self.job.plan.targets:
             for name in self.names(target):
@@ -33,17 +33,17 @@ class MitigatedFactors:
         return found
 
     def names(self, target: Target) -> list[str]:
-        """Name the tensors that a mitigation of the target would change."""
+        """Return the names of the tensors that a mitigation of the target would change."""
         mirror = self.job.plan.mirrors.get(target.module.name)
         return [*target.module.tensor_names, *(mirror.tensor_names if mirror else ())]
 
     def tensors(self, targets: list[Target], metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
-        """Make the tensors that hold the factors of these targets: of one module, or of all experts of a layer; empty ones stay.
+        """Make the tensors with the factors of these targets, one module or all experts of a layer; an empty tensor means no change.
 
         Parameters
         ----------
         metrics
-            Takes those of each matrix.
+            The metrics of each matrix are appended to it.
         """
         new = [(target.module.factors, self._factors(target, metrics)) for target in targets]
         module, factors = new[0]
@@ -71,7 +71,7 @@ class MitigatedFactors:
         B, A, error = back_project(after, module.rank, module.scaling)
         if module.delta_transposed:
             A, B = B.T, A.T
-        lefts = (0, 3) if module.delta_transposed else (1, 2)  # of names, those of the left factor of Δ
+        lefts = (0, 3) if module.delta_transposed else (1, 2)  # indices of the names that hold the left factor of Δ
         out = {}
         for number, (name, factor) in enumerate(zip(self.names(target), (A, B, B.T, A.T), strict=False)):
             stored = job.plan.adapter.file.header.by_name[name]

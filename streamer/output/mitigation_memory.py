@@ -7,19 +7,19 @@ from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 
 THIN = 48
-"""Bytes for each row, column and rank of a mitigated delta: its factors in float64, those that it was made from, and their thin QRs."""
+"""Bytes for each row, column and rank of a mitigated delta: its factors in float64, the factors of its inputs, and their thin QRs."""
 
 PROJECTED = 80
-"""Bytes where it is also projected onto a rank, or made by coefficients, for which the singular vectors are formed."""
+"""Bytes if it is also projected onto a rank, or made by coefficients, which needs the singular vectors."""
 
 
 def mitigation_bytes(plan: Plan, target: Target, intruders: int, projected: bool = False) -> int:
-    """Estimate the memory for Δ, Δ' and the norms of one matrix, on top of what is resident.
+    """Estimate the memory for Δ, Δ' and the norms of one matrix, in addition to resident memory.
 
     Parameters
     ----------
     intruders
-        Directions that Δ' takes up.
+        Number of directions that Δ' adds.
     projected
         Whether Δ' is projected onto the adapter's rank, or made from Δ's own singular vectors.
     """
@@ -28,6 +28,6 @@ def mitigation_bytes(plan: Plan, target: Target, intruders: int, projected: bool
     if module.low_rank:
         size = (PROJECTED if projected else THIN) * (m + n) * (module.factor_rank + intruders)
     else:
-        # Δ, Δ', and one more where Δ is scaled.
+        # Δ, Δ', and one more if Δ is scaled.
         size = max(module.peak_bytes(itemsize), 3 * itemsize * m * n)
     return size + factor_bytes(plan, target, itemsize)

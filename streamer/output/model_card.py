@@ -1,6 +1,6 @@
-"""Write the ``README.md`` of an output: the facts of how it was made in front of the card of what it was made from.
+"""Write the ``README.md`` of an output: facts about how it was made, followed by the card of its input.
 
-The YAML at the card's head is what the hub reads. It is edited as text, key by key; one that does not look as expected stays as it is.
+The hub reads the YAML at the card's head. It is edited as text, key by key; a head of unexpected form stays unchanged.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from streamer.plan.sources import NameSource
 CARD_NAME = "README.md"
 
 MOST_BYTES = 4 << 20
-"""Of a card that is taken in; a longer one stays as it is."""
+"""Largest card that is edited, in bytes; a longer one stays unchanged."""
 
 TAG = "intruder-dimensions"
 
 KEPT = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
-"""Keys of a base's head that are true of a model merged from it. Results, data sets and widgets are of the base."""
+"""Keys of a base's head that also hold for a model merged from it. Results, data sets and widgets belong to the base."""
 
 WARNING_BYTES = 250
-"""Room for the warning of what is lost in projection, beside a tensor's name."""
+"""Space for the warning about loss in projection, without a tensor's name."""
 
 _HEAD = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _KEY = re.compile(r"([A-Za-z_][\w-]*)[ \t]*:(?=\s)")
@@ -40,22 +40,22 @@ _PLAIN = re.compile(r"[A-Za-z][\w./-]*")
 
 @dataclass(frozen=True)
 class Card:
-    """Everything of a card to be written that is known before the record.
+    """The facts of a card that are known before the record.
 
     Attributes
     ----------
     original
-        The card that stands in the input, as bytes; empty where there is none.
+        The input's card as bytes; empty if there is none.
     base, adapter
         The inputs.
     command
         ``merge`` or ``mitigate``.
     pipeline
-        The hub's name of the merged model's task, where it is another than the base's.
+        The hub's name of the merged model's task, if it differs from the base's.
     longest
-        A record that is as long as it can get, but for the warning of what is lost in projection.
+        The longest possible record, except for the warning about loss in projection.
     tuned
-        Whether the original is of a fine-tuned model in the adapter's place.
+        Whether the original belongs to a fine-tuned model used as the adapter.
     """
 
     original: bytes
@@ -68,7 +68,7 @@ class Card:
 
     @property
     def most_bytes(self) -> int:
-        """Count the bytes that the card takes at most."""
+        """Return the largest possible size of the card in bytes."""
         tensor = self.longest["matrices"][0]["tensor"]
         lost = WARNING_BYTES + len(repr(tensor).encode()) if self.command == "mitigate" else 0
         return len(self.text(self.longest)) + lost
@@ -95,7 +95,7 @@ class Card:
 
 
 def take_original(copies: list[tuple[str, Path]]) -> tuple[bytes | None, list[tuple[str, Path]]]:
-    """Take the card of an input out of the files that are copied; a very long one stays among them, and there is None."""
+    """Take an input's card out of the files to copy; a very long one stays among them, and the result is None."""
     original = next((path for name, path in copies if name == CARD_NAME), None)
     if original is None:
         return b"", copies
@@ -105,13 +105,13 @@ def take_original(copies: list[tuple[str, Path]]) -> tuple[bytes | None, list[tu
 
 
 def _split(text: str) -> tuple[str | None, str]:
-    """Split a card into its YAML head, if it has one, and the rest."""
+    """Split a card into its YAML head, if any, and the rest."""
     match = _HEAD.match(text)
     return (match[1].replace("\r\n", "\n"), text[match.end() :]) if match else (None, text)
 
 
 def _blocks(head: str) -> dict[str, str] | None:
-    """Split a head into its keys, each with its lines; comments go with the key above. None where it is not a plain mapping."""
+    """Split a head into its keys, each with its lines; comments belong to the key above. Return None if it is not a plain mapping."""
     blocks: dict[str, str] = {}
     key = ""
     for line in head.splitlines():
@@ -123,30 +123,30 @@ def _blocks(head: str) -> dict[str, str] | None:
         elif line.strip() and not line.startswith("#") and not (key and (line.startswith((" ", "- ")) or line == "-")):
             return None
         blocks[key] = blocks.get(key, "") + line + "\n"
-    # An alias means what is said elsewhere, which may not stay.
+    # An alias refers to another key, which may not be kept.
     return None if any(_ALIAS.search(blocks.get(key, "")) for key in (*KEPT, "tags", "base_model")) else blocks
 
 
 def _merged_head(card: Card, blocks: dict[str, str]) -> str:
-    """Make the head of a merged model's card: ours, and what of the base's is true of it."""
+    """Make the head of a merged model's card: our entries, and those of the base's that hold for it."""
     ids = [s["model_id"] for s in (card.base, card.adapter) if "model_id" in s]
     kept = {key: blocks[key] for key in KEPT if key in blocks}
-    # Of another class than the base, the model is not its library's (sentence-transformers, say).
+    # If its class differs from the base's, the model does not belong to the base's library (such as sentence-transformers).
     if card.pipeline or "library_name" not in kept:
         kept["library_name"] = "library_name: transformers\n"
     if card.pipeline:
         kept["pipeline_tag"] = f"pipeline_tag: {card.pipeline}\n"
     own = ""
     if "model_id" in card.base:
-        # By the hub's words a model of several is a merge, and one that was trained from a base a finetune.
+        # In the hub's terms, a model from several is a merge, and a model trained from a base is a finetune.
         own = _list("base_model", ids) + f"base_model_relation: {'merge' if len(ids) > 1 else 'finetune'}\n"
     return own + _list("tags", [TAG, "merged", "peft", "lora"]) + "".join(kept.values())
 
 
 def _adapter_head(card: Card, blocks: dict[str, str]) -> str:
-    """Make the head of an adapter's card: its own, with its base and our tag."""
+    """Make the head of an adapter's card: its own head, with its base and our tag."""
     base = card.base.get("model_id")
-    # PEFT writes the path of a base on disk here, which the hub refuses.
+    # PEFT writes the path of a local base here, which the hub refuses.
     blocks = {key: text for key, text in blocks.items() if key != "base_model" or not _PATH.search(text)}
     if "base_model" not in blocks and base is not None:
         blocks["base_model"] = f"base_model: {_scalar(base)}\n"
@@ -159,7 +159,7 @@ def _adapter_head(card: Card, blocks: dict[str, str]) -> str:
 
 
 def _with_tag(block: str) -> str:
-    """Add our tag to a block of tags; one of unknown form stays as it is."""
+    """Add our tag to a block of tags; a block of unknown form stays unchanged."""
     if re.search(rf"(?m)[\s\[,\"']{TAG}[\"']?\s*(?:$|[,\]])", block):
         return block
     if re.fullmatch(r"tags[ ]*:[ ]*(?:\[[ ]*\])?[ ]*\n\s*", block):
@@ -185,12 +185,12 @@ def _title(card: Card) -> str:
 
 
 def _safe(text: str) -> str:
-    """Escape a name within a line of Markdown."""
+    """Escape a name for use in a line of Markdown."""
     return re.sub(r"[^\w .+@/-]", "_", text)
 
 
 def _name(source: NameSource) -> str:
-    """Name a source as a card does."""
+    """Return the name of a source for a card."""
     name = _safe(source["name"])
     if "model_id" in source:
         name = f"[{source['model_id']}](https://huggingface.co/{source['model_id']})"
@@ -198,7 +198,7 @@ def _name(source: NameSource) -> str:
 
 
 def _facts(record: Record) -> str:
-    """Write down how an output was made, as a table, a command, and advice."""
+    """Describe how an output was made, as a table, a command, and advice."""
     base, adapter, totals = record["base"], record["adapter"], record["totals"]
     detection, named = record["detection"], adapter.get("base_model_name_or_path")
     rows = [
@@ -220,7 +220,7 @@ def _facts(record: Record) -> str:
     else:
         rows.append(("matrices", f"{totals['changed']} of {totals['matrices']} mitigated; no detection was needed"))
     rows.append(("norm of the change", f"{totals['delta_norm']:.4g} before, {totals['delta_norm_after']:.4g} after"))
-    if totals["equal_norm_shrink"] <= 1:  # no shrink makes a delta grow
+    if totals["equal_norm_shrink"] <= 1:  # a shrink cannot make a delta larger
         rows.append(("baseline", f"scaling the whole adapter by {totals['equal_norm_shrink']:.4g} gives the same norm"))
     if record["command"] == "mitigate":
         rows.append(("lost in projection", f"at most {100 * totals['dropped_max']:.2f} % of a matrix's change"))
@@ -255,7 +255,7 @@ def _top(k: int | float) -> str:
 
 
 def command_line(record: Record) -> str:
-    """Write the command that makes an output, with the names of its inputs in place of paths."""
+    """Write the command that makes an output, with the names of its inputs instead of paths."""
     words = ["streamer", record["command"], record["base"]["name"], record["adapter"]["name"], "-o", "OUTPUT"]
     lam, fitted = record["lambda"], record["coefficients"]
     if fitted is not None:
@@ -284,7 +284,7 @@ def longest_matrices(tensors: Sequence[str]) -> list[MitigatedMatrix]:
 
 
 def longest_totals(matrices: int, directions: int) -> Totals:
-    """Make totals whose numbers are as long as any may get."""
+    """Make totals whose numbers are as long as possible."""
     long = -1.2345678e-100
     return {"matrices": matrices, "intruders": directions, "changed": matrices, "delta_norm": long, "delta_norm_after": long,
             "equal_norm_shrink": long, "dropped_max": 1.0, "values": 0, "rounded_away": 0, "bytes": 0}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Describe a model's files by their headers, as transformers loads them for the class that the config beside them names."""
+"""Describe a model's files by their headers, as transformers loads them for the class that their config names."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Headers:
     Attributes
     ----------
     shapes
-        By name on disk.
+        Shapes by name on disk.
     config
-        As it stands in ``config.json``, with the class that the user names where that names none that is known.
+        The config in ``config.json``, with the user's class if that names no known one.
     contents
         Tensors whose bytes are not the base's of that name → a key that equal bytes share.
     """
@@ -35,19 +35,19 @@ class Headers:
 
     @classmethod
     def of(cls, shapes: Mapping[str, Shape], config: ModelConfig, contents: Mapping[str, Hashable]) -> Headers:
-        """Describe files; the class that the config names goes before that of the user."""
+        """Describe files; the class that the config names has priority over the user's."""
         stated = replace(config, architecture=None)
         return cls(shapes, stated if len(architectures_for(stated)) == 1 else config, contents)
 
     @cached_property
     def architecture(self) -> Architecture | None:
-        """Look its class up; None where the config does not tell, or the table."""
+        """Look up the model's class; None if the config or the table does not determine it."""
         found = architectures_for(self.config)
         return found[0] if len(found) == 1 else None
 
     @cached_property
     def run_time(self) -> dict[str, tuple[str, int, int | None]]:
-        """Map each tensor → its name in the loaded model; of one that others build with it, its place among them too."""
+        """Map each tensor → its name in the loaded model; if loading builds that from several tensors, also its place among them."""
         return {
             tensor: (name if by else in_class(name, self.architecture), source if by else -1, number)
             for tensor, name, by, source, number in renames_for(self.config).loaded(self.shapes)
@@ -55,20 +55,20 @@ class Headers:
 
     @cached_property
     def loaded(self) -> dict[str, list[str]]:
-        """Map each name in the loaded model → the tensors that it is loaded from."""
+        """Map each name in the loaded model → the tensors from which it is loaded."""
         found: defaultdict[str, list[str]] = defaultdict(list)
         for tensor, (name, _, _) in self.run_time.items():
             found[name].append(tensor)
         return dict(found)
 
     def tensors_of(self, name: str) -> list[str]:
-        """List the tensors that a name in the loaded model is loaded from: by renames, else by the table's names on disk."""
+        """List the tensors from which a name in the loaded model is loaded: by renames, else by the table's names on disk."""
         if name in self.loaded or self.architecture is None:
             return self.loaded.get(name, [])
         return [tensor for tensor in self.architecture.disk_patterns(name) if tensor in self.shapes]
 
     def stated(self, keys: tuple[str, ...]) -> int | None:
-        """Read a number of the config; None where it states none."""
+        """Return a number in the config; None if it is not stated."""
         value: Any = self.config.values
         for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
@@ -76,13 +76,13 @@ class Headers:
 
     @property
     def labels(self) -> int | None:
-        """Count the labels that the config states; None where it states none."""
+        """Return the number of labels in the config; None if it is not stated."""
         names = self.config.values.get("id2label")
         return len(names) if isinstance(names, Mapping) else self.stated(("num_labels",))
 
 
 def in_class(name: str, architecture: Architecture | None) -> str:
-    """Give a run-time name the base model's prefix that its class has there, or take it away, as loaders do."""
+    """Add or remove the base model's prefix of a run-time name to match its class, as loaders do."""
     if architecture is None or not architecture.base_prefix:
         return name
     base = f"{architecture.base_prefix}."

@@ -29,7 +29,7 @@ from streamer.weights.dequantize import STALE
 
 
 class ModelWriter(Writer):
-    """Writes the base with the mitigated deltas merged in."""
+    """Writer of the base with the mitigated deltas merged in."""
 
     def __init__(self, job: Job, path: Path) -> None:
         self._model = model = plan_merged(job.plan, job.dequantize)
@@ -42,7 +42,7 @@ class ModelWriter(Writer):
         return merge_estimates(self.spec.job, self._model, resident)
 
     def timed(self) -> list[tuple[str, Recipe, int]] | None:
-        """Give the recipe of the largest tensor of each kind, and the bytes of the kind."""
+        """Return the recipe of the largest tensor of each kind, and the kind's total bytes."""
         sizes = {info.name: info.nbytes for shard in self.spec.shards.values() for info in shard.header.tensors}
         kinds = defaultdict[type[Recipe] | None, list[OutputTensor]](list)
         for output in self._outputs.values():
@@ -55,9 +55,9 @@ class ModelWriter(Writer):
         ]  # fmt: skip
 
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
-        """Give the bytes of a tensor by its recipe; metrics are of the first tensor that takes a matrix' delta.
+        """Yield the bytes of a tensor by its recipe; the first tensor that uses a matrix' delta adds its metrics.
 
-        What rounding leaves unchanged is counted as the bytes are made, and is in the metrics once all have been given.
+        Values that rounding leaves unchanged are counted while the bytes are made, and are in the metrics after the last piece.
         """
         recipe = self._outputs[info.name].recipe
 
@@ -74,7 +74,7 @@ class ModelWriter(Writer):
 
 
 def merge_estimates(job: Job, model: MergedModel, resident: int) -> Iterator[MemoryEstimate]:
-    """Estimate the peak memory for each tensor of a merged model, `resident` bytes being in use already."""
+    """Estimate the peak memory for each tensor of a merged model, including `resident` bytes already in use."""
     for target in job.plan.targets:
         delta = mitigation_bytes(job.plan, target, job.intruders(target), job.method.needs is Needs.COEFFICIENTS)
         rows = rows_bytes(job.plan.weights[target.tensor])
@@ -88,7 +88,7 @@ def _spec(job: Job, path: Path, model: MergedModel) -> OutputSpec:
     shards = model.shards(job.stamp("merge"))
     finals = model.finals(shards)
     apart = {CONFIG_NAME, WEIGHTS_NAME, *model.texts}
-    # An adapter that lies in the base's directory is no part of the merged model; a fine-tuned model in its place describes it.
+    # An adapter inside the base's directory is not part of the merged model; a fine-tuned model used as the adapter describes it.
     source, adapter = (plan.adapter.path, None) if plan.adapter.describes_model else (base.directory, plan.adapter.path)
     copies = [] if source is None else [c for c in other_files(source, adapter) if c[0] not in apart]
     stale = [name for name, _ in copies if job.dequantize and name in STALE]
@@ -96,7 +96,7 @@ def _spec(job: Job, path: Path, model: MergedModel) -> OutputSpec:
     copies, tokenizer, lost, says = with_tokenizer(plan, copies)
     written = {*base.files, INDEX_NAME, RECORD_NAME, *apart}
     skipped = [] if source is None else [name for name in skipped_files(source, adapter) if name not in written]
-    # A loader would apply an adapter that lies beside the model once more.
+    # A loader would apply an adapter beside the model again.
     conflicting_names = (SINGLE_NAME, INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin")
     conflicting = tuple(name for name in conflicting_names if name not in finals and name not in shards)
     return OutputSpec(

@@ -1,4 +1,4 @@
-"""Describe an output from headers alone, before anything is written: its files, its record, its card, and its plan on the disk."""
+"""Describe an output from headers alone, before anything is written: its files, record, card, and its plan on disk."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OWN_FINDINGS = ".streamer.findings.safetensors"
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """An output as it will be.
+    """An output to be written.
 
     Attributes
     ----------
@@ -42,29 +42,29 @@ class OutputSpec:
     command
         ``merge`` or ``mitigate``.
     shards
-        Its safetensors files, by name, in the order of writing.
+        Its safetensors files by name, in the order of writing.
     finals
-        Small files that come last, by name; without any the last shard makes the output loadable.
+        Small files that are written last, by name; if there are none, the last shard makes the output loadable.
     copies
-        Names and paths of the files that are copied; those of `skipped_files` stay behind.
+        Names and paths of the files to copy; the files in `skipped_files` are not copied.
     conflicting_names
         See `OutputPlan`.
     base_bytes
-        Bytes of the base's tensors that are read.
+        Number of bytes of the base's tensors that are read.
     texts
-        Small files with contents of their own that come before the shards, by name.
+        Small files with new contents that are written before the shards, by name.
     tokenizer
-        Whose tokenizer stands in it, if there is one.
+        Source of its tokenizer, if it has one.
     warnings, notes, advice
-        A line each, printed and recorded; free of paths, so that outputs are reproducible.
+        Lines that are printed and recorded; they contain no paths, so that outputs are reproducible.
     to_lora
-        The rank of a LoRA adapter that is made from deltas of any kind, or the share of their energy that it keeps.
+        Rank of a LoRA adapter made from deltas of any kind, or the share of their energy that it keeps.
     card
-        The card that is written with the last facts; None where none is, or where an input's is copied.
+        Card that is written with the last facts; None if there is none, or if an input's card is copied.
     norms
-        Norms of a delta in factors that each matrix takes, its projection counted as one.
+        Number of norms of a delta in factors for each matrix, counting its projection as one.
     model_tensors
-        Tensors of a merged model, which take memory in its plan.
+        Number of tensors of a merged model, which need memory in its plan.
     """
 
     job: Job
@@ -87,7 +87,7 @@ class OutputSpec:
     model_tensors: int = 0
 
     def record(self, certified: int, sums: Totals, matrices: Sequence[MitigatedMatrix] = ()) -> Record:
-        """Return the record of the output, without its files."""
+        """Return the output's record, without its files."""
         job = self.job
         base, adapter = job.plan.sources
         options = job.method.as_json()
@@ -105,7 +105,7 @@ class OutputSpec:
         return found
 
     def with_card(self, pipeline: str = "") -> OutputSpec:
-        """Return the same with its card in place of the input's, if it gets one; `pipeline` as in `Card`."""
+        """Return the same output with its own card instead of the input's, if it gets one; `pipeline` as in `Card`."""
         job = self.job
         if not job.card:
             return self
@@ -120,7 +120,7 @@ class OutputSpec:
 
     @cached_property
     def output(self) -> OutputPlan:
-        """Plan the files in the order of writing, the commit point last, and the digest that tells this output from others."""
+        """Plan the files in the order of writing, with the commit point last, and the digest that identifies this output."""
         copies = [(name, p.stat().st_size) for name, p in self.copies]
         texts = [(name, len(data)) for name, data in self.texts.items()]
         shards = [(name, shard.nbytes) for name, shard in self.shards.items()]
@@ -129,14 +129,14 @@ class OutputSpec:
         card = [] if self.card is None else [(CARD_NAME, self.card.most_bytes)]
         files = [*files, *card, commit]
         plan = self.job.plan
-        # Without what the tool's version and the names of the inputs decide: the output of another version is the same output.
+        # The tool's version and the names of the inputs do not count: another version's output is the same output.
         data = [(name, shard.header.data_bytes) for name, shard in self.shards.items()]
         converted = {} if self.to_lora is None else {"to_lora": self.to_lora}
         digest = plan.digest(
             command=self.command, files=[*copies, *texts, *finals], data=data,
             original_card=hashlib.sha256(self._original_card()).hexdigest(), **self.job.decisions(), **converted,
         )  # fmt: skip
-        # A run that is taken up under other names of its inputs, by way of links, would write both names.
+        # A run resumed under other names of its inputs, through links, would otherwise write both names.
         stamps = {**plan.stamps(), " and ".join(source["name"] for source in plan.sources): ()}
         instead = {CARD_NAME: "pass --no-card"} if self.card is not None and not self.card.original else {}
         read = read_beside(self.path, {name for name, _ in files})
@@ -146,13 +146,13 @@ class OutputSpec:
                           beside)  # fmt: skip
 
     def _original_card(self) -> bytes:
-        """Find the card of an input that the output's is made from, or that is copied; empty where there is none."""
+        """Return the input's card that the output's is made from, or that is copied; empty if there is none."""
         if self.card is not None:
             return self.card.original
         return b"".join(path.read_bytes() for name, path in self.copies if name == CARD_NAME)
 
     def _temporary(self, files: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-        """List the job's own findings, which stay to the end; their journal goes before any large file comes."""
+        """List the job's own findings, which stay to the end; their journal is removed before any large file is written."""
         if not self.job.detects:
             return ()
         findings, journal = self.job.findings_size
@@ -161,14 +161,14 @@ class OutputSpec:
 
 
 class Writer(ABC):
-    """Writes one kind of output.
+    """Writer of one kind of output.
 
     Attributes
     ----------
     spec
-        The output as it will be.
+        The output to be written.
     written
-        The matrices that it has, if these are not all.
+        The matrices in the output, if not all.
     """
 
     spec: OutputSpec
@@ -176,31 +176,31 @@ class Writer(ABC):
 
     @abstractmethod
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
-        """Estimate the peak memory for each matrix, `resident` bytes being in use already."""
+        """Estimate the peak memory for each matrix, including `resident` bytes already in use."""
 
     def timed(self) -> list[tuple[str, Recipe, int]] | None:
-        """Give names, recipes and the bytes that are made like each, for all bytes; None where their number does not tell the time.
+        """Return names, recipes and byte counts that together cover all bytes; None if the number of bytes does not determine the time.
 
-        By default all bytes are those of an adapter, copied like its largest tensor.
+        By default all bytes count as an adapter's, copied like its largest tensor.
         """
         largest = max(self.spec.job.plan.adapter.tensors.values(), key=lambda stored: stored.info.nbytes)
         return [("an adapter's tensors", CopyBytes(largest), self.spec.output.total_bytes)]
 
     @abstractmethod
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
-        """Give the bytes of a tensor in pieces, and append the metrics of each matrix that is mitigated for it.
+        """Yield the bytes of a tensor in pieces, and append the metrics of each matrix that is mitigated for it.
 
         Parameters
         ----------
         job
-            The spec's, its findings at hand.
+            The spec's job, with its findings available.
         """
 
 
 def adapter_spec(
     job: Job, path: Path, shard: ShardPlan, config: bytes, source: Path | None, to_lora: int | float | None = None
 ) -> OutputSpec:
-    """Describe an adapter of one file of tensors and a config, with the other files of the adapter in `source`, if it is one's."""
+    """Describe an adapter of one tensor file and a config, with the other files of the adapter in `source`, if given."""
     copies = [] if source is None else [(name, p) for name, p in other_files(source) if name != CONFIG_NAME]
     own = (WEIGHTS_NAME, RECORD_NAME)
     skipped = [] if source is None else [name for name in skipped_files(source) if name not in own]

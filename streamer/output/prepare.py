@@ -1,4 +1,4 @@
-"""Open and check everything that outputs are made from, and plan them; nothing is written."""
+"""Open and check all inputs of outputs, and plan the outputs; nothing is written."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from streamer.storage.identities import difference
 from streamer.units import counted, listed
 
 FindingsOrPath = Findings | Mapping[str, Findings] | str | Path | None
-"""Findings as a user gives them: those on one adapter, or those on several by name, themselves or the path of their file or directory."""
+"""Findings as a user gives them: for one adapter, or for several by name, as objects or as the path of their file or directory."""
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Options that decide the form of what is written, models or adapters; the others are keywords in `api`, which explains them."""
+    """Options that determine the form of outputs, models or adapters; the others are keywords in `api`, which explains them."""
 
     merges: bool
     to_lora: int | float | None = None
@@ -43,12 +43,12 @@ class OutputOptions:
 
 def prepare_outputs(base: str | Path, adapters: One | Several, output: Path, findings: Sequence[Findings | None],
                     method: Method, detection: DetectionOptions, form: OutputOptions, run: Run) -> list[Writer]:  # fmt: skip
-    """Plan the output of each adapter, and hand on the warnings of the inputs.
+    """Plan the output of each adapter, and pass on the warnings of the inputs.
 
     Parameters
     ----------
     output
-        The output of one adapter, or the directory of those of several.
+        The output of one adapter, or the directory for the outputs of several.
     findings
         See `open_jobs`.
     """
@@ -66,12 +66,12 @@ def _writer(job: Job, path: Path, form: OutputOptions) -> Writer:
 
 def open_jobs(base: str | Path, adapters: One | Several, findings: Sequence[Findings | None], method: Method,
               detection: DetectionOptions, form: OutputOptions, run: Run) -> list[Job]:  # fmt: skip
-    """Open and check everything that mitigations read.
+    """Open and check all inputs of mitigations.
 
     Parameters
     ----------
     findings
-        Those on each adapter, see `load_given`; None: its job detects.
+        Findings for each adapter, see `load_given`; None if the job detects.
     """
     if method.coefficients is not None and isinstance(adapters, Several) and len(adapters.paths) > 1:
         raise UsageError(
@@ -95,19 +95,19 @@ def open_jobs(base: str | Path, adapters: One | Several, findings: Sequence[Find
 
 
 def load_given(findings: FindingsOrPath, adapters: One | Several) -> list[Findings | None]:
-    """Load the findings on each adapter; None for each if none are given.
+    """Load the findings for each adapter; None for each if none are given.
 
     Raises
     ------
     UsageError
-        If some are lacking, or are not of that form.
+        If some are missing or have the wrong form.
     """
     if findings is None:
         return [None for _ in adapters.paths]
     if isinstance(adapters, One):
         if isinstance(findings, Mapping):
             raise UsageError(
-                f"findings: expected those on one adapter, found a dict of {len(findings)}; give one of them"
+                f"findings: expected findings on one adapter, found a dict of {len(findings)}; give one of them"
             )
         return [findings if isinstance(findings, Findings) else load_findings(findings)]
     if isinstance(findings, Mapping):
@@ -127,9 +127,9 @@ def check_coefficients(plan: Plan, coefficients: FitSet) -> None:
     Raises
     ------
     MismatchError
-        Which of them differs, and how.
+        Names the one that differs, and how.
     UsageError
-        If they are none; see `FitSet.check`.
+        If they are not valid coefficients; see `FitSet.check`.
     """
     coefficients.check()
     name, facts = coefficients.name, coefficients.facts
@@ -146,12 +146,12 @@ def check_coefficients(plan: Plan, coefficients: FitSet) -> None:
 
 
 def check_counts(plan: Plan, coefficients: FitSet) -> None:
-    """Refuse coefficients of other matrices than an adapter's, or of another number of directions.
+    """Refuse coefficients for other matrices than an adapter's, or for another number of directions.
 
     Raises
     ------
     MismatchError
-        How many matrices they do not fit, and the first.
+        States how many matrices they do not fit, and the first.
     """
     wrong = [target.tensor for target in plan.targets if not coefficients.fits(target)]
     wrong += coefficients.matrices.keys() - {target.tensor for target in plan.targets}
@@ -168,14 +168,14 @@ def check_map(plan: Plan, inputs: InputMap) -> list[str]:
     Raises
     ------
     MismatchError
-        If it is of another base, or has none of the adapter's matrices.
+        If it maps another base, or has none of the adapter's matrices.
     """
     refuse_other_base(inputs, inputs.facts["base"], {**plan.base_identity})
     return lacking_inputs(plan, inputs)
 
 
 def refuse_other_base(inputs: InputMap, theirs: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Refuse a map of another base, by the identities of both."""
+    """Refuse a map of another base, by both identities."""
     if theirs != here:
         raise MismatchError(
             f"{inputs.name}: is a map of another base ({difference(theirs, here)}); make one of this base with `streamer map`"
@@ -183,7 +183,7 @@ def refuse_other_base(inputs: InputMap, theirs: Mapping[str, Any], here: Mapping
 
 
 def lacking_inputs(plan: Plan, inputs: InputMap) -> list[str]:
-    """Warn of matrices whose inputs a map lacks; refuse it if it has those of none."""
+    """Warn of matrices whose inputs a map lacks; refuse the map if it lacks all."""
     lacks = [t.tensor for t in plan.targets if inputs.find(t.tensor, t.module.shape[1]) is None]
     if not lacks:
         return []
@@ -194,7 +194,7 @@ def lacking_inputs(plan: Plan, inputs: InputMap) -> list[str]:
 
 
 def fitting_findings(plan: Plan, findings: Findings, options: DetectionOptions) -> Findings:
-    """Check that findings are on the matrices of a plan; those on a model in memory get the names of the base's files."""
+    """Check that findings cover the matrices of a plan; findings for a model in memory get the names of the base's files."""
     name = findings.name
     if findings.base.get("in_memory"):
         findings = matched_findings(plan, findings, name)

@@ -1,4 +1,4 @@
-"""Show a record to people: a few lines in place of its hundreds of values."""
+"""Show a record to people in a few lines instead of its hundreds of values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from streamer.units import counted, format_size
 
 
 class WrittenView(dict[str, Any]):
-    """A `Written` in Python's shells: the record as it is, shown as `record_lines`."""
+    """A `Written` for Python's shells: the record itself, shown as `record_lines`."""
 
     def __repr__(self) -> str:
         title = f"{self['output']} ({self['command']}, {self['state']})"
@@ -19,12 +19,12 @@ class WrittenView(dict[str, Any]):
 
 
 def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
-    """Say in a line each what was written, how, what became of the delta's norm, and what was lost or left out.
+    """Summarise what was written and how, what became of the delta's norm, and what was lost or left out, one line each.
 
     Parameters
     ----------
     title
-        Begins the first line: where the output is.
+        Start of the first line: the output's location.
     """
     t, method, lam, fitted = record["totals"], record["method"], record["lambda"], record.get("coefficients")
     mitigated, norms = f"{t['changed']} of {t['matrices']} matrices mitigated", f"|delta| {t['delta_norm']:.4g}"
@@ -39,7 +39,7 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
         how = f"method {method}, scale {record['scale']}, lambda {lam:g}: {mitigated}, {counted(t['intruders'], 'intruder')} scaled"
     if lam != 1:
         norms += f" -> {t['delta_norm_after']:.4g}"
-    if lam != 1 and method != Shrink.name and t["equal_norm_shrink"] <= 1:  # no shrink makes a delta grow
+    if lam != 1 and method != Shrink.name and t["equal_norm_shrink"] <= 1:  # a shrink cannot make a delta larger
         norms += f"; baseline of equal norm: --method shrink --lambda {t['equal_norm_shrink']:.4f}"
     asked = record["to_lora"]
     kept = f"; written at the smallest ranks that keep {100 * (asked or 0):g} % of the energy"
@@ -54,7 +54,7 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
         )
     if record["command"] == "merge" and record["tokenizer"] == "adapter":
         lines.append("the tokenizer and its chat template are the adapter's own")
-    if values := t.get("values"):  # former versions did not count them
+    if values := t.get("values"):  # earlier versions did not count them
         share = f"{100 * t['rounded_away'] / values:.1f}%"
         lines.append(
             f"rounding left {share} of the values in these matrices unchanged: the result is not exactly base + delta"

@@ -1,4 +1,4 @@
-"""Types of the record of an output, ``streamer.json``, as JSON values; the stamp of its files is in `stamps`."""
+"""Define the JSON types of an output's record, ``streamer.json``; its files' stamp is in `stamps`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCHEMA: Final = "streamer.output/2"
 
 # fmt: off
 class MitigatedMatrix(TypedDict):
-    """What was done to one matrix."""
+    """The mitigation of one matrix."""
     tensor: TensorName
     module: ModuleName
     transposed: Annotated[bool, "Whether the base stores it as (inputs, outputs); decisions still use the output side."]
@@ -36,7 +36,7 @@ class MitigatedMatrix(TypedDict):
         "that is kept, by falling singular value; one number if the delta has no factors."]]
 
 class Totals(TypedDict):
-    """Sums over matrices."""
+    """Totals over all matrices."""
     matrices: Annotated[Count, "Matrices that the adapter changes."]
     intruders: Annotated[Count, "Intruders that were scaled."]
     changed: Annotated[Count, "Matrices whose delta differs from the adapter's."]
@@ -54,13 +54,13 @@ class FileRecord(TypedDict):
     bytes: Annotated[Count, "Its size in bytes."]
     sha256: Annotated[Sha256, "Its digest (SHA-256, hexadecimal)."]
 
-# `lambda` is a keyword of the language, so this is no class.
+# `lambda` is a keyword of the language, so this cannot be a class.
 Record = TypedDict("Record", {
     "schema": Literal["streamer.output/2"],
     "command": Annotated[str, Keywords(enum=["mitigate", "merge"]), "The command that made it."],
     "version": Annotated[str, "Version of streamer that made it."],
     "base": Annotated[BaseSource, "The base model: its name, and what identifies it, wherever it is stored."],
-    "adapter": Annotated[AdapterSource, "The adapter, or the fine-tuned model in its place, described in the same way."],
+    "adapter": Annotated[AdapterSource, "The adapter, or the fine-tuned model used as one, described in the same way."],
     "detection": Annotated[DetectionRecord | None, "How the intruders were found; null if none were needed (method shrink, or lambda 1)."],
     "method": Annotated[MethodName, "What is scaled: paper: the whole intruder; project: only the adapter's part of it; shrink: the whole "
         "adapter, without detection; fitted: each of the adapter's own directions, by its coefficient. regmean replaces the right "
@@ -73,7 +73,7 @@ Record = TypedDict("Record", {
     "map": NotRequired[Annotated[MapRecord, "The map of the base's inputs; only with method nullspace."]],
     "to_lora": Annotated[float | None, Keywords(exclusiveMinimum=0), "Rank or share of the energy given with --to-lora, or null."],
     "dequantize": Annotated[bool, "Whether a quantized base is written as a plain one."],
-    "totals": Annotated[Totals, "Sums over matrices."],
+    "totals": Annotated[Totals, "Totals over all matrices."],
     "warnings": Annotated[list[str], "What may make the result differ from what was trained or requested, one line each."],
     "notes": Annotated[list[str], "What else happened, one line each."],
     "advice": Annotated[list[str], "What would be better, one line each."],
@@ -97,5 +97,5 @@ class Written(Record):
 
 
 def certified_count(matrices: Sequence[MitigatedMatrix]) -> int:
-    """Count the matrices with certified decisions."""
+    """Return the number of matrices with certified decisions."""
     return sum(m["certified"] is True for m in matrices)

@@ -1,4 +1,4 @@
-"""Warn of what is lost when a mitigated delta is projected onto a rank that cannot hold it."""
+"""Warn about loss when a mitigated delta is projected onto a rank that is too small for it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from streamer.output.output_spec import OutputSpec
 from streamer.output.records import MitigatedMatrix
 
 MOST_LOST = 0.01
-"""Share of a mitigated delta's Frobenius norm that may be lost without a warning."""
+"""Largest share of a mitigated delta's Frobenius norm that may be lost without a warning."""
 
 
 def truncation_warnings(matrices: Sequence[MitigatedMatrix], remedy: Callable[[], str]) -> list[str]:
-    """Say how many matrices lose more than `MOST_LOST`, and which loses most; return an empty list if none does.
+    """Report how many matrices lose more than `MOST_LOST`, and which loses most; return an empty list if none does.
 
     Parameters
     ----------
     remedy
-        Says what to do instead.
+        Describes what to do instead.
     """
     lost = [m for m in matrices if m["dropped"] > MOST_LOST]
     if not lost:
@@ -31,13 +31,13 @@ def truncation_warnings(matrices: Sequence[MitigatedMatrix], remedy: Callable[[]
 
 
 def output_warnings(spec: OutputSpec, matrices: Sequence[MitigatedMatrix]) -> list[str]:
-    """Warn of what an output on the disk loses.
+    """Warn about losses of an output on disk.
 
-    The paper's method adds a direction of its own for each intruder that it scales, so that a delta of rank r with q of them fits a
-    rank of r + q. The method ``project`` stays within the adapter's own columns.
+    The paper's method adds a direction for each intruder that it scales, so a delta of rank r with q intruders needs a rank of r + q.
+    The method ``project`` stays within the adapter's own columns.
     """
     job = spec.job
-    if isinstance(spec.to_lora, float):  # a share of the energy says what may be lost
+    if isinstance(spec.to_lora, float):  # the requested share of the energy states what may be lost
         return []
 
     def remedy() -> str:

@@ -1,7 +1,7 @@
-"""Write outputs, one or several in step: each is a resumable transaction of its own, and of the base each tensor is read once.
+"""Write outputs, one or several in step: each is a resumable transaction, and each tensor of the base is read once.
 
 An output's tensors are in the base's file order. Several outputs are zipped by position (`in_step`), so that all of them pull a tensor
-before any pulls the next, and the system's cache has it for all but the first.
+before any pulls the next, and all but the first find it in the system's cache.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from streamer.workers.task import Inputs
 
 
 def batch_of(writers: Sequence[Writer]) -> AdapterBatch:
-    """Return the plans of outputs that are made from one base."""
+    """Return the plans of outputs made from one base."""
     return AdapterBatch(writers[0].spec.job.plan.base, tuple(writer.spec.job.plan for writer in writers))
 
 
@@ -54,7 +54,7 @@ def resident_of(writers: Sequence[Writer]) -> int:
 
 
 def shared_memory(writers: Sequence[Writer], workers: Workers) -> int | None:
-    """Divide the memory allowed among this process and its workers; see `Workers.share`."""
+    """Divide the allowed memory among this process and its workers; see `Workers.share`."""
     resident, jobs = resident_of(writers), [writer.spec.job for writer in writers]
     needs = [need for writer in writers for need in writer.estimates(resident)]
     needs += [need for job in jobs if job.detects for need in detection_estimates(job.plan, job.detection, resident)]
@@ -62,7 +62,7 @@ def shared_memory(writers: Sequence[Writer], workers: Workers) -> int | None:
 
 
 def inspect_jobs(writers: Sequence[Writer], options: RunOptions) -> Sequence[str]:
-    """Check before writing: ``new``, ``resume`` or ``done`` for each (see `inspect_output`), and whether all of them fit on the disk."""
+    """Check before writing: return ``new``, ``resume`` or ``done`` for each (see `inspect_output`); refuse outputs that do not fit."""
     states, resident = [], resident_of(writers)
     for writer in writers:
         spec, job = writer.spec, writer.spec.job
@@ -82,10 +82,10 @@ def inspect_jobs(writers: Sequence[Writer], options: RunOptions) -> Sequence[str
 
 
 def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
-    """Write outputs that are made from one base, each as one resumable transaction, and return their records.
+    """Write outputs made from one base, each as one resumable transaction, and return their records.
 
-    A record is that of `streamer mitigate --json` and `streamer merge --json`; without `output` and `state` it stands in the output, as
-    ``streamer.json``. A finished output of the same plan is left as it is; its files' times become those of this run.
+    A record is the output of `streamer mitigate --json` or `streamer merge --json`; without `output` and `state` it is the output's
+    ``streamer.json``. A finished output of the same plan stays unchanged, but its files' times are updated.
     """
     monitor, states = options.monitor, inspect_jobs(writers, options)
     specs = [writer.spec for writer in writers]
@@ -94,7 +94,7 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
     for spec in (spec for spec, state in zip(specs, states, strict=True) if state == "done"):
         monitor.emit(Event("note", f"{spec.path} holds this very output already; nothing to do"))
         lock = spec.path / LOCK_NAME
-        if lock.exists():  # of a run that was killed as it ended
+        if lock.exists():  # of a run that was killed at its end
             with locked(lock):
                 pass
         if fault := touch_output(spec.output):
@@ -130,7 +130,7 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
         whose = f" (adapter {spec.path.name!r})" if len(specs) > 1 else ""
         try:
             warnings = output_warnings(spec, record["matrices"])
-        except (KeyError, TypeError) as e:  # of an output that was there before, and whose record was changed since
+        except (KeyError, TypeError) as e:  # an older output whose record was changed
             raise FormatError(
                 f"{spec.path / RECORD_NAME}: its matrices are not as it was written; pass --overwrite to make it again"
             ) from e
@@ -139,20 +139,20 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
 
 
 class _Run:
-    """Writes one output.
+    """One output that is being written.
 
     Parameters
     ----------
     runs
-        All that are in step, this one among them: events count what all have written.
+        All outputs in step, including this one: events count what all have written.
     """
 
     def __init__(self, writer: Writer, out: OutputDirectory, monitor: Monitor, runs: Sequence[_Run]) -> None:
         self.writer, self.spec, self.out, self.monitor, self._runs = writer, writer.spec, out, monitor, runs
         self.job = writer.spec.job
-        """The spec's; with the findings in hand, once they are made."""
+        """The spec's job, with the findings once they are made."""
         self.done = self.items = 0
-        """Bytes that stand, those of the file in hand included; tensors of the shards, and other files, that stand."""
+        """Bytes written, including the current file; number of shards' tensors and other files written."""
         self._finished: set[str] = set()
         self._sizes, self._items = dict(self.spec.output.files), {name: 1 for name, _ in self.spec.output.files}
         self._items |= {name: len(shard.header.tensors) for name, shard in self.spec.shards.items()}
@@ -170,12 +170,12 @@ class _Run:
 
     @property
     def lacks_findings(self) -> bool:
-        """Test whether deltas are left to mitigate, and nothing is known about them."""
+        """Test whether deltas remain to be mitigated but their findings are missing."""
         return self.job.detects and not self.spec.shards.keys() <= self._finished
 
     @property
     def finished_items(self) -> int:
-        """Count those that an interrupted run has finished."""
+        """Return the number of items that an interrupted run has finished."""
         return sum(self._items[name] for name in self._finished)
 
     def _emit(self, name: str) -> None:
@@ -185,21 +185,21 @@ class _Run:
         self.monitor.emit(Event("write", name, done, total, items, of, adapter))
 
     def begin(self, name: str) -> bool:
-        """Say whether a file is to be written; one that an interrupted run has finished is counted."""
+        """Return whether a file must be written; count it if an interrupted run has finished it."""
         self.monitor.checkpoint()
         if name == self._last and self.spec.card is not None:
-            self._count(CARD_NAME)  # it comes just before the commit point, when all is known that it says
+            self._count(CARD_NAME)  # written just before the commit point, when all of its facts are known
         if name in self._finished:
             self._count(name)
         return name not in self._finished
 
     def _count(self, name: str) -> None:
-        """Count a file that stands."""
+        """Count a finished file."""
         self.items += self._items[name]
         self.done = self._ends[name]
 
     def write_small(self, files: Mapping[str, Path | bytes]) -> None:
-        """Write files that are no shards, copied or with the contents given."""
+        """Write files other than shards, as copies or with the given contents."""
         for name, data in files.items():
             if self.begin(name):
                 self._emit(name)
@@ -215,12 +215,12 @@ class _Run:
             self.job.plan.check_unchanged()
 
     def write_elsewhere(self, workers: Workers, inputs: Inputs, number: int) -> None:
-        """Let workers write all shards but one that makes the output loadable; journal and name each as it comes.
+        """Let workers write all shards except one that makes the output loadable; journal and rename each as it arrives.
 
         Parameters
         ----------
         number
-            Of the plan among those of the batch that `inputs` describe.
+            Index of the plan in the batch that `inputs` describe.
         """
         names = [name for name in self.spec.shards if name not in self._finished and name != self._last]
         if not names:
@@ -238,7 +238,7 @@ class _Run:
 
     @contextlib.contextmanager
     def shard(self, name: str) -> Iterator[tuple[MadeShard, ShardFile]]:
-        """Open a shard and the file to write it to; when the block ends the file is complete, journalled and renamed."""
+        """Open a shard and its file; at the end of the block the file is completed, journalled and renamed."""
         shard = MadeShard(self.writer, self.job, name, self.monitor)
         with ShardFile(self.out.path, shard.plan) as file:
             yield shard, file
@@ -250,13 +250,13 @@ class _Run:
         self.done = self._ends[name]
 
     def begin_tensor(self, name: str, tensor: TensorInfo) -> None:
-        """Say that a tensor of a shard comes next."""
+        """Report that a shard's tensor comes next."""
         self.done = self._ends[name] - self._sizes[name] + tensor.start
         self._emit(tensor.name)
         self.items += 1
 
     def finish(self) -> None:
-        """Write the last files, the commit point at the end, and the record."""
+        """Write the last files, with the commit point at the end, and the record."""
         self.write_small(self.spec.finals)
         matrices = self._matrices()
         self._write_card(matrices)
@@ -266,7 +266,7 @@ class _Run:
         self.out.commit(cast(dict[str, Any], record))
 
     def _matrices(self, last: list[MitigatedMatrix] | None = None) -> list[MitigatedMatrix]:
-        """Collect the metrics of all matrices of finished files, and of the one in hand."""
+        """Collect the metrics of all matrices in finished files and in the current one."""
         done = [name for name in self.spec.shards if last is None or name != self._last]
         return [m for name in done for m in journalled(self.out.entry(name), self.out.path)] + (last or [])
 
@@ -276,7 +276,7 @@ class _Run:
         return record
 
     def _write_card(self, matrices: list[MitigatedMatrix]) -> None:
-        """Write the card, just before the commit point; one that an interrupted run has written stays, being the same."""
+        """Write the card just before the commit point; a card that an interrupted run has written is the same and stays."""
         card = self.spec.card
         if card is not None and CARD_NAME not in self._finished:
             self._write(CARD_NAME, card.text(self._record(matrices)))
@@ -284,20 +284,20 @@ class _Run:
 
 
 def _write_shards(runs: Sequence[_Run]) -> None:
-    """Write all shards, those that are made from one file of the base in step; the cache keeps what not all have had."""
+    """Write all shards; those made from one file of the base are written in step. The cache keeps pages that some still need."""
     files = runs[0].job.plan.base.files
     with contextlib.ExitStack() as stack:
         for base in files.values():
             stack.enter_context(base.read_through(by_several=len(runs) > 1))
         for name in dict.fromkeys([*files, *(name for run in runs for name in run.spec.shards)]):
             if group := [run for run in runs if name in run.spec.shards and run.begin(name)]:
-                # What is made from no one file of the base begins with its first.
+                # Shards that are not made from one file of the base start with its first file.
                 _write_in_step(group, name, files.get(name, next(iter(files.values()))), len(runs) > 1)
 
 
 def _write_in_step(runs: Sequence[_Run], name: str, base: TensorFile, keeps_pages: bool) -> None:
     with contextlib.ExitStack() as stack:
-        # The context that was entered last is left first, and the first run is to finish first.
+        # The context entered last is left first, and the first run must finish first.
         opened = [stack.enter_context(run.shard(name)) for run in reversed(runs)][::-1]
         starts = {info.name: info.start for info in base.header.tensors} if name == base.path.name else {}
         for start, number, tensor, pieces in in_step([shard for shard, _ in opened], starts):
@@ -307,13 +307,13 @@ def _write_in_step(runs: Sequence[_Run], name: str, base: TensorFile, keeps_page
             file = opened[number][1]
             file.add(tensor, pieces)
             if keeps_pages:
-                file.flush()  # while others go on, this one holds no pieces
+                file.flush()  # so that it holds no pieces while the others continue
         if keeps_pages:
             base.release_pages(base.header.data_bytes)
 
 
 def _detect(runs: Sequence[_Run], options: Run, resident: int) -> None:
-    """Detect into the output directories where findings are needed and none were given; resumable like everything."""
+    """Detect into the output directories if findings are needed but not given; resumable like everything else."""
     if not runs:
         return
     for run in runs:
