@@ -40,7 +40,7 @@ a first run:
   streamer fit BASE ADAPTER --general TEXT --task TEXT -o FILE
       write only the fit that repair uses
   streamer map BASE --general TEXT -o base.map.safetensors
-      map a base once; with --map, no adapter of it needs text of its task
+      map a base once; with --map, no adapter of that base needs task text
   streamer verify DIR
       check every byte of an output, for example after a copy
 
@@ -74,7 +74,7 @@ examples:
   streamer mitigate BASE ADAPTER -o mild --lambda 0.75
   streamer mitigate BASE ADAPTER -o half --lambda 0.5 --findings f.safetensors
   streamer mitigate BASE ADAPTER -o half --lambda 0.4 --overwrite
-      replaces the output by one with another lambda
+      replaces the output with one for a different lambda
   streamer mitigate BASE ADAPTER -o as-lora --to-lora 32
   streamer mitigate BASE ADAPTER -o fitted --coefficients c.safetensors
       apply the coefficients that `streamer fit` found

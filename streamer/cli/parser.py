@@ -69,7 +69,7 @@ def build_parser() -> Parser:
     saying = Parser(add_help=False)
     g = saying.add_argument_group("what is printed")
     g.add_argument("--json", action="store_true",
-                        help="print one JSON object to stdout, also on failure; see docs/formats.md")  # fmt: skip
+                        help="print one JSON object to stdout, even on failure; see docs/formats.md")  # fmt: skip
     g.add_argument("--json-events", action="store_true",
                         help="print one JSON object per line to stderr instead of progress, warnings and errors")  # fmt: skip
     g.add_argument("-q", "--quiet", action="count", default=0,
@@ -90,7 +90,7 @@ def build_parser() -> Parser:
                    help="how to read an input at an address: cache downloads what is needed first; stream reads byte ranges and stores "
                         "nothing (if not given: cache for the hub, else stream)")  # fmt: skip
     g.add_argument("--architecture", metavar="NAME",
-                   help="class of BASE in transformers, like GPT2LMHeadModel; needed only if a message asks for it")  # fmt: skip
+                   help="class of BASE in transformers, such as GPT2LMHeadModel; needed only if a message asks for it")  # fmt: skip
 
     of_adapter = Parser(add_help=False)
     g = of_adapter.add_argument_group("input")
@@ -106,17 +106,17 @@ def build_parser() -> Parser:
     computing = Parser(add_help=False)
     g = computing.add_argument_group("detection")
     g.add_argument("--top-k", type=top_k, metavar="K",
-                   help="number of leading singular directions to judge in each matrix, or a share like 0.1 (default: 10)")  # fmt: skip
+                   help="leading directions to examine in each matrix, as a count or as a share such as 0.1 (default: 10)")  # fmt: skip
     g.add_argument("--epsilon", dest="threshold_epsilon", type=number, metavar="E",
                    help="a direction is an intruder if its similarity to the base is below E (default: 0.5)")  # fmt: skip
     g.add_argument("--solver", choices=["auto", "certified", "dense"],
                    help="certified: Krylov with bounds; dense: LAPACK's full SVD; auto: the cheaper one (default: auto)")  # fmt: skip
     g.add_argument("--max-memory", type=size, metavar="SIZE",
-                   help="limit of memory, like 600M or 4G, without mapped files and a GPU's driver. With little memory, large matrices "
-                        "are slower and decisions that need a full SVD stay open; a matrix that does not fit is refused "
+                   help="memory limit, such as 600M or 4G, not counting memory-mapped files and the GPU driver. A low limit slows large "
+                        "matrices down and leaves decisions that need a full SVD undecided; a matrix that does not fit is refused "
                         "(default: no limit)")  # fmt: skip
     add_device(g)
-    add_threads(g, "; if other processes run, detection uses fewer threads when it measures that they are faster")
+    add_threads(g, "; on a busy machine, detection uses fewer threads if a measurement shows that this is faster")
 
     def writing(metavar: str, text: str) -> Parser:
         parent = Parser(add_help=False)
@@ -131,8 +131,8 @@ def build_parser() -> Parser:
             help="start over instead of resuming an interrupted run",
         )
         g.add_argument("--overwrite", action="store_true",
-                       help="replace the files of an existing output, or write into a directory with other files. Other files are kept; "
-                            "refused if one has a name that the output needs or that a loader would read")  # fmt: skip
+                       help="replace an existing output, or write into a directory with other files. Unrelated files are kept; the run is "
+                            "refused if one of them has a name that the output needs or a loader would read")  # fmt: skip
         return parent
 
     mitigating = Parser(add_help=False)
@@ -143,7 +143,7 @@ def build_parser() -> Parser:
     add_amplify(g)
     g.add_argument("--method", choices=list(ABOUT), metavar="NAME",
                    help="; ".join(f"{name}: {about}" for name, about in ABOUT.items())
-                        + f"; with --coefficients or --map their method (default: {DEFAULT_METHOD})")  # fmt: skip
+                        + f"; with --coefficients or --map, the file sets the method (default: {DEFAULT_METHOD})")  # fmt: skip
     g.add_argument("--coefficients", metavar="FILE",
                    help="coefficients from `streamer fit`; detection and --lambda are not used")  # fmt: skip
     g.add_argument("--keep", type=number, metavar="SHARE",
@@ -152,7 +152,7 @@ def build_parser() -> Parser:
     g.add_argument("--scale", choices=["all", "first"], default="all",
                    help="scale all intruders among the top k, or only the highest-ranked one of each matrix (default: all)")  # fmt: skip
     g.add_argument("--no-card", dest="model_card", action="store_false",
-                   help="do not write into the output's model card (README.md) how it was made")  # fmt: skip
+                   help="do not describe in the model card (README.md) how the output was made")  # fmt: skip
     g.add_argument("--findings", type=path, metavar="FILE",
                    help="findings from `streamer detect` (a directory for several adapters); without it, detection runs first")  # fmt: skip
 
@@ -169,18 +169,17 @@ def build_parser() -> Parser:
 
     sub = command("inspect", "show which tensor each module of an adapter changes, and forecast the cost", reading)
     inputs(sub, "?")
-    out = writing(
-        "FILE", "findings file to write (.safetensors); for several adapters, a directory for one NAME.safetensors each"
-    )
+    each = "for several adapters, a directory that gets one"
+    out = writing("FILE", f"findings file to write (.safetensors); {each} NAME.safetensors per adapter")
     sub = command("detect", "find the intruder dimensions and write them to a file", out, computing, reading)
     inputs(sub, "+")
     add_workers(sub, parts=True)
-    out = writing("DIR", "adapter directory to write; for several adapters, a directory for one subdirectory NAME each")
+    out = writing("DIR", f"adapter directory to write; {each} subdirectory NAME per adapter")
     sub = command("mitigate", "write a mitigated adapter", out, mitigating, computing, reading)
     inputs(sub, "+")
     sub.add_argument("--to-lora", type=rank, metavar="RANK", help="write a LoRA adapter of this rank from any kind of "
-                     "adapter; a share like 0.95 keeps this share of each delta's energy at the smallest rank")  # fmt: skip
-    out = writing("DIR", "model directory to write; for several adapters, a directory for one subdirectory NAME each")
+                     "adapter; a share such as 0.95 uses the smallest rank that keeps this share of each delta's energy")  # fmt: skip
+    out = writing("DIR", f"model directory to write; {each} subdirectory NAME per adapter")
     sub = command("merge", "write the base with the mitigated adapter merged in", out, mitigating, computing, reading)
     inputs(sub, "+")
     add_workers(sub)
@@ -193,7 +192,7 @@ def build_parser() -> Parser:
         help="findings file from `streamer detect`, a directory of such files, or an output's directory",
     )
     sub.add_argument("base", metavar="EVALUATION", nargs="?",
-                     help="evaluation of the same adapter from `streamer evaluate`; with --coefficients, BASE instead")  # fmt: skip
+                     help="evaluation of the same adapter from `streamer evaluate`; with --coefficients, give BASE here")  # fmt: skip
     sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter; give it together with BASE")
     sub.add_argument("--coefficients", metavar="FILE",
                      help="coefficients from `streamer fit`: compare their effect on the intruders and on the whole adapter")  # fmt: skip
@@ -209,10 +208,10 @@ def build_parser() -> Parser:
         "--overwrite", action="store_true", help="replace an existing report; no other file is ever replaced"
     )
     sub = command("diff", "compare two findings on one base: what became of each intruder")
-    sub.add_argument("first", metavar="FINDINGS", help="findings before: of the adapter, or of an earlier checkpoint")
-    sub.add_argument(
-        "second", metavar="FINDINGS", help="findings after: of the mitigated adapter, or of a later checkpoint"
-    )
+    sub.add_argument("first", metavar="FINDINGS",
+                     help="earlier findings: those of the adapter, or of an earlier checkpoint")  # fmt: skip
+    sub.add_argument("second", metavar="FINDINGS",
+                     help="later findings: those of the mitigated adapter, or of a later checkpoint")  # fmt: skip
     sub = command("verify", "check an output against its record and its inputs, with independent code")
     sub.add_argument(
         "output", metavar="OUTPUT", help="directory of one merged model or mitigated adapter, or a findings file"
@@ -228,7 +227,7 @@ def build_parser() -> Parser:
                      help="number of matrices to recompute, spread over their kinds (default: 3); all: recompute every matrix and "
                           "compare every other tensor byte by byte")  # fmt: skip
     sub.add_argument("--max-memory", type=size, metavar="SIZE",
-                     help="do not recompute matrices that need more memory than this, like 4G (default: no limit)")  # fmt: skip
+                     help="do not recompute matrices that need more memory than this, such as 4G (default: no limit)")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
                      help="file from `streamer fit` that OUTPUT was made with; needed to recompute method regmean")  # fmt: skip
     sub.add_argument("--map", metavar="FILE",
@@ -237,7 +236,8 @@ def build_parser() -> Parser:
         "FILE",
         "JSON file to write; new variants are added to an evaluation of the same inputs, texts and options",
     )
-    sub = command("evaluate", "measure on texts what each method and lambda keeps and forgets", out, computing, reading)
+    about = "measure, on your texts, what each method and lambda keeps and forgets"
+    sub = command("evaluate", about, out, computing, reading)
     inputs(sub)
     add_texts(sub)
     sub.add_argument("--other", action="append", metavar="TEXT",
@@ -252,8 +252,8 @@ def build_parser() -> Parser:
                      help="shares to keep, separated by commas (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
     add_amplify(sub)
     sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=list(WITHOUT_FILES),
-                     metavar="M,M", help=f"one or several of {', '.join(WITHOUT_FILES)}, separated by commas (default: all); the "
-                                         "method of --coefficients evaluates only its sets")  # fmt: skip
+                     metavar="M,M", help=f"one or several of {', '.join(WITHOUT_FILES)}, separated by commas (default: all); name "
+                                         "the method of --coefficients to evaluate only its sets")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
                      help="coefficients from `streamer fit`: each set is a variant; use texts that they were not fitted to")  # fmt: skip
     sub.add_argument(
@@ -269,7 +269,8 @@ def build_parser() -> Parser:
                      help="share of the learning that the suggestion must keep; up to four more measurements find the shrink that "
                           "keeps this share (default: 0.9)")  # fmt: skip
     sub.add_argument("--no-race", dest="race", action="store_false",
-                     help="run all variants on all sequences; by default, variants that lose on a part are dropped")  # fmt: skip
+                     help="run all variants on all sequences; by default, variants that are clearly worse on part of the text "
+                          "are dropped")  # fmt: skip
     sub.add_argument("--projected", action="store_true",
                      help="evaluate deltas projected onto the adapter's rank, as `mitigate` writes them")  # fmt: skip
     add_workers(sub)
@@ -299,7 +300,7 @@ def build_parser() -> Parser:
         "--dequantize", action="store_true", help="with --merge: if the base is quantized, write a plain model"
     )
     sub.add_argument("--no-card", dest="model_card", action="store_false",
-                     help="do not write into the output's model card (README.md) how it was made")  # fmt: skip
+                     help="do not describe in the model card (README.md) how the output was made")  # fmt: skip
     add_computing(sub)
     add_workers(sub)
     sub = command("demo", "detect and remove planted intruders in a small generated model")

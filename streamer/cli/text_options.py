@@ -15,15 +15,14 @@ def add_texts(sub: argparse.ArgumentParser, built_in: bool = False) -> None:
         "--general",
         required=not built_in,
         metavar="TEXT",
-        help=f"general text, which shows forgetting: .txt, .jsonl or .npy{more}",
+        help=f"general text, for measuring forgetting: .txt, .jsonl or .npy{more}",
     )
-    sub.add_argument("--task", required=True, metavar="TEXT", help="text of ADAPTER's task that it was not trained on")
-    sub.add_argument(
-        "--sequences", type=integer, default=64, metavar="N", help="sequences per text, at most (default: 64)"
-    )
-    sub.add_argument(
-        "--length", type=integer, default=512, metavar="N", help="tokens per sequence, at most (default: 512)"
-    )
+    sub.add_argument("--task", required=True, metavar="TEXT",
+                     help="text from ADAPTER's task but not from its training data")  # fmt: skip
+    sub.add_argument("--sequences", type=integer, default=64, metavar="N",
+                     help="maximum number of sequences per text (default: 64)")  # fmt: skip
+    sub.add_argument("--length", type=integer, default=512, metavar="N",
+                     help="maximum number of tokens per sequence (default: 512)")  # fmt: skip
     sub.add_argument("--dtype", choices=["float32", "bf16"], default="float32",
                      help="dtype of products with base weights; bf16 is faster on some processors (default: float32)")  # fmt: skip
 
@@ -39,7 +38,7 @@ def add_computing(sub: argparse.ArgumentParser, default: str = "no limit") -> No
     """Add the computing options of a command that runs the model; `default` describes the default memory."""
     g = sub.add_argument_group("computing")
     g.add_argument("--max-memory", type=size, metavar="SIZE",
-                   help="limit of memory, like 600M or 4G, without mapped files; it decides how many sequences run together "
+                   help="memory limit, such as 600M or 4G, not counting memory-mapped files; it decides how many sequences run together "
                         f"(default: {default})")  # fmt: skip
     add_device(g)
     add_threads(g)
@@ -48,7 +47,7 @@ def add_computing(sub: argparse.ArgumentParser, default: str = "no limit") -> No
 def add_threads(group: argparse._ActionsContainer, more: str = "") -> None:
     """Add the number of threads; `more` is appended to its help."""
     cores = available_cores()
-    default = f"OMP_NUM_THREADS, or one for each core of this process, {cores} here"
+    default = f"OMP_NUM_THREADS, or one per core available to this process, {cores} here"
     group.add_argument("--threads", type=integer, metavar="N", help=f"CPU threads (default: {default}{more})")
 
 
@@ -82,11 +81,12 @@ def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
 
 def add_map(sub: argparse.ArgumentParser) -> None:
     """Add the options of a map."""
-    sub.add_argument("--general", metavar="TEXT", help="general text, which shows forgetting: .txt, .jsonl or .npy "
+    sub.add_argument("--general", metavar="TEXT", help="general text to run through BASE: .txt, .jsonl or .npy "
                      "(default: the topics of Python's help)")  # fmt: skip
     sub.add_argument("--vectors", type=integer, metavar="N",
-                     help="leading vectors to store for each input (default: 16; to add maps, as many as the largest has)")  # fmt: skip
-    sub.add_argument("--sequences", type=integer, metavar="N", help="sequences of the text, at most (default: 32)")
-    sub.add_argument("--length", type=integer, metavar="N", help="tokens per sequence, at most (default: 512)")
+                     help="leading vectors to store for each input (default: 16; when adding maps: as "
+                          "many as the largest of them has)")  # fmt: skip
+    sub.add_argument("--sequences", type=integer, metavar="N", help="maximum number of sequences (default: 32)")
+    sub.add_argument("--length", type=integer, metavar="N", help="maximum number of tokens per sequence (default: 512)")
     sub.add_argument("--dtype", choices=["float32", "bf16"],
                      help="dtype of products with base weights; bf16 is faster on some processors (default: float32)")  # fmt: skip

@@ -39,17 +39,17 @@ def figures(evaluation: VariantLosses, every: bool = False) -> list[Figures]:
         Figures("vs adapter", cells([general.loss_difference(v, ADAPTER_ROW) for v in numbers]),
                 "this loss minus the adapter's, ± the standard error, paired by sequence", 5),
         Figures("forgetting", _shares(general, numbers),
-                "rise of this loss above the base's; 100% is the adapter's", 7),
+                "how far this loss rises from the base's (0%) to the adapter's (100%)", 7),
         Figures("KL", cells([general.mean(general.kl[v]) for v in numbers]), "divergence from the base on general text, in nats", 6),
         Figures("same top", [percent_of(general.mean(general.agree[v])) for v in numbers],
-                "tokens of general text with the same most likely token as the base", 2),
+                "tokens of general text for which the variant and the base have the same most likely token", 2),
         *_accuracies("general", general, numbers, left=True),
         Figures("task", [f"{task.mean(task.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on the task's text", 3),
-        Figures("kept", _shares(task, numbers), "fall of this loss below the base's; 100% is the adapter's", 8),
+        Figures("kept", _shares(task, numbers), "how far this loss falls from the base's (0%) to the adapter's (100%)", 8),
         Figures("top-1", [percent_of(task.mean(task.right[v])) for v in numbers],
-                "tokens of the task's text that the model ranks as most likely", 1),
+                "tokens of the task's text that are the variant's most likely token", 1),
         Figures("top-1 kept", [percent(task.top1_share(v)) if evaluation.reliable()["top1_kept"] else "-" for v in numbers],
-                "rise of this share above the base's; 100% is the adapter's", 5),
+                "how far this share rises from the base's (0%) to the adapter's (100%)", 5),
         *_accuracies("task", task, numbers, left=False),
         *(column for name, sums in evaluation.others.items() for column in _other(name, sums, numbers)),
         *(field_figures(general) if every else ()),
@@ -61,13 +61,13 @@ def field_figures(general: SequenceSums) -> list[Figures]:
     variants = range(len(general.loss))
     return [
         Figures("CE rise", cells([general.loss_difference(v, BASE_ROW) for v in variants]),
-                "mean loss on general text minus the base's: PEFT's method comparison calls it forgetting", 0),
-        Figures("PPL ratio", cells([general.perplexity_ratio(v) for v in variants]), "perplexity on general text over the base's", 0),
+                "mean loss on general text minus the base's, which PEFT's method comparison calls forgetting", 0),
+        Figures("PPL ratio", cells([general.perplexity_ratio(v) for v in variants]), "perplexity on general text divided by the base's", 0),
         *(Figures(f"KL {100 * share:g}%", [_four(general.kl_quantile(v, share)) for v in variants],
-                  f"{100 * share:g}% of general text's tokens are at most this, within 1%", 0) for share in QUANTILES.values()),
+                  f"KL that {100 * share:g}% of general text's tokens do not exceed, within 1%", 0) for share in QUANTILES.values()),
         Figures("KL max", [_four(general.kl_largest(v)) for v in variants], "the largest KL of a token of general text", 0),
         Figures("mean Δp", cells([_in_percent(general.mean(general.p_change[v])) for v in variants]),
-                "change of the probability of general text's own token, in %", 0),
+                "mean change in the probability of general text's tokens, in %", 0),
         Figures("RMS Δp", cells([_in_percent(general.p_rms(v)) for v in variants]), "root mean square of this change, in %", 0),
     ]  # fmt: skip
 
@@ -86,7 +86,7 @@ def _other(name: str, sums: SequenceSums, variants: Sequence[int]) -> list[Figur
     return [
         Figures(name, [f"{sums.mean(sums.loss[v]).value:.4f}" for v in variants], "mean loss in nats on this text", 2),
         Figures(f"{name} {'left' if left else 'kept'}", _shares(sums, variants),
-                f"{'rise' if left else 'fall'} of this loss {'above' if left else 'below'} the base's; 100% is the adapter's", 4),
+                f"how far this loss {'rises' if left else 'falls'} from the base's (0%) to the adapter's (100%)", 4),
         Figures(f"{name} KL", cells([sums.mean(sums.kl[v]) for v in variants]), "divergence from the base on this text, in nats", 1),
         *_accuracies(name, sums, variants, left),
     ]  # fmt: skip
@@ -104,7 +104,7 @@ def _accuracies(name: str, sums: SequenceSums, variants: Sequence[int], left: bo
         Figures(f"{name} acc vs adapter", [percent(sums.accuracy("acc", v, ADAPTER_ROW)) for v in variants],
                 "this share minus the adapter's, ± the standard error, paired by question", 4),
         Figures(f"{name} acc {'left' if left else 'kept'}", shares,
-                f"{'fall' if left else 'rise'} of this share {'below' if left else 'above'} the base's; 100% is the adapter's", 5),
+                f"how far this share {'falls' if left else 'rises'} from the base's (0%) to the adapter's (100%)", 5),
         Figures(f"{name} acc_norm", [percent(sums.accuracy("acc_norm", v)) for v in variants],
                 "the same, by the log-likelihood per character of a choice", 1),
     ]  # fmt: skip

@@ -82,7 +82,7 @@ function drawTradeoff(parent, tree, key, label, caption) {
 
 function showEvaluation(tree) {
   const part = section("What each variant keeps and forgets", `Measured on ${tree.texts.general} (general) and ${tree.texts.task} (task)${tree.others.map((one) => `, and on ${one.name}`).join("")}; bars are standard errors. `
-    + "By definition, base and adapter are 0% and 100% of both. The dashed line is the share to keep; the ring marks the suggestion.");
+    + "By definition, the base is at 0% and the adapter at 100% on both axes. The dashed line is the share to keep; the ring marks the suggestion.");
   const pair = html("div", { class: "pair" });
   for (const [key, label, caption] of [
     ["forgetting", "forgetting left", "Forgetting by the loss on general text. Lower and further right is better."],
@@ -96,20 +96,20 @@ function showEvaluation(tree) {
   sortedTable(part, [
     names,
     numeric("general", "mean loss in nats on general text", "general", (v) => v.general.toFixed(4)),
-    numeric("forgetting", "rise of this loss above the base's", "forgetting", (v) => error(v.forgetting, v.forgetting_se)),
+    numeric("forgetting", "how far this loss rises from the base's (0%) to the adapter's (100%)", "forgetting", (v) => error(v.forgetting, v.forgetting_se)),
     numeric("KL", "divergence from the base on general text, in nats", "kl", (v) => v.kl.toFixed(4)),
-    numeric("divergence", "as a share of the adapter's", "divergence", (v) => error(v.divergence, v.divergence_se)),
-    numeric("same top", "share of general text's tokens with the same most likely token as the base", "agreement", (v) => percent(v.agreement)),
+    numeric("divergence", "this divergence as a share of the adapter's", "divergence", (v) => error(v.divergence, v.divergence_se)),
+    numeric("same top", "share of general text's tokens for which the variant and the base have the same most likely token", "agreement", (v) => percent(v.agreement)),
     numeric("task", "mean loss in nats on the task's text", "task", (v) => v.task.toFixed(4)),
-    numeric("kept", "fall of this loss below the base's", "kept", (v) => error(v.kept, v.kept_se)),
-    numeric("top-1", "share of the task's tokens that are the most likely token", "top1", (v) => (v.top1 === null ? "–" : percent(v.top1))),
-    numeric("top-1 kept", "rise of this share above the base's", "top1_kept", (v) => error(v.top1_kept, v.top1_kept_se)),
+    numeric("kept", "how far this loss falls from the base's (0%) to the adapter's (100%)", "kept", (v) => error(v.kept, v.kept_se)),
+    numeric("top-1", "share of the task's tokens that are the variant's most likely token", "top1", (v) => (v.top1 === null ? "–" : percent(v.top1))),
+    numeric("top-1 kept", "how far this share rises from the base's (0%) to the adapter's (100%)", "top1_kept", (v) => error(v.top1_kept, v.top1_kept_se)),
     ...tree.others.flatMap((one, i) => {
       const column = (head, about, key, format) => ({ head, about, cell: (v) => text(format(v.others[i])), key: (v) => last(v.others[i][key]) });
       const kept = one.effect === "improves";
       return [
         column(one.name, "mean loss in nats on this text", "loss", (v) => v.loss.toFixed(4)),
-        column(`${one.name} ${kept ? "kept" : "left"}`, kept ? "fall of this loss below the base's" : "rise of this loss above the base's", "share",
+        column(`${one.name} ${kept ? "kept" : "left"}`, `how far this loss ${kept ? "falls" : "rises"} from the base's (0%) to the adapter's (100%)`, "share",
                (v) => error(v.share, v.share_se)),
         column(`${one.name} KL`, "divergence from the base on this text, in nats", "kl", (v) => v.kl.toFixed(4)),
       ];
@@ -118,11 +118,11 @@ function showEvaluation(tree) {
       const column = (head, about, key) => ({ head, about, cell: (v) => text(error(v.accuracies[i][key], v.accuracies[i][`${key}_se`])), key: (v) => last(v.accuracies[i][key]) });
       return [
         column(`${name} acc`, "share of questions whose right choice is the most likely", "value"),
-        column(`${name} acc share`, "share of the adapter's change of acc that is left or kept", "share"),
+        column(`${name} acc share`, "share of the adapter's change in acc that is left or kept", "share"),
       ];
     }),
   ], tree.variants, { id: "variants", marked: (v) => v.name === tree.suggested });
-  part.append(html("p", { class: "note" }, `On ${tree.texts.general}, the figures of llama-perplexity and of PEFT's method comparison:`));
+  part.append(html("p", { class: "note" }, `The figures that llama-perplexity and PEFT's method comparison report, on ${tree.texts.general}:`));
   sortedTable(part, [names, ...tree.field.map(({ head, about, cells }) => {
     const cell = (v) => cells[tree.variants.indexOf(v)], number = (v) => Number.parseFloat(cell(v));
     return { head, about, cell: (v) => text(cell(v)), key: (v) => (Number.isNaN(number(v)) ? -Infinity : number(v)) };
@@ -171,10 +171,10 @@ function showFindings(tree) {
   const beside = html("div", {});
   halves.append(beside);
   sortedTable(beside, [
-    { head: "λ", about: "share of an intruder to keep", cell: (r) => text(String(r[0])), key: (r) => r[0] },
+    { head: "λ", about: "share of each intruder that is kept", cell: (r) => text(String(r[0])), key: (r) => r[0] },
     { head: "paper", about: "norm removed, as a share of the delta's", cell: (r) => text(percent(r[1])), key: (r) => r[1] },
     { head: "project", about: "norm removed, as a share of the delta's", cell: (r) => text(percent(r[2])), key: (r) => r[2] },
-    { head: "norm left", about: "norm that project leaves; λ of the shrink with the same norm", cell: (r) => text(percent(r[3])), key: (r) => r[3] },
+    { head: "norm left", about: "share of the norm that project leaves; a shrink with this λ leaves the same", cell: (r) => text(percent(r[3])), key: (r) => r[3] },
   ], tree.lambdas, { id: "lambdas" });
   const worst = matrices.reduce((a, b) => (b.dropped > a.dropped ? b : a));
   beside.append(html("p", { class: "note" }, worst.dropped > 0
@@ -250,7 +250,7 @@ function showSeveral(list) {
     number("in", "matrices with intruders", "touched"),
     number("‖Δ‖", "norm of the delta", "norm", four),
     number("energy", "the intruders' share of its squared norm", "energy", percent),
-    number("lost", "largest share of a matrix' delta lost in projection, by paper at λ = 0", "lost", percent),
+    number("lost", "largest share of a matrix's delta lost in projection, by paper at λ = 0", "lost", percent),
     number("certified", "matrices with proven decisions only", "certified"),
   ], rows, { id: "adapters", marked: (r) => r === shown });
   choose(rows.reduce((a, b) => (b.intruders > a.intruders ? b : a)));
@@ -280,7 +280,7 @@ function showOutput(tree) {
   const where = section("What was changed", "Layers from left to right. Click a cell to show its matrices below.");
   const mean = (key) => (cell) => sum(cell.matrices.map((m) => Math.max(0, m[key]))) / cell.matrices.length;
   if (tree.intruders) drawMap(where, "map of intruders", "Intruders that were scaled", grid, (cell) => sum(cell.matrices.map((m) => m.count)), (v) => String(Math.round(v)), pick);
-  drawMap(where, "map of norms", "Fall of the norm of the delta", grid, mean("taken"), (v) => percent(v, 0), pick);
+  drawMap(where, "map of norms", "Decrease in the norm of the delta", grid, mean("taken"), (v) => percent(v, 0), pick);
   if (tree.dropped) drawMap(where, "map of losses", "Lost in projection onto the adapter's rank", grid, mean("dropped"), (v) => percent(v), pick);
   const every = section("All matrices", "Click a column heading to sort.");
   every.append(html("div", { class: "tools screen" }, html("button", { type: "button", on: { click: () => table.show(rows) } }, "all matrices")));
@@ -289,7 +289,7 @@ function showOutput(tree) {
     tree.intruders && { head: "scaled", about: "intruders that were scaled", cell: (m) => text(String(m.count)), key: (m) => m.count },
     { head: "‖Δ‖", about: "norm of the delta", cell: (m) => text(four(m.norm)), key: (m) => m.norm },
     { head: "after", about: "norm of the written delta", cell: (m) => text(four(m.after)), key: (m) => m.after },
-    { head: "fall", about: "decrease of the norm", cell: (m) => text(percent(m.taken)), key: (m) => m.taken },
+    { head: "fall", about: "decrease in the norm", cell: (m) => text(percent(m.taken)), key: (m) => m.taken },
     tree.dropped && { head: "lost", about: "share lost in projection onto the adapter's rank", cell: (m) => text(percent(m.dropped, 2)), key: (m) => m.dropped },
   ].filter(Boolean), rows, { id: "matrices", limit: ROWS, by: 0 });
 }

@@ -30,7 +30,7 @@ def title(subject: Subject | Collection) -> str:
 def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]:
     """State the main result in one line, and list the next commands with their purposes."""
     measure = [
-        ("Measure forgetting, and what mitigation would change, on two texts of yours",
+        ("Measure forgetting, and what mitigation would change, on two of your own texts",
          "streamer evaluate BASE ADAPTER --findings FINDINGS --general general.txt --task task.txt -o evaluation.json"),
         ("Then write this page again with the measurements", "streamer report FINDINGS evaluation.json -o report.html --overwrite"),
     ]  # fmt: skip
@@ -81,13 +81,13 @@ def certificates(subject: Subject) -> str:
         if made is None:
             return "Certificates: none, because no decision was needed."
         proven = sum(m["certified"] is True for m in subject.record["matrices"])
-        return f"Certificates: in {proven} of {counted(len(subject.record['matrices']), 'matrix')} every decision is proven."
+        return f"Certificates: in {proven} of {counted(len(subject.record['matrices']), 'matrix')}, every decision is proven."
     assert subject.findings is not None
     found = [m.detection for m in subject.findings]
     proven, clustered = sum(d.certified for d in found), sum(bool(d.degenerate) for d in found)
     solvers = Counter(d.solver for d in found)
     dense = f"; {solvers['dense']} by a full SVD" if solvers["dense"] else ""
-    words = f"in {proven} of {counted(len(found), 'matrix')} every decision is proven equal to the full SVD's{dense}"
+    words = f"in {proven} of {counted(len(found), 'matrix')}, every decision is proven equal to the full SVD's{dense}"
     rest = [m.tensor for m in subject.findings if not m.detection.certified]
     if rest:
         words += f"; not proven: {listed(map(printable, rest))}"
@@ -121,14 +121,14 @@ def _of_findings(findings: Findings) -> list[str]:
     adapter, base = (f"“{_name(sources[what])}”" if what in sources else f"the {what}" for what in ("adapter", "base"))
     asked = (
         f"In {changed} that {adapter} changes in {base}, {judged} leading singular directions of "
-        f"base + adapter were compared with all directions of the base. A direction is an intruder if its similarity to every one is below "
-        f"{options.threshold_epsilon:g}."
+        f"base + adapter were compared with all directions of the base. A direction is an intruder if its similarity to every one of them "
+        f"is below {options.threshold_epsilon:g}."
     )
     _, share = delta_energy(findings)
     if not findings.intruders:
         found = "There are no intruders"
         least = min((min(m.detection.similarity) for m in findings if m.detection.similarity), default=None)
-        found += "." if least is None else f": the least similar direction has {least:.2f}."
+        found += "." if least is None else f": the least similar direction has a similarity of {least:.2f}."
         return [asked, found, "A shrink of the whole adapter may still forget less."]
     parts: Counter[str] = Counter()
     for m in findings:
@@ -158,7 +158,7 @@ def _of_record(record: Mapping[str, Any]) -> list[str]:
         f"This is {what} made of “{_name(record['adapter'])}” and “{_name(record['base'])}” by streamer {printable(record['version'])}: "
         f"{how}, {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}."
     )
-    same = f"A shrink of the whole adapter by {t['equal_norm_shrink']:.4f} has the same norm: use it as the baseline."
+    same = f"Scaling the whole adapter by {t['equal_norm_shrink']:.4f} gives a delta of the same norm: use that as the baseline."
     lost = f"At most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta was lost in projection onto the adapter's rank."
     said = [(made, True), (same, t["equal_norm_shrink"] <= 1), (lost, record["command"] == "mitigate")]
     return [sentence for sentence, holds in said if holds]  # a shrink cannot enlarge a delta

@@ -45,6 +45,6 @@ def test_the_help_says_how_many_threads_there_are(command: str) -> None:
     """And that they may be fewer: the note on it, beside other work, comes as no surprise."""
     text = " ".join(run_cli(command, "--help").stdout.split())
     assert (
-        f"one for each core of this process, {available_cores()} here; if other processes run, detection uses fewer threads"
+        f"one per core available to this process, {available_cores()} here; on a busy machine, detection uses fewer threads"
         in text
     )

@@ -44,7 +44,7 @@ def test_the_sentences_and_data_of_findings(findings: Findings) -> None:
     assert headline(subject)[0].startswith(f"{findings.intruders} intruders in 9 of 9 matrices, with ")
     assert found == "Intruders by part of a layer: down_proj (3), up_proj (3), q_proj (3)."
     assert "% of the delta's energy" in weighs
-    assert certificates(subject).startswith("Certificates: in 9 of 9 matrices every decision is proven")
+    assert certificates(subject).startswith("Certificates: in 9 of 9 matrices, every decision is proven")
     tree = embedded(make_page(subject))
     assert tree["evaluation"] is None
     assert tree["findings"]["epsilon"] == 0.5
@@ -189,7 +189,9 @@ def test_findings_of_nothing_and_without_intruders(findings: Findings) -> None:
     make_page(Subject(dataclasses.replace(findings, matrices=())))
     none = dataclasses.replace(findings[0].detection, intruders=(), intruder_energy=0.0)
     clean = dataclasses.replace(findings, matrices=(dataclasses.replace(findings[0], detection=none),))
-    assert sentences(make_subject(clean))[1].startswith("There are no intruders: the least similar direction has 0.")
+    assert sentences(make_subject(clean))[1].startswith(
+        "There are no intruders: the least similar direction has a similarity of 0."
+    )
     make_page(make_subject(clean))
     one = dataclasses.replace(findings[0].detection, intruders=findings[0].detection.intruders[:1])
     single = dataclasses.replace(findings, matrices=(dataclasses.replace(findings[0], detection=one),))
@@ -212,7 +214,7 @@ def test_the_record_of_an_output(pair: tuple[Path, Path], findings: Findings, tm
     streamer.merge_with_reduced_intruder_dimensions(
         *pair, tmp_path / "merged", findings=findings, mitigation_lambda=0.5
     )
-    assert sentences(open_subject(tmp_path / "merged"))[1].endswith("use it as the baseline.")
+    assert sentences(open_subject(tmp_path / "merged"))[1].endswith("use that as the baseline.")
     tree = embedded(make_page(subject))["output"]
     assert len(tree["delta_norm"]) == 9
     with pytest.raises(UsageError, match="an evaluation is shown with findings"):
