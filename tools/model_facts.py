@@ -153,7 +153,7 @@ def facts_of(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Facts:
     Parameters
     ----------
     config
-        As `with_marked_sizes` makes it; else no tensor is known to have a row a token or a label.
+        As `with_marked_sizes` makes it; else no tensor is known to have a row for each token or label.
     """
     defaults = {path: bool(getattr(c, TIE, False)) for path, c in nested(config)}
     for _, c in nested(config):

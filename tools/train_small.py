@@ -144,7 +144,7 @@ def train(model: torch.nn.Module, ids: torch.Tensor, steps: int, rate: float, se
 
 
 def held_out_loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
-    """Mean loss of up to 32 sequences of a stream, in nats a token."""
+    """Mean loss of up to 32 sequences of a stream, in nats per token."""
     rows = ids[: min(32, len(ids) // LENGTH) * LENGTH].view(-1, LENGTH)
     with torch.no_grad():
         return model(input_ids=rows, labels=rows).loss.item()
@@ -273,7 +273,7 @@ def main() -> int:
     if args.json:
         print(json.dumps(made, indent=2))
     else:
-        print(f"{made['parameters'] / 1e6:.1f} million parameters; losses on the test texts, in nats a token:")
+        print(f"{made['parameters'] / 1e6:.1f} million parameters; losses on the test texts, in nats per token:")
         for name, found in made["losses"].items():
             print(f"  {name:<9} general {found['general']:.3f}  task {found['task']:.3f}")
     return 0
