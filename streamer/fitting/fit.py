@@ -187,6 +187,7 @@ class _Run(DividedFit):
         with contextlib.closing(self._gradients(request, todo, costs)) as stream:
             for chunk, own in stream:
                 sums = np.array([own.value, own.tokens])
+                self.prepared.plan.check_unchanged()
                 found[chunk] = {"sums": sums, "gradient": self.parameters.gather(own.gradient)}
                 self.records.add(keys[chunk], found[chunk])
                 self.progress.advance(costs[chunk])
@@ -211,9 +212,7 @@ class _Run(DividedFit):
             return
         for chunk, sequences in own.items():
             self.model.batch.on_read = self.progress.reading(costs[chunk], GRADIENT)
-            found = self.model.gradient(sequences, coefficients, against)
-            prepared.plan.check_unchanged()
-            yield chunk, found
+            yield chunk, self.model.gradient(sequences, coefficients, against)
 
     def _losses(self, number: int, request: Measure) -> algorithm.HeldOutAnswer:
         """Measure models on the held-out sequences."""

@@ -134,4 +134,5 @@ def run_on_workers(job: VariantSet, passes: Mapping[int, tuple[Pass, TextSequenc
     stream = run.workers.run(tasks, run.monitor, lambda i: begin(tasks[i].name))
     with contextlib.closing(stream):
         for i, sums in stream:
+            job.plan.check_unchanged()  # a worker that opened the inputs anew saw no earlier version
             yield numbers[i], sums
