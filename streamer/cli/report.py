@@ -49,7 +49,7 @@ def _adapters(report: Report, screen: Screen) -> str:
         Column("|delta|", [f"{math.sqrt(energy):#.4g}" for energy, _ in energies], "Frobenius norm of the delta", keep=4),
         Column("energy", [f"{100 * share:.1f}%" for _, share in energies], "the intruders' share of |delta|^2", keep=8),
         Column("lost", [f"{100 * max((m.detection.dropped_at_zero for m in f), default=0.0):.1f}%" for f in found.values()],
-               "largest share of a matrix' delta lost in projection by `mitigate --lambda 0 --method paper`", keep=5),
+               "largest share of a matrix's delta lost in projection by `mitigate --lambda 0 --method paper`", keep=5),
         Column("certified", [str(sum(m.detection.certified for m in f)) for f in found.values()], "matrices with proven decisions", keep=6),
     ]  # fmt: skip
     return table(columns, screen)

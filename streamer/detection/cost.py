@@ -1,4 +1,4 @@
-"""Estimate the solvers' cost: which one is cheaper, a matrix' time, and the memory that each way of computing it needs."""
+"""Estimate the solvers' cost: which one is cheaper, a matrix's time, and the memory that each way of computing it needs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def bounds_columns(shape: tuple[int, int], k: int, allow_dense: bool) -> int:
     """Return the number of columns of the basis for the bounds at which the certified solver gives up.
 
     At 0.45 of the short side the dense solver costs no more. For large matrices the limit is lower, so that the basis needs at most a sixth
-    of the matrix' own memory, but at least 1024 columns or 16 blocks.
+    of the matrix's own memory, but at least 1024 columns or 16 blocks.
     """
     m, n = shape
     width = block_width(k, OVERSAMPLING)

@@ -50,7 +50,7 @@ def _read_bytes(weight: Weight, way: Way) -> int:
 
 
 def kept_bytes(plan: Plan, target: Target, options: DetectionOptions) -> int:
-    """Estimate the memory of a matrix' findings that are not written: the vectors, with every direction an intruder.
+    """Estimate the memory of a matrix's findings that are not written: the vectors, with every direction an intruder.
 
     An additional eighth covers gaps that the allocator keeps between them from earlier steps (5 % were measured).
     """

@@ -1,7 +1,7 @@
 """Define the findings: the result of detection for each matrix, with the base, adapter and options that determined it.
 
 On disk they are one safetensors file; `findings_file` describes its layout. While detection runs, a journal beside the file holds a record
-for each matrix; a record is itself a safetensors file of the matrix' tensors, and the end of the run combines them.
+for each matrix; a record is itself a safetensors file of the matrix's tensors, and the end of the run combines them.
 """
 
 from __future__ import annotations

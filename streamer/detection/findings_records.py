@@ -70,7 +70,7 @@ class MatrixRecord(MatrixFigures):
     base_singular_values: Annotated[PerDirection, "the largest singular values of the base, or Ritz values, which are at most as large."]
     intruders: Annotated[Ranks, "the intruders."]
     seconds: Annotated[Amount | None, "Wall time in s of detection; null if the findings come from a file."]
-    coefficients: NotRequired[Annotated[CoefficientMeans, "Effect of the given coefficients on the matrix' delta."]]
+    coefficients: NotRequired[Annotated[CoefficientMeans, "Effect of the given coefficients on the matrix's delta."]]
 
 class CoefficientTotals(TypedDict):
     """Digest of the given coefficients, and their means over all matrices."""

@@ -39,7 +39,7 @@ from streamer.storage.shard_writer import ShardFile
 from streamer.weights.dtypes import as_bytes
 
 OFFSETS_BYTES = 16 * 14
-"""Upper bound of the additional bytes for a matrix' tensor offsets in a large file, compared with a record."""
+"""Upper bound of the additional bytes for a matrix's tensor offsets in a large file, compared with a record."""
 
 
 class FindingsWriter:
@@ -160,7 +160,7 @@ class FindingsWriter:
 
 
 def _layout(finding: MatrixFinding, arrays: Mapping[str, Tensor]) -> tuple[Header, bytes]:
-    """Lay out a matrix' record: its header, and the header's bytes."""
+    """Lay out a matrix's record: its header, and the header's bytes."""
     return layout(matrix_entries(finding.tensor, arrays), {"matrix": json.dumps(finding.figures())})
 
 

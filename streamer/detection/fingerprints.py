@@ -38,7 +38,7 @@ def fingerprint(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor] 
     Parameters
     ----------
     tensors, weight
-        The module's tensors and the matrix' weight, if already read.
+        The module's tensors and the matrix's weight, if already read.
 
     Returns
     -------

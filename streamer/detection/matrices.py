@@ -36,7 +36,7 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
     resident
         Bytes in memory between two steps, which the budget includes; see `resident_bytes`.
     prefetched
-        The matrix' weight, if already read.
+        The matrix's weight, if already read.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Name which of a matrix' intruders are scaled."""
+"""Name which of a matrix's intruders are scaled."""
 
 from __future__ import annotations
 

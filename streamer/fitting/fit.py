@@ -1,4 +1,4 @@
-"""Fit coefficients: run the algorithm, answer its requests chunk by chunk, and journal each answer so that a killed run resumes."""
+"""Run the algorithm that fits coefficients, and answer its requests; a journal of the answers lets a killed run resume."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ from streamer.workers.engine import kept
 
 
 class HeldOutText:
-    """Sums on both texts' held-out sequences, for the base and every requested θ."""
+    """Measure the base and every requested θ on the held-out sequences of both texts, and keep their sums."""
 
     def __init__(self, divided: DividedFit, parameters: Parameters) -> None:
         self._divided, self._parameters = divided, parameters
         self._rows: dict[bytes, Mapping[str, SequenceSums]] = {}
-        """By θ in bytes: sums of one variant, by text. The base has an empty key, as does θ = 0 if that is the base."""
+        """The sums of one variant by text, under θ as bytes. The key of the base is empty, also for θ = 0 where that equals the base."""
 
     @property
     def adapter(self) -> Floats:
-        """Return the parameters of the unchanged adapter, all 1."""
+        """Return the unchanged adapter's parameters, which are all 1."""
         return np.ones(self._parameters.count)
 
     def missing(self, asked: Sequence[Floats]) -> list[Floats]:
-        """List the parameters that were not measured yet, each once."""
+        """List the parameters that have not been measured yet, without duplicates."""
         measured = {b"", *self._rows}
         return list({self._key(theta): theta for theta in asked if self._key(theta) not in measured}.values())
 
     def measure(self, request: int, asked: Sequence[Floats], others: Sequence[Variant] = ()) -> None:
-        """Measure together those parameters that were not measured before.
+        """Measure the parameters that have not been measured yet, all in the same passes.
 
         Parameters
         ----------
         request
-            Number of the request, for the records.
+            Number of the request, which identifies its records in the journal.
         others
-            Variants that run with them; see `of_variant`.
+            Variants to measure in the same passes; `of_variant` returns their sums.
         """
         new = self.missing([self.adapter, *asked])
         if not new:
@@ -70,11 +70,11 @@ class HeldOutText:
             self._rows[row] = {text: of.take([v]) for text, of in whole.items()}
 
     def sums(self, text: str, asked: Sequence[Floats]) -> SequenceSums:
-        """Return a text's sums for the base, the unchanged adapter, and these measured parameters."""
+        """Return the sums on one text of the base, the unchanged adapter and these parameters, which must have been measured."""
         return self._joined(text, [b"", *map(self._key, [self.adapter, *asked])])
 
     def of_variant(self, name: str) -> tuple[SequenceSums, SequenceSums]:
-        """Return the sums on both texts for the base, the unchanged adapter, and a variant that ran with them."""
+        """Return the sums on both texts of the base, the unchanged adapter and a variant that was measured with them."""
         keys = [b"", self._key(self.adapter), name.encode()]
         return self._joined(GENERAL, keys), self._joined(TASK, keys)
 
@@ -87,14 +87,14 @@ class HeldOutText:
 
     @staticmethod
     def _name(theta: Floats) -> str:
-        """Name a model for messages."""
+        """Name the model with these parameters, for messages."""
         if (theta == theta[:1]).all():
             return ADAPTER if (theta == 1).all() else Shrink(float(theta[0])).label
         return Fitted.name
 
 
 def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
-    """Fit all sets of coefficients in memory, or in a file if an output is given."""
+    """Fit all sets of coefficients; write them to a file if an output is given."""
     if output is None:
         return _result(prepared, Records(), None)
     file = result_file(prepared, output)
@@ -106,7 +106,7 @@ def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
     with file.written() as records:
         made = _result(prepared, records, output.parent)
         prepared.plan.check_unchanged()
-        made.save(output, overwrite=True)  # `inspect` has permitted it for any existing file
+        made.save(output, overwrite=True)  # `inspect` has already approved replacing an existing file
     return made
 
 
@@ -116,28 +116,28 @@ def _result(prepared: PreparedFit, records: Records, directory: Path | None) -> 
 
 
 class _Run(DividedFit):
-    """One fit of coefficients in progress.
+    """Carry out one fit of coefficients.
 
     Parameters
     ----------
     records
-        Records of an interrupted run, extended by this run.
+        Records of an interrupted run; this run adds its own.
     directory
-        Directory whose file system holds temporary files; None for the system's default.
+        Directory for temporary files; None for the system's default.
     """
 
     def __init__(self, prepared: PreparedFit, records: Records, directory: Path | None) -> None:
         super().__init__(prepared, records)
         self.directory, self.parameters = directory, prepared.parameters
         self.gradients = 0
-        """Number of requested gradients."""
+        """Number of gradients computed or read from the journal."""
 
     def result(self) -> Coefficients:
-        """Run to the end, and release temporary files even if the run is interrupted."""
+        """Run the fit, and remove temporary files even if it is interrupted."""
         try:
             return self._result()
         finally:
-            if "model" in self.__dict__:  # if it was made
+            if "model" in self.__dict__:  # only if a gradient was computed
                 self.model.close()
 
     def _result(self) -> Coefficients:
@@ -174,7 +174,7 @@ class _Run(DividedFit):
         return Coefficients(made, facts)
 
     def _slope(self, number: int, request: Gradient) -> Slope:
-        """Compute the mean over a text's tokens of the minimised quantity, and its gradient."""
+        """Compute the mean of the minimized quantity over a text's tokens, and its gradient with respect to θ."""
         theta, costs = request.coefficients, gradient_costs(self.prepared, request.text)
         keys = [key(number, chunk, [theta]) for chunk in range(len(costs))]
         found, todo = dict[int, Arrays](), list[int]()
@@ -193,14 +193,14 @@ class _Run(DividedFit):
                 self.progress.advance(costs[chunk])
         self.gradients += 1
         sums, gradient = np.zeros(2), np.zeros(self.parameters.count)
-        for chunk in range(len(costs)):  # in their order, independent of arrival
+        for chunk in range(len(costs)):  # in a fixed order, whichever arrived first
             sums, gradient = sums + found[chunk]["sums"], gradient + found[chunk]["gradient"]
         return Slope(float(sums[0] / sums[1]), gradient / sums[1])
 
     def _gradients(
         self, request: Gradient, chunks: Sequence[int], costs: Sequence[int]
     ) -> Generator[tuple[int, TextGradient], None, None]:
-        """Compute the gradient on chunks of a text, here or on workers; yield each with the chunk's index."""
+        """Compute the gradient on chunks of a text, here or on workers, and yield each chunk's index with its gradient."""
         prepared, objective = self.prepared, self.prepared.options.made_small
         against: Against = "labels" if objective == "loss" else "base" if request.text == GENERAL else "adapter"
         text, coefficients = prepared.texts[request.text].fitted, self.parameters.coefficients(request.coefficients)
@@ -215,21 +215,21 @@ class _Run(DividedFit):
             yield chunk, self.model.gradient(sequences, coefficients, against)
 
     def _losses(self, number: int, request: Measure) -> algorithm.HeldOutAnswer:
-        """Measure models on the held-out sequences."""
+        """Measure the requested coefficients on the held-out sequences."""
         self.held.measure(number, request.coefficients)
         return algorithm.HeldOutAnswer(*self._held_sums(request.coefficients))
 
     def _held_sums(self, thetas: Sequence[Floats]) -> tuple[SequenceSums, SequenceSums]:
-        """Return the sums on both texts for the base, the unchanged adapter, and measured models."""
+        """Return the sums on both texts of the base, the unchanged adapter and these measured parameters."""
         return self.held.sums(GENERAL, thetas), self.held.sums(TASK, thetas)
 
     @cached_property
     def model(self) -> GradientModel:
-        """Make the model that computes gradients, on first use."""
+        """Make the model that computes gradients, when it is first needed."""
         job = self.prepared.model.job
         return GradientModel(job.plan, rounds_products=job.rounds_products, directory=self.directory, device=job.device)
 
     @cached_property
     def held(self) -> HeldOutText:
-        """Return the held-out measurements, once the logits are checked."""
+        """Return the held-out measurements; call `check` first, because it may divide the work again."""
         return HeldOutText(self, self.parameters)

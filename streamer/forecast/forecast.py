@@ -252,7 +252,7 @@ def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device,
 
 
 def _writing_seconds(writer: Writer, monitor: Monitor) -> float | None:
-    """Estimate the time for all output tensors and each matrix' metrics; None for deltas that cannot be added a few rows at a time."""
+    """Estimate the time for all output tensors and each matrix's metrics; None for deltas that cannot be added a few rows at a time."""
     plan = writer.spec.job.plan
     if plan.base.remote and writer.spec.base_bytes:
         return None
@@ -277,7 +277,7 @@ def _writing_seconds(writer: Writer, monitor: Monitor) -> float | None:
 
 
 def _metrics_seconds(job: Job, times: int) -> float:
-    """Estimate the time for the norms of each matrix' Δ and Δ', and for its projection."""
+    """Estimate the time for the norms of each matrix's Δ and Δ', and for its projection."""
     works = [(t.module.shape, t.module.factor_rank, job.intruders(t)) for t in job.plan.targets]
     units = sum(factor_cost(shape, r) + (times - 1) * factor_cost(shape, r + q) for shape, r, q in works)
     shape, rank, intruders = max(works, key=lambda work: factor_cost(work[0], work[1] + work[2]))

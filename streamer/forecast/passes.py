@@ -31,7 +31,7 @@ VALUE_BYTES, VARIANT_BYTES = 26, 8000
 """Largest JSON size in bytes of a sequence's sum, and of a variant's other figures, most of which count its divergences."""
 
 SET_BYTES, TENSOR_BYTES = 2500, 120
-"""Largest size in bytes of a coefficient set's figures in the file, and of an array's header entry without the matrix' name."""
+"""Largest size in bytes of a coefficient set's figures in the file, and of an array's header entry without the matrix's name."""
 
 RECORD_BYTES, PASS_BYTES = 300, 4000
 """Approximate size in bytes of a journal record without its gradient, and of a pass' sums."""

@@ -39,7 +39,7 @@ class Weighted:
 
 @dataclass(frozen=True, eq=False)
 class MatrixMeans:
-    """Mean coefficients of one matrix: of the whole delta, and of each intruder by falling singular value."""
+    """Mean coefficients of one matrix: of the whole delta, and of each intruder in descending order of singular values."""
 
     whole: Weighted
     intruders: tuple[Weighted, ...]
@@ -61,7 +61,7 @@ def matrix_means(delta: Delta, matrix: MatrixCoefficients, U: Tensor, name: str)
     matrix
         Coefficients of the delta's directions.
     U
-        (m, q) left singular vectors of the matrix' intruders.
+        (m, q) left singular vectors of the matrix's intruders.
     name
         The tensor's name, for messages.
 

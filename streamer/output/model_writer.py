@@ -55,7 +55,7 @@ class ModelWriter(Writer):
         ]  # fmt: skip
 
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
-        """Yield the bytes of a tensor by its recipe; the first tensor that uses a matrix' delta adds its metrics.
+        """Yield the bytes of a tensor by its recipe; the first tensor that uses a matrix's delta adds its metrics.
 
         Values that rounding leaves unchanged are counted while the bytes are made, and are in the metrics after the last piece.
         """

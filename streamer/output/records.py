@@ -26,7 +26,7 @@ class MitigatedMatrix(TypedDict):
     transposed: Annotated[bool, "Whether the base stores it as (inputs, outputs); decisions still use the output side."]
     intruders: Annotated[Ranks, "the intruders that were scaled."]
     certified: Annotated[bool | None, "Whether its decisions are certified; null if none were needed."]
-    delta_norm: Annotated[Amount, "Frobenius norm of the matrix' delta."]
+    delta_norm: Annotated[Amount, "Frobenius norm of the matrix's delta."]
     delta_norm_after: Annotated[Amount, "The same for what was written."]
     dropped: Annotated[Amount, "Share of the mitigated delta's Frobenius norm lost in projection onto the written rank; 0 for a merge."]
     values: NotRequired[Annotated[Count, "For a merge: number of values of the matrix, if one tensor of the base's dtype holds the sum; "

@@ -45,7 +45,7 @@ def live_job(
 
 
 def _named_in_memory(live: LivePlan, coefficients: FitSet) -> FitSet:
-    """Rename coefficients to the names in memory; each matrix' singular values are checked later to belong to this adapter.
+    """Rename coefficients to the names in memory; each matrix's singular values are checked later to belong to this adapter.
 
     Raises
     ------

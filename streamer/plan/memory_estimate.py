@@ -34,7 +34,7 @@ OUTPUT_BYTES = 1000
 """Memory of a merged model's tensor in the plan and header. Measured: 24 models of 6,000 tensors took 0.7 kB each."""
 
 MATRIX_BYTES = 20_000
-"""Memory of a matrix' findings and figures while they are computed and written. Measured with 3,840 matrices: 16 kB each."""
+"""Memory of a matrix's findings and figures while they are computed and written. Measured with 3,840 matrices: 16 kB each."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Plan:
 
     @cached_property
     def file_order(self) -> Callable[[Target], tuple[int, int]]:
-        """Return the key that sorts targets by the base's file order: the weight's position, and the matrix' index in it."""
+        """Return the key that sorts targets by the base's file order: the weight's position, and the matrix's index in it."""
         return _file_order(self.weights)
 
     def delta(self, target: Target, base: Tensor | None = None, *, double: bool = False,

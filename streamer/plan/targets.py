@@ -48,7 +48,7 @@ class Target:
     Attributes
     ----------
     tensor
-        The matrix' name: the tensor's name in the base, or a made-up name if the matrix is part of a tensor or combines several.
+        The matrix's name: the tensor's name in the base, or a made-up name if the matrix is part of a tensor or combines several.
     module
         The adapter's module.
     transposed

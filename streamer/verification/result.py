@@ -30,7 +30,7 @@ class RecomputedRecord(TypedDict):
     """A matrix that was recomputed."""
     tensor: Annotated[str, "Name of the tensor in the base."]
     error: Annotated[Amount, "The largest error found, as a share of what rounding permits: at most 1 if nothing differs."]
-    decisions: Annotated[bool, "Whether its similarities were recomputed too, with a full SVD (up to 2048 on the base matrix' short side)."]
+    decisions: Annotated[bool, "Whether its similarities were recomputed too, with a full SVD (if its short side is at most 2048)."]
 
 class SkippedRecord(TypedDict):
     """A matrix that was not recomputed, or a tensor or file that was not compared."""
