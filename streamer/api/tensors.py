@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,15 +16,16 @@ from torch import Tensor
 
 from streamer import __version__
 from streamer.detection.findings_file import lock_of
-from streamer.errors import MismatchError, OutputExistsError, UsageError
-from streamer.storage.atomic_file import remove_partials
+from streamer.errors import FormatError, MismatchError, UsageError
+from streamer.storage.atomic_file import partial_name, remove_partials
 from streamer.storage.buffers import Buffer, BufferRing, Piece, gather
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
+from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo, layout, tensor_nbytes
 from streamer.storage.lock import locked
-from streamer.storage.output_checks import check_replaced
-from streamer.storage.output_plan import OutputPlan, inspect_output
-from streamer.storage.shard_writer import Shard, ShardPlan, index_bytes, plan_shard, write_shard
+from streamer.storage.output_checks import check_name, check_output_path, check_replaced
+from streamer.storage.output_plan import OutputPlan, inspect_output, refuse_within_output
+from streamer.storage.shard_writer import Shard, ShardFile, ShardPlan, index_bytes, plan_shard, write_shard
 from streamer.storage.transaction import open_outputs
 from streamer.weights.dtypes import SPELLINGS, as_bytes, as_tensor, in_memory
 
@@ -60,23 +63,33 @@ def write_safetensors(
     max_shard_bytes
         Most bytes of tensors in a file of a directory; a larger tensor gets a file of its own.
     overwrite
-        Whether to replace a file, or an earlier output in the directory.
+        Whether to replace a file, or an earlier output in the directory with the files that its record lists. Nothing of it changes
+        until all new tensors are written beside it, so that an error leaves it as it was, and `tensors` may read from it.
 
     Raises
     ------
     StreamerError
-        `UsageError` for an invalid or repeated entry; `MismatchError` for a tensor that is missing, is one too many, or differs from its
-        entry; `OutputExistsError` for an output that is not replaced; `StorageError` if the disk refuses.
+        `UsageError` for an invalid argument, or an invalid or repeated entry; `MismatchError` for a tensor that is missing, is one too
+        many, or differs from its entry; `OutputExistsError` for an output that is not replaced; `StorageError` if the disk refuses.
     """
-    path, given, ring = Path(path), iter(tensors), BufferRing(PIECE_BYTES)
+    path, given, ring = Path(path), map(_pair, tensors), BufferRing(PIECE_BYTES)
+    texts: Any = {} if metadata is None else metadata
+    if not isinstance(texts, Mapping) or not all(isinstance(text, str) for item in texts.items() for text in item):
+        raise UsageError(f"metadata: expected strings by name, found {texts}")
+    if max_shard_bytes < 1:
+        raise UsageError(f"max_shard_bytes: expected 1 or more, found {max_shard_bytes}")
     if path.suffix == ".safetensors":
-        (plan,) = _planned(entries, path.name, metadata, math.inf)
-        check_replaced(path, overwrite, Path.is_file, "a file")
+        (plan,) = _planned(entries, path.name, texts, math.inf)
+        check_output_path(path.parent, (), path)
+        refuse_within_output(path)
+        check_name(path, partial_name(path.name))
+        make_directory(path.parent)
         with locked(lock_of(path), path):
+            check_replaced(path, overwrite, Path.is_file, "a file")
             remove_partials(path.parent, {path.name})
             write_shard(path.parent, plan, _shard(plan, given, ring, is_last=True))
         return
-    plans = _planned(entries, SINGLE_NAME, metadata, max_shard_bytes)
+    plans = _planned(entries, SINGLE_NAME, texts, max_shard_bytes)
     files, other = {plan.name: plan.nbytes for plan in plans}, INDEX_NAME
     index = index_bytes(
         {"weight_map": {info.name: plan.name for plan in plans for info in plan.header.tensors}},
@@ -86,17 +99,26 @@ def write_safetensors(
         files[INDEX_NAME], other = len(index), SINGLE_NAME
     # One digest for all: no run is ever taken up, as nothing is known of the tensors to come.
     output = OutputPlan(path, tuple(files.items()), "tensors", {}, (), (other,), version=__version__)
-    if inspect_output(output, overwrite, resume=False) == "done":
-        raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
-    with open_outputs([output], overwrite, resume=False) as (out,):
-        for plan in plans:
-            shard = _shard(plan, given, ring, plan is plans[-1])
-            file = write_shard(path, plan, shard, renames=False)
+    inspect_output(output, overwrite, resume=False)
+    written: list[ShardFile] = []
+
+    def write() -> None:
+        with contextlib.ExitStack() as undo:
+            undo.callback(remove_partials, path, {SINGLE_NAME})
+            for plan in plans:
+                shard = _shard(plan, given, ring, plan is plans[-1])
+                # All partial files have one name, so that a run with another number of shards also finds and removes them.
+                written.append(write_shard(path, dataclasses.replace(plan, name=SINGLE_NAME), shard, renames=False))
+            undo.pop_all()
+
+    with open_outputs([output], overwrite, resume=False, prepare=write) as (out,):
+        for plan, file in zip(plans, written, strict=True):
             out.take(plan.name, file.partial.name, file.written, file.sha256)
         if len(plans) > 1:
             with out.file(INDEX_NAME, len(index)) as last:
                 last.write(index)
-        out.commit({"schema": "streamer.output/tensors", "version": __version__})
+        # Without a plan, no call counts the output as its own: what a finished output lacks is not replaced by other tensors.
+        out.commit({"schema": "streamer.output/tensors", "version": __version__, "plan": ""})
 
 
 def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -131,10 +153,14 @@ def _read(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 
 def _planned(
-    entries: Iterable[tuple[str, object, Sequence[int]]], name: str, metadata: Mapping[str, str] | None, limit: float
+    entries: Iterable[tuple[str, object, Sequence[int]]], name: str, metadata: Mapping[str, str], limit: float
 ) -> list[ShardPlan]:
     """Plan one file of this name, or several numbered ones that hold up to `limit` bytes of tensors each."""
-    whole, _ = layout(map(_checked, entries))
+    checked = [*map(_checked, entries)]
+    try:
+        whole, _ = layout(checked, metadata)
+    except (FormatError, UnicodeEncodeError) as e:
+        raise UsageError(f"entries and metadata: {e}") from None
     groups: list[list[TensorInfo]] = [[]]
     for info in whole.tensors:
         if groups[-1] and info.end - groups[-1][0].start > limit:
@@ -142,7 +168,7 @@ def _planned(
         groups[-1].append(info)
     numbers = [f"-{i:05}-of-{len(groups):05}." for i in range(1, len(groups) + 1)] if len(groups) > 1 else ["."]
     return [
-        plan_shard(name.replace(".", number), [(i.name, i.dtype, i.shape) for i in group], dict(metadata or {}))
+        plan_shard(name.replace(".", number), [(i.name, i.dtype, i.shape) for i in group], dict(metadata))
         for number, group in zip(numbers, groups, strict=True)
     ]
 
@@ -162,8 +188,17 @@ def _checked(entry: tuple[str, object, Sequence[int]]) -> tuple[str, str, tuple[
 
 def _spelling(dtype: object) -> object:
     """Spell a dtype of torch or numpy as the format does; any other is returned as it is."""
+    if isinstance(dtype, type) and issubclass(dtype, np.generic):
+        dtype = np.dtype(dtype)
     of_torch: Any = getattr(torch, str(dtype).removeprefix("torch."), None)
     return SPELLINGS.get(of_torch, dtype)
+
+
+def _pair(item: Any) -> tuple[str, Any]:
+    """Check that an item of the tensors is a pair of a name and a tensor."""
+    if not (isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str)):
+        raise UsageError(f"tensors: expected pairs (name, tensor), as a dict's items(), found {type(item).__name__}")
+    return item[0], item[1]
 
 
 def _shard(plan: ShardPlan, given: Given, ring: BufferRing, is_last: bool) -> Shard:
@@ -197,6 +232,8 @@ def _data(info: TensorInfo, tensor: Any) -> memoryview:
         wanted, found = f"{info.nbytes} bytes", f"{memoryview(tensor).nbytes} bytes"
     if wanted != found:
         raise MismatchError(f"tensor {info.name!r}: expected {wanted} by its entry, found {found}")
+    if isinstance(tensor, np.ma.MaskedArray):
+        raise MismatchError(f"tensor {info.name!r}: expected plain values in memory, found a masked array; fill it")
     try:
         if isinstance(tensor, Tensor):
             return as_bytes(tensor.detach().cpu())

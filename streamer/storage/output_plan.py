@@ -143,7 +143,7 @@ def size_of(path: Path) -> int:
 def output_directories(plan: OutputPlan) -> Iterator[tuple[Path, set[str]]]:
     """Yield each existing directory that gets or got files, with the names of all files: a killed run left its partial files there."""
     old = own_names(plan.path, plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)
-    paths = [plan.path / name for name in (RECORD_NAME, *(name for name, _ in plan.files), *old)]
+    paths = [plan.path / n for n in (RECORD_NAME, *plan.conflicting_names, *(name for name, _ in plan.files), *old)]
     for directory in dict.fromkeys(path.parent for path in paths):
         if directory.is_dir():
             yield directory, {path.name for path in paths}

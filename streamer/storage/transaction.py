@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from streamer.errors import OutputError, StorageError
@@ -88,7 +88,7 @@ class OutputDirectory:
         The digest is the SHA-256 of the record's file with 64 zeros in the digest's place.
         """
         files = [{k: self._entries[name][k] for k in ("file", "bytes", "sha256")} for name, _ in self._plan.files]
-        record = {**record, "plan": self._plan.digest, "files": files, "sha256": "0" * 64}
+        record = {**record, "plan": record.get("plan", self._plan.digest), "files": files, "sha256": "0" * 64}
         record["sha256"] = hashlib.sha256(_record_bytes(record)).hexdigest()
         write_atomic(self.path / RECORD_NAME, _record_bytes(record))
         self._journal.remove()
@@ -106,11 +106,15 @@ def touch_output(plan: OutputPlan) -> str:
 
 @contextlib.contextmanager
 def open_outputs(
-    plans: Sequence[OutputPlan], overwrite: bool = False, resume: bool = True
+    plans: Sequence[OutputPlan],
+    overwrite: bool = False,
+    resume: bool = True,
+    prepare: Callable[[], None] = lambda: None,
 ) -> Iterator[list[OutputDirectory]]:
     """Lock the directories, resume interrupted runs or begin new ones, and keep the journals if the block raises.
 
     All are locked and checked before anything in any of them changes, so that a refusal leaves all of them unchanged.
+    Then `prepare` is called: it may write partial files, and if it raises, no old output has changed.
 
     Raises
     ------
@@ -132,14 +136,15 @@ def open_outputs(
                 raise OutputError(
                     f"{plan.path}: another run has just finished this output; run the command again to see it"
                 )
+        for directory, names in (found for plan in plans for found in output_directories(plan)):
+            remove_partials(directory, names)
+        prepare()
         yield [stack.enter_context(_begun(plan, state)) for plan, state in zip(plans, states, strict=True)]
 
 
 @contextlib.contextmanager
 def _begun(plan: OutputPlan, state: str) -> Iterator[OutputDirectory]:
     """Begin or resume one locked output in the state ``new`` or ``resume``."""
-    for directory, names in output_directories(plan):
-        remove_partials(directory, names)
     old = own_files(plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)
     if state == "new":
         # Remove the old commit point first, whether it is another output's or from a run killed at its very end: from here

@@ -69,9 +69,9 @@ def read_record(output: Path) -> dict[str, Any] | str:
     schema = record.get("schema")
     named = isinstance(schema, str) and schema.rpartition("/")[0] == SCHEMA.rpartition("/")[0]
     if named and schema != SCHEMA and record.get(DIGEST, "") in ("", _digest(path, record)):
-        raise FormatError(
-            f"{path}: expected schema {SCHEMA}, found {schema}; verify it with the version of streamer that wrote it"
-        )
+        other = "it was written by write_safetensors, which records digests alone; verify and report read outputs of mitigate, merge"
+        advice = other if schema.endswith("/tensors") else "verify it with the version of streamer that wrote it"
+        raise FormatError(f"{path}: expected schema {SCHEMA}, found {schema}; {advice}")
     known = {"schema": str, **_TYPES, **{key: kind for key, kind in _OPTIONAL.items() if key in record}}
     wrong = _wrong_key(record, known)
     if DIGEST not in record:  # a digest covers keys that later versions add; without one any other key is damage

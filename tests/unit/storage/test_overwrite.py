@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from helpers import tree_digest
 from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, interrupt, refusal, run
 
-from streamer.errors import OutputError, OutputExistsError, StorageError
+import streamer
+from streamer.detection.findings_file import lock_of
+from streamer.errors import FormatError, LockedError, OutputError, OutputExistsError, StorageError, StreamerError
+from streamer.storage.lock import locked
 from streamer.storage.output_plan import JOURNAL_NAME, LOCK_NAME, RECORD_NAME, inspect_output
 from streamer.storage.transaction import open_outputs
 
@@ -199,3 +208,78 @@ def test_a_large_file_that_was_edited_stays(tmp_path: Path) -> None:
         f.write(b"x")
     remove_own_files(tmp_path, files, ())
     assert [p.name for p in tmp_path.iterdir()] == ["edited"]
+
+
+OLD_TENSORS = {f"t{i}": torch.full((10,), float(i)) for i in range(3)}
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """Three shards of the public writer."""
+    write_all(tmp_path / "out", OLD_TENSORS.items())
+    return tmp_path / "out"
+
+
+def write_all(out: Path, tensors: Iterable[tuple[str, torch.Tensor]], **options: Any) -> None:
+    options = {"max_shard_bytes": 40, **options}
+    streamer.write_safetensors(out, [(n, "F32", (10,)) for n in OLD_TENSORS], tensors, **options)
+
+
+@pytest.mark.parametrize("most", [40, 80, 1000])
+def test_the_public_writer_replaces_an_output_by_one_made_from_it(written: Path, most: int) -> None:
+    """An error after any tensor leaves the old files byte for byte; what a killed run left beside them is removed."""
+    before = tree_digest(written)
+
+    def doubled(until: int) -> Iterator[tuple[str, torch.Tensor]]:
+        for i, (name, tensor) in enumerate(streamer.read_tensors(written)):
+            if i == until:
+                raise ZeroDivisionError
+            yield name, tensor * 2
+
+    for until in range(3):
+        with pytest.raises(ZeroDivisionError):
+            write_all(written, doubled(until), overwrite=True, max_shard_bytes=most)
+        assert tree_digest(written) == before
+    (written / f".model.safetensors.{'0' * 16}.partial").write_bytes(b"left")
+    write_all(written, doubled(3), overwrite=True, max_shard_bytes=most)
+    assert all(torch.equal(t, OLD_TENSORS[n] * 2) for n, t in streamer.read_tensors(written))
+    files = [f["file"] for f in json.loads((written / "streamer.json").read_text())["files"]]
+    assert sorted(p.name for p in written.iterdir()) == sorted([*files, "streamer.json"])
+
+
+def test_the_public_writer_keeps_what_is_left_of_a_finished_output(written: Path) -> None:
+    (written / "model-00002-of-00003.safetensors").unlink()
+    before = tree_digest(written)
+    with pytest.raises(OutputExistsError, match="holds another output"):
+        write_all(written, OLD_TENSORS.items())
+    assert tree_digest(written) == before
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("out/model-00001-of-00003.safetensors", "lies inside the output"),
+    ("out/new.safetensors", "lies inside the output"),
+    ("models--a--b/x.safetensors", "lies inside a hub cache"),
+    (f"{'n' * 230}.safetensors", "its name is too long"),
+    ("s3:/x.safetensors", "is an address"),
+])  # fmt: skip
+def test_the_public_writer_refuses_a_file_where_no_output_may_be(written: Path, name: str, words: str) -> None:
+    (written.parent / "models--a--b" / "blobs").mkdir(parents=True)
+    before = tree_digest(written.parent)
+    with pytest.raises(StreamerError, match=words), contextlib.chdir(written.parent):
+        write_all(Path(name), OLD_TENSORS.items(), overwrite=True)
+    assert tree_digest(written.parent) == before
+
+
+def test_the_public_writer_looks_at_a_file_under_its_lock(tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    with locked(lock_of(path), path):
+        path.write_bytes(b"of the other run")
+        with pytest.raises(LockedError):
+            write_all(path, OLD_TENSORS.items())
+    with pytest.raises(OutputExistsError):
+        write_all(path, OLD_TENSORS.items())
+
+
+def test_an_output_of_the_public_writer_is_none_that_is_verified(written: Path) -> None:
+    with pytest.raises(FormatError, match="was written by write_safetensors, which records digests alone; verify and"):
+        streamer.verify_output(written)

@@ -261,7 +261,12 @@ WELL = ("x", torch.zeros(2, 3))
 @pytest.mark.parametrize(
     ("kind", "entries", "tensors", "words"),
     [
-        (FormatError, [F23, F23], [], "tensor 'x' is laid out twice"),
+        (UsageError, [F23, F23], [], "entries and metadata: tensor 'x' is laid out twice"),
+        (UsageError, [("x", float, (1,))], [], "entry ('x', <class 'float'>, (1,)): unknown dtype"),
+        *[(UsageError, [F23], bad, f"tensors: expected pairs (name, tensor), as a dict's items(), found {kind}")
+          for bad, kind in [({"xy": 1}, "str"), (np.zeros((2, 2)), "ndarray"), ([("x",)], "tuple"), ([(*WELL, 1)], "tuple"),
+                            ([(1, WELL)], "tuple"), ([WELL, "no"], "str"), ([WELL, None], "NoneType")]],
+        (MismatchError, [F23], [("x", np.ma.zeros((2, 3), "f4"))], "tensor 'x': expected plain values in memory, found a masked"),
         (UsageError, [("x", "F33", (1,))], [], "entry ('x', 'F33', (1,)): unknown dtype 'F33'"),
         (UsageError, [("x", "F4", (1,))], [], "entry ('x', 'F4', (1,)): 1 values of F4 do not fill whole bytes"),
         (UsageError, [("x", "U8", (-1,))], [], "entry ('x', 'U8', (-1,)): the name is the metadata's, or a size is negative"),
@@ -287,3 +292,26 @@ def test_the_public_writer_refuses(
     assert not [*tmp_path.rglob("*.safetensors"), *tmp_path.rglob("*.partial")]
     streamer.write_safetensors(tmp_path / name, [F23], [WELL])  # the mistake corrected
     assert dict(streamer.read_tensors(tmp_path / name)).keys() == {"x"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"metadata": {"a": 1}}, "metadata: expected strings by name, found {'a': 1}"),
+        ({"metadata": {1: "a"}}, "metadata: expected strings by name, found {1: 'a'}"),
+        ({"metadata": ["ab"]}, "metadata: expected strings by name, found ['ab']"),
+        ({"metadata": {"a": "\udc80"}}, "entries and metadata: 'utf-8' codec can't encode"),
+        ({"max_shard_bytes": 0}, "max_shard_bytes: expected 1 or more, found 0"),
+    ],
+)
+def test_the_public_writer_refuses_an_option(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        streamer.write_safetensors(tmp_path / "out", [F23], [WELL], **options)
+    assert str(caught.value).startswith(words)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.dtype("f4"), "float32", torch.float32])
+def test_an_entry_takes_a_dtype_in_each_spelling(tmp_path: Path, dtype: object) -> None:
+    streamer.write_safetensors(tmp_path / "a.safetensors", [("x", dtype, (2, 3))], [WELL])
+    assert load_file(tmp_path / "a.safetensors")["x"].dtype == torch.float32
