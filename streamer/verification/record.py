@@ -70,7 +70,7 @@ def read_record(output: Path) -> dict[str, Any] | str:
     named = isinstance(schema, str) and schema.rpartition("/")[0] == SCHEMA.rpartition("/")[0]
     if named and schema != SCHEMA and record.get(DIGEST, "") in ("", _digest(path, record)):
         other = "it was written by write_safetensors, which records digests alone; verify and report read outputs of mitigate, merge"
-        advice = other if schema.endswith("/tensors") else "verify it with the version of streamer that wrote it"
+        advice = other if str(schema).endswith("/tensors") else "verify it with the version of streamer that wrote it"
         raise FormatError(f"{path}: expected schema {SCHEMA}, found {schema}; {advice}")
     known = {"schema": str, **_TYPES, **{key: kind for key, kind in _OPTIONAL.items() if key in record}}
     wrong = _wrong_key(record, known)
