@@ -91,11 +91,23 @@ def affinity_cores() -> int:
 
 def give_freed_memory_back() -> None:
     """Return freed memory of all threads to the system, if the allocator keeps it and supports this (glibc)."""
-    if (trim := _malloc_trim()) is not None:
+    if (trim := _glibc("malloc_trim")) is not None:
         trim(0)
 
 
 @functools.cache
-def _malloc_trim() -> Any:
-    """Return glibc's function; None elsewhere."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+def limit_freed_memory() -> None:
+    """Limit the freed memory that each thread's heap keeps, until the process ends, if the allocator is glibc.
+
+    By default glibc raises both limits as blocks are freed, up to 32 and 64 MB. `give_freed_memory_back` does not reach the end of a heap
+    other than the main thread's, so each thread that waits would keep that much.
+    """
+    if (setting := _glibc("mallopt")) is not None:
+        setting(-3, 8 << 20)  # M_MMAP_THRESHOLD: larger blocks are mapped one by one
+        setting(-1, 1 << 20)  # M_TRIM_THRESHOLD: a heap's end keeps no more
+
+
+@functools.cache
+def _glibc(name: str) -> Any:
+    """Return a function of glibc; None elsewhere."""
+    return getattr(ctypes.CDLL(None), name, None)

@@ -25,7 +25,7 @@ from streamer.linalg.torch_state import free_product_buffers
 from streamer.methods import UNCHANGED
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
-from streamer.storage.system import give_freed_memory_back
+from streamer.storage.system import give_freed_memory_back, limit_freed_memory
 from streamer.streaming.collected import Collected, Complete
 from streamer.streaming.collecting import CollectingReader
 from streamer.streaming.differentiable import CoefficientDeltas, Setting
@@ -219,6 +219,7 @@ class CollectingModel(LoadedModel):
         """Run groups in turns; `between` is called each time all groups have reached the same layer."""
         self._turns = Turns([partial(self._run_group, group) for group in groups])
         self.batch.vocabulary = 0, 1
+        limit_freed_memory()
 
         def tidy() -> None:  # after a turn, whose thread would keep memory while others run
             free_product_buffers()
