@@ -34,6 +34,7 @@ from streamer.methods import UNCHANGED, RegMean, Shrink
 from streamer.methods.coefficients import Coefficients
 from streamer.methods.factors import FactorSet
 from streamer.plan.targets import Target
+from streamer.storage.system import limit_freed_memory
 from streamer.streaming.corrected import CorrectedModel
 from streamer.streaming.spool import Spool, Spooled
 from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED
@@ -78,6 +79,8 @@ class InputsRun(DividedFit):
         if all(factors_of(plan, target).is_zero() for target in plan.targets):
             raise prepared.nothing_to_fit()
         prepared.warn()
+        if prepared.max_memory is not None:
+            limit_freed_memory()
         spool = Spool(self.directory)
         try:
             with computing(self.records.threads, self.monitor):

@@ -39,6 +39,7 @@ from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import MemoryEstimate, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.storage.identities import BaseIdentity
+from streamer.storage.system import limit_freed_memory
 from streamer.streaming.base_inputs import BaseInputModel, BaseMatrix
 from streamer.streaming.extra import require_transformers
 from streamer.streaming.model import StreamingModel
@@ -209,6 +210,8 @@ def prepare_map(base: str | Path, text: Path, options: MapOptions, max_memory: i
     require_transformers()
     plan = make_base_plan(base, run.io, run.architecture)
     run.monitor.warn(plan.base.warnings)
+    if max_memory is not None:
+        limit_freed_memory()
     job = VariantSet(
         plan, (Variant(BASE, None),), None, rounds_products=options.dtype == "bf16", device=run.model_device
     )

@@ -124,6 +124,15 @@ def task_threads(count: int) -> Iterator[None]:
         yield
 
 
+OWN_THREADS = ("MainThread", "group ", "progress", "signals", "range", "prefetch", "write-", "hash", "ask")
+"""First words of the names of this program's threads; none of them multiplies while a group of sequences has paused."""
+
+
+def computes_alone() -> bool:
+    """Test that the process has no thread of a host program, which may compute at any moment."""
+    return all(thread.name.startswith(OWN_THREADS) for thread in threading.enumerate())
+
+
 def free_product_buffers() -> None:
     """Free what MKL keeps in each thread for its next product, a dozen MB or more, if torch computes with MKL; nothing may be computing."""
     if (free := _mkl_free_buffers()) is not None:

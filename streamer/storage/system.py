@@ -101,6 +101,7 @@ def limit_freed_memory() -> None:
 
     By default glibc raises both limits as blocks are freed, up to 32 and 64 MB. `give_freed_memory_back` does not reach the end of a heap
     other than the main thread's, so each thread that waits would keep that much.
+    That costs page faults: up to two fifths more processor time in a fit by inputs, so only a memory budget asks for it.
     """
     if (setting := _glibc("mallopt")) is not None:
         setting(-3, 8 << 20)  # M_MMAP_THRESHOLD: larger blocks are mapped one by one

@@ -21,11 +21,11 @@ from torch import nn
 
 from streamer.errors import UnsupportedError
 from streamer.linalg.allocation import CPU
-from streamer.linalg.torch_state import free_product_buffers
+from streamer.linalg.torch_state import computes_alone, free_product_buffers
 from streamer.methods import UNCHANGED
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
-from streamer.storage.system import give_freed_memory_back, limit_freed_memory
+from streamer.storage.system import give_freed_memory_back
 from streamer.streaming.collected import Collected, Complete
 from streamer.streaming.collecting import CollectingReader
 from streamer.streaming.differentiable import CoefficientDeltas, Setting
@@ -219,10 +219,10 @@ class CollectingModel(LoadedModel):
         """Run groups in turns; `between` is called each time all groups have reached the same layer."""
         self._turns = Turns([partial(self._run_group, group) for group in groups])
         self.batch.vocabulary = 0, 1
-        limit_freed_memory()
 
         def tidy() -> None:  # after a turn, whose thread would keep memory while others run
-            free_product_buffers()
+            if computes_alone():
+                free_product_buffers()
             give_freed_memory_back()
 
         def begin(number: int) -> None:
