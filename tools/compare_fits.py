@@ -48,7 +48,7 @@ MEASURES = {
     "left": "forgetting left",
     "other": "left on a third text",
     "kl": "KL left",
-    "same": "equal next tokens",
+    "same": "same top token",
 }
 """Shares: of the learning that is kept; of the forgetting that is left on text of the base's kind and on a third text; of the divergence
 from the base; and of the tokens after which the base expects the same."""
@@ -297,7 +297,7 @@ def means(results: Sequence[dict[str, Any]], keep: Sequence[float]) -> str:
         (what, middle, f"{words}, at {middle:.0%}") for what, words in MEASURES.items() if what not in ("kept", "left")
     ]
     columns = [[cells(found, share, what) for found in by_adapter(results)] for what, share, _ in wanted]
-    lines = ["| | " + " | ".join(head for *_, head in wanted) + f" | of the shrink's, at {middle:.0%} |"]
+    lines = ["| | " + " | ".join(head for *_, head in wanted) + f" | ratio to shrink, {middle:.0%} |"]
     lines.append("|---" * (len(wanted) + 2) + "|")
 
     def mean(

@@ -87,8 +87,8 @@ def build_parser() -> Parser:
     g.add_argument("--io", choices=["mmap", "pread"], default="mmap",
                          help="how to read tensors; use pread on network file systems (default: mmap)")  # fmt: skip
     g.add_argument("--remote", choices=["cache", "stream"],
-                   help="how to read an input at an address: cache downloads what is needed first; stream reads byte ranges and stores "
-                        "nothing (if not given: cache for the hub, else stream)")  # fmt: skip
+                   help="how to read an input at an address. cache: download what is needed before starting; stream: read byte ranges "
+                        "and store nothing (if not given: cache for the hub, else stream)")  # fmt: skip
     g.add_argument("--architecture", metavar="NAME",
                    help="class of BASE in transformers, such as GPT2LMHeadModel; needed only if a message asks for it")  # fmt: skip
 
@@ -112,9 +112,9 @@ def build_parser() -> Parser:
     g.add_argument("--solver", choices=["auto", "certified", "dense"],
                    help="certified: Krylov with bounds; dense: LAPACK's full SVD; auto: the cheaper one (default: auto)")  # fmt: skip
     g.add_argument("--max-memory", type=size, metavar="SIZE",
-                   help="memory limit, such as 600M or 4G, not counting memory-mapped files and the GPU driver. A low limit slows large "
-                        "matrices down and leaves decisions that need a full SVD undecided; a matrix that does not fit is refused "
-                        "(default: no limit)")  # fmt: skip
+                   help="memory limit, such as 600M or 4G, not counting memory-mapped files and the GPU driver. With a low limit, large "
+                        "matrices take longer, and directions that need a full SVD are left undecided; a matrix that does not fit is "
+                        "refused (default: no limit)")  # fmt: skip
     add_device(g)
     add_threads(g, "; on a busy machine, detection uses fewer threads if a measurement shows that this is faster")
 
@@ -252,8 +252,8 @@ def build_parser() -> Parser:
                      help="shares to keep, separated by commas (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
     add_amplify(sub)
     sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=list(WITHOUT_FILES),
-                     metavar="M,M", help=f"one or several of {', '.join(WITHOUT_FILES)}, separated by commas (default: all); name "
-                                         "the method of --coefficients to evaluate only its sets")  # fmt: skip
+                     metavar="M,M", help=f"one or several of {', '.join(WITHOUT_FILES)}, separated by commas (default: all); to "
+                                         "evaluate only the sets in --coefficients, give their method (fitted or regmean)")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
                      help="coefficients from `streamer fit`: each set is a variant; use texts that they were not fitted to")  # fmt: skip
     sub.add_argument(
@@ -279,7 +279,7 @@ def build_parser() -> Parser:
     inputs(sub)
     add_texts(sub)
     add_fit(sub)
-    add_computing(sub, "enough for gradients of 1,024 tokens and measurements of 4,096")
+    add_computing(sub, "enough to process 1,024 tokens at once for gradients and 4,096 for measurements")
     add_workers(sub)
     out = writing("FILE", "map file to write (.safetensors)")
     sub = command("map", "record the inputs of a base's modules on general text, for --map", out, of_base)

@@ -10,7 +10,7 @@ from streamer.cli.arguments import integer, number, numbers, size
 
 def add_texts(sub: argparse.ArgumentParser, built_in: bool = False) -> None:
     """Add the two texts, how much of each to read, and the dtype of products; `built_in` if general text has a default."""
-    more = " (default: the topics of Python's help; your own text works better)" if built_in else ""
+    more = " (default: Python's built-in help texts; your own text works better)" if built_in else ""
     sub.add_argument(
         "--general",
         required=not built_in,
@@ -30,8 +30,8 @@ def add_texts(sub: argparse.ArgumentParser, built_in: bool = False) -> None:
 def add_device(group: argparse._ActionsContainer) -> None:
     """Add the device option."""
     group.add_argument("--device", default="auto", metavar="DEV",
-                       help="cpu, cuda or cuda:i (cuda has not been run on a GPU yet); auto detects on a GPU if there is one, and runs "
-                            "models on the CPU (default: auto)")  # fmt: skip
+                       help="cpu, cuda or cuda:i (cuda has not been run on a GPU yet); auto: run detection on a GPU if "
+                            "there is one, and models on the CPU (default: auto)")  # fmt: skip
 
 
 def add_computing(sub: argparse.ArgumentParser, default: str = "no limit") -> None:
@@ -82,7 +82,7 @@ def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
 def add_map(sub: argparse.ArgumentParser) -> None:
     """Add the options of a map."""
     sub.add_argument("--general", metavar="TEXT", help="general text to run through BASE: .txt, .jsonl or .npy "
-                     "(default: the topics of Python's help)")  # fmt: skip
+                     "(default: Python's built-in help texts)")  # fmt: skip
     sub.add_argument("--vectors", type=integer, metavar="N",
                      help="leading vectors to store for each input (default: 16; when adding maps: as "
                           "many as the largest of them has)")  # fmt: skip

@@ -17,7 +17,7 @@ def add_workers(sub: argparse.ArgumentParser, parts: bool = False) -> None:
                         "ray:HOST:PORT; --threads and --max-memory apply to each task")  # fmt: skip
     if parts:
         g.add_argument("--part", type=_part, metavar="I/N",
-                       help="detect the I-th of N parts of the matrices, as a task of a job array, into a file beside FILE; when all parts "
+                       help="run detection on part I of N (for job arrays) and write the result to a file beside FILE; when all parts "
                             "are done, the same command without --part joins them")  # fmt: skip
 
 

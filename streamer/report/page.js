@@ -96,20 +96,20 @@ function showEvaluation(tree) {
   sortedTable(part, [
     names,
     numeric("general", "mean loss in nats on general text", "general", (v) => v.general.toFixed(4)),
-    numeric("forgetting", "how far this loss rises from the base's (0%) to the adapter's (100%)", "forgetting", (v) => error(v.forgetting, v.forgetting_se)),
+    numeric("forgetting", "where the general loss lies between the base's (0%) and the adapter's (100%)", "forgetting", (v) => error(v.forgetting, v.forgetting_se)),
     numeric("KL", "divergence from the base on general text, in nats", "kl", (v) => v.kl.toFixed(4)),
     numeric("divergence", "this divergence as a share of the adapter's", "divergence", (v) => error(v.divergence, v.divergence_se)),
     numeric("same top", "share of general text's tokens for which the variant and the base have the same most likely token", "agreement", (v) => percent(v.agreement)),
     numeric("task", "mean loss in nats on the task's text", "task", (v) => v.task.toFixed(4)),
-    numeric("kept", "how far this loss falls from the base's (0%) to the adapter's (100%)", "kept", (v) => error(v.kept, v.kept_se)),
+    numeric("kept", "where the task loss lies between the base's (0%) and the adapter's (100%)", "kept", (v) => error(v.kept, v.kept_se)),
     numeric("top-1", "share of the task's tokens that are the variant's most likely token", "top1", (v) => (v.top1 === null ? "–" : percent(v.top1))),
-    numeric("top-1 kept", "how far this share rises from the base's (0%) to the adapter's (100%)", "top1_kept", (v) => error(v.top1_kept, v.top1_kept_se)),
+    numeric("top-1 kept", "where top-1 lies between the base's (0%) and the adapter's (100%)", "top1_kept", (v) => error(v.top1_kept, v.top1_kept_se)),
     ...tree.others.flatMap((one, i) => {
       const column = (head, about, key, format) => ({ head, about, cell: (v) => text(format(v.others[i])), key: (v) => last(v.others[i][key]) });
       const kept = one.effect === "improves";
       return [
         column(one.name, "mean loss in nats on this text", "loss", (v) => v.loss.toFixed(4)),
-        column(`${one.name} ${kept ? "kept" : "left"}`, `how far this loss ${kept ? "falls" : "rises"} from the base's (0%) to the adapter's (100%)`, "share",
+        column(`${one.name} ${kept ? "kept" : "left"}`, "where the loss on this text lies between the base's (0%) and the adapter's (100%)", "share",
                (v) => error(v.share, v.share_se)),
         column(`${one.name} KL`, "divergence from the base on this text, in nats", "kl", (v) => v.kl.toFixed(4)),
       ];
@@ -174,7 +174,7 @@ function showFindings(tree) {
     { head: "λ", about: "share of each intruder that is kept", cell: (r) => text(String(r[0])), key: (r) => r[0] },
     { head: "paper", about: "norm removed, as a share of the delta's", cell: (r) => text(percent(r[1])), key: (r) => r[1] },
     { head: "project", about: "norm removed, as a share of the delta's", cell: (r) => text(percent(r[2])), key: (r) => r[2] },
-    { head: "norm left", about: "share of the norm that project leaves; a shrink with this λ leaves the same", cell: (r) => text(percent(r[3])), key: (r) => r[3] },
+    { head: "norm left", about: "share of the norm that project leaves; a shrink whose λ equals this value leaves the same norm", cell: (r) => text(percent(r[3])), key: (r) => r[3] },
   ], tree.lambdas, { id: "lambdas" });
   const worst = matrices.reduce((a, b) => (b.dropped > a.dropped ? b : a));
   beside.append(html("p", { class: "note" }, worst.dropped > 0
@@ -210,7 +210,7 @@ function showFindings(tree) {
     { head: "similarity", about: "lowest similarity of a direction to the base", up: true, cell: (m) => text(m.least.toFixed(3)), key: (m) => m.least },
     { head: "σ₁", about: "largest singular value of base + adapter", cell: (m) => text(four(m.sigma)), key: (m) => m.sigma },
     { head: "‖Δ‖", about: "norm of the delta", cell: (m) => text(four(m.norm)), key: (m) => m.norm },
-    { head: "energy", about: "the intruders' share of its squared norm", cell: (m) => text(percent(m.energy)), key: (m) => m.energy },
+    { head: "energy", about: "the intruders' share of the delta's squared norm", cell: (m) => text(percent(m.energy)), key: (m) => m.energy },
     { head: "lost", about: "share lost in projection onto the adapter's rank, by paper at λ = 0", cell: (m) => text(percent(m.dropped)), key: (m) => m.dropped },
     { head: "decided", about: "the solver that decided; open: not proven", up: true, cell: (m) => text(decided(m)), key: decided },
   ], matrices, { id: "matrices", limit: ROWS, by: 0 });
@@ -249,7 +249,7 @@ function showSeveral(list) {
     number("intruders", "in all matrices", "intruders"),
     number("in", "matrices with intruders", "touched"),
     number("‖Δ‖", "norm of the delta", "norm", four),
-    number("energy", "the intruders' share of its squared norm", "energy", percent),
+    number("energy", "the intruders' share of the delta's squared norm", "energy", percent),
     number("lost", "largest share of a matrix's delta lost in projection, by paper at λ = 0", "lost", percent),
     number("certified", "matrices with proven decisions only", "certified"),
   ], rows, { id: "adapters", marked: (r) => r === shown });

@@ -41,7 +41,7 @@ def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]
             f"{printable(most)} has the most intruders, {counts[most]}" if counts[most] else "no adapter has intruders"
         )
         return (
-            f"Of {counted(len(counts), 'adapter')}, {found}. What mitigation would change is not measured yet.",
+            f"Of {counted(len(counts), 'adapter')}, {found}. The effect of mitigation has not been measured yet.",
             measure[:1],
         )
     if subject.record is not None:
@@ -62,7 +62,7 @@ def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]
     carrying = f", with {100 * share:.1f}% of the adapter's energy" if findings.intruders else ""
     return (
         f"{counted(findings.intruders, 'intruder')} in {with_any} of {counted(len(findings), 'matrix')}{carrying}. "
-        "What mitigation would change is not measured yet.", measure,
+        "The effect of mitigation has not been measured yet.", measure,
     )  # fmt: skip
 
 
@@ -117,10 +117,10 @@ def _of_findings(findings: Findings) -> list[str]:
     k = options.top_k
     matrices = counted(len(findings), "matrix")
     changed = f"the {matrices}" if len(findings) == 1 else f"each of the {matrices}"
-    judged = f"the {k}" if isinstance(k, int) else f"{100 * k:g}% of the"
+    judged = f"the {k} leading" if isinstance(k, int) else f"the leading {100 * k:g}% of the"
     adapter, base = (f"“{_name(sources[what])}”" if what in sources else f"the {what}" for what in ("adapter", "base"))
     asked = (
-        f"In {changed} that {adapter} changes in {base}, {judged} leading singular directions of "
+        f"In {changed} that {adapter} changes in {base}, {judged} singular directions of "
         f"base + adapter were compared with all directions of the base. A direction is an intruder if its similarity to every one of them "
         f"is below {options.threshold_epsilon:g}."
     )
@@ -129,7 +129,7 @@ def _of_findings(findings: Findings) -> list[str]:
         found = "There are no intruders"
         least = min((min(m.detection.similarity) for m in findings if m.detection.similarity), default=None)
         found += "." if least is None else f": the least similar direction has a similarity of {least:.2f}."
-        return [asked, found, "A shrink of the whole adapter may still forget less."]
+        return [asked, found, "Scaling down the whole adapter (a shrink) may still reduce forgetting."]
     parts: Counter[str] = Counter()
     for m in findings:
         parts[part_of(m.tensor)] += len(m.detection.intruders)
@@ -148,14 +148,14 @@ def _of_findings(findings: Findings) -> list[str]:
 
 def _of_record(record: Mapping[str, Any]) -> list[str]:
     t = record["totals"]
-    what = "an adapter" if record["command"] == "mitigate" else "a model"
+    what = "adapter" if record["command"] == "mitigate" else "model"
     how = (
         f"method {record['method']}, λ = {record['lambda']}"
         if record.get("lambda") is not None
         else f"method {record['method']}"
     )
     made = (
-        f"This is {what} made of “{_name(record['adapter'])}” and “{_name(record['base'])}” by streamer {printable(record['version'])}: "
+        f"streamer {printable(record['version'])} made this {what} from “{_name(record['adapter'])}” and “{_name(record['base'])}”: "
         f"{how}, {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}."
     )
     same = f"Scaling the whole adapter by {t['equal_norm_shrink']:.4f} gives a delta of the same norm: use that as the baseline."

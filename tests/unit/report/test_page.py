@@ -104,7 +104,7 @@ def test_the_verdict_comes_first_and_commands_are_code(findings: Findings) -> No
         assert not re.search(r"<(?:p|li)>[^<]*streamer (?:evaluate|mitigate|fit|report) ", text)
     best = evaluation.best()
     assert headline(make_subject(findings, evaluation))[0][1:-1] == verdict(evaluation, best)[1:]
-    assert "is not measured yet" in headline(make_subject(findings))[0]
+    assert "has not been measured yet" in headline(make_subject(findings))[0]
 
 
 def test_numbers_are_rounded_once(findings: Findings) -> None:
@@ -205,7 +205,7 @@ def test_the_record_of_an_output(pair: tuple[Path, Path], findings: Findings, tm
     streamer.reduce_intruder_dimension(*pair, tmp_path / "out", findings=findings, mitigation_lambda=0.5)
     subject = open_subject(tmp_path / "out")
     made, compare, lost = sentences(subject)
-    assert "an adapter made of “adapter” and “base”" in made
+    assert "made this adapter from “adapter” and “base”" in made
     assert headline(subject)[0].startswith(
         "9 of 9 matrices mitigated and 9 intruders scaled; the norm of the delta changed from "
     )
