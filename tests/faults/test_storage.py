@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import names
+from helpers import names, tree_digest
 from transactions import INDEX, carry_out, check_whole, make_case, take
 from two_shards import SHARDS, two_shards
 
@@ -131,3 +132,12 @@ except InputChangedError as e:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
     expected = f"{base / SHARDS[1]}: shrank to 0 B during the run; get the file again\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
+
+
+@pytest.mark.long
+def test_users_run_without_checks_of_buffers_and_get_the_same_bytes(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "streamer", "merge", *map(str, inputs), "--method", "shrink", "--quiet", "-o"]
+    for name, checked in (("checked", {"STREAMER_CHECK_BUFFERS": "1"}), ("plain", {})):
+        env = {key: value for key, value in os.environ.items() if key != "STREAMER_CHECK_BUFFERS"} | checked
+        subprocess.run([*command, str(tmp_path / name)], env=env, check=True)
+    assert tree_digest(tmp_path / "checked") == tree_digest(tmp_path / "plain")

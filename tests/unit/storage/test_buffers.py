@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import tree_digest
 
 from streamer.storage.buffers import QUEUE, BufferRing, Piece, gather
 from streamer.storage.page_cache import THREADED_BYTES
@@ -120,12 +116,3 @@ def test_chunks_are_refused_to_who_releases_none(inputs: tuple[Path, Path]) -> N
     assert b"".join(bytes(piece.view) for piece in kept) == file.view(info, 0, 100 * (QUEUE + 1))
     with pytest.raises(BufferError, match="all buffers of a ring are leased"):
         next(pieces)
-
-
-@pytest.mark.long
-def test_users_run_without_these_checks_and_get_the_same_bytes(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "streamer", "merge", *map(str, inputs), "--method", "shrink", "--quiet", "-o"]
-    for name, checked in (("checked", {"STREAMER_CHECK_BUFFERS": "1"}), ("plain", {})):
-        env = {key: value for key, value in os.environ.items() if key != "STREAMER_CHECK_BUFFERS"} | checked
-        subprocess.run([*command, str(tmp_path / name)], env=env, check=True)
-    assert tree_digest(tmp_path / "checked") == tree_digest(tmp_path / "plain")
