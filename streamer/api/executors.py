@@ -92,7 +92,7 @@ def _begin_worker(parent: Connection) -> None:
             parent.recv()
         os._exit(0)
 
-    Thread(target=end, daemon=True, name="parent").start()
+    Thread(target=end, daemon=True, name="streamer parent").start()
 
 
 @contextlib.contextmanager

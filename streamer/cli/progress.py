@@ -85,7 +85,7 @@ class Progress:
         self._bars: Bars | None = None
         self._lock = threading.RLock()
         self._closed = threading.Event()
-        self._ticker = threading.Thread(target=self._tick, daemon=True, name="progress")
+        self._ticker = threading.Thread(target=self._tick, daemon=True, name="streamer progress")
 
     def __call__(self, event: Event) -> None:
         """Show an event."""

@@ -32,12 +32,12 @@ def stop_on_signals(monitor: Monitor, tell: Callable[[str], None], close: Callab
         monitor.request_stop(first)
         tell(f"streamer: signal {int(first)}: stopping at the next safe point; once more to stop at once")
         second = signal.sigwait(watched)
-        closing = threading.Thread(target=close, daemon=True)
+        closing = threading.Thread(target=close, daemon=True, name="streamer close")
         closing.start()
         closing.join(0.5)  # an unresponsive terminal must not keep the process alive
         os._exit(128 + second)
 
-    threading.Thread(target=watch, daemon=True, name="signals").start()
+    threading.Thread(target=watch, daemon=True, name="streamer signals").start()
     try:
         yield
     finally:

@@ -80,7 +80,7 @@ class Prefetcher:
 
 def read_ahead(items: Sequence[T], load: Callable[[T], V], depth: int = 1) -> Generator[tuple[T, V], None, None]:
     """Yield each item with its result of `load`; a thread loads the next `depth` items while the current one is in use."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="streamer prefetch")
     try:
         load = in_context(load)
         coming = deque(pool.submit(load, item) for item in items[:depth])

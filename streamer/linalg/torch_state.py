@@ -124,8 +124,8 @@ def task_threads(count: int) -> Iterator[None]:
         yield
 
 
-OWN_THREADS = ("MainThread", "group ", "progress", "signals", "range", "prefetch", "write-", "hash", "ask")
-"""First words of the names of this program's threads; none of them multiplies while a group of sequences has paused."""
+OWN_THREADS = ("MainThread", "streamer ", "tqdm_monitor")
+"""First words of the names of threads that do not multiply while a group of sequences has paused; streamer names all its threads so."""
 
 
 def computes_alone() -> bool:

@@ -34,7 +34,7 @@ V = TypeVar("V")
 
 def at_once(ask: Callable[[T], V], items: Iterable[T]) -> list[V]:
     """Query a server about several files concurrently; results are in order."""
-    with ThreadPoolExecutor(ASKED_AT_ONCE, thread_name_prefix="ask") as pool:
+    with ThreadPoolExecutor(ASKED_AT_ONCE, thread_name_prefix="streamer ask") as pool:
         return list(pool.map(in_context(ask), items))
 
 

@@ -59,7 +59,7 @@ class Appender:
                     self._hash.update(view)
                     return
                 piece = Piece(bytes(view))
-        self._threads = self._threads or tuple(ThreadPoolExecutor(1, thread_name_prefix=f"write-{i}") for i in (1, 2))
+        self._threads = self._threads or tuple(ThreadPoolExecutor(1, "streamer write") for _ in range(2))
         self.flush(QUEUE - 1)
         (writer, hasher), view = self._threads, piece.view
         futures = writer.submit(self._write, view), hasher.submit(self._hash.update, view)

@@ -158,4 +158,4 @@ def _finish(ranges: list[Future[None]]) -> None:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="range")
+    return ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="streamer range")

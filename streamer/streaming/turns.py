@@ -31,7 +31,7 @@ class Turns:
             Called after each round.
         """
         threads = [
-            threading.Thread(target=self._thread, args=(i,), name=f"group {i}", daemon=True)
+            threading.Thread(target=self._thread, args=(i,), name=f"streamer group {i}", daemon=True)
             for i in range(len(self._runs))
         ]
         try:

@@ -50,7 +50,7 @@ def hash_files(paths: Mapping[Path, int], monitor: Monitor) -> dict[Path, str]:
     """
     total, progress = sum(paths.values()), _Progress()
     largest_first = sorted(paths, key=lambda path: (-paths[path], str(path)))
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="hash") as pool:
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="streamer hash") as pool:
         digests = {path: pool.submit(_hash_file, path, progress) for path in largest_first}
         try:
             waiting = set(digests.values())

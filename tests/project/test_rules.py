@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,16 @@ def test_only_the_command_line_prints_or_exits() -> None:
                 )  # ends a worker's process, not the caller's
                 ends = {("sys", "exit"), ("os", "_exit")}
                 assert worker or (node.value.id, node.attr) not in ends, f"{path.name}:{node.lineno}"
+
+
+def test_each_thread_is_known_as_ours_by_its_name() -> None:
+    """`computes_alone` goes by it."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("Thread", "ThreadPoolExecutor")):
+                assert re.search(r"[ =]f?'streamer \w", ast.unparse(node)), (
+                    f"{path.name}:{node.lineno}: name it 'streamer …'"
+                )
 
 
 def test_core_dependencies_are_the_five() -> None:

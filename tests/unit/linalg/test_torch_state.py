@@ -6,25 +6,32 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event
+from pathlib import Path
+from threading import Event, Thread
+from threading import enumerate as threads
 
 import pytest
 import torch
 from helpers import intruding_factors, power_law
 from measure import kilobytes
 from seeds import vary
+from tqdm import tqdm
 
 from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Dense
 from streamer.linalg.torch_state import (
+    OWN_THREADS,
     bfloat16_products,
+    computes_alone,
     free_product_buffers,
     full_float32,
     has_fast_bfloat16,
     task_threads,
 )
+from streamer.storage.atomic_file import AtomicFile
+from streamer.storage.page_cache import THREADED_BYTES
 from streamer.storage.system import give_freed_memory_back
 
 
@@ -124,6 +131,23 @@ def test_tasks_of_another_number_of_threads_wait() -> None:
     assert [count for count, _ in order] in ([2, 2, 2, 2, 3, 3], [2, 2, 3, 3, 2, 2])
     assert all(count == seen for count, seen in order)
     assert torch.get_num_threads() == before
+
+
+def test_only_a_thread_of_a_host_program_may_compute_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, end = set(threads()), Event()
+    monkeypatch.setattr(tqdm, "monitor_interval", 10)
+    with tqdm(total=1), AtomicFile(tmp_path / "f", THREADED_BYTES) as file:
+        file.write(bytes(THREADED_BYTES))
+        own = {thread.name for thread in set(threads()) - before}
+    assert own >= {"streamer write_0", "tqdm_monitor"}
+    assert all(name.startswith(OWN_THREADS) for name in own)
+    host = Thread(target=end.wait)
+    host.start()
+    assert not computes_alone()
+    end.set()
+    host.join()
 
 
 @pytest.mark.skipif(

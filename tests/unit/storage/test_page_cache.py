@@ -27,7 +27,7 @@ STEP_BYTES = 1 << 20
 
 
 def writers() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("write")]
+    return [t.name for t in threading.enumerate() if t.name.startswith("streamer write")]
 
 
 def slow_write(monkeypatch: pytest.MonkeyPatch) -> list[int]:
