@@ -20,7 +20,7 @@ from streamer.adapters.adapter_config import WEIGHTS_NAME
 from streamer.linalg.low_rank import LowRank
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.buffers import Piece
-from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
+from streamer.storage.checkpoint import INDEX_NAME, shard_names
 from streamer.storage.header import TensorInfo, tensor_nbytes
 from streamer.storage.shard_writer import index_bytes, plan_shard, write_shard
 from streamer.weights.dtypes import ENCODINGS, as_bytes
@@ -153,8 +153,7 @@ def write_base(
 
     shapes = model.tensors
     weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards, 1):
-        file = SINGLE_NAME if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+    for file, names in zip(shard_names(len(shards)), shards, strict=True):
         _write(directory / file, [(name, dtype, shapes[name]) for name in names], source)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:

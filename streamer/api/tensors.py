@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from streamer.detection.findings_file import lock_of
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.storage.atomic_file import partial_name, remove_partials
 from streamer.storage.buffers import Buffer, BufferRing, Piece, gather
-from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint, shard_names
 from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo, layout, tensor_nbytes
 from streamer.storage.lock import locked
 from streamer.storage.output_checks import check_name, check_output_path, check_replaced
 from streamer.storage.output_plan import OutputPlan, inspect_output, refuse_within_output
-from streamer.storage.shard_writer import Shard, ShardFile, ShardPlan, index_bytes, plan_shard, write_shard
-from streamer.storage.transaction import open_outputs
+from streamer.storage.shard_writer import Shard, ShardPlan, index_bytes, plan_shard, write_shard
+from streamer.storage.transaction import locked_outputs
 from streamer.weights.dtypes import SPELLINGS, as_bytes, as_tensor, in_memory
 
 PIECE_BYTES = 4 << 20
@@ -79,7 +79,7 @@ def write_safetensors(
     if max_shard_bytes < 1:
         raise UsageError(f"max_shard_bytes: expected 1 or more, found {max_shard_bytes}")
     if path.suffix == ".safetensors":
-        (plan,) = _planned(entries, path.name, texts, math.inf)
+        (plan,) = _planned(entries, texts, math.inf)
         check_output_path(path.parent, (), path)
         refuse_within_output(path)
         check_name(path, partial_name(path.name))
@@ -87,9 +87,9 @@ def write_safetensors(
         with locked(lock_of(path), path):
             check_replaced(path, overwrite, Path.is_file, "a file")
             remove_partials(path.parent, {path.name})
-            write_shard(path.parent, plan, _shard(plan, given, ring, is_last=True))
+            write_shard(path.parent, replace(plan, name=path.name), _shard(plan, given, ring, is_last=True))
         return
-    plans = _planned(entries, SINGLE_NAME, texts, max_shard_bytes)
+    plans = _planned(entries, texts, max_shard_bytes)
     files, other = {plan.name: plan.nbytes for plan in plans}, INDEX_NAME
     index = index_bytes(
         {"weight_map": {info.name: plan.name for plan in plans for info in plan.header.tensors}},
@@ -100,18 +100,16 @@ def write_safetensors(
     # One digest for all: no run is ever taken up, as nothing is known of the tensors to come.
     output = OutputPlan(path, tuple(files.items()), "tensors", {}, (), (other,), version=__version__)
     inspect_output(output, overwrite, resume=False)
-    written: list[ShardFile] = []
-
-    def write() -> None:
-        with contextlib.ExitStack() as undo:
-            undo.callback(remove_partials, path, {SINGLE_NAME})
-            for plan in plans:
-                shard = _shard(plan, given, ring, plan is plans[-1])
-                # All partial files have one name, so that a run with another number of shards also finds and removes them.
-                written.append(write_shard(path, dataclasses.replace(plan, name=SINGLE_NAME), shard, renames=False))
-            undo.pop_all()
-
-    with open_outputs([output], overwrite, resume=False, prepare=write) as (out,):
+    with locked_outputs([output], overwrite, resume=False) as (begun,), contextlib.ExitStack() as undo:
+        undo.callback(remove_partials, path, {SINGLE_NAME})
+        # All partial files have one name, so that a run with another number of shards also finds and removes them.
+        written = [
+            write_shard(
+                path, replace(plan, name=SINGLE_NAME), _shard(plan, given, ring, plan is plans[-1]), renames=False
+            )
+            for plan in plans
+        ]
+        out = undo.enter_context(begun)
         for plan, file in zip(plans, written, strict=True):
             out.take(plan.name, file.partial.name, file.written, file.sha256)
         if len(plans) > 1:
@@ -153,9 +151,9 @@ def _read(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 
 def _planned(
-    entries: Iterable[tuple[str, object, Sequence[int]]], name: str, metadata: Mapping[str, str], limit: float
+    entries: Iterable[tuple[str, object, Sequence[int]]], metadata: Mapping[str, str], limit: float
 ) -> list[ShardPlan]:
-    """Plan one file of this name, or several numbered ones that hold up to `limit` bytes of tensors each."""
+    """Plan the files of a directory, which hold up to `limit` bytes of tensors each."""
     checked = [*map(_checked, entries)]
     try:
         whole, _ = layout(checked, metadata)
@@ -166,10 +164,9 @@ def _planned(
         if groups[-1] and info.end - groups[-1][0].start > limit:
             groups.append([])
         groups[-1].append(info)
-    numbers = [f"-{i:05}-of-{len(groups):05}." for i in range(1, len(groups) + 1)] if len(groups) > 1 else ["."]
     return [
-        plan_shard(name.replace(".", number), [(i.name, i.dtype, i.shape) for i in group], dict(metadata))
-        for number, group in zip(numbers, groups, strict=True)
+        plan_shard(name, [(i.name, i.dtype, i.shape) for i in group], dict(metadata))
+        for name, group in zip(shard_names(len(groups)), groups, strict=True)
     ]
 
 

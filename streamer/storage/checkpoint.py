@@ -27,6 +27,11 @@ _PLAIN = re.compile(r"(?![A-Za-z]:)[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.safetensors
 """File names that are not hidden and contain no drive, directory or control characters."""
 
 
+def shard_names(count: int) -> list[str]:
+    """Name the files of a model as transformers does: one file, or numbered shards."""
+    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE_NAME]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Open files of a model, the map from tensors to files, and the rest of the index.

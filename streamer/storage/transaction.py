@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from streamer.errors import OutputError, StorageError
@@ -36,10 +36,7 @@ class OutputDirectory:
     """Writer of an output directory's files; made by `open_outputs`."""
 
     def __init__(self, plan: OutputPlan, journal: Journal, resumed: bool) -> None:
-        self.path = plan.path
-        self.resumed = resumed
-        self._plan = plan
-        self._journal = journal
+        self.path, self.resumed, self._plan, self._journal = plan.path, resumed, plan, journal
         self._entries: dict[str, dict[str, Any]] = {}
         for i in range(1, len(journal)):
             entry = journal_entry(journal, i)
@@ -77,7 +74,7 @@ class OutputDirectory:
         found = size_of(self.path / partial)
         if found != nbytes or nbytes != dict(self._plan.files)[name]:
             raise StorageError(
-                f"{self.path / partial}: a worker wrote {nbytes} bytes, found {found}; run the same command again"
+                f"{self.path / partial}: expected the {nbytes} bytes that were written, found {found}; run the same command again"
             )
         self.announce(name, nbytes, sha256, **detail)
         rename_partial(self.path / partial, self.path / name)
@@ -106,15 +103,21 @@ def touch_output(plan: OutputPlan) -> str:
 
 @contextlib.contextmanager
 def open_outputs(
-    plans: Sequence[OutputPlan],
-    overwrite: bool = False,
-    resume: bool = True,
-    prepare: Callable[[], None] = lambda: None,
+    plans: Sequence[OutputPlan], overwrite: bool = False, resume: bool = True
 ) -> Iterator[list[OutputDirectory]]:
     """Lock the directories, resume interrupted runs or begin new ones, and keep the journals if the block raises.
 
     All are locked and checked before anything in any of them changes, so that a refusal leaves all of them unchanged.
-    Then `prepare` is called: it may write partial files, and if it raises, no old output has changed.
+    """
+    with locked_outputs(plans, overwrite, resume) as outputs, contextlib.ExitStack() as stack:
+        yield [stack.enter_context(output) for output in outputs]
+
+
+@contextlib.contextmanager
+def locked_outputs(
+    plans: Sequence[OutputPlan], overwrite: bool, resume: bool
+) -> Iterator[list[contextlib.AbstractContextManager[OutputDirectory]]]:
+    """Lock and check the directories. Entering a context begins or resumes its output's run; until then the old files stay unchanged.
 
     Raises
     ------
@@ -138,8 +141,7 @@ def open_outputs(
                 )
         for directory, names in (found for plan in plans for found in output_directories(plan)):
             remove_partials(directory, names)
-        prepare()
-        yield [stack.enter_context(_begun(plan, state)) for plan, state in zip(plans, states, strict=True)]
+        yield [_begun(plan, state) for plan, state in zip(plans, states, strict=True)]
 
 
 @contextlib.contextmanager
