@@ -38,6 +38,7 @@ from streamer.storage.output_checks import (
     check_output_path,
     check_space,
     exists,
+    not_own,
     refuse_no_file,
     refuse_symlink,
 )
@@ -193,9 +194,7 @@ def is_findings_file(path: Path) -> bool:
 def refuse_foreign(path: Path) -> None:
     """Refuse to replace a file other than findings: it may be weights."""
     if not is_findings_file(path):
-        raise OutputExistsError(
-            f"{path}: exists and is not findings, which is all that is replaced; choose another output", path
-        )
+        raise not_own(path, "findings")
 
 
 def save_findings_file(path: Path, head: FindingsHead, matrices: Sequence[MatrixFinding], overwrite: bool) -> None:

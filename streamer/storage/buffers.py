@@ -18,6 +18,7 @@ RELEASED = b"\xff"
 
 _GONE = memoryview(b"")
 _GONE.release()
+"""Takes the place of a piece's own view, which cannot be released itself while an array uses it."""
 
 
 class Piece:

@@ -38,16 +38,12 @@ T = TypeVar("T")
 _monitor: ContextVar[Monitor | None] = ContextVar("monitor", default=None)
 
 
-@cache
+_http_access = cache(HttpAccess)
+
+
 def access_of(url: str) -> Access:
     """Return the access for a URL."""
-    scheme = url.partition("://")[0]
-    return _access_of_scheme("http" if scheme in ("http", "https") else scheme)
-
-
-@cache
-def _access_of_scheme(scheme: str) -> Access:
-    return HttpAccess() if scheme == "http" else BucketAccess()
+    return _http_access() if url.startswith(("http://", "https://")) else BucketAccess()
 
 
 def heed(monitor: Monitor) -> None:
