@@ -231,7 +231,6 @@ def make_map(prepared: PreparedMap, output: Path | None) -> InputMap:
         return load_map(output)
     with file.written() as records:
         made = _made(prepared, records, output.parent)
-        prepared.plan.check_unchanged()
         made.save(output, overwrite=True)  # `inspect` has permitted it for any existing file
     return load_map(output)
 
@@ -255,6 +254,7 @@ def _made(prepared: PreparedMap, records: Records, directory: Path | None) -> In
         hooks = progress.readings(costs, [1] * len(costs))
         groups = [Group(group, GENERAL_AS, hook) for group, hook in zip(prepared.groups, hooks, strict=True)]
         model.collect(groups, complete)
+    plan.check_unchanged()
     for cost in costs:
         progress.advance(cost)
     progress.finish()

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from streamer.detection.device import choose_device
 from streamer.detection.options import Run
@@ -18,7 +18,7 @@ from streamer.fitting.options import WEIGHTS
 from streamer.fitting.prepare import PreparedFit
 from streamer.measuring.pass_memory import TRANSFORMERS_BYTES
 from streamer.measuring.sequences import TextSequences
-from streamer.measuring.task import one_at_a_time
+from streamer.measuring.task import Model, kept_model
 from streamer.methods.coefficient_set import Floats
 from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import MemoryEstimate
@@ -28,13 +28,11 @@ from streamer.streaming.corrected import CorrectedModel
 from streamer.streaming.gradients import Against, GradientModel, TextGradient
 from streamer.streaming.inputs import CollectingModel
 from streamer.streaming.layer_runs import Elsewhere, LayerResult, LayerRun
-from streamer.streaming.model import LoadedModel, ModelSize
+from streamer.streaming.model import ModelSize
 from streamer.streaming.values import VariantSet
-from streamer.workers.task import Carried, Found, Packed, Task, keep_last
+from streamer.workers.task import Carried, Found, Packed, Task
 
-_models: dict[tuple[type, bool, str, Path | None], LoadedModel] = {}
-
-Model = TypeVar("Model", bound=LoadedModel)
+_models: dict[Any, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -55,20 +53,18 @@ class ModelTask(Task[Found]):
 
     @contextlib.contextmanager
     def model(self, kind: type[Model], plan: Plan) -> Iterator[Model]:
-        """Yield a model that the process keeps for later tasks, to one task at a time."""
-        key = kind, self.rounds_products, self.device, self.directory
-        with one_at_a_time():
-            model = _models.pop(key, None)
-            if not isinstance(model, kind) or model.job.plan is not plan:
-                directory = self.directory if self.directory is not None and self.directory.is_dir() else None
-                make: Callable[..., Model] = kind
-                model = make(
-                    plan, rounds_products=self.rounds_products, directory=directory, device=choose_device(self.device)
-                )
+        """Yield a model that the process keeps for later tasks; check that no input changed while it was used."""
+
+        def make() -> Model:
+            made: Callable[..., Model] = kind
+            directory = self.directory if self.directory is not None and self.directory.is_dir() else None
+            return made(
+                plan, rounds_products=self.rounds_products, directory=directory, device=choose_device(self.device)
+            )
+
+        with kept_model(_models, (kind, self.rounds_products, self.device, self.directory), plan, make) as model:
             yield model
             plan.check_unchanged()
-            _models[key] = model
-            keep_last(_models)
 
 
 @dataclass(frozen=True)

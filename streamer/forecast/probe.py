@@ -47,8 +47,8 @@ class TimedModel(StreamingModel):
         products = self.size.products
         alike: dict[type, list[tuple[nn.Module, int]]] = {}
         for path, layer in layer_modules(self._model).items():
-            inside = [t for at, _, own in self.modules if at.startswith(f"{path}.") for t in own.values()]
-            alike.setdefault(type(layer), []).append((layer, sum(products.get(t.name, 0) for t in inside)))
+            own = sum(products.get(t.name, 0) for t in self.inside(path))
+            alike.setdefault(type(layer), []).append((layer, own))
         self._left_out = 0.0
         not_run = 0
         for (first, own), *others in alike.values():

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,8 @@ from streamer.measuring.pass_memory import Pass
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.statistics import MEASURES, SequenceSums
 from streamer.plan.batch import AdapterBatch
-from streamer.streaming.model import StreamingModel, vocabulary_block
+from streamer.plan.plan import Plan
+from streamer.streaming.model import LoadedModel, StreamingModel, vocabulary_block
 from streamer.streaming.run_time import RunTimeTensor
 from streamer.streaming.values import VariantSet
 from streamer.workers.task import Carried, Task, keep_last
@@ -61,14 +62,21 @@ def run_pass(
 _computing = threading.Lock()
 """Lock that lets a process run one pass at a time, because torch's settings for matrix products apply to all threads."""
 
-_models: dict[tuple[str, tuple[int, ...]], StreamingModel] = {}
+Model = TypeVar("Model", bound=LoadedModel)
+
+_models: dict[Any, StreamingModel] = {}
 
 
 @contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Compute in full float32 inside the context, while no other task of this process computes."""
+def kept_model(models: dict[Any, Model], key: object, plan: Plan, make: Callable[[], Model]) -> Iterator[Model]:
+    """Yield one of the models that a process keeps for later tasks, or make it; in full float32, and to one task at a time."""
     with _computing, full_float32():
-        yield
+        model = models.pop(key, None)
+        if model is None or model.job.plan is not plan:
+            model = make()
+        yield model
+        models[key] = model
+        keep_last(models)
 
 
 @dataclass(frozen=True)
@@ -98,15 +106,13 @@ class PassTask(Task[SequenceSums]):
     def do(self, batch: AdapterBatch, monitor: Monitor) -> SequenceSums:
         """Run the pass, on a model that the process keeps for later passes."""
         (plan,), key = batch.plans, (self.described.digest, self.variants)
-        with one_at_a_time():
-            model = _models.pop(key, None)
-            if model is None or model.job.plan is not plan:
-                job = VariantSet(plan=plan, **self.described.value)
-                model = StreamingModel(replace(job, variants=tuple(job.variants[v] for v in self.variants)))
-            sums = run_pass(model, self.text, self.where, lambda _tensor: None)
-            _models[key] = model
-            keep_last(_models)
-        return sums
+
+        def make() -> StreamingModel:
+            job = VariantSet(plan=plan, **self.described.value)
+            return StreamingModel(replace(job, variants=tuple(job.variants[v] for v in self.variants)))
+
+        with kept_model(_models, key, plan, make) as model:
+            return run_pass(model, self.text, self.where, lambda _tensor: None)
 
 
 def describe(job: VariantSet) -> Carried[Mapping[str, Any]]:

@@ -129,8 +129,7 @@ class CorrectedModel(InputModel):
         """State what is taken of a layer that is being corrected, and the factors of its targets as they are by now."""
         if self._by_layer is None:
             return run
-        inside = [own for path, _, own in self.modules if f"{path}.".startswith(f"{run.layer}.")]
-        names = {t.tensor for own in inside for tensor in own.values() for t, _ in self.values.targets(tensor)}
+        names = {t.tensor for tensor in self.inside(run.layer) for t, _ in self.values.targets(tensor)}
         assert isinstance(self._deltas[1], FactorDeltas)
         rights = {name: self._deltas[1].rights[name] for name in sorted(names)} if run.stream in CORRECTED else None
         return dataclasses.replace(run, waiting=frozenset(self._by_layer.waiting), rights=rights)

@@ -121,8 +121,7 @@ class GradientModel(LoadedModel):
                 f"{plan.base.path}: {type(self._model).__name__} has no layers that can run again for a backward pass; not supported by fit"
             )
         for path, layer in layers.items():
-            inside = [t for at, _, own in self.modules if f"{at}.".startswith(f"{path}.") for t in own.values()]
-            adapted = any(self.values.targets(tensor) for tensor in inside)
+            adapted = any(map(self.values.targets, self.inside(path)))
             SpooledLayer(path, layer, self.spool, self._anchored if adapted else lambda: None)
 
     def close(self) -> None:

@@ -168,8 +168,7 @@ class CollectingModel(LoadedModel):
         for number in sorted(found):
             result, written = found[number]
             self._begin(number, groups[number])
-            inside = f"{runs[number].layer}."
-            for tensor in (t for path, _, own in self.modules if f"{path}.".startswith(inside) for t in own.values()):
+            for tensor in self.inside(runs[number].layer):
                 groups[number].on_read(tensor)
             for one, place in zip(result.taken, written, strict=True):
                 self._take(replace(one, matrix=self._own(one.matrix), x=one.x if one.size else None), place)

@@ -139,6 +139,10 @@ class LoadedModel:
         self.positions = self._position_count(getattr(config, "max_position_embeddings", None))
         self.size = self._size(config, inner, tensors.values())
 
+    def inside(self, layer: str) -> list[RunTimeTensor]:
+        """List the parameters of a layer, by its path."""
+        return [t for path, _, own in self.modules if f"{path}.".startswith(f"{layer}.") for t in own.values()]
+
     def _size(self, config: Any, inner: Sequence[RunTimeTensor], tensors: Collection[RunTimeTensor]) -> ModelSize:
         chosen = getattr(config, "num_experts_per_tok", None) or 1
         run_all = {t.name for _, m, own in self.modules for t in own.values() if type(m).__name__ in RUN_ALL_EXPERTS}
