@@ -110,9 +110,7 @@ class InputsRun(DividedFit):
                 if self.uncorrected:
                     count, first = counted(len(self.uncorrected), "matrix"), listed(map(repr, sorted(self.uncorrected)))
                     self.monitor.warn(
-                        (
-                            f"a correction would have made {count} too large, {first}: they are as the first pass had them",
-                        )
+                        (f"a correction would have made {count} too large, {first}: they keep the first pass' factors",)
                     )
                 self.monitor.warn(misses(facts))
                 tensors = [target.tensor for target in plan.targets]

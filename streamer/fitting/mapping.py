@@ -266,7 +266,7 @@ def _made(prepared: PreparedMap, records: Records, directory: Path | None) -> In
         )
     if lacking := model.lacking():
         monitor.warn((f"the map lacks the inputs of {counted(len(lacking), 'matrix')}, {listed(map(repr, lacking))}: no token of the text "
-                      "reached them, or they are not seen; what an adapter adds there will stay",))  # fmt: skip
+                      "reached them, or their inputs cannot be collected; an adapter's deltas there will stay unchanged",))  # fmt: skip
     return InputMap(tuple(own), {**prepared.facts, "lacking": lacking})
 
 
@@ -277,8 +277,8 @@ def _shortness(prepared: PreparedMap, widest: int) -> list[str]:
         return [f"{prepared.text.name}: has {counted(tokens, 'token')}, fewer than the {vectors} vectors that are kept of each input; give "
                 "more text"]  # fmt: skip
     if tokens < widest:
-        return [f"{prepared.text.name}: has {tokens} tokens, fewer than the {widest} inputs of the widest matrix: of what it does not show "
-                "the mean is kept; more text may forget less"]  # fmt: skip
+        return [f"{prepared.text.name}: has {tokens} tokens, fewer than the {widest} inputs of the widest matrix: of what it does not "
+                "show, the map keeps the mean; with more text, adapters may forget less"]  # fmt: skip
     return []
 
 

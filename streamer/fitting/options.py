@@ -140,7 +140,7 @@ def divide(texts: Mapping[str, TextSequences], paths: Mapping[str, Path], option
         rows, count = np.array(list(first.values())), len(first)
         if count < 2 * LEAST:
             raise FormatError(
-                f"{paths[name]}: expected {2 * LEAST} different sequences at least, {LEAST} to fit on and {LEAST} to hold apart, found "
+                f"{paths[name]}: expected {2 * LEAST} different sequences at least, {LEAST} to fit on and {LEAST} to hold out, found "
                 f"{count}; give more"
             )
         held = min(count - LEAST, max(LEAST, round(options.holdout * count)))

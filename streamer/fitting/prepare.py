@@ -231,7 +231,7 @@ class PreparedFit:
 
     def nothing_to_fit(self) -> UnsupportedError:
         """Make the error of an adapter without a delta."""
-        return UnsupportedError(f"{self.plan.adapter.path}: changes nothing by its deltas, all of which are zero")
+        return UnsupportedError(f"{self.plan.adapter.path}: all of its deltas are zero, so there is nothing to fit")
 
     @property
     def of_algorithm(self) -> algorithm.Problem:
@@ -245,20 +245,19 @@ class PreparedFit:
             if held < FEW:
                 self.run.monitor.warn(
                     (
-                        f"the {name} text has {held} sequences held apart, on which it takes {telling(held):.1f} errors to tell what the "
-                        f"adapter has learned or forgotten; give more text, or more of it by --sequences, or hold more of it apart "
-                        "by --holdout",
+                        f"the {name} text has {held} held-out sequences, so only differences of over {telling(held):.1f} standard errors "
+                        "are evidence; give more text, or raise --sequences or --holdout",
                     )
                 )
         count, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
         if self.by_inputs:
             if len({text.whole.digest() for text in self.texts.values()}) == 1:
-                self.run.monitor.warn(("both texts are one: what is fitted to them is a shrink, Δ / (1 + mu)",))
+                self.run.monitor.warn(("both texts are the same, so the fit is a shrink, Δ / (1 + mu)",))
             widest = max((t.module.shape[1] for t in self.plan.targets if t.module.form != "embedding"), default=0)
             if count < widest:
                 self.run.monitor.warn(
-                    (f"the {name} text has {count} tokens to fit on, fewer than the {widest} inputs of the widest matrix: what it does not "
-                     "show is left to the ridge; more text may forget less",)
+                    (f"the {name} text has {count} tokens to fit on, fewer than the {widest} inputs of the widest matrix: the ridge "
+                     "decides what it does not show; with more text, the result may forget less",)
                 )  # fmt: skip
             return
         if count < TOKENS * self.parameters.count:
@@ -334,7 +333,8 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
         names = prepared.unchanged
         run.monitor.warn(
             (
-                f"what {plan.adapter.path.name} brings besides deltas stays unchanged: {counted(len(names), 'tensor')}, {listed(names)}",
+                f"{plan.adapter.path.name} also changes {counted(len(names), 'tensor')} by other means than deltas, {listed(names)}; the "
+                "fit keeps these changes",
             )
         )
     return prepared

@@ -195,8 +195,8 @@ def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> Adapt
     if not learning.is_positive:
         raise MismatchError(
             f"{name}: there is no evidence that the adapter learned this text, so there is nothing to keep: its loss less the base's is "
-            f"{-learning.value:.4f} ± {learning.error:.4f} on the {learning.sequences} sequences held apart, of which it takes "
-            f"{telling(learning.sequences):.1f} errors; give more text, or more of it by --sequences, or what the adapter was trained for"
+            f"{-learning.value:.4f} ± {learning.error:.4f} on {learning.sequences} held-out sequences, where only "
+            f"{telling(learning.sequences):.1f} standard errors are evidence; give more text, raise --sequences, or give text of its task"
         )
     return cast(AdapterFacts, {
         "forgotten": forgetting.is_positive,
@@ -290,9 +290,9 @@ def doubts(facts: AdapterFacts | Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"there is no evidence that the adapter forgets, so it can be used as it is (more text may show more): its loss on general text "
-        f"less the base's is {facts['forgetting']:.4f} ± {facts['forgetting_se']:.4f} on the sequences held apart"
+        f"less the base's is {facts['forgetting']:.4f} ± {facts['forgetting_se']:.4f} on the held-out sequences"
         + (
-            "; it improves that text, as of the task's kind: give text of what the model could do before"
+            "; the adapter improves that text, so it may resemble the task: give text of what the model could do before"
             if facts.get("improved")
             else ""
         )
@@ -306,7 +306,7 @@ def misses(facts: Mapping[str, Any]) -> list[str]:
         return []
     more = "more text" if by_inputs else "more text or --steps"
     missed = [
-        f"{100 * one['keep']:g}% was to be kept, and {100 * one['kept']:.1f}% is, on the sequences held apart; "
+        f"{100 * one['keep']:g}% was to be kept, and {100 * one['kept']:.1f}% is, on the held-out sequences; "
         + (
             f"ask for a larger share, or give {more}"
             if one.get("missed")

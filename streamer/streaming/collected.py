@@ -45,9 +45,9 @@ class Collected(Generic[M]):
     rounds
         For each time that inputs were passed on, the groups of matrices that share inputs from all tokens.
     instead
-        Receives the inputs in place of this object.
+        Receives the inputs instead of this object.
     taken
-        Lists the inputs in place of this object, for another process.
+        List of inputs for another process; if there is one, inputs are only listed there.
     """
 
     spool: Spool
@@ -84,9 +84,9 @@ class Collected(Generic[M]):
             self.add(Taken(matrix, matrix.tensor, ids, size))
 
     def add(self, one: Taken, written: Written | None = None) -> None:
-        """Add inputs, or for another process list them; `written` are those that are in the spool already."""
+        """Add inputs, or list them for another process; `written` are inputs that are already in the spool."""
         if self.taken is not None:
-            # What the layer does next may write over them.
+            # The layer may overwrite them later.
             self.taken.append(replace(one, x=None if one.x is None else one.x.clone()))
             return
         if one.size is not None and one.x is not None:

@@ -1,4 +1,4 @@
-"""Read a parameter of a model, and hand on what it is multiplied with."""
+"""Read a parameter of a model, and pass on the inputs that it multiplies."""
 
 from __future__ import annotations
 

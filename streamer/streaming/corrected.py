@@ -37,7 +37,7 @@ STREAMS = GENERAL_AS, TASK_AS, GENERAL_CORRECTED, TASK_CORRECTED
 OTHER_ORDER = "runs its matrices in a different order after some are replaced"
 
 Ask = Callable[[str, Arguments], LayerResult | None]
-"""Lets a layer run elsewhere, by its path; None if it is to run here."""
+"""Has a layer run elsewhere, given its path and arguments; returns None if it must run here."""
 
 Replace = Callable[[Sequence[Target], Mapping[int, RowMoments]], None]
 """Receives targets that share their inputs, and the moments of these inputs by stream, with rows in the same order."""
@@ -126,7 +126,7 @@ class CorrectedModel(InputModel):
         return super()._spool if self._by_layer is None else self._by_layer.spool
 
     def _completed(self, run: LayerRun) -> LayerRun:
-        """State what is taken of a layer that is being corrected, and the factors of its targets as they are by now."""
+        """Add to a run of the correction the matrices whose inputs it collects, and the current factors of its targets."""
         if self._by_layer is None:
             return run
         names = {t.tensor for tensor in self.inside(run.layer) for t, _ in self.values.targets(tensor)}
@@ -141,7 +141,7 @@ class CorrectedModel(InputModel):
             self._by_layer.add(one.matrix, written)
 
     def _run_one(self, run: LayerRun, args: Any, kwargs: Any) -> Any:
-        """Run a layer as it is, or as it is corrected, up to the first inputs that are waited for."""
+        """Run a layer with the adapter's deltas, or with the corrected ones up to the first inputs that are collected."""
         waiting, before = run.waiting, self.setting.deltas
         if waiting is None:
             return super()._run_one(run, args, kwargs)
@@ -181,7 +181,7 @@ class _LayerByLayer:
     pause
         Ends a group's turn.
     ask
-        Lets a layer run elsewhere, which ends the group's turn as well; None runs all here.
+        Has a layer run elsewhere, which also ends the group's turn; None runs all layers here.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class _LayerByLayer:
         versions = [one._version for one in tensors]
         out = self._run(path, forward, args, kwargs)
         for _ in inputs:
-            if self.ask is None or out is not None:  # as it asks it pauses
+            if self.ask is None or out is not None:  # `ask` itself pauses
                 self.pause()
             if out is None:
                 out = self._run(path, forward, args, kwargs)
@@ -254,7 +254,7 @@ class _LayerByLayer:
             raise _Reached
 
     def add(self, target: Target, x: Written) -> None:
-        """Add inputs of a matrix to those of the stream that runs."""
+        """Add inputs of a matrix to the current stream."""
         self._inputs.setdefault(target.tensor, {}).setdefault(self.stream, Inputs(self.spool)).add(x)
 
     def between(self) -> None:

@@ -64,7 +64,7 @@ class CollectingModel(LoadedModel):
     device
         See `VariantSet`.
     elsewhere
-        Runs layers, all groups' at a time; None runs them here, by turns. What comes of it is the same.
+        Runs one layer for all groups at a time; None runs layers here, in turns. The results are the same.
 
     Attributes
     ----------
@@ -127,21 +127,21 @@ class CollectingModel(LoadedModel):
 
     @contextlib.contextmanager
     def _replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
-        """Replace what layers run as inside the context; it is called with the layer's path and its own `forward`."""
+        """Inside the context, call `forward` instead of each layer's own, with the layer's path and its own `forward`."""
         for path, layer in self._layers.items():
             layer.forward = partial(forward, path, layer.forward)
         try:
             yield
         finally:
             for layer in self._layers.values():
-                del layer.forward  # the class's is left
+                del layer.forward  # uncovers the class's own
 
     def _forward(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         found = self._ask(path, (args, kwargs))
         return forward(*args, **kwargs) if found is None else found.out
 
     def _ask(self, path: str, arguments: Arguments) -> LayerResult | None:
-        """Let a layer run elsewhere for the group whose turn it is; None if it is to run here."""
+        """Have a layer run elsewhere for the current group, and return its result; None if it must run here."""
         if self._elsewhere is None:
             return None
         assert self._turns is not None
@@ -155,7 +155,7 @@ class CollectingModel(LoadedModel):
         return found
 
     def _answer(self, groups: Sequence[Group]) -> None:
-        """Run elsewhere what was asked for, and take what comes of it in the order of the groups."""
+        """Run the requested layers elsewhere, and add their inputs in the order of the groups."""
         asked, self._asked = self._asked, {}
         runs = {number: self._completed(run) for number, run in asked.items() if run is not None}
         if self._elsewhere is None or len(runs) < len(asked):
@@ -163,7 +163,7 @@ class CollectingModel(LoadedModel):
         found: dict[int, tuple[LayerResult, list[Written | None]]] = {}
         for number, result in self._elsewhere(runs):
             if result is None:
-                return  # and all run here, so that inputs come in the order of the groups
+                return  # all run here, so that inputs come in the order of the groups
             found[number] = result, [self._written(one) for one in result.taken]
         for number in sorted(found):
             result, written = found[number]
@@ -192,15 +192,15 @@ class CollectingModel(LoadedModel):
         self._collected.add(one, written)
 
     def _own(self, matrix: Any) -> Any:
-        """Return a matrix that another process names as it is here."""
+        """Return this process' object for a matrix of another process."""
         return matrix
 
     def run_layer(self, run: LayerRun) -> LayerResult | None:
         """Run a layer for another process; None if it writes into its arguments."""
         collected, values, arguments = self._collected, self.values, run.arguments
         collected.taken, collected.whole, values.applied, values.read = [], set(), set(), set()
-        self.setting.variant = GENERAL_AS if run.stream == GENERAL_AS else TASK_AS
-        self.batch.sequences, self.batch.length, self.batch.vocabulary = run.sequences, run.length, (0, 1)
+        self._set_stream(run.stream, run.sequences, run.length)
+        self.batch.vocabulary = 0, 1
         tensors = tensors_of(*arguments)
         versions = [one._version for one in tensors]
         with torch.no_grad(), quiet_transformers(), refused_errors(self.job.plan.base.path, self._model):
@@ -241,12 +241,13 @@ class CollectingModel(LoadedModel):
     def _begin(self, number: int, group: Group) -> None:
         """Set the stream and variant for a group's turn."""
         self._group = number
-        self._collected.stream, self.setting.variant = (
-            group.stream,
-            GENERAL_AS if group.stream == GENERAL_AS else TASK_AS,
-        )
         self.batch.on_read = group.on_read
-        self.batch.sequences, self.batch.length = len(group.text.ids), group.text.longest
+        self._set_stream(group.stream, len(group.text.ids), group.text.longest)
+
+    def _set_stream(self, stream: int, sequences: int, length: int) -> None:
+        """Set the stream, its variant, and how many sequences of how many tokens run."""
+        self._collected.stream, self.setting.variant = stream, GENERAL_AS if stream == GENERAL_AS else TASK_AS
+        self.batch.sequences, self.batch.length = sequences, length
 
     def _run_group(self, group: Group) -> None:
         ids, _ = group.text.padded(group.text.longest)
@@ -255,7 +256,7 @@ class CollectingModel(LoadedModel):
 
     def _before_layer(self, module: nn.Module, args: object) -> None:
         """Pause; of the earlier layers only the last one's outputs are still in memory."""
-        if self._turns is not None and self._elsewhere is None:  # where layers run elsewhere, `_ask` pauses
+        if self._turns is not None and self._elsewhere is None:  # if layers run elsewhere, `_ask` pauses
             self._turns.pause()
 
     def _after_layer(self, module: nn.Module, args: object, out: object) -> None:

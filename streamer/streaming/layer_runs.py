@@ -1,4 +1,4 @@
-"""Run layers elsewhere: what a layer is given goes there; what it returns, and the inputs of its matrices, come back."""
+"""Describe the runs of layers in other processes: they receive a layer's arguments, and return its result and its matrices' inputs."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 PLAIN = (type(None), bool, int, float, str)
-"""Types of arguments, beside tensors and what tensors are handed on in, of which another process has the same."""
+"""Types of arguments, besides tensors and containers, that can be copied to another process."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class LayerRun:
-    """A layer that is to run, and what it is given.
+    """A layer to run, and its arguments.
 
     Attributes
     ----------
     layer
         Path in the model.
     stream, sequences, length
-        What runs, and how many sequences of how many tokens.
+        One of `streams`, number of sequences, and tokens of each.
     waiting
-        Names of the matrices whose inputs are taken; None: all.
+        Names of the matrices whose inputs are collected; None for all.
     rights
-        R' (n, r) of the layer's targets, for a model that stops at the first inputs that are taken; None: the deltas as they are.
+        R' (n, r) of the layer's targets, for the corrected model, which stops at the first inputs that are collected; None for the
+        adapter's own deltas.
     """
 
     layer: str
@@ -52,9 +53,9 @@ class Taken:
     first
         Name of the first matrix that has the same inputs.
     x
-        The inputs (t, n), or one-hot ones by their numbers; None if they were taken for another matrix.
+        Inputs (t, n), or the indices of one-hot inputs; None if another matrix brought them.
     size
-        How many one-hot inputs there are.
+        Number of possible values of one-hot inputs.
     """
 
     matrix: Any
@@ -65,16 +66,16 @@ class Taken:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What came of a layer's run.
+    """Result of a layer's run.
 
     Attributes
     ----------
     out
-        What it returned; None if it stopped at inputs.
+        The layer's return value; None if it stopped at inputs.
     shared
-        What the containers among its arguments hold, in which layers hand tensors on.
+        Contents of the containers in which layers pass tensors on.
     taken
-        Inputs, in the order in which they came.
+        Inputs, in the order in which they were multiplied.
     applied, read, whole
         See `Values` and `Collected`.
     """
@@ -88,17 +89,17 @@ class LayerResult:
 
 
 Elsewhere = Callable[[Mapping[int, LayerRun]], Iterator[tuple[int, LayerResult | None]]]
-"""Runs layers, each by its number, on copies of what they are given; None comes of one that writes into these, and has to run where they
-are."""
+"""Runs layers on copies of their arguments, and yields each one's number and result; the result is None for a layer that writes into its
+arguments and therefore cannot run on copies."""
 
 
 def containers_of(arguments: Arguments) -> list[UserDict[Any, Any]]:
-    """List the arguments in which layers hand tensors on."""
+    """List the arguments in which layers pass tensors on."""
     return [leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, UserDict)]
 
 
 def is_portable(arguments: Arguments) -> bool:
-    """Test whether a layer's arguments are such as can be given to another process, and what it changes in them brought back."""
+    """Test whether a layer's arguments can be sent to another process, and its changes to them brought back."""
     args, kwargs = arguments
     inside = [leaf for one in containers_of(arguments) for leaf in tree_flatten(one.data)[0]]
     outer = [x for x in (*args, *kwargs.values()) if isinstance(x, list | dict)]  # which a layer may write to

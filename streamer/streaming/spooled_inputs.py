@@ -17,7 +17,7 @@ ROWS = 512
 
 @dataclass(frozen=True)
 class Written:
-    """Inputs (t, n) in a spool, how many there are, and the sum of their squares."""
+    """Inputs (t, n) in a spool, their number t, and the sum of their squares."""
 
     places: list[Spooled]
     rows: int

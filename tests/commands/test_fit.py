@@ -231,10 +231,10 @@ def test_of_a_short_text_fewer_coefficients_are_advised(server: Server, home: Pa
     assert done.code == 0
     *held, line = done.err.splitlines()
     assert line.endswith(f" for each; {advice}")
-    assert [line.split(" held apart")[0] for line in held] == [
-        f"streamer: warning: the {name} text has 2 sequences" for name in ("general", "task")
+    assert [line.split(" held-out")[0] for line in held] == [
+        f"streamer: warning: the {name} text has 2" for name in ("general", "task")
     ], "said before the first pass"
-    assert "on which it takes 12.7 errors to tell" in held[0]
+    assert "only differences of over 12.7 standard errors are evidence" in held[0]
 
 
 def test_a_text_that_the_adapter_has_not_learned(server: Server, home: Path, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
         none,
         {"task": place / "three.npy"},
         3,
-        f"{place}/three.npy: expected 4 different sequences at least, 2 to fit on and 2 to hold apart, found 3",
+        f"{place}/three.npy: expected 4 different sequences at least, 2 to fit on and 2 to hold out, found 3",
     )
     yield (
         ["--length", "8"],

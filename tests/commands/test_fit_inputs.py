@@ -61,7 +61,7 @@ def test_a_short_text_is_told(home: Path) -> None:
         )
     assert any(
         re.search(
-            r"text has 24 tokens to fit on, fewer than the 32 inputs of the widest matrix: what it does not show is left to the ridge",
+            r"text has 24 tokens to fit on, fewer than the 32 inputs of the widest matrix: the ridge decides what it does not show",
             one,
         )
         for one in warned

@@ -120,7 +120,7 @@ def test_two_maps_are_added(server: Server, home: Path, tmp_path: Path) -> None:
 def test_a_text_that_is_short_for_the_inputs_is_told(home: Path) -> None:
     for sequences, told in (
         (2, "general.npy: has 6 tokens, fewer than the 16 vectors that are kept of each input; give more text"),
-        (6, "general.npy: has 18 tokens, fewer than the 48 inputs of the widest matrix: of what it does not show the mean is kept"),
+        (6, "general.npy: has 18 tokens, fewer than the 48 inputs of the widest matrix: of what it does not show, the map keeps the mean"),
         (16, None),
     ):  # fmt: skip
         warned: list[str] = []

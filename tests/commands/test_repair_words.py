@@ -185,9 +185,9 @@ def test_texts_of_one_kind_are_told(server: Server, home: Path, tmp_path: Path) 
     done = server.run(*line, tmp_path / "near.npy", "-o", tmp_path / "a")
     assert done.code == 0
     assert (
-        "on the sequences held apart; it improves that text, as of the task's kind: give text of what the model"
+        "on the held-out sequences; the adapter improves that text, so it may resemble the task: give text of what the model"
         in done.err
     )
     assert "writes the adapter as it is: there is no evidence that it forgets" in done.out
     same = server.run(*line, home / "task.npy", "-o", tmp_path / "b")
-    assert "both texts are one: what is fitted to them is a shrink, Δ / (1 + mu)" in same.err
+    assert "both texts are the same, so the fit is a shrink, Δ / (1 + mu)" in same.err

@@ -275,7 +275,7 @@ def test_an_adapter_that_holds_nan_or_nothing(job: Job, tmp_path: Path) -> None:
         values.update({name: np.zeros_like(value) for name, value in values.items()})
 
     for name, spoil, error, message in (("a", hole, NumericError, "holds NaN or Inf; check the adapter"),
-                                        ("b", nothing, UnsupportedError, "changes nothing by its deltas")):  # fmt: skip
+                                        ("b", nothing, UnsupportedError, "all of its deltas are zero")):  # fmt: skip
         adapter = spoilt(job, tmp_path / name, spoil)
         with pytest.raises(error, match=message):
             streamer.fit_coefficients(job.home / "base", adapter, general=job.home / "general.npy",

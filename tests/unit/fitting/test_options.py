@@ -92,6 +92,6 @@ def test_the_seed_decides() -> None:
 def test_a_text_too_short_to_hold_sequences_apart() -> None:
     with pytest.raises(
         FormatError,
-        match=r"t.npy: expected 4 different sequences at least, 2 to fit on and 2 to hold apart, found 3; give more",
+        match=r"t.npy: expected 4 different sequences at least, 2 to fit on and 2 to hold out, found 3; give more",
     ):
         divide(texts(4, 3), PATHS, FitOptions())

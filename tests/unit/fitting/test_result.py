@@ -35,7 +35,9 @@ def test_a_refusal_says_how_many_errors_the_sequences_take() -> None:
     with pytest.raises(MismatchError, match="no evidence that the adapter learned this text") as refused:
         adapter_facts(few, few, "task.txt")
     line = str(refused.value)
-    assert "-0.4000 ± 0.1000 on the 2 sequences held apart, of which it takes 12.7 errors; give more text" in line
+    assert (
+        "-0.4000 ± 0.1000 on 2 held-out sequences, where only 12.7 standard errors are evidence; give more text" in line
+    )
     many = sums([0.3, 0.5] * 4)
     assert adapter_facts(many, many, "task.txt")["learning"] == pytest.approx(0.4)
 
@@ -54,8 +56,8 @@ def test_a_set_that_keeps_less_than_was_wanted_or_much_more_says_so(left: float,
     assert (lines != []) is (missed or exceeded)
     assert misses({"sets": [one], "reliable": {"kept": False}}) == []
     if missed:
-        assert lines[0].startswith("90% was to be kept, and 85.0% is, on the sequences held apart;")
+        assert lines[0].startswith("90% was to be kept, and 85.0% is, on the held-out sequences;")
     elif exceeded:
         assert lines[0].startswith(
-            "90% was to be kept, and 94.0% is, on the sequences held apart; to forget less, ask for a smaller share"
+            "90% was to be kept, and 94.0% is, on the held-out sequences; to forget less, ask for a smaller share"
         )
