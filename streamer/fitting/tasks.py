@@ -126,10 +126,10 @@ def layers_on_workers(job: VariantSet, run: Run, threads: int) -> Elsewhere | No
     )
 
     def elsewhere(runs: Mapping[int, LayerRun]) -> Iterator[tuple[int, LayerResult | None]]:
-        tasks, numbers = [LayerTask(*common, one.layer, Packed(one)) for one in runs.values()], [*runs]
+        tasks = {number: LayerTask(*common, one.layer, Packed(one)) for number, one in runs.items()}
         with contextlib.closing(workers.run(tasks, run.monitor, lambda _number: None)) as stream:
-            for i, found in stream:
-                yield numbers[i], found.value
+            for number, found in stream:
+                yield number, found.value
 
     return elsewhere
 
@@ -147,14 +147,11 @@ def gradients_on_workers(prepared: PreparedFit, directory: Path | None, coeffici
     run, job, carried = prepared.run, prepared.model.job, Carried(coefficients)
     assert run.workers is not None
     inputs = inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run)
-    tasks = [
-        GradientTask(inputs, threads, job.rounds_products, str(job.device), directory, carried, text, against)
-        for text in chunks.values()
-    ]
-    numbers = [*chunks]
-    with contextlib.closing(run.workers.run(tasks, run.monitor, lambda i: begin(tasks[i].name))) as stream:
-        for i, found in stream:
-            yield numbers[i], found
+    tasks = {
+        number: GradientTask(inputs, threads, job.rounds_products, str(job.device), directory, carried, text, against)
+        for number, text in chunks.items()
+    }
+    return run.workers.run(tasks, run.monitor, lambda number: begin(tasks[number].name))
 
 
 def shared_memory(

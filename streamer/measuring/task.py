@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -135,10 +135,11 @@ def run_on_workers(job: VariantSet, passes: Mapping[int, tuple[Pass, TextSequenc
     """
     assert run.workers is not None
     inputs, described = inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run), describe(job)
-    tasks = [PassTask(inputs, threads, described, (0, *one.variants), text, one.text) for one, text in passes.values()]
-    numbers: Sequence[int] = [*passes]
-    stream = run.workers.run(tasks, run.monitor, lambda i: begin(tasks[i].name))
-    with contextlib.closing(stream):
-        for i, sums in stream:
+    tasks = {
+        number: PassTask(inputs, threads, described, (0, *one.variants), text, one.text)
+        for number, (one, text) in passes.items()
+    }
+    with contextlib.closing(run.workers.run(tasks, run.monitor, lambda number: begin(tasks[number].name))) as stream:
+        for number, sums in stream:
             job.plan.check_unchanged()  # a worker that opened the inputs anew saw no earlier version
-            yield numbers[i], sums
+            yield number, sums

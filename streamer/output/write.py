@@ -227,12 +227,12 @@ class _Run:
             return
         self.done = self._ends[names[0]] - self._sizes[names[0]]
         path, described = str(self.out.path.absolute()), describe(self.job)
-        tasks = [ShardTask(inputs, 1, described, number, path, name) for name in names]
-        with contextlib.closing(workers.run(tasks, self.monitor, lambda i: self._emit(names[i]))) as results:
-            for i, one in results:
+        tasks = {name: ShardTask(inputs, 1, described, number, path, name) for name in names}
+        with contextlib.closing(workers.run(tasks, self.monitor, self._emit)) as results:
+            for name, one in results:
                 self.job.plan.check_unchanged()
-                self.out.take(names[i], one.partial, one.nbytes, one.sha256, matrices=one.matrices)
-                self._finished.add(names[i])
+                self.out.take(name, one.partial, one.nbytes, one.sha256, matrices=one.matrices)
+                self._finished.add(name)
                 self.done += one.nbytes
         remove_partials(self.out.path, {*names})  # of workers that died
 

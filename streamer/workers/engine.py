@@ -7,15 +7,17 @@ import queue
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from streamer.errors import WorkerError
 from streamer.events import Event, Monitor
 from streamer.plan.memory_estimate import MemoryEstimate, check_budget
 from streamer.workers.task import Found, Task, TaskResult, perform
+
+Key = TypeVar("Key")
 
 AT_ONCE = 1024
 """Most tasks given at a time to an executor of unknown size."""
@@ -114,16 +116,16 @@ class Workers:
         return (max_memory - own) // n >> 20 << 20
 
     def run(
-        self, tasks: Sequence[Task[Found]], monitor: Monitor, begin: Callable[[int], None]
-    ) -> Generator[tuple[int, Found], None, None]:
-        """Give out tasks; yield each task's number and result as results arrive.
+        self, tasks: Mapping[Key, Task[Found]], monitor: Monitor, begin: Callable[[Key], None]
+    ) -> Generator[tuple[Key, Found], None, None]:
+        """Give out tasks in order; yield each task's key and result as results arrive.
 
         A task whose worker died is run again, once.
 
         Parameters
         ----------
         begin
-            Called before each wait with the number of the task that was given out first.
+            Called before each wait with the key of the task that was given out first.
 
         Raises
         ------
@@ -132,8 +134,8 @@ class Workers:
         MismatchError
             If a worker has different inputs.
         """
-        waiting, lost, broken = deque(range(len(tasks))), set[int](), False
-        given: dict[Future[TaskResult], int] = {}
+        waiting, lost, broken = deque(tasks), set[Key](), False
+        given: dict[Future[TaskResult], Key] = {}
         arrived: queue.SimpleQueue[Future[TaskResult]] = queue.SimpleQueue()
         with self.kept():
             try:
@@ -143,30 +145,30 @@ class Workers:
                         broken = False
                     executor = self._current()
                     while waiting and not broken and len(given) < self.at_once:
-                        number = waiting.popleft()
-                        future = _submitted(executor, tasks[number])
-                        given[future] = number
+                        key = waiting.popleft()
+                        future = _submitted(executor, tasks[key])
+                        given[future] = key
                         future.add_done_callback(arrived.put)
                     begin(next(iter(given.values())))
                     future = _next(arrived, executor, monitor)
-                    number, fault = given.pop(future), _fault(future)
+                    key, fault = given.pop(future), _fault(future)
                     if fault is None:
                         result = future.result()
                         if result.error is not None:
                             raise result.error
                         monitor.warn(result.warnings)
-                        yield number, result.value
+                        yield key, result.value
                         del future, result  # the caller is done with the result: free its memory
                         continue
                     monitor.checkpoint()  # whatever ended the worker may have asked this process to stop as well
                     _lacks(executor)
-                    said = f"{tasks[number].name}: its worker was lost ({type(fault).__name__}: {fault})"
-                    if number in lost:
+                    said = f"{tasks[key].name}: its worker was lost ({type(fault).__name__}: {fault})"
+                    if key in lost:
                         raise WorkerError(f"{said} for the second time; the same command resumes here") from fault
                     if not broken:  # warn once for all tasks that the executor had
                         monitor.emit(Event("warning", f"{said}; it is run again"))
-                    lost.add(number)
-                    waiting.appendleft(number)
+                    lost.add(key)
+                    waiting.appendleft(key)
                     broken = broken or isinstance(fault, BrokenExecutor)
             finally:
                 for future in given:
