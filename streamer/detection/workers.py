@@ -85,8 +85,7 @@ def shared(workers: Workers, batch: AdapterBatch, options: DetectionOptions, res
 def detect_on_workers(work: Work, workers: Workers, inputs: Inputs, device: torch.device,
                       monitor: Monitor, begin: Begin) -> Found:  # fmt: skip
     """Detect as `detect_in_turn` does, but on workers; findings arrive as they are made, and `begin` is called once per task."""
-    targets = _targets(work.batch)
-    tasks = dict(enumerate(_tasks(work, inputs, str(device), workers.at_once)))
+    targets, tasks = _targets(work.batch), dict(enumerate(_tasks(work, inputs, str(device), workers.at_once)))
 
     def begin_task(number: int) -> None:
         i, tensor = tasks[number].groups[0][0]

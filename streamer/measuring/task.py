@@ -135,11 +135,8 @@ def run_on_workers(job: VariantSet, passes: Mapping[int, tuple[Pass, TextSequenc
     """
     assert run.workers is not None
     inputs, described = inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run), describe(job)
-    tasks = {
-        number: PassTask(inputs, threads, described, (0, *one.variants), text, one.text)
-        for number, (one, text) in passes.items()
-    }
-    with contextlib.closing(run.workers.run(tasks, run.monitor, lambda number: begin(tasks[number].name))) as stream:
-        for number, sums in stream:
+    tasks = {i: PassTask(inputs, threads, described, (0, *p.variants), own, p.text) for i, (p, own) in passes.items()}
+    with contextlib.closing(run.workers.run(tasks, run.monitor, lambda i: begin(tasks[i].name))) as stream:
+        for i, sums in stream:
             job.plan.check_unchanged()  # a worker that opened the inputs anew saw no earlier version
-            yield number, sums
+            yield i, sums
