@@ -229,8 +229,10 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     @cached_property
     def _findings(self) -> Findings | None:
         """Return the findings, detected now if a variant needs them and none were given."""
-        if self._given is not None or not any(v.scales_intruders for v in self._variants):
-            return None if self._given is None else self._given.findings
+        if self._given is not None:
+            return self._given.findings
+        if not any(v.scales_intruders for v in self._variants):
+            return None
         plan = self._model.job.plan
         return detect_in_memory(AdapterBatch(plan.base, (plan,)), self._detection, self._run)[0]
 

@@ -17,6 +17,7 @@ from streamer.events import Monitor
 if TYPE_CHECKING:
     from streamer.api.detection import Detected
     from streamer.output.records import Written
+    from streamer.workers.engine import Workers
 
 Result = tuple[Mapping[str, Any], str]
 """JSON object for `--json`, and text for people."""
@@ -35,18 +36,15 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api.detection import DetectRequest
-    from streamer.api.executors import open_workers
     from streamer.api.threads import choose_threads
-    from streamer.cli.dry_run import dry_run_text
     from streamer.cli.tables import findings_table, next_step
 
     request = DetectRequest.of(args.base, _adapters(args), args.output, vars(args))
-    workers = open_workers(args.workers, args.executor, args.threads, monitor)
+    workers = _workers(args, monitor)
     if workers is None and args.part is None:  # all parts must use the same number of threads
         choose_threads(args.threads, monitor)
     if args.dry_run:
-        record = request.forecast(monitor, workers)
-        return record, dry_run_text(record, args.command, _screen(args))
+        return _forecast(request, args, monitor, workers)
 
     def result(one: Detected, shown: Screen) -> Result:
         assert one.path is not None
@@ -64,20 +62,17 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 
 def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.api.executors import open_workers
     from streamer.api.threads import choose_threads
     from streamer.api.writing import OutputRequest
-    from streamer.cli.dry_run import dry_run_text
     from streamer.cli.tables import record_table
 
     merges = args.command == "merge"
     request = OutputRequest.of(merges, args.base, _adapters(args), args.output, vars(args))
-    workers = open_workers(args.workers, args.executor, args.threads, monitor) if merges else None
+    workers = _workers(args, monitor) if merges else None
     if request.detects and workers is None:
         choose_threads(args.threads, monitor)
     if args.dry_run:
-        record = request.forecast(monitor, workers)
-        return record, dry_run_text(record, args.command, _screen(args))
+        return _forecast(request, args, monitor, workers)
 
     def result(one: Written, shown: Screen) -> Result:
         return {**one}, record_table(one, one["output"], shown)
@@ -140,17 +135,14 @@ def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api.evaluation import EvaluateRequest
-    from streamer.api.executors import open_workers
     from streamer.api.views import Names
-    from streamer.cli.dry_run import dry_run_text
     from streamer.cli.evaluation_table import evaluation_table
     from streamer.cli.tables import stood
 
     request = EvaluateRequest.of(args.base, args.adapter, args.output, vars(args))
-    workers = open_workers(args.workers, args.executor, args.threads, monitor)
+    workers = _workers(args, monitor)
     if args.dry_run:
-        record = request.forecast(monitor, workers)
-        return record, dry_run_text(record, args.command, _screen(args))
+        return _forecast(request, args, monitor, workers)
     found = request.run(monitor, workers)
     output, options = Path(args.output), request.options
     state = monitor.outputs[output]
@@ -169,17 +161,14 @@ def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 
 def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.api.executors import open_workers
     from streamer.api.fitting import FitRequest
-    from streamer.cli.dry_run import dry_run_text
     from streamer.cli.fitting_table import fitting_table
     from streamer.cli.tables import stood
 
     request = FitRequest.of(args.base, args.adapter, args.output, vars(args))
-    workers = open_workers(args.workers, args.executor, args.threads, monitor)
+    workers = _workers(args, monitor)
     if args.dry_run:
-        record = request.forecast(monitor, workers)
-        return record, dry_run_text(record, args.command, _screen(args))
+        return _forecast(request, args, monitor, workers)
     found = request.run(monitor, workers)
     output = Path(args.output)
     state = monitor.outputs[output]
@@ -189,24 +178,13 @@ def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 
 def _map(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.api.executors import open_workers
     from streamer.api.mapping import MapRequest, add_map_files, map_record
-    from streamer.cli.dry_run import dry_run_text
     from streamer.cli.map_table import map_text
 
     output, first = Path(args.output), args.base[0]
     if len(args.base) > 1:
-        own = (
-            "general",
-            "sequences",
-            "length",
-            "dtype",
-            "max_memory",
-            "architecture",
-            "threads",
-            "workers",
-            "executor",
-        )
+        own = ("general", "sequences", "length", "dtype", "max_memory", "architecture", "threads", "workers",
+               "executor")  # fmt: skip
         found = [name for name in own if getattr(args, name) is not None] + ["dry-run"] * args.dry_run
         if found:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in found)
@@ -217,26 +195,22 @@ def _map(args: argparse.Namespace, monitor: Monitor) -> Result:
         monitor.told(output, "written")
     else:
         request = MapRequest.of(first, output, vars(args))
-        workers = open_workers(args.workers, args.executor, args.threads, monitor)
+        workers = _workers(args, monitor)
         if args.dry_run:
-            record = request.forecast(monitor, workers)
-            return record, dry_run_text(record, args.command, _screen(args))
+            return _forecast(request, args, monitor, workers)
         made = request.run(monitor, workers)
     tree = map_record(made, args.output, monitor.outputs[output])
     return {**tree}, map_text(tree, shown(first) if len(args.base) == 1 else "BASE", _screen(args))
 
 
 def _repair(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.api.executors import open_workers
     from streamer.api.repair import RepairRequest
-    from streamer.cli.dry_run import dry_run_text
     from streamer.cli.repair_table import repair_table
 
     request = RepairRequest.of(args.base, args.adapter, args.output, vars(args))
-    workers = open_workers(args.workers, args.executor, args.threads, monitor)
+    workers = _workers(args, monitor)
     if args.dry_run:
-        record = request.forecast(monitor, workers)
-        return record, dry_run_text(record, args.command, _screen(args))
+        return _forecast(request, args, monitor, workers)
     found = request.run(monitor, workers)
     inputs = shown(args.base), shown(args.adapter)
     return found.record, repair_table(found.record, found.written, inputs, _screen(args))
@@ -271,6 +245,21 @@ def _adapters(args: argparse.Namespace) -> str | list[str]:
     """Return the adapter, or a list if there are several."""
     given: list[str] = args.adapter
     return given if len(given) > 1 else given[0]
+
+
+def _workers(args: argparse.Namespace, monitor: Monitor) -> Workers | None:
+    """Open the workers that the options ask for, if any."""
+    from streamer.api.executors import open_workers
+
+    return open_workers(args.workers, args.executor, args.threads, monitor)
+
+
+def _forecast(request: Any, args: argparse.Namespace, monitor: Monitor, workers: Workers | None) -> Result:
+    """Return a request's forecast, for `--dry-run`."""
+    from streamer.cli.dry_run import dry_run_text
+
+    record = request.forecast(monitor, workers)
+    return record, dry_run_text(record, args.command, _screen(args))
 
 
 def _screen(args: argparse.Namespace) -> Screen:

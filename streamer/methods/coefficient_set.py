@@ -6,10 +6,8 @@ dense delta, from an adapter without factors, has a single coefficient, ``Δ' = 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -60,14 +58,9 @@ class CoefficientSet(FitSet):
     matrices: Mapping[str, MatrixCoefficients]
     method: ClassVar[str] = "fitted"
 
-    @cached_property
-    def digest(self) -> str:
-        """Hash all values (SHA-256, hex), which determine the mitigated delta to the last bit."""
-        digest = hashlib.sha256()
-        for tensor in sorted(self.matrices):
-            digest.update(f"{tensor}\n".encode())
-            digest.update(self.matrices[tensor].values.astype("<f8").tobytes())
-        return digest.hexdigest()
+    def stored(self, tensor: str) -> bytes:
+        """Return the coefficients of a matrix in float64."""
+        return self.matrices[tensor].values.astype("<f8").tobytes()
 
     def check(self) -> None:
         """Refuse values that no fit can produce.

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -31,14 +29,9 @@ class FactorSet(FitSet):
     matrices: Mapping[str, Tensor]
     method: ClassVar[str] = "regmean"
 
-    @cached_property
-    def digest(self) -> str:
-        """Hash all values (SHA-256, hex)."""
-        digest = hashlib.sha256()
-        for tensor in sorted(self.matrices):
-            digest.update(f"{tensor}\n".encode())
-            digest.update(self.matrices[tensor].contiguous().numpy().astype("<f4").tobytes())
-        return digest.hexdigest()
+    def stored(self, tensor: str) -> bytes:
+        """Return the factor of a matrix in float32."""
+        return self.matrices[tensor].contiguous().numpy().astype("<f4").tobytes()
 
     def check(self) -> None:
         """Refuse factors that are not matrices of finite numbers."""

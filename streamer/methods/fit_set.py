@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 from streamer.json_types import Sha256
@@ -45,10 +47,18 @@ class FitSet(ABC):
     name: str = "coefficients"
     method: ClassVar[str]
 
-    @property
-    @abstractmethod
+    @cached_property
     def digest(self) -> str:
         """Hash all values (SHA-256, hex), which determine the mitigated delta to the last bit."""
+        digest = hashlib.sha256()
+        for tensor in sorted(self.matrices):
+            digest.update(f"{tensor}\n".encode())
+            digest.update(self.stored(tensor))
+        return digest.hexdigest()
+
+    @abstractmethod
+    def stored(self, tensor: str) -> bytes:
+        """Return the values of a matrix as bytes, little-endian."""
 
     @abstractmethod
     def check(self) -> None:

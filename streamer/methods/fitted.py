@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from streamer.errors import UsageError
+from streamer.methods.fit_set import share_name
 from streamer.methods.method import Method, MethodName, Needs
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class ByFit(Method):
     def label(self) -> str:
         """Return the name with the share of the learning to keep: ``fitted 0.9``."""
         assert self.coefficients is not None
-        return f"{self.name} {self.coefficients.keep:g}"
+        return f"{self.name} {share_name(self.coefficients.keep)}"
 
     def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:
         """Compute Δ' with the values that were fitted to this tensor."""
