@@ -11,7 +11,7 @@ Detect once, look at the findings, and write a mitigated adapter or a merged mod
     streamer.merge_with_reduced_intruder_dimensions("BASE", "ADAPTER", "merged", findings=findings, mitigation_lambda=0.5)
 
 BASE and ADAPTER are the directories of a model and of a PEFT adapter, or their names on the hub. Measure on your own texts what each method
-keeps and forgets, or fit coefficients to them::
+keeps and forgets, or fit the adapter to them::
 
     evaluation = streamer.evaluate_variants("BASE", "ADAPTER", general="general.txt", task="task.jsonl")
     print(evaluation.table())
@@ -23,20 +23,23 @@ for its parameters.
 
 The rest is for readers of the code. The folders follow the data, and a module imports only from folders above its own in this list::
 
-    errors, events, progress, units
+    errors, events, json_types, units, packages
     storage/       bytes             safetensors in, crash-safe files out
     linalg/        mathematics       operators, Krylov processes, certified bounds
     weights/       logical weights   a base's tensors as float matrices, plain or quantized
     adapters/      deltas            a PEFT adapter or a fine-tuned model, module by module
     plan/          matching          the base tensor that each module changes; all refusals
+    workers/       tasks             work in other processes
     detection/     decisions         the leading directions of each matrix, and the findings file
     methods/       mitigated deltas  one file for each method, and their table
     output/        results           output tensors, files, records
     streaming/     the model         run from its files: each weight is read when its module runs, for several variants at once
+    measuring/     sums              losses of variants on texts, in passes over the base, and the journal of their sums
     verification/  witnesses         an output checked against its record and inputs by independent code
-    evaluation/    measures          losses of every variant on a user's text, in passes over the base
-    fitting/       coefficients      one for each direction of an adapter, fitted to the user's text
+    evaluation/    judgements        what each variant keeps and forgets, the race, and the suggestion
+    fitting/       fits              factors, or a coefficient for each direction, fitted to the user's texts; maps of a base
     report/        pictures          a page and figures of findings and measurements; comparison of findings
+    remote/        addresses         hub names, buckets and https addresses become directories
     forecast/      forecasts         memory, bytes and time of a command, before it runs
     api/           the library       one request and one function for each command
     peft/          in memory         the same for a loaded PEFT model

@@ -1,4 +1,4 @@
-"""Write streamer/plan/architectures.json.gz: what every model class of the installed transformers ties, transposes and calls its parts.
+"""Write streamer/plan/architectures.json.gz: what every model class of the installed transformers ties, transposes and names its parts.
 
 python tools/make_architectures.py            # rewrites the file
 python tools/make_architectures.py --check    # exit code 1 if the file is not what the installed version says

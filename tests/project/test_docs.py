@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,16 @@ def test_every_source_file_named_in_the_docs_exists() -> None:
     for page, text in PAGES.items():
         for path in re.findall(r"`((?:streamer|tests|tools)/[\w/.-]+\.\w+)", text):
             assert (ROOT / path).exists(), f"{page}: {path}"
+
+
+def test_both_listings_of_the_package_name_every_folder_in_its_order() -> None:
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    rank = {name: i for i, layer in enumerate(reversed(layers)) for name in layer.split(" | ")}
+    folders = {path.parent.name for path in (ROOT / "streamer").glob("*/__init__.py")}
+    for text, form in (PAGES["CONTRIBUTING.md"], r"^\| `(\w+)/` \|"), (streamer.__doc__ or "", r"^    (\w+)/ "):
+        listed = [name for name in re.findall(form, text, re.MULTILINE) if name in rank]
+        assert set(listed) == folders
+        assert listed == sorted(listed, key=rank.__getitem__)
 
 
 def test_the_messages_in_troubleshooting_are_the_programs() -> None:
