@@ -38,8 +38,8 @@ UNKNOWN: ReliableRecord = {"kept": True, "forgetting": True, "top1_kept": False}
 # fmt: off
 class RepairRow(TypedDict):
     """A model, as measured on the held-out sequences; the shrink is interpolated between measured ones."""
-    what: Annotated[Literal["adapter", "shrink", "intruders", "repair"], "The unchanged adapter, the shrink that keeps as much, the method "
-        "that scales intruders (if the findings have any), or the repair."]
+    what: Annotated[Literal["adapter", "shrink", "intruders", "repair"], "The unchanged adapter, the shrink that keeps the same share, the "
+        "method that scales intruders (if the findings have any), or the repair."]
     name: Annotated[str, "Its method, with lambda or share."]
     kept: Annotated[float, "Share of the learning that it keeps."]
     top1_kept: Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined, or not measured."]
@@ -165,7 +165,7 @@ class RepairRequest:
 
 
 def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"], str, Method]:
-    """Choose by the measurements: the repair if it is better than the shrink that keeps as much, else that shrink or the adapter."""
+    """Choose by the measurements: the repair if it is better than the shrink that keeps the same share, else that shrink or the adapter."""
     (one,) = found.facts["sets"]
     shrink = one["shrink"]
     if not found.facts["forgotten"]:
@@ -183,17 +183,21 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
         lam = round(values.pop(), 4)
         return "shrink", f"shrink {lam:g}: one coefficient for all", Shrink(lam)
     if shrink is None:
-        return "adapter", "the adapter as it is: no measured shrink keeps as much for a comparison", UNCHANGED
+        return "adapter", "the adapter as it is: no measured shrink keeps the same share as the repair", UNCHANGED
     if shrink["verdict"] == "better":
         method = MethodChoice(coefficients=found).make()
-        return "repair", f"{method.label}: it forgets less than the shrink that keeps as much, by loss and KL", method
+        return (
+            "repair",
+            f"{method.label}: it forgets less than the shrink that keeps the same share, by loss and KL",
+            method,
+        )
     lam = round(shrink["lambda"], 4)
-    why = f"shrink {lam:g}: the repair is not better than the shrink that keeps as much, by more than two standard errors of loss and KL"
+    why = f"shrink {lam:g}: the repair is not better than the shrink that keeps the same share, in both loss and KL, by two standard errors"
     return "shrink", why, Shrink(lam)
 
 
 def _is_worth_it(one: Mapping[str, Any], sequences: int) -> bool:
-    """Test whether a set, or the shrink that keeps as much, regains enough for what it gives up; see `Trade`.
+    """Test whether a set, or the shrink that keeps the same share, regains enough for what it gives up; see `Trade`.
 
     Parameters
     ----------
@@ -242,9 +246,9 @@ def repair_adapter(
 ) -> Written:
     """Write an adapter that forgets less: fit it to texts, measure it, and write it if it is better than a shrink.
 
-    By the measurements on held-out sequences, the output is never worse than the shrink of the whole adapter that keeps as much. If the
-    repair is not better than that shrink by two standard errors of loss and KL, the shrink is written. The unchanged adapter is written if
-    it does not forget, if the gain is not worth the loss, or if no measured shrink keeps as much. The fit is written to
+    By the measurements on held-out sequences, the output is never worse than the shrink of the whole adapter that keeps the same share. If
+    the repair is not better than that shrink by two standard errors of loss and KL, the shrink is written. The unchanged adapter is written
+    if it does not forget, if the gain is not worth the loss, or if no measured shrink keeps the same share. The fit is written to
     ``OUTPUT.fit.safetensors`` beside the output. This needs transformers: ``pip install 'intruder-streamer[evaluate]'``.
 
     Parameters

@@ -64,7 +64,7 @@ def unreliable(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int | None, reliable: Mapping[str, bool]) -> list[Column]:
-    """Make the columns of the shrink that keeps as much as each set; `many` is the number of coefficients, None for factors."""
+    """Make the columns of the shrink that keeps the same share as each set; `many` is the number of coefficients, None for factors."""
     shrinks = [one["shrink"] for one in sets]
     columns = [
         Column("shrink", ["-" if s is None else f"{s['lambda']:.3f}" for s in shrinks],

@@ -5,7 +5,7 @@ A variant has lost if one of these is true and further sequences are unlikely to
 - It keeps less than the requested share.
 - Another variant is better on general text, in both loss and divergence. The other also has the lower loss on the task's text, or it keeps
   the requested share and is worth it.
-- It is worse than the interpolated shrink of the whole adapter that keeps as much (`ShrinkComparison.verdict`).
+- It is worse than the interpolated shrink of the whole adapter that keeps the same share (`ShrinkComparison.verdict`).
 
 One of the race's own shrinks goes on: the one that keeps the requested share, as far as is known (`placed_shrink`). Milder ones go on until
 that shrink is known to be worth it. Shrinks that the user asked for run on all sequences.

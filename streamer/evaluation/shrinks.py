@@ -1,4 +1,4 @@
-"""Compare a variant with the shrink of the whole adapter that keeps as much, and choose the λ of the shrink to measure next.
+"""Compare a variant with the shrink of the whole adapter that keeps the same share, and choose the λ of the shrink to measure next.
 
 Between the measured λ, a cubic in λ through the four nearest interpolates what a shrink keeps and forgets. The interpolation is linear in
 the losses, so the same weights apply to every loss and every sequence, and errors stay paired.

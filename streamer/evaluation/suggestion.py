@@ -3,8 +3,8 @@
 The learning is the fall of the loss on the task's text from the base to the unchanged adapter. A variant keeps the share
 ``(base − variant) / (base − adapter)`` of it. Forgetting is judged by the divergence from the base, ``KL(base ‖ variant)``, on general
 text. On the adapters that were tried, divergence ranks variants as the rise of the loss does, but separates more of them, because it
-compares whole next-token distributions instead of the probability of one token. A suggested variant must also be worth it (`Trade`); by its
-loss, it must not be worse than the adapter; and it must not be worse than the shrink that keeps as much (`ShrinkComparison.verdict`).
+compares whole next-token distributions instead of the probability of one token. A suggested variant must also be worth it (`Trade`). By its
+loss, it must not be worse than the adapter, nor by loss or divergence than the shrink that keeps the same share (`ShrinkComparison`).
 """
 
 from __future__ import annotations

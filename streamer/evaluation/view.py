@@ -178,8 +178,8 @@ def _shrink_line(found: ShrinkComparison) -> str:
     }
     low, high = found.between
     return (
-        f"{words[found.verdict]} a shrink that keeps the same (lambda {found.mitigation_lambda:.3f}, interpolated between {low:g} and "
-        f"{high:g}): general loss {cell(found.loss)}, KL {cell(found.kl)}"
+        f"{words[found.verdict]} a shrink that keeps the same share (lambda {found.mitigation_lambda:.3f}, interpolated between {low:g} "
+        f"and {high:g}): general loss {cell(found.loss)}, KL {cell(found.kl)}"
     )
 
 
@@ -217,6 +217,6 @@ def commands(evaluation: VariantLosses, suggestion: Suggestion, names: Names | N
     )
     return [
         *([f"made by: {made}"] if reason == "forgets least" else []),
-        "a fit to the texts usually forgets less than a shrink that keeps as much",
+        "a fit to the texts usually forgets less than a shrink that keeps the same share",
         f"next: {fit}",
     ]

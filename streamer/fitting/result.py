@@ -322,8 +322,8 @@ def misses(facts: Mapping[str, Any]) -> list[str]:
     near = [f"{100 * one['keep']:g}%" for one in facts["sets"] if _is_near_shrink(one)]
     if not near:
         return missed
-    return [*missed, f"{listed(near)}: the result is near the shrink that keeps as much, which leaves about as much forgotten: the texts "
-            "may be of one kind; give general text of another kind than the task's"]  # fmt: skip
+    return [*missed, f"{listed(near)}: the result is close to the shrink that keeps the same share, and leaves nearly as much forgetting; "
+            "the texts may be too similar: give general text of another kind than the task's"]  # fmt: skip
 
 
 def _is_near_shrink(one: Mapping[str, Any]) -> bool:

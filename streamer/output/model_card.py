@@ -17,6 +17,7 @@ from streamer.errors import printable
 from streamer.methods import METHODS
 from streamer.output.records import MitigatedMatrix, Record, Totals
 from streamer.plan.sources import NameSource
+from streamer.units import counted
 
 CARD_NAME = "README.md"
 
@@ -251,7 +252,9 @@ def _number(x: float) -> str:
 
 
 def _top(k: int | float) -> str:
-    return f"the {k} leading directions" if isinstance(k, int) else f"the leading {100 * k:g} % of the directions"
+    if isinstance(k, int):
+        return "the " + counted(k, "leading direction").removeprefix("1 ")
+    return f"the leading {100 * k:g} % of the directions"
 
 
 def command_line(record: Record) -> str:

@@ -117,12 +117,13 @@ def _of_findings(findings: Findings) -> list[str]:
     k = options.top_k
     matrices = counted(len(findings), "matrix")
     changed = f"the {matrices}" if len(findings) == 1 else f"each of the {matrices}"
-    judged = f"the {k} leading" if isinstance(k, int) else f"the leading {100 * k:g}% of the"
+    judged = f"leading {100 * k:g}% of the singular directions"
+    if isinstance(k, int):
+        judged = counted(k, "leading singular direction").removeprefix("1 ")
     adapter, base = (f"“{_name(sources[what])}”" if what in sources else f"the {what}" for what in ("adapter", "base"))
     asked = (
-        f"In {changed} that {adapter} changes in {base}, {judged} singular directions of "
-        f"base + adapter were compared with all directions of the base. A direction is an intruder if its similarity to every one of them "
-        f"is below {options.threshold_epsilon:g}."
+        f"In {changed} that {adapter} changes in {base}, detection compared the {judged} of base + adapter with all directions of the "
+        f"base. A direction is an intruder if its similarity to every one of them is below {options.threshold_epsilon:g}."
     )
     _, share = delta_energy(findings)
     if not findings.intruders:

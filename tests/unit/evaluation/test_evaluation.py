@@ -288,7 +288,7 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
             {"curves": {**CURVES, "project": lambda x: (x**9, x**0.5)}},
             0.9,
             "use project 0.9: it keeps ",
-            "it is better than a shrink that keeps the same (lambda 0.77",
+            "it is better than a shrink that keeps the same share (lambda 0.77",
         ),
         (
             {"curves": {**CURVES, "project": lambda x: (x**3, x**0.5)}, "noise": 0.0},

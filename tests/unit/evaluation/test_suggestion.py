@@ -115,7 +115,7 @@ def test_the_front_has_what_no_other_excels() -> None:
 
 
 def test_nothing_is_suggested_that_is_known_to_be_worse_than_a_shrink() -> None:
-    """`project` has the least divergence of what was measured and keeps enough, and a shrink that keeps as much has less."""
+    """`project` has the least divergence of what was measured and keeps enough, and a shrink that keeps the same share has less."""
     curves = {"project": lambda x: (x**3, x**0.5), "shrink": CURVES["shrink"]}
     found = evaluation(curves).best(0.94)
     assert (found.variant, found.reason) == (None, "a shrink is better")

@@ -21,8 +21,12 @@ def sums(falls: list[float]) -> SequenceSums:
 def test_what_is_near_a_shrink_is_told(left: float, near: bool) -> None:
     one = {"keep": 0.9, "kept": 0.9, "mu": 1.0, "forgetting": left, "shrink": {"forgetting": 0.6}}
     facts = {"grain": "inputs", "forgotten": True, "reliable": {"kept": True, "forgetting": True}, "sets": [one]}
-    line = "90%: the result is near the shrink that keeps as much, which leaves about as much forgotten: the texts may be of one kind; "
-    assert misses(facts) == [f"{line}give general text of another kind than the task's"] * near
+    line = (
+        "90%: the result is close to the shrink that keeps the same share, and leaves nearly as much forgetting; the "
+    )
+    assert (
+        misses(facts) == [f"{line}texts may be too similar: give general text of another kind than the task's"] * near
+    )
     for other in (
         {"grain": "direction"}, {"forgotten": False}, {"reliable": {"forgetting": False}}, {"sets": [{**one, "shrink": None}]},
     ):  # fmt: skip

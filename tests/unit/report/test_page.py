@@ -40,7 +40,9 @@ def embedded(page: bytes) -> dict[str, Any]:
 def test_the_sentences_and_data_of_findings(findings: Findings) -> None:
     subject = make_subject(findings)
     asked, found, weighs = sentences(subject)
-    assert "the 9 matrices that “adapter” changes in “base”, the 10 leading" in asked
+    assert "the 9 matrices that “adapter” changes in “base”, detection compared the 10 leading singular" in asked
+    one = dataclasses.replace(findings, options=dataclasses.replace(findings.options, top_k=1))
+    assert "compared the leading singular direction of base + adapter with" in sentences(make_subject(one))[0]
     assert headline(subject)[0].startswith(f"{findings.intruders} intruders in 9 of 9 matrices, with ")
     assert found == "Intruders by part of a layer: down_proj (3), up_proj (3), q_proj (3)."
     assert "% of the delta's energy" in weighs
