@@ -44,7 +44,7 @@ def run(argv: list[str] | None = None) -> int:
     except VerificationError as e:
         _tell_differences(e, args, progress)
         return e.exit_code
-    except Exception as e:
+    except Exception as e:  # with --json, an error of any kind is printed as JSON too
         error = _described(e, _paths(args))
         _tell(error or error_entry(type(e).__name__, 1, str(e)), args.json, progress, error is not None)
         if error is None:  # our own bug: print its traceback

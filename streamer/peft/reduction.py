@@ -171,7 +171,7 @@ def _added(live: LiveModel, name: str) -> Iterator[None]:
             setattr(live.configs[name], key, copy.deepcopy(getattr(stated, key)))
     try:
         yield
-    except BaseException:
+    except BaseException:  # also on Ctrl-C, the model keeps no half-made adapter
         live.delete(name)
         raise
 

@@ -40,7 +40,7 @@ class BucketAccess(Access):
             data = fs.cat_file(path, start=at, end=at + len(out))
         except FileNotFoundError as e:
             raise InputChangedError.vanished(file.shown) from e
-        except Exception as e:
+        except Exception as e:  # each plugin has its own exceptions
             error = _error(e, file.shown)
             if isinstance(error, InputError):  # credentials expired during the run; with new ones it can continue
                 error = StorageError(f"{error}; then run the same command again")
@@ -86,7 +86,7 @@ def list_files(url: str, shown: str) -> dict[str, RemoteFile]:
         found = fs.find(path, detail=True)
     except FileNotFoundError:
         return {}
-    except Exception as e:
+    except Exception as e:  # each plugin has its own exceptions
         error = _error(e, shown)
         if isinstance(error, Transient):
             raise StorageError(f"{shown}: cannot list: {error}; run the same command again") from e

@@ -49,7 +49,7 @@ def refused_errors(path: Path, model: nn.Module) -> Iterator[None]:
         yield
     except (StreamerError, OSError, MemoryError):
         raise
-    except Exception as e:
+    except Exception as e:  # the model's own modules may raise anything
         frames = [frame for frame, _ in traceback.walk_tb(e.__traceback__)]
         if frames[-1].f_globals.get("__name__", "").startswith("streamer."):  # our own bugs keep their traceback
             raise

@@ -60,7 +60,7 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
         try:
             with _parameters_on_meta(), no_init_weights():
                 model: nn.Module = cls(config)
-        except Exception as e:
+        except Exception as e:  # a model class may raise anything for a config that does not suit it
             raise UnsupportedError(
                 f"{directory / MODEL_CONFIG}: transformers cannot build {name} from it: {first_line(e)[:ERROR_LENGTH]}"
             ) from e
