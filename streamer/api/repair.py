@@ -170,8 +170,8 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
     shrink = one["shrink"]
     if not found.facts["forgotten"]:
         return "adapter", "the adapter as it is: there is no evidence that it forgets", UNCHANGED
-    held = [found.facts["texts"][text]["held"]["sequences"] for text in (GENERAL, TASK)]
-    if not _is_worth_it(one, min(held)):
+    held_out = [found.facts["texts"][text]["held"]["sequences"] for text in (GENERAL, TASK)]
+    if not _is_worth_it(one, min(held_out)):
         trade = one["trade"]
         return "adapter", (
             f"the adapter as it is: {trade['name']} regains {trade['regained']:.4f} ± {trade['regained_se']:.4f} nats per token on general "

@@ -186,14 +186,14 @@ def write_adapter(
         for module, pair in shapes.items()
         for which, shape in zip("AB", pair, strict=True)
     ]
-    held: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
 
     def source(info: TensorInfo) -> Iterator[Piece]:
-        if info.name not in held:
+        if info.name not in made:
             module = info.name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             A, B = factors(module)
-            held[info.name], held[info.name.replace("lora_A", "lora_B")] = A, B
-        yield Piece(as_bytes(held.pop(info.name)))
+            made[info.name], made[info.name.replace("lora_A", "lora_B")] = A, B
+        yield Piece(as_bytes(made.pop(info.name)))
 
     _write(directory / WEIGHTS_NAME, entries, source)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none", "fan_in_fan_out": False, **targets,

@@ -24,7 +24,7 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
     """
     sets: Sequence[Mapping[str, Any]] = facts["sets"]
     many, reliable = facts.get("parameters"), facts.get("reliable", {})
-    held = [facts["texts"][text]["held"]["sequences"] for text in ("general", "task")]
+    held_out = [facts["texts"][text]["held"]["sequences"] for text in ("general", "task")]
     columns = [
         Column("keep", [f"{100 * one['keep']:g}%" for one in sets], "share of the learning to keep", keep=9),
         Column("kept", [_share(one, "kept", reliable) for one in sets],
@@ -41,7 +41,7 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
     else:
         chosen, columns = "the set", columns + _against_shrinks(sets, many, reliable)
     lines = [
-        f"measured on {held[0]} general and {held[1]} task held-out sequences, on which {chosen} was chosen",
+        f"measured on {held_out[0]} general and {held_out[1]} task held-out sequences, on which {chosen} was chosen",
         *_verdicts(sets),
         *unreliable(facts),
         *_commands(facts, shlex.join(inputs), shlex.quote(output)),

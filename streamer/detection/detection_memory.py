@@ -46,7 +46,7 @@ def detection_bytes(
 
 def _read_bytes(weight: Weight, way: Way) -> int:
     """Return the memory of the stored bytes of a tensor and the next one."""
-    return 2 * weight.held_bytes if way is not Way.BLOCKS or weight.quantized or weight.remote else 0
+    return 2 * weight.load_bytes if way is not Way.BLOCKS or weight.quantized or weight.remote else 0
 
 
 def kept_bytes(plan: Plan, target: Target, options: DetectionOptions) -> int:

@@ -84,12 +84,12 @@ class FindingsWriter:
         self.resumed = False
 
     def __enter__(self) -> FindingsWriter:
-        with contextlib.ExitStack() as held:
-            held.enter_context(locked(lock_of(self.path), self.path))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(lock_of(self.path), self.path))
             remove_partials(self.path.parent, {self.path.name})
             self._journal = Journal(journal_of(self.path))
             self._take_up()
-            self._lock = held.pop_all()
+            self._lock = stack.pop_all()
         return self
 
     def _take_up(self) -> None:

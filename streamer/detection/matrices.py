@@ -138,7 +138,7 @@ def detect_in_turn(work: Work, device: torch.device, monitor: Monitor, begin: Be
         return stager.stage(weight) if whole else None
 
     # A large matrix after a small one is not read in time. Mapped weights may be read two ahead; other memory must not grow.
-    mapped = device.type == "cpu" and not any(plans[i].weights[t.tensor].held_bytes for g in work.groups for i, t in g)
+    mapped = device.type == "cpu" and not any(plans[i].weights[t.tensor].load_bytes for g in work.groups for i, t in g)
     with contextlib.closing(read_ahead(work.groups, load, 2 if mapped else 1)) as stream:
         for group, prefetched in stream:
             for one in group:

@@ -150,23 +150,23 @@ def fit_steps(options: Problem) -> Generator[Request, Answer, tuple[FittedPoint,
         replace(point, kept=tried.task.share(i).value, loss=losses[i]) for i, point in enumerate(candidates, start=2)
     ]
     found = [choices(zero, candidates, one, keep) for keep in options.keep]
-    held = yield from _measure([point.coefficients for points in found for point in points])
-    return tuple(_chosen(options.keep, found, held))
+    sums = yield from _measure([point.coefficients for points in found for point in points])
+    return tuple(_chosen(options.keep, found, sums))
 
 
-def _chosen(keep: Sequence[float], found: Sequence[Sequence[FrontPoint]], held: HeldOutAnswer) -> Iterator[FittedPoint]:
+def _chosen(keep: Sequence[float], found: Sequence[Sequence[FrontPoint]], sums: HeldOutAnswer) -> Iterator[FittedPoint]:
     """Choose, for each share, among its points, which were measured one after the other."""
     row = 2  # after the base and the adapter
     for wanted, points in zip(keep, found, strict=True):
         rows = range(row, row + len(points))
         measured = [
-            replace(point, kept=held.task.share(i).value, loss=held.general.mean(held.general.loss[i]).value)
+            replace(point, kept=sums.task.share(i).value, loss=sums.general.mean(sums.general.loss[i]).value)
             for point, i in zip(points, rows, strict=True)
         ]
         i = best(measured, wanted)
         point, row = points[i], row + len(points)
         yield FittedPoint(
-            wanted, point.coefficients, point.weight, held.task.share(rows[i]), held.general.share(rows[i])
+            wanted, point.coefficients, point.weight, sums.task.share(rows[i]), sums.general.share(rows[i])
         )
 
 

@@ -47,7 +47,7 @@ def gradient_costs(prepared: PreparedFit, text: str) -> list[int]:
 def pass_costs(prepared: PreparedFit, variants: int) -> list[int]:
     """Count the multiplications of each pass over the held-out sequences with this many variants, including the base."""
     return [
-        pass_cost(prepared.model.size, prepared.texts[one.text].held.take(one.sequences), 1 + len(one.variants))
+        pass_cost(prepared.model.size, prepared.texts[one.text].held_out.take(one.sequences), 1 + len(one.variants))
         for one in prepared.passes(variants)
     ]
 

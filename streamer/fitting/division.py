@@ -43,7 +43,7 @@ class DividedFit:
             return replace(own.model.job, variants=chosen, findings=own.findings)
 
         passes = own.passes(len(variants))
-        return measure_variants(passes, own.held, variants, job, key, self.records, self.progress, own.run)
+        return measure_variants(passes, own.held_out, variants, job, key, self.records, self.progress, own.run)
 
     def _divide(self, prepared: PreparedFit) -> None:
         """Set the division of the work, and start counting."""

@@ -147,7 +147,7 @@ class _Run(DividedFit):
             self.progress.resume(self.records.taken_up)
             # Measure these first, so that refusals and doubts come before the expensive work.
             baseline = shrinks(self.parameters.count)
-            self.held.measure(0, baseline, self.prepared.scaling)
+            self.held_out.measure(0, baseline, self.prepared.scaling)
             of_adapter = adapter_facts(*self._held_sums([]), self.prepared.texts[TASK].whole.name)
             self.monitor.warn(doubts(of_adapter))
             numbers = itertools.count(1)
@@ -158,7 +158,7 @@ class _Run(DividedFit):
 
             found = answered(fit_steps(self.prepared.of_algorithm), answer)
             thetas = [one.coefficients for one in found]
-            self.held.measure(next(numbers), thetas)
+            self.held_out.measure(next(numbers), thetas)
         self.progress.finish()
         sets = [FoundSet(one.keep, one.weight, Fitted.name, one.coefficients) for one in found]
         facts = {
@@ -166,7 +166,7 @@ class _Run(DividedFit):
             "parameters": self.parameters.count,
             "gradients": self.gradients,
             **of_adapter,
-            **scaling_facts(self.prepared.scaling, self.held.of_variant),
+            **scaling_facts(self.prepared.scaling, self.held_out.of_variant),
             "sets": set_facts(*self._held_sums([*baseline, *thetas]), sets),
         }
         self.monitor.warn(misses(facts))
@@ -216,12 +216,12 @@ class _Run(DividedFit):
 
     def _losses(self, number: int, request: Measure) -> algorithm.HeldOutAnswer:
         """Measure the requested coefficients on the held-out sequences."""
-        self.held.measure(number, request.coefficients)
+        self.held_out.measure(number, request.coefficients)
         return algorithm.HeldOutAnswer(*self._held_sums(request.coefficients))
 
     def _held_sums(self, thetas: Sequence[Floats]) -> tuple[SequenceSums, SequenceSums]:
         """Return the sums on both texts of the base, the unchanged adapter and these measured parameters."""
-        return self.held.sums(GENERAL, thetas), self.held.sums(TASK, thetas)
+        return self.held_out.sums(GENERAL, thetas), self.held_out.sums(TASK, thetas)
 
     @cached_property
     def model(self) -> GradientModel:
@@ -230,6 +230,6 @@ class _Run(DividedFit):
         return GradientModel(job.plan, rounds_products=job.rounds_products, directory=self.directory, device=job.device)
 
     @cached_property
-    def held(self) -> HeldOutText:
+    def held_out(self) -> HeldOutText:
         """Return the held-out measurements; call `check` first, because it may divide the work again."""
         return HeldOutText(self, self.parameters)

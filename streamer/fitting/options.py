@@ -105,13 +105,13 @@ class Division:
     ----------
     whole
         The whole text.
-    fitted, held
+    fitted, held_out
         Sequences used for fitting, and held-out sequences.
     """
 
     whole: TextSequences
     fitted: TextSequences
-    held: TextSequences
+    held_out: TextSequences
 
 
 def divide(texts: Mapping[str, TextSequences], paths: Mapping[str, Path], options: FitOptions) -> dict[str, Division]:
@@ -143,9 +143,9 @@ def divide(texts: Mapping[str, TextSequences], paths: Mapping[str, Path], option
                 f"{paths[name]}: expected {2 * LEAST} different sequences at least, {LEAST} to fit on and {LEAST} to hold out, found "
                 f"{count}; give more"
             )
-        held = min(count - LEAST, max(LEAST, round(options.holdout * count)))
+        held_out = min(count - LEAST, max(LEAST, round(options.holdout * count)))
         rng = np.random.default_rng(options.seed)
         documents = paths[name].suffix == ".jsonl"
         order = rows[rng.permutation(count) if documents else np.roll(np.arange(count), rng.integers(count))]
-        out[name] = Division(text, text.take(sorted(order[held:])), text.take(sorted(order[:held])))
+        out[name] = Division(text, text.take(sorted(order[held_out:])), text.take(sorted(order[:held_out])))
     return out

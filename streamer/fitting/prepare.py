@@ -147,20 +147,20 @@ class PreparedFit:
 
     def passes(self, variants: int) -> list[Pass]:
         """Divide the held-out sequences into passes with this many variants, including the base."""
-        return plan_passes(self.held, variants, self.model.size, self.resident, self.max_memory, self.one_length)
+        return plan_passes(self.held_out, variants, self.model.size, self.resident, self.max_memory, self.one_length)
 
     @property
     def groups(self) -> list[TextSequences]:
         """List the sequences that run together in each pass with two variants and in each chunk of a gradient."""
-        held = [self.held[one.text].take(one.sequences) for one in self.passes(2)]
+        passes = [self.held_out[one.text].take(one.sequences) for one in self.passes(2)]
         if self.by_inputs:  # its groups are not padded
-            return held
-        return held + [self.texts[name].fitted.take(rows) for name, chunks in self.chunks.items() for rows in chunks]
+            return passes
+        return passes + [self.texts[name].fitted.take(rows) for name, chunks in self.chunks.items() for rows in chunks]
 
     @property
-    def held(self) -> dict[str, TextSequences]:
+    def held_out(self) -> dict[str, TextSequences]:
         """Return the held-out sequences of each text."""
-        return {name: text.held for name, text in self.texts.items()}
+        return {name: text.held_out for name, text in self.texts.items()}
 
     @property
     def least(self) -> MemoryEstimate:
@@ -170,10 +170,10 @@ class PreparedFit:
             length = max(text.whole.longest for text in self.texts.values())
             both = gradient_bytes(size, resident, length, length), pass_bytes(size, resident, 2 * length, length)
             return MemoryEstimate(f"a sequence of {length} tokens, forward and back", (), max(both))
-        held, longest = (max(text.longest for text in own) for own in (self.held.values(), self._fitted))
-        measured = pass_bytes(size, resident, 2 * held, held)
+        held_out, longest = (max(text.longest for text in own) for own in (self.held_out.values(), self._fitted))
+        measured = pass_bytes(size, resident, 2 * held_out, held_out)
         steps = [
-            MemoryEstimate(f"a sequence of {held} tokens under two variants", (), measured),
+            MemoryEstimate(f"a sequence of {held_out} tokens under two variants", (), measured),
             MemoryEstimate(f"the inputs of a sequence of {longest} tokens", (), self._inputs_bytes(longest, 0)),
         ]
         return max(steps, key=lambda step: step.nbytes)
@@ -181,7 +181,7 @@ class PreparedFit:
     def peak_bytes(self, variants: int) -> int:
         """Estimate the memory of the largest step, with this many variants in a pass over held-out sequences."""
         size = self.model.size
-        most = measured_bytes(self.passes(variants), self.held, size, self.resident)
+        most = measured_bytes(self.passes(variants), self.held_out, size, self.resident)
         if self.by_inputs:
             return max(most, self._inputs_bytes(self.rows_of_inputs, self.matrices_bytes))
         for name, chunks in self.chunks.items():
@@ -241,11 +241,11 @@ class PreparedFit:
     def warn(self) -> None:
         """Warn of a text that is short for the number of parameters, or has too few held-out sequences to show anything."""
         for name, text in self.texts.items():
-            held = len(text.held.ids)
-            if held < FEW:
+            count = len(text.held_out.ids)
+            if count < FEW:
                 self.run.monitor.warn(
                     (
-                        f"the {name} text has {held} held-out sequences, so only differences of over {telling(held):.1f} standard errors "
+                        f"the {name} text has {count} held-out sequences, so only differences of over {telling(count):.1f} standard errors "
                         "are evidence; give more text, or raise --sequences or --holdout",
                     )
                 )
@@ -300,7 +300,7 @@ def _text_facts(text: Division, file: str) -> dict[str, Any]:
         **text.whole.facts(),
         "sample_sha256": file,
         "fitted": {"sequences": len(text.fitted.ids), "tokens": text.fitted.tokens},
-        "held": {"sequences": len(text.held.ids), "tokens": text.held.tokens},
+        "held": {"sequences": len(text.held_out.ids), "tokens": text.held_out.tokens},
     }
 
 

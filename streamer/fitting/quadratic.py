@@ -117,10 +117,10 @@ def minimize_in_box(A: Curvature, gradient: Floats, start: Floats, at: Floats | 
     slope = gradient + (A @ (x - a))
     largest = max(float(np.abs(gradient).max()), float(np.abs(slope).max()))
     for _ in range(ITERATIONS):
-        held = ((x <= 0) & (slope >= 0)) | ((x >= 1) & (slope <= 0))
-        if held.all() or float(np.abs(slope[~held]).max()) <= TOLERANCE * largest:
+        at_bound = ((x <= 0) & (slope >= 0)) | ((x >= 1) & (slope <= 0))
+        if at_bound.all() or float(np.abs(slope[~at_bound]).max()) <= TOLERANCE * largest:
             break
-        direction = A.solve(-slope, ~held)
+        direction = A.solve(-slope, ~at_bound)
         for halvings in range(40):
             step = np.clip(x + 0.5**halvings * direction, 0.0, 1.0) - x
             # Sufficient decrease; along the projected path the slope is evaluated for the step itself.

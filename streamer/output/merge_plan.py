@@ -162,21 +162,21 @@ def _merged(plan: Plan, weight: Weight, role: str | None = None, stands: StoredT
         If it is not, the tensor whose dtype is written.
     """
     recipes = [
-        _piece(weight, target, held, role, None if stands is None else _tuned(plan, target, stands))
-        for target, held in plan.by_weight[weight.name]
+        _piece(weight, target, slice_, role, None if stands is None else _tuned(plan, target, stands))
+        for target, slice_ in plan.by_weight[weight.name]
     ]
     return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stack(tuple(recipes))
 
 
-def _piece(weight: Weight, target: Target, held: TensorSlice, role: str | None, tuned: StoredTensor | None) -> Recipe:
-    if held.index is not None:
-        weight = weight.slice(held.index)
+def _piece(weight: Weight, target: Target, slice_: TensorSlice, role: str | None, tuned: StoredTensor | None) -> Recipe:
+    if slice_.index is not None:
+        weight = weight.slice(slice_.index)
     if role is None:
         recipe: AddDelta | Requantize = AddDelta(weight, target, tuned)
     else:
         assert isinstance(weight, FP8)
         recipe = Requantize(weight, target, role)
-    return recipe if held.rows is None else RowSlice(recipe, held.rows)
+    return recipe if slice_.rows is None else RowSlice(recipe, slice_.rows)
 
 
 def _refuse_quantized(plan: Plan, dequantize: bool) -> None:

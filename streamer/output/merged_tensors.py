@@ -269,7 +269,7 @@ def rows_bytes(weight: Weight) -> int:
     m, n = weight.matrix
     row = max(1, n * weight.compute.itemsize)
     block = max(row, min(m * row, max(BLOCK_BYTES, DECODED_BYTES)))
-    return (3 + (DECODED if weight.quantized else 1)) * block + weight.held_bytes
+    return (3 + (DECODED if weight.quantized else 1)) * block + weight.load_bytes
 
 
 def _equal_count(a: Tensor, b: Tensor) -> int:

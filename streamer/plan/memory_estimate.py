@@ -84,5 +84,5 @@ def resident_bytes(batch: AdapterBatch, output_tensors: int = 0) -> int:
 def factor_bytes(plan: Plan, target: Target, itemsize: int) -> int:
     """Return the memory of a module's tensors: stored bytes if not mapped, plus copies that a step keeps in the computing dtype."""
     tensors = [plan.adapter.tensors[name] for name in target.module.tensor_names]
-    held = sum(stored.info.nbytes for stored in tensors if stored.file.io == "pread")
-    return held + target.module.copied_bytes(itemsize)
+    resident = sum(stored.info.nbytes for stored in tensors if stored.file.io == "pread")
+    return resident + target.module.copied_bytes(itemsize)

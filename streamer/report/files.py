@@ -89,8 +89,8 @@ def write_files(subject: Subject | Collection, output: str | Path, overwrite: bo
         return WrittenReport("present", sizes)
     check_space(path, sum(sizes.values()))
     make_directory(directory)
-    with ExitStack() as held:
-        held.enter_context(locked(lock, path))
+    with ExitStack() as stack:
+        stack.enter_context(locked(lock, path))
         remove_partials(directory, set(files))
         for name, data in files.items():
             _is_present(directory / name, data, overwrite)  # another run may have written it meanwhile

@@ -74,28 +74,28 @@ class _BaseReader(CollectingReader[BaseMatrix]):
         super().__init__(collected, setting, tensor, head=head, rounded=rounded)
         self._ties = ties
         self._experts = {
-            held: f"{tensor.name}[{e}]" for e, source in enumerate(tensor.adapted) for held in source.slices
+            slice_: f"{tensor.name}[{e}]" for e, source in enumerate(tensor.adapted) for slice_ in source.slices
             if tensor.stacked
         }  # fmt: skip
 
-    def matrices(self, held: TensorSlice, crossed: bool) -> Iterable[BaseMatrix]:
+    def matrices(self, slice_: TensorSlice, crossed: bool) -> Iterable[BaseMatrix]:
         """Return the slice's matrix."""
-        own = _name(held)
-        expert = (self._experts[held],) if held in self._experts else ()
+        own = _name(slice_)
+        expert = (self._experts[slice_],) if slice_ in self._experts else ()
         return [BaseMatrix(own, tuple(dict.fromkeys((own, *expert, *self._ties.get(own, ())))))]
 
     def tables(self) -> Iterable[tuple[BaseMatrix, int]]:
         """Return the embedding's table."""
-        ((held,),) = (source.slices for source in self.tensor.adapted)
-        own = _name(held)
+        ((slice_,),) = (source.slices for source in self.tensor.adapted)
+        own = _name(slice_)
         return [(BaseMatrix(own + LOOKED_UP, (own, *self._ties.get(own, ()))), self.shape[0])]
 
     def names(self) -> Iterable[str]:
         """Return the names of the matrices; vectors and a stack's biases have none."""
         if len(self.shape) - self.tensor.stacked < 2 or self.name.endswith("bias"):
             return []
-        return [_name(held) for source in self.tensor.adapted for held in source.slices]
+        return [_name(slice_) for source in self.tensor.adapted for slice_ in source.slices]
 
 
-def _name(held: TensorSlice) -> str:
-    return held.weight if held.index is None else f"{held.weight}[{held.index}]"
+def _name(slice_: TensorSlice) -> str:
+    return slice_.weight if slice_.index is None else f"{slice_.weight}[{slice_.index}]"

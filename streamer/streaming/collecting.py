@@ -25,7 +25,7 @@ class CollectingReader(DifferentiableReader, Generic[M]):
         self._collected = collected
 
     @abstractmethod
-    def matrices(self, held: TensorSlice, crossed: bool) -> Iterable[M]:
+    def matrices(self, slice_: TensorSlice, crossed: bool) -> Iterable[M]:
         """List the matrices in a slice whose inputs are multiplied with its columns, or with its rows if `crossed`."""
 
     @abstractmethod
@@ -42,9 +42,9 @@ class CollectingReader(DifferentiableReader, Generic[M]):
         # The adapted model's sources name the targets; in the base alone a head may be tied to an embedding.
         adapted, at = self.tensor.adapted[self.sources.index(source)], 0
         crossed = transposed != adapted.transposed
-        for held in adapted.slices:
-            size = self.setting.values.weight_of(held, TASK_AS).matrix[0]
-            for matrix in self.matrices(held, crossed):
+        for slice_ in adapted.slices:
+            size = self.setting.values.weight_of(slice_, TASK_AS).matrix[0]
+            for matrix in self.matrices(slice_, crossed):
                 self._collected.take(matrix, X[:, at : at + size] if crossed else X)
             at += size
         return super().multiply(x, source, transposed, rows)

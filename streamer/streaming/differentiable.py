@@ -157,13 +157,13 @@ class Setting:
         finally:
             self.variant, self.deltas.coefficients = before
 
-    def changes(self, held: TensorSlice) -> list[tuple[TensorSlice, Change]]:
+    def changes(self, slice_: TensorSlice) -> list[tuple[TensorSlice, Change]]:
         """List the changes to a weight, or to one matrix of it, in the order of targets."""
         if not self.values.adapted(self.variant):
             return []
-        self.values.applied.add(held.weight)
-        pairs = self.values.plan.by_weight.get(held.weight, ())
-        return [(part, self.deltas.change(t, part)) for t, part in pairs if held.index in (None, part.index)]
+        self.values.applied.add(slice_.weight)
+        pairs = self.values.plan.by_weight.get(slice_.weight, ())
+        return [(part, self.deltas.change(t, part)) for t, part in pairs if slice_.index in (None, part.index)]
 
 
 class DifferentiableReader(Multiplier):
@@ -202,15 +202,15 @@ class DifferentiableReader(Multiplier):
 
     def values_of(self, source: WeightSource) -> Tensor:
         """Read the tensor or the single matrix of a source, including deltas."""
-        pieces = [self._piece(held) for held in source.slices]
+        pieces = [self._piece(slice_) for slice_ in source.slices]
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return values.T if source.transposed else values
 
-    def _piece(self, held: TensorSlice) -> Tensor:
-        values = self.setting.values.piece(held, self.setting.variant)
-        for part, change in self.setting.changes(held):
+    def _piece(self, slice_: TensorSlice) -> Tensor:
+        values = self.setting.values.piece(slice_, self.setting.variant)
+        for part, change in self.setting.changes(slice_):
             added = change.dense()
-            if part.index is not None and held.index is None:
+            if part.index is not None and slice_.index is None:
                 index = torch.tensor([part.index], device=self.device)
                 values = values.index_add(0, index, added.view(1, *values.shape[1:]))
             else:
@@ -245,7 +245,7 @@ class DifferentiableReader(Multiplier):
     def multiply(self, x: Tensor, source: WeightSource, transposed: bool, rows: tuple[int, int]) -> Tensor:
         """Compute ``x Mᵀ`` (``x M`` if `transposed`) for these rows of a source's matrix, or all rows if its transpose is stored."""
         setting, slices = self.setting, source.slices
-        shapes = [setting.values.weight_of(held, setting.variant).matrix for held in slices]
+        shapes = [setting.values.weight_of(slice_, setting.variant).matrix for slice_ in slices]
         starts = [*itertools.accumulate((m for m, _ in shapes), initial=0)]
         if source.transposed:
             transposed, rows = not transposed, (0, starts[-1])
@@ -253,17 +253,17 @@ class DifferentiableReader(Multiplier):
         streamed = StreamedMatrix((last - first, shapes[0][1]), lambda: self._blocks(source, rows), self.rounded)
         X = x.reshape(-1, x.shape[-1])
         out = streamed.product(X, transposed)
-        for at, end, held in zip(starts, starts[1:], slices, strict=False):
+        for at, end, slice_ in zip(starts, starts[1:], slices, strict=False):
             i, j = max(first, at), min(last, end)
-            for _, change in setting.changes(held) if i < j else ():
-                held_rows = i - at, j - at
+            for _, change in setting.changes(slice_) if i < j else ():
+                slice_rows = i - at, j - at
                 if transposed:
-                    out = change.add_product(out, X[:, i - first : j - first], True, held_rows)
+                    out = change.add_product(out, X[:, i - first : j - first], True, slice_rows)
                 elif (i, j) == rows:
-                    out = change.add_product(out, X, False, held_rows)
+                    out = change.add_product(out, X, False, slice_rows)
                 else:
                     a, b, c = torch.split(out, [i - first, j - i, last - j], 1)
-                    out = torch.cat([a, change.add_product(b, X, False, held_rows), c], 1)
+                    out = torch.cat([a, change.add_product(b, X, False, slice_rows), c], 1)
         return out.view(*x.shape[:-1], -1)
 
     def _blocks(self, source: WeightSource, rows: tuple[int, int]) -> Blocks:

@@ -150,8 +150,8 @@ class CollectingModel(LoadedModel):
         self._asked[group] = run if is_portable(arguments) else None
         self._turns.pause()
         found = self._answers.pop(group, None)
-        for container, held in zip(containers_of(arguments), found.shared if found else (), strict=found is not None):
-            container.update(held)
+        for container, values in zip(containers_of(arguments), found.shared if found else (), strict=found is not None):
+            container.update(values)
         return found
 
     def _answer(self, groups: Sequence[Group]) -> None:
@@ -312,10 +312,10 @@ class InputModel(CollectingModel):
 class _TargetReader(CollectingReader[Target]):
     """Passes on the inputs of an adapter's targets."""
 
-    def matrices(self, held: TensorSlice, crossed: bool) -> Iterable[Target]:
+    def matrices(self, slice_: TensorSlice, crossed: bool) -> Iterable[Target]:
         """List the targets. A tied head has the other side: it multiplies with the transpose of an embedding's delta."""
-        pairs = self.setting.values.plan.by_weight.get(held.weight, ())
-        return [t for t, part in pairs if held.index in (None, part.index) and t.transposed == crossed]
+        pairs = self.setting.values.plan.by_weight.get(slice_.weight, ())
+        return [t for t, part in pairs if slice_.index in (None, part.index) and t.transposed == crossed]
 
     def tables(self) -> Iterable[tuple[Target, int]]:
         """List the targets that are embeddings."""

@@ -113,9 +113,9 @@ class _Call:
         containers = {i: kind(arguments[i]) for i, kind in self.shared.items()}
         arguments = [containers.get(i, argument) for i, argument in enumerate(arguments)]
         args, kwargs = tree_unflatten(arguments, self.form)
-        held = _held_tensors(arguments)
+        contained = _contained_tensors(arguments)
         result = self.layer.forward(*args, **kwargs)
-        self._check(arguments, held, tree_flatten((args, kwargs)))
+        self._check(arguments, contained, tree_flatten((args, kwargs)))
         before = {id(leaf) for leaf in leaves}
         changes = [
             {key: value for key, value in container.items() if any(id(t) not in before for t in tree_flatten(value)[0])}
@@ -127,12 +127,12 @@ class _Call:
         self.places = [i for i, leaf in enumerate(out) if isinstance(leaf, Tensor)]
         return tensors
 
-    def _check(self, before: list[Any], held: list[Tensor], after: tuple[list[Any], TreeSpec]) -> None:
+    def _check(self, before: list[Any], contained: list[Tensor], after: tuple[list[Any], TreeSpec]) -> None:
         """Raise `UnsupportedError` if tensors are passed on where gradients cannot follow."""
         arguments, form = after
         same = form == self.form and all(a is b for a, b in zip(before, arguments, strict=True))
-        now = _held_tensors(before)
-        if not same or [*map(id, held)] != [*map(id, now)] or any(t.requires_grad for t in held):
+        now = _contained_tensors(before)
+        if not same or [*map(id, contained)] != [*map(id, now)] or any(t.requires_grad for t in contained):
             raise UnsupportedError(
                 f"layer {self.layer.path!r} hands tensors on to other layers in its arguments, where gradients do not follow "
                 "them; fit does not support this model"
@@ -178,7 +178,7 @@ class _Boundary(torch.autograd.Function):
         return None, None, *(t.grad for t in inputs)
 
 
-def _held_tensors(arguments: list[Any]) -> list[Tensor]:
+def _contained_tensors(arguments: list[Any]) -> list[Tensor]:
     """List the tensors inside arguments that are other objects, such as caches."""
     seen: set[int] = set()
 

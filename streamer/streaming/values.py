@@ -101,12 +101,12 @@ class Values:
         pairs = self.targets(tensor)
         if len(pairs) != 1 or tensor.stacked or tensor.adapted[0].transposed or len(tensor.adapted[0].slices) > 1:
             return None
-        (target, held), low_rank = pairs[0], pairs[0][0].module.low_rank
-        return target if low_rank and held.index is None and held.rows is None and len(tensor.shape) == 2 else None
+        (target, slice_), low_rank = pairs[0], pairs[0][0].module.low_rank
+        return target if low_rank and slice_.index is None and slice_.rows is None and len(tensor.shape) == 2 else None
 
     def deltas(self, target: Target) -> Iterator[LowRank | None]:
         """Yield the factors of each variant's Δ' in float32, oriented as the weight is stored: (rows, columns); None for the base."""
-        self.applied.update(held.weight for held in target.slices)
+        self.applied.update(slice_.weight for slice_ in target.slices)
         for variant in range(len(self.job.variants)):
             if not self.adapted(variant):
                 yield None
@@ -149,10 +149,10 @@ class Values:
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return values.T if source.transposed else values
 
-    def weight_of(self, held: TensorSlice, variant: int) -> Weight:
+    def weight_of(self, slice_: TensorSlice, variant: int) -> Weight:
         """Return a weight, or one matrix of it."""
-        weight = self.weight(held.weight, variant)
-        return weight if held.index is None else weight.slice(held.index)
+        weight = self.weight(slice_.weight, variant)
+        return weight if slice_.index is None else weight.slice(slice_.index)
 
     def blocks(self, source: WeightSource, variant: int, first: int, last: int) -> Iterator[tuple[int, int, Tensor]]:
         """Read rows of a source's matrix as stored, a few at a time, without deltas; yields (from, to, values).
@@ -163,23 +163,23 @@ class Values:
             Range of rows to read; the yielded positions count from `first`.
         """
         at = -first
-        for held in source.slices:
-            weight = self.weight_of(held, variant).at_hand()
+        for slice_ in source.slices:
+            weight = self.weight_of(slice_, variant).at_hand()
             m, n = weight.matrix
             step = max(1, BLOCK_BYTES // (4 * max(1, n)))
             for i in range(max(0, -at), min(m, last - first - at), step):
                 j = min(i + step, m, last - first - at)
                 values = _float32(weight.rows(i, j), self.device)
-                if held.index is None:
-                    self._edit(held.weight, variant, values, i)
+                if slice_.index is None:
+                    self._edit(slice_.weight, variant, values, i)
                 yield at + i, at + j, values
             at += m
 
-    def piece(self, held: TensorSlice, variant: int) -> Tensor:
+    def piece(self, slice_: TensorSlice, variant: int) -> Tensor:
         """Read a weight, or one matrix of it, without deltas."""
-        values = self.weight_of(held, variant).whole(self.device).to(torch.float32)
-        if held.index is None:
-            self._edit(held.weight, variant, values, 0)
+        values = self.weight_of(slice_, variant).whole(self.device).to(torch.float32)
+        if slice_.index is None:
+            self._edit(slice_.weight, variant, values, 0)
         return values
 
     def rows(self, tensor: RunTimeTensor, variant: int, i: int, j: int) -> Tensor:
@@ -199,11 +199,11 @@ class Values:
             len(s.slices) == 1 and s.slices[0].index is None and not s.transposed for s in sources
         )
 
-    def _piece(self, held: TensorSlice, variant: int, with_delta: bool) -> Tensor:
-        values = self.piece(held, variant)
-        for target, part in self.plan.by_weight.get(held.weight, ()) if with_delta and self.adapted(variant) else ():
-            if held.index in (None, part.index):
-                into = values if part.index is None or held.index is not None else values[part.index]
+    def _piece(self, slice_: TensorSlice, variant: int, with_delta: bool) -> Tensor:
+        values = self.piece(slice_, variant)
+        for target, part in self.plan.by_weight.get(slice_.weight, ()) if with_delta and self.adapted(variant) else ():
+            if slice_.index in (None, part.index):
+                into = values if part.index is None or slice_.index is not None else values[part.index]
                 self._add(target, part, variant, into)
         return values
 
@@ -234,9 +234,9 @@ class Values:
                     values[row - start] = tokens.rows(at, at + 1)[0].to(values)
 
     def _rows(self, tensor: RunTimeTensor, variant: int, i: int, j: int, device: torch.device) -> Tensor:
-        ((held,),) = (source.slices for source in self.sources(tensor, variant))
-        values = _float32(self.weight(held.weight, variant).at_hand().rows(i, j), device)
-        self._edit(held.weight, variant, values, i)
+        ((slice_,),) = (source.slices for source in self.sources(tensor, variant))
+        values = _float32(self.weight(slice_.weight, variant).at_hand().rows(i, j), device)
+        self._edit(slice_.weight, variant, values, i)
         return values.reshape(j - i, *tensor.shape[1:])
 
     def unused(self) -> list[str]:

@@ -33,13 +33,13 @@ class StoredTensor:
 
     Attributes
     ----------
-    held
+    prefetched
         The tensor's bytes, if they have been read ahead.
     """
 
     file: TensorFile
     info: TensorInfo
-    held: memoryview | None = None
+    prefetched: memoryview | None = None
 
     def rows(self, i: int, j: int) -> Tensor:
         """Read indices i to j of the first dimension in the stored dtype, without a copy if their address is aligned."""
@@ -62,22 +62,22 @@ class StoredTensor:
         return as_tensor(self._data(start, stop), torch.uint8, (stop - start,))
 
     def _data(self, start: int = 0, stop: int | None = None) -> memoryview:
-        return self.file.view(self.info, start, stop) if self.held is None else self.held[start:stop]
+        return self.file.view(self.info, start, stop) if self.prefetched is None else self.prefetched[start:stop]
 
     def slice(self, index: int) -> StoredTensor:
         """Select one index of the first dimension: (experts, out, in) becomes (out, in)."""
         info = self.info
         size = info.nbytes // info.shape[0]
         at = index * size
-        held = None if self.held is None else self.held[at : at + size]
+        prefetched = None if self.prefetched is None else self.prefetched[at : at + size]
         one = replace(info, shape=info.shape[1:], start=info.start + at, end=info.start + at + size)
-        return replace(self, info=one, held=held)
+        return replace(self, info=one, prefetched=prefetched)
 
     def load(self) -> StoredTensor:
         """Read the bytes ahead by touching every page, so that later reads do not wait for the disk."""
         view = self.file.view(self.info)
         np.frombuffer(view, np.uint8)[::4096].sum()
-        return replace(self, held=view)
+        return replace(self, prefetched=view)
 
 
 def equal(a: StoredTensor, b: StoredTensor) -> bool:
@@ -133,7 +133,7 @@ class Weight(ABC):
         return sum(stored.info.nbytes for stored in self.tensors.values())
 
     @property
-    def held_bytes(self) -> int:
+    def load_bytes(self) -> int:
         """Return the bytes of anonymous memory that `load` needs: 0 for mapped files."""
         return sum(stored.info.nbytes for stored in self.tensors.values() if stored.file.io == "pread")
 
@@ -148,12 +148,12 @@ class Weight(ABC):
 
     def at_hand(self) -> Self:
         """Prepare for a loop over the rows that must not read any byte twice."""
-        return self.load() if self.remote and not self.held else self
+        return self.load() if self.remote and not self.prefetched else self
 
     @property
-    def held(self) -> bool:
+    def prefetched(self) -> bool:
         """Return whether the bytes have been read ahead."""
-        return all(stored.held is not None for stored in self.tensors.values())
+        return all(stored.prefetched is not None for stored in self.tensors.values())
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
         """Yield all rows in order, `rows` at a time, as (from, to, values); values are valid until the next block is asked for."""
@@ -194,8 +194,8 @@ class QuantizedWeight(Weight):
 
     def at_hand(self) -> Self:
         """Read the bytes ahead unless files are mapped: a few rows may need part of every stored row."""
-        held = all(stored.held is not None or stored.file.io == "mmap" for stored in self.tensors.values())
-        return self if held else self.load()
+        ready = all(stored.prefetched is not None or stored.file.io == "mmap" for stored in self.tensors.values())
+        return self if ready else self.load()
 
     @abstractmethod
     def decode(self, i: int, j: int) -> Tensor:

@@ -39,7 +39,7 @@ class Plain(Weight):
     def blocks(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the rows in the stored dtype, reading ahead from the disk."""
         stored, (m, n) = self.tensors["weight"], self.matrix
-        if stored.held is not None or stored.info.nbytes == 0:
+        if stored.prefetched is not None or stored.info.nbytes == 0:
             yield from super().blocks(rows)
             return
         dtype = TORCH_DTYPES[stored.info.dtype]

@@ -47,7 +47,7 @@ def held_apart(home: Path, directory: Path) -> dict[str, Path]:
     paths = {name: home / f"{name}.npy" for name in ("general", "task")}
     read = {name: TextSequences.of(np.load(path)) for name, path in paths.items()}
     for name, text in divide(read, paths, FitOptions()).items():
-        np.save(directory / f"{name}.npy", np.stack(text.held.ids))
+        np.save(directory / f"{name}.npy", np.stack(text.held_out.ids))
     return {name: directory / f"{name}.npy" for name in paths}
 
 

@@ -46,13 +46,13 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("count", "holdout", "held"), [(4, 0.25, 2), (8, 0.25, 2), (64, 0.25, 16), (5, 0.9, 3), (10, 0.5, 5)]
+    ("count", "holdout", "held_out"), [(4, 0.25, 2), (8, 0.25, 2), (64, 0.25, 16), (5, 0.9, 3), (10, 0.5, 5)]
 )
-def test_every_sequence_is_in_one_part(count: int, holdout: float, held: int) -> None:
+def test_every_sequence_is_in_one_part(count: int, holdout: float, held_out: int) -> None:
     divided = divide(texts(count, 8), PATHS, FitOptions(holdout=holdout))["general"]
-    parts = [[int(ids[0]) for ids in part.ids] for part in (divided.fitted, divided.held)]
+    parts = [[int(ids[0]) for ids in part.ids] for part in (divided.fitted, divided.held_out)]
     assert sorted(parts[0] + parts[1]) == list(range(count))
-    assert [len(part) for part in parts] == [count - held, held]
+    assert [len(part) for part in parts] == [count - held_out, held_out]
     assert all(part == sorted(part) for part in parts)
 
 
@@ -62,8 +62,8 @@ def test_of_running_text_neighbours_are_held_apart_and_of_documents_any() -> Non
         found = []
         for seed in range(8):
             divided = divide(texts(32, 32), {"general": Path(path), "task": Path(path)}, FitOptions(seed=seed))["task"]
-            held = {int(ids[0]) for ids in divided.held.ids}
-            found.append(sum((i + 1) % 32 not in held for i in held))
+            held_out = {int(ids[0]) for ids in divided.held_out.ids}
+            found.append(sum((i + 1) % 32 not in held_out for i in held_out))
         return found
 
     assert gaps("g.txt") == gaps("g.npy") == [1] * 8
@@ -78,15 +78,15 @@ def test_a_sequence_that_stands_twice_is_in_one_part(path: str) -> None:
         options, paths = FitOptions(seed=seed), {"general": Path(path), "task": Path(path)}
         found, wanted = divide(twice, paths, options)["task"], divide(once, paths, options)["task"]
         assert found.whole is twice["task"]
-        assert [found.fitted.digest(), found.held.digest()] == [wanted.fitted.digest(), wanted.held.digest()]
+        assert [found.fitted.digest(), found.held_out.digest()] == [wanted.fitted.digest(), wanted.held_out.digest()]
 
 
 def test_the_seed_decides() -> None:
-    def held(seed: int) -> list[int]:
-        return [int(ids[0]) for ids in divide(texts(16, 16), PATHS, FitOptions(seed=seed))["task"].held.ids]
+    def held_out(seed: int) -> list[int]:
+        return [int(ids[0]) for ids in divide(texts(16, 16), PATHS, FitOptions(seed=seed))["task"].held_out.ids]
 
-    assert held(0) == held(0)
-    assert len({tuple(held(seed)) for seed in range(8)}) > 1
+    assert held_out(0) == held_out(0)
+    assert len({tuple(held_out(seed)) for seed in range(8)}) > 1
 
 
 def test_a_text_too_short_to_hold_sequences_apart() -> None:
