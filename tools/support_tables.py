@@ -40,7 +40,7 @@ def support_table() -> str:
     refused = ", ".join(dict.fromkeys(rule.kind for rule in CONFIG_RULES if not rule.residual))
     methods = ", ".join(method.title for method in METHODS.values())
     flag = "with `--base-is-residual`"
-    others = ", ".join(form.title for form in OTHER_FORMATS)
+    others = ", ".join(one.title for one in OTHER_FORMATS)
     rows = [
         Support("kind of adapter", "`detect`", "`mitigate`", "`merge`"),
         Support(*["---"] * 4),
@@ -64,12 +64,12 @@ def encodings_table() -> str:
         ("BF16, F16, F32, F64", "`weight`", "read", "written, rounded once"),
         *(
             (
-                form.title,
-                form.stored,
+                one.title,
+                one.stored,
                 "read",
-                "encoded again, or `--dequantize`" if form.requantizes else "`--dequantize`",
+                "encoded again, or `--dequantize`" if one.requantizes else "`--dequantize`",
             )
-            for form in FORMATS
+            for one in FORMATS
         ),
     ]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)

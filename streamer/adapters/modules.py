@@ -49,7 +49,7 @@ class Module(Protocol):
     shape: tuple[int, int]
 
     @property
-    def form(self) -> str:
+    def layer_kind(self) -> str:
         """Return ``linear``, ``conv1d`` (a linear layer stored (in, out)), ``embedding``, ``convolution`` or ``expert``."""
 
     @property
@@ -128,7 +128,7 @@ class LoraModule(Module):
     rank: int
     scaling: float
     shape: tuple[int, int]
-    form: str = "linear"
+    layer_kind: str = "linear"
     kernel: Shape = ()
     expert: tuple[int, int] | None = None
     grouped: bool = False
@@ -170,7 +170,7 @@ class LoraModule(Module):
     def weight(self) -> Shape:
         """Return the shape of the weight in the model; for a linear layer, as stored (out, in)."""
         m, n = self.shape
-        if self.form == "embedding":
+        if self.layer_kind == "embedding":
             return n, m
         return (m, n // math.prod(self.kernel), *self.kernel)
 
@@ -195,7 +195,7 @@ class LoraModule(Module):
 
     def placed(self, stored: Shape, transposed: bool) -> Module | None:
         """Fit the module to a weight of this shape as stored."""
-        wanted = self.shape[::-1] if self.form == "linear" and transposed else self.weight
+        wanted = self.shape[::-1] if self.layer_kind == "linear" and transposed else self.weight
         return self if stored == wanted else None
 
 
@@ -263,10 +263,10 @@ class MethodModule(Module):
         return self.method.low_rank
 
     @property
-    def form(self) -> str:
+    def layer_kind(self) -> str:
         """Return the kind of layer, by the tensors' roles; convolutions count as ``linear``."""
-        forms = {"oft_embedding_R": "embedding", "embedding": "embedding", "conv1d": "conv1d"}
-        return next((forms[role] for role in self.tensors if role in forms), "linear")
+        kinds = {"oft_embedding_R": "embedding", "embedding": "embedding", "conv1d": "conv1d"}
+        return next((kinds[role] for role in self.tensors if role in kinds), "linear")
 
     @property
     def tensor_names(self) -> tuple[str, ...]:

@@ -55,4 +55,4 @@ def refuse_other_formats(path: Path) -> None:
 
 
 def _format(names: Iterable[str]) -> OtherFormat | None:
-    return next((form for name in names for form in FORMATS if form.tensor.search(name)), None)
+    return next((one for name in names for one in FORMATS if one.tensor.search(name)), None)

@@ -179,7 +179,7 @@ def _module(
 
 def _lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, config: AdapterConfig) -> LoraModule:
     a, b, magnitude = factors["A"], factors["B"], factors.get("magnitude")
-    form = _form(name, a, b, where)
+    layer_kind = _layer_kind(name, a, b, where)
     rank = a.shape[0]
     if b.shape[1] != rank or math.prod((*a.shape, *b.shape)) == 0:
         raise FormatError(
@@ -195,15 +195,15 @@ def _lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, conf
             "config and weights belong to different adapters"
         )
     if magnitude is None:
-        return LoraModule(name, a.name, b.name, rank, scaling, shape, form, a.shape[2:])
+        return LoraModule(name, a.name, b.name, rank, scaling, shape, layer_kind, a.shape[2:])
     if math.prod(magnitude.shape) != b.shape[0]:
         raise FormatError(
             f"{where}: module {name!r}: expected {b.shape[0]} magnitudes, found {list(magnitude.shape)}; save the adapter again"
         )
-    return DoraModule(name, a.name, b.name, rank, scaling, shape, form, a.shape[2:], magnitude=magnitude.name)
+    return DoraModule(name, a.name, b.name, rank, scaling, shape, layer_kind, a.shape[2:], magnitude=magnitude.name)
 
 
-def _form(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:
+def _layer_kind(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:
     """Determine the kind of layer from the factors' names and dimensions."""
     by_name = {classify(normalize(info.name))[0].role for info in (a, b)}
     dimensions = len(a.shape)

@@ -68,7 +68,7 @@ def reading_bytes(plan: Plan) -> int:
         INPUT_COPIES
         * 4
         * ROWS_OF_INPUTS
-        * max((t.module.shape[1] for t in plan.targets if t.module.form != "embedding"), default=0)
+        * max((t.module.shape[1] for t in plan.targets if not t.is_embedding), default=0)
     )
 
 
@@ -85,7 +85,7 @@ def columns_of_inputs(plan: Plan) -> list[tuple[int, int]]:
     """List the number of inputs that modules share, and the number of columns of their right factors together."""
     columns: dict[tuple[str, str, int], int] = {}
     for target in plan.targets:
-        if target.module.form != "embedding":  # embeddings look rows up
+        if not target.is_embedding:  # embeddings look rows up
             # Modules with as many inputs in one parent module may share them.
             parent, _, name = target.tensor.removesuffix(".weight").rpartition(".")
             key = parent, name.partition("[")[2], target.module.shape[1]

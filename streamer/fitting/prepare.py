@@ -253,7 +253,7 @@ class PreparedFit:
         if self.by_inputs:
             if len({text.whole.digest() for text in self.texts.values()}) == 1:
                 self.run.monitor.warn(("both texts are the same, so the fit is a shrink, Δ / (1 + mu)",))
-            widest = max((t.module.shape[1] for t in self.plan.targets if t.module.form != "embedding"), default=0)
+            widest = max((t.module.shape[1] for t in self.plan.targets if not t.is_embedding), default=0)
             if count < widest:
                 self.run.monitor.warn(
                     (f"the {name} text has {count} tokens to fit on, fewer than the {widest} inputs of the widest matrix: the ridge "

@@ -136,7 +136,7 @@ class Announced:
             return
         found = {c.module for c in self._adapter.carried if c.role == "lora_bias"}
         modules = self._adapter.modules.items()
-        of_lora = [name for name, m in modules if isinstance(m, LoraModule) and m.form != "embedding"]
+        of_lora = [name for name, m in modules if isinstance(m, LoraModule) and m.layer_kind != "embedding"]
         if missing := [f"{name}.lora_B.bias" for name in of_lora if name not in found]:
             yield f"lora_bias is true, but {_missing(missing)}"
 

@@ -79,7 +79,7 @@ class Target:
     @property
     def is_embedding(self) -> bool:
         """Return whether the weight is an embedding, which is looked up and not multiplied."""
-        return self.module.form == "embedding"
+        return self.module.layer_kind == "embedding"
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _stack_of(name: str) -> str:
 
 
 def _ways_that_fit(module: Module, weight: Weight) -> set[bool]:
-    linear = module.form == "linear" and len(weight.shape) == 2 and not weight.quantized
+    linear = module.layer_kind == "linear" and len(weight.shape) == 2 and not weight.quantized
     return {way for way in (False, True) if linear and module.placed(weight.shape, way) is not None}
 
 
@@ -206,8 +206,8 @@ def match_targets(
             continue
         weight = weights[found]
         shape = weight.shape
-        if module.form != "linear":
-            ways = {module.form != "convolution"}
+        if module.layer_kind != "linear":
+            ways = {module.layer_kind != "convolution"}
         elif weight.quantized or len(shape) != 2:  # quantizers store all kinds of layers as (out, in)
             ways = {False}
         else:
@@ -233,7 +233,7 @@ def match_targets(
 
 
 def _expected(module: Module, ways: set[bool]) -> str:
-    return f"{module.expected}, transposed," if ways == {True} and module.form == "linear" else module.expected
+    return f"{module.expected}, transposed," if ways == {True} and module.layer_kind == "linear" else module.expected
 
 
 def misfits(problems: Sequence[str], of: int, adapter: DeltaSource, weights: WeightView) -> str:

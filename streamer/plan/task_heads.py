@@ -72,9 +72,9 @@ def auto_class(model_type: object, task: object) -> str | None:
     """Return the class that transformers uses to load a model of this type for one of PEFT's tasks; None if there is none."""
     if not isinstance(model_type, str) or not isinstance(task, str):
         return None
-    for form, types in table()["tasks"].get(task, {}).items():
+    for name, types in table()["tasks"].get(task, {}).items():
         if model_type in types:
-            return str(form).replace("*", table()["names"].get(model_type, ""))
+            return str(name).replace("*", table()["names"].get(model_type, ""))
     return None
 
 

@@ -223,7 +223,7 @@ def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[s
         modules = [by_tensor[name] for name in tie.names if name in by_tensor]
         if len(modules) < 2:
             continue
-        embedding, head, *more = sorted(modules, key=lambda m: m.form != "embedding")
+        embedding, head, *more = sorted(modules, key=lambda m: m.layer_kind != "embedding")
         same = (head.shape, head.rank, head.scaling) == (embedding.shape[::-1], embedding.rank, embedding.scaling)
         if more or not same:
             raise UnsupportedError(
@@ -259,7 +259,7 @@ def refuse_unknown_ties(
         return
     in_layers = [name for name in base.weight_map if "*" in pattern_of(name) and name.endswith(".weight")]
     widths = {n for shape in (base.info(name).shape for name in in_layers) if len(shape) == 2 for n in shape}
-    linear = {name for module, name in matched.items() if adapter.modules[module].form == "linear"}
+    linear = {name for module, name in matched.items() if adapter.modules[module].layer_kind == "linear"}
     outer = {name: base.info(name).shape for name in base.weight_map if not pattern_of(name).count("*")}
     for name in dict.fromkeys([*matched.values(), *edits.sources, *edits.rows]):
         # A quantized weight has other names on disk and is tied to nothing.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SIGN = "streamer report"
 """Text in the head of every file that identifies it as a report's figure."""
 
-FIGURES, FORMS = ("map", "similarity", "spectrum", "thresholds", "lambdas", "tradeoff"), ("svg", "png")
+FIGURES, IMAGE_FORMATS = ("map", "similarity", "spectrum", "thresholds", "lambdas", "tradeoff"), ("svg", "png")
 """Names of all figures that a report may have, and their formats."""
 
 WIDTH = 6.75
@@ -95,11 +95,11 @@ def draw_figures(subject: Subject) -> dict[str, bytes]:
         for name, draw in _drawings(subject).items():
             figure = make(figsize=(WIDTH, 2.6), layout="constrained")
             draw(figure)
-            for form, sign in _SIGNS.items():
+            for image_format, sign in _SIGNS.items():
                 file = io.BytesIO()
-                figure.savefig(file, format=form, dpi=200, metadata=sign)
+                figure.savefig(file, format=image_format, dpi=200, metadata=sign)
                 figure.set_layout_engine("none")  # the layout is final after the first format
-                out[f"{name}.{form}"] = file.getvalue()
+                out[f"{name}.{image_format}"] = file.getvalue()
     return out
 
 

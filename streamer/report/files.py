@@ -10,7 +10,7 @@ from typing import Literal
 
 from streamer.detection.findings_file import lock_of
 from streamer.errors import OutputError, OutputExistsError, UsageError
-from streamer.report.figures import FIGURES, FORMS, draw_figures
+from streamer.report.figures import FIGURES, IMAGE_FORMATS, draw_figures
 from streamer.report.figures import SIGN as FIGURE_SIGN
 from streamer.report.page import SIGN as PAGE_SIGN
 from streamer.report.page import make_page
@@ -139,7 +139,7 @@ def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:
 
 def _stale(directory: Path, files: Mapping[str, bytes], overwrite: bool) -> list[Path]:
     """List figures of an earlier report that this one does not have; refuse them unless `overwrite`."""
-    named = [directory / f"{stem}.{form}" for stem in FIGURES for form in FORMS]
+    named = [directory / f"{stem}.{image_format}" for stem in FIGURES for image_format in IMAGE_FORMATS]
     stale = [old for old in named if old.name not in files and old.is_file() and _is_report(old.suffix, _head(old))]
     if stale and not overwrite:
         raise OutputExistsError(

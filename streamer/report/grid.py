@@ -45,10 +45,10 @@ def make_grid(names: Sequence[str]) -> Grid:
     >>> make_grid(["model.layers.0.q.weight", "model.layers.1.q.weight"]).parts
     ('q',)
     """
-    forms = [NUMBER.sub("*", name) for name in names]
+    patterns = [NUMBER.sub("*", name) for name in names]
     numbers = [int(found[0]) if (found := NUMBER.search(name)) else None for name in names]
-    rows = list(dict.fromkeys(forms))
+    rows = list(dict.fromkeys(patterns))
     layers = sorted(set(numbers), key=lambda n: -1 if n is None else n)
-    short = [re.sub(r"\.?weight$", "", re.sub(r"^[^*]*?\*\.", "", form)) or form for form in rows]
+    short = [re.sub(r"\.?weight$", "", re.sub(r"^[^*]*?\*\.", "", pattern)) or pattern for pattern in rows]
     parts = short if len(set(short)) == len(short) else rows
-    return Grid(tuple(parts), tuple(layers), tuple(map(rows.index, forms)), tuple(map(layers.index, numbers)))
+    return Grid(tuple(parts), tuple(layers), tuple(map(rows.index, patterns)), tuple(map(layers.index, numbers)))

@@ -79,7 +79,7 @@ class CorrectedModel(InputModel):
         The first round covers what ran before the first layer.
         """
         return [
-            [own for own in one if all(t.module.form != "expert" for t in own)] for one in self._collected.rounds[1:]
+            [ts for ts in one if all(t.module.layer_kind != "expert" for t in ts)] for one in self._collected.rounds[1:]
         ]
 
     def correct(self, groups: Sequence[Group], rights: Mapping[str, Tensor], replace: Replace) -> None:

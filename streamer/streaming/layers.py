@@ -64,7 +64,7 @@ class SpooledLayer:
         UnsupportedError
             If the layer passes tensors on in another kind of argument, where gradients would be lost.
         """
-        arguments, form = tree_flatten((args, kwargs))
+        arguments, tree = tree_flatten((args, kwargs))
         shared = {i: argument for i, argument in enumerate(arguments) if isinstance(argument, UserDict)}
         leaves, spec = tree_flatten([shared[i].data if i in shared else one for i, one in enumerate(arguments)])
         inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -72,7 +72,7 @@ class SpooledLayer:
         if not torch.is_grad_enabled() or (not inputs and anchor is None):
             return self.forward(*args, **kwargs)
         constants = [None if i in inputs else leaf for i, leaf in enumerate(leaves)]
-        call = _Call(self, constants, spec, form, {i: type(one) for i, one in shared.items()}, inputs)
+        call = _Call(self, constants, spec, tree, {i: type(one) for i, one in shared.items()}, inputs)
         tensors: tuple[Tensor, ...] = _Boundary.apply(call, anchor, *(leaves[i] for i in inputs))  # type: ignore[no-untyped-call]  # torch types no `apply`
         result, changes = call.rebuilt(tensors)
         for container, change in zip(shared.values(), changes, strict=True):
@@ -88,7 +88,7 @@ class _Call:
     ----------
     constants, spec
         Contents of the arguments, with None for each tensor that requires gradients, and their structure.
-    form
+    tree
         Structure of the argument list.
     shared
         Class of each argument that passes tensors between layers; `constants` has their contents before the call.
@@ -99,7 +99,7 @@ class _Call:
     layer: SpooledLayer
     constants: list[Any]
     spec: TreeSpec
-    form: TreeSpec
+    tree: TreeSpec
     shared: Mapping[int, type[UserDict[Any, Any]]]
     inputs: list[int]
     result: tuple[list[Any], TreeSpec] | None = None
@@ -112,7 +112,7 @@ class _Call:
         arguments = tree_unflatten(leaves, self.spec)
         containers = {i: kind(arguments[i]) for i, kind in self.shared.items()}
         arguments = [containers.get(i, argument) for i, argument in enumerate(arguments)]
-        args, kwargs = tree_unflatten(arguments, self.form)
+        args, kwargs = tree_unflatten(arguments, self.tree)
         contained = _contained_tensors(arguments)
         result = self.layer.forward(*args, **kwargs)
         self._check(arguments, contained, tree_flatten((args, kwargs)))
@@ -129,8 +129,8 @@ class _Call:
 
     def _check(self, before: list[Any], contained: list[Tensor], after: tuple[list[Any], TreeSpec]) -> None:
         """Raise `UnsupportedError` if tensors are passed on where gradients cannot follow."""
-        arguments, form = after
-        same = form == self.form and all(a is b for a, b in zip(before, arguments, strict=True))
+        arguments, tree = after
+        same = tree == self.tree and all(a is b for a, b in zip(before, arguments, strict=True))
         now = _contained_tensors(before)
         if not same or [*map(id, contained)] != [*map(id, now)] or any(t.requires_grad for t in contained):
             raise UnsupportedError(

@@ -29,13 +29,13 @@ class StoredWeight:
         Its position in file order.
     tensors
         The tensors on disk, by role.
-    form
+    format
         The quantization format; None for a plain tensor.
     """
 
     index: int
     tensors: Mapping[str, StoredTensor]
-    form: QuantizationFormat | None
+    format: QuantizationFormat | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +94,9 @@ class WeightView(Mapping[str, Weight]):
 
     def _of_base(self, name: str) -> Weight:
         stored = self.stored[name]
-        if stored.form is None:
+        if stored.format is None:
             return Plain.of(stored.tensors["weight"])
-        return replace(stored.form.make(name, stored.tensors, self.quantization), encoding=self.encoding)
+        return replace(stored.format.make(name, stored.tensors, self.quantization), encoding=self.encoding)
 
     def __contains__(self, name: object) -> bool:
         return name in self.stored or name in self.replacements or name in self.derived
@@ -120,9 +120,9 @@ class WeightView(Mapping[str, Weight]):
 
     def requantizes(self, name: str) -> bool:
         """Test whether merged values of this quantized weight are written back quantized."""
-        form, tensors = self.stored[name].form, self.stored[name].tensors
+        format_, tensors = self.stored[name].format, self.stored[name].tensors
         matrix = len(tensors["weight"].info.shape) == 2
-        return form is not None and form.requantizes and matrix and name not in self.replacements
+        return format_ is not None and format_.requantizes and matrix and name not in self.replacements
 
 
 def open_weights(checkpoint: Checkpoint, config: ModelConfig) -> WeightView:
@@ -142,26 +142,26 @@ def open_weights(checkpoint: Checkpoint, config: ModelConfig) -> WeightView:
     """
     quantization = config.quantization
     method = supported_method(quantization, f"{checkpoint.path}")
-    forms = [form for form in FORMATS if method in form.quant_methods]
+    formats = [format_ for format_ in FORMATS if method in format_.quant_methods]
     tensors = {t.name: StoredTensor(f, t) for f in checkpoint.files.values() for t in f.header.tensors}
     claimed: dict[str, tuple[QuantizationFormat, str, dict[str, str]]] = {}
     owners: dict[str, tuple[str, str]] = {}
     for name in tensors:
-        for form in forms:
-            found = form.claim(name, tensors)
+        for format_ in formats:
+            found = format_.claim(name, tensors)
             if found is not None:
-                claimed[name] = form, *found
+                claimed[name] = format_, *found
                 owners |= {tensor: (found[0], role) for role, tensor in found[1].items()}
                 break
     stored: dict[str, StoredWeight] = {}
     for name, tensor in tensors.items():
         if name in claimed:
-            form, logical, roles = claimed[name]
+            format_, logical, roles = claimed[name]
             if logical in tensors and logical != name:
                 raise FormatError(
                     f"{tensor.file.path}: tensors {name!r} and {logical!r} are the same weight; get the file again"
                 )
-            stored[logical] = StoredWeight(len(stored), {role: tensors[t] for role, t in roles.items()}, form)
+            stored[logical] = StoredWeight(len(stored), {role: tensors[t] for role, t in roles.items()}, format_)
         elif name not in owners:
             stored[name] = StoredWeight(len(stored), {"weight": tensor}, None)
     return WeightView(checkpoint, quantization, stored, owners)

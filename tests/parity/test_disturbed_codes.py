@@ -67,8 +67,8 @@ def healthy() -> dict[str, tuple[dict[str, torch.Tensor], dict]]:
             {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}},
         ),
         **{
-            form: ({f"w{k}": t for k, t in small_floats(torch.randn(64, 96), form)[0].items()}, floats_config(form))
-            for form in FLOATS
+            one: ({f"w{k}": t for k, t in small_floats(torch.randn(64, 96), one)[0].items()}, floats_config(one))
+            for one in FLOATS
         },
         "modelopt": (
             {f"w{k}": t for k, t in as_modelopt(small_floats(torch.randn(64, 96), "nvfp4-pack-quantized")[0]).items()},

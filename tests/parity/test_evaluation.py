@@ -206,10 +206,10 @@ def test_it_makes_no_difference_what_runs_together(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("form", quantized.MAKERS)
-def test_quantized_bases(form: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", quantized.MAKERS)
+def test_quantized_bases(encoding: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
     """Those of the decoded base."""
-    made = quantized.MAKERS[form](tmp_path / "base", plain[0])
+    made = quantized.MAKERS[encoding](tmp_path / "base", plain[0])
     decoded = decoded_base(tmp_path / "decoded", plain[0], made)
     assert_as_transformers(LlamaForCausalLM, made.base, plain[1], tmp_path, decoded=decoded)
 

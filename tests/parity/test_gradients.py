@@ -78,10 +78,10 @@ def test_a_method_with_a_dense_delta(config: Any, tmp_path: Path) -> None:
     assert_gradients(cls, tmp_path / "base", tmp_path / "adapter", token_ids(64))
 
 
-@pytest.mark.parametrize("form", ["fp8-blocks", "nf4", "gptq"])
-def test_quantized_bases(form: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["fp8-blocks", "nf4", "gptq"])
+def test_quantized_bases(encoding: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
     """Those of the decoded base."""
-    made = quantized.MAKERS[form](tmp_path / "base", plain[0])
+    made = quantized.MAKERS[encoding](tmp_path / "base", plain[0])
     decoded = decoded_base(tmp_path / "decoded", plain[0], made)
     assert_gradients(LlamaForCausalLM, made.base, plain[1], token_ids(64), decoded=decoded)
 

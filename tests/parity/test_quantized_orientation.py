@@ -30,7 +30,7 @@ def nf4(W: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 ENCODINGS = {
     "nf4": (nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
-    "nvfp4": (partial(small_floats, form="nvfp4-pack-quantized"), floats_config("nvfp4-pack-quantized")),
+    "nvfp4": (partial(small_floats, encoding="nvfp4-pack-quantized"), floats_config("nvfp4-pack-quantized")),
 }
 
 

@@ -127,16 +127,16 @@ def test_streams_of_bits(bits: int) -> None:
 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
-@pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("encoding", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_gptq(tmp_path: Path, bits: int, act_order: bool, form: str, io: str) -> None:
+def test_gptq(tmp_path: Path, bits: int, act_order: bool, encoding: str, io: str) -> None:
     """Packed as AutoGPTQ's `pack` does: codes along inputs, zero points along outputs, less one in the first format."""
     rng = np.random.default_rng(vary(bits))
     inputs, outputs, groups = 128, 96, 4
     codes = rng.integers(0, 1 << bits, (inputs, outputs))
     zeros = rng.integers(0, 1 << bits, (groups, outputs)) + (
-        form == "gptq"
+        encoding == "gptq"
     )  # stored less one, they reach one value more
     scale = torch.from_numpy(rng.random((groups, outputs)) / 50).half()
     group = np.arange(inputs) // (inputs // groups)
@@ -144,11 +144,11 @@ def test_gptq(tmp_path: Path, bits: int, act_order: bool, form: str, io: str) ->
         rng.shuffle(group)
     tensors = {
         "w.qweight": torch.from_numpy(stream(codes, bits)),
-        "w.qzeros": torch.from_numpy(stream((zeros - (form == "gptq")).T, bits).T.copy()),
+        "w.qzeros": torch.from_numpy(stream((zeros - (encoding == "gptq")).T, bits).T.copy()),
         "w.scales": scale,
         "w.g_idx": torch.from_numpy(group.astype(np.int32)),
     }
-    config = {"quant_method": "gptq", "bits": bits, "group_size": inputs // groups, "checkpoint_format": form}
+    config = {"quant_method": "gptq", "bits": bits, "group_size": inputs // groups, "checkpoint_format": encoding}
     weights = base_of(tmp_path, tensors, config, io)
     exact = (codes - zeros[group]) * scale.double().numpy()[group]
     assert_decodes(weights, "w.weight", torch.from_numpy(exact.T.copy()))
@@ -209,10 +209,10 @@ def test_scaled_codes_are_what_compressed_tensors_decodes(tmp_path: Path, kind: 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
 @pytest.mark.parametrize("shape", [(48, 128), (33, 96), (1, 32)])
-@pytest.mark.parametrize("form", FLOATS)
-def test_small_floats_are_what_compressed_tensors_decodes(tmp_path: Path, form: str, shape, io: str) -> None:
-    parts, decoded = small_floats(torch.randn(shape) * torch.rand(shape[0], 1), form)
-    weights = base_of(tmp_path, {f"w{key}": t for key, t in parts.items()}, floats_config(form), io)
+@pytest.mark.parametrize("encoding", FLOATS)
+def test_small_floats_are_what_compressed_tensors_decodes(tmp_path: Path, encoding: str, shape, io: str) -> None:
+    parts, decoded = small_floats(torch.randn(shape) * torch.rand(shape[0], 1), encoding)
+    weights = base_of(tmp_path, {f"w{key}": t for key, t in parts.items()}, floats_config(encoding), io)
     assert list(weights) == ["w.weight"]
     assert_decodes(weights, "w.weight", decoded)
 
@@ -220,19 +220,19 @@ def test_small_floats_are_what_compressed_tensors_decodes(tmp_path: Path, form: 
 def test_all_codes_and_scales_of_fp4(tmp_path: Path) -> None:
     """Every byte under every scale that the library decodes to a number."""
     packed = torch.arange(256, dtype=torch.uint8).repeat(255, 1)
-    for form, scale in (
+    for encoding, scale in (
         ("nvfp4-pack-quantized", torch.arange(256, dtype=torch.uint8)[torch.arange(256) % 128 != 127]),
         ("mxfp4-pack-quantized", torch.arange(255, dtype=torch.uint8)),
     ):
-        size = 16 if form.startswith("nv") else 32
+        size = 16 if encoding.startswith("nv") else 32
         rows, groups = len(scale), 512 // size
         parts = {"weight_packed": packed[:rows], "weight_scale": scale[:, None].repeat(1, groups)}
         if size == 16:
             parts["weight_scale"] = parts["weight_scale"].view(torch.float8_e4m3fn)
             parts["weight_global_scale"] = torch.tensor([709.7066])
-        scheme = preset_name_to_scheme(FLOATS[form], ["Linear"])
-        library = BaseCompressor.get_value_from_registry(form).decompress(dict(parts), scheme)["weight"]
-        weights = base_of(tmp_path / form, {f"w.{key}": t for key, t in parts.items()}, floats_config(form))
+        scheme = preset_name_to_scheme(FLOATS[encoding], ["Linear"])
+        library = BaseCompressor.get_value_from_registry(encoding).decompress(dict(parts), scheme)["weight"]
+        weights = base_of(tmp_path / encoding, {f"w.{key}": t for key, t in parts.items()}, floats_config(encoding))
         assert torch.equal(weights["w.weight"].whole(CPU).bfloat16(), library)
 
 

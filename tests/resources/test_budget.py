@@ -158,8 +158,8 @@ def test_the_smallest_budget_of_coefficients_is_kept(
 ) -> None:
     base, adapter = make(tmp_path / "in")
     file = fitted.coefficients_file(tmp_path / "c.safetensors", base, adapter)
-    form = ("--to-lora", "16") if make is dora and command == "mitigate" else ()
-    keeps_smallest_budget(command, base, adapter, tmp_path / "out.safetensors", "--coefficients", str(file), *form)
+    rank = ("--to-lora", "16") if make is dora and command == "mitigate" else ()
+    keeps_smallest_budget(command, base, adapter, tmp_path / "out.safetensors", "--coefficients", str(file), *rank)
 
 
 def keeps_smallest_budget(command: str, base: Path, adapter: Path, out: Path, *options: str) -> None:

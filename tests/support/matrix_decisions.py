@@ -165,7 +165,7 @@ class Sides:
         for owner in (path, path.rpartition(".")[0]):
             if owner in self.modules and (owner == path or _inputs_first(self.modules[owner]) is not None):
                 return self._of_module(owner)
-        ways = {turned: self._places(form) for turned, form in ((False, W), (True, W.T if W.ndim == 2 else W[:0]))}
+        ways = {turned: self._places(matrix) for turned, matrix in ((False, W), (True, W.T if W.ndim == 2 else W[:0]))}
         found = [(place, turned) for turned, places in ways.items() for place, _ in places]
         return min(found)[1] if found else None
 

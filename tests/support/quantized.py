@@ -242,13 +242,13 @@ FLOATS = {"nvfp4-pack-quantized": "NVFP4", "mxfp4-pack-quantized": "MXFP4A16", "
 """Formats of small floats in compressed-tensors, and the library's name of their scheme."""
 
 
-def small_floats(t: torch.Tensor, form: str) -> tuple[Tensors, torch.Tensor]:
+def small_floats(t: torch.Tensor, encoding: str) -> tuple[Tensors, torch.Tensor]:
     """What compressed-tensors stores of a matrix, and what it decodes, here in float32."""
-    scheme = preset_name_to_scheme(FLOATS[form], ["Linear"])
+    scheme = preset_name_to_scheme(FLOATS[encoding], ["Linear"])
     low, high = t.float().view(t.shape[0], -1, scheme.weights.group_size).aminmax(dim=2)
-    outer = {"weight_global_scale": generate_gparam(low.amin(), high.amax())} if form.startswith("nv") else {}
+    outer = {"weight_global_scale": generate_gparam(low.amin(), high.amax())} if encoding.startswith("nv") else {}
     scale, _ = calculate_qparams(low, high, scheme.weights, global_scale=outer.get("weight_global_scale"))
-    compressor = BaseCompressor.get_value_from_registry(form)
+    compressor = BaseCompressor.get_value_from_registry(encoding)
     parts = compressor.compress({"weight": t.float(), "weight_scale": scale, **outer}, scheme)
     codes = parts.get("weight")
     if codes is None:
@@ -260,10 +260,10 @@ def small_floats(t: torch.Tensor, form: str) -> tuple[Tensors, torch.Tensor]:
     return {f".{name}": part for name, part in parts.items()}, values
 
 
-def floats_config(form: str) -> dict:
+def floats_config(encoding: str) -> dict:
     """The quantization config of a model in this format."""
-    group = json.loads(preset_name_to_scheme(FLOATS[form], ["Linear"]).model_dump_json(exclude_none=True))
-    return {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
+    group = json.loads(preset_name_to_scheme(FLOATS[encoding], ["Linear"]).model_dump_json(exclude_none=True))
+    return {"quant_method": "compressed-tensors", "format": encoding, "quantization_status": "compressed",
             "ignore": ["lm_head"], "config_groups": {"group_0": group}}  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def supported_method(quantization: Mapping[str, Any], where: str) -> str | None:
     if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"  # older versions of transformers left it out
     kind = repr(method)
-    known = sorted({m for form in FORMATS for m in form.quant_methods if m is not None})
+    known = sorted({m for one in FORMATS for m in one.quant_methods if m is not None})
     if method in known:
         for key, good in _VARIANTS.get(str(method), {}).items():
             value = quantization.get(key)

@@ -118,7 +118,7 @@ def test_all_reasons_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "a", "b", "shape", "form", "weight"),
+    ("names", "a", "b", "shape", "layer_kind", "weight"),
     [
         (("lora_A.weight", "lora_B.weight"), (4, 5), (6, 4), (6, 5), "linear", (6, 5)),
         (("lora_embedding_A", "lora_embedding_B"), (4, 50), (6, 4), (6, 50), "embedding", (50, 6)),
@@ -129,12 +129,12 @@ def test_all_reasons_are_counted(tmp_path: Path) -> None:
     ],
 )
 def test_forms(
-    tmp_path: Path, names: tuple[str, str], a: tuple, b: tuple, shape: tuple, form: str, weight: tuple
+    tmp_path: Path, names: tuple[str, str], a: tuple, b: tuple, shape: tuple, layer_kind: str, weight: tuple
 ) -> None:
     A, B = torch.randn(a), torch.randn(b)
     adapter = open_adapter(write_raw(tmp_path, {f"x.{names[0]}": A, f"x.{names[1]}": B}))
     module = adapter.modules["x"]
-    assert (module.shape, module.form, module.weight, module.rank) == (shape, form, weight, 4)
+    assert (module.shape, module.layer_kind, module.weight, module.rank) == (shape, layer_kind, weight, 4)
     torch.testing.assert_close(module.delta(adapter.tensors, None).dense(), 2 * B.flatten(1) @ A.flatten(1))
 
 

@@ -107,7 +107,7 @@ def test_figures_as_svg_and_png(figures: Figures, tmp_path: Path, monkeypatch: p
     few, evaluation, again = figures
     streamer.write_report(few, tmp_path / "f", evaluation=evaluation)
     stems = {"map", "similarity", "spectrum", "thresholds", "lambdas", "tradeoff"}
-    assert set(names(tmp_path / "f")) == {f"{stem}.{form}" for stem in stems for form in ("svg", "png")}
+    assert set(names(tmp_path / "f")) == {f"{stem}.{image_format}" for stem in stems for image_format in ("svg", "png")}
     for stem in stems:
         root = ET.fromstring((tmp_path / "f" / f"{stem}.svg").read_text())
         assert len(list(root.iter())) > 50

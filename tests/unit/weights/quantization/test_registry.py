@@ -131,10 +131,10 @@ MODELOPT = {
 EXPONENTS = torch.full((64, 3), 127, dtype=torch.uint8)
 
 
-def float_groups(form: str, **weights) -> dict:
+def float_groups(encoding: str, **weights) -> dict:
     """A config of compressed-tensors that states this of the weights."""
     group = {"weights": {"num_bits": 4, "type": "float", "group_size": 16, **weights}}
-    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
+    return {"quant_method": "compressed-tensors", "format": encoding, "config_groups": {"group_0": group}}
 
 
 MXFP8 = float_groups("mxfp8-quantized", num_bits=8, group_size=32)
