@@ -150,10 +150,10 @@ def points(made: Evaluation) -> list[Point]:
     (other,) = made.others.values()
     return [
         {
-            "kept": made.task.share(v).value,
-            "left": made.general.share(v).value,
-            "other": other.share(v).value,
-            "kl": made.general.kl_share(v).value,
+            "kept": made.task.fraction(v).value,
+            "left": made.general.fraction(v).value,
+            "other": other.fraction(v).value,
+            "kl": made.general.kl_fraction(v).value,
             "same": made.general.mean(made.general.agree[v]).value,
         }
         for v in range(2, len(made.variants))

@@ -96,8 +96,8 @@ class OutputRequest:
         detection = self.judged.options(self.settings.memory, given[0])
         writers = prepare_outputs(base, adapters, self.output, given, self.method, detection, self.form, run)
         if workers is not None and workers.processes is not None and detection.max_memory is not None:
-            share = replace(detection, max_memory=shared_memory(writers, workers))
-            writers = prepare_outputs(base, adapters, self.output, given, self.method, share, self.form, run)
+            limited = replace(detection, max_memory=shared_memory(writers, workers))
+            writers = prepare_outputs(base, adapters, self.output, given, self.method, limited, self.form, run)
         return adapters, writers, run
 
 

@@ -52,14 +52,14 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
 def unreliable(facts: Mapping[str, Any]) -> list[str]:
     """State which shares are not shown, and why."""
     return [
-        f"{share} is not shown: the adapter {what} by {facts[of]:.4f} ± {facts[f'{of}_se']:.4f}, too little to measure on this text; "
+        f"{column} is not shown: the adapter {what} by {facts[of]:.4f} ± {facts[f'{of}_se']:.4f}, too little to measure on this text; "
         "more text may help"
-        for share, what, of in (
+        for column, what, of in (
             ("kept", "lowers the task's loss", "learning"),
             ("top-1 kept", "raises top-1 on the task's text", "top1_gain"),
             ("forgetting", "raises the general loss", "forgetting"),
         )
-        if not facts.get("reliable", {}).get(share.replace("top-1 ", "top1_"), True)
+        if not facts.get("reliable", {}).get(column.replace("top-1 ", "top1_"), True)
     ]
 
 

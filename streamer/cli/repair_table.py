@@ -24,16 +24,16 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     """
     rows, reliable = record["rows"], record["reliable"]
 
-    def shares(name: str) -> list[str]:
+    def percents(name: str) -> list[str]:
         values = [cast(Mapping[str, Any], row)[name] for row in rows]
         return ["-" if value is None or not reliable.get(name, True) else f"{100 * value:.1f}%" for value in values]
 
     columns = [
         Column("model", [row["name"] + (" *" if row["what"] == record["chosen"] else "") for row in rows], "* was written", 9, left=True),
-        Column("kept", shares("kept"), "share of the learning that it keeps", 8),
-        Column("top-1 kept", shares("top1_kept"), "share of the adapter's gain in top-1 on the task's text that it keeps", 4),
-        Column("forgetting", shares("forgetting"), "share of the forgetting that it leaves", 8),
-        Column("KL", shares("divergence"), "its divergence from the base; 100% is the adapter's", 5),
+        Column("kept", percents("kept"), "share of the learning that it keeps", 8),
+        Column("top-1 kept", percents("top1_kept"), "share of the adapter's gain in top-1 on the task's text that it keeps", 4),
+        Column("forgetting", percents("forgetting"), "share of the forgetting that it leaves", 8),
+        Column("KL", percents("divergence"), "its divergence from the base; 100% is the adapter's", 5),
     ]  # fmt: skip
     more = "".join(f" {word}" for word in input_options(written))
     words = shlex.join([*inputs, "--general", "TEXT", "--task", "TEXT", "-o", "FILE"])

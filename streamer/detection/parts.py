@@ -55,12 +55,12 @@ def _divided(targets: Sequence[Target], options: DetectionOptions, count: int) -
     if count > len(targets):
         raise UsageError(f"--part: expected {len(targets)} parts at most, as many as matrices, found {count}")
     costs = [options.cost(target.module.shape) for target in targets]
-    work, shares = [0] * count, [list[int]() for _ in range(count)]
+    work, groups = [0] * count, [list[int]() for _ in range(count)]
     for i in sorted(range(len(targets)), key=lambda i: -costs[i]):
         least = work.index(min(work))
         work[least] += costs[i]
-        shares[least].append(i)
-    return [tuple(targets[i] for i in sorted(share)) for share in shares]
+        groups[least].append(i)
+    return [tuple(targets[i] for i in sorted(group)) for group in groups]
 
 
 def finished_parts(plan: Plan, path: Path, options: DetectionOptions) -> list[Findings]:

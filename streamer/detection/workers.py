@@ -79,7 +79,7 @@ def shared(workers: Workers, batch: AdapterBatch, options: DetectionOptions, res
     results = [kept_bytes(plan, target, options) for plan in batch.plans for target in plan.targets]
     own = resident_bytes(batch) + workers.at_once * TASK_MATRICES * max(results, default=0)
     needs = (e for plan in batch.plans for e in detection_estimates(plan, options, resident))
-    return replace(options, max_memory=workers.share(options.max_memory, own, needs))
+    return replace(options, max_memory=workers.budget(options.max_memory, own, needs))
 
 
 def detect_on_workers(work: Work, workers: Workers, inputs: Inputs, device: torch.device,

@@ -48,7 +48,7 @@ def figures(evaluation: VariantLosses, every: bool = False) -> list[Figures]:
         Figures("kept", _shares(task, numbers), "where the task loss lies between the base's (0%) and the adapter's (100%)", 8),
         Figures("top-1", [percent_of(task.mean(task.right[v])) for v in numbers],
                 "tokens of the task's text that are the variant's most likely token", 1),
-        Figures("top-1 kept", [percent(task.top1_share(v)) if evaluation.reliable()["top1_kept"] else "-" for v in numbers],
+        Figures("top-1 kept", [percent(task.top1_fraction(v)) if evaluation.reliable()["top1_kept"] else "-" for v in numbers],
                 "where top-1 lies between the base's (0%) and the adapter's (100%)", 5),
         *_accuracies("task", task, numbers, left=False),
         *(column for name, sums in evaluation.others.items() for column in _other(name, sums, numbers)),
@@ -96,14 +96,14 @@ def _accuracies(name: str, sums: SequenceSums, variants: Sequence[int], left: bo
     """Make the columns of a text of questions; none for other texts."""
     if sums.acc is None:
         return []
-    shares = [percent(sums.accuracy_share("acc", v)) for v in variants]
+    percents = [percent(sums.accuracy_fraction("acc", v)) for v in variants]
     if (change := sums.accuracy("acc", ADAPTER_ROW, BASE_ROW)).divides:
         left = change.value < 0
     return [
         Figures(f"{name} acc", [percent(sums.accuracy("acc", v)) for v in variants], "questions whose right choice is the most likely", 6),
         Figures(f"{name} acc vs adapter", [percent(sums.accuracy("acc", v, ADAPTER_ROW)) for v in variants],
                 "this share minus the adapter's, ± the standard error, paired by question", 4),
-        Figures(f"{name} acc {'left' if left else 'kept'}", shares,
+        Figures(f"{name} acc {'left' if left else 'kept'}", percents,
                 "where this share lies between the base's (0%) and the adapter's (100%)", 5),
         Figures(f"{name} acc_norm", [percent(sums.accuracy("acc_norm", v)) for v in variants],
                 "the same, by the log-likelihood per character of a choice", 1),
@@ -112,7 +112,7 @@ def _accuracies(name: str, sums: SequenceSums, variants: Sequence[int], left: bo
 
 def _shares(sums: SequenceSums, variants: Sequence[int]) -> list[str]:
     """Write the shares of variants, or dashes if their denominator is too small."""
-    return [percent(sums.share(v)) if sums.change.divides else "-" for v in variants]
+    return [percent(sums.fraction(v)) if sums.change.divides else "-" for v in variants]
 
 
 def cell(estimate: Estimate) -> str:

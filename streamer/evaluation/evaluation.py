@@ -144,12 +144,12 @@ class Evaluation(VariantLosses):
             "general": _figures(self.general, v),
             "task": _figures(self.task, v),
             **({"others": [
-                {"name": name, **_figures(own, v), **flat("share", own.share(v))} for name, own in self.others.items()
+                {"name": name, **_figures(own, v), **flat("share", own.fraction(v))} for name, own in self.others.items()
             ]} if self.others else {}),
-            **flat("kept", self.task.share(v)),
-            **flat("top1_kept", self.task.top1_share(v)),
-            **flat("forgetting", self.general.share(v)),
-            **flat("divergence", self.general.kl_share(v)),
+            **flat("kept", self.task.fraction(v)),
+            **flat("top1_kept", self.task.top1_fraction(v)),
+            **flat("forgetting", self.general.fraction(v)),
+            **flat("divergence", self.general.kl_fraction(v)),
             "dropped": self.dropped(v),
             "against_adapter": self._against(v, ADAPTER_ROW),
             "against_base": self._against(v, BASE_ROW),
@@ -243,7 +243,7 @@ def _accuracy(sums: SequenceSums, name: str, v: int) -> dict[str, Any]:
         **flat("value", sums.accuracy(name, v)),
         **flat("against_adapter", sums.accuracy(name, v, ADAPTER_ROW)),
         **flat("against_base", sums.accuracy(name, v, BASE_ROW)),
-        **flat("share", sums.accuracy_share(name, v)),
+        **flat("share", sums.accuracy_fraction(name, v)),
     }
 
 

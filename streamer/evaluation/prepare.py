@@ -184,7 +184,7 @@ def _shared(
     needs = [MemoryEstimate(f"a sequence of {longest} tokens under two variants", (), one)]
     needs += detection_estimates(plan, detection, resident) if detects else ()
     own = resident + TRANSFORMERS_BYTES + (1 + run.workers.at_once) * carried
-    return replace(detection, max_memory=run.workers.share(detection.max_memory, own, needs))
+    return replace(detection, max_memory=run.workers.budget(detection.max_memory, own, needs))
 
 
 def _warn_of_fitted_texts(

@@ -48,7 +48,7 @@ def eighths_run(evaluation: VariantLosses, row: int) -> int:
 def lost(evaluation: VariantLosses, row: int, keep: float) -> bool:
     """Test whether a variant has lost."""
     task, general = evaluation.task, evaluation.general
-    if _below(task.share(row), keep):
+    if _below(task.fraction(row), keep):
         return True
     if any(_excels(evaluation, other, row, keep) for other in range(1, len(evaluation.variants)) if other != row):
         return True
@@ -56,8 +56,8 @@ def lost(evaluation: VariantLosses, row: int, keep: float) -> bool:
     return compared is not None and compared.verdict == "worse"
 
 
-def _below(share: Estimate, keep: float) -> bool:
-    return Estimate(keep - share.value, share.error, share.sequences).is_positive
+def _below(kept: Estimate, keep: float) -> bool:
+    return Estimate(keep - kept.value, kept.error, kept.sequences).is_positive
 
 
 def _excels(evaluation: VariantLosses, one: int, other: int, keep: float) -> bool:
@@ -67,6 +67,6 @@ def _excels(evaluation: VariantLosses, one: int, other: int, keep: float) -> boo
         return False
     if task.loss_difference(other, one).is_positive:
         return True
-    share = task.share(one)
-    keeps = Estimate(share.value - keep, share.error, share.sequences).is_positive
+    kept = task.fraction(one)
+    keeps = Estimate(kept.value - keep, kept.error, kept.sequences).is_positive
     return keeps and Trade.of(general, task, one).is_worth_it

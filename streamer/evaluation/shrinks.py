@@ -145,16 +145,16 @@ def placed_shrink(
     nodes = [node for node in shrinks if not task.dropped(node[1])]
     if nodes[0][0] > 0:  # λ = 0 is approximately the base: an adapter may have more than deltas
         nodes.insert(0, (0.0, BASE_ROW))
-    shares, values = [task.share(row) for _, row in nodes], np.zeros(len(variants))
-    values[[row for _, row in nodes]] = [share.value for share in shares]
+    kept, values = [task.fraction(row) for _, row in nodes], np.zeros(len(variants))
+    values[[row for _, row in nodes]] = [one.value for one in kept]
     whole = len(task.tokens)
-    errors = [ERRORS * share.error * math.sqrt(share.sequences / whole) for share in shares]
-    apart = [0.0 if share.sequences == whole else error for share, error in zip(shares, errors, strict=True)]
-    first = next(k for k, share in enumerate(shares) if share.value >= keep - apart[k])  # at λ = 1 all is kept
-    above = shares[first].value - keep
+    errors = [ERRORS * one.error * math.sqrt(one.sequences / whole) for one in kept]
+    apart = [0.0 if one.sequences == whole else error for one, error in zip(kept, errors, strict=True)]
+    first = next(k for k, one in enumerate(kept) if one.value >= keep - apart[k])  # at λ = 1 all is kept
+    above = kept[first].value - keep
     if first == 0 or above <= max(EXCESS, loose * min(MOST_EXCESS, 3 * errors[first])):
         return nodes[first][1], None
-    beyond = max(EXCESS / 2, LAST * (keep - shares[first - 1].value)) if last else EXCESS / 2 + apart[first - 1]
+    beyond = max(EXCESS / 2, LAST * (keep - kept[first - 1].value)) if last else EXCESS / 2 + apart[first - 1]
     lam = rounded_up(
         _crossing(
             _nearest(nodes, first - 1), (nodes[first - 1][0], nodes[first][0]), values, keep + min(beyond, above / 2)

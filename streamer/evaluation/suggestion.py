@@ -81,10 +81,10 @@ def check_keep(keep: float) -> None:
         raise UsageError(f"keep: expected a share in (0, 1], found {keep!r}")
 
 
-def _keeps(variant: EvaluatedVariant, share: Estimate, keep: float) -> bool:
+def _keeps(variant: EvaluatedVariant, kept: Estimate, keep: float) -> bool:
     """Test whether a variant keeps a share; if it was fitted to keep that share on other text, allow two standard errors."""
     fitted = variant.keep is not None and variant.keep >= keep
-    return share.value + (2 * share.error if fitted else 0.0) >= keep
+    return kept.value + (2 * kept.error if fitted else 0.0) >= keep
 
 
 def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums, keep: float) -> Suggestion:
@@ -107,7 +107,7 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
     if not general.loss_difference(ADAPTER_ROW, BASE_ROW).is_positive:
         return Suggestion(variants[ADAPTER_ROW], "not forgotten", keep)
     ran = [v for v in range(ADAPTER_ROW, len(variants)) if not task.dropped(v)]
-    keeping = [v for v in ran if _keeps(variants[v], task.share(v), keep)]
+    keeping = [v for v in ran if _keeps(variants[v], task.fraction(v), keep)]
     forgets_less = [
         v
         for v in keeping

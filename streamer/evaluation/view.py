@@ -79,7 +79,7 @@ def verdict(evaluation: VariantLosses, suggestion: Suggestion) -> str:
     v = evaluation.variants.index(variant)
     if not (evaluation.general.change.divides and evaluation.task.change.divides):
         return f"use {variant.name}: it {_trade(Trade.of(evaluation.general, evaluation.task, v))}"
-    kept, left = percent(evaluation.task.share(v)), percent(evaluation.general.share(v))
+    kept, left = percent(evaluation.task.fraction(v)), percent(evaluation.general.fraction(v))
     return f"use {variant.name}: it keeps {kept} of what the adapter learned and leaves {left} of its forgetting"
 
 
@@ -149,7 +149,7 @@ def _reasons(evaluation: VariantLosses, suggestion: Suggestion) -> list[str]:
         v = evaluation.variants.index(variant)
         lines.append(
             f"of the variants that keep {100 * suggestion.keep:g}% of what was learned, {variant.name} has the least divergence from the "
-            f"base, {percent(general.kl_share(v))} of the adapter's; it {_trade(Trade.of(general, task, v))}"
+            f"base, {percent(general.kl_fraction(v))} of the adapter's; it {_trade(Trade.of(general, task, v))}"
         )
         if suggestion.least_loss is not None:
             difference = general.loss_difference(v, evaluation.variants.index(suggestion.least_loss))
@@ -211,10 +211,8 @@ def commands(evaluation: VariantLosses, suggestion: Suggestion, names: Names | N
         return ["use the adapter as it is, or merge it into the base", f"next: {made}"]
     if any(takes_coefficients(v.method) for v in evaluation.variants):
         return [f"next: {made}"]
-    share = f" --keep {suggestion.keep:g}" if suggestion.keep < 1 else ""
-    fit = (
-        f"streamer fit {names.inputs} --general {names.general} --task {names.task}{share} -o fit.safetensors{options}"
-    )
+    keep = f" --keep {suggestion.keep:g}" if suggestion.keep < 1 else ""
+    fit = f"streamer fit {names.inputs} --general {names.general} --task {names.task}{keep} -o fit.safetensors{options}"
     return [
         *([f"made by: {made}"] if reason == "forgets least" else []),
         "a fit to the texts usually forgets less than a shrink that keeps the same share",

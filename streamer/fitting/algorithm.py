@@ -132,7 +132,7 @@ def fit_steps(options: Problem) -> Generator[Request, Answer, tuple[FittedPoint,
     beside = None
     if not options.base_at_zero:
         beside = yield from _measure([zero.coefficients])
-        zero = replace(zero, kept=beside.task.share(2).value)
+        zero = replace(zero, kept=beside.task.fraction(2).value)
     above = [keep for keep in options.keep if keep > zero.kept]
     candidates: list[FrontPoint] = []
     if above and P == 1:
@@ -147,7 +147,7 @@ def fit_steps(options: Problem) -> Generator[Request, Answer, tuple[FittedPoint,
     zero = replace(zero, loss=losses[0] if beside is None else beside.general.mean(beside.general.loss[2]).value)
     one = FrontPoint(float("inf"), np.ones(P), 1.0, losses[1])
     candidates = [
-        replace(point, kept=tried.task.share(i).value, loss=losses[i]) for i, point in enumerate(candidates, start=2)
+        replace(point, kept=tried.task.fraction(i).value, loss=losses[i]) for i, point in enumerate(candidates, start=2)
     ]
     found = [choices(zero, candidates, one, keep) for keep in options.keep]
     sums = yield from _measure([point.coefficients for points in found for point in points])
@@ -160,13 +160,13 @@ def _chosen(keep: Sequence[float], found: Sequence[Sequence[FrontPoint]], sums: 
     for wanted, points in zip(keep, found, strict=True):
         rows = range(row, row + len(points))
         measured = [
-            replace(point, kept=sums.task.share(i).value, loss=sums.general.mean(sums.general.loss[i]).value)
+            replace(point, kept=sums.task.fraction(i).value, loss=sums.general.mean(sums.general.loss[i]).value)
             for point, i in zip(points, rows, strict=True)
         ]
         i = best(measured, wanted)
         point, row = points[i], row + len(points)
         yield FittedPoint(
-            wanted, point.coefficients, point.weight, sums.task.share(rows[i]), sums.general.share(rows[i])
+            wanted, point.coefficients, point.weight, sums.task.fraction(rows[i]), sums.general.fraction(rows[i])
         )
 
 

@@ -69,13 +69,13 @@ def expected_costs(prepared: PreparedFit) -> Costs:
 
 def _costs_of_inputs(prepared: PreparedFit) -> Costs:
     """Count the pass that collects inputs, the corrections, and the passes that measure shrinks, the grid, and each share twice."""
-    shares = len(prepared.options.keep)
-    measured = [2 + len(SHRINKS) + len(prepared.scaling), 1 + len(WEIGHTS), *[1 + shares] * 2]
-    measured += [2] * (CORRECTIONS + 1) * shares
+    count = len(prepared.options.keep)
+    measured = [2 + len(SHRINKS) + len(prepared.scaling), 1 + len(WEIGHTS), *[1 + count] * 2]
+    measured += [2] * (CORRECTIONS + 1) * count
     before = {GENERAL_AS: GENERAL, TASK_AS: TASK}
     again = {**before, GENERAL_CORRECTED: GENERAL, TASK_CORRECTED: TASK}
     once, corrected = (group_costs(prepared, divided(prepared, streams)) for streams in (before, again))
-    collected = once + CORRECTIONS * shares * corrected
+    collected = once + CORRECTIONS * count * corrected
     return Costs(collected, [cost for count in measured for cost in pass_costs(prepared, count)], max(measured))
 
 

@@ -245,7 +245,7 @@ class InputsRun(DividedFit):
         """Return the share of the learning that a point keeps."""
         if point.weight == 0:
             return 1.0
-        return self._sums([point.name])[1].share(ADAPTER_ROW + 1).value
+        return self._sums([point.name])[1].fraction(ADAPTER_ROW + 1).value
 
     def _measure_new(self, variants: Sequence[Variant]) -> None:
         """Measure together those variants that were not measured yet."""

@@ -232,11 +232,11 @@ def _set(one: FoundSet, variants: Sequence[EvaluatedVariant], general: SequenceS
     compared, shrink = None if same else against_shrink(variants, general, task, v), None
     if compared is not None:
         loss, kl = general.change, general.mean(general.kl[ADAPTER_ROW])
-        gain, top1 = task.top1_gain.value, task.top1_share(v).value
+        gain, top1 = task.top1_gain.value, task.top1_fraction(v).value
         shrink = cast(FittedShrink, {
             "lambda": compared.mitigation_lambda,
-            "forgetting": general.share(v).value - compared.loss.value / loss.value,
-            "divergence": general.kl_share(v).value - compared.kl.value / kl.value,
+            "forgetting": general.fraction(v).value - compared.loss.value / loss.value,
+            "divergence": general.kl_fraction(v).value - compared.kl.value / kl.value,
             "top1_kept": top1 - compared.top1.value / gain if gain else None,
             **flat("loss", compared.loss),
             **flat("kl", compared.kl),
@@ -244,8 +244,8 @@ def _set(one: FoundSet, variants: Sequence[EvaluatedVariant], general: SequenceS
         })  # fmt: skip
     return cast(SetRecord, {
         "keep": one.keep,
-        "missed": task.share(v).value < one.keep - MISSED,
-        "exceeded": task.share(v).value > one.keep + EXCEEDED,
+        "missed": task.fraction(v).value < one.keep - MISSED,
+        "exceeded": task.fraction(v).value > one.keep + EXCEEDED,
         "mu": one.weight if math.isfinite(one.weight) else None,
         **({} if one.corrected is None else {"corrected": one.corrected}),
         "trade": Trade.of(general, task, v).record(variants[v].name),
@@ -261,10 +261,10 @@ def _set(one: FoundSet, variants: Sequence[EvaluatedVariant], general: SequenceS
 
 def _shares(general: SequenceSums, task: SequenceSums, v: int) -> dict[str, float | None]:
     return {
-        **flat("kept", task.share(v)),
-        **flat("top1_kept", task.top1_share(v)),
-        **flat("forgetting", general.share(v)),
-        **flat("divergence", general.kl_share(v)),
+        **flat("kept", task.fraction(v)),
+        **flat("top1_kept", task.top1_fraction(v)),
+        **flat("forgetting", general.fraction(v)),
+        **flat("divergence", general.kl_fraction(v)),
     }
 
 

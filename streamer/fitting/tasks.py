@@ -172,7 +172,7 @@ def shared_memory(
         return max_memory
     carried += 4 * ROWS * size.layer_width
     own = TRANSFORMERS_BYTES + 4 * tokens * size.hidden + (1 + run.workers.at_once) * carried
-    return run.workers.share(max_memory, own, [replace(need, nbytes=need.nbytes + 2 * carried)], computes=True)
+    return run.workers.budget(max_memory, own, [replace(need, nbytes=need.nbytes + 2 * carried)], computes=True)
 
 
 def shared(prepared: PreparedFit) -> PreparedFit:
@@ -191,4 +191,4 @@ def shared(prepared: PreparedFit) -> PreparedFit:
     carried = 16 * max(one for one in asked if isinstance(one, int)) * values
     own = prepared.resident + TRANSFORMERS_BYTES + (1 + workers.at_once) * carried
     needs = [replace(need, nbytes=need.nbytes + 2 * carried)]
-    return replace(prepared, max_memory=workers.share(budget, own, needs))
+    return replace(prepared, max_memory=workers.budget(budget, own, needs))

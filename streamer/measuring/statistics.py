@@ -235,7 +235,7 @@ class SequenceSums:
         change = self.change
         return "forgets" if change.is_positive else "improves" if change.is_negative else "not told"
 
-    def share(self, variant: int) -> Estimate:
+    def fraction(self, variant: int) -> Estimate:
         """Estimate ``(variant − base) / (adapter − base)`` of the mean losses: 0 is the base, 1 the unchanged adapter."""
         base, adapter = self.loss[0], self.loss[1]
         return ratio(self.loss[variant] - base, adapter - base)
@@ -245,7 +245,7 @@ class SequenceSums:
         """Estimate the unchanged adapter's gain in top-1: its share of tokens ranked as most likely, minus the base's."""
         return self.mean(self.right[1] - self.right[0])
 
-    def top1_share(self, variant: int) -> Estimate:
+    def top1_fraction(self, variant: int) -> Estimate:
         """Estimate the share of the adapter's gain in top-1 that a variant keeps."""
         return ratio(self.right[variant] - self.right[0], self.right[1] - self.right[0])
 
@@ -274,14 +274,14 @@ class SequenceSums:
         right: Floats = getattr(self, name)
         return ratio(right[variant] if other is None else right[variant] - right[other], np.ones(len(self.tokens)))
 
-    def accuracy_share(self, name: str, variant: int) -> Estimate:
+    def accuracy_fraction(self, name: str, variant: int) -> Estimate:
         """Estimate ``(variant − base) / (adapter − base)`` of the accuracies; NaN if the denominator is too small."""
         right: Floats = getattr(self, name)
         if not self.accuracy(name, 1, 0).divides:
             return Estimate(math.nan, math.inf, len(self.tokens))
         return ratio(right[variant] - right[0], right[1] - right[0])
 
-    def kl_share(self, variant: int) -> Estimate:
+    def kl_fraction(self, variant: int) -> Estimate:
         """Estimate a variant's divergence as a share of the unchanged adapter's."""
         return ratio(self.kl[variant], self.kl[1])
 

@@ -72,13 +72,13 @@ def matrix_means(delta: Delta, matrix: MatrixCoefficients, U: Tensor, name: str)
     """
     if isinstance(delta, LowRank):
         own, S, _ = delta.svd()
-        s, shares = S.cpu().numpy(), (U.to(own).T @ own).cpu().numpy()
+        s, overlaps = S.cpu().numpy(), (U.to(own).T @ own).cpu().numpy()
     else:
         s = np.array([delta.norm()])
-        shares = np.array([[delta.projected_norm(u[:, None])] for u in U.T]).reshape(-1, 1) / max(s[0], 1e-300)
+        overlaps = np.array([[delta.projected_norm(u[:, None])] for u in U.T]).reshape(-1, 1) / max(s[0], 1e-300)
     check_spectrum(s, matrix, name)
     return MatrixMeans(
-        _weighted(s**2, matrix.values), tuple(_weighted((s * row) ** 2, matrix.values) for row in shares)
+        _weighted(s**2, matrix.values), tuple(_weighted((s * row) ** 2, matrix.values) for row in overlaps)
     )
 
 

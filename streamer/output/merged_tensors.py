@@ -192,11 +192,11 @@ class RowSlice(Recipe):
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Yield the recipe's pieces; for part of a matrix, values that rounding leaves unchanged are not counted."""
 
-        def share(target: Target) -> tuple[Delta, Delta]:
+        def sliced(target: Target) -> tuple[Delta, Delta]:
             delta, after = mitigated(target)
             return delta.row_slice(*self.rows), after.row_slice(*self.rows)
 
-        return self.recipe.pieces(share)
+        return self.recipe.pieces(sliced)
 
 
 @dataclass(frozen=True)

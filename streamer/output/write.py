@@ -58,7 +58,7 @@ def shared_memory(writers: Sequence[Writer], workers: Workers) -> int | None:
     resident, jobs = resident_of(writers), [writer.spec.job for writer in writers]
     needs = [need for writer in writers for need in writer.estimates(resident)]
     needs += [need for job in jobs if job.detects for need in detection_estimates(job.plan, job.detection, resident)]
-    return workers.share(jobs[0].detection.max_memory, resident, needs)
+    return workers.budget(jobs[0].detection.max_memory, resident, needs)
 
 
 def inspect_jobs(writers: Sequence[Writer], options: RunOptions) -> Sequence[str]:

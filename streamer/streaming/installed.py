@@ -146,11 +146,11 @@ class InstalledModule:
         outs = []
         for group in self.groups:
 
-            def share(value: Any, group: range = group) -> Any:
+            def row_slice(value: Any, group: range = group) -> Any:
                 mine = isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
                 return value[group.start * size : group.stop * size] if mine else value
 
-            outs.append(self._as(group.start, tree_map(share, tuple(args)), tree_map(share, dict(kwargs))))
+            outs.append(self._as(group.start, tree_map(row_slice, tuple(args)), tree_map(row_slice, dict(kwargs))))
         if isinstance(outs[0], tuple):
             return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
         return torch.cat(outs)

@@ -88,7 +88,7 @@ class Workers:
             self._executor = self._opened.enter_context(self._open())
         return self._executor
 
-    def share(
+    def budget(
         self, max_memory: int | None, own: int, needs: Iterable[MemoryEstimate], computes: bool = False
     ) -> int | None:
         """Divide the allowed memory among this process and the workers on this machine; return the share of each worker.

@@ -18,7 +18,7 @@ def test_the_shrink_that_keeps_as_much_is_found_between_those_that_were_tried() 
     """Its λ and losses are known: what a shrink by x keeps, and what it forgets, are polynomials."""
     e = evaluation(noise=0.0)
     for v, variant in enumerate(e.variants):
-        if variant.method not in ("paper", "project") or not 0.02 < e.task.share(v).value < 0.98:
+        if variant.method not in ("paper", "project") or not 0.02 < e.task.fraction(v).value < 0.98:
             continue
         found = against_shrink(e.variants, e.general, e.task, v)
         assert found is not None
@@ -97,7 +97,7 @@ def test_a_shrink_that_is_left_out_is_found_again_within_the_error(left_out: flo
         row = next(i for i, v in enumerate(variants) if v.method == "project")
         found = against_shrink(variants, e.general, e.task, row)
         assert (found is None) == (
-            e.task.share(row).value > 1
+            e.task.fraction(row).value > 1
         )  # more than the whole adapter keeps: noise, and no shrink encloses it
         return found
 

@@ -93,7 +93,7 @@ def test_a_shrink_is_placed_that_keeps_the_share(lambdas: tuple[float, ...], cur
     world = World({"shrink": SMOOTH[curve]})
     e = world.evaluate(make_variants(("shrink",), lambdas, "all"), keep=keep)
     assert len(world.asked) <= 1 + MOST_PLACED
-    kept = [e.task.share(v).value for v in range(1, len(e.variants))]
+    kept = [e.task.fraction(v).value for v in range(1, len(e.variants))]
     placed = min(k for k in kept if k >= keep)
     lam = min((v.mitigation_lambda or 1.0) for v, k in zip(e.variants[1:], kept, strict=True) if k == placed)
     step = SMOOTH[curve](lam) - SMOOTH[curve](lam - 0.001)  # λ has three digits
@@ -112,10 +112,10 @@ def test_the_suggestion_is_never_worse_than_a_shrink_that_keeps_the_same() -> No
         assert (found.reason, found.keep) == ("forgets least", keep)
         assert found.variant is not None
         row = e.variants.index(found.variant)
-        assert e.task.share(row).value >= keep
+        assert e.task.fraction(row).value >= keep
         compared = against_shrink(e.variants, e.general, e.task, row)
         assert compared is None or compared.verdict != "worse"
-        assert e.general.kl_share(row).value <= (1 - (1 - keep - EXCESS) ** (1 / (1 + b))) ** 2 + 1e-3
+        assert e.general.kl_fraction(row).value <= (1 - (1 - keep - EXCESS) ** (1 / (1 + b))) ** 2 + 1e-3
 
 
 def test_on_a_rough_curve_the_last_one_goes_beyond() -> None:
@@ -124,7 +124,7 @@ def test_on_a_rough_curve_the_last_one_goes_beyond() -> None:
         {"shrink": lambda x: float(np.interp(x, [0, 0.5, 0.56, 0.6, 0.75, 1], [0, 0.86, 0.894, 0.899, 0.967, 1]))}
     )
     e = world.evaluate(make_variants(("shrink",), LAMBDAS, "all"))
-    kept = [e.task.share(v).value for v in range(1, len(e.variants))]
+    kept = [e.task.fraction(v).value for v in range(1, len(e.variants))]
     assert len(world.asked) == 1 + MOST_PLACED
     assert min(k for k in kept if k >= 0.9) < 0.96
 

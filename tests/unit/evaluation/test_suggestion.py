@@ -18,7 +18,7 @@ def test_the_one_that_forgets_least_of_those_that_keep_enough() -> None:
     for keep in (0.95, 0.9, 0.7, 0.4, 0.05):
         found = e.best(keep)
         assert found.variant is not None
-        keeping = [v for v in range(1, len(e.variants)) if e.task.share(v).value >= keep]
+        keeping = [v for v in range(1, len(e.variants)) if e.task.fraction(v).value >= keep]
         assert found.variant == e.variants[min(keeping, key=lambda v: e.general.kl[v].sum())]
         assert (found.reason, found.keep) == ("forgets least", keep)
     assert e.best(0.9).variant == EvaluatedVariant("shrink 0.75", "shrink", 0.75)
@@ -72,7 +72,7 @@ def test_a_trade_that_gives_up_many_times_what_it_regains_is_not_suggested() -> 
 def test_of_what_keeps_enough_the_worth_decides_before_the_divergence() -> None:
     """The mildest shrink is worth it, and the one of least divergence is not."""
     e = evaluation({"shrink": lambda x: (0.1 + 0.8 * x, 0.99 if x > 0.8 else 0.4 + 0.5 * x)}, learns=3.0)
-    assert e.task.share(-1).value == pytest.approx(0.4, abs=0.01)
+    assert e.task.fraction(-1).value == pytest.approx(0.4, abs=0.01)
     found = e.best(0.3)
     assert (found.reason, found.variant) == ("forgets least", EvaluatedVariant("shrink 0.9", "shrink", 0.9))
     trade = Trade.of(e.general, e.task, 2)

@@ -44,7 +44,7 @@ def test_the_errors_are_those_of_bootstrapping_sequences() -> None:
         draws["kl"].append(kl[5] / kl[1])
     found = {
         "mean": general.mean(general.loss[5]), "difference": general.loss_difference(5, 1),
-        "share": task.share(5), "kl": general.kl_share(5),
+        "share": task.fraction(5), "kl": general.kl_fraction(5),
     }  # fmt: skip
     for name, estimate in found.items():
         assert estimate.value == pytest.approx(np.mean(draws[name]), abs=estimate.error / 5), name
