@@ -147,7 +147,7 @@ def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
     output, options = Path(args.output), request.options
     state = monitor.outputs[output]
     files = (
-        shlex.quote(file or "")
+        shlex.quote(file) if file else ""
         for file in (args.general, args.task, args.output, args.findings, args.coefficients, args.map)
     )
     read = {name: getattr(options, name) for name in ("sequences", "length")}

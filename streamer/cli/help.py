@@ -142,7 +142,7 @@ examples:
   streamer map BASE -o base.map.safetensors
       uses text that comes with Python
   streamer map a.safetensors b.safetensors -o both.safetensors
-      adds two maps of one base
+      joins two maps of one base
 """,
     "repair": """\
 examples:

@@ -67,7 +67,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     saying = Parser(add_help=False)
-    g = saying.add_argument_group("what is printed")
+    g = saying.add_argument_group("printing")
     g.add_argument("--json", action="store_true",
                         help="print one JSON object to stdout, even on failure; see docs/formats.md")  # fmt: skip
     g.add_argument("--json-events", action="store_true",
@@ -147,7 +147,7 @@ def build_parser() -> Parser:
     g.add_argument("--coefficients", metavar="FILE",
                    help="coefficients from `streamer fit`; detection and --lambda are not used")  # fmt: skip
     g.add_argument("--keep", type=number, metavar="SHARE",
-                   help="if FILE has several sets of coefficients: use the one for this share of the learning")  # fmt: skip
+                   help="if --coefficients has several sets: use the one for this share of the learning")  # fmt: skip
     g.add_argument("--map", type=path, metavar="FILE", help="map of BASE from `streamer map`; detection is not used")
     g.add_argument("--scale", choices=["all", "first"], default="all",
                    help="scale all intruders among the top k, or only the highest-ranked one of each matrix (default: all)")  # fmt: skip
@@ -197,7 +197,7 @@ def build_parser() -> Parser:
     sub.add_argument("--coefficients", metavar="FILE",
                      help="coefficients from `streamer fit`: compare their effect on the intruders and on the whole adapter")  # fmt: skip
     sub.add_argument("--keep", type=number, metavar="SHARE",
-                     help="if FILE has several sets of coefficients: use the one for this share of the learning")  # fmt: skip
+                     help="if --coefficients has several sets: use the one for this share of the learning")  # fmt: skip
     sub.add_argument(
         "-o",
         "--output",
@@ -227,7 +227,7 @@ def build_parser() -> Parser:
                      help="number of matrices to recompute, spread over their kinds (default: 3); all: recompute every matrix and "
                           "compare every other tensor byte by byte")  # fmt: skip
     sub.add_argument("--max-memory", type=size, metavar="SIZE",
-                     help="do not recompute matrices that need more memory than this, such as 4G (default: no limit)")  # fmt: skip
+                     help="skip matrices whose recomputation needs more memory than this, such as 4G (default: no limit)")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
                      help="file from `streamer fit` that OUTPUT was made with; needed to recompute method regmean")  # fmt: skip
     sub.add_argument("--map", metavar="FILE",
@@ -284,7 +284,7 @@ def build_parser() -> Parser:
     out = writing("FILE", "map file to write (.safetensors)")
     sub = command("map", "record the inputs of a base's modules on general text, for --map", out, of_base)
     sub.add_argument("base", metavar="BASE", nargs="+",
-                     help="model directory, hub name or address; or several maps of one base, to add them")  # fmt: skip
+                     help="model directory, hub name or address; or several maps of one base to combine")  # fmt: skip
     add_map(sub)
     add_computing(sub)
     add_workers(sub)

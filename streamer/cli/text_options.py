@@ -55,7 +55,7 @@ def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
     """Add the options of a fit, for one share or for `several`."""
     if several:
         sub.add_argument("--keep", type=numbers, default=(0.9,), metavar="SHARE,SHARE",
-                         help="share of the learning to keep; each of several shares gives one set (default: 0.9)")  # fmt: skip
+                         help="shares of the learning to keep; each gives one set (default: 0.9)")  # fmt: skip
     else:
         sub.add_argument(
             "--keep",
@@ -84,8 +84,8 @@ def add_map(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--general", metavar="TEXT", help="general text to run through BASE: .txt, .jsonl or .npy "
                      "(default: Python's built-in help texts)")  # fmt: skip
     sub.add_argument("--vectors", type=integer, metavar="N",
-                     help="leading vectors to store for each input (default: 16; when adding maps: as "
-                          "many as the largest of them has)")  # fmt: skip
+                     help="leading vectors to store for each input (default: 16; for several maps: "
+                          "as many as the largest has)")  # fmt: skip
     sub.add_argument("--sequences", type=integer, metavar="N", help="maximum number of sequences (default: 32)")
     sub.add_argument("--length", type=integer, metavar="N", help="maximum number of tokens per sequence (default: 512)")
     sub.add_argument("--dtype", choices=["float32", "bf16"],

@@ -14,7 +14,7 @@ class RegMean(ByFit):
     name: ClassVar[MethodName] = "regmean"
     keeps_left: ClassVar[bool] = True
     colour: ClassVar[str] = "#6b5b00"
-    about: ClassVar[str] = "keep only the response to the task's inputs, from `streamer fit`"
+    about: ClassVar[str] = "keep only the response to the task's inputs (`streamer fit`)"
     card: ClassVar[str] = (
         "The adapter keeps its response to the task's inputs, and its response to general text was removed: its "
         "right factors (`lora_A`, in some stacked experts `lora_B`) were fitted to the inputs of each module.\n"

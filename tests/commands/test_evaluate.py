@@ -177,6 +177,10 @@ def test_coefficients_are_variants(server: Server, home: Path, tmp_path: Path) -
     record = json.loads((tmp_path / "made" / "streamer.json").read_text())
     assert f"fitted {record['coefficients']['keep']}" == found["name"]
     check(run(server, home, tmp_path / "o.json", *options, "--dry-run", "--json"), "streamer.dry-run/1")
+    more = run(
+        server, home, output, "--method", "project", "--lambda", "0.999", "--keep", "0.01", "--no-race"
+    ).out.splitlines()
+    assert more[-1] == "next: " + line.replace(str(file), "COEFFICIENTS")
 
 
 def other_coefficients(home: Path, place: Path) -> Path:
