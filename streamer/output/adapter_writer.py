@@ -33,6 +33,7 @@ class AdapterWriter(Writer):
                 f"{plan.adapter.path}: is a model, and no adapter that could be written back; `streamer merge` writes the mitigated model, "
                 "and --to-lora RANK its difference to the base as a LoRA adapter"
             )
+        # DoRA's delta, and that of PEFT's methods other than LoRA, has no factors.
         dense = [t.module.name for t in plan.targets if t.module.factors is None]
         if dense and job.method.mitigation_lambda != 1:
             raise UnsupportedError(
