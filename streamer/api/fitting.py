@@ -58,8 +58,7 @@ class FitRequest:
         shares = tuple(float(one) if isinstance(one, Real) else one for one in several)
         texts = {name: read_path(name, keywords[name]) for name in ("general", "task")}
         where = None if output is None else read_path("output", output)
-        for name, given in (("base", base), ("adapter", adapter)):
-            read_path(name, given)
+        _ = read_path("base", base), read_path("adapter", adapter)
         settings = take(Settings, keywords)
         return cls(
             base, adapter, where, texts, take(FitOptions, keywords, keep=shares), settings, keywords.get("findings")

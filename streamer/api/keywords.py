@@ -132,8 +132,8 @@ class MethodKeywords(TypedDict, total=False):
         part of it, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``. Without detection, ``shrink`` scales the whole adapter, ``Δ' = λ Δ``; ``fitted`` scales
         each singular direction of Δ by its coefficient, ``Δ' = U diag(c) Uᵀ Δ``; ``regmean`` uses new right factors, ``Δ' = L R'ᵀ``;
         ``nullspace`` reduces the response of Δ to general inputs. None is the method of the given coefficients or map, else ``paper``.
-    scale
-        Which intruders to scale: ``all`` among the top k, or only the ``first`` (highest-ranked) of each matrix.
+    select
+        Which intruders to scale: ``all`` among the top k, or only the ``first`` (highest-ranked) of each matrix; formerly `scale`.
     coefficients
         Coefficients from `fit_coefficients` for this base and adapter, or the path of their file, for ``fitted`` or ``regmean``.
     keep
@@ -145,7 +145,7 @@ class MethodKeywords(TypedDict, total=False):
     """
 
     method: MethodName | None
-    scale: Selection
+    select: Selection
     coefficients: Coefficients | str | Path | None
     keep: float | None
     amplify: bool
@@ -206,7 +206,7 @@ class EvaluateKeywords(JudgeKeywords, TextKeywords, total=False):
     methods: Sequence[MethodName]
     lambdas: Sequence[float]
     amplify: bool
-    scale: Selection
+    select: Selection
     coefficients: Coefficients | str | Path | None
     map: InputMap | str | Path | None
     keep: float
@@ -317,9 +317,10 @@ def explained(keywords: type, *options: Any) -> Callable[[Function], Function]:
 
         @functools.wraps(function)
         def checked(*args: Any, **given: Any) -> Any:
+            if "scale" in given and "select" in names and "select" not in given:
+                given["select"] = given.pop("scale")  # its name before 0.2
             for name in given.keys() - set(names):
-                near = difflib.get_close_matches(name, names, 1)
-                meant = f"; did you mean {near[0]!r}?" if near else ""
+                meant = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, names, 1))
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{meant}")
             return function(*args, **given)
 

@@ -103,7 +103,7 @@ class MethodChoice:
 
     mitigation_lambda: float | None = None
     method: MethodName | None = None
-    scale: Selection = "all"
+    select: Selection = "all"
     coefficients: Coefficients | str | Path | None = None
     keep: float | None = None
     amplify: bool = False
@@ -123,7 +123,7 @@ class MethodChoice:
             )
         fitted = None if self.coefficients is None else read_coefficients(self.coefficients).select(self.keep)
         mapped = None if self.map is None else read_map(self.map)
-        return make_method(self.method, self.mitigation_lambda, self.scale, fitted, self.amplify, mapped)
+        return make_method(self.method, self.mitigation_lambda, self.select, fitted, self.amplify, mapped)
 
 
 Options = TypeVar("Options")

@@ -19,7 +19,7 @@ OPTIONS = {
     **{name: f"--{name.replace('_', '-')}" for name in
        ("architecture", "coefficients", "device", "dtype", "grain", "holdout", "keep", "lambda", "length", "map", "max_memory",
         "method", "other",
-        "objective", "scale", "seed", "sequences", "solver", "steps", "to_lora", "top_k")},
+        "objective", "seed", "select", "sequences", "solver", "steps", "to_lora", "top_k")},
 }  # fmt: skip
 """Options by the library's keyword, so that messages can name the option."""
 
@@ -149,7 +149,7 @@ def build_parser() -> Parser:
     g.add_argument("--keep", type=number, metavar="SHARE",
                    help="if --coefficients has several sets: use the one for this share of the learning")  # fmt: skip
     g.add_argument("--map", type=path, metavar="FILE", help="map of BASE from `streamer map`; detection is not used")
-    g.add_argument("--scale", choices=["all", "first"], default="all",
+    g.add_argument("--select", "--scale", choices=["all", "first"], default="all",
                    help="scale all intruders among the top k, or only the highest-ranked one of each matrix (default: all)")  # fmt: skip
     g.add_argument("--no-card", dest="model_card", action="store_false",
                    help="do not describe in the model card (README.md) how the output was made")  # fmt: skip
@@ -259,12 +259,8 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--map", type=path, metavar="FILE", help="map of BASE from `streamer map`: also evaluate method nullspace"
     )
-    sub.add_argument(
-        "--scale",
-        choices=["all", "first"],
-        default="all",
-        help="scale all intruders, or only the first of each matrix (default: all)",
-    )
+    sub.add_argument("--select", "--scale", choices=["all", "first"], default="all",
+                     help="scale all intruders, or only the first of each matrix (default: all)")  # fmt: skip
     sub.add_argument("--keep", type=number, default=0.9, metavar="SHARE",
                      help="share of the learning that the suggestion must keep; up to four more measurements find the shrink that "
                           "keeps this share (default: 0.9)")  # fmt: skip

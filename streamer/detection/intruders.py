@@ -108,9 +108,9 @@ class Detection:
         values = [getattr(self, f.name) for f in fields(self)]
         return _from_values, tuple(v.numpy(force=True) if isinstance(v, Tensor) else v for v in values)
 
-    def factors(self, scale: Selection) -> tuple[Tensor, Tensor, Tensor]:
+    def factors(self, select: Selection) -> tuple[Tensor, Tensor, Tensor]:
         """Return U (m, q), S (q,), Vh (q, n) of the intruders to scale: all of them, or only the highest-ranked."""
-        q = len(self.intruders) if scale == "all" else min(1, len(self.intruders))
+        q = len(self.intruders) if select == "all" else min(1, len(self.intruders))
         return self.U[:, :q], self.S[:q], self.Vh[:q]
 
 

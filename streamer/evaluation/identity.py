@@ -47,7 +47,7 @@ def differences(mine: Facts, theirs: Facts) -> list[str]:
     if mine["detection"] is not None and theirs["detection"] is not None:
         options = {"--top-k": "top_k", "--epsilon": "threshold_epsilon", "--solver": "solver"}
         found += [name for name, key in options.items() if mine["detection"][key] != theirs["detection"][key]]
-        found += ["--scale"] if mine["scale"] != theirs["scale"] else []
+        found += ["--select"] if mine["scale"] != theirs["scale"] else []
         found += ["findings"] if len({facts["findings"] for facts in (mine, theirs) if "findings" in facts}) > 1 else []
     digests = {one["keep"]: one["sha256"] for one in theirs.get("coefficients", ())}
     others = [one for one in mine.get("coefficients", ()) if digests.get(one["keep"], one["sha256"]) != one["sha256"]]

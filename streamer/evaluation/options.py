@@ -34,7 +34,7 @@ class EvaluationOptions:
 
     methods: tuple[MethodName, ...] = WITHOUT_FILES
     lambdas: tuple[float, ...] = LAMBDAS
-    scale: Selection = "all"
+    select: Selection = "all"
     sequences: int = 64
     length: int = 512
     keep: float = 0.9
@@ -60,7 +60,7 @@ class EvaluationOptions:
 
         A race replaces the grid of shrinks by `nodes`.
         """
-        made = make_variants(self.methods, self.lambdas, self.scale, self.coefficients, self.amplify, self.map)
+        made = make_variants(self.methods, self.lambdas, self.select, self.coefficients, self.amplify, self.map)
         return (*(v for v in made if v.method != Shrink.name), *self.nodes) if self.nodes else made
 
     @property

@@ -112,7 +112,7 @@ class Prepared:
             "factored": is_factored(self.plan),
             "quantized": stays_quantized(self.plan),
             "detection": detection.as_dict() if self.needs_findings else None,
-            "scale": o.scale,
+            "scale": o.select,
             "projected": o.projected,
             "dtype": o.dtype,
             "texts": {GENERAL: self.texts[GENERAL].facts(), TASK: self.texts[TASK].facts()},

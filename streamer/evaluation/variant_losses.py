@@ -94,7 +94,7 @@ class VariantLosses:
         else:
             words += ["--method", str(variant.method), "--lambda", f"{lam!r}"]
         if takes_findings(variant.method):
-            words += ["--scale", "first"] if facts["scale"] == "first" else []
+            words += ["--select", "first"] if facts["scale"] == "first" else []
             default, used = DetectionOptions(), facts["detection"]
             words += ["--top-k", f"{used['top_k']}"] if used["top_k"] != default.top_k else []
             if used["threshold_epsilon"] != default.threshold_epsilon:

@@ -76,7 +76,7 @@ def takes_map(name: str | None) -> bool:
     return name in METHODS and METHODS[name].needs is Needs.MAP
 
 
-def make_method(name: str | None, mitigation_lambda: float | None = None, scale: Selection = "all",
+def make_method(name: str | None, mitigation_lambda: float | None = None, select: Selection = "all",
                 coefficients: FitSet | None = None, amplify: bool = False, map: InputMap | None = None) -> Method:  # fmt: skip  # noqa: A002
     """Make a method with its options.
 
@@ -98,5 +98,5 @@ def make_method(name: str | None, mitigation_lambda: float | None = None, scale:
         raise UsageError(f"method: expected one of {', '.join(METHODS)}, found {name!r}")
     method = METHODS[name]
     return method(
-        method.default_lambda if mitigation_lambda is None else mitigation_lambda, scale, coefficients, amplify, map
+        method.default_lambda if mitigation_lambda is None else mitigation_lambda, select, coefficients, amplify, map
     )

@@ -46,7 +46,7 @@ class Method(ABC):
     ----------
     mitigation_lambda
         Share to keep, of each intruder or of the whole delta: 1 changes nothing, 0 removes it. None for a method without λ.
-    scale
+    select
         Which intruders to scale: ``all`` among the top k, or only the ``first`` (highest-ranked) of each matrix.
     coefficients
         Coefficients, for a method that needs them; else None.
@@ -71,7 +71,7 @@ class Method(ABC):
     """
 
     mitigation_lambda: float | None = None
-    scale: Selection = "all"
+    select: Selection = "all"
     coefficients: FitSet | None = None
     amplify: bool = False
     map: InputMap | None = None
@@ -87,8 +87,8 @@ class Method(ABC):
     default_lambda: ClassVar[float | None] = 0.75
 
     def __post_init__(self) -> None:
-        if self.scale not in get_args(Selection):
-            raise UsageError(f"scale: expected one of {', '.join(get_args(Selection))}, found {self.scale!r}")
+        if self.select not in get_args(Selection):
+            raise UsageError(f"select: expected one of {', '.join(get_args(Selection))}, found {self.select!r}")
         if self.map is None and self.needs is Needs.MAP:
             raise UsageError(f"method {self.name!r} needs a map of the base's inputs; make one with `streamer map`")
         if self.map is not None and self.needs is not Needs.MAP:
@@ -138,7 +138,7 @@ class Method(ABC):
         more: dict[str, Any] = {} if self.coefficients is None else {"coefficients": self.coefficients.record()}
         if self.map is not None:
             more["map"] = self.map.record()
-        return {"method": self.name, "scale": self.scale, "lambda": self.mitigation_lambda, **more}
+        return {"method": self.name, "scale": self.select, "lambda": self.mitigation_lambda, **more}
 
 
 class ByLambda(Method):
@@ -182,7 +182,7 @@ class Scaling(ByLambda):
             return self.formula(delta.precise())
         if detection is None:
             raise UsageError(f"method {self.name!r} at lambda {self.mitigation_lambda} needs findings")
-        triplets = detection.factors(self.scale)
+        triplets = detection.factors(self.select)
         return self.formula(delta.precise(), *triplets) if len(triplets[1]) else delta
 
     @abstractmethod

@@ -29,7 +29,7 @@ def matrix_metrics(
         ``‖Δ' − written‖_F / ‖Δ'‖_F``.
     """
     before = delta.norm()
-    scaled = () if found is None else found.intruders if method.scale == "all" else found.intruders[:1]
+    scaled = () if found is None else found.intruders if method.select == "all" else found.intruders[:1]
     metrics: MitigatedMatrix = {
         "tensor": target.tensor,
         "module": target.module.name,

@@ -244,7 +244,7 @@ def _method(record: Record) -> str:
     assert record["lambda"] is not None
     if "map" in record:
         return f"{record['method']}, λ = {_number(record['lambda'])}, map `{record['map']['sha256'][:16]}`"
-    return f"{record['method']}, λ = {_number(record['lambda'])}, scale {record['scale']}"
+    return f"{record['method']}, λ = {_number(record['lambda'])}, select {record['scale']}"
 
 
 def _number(x: float) -> str:
@@ -266,7 +266,7 @@ def command_line(record: Record) -> str:
     else:
         assert lam is not None
         words += ["--lambda", _number(lam), "--method", record["method"]]
-        words += ["--map", "MAP"] if "map" in record else ["--scale", record["scale"]]
+        words += ["--map", "MAP"] if "map" in record else ["--select", record["scale"]]
     if (detection := record["detection"]) is not None:
         words += ["--top-k", str(detection["top_k"]), "--epsilon", _number(detection["threshold_epsilon"])]
         words += ["--solver", detection["solver"]]

@@ -36,7 +36,7 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
     elif not takes_findings(method):
         how = f"method {method}, lambda {lam:g}: {mitigated}, each {METHODS[method].changes if method in METHODS else 'as a whole'}"
     else:
-        how = f"method {method}, scale {record['scale']}, lambda {lam:g}: {mitigated}, {counted(t['intruders'], 'intruder')} scaled"
+        how = f"method {method}, select {record['scale']}, lambda {lam:g}: {mitigated}, {counted(t['intruders'], 'intruder')} scaled"
     if lam != 1:
         norms += f" -> {t['delta_norm_after']:.4g}"
     if lam != 1 and method != Shrink.name and t["equal_norm_shrink"] <= 1:  # a shrink cannot make a delta larger

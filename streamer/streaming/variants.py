@@ -61,7 +61,7 @@ class Variant:
 def make_variants(
     methods: Sequence[MethodName],
     lambdas: Sequence[float],
-    scale: Selection,
+    select: Selection,
     coefficients: Coefficients | None = None,
     amplify: bool = False,
     mapped: InputMap | None = None,
@@ -87,7 +87,7 @@ def make_variants(
     for name in methods:
         if name not in BY_LAMBDA:  # refuses unknown names, missing coefficients, and coefficients of another method
             make_method(name, coefficients=None if coefficients is None else coefficients.sets[0])
-    make_method(Shrink.name, scale=scale)  # refuses a bad scale, whatever the methods
+    make_method(Shrink.name, select=select)  # refuses a bad selection, whatever the methods
     by_lambda = [name for name in methods if name in BY_LAMBDA]
     if mapped is not None and NullSpace.name not in by_lambda:
         by_lambda.append(NullSpace.name)
@@ -95,7 +95,7 @@ def make_variants(
         make_method(
             name,
             lam,
-            scale if takes_findings(name) else "all",
+            select if takes_findings(name) else "all",
             amplify=amplify,
             map=mapped if takes_map(name) else None,
         )

@@ -91,7 +91,7 @@ def test_a_lambda_joins_a_file_that_stands(server: Server, home: Path, tmp_path:
     stands = output.read_bytes()
     fewer, more = (f"{count} sequences of 8 tokens, not 24 sequences of 8 tokens" for count in (4, 64))
     for options, texts, differs in (
-        (["--findings", home / "f.safetensors", "--scale", "first"], {}, "--scale"),
+        (["--findings", home / "f.safetensors", "--scale", "first"], {}, "--select"),
         (["--projected"], {}, "--projected, --top-k"),
         (["--method", "shrink"], {"task": home / "all.npy"}, f"task text: {more}"),
         (["--sequences", "4"], {}, f"general text: {fewer}, task text: {fewer}, --top-k"),

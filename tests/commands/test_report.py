@@ -93,7 +93,7 @@ def test_an_output(files: Path, tmp_path: Path) -> None:
     record = json.loads((files / "half" / "streamer.json").read_text())
     assert check(server().run("report", files / "half", "--json"), "streamer.output/2") == record
     done = server().run("report", files / "half")
-    assert "method project, scale all, lambda 0.5: 9 of 9 matrices mitigated" in done.out
+    assert "method project, select all, lambda 0.5: 9 of 9 matrices mitigated" in done.out
     tree = check(server().run("report", files / "half", "-o", tmp_path / "r.html", "--json"), "streamer.report/1")
     assert (tree["record"], tree["findings"], tree["lambdas"]) == (record, None, [])
 

@@ -176,7 +176,7 @@ def test_first_scales_only_the_highest_ranked(trained: Trained, tmp_path: Path) 
         findings=trained.findings,
         mitigation_lambda=0.0,
         method="project",
-        scale="first",
+        select="first",
     )
     before, after = deltas(minilm.load_peft(trained.adapter)), deltas(minilm.load_peft(tmp_path / "out"))
     for m in trained.findings:

@@ -131,3 +131,14 @@ def test_keywords_of_other_types_are_refused_in_a_line(
     with pytest.raises(UsageError) as refused:
         streamer.fit_coefficients(**{**given, **keywords})
     assert str(refused.value) == words
+
+
+# Names ------------------------------------------------------------------------------------------------------------------
+
+
+def test_scale_is_the_old_name_of_select(job: tuple[Path, Path]) -> None:
+    for options in ({"scale": "some"}, {"select": "some"}):
+        with pytest.raises(UsageError, match=r"^select: expected one of all, first, found 'some'"):
+            streamer.iter_merged(*job, **options)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
+        streamer.iter_merged(*job, scale="all", select="all")  # type: ignore[call-arg]

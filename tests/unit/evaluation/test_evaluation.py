@@ -202,7 +202,7 @@ def test_sums_that_do_not_fit_are_refused() -> None:
         (("project 0.5", "project", 0.5), {}, "mitigate --method project --lambda 0.5"),
         (("paper 0.5", "paper", 0.5), {}, "merge --method paper --lambda 0.5"),
         (("paper 0.5", "paper", 0.5), {"projected": True}, "mitigate --method paper --lambda 0.5"),
-        (("paper 0.5", "paper", 0.5), {"scale": "first"}, "merge --method paper --lambda 0.5 --scale first"),
+        (("paper 0.5", "paper", 0.5), {"scale": "first"}, "merge --method paper --lambda 0.5 --select first"),
         (("shrink 0.5", "shrink", 0.5), {"scale": "first"}, "mitigate --method shrink --lambda 0.5"),
         (("project 1.2", "project", 1.2), {}, "mitigate --method project --lambda 1.2 --amplify"),
         (("adapter", None, None), {}, "merge --lambda 1"),

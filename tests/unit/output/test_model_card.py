@@ -68,7 +68,7 @@ def test_a_merged_model_is_not_passed_off_as_its_base(job: tuple[Path, Path], tm
     }  # fmt: skip
     facts, _, rest = body.partition("# Card of the base model")
     assert "[some/base](https://huggingface.co/some/base), digest" in facts
-    assert "| method | paper, λ = 0.5, scale all |" in facts
+    assert "| method | paper, λ = 0.5, select all |" in facts
     assert f"| intruders | {record['totals']['intruders']} scaled in 9 of 9 matrices; 9 mitigated |" in facts
     assert "the decisions on 9 of 9 matrices" in facts
     assert "streamer merge base adapter -o OUTPUT --lambda 0.5 --method paper" in facts

@@ -106,7 +106,7 @@ def test_a_result_is_shown_in_a_few_lines(job: tuple[Path, Path], tmp_path: Path
     t = record["totals"]
     assert repr(record).splitlines()[:3] == [
         f"<Written: {tmp_path / 'out'} (mitigate, written): {len(record['files'])} files, {format_size(t['bytes'])}",
-        f" method paper, scale all, lambda 0.5: 9 of 9 matrices mitigated, {t['intruders']} intruders scaled",
+        f" method paper, select all, lambda 0.5: 9 of 9 matrices mitigated, {t['intruders']} intruders scaled",
         f" |delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}; baseline of equal norm: --method shrink --lambda "
         f"{t['equal_norm_shrink']:.4f}",
     ]

@@ -22,7 +22,7 @@ def test_base_and_adapter_come_first() -> None:
     assert adapter is not None
     assert adapter.mitigation_lambda == 1
     assert paper is not None
-    assert paper.scale == "first"
+    assert paper.select == "first"
 
 
 def test_each_set_of_coefficients_is_a_variant() -> None:
@@ -78,5 +78,5 @@ def test_names_and_scale_are_checked_beside_coefficients() -> None:
         UsageError, match="method: expected one of paper, project, shrink, fitted, regmean, nullspace, found 'papr'"
     ):
         make_variants(("papr", "shrink"), (0.5,), "all", coefficients)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="scale: expected one of all, first, found 'some'"):
+    with pytest.raises(UsageError, match="select: expected one of all, first, found 'some'"):
         make_variants(("fitted",), (0.5,), "some", coefficients)  # type: ignore[arg-type]
