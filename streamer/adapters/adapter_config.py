@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamer.adapters.rank_patterns import first_match
+from streamer.adapters.config_patterns import first_match
 from streamer.adapters.stated import NOTHING_STATED, Stated
 from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UnsupportedError
 from streamer.storage.checkpoint import read_json_object

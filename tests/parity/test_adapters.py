@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from streamer.adapters.rank_patterns import first_match
+from streamer.adapters.config_patterns import first_match
 from streamer.adapters.reader import open_adapter
 
 

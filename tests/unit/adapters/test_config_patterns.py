@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from streamer.adapters.rank_patterns import first_match
+from streamer.adapters.config_patterns import first_match
 
 
 @pytest.mark.parametrize(
