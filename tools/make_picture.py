@@ -32,10 +32,10 @@ def tensor(directory: Path, name: str) -> np.ndarray:
     raise SystemExit(f"{directory}: has no tensor {name!r}")
 
 
-def delta(adapter: Path, scale: float) -> np.ndarray:
-    """``scale · B · A`` of the matrix."""
+def delta(adapter: Path, scaling: float) -> np.ndarray:
+    """``scaling · B · A`` of the matrix."""
     A, B = (tensor(adapter, f"base_model.model.{MATRIX}.lora_{factor}.weight") for factor in "AB")
-    return scale * B @ A
+    return scaling * B @ A
 
 
 def similarities(W: np.ndarray, base: np.ndarray) -> np.ndarray:

@@ -25,12 +25,12 @@ def factors(adapter: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     """A, B and the scale by the name of the base tensor that they change."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     tensors = load_file(adapter / "adapter_model.safetensors")
-    scale = config["lora_alpha"] / config["r"]
+    scaling = config["lora_alpha"] / config["r"]
     return {
         name.removeprefix("base_model.model.").replace(".lora_A", ""): (
             A,
             tensors[name.replace("lora_A", "lora_B")],
-            scale,
+            scaling,
         )
         for name, A in tensors.items()
         if ".lora_A." in name
@@ -62,8 +62,8 @@ def shards(base: Path, adapter: Path, out: Path) -> None:
         tensors = load_file(shard)
         for name, weight in tensors.items():
             if name in changes:
-                A, B, scale = changes[name]
-                weight.add_((B @ A) * scale)
+                A, B, scaling = changes[name]
+                weight.add_((B @ A) * scaling)
                 merged += 1
         save_file(tensors, out / shard.name, METADATA)
     if merged != len(changes):

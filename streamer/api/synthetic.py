@@ -119,7 +119,7 @@ def power_law(
 
 
 def planted_factors(
-    shape: tuple[int, int], rank: int, scale: float, planted: int, generator: torch.Generator
+    shape: tuple[int, int], rank: int, scaling: float, planted: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Make ``A`` (rank, n) and ``B`` (m, rank): `planted` intruders with singular values `SIGMA`, and a small random rest.
 
@@ -129,7 +129,7 @@ def planted_factors(
     A, B = torch.randn(rank, n, generator=generator) / n**0.5, 0.05 * torch.randn(m, rank, generator=generator) / m**0.5
     for j in range(planted):
         u = torch.randn(m, generator=generator)
-        B[:, j] = u / u.norm() * SIGMA[j] / scale / A[j].norm()
+        B[:, j] = u / u.norm() * SIGMA[j] / scaling / A[j].norm()
     return A, B
 
 

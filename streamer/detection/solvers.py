@@ -57,12 +57,12 @@ def solve_dense(
     base: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, allow_dense: bool = True
 ) -> SolverResult:
     """Decide by LAPACK's full SVDs of the sum and the base, which are always formed."""
-    scale, base_scale = _scales(base, delta)
-    triplets = dense_triplets(Sum(base.scaled(scale), delta.scaled(scale)), k)
-    bounds, similarity = dense_overlaps(base.scaled(base_scale), triplets.U, generator)
+    power, base_power = _powers(base, delta)
+    triplets = dense_triplets(Sum(base.scaled(power), delta.scaled(power)), k)
+    bounds, similarity = dense_overlaps(base.scaled(base_power), triplets.U, generator)
     distance = triplets.distance_estimate
     low, high = (bounds.low - distance).clamp_min(0), (bounds.high + distance).clamp_max(1)
-    return SolverResult(_unscaled(triplets, scale), similarity, low, high, bounds.values / (base_scale or 1.0), "dense")
+    return SolverResult(_unscaled(triplets, power), similarity, low, high, bounds.values / (base_power or 1.0), "dense")
 
 
 def solve_certified(
@@ -74,11 +74,11 @@ def solve_certified(
     be formed, open directions stay open: the interval shows it, and the similarity is its upper end, so that only proven intruders count
     as intruders.
     """
-    scale, base_scale = _scales(base, delta)
-    if k + OVERSAMPLING >= min(base.shape) or (base_scale == 0 and allow_dense):
+    power, base_power = _powers(base, delta)
+    if k + OVERSAMPLING >= min(base.shape) or (base_power == 0 and allow_dense):
         return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True)
     columns = bounds_columns(base.shape, k, allow_dense)
-    W = Sum(base.scaled(scale), delta.scaled(scale))
+    W = Sum(base.scaled(power), delta.scaled(power))
     most = max(16, 2 * columns // block_width(k, OVERSAMPLING))
     found = krylov_triplets(W, k, generator, base.like, triplets_columns(k), most)
     steps, products, triplets = found.steps, found.products, found.triplets
@@ -87,8 +87,8 @@ def solve_certified(
         # Any vectors are singular vectors of a zero base.
         unknown, process = torch.zeros_like(distance), None
         bounds = OverlapBounds(unknown, torch.ones_like(distance), 0, 0, 0.0, unknown)
-        if base_scale:
-            process = OverlapProcess(base.scaled(base_scale), triplets.U, generator, distance)
+        if base_power:
+            process = OverlapProcess(base.scaled(base_power), triplets.U, generator, distance)
             bounds = _settle(process, epsilon, columns)
         low, high = bounds.low, bounds.high
         steps, products = steps + bounds.steps, products + bounds.products
@@ -96,7 +96,7 @@ def solve_certified(
         if not allow_dense or settled:
             similarity = torch.where(low >= epsilon, low, high)
             exact = settled or (found.converged and process is not None and process.settles_without_rounding(epsilon))
-            return SolverResult(_unscaled(triplets, scale), similarity, low, high, bounds.values / (base_scale or 1.0), "certified",
+            return SolverResult(_unscaled(triplets, power), similarity, low, high, bounds.values / (base_power or 1.0), "certified",
                                 steps=steps, products=products, cutoff=bounds.cutoff, limited=not exact)  # fmt: skip
     return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True, steps=steps, products=products)
 
@@ -133,7 +133,7 @@ def _sizes(base: Matrix) -> list[float]:
     return [abs(end) for piece in base.pieces() for end in torch.stack(torch.aminmax(piece)).tolist()]
 
 
-def _scales(base: Matrix, delta: Delta) -> tuple[float, float]:
+def _powers(base: Matrix, delta: Delta) -> tuple[float, float]:
     """Choose powers of two that scale the entries of the sum, and of the base alone, so that squares neither overflow nor vanish.
 
     Usually they are 1. A base far smaller than the delta needs its own power, because its singular vectors are judged alone. For a zero
@@ -155,8 +155,8 @@ def _power(largest: float, dtype: torch.dtype) -> float:
     return 2.0 ** max(-limit, min(limit, -round(math.log2(min(largest, 1e308)))))
 
 
-def _unscaled(t: Triplets, scale: float) -> Triplets:
-    return t if scale == 1 else replace(t, S=t.S / scale, residuals=t.residuals / scale, gaps=t.gaps / scale)
+def _unscaled(t: Triplets, power: float) -> Triplets:
+    return t if power == 1 else replace(t, S=t.S / power, residuals=t.residuals / power, gaps=t.gaps / power)
 
 
 SOLVERS: dict[str, Solver] = {"certified": solve_certified, "dense": solve_dense}

@@ -54,8 +54,8 @@ class TimedModel(StreamingModel):
         for (first, own), *others in alike.values():
             rest = sum(count for _, count in others)
             not_run += rest
-            scale = rest / own if own else float(len(others))
-            first.forward = partial(self._timed, first.forward, scale, [layer for layer, _ in others])
+            factor = rest / own if own else float(len(others))
+            first.forward = partial(self._timed, first.forward, factor, [layer for layer, _ in others])
         self._block = vocabulary_block(ROWS)
         head = self.vocabulary * self.size.hidden
         not_run += max(0, head - 2 * self._block * self.size.hidden)
@@ -79,11 +79,11 @@ class TimedModel(StreamingModel):
             self._left_out += (len(every) - 2) * (begun[1] - begun[0])
 
     def _timed(
-        self, forward: Callable[..., Any], scale: float, others: Sequence[nn.Module], *args: Any, **kwargs: Any
+        self, forward: Callable[..., Any], factor: float, others: Sequence[nn.Module], *args: Any, **kwargs: Any
     ) -> Any:
         began = thread_time()
         out = forward(*args, **kwargs)
-        self._left_out += scale * (thread_time() - began)
+        self._left_out += factor * (thread_time() - began)
         for layer in others:
             layer.forward = giving(out)
         return out

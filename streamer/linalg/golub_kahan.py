@@ -122,8 +122,8 @@ class GolubKahan:
         self.norm = max(self.norm, _norm(image))
         return image
 
-    def _orthonormal(self, block: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Factor ``block = basis @ C + new @ R`` with orthonormal `new`, of the rank of `block` beyond rounding at `scale`."""
+    def _orthonormal(self, block: Tensor, basis: Tensor, size: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Factor ``block = basis @ C + new @ R`` with orthonormal `new`, of the rank of `block` beyond rounding at `size`."""
         C = torch.zeros((basis.shape[1], block.shape[1]), dtype=torch.float64)
         for _ in range(2):
             c = basis.T @ block
@@ -132,12 +132,12 @@ class GolubKahan:
         new, triangle = torch.linalg.qr(block)
         R = triangle.double().cpu()
         u, s, vh = torch.linalg.svd(R, full_matrices=False)
-        noise = NOISE * self._eps * math.sqrt(max(1, basis.shape[1])) * scale
+        noise = NOISE * self._eps * math.sqrt(max(1, basis.shape[1])) * size
         keep = min(int((s > noise).sum()), basis.shape[0] - basis.shape[1])
         if keep < len(s):
             self.deflated = math.hypot(self.deflated, float(torch.linalg.vector_norm(s[keep:])))
             new, R = new @ u[:, :keep].to(new), s[:keep, None] * vh[:keep]
-        if keep and float(s[keep - 1]) < 0.01 * scale:
+        if keep and float(s[keep - 1]) < 0.01 * size:
             # Normalising a small direction amplifies its rounding error, and may do so more than once.
             for _ in range(3):
                 c = basis.T @ new

@@ -41,13 +41,13 @@ class Operator(Protocol):
 
 @dataclass(frozen=True)
 class Dense:
-    """``scale · matrix``: a matrix in memory, (m, n).
+    """``power · matrix``: a matrix in memory, (m, n).
 
-    The scale is a power of two. It is applied to the other factor of each product, so the matrix is not copied.
+    The power of two is applied to the other factor of each product, so the matrix is not copied.
     """
 
     matrix: Tensor
-    scale: float = 1.0
+    power: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,11 +61,11 @@ class Dense:
 
     def matmat(self, X: Tensor) -> Tensor:
         """Compute ``M @ X``."""
-        return skinny_product(self.matrix, X * self.scale)
+        return skinny_product(self.matrix, X * self.power)
 
     def rmatmat(self, Y: Tensor) -> Tensor:
         """Compute ``M.T @ Y``."""
-        return skinny_product(self.matrix.T, Y * self.scale)
+        return skinny_product(self.matrix.T, Y * self.power)
 
     @property
     def T(self) -> Dense:
@@ -74,11 +74,11 @@ class Dense:
 
     def dense(self) -> Tensor:
         """Form the matrix; it is copied only if it is scaled."""
-        return self.matrix if self.scale == 1 else self.matrix * self.scale
+        return self.matrix if self.power == 1 else self.matrix * self.power
 
     def scaled(self, factor: float) -> Dense:
         """Compute ``factor · M``; memory is shared."""
-        return replace(self, scale=self.scale * factor)
+        return replace(self, power=self.power * factor)
 
     def pieces(self) -> Iterator[Tensor]:
         """Yield all values, unscaled, in pieces of any shape."""
@@ -109,12 +109,12 @@ class Dense:
     def largest_estimate(self) -> float:
         """Compute ``max |Δ_ij|`` exactly, without the copy that ``abs`` would make."""
         low, high = torch.aminmax(self.matrix)
-        return max(-float(low), float(high)) * abs(self.scale)
+        return max(-float(low), float(high)) * abs(self.power)
 
     def norm(self) -> float:
         """Compute the Frobenius norm ``‖Δ‖_F``, summing squares in float64."""
         squares = sum(float(torch.linalg.vector_norm(rows.double())) ** 2 for rows in torch.split(self.matrix, 256))
-        return float(squares**0.5) * abs(self.scale)
+        return float(squares**0.5) * abs(self.power)
 
     def projected_norm(self, U: Tensor) -> float:
         """Compute ``‖Uᵀ Δ‖_F`` for U (m, q) with orthonormal columns, q ≥ 1."""
@@ -126,7 +126,7 @@ class Dense:
 
     def add_rows(self, values: Tensor, i: int, j: int) -> None:
         """Add rows i to j of Δ to `values` (j − i, n), in place and in its dtype."""
-        values.add_(self.matrix[i:j], alpha=self.scale)
+        values.add_(self.matrix[i:j], alpha=self.power)
 
     def plus_projection(self, U: Tensor, factor: float) -> Dense:
         """Compute ``Δ + factor · U Uᵀ Δ`` for U (m, q); needs memory for one more matrix."""
@@ -157,7 +157,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """``scale · M`` for M (m, n), read a few rows at a time for each product so that it never has to fit in memory.
+    """``power · M`` for M (m, n), read a few rows at a time for each product so that it never has to fit in memory.
 
     Attributes
     ----------
@@ -175,7 +175,7 @@ class RowBlocks:
     read: Callable[[int, int], Tensor]
     like: Tensor
     transposed: bool = False
-    scale: float = 1.0
+    power: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -190,22 +190,22 @@ class RowBlocks:
 
     def matmat(self, X: Tensor) -> Tensor:
         """Compute ``M @ X``."""
-        return self._down(X * self.scale) if self.transposed else self._across(X * self.scale)
+        return self._down(X * self.power) if self.transposed else self._across(X * self.power)
 
     def rmatmat(self, Y: Tensor) -> Tensor:
         """Compute ``M.T @ Y``."""
-        return self._across(Y * self.scale) if self.transposed else self._down(Y * self.scale)
+        return self._across(Y * self.power) if self.transposed else self._down(Y * self.power)
 
     def dense(self) -> Tensor:
         """Form the matrix, (m, n)."""
         out = self.like.new_empty(self.stored)
         for i, block in self._blocks():
-            torch.mul(block, self.scale, out=out[i : i + len(block)])
+            torch.mul(block, self.power, out=out[i : i + len(block)])
         return out.T if self.transposed else out
 
     def scaled(self, factor: float) -> RowBlocks:
         """Compute ``factor · M``."""
-        return replace(self, scale=self.scale * factor)
+        return replace(self, power=self.power * factor)
 
     def pieces(self) -> Iterator[Tensor]:
         """Yield all values, unscaled, in pieces of any shape."""

@@ -249,7 +249,7 @@ class OverlapProcess:
         rows = self._base.rows()
         if self._base.shape[1] > PROVABLE or rows is None:
             return
-        if singular_values_exceed(rows, self._base.shape, floor / self._base.scale):
+        if singular_values_exceed(rows, self._base.shape, floor / self._base.power):
             self.cutoff = 0.0
         else:
             self.hopeless = True

@@ -32,10 +32,10 @@ class _Accumulator:
         most, at = z.max(-1)
         self.top = torch.where(most > self.largest, at + i, self.top)
         largest = torch.maximum(most, self.largest)
-        scale = torch.exp(self.largest.double() - largest.double())
+        factor = torch.exp(self.largest.double() - largest.double())
         self.largest = largest
-        self.total *= scale
-        self.cross *= scale[:1]
+        self.total *= factor
+        self.cross *= factor[:1]
         base = torch.exp(z[0] - largest[0, ..., None])
         for v in range(len(z)):
             weights = base if v == 0 else torch.exp(z[v] - largest[v, ..., None])

@@ -146,7 +146,7 @@ def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, d
         assert weight.encoding is not None
         recipe = _merged(plan, weight) if logical in plan.by_weight else Cast(weight)
         return OutputTensor(logical, SPELLINGS[weight.encoding.dtype], weight.shape, recipe)
-    if logical not in plan.by_weight or role not in ("weight", "scale"):
+    if logical not in plan.by_weight or role not in ("weight", "quant_scale"):
         return OutputTensor(name, stored.info.dtype, stored.info.shape, CopyBytes(stored))
     return OutputTensor(name, stored.info.dtype, stored.info.shape, _merged(plan, weights[logical], role))
 

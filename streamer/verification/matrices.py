@@ -181,11 +181,11 @@ class Recomputation:
         """Bound the effect of one rounding to the written dtype on a sum that may be off by `slack`."""
         if written.dtype != FP8:
             return half_spacing(np.abs(exact) + slack, written.dtype) + slack
-        scales = np.broadcast_to(written.scales(i, j), exact.shape)
-        codes = (np.abs(exact) + slack) / scales
+        quant_scales = np.broadcast_to(written.quant_scales(i, j), exact.shape)
+        codes = (np.abs(exact) + slack) / quant_scales
         # The scale is rounded too, so the block's largest value may slightly exceed the largest code.
         beyond = np.where(codes < LARGEST_FP8 * (1 + 2.0**-8), np.maximum(codes - LARGEST_FP8, 0), 0)
-        rounding: Array = np.maximum(half_spacing(codes, FP8) * (1 + 2.0**-20), beyond) * scales + slack
+        rounding: Array = np.maximum(half_spacing(codes, FP8) * (1 + 2.0**-20), beyond) * quant_scales + slack
         return rounding
 
     def _check_norms(self, row: dict[str, Any], before: float, after: float, error: float) -> None:

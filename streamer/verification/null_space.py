@@ -126,10 +126,10 @@ def _gains(values: Array, rest: float, energies: Array, others: float, share: fl
 
     if share == 0:
         return (values == 0).astype(np.float64), float(rest == 0)
-    scale, whole = max(float(values.max()), rest), energies.sum() + others
+    largest, whole = max(float(values.max()), rest), energies.sum() + others
 
     def excess(decade: float) -> float:
-        nu = 10**decade / scale
+        nu = 10**decade / largest
         left = np.sum(energies / np.sqrt(1 + nu * values)) + others / np.sqrt(1 + nu * rest)
         return float(left / whole - share)
 
@@ -139,5 +139,5 @@ def _gains(values: Array, rest: float, energies: Array, others: float, share: fl
         decade = -DECADES
     else:
         decade = brentq(excess, -DECADES, DECADES, xtol=1e-14, rtol=1e-14)
-    nu = 10**decade / scale
+    nu = 10**decade / largest
     return (1 + nu * values) ** -0.25, float((1 + nu * rest) ** -0.25)

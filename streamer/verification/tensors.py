@@ -162,7 +162,7 @@ class Matrix:
         Whether it is stored as (in, out).
     dtype
         Stored dtype, in the format's spelling.
-    scale
+    quant_scale
         Scale of FP8 values, (1, 1), (out, 1) or one for each (out, in) block; None for other dtypes.
     block
         Rows and columns that share a scale.
@@ -173,7 +173,7 @@ class Matrix:
     shape: tuple[int, int]
     transposed: bool
     dtype: str
-    scale: Array | None = None
+    quant_scale: Array | None = None
     block: tuple[int, int] = (1, 1)
 
     def rows(self, i: int, j: int) -> Array:
@@ -181,13 +181,13 @@ class Matrix:
         if self.transposed:
             return np.ascontiguousarray(self.files.columns(self.name, i, j).T)
         values = self.files.rows(self.name, i, j)
-        return values if self.scale is None else values * self.scales(i, j)
+        return values if self.quant_scale is None else values * self.quant_scales(i, j)
 
-    def scales(self, i: int, j: int) -> Array:
+    def quant_scales(self, i: int, j: int) -> Array:
         """Return the scales of rows i to j, one for each value."""
-        assert self.scale is not None
+        assert self.quant_scale is not None
         (bm, bn), n = self.block, self.shape[1]
-        return self.scale[np.arange(i, j) // bm][:, np.arange(n) // bn]
+        return self.quant_scale[np.arange(i, j) // bm][:, np.arange(n) // bn]
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield the row ranges to read at a time."""
@@ -217,15 +217,15 @@ def open_matrix(files: TensorFiles, name: str, shape: tuple[int, int], transpose
     beside = next((s for s in (f"{name}_scale_inv", f"{name}_scale") if s in files), None)
     if dtype != FP8 or beside is None or len(stored) != 2 or files.stored(beside).dtype not in FLOATS:
         raise NotRecomputed(f"it is stored as {dtype}, which is not decoded here")
-    scale = files.whole(beside)
-    (m, n), size = stored, scale.size
+    quant_scale = files.whole(beside)
+    (m, n), size = stored, quant_scale.size
     if size in {1, m}:
-        grid, block = scale.reshape(size, 1), (m if size == 1 else 1, n)
+        grid, block = quant_scale.reshape(size, 1), (m if size == 1 else 1, n)
     else:
-        grid = scale
+        grid = quant_scale
         gm, gn = grid.shape if grid.ndim == 2 else (0, 0)
         even = (m // gm, n // gn) if gm and gn and m % gm == 0 and n % gn == 0 else (0, 0)
         block = even if (-(-m // 128), -(-n // 128)) != (gm, gn) else (128, 128)
         if 0 in block:
-            raise NotRecomputed(f"its scale has shape {list(scale.shape)}, whose blocks are unknown")
+            raise NotRecomputed(f"its scale has shape {list(quant_scale.shape)}, whose blocks are unknown")
     return Matrix(files, name, shape, transposed, dtype, grid, block)

@@ -99,12 +99,12 @@ class EightBit(QuantizedWeight):
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
-        weight, scale = tensors["weight"].info, tensors["SCB"].info
+        weight, quant_scale = tensors["weight"].info, tensors["SCB"].info
         where = f"{tensors['weight'].file.path}: tensor {name!r}"
-        if len(weight.shape) != 2 or scale.dtype != "F32" or math.prod(scale.shape) != weight.shape[0]:
+        if len(weight.shape) != 2 or quant_scale.dtype != "F32" or math.prod(quant_scale.shape) != weight.shape[0]:
             raise FormatError(
-                f"{where}: expected a matrix and one F32 scale for each row, found {list(weight.shape)} and {scale.dtype} "
-                f"{list(scale.shape)}; get the file again"
+                f"{where}: expected a matrix and one F32 scale for each row, found {list(weight.shape)} and {quant_scale.dtype} "
+                f"{list(quant_scale.shape)}; get the file again"
             )
         if "format" in tensors and bool(tensors["format"].bytes().any()):
             raise UnsupportedError(
@@ -114,8 +114,8 @@ class EightBit(QuantizedWeight):
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``q · SCB / 127``, multiplying as the library does."""
-        scale = self.tensors["SCB"].flat(i, j)
-        return self.tensors["weight"].rows(i, j).to(torch.float32).mul_(scale[:, None]).mul_(7.874015718698502e-3)
+        quant_scale = self.tensors["SCB"].flat(i, j)
+        return self.tensors["weight"].rows(i, j).to(torch.float32).mul_(quant_scale[:, None]).mul_(7.874015718698502e-3)
 
 
 def _is_count(value: object) -> bool:

@@ -43,19 +43,19 @@ class FP8(Scaled):
                 )
             largest = torch.nn.functional.pad(values.abs(), (0, -n % bn)).view(len(values), -1, bn).amax(2)
             grid.scatter_reduce_(0, (torch.arange(i, j) // bm)[:, None].expand_as(largest), largest, "amax")
-        scale = torch.where(grid > 0, grid / LARGEST, 1.0)
+        quant_scale = torch.where(grid > 0, grid / LARGEST, 1.0)
         if self.powers:
-            scale = exponents(_exponent_bytes(scale))
-        if self.tensors["scale"].info.dtype in EXPONENTS:
-            return scale
-        dtype = TORCH_DTYPES[self.tensors["scale"].info.dtype]
+            quant_scale = exponents(_exponent_bytes(quant_scale))
+        if self.tensors["quant_scale"].info.dtype in EXPONENTS:
+            return quant_scale
+        dtype = TORCH_DTYPES[self.tensors["quant_scale"].info.dtype]
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        return scale.clamp_min(smallest).to(dtype).to(torch.float32)
+        return quant_scale.clamp_min(smallest).to(dtype).to(torch.float32)
 
     def requantized(self, role: str, merged: Rows, grid: Tensor) -> Iterator[Tensor]:
         """Yield one tensor for merged values with the scales of `new_scales`: the scales, or e4m3 values rounded to nearest."""
-        if role == "scale":
-            dtype = self.tensors["scale"].info.dtype
+        if role == "quant_scale":
+            dtype = self.tensors["quant_scale"].info.dtype
             yield _exponent_bytes(grid) if dtype in EXPONENTS else grid.to(TORCH_DTYPES[dtype])
             return
         for i, j in self._steps():

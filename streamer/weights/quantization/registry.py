@@ -80,7 +80,7 @@ class QuantizationFormat:
 FORMATS: tuple[QuantizationFormat, ...] = (
     QuantizationFormat("FP8 e4m3: scale of a block, a row or the tensor; MXFP8", "`weight`, `weight_scale_inv` or `weight_scale`",
           frozenset({None, "fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt"}), ("", ("F8_E4M3",), ""),
-          {"scale": ("_scale_inv", "_scale")}, FP8.of, {"zeros": ("_zero_point",)}, requantizes=True),
+          {"quant_scale": ("_scale_inv", "_scale")}, FP8.of, {"zeros": ("_zero_point",)}, requantizes=True),
     QuantizationFormat("bitsandbytes NF4 and FP4, double quantization too", "`weight`, `.absmax`, `.quant_map`, `.quant_state.*`",
           frozenset({None, "bitsandbytes"}), ("", (), ""),
           {"absmax": (".absmax",), "map": (".quant_map",),
@@ -97,7 +97,7 @@ FORMATS: tuple[QuantizationFormat, ...] = (
           {"zeros": (".qzeros",), "scales": (".scales",)}, AWQ.of),
     QuantizationFormat("compressed-tensors int8", "`weight`, `weight_scale`",
           frozenset({"compressed-tensors"}), (".weight", ("I8",), ".weight"),
-          {"scale": (".weight_scale",)}, Scaled.of, {"zeros": (".weight_zero_point",)}),
+          {"quant_scale": (".weight_scale",)}, Scaled.of, {"zeros": (".weight_zero_point",)}),
     QuantizationFormat("compressed-tensors packed integers", "`weight_packed`, `weight_scale`, `weight_shape`",
           frozenset({"compressed-tensors"}), (".weight_packed", (), ".weight"),
           {"scales": (".weight_scale",), "shape": (".weight_shape",)}, PackedIntegers.of,

@@ -38,7 +38,7 @@ class Scaled(QuantizedWeight):
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """Check that the tensors fit together, and make the weight that they store; `config` is the model's ``quantization_config``."""
-        weight, scale = tensors["weight"].info, tensors["scale"].info
+        weight, quant_scale = tensors["weight"].info, tensors["quant_scale"].info
         where = f"{tensors['weight'].file.path}: tensor {name!r}"
         if len(weight.shape) not in (2, 3):
             raise UnsupportedError(
@@ -46,26 +46,26 @@ class Scaled(QuantizedWeight):
             )
         if "zeros" in tensors and bool(tensors["zeros"].bytes().any()):
             raise UnsupportedError(f"{where}: zero points other than 0 are not supported here; use the 16-bit model")
-        if scale.dtype not in ("F32", "BF16", "F16", *EXPONENTS):
+        if quant_scale.dtype not in ("F32", "BF16", "F16", *EXPONENTS):
             raise UnsupportedError(
-                f"{where}: its scale {scale.name!r} is of dtype {scale.dtype}, which is not supported"
+                f"{where}: its scale {quant_scale.name!r} is of dtype {quant_scale.dtype}, which is not supported"
             )
-        block = _block(weight.shape, scale.shape, _stated_block(config))
+        block = _block(weight.shape, quant_scale.shape, _stated_block(config))
         if block is None:
             raise FormatError(
-                f"{where}: shape {list(weight.shape)} and scale {list(scale.shape)} do not fit; get index and shards of one version"
+                f"{where}: shape {list(weight.shape)} and scale {list(quant_scale.shape)} do not fit; get index and shards of one version"
             )
-        mx = scale.dtype in EXPONENTS or config.get("format") == "mxfp8-quantized"
+        mx = quant_scale.dtype in EXPONENTS or config.get("format") == "mxfp8-quantized"
         sizes = [w.get("group_size") for w in stated_weights(config)] or [32]
-        fits = (weight.dtype, scale.dtype, block) == ("F8_E4M3", "U8", (1, 32)) and 32 in sizes
+        fits = (weight.dtype, quant_scale.dtype, block) == ("F8_E4M3", "U8", (1, 32)) and 32 in sizes
         if mx and config.get("quant_method") == "compressed-tensors" and not fits:
             raise UnsupportedError(
                 f"{where}: expected MXFP8, F8_E4M3 with a U8 scale for 32 inputs, found {weight.dtype} {list(weight.shape)} with "
-                f"{scale.dtype} {list(scale.shape)}, for {sizes} inputs by the config; use the 16-bit model"
+                f"{quant_scale.dtype} {list(quant_scale.shape)}, for {sizes} inputs by the config; use the 16-bit model"
             )
         m, n = weight.shape[-2:]
         kind = "tensor" if block == (m, n) else "channel" if block == (1, n) else f"{block[0]}x{block[1]}"
-        powers = scale.dtype in EXPONENTS or config.get("scale_fmt") == "ue8m0"
+        powers = quant_scale.dtype in EXPONENTS or config.get("scale_fmt") == "ue8m0"
         return cls(name, weight.shape, dict(tensors), f"{weight.dtype} ({kind})", torch.float32, None, block, powers)
 
     def decode(self, i: int, j: int) -> Tensor:
@@ -75,7 +75,7 @@ class Scaled(QuantizedWeight):
 
     def grid(self) -> Tensor:
         """Decode the scales to float32, (block rows, block columns)."""
-        stored = self.tensors["scale"]
+        stored = self.tensors["quant_scale"]
         (m, n), (bm, bn) = self.shape[-2:], self.block
         values = exponents(stored.bytes()) if stored.info.dtype in EXPONENTS else stored.whole().to(torch.float32)
         return values.reshape(-(-m // bm), -(-n // bn))
@@ -112,7 +112,7 @@ def _stated_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def _block(shape: tuple[int, ...], scale: tuple[int, ...], stated: tuple[int, int] | None) -> tuple[int, int] | None:
+def _block(shape: tuple[int, ...], grid: tuple[int, ...], stated: tuple[int, int] | None) -> tuple[int, int] | None:
     """Infer from the shapes which rows and columns share a scale; None if they do not fit.
 
     The config's block is used if it fits, else one that divides evenly: a checkpoint may contain two kinds of blocks.
@@ -121,11 +121,10 @@ def _block(shape: tuple[int, ...], scale: tuple[int, ...], stated: tuple[int, in
     stack = math.prod(shape[:-2])
     if 0 in shape:
         return None
-    if math.prod(scale) == stack and (stack == 1 or scale[0] == stack):
+    if math.prod(grid) == stack and (stack == 1 or grid[0] == stack):
         return m, n
-    grid = (
-        (*scale, 1) if len(scale) == len(shape) - 1 else scale
-    )  # one scale for each row, stored without a column dimension
+    if len(grid) == len(shape) - 1:
+        grid = (*grid, 1)  # one scale for each row, stored without a column dimension
     if len(grid) != len(shape) or grid[:-2] != shape[:-2]:
         return None
     gm, gn = grid[-2:]
