@@ -11,7 +11,7 @@ import pytest
 import torch
 from four_bits import four_bits
 from quantized import FLOATS, as_modelopt, floats_config, small_floats
-from quantized_values import AWQ_WORDS, BNB, CODES, CPU, base_of, fp8, packed, scales
+from quantized_values import AWQ_WORDS, BNB, CODES, CPU, HQQ, base_of, fp8, packed, scales
 from seeds import vary
 
 from streamer.errors import InputError
@@ -74,6 +74,7 @@ def healthy() -> dict[str, tuple[dict[str, torch.Tensor], dict]]:
             {f"w{k}": t for k, t in as_modelopt(small_floats(torch.randn(64, 96), "nvfp4-pack-quantized")[0]).items()},
             {"quant_method": "modelopt", "quant_algo": "NVFP4"},
         ),
+        "hqq": (HQQ, {"quant_method": "hqq"}),
         "mxfp4": (
             {
                 "w_blocks": torch.zeros(2, 8, 1, 16, dtype=torch.uint8),

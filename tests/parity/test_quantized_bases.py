@@ -12,8 +12,8 @@ import quantized
 import torch
 from forks import server
 from peft import PeftModel
-from quantized import MAKERS
 from quantized_cases import FP8, Case, all_tensors, decoded_base, merged_by_peft
+from quantized_layers import MAKERS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

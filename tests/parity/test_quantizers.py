@@ -15,6 +15,7 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from four_bits import four_bits
 from quantized import FLOATS, as_modelopt, awq_words, floats_config, small_floats, stream
+from quantized_layers import hqq_layer
 from quantized_values import CPU, FP8_CONFIG, assert_decodes, base_of, fp8, scales
 from seeds import vary
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -264,3 +265,26 @@ def test_awq(tmp_path: Path) -> None:
     group = np.arange(inputs) // size
     exact = (codes - zeros[group]) * scale.double().numpy()[group]
     assert_decodes(base_of(tmp_path, tensors, config), "w.weight", torch.from_numpy(exact.T.copy()))
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    ("bits", "shape", "size", "dtype", "floats"),
+    [
+        (8, (37, 64), 32, torch.float16, False),
+        (5, (40, 96), None, torch.bfloat16, False),
+        (4, (40, 96), 64, torch.bfloat16, False),
+        (4, (64, 96), 64, torch.float32, True),
+        (3, (37, 64), 64, torch.float16, False),
+        (3, (40, 96), 32, torch.bfloat16, True),
+        (2, (40, 96), 64, torch.float16, True),
+        (1, (96, 128), 64, torch.bfloat16, False),
+    ],
+)
+def test_hqq_is_what_the_library_decodes(tmp_path: Path, bits, shape, size, dtype, floats: bool, axis: int, io) -> None:
+    """Groups longer than a row and shorter, as the library packs them; each operation rounds to the model's dtype."""
+    parts, decoded = hqq_layer(torch.randn(shape), bits, axis, dtype, size, floats)
+    weights = base_of(tmp_path, {f"w{key}": t for key, t in parts.items()}, {"quant_method": "hqq"}, io)
+    assert list(weights) == ["w.weight"]
+    assert_decodes(weights, "w.weight", decoded)

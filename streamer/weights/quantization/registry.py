@@ -18,6 +18,7 @@ from streamer.weights.quantization.compressed_tensors import PackedIntegers
 from streamer.weights.quantization.fp4 import MXFP4, PackedFP4
 from streamer.weights.quantization.fp8 import FP8
 from streamer.weights.quantization.gptq import GPTQ
+from streamer.weights.quantization.hqq import HQQ, SETTINGS, SHAPED, UNUSED
 from streamer.weights.quantization.scaled_codes import Scaled
 
 
@@ -109,6 +110,9 @@ FORMATS: tuple[QuantizationFormat, ...] = (
     QuantizationFormat("ModelOpt NVFP4, stated in `config.json` or `hf_quant_config.json`", "`weight`, `weight_scale`, `weight_scale_2`",
           frozenset({"modelopt"}), (".weight", ("U8",), ".weight"),
           {"scales": (".weight_scale",), "factor": (".weight_scale_2",)}, PackedFP4.of, {"extra": (".pre_quant_scale",)}),
+    QuantizationFormat("HQQ, 1 to 8 bits, both axes", "`W_q`, `scale`, `zero`, `shape` and settings",
+          frozenset({None, "hqq"}), (".W_q", (), ".weight"),
+          {}, HQQ.of, {role: (f".{role}",) for role in (*SHAPED, *SETTINGS, *UNUSED)}),
     QuantizationFormat("MXFP4 expert stacks", "`*_blocks`, `*_scales`",
           frozenset({None, "mxfp4"}), ("_blocks", ("U8",), ""),
           {"scales": ("_scales",)}, MXFP4.of),
