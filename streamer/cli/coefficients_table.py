@@ -15,8 +15,8 @@ def mean_columns(means: Sequence[CoefficientMeans]) -> list[Column]:
     """Make the columns of mean coefficients, one row for each matrix."""
     about = "mean coefficient of the intruders' parts; 1 keeps them unchanged"
     return [
-        Column("c intr.", [_mean(m["intruders_mean"]) for m in means], about, keep=8),
-        Column("c all", [_mean(m["mean"]) for m in means], "mean coefficient of the whole delta", keep=8),
+        Column("c intr.", [_mean(m["intruders_mean"]) for m in means], about, priority=8),
+        Column("c all", [_mean(m["mean"]) for m in means], "mean coefficient of the whole delta", priority=8),
     ]
 
 

@@ -33,15 +33,13 @@ def demo_table(result: DemoRecord, screen: Screen = NO_LIMIT) -> str:
         Column("matrix", [r["tensor"] for r in rows], left=True, names=True, foot=f"all {t['matrices']} matrices")
     ]
     for key, about in counts.items():
-        columns.append(Column(key, [str(r[key]) for r in rows], about, keep=9, foot=str(t[key])))
+        columns.append(Column(key, [str(r[key]) for r in rows], about, priority=9, foot=str(t[key])))
     before = [number(r["sigma_before"]) for r in rows]
-    columns.append(Column("sigma", before, "singular value of the largest one; the base's own largest is 1", keep=3))
+    columns.append(Column("sigma", before, "singular value of the largest one; the base's own largest is 1", 3))
     if t["left"]:
         after = [number(r["sigma_after"]) for r in rows]
         columns.append(
-            Column(
-                "sigma left", after, "singular value of the largest one found in the new adapter; `-` if none", keep=5
-            )
+            Column("sigma left", after, "singular value of the largest one found in the new adapter; `-` if none", 5)
         )
     meaning = (
         "lambda 0 removes an intruder"

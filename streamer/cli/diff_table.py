@@ -28,13 +28,13 @@ def diff_table(diff: FindingsDiff, screen: Screen) -> str:
     shown = sorted(changed, key=lambda one: -abs(_value(one.after) - _value(one.before)))[:SHOWN] if cut else every
     columns = [
         Column("matrix", [one.tensor for one in shown], left=True, names=True, among=[one.tensor for one in every]),
-        Column("fate", ["remains" if one.fate == "kept" else one.fate for one in shown], keep=9, left=True),
-        Column("rank", [_cell(one.before, "rank") for one in shown], "its rank in the first findings; 1 is the largest", keep=5),
-        Column("sigma", [_cell(one.before, "sigma") for one in shown], "its singular value there", keep=6),
-        Column("after", [_cell(one.after, "rank") for one in shown], "its rank in the second", keep=4),
-        Column("sigma after", [_cell(one.after, "sigma") for one in shown], "its singular value there", keep=7),
-        Column("overlap", [f"{one.overlap:.3f}" for one in shown], "with the nearest intruder of the other findings", keep=3),
-        Column("share", [f"{100 * one.share:.0f}%" for one in shown], "its part in the span of the other findings' intruders", keep=2),
+        Column("fate", ["remains" if one.fate == "kept" else one.fate for one in shown], priority=9, left=True),
+        Column("rank", [_cell(one.before, "rank") for one in shown], "its rank in the first findings; 1 is the largest", priority=5),
+        Column("sigma", [_cell(one.before, "sigma") for one in shown], "its singular value there", priority=6),
+        Column("after", [_cell(one.after, "rank") for one in shown], "its rank in the second", priority=4),
+        Column("sigma after", [_cell(one.after, "sigma") for one in shown], "its singular value there", priority=7),
+        Column("overlap", [f"{one.overlap:.3f}" for one in shown], "with the nearest intruder of the other findings", priority=3),
+        Column("share", [f"{100 * one.share:.0f}%" for one in shown], "its part in the span of the other findings' intruders", priority=2),
     ]  # fmt: skip
     parts = [table(columns, screen)] if shown else []
     if cut:

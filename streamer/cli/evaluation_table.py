@@ -21,7 +21,7 @@ def evaluation_table(evaluation: Evaluation, names: Names, screen: Screen = NO_L
         Line that says where the evaluation was written, or "".
     """
     columns = [
-        Column(c.head, c.cells, c.about, c.keep, left=i == 0, names=False)
+        Column(c.head, c.cells, c.about, c.priority, left=i == 0, names=False)
         for i, c in enumerate(figures(evaluation, screen.every))
     ]
     suggestion = evaluation.best()

@@ -26,18 +26,18 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
     many, reliable = facts.get("parameters"), facts.get("reliable", {})
     held_out = [facts["texts"][text]["held"]["sequences"] for text in ("general", "task")]
     columns = [
-        Column("keep", [f"{100 * one['keep']:g}%" for one in sets], "share of the learning to keep", keep=9),
+        Column("keep", [f"{100 * one['keep']:g}%" for one in sets], "share of the learning to keep", priority=9),
         Column("kept", [_share(one, "kept", reliable) for one in sets],
-               "fall of the task's loss below the base's; 100% is the adapter's", keep=8),
+               "fall of the task's loss below the base's; 100% is the adapter's", priority=8),
         Column("top-1 kept", [_share(one, "top1_kept", reliable) for one in sets],
-               "gain in top-1 on the task's text; 100% is the adapter's", keep=5),
+               "gain in top-1 on the task's text; 100% is the adapter's", priority=5),
         Column("forgetting", [_share(one, "forgetting", reliable) for one in sets],
-               "rise of the general loss above the base's; 100% is the adapter's", keep=7),
-        Column("KL", [_share(one, "divergence", reliable) for one in sets], "its divergence from the base; 100% is the adapter's", keep=6),
+               "rise of the general loss above the base's; 100% is the adapter's", priority=7),
+        Column("KL", [_share(one, "divergence", reliable) for one in sets], "its divergence from the base; 100% is the adapter's", 6),
     ]  # fmt: skip
     if many == 1:
         chosen, means = "lambda", [f"{one['coefficients']['mean']:.3f}" for one in sets]
-        columns.append(Column(chosen, means, "of this shrink of the whole adapter", keep=9))
+        columns.append(Column(chosen, means, "of this shrink of the whole adapter", priority=9))
     else:
         chosen, columns = "the set", columns + _against_shrinks(sets, many, reliable)
     lines = [
@@ -68,20 +68,20 @@ def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int | None, reliab
     shrinks = [one["shrink"] for one in sets]
     columns = [
         Column("shrink", ["-" if s is None else f"{s['lambda']:.3f}" for s in shrinks],
-               "lambda of the shrink of the whole adapter that keeps the same share", keep=3),
+               "lambda of the shrink of the whole adapter that keeps the same share", priority=3),
         Column("its forgetting", ["-" if s is None or not reliable.get("forgetting", True) else _percent(s["forgetting"]) for s in shrinks],
-               "that shrink's forgetting", keep=5),
-        Column("its KL", ["-" if s is None else _percent(s["divergence"]) for s in shrinks], "that shrink's KL", keep=4),
+               "that shrink's forgetting", priority=5),
+        Column("its KL", ["-" if s is None else _percent(s["divergence"]) for s in shrinks], "that shrink's KL", priority=4),
     ]  # fmt: skip
     if many is not None:
         columns += [
-            Column("mean", [f"{one['coefficients']['mean']:.2f}" for one in sets], f"mean of {counted(many, 'coefficient')}", keep=2),
-            Column("near 0", [str(one["coefficients"]["near_0"]) for one in sets], "coefficients of at most 0.05", keep=1),
-            Column("near 1", [str(one["coefficients"]["near_1"]) for one in sets], "coefficients of at least 0.95", keep=1),
+            Column("mean", [f"{one['coefficients']['mean']:.2f}" for one in sets], f"mean of {counted(many, 'coefficient')}", priority=2),
+            Column("near 0", [str(one["coefficients"]["near_0"]) for one in sets], "coefficients of at most 0.05", priority=1),
+            Column("near 1", [str(one["coefficients"]["near_1"]) for one in sets], "coefficients of at least 0.95", priority=1),
         ]  # fmt: skip
     which = "task's" if many is not None else "general"
     mu = ["-" if one["mu"] is None else f"{one['mu']:.3g}" for one in sets]
-    return [*columns, Column("mu", mu, f"weight of the {which} text", keep=0)]
+    return [*columns, Column("mu", mu, f"weight of the {which} text", priority=0)]
 
 
 def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:

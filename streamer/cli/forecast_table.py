@@ -26,10 +26,10 @@ def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Sc
     threads = next((f" on {counted(f['threads'], 'thread')}" for f in forecasts.values() if f), "")
     columns = [
         Column("forecast", cells[0], "what each command needs; mitigate and merge with findings", left=True),
-        Column("memory", cells[1], "at its peak; the larger number if the dense solver, or float64, must decide", keep=3),
-        Column("read", cells[2], keep=1),
-        Column("written", cells[3], "--dry-run shows the free disk", keep=2),
-        Column("time", cells[4], f"estimated from a short benchmark at the current load{threads}; assumes that the disk keeps up", keep=4),
+        Column("memory", cells[1], "at its peak; the larger number if the dense solver, or float64, must decide", priority=3),
+        Column("read", cells[2], priority=1),
+        Column("written", cells[3], "--dry-run shows the free disk", priority=2),
+        Column("time", cells[4], f"estimated from a short benchmark at the current load{threads}; assumes that the disk keeps up", 4),
     ]  # fmt: skip
     return table(columns, screen)
 

@@ -61,8 +61,8 @@ class Column:
         One cell for each row.
     about
         Explanation for the legend; empty if the title is clear.
-    keep
-        Priority: if there is no room, columns with smaller numbers are hidden first. The first column always stays.
+    priority
+        If there is no room, columns with smaller numbers are hidden first. The first column always stays.
     left
         Whether to align cells to the left.
     names
@@ -76,7 +76,7 @@ class Column:
     head: str
     cells: Sequence[str]
     about: str = ""
-    keep: int = 0
+    priority: int = 0
     left: bool = False
     names: bool = False
     foot: str = ""
@@ -100,7 +100,7 @@ def table(columns: Sequence[Column], screen: Screen) -> str:
     left_out: list[str] = []
     if width is not None:
         while len(shown) > 1 and sum(c.least + 2 for c in shown) - 2 > width:
-            least = min(shown[1:], key=lambda c: c.keep)
+            least = min(shown[1:], key=lambda c: c.priority)
             shown.remove(least)
             left_out.append(least.head)
         names = [c for c in shown if c.names]

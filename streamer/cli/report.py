@@ -43,13 +43,13 @@ def _adapters(report: Report, screen: Screen) -> str:
     found, energies = report.several or {}, report.energies()
     columns = [
         Column("adapter", list(found), "name of its findings file", left=True, names=True),
-        Column("matrices", [str(len(f)) for f in found.values()], "matrices that it changes", keep=3),
-        Column("intruders", [str(f.intruders) for f in found.values()], "intruders in all matrices", keep=9),
-        Column("in", [str(sum(bool(m.detection.intruders) for m in f)) for f in found.values()], "matrices with intruders", keep=2),
-        Column("|delta|", [f"{math.sqrt(energy):#.4g}" for energy, _ in energies], "Frobenius norm of the delta", keep=4),
-        Column("energy", [f"{100 * share:.1f}%" for _, share in energies], "the intruders' share of |delta|^2", keep=8),
+        Column("matrices", [str(len(f)) for f in found.values()], "matrices that it changes", priority=3),
+        Column("intruders", [str(f.intruders) for f in found.values()], "intruders in all matrices", priority=9),
+        Column("in", [str(sum(bool(m.detection.intruders) for m in f)) for f in found.values()], "matrices with intruders", priority=2),
+        Column("|delta|", [f"{math.sqrt(energy):#.4g}" for energy, _ in energies], "Frobenius norm of the delta", priority=4),
+        Column("energy", [f"{100 * share:.1f}%" for _, share in energies], "the intruders' share of |delta|^2", priority=8),
         Column("lost", [f"{100 * max((m.detection.dropped_at_zero for m in f), default=0.0):.1f}%" for f in found.values()],
-               "largest share of a matrix's delta lost in projection by `mitigate --lambda 0 --method paper`", keep=5),
-        Column("certified", [str(sum(m.detection.certified for m in f)) for f in found.values()], "matrices with proven decisions", keep=6),
+               "largest share of a matrix's delta lost in projection by `mitigate --lambda 0 --method paper`", priority=5),
+        Column("certified", [str(sum(m.detection.certified for m in f)) for f in found.values()], "matrices with proven decisions", 6),
     ]  # fmt: skip
     return table(columns, screen)

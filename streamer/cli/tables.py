@@ -45,18 +45,18 @@ def findings_table(
     decided = [_decided(m) for m in chosen]
     columns = [
         Column("matrix", [m.tensor for m in chosen], left=True, names=True, among=[m.tensor for m in every]),
-        Column("shape", ["x".join(map(str, m.shape)) for m in chosen], "rows x columns", keep=1),
-        Column("r", [str(m.rank or "-") for m in chosen], "rank of the adapter's factors", keep=2),
+        Column("shape", ["x".join(map(str, m.shape)) for m in chosen], "rows x columns", priority=1),
+        Column("r", [str(m.rank or "-") for m in chosen], "rank of the adapter's factors", priority=2),
         Column("intruders", [str(len(d.intruders)) for d in found], "leading directions that resemble none of the base's",
-               keep=9),
-        Column("ranks", [_ranks(d.intruders) for d in found], "ranks of the intruders in base + adapter; 1 is the largest", keep=6),
+               priority=9),
+        Column("ranks", [_ranks(d.intruders) for d in found], "ranks of the intruders in base + adapter; 1 is the largest", priority=6),
         Column("similarity", [f"{min(d.similarity):.3f}" for d in found],
-               f"lowest of a direction to the base, from 0 to 1; below {findings.options.threshold_epsilon:g} is an intruder", keep=4),
-        Column("sigma", [f"{d.singular_values[0]:#.4g}" for d in found], "largest singular value of base + adapter", keep=0),
-        Column("|delta|", [f"{d.delta_norm:#.4g}" for d in found], "Frobenius norm of the delta", keep=3),
-        Column("energy", [f"{100 * d.intruder_energy:.1f}%" for d in found], "the intruders' share of |delta|^2", keep=8),
+               f"lowest of a direction to the base, from 0 to 1; below {findings.options.threshold_epsilon:g} is an intruder", priority=4),
+        Column("sigma", [f"{d.singular_values[0]:#.4g}" for d in found], "largest singular value of base + adapter", priority=0),
+        Column("|delta|", [f"{d.delta_norm:#.4g}" for d in found], "Frobenius norm of the delta", priority=3),
+        Column("energy", [f"{100 * d.intruder_energy:.1f}%" for d in found], "the intruders' share of |delta|^2", priority=8),
         Column("lost", [f"{100 * d.dropped_at_zero:.1f}%" for d in found],
-               "share lost in projection onto rank r by `mitigate --lambda 0 --method paper`", keep=5),
+               "share lost in projection onto rank r by `mitigate --lambda 0 --method paper`", priority=5),
     ]  # fmt: skip
     if record is not None:
         means = {m["tensor"]: m["coefficients"] for m in record["matrices"]}
@@ -67,7 +67,7 @@ def findings_table(
                 "decided",
                 decided,
                 "the solver; float64 if float32 left a direction open; open if nothing settled it",
-                keep=7,
+                priority=7,
             )
         )
     o = findings.options
@@ -134,13 +134,13 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
     """Format a record: totals and matrices, or the ten matrices that changed most if there are many."""
     matrices = sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
     chosen, cut = _most(matrices, _removed, screen)
-    columns = [Column("matrix", [m["tensor"] for m in chosen], left=True, names=True), *_norms(chosen, keep=1)]
+    columns = [Column("matrix", [m["tensor"] for m in chosen], left=True, names=True), *_norms(chosen, priority=1)]
     if takes_findings(record["method"]):
         scaled = [str(len(m["intruders"])) for m in chosen]
-        columns.insert(1, Column("scaled", scaled, "intruders that were scaled", keep=2))
+        columns.insert(1, Column("scaled", scaled, "intruders that were scaled", priority=2))
     if record["command"] == "mitigate":
         about = "lost in projection: share of the mitigated delta that the adapter's rank cannot hold"
-        columns.append(Column("lost", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, keep=4))
+        columns.append(Column("lost", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, priority=4))
     lines = record_lines(record, stood(where, record["state"]))
     return _sections(table(columns, screen) if chosen else "", _cut(cut, len(matrices), "largest change", screen),
                      "\n".join(fit(line, screen.width) for line in lines))  # fmt: skip
@@ -158,8 +158,8 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
         if any(takes_findings(tree["method"]) for tree in trees.values()):
             columns.append(_summed("scaled", [x["intruders"] for x in t], "intruders that were scaled", 5))
         columns += [
-            *_norms(t, keep=2),
-            Column("size", [format_size(x["bytes"]) for x in t], keep=6, foot=format_size(sum(x["bytes"] for x in t))),
+            *_norms(t, priority=2),
+            Column("size", [format_size(x["bytes"]) for x in t], "", 6, foot=format_size(sum(x["bytes"] for x in t))),
         ]
     else:
         some = [sum(bool(m["intruders"]) for m in tree["matrices"]) for tree in trees.values()]
@@ -171,15 +171,15 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
     return _sections(table(columns, screen), fit("--all shows each adapter's matrices", screen.width))
 
 
-def _summed(head: str, numbers: Sequence[int], about: str, keep: int) -> Column:
-    return Column(head, [str(n) for n in numbers], about, keep, foot=str(sum(numbers)))
+def _summed(head: str, numbers: Sequence[int], about: str, priority: int) -> Column:
+    return Column(head, [str(n) for n in numbers], about, priority, foot=str(sum(numbers)))
 
 
-def _norms(rows: Sequence[Mapping[str, Any]], keep: int) -> list[Column]:
+def _norms(rows: Sequence[Mapping[str, Any]], priority: int) -> list[Column]:
     """Make the columns of a delta's norm before and after mitigation."""
     before, after = ([f"{row[key]:#.4g}" for row in rows] for key in ("delta_norm", "delta_norm_after"))
-    return [Column("|delta|", before, "Frobenius norm of the delta", keep),
-            Column("after", after, "Frobenius norm of the written delta", keep + 2)]  # fmt: skip
+    return [Column("|delta|", before, "Frobenius norm of the delta", priority),
+            Column("after", after, "Frobenius norm of the written delta", priority + 2)]  # fmt: skip
 
 
 def _removed(matrix: Mapping[str, Any]) -> tuple[float, float]:
@@ -204,28 +204,28 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
         Column("base tensor", [key[0] for key, _ in shown], "* stands for any number" if grouped else "", left=True, names=True),
     ]  # fmt: skip
     if grouped:
-        columns.append(Column("matrices", [str(len(same)) for _, same in shown], keep=9))
+        columns.append(Column("matrices", [str(len(same)) for _, same in shown], priority=9))
     else:
         modules = [m["module"] for m in first]
-        columns.append(Column("module", modules, "its name in the adapter", keep=1, left=True, names=True))
+        columns.append(Column("module", modules, "its name in the adapter", priority=1, left=True, names=True))
     columns += [
-        Column("out x in", ["x".join(map(str, m["shape"])) for m in first], keep=6),
-        Column("dtype", [m["dtype"] for m in first], keep=5),
-        Column("r", [str(m["rank"] or "-") for m in first], "rank of the adapter's factors", keep=7),
-        Column("scale", [f"{m['scale']:.4g}" for m in first], "factor of B A, from the adapter's alpha and rank", keep=3),
-        Column("matched", [m["matched"] for m in first], "the rule that found its module in the base; see below", keep=4),
+        Column("out x in", ["x".join(map(str, m["shape"])) for m in first], priority=6),
+        Column("dtype", [m["dtype"] for m in first], priority=5),
+        Column("r", [str(m["rank"] or "-") for m in first], "rank of the adapter's factors", priority=7),
+        Column("scale", [f"{m['scale']:.4g}" for m in first], "factor of B A, from the adapter's alpha and rank", priority=3),
+        Column("matched", [m["matched"] for m in first], "the rule that found its module in the base; see below", priority=4),
     ]  # fmt: skip
     if transposed:
         columns.append(Column("stored", ["in x out" if m["transposed"] else "out x in" for m in first],
-                              "the order of its sides in the base's file", keep=2))  # fmt: skip
+                              "the order of its sides in the base's file", priority=2))  # fmt: skip
     carried = ""
     if tree["carried"]:
         kept = sorted(tree["carried"], key=lambda c: natural(c["tensor"]))
         some = kept if screen.every or len(kept) <= MANY else kept[:SHOWN]
         carried = table([
             Column("carried along", [c["tensor"] for c in some], "tensors that are not factors", left=True, names=True),
-            Column("change", [c["change"] for c in some], keep=2, left=True),
-            Column("by", [c["by"] for c in some], "the adapter's tensor", keep=1, left=True, names=True),
+            Column("change", [c["change"] for c in some], priority=2, left=True),
+            Column("by", [c["by"] for c in some], "the adapter's tensor", priority=1, left=True, names=True),
         ], screen)  # fmt: skip
         carried = _sections(carried, _cut(len(kept) - len(some), len(kept), "", screen))
     lines = [
@@ -253,8 +253,8 @@ def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]], scr
     some = rows if screen.every or len(rows) <= MANY else rows[:SHOWN]
     cells = list(zip(*some, strict=True)) if some else [()] * 4
     columns = [
-        Column("file", cells[0], left=True, names=True), Column("tensors", cells[1], keep=2), Column("size", cells[2], keep=3),
-        Column("dtypes", cells[3], keep=1, left=True),
+        Column("file", cells[0], left=True, names=True), Column("tensors", cells[1], priority=2), Column("size", cells[2], priority=3),
+        Column("dtypes", cells[3], priority=1, left=True),
     ]  # fmt: skip
     total = f"{len(rows)} files, {sum(int(row[1]) for row in rows)} tensors"
     return _sections(table(columns, screen), _cut(len(rows) - len(some), len(rows), "", screen, "files"), total)

@@ -18,7 +18,7 @@ class Figures:
     head: str
     cells: Sequence[str]
     about: str
-    keep: int
+    priority: int
 
 
 def figures(evaluation: VariantLosses, every: bool = False) -> list[Figures]:

@@ -106,16 +106,16 @@ class GolubKahan:
             self.following, self.L, _ = self._orthonormal(self._counted(self.op.rmatmat(new)), self.P, self.norm)
         self.steps += 1
 
-    def restart(self, keep: int) -> None:
-        """Shrink the bases to the `keep` leading Ritz triplets to bound memory.
+    def restart(self, kept: int) -> None:
+        """Shrink the bases to the `kept` leading Ritz triplets to bound memory.
 
         ``M (P y) = (Q x) S`` and ``Mᵀ (Q x) = (P y) S + P₊ tail`` is the same invariant with B = S and L = the tail, now over all rows.
         Only the dropped directions are lost (thick restart; Baglama & Reichel, SIAM J. Sci. Comput. 27, 2005).
         """
         ritz = self.ritz()
-        keep = min(keep, *self.B.shape)
-        self.P, self.Q = self.P @ ritz.Y[:, :keep].to(self.P), self.Q @ ritz.X[:, :keep].to(self.Q)
-        self.B, self.L, self._last = ritz.S[:keep].diag(), ritz.tail[:, :keep], keep
+        kept = min(kept, *self.B.shape)
+        self.P, self.Q = self.P @ ritz.Y[:, :kept].to(self.P), self.Q @ ritz.X[:, :kept].to(self.Q)
+        self.B, self.L, self._last = ritz.S[:kept].diag(), ritz.tail[:, :kept], kept
 
     def _counted(self, image: Tensor) -> Tensor:
         self.products += image.shape[1]
@@ -133,15 +133,15 @@ class GolubKahan:
         R = triangle.double().cpu()
         u, s, vh = torch.linalg.svd(R, full_matrices=False)
         noise = NOISE * self._eps * math.sqrt(max(1, basis.shape[1])) * size
-        keep = min(int((s > noise).sum()), basis.shape[0] - basis.shape[1])
-        if keep < len(s):
-            self.deflated = math.hypot(self.deflated, float(torch.linalg.vector_norm(s[keep:])))
-            new, R = new @ u[:, :keep].to(new), s[:keep, None] * vh[:keep]
-        if keep and float(s[keep - 1]) < 0.01 * size:
+        kept = min(int((s > noise).sum()), basis.shape[0] - basis.shape[1])
+        if kept < len(s):
+            self.deflated = math.hypot(self.deflated, float(torch.linalg.vector_norm(s[kept:])))
+            new, R = new @ u[:, :kept].to(new), s[:kept, None] * vh[:kept]
+        if kept and float(s[kept - 1]) < 0.01 * size:
             # Normalising a small direction amplifies its rounding error, and may do so more than once.
             for _ in range(3):
                 c = basis.T @ new
-                if _norm(c) <= 4 * self._eps * math.sqrt(keep):
+                if _norm(c) <= 4 * self._eps * math.sqrt(kept):
                     break
                 new, triangle = torch.linalg.qr(new - basis @ c)
                 C += c.double().cpu() @ R

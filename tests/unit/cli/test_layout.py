@@ -76,8 +76,8 @@ def test_shortened_names_stay_different() -> None:
 
 def test_columns_give_way_from_the_least_important() -> None:
     names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
-    columns = [Column("matrix", names, left=True, names=True, foot="all 3"), Column("aa", ["1"] * 3, "of no use", keep=1),
-               Column("bb", ["22"] * 3, "of use", keep=2, foot="66"), Column("cc", ["3"] * 3)]  # fmt: skip
+    columns = [Column("matrix", names, left=True, names=True, foot="all 3"), Column("aa", ["1"] * 3, "of no use", priority=1),
+               Column("bb", ["22"] * 3, "of use", priority=2, foot="66"), Column("cc", ["3"] * 3)]  # fmt: skip
     for width in (*range(20, 60), None):
         text = table(columns, Screen(width))
         assert width is None or max(map(len, text.splitlines())) <= width, (width, text)
