@@ -29,7 +29,7 @@ from streamer.plan.task_heads import Head, implied_head
 from streamer.storage.checkpoint import INDEX_NAME
 from streamer.storage.shard_writer import ShardPlan, index_bytes, plan_shard
 from streamer.weights.base import StoredTensor, Weight
-from streamer.weights.dequantize import is_activation_scale, plain_weights
+from streamer.weights.dequantize import is_activation_scale, plain_metadata, plain_weights
 from streamer.weights.dtypes import SPELLINGS
 from streamer.weights.logical import WeightView
 from streamer.weights.model_config import MODEL_CONFIG
@@ -125,7 +125,10 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
     head = _head(plan, [o.name for outputs in files.values() for o in outputs])
     return MergedModel(
         {name: tuple(outputs) for name, outputs in files.items() if outputs},
-        {name: file.header.metadata for name, file in plan.base.files.items()},
+        {
+            name: plain_metadata(file.header.metadata, weights) if dequantize else file.header.metadata
+            for name, file in plan.base.files.items()
+        },
         _texts(plan, head, dequantize),
         plan.base.index,
         head,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from streamer.errors import UnsupportedError
 from streamer.weights.dtypes import ENCODINGS
@@ -38,6 +39,11 @@ def plain_weights(weights: WeightView, config: ModelConfig) -> WeightView:
                 "use the 16-bit model"
             )
     return weights.dequantized(ENCODINGS[plain_dtype(config)])
+
+
+def plain_metadata(metadata: Mapping[str, str], weights: WeightView) -> dict[str, str]:
+    """Remove what torchao states of each tensor from a file's metadata."""
+    return {key: text for key, text in metadata.items() if key != "tensor_names" and key not in weights}
 
 
 def plain_dtype(config: ModelConfig) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from four_bits import four_bits
 from quantized import FLOATS, as_modelopt, floats_config, small_floats
-from quantized_values import AWQ_WORDS, BNB, CODES, CPU, HQQ, base_of, fp8, packed, scales
+from quantized_values import AWQ_WORDS, BNB, CODES, CPU, HQQ, base_of, fp8, packed, scales, torchao
 from seeds import vary
 
 from streamer.errors import InputError
@@ -46,8 +46,8 @@ def test_products_with_rows_as_they_are_stored(tmp_path: Path) -> None:
     assert torch.equal(blocks.T.dense(), weight.whole(CPU).T)
 
 
-def healthy() -> dict[str, tuple[dict[str, torch.Tensor], dict]]:
-    """A small weight in every encoding, and its config."""
+def healthy() -> dict[str, tuple]:
+    """A small weight in every encoding, its config, and metadata if it needs them."""
     nested = four_bits((64, 128), "nf4", True, 64, torch.float32, torch.uint8)[2]
     group = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}
     return {
@@ -75,6 +75,20 @@ def healthy() -> dict[str, tuple[dict[str, torch.Tensor], dict]]:
             {"quant_method": "modelopt", "quant_algo": "NVFP4"},
         ),
         "hqq": (HQQ, {"quant_method": "hqq"}),
+        "torchao-int8": torchao(
+            "Int8Tensor",
+            CODES["w.weight"],
+            {"block_size": [1, 32]},
+            scale=torch.ones(64, 3),
+            zero_point=torch.zeros(64, 3, dtype=torch.int8),
+        ),
+        "torchao-int4": torchao(
+            "Int4Tensor",
+            CODES["w.weight"],
+            {"block_size": [1, 64], "shape": [64, 192]},
+            scale=torch.ones(3, 64),
+            zero_point=torch.ones(3, 64),
+        ),
         "mxfp4": (
             {
                 "w_blocks": torch.zeros(2, 8, 1, 16, dtype=torch.uint8),
@@ -111,12 +125,12 @@ def test_whatever_stands_there_is_decoded_or_refused(tmp_path: Path, name: str) 
     rng = np.random.default_rng(vary(0))
     outcomes = Counter()
     for i in range(120):
-        tensors, config = healthy()[name]
+        tensors, config, *metadata = healthy()[name]
         key = list(tensors)[rng.integers(len(tensors))]
         other = disturbed(tensors[key], rng)
         tensors = {k: t.clone() for k, t in tensors.items() if k != key} | ({} if other is None else {key: other})
         try:
-            weights = base_of(tmp_path / str(i), tensors or {"x": torch.zeros(1)}, config)
+            weights = base_of(tmp_path / str(i), tensors or {"x": torch.zeros(1)}, config, "mmap", *metadata)
             for logical in weights:
                 weight = weights[logical]
                 assert weight.whole(CPU).shape == weight.shape

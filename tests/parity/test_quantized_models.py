@@ -10,8 +10,9 @@ import pytest
 import quantized
 import torch
 from peft import LoraConfig, get_peft_model
-from quantized import MAKERS, Quantized
+from quantized import Quantized
 from quantized_cases import FP8, Case, all_tensors, decode, decoded_base, merged_by_peft
+from quantized_layers import MAKERS, torchao_weight
 from safetensors.torch import load_file, save_file
 from seeds import vary
 from transformers import (
@@ -75,14 +76,28 @@ def test_fp8_blocks_are_what_transformers_would_code(plain: tuple[Path, Path], t
     assert all(torch.equal(loaded[name], decode(after, name)) for name in made.decoded)
 
 
-def test_transformers_opens_mxfp8_that_was_coded_anew(plain: tuple[Path, Path], tmp_path: Path) -> None:
-    made = quantized.mxfp8(tmp_path / "base", plain[0])
+@pytest.mark.parametrize("name", ["mxfp8", "torchao-fp8"])
+def test_transformers_opens_fp8_that_was_coded_anew(name: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
+    made = MAKERS[name](tmp_path / "base", plain[0])
     streamer.merge_with_reduced_intruder_dimensions(made.base, plain[1], tmp_path / "out", mitigation_lambda=1)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     model(torch.arange(1, 9)[None])  # the library decodes before the first use
     state, after = model.state_dict(), all_tensors(tmp_path / "out")
-    assert all(torch.equal(state[name], decode(after, name).bfloat16()) for name in made.decoded)
+    for key in made.decoded:
+        loaded = state[key].dequantize() if name == "torchao-fp8" else state[key]
+        assert torch.equal(loaded, decode(after, key).bfloat16())
+
+
+def test_fp8_rows_are_what_torchao_would_code(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    made = MAKERS["torchao-fp8"](tmp_path / "base", plain[0])
+    streamer.merge_with_reduced_intruder_dimensions(made.base, plain[1], tmp_path / "out", mitigation_lambda=1)
+    after = all_tensors(tmp_path / "out")
+    exact = merged_by_peft(decoded_base(tmp_path / "decoded", plain[0], made), plain[1])
+    for name in made.decoded:
+        theirs, _ = torchao_weight(exact[name].float(), "fp8-row")
+        assert torch.allclose(after[f"{name}_scale"], theirs.scale, rtol=1e-6, atol=0)
+        assert (after[name].float() != theirs.qdata.float()).float().mean() < 2e-3
 
 
 def test_fp8_with_scales_that_are_powers_of_two(plain: tuple[Path, Path], tmp_path: Path) -> None:

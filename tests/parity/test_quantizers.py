@@ -15,7 +15,7 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from four_bits import four_bits
 from quantized import FLOATS, as_modelopt, awq_words, floats_config, small_floats, stream
-from quantized_layers import hqq_layer
+from quantized_layers import TORCHAO, flattened, hqq_layer, packed_int4, torchao_weight
 from quantized_values import CPU, FP8_CONFIG, assert_decodes, base_of, fp8, scales
 from seeds import vary
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -288,3 +288,27 @@ def test_hqq_is_what_the_library_decodes(tmp_path: Path, bits, shape, size, dtyp
     weights = base_of(tmp_path, {f"w{key}": t for key, t in parts.items()}, {"quant_method": "hqq"}, io)
     assert list(weights) == ["w.weight"]
     assert_decodes(weights, "w.weight", decoded)
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", TORCHAO)
+def test_torchao_is_what_the_library_decodes(tmp_path: Path, way: str, dtype: torch.dtype, io: str) -> None:
+    made, decoded = torchao_weight(torch.randn(64, 96).to(dtype), way)
+    tensors, metadata = flattened({"w.weight": made, "w.bias": torch.ones(64)})
+    weights = base_of(tmp_path, tensors, {"quant_method": "torchao"}, io, metadata)
+    assert set(weights) == {"w.weight", "w.bias"}
+    assert_decodes(weights, "w.weight", decoded)
+
+
+def test_int4_of_torchao_is_also_what_its_gptq_decodes(tmp_path: Path) -> None:
+    """GPTQ's function adds the terms in another order."""
+    gptq = pytest.importorskip("torchao.prototype.gptq.api")
+    W = torch.randn(48, 128)
+    made, _ = packed_int4(W, 64)
+    tensors, metadata = flattened({"w.weight": made})
+    weight = base_of(tmp_path, tensors, {"quant_method": "torchao"}, metadata=metadata)["w.weight"].whole(CPU)
+    scale, zero = made.scale, made.zero_point
+    codes = gptq._int4_row_quantize_zp_precomputed_qparams(W, scale, zero, 64)
+    torch.testing.assert_close(weight, gptq._int4_row_dequantize_zp(codes, scale, zero, 64), rtol=0, atol=2e-6)
+    assert ((weight - W).abs() <= scale.T.repeat_interleave(64, 1) * 0.5001).all()

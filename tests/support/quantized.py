@@ -77,7 +77,9 @@ def train_adapter(directory: Path, model: torch.nn.Module) -> Path:
     return directory
 
 
-def write(directory: Path, plain: Path, tensors: Tensors, quantization: dict) -> Path:
+def write(
+    directory: Path, plain: Path, tensors: Tensors, quantization: dict, metadata: dict[str, str] | None = None
+) -> Path:
     """A base in two shards, its other files those of the plain one."""
     shutil.copytree(plain, directory, ignore=shutil.ignore_patterns("*.safetensors"))
     stated = {"quantization_config": quantization} if quantization else {}
@@ -87,7 +89,7 @@ def write(directory: Path, plain: Path, tensors: Tensors, quantization: dict) ->
     weight_map = {}
     for i, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
         file = f"model-{i:05}-of-00002.safetensors"
-        save_file({n: tensors[n].contiguous() for n in part}, directory / file, metadata={"format": "pt"})
+        save_file({n: tensors[n].contiguous() for n in part}, directory / file, metadata=metadata or {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     total = sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-FP8 = ("fp8-blocks", "fp8-rows", "fp8-tensor", "mxfp8")
+FP8 = ("fp8-blocks", "fp8-rows", "fp8-tensor", "mxfp8", "torchao-fp8")
 
 
 class Case(NamedTuple):
@@ -34,7 +34,12 @@ def decoded_base(directory: Path, plain: Path, made: Quantized) -> Path:
 
 
 def all_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {k: t for f in sorted(directory.glob("*.safetensors")) for k, t in load_file(f).items()}
+    return usual_names({k: t for f in sorted(directory.glob("*.safetensors")) for k, t in load_file(f).items()})
+
+
+def usual_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give torchao's tensors the names of the other libraries."""
+    return {k.replace("._weight_qdata", ".weight").replace("._weight_", ".weight_"): t for k, t in tensors.items()}
 
 
 def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:

@@ -20,13 +20,16 @@ FP8_CONFIG = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
 def base_of(
-    directory: Path, tensors: dict[str, torch.Tensor], quantization: dict | None = None, io: str = "mmap"
+    directory: Path,
+    tensors: dict[str, torch.Tensor],
+    quantization: dict | None = None,
+    io: str = "mmap",
+    metadata: dict[str, str] | None = None,
 ) -> WeightView:
     """A model of these tensors on disk."""
     directory.mkdir(exist_ok=True, parents=True)
-    save_file(
-        {k: t.contiguous() for k, t in tensors.items()}, directory / "model.safetensors", metadata={"format": "pt"}
-    )
+    stated = metadata or {"format": "pt"}
+    save_file({k: t.contiguous() for k, t in tensors.items()}, directory / "model.safetensors", metadata=stated)
     config = {"model_type": "test", **({"quantization_config": quantization} if quantization else {})}
     (directory / "config.json").write_text(json.dumps(config))
     return open_weights(open_checkpoint(directory, io), ModelConfig(config))
@@ -78,6 +81,13 @@ BNB = {"quant_method": "bitsandbytes"}
 def text(characters: str) -> torch.Tensor:
     """A setting as hqq writes it."""
     return torch.tensor(list(characters.encode()), dtype=torch.uint8)
+
+
+def torchao(kind: str, qdata: torch.Tensor, data: dict, **parts: torch.Tensor) -> tuple[dict, dict, dict[str, str]]:
+    """Tensors, config and metadata of a weight of torchao."""
+    stated = {"_type": kind, "_data": data, "_tensor_data_names": ["qdata", *parts]}
+    tensors = {f"w._weight_{part}": t for part, t in {"qdata": qdata, **parts}.items()}
+    return tensors, {"quant_method": "torchao"}, {"w.weight": json.dumps(stated), "tensor_names": '["w.weight"]'}
 
 
 HQQ = {

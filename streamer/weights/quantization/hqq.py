@@ -22,15 +22,7 @@ from streamer.weights.quantization.packing import SCALE_DTYPES, check_fit
 SHAPED = ("scale", "zero", "shape")
 """Roles of the tensors beside the values."""
 
-UNUSED = (
-    "nbits",
-    "unpack_view_dtype",
-    "offload_meta",
-    "encoded_state_dict",
-    "stores_quant_config",
-    "optimize",
-    "round_zero",
-)
+UNUSED = ("nbits", "unpack_view_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "optimize", "round_zero")  # fmt: skip
 """Roles of settings that do not change what the values mean."""
 
 _PACKINGS = {

@@ -20,6 +20,7 @@ from streamer.weights.quantization.fp8 import FP8
 from streamer.weights.quantization.gptq import GPTQ
 from streamer.weights.quantization.hqq import HQQ, SETTINGS, SHAPED, UNUSED
 from streamer.weights.quantization.scaled_codes import Scaled
+from streamer.weights.quantization.torchao import OPTIONAL, torchao_weight
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,12 @@ FORMATS: tuple[QuantizationFormat, ...] = (
     QuantizationFormat("ModelOpt NVFP4, stated in `config.json` or `hf_quant_config.json`", "`weight`, `weight_scale`, `weight_scale_2`",
           frozenset({"modelopt"}), (".weight", ("U8",), ".weight"),
           {"scales": (".weight_scale",), "factor": (".weight_scale_2",)}, PackedFP4.of, {"extra": (".pre_quant_scale",)}),
+    QuantizationFormat("torchao FP8 e4m3: scale of a block, a row or the tensor", "`_weight_qdata`, `_weight_scale`",
+          frozenset({"torchao"}), ("._weight_qdata", ("F8_E4M3",), ".weight"),
+          {"quant_scale": ("._weight_scale",)}, torchao_weight, OPTIONAL, requantizes=True),
+    QuantizationFormat("torchao int8 and fewer bits in bytes, int4 (plain)", "`_weight_qdata`, `_weight_scale`, `_weight_zero_point`",
+          frozenset({"torchao"}), ("._weight_qdata", (), ".weight"),
+          {}, torchao_weight, {"quant_scale": ("._weight_scale",), **OPTIONAL}),
     QuantizationFormat("HQQ, 1 to 8 bits, both axes", "`W_q`, `scale`, `zero`, `shape` and settings",
           frozenset({None, "hqq"}), (".W_q", (), ".weight"),
           {}, HQQ.of, {role: (f".{role}",) for role in (*SHAPED, *SETTINGS, *UNUSED)}),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_values import AWQ_WORDS, BNB, CODES, CPU, FP8_CONFIG, HQQ, base_of, fp8, packed, text
+from quantized_values import AWQ_WORDS, BNB, CODES, CPU, FP8_CONFIG, HQQ, base_of, fp8, packed, text, torchao
 
 from streamer.errors import FormatError, InputError, UnsupportedError
 from streamer.weights.dequantize import plain_weights
@@ -48,7 +48,6 @@ def test_a_view_holds_the_names_that_it_looks_up(tmp_path: Path) -> None:
             for m in (
                 "aqlm",
                 "quanto",
-                "torchao",
                 "bitnet",
                 "eetq",
                 "vptq",
@@ -266,6 +265,58 @@ def test_broken_codes(tmp_path: Path, name: str) -> None:
     weights = base_of(tmp_path, tensors, config)
     with pytest.raises(InputError, match=message):
         weights["w" if "w_blocks" in tensors else "w.weight"].whole(CPU)
+
+
+BYTES = torch.zeros(64, 96, dtype=torch.int8)
+INT4 = {"scale": torch.ones(3, 64), "zero_point": torch.ones(3, 64)}
+INT4_DATA = {"block_size": [1, 32], "shape": [64, 96]}
+INT8 = {"scale": torch.ones(64, 3)}
+INT8_DATA = {"block_size": [1, 32]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "qdata", "data", "parts", "message"),
+    [
+        *(
+            (kind, BYTES, INT8_DATA, INT8, rf"torchao's {kind} is not supported; use the 16-bit model")
+            for kind in ("Int4TilePackedTo4dTensor", "Int4PlainInt32Tensor", "MXTensor", "NVFP4Tensor", "Other")
+        ),
+        ("Int4TilePackedTo4dTensor", torch.zeros(8, 1, 32, 4, dtype=torch.int32), INT4_DATA,
+         {"scale_and_zero": torch.ones(3, 64, 2)}, "Int4TilePackedTo4dTensor with scale_and_zero is not"),
+        ("Int8Tensor", BYTES, INT8_DATA, INT8 | {"act_pre_scale": torch.ones(96)}, "Int8Tensor with act_pre_scale is not"),
+        ("Int8Tensor", BYTES, {"block_size": [1, 16]}, INT8, "do not fit"),
+        ("Int8Tensor", BYTES, {"block_size": [2, 32]}, {"scale": torch.ones(32, 3)}, None),
+        ("Int8Tensor", BYTES, {"block_size": [64, 19]}, {"scale": torch.ones(1, 5)}, "do not fit"),
+        ("Int8Tensor", BYTES, {"block_size": [1, 96]}, {"scale": torch.ones(64)}, "do not fit"),
+        ("Int8Tensor", BYTES, INT8_DATA, INT8 | {"zero_point": torch.ones(64, 1).to(torch.int8)}, "do not fit"),
+        ("Int8Tensor", BYTES, INT8_DATA, INT8 | {"zero_point": torch.ones(64, 3)}, "do not fit"),
+        ("Float8Tensor", fp8((64, 96)).view(torch.float8_e5m2), INT8_DATA, INT8, "do not fit"),
+        ("Float8Tensor", fp8((64, 96)), {"block_size": [1, 96]}, INT8, "do not fit"),
+        ("Float8Tensor", fp8((64, 96)), INT8_DATA, INT8, None),
+        ("Int8Tensor", fp8((64, 96)), INT8_DATA, INT8, "do not fit"),
+        ("Int4Tensor", BYTES[:, :48], INT4_DATA, INT4, None),
+        ("Int4Tensor", BYTES[:, :48], INT4_DATA, {"scale": torch.ones(3, 64)}, "do not fit"),
+        ("Int4Tensor", BYTES[:, :48], INT4_DATA, INT4 | {"zero_point": torch.ones(3, 64).to(torch.int8)}, "do not fit"),
+        ("Int4Tensor", BYTES[:, :48], INT4_DATA | {"block_size": [1, 48]}, INT4, "do not fit"),
+        ("Int4Tensor", BYTES, INT4_DATA, INT4, "do not fit"),
+    ],
+)  # fmt: skip
+def test_classes_of_torchao(tmp_path: Path, kind: str, qdata, data: dict, parts: dict, message: str | None) -> None:
+    tensors, config, metadata = torchao(kind, qdata, data, **parts)
+    weights = base_of(tmp_path, tensors, config, metadata=metadata)
+    if message is None:
+        assert weights["w.weight"].whole(CPU).shape == (64, 96)
+        return
+    with pytest.raises(InputError, match=message):
+        weights["w.weight"]
+
+
+@pytest.mark.parametrize("stated", [None, "{", "[]", '{"_type": "Int8Tensor"}', '{"_type": "Tensor"}'])
+def test_metadata_that_does_not_describe_the_tensor(tmp_path: Path, stated: str | None) -> None:
+    tensors, config, _ = torchao("Int8Tensor", BYTES, INT8_DATA, **INT8)
+    other = {} if stated is None else {"w.weight": stated}
+    with pytest.raises(FormatError, match=r"the file's metadata does not describe 'w\.weight' as torchao does"):
+        base_of(tmp_path, tensors, config, metadata={"tensor_names": "[]"} | other)["w.weight"]
 
 
 def test_a_weight_that_stands_twice(tmp_path: Path) -> None:
