@@ -13,28 +13,28 @@ from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import BLOCK_BYTES
 
 
-def dora_delta(base: Tensor, delta: LowRank, magnitude: Tensor) -> Tensor:
+def dora_delta(W0: Tensor, delta: LowRank, magnitude: Tensor) -> Tensor:
     """Compute ``W' − W0``, (m, n), in W0's dtype; norms are computed in float64.
 
     Parameters
     ----------
-    base
-        W0 as (out, in).
+    W0
+        The base matrix, (out, in).
     delta
         Δ, the product of the LoRA factors.
     magnitude
         Lengths m of the rows, (m,).
     """
-    delta = LowRank(delta.L.to(base), delta.R.to(base))
-    lengths = magnitude.to(base.device, torch.float64)
-    m, n = base.shape
-    out = torch.empty((m, n), dtype=base.dtype, device=base.device)
+    delta = LowRank(delta.L.to(W0), delta.R.to(W0))
+    lengths = magnitude.to(W0.device, torch.float64)
+    m, n = W0.shape
+    out = torch.empty((m, n), dtype=W0.dtype, device=W0.device)
     rows = max(1, BLOCK_BYTES // max(1, n * 8))
     for i in range(0, m, rows):
         j = min(m, i + rows)
-        total = torch.addmm(base[i:j], delta.L[i:j], delta.R.T).double()
+        total = torch.addmm(W0[i:j], delta.L[i:j], delta.R.T).double()
         factor = lengths[i:j] / torch.linalg.vector_norm(total, dim=1)
-        out[i:j] = total * factor[:, None] - base[i:j]
+        out[i:j] = total * factor[:, None] - W0[i:j]
     return out
 
 

@@ -95,7 +95,7 @@ def _loha_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     return True
 
 
-def _loha(p: MethodInputs, base: Tensor) -> Delta:
+def _loha(p: MethodInputs, W0: Tensor) -> Delta:
     """Compute ``(w1_a w1_b) ∘ (w2_a w2_b)``; either product may have a core for the kernel."""
     t = p.tensors
 
@@ -121,7 +121,7 @@ def _lokr_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     return len(rest) in (1, 3) and (p * m, q * math.prod(rest)) == shape
 
 
-def _lokr(p: MethodInputs, base: Tensor) -> Delta:
+def _lokr(p: MethodInputs, W0: Tensor) -> Delta:
     """Compute ``w1 ⊗ w2``; either may itself be a product."""
     t = p.tensors
     w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
@@ -141,7 +141,7 @@ def _adalora_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     return one and _product(s["lora_B"], s["lora_A"]) == shape and math.prod(s["lora_E"]) == s["lora_A"][0]
 
 
-def _adalora(p: MethodInputs, base: Tensor) -> Delta:
+def _adalora(p: MethodInputs, W0: Tensor) -> Delta:
     """Compute ``B · diag(E) · A · alpha / (init_r + 1e-5)``: PEFT keeps the initial rank in the scaling."""
     t, alpha = p.tensors, float(p.config.get("lora_alpha", 8))
     rank = float(t["ranknum"]) if "ranknum" in t else float(p.config.get("init_r", 12))
@@ -155,7 +155,7 @@ def _vera_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     return m >= shape[0] and n >= shape[1] and scales == (shape[0], s["vera_A"][0])
 
 
-def _vera(p: MethodInputs, base: Tensor) -> Delta:
+def _vera(p: MethodInputs, W0: Tensor) -> Delta:
     """Compute ``diag(b) B · diag(d) A``, with the first rows and columns of projections that all modules share."""
     (m, n), t = p.shape, p.tensors
     L = t["vera_lambda_b"].flatten()[:, None] * t["vera_B"][:m]
@@ -199,7 +199,7 @@ def _cayley(Q: Tensor, terms: int | None = None) -> Tensor:
     return R
 
 
-def _oft(p: MethodInputs, base: Tensor) -> Delta:
+def _oft(p: MethodInputs, W0: Tensor) -> Delta:
     """Compute ``W0 Rᵀ`` with rotations R along the diagonal; for an embedding ``Rᵀ W0``, W0 (dim, vocabulary)."""
     ((role, vectors),) = p.tensors.items()
     size = _block_size(vectors.shape[1])
@@ -212,14 +212,14 @@ def _oft(p: MethodInputs, base: Tensor) -> Delta:
         norms = torch.linalg.matrix_norm(Q)[:, None, None]
         Q = torch.where(norms <= eps, Q, eps * Q / norms)
     terms = int(p.config.get("num_cayley_neumann_terms", 5)) if p.config.get("use_cayley_neumann") else None
-    R = _cayley(Q, terms).to(base.dtype)
-    return Dense(_rotated(base, R, embedding=role == "oft_embedding_R") - base)
+    R = _cayley(Q, terms).to(W0.dtype)
+    return Dense(_rotated(W0, R, embedding=role == "oft_embedding_R") - W0)
 
 
-def _rotated(base: Tensor, R: Tensor, embedding: bool = False) -> Tensor:
+def _rotated(W0: Tensor, R: Tensor, embedding: bool = False) -> Tensor:
     """Compute ``W0 · diag(R)ᵀ`` block by block; a single block is repeated."""
     size = R.shape[-1]
-    W = base.T if embedding else base
+    W = W0.T if embedding else W0
     blocks = W.reshape(len(W), -1, size).transpose(0, 1)
     out = torch.matmul(blocks, R if embedding else R.mT).transpose(0, 1).reshape(W.shape)
     return out.T if embedding else out
@@ -230,11 +230,11 @@ def _boft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     return factors == 1 and size == other and blocks * size == shape[1] and math.prod(s["boft_s"]) == shape[0]
 
 
-def _boft(p: MethodInputs, base: Tensor) -> Delta:
+def _boft(p: MethodInputs, W0: Tensor) -> Delta:
     """Compute ``diag(s) W0 Rᵀ`` for one butterfly factor, which involves no permutation."""
     data = p.tensors["boft_R"][0].double()
-    R = _cayley(0.5 * (data - data.mT)).to(base.dtype)
-    return Dense(p.tensors["boft_s"].flatten()[:, None].to(base.dtype) * _rotated(base, R) - base)
+    R = _cayley(0.5 * (data - data.mT)).to(W0.dtype)
+    return Dense(p.tensors["boft_s"].flatten()[:, None].to(W0.dtype) * _rotated(W0, R) - W0)
 
 
 def _boft_refuses(config: AdapterConfig) -> str:
@@ -249,10 +249,10 @@ def _full_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     return ((m, n) if role == "weight" else (n, m)) == shape
 
 
-def _full(p: MethodInputs, base: Tensor) -> Delta:
+def _full(p: MethodInputs, W0: Tensor) -> Delta:
     """Compute ``W1 − W0``."""
     ((role, weight),) = p.tensors.items()
-    return Dense((weight.flatten(1) if role == "weight" else weight.T) - base)
+    return Dense((weight.flatten(1) if role == "weight" else weight.T) - W0)
 
 
 def _no_number(config: AdapterConfig, *keys: str) -> str:

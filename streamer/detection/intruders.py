@@ -119,20 +119,20 @@ def _from_values(*values: Any) -> Detection:
     return Detection(*read)
 
 
-def detect(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | None = None, name: str = "",
+def detect(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None = None, name: str = "",
            allow_dense: bool = True) -> Detection:  # fmt: skip
     """Find the intruder dimensions of ``W0 + Δ``, in the base's precision; see `decide`."""
-    return decide(base, delta, options, rank, name, allow_dense)[0]
+    return decide(W0, delta, options, rank, name, allow_dense)[0]
 
 
-def decide(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | None, name: str,
+def decide(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None, name: str,
            allow_dense: bool) -> tuple[Detection, bool]:  # fmt: skip
     """Find the intruder dimensions of ``W0 + Δ``, and say whether more precision may settle a direction that rounding left open.
 
     Parameters
     ----------
-    base
-        W0 (m, n), float32 or float64, on any device, in memory or by blocks of rows.
+    W0
+        The base, (m, n), float32 or float64, on any device, in memory or by blocks of rows.
     delta
         Δ of the same shape, as factors or dense; it is converted to the base's dtype.
     rank
@@ -147,20 +147,20 @@ def decide(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | No
     NumericError
         If an input holds NaN or Inf, or the solver does not converge. Solvers never get non-finite values.
     """
-    inputs = itertools.chain((("the base matrix", piece) for piece in base.pieces()), delta.named_tensors())
+    inputs = itertools.chain((("the base matrix", piece) for piece in W0.pieces()), delta.named_tensors())
     for what, tensor in inputs:
         if not all_finite(tensor):
             raise NumericError(f"{what} holds NaN or Inf; check the file it came from")
-    delta = delta.to(base.like.dtype, base.like.device)
+    delta = delta.to(W0.like.dtype, W0.like.device)
     norm = delta.norm()
-    if not norm < torch.finfo(base.like.dtype).max:
+    if not norm < torch.finfo(W0.like.dtype).max:
         raise NumericError(f"the delta's norm, {norm:.3g}, overflows; check the adapter's scale")
-    k = options.directions(base.shape)
-    solver = chosen_solver(base.shape, k, options.solver, allow_dense)
+    k = options.directions(W0.shape)
+    solver = chosen_solver(W0.shape, k, options.solver, allow_dense)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     try:
         with full_float32():
-            result = SOLVERS[solver](base, delta, k, options.threshold_epsilon, generator, allow_dense)
+            result = SOLVERS[solver](W0, delta, k, options.threshold_epsilon, generator, allow_dense)
     except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]  # torch's stubs do not export it
         raise NumericError(f"the {solver} solver did not converge ({e}); the matrix may be badly scaled") from e
     triplets, low, high = result.triplets, result.low, result.high
@@ -172,7 +172,7 @@ def decide(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | No
     degenerate = torch.nonzero(error > DEGENERATE).flatten()
     index = chosen.to(triplets.U.device)
     U, S, Vh = triplets.U[:, index].cpu(), triplets.S[index].cpu(), triplets.Vh[index].cpu()
-    delta = delta.to(base.like.dtype, torch.device("cpu"))
+    delta = delta.to(W0.like.dtype, torch.device("cpu"))
     share = delta.projected_norm(U) / norm if norm > 0 and len(chosen) else 0.0
     dropped = delta.removal_error(U, S, Vh, rank) if len(chosen) else 0.0
     certified = bool(on_one_side.all()) and len(degenerate) == 0
@@ -182,6 +182,6 @@ def decide(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | No
         U=U.contiguous(), S=S.contiguous(), Vh=Vh.contiguous(), certified=certified,
         degenerate=tuple(degenerate.tolist()), solver=result.solver, escalated=result.escalated, steps=result.steps,
         products=result.products, cutoff=result.cutoff, delta_norm=norm, intruder_energy=min(1.0, share**2), dropped_at_zero=dropped,
-        precision=str(base.like.dtype).removeprefix("torch."), base_singular_values=tuple(result.base_values.tolist()),
+        precision=str(W0.like.dtype).removeprefix("torch."), base_singular_values=tuple(result.base_values.tolist()),
     )  # fmt: skip
     return found, not (certified or result.limited)

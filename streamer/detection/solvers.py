@@ -54,19 +54,19 @@ Solver = Callable[[Matrix, Delta, int, float, torch.Generator, bool], SolverResu
 
 
 def solve_dense(
-    base: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, allow_dense: bool = True
+    W0: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, allow_dense: bool = True
 ) -> SolverResult:
     """Decide by LAPACK's full SVDs of the sum and the base, which are always formed."""
-    power, base_power = _powers(base, delta)
-    triplets = dense_triplets(Sum(base.scaled(power), delta.scaled(power)), k)
-    bounds, similarity = dense_overlaps(base.scaled(base_power), triplets.U, generator)
+    power, base_power = _powers(W0, delta)
+    triplets = dense_triplets(Sum(W0.scaled(power), delta.scaled(power)), k)
+    bounds, similarity = dense_overlaps(W0.scaled(base_power), triplets.U, generator)
     distance = triplets.distance_estimate
     low, high = (bounds.low - distance).clamp_min(0), (bounds.high + distance).clamp_max(1)
     return SolverResult(_unscaled(triplets, power), similarity, low, high, bounds.values / (base_power or 1.0), "dense")
 
 
 def solve_certified(
-    base: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, allow_dense: bool = True
+    W0: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, allow_dense: bool = True
 ) -> SolverResult:
     """Decide by block Krylov triplets, then by bounds on the overlaps until each lies on one side of ε; else by the dense solver.
 
@@ -74,13 +74,13 @@ def solve_certified(
     be formed, open directions stay open: the interval shows it, and the similarity is its upper end, so that only proven intruders count
     as intruders.
     """
-    power, base_power = _powers(base, delta)
-    if k + OVERSAMPLING >= min(base.shape) or (base_power == 0 and allow_dense):
-        return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True)
-    columns = bounds_columns(base.shape, k, allow_dense)
-    W = Sum(base.scaled(power), delta.scaled(power))
+    power, base_power = _powers(W0, delta)
+    if k + OVERSAMPLING >= min(W0.shape) or (base_power == 0 and allow_dense):
+        return replace(solve_dense(W0, delta, k, epsilon, generator), escalated=True)
+    columns = bounds_columns(W0.shape, k, allow_dense)
+    W = Sum(W0.scaled(power), delta.scaled(power))
     most = max(16, 2 * columns // block_width(k, OVERSAMPLING))
-    found = krylov_triplets(W, k, generator, base.like, triplets_columns(k), most)
+    found = krylov_triplets(W, k, generator, W0.like, triplets_columns(k), most)
     steps, products, triplets = found.steps, found.products, found.triplets
     distance = triplets.distance_estimate
     if not allow_dense or (found.converged and bool((distance < 2).all())):
@@ -88,7 +88,7 @@ def solve_certified(
         unknown, process = torch.zeros_like(distance), None
         bounds = OverlapBounds(unknown, torch.ones_like(distance), 0, 0, 0.0, unknown)
         if base_power:
-            process = OverlapProcess(base.scaled(base_power), triplets.U, generator, distance)
+            process = OverlapProcess(W0.scaled(base_power), triplets.U, generator, distance)
             bounds = _settle(process, epsilon, columns)
         low, high = bounds.low, bounds.high
         steps, products = steps + bounds.steps, products + bounds.products
@@ -98,7 +98,7 @@ def solve_certified(
             exact = settled or (found.converged and process is not None and process.settles_without_rounding(epsilon))
             return SolverResult(_unscaled(triplets, power), similarity, low, high, bounds.values / (base_power or 1.0), "certified",
                                 steps=steps, products=products, cutoff=bounds.cutoff, limited=not exact)  # fmt: skip
-    return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True, steps=steps, products=products)
+    return replace(solve_dense(W0, delta, k, epsilon, generator), escalated=True, steps=steps, products=products)
 
 
 def _settle(process: OverlapProcess, epsilon: float, columns: int) -> OverlapBounds:
@@ -128,20 +128,20 @@ def _steps_to(epsilon: float, before: tuple[int, float], now: tuple[int, float])
     return max(1, math.ceil(min((epsilon**-2 - reach1**-2) / grown if grown > 0 else 2, n1 / 2)))
 
 
-def _sizes(base: Matrix) -> list[float]:
+def _sizes(W0: Matrix) -> list[float]:
     """List the magnitudes of extreme values piece by piece, without copying the matrix as abs() would."""
-    return [abs(end) for piece in base.pieces() for end in torch.stack(torch.aminmax(piece)).tolist()]
+    return [abs(end) for piece in W0.pieces() for end in torch.stack(torch.aminmax(piece)).tolist()]
 
 
-def _powers(base: Matrix, delta: Delta) -> tuple[float, float]:
+def _powers(W0: Matrix, delta: Delta) -> tuple[float, float]:
     """Choose powers of two that scale the entries of the sum, and of the base alone, so that squares neither overflow nor vanish.
 
     Usually they are 1. A base far smaller than the delta needs its own power, because its singular vectors are judged alone. For a zero
     base the second is 0.
     """
-    largest = max(_sizes(base))
+    largest = max(_sizes(W0))
     total = largest + delta.largest_estimate()
-    return _power(total, base.like.dtype) or 1.0, _power(largest, base.like.dtype)
+    return _power(total, W0.like.dtype) or 1.0, _power(largest, W0.like.dtype)
 
 
 def _power(largest: float, dtype: torch.dtype) -> float:

@@ -72,7 +72,7 @@ class OverlapBounds:
     reach: float = 0.0
 
 
-def dense_overlaps(base: Matrix, U: Tensor, generator: torch.Generator) -> tuple[OverlapBounds, Tensor]:
+def dense_overlaps(W0: Matrix, U: Tensor, generator: torch.Generator) -> tuple[OverlapBounds, Tensor]:
     """Compute ``sim_j = max_i |⟨u_j, u⁰_i⟩|`` and bounds on it by LAPACK's full SVD of the base.
 
     LAPACK's u⁰_i are singular vectors of a matrix at distance φ, so vectors whose values lie within τ of each other may be mixtures.
@@ -81,7 +81,7 @@ def dense_overlaps(base: Matrix, U: Tensor, generator: torch.Generator) -> tuple
 
     Parameters
     ----------
-    base
+    W0
         (m, n).
     U
         (m, k), unit columns.
@@ -91,13 +91,13 @@ def dense_overlaps(base: Matrix, U: Tensor, generator: torch.Generator) -> tuple
     OverlapBounds, Tensor
         The bounds, and the similarity itself, (k,) float64 on the CPU (Shuttleworth et al., arXiv 2410.21228, Algorithm 1).
     """
-    U0, S, V0h = torch.linalg.svd(base.dense(), full_matrices=False)
-    probe = torch.randn(base.shape[1], 8, generator=generator, dtype=torch.float32).to(base.like)
-    defect = (base.matmat(probe) - (U0 * S) @ (V0h @ probe)).double() / math.sqrt(8)
-    dtype = base.like.dtype
-    phi = float(torch.linalg.matrix_norm(defect)) / math.sqrt(min(base.shape)) + torch.finfo(dtype).eps * float(S[0])
+    U0, S, V0h = torch.linalg.svd(W0.dense(), full_matrices=False)
+    probe = torch.randn(W0.shape[1], 8, generator=generator, dtype=torch.float32).to(W0.like)
+    defect = (W0.matmat(probe) - (U0 * S) @ (V0h @ probe)).double() / math.sqrt(8)
+    dtype = W0.like.dtype
+    phi = float(torch.linalg.matrix_norm(defect)) / math.sqrt(min(W0.shape)) + torch.finfo(dtype).eps * float(S[0])
     w, values = (U0.T @ U).double().cpu().flip(0), S.double().cpu().flip(0).contiguous()
-    tall = base.shape[0] > base.shape[1]
+    tall = W0.shape[0] > W0.shape[1]
     lows, highs = zip(
         *(_interval(w, values, ratio * phi, 1 / ratio, tall) for ratio in DENSE_WINDOWS[dtype]), strict=True
     )
@@ -130,8 +130,8 @@ class OverlapProcess:
 
     Parameters
     ----------
-    base
-        W0, (m, n), scaled so that its norm is near 1.
+    W0
+        (m, n), scaled so that its norm is near 1.
     U
         (m, k), unit columns.
     generator
@@ -147,20 +147,20 @@ class OverlapProcess:
         can be settled.
     """
 
-    def __init__(self, base: Matrix, U: Tensor, generator: torch.Generator, distance: Tensor | None = None) -> None:
-        m, n = base.shape
+    def __init__(self, W0: Matrix, U: Tensor, generator: torch.Generator, distance: Tensor | None = None) -> None:
+        m, n = W0.shape
         self.tall = m > n
         self.cutoff = CUTOFF if self.tall else 0.0
         self.hopeless = False
-        self._base = base
+        self._W0 = W0
         self._U, self._generator = U, generator
         self._rounding = 0.0  # as last measured; 0 before the first measurement
-        start = base.rmatmat(U) if self.tall else U
+        start = W0.rmatmat(U) if self.tall else U
         k = U.shape[1]
         width = min(block_width(k, 4), m, n)
         extra = torch.randn(min(m, n), max(0, width - k), generator=generator, dtype=torch.float32).to(start)
         extra *= torch.linalg.vector_norm(start) / max(1.0, float(torch.linalg.vector_norm(extra)))
-        gk = self.process = GolubKahan(base if self.tall else base.T, torch.cat([start, extra], 1))
+        gk = self.process = GolubKahan(W0 if self.tall else W0.T, torch.cat([start, extra], 1))
         self._distance = torch.zeros(k, dtype=torch.float64) if distance is None else distance
         # Deflation and rounding of the start block: the process starts from slightly different vectors.
         kept = gk.following.double().cpu() @ gk.start_coefficients[:, :k]
@@ -246,10 +246,10 @@ class OverlapProcess:
 
     def _prove(self, floor: float) -> None:
         """Prove that no singular value is below the cut-off and clear it, or set `hopeless`; skip the proof if it costs too much."""
-        rows = self._base.rows()
-        if self._base.shape[1] > PROVABLE or rows is None:
+        rows = self._W0.rows()
+        if self._W0.shape[1] > PROVABLE or rows is None:
             return
-        if singular_values_exceed(rows, self._base.shape, floor / self._base.power):
+        if singular_values_exceed(rows, self._W0.shape, floor / self._W0.power):
             self.cutoff = 0.0
         else:
             self.hopeless = True

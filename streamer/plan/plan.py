@@ -108,7 +108,7 @@ class Plan:
         """Return the key that sorts targets by the base's file order: the weight's position, and the matrix's index in it."""
         return _file_order(self.weights)
 
-    def delta(self, target: Target, base: Tensor | None = None, *, double: bool = False,
+    def delta(self, target: Target, W0: Tensor | None = None, *, double: bool = False,
               tensors: Mapping[str, StoredTensor] | None = None) -> Delta:  # fmt: skip
         """Compute the delta of a matrix, (out, in); if it is not of low rank, dense and from the stored W0; see `Module.delta`.
 
@@ -117,10 +117,10 @@ class Plan:
         tensors
             The module's tensors, if already read.
         """
-        if base is None and not target.module.low_rank:
+        if W0 is None and not target.module.low_rank:
             weight = self.weights[target.tensor]
-            base = weight.whole(torch.device("cpu")).reshape(weight.matrix)
-        W0 = base.T if base is not None and target.transposed else base
+            W0 = weight.whole(torch.device("cpu")).reshape(weight.matrix)
+        W0 = W0.T if W0 is not None and target.transposed else W0
         return target.module.delta(tensors or self.adapter.tensors, W0, double=double)
 
     def finite_delta(self, target: Target) -> Delta:

@@ -20,16 +20,16 @@ class WitnessDelta(Protocol):
     def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
         """Compute rows i to j of Δ, and a bound on the size of each value's summands; W0 are the base's rows."""
 
-    def left_product(self, U: Array, base: Matrix) -> Array:
+    def left_product(self, U: Array, W0: Matrix) -> Array:
         """Compute ``Uᵀ Δ``, (q, n)."""
 
-    def norm(self, base: Matrix) -> float:
+    def norm(self, W0: Matrix) -> float:
         """Compute ‖Δ‖_F."""
 
-    def operator(self, base: Matrix) -> Any:
+    def operator(self, W0: Matrix) -> Any:
         """Return ``W0 + Δ`` as scipy's `LinearOperator`; holds W0 in float64."""
 
-    def combined(self, factor: float, left: Array, right: Array, base: Matrix) -> LowRankDelta:
+    def combined(self, factor: float, left: Array, right: Array, W0: Matrix) -> LowRankDelta:
         """Return ``factor · Δ + left · right`` as factors; left (m, q), right (q, n).
 
         Raises
@@ -73,22 +73,22 @@ class LowRankDelta:
         lengths: Array = np.linalg.norm(self.R, axis=1)
         return lengths
 
-    def left_product(self, U: Array, base: Matrix) -> Array:
+    def left_product(self, U: Array, W0: Matrix) -> Array:
         """See `WitnessDelta`."""
         return (U.T @ self.L) @ self.R.T
 
-    def norm(self, base: Matrix | None = None) -> float:
+    def norm(self, W0: Matrix | None = None) -> float:
         """See `WitnessDelta`."""
         return float(np.linalg.norm(np.linalg.qr(self.L)[1] @ np.linalg.qr(self.R)[1].T))
 
-    def operator(self, base: Matrix) -> Any:
+    def operator(self, W0: Matrix) -> Any:
         """See `WitnessDelta`."""
         from scipy.sparse.linalg import aslinearoperator
 
-        W0, L, R = map(aslinearoperator, (base.whole(), self.L, self.R.T))
-        return W0 + L @ R
+        base, L, R = map(aslinearoperator, (W0.whole(), self.L, self.R.T))
+        return base + L @ R
 
-    def combined(self, factor: float, left: Array, right: Array, base: Matrix | None = None) -> LowRankDelta:
+    def combined(self, factor: float, left: Array, right: Array, W0: Matrix | None = None) -> LowRankDelta:
         """See `WitnessDelta`."""
         return LowRankDelta(np.hstack([factor * self.L, left]), np.hstack([self.R, right.T]))
 
@@ -132,28 +132,28 @@ class _DenseDelta(ABC):
     def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
         """See `WitnessDelta`."""
 
-    def left_product(self, U: Array, base: Matrix) -> Array:
-        return sum((U[i:j].T @ self.rows(i, j, base.rows(i, j))[0] for i, j in base.blocks()), np.zeros(()))
+    def left_product(self, U: Array, W0: Matrix) -> Array:
+        return sum((U[i:j].T @ self.rows(i, j, W0.rows(i, j))[0] for i, j in W0.blocks()), np.zeros(()))
 
-    def norm(self, base: Matrix) -> float:
-        squares = (float(np.sum(self.rows(i, j, base.rows(i, j))[0] ** 2)) for i, j in base.blocks())
+    def norm(self, W0: Matrix) -> float:
+        squares = (float(np.sum(self.rows(i, j, W0.rows(i, j))[0] ** 2)) for i, j in W0.blocks())
         return float(np.sqrt(sum(squares)))
 
-    def operator(self, base: Matrix) -> Any:
+    def operator(self, W0: Matrix) -> Any:
         from scipy.sparse.linalg import aslinearoperator
 
-        W = np.empty(base.shape)
-        for i, j in base.blocks():
-            W0 = base.rows(i, j)
-            W[i:j] = W0 + self.rows(i, j, W0)[0]
+        W = np.empty(W0.shape)
+        for i, j in W0.blocks():
+            rows = W0.rows(i, j)
+            W[i:j] = rows + self.rows(i, j, rows)[0]
         return aslinearoperator(W)
 
-    def combined(self, factor: float, left: Array, right: Array, base: Matrix) -> LowRankDelta:
+    def combined(self, factor: float, left: Array, right: Array, W0: Matrix) -> LowRankDelta:
         from scipy.linalg import svd
 
-        if min(base.shape) > DENSE_SIDE:
+        if min(W0.shape) > DENSE_SIDE:
             raise NotRecomputed(f"its delta is not a product of factors, and its short side is over {DENSE_SIDE}")
-        blocks = [factor * self.rows(i, j, base.rows(i, j))[0] + left[i:j] @ right for i, j in base.blocks()]
+        blocks = [factor * self.rows(i, j, W0.rows(i, j))[0] + left[i:j] @ right for i, j in W0.blocks()]
         U, S, Vh = svd(np.concatenate(blocks), full_matrices=False)
         return LowRankDelta(U * S, Vh.T)
 

@@ -47,18 +47,18 @@ class Mitigated:
         change = self.left[i:j] @ self.right
         return delta, self.factor * delta + change, bound + np.abs(self.left[i:j]) @ np.abs(self.right)
 
-    def in_factors(self, base: Matrix) -> LowRankDelta:
+    def in_factors(self, W0: Matrix) -> LowRankDelta:
         """Return Δ' as a product of factors (see `WitnessDelta.combined`)."""
-        return self.delta.combined(self.factor, self.left, self.right, base)
+        return self.delta.combined(self.factor, self.left, self.right, W0)
 
 
-def by_coefficients(base: Matrix, delta: WitnessDelta, coefficients: Sequence[float]) -> Mitigated:
+def by_coefficients(W0: Matrix, delta: WitnessDelta, coefficients: Sequence[float]) -> Mitigated:
     """Compute one matrix's Δ' for the method ``fitted``, from as many coefficients as `coefficient_count` returns.
 
     Rounding Δ's factors to float32 mixes directions with neighbouring singular values, by an angle of at most the rounding over the
     distance of the values. The tolerance covers the effect on Δ'.
     """
-    c, (m, n) = np.asarray(coefficients, np.float64), base.shape
+    c, (m, n) = np.asarray(coefficients, np.float64), W0.shape
     if (c == c[0]).all():
         return Mitigated(delta, float(c[0]), np.zeros((m, 0)), np.zeros((0, n)), np.zeros(m), np.zeros(n), 0.0)
     assert isinstance(delta, LowRankDelta)
@@ -68,7 +68,7 @@ def by_coefficients(base: Matrix, delta: WitnessDelta, coefficients: Sequence[fl
     mixed = float(np.linalg.norm(np.abs(c[:, None] - c) * np.maximum(S[:, None], S) * angles))
     # |Σ u_i d_ij v_j| ≤ ‖u‖ ‖d‖ ‖v‖ ≤ ‖d‖ (‖u‖² + ‖v‖²) / 2 for the rows u of U and v of V that form an element of Δ'.
     rows, columns = (mixed / 2 * np.sum(vectors**2, axis=1) for vectors in (U, V))
-    return Mitigated(delta, 1.0, U * (c - 1), delta.left_product(U, base), rows, columns, mixed)
+    return Mitigated(delta, 1.0, U * (c - 1), delta.left_product(U, W0), rows, columns, mixed)
 
 
 def by_factor(delta: WitnessDelta, R: Array) -> Mitigated:
@@ -102,7 +102,7 @@ WITNESSED = {
 
 
 def mitigate(
-    base: Matrix, delta: WitnessDelta, triplets: Triplets | None, intruders: Sequence[int], record: dict[str, Any]
+    W0: Matrix, delta: WitnessDelta, triplets: Triplets | None, intruders: Sequence[int], record: dict[str, Any]
 ) -> Mitigated:
     """Compute Δ' of one matrix.
 
@@ -120,7 +120,7 @@ def mitigate(
     NotRecomputed
         If an intruder belongs to a cluster of directions.
     """
-    lam, (m, n) = float(record["lambda"]), base.shape
+    lam, (m, n) = float(record["lambda"]), W0.shape
     none = np.zeros((m, 0)), np.zeros((0, n)), np.zeros(m), np.zeros(n)
     if record["method"] == "shrink":
         return Mitigated(delta, lam, *none, 0.0)
@@ -140,8 +140,8 @@ def mitigate(
     elif record["method"] != "project":
         raise NotRecomputed(f"verify has no formula for method {record['method']!r}")
     else:
-        right = delta.left_product(U, base)
-        left, sizes = (lam - 1) * U, np.full(len(S), delta.norm(base))
+        right = delta.left_product(U, W0)
+        left, sizes = (lam - 1) * U, np.full(len(S), delta.norm(W0))
         columns = np.abs(right.T) @ angles
     weights = abs(lam - 1) * angles * sizes
     rows = np.abs(U) @ weights + float(weights @ angles)

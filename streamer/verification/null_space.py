@@ -74,7 +74,7 @@ def _bytes() -> Any:
     return torch.uint8
 
 
-def by_map(base: Matrix, delta: WitnessDelta, known: list[Known], share: float) -> Mitigated:
+def by_map(W0: Matrix, delta: WitnessDelta, known: list[Known], share: float) -> Mitigated:
     """Compute one matrix's Δ' for the method ``nullspace``.
 
     Parameters
@@ -89,7 +89,7 @@ def by_map(base: Matrix, delta: WitnessDelta, known: list[Known], share: float) 
     NotRecomputed
         If an embedding's delta has no factors.
     """
-    m, n = base.shape
+    m, n = W0.shape
     none = np.zeros(m), np.zeros(n)
     same = Mitigated(delta, 1.0, np.zeros((m, 0)), np.zeros((0, n)), *none, 0.0)
     if share == 1 or len(known) != 1:
@@ -102,8 +102,8 @@ def by_map(base: Matrix, delta: WitnessDelta, known: list[Known], share: float) 
     else:
         if V is None:
             raise NotRecomputed("its delta is not a product of factors")
-        along = np.concatenate([delta.rows(i, j, base.rows(i, j))[0] @ V for i, j in base.blocks()])
-        whole = delta.norm(base) ** 2
+        along = np.concatenate([delta.rows(i, j, W0.rows(i, j))[0] @ V for i, j in W0.blocks()])
+        whole = delta.norm(W0) ** 2
     squares = np.sum(along**2, axis=0)
     energies, others = squares * values, rest * max(0.0, whole - float(squares.sum()))
     if not energies.sum() + others > 0:

@@ -84,13 +84,13 @@ def leading_triplets(W: Any, k: int) -> Triplets:
     return Triplets(U[:, :k], S[:k], V[:, :k], gaps[:k], ANGLES[bool(slow)])
 
 
-def base_vectors(base: Matrix) -> tuple[Array, Array] | None:
+def base_vectors(W0: Matrix) -> tuple[Array, Array] | None:
     """Compute all left singular vectors and singular values of W0, (m, p) and (p,); None if its short side is over `DENSE_SIDE`."""
     from scipy.linalg import svd
 
-    if min(base.shape) > DENSE_SIDE:
+    if min(W0.shape) > DENSE_SIDE:
         return None
-    U, S, _ = svd(base.whole(), full_matrices=False)
+    U, S, _ = svd(W0.whole(), full_matrices=False)
     return U, S
 
 
