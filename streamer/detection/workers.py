@@ -75,7 +75,7 @@ def inputs_of(batch: AdapterBatch, run: RunOptions) -> Inputs:
 
 
 def shared(workers: Workers, batch: AdapterBatch, options: DetectionOptions, resident: int) -> DetectionOptions:
-    """Divide the allowed memory among this process and its workers; see `Workers.share`."""
+    """Divide the allowed memory among this process and its workers; see `Workers.budget`."""
     results = [kept_bytes(plan, target, options) for plan in batch.plans for target in plan.targets]
     own = resident_bytes(batch) + workers.at_once * TASK_MATRICES * max(results, default=0)
     needs = (e for plan in batch.plans for e in detection_estimates(plan, options, resident))

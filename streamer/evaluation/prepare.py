@@ -136,7 +136,7 @@ class Prepared:
         )
 
 
-def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings: Findings | None, options: EvaluationOptions,
+def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], findings: Findings | None, options: EvaluationOptions,
             detection: DetectionOptions, run: Run) -> Prepared:  # fmt: skip
     """Open and check an evaluation's inputs, and pass their warnings to the monitor.
 
@@ -145,7 +145,7 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
     texts
         Paths of the ``general`` and the ``task`` text, and of others by file name.
     """
-    model, given = open_model(base, adapter, findings, options, detection, run)
+    model, given = open_model(base_path, adapter, findings, options, detection, run)
     plan, read = model.job.plan, read_texts(model, texts, options.sequences, options.length, run.monitor)
     if options.coefficients is not None:
         _warn_of_fitted_texts(options.coefficients, read, texts, run.monitor)
@@ -154,12 +154,12 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
     return Prepared(plan, options, detection, run, given, read, model, chooses_keys(model, read))
 
 
-def open_model(base: str | Path, adapter: Path, findings: Findings | None, options: EvaluationOptions, detection: DetectionOptions,
+def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, options: EvaluationOptions, detection: DetectionOptions,
                run: Run) -> tuple[StreamingModel, GivenFindings | None]:  # fmt: skip
     """Open and check the model of all variants, and the findings if given; pass warnings to the monitor."""
     require_transformers()
     form = OutputOptions(merges=True)
-    (job,) = open_jobs(base, One(adapter), [findings], UNCHANGED, detection, form, run)
+    (job,) = open_jobs(base_path, One(adapter), [findings], UNCHANGED, detection, form, run)
     plan = job.plan
     run.monitor.warn((*plan.warnings, *job.warnings))
     refuse_new_tokens(plan)
@@ -175,7 +175,7 @@ def open_model(base: str | Path, adapter: Path, findings: Findings | None, optio
 def _shared(
     plan: Plan, detection: DetectionOptions, run: Run, model: StreamingModel, longest: int, detects: bool
 ) -> DetectionOptions:
-    """Divide the memory budget among this process and its workers, if any; see `Workers.share`."""
+    """Divide the memory budget among this process and its workers, if any; see `Workers.budget`."""
     if run.workers is None or detection.max_memory is None:
         return detection
     resident, carried = resident_bytes(AdapterBatch(plan.base, (plan,))), len(describe(model.job))

@@ -158,7 +158,7 @@ class PreparedMap:
         return resident_bytes(AdapterBatch(self.plan.base, (self.plan,)))
 
     def shared(self) -> PreparedMap:
-        """Divide the allowed memory among this process, which also needs a share, and its workers; see `Workers.share`."""
+        """Divide the allowed memory among this process, which also needs a share, and its workers; see `Workers.budget`."""
         longest = self.text.longest
         need = MemoryEstimate(f"the inputs of a sequence of {longest} tokens", (), self._bytes(longest))
         tokens = sum(map(len, self.text.ids))

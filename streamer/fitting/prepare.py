@@ -304,7 +304,7 @@ def _text_facts(text: Division, file: str) -> dict[str, Any]:
     }
 
 
-def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], options: FitOptions, max_memory: int | None,
+def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], options: FitOptions, max_memory: int | None,
                 run: Run, findings: Findings | None = None) -> PreparedFit:  # fmt: skip
     """Open and check all inputs of a fit, and pass on their warnings.
 
@@ -314,7 +314,7 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
         Paths of the ``general`` and the ``task`` text.
     """
     require_transformers()
-    plan = make_plan(base, adapter, run.io, run.stated, run.architecture)
+    plan = make_plan(base_path, adapter, run.io, run.stated, run.architecture)
     run.monitor.warn(plan.warnings)
     refuse_new_tokens(plan)
     if findings is not None:

@@ -157,7 +157,7 @@ def gradients_on_workers(prepared: PreparedFit, directory: Path | None, coeffici
 def shared_memory(
     run: Run, max_memory: int | None, size: ModelSize, tokens: int, need: MemoryEstimate, carried: int = 0
 ) -> int | None:
-    """Divide the allowed memory among this process, which solves, and workers that run layers, if any; see `Workers.share`.
+    """Divide the allowed memory among this process, which solves, and workers that run layers, if any; see `Workers.budget`.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ def shared_memory(
 
 
 def shared(prepared: PreparedFit) -> PreparedFit:
-    """Divide the allowed memory among this process and its workers, if any; see `Workers.share`."""
+    """Divide the allowed memory among this process and its workers, if any; see `Workers.budget`."""
     workers, targets = prepared.run.workers, prepared.plan.targets
     if workers is None or prepared.max_memory is None:
         return prepared

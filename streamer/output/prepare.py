@@ -41,7 +41,7 @@ class OutputOptions:
     measured: tuple[str, ...] = ()
 
 
-def prepare_outputs(base: str | Path, adapters: One | Several, output: Path, findings: Sequence[Findings | None],
+def prepare_outputs(base_path: str | Path, adapters: One | Several, output: Path, findings: Sequence[Findings | None],
                     method: Method, detection: DetectionOptions, form: OutputOptions, run: Run) -> list[Writer]:  # fmt: skip
     """Plan the output of each adapter, and pass on the warnings of the inputs.
 
@@ -52,7 +52,7 @@ def prepare_outputs(base: str | Path, adapters: One | Several, output: Path, fin
     findings
         See `open_jobs`.
     """
-    jobs = open_jobs(base, adapters, findings, method, detection, form, run)
+    jobs = open_jobs(base_path, adapters, findings, method, detection, form, run)
     writers = [_writer(job, path, form) for job, path in zip(jobs, adapters.directories(output), strict=True)]
     run.monitor.warn(batch_of(writers).warnings)
     return writers
@@ -64,7 +64,7 @@ def _writer(job: Job, path: Path, form: OutputOptions) -> Writer:
     return AdapterWriter(job, path) if form.to_lora is None else LoraWriter(job, path, form.to_lora)
 
 
-def open_jobs(base: str | Path, adapters: One | Several, findings: Sequence[Findings | None], method: Method,
+def open_jobs(base_path: str | Path, adapters: One | Several, findings: Sequence[Findings | None], method: Method,
               detection: DetectionOptions, form: OutputOptions, run: Run) -> list[Job]:  # fmt: skip
     """Open and check all inputs of mitigations.
 
@@ -78,7 +78,7 @@ def open_jobs(base: str | Path, adapters: One | Several, findings: Sequence[Find
             f"{method.coefficients.name}: coefficients belong to one adapter, found {len(adapters.paths)}: "
             f"{listed(adapters.by_name)}; take them one at a time, each with its own"
         )
-    batch = make_batch(base, adapters.paths, run.io, run.stated, run.architecture)
+    batch = make_batch(base_path, adapters.paths, run.io, run.stated, run.architecture)
     fitting = []
     for plan, found in zip(batch.plans, findings, strict=True):
         fitting.append(None if found is None else fitting_findings(plan, found, detection))

@@ -54,7 +54,7 @@ def resident_of(writers: Sequence[Writer]) -> int:
 
 
 def shared_memory(writers: Sequence[Writer], workers: Workers) -> int | None:
-    """Divide the allowed memory among this process and its workers; see `Workers.share`."""
+    """Divide the allowed memory among this process and its workers; see `Workers.budget`."""
     resident, jobs = resident_of(writers), [writer.spec.job for writer in writers]
     needs = [need for writer in writers for need in writer.estimates(resident)]
     needs += [need for job in jobs if job.detects for need in detection_estimates(job.plan, job.detection, resident)]
@@ -295,21 +295,21 @@ def _write_shards(runs: Sequence[_Run]) -> None:
                 _write_in_step(group, name, files.get(name, next(iter(files.values()))), len(runs) > 1)
 
 
-def _write_in_step(runs: Sequence[_Run], name: str, base: TensorFile, keeps_pages: bool) -> None:
+def _write_in_step(runs: Sequence[_Run], name: str, base_file: TensorFile, keeps_pages: bool) -> None:
     with contextlib.ExitStack() as stack:
         # The context entered last is left first, and the first run must finish first.
         opened = [stack.enter_context(run.shard(name)) for run in reversed(runs)][::-1]
-        starts = {info.name: info.start for info in base.header.tensors} if name == base.path.name else {}
+        starts = {info.name: info.start for info in base_file.header.tensors} if name == base_file.path.name else {}
         for start, number, tensor, pieces in in_step([shard for shard, _ in opened], starts):
             if keeps_pages:
-                base.release_pages(start)
+                base_file.release_pages(start)
             runs[number].begin_tensor(name, tensor)
             file = opened[number][1]
             file.add(tensor, pieces)
             if keeps_pages:
                 file.flush()  # so that it holds no pieces while the others continue
         if keeps_pages:
-            base.release_pages(base.header.data_bytes)
+            base_file.release_pages(base_file.header.data_bytes)
 
 
 def _detect(runs: Sequence[_Run], options: Run, resident: int) -> None:

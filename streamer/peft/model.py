@@ -197,9 +197,9 @@ def path_in_base(name: str) -> str:
     return path
 
 
-def model_config(base: nn.Module) -> Mapping[str, Any]:
+def model_config(base_model: nn.Module) -> Mapping[str, Any]:
     """Return a model's config as it would be saved; {} if it has none."""
-    config: Any = getattr(base, "config", None)
+    config: Any = getattr(base_model, "config", None)
     if hasattr(config, "to_json_string"):
         return dict(json.loads(config.to_json_string(use_diff=False)))
     return {}

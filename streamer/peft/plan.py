@@ -158,18 +158,18 @@ def plan_live(peft_model: nn.Module, adapter_name: str, ignore_keys: Sequence[st
     return LivePlan(live, plan, tensors)
 
 
-def _config(base: nn.Module, tied: bool) -> ModelConfig:
+def _config(base_model: nn.Module, tied: bool) -> ModelConfig:
     """Return the model's config, with the model's class or a known class from which it is derived.
 
     For an unknown class, state that nothing is tied unless a parameter has two names.
     """
-    values = model_config(base)
-    named = (ModelConfig({**values, "architectures": [cls.__name__]}) for cls in type(base).__mro__)
+    values = model_config(base_model)
+    named = (ModelConfig({**values, "architectures": [cls.__name__]}) for cls in type(base_model).__mro__)
     known = next((config for config in named if architecture_for(config) is not None), None)
     if known is not None:
         return known
     apart = {} if tied else {"tie_word_embeddings": False}
-    return ModelConfig({**values, "architectures": [type(base).__name__], **apart})
+    return ModelConfig({**values, "architectures": [type(base_model).__name__], **apart})
 
 
 def _refuse_other_scalings(live: LiveModel, plan: Plan) -> None:
@@ -187,8 +187,8 @@ def _refuse_other_scalings(live: LiveModel, plan: Plan) -> None:
             )
 
 
-def _names_in_files(base: nn.Module, names: list[str]) -> dict[str, str]:
-    directory = _directory(getattr(base, "name_or_path", None))
+def _names_in_files(base_model: nn.Module, names: list[str]) -> dict[str, str]:
+    directory = _directory(getattr(base_model, "name_or_path", None))
     if directory is None:
         return {}
     try:
@@ -197,7 +197,7 @@ def _names_in_files(base: nn.Module, names: list[str]) -> dict[str, str]:
     except StreamerError:
         return {}  # not in safetensors
     by_run_time = {now: name for name, now in renames.at_run_time(checkpoint.weight_map).items()}
-    prefix = f"{getattr(base, 'base_model_prefix', '')}."
+    prefix = f"{getattr(base_model, 'base_model_prefix', '')}."
     found = {}
     for name in names:
         ways = (name, name.removeprefix(prefix), prefix + name)

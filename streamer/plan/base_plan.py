@@ -16,9 +16,9 @@ from streamer.weights.logical import open_weights
 from streamer.weights.model_config import read_model_config
 
 
-def make_base_plan(base: str | Path, io: IOMode = "mmap", architecture: str | None = None) -> Plan:
+def make_base_plan(base_path: str | Path, io: IOMode = "mmap", architecture: str | None = None) -> Plan:
     """Open a base alone; the plan has no targets. See `streamer.plan.plan.make_plan`."""
-    checkpoint = open_checkpoint(base, io)
+    checkpoint = open_checkpoint(base_path, io)
     config = with_architecture(read_model_config(checkpoint.directory), architecture)
     nothing, orientation = NoAdapter.at(checkpoint.path), Orientation.of(checkpoint, config)
     plan = match_plan(checkpoint, open_weights(checkpoint, config), config, orientation, nothing, renames_for(config))

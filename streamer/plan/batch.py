@@ -79,8 +79,8 @@ class AdapterBatch:
         return [SharedGroup(found[key]) for key in sorted(found, key=lambda key: key[0])]
 
 
-def make_batch(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
+def make_batch(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
                architecture: str | None = None) -> AdapterBatch:  # fmt: skip
     """Open a base once and match each adapter, at least one, with it; see `make_plans`."""
-    plans = make_plans(base, adapters, io, stated, architecture)
+    plans = make_plans(base_path, adapters, io, stated, architecture)
     return AdapterBatch(plans[0].base, plans)

@@ -191,13 +191,13 @@ class Plan:
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
+def make_plan(base_path: str | Path, adapter: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
               architecture: str | None = None) -> Plan:  # fmt: skip
     """Open and match a base and an adapter; see `make_plans`."""
-    return make_plans(base, [adapter], io, stated, architecture)[0]
+    return make_plans(base_path, [adapter], io, stated, architecture)[0]
 
 
-def make_plans(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
+def make_plans(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
                architecture: str | None = None) -> tuple[Plan, ...]:  # fmt: skip
     """Open a base once and match each adapter with it.
 
@@ -216,7 +216,7 @@ def make_plans(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "m
     given = [Path(adapter) for adapter in adapters]
     # Errors of adapters are reported before errors of the base.
     opened = [None if is_model(path) else open_adapter(path, io, stated) for path in given]
-    checkpoint = open_checkpoint(base, io)
+    checkpoint = open_checkpoint(base_path, io)
     config = with_architecture(read_model_config(checkpoint.directory), architecture)
     weights, inputs = open_weights(checkpoint, config), (checkpoint.path, *given)
     orientation = Orientation.of(checkpoint, config)

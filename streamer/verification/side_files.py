@@ -42,14 +42,14 @@ ASKED = {
 """Files requested from every https server. Such servers list no files, so other files may be missing on one side."""
 
 
-def check_side_files(record: dict[str, Any], base: Path, adapter: AdapterFiles, outcome: Outcome) -> None:
+def check_side_files(record: dict[str, Any], base_path: Path, adapter: AdapterFiles, outcome: Outcome) -> None:
     """Compare every copied file byte by byte, and report files that a loader reads but only one side has."""
     listed = {entry["file"] for entry in record["files"]} - APART[outcome.kind] - {*shards(record)}
     folders = {".", TEMPLATES, *(str(PurePath(name).parent) for name in listed)}
-    wanted, tokenizer = _wanted(record, base, adapter, folders, outcome)
+    wanted, tokenizer = _wanted(record, base_path, adapter, folders, outcome)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamer"
     remote = any(str(record[key].get("address")).startswith("http") for key in ("base", "adapter"))
-    inputs = base, adapter.directory
+    inputs = base_path, adapter.directory
     partly = remote or any(path.is_file() or cache.resolve() in path.resolve().parents for path in inputs)
     if outcome.kind == "model" and record["tokenizer"] != tokenizer and not partly:
         expected = f"the tokenizer of {tokenizer or 'neither input'}"
@@ -67,17 +67,17 @@ def check_side_files(record: dict[str, Any], base: Path, adapter: AdapterFiles, 
 
 
 def _wanted(
-    record: dict[str, Any], base: Path, adapter: AdapterFiles, folders: set[str], outcome: Outcome
+    record: dict[str, Any], base_path: Path, adapter: AdapterFiles, folders: set[str], outcome: Outcome
 ) -> tuple[dict[str, Path], str | None]:
     """Find the files that an output copies, by relative name, and the input whose tokenizer they include."""
     if outcome.kind == "adapter":
         return {} if adapter.is_model else _files(adapter.directory, folders, APART["adapter"]), None
     apart = APART["model"] | {CONFIG_NAME, *(OF_QUANTIZED if record["dequantize"] else ())}
-    found = _files(adapter.directory if adapter.is_model else base, folders, apart)
+    found = _files(adapter.directory if adapter.is_model else base_path, folders, apart)
     stays = any(map(_is_tokenizer, found))
     if adapter.is_model:
         return found, "adapter" if stays else None
-    same = base.resolve() == adapter.directory.resolve()
+    same = base_path.resolve() == adapter.directory.resolve()
     brought = {} if same else _files(adapter.directory, {".", TEMPLATES}, apart)
     own = {name for name in brought if _is_tokenizer(name)}
     rows, tokens = _rows(outcome.output / MODEL_CONFIG), _token_count(adapter.directory / "tokenizer.json")
