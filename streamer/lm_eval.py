@@ -109,7 +109,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self._settings = take(Settings, given)
         with watched({}) as monitor:
             base_path, adapter_path = self._settings.located(monitor).pair(base, adapter)
-            self._run = self._settings.run_options(monitor)
+            self._run = self._settings.make_run(monitor)
             (found,) = load_given(given.get("findings"), One(Path(adapter_path)))
             self._detection = take(Judged, given).options(self._settings.memory, found)
             self._model, self._given = open_model(

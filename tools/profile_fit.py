@@ -129,7 +129,7 @@ def inputs_passes(
     import numpy as np
     import torch
 
-    from streamer.detection.options import Run
+    from streamer.detection.options import Run, RunOptions
     from streamer.fitting import inputs
     from streamer.fitting.options import FitOptions
     from streamer.fitting.prepare import prepare_fit
@@ -148,7 +148,7 @@ def inputs_passes(
         np.save(path, rng.integers(int(text.ids[0].max()), size=(count, length)))
     options = FitOptions(grain="inputs", sequences=count, length=length, holdout=HELD / count)
     prepared = prepare_fit(
-        plan.base.path, plan.adapter.path, paths, options, request["max_memory"], Run(torch.device("cpu"))
+        plan.base.path, plan.adapter.path, paths, options, request["max_memory"], Run(RunOptions(torch.device("cpu")))
     )
     run = inputs.InputsRun(prepared, Records(), directory)
     run._measure_new = lambda variants: None  # type: ignore[method-assign]  # measuring is left out

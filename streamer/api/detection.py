@@ -74,9 +74,9 @@ class DetectRequest:
 
     def _opened(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> _Opened:
         base, adapters = self.inputs.located(self.settings.located(monitor, peek))
-        run, options = self.settings.run_options(monitor, workers), self.judged.options(self.settings.memory)
+        run, options = self.settings.make_run(monitor, workers), self.judged.options(self.settings.memory)
         paths = [] if self.output is None else adapters.findings_files(self.output)
-        batch = make_batch(base, adapters.paths, run.io, run.stated, run.architecture)
+        batch = make_batch(base, adapters.paths, run.options.io, run.options.stated, run.options.architecture)
         monitor.warn(batch.warnings)
         resident = resident_bytes(batch)
         if workers is not None:
@@ -106,12 +106,12 @@ class _Opened:
     def forecast(self) -> DryRun | SeveralRecord:
         assert self.output is not None
         plans, run = self.batch.plans, self.run
-        states = inspect_detections(self.batch, self.paths, self.options, run)
+        states = inspect_detections(self.batch, self.paths, self.options, run.options)
         forecasts = [
             None
             if state == "done"
             else on_workers(
-                forecast_detection(plan, self.options, run.device, self.resident, size, run.monitor),
+                forecast_detection(plan, self.options, run.options.device, self.resident, size, run.monitor),
                 run.workers, self.resident,
             )
             for plan, (state, size) in zip(plans, states, strict=True)

@@ -83,7 +83,7 @@ class EvaluateRequest:
 
     def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> Prepared:
         base, adapter = self.settings.located(monitor, peek).pair(self.base, self.adapter)
-        run = self.settings.run_options(monitor, workers)
+        run = self.settings.make_run(monitor, workers)
         (found,) = load_given(self.findings, One(Path(adapter)))
         detection = self.judged.options(self.settings.memory, found)
         return prepare(base, Path(adapter), self.texts, found, self.options, detection, run)

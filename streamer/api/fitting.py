@@ -80,7 +80,7 @@ class FitRequest:
 
     def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedFit:
         base, adapter = self.settings.located(monitor, peek).pair(self.base, self.adapter)
-        run, memory = self.settings.run_options(monitor, workers), self.settings.memory
+        run, memory = self.settings.make_run(monitor, workers), self.settings.memory
         (found,) = load_given(self.findings, One(Path(adapter)))
         return shared(prepare_fit(Path(base), Path(adapter), self.texts, self.options, memory, run, found))
 

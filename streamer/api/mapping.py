@@ -74,7 +74,7 @@ class MapRequest:
 
     def _prepared(self, text: Path, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedMap:
         base = self.settings.located(monitor, peek).path(self.base)
-        run = self.settings.run_options(monitor, workers)
+        run = self.settings.make_run(monitor, workers)
         return prepare_map(base, text, self.options, self.settings.memory, run)
 
 

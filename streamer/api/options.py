@@ -12,7 +12,7 @@ from streamer.adapters.stated import LoraBLayout, Stated
 from streamer.api.keywords import read_size
 from streamer.detection.device import choose_device
 from streamer.detection.findings import Findings
-from streamer.detection.options import DetectionOptions, Run
+from streamer.detection.options import DetectionOptions, Run, RunOptions
 from streamer.detection.selection import Selection
 from streamer.errors import UsageError
 from streamer.events import Monitor
@@ -67,16 +67,15 @@ class Settings:
         """Return the finder of inputs, which may be addresses; `peek` says that only headers will be read."""
         return Remote(self.remote, peek, monitor)
 
-    def run_options(self, monitor: Monitor, workers: Workers | None = None) -> Run:
+    def make_run(self, monitor: Monitor, workers: Workers | None = None) -> Run:
         """Resolve the devices, and join a run's options with its monitor and workers.
 
         ``auto`` runs models on the CPU, because no GPU has been tried for them.
         """
         device = choose_device(self.device)
         models = CPU if self.device == "auto" else device
-        return Run(
-            device, self.io, self.stated, self.architecture, self.resume, self.overwrite, models, monitor, workers
-        )
+        options = RunOptions(device, self.io, self.stated, self.architecture, self.resume, self.overwrite, models)
+        return Run(options, monitor, workers)
 
 
 @dataclass(frozen=True)

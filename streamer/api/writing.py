@@ -72,7 +72,7 @@ class OutputRequest:
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun | SeveralRecord:
         """Check everything and forecast a run, without writing anything."""
         adapters, writers, run = self._opened(monitor, workers, peek=True)
-        states, resident = inspect_jobs(writers, run), resident_of(writers)
+        states, resident = inspect_jobs(writers, run.options), resident_of(writers)
         pairs = list(zip(writers, states, strict=True))
         forecasts = [
             None
@@ -92,7 +92,7 @@ class OutputRequest:
         self, monitor: Monitor, workers: Workers | None = None, peek: bool = False
     ) -> tuple[One | Several, list[Writer], Run]:
         base, adapters = self.inputs.located(self.settings.located(monitor, peek))
-        run, given = self.settings.run_options(monitor, workers), load_given(self.findings, adapters)
+        run, given = self.settings.make_run(monitor, workers), load_given(self.findings, adapters)
         detection = self.judged.options(self.settings.memory, given[0])
         writers = prepare_outputs(base, adapters, self.output, given, self.method, detection, self.form, run)
         if workers is not None and workers.processes is not None and detection.max_memory is not None:
@@ -231,7 +231,7 @@ def iter_merged(
     method, form = take(MethodChoice, options).make(), take(OutputOptions, options, merges=True)
     judged, settings = take(Judged, options), take(Settings, options)
     with watched(options) as monitor:  # the progress bar closes with the last tensor
-        run = settings.run_options(monitor)
+        run = settings.make_run(monitor)
     remote = settings.located(monitor)
     base, only = remote.path(base), One(Path(remote.path(adapter)))
     given = load_given(options.get("findings"), only)

@@ -59,9 +59,9 @@ def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, residen
         monitor.emit(Event("detect", one.target.tensor, done, total, items, of, names[one.plan]))
 
     if run.workers is None:
-        stream = detect_in_turn(work, run.device, monitor, begin)
+        stream = detect_in_turn(work, run.options.device, monitor, begin)
     else:
-        stream = detect_on_workers(work, run.workers, inputs_of(batch, run), run.device, monitor, begin)
+        stream = detect_on_workers(work, run.workers, inputs_of(batch, run.options), run.options.device, monitor, begin)
     with contextlib.closing(stream):
         for one, finding in stream:
             yield one.plan, finding
@@ -97,10 +97,9 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
     sizes
         `findings_bytes` of each plan, if the caller has computed them.
     """
-    monitor = run.monitor
-    places = _places(batch, paths, options, run.overwrite, resident)
+    monitor, places = run.monitor, _places(batch, paths, options, run.options.overwrite, resident)
     todo = [place for place in places if place.finished is None]
-    parts = [finished_parts(one.plan, one.path, options) if run.resume else [] for one in todo]
+    parts = [finished_parts(one.plan, one.path, options) if run.options.resume else [] for one in todo]
     _check_space(places, sizes or _sizes(places))
     for one in places:
         if one.finished is None:
@@ -113,7 +112,7 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     seconds: dict[tuple[Path, str], float | None] = {}
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(one.writer(run)) for one in todo]
+        writers = [stack.enter_context(one.writer(run.options)) for one in todo]
         for writer, joined in zip(writers, parts, strict=True):
             for finding in itertools.chain(*joined):
                 if finding.tensor not in writer:

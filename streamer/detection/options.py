@@ -92,8 +92,9 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class Run(RunOptions):
+class Run:
     """A run with its options: `monitor` watches it, and `workers`, if any, compute instead of this process."""
 
+    options: RunOptions
     monitor: Monitor = field(default_factory=Monitor)
     workers: Workers | None = None

@@ -168,7 +168,7 @@ def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, 
             check_coefficients(plan, variant.mitigation.coefficients)
     if options.map is not None:
         run.monitor.warn(check_map(plan, options.map))
-    model = StreamingModel(options.job(plan, run.model_device))
+    model = StreamingModel(options.job(plan, run.options.model_device))
     return model, job.findings if isinstance(job.findings, GivenFindings) else None
 
 

@@ -208,12 +208,12 @@ class PreparedMap:
 def prepare_map(base: str | Path, text: Path, options: MapOptions, max_memory: int | None, run: Run) -> PreparedMap:
     """Open and check a base and a general text, and pass on their warnings."""
     require_transformers()
-    plan = make_base_plan(base, run.io, run.architecture)
+    plan = make_base_plan(base, run.options.io, run.options.architecture)
     run.monitor.warn(plan.base.warnings)
     if max_memory is not None:
         limit_freed_memory()
     job = VariantSet(
-        plan, (Variant(BASE, None),), None, rounds_products=options.dtype == "bf16", device=run.model_device
+        plan, (Variant(BASE, None),), None, rounds_products=options.dtype == "bf16", device=run.options.model_device
     )
     model = StreamingModel(job)
     read = read_text(text, tokenizer_directory(plan), sequences=options.sequences, length=options.length,

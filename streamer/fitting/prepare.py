@@ -314,7 +314,7 @@ def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path],
         Paths of the ``general`` and the ``task`` text.
     """
     require_transformers()
-    plan = make_plan(base_path, adapter, run.io, run.stated, run.architecture)
+    plan = make_plan(base_path, adapter, run.options.io, run.options.stated, run.options.architecture)
     run.monitor.warn(plan.warnings)
     refuse_new_tokens(plan)
     if findings is not None:
@@ -322,7 +322,7 @@ def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path],
     options = replace(options, grain=chosen_grain(plan, options, run.monitor))
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     model = StreamingModel(
-        VariantSet(plan, variants, None, rounds_products=options.dtype == "bf16", device=run.model_device)
+        VariantSet(plan, variants, None, rounds_products=options.dtype == "bf16", device=run.options.model_device)
     )
     whole = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
     read = {name: text.right() for name, text in whole.items()}

@@ -118,7 +118,7 @@ def layers_on_workers(job: VariantSet, run: Run, threads: int) -> Elsewhere | No
     if workers is None:
         return None
     common = (
-        inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run),
+        inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run.options),
         threads,
         job.rounds_products,
         str(job.device),
@@ -146,7 +146,7 @@ def gradients_on_workers(prepared: PreparedFit, directory: Path | None, coeffici
     """
     run, job, carried = prepared.run, prepared.model.job, Carried(coefficients)
     assert run.workers is not None
-    inputs = inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run)
+    inputs = inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run.options)
     tasks = {
         number: GradientTask(inputs, threads, job.rounds_products, str(job.device), directory, carried, text, against)
         for number, text in chunks.items()

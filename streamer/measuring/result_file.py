@@ -104,7 +104,7 @@ class ResultFile:
             If the path is an input, or if another version or other inputs began the run.
         """
         if self.path.exists() and not is_placeholder(self.path):
-            with naming_inputs(self.plan, [self.path], self.run.overwrite):
+            with naming_inputs(self.plan, [self.path], self.run.options.overwrite):
                 if self._stands():
                     return "done"
         self.plan.refuse_overwriting([self.path])
@@ -112,9 +112,9 @@ class ResultFile:
 
     def _stands(self) -> bool:
         try:
-            return self.is_whole(self.path) and not self.run.overwrite
+            return self.is_whole(self.path) and not self.run.options.overwrite
         except OutputExistsError:
-            if self.run.overwrite:
+            if self.run.options.overwrite:
                 return False
             raise
         except StreamerError:
@@ -122,7 +122,7 @@ class ResultFile:
 
     def _may_resume(self, found: Mapping[str, Any]) -> bool:
         ours = {"plan", "stamps"} <= found.keys()
-        return ours and self.run.resume and may_resume(self.path, found, self.head, overwrite=self.run.overwrite,
+        return ours and self.run.options.resume and may_resume(self.path, found, self.head, overwrite=self.run.options.overwrite,
                                                        journal=journal_of(self.path))  # fmt: skip
 
     @contextlib.contextmanager

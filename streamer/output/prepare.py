@@ -78,7 +78,7 @@ def open_jobs(base_path: str | Path, adapters: One | Several, findings: Sequence
             f"{method.coefficients.name}: coefficients belong to one adapter, found {len(adapters.paths)}: "
             f"{listed(adapters.by_name)}; take them one at a time, each with its own"
         )
-    batch = make_batch(base_path, adapters.paths, run.io, run.stated, run.architecture)
+    batch = make_batch(base_path, adapters.paths, run.options.io, run.options.stated, run.options.architecture)
     fitting = []
     for plan, found in zip(batch.plans, findings, strict=True):
         fitting.append(None if found is None else fitting_findings(plan, found, detection))
@@ -89,7 +89,7 @@ def open_jobs(base_path: str | Path, adapters: One | Several, findings: Sequence
             run.monitor.warn(check_map(plan, method.map))
     sources = [FindingsToMake(detection) if found is None else GivenFindings(found) for found in fitting]
     return [
-        Job(plan, method, detection, run.device, source, form.dequantize, form.model_card, form.measured)
+        Job(plan, method, detection, run.options.device, source, form.dequantize, form.model_card, form.measured)
         for plan, source in zip(batch.plans, sources, strict=True)
     ]
 

@@ -81,13 +81,13 @@ def inspect_jobs(writers: Sequence[Writer], options: RunOptions) -> Sequence[str
     return states
 
 
-def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
+def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
     """Write outputs made from one base, each as one resumable transaction, and return their records.
 
     A record is the output of `streamer mitigate --json` or `streamer merge --json`; without `output` and `state` it is the output's
     ``streamer.json``. A finished output of the same plan stays unchanged, but its files' times are updated.
     """
-    monitor, states = options.monitor, inspect_jobs(writers, options)
+    monitor, states = whole.monitor, inspect_jobs(writers, whole.options)
     specs = [writer.spec for writer in writers]
     for line in dict.fromkeys(line for spec in specs for line in spec.warnings):
         monitor.emit(Event("warning", line))
@@ -100,10 +100,10 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
         if fault := touch_output(spec.output):
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
-    with open_outputs([writer.spec.output for writer in todo], options.overwrite, options.resume) as outs:
+    with open_outputs([writer.spec.output for writer in todo], whole.options.overwrite, whole.options.resume) as outs:
         runs: list[_Run] = []
         runs += [_Run(writer, out, monitor, runs) for writer, out in zip(todo, outs, strict=True)]
-        inputs = inputs_of(batch_of(todo), options) if todo and options.workers is not None else None
+        inputs = inputs_of(batch_of(todo), whole.options) if todo and whole.workers is not None else None
         for line in dict.fromkeys(line for run in runs for line in (*run.spec.notes, *run.spec.advice)):
             monitor.emit(Event("note", line))
         for run in runs:
@@ -111,12 +111,12 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
         if resumed := [run for run in runs if run.out.resumed]:
             done, of = sum(run.finished_items for run in resumed), sum(run.item_count for run in resumed)
             monitor.resuming(done, of, "tensor")
-        _detect([run for run in runs if run.lacks_findings], options, resident_of(writers))
-        with threads(), kept(options.workers):
+        _detect([run for run in runs if run.lacks_findings], whole, resident_of(writers))
+        with threads(), kept(whole.workers):
             for number, run in enumerate(runs):
                 run.write_small({**dict(run.spec.copies), **run.spec.texts})
-                if options.workers is not None and inputs is not None:
-                    run.write_elsewhere(options.workers, inputs, number)
+                if whole.workers is not None and inputs is not None:
+                    run.write_elsewhere(whole.workers, inputs, number)
             if runs:
                 _write_shards(runs)
             for run in runs:
@@ -312,7 +312,7 @@ def _write_in_step(runs: Sequence[_Run], name: str, base_file: TensorFile, keeps
             base_file.release_pages(base_file.header.data_bytes)
 
 
-def _detect(runs: Sequence[_Run], options: Run, resident: int) -> None:
+def _detect(runs: Sequence[_Run], whole: Run, resident: int) -> None:
     """Detect into the output directories if findings are needed but not given; resumable like everything else."""
     if not runs:
         return
@@ -321,8 +321,8 @@ def _detect(runs: Sequence[_Run], options: Run, resident: int) -> None:
             discard_own_findings(run.out.path)
     jobs, batch = [run.job for run in runs], batch_of([run.writer for run in runs])
     paths = [run.out.path / OWN_FINDINGS for run in runs]
-    options, sizes = replace(options, overwrite=False, resume=True), [job.findings_size for job in jobs]
-    found = detect_to_files(batch, paths, jobs[0].detection, options, resident, sizes)
+    own = replace(whole, options=replace(whole.options, overwrite=False, resume=True))
+    found = detect_to_files(batch, paths, jobs[0].detection, own, resident, [job.findings_size for job in jobs])
     for run, findings in zip(runs, found, strict=True):
         run.job = replace(run.job, findings=GivenFindings(findings))
 

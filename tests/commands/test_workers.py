@@ -26,7 +26,7 @@ from worker_runs import (
 import streamer
 from streamer.detection.detect import detect_to_files
 from streamer.detection.device import choose_device
-from streamer.detection.options import DetectionOptions, Run
+from streamer.detection.options import DetectionOptions, Run, RunOptions
 from streamer.detection.parts import Part
 from streamer.errors import FormatError, MismatchError, MissingInputError, OutputExistsError, UsageError
 from streamer.events import Event
@@ -158,7 +158,7 @@ def test_several_adapters_on_workers(tmp_path: Path) -> None:
 
 
 def in_part(bench: WorkerBench, out: Path, part: Part | None, overwrite: bool = False, **options: float) -> None:
-    run = Run(choose_device("cpu"), overwrite=overwrite)
+    run = Run(RunOptions(choose_device("cpu"), overwrite=overwrite))
     chosen = DetectionOptions(solver="certified", **options)
     with threads(1):
         batch, paths = make_batch(bench.base, [bench.adapter]), [out]

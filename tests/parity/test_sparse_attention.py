@@ -19,7 +19,7 @@ from fitted_models import OBJECTIVES, assert_close, coefficients_of, oracle
 from seeds import vary
 
 import streamer
-from streamer.detection.options import Run
+from streamer.detection.options import Run, RunOptions
 from streamer.fitting.options import FitOptions
 from streamer.fitting.prepare import prepare_fit
 from streamer.streaming.gradients import GradientModel
@@ -117,7 +117,9 @@ def test_the_check_of_logits_finds_a_class_whose_config_does_not_say_so(
 @pytest.mark.parametrize("name", EACH)
 def test_gradients_are_those_of_sequences_without_padding(name: str, tmp_path: Path) -> None:
     cls, base, adapter, texts = make_inputs(name, tmp_path)
-    prepared = prepare_fit(base, adapter, texts, FitOptions(grain="direction"), None, Run(torch.device("cpu")))
+    prepared = prepare_fit(
+        base, adapter, texts, FitOptions(grain="direction"), None, Run(RunOptions(torch.device("cpu")))
+    )
     model = GradientModel(prepared.plan)
     coefficients = coefficients_of(model)
     for own in prepared.groups[:4]:

@@ -17,7 +17,7 @@ from seeds import vary
 
 from streamer.adapters.one_or_several import One
 from streamer.cli.main import run
-from streamer.detection.options import DetectionOptions, Run
+from streamer.detection.options import DetectionOptions, Run, RunOptions
 from streamer.errors import UnloadableError
 from streamer.methods import UNCHANGED
 from streamer.output import lora_writer, model_writer
@@ -155,7 +155,7 @@ def job_of(base: Path, adapter: Path, **form: Any) -> Job:
         UNCHANGED,
         detection,
         OutputOptions(**{"merges": True, **form}),
-        Run(torch.device("cpu")),
+        Run(RunOptions(torch.device("cpu"))),
     )
     return job
 
