@@ -24,6 +24,8 @@ LORA = (
     Support("LoRA on embeddings, and on 1-d to 3-d convolutions without groups", "yes", "yes", "yes"),
     Support("LoRA on experts and other stacked parameters (`target_parameters`), stored as a stack or as one tensor per expert",
             "yes, expert by expert", "yes", "yes"),
+    Support("LoRA of a diffusers pipeline, in diffusers' or kohya's form ([below](#diffusers-pipelines))", "yes", "yes, in its own form",
+            "yes"),
     Support("DoRA on layers, embeddings and convolutions", "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
     Support("`modules_to_save`, `bias`, `lora_bias`, saved or resized embeddings, `trainable_token_indices`", "not judged",
             "copied, bit for bit", "applied; new tensors are added, `vocab_size` is set"),

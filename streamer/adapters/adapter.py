@@ -29,7 +29,7 @@ class DeltaSource(ABC):
     Attributes
     ----------
     path
-        Directory of the source.
+        Directory of the source, or a single file.
     config
         PEFT's config, or one in the same form that describes a fine-tuned model.
     files
@@ -57,6 +57,11 @@ class DeltaSource(ABC):
     def file(self) -> TensorFile:
         """Return the weights file, or the first of several, for messages."""
         return self.files[0]
+
+    @property
+    def directory(self) -> Path | None:
+        """Return the directory whose other files belong to the source; None if the user named a single file."""
+        return self.path if self.path.is_dir() else None
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -101,14 +106,18 @@ class PeftAdapter(DeltaSource):
         """Return the size of the weights file in bytes."""
         return self.file.header.file_bytes
 
-    def identity(self) -> AdapterIdentity:
-        """Digest the whole weights file and the config."""
+    def weights_sha256(self) -> str:
+        """Digest the whole weights file."""
         digest = hashlib.sha256(self.file.header.digest.encode())
         for info in self.file.header.tensors:
             for view in views(self.file.chunks(info)):
                 digest.update(view)
+        return digest.hexdigest()
+
+    def identity(self) -> AdapterIdentity:
+        """Digest the whole weights file and the config."""
         identity: AdapterIdentity = {
-            "weights_sha256": digest.hexdigest(),
+            "weights_sha256": self.weights_sha256(),
             "config_sha256": hashlib.sha256(self.config.path.read_bytes()).hexdigest(),
             "modules": len(self.modules),
             "base_model_name_or_path": self.config.base_model,

@@ -14,10 +14,11 @@ from typing import TypeVar
 
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.adapters.finetuned import is_model
+from streamer.adapters.pipeline_adapter import LORA_NAME
 from streamer.errors import OutputExistsError, UsageError
 from streamer.storage.output_checks import refuse_symlink
 
-FILES = (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin")
+FILES = (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin", LORA_NAME)
 """A directory that has any of these files is an adapter, complete or not."""
 
 T = TypeVar("T")
@@ -124,7 +125,7 @@ def named_adapters(adapters: Sequence[str | Path]) -> dict[str, Path]:
         if several:
             _refuse_models(given)
         for path in _inside(given) if several else [given]:
-            name = Path(os.path.abspath(path)).name
+            name = Path(os.path.abspath(path)).name.removesuffix(".safetensors")
             if name in found and os.path.realpath(path) == os.path.realpath(found[name]):
                 raise UsageError(f"{path}: is given twice; name it once")
             if name in found:

@@ -26,12 +26,12 @@ _DIFFUSERS = re.compile(
 )
 
 FORMATS = (
-    OtherFormat("kohya-ss", re.compile(r"^lora_\w+\.(?:lora_(?:down|up)\.weight|alpha|hada_w1_a|lokr_w1)$"),
-                "convert it with PEFT's examples/stable_diffusion/convert_sd_adapter_to_peft.py"),
+    OtherFormat("kohya-ss (LyCORIS)", re.compile(r"^lora_\w+\.(?:lora_(?:down|up)\.weight|alpha|hada_w1_a|lokr_w1)$"),
+                "give the file itself, with a diffusers pipeline as the base; LoHa and LoKr have to be converted to LoRA first"),
     OtherFormat("MLX", re.compile(r"\.lora_[ab]$"),
                 "transpose lora_a and lora_b, name them lora_A.weight and lora_B.weight, and write PEFT's adapter_config.json"),
-    OtherFormat("diffusers", _DIFFUSERS,
-                "load it in diffusers, and save the model's adapter with PEFT's save_pretrained"),
+    OtherFormat("old versions of diffusers", _DIFFUSERS,
+                "load it in a new version of diffusers, save it with save_lora_weights, and give that file alone"),
 )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def refuse_other_formats(path: Path) -> None:
             continue
         if (found := _format(names)) is not None:
             raise UnsupportedError(
-                f"{file}: refused: a LoRA in the format of {found.title}; only PEFT's format is supported; {found.instead}"
+                f"{file}: refused: a LoRA in the format of {found.title}, which is not supported here; {found.instead}"
             )
 
 

@@ -171,13 +171,14 @@ def _module(
     for info in infos.values():
         encoding_of(info, str(file.path))
     if method is None:
-        return _lora_module(name, infos, file.path, config)
+        return lora_module(name, infos, file.path, config)
     shapes = {role: info.shape for role, info in infos.items()}
     rank, scaling = config.method_scaling(name) if method.scaled else (0, 1.0)
     return MethodModule(name, method, config, dict(tensors), shapes, rank, scaling)
 
 
-def _lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, config: AdapterConfig) -> LoraModule:
+def lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, config: AdapterConfig) -> LoraModule:
+    """Make a module from the tensors of its factors, by role; `where` is the weights file, for messages."""
     a, b, magnitude = factors["A"], factors["B"], factors.get("magnitude")
     layer_kind = _layer_kind(name, a, b, where)
     rank = a.shape[0]

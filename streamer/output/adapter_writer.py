@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.adapters.target_parameters import without_layout
 from streamer.errors import UnsupportedError
 from streamer.output.job import Job
@@ -40,12 +39,12 @@ class AdapterWriter(Writer):
                 f"{plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
                 "adapter; `streamer merge` writes it into the base, and --to-lora RANK as a LoRA adapter"
             )
-        shard = like(WEIGHTS_NAME, plan.adapter.file.header, job.stamp("mitigate"))
-        config = (plan.adapter.path / CONFIG_NAME).read_bytes()
+        shard = like(plan.adapter.file.path.name, plan.adapter.file.header, job.stamp("mitigate"))
+        config = next((config.read_bytes() for config in plan.adapter.config_paths), None)
         values = plan.adapter.config.values
         if (plain := without_layout(values)) != values:  # factors are written in PEFT's order
             config = json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
-        self.spec = adapter_spec(job, path, shard, config, plan.adapter.path)
+        self.spec = adapter_spec(job, path, shard, config, plan.adapter.directory)
         self._factors = MitigatedFactors(job)
         self._ready: dict[str, Tensor] = {}
 

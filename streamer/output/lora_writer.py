@@ -91,7 +91,7 @@ class LoraWriter(Writer):
         shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate", self.written))
         config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         # A model's other files do not belong to an adapter.
-        source = None if plan.adapter.describes_model else plan.adapter.path
+        source = None if plan.adapter.describes_model else plan.adapter.directory
         check_lora(path, job, shard, config.encode())
         spec = adapter_spec(job, path, shard, config.encode(), source, rank)
         self.spec = replace(spec, notes=[*spec.notes, *_ties_said(self._layout)])
@@ -302,6 +302,8 @@ def _truncation_error(delta: Delta, written: LowRank) -> float:
 def refusal(job: Job) -> str:
     """Explain why a plain LoRA adapter cannot represent an adapter; empty if it can."""
     adapter = job.plan.adapter
+    if job.plan.config.pipeline:
+        return "is a pipeline's, and PEFT's form is not"
     if is_residual(adapter.config):
         return "is relative to a residual base, which a plain config does not say"
     if adapter.wrapped or any(t.pieces and not _is_unchanged(job.plan, t) for t in job.plan.targets):

@@ -27,7 +27,7 @@ from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
 from streamer.plan.task_heads import Head, implied_head
 from streamer.storage.checkpoint import INDEX_NAME
-from streamer.storage.shard_writer import ShardPlan, index_bytes, plan_shard
+from streamer.storage.shard_writer import ShardPlan, component_prefix, index_bytes, plan_shard
 from streamer.weights.base import StoredTensor, Weight
 from streamer.weights.dequantize import is_activation_scale, plain_metadata, plain_weights
 from streamer.weights.dtypes import SPELLINGS
@@ -75,6 +75,18 @@ class MergedModel:
     def tensor_count(self) -> int:
         """Return the number of output tensors in all files."""
         return sum(map(len, self.files.values()))
+
+    def changed_components(self) -> MergedModel:
+        """Leave out the components of a pipeline in which nothing changes: their files are copied."""
+        changed = {
+            component_prefix(name)
+            for name, outputs in self.files.items()
+            if any(not isinstance(output.recipe, CopyBytes) for output in outputs)
+        }
+        files = {
+            n: outputs for n, outputs in self.files.items() if not component_prefix(n) or component_prefix(n) in changed
+        }
+        return replace(self, files=files)
 
     def shards(self, metadata: Mapping[str, str] | None = None) -> dict[str, ShardPlan]:
         """Lay out the files with exact headers; their metadata is the base's plus the given metadata."""

@@ -57,6 +57,8 @@ class Card:
         The longest possible record, except for the warning about loss in projection.
     tuned
         Whether the original belongs to a fine-tuned model used as the adapter.
+    diffusers
+        Whether the base is a diffusers pipeline.
     """
 
     original: bytes
@@ -66,6 +68,7 @@ class Card:
     pipeline: str
     longest: Record
     tuned: bool = False
+    diffusers: bool = False
 
     @property
     def most_bytes(self) -> int:
@@ -134,7 +137,7 @@ def _merged_head(card: Card, blocks: dict[str, str]) -> str:
     kept = {key: blocks[key] for key in KEPT if key in blocks}
     # If its class differs from the base's, the model does not belong to the base's library (such as sentence-transformers).
     if card.pipeline or "library_name" not in kept:
-        kept["library_name"] = "library_name: transformers\n"
+        kept["library_name"] = f"library_name: {'diffusers' if card.diffusers else 'transformers'}\n"
     if card.pipeline:
         kept["pipeline_tag"] = f"pipeline_tag: {card.pipeline}\n"
     own = ""
@@ -154,7 +157,7 @@ def _adapter_head(card: Card, blocks: dict[str, str]) -> str:
     if "tags" in blocks:
         blocks["tags"] = re.sub(r"(?m)^ *- base_model:adapter:[/.~].*\n", "", blocks["tags"])
     if "library_name" not in blocks:
-        blocks["library_name"] = "library_name: peft\n"
+        blocks["library_name"] = f"library_name: {'diffusers' if card.diffusers else 'peft'}\n"
     blocks["tags"] = _with_tag(blocks["tags"]) if "tags" in blocks else _list("tags", [TAG, "lora"])
     return "".join(blocks.values())
 

@@ -18,11 +18,11 @@ from streamer.output.mitigation_memory import mitigation_bytes
 from streamer.output.output_spec import OutputSpec, Writer
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.memory_estimate import MemoryEstimate
-from streamer.plan.side_files import other_files, skipped_files
+from streamer.plan.side_files import other_files, skipped_files, stale_weights
 from streamer.plan.targets import Target
 from streamer.plan.tokenizer import with_tokenizer
 from streamer.storage.buffers import Piece
-from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, component_files
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_plan import RECORD_NAME
 from streamer.weights.dequantize import STALE
@@ -32,8 +32,9 @@ class ModelWriter(Writer):
     """Writer of the base with the mitigated deltas merged in."""
 
     def __init__(self, job: Job, path: Path) -> None:
-        self._model = model = plan_merged(job.plan, job.dequantize)
+        model = plan_merged(job.plan, job.dequantize)
         check_merged(path, job, model)
+        self._model = model = model.changed_components()
         self.spec = _spec(job, path, model)
         self._outputs = {output.name: output for outputs in model.files.values() for output in outputs}
 
@@ -87,20 +88,25 @@ def _spec(job: Job, path: Path, model: MergedModel) -> OutputSpec:
     plan, base = job.plan, job.plan.base
     shards = model.shards(job.stamp("merge"))
     finals = model.finals(shards)
-    apart = {CONFIG_NAME, WEIGHTS_NAME, *model.texts}
+    apart = {CONFIG_NAME, WEIGHTS_NAME, *model.texts, *shards}
     # An adapter inside the base's directory is not part of the merged model; a fine-tuned model used as the adapter describes it.
     source, adapter = (plan.adapter.path, None) if plan.adapter.describes_model else (base.directory, plan.adapter.path)
     copies = [] if source is None else [c for c in other_files(source, adapter) if c[0] not in apart]
     stale = [name for name, _ in copies if job.dequantize and name in STALE]
+    components = dict.fromkeys(name.partition("/")[0] for name in shards) if plan.config.pipeline else {}
+    stale += stale_weights((name for name, _ in copies), components)
     copies = [c for c in copies if c[0] not in stale]
     copies, tokenizer, lost, says = with_tokenizer(plan, copies)
     written = {*base.files, INDEX_NAME, RECORD_NAME, *apart}
     skipped = [] if source is None else [name for name in skipped_files(source, adapter) if name not in written]
     # A loader would apply an adapter beside the model again.
-    conflicting_names = (SINGLE_NAME, INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin")
-    conflicting = tuple(name for name in conflicting_names if name not in finals and name not in shards)
+    conflicting_names: tuple[str, ...] = (SINGLE_NAME, INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin")
+    conflicting_names += tuple(name for component in components for name in component_files(component))
+    ours = {*finals, *shards, *(name for name, _ in copies)}
+    conflicting = tuple(name for name in conflicting_names if name not in ours)
+    base_bytes = sum(base.files[name].header.data_bytes for name in shards) if components else base.data_bytes
     return OutputSpec(
-        job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base.data_bytes, model.texts, tokenizer,
+        job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base_bytes, model.texts, tokenizer,
         warnings=[*job.warnings, *lost], notes=[*plan.edits.notes, *model.head.notes, *says], advice=list(model.head.advice),
         norms=3 if job.method.needs is Needs.COEFFICIENTS else 2, model_tensors=model.tensor_count,
     ).with_card(model.head.pipeline)  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from streamer import __version__
-from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from streamer.adapters.adapter_config import CONFIG_NAME
 from streamer.detection.findings_file import journal_of
 from streamer.output.job import Job
 from streamer.output.merged_tensors import CopyBytes, Recipe
@@ -115,7 +115,8 @@ class OutputSpec:
         shapes = [t.module.shape for t in job.plan.targets]
         sums = longest_totals(len(shapes), sum(map(job.detection.directions, shapes)))
         longest = self.record(len(shapes), sums, longest_matrices([t.tensor for t in job.plan.targets]))
-        card = Card(original, *job.plan.sources, self.command, pipeline, longest, job.plan.adapter.describes_model)
+        kinds = job.plan.adapter.describes_model, job.plan.config.pipeline
+        card = Card(original, *job.plan.sources, self.command, pipeline, longest, *kinds)
         return replace(self, card=card, copies=copies)
 
     @cached_property
@@ -198,15 +199,20 @@ class Writer(ABC):
 
 
 def adapter_spec(
-    job: Job, path: Path, shard: ShardPlan, config: bytes, source: Path | None, to_lora: int | float | None = None
+    job: Job,
+    path: Path,
+    shard: ShardPlan,
+    config: bytes | None,
+    source: Path | None,
+    to_lora: int | float | None = None,
 ) -> OutputSpec:
-    """Describe an adapter of one tensor file and a config, with the other files of the adapter in `source`, if given."""
-    copies = [] if source is None else [(name, p) for name, p in other_files(source) if name != CONFIG_NAME]
-    own = (WEIGHTS_NAME, RECORD_NAME)
+    """Describe an adapter of one tensor file and a config, if it has one, with the other files of the adapter in `source`, if given."""
+    copies = [(name, p) for name, p in other_files(source) if name != CONFIG_NAME]
+    own = (shard.name, RECORD_NAME)
     skipped = [] if source is None else [name for name in skipped_files(source) if name not in own]
     base_bytes = sum(job.plan.weights[t.tensor].nbytes for t in job.plan.targets if not t.module.low_rank)
     return OutputSpec(
-        job, path, "mitigate", {WEIGHTS_NAME: shard}, {CONFIG_NAME: config}, copies, skipped,
+        job, path, "mitigate", {shard.name: shard}, {} if config is None else {CONFIG_NAME: config}, copies, skipped,
         ("adapter_model.bin", SINGLE_NAME, INDEX_NAME), base_bytes, tokenizer=own_tokenizer(copies), warnings=job.warnings,
         to_lora=to_lora,
     ).with_card()  # fmt: skip

@@ -234,7 +234,8 @@ class _Run:
                 self.out.take(name, one.partial, one.nbytes, one.sha256, matrices=one.matrices)
                 self._finished.add(name)
                 self.done += one.nbytes
-        remove_partials(self.out.path, {*names})  # of workers that died
+        for shard in (self.out.path / name for name in names):
+            remove_partials(shard.parent, {shard.name})  # of workers that died
 
     @contextlib.contextmanager
     def shard(self, name: str) -> Iterator[tuple[MadeShard, ShardFile]]:
@@ -292,14 +293,15 @@ def _write_shards(runs: Sequence[_Run]) -> None:
         for name in dict.fromkeys([*files, *(name for run in runs for name in run.spec.shards)]):
             if group := [run for run in runs if name in run.spec.shards and run.begin(name)]:
                 # Shards that are not made from one file of the base start with its first file.
-                _write_in_step(group, name, files.get(name, next(iter(files.values()))), len(runs) > 1)
+                _write_in_step(group, name, files, len(runs) > 1)
 
 
-def _write_in_step(runs: Sequence[_Run], name: str, base_file: TensorFile, keeps_pages: bool) -> None:
+def _write_in_step(runs: Sequence[_Run], name: str, files: Mapping[str, TensorFile], keeps_pages: bool) -> None:
+    base_file = files.get(name, next(iter(files.values())))
     with contextlib.ExitStack() as stack:
         # The context entered last is left first, and the first run must finish first.
         opened = [stack.enter_context(run.shard(name)) for run in reversed(runs)][::-1]
-        starts = {info.name: info.start for info in base_file.header.tensors} if name == base_file.path.name else {}
+        starts = {info.name: info.start for info in base_file.header.tensors} if name in files else {}
         for start, number, tensor, pieces in in_step([shard for shard, _ in opened], starts):
             if keeps_pages:
                 base_file.release_pages(start)

@@ -18,7 +18,7 @@ from torch import Tensor
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.finetuned import FinetunedModel, is_model, open_finetuned
 from streamer.adapters.modules import Module
-from streamer.adapters.reader import open_adapter
+from streamer.adapters.pipeline_adapter import open_lora
 from streamer.adapters.stated import NOTHING_STATED, Stated
 from streamer.errors import InputChangedError, MismatchError, NumericError, OutputError, StorageError, UnsupportedError
 from streamer.linalg.operators import Delta, all_finite
@@ -28,7 +28,8 @@ from streamer.plan.architectures import Architecture, architecture_for, pattern_
 from streamer.plan.carried_tensors import TensorEdits, match_carried
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
 from streamer.plan.finetuned_experts import match_stacks, stacks_of, tensor_roles
-from streamer.plan.name_matching import Match, match_names
+from streamer.plan.name_matching import Match
+from streamer.plan.pipeline_names import match_modules
 from streamer.plan.provenance import base_notes
 from streamer.plan.side_files import other_files
 from streamer.plan.sources import AdapterSource, BaseSource, adapter_source, base_source
@@ -215,7 +216,7 @@ def make_plans(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode
     """
     given = [Path(adapter) for adapter in adapters]
     # Errors of adapters are reported before errors of the base.
-    opened = [None if is_model(path) else open_adapter(path, io, stated) for path in given]
+    opened = [None if is_model(path) else open_lora(path, io, stated) for path in given]
     checkpoint = open_checkpoint(base_path, io)
     config = with_architecture(read_model_config(checkpoint.directory), architecture)
     weights, inputs = open_weights(checkpoint, config), (checkpoint.path, *given)
@@ -231,7 +232,7 @@ def make_plans(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode
 
 def _side_files(checkpoint: Checkpoint, opened: DeltaSource) -> list[Path]:
     """List the small files that outputs copy or that are read whole."""
-    extra = [*opened.config_paths, *(path for _, path in other_files(opened.path))]
+    extra = [*opened.config_paths, *(path for _, path in other_files(opened.directory))]
     if checkpoint.directory is not None:
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
     return extra
@@ -266,8 +267,9 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
         if name not in checkpoint.weight_map
     }
     parameters = [*parameters_of(opened), *stacks_of(opened)]
-    names = match_names(opened.modules, weights.replaced(aliases), renames, parameters)
-    if architecture is None:
+    found_names = match_modules(checkpoint, config, opened, weights.replaced(aliases), renames, parameters)
+    names = found_names.names
+    if architecture is None and not config.pipeline:
         names = {name: _with_class_asked(name, match) for name, match in names.items()}
     matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
     mirrors = tied.mirrored(ties, opened, matched)
@@ -294,9 +296,9 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
         edits = editor.edited(ties)
     if edits.vocabularies and not opened.describes_model:
         edits = without_stale_values(checkpoint, architecture, vocabulary, edits)
-    weights = weights.replaced({**aliases, **edits.sources})
+    weights = found_names.extended(weights.replaced({**aliases, **edits.sources}))
     targets = [
-        *match_targets(weights, opened, orientation, own, renames),
+        *found_names.pieced(match_targets(weights, opened, orientation, own, renames)),
         *match_experts(weights, opened, config, orientation.architectures, names, renames),
         *match_stacks(weights, opened, names),
     ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+
+from streamer.storage.checkpoint import component_files
 
 # Weights in other formats would remain the old ones beside the new weights; training state belongs to the old adapter.
 _STALE = re.compile(
@@ -13,6 +15,8 @@ _STALE = re.compile(
 _SKIPPED_DIRECTORIES = re.compile(
     r"^(\.git|\.cache|__pycache__|checkpoint-\d+|global_step\d+|runs|onnx|openvino|original|coreml|metal)$"
 )
+
+_VARIANT_INDEX = re.compile(r"\.safetensors\.index\.[^/]+\.json$")
 
 READ = (
     "config.json", "generation_config.json", "*processor_config.json", "*quant*config*.json", "*sentence*.json", "adapter_config.json",
@@ -29,13 +33,26 @@ def goes_along(name: str) -> bool:
     return not hidden and (bool(directories) or not _STALE.search(last))
 
 
-def other_files(directory: Path, apart: Path | None = None) -> list[tuple[str, Path]]:
+def other_files(directory: Path | None, apart: Path | None = None) -> list[tuple[str, Path]]:
     """List the files that an output copies: (relative name, path), sorted; symlinks are followed.
 
     Not copied: weights in other formats beside the safetensors, which would be stale, and their copies for other runtimes; trainers' state;
-    `.git` and caches; files of an unfinished run of streamer; and everything below `apart`.
+    `.git` and caches; files of an unfinished run of streamer; and everything below `apart`. Without a directory there are none.
     """
+    if directory is None:
+        return []
     return [(str(p.relative_to(directory)), p) for p, stays in _walk(directory, apart) if not stays]
+
+
+def stale_weights(names: Iterable[str], components: Collection[str]) -> list[str]:
+    """List the weights in other formats and precisions beside components that get new weights."""
+    return [
+        name
+        for name in names
+        if (component := name.rpartition("/")[0]) in components
+        and (_STALE.search(name) or _VARIANT_INDEX.search(name))
+        and name != component_files(component)[1]
+    ]
 
 
 def skipped_files(directory: Path, apart: Path | None = None) -> list[str]:

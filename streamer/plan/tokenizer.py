@@ -64,6 +64,8 @@ def with_tokenizer(
     beside, base = plan.adapter.path, plan.base.directory
     if plan.adapter.describes_model:
         return copies, "adapter" if stays else None, [], []
+    if plan.config.pipeline:
+        return copies, None, [], []
     if base is not None and base.resolve() == beside.resolve():
         return copies, stays, [], []
     own = [c for c in other_files(beside) if _is_tokenizer(c[0])]

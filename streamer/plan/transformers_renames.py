@@ -167,6 +167,8 @@ def renames_for(config: ModelConfig) -> Renames:
     model apply below its path, with or without the base's prefix. ``language_model.embed_tokens`` of ``LlavaForConditionalGeneration`` is
     below ``model.language_model``.
     """
+    if config.pipeline:
+        return Renames("", (), ())
     architecture = _architecture(config)
     if architecture is None:
         named = next(iter(config.architectures), None)

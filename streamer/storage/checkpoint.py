@@ -1,4 +1,4 @@
-"""Open a base model on disk: one safetensors file, or shards with an index."""
+"""Open a base model on disk: one safetensors file, shards with an index, or a diffusers pipeline with such files in each component."""
 
 from __future__ import annotations
 
@@ -23,6 +23,17 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 200_000_000
 
+PIPELINE_NAME = "model_index.json"
+"""File that makes a directory a diffusers pipeline, unless a model lies beside it."""
+
+COMPONENTS = {
+    "unet": "diffusion_pytorch_model",
+    "transformer": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+"""Components of a pipeline that adapters change, with the name of their files without its endings."""
+
 _PLAIN = re.compile(r"(?![A-Za-z]:)[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.safetensors")
 """File names that are not hidden and contain no drive, directory or control characters."""
 
@@ -41,11 +52,12 @@ class Checkpoint:
     path
         The path that the user named: a directory or a single file.
     files
-        Open files by name, in the order of first mention in the index.
+        Open files by name, in the order of first mention in the index; in a pipeline by relative path, component by component.
     weight_map
-        Tensor name → file name, in the index's own order (for a single file in offset order).
+        Tensor name → file name, in the index's own order (for a single file in offset order). In a pipeline, a name begins with its
+        component: ``unet.conv_in.weight``.
     index
-        The index as JSON, or None for a single file.
+        The index as JSON, or None for a single file or a pipeline.
     warnings
         Descriptions of odd but harmless facts, one line each.
     """
@@ -187,7 +199,46 @@ def open_checkpoint(path: str | Path, io: IOMode = "mmap") -> Checkpoint:
         return _single(path, TensorFile(single_path, io))
     if index_path.exists():
         return _sharded(path, index_path, io)
+    if is_pipeline(path):
+        return _pipeline(path, io)
     raise _nothing_here(path)
+
+
+def is_pipeline(path: Path) -> bool:
+    """Test whether a directory is a diffusers pipeline."""
+    return (path / PIPELINE_NAME).exists() and not any((path / name).exists() for name in (SINGLE_NAME, INDEX_NAME))
+
+
+def component_files(component: str) -> tuple[str, str]:
+    """Return the relative paths of a component's single file and of its index."""
+    stem = f"{component}/{COMPONENTS[component]}.safetensors"
+    return stem, f"{stem}.index.json"
+
+
+def _pipeline(path: Path, io: IOMode) -> Checkpoint:
+    """Open the components that adapters change and that have safetensors under their usual names."""
+    files: dict[str, TensorFile] = {}
+    weight_map: dict[str, str] = {}
+    warnings: tuple[str, ...] = ()
+    for component in COMPONENTS:
+        single, index = (path / name for name in component_files(component))
+        if single.exists() and index.exists():
+            raise InputError(f"{path / component}: holds both {single.name} and {index.name}; remove one of them")
+        if single.exists():
+            part = _single(path / component, TensorFile(single, io, f"{component}."))
+        elif index.exists():
+            part = _sharded(path / component, index, io, f"{component}.")
+        else:
+            continue
+        files |= {f"{component}/{name}": file for name, file in part.files.items()}
+        weight_map |= {tensor: f"{component}/{name}" for tensor, name in part.weight_map.items()}
+        warnings += part.warnings
+    if not files:
+        raise InputError(
+            f"{path}: is a diffusers pipeline without safetensors in any of {', '.join(COMPONENTS)} (a variant such as fp16 counts only "
+            "under the plain name); save it again with save_pretrained"
+        )
+    return Checkpoint(path, files, weight_map, None, warnings)
 
 
 def _single(path: Path, file: TensorFile) -> Checkpoint:
@@ -195,15 +246,16 @@ def _single(path: Path, file: TensorFile) -> Checkpoint:
     return Checkpoint(path, {file.path.name: file}, weight_map, None)
 
 
-def _sharded(path: Path, index_path: Path, io: IOMode) -> Checkpoint:
+def _sharded(path: Path, index_path: Path, io: IOMode, prefix: str = "") -> Checkpoint:
     index = read_json_object(index_path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index_path}: expected a weight_map, found none; get the file again")
+    weight_map = {prefix + tensor: name for tensor, name in weight_map.items()}
     names = dict.fromkeys(
         check_shard_name(name, index_path) for name in dict.fromkeys(map(_hashable, weight_map.values()))
     )
-    files = {name: TensorFile(path / name, io) for name in names}
+    files = {name: TensorFile(path / name, io, prefix) for name in names}
     owner: dict[str, str] = {}
     for name, file in files.items():
         for t in file.header.tensors:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -71,12 +71,21 @@ class Header:
         Offset of the first data byte in the file: 8 + N.
     digest
         SHA-256 (hex) of the header's bytes, including the length field.
+    prefix
+        What the names of `tensors` have before the names in the file: ``unet.`` for a pipeline's component.
     """
 
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     data_start: int = 0
     digest: str = ""
+    prefix: str = ""
+
+    def prefixed(self, prefix: str) -> Header:
+        """Add a prefix to all names."""
+        if not prefix:
+            return self
+        return replace(self, prefix=prefix, tensors=tuple(replace(t, name=prefix + t.name) for t in self.tensors))
 
     @property
     def data_bytes(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from streamer.errors import NumericError
 from streamer.storage.atomic_file import AtomicFile
 from streamer.storage.buffers import Piece
+from streamer.storage.files import make_directory
 from streamer.storage.header import Header, TensorInfo, layout, read_header
 
 Shard = Iterable[tuple[TensorInfo, Iterable[Piece]]]
@@ -37,17 +38,25 @@ class ShardPlan:
         """Replace a metadata value by one that is not longer; spaces in the header keep the planned size."""
         if self.header.metadata.get(key) == value:
             return self
-        entries = [(t.name, t.dtype, t.shape) for t in self.header.tensors]
+        prefix = self.header.prefix
+        entries = [(t.name.removeprefix(prefix), t.dtype, t.shape) for t in self.header.tensors]
         header, raw = layout(entries, {**self.header.metadata, key: value}, len(self.raw_header) - 8)
         if header.file_bytes != self.nbytes:
             raise NumericError(f"{self.name}: its header outgrew the plan; please report this")
-        return ShardPlan(self.name, header, raw)
+        return ShardPlan(self.name, header.prefixed(prefix), raw)
 
 
 def plan_shard(name: str, entries: Iterable[tuple[str, str, Iterable[int]]], metadata: dict[str, str]) -> ShardPlan:
-    """Plan a file from (tensor name, dtype, shape) in file order."""
-    header, raw = layout(entries, metadata)
-    return ShardPlan(name, header, raw)
+    """Plan a file from (tensor name, dtype, shape) in file order; the names of a pipeline's tensors begin with their component."""
+    prefix = component_prefix(name)
+    header, raw = layout([(tensor.removeprefix(prefix), dtype, shape) for tensor, dtype, shape in entries], metadata)
+    return ShardPlan(name, header.prefixed(prefix), raw)
+
+
+def component_prefix(name: str) -> str:
+    """Return the prefix of the names of a file's tensors: ``unet/diffusion_pytorch_model.safetensors`` → ``unet.``."""
+    component, slash, _ = name.rpartition("/")
+    return f"{component}." if slash else ""
 
 
 def like(name: str, header: Header, metadata: Mapping[str, str] | None = None) -> ShardPlan:
@@ -60,6 +69,7 @@ class ShardFile(AtomicFile):
     """A planned file, written as an `AtomicFile`: its tensors are pulled one by one, in the plan's order."""
 
     def __init__(self, directory: Path, plan: ShardPlan, renames: bool = True) -> None:
+        make_directory((directory / plan.name).parent)
         super().__init__(directory / plan.name, plan.nbytes, plan.raw_header, renames)
         self._plan, self._following = plan, iter(plan.header.tensors)
 

@@ -39,6 +39,8 @@ class TensorFile:
     io
         ``mmap`` maps each tensor while it is used; ``pread`` copies it, for network file systems, where a map is slow
         and a page that vanishes is fatal.
+    prefix
+        Added to the names of all tensors.
 
     Attributes
     ----------
@@ -51,10 +53,11 @@ class TensorFile:
     _keeps_pages = False
     _read_through = False
 
-    def __init__(self, path: Path, io: IOMode = "mmap") -> None:
+    def __init__(self, path: Path, io: IOMode = "mmap", prefix: str = "") -> None:
         self.path = path
         far = remote_file(path)
-        source, self.header = opened(LocalSource(path, io) if far is None else RemoteSource(far))
+        source, header = opened(LocalSource(path, io) if far is None else RemoteSource(far))
+        self.header = header.prefixed(prefix)
         self._source, self.io, self.stamp, self.remote = source, source.io, source.stamp, source.remote
 
     def close(self) -> None:

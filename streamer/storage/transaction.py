@@ -70,14 +70,15 @@ class OutputDirectory:
             self.announce(name, f.written, f.sha256)
 
     def take(self, name: str, partial: str, nbytes: int, sha256: str, **detail: Any) -> None:
-        """Accept a complete partial file that a worker left in the directory: journal it and rename it."""
-        found = size_of(self.path / partial)
+        """Accept a complete partial file that a worker left beside the final name: journal it and rename it."""
+        made = (self.path / name).with_name(partial)
+        found = size_of(made)
         if found != nbytes or nbytes != dict(self._plan.files)[name]:
             raise StorageError(
-                f"{self.path / partial}: expected the {nbytes} bytes that were written, found {found}; run the same command again"
+                f"{made}: expected the {nbytes} bytes that were written, found {found}; run the same command again"
             )
         self.announce(name, nbytes, sha256, **detail)
-        rename_partial(self.path / partial, self.path / name)
+        rename_partial(made, self.path / name)
 
     def commit(self, record: dict[str, Any]) -> dict[str, Any]:
         """Write the record with its own digest and remove the journal, once all files exist; return the record.

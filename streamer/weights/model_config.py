@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from streamer.errors import FormatError, StorageError
+from streamer.storage.checkpoint import PIPELINE_NAME, is_pipeline
 from streamer.storage.files import open_regular
 
 MODEL_CONFIG = "config.json"
@@ -32,10 +33,13 @@ class ModelConfig:
     ----------
     architecture
         Class that the user names because the config names none, or an unknown one.
+    pipeline
+        Whether the values are the ``model_index.json`` of a diffusers pipeline, whose components have configs of their own.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
     architecture: str | None = None
+    pipeline: bool = False
 
     @property
     def text(self) -> Mapping[str, Any]:
@@ -77,7 +81,9 @@ class ModelConfig:
 
     @property
     def tied(self) -> bool | None:
-        """Return whether the config ties ``lm_head`` to the embedding; None if the class's default applies."""
+        """Return whether the config ties ``lm_head`` to the embedding; None if the class's default applies. A pipeline has no head."""
+        if self.pipeline:
+            return False
         stated = self.stated("tie_word_embeddings")
         return any(stated) if stated else None
 
@@ -131,7 +137,7 @@ def _part(config: dict[str, Any], path: Iterable[str]) -> dict[str, Any]:
 
 
 def read_model_config(directory: Path | None) -> ModelConfig:
-    """Read a model's ``config.json``; empty if there is none.
+    """Read a model's ``config.json``, or a pipeline's ``model_index.json``; empty if there is none.
 
     ModelOpt's older exports state their quantization in ``hf_quant_config.json`` alone; it is added as newer ones write it.
 
@@ -140,6 +146,8 @@ def read_model_config(directory: Path | None) -> ModelConfig:
     StorageError, FormatError
         If a file cannot be read or is not valid JSON.
     """
+    if directory and is_pipeline(directory):
+        return ModelConfig(_read(directory / PIPELINE_NAME), pipeline=True)
     values = _read(directory / MODEL_CONFIG) if directory else {}
     if directory and values and not ModelConfig(values).quantization:
         match _read(directory / "hf_quant_config.json"):

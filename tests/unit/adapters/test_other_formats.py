@@ -12,9 +12,8 @@ from streamer.adapters.reader import open_adapter
 from streamer.errors import UnsupportedError
 
 OTHER = {
-    "kohya": ("lora_unet_down_blocks_0_attn.lora_down.weight", "last.safetensors", "the format of kohya-ss"),
-    "diffusers": ("unet.down_blocks.0.attn.to_q.lora_A.weight", "pytorch_lora_weights.safetensors", "the format of diffusers"),
-    "diffusers of old": ("unet.mid_block.attn.processor.to_q_lora.down.weight", "pytorch_lora_weights.safetensors", "of diffusers"),
+    "kohya": ("lora_unet_down_blocks_0_attn.hada_w1_a", "last.safetensors", "the format of kohya-ss"),
+    "diffusers of old": ("unet.mid_block.attn.to_q_lora.down.weight", "pytorch_lora_weights.safetensors", "of old versions of diffusers"),
     "MLX": ("model.layers.0.self_attn.q_proj.lora_a", "adapters.safetensors", "the format of MLX"),
 }  # fmt: skip
 
@@ -31,6 +30,5 @@ def test_a_lora_of_another_library_is_refused_by_its_name(tmp_path: Path, case: 
         assert words in str(e.value)
     (tmp_path / file).rename(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
-    if case != "diffusers":  # whose names are PEFT's, but for what they begin with
-        with pytest.raises(UnsupportedError, match="a LoRA in the format of"):
-            open_adapter(tmp_path)
+    with pytest.raises(UnsupportedError, match="a LoRA in the format of"):
+        open_adapter(tmp_path)

@@ -1,0 +1,227 @@
+"""Read LoRA adapters of diffusers pipelines: diffusers' own form, and kohya's.
+
+Both are one safetensors file without a config beside it. diffusers names a module by its component and its path in it, with the factors
+``lora_A`` and ``lora_B``; kohya joins both with underscores and calls the factors ``lora_down`` and ``lora_up``:
+``unet.down_blocks.0.attentions.0.proj_in`` is ``lora_unet_down_blocks_0_attentions_0_proj_in``. Which tensor of the base a name means is
+decided in `plan.pipeline_names`.
+
+A module's scaling is ``alpha/rank`` by its ``.alpha`` tensor, 1 if the file has none, or follows the LoRA config that diffusers writes into
+the file's metadata.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from streamer.adapters.adapter import PeftAdapter
+from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig
+from streamer.adapters.modules import Module
+from streamer.adapters.reader import lora_module, open_adapter, refuse_kinds
+from streamer.adapters.stated import NOTHING_STATED, Stated
+from streamer.errors import FormatError, MismatchError, StreamerError, UnsupportedError
+from streamer.storage.identities import AdapterIdentity
+from streamer.storage.strict_json import strict_json
+from streamer.storage.tensor_file import IOMode, TensorFile
+from streamer.units import listed
+from streamer.weights.base import StoredTensor
+
+LORA_NAME = "pytorch_lora_weights.safetensors"
+METADATA_KEY = "lora_adapter_metadata"
+FACTOR = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B"}
+
+
+@dataclass(frozen=True)
+class LoraForm:
+    """Names of a form of adapter: patterns of the tensors that it may hold, and of those by which it is recognised."""
+
+    title: str
+    tensor: re.Pattern[str]
+    recognised: re.Pattern[str]
+
+
+_COMPONENT = r"(?:unet|transformer|text_encoder|text_encoder_2)"
+
+FORMS = (
+    LoraForm("diffusers", re.compile(rf"^(?P<module>{_COMPONENT}\..+)\.(?:(?P<factor>lora_[AB])\.weight|alpha)$"),
+             re.compile(rf"^{_COMPONENT}\..*\.lora_[AB]\.weight$")),
+    LoraForm("kohya", re.compile(r"^(?P<module>lora_(?:unet|te|te1|te2)_\w+)\.(?:(?P<factor>lora_down|lora_up)\.weight|alpha)$"),
+             re.compile(r"^lora_[a-z0-9]+_\w+\.(?:lora_down|lora_up|lora_mid)\.weight$")),
+)  # fmt: skip
+
+REFUSED = (
+    (re.compile(r"\.(?:lora_magnitude_vector|dora_scale)\b"), "DoRA"),
+    (re.compile(r"\.lora_mid\."), "a convolution in three factors (lora_mid)"),
+    (re.compile(r"\.(?:hada_|lokr_|oft_|boft_|diff\b|diff_b\b)"), "a LyCORIS method other than LoRA"),
+    (re.compile(r"\.lora_B\.bias$"), "a bias beside the factors (lora_bias)"),
+    (re.compile(r"^lora_(?!unet_|te1?_|te2_)|^(?!lora_)"), "a tensor of another component or of unknown meaning"),
+    (re.compile(r""), "a tensor of unknown meaning"),
+)
+"""Reasons to refuse the tensors that a form does not hold; the first match wins."""
+
+
+_FLUX = re.compile(r"lora_unet_(?:double|single)_blocks_")
+
+
+class PipelineAdapter(PeftAdapter):
+    """A LoRA adapter of a diffusers pipeline: one file, whose header or alphas take the place of the config."""
+
+    def identity(self) -> AdapterIdentity:
+        """Digest the whole file."""
+        return {"weights_sha256": self.weights_sha256(), "modules": len(self.modules)}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Note alphas that diffusers does not apply as the trainer does."""
+        alphas = {module.scaling * module.rank for module in self.modules.values()}
+        if len(alphas) < 2 or not any(name.startswith("lora_unet_") and not _FLUX.match(name) for name in self.modules):
+            return ()
+        return (
+            "the modules' alphas differ: each scales its own module, as in training; diffusers applies the most common one to some, "
+            "so its images with the adapter loaded differ",
+        )
+
+    @property
+    def config_paths(self) -> tuple[Path, ...]:
+        """Return nothing: there is no config beside the weights."""
+        return ()
+
+
+def open_lora(path: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_STATED) -> PeftAdapter:
+    """Open an adapter: of a pipeline by its tensor names, else PEFT's directory; see `open_adapter`."""
+    path = Path(path)
+    file = _weights_file(path)
+    if file is not None:
+        try:
+            opened = TensorFile(file, io)
+        except StreamerError:
+            if path.is_file():
+                raise
+            return open_adapter(path, io, stated)
+        names = [info.name for info in opened.header.tensors]
+        form = next((f for f in FORMS if any(map(f.recognised.search, names))), None)
+        if form is not None:
+            return PipelineAdapter(path, AdapterConfig({}, file), (opened,), _modules(opened, form))
+    return open_adapter(path, io, stated)
+
+
+def _weights_file(path: Path) -> Path | None:
+    """Find the only file that may hold a pipeline's adapter: diffusers' name, or the only safetensors file, unless PEFT's files exist."""
+    if path.is_file():
+        return path if path.suffix == ".safetensors" else None
+    if not path.is_dir() or (path / CONFIG_NAME).exists() or (path / WEIGHTS_NAME).exists():
+        return None
+    if (path / LORA_NAME).exists():
+        return path / LORA_NAME
+    found = list(path.glob("*.safetensors"))
+    return found[0] if len(found) == 1 else None
+
+
+def _modules(file: TensorFile, form: LoraForm) -> dict[str, Module]:
+    """Assign every tensor to a module, and refuse the others by name."""
+    found: dict[str, dict[str, str]] = {}
+    others = []
+    for info in file.header.tensors:
+        if match := form.tensor.match(info.name):
+            found.setdefault(match["module"], {})[FACTOR.get(match["factor"], "alpha")] = info.name
+        else:
+            others.append(info.name)
+    if others:
+        raise UnsupportedError(f"{file.path}: refused: not supported in {form.title}'s form: {_reasons(others)}")
+    for name, tensors in found.items():
+        if missing := {"A", "B"} - tensors.keys():
+            have = listed(repr(t) for t in tensors.values())
+            raise FormatError(
+                f"{file.path}: module {name!r} has {have} but no factor {missing.pop()}; save the adapter again"
+            )
+    configs = _configs(file, form, found)
+    modules: dict[str, Module] = {}
+    for name, tensors in found.items():
+        factors = {role: file.header.by_name[tensors[role]] for role in "AB"}
+        config = configs[name] or AdapterConfig(
+            {"lora_alpha": factors["A"].shape[0] if factors["A"].shape else 1}, file.path
+        )
+        bare = name if form.title == "kohya" else name.partition(".")[2]
+        modules[name] = replace(lora_module(bare, factors, file.path, config), name=name)
+    return modules
+
+
+def _reasons(names: Iterable[str]) -> str:
+    why = {name: next(reason for pattern, reason in REFUSED if pattern.search(name)) for name in names}
+    first = {reason: name for name, reason in reversed(why.items())}
+    return listed(
+        (f"{n} × {reason}, {first[reason]!r} first" for reason, n in Counter(why.values()).items()), separator="; "
+    )
+
+
+def _configs(
+    file: TensorFile, form: LoraForm, found: Mapping[str, Mapping[str, str]]
+) -> dict[str, AdapterConfig | None]:
+    """Find the config of each module; None where nothing states a scaling, which is then 1.
+
+    Raises
+    ------
+    FormatError, MismatchError, UnsupportedError
+        If alphas and metadata contradict each other, or only some modules have an alpha.
+    """
+    stated = _metadata(file)
+    alphas = {name: tensors["alpha"] for name, tensors in found.items() if "alpha" in tensors}
+    if stated is not None and (alphas or form.title == "kohya"):
+        raise MismatchError(
+            f"{file.path}: has both alphas and a LoRA config in its metadata, as no program writes; save it again"
+        )
+    if stated is not None:
+        return {name: stated.get(name.partition(".")[0]) or _lacks(file, name) for name in found}
+    if alphas and len(alphas) < len(found):
+        raise FormatError(
+            f"{file.path}: {len(alphas)} of its {len(found)} modules have an alpha, and {next(n for n in found if n not in alphas)!r} has "
+            "none: programs differ in what they take for it; write an alpha for every module"
+        )
+    if alphas and form.title == "diffusers" and any(name.startswith("unet.") for name in found):
+        raise UnsupportedError(
+            f"{file.path}: refused: {next(iter(alphas.values()))!r}: diffusers loads no alphas beside a UNet's lora_A and lora_B; scale "
+            "lora_B by alpha/rank and leave them out, or write a LoRA config into the metadata"
+        )
+    return {name: _with_alpha(file, alphas.get(name)) for name in found}
+
+
+def _with_alpha(file: TensorFile, tensor: str | None) -> AdapterConfig | None:
+    if tensor is None:
+        return None
+    stored = StoredTensor(file, file.header.by_name[tensor])
+    if stored.info.shape not in ((), (1,)):
+        raise FormatError(f"{file.path}: {tensor!r}: expected one number, found shape {list(stored.info.shape)}")
+    return AdapterConfig({"lora_alpha": float(stored.whole().item())}, file.path)
+
+
+def _metadata(file: TensorFile) -> dict[str, AdapterConfig] | None:
+    """Read the LoRA config of each component from the metadata, as diffusers writes it: ``unet.r``, ``unet.lora_alpha`` and so on."""
+    raw = file.header.metadata.get(METADATA_KEY)
+    if not raw:
+        return None
+    try:
+        tree = strict_json(raw.encode())
+    except ValueError as e:
+        raise FormatError(
+            f"{file.path}: {METADATA_KEY} of its metadata: bad JSON: {e}; save the adapter again"
+        ) from None
+    if not isinstance(tree, dict):
+        raise FormatError(f"{file.path}: {METADATA_KEY} of its metadata: expected an object; save the adapter again")
+    values: dict[str, dict[str, Any]] = {}
+    for key, value in tree.items():
+        component, _, name = key.partition(".")
+        values.setdefault(component, {})[name] = value
+    configs = {component: AdapterConfig(stated, file.path) for component, stated in values.items()}
+    for config in configs.values():
+        refuse_kinds(config)
+    return configs
+
+
+def _lacks(file: TensorFile, module: str) -> AdapterConfig:
+    raise FormatError(
+        f"{file.path}: {METADATA_KEY} of its metadata has no LoRA config of {module!r}; save the adapter again"
+    )

@@ -1,0 +1,343 @@
+"""Pipelines merged with an adapter compute what diffusers computes with the adapter loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+import streamer
+
+pytest.importorskip("diffusers", reason="pipelines are compared with diffusers, which the test extra installs")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
+
+LAYERS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "ff.net.0.proj",
+    "proj_in",
+    "conv1",
+    "conv_in",
+    "time_embedding.linear_1",
+    "proj_mlp",
+]
+RANKS = {"unet": {"conv1": 2, "conv_in": 3}, "transformer": {"proj_mlp": 2}}
+
+SDXL = {
+    "input_blocks_0_0": "conv_in",
+    "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
+    "input_blocks_2_0_emb_layers_1": "down_blocks.0.resnets.1.time_emb_proj",
+    "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+    "input_blocks_4_0_skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
+    "input_blocks_5_1_transformer_blocks_0_attn1_to_q": "down_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q",
+    "middle_block_1_proj_in": "mid_block.attentions.0.proj_in",
+    "middle_block_2_out_layers_3": "mid_block.resnets.1.conv2",
+    "output_blocks_1_1_transformer_blocks_0_ff_net_0_proj": "up_blocks.0.attentions.1.transformer_blocks.0.ff.net.0.proj",
+    "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks_4_0_out_layers_3": "up_blocks.1.resnets.1.conv2",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding.linear_1",
+    "label_emb_0_2": "add_embedding.linear_2",
+}
+"""Names in the original code of SDXL → in diffusers', for two blocks of two layers."""
+
+FLUX = {
+    "double_blocks_0_img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "double_blocks_0_txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "double_blocks_0_img_attn_proj": ("attn.to_out.0",),
+    "double_blocks_0_txt_attn_proj": ("attn.to_add_out",),
+    "double_blocks_0_img_mlp_0": ("ff.net.0.proj",),
+    "double_blocks_0_img_mlp_2": ("ff.net.2",),
+    "double_blocks_0_txt_mlp_0": ("ff_context.net.0.proj",),
+    "double_blocks_0_txt_mlp_2": ("ff_context.net.2",),
+    "double_blocks_0_img_mod_lin": ("norm1.linear",),
+    "double_blocks_0_txt_mod_lin": ("norm1_context.linear",),
+    "single_blocks_0_linear2": ("proj_out",),
+    "single_blocks_0_modulation_lin": ("norm.linear",),
+}
+"""Names in the original code of Flux → the layers that hold the rows in diffusers'."""
+
+LINEAR1 = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+
+
+@pytest.fixture(autouse=True)
+def _older_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers asks for a version of PEFT that may not exist for this Python; diffusers does not."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21")
+
+
+def clip(projects: bool = False) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(vocab_size=64, hidden_size=32, intermediate_size=36, num_hidden_layers=1, num_attention_heads=4,
+                            projection_dim=24)  # fmt: skip
+    return (CLIPTextModelWithProjection if projects else CLIPTextModel)(config)
+
+
+def unet(**more: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=2, sample_size=8, in_channels=4, out_channels=4, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), norm_num_groups=4,
+        **more,
+    )  # fmt: skip
+
+
+def sd() -> Any:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    return StableDiffusionPipeline(vae=vae(), text_encoder=clip(), tokenizer=None, unet=unet(cross_attention_dim=32),
+                                   scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None,
+                                   requires_safety_checker=False)  # fmt: skip
+
+
+def sdxl() -> Any:
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+    net = unet(cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8, use_linear_projection=True,
+               projection_class_embeddings_input_dim=24 + 6 * 8)  # fmt: skip
+    return StableDiffusionXLPipeline(vae=vae(), text_encoder=clip(), text_encoder_2=clip(projects=True), tokenizer=None, tokenizer_2=None,
+                                     unet=net, scheduler=DDIMScheduler())  # fmt: skip
+
+
+def flux() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    net = FluxTransformer2DModel(in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+                                 joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8))  # fmt: skip
+    return FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(), text_encoder=clip(), tokenizer=None, text_encoder_2=None,
+                        tokenizer_2=None, transformer=net)  # fmt: skip
+
+
+def vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A directory of each pipeline, made once."""
+    home = tmp_path_factory.mktemp("pipelines")
+
+    def base(kind: str) -> Path:
+        if not (home / kind).exists():
+            {"sd": sd, "sdxl": sdxl, "flux": flux}[kind]().save_pretrained(home / kind)
+        return home / kind
+
+    return base
+
+
+def opened(base: Path) -> Any:
+    import diffusers
+
+    index = json.loads((base / "model_index.json").read_text())
+    absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
+    return getattr(diffusers, index["_class_name"]).from_pretrained(base, **absent)
+
+
+@torch.no_grad()
+def answers(pipe: Any) -> list[torch.Tensor]:
+    """What the components that adapters change compute from one input."""
+    torch.manual_seed(1)
+    ids, noise = torch.randint(0, 64, (1, 7)), torch.randn(1, 4, 8, 8)
+    text = pipe.text_encoder(ids)
+    if hasattr(pipe, "transformer"):
+        places = torch.arange(48).reshape(16, 3).float()
+        image = pipe.transformer(hidden_states=torch.randn(1, 16, 4), encoder_hidden_states=torch.randn(1, 5, 32),
+                                 pooled_projections=text.pooler_output, timestep=torch.tensor([0.5]), img_ids=places,
+                                 txt_ids=torch.zeros(5, 3)).sample  # fmt: skip
+        return [image, text.last_hidden_state]
+    if not hasattr(pipe, "text_encoder_2"):
+        return [pipe.unet(noise, 7, text.last_hidden_state).sample, text.last_hidden_state]
+    embeds = pipe.text_encoder_2(ids).text_embeds
+    added = {"text_embeds": embeds, "time_ids": torch.arange(6.0)[None]}
+    return [pipe.unet(noise, 7, text.last_hidden_state, added_cond_kwargs=added).sample, text.last_hidden_state, embeds]
+
+
+def check(base: Path, adapter: Path, out: Path, oracle: Path | None = None, changed: int = 1) -> None:
+    """Merge, and compare with the adapter, or with the same adapter in a form that diffusers reads, loaded by diffusers."""
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=1)
+    pipe = opened(base)
+    before = answers(pipe)
+    pipe.load_lora_weights(oracle or adapter)
+    expected, found = answers(pipe), answers(opened(out))
+    assert sum(float((a - b).abs().max()) > 1e-2 for a, b in zip(before, expected, strict=True)) >= changed
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def trained(pipe: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Adapt every component; the factors are random."""
+    net = "transformer" if hasattr(pipe, "transformer") else "unet"
+    config = LoraConfig(r=4, lora_alpha=6, rank_pattern=RANKS[net], init_lora_weights=False, target_modules=LAYERS)
+    getattr(pipe, net).add_adapter(config)
+    found = {f"{net}_lora_layers": get_peft_model_state_dict(getattr(pipe, net))}
+    layers = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    for name in ("text_encoder", "text_encoder_2")[: 2 if net == "unet" else 1]:
+        if getattr(pipe, name, None) is not None:
+            getattr(pipe, name).add_adapter(
+                LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, target_modules=layers)
+            )
+            found[f"{name}_lora_layers"] = get_peft_model_state_dict(getattr(pipe, name))
+    return found
+
+
+@pytest.mark.parametrize("stated", [True, False], ids=["config in the metadata", "no config"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
+def test_adapters_that_diffusers_saves(bases: Callable[[str], Path], tmp_path: Path, kind: str, stated: bool) -> None:
+    from diffusers.training_utils import _collate_lora_metadata
+
+    pipe = opened(bases(kind))
+    layers = trained(pipe)
+    adapted = {name.removesuffix("_lora_layers"): getattr(pipe, name.removesuffix("_lora_layers")) for name in layers}
+    more = _collate_lora_metadata(adapted) if stated else {}
+    pipe.save_lora_weights(tmp_path / "lora", **layers, **more)
+    check(bases(kind), tmp_path / "lora", tmp_path / "merged", changed=len(layers))
+
+
+def test_a_mitigated_adapter_opens_in_diffusers(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    pipe = opened(bases("sd"))
+    pipe.save_lora_weights(tmp_path / "lora", **trained(pipe))
+    streamer.reduce_intruder_dimension(bases("sd"), tmp_path / "lora", tmp_path / "mitigated", mitigation_lambda=0.2)
+    name = "pytorch_lora_weights.safetensors"
+    before, after = load_file(tmp_path / "lora" / name), load_file(tmp_path / "mitigated" / name)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    check(bases("sd"), tmp_path / "mitigated", tmp_path / "merged", changed=2)
+
+
+def factors(shape: tuple[int, ...], rank: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random factors of a weight of this shape."""
+    a, b = torch.randn(rank, *shape[1:]), torch.randn(shape[0], rank, *(1 for _ in shape[2:]))
+    return a * 0.1, b
+
+
+def kohya(names: Mapping[str, tuple[int, ...]], alpha: float | None = 3) -> dict[str, torch.Tensor]:
+    """An adapter by kohya's names → the shapes of the weights."""
+    found = {}
+    for name, shape in names.items():
+        found[f"{name}.lora_down.weight"], found[f"{name}.lora_up.weight"] = factors(shape)
+        if alpha is not None:
+            found[f"{name}.alpha"] = torch.tensor(float(alpha))
+    return found
+
+
+def text_names(base: Path, component: str, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Kohya's names of the layers of CLIP."""
+    found = {}
+    for name, tensor in load_file(base / component / "model.safetensors").items():
+        if tensor.ndim == 2 and ".layers." in name:
+            module = name.removesuffix(".weight").removeprefix("text_model.").replace(".", "_")
+            found[f"{prefix}text_model_{module}"] = tuple(tensor.shape)
+    return found
+
+
+def shapes(base: Path, component: str) -> dict[str, tuple[int, ...]]:
+    tensors = load_file(base / component / "diffusion_pytorch_model.safetensors")
+    return {
+        name.removesuffix(".weight"): tuple(t.shape)
+        for name, t in tensors.items()
+        if name.endswith(".weight") and t.ndim > 1
+    }
+
+
+@pytest.mark.parametrize("alpha", [3, None])
+def test_kohya_names_of_stable_diffusion(bases: Callable[[str], Path], tmp_path: Path, alpha: float | None) -> None:
+    base = bases("sd")
+    names = {f"lora_unet_{name.replace('.', '_')}": shape for name, shape in shapes(base, "unet").items()}
+    tensors = kohya(names | text_names(base, "text_encoder", "lora_te_"), alpha)
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    check(base, tmp_path / "kohya.safetensors", tmp_path / "merged", changed=2)
+
+
+def test_kohya_names_of_sdxl(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base = bases("sdxl")
+    known = shapes(base, "unet")
+    names = {f"lora_unet_{name}": known[module] for name, module in SDXL.items()}
+    names |= text_names(base, "text_encoder", "lora_te1_") | text_names(base, "text_encoder_2", "lora_te2_")
+    save_file(kohya(names), tmp_path / "kohya.safetensors")
+    check(base, tmp_path / "kohya.safetensors", tmp_path / "merged", changed=3)
+
+
+def flux_shape(known: Mapping[str, tuple[int, ...]], blocks: str, layers: tuple[str, ...]) -> tuple[int, int]:
+    held = [known[f"{blocks}.0.{layer}"] for layer in layers]
+    return sum(m for m, _ in held), held[0][1]
+
+
+def test_kohya_names_of_flux(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base = bases("flux")
+    known = shapes(base, "transformer")
+    names = {}
+    for name, layers in FLUX.items():
+        blocks = "transformer_blocks" if name.startswith("double") else "single_transformer_blocks"
+        names[f"lora_unet_{name}"] = flux_shape(known, blocks, layers)
+    tensors = kohya(names | text_names(base, "text_encoder", "lora_te1_"))
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    check(base, tmp_path / "kohya.safetensors", tmp_path / "merged", changed=2)
+
+
+def test_flux_in_one_layer_for_all_that_reads_the_input(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """Diffusers splits ``linear1`` at Flux's own sizes only: the oracle for a small model has it split, in the order seen there."""
+    from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+
+    down, up = factors((21504, 8))
+    own = {
+        "lora_unet_single_blocks_0_linear1.lora_down.weight": down,
+        "lora_unet_single_blocks_0_linear1.lora_up.weight": up,
+    }
+    split = _convert_kohya_flux_lora_to_diffusers(dict(own))
+    parts = [split[f"transformer.single_transformer_blocks.0.{layer}.lora_B.weight"] for layer in LINEAR1]
+    assert torch.equal(torch.cat(parts), up)
+
+    base, head = bases("flux"), "single_transformer_blocks.0"
+    known = shapes(base, "transformer")
+    sizes = [known[f"{head}.{layer}"][0] for layer in LINEAR1]
+    tensors = kohya({"lora_unet_single_blocks_0_linear1": flux_shape(known, "single_transformer_blocks", LINEAR1)})
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    down, up, _ = tensors.values()
+    oracle = {}
+    for layer, rows in zip(LINEAR1, up.split(sizes), strict=True):
+        oracle[f"transformer.{head}.{layer}.lora_A.weight"] = down * (3 / 4)
+        oracle[f"transformer.{head}.{layer}.lora_B.weight"] = rows.contiguous()
+    (tmp_path / "oracle").mkdir()
+    save_file({k: v.clone() for k, v in oracle.items()}, tmp_path / "oracle" / "pytorch_lora_weights.safetensors")
+    check(base, tmp_path / "kohya.safetensors", tmp_path / "merged", tmp_path / "oracle")
+    # Written back, the fused matrix is one again.
+    streamer.reduce_intruder_dimension(
+        base, tmp_path / "kohya.safetensors", tmp_path / "mitigated", mitigation_lambda=0.2
+    )
+    assert load_file(tmp_path / "mitigated" / "kohya.safetensors").keys() == tensors.keys()
+
+
+def test_alphas_of_a_flux_adapter(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    pipe = opened(bases("flux"))
+    pipe.save_lora_weights(tmp_path / "lora", **trained(pipe))
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    tensors = load_file(file)
+    for n, name in enumerate([name for name in tensors if name.endswith(".lora_A.weight")]):
+        tensors[name.replace(".lora_A.weight", ".alpha")] = torch.tensor(1.0 + n % 3)
+    save_file(tensors, file)
+    check(bases("flux"), tmp_path / "lora", tmp_path / "merged", changed=2)
+
+
+def test_a_component_in_shards(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bases("sd"), base)
+    pipe = opened(base)
+    shutil.rmtree(base / "unet")
+    pipe.unet.save_pretrained(base / "unet", max_shard_size="100KB")
+    assert (base / "unet" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    pipe.save_lora_weights(tmp_path / "lora", **trained(pipe))
+    check(base, tmp_path / "lora", tmp_path / "merged", changed=2)

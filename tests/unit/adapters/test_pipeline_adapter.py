@@ -1,0 +1,149 @@
+"""Adapters of diffusers pipelines: which tensors form a module, its scaling, and what is refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import one_file
+from pipelines import KOHYA, LORA, SHAPES, TO_Q, factors, lora, scaling, write_pipeline
+from safetensors.torch import load_file, save_file
+
+import streamer
+from streamer.adapters.pipeline_adapter import open_lora
+from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
+from streamer.plan.plan import make_plan
+
+Tensors = dict[str, torch.Tensor]
+pytestmark = pytest.mark.filterwarnings("ignore:.*alphas differ")
+FORMS = ("kohya", "metadata", "plain")
+TO_Q_NAME = KOHYA[f"unet.{TO_Q}"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_merged_pipeline_is_the_base_plus_scaled_products(tmp_path: Path, form: str) -> None:
+    base, (tensors, metadata) = write_pipeline(tmp_path / "base"), lora(form)
+    save_file(tensors, tmp_path / LORA, metadata)
+    streamer.merge_with_reduced_intruder_dimensions(base, tmp_path / LORA, tmp_path / "out", mitigation_lambda=1)
+    for file in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        before, after = load_file(base / file), load_file(tmp_path / "out" / file)
+        assert list(before) == list(after)
+        for name, W0 in before.items():
+            module = f"{file.partition('/')[0]}.{name.removesuffix('.weight')}".replace(
+                "text_encoder.", "text_encoder.text_model."
+            )
+            expected = W0.double().numpy()
+            if module in SHAPES:
+                A, B = (t.double().flatten(1).numpy() for t in factors(form, tensors, module))
+                expected = expected + scaling(form, module) * (B @ A).reshape(expected.shape)
+            np.testing.assert_allclose(after[name].double().numpy(), expected, rtol=0, atol=2e-6)
+    written = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert {name for name in written if "16" in name or name.endswith(".bin")} == {
+        "vae/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.safetensors"}  # fmt: skip
+    for name in ("vae/diffusion_pytorch_model.safetensors", "model_index.json", "unet/config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mitigated_adapter_has_the_form_of_the_original(tmp_path: Path, form: str) -> None:
+    base, (tensors, metadata) = write_pipeline(tmp_path / "base"), lora(form)
+    (tmp_path / "lora").mkdir()
+    save_file(tensors, tmp_path / "lora" / "mine.safetensors", metadata)
+    for lam, adapter in ((1, tmp_path / "lora"), (0.5, tmp_path / "lora" / "mine.safetensors")):
+        out = tmp_path / f"out {lam}"
+        streamer.reduce_intruder_dimension(base, adapter, out, mitigation_lambda=lam)
+        after = load_file(out / "mine.safetensors")
+        assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in tensors.items()}
+        assert all(torch.equal(after[name], tensors[name]) for name in after if lam == 1 or name.endswith("alpha"))
+        assert not (out / "adapter_config.json").exists()
+        assert open_lora(out).file.header.metadata.items() >= metadata.items()
+    assert (
+        make_plan(base, tmp_path / "lora").adapter_identity
+        == make_plan(base, tmp_path / "lora" / "mine.safetensors").adapter_identity
+    )
+
+
+def test_alphas_that_differ_are_told(tmp_path: Path) -> None:
+    base = write_pipeline(tmp_path / "base")
+    for form, says in (("kohya", True), ("metadata", False)):
+        save_file(lora(form)[0], tmp_path / LORA, lora(form)[1])
+        assert any("alphas differ" in line for line in make_plan(base, tmp_path / LORA).warnings) is says
+
+
+REFUSED: dict[str, tuple[Callable[[Tensors], object], str, type[InputError], str]] = {
+    "a middle factor": (lambda t: t.update({"lora_unet_conv_in.lora_mid.weight": torch.ones(2, 2, 3, 3)}), "kohya",
+                        UnsupportedError, r"1 × a convolution in three factors \(lora_mid\), 'lora_unet_conv_in.lora_mid.weight' first"),
+    "DoRA": (lambda t: t.update({f"{TO_Q_NAME}.dora_scale": torch.ones(6, 1)}), "kohya", UnsupportedError, "1 × DoRA"),
+    "DoRA of PEFT": (lambda t: t.update({f"unet.{TO_Q}.lora_magnitude_vector": torch.ones(6)}), "plain", UnsupportedError, "1 × DoRA"),
+    "LoHa": (lambda t: t.update({f"{TO_Q_NAME}.hada_w1_a": torch.ones(6, 1)}), "kohya", UnsupportedError, "LyCORIS"),
+    "a bias": (lambda t: t.update({f"unet.{TO_Q}.lora_B.bias": torch.ones(6)}), "plain", UnsupportedError, "lora_bias"),
+    "T5": (lambda t: t.update({"lora_te3_encoder_0.alpha": torch.ones(())}), "kohya", UnsupportedError, "another component"),
+    "alphas of some": (lambda t: t.pop(f"{TO_Q_NAME}.alpha"), "kohya", FormatError, "2 of its 3 modules have an alpha"),
+    "alphas of a UNet": (lambda t: t.update({f"{m}.alpha": torch.ones(()) for m in KOHYA}), "plain", UnsupportedError, "loads no alphas"),
+    "alphas and a config": (lambda t: t.update({f"{m}.alpha": torch.ones(()) for m in KOHYA}), "metadata", MismatchError, "both alphas"),
+    "two alphas": (lambda t: t.update({f"{TO_Q_NAME}.alpha": torch.ones(2)}), "kohya", FormatError, r"one number, found shape \[2\]"),
+    "an alpha of zero": (lambda t: t.update({f"{TO_Q_NAME}.alpha": torch.zeros(())}), "kohya", FormatError, "other than 0"),
+    "half a module": (lambda t: t.pop(f"{TO_Q_NAME}.lora_up.weight"), "kohya", FormatError, "no factor B"),
+    "another rank": (lambda t: t.update({f"unet.{TO_Q}.lora_A.weight": torch.ones(1, 5), f"unet.{TO_Q}.lora_B.weight": torch.ones(6, 1)}),
+                     "metadata", MismatchError, "expected rank 2 by the config, found 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    change, form, error, words = REFUSED[case]
+    tensors, metadata = lora(form)
+    change(tensors)
+    save_file(tensors, tmp_path / LORA, metadata)
+    for path in (tmp_path, tmp_path / LORA):
+        with pytest.raises(error, match=words):
+            open_lora(path)
+
+
+MISFITS = {
+    "another name": (
+        "kohya",
+        {"lora_unet_mid_block_attentions_9_to_q": (6, 5)},
+        "has no tensor of a known name in the base's unet",
+    ),
+    "no component": ("kohya", {"lora_te2_text_model_encoder": (6, 5)}, "looked for text_encoder_2/model.safetensors"),
+    "another shape": ("plain", {f"unet.{TO_Q}": (6, 4)}, "expected shape"),
+    "a linear layer as a convolution": ("plain", {f"unet.{TO_Q}": (6, 5, 1, 1)}, "expected shape"),
+    "names of SDXL": ("kohya", {"lora_unet_input_blocks_0_0": (4, 3, 3, 3)}, "no tensor of a known name"),
+    "two names of one": ("kohya", {"lora_te1_text_model_encoder_layers_0_mlp_fc1": (8, 6)}, "both change"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_modules_without_a_unique_tensor_are_refused_by_name(tmp_path: Path, case: str) -> None:
+    form, names, words = MISFITS[case]
+    base, (tensors, metadata) = write_pipeline(tmp_path / "base"), lora(form)
+    for name, shape in names.items():
+        A, B = torch.ones(2, *shape[1:]), torch.ones(shape[0], 2, *(1 for _ in shape[2:]))
+        kohya = {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B, f"{name}.alpha": torch.ones(())}
+        tensors |= kohya if form == "kohya" else {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    save_file(tensors, tmp_path / LORA, metadata)
+    with pytest.raises(MismatchError, match=re.escape(next(iter(names)))) as e:
+        make_plan(base, tmp_path / LORA)
+    assert words in str(e.value)
+
+
+def test_pipelines_and_their_adapters_need_each_other(tmp_path: Path) -> None:
+    base, (model, adapter) = write_pipeline(tmp_path / "base"), one_file(tmp_path)
+    save_file(lora("plain")[0], tmp_path / LORA)
+    with pytest.raises(MismatchError, match="is a diffusers pipeline, which needs an adapter with"):
+        make_plan(base, adapter)
+    with pytest.raises(MismatchError, match="name the directory with model_index"):
+        make_plan(model, tmp_path / LORA)
+
+
+def test_a_quantized_component_is_refused(tmp_path: Path) -> None:
+    base = write_pipeline(tmp_path / "base")
+    save_file(lora("plain")[0], tmp_path / LORA)
+    (base / "unet" / "config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
+    with pytest.raises(UnsupportedError, match="is quantized, which is not supported in pipelines"):
+        make_plan(base, tmp_path / LORA)
