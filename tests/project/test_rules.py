@@ -109,7 +109,7 @@ BUDGET = {
     "adapters": 1_455,
     "fitting": 1_971,
     "report": 1_035,
-    "weights": 1_210,
+    "weights": 1_191,
     "linalg": 1_171,
     "peft": 794,
     "remote": 639,

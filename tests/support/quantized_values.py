@@ -78,11 +78,6 @@ AWQ_WORDS = torch.zeros(64, 4, dtype=torch.int32)
 BNB = {"quant_method": "bitsandbytes"}
 
 
-def text(characters: str) -> torch.Tensor:
-    """A setting as hqq writes it."""
-    return torch.tensor(list(characters.encode()), dtype=torch.uint8)
-
-
 def torchao(kind: str, qdata: torch.Tensor, data: dict, **parts: torch.Tensor) -> tuple[dict, dict, dict[str, str]]:
     """Tensors, config and metadata of a weight of torchao."""
     stated = {"_type": kind, "_data": data, "_tensor_data_names": ["qdata", *parts]}
@@ -95,10 +90,4 @@ HQQ = {
     "w.scale": torch.ones(192, 1, dtype=torch.bfloat16),
     "w.zero": torch.ones(192, 1, dtype=torch.bfloat16),
     "w.shape": torch.tensor([64, 96]),
-    "w.packing": text("4bit_u8"),
-    "w.compute_dtype": text("torch.bfloat16"),
-    "w.axis": torch.tensor(1, dtype=torch.int32),
-    "w.group_size": torch.tensor(32, dtype=torch.int32),
-    **{f"w.{flag}": torch.tensor(flag == "channel_wise").byte()
-       for flag in ("view_as_float", "channel_wise", "quant_zero", "quant_scale")},
-}  # fmt: skip
+}

@@ -1,46 +1,32 @@
 """Decode HQQ: integers of 1 to 8 bits, with a scale and a zero point for each group of the flattened matrix.
 
-``W = (q − zero) · scale``, in the dtype of the saved model and rounded after each operation, as the library does. The values form a
-table: with axis 1 each row is a group; with axis 0 each column is one. A packed row holds as many rows of the table as fit its words: of k
-packed rows, the first holds rows 0, k, 2k, …, with row 0 in the highest bits. The settings of each layer are tensors beside its values.
+``W = (q − zero) · scale``, in the dtype of the scales and rounded after each operation, as the library does. The values form a table: with
+axis 1 each row is a group, with axis 0 each column. A packed row holds as many rows of the table as fit its words: of k packed rows, the
+first holds rows 0, k, 2k, …, with row 0 in the highest bits. The shapes tell the axis and the number of bits, so that only ``shape`` is
+read before the values; the library's decoder does not use the settings that say the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from streamer.errors import FormatError, UnsupportedError
+from streamer.errors import FormatError
+from streamer.storage.header import TensorInfo
 from streamer.weights.base import QuantizedWeight, StoredTensor
 from streamer.weights.dtypes import TORCH_DTYPES
 from streamer.weights.quantization.packing import SCALE_DTYPES, check_fit
 
-SHAPED = ("scale", "zero", "shape")
-"""Roles of the tensors beside the values."""
+SETTINGS = ("packing", "compute_dtype", "axis", "group_size", "view_as_float", "channel_wise", "quant_zero", "quant_scale", "nbits",
+            "unpack_view_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "optimize", "round_zero")  # fmt: skip
+"""Names of the tensors that hold a layer's settings."""
 
-UNUSED = ("nbits", "unpack_view_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "optimize", "round_zero")  # fmt: skip
-"""Roles of settings that do not change what the values mean."""
-
-_PACKINGS = {
-    # Name → dtype of the words, bits of a value, values in a word.
-    b"8bit_u8": ("U8", 8, 1),
-    b"4bit_u8": ("U8", 4, 2),
-    b"3bit_32": ("I32", 3, 10),
-    b"2bit_u8": ("U8", 2, 4),
-    b"1bit_u8": ("U8", 1, 8),
-}
-
-_DTYPES = {b"torch.float16": torch.float16, b"torch.bfloat16": torch.bfloat16, b"torch.float32": torch.float32}
-
-SETTINGS: dict[str, Container[bytes] | Container[int]] = {
-    "packing": _PACKINGS, "compute_dtype": _DTYPES, "axis": (0, 1), "group_size": range(1, 2**31), "view_as_float": (0, 1),
-    "channel_wise": (1,), "quant_zero": (0,), "quant_scale": (0,),
-}  # fmt: skip
-"""Roles of settings that change what the values mean, and the supported values: text or a number."""
+_PACKINGS = (("U8", 8, 1), ("U8", 4, 2), ("I32", 3, 10), ("U8", 2, 4), ("U8", 1, 8))
+"""Dtype of the words, bits of a value, values in a word."""
 
 
 @dataclass(frozen=True)
@@ -53,67 +39,57 @@ class HQQ(QuantizedWeight):
         Rows and columns of the values' table.
     bits, count
         Bits of a value, and values in a word.
-    dtype
-        Dtype in which the library decodes.
     """
 
     table: tuple[int, int]
     bits: int
     count: int
-    dtype: torch.dtype
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
-        """Check that the tensors and settings fit together, and make the weight that they store."""
+        """Check that the tensors fit together, and make the weight that they store."""
         where = f"{tensors['weight'].file.path}: tensor {tensors['weight'].info.name!r}"
-        packed = tensors["weight"].info
-        missing = [role for role in (*SHAPED, *SETTINGS) if role not in tensors]
+        missing = [role for role in ("scale", "zero", "shape") if role not in tensors]
         if missing:
             raise FormatError(f"{where}: {missing[0]!r} of its HQQ layer is missing; get the file again")
-        setting = {role: _setting(tensors[role], role) for role in SETTINGS}
-        for role, supported in SETTINGS.items():
-            if setting[role] not in supported:
-                raise UnsupportedError(
-                    f"{where}: HQQ with {role}={setting[role]!r} is not supported; use the 16-bit model"
-                )
-        parts, stated = {role: tensors[role] for role in ("weight", *SHAPED)}, tensors["shape"].info
-        check_fit((stated.dtype, stated.shape) == ("I64", (2,)), parts, where)
-        spelling, bits, count = _PACKINGS[setting["packing"]]
-        (m, n), size = tensors["shape"].whole().tolist(), setting["group_size"]
-        check_fit(m > 0 and n > 0 and size > 0 and m * n % size == 0, parts, where)
-        groups = m * n // size
-        table, per_group = ((groups, size), (groups, 1)) if setting["axis"] else ((size, groups), (1, groups))
-        rows = -(-table[0] // count)
-        fits = packed.dtype == spelling or (setting["view_as_float"] == 1 and packed.dtype in SCALE_DTYPES)
-        fits &= packed.shape[:1] == (rows,) and packed.nbytes == rows * table[1] * TORCH_DTYPES[spelling].itemsize
-        fits &= bits == 3 or rows * count == table[0]
-        fits &= all(
-            tensors[r].info.shape == per_group and tensors[r].info.dtype in SCALE_DTYPES for r in ("scale", "zero")
+        parts = {role: tensors[role] for role in ("weight", "scale", "zero", "shape")}
+        packed, scale, zero, stated = (stored.info for stored in parts.values())
+        fits = (stated.dtype, stated.shape) == ("I64", (2,)) and scale.dtype in SCALE_DTYPES
+        fits &= (
+            (scale.dtype, scale.shape) == (zero.dtype, zero.shape) and len(scale.shape) == 2 and min(scale.shape) == 1
         )
         check_fit(fits, parts, where)
-        dtype, info = _DTYPES[setting["compute_dtype"]], replace(packed, dtype=spelling, shape=(rows, table[1]))
+        (m, n), groups = tensors["shape"].whole().tolist(), max(scale.shape)
+        check_fit(m > 0 and n > 0 and m * n % groups == 0, parts, where)
+        table = (groups, m * n // groups) if scale.shape[1] == 1 else (m * n // groups, groups)
+        fitting = [packing for packing in _PACKINGS if _holds(packed, table, *packing)]
+        check_fit(len(fitting) == 1, parts, where)
+        dtype, bits, count = fitting[0]
+        info = replace(packed, dtype=dtype, shape=(-(-table[0] // count), table[1]))
         stored = {**tensors, "weight": replace(tensors["weight"], info=info)}
-        return cls(name, (m, n), stored, f"HQQ {bits} bits", torch.float32, None, table, bits, count, dtype)
+        return cls(name, (m, n), stored, f"HQQ {bits} bits", torch.float32, None, table, bits, count)
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``(q − zero) · scale``."""
         n, (rows, columns) = self.shape[1], self.table
         first, last = i * n // columns, -(-j * n // columns)
+        zero, scale = (self._by_group(role, first, last) for role in ("zero", "scale"))
         at, packed = torch.arange(first, last), -(-rows // self.count)
         words = self.tensors["weight"].whole()[at % packed]
         shift = (self.count - 1 - at // packed).mul_(self.bits).to(words.dtype)
-        values = words.bitwise_right_shift_(shift[:, None]).bitwise_and_((1 << self.bits) - 1).to(self.dtype)
-        zero, scale = (self._by_group(role, first, last) for role in ("zero", "scale"))
+        values = words.bitwise_right_shift_(shift[:, None]).bitwise_and_((1 << self.bits) - 1).to(scale.dtype)
         start = i * n - first * columns
         return values.sub_(zero).mul_(scale).to(torch.float32).flatten()[start : start + (j - i) * n].view(j - i, n)
 
     def _by_group(self, role: str, first: int, last: int) -> Tensor:
         """Read what scales or shifts rows of the table: a column for groups in rows, else one row."""
         stored = self.tensors[role]
-        return (stored.whole() if stored.info.shape[0] == 1 else stored.rows(first, last)).to(self.dtype)
+        return stored.whole() if stored.info.shape[0] == 1 else stored.rows(first, last)
 
 
-def _setting(stored: StoredTensor, role: str) -> Any:
-    """Read a setting: text from its bytes, or a little-endian number."""
-    raw = stored.bytes(0, min(stored.info.nbytes, 32)).numpy().tobytes()
-    return raw if role in ("packing", "compute_dtype") else int.from_bytes(raw, "little")
+def _holds(packed: TensorInfo, table: tuple[int, int], dtype: str, bits: int, count: int) -> bool:
+    """Test whether a tensor holds a table in these words; the library may view them as floating-point values."""
+    rows = -(-table[0] // count)
+    whole = bits == 3 or rows * count == table[0]
+    size = rows * table[1] * TORCH_DTYPES[dtype].itemsize
+    return whole and (packed.shape[:1], packed.nbytes) == ((rows,), size) and packed.dtype in (dtype, *SCALE_DTYPES)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_values import AWQ_WORDS, BNB, CODES, CPU, FP8_CONFIG, HQQ, base_of, fp8, packed, text, torchao
+from quantized_values import AWQ_WORDS, BNB, CODES, CPU, FP8_CONFIG, HQQ, base_of, fp8, packed, torchao
 
 from streamer.errors import FormatError, InputError, UnsupportedError
 from streamer.weights.dequantize import plain_weights
@@ -244,16 +244,18 @@ BROKEN = {
         "groups that do not exist",
     ),
     "awq: gemv": (packed(qweight=AWQ_WORDS), {"quant_method": "awq", "version": "gemv"}, "version gemm"),
-    "hqq: an unknown packing": (HQQ | {"w.packing": text("6bit_u8")}, {"quant_method": "hqq"}, "with packing=b'6bit_u8' is not"),
-    "hqq: a dtype that is not one": (HQQ | {"w.compute_dtype": text("os.system")}, {"quant_method": "hqq"}, "compute_dtype=b'os"),
-    "hqq: quantized zero points": (HQQ | {"w.quant_zero": torch.tensor(1)}, {"quant_method": "hqq"}, "with quant_zero=1 is not"),
-    "hqq: one scale for the tensor": (HQQ | {"w.channel_wise": torch.tensor(0)}, {"quant_method": "hqq"}, "channel_wise=0 is not"),
-    "hqq: a third axis": (HQQ | {"w.axis": torch.tensor(2)}, {"quant_method": "hqq"}, "with axis=2 is not"),
-    "hqq: the other axis": (HQQ | {"w.axis": torch.tensor(0)}, {"quant_method": "hqq"}, "do not fit"),
-    "hqq: other groups": (HQQ | {"w.group_size": torch.tensor(64)}, {"quant_method": "hqq"}, "do not fit"),
+    "hqq: other rows": (HQQ | {"w.W_q": torch.zeros(128, 32, dtype=torch.uint8)}, {"quant_method": "hqq"}, "do not fit"),
+    "hqq: words of another dtype": (HQQ | {"w.W_q": torch.zeros(96, 32, dtype=torch.int8)}, {"quant_method": "hqq"}, "do not fit"),
+    "hqq: one scale for the tensor": (
+        HQQ | {"w.scale": torch.tensor(1.0), "w.zero": torch.tensor(1.0)}, {"quant_method": "hqq"}, "do not fit"
+    ),
+    "hqq: zero points of another dtype": (HQQ | {"w.zero": torch.ones(192, 1)}, {"quant_method": "hqq"}, "do not fit"),
+    "hqq: other groups": (
+        HQQ | {f"w.{k}": torch.ones(128, 1) for k in ("scale", "zero")}, {"quant_method": "hqq"}, "do not fit"
+    ),
     "hqq: another shape": (HQQ | {"w.shape": torch.tensor([64, 95])}, {"quant_method": "hqq"}, "do not fit"),
-    "hqq: no scales": (
-        {k: t for k, t in HQQ.items() if k != "w.scale"}, {"quant_method": "hqq"}, "'scale' of its HQQ layer is missing"
+    "hqq: quantized zero points": (
+        {k.replace("zero", "zero_q"): t for k, t in HQQ.items()}, {"quant_method": "hqq"}, "'zero' of its HQQ layer is missing"
     ),
     "awq: other groups": (packed(qweight=AWQ_WORDS), {"quant_method": "awq", "group_size": 32}, "do not fit"),
 }  # fmt: skip
