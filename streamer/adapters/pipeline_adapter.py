@@ -181,11 +181,6 @@ def _configs(
             f"{file.path}: {len(alphas)} of its {len(found)} modules have an alpha, and {next(n for n in found if n not in alphas)!r} has "
             "none: programs differ in what they take for it; write an alpha for every module"
         )
-    if alphas and form.title == "diffusers" and any(name.startswith("unet.") for name in found):
-        raise UnsupportedError(
-            f"{file.path}: refused: {next(iter(alphas.values()))!r}: diffusers loads no alphas beside a UNet's lora_A and lora_B; scale "
-            "lora_B by alpha/rank and leave them out, or write a LoRA config into the metadata"
-        )
     return {name: _with_alpha(file, alphas.get(name)) for name in found}
 
 

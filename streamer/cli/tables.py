@@ -103,6 +103,8 @@ def next_step(findings: Findings, where: object, screen: Screen, base: str = "BA
     facts = {"base": findings.base, "adapter": findings.adapter}
     words = ["streamer", "evaluate", base, adapter, "--general", "GENERAL", "--task", "TASK", "-o", "evaluation.json",
              "--findings", str(where), *input_options(facts)]  # fmt: skip
+    if any("/" in file["file"] for file in findings.base.get("files", ())):  # a pipeline, which evaluate does not run
+        words = ["streamer", "merge", base, adapter, "-o", "OUTPUT", "--findings", str(where)]
     return fit(f"next: {shlex.join(words)}", screen.width)
 
 

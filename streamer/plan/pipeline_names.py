@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.pipeline_adapter import PipelineAdapter
@@ -51,6 +52,8 @@ OUTSIDE = {
     "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
 """Layers of SDXL's UNet outside of its blocks, by diffusers' names → by the original's."""
+
+FLUX_CLASS = "FluxTransformer2DModel"
 
 _ATTENTION = ("to_q", "to_k", "to_v")
 _CONTEXT = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -138,6 +141,12 @@ def match_modules(base: Checkpoint, config: ModelConfig, adapter: DeltaSource, w
 
 
 def _match_pipeline(base: Checkpoint, adapter: DeltaSource, weights: WeightView) -> ModuleNames:
+    alphas = [name for name in adapter.tensors if name.endswith(".alpha") and not name.startswith("lora_")]
+    if alphas and _class_of(base, "transformer") != FLUX_CLASS:
+        raise UnsupportedError(
+            f"{adapter.path}: refused: {alphas[0]!r}: diffusers loads alphas beside lora_A and lora_B for Flux only; scale lora_B by "
+            "alpha/rank and leave them out, or write a LoRA config into the metadata"
+        )
     stems = {name.removesuffix(".weight"): name for name in weights if name.endswith(".weight")}
     known: defaultdict[str, list[tuple[str, ...]]] = defaultdict(list)
     for name, modules in _kohya_names(base, stems):
@@ -195,6 +204,10 @@ def _match(base: Checkpoint, module: str, found: list[tuple[str, ...]]) -> Match
     return Match("", "", f"has no tensor of a known name in the base's {held[0]}")
 
 
+def _class_of(base: Checkpoint, component: str) -> Any:
+    return read_model_config(base.path / component).values.get("_class_name")
+
+
 def _kohya_names(base: Checkpoint, stems: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield each name of kohya's, and the modules of the base that hold its rows."""
     layers: defaultdict[str, dict[str, None]] = defaultdict(dict)
@@ -203,11 +216,11 @@ def _kohya_names(base: Checkpoint, stems: Iterable[str]) -> Iterator[tuple[str, 
         layers[component][rest] = None
     for component, own in layers.items():
         known: dict[str, tuple[str, ...]] = {layer: (layer,) for layer in own}
-        kind = read_model_config(base.path / component).values.get("_class_name")
+        kind = _class_of(base, component)
         if component == "unet" and kind == "UNet2DConditionModel" and "add_embedding.linear_1" in own:
             known |= {name: (layer,) for layer, name in _sdxl(own)}
         elif component == "transformer":
-            known = dict(_flux(own)) if kind == "FluxTransformer2DModel" else {}
+            known = dict(_flux(own)) if kind == FLUX_CLASS else {}
         elif component in ("text_encoder", "text_encoder_2") and not any(layer.startswith(TEXT) for layer in own):
             known = {TEXT + layer: (layer,) for layer in own}
         for name, held in known.items():

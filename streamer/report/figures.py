@@ -40,6 +40,9 @@ LEAST_ROWS = 7
 SHOWN = 6
 """Number of matrices whose directions are drawn: those whose intruders have the most energy."""
 
+LONGEST_NAME = 24
+"""Longest name of a row, in characters, for which two maps fit side by side."""
+
 KEPT, FORGETTING = (-0.05, 1.2), (-0.3, 1.4)
 """Range of shares that the trade-off shows, as on the page; variants outside are named below it."""
 
@@ -151,8 +154,8 @@ def _draw_output_map(figure: Figure, names: Sequence[str], counts: Sequence[int]
 
 
 def _draw_grids(figure: Figure, parts: Sequence[str], layers: Sequence[int | None], values: dict[str, Any]) -> None:
-    """Draw maps of one grid below each other, or side by side if there are few layers."""
-    stacked = len(layers) > 16
+    """Draw maps of one grid below each other, or side by side if there are few layers with short names."""
+    stacked = len(layers) > 16 or max(map(len, parts)) > LONGEST_NAME
     height = 0.5 + 0.16 * max(LEAST_ROWS, len(parts))
     figure.set_size_inches(WIDTH, (len(values) if stacked else 1) * (height + 0.2))
     axes = np.atleast_1d(figure.subplots(len(values), 1) if stacked else figure.subplots(1, len(values)))

@@ -35,7 +35,7 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
     directory = plan.base.directory
     if directory is None or not (directory / MODEL_CONFIG).exists():
         raise MissingInputError(
-            f"{plan.base.path}: has no {MODEL_CONFIG}, which names the model's class; give the directory of the model",
+            f"{plan.base.path}: has no {MODEL_CONFIG}, which names the model's class; give the directory of a language model",
             MODEL_CONFIG,
         )
     name = plan.config.architecture or next(iter(plan.config.architectures), None)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamer.errors import MismatchError, MissingInputError
+from streamer.errors import MismatchError, MissingInputError, UnsupportedError
 from streamer.verification.formulas import CONFIG_NAME, WEIGHTS_NAME
 
 LONGEST_HEADER = 100_000_000
@@ -64,10 +64,17 @@ def check_adapter(path: Path, identity: Mapping[str, Any], output: Path) -> None
     ------
     MissingInputError, MismatchError
         If it is a different one.
+    UnsupportedError
+        If it is an adapter of a pipeline.
     """
     if "files" in identity:
         model_files(path, identity, output, "fine-tuned model")
         return
+    if "weights_sha256" in identity and "config_sha256" not in identity:
+        raise UnsupportedError(
+            f"{output}: was made from an adapter of a diffusers pipeline, which verify does not recompute; without BASE ADAPTER it "
+            "checks the files against their digests"
+        )
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (path / name).is_file():
             raise MissingInputError(

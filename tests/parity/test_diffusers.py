@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from diffusers_pipelines import PIPELINES, answers, opened, trained
 from safetensors.torch import load_file, save_file
 
 import streamer
 
 pytest.importorskip("diffusers", reason="pipelines are compared with diffusers, which the test extra installs")
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
-
-LAYERS = [
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "ff.net.0.proj",
-    "proj_in",
-    "conv1",
-    "conv_in",
-    "time_embedding.linear_1",
-    "proj_mlp",
-]
-RANKS = {"unet": {"conv1": 2, "conv_in": 3}, "transformer": {"proj_mlp": 2}}
 
 SDXL = {
     "input_blocks_0_0": "conv_in",
@@ -76,56 +59,6 @@ def _older_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21")
 
 
-def clip(projects: bool = False) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(vocab_size=64, hidden_size=32, intermediate_size=36, num_hidden_layers=1, num_attention_heads=4,
-                            projection_dim=24)  # fmt: skip
-    return (CLIPTextModelWithProjection if projects else CLIPTextModel)(config)
-
-
-def unet(**more: Any) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        block_out_channels=(8, 16), layers_per_block=2, sample_size=8, in_channels=4, out_channels=4, attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), norm_num_groups=4,
-        **more,
-    )  # fmt: skip
-
-
-def sd() -> Any:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    return StableDiffusionPipeline(vae=vae(), text_encoder=clip(), tokenizer=None, unet=unet(cross_attention_dim=32),
-                                   scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None,
-                                   requires_safety_checker=False)  # fmt: skip
-
-
-def sdxl() -> Any:
-    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
-
-    net = unet(cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8, use_linear_projection=True,
-               projection_class_embeddings_input_dim=24 + 6 * 8)  # fmt: skip
-    return StableDiffusionXLPipeline(vae=vae(), text_encoder=clip(), text_encoder_2=clip(projects=True), tokenizer=None, tokenizer_2=None,
-                                     unet=net, scheduler=DDIMScheduler())  # fmt: skip
-
-
-def flux() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-
-    net = FluxTransformer2DModel(in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-                                 joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8))  # fmt: skip
-    return FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(), text_encoder=clip(), tokenizer=None, text_encoder_2=None,
-                        tokenizer_2=None, transformer=net)  # fmt: skip
-
-
-def vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A directory of each pipeline, made once."""
@@ -133,37 +66,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def base(kind: str) -> Path:
         if not (home / kind).exists():
-            {"sd": sd, "sdxl": sdxl, "flux": flux}[kind]().save_pretrained(home / kind)
+            PIPELINES[kind]().save_pretrained(home / kind)
         return home / kind
 
     return base
-
-
-def opened(base: Path) -> Any:
-    import diffusers
-
-    index = json.loads((base / "model_index.json").read_text())
-    absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
-    return getattr(diffusers, index["_class_name"]).from_pretrained(base, **absent)
-
-
-@torch.no_grad()
-def answers(pipe: Any) -> list[torch.Tensor]:
-    """What the components that adapters change compute from one input."""
-    torch.manual_seed(1)
-    ids, noise = torch.randint(0, 64, (1, 7)), torch.randn(1, 4, 8, 8)
-    text = pipe.text_encoder(ids)
-    if hasattr(pipe, "transformer"):
-        places = torch.arange(48).reshape(16, 3).float()
-        image = pipe.transformer(hidden_states=torch.randn(1, 16, 4), encoder_hidden_states=torch.randn(1, 5, 32),
-                                 pooled_projections=text.pooler_output, timestep=torch.tensor([0.5]), img_ids=places,
-                                 txt_ids=torch.zeros(5, 3)).sample  # fmt: skip
-        return [image, text.last_hidden_state]
-    if not hasattr(pipe, "text_encoder_2"):
-        return [pipe.unet(noise, 7, text.last_hidden_state).sample, text.last_hidden_state]
-    embeds = pipe.text_encoder_2(ids).text_embeds
-    added = {"text_embeds": embeds, "time_ids": torch.arange(6.0)[None]}
-    return [pipe.unet(noise, 7, text.last_hidden_state, added_cond_kwargs=added).sample, text.last_hidden_state, embeds]
 
 
 def check(base: Path, adapter: Path, out: Path, oracle: Path | None = None, changed: int = 1) -> None:
@@ -178,24 +84,8 @@ def check(base: Path, adapter: Path, out: Path, oracle: Path | None = None, chan
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-def trained(pipe: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """Adapt every component; the factors are random."""
-    net = "transformer" if hasattr(pipe, "transformer") else "unet"
-    config = LoraConfig(r=4, lora_alpha=6, rank_pattern=RANKS[net], init_lora_weights=False, target_modules=LAYERS)
-    getattr(pipe, net).add_adapter(config)
-    found = {f"{net}_lora_layers": get_peft_model_state_dict(getattr(pipe, net))}
-    layers = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-    for name in ("text_encoder", "text_encoder_2")[: 2 if net == "unet" else 1]:
-        if getattr(pipe, name, None) is not None:
-            getattr(pipe, name).add_adapter(
-                LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, target_modules=layers)
-            )
-            found[f"{name}_lora_layers"] = get_peft_model_state_dict(getattr(pipe, name))
-    return found
-
-
 @pytest.mark.parametrize("stated", [True, False], ids=["config in the metadata", "no config"])
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
+@pytest.mark.parametrize("kind", PIPELINES)
 def test_adapters_that_diffusers_saves(bases: Callable[[str], Path], tmp_path: Path, kind: str, stated: bool) -> None:
     from diffusers.training_utils import _collate_lora_metadata
 

@@ -83,7 +83,6 @@ REFUSED: dict[str, tuple[Callable[[Tensors], object], str, type[InputError], str
     "a bias": (lambda t: t.update({f"unet.{TO_Q}.lora_B.bias": torch.ones(6)}), "plain", UnsupportedError, "lora_bias"),
     "T5": (lambda t: t.update({"lora_te3_encoder_0.alpha": torch.ones(())}), "kohya", UnsupportedError, "another component"),
     "alphas of some": (lambda t: t.pop(f"{TO_Q_NAME}.alpha"), "kohya", FormatError, "2 of its 3 modules have an alpha"),
-    "alphas of a UNet": (lambda t: t.update({f"{m}.alpha": torch.ones(()) for m in KOHYA}), "plain", UnsupportedError, "loads no alphas"),
     "alphas and a config": (lambda t: t.update({f"{m}.alpha": torch.ones(()) for m in KOHYA}), "metadata", MismatchError, "both alphas"),
     "two alphas": (lambda t: t.update({f"{TO_Q_NAME}.alpha": torch.ones(2)}), "kohya", FormatError, r"one number, found shape \[2\]"),
     "an alpha of zero": (lambda t: t.update({f"{TO_Q_NAME}.alpha": torch.zeros(())}), "kohya", FormatError, "other than 0"),
@@ -139,6 +138,13 @@ def test_pipelines_and_their_adapters_need_each_other(tmp_path: Path) -> None:
         make_plan(base, adapter)
     with pytest.raises(MismatchError, match="name the directory with model_index"):
         make_plan(model, tmp_path / LORA)
+
+
+def test_alphas_in_diffusers_form_are_of_flux_alone(tmp_path: Path) -> None:
+    tensors = lora("plain")[0] | {f"{module}.alpha": torch.ones(()) for module in KOHYA}
+    save_file(tensors, tmp_path / LORA)
+    with pytest.raises(UnsupportedError, match=r"\.alpha': diffusers loads alphas"):
+        make_plan(write_pipeline(tmp_path / "base"), tmp_path / LORA)
 
 
 def test_a_quantized_component_is_refused(tmp_path: Path) -> None:
