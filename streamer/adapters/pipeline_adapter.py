@@ -29,10 +29,11 @@ from streamer.storage.strict_json import strict_json
 from streamer.storage.tensor_file import IOMode, TensorFile
 from streamer.units import listed
 from streamer.weights.base import StoredTensor
+from streamer.weights.dtypes import ENCODINGS, encoding_of
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
-FACTOR = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B"}
+FACTOR = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "lora_magnitude_vector": "magnitude"}
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,20 @@ class LoraForm:
     recognised: re.Pattern[str]
 
 
+_TEXT_DORA = re.compile(r"^text_encoder.*\.lora_magnitude_vector\b")
 _COMPONENT = r"(?:unet|transformer|text_encoder|text_encoder_2)"
 
 FORMS = (
-    LoraForm("diffusers", re.compile(rf"^(?P<module>{_COMPONENT}\..+)\.(?:(?P<factor>lora_[AB])\.weight|alpha)$"),
+    LoraForm("diffusers",
+             re.compile(rf"^(?P<module>{_COMPONENT}\..+)\.(?:(?P<factor>lora_[AB](?=\.)|lora_magnitude_vector)(?:\.weight)?|alpha)$"),
              re.compile(rf"^{_COMPONENT}\..*\.lora_[AB]\.weight$")),
     LoraForm("kohya", re.compile(r"^(?P<module>lora_(?:unet|te|te1|te2)_\w+)\.(?:(?P<factor>lora_down|lora_up)\.weight|alpha)$"),
              re.compile(r"^lora_[a-z0-9]+_\w+\.(?:lora_down|lora_up|lora_mid)\.weight$")),
 )  # fmt: skip
 
 REFUSED = (
-    (re.compile(r"\.(?:lora_magnitude_vector|dora_scale)\b"), "DoRA"),
+    (re.compile(r"\.dora_scale$"), "DoRA"),
+    (_TEXT_DORA, "DoRA of a text encoder, whose magnitudes diffusers does not load"),
     (re.compile(r"\.lora_mid\."), "a convolution in three factors (lora_mid)"),
     (re.compile(r"\.(?:hada_|lokr_|oft_|boft_|diff\b|diff_b\b)"), "a LyCORIS method other than LoRA"),
     (re.compile(r"\.lora_B\.bias$"), "a bias beside the factors (lora_bias)"),
@@ -126,7 +130,8 @@ def _modules(file: TensorFile, form: LoraForm) -> dict[str, Module]:
     found: dict[str, dict[str, str]] = {}
     others = []
     for info in file.header.tensors:
-        if match := form.tensor.match(info.name):
+        match = form.tensor.match(info.name)
+        if match and not _TEXT_DORA.match(info.name):
             found.setdefault(match["module"], {})[FACTOR.get(match["factor"], "alpha")] = info.name
         else:
             others.append(info.name)
@@ -141,10 +146,13 @@ def _modules(file: TensorFile, form: LoraForm) -> dict[str, Module]:
     configs = _configs(file, form, found)
     modules: dict[str, Module] = {}
     for name, tensors in found.items():
-        factors = {role: file.header.by_name[tensors[role]] for role in "AB"}
-        config = configs[name] or AdapterConfig(
-            {"lora_alpha": factors["A"].shape[0] if factors["A"].shape else 1}, file.path
-        )
+        factors = {role: file.header.by_name[tensor] for role, tensor in tensors.items() if role != "alpha"}
+        for info in factors.values():
+            encoding_of(info, str(file.path))
+        unscaled = {"lora_alpha": factors["A"].shape[0] if factors["A"].shape else 1}
+        config = configs[name] or AdapterConfig(unscaled, file.path)
+        if not file.header.metadata.get(METADATA_KEY):
+            config = replace(config, values={**config.values, "use_dora": "magnitude" in factors})
         bare = name if form.title == "kohya" else name.partition(".")[2]
         modules[name] = replace(lora_module(bare, factors, file.path, config), name=name)
     return modules
@@ -188,8 +196,9 @@ def _with_alpha(file: TensorFile, tensor: str | None) -> AdapterConfig | None:
     if tensor is None:
         return None
     stored = StoredTensor(file, file.header.by_name[tensor])
-    if stored.info.shape not in ((), (1,)):
-        raise FormatError(f"{file.path}: {tensor!r}: expected one number, found shape {list(stored.info.shape)}")
+    dtype, shape = stored.info.dtype, stored.info.shape
+    if shape not in ((), (1,)) or not (dtype in ENCODINGS or dtype.startswith("I")):
+        raise FormatError(f"{file.path}: {tensor!r}: expected one number, found {dtype} of shape {list(shape)}")
     return AdapterConfig({"lora_alpha": float(stored.whole().item())}, file.path)
 
 

@@ -261,9 +261,11 @@ class _Named(TypedDict, total=False):
     """Keywords that functions list themselves.
 
     base
-        Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file.
+        Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file; or the directory
+        of a diffusers pipeline.
     adapter
-        Directory of a PEFT adapter or of a fully fine-tuned model; or a list or tuple of these, or of directories that contain adapters.
+        Directory of a PEFT adapter or of a fully fine-tuned model, or a pipeline's adapter; or a list or tuple of these, or of directories
+        that contain adapters.
     peft_model
         A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
     """

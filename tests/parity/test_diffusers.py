@@ -97,6 +97,15 @@ def test_adapters_that_diffusers_saves(bases: Callable[[str], Path], tmp_path: P
     check(bases(kind), tmp_path / "lora", tmp_path / "merged", changed=len(layers))
 
 
+@pytest.mark.parametrize("kind", ["sd", "flux"])
+def test_dora(bases: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    pipe = opened(bases(kind))
+    layers = trained(pipe, use_dora=True)
+    pipe.save_lora_weights(tmp_path / "lora", **layers)
+    assert any("magnitude" in name for name in load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors"))
+    check(bases(kind), tmp_path / "lora", tmp_path / "merged", changed=len(layers))
+
+
 def test_a_mitigated_adapter_opens_in_diffusers(bases: Callable[[str], Path], tmp_path: Path) -> None:
     pipe = opened(bases("sd"))
     pipe.save_lora_weights(tmp_path / "lora", **trained(pipe))

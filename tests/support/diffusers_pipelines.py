@@ -134,18 +134,17 @@ def answers(pipe: Any) -> list[torch.Tensor]:
     return [pipe.unet(noise, 7, text.last_hidden_state, added_cond_kwargs=added).sample, text.last_hidden_state, embeds]
 
 
-def trained(pipe: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """Adapt every component; the factors are random."""
+def trained(pipe: Any, **more: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Adapt every component, with random factors; `more` are settings of the UNet's or the transformer's adapter."""
     net = "transformer" if hasattr(pipe, "transformer") else "unet"
     ranks = RANKS.get(type(getattr(pipe, net)).__name__, {})
-    config = LoraConfig(r=4, lora_alpha=6, rank_pattern=ranks, init_lora_weights=False, target_modules=LAYERS)
+    config = LoraConfig(r=4, lora_alpha=6, rank_pattern=ranks, init_lora_weights=False, target_modules=LAYERS, **more)
     getattr(pipe, net).add_adapter(config)
     found = {f"{net}_lora_layers": get_peft_model_state_dict(getattr(pipe, net))}
     layers = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
     for name in ("text_encoder", "text_encoder_2"):
         if name in pipe._lora_loadable_modules and getattr(pipe, name, None) is not None:
-            getattr(pipe, name).add_adapter(
-                LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, target_modules=layers)
-            )
+            config = LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, target_modules=layers)
+            getattr(pipe, name).add_adapter(config)
             found[f"{name}_lora_layers"] = get_peft_model_state_dict(getattr(pipe, name))
     return found
