@@ -261,11 +261,9 @@ class _Named(TypedDict, total=False):
     """Keywords that functions list themselves.
 
     base
-        Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file; or the directory
-        of a diffusers pipeline.
+        Directory of the base model, with ``model.safetensors`` or an index and its shards; one ``.safetensors`` file; or a pipeline.
     adapter
-        Directory of a PEFT adapter or of a fully fine-tuned model, or a pipeline's adapter; or a list or tuple of these, or of directories
-        that contain adapters.
+        Directory of a PEFT adapter, a pipeline's or a fully fine-tuned model; or a list or tuple of these, or of directories of adapters.
     peft_model
         A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
     """

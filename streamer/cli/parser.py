@@ -162,14 +162,9 @@ def build_parser() -> Parser:
 
     def inputs(sub: Parser, nargs: str | None = None) -> None:
         several = "; several, or a directory of them, share one pass over the base" if nargs == "+" else "; only one"
+        sub.add_argument("base", metavar="BASE", help="directory of model or pipeline, file, hub name or address")
         sub.add_argument(
-            "base", metavar="BASE", help="model or pipeline directory, .safetensors file, hub name or address"
-        )
-        sub.add_argument(
-            "adapter",
-            metavar="ADAPTER",
-            nargs=nargs,
-            help=f"directory, hub name or address of a PEFT adapter, or a pipeline's file{several}",
+            "adapter", metavar="ADAPTER", nargs=nargs, help=f"directory, hub name or address of a PEFT adapter{several}"
         )
 
     sub = command("inspect", "show which tensor each module of an adapter changes, and forecast the cost", reading)

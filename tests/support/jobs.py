@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import helpers
+import pipelines
 import torch
 from command_line import ENV
 from forks import Outcome, Server
 from helpers import MODULES, tree_digest, write_adapter, write_sharded
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 COMMANDS = ("detect", "merge", "merge --findings", "mitigate", "mitigate --findings")
 """On a base in three shards and its adapter."""
@@ -58,9 +60,10 @@ class Case:
         found = {}
         for home in {Path(name).parts[0] + "/" for name in self.whole} if self.several else {""}:
             beside = {name for name in self.whole if name.startswith(home)} - {f"{home}streamer.json"}
-            index, single = f"{home}model.safetensors.index.json", f"{home}model.safetensors"
-            last = f"{home}adapter_config.json" if self.argv[0] == "mitigate" else index if index in beside else single
-            found[last] = beside
+            of_pipeline = (f"{home}text_encoder/model.safetensors", f"{home}{pipelines.LORA}")
+            of_model = (f"{home}model.safetensors.index.json", f"{home}model.safetensors")
+            last = (f"{home}adapter_config.json", *of_model, *of_pipeline)
+            found[next(name for name in last if name in beside)] = beside
         return found
 
     def committed(self, out: Path) -> bool:
@@ -168,6 +171,14 @@ def several(home: Path) -> tuple[Path, Path]:
     return base, adapters
 
 
+def pipeline(home: Path) -> tuple[Path, Path]:
+    """A diffusers pipeline and its adapter."""
+    base, adapter = pipelines.write_pipeline(home / "pipeline"), home / "lora"
+    adapter.mkdir()
+    save_file(pipelines.lora("plain")[0], adapter / pipelines.LORA)
+    return base, adapter
+
+
 SHAPES = {"self_attn.q_proj": (48, 48), "mlp.up_proj": (96, 48)}
 
 OTHERS: dict[str, tuple[Callable[[Path], tuple[Path, Path]], str]] = {
@@ -178,6 +189,8 @@ OTHERS: dict[str, tuple[Callable[[Path], tuple[Path, Path]], str]] = {
     "mitigate --to-lora": (dora, "mitigate --lambda 0.5 --to-lora 3"),
     "detect of several": (several, "detect"),
     "merge of several": (several, "merge --lambda 0.5"),
+    "merge of a pipeline": (pipeline, "merge --lambda 0.5"),
+    "mitigate of a pipeline": (pipeline, "mitigate --lambda 0.5"),
 }
 """Other outputs: their inputs, and the command."""
 

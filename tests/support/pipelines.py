@@ -39,7 +39,7 @@ def write_pipeline(path: Path) -> Path:
         name = "model" if component == "text_encoder" else "diffusion_pytorch_model"
         save_file({t: torch.randn(shape) for t, shape in tensors.items()}, path / component / f"{name}.safetensors")
         (path / component / f"{name}.bin").write_bytes(b"of old")
-        (path / component / f"{name}.fp16.safetensors").write_bytes(b"of old")
+        save_file({"of.old": torch.zeros(1)}, path / component / f"{name}.fp16.safetensors")
     (path / "model_index.json").write_text(
         '{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}'
     )
