@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -20,6 +21,9 @@ from streamer.storage.buffers import Piece
 from streamer.storage.header import TensorInfo
 from streamer.storage.shard_writer import like
 from streamer.weights.dtypes import as_bytes
+
+HASHES = ("modelspec.hash_sha256", "sshs_legacy_hash", "sshs_model_hash")
+"""Metadata in which trainers state hashes of the original factors."""
 
 
 class AdapterWriter(Writer):
@@ -39,7 +43,9 @@ class AdapterWriter(Writer):
                 f"{plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
                 "adapter; `streamer merge` writes it into the base, and --to-lora RANK as a LoRA adapter"
             )
-        shard = like(plan.adapter.file.path.name, plan.adapter.file.header, job.stamp("mitigate"))
+        header = plan.adapter.file.header
+        kept = replace(header, metadata={key: text for key, text in header.metadata.items() if key not in HASHES})
+        shard = like(plan.adapter.file.path.name, kept, job.stamp("mitigate"))
         config = next((config.read_bytes() for config in plan.adapter.config_paths), None)
         values = plan.adapter.config.values
         if (plain := without_layout(values)) != values:  # factors are written in PEFT's order

@@ -102,6 +102,9 @@ def _spec(job: Job, path: Path, model: MergedModel) -> OutputSpec:
     # A loader would apply an adapter beside the model again.
     conflicting_names: tuple[str, ...] = (SINGLE_NAME, INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin")
     conflicting_names += tuple(name for component in components for name in component_files(component))
+    # With `variant=`, diffusers would load an old file that an output already holds beside the new weights.
+    present = (f"{component}/{p.name}" for component in components for p in (path / component).glob("[!.]*"))
+    conflicting_names += tuple(stale_weights(present, components))
     ours = {*finals, *shards, *(name for name, _ in copies)}
     conflicting = tuple(name for name in conflicting_names if name not in ours)
     base_bytes = sum(base.files[name].header.data_bytes for name in shards) if components else base.data_bytes

@@ -37,7 +37,7 @@ def other_files(directory: Path | None, apart: Path | None = None) -> list[tuple
     """List the files that an output copies: (relative name, path), sorted; symlinks are followed.
 
     Not copied: weights in other formats beside the safetensors, which would be stale, and their copies for other runtimes; trainers' state;
-    `.git` and caches; files of an unfinished run of streamer; and everything below `apart`. Without a directory there are none.
+    `.git` and caches; files of an unfinished run of streamer; and `apart` with everything below it. Without a directory there are none.
     """
     if directory is None:
         return []
@@ -81,7 +81,7 @@ def _walk(directory: Path, apart: Path | None) -> Iterator[tuple[Path, bool]]:
                     yield path, True
                 else:
                     yield from walk(path, above | {real})
-            elif path.is_file() and not path.name.startswith(".streamer."):
+            elif path.is_file() and not path.name.startswith(".streamer.") and path.resolve() != hidden:
                 # Below the top, weights belong to separate modules (such as sentence-transformers' 2_Dense).
                 yield path, at == directory and bool(_STALE.search(path.name))
 

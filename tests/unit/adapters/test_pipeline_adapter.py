@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import streamer
 from streamer.adapters.pipeline_adapter import open_lora
-from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
+from streamer.errors import FormatError, InputError, MismatchError, OutputExistsError, UnsupportedError
 from streamer.plan.plan import make_plan
 
 Tensors = dict[str, torch.Tensor]
@@ -52,15 +52,21 @@ def test_a_merged_pipeline_is_the_base_plus_scaled_products(tmp_path: Path, form
 def test_a_mitigated_adapter_has_the_form_of_the_original(tmp_path: Path, form: str) -> None:
     base, (tensors, metadata) = write_pipeline(tmp_path / "base"), lora(form)
     (tmp_path / "lora").mkdir()
-    save_file(tensors, tmp_path / "lora" / "mine.safetensors", metadata)
+    save_file(tensors, tmp_path / "lora" / "mine.safetensors", {**metadata, "sshs_model_hash": "abc"})
     for lam, adapter in ((1, tmp_path / "lora"), (0.5, tmp_path / "lora" / "mine.safetensors")):
         out = tmp_path / f"out {lam}"
-        streamer.reduce_intruder_dimension(base, adapter, out, mitigation_lambda=lam)
+        streamer.reduce_intruder_dimension(base, adapter, out, method="shrink", mitigation_lambda=lam)
         after = load_file(out / "mine.safetensors")
         assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in tensors.items()}
         assert all(torch.equal(after[name], tensors[name]) for name in after if lam == 1 or name.endswith("alpha"))
         assert not (out / "adapter_config.json").exists()
-        assert open_lora(out).file.header.metadata.items() >= metadata.items()
+        found = open_lora(out).file.header.metadata
+        assert found.items() >= metadata.items()
+        assert "sshs_model_hash" not in found, "of the original factors"
+        for module in SHAPES:
+            A, B = (t.double().flatten(1) for t in factors(form, tensors, module))
+            mitigated_A, mitigated_B = (t.double().flatten(1) for t in factors(form, after, module))
+            torch.testing.assert_close(mitigated_B @ mitigated_A, lam * (B @ A), rtol=1e-5, atol=1e-5)
     assert (
         make_plan(base, tmp_path / "lora").adapter_identity
         == make_plan(base, tmp_path / "lora" / "mine.safetensors").adapter_identity
@@ -157,3 +163,24 @@ def test_a_quantized_component_is_refused(tmp_path: Path) -> None:
     (base / "unet" / "config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
     with pytest.raises(UnsupportedError, match="is quantized, which is not supported in pipelines"):
         make_plan(base, tmp_path / LORA)
+
+
+def test_old_weights_in_an_output_are_refused(tmp_path: Path) -> None:
+    base = write_pipeline(tmp_path / "base")
+    (base / "loras").mkdir()
+    save_file(lora("kohya")[0], base / "loras" / "mine.safetensors")
+    old = tmp_path / "out" / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    old.parent.mkdir(parents=True)
+    save_file({"of.old": torch.zeros(1)}, old)
+    options = {"method": "shrink", "mitigation_lambda": 0.5, "overwrite": True}
+    with pytest.raises(OutputExistsError, match="fp16"):
+        streamer.merge_with_reduced_intruder_dimensions(
+            base, base / "loras" / "mine.safetensors", tmp_path / "out", **options
+        )
+    old.unlink()
+    streamer.merge_with_reduced_intruder_dimensions(
+        base, base / "loras" / "mine.safetensors", tmp_path / "out", **options
+    )
+    assert not (tmp_path / "out" / "loras" / "mine.safetensors").exists(), (
+        "the adapter is no part of the merged pipeline"
+    )
