@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-from streamer.adapters.adapter_config import CONFIG_NAME, AdapterConfig
+from streamer.adapters.adapter_config import AdapterConfig
 from streamer.adapters.config_rules import is_residual, unknown_keys
 from streamer.adapters.modules import Module
 from streamer.adapters.target_parameters import Wrapped, stored_layout
@@ -106,6 +106,11 @@ class PeftAdapter(DeltaSource):
         """Return the size of the weights file in bytes."""
         return self.file.header.file_bytes
 
+    @property
+    def configs(self) -> tuple[AdapterConfig, ...]:
+        """Return the configs of its modules."""
+        return (self.config,)
+
     def weights_sha256(self) -> str:
         """Digest the whole weights file."""
         digest = hashlib.sha256(self.file.header.digest.encode())
@@ -126,10 +131,11 @@ class PeftAdapter(DeltaSource):
 
     def _stated(self) -> StatedIdentity:
         """Return what the user stated about this adapter, if its files cannot be read without it."""
-        stated: StatedIdentity = {"base_is_residual": True} if is_residual(self.config) else {}
+        stated: StatedIdentity = {"base_is_residual": True} if any(map(is_residual, self.configs)) else {}
         if self.wrapped and (layout := self.config.stated.lora_b_layout) and stored_layout(self.config) is None:
             stated["lora_b_layout"] = layout
-        if ignored := [key for key in unknown_keys(self.config) if key in self.config.stated.ignore_keys]:
+        unknown = dict.fromkeys(key for config in self.configs for key in unknown_keys(config))
+        if ignored := [key for key in unknown if key in self.config.stated.ignore_keys]:
             stated["ignored_keys"] = ignored
         return stated
 
@@ -138,7 +144,7 @@ class PeftAdapter(DeltaSource):
         """Warn of config keys that the user chose to ignore."""
         ignored = self._stated().get("ignored_keys", [])
         are, them = ("is", "it") if len(ignored) == 1 else ("are", "them")
-        line = f"{listed(map(repr, ignored))} of {CONFIG_NAME} {are} ignored: the result relies on {them} not changing the delta"
+        line = f"{listed(map(repr, ignored))} of {self.config.path.name} {are} ignored: the result relies on {them} not changing the delta"
         return (line,) if ignored else ()
 
     def trains(self, module: str) -> bool:

@@ -76,14 +76,21 @@ class PipelineAdapter(PeftAdapter):
 
     def identity(self) -> AdapterIdentity:
         """Digest the whole file."""
-        return {"weights_sha256": self.weights_sha256(), "modules": len(self.modules)}
+        identity: AdapterIdentity = {"weights_sha256": self.weights_sha256(), "modules": len(self.modules)}
+        return {**self._stated(), **identity}
+
+    @property
+    def configs(self) -> tuple[AdapterConfig, ...]:
+        """Return the configs of the components in the metadata."""
+        return tuple((_metadata(self.file, self.config.stated) or {}).values())
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Note alphas that diffusers does not apply as the trainer does."""
-        alphas = {module.scaling * module.rank for module in self.modules.values()}
-        if len(alphas) < 2 or not any(name.startswith("lora_unet_") and not _FLUX.match(name) for name in self.modules):
-            return ()
+        """Note alphas that diffusers does not apply as the trainer does, and keys that the user chose to ignore."""
+        alphas = {round(module.scaling * module.rank, 6) for module in self.modules.values()}
+        of_unet = any(name.startswith("lora_unet_") and not _FLUX.match(name) for name in self.modules)
+        if len(alphas) < 2 or not of_unet or not any(name.endswith(".alpha") for name in self.tensors):
+            return super().notes
         return (
             "the modules' alphas differ: each scales its own module, as in training; diffusers applies the most common one to some, "
             "so its images with the adapter loaded differ",
@@ -109,7 +116,7 @@ def open_lora(path: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_ST
         names = [info.name for info in opened.header.tensors]
         form = next((f for f in FORMS if any(map(f.recognised.search, names))), None)
         if form is not None:
-            return PipelineAdapter(path, AdapterConfig({}, file), (opened,), _modules(opened, form))
+            return PipelineAdapter(path, AdapterConfig({}, file, stated), (opened,), _modules(opened, form, stated))
     return open_adapter(path, io, stated)
 
 
@@ -125,7 +132,7 @@ def _weights_file(path: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def _modules(file: TensorFile, form: LoraForm) -> dict[str, Module]:
+def _modules(file: TensorFile, form: LoraForm, stated: Stated) -> dict[str, Module]:
     """Assign every tensor to a module, and refuse the others by name."""
     found: dict[str, dict[str, str]] = {}
     others = []
@@ -143,7 +150,7 @@ def _modules(file: TensorFile, form: LoraForm) -> dict[str, Module]:
             raise FormatError(
                 f"{file.path}: module {name!r} has {have} but no factor {missing.pop()}; save the adapter again"
             )
-    configs = _configs(file, form, found)
+    configs = _configs(file, form, found, stated)
     modules: dict[str, Module] = {}
     for name, tensors in found.items():
         factors = {role: file.header.by_name[tensor] for role, tensor in tensors.items() if role != "alpha"}
@@ -167,7 +174,7 @@ def _reasons(names: Iterable[str]) -> str:
 
 
 def _configs(
-    file: TensorFile, form: LoraForm, found: Mapping[str, Mapping[str, str]]
+    file: TensorFile, form: LoraForm, found: Mapping[str, Mapping[str, str]], stated: Stated
 ) -> dict[str, AdapterConfig | None]:
     """Find the config of each module; None where nothing states a scaling, which is then 1.
 
@@ -176,14 +183,14 @@ def _configs(
     FormatError, MismatchError, UnsupportedError
         If alphas and metadata contradict each other, or only some modules have an alpha.
     """
-    stated = _metadata(file)
+    in_metadata = _metadata(file, stated)
     alphas = {name: tensors["alpha"] for name, tensors in found.items() if "alpha" in tensors}
-    if stated is not None and (alphas or form.title == "kohya"):
+    if in_metadata is not None and (alphas or form.title == "kohya"):
         raise MismatchError(
             f"{file.path}: has both alphas and a LoRA config in its metadata, as no program writes; save it again"
         )
-    if stated is not None:
-        return {name: stated.get(name.partition(".")[0]) or _lacks(file, name) for name in found}
+    if in_metadata is not None:
+        return {name: in_metadata.get(name.partition(".")[0]) or _lacks(file, name) for name in found}
     if alphas and len(alphas) < len(found):
         raise FormatError(
             f"{file.path}: {len(alphas)} of its {len(found)} modules have an alpha, and {next(n for n in found if n not in alphas)!r} has "
@@ -202,7 +209,7 @@ def _with_alpha(file: TensorFile, tensor: str | None) -> AdapterConfig | None:
     return AdapterConfig({"lora_alpha": float(stored.whole().item())}, file.path)
 
 
-def _metadata(file: TensorFile) -> dict[str, AdapterConfig] | None:
+def _metadata(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | None:
     """Read the LoRA config of each component from the metadata, as diffusers writes it: ``unet.r``, ``unet.lora_alpha`` and so on."""
     raw = file.header.metadata.get(METADATA_KEY)
     if not raw:
@@ -219,7 +226,7 @@ def _metadata(file: TensorFile) -> dict[str, AdapterConfig] | None:
     for key, value in tree.items():
         component, _, name = key.partition(".")
         values.setdefault(component, {})[name] = value
-    configs = {component: AdapterConfig(stated, file.path) for component, stated in values.items()}
+    configs = {component: AdapterConfig(own, file.path, stated) for component, own in values.items()}
     for config in configs.values():
         refuse_kinds(config)
     return configs

@@ -106,7 +106,7 @@ BUDGET = {
     "measuring": 1_251,
     "evaluation": 1_533,
     "streaming": 2_400,
-    "adapters": 1_456,
+    "adapters": 1_466,
     "fitting": 1_971,
     "report": 1_036,
     "weights": 1_191,

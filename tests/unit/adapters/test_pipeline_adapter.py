@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import streamer
 from streamer.adapters.pipeline_adapter import open_lora
+from streamer.adapters.stated import Stated
 from streamer.errors import FormatError, InputError, MismatchError, OutputExistsError, UnsupportedError
 from streamer.plan.plan import make_plan
 
@@ -71,6 +73,17 @@ def test_a_mitigated_adapter_has_the_form_of_the_original(tmp_path: Path, form: 
         make_plan(base, tmp_path / "lora").adapter_identity
         == make_plan(base, tmp_path / "lora" / "mine.safetensors").adapter_identity
     )
+
+
+def test_keys_of_the_metadata_may_be_ignored(tmp_path: Path) -> None:
+    tensors, metadata = lora("metadata")
+    config = json.loads(metadata["lora_adapter_metadata"]) | {"unet.from_the_future": 1}
+    save_file(tensors, tmp_path / LORA, {"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(UnsupportedError, match="unknown key 'from_the_future'"):
+        open_lora(tmp_path / LORA)
+    adapter = open_lora(tmp_path / LORA, stated=Stated(ignore_keys=["from_the_future"]))
+    assert adapter.identity()["ignored_keys"] == ["from_the_future"]
+    assert "'from_the_future' of pytorch_lora_weights.safetensors is ignored" in adapter.notes[0]
 
 
 def test_alphas_that_differ_are_told(tmp_path: Path) -> None:
