@@ -33,6 +33,10 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     directory = plan.base.directory
+    if plan.config.pipeline:
+        raise UnsupportedError(
+            f"{plan.base.path}: is a diffusers pipeline; evaluate, fit, repair and map need a language model"
+        )
     if directory is None or not (directory / MODEL_CONFIG).exists():
         raise MissingInputError(
             f"{plan.base.path}: has no {MODEL_CONFIG}, which names the model's class; give the directory of a language model",

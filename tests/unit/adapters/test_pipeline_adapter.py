@@ -197,3 +197,16 @@ def test_old_weights_in_an_output_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "loras" / "mine.safetensors").exists(), (
         "the adapter is no part of the merged pipeline"
     )
+
+
+def test_texts_do_not_run_through_a_pipeline(tmp_path: Path) -> None:
+    base, (tensors, metadata) = write_pipeline(tmp_path / "base"), lora("metadata")
+    save_file(tensors, tmp_path / LORA, metadata)
+    (tmp_path / "t.txt").write_text("some words\n")
+    texts = dict.fromkeys(("general", "task"), tmp_path / "t.txt")
+    with pytest.raises(
+        UnsupportedError, match="is a diffusers pipeline; evaluate, fit, repair and map need a language model"
+    ):
+        streamer.evaluate_variants(base, tmp_path / LORA, **texts)
+    with pytest.raises(UnsupportedError, match="is a diffusers pipeline; evaluate"):
+        streamer.fit_coefficients(base, tmp_path / LORA, **texts)
