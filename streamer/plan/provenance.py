@@ -27,7 +27,8 @@ NAMED = (
     (r"bnb|bitsandbytes|nf4|fp4", "bitsandbytes"),
     (r"fp8|f8", "fp8"),
     (r"gguf|q[2-8]_(?:k|0|1)\w*", "gguf"),
-    (r"hqq|aqlm|eetq|exl[23]|quip|higgs|autoround", "another quantization"),
+    (r"hqq", "hqq"),
+    (r"aqlm|eetq|exl[23]|quip|higgs|autoround", "another quantization"),
     (r"[348]-?bit|int[48]|w[48]a(?:8|16)", "integers of few bits"),
 )
 

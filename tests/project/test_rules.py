@@ -109,7 +109,7 @@ BUDGET = {
     "adapters": 1_465,
     "fitting": 1_971,
     "report": 1_036,
-    "weights": 1_191,
+    "weights": 1_211,
     "linalg": 1_171,
     "peft": 794,
     "remote": 639,

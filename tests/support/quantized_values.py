@@ -90,4 +90,7 @@ HQQ = {
     "w.scale": torch.ones(192, 1, dtype=torch.bfloat16),
     "w.zero": torch.ones(192, 1, dtype=torch.bfloat16),
     "w.shape": torch.tensor([64, 96]),
+    "w.packing": torch.tensor([*b"4bit_u8"], dtype=torch.uint8),
+    "w.axis": torch.tensor(1, dtype=torch.int32),
+    "w.group_size": torch.tensor(32, dtype=torch.int32),
 }

@@ -18,7 +18,7 @@ from streamer.weights.quantization.compressed_tensors import PackedIntegers
 from streamer.weights.quantization.fp4 import MXFP4, PackedFP4
 from streamer.weights.quantization.fp8 import FP8
 from streamer.weights.quantization.gptq import GPTQ
-from streamer.weights.quantization.hqq import HQQ, SETTINGS
+from streamer.weights.quantization.hqq import HQQ, SETTINGS, UNSUPPORTED
 from streamer.weights.quantization.scaled_codes import Scaled
 from streamer.weights.quantization.torchao import OPTIONAL, torchao_weight
 
@@ -119,7 +119,7 @@ FORMATS: tuple[QuantizationFormat, ...] = (
           {}, torchao_weight, {"quant_scale": ("._weight_scale",), **OPTIONAL}),
     QuantizationFormat("HQQ, 1 to 8 bits, both axes", "`W_q`, `scale`, `zero`, `shape` and settings",
           frozenset({None, "hqq"}), (".W_q", (), ".weight"),
-          {}, HQQ.of, {role: (f".{role}",) for role in ("scale", "zero", "shape", *SETTINGS)}),
+          {}, HQQ.of, {role: (f".{role}",) for role in ("scale", "zero", "shape", *SETTINGS, *UNSUPPORTED)}),
     QuantizationFormat("MXFP4 expert stacks", "`*_blocks`, `*_scales`",
           frozenset({None, "mxfp4"}), ("_blocks", ("U8",), ""),
           {"scales": ("_scales",)}, MXFP4.of),

@@ -89,6 +89,10 @@ def _fp8(name: str, tensors: Mapping[str, StoredTensor], data: dict[str, Any], w
 
 def _integers(name: str, tensors: Mapping[str, StoredTensor], data: dict[str, Any], where: str) -> Scaled:
     zeros = tensors.get("zeros", tensors["weight"]).info
+    if zeros.dtype in SCALE_DTYPES:
+        raise UnsupportedError(
+            f"{where}: torchao's zero points in {zeros.dtype} are not supported; use the 16-bit model"
+        )
     fits = tensors["weight"].info.dtype == zeros.dtype == "I8"
     check_fit(fits and ("zeros" not in tensors or zeros.shape == tensors["quant_scale"].info.shape), tensors, where)
     match data.get("target_dtype", {"_data": "int8"}):

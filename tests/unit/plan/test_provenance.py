@@ -29,6 +29,7 @@ from streamer.weights.model_config import ModelConfig
         ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", "gptq"),
         ("hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4", "awq"),
         ("casperhansen/mistral-7b-awq", "awq"),
+        ("mobiuslabsgmbh/Llama-3.1-8B-Instruct-4bit-hqq", "hqq"),
         ("neuralmagic/Meta-Llama-3-8B-Instruct-FP8", "fp8"),
         ("nvidia/Llama-3.1-8B-Instruct-NVFP4", "nvfp4"),
         ("unsloth/gpt-oss-20b-mxfp4", "mxfp4"),

@@ -254,9 +254,15 @@ BROKEN = {
         HQQ | {f"w.{k}": torch.ones(128, 1) for k in ("scale", "zero")}, {"quant_method": "hqq"}, "do not fit"
     ),
     "hqq: another shape": (HQQ | {"w.shape": torch.tensor([64, 95])}, {"quant_method": "hqq"}, "do not fit"),
-    "hqq: quantized zero points": (
-        {k.replace("zero", "zero_q"): t for k, t in HQQ.items()}, {"quant_method": "hqq"}, "'zero' of its HQQ layer is missing"
+    "hqq: no zero points": (
+        {k: t for k, t in HQQ.items() if k != "w.zero"}, {"quant_method": "hqq"}, "'zero' of its HQQ layer is missing"
     ),
+    "hqq: eight bits by its packing": (
+        HQQ | {"w.packing": torch.tensor([*b"8bit_u8"], dtype=torch.uint8)}, {"quant_method": "hqq"},
+        r"w\.packing': expected '4bit_u8' by the shapes of its HQQ layer, found '8bit_u8'; get the file again",
+    ),
+    "hqq: another axis": (HQQ | {"w.axis": torch.tensor(0)}, {"quant_method": "hqq"}, r"w\.axis': expected 1 by .*, found 0"),
+    "hqq: another group size": (HQQ | {"w.group_size": torch.tensor(64)}, {"quant_method": "hqq"}, r"w\.group_size': expected 32 by"),
     "awq: other groups": (packed(qweight=AWQ_WORDS), {"quant_method": "awq", "group_size": 32}, "do not fit"),
 }  # fmt: skip
 
@@ -267,6 +273,14 @@ def test_broken_codes(tmp_path: Path, name: str) -> None:
     weights = base_of(tmp_path, tensors, config)
     with pytest.raises(InputError, match=message):
         weights["w" if "w_blocks" in tensors else "w.weight"].whole(CPU)
+
+
+@pytest.mark.parametrize("role", ["zero_q", "scale_q", "zero_scale"])
+def test_quantized_scales_of_hqq_are_not_supported(tmp_path: Path, role: str) -> None:
+    kept = {k: t for k, t in HQQ.items() if k.removeprefix("w.") not in role.split("_")}
+    weights = base_of(tmp_path, kept | {f"w.{role}": torch.ones(192, 1)}, {"quant_method": "hqq"})
+    with pytest.raises(UnsupportedError, match=f"HQQ with '{role}' is not supported; use the 16-bit model"):
+        weights["w.weight"]
 
 
 BYTES = torch.zeros(64, 96, dtype=torch.int8)
@@ -291,7 +305,11 @@ INT8_DATA = {"block_size": [1, 32]}
         ("Int8Tensor", BYTES, {"block_size": [64, 19]}, {"scale": torch.ones(1, 5)}, "do not fit"),
         ("Int8Tensor", BYTES, {"block_size": [1, 96]}, {"scale": torch.ones(64)}, "do not fit"),
         ("Int8Tensor", BYTES, INT8_DATA, INT8 | {"zero_point": torch.ones(64, 1).to(torch.int8)}, "do not fit"),
-        ("Int8Tensor", BYTES, INT8_DATA, INT8 | {"zero_point": torch.ones(64, 3)}, "do not fit"),
+        ("Int8Tensor", BYTES, INT8_DATA, INT8 | {"zero_point": torch.ones(64, 3, dtype=torch.int32)}, "do not fit"),
+        *(
+            (kind, BYTES, INT8_DATA, INT8 | {"zero_point": torch.ones(64, 3)}, r"zero points in F32 .* use the 16-bit model")
+            for kind in ("Int8Tensor", "IntxUnpackedToInt8Tensor")
+        ),
         ("Float8Tensor", fp8((64, 96)).view(torch.float8_e5m2), INT8_DATA, INT8, "do not fit"),
         ("Float8Tensor", fp8((64, 96)), {"block_size": [1, 96]}, INT8, "do not fit"),
         ("Float8Tensor", fp8((64, 96)), INT8_DATA, INT8, None),
