@@ -123,6 +123,12 @@ def test_the_library_is_that_of_the_class(tmp_path: Path) -> None:
         assert head["pipeline_tag"] == (pipeline or "sentence-similarity")
 
 
+def test_a_merged_pipeline_has_no_tag_of_peft() -> None:
+    source: NameSource = {"name": "x", "digest": "0"}
+    head = yaml.safe_load(_merged_head(Card(b"", source, source, "merge", "", {}, diffusers=True), {}))
+    assert head == {"tags": ["intruder-dimensions", "merged", "lora"], "library_name": "diffusers"}
+
+
 def test_no_card_leaves_it_as_it_is(job: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = job
     merge(base, adapter, tmp_path / "none", model_card=False)
