@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from streamer.adapters.config_rules import CONFIG_RULES
 from streamer.adapters.other_formats import FORMATS as OTHER_FORMATS
+from streamer.adapters.other_formats import NOT_HERE
 from streamer.adapters.peft_methods import METHODS
 from streamer.weights.quantization.registry import FORMATS
 
@@ -42,7 +43,7 @@ def support_table() -> str:
     refused = ", ".join(dict.fromkeys(rule.kind for rule in CONFIG_RULES if not rule.residual))
     methods = ", ".join(method.title for method in METHODS.values())
     flag = "with `--base-is-residual`"
-    others = ", ".join(one.title for one in OTHER_FORMATS)
+    others = ", ".join(one.title for one in OTHER_FORMATS if one.instead.startswith(NOT_HERE))
     rows = [
         Support("kind of adapter", "`detect`", "`mitigate`", "`merge`"),
         Support(*["---"] * 4),

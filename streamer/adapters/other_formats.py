@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from streamer.storage.tensor_file import TensorFile
 
 @dataclass(frozen=True)
 class OtherFormat:
-    """One library's LoRA files, recognised by tensor names, and how to convert them to a PEFT adapter."""
+    """One library's LoRA files, recognised by tensor names, why they are refused, and what to do."""
 
     title: str
     tensor: re.Pattern[str]
@@ -25,13 +25,17 @@ _DIFFUSERS = re.compile(
     r"^(?:unet|transformer(?!\.h\.)|diffusion_model|text_encoder\w*)\..*(?:lora_[AB]|lora\.(?:down|up))\.weight$"
 )
 
+NOT_HERE = "not supported here"
+_ONE_FILE = "read from one file; name it, with a diffusers pipeline as the base"
+
 FORMATS = (
-    OtherFormat("kohya-ss (LyCORIS)", re.compile(r"^lora_\w+\.(?:lora_(?:down|up)\.weight|alpha|hada_w1_a|lokr_w1)$"),
-                "give the file itself, with a diffusers pipeline as the base; LoHa and LoKr have to be converted to LoRA first"),
+    OtherFormat("LyCORIS (LoHa, LoKr)", re.compile(r"^lora_\w+\.(?:hada|lokr)_w"), f"{NOT_HERE}; convert it to LoRA"),
+    OtherFormat("kohya", re.compile(r"^lora_\w+\.(?:lora_(?:down|up)\.weight|alpha)$"), _ONE_FILE),
+    OtherFormat("diffusers", re.compile(r"^(?:unet|transformer(?!\.h\.)|text_encoder(?:_2)?)\..*\.lora_[AB]\.weight$"), _ONE_FILE),
     OtherFormat("MLX", re.compile(r"\.lora_[ab]$"),
-                "transpose lora_a and lora_b, name them lora_A.weight and lora_B.weight, and write PEFT's adapter_config.json"),
+                f"{NOT_HERE}; transpose lora_a and lora_b to lora_A.weight and lora_B.weight, and write PEFT's adapter_config.json"),
     OtherFormat("old versions of diffusers", _DIFFUSERS,
-                "load it in a new version of diffusers, save it with save_lora_weights, and give that file alone"),
+                f"{NOT_HERE}; load it in a new version of diffusers, save it with save_lora_weights, and give that file alone"),
 )  # fmt: skip
 
 
@@ -49,10 +53,8 @@ def refuse_other_formats(path: Path) -> None:
         except StreamerError:
             continue
         if (found := _format(names)) is not None:
-            raise UnsupportedError(
-                f"{file}: refused: a LoRA in the format of {found.title}, which is not supported here; {found.instead}"
-            )
+            raise UnsupportedError(f"{file}: refused: a LoRA in the format of {found.title}, which is {found.instead}")
 
 
-def _format(names: Iterable[str]) -> OtherFormat | None:
-    return next((one for name in names for one in FORMATS if one.tensor.search(name)), None)
+def _format(names: Sequence[str]) -> OtherFormat | None:
+    return next((one for one in FORMATS if any(map(one.tensor.search, names))), None)

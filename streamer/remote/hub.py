@@ -19,7 +19,7 @@ from streamer.events import Event, Monitor
 from streamer.packages import require_package
 from streamer.remote.addresses import HubName
 from streamer.remote.cache import at_once
-from streamer.remote.listing import Listing, check_small, needed_names, shards_of
+from streamer.remote.listing import Listing, check_small, needed_names, refuse_pipeline, shards_of
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, read_json_object
 from streamer.storage.remote_access import without_secrets
 from streamer.storage.remote_manifest import RemoteFile
@@ -95,6 +95,7 @@ def list_hub(name: HubName) -> HubFiles:
         return HubFiles(name, commit, [], [name.inside])
     start = found.start
     inside = [path.removeprefix(start) for path in listed if path.startswith(start)]
+    refuse_pipeline(name.shown, inside)
 
     def read_shards() -> list[str]:
         check_small(f"{name.shown}/{INDEX_NAME}", listed[start + INDEX_NAME])

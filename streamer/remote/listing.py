@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
-from streamer.errors import InputError
+from streamer.adapters.pipeline_adapter import LORA_NAME
+from streamer.errors import InputError, UnsupportedError
 from streamer.plan.side_files import goes_along
-from streamer.storage.checkpoint import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, check_shard_name
+from streamer.storage.checkpoint import INDEX_NAME, MAX_INDEX_BYTES, PIPELINE_NAME, SINGLE_NAME, check_shard_name
 from streamer.storage.remote_manifest import RemoteFile
 from streamer.units import format_sizes
 
 ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)
+PIPELINE_FILES = {PIPELINE_NAME: "a diffusers pipeline", LORA_NAME: "an adapter of a diffusers pipeline"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,13 @@ def shards_of(index: Mapping[str, Any], where: str) -> list[str]:
     weight_map = index.get("weight_map")
     values = weight_map.values() if isinstance(weight_map, dict) else ()
     return [check_shard_name(name, where) for name in dict.fromkeys(map(str, values))]
+
+
+def refuse_pipeline(shown: str, names: Collection[str]) -> None:
+    """Refuse a diffusers pipeline or its adapter, by the names of the files at an address."""
+    if {INDEX_NAME, SINGLE_NAME, *ADAPTER_FILES}.isdisjoint(names):
+        for kind in (kind for name, kind in PIPELINE_FILES.items() if name in names):
+            raise UnsupportedError(f"{shown}: {kind} is not read remotely; download it and name its directory")
 
 
 def check_small(shown: str, size: int) -> None:

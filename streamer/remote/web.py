@@ -7,10 +7,11 @@ from secrets import token_hex
 from typing import Any
 
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from streamer.adapters.pipeline_adapter import LORA_NAME
 from streamer.errors import FormatError, InputError, MissingInputError, UnsupportedError
 from streamer.remote.addresses import Url
 from streamer.remote.cache import at_once, parse_json
-from streamer.remote.listing import Listing, check_small, needed_names, shards_of
+from streamer.remote.listing import PIPELINE_FILES, Listing, check_small, needed_names, refuse_pipeline, shards_of
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, check_shard_name
 from streamer.storage.remote_access import no_ranges
 from streamer.storage.remote_buckets import SCHEMES, list_files
@@ -21,9 +22,9 @@ KNOWN_NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
     "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "README.md", "LICENSE",
-    "LICENSE.txt", "USE_POLICY.md",
+    "LICENSE.txt", "USE_POLICY.md", *PIPELINE_FILES,
 )  # fmt: skip
-"""Small files that a model or adapter may have, as transformers and PEFT name them; an https server does not list files."""
+"""Files that a model, adapter or pipeline may have, as transformers, PEFT and diffusers name them; an https server does not list files."""
 
 
 def list_address(url: Url) -> Listing:
@@ -62,6 +63,7 @@ def _one_file(url: Url) -> Listing:
 
 def _bucket(url: Url) -> Listing:
     files = list_files(url.text, url.shown)
+    refuse_pipeline(url.shown, files)
     small, weights = needed_names(files, lambda: _shards(files[INDEX_NAME]))
     return Listing(url.name, url.shown, {name: files[name] for name in small}, {name: files[name] for name in weights})
 
@@ -70,6 +72,8 @@ def _web(url: Url) -> Listing:
     """Request each file by name, because there is no list."""
     asked, told = [INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME, *KNOWN_NAMES], _tells_absent(url)
     found, told = _ask(url, asked, {INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME}, 1, told)
+    refuse_pipeline(url.shown, found)
+    found.pop(LORA_NAME, None)
     weights = {name: found.pop(name) for name in (SINGLE_NAME, WEIGHTS_NAME) if name in found}
     if INDEX_NAME in found:
         shards = _shards(found[INDEX_NAME])

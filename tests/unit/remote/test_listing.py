@@ -1,0 +1,51 @@
+"""Diffusers pipelines and their adapters at an address are refused by name, before anything is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hub_server import COMMIT, HubHandler
+from pipelines import LORA, write_pipeline
+from range_server import Handler, serving
+
+from streamer.errors import UnsupportedError
+from streamer.remote import hub
+from streamer.remote.addresses import HubName, Url
+from streamer.remote.listing import refuse_pipeline
+from streamer.remote.web import list_address
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_pipeline(tmp_path / "owner" / "base")
+    (tmp_path / "owner" / "adapter").mkdir()
+    for name in (LORA, "README.md"):
+        (tmp_path / "owner" / "adapter" / name).write_bytes(bytes(9))
+    return tmp_path
+
+
+PIPELINES = [("base", "a diffusers pipeline"), ("adapter", "an adapter of a diffusers pipeline")]
+NEXT = "is not read remotely; download it and name its directory"
+
+
+@pytest.mark.parametrize(("name", "words"), PIPELINES)
+def test_at_an_https_address(root: Path, name: str, words: str) -> None:
+    with serving(root, Handler) as site:
+        url = f"{site.address}/owner/{name}"
+        with pytest.raises(UnsupportedError, match=f"{name}: {words} {NEXT}"):
+            list_address(Url(url, url))
+
+
+@pytest.mark.parametrize(("name", "words"), PIPELINES)
+def test_on_the_hub(root: Path, name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    with serving(root, HubHandler) as site:
+        monkeypatch.setattr(constants, "ENDPOINT", site.address)
+        with pytest.raises(UnsupportedError, match=f"owner/{name}: {words} {NEXT}"):
+            hub.list_hub(HubName(f"owner/{name}", COMMIT, "", f"owner/{name}"))
+
+
+@pytest.mark.parametrize("beside", ["model.safetensors", "model.safetensors.index.json", "adapter_config.json"])
+def test_a_model_or_adapter_beside_the_names_of_a_pipeline(beside: str) -> None:
+    refuse_pipeline("here", [beside, "model_index.json", LORA])
