@@ -144,8 +144,7 @@ def _merged_head(card: Card, blocks: dict[str, str]) -> str:
     if "model_id" in card.base:
         # In the hub's terms, a model from several is a merge, and a model trained from a base is a finetune.
         own = _list("base_model", ids) + f"base_model_relation: {'merge' if len(ids) > 1 else 'finetune'}\n"
-    library = [] if card.diffusers else ["peft"]
-    return own + _list("tags", [TAG, "merged", *library, "lora"]) + "".join(kept.values())
+    return own + _list("tags", [TAG, "merged", *(() if card.diffusers else ("peft",)), "lora"]) + "".join(kept.values())
 
 
 def _adapter_head(card: Card, blocks: dict[str, str]) -> str:
