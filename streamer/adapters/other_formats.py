@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +51,6 @@ def refuse_other_formats(path: Path) -> None:
             names = [info.name for info in TensorFile(file).header.tensors]
         except StreamerError:
             continue
-        if (found := _format(names)) is not None:
+        found = next((one for one in FORMATS if any(map(one.tensor.search, names))), None)
+        if found is not None:
             raise UnsupportedError(f"{file}: refused: a LoRA in the format of {found.title}, which is {found.instead}")
-
-
-def _format(names: Sequence[str]) -> OtherFormat | None:
-    return next((one for one in FORMATS if any(map(one.tensor.search, names))), None)
