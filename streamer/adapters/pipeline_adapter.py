@@ -1,4 +1,4 @@
-"""Read LoRA adapters of diffusers pipelines: diffusers' own form, and kohya's.
+"""Read LoRA adapters of diffusers pipelines: diffusers' own naming, and kohya's.
 
 Both are one safetensors file without a config beside it. diffusers names a module by its component and its path in it, with the factors
 ``lora_A`` and ``lora_B``; kohya joins both with underscores and calls the factors ``lora_down`` and ``lora_up``:
@@ -37,8 +37,8 @@ FACTOR = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "lora_
 
 
 @dataclass(frozen=True)
-class LoraForm:
-    """Names of a form of adapter: patterns of the tensors that it may hold, and of those by which it is recognised."""
+class Naming:
+    """Patterns of the tensors that an adapter may hold, and of those by which it is recognised."""
 
     title: str
     tensor: re.Pattern[str]
@@ -48,11 +48,11 @@ class LoraForm:
 _TEXT_DORA = re.compile(r"^text_encoder.*\.lora_magnitude_vector\b")
 _COMPONENT = r"(?:unet|transformer|text_encoder|text_encoder_2)"
 
-FORMS = (
-    LoraForm("diffusers",
+NAMINGS = (
+    Naming("diffusers'",
              re.compile(rf"^(?P<module>{_COMPONENT}\..+)\.(?:(?P<factor>lora_[AB](?=\.)|lora_magnitude_vector)(?:\.weight)?|alpha)$"),
              re.compile(rf"^{_COMPONENT}\..*\.lora_[AB]\.weight$")),
-    LoraForm("kohya", re.compile(r"^(?P<module>lora_(?:unet|te|te1|te2)_\w+)\.(?:(?P<factor>lora_down|lora_up)\.weight|alpha)$"),
+    Naming("kohya's", re.compile(r"^(?P<module>lora_(?:unet|te|te1|te2)_\w+)\.(?:(?P<factor>lora_down|lora_up)\.weight|alpha)$"),
              re.compile(r"^lora_[a-z0-9]+_\w+\.(?:lora_down|lora_up|lora_mid)\.weight$")),
 )  # fmt: skip
 
@@ -92,8 +92,8 @@ class PipelineAdapter(PeftAdapter):
         if len(alphas) < 2 or not of_unet or not any(name.endswith(".alpha") for name in self.tensors):
             return super().notes
         return (
-            "the modules' alphas differ: each scales its own module, as in training; diffusers applies the most common one to some, "
-            "so its images with the adapter loaded differ",
+            "the modules' alphas differ: each scales its own module here, as in training; diffusers applies the most common alpha to "
+            "some modules, so its images differ",
         )
 
     @property
@@ -114,9 +114,10 @@ def open_lora(path: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_ST
                 raise
             return open_adapter(path, io, stated)
         names = [info.name for info in opened.header.tensors]
-        form = next((f for f in FORMS if any(map(f.recognised.search, names))), None)
-        if form is not None:
-            return PipelineAdapter(path, AdapterConfig({}, file, stated), (opened,), _modules(opened, form, stated))
+        naming = next((one for one in NAMINGS if any(map(one.recognised.search, names))), None)
+        if naming is not None:
+            return PipelineAdapter(path, AdapterConfig({}, file, stated), (opened,), _modules(opened, naming, stated))
+        opened.close()
     return open_adapter(path, io, stated)
 
 
@@ -132,25 +133,25 @@ def _weights_file(path: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def _modules(file: TensorFile, form: LoraForm, stated: Stated) -> dict[str, Module]:
+def _modules(file: TensorFile, naming: Naming, stated: Stated) -> dict[str, Module]:
     """Assign every tensor to a module, and refuse the others by name."""
     found: dict[str, dict[str, str]] = {}
     others = []
     for info in file.header.tensors:
-        match = form.tensor.match(info.name)
+        match = naming.tensor.match(info.name)
         if match and not _TEXT_DORA.match(info.name):
             found.setdefault(match["module"], {})[FACTOR.get(match["factor"], "alpha")] = info.name
         else:
             others.append(info.name)
     if others:
-        raise UnsupportedError(f"{file.path}: refused: not supported in {form.title}'s form: {_reasons(others)}")
+        raise UnsupportedError(f"{file.path}: refused: not supported in {naming.title} form: {_reasons(others)}")
     for name, tensors in found.items():
         if missing := {"A", "B"} - tensors.keys():
             have = listed(repr(t) for t in tensors.values())
             raise FormatError(
                 f"{file.path}: module {name!r} has {have} but no factor {missing.pop()}; save the adapter again"
             )
-    configs = _configs(file, form, found, stated)
+    configs = _configs(file, naming, found, stated)
     modules: dict[str, Module] = {}
     for name, tensors in found.items():
         factors = {role: file.header.by_name[tensor] for role, tensor in tensors.items() if role != "alpha"}
@@ -160,7 +161,7 @@ def _modules(file: TensorFile, form: LoraForm, stated: Stated) -> dict[str, Modu
         config = configs[name] or AdapterConfig(unscaled, file.path)
         if not file.header.metadata.get(METADATA_KEY):
             config = replace(config, values={**config.values, "use_dora": "magnitude" in factors})
-        bare = name if form.title == "kohya" else name.partition(".")[2]
+        bare = name if naming.title == "kohya's" else name.partition(".")[2]
         modules[name] = replace(lora_module(bare, factors, file.path, config), name=name)
     return modules
 
@@ -174,7 +175,7 @@ def _reasons(names: Iterable[str]) -> str:
 
 
 def _configs(
-    file: TensorFile, form: LoraForm, found: Mapping[str, Mapping[str, str]], stated: Stated
+    file: TensorFile, naming: Naming, found: Mapping[str, Mapping[str, str]], stated: Stated
 ) -> dict[str, AdapterConfig | None]:
     """Find the config of each module; None where nothing states a scaling, which is then 1.
 
@@ -185,16 +186,16 @@ def _configs(
     """
     in_metadata = _metadata(file, stated)
     alphas = {name: tensors["alpha"] for name, tensors in found.items() if "alpha" in tensors}
-    if in_metadata is not None and (alphas or form.title == "kohya"):
+    if in_metadata is not None and (alphas or naming.title == "kohya's"):
         raise MismatchError(
-            f"{file.path}: has both alphas and a LoRA config in its metadata, as no program writes; save it again"
+            f"{file.path}: has both alphas and a LoRA config in its metadata, so its scaling is ambiguous; save it again"
         )
     if in_metadata is not None:
         return {name: in_metadata.get(name.partition(".")[0]) or _lacks(file, name) for name in found}
     if alphas and len(alphas) < len(found):
         raise FormatError(
             f"{file.path}: {len(alphas)} of its {len(found)} modules have an alpha, and {next(n for n in found if n not in alphas)!r} has "
-            "none: programs differ in what they take for it; write an alpha for every module"
+            "none: programs assume different values for it; write an alpha for every module"
         )
     return {name: _with_alpha(file, alphas.get(name)) for name in found}
 

@@ -50,7 +50,10 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING
     if path.exists() and not ((path / CONFIG_NAME).exists() and (path / WEIGHTS_NAME).exists()):
         refuse_other_formats(path)
     if path.is_file():
-        raise InputError(f"{path}: expected the adapter's directory, found a file; name the one with {CONFIG_NAME}")
+        raise InputError(
+            f"{path}: expected the directory with {CONFIG_NAME}, or a pipeline's LoRA with names such as unet.… or "
+            "lora_unet_…; found another file"
+        )
     if not path.is_dir():
         raise absent(path, "adapter")
     config = read_adapter_config(path, stated)

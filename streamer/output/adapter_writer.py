@@ -41,7 +41,8 @@ class AdapterWriter(Writer):
         if dense and job.method.mitigation_lambda != 1:
             raise UnsupportedError(
                 f"{plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
-                "adapter; `streamer merge` writes it into the base, and --to-lora RANK as a LoRA adapter"
+                "adapter; `streamer merge` writes it into the base"
+                + ("" if plan.config.pipeline else ", and --to-lora RANK as a LoRA adapter")
             )
         header = plan.adapter.file.header
         kept = replace(header, metadata={key: text for key, text in header.metadata.items() if key not in HASHES})

@@ -303,7 +303,7 @@ def refusal(job: Job) -> str:
     """Explain why a plain LoRA adapter cannot represent an adapter; empty if it can."""
     adapter = job.plan.adapter
     if job.plan.config.pipeline:
-        return "is a pipeline's, and PEFT's form is not"
+        return "belongs to a diffusers pipeline, which PEFT's names do not cover"
     if is_residual(adapter.config):
         return "is relative to a residual base, which a plain config does not say"
     if adapter.wrapped or any(t.pieces and not _is_unchanged(job.plan, t) for t in job.plan.targets):

@@ -23,10 +23,12 @@ from streamer.errors import MismatchError, UnsupportedError, UsageError
 from streamer.plan.name_matching import EXACT, Match, match_names
 from streamer.plan.targets import Target, TensorSlice
 from streamer.plan.transformers_renames import Renames
-from streamer.storage.checkpoint import PIPELINE_NAME, Checkpoint, component_files
+from streamer.storage.checkpoint import PIPELINE_NAME, SINGLE_NAME, Checkpoint, component_files
 from streamer.weights.base import RowConcat, Weight
 from streamer.weights.logical import WeightView
 from streamer.weights.model_config import ModelConfig, read_model_config
+
+OTHER_NAME = "the module's name in kohya's files, or in another version of transformers"
 
 TEXT = "text_model."
 """Prefix of the layers of CLIP's text encoder, which transformers 5 leaves out in one of its classes."""
@@ -133,7 +135,8 @@ def match_modules(base: Checkpoint, config: ModelConfig, adapter: DeltaSource, w
         )
     if of_pipeline and not config.pipeline:
         raise MismatchError(
-            f"{adapter.path}: is an adapter of a diffusers pipeline, and {base.path} is none; name the directory with {PIPELINE_NAME}"
+            f"{adapter.path}: is an adapter of a diffusers pipeline; expected {PIPELINE_NAME} in {base.path}, and no {SINGLE_NAME} or its "
+            "index beside it"
         )
     if not of_pipeline:
         return ModuleNames(match_names(adapter.modules, weights, renames, parameters))
@@ -161,9 +164,12 @@ def _match_pipeline(base: Checkpoint, adapter: DeltaSource, weights: WeightView)
             ends = [*accumulate(weights[tensor].shape[0] for tensor in found[0])]
             rows = zip([0, *ends], ends, strict=False)
             fused[names[module].tensor] = tuple(TensorSlice(t, None, r) for t, r in zip(found[0], rows, strict=True))
-    changed = {tensor.partition(".")[0] for match in names.values() if (tensor := match.tensor)}
-    for component in sorted(changed):
-        if read_model_config(base.path / component).quantization:
+    changed = {
+        part.weight for m in names.values() if m.tensor for part in fused.get(m.tensor, (TensorSlice(m.tensor),))
+    }
+    coded = {tensor.partition(".")[0] for tensor in changed & weights.quantized_names}
+    for component in sorted({tensor.partition(".")[0] for tensor in changed}):
+        if component in coded or read_model_config(base.path / component).quantization:
             raise UnsupportedError(
                 f"{base.path / component}: is quantized, which is not supported in pipelines; use the 16-bit component"
             )
@@ -190,18 +196,18 @@ def _match(base: Checkpoint, module: str, found: list[tuple[str, ...]]) -> Match
                 [first.removesuffix(".weight"), *(t.rpartition(".weight")[0].rpartition(".")[2] for t in others)]
             )
         )
-        return Match(name, "pipeline", f"kohya or another version of transformers names {name!r} so")
+        return Match(name, "pipeline", OTHER_NAME)
     if found:
         return Match("", "", f"is ambiguous: it could be {found[0][0]!r} or {found[1][0]!r}")
     components = [c for c, prefixes in PREFIXES.items() if module.startswith((f"{c}.", *prefixes))]
-    held = [c for c in components if any(name.startswith(f"{c}/") for name in base.files)]
-    if not held:
+    present = [c for c in components if any(name.startswith(f"{c}/") for name in base.files)]
+    if not present:
         return Match(
             "",
             "",
             f"has no component in the base (looked for {' or '.join(component_files(c)[0] for c in components)})",
         )
-    return Match("", "", f"has no tensor of a known name in the base's {held[0]}")
+    return Match("", "", f"has no tensor of a known name in the base's {present[0]}")
 
 
 def _class_of(base: Checkpoint, component: str) -> Any:
@@ -223,9 +229,9 @@ def _kohya_names(base: Checkpoint, stems: Iterable[str]) -> Iterator[tuple[str, 
             known = dict(_flux(own)) if kind == FLUX_CLASS else {}
         elif component in ("text_encoder", "text_encoder_2") and not any(layer.startswith(TEXT) for layer in own):
             known = {TEXT + layer: (layer,) for layer in own}
-        for name, held in known.items():
+        for name, rows in known.items():
             for prefix in PREFIXES[component]:
-                yield prefix + name.replace(".", "_"), tuple(f"{component}.{layer}" for layer in held)
+                yield prefix + name.replace(".", "_"), tuple(f"{component}.{layer}" for layer in rows)
 
 
 def _sdxl(layers: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -249,12 +255,12 @@ def _sdxl(layers: Iterable[str]) -> Iterator[tuple[str, str]]:
         ):
             side, block, kind, number, rest = match.groups()
             start = starts[side, int(block)]
-            held = sum(name.startswith(f"{side}_blocks.{block}.resnets.") for name in resnets)
+            count = sum(name.startswith(f"{side}_blocks.{block}.resnets.") for name in resnets)
             if kind == "downsamplers":
-                yield layer, f"input_blocks.{start + held}.0.op"
+                yield layer, f"input_blocks.{start + count}.0.op"
             elif kind == "upsamplers":
                 attends = any(name.startswith(f"up_blocks.{block}.attentions.") for name in layers)
-                yield layer, f"output_blocks.{start + held - 1}.{1 + attends}.conv"
+                yield layer, f"output_blocks.{start + count - 1}.{1 + attends}.conv"
             else:
                 blocks = "input_blocks" if side == "down" else "output_blocks"
                 yield layer, f"{blocks}.{start + int(number)}.{int(kind == 'attentions')}.{_inner(rest)}"
@@ -269,7 +275,7 @@ def _flux(layers: Mapping[str, None]) -> Iterator[tuple[str, tuple[str, ...]]]:
     for blocks, table in FLUX.items():
         numbers = dict.fromkeys(m[1] for layer in layers if (m := re.match(rf"{blocks}\.(\d+)\.", layer)))
         for number in numbers:
-            for name, held in table.items():
-                inside = tuple(f"{blocks}.{number}.{layer}" for layer in held)
+            for name, rows in table.items():
+                inside = tuple(f"{blocks}.{number}.{layer}" for layer in rows)
                 if all(layer in layers for layer in inside):
                     yield name.format(number), inside

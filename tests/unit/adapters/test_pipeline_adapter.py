@@ -159,7 +159,7 @@ def test_pipelines_and_their_adapters_need_each_other(tmp_path: Path) -> None:
     save_file(lora("plain")[0], tmp_path / LORA)
     with pytest.raises(MismatchError, match="is a diffusers pipeline, which needs an adapter with"):
         make_plan(base, adapter)
-    with pytest.raises(MismatchError, match="name the directory with model_index"):
+    with pytest.raises(MismatchError, match=r"expected model_index\.json in"):
         make_plan(model, tmp_path / LORA)
 
 
@@ -210,3 +210,15 @@ def test_texts_do_not_run_through_a_pipeline(tmp_path: Path) -> None:
         streamer.evaluate_variants(base, tmp_path / LORA, **texts)
     with pytest.raises(UnsupportedError, match="is a diffusers pipeline; evaluate"):
         streamer.fit_coefficients(base, tmp_path / LORA, **texts)
+
+
+def test_a_quantized_matrix_of_a_component_is_refused(tmp_path: Path) -> None:
+    base, (tensors, metadata) = write_pipeline(tmp_path / "base"), lora("metadata")
+    save_file(tensors, tmp_path / LORA, metadata)
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    stored = load_file(file)
+    stored[f"{TO_Q}.weight"] = stored[f"{TO_Q}.weight"].to(torch.float8_e4m3fn)
+    stored[f"{TO_Q}.weight_scale"] = torch.ones(())
+    save_file(stored, file)
+    with pytest.raises(UnsupportedError, match="unet: is quantized"):
+        make_plan(base, tmp_path / LORA)
