@@ -16,9 +16,9 @@ from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.identity import joined_facts, with_digest
 from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.records import inspect, measured_before, result_file
-from streamer.evaluation.steps import Request, Sums, alive_at_first, evaluation_steps, without_scaling
+from streamer.evaluation.steps import Request, Sums, alive_at_first, answered, evaluation_steps, without_scaling
 from streamer.events import Event
-from streamer.measuring.passes import answered, measure_variants, needs_one_length
+from streamer.measuring.passes import measure_variants, needs_one_length
 from streamer.measuring.progress import RunProgress
 from streamer.measuring.result_file import Records, computing
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW

@@ -8,9 +8,9 @@ The generator holds no model and reads no file. The same answers lead to the sam
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.race import WHOLE, eighths_run, lost
@@ -21,6 +21,10 @@ from streamer.measuring.statistics import SequenceSums
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods.shrink import Shrink
 from streamer.streaming.variants import ADAPTER, BASE, Variant
+
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 MOST_PLACED = 4
 """Most shrinks measured in order to place one; one or two are usual."""
@@ -35,6 +39,18 @@ Sums = Mapping[str, SequenceSums]
 
 Size = tuple[int, range]
 """Number of variants, including the base, and the eighths of the texts on which they run."""
+
+
+def answered(steps: Generator[Asked, Answer, Result], answer: Callable[[Asked], Answer]) -> Result:
+    """Answer the requests of steps until they end; return their result."""
+    reply: Any = None
+    while True:
+        try:
+            request = steps.send(reply)
+        except StopIteration as end:
+            found: Result = end.value
+            return found
+        reply = answer(request)
 
 
 @dataclass(frozen=True)

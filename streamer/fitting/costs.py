@@ -7,12 +7,12 @@ from functools import cache
 
 import numpy as np
 
+from streamer.evaluation.steps import answered
 from streamer.fitting.algorithm import Answer, Gradient, HeldOutAnswer, Request, Slope, fit_steps
 from streamer.fitting.groups import divided, group_costs
 from streamer.fitting.options import CORRECTIONS, WEIGHTS, FitOptions
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.result import SHRINKS
-from streamer.measuring.passes import answered
 from streamer.measuring.progress import pass_cost
 from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import SequenceSums

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from streamer.evaluation.steps import answered
 from streamer.fitting import algorithm
 from streamer.fitting.algorithm import Answer, Gradient, Measure, Request, Slope, fit_steps
 from streamer.fitting.costs import GRADIENT, gradient_costs
@@ -20,7 +21,6 @@ from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.records import inspect, key, result_file
 from streamer.fitting.result import FoundSet, adapter_facts, doubts, misses, scaling_facts, set_facts, shrinks
 from streamer.fitting.tasks import gradients_on_workers
-from streamer.measuring.passes import answered
 from streamer.measuring.result_file import Arrays, Records, computing
 from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import SequenceSums

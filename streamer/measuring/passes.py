@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +21,6 @@ from streamer.streaming.model import StreamingModel
 from streamer.streaming.run_time import RunTimeTensor
 from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import Variant
-
-Request = TypeVar("Request")
-Answer = TypeVar("Answer")
-Found = TypeVar("Found")
 
 
 def longest_padded(groups: Iterable[TextSequences]) -> tuple[NDArray[np.int64], int] | None:
@@ -84,18 +79,6 @@ def together(
             bins[list(rows)] += own.kl_bins[-len(rows) :]
     tokens = np.array([float(counted.sum()) for counted in text.counted])
     return SequenceSums(tokens, **arrays, kl_bins=bins)
-
-
-def answered(steps: Generator[Request, Answer, Found], answer: Callable[[Request], Answer]) -> Found:
-    """Answer the requests of steps until they end; return their result."""
-    reply: Any = None
-    while True:
-        try:
-            request = steps.send(reply)
-        except StopIteration as end:
-            found: Found = end.value
-            return found
-        reply = answer(request)
 
 
 def needs_one_length(
