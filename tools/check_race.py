@@ -24,9 +24,8 @@ from scipy.interpolate import KroghInterpolator
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.race import WHOLE, rounds_of
-from streamer.evaluation.steps import Request, Sums, Wanted, evaluation_steps
+from streamer.evaluation.steps import Request, Sums, Wanted, answered, evaluation_steps
 from streamer.evaluation.suggestion import Suggestion
-from streamer.measuring.passes import answered
 from streamer.measuring.sequences import of_eighths
 from streamer.measuring.statistics import MEASURES, Floats, SequenceSums
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant

@@ -14,8 +14,7 @@ from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.race import WHOLE, rounds_of
 from streamer.evaluation.shrinks import EXCESS, against_shrink
-from streamer.evaluation.steps import MOST_PLACED, Request, Sums, Wanted, evaluation_steps
-from streamer.measuring.passes import answered
+from streamer.evaluation.steps import MOST_PLACED, Request, Sums, Wanted, answered, evaluation_steps
 from streamer.measuring.sequences import of_eighths
 from streamer.measuring.statistics import SequenceSums
 from streamer.measuring.variants import EvaluatedVariant
