@@ -26,9 +26,9 @@ from streamer.output.made_shards import MadeShard, ShardTask, describe, in_step
 from streamer.output.metrics import journalled, totals
 from streamer.output.model_card import CARD_NAME
 from streamer.output.output_spec import OWN_FINDINGS, Writer
+from streamer.output.projection_warnings import output_warnings
 from streamer.output.record_view import WrittenView
 from streamer.output.records import MitigatedMatrix, Record, Written, certified_count
-from streamer.output.truncation import output_warnings
 from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import check_budget, resident_bytes
 from streamer.storage.atomic_file import remove_partials

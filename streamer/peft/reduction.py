@@ -15,8 +15,8 @@ from streamer.detection.findings import Findings
 from streamer.errors import UnsupportedError, UsageError
 from streamer.methods import Project
 from streamer.output.mitigated_factors import MitigatedFactors
+from streamer.output.projection_warnings import truncation_warnings
 from streamer.output.records import MitigatedMatrix
-from streamer.output.truncation import truncation_warnings
 from streamer.peft.detection import named_as_files
 from streamer.peft.job import live_job
 from streamer.peft.model import LiveModel, layer_of, quiet_peft, require_peft
