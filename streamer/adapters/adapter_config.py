@@ -16,6 +16,7 @@ from streamer.units import listed
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+LORA_NAME = "pytorch_lora_weights.safetensors"  # of a diffusers pipeline
 
 
 @dataclass(frozen=True)

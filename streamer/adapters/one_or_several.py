@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from streamer.adapters.adapter_config import CONFIG_NAME, LORA_NAME, WEIGHTS_NAME
 from streamer.adapters.finetuned import is_model
-from streamer.adapters.pipeline_adapter import LORA_NAME
 from streamer.errors import OutputExistsError, UsageError
 from streamer.storage.output_checks import refuse_symlink
 

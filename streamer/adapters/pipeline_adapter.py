@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from streamer.adapters.adapter import PeftAdapter
-from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig
+from streamer.adapters.adapter_config import CONFIG_NAME, LORA_NAME, WEIGHTS_NAME, AdapterConfig
 from streamer.adapters.modules import Module
 from streamer.adapters.reader import lora_module, open_adapter, refuse_kinds
 from streamer.adapters.stated import NOTHING_STATED, Stated
@@ -31,7 +31,6 @@ from streamer.units import listed
 from streamer.weights.base import StoredTensor
 from streamer.weights.dtypes import ENCODINGS, encoding_of
 
-LORA_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
 FACTOR = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "lora_magnitude_vector": "magnitude"}
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
-from streamer.adapters.pipeline_adapter import LORA_NAME
+from streamer.adapters.adapter_config import CONFIG_NAME, LORA_NAME, WEIGHTS_NAME
 from streamer.errors import InputError, UnsupportedError
 from streamer.plan.side_files import goes_along
 from streamer.storage.checkpoint import INDEX_NAME, MAX_INDEX_BYTES, PIPELINE_NAME, SINGLE_NAME, check_shard_name

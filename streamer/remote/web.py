@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from secrets import token_hex
 from typing import Any
 
-from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
-from streamer.adapters.pipeline_adapter import LORA_NAME
+from streamer.adapters.adapter_config import CONFIG_NAME, LORA_NAME, WEIGHTS_NAME
 from streamer.errors import FormatError, InputError, MissingInputError, UnsupportedError
 from streamer.remote.addresses import Url
 from streamer.remote.cache import at_once, parse_json
