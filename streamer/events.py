@@ -72,6 +72,7 @@ class Monitor:
     def __init__(self, on_event: OnEvent | None = None) -> None:
         self._on_event = on_event
         self._signum: int | None = None
+        self._warned: set[str] = set()
         self.outputs: dict[Path, OutputState] = {}
 
     def emit(self, event: Event) -> None:
@@ -80,9 +81,11 @@ class Monitor:
             self._on_event(event)
 
     def warn(self, warnings: Iterable[str]) -> None:
-        """Pass warnings to the caller, each once."""
-        for warning in dict.fromkeys(warnings):
-            self.emit(Event("warning", warning))
+        """Pass warnings to the caller, each once in a run: plans of the same inputs repeat theirs."""
+        for warning in warnings:
+            if warning not in self._warned:
+                self._warned.add(warning)
+                self.emit(Event("warning", warning))
 
     def resuming(self, done: int, of: int, noun: str) -> None:
         """Tell the caller how much an interrupted run had finished.

@@ -13,6 +13,8 @@ import pytest
 from command_line import ENV
 from forks import server
 
+from streamer.events import Event, Monitor
+
 # JSON of failures, and events ---------------------------------------------------------------------------------------
 
 
@@ -113,3 +115,11 @@ def test_what_python_warns_of_is_an_event() -> None:
     first, *rest = done.stderr.splitlines()
     assert json.loads(first)["message"] == "odd"
     assert "UserWarning: even" in rest[0]
+
+
+def test_a_run_gives_each_warning_once() -> None:
+    events: list[Event] = []
+    monitor = Monitor(events.append)
+    for warnings_of_a_plan in (("odd", "even"), ("odd",)):
+        monitor.warn(warnings_of_a_plan)
+    assert [event.name for event in events] == ["odd", "even"]
