@@ -200,6 +200,7 @@ def test_old_weights_in_an_output_are_refused(tmp_path: Path) -> None:
 
 
 def test_texts_do_not_run_through_a_pipeline(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
     base, (tensors, metadata) = write_pipeline(tmp_path / "base"), lora("metadata")
     save_file(tensors, tmp_path / LORA, metadata)
     (tmp_path / "t.txt").write_text("some words\n")

@@ -42,6 +42,7 @@ def test_on_the_hub(root: Path, name: str, words: str, monkeypatch: pytest.Monke
     constants = pytest.importorskip("huggingface_hub.constants")
     with serving(root, HubHandler) as site:
         monkeypatch.setattr(constants, "ENDPOINT", site.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         with pytest.raises(UnsupportedError, match=f"owner/{name}: {words} {NEXT}"):
             hub.list_hub(HubName(f"owner/{name}", COMMIT, "", f"owner/{name}"))
 
