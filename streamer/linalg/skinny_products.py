@@ -10,6 +10,9 @@ from torch import Tensor
 PIECES = 8
 """Row blocks into which a product with a long matrix is cut; measured in docs/benchmarks.md."""
 
+LONG_ROWS = 10_000
+"""Length of rows from which oneDNN multiplies a transpose more slowly than BLAS; measured in docs/benchmarks.md."""
+
 
 @functools.cache
 def _has_fast_onednn() -> bool:
@@ -24,9 +27,9 @@ def _has_fast_onednn() -> bool:
 def skinny_product(M: Tensor, X: Tensor) -> Tensor:
     """Compute ``M @ X`` for M (m, n), row-major or transposed, and X (n, c) of few columns.
 
-    If `_has_fast_onednn`, oneDNN multiplies float32 matrices; its bits do not depend on the number of threads. Otherwise X is padded with
-    zero columns to a multiple of 16, which makes products several times as fast; on the CPU a transpose is multiplied from the left,
-    and a long matrix is cut into `PIECES`. docs/benchmarks.md has the measurements.
+    If `_has_fast_onednn`, oneDNN multiplies float32 matrices, except transposes of `LONG_ROWS`; its bits do not depend on the number of
+    threads. Otherwise X is padded with zero columns to a multiple of 16, which makes products several times as fast; on the CPU a
+    transpose is multiplied from the left, and a long matrix is cut into `PIECES`. docs/benchmarks.md has the measurements.
     """
     c = X.shape[1]
     if M.device.type == "cpu" and M.dtype == torch.float32 and min(*M.shape, c) > 0 and _has_fast_onednn():
@@ -34,7 +37,7 @@ def skinny_product(M: Tensor, X: Tensor) -> Tensor:
         X = X if X.T.is_contiguous() else X.contiguous()
         if M.is_contiguous():
             return _onednn_linear(M, X.T)
-        if M.T.is_contiguous():
+        if M.T.is_contiguous() and len(M) < LONG_ROWS:
             return _onednn_linear(X.T, M).T
     X = torch.nn.functional.pad(X, (0, -c % 16))
     rows = len(M) // PIECES

@@ -110,7 +110,7 @@ BUDGET = {
     "fitting": 1_971,
     "report": 1_036,
     "weights": 1_211,
-    "linalg": 1_171,
+    "linalg": 1_172,
     "peft": 794,
     "remote": 648,
     "api": 1_973,

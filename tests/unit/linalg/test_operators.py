@@ -27,7 +27,7 @@ def test_every_operator_multiplies_as_its_dense_form(shape: tuple[int, int]) -> 
         torch.testing.assert_close(op.rmatmat(Y), op.dense().T @ Y)
 
 
-@pytest.mark.parametrize("m", [1, 500, 1024, 1031, 2050])
+@pytest.mark.parametrize("m", [1, 500, 1024, 1031, 2050, 10007])
 @pytest.mark.parametrize("layout", ["rows", "columns", "neither"])
 @pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "pieces"])
 def test_a_skinny_product_is_the_product(m: int, layout: str, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
