@@ -10,10 +10,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from streamer.errors import FormatError, MissingInputError, UnsupportedError
+from streamer.errors import MissingInputError, UnsupportedError
 from streamer.plan.plan import Plan
 from streamer.plan.tokenizer import VOCABULARIES, with_tokenizer
-from streamer.streaming.extra import first_line, quiet_transformers, require_transformers
+from streamer.streaming.extra import quiet_transformers, require_transformers, unreadable
 
 TEMPLATE_TIME = datetime(2024, 7, 26, 12)
 """Time given to chat templates that write the current time, so that a text has the same tokens every day. Llama 3's templates write this
@@ -131,7 +131,7 @@ def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
             )
             text_a = loaded("a", return_special_tokens_mask=True)
         except Exception as e:  # the tokenizers library raises Exception itself
-            raise FormatError(f"{directory}: transformers cannot read its tokenizer: {first_line(e)}") from e
+            raise unreadable(directory, "transformers cannot read its tokenizer", e) from e
     if not loaded.is_fast:
         raise UnsupportedError(
             f"{directory}: its tokenizer ({type(loaded).__name__}) does not report positions in the text; give token ids (.npy)"

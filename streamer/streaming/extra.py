@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamer.errors import StreamerError, UnsupportedError
+from streamer.errors import FormatError, StreamerError, UnsupportedError
 from streamer.packages import require_package
+from streamer.storage.files import storage_error
 
 ERROR_LENGTH = 120
 """Most characters of another library's message that ours quotes."""
@@ -73,3 +74,10 @@ def quiet_transformers() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def unreadable(path: Path, what: str, e: Exception) -> StreamerError:
+    """Make the error for a file that transformers cannot read: its contents are at fault, or the system refused to read it."""
+    if isinstance(e, OSError) and e.errno and not isinstance(e, FileNotFoundError):
+        return storage_error(path, "read", e)
+    return FormatError(f"{path}: {what}: {first_line(e)}")

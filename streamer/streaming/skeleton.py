@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from streamer.errors import FormatError, MissingInputError, UnsupportedError
+from streamer.errors import MissingInputError, UnsupportedError
 from streamer.plan.plan import Plan
-from streamer.streaming.extra import ERROR_LENGTH, first_line, quiet_transformers, require_transformers
+from streamer.streaming.extra import ERROR_LENGTH, first_line, quiet_transformers, require_transformers, unreadable
 from streamer.weights.model_config import MODEL_CONFIG
 
 
@@ -53,7 +53,7 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
         try:
             config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise FormatError(f"{directory / MODEL_CONFIG}: transformers cannot read it: {first_line(e)}") from e
+            raise unreadable(directory / MODEL_CONFIG, "transformers cannot read it", e) from e
         if config.is_encoder_decoder or not _predicts_next(cls.__name__):
             raise UnsupportedError(
                 f"{directory / MODEL_CONFIG}: {name} does not predict the next token of a text; evaluate and fit need "

@@ -24,11 +24,13 @@ import shim
 import survival_calls
 import survival_servers
 import survival_workers
-from jobs import COMMANDS, OTHERS, Bench
+from forks import MODEL_MODULES
+from jobs import COMMANDS, MODELS, OTHERS, Bench
 from trials import Tally, Trial, recorded
 from worker_runs import BENCHES
 
 RANDOM = "kill at random"
+LOCAL = [*COMMANDS, *OTHERS, *MODELS]
 
 
 def row(fault: str, command: str, tally: Tally, seconds: float) -> str:
@@ -71,41 +73,39 @@ class Table:
 
 def disturb_calls(table: Table, home: Path, every: int, kills: int, seed: str) -> None:
     """Faults of the machine, and kills at random."""
-    bench = Bench(home / "bench", shim.server())
-    for command in table.asked([*COMMANDS, *OTHERS]):
+    bench = Bench(home / "bench", shim.server(*MODEL_MODULES))
+    for command in table.asked(LOCAL):
         case = bench.case(command)
         directory = home / command.replace(" ", "-")
         directory.mkdir()
         trial = Trial(case, directory, recorded(case, directory), every, random.Random(seed))
         for fault, inject in survival_calls.FAULTS.items():
             table.run(fault, command, lambda inject=inject, trial=trial: inject(trial))
-    if table.wants(RANDOM) and kills:
-        long = Bench(home / "long", shim.server(), hidden=256)
-        for verb in table.asked(["detect", "mitigate", "merge"]):
-            case, rng = long.case(verb), random.Random(seed)
-            table.run(
-                RANDOM,
-                verb,
-                lambda case=case, rng=rng: survival_calls.killed_at_random(case, home / "long", -(-kills // 3), rng),
-            )
+        table.run(
+            RANDOM,
+            command,
+            lambda trial=trial: survival_calls.killed_at_random(trial.case, trial.home, kills, trial.rng),
+        )
 
 
-def disturb_servers(table: Table, home: Path, every: int, seed: str) -> None:
-    """Faults of servers."""
+def disturb_servers(table: Table, home: Path, every: int, kills: int, seed: str) -> None:
+    """Faults of servers, and kills at random."""
     commands = table.asked([*survival_servers.COMMANDS])
     with survival_servers.services(home / "servers", every, seed, commands) as services:
         for command, service in services:
             for fault, inject in survival_servers.KINDS.items():
                 if fault not in survival_servers.NOT_THERE.get(command, ()):
                     table.run(fault, command, lambda inject=inject, service=service: inject(service))
+            table.run(RANDOM, command, lambda service=service: survival_calls.killed_at_random(
+                service.case, service.home, kills, service.rng, service.end))  # fmt: skip
 
 
 def disturb_workers(table: Table, home: Path, kills: int, seed: str) -> None:
     """Faults of workers."""
-    for command in table.asked([*BENCHES]):
-        directory = home / f"workers-{command}"
+    for command in table.asked([f"{command} on workers" for command in BENCHES]):
+        directory = home / command.replace(" ", "-")
         directory.mkdir()
-        crew = survival_workers.Crew(BENCHES[command](directory), directory, kills, random.Random(seed))
+        crew = survival_workers.Crew(BENCHES[command.split()[0]](directory), directory, kills, random.Random(seed))
         for fault, inject in survival_workers.KINDS.items():
             table.run(fault, command, lambda inject=inject, crew=crew: inject(crew))
 
@@ -118,10 +118,11 @@ def main() -> int:
     machine, servers, workers = ([f.replace(",", "") for f in faults] for faults in (
         [*survival_calls.FAULTS, RANDOM], survival_servers.KINDS, survival_workers.KINDS))  # fmt: skip
     commands = [
-        *dict.fromkeys((*COMMANDS, *OTHERS, *BENCHES)),
+        *LOCAL,
         *(c.replace(",", "") for c in survival_servers.COMMANDS),
+        *(f"{command} on workers" for command in BENCHES),
     ]
-    parser.add_argument("--runs", type=int, default=300, help="random kills in all, over detect, mitigate and merge")
+    parser.add_argument("--runs", type=int, default=20, help="random kills of each command")
     parser.add_argument("--worker-runs", type=int, default=20, help="random kills of each kind among workers")
     parser.add_argument("--every", type=int, default=1, help="of the calls and requests, only each n-th is disturbed")
     parser.add_argument("--commands", default=",".join(commands))
@@ -135,8 +136,8 @@ def main() -> int:
         table, home = Table(args.faults.split(","), args.commands.split(",")), Path(place)
         if faults & {*machine}:
             disturb_calls(table, home, args.every, args.runs, args.seed)
-        if faults & {*servers}:
-            disturb_servers(table, home, args.every, args.seed)
+        if faults & {RANDOM, *servers}:
+            disturb_servers(table, home, args.every, args.runs, args.seed)
         if faults & {*workers}:
             disturb_workers(table, home, args.worker_runs, args.seed)
     print(row("all", "", table.total, 0).removesuffix("0 s"))

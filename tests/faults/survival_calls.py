@@ -3,12 +3,11 @@
 The promises of the design that they try: kills before a call, inside a write and at random moments (P1-P3); a power cut, by replaying what
 was synced and what was not (P1-P3, P7); SIGINT and SIGTERM (P15); EIO, ENOSPC, short reads and writes, a limit on file size, a full disk
 (P6-P8); inputs that change in mid-run (P5); two runs at once (P9). Calls are disturbed in the C library (`shim.c`), in forks of a process
-that has imported everything; random kills hit processes of their own.
+that has imported everything.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
@@ -56,8 +55,7 @@ def short(trial: Trial) -> Tally:
     tally = Tally()
     for what, under, mode in (
         ("writes", trial.home / "out", shim.SHORT),
-        ("reads", Path(trial.case.argv[1]), shim.SHORT_READ),
-        ("reads", Path(trial.case.argv[2]), shim.SHORT_READ),
+        *(("reads", source, shim.SHORT_READ) for source in trial.case.inputs),
         ("reads back", trial.home / "out", shim.SHORT_READ),
     ):
         for options in ((), ("--io", "pread")):
@@ -71,15 +69,15 @@ def short(trial: Trial) -> Tally:
 def unreadable(trial: Trial) -> Tally:
     """A read of an input fails: exit 6 in one line."""
     tally = Tally()
-    for source in trial.case.argv[1:3]:
+    for source in trial.case.inputs:
         for options in ((), ("--io", "pread")):
             record, out = trial.home / "reads", trial.home / "out"
-            trial.case.run(out, *options, before=shim.arm(Path(source), shim.FAIL_READ, record=record))
+            trial.case.run(out, *options, before=shim.arm(source, shim.FAIL_READ, record=record))
             shutil.rmtree(out)
             reads = len(shim.read_record(record))
             for n in range(1 + trial.rng.randrange(min(reads, trial.every)), reads + 1, trial.every):
-                what = f"read {n} of {Path(source).name} {' '.join(options)}"
-                done = trial.case.run(out, *options, before=shim.arm(Path(source), shim.FAIL_READ, n, errno.EIO))
+                what = f"read {n} of {source.name} {' '.join(options)}"
+                done = trial.case.run(out, *options, before=shim.arm(source, shim.FAIL_READ, n, errno.EIO))
                 tally.begin(done.code, {6}, what)
                 if done.code == 6 and (done.err.count("\n") != 1 or os.strerror(errno.EIO) not in done.err):
                     tally.problems.append(f"{what}: said {done.err!r}")
@@ -103,7 +101,7 @@ def told_to_stop(trial: Trial, signum: signal.Signals) -> Tally:
 def limited(trial: Trial) -> Tally:
     """A limit on file size stands in for a quota."""
     tally = Tally()
-    largest = max(call.length for call in trial.calls if call.op == "e")
+    largest = max(call.offset + call.length for call in trial.calls if call.op in "ew")
     for limit in range(500, largest, max(1, largest // 12) * trial.every):
         out, what = trial.home / f"out-{limit}", f"limit {limit}"
         done = trial.case.run(out, before=f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))")
@@ -150,9 +148,7 @@ def changed(trial: Trial) -> Tally:
     """An input changes in mid-run: exit 8 and no commit point, or the whole output, where all had been read. Put back, it goes on."""
     tally = Tally()
     case = trial.case
-    found = [
-        p for source in case.argv[1:3] for p in sorted([*Path(source).iterdir(), *Path(source).glob("*/adapter_*")])
-    ]
+    found = [p for source in case.inputs for p in sorted([*source.iterdir(), *source.glob("*/adapter_*")])]
     inputs = [p for p in found if p.suffix in (".safetensors", ".json")]
     for i, n in enumerate(range(2, len(case.calls), 2 * trial.every)):
         path, (how, code) = trial.rng.choice(inputs), list(CHANGES.items())[i % len(CHANGES)]
@@ -211,32 +207,30 @@ def power_cut(trial: Trial, way: str) -> Tally:
     return tally
 
 
-def killed_at_random(case: Case, home: Path, kills: int, rng: random.Random) -> Tally:
-    """Processes of their own, killed at random moments, three times in a row before one may finish."""
-    tally = Tally()
-    out = home / "out"
+def killed_at_random(
+    case: Case, home: Path, kills: int, rng: random.Random, end: Callable[[Tally, Path, str], None] | None = None
+) -> Tally:
+    """Kill at random moments, three times in a row before a run may finish. Runs that finish first are not counted."""
+    tally, out = Tally(), home / "out"
+    end = end or (lambda tally, out, what: tally.end(case, out, what))
     began = time.monotonic()
-    with case.start(out) as process:
-        process.communicate()
+    case.run(out)
     seconds = time.monotonic() - began
     shutil.rmtree(out)
     while tally.injected < kills:
-        with case.start(out) as process:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0.3, 1.0) * seconds)
-            process.kill()
-            process.communicate()
+        # The kernel's alarm, for which the command has no handler, ends a process as SIGKILL does.
+        done = case.run(out, before=f"signal.setitimer(signal.ITIMER_REAL, {rng.uniform(0.01, 1.0) * seconds})")
         what = f"kill {tally.injected + 1}"
-        if process.returncode == 0:  # it was done before
+        if done.code == 0:
             tally.runs += 1
         else:
-            tally.begin(process.returncode, {-signal.SIGKILL}, what)
+            tally.begin(done.code, {-signal.SIGALRM}, what)
         lost = case.lost(out)
         tally.lost += bool(lost)
         tally.problems += [f"{what}: {p}" for p in lost]
-        if tally.injected % 3 == 0 or process.returncode == 0 or tally.injected == kills:
+        if tally.injected % 3 == 0 or done.code == 0 or tally.injected == kills:
             last = tally.identical
-            tally.end(case, out, what)
+            end(tally, out, what)
             # One resumed output answers for the kills before it.
             tally.identical = tally.injected if tally.identical > last else last
     return tally
@@ -257,6 +251,3 @@ FAULTS: dict[str, Callable[[Trial], Tally]] = {
     "two runs at once": two_at_once,
     **{f"power cut, kept: {way}": lambda t, way=way: power_cut(t, way) for way in WAYS},
 }
-
-
-RANDOM = "kill at random"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import shim
-from forks import server
-from jobs import COMMANDS, OTHERS, Bench, Case
+from forks import MODEL_MODULES, server
+from jobs import COMMANDS, MODELS, OTHERS, Bench, Case
 from powerloss import Disk
 from seeds import vary
 from shim import Call
@@ -23,7 +26,7 @@ SLICE = 40
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("bench"), shim.server())
+    return Bench(tmp_path_factory.mktemp("bench"), shim.server(*MODEL_MODULES))
 
 
 def trial(bench: Bench, command: str, home: Path, every: int) -> Trial:
@@ -45,24 +48,37 @@ def test_survives_some(bench: Bench, fault: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("command", OTHERS)
+@pytest.mark.parametrize("command", [*OTHERS, *MODELS])
 def test_other_outputs_survive_some(bench: Bench, command: str, tmp_path: Path) -> None:
     check(FAULTS["kill before a call"](trial(bench, command, tmp_path, 2 * SLICE)))
     check(FAULTS["power cut, kept: at random"](trial(bench, command, tmp_path, 2 * SLICE)))
 
 
+@pytest.mark.long
+def test_a_config_that_the_disk_refuses_to_transformers(bench: Bench, tmp_path: Path) -> None:
+    """It was read before, by us: the error is the system's, not one of the file's format."""
+    case, out, record = bench.case("evaluate"), tmp_path / "out", tmp_path / "record"
+    base = case.inputs[0]
+    case.run(out, before=shim.arm(base, shim.FAIL_READ, record=record))
+    reads = [Path(call.path).name for call in shim.read_record(record)]
+    shutil.rmtree(out)
+    last = len(reads) - reads[::-1].index("config.json")
+    done = case.run(out, before=shim.arm(base, shim.FAIL_READ, last, errno.EIO))
+    assert (done.code, done.err.count("\n")) == (6, 1)
+    assert f"config.json: cannot read: {os.strerror(errno.EIO)}" in done.err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("command", [*COMMANDS, *OTHERS])
+@pytest.mark.parametrize("command", [*COMMANDS, *OTHERS, *MODELS])
 def test_survives_all(bench: Bench, command: str, fault: str, tmp_path: Path) -> None:
     check(FAULTS[fault](trial(bench, command, tmp_path, 1)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["detect", "mitigate", "merge"])
-def test_killed_at_random_moments(verb: str, tmp_path: Path) -> None:
-    long = Bench(tmp_path, shim.server(), hidden=256)
-    check(killed_at_random(long.case(verb), tmp_path, 100, random.Random(vary(verb))))
+@pytest.mark.parametrize("command", [*COMMANDS, *OTHERS, *MODELS])
+def test_killed_at_random_moments(bench: Bench, command: str, tmp_path: Path) -> None:
+    check(killed_at_random(bench.case(command), tmp_path, 100, random.Random(vary(command))))
 
 
 def test_nothing_of_a_run_is_missed(bench: Bench, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fuzz_inputs import CPU, NAMES, Target, Trouble, adapter, config, header, index, quantized, small_job
+from fuzz_models import coefficients, evaluation, input_map
 from helpers import sealed, tree_digest
 from mutate import journal_bytes, mutate_journal, mutate_json, mutate_safetensors, records_of
 
@@ -168,4 +169,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "detection journal": detection_journal,
     "output journal": output_journal,
     "record": record,
+    "map": input_map,
+    "coefficients": coefficients,
+    "evaluation": evaluation,
 }

@@ -188,11 +188,19 @@ def server(*modules: str) -> Server:
     return made
 
 
+MODEL_MODULES = (
+    "streamer.api.evaluation",
+    "streamer.api.fitting",
+    "scipy.special",
+    "transformers.models.llama.modeling_llama",
+)
+"""What commands that run a model import besides."""
+
+
 @pytest.fixture(scope="session", name="server")
 def model_server() -> Server:
     """The server of commands that run a model."""
-    modules = "streamer.api.evaluation", "streamer.api.fitting", "scipy.special"
-    return server(*modules, "transformers.models.llama.modeling_llama")
+    return server(*MODEL_MODULES)
 
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +9,18 @@ from pathlib import Path
 import helpers
 import pipelines
 import torch
-from command_line import ENV
 from forks import Outcome, Server
 from helpers import MODULES, tree_digest, write_adapter, write_sharded
+from learned import make_learned
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 COMMANDS = ("detect", "merge", "merge --findings", "mitigate", "mitigate --findings")
 """On a base in three shards and its adapter."""
+
+NAMES = {"detect": "findings.safetensors", "evaluate": "evaluation.json", "fit": "fit.safetensors", "map": "base.map.safetensors",
+         "repair": "repaired"}  # fmt: skip
+"""What a command writes in the tree, if not the tree itself; a repair writes its fit beside the adapter."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +40,30 @@ class Case:
     """Code that runs at the beginning of each run."""
 
     def run(self, out: Path, *options: str, before: str = "", **disturbance) -> Outcome:
-        """Run it into a tree; `detect` writes a file in it."""
+        """Run it into a tree."""
         return self.server.run(*self.line(out), *options, before=f"{self.before}\n{before}", **disturbance)
 
     def line(self, out: Path) -> list[str]:
         """The command line that writes into a tree."""
-        if self.argv[0] != "detect" or self.several:
-            return [*self.argv, "-o", str(out)]
-        out.mkdir(exist_ok=True)
-        return [*self.argv, "-o", str(out / "findings.safetensors")]
+        name = "" if self.several else NAMES.get(self.argv[0], "")
+        if name:
+            out.mkdir(exist_ok=True)
+        return [*self.argv, "-o", str(out / name)]
 
-    def start(self, out: Path) -> subprocess.Popen[str]:
-        """Start it as a user does, in a process of its own."""
-        line = [sys.executable, "-m", "streamer", *self.line(out), "--threads", "1"]
-        return subprocess.Popen(line, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    @property
+    def inputs(self) -> list[Path]:
+        """The directories that it reads."""
+        return [Path(arg) for arg in self.argv[1:3] if Path(arg).is_dir()]
 
     def commits(self) -> dict[str, set[str]]:
         """The files that make outputs loadable, each with those that it stands on."""
-        if self.argv[0] == "detect":
-            return {name: set() for name in self.whole}
-        found = {}
-        for home in {Path(name).parts[0] + "/" for name in self.whole} if self.several else {""}:
+        if self.argv[0] in NAMES:
+            trees = {"repaired/"} if self.argv[0] == "repair" else set()
+        else:
+            trees = {f"{Path(name).parts[0]}/" for name in self.whole} if self.several else {""}
+        alone = [name for name in self.whole if self.argv[0] in NAMES and not name.startswith(tuple(trees))]
+        found: dict[str, set[str]] = {name: set() for name in alone}
+        for home in trees:
             beside = {name for name in self.whole if name.startswith(home)} - {f"{home}streamer.json"}
             of_pipeline = (f"{home}text_encoder/model.safetensors", f"{home}{pipelines.LORA}")
             of_model = (f"{home}model.safetensors.index.json", f"{home}model.safetensors")
@@ -195,6 +200,15 @@ OTHERS: dict[str, tuple[Callable[[Path], tuple[Path, Path]], str]] = {
 """Other outputs: their inputs, and the command."""
 
 
+MODELS = {
+    "evaluate": "--method paper,shrink --lambda 0.5",
+    "fit": "--grain direction --steps 1",
+    "map": "",
+    "repair": "",
+}
+"""Commands that run a model, and options beside the texts."""
+
+
 class Bench:
     """The inputs and the cases on them, made once each."""
 
@@ -206,7 +220,7 @@ class Bench:
         assert server.run("detect", self.base, self.adapter, "-o", self.findings).code == 0
 
     def case(self, command: str) -> Case:
-        """The case of one of `COMMANDS` or `OTHERS`."""
+        """The case of one of `COMMANDS`, `OTHERS` or `MODELS`."""
         if command not in self._cases:
             out = self._home / command.replace(" ", "-")
             argv = self._argv(command)
@@ -217,6 +231,17 @@ class Bench:
         return self._cases[command]
 
     def _argv(self, command: str) -> tuple[str, ...]:
+        if command in MODELS:
+            home = self._home / f"inputs of {command}"
+            home.mkdir()
+            make_learned(home)
+            texts = [
+                "--general",
+                str(home / "general.npy"),
+                *([] if command == "map" else ["--task", str(home / "task.npy")]),
+            ]
+            options = [*MODELS[command].split(), "--sequences", "24", "-qq"]  # of texts so short there are warnings
+            return command, str(home / "base"), *([] if command == "map" else [str(home / "adapter")]), *texts, *options
         if command in OTHERS:
             make, line = OTHERS[command]
             base, adapter = make(self._home / f"inputs of {command}")

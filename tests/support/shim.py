@@ -78,9 +78,9 @@ def library() -> Path:
 
 
 @functools.cache
-def server() -> Server:
-    """A server whose runs the shim can disturb."""
-    made = Server(preload=library())
+def server(*modules: str) -> Server:
+    """A server whose runs the shim can disturb; it has imported these modules besides."""
+    made = Server(preload=library(), modules=modules)
     atexit.register(made.close)
     return made
 

@@ -1,0 +1,76 @@
+"""Targets that a model's run wrote: maps of inputs, coefficient files, evaluations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fuzz_inputs import Target
+from learned import make_learned
+from mutate import mutate_json, mutate_safetensors
+
+import streamer
+from streamer.cli.evaluation_table import evaluation_table
+from streamer.evaluation.view import Names
+
+SEQUENCES = 24
+
+
+def _learned(home: Path) -> dict[str, object]:
+    """A base, an adapter and two texts; the keywords of the texts."""
+    make_learned(home, SEQUENCES)
+    return {
+        "general": home / "general.npy",
+        "task": home / "task.npy",
+        "sequences": SEQUENCES,
+        "on_event": lambda _: None,
+    }
+
+
+def input_map(home: Path) -> Target:
+    """A map of a base's inputs: read, and applied."""
+    texts = _learned(home)
+    del texts["task"]
+    path = home / "m.map.safetensors"
+    streamer.map_inputs(home / "base", path, vectors=2, **texts)
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        repr(streamer.load_map(path))
+        for _ in streamer.iter_merged(home / "base", home / "adapter", map=path):
+            pass
+
+    return Target([path.read_bytes()], mutate_safetensors, run)
+
+
+def coefficients(home: Path) -> Target:
+    """A file of coefficients or of right factors: read, and applied."""
+    texts = _learned(home)
+    path, seeds = home / "c.safetensors", []
+    for options in ({"grain": "inputs"}, {"grain": "all", "steps": 1}):
+        streamer.fit_coefficients(home / "base", home / "adapter", path, overwrite=True, **options, **texts)
+        seeds.append(path.read_bytes())
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        keep = streamer.load_coefficients(path).keeps[0]
+        for _ in streamer.iter_merged(home / "base", home / "adapter", coefficients=path, keep=keep):
+            pass
+
+    return Target(seeds, mutate_safetensors, run)
+
+
+def evaluation(home: Path) -> Target:
+    """The file of an evaluation: read, and shown."""
+    path = home / "e.json"
+    streamer.evaluate_variants(
+        home / "base", home / "adapter", path, methods=["shrink"], lambdas=[0.5], **_learned(home)
+    )
+    seeds = [path.read_bytes()]
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        found = streamer.load_evaluation(path)
+        found.to_json()
+        evaluation_table(found, Names())
+
+    return Target(seeds, mutate_json, run)
