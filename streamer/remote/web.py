@@ -18,10 +18,10 @@ from streamer.storage.remote_manifest import RemoteFile
 from streamer.storage.remote_retries import read_range, stat_remote
 
 KNOWN_NAMES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "README.md", "LICENSE",
-    "LICENSE.txt", "USE_POLICY.md", *PIPELINE_FILES,
+    "config.json", "hf_quant_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "README.md", "LICENSE", "LICENSE.txt", "USE_POLICY.md", *PIPELINE_FILES,
 )  # fmt: skip
 """Files that a model, adapter or pipeline may have, as transformers, PEFT and diffusers name them; an https server does not list files."""
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import COMMIT, HubHandler
 from pipelines import LORA, write_pipeline
 from range_server import Handler, serving
+from safetensors.torch import save_file
 
 from streamer.errors import UnsupportedError
 from streamer.remote import hub
@@ -50,3 +52,13 @@ def test_on_the_hub(root: Path, name: str, words: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("beside", ["model.safetensors", "model.safetensors.index.json", "adapter_config.json"])
 def test_a_model_or_adapter_beside_the_names_of_a_pipeline(beside: str) -> None:
     refuse_pipeline("here", [beside, "model_index.json", LORA])
+
+
+def test_a_file_that_states_a_quantization_is_found_without_a_list(tmp_path: Path) -> None:
+    """Without it, quantized values would be taken for others."""
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    small = {"config.json", "hf_quant_config.json"}
+    for name in small:
+        (tmp_path / name).write_text("{}")
+    with serving(tmp_path, Handler) as site:
+        assert {*list_address(Url(site.address, site.address)).small} == small
