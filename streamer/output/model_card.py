@@ -56,7 +56,7 @@ class Card:
     longest
         The longest possible record, except for the warning about loss in projection.
     tuned
-        Whether the original belongs to a fine-tuned model used as the adapter.
+        Whether a fine-tuned model is used as the adapter; the original then belongs to it.
     diffusers
         Whether the base is a diffusers pipeline.
     """
@@ -144,7 +144,8 @@ def _merged_head(card: Card, blocks: dict[str, str]) -> str:
     if "model_id" in card.base:
         # In the hub's terms, a model from several is a merge, and a model trained from a base is a finetune.
         own = _list("base_model", ids) + f"base_model_relation: {'merge' if len(ids) > 1 else 'finetune'}\n"
-    return own + _list("tags", [TAG, "merged", *(() if card.diffusers else ("peft",)), "lora"]) + "".join(kept.values())
+    of_adapter = () if card.tuned else ("lora",) if card.diffusers else ("peft", "lora")
+    return own + _list("tags", [TAG, "merged", *of_adapter]) + "".join(kept.values())
 
 
 def _adapter_head(card: Card, blocks: dict[str, str]) -> str:

@@ -193,6 +193,7 @@ def test_a_card_of_a_fine_tuned_model_is_called_so(job: tuple[Path, Path], tmp_p
     merge(base, tmp_path / "tuned", tmp_path / "out")
     head, body = parts(tmp_path / "out" / "README.md")
     assert "base_model" not in head  # nothing says what it is called
+    assert head["tags"] == ["intruder-dimensions", "merged"]
     assert "# Card of the fine-tuned model\n\nThe rest is the unchanged card of tuned.\n\n# Tuned" in body
     assert (tmp_path / "out" / "README.md").read_text().count("# Tuned") == 1
 
