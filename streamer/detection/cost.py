@@ -100,5 +100,5 @@ def cost(shape: tuple[int, int], k: int, solver: str = "auto") -> int:
     m, n = shape
     if chosen_solver(shape, k, solver, allow_dense=True) == "dense":
         return 1_000_000 + m * n * min(m, n) // 2
-    proof = 80 * n * n if n < m and n <= PROVABLE else 0
-    return 67_000_000 + block_width(k, OVERSAMPLING) * m * n + proof
+    proof = 100 * n * n if n < m and n <= PROVABLE else 0
+    return 125_000_000 + block_width(k, OVERSAMPLING) * m * n * 5 // 4 + proof

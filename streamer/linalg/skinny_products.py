@@ -27,9 +27,9 @@ def _has_fast_onednn() -> bool:
 def skinny_product(M: Tensor, X: Tensor) -> Tensor:
     """Compute ``M @ X`` for M (m, n), row-major or transposed, and X (n, c) of few columns.
 
-    If `_has_fast_onednn`, oneDNN multiplies float32 matrices, except transposes of `LONG_ROWS`; its bits do not depend on the number of
-    threads. Otherwise X is padded with zero columns to a multiple of 16, which makes products several times as fast; on the CPU a
-    transpose is multiplied from the left, and a long matrix is cut into `PIECES`. docs/benchmarks.md has the measurements.
+    If `_has_fast_onednn`, oneDNN multiplies float32 matrices, except transposes of matrices with `LONG_ROWS`; its bits do not depend on
+    the number of threads. Otherwise X is padded with zero columns to a multiple of 16, which makes products several times as fast; on
+    the CPU a transpose is multiplied from the left, and a long matrix is cut into `PIECES`. docs/benchmarks.md has the measurements.
     """
     c = X.shape[1]
     if M.device.type == "cpu" and M.dtype == torch.float32 and min(*M.shape, c) > 0 and _has_fast_onednn():

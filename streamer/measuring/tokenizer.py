@@ -110,8 +110,8 @@ def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
 
     Raises
     ------
-    MissingInputError, FormatError
-        If there is no tokenizer, or transformers cannot read it.
+    MissingInputError, FormatError, StorageError
+        If there is no tokenizer, or transformers or the system cannot read it.
     UnsupportedError
         If it does not report the positions of tokens in the text.
     MissingPackageError

@@ -23,7 +23,7 @@ KNOWN_NAMES = (
     "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "README.md", "LICENSE", "LICENSE.txt", "USE_POLICY.md", *PIPELINE_FILES,
 )  # fmt: skip
-"""Files that a model, adapter or pipeline may have, as transformers, PEFT and diffusers name them; an https server does not list files."""
+"""Files that a model, adapter or pipeline may have, by the names that libraries give them; an https server does not list files."""
 
 
 def list_address(url: Url) -> Listing:

@@ -77,7 +77,13 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def unreadable(path: Path, what: str, e: Exception) -> StreamerError:
-    """Make the error for a file that transformers cannot read: its contents are at fault, or the system refused to read it."""
-    if isinstance(e, OSError) and e.errno and not isinstance(e, FileNotFoundError):
-        return storage_error(path, "read", e)
+    """Make the error for a file that transformers cannot read: its contents are at fault, or the system refused to read it.
+
+    transformers may raise another error in place of the system's. The tokenizers library says nothing of the system's.
+    """
+    cause: BaseException | None = e
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno and not isinstance(cause, FileNotFoundError):
+            return storage_error(path, "read", cause)
+        cause = cause.__cause__ or cause.__context__
     return FormatError(f"{path}: {what}: {first_line(e)}")

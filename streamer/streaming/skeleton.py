@@ -26,6 +26,8 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
 
     Raises
     ------
+    FormatError, StorageError
+        If transformers or the system cannot read the config.
     UnsupportedError
         If the class is not one of transformers', or does not predict the next token of a text.
     """

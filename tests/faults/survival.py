@@ -96,8 +96,7 @@ def disturb_servers(table: Table, home: Path, every: int, kills: int, seed: str)
             for fault, inject in survival_servers.KINDS.items():
                 if fault not in survival_servers.NOT_THERE.get(command, ()):
                     table.run(fault, command, lambda inject=inject, service=service: inject(service))
-            table.run(RANDOM, command, lambda service=service: survival_calls.killed_at_random(
-                service.case, service.home, kills, service.rng, service.end))  # fmt: skip
+            table.run(RANDOM, command, lambda service=service: survival_servers.killed_at_random(service, kills))
 
 
 def disturb_workers(table: Table, home: Path, kills: int, seed: str) -> None:

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import shim
@@ -196,9 +197,10 @@ def power_cut(trial: Trial, way: str) -> Tally:
     """The power goes after each call: what was synced stands, the rest as `powerloss.WAYS` says."""
     tally = Tally()
     disk = Disk(trial.home / "recorded")
-    for n, call in enumerate(trial.calls, 1):
+    first = trial.rng.randrange(min(trial.every, len(trial.calls)))
+    for n, call in enumerate(trial.calls):
         disk.apply(call)
-        if n % trial.every:
+        if n % trial.every != first:
             continue
         out = trial.home / f"out-{n}"
         disk.leave(way, trial.rng, out)
@@ -208,15 +210,24 @@ def power_cut(trial: Trial, way: str) -> Tally:
 
 
 def killed_at_random(
-    case: Case, home: Path, kills: int, rng: random.Random, end: Callable[[Tally, Path, str], None] | None = None
+    case: Case,
+    home: Path,
+    kills: int,
+    rng: random.Random,
+    end: Callable[..., None] | None = None,
+    afresh: Callable[[], None] = lambda: None,
 ) -> Tally:
-    """Kill at random moments, three times in a row before a run may finish. Runs that finish first are not counted."""
-    tally, out = Tally(), home / "out"
-    end = end or (lambda tally, out, what: tally.end(case, out, what))
+    """Kill at random moments, three times in a row before a run may finish. Runs that finish first are not counted.
+
+    `end` looks at an output, in place of `Tally.end`; `afresh` puts what a run finds into the state of the first one.
+    """
+    tally, out, since = Tally(), home / "out", 0
+    afresh()
     began = time.monotonic()
-    case.run(out)
+    assert case.run(out).code == 0
     seconds = time.monotonic() - began
     shutil.rmtree(out)
+    afresh()
     while tally.injected < kills:
         # The kernel's alarm, for which the command has no handler, ends a process as SIGKILL does.
         done = case.run(out, before=f"signal.setitimer(signal.ITIMER_REAL, {rng.uniform(0.01, 1.0) * seconds})")
@@ -225,14 +236,15 @@ def killed_at_random(
             tally.runs += 1
         else:
             tally.begin(done.code, {-signal.SIGALRM}, what)
-        lost = case.lost(out)
-        tally.lost += bool(lost)
-        tally.problems += [f"{what}: {p}" for p in lost]
-        if tally.injected % 3 == 0 or done.code == 0 or tally.injected == kills:
-            last = tally.identical
-            end(tally, out, what)
+            since += 1
+        if since == 3 or done.code == 0 or tally.injected == kills:
             # One resumed output answers for the kills before it.
-            tally.identical = tally.injected if tally.identical > last else last
+            (end or partial(Tally.end, case=case))(tally, out=out, what=what, faults=since)
+            since = 0
+            afresh()
+        elif lost := case.lost(out):
+            tally.lost += 1
+            tally.problems += [f"{what}: {p}" for p in lost]
     return tally
 
 

@@ -15,9 +15,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import remote_jobs
+import survival_calls
 from forks import KILL, server
 from helpers import tree_digest
 from hub_server import TOKEN, HubHandler
@@ -74,7 +76,7 @@ class Service:
         """Give every n-th request from `first` on, and an output for it; the cache is empty each time."""
         span = self.asked - first + 1
         for n in range(first + self.rng.randrange(max(1, min(self.every, span))), self.asked + 1, self.every):
-            shutil.rmtree(self.cache, ignore_errors=True)
+            self.empty_cache()
             yield n, self.home / f"out-{n}"
 
     @property
@@ -82,14 +84,18 @@ class Service:
         """The directory of the base."""
         return next(path for path in (self.site.root / "base", self.site.root / "owner" / "base") if path.is_dir())
 
-    def end(self, tally: Tally, out: Path, what: str) -> None:
+    def empty_cache(self) -> None:
+        """Let the next run download what it needs."""
+        shutil.rmtree(self.cache, ignore_errors=True)
+
+    def end(self, tally: Tally, out: Path, what: str, faults: int = 1) -> None:
         """Look at what a run left in the cache, and then as `Tally.end` does."""
         served = {path.name: path.read_bytes() for path in self.files.iterdir() if path.is_file()}
         for path in (self.cache / "streamer" / "files").rglob("model-*"):
             if path.read_bytes() != served[path.name]:
                 tally.lost += 1
                 tally.problems.append(f"{what}: {path.name} in the cache is not what was served")
-        tally.end(self.case, out, what)
+        tally.end(self.case, out, what, faults)
 
 
 class Disturbance:
@@ -253,6 +259,13 @@ def killed(service: Service) -> Tally:
         tally.begin(done.code, {-signal.SIGKILL}, what)
         service.end(tally, out, what)
     return tally
+
+
+def killed_at_random(service: Service, kills: int) -> Tally:
+    """Kill at random moments, of downloads too."""
+    return survival_calls.killed_at_random(
+        service.case, service.home, kills, service.rng, partial(Service.end, service), service.empty_cache
+    )
 
 
 KINDS: dict[str, Callable[[Service], Tally]] = {

@@ -95,7 +95,11 @@ def workers_killed(crew: Crew, count: int | None) -> Tally:
             there = workers_in(process.pid)
             kill(crew.rng.sample(there, min(len(there), count or len(there))))
             _, err = process.communicate(timeout=300)
-        ended_well(tally, crew, process.returncode, err, out, what)
+        if there:
+            ended_well(tally, crew, process.returncode, err, out, what)
+        else:  # it had ended
+            tally.runs += 1
+            tally.end(crew, out, what, 0)
     return tally
 
 
@@ -109,9 +113,13 @@ def killed_time_and_again(crew: Crew) -> Tally:
                 kill(workers_in(process.pid))
                 time.sleep(0.05)
             _, err = process.communicate(timeout=300)
-        tally.begin(process.returncode, {0, 6}, what)  # 0 where all was done
+        done = process.returncode == 0  # before a worker was missed
+        if done:
+            tally.runs += 1
+        else:
+            tally.begin(process.returncode, {6}, what)
         tally.refused(process.returncode, err, what)
-        tally.end(crew, out, what)
+        tally.end(crew, out, what, not done)
     return tally
 
 
@@ -126,13 +134,17 @@ def told_to_end(crew: Crew, signum: signal.Signals) -> Tally:
             elif has_begun(out / crew.bench.name):  # before, signals are not taken yet
                 os.killpg(process.pid, signum)
             process.communicate(timeout=300)
-        tally.begin(process.returncode, {0, -signum if signum == signal.SIGKILL else 128 + signum}, what)
+        ended = process.returncode == 0  # before the signal
+        if ended:
+            tally.runs += 1
+        else:
+            tally.begin(process.returncode, {-signum if signum == signal.SIGKILL else 128 + signum}, what)
         with contextlib.suppress(AssertionError):
             wait_until(lambda pid=process.pid: not workers_in(pid), 20)
         if left := workers_in(process.pid):
             tally.problems.append(f"{what}: workers {left} live on")
             kill(left)
-        tally.end(crew, out, what)
+        tally.end(crew, out, what, not ended)
     return tally
 
 

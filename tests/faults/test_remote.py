@@ -17,7 +17,7 @@ import remote_jobs
 from command_line import ENV
 from range_server import FAULTS, Handler, serving
 from remote_jobs import argv, contents, run, run_all
-from survival_servers import COMMANDS, KINDS, NOT_THERE, Service, services
+from survival_servers import COMMANDS, KINDS, NOT_THERE, Service, killed_at_random, services
 
 from streamer.storage.tensor_file import TensorFile
 
@@ -51,6 +51,14 @@ def test_survives_all(found: dict[str, Service], command: str, kind: str) -> Non
         tally = KINDS[kind](replace(found[command], every=1))
         assert tally.problems == []
         assert tally.passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_killed_at_random_moments(found: dict[str, Service], command: str) -> None:
+    tally = killed_at_random(found[command], 100)
+    assert tally.problems == []
+    assert tally.passed
 
 
 def test_every_fault_of_the_server_is_tried() -> None:

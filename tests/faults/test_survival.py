@@ -50,13 +50,15 @@ def test_survives_some(bench: Bench, fault: str, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("command", [*OTHERS, *MODELS])
 def test_other_outputs_survive_some(bench: Bench, command: str, tmp_path: Path) -> None:
-    check(FAULTS["kill before a call"](trial(bench, command, tmp_path, 2 * SLICE)))
-    check(FAULTS["power cut, kept: at random"](trial(bench, command, tmp_path, 2 * SLICE)))
+    for fault in ("kill before a call", "power cut, kept: at random"):
+        tally = FAULTS[fault](trial(bench, command, tmp_path, 2 * SLICE))
+        assert tally.injected > 0
+        check(tally)
 
 
 @pytest.mark.long
 def test_a_config_that_the_disk_refuses_to_transformers(bench: Bench, tmp_path: Path) -> None:
-    """It was read before, by us: the error is the system's, not one of the file's format."""
+    """streamer has read it before, so its contents are not at fault."""
     case, out, record = bench.case("evaluate"), tmp_path / "out", tmp_path / "record"
     base = case.inputs[0]
     case.run(out, before=shim.arm(base, shim.FAIL_READ, record=record))

@@ -69,6 +69,7 @@ for line in sys.stdin:
                 setattr(os, name, watch(name, ask["at"], ask["code"]))
             exec(ask["before"])
             code = run(ask["argv"])
+            signal.setitimer(signal.ITIMER_REAL, 0)  # a kill after the end is none
         except SystemExit as e:
             code = e.code
         finally:
@@ -194,7 +195,7 @@ MODEL_MODULES = (
     "scipy.special",
     "transformers.models.llama.modeling_llama",
 )
-"""What commands that run a model import besides."""
+"""Modules that only commands with a model import."""
 
 
 @pytest.fixture(scope="session", name="server")

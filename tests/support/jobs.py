@@ -11,7 +11,6 @@ import pipelines
 import torch
 from forks import Outcome, Server
 from helpers import MODULES, tree_digest, write_adapter, write_sharded
-from learned import make_learned
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -57,12 +56,12 @@ class Case:
 
     def commits(self) -> dict[str, set[str]]:
         """The files that make outputs loadable, each with those that it stands on."""
+        trees, found = {""}, dict[str, set[str]]()
         if self.argv[0] in NAMES:
             trees = {"repaired/"} if self.argv[0] == "repair" else set()
-        else:
-            trees = {f"{Path(name).parts[0]}/" for name in self.whole} if self.several else {""}
-        alone = [name for name in self.whole if self.argv[0] in NAMES and not name.startswith(tuple(trees))]
-        found: dict[str, set[str]] = {name: set() for name in alone}
+            found = {name: set() for name in self.whole if not name.startswith(tuple(trees))}
+        elif self.several:
+            trees = {f"{Path(name).parts[0]}/" for name in self.whole}
         for home in trees:
             beside = {name for name in self.whole if name.startswith(home)} - {f"{home}streamer.json"}
             of_pipeline = (f"{home}text_encoder/model.safetensors", f"{home}{pipelines.LORA}")
@@ -201,12 +200,12 @@ OTHERS: dict[str, tuple[Callable[[Path], tuple[Path, Path]], str]] = {
 
 
 MODELS = {
-    "evaluate": "--method paper,shrink --lambda 0.5",
-    "fit": "--grain direction --steps 1",
-    "map": "",
-    "repair": "",
+    "evaluate": "base adapter --general general.npy --task task.npy --method paper,shrink --lambda 0.5",
+    "fit": "base adapter --general general.npy --task task.npy --grain direction --steps 1",
+    "map": "base --general general.npy",
+    "repair": "base adapter --general general.npy --task task.npy",
 }
-"""Commands that run a model, and options beside the texts."""
+"""Commands that run a model: their inputs and options, the files by their names in the directory of the inputs."""
 
 
 class Bench:
@@ -232,16 +231,15 @@ class Bench:
 
     def _argv(self, command: str) -> tuple[str, ...]:
         if command in MODELS:
-            home = self._home / f"inputs of {command}"
-            home.mkdir()
-            make_learned(home)
-            texts = [
-                "--general",
-                str(home / "general.npy"),
-                *([] if command == "map" else ["--task", str(home / "task.npy")]),
-            ]
-            options = [*MODELS[command].split(), "--sequences", "24", "-qq"]  # of texts so short there are warnings
-            return command, str(home / "base"), *([] if command == "map" else [str(home / "adapter")]), *texts, *options
+            from learned import make_learned
+
+            home = self._home / "learned"
+            if not home.exists():
+                home.mkdir()
+                make_learned(home)
+            files = {name: str(home / name) for name in ("base", "adapter", "general.npy", "task.npy")}
+            words = [files.get(word, word) for word in MODELS[command].split()]
+            return command, *words, "--sequences", "24", "-qq"  # texts this short cause warnings
         if command in OTHERS:
             make, line = OTHERS[command]
             base, adapter = make(self._home / f"inputs of {command}")

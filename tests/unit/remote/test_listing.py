@@ -55,7 +55,7 @@ def test_a_model_or_adapter_beside_the_names_of_a_pipeline(beside: str) -> None:
 
 
 def test_a_file_that_states_a_quantization_is_found_without_a_list(tmp_path: Path) -> None:
-    """Without it, quantized values would be taken for others."""
+    """Without this file, packed values would be read as plain ones."""
     save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     small = {"config.json", "hf_quant_config.json"}
     for name in small:
