@@ -95,8 +95,11 @@ def read_inputs(path: Path) -> tuple[tuple[MappedInput, ...], dict[str, Any]]:
         if arrays or not inputs:
             raise ValueError("its arrays do not match its inputs")
         facts = {key: value for key, value in tree.items() if key not in OWN}
-        if not (isinstance(facts["base"], dict) and isinstance(facts["texts"], list) and facts["vectors"] >= 1):
+        texts, vectors = facts["texts"], facts["vectors"]
+        if not (isinstance(facts["base"], dict) and isinstance(texts, list) and type(vectors) is int and vectors >= 1):
             raise ValueError("base, texts or vectors are of another type")
+        if not all(isinstance(text[key], str) for text in texts for key in ("name", "sha256")):
+            raise ValueError("a text has no name or no digest")
         if tree["sha256"] != digest_of(inputs):
             raise ValueError("the arrays differ from their digest")
     except (KeyError, TypeError, ValueError) as e:
@@ -108,6 +111,8 @@ def read_inputs(path: Path) -> tuple[tuple[MappedInput, ...], dict[str, Any]]:
 def _input(tree: dict[str, Any], arrays: dict[str, Tensor]) -> MappedInput:
     names, trace, tokens = tuple(tree["names"]), tree["trace"], tree["tokens"]
     first = names[0]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("the names of an input are not strings")
     if not (math.isfinite(trace) and trace >= 0 and type(tokens) is int and tokens > 0):
         raise ValueError(f"{first!r} has an invalid trace or number of tokens")
     values = arrays.pop(first + (FREQUENCIES if tree["one_hot"] else VALUES))

@@ -48,9 +48,10 @@ class Spool:
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = Path(tempfile.gettempdir()) if directory is None else directory
         with storage_errors(self.directory, "make a temporary file"):
-            self._fd, path = tempfile.mkstemp(prefix=".streamer-", dir=self.directory)
-            os.unlink(path)
-        self.close = weakref.finalize(self, os.close, self._fd)
+            # Where the file system allows it, the file never has a name that a kill or a power cut could leave behind.
+            file = tempfile.TemporaryFile(buffering=0, prefix=".streamer-", dir=self.directory)
+        self._fd = file.fileno()
+        self.close = weakref.finalize(self, file.close)
         """Frees the file's blocks."""
         self.end = 0
 

@@ -72,6 +72,13 @@ def figures(data: bytes, path: tuple[Any, ...], value: Any) -> bytes:
     return with_header(tree, rest)
 
 
+def mapped(data: bytes, path: tuple[Any, ...], value: Any) -> bytes:
+    """A map whose text has one other value."""
+    tree, rest = header_of(data)
+    tree["__metadata__"]["streamer.map"] = changed(tree["__metadata__"]["streamer.map"].encode(), path, value).decode()
+    return with_header(tree, rest)
+
+
 def record(data: bytes, i: int, change: Callable[[bytes], bytes]) -> bytes:
     """A journal with one other record, its digest right."""
     records = records_of(data)
@@ -110,6 +117,8 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
     "findings: a base that is a list": ("findings", 0, lambda d: figures(d, ("base",), ["files"])),
     "findings: files that are numbers": ("findings", 0, lambda d: figures(d, ("base", "files"), 0.5)),
     "findings: a file without a name": ("findings", 0, lambda d: figures(d, ("base", "files", 0), {})),
+    "map: a name that is a list": ("map", 0, lambda d: mapped(d, ("inputs", 0, "names"), [["q"]])),
+    "map: a text without a name": ("map", 0, lambda d: mapped(d, ("texts", 0), {})),
     "a detection's journal of another kind": (
         "detection journal", 2, lambda d: record(d, 0, lambda r: changed(r, ("stamps",), 0).replace(b"stamps", b"spams"))),
     "a detection's record that is no file": ("detection journal", 2, lambda d: record(d, 1, lambda r: b"x" * 50)),
