@@ -49,7 +49,7 @@ class Spool:
         self.directory = Path(tempfile.gettempdir()) if directory is None else directory
         with storage_errors(self.directory, "make a temporary file"):
             # Where the file system allows it, the file never has a name that a kill or a power cut could leave behind.
-            file = tempfile.TemporaryFile(buffering=0, prefix=".streamer-", dir=self.directory)
+            file = tempfile.TemporaryFile(buffering=0, prefix=".streamer-", dir=self.directory)  # noqa: SIM115  # `close` does
         self._fd = file.fileno()
         self.close = weakref.finalize(self, file.close)
         """Frees the file's blocks."""
