@@ -31,7 +31,7 @@ from streamer.storage.atomic_file import partial_name, remove_partials
 from streamer.storage.buffers import Buffer, Piece
 from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
-from streamer.storage.identities import AdapterIdentity, BaseIdentity
+from streamer.storage.identities import AdapterIdentity, BaseIdentity, check_identities
 from streamer.storage.lock import locked
 from streamer.storage.output_checks import (
     check_name,
@@ -262,7 +262,7 @@ def read_findings(path: Path) -> tuple[FindingsHead, tuple[MatrixFinding, ...], 
         options = DetectionOptions(**tree["options"])
         data = file.data()  # one map for all: one for each matrix would exhaust the descriptors
         matrices = tuple(read_matrix(figures, file, data) for figures in tree["matrices"])
-        _check_identities(tree["base"], tree["adapter"])
+        check_identities(tree["base"], tree["adapter"])
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise FormatError(
             f"{path}: findings are not as {SCHEMA} has them ({type(e).__name__}: {e}); run detect again"
@@ -324,12 +324,3 @@ def _sources(file: TensorFile) -> dict[str, dict[str, str]]:
         return {what: {k: v for k, v in tree[what].items() if isinstance(v, str)} for what in ("base", "adapter")}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return {}
-
-
-def _check_identities(*identities: Any) -> None:
-    for identity in identities:
-        files = identity.get("files", []) if isinstance(identity, dict) else None
-        if not isinstance(files, list) or not all(
-            isinstance(f, dict) and isinstance(f.get("file"), str) for f in files
-        ):
-            raise ValueError("an input's identity has the wrong form")

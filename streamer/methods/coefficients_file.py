@@ -25,6 +25,7 @@ from streamer.methods.factors import FactorSet
 from streamer.methods.fit_set import FitSet, share_name
 from streamer.storage.buffers import Piece
 from streamer.storage.header import TensorInfo
+from streamer.storage.identities import check_identities
 from streamer.storage.output_checks import check_replaced
 from streamer.storage.shard_writer import plan_shard, write_shard
 from streamer.storage.strict_json import strict_json
@@ -111,6 +112,7 @@ def read_sets(path: Path) -> tuple[tuple[FitSet, ...], dict[str, Any]]:
         arrays = {info.name: _array(file, info) for info in file.header.tensors}
         made = _factor_sets if schema == OF_FACTORS else _coefficient_sets
         sets = made(arrays, [float(keep) for keep in keeps])
+        check_identities(*(tree[key] for key in ("base", "adapter") if isinstance(tree.get(key), dict)))
         if tree["sha256"] != _digest(arrays):
             raise ValueError("the arrays differ from their digest")
     except (KeyError, TypeError, ValueError) as e:

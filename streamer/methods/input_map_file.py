@@ -19,6 +19,7 @@ from torch import Tensor
 from streamer.errors import FormatError
 from streamer.methods.mapped_input import MappedInput, digest_of
 from streamer.storage.buffers import Piece
+from streamer.storage.identities import check_identities
 from streamer.storage.output_checks import check_replaced
 from streamer.storage.shard_writer import plan_shard, write_shard
 from streamer.storage.strict_json import strict_json
@@ -96,8 +97,9 @@ def read_inputs(path: Path) -> tuple[tuple[MappedInput, ...], dict[str, Any]]:
             raise ValueError("its arrays do not match its inputs")
         facts = {key: value for key, value in tree.items() if key not in OWN}
         texts, vectors = facts["texts"], facts["vectors"]
-        if not (isinstance(facts["base"], dict) and isinstance(texts, list) and type(vectors) is int and vectors >= 1):
-            raise ValueError("base, texts or vectors are of another type")
+        check_identities(facts["base"])
+        if not (isinstance(texts, list) and type(vectors) is int and vectors >= 1):
+            raise ValueError("texts or vectors are of another type")
         if not all(isinstance(text[key], str) for text in texts for key in ("name", "sha256")):
             raise ValueError("a text has no name or no digest")
         if tree["sha256"] != digest_of(inputs):
@@ -110,9 +112,9 @@ def read_inputs(path: Path) -> tuple[tuple[MappedInput, ...], dict[str, Any]]:
 
 def _input(tree: dict[str, Any], arrays: dict[str, Tensor]) -> MappedInput:
     names, trace, tokens = tuple(tree["names"]), tree["trace"], tree["tokens"]
-    first = names[0]
-    if not all(isinstance(name, str) for name in names):
+    if not (names and all(isinstance(name, str) for name in names)):
         raise ValueError("the names of an input are not strings")
+    first = names[0]
     if not (math.isfinite(trace) and trace >= 0 and type(tokens) is int and tokens > 0):
         raise ValueError(f"{first!r} has an invalid trace or number of tokens")
     values = arrays.pop(first + (FREQUENCIES if tree["one_hot"] else VALUES))

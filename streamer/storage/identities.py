@@ -52,3 +52,13 @@ def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
         changed = next(x["file"] for x, y in zip(a, b, strict=True) if x != y)
         return f"the content of {changed} differs"
     return f"{', '.join(keys)} differ"
+
+
+def check_identities(*identities: Any) -> None:
+    """Raise ValueError unless all identities, read from a file, have the form that `difference` expects."""
+    for identity in identities:
+        files = identity.get("files", []) if isinstance(identity, dict) else None
+        if not isinstance(files, list) or not all(
+            isinstance(f, dict) and isinstance(f.get("file"), str) for f in files
+        ):
+            raise ValueError("an input's identity has the wrong form")

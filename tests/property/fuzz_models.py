@@ -38,7 +38,7 @@ def _sealed(data: bytes, key: str, content: Callable[[Any, dict[str, bytes], Any
         inner = json.loads(tree["__metadata__"][key])
         inner["sha256"] = hashlib.sha256(b"".join(content(inner, arrays, tree))).hexdigest()
         tree["__metadata__"][key] = json.dumps(inner)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
         return data
     return with_header(tree, rest)
 

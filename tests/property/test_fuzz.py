@@ -118,6 +118,8 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
     "findings: files that are numbers": ("findings", 0, lambda d: figures(d, ("base", "files"), 0.5)),
     "findings: a file without a name": ("findings", 0, lambda d: figures(d, ("base", "files", 0), {})),
     "map: a name that is a list": ("map", 0, lambda d: mapped(d, ("inputs", 0, "names"), [["q"]])),
+    "map: no name": ("map", 0, lambda d: mapped(d, ("inputs", 0, "names"), [])),
+    "map: a base of files without names": ("map", 0, lambda d: mapped(d, ("base", "files", 0), {})),
     "map: a text without a name": ("map", 0, lambda d: mapped(d, ("texts", 0), {})),
     "a detection's journal of another kind": (
         "detection journal", 2, lambda d: record(d, 0, lambda r: changed(r, ("stamps",), 0).replace(b"stamps", b"spams"))),
