@@ -21,7 +21,7 @@ from survival_servers import COMMANDS, KINDS, NOT_THERE, Service, killed_at_rand
 
 from streamer.storage.tensor_file import TensorFile
 
-SLICE = 25
+SLICE = 40
 """One request of so many is disturbed."""
 
 

@@ -125,7 +125,7 @@ def test_a_disk_forgets_what_is_not_synced(tmp_path: Path) -> None:
 @pytest.mark.parametrize("without", ["s", "r"])
 def test_the_table_can_fail(bench: Bench, without: str, tmp_path: Path) -> None:
     """A run that did not sync, or that wrote under final names, would be found out."""
-    one = trial(bench, "merge", tmp_path, 4)
+    one = trial(bench, "merge", tmp_path, 12)
     calls = one.calls
     if without == "r":
         final = {c.path: c.to for c in calls if c.op == "r"}
@@ -134,7 +134,7 @@ def test_the_table_can_fail(bench: Bench, without: str, tmp_path: Path) -> None:
         )
     else:
         calls = tuple(c for c in calls if c.op != "s" or c.path not in {w.path for w in calls if w.op == "w"})
-    tally = FAULTS["power cut, kept: names"](Trial(one.case, tmp_path, calls, 4, one.rng))
+    tally = FAULTS["power cut, kept: names"](Trial(one.case, tmp_path, calls, 12, one.rng))
     assert tally.lost > 0
 
 
