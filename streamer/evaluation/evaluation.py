@@ -121,17 +121,17 @@ class Evaluation(VariantLosses):
             tree = strict_json(text.encode())
             if tree["schema"] != SCHEMA:
                 raise ValueError(f"the schema {tree['schema']!r}")
-            variants = tuple(
-                EvaluatedVariant(v["name"], v["method"], v["lambda"], v.get("keep")) for v in tree["variants"]
-            )
+            variants = tuple(map(_variant, tree["variants"]))
             facts = {key: tree[key] for key in FACTS if key in tree or key not in OPTIONAL}
             sums = {
                 text: _sums(text, tree["tokens"][text], [v[text] for v in tree["variants"]]) for text in (GENERAL, TASK)
             }
             for i, one in enumerate(tree.get("others", ())):
                 sums[one["name"]] = _sums(one["name"], one["tokens"], [v["others"][i] for v in tree["variants"]])
-            return cls.of(variants, sums, facts, tree.get("keep", tree["suggestion"]["keep"]))
-        except (ValueError, LookupError, TypeError) as e:
+            made = cls.of(variants, sums, facts, tree.get("keep", tree["suggestion"]["keep"]))
+            made.to_json()  # fails for sums that no run has, such as negative squares
+            return made
+        except (ArithmeticError, AttributeError, ValueError, LookupError, TypeError) as e:
             raise FormatError(f"expected an evaluation ({SCHEMA}), found other text: {quoted(str(e))}") from e
 
     def _variant_dict(self, v: int) -> VariantRecord:
@@ -247,6 +247,18 @@ def _accuracy(sums: SequenceSums, name: str, v: int) -> dict[str, Any]:
     }
 
 
+LARGEST_SUM = 1e100
+"""Sums above this are damaged; their squares might overflow."""
+
+
+def _variant(tree: Mapping[str, Any]) -> EvaluatedVariant:
+    name, method, numbers = tree["name"], tree["method"], (tree["lambda"], tree.get("keep"))
+    named = isinstance(name, str) and isinstance(method, str | None)
+    if not named or not all(number is None or type(number) in (int, float) for number in numbers):
+        raise ValueError("a variant's name, method, λ or share has the wrong type")
+    return EvaluatedVariant(name, method, *numbers)
+
+
 def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> SequenceSums:
     """Collect the sums on a text from the variants' figures; files of earlier versions lack some sums."""
     none = [math.nan] * len(tokens)
@@ -257,5 +269,7 @@ def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> S
         raise ValueError(f"{text}: base or adapter lacks sequences")
     if shapes != {(len(figures), len(tokens))} or len(figures) < 2 or len(tokens) < 2:
         raise ValueError(f"sums of {text} are {listed(map(str, sorted(shapes)))}")
+    if any((np.abs(array) > LARGEST_SUM).any() for array in arrays.values()):
+        raise ValueError(f"sums of {text} are larger than any text's")
     bins = np.array([from_record(f.get("kl_bins")) for f in figures])
     return SequenceSums(np.array(tokens, np.float64), **arrays, kl_bins=bins)

@@ -104,7 +104,7 @@ BUDGET = {
     "detection": 1_746,
     "workers": 271,
     "measuring": 1_238,
-    "evaluation": 1_545,
+    "evaluation": 1_554,
     "streaming": 2_412,
     "adapters": 1_467,
     "fitting": 1_971,

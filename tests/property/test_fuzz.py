@@ -121,6 +121,12 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
     "map: no name": ("map", 0, lambda d: mapped(d, ("inputs", 0, "names"), [])),
     "map: a base of files without names": ("map", 0, lambda d: mapped(d, ("base", "files", 0), {})),
     "map: a text without a name": ("map", 0, lambda d: mapped(d, ("texts", 0), {})),
+    "an evaluation: a method that is an object": (
+        "evaluation", 0, lambda d: changed(d, ("variants", 2, "method"), {})),
+    "an evaluation: a negative square": (
+        "evaluation", 0, lambda d: changed(d, ("variants", 2, "task", "sums", "p_square", 0), -1e9)),
+    "an evaluation: sums that overflow": (
+        "evaluation", 0, lambda d: changed(d, ("variants", 2, "task", "sums", "loss", 0), 1e308)),
     "a detection's journal of another kind": (
         "detection journal", 2, lambda d: record(d, 0, lambda r: changed(r, ("stamps",), 0).replace(b"stamps", b"spams"))),
     "a detection's record that is no file": ("detection journal", 2, lambda d: record(d, 1, lambda r: b"x" * 50)),
