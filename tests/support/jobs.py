@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import helpers
 import pipelines
 import torch
+from command_line import ENV
 from forks import Outcome, Server
 from helpers import MODULES, tree_digest, write_adapter, write_sharded
 from safetensors import SafetensorError, safe_open
@@ -48,6 +51,11 @@ class Case:
         if name:
             out.mkdir(exist_ok=True)
         return [*self.argv, "-o", str(out / name)]
+
+    def start(self, out: Path) -> subprocess.Popen[str]:
+        """Start it as a user does, in a process of its own."""
+        line = [sys.executable, "-m", "streamer", *self.line(out), "--threads", "1"]
+        return subprocess.Popen(line, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     @property
     def inputs(self) -> list[Path]:
