@@ -103,8 +103,6 @@ def evaluation(home: Path) -> Target:
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        found = streamer.load_evaluation(path)
-        found.to_json()
-        evaluation_table(found, Names())
+        evaluation_table(streamer.load_evaluation(path), Names())
 
     return Target([path.read_bytes()], mutate_json, run)

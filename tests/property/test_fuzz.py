@@ -15,6 +15,7 @@ from seeds import vary
 from streamer.errors import StreamerError
 
 EXECUTIONS = 120
+MAP = "streamer.map"
 P = f"base_model.model.{NAMES[0]}"
 
 
@@ -65,17 +66,10 @@ def changed(data: bytes, path: tuple[Any, ...], value: Any) -> bytes:
     return dump(tree)
 
 
-def figures(data: bytes, path: tuple[Any, ...], value: Any) -> bytes:
-    """A findings file whose text has one other value."""
+def figures(data: bytes, path: tuple[Any, ...], value: Any, key: str = "findings") -> bytes:
+    """A file of findings, or of another kind by the key of its text, in which the text has one other value."""
     tree, rest = header_of(data)
-    tree["__metadata__"]["findings"] = changed(tree["__metadata__"]["findings"].encode(), path, value).decode()
-    return with_header(tree, rest)
-
-
-def mapped(data: bytes, path: tuple[Any, ...], value: Any) -> bytes:
-    """A map whose text has one other value."""
-    tree, rest = header_of(data)
-    tree["__metadata__"]["streamer.map"] = changed(tree["__metadata__"]["streamer.map"].encode(), path, value).decode()
+    tree["__metadata__"][key] = changed(tree["__metadata__"][key].encode(), path, value).decode()
     return with_header(tree, rest)
 
 
@@ -117,10 +111,12 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
     "findings: a base that is a list": ("findings", 0, lambda d: figures(d, ("base",), ["files"])),
     "findings: files that are numbers": ("findings", 0, lambda d: figures(d, ("base", "files"), 0.5)),
     "findings: a file without a name": ("findings", 0, lambda d: figures(d, ("base", "files", 0), {})),
-    "map: a name that is a list": ("map", 0, lambda d: mapped(d, ("inputs", 0, "names"), [["q"]])),
-    "map: no name": ("map", 0, lambda d: mapped(d, ("inputs", 0, "names"), [])),
-    "map: a base of files without names": ("map", 0, lambda d: mapped(d, ("base", "files", 0), {})),
-    "map: a text without a name": ("map", 0, lambda d: mapped(d, ("texts", 0), {})),
+    "map: a name that is a list": ("map", 0, lambda d: figures(d, ("inputs", 0, "names"), [["q"]], MAP)),
+    "map: no name": ("map", 0, lambda d: figures(d, ("inputs", 0, "names"), [], MAP)),
+    "map: a base of files without names": ("map", 0, lambda d: figures(d, ("base", "files", 0), {}, MAP)),
+    "coefficients: a base of files without names": (
+        "coefficients", 0, lambda d: figures(d, ("base", "files", 0), {}, "streamer.coefficients")),
+    "map: a text without a name": ("map", 0, lambda d: figures(d, ("texts", 0), {}, MAP)),
     "an evaluation: a method that is an object": (
         "evaluation", 0, lambda d: changed(d, ("variants", 2, "method"), {})),
     "an evaluation: a negative square": (
