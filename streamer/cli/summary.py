@@ -62,6 +62,8 @@ def _held(tree: Mapping[str, Any]) -> str:
             if "parameters" in tree
             else f"{sets} of new factors"
         )
+    if schema == "streamer.map":
+        return f"{counted(tree['inputs'], 'input')} of {counted(tree['matrices'], 'matrix')}"
     if schema == "streamer.repair":
         return f"{tree['chosen']} written"
     if schema == "streamer.demo":

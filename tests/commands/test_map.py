@@ -43,6 +43,8 @@ def test_a_map_and_what_it_is_for(server: Server, home: Path, tmp_path: Path) ->
     assert str(tmp_path) not in json.dumps(dict(found.facts))
     again = run(server, home, file)
     assert again.out.splitlines()[-1] == f"{file} exists already"
+    counts = f"{tree['inputs']} inputs of {tree['matrices']} matrices"
+    assert again.last.startswith(f"streamer: map: {counts}, exists already, in ")
     assert again.out.splitlines()[0].startswith("16 leading vectors of ")
     (line,) = [line for line in again.out.splitlines() if line.startswith("next, for any adapter")]
     made = tmp_path / "made"
