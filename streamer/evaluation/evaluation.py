@@ -38,6 +38,9 @@ FACTS = tuple(EvaluationFacts.__annotations__)
 OPTIONAL = ("findings", "intruders", "coefficients", "map")
 """Keys that are absent if there is none."""
 
+LARGEST_SUM = 1e100
+"""Sums above this are damaged; their squares might overflow."""
+
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(VariantLosses):
@@ -132,7 +135,7 @@ class Evaluation(VariantLosses):
             made.to_json()  # fails for sums that no run has, such as negative squares
             return made
         except (ArithmeticError, AttributeError, ValueError, LookupError, TypeError) as e:
-            raise FormatError(f"expected an evaluation ({SCHEMA}), found other text: {quoted(str(e))}") from e
+            raise FormatError(f"expected an evaluation ({SCHEMA}), found: {quoted(str(e))}; evaluate again") from e
 
     def _variant_dict(self, v: int) -> VariantRecord:
         variant = self.variants[v]
@@ -247,10 +250,6 @@ def _accuracy(sums: SequenceSums, name: str, v: int) -> dict[str, Any]:
     }
 
 
-LARGEST_SUM = 1e100
-"""Sums above this are damaged; their squares might overflow."""
-
-
 def _variant(tree: Mapping[str, Any]) -> EvaluatedVariant:
     name, method, numbers = tree["name"], tree["method"], (tree["lambda"], tree.get("keep"))
     named = isinstance(name, str) and isinstance(method, str | None)
@@ -269,7 +268,8 @@ def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> S
         raise ValueError(f"{text}: base or adapter lacks sequences")
     if shapes != {(len(figures), len(tokens))} or len(figures) < 2 or len(tokens) < 2:
         raise ValueError(f"sums of {text} are {listed(map(str, sorted(shapes)))}")
-    if any((np.abs(array) > LARGEST_SUM).any() for array in arrays.values()):
-        raise ValueError(f"sums of {text} are larger than any text's")
+    counted = all(type(count) in (int, float) and 0 < count <= LARGEST_SUM and count % 1 == 0 for count in tokens)
+    if not counted or any((array > LARGEST_SUM).any() or (array < -LARGEST_SUM).any() for array in arrays.values()):
+        raise ValueError(f"sums or counts of tokens of {text} are not those of any text")
     bins = np.array([from_record(f.get("kl_bins")) for f in figures])
     return SequenceSums(np.array(tokens, np.float64), **arrays, kl_bins=bins)

@@ -224,8 +224,7 @@ def goes_on(wanted: Wanted, known: Evaluation, variant: Variant) -> bool:
 
 def without_scaling(variants: Sequence[Variant], facts: Mapping[str, Any]) -> list[Variant]:
     """Leave out the variants that scale intruders, if there are known to be none: they equal the unchanged adapter."""
-    none = facts.get("intruders") == 0
-    return [variant for variant in variants if not (none and variant.scales_intruders)]
+    return [variant for variant in variants if not (facts.get("intruders") == 0 and variant.scales_intruders)]
 
 
 def shrink_to_place(wanted: Wanted, known: Evaluation, placed: int) -> tuple[int, float | None]:

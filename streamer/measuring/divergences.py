@@ -83,5 +83,5 @@ def from_record(record: BinsRecord | None) -> Floats:
     """Read the counts that `to_record` made; NaN if the file's version had none."""
     if record is None:
         return np.full(BINS, np.nan)
-    before, counts = np.zeros(record["first"]), np.array(record["counts"], np.float64)
-    return np.concatenate([before, counts, np.zeros(BINS - len(before) - len(counts))])
+    first, counts = record["first"], np.array(record["counts"], np.float64)
+    return np.pad(counts, (first, BINS - first - len(counts)))  # an error if they begin or end outside
