@@ -188,8 +188,7 @@ class DifferentiableReader(Multiplier):
 
     def row_range(self) -> tuple[int, int]:
         """Return all rows, or for the head the current block of the vocabulary."""
-        block = self.setting.batch.vocabulary if self.head else None
-        return block or (0, self.shape[0])
+        return (self.setting.batch.vocabulary if self.head else None) or (0, self.shape[0])
 
     def read(self) -> Tensor:
         """Read all values, including deltas."""

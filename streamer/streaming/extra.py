@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import re
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,11 +81,13 @@ def quiet_transformers() -> Iterator[None]:
 def unreadable(path: Path, what: str, e: Exception) -> StreamerError:
     """Make the error for a file that transformers cannot read: its contents are at fault, or the system refused to read it.
 
-    transformers may raise another error in place of the system's. The tokenizers library says nothing of the system's.
+    transformers may raise another error in place of the system's, and the tokenizers library states only the system's number, in words.
     """
     cause: BaseException | None = e
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno and not isinstance(cause, FileNotFoundError):
-            return storage_error(path, "read", cause)
+        number = re.search(r"\(os error (\d+)\)", str(cause))
+        found = OSError(int(number[1]), os.strerror(int(number[1]))) if number else cause
+        if isinstance(found, OSError) and found.errno and not isinstance(found, FileNotFoundError | IsADirectoryError):
+            return storage_error(path, "read", found)
         cause = cause.__cause__ or cause.__context__
     return FormatError(f"{path}: {what}: {first_line(e)}")

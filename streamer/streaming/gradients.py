@@ -254,8 +254,7 @@ class GradientModel(LoadedModel):
     def _state(self, reference: _Reference) -> Any:
         """Read the result of a reference model's layers from the spool."""
         tensors = iter(self.states.read(reference.place))
-        leaves = [next(tensors) if leaf is _TENSOR else leaf for leaf in reference.leaves]
-        return tree_unflatten(leaves, reference.spec)
+        return tree_unflatten([next(tensors) if leaf is _TENSOR else leaf for leaf in reference.leaves], reference.spec)
 
     def _block(self, ids: Tensor) -> int:
         return self.block or vocabulary_block(ids.numel(), GRADIENT_LOGIT_BYTES)

@@ -196,8 +196,7 @@ class _Reader(Reader):
 
     def row_range(self) -> tuple[int, int]:
         """Return all rows, or for the head the current block of the vocabulary."""
-        block = self.owner.batch.vocabulary if self.owner.head else None
-        return block or (0, self.shape[0])
+        return (self.owner.batch.vocabulary if self.owner.head else None) or (0, self.shape[0])
 
     def read(self) -> Tensor:
         """Read all values, including deltas unless they are added to the products."""

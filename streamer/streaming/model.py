@@ -325,8 +325,7 @@ def _short_length(config: Any) -> int | None:
 
 def _factor_values(target: Target) -> int:
     """Return the number of values in a delta's factors; 0 for a dense delta."""
-    rank = target.module.factor_rank if target.module.low_rank else 0
-    return rank * sum(target.module.shape)
+    return (target.module.factor_rank if target.module.low_rank else 0) * sum(target.module.shape)
 
 
 def giving(result: Any) -> Callable[..., Any]:

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from helpers import three_shards
 from safetensors.torch import load_file, save_file
 from tokenized_texts import CHATML, lines, prose, read, save
 from transformers import AutoTokenizer
 
 import streamer
-from streamer.errors import FormatError, UnsupportedError, UsageError
+from streamer.errors import FormatError, StorageError, UnsupportedError, UsageError
 from streamer.measuring.tokenizer import load_tokenizer, tokenizer_directory
 from streamer.plan.plan import make_plan
+from streamer.streaming.extra import unreadable
 
 
 @pytest.mark.parametrize("start", [True, False])
@@ -120,6 +122,18 @@ def test_a_tokenizer_that_is_broken(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(FormatError, match="transformers cannot read its tokenizer: "):
         load_tokenizer(tmp_path / "t.txt", tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here whose first byte cannot be read")
+def test_a_tokenizer_on_a_disk_that_fails(tmp_path: Path) -> None:
+    """transformers reads it, and then the tokenizers library, whose `Exception` states the system's error in words."""
+    file = tmp_path / "tokenizer.json"
+    file.symlink_to("/proc/self/mem")
+    with pytest.raises(StorageError, match="cannot read: Input/output error"):
+        load_tokenizer(tmp_path / "t.txt", tmp_path)
+    with pytest.raises(Exception, match="os error") as raised:
+        tokenizers.Tokenizer.from_file(str(file))
+    assert isinstance(unreadable(file, "transformers cannot read it", raised.value), StorageError)
 
 
 def test_a_tokenizer_without_offsets(tmp_path: Path) -> None:
