@@ -101,10 +101,12 @@ def disturb_servers(table: Table, home: Path, every: int, kills: int, seed: str)
 
 def disturb_workers(table: Table, home: Path, kills: int, seed: str) -> None:
     """Faults of workers."""
-    for command in table.asked([f"{command} on workers" for command in BENCHES]):
+    for verb, make in BENCHES.items():
+        if not table.asked([command := f"{verb} on workers"]):
+            continue
         directory = home / command.replace(" ", "-")
         directory.mkdir()
-        crew = survival_workers.Crew(BENCHES[command.split()[0]](directory), directory, kills, random.Random(seed))
+        crew = survival_workers.Crew(make(directory), directory, kills, random.Random(seed))
         for fault, inject in survival_workers.KINDS.items():
             table.run(fault, command, lambda inject=inject, crew=crew: inject(crew))
 

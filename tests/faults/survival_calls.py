@@ -198,9 +198,9 @@ def power_cut(trial: Trial, way: str) -> Tally:
     tally = Tally()
     disk = Disk(trial.home / "recorded")
     first = trial.rng.randrange(min(trial.every, len(trial.calls)))
-    for n, call in enumerate(trial.calls):
+    for n, call in enumerate(trial.calls, 1):
         disk.apply(call)
-        if n % trial.every != first:
+        if (n - 1) % trial.every != first:
             continue
         out = trial.home / f"out-{n}"
         disk.leave(way, trial.rng, out)

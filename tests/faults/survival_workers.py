@@ -37,12 +37,16 @@ class Crew:
         assert self.run(home / "first").returncode == 0
         self.seconds = time.monotonic() - began
 
-    def outputs(self) -> Iterator[tuple[str, Path]]:
-        """Give a directory for the output of each run, and what to call it."""
-        for i in range(self.kills):
+    def outputs(self, tally: Tally) -> Iterator[tuple[str, Path]]:
+        """Give a directory for the output of each run, and what to call it, until the tally has enough faults."""
+        for i in range(10 * self.kills):
+            if tally.injected == self.kills:
+                return
             out = self.home / f"out-{i}"
             out.mkdir()
             yield f"run {i + 1}", out
+        if tally.injected < self.kills:
+            tally.problems.append(f"{tally.injected} of {self.kills} faults came before the end of their run")
 
     def start(self, out: Path, *options: object) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
         """Start the command, which writes one file into a directory."""
@@ -78,35 +82,35 @@ def kill(pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def ended_well(tally: Tally, crew: Crew, code: int, said: str, out: Path, what: str) -> None:
-    """Count a run that was disturbed, and is to end as if nothing had been: with code 0 and no word."""
-    tally.begin(code, {0}, what)
+def ended_well(tally: Tally, crew: Crew, code: int, said: str, out: Path, what: str, hit: bool) -> None:
+    """Look at a run that is to end as if nothing had been, with code 0 and no word; it counts if the fault came before its end."""
+    if hit:
+        tally.begin(code, {0}, what)
+    else:
+        tally.runs += 1
     if said:
         tally.problems.append(f"{what}: said {said!r}")
-    tally.end(crew, out, what)
+    tally.end(crew, out, what, int(hit))
 
 
 def workers_killed(crew: Crew, count: int | None) -> Tally:
     """So many workers are killed at a random moment, or all: their tasks are done again, and the run ends well."""
     tally = Tally()
-    for what, out in crew.outputs():
+    for what, out in crew.outputs(tally):
         with crew.start(out) as process:
             crew.sleep()
             there = workers_in(process.pid)
+            hit = bool(there) and process.poll() is None
             kill(crew.rng.sample(there, min(len(there), count or len(there))))
             _, err = process.communicate(timeout=300)
-        if there:
-            ended_well(tally, crew, process.returncode, err, out, what)
-        else:  # it had ended
-            tally.runs += 1
-            tally.end(crew, out, what, 0)
+        ended_well(tally, crew, process.returncode, err, out, what, hit)
     return tally
 
 
 def killed_time_and_again(crew: Crew) -> Tally:
     """Workers are killed as they come: exit 6 in one line."""
     tally = Tally()
-    for what, out in crew.outputs():
+    for what, out in crew.outputs(tally):
         with crew.start(out) as process:
             crew.sleep()
             while process.poll() is None:
@@ -119,14 +123,14 @@ def killed_time_and_again(crew: Crew) -> Tally:
         else:
             tally.begin(process.returncode, {6}, what)
         tally.refused(process.returncode, err, what)
-        tally.end(crew, out, what, not done)
+        tally.end(crew, out, what, int(not done))
     return tally
 
 
 def told_to_end(crew: Crew, signum: signal.Signals) -> Tally:
     """The command is killed, or stopped with all that runs in its terminal: no worker outlives it."""
     tally = Tally()
-    for what, out in crew.outputs():
+    for what, out in crew.outputs(tally):
         with crew.start(out) as process:
             crew.sleep()
             if signum == signal.SIGKILL:
@@ -134,7 +138,7 @@ def told_to_end(crew: Crew, signum: signal.Signals) -> Tally:
             elif has_begun(out / crew.bench.name):  # before, signals are not taken yet
                 os.killpg(process.pid, signum)
             process.communicate(timeout=300)
-        ended = process.returncode == 0  # before the signal
+        ended = process.returncode == 0  # before the signal, or before it would have been taken
         if ended:
             tally.runs += 1
         else:
@@ -144,14 +148,14 @@ def told_to_end(crew: Crew, signum: signal.Signals) -> Tally:
         if left := workers_in(process.pid):
             tally.problems.append(f"{what}: workers {left} live on")
             kill(left)
-        tally.end(crew, out, what, not ended)
+        tally.end(crew, out, what, int(not ended))
     return tally
 
 
 def two_at_once(crew: Crew) -> Tally:
     """A second command on the same output leaves with exit 5, and the first one finishes; or the second one does, which came first."""
     tally = Tally()
-    for what, out in crew.outputs():
+    for what, out in crew.outputs(tally):
         with crew.start(out) as first:
             crew.sleep()
             second = crew.run(out)
@@ -183,12 +187,13 @@ def dask_worker_killed(crew: Crew) -> Tally:
     tally = Tally()
     with on_dask(crew) as file, dask_scheduler(file), dask_workers(file) as watchers:
         crew.run(crew.home / "first")
-        for what, out in crew.outputs():
+        for what, out in crew.outputs(tally):
             with crew.start(out) as process:
                 crew.sleep()
+                hit = process.poll() is None
                 kill(crew.rng.sample(workers_in(watchers.pid), 1))
                 _, err = process.communicate(timeout=300)
-            ended_well(tally, crew, process.returncode, err, out, what)
+            ended_well(tally, crew, process.returncode, err, out, what, hit)
     return tally
 
 
@@ -196,18 +201,22 @@ def dask_scheduler_killed(crew: Crew) -> Tally:
     """The scheduler is killed at a random moment: exit 6 in one line, and with another one the command finishes."""
     tally = Tally()
     with on_dask(crew) as file:
-        for what, out in crew.outputs():
+        for what, out in crew.outputs(tally):
             with dask_scheduler(file) as scheduler, dask_workers(file), crew.start(out) as process:
                 wait_until(
                     lambda out=out, process=process: has_begun(out / crew.bench.name) or process.poll() is not None
                 )
                 time.sleep(crew.rng.uniform(0, 0.5))
+                hit = process.poll() is None
                 scheduler.kill()
                 _, err = process.communicate(timeout=300)
-            tally.begin(process.returncode, {0, 6}, what)
+            if hit:
+                tally.begin(process.returncode, {0, 6}, what)
+            else:
+                tally.runs += 1
             tally.refused(process.returncode, err, what)
             with dask_scheduler(file), dask_workers(file):
-                tally.end(crew, out, what)
+                tally.end(crew, out, what, int(hit))
     return tally
 
 
