@@ -236,7 +236,7 @@ static int opened(int directory, const char *path, int flags, mode_t m) {
 
 #define MODE(last) \
   mode_t m = 0; \
-  if (flags & O_CREAT) { \
+  if ((flags & O_CREAT) || (flags & O_TMPFILE) == O_TMPFILE) { \
     va_list more; \
     va_start(more, last); \
     m = va_arg(more, mode_t); \

@@ -35,7 +35,10 @@ def test_a_skinny_product_is_the_product(m: int, layout: str, onednn: bool, monk
     if onednn and not skinny_products._has_fast_onednn():
         pytest.skip("oneDNN's products are not used here")
     monkeypatch.setattr(skinny_products, "_has_fast_onednn", lambda: onednn)
-    M = {"rows": random(m, 40), "columns": random(40, m).T, "neither": random(m, 80)[:, ::2]}[layout].float()
+    M = {"rows": random(m, 40).float(), "columns": random(40, m).float().T, "neither": random(m, 80).float()[:, ::2]}[
+        layout
+    ]
+    assert (M.is_contiguous(), M.T.is_contiguous()) == (layout == "rows", layout == "columns") or m == 1
     for c in (1, 10, 16, 17):
         for A, X in ((M, random(40, c, seed=1).float()), (M.T, random(m, c, seed=2).float())):
             exact, size = A.double() @ X.double(), A.double().abs() @ X.double().abs()

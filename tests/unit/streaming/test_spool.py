@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,31 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
         assert found.dtype == tensor.dtype
         assert torch.equal(found, tensor)
     assert torch.equal(spool.read(second)[0], torch.ones(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def opened(path: Path, flags: int, mode: int = 0o777, real: Callable[..., int] = os.open, **options: int) -> int:
+    """Open a file, unless that makes a name."""
+    assert not flags & os.O_CREAT, f"{path} has a name"
+    return real(path, flags, mode, **options)
+
+
+def without_unnamed_files(
+    path: Path, flags: int, mode: int = 0o777, real: Callable[..., int] = os.open, **options: int
+) -> int:
+    """Open a file as on a file system that has no unnamed ones."""
+    if flags & os.O_TMPFILE == os.O_TMPFILE:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    return real(path, flags, mode, **options)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="this system has no unnamed files")
+@pytest.mark.parametrize("way", [opened, without_unnamed_files])
+def test_the_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Callable[..., int]) -> None:
+    """It never has one, which a power cut could leave behind, or not for long, if the file system has no unnamed files."""
+    monkeypatch.setattr(os, "open", way)
+    spool = Spool(tmp_path)
+    assert torch.equal(spool.read(spool.write([torch.ones(3)]))[0], torch.ones(3))
     assert list(tmp_path.iterdir()) == []
 
 
