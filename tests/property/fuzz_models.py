@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,12 @@ def _learned(home: Path) -> dict[str, object]:
 
 
 def _sealed(data: bytes, key: str, content: Callable[[Any, dict[str, bytes], Any], list[bytes]]) -> bytes:
-    """A file whose digest fits its arrays, if both can be found; `content` lists what the digest is of."""
+    """A file whose digest fits its arrays, if both can be found; `content` lists what the digest is of.
+
+    One in eight keeps its digest and its header's form.
+    """
+    if zlib.crc32(data) % 8 == 0:
+        return data
     try:
         tree, rest = header_of(data)
         arrays = {name: rest[slice(*info["data_offsets"])] for name, info in tree.items() if name != "__metadata__"}
