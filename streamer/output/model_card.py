@@ -56,7 +56,7 @@ class Card:
     longest
         The longest possible record, except for the warning about loss in projection.
     tuned
-        Whether a fine-tuned model is used as the adapter; the original is then its card.
+        Whether a fine-tuned model is used as the adapter; `original` is then that model's card.
     diffusers
         Whether the base is a diffusers pipeline.
     """

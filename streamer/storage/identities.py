@@ -61,4 +61,4 @@ def check_identities(*identities: Any) -> None:
         if not isinstance(files, list) or not all(
             isinstance(f, dict) and isinstance(f.get("file"), str) for f in files
         ):
-            raise ValueError("an input's identity has the wrong form")
+            raise ValueError("the identity of the base or of the adapter has the wrong form")

@@ -74,7 +74,7 @@ FAULTS = {
     "NaN": ({"array": f"{FIRST}.eigenvalues", "by": float("nan")}, "invalid eigenvalues"),
     "longer vectors": ({"array": f"{FIRST}.vectors", "by": 1.5}, "are not orthonormal"),
     "no inputs": ({"inputs": []}, "arrays do not match its inputs"),
-    "another base": ({"base": 3}, "identity has the wrong form"),
+    "another base": ({"base": 3}, "the identity of the base or of the adapter has the wrong form"),
 }
 
 
