@@ -53,8 +53,7 @@ def window(ritz: RitzBasis, phi: float) -> float:
 
 def samples(S: Tensor, residual: Tensor, tau: float, bottom: float, top: float) -> Tensor:
     """Choose the σ at which to evaluate the bound: the Ritz values, 7 between each pair, and some around each at its own scales."""
-    inside = S[bottom < S].sort().values
-    edges = torch.cat([S.new_tensor([bottom]), inside, S.new_tensor([top])])
+    edges = torch.cat([S.new_tensor([bottom]), S[bottom < S].sort().values, S.new_tensor([top])])
     within = edges[:-1, None] + edges.diff()[:, None] * S.new_tensor([0.03, 0.12, 0.3, 0.5, 0.7, 0.88, 0.97])
     peaks = S[:, None] + residual[:, None] * S.new_tensor([-10, -3, -1, -0.3, -0.1, 0.1, 0.3, 1, 3, 10])
     around = S[:, None] + tau * S.new_tensor([-1.0001, 1.0001])
@@ -115,5 +114,4 @@ def _christoffel(
         factor = torch.linalg.cholesky(H)
         chi += torch.linalg.solve_triangular(factor, a.transpose(1, 2), upper=False).square().sum(1)
     rounding = phi * (far.square() @ w.square()).sqrt()
-    e = phi * far.abs().amax(1, keepdim=True)
-    return chi.sqrt() * (1 + e) + rounding
+    return chi.sqrt() * (1 + phi * far.abs().amax(1, keepdim=True)) + rounding

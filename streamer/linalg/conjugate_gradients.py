@@ -156,5 +156,4 @@ def sketch_size(n: int) -> int:
 def solving_bytes(n: int, columns: int, weights: int) -> int:
     """Estimate the peak memory in bytes of solving: building the bases, or the vectors for each μ and the work within the basis."""
     k = sketch_size(n)
-    vectors = n * (2 * k + 20 * columns * weights)
-    return 4 * max(7 * n * k, vectors + (2 * k) ** 2 * (14 + weights))
+    return 4 * max(7 * n * k, n * (2 * k + 20 * columns * weights) + (2 * k) ** 2 * (14 + weights))

@@ -92,8 +92,7 @@ class GolubKahan:
     def step(self) -> None:
         """Add one block, at the cost of one product with M and one with Mᵀ."""
         block = self.following
-        image = self._counted(self.op.matmat(block))
-        new, R, C = self._orthonormal(image, self.Q, self.norm)
+        new, R, C = self._orthonormal(self._counted(self.op.matmat(block)), self.Q, self.norm)
         self.P = torch.cat([self.P, block], 1)
         grown = torch.zeros((self.Q.shape[1] + new.shape[1], self.P.shape[1]), dtype=torch.float64)
         grown[: self.B.shape[0], : self.B.shape[1]] = self.B

@@ -286,8 +286,7 @@ class OverlapProcess:
         bottom = CUTOFF * float(ritz.S[0]) if self.tall else 0.0
         edges = torch.cat([ritz.S, ritz.S.new_tensor([bottom])])
         middles = (edges[:-1] + edges[1:])[edges[1:] >= bottom] / 2
-        high = self._bounded(torch.cat([middles, edges[-1:]]), ritz, w, open_, self._phi)
-        return min(1.0, 1.04 * float(high.max()))
+        return min(1.0, 1.04 * float(self._bounded(torch.cat([middles, edges[-1:]]), ritz, w, open_, self._phi).max()))
 
     def _high(self, ritz: RitzBasis, w: Tensor, open_: Tensor, phi: float) -> Tensor:
         S, tau = ritz.S, window(ritz, phi)

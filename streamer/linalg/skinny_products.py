@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 PIECES = 8
 """Row blocks into which a product with a long matrix is cut; measured in docs/benchmarks.md."""
-
-LONG_ROWS = 10_000
-"""Length of rows from which oneDNN multiplies a transpose more slowly than BLAS; measured in docs/benchmarks.md."""
 
 
 @functools.cache
@@ -24,11 +23,18 @@ def _has_fast_onednn() -> bool:
     return asked and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+@functools.cache
+def _long_rows() -> float:
+    """Return the length of rows from which BLAS multiplies a transpose faster than oneDNN; on AMD's processors it never does."""
+    facts = Path("/proc/cpuinfo")
+    return 10_000 if facts.exists() and "GenuineIntel" in facts.read_text() else math.inf
+
+
 def skinny_product(M: Tensor, X: Tensor) -> Tensor:
     """Compute ``M @ X`` for M (m, n), row-major or transposed, and X (n, c) of few columns.
 
-    If `_has_fast_onednn`, oneDNN multiplies float32 matrices, except transposes of matrices with `LONG_ROWS`; its bits do not depend on
-    the number of threads. Otherwise X is padded with zero columns to a multiple of 16, which makes products several times as fast; on
+    If `_has_fast_onednn`, oneDNN multiplies float32 matrices, except transposes with `_long_rows`; its bits do not depend on the
+    number of threads. Otherwise X is padded with zero columns to a multiple of 16, which makes products several times as fast; on
     the CPU a transpose is multiplied from the left, and a long matrix is cut into `PIECES`. docs/benchmarks.md has the measurements.
     """
     c = X.shape[1]
@@ -37,7 +43,7 @@ def skinny_product(M: Tensor, X: Tensor) -> Tensor:
         X = X if X.T.is_contiguous() else X.contiguous()
         if M.is_contiguous():
             return _onednn_linear(M, X.T)
-        if M.T.is_contiguous() and len(M) < LONG_ROWS:
+        if M.T.is_contiguous() and len(M) < _long_rows():
             return _onednn_linear(X.T, M).T
     X = torch.nn.functional.pad(X, (0, -c % 16))
     rows = len(M) // PIECES

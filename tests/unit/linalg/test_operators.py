@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from matrices import SHAPES, random
@@ -44,6 +46,21 @@ def test_a_skinny_product_is_the_product(m: int, layout: str, onednn: bool, monk
             exact, size = A.double() @ X.double(), A.double().abs() @ X.double().abs()
             rounding = A.shape[1] * torch.finfo(torch.float32).eps * size  # of a sum in any order (Higham 2002, 3.5)
             assert bool(((skinny_product(A, X).double() - exact).abs() <= rounding).all())
+
+
+@pytest.mark.skipif(not skinny_products._has_fast_onednn(), reason="oneDNN's products are not used here")
+@pytest.mark.parametrize(("n", "longest", "calls"), [(500, 500, 1), (499, 500, 2), (10007, math.inf, 2)])
+def test_onednn_multiplies_transposes_of_short_rows(
+    n: int, longest: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer rows are BLAS's on the processors whose BLAS is faster; the matrix itself is oneDNN's in any case."""
+    asked, real = [], skinny_products._onednn_linear
+    monkeypatch.setattr(skinny_products, "_long_rows", lambda: longest)
+    monkeypatch.setattr(skinny_products, "_onednn_linear", lambda *both: asked.append(both) or real(*both))
+    M = random(40, n).float()
+    skinny_product(M, random(n, 10).float())
+    skinny_product(M.T, random(40, 10).float())
+    assert len(asked) == calls
 
 
 @pytest.mark.parametrize("sides", [(0, 40), (40, 0), (0, 0)])
