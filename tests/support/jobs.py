@@ -59,7 +59,7 @@ class Case:
 
     @property
     def inputs(self) -> list[Path]:
-        """The directories that it reads."""
+        """The directories that it reads; a text is a file, read once at the beginning."""
         return [Path(arg) for arg in self.argv[1:3] if Path(arg).is_dir()]
 
     def commits(self) -> dict[str, set[str]]:
