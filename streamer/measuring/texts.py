@@ -20,7 +20,7 @@ from streamer.measuring.choices import Question
 from streamer.measuring.json_lines import read_json_lines
 from streamer.measuring.sequences import TextSequences, evenly
 from streamer.measuring.tokenizer import Tokenizer, load_tokenizer
-from streamer.storage.files import open_regular, read_bytes
+from streamer.storage.files import open_regular, read_bytes, storage_errors
 from streamer.units import counted as count_of
 from streamer.units import quoted
 
@@ -83,6 +83,8 @@ def read_text(
         If the file breaks its format, has fewer than two sequences or than `least`, or has an id outside the vocabulary.
     MissingInputError, MissingPackageError
         If the file, the tokenizer or transformers is missing.
+    StorageError
+        If the system cannot read the file.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -90,15 +92,16 @@ def read_text(
             f"{path}: expected the name of a text to end in {', '.join(SUFFIXES)}, found {quoted(path.suffix)}"
         )
     taken: Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]] | Question]
-    if path.suffix == ".npy":
-        taken = [(ids, np.ones(len(ids), bool)) for ids in _read_ids(path, sequences, length, least)]
-    else:
-        tokenizer = load_tokenizer(path, tokenizer_directory)
-        if path.suffix == ".txt":
-            own = np.arange(length) >= len(tokenizer.start)
-            taken = [(ids, own.copy()) for ids in _cut_text(path, tokenizer, sequences, length, least)]
+    with storage_errors(path, "read"):
+        if path.suffix == ".npy":
+            taken = [(ids, np.ones(len(ids), bool)) for ids in _read_ids(path, sequences, length, least)]
         else:
-            taken = list(read_json_lines(path, tokenizer, sequences, length))
+            tokenizer = load_tokenizer(path, tokenizer_directory)
+            if path.suffix == ".txt":
+                own = np.arange(length) >= len(tokenizer.start)
+                taken = [(ids, own.copy()) for ids in _cut_text(path, tokenizer, sequences, length, least)]
+            else:
+                taken = list(read_json_lines(path, tokenizer, sequences, length))
     questions = [one for one in taken if isinstance(one, Question)]
     plain = [one for one in taken if not isinstance(one, Question)]
     if questions and plain:
@@ -116,15 +119,13 @@ def read_text(
 def sample_digest(path: str | Path) -> str:
     """Hash (SHA-256, hex) the size of a text's file and a sample of its bytes, which identify it however it is cut into sequences."""
     fd, status = open_regular(Path(path), "text")
-    try:
+    with storage_errors(Path(path), "read"), open(fd, "rb"):
         digest = hashlib.sha256(status.st_size.to_bytes(8, "little"))
         if status.st_size <= SAMPLES * SAMPLE_BYTES:
             digest.update(read_bytes(fd, status.st_size, 0))
         else:
             for i in range(SAMPLES):
                 digest.update(read_bytes(fd, SAMPLE_BYTES, i * (status.st_size - SAMPLE_BYTES) // (SAMPLES - 1)))
-    finally:
-        os.close(fd)
     return digest.hexdigest()
 
 
@@ -153,7 +154,7 @@ def _read_ids(path: Path, sequences: int, length: int, least: int) -> Iterator[N
     os.close(fd)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
+    except (ValueError, EOFError) as e:
         raise FormatError(f"{path}: expected an array as numpy.save writes it: {e}") from e
     if not isinstance(array, np.ndarray):
         raise FormatError(f"{path}: expected an array as numpy.save writes it, found several (numpy.savez)")

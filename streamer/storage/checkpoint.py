@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from streamer.errors import FormatError, InputError, MissingInputError, StorageError, UnsupportedError
-from streamer.storage.files import absent, open_regular
+from streamer.errors import FormatError, InputError, MissingInputError, UnsupportedError
+from streamer.storage.files import absent, open_regular, storage_errors
 from streamer.storage.header import TensorInfo
 from streamer.storage.identities import BaseIdentity
 from streamer.storage.remote_manifest import read_manifest
@@ -140,11 +140,8 @@ def read_json_object(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]
         If the file is missing, too large, not JSON, or not an object.
     """
     fd, _ = open_regular(path, "a JSON file")
-    try:
-        with open(fd, "rb") as f:
-            raw = f.read(limit + 1)
-    except OSError as e:
-        raise StorageError(f"{path}: cannot read: {e.strerror}") from e
+    with storage_errors(path, "read"), open(fd, "rb") as f:
+        raw = f.read(limit + 1)
     if len(raw) > limit:
         raise FormatError(f"{path}: over {format_size(limit)} of JSON; this is not such a file")
     try:

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from streamer.errors import FormatError, MissingInputError, OutputError, StorageError, advice
+from streamer.errors import FormatError, MissingInputError, OutputError, StorageError, StreamerError, advice
 from streamer.storage.system import MAX_CALL_BYTES, sync
 
 Stamp = tuple[int, int, int, int]
@@ -88,6 +88,8 @@ def storage_errors(path: Path, action: str) -> Iterator[None]:
     """Convert an `OSError` in the block into a `storage_error`."""
     try:
         yield
+    except StreamerError:
+        raise
     except OSError as e:
         raise storage_error(path, action, e) from e
 

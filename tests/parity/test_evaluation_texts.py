@@ -15,7 +15,7 @@ from tokenized_texts import CHATML, lines, prose, read, save
 from transformers import AutoTokenizer
 
 import streamer
-from streamer.errors import FormatError, StorageError, UnsupportedError, UsageError
+from streamer.errors import FormatError, MissingInputError, StorageError, UnsupportedError, UsageError
 from streamer.measuring.tokenizer import load_tokenizer, tokenizer_directory
 from streamer.plan.plan import make_plan
 from streamer.streaming.extra import unreadable
@@ -113,6 +113,18 @@ def test_the_models_vocabulary_may_be_smaller(tmp_path: Path) -> None:
         match=r"expected token ids from 0 to 99, found .* in sequence 1; it was made with another tokenizer",
     ):
         read(tmp_path / "t.txt", length=16, vocabulary=100)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here whose first byte cannot be read")
+@pytest.mark.parametrize("name", ["t.npy", "t.txt", "t.jsonl"])
+def test_a_text_on_a_disk_that_fails(name: str, tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    with pytest.raises(StorageError, match=rf"{name}: cannot read: Input/output error"):
+        read(tmp_path / name, length=16)
+    (tmp_path / name).unlink()
+    with pytest.raises(MissingInputError, match="no such file"):
+        read(tmp_path / name, length=16)
 
 
 # Tokenizers ----------------------------------------------------------------------------------------------------------------
