@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamer.errors import StreamerError, UnsupportedError
+from streamer.errors import InputError, UnsupportedError
 from streamer.storage.tensor_file import TensorFile
 
 
@@ -44,12 +44,12 @@ def refuse_other_formats(path: Path) -> None:
     Raises
     ------
     UnsupportedError
-        If a file is in another format. Unreadable files are skipped.
+        If a file is in another format. Files that are not safetensors are skipped.
     """
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         try:
             names = [info.name for info in TensorFile(file).header.tensors]
-        except StreamerError:
+        except InputError:
             continue
         found = next((one for one in FORMATS if any(map(one.tensor.search, names))), None)
         if found is not None:

@@ -23,7 +23,7 @@ from streamer.adapters.adapter_config import CONFIG_NAME, LORA_NAME, WEIGHTS_NAM
 from streamer.adapters.modules import Module
 from streamer.adapters.reader import lora_module, open_adapter, refuse_kinds
 from streamer.adapters.stated import NOTHING_STATED, Stated
-from streamer.errors import FormatError, MismatchError, StreamerError, UnsupportedError
+from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.storage.identities import AdapterIdentity
 from streamer.storage.strict_json import strict_json
 from streamer.storage.tensor_file import IOMode, TensorFile
@@ -108,7 +108,7 @@ def open_lora(path: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_ST
     if file is not None:
         try:
             opened = TensorFile(file, io)
-        except StreamerError:
+        except InputError:
             if path.is_file():
                 raise
             return open_adapter(path, io, stated)

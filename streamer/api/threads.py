@@ -32,8 +32,10 @@ def set_threads(count: int | None) -> None:
     """Set torch's number of threads; by default one for each core of this process, unless the environment sets it."""
     if count is None and is_count_chosen():
         return
-    if count is not None and count < 1:
-        raise UsageError(f"--threads: expected a number from 1, found {count}")
+    from streamer.linalg.torch_state import MOST_THREADS
+
+    if count is not None and not 0 < count <= MOST_THREADS:
+        raise UsageError(f"--threads: expected a number from 1 to {MOST_THREADS}, found {count}")
     import torch
 
     torch.set_num_threads(available_cores() if count is None else count)

@@ -29,6 +29,7 @@ from streamer.detection.findings_file import (
 from streamer.detection.findings_records import MatrixFigures
 from streamer.detection.matrix_finding import ARRAYS, MatrixFinding
 from streamer.errors import FormatError, OutputError, OutputExistsError
+from streamer.linalg.torch_state import thread_count
 from streamer.storage.atomic_file import remove_partials
 from streamer.storage.buffers import Buffer, Piece
 from streamer.storage.header import Header, TensorInfo, layout, parse_header
@@ -100,8 +101,7 @@ class FindingsWriter:
             self._journal.append(json.dumps(self._start).encode())
         for i in range(1, len(self._journal)):
             self._records[self._figures(i)["tensor"]] = i
-        count = json.loads(self._journal[0]).get("threads")
-        self.threads = count if type(count) is int and count > 0 else torch.get_num_threads()
+        self.threads = thread_count(json.loads(self._journal[0]).get("threads"))
 
     def _figures(self, i: int) -> MatrixFigures:
         header = _record_header(self._journal[i])

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+MOST_THREADS = 1024
+"""More threads than this crash a process, or starve the machine."""
+
 
 class _Shared:
     """Share a process-wide state among threads: the first sets it, the last restores it, and threads that need another state wait."""
@@ -96,6 +99,11 @@ def _float32_products(precision: Mapping[str, str], older: str) -> Iterator[None
             yield
         finally:
             torch.set_float32_matmul_precision(found)
+
+
+def thread_count(recorded: object) -> int:
+    """Return the number of threads that a journal records, or torch's if the record has none that is possible."""
+    return recorded if isinstance(recorded, int) and 0 < recorded <= MOST_THREADS else torch.get_num_threads()
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ from streamer import __version__
 from streamer.detection.detect import naming_inputs
 from streamer.detection.findings_file import journal_of, lock_of, remove_leftovers
 from streamer.detection.options import Run
-from streamer.errors import InputError, NumericError, OutputError, OutputExistsError, StreamerError
+from streamer.errors import InputError, NumericError, OutputError, OutputExistsError
 from streamer.events import Event, Monitor
-from streamer.linalg.torch_state import full_float32, threads
+from streamer.linalg.torch_state import full_float32, thread_count, threads
 from streamer.measuring.divergences import Floats
 from streamer.measuring.statistics import ARRAYS
 from streamer.plan.plan import Plan
@@ -117,7 +117,7 @@ class ResultFile:
             if self.run.options.overwrite:
                 return False
             raise
-        except StreamerError:
+        except InputError:
             raise not_own(self.path, self.one) from None
 
     def _may_resume(self, found: Mapping[str, Any]) -> bool:
@@ -141,7 +141,7 @@ class ResultFile:
                 journal.append(json.dumps(found).encode())
             remove_partials(self.path.parent, {self.path.name})
             try:
-                yield JournalRecords(journal, found["threads"])
+                yield JournalRecords(journal, thread_count(found.get("threads")))
             except (InputError, NumericError):  # the same run would fail again, so there is nothing to resume
                 journal.remove()
                 raise

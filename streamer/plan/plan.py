@@ -20,7 +20,7 @@ from streamer.adapters.finetuned import FinetunedModel, is_model, open_finetuned
 from streamer.adapters.modules import Module
 from streamer.adapters.pipeline_adapter import open_lora
 from streamer.adapters.stated import NOTHING_STATED, Stated
-from streamer.errors import InputChangedError, MismatchError, NumericError, OutputError, StorageError, UnsupportedError
+from streamer.errors import InputChangedError, MismatchError, NumericError, OutputError, UnsupportedError
 from streamer.linalg.operators import Delta, all_finite
 from streamer.plan import tied_embeddings as tied
 from streamer.plan.announced import Announced
@@ -38,7 +38,7 @@ from streamer.plan.task_heads import merged_architecture
 from streamer.plan.tied_names import find_ties, vocabulary_tensors, without_stale_values
 from streamer.plan.transformers_renames import Renames, renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
-from streamer.storage.files import Stamp, file_stamp
+from streamer.storage.files import Stamp, file_stamp, storage_errors
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
 from streamer.storage.tensor_file import IOMode
 from streamer.weights.base import StoredTensor
@@ -343,7 +343,5 @@ def _check_whole(
 
 
 def _stamp(path: Path) -> Stamp:
-    try:
+    with storage_errors(path, "read"):
         return file_stamp(os.stat(path))
-    except OSError as e:
-        raise StorageError(f"{path}: cannot read: {e.strerror}") from e

@@ -14,10 +14,11 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from streamer.errors import FormatError, StorageError
-from streamer.storage.files import read_bytes
+from streamer.errors import FormatError
+from streamer.storage.files import read_bytes, storage_errors
 from streamer.storage.strict_json import strict_json
 from streamer.units import format_size, format_sizes
 
@@ -227,7 +228,7 @@ def check_length(n: int, file_bytes: int, where: str, head: Callable[[], bytes])
 
 def read_header(fd: int, where: str) -> Header:
     """Read and validate the header of an open file (see `parse_header`)."""
-    try:
+    with storage_errors(Path(where), "read"):
         file_bytes = os.fstat(fd).st_size
         raw = read_bytes(fd, 8, 0)
         if len(raw) < 8:
@@ -237,8 +238,6 @@ def read_header(fd: int, where: str) -> Header:
         raw += read_bytes(fd, n, 8)
         if len(raw) < 8 + n:
             raise FormatError(f"{where}: the file ended inside its header; get it again")
-    except OSError as e:
-        raise StorageError(f"{where}: cannot read: {e.strerror}") from e
     return parse_header(raw, file_bytes, where)
 
 

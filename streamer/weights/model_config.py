@@ -12,9 +12,9 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from streamer.errors import FormatError, StorageError
+from streamer.errors import FormatError
 from streamer.storage.checkpoint import PIPELINE_NAME, is_pipeline
-from streamer.storage.files import open_regular
+from streamer.storage.files import open_regular, storage_errors
 
 MODEL_CONFIG = "config.json"
 
@@ -162,10 +162,8 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     fd, _ = open_regular(path, "a model's config")
     try:
-        with open(fd, "rb") as f:
+        with storage_errors(path, "read"), open(fd, "rb") as f:
             tree = json.loads(f.read())
-    except OSError as e:
-        raise StorageError(f"{path}: cannot read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
         raise FormatError(f"{path}: bad JSON: {e}; get the file again") from None
     return tree if isinstance(tree, dict) else {}

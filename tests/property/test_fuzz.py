@@ -128,6 +128,8 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
     "an evaluation: counts of tokens that overflow": ("evaluation", 0, lambda d: changed(d, ("tokens", "task", 0), 1e308)),
     "a detection's journal of another kind": (
         "detection journal", 2, lambda d: record(d, 0, lambda r: changed(r, ("stamps",), 0).replace(b"stamps", b"spams"))),
+    "a detection's journal of more threads than a process may have": (
+        "detection journal", 2, lambda d: record(d, 0, lambda r: changed(r, ("threads",), 1 << 24))),
     "a detection's record that is no file": ("detection journal", 2, lambda d: record(d, 1, lambda r: b"x" * 50)),
     "a detection's record without figures": (
         "detection journal", 2, lambda d: record(d, 1, lambda r: r.replace(b'"matrix"', b'"matrux"'))),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import streamer
 from streamer.adapters.pipeline_adapter import open_lora
 from streamer.adapters.stated import Stated
-from streamer.errors import FormatError, InputError, MismatchError, OutputExistsError, UnsupportedError
+from streamer.errors import FormatError, InputError, MismatchError, OutputExistsError, StorageError, UnsupportedError
 from streamer.plan.plan import make_plan
 
 Tensors = dict[str, torch.Tensor]
@@ -223,3 +223,11 @@ def test_a_quantized_matrix_of_a_component_is_refused(tmp_path: Path) -> None:
     save_file(stored, file)
     with pytest.raises(UnsupportedError, match="unet: is quantized"):
         make_plan(base, tmp_path / LORA)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here whose first byte cannot be read")
+@pytest.mark.parametrize("name", [LORA, "model.safetensors"])
+def test_a_file_that_the_disk_cannot_read_is_not_refused_as_another_format(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    with pytest.raises(StorageError, match=f"{name}: cannot read: Input/output error; run the same command again"):
+        open_lora(tmp_path)
