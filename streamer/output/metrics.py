@@ -53,6 +53,7 @@ def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
             isinstance(m["intruders"], list)
             and type(m["transposed"]) is bool
             and m["certified"] in (True, False, None)
+            and all(type(m.get(key, 0)) is int for key in ("values", "rounded_away"))
             and all(type(m[key]) is float and 0 <= m[key] < 1e100 for key in numbers)  # type: ignore[literal-required]  # keys of a record
             for m in metrics
         )

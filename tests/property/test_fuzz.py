@@ -142,6 +142,10 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
         "output journal", 1, lambda d: record(d, 1, lambda r: r.replace(b'"file"', b'"fill"'))),
     "a merge's record of a file that is a list": (
         "output journal", 1, lambda d: record(d, 1, lambda r: changed(r, ("file",), [1]))),
+    "a merge's record of a count that is a list": (
+        "output journal", -1, lambda d: record(d, -1, lambda r: changed(r, ("matrices", 0, "rounded_away"), [[]]))),
+    "findings: a digest that is a number": (
+        "findings", 0, lambda d: with_header({**header_of(d)[0], "__metadata__": {"sha256": 1}}, header_of(d)[1])),
     "a merge's record of a norm whose square no double holds": (
         "output journal", -1, lambda d: record(d, -1, lambda r: changed(r, ("matrices", 0, "delta_norm"), 1e300))),
 }  # fmt: skip

@@ -39,7 +39,7 @@ def sealed(raw: bytes) -> bytes:
     n = 8 + int.from_bytes(raw[:8], "little")
     try:
         stated = json.loads(raw[8:n])["__metadata__"]["sha256"].encode()
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return raw
     blank = raw[:n].replace(stated, b"0" * len(stated), 1) + raw[n:]
     return raw[:n].replace(stated, hashlib.sha256(blank).hexdigest().encode()[: len(stated)], 1) + raw[n:]
