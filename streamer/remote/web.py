@@ -135,7 +135,9 @@ def _ask(
             return e
         if stat is None:
             return None
-        return RemoteFile(address, shown, stat.size, stat.version if stat.ranges or name not in weights else "")
+        return RemoteFile(
+            address, shown, stat.size, stat.version if stat.ranges or not name.endswith(".safetensors") else ""
+        )
 
     answers = dict(zip(names, at_once(ask, names), strict=True))
     found = {name: answer for name, answer in answers.items() if isinstance(answer, RemoteFile)}

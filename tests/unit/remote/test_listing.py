@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import three_shards
 from hub_server import COMMIT, HubHandler
 from pipelines import LORA, write_pipeline
 from range_server import Handler, serving
@@ -62,3 +66,17 @@ def test_a_file_that_states_a_quantization_is_found_without_a_list(tmp_path: Pat
         (tmp_path / name).write_text("{}")
     with serving(tmp_path, Handler) as site:
         assert {*list_address(Url(site.address, site.address)).small} == small
+
+
+def test_a_server_without_ranges_is_refused_as_one(tmp_path: Path) -> None:
+    """Python's own answers with whole files; a sharded model's index is read all the same."""
+    base, _ = three_shards(tmp_path)
+    handler = partial(SimpleHTTPRequestHandler, directory=base)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(
+            UnsupportedError, match=r"model-0000\d-of-00003.safetensors: .* gives whole files only; download it"
+        ):
+            list_address(Url(url, url))
+        server.shutdown()
