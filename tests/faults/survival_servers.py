@@ -254,10 +254,14 @@ def killed(service: Service) -> Tally:
     tally = Tally()
     for n, out in service.places():
         what = f"kill at request {n}"
-        with disturbed(service.site, Disturbance(None, n, act=lambda _: os.kill(server().running, signal.SIGKILL))):
+        disturbance = Disturbance(None, n, act=lambda _: os.kill(server().running, signal.SIGKILL))
+        with disturbed(service.site, disturbance):
             done = service.case.run(out)
-        tally.begin(done.code, {-signal.SIGKILL}, what)
-        service.end(tally, out, what)
+        if disturbance.hits:
+            tally.begin(done.code, {-signal.SIGKILL}, what)
+        else:  # a run that repeated no request needs fewer
+            tally.runs += 1
+        service.end(tally, out, what, disturbance.hits)
     return tally
 
 
