@@ -217,7 +217,7 @@ class InputChangedError(StreamerError):
     @classmethod
     def changed(cls, path: object) -> Self:
         """Make the error of a file that is another one now."""
-        return cls(f"{path}: changed since the run began; start again, and do not change the base during the run")
+        return cls(f"{path}: changed since the run began; start again, and leave the inputs unchanged")
 
     @classmethod
     def vanished(cls, path: object) -> Self:

@@ -182,9 +182,7 @@ class Plan:
             file.check_unchanged()
         for path, stamp in self.extra_stamps.items():
             if not os.path.exists(path) or _stamp(Path(path)) != stamp:
-                raise InputChangedError(
-                    f"{path}: changed since the run began; start again and leave the inputs unchanged"
-                )
+                raise InputChangedError.changed(path)
 
     def digest(self, **decisions: Any) -> str:
         """Compute a SHA-256 over both identities and the given decisions, which together determine an output."""

@@ -70,9 +70,14 @@ class AtomicFile(Appender):
 
     def copy(self, source: Path) -> None:
         """Append another file, which forms the rest of this one."""
-        with storage_errors(source, "copy"), source.open("rb") as src:
-            while data := src.read(8 << 20):
-                self.write(data)
+        with storage_errors(source, "copy"):
+            try:
+                file = source.open("rb")
+            except FileNotFoundError as e:
+                raise InputChangedError.vanished(source) from e
+            with file:
+                while data := file.read(8 << 20):
+                    self.write(data)
         if self.written != self.size:
             wanted, found = format_sizes(self.size, self.written)
             raise InputChangedError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from streamer.errors import InputChangedError, StorageError
-from streamer.storage.files import Stamp, file_stamp, open_regular
+from streamer.storage.files import Stamp, file_stamp, open_regular, storage_errors
 from streamer.storage.header import Header, read_header
 from streamer.storage.system import drop_cached, read_at
 from streamer.units import format_size
@@ -137,10 +137,8 @@ class LocalSource(ByteSource):
         """Read bytes, repeating calls that return fewer."""
         done = 0
         while done < len(out):
-            try:
+            with storage_errors(self.path, "read"):
                 n = read_at(self._fd, out[done:], at + done)
-            except OSError as e:
-                raise StorageError(f"{self.path}: cannot read: {e.strerror}; run the same command again") from e
             if n == 0:
                 self._check_size(at + len(out))
                 raise StorageError(f"{self.path}: the file ended early at byte {at + done}")

@@ -130,7 +130,7 @@ def test_check_unchanged(base: Path, change: Callable[[Path], None], shard: str)
     words = (
         "vanished during the run"
         if change is Path.unlink
-        else "changed since the run began; start again, and do not change the base"
+        else "changed since the run began; start again, and leave the inputs unchanged"
     )
     assert str(caught.value).startswith(f"{base / shard}: {words}")
     assert bytes(view(checkpoint, "c")) == before  # the open file is still the one that was planned
@@ -175,7 +175,7 @@ def test_a_read_error(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "preadv", failing(errno.EIO))
     with pytest.raises(StorageError) as caught:
         view(open_checkpoint(base, "pread"), "c")
-    words = "cannot read: Input/output error; run the same command again"
+    words = "cannot read: Input/output error; run the same command again once the cause is gone"
     assert str(caught.value) == f"{base / SHARDS[1]}: {words}"
 
 

@@ -136,7 +136,7 @@ def test_a_copied_file_that_vanished(case: Case) -> None:
         with open_outputs([case.plan]) as (out,), out.file("sub/config.json", 2) as f:
             f.copy(case.base / "gone")
 
-    with pytest.raises(StorageError, match="gone: cannot copy: No such file or directory"):
+    with pytest.raises(InputChangedError, match="gone: vanished during the run; put it back and start again"):
         copy()
 
 
