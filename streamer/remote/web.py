@@ -126,9 +126,9 @@ def _ask(
     names = list(names)
 
     def ask(name: str) -> RemoteFile | InputError | None:
-        address, shown = url.below(name)
+        at, shown = url.below(name)
         try:
-            stat = stat_remote(address, shown)
+            stat = stat_remote(at, shown)
         except UnsupportedError:
             raise
         except InputError as e:
@@ -136,7 +136,7 @@ def _ask(
         if stat is None:
             return None
         return RemoteFile(
-            address, shown, stat.size, stat.version if stat.ranges or not name.endswith(".safetensors") else ""
+            at, shown, stat.size, stat.version if stat.ranges or not name.endswith(".safetensors") else ""
         )
 
     answers = dict(zip(names, at_once(ask, names), strict=True))
