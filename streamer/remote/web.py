@@ -135,9 +135,8 @@ def _ask(
             return e
         if stat is None:
             return None
-        return RemoteFile(
-            at, shown, stat.size, stat.version if stat.ranges or not name.endswith(".safetensors") else ""
-        )
+        version = stat.version if stat.ranges or not name.endswith(".safetensors") else ""
+        return RemoteFile(at, shown, stat.size, version)
 
     answers = dict(zip(names, at_once(ask, names), strict=True))
     found = {name: answer for name, answer in answers.items() if isinstance(answer, RemoteFile)}

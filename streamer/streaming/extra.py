@@ -18,6 +18,9 @@ from streamer.errors import FormatError, StreamerError, UnsupportedError
 from streamer.packages import require_package
 from streamer.storage.files import storage_error
 
+LOGGERS = ("transformers", "torchao", "bitsandbytes", "torch.utils._pytree")
+"""Loggers of transformers and of libraries that it imports if they are installed, whether or not a model needs them."""
+
 ERROR_LENGTH = 120
 """Most characters of another library's message that ours quotes."""
 
@@ -68,14 +71,12 @@ def refused_errors(path: Path, model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' log messages below errors inside the context: a library must not print."""
-    logger = logging.getLogger("transformers")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    """Silence log messages below errors inside the context, transformers' and those of what it imports: a library must not print."""
+    with contextlib.ExitStack() as undo:
+        for logger in map(logging.getLogger, LOGGERS):
+            undo.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
         yield
-    finally:
-        logger.setLevel(before)
 
 
 def unreadable(path: Path, what: str, e: Exception) -> StreamerError:

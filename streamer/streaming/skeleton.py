@@ -45,7 +45,8 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
             MODEL_CONFIG,
         )
     name = plan.config.architecture or next(iter(plan.config.architectures), None)
-    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    with quiet_transformers():  # this imports the class
+        cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise UnsupportedError(
             f"{directory / MODEL_CONFIG}: names the class {name!r}, which transformers {transformers.__version__} does not have; "

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from architectures import ATTENTION
 from causal_models import make_adapter, make_base
-from command_line import process_mib
+from command_line import process_mib, run_cli
 from evaluations import COLUMNS
 from forks import Server
 from learned import evaluate as run
@@ -30,6 +30,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = make_learned(tmp_path_factory.mktemp("evaluate"))
     streamer.detect_intruder_dimensions(home / "base", home / "adapter", home / "f.safetensors", top_k=4)
     return home
+
+
+@pytest.mark.long
+def test_a_process_of_its_own_says_nothing_of_libraries_that_transformers_imports(home: Path, tmp_path: Path) -> None:
+    """Of torchao, say, whose compiled parts do not load on a processor."""
+    texts = ["--general", home / "general.npy", "--task", home / "task.npy"]
+    done = run_cli(
+        "evaluate", home / "base", home / "adapter", *texts, "--method", "shrink", "-o", tmp_path / "e.json", "-qq"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.long

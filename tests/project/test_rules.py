@@ -112,7 +112,7 @@ BUDGET = {
     "weights": 1_209,
     "linalg": 1_175,
     "peft": 794,
-    "remote": 648,
+    "remote": 649,
     "api": 1_974,
     "forecast": 506,
     "methods": 862,
