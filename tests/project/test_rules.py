@@ -110,7 +110,7 @@ BUDGET = {
     "fitting": 1_971,
     "report": 1_036,
     "weights": 1_209,
-    "linalg": 1_175,
+    "linalg": 1_178,
     "peft": 794,
     "remote": 649,
     "api": 1_974,
