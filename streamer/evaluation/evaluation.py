@@ -269,7 +269,7 @@ def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> S
     if shapes != {(len(figures), len(tokens))} or len(figures) < 2 or len(tokens) < 2:
         raise ValueError(f"sums of {text} are {listed(map(str, sorted(shapes)))}")
     counted = all(type(count) in (int, float) and 0 < count <= LARGEST_SUM and count % 1 == 0 for count in tokens)
-    if not counted or any((array > LARGEST_SUM).any() or (array < -LARGEST_SUM).any() for array in arrays.values()):
-        raise ValueError(f"sums or counts of tokens of {text} are not those of any text")
+    if not counted or any((np.abs(array) > LARGEST_SUM).any() for array in arrays.values()):
+        raise ValueError(f"sums or token counts of {text} are impossible")
     bins = np.array([from_record(f.get("kl_bins")) for f in figures])
     return SequenceSums(np.array(tokens, np.float64), **arrays, kl_bins=bins)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 MOST_THREADS = 1024
-"""More threads than this crash a process, or starve the machine."""
+"""Most threads that are accepted: 4,096 took 40 s for nine small matrices on two cores, and 127,673 crashed libgomp."""
 
 
 class _Shared:
@@ -103,7 +103,7 @@ def _float32_products(precision: Mapping[str, str], older: str) -> Iterator[None
 
 def thread_count(recorded: object) -> int:
     """Return the number of threads that a journal records, or torch's if the record has none that is possible."""
-    return recorded if isinstance(recorded, int) and 0 < recorded <= MOST_THREADS else torch.get_num_threads()
+    return recorded if type(recorded) is int and 0 < recorded <= MOST_THREADS else torch.get_num_threads()
 
 
 @contextlib.contextmanager

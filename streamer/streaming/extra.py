@@ -71,7 +71,7 @@ def refused_errors(path: Path, model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence log messages below errors inside the context, transformers' and those of what it imports: a library must not print."""
+    """Silence messages below errors of transformers, and of what it imports, inside the context: a library must not print."""
     with contextlib.ExitStack() as undo:
         for logger in map(logging.getLogger, LOGGERS):
             undo.callback(logger.setLevel, logger.level)
@@ -82,7 +82,7 @@ def quiet_transformers() -> Iterator[None]:
 def unreadable(path: Path, what: str, e: Exception) -> StreamerError:
     """Make the error for a file that transformers cannot read: its contents are at fault, or the system refused to read it.
 
-    transformers may raise another error in place of the system's, and the tokenizers library states only the system's number, in words.
+    transformers may raise another error in place of the system's; the tokenizers library states the system's number in its message alone.
     """
     cause: BaseException | None = e
     while cause is not None:
