@@ -14,9 +14,9 @@ from streamer.detection.findings import Findings
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.errors import MissingPackageError, printable
 from streamer.evaluation.evaluation import Evaluation
-from streamer.methods import METHODS, Paper, Project
+from streamer.methods import METHODS
 from streamer.plan.name_order import natural
-from streamer.report.curves import lambda_curve, threshold_curve
+from streamer.report.curves import threshold_curve
 from streamer.report.grid import make_grid
 from streamer.report.page_data import series_of
 from streamer.report.subject import Subject, scales_intruders
@@ -24,12 +24,13 @@ from streamer.report.subject import Subject, scales_intruders
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
 SIGN = "streamer report"
 """Text in the head of every file that identifies it as a report's figure."""
 
 FIGURES, IMAGE_FORMATS = ("map", "similarity", "spectrum", "thresholds", "lambdas", "tradeoff"), ("svg", "png")
-"""Names of all figures that a report may have, and their formats."""
+"""Names of all figures that a report may have, and their formats; earlier versions drew ``lambdas``."""
 
 WIDTH = 6.75
 """Width of a figure in inches."""
@@ -128,7 +129,6 @@ def _drawings(subject: Subject) -> dict[str, Callable[[Figure], None]]:
             f, most, _draw_spectrum, [("the base's singular value of the same rank", OF_BASE)]
         )
         drawings["thresholds"] = lambda f: _draw_thresholds(f, findings)
-        drawings["lambdas"] = lambda f: _draw_lambdas(f, findings)
     if evaluation is not None:
         drawings["tradeoff"] = lambda f: _draw_tradeoff(f, evaluation)
     return drawings
@@ -224,15 +224,6 @@ def _draw_thresholds(figure: Figure, findings: Findings) -> None:
     ax.set(xlabel="ε", ylabel="intruder dimensions", xlim=(0, 1), ylim=(0, None))
 
 
-def _draw_lambdas(figure: Figure, findings: Findings) -> None:
-    rows, ax = lambda_curve(findings), figure.subplots()
-    x = [r["lambda"] for r in rows]
-    ax.plot(x, [100 * r["paper"] for r in rows], color=Paper.colour, label=Paper.name)
-    ax.plot(x, [100 * r["project"] for r in rows], color=Project.colour, linestyle="--", label=Project.name)
-    ax.set(xlabel="λ", ylabel="removed, % of the delta's norm", xlim=(0, 1), ylim=(0, None))
-    ax.legend(frameon=False)
-
-
 def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
     """Draw forgetting against learning kept, with standard errors. Filled points are on the front; a ring marks the suggestion.
 
@@ -243,6 +234,7 @@ def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
     variants = evaluation.shown_variants()
     series: dict[str, list[dict[str, Any]]] = {}
     outside: list[str] = []
+    labels: list[Annotation] = []
     for v, variant in zip(variants, evaluation.variants, strict=True):
         if v["kept"] is None or v["forgetting"] is None:
             continue
@@ -265,10 +257,12 @@ def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
             face = colour if v["name"] in front else "white"
             ax.errorbar(*at, **errors, fmt="o", color=colour, markersize=3.5, elinewidth=0.7, markerfacecolor=face)
             label, below = v["name"] if v["lambda"] is None else f"{v['lambda']:g}", v["name"] != "base"
-            ax.annotate(
+            text = ax.annotate(
                 _plain(label), at, (4, -8 if below else 4), textcoords="offset points", fontsize=6, color=colour
             )
-            if best.variant is not None and v["name"] == best.variant.name:
+            suggested = best.variant is not None and v["name"] == best.variant.name
+            labels.insert(0 if suggested else len(labels), text)
+            if suggested:
                 ax.plot(*at, "o", markersize=9, markerfacecolor="none", color=colour)
     ax.axvline(100 * best.keep, color="black", linewidth=0.6, linestyle="--")
     ax.update_datalim([(0, 0), (103, 105)])
@@ -278,7 +272,23 @@ def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
         figure.supxlabel(
             "\n".join(map(_plain, textwrap.wrap(f"Outside the frame: {', '.join(outside)}.", 90))), fontsize=6
         )
-    ax.legend(frameon=False, loc="upper left", title="method; numbers: λ", title_fontsize=7, alignment="left")
+    title = "numbers: λ\nhollow: another variant is better in both"
+    ax.legend(frameon=False, loc="upper left", title=title, title_fontsize=6, alignment="left")
+    _separate(figure, labels)
+
+
+def _separate(figure: Figure, labels: list[Annotation]) -> None:
+    """Move labels that overlap earlier ones, and remove those for which no place is free."""
+    figure.draw_without_rendering()
+    placed: list[Any] = []
+    for label in labels:
+        for x, y in (label.get_position(), (4, 4), (4, -8), (-4, 4), (-4, -8)):
+            label.set(position=(x, y), horizontalalignment="left" if x > 0 else "right")
+            if not label.get_window_extent().count_overlaps(placed):
+                placed.append(label.get_window_extent())
+                break
+        else:
+            label.remove()
 
 
 def _plain(text: str) -> str:

@@ -37,13 +37,10 @@ def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]
     if isinstance(subject, Collection):
         counts = {name: found.intruders for name, found in subject.findings.items()}
         most = max(counts, key=lambda name: counts[name])
-        found = (
-            f"{printable(most)} has the most intruders, {counts[most]}" if counts[most] else "no adapter has intruders"
-        )
-        return (
-            f"Of {counted(len(counts), 'adapter')}, {found}. The effect of mitigation has not been measured yet.",
-            measure[:1],
-        )
+        found = f"{printable(most)} has the most intruders, {counts[most]}"
+        found = found if counts[most] else "no adapter has intruders"
+        adapters = counted(len(counts), "adapter")
+        return f"Of {adapters}, {found}. The effect of mitigation has not been measured yet.", measure[:1]
     if subject.record is not None:
         t = subject.record["totals"]
         check = "streamer verify OUTPUT BASE ADAPTER --sample all"
@@ -131,10 +128,8 @@ def _of_findings(findings: Findings) -> list[str]:
         least = min((min(m.detection.similarity) for m in findings if m.detection.similarity), default=None)
         found += "." if least is None else f": the least similar direction has a similarity of {least:.2f}."
         return [asked, found, "Scaling down the whole adapter (a shrink) may still reduce forgetting."]
-    parts: Counter[str] = Counter()
-    for m in findings:
-        parts[part_of(m.tensor)] += len(m.detection.intruders)
-    most = listed((f"{printable(part)} ({n})" for part, n in parts.most_common(3) if n), 3)
+    parts = Counter(part_of(m.tensor) for m in findings for _ in m.detection.intruders)
+    most = listed((f"{printable(part)} ({n})" for part, n in parts.most_common(3)), 3)
     carry = "It carries" if findings.intruders == 1 else "They carry"
     found = f"Intruders by part of a layer: {most}."
     half = next(c for c in lambda_curve(findings) if c["lambda"] == 0.5)
@@ -150,14 +145,10 @@ def _of_findings(findings: Findings) -> list[str]:
 def _of_record(record: Mapping[str, Any]) -> list[str]:
     t = record["totals"]
     what = "adapter" if record["command"] == "mitigate" else "model"
-    how = (
-        f"method {record['method']}, λ = {record['lambda']}"
-        if record.get("lambda") is not None
-        else f"method {record['method']}"
-    )
+    strength = "" if (lam := record.get("lambda")) is None else f", λ = {lam}"
     made = (
         f"streamer {printable(record['version'])} made this {what} from “{_name(record['adapter'])}” and “{_name(record['base'])}”: "
-        f"{how}, {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}."
+        f"method {record['method']}{strength}, {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}."
     )
     same = f"Scaling the whole adapter by {t['equal_norm_shrink']:.4f} gives a delta of the same norm: use that as the baseline."
     lost = f"At most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta was lost in projection onto the adapter's rank."

@@ -106,7 +106,7 @@ def figures(findings: Findings) -> Figures:
 def test_figures_as_svg_and_png(figures: Figures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few, evaluation, again = figures
     streamer.write_report(few, tmp_path / "f", evaluation=evaluation)
-    stems = {"map", "similarity", "spectrum", "thresholds", "lambdas", "tradeoff"}
+    stems = {"map", "similarity", "spectrum", "thresholds", "tradeoff"}
     assert set(names(tmp_path / "f")) == {f"{stem}.{image_format}" for stem in stems for image_format in ("svg", "png")}
     for stem in stems:
         root = ET.fromstring((tmp_path / "f" / f"{stem}.svg").read_text())
@@ -150,6 +150,19 @@ def test_the_tradeoff_shows_or_names_every_variant() -> None:
     assert "project 0.9 (kept 90%, left -54%)" in named, "what forgets less than the base by more than the frame holds"
     assert named.startswith("Outside the frame: shrink 0.9 (kept 190%, left 90%), ")
     assert most > 103
+
+
+def test_labels_of_the_tradeoff_do_not_overlap() -> None:
+    """Variants in nearly the same place need labels on other sides, or none; the suggested variant keeps its own."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    crowded = evaluation({name: lambda x: (0.9 + 0.01 * x, 0.5 + 0.01 * x) for name in ("paper", "project")}, noise=0)
+    _draw_tradeoff(figure, crowded)
+    texts = figure.axes[0].texts
+    boxes, names = [text.get_window_extent() for text in texts], {text.get_text() for text in texts}
+    assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
+    best = crowded.best().variant
+    assert best is not None
+    assert {"base", "adapter", best.name.split()[-1]} <= names
 
 
 @pytest.mark.parametrize("layers", [6, 40])
