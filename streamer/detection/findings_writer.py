@@ -105,15 +105,12 @@ class FindingsWriter:
 
     def _figures(self, i: int) -> MatrixFigures:
         header = _record_header(self._journal[i])
-        try:
+        with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
             figures: MatrixFigures = json.loads(header.metadata["matrix"])
             check_figures(figures)
-            keys = {f"{figures['tensor']}/{key}" for key in ARRAYS}
-        except (KeyError, TypeError, ValueError, RecursionError):
-            keys = set()
-        if keys != header.by_name.keys():
-            raise self._journal.foreign(i)
-        return figures
+            if header.by_name.keys() == {f"{figures['tensor']}/{key}" for key in ARRAYS}:
+                return figures
+        raise self._journal.foreign(i)
 
     def __contains__(self, tensor: str) -> bool:
         return tensor in self._records

@@ -131,6 +131,8 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
     "a detection's journal of more threads than a process may have": (
         "detection journal", 2, lambda d: record(d, 0, lambda r: changed(r, ("threads",), 1 << 24))),
     "a detection's record that is no file": ("detection journal", 2, lambda d: record(d, 1, lambda r: b"x" * 50)),
+    "a detection's record of nothing": (
+        "detection journal", 2, lambda d: record(d, 1, lambda r: (2).to_bytes(8, "little") + b"{}")),
     "a detection's record without figures": (
         "detection journal", 2, lambda d: record(d, 1, lambda r: r.replace(b'"matrix"', b'"matrux"'))),
     "a detection's record without a decision's certificate": (
