@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from streamer.adapters.adapter import PeftAdapter
@@ -16,7 +17,7 @@ from streamer.adapters.other_formats import refuse_other_formats
 from streamer.adapters.peft_methods import METHODS, PeftMethod
 from streamer.adapters.stated import NOTHING_STATED, Stated
 from streamer.adapters.target_parameters import find_wrapped, targeted_parameters
-from streamer.adapters.tensor_names import FACTORS, Carried, carried_tensor, classify, normalize
+from streamer.adapters.tensor_names import FACTORS, Carried, carried_tensor, classify, no_indices, normalize
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.storage.files import absent
 from streamer.storage.header import TensorInfo
@@ -100,6 +101,7 @@ def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftA
     carried = _without_copies(
         file, [carried_tensor(role, match, source, modules, file.path, config) for role, match, source in rest]
     )
+    carried = _with_indices(file, carried, config)
     return PeftAdapter(path, config, (file,), modules, carried, tuple(wrapped))
 
 
@@ -118,6 +120,19 @@ def _without_copies(file: TensorFile, carried: Iterable[Carried]) -> tuple[Carri
             )
         kept[c.role, c.name] = min(other, c, key=lambda one: len(one.source))
     return tuple(kept.values())
+
+
+def _with_indices(file: TensorFile, carried: Sequence[Carried], config: AdapterConfig) -> tuple[Carried, ...]:
+    """Give trained tokens that the config does not name the rows of tokens with the same bytes: PEFT saves those of a tied head, too."""
+    tokens = {c: StoredTensor(file, file.header.by_name[c.source]) for c in carried if c.role == "tokens"}
+
+    def indices(c: Carried) -> tuple[int, ...]:
+        stated = (one.indices for one, values in tokens.items() if one.indices and equal(values, tokens[c]))
+        if found := c.indices or next(stated, ()):
+            return found
+        raise no_indices(config, c.module, None)
+
+    return tuple(replace(c, indices=indices(c)) if c in tokens else c for c in carried)
 
 
 def _sort(

@@ -127,13 +127,21 @@ def carried_tensor(
 
 
 def _token_indices(config: AdapterConfig, module: str) -> tuple[int, ...]:
-    """Return the rows that trained tokens replace; PEFT stores them in the config, for the input embedding or by module."""
+    """Return the rows that trained tokens replace; PEFT stores them in the config, for the input embedding or by module.
+
+    Empty if the config names other modules.
+    """
     stated = config.get("trainable_token_indices")
-    if isinstance(stated, dict):
-        stated = next((v for key, v in stated.items() if f".{module}".endswith(f".{key}")), None)
+    if isinstance(stated, dict) and stated:
+        stated = next((v for key, v in stated.items() if f".{module}".endswith(f".{key}")), ())
     numbers = [i for i in stated if type(i) is int and i >= 0] if isinstance(stated, list) else []
-    if not numbers or numbers != stated or len(set(numbers)) != len(numbers):
-        raise FormatError(
-            f"{config.path}: trainable_token_indices: expected the rows of {module!r} as different numbers, found {stated!r}"
-        )
+    if stated != () and (not numbers or numbers != stated or len(set(numbers)) != len(numbers)):
+        raise no_indices(config, module, stated)
     return tuple(numbers)
+
+
+def no_indices(config: AdapterConfig, module: str, found: object) -> FormatError:
+    """Make the error for trained tokens whose rows the config does not state."""
+    return FormatError(
+        f"{config.path}: trainable_token_indices: expected the rows of {module!r} as different numbers, found {found!r}"
+    )

@@ -290,7 +290,8 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
         tied.refuse_unknown_ties(checkpoint, config, opened, edits, matched)
     else:
         tied.refuse_numbered_ties(ties, checkpoint.path, opened, matched)
-        editor = tied.TieEditor(checkpoint, opened, config, architecture, edits, frozenset(matched.values()))
+        deltas, once = frozenset(matched.values()), frozenset(matched[name] for name in mirrors)
+        editor = tied.TieEditor(checkpoint, opened, config, architecture, edits, deltas, once)
         edits = editor.edited(ties)
     if edits.vocabularies and not opened.describes_model:
         edits = without_stale_values(checkpoint, architecture, vocabulary, edits)

@@ -9,14 +9,16 @@ are one parameter, and where the config states it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
+import torch
+
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.finetuned import FinetunedModel
-from streamer.adapters.modules import Module
+from streamer.adapters.modules import Module, values_of
 from streamer.errors import UnsupportedError
 from streamer.plan.architecture_table import record
 from streamer.plan.architectures import TIE_KEY as KEY
@@ -44,6 +46,8 @@ class TieEditor:
     ----------
     deltas
         Names of the tensors with a delta.
+    mirrored
+        Those whose delta another name of the same tensor has too (see `mirrored`).
     """
 
     base: Checkpoint
@@ -52,6 +56,7 @@ class TieEditor:
     architecture: Architecture
     edits: TensorEdits
     deltas: frozenset[str]
+    mirrored: frozenset[str]
 
     def edited(self, ties: Iterable[TiedNames]) -> TensorEdits:
         """Return all edits.
@@ -62,6 +67,19 @@ class TieEditor:
             If names separate but no config can untie them.
         """
         ties = [self._without_apart(tie) for tie in ties if tie.stored]
+        return replace(self, edits=self._with_tokens_once(ties))._edited(ties)
+
+    def _with_tokens_once(self, ties: Iterable[TiedNames]) -> TensorEdits:
+        """Omit the copies of trained tokens that PEFT saves for the other names of an embedding, equal to the embedding's."""
+        rows = dict(self.edits.rows)
+        for tie in ties:
+            if (first := rows.get(self._input(tie) or "")) is not None and self._shares_tokens(tie):
+                for name in {*tie.names} & rows.keys() - {self._input(tie)}:
+                    if rows[name][1] == first[1] and equal(rows[name][0], first[0]):
+                        del rows[name]
+        return replace(self.edits, rows=rows)
+
+    def _edited(self, ties: Sequence[TiedNames]) -> TensorEdits:
         parted = [tie for tie in ties if self._parts(tie)]
         untied = tuple(dict.fromkeys(key for tie in parted for key in tie.keys))
         if untied and not self.config.values:
@@ -102,8 +120,7 @@ class TieEditor:
         """Test whether the names stop being one tensor: they change, but not all in the same way."""
         changed, edits = self._changed(tie), self.edits
         delta, rows = changed & self.deltas, changed & edits.rows.keys()
-        # PEFT ties only some embeddings, and the adapter then has the factors of both (see `mirrored`).
-        if not changed or (self.adapter.config.ensure_weight_tying and len(delta) > 1):
+        if not changed or delta & self.mirrored:
             return False
         saved = {name: edits.sources[name] for name in tie.names if name in edits.sources}
         first = next(iter(saved.values()), None)
@@ -113,7 +130,7 @@ class TieEditor:
         if not ((rows and not tokens) or delta or changed & edits.shifts.keys() or not (same and whole)):
             return False
         if self._input(tie) in rows and self._shares_tokens(tie) and (changed - rows or len(rows) > 1):
-            others = listed(map(repr, sorted({*tie.names} - rows)))
+            others = listed(map(repr, sorted({*tie.names} - {self._input(tie)})))
             raise UnsupportedError(
                 f"{self.adapter.path}: trains tokens of {self._input(tie)!r}, which is tied to {others}, and also changes one of them "
                 f"otherwise; untie them first (save the model with {KEY}=false) and train again"
@@ -205,6 +222,8 @@ def without_copies(
 def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[str, str]) -> dict[str, Module]:
     """Find modules that repeat another module's factors, transposed: PEFT's LoRA on a tied head with ``ensure_weight_tying``.
 
+    DoRA's factors are shared in the same way, but each module has its own magnitudes, so its deltas differ.
+
     Parameters
     ----------
     matched
@@ -224,14 +243,23 @@ def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[s
         if len(modules) < 2:
             continue
         embedding, head, *more = sorted(modules, key=lambda m: m.layer_kind != "embedding")
-        same = (head.shape, head.rank, head.scaling) == (embedding.shape[::-1], embedding.rank, embedding.scaling)
-        if more or not same:
+        if more or not _repeats(head, embedding, adapter):
             raise UnsupportedError(
                 f"{adapter.path}: says ensure_weight_tying, but the factors of {embedding.name!r} and {head.name!r} are not those of one "
-                "delta"
+                "delta (PEFT trains them separately if the base is in 16 bits, and in version 0.18); to use them as trained, set "
+                "ensure_weight_tying to false in its config, and name both in target_modules"
             )
-        found[embedding.name] = head
+        if embedding.low_rank:
+            found[embedding.name] = head
     return found
+
+
+def _repeats(head: Module, embedding: Module, adapter: DeltaSource) -> bool:
+    if (head.shape, head.rank, head.scaling) != (embedding.shape[::-1], embedding.rank, embedding.scaling):
+        return False
+    A, B, *_ = (values_of(adapter.tensors[name]) for name in head.tensor_names)
+    rows, columns, *_ = (values_of(adapter.tensors[name]) for name in embedding.tensor_names)
+    return torch.equal(A, columns.T) and torch.equal(B, rows.T)
 
 
 def refuse_numbered_ties(ties: Iterable[TiedNames], base: Path, adapter: DeltaSource, matched: Iterable[str]) -> None:

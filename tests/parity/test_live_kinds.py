@@ -7,6 +7,7 @@ from pathlib import Path
 import kinds_cases
 import pytest
 import torch
+from kinds import APART
 from kinds_cases import quiet, relative
 from live import adapter_state, assert_equal, assert_same_findings, load_state, loaded, of_peft
 
@@ -31,6 +32,7 @@ CASES = [
     )
     for kind in kinds_cases.KINDS
     for dtype in kinds_cases.DTYPES
+    if (kind, dtype) not in APART
 ]
 
 # PEFT has one adapter of these kinds at a time, or makes the second one another.

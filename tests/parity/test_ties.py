@@ -261,14 +261,16 @@ def test_a_method_for_which_peft_takes_what_it_refuses_lora_for(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "modernbert", "mamba", "whisper"])
-@pytest.mark.parametrize("what", ["factors", "saved", "tokens"])
+@pytest.mark.parametrize("what", ["factors", "factors of DoRA", "saved", "tokens"])
 def test_what_peft_ties_stays_one(name: str, what: str, tmp_path: Path) -> None:
     """With ``ensure_weight_tying`` PEFT ties some embeddings by their names, and leaves others alone; tokens it always ties."""
     cls, config, embedding, _, layer = HEADS[name]
     options: dict[str, Any] = {"ensure_weight_tying": True}
     if what == "tokens":
         options = {"trainable_token_indices": {embedding: [3, 5]}}
-    targets = f"(.*{layer}|.*{embedding})" if what == "factors" else [layer]
+    if what == "factors of DoRA":
+        options["use_dora"] = True
+    targets = f"(.*{layer}|.*{embedding})" if "factors" in what else [layer]
     case = Case(cls, config, targets, [embedding] if what == "saved" else None, options=tuple(options.items()))
     expected, found, info = merged(case, tmp_path)
     assert not info["missing_keys"]
@@ -279,3 +281,29 @@ def test_what_peft_ties_stays_one(name: str, what: str, tmp_path: Path) -> None:
     ):  # PEFT's forward pass leaves out the head's bias, its own merge does not
         expected = expected + load_file(tmp_path / "base" / "model.safetensors")["decoder.bias"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_factors_that_peft_trained_apart_are_refused(tmp_path: Path) -> None:
+    """PEFT's cast to float32 separates the factors of a bfloat16 model, and how it loads them depends on the dtype."""
+    cls, config, embedding, head, layer = HEADS["llama, tied"]
+    torch.manual_seed(vary(0))
+    model = getattr(transformers, cls)(config())
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    case = Case(cls, config, [layer, embedding, head], options=(("ensure_weight_tying", True),))
+    peft = trained(type(model).from_pretrained(tmp_path / "base"), case, tmp_path / "adapter")
+    command = ("merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out", "--lambda", 1)
+    done = server().run(*command)
+    assert done.code == 3
+    assert "'lm_head' are not those of one delta" in done.err
+    assert "set ensure_weight_tying to false in its config, and name both in target_modules" in done.err
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "ensure_weight_tying": False}))
+    assert server().run(*command).code == 0
+    merged = {name: values.double() for name, values in load_file(tmp_path / "out" / "model.safetensors").items()}
+    stored = load_file(tmp_path / "base" / "model.safetensors")["model.embed_tokens.weight"].double()
+    for name, module in (
+        ("model.embed_tokens", peft.base_model.model.model.embed_tokens),
+        ("lm_head", peft.base_model.model.lm_head),
+    ):
+        delta = module.get_delta_weight("default").double()
+        torch.testing.assert_close(merged[f"{name}.weight"], stored + delta, rtol=2**-8, atol=1e-6)

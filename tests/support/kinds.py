@@ -229,6 +229,8 @@ KINDS: dict[str, Kind] = {
     "tied, saved as one": Kind(tied, lora("q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
     "tied, resized": Kind(tied, lora("q_proj"), prepare=grow),
     "tied, tokens": Kind(tied, lora("q_proj", trainable_token_indices=[3, 5])),
+    "tied, new tokens": Kind(tied, lora("q_proj", trainable_token_indices=[3, 5]), prepare=grow),
+    "tied, new tokens by name": Kind(tied, lora("q_proj", trainable_token_indices={"embed_tokens": [3, 5]}), prepare=grow),
     "tied, tokens of lm_head": Kind(tied, lora("q_proj", trainable_token_indices={"lm_head": [3, 5]}), shared=False),
     "tied, GPT-2": Kind(gpt2, lora("c_attn", "lm_head", fan_in_fan_out=True), shared=False),
     "headless, new head": Kind(bert, lora("query", task_type="SEQ_CLS"), load=bert_classifier),
@@ -238,3 +240,6 @@ KINDS: dict[str, Kind] = {
     "trainable tokens": Kind(llama(), lora("q_proj", trainable_token_indices=[3, 60, 7])),
     "trainable tokens by name": Kind(llama(), lora("v_proj", trainable_token_indices={"embed_tokens": [1, 2]})),
 }  # fmt: skip
+
+APART = {("tied, one delta", "bf16"), ("tied, one delta of lm_head", "bf16")}
+"""Kinds whose shared factors PEFT trains separately in this dtype: its cast to float32 copies them."""
