@@ -28,6 +28,8 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
     ------
     FormatError, StorageError
         If transformers or the system cannot read the config.
+    InputChangedError
+        If an input changed since the plan was made.
     UnsupportedError
         If the class is not one of transformers', or does not predict the next token of a text.
     """
@@ -39,6 +41,7 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
         raise UnsupportedError(
             f"{plan.base.path}: is a diffusers pipeline; evaluate, fit, repair and map need a language model"
         )
+    plan.check_unchanged()  # a config that vanished since then is not one that never existed
     if directory is None or not (directory / MODEL_CONFIG).exists():
         raise MissingInputError(
             f"{plan.base.path}: has no {MODEL_CONFIG}, which names the model's class; give the directory of a language model",
@@ -56,6 +59,7 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
         try:
             config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as e:
+            plan.check_unchanged()
             raise unreadable(directory / MODEL_CONFIG, "transformers cannot read it", e) from e
         if config.is_encoder_decoder or not _predicts_next(cls.__name__):
             raise UnsupportedError(

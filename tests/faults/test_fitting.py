@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -243,6 +244,16 @@ def test_an_input_that_changes_on_the_way(job: Job, tmp_path: Path) -> None:
 
     with pytest.raises(InputChangedError, match=r"adapter_model.safetensors: changed since the run began"):
         job.run(tmp_path / "c.safetensors", on_event=on_event)
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_a_config_that_vanishes_on_the_way(job: Job, server: Server, tmp_path: Path) -> None:
+    config = job.home / "base" / "config.json"
+    os.link(config, tmp_path / "aside")
+    done = server.run(*job.line(tmp_path / "c.safetensors"), before=FEW_ROWS, at=2, code=f"os.remove({str(config)!r})")
+    os.link(tmp_path / "aside", config)
+    assert done.code == 8, done.err
+    assert "config.json: changed since the run began" in done.err
     assert not (tmp_path / "c.safetensors").exists()
 
 
