@@ -31,7 +31,7 @@ from streamer.plan.finetuned_experts import match_stacks, stacks_of, tensor_role
 from streamer.plan.name_matching import Match
 from streamer.plan.pipeline_names import match_modules
 from streamer.plan.provenance import base_notes
-from streamer.plan.side_files import other_files
+from streamer.plan.side_files import other_files, unread_weights
 from streamer.plan.sources import AdapterSource, BaseSource, adapter_source, base_source
 from streamer.plan.targets import Orientation, Target, TensorSlice, match_targets, misfits
 from streamer.plan.task_heads import merged_architecture
@@ -65,7 +65,7 @@ class Plan:
     architecture
         Facts about the merged model's class; None if not known.
     announced
-        Notes on tensors that the adapter's config announces and its file lacks.
+        Notes on tensors that the adapter's config announces and its file lacks, and on weights beside it.
     extra_stamps
         Stamps of the small files that are copied or read whole, by path.
     inputs
@@ -224,7 +224,9 @@ def make_plans(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode
         source = adapter or open_finetuned(path, checkpoint, tensor_roles(path, checkpoint, config, orientation), io)
         plan = match_plan(checkpoint, weights, config, orientation, source, renames)
         stamps = {str(p): _stamp(p) for p in _side_files(checkpoint, source)}
-        plans.append(replace(plan, extra_stamps=stamps, inputs=inputs))
+        folder = None if adapter is None else adapter.directory
+        unread = () if folder is None else unread_weights(folder, source.file.path.name)
+        plans.append(replace(plan, extra_stamps=stamps, inputs=inputs, announced=(*plan.announced, *unread)))
     return tuple(plans)
 
 

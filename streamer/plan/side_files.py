@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from streamer.storage.checkpoint import component_files
+from streamer.units import listed
 
 # Weights in other formats would remain the old ones beside the new weights; training state belongs to the old adapter.
 _STALE = re.compile(
@@ -14,6 +15,12 @@ _STALE = re.compile(
 )
 _SKIPPED_DIRECTORIES = re.compile(
     r"^(\.git|\.cache|__pycache__|checkpoint-\d+|global_step\d+|runs|onnx|openvino|original|coreml|metal)$"
+)
+
+# Weights beside an adapter's that no adapter's loader reads, but a trainer's own may: a projector, new embeddings, a value head. Neither
+# the adapter in an earlier format nor a whole model nor training state is one.
+_UNREAD = re.compile(
+    r"^(?!adapter_model|model|pytorch_model|optimizer|scheduler|scaler|sampler|training_args|rng_state|random_states).*\.(safetensors|bin|pt|pth)$"
 )
 
 _VARIANT_INDEX = re.compile(r"\.safetensors\.index\.[^/]+\.json$")
@@ -58,6 +65,14 @@ def stale_weights(names: Iterable[str], components: Collection[str]) -> list[str
 def skipped_files(directory: Path, apart: Path | None = None) -> list[str]:
     """List what `other_files` leaves out, by relative name: files, and whole directories."""
     return [str(p.relative_to(directory)) for p, stays in _walk(directory, apart) if stays]
+
+
+def unread_weights(adapter: Path, own: str) -> tuple[str, ...]:
+    """Note the weights beside an adapter's `own` file that PEFT does not load, if there are any."""
+    found = [name for name in skipped_files(adapter) if _UNREAD.match(name) and name != own]
+    it = "it" if len(found) == 1 else "them"
+    why = f"not used, because PEFT does not load {it}; if the adapter's trainer does, the result lacks {it}"
+    return (f"{listed(found)} beside the adapter: {why}",) if found else ()
 
 
 def read_beside(directory: Path, names: Collection[str]) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import helpers
 import pytest
 
+from streamer.plan.plan import make_plan
 from streamer.plan.tokenizer import token_count
 
 
@@ -13,3 +15,19 @@ from streamer.plan.tokenizer import token_count
 def test_what_is_no_vocabulary_is_not_counted(text: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     assert token_count(tmp_path) is None
+
+
+def test_weights_beside_an_adapter_are_named(tmp_path: Path) -> None:
+    """A trainer's own loader reads some of them; PEFT, whose result a merge is, reads none."""
+    base, adapter = helpers.three_shards(tmp_path, hidden=32)
+    for name in ("optimizer.pt", "training_args.bin", "rng_state_0.pth", "adapter_model.bin", "README.md"):
+        (adapter / name).write_bytes(b"x")
+    assert not make_plan(base, adapter).notes
+    (adapter / "non_lora_trainables.bin").write_bytes(b"x")
+    (note,) = make_plan(base, adapter).notes
+    assert note == (
+        "non_lora_trainables.bin beside the adapter: not used, because PEFT does not load it; if the adapter's trainer does, the "
+        "result lacks it"
+    )
+    (adapter / "vit.safetensors").write_bytes(b"x")
+    assert "non_lora_trainables.bin, vit.safetensors beside" in make_plan(base, adapter).notes[0]
