@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 from streamer.adapters.adapter_config import AdapterConfig
+from streamer.adapters.config_patterns import matched_otherwise
 from streamer.adapters.config_rules import is_residual, unknown_keys
 from streamer.adapters.modules import Module
 from streamer.adapters.target_parameters import Wrapped, stored_layout
@@ -141,11 +142,23 @@ class PeftAdapter(DeltaSource):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Warn of config keys that the user chose to ignore."""
+        """Warn of config keys that the user chose to ignore, and of what earlier versions of PEFT computed otherwise."""
         ignored = self._stated().get("ignored_keys", [])
         are, them = ("is", "it") if len(ignored) == 1 else ("are", "them")
         line = f"{listed(map(repr, ignored))} of {self.config.path.name} {are} ignored: the result relies on {them} not changing the delta"
-        return (line,) if ignored else ()
+        return (*((line,) if ignored else ()), *self._of_earlier_versions())
+
+    def _of_earlier_versions(self) -> Iterator[str]:
+        """Warn if the result may differ a little from what was trained: until 0.18, PEFT's configs do not state the version."""
+        config = self.config
+        if config.get("peft_version"):
+            return
+        unstated = "the config states no peft_version: PEFT"
+        if config.peft_type == "OFT" and config.get("use_cayley_neumann"):
+            yield f"{unstated} before 0.18 added the last term of OFT's series twice, and this result has it once"
+        for key in ("rank_pattern", "alpha_pattern"):
+            if matched_otherwise(config.get(key) or {}, self.modules):
+                yield f"{unstated} up to 0.14 matched the {key} with other modules than this result does"
 
     def trains(self, module: str) -> bool:
         """Apply PEFT's rule: a module is trained if its path, or a parent's path, ends in an entry of ``modules_to_save``."""

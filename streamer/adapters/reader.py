@@ -145,8 +145,11 @@ def _sort(
     refused: Counter[str] = Counter()
     example: dict[str, str] = {}
     own = method and re.compile(rf"^(?P<module>.+)\.(?P<factor>{method.roles})(?:\.[^.]+)?(?:\.weight)?$")
+    names = {normalize(name) for name in file.header.by_name}
     for info in file.header.tensors:
         name = normalize(info.name)
+        # Until version 0.17, PEFT wrote copies of biases below a saved module, without the adapter's name.
+        name = plain if (plain := name.replace(".modules_to_save.", ".")) in names else name
         match = own and own.match(name)
         if method is not None and (role := name.rpartition(".")[2]) in method.shared:
             shared[role] = info.name

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.adapter_config import CONFIG_NAME
@@ -64,25 +65,43 @@ class Announced:
         return (*self._biases(), *self._targets())
 
     def _biases(self) -> Iterator[str]:
-        """Note missing biases that ``bias="all"`` announces."""
-        biases = [t for t in self._tensors if t.endswith(".bias") and self._adapter.config.get("bias") == "all"]
+        """Note missing biases that ``bias`` announces: all, or those of the adapter's modules."""
+        stated = self._adapter.config.get("bias")
+        biases = [t for t in self._tensors if t.endswith(".bias") and stated in ("all", "lora_only")]
+        if stated == "lora_only":  # of this, PEFT before 0.19 saved none
+            biases = [
+                t
+                for t in biases
+                if not self._known.isdisjoint((weight := f"{t[:-4]}weight", self._tensors.get(weight, "")))
+            ]
         if missing := [t for t in biases if not self._brings(t)]:
             yield (
-                f"the adapter's bias is 'all', but its file lacks {len(missing)} of the base's {len(biases)} biases, {missing[0]!r} first: "
-                "the base's values are kept"
+                f"the adapter's bias is {stated!r}, but its file lacks {len(missing)} of the base's {len(biases)} biases, {missing[0]!r} "
+                "first: the base's values are kept"
             )
+
+    @cached_property
+    def _known(self) -> set[str]:
+        """Return the names of the weights of the adapter's modules, in its version of the class and in this one."""
+        adapter = self._adapter
+        given = [
+            f"{module}.weight" for module in (*adapter.modules, *(name for w in adapter.wrapped for name in w.layers))
+        ]
+        return {*given, *self._renames.at_run_time(given).values()}
 
     def _targets(self) -> Iterator[str]:
         """Note missing modules that ``target_modules`` names by their full paths."""
         adapter, config = self._adapter, self._adapter.config
         if config.get("exclude_modules") or config.get("layers_to_transform"):
             return
-        modules = {*adapter.modules, *(name for w in adapter.wrapped for name in w.layers)}
-        given = [f"{module}.weight" for module in modules]
-        known = {*given, *self._renames.at_run_time(given).values()}  # an earlier version used other names
         pairs = {name: pair for pair in self._tensors.items() for name in pair}
         named = [m for m in config.strings("target_modules") if f"{m}.weight" in pairs and not adapter.trains(m)]
-        if missing := [m for m in named if known.isdisjoint(pairs[f"{m}.weight"])]:
+        ends = tuple(
+            f".{m}.weight" for m in named
+        )  # a base without its class's prefix: a part of a path looks like a whole one
+        found = {end for name in self._known for end in ends if name.endswith(end)}
+        missing = [m for m in named if self._known.isdisjoint(pairs[f"{m}.weight"]) and f".{m}.weight" not in found]
+        if missing:
             one = len(missing) == 1
             yield (
                 f"the adapter's target_modules names {listed(map(repr, missing))}, but its file has no factors of "

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from commands import edit_adapter, refuse_everywhere
-from kinds import KINDS, VOCAB, Kind, llama, lora, tied
+from kinds import KINDS, VOCAB, Kind, gpt2, llama, lora, tied
 from kinds_cases import Made
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -161,6 +161,28 @@ def test_missing_biases_of_the_base_are_warned_of(tmp_path: Path, monkeypatch: p
     plan = make_plan(made.base, made.adapter)
     assert "lacks 14 of the base's 14 biases, 'model.layers.0.mlp.down_proj.bias' first" in plan.announced[0]
     assert plan.announced[0] in plan.warnings
+
+
+def test_missing_biases_of_adapted_modules_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT before 0.19 saved none of them."""
+    made = make("bias=lora_only", tmp_path, monkeypatch)
+    assert make_plan(made.base, made.adapter).announced == ()
+    without(made.adapter, lambda n: n.endswith("q_proj.base_layer.bias"))
+    (note,) = make_plan(made.base, made.adapter).announced
+    assert (
+        "bias is 'lora_only', but its file lacks 2 of the base's 4 biases, 'model.layers.0.self_attn.q_proj.bias' first"
+        in note
+    )
+
+
+def test_a_part_of_a_path_is_no_full_path_in_a_base_without_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(Kind(gpt2, lora("wte", "c_attn", fan_in_fan_out=True)), tmp_path, monkeypatch)
+    file = made.base / "model.safetensors"
+    bare = {name.removeprefix("transformer."): values for name, values in load_file(file).items()}
+    save_file(bare, file, metadata={"format": "pt"})
+    assert make_plan(made.base, made.adapter).announced == ()
 
 
 def test_a_missing_module_that_a_full_path_names_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

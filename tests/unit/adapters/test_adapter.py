@@ -53,3 +53,20 @@ def test_factors_of_every_dtype(tmp_path: Path, dtype: torch.dtype, io: str) -> 
     assert delta.L.dtype == delta.R.dtype == wide
     torch.testing.assert_close(delta.R, A.to(wide).T, rtol=0, atol=0)
     torch.testing.assert_close(delta.L, 2 * B.to(wide), rtol=0, atol=0)
+
+
+def test_what_earlier_versions_of_peft_computed_otherwise_is_told(tmp_path: Path) -> None:
+    """Configs state the version since 0.18."""
+    module = "model.layers.0.v_proj"
+    for version in ({}, {"peft_version": "0.18.0"}):
+        lora = helpers.write_adapter(
+            tmp_path / "a", {module: factors()}, r=4, alpha_pattern={"q_proj|v_proj": 8}, **version
+        )
+        oft = write_raw(tmp_path / "b", {f"{module}.oft_R.weight": torch.zeros(2, 28)})
+        config = {"peft_type": "OFT", "oft_block_size": 8, "use_cayley_neumann": True, **version}
+        (oft / "adapter_config.json").write_text(json.dumps(config))
+        found = [note for adapter in (lora, oft) for note in open_adapter(adapter).notes]
+        assert [note.partition(": ")[2] for note in found] == ([] if version else [
+            "PEFT up to 0.14 matched the alpha_pattern with other modules than this result does",
+            "PEFT before 0.18 added the last term of OFT's series twice, and this result has it once",
+        ])  # fmt: skip
