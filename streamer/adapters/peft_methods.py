@@ -118,7 +118,7 @@ def _lokr_sides(s: Shapes) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _lokr_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     (p, q), (m, *rest) = _lokr_sides(s)
-    return len(rest) in (1, 3) and (p * m, q * math.prod(rest)) == shape
+    return len(rest) in (1, 2, 3) and (p * m, q * math.prod(rest)) == shape
 
 
 def _lokr(p: MethodInputs, W0: Tensor) -> Delta:

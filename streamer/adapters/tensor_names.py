@@ -50,7 +50,7 @@ TENSOR_RULES: tuple[TensorRule, ...] = (
     TensorRule(re.compile(r""), "unknown", "a tensor of unknown meaning"),
 )
 
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+_WRAPPERS = re.compile(r"(^|\.)((_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 
 
 def normalize(name: str) -> str:
@@ -58,8 +58,7 @@ def normalize(name: str) -> str:
 
     ``module.base_model.model.model.layers.0._orig_mod.mlp.up_proj.lora_A.weight`` → ``model.layers.0.mlp.up_proj.lora_A.weight``.
     """
-    name = _WRAPPERS.sub(r"\1", name).replace("..", ".").removeprefix(".").removeprefix("module.")
-    return name.removeprefix("base_model.model.")
+    return _WRAPPERS.sub(r"\1", name).removeprefix("module.").removeprefix("base_model.model.")
 
 
 def classify(name: str) -> tuple[TensorRule, re.Match[str]]:

@@ -314,6 +314,8 @@ def refusal(job: Job) -> str:
             return (
                 f"changes {name!r}, which loading turns into {built[name]!r}: PEFT has no LoRA for it under this name"
             )
+        if not adapter.describes_model and target.kernel and target.module.shape[1] == math.prod(target.kernel) > 1:
+            return f"changes {name!r}, a depthwise convolution: PEFT's LoRA needs its number of groups, which no file states"
     architecture = None if not adapter.describes_model else architecture_for(job.plan.config)
     if architecture is not None and architecture.input_embedding is None and any(t.tied for t in architecture.ties):
         return f"is a {architecture.name}, which ties weights and has no input embedding: PEFT opens no adapter for it"

@@ -181,3 +181,32 @@ def test_extract_a_lora_from_a_model(share: float, tmp_path: Path, monkeypatch: 
         return
     merged = by_disk(job.merged(tmp_path / "lora"), stored(tuned))
     assert max(relative(t, merged[n]) for n, t in stored(tuned).items()) < 1e-5
+
+
+class Depthwise(torch.nn.Module):
+    """A convolution of one channel a group, and a layer."""
+
+    example = (2, 16, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise, self.head = torch.nn.Conv1d(16, 16, 3, groups=16), torch.nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.depthwise(x))
+
+
+def test_a_depthwise_convolution_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT divides the ranks of a LoRA among a convolution's groups, and refuses one that was made without them."""
+    loha = Kind(Depthwise, lambda: peft.LoHaConfig(r=2, alpha=4, target_modules=["depthwise"]), mitigate=False)
+    job = made(loha, tmp_path, monkeypatch)
+    done = server().run("mitigate", job.base, job.adapter, "-o", tmp_path / "out", "--lambda", 1, "--to-lora", 4)
+    assert done.code == 3
+    assert "changes 'depthwise', a depthwise convolution: PEFT's LoRA needs its number of groups" in done.err
+    merged = streamer.merge_with_reduced_intruder_dimensions(
+        job.base, job.adapter, tmp_path / "merged", mitigation_lambda=1
+    )
+    assert merged["totals"]["changed"] == 0
+    theirs = job.merged(dtype=torch.float32)
+    for name, values in stored(tmp_path / "merged").items():
+        torch.testing.assert_close(values, theirs[name], rtol=1e-5, atol=1e-6)

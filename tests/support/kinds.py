@@ -195,6 +195,9 @@ KINDS: dict[str, Kind] = {
     ),
     "LoKr, large rank": Kind(llama(), lambda: peft.LoKrConfig(r=40, alpha=8, target_modules=["q_proj", "up_proj"]), mitigate=False),
     "LoKr, conv1d": Kind(convolutions(1), lambda: peft.LoKrConfig(r=2, alpha=8, target_modules=CONVOLUTIONS), mitigate=False),
+    "LoKr, conv1d without factors of w2": Kind(
+        convolutions(1), lambda: peft.LoKrConfig(r=40, alpha=8, target_modules=CONVOLUTIONS), mitigate=False
+    ),
     "LoKr, conv2d": Kind(convolutions(2), lambda: peft.LoKrConfig(r=2, alpha=8, target_modules=CONVOLUTIONS), mitigate=False),
     "LoKr, conv2d with cores": Kind(
         convolutions(2), lambda: peft.LoKrConfig(r=2, alpha=8, target_modules=CONVOLUTIONS, use_effective_conv2d=True), mitigate=False

@@ -46,6 +46,10 @@ def test_wrappers_inside_a_path() -> None:
     for wrapper in ("_orig_mod", "_fsdp_wrapped_module"):
         name = f"base_model.model.model.layers.0.{wrapper}.self_attn.{wrapper}.q_proj.lora_A.weight"
         assert normalize(name) == f"{MODULE}.lora_A.weight"
+    nested = (
+        "base_model.model.model.layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn.q_proj.lora_A.weight"
+    )
+    assert normalize(nested) == f"{MODULE}.lora_A.weight"
     # These only look like wrappers.
     assert normalize("model.my_orig_mod.x.lora_A.weight") == "model.my_orig_mod.x.lora_A.weight"
     assert normalize("model.module.x.lora_A.weight") == "model.module.x.lora_A.weight"
