@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from streamer.adapters.adapter_config import AdapterConfig
-from streamer.adapters.config_patterns import matched_otherwise
 from streamer.adapters.config_rules import is_residual, unknown_keys
 from streamer.adapters.modules import Module
 from streamer.adapters.target_parameters import Wrapped, stored_layout
@@ -154,11 +153,20 @@ class PeftAdapter(DeltaSource):
         if config.get("peft_version"):
             return
         unstated = "the config states no peft_version: PEFT"
-        if config.peft_type == "OFT" and config.get("use_cayley_neumann"):
-            yield f"{unstated} before 0.18 added the last term of OFT's series twice, and this result has it once"
+        if (
+            config.peft_type == "OFT"
+            and config.get("use_cayley_neumann")
+            and config.get("num_cayley_neumann_terms") not in (1, 2)
+        ):
+            yield f"{unstated} before 0.18 weighted the last terms of OFT's series otherwise than this result does"
         for key in ("rank_pattern", "alpha_pattern"):
-            if matched_otherwise(config.get(key) or {}, self.modules):
-                yield f"{unstated} up to 0.14 matched the {key} with other modules than this result does"
+            patterns = config.get(key)
+            if (
+                config.peft_type == "LORA"
+                and isinstance(patterns, dict)
+                and any(c in p for p in patterns for c in "|^")
+            ):
+                yield f"{unstated} up to 0.14 matched the '|' and '^' of {key} otherwise than this result does"
 
     def trains(self, module: str) -> bool:
         """Apply PEFT's rule: a module is trained if its path, or a parent's path, ends in an entry of ``modules_to_save``."""

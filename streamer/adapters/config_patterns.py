@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from streamer.units import quoted
 
@@ -33,18 +33,6 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
         except (re.error, OverflowError, RecursionError) as e:
             raise ValueError(f"pattern {quoted(pattern)} is not a regular expression: {e}") from None
     return None
-
-
-def matched_otherwise(patterns: Collection[str], modules: Iterable[str]) -> bool:
-    """Test whether PEFT up to 0.14, which put no parentheses around a pattern, found another one for any module."""
-    if not any(c in pattern for pattern in patterns for c in "|^"):
-        return False
-
-    def earlier(module: str) -> str | None:
-        exact = module if module in patterns else None
-        return next((p for p in patterns if re.match(rf".*\.{p}$", module)), exact)
-
-    return any(earlier(module) != first_match(patterns, module) for module in modules)
 
 
 def _may_explode(pattern: str) -> bool:

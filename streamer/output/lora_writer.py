@@ -17,6 +17,7 @@ from torch import Tensor
 from streamer.adapters.adapter_config import WEIGHTS_NAME
 from streamer.adapters.config_rules import is_residual
 from streamer.adapters.finetuned import FinetunedModel
+from streamer.adapters.modules import MethodModule
 from streamer.adapters.tensor_names import normalize
 from streamer.errors import UnsupportedError, UsageError
 from streamer.linalg.energy import energies, energies_bytes, least_rank
@@ -314,8 +315,8 @@ def refusal(job: Job) -> str:
             return (
                 f"changes {name!r}, which loading turns into {built[name]!r}: PEFT has no LoRA for it under this name"
             )
-        if not adapter.describes_model and target.kernel and target.module.shape[1] == math.prod(target.kernel) > 1:
-            return f"changes {name!r}, a depthwise convolution: PEFT's LoRA needs its number of groups, which no file states"
+        if isinstance(target.module, MethodModule) and target.module.shape[1] == math.prod(target.kernel) > 1:
+            return f"changes {name!r}, a convolution with one channel per group: PEFT's LoRA needs the groups, which no file states"
     architecture = None if not adapter.describes_model else architecture_for(job.plan.config)
     if architecture is not None and architecture.input_embedding is None and any(t.tied for t in architecture.ties):
         return f"is a {architecture.name}, which ties weights and has no input embedding: PEFT opens no adapter for it"

@@ -68,7 +68,7 @@ class Announced:
         """Note missing biases that ``bias`` announces: all, or those of the adapter's modules."""
         stated = self._adapter.config.get("bias")
         biases = [t for t in self._tensors if t.endswith(".bias") and stated in ("all", "lora_only")]
-        if stated == "lora_only":  # of this, PEFT before 0.19 saved none
+        if stated == "lora_only":  # of this, PEFT before 0.21 saved none
             biases = [
                 t
                 for t in biases

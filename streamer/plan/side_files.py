@@ -20,7 +20,8 @@ _SKIPPED_DIRECTORIES = re.compile(
 # Weights beside an adapter's that no adapter's loader reads, but a trainer's own may: a projector, new embeddings, a value head. Neither
 # the adapter in an earlier format nor a whole model nor training state is one.
 _UNREAD = re.compile(
-    r"^(?!adapter_model|model|pytorch_model|optimizer|scheduler|scaler|sampler|training_args|rng_state|random_states).*\.(safetensors|bin|pt|pth)$"
+    r"^(?!adapter_model|(pytorch_)?model(-\d|_fsdp|\.)|optimizer|sampler\.|scaler|training_args|random_states|custom_checkpoint|loss\."
+    r"|.*(scheduler|_states?)[._]|rng_state).*\.(safetensors|bin|pt|pth|ckpt)$"
 )
 
 _VARIANT_INDEX = re.compile(r"\.safetensors\.index\.[^/]+\.json$")

@@ -257,8 +257,9 @@ def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[s
 def _repeats(head: Module, embedding: Module, adapter: DeltaSource) -> bool:
     if (head.shape, head.rank, head.scaling) != (embedding.shape[::-1], embedding.rank, embedding.scaling):
         return False
-    A, B, *_ = (values_of(adapter.tensors[name]) for name in head.tensor_names)
-    rows, columns, *_ = (values_of(adapter.tensors[name]) for name in embedding.tensor_names)
+    # A NaN has its own error later.
+    A, B, *_ = (values_of(adapter.tensors[name]).nan_to_num() for name in head.tensor_names)
+    rows, columns, *_ = (values_of(adapter.tensors[name]).nan_to_num() for name in embedding.tensor_names)
     return torch.equal(A, columns.T) and torch.equal(B, rows.T)
 
 

@@ -164,7 +164,7 @@ def test_missing_biases_of_the_base_are_warned_of(tmp_path: Path, monkeypatch: p
 
 
 def test_missing_biases_of_adapted_modules_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT before 0.19 saved none of them."""
+    """PEFT before 0.21 saved none of them."""
     made = make("bias=lora_only", tmp_path, monkeypatch)
     assert make_plan(made.base, made.adapter).announced == ()
     without(made.adapter, lambda n: n.endswith("q_proj.base_layer.bias"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,28 @@ def test_copies_beside_saved_modules_are_not_merged(case: str, tmp_path: Path) -
     save_file(tensors, file)
     with pytest.raises(FormatError, match="both change"):
         streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_copies_that_peft_017_wrote_without_the_adapters_name(same: bool, tmp_path: Path) -> None:
+    """``classifier.modules_to_save.dense.bias``, in which ``dense`` is no adapter: a copy of ``classifier.dense.bias``."""
+    config = transformers.RobertaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    lora = {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]}
+    model = make(transformers.RobertaForSequenceClassification, config, tmp_path, **lora)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {name: t for name, t in load_file(file).items() if ".modules_to_save." not in name}
+    bias = tensors["base_model.model.classifier.dense.bias"]
+    tensors["base_model.model.classifier.modules_to_save.dense.bias"] = bias.clone() if same else bias + 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    merge = partial(
+        streamer.merge_with_reduced_intruder_dimensions, tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    )
+    if not same:
+        with pytest.raises(FormatError, match=r"both change 'classifier.dense.bias'; save one adapter at a time"):
+            merge(mitigation_lambda=1)
+        return
+    merge(mitigation_lambda=1)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["classifier.dense.bias"], bias)
+    assert torch.equal(model.base_model.model.classifier.modules_to_save["default"].dense.bias, bias)

@@ -67,6 +67,6 @@ def test_what_earlier_versions_of_peft_computed_otherwise_is_told(tmp_path: Path
         (oft / "adapter_config.json").write_text(json.dumps(config))
         found = [note for adapter in (lora, oft) for note in open_adapter(adapter).notes]
         assert [note.partition(": ")[2] for note in found] == ([] if version else [
-            "PEFT up to 0.14 matched the alpha_pattern with other modules than this result does",
-            "PEFT before 0.18 added the last term of OFT's series twice, and this result has it once",
+            "PEFT up to 0.14 matched the '|' and '^' of alpha_pattern otherwise than this result does",
+            "PEFT before 0.18 weighted the last terms of OFT's series otherwise than this result does",
         ])  # fmt: skip

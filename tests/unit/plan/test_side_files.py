@@ -20,7 +20,17 @@ def test_what_is_no_vocabulary_is_not_counted(text: str, tmp_path: Path) -> None
 def test_weights_beside_an_adapter_are_named(tmp_path: Path) -> None:
     """A trainer's own loader reads some of them; PEFT, whose result a merge is, reads none."""
     base, adapter = helpers.three_shards(tmp_path, hidden=32)
-    for name in ("optimizer.pt", "training_args.bin", "rng_state_0.pth", "adapter_model.bin", "README.md"):
+    for name in (
+        "optimizer.pt",
+        "lr_scheduler.pt",
+        "training_args.bin",
+        "rng_state_0.pth",
+        "recipe_state.pt",
+        "mp_rank_00_model_states.pt",
+        "adapter_model.bin",
+        "model-00001-of-00002.safetensors",
+        "README.md",
+    ):
         (adapter / name).write_bytes(b"x")
     assert not make_plan(base, adapter).notes
     (adapter / "non_lora_trainables.bin").write_bytes(b"x")
@@ -29,5 +39,5 @@ def test_weights_beside_an_adapter_are_named(tmp_path: Path) -> None:
         "non_lora_trainables.bin beside the adapter: not used, because PEFT does not load it; if the adapter's trainer does, the "
         "result lacks it"
     )
-    (adapter / "vit.safetensors").write_bytes(b"x")
-    assert "non_lora_trainables.bin, vit.safetensors beside" in make_plan(base, adapter).notes[0]
+    (adapter / "model_projector.safetensors").write_bytes(b"x")
+    assert "model_projector.safetensors, non_lora_trainables.bin beside" in make_plan(base, adapter).notes[0]
