@@ -248,7 +248,7 @@ def adapter(home: Path) -> Target:
         _adapter("lokr", {"peft_type": "LOKR"}),
         _adapter("adalora", {"peft_type": "ADALORA", "init_r": 4}),
         _adapter("vera", {"peft_type": "VERA", "save_projection": True}, {"vera_A": ["F32", [r, n]], "vera_B": ["F32", [n, r]]}),
-        _adapter("oft", {"peft_type": "OFT", "use_cayley_neumann": True, "coft": True, "eps": 1e-3}),
+        _adapter("oft", {"peft_type": "OFT", "peft_version": "0.21.2", "use_cayley_neumann": True, "coft": True, "eps": 1e-3}),
         _adapter("boft", {"peft_type": "BOFT", "boft_n_butterfly_factor": 1}),
     ]  # fmt: skip
 

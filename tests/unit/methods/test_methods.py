@@ -81,7 +81,7 @@ def test_methods_are_named_in_few_other_files() -> None:
     }
     assert found == {
         "evaluation/evaluation.py", "evaluation/evaluation_records.py", "fitting/prepare.py", "fitting/result.py", "report/curves.py",
-        "report/figures.py", "report/page_data.py", "cli/fitting_table.py", "cli/repair_table.py", "api/repair.py",
+        "report/page_data.py", "cli/fitting_table.py", "cli/repair_table.py", "api/repair.py",
     }  # fmt: skip
 
 
