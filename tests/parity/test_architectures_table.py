@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from streamer.plan.architectures import TIE_KEY, Architecture, architecture_of, classes_of, pattern_of, source
 
-TOOL = Path(__file__).parent.parent / "tools" / "make_architectures.py"
+TOOL = Path(__file__).parents[2] / "tools" / "make_architectures.py"
 SAME_VERSION = f"transformers {transformers.__version__} " in source()
 
 # Small sizes under every name that configs have for them.
