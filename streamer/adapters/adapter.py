@@ -141,32 +141,25 @@ class PeftAdapter(DeltaSource):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Warn of config keys that the user chose to ignore, and of what earlier versions of PEFT computed otherwise."""
+        """Warn of config keys that the user chose to ignore, and of rules that PEFT has changed since."""
         ignored = self._stated().get("ignored_keys", [])
         are, them = ("is", "it") if len(ignored) == 1 else ("are", "them")
         line = f"{listed(map(repr, ignored))} of {self.config.path.name} {are} ignored: the result relies on {them} not changing the delta"
         return (*((line,) if ignored else ()), *self._of_earlier_versions())
 
     def _of_earlier_versions(self) -> Iterator[str]:
-        """Warn if the result may differ a little from what was trained: until 0.18, PEFT's configs do not state the version."""
+        """Warn of rules that PEFT has changed since: before 0.18, its configs do not state the version that trained them."""
         config = self.config
         if config.get("peft_version"):
             return
-        unstated = "the config states no peft_version: PEFT"
-        if (
-            config.peft_type == "OFT"
-            and config.get("use_cayley_neumann")
-            and config.get("num_cayley_neumann_terms") not in (1, 2)
-        ):
-            yield f"{unstated} before 0.18 weighted the last terms of OFT's series otherwise than this result does"
-        for key in ("rank_pattern", "alpha_pattern"):
-            patterns = config.get(key)
-            if (
-                config.peft_type == "LORA"
-                and isinstance(patterns, dict)
-                and any(c in p for p in patterns for c in "|^")
-            ):
-                yield f"{unstated} up to 0.14 matched the '|' and '^' of {key} otherwise than this result does"
+        unstated = "the config states no peft_version; if PEFT"
+        exact = config.get("num_cayley_neumann_terms") in (1, 2)
+        if config.peft_type == "OFT" and config.get("use_cayley_neumann") and not exact:
+            yield f"{unstated} before 0.18 trained the adapter, this result differs: the last terms of OFT's series had other weights"
+        patterns = {key: config.get(key) for key in ("rank_pattern", "alpha_pattern") if config.peft_type == "LORA"}
+        for key, found in patterns.items():
+            if isinstance(found, dict) and any(c in pattern for pattern in found for c in "|^"):
+                yield f"{unstated} up to 0.14 trained the adapter, this result may differ: '|' and '^' in {key} had another meaning"
 
     def trains(self, module: str) -> bool:
         """Apply PEFT's rule: a module is trained if its path, or a parent's path, ends in an entry of ``modules_to_save``."""

@@ -50,7 +50,7 @@ TENSOR_RULES: tuple[TensorRule, ...] = (
     TensorRule(re.compile(r""), "unknown", "a tensor of unknown meaning"),
 )
 
-_WRAPPERS = re.compile(r"(^|\.)((_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+_WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 
 
 def normalize(name: str) -> str:

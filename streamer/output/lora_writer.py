@@ -315,9 +315,9 @@ def refusal(job: Job) -> str:
             return (
                 f"changes {name!r}, which loading turns into {built[name]!r}: PEFT has no LoRA for it under this name"
             )
-        grouped = isinstance(target.module, MethodModule) and target.module.shape[1] == math.prod(target.kernel) > 1
-        if grouped and not adapter.describes_model:
-            return f"changes {name!r}, a convolution with one channel per group: PEFT's LoRA needs the groups, which no file states"
+        one_channel = isinstance(target.module, MethodModule) and target.module.shape[1] == math.prod(target.kernel) > 1
+        if one_channel and not adapter.describes_model:
+            return f"changes {name!r}, a convolution with one channel per group; PEFT's LoRA needs their number, which no file states"
     architecture = None if not adapter.describes_model else architecture_for(job.plan.config)
     if architecture is not None and architecture.input_embedding is None and any(t.tied for t in architecture.ties):
         return f"is a {architecture.name}, which ties weights and has no input embedding: PEFT opens no adapter for it"

@@ -68,12 +68,11 @@ class Announced:
         """Note missing biases that ``bias`` announces: all, or those of the adapter's modules."""
         stated = self._adapter.config.get("bias")
         biases = [t for t in self._tensors if t.endswith(".bias") and stated in ("all", "lora_only")]
-        if stated == "lora_only":  # of this, PEFT before 0.21 saved none
-            biases = [
-                t
-                for t in biases
-                if not self._known.isdisjoint((weight := f"{t[:-4]}weight", self._tensors.get(weight, "")))
-            ]
+        if stated == "lora_only":  # of these, PEFT before 0.21 saved none
+            adapted = {
+                t.removesuffix("weight") for t, now in self._tensors.items() if not self._known.isdisjoint((t, now))
+            }
+            biases = [t for t in biases if t.removesuffix("bias") in adapted]
         if missing := [t for t in biases if not self._brings(t)]:
             yield (
                 f"the adapter's bias is {stated!r}, but its file lacks {len(missing)} of the base's {len(biases)} biases, {missing[0]!r} "
@@ -96,12 +95,9 @@ class Announced:
             return
         pairs = {name: pair for pair in self._tensors.items() for name in pair}
         named = [m for m in config.strings("target_modules") if f"{m}.weight" in pairs and not adapter.trains(m)]
-        ends = tuple(
-            f".{m}.weight" for m in named
-        )  # a base without its class's prefix: a part of a path looks like a whole one
-        found = {end for name in self._known for end in ends if name.endswith(end)}
-        missing = [m for m in named if self._known.isdisjoint(pairs[f"{m}.weight"]) and f".{m}.weight" not in found]
-        if missing:
+        missing = [m for m in named if self._known.isdisjoint(pairs[f"{m}.weight"])]
+        # In a base without its class's prefix, a part of a path looks like a whole one.
+        if missing := [m for m in missing if not any(name.endswith(f".{m}.weight") for name in self._known)]:
             one = len(missing) == 1
             yield (
                 f"the adapter's target_modules names {listed(map(repr, missing))}, but its file has no factors of "

@@ -224,8 +224,7 @@ def make_plans(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode
         source = adapter or open_finetuned(path, checkpoint, tensor_roles(path, checkpoint, config, orientation), io)
         plan = match_plan(checkpoint, weights, config, orientation, source, renames)
         stamps = {str(p): _stamp(p) for p in _side_files(checkpoint, source)}
-        folder = None if adapter is None else adapter.directory
-        unread = () if folder is None else unread_weights(folder, source.file.path.name)
+        unread = unread_weights(adapter.directory, adapter.file.path.name) if adapter else ()
         plans.append(replace(plan, extra_stamps=stamps, inputs=inputs, announced=(*plan.announced, *unread)))
     return tuple(plans)
 

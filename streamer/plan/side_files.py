@@ -68,9 +68,9 @@ def skipped_files(directory: Path, apart: Path | None = None) -> list[str]:
     return [str(p.relative_to(directory)) for p, stays in _walk(directory, apart) if stays]
 
 
-def unread_weights(adapter: Path, own: str) -> tuple[str, ...]:
-    """Note the weights beside an adapter's `own` file that PEFT does not load, if there are any."""
-    found = [name for name in skipped_files(adapter) if _UNREAD.match(name) and name != own]
+def unread_weights(adapter: Path | None, own: str) -> tuple[str, ...]:
+    """Note the weights in an adapter's directory, beside its `own` file, that PEFT does not load."""
+    found = [name for name in (skipped_files(adapter) if adapter else ()) if _UNREAD.match(name) and name != own]
     it = "it" if len(found) == 1 else "them"
     why = f"not used, because PEFT does not load {it}; if the adapter's trainer does, the result lacks {it}"
     return (f"{listed(found)} beside the adapter: {why}",) if found else ()

@@ -70,7 +70,7 @@ class TieEditor:
         return replace(self, edits=self._with_tokens_once(ties))._edited(ties)
 
     def _with_tokens_once(self, ties: Iterable[TiedNames]) -> TensorEdits:
-        """Omit the copies of trained tokens that PEFT saves for the other names of an embedding, equal to the embedding's."""
+        """Omit other names' trained tokens that equal the embedding's: PEFT saves them again for a tied head."""
         rows = dict(self.edits.rows)
         for tie in ties:
             if (first := rows.get(self._input(tie) or "")) is not None and self._shares_tokens(tie):
@@ -255,6 +255,7 @@ def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[s
 
 
 def _repeats(head: Module, embedding: Module, adapter: DeltaSource) -> bool:
+    """Test whether a head's factors are an embedding's, transposed, with the same scaling."""
     if (head.shape, head.rank, head.scaling) != (embedding.shape[::-1], embedding.rank, embedding.scaling):
         return False
     # A NaN has its own error later.

@@ -37,8 +37,8 @@ def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]
     if isinstance(subject, Collection):
         counts = {name: found.intruders for name, found in subject.findings.items()}
         most = max(counts, key=lambda name: counts[name])
-        found = f"{printable(most)} has the most intruders, {counts[most]}"
-        found = found if counts[most] else "no adapter has intruders"
+        leader = f"{printable(most)} has the most intruders, {counts[most]}"
+        found = leader if counts[most] else "no adapter has intruders"
         adapters = counted(len(counts), "adapter")
         return f"Of {adapters}, {found}. The effect of mitigation has not been measured yet.", measure[:1]
     if subject.record is not None:

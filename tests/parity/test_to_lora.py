@@ -202,7 +202,7 @@ def test_a_depthwise_convolution_is_refused(tmp_path: Path, monkeypatch: pytest.
     job = made(loha, tmp_path, monkeypatch)
     done = server().run("mitigate", job.base, job.adapter, "-o", tmp_path / "out", "--lambda", 1, "--to-lora", 4)
     assert done.code == 3
-    assert "changes 'depthwise', a convolution with one channel per group: PEFT's LoRA needs the groups" in done.err
+    assert "changes 'depthwise', a convolution with one channel per group; PEFT's LoRA needs their number" in done.err
     merged = streamer.merge_with_reduced_intruder_dimensions(
         job.base, job.adapter, tmp_path / "merged", mitigation_lambda=1
     )

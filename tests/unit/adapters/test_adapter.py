@@ -55,7 +55,7 @@ def test_factors_of_every_dtype(tmp_path: Path, dtype: torch.dtype, io: str) -> 
     torch.testing.assert_close(delta.L, 2 * B.to(wide), rtol=0, atol=0)
 
 
-def test_what_earlier_versions_of_peft_computed_otherwise_is_told(tmp_path: Path) -> None:
+def test_rules_that_peft_has_changed_are_named(tmp_path: Path) -> None:
     """Configs state the version since 0.18."""
     module = "model.layers.0.v_proj"
     for version in ({}, {"peft_version": "0.18.0"}):
@@ -66,7 +66,7 @@ def test_what_earlier_versions_of_peft_computed_otherwise_is_told(tmp_path: Path
         config = {"peft_type": "OFT", "oft_block_size": 8, "use_cayley_neumann": True, **version}
         (oft / "adapter_config.json").write_text(json.dumps(config))
         found = [note for adapter in (lora, oft) for note in open_adapter(adapter).notes]
-        assert [note.partition(": ")[2] for note in found] == ([] if version else [
-            "PEFT up to 0.14 matched the '|' and '^' of alpha_pattern otherwise than this result does",
-            "PEFT before 0.18 weighted the last terms of OFT's series otherwise than this result does",
+        assert [note.partition("; ")[2] for note in found] == ([] if version else [
+            "if PEFT up to 0.14 trained the adapter, this result may differ: '|' and '^' in alpha_pattern had another meaning",
+            "if PEFT before 0.18 trained the adapter, this result differs: the last terms of OFT's series had other weights",
         ])  # fmt: skip
