@@ -15,7 +15,7 @@ from streamer.adapters.adapter import DeltaSource, PeftAdapter
 from streamer.adapters.modules import MethodModule
 from streamer.adapters.reader import refuse_kinds, sorted_adapter
 from streamer.adapters.stated import Stated
-from streamer.errors import StreamerError, UnsupportedError
+from streamer.errors import InputError, UnsupportedError
 from streamer.peft.model import LiveModel, layer_of, model_config, open_model, path_in_base
 from streamer.peft.tensors import LiveFile, LiveTensor
 from streamer.plan.architectures import architecture_for
@@ -104,7 +104,7 @@ class LivePlan:
         directory = _directory(getattr(self.live.base, "name_or_path", None))
         try:
             return None if directory is None else open_checkpoint(directory).identity()
-        except StreamerError:
+        except InputError:
             return None  # not in safetensors
 
     def name_in_files(self, tensor: str) -> str:
@@ -194,7 +194,7 @@ def _names_in_files(base_model: nn.Module, names: list[str]) -> dict[str, str]:
     try:
         checkpoint = open_checkpoint(directory)
         renames = renames_for(read_model_config(directory))
-    except StreamerError:
+    except InputError:
         return {}  # not in safetensors
     by_run_time = {now: name for name, now in renames.at_run_time(checkpoint.weight_map).items()}
     prefix = f"{getattr(base_model, 'base_model_prefix', '')}."

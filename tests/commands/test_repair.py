@@ -129,6 +129,7 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     assert again == {**tree, "state": "present"}
     shown = server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out)
     assert [line.split()[0] for line in shown.out.splitlines()[2:5]] == ["adapter", "shrink", "regmean"]
+    assert shown.last.startswith(f"streamer: repair: chose the {tree['chosen']}, exists already, in ")
     assert shown.out.splitlines()[0].split() == ["model", "kept", "top-1", "kept", "forgetting", "KL"]
     what = {
         "repair": f"--coefficients {tree['fit']}",

@@ -23,7 +23,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import streamer
 import streamer.peft as live
-from streamer.errors import MismatchError, StreamerWarning, UnsupportedError, UsageError
+from streamer.errors import MismatchError, StorageError, StreamerWarning, UnsupportedError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +269,18 @@ def test_findings_are_saved_and_serve_files(
         assert list(changed.peft_config) == ["default"]
     with pytest.raises(MismatchError, match="made with top_k=10, asked for 3"):
         live.reduce_intruder_dimension(loaded(made), findings=on_files, top_k=3)
+
+
+def test_a_disk_error_in_the_model_s_files_is_not_that_they_do_not_exist(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Path) -> None:
+        raise StorageError(f"{path}: Input/output error")
+
+    model = loaded(made)
+    monkeypatch.setattr("streamer.peft.plan.open_checkpoint", fails)
+    with pytest.raises(StorageError, match="Input/output error"):
+        live.detect_intruder_dimensions(model)
 
 
 def test_a_wider_dtype_is_the_same_model_and_a_narrower_one_is_not(made: Made, on_files: streamer.Findings) -> None:
