@@ -13,7 +13,9 @@ from remote_jobs import COMMANDS, argv, contents, run_all
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("s3fs") is None, reason="s3fs is not installed"),
-    pytest.mark.skipif(importlib.util.find_spec("moto") is None, reason="moto is not installed"),
+    pytest.mark.skipif(
+        None in map(importlib.util.find_spec, ("moto", "flask_cors")), reason="moto[server] is not installed"
+    ),
 ]
 
 
