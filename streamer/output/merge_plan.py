@@ -159,7 +159,7 @@ def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, d
             return None
         weight = weights[logical]
         assert weight.encoding is not None
-        recipe = _merged(plan, weight) if logical in plan.by_weight else Cast(weight)
+        recipe = _merged(plan, weight) if logical in plan.by_weight else _with_tokens(plan, weight) or Cast(weight)
         return OutputTensor(logical, SPELLINGS[weight.encoding.dtype], weight.shape, recipe)
     if logical not in plan.by_weight or role not in ("weight", "quant_scale"):
         return OutputTensor(name, stored.info.dtype, stored.info.shape, CopyBytes(stored))
@@ -204,6 +204,7 @@ def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
             "the 16-bit base"
         )
     refused = [name for name in plan.by_weight if name in quantized and not plan.weights.requantizes(name)]
+    refused += [name for name in plan.edits.rows if name in quantized]
     if dequantize and quantized and any(a.conv1d for a in architectures_for(plan.config)):
         raise UnsupportedError(
             f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in) and a plain one as (in, out), which "
@@ -229,9 +230,8 @@ def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | N
     elif name in edits.shifts:
         shift, scaling = edits.shifts[name]
         recipe = AddBias(weights[name], Plain.of(shift), scaling)
-    elif name in edits.rows:
-        tokens, indices = edits.rows[name]
-        recipe = ReplaceRows(weights[name], Plain.of(tokens), indices)
+    elif trained := _with_tokens(plan, weights[name]):
+        recipe = trained
     elif source.info.dtype != stands.info.dtype:
         recipe = Cast(weights[name])
     else:
@@ -239,6 +239,13 @@ def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | N
     encoding = weights[name].encoding
     assert encoding is not None
     return OutputTensor(name, SPELLINGS[encoding.dtype], source.info.shape, recipe)
+
+
+def _with_tokens(plan: Plan, weight: Weight) -> Recipe | None:
+    if weight.name not in plan.edits.rows:
+        return None
+    tokens, indices = plan.edits.rows[weight.name]
+    return ReplaceRows(weight, Plain.of(tokens), indices)
 
 
 def _tuned(plan: Plan, target: Target, stands: StoredTensor) -> StoredTensor | None:

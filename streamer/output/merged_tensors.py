@@ -96,12 +96,16 @@ class Cast(Rows):
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Yield the rows in the written dtype."""
         for _, _, raw, values, out, piece in _rows(self.weight):
-            if not all_finite(raw):
-                raise NumericError(
-                    f"{self.weight.where}: the values for {self.weight.name!r} hold NaN or Inf; check the file"
-                )
-            encode(values, _encoding(self.weight), raw, self.weight.name, out)
+            self.cast(raw, values, out)
             yield piece
+
+    def cast(self, raw: Tensor, values: Tensor, out: Tensor) -> None:
+        """Round rows, given as stored and in the computing dtype."""
+        if not all_finite(raw):
+            raise NumericError(
+                f"{self.weight.where}: the values for {self.weight.name!r} hold NaN or Inf; check the file"
+            )
+        encode(values, _encoding(self.weight), raw, self.weight.name, out)
 
 
 @dataclass(frozen=True)
@@ -241,8 +245,8 @@ class AddBias(Rows):
 
 
 @dataclass(frozen=True)
-class ReplaceRows(Rows):
-    """Replaces some rows of a weight: an embedding gets trained tokens. All other rows keep their bytes."""
+class ReplaceRows(Cast):
+    """Replaces some rows of a weight: an embedding gets trained tokens. All other rows keep their bytes, or are decoded."""
 
     tokens: Weight
     indices: tuple[int, ...]
@@ -256,7 +260,10 @@ class ReplaceRows(Rows):
         """Yield the rows, with the trained ones rounded once."""
         trained = {row: at for at, row in enumerate(self.indices)}
         for i, j, raw, values, out, piece in _rows(self.weight):
-            out.copy_(raw)
+            if self.weight.quantized:
+                self.cast(raw, values, out)
+            else:
+                out.copy_(raw)
             for row in (r for r in self.indices if i <= r < j):
                 at = trained[row]
                 new = self.tokens.rows(at, at + 1).to(values.dtype)

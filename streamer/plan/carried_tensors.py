@@ -24,6 +24,7 @@ from streamer.storage.header import TensorInfo
 from streamer.units import listed
 from streamer.weights.base import StoredTensor, equal
 from streamer.weights.dtypes import encoding_of
+from streamer.weights.logical import WeightView
 from streamer.weights.model_config import ModelConfig
 
 
@@ -113,8 +114,8 @@ def match_carried(
     adapter: DeltaSource,
     matched: Mapping[str, str],
     renames: Renames,
+    weights: WeightView,
     aliases: Mapping[str, StoredTensor] | None = None,
-    quantized: Collection[str] = (),
     vocabulary: Mapping[str, VocabularyTensor] = MappingProxyType({}),
 ) -> TensorEdits:
     """Match every carried tensor of an adapter to its tensor in the merged model.
@@ -125,10 +126,10 @@ def match_carried(
         Module → base tensor of the factors: the other tensors use the same exchange of prefixes.
     renames
         Renames of the base's model.
+    weights
+        The base's weights. Replacements of quantized ones are not compared, because a merge refuses them.
     aliases
         Further names that the model has for tensors of the base.
-    quantized
-        Quantized weights. Their stored tensors are not compared: a merge refuses to replace them.
     vocabulary
         Tensors with a row for each entry of a vocabulary; their rows may grow or shrink in number.
 
@@ -140,7 +141,8 @@ def match_carried(
         If the merged model could not be loaded, or a dtype does not hold plain values.
     """
     known = {**{name: StoredTensor(*base.locate(name)) for name in base.weight_map}, **(aliases or {})}
-    matcher = CarriedMatcher(base, adapter, known, matched, renames)
+    quantized = weights.quantized_names
+    matcher = CarriedMatcher(base, adapter, known.keys() | quantized, matched, renames)
     problems = matcher.problems
     trained: set[str] = set()
     sources: dict[str, StoredTensor] = {}
@@ -152,7 +154,10 @@ def match_carried(
         if name is None:
             continue
         mine = adapter.tensors[c.source]
-        if name in known and name not in quantized:
+        if name in quantized:
+            if c.role == "tokens" and (problem := _misfit_of_tokens(c, mine.info.shape, name, weights[name].shape)):
+                problems.append(problem)
+        elif name in known:
             theirs = sources.get(name) or known[name]
             problem = _misfit(c, mine.info, theirs.info, name in vocabulary, bool(vocabulary))
             if c.role != "saved" or mine.info.dtype != theirs.info.dtype:
@@ -240,18 +245,22 @@ def _unmatched(c: Carried) -> str:
 
 def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo, is_vocabulary: bool, has_vocabulary: bool) -> str:
     if c.role == "tokens":
-        expected = (len(c.indices), *base.shape[1:])
-        if mine.shape != expected:
-            return f"{c.source!r}: expected shape {list(expected)}, found {list(mine.shape)}"
-        if c.indices and max(c.indices) >= base.shape[0]:
-            return f"{c.source!r}: row {max(c.indices)} of trainable_token_indices is beyond the {base.shape[0]} rows of {base.name!r}"
-        return ""
+        return _misfit_of_tokens(c, mine.shape, base.name, base.shape)
     may_grow = is_vocabulary or LABEL_HEAD.search(base.name)
     resized = c.role == "saved" and mine.shape[1:] == base.shape[1:] and mine.shape and mine.shape[0]
     if mine.shape != base.shape and not (resized and may_grow):
         unnamed = resized and not has_vocabulary
         ask = " (if its rows are the vocabulary, name the base's class with --architecture NAME)" if unnamed else ""
         return f"{c.source!r}: expected shape {list(base.shape)} of {base.name!r}, found {list(mine.shape)}{ask}"
+    return ""
+
+
+def _misfit_of_tokens(c: Carried, mine: tuple[int, ...], name: str, base: tuple[int, ...]) -> str:
+    expected = (len(c.indices), *base[1:])
+    if mine != expected:
+        return f"{c.source!r}: expected shape {list(expected)}, found {list(mine)}"
+    if c.indices and max(c.indices) >= base[0]:
+        return f"{c.source!r}: row {max(c.indices)} of trainable_token_indices is beyond the {base[0]} rows of {name!r}"
     return ""
 
 

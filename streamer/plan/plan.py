@@ -278,7 +278,7 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
     vocabulary = vocabulary_tensors(checkpoint, config, architecture, ties, renames)
     # If an adapter changes only stacks of experts, only these show the prefix of its names in the base.
     placed = matched | {p: names[p].tensor for p in parameters if names[p].rule.startswith("prefix")}
-    edits = match_carried(checkpoint, opened, placed, renames, aliases, weights.quantized_names, vocabulary)
+    edits = match_carried(checkpoint, opened, placed, renames, weights, aliases, vocabulary)
     announced: tuple[str, ...] = ()
     if not opened.describes_model:
         present = dict.fromkeys([*checkpoint.weight_map, *aliases])

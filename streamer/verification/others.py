@@ -83,15 +83,24 @@ class MergedTensors:
             raise NotRecomputed("a matrix of the record may be built from it")
         elif name in self.base and self.files.stored(name) == self.base.stored(name):
             self._differ(name, "the base's bytes")
-        elif (name in self.base and self.base.stored(name).dtype in FLOATS) or not self._is_decoded(name):
-            self._differ(name, "a tensor of the base, or one that the adapter brings")
-        elif name in self.base and self.base.stored(name).dtype == FP8:
-            W0 = open_matrix(self.base, name, self.base.stored(name).shape, False)  # type: ignore[arg-type]
-            written = open_matrix(self.files, name, W0.shape, False)
-            for i, j in W0.blocks():
-                self._check_rounding(name, written.rows(i, j), W0.rows(i, j))
+        elif self._decodes(name):
+            self._compare_decoded(name, frozenset())
         else:
+            self._differ(name, "a tensor of the base, or one that the adapter brings")
+
+    def _decodes(self, name: str) -> bool:
+        """Test whether a tensor holds quantized values of the base, decoded."""
+        return self._is_decoded(name) and not (name in self.base and self.base.stored(name).dtype in FLOATS)
+
+    def _compare_decoded(self, name: str, apart: frozenset[int]) -> None:
+        """Compare all rows except those in `apart` with the decoded values of the base."""
+        if name not in self.base or self.base.stored(name).dtype != FP8:
             raise NotRecomputed("its encoding is not decoded here")
+        W0 = open_matrix(self.base, name, self.base.stored(name).shape, False)  # type: ignore[arg-type]
+        written = open_matrix(self.files, name, W0.shape, False)
+        for i, j in W0.blocks():
+            at = [row - i for row in range(i, j) if row not in apart]
+            self._check_rounding(name, written.rows(i, j)[at], W0.rows(i, j)[at])
 
     def _compare_carried(self, name: str, edits: list[Part]) -> None:
         """Compare a tensor with the adapter's replacement, with the bias added to it, or with the rows replaced in it."""
@@ -100,7 +109,9 @@ class MergedTensors:
         if first.role in ("saved", "tied"):
             source, start = self.base if first.role == "tied" else self.adapter.files, first.source
         written = self.files.stored(name)
-        if start not in source or source.stored(start).shape != written.shape:
+        if source is self.base and last.role == "tokens" and self._decodes(name):
+            self._compare_decoded(name, self._compare_tokens(name, last))
+        elif start not in source or source.stored(start).shape != written.shape:
             self._differ(name, f"the shape of {start!r}")
         elif last.role == "lora_bias":
             added = self.adapter.bias_scaling(last.target) * self.adapter.files.whole(last.source)
@@ -108,16 +119,20 @@ class MergedTensors:
             slack = 4 * computing_precision(source.stored(start).dtype) * (np.abs(exact) + np.abs(added))
             self._check_rounding(name, self.files.whole(name), exact + added, slack)
         elif last.role == "tokens":
-            rows = self.adapter.token_rows(last.target)
-            for at, row in enumerate(rows):
-                exact = self.adapter.files.some(last.source, at, at + 1)
-                self._check_rounding(name, self.files.some(name, row, row + 1), exact)
-            self._compare_rows(name, source, start, frozenset(rows))
+            self._compare_rows(name, source, start, self._compare_tokens(name, last))
         elif not same_bytes(self.files, name, source, start):
             if {written.dtype, source.stored(start).dtype} - {*FLOATS} or written.dtype == source.stored(start).dtype:
                 self._differ(name, f"the bytes of {start!r}")
             else:
                 self._compare_rows(name, source, start, frozenset())
+
+    def _compare_tokens(self, name: str, tokens: Part) -> frozenset[int]:
+        """Compare the rows of trained tokens, and return their numbers."""
+        rows = self.adapter.token_rows(tokens.target)
+        for at, row in enumerate(rows):
+            exact = self.adapter.files.some(tokens.source, at, at + 1)
+            self._check_rounding(name, self.files.some(name, row, row + 1), exact)
+        return frozenset(rows)
 
     def _compare_rows(self, name: str, source: TensorFiles, start: str, apart: frozenset[int]) -> None:
         """Compare all rows except those in `apart`: byte by byte, or within one rounding if they were cast."""

@@ -28,7 +28,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import streamer
-from streamer.errors import UnsupportedError
+from streamer.errors import MismatchError, UnsupportedError
 
 
 @pytest.fixture(scope="module", params=FP8)
@@ -250,6 +250,35 @@ def test_a_saved_module_that_stands_as_codes(name: str, plain: tuple[Path, Path]
         UnsupportedError, match=r"saves '.*o_proj.weight' \(modules_to_save\), which stands quantized in"
     ):
         streamer.iter_merged(base, tmp_path / "adapter", dequantize=True)
+
+
+@pytest.mark.filterwarnings("ignore:the adapter was trained on")  # the decoded base
+@pytest.mark.filterwarnings("ignore:.*none of its matrices could be recomputed")  # codes but FP8
+@pytest.mark.parametrize("name", ["nf4", "int8", "fp8-blocks", "gptq"])
+def test_trained_rows_of_codes(name: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
+    """Codes do not hold them: they are written into the decoded weight, or the merge is refused."""
+    made = MAKERS[name](tmp_path / "base", plain[0])
+    decoded = decoded_base(tmp_path / "decoded", plain[0], made)
+    model = AutoModelForCausalLM.from_pretrained(decoded, dtype=torch.float32)
+    lora = get_peft_model(model, LoraConfig(target_modules=["q_proj"], trainable_token_indices={"o_proj": [3, 100]}))
+    with torch.no_grad():
+        for key, p in lora.named_parameters():
+            if "trainable_tokens" in key:
+                p.add_(torch.randn(p.shape))
+    lora.save_pretrained(tmp_path / "adapter")
+    exact, out = merged_by_peft(decoded, tmp_path / "adapter"), tmp_path / "out"
+    inputs = made.base, tmp_path / "adapter"
+    streamer.merge_with_reduced_intruder_dimensions(*inputs, out, mitigation_lambda=1, dequantize=True)
+    for key, t in all_tensors(out).items():
+        assert torch.allclose(t.double(), exact[key].double(), rtol=2**-7, atol=1e-6), key
+    assert streamer.verify_output(out, *inputs, sample="all")["verified"]
+    with pytest.raises(UnsupportedError, match="of the weights to merge into are quantized"):
+        streamer.iter_merged(*inputs, mitigation_lambda=1)
+    config = json.loads((inputs[1] / "adapter_config.json").read_text())
+    config["trainable_token_indices"] = {"o_proj": [3, 128]}
+    (inputs[1] / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(MismatchError, match="row 128 of trainable_token_indices is beyond the 128 rows of"):
+        streamer.iter_merged(*inputs, mitigation_lambda=1, dequantize=True)
 
 
 @pytest.mark.filterwarnings("ignore:the adapter was trained on")  # the decoded base

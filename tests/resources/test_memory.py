@@ -151,7 +151,7 @@ def test_detection_keeps_within_its_budget_and_decides_the_same(tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["nf4", "gptq", "fp8"])
 def test_codes_are_merged_a_few_rows_at_a_time(tmp_path: Path, encoding: str) -> None:
-    """Twice the matrices take no more, and all takes less than one matrix of 8192x2048 in float32 beside the interpreter."""
+    """Twice the matrices take no more, and beyond the plan less than a quarter of one matrix of 8192x2048 in float32."""
     m, n = 8192, 2048
     g = torch.Generator().manual_seed(vary(0))
     if encoding == "nf4":
@@ -177,9 +177,10 @@ def test_codes_are_merged_a_few_rows_at_a_time(tmp_path: Path, encoding: str) ->
         factors = {name: (torch.randn(4, n, generator=g), torch.randn(m, 4, generator=g) / 1e3) for name in names}
         adapter = write_adapter(tmp_path / f"adapter{layers}", factors, 4)
         command = bench_merge.merge_command(base, adapter, tmp_path / f"out{layers}")
-        peaks.append(measure.watched([*command, *(["--dequantize"] if encoding != "fp8" else [])]).anonymous)
+        command += ["--dequantize"] * (encoding != "fp8")
+        planned = measure.watched([*command, "--dry-run"]).anonymous
+        peaks.append(measure.watched(command).anonymous)
         written = (tmp_path / f"out{layers}" / "model.safetensors").stat().st_size
         assert written > layers * m * n * (1 if encoding == "fp8" else 2)
-    idle = measure.watched([sys.executable, "-c", "import torch; torch.ones(9) @ torch.ones(9)"]).anonymous
     assert peaks[1] < 1.05 * peaks[0] + SLACK, peaks
-    assert peaks[1] - idle < 4 * m * n + SLACK, (peaks, idle)
+    assert peaks[1] - planned < m * n + SLACK, (peaks, planned)
