@@ -132,20 +132,27 @@ def test_streams_of_bits(bits: int) -> None:
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq(tmp_path: Path, bits: int, act_order: bool, encoding: str, io: str) -> None:
-    """Packed as AutoGPTQ's `pack` does: codes along inputs, zero points along outputs, less one in the first format."""
+    """Packed as GPTQModel does: codes along inputs, zero points along outputs, in the first format less one.
+
+    GPTQModel 7.7 subtracts a one of each zero point from whole words, or with 3 bits modulo 8, and undoes that on loading.
+    """
     rng = np.random.default_rng(vary(bits))
     inputs, outputs, groups = 128, 96, 4
     codes = rng.integers(0, 1 << bits, (inputs, outputs))
-    zeros = rng.integers(0, 1 << bits, (groups, outputs)) + (
-        encoding == "gptq"
-    )  # stored less one, they reach one value more
+    zeros = rng.integers(0, 1 << bits, (groups, outputs))
+    stored = stream(zeros.T, bits).T.copy()
+    if encoding == "gptq" and bits == 3:
+        stored = stream(((zeros - 1) % 8).T, bits).T.copy()
+    elif encoding == "gptq":
+        ones = int("".join(f"{1:0{bits}b}" for _ in range(32 // bits)), 2)
+        stored = (stored.view(np.uint32) - np.uint32(ones)).view(np.int32)
     scale = torch.from_numpy(rng.random((groups, outputs)) / 50).half()
     group = np.arange(inputs) // (inputs // groups)
     if act_order:
         rng.shuffle(group)
     tensors = {
         "w.qweight": torch.from_numpy(stream(codes, bits)),
-        "w.qzeros": torch.from_numpy(stream((zeros - (encoding == "gptq")).T, bits).T.copy()),
+        "w.qzeros": torch.from_numpy(stored),
         "w.scales": scale,
         "w.g_idx": torch.from_numpy(group.astype(np.int32)),
     }

@@ -2,6 +2,8 @@
 
 ``W[out, in] = (q[in, out] − zero[g, out]) · scale[g, out]``, where g is the group of the input; stored transposed, inputs first. Values are
 packed along the inputs and zero points along the outputs, as in `packing`. The first version of the format stores zero points less one.
+GPTQModel subtracts the ones from whole words, so a zero point of 0 borrows from the next, and is restored only by adding them to words;
+with 3 bits, which words split, each zero point wraps around.
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ class GPTQ(QuantizedWeight):
         2, 3, 4 or 8.
     group_size
         Inputs in a group, if no ``g_idx`` assigns each input to a group.
-    offset
-        Number to add to a stored zero point.
+    less_one
+        Whether zero points are stored less one.
     """
 
     bits: int
     group_size: int
-    offset: int
+    less_one: bool
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
@@ -62,15 +64,23 @@ class GPTQ(QuantizedWeight):
         if "groups" in tensors:
             fits &= tensors["groups"].info.shape == (inputs,) and tensors["groups"].info.dtype == "I32"
         packing.check_fit(fits, tensors, where)
-        label, offset = f"GPTQ {bits} bits", int(stated == "gptq")
-        return cls(name, (outputs, inputs), dict(tensors), label, torch.float32, None, bits, size, offset)
+        label, less_one = f"GPTQ {bits} bits", stated == "gptq"
+        return cls(name, (outputs, inputs), dict(tensors), label, torch.float32, None, bits, size, less_one)
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``(q − zero) · scale``, transposed."""
         values = packing.unpack(self.tensors["weight"].whole()[:, i:j], self.bits, 0, self.shape[1])
-        zeros = packing.unpack(self.tensors["zeros"].whole().T, self.bits, i, j).T + self.offset
+        zeros = self._zeros(i, j)
         if "groups" in self.tensors:
             group = packing.group_indices(self.tensors["groups"], self.tensors["scales"].info.shape[0])
         else:
             group = torch.arange(self.shape[1]) // self.group_size
         return packing.dequantize_groups(values, zeros, self.tensors["scales"].whole()[:, i:j], group)
+
+    def _zeros(self, i: int, j: int) -> Tensor:
+        """Unpack the zero points of outputs i to j: (groups, j − i)."""
+        words, one_in_each = self.tensors["zeros"].whole(), self.less_one and self.bits != 3
+        if one_in_each:
+            words = words + sum(1 << at for at in range(0, 31, self.bits))  # int32 sums wrap around
+        zeros = packing.unpack(words.T, self.bits, i, j).T
+        return (zeros + 1) & 7 if self.less_one and not one_in_each else zeros
