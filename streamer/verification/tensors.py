@@ -222,7 +222,7 @@ def open_matrix(files: TensorFiles, name: str, shape: tuple[int, int], transpose
     if size in {1, m}:
         grid, block = quant_scale.reshape(size, 1), (m if size == 1 else 1, n)
     else:
-        grid = quant_scale
+        grid = quant_scale[:, 0, :, 0] if quant_scale.ndim == 4 else quant_scale  # ModelOpt's are (rows, 1, columns, 1)
         gm, gn = grid.shape if grid.ndim == 2 else (0, 0)
         even = (m // gm, n // gn) if gm and gn and m % gm == 0 and n % gn == 0 else (0, 0)
         block = even if (-(-m // 128), -(-n // 128)) != (gm, gn) else (128, 128)

@@ -7,7 +7,7 @@ factor). Scales are stored as floating-point values or as e8m0 exponents.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -50,20 +50,25 @@ class Scaled(QuantizedWeight):
             raise UnsupportedError(
                 f"{where}: its scale {quant_scale.name!r} is of dtype {quant_scale.dtype}, which is not supported"
             )
-        block = _block(weight.shape, quant_scale.shape, _stated_block(config))
-        if block is None:
+        blocks = _blocks(weight.shape, quant_scale.shape, _stated_blocks(config))
+        if len(blocks) > 1:
+            raise UnsupportedError(
+                f"{where}: blocks of {' and of '.join(f'{bm}x{bn}' for bm, bn in blocks)} fit shape {list(weight.shape)} and scale "
+                f"{list(quant_scale.shape)}; state one as weight_block_size in the quantization_config"
+            )
+        if not blocks:
             raise FormatError(
                 f"{where}: shape {list(weight.shape)} and scale {list(quant_scale.shape)} do not fit; get index and shards of one version"
             )
         mx = quant_scale.dtype in EXPONENTS or config.get("format") == "mxfp8-quantized"
         sizes = [w.get("group_size") for w in stated_weights(config)] or [32]
-        fits = (weight.dtype, quant_scale.dtype, block) == ("F8_E4M3", "U8", (1, 32)) and 32 in sizes
+        fits = (weight.dtype, quant_scale.dtype, blocks) == ("F8_E4M3", "U8", [(1, 32)]) and 32 in sizes
         if mx and config.get("quant_method") == "compressed-tensors" and not fits:
             raise UnsupportedError(
                 f"{where}: expected MXFP8, F8_E4M3 with a U8 scale for 32 inputs, found {weight.dtype} {list(weight.shape)} with "
                 f"{quant_scale.dtype} {list(quant_scale.shape)}, for {sizes} inputs by the config; use the 16-bit model"
             )
-        m, n = weight.shape[-2:]
+        (m, n), (block,) = weight.shape[-2:], blocks
         kind = "tensor" if block == (m, n) else "channel" if block == (1, n) else f"{block[0]}x{block[1]}"
         powers = quant_scale.dtype in EXPONENTS or config.get("scale_fmt") == "ue8m0"
         return cls(name, weight.shape, dict(tensors), f"{weight.dtype} ({kind})", torch.float32, None, block, powers)
@@ -103,33 +108,38 @@ def stated_weights(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [w for w in weights if isinstance(w, dict)]
 
 
-def _stated_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Read the block size from a quantization config of transformers or compressed-tensors; None if it states none."""
+def _stated_blocks(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """List the block sizes that a quantization config of transformers, compressed-tensors or ModelOpt states."""
     stated = [config.get("weight_block_size"), *(w.get("block_structure") for w in stated_weights(config))]
-    for size in stated:
-        if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
-            return size[0], size[1]
-    return None
+    # compressed-tensors before 0.11 wrote "128x128"; ModelOpt's algorithm has one size.
+    sizes = [size.split("x") if isinstance(size, str) else size for size in stated]
+    sizes += [["128", "128"]] * (config.get("quant_algo") == "FP8_PB_WO")
+    pairs = [[*map(str, size)] for size in sizes if isinstance(size, list) and len(size) == 2]
+    return [(int(m), int(n)) for m, n in pairs if m.isdecimal() and n.isdecimal() and int(m) and int(n)]
 
 
-def _block(shape: tuple[int, ...], grid: tuple[int, ...], stated: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Infer from the shapes which rows and columns share a scale; None if they do not fit.
+def _blocks(shape: tuple[int, ...], grid: tuple[int, ...], stated: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Infer from the shapes which rows and columns share a scale: all sizes that fit.
 
-    The config's block is used if it fits, else one that divides evenly: a checkpoint may contain two kinds of blocks.
+    Only if none of the stated sizes fits, because a checkpoint may contain another kind of blocks, are these a size that divides evenly
+    and 128×128.
     """
     m, n = shape[-2:]
     stack = math.prod(shape[:-2])
     if 0 in shape:
-        return None
+        return []
     if math.prod(grid) == stack and (stack == 1 or grid[0] == stack):
-        return m, n
+        return [(m, n)]
+    if len(grid) == 4 and (len(shape), grid[1], grid[3]) == (2, 1, 1):
+        grid = grid[::2]  # ModelOpt's
     if len(grid) == len(shape) - 1:
         grid = (*grid, 1)  # one scale for each row, stored without a column dimension
     if len(grid) != len(shape) or grid[:-2] != shape[:-2]:
-        return None
+        return []
     gm, gn = grid[-2:]
     even = [(m // gm, n // gn)] if gm and gn and m % gm == 0 and n % gn == 0 else []
-    for bm, bn in [*([stated] if stated else []), *even, (128, 128)]:
-        if (-(-m // bm), -(-n // bn)) == (gm, gn):
-            return min(bm, m), min(bn, n)
-    return None
+    for sizes in (stated, [*even, (128, 128)]):
+        fits = [(min(bm, m), min(bn, n)) for bm, bn in sizes if (-(-m // bm), -(-n // bn)) == (gm, gn)]
+        if fits:
+            return list(dict.fromkeys(fits))
+    return []
