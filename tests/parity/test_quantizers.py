@@ -231,6 +231,19 @@ def test_packed_integers_are_what_compressed_tensors_decodes(tmp_path: Path, bit
     assert_decodes(weights, "w.weight", library)
 
 
+def test_packed_integers_of_old_versions_are_refused(tmp_path: Path) -> None:
+    """compressed-tensors 0.10 put four values of 7 bits in a word, so that they look like 8 bits."""
+    config, _ = compressed(num_bits=7, type="int", symmetric=True, strategy="channel")
+    tensors = {
+        "w.weight_packed": torch.zeros(48, 128 // 4, dtype=torch.int32),
+        "w.weight_scale": torch.ones(48, 1),
+        "w.weight_shape": torch.tensor([48, 128]),
+    }
+    weights = base_of(tmp_path, tensors, config | {"format": "pack-quantized"})
+    with pytest.raises(UnsupportedError, match=r"whole values, as compressed-tensors up to 0\.10 packed 7 bits"):
+        _ = weights["w.weight"]
+
+
 @pytest.mark.parametrize(
     ("kind", "grid", "strategy"),
     [

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from streamer.errors import UnsupportedError
+from streamer.units import listed
 from streamer.weights.base import QuantizedWeight, StoredTensor
 from streamer.weights.quantization import packing
+from streamer.weights.quantization.scaled_codes import stated_weights
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,13 @@ class PackedIntegers(QuantizedWeight):
         if len(words.shape) != 2 or len(shape) != 2 or shape[0] != words.shape[0] or shape[1] < 1:
             raise UnsupportedError(f"{where}: packed weights of shape {list(words.shape)} are not supported")
         m, n = shape
-        fitting = [bits for bits in range(1, 9) if -(-n * bits // 32) == words.shape[1]]
+        known = {b for w in stated_weights(config) if type(b := w.get("num_bits")) is int and 0 < b <= 8}
+        if any(32 % b and n > 32 // b and -(-n // (32 // b)) == words.shape[1] for b in known):
+            raise UnsupportedError(
+                f"{where}: its words hold whole values, as compressed-tensors up to 0.10 packed {listed(sorted(known))} bits, which is not "
+                "supported; quantize again with a newer version, or use the 16-bit model"
+            )
+        fitting = [b for b in known or range(1, 9) if -(-n * b // 32) == words.shape[1]]
         fits = words.dtype == "I32" and len(fitting) == 1 and len(scales.shape) == 2 and scales.shape[0] == m
         packing.check_fit(fits, tensors, where)
         bits, groups = fitting[0], scales.shape[1]
