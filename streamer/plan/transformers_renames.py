@@ -170,12 +170,15 @@ def renames_for(config: ModelConfig) -> Renames:
     if config.pipeline:
         return Renames("", (), ())
     architecture = _architecture(config)
+    models: list[tuple[str, ...]]
     if architecture is None:
         named = next(iter(config.architectures), None)
         models = [("", named if isinstance(named, str) else "", config.model_type or "")]
         prefix = ""
     else:
-        models = [("", architecture.name, architecture.model_type), *(p[:3] for p in architecture.parts)]
+        # EXAONE is a Llama with names of its own: transformers goes by the config's type.
+        types = config.model_type or "", architecture.model_type
+        models = [("", architecture.name, *types), *(p[:3] for p in architecture.parts)]
         prefix = architecture.base_prefix
     seen: defaultdict[str, list[str]] = defaultdict(list)
     found: list[tuple[str | None, list[dict[str, Any]]]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +13,12 @@ import torch
 import transformers
 from architectures import MODELS, OLD, old_name
 from paths import ROOT
+from safetensors.torch import load_file
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, apply_converters, apply_renamings
 
 from streamer.plan.transformers_renames import renames_for, table
-from streamer.weights.model_config import ModelConfig
+from streamer.weights.model_config import ModelConfig, read_model_config
 
 THEIRS = _build_checkpoint_conversion_mapping()
 SAME_VERSION = f"transformers {transformers.__version__} " in table()["source"]
@@ -88,3 +90,15 @@ def test_renames_of_models_within_agree_with_transformers(name: str) -> None:
     got = {key: (renamed, by is not None) for key, renamed, by, _, _ in ours.loaded(sorted(names))}
     for key in sorted(names):
         assert got[key] == theirs(key, transforms), key
+
+
+def test_a_type_that_borrows_a_class_keeps_its_own_names(tmp_path: Path) -> None:
+    """EXAONE 3 is a Llama in memory, and its files have other names."""
+    config = transformers.AutoConfig.for_model(
+        "exaone", vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors").keys()
+    assert "transformer.wte.weight" in stored
+    assert {*renames_for(read_model_config(tmp_path)).at_run_time(stored).values()} == model.state_dict().keys()
