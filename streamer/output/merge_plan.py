@@ -35,6 +35,7 @@ from streamer.weights.logical import WeightView
 from streamer.weights.model_config import MODEL_CONFIG
 from streamer.weights.plain import Plain
 from streamer.weights.quantization.fp8 import FP8
+from streamer.weights.quantization.gptq import GPTQ
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +210,12 @@ def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
         raise UnsupportedError(
             f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in) and a plain one as (in, out), which "
             "is not supported; merge into the 16-bit base"
+        )
+    embeddings = {f"{a.input_embedding}.weight" for a in architectures_for(plan.config)} & quantized
+    if turned := [name for name in embeddings if isinstance(plan.weights[name], GPTQ) and dequantize]:
+        raise UnsupportedError(
+            f"{plan.base.path}: {turned[0]!r} is an embedding in GPTQ, whose values are stored transposed, which is not supported; merge "
+            "into the 16-bit base"
         )
     if refused and not dequantize:
         raise UnsupportedError(

@@ -200,6 +200,18 @@ def test_layers_that_a_plain_model_stores_transposed(tmp_path: Path) -> None:
         streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1, dequantize=True)
 
 
+def test_an_embedding_in_gptq_is_not_dequantized(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    """GPTQModel 7 stores it like a linear layer of the vocabulary, so its values are (hidden, vocabulary)."""
+    made = MAKERS["gptq"](tmp_path / "base", plain[0])
+    stated = json.loads((made.base / "config.json").read_text())["quantization_config"]
+    tensors = {k: t for k, t in all_tensors(made.base).items() if "embed_tokens" not in k}
+    layer = "model.layers.0.self_attn.q_proj."
+    tensors |= {k.replace(layer, "model.embed_tokens."): t.clone() for k, t in tensors.items() if k.startswith(layer)}
+    base = quantized.write(tmp_path / "embedding", plain[0], tensors, stated)
+    with pytest.raises(UnsupportedError, match=r"'model.embed_tokens.weight' is an embedding in GPTQ"):
+        streamer.iter_merged(base, plain[1], mitigation_lambda=1, dequantize=True)
+
+
 @pytest.mark.filterwarnings("ignore:the adapter was trained on")  # the decoded base
 @pytest.mark.parametrize("name", ["nf4", "fp8-blocks"])
 def test_dora_and_saved_modules_on_codes(name: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
