@@ -2,7 +2,8 @@
 
 PEFT loads a partly saved adapter and fills the gaps with values that nobody trained. Only the adapter can supply the tensors of
 ``modules_to_save`` and ``trainable_token_indices`` and the biases of ``lora_bias``, so an adapter without them is refused. Biases of
-``bias="all"`` and modules of ``target_modules`` may be missing on purpose, so the base's values are kept, with a warning.
+``bias="all"`` and modules of ``target_modules`` may be missing on purpose, so the base's values are kept, with a warning. Factors that
+the config does not target are applied, with a warning.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Announced:
                 f"{self._adapter.file.path}: lacks tensors that {CONFIG_NAME} announces: {listed(missing, separator='; ')}; save the "
                 "adapter again with PEFT's save_pretrained"
             )
-        return (*self._biases(), *self._targets())
+        return (*self._biases(), *self._targets(), *self._untargeted())
 
     def _biases(self) -> Iterator[str]:
         """Note missing biases that ``bias`` announces: all, or those of the adapter's modules."""
@@ -102,6 +103,26 @@ class Announced:
             yield (
                 f"the adapter's target_modules names {listed(map(repr, missing))}, but its file has no factors of "
                 f"{'it' if one else 'them'}: the base's values are kept"
+            )
+
+    def _untargeted(self) -> Iterator[str]:
+        """Note modules that the file has, but that the config's lists do not name, as after an edit: PEFT ignores their factors."""
+        config = self._adapter.config
+        targets = {target.rpartition(".")[2] for target in config.strings("target_modules")}
+        if not targets or config.get("target_parameters") or config.get("ensure_weight_tying"):
+            return
+        excluded = tuple(f".{module}" for module in config.strings("exclude_modules"))
+        now = self._renames.at_run_time([f"{name}.weight" for name in self._adapter.modules])
+        ignored = [
+            name
+            for name in self._adapter.modules
+            if targets.isdisjoint(n.split(".")[-2] for n in (f"{name}.weight", now.get(f"{name}.weight", ".")))
+            or f".{name}".endswith(excluded)
+        ]
+        if ignored:
+            yield (
+                f"the adapter's file has factors of {listed(map(repr, ignored))}, but its config does not target "
+                f"{'it' if len(ignored) == 1 else 'them'} (target_modules, exclude_modules): PEFT ignores these, streamer applies them"
             )
 
     def _brings(self, tensor: str) -> bool:

@@ -200,6 +200,19 @@ def test_a_missing_module_that_a_full_path_names_is_warned_of(tmp_path: Path, mo
     assert make_plan(made.base, made.adapter).announced == ()
 
 
+@pytest.mark.parametrize("edit", [{"target_modules": ["q_proj"]}, {"exclude_modules": ["v_proj"]}])
+def test_factors_that_the_config_does_not_target(
+    edit: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(Kind(llama(), lora("q_proj", "v_proj", layers_to_transform=[0])), tmp_path, monkeypatch)
+    assert make_plan(made.base, made.adapter).announced == ()
+    announce(made.adapter, **edit)
+    assert make_plan(made.base, made.adapter).announced == (
+        "the adapter's file has factors of 'model.layers.0.self_attn.v_proj', but its config does not target it (target_modules, "
+        "exclude_modules): PEFT ignores these, streamer applies them",
+    )
+
+
 # Of a layer for multi-token prediction, which the class does not load.
 DROPPED = {"embed_tokens.weight": (VOCAB, 48), "shared_head.head.weight": (VOCAB, 48), "input_layernorm.weight": (48,),
            "self_attn.q_proj.weight": (48, 48), "self_attn.q_proj.bias": (48,)}  # fmt: skip
