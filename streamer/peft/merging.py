@@ -118,6 +118,10 @@ def _changed(live: LivePlan) -> Iterator[OutputTensor]:
 
 def _checked(live: LivePlan, outputs: list[OutputTensor]) -> list[OutputTensor]:
     """Refuse, before anything changes, tensors that cannot be written and adapters with values that are not finite."""
+    architecture = live.plan.architecture
+    ties = {name for tie in (architecture.ties if architecture else ()) for name in (tie.name, tie.source)}
+    ties |= {output.name for output in outputs}
+    shared = {tensor.storage: name for name, tensor in live.tensors.items() if name not in ties}
     for output in outputs:
         tensor = live.tensors.get(output.name)
         if tensor is None or tensor.on_disk:
@@ -125,6 +129,11 @@ def _checked(live: LivePlan, outputs: list[OutputTensor]) -> list[OutputTensor]:
             raise UnsupportedError(
                 f"{live.plan.base.path}: {output.name!r} {why}; load the model without disk in its device_map, or merge its files with "
                 "`streamer merge`"
+            )
+        if output.name in live.plan.base.weight_map and (other := shared.get(tensor.storage)):
+            raise UnsupportedError(
+                f"{live.plan.base.path}: {other!r} is the same parameter as {output.name!r}, which the adapter changes there alone; give "
+                "each module a parameter of its own"
             )
     for name, stored in live.plan.adapter.tensors.items():
         values = stored.whole()

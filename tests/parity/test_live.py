@@ -13,6 +13,7 @@ import kinds_cases
 import peft
 import pytest
 import torch
+import transformers
 from kinds import llama_config
 from kinds_cases import Made, quiet, relative
 from live import adapter_state, assert_equal, assert_same_findings, load_state, loaded, of_peft
@@ -340,6 +341,24 @@ def test_a_sum_that_overflows_is_refused_before_a_weight_is_changed() -> None:
     with pytest.raises(streamer.StreamerError, match="does not fit float16"):
         live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=1.0)
     assert_equal(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("part", ["module", "weight"])
+def test_a_parameter_of_two_places_of_which_the_adapter_changes_one_is_not_merged(part: str) -> None:
+    """PEFT's own merge changes both places."""
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
+    )
+    base = transformers.LlamaForCausalLM(config)
+    first, second = (layer.self_attn for layer in base.model.layers)
+    if part == "module":
+        second.q_proj = first.q_proj
+    else:
+        second.q_proj.weight = first.q_proj.weight
+    lora = peft.LoraConfig(target_modules=["layers.0.self_attn.q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(base, lora)
+    with pytest.raises(UnsupportedError, match=r"1.self_attn.q_proj.weight' is the same parameter as 'model.layers.0"):
+        live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=1.0)
 
 
 def test_an_injected_adapter_that_peft_has_no_second_one_of() -> None:
