@@ -152,6 +152,13 @@ def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
         raise UnsupportedError(
             f"{merged}: an adapter is merged into its weight, so the base's values are not available; call unmerge_adapter() first"
         )
+    states = ((name, getattr(parameter, "quant_state", None)) for name, parameter in base.named_parameters())
+    packed = next((name for name, state in states if getattr(state, "packing_format_for_cpu", False)), None)
+    if packed is not None:
+        raise UnsupportedError(
+            f"{packed}: bitsandbytes has packed it for this processor since the model ran, which is not supported; load the model again, "
+            "and call streamer before you run the model"
+        )
     return LiveModel(model, base, adapter_name)
 
 

@@ -13,14 +13,13 @@ import kinds_cases
 import peft
 import pytest
 import torch
-import transformers
 from kinds import llama_config
-from kinds_cases import Made, quiet, relative
+from kinds_cases import Made, relative
 from live import adapter_state, assert_equal, assert_same_findings, load_state, loaded, of_peft
 from peft.tuners.lora import intruders as theirs
 from seeds import vary
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import streamer
 import streamer.peft as live
@@ -176,31 +175,6 @@ def test_what_accelerate_offloads(
         assert relative(logits(merged), tuned) < 5e-6
 
 
-@pytest.mark.parametrize("coding", ["nf4", "int8"])
-def test_layers_of_bitsandbytes(coding: str, tmp_path: Path) -> None:
-    """They are decoded as their files are; merged values do not fit their codes."""
-    options: dict[str, Any] = (
-        {"load_in_8bit": True}
-        if coding == "int8"
-        else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    )
-    torch.manual_seed(vary(0))
-    LlamaForCausalLM(llama_config()).save_pretrained(tmp_path / "plain")
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=BitsAndBytesConfig(**options))
-    base.save_pretrained(tmp_path / "base")
-    torch.manual_seed(vary(1))
-    model = peft.get_peft_model(
-        base, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    )
-    model.save_pretrained(tmp_path / "adapter")
-    with quiet():  # it was trained on these codes, and names the model that they were made of
-        on_files = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
-        assert_same_findings(live.detect_intruder_dimensions(model), on_files)
-        live.reduce_intruder_dimension(model, findings=on_files)
-    with pytest.raises(UnsupportedError, match="4 of the weights to merge into are quantized"):
-        live.merge_and_unload_with_reduced_intruder_dimensions(model)
-
-
 def test_a_plain_model_with_an_injected_adapter(made: Made, expected: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(made.base)
     config = peft.PeftConfig.from_pretrained(made.adapter)
@@ -341,24 +315,6 @@ def test_a_sum_that_overflows_is_refused_before_a_weight_is_changed() -> None:
     with pytest.raises(streamer.StreamerError, match="does not fit float16"):
         live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=1.0)
     assert_equal(model.state_dict(), before)
-
-
-@pytest.mark.parametrize("part", ["module", "weight"])
-def test_a_parameter_of_two_places_of_which_the_adapter_changes_one_is_not_merged(part: str) -> None:
-    """PEFT's own merge changes both places."""
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
-    )
-    base = transformers.LlamaForCausalLM(config)
-    first, second = (layer.self_attn for layer in base.model.layers)
-    if part == "module":
-        second.q_proj = first.q_proj
-    else:
-        second.q_proj.weight = first.q_proj.weight
-    lora = peft.LoraConfig(target_modules=["layers.0.self_attn.q_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(base, lora)
-    with pytest.raises(UnsupportedError, match=r"1.self_attn.q_proj.weight' is the same parameter as 'model.layers.0"):
-        live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=1.0)
 
 
 def test_an_injected_adapter_that_peft_has_no_second_one_of() -> None:
