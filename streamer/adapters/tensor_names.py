@@ -14,7 +14,7 @@ from pathlib import Path
 
 from streamer.adapters.adapter_config import AdapterConfig
 from streamer.adapters.modules import Module
-from streamer.errors import FormatError
+from streamer.errors import FormatError, MismatchError
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,11 @@ def carried_tensor(
     if role == "lora_bias":
         if module not in modules:
             raise FormatError(f"{file}: {source!r} has no lora_A and lora_B beside it; save the adapter again")
+        if not config.get("lora_bias"):
+            raise MismatchError(
+                f"{config.path}: lora_bias is {config.get('lora_bias')!r}, but the file has {source!r}; config and weights belong to "
+                "different adapters"
+            )
         return Carried(role, module, "bias", source, modules[module].scaling)
     if role == "tokens":
         return Carried(role, module, "weight", source, indices=_token_indices(config, module))

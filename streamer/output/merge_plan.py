@@ -160,7 +160,7 @@ def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, d
             return None
         weight = weights[logical]
         assert weight.encoding is not None
-        recipe = _merged(plan, weight) if logical in plan.by_weight else _with_tokens(plan, weight) or Cast(weight)
+        recipe = _merged(plan, weight) if logical in plan.by_weight else _unmerged(plan, weight)
         return OutputTensor(logical, SPELLINGS[weight.encoding.dtype], weight.shape, recipe)
     if logical not in plan.by_weight or role not in ("weight", "quant_scale"):
         return OutputTensor(name, stored.info.dtype, stored.info.shape, CopyBytes(stored))
@@ -237,10 +237,8 @@ def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | N
     elif name in edits.shifts:
         shift, scaling = edits.shifts[name]
         recipe = AddBias(weights[name], Plain.of(shift), scaling)
-    elif trained := _with_tokens(plan, weights[name]):
-        recipe = trained
-    elif source.info.dtype != stands.info.dtype:
-        recipe = Cast(weights[name])
+    elif name in edits.rows or source.info.dtype != stands.info.dtype:
+        recipe = _unmerged(plan, weights[name])
     else:
         return OutputTensor(name, source.info.dtype, source.info.shape, CopyBytes(source))
     encoding = weights[name].encoding
@@ -248,9 +246,10 @@ def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | N
     return OutputTensor(name, SPELLINGS[encoding.dtype], source.info.shape, recipe)
 
 
-def _with_tokens(plan: Plan, weight: Weight) -> Recipe | None:
+def _unmerged(plan: Plan, weight: Weight) -> Recipe:
+    """Make the recipe of a weight without a delta, with trained tokens if the adapter has some for it."""
     if weight.name not in plan.edits.rows:
-        return None
+        return Cast(weight)
     tokens, indices = plan.edits.rows[weight.name]
     return ReplaceRows(weight, Plain.of(tokens), indices)
 

@@ -112,17 +112,21 @@ class Announced:
         if not targets or config.get("target_parameters") or config.get("ensure_weight_tying"):
             return
         excluded = tuple(f".{module}" for module in config.strings("exclude_modules"))
+        stated = config.get("layers_to_transform")
+        layers = {str(layer) for layer in (stated if isinstance(stated, list) else [stated]) if layer is not None}
         now = self._renames.at_run_time([f"{name}.weight" for name in self._adapter.modules])
         ignored = [
             name
             for name in self._adapter.modules
             if targets.isdisjoint(n.split(".")[-2] for n in (f"{name}.weight", now.get(f"{name}.weight", ".")))
             or f".{name}".endswith(excluded)
+            or (layers and layers.isdisjoint(name.split(".")))
         ]
         if ignored:
             yield (
                 f"the adapter's file has factors of {listed(map(repr, ignored))}, but its config does not target "
-                f"{'it' if len(ignored) == 1 else 'them'} (target_modules, exclude_modules): PEFT ignores these, streamer applies them"
+                f"{'it' if len(ignored) == 1 else 'them'} (target_modules, exclude_modules, layers_to_transform): PEFT ignores these, "
+                "streamer applies them"
             )
 
     def _brings(self, tensor: str) -> bool:

@@ -82,6 +82,11 @@ def kill(pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def wait_until_begun(crew: Crew, out: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until a run has written something, or has ended."""
+    wait_until(lambda: has_begun(out / crew.bench.name) or process.poll() is not None)
+
+
 def ended_well(tally: Tally, crew: Crew, code: int, said: str, out: Path, what: str, hit: bool) -> None:
     """Look at a run that is to end as if nothing had been, with code 0 and no word; it counts if the fault came before its end."""
     if hit:
@@ -135,8 +140,10 @@ def told_to_end(crew: Crew, signum: signal.Signals) -> Tally:
             crew.sleep()
             if signum == signal.SIGKILL:
                 process.kill()
-            elif has_begun(out / crew.bench.name):  # before, signals are not taken yet
-                os.killpg(process.pid, signum)
+            else:
+                wait_until_begun(crew, out, process)  # before, signals are not taken yet
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signum)
             process.communicate(timeout=300)
         ended = process.returncode == 0  # before the signal, or before it would have been taken
         if ended:
@@ -203,9 +210,7 @@ def dask_scheduler_killed(crew: Crew) -> Tally:
     with on_dask(crew) as file:
         for what, out in crew.outputs(tally):
             with dask_scheduler(file) as scheduler, dask_workers(file), crew.start(out) as process:
-                wait_until(
-                    lambda out=out, process=process: has_begun(out / crew.bench.name) or process.poll() is not None
-                )
+                wait_until_begun(crew, out, process)
                 time.sleep(crew.rng.uniform(0, 0.5))
                 hit = process.poll() is None
                 scheduler.kill()

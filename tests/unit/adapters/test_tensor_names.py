@@ -12,7 +12,7 @@ from raw_adapter import MODULE, factors, write_raw
 
 from streamer.adapters.reader import open_adapter
 from streamer.adapters.tensor_names import classify, normalize
-from streamer.errors import FormatError, InputError, UnsupportedError
+from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 
 # Names ----------------------------------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ def test_what_is_carried_along(tmp_path: Path, name: str, role: str, of: str | N
     A, B = factors()
     name = name.format(MODULE)
     path = write_raw(tmp_path, {f"{MODULE}.lora_A.weight": A, f"{MODULE}.lora_B.weight": B, name: torch.zeros(2, 5)},
-                     trainable_token_indices=[4, 1])  # fmt: skip
+                     trainable_token_indices=[4, 1], lora_bias=role == "lora_bias")  # fmt: skip
     (carried,) = open_adapter(path).carried
     assert (carried.role, carried.source) == (role, name)
     if of is not None:
@@ -201,4 +201,16 @@ def test_factors_that_are_no_numbers(tmp_path: Path) -> None:
         tmp_path, {"x.lora_A.weight": torch.ones(4, 5, dtype=torch.int8), "x.lora_B.weight": torch.ones(6, 4)}
     )
     with pytest.raises(UnsupportedError, match=r"tensor 'x.lora_A.weight': dtype I8 is not one of"):
+        open_adapter(path)
+
+
+def test_a_bias_that_the_config_does_not_announce(tmp_path: Path) -> None:
+    """PEFT would ignore it."""
+    A, B = factors()
+    path = write_raw(
+        tmp_path, {f"{MODULE}.lora_A.weight": A, f"{MODULE}.lora_B.weight": B, f"{MODULE}.lora_B.bias": torch.zeros(5)}
+    )
+    with pytest.raises(
+        MismatchError, match=r"lora_bias is None, but the file has '.*lora_B.bias'; config and weights belong"
+    ):
         open_adapter(path)

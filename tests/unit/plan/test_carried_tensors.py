@@ -146,7 +146,7 @@ def test_a_rerun_finds_it_done(tmp_path: Path) -> None:
 
 def test_mitigate_keeps_every_other_tensor(tmp_path: Path) -> None:
     kept = {HEAD: torch.randn(6, 8), f"{Q}.lora_B.bias": torch.randn(8), f"{Q}.bias": torch.randn(8).half()}
-    b, a = base(tmp_path), adapter(tmp_path, kept)
+    b, a = base(tmp_path), adapter(tmp_path, kept, lora_bias=True)
     streamer.reduce_intruder_dimension(b, a, tmp_path / "out", mitigation_lambda=0.5, method="shrink")
     before, after = (load_file(d / "adapter_model.safetensors") for d in (a, tmp_path / "out"))
     assert before.keys() == after.keys()
@@ -200,7 +200,9 @@ def test_what_has_no_place_is_refused(tmp_path: Path, case: str) -> None:
 
 def test_a_lora_bias_without_a_bias(tmp_path: Path) -> None:
     b = base(tmp_path)
-    a = helpers.write_adapter(tmp_path / "adapter", {"lm_head": helpers.intruding_factors(6, 8, 2)}, r=2)
+    a = helpers.write_adapter(
+        tmp_path / "adapter", {"lm_head": helpers.intruding_factors(6, 8, 2)}, r=2, lora_bias=True
+    )
     file = a / "adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.lm_head.lora_B.bias": torch.zeros(6)}, file)
     with pytest.raises(
