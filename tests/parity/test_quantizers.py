@@ -130,6 +130,21 @@ def test_gptq(tmp_path: Path, bits: int, act_order: bool, encoding: str, io: str
         assert_decodes(base_of(tmp_path / "b", tensors, config, io), "w.weight", torch.from_numpy(exact.T.copy()))
 
 
+@pytest.mark.parametrize("stored_less", [0, 1])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_symmetric_gptq_that_states_the_first_format(tmp_path: Path, bits: int, stored_less: int) -> None:
+    """Its zero points are half of the range, even if they are stored as in the second format."""
+    codes = np.random.default_rng(vary(bits)).integers(0, 1 << bits, (128, 96))
+    half = 1 << (bits - 1)
+    tensors = {
+        "w.qweight": torch.from_numpy(stream(codes, bits)),
+        "w.qzeros": torch.from_numpy(stream(np.full((96, 1), half - stored_less), bits).T.copy()),
+        "w.scales": torch.ones(1, 96).half(),
+    }
+    config = {"quant_method": "gptq", "bits": bits, "group_size": 128, "sym": True, "checkpoint_format": "gptq"}
+    assert_decodes(base_of(tmp_path, tensors, config), "w.weight", torch.from_numpy((codes - half).T.copy()))
+
+
 def compressed(**weights) -> tuple[dict, QuantizationScheme]:
     """A quantization config of compressed-tensors, and the same as the library has it."""
     group = {"targets": ["Linear"], "weights": weights}

@@ -65,6 +65,10 @@ class GPTQ(QuantizedWeight):
             fits &= tensors["groups"].info.shape == (inputs,) and tensors["groups"].info.dtype == "I32"
         packing.check_fit(fits, tensors, where)
         label, less_one = f"GPTQ {bits} bits", stated == "gptq"
+        if less_one and config.get("sym") is True and bits != 3 and groups and outputs:
+            # Symmetric zero points are half of the range. Some models store them so, and state the first version.
+            half = sum(1 << at + bits - 1 for at in range(0, 32, bits)) - (1 << 32)
+            less_one = int(tensors["zeros"].rows(0, 1)[0, 0]) != half
         return cls(name, (outputs, inputs), dict(tensors), label, torch.float32, None, bits, size, less_one)
 
     def decode(self, i: int, j: int) -> Tensor:
@@ -81,6 +85,6 @@ class GPTQ(QuantizedWeight):
         """Unpack the zero points of outputs i to j: (groups, j − i)."""
         words, one_in_each = self.tensors["zeros"].whole(), self.less_one and self.bits != 3
         if one_in_each:
-            words = words + sum(1 << at for at in range(0, 31, self.bits))  # int32 sums wrap around
+            words = words + sum(1 << at for at in range(0, 32, self.bits))  # int32 sums wrap around
         zeros = packing.unpack(words.T, self.bits, i, j).T
         return (zeros + 1) & 7 if self.less_one and not one_in_each else zeros
