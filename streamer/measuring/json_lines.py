@@ -100,8 +100,12 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Seq
     return np.array(ids, np.int64), np.array(marks, bool)
 
 
+MARK = "the answer's own words"
+"""Text by which the place of an answer's content is found."""
+
+
 def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str, Spans]:
-    """Write a conversation by the chat template, and find the assistant's answers: the text after the prompt for each answer.
+    """Write a conversation by the chat template, and find the assistant's answers: the text after the prompt for each answer, if any.
 
     An answer includes the template's end mark, but not the line feeds after it.
     """
@@ -114,21 +118,28 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
             f"{where}: has 'messages', and the tokenizer in {tokenizer.directory} no chat template; give 'prompt' and 'completion'"
         )
 
-    def rendered(count: int, with_prompt: bool) -> str:
+    def rendered(some: list[Any], with_prompt: bool = False) -> str:
         try:
-            return tokenizer.render(messages[:count], with_prompt)
+            return tokenizer.render(some, with_prompt)
         except Exception as e:  # a template is the user's program and may raise anything
             raise FormatError(f"{where}: the chat template refuses it: {quoted(str(e))}") from e
 
     spans: Spans = []
-    whole = rendered(len(messages), with_prompt=False)
+    whole = rendered(messages)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before, behind = rendered(i, with_prompt=True), rendered(i + 1, with_prompt=False).rstrip("\n")
-            if not (behind.startswith(before) and whole.startswith(behind)):
+            before = messages[:i]
+            prompt, plain = (rendered(before, True), rendered(before)) if before else ("", "")
+            behind = rendered(messages[: i + 1]).rstrip("\n")
+            if prompt == plain or not behind.startswith(
+                prompt
+            ):  # there is none, or it opens a thought that answers lack
+                header = rendered([*before, {**message, "content": MARK}]).partition(MARK)[0]
+                prompt = header if header.removeprefix(plain).strip() else plain
+            if not (behind.startswith(prompt) and whole.startswith(behind)):
                 raise FormatError(
                     f"{where}: the chat template writes the beginning of this conversation differently once more messages follow, so that "
                     f"answer {len(spans) + 1} cannot be found; give one line for each answer, with the messages up to it"
                 )
-            spans.append((len(before), len(behind)))
+            spans.append((len(prompt), len(behind)))
     return whole, spans

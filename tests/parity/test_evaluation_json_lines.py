@@ -70,6 +70,27 @@ def test_of_messages_the_answers_count_as_the_template_itself_marks_them(tmp_pat
         assert counted.any()
 
 
+PROMPTLESS = """{% for m in messages %}{{ '### ' + m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}\
+{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\\n' }}{% endfor %}"""
+THINKING = """{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'assistant' %}{% generation %}\
+{{ m.content.split('</think>')[-1] + '</s>' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '<assistant><think>\\n' }}{% endif %}"""
+"""As those of models that reason, whose answers are rendered without the thought that the prompt opens."""
+
+
+@pytest.mark.parametrize("template", [PROMPTLESS, THINKING])
+def test_answers_without_the_prompt_that_the_template_has(template: str, tmp_path: Path) -> None:
+    tokenizer = save(tmp_path, template=template)
+    talk = [{"role": r, "content": f"{r} {w}"} for w in ("the fox", "jugs") for r in ("user", "assistant")]
+    talk[1]["content"] = "assistant"  # as in the words before it
+    talks = [talk, talk[1:]]
+    found = read(lines(tmp_path / "t.jsonl", *({"messages": m} for m in talks)))
+    for messages, ids, counted in zip(talks, found.ids, found.counted, strict=True):
+        made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert ids.tolist() == made["input_ids"]
+        assert counted.tolist() == [bool(m) for m in made["assistant_masks"]]
+
+
 def test_an_answer_is_cut_at_the_end(tmp_path: Path) -> None:
     save(tmp_path, "words")
     line = {"prompt": "the quick", "completion": " brown fox jumps over"}
