@@ -121,8 +121,8 @@ def carried_tensor(
             raise FormatError(f"{file}: {source!r} has no lora_A and lora_B beside it; save the adapter again")
         if not config.get("lora_bias"):
             raise MismatchError(
-                f"{config.path}: lora_bias is {config.get('lora_bias')!r}, but the file has {source!r}; config and weights belong to "
-                "different adapters"
+                f"{config.path}: lora_bias is {config.get('lora_bias')!r}, but the file has {source!r}; set lora_bias to true, or use the "
+                "config that was saved with these weights"
             )
         return Carried(role, module, "bias", source, modules[module].scaling)
     if role == "tokens":

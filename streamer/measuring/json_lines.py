@@ -100,14 +100,15 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Seq
     return np.array(ids, np.int64), np.array(marks, bool)
 
 
-MARK = "the answer's own words"
-"""Text by which the place of an answer's content is found."""
+MARK = "[content of this answer]"
+"""Text that stands in for an answer's content, to find where a template writes it."""
 
 
 def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str, Spans]:
-    """Write a conversation by the chat template, and find the assistant's answers: the text after the prompt for each answer, if any.
+    """Write a conversation by the chat template, and find the assistant's answers.
 
-    An answer includes the template's end mark, but not the line feeds after it.
+    An answer is the text after the template's generation prompt; without such a prompt, the text from its content on. It includes the
+    template's end mark, but not the line feeds after it.
     """
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
@@ -131,11 +132,9 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
             before = messages[:i]
             prompt, plain = (rendered(before, True), rendered(before)) if before else ("", "")
             behind = rendered(messages[: i + 1]).rstrip("\n")
-            if prompt == plain or not behind.startswith(
-                prompt
-            ):  # there is none, or it opens a thought that answers lack
-                header = rendered([*before, {**message, "content": MARK}]).partition(MARK)[0]
-                prompt = header if header.removeprefix(plain).strip() else plain
+            # Some templates have no generation prompt. Those of models that reason may open a thought there that answers lack.
+            if prompt == plain or not behind.startswith(prompt):
+                prompt = _header(tokenizer, before, message.get("content"), plain) or prompt
             if not (behind.startswith(prompt) and whole.startswith(behind)):
                 raise FormatError(
                     f"{where}: the chat template writes the beginning of this conversation differently once more messages follow, so that "
@@ -143,3 +142,14 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
                 )
             spans.append((len(prompt), len(behind)))
     return whole, spans
+
+
+def _header(tokenizer: Tokenizer, before: list[Any], content: Any, plain: str) -> str | None:
+    """Return the text up to an answer's content, if more than spaces follows `plain`, the text of the messages before."""
+    mark = [{"type": "text", "text": MARK}] if isinstance(content, list) else MARK
+    try:
+        text = tokenizer.render([*before, {"role": "assistant", "content": mark}], False)
+    except Exception:  # a template may refuse what is not the user's message; that message is rendered elsewhere
+        return None
+    at = text.find(MARK, len(plain))
+    return text[:at] if text.startswith(plain) and text[len(plain) : max(at, 0)].strip() else None

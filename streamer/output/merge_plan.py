@@ -22,7 +22,7 @@ from streamer.output.merged_tensors import (
     RowSlice,
     Stack,
 )
-from streamer.plan.architectures import architectures_for
+from streamer.plan.architectures import architectures_for, pattern_of
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
 from streamer.plan.task_heads import Head, implied_head
@@ -211,8 +211,13 @@ def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
             f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in) and a plain one as (in, out), which "
             "is not supported; merge into the 16-bit base"
         )
-    embeddings = {f"{a.input_embedding}.weight" for a in architectures_for(plan.config)} & quantized
-    if turned := [name for name in embeddings if isinstance(plan.weights[name], GPTQ) and dequantize]:
+    embeddings = {(a.input_embedding or "").rpartition(".")[2] for a in architectures_for(plan.config)}
+    outer = [plan.weights[name] for name in sorted(quantized) if dequantize and "*" not in pattern_of(name)]
+    if turned := [
+        w.name
+        for w in outer
+        if isinstance(w, GPTQ) and (w.name.split(".")[-2] in embeddings or w.shape[1] == plan.config.vocab_size)
+    ]:
         raise UnsupportedError(
             f"{plan.base.path}: {turned[0]!r} is an embedding in GPTQ, whose values are stored transposed, which is not supported; merge "
             "into the 16-bit base"

@@ -21,6 +21,7 @@ from streamer.output.merged_tensors import AddBias, Cast, CopyBytes
 from streamer.peft.job import live_job
 from streamer.peft.model import LiveModel, quiet_peft
 from streamer.peft.plan import LivePlan, plan_live
+from streamer.peft.tensors import LiveTensor
 from streamer.storage.buffers import gather
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
 
@@ -119,9 +120,9 @@ def _changed(live: LivePlan) -> Iterator[OutputTensor]:
 def _checked(live: LivePlan, outputs: list[OutputTensor]) -> list[OutputTensor]:
     """Refuse, before anything changes, tensors that cannot be written and adapters with values that are not finite."""
     architecture = live.plan.architecture
-    ties = {name for tie in (architecture.ties if architecture else ()) for name in (tie.name, tie.source)}
+    ties = {name for tie in (architecture.ties if architecture else ()) if tie.tied for name in (tie.name, tie.source)}
     ties |= {output.name for output in outputs}
-    shared = {tensor.storage: name for name, tensor in live.tensors.items() if name not in ties}
+    shared = {_place(tensor): name for name, tensor in live.tensors.items() if name not in ties}
     for output in outputs:
         tensor = live.tensors.get(output.name)
         if tensor is None or tensor.on_disk:
@@ -130,9 +131,9 @@ def _checked(live: LivePlan, outputs: list[OutputTensor]) -> list[OutputTensor]:
                 f"{live.plan.base.path}: {output.name!r} {why}; load the model without disk in its device_map, or merge its files with "
                 "`streamer merge`"
             )
-        if output.name in live.plan.base.weight_map and (other := shared.get(tensor.storage)):
+        if output.name in live.plan.base.weight_map and (other := shared.get(_place(tensor))):
             raise UnsupportedError(
-                f"{live.plan.base.path}: {other!r} is the same parameter as {output.name!r}, which the adapter changes there alone; give "
+                f"{live.plan.base.path}: {output.name!r} and {other!r} are one parameter, but the adapter changes only the former; give "
                 "each module a parameter of its own"
             )
     for name, stored in live.plan.adapter.tensors.items():
@@ -140,6 +141,12 @@ def _checked(live: LivePlan, outputs: list[OutputTensor]) -> list[OutputTensor]:
         if values.is_floating_point() and not all_finite(values):
             raise NumericError(f"{live.plan.adapter.path}: {name!r} holds NaN or Inf; check the adapter")
     return outputs
+
+
+def _place(tensor: LiveTensor) -> tuple[str, int]:
+    """Return a key for a tensor's values, which parameters with the same memory share."""
+    values = tensor.tensor
+    return tensor.storage if tensor.offloaded or values.numel() == 0 else (str(values.device), values.data_ptr())
 
 
 def _nbytes(output: OutputTensor) -> int:

@@ -156,8 +156,8 @@ def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
     packed = next((name for name, state in states if getattr(state, "packing_format_for_cpu", False)), None)
     if packed is not None:
         raise UnsupportedError(
-            f"{packed}: bitsandbytes has packed it for this processor since the model ran, which is not supported; load the model again, "
-            "and call streamer before you run the model"
+            f"{packed}: bitsandbytes repacked it for this CPU when the model ran, which is not supported; load the model again, and call "
+            "streamer before you run the model"
         )
     return LiveModel(model, base, adapter_name)
 

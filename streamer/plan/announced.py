@@ -106,9 +106,10 @@ class Announced:
             )
 
     def _untargeted(self) -> Iterator[str]:
-        """Note modules that the file has, but that the config's lists do not name, as after an edit: PEFT ignores their factors."""
+        """Note modules with factors that the config does not target; PEFT ignores them."""
         config = self._adapter.config
-        targets = {target.rpartition(".")[2] for target in config.strings("target_modules")}
+        named = {*config.strings("target_modules")}
+        targets = {target.rpartition(".")[2] for target in named}
         if not targets or config.get("target_parameters") or config.get("ensure_weight_tying"):
             return
         excluded = tuple(f".{module}" for module in config.strings("exclude_modules"))
@@ -120,13 +121,15 @@ class Announced:
             for name in self._adapter.modules
             if targets.isdisjoint(n.split(".")[-2] for n in (f"{name}.weight", now.get(f"{name}.weight", ".")))
             or f".{name}".endswith(excluded)
-            or (layers and layers.isdisjoint(name.split(".")))
+            or (
+                layers and layers.isdisjoint(name.split(".")) and not named & {name, now.get(f"{name}.weight", "")[:-7]}
+            )
         ]
         if ignored:
             yield (
                 f"the adapter's file has factors of {listed(map(repr, ignored))}, but its config does not target "
                 f"{'it' if len(ignored) == 1 else 'them'} (target_modules, exclude_modules, layers_to_transform): PEFT ignores these, "
-                "streamer applies them"
+                "streamer applies them; correct the config, or remove the factors"
             )
 
     def _brings(self, tensor: str) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenized_texts import CHATML, DATED, FORGETFUL, lines, prose, read, save
 
 from streamer.errors import FormatError
+from streamer.measuring.json_lines import MARK
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces", "words"])
@@ -83,12 +85,32 @@ def test_answers_without_the_prompt_that_the_template_has(template: str, tmp_pat
     tokenizer = save(tmp_path, template=template)
     talk = [{"role": r, "content": f"{r} {w}"} for w in ("the fox", "jugs") for r in ("user", "assistant")]
     talk[1]["content"] = "assistant"  # as in the words before it
-    talks = [talk, talk[1:]]
+    talks = [talk, talk[1:], [{"role": "user", "content": f"What is {MARK}?"}, *talk[1:]]]
     found = read(lines(tmp_path / "t.jsonl", *({"messages": m} for m in talks)))
     for messages, ids, counted in zip(talks, found.ids, found.counted, strict=True):
         made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         assert ids.tolist() == made["input_ids"]
         assert counted.tolist() == [bool(m) for m in made["assistant_masks"]]
+
+
+PARTS = """{% for m in messages %}{{ '### ' + m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}\
+{{ '[CALL]' if m.calls is defined else m.content[0].text }}{% endgeneration %}{% else %}{{ m.content[0].text }}{% endif %}\
+{{ '\\n' }}{% endfor %}"""
+
+
+def test_answers_in_parts_and_calls_of_tools(tmp_path: Path) -> None:
+    tokenizer = save(tmp_path, template=PARTS)
+    question = {"role": "user", "content": [{"type": "text", "text": "the fox"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "jugs"}]}
+    call = {"role": "assistant", "content": None, "calls": ["weather"]}
+    talks = [[question, answer], [question, call, question, answer]]
+    found = read(lines(tmp_path / "t.jsonl", *({"messages": m} for m in talks)))
+    for messages, ids, counted in zip(talks, found.ids, found.counted, strict=True):
+        made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert ids.tolist() == made["input_ids"]
+        masks = np.array(made["assistant_masks"], bool)
+        assert all(counted[masks])
+        assert counted.tolist()[-5:] == masks.tolist()[-5:]
 
 
 def test_an_answer_is_cut_at_the_end(tmp_path: Path) -> None:

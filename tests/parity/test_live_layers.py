@@ -12,6 +12,7 @@ from kinds import llama_config
 from kinds_cases import quiet
 from live import assert_same_findings
 from seeds import vary
+from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import streamer
@@ -67,7 +68,7 @@ def test_layers_that_bitsandbytes_packed_anew_when_they_ran(tmp_path: Path) -> N
             assert_same_findings(live.detect_intruder_dimensions(model), before)
 
 
-@pytest.mark.parametrize("part", ["module", "weight"])
+@pytest.mark.parametrize("part", ["module", "weight", "memory", "head"])
 def test_a_parameter_of_two_places_of_which_the_adapter_changes_one_is_not_merged(part: str) -> None:
     """PEFT's own merge changes both places."""
     config = LlamaConfig(
@@ -77,9 +78,14 @@ def test_a_parameter_of_two_places_of_which_the_adapter_changes_one_is_not_merge
     first, second = (layer.self_attn for layer in base.model.layers)
     if part == "module":
         second.q_proj = first.q_proj
+    elif part == "head":  # the config says that they are separate
+        base.lm_head.weight = base.model.embed_tokens.weight
     else:
-        second.q_proj.weight = first.q_proj.weight
-    lora = peft.LoraConfig(target_modules=["layers.0.self_attn.q_proj"], init_lora_weights=False)
+        second.q_proj.weight = first.q_proj.weight if part == "weight" else nn.Parameter(first.q_proj.weight.data)
+    target = "embed_tokens" if part == "head" else "layers.0.self_attn.q_proj"
+    lora = peft.LoraConfig(target_modules=[target], init_lora_weights=False)
     model = peft.get_peft_model(base, lora)
-    with pytest.raises(UnsupportedError, match=r"1.self_attn.q_proj.weight' is the same parameter as 'model.layers.0"):
+    with pytest.raises(
+        UnsupportedError, match=r"'.*' and '.*' are one parameter, but the adapter changes only the former"
+    ):
         live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=1.0)

@@ -44,9 +44,9 @@ class PackedIntegers(QuantizedWeight):
             raise UnsupportedError(f"{where}: packed weights of shape {list(words.shape)} are not supported")
         m, n = shape
         known = {b for w in stated_weights(config) if type(b := w.get("num_bits")) is int and 0 < b <= 8}
-        if any(32 % b and n > 32 // b and -(-n // (32 // b)) == words.shape[1] for b in known):
+        if old := [b for b in known if 32 % b and n > 32 // b and -(-n // (32 // b)) == words.shape[1]]:
             raise UnsupportedError(
-                f"{where}: its words hold whole values, as compressed-tensors up to 0.10 packed {listed(sorted(known))} bits, which is not "
+                f"{where}: no value of its {listed(old)} bits seems to cross a word, as in compressed-tensors up to 0.10, which is not "
                 "supported; quantize again with a newer version, or use the 16-bit model"
             )
         fitting = [b for b in known or range(1, 9) if -(-n * b // 32) == words.shape[1]]

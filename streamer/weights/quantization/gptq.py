@@ -2,8 +2,8 @@
 
 ``W[out, in] = (q[in, out] − zero[g, out]) · scale[g, out]``, where g is the group of the input; stored transposed, inputs first. Values are
 packed along the inputs and zero points along the outputs, as in `packing`. The first version of the format stores zero points less one.
-GPTQModel subtracts the ones from whole words, so a zero point of 0 borrows from the next, and is restored only by adding them to words;
-with 3 bits, which words split, each zero point wraps around.
+GPTQModel subtracts a one from each by a subtraction of whole words: a zero point of 0 borrows from the next, which only the addition of
+the same words undoes. Zero points of 3 bits, some of which lie in two words, wrap around instead.
 """
 
 from __future__ import annotations
@@ -65,10 +65,11 @@ class GPTQ(QuantizedWeight):
             fits &= tensors["groups"].info.shape == (inputs,) and tensors["groups"].info.dtype == "I32"
         packing.check_fit(fits, tensors, where)
         label, less_one = f"GPTQ {bits} bits", stated == "gptq"
-        if less_one and config.get("sym") is True and bits != 3 and groups and outputs:
-            # Symmetric zero points are half of the range. Some models store them so, and state the first version.
-            half = sum(1 << at + bits - 1 for at in range(0, 32, bits)) - (1 << 32)
-            less_one = int(tensors["zeros"].rows(0, 1)[0, 0]) != half
+        if less_one and config.get("sym") is True and groups and outputs:
+            # Symmetric zero points are half of the range. Some models of GPTQModel 5 store them so and state "gptq", such as
+            # Qwen3.5-27B-GPTQ-Int4 (vLLM's pull request 38966); kernels for symmetric codes never read them.
+            first = packing.unpack(tensors["zeros"].rows(0, 1).T, bits, 0, 1)
+            less_one = int(first) != 1 << (bits - 1)
         return cls(name, (outputs, inputs), dict(tensors), label, torch.float32, None, bits, size, less_one)
 
     def decode(self, i: int, j: int) -> Tensor:

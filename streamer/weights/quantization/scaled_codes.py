@@ -121,8 +121,7 @@ def _stated_blocks(config: Mapping[str, Any]) -> list[tuple[int, int]]:
 def _blocks(shape: tuple[int, ...], grid: tuple[int, ...], stated: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Infer from the shapes which rows and columns share a scale: all sizes that fit.
 
-    Only if none of the stated sizes fits, because a checkpoint may contain another kind of blocks, are these a size that divides evenly
-    and 128×128.
+    Stated sizes come first. If none fits, because a checkpoint may mix kinds of blocks, a size that divides evenly and 128×128 are tried.
     """
     m, n = shape[-2:]
     stack = math.prod(shape[:-2])

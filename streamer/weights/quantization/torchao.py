@@ -79,7 +79,8 @@ def _blocks(
         "block_size"
     ) == block
     check_fit(fits and scale.dtype in SCALE_DTYPES, tensors, where)
-    return replace(cls.of(name, {role: tensors[role] for role in ("weight", "quant_scale")}, {}), tensors=dict(tensors))
+    pair = {role: tensors[role] for role in ("weight", "quant_scale")}
+    return replace(cls.of(name, pair, {"weight_block_size": block}), tensors=dict(tensors))
 
 
 def _fp8(name: str, tensors: Mapping[str, StoredTensor], data: dict[str, Any], where: str) -> Scaled:

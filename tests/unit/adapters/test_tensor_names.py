@@ -211,6 +211,6 @@ def test_a_bias_that_the_config_does_not_announce(tmp_path: Path) -> None:
         tmp_path, {f"{MODULE}.lora_A.weight": A, f"{MODULE}.lora_B.weight": B, f"{MODULE}.lora_B.bias": torch.zeros(5)}
     )
     with pytest.raises(
-        MismatchError, match=r"lora_bias is None, but the file has '.*lora_B.bias'; config and weights belong"
+        MismatchError, match=r"lora_bias is None, but the file has '.*lora_B.bias'; set lora_bias to true"
     ):
         open_adapter(path)
