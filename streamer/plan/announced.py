@@ -116,15 +116,13 @@ class Announced:
         stated = config.get("layers_to_transform")
         layers = {str(layer) for layer in (stated if isinstance(stated, list) else [stated]) if layer is not None}
         now = self._renames.at_run_time([f"{name}.weight" for name in self._adapter.modules])
-        ignored = [
-            name
-            for name in self._adapter.modules
-            if targets.isdisjoint(n.split(".")[-2] for n in (f"{name}.weight", now.get(f"{name}.weight", ".")))
-            or f".{name}".endswith(excluded)
-            or (
-                layers and layers.isdisjoint(name.split(".")) and not named & {name, now.get(f"{name}.weight", "")[:-7]}
-            )
-        ]
+        ignored = []
+        for name in self._adapter.modules:
+            names = {name, now.get(f"{name}.weight", name).removesuffix(".weight")}
+            elsewhere = layers and layers.isdisjoint(name.split(".")) and names.isdisjoint(named)
+            unnamed = targets.isdisjoint(n.rpartition(".")[2] for n in names)
+            if unnamed or elsewhere or f".{name}".endswith(excluded):
+                ignored.append(name)
         if ignored:
             yield (
                 f"the adapter's file has factors of {listed(map(repr, ignored))}, but its config does not target "

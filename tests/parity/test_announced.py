@@ -200,6 +200,14 @@ def test_a_missing_module_that_a_full_path_names_is_warned_of(tmp_path: Path, mo
     assert make_plan(made.base, made.adapter).announced == ()
 
 
+def test_a_full_path_is_a_target_in_every_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT compares layers_to_transform only with modules that it finds by the end of their names."""
+    paths = ["model.layers.0.self_attn.q_proj", "v_proj", "lm_head"]
+    made = make(Kind(llama(), lora(*paths, layers_to_transform=[1])), tmp_path, monkeypatch)
+    plan = make_plan(made.base, made.adapter)
+    assert (len(plan.targets), plan.announced) == (3, ())
+
+
 @pytest.mark.parametrize(
     "edit", [{"target_modules": ["q_proj"]}, {"exclude_modules": ["v_proj"]}, {"layers_to_transform": [1]}]
 )

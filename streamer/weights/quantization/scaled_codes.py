@@ -7,6 +7,7 @@ factor). Scales are stored as floating-point values or as e8m0 exponents.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -115,7 +116,9 @@ def _stated_blocks(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     sizes = [size.split("x") if isinstance(size, str) else size for size in stated]
     sizes += [["128", "128"]] * (config.get("quant_algo") == "FP8_PB_WO")
     pairs = [[*map(str, size)] for size in sizes if isinstance(size, list) and len(size) == 2]
-    return [(int(m), int(n)) for m, n in pairs if m.isdecimal() and n.isdecimal() and int(m) and int(n)]
+    return [
+        (int(m), int(n)) for m, n in pairs if re.fullmatch("[1-9][0-9]{0,8}", m) and re.fullmatch("[1-9][0-9]{0,8}", n)
+    ]
 
 
 def _blocks(shape: tuple[int, ...], grid: tuple[int, ...], stated: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
