@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from command_line import ENV, run_cli
 
 from streamer.forecast.cores import available_cores
+from streamer.linalg import skinny_products
 
 SAY = "import os, torch; print(os.environ.get('OMP_WAIT_POLICY'), torch.get_num_threads())"
 
@@ -23,6 +26,12 @@ def told(*argv: str, **env: str) -> list[str]:
         [sys.executable, "-c", code], env={**clean, **env}, capture_output=True, text=True, check=True
     )
     return done.stdout.splitlines()[-1].split()
+
+
+@pytest.mark.skipif(shutil.which("lscpu") is None, reason="lscpu is not installed")
+def test_only_intels_processors_have_long_rows() -> None:
+    cpu = subprocess.run(["lscpu"], capture_output=True, text=True, check=True, env={"LC_ALL": "C"}).stdout
+    assert skinny_products._long_rows() == (10_000 if "GenuineIntel" in cpu else math.inf)
 
 
 @pytest.mark.long

@@ -219,7 +219,7 @@ def adapter(home: Path) -> Target:
     """An adapter: its config, and the names, dtypes and shapes of its tensors."""
     base, directory = small_job(home)
     extra = {"model.embed_tokens.weight": ["BF16", [12, SIZE]], "model.layers.0.mlp.experts.down_proj": ["BF16", [3, SIZE, 8]],
-             "lm_head.weight": ["BF16", [12, SIZE]], f"{NAMES[0]}.bias": ["BF16", [SIZE]]}  # fmt: skip
+             "lm_head.weight": ["BF16", [12, SIZE]], **{f"{name}.bias": ["BF16", [SIZE]] for name in NAMES[:2]}}  # fmt: skip
     plain = {name: ["BF16", [SIZE, SIZE]] for name in (f"{n}.weight" for n in NAMES)}
     (base / "model.safetensors.index.json").unlink()
     for shard in base.glob("*.safetensors"):
@@ -239,7 +239,8 @@ def adapter(home: Path) -> Target:
     seeds = [
         _adapter("lora", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0": 8}, "use_rslora": True}),
         _adapter("lora", {"target_parameters": ["mlp.experts.down_proj"], "peft_version": "0.19.1"}, experts),
-        _adapter("lora", {"modules_to_save": ["lm_head"]}, {"lm_head.weight": ["F32", [12, n]], f"{NAMES[0]}.lora_B.bias": ["F32", [n]]}),
+        _adapter("lora", {"modules_to_save": ["lm_head"], "lora_bias": True},
+                 {"lm_head.weight": ["F32", [12, n]], **{f"{name}.lora_B.bias": ["F32", [n]] for name in NAMES[:2]}}),
         _adapter("lora", {"trainable_token_indices": {"embed_tokens": [1, 3]}},
                  {"model.embed_tokens.token_adapter.trainable_tokens_delta": ["F32", [2, n]]}),
         _adapter("lora", {"fan_in_fan_out": False, "init_lora_weights": "gaussian"}, embedding),
