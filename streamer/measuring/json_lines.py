@@ -132,7 +132,7 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
             before = messages[:i]
             prompt, plain = (rendered(before, True), rendered(before)) if before else ("", "")
             behind = rendered(messages[: i + 1]).rstrip("\n")
-            # Some templates have no generation prompt. Those of models that reason may open a thought there that answers lack.
+            # Some templates have no generation prompt. In others, it opens a thought that the rendered answer lacks.
             if prompt == plain or not behind.startswith(prompt):
                 prompt = _header(tokenizer, before, message.get("content"), plain) or prompt
             if not (behind.startswith(prompt) and whole.startswith(behind)):
@@ -149,7 +149,7 @@ def _header(tokenizer: Tokenizer, before: list[Any], content: Any, plain: str) -
     mark = [{"type": "text", "text": MARK}] if isinstance(content, list) else MARK
     try:
         text = tokenizer.render([*before, {"role": "assistant", "content": mark}], False)
-    except Exception:  # a template may refuse what is not the user's message; that message is rendered elsewhere
+    except Exception:  # a template may raise anything, here at the mark: the user's own message was rendered before
         return None
     at = text.find(MARK, len(plain))
     return text[:at] if text.startswith(plain) and text[len(plain) : max(at, 0)].strip() else None

@@ -32,12 +32,15 @@ class GPTQ(QuantizedWeight):
     group_size
         Inputs in a group, if no ``g_idx`` assigns each input to a group.
     less_one
-        Whether zero points are stored less one.
+        Whether zero points are said to be stored less one.
+    symmetric
+        Whether they are said to be half of the range.
     """
 
     bits: int
     group_size: int
     less_one: bool
+    symmetric: bool
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
@@ -64,13 +67,8 @@ class GPTQ(QuantizedWeight):
         if "groups" in tensors:
             fits &= tensors["groups"].info.shape == (inputs,) and tensors["groups"].info.dtype == "I32"
         packing.check_fit(fits, tensors, where)
-        label, less_one = f"GPTQ {bits} bits", stated == "gptq"
-        if less_one and config.get("sym") is True and groups and outputs:
-            # Symmetric zero points are half of the range. Some models of GPTQModel 5 store them so and state "gptq", such as
-            # Qwen3.5-27B-GPTQ-Int4 (vLLM's pull request 38966); kernels for symmetric codes never read them.
-            first = packing.unpack(tensors["zeros"].rows(0, 1).T, bits, 0, 1)
-            less_one = int(first) != 1 << (bits - 1)
-        return cls(name, (outputs, inputs), dict(tensors), label, torch.float32, None, bits, size, less_one)
+        label, less_one, symmetric = f"GPTQ {bits} bits", stated == "gptq", config.get("sym") is True
+        return cls(name, (outputs, inputs), dict(tensors), label, torch.float32, None, bits, size, less_one, symmetric)
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``(q − zero) · scale``, transposed."""
@@ -84,8 +82,12 @@ class GPTQ(QuantizedWeight):
 
     def _zeros(self, i: int, j: int) -> Tensor:
         """Unpack the zero points of outputs i to j: (groups, j − i)."""
-        words, one_in_each = self.tensors["zeros"].whole(), self.less_one and self.bits != 3
-        if one_in_each:
-            words = words + sum(1 << at for at in range(0, 32, self.bits))  # int32 sums wrap around
-        zeros = packing.unpack(words.T, self.bits, i, j).T
-        return (zeros + 1) & 7 if self.less_one and not one_in_each else zeros
+        words, bits, less_one = self.tensors["zeros"].whole(), self.bits, self.less_one
+        if less_one and self.symmetric and words.numel():
+            # Symmetric zero points are half of the range. Some models of GPTQModel 5 store them so and state "gptq", such as
+            # Qwen3.5-27B-GPTQ-Int4 (vLLM's pull request 38966); kernels for symmetric codes never read them.
+            less_one = int(packing.unpack(words[:1].T, bits, 0, 1)) != 1 << (bits - 1)
+        if less_one and bits != 3:
+            words = words + sum(1 << at for at in range(0, 32, bits))  # int32 sums wrap around
+        zeros = packing.unpack(words.T, bits, i, j).T
+        return (zeros + 1) & 7 if less_one and bits == 3 else zeros
