@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -101,15 +102,13 @@ def _check_index(index: Path, files: TensorFiles, outcome: Outcome) -> None:
 def _nbytes(files: TensorFiles, name: str) -> int:
     dtype, shape = files.stored(name)
     bits = BITS.get(dtype) or int("".join(c for c in dtype.partition("_")[0] if c.isdigit()))
-    for n in shape:
-        bits *= n
-    return bits // 8
+    return bits * math.prod(shape) // 8
 
 
 def _check_shapes(record: dict[str, Any], files: TensorFiles, base: TensorFiles, outcome: Outcome) -> None:
     """Compare names, dtypes and shapes with the base's, except for tensors that come from the adapter."""
     carried = {c["tensor"] for c in record["carried"]}
-    mine, theirs = ({n for names in f.names.values() for n in names} for f in (files, base))
+    mine, theirs = files.all_names, base.all_names
     for name in sorted((mine | theirs) - carried):
         found, wanted = (
             f"{f.stored(name)[0]} {list(f.stored(name)[1])}" if name in f else "no such tensor" for f in (files, base)

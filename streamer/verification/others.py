@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from streamer.verification.formulas import WEIGHTS_NAME, AdapterFiles
 from streamer.verification.inventory import Part, check_mirrors, parts, stored_name
 from streamer.verification.result import NotRecomputed, Outcome
 from streamer.verification.rounding import computing_precision, half_spacing
-from streamer.verification.tensors import BLOCK_BYTES, FLOATS, FP8, Array, TensorFiles, open_matrix, same_bytes
+from streamer.verification.tensors import FLOATS, FP8, Array, TensorFiles, open_matrix, row_blocks, same_bytes
 
 Comparison = Callable[[], None]
 
@@ -138,7 +137,7 @@ class MergedTensors:
         """Compare all rows except those in `apart`: byte by byte, or within one rounding if they were cast."""
         shape = self.files.stored(name).shape
         if source.stored(start) != self.files.stored(name):
-            for i, j in _blocks(shape):
+            for i, j in row_blocks(shape):
                 at: Any = [row - i for row in range(i, j) if row not in apart] if shape else ...
                 self._check_rounding(name, self.files.some(name, i, j)[at], source.some(start, i, j)[at])
             return
@@ -250,8 +249,3 @@ class AdapterTensors:
 
     def _differ(self, name: str, expected: str, found: str = "others") -> None:
         self.outcome.differ(self.outcome.output / WEIGHTS_NAME, expected, found, name)
-
-
-def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    rows, step = (shape or (1,))[0], max(1, BLOCK_BYTES // (8 * max(1, math.prod(shape[1:]))))
-    return ((i, min(rows, i + step)) for i in range(0, rows, step))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,6 +109,11 @@ class TensorFiles:
                 found[name] = path, 8 + length + start, stop - start
         return found
 
+    def config(self, name: str) -> str:
+        """Read the model's config beside the file of a tensor; empty if there is none."""
+        path = self._places[name][0].with_name("config.json")
+        return path.read_text("utf-8") if path.exists() else ""
+
     def nbytes(self, name: str) -> int:
         """Return the number of bytes of a tensor."""
         return self._places[name][2]
@@ -139,6 +146,12 @@ def same_bytes(files: TensorFiles, name: str, others: TensorFiles, other: str) -
     if files.stored(name) != others.stored(other):
         return False
     return all(a == b for a, b in zip_longest(files.pieces(name), others.pieces(other)))
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Yield the row ranges of a tensor to read at a time; a scalar has one row."""
+    rows, step = (shape or (1,))[0], max(1, BLOCK_BYTES // (8 * max(1, math.prod(shape[1:]))))
+    return ((i, min(rows, i + step)) for i in range(0, rows, step))
 
 
 def _float64(tensor: Any) -> Array:
@@ -191,9 +204,7 @@ class Matrix:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield the row ranges to read at a time."""
-        m, n = self.shape
-        step = max(1, BLOCK_BYTES // (8 * n))
-        return ((i, min(m, i + step)) for i in range(0, m, step))
+        return row_blocks(self.shape)
 
     def whole(self) -> Array:
         """Read all of the (out, in) matrix, float64."""
@@ -217,15 +228,16 @@ def open_matrix(files: TensorFiles, name: str, shape: tuple[int, int], transpose
     beside = next((s for s in (f"{name}_scale_inv", f"{name}_scale") if s in files), None)
     if dtype != FP8 or beside is None or len(stored) != 2 or files.stored(beside).dtype not in FLOATS:
         raise NotRecomputed(f"it is stored as {dtype}, which is not decoded here")
-    quant_scale = files.whole(beside)
-    (m, n), size = stored, quant_scale.size
-    if size in {1, m}:
-        grid, block = quant_scale.reshape(size, 1), (m if size == 1 else 1, n)
-    else:
-        grid = quant_scale[:, 0, :, 0] if quant_scale.ndim == 4 else quant_scale  # ModelOpt's are (rows, 1, columns, 1)
-        gm, gn = grid.shape if grid.ndim == 2 else (0, 0)
-        even = (m // gm, n // gn) if gm and gn and m % gm == 0 and n % gn == 0 else (0, 0)
-        block = even if (-(-m // 128), -(-n // 128)) != (gm, gn) else (128, 128)
-        if 0 in block:
-            raise NotRecomputed(f"its scale has shape {list(quant_scale.shape)}, whose blocks are unknown")
-    return Matrix(files, name, shape, transposed, dtype, grid, block)
+    grid = files.whole(beside)
+    grid = grid.reshape(len(grid) if grid.ndim else 1, -1)  # ModelOpt's are (rows, 1, columns, 1)
+    return Matrix(files, name, shape, transposed, dtype, grid, _block(files.config(name), stored, grid.shape))
+
+
+def _block(config: str, shape: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, int]:
+    """Find how many rows and columns share a scale: all, as the config states, 128 and 128, or as many as divide evenly."""
+    stated = re.findall(r'"(?:weight_block_size|block_structure)"\s*:\s*["\[]\s*([1-9]\d*)\s*[,x]\s*([1-9]\d*)', config)
+    even = [tuple(size // max(1, count) for size, count in zip(shape, grid, strict=True))]
+    for bm, bn in [shape, *((int(m), int(n)) for m, n in stated), (128, 128), *even]:
+        if 0 not in (bm, bn) and (-(-shape[0] // bm), -(-shape[1] // bn)) == grid:
+            return bm, bn
+    raise NotRecomputed(f"it has shape {[*shape]} and scales of shape {[*grid]}, whose blocks are unknown")

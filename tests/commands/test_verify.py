@@ -95,6 +95,16 @@ def test_other_kinds_are_recomputed(tmp_path: Path, kind: str) -> None:
         assert lines(tmp_path / "plain", base, adapter, sample="all") == []
 
 
+@pytest.mark.parametrize(
+    ("hidden", "block"), [(160, (100, 100)), (48, (4, 12))], ids=["as many blocks as of 128", "as many blocks as rows"]
+)
+def test_blocks_of_fp8_are_those_that_the_config_states(tmp_path: Path, hidden: int, block: tuple[int, int]) -> None:
+    base, adapter = jobs.fp8(tmp_path, hidden, block)
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "model")
+    found = streamer.verify_output(tmp_path / "model", base, adapter, sample="all")
+    assert (found["totals"]["recomputed"], found["totals"]["differences"]) == (9, 0)
+
+
 def test_a_fine_tuned_model_in_the_adapters_place(tmp_path: Path) -> None:
     base, _ = helpers.three_shards(tmp_path)
     tuned = Path(shutil.copytree(base, tmp_path / "tuned"))

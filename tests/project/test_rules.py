@@ -99,7 +99,7 @@ BUDGET = {
     "cli": 1_987,
     "output": 2_595,
     "plan": 2_575,
-    "verification": 2_314,
+    "verification": 2_313,
     "storage": 2_201,
     "detection": 1_743,
     "workers": 271,

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pipelines
@@ -16,6 +17,7 @@ from forks import Outcome, Server
 from helpers import MODULES, tree_digest, write_adapter, write_sharded
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.functional import max_pool2d
 
 COMMANDS = ("detect", "merge", "merge --findings", "mitigate", "mitigate --findings")
 """On a base in three shards and its adapter."""
@@ -119,23 +121,30 @@ def _loads(path: Path) -> bool:
         return False
 
 
-def fp8(home: Path) -> tuple[Path, Path]:
-    """`helpers.three_shards` with its matrices in FP8, a scale a row."""
+def fp8(home: Path, hidden: int = 48, block: tuple[int, int] | None = None) -> tuple[Path, Path]:
+    """`helpers.three_shards` with its matrices in FP8, a scale a row, or a block as transformers states it."""
     from safetensors.torch import load_file
 
-    plain, adapter = helpers.three_shards(home)
+    plain, adapter = helpers.three_shards(home, hidden=hidden)
     shards = []
     for path in sorted(plain.glob("*.safetensors")):
         tensors = {}
         for name, t in load_file(path).items():
-            if t.dim() == 2:
+            if t.dim() == 2 and block:
+                scale = max_pool2d(t.float().abs()[None], block, ceil_mode=True)[0] / 448
+                of_each = scale.repeat_interleave(block[0], 0)[: len(t)].repeat_interleave(block[1], 1)[:, : t.shape[1]]
+                tensors[name] = (t.float() / of_each).clamp(-448, 448).to(torch.float8_e4m3fn)
+                tensors[f"{name}_scale_inv"] = scale
+            elif t.dim() == 2:
                 scale = (t.float().abs().amax(1, keepdim=True) / 448).bfloat16()
                 tensors[name] = (t.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
                 tensors[f"{name}_scale"] = scale
             else:
                 tensors[name] = t
         shards.append(tensors)
-    quantization = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    quantization: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    if block:
+        quantization = {"quant_method": "fp8", "weight_block_size": list(block)}
     config = {"model_type": "llama", "torch_dtype": "bfloat16", "quantization_config": quantization}
     return write_sharded(home / "fp8", shards, config), adapter
 
