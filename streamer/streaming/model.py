@@ -125,7 +125,7 @@ class LoadedModel:
         tensors = match_run_time(job.plan, state, {n for n, _ in self._buffers()}, prefix)
         for n, buffer in self._buffers():
             if n in tensors:
-                self._fill(n, buffer, tensors[n])
+                self._fill(n, buffer, tensors.pop(n))
         self.modules: list[tuple[str, nn.Module, dict[str, RunTimeTensor]]] = []
         inner: list[RunTimeTensor] = []
         for path, module in self._model.named_modules():
@@ -202,7 +202,11 @@ class LoadedModel:
             raise UnsupportedError(
                 f"{self.job.plan.adapter.path}: changes {name!r}, a buffer; evaluate and fit do not support that"
             )
-        buffer.copy_(self.values.whole(tensor, 0, with_delta=False))
+        stored = self.job.plan.weights.stored.get(tensor.base[0].slices[0].weight)
+        if stored is not None and not buffer.is_floating_point():  # DeepSeek-V4's experts of each token, for example
+            buffer.copy_(stored.tensors["weight"].whole())
+        else:
+            buffer.copy_(self.values.whole(tensor, 0, with_delta=False))
 
     @contextlib.contextmanager
     def _captured(self) -> Iterator[dict[nn.Module, Any]]:

@@ -88,15 +88,8 @@ def match_run_time(
             "which is not supported by evaluate and fit; use the 16-bit base"
         )
     names, optional = _Names(plan, prefix), set(optional)
-    found: dict[str, RunTimeTensor] = {}
-    missing: list[str] = []
-    for name, shape in shapes.items():
-        tensor = names.find(name, shape)
-        if tensor is not None:
-            found[name] = tensor
-        elif name not in optional:
-            missing.append(name)
-    if missing:
+    found = {name: tensor for name, shape in shapes.items() if (tensor := names.find(name, shape)) is not None}
+    if missing := [name for name in shapes if name not in found and name not in optional]:
         raise MismatchError(
             f"{plan.base.path}: lacks {len(missing)} of {len(shapes)} tensors of its class, {listed(map(repr, missing))}; is it of another "
             "class than its config.json says?"
@@ -121,6 +114,8 @@ class _Names:
         on_disk = [*plan.weights.stored, *(n for n in edits.sources if n not in plan.weights.stored)]
         for loaded in renames.loaded(on_disk):
             self.at[loaded.name].append(loaded)
+        for name in on_disk:  # transformers does not apply a rename that leads nowhere
+            self.at.setdefault(name, [Loaded(name, name)])
         self.ties: dict[str, TiedNames] = {}
         architecture = architecture_for(plan.config)
         for tie in find_ties(plan.base.weight_map, architecture, renames):
@@ -149,7 +144,7 @@ class _Names:
     def _direct(self, weight: str, shape: tuple[int, ...]) -> tuple[WeightSource, ...]:
         """Use a weight unchanged; a stack gives one source for each matrix."""
         weights, sources = self.plan.weights, self.plan.edits.sources
-        stored = weights[weight].shape if weight in weights else sources[weight].info.shape
+        stored = weights.shape(weight) if weight in weights else sources[weight].info.shape
         if stored != shape:
             raise MismatchError(
                 f"{self.plan.base.path}: {weight!r} has shape {list(stored)}, and its class expects {list(shape)}; is it of another class, "

@@ -98,6 +98,11 @@ class WeightView(Mapping[str, Weight]):
             return Plain.of(stored.tensors["weight"])
         return replace(stored.format.make(name, stored.tensors, self.quantization), encoding=self.encoding)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a weight's shape, also that of integers, which no weight is made of."""
+        one = None if name in self.replacements or name in self.derived else self.stored[name]
+        return self[name].shape if one is None or one.format is not None else one.tensors["weight"].info.shape
+
     def __contains__(self, name: object) -> bool:
         return name in self.stored or name in self.replacements or name in self.derived
 

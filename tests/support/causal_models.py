@@ -58,6 +58,14 @@ LANGUAGE = r".*language_model.*(q|k|v|o|up|down)_proj"
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 """Stacks of experts' matrices, by the ends of their names."""
 
+HASHED = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16, "q_lora_rank": 8,
+    "o_lora_rank": 8, "o_groups": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "max_position_embeddings": 64, "mlp_layer_types": ["hash_moe", "moe", "hash_moe"],
+    "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+}  # fmt: skip
+"""DeepSeek-V4: each token's experts are looked up in a buffer of integers in some layers."""
+
 # Kind → (a model, its target modules, further options of the adapter)
 ADAPTERS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "DoRA": ("llama", [*LINEAR, "lm_head", "embed_tokens"], {"use_dora": True}),
@@ -116,6 +124,7 @@ CAUSAL: dict[str, tuple[str, Callable[[], Any], list[str] | str]] = {
     "granite-moe": ("GraniteMoeForCausalLM", text("GraniteMoe", **MOE), ATTENTION),
     "deepseek-v2": ("DeepseekV2ForCausalLM", values("DeepseekV2", MLA), ["q_b_proj", "kv_b_proj", "o_proj", "down_proj"]),
     "deepseek-v3": ("DeepseekV3ForCausalLM", values("DeepseekV3", MLA), ["q_b_proj", "kv_b_proj", "o_proj", "kv_a_proj_with_mqa"]),
+    "deepseek-v4": ("DeepseekV4ForCausalLM", lambda: config("DeepseekV4", **HASHED), ["q_a_proj", "q_b_proj", "o_b_proj"]),
     "llama4-text": ("Llama4ForCausalLM", text("Llama4Text", **MOE, intermediate_size_mlp=48), ATTENTION),
     "gemma3-vision": (*MODELS["gemma3"][:2], LANGUAGE),
     "llava": (*MODELS["llava"][:2], LANGUAGE),
@@ -144,6 +153,9 @@ def make_base(name: str, path: Path, dtype: torch.dtype = torch.float32) -> Any:
                 parameter.mul_(5)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("tid2eid"):  # the experts of each token
+                buffer.random_(model.config.n_routed_experts)
     model.to(dtype).save_pretrained(path)
     return type(model)
 
