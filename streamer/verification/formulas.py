@@ -18,7 +18,7 @@ from typing import Any
 from streamer.plan.architectures import architecture_for
 from streamer.verification.deltas import DoraDelta, LowRankDelta, TunedDelta, WitnessDelta
 from streamer.verification.result import NotRecomputed
-from streamer.verification.tensors import Array, Matrix, TensorFiles, open_matrix
+from streamer.verification.tensors import Array, Matrix, Stored, TensorFiles, open_matrix
 from streamer.weights.model_config import read_model_config
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -170,30 +170,30 @@ class AdapterFiles:
         files, name = source or (base, tensor)
         if name not in files:
             raise NotRecomputed("it is not a tensor of the base by itself, but part of one or built from several")
-        stored = files.stored(name)[1]
+        stored = files.stored(name)
         if self.is_model:
-            if tensor not in self.files or self.files.stored(tensor).shape != stored or len(stored) != 2:
+            if tensor not in self.files or self.files.stored(tensor).shape != stored.shape or len(stored.shape) != 2:
                 raise NotRecomputed("the fine-tuned model has no matrix of this name and shape")
-            m, n = stored[::-1] if transposed else stored
+            m, n = stored.shape[::-1] if transposed else stored.shape
             W0 = open_matrix(files, name, (m, n), transposed)
             return W0, TunedDelta(open_matrix(self.files, tensor, W0.shape, transposed)), 0
         factors = self.factors(module, source is not None)
         W0 = open_matrix(files, name, factors.shape, self._transposed(factors, stored, transposed, module, tensor))
         low_rank = LowRankDelta(factors.scaling * factors.B, factors.A.T)
-        rank = len(factors.A)
-        if factors.magnitude is None:
-            return W0, low_rank, rank
-        return W0, DoraDelta(low_rank, factors.magnitude), rank
+        delta = low_rank if factors.magnitude is None else DoraDelta(low_rank, factors.magnitude)
+        return W0, delta, len(factors.A)
 
-    def _transposed(self, factors: Factors, stored: tuple[int, ...], recorded: bool, *names: str) -> bool:
+    def _transposed(self, factors: Factors, stored: Stored, recorded: bool, *names: str) -> bool:
         """Test whether the base stores (in, out): by shape, for square matrices by the base's class, else as recorded."""
         m, n = factors.shape
-        flat = (stored[0], math.prod(stored[1:]))
+        flat = (stored.shape[0], math.prod(stored.shape[1:]))
         layers = [name.removesuffix(".weight") for name in names]
         conv1d = recorded if self._architecture is None else any(map(self._architecture.transposed, layers))
         inward = factors.embedding or (m == n and conv1d)
         if flat == (m, n) and not inward:
             return False
-        if stored == (n, m):
+        if stored.shape == (n, m):
             return True
-        raise NotRecomputed(f"its factors give a matrix of {m} by {n}, its weight has shape {list(stored)}")
+        raise NotRecomputed(
+            f"its factors give a matrix of {m} by {n}, and it is stored as {stored.dtype} {list(stored.shape)}"
+        )
