@@ -50,6 +50,9 @@ TENSOR_RULES: tuple[TensorRule, ...] = (
     TensorRule(re.compile(r""), "unknown", "a tensor of unknown meaning"),
 )
 
+PREFIX = "base_model.model."
+"""Prefix of the names in a PEFT adapter: ``model.layers.0.mlp.up_proj`` → ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""
+
 _WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 
 
@@ -58,7 +61,19 @@ def normalize(name: str) -> str:
 
     ``module.base_model.model.model.layers.0._orig_mod.mlp.up_proj.lora_A.weight`` → ``model.layers.0.mlp.up_proj.lora_A.weight``.
     """
-    return _WRAPPERS.sub(r"\1", name).removeprefix("module.").removeprefix("base_model.model.")
+    return _WRAPPERS.sub(r"\1", name).removeprefix("module.").removeprefix(PREFIX)
+
+
+def saved_name(name: str) -> str:
+    """Return the name under which PEFT stores and finds a tensor: with its prefix, without wrappers and the adapter's name."""
+    plain = normalize(name)
+    rule, match = classify(plain)
+    if rule.role == "saved" and ".modules_to_save." in plain:
+        return f"{PREFIX}{match['module']}.{match['parameter']}"
+    own = match.groupdict().get("adapter")
+    if own is None or own == "weight":  # lora_magnitude_vector.weight, which PEFT reads too
+        return PREFIX + plain
+    return PREFIX + plain[: match.start("adapter") - 1] + plain[match.end("adapter") :]
 
 
 def classify(name: str) -> tuple[TensorRule, re.Match[str]]:

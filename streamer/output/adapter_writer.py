@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from streamer.adapters.target_parameters import without_layout
+from streamer.adapters.tensor_names import saved_name
 from streamer.errors import UnsupportedError
 from streamer.output.job import Job
 from streamer.output.mitigated_factors import MitigatedFactors
@@ -19,7 +19,7 @@ from streamer.output.records import MitigatedMatrix
 from streamer.plan.memory_estimate import MemoryEstimate
 from streamer.storage.buffers import Piece
 from streamer.storage.header import TensorInfo
-from streamer.storage.shard_writer import like
+from streamer.storage.shard_writer import plan_shard
 from streamer.weights.dtypes import as_bytes
 
 HASHES = ("modelspec.hash_sha256", "sshs_legacy_hash", "sshs_model_hash")
@@ -44,12 +44,16 @@ class AdapterWriter(Writer):
                 "adapter; `streamer merge` writes it into the base"
                 + ("" if plan.config.pipeline else ", and --to-lora RANK as a LoRA adapter")
             )
-        header = plan.adapter.file.header
-        kept = replace(header, metadata={key: text for key, text in header.metadata.items() if key not in HASHES})
-        shard = like(plan.adapter.file.path.name, kept, job.stamp("mitigate"))
+        header, values = plan.adapter.file.header, plan.adapter.config.values
+        kind = None if plan.config.pipeline else plan.adapter.config.peft_type
+        names = [saved_name(t.name) if kind == "LORA" else t.name for t in header.tensors]
+        self._read = dict(zip(names, header.tensors, strict=True))
+        entries = [(name, t.dtype, t.shape) for name, t in self._read.items()]
+        metadata = {key: text for key, text in header.metadata.items() if key not in HASHES}
+        shard = plan_shard(plan.adapter.file.path.name, entries, {**metadata, **job.stamp("mitigate")})
         config = next((config.read_bytes() for config in plan.adapter.config_paths), None)
-        values = plan.adapter.config.values
-        if (plain := without_layout(values)) != values:  # factors are written in PEFT's order
+        plain = {**without_layout(values), "peft_type": kind}
+        if config is not None and plain != values:  # factors are written in PEFT's order, and PEFT needs the type
             config = json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
         self.spec = adapter_spec(job, path, shard, config, plan.adapter.directory)
         self._factors = MitigatedFactors(job)
@@ -66,7 +70,7 @@ class AdapterWriter(Writer):
 
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
         """Yield the bytes of a tensor; tensors that are not factors, or do not change, keep the file's bytes."""
-        file = job.plan.adapter.file
+        file, info = job.plan.adapter.file, self._read[info.name]
         targets = self._factors.targets.get(info.name)
         if targets is None:
             return file.chunks(info)

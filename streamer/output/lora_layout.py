@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamer.adapters.finetuned import FinetunedModel
+from streamer.adapters.tensor_names import PREFIX
 from streamer.errors import UnsupportedError
 from streamer.plan.architectures import Architecture
 from streamer.plan.carried_tensors import TensorEdits
@@ -14,10 +15,6 @@ from streamer.plan.tied_names import find_ties
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.weights.base import StoredTensor, equal
-
-PREFIX = "base_model.model."
-"""Prefix of the names in a PEFT adapter: ``model.layers.0.mlp.up_proj`` → ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""
-
 
 OF_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 """Model types in which PEFT 0.21 refuses LoRA for modules whose weights are passed to kernels without calling the module."""

@@ -18,7 +18,7 @@ from streamer.adapters.adapter_config import WEIGHTS_NAME
 from streamer.adapters.config_rules import is_residual
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.adapters.modules import MethodModule
-from streamer.adapters.tensor_names import normalize
+from streamer.adapters.tensor_names import PREFIX, saved_name
 from streamer.errors import UnsupportedError, UsageError
 from streamer.linalg.energy import energies, energies_bytes, least_rank
 from streamer.linalg.low_rank import LowRank
@@ -26,7 +26,7 @@ from streamer.linalg.operators import Delta, Dense
 from streamer.linalg.svd import krylov_triplets
 from streamer.output.adapter_loadability import check_lora
 from streamer.output.job import Job
-from streamer.output.lora_layout import PREFIX, LoraLayout, is_refused, lora_layout
+from streamer.output.lora_layout import LoraLayout, is_refused, lora_layout
 from streamer.output.merged_tensors import AddDelta
 from streamer.output.metrics import matrix_metrics
 from streamer.output.mitigation_memory import mitigation_bytes
@@ -255,7 +255,7 @@ def _layout(plan: Plan) -> LoraLayout:
     kept = ("base_model_name_or_path", "modules_to_save", "peft_version", "revision", "task_type",
             "trainable_token_indices")  # fmt: skip
     config = {key: adapter.config.values[key] for key in kept if key in adapter.config.values}
-    carried = {PREFIX + normalize(c.source): adapter.tensors[c.source] for c in adapter.carried}
+    carried = {saved_name(c.source): adapter.tensors[c.source] for c in adapter.carried}
     return LoraLayout({t.module.name: t.module.name for t in plan.targets}, carried, config, {})
 
 

@@ -6,7 +6,7 @@ A planned file is a header and, for each tensor in offset order, pieces of bytes
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,6 @@ def component_prefix(name: str) -> str:
     """Return the prefix of the names of a file's tensors: ``unet/diffusion_pytorch_model.safetensors`` → ``unet.``."""
     component, slash, _ = name.rpartition("/")
     return f"{component}." if slash else ""
-
-
-def like(name: str, header: Header, metadata: Mapping[str, str] | None = None) -> ShardPlan:
-    """Plan a file with the tensors, order and metadata of an existing one, and additional metadata."""
-    entries = [(t.name, t.dtype, t.shape) for t in header.tensors]
-    return plan_shard(name, entries, {**header.metadata, **(metadata or {})})
 
 
 class ShardFile(AtomicFile):

@@ -125,7 +125,7 @@ class ModelConfigCheck:
 def check_adapter_config(record: dict[str, Any], adapter: AdapterFiles, files: AdapterFiles, outcome: Outcome) -> None:
     """Compare a written adapter's config with the input's, or with what its own tensors and the rank of ``--to-lora`` imply."""
     path, after = outcome.output / CONFIG_NAME, files.config
-    before = {key: value for key, value in adapter.config.items() if key not in READ_ONLY}
+    before = {"peft_type": "LORA"} | {key: value for key, value in adapter.config.items() if key not in READ_ONLY}
     if record["to_lora"] is not None:
         before, lists = _of_lora(record, adapter, files), ("target_modules", "modules_to_save")
         before, after = ({k: sorted(v) if k in lists and v else v for k, v in tree.items()} for tree in (before, after))

@@ -28,6 +28,9 @@ _TENSOR = re.compile(
     r"(?P<module>.+)\.(?P<role>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|base_layer|token_adapter)"
     r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
 )
+_NAMED = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta)\.(?!weight$|bias$)[^.]+"
+)
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 
 
@@ -92,6 +95,12 @@ class AdapterFiles:
         """Strip PEFT's, DDP's, torch.compile's and FSDP's prefixes from a tensor's name."""
         plain = _WRAPPERS.sub(r"\1", name).replace("..", ".").removeprefix(".").removeprefix("module.")
         return plain.removeprefix("base_model.model.")
+
+    @classmethod
+    def saved_name(cls, name: str) -> str:
+        """Return the name that PEFT saves and finds, without the adapter's own name."""
+        plain = _NAMED.sub(r".\1", cls.plain_name(name))
+        return "base_model.model." + re.sub(r"\.modules_to_save\.(?:[^.]+\.(?=.))?", ".", plain)
 
     def factors(self, module: str, replaced: bool = False) -> Factors:
         """Read a module's LoRA tensors; set `replaced` if the caller also applies the adapter's other values for the module.

@@ -208,10 +208,9 @@ class AdapterTensors:
         roles = {part.source: part.role for part in parts(self.files)}
         recomputed = {self.files.saved_weight(row["module"]) for row in self.record["matrices"]}
         others = [name for name, role in roles.items() if (copied or role != "factor") and name not in recomputed]
-        if not rewritten:
-            for name in sorted(roles.keys() ^ theirs.all_names):
-                self._differ(name, "the names of the adapter's tensors", "one more" if name in roles else "none")
-        named = {f"base_model.model.{self.adapter.plain_name(n)}": n for n in theirs.all_names} if rewritten else {}
+        named = {name if copied else self.adapter.saved_name(name): name for name in theirs.all_names}
+        for name in [] if rewritten else sorted(roles.keys() ^ named.keys()):
+            self._differ(name, "the names of the adapter's tensors", "one more" if name in roles else "none")
         for name in sorted(others):
             if self.adapter.is_model:
                 yield name, partial(self._compare_tuned, name)

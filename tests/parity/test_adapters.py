@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
+import pytest
 import torch
+from causal_models import make_adapter, make_base
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
 
+import streamer
+from streamer.adapters.adapter_config import CONFIG_NAME as CONFIG
+from streamer.adapters.adapter_config import WEIGHTS_NAME as WEIGHTS
 from streamer.adapters.config_patterns import first_match
 from streamer.adapters.reader import open_adapter
 
@@ -72,3 +81,38 @@ KEYS = st.one_of(
 def test_patterns_match_as_in_peft(module: str, keys: list[str]) -> None:
     found = first_match(keys, module)
     assert get_pattern_key(keys, module) == (module if found is None else found)
+
+
+SPELLINGS = {
+    "of a compiled model": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod.", 1),
+    "of DDP and FSDP": lambda name: f"module.{name.replace('.layers.0.', '.layers.0._fsdp_wrapped_module.')}",
+    "without PEFT's prefix": lambda name: name.removeprefix("base_model.model."),
+    "with the adapter's name": lambda name: re.sub(r"(lora_[AB]|lora_embedding_[AB])", r"\1.default", name),
+    "of a module's whole state": lambda name: name.replace("lm_head.", "lm_head.modules_to_save.default."),
+    "without its type": lambda name: name,
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_mitigated_adapter_has_the_names_that_peft_finds(tmp_path: Path, spelling: str) -> None:
+    """Whichever names are read: PEFT ignores those that it does not find."""
+    cls = make_base("llama", tmp_path / "base")
+    adapter = make_adapter(
+        cls, tmp_path / "base", tmp_path / "adapter", ["q_proj", "embed_tokens"], modules_to_save=["lm_head"]
+    )
+    ids = torch.arange(12)[None]
+    tensors, config = load_file(adapter / WEIGHTS), json.loads((adapter / CONFIG).read_text())
+    save_file({SPELLINGS[spelling](name): t for name, t in tensors.items()}, adapter / WEIGHTS)
+    if spelling == "without its type":
+        (adapter / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if k != "peft_type"}))
+    streamer.reduce_intruder_dimension(
+        tmp_path / "base", adapter, tmp_path / "half", method="shrink", mitigation_lambda=0.5
+    )
+    assert streamer.verify_output(tmp_path / "half", tmp_path / "base", adapter, sample="all")["verified"]
+    save_file(tensors, adapter / WEIGHTS)
+    (adapter / CONFIG).write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] / 2}))
+    expected, got = (
+        PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), path).eval()(ids).logits
+        for path in (adapter, tmp_path / "half")
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

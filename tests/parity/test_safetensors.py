@@ -15,6 +15,7 @@ import header_cases
 import pytest
 import safetensors
 import torch
+from helpers import like
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -24,7 +25,7 @@ from seeds import vary
 from streamer.errors import FormatError
 from streamer.storage.buffers import Piece, gather
 from streamer.storage.header import DTYPE_BITS, layout, parse_header
-from streamer.storage.shard_writer import Shard, ShardPlan, like, plan_shard, write_shard
+from streamer.storage.shard_writer import Shard, ShardPlan, plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile
 
 Verdict = list[tuple[str, str, tuple[int, ...], int]] | None

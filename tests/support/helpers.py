@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from seeds import vary
 
 from streamer.storage.checkpoint import Checkpoint
+from streamer.storage.header import Header
+from streamer.storage.shard_writer import ShardPlan, plan_shard
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 
@@ -132,6 +134,11 @@ def write_sharded(directory: Path, shards: list[dict[str, torch.Tensor]], config
 
 
 MODULES = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def like(name: str, header: Header) -> ShardPlan:
+    """A plan of a file with the tensors, order and metadata of another."""
+    return plan_shard(name, [(t.name, t.dtype, t.shape) for t in header.tensors], header.metadata)
 
 
 def three_shards(directory: Path, dtype: torch.dtype = torch.bfloat16, hidden: int = 48) -> tuple[Path, Path]:

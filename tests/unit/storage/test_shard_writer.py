@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import like
 from safetensors.torch import load_file, save_file
 
 import streamer
@@ -28,7 +29,7 @@ from streamer.errors import (
 )
 from streamer.storage.buffers import Buffer, BufferRing, Piece
 from streamer.storage.header import TensorInfo
-from streamer.storage.shard_writer import Shard, ShardFile, ShardPlan, index_bytes, like, plan_shard, write_shard
+from streamer.storage.shard_writer import Shard, ShardFile, ShardPlan, index_bytes, plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile
 
 NAME = "model.safetensors"
