@@ -14,7 +14,6 @@ from functools import cached_property
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.adapter_config import CONFIG_NAME
-from streamer.adapters.modules import LoraModule
 from streamer.errors import FormatError
 from streamer.plan.architectures import Architecture, architecture_for
 from streamer.plan.carried_tensors import TensorEdits
@@ -33,11 +32,13 @@ class Announced:
         All names of the base's tensors, including names of tied tensors, in the order of messages.
     edits
         Edits that the adapter's other tensors make.
+    biased
+        Modules whose layers have a bias in the base.
     """
 
     def __init__(self, adapter: DeltaSource, names: Collection[str], renames: Renames, config: ModelConfig,
-                 architecture: Architecture | None, edits: TensorEdits) -> None:  # fmt: skip
-        self._adapter, self._config, self._renames = adapter, config, renames
+                 architecture: Architecture | None, edits: TensorEdits, biased: Collection[str]) -> None:  # fmt: skip
+        self._adapter, self._config, self._renames, self._biased = adapter, config, renames, biased
         self._brought = edits.sources.keys()
         self._saved = {c.name for c in adapter.carried if c.role == "saved"}
         known = architecture.has_tensor if architecture is not None else lambda name: False
@@ -176,9 +177,8 @@ class Announced:
         if not self._adapter.config.get("lora_bias"):
             return
         found = {c.module for c in self._adapter.carried if c.role == "lora_bias"}
-        modules = self._adapter.modules.items()
-        of_lora = [name for name, m in modules if isinstance(m, LoraModule) and m.layer_kind != "embedding"]
-        if missing := [f"{name}.lora_B.bias" for name in of_lora if name not in found]:
+        # Some programs write biases only where the base has one. All others are zero: PEFT cannot merge them.
+        if missing := [f"{name}.lora_B.bias" for name in self._biased if name not in found]:
             yield f"lora_bias is true, but {_missing(missing)}"
 
 

@@ -239,7 +239,7 @@ class CarriedMatcher:
 
 def _unmatched(c: Carried) -> str:
     if c.role == "lora_bias":
-        return f"{c.source!r} would be added to a bias that the base does not have ({c.name!r}); PEFT cannot merge it either"
+        return f"{c.source!r} would be added to a bias that the base does not have ({c.name!r}); leave it out if it is zero"
     return f"{c.source!r} has no tensor in the base (looked for {c.name!r}), and no modules_to_save in {CONFIG_NAME} names it"
 
 

@@ -282,7 +282,8 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
     announced: tuple[str, ...] = ()
     if not opened.describes_model:
         present = dict.fromkeys([*checkpoint.weight_map, *aliases])
-        announced = Announced(opened, present, renames, config, architecture, edits).check()
+        biased = [name for name, tensor in matched.items() if f"{tensor.removesuffix('weight')}bias" in weights]
+        announced = Announced(opened, present, renames, config, architecture, edits, biased).check()
     if opened.describes_model:
         edits = replace(edits, dropped=dropped)
         found = {*(match.tensor for match in names.values()), *edits.sources, *dropped}

@@ -11,6 +11,7 @@ import kinds_cases
 import peft
 import pytest
 import torch
+from causal_models import make_adapter, make_base
 from commands import edit_adapter, refuse_everywhere
 from kinds import KINDS, VOCAB, Kind, gpt2, llama, lora, tied
 from kinds_cases import Made
@@ -26,6 +27,7 @@ from transformers import (
     RobertaModel,
 )
 
+import streamer
 from streamer.plan.plan import make_plan
 
 LAYER = "base_model.model.model.layers"
@@ -110,6 +112,20 @@ def test_what_only_the_adapter_has_is_refused(case: str, tmp_path: Path, monkeyp
     refuse_everywhere(
         made.base, made.adapter, tmp_path, 3, "lacks tensors that adapter_config.json announces: ", *words
     )
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed", "ignore:Found missing adapter keys")
+def test_biases_of_lora_are_those_of_layers_that_have_one(tmp_path: Path) -> None:
+    """As mergekit extracts them: PEFT takes the others as zero."""
+    base, adapter, ids = tmp_path / "base", tmp_path / "adapter", torch.arange(12)[None]
+    cls = make_base("qwen2", base)
+    make_adapter(cls, base, adapter, ["q_proj", "o_proj"], lora_bias=True)
+    without(adapter, lambda n: n.endswith("o_proj.lora_B.bias"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": True}))
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1)
+    expected = peft.PeftModel.from_pretrained(cls.from_pretrained(base), adapter).eval()(ids).logits
+    torch.testing.assert_close(cls.from_pretrained(tmp_path / "out").eval()(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_peft_does_not_load_part_of_a_saved_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
