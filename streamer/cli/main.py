@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -31,9 +32,13 @@ if TYPE_CHECKING:
 def run(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     _open_missing_streams()
+    if sys.stdout is not None and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as stderr, a TextIOWrapper
     wait_passively()
     given = sys.argv[1:] if argv is None else argv
     try:
+        if any(arg == "" or re.fullmatch("--[a-z-]+=", arg) for arg in given):
+            raise BadUsage("an argument is empty; is a variable of the shell unset? (the current directory is '.')")
         args = build_parser().parse_args(given)
     except BadUsage as e:
         _refuse(e.message, given)
@@ -63,6 +68,10 @@ def _progress(args: argparse.Namespace) -> Progress:
 def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
     """Run the command; print its result on stdout and the last line on stderr."""
     monitor = Monitor(progress)
+    try:
+        os.getcwd()
+    except OSError as e:  # MKL would end the process
+        raise StorageError(f"the current directory: {e.strerror}; change to one that exists") from e
     prints = args.json or not args.quiet
     if prints and sys.stdout is None:
         raise StorageError(

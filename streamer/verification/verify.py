@@ -35,6 +35,8 @@ def verify(
         raise UsageError("verify: expected BASE and ADAPTER, found one of them; give both, or neither")
     if sample != "all" and (isinstance(sample, bool) or not isinstance(sample, int) or sample < 1):
         raise UsageError(f"sample: expected a count from 1 or 'all', found {sample!r}")
+    if base is None and sample == "all":
+        raise UsageError("sample: needs BASE and ADAPTER, from which the matrices are recomputed")
     path = Path(output)
     inputs = None if base is None or adapter is None else (Path(base), Path(adapter))
     if not path.exists():

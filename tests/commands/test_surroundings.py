@@ -1,0 +1,68 @@
+"""Odd surroundings of a command: Python's options, streams of few characters, variables that are unset, a directory that is gone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+from command_line import ENV
+
+import streamer
+from streamer.errors import UsageError
+
+
+def run(*argv: object, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "streamer", *map(str, argv)]
+    environment = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), **ENV, **variables}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, check=False)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return helpers.one_file(tmp_path_factory.mktemp("inputs"))
+
+
+def test_without_docstrings(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    done = run("merge", *inputs, "-o", tmp_path / "out", PYTHONOPTIMIZE="2")
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+
+
+def test_a_stdout_of_few_characters(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """The table of findings has characters that ASCII lacks, and so may names."""
+    base, adapter = inputs
+    named = Path(shutil.copytree(adapter, tmp_path / "ünï±"))
+    done = run("mitigate", base, named, "-o", tmp_path / "out±", "--lambda", "0.5", PYTHONIOENCODING="ascii")
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert r"out\xb1" in done.stdout
+
+
+@pytest.mark.parametrize("place", ["BASE", "--output"])
+def test_an_empty_argument(inputs: tuple[Path, Path], tmp_path: Path, place: str) -> None:
+    """As of a variable that is unset: it is not the current directory."""
+    base, adapter = inputs
+    argv = ["inspect", "", adapter] if place == "BASE" else ["merge", base, adapter, "--output="]
+    done = run(*argv, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("streamer: an argument is empty; ")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_current_directory_that_is_gone(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """The library that multiplies would end the process."""
+    (tmp_path / "gone").mkdir()
+    line = f"cd {tmp_path / 'gone'} && rmdir {tmp_path / 'gone'} && exec {sys.executable} -m streamer inspect {inputs[0]} {inputs[1]}"
+    environment = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), **ENV}
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 6
+    assert "streamer: the current directory: No such file or directory; " in done.stderr
+
+
+def test_a_sample_needs_inputs(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    streamer.merge_with_reduced_intruder_dimensions(*inputs, tmp_path / "out")
+    with pytest.raises(UsageError, match="sample: needs BASE and ADAPTER"):
+        streamer.verify_output(tmp_path / "out", sample="all")
