@@ -110,8 +110,7 @@ class Announced:
         """Note modules with factors that the config does not target; PEFT ignores them."""
         config = self._adapter.config
         named = {*config.strings("target_modules")}
-        targets = {target.rpartition(".")[2] for target in named}
-        if not targets or config.get("target_parameters") or config.get("ensure_weight_tying"):
+        if not named or config.get("target_parameters") or config.get("ensure_weight_tying"):
             return
         excluded = tuple(f".{module}" for module in config.strings("exclude_modules"))
         stated = config.get("layers_to_transform")
@@ -121,7 +120,7 @@ class Announced:
         for name in self._adapter.modules:
             names = {name, now.get(f"{name}.weight", name).removesuffix(".weight")}
             elsewhere = layers and layers.isdisjoint(name.split(".")) and names.isdisjoint(named)
-            unnamed = targets.isdisjoint(n.rpartition(".")[2] for n in names)
+            unnamed = not any(f".{n}".endswith(f".{target}") for n in names for target in named)
             if unnamed or elsewhere or f".{name}".endswith(excluded):
                 ignored.append(name)
         if ignored:

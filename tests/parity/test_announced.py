@@ -225,7 +225,13 @@ def test_a_full_path_is_a_target_in_every_layer(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    "edit", [{"target_modules": ["q_proj"]}, {"exclude_modules": ["v_proj"]}, {"layers_to_transform": [1]}]
+    "edit",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "model.layers.1.self_attn.v_proj"]},
+        {"exclude_modules": ["v_proj"]},
+        {"layers_to_transform": [1]},
+    ],
 )
 def test_factors_that_the_config_does_not_target(
     edit: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
