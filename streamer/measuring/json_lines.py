@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,7 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
 
     spans: Spans = []
     whole = rendered(messages)
+    _check_written(where, messages, whole, rendered)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             before = messages[:i]
@@ -142,6 +143,24 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
                 )
             spans.append((len(prompt), len(behind)))
     return whole, spans
+
+
+def _check_written(where: str, messages: list[Any], whole: str, rendered: Callable[[list[Any]], str]) -> None:
+    """Refuse messages of which the template writes something else, or nothing: the model would be measured on another text."""
+    for content in (m.get("content") for m in messages):
+        parts = content if isinstance(content, list) else []
+        if other := next((p for p in parts if not isinstance(p, dict) or p.get("type") != "text"), None):
+            raise FormatError(f"{where}: expected the parts of 'content' to be texts, found {quoted(other)}")
+        if parts and str(parts[0]) in whole:
+            raise FormatError(f"{where}: the chat template does not read 'content' in parts; give it as one string")
+    if any(m.get("tool_calls") for m in messages):
+        without = [{key: value for key, value in m.items() if key != "tool_calls"} for m in messages]
+        try:
+            ignored = rendered(without) == whole
+        except FormatError:
+            ignored = False  # a message without content needs its calls
+        if ignored:
+            raise FormatError(f"{where}: the chat template ignores 'tool_calls'; give 'prompt' and 'completion'")
 
 
 def _header(tokenizer: Tokenizer, before: list[Any], content: Any, plain: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,25 @@ def test_answers_in_parts_and_calls_of_tools(tmp_path: Path) -> None:
         masks = np.array(made["assistant_masks"], bool)
         assert all(counted[masks])
         assert counted.tolist()[-5:] == masks.tolist()[-5:]
+
+
+TEXT = {"type": "text", "text": "the fox"}
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "words"),
+    [
+        ({"content": [TEXT]}, {"content": "jugs"}, "does not read 'content' in parts; give it as one string"),
+        ({"content": [TEXT, {"type": "image"}]}, {"content": "jugs"}, "expected the parts of 'content' to be texts, found {'type': "),
+        ({"content": "fox"}, {"content": "jugs", "tool_calls": [{"function": {"name": "f"}}]}, "ignores 'tool_calls'"),
+    ],
+)  # fmt: skip
+def test_what_a_template_does_not_write(question: Any, answer: Any, words: str, tmp_path: Path) -> None:
+    """Neither as Python's list of parts nor without a call is it what the model sees."""
+    save(tmp_path, template=PROMPTLESS)
+    messages = [{"role": "user", **question}, {"role": "assistant", **answer}]
+    with pytest.raises(FormatError, match=re.escape(words)):
+        read(lines(tmp_path / "t.jsonl", {"messages": messages}))
 
 
 def test_an_answer_is_cut_at_the_end(tmp_path: Path) -> None:
