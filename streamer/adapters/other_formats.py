@@ -20,21 +20,21 @@ class OtherFormat:
 
 
 # GPT-2's layers are named ``transformer.h``.
-_DIFFUSERS = re.compile(
-    r"^(?:unet|transformer(?!\.h\.)|diffusion_model|text_encoder\w*)\..*(?:lora_[AB]|lora\.(?:down|up))\.weight$"
-)
+_DIFFUSERS = re.compile(r"^(?:unet|transformer(?!\.h\.)|text_encoder\w*)\..*(?:lora_[AB]|lora\.(?:down|up))\.weight$")
 
 NOT_HERE = "not supported here"
+_SAVE_AGAIN = f"{NOT_HERE}; load it in diffusers, save it with save_lora_weights, and give that file alone"
 _ONE_FILE = "read from one file; name it, with a diffusers pipeline as the base"
 
 FORMATS = (
     OtherFormat("LyCORIS (LoHa, LoKr)", re.compile(r"^lora_\w+\.(?:hada|lokr)_w"), f"{NOT_HERE}; convert it to LoRA"),
-    OtherFormat("kohya", re.compile(r"^lora_\w+\.(?:lora_(?:down|up)\.weight|alpha)$"), _ONE_FILE),
+    OtherFormat("kohya", re.compile(r"^lora_\w+\.lora_(?:down|up)\.weight$"), _ONE_FILE),
     OtherFormat("diffusers", re.compile(r"^(?:unet|transformer(?!\.h\.)|text_encoder(?:_2)?)\..*\.lora_[AB]\.weight$"), _ONE_FILE),
     OtherFormat("MLX", re.compile(r"\.lora_[ab]$"),
-                f"{NOT_HERE}; transpose lora_a and lora_b to lora_A.weight and lora_B.weight, and write PEFT's adapter_config.json"),
-    OtherFormat("old versions of diffusers", _DIFFUSERS,
-                f"{NOT_HERE}; load it in a new version of diffusers, save it with save_lora_weights, and give that file alone"),
+                f"{NOT_HERE}; transpose lora_a and lora_b to lora_A.weight and lora_B.weight, and write PEFT's adapter_config.json "
+                "(lora_alpha is MLX's scale times the rank)"),
+    OtherFormat("ComfyUI", re.compile(r"^diffusion_model\..*\.lora_(?:[AB]|down|up)\.weight$"), _SAVE_AGAIN),
+    OtherFormat("old versions of diffusers", _DIFFUSERS, _SAVE_AGAIN),
 )  # fmt: skip
 
 

@@ -32,6 +32,9 @@ from streamer.weights.base import StoredTensor
 from streamer.weights.dtypes import ENCODINGS, encoding_of
 
 METADATA_KEY = "lora_adapter_metadata"
+TRAINERS_KEY = "lora_config"
+"""Metadata in which finetrainers states a LoRA config; diffusers does not read it."""
+
 FACTOR = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "lora_magnitude_vector": "magnitude"}
 
 
@@ -85,7 +88,17 @@ class PipelineAdapter(PeftAdapter):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Note alphas that diffusers does not apply as the trainer does, and keys that the user chose to ignore."""
+        """Note scalings that diffusers does not apply as the trainer does, and keys that the user chose to ignore."""
+        if (
+            self.configs
+            and METADATA_KEY not in self.file.header.metadata
+            and {m.scaling for m in self.modules.values()} != {1}
+        ):
+            return (
+                *super().notes,
+                f"the scaling is that of {TRAINERS_KEY} in the file's metadata, as in training; diffusers scales by 1 unless set_adapters "
+                "gives it alpha/rank",
+            )
         alphas = {round(module.scaling * module.rank, 6) for module in self.modules.values()}
         of_unet = any(name.startswith("lora_unet_") and not _FLUX.match(name) for name in self.modules)
         if len(alphas) < 2 or not of_unet or not any(name.endswith(".alpha") for name in self.tensors):
@@ -191,6 +204,12 @@ def _configs(
         )
     if in_metadata is not None:
         return {name: in_metadata.get(name.partition(".")[0]) or _lacks(file, name) for name in found}
+    beside = file.path.with_name(CONFIG_NAME)
+    if not alphas and beside.is_file():
+        raise UnsupportedError(
+            f"{file.path}: states no scaling, and programs that read it do not read {beside.name} beside it; write an alpha for every "
+            "module, or move that config away if alpha is the rank"
+        )
     if alphas and len(alphas) < len(found):
         raise FormatError(
             f"{file.path}: {len(alphas)} of its {len(found)} modules have an alpha, and {next(n for n in found if n not in alphas)!r} has "
@@ -211,17 +230,21 @@ def _with_alpha(file: TensorFile, tensor: str | None) -> AdapterConfig | None:
 
 def _metadata(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | None:
     """Read the LoRA config of each component from the metadata, as diffusers writes it: ``unet.r``, ``unet.lora_alpha`` and so on."""
-    raw = file.header.metadata.get(METADATA_KEY)
-    if not raw:
+    names = [info.name for info in file.header.tensors]
+    scaled = any(name.endswith(".alpha") or name.startswith("lora_") for name in names)
+    keys = (METADATA_KEY,) if scaled else (METADATA_KEY, TRAINERS_KEY)
+    where = next((key for key in keys if file.header.metadata.get(key)), None)
+    if where is None:
         return None
     try:
-        tree = strict_json(raw.encode())
+        tree = strict_json(file.header.metadata[where].encode())
     except ValueError as e:
-        raise FormatError(
-            f"{file.path}: {METADATA_KEY} of its metadata: bad JSON: {e}; save the adapter again"
-        ) from None
+        raise FormatError(f"{file.path}: {where} of its metadata: bad JSON: {e}; save the adapter again") from None
     if not isinstance(tree, dict):
-        raise FormatError(f"{file.path}: {METADATA_KEY} of its metadata: expected an object; save the adapter again")
+        raise FormatError(f"{file.path}: {where} of its metadata: expected an object; save the adapter again")
+    if "r" in tree:  # one config for all components
+        components = {name.partition(".")[0] for name in names}
+        tree = {f"{component}.{key}": value for component in components for key, value in tree.items()}
     values: dict[str, dict[str, Any]] = {}
     for key, value in tree.items():
         component, _, name = key.partition(".")

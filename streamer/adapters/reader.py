@@ -213,8 +213,8 @@ def lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, confi
     if (magnitude is not None) != bool(config.get("use_dora")):
         found = "has magnitudes" if magnitude else "has none"
         raise MismatchError(
-            f"{config.path}: module {name!r}: use_dora is {config.get('use_dora')!r}, but the module {found}; "
-            "config and weights belong to different adapters"
+            f"{config.path}: module {name!r}: use_dora is {config.get('use_dora')!r}, but the module {found}; use the config that was "
+            f"saved with these weights, or set use_dora to {str(magnitude is not None).lower()} if it is wrong"
         )
     if magnitude is None:
         return LoraModule(name, a.name, b.name, rank, scaling, shape, layer_kind, a.shape[2:])

@@ -131,7 +131,8 @@ def match_modules(base: Checkpoint, config: ModelConfig, adapter: DeltaSource, w
     if config.pipeline and not of_pipeline:
         raise MismatchError(
             f"{base.path}: is a diffusers pipeline, which needs an adapter with diffusers' or kohya's names (unet.….lora_A.weight, "
-            f"lora_unet_….lora_down.weight), found {adapter.path}; evaluate, fit, repair and map need a language model"
+            f"lora_unet_….lora_down.weight), found {adapter.path}; if a file in it has such names, give that file; "
+            "evaluate, fit, repair and map need a language model"
         )
     if of_pipeline and not config.pipeline:
         raise MismatchError(
@@ -225,8 +226,8 @@ def _kohya_names(base: Checkpoint, stems: Iterable[str]) -> Iterator[tuple[str, 
         kind = _class_of(base, component)
         if component == "unet" and kind == "UNet2DConditionModel" and "add_embedding.linear_1" in own:
             known |= {name: (layer,) for layer, name in _sdxl(own)}
-        elif component == "transformer":
-            known = dict(_flux(own)) if kind == FLUX_CLASS else {}
+        elif component == "transformer" and kind == FLUX_CLASS:
+            known = dict(_flux(own))
         elif component in ("text_encoder", "text_encoder_2") and not any(layer.startswith(TEXT) for layer in own):
             known = {TEXT + layer: (layer,) for layer in own}
         for name, rows in known.items():

@@ -14,6 +14,9 @@ from seeds import vary
 
 from streamer.errors import StreamerError
 
+# Warnings are what users see, of an old PEFT or of a strange pattern: no crash.
+pytestmark = pytest.mark.filterwarnings("ignore::streamer.errors.StreamerWarning", "ignore::FutureWarning")
+
 EXECUTIONS = 120
 MAP = "streamer.map"
 P = f"base_model.model.{NAMES[0]}"

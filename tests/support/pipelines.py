@@ -47,7 +47,7 @@ def write_pipeline(path: Path) -> Path:
 
 
 def lora(form: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """An adapter of that pipeline of rank 2, and its metadata: ``kohya``, ``metadata`` or ``plain`` (which has no alphas)."""
+    """An adapter of that pipeline of rank 2, and its metadata: in one of several forms; ``plain`` has no alphas."""
     tensors = {}
     for module, shape in SHAPES.items():
         A, B = torch.randn(2, *shape[1:]), torch.randn(shape[0], 2, *(1 for _ in shape[2:]))
@@ -67,11 +67,16 @@ def lora(form: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         "text_encoder.r": 2,
         "text_encoder.lora_alpha": 3,
     }
-    return tensors, {"lora_adapter_metadata": json.dumps(config)} if form == "metadata" else {}
+    whole = {"r": 2, "lora_alpha": 3, "init_lora_weights": True, "target_modules": "(to_q|conv)"}
+    metadata = {
+        "metadata": {"lora_adapter_metadata": json.dumps(config)},
+        "finetrainers": {"lora_config": json.dumps(whole, indent=4)},
+    }
+    return tensors, metadata.get(form, {})
 
 
 def scaling(form: str, module: str) -> float:
-    return 1.0 if form == "plain" else ALPHAS[module] / 2
+    return {"plain": 1.0, "finetrainers": 1.5}.get(form, ALPHAS[module] / 2)
 
 
 def factors(form: str, tensors: dict[str, torch.Tensor], module: str) -> tuple[torch.Tensor, torch.Tensor]:

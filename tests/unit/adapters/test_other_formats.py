@@ -16,6 +16,7 @@ from streamer.errors import UnsupportedError
 OTHER = {
     "LoHa": ("lora_unet_down_blocks_0_attn.hada_w1_a", "last.safetensors", "of LyCORIS (LoHa, LoKr), which is not supported here"),
     "diffusers of old": ("unet.mid_block.attn.to_q_lora.down.weight", "pytorch_lora_weights.safetensors", "of old versions of diffusers"),
+    "ComfyUI": ("diffusion_model.blocks.0.attn.to_q.lora_down.weight", "flux.safetensors", "of ComfyUI"),
     "MLX": ("model.layers.0.self_attn.q_proj.lora_a", "adapters.safetensors", "the format of MLX"),
 }  # fmt: skip
 

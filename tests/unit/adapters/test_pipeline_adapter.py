@@ -21,8 +21,8 @@ from streamer.errors import FormatError, InputError, MismatchError, OutputExists
 from streamer.plan.plan import make_plan
 
 Tensors = dict[str, torch.Tensor]
-pytestmark = pytest.mark.filterwarnings("ignore:.*alphas differ")
-FORMS = ("kohya", "metadata", "plain")
+pytestmark = pytest.mark.filterwarnings("ignore:.*alphas differ", "ignore:the scaling is that of lora_config")
+FORMS = ("kohya", "metadata", "finetrainers", "plain")
 TO_Q_NAME = KOHYA[f"unet.{TO_Q}"]
 
 
@@ -109,6 +109,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], object], str, type[InputError], str
     "alphas and a config": (lambda t: t.update({f"{m}.alpha": torch.ones(()) for m in KOHYA}), "metadata", MismatchError, "both alphas"),
     "two alphas": (lambda t: t.update({f"{TO_Q_NAME}.alpha": torch.ones(2)}), "kohya", FormatError, r"found F32 of shape \[2\]"),
     "an alpha of zero": (lambda t: t.update({f"{TO_Q_NAME}.alpha": torch.zeros(())}), "kohya", FormatError, "other than 0"),
+    "a scaling elsewhere": (lambda t: None, "plain, config beside", UnsupportedError, "do not read adapter_config.json beside it"),
     "half a module": (lambda t: t.pop(f"{TO_Q_NAME}.lora_up.weight"), "kohya", FormatError, "no factor B"),
     "another rank": (lambda t: t.update({f"unet.{TO_Q}.lora_A.weight": torch.ones(1, 5), f"unet.{TO_Q}.lora_B.weight": torch.ones(6, 1)}),
                      "metadata", MismatchError, "expected rank 2 by the config, found 1"),
@@ -121,9 +122,21 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, case: str) -> 
     tensors, metadata = lora(form)
     change(tensors)
     save_file(tensors, tmp_path / LORA, metadata)
-    for path in (tmp_path, tmp_path / LORA):
+    if "beside" in form:  # then the directory is PEFT's
+        (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    for path in (tmp_path, tmp_path / LORA)["beside" in form :]:
         with pytest.raises(error, match=words):
             open_lora(path)
+
+
+def test_kohya_names_of_a_transformer_are_its_own(tmp_path: Path) -> None:
+    """Flux alone has those of its original code."""
+    base, (tensors, metadata) = write_pipeline(tmp_path / "base"), lora("kohya")
+    (base / "unet").rename(base / "transformer")
+    (base / "transformer" / "config.json").write_text('{"_class_name": "QwenImageTransformer2DModel"}')
+    save_file(tensors, tmp_path / LORA, metadata)
+    found = {target.tensor for target in make_plan(base, tmp_path / LORA).targets}
+    assert found == {f"transformer.{TO_Q}.weight", "transformer.conv_in.weight", *(t for t in found if "text" in t)}
 
 
 MISFITS = {
