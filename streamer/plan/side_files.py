@@ -24,6 +24,9 @@ _UNREAD = re.compile(
     r"|.*(scheduler|_states?)[._]|rng_state).*\.(safetensors|bin|pt|pth|ckpt)$"
 )
 
+# What sentence-transformers saves besides a transformer: a list of the modules, their folders, and settings.
+_MODULES = re.compile(r"modules\.json|config_sentence_transformers\.json|sentence_\w+_config\.json|\d+_\w+/.*")
+
 _VARIANT_INDEX = re.compile(r"\.safetensors\.index\.[^/]+\.json$")
 
 READ = (
@@ -74,6 +77,28 @@ def unread_weights(adapter: Path | None, own: str) -> tuple[str, ...]:
     it = "it" if len(found) == 1 else "them"
     why = f"not used, because PEFT does not load {it}; if the adapter's trainer does, the result lacks {it}"
     return (f"{listed(found)} beside the adapter: {why}",) if found else ()
+
+
+def with_modules(copies: list[tuple[str, Path]], adapter: Path) -> list[tuple[str, Path]]:
+    """Replace the modules that sentence-transformers runs after the transformer by the adapter's, if it was saved with some."""
+    if not (adapter / "modules.json").is_file():
+        return copies
+    own = [c for c in other_files(adapter) if _MODULES.fullmatch(c[0])]
+    return sorted([*own, *(c for c in copies if not _MODULES.fullmatch(c[0]))])
+
+
+def weights_below(adapter: Path, copies: Iterable[tuple[str, Path]]) -> list[str]:
+    """Note the weights in subfolders of an adapter that a merged model does not take along; folders with a config are others' models."""
+    taken = {path for _, path in copies}
+    found = [
+        name
+        for name, path in (other_files(adapter) if adapter.is_dir() else ())
+        if "/" in name and _STALE.search(name) and path not in taken and not any(path.parent.glob("*config.json"))
+    ]
+    it = "it" if len(found) == 1 else "them"
+    return (
+        [f"{listed(found)} of the adapter: not used; if its trainer loads {it}, the result lacks {it}"] if found else []
+    )
 
 
 def read_beside(directory: Path, names: Collection[str]) -> list[str]:

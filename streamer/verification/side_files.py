@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -33,6 +34,9 @@ PROCESSOR = {
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "audio_tokenizer_config.json",
 }  # fmt: skip
 """Files of transformers' tokenizers and processors; a merged model takes them from one input."""
+
+MODULES = re.compile(r"modules\.json|config_sentence_transformers\.json|sentence_\w+_config\.json|\d+_\w+/.*")
+"""The modules that sentence-transformers runs after a transformer: the adapter's, if it has a list of them."""
 
 ASKED = {
     "generation_config.json", "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -77,6 +81,10 @@ def _wanted(
     stays = any(map(_is_tokenizer, found))
     if adapter.is_model:
         return found, "adapter" if stays else None
+    if (adapter.directory / "modules.json").is_file():
+        theirs = _files(adapter.directory, folders, apart)
+        found = {name: path for name, path in found.items() if not MODULES.fullmatch(name)}
+        found |= {name: path for name, path in theirs.items() if MODULES.fullmatch(name)}
     same = base_path.resolve() == adapter.directory.resolve()
     brought = {} if same else _files(adapter.directory, {".", TEMPLATES}, apart)
     own = {name for name in brought if _is_tokenizer(name)}

