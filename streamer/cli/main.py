@@ -22,7 +22,7 @@ from streamer.cli.parser import build_parser, named_as_option
 from streamer.cli.progress import Progress, say
 from streamer.cli.signals import stop_on_signals
 from streamer.cli.summary import summary
-from streamer.errors import StorageError, StreamerError, UsageError, VerificationError, advice, one_line
+from streamer.errors import StorageError, StreamerError, UsageError, VerificationError, advice, one_line, printable
 from streamer.events import Monitor
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
         finally:
             progress.close()
     if prints:
-        _print(json.dumps(tree, indent=1) if args.json else text)
+        _print(json.dumps(tree, indent=1) if args.json else "\n".join(map(printable, text.split("\n"))))
     # On a terminal the numbers are just above.
     shown = prints and not args.json and not args.json_events and sys.stdout.isatty()
     progress.finish("" if shown else summary(tree))

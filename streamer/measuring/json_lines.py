@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def read_json_lines(path: Path, tokenizer: Tokenizer, sequences: int, length: in
 
 def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Sequence | Question:
     try:
-        tree = strict_json(raw)
+        tree = strict_json(raw.removeprefix(codecs.BOM_UTF8))  # of a file's first line
     except ValueError as e:
         raise FormatError(f"{where}: expected a JSON object, found other text: {e}") from e
     if not isinstance(tree, dict) or (kind := set(tree) & set().union(*KEYS)) not in KEYS:

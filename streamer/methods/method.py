@@ -156,7 +156,7 @@ class ByLambda(Method):
         object.__setattr__(self, "mitigation_lambda", float(lam))
         if not (self.amplify or 0 <= lam <= 1):
             raise UsageError(
-                f"lambda must be between 0 (remove) and 1 (keep), got {self.mitigation_lambda:g}; {_share_meant(lam)}"
+                f"lambda must be between 0 (remove) and 1 (keep), got {self.mitigation_lambda:.15g}; {_share_meant(lam)}"
                 "`amplify=True` allows other values"
             )
 

@@ -62,6 +62,13 @@ def test_a_current_directory_that_is_gone(inputs: tuple[Path, Path], tmp_path: P
     assert "streamer: the current directory: No such file or directory; " in done.stderr
 
 
+def test_control_characters_of_a_path_are_escaped(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    done = run("mitigate", *inputs, "-o", tmp_path / "red\x1b[31m", "--lambda", "0.5")
+    assert done.returncode == 0
+    assert r"red\x1b[31m" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+
+
 def test_a_sample_needs_inputs(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     streamer.merge_with_reduced_intruder_dimensions(*inputs, tmp_path / "out")
     with pytest.raises(UsageError, match="sample: needs BASE and ADAPTER"):

@@ -114,6 +114,14 @@ def test_answers_in_parts_and_calls_of_tools(tmp_path: Path) -> None:
         assert counted.tolist()[-5:] == masks.tolist()[-5:]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    save(tmp_path, "words")
+    path = lines(tmp_path / "t.jsonl", {"text": "the quick brown fox"}, {"text": "the dog"})
+    plain = read(path).ids
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [ids.tolist() for ids in read(path).ids] == [ids.tolist() for ids in plain]
+
+
 TEXT = {"type": "text", "text": "the fox"}
 
 
