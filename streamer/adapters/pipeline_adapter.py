@@ -24,6 +24,7 @@ from streamer.adapters.modules import Module
 from streamer.adapters.reader import lora_module, open_adapter, refuse_kinds
 from streamer.adapters.stated import NOTHING_STATED, Stated
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
+from streamer.storage.checkpoint import read_json_object
 from streamer.storage.identities import AdapterIdentity
 from streamer.storage.strict_json import strict_json
 from streamer.storage.tensor_file import IOMode, TensorFile
@@ -96,8 +97,8 @@ class PipelineAdapter(PeftAdapter):
         ):
             return (
                 *super().notes,
-                f"the scaling is that of {TRAINERS_KEY} in the file's metadata, as in training; diffusers scales by 1 unless set_adapters "
-                "gives it alpha/rank",
+                f"the scaling in the file's {TRAINERS_KEY} is applied, as in training; diffusers ignores it and uses 1 unless you pass "
+                "alpha/rank to set_adapters",
             )
         alphas = {round(module.scaling * module.rank, 6) for module in self.modules.values()}
         of_unet = any(name.startswith("lora_unet_") and not _FLUX.match(name) for name in self.modules)
@@ -205,11 +206,14 @@ def _configs(
     if in_metadata is not None:
         return {name: in_metadata.get(name.partition(".")[0]) or _lacks(file, name) for name in found}
     beside = file.path.with_name(CONFIG_NAME)
-    if not alphas and beside.is_file():
-        raise UnsupportedError(
-            f"{file.path}: states no scaling, and programs that read it do not read {beside.name} beside it; write an alpha for every "
-            "module, or move that config away if alpha is the rank"
-        )
+    own = file.path.name == WEIGHTS_NAME or not file.path.with_name(WEIGHTS_NAME).exists()
+    if not alphas and own and beside.is_file():
+        stated_there = read_json_object(beside)
+        if stated_there.get("lora_alpha") != stated_there.get("r") or stated_there.get("alpha_pattern"):
+            raise UnsupportedError(
+                f"{file.path}: states no scaling, and diffusers ignores {beside.name} beside it and uses 1; scale lora_B by it and "
+                f"move {beside.name} away, or write a LoRA config into the file's metadata"
+            )
     if alphas and len(alphas) < len(found):
         raise FormatError(
             f"{file.path}: {len(alphas)} of its {len(found)} modules have an alpha, and {next(n for n in found if n not in alphas)!r} has "
@@ -229,22 +233,18 @@ def _with_alpha(file: TensorFile, tensor: str | None) -> AdapterConfig | None:
 
 
 def _metadata(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | None:
-    """Read the LoRA config of each component from the metadata, as diffusers writes it: ``unet.r``, ``unet.lora_alpha`` and so on."""
-    names = [info.name for info in file.header.tensors]
-    scaled = any(name.endswith(".alpha") or name.startswith("lora_") for name in names)
-    keys = (METADATA_KEY,) if scaled else (METADATA_KEY, TRAINERS_KEY)
-    where = next((key for key in keys if file.header.metadata.get(key)), None)
-    if where is None:
-        return None
+    """Read the LoRA config of each component from the metadata, as diffusers (``unet.r`` and so on) or finetrainers writes it."""
+    raw = file.header.metadata.get(METADATA_KEY)
+    if not raw:
+        return _of_trainer(file, stated)
     try:
-        tree = strict_json(file.header.metadata[where].encode())
+        tree = strict_json(raw.encode())
     except ValueError as e:
-        raise FormatError(f"{file.path}: {where} of its metadata: bad JSON: {e}; save the adapter again") from None
+        raise FormatError(
+            f"{file.path}: {METADATA_KEY} of its metadata: bad JSON: {e}; save the adapter again"
+        ) from None
     if not isinstance(tree, dict):
-        raise FormatError(f"{file.path}: {where} of its metadata: expected an object; save the adapter again")
-    if "r" in tree:  # one config for all components
-        components = {name.partition(".")[0] for name in names}
-        tree = {f"{component}.{key}": value for component in components for key, value in tree.items()}
+        raise FormatError(f"{file.path}: {METADATA_KEY} of its metadata: expected an object; save the adapter again")
     values: dict[str, dict[str, Any]] = {}
     for key, value in tree.items():
         component, _, name = key.partition(".")
@@ -253,6 +253,21 @@ def _metadata(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | No
     for config in configs.values():
         refuse_kinds(config)
     return configs
+
+
+def _of_trainer(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | None:
+    """Read the one LoRA config that finetrainers states for all components; None for anything else under its key, and beside alphas."""
+    names = [info.name for info in file.header.tensors]
+    try:
+        tree = strict_json(file.header.metadata.get(TRAINERS_KEY, "").encode())
+    except ValueError:
+        return None
+    alphas = any(name.endswith(".alpha") or name.startswith("lora_") for name in names)
+    if alphas or not isinstance(tree, dict) or not {"r", "lora_alpha"} <= tree.keys():
+        return None
+    config = AdapterConfig(tree, file.path, stated)
+    refuse_kinds(config)
+    return {name.partition(".")[0]: config for name in names}
 
 
 def _lacks(file: TensorFile, module: str) -> AdapterConfig:

@@ -214,7 +214,7 @@ def lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, confi
         found = "has magnitudes" if magnitude else "has none"
         raise MismatchError(
             f"{config.path}: module {name!r}: use_dora is {config.get('use_dora')!r}, but the module {found}; use the config that was "
-            f"saved with these weights, or set use_dora to {str(magnitude is not None).lower()} if it is wrong"
+            f"saved with these weights, or, if the config is wrong, set use_dora to {str(magnitude is not None).lower()}"
         )
     if magnitude is None:
         return LoraModule(name, a.name, b.name, rank, scaling, shape, layer_kind, a.shape[2:])

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +64,20 @@ def normalize(name: str) -> str:
     return _WRAPPERS.sub(r"\1", name).removeprefix("module.").removeprefix(PREFIX)
 
 
-def saved_name(name: str) -> str:
-    """Return the name under which PEFT stores and finds a tensor: with its prefix, without wrappers and the adapter's name."""
-    plain = normalize(name)
+def saved_names(names: Collection[str]) -> dict[str, str]:
+    """Map the names under which PEFT stores and finds an adapter's tensors → their names in its file.
+
+    They have PEFT's prefix, and neither wrappers nor the adapter's name. If two tensors would get one name, all keep theirs.
+    """
+    plain = {normalize(name) for name in names}
+    found = {_saved_name(normalize(name), plain): name for name in names}
+    return found if len(found) == len(names) else {name: name for name in names}
+
+
+def _saved_name(plain: str, names: Collection[str]) -> str:
     rule, match = classify(plain)
-    if rule.role == "saved" and ".modules_to_save." in plain:
+    # PEFT's copies of biases below a saved module keep their names: the module's own tensors are beside them.
+    if rule.role == "saved" and ".modules_to_save." in plain and plain.replace(".modules_to_save.", ".") not in names:
         return f"{PREFIX}{match['module']}.{match['parameter']}"
     own = match.groupdict().get("adapter")
     if own is None or own == "weight":  # lora_magnitude_vector.weight, which PEFT reads too

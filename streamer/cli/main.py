@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 def run(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     _open_missing_streams()
-    if sys.stdout is not None and sys.stdout.errors == "strict":
+    if sys.stdout is not None and (sys.stdout.errors == "strict" or "utf" not in str(sys.stdout.encoding).lower()):
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as stderr, a TextIOWrapper
     wait_passively()
     given = sys.argv[1:] if argv is None else argv
     try:
-        if any(arg == "" or re.fullmatch("--[a-z-]+=", arg) for arg in given):
-            raise BadUsage("an argument is empty; is a variable of the shell unset? (the current directory is '.')")
+        if any(arg == "" or re.fullmatch("--?[a-z-]+=", arg) for arg in given):
+            raise BadUsage("an argument is empty; is a variable of the shell unset? Pass '.' for the current directory")
         args = build_parser().parse_args(given)
     except BadUsage as e:
         _refuse(e.message, given)
@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
     monitor = Monitor(progress)
     try:
         os.getcwd()
-    except OSError as e:  # MKL would end the process
+    except OSError as e:  # MKL aborts
         raise StorageError(f"the current directory: {e.strerror}; change to one that exists") from e
     prints = args.json or not args.quiet
     if prints and sys.stdout is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,6 +102,9 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Seq
     return np.array(ids, np.int64), np.array(marks, bool)
 
 
+CALLS = ("tool_calls", "function_call")
+"""Keys in which a message has calls of tools."""
+
 MARK = "[content of this answer]"
 """Text that stands in for an answer's content, to find where a template writes it."""
 
@@ -150,18 +154,27 @@ def _check_written(where: str, messages: list[Any], whole: str, rendered: Callab
     """Refuse messages of which the template writes something else, or nothing: the model would be measured on another text."""
     for content in (m.get("content") for m in messages):
         parts = content if isinstance(content, list) else []
-        if other := next((p for p in parts if not isinstance(p, dict) or p.get("type") != "text"), None):
-            raise FormatError(f"{where}: expected the parts of 'content' to be texts, found {quoted(other)}")
-        if parts and str(parts[0]) in whole:
-            raise FormatError(f"{where}: the chat template does not read 'content' in parts; give it as one string")
-    if any(m.get("tool_calls") for m in messages):
-        without = [{key: value for key, value in m.items() if key != "tool_calls"} for m in messages]
+        if other := next((p for p in parts if not isinstance(p, dict) or not isinstance(p.get("text"), str)), None):
+            raise FormatError(
+                f"{where}: expected only parts of type 'text' in 'content', found {quoted(other)}; give 'prompt' and 'completion'"
+            )
+        for part in parts:
+            # A template may cut the thought off an answer.
+            dropped = part["text"].rpartition("</think>")[2].strip() not in whole
+            if dropped or any(
+                data in whole for data in (str(part), json.dumps(part), json.dumps(part, ensure_ascii=False))
+            ):
+                raise FormatError(
+                    f"{where}: the chat template does not support 'content' as a list of parts; give it as one string"
+                )
+    if any(m.get(key) for m in messages for key in CALLS):
+        without = [{key: value for key, value in m.items() if key not in CALLS} for m in messages]
         try:
             ignored = rendered(without) == whole
         except FormatError:
             ignored = False  # a message without content needs its calls
         if ignored:
-            raise FormatError(f"{where}: the chat template ignores 'tool_calls'; give 'prompt' and 'completion'")
+            raise FormatError(f"{where}: the chat template ignores its calls of tools; give 'prompt' and 'completion'")
 
 
 def _header(tokenizer: Tokenizer, before: list[Any], content: Any, plain: str) -> str | None:

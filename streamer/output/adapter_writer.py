@@ -1,4 +1,4 @@
-"""Write a mitigated adapter in the form of the original: new factors, everything else unchanged."""
+"""Write a mitigated adapter: new factors, PEFT's names, all other values unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from streamer.adapters.target_parameters import without_layout
-from streamer.adapters.tensor_names import saved_name
+from streamer.adapters.tensor_names import saved_names
 from streamer.errors import UnsupportedError
 from streamer.output.job import Job
 from streamer.output.mitigated_factors import MitigatedFactors
@@ -27,7 +27,7 @@ HASHES = ("modelspec.hash_sha256", "sshs_legacy_hash", "sshs_model_hash")
 
 
 class AdapterWriter(Writer):
-    """Writer of the original adapter's tensors, names, order, dtypes and config, with new factors of mitigated modules."""
+    """Writer of the original adapter's tensors, order, dtypes and config, with new factors of mitigated modules, under PEFT's names."""
 
     def __init__(self, job: Job, path: Path) -> None:
         plan = job.plan
@@ -46,8 +46,9 @@ class AdapterWriter(Writer):
             )
         header, values = plan.adapter.file.header, plan.adapter.config.values
         kind = None if plan.config.pipeline else plan.adapter.config.peft_type
-        names = [saved_name(t.name) if kind == "LORA" else t.name for t in header.tensors]
-        self._read = dict(zip(names, header.tensors, strict=True))
+        names = {t.name: t.name for t in header.tensors}
+        names = saved_names(names) if kind == "LORA" else names
+        self._read = {name: header.by_name[own] for name, own in names.items()}
         entries = [(name, t.dtype, t.shape) for name, t in self._read.items()]
         metadata = {key: text for key, text in header.metadata.items() if key not in HASHES}
         shard = plan_shard(plan.adapter.file.path.name, entries, {**metadata, **job.stamp("mitigate")})

@@ -18,7 +18,7 @@ from streamer.adapters.adapter_config import WEIGHTS_NAME
 from streamer.adapters.config_rules import is_residual
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.adapters.modules import MethodModule
-from streamer.adapters.tensor_names import PREFIX, saved_name
+from streamer.adapters.tensor_names import PREFIX, saved_names
 from streamer.errors import UnsupportedError, UsageError
 from streamer.linalg.energy import energies, energies_bytes, least_rank
 from streamer.linalg.low_rank import LowRank
@@ -255,7 +255,8 @@ def _layout(plan: Plan) -> LoraLayout:
     kept = ("base_model_name_or_path", "modules_to_save", "peft_version", "revision", "task_type",
             "trainable_token_indices")  # fmt: skip
     config = {key: adapter.config.values[key] for key in kept if key in adapter.config.values}
-    carried = {saved_name(c.source): adapter.tensors[c.source] for c in adapter.carried}
+    names = saved_names(dict.fromkeys(c.source for c in adapter.carried))
+    carried = {name: adapter.tensors[own] for name, own in names.items()}
     return LoraLayout({t.module.name: t.module.name for t in plan.targets}, carried, config, {})
 
 

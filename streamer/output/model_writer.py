@@ -18,7 +18,7 @@ from streamer.output.mitigation_memory import mitigation_bytes
 from streamer.output.output_spec import OutputSpec, Writer
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.memory_estimate import MemoryEstimate
-from streamer.plan.side_files import other_files, skipped_files, stale_weights, weights_below, with_modules
+from streamer.plan.side_files import other_files, skipped_files, stale_weights, with_modules
 from streamer.plan.targets import Target
 from streamer.plan.tokenizer import with_tokenizer
 from streamer.storage.buffers import Piece
@@ -96,8 +96,8 @@ def _spec(job: Job, path: Path, model: MergedModel) -> OutputSpec:
     components = dict.fromkeys(name.partition("/")[0] for name in shards) if plan.config.pipeline else {}
     stale += stale_weights((name for name, _ in copies), components)
     copies = [c for c in copies if c[0] not in stale]
-    copies, tokenizer, lost, says = with_tokenizer(plan, with_modules(copies, plan.adapter.path))
-    lost += weights_below(plan.adapter.path, copies)
+    copies, lacks = with_modules(copies, plan.adapter.path)
+    copies, tokenizer, lost, says = with_tokenizer(plan, copies)
     written = {*base.files, INDEX_NAME, RECORD_NAME, *apart}
     skipped = [] if source is None else [name for name in skipped_files(source, adapter) if name not in written]
     # A loader would apply an adapter beside the model again.
@@ -111,6 +111,6 @@ def _spec(job: Job, path: Path, model: MergedModel) -> OutputSpec:
     base_bytes = sum(base.files[name].header.data_bytes for name in shards) if components else base.data_bytes
     return OutputSpec(
         job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base_bytes, model.texts, tokenizer,
-        warnings=[*job.warnings, *lost], notes=[*plan.edits.notes, *model.head.notes, *says], advice=list(model.head.advice),
+        warnings=[*job.warnings, *lacks, *lost], notes=[*plan.edits.notes, *model.head.notes, *says], advice=list(model.head.advice),
         norms=3 if job.method.needs is Needs.COEFFICIENTS else 2, model_tensors=model.tensor_count,
     ).with_card(model.head.pipeline)  # fmt: skip

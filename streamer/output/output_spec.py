@@ -122,6 +122,7 @@ class OutputSpec:
     @cached_property
     def output(self) -> OutputPlan:
         """Plan the files in the order of writing, with the commit point last, and the digest that identifies this output."""
+        plan = self.job.plan
         copies = [(name, p.stat().st_size) for name, p in self.copies]
         texts = [(name, len(data)) for name, data in self.texts.items()]
         shards = [(name, shard.nbytes) for name, shard in self.shards.items()]
@@ -129,12 +130,16 @@ class OutputSpec:
         *files, commit = *copies, *texts, *shards, *finals
         card = [] if self.card is None else [(CARD_NAME, self.card.most_bytes)]
         files = [*files, *card, commit]
-        plan = self.job.plan
-        # The tool's version and the names of the inputs do not count: another version's output is the same output.
+        # The version of streamer and the names of the inputs do not count.
         data = [(name, shard.header.data_bytes) for name, shard in self.shards.items()]
+        named = "\n".join(t.name for shard in self.shards.values() for t in shard.header.tensors)
+        # What was trained beside the adapter, such as sentence-transformers' 2_Dense, is not known by its size alone.
+        below = "" if plan.adapter.describes_model else str(plan.adapter.path)
+        trained = {name: _digest_of(path) for name, path in self.copies if below and path.is_relative_to(below)}
         converted = {} if self.to_lora is None else {"to_lora": self.to_lora}
         digest = plan.digest(
             command=self.command, files=[*copies, *texts, *finals], data=data,
+            named=hashlib.sha256(named.encode()).hexdigest(), trained=trained,
             original_card=hashlib.sha256(self._original_card()).hexdigest(), **self.job.decisions(), **converted,
         )  # fmt: skip
         # A run resumed under other names of its inputs, through links, would otherwise write both names.
@@ -196,6 +201,11 @@ class Writer(ABC):
         job
             The spec's job, with its findings available.
         """
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def adapter_spec(

@@ -1,9 +1,9 @@
 """Compare what an adapter's config announces with the tensors in its file.
 
 PEFT loads a partly saved adapter and fills the gaps with values that nobody trained. Only the adapter can supply the tensors of
-``modules_to_save`` and ``trainable_token_indices`` and the biases of ``lora_bias``, so an adapter without them is refused. Biases of
-``bias="all"`` and modules of ``target_modules`` may be missing on purpose, so the base's values are kept, with a warning. Factors that
-the config does not target are applied, with a warning.
+``modules_to_save`` and ``trainable_token_indices``, and the biases of ``lora_bias`` for layers that have one, so an adapter without them
+is refused. Biases of ``bias="all"`` and modules of ``target_modules`` may be missing on purpose, so the base's values are kept, with a
+warning. Factors that the config does not target are applied, with a warning.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Announced:
         if not self._adapter.config.get("lora_bias"):
             return
         found = {c.module for c in self._adapter.carried if c.role == "lora_bias"}
-        # Some programs write biases only where the base has one. All others are zero: PEFT cannot merge them.
+        # Some programs write biases only for layers that have one; PEFT takes missing ones as zero.
         if missing := [f"{name}.lora_B.bias" for name in self._biased if name not in found]:
             yield f"lora_bias is true, but {_missing(missing)}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -79,26 +80,36 @@ def unread_weights(adapter: Path | None, own: str) -> tuple[str, ...]:
     return (f"{listed(found)} beside the adapter: {why}",) if found else ()
 
 
-def with_modules(copies: list[tuple[str, Path]], adapter: Path) -> list[tuple[str, Path]]:
-    """Replace the modules that sentence-transformers runs after the transformer by the adapter's, if it was saved with some."""
-    if not (adapter / "modules.json").is_file():
-        return copies
-    own = [c for c in other_files(adapter) if _MODULES.fullmatch(c[0])]
-    return sorted([*own, *(c for c in copies if not _MODULES.fullmatch(c[0]))])
+def with_modules(copies: list[tuple[str, Path]], adapter: Path) -> tuple[list[tuple[str, Path]], list[str]]:
+    """Replace the modules that sentence-transformers runs after the transformer by the adapter's, if it was saved with some.
 
-
-def weights_below(adapter: Path, copies: Iterable[tuple[str, Path]]) -> list[str]:
-    """Note the weights in subfolders of an adapter that a merged model does not take along; folders with a config are others' models."""
-    taken = {path for _, path in copies}
-    found = [
-        name
-        for name, path in (other_files(adapter) if adapter.is_dir() else ())
-        if "/" in name and _STALE.search(name) and path not in taken and not any(path.parent.glob("*config.json"))
-    ]
-    it = "it" if len(found) == 1 else "them"
-    return (
-        [f"{listed(found)} of the adapter: not used; if its trainer loads {it}, the result lacks {it}"] if found else []
+    Returns
+    -------
+    copies, warnings
+        The files that a merged model takes along; and which weights in the adapter's subfolders are not among them. A folder with a
+        config is taken for another model.
+    """
+    try:
+        folders = [adapter / module["path"] for module in json.loads((adapter / "modules.json").read_bytes())]
+    except (OSError, ValueError, KeyError, TypeError):
+        folders = []
+    missing = [folder.name for folder in folders if not folder.is_dir()]
+    below = other_files(adapter) if adapter.is_dir() else []
+    if folders and not missing:
+        own = [c for c in below if _MODULES.fullmatch(c[0])]
+        copies = sorted([*own, *(c for c in copies if not _MODULES.fullmatch(c[0]))])
+    warnings = (
+        [f"modules.json beside the adapter names {listed(missing)}, not found: the base's modules are kept"]
+        if missing
+        else []
     )
+    taken = {path for _, path in copies}
+    others = [(name, path) for name, path in below if "/" in name and _UNREAD.match(path.name) and path not in taken]
+    if found := [name for name, path in others if not any(path.parent.glob("*config.json"))]:
+        warnings.append(
+            f"{listed(found)} in the adapter's directory: not merged; the result lacks what its trainer would load from there"
+        )
+    return copies, warnings
 
 
 def read_beside(directory: Path, names: Collection[str]) -> list[str]:

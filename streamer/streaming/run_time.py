@@ -114,7 +114,7 @@ class _Names:
         on_disk = [*plan.weights.stored, *(n for n in edits.sources if n not in plan.weights.stored)]
         for loaded in renames.loaded(on_disk):
             self.at[loaded.name].append(loaded)
-        for name in on_disk:  # transformers does not apply a rename that leads nowhere
+        for name in on_disk:  # transformers skips a rename if the model has no tensor of the new name
             self.at.setdefault(name, [Loaded(name, name)])
         self.ties: dict[str, TiedNames] = {}
         architecture = architecture_for(plan.config)

@@ -96,11 +96,16 @@ class AdapterFiles:
         plain = _WRAPPERS.sub(r"\1", name).replace("..", ".").removeprefix(".").removeprefix("module.")
         return plain.removeprefix("base_model.model.")
 
-    @classmethod
-    def saved_name(cls, name: str) -> str:
-        """Return the name that PEFT saves and finds, without the adapter's own name."""
-        plain = _NAMED.sub(r".\1", cls.plain_name(name))
-        return "base_model.model." + re.sub(r"\.modules_to_save\.(?:[^.]+\.(?=.))?", ".", plain)
+    def saved_names(self) -> dict[str, str]:
+        """Map the names that PEFT saves and finds → the file's; all keep theirs if two would be one."""
+        stored, found = self.files.all_names, dict[str, str]()
+        plain = {self.plain_name(name) for name in stored}
+        for name in stored:
+            short = _NAMED.sub(r".\1", self.plain_name(name))
+            if short.replace(".modules_to_save.", ".") not in plain:
+                short = re.sub(r"\.modules_to_save\.(?:[^.]+\.(?=.))?", ".", short)
+            found[f"base_model.model.{short}"] = name
+        return found if len(found) == len(stored) else {name: name for name in stored}
 
     def factors(self, module: str, replaced: bool = False) -> Factors:
         """Read a module's LoRA tensors; set `replaced` if the caller also applies the adapter's other values for the module.
@@ -204,5 +209,5 @@ class AdapterFiles:
         if stored.shape == (n, m):
             return True
         raise NotRecomputed(
-            f"its factors give a matrix of {m} by {n}, and it is stored as {stored.dtype} {list(stored.shape)}"
+            f"its factors give a matrix of {m} by {n}, but the weight is stored as {stored.dtype} {list(stored.shape)}"
         )

@@ -208,7 +208,7 @@ class AdapterTensors:
         roles = {part.source: part.role for part in parts(self.files)}
         recomputed = {self.files.saved_weight(row["module"]) for row in self.record["matrices"]}
         others = [name for name, role in roles.items() if (copied or role != "factor") and name not in recomputed]
-        named = {name if copied else self.adapter.saved_name(name): name for name in theirs.all_names}
+        named = {name: name for name in theirs.all_names} if copied else self.adapter.saved_names()
         for name in [] if rewritten else sorted(roles.keys() ^ named.keys()):
             self._differ(name, "the names of the adapter's tensors", "one more" if name in roles else "none")
         for name in sorted(others):

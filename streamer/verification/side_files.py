@@ -81,7 +81,8 @@ def _wanted(
     stays = any(map(_is_tokenizer, found))
     if adapter.is_model:
         return found, "adapter" if stays else None
-    if (adapter.directory / "modules.json").is_file():
+    modules = _modules(adapter.directory)
+    if modules and all(folder.is_dir() for folder in modules):
         theirs = _files(adapter.directory, folders, apart)
         found = {name: path for name, path in found.items() if not MODULES.fullmatch(name)}
         found |= {name: path for name, path in theirs.items() if MODULES.fullmatch(name)}
@@ -105,6 +106,14 @@ def _files(directory: Path, folders: set[str], apart: set[str]) -> dict[str, Pat
     inside = (directory / folder for folder in folders if (directory / folder).is_dir())
     found = {str(path.relative_to(directory)): path for folder in inside for path in folder.iterdir() if path.is_file()}
     return {name: path for name, path in found.items() if name not in apart}
+
+
+def _modules(adapter: Path) -> list[Path]:
+    """List the folders that an adapter's ``modules.json`` names."""
+    try:
+        return [adapter / module["path"] for module in json.loads((adapter / "modules.json").read_bytes())]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _is_tokenizer(name: str) -> bool:

@@ -226,7 +226,15 @@ def open_matrix(files: TensorFiles, name: str, shape: tuple[int, int], transpose
     if dtype in FLOATS:
         return Matrix(files, name, shape, transposed, dtype)
     beside = next((s for s in (f"{name}_scale_inv", f"{name}_scale") if s in files), None)
-    if dtype != FP8 or beside is None or len(stored) != 2 or files.stored(beside).dtype not in FLOATS:
+    scales = Stored("", ()) if beside is None else files.stored(beside)
+    if (
+        dtype != FP8
+        or len(stored) != 2
+        or transposed
+        or beside is None
+        or scales.dtype not in FLOATS
+        or 0 in scales.shape
+    ):
         raise NotRecomputed(f"it is stored as {dtype}, which is not decoded here")
     grid = files.whole(beside)
     grid = grid.reshape(len(grid) if grid.ndim else 1, -1)  # ModelOpt's are (rows, 1, columns, 1)
@@ -234,7 +242,7 @@ def open_matrix(files: TensorFiles, name: str, shape: tuple[int, int], transpose
 
 
 def _block(config: str, shape: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, int]:
-    """Find how many rows and columns share a scale: all, as the config states, 128 and 128, or as many as divide evenly."""
+    """Find how many rows and columns share a scale: try the whole matrix, the config's sizes, 128×128, an even division."""
     stated = re.findall(r'"(?:weight_block_size|block_structure)"\s*:\s*["\[]\s*([1-9]\d*)\s*[,x]\s*([1-9]\d*)', config)
     even = [tuple(size // max(1, count) for size, count in zip(shape, grid, strict=True))]
     for bm, bn in [shape, *((int(m), int(n)) for m, n in stated), (128, 128), *even]:

@@ -36,7 +36,7 @@ def verify(
     if sample != "all" and (isinstance(sample, bool) or not isinstance(sample, int) or sample < 1):
         raise UsageError(f"sample: expected a count from 1 or 'all', found {sample!r}")
     if base is None and sample == "all":
-        raise UsageError("sample: needs BASE and ADAPTER, from which the matrices are recomputed")
+        raise UsageError("sample: 'all' recomputes matrices from BASE and ADAPTER; give both, or leave it out")
     path = Path(output)
     inputs = None if base is None or adapter is None else (Path(base), Path(adapter))
     if not path.exists():

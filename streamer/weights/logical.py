@@ -99,7 +99,7 @@ class WeightView(Mapping[str, Weight]):
         return replace(stored.format.make(name, stored.tensors, self.quantization), encoding=self.encoding)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return a weight's shape, also that of integers, which no weight is made of."""
+        """Return the shape of a stored tensor, also of one of integers, which have no `Weight`."""
         one = None if name in self.replacements or name in self.derived else self.stored[name]
         return self[name].shape if one is None or one.format is not None else one.tensors["weight"].info.shape
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def test_without_docstrings(inputs: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_a_stdout_of_few_characters(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    """The table of findings has characters that ASCII lacks, and so may names."""
+    """Paths may have characters that ASCII lacks, and so have some tables."""
     base, adapter = inputs
     named = Path(shutil.copytree(adapter, tmp_path / "ünï±"))
     done = run("mitigate", base, named, "-o", tmp_path / "out±", "--lambda", "0.5", PYTHONIOENCODING="ascii")
@@ -43,7 +44,7 @@ def test_a_stdout_of_few_characters(inputs: tuple[Path, Path], tmp_path: Path) -
 
 @pytest.mark.parametrize("place", ["BASE", "--output"])
 def test_an_empty_argument(inputs: tuple[Path, Path], tmp_path: Path, place: str) -> None:
-    """As of a variable that is unset: it is not the current directory."""
+    """An unset variable of the shell gives one."""
     base, adapter = inputs
     argv = ["inspect", "", adapter] if place == "BASE" else ["merge", base, adapter, "--output="]
     done = run(*argv, cwd=tmp_path)
@@ -53,11 +54,12 @@ def test_an_empty_argument(inputs: tuple[Path, Path], tmp_path: Path, place: str
 
 
 def test_a_current_directory_that_is_gone(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    """The library that multiplies would end the process."""
+    """MKL would abort."""
     (tmp_path / "gone").mkdir()
-    line = f"cd {tmp_path / 'gone'} && rmdir {tmp_path / 'gone'} && exec {sys.executable} -m streamer inspect {inputs[0]} {inputs[1]}"
+    line = f'cd "$0" && rmdir "$0" && exec {shlex.quote(sys.executable)} -m streamer inspect "$1" "$2"'
     environment = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), **ENV}
-    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=environment, check=False)
+    command = ["sh", "-c", line, tmp_path / "gone", *inputs]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 6
     assert "streamer: the current directory: No such file or directory; " in done.stderr
 
@@ -71,5 +73,5 @@ def test_control_characters_of_a_path_are_escaped(inputs: tuple[Path, Path], tmp
 
 def test_a_sample_needs_inputs(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     streamer.merge_with_reduced_intruder_dimensions(*inputs, tmp_path / "out")
-    with pytest.raises(UsageError, match="sample: needs BASE and ADAPTER"):
+    with pytest.raises(UsageError, match="sample: 'all' recomputes matrices from BASE and ADAPTER"):
         streamer.verify_output(tmp_path / "out", sample="all")

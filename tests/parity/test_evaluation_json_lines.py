@@ -112,6 +112,12 @@ def test_answers_in_parts_and_calls_of_tools(tmp_path: Path) -> None:
         masks = np.array(made["assistant_masks"], bool)
         assert all(counted[masks])
         assert counted.tolist()[-5:] == masks.tolist()[-5:]
+    two = {
+        **question,
+        "content": [*question["content"], {"type": "text", "text": "and a dog"}],
+    }  # the template writes the first part
+    with pytest.raises(FormatError, match="as a list of parts"):
+        read(lines(tmp_path / "t.jsonl", {"messages": [two, answer]}))
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
@@ -128,13 +134,14 @@ TEXT = {"type": "text", "text": "the fox"}
 @pytest.mark.parametrize(
     ("question", "answer", "words"),
     [
-        ({"content": [TEXT]}, {"content": "jugs"}, "does not read 'content' in parts; give it as one string"),
-        ({"content": [TEXT, {"type": "image"}]}, {"content": "jugs"}, "expected the parts of 'content' to be texts, found {'type': "),
-        ({"content": "fox"}, {"content": "jugs", "tool_calls": [{"function": {"name": "f"}}]}, "ignores 'tool_calls'"),
+        ({"content": [TEXT]}, {"content": "jugs"}, "does not support 'content' as a list of parts; give it as one string"),
+        ({"content": [TEXT, {"type": "image"}]}, {"content": "jugs"}, "expected only parts of type 'text' in 'content', found {'type': "),
+        ({"content": "fox"}, {"content": "jugs", "tool_calls": [{"function": {"name": "f"}}]}, "ignores its calls of tools"),
+        ({"content": "fox"}, {"content": "jugs", "function_call": {"name": "f"}}, "ignores its calls of tools"),
     ],
 )  # fmt: skip
 def test_what_a_template_does_not_write(question: Any, answer: Any, words: str, tmp_path: Path) -> None:
-    """Neither as Python's list of parts nor without a call is it what the model sees."""
+    """The model would see another text."""
     save(tmp_path, template=PROMPTLESS)
     messages = [{"role": "user", **question}, {"role": "assistant", **answer}]
     with pytest.raises(FormatError, match=re.escape(words)):

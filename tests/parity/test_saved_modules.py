@@ -97,3 +97,9 @@ def test_copies_that_peft_017_wrote_without_the_adapters_name(same: bool, tmp_pa
     merge(mitigation_lambda=1)
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["classifier.dense.bias"], bias)
     assert torch.equal(model.base_model.model.classifier.modules_to_save["default"].dense.bias, bias)
+    half = tmp_path / "half"
+    streamer.reduce_intruder_dimension(
+        tmp_path / "base", tmp_path / "adapter", half, method="shrink", mitigation_lambda=0.5
+    )
+    assert load_file(half / file.name).keys() == load_file(file).keys()
+    assert streamer.verify_output(half, tmp_path / "base", tmp_path / "adapter", sample="all")["verified"]

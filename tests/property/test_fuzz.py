@@ -14,7 +14,7 @@ from seeds import vary
 
 from streamer.errors import StreamerError
 
-# Warnings are what users see, of an old PEFT or of a strange pattern: no crash.
+# Warnings about old versions of PEFT or odd patterns are expected here.
 pytestmark = pytest.mark.filterwarnings("ignore::streamer.errors.StreamerWarning", "ignore::FutureWarning")
 
 EXECUTIONS = 120

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import one_file
-from pipelines import KOHYA, LORA, SHAPES, TO_Q, factors, lora, scaling, write_pipeline
+from pipelines import CONV, FC1, KOHYA, LORA, SHAPES, TO_Q, factors, lora, scaling, write_pipeline
 from safetensors.torch import load_file, save_file
 
 import streamer
@@ -21,7 +21,7 @@ from streamer.errors import FormatError, InputError, MismatchError, OutputExists
 from streamer.plan.plan import make_plan
 
 Tensors = dict[str, torch.Tensor]
-pytestmark = pytest.mark.filterwarnings("ignore:.*alphas differ", "ignore:the scaling is that of lora_config")
+pytestmark = pytest.mark.filterwarnings("ignore:.*alphas differ", "ignore:the scaling in the file's lora_config")
 FORMS = ("kohya", "metadata", "finetrainers", "plain")
 TO_Q_NAME = KOHYA[f"unet.{TO_Q}"]
 
@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], object], str, type[InputError], str
     "alphas and a config": (lambda t: t.update({f"{m}.alpha": torch.ones(()) for m in KOHYA}), "metadata", MismatchError, "both alphas"),
     "two alphas": (lambda t: t.update({f"{TO_Q_NAME}.alpha": torch.ones(2)}), "kohya", FormatError, r"found F32 of shape \[2\]"),
     "an alpha of zero": (lambda t: t.update({f"{TO_Q_NAME}.alpha": torch.zeros(())}), "kohya", FormatError, "other than 0"),
-    "a scaling elsewhere": (lambda t: None, "plain, config beside", UnsupportedError, "do not read adapter_config.json beside it"),
+    "a scaling elsewhere": (lambda t: None, "plain, config beside", UnsupportedError, "diffusers ignores adapter_config.json beside it"),
     "half a module": (lambda t: t.pop(f"{TO_Q_NAME}.lora_up.weight"), "kohya", FormatError, "no factor B"),
     "another rank": (lambda t: t.update({f"unet.{TO_Q}.lora_A.weight": torch.ones(1, 5), f"unet.{TO_Q}.lora_B.weight": torch.ones(6, 1)}),
                      "metadata", MismatchError, "expected rank 2 by the config, found 1"),
@@ -136,7 +136,7 @@ def test_kohya_names_of_a_transformer_are_its_own(tmp_path: Path) -> None:
     (base / "transformer" / "config.json").write_text('{"_class_name": "QwenImageTransformer2DModel"}')
     save_file(tensors, tmp_path / LORA, metadata)
     found = {target.tensor for target in make_plan(base, tmp_path / LORA).targets}
-    assert found == {f"transformer.{TO_Q}.weight", "transformer.conv_in.weight", *(t for t in found if "text" in t)}
+    assert found == {f"transformer.{TO_Q}.weight", f"transformer.{CONV}.weight", f"text_encoder.{FC1}.weight"}
 
 
 MISFITS = {
