@@ -119,9 +119,9 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         directory = tokenizer_directory(plan)
         self.tokenizer = load_tokenizer(Path(REQUESTS), directory).loaded
         config = require_transformers().AutoConfig.from_pretrained(plan.base.directory, local_files_only=True)
-        self.max_length = max_length or min(
-            resolve_max_length(config, self.tokenizer), (self._model.positions or sys.maxsize) - 1
-        )
+        # The last token of a request runs too, unlike in the harness.
+        positions = (self._model.positions or sys.maxsize) - self._model.strict_positions
+        self.max_length = max_length or min(resolve_max_length(config, self.tokenizer), positions)
         self._cache = cache
         with _using(cache):
             self._results = sqlite3.connect(":memory:" if cache is None else cache)

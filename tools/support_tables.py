@@ -30,8 +30,8 @@ LORA = (
     Support("DoRA on layers, embeddings and convolutions", "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
     Support("`modules_to_save`, `bias`, `lora_bias`, saved or resized embeddings, `trainable_token_indices`", "not judged",
             "copied, bit for bit", "applied; new tensors are added, `vocab_size` is set"),
-    Support("LoRA on a tied head or embedding, of any name", "yes", "yes",
-            "unties them in the config if they differ; refused for models like T5, which no config can untie"),
+    Support("LoRA on a tied head or embedding, of any name; refused for models like T5, which no config can untie", "yes", "yes",
+            "unties them in the config if they differ"),
 )  # fmt: skip
 
 EXPERTS = Support("a fully fine-tuned mixture with stacks of experts, of a class that transformers has", "expert by expert",

@@ -330,9 +330,7 @@ def explained(keywords: type, *options: Any) -> Callable[[Function], Function]:
         stated = re.findall(r"^(\w[\w, ]*)\n((?:    .*\n?|\n(?=    ))+)", said, re.MULTILINE)
         texts = {name: f"{name}\n{text}" for name, text in _TEXTS.items()}
         texts |= {name: f"{line}\n{text}" for line, text in stated for name in line.split(", ")}
-        paragraphs = dict.fromkeys(
-            texts[name].rstrip() for name in names if head
-        )  # several may share one; -OO has none
+        paragraphs = dict.fromkeys(texts[name].rstrip() for name in names if head)  # one for several; -OO has none
         checked.__doc__ = "\n".join([f"{head}{mark}".rstrip(), *paragraphs, "", tail])
         checked.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]  # where inspect.signature looks for it
         return cast(Function, checked)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from streamer.fitting.fit_memory import columns_of_inputs
 from streamer.fitting.options import WEIGHTS
@@ -33,11 +36,16 @@ LENGTHS = 32
 
 
 def of_few_lengths(text: TextSequences) -> TextSequences:
-    """Cut the ends of sequences, if necessary, so that they have at most `LENGTHS` lengths: sequences of one length run together."""
-    step = 1
-    while len({len(ids) // step for ids in text.ids}) > LENGTHS:
-        step *= 2
-    sizes = [max(2, len(ids) // step * step) for ids in text.ids]
+    """Cut the ends of sequences, if necessary, so that they have at most `LENGTHS` lengths: sequences of one length run together.
+
+    The lengths that go are those that cost the fewest tokens, one after the other.
+    """
+    counts = Counter(len(ids) for ids in text.ids)
+    while len(counts) > LENGTHS:
+        _, size, below = min((counts[size] * (size - below), size, below) for below, size in pairwise(sorted(counts)))
+        counts[below] += counts.pop(size)
+    kept = sorted(counts)
+    sizes = [kept[bisect_right(kept, len(ids)) - 1] for ids in text.ids]
     cut = tuple(ids[:n] for ids, n in zip(text.ids, sizes, strict=True))
     return TextSequences(cut, tuple(c[:n] for c, n in zip(text.counted, sizes, strict=True)), text.name)
 

@@ -73,13 +73,20 @@ class LiveModel:
         """
         every = dict(_entries(self.model, "", base_only=False))
         by_id = {id(live.tensor): live for live in every.values()}
-        with quiet_peft():
-            saved = require_peft().get_peft_model_state_dict(
-                self.model,
-                state_dict={name: live.tensor for name, live in every.items()},
-                adapter_name=adapter_name or self.adapter_name,
-                save_embedding_layers=False,
-            )
+        adapter_name = adapter_name or self.adapter_name
+        try:
+            with quiet_peft():
+                saved = require_peft().get_peft_model_state_dict(
+                    self.model,
+                    state_dict={name: live.tensor for name, live in every.items()},
+                    adapter_name=adapter_name,
+                    save_embedding_layers=False,
+                )
+        except KeyError as e:
+            raise UnsupportedError(
+                f"adapter {adapter_name!r}: PEFT cannot save it, because it looks for {e}, which only another adapter has; load it into a "
+                "model of its own"
+            ) from e
         return {name: by_id.get(id(t)) or LiveTensor(self.model, name, t) for name, t in saved.items()}
 
     def adapter_config(self) -> AdapterConfig:
@@ -138,7 +145,12 @@ def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
     configs = getattr(model, "peft_config", None)
     if not isinstance(model, nn.Module) or not isinstance(configs, dict) or not configs:
         raise UsageError(
-            f"peft_model: expected a model with PEFT adapters, found {type(model).__name__}; load one with PeftModel.from_pretrained"
+            f"peft_model: expected a model with PEFT adapters, found {type(model).__name__}; load one with PeftModel.from_pretrained, or "
+            "pass the one inside it"
+        )
+    if isinstance(model, peft.PeftModel) and isinstance(model.get_base_model(), peft.PeftModel):
+        raise UnsupportedError(
+            "peft_model: a PeftModel around a PeftModel is not supported; merge the inner one, or pass it alone"
         )
     if isinstance(model, peft.PeftMixedModel):
         raise UnsupportedError("peft_model: a PeftMixedModel, whose adapters are of several kinds, is not supported")

@@ -101,6 +101,8 @@ class LoadedModel:
         Rows of the head's weight.
     positions
         Most tokens that a sequence may have, if the model's config states it.
+    strict_positions
+        Whether one token more would fail, or change the positions of the others.
     size
         See `ModelSize`.
     """
@@ -136,7 +138,10 @@ class LoadedModel:
                 inner += [tensor for tensor in own.values() if len(tensor.shape) > 1]
         self.vocabulary = self._head.out_features
         config = self._model.config.get_text_config()  # type: ignore[operator, union-attr]  # as above
-        self.positions = self._position_count(getattr(config, "max_position_embeddings", None))
+        tables = [m for path, m in self._model.named_modules() if isinstance(m, nn.Embedding) and "position" in path]
+        self.positions = _position_count(tables, getattr(config, "max_position_embeddings", None))
+        rope = str(getattr(config, "rope_parameters", None))
+        self.strict_positions = bool(tables) or "dynamic" in rope or "longrope" in rope
         self.size = self._size(config, inner, tensors.values())
 
     def inside(self, layer: str) -> list[RunTimeTensor]:
@@ -174,13 +179,6 @@ class LoadedModel:
                 lambda t: used(t) * max((target.module.shape[1] for target, _ in self.values.targets(t)), default=0)
             ),
         )
-
-    def _position_count(self, stated: object) -> int | None:
-        """Return the most tokens of a sequence; a position table with a padding row, like RoBERTa's, starts after that row."""
-        if not isinstance(stated, int) or stated < 1:  # XLNet states -1 for any number
-            return None
-        tables = (m for path, m in self._model.named_modules() if isinstance(m, nn.Embedding) and "position" in path)
-        return stated - max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
 
     def _in_one_layer(self, size: Callable[[RunTimeTensor], int]) -> int:
         """Sum the sizes of matrices by layer and return the largest sum."""
@@ -313,6 +311,13 @@ def _attention_values(config: Any) -> int:
     kinds = getattr(config, "layer_types", None) or ()
     windowed = getattr(config, "sliding_window", None) or any("sliding" in kind or "chunked" in kind for kind in kinds)
     return MASK_VALUES if windowed else 0
+
+
+def _position_count(tables: Sequence[nn.Embedding], stated: object) -> int | None:
+    """Return the most tokens of a sequence; a position table with a padding row, like RoBERTa's, starts after that row."""
+    if not isinstance(stated, int) or stated < 1:  # XLNet states -1 for any number
+        return None
+    return stated - max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
 
 
 def _short_length(config: Any) -> int | None:

@@ -54,6 +54,8 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
         raise UnsupportedError(
             f"{directory / MODEL_CONFIG}: names the class {name!r}, which transformers {transformers.__version__} does not have; "
             "evaluate and fit build the model with transformers' own classes"
+            if name
+            else f"{directory / MODEL_CONFIG}: names no class; name it with --architecture, such as LlamaForCausalLM"
         )
     with quiet_transformers():
         try:
