@@ -119,7 +119,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         directory = tokenizer_directory(plan)
         self.tokenizer = load_tokenizer(Path(REQUESTS), directory).loaded
         config = require_transformers().AutoConfig.from_pretrained(plan.base.directory, local_files_only=True)
-        # The last token of a request runs too, unlike in the harness.
+        # Unlike `hf`, this also runs the last token of a request.
         positions = (self._model.positions or sys.maxsize) - self._model.strict_positions
         self.max_length = max_length or min(resolve_max_length(config, self.tokenizer), positions)
         self._cache = cache

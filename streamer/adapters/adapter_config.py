@@ -128,7 +128,7 @@ def read_adapter_config(path: Path, stated: Stated) -> AdapterConfig:
                 f"{path}: has adapter_model.bin, a pickle, which can run code when read; if you trust it, load it with PEFT "
                 f"and save it again with save_pretrained, which writes {WEIGHTS_NAME}"
             )
-        found = listed(sorted(p.name for p in path.glob("adapter_model*.safetensors")))
-        what = f"found {found}; save the adapter as one file" if found else "found none; finish the download"
-        raise MissingInputError(f"{path}: expected {WEIGHTS_NAME}, {what}", path / WEIGHTS_NAME)
+        found = listed(sorted(p.name for p in path.glob("*.safetensors"))) or "none"
+        what = f"{path}: expected {WEIGHTS_NAME}, found {found}; finish the download, or save the adapter again as one file"
+        raise MissingInputError(what, path / WEIGHTS_NAME)
     return AdapterConfig(read_json_object(path / CONFIG_NAME), path / CONFIG_NAME, stated)

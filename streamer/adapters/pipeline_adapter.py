@@ -209,9 +209,10 @@ def _configs(
     own = file.path.name == WEIGHTS_NAME or not file.path.with_name(WEIGHTS_NAME).exists()
     if not alphas and own and beside.is_file():
         stated_there = read_json_object(beside)
-        if stated_there.get("lora_alpha") != stated_there.get("r") or stated_there.get("alpha_pattern"):
+        patterns = any(stated_there.get(key) for key in ("alpha_pattern", "rank_pattern", "use_rslora"))
+        if stated_there.get("lora_alpha") != stated_there.get("r") or patterns:
             raise UnsupportedError(
-                f"{file.path}: states no scaling, and diffusers ignores {beside.name} beside it and uses 1; scale lora_B by it and "
+                f"{file.path}: states no scaling, and diffusers ignores {beside.name} beside it and uses 1; multiply lora_B by that and "
                 f"move {beside.name} away, or write a LoRA config into the file's metadata"
             )
     if alphas and len(alphas) < len(found):
@@ -256,7 +257,7 @@ def _metadata(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | No
 
 
 def _of_trainer(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | None:
-    """Read the one LoRA config that finetrainers states for all components; None for anything else under its key, and beside alphas."""
+    """Read the one LoRA config that finetrainers states for all components; None if the key holds anything else, or the file has alphas."""
     names = [info.name for info in file.header.tensors]
     try:
         tree = strict_json(file.header.metadata.get(TRAINERS_KEY, "").encode())

@@ -67,18 +67,19 @@ def normalize(name: str) -> str:
 def saved_names(names: Collection[str]) -> dict[str, str]:
     """Map the names under which PEFT stores and finds an adapter's tensors → their names in its file.
 
-    They have PEFT's prefix, and neither wrappers nor the adapter's name. If two tensors would get one name, all keep theirs.
+    They have PEFT's prefix, and neither wrappers nor the adapter's name. If two would get the same name, only wrappers go.
     """
     plain = {normalize(name) for name in names}
     found = {_saved_name(normalize(name), plain): name for name in names}
-    return found if len(found) == len(names) else {name: name for name in names}
+    return found if len(found) == len(names) else {PREFIX + normalize(name): name for name in names}
 
 
 def _saved_name(plain: str, names: Collection[str]) -> str:
     rule, match = classify(plain)
-    # PEFT's copies of biases below a saved module keep their names: the module's own tensors are beside them.
-    if rule.role == "saved" and ".modules_to_save." in plain and plain.replace(".modules_to_save.", ".") not in names:
-        return f"{PREFIX}{match['module']}.{match['parameter']}"
+    if rule.role == "saved" and ".modules_to_save." in plain:
+        short = f"{match['module']}.{match['parameter']}"
+        # PEFT's copies of biases below a saved module keep their names: the module's own tensors are beside them.
+        return PREFIX + (plain if {short, plain.replace(".modules_to_save.", ".")} & {*names} else short)
     own = match.groupdict().get("adapter")
     if own is None or own == "weight":  # lora_magnitude_vector.weight, which PEFT reads too
         return PREFIX + plain

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
 def run(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     _open_missing_streams()
-    if sys.stdout is not None and (sys.stdout.errors == "strict" or "utf" not in str(sys.stdout.encoding).lower()):
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as stderr, a TextIOWrapper
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper) and (out.errors == "strict" or "utf" not in out.encoding.lower()):
+        out.reconfigure(errors="backslashreplace")  # as stderr's
     wait_passively()
     given = sys.argv[1:] if argv is None else argv
     try:

@@ -38,7 +38,7 @@ LENGTHS = 32
 def of_few_lengths(text: TextSequences) -> TextSequences:
     """Cut the ends of sequences, if necessary, so that they have at most `LENGTHS` lengths: sequences of one length run together.
 
-    The lengths that go are those that cost the fewest tokens, one after the other.
+    It drops the length that costs the fewest tokens, again and again.
     """
     counts = Counter(len(ids) for ids in text.ids)
     while len(counts) > LENGTHS:

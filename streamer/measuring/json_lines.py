@@ -103,7 +103,7 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Seq
 
 
 CALLS = ("tool_calls", "function_call")
-"""Keys in which a message has calls of tools."""
+"""Keys under which a message holds tool calls."""
 
 MARK = "[content of this answer]"
 """Text that stands in for an answer's content, to find where a template writes it."""
@@ -152,29 +152,35 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
 
 def _check_written(where: str, messages: list[Any], whole: str, rendered: Callable[[list[Any]], str]) -> None:
     """Refuse messages of which the template writes something else, or nothing: the model would be measured on another text."""
-    for content in (m.get("content") for m in messages):
+    for i, message in enumerate(messages):
+        content = message.get("content")
         parts = content if isinstance(content, list) else []
-        if other := next((p for p in parts if not isinstance(p, dict) or not isinstance(p.get("text"), str)), None):
+        if other := next((part for part in parts if not _is_text(part)), None):
             raise FormatError(
                 f"{where}: expected only parts of type 'text' in 'content', found {quoted(other)}; give 'prompt' and 'completion'"
             )
-        for part in parts:
-            # A template may cut the thought off an answer.
-            dropped = part["text"].rpartition("</think>")[2].strip() not in whole
-            if dropped or any(
-                data in whole for data in (str(part), json.dumps(part), json.dumps(part, ensure_ascii=False))
-            ):
+        for at, part in enumerate(parts):
+            marked = {**part, "text": MARK}
+            text = rendered(
+                [*messages[:i], {**message, "content": [*parts[:at], marked, *parts[at + 1 :]]}, *messages[i + 1 :]]
+            )
+            as_data = message["role"] != "tool" and any(data in text for data in (str(marked), json.dumps(marked)))
+            if MARK not in text or as_data:
                 raise FormatError(
                     f"{where}: the chat template does not support 'content' as a list of parts; give it as one string"
                 )
-    if any(m.get(key) for m in messages for key in CALLS):
-        without = [{key: value for key, value in m.items() if key not in CALLS} for m in messages]
-        try:
-            ignored = rendered(without) == whole
-        except FormatError:
-            ignored = False  # a message without content needs its calls
-        if ignored:
-            raise FormatError(f"{where}: the chat template ignores its calls of tools; give 'prompt' and 'completion'")
+        for call in (key for key in CALLS if message.get(key)):
+            without = {key: value for key, value in message.items() if key != call}
+            try:
+                ignored = rendered([*messages[:i], without, *messages[i + 1 :]]) == whole
+            except FormatError:
+                ignored = False  # a message without content needs its calls
+            if ignored:
+                raise FormatError(f"{where}: the chat template ignores {call!r}; give 'prompt' and 'completion'")
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
 
 
 def _header(tokenizer: Tokenizer, before: list[Any], content: Any, plain: str) -> str | None:

@@ -18,7 +18,7 @@ from streamer.output.merged_tensors import CopyBytes, Recipe
 from streamer.output.model_card import CARD_NAME, Card, longest_matrices, longest_totals, take_original
 from streamer.output.records import SCHEMA, MitigatedMatrix, Record, Totals
 from streamer.plan.memory_estimate import MemoryEstimate
-from streamer.plan.side_files import other_files, read_beside, skipped_files
+from streamer.plan.side_files import is_module, other_files, read_beside, skipped_files
 from streamer.plan.targets import Target
 from streamer.plan.tokenizer import own_tokenizer
 from streamer.storage.buffers import Piece
@@ -133,13 +133,12 @@ class OutputSpec:
         # The version of streamer and the names of the inputs do not count.
         data = [(name, shard.header.data_bytes) for name, shard in self.shards.items()]
         named = "\n".join(t.name for shard in self.shards.values() for t in shard.header.tensors)
-        # What was trained beside the adapter, such as sentence-transformers' 2_Dense, is not known by its size alone.
-        below = "" if plan.adapter.describes_model else str(plan.adapter.path)
-        trained = {name: _digest_of(path) for name, path in self.copies if below and path.is_relative_to(below)}
+        # What sentence-transformers trained beside the adapter cannot be told apart by size alone.
+        modules = {name: _digest_of(path) for name, path in self.copies if is_module(name)}
         converted = {} if self.to_lora is None else {"to_lora": self.to_lora}
         digest = plan.digest(
             command=self.command, files=[*copies, *texts, *finals], data=data,
-            named=hashlib.sha256(named.encode()).hexdigest(), trained=trained,
+            named=hashlib.sha256(named.encode()).hexdigest(), modules=modules,
             original_card=hashlib.sha256(self._original_card()).hexdigest(), **self.job.decisions(), **converted,
         )  # fmt: skip
         # A run resumed under other names of its inputs, through links, would otherwise write both names.

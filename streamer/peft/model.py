@@ -84,7 +84,7 @@ class LiveModel:
                 )
         except KeyError as e:
             raise UnsupportedError(
-                f"adapter {adapter_name!r}: PEFT cannot save it, because it looks for {e}, which only another adapter has; load it into a "
+                f"adapter {adapter_name!r}: PEFT cannot save it, because it looks for {e}, which belongs to another adapter; load it in a "
                 "model of its own"
             ) from e
         return {name: by_id.get(id(t)) or LiveTensor(self.model, name, t) for name, t in saved.items()}
@@ -146,9 +146,9 @@ def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
     if not isinstance(model, nn.Module) or not isinstance(configs, dict) or not configs:
         raise UsageError(
             f"peft_model: expected a model with PEFT adapters, found {type(model).__name__}; load one with PeftModel.from_pretrained, or "
-            "pass the one inside it"
+            "pass the PEFT model inside it"
         )
-    if isinstance(model, peft.PeftModel) and isinstance(model.get_base_model(), peft.PeftModel):
+    if isinstance(model, peft.PeftModel) and isinstance(_uncompiled(model.get_base_model()), peft.PeftModel):
         raise UnsupportedError(
             "peft_model: a PeftModel around a PeftModel is not supported; merge the inner one, or pass it alone"
         )

@@ -20,10 +20,9 @@ _SKIPPED_DIRECTORIES = re.compile(
 
 # Weights beside an adapter's that no adapter's loader reads, but a trainer's own may: a projector, new embeddings, a value head. Neither
 # the adapter in an earlier format nor a whole model nor training state is one.
-_UNREAD = re.compile(
-    r"^(?!adapter_model|(pytorch_)?model(-\d|_fsdp|\.)|optimizer|sampler\.|scaler|training_args|random_states|custom_checkpoint|loss\."
-    r"|.*(scheduler|_states?)[._]|rng_state).*\.(safetensors|bin|pt|pth|ckpt)$"
-)
+_STATE = r"optimizer|sampler\.|scaler|training_args|random_states|custom_checkpoint|loss\.|.*(scheduler|_states?)[._]|rng_state"
+_UNREAD_BELOW = re.compile(rf"^(?!{_STATE}).*\.(safetensors|bin|pt|pth|ckpt)$")
+_UNREAD = re.compile(rf"^(?!adapter_model|(pytorch_)?model(-\d|_fsdp|\.)){_UNREAD_BELOW.pattern[1:]}")
 
 # What sentence-transformers saves besides a transformer: a list of the modules, their folders, and settings.
 _MODULES = re.compile(r"modules\.json|config_sentence_transformers\.json|sentence_\w+_config\.json|\d+_\w+/.*")
@@ -80,6 +79,11 @@ def unread_weights(adapter: Path | None, own: str) -> tuple[str, ...]:
     return (f"{listed(found)} beside the adapter: {why}",) if found else ()
 
 
+def is_module(name: str) -> bool:
+    """Test whether a file, given by its relative name, belongs to the modules that sentence-transformers runs after a transformer."""
+    return _MODULES.fullmatch(name) is not None
+
+
 def with_modules(copies: list[tuple[str, Path]], adapter: Path) -> tuple[list[tuple[str, Path]], list[str]]:
     """Replace the modules that sentence-transformers runs after the transformer by the adapter's, if it was saved with some.
 
@@ -87,24 +91,28 @@ def with_modules(copies: list[tuple[str, Path]], adapter: Path) -> tuple[list[tu
     -------
     copies, warnings
         The files that a merged model takes along; and which weights in the adapter's subfolders are not among them. A folder with a
-        config is taken for another model.
+        config counts as another model.
     """
     try:
-        folders = [adapter / module["path"] for module in json.loads((adapter / "modules.json").read_bytes())]
-    except (OSError, ValueError, KeyError, TypeError):
+        modules = json.loads((adapter / "modules.json").read_bytes())
+        # Normalize has no file, so that older versions saved an empty folder, which git and the hub drop.
+        folders = [adapter / module["path"] for module in modules if not module["type"].endswith("Normalize")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         folders = []
     missing = [folder.name for folder in folders if not folder.is_dir()]
     below = other_files(adapter) if adapter.is_dir() else []
     if folders and not missing:
-        own = [c for c in below if _MODULES.fullmatch(c[0])]
-        copies = sorted([*own, *(c for c in copies if not _MODULES.fullmatch(c[0]))])
+        own = [c for c in below if is_module(c[0])]
+        copies = sorted([*own, *(c for c in copies if not is_module(c[0]))])
     warnings = (
-        [f"modules.json beside the adapter names {listed(missing)}, not found: the base's modules are kept"]
+        [f"modules.json beside the adapter names {listed(missing)}, not found: the base's modules are used"]
         if missing
         else []
     )
     taken = {path for _, path in copies}
-    others = [(name, path) for name, path in below if "/" in name and _UNREAD.match(path.name) and path not in taken]
+    others = [
+        (name, path) for name, path in below if "/" in name and _UNREAD_BELOW.match(path.name) and path not in taken
+    ]
     if found := [name for name, path in others if not any(path.parent.glob("*config.json"))]:
         warnings.append(
             f"{listed(found)} in the adapter's directory: not merged; the result lacks what its trainer would load from there"

@@ -102,7 +102,7 @@ class LoadedModel:
     positions
         Most tokens that a sequence may have, if the model's config states it.
     strict_positions
-        Whether one token more would fail, or change the positions of the others.
+        Whether one more token might fail or change the other tokens' positions.
     size
         See `ModelSize`.
     """
@@ -140,8 +140,10 @@ class LoadedModel:
         config = self._model.config.get_text_config()  # type: ignore[operator, union-attr]  # as above
         tables = [m for path, m in self._model.named_modules() if isinstance(m, nn.Embedding) and "position" in path]
         self.positions = _position_count(tables, getattr(config, "max_position_embeddings", None))
-        rope = str(getattr(config, "rope_parameters", None))
-        self.strict_positions = bool(tables) or "dynamic" in rope or "longrope" in rope
+        # Rotary embeddings without a table have frequencies; those of dynamic NTK and LongRoPE depend on the length.
+        rotary = any(name.endswith("inv_freq") for name, _ in self._model.named_buffers())
+        kind = str(getattr(config, "rope_parameters", None))
+        self.strict_positions = bool(tables) or not rotary or "dynamic" in kind or "longrope" in kind
         self.size = self._size(config, inner, tensors.values())
 
     def inside(self, layer: str) -> list[RunTimeTensor]:

@@ -93,7 +93,7 @@ class AdapterFiles:
     @staticmethod
     def plain_name(name: str) -> str:
         """Strip PEFT's, DDP's, torch.compile's and FSDP's prefixes from a tensor's name."""
-        plain = _WRAPPERS.sub(r"\1", name).replace("..", ".").removeprefix(".").removeprefix("module.")
+        plain = re.sub(r"\.+", ".", _WRAPPERS.sub(r"\1", name)).removeprefix(".").removeprefix("module.")
         return plain.removeprefix("base_model.model.")
 
     def saved_names(self) -> dict[str, str]:
@@ -101,11 +101,11 @@ class AdapterFiles:
         stored, found = self.files.all_names, dict[str, str]()
         plain = {self.plain_name(name) for name in stored}
         for name in stored:
-            short = _NAMED.sub(r".\1", self.plain_name(name))
-            if short.replace(".modules_to_save.", ".") not in plain:
-                short = re.sub(r"\.modules_to_save\.(?:[^.]+\.(?=.))?", ".", short)
-            found[f"base_model.model.{short}"] = name
-        return found if len(found) == len(stored) else {name: name for name in stored}
+            kept = _NAMED.sub(r".\1", self.plain_name(name))
+            short = re.sub(r"\.modules_to_save\.(?:[^.]+\.(?=.))?", ".", kept)
+            copied = {short, kept.replace(".modules_to_save.", ".")} & plain
+            found[f"base_model.model.{kept if copied else short}"] = name
+        return found if len(found) == len(stored) else {f"base_model.model.{self.plain_name(n)}": n for n in stored}
 
     def factors(self, module: str, replaced: bool = False) -> Factors:
         """Read a module's LoRA tensors; set `replaced` if the caller also applies the adapter's other values for the module.

@@ -111,8 +111,9 @@ def _files(directory: Path, folders: set[str], apart: set[str]) -> dict[str, Pat
 def _modules(adapter: Path) -> list[Path]:
     """List the folders that an adapter's ``modules.json`` names."""
     try:
-        return [adapter / module["path"] for module in json.loads((adapter / "modules.json").read_bytes())]
-    except (OSError, ValueError, KeyError, TypeError):
+        tree = json.loads((adapter / "modules.json").read_bytes())
+        return [adapter / module["path"] for module in tree if not module["type"].endswith("Normalize")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
 

@@ -85,7 +85,9 @@ def test_patterns_match_as_in_peft(module: str, keys: list[str]) -> None:
 
 SPELLINGS = {
     "of a compiled model": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod.", 1),
-    "of DDP and FSDP": lambda name: f"module.{name.replace('.layers.0.', '.layers.0._fsdp_wrapped_module.')}",
+    "of DDP and FSDP": lambda name: (
+        f"module.{name.replace('.layers.0.', '.layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.')}"
+    ),
     "without PEFT's prefix": lambda name: name.removeprefix("base_model.model."),
     "with the adapter's name": lambda name: re.sub(r"(lora_[AB]|lora_embedding_[AB])", r"\1.default", name),
     "of a module's whole state": lambda name: name.replace("lm_head.", "lm_head.modules_to_save.default."),

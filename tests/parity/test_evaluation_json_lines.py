@@ -136,8 +136,9 @@ TEXT = {"type": "text", "text": "the fox"}
     [
         ({"content": [TEXT]}, {"content": "jugs"}, "does not support 'content' as a list of parts; give it as one string"),
         ({"content": [TEXT, {"type": "image"}]}, {"content": "jugs"}, "expected only parts of type 'text' in 'content', found {'type': "),
-        ({"content": "fox"}, {"content": "jugs", "tool_calls": [{"function": {"name": "f"}}]}, "ignores its calls of tools"),
-        ({"content": "fox"}, {"content": "jugs", "function_call": {"name": "f"}}, "ignores its calls of tools"),
+        ({"content": "fox"}, {"content": "jugs", "tool_calls": [{"function": {"name": "f"}}]}, "ignores 'tool_calls'"),
+        ({"content": "fox"}, {"content": "jugs", "function_call": {"name": "f"}}, "ignores 'function_call'"),
+        ({"content": [{"type": "image", "text": "", "image": "a.png"}]}, {"content": "jugs"}, "expected only parts of type 'text'"),
     ],
 )  # fmt: skip
 def test_what_a_template_does_not_write(question: Any, answer: Any, words: str, tmp_path: Path) -> None:

@@ -110,6 +110,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.mark.parametrize(("name", "fewer"), [("llama", 0), ("gpt2", 1), ("gpt-j", 1)])
+def test_the_context_is_that_of_hf_where_one_more_position_does_no_harm(name: str, fewer: int, tmp_path: Path) -> None:
+    from streamer.lm_eval import StreamerLM
+
+    cls = make_base(name, tmp_path / "base")
+    save(tmp_path / "base", "words")
+    make_adapter(cls, tmp_path / "base", tmp_path / "adapter", CAUSAL[name][2])
+    model = StreamerLM(str(tmp_path / "base"), str(tmp_path / "adapter"))
+    positions = cls.from_pretrained(tmp_path / "base").config.max_position_embeddings
+    assert model.max_length == positions - fewer
+
+
 def test_it_says_what_hf_says_of_merged_models(home: Path) -> None:
     """Accuracies are equal, log-likelihoods to 1e-4; the variants of one set are measured once, by the run that comes first."""
     merged = {"base": home / "base"}
@@ -120,16 +132,13 @@ def test_it_says_what_hf_says_of_merged_models(home: Path) -> None:
             mitigation_lambda=lam, **({"findings": home / "f.safetensors"} if method == "paper" else {}),
         )  # fmt: skip
         save(merged[method], "words")
-    given = {"base": home / "base", "adapter": home / "adapter", "findings": home / "f.safetensors", "max_length": 63}
+    given = {"base": home / "base", "adapter": home / "adapter", "findings": home / "f.safetensors"}
     together = {"cache": home / "cache.sqlite", "methods": ["paper", "shrink"], "lambdas": [0.5]}
     strength = {"paper": {"lambda": 0.5}, "shrink": {"lambda": 0.5}}
     ours = [
         {"model": "streamer", "model_args": {**given, **together, "method": m, **strength.get(m, {})}} for m in merged
     ]
-    hf = [
-        {"model": "hf", "model_args": {"pretrained": path, "dtype": "float32", "max_length": 63}}
-        for path in merged.values()
-    ]
+    hf = [{"model": "hf", "model_args": {"pretrained": path, "dtype": "float32"}} for path in merged.values()]
     alone = {"model": "streamer", "model_args": {**given, "method": "shrink", "lambda": 0.5, "max_memory": "2G"}}
     runs, errors = harness(home, *({**run, "tasks": list(TASKS)} for run in [*ours, *hf, alone]))
     assert ["Streaming passes" in err for err in errors] == [True, *[False] * 7, True]

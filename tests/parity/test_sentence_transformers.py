@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +79,25 @@ def test_modules_that_are_missing_are_the_bases(tmp_path: Path) -> None:
     base, adapter = Path(get_model_path()), tmp_path / "adapter"
     trained = sentence_transformers.SentenceTransformer(str(base), device="cpu")[0].auto_model
     get_peft_model(trained, LoraConfig(r=2, target_modules=["query"])).save_pretrained(adapter)
-    (adapter / "modules.json").write_text(
-        '[{"idx": 0, "name": "0", "path": ""}, {"idx": 1, "name": "1", "path": "2_Dense"}]'
-    )
-    with pytest.warns(streamer.StreamerWarning, match="names 2_Dense, not found: the base's modules are kept"):
+    listed = [{"idx": i, "name": str(i), "path": path, "type": "x.Dense"} for i, path in enumerate(["", "2_Dense"])]
+    (adapter / "modules.json").write_text(json.dumps(listed))
+    with pytest.warns(streamer.StreamerWarning, match="names 2_Dense, not found: the base's modules are used"):
         streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1)
     assert (tmp_path / "out" / "modules.json").read_bytes() == (base / "modules.json").read_bytes()
+    assert streamer.verify_output(tmp_path / "out", base, adapter)["verified"]
+
+
+def test_a_module_without_files_is_not_missed(tmp_path: Path) -> None:
+    """Older versions save nothing for Normalize, and git and the hub drop the empty folder."""
+    base, adapter = Path(get_model_path()), tmp_path / "adapter"
+    trained = sentence_transformers.SentenceTransformer(str(base), device="cpu")[0].auto_model
+    get_peft_model(trained, LoraConfig(r=2, target_modules=["query"])).save_pretrained(adapter)
+    modules = [("", "Transformer"), ("2_Dense", "Dense"), ("3_Normalize", "Normalize")]
+    listed = [{"idx": i, "name": str(i), "path": path, "type": f"x.{kind}"} for i, (path, kind) in enumerate(modules)]
+    (adapter / "modules.json").write_text(json.dumps(listed))
+    (adapter / "2_Dense").mkdir()
+    save_file({"linear.weight": torch.ones(2, 2)}, adapter / "2_Dense" / "model.safetensors")
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1)
+    for name in ("modules.json", "2_Dense/model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (adapter / name).read_bytes()
     assert streamer.verify_output(tmp_path / "out", base, adapter)["verified"]

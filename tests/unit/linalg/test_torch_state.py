@@ -157,6 +157,11 @@ def test_only_a_thread_of_a_host_program_may_compute_at_any_moment(
     not torch.backends.mkl.is_available() or sys.platform != "linux", reason="MKL's buffers, in Linux's counters"
 )
 def test_what_mkl_keeps_in_a_thread_that_waits_is_freed() -> None:
+    # Other threads of the process may take memory meanwhile.
+    assert max(_freed() for _ in range(3)) > WAITING << 20  # MKL keeps about 3 MB for each thread of torch
+
+
+def _freed() -> int:
     a, b, multiplied, end = torch.randn(512, 1024), torch.randn(1024, 4096), Barrier(WAITING + 1), Event()
 
     def multiply() -> None:
@@ -176,4 +181,4 @@ def test_what_mkl_keeps_in_a_thread_that_waits_is_freed() -> None:
         free_product_buffers()
         left = anonymous()
         end.set()
-    assert left < held - (WAITING << 20)  # MKL keeps about 3 MB for each thread of torch
+    return held - left
