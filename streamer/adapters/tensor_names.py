@@ -74,12 +74,12 @@ def saved_names(names: Collection[str]) -> dict[str, str]:
     return found if len(found) == len(names) else {PREFIX + normalize(name): name for name in names}
 
 
-def _saved_name(plain: str, names: Collection[str]) -> str:
+def _saved_name(plain: str, names: set[str]) -> str:
     rule, match = classify(plain)
     if rule.role == "saved" and ".modules_to_save." in plain:
         short = f"{match['module']}.{match['parameter']}"
         # PEFT's copies of biases below a saved module keep their names: the module's own tensors are beside them.
-        return PREFIX + (plain if {short, plain.replace(".modules_to_save.", ".")} & {*names} else short)
+        return PREFIX + (plain if {short, plain.replace(".modules_to_save.", ".")} & names else short)
     own = match.groupdict().get("adapter")
     if own is None or own == "weight":  # lora_magnitude_vector.weight, which PEFT reads too
         return PREFIX + plain

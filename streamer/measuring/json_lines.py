@@ -106,7 +106,7 @@ CALLS = ("tool_calls", "function_call")
 """Keys under which a message holds tool calls."""
 
 MARK = "[content of this answer]"
-"""Text that stands in for an answer's content, to find where a template writes it."""
+"""Text that stands in for content, to find where a template writes it."""
 
 
 def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str, Spans]:
@@ -164,6 +164,7 @@ def _check_written(where: str, messages: list[Any], whole: str, rendered: Callab
             text = rendered(
                 [*messages[:i], {**message, "content": [*parts[:at], marked, *parts[at + 1 :]]}, *messages[i + 1 :]]
             )
+            # A tool's result may be written as JSON, as Llama 3.1's template does.
             as_data = message["role"] != "tool" and any(data in text for data in (str(marked), json.dumps(marked)))
             if MARK not in text or as_data:
                 raise FormatError(

@@ -97,7 +97,7 @@ class AdapterFiles:
         return plain.removeprefix("base_model.model.")
 
     def saved_names(self) -> dict[str, str]:
-        """Map the names that PEFT saves and finds → the file's; all keep theirs if two would be one."""
+        """Map the names that PEFT saves and finds → the file's; if two would be the same, only wrappers go."""
         stored, found = self.files.all_names, dict[str, str]()
         plain = {self.plain_name(name) for name in stored}
         for name in stored:

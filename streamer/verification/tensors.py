@@ -109,10 +109,11 @@ class TensorFiles:
                 found[name] = path, 8 + length + start, stop - start
         return found
 
-    def config(self, name: str) -> str:
-        """Read the model's config beside the file of a tensor; empty if there is none."""
-        path = self._places[name][0].with_name("config.json")
-        return path.read_text("utf-8") if path.exists() else ""
+    @cached_property
+    def config(self) -> str:
+        """Read the model's config beside the files; empty if there is none."""
+        path = next(iter(self.names)).with_name("config.json")
+        return path.read_text("utf-8", "replace") if path.exists() else ""
 
     def nbytes(self, name: str) -> int:
         """Return the number of bytes of a tensor."""
@@ -238,7 +239,7 @@ def open_matrix(files: TensorFiles, name: str, shape: tuple[int, int], transpose
         raise NotRecomputed(f"it is stored as {dtype}, which is not decoded here")
     grid = files.whole(beside)
     grid = grid.reshape(len(grid) if grid.ndim else 1, -1)  # ModelOpt's are (rows, 1, columns, 1)
-    return Matrix(files, name, shape, transposed, dtype, grid, _block(files.config(name), stored, grid.shape))
+    return Matrix(files, name, shape, transposed, dtype, grid, _block(files.config, stored, grid.shape))
 
 
 def _block(config: str, shape: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, int]:

@@ -99,7 +99,7 @@ BUDGET = {
     "cli": 1_998,
     "output": 2_608,
     "plan": 2_601,
-    "verification": 2_347,
+    "verification": 2_348,
     "storage": 2_198,
     "detection": 1_743,
     "workers": 271,
