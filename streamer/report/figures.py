@@ -129,7 +129,7 @@ def _drawings(subject: Subject) -> dict[str, Callable[[Figure], None]]:
             f, most, _draw_spectrum, [("the base's singular value of the same rank", OF_BASE)]
         )
         drawings["thresholds"] = lambda f: _draw_thresholds(f, findings)
-    if evaluation is not None:
+    if evaluation is not None and any(None not in (v["kept"], v["forgetting"]) for v in evaluation.shown_variants()):
         drawings["tradeoff"] = lambda f: _draw_tradeoff(f, evaluation)
     return drawings
 

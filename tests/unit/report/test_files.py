@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree as ET
@@ -150,6 +151,16 @@ def test_the_tradeoff_shows_or_names_every_variant() -> None:
     assert "project 0.9 (kept 90%, left -54%)" in named, "what forgets less than the base by more than the frame holds"
     assert named.startswith("Outside the frame: shrink 0.9 (kept 190%, left 90%), ")
     assert most > 103
+
+
+def test_no_tradeoff_without_shares(findings: Findings) -> None:
+    """Texts that are too short show neither learning nor forgetting: the picture would be empty."""
+    pytest.importorskip("matplotlib")
+    few, noisy = findings.select("*layers.0.*"), evaluation({"shrink": lambda x: (x, 1 + x)}, noise=1e3)
+    noisy = replace(noisy, facts=of_findings(findings).facts)
+    assert all(v["kept"] is None for v in noisy.shown_variants())
+    drawn = draw_figures(make_subject(few, noisy))
+    assert {name.partition(".")[0] for name in drawn} == {"map", "similarity", "spectrum", "thresholds"}
 
 
 def test_labels_of_the_tradeoff_do_not_overlap() -> None:
