@@ -43,11 +43,12 @@ class RepairRow(TypedDict):
     name: Annotated[str, "Its method, with lambda or share."]
     kept: Annotated[float, "Share of the learning that it keeps."]
     top1_kept: Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined, or not measured."]
-    forgetting: Annotated[float, "Share of the forgetting that it leaves."]
-    divergence: Annotated[float, "Its divergence from the base on general text, as a share of the adapter's."]
+    forgetting: Annotated[float, "Share of the rise of the general loss that it leaves."]
+    divergence: Annotated[float, "Share of the forgetting that it leaves: its divergence from the base on general text as a share of the "
+        "adapter's."]
 
 class RepairRecord(TypedDict):
-    """What `streamer repair --json` prints: the measurements, the choice, and the files."""
+    """What `repair_adapter` returns and `streamer repair --json` prints: the measurements, the choice, and the files."""
     schema: Literal["streamer.repair/1"]
     chosen: Annotated[Literal["repair", "shrink", "adapter"], "What was written."]
     why: Annotated[str, "The reason, in one line."]
@@ -112,7 +113,7 @@ class RepairRequest:
             chosen, why, method = _choice(found)
             rows = _rows(found)
             fine, intruders = found.facts.get("reliable", UNKNOWN), found.facts.get("intruders")
-            measured = f"this is {why}", *(_line(row, fine) for row in rows)
+            measured = why, *(_line(row, fine) for row in rows)
             writers = workers if self.form.merges else None
             written = cast(Written, self._output(method, measured).run(monitor, writers))  # of one adapter
         record: RepairRecord = {
@@ -169,14 +170,14 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
     (one,) = found.facts["sets"]
     shrink = one["shrink"]
     if not found.facts["forgotten"]:
-        return "adapter", "the adapter as it is: there is no evidence that it forgets", UNCHANGED
+        return "adapter", "the adapter as it is: there is no evidence that it diverges from the base", UNCHANGED
     held_out = [found.facts["texts"][text]["held"]["sequences"] for text in (GENERAL, TASK)]
     if not _is_worth_it(one, min(held_out)):
         trade = one["trade"]
         return "adapter", (
-            f"the adapter as it is: {trade['name']} regains {trade['regained']:.4f} ± {trade['regained_se']:.4f} nats per token on general "
-            f"text and gives up {trade['given_up']:.4f} ± {trade['given_up_se']:.4f} on the task's; a written variant regains over "
-            f"{trade['worth']:g} of what it gives up, by two standard errors"
+            f"the adapter as it is: {trade['name']} regains {trade['regained']:.4f} ± {trade['regained_se']:.4f} nats of KL per token of "
+            f"general text and gives up {trade['given_up']:.4f} ± {trade['given_up_se']:.4f} of loss on the task's; a written variant "
+            f"regains over {trade['worth']:g} of what it gives up, by two standard errors"
         ), UNCHANGED  # fmt: skip
     values = {float(c) for m in found.sets[0].matrices.values() if isinstance(m, MatrixCoefficients) for c in m.values}
     if len(values) == 1:  # it is a shrink
@@ -184,16 +185,18 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
         return "shrink", f"shrink {lam:g}: one coefficient for all", Shrink(lam)
     if shrink is None:
         return "adapter", "the adapter as it is: no measured shrink keeps the same share as the repair", UNCHANGED
+    kept, left, of_shrink = (f"{100 * x:.1f} %" for x in (one["kept"], one["divergence"], shrink["divergence"]))
     if shrink["verdict"] == "better":
         method = MethodChoice(coefficients=found).make()
-        return (
-            "repair",
-            f"{method.label}: it forgets less than the shrink that keeps the same share, by loss and KL",
-            method,
-        )
+        return "repair", (
+            f"{method.label}: it keeps {kept} of what the adapter learned and leaves {left} of its divergence from the base; the shrink "
+            f"that keeps as much leaves {of_shrink}"
+        ), method  # fmt: skip
     lam = round(shrink["lambda"], 4)
-    why = f"shrink {lam:g}: the repair is not better than the shrink that keeps the same share, in both loss and KL, by two standard errors"
-    return "shrink", why, Shrink(lam)
+    return "shrink", (
+        f"shrink {lam:g}: it keeps {kept} of what the adapter learned and leaves {of_shrink} of its divergence from the base; the repair "
+        f"leaves {left}, which is not less by two standard errors"
+    ), Shrink(lam)  # fmt: skip
 
 
 def _is_worth_it(one: Mapping[str, Any], sequences: int) -> bool:
@@ -207,9 +210,9 @@ def _is_worth_it(one: Mapping[str, Any], sequences: int) -> bool:
     trade, shrink = one.get("trade"), one["shrink"]
     if trade is None or trade["worth_it"] or shrink is None:  # files of earlier versions have no trade
         return trade is None or bool(trade["worth_it"])
-    # The shrink gives up as much, and regains more by the difference of the general losses.
-    more = trade["regained"] + shrink["loss"] - trade["worth"] * trade["given_up"]
-    error = math.hypot(trade["regained_se"], shrink["loss_se"], trade["worth"] * trade["given_up_se"])
+    # The shrink gives up as much, and regains more by the difference of the divergences.
+    more = trade["regained"] + shrink["kl"] - trade["worth"] * trade["given_up"]
+    error = math.hypot(trade["regained_se"], shrink["kl_se"], trade["worth"] * trade["given_up_se"])
     return Estimate(more, error, sequences).is_positive
 
 
@@ -229,26 +232,26 @@ def _rows(found: Coefficients) -> list[RepairRow]:
 
 
 def _line(row: RepairRow, reliable: Mapping[str, bool]) -> str:
-    kept, top1, left, kl = (
+    kept, top1, loss, kl = (
         f"{100 * value:.1f} %" if value is not None and reliable.get(key, True) else "an unknown share"
         for key, value in ((key, row[key]) for key in ("kept", "top1_kept", "forgetting", "divergence"))
     )
     interpolated = " (interpolated)" if row["what"] == "shrink" else ""
     return (
-        f"{row['name']}{interpolated}: keeps {kept} of what was learned ({top1} of the gain in top-1), leaves {left} of the forgetting and "
-        f"{kl} of the KL"
+        f"{row['name']}{interpolated}: keeps {kept} of what was learned ({top1} of the gain in top-1), leaves {kl} of the divergence from "
+        f"the base and {loss} of the rise of the loss"
     )
 
 
 @explained(RepairKeywords, Settings, FitOptions, OutputOptions)
 def repair_adapter(
     base: str | Path, adapter: str | Path, output: str | Path, *, task: str | Path, **options: Unpack[RepairKeywords]
-) -> Written:
+) -> RepairRecord:
     """Write an adapter that forgets less: fit it to texts, measure it, and write it if it is better than a shrink.
 
-    By the measurements on held-out sequences, the output is never worse than the shrink of the whole adapter that keeps the same share. If
-    the repair is not better than that shrink by two standard errors of loss and KL, the shrink is written. The unchanged adapter is written
-    if it does not forget, if the gain is not worth the loss, or if no measured shrink keeps the same share. The fit is written to
+    Forgetting is the divergence from the base on held-out sequences of general text. If the repair does not diverge less than the shrink of
+    the whole adapter that keeps the same share, by two standard errors, that shrink is written. The unchanged adapter is written if it does
+    not forget, if the gain is not worth the loss, or if no measured shrink keeps the same share. The fit is written to
     ``OUTPUT.fit.safetensors`` beside the output. This needs transformers: ``pip install 'intruder-streamer[evaluate]'``.
 
     Parameters
@@ -280,8 +283,8 @@ def repair_adapter(
 
     Returns
     -------
-    Written
-        The record of the output, with the measurements in ``measured``.
+    RepairRecord
+        What was measured and written, as ``streamer repair --json`` prints it.
 
     Raises
     ------
@@ -292,4 +295,4 @@ def repair_adapter(
     """
     request = RepairRequest.of(base, adapter, output, {**options, "task": task})
     with watched(options) as monitor:
-        return request.run(monitor, given_workers(options)).written
+        return request.run(monitor, given_workers(options)).record

@@ -9,6 +9,7 @@ from typing import Any
 
 from streamer.api.records import several as record_of_several
 from streamer.detection.findings import Findings, load_findings
+from streamer.errors import UsageError
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.events import Monitor
 from streamer.report.curves import delta_energy
@@ -57,13 +58,13 @@ class Report:
 class ReportRequest:
     """A requested report; see `write_report`. Without an output, nothing is written."""
 
-    findings: Findings | str | Path
+    findings: Findings | Evaluation | str | Path
     evaluation: Evaluation | str | Path | None = None
     output: str | Path | None = None
     overwrite: bool = False
 
     def run(self, monitor: Monitor) -> Report:
-        """Open the subject, and write the page or the figures."""
+        """Open the subject, and write the page."""
         subject = self._subject()
         several = subject.findings if isinstance(subject, Collection) else None
         one = None if isinstance(subject, Collection) else subject
@@ -74,28 +75,33 @@ class ReportRequest:
 
     def _subject(self) -> Subject | Collection:
         findings, evaluation = self.findings, self.evaluation
+        if isinstance(findings, Evaluation) and evaluation is None:
+            return Subject(None, findings)
         if not isinstance(findings, Findings) and not isinstance(evaluation, Evaluation):
             return open_subject(findings, evaluation)
+        if isinstance(findings, Evaluation):
+            raise UsageError(
+                "findings: an evaluation was given twice; give findings and an evaluation, or one evaluation"
+            )
         found = findings if isinstance(findings, Findings) else load_findings(findings)
         return make_subject(found, load_evaluation(evaluation) if isinstance(evaluation, str | Path) else evaluation)
 
 
 def write_report(
-    findings: Findings | str | Path,
+    findings: Findings | Evaluation | str | Path,
     output: str | Path,
     *,
     evaluation: Evaluation | str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write findings as an HTML page, or as figures for a paper.
+    """Write findings or an evaluation as an HTML page.
 
     Parameters
     ----------
     findings
-        Findings, the path of their file, or a directory of such files, for one page on several adapters.
+        Findings, the path of their file, or a directory of such files, for one page on several adapters; or an evaluation or its file.
     output
-        Path that ends in ``.html``, for one page that loads no other files; or a directory, for SVG and PNG, which need matplotlib
-        (``pip install 'intruder-streamer[plots]'``).
+        Path that ends in ``.html``, for one page that loads no other files.
     evaluation
         Evaluation of the same base and adapter, or the path of its file; its trade-off is drawn too.
     overwrite
@@ -104,7 +110,7 @@ def write_report(
     Raises
     ------
     StreamerError
-        If the inputs do not belong together, the output path holds something else, or matplotlib is missing (see `streamer.errors`).
+        If the inputs do not belong together, or the output path holds something else (see `streamer.errors`).
     """
     ReportRequest(findings, evaluation, output, overwrite).run(Monitor())
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from streamer.api.demo import DemoRecord
 
 NEXT = """\
-next: streamer inspect BASE ADAPTER   shows what would be done with yours, and
-      streamer detect BASE ADAPTER -o findings.safetensors   finds its intruders"""
+next: streamer repair BASE ADAPTER --general TEXT --task TEXT -o OUTPUT   makes yours forget less; without text,
+      streamer mitigate BASE ADAPTER --method shrink --lambda 0.75 -o OUTPUT   does"""
 
 
 def demo_table(result: DemoRecord, screen: Screen = NO_LIMIT) -> str:

@@ -31,9 +31,9 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
                "fall of the task's loss below the base's; 100% is the adapter's", priority=8),
         Column("top-1 kept", [_share(one, "top1_kept", reliable) for one in sets],
                "gain in top-1 on the task's text; 100% is the adapter's", priority=5),
-        Column("forgetting", [_share(one, "forgetting", reliable) for one in sets],
-               "rise of the general loss above the base's; 100% is the adapter's", priority=7),
-        Column("KL", [_share(one, "divergence", reliable) for one in sets], "its divergence from the base; 100% is the adapter's", 6),
+        Column("KL left", [_share(one, "divergence", reliable) for one in sets], "its divergence from the base; 100% is the adapter's", 7),
+        Column("loss left", [_share(one, "forgetting", reliable) for one in sets],
+               "rise of the general loss above the base's; 100% is the adapter's", priority=4),
     ]  # fmt: skip
     if many == 1:
         chosen, means = "lambda", [f"{one['coefficients']['mean']:.3f}" for one in sets]
@@ -57,9 +57,11 @@ def unreliable(facts: Mapping[str, Any]) -> list[str]:
         for column, what, of in (
             ("kept", "lowers the task's loss", "learning"),
             ("top-1 kept", "raises top-1 on the task's text", "top1_gain"),
-            ("forgetting", "raises the general loss", "forgetting"),
+            ("loss left", "raises the general loss", "forgetting"),
         )
-        if not facts.get("reliable", {}).get(column.replace("top-1 ", "top1_"), True)
+        if not facts.get("reliable", {}).get(
+            {"top-1 kept": "top1_kept", "loss left": "forgetting"}.get(column, column), True
+        )
     ]
 
 
@@ -69,9 +71,7 @@ def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int | None, reliab
     columns = [
         Column("shrink", ["-" if s is None else f"{s['lambda']:.3f}" for s in shrinks],
                "lambda of the shrink of the whole adapter that keeps the same share", priority=3),
-        Column("its forgetting", ["-" if s is None or not reliable.get("forgetting", True) else _percent(s["forgetting"]) for s in shrinks],
-               "that shrink's forgetting", priority=5),
-        Column("its KL", ["-" if s is None else _percent(s["divergence"]) for s in shrinks], "that shrink's KL", priority=4),
+        Column("its KL left", ["-" if s is None else _percent(s["divergence"]) for s in shrinks], "that shrink's KL left", priority=5),
     ]  # fmt: skip
     if many is not None:
         columns += [
@@ -86,15 +86,15 @@ def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int | None, reliab
 
 def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:
     """State whether each set is better than its equal shrink, and which sets probably cost more than they gain."""
-    words = {"better": "forgets less than that shrink by loss and KL", "worse": "forgets more than that shrink by loss or KL",
-             "not told apart": "does not differ significantly from that shrink in loss and KL"}  # fmt: skip
+    words = {"better": "diverges less than that shrink from the base", "worse": "diverges more than that shrink from the base",
+             "not told apart": "does not differ significantly from that shrink in divergence"}  # fmt: skip
     lines = [f"{100 * one['keep']:g}%: {words[one['shrink']['verdict']]}" for one in sets if one["shrink"] is not None]
     for one in sets:
         if (trade := one.get("trade")) is not None and not trade["worth_it"]:
             numbers = [f"{trade[key]:.4f} ± {trade[f'{key}_se']:.4f}" for key in ("regained", "given_up")]
             lines.append(
-                f"{100 * one['keep']:g}%: probably not worth it: it regains {numbers[0]} nats per token on general text and gives up "
-                f"{numbers[1]} on the task's"
+                f"{100 * one['keep']:g}%: probably not worth it: it regains {numbers[0]} nats of KL per token of general text and gives "
+                f"up {numbers[1]} of loss on the task's"
             )
     return lines
 

@@ -23,24 +23,22 @@ exit codes:
 EPILOG = (
     """\
 a first run:
-  streamer demo
-      find and remove planted intruders in a generated model, in seconds
   streamer inspect BASE ADAPTER
       see which tensor each module changes, and what a run would need
-  streamer detect BASE ADAPTER -o findings.safetensors
-      find the intruders, once
-  streamer mitigate BASE ADAPTER -o DIR --findings findings.safetensors
-      write a mitigated adapter, for PEFT
-  streamer merge BASE ADAPTER -o DIR --findings findings.safetensors
-      write a plain model with the mitigated adapter merged in
-  streamer evaluate BASE ADAPTER --general TEXT --task TEXT -o FILE
-      measure what each method and lambda keeps and forgets
   streamer repair BASE ADAPTER --task TEXT --general TEXT -o DIR
       write an adapter that forgets less, as measured on your texts
-  streamer fit BASE ADAPTER --general TEXT --task TEXT -o FILE
-      write only the fit that repair uses
+  streamer mitigate BASE ADAPTER --method shrink --lambda 0.75 -o DIR
+      without texts: scale the whole adapter
+  streamer merge BASE DIR --lambda 1 -o MODEL
+      write a plain model with that adapter merged in
+  streamer evaluate BASE ADAPTER --general TEXT --task TEXT -o FILE
+      measure what each method and lambda keeps and forgets
   streamer map BASE --general TEXT -o base.map.safetensors
       map a base once; with --map, no adapter of that base needs task text
+  streamer detect BASE ADAPTER -o findings.safetensors
+      find the intruders, once
+  streamer demo
+      find and remove planted intruders in a generated model, in seconds
   streamer verify DIR
       check every byte of an output, for example after a copy
 
@@ -93,12 +91,11 @@ examples:
 examples:
   streamer report findings.safetensors
   streamer report findings.safetensors --json | jq .totals
+  streamer report evaluation.json -o report.html
   streamer report findings.safetensors evaluation.json -o report.html
-      a page with figures; the evaluation is optional
+      a page with figures
   streamer report DIR -o report.html
       one page for a directory of findings, from several adapters
-  streamer report findings.safetensors -o figures
-      a directory of figures, as SVG and PNG
   streamer report f.safetensors BASE ADAPTER --coefficients c.safetensors
       the effect of coefficients on the intruders
   streamer report merged

@@ -185,7 +185,7 @@ def build_parser() -> Parser:
     add_workers(sub)
     sub.add_argument("--dequantize", action="store_true",
                      help="if the base is quantized, write a plain model, in the dtype of its config")  # fmt: skip
-    sub = command("report", "show findings or an output as a table, JSON, a page or figures", reading)
+    sub = command("report", "show findings or an output as a table, JSON or a page", reading)
     sub.add_argument(
         "findings",
         metavar="FINDINGS",
@@ -202,7 +202,7 @@ def build_parser() -> Parser:
         "-o",
         "--output",
         metavar="PAGE",
-        help="page to write (a name that ends in .html), or a directory for SVG and PNG figures",
+        help="page to write, a name that ends in .html",
     )
     sub.add_argument(
         "--overwrite", action="store_true", help="replace an existing report; no other file is ever replaced"

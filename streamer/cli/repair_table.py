@@ -32,8 +32,8 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
         Column("model", [row["name"] + (" *" if row["what"] == record["chosen"] else "") for row in rows], "* was written", 9, left=True),
         Column("kept", percents("kept"), "share of the learning that it keeps", 8),
         Column("top-1 kept", percents("top1_kept"), "share of the adapter's gain in top-1 on the task's text that it keeps", 4),
-        Column("forgetting", percents("forgetting"), "share of the forgetting that it leaves", 8),
-        Column("KL", percents("divergence"), "its divergence from the base; 100% is the adapter's", 5),
+        Column("KL left", percents("divergence"), "its divergence from the base on general text; 100% is the adapter's", 8),
+        Column("loss left", percents("forgetting"), "the rise of the loss on general text; 100% is the adapter's", 5),
     ]  # fmt: skip
     more = "".join(f" {word}" for word in input_options(written))
     words = shlex.join([*inputs, "--general", "TEXT", "--task", "TEXT", "-o", "FILE"])
@@ -43,16 +43,20 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
         "adapter": "",
     }[record["chosen"]]
     then = [f"next, on text that nothing was trained or fitted on: streamer evaluate {words} {what}{more}"]
-    told = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "forgetting": reliable["forgetting"]}
+    told = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "loss left": reliable["forgetting"]}
     why = dict.fromkeys(told, "the adapter's change is too small to measure on this text; more text may help")
     if rows[0]["top1_kept"] is None:
         why["top-1 kept"] = "the fit is of an earlier version, which did not measure it"
     none = "the findings have no intruder: scaling them changes nothing, and was not measured"
+    page = (
+        f"a page with these figures: streamer report {shlex.join([record['output'], '-o', record['output'] + '.html'])}"
+    )
     lines = [
         f"writes {record['why']}",
         *([none] if record["intruders"] == 0 else []),
         *(f"{name} is not shown: {why[name]}" for name, fine in told.items() if not fine),
         *record_lines(written, stood(record["output"], record["state"])),
+        page,
         *(then if what else []),
     ]
     return "\n\n".join([table(columns, screen), "\n".join(fit(line, screen.width) for line in lines)])

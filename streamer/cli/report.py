@@ -32,7 +32,10 @@ def report_text(report: Report, where: str, screen: Screen) -> str:
 def _one(subject: Subject, where: str, screen: Screen) -> str:
     if subject.record is not None:
         return record_table({**subject.record, "state": "read"}, where, screen)
-    text = findings_table(subject.found, screen)
+    if subject.findings is None:
+        assert subject.evaluation is not None
+        return evaluation_table(subject.evaluation, Names(output=shlex.quote(where)), screen)
+    text = findings_table(subject.findings, screen)
     if subject.evaluation is None:
         return text
     return f"{text}\n\n{evaluation_table(subject.evaluation, Names(findings=shlex.quote(where)), screen)}"

@@ -99,13 +99,27 @@ def stood(where: object, state: str) -> str:
 
 
 def next_step(findings: Findings, where: object, screen: Screen, base: str = "BASE", adapter: str = "ADAPTER") -> str:
-    """Give the command that measures what findings do not show: how much the adapter forgets, and which mitigation helps."""
-    facts = {"base": findings.base, "adapter": findings.adapter}
-    words = ["streamer", "evaluate", base, adapter, "--general", "GENERAL", "--task", "TASK", "-o", "evaluation.json",
-             "--findings", str(where), *input_options(facts)]  # fmt: skip
-    if any("/" in file["file"] for file in findings.base.get("files", ())):  # a pipeline, which evaluate does not run
-        words = ["streamer", "merge", base, adapter, "-o", "OUTPUT", "--findings", str(where)]
-    return fit(f"next: {shlex.join(words)}", screen.width)
+    """Give the commands that make the adapter forget less: with texts a repair, which also measures what the findings do; else a shrink."""
+    options = input_options({"base": findings.base, "adapter": findings.adapter})
+    repair = [
+        "repair",
+        base,
+        adapter,
+        "--general",
+        "TEXT",
+        "--task",
+        "TEXT",
+        "-o",
+        "OUTPUT",
+        "--findings",
+        str(where),
+        *options,
+    ]
+    shrink = ["mitigate", base, adapter, "--method", "shrink", "--lambda", "0.75", "-o", "OUTPUT", *options]
+    if any("/" in file["file"] for file in findings.base.get("files", ())):  # a pipeline, which repair does not run
+        return fit(f"next: streamer {shlex.join(shrink)}", screen.width)
+    lines = f"next: streamer {shlex.join(repair)}", f"or, without text: streamer {shlex.join(shrink)}"
+    return "\n".join(fit(line, screen.width) for line in lines)
 
 
 def _wants_memory(m: MatrixFinding) -> bool:

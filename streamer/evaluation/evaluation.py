@@ -93,14 +93,15 @@ class Evaluation(VariantLosses):
     def shown_variants(self) -> list[dict[str, Any]]:
         """Make the JSON of all variants, with null for shares that tables leave out."""
         tree = self.to_dict()
+        every = {f"{name}{end}" for name in (*tree["reliable"], "divergence") for end in ("", "_se")}
         hidden = {f"{name}{end}" for name, fine in tree["reliable"].items() if not fine for end in ("", "_se")}
         texts, no_share = tree.get("others", []), {"share": None, "share_se": None}
         return [
             {
                 **v,
-                **dict.fromkeys(hidden),
+                **dict.fromkeys(every if v["dropped"] else hidden),
                 "others": [
-                    {**own, **({} if text["reliable"] else no_share)}
+                    {**own, **({} if text["reliable"] and not v["dropped"] else no_share)}
                     for text, own in zip(texts, v.get("others", []), strict=True)
                 ],
             }
@@ -192,7 +193,6 @@ class Evaluation(VariantLosses):
             "keep": s.keep,
             "swapped": s.swapped,
             "command": None if variant is None else self.command(variant),
-            "least_loss": None if s.least_loss is None else s.least_loss.name,
             "shrink": shrink,
             "trade": traded,
         }

@@ -134,10 +134,11 @@ VariantRecord = TypedDict("VariantRecord", {
     "kept_se": StandardError | None,
     "top1_kept": Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined."],
     "top1_kept_se": StandardError | None,
-    "forgetting": Annotated[float | None, "Share of the forgetting: (variant - base) / (adapter - base) of the general losses; null if "
+    "forgetting": Annotated[float | None, "Share of the rise of the general loss: (variant - base) / (adapter - base); null if "
         "undefined."],
     "forgetting_se": StandardError | None,
-    "divergence": Annotated[float | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0."],
+    "divergence": Annotated[float | None, "Share of the forgetting: mean divergence on the general text as a share of the adapter's; "
+        "null if that is 0."],
     "divergence_se": StandardError | None,
     "dropped": Annotated[bool, "Whether it was stopped early: it had lost on a part of the sequences, or another shrink was nearer the "
         "share. What compares two variants is of the sequences that both ran on."],
@@ -155,15 +156,14 @@ ShrinkRecord = TypedDict("ShrinkRecord", {
     "kl_se": Annotated[Amount, "Its standard error, computed in the same way."],
     "top1": Annotated[float | None, "Difference of the top-1 on the task's text; null in earlier versions."],
     "top1_se": Annotated[Amount | None, "Its standard error, computed in the same way."],
-    "verdict": Annotated[Literal["better", "worse", "not told apart"], "By more than two standard errors: better by both loss and "
-        "divergence; worse by the loss, or by the divergence unless the loss is better."],
+    "verdict": Annotated[Literal["better", "worse", "not told apart"], "By the divergence, and more than two standard errors."],
 })
 ShrinkRecord.__doc__ = "A shrink of the whole adapter."
 
 class TradeRecord(TypedDict):
     """What a variant gives up and regains, compared with the unchanged adapter."""
     name: Annotated[str, "Its name."]
-    regained: Annotated[float, "Mean loss of the adapter on the general text minus the variant's, in nats per token."]
+    regained: Annotated[float, "Mean divergence of the adapter on the general text minus the variant's, in nats per token."]
     regained_se: PairedError
     given_up: Annotated[float, "Mean loss of the variant on the task's text minus the adapter's, in nats per token."]
     given_up_se: PairedError
@@ -173,7 +173,7 @@ class TradeRecord(TypedDict):
 class ReliableRecord(TypedDict):
     """Whether shares are meaningful: their denominators are over four standard errors (more with few sequences); tables show no others."""
     kept: Annotated[bool, "Shares of the learning."]
-    forgetting: Annotated[bool, "Shares of the forgetting."]
+    forgetting: Annotated[bool, "Shares of the rise of the general loss."]
     top1_kept: Annotated[bool, "Shares of the gain in top-1 on the task's text; false if there is no gain."]
 
 SuggestionRecord = TypedDict("SuggestionRecord", {
@@ -182,16 +182,15 @@ SuggestionRecord = TypedDict("SuggestionRecord", {
     "lambda": Annotated[float | None, "Share to keep: of an intruder, of the delta (shrink), or of its energy on general inputs "
         "(nullspace); null for base, adapter, fitted and regmean."],
     "reason": Annotated[Reason, "not learned: the adapter's loss on the task's text is not below the base's by two standard errors (more "
-        "with few sequences, by Student's quantile), and nothing is suggested; not forgotten: its loss on the general text is not above "
-        "the base's by two, and the unchanged adapter is suggested; none better: no variant that keeps enough forgets less; not worth it: "
-        "some forget less, but none regains enough for what it gives up; forgets least: the best of the others; a shrink is better: a "
+        "with few sequences, by Student's quantile), and nothing is suggested; not forgotten: its divergence from the base on the general "
+        "text is not above 0 by two, and the unchanged adapter is suggested; none better: no variant that keeps enough forgets less; not "
+        "worth it: some forget less, but none regains enough for what it "
+        "gives up; forgets least: the best of the others; a shrink is better: a "
         "shrink that was not measured beats that variant, and nothing is suggested until it is measured."],
     "keep": Annotated[KeptShare, "Share of the learning to keep."],
     "swapped": Annotated[bool, "Whether the adapter's loss on the task's text is above the base's by two standard errors (swapped "
         "texts?)."],
     "command": Annotated[list[str] | None, "Command and options that make it; add base, adapter, output and findings."],
-    "least_loss": Annotated[str | None, "Name of the variant with the least loss on the general text among those that keep enough, if it "
-        "is another."],
     "shrink": Annotated[ShrinkRecord | None, "The variant that forgets least, compared with the shrink of the whole adapter that keeps the "
         "same share, interpolated; null if the variant is a shrink or the adapter, or if the evaluated shrinks do not enclose the "
         "share."],

@@ -3,11 +3,10 @@
 A variant has lost if one of these is true and further sequences are unlikely to change it (`Estimate.is_positive`):
 
 - It keeps less than the requested share.
-- Another variant is better on general text, in both loss and divergence. The other also has the lower loss on the task's text, or it keeps
-  the requested share and is worth it.
+- Another variant diverges less. The other also has the lower loss on the task's text, or it keeps the requested share and is worth it.
 - It is worse than the interpolated shrink of the whole adapter that keeps the same share (`ShrinkComparison.verdict`).
 
-One of the race's own shrinks goes on: the one that keeps the requested share, as far as is known (`placed_shrink`). Milder ones go on until
+One of the race's own shrinks goes on: the one that keeps the requested share, as far as is known (`placed`). Milder ones go on until
 that shrink is known to be worth it. Shrinks that the user asked for run on all sequences.
 """
 
@@ -63,7 +62,7 @@ def _below(kept: Estimate, keep: float) -> bool:
 def _excels(evaluation: VariantLosses, one: int, other: int, keep: float) -> bool:
     """Test whether variant `one` makes variant `other` superfluous."""
     general, task = evaluation.general, evaluation.task
-    if not (general.kl_difference(other, one).is_positive and general.loss_difference(other, one).is_positive):
+    if not general.kl_difference(other, one).is_positive:
         return False
     if task.loss_difference(other, one).is_positive:
         return True

@@ -1,4 +1,4 @@
-"""Compare a variant with the shrink of the whole adapter that keeps the same share, and choose the λ of the shrink to measure next.
+"""Compare a variant with the shrink of the whole adapter that keeps the same share, and choose a method's λ to measure next.
 
 Between the measured λ, a cubic in λ through the four nearest interpolates what a shrink keeps and forgets. The interpolation is linear in
 the losses, so the same weights apply to every loss and every sequence, and errors stay paired.
@@ -53,14 +53,8 @@ class ShrinkComparison:
 
     @property
     def verdict(self) -> Literal["better", "worse", "not told apart"]:
-        """Judge the variant: better by both loss and divergence; worse by the loss, or by the divergence unless the loss is better.
-
-        Only differences beyond the error count. The rule is not symmetric: *better* is a claim and needs both measures, *worse* is a doubt.
-        The loss decides in a conflict, because forgetting is a loss: a variant with a higher loss than the shrink forgets more.
-        """
-        if self.loss.is_negative:
-            return "better" if self.kl.is_negative else "not told apart"
-        return "worse" if self.loss.is_positive or self.kl.is_positive else "not told apart"
+        """Judge the variant by its divergence; only a difference beyond the error counts."""
+        return "better" if self.kl.is_negative else "worse" if self.kl.is_positive else "not told apart"
 
 
 def against_shrink(
@@ -77,7 +71,7 @@ def against_shrink(
     if variants[variant].method in (None, Shrink.name):
         return None
     ran = np.isfinite(task.loss[variant])
-    nodes = [node for node in _shrinks(variants) if task.ran(node[1]) >= ran.sum()]
+    nodes = [node for node in _by_lambda(variants, Shrink.name) if task.ran(node[1]) >= ran.sum()]
     if len(nodes) < NODES and nodes[0][0] > 0:
         nodes.insert(0, (0.0, BASE_ROW))  # an approximation if the adapter has more than deltas
     losses = np.nan_to_num(task.loss[:, ran].sum(axis=1))
@@ -103,48 +97,43 @@ def against_shrink(
     return ShrinkComparison(lam, between, estimate(general.loss_of), estimate(general.kl_of), estimate(task.top1_of))
 
 
-def next_shrink(
-    variants: Sequence[EvaluatedVariant], task: SequenceSums, keep: float, last: bool = False, loose: bool = False
-) -> float | None:
-    """Choose the λ of the shrink to measure next, aiming at a shrink that keeps a share of the learning and little more.
+def placed(
+    variants: Sequence[EvaluatedVariant],
+    task: SequenceSums,
+    keep: float,
+    method: str = Shrink.name,
+    last: bool = False,
+    loose: bool = False,
+) -> tuple[int, float | None]:
+    """Choose, among a method's measured λ and the adapter, the one that keeps a share of the learning and little more.
 
     The measured shares are interpolated to find a λ that keeps slightly more than the share; it is rounded up. Repeated measuring is a
-    secant method: the nodes move closer, and the interpolation improves. See `placed_shrink` for the options.
-
-    Returns
-    -------
-    float or None
-        None if such a shrink was already measured, or if no shrink was measured at all.
-    """
-    return placed_shrink(variants, task, keep, last, loose)[1]
-
-
-def placed_shrink(
-    variants: Sequence[EvaluatedVariant], task: SequenceSums, keep: float, last: bool = False, loose: bool = False
-) -> tuple[int, float | None]:
-    """Choose, among the measured shrinks and the adapter, the one that keeps a share of the learning and little more.
-
-    Before all sequences have run, the final share may differ from the current one by about its final error. Therefore a new λ aims `ERRORS`
-    of these errors above the share, and a measured shrink is accepted if it falls short by as much.
+    secant method: the nodes move closer, and the interpolation improves. Before all sequences have run, the final share may differ from the
+    current one by about its final error. Therefore a new λ aims `ERRORS` of these errors above the share, and a measured one is accepted if
+    it falls short by as much.
 
     Parameters
     ----------
     last
-        Whether this is the last λ, which aims above the share by `LAST` times the shortfall of the nearest shrink below it.
+        Whether this is the last λ, which aims above the share by `LAST` times the shortfall of the nearest λ below it.
     loose
         Whether to accept as large an excess as in a race, which can save one measurement.
 
     Returns
     -------
     row, lambda
-        Row of the shrink, and the λ of a better one to measure; None if the shrink is well placed, or if no shrink was requested.
+        Row of the chosen variant, and a better λ to measure; None if the variant is well placed, if no λ of the method was measured, or if
+        all of them keep more than the share.
     """
-    shrinks = [node for node in _shrinks(variants) if 0 <= node[0] <= 1]
-    if len(shrinks) < 2:
+    nodes = [node for node in _by_lambda(variants, method) if 0 <= node[0] <= 1]
+    if len(nodes) < 2:
         return ADAPTER_ROW, None
-    nodes = [node for node in shrinks if not task.dropped(node[1])]
-    if nodes[0][0] > 0:  # λ = 0 is approximately the base: an adapter may have more than deltas
-        nodes.insert(0, (0.0, BASE_ROW))
+    if (
+        method == Shrink.name
+    ):  # of others, what λ = 0 keeps is unknown: the λ that a race dropped are the nodes below the share
+        nodes = [node for node in nodes if not task.dropped(node[1])]
+        if nodes[0][0] > 0:  # λ = 0 is approximately the base: an adapter may have more than deltas
+            nodes.insert(0, (0.0, BASE_ROW))
     kept, values = [task.fraction(row) for _, row in nodes], np.zeros(len(variants))
     values[[row for _, row in nodes]] = [one.value for one in kept]
     whole = len(task.tokens)
@@ -168,11 +157,11 @@ def rounded_up(lam: float) -> float:
     return math.ceil(lam * STEPS - 1e-6) / STEPS
 
 
-def _shrinks(variants: Sequence[EvaluatedVariant]) -> list[Node]:
-    """List the shrinks in order of λ, including the unchanged adapter."""
+def _by_lambda(variants: Sequence[EvaluatedVariant], method: str) -> list[Node]:
+    """List a method's variants in order of λ, including the unchanged adapter."""
     nodes = [(1.0, ADAPTER_ROW)]
     nodes += [(v.mitigation_lambda, i) for i, v in enumerate(variants)
-              if v.method == Shrink.name and v.mitigation_lambda is not None]  # fmt: skip
+              if v.method == method and v.mitigation_lambda is not None]  # fmt: skip
     return sorted(nodes)
 
 

@@ -3,18 +3,20 @@
 The generator holds no model and reads no file. The same answers lead to the same requests, so a journal of answers resumes it. It requests:
 
 1. the user's variants, on the sequences of the first round; in each later round, the variants that have not lost (see `race`)
-2. up to `MOST_PLACED` times, a shrink of the whole adapter, with the λ that keeps the share according to the losses so far
+2. up to `MOST_PLACED` times for each method with a λ, a variant whose λ keeps the share according to the losses so far: a shrink of the
+   whole adapter in each round, other methods at the end, unless all their variants have lost
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.race import WHOLE, eighths_run, lost
-from streamer.evaluation.shrinks import placed_shrink
+from streamer.evaluation.shrinks import placed
 from streamer.evaluation.suggestion import Trade
 from streamer.measuring.sequences import ALL
 from streamer.measuring.statistics import SequenceSums
@@ -27,7 +29,7 @@ Answer = TypeVar("Answer")
 Result = TypeVar("Result")
 
 MOST_PLACED = 4
-"""Most shrinks measured in order to place one; one or two are usual."""
+"""Most variants of a method measured in order to place one; one or two are usual."""
 
 SURVIVING = 5
 """After each round, one in this many variants is expected to go on."""
@@ -99,7 +101,7 @@ class Wanted:
 
 def expected(wanted: Wanted, known: Evaluation | None) -> list[Size]:
     """List the sizes of the expected requests, if the usual number of variants is dropped; empty if nothing is missing."""
-    request = next_request(wanted, known, alive_at_first(wanted, known), _placed(known, wanted.keep))
+    request = next_request(wanted, known, alive_at_first(wanted, known), _tries(known, wanted.keep))
     return [] if request is None else [request.size, *request.later]
 
 
@@ -113,11 +115,12 @@ def evaluation_steps(wanted: Wanted, known: Evaluation | None, facts: Mapping[st
     facts
         Facts of the returned evaluation.
     """
-    evaluation, placed = known, _placed(known, wanted.keep)
+    evaluation, tries = known, _tries(known, wanted.keep)
     alive = alive_at_first(wanted, known)
-    while (request := next_request(wanted, evaluation, alive, placed)) is not None:
-        placed += evaluation is not None and any(
-            v not in wanted.variants and EvaluatedVariant.of(v) not in evaluation.variants for v in request.variants
+    while (request := next_request(wanted, evaluation, alive, tries)) is not None:
+        rows = () if evaluation is None else evaluation.variants
+        tries.update(
+            str(v.method) for v in request.variants if v not in wanted.variants and EvaluatedVariant.of(v) not in rows
         )
         evaluation = joined(evaluation, request.variants, (yield request), facts, wanted.keep)
         alive = [v for v in alive if goes_on(wanted, evaluation, v)]
@@ -125,10 +128,10 @@ def evaluation_steps(wanted: Wanted, known: Evaluation | None, facts: Mapping[st
     return replace(evaluation, facts=facts, keep=wanted.keep)
 
 
-def _placed(known: Evaluation | None, keep: float) -> int:
-    """Return the number of shrinks already placed: `MOST_PLACED` if an earlier run placed one for this share, else 0."""
-    done = known is not None and known.keep == keep and any(v.method == Shrink.name for v in known.variants)
-    return MOST_PLACED if done else 0
+def _tries(known: Evaluation | None, keep: float) -> Counter[str]:
+    """Count the λ tried in order to place each method: `MOST_PLACED` if an earlier run placed it for this share, else none."""
+    done = known.variants if known is not None and known.keep == keep else ()
+    return Counter({str(v.method): MOST_PLACED for v in done if v.method is not None})
 
 
 def alive_at_first(wanted: Wanted, known: Evaluation | None) -> list[Variant]:
@@ -154,36 +157,39 @@ def row_of(known: Evaluation, variant: Variant) -> int | None:
     return known.variants.index(own) if own in known.variants else None
 
 
-def next_request(wanted: Wanted, known: Evaluation | None, alive: Sequence[Variant], placed: int) -> Request | None:
+def next_request(
+    wanted: Wanted, known: Evaluation | None, alive: Sequence[Variant], tries: Counter[str]
+) -> Request | None:
     """Return the next request; None if nothing is missing.
 
     Parameters
     ----------
     alive
         Variants that have not lost.
-    placed
-        Number of shrinks placed so far.
+    tries
+        Number of λ tried so far in order to place each method.
     """
-    request = _request(wanted, known, alive, placed)
+    request = _request(wanted, known, alive, tries)
     if request is None:
         return None
     reached = 0 if known is None else eighths_run(known, BASE_ROW) % len(ALL)
     ahead = request.eighths.stop > reached and any(v.name == ADAPTER for v in request.variants)
     always = sum(map(wanted.always, request.variants[1:]))
     racing = sum(v.method not in (None, Shrink.name) for v in alive)
-    shrinks = wanted.keep < 1 and placed < MOST_PLACED and any(v.method == Shrink.name for v in wanted.variants)
+    tried = tries[Shrink.name]
+    shrinks = wanted.keep < 1 and tried < MOST_PLACED and any(v.method == Shrink.name for v in wanted.variants)
     later: list[Size] = [(2, range(request.eighths.stop))] * (
-        shrinks and ahead and placed == 0 and len(wanted.rounds) > 1
+        shrinks and ahead and tried == 0 and len(wanted.rounds) > 1
     )
     for own in wanted.rounds:
         racing = -(-racing // SURVIVING)
         if own.start >= max(request.eighths.stop, reached) and (always or racing):
             later.append((1 + always + racing + (shrinks and ahead), own))
-    later += [(2, range(len(ALL) // 2))] * (shrinks and placed < 2)  # which is asked for at any time, or not at all
+    later += [(2, range(len(ALL) // 2))] * (shrinks and tried < 2)  # which is asked for at any time, or not at all
     return Request(request.variants, request.eighths, tuple(later))
 
 
-def _request(wanted: Wanted, known: Evaluation | None, alive: Sequence[Variant], placed: int) -> Request | None:
+def _request(wanted: Wanted, known: Evaluation | None, alive: Sequence[Variant], tries: Counter[str]) -> Request | None:
     base = wanted.variants[0]
     if known is None:
         return Request((base, *alive), wanted.rounds[0])
@@ -193,11 +199,16 @@ def _request(wanted: Wanted, known: Evaluation | None, alive: Sequence[Variant],
         least = min(ran[v] for v in behind)
         stop = next(r.stop for r in wanted.rounds if r.stop > least)
         return Request((base, *(v for v in behind if ran[v] == least)), range(least, min(stop, reached)))
-    placed_row, lam = shrink_to_place(wanted, known, placed)
-    if lam is not None:
-        shrink = Variant.of(Shrink(lam))
-        row = row_of(known, shrink)
-        return Request((base, shrink), range(0 if row is None else eighths_run(known, row), reached))
+    placed_row, lam = to_place(wanted, known, tries, Shrink.name)
+    found = None if lam is None else Variant.of(Shrink(lam))
+    others = {v.method: v.mitigation for v in alive if v.method != Shrink.name and v.mitigation_lambda is not None}
+    for name, method in others.items() if found is None and reached == len(ALL) else ():
+        if method is not None and (lam := to_place(wanted, known, tries, str(name))[1]) is not None:
+            found = Variant.of(replace(method, mitigation_lambda=lam))
+            break
+    if found is not None:
+        row = row_of(known, found)
+        return Request((base, found), range(0 if row is None else eighths_run(known, row), reached))
     if reached == len(ALL):
         return None
     of_row = known.variants[placed_row]
@@ -217,9 +228,9 @@ def goes_on(wanted: Wanted, known: Evaluation, variant: Variant) -> bool:
         return True
     if variant.method != Shrink.name:
         return not lost(known, row, wanted.keep)
-    placed, _ = shrink_to_place(wanted, known, 0)
-    milder = (variant.mitigation_lambda or 0.0) >= (known.variants[placed].mitigation_lambda or 1.0)
-    return milder and not Trade.of(known.general, known.task, placed).is_worth_it
+    row, _ = to_place(wanted, known, Counter(), Shrink.name)
+    milder = (variant.mitigation_lambda or 0.0) >= (known.variants[row].mitigation_lambda or 1.0)
+    return milder and not Trade.of(known.general, known.task, row).is_worth_it
 
 
 def without_scaling(variants: Sequence[Variant], facts: Mapping[str, Any]) -> list[Variant]:
@@ -227,14 +238,14 @@ def without_scaling(variants: Sequence[Variant], facts: Mapping[str, Any]) -> li
     return [variant for variant in variants if not (facts.get("intruders") == 0 and variant.scales_intruders)]
 
 
-def shrink_to_place(wanted: Wanted, known: Evaluation, placed: int) -> tuple[int, float | None]:
-    """Choose the shrink that goes on, and the λ of a better one to measure, or None; see `placed_shrink`."""
+def to_place(wanted: Wanted, known: Evaluation, tries: Counter[str], method: str) -> tuple[int, float | None]:
+    """Choose the variant of a method that keeps the share, and a better λ to measure, or None; see `placed`."""
     reason = known.best(wanted.keep).reason
     if reason == "not learned" or (reason == "not forgotten" and eighths_run(known, BASE_ROW) == len(ALL)):
         return ADAPTER_ROW, None
-    last, loose = placed == MOST_PLACED - 1, len(wanted.rounds) > 1
-    row, lam = placed_shrink(known.variants, known.task, wanted.keep, last, loose)
-    return row, lam if placed < MOST_PLACED else None
+    last, loose = tries[method] == MOST_PLACED - 1, len(wanted.rounds) > 1
+    row, lam = placed(known.variants, known.task, wanted.keep, method, last, loose)
+    return row, lam if tries[method] < MOST_PLACED else None
 
 
 def joined(

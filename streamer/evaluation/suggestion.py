@@ -1,10 +1,10 @@
 """Suggest the variant that forgets least among all that keep enough of the learning, and compare it with the equal shrink.
 
 The learning is the fall of the loss on the task's text from the base to the unchanged adapter. A variant keeps the share
-``(base − variant) / (base − adapter)`` of it. Forgetting is judged by the divergence from the base, ``KL(base ‖ variant)``, on general
-text. On the adapters that were tried, divergence ranks variants as the rise of the loss does, but separates more of them, because it
-compares whole next-token distributions instead of the probability of one token. A suggested variant must also be worth it (`Trade`). By its
-loss, it must not be worse than the adapter, nor by loss or divergence than the shrink that keeps the same share (`ShrinkComparison`).
+``(base − variant) / (base − adapter)`` of it. Forgetting is the divergence from the base, ``KL(base ‖ variant)``, on general text. The
+loss on that text is shown but decides nothing: instruction-tuned and quantized bases often gain on plain text, whatever they forget, and
+on other bases divergence ranks variants as the loss does, but separates more of them. A suggested variant must also be worth it (`Trade`),
+and must not diverge more than the shrink that keeps the same share (`ShrinkComparison`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from streamer.errors import UsageError
-from streamer.evaluation.shrinks import ShrinkComparison, against_shrink, next_shrink
+from streamer.evaluation.shrinks import ShrinkComparison, against_shrink, placed
 from streamer.measuring.statistics import Estimate, SequenceSums, flat
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods.shrink import Shrink
@@ -26,14 +26,14 @@ from streamer.methods.shrink import Shrink
 Reason = Literal["not learned", "not forgotten", "none better", "not worth it", "forgets least", "a shrink is better"]
 
 WORTH = 0.5
-"""Nats on general text that a suggested variant must regain, at least, for each nat that it gives up on the task's text. General text
-represents every other use of the model, and the share to keep already permits some loss on the task; so one nat on general text counts as
-two on the task's. This guards against trades that nobody wants; the share decides the rest."""
+"""Nats of divergence on general text that a suggested variant must regain, at least, for each nat of loss that it gives up on the task's.
+General text represents every other use of the model, and the share to keep already permits some loss on the task; so one nat on general
+text counts as two on the task's. This guards against trades that nobody wants; the share decides the rest."""
 
 
 @dataclass(frozen=True)
 class Trade:
-    """What a variant regains on general text and gives up on the task's text, relative to the unchanged adapter, in nats per token."""
+    """What a variant regains of the divergence and gives up on the task's text, relative to the unchanged adapter, in nats per token."""
 
     regained: Estimate
     given_up: Estimate
@@ -41,7 +41,7 @@ class Trade:
     @classmethod
     def of(cls, general: SequenceSums, task: SequenceSums, variant: int) -> Trade:
         """Estimate the trade of the variant with this row number."""
-        return cls(general.loss_difference(ADAPTER_ROW, variant), task.loss_difference(variant, ADAPTER_ROW))
+        return cls(general.kl_difference(ADAPTER_ROW, variant), task.loss_difference(variant, ADAPTER_ROW))
 
     def record(self, name: str) -> dict[str, Any]:
         """Make the `TradeRecord` of the variant with this name."""
@@ -69,7 +69,6 @@ class Suggestion:
     variant: EvaluatedVariant | None
     reason: Reason
     keep: float
-    least_loss: EvaluatedVariant | None = None
     shrink: ShrinkComparison | None = None
     swapped: bool = False
     declined: EvaluatedVariant | None = None
@@ -104,15 +103,11 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
     learning = task.loss_difference(BASE_ROW, ADAPTER_ROW)
     if not learning.is_positive:
         return Suggestion(None, "not learned", keep, swapped=learning.is_negative)
-    if not general.loss_difference(ADAPTER_ROW, BASE_ROW).is_positive:
+    if not general.kl_difference(ADAPTER_ROW, BASE_ROW).is_positive:
         return Suggestion(variants[ADAPTER_ROW], "not forgotten", keep)
     ran = [v for v in range(ADAPTER_ROW, len(variants)) if not task.dropped(v)]
     keeping = [v for v in ran if _keeps(variants[v], task.fraction(v), keep)]
-    forgets_less = [
-        v
-        for v in keeping
-        if general.kl_difference(v, ADAPTER_ROW).is_negative and not general.loss_difference(v, ADAPTER_ROW).is_positive
-    ]
+    forgets_less = [v for v in keeping if general.kl_difference(v, ADAPTER_ROW).is_negative]
     if not forgets_less:
         return Suggestion(variants[ADAPTER_ROW], "none better", keep)
     least_kl = min(forgets_less, key=lambda v: np.nansum(general.kl[v]))
@@ -123,12 +118,10 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
     compared = against_shrink(variants, general, task, best)
     if compared is not None and compared.verdict == "worse":
         shrinks = [v for v in forgets_less if variants[v].method == Shrink.name]
-        if not shrinks or next_shrink(variants, task, keep, loose=True) is not None:
+        if not shrinks or placed(variants, task, keep, loose=True)[1] is not None:
             return Suggestion(None, "a shrink is better", keep, shrink=compared)
         best, compared = min(shrinks, key=lambda v: np.nansum(general.kl[v])), None
-    least = min(keeping, key=lambda v: np.nansum(general.loss[v]))
-    least_loss = None if least == best else variants[least]
-    return Suggestion(variants[best], "forgets least", keep, least_loss, compared)
+    return Suggestion(variants[best], "forgets least", keep, compared)
 
 
 def front(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from streamer.evaluation.columns import cell, figures, percent
 from streamer.evaluation.identity import input_options
-from streamer.evaluation.shrinks import ShrinkComparison, next_shrink, rounded_up
+from streamer.evaluation.shrinks import ShrinkComparison, placed, rounded_up
 from streamer.evaluation.suggestion import WORTH, Suggestion, Trade
 from streamer.evaluation.variant_losses import VariantLosses
 from streamer.measuring.statistics import telling
@@ -69,18 +69,18 @@ def verdict(evaluation: VariantLosses, suggestion: Suggestion) -> str:
     if suggestion.reason == "not learned":
         return "no suggestion: there is no evidence that the adapter learned the task's text"
     if suggestion.reason == "not forgotten":
-        return "use the adapter as it is: there is no evidence that it forgets"
+        return "use the adapter as it is: there is no evidence that it diverges from the base"
     if suggestion.reason == "none better":
-        return f"use the adapter as it is: no variant that keeps {keep} of what it learned forgets measurably less"
+        return f"use the adapter as it is: no variant that keeps {keep} of what it learned diverges measurably less from the base"
     if suggestion.reason == "not worth it":
         return f"use the adapter as it is: no variant that keeps {keep} of what it learned is worth what it gives up"
     if variant is None:
         return "no suggestion yet: a shrink that was not measured is better than the measured variants"
     v = evaluation.variants.index(variant)
-    if not (evaluation.general.change.divides and evaluation.task.change.divides):
+    if not evaluation.task.change.divides:
         return f"use {variant.name}: it {_trade(Trade.of(evaluation.general, evaluation.task, v))}"
-    kept, left = percent(evaluation.task.fraction(v)), percent(evaluation.general.fraction(v))
-    return f"use {variant.name}: it keeps {kept} of what the adapter learned and leaves {left} of its forgetting"
+    kept, left = percent(evaluation.task.fraction(v)), percent(evaluation.general.kl_fraction(v))
+    return f"use {variant.name}: it keeps {kept} of what the adapter learned and leaves {left} of its divergence from the base"
 
 
 def reasons(evaluation: VariantLosses, suggestion: Suggestion) -> list[str]:
@@ -108,7 +108,7 @@ def left_out(evaluation: VariantLosses) -> list[str]:
     others = ((f"{name} left or kept", name, sums) for name, sums in evaluation.others.items())
     for of, on, sums in (
         ("kept", "the task's text", evaluation.task),
-        ("forgetting", "general text", evaluation.general),
+        ("loss left", "general text", evaluation.general),
         *others,
     ):
         if not (change := sums.change).divides:
@@ -132,18 +132,20 @@ def left_out(evaluation: VariantLosses) -> list[str]:
 
 
 def _trade(trade: Trade) -> str:
-    return f"regains {cell(trade.regained)} nats per token on general text and gives up {cell(trade.given_up)} on the task's"
+    return f"regains {cell(trade.regained)} nats of KL per token of general text and gives up {cell(trade.given_up)} of loss on the task's"
 
 
 def _reasons(evaluation: VariantLosses, suggestion: Suggestion) -> list[str]:
     general, task, variant = evaluation.general, evaluation.task, suggestion.variant
-    for reason, on, sums in (("not learned", "the task's text", task), ("not forgotten", "general text", general)):
-        if suggestion.reason == reason:  # `left_out` explains a change that is too small to divide
-            change = sums.change
-            return [f"the adapter's loss on {on} minus the base's is {cell(change)}"] if change.divides else []
+    if suggestion.reason == "not learned":  # `left_out` explains a change that is too small to divide
+        return (
+            [f"the adapter's loss on the task's text minus the base's is {cell(task.change)}"]
+            if task.change.divides
+            else []
+        )
     if suggestion.declined is not None:
         trade = Trade.of(general, task, evaluation.variants.index(suggestion.declined))
-        return [f"{suggestion.declined.name}, which forgets least, {_trade(trade)}; {_RULE}"]
+        return [f"{suggestion.declined.name}, which diverges least, {_trade(trade)}; {_RULE}"]
     lines = []
     if suggestion.reason == "forgets least" and variant is not None:
         v = evaluation.variants.index(variant)
@@ -151,18 +153,12 @@ def _reasons(evaluation: VariantLosses, suggestion: Suggestion) -> list[str]:
             f"of the variants that keep {100 * suggestion.keep:g}% of what was learned, {variant.name} has the least divergence from the "
             f"base, {percent(general.kl_fraction(v))} of the adapter's; it {_trade(Trade.of(general, task, v))}"
         )
-        if suggestion.least_loss is not None:
-            difference = general.loss_difference(v, evaluation.variants.index(suggestion.least_loss))
-            lines.append(
-                f"by its loss on general text, {suggestion.least_loss.name} forgets less: {cell(difference)} lower"
-            )
         if variant.method == Shrink.name:
-            lam = next_shrink(evaluation.variants, task, suggestion.keep)
-            also = "" if lam is None else f"; one at lambda {lam:g}, not measured, may keep enough and forget less"
-            return [
-                *lines,
-                f"it is a shrink of the whole adapter; no other measured variant forgets less and keeps as much{also}",
-            ]
+            methods = dict.fromkeys(v.method for v in evaluation.variants if v.mitigation_lambda is not None)
+            better = ((name, placed(evaluation.variants, task, suggestion.keep, str(name))[1]) for name in methods)
+            near = [f"{name} {lam:g}" for name, lam in better if lam is not None]
+            also = f"; not measured, and perhaps better: {', '.join(near)}" if near else ""
+            return [*lines, f"it is a shrink of the whole adapter{also}"]
         if suggestion.shrink is None:
             lines.append(
                 "it was not compared with a shrink of the whole adapter: that needs --method shrink at two values of lambda"
@@ -212,9 +208,8 @@ def commands(evaluation: VariantLosses, suggestion: Suggestion, names: Names | N
     if any(takes_coefficients(v.method) for v in evaluation.variants):
         return [f"next: {made}"]
     keep = f" --keep {suggestion.keep:g}" if suggestion.keep < 1 else ""
-    fit = f"streamer fit {names.inputs} --general {names.general} --task {names.task}{keep} -o fit.safetensors{options}"
     return [
         *([f"made by: {made}"] if reason == "forgets least" else []),
-        "a fit to the texts usually forgets less than a shrink that keeps the same share",
-        f"next: {fit}",
+        "a repair usually forgets much less; fit it on other text than this, on which its result can then be measured",
+        f"next: streamer repair {names.inputs} --general TEXT --task TEXT{keep} -o OUTPUT{options}",
     ]

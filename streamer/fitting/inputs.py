@@ -174,7 +174,7 @@ class InputsRun(DividedFit):
         best = min(made, key=lambda one: abs(self._kept(one) - keep))
 
         def left(one: Point) -> float:
-            return float(self._sums([one.name])[0].loss[ADAPTER_ROW + 1].sum())
+            return float(self._sums([one.name])[0].kl[ADAPTER_ROW + 1].sum())
 
         return best if left(best) < left(point) and abs(self._kept(best) - keep) <= CLOSE else point
 

@@ -30,7 +30,7 @@ def inspect(prepared: PreparedFit, output: Path) -> State:
     """Check, without writing, whether a fit can be written to a file, and whether the file exists or was begun."""
     file = result_file(prepared, output)
     file.check_path()
-    check_budget([prepared.least], prepared.max_memory)
+    check_budget([prepared.least], prepared.max_memory, ", and less with fewer --sequences")
     return file.state()
 
 

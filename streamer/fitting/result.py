@@ -60,16 +60,15 @@ class _CoefficientFigures(TypedDict):
 
 FittedShrink = TypedDict("FittedShrink", {
     "lambda": Annotated[float, "Lambda of that shrink."],
-    "forgetting": Annotated[float, "Share of the forgetting that it leaves."],
-    "divergence": Annotated[float, "Its mean divergence on the general text as a share of the adapter's."],
+    "forgetting": Annotated[float, "Share of the rise of the general loss that it leaves."],
+    "divergence": Annotated[float, "Share of the forgetting that it leaves: divergence on the general text, relative to the adapter's."],
     "top1_kept": NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 that it keeps; absent in earlier versions."]],
     "loss": Annotated[float, "Mean loss of the fitted model on the general text minus the shrink's; below 0, the fitted model forgets "
         "less."],
     "loss_se": Annotated[PairedError, "It includes the uncertainty of the share kept and of the interpolation."],
     "kl": Annotated[float, "Mean divergence of the fitted model on the general text minus the shrink's."],
     "kl_se": Annotated[Amount, "Its standard error, computed in the same way."],
-    "verdict": Annotated[Literal["better", "worse", "not told apart"], "By more than two standard errors: better by both loss and "
-        "divergence; worse by the loss, or by the divergence unless the loss is better."],
+    "verdict": Annotated[Literal["better", "worse", "not told apart"], "By the divergence, and more than two standard errors."],
 })
 FittedShrink.__doc__ = "A shrink of the whole adapter."
 
@@ -78,10 +77,10 @@ class _Shares(TypedDict):
     kept_se: StandardError | None
     top1_kept: NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; absent in earlier versions."]]
     top1_kept_se: NotRequired[StandardError | None]
-    forgetting: Annotated[float | None, "Share of the forgetting: (fitted - base) / (adapter - base) of the general losses; null if "
-        "undefined."]
+    forgetting: Annotated[float | None, "Share of the rise of the general loss: (fitted - base) / (adapter - base); null if undefined."]
     forgetting_se: StandardError | None
-    divergence: Annotated[float | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0."]
+    divergence: Annotated[float | None, "Share of the forgetting: mean divergence on the general text as a share of the adapter's; null "
+        "if that is 0."]
     divergence_se: StandardError | None
 
 class ScalingRecord(_Shares):
@@ -136,10 +135,8 @@ class FitFacts(TypedDict):
 
 class AdapterFacts(TypedDict):
     """What the unchanged adapter has learned and forgotten, on the held-out sequences."""
-    forgotten: Annotated[bool, "Whether the adapter's loss on the general text is significantly above the base's, on the held-out "
-        "sequences."]
-    improved: NotRequired[Annotated[bool, "Whether the adapter's loss on the general text is significantly below the base's: the text "
-        "resembles the task. Absent in earlier versions."]]
+    forgotten: Annotated[bool, "Whether the adapter's divergence from the base on the general text is significantly above 0, on the "
+        "held-out sequences."]
     learning: Annotated[float, "Loss of the base on the task's text minus the adapter's, in nats per token."]
     learning_se: PairedError
     top1_gain: NotRequired[Annotated[float, "Share of the task's tokens that are its most likely token, minus the base's; absent in "
@@ -191,7 +188,7 @@ def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> Adapt
         If there is no evidence that the adapter learned anything, so that there is no learning to keep.
     """
     learning = task.loss_difference(BASE_ROW, ADAPTER_ROW)
-    forgetting = general.loss_difference(ADAPTER_ROW, BASE_ROW)
+    divergence = general.mean(general.kl[ADAPTER_ROW])
     if not learning.is_positive:
         raise MismatchError(
             f"{name}: there is no evidence that the adapter learned this text, so there is nothing to keep: its loss less the base's is "
@@ -199,12 +196,11 @@ def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> Adapt
             f"{telling(learning.sequences):.1f} standard errors are evidence; give more text, raise --sequences, or give text of its task"
         )
     return cast(AdapterFacts, {
-        "forgotten": forgetting.is_positive,
-        "improved": forgetting.is_negative,
+        "forgotten": divergence.is_positive,
         **flat("learning", learning),
         **flat("top1_gain", task.top1_gain),
-        **flat("forgetting", forgetting),
-        **flat("divergence", general.mean(general.kl[ADAPTER_ROW])),
+        **flat("forgetting", general.change),
+        **flat("divergence", divergence),
         "reliable": reliable(general, task),
     })  # fmt: skip
 
@@ -289,13 +285,8 @@ def doubts(facts: AdapterFacts | Mapping[str, Any]) -> list[str]:
     if facts["forgotten"]:
         return []
     return [
-        f"there is no evidence that the adapter forgets, so it can be used as it is (more text may show more): its loss on general text "
-        f"less the base's is {facts['forgetting']:.4f} ± {facts['forgetting_se']:.4f} on the held-out sequences"
-        + (
-            "; the adapter improves that text, so it may resemble the task: give text of what the model could do before"
-            if facts.get("improved")
-            else ""
-        )
+        f"there is no evidence that the adapter forgets, so it can be used as it is (more text may show more): its divergence from the "
+        f"base on general text is {facts['divergence']:.4f} ± {facts['divergence_se']:.4f} on the held-out sequences"
     ]
 
 
@@ -317,18 +308,18 @@ def misses(facts: Mapping[str, Any]) -> list[str]:
         for one in facts["sets"]
         if one.get("missed") or one.get("exceeded")
     ]
-    if not (by_inputs and facts["forgotten"] and reliable.get("forgetting", True)):
+    if not (by_inputs and facts["forgotten"]):
         return missed
     near = [f"{100 * one['keep']:g}%" for one in facts["sets"] if _is_near_shrink(one)]
     if not near:
         return missed
-    return [*missed, f"{listed(near)}: the result is close to the shrink that keeps the same share, and leaves nearly as much forgetting; "
-            "the texts may be too similar: give general text of another kind than the task's"]  # fmt: skip
+    return [*missed, f"{listed(near)}: the result is close to the shrink that keeps the same share, and diverges nearly as much from the "
+            "base; the texts may be too similar: give general text of another kind than the task's"]  # fmt: skip
 
 
 def _is_near_shrink(one: Mapping[str, Any]) -> bool:
-    """Test whether a set leaves nearly as much forgetting as the shrink that keeps the same share."""
+    """Test whether a set diverges nearly as much from the base as the shrink that keeps the same share."""
     shrink = one["shrink"]
     return (
-        shrink is not None and one["mu"] is not None and bool(one["forgetting"] >= NEAR_SHRINK * shrink["forgetting"])
+        shrink is not None and one["mu"] is not None and bool(one["divergence"] >= NEAR_SHRINK * shrink["divergence"])
     )

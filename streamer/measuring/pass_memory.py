@@ -132,7 +132,8 @@ def rows_within(max_memory: int | None, least: int, most: int, needed: Callable[
         return most
     if needed(least) > max_memory:
         raise UsageError(
-            f"max_memory: {max_memory >> 20}M is not enough for {what}; it needs {-(-needed(least) >> 20)}M"
+            f"max_memory: {max_memory >> 20}M is not enough for {what}; it needs {-(-needed(least) >> 20)}M, and less with a smaller "
+            "--length or fewer --sequences"
         )
     return max(rows for rows in range(least, max(least, most) + 1, 64) if needed(rows) <= max_memory)
 

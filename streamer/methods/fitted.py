@@ -47,7 +47,6 @@ class Fitted(ByFit):
     """``Δ' = U diag(c) Uᵀ Δ`` with the singular vectors U of Δ itself, of rank r."""
 
     name: ClassVar[MethodName] = "fitted"
-    colour: ClassVar[str] = "#a64d86"
     about: ClassVar[str] = "scale each of the adapter's own directions by its coefficient, from `streamer fit`"
     card: ClassVar[str] = (
         "Each singular direction of the adapter's change to a weight was scaled by a coefficient, fitted to text of the task and to "

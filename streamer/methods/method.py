@@ -62,8 +62,8 @@ class Method(ABC):
         Whether Δ' has the rank of Δ, so that the adapter's own factors can hold it.
     keeps_left
         Whether the left factor stays unchanged, so that only ``lora_A`` is rewritten.
-    colour, about, card
-        Colour in figures; description in help; description at the beginning of a model card.
+    about, card
+        Description in help; description at the beginning of a model card.
     changes
         What the method changes in each matrix, for a table; a table shows the number of intruders for methods that scale them.
     default_lambda
@@ -80,7 +80,6 @@ class Method(ABC):
     needs: ClassVar[Needs]
     keeps_rank: ClassVar[bool]
     keeps_left: ClassVar[bool] = False
-    colour: ClassVar[str]
     about: ClassVar[str]
     card: ClassVar[str]
     changes: ClassVar[str] = "as a whole"

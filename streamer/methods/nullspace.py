@@ -20,7 +20,6 @@ class NullSpace(ByLambda):
     keeps_rank: ClassVar[bool] = True
     keeps_left: ClassVar[bool] = True
     default_lambda: ClassVar[float | None] = 0.6
-    colour: ClassVar[str] = "#1b6f8a"
     about: ClassVar[str] = "reduce the response to general inputs, by a map from `streamer map`"
     card: ClassVar[str] = (
         "The adapter's response to general text was reduced: each matrix keeps the share λ of its energy on general inputs, whose "

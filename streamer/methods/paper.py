@@ -18,7 +18,6 @@ class Paper(Scaling):
     name: ClassVar[MethodName] = "paper"
     needs: ClassVar[Needs] = Needs.FINDINGS
     keeps_rank: ClassVar[bool] = False
-    colour: ClassVar[str] = "#0072b2"
     about: ClassVar[str] = "scale each intruder"
 
     def formula(self, delta: Delta, *triplets: Tensor) -> Delta:

@@ -18,7 +18,6 @@ class Project(Scaling):
     name: ClassVar[MethodName] = "project"
     needs: ClassVar[Needs] = Needs.FINDINGS
     keeps_rank: ClassVar[bool] = True
-    colour: ClassVar[str] = "#007a5a"
     about: ClassVar[str] = "scale only the adapter's part of each intruder"
 
     def formula(self, delta: Delta, *triplets: Tensor) -> Delta:

@@ -13,7 +13,6 @@ class RegMean(ByFit):
 
     name: ClassVar[MethodName] = "regmean"
     keeps_left: ClassVar[bool] = True
-    colour: ClassVar[str] = "#6b5b00"
     about: ClassVar[str] = "keep only the response to the task's inputs (`streamer fit`)"
     card: ClassVar[str] = (
         "The adapter keeps its response to the task's inputs, and its response to general text was removed: its "

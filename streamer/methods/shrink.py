@@ -18,7 +18,6 @@ class Shrink(Scaling):
     name: ClassVar[MethodName] = "shrink"
     needs: ClassVar[Needs] = Needs.NOTHING
     keeps_rank: ClassVar[bool] = True
-    colour: ClassVar[str] = "#d55e00"
     about: ClassVar[str] = "scale the whole adapter, without detection"
     card: ClassVar[str] = "The adapter's change to each weight was scaled by λ: 1 keeps it unchanged, 0 removes it.\n"
 

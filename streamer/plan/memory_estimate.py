@@ -51,8 +51,13 @@ class MemoryEstimate:
         return f"tensor {self.tensor!r} ({'x'.join(map(str, self.shape))})" if self.shape else self.tensor
 
 
-def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> None:
+def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None, cure: str = "") -> None:
     """Refuse a budget that is too small for some step.
+
+    Parameters
+    ----------
+    cure
+        End of the message, which says what needs less.
 
     Raises
     ------
@@ -64,7 +69,7 @@ def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> Non
     most = max(needs, key=lambda need: need.nbytes)
     if most.nbytes > max_memory:
         raise UsageError(
-            f"max_memory: {max_memory >> 20}M is not enough for {most.what}; it needs {-(-most.nbytes >> 20)}M"
+            f"max_memory: {max_memory >> 20}M is not enough for {most.what}; it needs {-(-most.nbytes >> 20)}M{cure}"
         )
 
 

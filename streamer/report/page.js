@@ -36,7 +36,7 @@ function seriesOf(variants, methods) {
 }
 
 function drawTradeoff(parent, tree, key, label, caption) {
-  const points = tree.variants.filter((v) => v.kept !== null && v[key] !== null);
+  const points = tree.variants.filter((v) => v.kept !== null && v[key] !== null); // a dropped variant has no shares
   const series = seriesOf(points, tree.methods);
   const inside = (v) => v.kept >= -0.05 && v.kept <= 1.2 && v[key] >= -0.3 && v[key] <= 1.4;
   const shown = points.filter(inside), outside = points.filter((v) => !inside(v));
@@ -85,8 +85,8 @@ function showEvaluation(tree) {
     + "By definition, the base is at 0% and the adapter at 100% on both axes. The dashed line is the share to keep; the ring marks the suggestion.");
   const pair = html("div", { class: "pair" });
   for (const [key, label, caption] of [
-    ["forgetting", "forgetting left", "Forgetting by the loss on general text. Lower and further right is better."],
-    ["divergence", "divergence left", "Forgetting by the divergence from the base (KL), which decides the suggestion."],
+    ["divergence", "KL left", "Forgetting: the divergence from the base (KL) on general text. Lower and further right is better."],
+    ["forgetting", "loss left", "The rise of the loss on general text."],
   ]) {
     if (tree.variants.some((v) => v.kept !== null && v[key] !== null)) drawTradeoff(pair, tree, key, label, caption);
   }
@@ -96,9 +96,9 @@ function showEvaluation(tree) {
   sortedTable(part, [
     names,
     numeric("general", "mean loss in nats on general text", "general", (v) => v.general.toFixed(4)),
-    numeric("forgetting", "where the general loss lies between the base's (0%) and the adapter's (100%)", "forgetting", (v) => error(v.forgetting, v.forgetting_se)),
+    numeric("loss left", "where the general loss lies between the base's (0%) and the adapter's (100%)", "forgetting", (v) => error(v.forgetting, v.forgetting_se)),
     numeric("KL", "divergence from the base on general text, in nats", "kl", (v) => v.kl.toFixed(4)),
-    numeric("divergence", "this divergence as a share of the adapter's", "divergence", (v) => error(v.divergence, v.divergence_se)),
+    numeric("KL left", "this divergence as a share of the adapter's", "divergence", (v) => error(v.divergence, v.divergence_se)),
     numeric("same top", "share of general text's tokens for which the variant and the base have the same most likely token", "agreement", (v) => percent(v.agreement)),
     numeric("task", "mean loss in nats on the task's text", "task", (v) => v.task.toFixed(4)),
     numeric("kept", "where the task loss lies between the base's (0%) and the adapter's (100%)", "kept", (v) => error(v.kept, v.kept_se)),

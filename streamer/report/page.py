@@ -69,7 +69,8 @@ def make_page(subject: Subject | Collection) -> bytes:
         if subject.evaluation is not None:
             lines.append(_list(suggestion(subject.evaluation)))
         lines += [f"<p>{html.escape(sentence)}</p>" for sentence in sentences(subject)]
-        lines.append(f'<p class="certificates">{html.escape(certificates(subject))}</p>')
+        if proven := certificates(subject):
+            lines.append(f'<p class="certificates">{html.escape(proven)}</p>')
     page = _PAGE.substitute(
         digest=digest,
         title=html.escape(title(subject)),

@@ -1,9 +1,8 @@
-"""Hold the subject of a report: findings with an optional evaluation, or the record of an output."""
+"""Hold the subject of a report: findings, an evaluation, or both, or the record of an output."""
 
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -33,11 +32,11 @@ SCHEMA: Final = "streamer.report/1"
 class ReportRecord(TypedDict):
     """What `streamer report --json` prints with an evaluation or with -o: the data of the page and the figures."""
     schema: Literal["streamer.report/1"]
-    findings: Annotated[FindingsRecord | None, "The findings, streamer.findings/1; null for an output."]
+    findings: Annotated[FindingsRecord | None, "The findings, streamer.findings/1; null for an output or an evaluation alone."]
     evaluation: Annotated[EvaluationRecord | None, "The evaluation, streamer.evaluation/1; null without one."]
     record: Annotated[Written | None, "The record of an output, streamer.output/2; null for findings."]
-    thresholds: Annotated[list[ThresholdRecord], "Number of directions below each threshold, in rising order; empty for an output."]
-    lambdas: Annotated[list[LambdaRecord], "What each lambda removes, over all matrices; empty for an output."]
+    thresholds: Annotated[list[ThresholdRecord], "Number of directions below each threshold, in rising order; empty without findings."]
+    lambdas: Annotated[list[LambdaRecord], "What each lambda removes, over all matrices; empty without findings."]
     output: NotRequired[Annotated[str, "Path of the page or directory, as given. Only with -o."]]
     state: NotRequired[Annotated[Literal["written", "present"], "Whether the run wrote the files, or found the same bytes. Only with -o."]]
     files: NotRequired[Annotated[list[ReportFile], "The files of the report. Only with -o."]]
@@ -51,7 +50,7 @@ class Subject:
     Attributes
     ----------
     findings
-        Findings; None for a report on an output.
+        Findings; None for a report on an output, or on an evaluation alone.
     evaluation
         Evaluation of the same base and adapter, if given.
     record
@@ -94,7 +93,7 @@ def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subj
     Parameters
     ----------
     path
-        Findings, a directory of findings, or an output's directory with ``streamer.json``.
+        Findings, a directory of findings, an evaluation, or an output's directory with ``streamer.json``.
     evaluation
         File from ``streamer evaluate`` for the same base and adapter.
 
@@ -103,13 +102,15 @@ def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subj
     InputError
         If one of them is something else, or they do not belong together.
     UsageError
-        If an evaluation is given with an output or a directory of findings, or in place of the findings.
+        If an evaluation is given with an output, a directory of findings, or another evaluation.
     """
     path = Path(path)
     if _is_evaluation(path):
-        raise UsageError(
-            f"{path}: is an evaluation, the second argument; give its findings first: streamer report FINDINGS {shlex.quote(str(path))}"
-        )
+        if evaluation is not None:
+            raise UsageError(
+                f"{path}: is an evaluation, as is the second argument; give its findings first, or one evaluation alone"
+            )
+        return Subject(None, load_evaluation(path))
     if path.is_dir() and (path / RECORD_NAME).exists():
         if evaluation is not None:
             raise UsageError(f"{path}: is an output, and an evaluation is shown with findings; name the findings file")

@@ -23,16 +23,18 @@ def title(subject: Subject | Collection) -> str:
         return f"Intruder dimensions of {counted(len(subject.findings), 'adapter')}"
     if subject.record is not None:
         return f"{subject.record['command']}: {_name(subject.record['adapter'])}"
-    assert subject.findings is not None
+    if subject.findings is None:
+        assert subject.evaluation is not None
+        return f"Evaluation of {_name(subject.evaluation.facts['adapter'])}"
     return f"Intruder dimensions of {_name(subject.findings.sources.get('adapter', {}))}"
 
 
 def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]:
     """State the main result in one line, and list the next commands with their purposes."""
     measure = [
-        ("Measure forgetting, and what mitigation would change, on two of your own texts",
-         "streamer evaluate BASE ADAPTER --findings FINDINGS --general general.txt --task task.txt -o evaluation.json"),
-        ("Then write this page again with the measurements", "streamer report FINDINGS evaluation.json -o report.html --overwrite"),
+        ("Make the adapter forget less, as measured on two of your own texts",
+         "streamer repair BASE ADAPTER --findings FINDINGS --general TEXT --task TEXT -o OUTPUT"),
+        ("Or, without text", "streamer mitigate BASE ADAPTER --method shrink --lambda 0.75 -o OUTPUT"),
     ]  # fmt: skip
     if isinstance(subject, Collection):
         counts = {name: found.intruders for name, found in subject.findings.items()}
@@ -42,13 +44,13 @@ def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]
         adapters = counted(len(counts), "adapter")
         return f"Of {adapters}, {found}. The effect of mitigation has not been measured yet.", measure[:1]
     if subject.record is not None:
-        t = subject.record["totals"]
         check = "streamer verify OUTPUT BASE ADAPTER --sample all"
-        scaled = f" and {counted(t['intruders'], 'intruder')} scaled" if scales_intruders(subject.record) else ""
-        return (
-            f"{t['changed']} of {counted(t['matrices'], 'matrix')} mitigated{scaled}; the norm of the delta changed from "
-            f"{t['delta_norm']:.4g} to {t['delta_norm_after']:.4g}.", [("Check the files against the inputs", check)],
-        )  # fmt: skip
+        first = (
+            printable(subject.record["measured"][0]) + "."
+            if subject.record.get("measured")
+            else _changed(subject.record)
+        )
+        return f"{first[:1].upper()}{first[1:]}", [("Check the files against the inputs", check)]
     if subject.evaluation is not None:
         said = printable(verdict(subject.evaluation, subject.evaluation.best()))
         return f"{said[:1].upper()}{said[1:]}{'' if said.endswith('?') else '.'}", []
@@ -67,19 +69,19 @@ def sentences(subject: Subject) -> list[str]:
     """Describe what was asked and found, or what an output is."""
     if subject.record is not None:
         return _of_record(subject.record)
-    assert subject.findings is not None
-    return _of_findings(subject.findings)
+    return [] if subject.findings is None else _of_findings(subject.findings)
 
 
 def certificates(subject: Subject) -> str:
-    """State in one line how many decisions are proven."""
+    """State in one line how many decisions are proven; empty for an evaluation alone."""
     if subject.record is not None:
         made = subject.record["detection"]
         if made is None:
             return "Certificates: none, because no decision was needed."
         proven = sum(m["certified"] is True for m in subject.record["matrices"])
         return f"Certificates: in {proven} of {counted(len(subject.record['matrices']), 'matrix')}, every decision is proven."
-    assert subject.findings is not None
+    if subject.findings is None:
+        return ""
     found = [m.detection for m in subject.findings]
     proven, clustered = sum(d.certified for d in found), sum(bool(d.degenerate) for d in found)
     solvers = Counter(d.solver for d in found)
@@ -142,8 +144,18 @@ def _of_findings(findings: Findings) -> list[str]:
     return [asked, found, weighs]
 
 
-def _of_record(record: Mapping[str, Any]) -> list[str]:
+def _changed(record: Mapping[str, Any]) -> str:
+    """State what an output's matrices lost."""
     t = record["totals"]
+    scaled = f" and {counted(t['intruders'], 'intruder')} scaled" if scales_intruders(record) else ""
+    return (
+        f"{t['changed']} of {counted(t['matrices'], 'matrix')} mitigated{scaled}; the norm of the delta changed from "
+        f"{t['delta_norm']:.4g} to {t['delta_norm_after']:.4g}."
+    )
+
+
+def _of_record(record: Mapping[str, Any]) -> list[str]:
+    t, measured = record["totals"], record.get("measured", ())
     what = "adapter" if record["command"] == "mitigate" else "model"
     strength = "" if (lam := record.get("lambda")) is None else f", λ = {lam}"
     made = (
@@ -152,5 +164,12 @@ def _of_record(record: Mapping[str, Any]) -> list[str]:
     )
     same = f"Scaling the whole adapter by {t['equal_norm_shrink']:.4f} gives a delta of the same norm: use that as the baseline."
     lost = f"At most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta was lost in projection onto the adapter's rank."
-    said = [(made, True), (same, t["equal_norm_shrink"] <= 1), (lost, record["command"] == "mitigate")]
+    models = [(f"{printable(line)}.", True) for line in measured[1:]]
+    said = [
+        *models,
+        (_changed(record), bool(measured)),
+        (made, True),
+        (same, t["equal_norm_shrink"] <= 1),
+        (lost, record["command"] == "mitigate"),
+    ]
     return [sentence for sentence, holds in said if holds]  # a shrink cannot enlarge a delta

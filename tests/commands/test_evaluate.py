@@ -22,7 +22,6 @@ import streamer
 from streamer.evaluation.options import LAMBDAS
 from streamer.evaluation.steps import MOST_PLACED
 from streamer.linalg.torch_state import has_fast_bfloat16
-from streamer.methods.coefficients import Coefficients
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +43,8 @@ def test_a_process_of_its_own_says_nothing_of_libraries_that_transformers_import
 
 @pytest.mark.long
 def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path) -> None:
-    done = run(
-        server, home, tmp_path / "e.json", "--findings", home / "f.safetensors", "--lambda", "0.75,0.5", "--keep", "0.5"
-    )
+    asked = ["--findings", home / "f.safetensors", "--lambda", "0.75,0.5", "--keep", "0.5"]
+    done = run(server, home, tmp_path / "e.json", *asked, task=home / "mild.npy")
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
     assert lines[0].startswith("use ")
@@ -61,13 +59,10 @@ def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path
     assert "of the variants that keep 50% of what was learned, " in done.out
     assert f"\nwrote {tmp_path / 'e.json'}\n" in done.out
     assert lines[-1].startswith(
-        f"next: streamer fit {home / 'base'} {home / 'adapter'} --general {home / 'general.npy'} --task "
+        f"next: streamer repair {home / 'base'} {home / 'adapter'} --general TEXT --task TEXT --keep 0.5 -o OUTPUT"
     )
-    assert lines[-1].endswith(" --keep 0.5 -o fit.safetensors")
     assert " suggested, " in done.last
-    again = run(
-        server, home, tmp_path / "e.json", "--findings", home / "f.safetensors", "--lambda", "0.75,0.5", "--keep", "0.5"
-    )
+    again = run(server, home, tmp_path / "e.json", *asked, task=home / "mild.npy")
     assert (again.code, again.out) == (
         0,
         done.out.replace(f"wrote {tmp_path / 'e.json'}", f"{tmp_path / 'e.json'} exists already"),
@@ -140,7 +135,7 @@ def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Pat
 def test_the_suggested_command_makes_what_was_measured(server: Server, home: Path, tmp_path: Path) -> None:
     output = tmp_path / "e.json"
     asked = ["--findings", home / "f.safetensors", "--keep", "0.5", "--method", "project,shrink", "--no-race"]
-    done = run(server, home, output, *asked, "--json")
+    done = run(server, home, output, *asked, "--json", task=home / "mild.npy")
     tree = check(done, "streamer.evaluation/1")
     assert tree["state"] == "written"
     assert {**json.loads(output.read_text()), "output": str(output), "state": "written"} == tree
@@ -148,49 +143,12 @@ def test_the_suggested_command_makes_what_was_measured(server: Server, home: Pat
     enough = [v for v in tree["variants"] if v["name"] != "base" and v["kept"] >= 0.5]
     assert min(v["kept"] for v in enough if v["method"] == "shrink") < 0.51, "one is placed"
     assert found["name"] == min(enough, key=lambda v: v["general"]["kl"])["name"]
-    text = run(server, home, output, *asked).out
+    text = run(server, home, output, *asked, task=home / "mild.npy").out
     (line,) = [line.partition(": ")[2] for line in text.splitlines() if "streamer mitigate " in line]
     words = line.replace("OUTPUT", str(tmp_path / "made")).split()[1:]
     assert server.run(*words).code == 0
     record = json.loads((tmp_path / "made" / "streamer.json").read_text())
     assert (record["method"], record["lambda"]) == (found["method"], found["lambda"])
-
-
-def test_coefficients_are_variants(server: Server, home: Path, tmp_path: Path) -> None:
-    """The suggestion's command makes what was measured; text that they were fitted to is warned of."""
-    made = fitted.random_coefficients(home / "base", home / "adapter", 0.95, 0.9)
-    first = run(server, home, tmp_path / "first.json", "--method", "shrink", "--lambda", "0.5")
-    digest = json.loads((tmp_path / "first.json").read_text())["texts"]["task"]["sha256"]
-    assert first.code == 0
-    file, output = tmp_path / "c.safetensors", tmp_path / "e.json"
-    Coefficients(made.sets, {**made.facts, "texts": {"task": {"sha256": digest}}}).save(file)
-    options = ["--coefficients", file, "--method", "fitted", "--keep", "0.01"]
-    done = run(server, home, output, *options, "--json")
-    tree = check(done, "streamer.evaluation/1")
-    assert [v["name"] for v in tree["variants"]] == ["base", "adapter", "fitted 0.95", "fitted 0.9"]
-    assert [(v["method"], v["lambda"], v["keep"]) for v in tree["variants"][2:]] == [
-        ("fitted", None, 0.95),
-        ("fitted", None, 0.9),
-    ]
-    assert tree["coefficients"] == [one.record() for one in made.sets]
-    assert done.err == (
-        "streamer: warning: the task text, task.npy, was used to fit the coefficients: on it, the fitted variants look better than they "
-        "are; evaluate on other text\n"
-    )
-    assert streamer.load_evaluation(output).to_json(0.01) == output.read_text()
-    found = tree["suggestion"]
-    assert (found["method"], found["lambda"]) == ("fitted", None)
-    text = run(server, home, output, *options).out
-    line = text.splitlines()[-1].removeprefix("next: ")
-    assert line.startswith("streamer mitigate ")
-    assert server.run(*line.replace("OUTPUT", str(tmp_path / "made")).split()[1:]).code == 0
-    record = json.loads((tmp_path / "made" / "streamer.json").read_text())
-    assert f"fitted {record['coefficients']['keep']}" == found["name"]
-    check(run(server, home, tmp_path / "o.json", *options, "--dry-run", "--json"), "streamer.dry-run/1")
-    more = run(
-        server, home, output, "--method", "project", "--lambda", "0.999", "--keep", "0.01", "--no-race"
-    ).out.splitlines()
-    assert more[-1] == "next: " + line.replace(str(file), "COEFFICIENTS")
 
 
 def other_coefficients(home: Path, place: Path) -> Path:

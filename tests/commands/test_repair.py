@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import warnings
 from pathlib import Path
@@ -122,6 +123,10 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     assert len(record["measured"]) == 4
     card = (out / "README.md").read_text()
     assert all(line in card for line in record["measured"])
+    assert record["measured"][0] == tree["why"]
+    page = tmp_path / "page.html"
+    assert server.run("report", out, "-o", page).code == 0
+    assert html.escape(tree["why"][1:]) in page.read_text()
     peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(home / "base"), out)
     again = check(
         server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out, "--json"), "streamer.repair/1"
@@ -130,7 +135,7 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     shown = server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out)
     assert [line.split()[0] for line in shown.out.splitlines()[2:5]] == ["adapter", "shrink", "regmean"]
     assert shown.last.startswith(f"streamer: repair: chose the {tree['chosen']}, exists already, in ")
-    assert shown.out.splitlines()[0].split() == ["model", "kept", "top-1", "kept", "forgetting", "KL"]
+    assert shown.out.splitlines()[0].split() == ["model", "kept", "top-1", "kept", "KL", "left", "loss", "left"]
     what = {
         "repair": f"--coefficients {tree['fit']}",
         "shrink": f"--method shrink --lambda {record['lambda']}",

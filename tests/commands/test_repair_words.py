@@ -58,12 +58,12 @@ def test_a_trade_that_is_not_worth_it_is_not_made(fitted: Path) -> None:
     trade = {
         **first["trade"], "regained": 0.0007, "regained_se": 0.0001, "given_up": 0.017, "given_up_se": 0.002, "worth_it": False,
     }  # fmt: skip
-    for loss, chosen in ((-0.01, "adapter"), (0.002, "adapter"), (0.5, "shrink")):
+    for kl, chosen in ((-0.01, "adapter"), (0.002, "adapter"), (0.5, "shrink")):
         shrink = {
             **first["shrink"],
-            "verdict": "worse" if loss > 0 else "better",
-            "loss": loss,
-            "loss_se": 0.001,
+            "verdict": "worse" if kl > 0 else "better",
+            "kl": kl,
+            "kl_se": 0.001,
             "lambda": 0.5,
         }
         facts = {**found.facts, "forgotten": True, "sets": [{**first, "trade": trade, "shrink": shrink}]}
@@ -72,8 +72,8 @@ def test_a_trade_that_is_not_worth_it_is_not_made(fitted: Path) -> None:
         assert (made.mitigation_lambda == 1) == (chosen == "adapter")
         if chosen == "adapter":
             assert why == (
-                "the adapter as it is: regmean 0.9 regains 0.0007 ± 0.0001 nats per token on general text and gives up 0.0170 ± 0.0020 on "
-                "the task's; a written variant regains over 0.5 of what it gives up, by two standard errors"
+                "the adapter as it is: regmean 0.9 regains 0.0007 ± 0.0001 nats of KL per token of general text and gives up 0.0170 ± "
+                "0.0020 of loss on the task's; a written variant regains over 0.5 of what it gives up, by two standard errors"
             )
 
 
@@ -92,7 +92,7 @@ def test_few_sequences_take_more_errors_to_tell(fitted: Path) -> None:
     one = {
         **first,
         "trade": trade,
-        "shrink": {**first["shrink"], "verdict": "worse", "loss": 0.03, "loss_se": 0.01, "lambda": 0.5},
+        "shrink": {**first["shrink"], "verdict": "worse", "kl": 0.03, "kl_se": 0.01, "lambda": 0.5},
     }
     for sequences, chosen in ((64, "shrink"), (4, "adapter")):
         texts = {name: {"held": {"sequences": count}} for name, count in (("general", 64), ("task", sequences))}
@@ -177,17 +177,16 @@ def test_intruder_scaling_is_measured_beside_it(server: Server, home: Path, tmp_
     assert (other.code, "holds coefficients of other inputs or options" in other.err) == (4, True)
 
 
-def test_texts_of_one_kind_are_told(server: Server, home: Path, tmp_path: Path) -> None:
-    """A general text that the adapter improves, and one that is the task's own."""
+def test_an_adapter_that_improves_general_text_is_repaired(server: Server, home: Path, tmp_path: Path) -> None:
+    """As on an instruction-tuned base: the loss on general text falls, and the divergence from the base says what is forgotten."""
     ids = np.load(home / "task.npy")
     np.save(tmp_path / "near.npy", ids[::-1])
     line = ["repair", home / "base", home / "adapter", "--task", home / "task.npy", "--general"]
-    done = server.run(*line, tmp_path / "near.npy", "-o", tmp_path / "a")
-    assert done.code == 0
-    assert (
-        "on the held-out sequences; the adapter improves that text, so it may resemble the task: give text of what the model"
-        in done.err
-    )
-    assert "writes the adapter as it is: there is no evidence that it forgets" in done.out
+    done = server.run(*line, tmp_path / "near.npy", "-o", tmp_path / "a", "--json")
+    tree = check(done, "streamer.repair/1")
+    facts = streamer.load_coefficients(tree["fit"]).facts
+    assert facts["forgetting"] < 0 < facts["divergence"]
+    assert facts["forgotten"]
+    assert "no evidence" not in tree["why"]
     same = server.run(*line, home / "task.npy", "-o", tmp_path / "b")
     assert "both texts are the same, so the fit is a shrink, Δ / (1 + mu)" in same.err

@@ -50,7 +50,7 @@ def test_a_page_of_findings_and_an_evaluation(files: Path, tmp_path: Path) -> No
     assert server().run("report", files / "f.safetensors", "-o", out, "--overwrite", "-q").code == 0
 
 
-def test_the_last_line_is_the_command_to_run_next(files: Path, inputs: Inputs, tmp_path: Path) -> None:
+def test_the_last_lines_are_the_commands_to_run_next(files: Path, inputs: Inputs, tmp_path: Path) -> None:
     base, adapter = map(str, inputs)
     found = files / "f.safetensors"
     for line, expected in (
@@ -61,13 +61,27 @@ def test_the_last_line_is_the_command_to_run_next(files: Path, inputs: Inputs, t
         (("report", found), ("BASE", "ADAPTER", str(found))),
         (("report", found, "-o", tmp_path / "page.html"), ("BASE", "ADAPTER", str(found))),
     ):
-        *_, empty, last = server().run(*line).out.splitlines()
-        assert (empty, last.startswith("next: streamer evaluate ")) == ("", True)
-        args = build_parser().parse_args(shlex.split(last.removeprefix("next: streamer ")))
-        given = args.adapter if isinstance(args.adapter, list) else [args.adapter]
-        assert (args.base, *given, args.findings) == expected
+        *_, empty, repair, shrink = server().run(*line).out.splitlines()
+        assert empty == ""
+        args = build_parser().parse_args(shlex.split(repair.removeprefix("next: streamer ")))
+        assert (args.command, args.base, args.adapter, args.findings) == ("repair", *expected)
+        args = build_parser().parse_args(shlex.split(shrink.removeprefix("or, without text: streamer ")))
+        assert (args.command, args.base, *args.adapter, args.method) == ("mitigate", *expected[:2], "shrink")
     for line in (("report", found, files / "e.json"), ("report", files / "half")):
         assert f"--findings {found}" not in server().run(*line).out.splitlines()[-1]
+
+
+def test_an_evaluation_needs_no_findings(files: Path, tmp_path: Path) -> None:
+    e, page = files / "e.json", tmp_path / "page.html"
+    evaluation = streamer.load_evaluation(e)
+    shown = server().run("report", e)
+    assert (shown.code, shown.out.startswith(evaluation.to_dict()["verdict"])) == (0, True)
+    tree = check(server().run("report", e, "-o", page, "--json"), "streamer.report/1")
+    assert (tree["findings"], tree["record"], tree["evaluation"]) == (None, None, evaluation.to_dict())
+    assert "<h1>Evaluation of " in page.read_text()
+    same = tmp_path / "same.html"
+    streamer.write_report(evaluation, same)
+    assert same.read_bytes() == page.read_bytes()
 
 
 def test_a_legend_is_shown_once(files: Path, tmp_path: Path) -> None:
@@ -81,12 +95,6 @@ def test_a_legend_is_shown_once(files: Path, tmp_path: Path) -> None:
         assert done.code == 0, done.err
         assert words not in done.out
         assert done.out.startswith(with_it.split("\n\n")[0])
-
-
-def test_figures(files: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    tree = check(server().run("report", files / "half", "-o", tmp_path / "figures", "--json"), "streamer.report/1")
-    assert [entry["file"] for entry in tree["files"]] == ["map.svg", "map.png"]
 
 
 def test_an_output(files: Path, tmp_path: Path) -> None:
@@ -122,11 +130,10 @@ def test_refusals(files: Path, inputs: Inputs, tmp_path: Path) -> None:
     for line, code, words in [
         (("report", f, f), 3, "expected an evaluation"),
         (
-            ("report", e),
+            ("report", e, f),
             2,
-            f"{e}: is an evaluation, the second argument; give its findings first: streamer report FINDINGS {e}",
+            f"{e}: is an evaluation, as is the second argument; give its findings first, or one evaluation alone",
         ),
-        (("report", e, f), 2, f"{e}: is an evaluation, the second argument"),
         (
             ("report", files, e),
             2,

@@ -105,7 +105,9 @@ def test_several_adapters_are_named(tmp_path: Path) -> None:
     head, _, *rows = (line.split() for line in done.out.splitlines()[:5])
     assert head == ["adapter", "matrices", "with", "any", "intruders", "certified"]
     assert [row[:2] for row in rows] == [["legal", "9"], ["poems", "9"], ["all", "together"]]
-    shown = f"\n--all shows each adapter's matrices\n\nwrote {tmp_path / 'again'}\n\nnext: streamer evaluate {base} ADAPTER "
+    shown = (
+        f"\n--all shows each adapter's matrices\n\nwrote {tmp_path / 'again'}\n\nnext: streamer repair {base} ADAPTER "
+    )
     assert shown in done.out
     full = server().run("merge", base, tmp_path / "several", "-o", tmp_path / "merged", "--all")
     assert full.code == 0, full.err

@@ -22,7 +22,7 @@ from streamer.measuring.variants import EvaluatedVariant
 
 @pytest.mark.parametrize(
     ("options", "keep"),
-    [({}, 0.9), ({}, 0.7), ({"learns": 0.0}, 0.9), ({"forgets": 0.0}, 0.7), ({"learns": -0.4}, 0.9)],
+    [({}, 0.9), ({}, 0.7), ({"learns": 0.0}, 0.9), ({"forgets": 0.0, "noise": 0.0}, 0.7), ({"learns": -0.4}, 0.9)],
 )
 def test_it_is_as_its_schema_says_and_is_read_again(options: dict[str, float], keep: float) -> None:
     e = evaluation(**options)
@@ -76,10 +76,11 @@ def test_shares_of_next_to_nothing_are_dashes_with_a_reason() -> None:
     assert {(v["forgetting"], v["forgetting_se"]) for v in e.shown_variants()} == {(None, None)}
     assert [v["kept"] for v in e.shown_variants()] == [v["kept"] for v in e.to_dict()["variants"]]
     columns = {c.head: c.cells for c in figures(e)}
-    assert set(columns["forgetting"]) == {"-"}
+    assert set(columns["loss left"]) == {"-"}
+    assert "-" not in columns["KL left"]
     assert columns["kept"][1] == "100.0% ± 0.0"
     (line,) = [line for line in e.table().splitlines() if " is not shown: " in line]
-    assert line.startswith("forgetting is not shown: the adapter changes the loss on general text by only -0.000")
+    assert line.startswith("loss left is not shown: the adapter changes the loss on general text by only -0.000")
     assert line.endswith(", less than 4.0 standard errors; longer texts may help")
     swapped = evaluation(learns=-0.4)
     assert swapped.to_dict()["reliable"] == {"kept": True, "forgetting": True, "top1_kept": False}
@@ -248,7 +249,7 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
         "of the variants that keep 90% of what was learned, shrink 0.75 has the least divergence from the base, "
     )
     assert lines[-3] == "made by: streamer mitigate BASE ADAPTER -o OUTPUT --method shrink --lambda 0.75"
-    assert lines[-1] == ("next: streamer fit BASE ADAPTER --general GENERAL --task TASK --keep 0.9 -o fit.safetensors")
+    assert lines[-1] == "next: streamer repair BASE ADAPTER --general TEXT --task TEXT --keep 0.9 -o OUTPUT"
 
 
 @pytest.mark.parametrize(
@@ -267,16 +268,16 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
             "next: streamer evaluate BASE ADAPTER --general TASK --task GENERAL -o OTHER",
         ),
         (
-            {"forgets": 0.0},
+            {"forgets": 0.0, "noise": 0.0},
             0.9,
-            "use the adapter as it is: there is no evidence that it forgets",
+            "use the adapter as it is: there is no evidence that it diverges from the base",
             "next: streamer merge BASE ADAPTER -o OUTPUT --lambda 1",
         ),
         (
             {"curves": {"paper": CURVES["paper"]}},
             0.95,
-            "use the adapter as it is: no variant that keeps 95% of what it learned forgets measurably less",
-            "next: streamer fit BASE ADAPTER --general GENERAL --task TASK --keep 0.95 -o",
+            "use the adapter as it is: no variant that keeps 95% of what it learned diverges measurably less from the base",
+            "next: streamer repair BASE ADAPTER --general TEXT --task TEXT --keep 0.95 -o OUTPUT",
         ),
         (
             {"curves": {"project": CURVES["project"]}},
@@ -296,7 +297,12 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
             "no suggestion yet: a shrink that was not measured is better than the measured variants",
             "next: streamer evaluate BASE ADAPTER --general GENERAL --task TASK -o EVALUATION --method shrink --lambda 0.77",
         ),
-        ({"noise": 0.0}, 0.85, "use shrink 0.75: it keeps ", "; one at lambda 0.61"),
+        (
+            {"noise": 0.0},
+            0.85,
+            "use shrink 0.75: it keeps ",
+            "; not measured, and perhaps better: paper 0.932, project 0.724, shrink 0.614",
+        ),
     ],
 )
 def test_every_suggestion_in_words(options: dict[str, Any], keep: float, verdict: str, words: str) -> None:
@@ -316,7 +322,7 @@ def test_the_table_fits_a_screen_and_names_the_inputs() -> None:
             in flat
         )
         assert flat.startswith("use project 0.9: it keeps ")
-        assert flat.index("wrote e.json") < flat.index("next: streamer fit 'my base' adapter --general")
-        assert "forgetting" in text
+        assert flat.index("wrote e.json") < flat.index("next: streamer repair 'my base' adapter --general")
+        assert "KL left" in text
         if width == 80:
             assert all(len(line) <= width for line in text.splitlines())

@@ -31,8 +31,8 @@ def test_the_shrink_that_keeps_as_much_is_found_between_those_that_were_tried() 
         assert found.verdict == ("better" if forgets < x**2 else "worse")
 
 
-FALSE_ALARMS = 3 * norm.sf(2)
-"""Probability, at most, that two differences of zero are told: that the one is two errors above, the other one is, or both are below."""
+FALSE_ALARMS = 2 * norm.sf(2)
+"""Probability that a difference of zero is told: that it is two errors above or below."""
 
 
 @pytest.mark.long
@@ -58,18 +58,14 @@ def test_what_is_uncertain_about_the_share_kept_is_in_the_error() -> None:
     ("loss", "kl", "verdict"),
     [
         (-3, -3, "better"),
+        (3, -3, "better"),  # the loss decides nothing
         (-3, 1, "not told apart"),
-        (-3, 3, "not told apart"),  # the two measures contradict each other
-        (-1, -3, "not told apart"),
-        (1, -1, "not told apart"),
+        (3, -1, "not told apart"),
+        (-3, 3, "worse"),
         (1, 3, "worse"),
-        (-1, 3, "worse"),
-        (3, 1, "worse"),
-        (3, -3, "worse"),  # it forgets more, by what forgetting is measured in
-        (3, 3, "worse"),
     ],
 )
-def test_the_verdict_by_both_measures(loss: float, kl: float, verdict: str) -> None:
+def test_the_verdict_is_by_the_divergence(loss: float, kl: float, verdict: str) -> None:
     """Differences are in units of their errors, over 64 sequences: two tell."""
     found = ShrinkComparison(0.7, (0.5, 0.75), Estimate(loss, 1, 64), Estimate(kl, 1, 64), Estimate(0, 1, 64))
     assert found.verdict == verdict
@@ -127,9 +123,9 @@ def test_top1_is_compared_whatever_else_was_dropped() -> None:
     assert np.isfinite(whole.top1.value)
 
 
-@pytest.mark.parametrize(("loss", "lost"), [(-3, False), (-1, True)])
-def test_a_race_drops_what_is_worse_than_the_shrink(monkeypatch: pytest.MonkeyPatch, loss: float, lost: bool) -> None:
+@pytest.mark.parametrize(("kl", "lost"), [(1, False), (3, True)])
+def test_a_race_drops_what_is_worse_than_the_shrink(monkeypatch: pytest.MonkeyPatch, kl: float, lost: bool) -> None:
     e = evaluation({"project": lambda x: (x, x)})
-    found = ShrinkComparison(0.7, (0.5, 0.75), Estimate(loss, 1, 64), Estimate(3, 1, 64), Estimate(0, 1, 64))
+    found = ShrinkComparison(0.7, (0.5, 0.75), Estimate(-3, 1, 64), Estimate(kl, 1, 64), Estimate(0, 1, 64))
     monkeypatch.setattr(race, "against_shrink", lambda *_: found)
     assert race.lost(e, 2, 0.1) == lost

@@ -33,6 +33,7 @@ class World:
     kept: dict[str, Shares]
     learns: float = 0.5
     forgets: float = 0.3
+    left: dict[str, Shares] = field(default_factory=dict)
     asked: list[list[str]] = field(default_factory=list)
     cost: float = 0.0
 
@@ -44,10 +45,11 @@ class World:
         tokens = rng.integers(50, 100, 64).astype(float)
         hard, gain, loss = rng.normal(4, 0.5, 64), rng.normal(1, 0.2, 64), rng.normal(1, 0.2, 64)
         kept = np.array([self.share(v) for v in variants])
-        # A plain shrink by λ loses λ² of what is forgotten, any other variant as it keeps.
+        # A shrink by λ leaves λ² of what is forgotten; any other variant what `left` says, else as much as it keeps.
+        curves = {"shrink": lambda x: x**2, **self.left}
         left = np.array(
             [
-                (v.mitigation_lambda or 0.0) ** 2 if v.method == "shrink" else k
+                curves[v.method](v.mitigation_lambda) if v.method in curves else k
                 for v, k in zip(variants, kept, strict=True)
             ]
         )
@@ -98,6 +100,20 @@ def test_a_shrink_is_placed_that_keeps_the_share(lambdas: tuple[float, ...], cur
     step = SMOOTH[curve](lam) - SMOOTH[curve](lam - 0.001)  # λ has three digits
     assert placed <= keep + (max(EXCESS, EXCESS / 2 + step) if lambdas == LAMBDAS else 0.005) + 1e-9
     assert [v.order for v in e.variants] == sorted(v.order for v in e.variants)
+
+
+@pytest.mark.parametrize("rounds", [WHOLE, rounds_of([64, 64])])
+def test_every_method_with_a_lambda_is_placed_unless_it_has_lost(rounds: Sequence[range]) -> None:
+    world = World({"shrink": SMOOTH["concave"], "project": lambda x: 0.65 + 0.35 * x, "paper": SMOOTH["late"]})
+    # What `project` leaves at the share is less than what the shrink that keeps it leaves: 0.36 against 0.47.
+    world.left = {"project": lambda x: x**3, "paper": lambda x: x}
+    e = world.evaluate(make_variants(("paper", "project", "shrink"), LAMBDAS, "all"), rounds=rounds)
+    found = e.best().variant
+    assert found is not None
+    assert found.method == "project"
+    assert 0.9 <= e.task.fraction(e.variants.index(found)).value <= 0.9 + 2 * EXCESS
+    tried = {name for names in world.asked[1:] for name in names[1:] if name not in world.asked[0]}
+    assert any(name.startswith("paper") for name in tried) == (rounds == WHOLE)
 
 
 def test_the_suggestion_is_never_worse_than_a_shrink_that_keeps_the_same() -> None:
@@ -195,19 +211,18 @@ def test_only_what_is_missing_is_measured() -> None:
         assert (e.task.kl[at] == known.task.kl[row]).all()
     world.asked.clear()
     world.evaluate(make_variants(("paper",), (0.5,), "all"), known, keep=0.7)
-    assert [names[1][:6] for names in world.asked] == ["shrink"] * len(world.asked) != []
+    assert {names[1].split()[0] for names in world.asked} == {"shrink", "paper"}
 
 
 @pytest.mark.parametrize(
     ("world", "methods", "keep"),
     [
         (World({"shrink": SMOOTH["concave"]}, learns=-0.5), ("shrink",), 0.9),
-        (World({"shrink": SMOOTH["concave"]}, forgets=-0.1), ("shrink",), 0.9),
         (World({"shrink": SMOOTH["concave"]}), ("shrink",), 1.0),
-        (World({"paper": SMOOTH["concave"]}), ("paper",), 0.9),
+        (World({"paper": lambda x: 0.9 + x / 10}), ("paper",), 0.9),  # every λ keeps the share
     ],
 )
-def test_where_no_shrink_is_to_be_placed_nothing_more_is_measured(
+def test_where_nothing_is_to_be_placed_nothing_more_is_measured(
     world: World, methods: tuple[str, ...], keep: float
 ) -> None:
     world.asked.clear()
@@ -216,7 +231,7 @@ def test_where_no_shrink_is_to_be_placed_nothing_more_is_measured(
 
 
 def test_where_nothing_is_missing_the_share_asked_for_is_the_evaluations() -> None:
-    wanted, world = make_variants(("paper",), LAMBDAS, "all"), World({"paper": SMOOTH["concave"]})
+    wanted, world = make_variants(("paper",), LAMBDAS, "all"), World({"paper": lambda x: 0.9 + x / 10})
     assert world.evaluate(wanted, world.evaluate(wanted), keep=0.7).keep == 0.7
     assert len(world.asked) == 1
 

@@ -34,18 +34,19 @@ def test_where_nothing_was_learned_nothing_is_suggested() -> None:
 
 
 def test_an_adapter_that_does_not_forget_is_shipped_as_it_is() -> None:
-    for forgets in (0.0, -0.2):
-        found = evaluation(forgets=forgets).best()
-        assert (found.variant, found.reason) == (ADAPTER, "not forgotten")
+    found = evaluation(forgets=0.0, noise=0.0).best()
+    assert (found.variant, found.reason) == (ADAPTER, "not forgotten")
+
+
+def test_an_adapter_that_improves_general_text_forgets_all_the_same() -> None:
+    """As on an instruction-tuned base, the loss on plain text falls; the divergence from the base says what is lost."""
+    found = evaluation(forgets=-0.2).best()
+    assert (found.variant, found.reason) == (EvaluatedVariant("shrink 0.75", "shrink", 0.75), "forgets least")
 
 
 def test_an_adapter_that_no_variant_improves_on_is_shipped_as_it_is() -> None:
     found = evaluation({"paper": lambda x: (1 + x / 10, x), "project": lambda x: (x, 0.8)}).best(0.9)
     assert (found.variant, found.reason) == (ADAPTER, "none better")
-    # less divergence from the base, and a higher loss all the same
-    e = evaluation({"paper": lambda x: (0.5, 1.0)})
-    e.general.loss[2:] = e.general.loss[1] + 0.1 * e.general.tokens
-    assert e.best(0.9).reason == "none better"
 
 
 def test_a_trade_that_gives_up_many_times_what_it_regains_is_not_suggested() -> None:
@@ -58,13 +59,13 @@ def test_a_trade_that_gives_up_many_times_what_it_regains_is_not_suggested() -> 
     trade = tree["trade"]
     assert trade is not None
     assert (tree["name"], trade["name"], trade["worth"]) == ("adapter", "shrink 0.75", WORTH)
-    assert trade["regained"] == -e["shrink 0.75"]["against_adapter"]["general_loss"]
+    assert trade["regained"] == -e["shrink 0.75"]["against_adapter"]["general_kl"]
     assert trade["given_up"] == e["shrink 0.75"]["against_adapter"]["task_loss"] > 5 * trade["regained"]
     lines = e.table().splitlines()
     assert (
         lines[0] == "use the adapter as it is: no variant that keeps 90% of what it learned is worth what it gives up"
     )
-    assert any(line.startswith("shrink 0.75, which forgets least, regains 0.00") and line.endswith(
+    assert any(line.startswith("shrink 0.75, which diverges least, regains 0.00") and line.endswith(
         "; a suggested variant regains over 0.5 of what it gives up, by two standard errors") for line in lines)  # fmt: skip
     assert lines[-1] == "next: streamer merge BASE ADAPTER -o OUTPUT --lambda 1"
 
@@ -85,16 +86,6 @@ def test_what_is_worth_it_by_less_than_its_error_is_not() -> None:
     assert not Trade(*few).is_worth_it
     assert Trade(Estimate(0.1, 0.02, 64), few[1]).is_worth_it
     assert not Trade(Estimate(0.1, 0.02, 3), few[1]).is_worth_it
-
-
-def test_the_least_loss_is_said_where_it_is_another() -> None:
-    e = evaluation()
-    found = e.best(0.7)
-    assert found.variant is not None
-    assert found.least_loss is None
-    best = e.variants.index(found.variant)
-    e.general.loss[best - 1] = e.general.loss[best] - 0.1 * e.general.tokens
-    assert e.best(0.7).least_loss == e.variants[best - 1]
 
 
 @pytest.mark.parametrize("keep", [0, -0.5, 1.01, 90, float("nan")])
@@ -121,14 +112,6 @@ def test_nothing_is_suggested_that_is_known_to_be_worse_than_a_shrink() -> None:
     assert (found.variant, found.reason) == (None, "a shrink is better")
     assert found.shrink is not None
     assert found.shrink.verdict == "worse"
-    # its loss alone tells that it forgets more
-    e = evaluation(curves)
-    row = e.variants.index(EvaluatedVariant("project 0.75", "project", 0.75))
-    e.general.kl[row] = e.general.kl[e.variants.index(EvaluatedVariant("shrink 0.5", "shrink", 0.5))]
-    found = e.best(0.85)
-    assert (found.variant, found.reason) == (None, "a shrink is better")
-    assert found.shrink is not None
-    assert not found.shrink.kl.is_positive
     # as little as a shrink that is placed may keep beyond the share, it is the one
     e = evaluation({"project": lambda x: (0.561, 0.9361), "shrink": CURVES["shrink"]}, noise=0.0)
     found = e.best(0.936)

@@ -19,16 +19,14 @@ def sums(falls: list[float]) -> SequenceSums:
 
 @pytest.mark.parametrize(("left", "near"), [(0.2, False), (0.53, False), (0.55, True), (0.7, True)])
 def test_what_is_near_a_shrink_is_told(left: float, near: bool) -> None:
-    one = {"keep": 0.9, "kept": 0.9, "mu": 1.0, "forgetting": left, "shrink": {"forgetting": 0.6}}
+    one = {"keep": 0.9, "kept": 0.9, "mu": 1.0, "divergence": left, "shrink": {"divergence": 0.6}}
     facts = {"grain": "inputs", "forgotten": True, "reliable": {"kept": True, "forgetting": True}, "sets": [one]}
-    line = (
-        "90%: the result is close to the shrink that keeps the same share, and leaves nearly as much forgetting; the "
-    )
+    line = "90%: the result is close to the shrink that keeps the same share, and diverges nearly as much from the base; the "
     assert (
         misses(facts) == [f"{line}texts may be too similar: give general text of another kind than the task's"] * near
     )
     for other in (
-        {"grain": "direction"}, {"forgotten": False}, {"reliable": {"forgetting": False}}, {"sets": [{**one, "shrink": None}]},
+        {"grain": "direction"}, {"forgotten": False}, {"sets": [{**one, "shrink": None}]},
     ):  # fmt: skip
         assert misses({**facts, **other}) == []
 

@@ -33,16 +33,15 @@ def test_each_name_is_one_of_a_method_and_has_a_witness() -> None:
     assert {name: method.needs.value for name, method in METHODS.items()} == {
         n: takes.get(t, t) for n, t in WITNESSED.items()
     }
-    assert len({method.colour for method in METHODS.values()}) == len(METHODS)
     assert [name for name in METHODS if takes_findings(name)] == [
         name for name, method in METHODS.items() if method.needs is Needs.FINDINGS
     ]
     assert not takes_findings(None)
 
 
-def test_the_page_has_the_figures_colours_in_the_order_of_the_table() -> None:
+def test_the_page_has_a_colour_for_each_method() -> None:
     light = re.findall(r"--s(\d): (#\w+);", (PACKAGE / "report" / "page.css").read_text().split("@media")[0])
-    assert [colour for _, colour in light][: len(METHODS)] == [method.colour for method in METHODS.values()]
+    assert len({colour for _, colour in light}) >= len(METHODS)
 
 
 @pytest.mark.parametrize("name", WITHOUT_FILES)
@@ -72,7 +71,7 @@ def test_a_map_chooses_its_method_and_no_other_takes_it() -> None:
 
 
 def test_methods_are_named_in_few_other_files() -> None:
-    """A new method is a file and an entry. These files name keys of JSON that are called like a method."""
+    """A new method is a file and an entry. These files name keys of JSON that are called like a method, or the shrink that a hint names."""
     quoted = re.compile(rf"""["'](?:{"|".join(METHODS)})["']""")
     found = {
         str(path.relative_to(PACKAGE))
@@ -81,7 +80,7 @@ def test_methods_are_named_in_few_other_files() -> None:
     }
     assert found == {
         "evaluation/evaluation.py", "evaluation/evaluation_records.py", "fitting/prepare.py", "fitting/result.py", "report/curves.py",
-        "report/page_data.py", "cli/fitting_table.py", "cli/repair_table.py", "api/repair.py",
+        "report/page_data.py", "cli/fitting_table.py", "cli/repair_table.py", "cli/tables.py", "api/repair.py",
     }  # fmt: skip
 
 
