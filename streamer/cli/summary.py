@@ -50,7 +50,7 @@ def _held(tree: Mapping[str, Any]) -> str:
         )
     if schema == "streamer.report":
         files = f", {counted(len(tree['files']), 'file')}" if "files" in tree else ""
-        return f"{_held(tree['findings'] or tree['record'])}{files}"
+        return f"{_held(tree['findings'] or tree['record'] or tree['evaluation'])}{files}"
     if schema == "streamer.diff":
         from streamer.api.views import fates_counted
 

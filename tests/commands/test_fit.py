@@ -223,7 +223,8 @@ def test_the_least_budget_that_is_named_is_enough(server: Server, home: Path, tm
     assert line.startswith(
         f"streamer: --max-memory: {budget} is not enough for a sequence of 8 tokens, forward and back; it needs "
     )
-    least = line.split()[-1]
+    assert line.endswith("M, and less with fewer --sequences")
+    least = line.partition("it needs ")[2].partition(",")[0]
     tree = check(run(server, home, output, "--max-memory", least, "--dry-run", "--json"), "streamer.dry-run/1")
     assert 300 << 20 < tree["forecast"]["peak_memory_bytes"] <= int(least.removesuffix("M")) << 20
     assert run(server, home, output, "--max-memory", least, "-qq").code == 0
