@@ -142,7 +142,7 @@ def test_refusals(files: Path, inputs: Inputs, tmp_path: Path) -> None:
         (
             ("report", files, "-o", tmp_path / "figures"),
             2,
-            "figures are of one adapter; name its findings, or write a page",
+            "expected a page, whose name ends in .html; figures for a paper were removed",
         ),
         (("report", f, tmp_path / "no.json"), 3, "no such file"),
         (("report", files / "half", e), 2, "an evaluation is shown with findings"),
