@@ -15,7 +15,6 @@ from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
 from streamer.detection.detect import detect_in_memory, detect_to_files, inspect_detections
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
-from streamer.detection.parts import Part
 from streamer.detection.workers import shared
 from streamer.events import Monitor, OutputState
 from streamer.forecast.forecast import forecast_detection, on_workers, shared_by_detections, together
@@ -41,23 +40,20 @@ class DetectRequest:
     ----------
     output
         Findings file, or a directory for several adapters; None keeps findings in memory.
-    part
-        Number of this part of the matrices, and number of parts; each part's findings go into their own files.
     """
 
     inputs: Inputs
     output: Path | None
     judged: Judged
     settings: Settings
-    part: tuple[int, int] | None = None
 
     @classmethod
     def of(
         cls, base: str | Path, adapter: Adapters, output: str | Path | None, keywords: Mapping[str, Any]
     ) -> DetectRequest:
         """Make a request from keywords of `detect_intruder_dimensions`, or from options of the command line."""
-        where, part = None if output is None else Path(output), keywords.get("part")
-        return cls(Inputs(base, adapter), where, take(Judged, keywords), take(Settings, keywords), part)
+        where = None if output is None else Path(output)
+        return cls(Inputs(base, adapter), where, take(Judged, keywords), take(Settings, keywords))
 
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Detected | ByName[Detected]:
         """Run the detection."""
@@ -81,8 +77,6 @@ class DetectRequest:
         resident = resident_bytes(batch)
         if workers is not None:
             options = shared(workers, batch, options, resident)
-        if self.part is not None:
-            batch, paths = Part(*self.part).take(batch, paths, options)
         return _Opened(adapters, batch, self.output, paths, options, run, resident)
 
 

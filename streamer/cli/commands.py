@@ -41,7 +41,7 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
 
     request = DetectRequest.of(args.base, _adapters(args), args.output, vars(args))
     workers = _workers(args, monitor)
-    if workers is None and args.part is None:  # all parts must use the same number of threads
+    if workers is None:
         choose_threads(args.threads, monitor)
     if args.dry_run:
         return _forecast(request, args, monitor, workers)
@@ -54,8 +54,6 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
 
     found = request.run(monitor, workers)
     tree, text = _each(found, result, args.output, _screen(args))
-    if args.part is not None:
-        return tree, text
     name, last = list(found.items())[-1] if isinstance(found, dict) else (None, found)
     base, given = shown(args.base), shown(args.adapter[0]) if name is None else "ADAPTER"
     return tree, f"{text}\n\n{next_step(last.findings, last.path, _screen(args), base, given)}"

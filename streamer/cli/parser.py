@@ -173,7 +173,7 @@ def build_parser() -> Parser:
     out = writing("FILE", f"findings file to write (.safetensors); {each} NAME.safetensors per adapter")
     sub = command("detect", "find the intruder dimensions and write them to a file", out, computing, reading)
     inputs(sub, "+")
-    add_workers(sub, parts=True)
+    add_workers(sub)
     out = writing("DIR", f"adapter directory to write; {each} subdirectory NAME per adapter")
     sub = command("mitigate", "write a mitigated adapter", out, mitigating, computing, reading)
     inputs(sub, "+")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from streamer.detection.findings_writer import FindingsWriter, inspect_findings_
 from streamer.detection.matrices import detect_in_turn
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.options import DetectionOptions, Run, RunOptions
-from streamer.detection.parts import finished_parts, remove_parts
 from streamer.detection.work import Work
 from streamer.detection.workers import detect_on_workers, inputs_of
 from streamer.errors import OutputExistsError
@@ -88,7 +86,6 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
     """Detect, journal each matrix, and write each plan's findings file; seconds are this run's.
 
     Finished findings of exactly these plans stay unchanged, but their modification times are updated. Missing directories are created.
-    Existing parts (see `parts`) are joined, and removed at the end.
 
     Parameters
     ----------
@@ -99,24 +96,18 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
     """
     monitor, places = run.monitor, _places(batch, paths, options, run.options.overwrite, resident)
     todo = [place for place in places if place.finished is None]
-    parts = [finished_parts(one.plan, one.path, options) if run.options.resume else [] for one in todo]
     _check_space(places, sizes or _sizes(places))
     for one in places:
         if one.finished is None:
             make_directory(one.path.parent)
             continue
         remove_leftovers(one.path)  # of a run that was killed just after naming the file
-        remove_parts(one.plan, one.path, options)
         monitor.told(one.path, "present")
         if fault := touch([one.path]):
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     seconds: dict[tuple[Path, str], float | None] = {}
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(one.writer(run.options)) for one in todo]
-        for writer, joined in zip(writers, parts, strict=True):
-            for finding in itertools.chain(*joined):
-                if finding.tensor not in writer:
-                    writer.add(finding)
         begun = [(w, t) for w, one in zip(writers, todo, strict=True) if w.resumed for t in one.tensors]
         if begun:
             monitor.resuming(sum(tensor in writer for writer, tensor in begun), len(begun), "matrix")
@@ -139,9 +130,6 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
         return replace(findings, matrices=matrices)
 
     made = [timed(one.path) if one.finished is None else one.finished for one in places]
-    for one, joined in zip(todo, parts, strict=True):
-        if joined:  # kept until the joined file was read back and matches its digest
-            remove_parts(one.plan, one.path, options)
     monitor.warn(warning for findings in made for warning in findings.warnings)
     return made
 

@@ -8,7 +8,6 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import helpers
 import jobs
 import pytest
 from command_line import run_cli
@@ -24,15 +23,8 @@ from worker_runs import (
 )
 
 import streamer
-from streamer.detection.detect import detect_to_files
-from streamer.detection.device import choose_device
-from streamer.detection.options import DetectionOptions, Run, RunOptions
-from streamer.detection.parts import Part
-from streamer.errors import FormatError, MismatchError, MissingInputError, OutputExistsError, UsageError
 from streamer.events import Event
 from streamer.linalg.torch_state import threads
-from streamer.plan.batch import make_batch
-from streamer.plan.memory_estimate import resident_bytes
 
 
 @pytest.fixture(scope="module")
@@ -157,67 +149,10 @@ def test_several_adapters_on_workers(tmp_path: Path) -> None:
         assert findings.digest() == streamer.load_findings(path).digest()
 
 
-def in_part(bench: WorkerBench, out: Path, part: Part | None, overwrite: bool = False, **options: float) -> None:
-    run = Run(RunOptions(choose_device("cpu"), overwrite=overwrite))
-    chosen = DetectionOptions(solver="certified", **options)
-    with threads(1):
-        batch, paths = make_batch(bench.base, [bench.adapter]), [out]
-        if part is not None:
-            batch, paths = part.take(batch, paths, chosen)
-        detect_to_files(batch, paths, chosen, run, resident_bytes(batch))
-
-
-def test_parts_are_joined_to_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None:
-    out = tmp_path / "f.safetensors"
-    for number in (3, 1):
-        in_part(small, out, Part(number, 3))
-    with pytest.raises(MissingInputError, match=r"parts 2 of 3 are missing; run the same command with --part 2/3") as e:
-        in_part(small, out, None)
-    assert e.value.filename == str(tmp_path / "f.part-2-of-3.safetensors")
-    in_part(small, out, Part(2, 3), threshold_epsilon=0.4)
-    with pytest.raises(MismatchError, match=r"f.part-2-of-3.safetensors: holds findings of other inputs or options"):
-        in_part(small, out, None)
-    (tmp_path / "f.part-2-of-3.safetensors").unlink()
-    in_part(small, out, Part(2, 3))
-    found = [streamer.load_findings(Part(n, 3).path(out)) for n in (1, 2, 3)]
-    assert sorted(len(f) for f in found) == [3, 3, 4]
-    in_part(small, out, None)
-    assert out.read_bytes() == small.alone
-    assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
-
-
-def test_a_damaged_part_is_not_joined(small: WorkerBench, tmp_path: Path) -> None:
-    """It is refused before any is joined, all parts stay, and the whole is that of whole parts."""
-    out, parts = tmp_path / "f.safetensors", [Part(number, 2) for number in (1, 2)]
-    for part in parts:
-        in_part(small, out, part)
-    last = parts[1].path(out)
-    good = last.read_bytes()
-    last.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
-    before = helpers.tree_digest(tmp_path)
-    with pytest.raises(
-        FormatError, match=rf"^{last}: is damaged, .*; run the same command with --part 2/2 --overwrite"
-    ):
-        in_part(small, out, None)
-    assert helpers.tree_digest(tmp_path) == before
-    with pytest.raises(OutputExistsError, match=r"holds findings that cannot be read; .* pass --overwrite"):
-        in_part(small, out, parts[1])
-    in_part(small, out, parts[1], overwrite=True)
-    in_part(small, out, None)
-    assert out.read_bytes() == small.alone
-    assert helpers.names(tmp_path) == [out.name]
-
-
-def test_more_parts_than_matrices_are_refused(small: WorkerBench, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--part: expected 10 parts at most"):
-        in_part(small, tmp_path / "f.safetensors", Part(1, 11))
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--part", "4/3"], "expected I/N like 1/8, with I from 1 to N, found '4/3'"),
         (["--workers", "0"], "--workers: expected a number from 1, found 0"),
         (["--executor", "slurm:1"], "--executor: expected dask:ADDRESS or ray:ADDRESS, found 'slurm:1'"),
         (["--executor", "dask:127.0.0.1:9", "--workers", "2"], "give one of them"),
