@@ -17,7 +17,6 @@
     ├── StorageError             6   I/O or space; the same command resumes
     ├── WorkerError              6   workers that died or cannot be reached; the same command resumes
     ├── NumericError             7   a non-finite value, or a verification that failed; an ArithmeticError
-    ├── UnloadableError          7   a planned output that would not load as its config says; a defect of streamer
     ├── VerificationError        7   an output that differs from its record, or from the result of its inputs
     ├── InputChangedError        8   an input changed since the plan was made
     └── Interrupted          128+N   stopped by signal N at a safe point; the same command resumes
@@ -178,12 +177,6 @@ class WorkerError(StreamerError):
 
 class NumericError(StreamerError, ArithmeticError):
     """A value that must be finite is not, or a verification failed."""
-
-    exit_code = 7
-
-
-class UnloadableError(StreamerError):
-    """A planned output would not load as its config says: the plan is wrong, and nothing has been written."""
 
     exit_code = 7
 

@@ -12,7 +12,6 @@ from streamer.detection.detection_memory import detection_estimates
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import threads
 from streamer.output.job import DetectedOnTheWay, Job
-from streamer.output.loadability import check_merged
 from streamer.output.merge_plan import MergedModel, plan_merged
 from streamer.output.model_writer import merge_estimates
 from streamer.plan.batch import AdapterBatch
@@ -24,7 +23,6 @@ from streamer.weights.dtypes import as_tensor, in_memory
 def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the merged model, in file order and one at a time in memory; the call itself raises any refusal."""
     model = plan_merged(job.plan, job.dequantize)
-    check_merged(job.plan.base.path, job, model)
     most = max(info.nbytes for shard in model.shards().values() for info in shard.header.tensors)
     resident = resident_bytes(AdapterBatch(job.plan.base, (job.plan,)), model.tensor_count)
     detecting = detection_estimates(job.plan, job.detection, resident + most) if job.detects else ()

@@ -24,7 +24,6 @@ from streamer.linalg.energy import energies, energies_bytes, least_rank
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta, Dense
 from streamer.linalg.svd import krylov_triplets
-from streamer.output.adapter_loadability import check_lora
 from streamer.output.job import Job
 from streamer.output.lora_layout import LoraLayout, is_refused, lora_layout
 from streamer.output.merged_tensors import AddDelta
@@ -93,7 +92,6 @@ class LoraWriter(Writer):
         config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         # A model's other files do not belong to an adapter.
         source = None if plan.adapter.describes_model else plan.adapter.directory
-        check_lora(path, job, shard, config.encode())
         spec = adapter_spec(job, path, shard, config.encode(), source, rank)
         self.spec = replace(spec, notes=[*spec.notes, *_ties_said(self._layout)])
         self._ready: dict[str, Tensor] = {}

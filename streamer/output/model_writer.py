@@ -10,7 +10,6 @@ from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.linalg.operators import Delta
 from streamer.methods.method import Needs
 from streamer.output.job import Job
-from streamer.output.loadability import check_merged
 from streamer.output.merge_plan import MergedModel, OutputTensor, plan_merged
 from streamer.output.merged_tensors import Recipe, rows_bytes
 from streamer.output.metrics import matrix_metrics
@@ -32,9 +31,7 @@ class ModelWriter(Writer):
     """Writer of the base with the mitigated deltas merged in."""
 
     def __init__(self, job: Job, path: Path) -> None:
-        model = plan_merged(job.plan, job.dequantize)
-        check_merged(path, job, model)
-        self._model = model = model.changed_components()
+        self._model = model = plan_merged(job.plan, job.dequantize).changed_components()
         self.spec = _spec(job, path, model)
         self._outputs = {output.name: output for outputs in model.files.values() for output in outputs}
 
