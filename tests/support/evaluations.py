@@ -80,6 +80,7 @@ def evaluation(
 ) -> Evaluation:
     """Make losses of 64 sequences of 200 to 512 tokens: how hard a sequence is, plus shares of what it forgets and learns, plus noise.
 
+    Means over tokens are exact, whatever is drawn: the noise has none, and what is forgotten and learned on average is as given.
     With answers, the sequences are right choices: as many more are found as the loss falls by, of half of them.
     """
     rng = np.random.default_rng(vary(seed))
@@ -91,10 +92,14 @@ def evaluation(
         points += [curve(lam) for lam in LAMBDAS]
     shares = np.array(points).T
 
+    def drawn(mean: float, spread: float, rows: int = 1) -> np.ndarray:
+        found = rng.normal(0, spread, (rows, 64))
+        return found + mean - found @ tokens[:, None] / tokens.sum()
+
     def sums(share: np.ndarray, change: float) -> SequenceSums:
         hard = rng.normal(4, 0.5, 64)
-        effect = np.outer(share, rng.normal(change, abs(change) / 6, 64))
-        scatter = rng.normal(0, noise, effect.shape) * (np.arange(len(share)) > 0)[:, None]
+        effect = share[:, None] * drawn(change, abs(change) / 6)
+        scatter = drawn(0, noise, len(share)) * (np.arange(len(share)) > 0)[:, None]
         size = np.abs(effect)
         kl = (size + np.abs(scatter))[:, :, None] * np.array([0.5, 1.5])  # of the two halves of each sequence
         found = SequenceSums(

@@ -80,7 +80,7 @@ def test_shares_of_next_to_nothing_are_dashes_with_a_reason() -> None:
     assert "-" not in columns["KL left"]
     assert columns["kept"][1] == "100.0% ± 0.0"
     (line,) = [line for line in e.table().splitlines() if " is not shown: " in line]
-    assert line.startswith("loss left is not shown: the adapter changes the loss on general text by only -0.000")
+    assert line.startswith("loss left is not shown: the adapter changes the loss on general text by only 0.00050 ± ")
     assert line.endswith(", less than 4.0 standard errors; longer texts may help")
     swapped = evaluation(learns=-0.4)
     assert swapped.to_dict()["reliable"] == {"kept": True, "forgetting": True, "top1_kept": False}
