@@ -39,7 +39,7 @@ class DemoMatrix(TypedDict):
 
 DemoRecord = TypedDict("DemoRecord", {
     "schema": Literal["streamer.demo/1"],
-    "lambda": Annotated[float, "Share of an intruder to keep: 1 changes nothing, 0 removes it."],
+    "lambda": Annotated[float, "Share of the adapter's part of an intruder to keep: 1 changes nothing, 0 removes it."],
     "totals": Annotated[_DemoTotals, "Sums over matrices."],
     "matrices": Annotated[list[DemoMatrix], "The matrices with a planted or found intruder."],
     "directory": Annotated[str | None, "Directory of all files, as given with --output; null without --output, when nothing is kept."],

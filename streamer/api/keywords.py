@@ -156,7 +156,7 @@ class MitigateKeywords(MethodKeywords, JudgeKeywords, total=False):
     """Keywords of functions that mitigate files, and run detection first unless findings are given.
 
     mitigation_lambda
-        Share of an intruder to keep, from 0 (removed) to 1 (unchanged). None is 0.75, or 0.6 with a `map`; `coefficients` need no λ.
+        Share of an intruder (project: of the adapter's part) to keep. None is 0.75, or 0.6 with a `map`; `coefficients` need no λ.
     """
 
     mitigation_lambda: float | None

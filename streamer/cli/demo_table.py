@@ -41,10 +41,8 @@ def demo_table(result: DemoRecord, screen: Screen = NO_LIMIT) -> str:
         columns.append(
             Column("sigma left", after, "singular value of the largest one found in the new adapter; `-` if none", 5)
         )
-    meaning = (
-        "lambda 0 removes an intruder"
-        if strength == 0
-        else f"lambda {strength:g}: that share of an intruder's singular value is kept"
+    told = (
+        f"{t['planted']} planted, {t['found']} found, {t['gone']} gone, {t['left']} left; lambda {strength:g}: that share of the adapter's "
+        "part of an intruder is kept"
     )
-    told = f"{t['planted']} planted, {t['found']} found, {t['gone']} gone, {t['left']} left; {meaning}"
     return "\n\n".join((table(columns, screen), fit(told, screen.width), fit(NEXT, screen.width, 6)))

@@ -138,8 +138,8 @@ def build_parser() -> Parser:
     mitigating = Parser(add_help=False)
     g = mitigating.add_argument_group("mitigation")
     g.add_argument("--lambda", dest="mitigation_lambda", type=number, metavar="L",
-                   help="share of each intruder (with shrink: of the adapter) to keep, from 0 (remove) to 1 (unchanged) (default: "
-                        "0.75); with --map, share of each delta's energy on general inputs (default: 0.6)")  # fmt: skip
+                   help="share of each intruder (project: of the adapter's part; shrink: of the adapter) to keep, from 0 (remove) to 1 "
+                        "(keep) (default: 0.75); with --map, share of each delta's energy on general inputs (default: 0.6)")  # fmt: skip
     add_amplify(g)
     g.add_argument("--method", choices=list(ABOUT), metavar="NAME",
                    help="; ".join(f"{name}: {about}" for name, about in ABOUT.items())
@@ -301,7 +301,7 @@ def build_parser() -> Parser:
     add_workers(sub)
     sub = command("demo", "detect and remove planted intruders in a small generated model")
     sub.add_argument("--lambda", dest="mitigation_lambda", type=number, default=0.0, metavar="L",
-                     help="share of each intruder to keep, from 0 (remove) to 1 (unchanged) (default: 0)")  # fmt: skip
+                     help="share of the adapter's part of an intruder to keep, from 0 (remove) to 1 (unchanged) (default: 0)")  # fmt: skip
     add_amplify(sub)
     sub.add_argument(
         "-o", "--output", metavar="DIR", help="keep all files in DIR, which must not exist (default: keep nothing)"

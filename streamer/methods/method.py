@@ -45,7 +45,8 @@ class Method(ABC):
     Attributes
     ----------
     mitigation_lambda
-        Share to keep, of each intruder or of the whole delta: 1 changes nothing, 0 removes it. None for a method without λ.
+        Share to keep, of each intruder or of the whole delta: 1 changes nothing, 0 removes it (`Project` keeps the base's part
+        of an intruder). None for a method without λ.
     select
         Which intruders to scale: ``all`` among the top k, or only the ``first`` (highest-ranked) of each matrix.
     coefficients
@@ -134,9 +135,8 @@ class Method(ABC):
 
     def as_json(self) -> dict[str, Any]:
         """Return the options under the names used in records and printed JSON."""
-        more: dict[str, Any] = {} if self.coefficients is None else {"coefficients": self.coefficients.record()}
-        if self.map is not None:
-            more["map"] = self.map.record()
+        files = {"coefficients": self.coefficients, "map": self.map}
+        more = {name: file.record() for name, file in files.items() if file is not None}
         return {"method": self.name, "scale": self.select, "lambda": self.mitigation_lambda, **more}
 
 
@@ -170,7 +170,8 @@ class Scaling(ByLambda):
 
     card: ClassVar[str] = (
         "Intruder dimensions ([Shuttleworth et al., arXiv 2410.21228](https://arxiv.org/abs/2410.21228)) are leading singular "
-        "directions of the fine-tuned weights that resemble none of the base's. They were scaled by λ: 1 keeps them, 0 removes them.\n"
+        "directions of the fine-tuned weights that resemble none of the base's. They were scaled by λ: 1 keeps them, 0 removes them "
+        "(method project keeps the base's part of them).\n"
     )
 
     def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:

@@ -66,8 +66,8 @@ Record = TypedDict("Record", {
         "adapter, without detection; fitted: each of the adapter's own directions, by its coefficient. regmean replaces the right "
         "factors; nullspace reduces the response to general inputs."],
     "scale": Annotated[Selection, "Which intruders are scaled: all, or the highest-ranked one of each matrix."],
-    "lambda": Annotated[float | None, "Share of an intruder to keep: 1 changes nothing, 0 removes it; with method nullspace, share of the "
-        "delta's energy on general inputs. Null with methods fitted and regmean."],
+    "lambda": Annotated[float | None, "Share of an intruder to keep: 1 changes nothing, 0 removes it (project keeps the base's part); with "
+        "method nullspace, share of the delta's energy on general inputs. Null with methods fitted and regmean."],
     "coefficients": NotRequired[Annotated[CoefficientsRecord | None, "The coefficients (fitted) or factors (regmean) that were applied; "
         "null with other methods."]],
     "map": NotRequired[Annotated[MapRecord, "The map of the base's inputs; only with method nullspace."]],
