@@ -56,8 +56,12 @@ class CollectingReader(DifferentiableReader, Generic[M]):
 
     def gather(self, ids: Tensor) -> Tensor | None:
         """Look up rows and record the ids as inputs of an embedding."""
-        found = super().gather(ids)
+        found, batch = super().gather(ids), self.setting.batch
         if found is not None:
+            own = ids.shape[:2] == (batch.sequences, batch.length)
+            if not own and (ids.shape[:1] == (1,) or batch.length in ids.shape):
+                # One look-up serves all sequences: of positions, (1, length), or of pairs of them, (length, length).
+                ids = ids.expand(batch.sequences, *ids.shape)
             for matrix, size in self.tables():
                 self._collected.take_ids(matrix, ids, size)
         return found

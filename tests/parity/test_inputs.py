@@ -56,7 +56,7 @@ def formed(moments: SecondMoments) -> torch.Tensor:
 def collected(
     base: Path, adapter: Path, general: list[torch.Tensor], task: list[torch.Tensor], moves: bool = True
 ) -> Moments:
-    """Means over the tokens of both texts, each sequence a group of its own, by the module's name in the adapter."""
+    """Means over the tokens of both texts, by the module's name in the adapter; the sequences of the general text run together."""
     plan, passes = make_plan(base, adapter), list[Moments]()
 
     def take(targets: list[Target], moments: Mapping[int, SecondMoments]) -> None:
@@ -65,11 +65,8 @@ def collected(
             assert target.module.name not in passes[-1]
             passes[-1][target.module.name] = of_general, of_task
 
-    groups = [
-        Group(sequences(ids[None]), variant, lambda tensor: None)
-        for variant, texts in ((GENERAL_AS, general), (TASK_AS, task))
-        for ids in texts
-    ]
+    texts = [(torch.stack(general), GENERAL_AS), *((ids[None], TASK_AS) for ids in task)]
+    groups = [Group(sequences(ids), stream, lambda tensor: None) for ids, stream in texts]
     away = Away(plan)
     for elsewhere in (None, away):
         passes.append({})

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zoo
 from causal_models import ADAPTERS, CAUSAL, make_adapter, make_base
 from evaluated import token_ids
 from mapped import energy_form
@@ -41,8 +42,6 @@ def assert_alike(cls: Any, base: Path, adapter: Path, place: Path) -> None:
         if target.module.name not in moments:  # of an expert
             continue
         general = moments[target.module.name][0].numpy()
-        if general.ndim == 1:  # positions are looked up once for all sequences that run together
-            general = general * found.trace / general.sum()
         expected = np.diag(general) if general.ndim == 1 else general
         assert found.trace == pytest.approx(np.trace(expected), rel=1e-5)
         assert found.tokens == tokens
@@ -82,6 +81,39 @@ def test_kinds(kind: str, tmp_path: Path) -> None:
         tmp_path / "out", tmp_path / "base", adapter, sample="all", map=tmp_path / "m.safetensors"
     )
     assert found["differences"] == []
+
+
+POSITIONS = {
+    "BartForCausalLM": "model.decoder.embed_positions", "BertLMHeadModel": "bert.embeddings.position_embeddings",
+    "BioGptForCausalLM": "biogpt.embed_positions", "ElectraForCausalLM": "electra.embeddings.position_embeddings",
+    "GPT2LMHeadModel": "transformer.wpe", "GPTBigCodeForCausalLM": "transformer.wpe", "GPTNeoForCausalLM": "transformer.wpe",
+    "OPTForCausalLM": "model.decoder.embed_positions", "OpenAIGPTLMHeadModel": "transformer.positions_embed",
+    "RobertaForCausalLM": "roberta.embeddings.position_embeddings", "XLMWithLMHeadModel": "transformer.position_embeddings",
+}  # fmt: skip
+"""Embeddings of positions, which some classes look up for each sequence and others once for all."""
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_positions_are_counted_in_each_sequence(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lookup = zoo.build(name), torch.nn.functional.embedding
+    model.save_pretrained(tmp_path)
+    table = model.get_parameter(f"{POSITIONS[name]}.weight")
+    counts = np.zeros(len(table), int)
+
+    def counted(ids: torch.Tensor, weight: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if weight is table:
+            np.add.at(counts, ids.numpy(), 1)
+        return lookup(ids, weight, *args, **options)
+
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(torch.nn.functional, "embedding", counted)
+        for ids in IDS:
+            model(input_ids=ids[None])
+    found = mapped(tmp_path, tmp_path).find(f"{POSITIONS[name]}.weight", len(table))
+    assert found is not None
+    tokens = sum(map(len, IDS))
+    assert counts.sum() == tokens == found.trace * tokens
+    np.testing.assert_allclose(energy_form(found), np.diag(counts / tokens), atol=2e-2 * counts.max() / tokens)
 
 
 def test_modules_with_the_same_inputs_share_them(tmp_path: Path) -> None:

@@ -145,6 +145,32 @@ def test_symmetric_gptq_that_states_the_first_format(tmp_path: Path, bits: int, 
     assert_decodes(base_of(tmp_path, tensors, config), "w.weight", torch.from_numpy((codes - half).T.copy()))
 
 
+def test_rules_for_single_modules_of_gptq(tmp_path: Path) -> None:
+    """As GPTQModel 7.3 reads them: the first that matches from the start; the format is the config's, whatever a rule says."""
+    rules = {
+        "down": {"sym": True},
+        r"+:layers\.0\.o": {"bits": 8, "group_size": 64},
+        r".*\.down": {"sym": False, "format": "gptq_v2"},
+        r".*\.o": {"bits": 2},
+    }
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "format": "gptq", "dynamic": rules}
+    rng = np.random.default_rng(vary(0))
+    tensors, expected = {}, {}
+    for module, bits, size in (("0.up", 4, 32), ("0.down", 4, 32), ("0.o", 8, 64), ("1.o", 2, 32)):
+        codes, half = rng.integers(0, 1 << bits, (128, 96)), 1 << (bits - 1)
+        zeros = np.full((128 // size, 96), half)
+        if module == "0.down":
+            zeros = rng.integers(1, 1 << bits, zeros.shape)
+            zeros[0, 0] = half + 1  # its stored value is what a symmetric one of the second format is
+        tensors[f"layers.{module}.qweight"] = torch.from_numpy(stream(codes, bits))
+        tensors[f"layers.{module}.qzeros"] = torch.from_numpy(stream((zeros - 1).T, bits).T.copy())
+        tensors[f"layers.{module}.scales"] = torch.ones(zeros.shape).half()
+        expected[module] = torch.from_numpy((codes - zeros.repeat(size, 0)).T.copy())
+    weights = base_of(tmp_path, tensors, config)
+    for module, values in expected.items():
+        assert_decodes(weights, f"layers.{module}.weight", values)
+
+
 def compressed(**weights) -> tuple[dict, QuantizationScheme]:
     """A quantization config of compressed-tensors, and the same as the library has it."""
     group = {"targets": ["Linear"], "weights": weights}

@@ -4,13 +4,18 @@
 packed along the inputs and zero points along the outputs, as in `packing`. The first version of the format stores zero points less one.
 GPTQModel subtracts a one from each by a subtraction of whole words: a zero point of 0 borrows from the next, which only the addition of
 the same words undoes. Zero points of 3 bits, some of which lie in two words, wrap around instead.
+
+The config's ``dynamic`` holds rules for single modules, which GPTQModel, vLLM and SGLang read in the same way: the first regular expression
+that matches a module's name from its start applies. They take the format from the config alone, whatever a rule says.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, Self
 
 import torch
@@ -34,7 +39,7 @@ class GPTQ(QuantizedWeight):
     less_one
         Whether zero points are said to be stored less one.
     symmetric
-        Whether they are said to be half of the range.
+        Whether all of them are said to be half of the range.
     """
 
     bits: int
@@ -46,16 +51,20 @@ class GPTQ(QuantizedWeight):
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
         where = f"{tensors['weight'].file.path}: tensor {tensors['weight'].info.name!r}"
-        stated = config.get("checkpoint_format") or config.get("format") or "gptq"
-        if stated not in ("gptq", "gptq_v2"):
-            raise UnsupportedError(f"{where}: GPTQ format {stated!r} is not supported; use the 16-bit model")
+        # transformers prefers the first key, GPTQModel the second, and vLLM reads only the first.
+        stated = {key: str(config[key]).lower() for key in ("checkpoint_format", "format") if config.get(key)}
+        formats = {*stated.values()} or {"gptq"}
+        if formats not in ({"gptq"}, {"gptq_v2"}):
+            found = ", ".join(f"{key}={value!r}" for key, value in stated.items())
+            raise UnsupportedError(
+                f"{where}: GPTQ's format must be gptq or gptq_v2, found {found}; use the 16-bit model"
+            )
         weight, scales, zeros = (tensors[role].info.shape for role in ("weight", "scales", "zeros"))
+        config = {**config, **_rule(config, name.removesuffix(".weight"), where)}
         bits = config.get("bits")
         if len(weight) != 2 or len(scales) != 2 or len(zeros) != 2:
             raise FormatError(f"{where}: expected matrices of codes, scales and zero points; get the file again")
-        if (
-            "groups" in tensors and weight[0]
-        ):  # its length is the number of inputs, which gives the bits; these may differ by layer
+        if "groups" in tensors and weight[0]:  # its length is the number of inputs, which gives the bits
             bits = weight[0] * 32 // max(1, math.prod(tensors["groups"].info.shape))
         if bits not in (2, 3, 4, 8):
             raise UnsupportedError(f"{where}: GPTQ with {bits!r} bits is not supported")
@@ -67,7 +76,7 @@ class GPTQ(QuantizedWeight):
         if "groups" in tensors:
             fits &= tensors["groups"].info.shape == (inputs,) and tensors["groups"].info.dtype == "I32"
         packing.check_fit(fits, tensors, where)
-        label, less_one, symmetric = f"GPTQ {bits} bits", stated == "gptq", config.get("sym") is True
+        label, less_one, symmetric = f"GPTQ {bits} bits", formats == {"gptq"}, config.get("sym") is True
         return cls(name, (outputs, inputs), dict(tensors), label, torch.float32, None, bits, size, less_one, symmetric)
 
     def decode(self, i: int, j: int) -> Tensor:
@@ -82,12 +91,48 @@ class GPTQ(QuantizedWeight):
 
     def _zeros(self, i: int, j: int) -> Tensor:
         """Unpack the zero points of outputs i to j: (groups, j − i)."""
-        words, bits, less_one = self.tensors["zeros"].whole(), self.bits, self.less_one
-        if less_one and self.symmetric and words.numel():
-            # Symmetric zero points are half of the range. Some models of GPTQModel 5 store them so and state "gptq", such as
-            # Qwen3.5-27B-GPTQ-Int4 (vLLM's pull request 38966); kernels for symmetric codes never read them.
-            less_one = int(packing.unpack(words[:1].T, bits, 0, 1)) != 1 << (bits - 1)
-        if less_one and bits != 3:
+        words, bits = self.tensors["zeros"].whole(), self.bits
+        if self.symmetric:
+            return torch.full((len(words), j - i), self._half, dtype=torch.int32)
+        if self.less_one and bits != 3:
             words = words + sum(1 << at for at in range(0, 32, bits))  # int32 sums wrap around
         zeros = packing.unpack(words.T, bits, i, j).T
-        return (zeros + 1) & 7 if less_one and bits == 3 else zeros
+        return (zeros + 1) & 7 if self.less_one and bits == 3 else zeros
+
+    @cached_property
+    def _half(self) -> int:
+        """Half of the range, which kernels for symmetric codes take without a look at the zero points.
+
+        Some models of GPTQModel 5 store these as they are and state "gptq", such as Qwen3.5-27B-GPTQ-Int4 (vLLM's pull request 38966).
+
+        Raises
+        ------
+        UnsupportedError
+            If the stored ones are others, so that kernels differ.
+        """
+        half = 1 << (self.bits - 1)
+        stored = packing.unpack(self.tensors["zeros"].whole().T, self.bits, 0, self.shape[0]).unique().tolist()
+        if len(stored) > 1 or not {*stored} <= {half, half - self.less_one}:
+            found = (
+                f"{self.where}: {self.name!r}: its zero points are not half of the range, but its config says sym=true"
+            )
+            raise UnsupportedError(f"{found}; use the 16-bit model")
+        return half
+
+
+@cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern[2:] if pattern.startswith(("-:", "+:")) else pattern)
+
+
+def _rule(config: Mapping[str, Any], module: str, where: str) -> dict[str, Any]:
+    """Read the settings that the first matching rule of ``dynamic`` gives a module."""
+    try:
+        rules = (config.get("dynamic") or {}).items()
+        pattern, rule = next(((p, r) for p, r in rules if _expression(p).match(module)), ("", {}))
+        settings = {key: rule[key] for key in ("bits", "group_size", "sym") if key in rule}
+    except (AttributeError, TypeError, OverflowError, RecursionError, re.error):
+        raise FormatError(f'{where}: cannot read "dynamic" in the quantization config; get config.json again') from None
+    if pattern.startswith("-:"):
+        raise UnsupportedError(f'{where}: a rule in "dynamic" says that it is not quantized; use the 16-bit model')
+    return settings

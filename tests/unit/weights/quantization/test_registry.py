@@ -238,6 +238,18 @@ BROKEN = {
     "gptq: five bits": (packed(), {"quant_method": "gptq", "bits": 5}, "GPTQ with 5 bits"),
     "gptq: other outputs": (packed(scales=torch.ones(1, 40)), {"quant_method": "gptq", "bits": 4}, "do not fit"),
     "gptq: marlin": (packed(), {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin'"),
+    "gptq: two formats": (
+        packed(), {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq", "format": "gptq_v2"},
+        "found checkpoint_format='gptq', format='gptq_v2'; use the 16-bit model",
+    ),
+    "gptq: symmetric in name only": (packed(), {"quant_method": "gptq", "bits": 4, "sym": True}, "but its config says sym=true"),
+    "gptq: excluded by a rule": (
+        packed(), {"quant_method": "gptq", "bits": 4, "dynamic": {"-:w": {}, ".*": {}}}, "'w.qweight': a rule .* not quantized"
+    ),
+    **{
+        f"gptq: unreadable rules {n}": (packed(), {"quant_method": "gptq", "bits": 4, "dynamic": rules}, 'cannot read "dynamic"')
+        for n, rules in enumerate(({"(": {}}, {"w": 3}, ["w"], {"w{9999999999}": {}}, {"(" * 9999 + ")" * 9999: {}}))
+    },
     "gptq: a group that is not there": (
         packed(g_idx=torch.ones(64, dtype=torch.int32)),
         {"quant_method": "gptq", "bits": 4},
