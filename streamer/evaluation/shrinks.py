@@ -35,7 +35,10 @@ STEPS = 1000
 """A placed λ is a multiple of 1 / STEPS, so that a command can name it."""
 
 Node = tuple[float, int]
-"""A shrink's λ and row."""
+"""A variant's λ, to `DIGITS` decimals, and its row."""
+
+DIGITS = 5
+"""The losses of two λ that are closer differ by their rounding, and a curve through both is steep or NaN."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def placed(
         return ADAPTER_ROW, None
     if (
         method == Shrink.name
-    ):  # of others, what λ = 0 keeps is unknown: the λ that a race dropped are the nodes below the share
+    ):  # what λ = 0 of others keeps is unknown: λ that a race dropped are the nodes below the share
         nodes = [node for node in nodes if not task.dropped(node[1])]
         if nodes[0][0] > 0:  # λ = 0 is approximately the base: an adapter may have more than deltas
             nodes.insert(0, (0.0, BASE_ROW))
@@ -158,11 +161,13 @@ def rounded_up(lam: float) -> float:
 
 
 def _by_lambda(variants: Sequence[EvaluatedVariant], method: str) -> list[Node]:
-    """List a method's variants in order of λ, including the unchanged adapter."""
-    nodes = [(1.0, ADAPTER_ROW)]
-    nodes += [(v.mitigation_lambda, i) for i, v in enumerate(variants)
-              if v.method == method and v.mitigation_lambda is not None]  # fmt: skip
-    return sorted(nodes)
+    """List a method's variants in order of λ, including the unchanged adapter; of equal λ, one."""
+    rows = {
+        round(lam, DIGITS): row
+        for row, v in enumerate(variants)
+        if v.method == method and (lam := v.mitigation_lambda) is not None
+    }
+    return sorted({**rows, 1.0: ADAPTER_ROW}.items())
 
 
 def _nearest(nodes: Sequence[Node], at: int) -> Sequence[Node]:

@@ -71,6 +71,17 @@ def test_the_verdict_is_by_the_divergence(loss: float, kl: float, verdict: str) 
     assert found.verdict == verdict
 
 
+@pytest.mark.parametrize("lam", [1e-320, 1e-12])
+def test_a_lambda_of_almost_zero_counts_as_zero(lam: float) -> None:
+    """A cubic through the losses at both would be steep, or NaN."""
+    e = evaluation({"project": CURVES["project"], "shrink": CURVES["shrink"]})
+    near = [replace(v, mitigation_lambda=lam) if v.name == "shrink 0" else v for v in e.variants]
+    for variant in range(2, 7):
+        assert against_shrink(near, e.general, e.task, variant) == against_shrink(
+            e.variants, e.general, e.task, variant
+        )
+
+
 def test_no_comparison_where_there_is_none() -> None:
     e = evaluation({"project": CURVES["project"]})
     assert against_shrink(e.variants, e.general, e.task, 3) is None
