@@ -17,11 +17,11 @@ from streamer.evaluation.identity import joined_facts, with_digest
 from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.records import inspect, measured_before, result_file
 from streamer.evaluation.steps import Request, Sums, alive_at_first, answered, evaluation_steps, without_scaling
+from streamer.evaluation.suggestion import ask_swapped
 from streamer.events import Event
 from streamer.measuring.passes import measure_variants, needs_one_length
 from streamer.measuring.progress import RunProgress
 from streamer.measuring.result_file import Records, computing
-from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW
 from streamer.plan.batch import AdapterBatch
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.lock import locked
@@ -35,11 +35,7 @@ def evaluate(prepared: Prepared, output: Path | None) -> Evaluation:
     with kept(prepared.run.workers):
         found = _evaluated(prepared, output)
     if found.best().swapped:
-        loss = found.task.loss_difference(ADAPTER_ROW, BASE_ROW)
-        prepared.run.monitor.warn(
-            (f"the adapter's loss on the task's text is above the base's, by {loss.value:.4f} ± {loss.error:.4f}: are the general and the "
-             "task's text swapped?",)
-        )  # fmt: skip
+        prepared.run.monitor.warn((ask_swapped(found.task),))
     return found
 
 

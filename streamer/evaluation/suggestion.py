@@ -74,6 +74,12 @@ class Suggestion:
     declined: EvaluatedVariant | None = None
 
 
+def ask_swapped(task: SequenceSums) -> str:
+    """Ask whether the texts are swapped, because the adapter has a higher loss on the task's text than the base."""
+    loss = task.loss_difference(ADAPTER_ROW, BASE_ROW)
+    return f"the adapter's loss on the task's text is above the base's, by {loss.value:.4f} ± {loss.error:.4f}: are the two texts swapped?"
+
+
 def check_keep(keep: float) -> None:
     """Refuse a share to keep that is not a number in (0, 1]."""
     if isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < keep <= 1:

@@ -13,7 +13,7 @@ from streamer.errors import MismatchError
 from streamer.evaluation.evaluation_records import ReliableRecord, TextFacts, TradeRecord
 from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.shrinks import against_shrink
-from streamer.evaluation.suggestion import Trade
+from streamer.evaluation.suggestion import Trade, ask_swapped
 from streamer.evaluation.variant_losses import reliable
 from streamer.fitting.front import EXCEEDED, MISSED
 from streamer.fitting.options import Grain, Objective
@@ -189,6 +189,8 @@ def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> Adapt
     """
     learning = task.loss_difference(BASE_ROW, ADAPTER_ROW)
     divergence = general.mean(general.kl[ADAPTER_ROW])
+    if learning.is_negative:
+        raise MismatchError(f"{name}: {ask_swapped(task)}")
     if not learning.is_positive:
         raise MismatchError(
             f"{name}: there is no evidence that the adapter learned this text, so there is nothing to keep: its loss less the base's is "

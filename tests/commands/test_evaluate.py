@@ -114,7 +114,7 @@ def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Pat
     assert done.code == 0
     (line,) = done.err.splitlines()
     assert line.startswith("streamer: warning: the adapter's loss on the task's text is above the base's, by ")
-    assert line.endswith(": are the general and the task's text swapped?")
+    assert line.endswith(": are the two texts swapped?")
     lines = done.out.splitlines()
     assert lines[0].endswith("are the two texts swapped?")
     words = lines[-1].removeprefix("next: streamer ").split()

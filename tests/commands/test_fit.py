@@ -207,11 +207,13 @@ def test_of_a_short_text_fewer_coefficients_are_advised(server: Server, home: Pa
     assert "only differences of over 12.7 standard errors are evidence" in held[0]
 
 
-def test_a_text_that_the_adapter_has_not_learned(server: Server, home: Path, tmp_path: Path) -> None:
-    done = run(server, home, tmp_path / "c.safetensors", "-qq", task=home / "general.npy")
+def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Path) -> None:
+    swapped = {"general": home / "task.npy", "task": home / "general.npy"}
+    done = run(server, home, tmp_path / "c.safetensors", "-qq", **swapped)
     assert (done.code, done.out) == (3, "")
     (line,) = done.err.splitlines()
-    assert line.startswith("streamer: general.npy: there is no evidence that the adapter learned this text")
+    assert line.startswith("streamer: general.npy: the adapter's loss on the task's text is above the base's, by ")
+    assert line.endswith(": are the two texts swapped?")
     assert list(tmp_path.iterdir()) == [], "nothing of it is to be taken up"
 
 

@@ -44,6 +44,14 @@ def test_a_refusal_says_how_many_errors_the_sequences_take() -> None:
     assert adapter_facts(many, many, "task.txt")["learning"] == pytest.approx(0.4)
 
 
+def test_a_loss_above_the_bases_asks_whether_the_texts_are_swapped() -> None:
+    swapped = sums([-0.3, -0.5] * 4)
+    with pytest.raises(MismatchError) as refused:
+        adapter_facts(swapped, swapped, "task.txt")
+    said = "above the base's, by 0.4000 ± 0.0378: are the two texts swapped?"
+    assert str(refused.value) == f"task.txt: the adapter's loss on the task's text is {said}"
+
+
 @pytest.mark.parametrize(("left", "missed", "exceeded"), [
     (0.1, False, False), (0.105, False, False), (0.15, True, False), (0.075, False, False), (0.06, False, True),
 ])  # fmt: skip
