@@ -54,10 +54,10 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
         )
     if record["command"] == "merge" and record["tokenizer"] == "adapter":
         lines.append("the tokenizer and its chat template are the adapter's own")
-    if values := t.get("values"):  # earlier versions did not count them
-        share = f"{100 * t['rounded_away'] / values:.1f}%"
+    share = 100 * t.get("rounded_away", 0) / (t.get("values") or 1)  # earlier versions did not count them
+    if share >= 0.05:  # not 0.0%
         lines.append(
-            f"rounding left {share} of the values in these matrices unchanged: the result is not exactly base + delta"
+            f"rounding left {share:.1f}% of the values in these matrices unchanged: the result is not exactly base + delta"
         )
     if record["command"] == "mitigate":
         most = f"lost in projection: at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"

@@ -59,3 +59,13 @@ def test_of_a_delta_of_zero_nothing_is_counted(tmp_path: Path) -> None:
     assert all("values" not in matrix for matrix in record["matrices"])
     assert record["totals"]["values"] == 0
     assert not any("rounding" in line for line in record_lines(record, "out"))
+
+
+def test_a_share_that_would_show_as_zero_is_not_shown(tmp_path: Path) -> None:
+    cls = make_base("llama", tmp_path / "base", torch.float32)
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"])
+    record = streamer.merge_with_reduced_intruder_dimensions(
+        tmp_path / "base", adapter, tmp_path / "out", method="shrink", mitigation_lambda=1
+    )
+    assert 0 <= record["totals"]["rounded_away"] < 0.0005 * record["totals"]["values"]
+    assert not any("rounding" in line for line in record_lines(record, "out"))
