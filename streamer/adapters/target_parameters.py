@@ -156,7 +156,7 @@ def is_grouped(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -
 def _naming_unsloth(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -> str:
     """Return the key or line of an adapter's files that names Unsloth, or ""."""
     card = path / "README.md"
-    lines = card.read_text(errors="replace").splitlines() if card.is_file() else []
+    lines = card.read_text("utf-8", "replace").splitlines() if card.is_file() else []
     texts = {
         **{f"{quoted(key, 40)} of {CONFIG_NAME}": json.dumps({key: value}) for key, value in config.values.items()},
         **{f"{quoted(key, 40)} of the metadata of {WEIGHTS_NAME}": f"{key} {value}" for key, value in metadata.items()},

@@ -23,7 +23,7 @@ def _quota(cgroups: Path, membership: Path) -> float:
     """Read the number of cores that this process' control groups allow, from innermost to outermost; infinite if none sets a limit."""
     quota = math.inf
     try:
-        lines = membership.read_text().splitlines()
+        lines = membership.read_text("utf-8", "surrogateescape").splitlines()
     except OSError:
         return quota
     for line in lines:  # such as 0::/user.slice/job (version 2) and 4:cpu,cpuacct:/job (version 1)
@@ -41,9 +41,9 @@ def _quota(cgroups: Path, membership: Path) -> float:
 def _quota_of(group: Path, first_version: bool) -> float:
     try:
         if first_version:
-            most, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+            most, period = ((group / f"cpu.cfs_{name}_us").read_text("ascii").strip() for name in ("quota", "period"))
         else:
-            most, period = (group / "cpu.max").read_text().split()
+            most, period = (group / "cpu.max").read_text("ascii").split()
         return float(most) / float(period) if most not in ("max", "-1") else math.inf
     except (OSError, ValueError, ZeroDivisionError):
         return math.inf

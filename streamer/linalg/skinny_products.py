@@ -28,7 +28,7 @@ def _has_fast_onednn() -> bool:
 def _long_rows() -> float:
     """Return the length of rows from which BLAS multiplies a transpose faster than oneDNN; on AMD's processors it never does."""
     with contextlib.suppress(OSError):  # only Linux has the file
-        if "GenuineIntel" in Path("/proc/cpuinfo").read_text():
+        if b"GenuineIntel" in Path("/proc/cpuinfo").read_bytes():
             return 10_000
     return math.inf
 

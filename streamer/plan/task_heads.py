@@ -64,7 +64,7 @@ def table() -> dict[str, Any]:
     ``names``: names by model type; ``tasks``: for each of PEFT's task types the patterns of class names, and each pattern's model types;
     ``ties``: for each task the model types whose head is only the tied embedding, tied by ``default`` or if the config ``stated`` it.
     """
-    data: dict[str, Any] = json.loads(resources.files(__package__).joinpath("auto_classes.json").read_text())
+    data: dict[str, Any] = json.loads(resources.files(__package__).joinpath("auto_classes.json").read_bytes())
     return data
 
 

@@ -150,7 +150,7 @@ class Renames:
 @cache
 def table() -> dict[str, Any]:
     """Read the table: ``rules`` and ``same`` by class or model type, and ``classes`` by model type."""
-    data: dict[str, Any] = json.loads(resources.files(__package__).joinpath("renames.json").read_text())
+    data: dict[str, Any] = json.loads(resources.files(__package__).joinpath("renames.json").read_bytes())
     return data
 
 

@@ -157,7 +157,7 @@ def shadow(listing: Listing, directory: Path, put_small: Callable[[Path], None],
         put_small(directory)
         for name, file in listing.weights.items():
             with storage_errors(directory / name, "write"):
-                (directory / name).write_text(f"in place of {file.shown}, which is read by ranges\n")
+                (directory / name).write_bytes(f"in place of {file.shown}, which is read by ranges\n".encode())
     Manifest(listing.address, dict(listing.weights), to_download).write(directory)  # addresses may have new signatures
     return directory
 

@@ -75,10 +75,9 @@ class Manifest:
         path = directory / MANIFEST_NAME
         with storage_errors(path, "write"):
             new = directory / f"{MANIFEST_NAME}.{token_hex(8)}"
-            with open(
-                os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "w"
-            ) as f:
-                json.dump(tree, f)
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with open(fd, "wb") as f:
+                f.write(json.dumps(tree).encode())
             new.replace(path)
 
 
@@ -108,7 +107,7 @@ def remote_file(path: Path) -> RemoteFile | None:
 @lru_cache(maxsize=16)
 def _parsed(path: Path, modified: int) -> Manifest | None:
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_bytes())
         files = {name: RemoteFile(**entry) for name, entry in tree["files"].items()}
         return Manifest(tree["address"], files, tree["to_download"])
     except (OSError, KeyError, TypeError, ValueError):  # torn: it will be made again with the directory

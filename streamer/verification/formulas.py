@@ -70,7 +70,7 @@ class AdapterFiles:
             self.config: dict[str, Any] = {}
             paths = sorted(directory.glob("*.safetensors"))
         else:
-            self.config = json.loads((directory / CONFIG_NAME).read_text())
+            self.config = json.loads((directory / CONFIG_NAME).read_bytes())
             paths = [directory / WEIGHTS_NAME]
         self.files = TensorFiles(paths, "pt")
 

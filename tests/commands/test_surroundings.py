@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -40,6 +41,18 @@ def test_a_stdout_of_few_characters(inputs: tuple[Path, Path], tmp_path: Path) -
     done = run("mitigate", base, named, "-o", tmp_path / "out±", "--lambda", "0.5", PYTHONIOENCODING="ascii")
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
     assert r"out\xb1" in done.stdout
+
+
+def test_files_are_in_utf8_whatever_the_locale_says(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = inputs
+    named = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    config = json.loads((named / "adapter_config.json").read_bytes())
+    (named / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "Zoë"}, ensure_ascii=False), "utf-8")
+    (named / "README.md").write_text("# Für alle", "utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for argv in (["merge", base, named, "-o", tmp_path / "out"], ["verify", tmp_path / "out", base, named]):
+        done = run(*argv, **ascii_only)
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
 
 
 @pytest.mark.parametrize("place", ["BASE", "--output"])

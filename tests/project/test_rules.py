@@ -114,6 +114,20 @@ def test_functions_take_eight_parameters_at_most() -> None:
     assert wide == set()
 
 
+def test_no_file_is_read_or_written_in_the_encoding_of_the_locale() -> None:
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and not any(keyword.arg == "encoding" for keyword in node.keywords):
+                name, given = ast.unparse(node.func), [ast.unparse(arg) for arg in node.args]
+                text = name == "open" and not any("b" in mode for mode in given[1:2])
+                if text or (
+                    name.endswith((".read_text", ".write_text")) and len(given) < 1 + name.endswith(".write_text")
+                ):
+                    found.add(f"{path.name}:{node.lineno}")
+    assert found == set()
+
+
 def test_no_imports_go_in_a_circle_within_a_folder() -> None:
     """Imports inside of functions, and those that only name types, count."""
     modules = {
