@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,11 @@ def refused_errors(path: Path, model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence messages below errors of transformers, and of what it imports, inside the context: a library must not print."""
-    with contextlib.ExitStack() as undo:
+    """Silence warnings, and messages below errors, of transformers and what it imports: a library must not print, or stop at them.
+
+    An import warns of deprecations, which ``-W error`` would turn into exceptions.
+    """
+    with contextlib.ExitStack() as undo, warnings.catch_warnings(action="ignore"):
         for logger in map(logging.getLogger, LOGGERS):
             undo.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)

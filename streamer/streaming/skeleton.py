@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -42,31 +43,35 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
             f"{plan.base.path}: is a diffusers pipeline; evaluate, fit, repair and map need a language model"
         )
     plan.check_unchanged()  # a config that vanished since then is not one that never existed
-    if directory is None or not (directory / MODEL_CONFIG).exists():
+    if directory is None or not (path := directory / MODEL_CONFIG).exists():
         raise MissingInputError(
             f"{plan.base.path}: has no {MODEL_CONFIG}, which names the model's class; give the directory of a language model",
             MODEL_CONFIG,
         )
     name = plan.config.architecture or next(iter(plan.config.architectures), None)
-    with quiet_transformers():  # this imports the class
-        cls = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise UnsupportedError(
-            f"{directory / MODEL_CONFIG}: names the class {name!r}, which transformers {transformers.__version__} does not have; "
-            "evaluate and fit build the model with transformers' own classes"
-            if name
-            else f"{directory / MODEL_CONFIG}: names no class; name it with --architecture, such as LlamaForCausalLM"
-        )
     with quiet_transformers():
+        try:
+            cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        except Exception as e:  # this imports the class, with every package that transformers finds
+            encoding = "set PYTHONUTF8=1" if isinstance(e, UnicodeError) else "mend the package, or remove it"
+            hint = "run Python without -OO, which removes docstrings" if sys.flags.optimize > 1 else encoding
+            what = f"{name}: {type(e).__name__}: {first_line(e)[:ERROR_LENGTH]}"
+            raise UnsupportedError(f"{plan.base.path}: transformers cannot import {what}; {hint}") from e
+        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+            raise UnsupportedError(
+                f"{path}: names the class {name!r}, which transformers {transformers.__version__} does not have; "
+                "evaluate and fit build the model with transformers' own classes"
+                if name
+                else f"{path}: names no class; name it with --architecture, such as LlamaForCausalLM"
+            )
         try:
             config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as e:
             plan.check_unchanged()
-            raise unreadable(directory / MODEL_CONFIG, "transformers cannot read it", e) from e
+            raise unreadable(path, "transformers cannot read it", e) from e
         if config.is_encoder_decoder or not _predicts_next(cls.__name__):
             raise UnsupportedError(
-                f"{directory / MODEL_CONFIG}: {name} does not predict the next token of a text; evaluate and fit need "
-                "a causal language model"
+                f"{path}: {name} does not predict the next token of a text; evaluate and fit need a causal language model"
             )
         config._experts_implementation = "eager"  # loops over experts, so that one is in memory at a time
         config.use_cache = False
@@ -74,9 +79,8 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
             with _parameters_on_meta(), no_init_weights():
                 model: nn.Module = cls(config)
         except Exception as e:  # a model class may raise anything for a config that does not suit it
-            raise UnsupportedError(
-                f"{directory / MODEL_CONFIG}: transformers cannot build {name} from it: {first_line(e)[:ERROR_LENGTH]}"
-            ) from e
+            why = first_line(e)[:ERROR_LENGTH]
+            raise UnsupportedError(f"{path}: transformers cannot build {name} from it: {why}") from e
     for module in model.modules():
         module._buffers |= {name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None}
     return model.eval()
@@ -94,9 +98,8 @@ def _parameters_on_meta() -> Iterator[None]:
     """Move each parameter to the meta device when a module registers it, before it is filled."""
 
     def on_meta(module: nn.Module, name: str, parameter: Tensor | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:
-            return None
-        return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        kept = parameter is None or parameter.is_meta
+        return None if kept else nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
     handle = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # torch's stub allows no result
     try:

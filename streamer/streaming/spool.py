@@ -25,15 +25,13 @@ class Spooled:
     ----------
     start, nbytes
         Offset and length in bytes.
-    shapes, dtypes, devices
+    tensors
         Shape, dtype and device of each tensor.
     """
 
     start: int
     nbytes: int
-    shapes: tuple[torch.Size, ...]
-    dtypes: tuple[torch.dtype, ...]
-    devices: tuple[torch.device, ...]
+    tensors: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
 
 
 class Spool:
@@ -71,10 +69,7 @@ class Spool:
                     done = os.pwrite(self._fd, data[:MAX_CALL_BYTES], at)
                 at, data = at + done, data[done:]
         self.end = at
-        shapes, dtypes, devices = (
-            zip(*((t.shape, t.dtype, t.device) for t in tensors), strict=True) if tensors else ((), (), ())
-        )
-        return Spooled(start, at - start, shapes, dtypes, devices)
+        return Spooled(start, at - start, tuple((t.shape, t.dtype, t.device) for t in tensors))
 
     def clear(self) -> None:
         """Drop all tensors and free their blocks."""
@@ -85,7 +80,7 @@ class Spool:
     def read(self, place: Spooled, *, again: bool = False) -> list[Tensor]:
         """Read tensors into new memory on their devices; with `again`, they stay in the page cache for another read."""
         at, out = place.start, []
-        for shape, dtype, device in zip(place.shapes, place.dtypes, place.devices, strict=True):
+        for shape, dtype, device in place.tensors:
             tensor = torch.empty(shape, dtype=dtype)
             data = _bytes(tensor)
             while data:

@@ -60,14 +60,14 @@ class Inputs:
 
     def row_moments(self, tokens: int) -> RowMoments:
         """Return the moments of inputs that are not one-hot."""
-        first = self.places[0]
-        return RowMoments(first.shapes[0][1], tokens, self.squares / tokens, self._read, first.devices[0])
+        (shape, _, device), *_ = self.places[0].tensors
+        return RowMoments(shape[1], tokens, self.squares / tokens, self._read, device)
 
     def _read(self) -> Iterator[Tensor]:
         """Read the inputs; small pieces, such as an expert's, are joined up to `ROWS` at a time."""
         rows, count = list[Tensor](), 0
         for place in self.places:
-            if count + place.shapes[0][0] > ROWS:
+            if count + place.tensors[0][0][0] > ROWS:
                 yield torch.cat(rows)
                 rows, count = [], 0
             rows.append(self.spool.read(place, again=True)[0])

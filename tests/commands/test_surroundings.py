@@ -13,6 +13,7 @@ from pathlib import Path
 import helpers
 import pytest
 from command_line import ENV
+from learned import make_learned
 
 import streamer
 from streamer.errors import UsageError
@@ -34,6 +35,27 @@ def test_without_docstrings(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("variables", "code", "said"),
+    [
+        ({"PYTHONWARNINGS": "error"}, 0, ""),  # torch and transformers warn when they are imported
+        (
+            {"PYTHONOPTIMIZE": "2"},
+            3,
+            "; run Python without -OO, which removes docstrings\n",
+        ),  # transformers reads its own
+    ],
+)
+def test_transformers_under_options_of_python(tmp_path: Path, variables: dict[str, str], code: int, said: str) -> None:
+    home = make_learned(tmp_path)
+    texts = ["--general", home / "general.npy", "--task", home / "task.npy", "--length", 8, "--method", "shrink"]
+    done = run("evaluate", home / "base", home / "adapter", *texts, "-o", tmp_path / "e.json", "-qq", **variables)
+    assert (done.returncode, done.stderr.count("\n"), done.stderr.endswith(said)) == (code, code // 3, True), (
+        done.stderr
+    )
+
+
 def test_a_stdout_of_few_characters(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """Paths may have characters that ASCII lacks, and so have some tables."""
     base, adapter = inputs
@@ -47,7 +69,9 @@ def test_files_are_in_utf8_whatever_the_locale_says(inputs: tuple[Path, Path], t
     base, adapter = inputs
     named = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     config = json.loads((named / "adapter_config.json").read_bytes())
-    (named / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "Zoë"}, ensure_ascii=False), "utf-8")
+    (named / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "Zoë"}, ensure_ascii=False), "utf-8"
+    )
     (named / "README.md").write_text("# Für alle", "utf-8")
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     for argv in (["merge", base, named, "-o", tmp_path / "out"], ["verify", tmp_path / "out", base, named]):
