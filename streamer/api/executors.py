@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import signal
@@ -18,9 +17,10 @@ from typing import Any
 import torch
 
 from streamer.api.threads import is_count_chosen
-from streamer.errors import MissingPackageError, UsageError, WorkerError
+from streamer.errors import UsageError, WorkerError
 from streamer.events import Event, Monitor
 from streamer.forecast.cores import available_cores
+from streamer.packages import require_package
 from streamer.units import counted, listed
 from streamer.workers.engine import Cluster, Workers
 
@@ -98,7 +98,7 @@ def _begin_worker(parent: Connection) -> None:
 @contextlib.contextmanager
 def dask(address: str) -> Iterator[Executor]:
     """Connect to Dask's scheduler, given its address or a scheduler file."""
-    library = _library("distributed", "dask")
+    library = require_package("distributed", (0,), "--executor dask: needs distributed", "dask")
     logging.getLogger("distributed.client").setLevel(
         logging.CRITICAL
     )  # streamer's own line about a lost scheduler is enough
@@ -145,7 +145,7 @@ def ray(address: str) -> Iterator[Executor]:
     UsageError
         If no node has as many CPUs as a task needs, because tasks would wait forever.
     """
-    library = _library("ray", "ray")
+    library = require_package("ray", (0,), "--executor ray: needs ray", "ray")
     try:
         library.init(address=address, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError) as e:
@@ -191,12 +191,3 @@ class RayExecutor(Cluster):
 
 
 ENGINES: dict[str, Callable[[str], contextlib.AbstractContextManager[Executor]]] = {"dask": dask, "ray": ray}
-
-
-def _library(name: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise MissingPackageError(
-            f"--executor {extra}: needs {name}, which is not installed; pip install 'intruder-streamer[{extra}]'", name
-        ) from None

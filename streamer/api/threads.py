@@ -7,6 +7,7 @@ import os
 from streamer.errors import UsageError
 from streamer.events import Event, Monitor
 from streamer.forecast.cores import available_cores
+from streamer.units import counted
 
 SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables that set how OpenMP's threads wait."""
@@ -28,8 +29,17 @@ def wait_passively() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
-def set_threads(count: int | None) -> None:
-    """Set torch's number of threads; by default one for each core of this process, unless the environment sets it."""
+def set_threads(count: int | None, monitor: Monitor, elsewhere: bool) -> None:
+    """Set torch's number of threads; by default one for each core of this process, unless the environment sets it.
+
+    Parameters
+    ----------
+    count
+        The user's number of threads, or None. More than one for each core would wait for each other (1,000 on two cores take minutes for
+        small matrices), so it is reduced, with a note.
+    elsewhere
+        Whether a cluster computes, whose cores are not known here.
+    """
     if count is None and is_count_chosen():
         return
     from streamer.linalg.torch_state import MOST_THREADS
@@ -38,7 +48,13 @@ def set_threads(count: int | None) -> None:
         raise UsageError(f"--threads: expected a number from 1 to {MOST_THREADS}, found {count}")
     import torch
 
-    torch.set_num_threads(available_cores() if count is None else count)
+    cores = available_cores()
+    if count is not None and count > cores and not elsewhere:
+        monitor.emit(
+            Event("note", f"--threads {count}: this process may use {counted(cores, 'core')}, so it starts {cores}")
+        )
+        count = cores
+    torch.set_num_threads(count or cores)
 
 
 def choose_threads(count: int | None, monitor: Monitor) -> None:

@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
     with stop_on_signals(monitor, progress.tell, progress.close):
         try:
             if args.command != "verify":
-                set_threads(getattr(args, "threads", None))
+                set_threads(getattr(args, "threads", None), monitor, getattr(args, "executor", None) is not None)
             else:  # hashing needs no torch, and numpy's idle threads spin: one thread is faster if other processes run
                 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
             tree, text = COMMANDS[args.command](args, monitor)

@@ -39,7 +39,16 @@ def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(job: tuple
     argv = ["detect", *map(str, job), "-o", str(tmp_path / "f.safetensors")]
     assert told("inspect", *map(str, job)) == ["PASSIVE", str(available_cores())]
     assert told(*argv, OMP_WAIT_POLICY="ACTIVE", OMP_NUM_THREADS="1") == ["ACTIVE", "1"]
-    assert told(*argv, "--threads", "3", GOMP_SPINCOUNT="1000", OMP_NUM_THREADS="1") == ["None", "3"]
+    assert told(*argv, "--threads", "1", GOMP_SPINCOUNT="1000", OMP_NUM_THREADS="2") == ["None", "1"]
+
+
+def test_there_are_no_more_threads_than_cores(job: tuple[Path, Path], tmp_path: Path) -> None:
+    """A script may name the cores of a node, of which a job has got fewer."""
+    one = min(os.sched_getaffinity(0))
+    line = ("detect", *job, "-o", tmp_path / "f.safetensors", "--threads", 1000)
+    done = run_cli(*line, preexec_fn=lambda: os.sched_setaffinity(0, {one}))
+    assert done.returncode == 0
+    assert "streamer: note: --threads 1000: this process may use 1 core, so it starts 1\n" in done.stderr
 
 
 def test_the_mask_counts(job: tuple[Path, Path], tmp_path: Path) -> None:
