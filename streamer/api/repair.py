@@ -232,15 +232,16 @@ def _rows(found: Coefficients) -> list[RepairRow]:
 
 
 def _line(row: RepairRow, reliable: Mapping[str, bool]) -> str:
-    kept, top1, loss, kl = (
-        f"{100 * value:.1f} %" if value is not None and reliable.get(key, True) else "an unknown share"
-        for key, value in ((key, row[key]) for key in ("kept", "top1_kept", "forgetting", "divergence"))
-    )
+    def share(key: Literal["kept", "top1_kept", "forgetting", "divergence"], words: str) -> str:
+        value = row[key]
+        return words.format(f"{100 * value:.1f} %") if value is not None and reliable.get(key, True) else ""
+
     interpolated = " (interpolated)" if row["what"] == "shrink" else ""
-    return (
-        f"{row['name']}{interpolated}: keeps {kept} of what was learned ({top1} of the gain in top-1), leaves {kl} of the divergence from "
-        f"the base and {loss} of the rise of the loss"
+    kept = share("kept", "keeps {} of what was learned") + share("top1_kept", " ({} of the gain in top-1)")
+    left = share("divergence", "leaves {} of the divergence from the base") + share(
+        "forgetting", " and {} of the rise of the loss"
     )
+    return f"{row['name']}{interpolated}: {', '.join(filter(None, (kept, left)))}"
 
 
 @explained(RepairKeywords, Settings, FitOptions, OutputOptions)

@@ -169,7 +169,7 @@ def _of_record(record: Mapping[str, Any]) -> list[str]:
         *models,
         (_changed(record), bool(measured)),
         (made, True),
-        (same, t["equal_norm_shrink"] <= 1),
+        (same, t["equal_norm_shrink"] <= 1 and not measured),
         (lost, record["command"] == "mitigate"),
     ]
     return [sentence for sentence, holds in said if holds]  # a shrink cannot enlarge a delta
