@@ -17,7 +17,7 @@ from streamer.fitting.mapping import MapOptions, PreparedMap, make_map, map_reco
 from streamer.forecast.forecast import on_workers
 from streamer.forecast.passes import forecast_map
 from streamer.methods.input_map import InputMap, add_maps
-from streamer.methods.input_map_file import is_map_file
+from streamer.methods.input_map_file import MAP
 from streamer.storage.output_checks import is_taken
 from streamer.workers.engine import Workers
 
@@ -47,7 +47,7 @@ class MapRequest:
         """Make a request from keywords of `map_inputs`, or from options of the command line."""
         read_path("base", base)
         general = keywords.get("general")
-        if is_map_file(Path(base)):
+        if MAP.is_at(Path(base)):
             raise UsageError(f"{base}: is a map; name the base to map, or at least two maps to add")
         given = {name: value for name, value in keywords.items() if value is not None}
         return cls(

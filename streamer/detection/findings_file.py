@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Final, NamedTuple, cast, get_args, get_origin, get_type_hints
@@ -28,9 +28,9 @@ from streamer.linalg.operators import all_finite
 from streamer.plan.plan import Plan
 from streamer.plan.sources import NameSource, in_short
 from streamer.storage.atomic_file import partial_name, remove_partials
-from streamer.storage.buffers import Buffer, Piece
+from streamer.storage.buffers import Buffer
 from streamer.storage.files import make_directory
-from streamer.storage.header import TensorInfo
+from streamer.storage.header import DIGEST, NO_DIGEST, TensorInfo
 from streamer.storage.identities import AdapterIdentity, BaseIdentity, check_identities
 from streamer.storage.lock import locked
 from streamer.storage.output_checks import (
@@ -42,7 +42,7 @@ from streamer.storage.output_checks import (
     refuse_no_file,
     refuse_symlink,
 )
-from streamer.storage.shard_writer import ShardPlan, plan_shard, write_shard
+from streamer.storage.shard_writer import ShardPlan, plan_shard, write_sealed
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.dtypes import TORCH_DTYPES, as_bytes, as_tensor
 
@@ -50,9 +50,6 @@ SCHEMA: Final = "streamer.findings/1"
 
 COEFFICIENTS = "streamer.coefficients"
 """Metadata key of coefficients files, used to recognise one that was passed instead of findings."""
-
-DIGEST = "sha256"
-"""Metadata key of a digest of the whole file."""
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 
@@ -145,42 +142,12 @@ def plan_findings_file(
 ) -> ShardPlan:
     """Lay out a findings file. Equal findings give equal bytes, written directly or through a journal."""
     tree = {"base": head.base, "adapter": head.adapter, "options": head.options.as_dict(), "matrices": matrices}
-    metadata = {"schema": SCHEMA, "findings": json.dumps(tree), DIGEST: "0" * 64}
+    metadata = {"schema": SCHEMA, "findings": json.dumps(tree), DIGEST: NO_DIGEST}
     if head.sources:
         detection = detection_record(head.options, sum(m["certified"] is True for m in matrices), len(matrices))
         base, adapter = (cast(NameSource, head.sources[what]) for what in ("base", "adapter"))
         metadata[STAMP] = stamp("detect", base, adapter, detection)
     return plan_shard(name, list(entries), metadata)
-
-
-def seal(shard: ShardPlan, source: Callable[[TensorInfo], Iterable[Buffer]]) -> ShardPlan:
-    """Put the SHA-256 (hex) of the whole file into its metadata, computed with zeros in the digest's place."""
-    digest = hashlib.sha256(shard.raw_header)
-    for info in shard.header.tensors:
-        for piece in source(info):
-            digest.update(piece)
-    return shard.with_metadata(DIGEST, digest.hexdigest())
-
-
-def check_digest(file: TensorFile) -> None:
-    """Compare an open findings file with the digest in its metadata, at about 1 s per gigabyte.
-
-    Raises
-    ------
-    FormatError
-        If they differ, or the file has no digest, as in versions before 0.2: such a file cannot be checked for damage.
-    """
-    stated = file.header.metadata.get(DIGEST)
-    if stated is None:
-        raise FormatError(
-            f"{file.path}: expected a SHA-256 of the file in its metadata, found none, as in findings of versions before 0.2; "
-            "run detect again"
-        )
-    if (found := file.digest_without(stated)) != stated:
-        raise FormatError(
-            f"{file.path}: is damaged: expected SHA-256 {stated[:16]}… by its metadata, found {found[:16]}…; copy it again, or run detect "
-            "again"
-        )
 
 
 def is_findings_file(path: Path) -> bool:
@@ -234,7 +201,7 @@ def save_findings_file(path: Path, head: FindingsHead, matrices: Sequence[Matrix
     make_directory(path.parent)
     with locked(lock_of(path), path):
         remove_partials(path.parent, {path.name, journal_of(path).name})
-        write_shard(path.parent, seal(shard, source), ((t, map(Piece, source(t))) for t in shard.header.tensors))
+        write_sealed(path.parent, shard, source)
         journal_of(path).unlink(missing_ok=True)
 
 
@@ -267,7 +234,7 @@ def read_findings(path: Path) -> tuple[FindingsHead, tuple[MatrixFinding, ...], 
         raise FormatError(
             f"{path}: findings are not as {SCHEMA} has them ({type(e).__name__}: {e}); run detect again"
         ) from e
-    check_digest(file)
+    file.check_digest("run detect again")
     return FindingsHead(tree["base"], tree["adapter"], options, _sources(file)), matrices, file
 
 

@@ -24,7 +24,6 @@ from streamer.detection.findings_file import (
     matrix_entries,
     plan_findings_file,
     refuse_foreign,
-    seal,
 )
 from streamer.detection.findings_records import MatrixFigures
 from streamer.detection.matrix_finding import ARRAYS, MatrixFinding
@@ -139,7 +138,7 @@ class FindingsWriter:
             own = header.by_name[info.name]
             yield raw[header.data_start + own.start : header.data_start + own.end]
 
-        with ShardFile(self.path.parent, seal(plan, source)) as file:
+        with ShardFile(self.path.parent, plan.sealed(source)) as file:
             for info in plan.header.tensors:
                 file.add(info, map(Piece, source(info)))
             file.complete()

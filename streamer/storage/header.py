@@ -25,6 +25,9 @@ from streamer.units import format_size, format_sizes
 MAX_HEADER_BYTES = 100_000_000
 """Largest N, which is the safetensors library's own limit."""
 
+DIGEST, NO_DIGEST = "sha256", "0" * 64
+"""Metadata key of a digest of the whole file, and the value in its place while the digest is computed."""
+
 MAX_DEPTH = 127
 """Deepest nesting of lists and objects that the library's JSON parser accepts, including the whole header's braces."""
 

@@ -5,17 +5,18 @@ A planned file is a header and, for each tensor in offset order, pieces of bytes
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamer.errors import NumericError
 from streamer.storage.atomic_file import AtomicFile
-from streamer.storage.buffers import Piece
+from streamer.storage.buffers import Buffer, Piece
 from streamer.storage.files import make_directory
-from streamer.storage.header import Header, TensorInfo, layout, read_header
+from streamer.storage.header import DIGEST, Header, TensorInfo, layout, read_header
 
 Shard = Iterable[tuple[TensorInfo, Iterable[Piece]]]
 """The tensors of a file in file order, with the pieces of each."""
@@ -33,6 +34,14 @@ class ShardPlan:
     def nbytes(self) -> int:
         """Return the number of bytes of the whole file."""
         return self.header.file_bytes
+
+    def sealed(self, source: Callable[[TensorInfo], Iterable[Buffer]]) -> ShardPlan:
+        """Put the SHA-256 (hex) of the whole file into its metadata in place of `NO_DIGEST`, with which it is computed."""
+        digest = hashlib.sha256(self.raw_header)
+        for info in self.header.tensors:
+            for piece in source(info):
+                digest.update(piece)
+        return self.with_metadata(DIGEST, digest.hexdigest())
 
     def with_metadata(self, key: str, value: str) -> ShardPlan:
         """Replace a metadata value by one that is not longer; spaces in the header keep the planned size."""
@@ -90,6 +99,11 @@ def write_shard(directory: Path, plan: ShardPlan, shard: Shard, renames: bool = 
         for tensor, pieces in shard:
             file.add(tensor, pieces)
     return file
+
+
+def write_sealed(directory: Path, plan: ShardPlan, source: Callable[[TensorInfo], Iterable[Buffer]]) -> None:
+    """Write a planned file with a digest of all of it, pulling each tensor's bytes twice."""
+    write_shard(directory, plan.sealed(source), ((info, map(Piece, source(info))) for info in plan.header.tensors))
 
 
 def index_bytes(index: dict[str, Any], total_size: int) -> bytes:

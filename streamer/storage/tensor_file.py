@@ -11,9 +11,10 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from streamer.errors import FormatError
 from streamer.storage.buffers import BufferRing, Piece
 from streamer.storage.byte_source import ByteSource, IOMode, LocalSource, opened
-from streamer.storage.header import TensorInfo
+from streamer.storage.header import DIGEST, NO_DIGEST, TensorInfo
 from streamer.storage.remote_manifest import remote_file
 from streamer.storage.remote_source import RemoteSource
 
@@ -132,21 +133,37 @@ class TensorFile:
         """Drop pages before `stop`, relative to the first tensor, from the page cache: all readers are done with them."""
         self.source.release(0, self.header.data_start + stop)
 
-    def digest_without(self, text: str) -> str:
-        """Compute the SHA-256 (hex) of the whole file, with zeros instead of the first `text` in its header.
+    def check_digest(self, again: str) -> None:
+        """Compare the whole file with the digest in its metadata, at about 1 s per gigabyte; see `ShardPlan.sealed`.
 
-        To check a file that states its own digest, pass that digest and compare it with the result.
+        Parameters
+        ----------
+        again
+            How to make the file again, for messages.
+
+        Raises
+        ------
+        FormatError
+            If they differ, or the file has no digest, as in versions before 0.2: such a file cannot be checked for damage.
         """
+        stated = self.header.metadata.get(DIGEST)
+        if stated is None:
+            raise FormatError(
+                f"{self.path}: expected a SHA-256 of the file in its metadata, found none, as in files of versions before 0.2; {again}"
+            )
         source, at, end = self.source, self.header.data_start, self.header.file_bytes
         header = bytes(source.view(0, at))
-        digest = hashlib.sha256(header.replace(text.encode(), b"0" * len(text), 1))
+        digest = hashlib.sha256(header.replace(stated.encode(), NO_DIGEST.encode(), 1))
         buffer = memoryview(bytearray(HASHED_BYTES))
         while at < end:
             piece = buffer[: end - at]
             source.read_into(piece, at)
             digest.update(piece)
             at += len(piece)
-        return digest.hexdigest()
+        if (found := digest.hexdigest()) != stated:
+            raise FormatError(
+                f"{self.path}: is damaged: expected SHA-256 {stated[:16]}… by its metadata, found {found[:16]}…; copy it again, or {again}"
+            )
 
     def sample(self, size: int = SAMPLE_BYTES) -> str:
         """Compute the SHA-256 (hex) of the header and the middle `size` bytes of every tensor.

@@ -229,7 +229,7 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
         ["--coefficients", home / "f.safetensors"],
         {},
         3,
-        "expected coefficients (streamer.coefficients/1 or streamer.coefficients/2), found findings",
+        "expected coefficients (streamer.coefficients/3), found findings",
     )
     yield (
         ["--coefficients", other_coefficients(home, place)],

@@ -217,6 +217,7 @@ def with_metadata(source: Path, to: Path, change: Any) -> Path:
     tree, arrays = json.loads(metadata["streamer.coefficients"]), load_file(source)
     change(tree, arrays)
     save_file(arrays, to, {**metadata, "streamer.coefficients": json.dumps(tree)})
+    to.write_bytes(helpers.sealed(to.read_bytes()))
     return to
 
 
@@ -249,8 +250,8 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
 
     keep: list[object] = ["--keep", "0.9"]
     cases: list[tuple[int, list[object], str]] = [
-        (3, [findings], f"{findings}: expected coefficients (streamer.coefficients/1 or streamer.coefficients/2), found findings;"),
-        (3, [adapter / "adapter_model.safetensors"], "found another safetensors file; make them with `streamer fit`"),
+        (3, [findings], f"{findings}: expected coefficients (streamer.coefficients/3), found findings; make"),
+        (3, [adapter / "adapter_model.safetensors"], "found another safetensors file; make coefficients with `streamer fit`"),
         (3, [files / "none.safetensors"], "none.safetensors: no such file"),
         (3, [of_other], f"streamer: {of_other}: coefficients of another base ("),
         (3, [of_tuned], f"streamer: {of_tuned}: coefficients of another adapter (weights_sha256 differ); fit them to"),

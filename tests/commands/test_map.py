@@ -219,7 +219,10 @@ def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_pat
     assert (done.code, "holds a map of other inputs or options" in done.err) == (4, True)
     line = ("mitigate", home / "base", home / "adapter", "-o", tmp_path / "out")
     for options, message in (
-        (["--map", home / "base" / "model.safetensors"], "expected a map (streamer.map/1), found another file"),
+        (
+            ["--map", home / "base" / "model.safetensors"],
+            "expected a map (streamer.map/2), found another safetensors file",
+        ),
         (["--map", tmp_path / "m.safetensors", "--method", "shrink"], "--map: is not used by method 'shrink'"),
         (["--map", tmp_path / "m.safetensors", "--lambda", 1.5, "--amplify"], "leave out --amplify"),
         (["--method", "nullspace"], "make one with `streamer map`"),

@@ -74,7 +74,7 @@ def test_reports_that_are_refused(inputs: tuple[Path, Path, Path], tmp_path: Pat
         (
             3,
             (base, adapter, "--coefficients", path),
-            "expected coefficients (streamer.coefficients/1 or streamer.coefficients/2), found findings",
+            "expected coefficients (streamer.coefficients/3), found findings",
         ),
     ]
     for code, options, words in cases:

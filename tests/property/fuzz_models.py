@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fuzz_inputs import Target
+from helpers import sealed
 from learned import make_learned
-from mutate import header_of, mutate_json, mutate_safetensors, with_header
+from mutate import mutate_json, mutate_safetensors
 
 import streamer
 from streamer.cli.evaluation_table import evaluation_table
@@ -31,42 +27,6 @@ def _learned(home: Path) -> dict[str, object]:
     }
 
 
-def _sealed(data: bytes, key: str, content: Callable[[Any, dict[str, bytes], Any], list[bytes]]) -> bytes:
-    """A file whose digest fits its arrays, if both can be found; `content` lists what the digest is of.
-
-    One in eight keeps its digest and its header's form.
-    """
-    if zlib.crc32(data) % 8 == 0:
-        return data
-    try:
-        tree, rest = header_of(data)
-        arrays = {name: rest[slice(*info["data_offsets"])] for name, info in tree.items() if name != "__metadata__"}
-        inner = json.loads(tree["__metadata__"][key])
-        inner["sha256"] = hashlib.sha256(b"".join(content(inner, arrays, tree))).hexdigest()
-        tree["__metadata__"][key] = json.dumps(inner)
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
-        return data
-    return with_header(tree, rest)
-
-
-def _of_map(inner: Any, arrays: dict[str, bytes], tree: Any) -> list[bytes]:
-    found = []
-    for one in sorted(inner["inputs"], key=lambda one: (one["names"][0], one["one_hot"])):
-        name = one["names"][0]
-        first, second = (".frequencies", "") if one["one_hot"] else (".eigenvalues", ".vectors")
-        size = tree[name + (second or first)]["shape"][-1]
-        found += [
-            f"{tuple(one['names'])} {one['tokens']} {size} {float(one['trace'])!r}\n".encode(),
-            arrays[name + first],
-        ]
-        found += [arrays[name + second]] if second else []
-    return found
-
-
-def _of_coefficients(inner: Any, arrays: dict[str, bytes], tree: Any) -> list[bytes]:
-    return [part for name in sorted(arrays) for part in (f"{name}{tree[name]['shape']}\n".encode(), arrays[name])]
-
-
 def input_map(home: Path) -> Target:
     """A map of a base's inputs: read, and applied."""
     texts = _learned(home)
@@ -75,7 +35,7 @@ def input_map(home: Path) -> Target:
     streamer.map_inputs(home / "base", path, vectors=2, **texts)
 
     def run(data: bytes) -> None:
-        path.write_bytes(_sealed(data, "streamer.map", _of_map))
+        path.write_bytes(sealed(data))
         repr(streamer.load_map(path))
         for _ in streamer.iter_merged(home / "base", home / "adapter", map=path):
             pass
@@ -92,7 +52,7 @@ def coefficients(home: Path) -> Target:
         seeds.append(path.read_bytes())
 
     def run(data: bytes) -> None:
-        path.write_bytes(_sealed(data, "streamer.coefficients", _of_coefficients))
+        path.write_bytes(sealed(data))
         keep = streamer.load_coefficients(path).keeps[0]
         for _ in streamer.iter_merged(home / "base", home / "adapter", coefficients=path, keep=keep):
             pass

@@ -37,7 +37,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def sealed(raw: bytes) -> bytes:
-    """The bytes of a findings file with a digest that fits them: someone changed it on purpose, or the test is of what comes before."""
+    """The bytes of a file with a digest that fits them: someone changed it on purpose, or the test is of what comes before."""
     n = 8 + int.from_bytes(raw[:8], "little")
     try:
         stated = json.loads(raw[8:n])["__metadata__"]["sha256"].encode()

@@ -247,7 +247,7 @@ def test_findings_without_a_digest_are_refused(made: tuple[Path, Path, Path, Fin
     with safe_open(made[2], "pt") as f:
         metadata = {key: value for key, value in f.metadata().items() if key != "sha256"}
     save_file(load_file(made[2]), path, metadata)
-    with pytest.raises(FormatError, match=r"expected a SHA-256 .*, as in findings of versions before 0.2; run detect"):
+    with pytest.raises(FormatError, match=r"expected a SHA-256 .*, as in files of versions before 0.2; run detect"):
         load_findings(path)
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from streamer.errors import FormatError, MismatchError, OutputExistsError, UsageError
 from streamer.methods.input_map import InputMap, add_maps, load_map
-from streamer.methods.input_map_file import KEY
+from streamer.methods.input_map_file import MAP
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +61,19 @@ def test_vectors_are_orthonormal_whatever_rounding_did(made: InputMap) -> None:
 def changed(path: Path, array: str = "", by: float = 1.0, **keys: object) -> None:
     with safe_open(path, "pt") as file:
         metadata = dict(file.metadata())
-    tree, tensors = json.loads(metadata[KEY]), load_file(path)
+    tree, tensors = json.loads(metadata[MAP.key]), load_file(path)
     if array:
         tensors[array] = tensors[array] * by
-    save_file(tensors, path, {**metadata, KEY: json.dumps({**tree, **keys})})
+    save_file(tensors, path, {**metadata, MAP.key: json.dumps({**tree, **keys})})
+    path.write_bytes(helpers.sealed(path.read_bytes()))
 
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"
 FAULTS = {
-    "another version": ({"schema": "streamer.map/2"}, "expected the schema streamer.map/1"),
-    "another value": ({"array": f"{FIRST}.eigenvalues", "by": 1.01}, "differ from their digest"),
+    "another version": (
+        {"schema": "streamer.map/1"},
+        "another version: expected streamer.map/2, found 'streamer.map/1'; make a map",
+    ),
     "NaN": ({"array": f"{FIRST}.eigenvalues", "by": float("nan")}, "invalid eigenvalues"),
     "longer vectors": ({"array": f"{FIRST}.vectors", "by": 1.5}, "are not orthonormal"),
     "no inputs": ({"inputs": []}, "arrays do not match its inputs"),
@@ -88,7 +91,7 @@ def test_what_a_file_is_refused_for(made: InputMap, tmp_path: Path, fault: str) 
 
 
 def test_other_files_are_no_maps(inputs: tuple[Path, Path]) -> None:
-    with pytest.raises(FormatError, match="found another file; make one with `streamer map`"):
+    with pytest.raises(FormatError, match="found another safetensors file; make a map with `streamer map`"):
         load_map(inputs[1] / "adapter_model.safetensors")
     with pytest.raises(FormatError, match="found a directory"):
         load_map(inputs[0])
