@@ -217,8 +217,8 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def _keys(self) -> dict[str, bytes]:
         """Hash everything that determines each variant's results, including the inputs' identities and stamps."""
         job, given = self._model.job, self._given
-        about = {"transformers": require_transformers().__version__, "stamps": job.plan.detection_stamps(),
-                 "projected": job.projected, "bf16": job.rounds_products}  # fmt: skip
+        about = {"transformers": require_transformers().__version__, "config": self._model.config,
+                 "stamps": job.plan.detection_stamps(), "projected": job.projected, "bf16": job.rounds_products}  # fmt: skip
         intruders = self._detection.as_dict() if given is None else given.decisions()
         return {
             v.name: bytes.fromhex(job.plan.digest(**about, method=v.mitigation and v.mitigation.as_dict(),

@@ -142,6 +142,8 @@ class Maker:
             return {"type": "array", "items": self.value(args[0], made_from)}
         if origin is dict and made_from is None:
             return {"type": "object", "additionalProperties": self.value(args[1])}
+        if hint is Any:
+            return {}
         return {"type": PLAIN[hint]} if hint in PLAIN else self.object(made_from or hint)
 
     def union(self, parts: list[Schema]) -> Schema:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 LAYOUT_KEY, LAYOUT_DETAILS = "lora_B_layout", "unsloth_fused_expert_lora"
 
-_EVERY_METHOD = {
-    # Read: the method; the orientation of square experts, by version; the class of a merged model, by task; modules saved whole; ranks and
-    # scalings; which biases are saved; whether the base stores (in, out).
-    "peft_type", "peft_version", "task_type", "modules_to_save", "r", "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out",
+NEUTRAL = {
     # The name of the base, its revision on the hub, and the class that PEFT wrapped.
     "base_model_name_or_path", "revision", "auto_mapping",
-    # Where the adapter is attached: the tensor names say the same.
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     # Whether the adapter stays frozen when it is loaded.
     "inference_mode",
     # Written by trainers: Unsloth's mark that it corrected the base's tokenizer; ms-swift's dtype and learning rates.
     "unsloth_fixed", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",
+}  # fmt: skip
+"""Keys that say nothing of the delta."""
+
+_EVERY_METHOD = NEUTRAL | {
+    # Read: the method; the orientation of square experts, by version; the class of a merged model, by task; modules saved whole; ranks and
+    # scalings; which biases are saved; whether the base stores (in, out).
+    "peft_type", "peft_version", "task_type", "modules_to_save", "r", "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out",
+    # Where the adapter is attached: the tensor names say the same.
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 
 _LORA = {

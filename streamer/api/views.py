@@ -5,8 +5,8 @@ from __future__ import annotations
 from streamer.detection.detection_memory import is_repeated
 from streamer.detection.options import DetectionOptions
 from streamer.evaluation.columns import figures
-from streamer.evaluation.identity import input_options
 from streamer.evaluation.view import Names, commands, reasons, verdict
+from streamer.measuring.identity import input_options
 from streamer.methods import takes_findings
 from streamer.methods.fit_set import share_name
 from streamer.output.record_view import record_lines

@@ -13,12 +13,12 @@ from streamer.detection.detect import detect_in_memory
 from streamer.detection.findings import Findings
 from streamer.detection.findings_file import lock_of, remove_leftovers
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
-from streamer.evaluation.identity import joined_facts, with_digest
 from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.records import inspect, measured_before, result_file
 from streamer.evaluation.steps import Request, Sums, alive_at_first, answered, evaluation_steps, without_scaling
 from streamer.evaluation.suggestion import ask_swapped
 from streamer.events import Event
+from streamer.measuring.identity import joined_facts, with_digest
 from streamer.measuring.passes import measure_variants, needs_one_length
 from streamer.measuring.progress import RunProgress
 from streamer.measuring.result_file import Records, computing

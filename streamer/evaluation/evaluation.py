@@ -35,7 +35,7 @@ SCHEMA: Final = "streamer.evaluation/1"
 FACTS = tuple(EvaluationFacts.__annotations__)
 """Keys of the JSON that name inputs and options."""
 
-OPTIONAL = ("findings", "intruders", "coefficients", "map")
+OPTIONAL = ("configs", "findings", "intruders", "coefficients", "map")
 """Keys that are absent if there is none."""
 
 LARGEST_SUM = 1e100

@@ -10,6 +10,7 @@ from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.suggestion import Reason
 from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
 from streamer.measuring.divergences import BinsRecord
+from streamer.measuring.identity import Configs
 from streamer.measuring.statistics import Effect
 from streamer.methods import MethodName
 from streamer.methods.fit_set import CoefficientsRecord
@@ -212,6 +213,7 @@ class EvaluationFacts(TypedDict):
     adapter: Annotated[AdapterSource, "The adapter, or the fine-tuned model in its place, described in the same way."]
     factored: Annotated[bool, "Whether all deltas are products of LoRA factors, so that mitigate can write them."]
     quantized: Annotated[bool, "Whether a merge must write a quantized base as a plain one (--dequantize)."]
+    configs: NotRequired[Configs]
     detection: Annotated[OptionsRecord | None, "How the intruders were found; null if none were needed (only method shrink)."]
     scale: Annotated[Selection, "Which intruders are scaled: all, or the highest-ranked one of each matrix."]
     findings: NotRequired[Annotated[Sha256, "Digest of the decisions in the findings, if findings were given (SHA-256, hexadecimal)."]]

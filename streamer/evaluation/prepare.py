@@ -8,18 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from streamer import __version__
 from streamer.adapters.one_or_several import One
 from streamer.detection.detection_memory import detection_estimates, kept_bytes
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.identity import with_digest
 from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.race import WHOLE, rounds_of
 from streamer.evaluation.steps import Wanted, expected, without_scaling
 from streamer.events import Monitor
-from streamer.measuring.model import chooses_keys, is_factored, read_texts, refuse_new_tokens, stays_quantized
+from streamer.measuring.identity import model_facts, with_digest, writable
+from streamer.measuring.model import chooses_keys, read_texts, refuse_new_tokens
 from streamer.measuring.pass_memory import TRANSFORMERS_BYTES, Pass, pass_bytes, plan_passes
 from streamer.measuring.progress import pass_cost
 from streamer.measuring.sequences import ALL, GENERAL, TASK, TextSequences
@@ -105,16 +104,11 @@ class Prepared:
         """Return the inputs and options as JSON: `EvaluationFacts`."""
         o, detection = self.options, self.findings.options if self.findings else self.detection
         tree = {
-            "version": __version__,
-            "transformers": require_transformers().__version__,
-            "base": self.plan.sources[0],
-            "adapter": self.plan.sources[1],
-            "factored": is_factored(self.plan),
-            "quantized": stays_quantized(self.plan),
+            **model_facts(self.model, base=self.plan.sources[0], adapter=self.plan.sources[1]),
+            **writable(self.plan),
             "detection": detection.as_dict() if self.needs_findings else None,
             "scale": o.select,
             "projected": o.projected,
-            "dtype": o.dtype,
             "texts": {GENERAL: self.texts[GENERAL].facts(), TASK: self.texts[TASK].facts()},
         }  # fmt: skip
         if others := [text.facts() for name, text in self.texts.items() if name not in (GENERAL, TASK)]:
@@ -126,14 +120,6 @@ class Prepared:
         if o.map is not None:
             tree["map"] = o.map.record()
         return with_digest(tree)
-
-    @cached_property
-    def digest(self) -> str:
-        """Hash everything that determines the passes of a run, for its journal."""
-        variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in self.options.variants]
-        return self.plan.digest(
-            facts=self.facts, variants=variants, max_memory=self.detection.max_memory, race=self.options.race
-        )
 
 
 def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], findings: Findings | None, options: EvaluationOptions,

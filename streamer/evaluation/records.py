@@ -9,8 +9,8 @@ import numpy as np
 
 from streamer.detection.detection_memory import detection_estimates
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
-from streamer.evaluation.identity import differences
 from streamer.evaluation.prepare import Prepared
+from streamer.measuring.identity import differences, with_digest
 from streamer.measuring.result_file import ResultFile, State, of_others
 from streamer.measuring.statistics import SINCE
 from streamer.measuring.variants import BASE_ROW
@@ -23,15 +23,14 @@ ONE = "an evaluation"
 
 def result_file(prepared: Prepared, output: Path) -> ResultFile:
     """Describe the file of an evaluation."""
-
-    def is_whole(path: Path) -> bool:
-        return not prepared.expected(_load(prepared, path))
-
     # The journal does not contain what earlier runs measured, so it must belong to this version of their file.
     earlier = hashlib.sha256(output.read_bytes()).hexdigest() if is_taken(output) and output.is_file() else ""
     bits = f"{prepared.findings.bits if prepared.findings else ''} {earlier}".strip()
-    return ResultFile(output, ONE, "this very evaluation", "evaluation.json", prepared.plan, prepared.run, prepared.digest,
-                      is_whole, bits)  # fmt: skip
+    o, memory = prepared.options, prepared.detection.max_memory
+    variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in o.variants]
+    facts = with_digest(prepared.facts, variants=variants, max_memory=memory, race=o.race)
+    return ResultFile(output, ONE, "this very evaluation", "evaluation.json", prepared.plan, prepared.run, facts,
+                      lambda path: not prepared.expected(_load(prepared, path)), bits)  # fmt: skip
 
 
 def measured_before(prepared: Prepared, output: Path) -> Evaluation | None:

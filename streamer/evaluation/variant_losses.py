@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from streamer.detection.options import DetectionOptions
 from streamer.evaluation.evaluation_records import ReliableRecord
-from streamer.evaluation.identity import input_options
 from streamer.evaluation.suggestion import Suggestion, front, suggest
+from streamer.measuring.identity import input_options
 from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import SequenceSums
 from streamer.measuring.variants import EvaluatedVariant

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 from streamer.evaluation.columns import cell, figures, percent
-from streamer.evaluation.identity import input_options
 from streamer.evaluation.shrinks import ShrinkComparison, placed, rounded_up
 from streamer.evaluation.suggestion import WORTH, Suggestion, Trade
 from streamer.evaluation.variant_losses import VariantLosses
+from streamer.measuring.identity import input_options
 from streamer.measuring.statistics import telling
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW
 from streamer.methods import Shrink, takes_coefficients, takes_findings, takes_map

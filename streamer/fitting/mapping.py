@@ -5,8 +5,6 @@ A killed run starts over and gives the same bytes: the map is one file, written 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,7 +14,6 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
-from streamer import __version__
 from streamer.detection.options import Run
 from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.options import ProductDtype, check_dtype
@@ -26,13 +23,15 @@ from streamer.fitting.tasks import layers_on_workers, shared_memory
 from streamer.json_types import Count, OutputPath, Sha256, TensorName
 from streamer.json_types import State as Done
 from streamer.linalg.second_moments import MORE, ROUNDS, Moments, OneHotMoments, leading_vectors
+from streamer.measuring.identity import model_facts, with_digest
 from streamer.measuring.pass_memory import parts, rows_within
 from streamer.measuring.progress import RunProgress, pass_cost
-from streamer.measuring.result_file import Records, ResultFile, State, computing, of_others
+from streamer.measuring.result_file import Records, ResultFile, State, computing, stands
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.texts import read_text, sample_digest
 from streamer.measuring.tokenizer import tokenizer_directory
 from streamer.methods.input_map import VECTORS, InputMap, load_map
+from streamer.methods.input_map_file import MAP
 from streamer.methods.mapped_input import MappedInput
 from streamer.plan.base_plan import make_base_plan
 from streamer.plan.batch import AdapterBatch
@@ -175,27 +174,16 @@ class PreparedMap:
     def facts(self) -> dict[str, Any]:
         """Describe the map's inputs and options as JSON; equal `plan` digests mean equal maps."""
         tree = {
-            "transformers": require_transformers().__version__,
-            "base": {**self.plan.base_identity},
+            **model_facts(self.model, base={**self.plan.base_identity}),
             "texts": [{**self.text.facts(), "sample_sha256": self.file}],
             "vectors": self.options.vectors,
-            "dtype": self.options.dtype,
         }
-        told = json.dumps({**tree, "options": asdict(self.options), "max_memory": self.max_memory}, sort_keys=True)
-        return {"version": __version__, **tree, "plan": hashlib.sha256(told.encode()).hexdigest()}
+        return with_digest(tree, options=asdict(self.options), max_memory=self.max_memory)
 
     def result_file(self, output: Path) -> ResultFile:
         """Describe the map's output file."""
-        digest = self.facts["plan"]
-
-        def is_whole(path: Path) -> bool:
-            if load_map(path).facts.get("plan") != digest:
-                raise of_others(path, "a map")
-            return True
-
-        return ResultFile(
-            output, "a map", "this very map", "base.map.safetensors", self.plan, self.run, digest, is_whole
-        )
+        return ResultFile(output, MAP.what, "this very map", "base.map.safetensors", self.plan, self.run, self.facts,
+                          lambda path: stands(path, MAP, self.facts, load_map))  # fmt: skip
 
     def inspect(self, output: Path) -> State:
         """Check, without writing, whether the map can be written to a file, and whether the file exists or was begun."""

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from streamer import __version__
 from streamer.detection.findings import Findings
 from streamer.detection.options import Run
 from streamer.errors import UnsupportedError
@@ -25,7 +24,8 @@ from streamer.fitting.fit_memory import (
 from streamer.fitting.options import ALGORITHM, CORRECTIONS, LEAST, WEIGHTS, Division, FitOptions, Grain, divide
 from streamer.fitting.parameters import Parameters, chosen_grain, singular_values_of
 from streamer.linalg.regmean import DIRECT_BYTES
-from streamer.measuring.model import chooses_keys, is_factored, read_texts, refuse_new_tokens, stays_quantized
+from streamer.measuring.identity import model_facts, with_digest, writable
+from streamer.measuring.model import chooses_keys, read_texts, refuse_new_tokens
 from streamer.measuring.pass_memory import Pass, measured_bytes, pass_bytes, plan_passes, rows_within
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.statistics import telling
@@ -278,11 +278,8 @@ class PreparedFit:
         """Describe the fit's inputs and options as JSON; equal `plan` digests mean equal fits."""
         options = self.options.as_dict()
         tree = {
-            "transformers": require_transformers().__version__,
-            "base": self.plan.base_identity,
-            "adapter": self.plan.adapter_identity,
-            "factored": is_factored(self.plan),
-            "quantized": stays_quantized(self.plan),
+            **model_facts(self.model, base={**self.plan.base_identity}, adapter={**self.plan.adapter_identity}),
+            **writable(self.plan),
             **{name: options[name] for name in OF_OPTIONS if name in options},
             "texts": {name: _text_facts(text, self.files[name]) for name, text in self.texts.items()},
             "unchanged": self.unchanged,
@@ -290,8 +287,7 @@ class PreparedFit:
         if self.findings is not None:
             tree |= {"findings": self.findings.decisions_digest(), "intruders": self.findings.intruders}
         own = {"algorithm": ALGORITHM} if self.by_inputs else {}
-        digest = self.plan.digest(**tree, **own, options=options, max_memory=self.max_memory)
-        return {"version": __version__, **tree, "plan": digest}
+        return with_digest(tree, **own, options=options, max_memory=self.max_memory)
 
 
 def _text_facts(text: Division, file: str) -> dict[str, Any]:

@@ -7,23 +7,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from streamer.fitting.prepare import PreparedFit
-from streamer.measuring.result_file import ResultFile, State, of_others
+from streamer.measuring.result_file import ResultFile, State, stands
 from streamer.methods.coefficient_set import Floats
 from streamer.methods.coefficients import load_coefficients
+from streamer.methods.coefficients_file import FIT
 from streamer.plan.memory_estimate import check_budget
 
 
 def result_file(prepared: PreparedFit, output: Path) -> ResultFile:
     """Describe the coefficients file that a fit writes."""
-    one, digest = "coefficients", prepared.facts["plan"]
-
-    def is_whole(path: Path) -> bool:
-        if load_coefficients(path).facts.get("plan") != digest:
-            raise of_others(path, one)
-        return True
-
-    return ResultFile(output, one, "this very fit", "coefficients.safetensors", prepared.plan, prepared.run, digest,
-                      is_whole)  # fmt: skip
+    return ResultFile(output, FIT.what, "this very fit", "coefficients.safetensors", prepared.plan, prepared.run, prepared.facts,
+                      lambda path: stands(path, FIT, prepared.facts, load_coefficients))  # fmt: skip
 
 
 def inspect(prepared: PreparedFit, output: Path) -> State:

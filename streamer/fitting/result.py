@@ -18,6 +18,7 @@ from streamer.evaluation.variant_losses import reliable
 from streamer.fitting.front import EXCEEDED, MISSED
 from streamer.fitting.options import Grain, Objective
 from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
+from streamer.measuring.identity import Configs
 from streamer.measuring.statistics import SequenceSums, flat, telling
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods import Shrink
@@ -109,6 +110,7 @@ class FitFacts(TypedDict):
     adapter: Annotated[AdapterSource, "What identifies the adapter, or the fine-tuned model in its place."]
     factored: Annotated[bool, "Whether all deltas are products of LoRA factors, so that mitigate can write them."]
     quantized: Annotated[bool, "Whether a merge must write a quantized base as a plain one (--dequantize)."]
+    configs: Configs
     objective: NotRequired[Annotated[Objective, "What was minimized: divergences (from the base on general text, from the adapter on the "
         "task's) or losses; absent with grain inputs."]]
     grain: Annotated[Grain, "What is fitted: right factors to inputs, or a coefficient for each direction, each matrix, or all."]

@@ -14,17 +14,6 @@ from streamer.plan.plan import Plan
 from streamer.streaming.model import StreamingModel
 
 
-def is_factored(plan: Plan) -> bool:
-    """Test whether all deltas are products of LoRA factors, so that `mitigate` can write an adapter of the same kind."""
-    return not plan.adapter.describes_model and all(target.module.factors for target in plan.targets)
-
-
-def stays_quantized(plan: Plan) -> bool:
-    """Test whether the adapter changes a quantized weight that a merge can only write plain."""
-    weights = plan.weights
-    return any(name in weights.quantized_names and not weights.requantizes(name) for name in plan.by_weight)
-
-
 def refuse_new_tokens(plan: Plan) -> None:
     """Refuse an adapter that changes the size of the vocabulary."""
     if plan.edits.vocabulary is not None:

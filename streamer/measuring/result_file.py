@@ -17,11 +17,13 @@ from streamer import __version__
 from streamer.detection.detect import naming_inputs
 from streamer.detection.findings_file import journal_of, lock_of, remove_leftovers
 from streamer.detection.options import Run
-from streamer.errors import InputError, NumericError, OutputError, OutputExistsError
+from streamer.errors import FormatError, InputError, NumericError, OutputError, OutputExistsError
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import full_float32, thread_count, threads
 from streamer.measuring.divergences import Floats
+from streamer.measuring.identity import differences
 from streamer.measuring.statistics import ARRAYS
+from streamer.methods.sealed_file import SealedKind
 from streamer.plan.plan import Plan
 from streamer.storage.atomic_file import remove_partials
 from streamer.storage.files import make_directory
@@ -57,8 +59,8 @@ class ResultFile:
         Words for messages: its kind, such as ``an evaluation``; this result, such as ``this very evaluation``; and a possible file name.
     plan, run
         Plan of the inputs, and options of the run.
-    digest
-        Digest of everything that determines the run, for its journal.
+    facts
+        Inputs and options, with a digest of everything that determines the run; see `with_digest`.
     is_whole
         Tests whether the file at a path is the complete result. Raises `StreamerError` if the file is of another kind, and
         `OutputExistsError` if it belongs to other inputs or options (see `of_others`).
@@ -72,7 +74,7 @@ class ResultFile:
     example: str
     plan: Plan
     run: Run
-    digest: str
+    facts: Mapping[str, Any]
     is_whole: Callable[[Path], bool]
     bits: str = ""
 
@@ -80,7 +82,7 @@ class ResultFile:
     def head(self) -> dict[str, Any]:
         """Make the journal's first record: the run, the names of its sums, and the threads and torch that determine their bits."""
         bits = f"{self.bits} torch {torch.__version__} {' '.join(ARRAYS)}".strip()
-        return {"plan": self.digest, "version": __version__, "stamps": self.plan.detection_stamps(),
+        return {"plan": self.facts["plan"], "facts": self.facts, "version": __version__, "stamps": self.plan.detection_stamps(),
                 "bits": bits, "threads": torch.get_num_threads()}  # fmt: skip
 
     def check_path(self) -> None:
@@ -121,9 +123,11 @@ class ResultFile:
             raise not_own(self.path, self.one) from None
 
     def _may_resume(self, found: Mapping[str, Any]) -> bool:
-        ours = {"plan", "stamps"} <= found.keys()
-        return ours and self.run.options.resume and may_resume(self.path, found, self.head, overwrite=self.run.options.overwrite,
-                                                       journal=journal_of(self.path))  # fmt: skip
+        ours = {"plan", "stamps"} <= found.keys() and self.run.options.resume
+        same = found.get("version") == __version__ and "facts" in found
+        differing = in_words(differences(self.facts, found["facts"])) if same else ""
+        return ours and may_resume(self.path, found, self.head, overwrite=self.run.options.overwrite,
+                                   journal=journal_of(self.path), differing=differing)  # fmt: skip
 
     @contextlib.contextmanager
     def written(self) -> Iterator[JournalRecords]:
@@ -160,10 +164,28 @@ class ResultFile:
 
 def of_others(path: Path, one: str, differing: Sequence[str] = ()) -> OutputExistsError:
     """Make the error for a file that holds a result of other inputs or options, with the differences."""
-    what = f" ({listed(differing)})" if differing else ""
     return OutputExistsError(
-        f"{path}: holds {one} of other inputs or options{what}; choose another output, or pass --overwrite", path
+        f"{path}: holds {one} of other inputs or options{in_words(differing)}; choose another output, or pass --overwrite",
+        path,
     )
+
+
+def in_words(differing: Sequence[str]) -> str:
+    """Put differences into parentheses."""
+    return f" ({listed(differing)})" if differing else ""
+
+
+def stands(path: Path, kind: SealedKind, facts: Mapping[str, Any], load: Callable[[Path], Any]) -> bool:
+    """Test whether the file of a fit or a map is the result of these facts; see `ResultFile.is_whole`."""
+    try:
+        theirs = load(path).facts
+    except FormatError as e:
+        if kind.is_at(path):
+            raise OutputExistsError(f"{e}, or pass --overwrite", path) from e
+        raise
+    if theirs.get("plan") != facts["plan"]:  # a sum of maps has none
+        raise of_others(path, kind.what, differences(facts, theirs) if {"plan", "configs"} <= theirs.keys() else ())
+    return True
 
 
 def pack(name: str, arrays: Arrays) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamer.errors import UsageError
-from streamer.methods.coefficients_file import read_sets, save_sets
+from streamer.methods.coefficients_file import FIT, parsed_sets, save_sets
 from streamer.methods.fit_set import FitSet, share_name
 from streamer.units import counted, listed
 
@@ -99,4 +99,4 @@ def load_coefficients(path: str | Path) -> Coefficients:
     FormatError
         If the file does not hold coefficients, or if an array is incomplete, not finite, or has coefficients outside [0, 1].
     """
-    return Coefficients(*read_sets(Path(path)), Path(path))
+    return Coefficients(*FIT.read(Path(path), parsed_sets), Path(path))

@@ -38,20 +38,11 @@ def save_sets(path: Path, sets: Sequence[FitSet], facts: Mapping[str, Any], over
     FIT.save(path, {**facts, "keeps": [one.keep for one in sets]}, _arrays(sets), overwrite)
 
 
-def read_sets(path: Path) -> tuple[tuple[FitSet, ...], dict[str, Any]]:
-    """Read the sets and the facts from a file of coefficients.
-
-    Raises
-    ------
-    FormatError
-        If the file does not hold coefficients, or if an array is incomplete, not finite, or has coefficients outside [0, 1].
-    """
-    return FIT.read(path, _parsed)
-
-
-def _parsed(tree: dict[str, Any], arrays: dict[str, Tensor]) -> tuple[tuple[FitSet, ...], dict[str, Any]]:
+def parsed_sets(tree: dict[str, Any], arrays: dict[str, Tensor]) -> tuple[tuple[FitSet, ...], dict[str, Any]]:
+    """Parse what a file holds as sets and facts; raise `ValueError` if an array is incomplete, not finite, or outside [0, 1]."""
     keeps = tree["keeps"]
-    if not (isinstance(keeps, list) and keeps and all(map(_is_share, keeps)) and _all_differ(keeps)):
+    shares = isinstance(keeps, list) and all(type(keep) in (int, float) and 0 < keep <= 1 for keep in keeps)
+    if not (shares and keeps and len(set(map(share_name, keeps))) == len(keeps)):
         raise ValueError("keeps are not different shares in (0, 1]")
     made = _factor_sets if any(name.endswith(FACTOR) for name in arrays) else _coefficient_sets
     sets = made(arrays, [float(keep) for keep in keeps])
@@ -112,12 +103,3 @@ def _matrices(arrays: dict[str, Tensor], sets: int) -> dict[str, tuple[Floats, F
     if not out or 2 * len(out) != len(arrays):
         raise ValueError("its arrays are not pairs of singular values and coefficients")
     return out
-
-
-def _all_differ(keeps: list[float]) -> bool:
-    """Test whether each share names one set."""
-    return len({share_name(keep) for keep in keeps}) == len(keeps)
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1

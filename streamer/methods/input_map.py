@@ -5,6 +5,7 @@ Modules with the same inputs, such as q, k and v, share an entry. For one-hot in
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,10 +19,11 @@ from streamer import __version__
 from streamer.errors import MismatchError, UsageError
 from streamer.json_types import Count, Sha256
 from streamer.linalg.null_space import leading
-from streamer.methods.input_map_file import read_inputs, save_inputs
-from streamer.methods.mapped_input import MappedInput, digest_of
+from streamer.methods.input_map_file import MAP, parsed_inputs, save_inputs
+from streamer.methods.mapped_input import MappedInput
 from streamer.storage.identities import difference
 from streamer.units import counted, listed
+from streamer.weights.dtypes import as_bytes
 
 VECTORS = 16
 """Default number of vectors kept for each input."""
@@ -43,7 +45,8 @@ class InputMap:
     inputs
         Entries, in any order.
     facts
-        JSON values: ``base``, its identity; ``texts``, from which the map was made; ``vectors``, the most kept for an input. No paths.
+        JSON values: ``base``, its identity, and ``configs``, its config; ``texts``, from which the map was made; ``vectors``, the most kept
+        for an input. No paths.
     source
         File from which it was read, for messages.
     """
@@ -66,7 +69,17 @@ class InputMap:
     @cached_property
     def digest(self) -> str:
         """Hash (SHA-256, hex) all arrays, their names, and the figures beside them."""
-        return digest_of(self.inputs)
+        digest = hashlib.sha256()
+        for one in sorted(self.inputs, key=lambda one: one.key):
+            digest.update(f"{one.names} {one.tokens} {one.size} {one.trace!r}\n".encode())
+            for array in (one.values, one.vectors):
+                digest.update(b"" if array is None else as_bytes(array))
+        return digest.hexdigest()
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """Return what identifies the base and its config."""
+        return {**self.facts["base"], **self.facts["configs"]["base"]}
 
     def record(self) -> MapRecord:
         """Identify this map, for the record of an output."""
@@ -121,7 +134,7 @@ def load_map(path: str | Path) -> InputMap:
     FormatError
         If the file does not hold a map, or if its contents are incomplete or invalid.
     """
-    return InputMap(*read_inputs(Path(path)), Path(path))
+    return InputMap(*MAP.read(Path(path), parsed_inputs), Path(path))
 
 
 def add_maps(maps: Sequence[InputMap], vectors: int | None = None) -> InputMap:
@@ -145,10 +158,9 @@ def add_maps(maps: Sequence[InputMap], vectors: int | None = None) -> InputMap:
     first, most = maps[0], vectors or max(one.facts["vectors"] for one in maps)
     found: dict[tuple[str, bool], list[MappedInput]] = {}
     for one in maps:
-        if one.facts["base"] != first.facts["base"]:
-            raise MismatchError(
-                f"{one.name}: is of another base than {first.name} ({difference(one.facts['base'], first.facts['base'])}); add maps of one"
-            )
+        if one.base != first.base:
+            differs = difference(one.base, first.base)
+            raise MismatchError(f"{one.name}: is of another base than {first.name} ({differs}); add maps of one")
         for inputs in one.inputs:
             found.setdefault(inputs.key, []).append(inputs)
             if (other := found[inputs.key][0]).names != inputs.names or other.size != inputs.size:
@@ -157,7 +169,8 @@ def add_maps(maps: Sequence[InputMap], vectors: int | None = None) -> InputMap:
     texts = [text for one in maps for text in one.facts["texts"]]
     if len({text["sha256"] for text in texts}) < len(texts):
         raise UsageError(f"{first.name}: a text is in two of the maps; add maps of different texts")
-    facts = {"version": __version__, "base": first.facts["base"], "texts": texts, "vectors": most}
+    base = {key: first.facts[key] for key in ("base", "configs")}
+    facts = {"version": __version__, **base, "texts": texts, "vectors": most}
     return InputMap(tuple(_sum(same, most) for same in found.values()), facts)
 
 

@@ -48,24 +48,16 @@ def save_inputs(path: Path, mapped: Sequence[MappedInput], facts: Mapping[str, A
     MAP.save(path, {**facts, "inputs": inputs}, arrays, overwrite)
 
 
-def read_inputs(path: Path) -> tuple[tuple[MappedInput, ...], dict[str, Any]]:
-    """Read the inputs of a map, and its facts.
-
-    Raises
-    ------
-    FormatError
-        If it is another file, or what it holds is not whole.
-    """
-    return MAP.read(path, _parsed)
-
-
-def _parsed(tree: dict[str, Any], arrays: dict[str, Tensor]) -> tuple[tuple[MappedInput, ...], dict[str, Any]]:
+def parsed_inputs(tree: dict[str, Any], arrays: dict[str, Tensor]) -> tuple[tuple[MappedInput, ...], dict[str, Any]]:
+    """Parse what a file holds as inputs and facts; raise `ValueError` if they are not whole."""
     inputs = tuple(_input(one, arrays) for one in tree["inputs"])
     if arrays or not inputs:
         raise ValueError("its arrays do not match its inputs")
     facts = {key: value for key, value in tree.items() if key not in OWN}
     texts, vectors = facts["texts"], facts["vectors"]
     check_identities(facts["base"])
+    if not isinstance(facts["configs"]["base"], dict):
+        raise ValueError("the base's config is of another type")
     if not (isinstance(texts, list) and type(vectors) is int and vectors >= 1):
         raise ValueError("texts or vectors are of another type")
     if not all(isinstance(text[key], str) for text in texts for key in ("name", "sha256")):

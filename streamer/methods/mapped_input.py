@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -52,14 +50,3 @@ class MappedInput:
         others = self.size - len(self.values)
         rest = max(0.0, self.trace - float(self.values.sum())) / others if others else 0.0
         return Spectrum(self.values, rest, torch.linalg.qr(self.vectors.double().T)[0])
-
-
-def digest_of(inputs: Iterable[MappedInput]) -> str:
-    """Hash (SHA-256, hex) all arrays, their names, and the figures beside them."""
-    digest = hashlib.sha256()
-    for one in sorted(inputs, key=lambda one: one.key):
-        digest.update(f"{one.names} {one.tokens} {one.size} {one.trace!r}\n".encode())
-        digest.update(one.values.numpy().astype("<f8").tobytes())
-        if one.vectors is not None:
-            digest.update(one.vectors.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

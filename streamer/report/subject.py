@@ -15,8 +15,8 @@ from streamer.detection.findings_records import FindingsRecord
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.evaluation_records import EvaluationRecord
-from streamer.evaluation.identity import same_input
 from streamer.json_types import ReportFile
+from streamer.measuring.identity import same_input
 from streamer.methods import takes_findings
 from streamer.output.records import Written
 from streamer.report.curves import LambdaRecord, ThresholdRecord, lambda_curve, threshold_curve

@@ -124,7 +124,7 @@ def _records(fd: int) -> Iterator[tuple[int, bytes]]:
 
 
 def may_resume(path: Path, found: Mapping[str, Any], head: Mapping[str, Any], *, resume: bool = True,
-               overwrite: bool = False, journal: Path | None = None) -> bool:  # fmt: skip
+               overwrite: bool = False, journal: Path | None = None, differing: str = "") -> bool:  # fmt: skip
     """Decide whether to resume an interrupted run (True) or to start over (False).
 
     Parameters
@@ -139,6 +139,8 @@ def may_resume(path: Path, found: Mapping[str, Any], head: Mapping[str, Any], *,
         Whether the user allows a run to be resumed, and another run to be replaced.
     journal
         Path of the journal if the output is a single file, for messages.
+    differing
+        The differences, for messages.
 
     Raises
     ------
@@ -152,7 +154,7 @@ def may_resume(path: Path, found: Mapping[str, Any], head: Mapping[str, Any], *,
     if found.get("plan") != head["plan"]:
         if overwrite:
             return False
-        run = "an interrupted run with other inputs or options"
+        run = f"an interrupted run with other inputs or options{differing}"
         said = f"{run} has its journal there" if journal else f"holds {run}"
         raise OutputExistsError(
             f"{path}: {said}; finish that one, choose another output, or pass --overwrite", journal or path

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from streamer.plan.targets import Target
 from streamer.streaming.extra import quiet_transformers, refused_errors, require_transformers
 from streamer.streaming.installed import RUN_ALL_EXPERTS, InstalledModule, RowBatch
 from streamer.streaming.run_time import RunTimeTensor, match_run_time
-from streamer.streaming.skeleton import build_skeleton
+from streamer.streaming.skeleton import build_skeleton, config_values
 from streamer.streaming.values import Values, VariantSet
 from streamer.units import listed
 
@@ -145,6 +146,11 @@ class LoadedModel:
         kind = str(getattr(config, "rope_parameters", None))
         self.strict_positions = bool(tables) or not rotary or "dynamic" in kind or "longrope" in kind
         self.size = self._size(config, inner, tensors.values())
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Return what determines the logits besides weights; see `config_values`."""
+        return config_values(self._model, self.job.plan)
 
     def inside(self, layer: str) -> list[RunTimeTensor]:
         """List the parameters of a layer, by its path."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,9 @@ from streamer.errors import MissingInputError, UnsupportedError
 from streamer.plan.plan import Plan
 from streamer.streaming.extra import ERROR_LENGTH, first_line, quiet_transformers, require_transformers, unreadable
 from streamer.weights.model_config import MODEL_CONFIG
+
+UNREAD = "_name_or_path", "transformers_version", "use_cache"
+"""Config keys that change no logits: a model runs without a cache."""
 
 
 def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
@@ -84,6 +89,17 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
     for module in model.modules():
         module._buffers |= {name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None}
     return model.eval()
+
+
+def config_values(model: nn.Module, plan: Plan) -> dict[str, Any]:
+    """Return what a model's class reads of its config as JSON, as transformers writes it, so that another spelling makes no difference."""
+    own = model.config.to_json_string()  # type: ignore[operator, union-attr]  # a model of transformers, typed as a Module
+    quantization = plan.config.quantization  # perhaps of another file
+    tree = {**({"quantization_config": quantization} if quantization else {}), **json.loads(own)}
+    # Readers of records refuse NaN and lone surrogates, which a config may hold.
+    told = json.dumps(tree, ensure_ascii=False).encode(errors="replace")
+    return cast(dict[str, Any], json.loads(told, parse_constant=str, object_pairs_hook=lambda pairs: {
+        key: value for key, value in pairs if key not in UNREAD}))  # fmt: skip
 
 
 def _predicts_next(name: str) -> bool:

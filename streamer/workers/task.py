@@ -233,7 +233,9 @@ def _unchanged(batch: AdapterBatch) -> bool:
 
 
 def _identities(batch: AdapterBatch) -> tuple[str, ...]:
-    identities: Sequence[Any] = [batch.plans[0].base_identity, *(plan.adapter_identity for plan in _adapted(batch))]
+    first = batch.plans[0]
+    base = {**first.base_identity, "config": first.config.values}
+    identities: Sequence[Any] = [base, *(plan.adapter_identity for plan in _adapted(batch))]
     return tuple(json.dumps(identity, sort_keys=True) for identity in identities)
 
 

@@ -14,6 +14,7 @@ import torch
 from architectures import ATTENTION
 from causal_models import make_adapter, make_base
 from evaluated import sequences
+from helpers import sealed
 from learned import make_learned
 from safetensors.torch import load_file, save_file
 from seeds import vary
@@ -73,9 +74,9 @@ def test_a_file_of_another_algorithm_or_a_damaged_one_is_not_this_fit(
 ) -> None:
     path = tmp_path / "f.safetensors"
 
-    def fit() -> streamer.Coefficients:
+    def fit(**options: bool) -> streamer.Coefficients:
         return streamer.fit_coefficients(home / "base", home / "adapter", path, general=home / "general.npy", task=home / "task.npy",
-                                         sequences=24, on_event=lambda event: None)  # fmt: skip
+                                         sequences=24, on_event=lambda event: None, **options)  # fmt: skip
 
     with monkeypatch.context() as other:
         other.setattr("streamer.fitting.prepare.ALGORITHM", 1)
@@ -86,6 +87,15 @@ def test_a_file_of_another_algorithm_or_a_damaged_one_is_not_this_fit(
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(FormatError, match=r"f\.safetensors: is damaged: expected SHA-256"):
         streamer.load_coefficients(path)
+    with pytest.raises(OutputExistsError, match=r"make coefficients with `streamer fit`, or pass --overwrite$"):
+        fit()
+    fit(overwrite=True)
+    assert fit().facts == streamer.load_coefficients(path).facts
+    path.write_bytes(sealed(path.read_bytes().replace(b"streamer.coefficients/3", b"streamer.coefficients/2")))
+    with pytest.raises(
+        OutputExistsError, match=r"expected streamer\.coefficients/3, found 'streamer\.coefficients/2'; .*--overwrite$"
+    ):
+        fit()
 
 
 def test_what_a_saved_module_keeps_alone_can_be_more_than_was_asked_for(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -128,11 +129,14 @@ def held_back() -> Iterator[tuple[Executor, Gate]]:
             gate.set()
 
 
-@pytest.mark.parametrize("what", ["another", "missing"])
+@pytest.mark.parametrize("what", ["another", "another config", "missing"])
 def test_a_worker_with_other_inputs_is_refused(bench: WorkerBench, what: str, tmp_path: Path) -> None:
     """The same path leads elsewhere by the time that the worker opens it."""
     link, out, other = tmp_path / "base", tmp_path / "f.safetensors", tmp_path / "other"
     link.symlink_to(bench.base)
+    if what == "another config":
+        shutil.copytree(bench.base, other)
+        (other / "config.json").write_text('{"model_type": "other"}')
     if what == "another":
         other.mkdir()
         for path in bench.base.iterdir():
@@ -145,7 +149,7 @@ def test_a_worker_with_other_inputs_is_refused(bench: WorkerBench, what: str, tm
     def lead_elsewhere(event: Event) -> None:
         if event.stage == "detect" and not gate.is_set():
             link.unlink()
-            if what == "another":
+            if what != "missing":
                 link.symlink_to(other)
             gate.set()
 
@@ -154,8 +158,9 @@ def test_a_worker_with_other_inputs_is_refused(bench: WorkerBench, what: str, tm
     message = str(refused.value)
     assert f"process {os.getpid()}" in message
     assert str(link) in message
-    if what == "another":
-        assert "differs from the caller's input (the content of" in message
+    if what != "missing":
+        differs = "the content of" if what == "another" else "config differ)"
+        assert f"differs from the caller's input ({differs}" in message
         assert message.endswith("give all workers the same files")
     else:
         assert message.endswith("(the caller can open it)")

@@ -122,6 +122,24 @@ def test_the_context_is_that_of_hf_where_one_more_position_does_no_harm(name: st
     assert model.max_length == positions - fewer
 
 
+def test_a_cache_has_no_answers_of_another_config(tmp_path: Path) -> None:
+    from streamer.lm_eval import StreamerLM
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    make_adapter(make_base("llama", base), base, adapter, CAUSAL["llama"][2])
+    save(base, "words")
+
+    def answers(**cache: str) -> list[tuple[float, bool]]:
+        return StreamerLM(str(base), str(adapter), **cache)._loglikelihood_tokens([(None, [3, 4], [5, 6])], True)
+
+    kept = {"cache": str(tmp_path / "cache.sqlite")}
+    before = answers(**kept)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    assert answers(**kept)[0][0] == pytest.approx(answers()[0][0], abs=1e-4)
+    assert answers()[0][0] != pytest.approx(before[0][0], abs=1e-2)
+
+
 def test_it_says_what_hf_says_of_merged_models(home: Path) -> None:
     """Accuracies are equal, log-likelihoods to 1e-4; the variants of one set are measured once, by the run that comes first."""
     merged = {"base": home / "base"}

@@ -30,6 +30,7 @@ def random_map(base: Path, adapter: Path, vectors: int = 5, *, lacks: str = "not
         inputs.append(MappedInput((target.tensor,), 200, n, float(values.sum()) + 0.3 * (n - vectors), values, V))
     facts = {
         "base": {**plan.base_identity},
+        "configs": {"base": {"rms_norm_eps": 1e-6}},
         "texts": [{"name": f"random{seed}.txt", "sha256": f"{seed}0"}],
         "vectors": vectors,
     }
