@@ -75,14 +75,14 @@ class ReportRequest:
 
     def _subject(self) -> Subject | Collection:
         findings, evaluation = self.findings, self.evaluation
-        if isinstance(findings, Evaluation) and evaluation is None:
+        if isinstance(findings, Evaluation):
+            if evaluation is not None:
+                raise UsageError(
+                    "findings: found an evaluation, which was given beside it too; give one alone, or findings"
+                )
             return Subject(None, findings)
         if not isinstance(findings, Findings) and not isinstance(evaluation, Evaluation):
             return open_subject(findings, evaluation)
-        if isinstance(findings, Evaluation):
-            raise UsageError(
-                "findings: an evaluation was given twice; give findings and an evaluation, or one evaluation"
-            )
         found = findings if isinstance(findings, Findings) else load_findings(findings)
         return make_subject(found, load_evaluation(evaluation) if isinstance(evaluation, str | Path) else evaluation)
 

@@ -114,8 +114,9 @@ def _parameters_on_meta() -> Iterator[None]:
     """Move each parameter to the meta device when a module registers it, before it is filled."""
 
     def on_meta(module: nn.Module, name: str, parameter: Tensor | None) -> nn.Parameter | None:
-        kept = parameter is None or parameter.is_meta
-        return None if kept else nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
     handle = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # torch's stub allows no result
     try:

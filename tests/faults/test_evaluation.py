@@ -67,7 +67,7 @@ def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path)
     job.run(tmp_path / "again.json", on_event=events.append)
     assert (tmp_path / "again.json").read_bytes() == job.whole
     passes = {e.items for e in events if e.stage == "evaluate"}
-    assert len(passes) in (49, 61, 73), "one to three steps after the first place the shrink"
+    assert len(passes) in range(49, 134, 12), "steps after the first place the shrink and the other method, up to four each"
     first = next(i for i, e in enumerate(events, 1) if e.stage == "evaluate")
     for number in (first, len(events) // 2, len(events) - 2):
         output = tmp_path / f"{number}.json"
@@ -158,12 +158,12 @@ def test_another_share_places_another_shrink(job: Job, tmp_path: Path) -> None:
     assert (before["suggestion"]["keep"], after["suggestion"]["keep"]) == (0.9, 0.5)
     old, new = variants_of(job.whole), variants_of(output.read_bytes())
     assert {name: new[name] for name in old} == old
-    assert {name.split()[0] for name in new.keys() - old.keys()} == {"shrink"}
+    assert {"shrink"} <= {name.split()[0] for name in new.keys() - old.keys()} <= {"shrink", "paper"}
     # Where a shrink keeps the share already, the suggestion alone is made again.
     shrink = next(v for v in after["variants"] if v["method"] == "shrink")
     events: list[Event] = []
     monitor = Monitor(events.append)
-    job.run(output, keep=shrink["kept"] - 0.001, monitor=monitor)
+    job.run(output, keep=shrink["kept"] - 0.001, methods=("shrink",), monitor=monitor)
     assert monitor.outputs[output] == "written"
     assert {e.stage for e in events} == {"note"}
     assert "only the suggestion is updated" in events[0].name

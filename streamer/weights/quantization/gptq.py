@@ -111,8 +111,8 @@ class GPTQ(QuantizedWeight):
             If the stored ones are others, so that kernels differ.
         """
         half = 1 << (self.bits - 1)
-        stored = packing.unpack(self.tensors["zeros"].whole().T, self.bits, 0, self.shape[0]).unique().tolist()
-        if len(stored) > 1 or not {*stored} <= {half, half - self.less_one}:
+        stored = set(packing.unpack(self.tensors["zeros"].whole().T, self.bits, 0, self.shape[0]).flatten().tolist())
+        if len(stored) > 1 or not stored <= {half, half - self.less_one}:
             found = (
                 f"{self.where}: {self.name!r}: its zero points are not half of the range, but its config says sym=true"
             )
@@ -129,7 +129,8 @@ def _rule(config: Mapping[str, Any], module: str, where: str) -> dict[str, Any]:
     """Read the settings that the first matching rule of ``dynamic`` gives a module."""
     try:
         rules = (config.get("dynamic") or {}).items()
-        pattern, rule = next(((p, r) for p, r in rules if _expression(p).match(module)), ("", {}))
+        none: tuple[str, dict[str, Any]] = ("", {})
+        pattern, rule = next(((p, r) for p, r in rules if _expression(p).match(module)), none)
         settings = {key: rule[key] for key in ("bits", "group_size", "sym") if key in rule}
     except (AttributeError, TypeError, OverflowError, RecursionError, re.error):
         raise FormatError(f'{where}: cannot read "dynamic" in the quantization config; get config.json again') from None
