@@ -37,7 +37,7 @@ The rest is for readers of the code. The folders follow the data, and a module i
     measuring/     sums              losses of variants on texts, in passes over the base, and the journal of their sums
     verification/  witnesses         an output checked against its record and inputs by independent code
     evaluation/    judgements        what each variant keeps and forgets, the race, and the suggestion
-    fitting/       fits              factors, or a coefficient for each direction, fitted to the user's texts; maps of a base
+    fitting/       fits              factors fitted to the user's texts; maps of a base
     report/        pictures          a page and figures of findings and measurements; comparison of findings
     remote/        addresses         hub names, buckets and https addresses become directories
     forecast/      forecasts         memory, bytes and time of a command, before it runs
@@ -87,7 +87,6 @@ _HOMES = {
     "read_tensors": "api.tensors",
     "reduce_intruder_dimension": "api.writing",
     "repair_adapter": "api.repair",
-    "report_coefficients": "api.reporting",
     "verify_output": "api.verification",
     "write_report": "api.report",
     "write_safetensors": "api.tensors",
@@ -122,7 +121,6 @@ __all__ = [
     "read_tensors",
     "reduce_intruder_dimension",
     "repair_adapter",
-    "report_coefficients",
     "verify_output",
     "write_report",
     "write_safetensors",
@@ -135,7 +133,6 @@ if TYPE_CHECKING:
     from streamer.api.mapping import add_map_files, map_inputs
     from streamer.api.repair import repair_adapter
     from streamer.api.report import write_report
-    from streamer.api.reporting import report_coefficients
     from streamer.api.tensors import read_tensors, write_safetensors
     from streamer.api.verification import verify_output
     from streamer.api.writing import iter_merged, merge_with_reduced_intruder_dimensions, reduce_intruder_dimension

@@ -72,7 +72,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     base, adapter
         Directories of the base and the adapter.
     method
-        ``base``, ``adapter`` (the default), or a mitigation method, whose strength is ``lambda``, or ``keep`` for coefficients.
+        ``base``, ``adapter`` (the default), or a mitigation method, whose strength is ``lambda``, or ``keep`` for a fit.
     cache
         File of results by model, variant and tokens; made if it does not exist. With a cache, the base, the adapter and all variants of
         ``methods`` and ``lambdas`` (several values joined by ``+``) are measured in the same passes, and later runs find their results.

@@ -16,7 +16,7 @@ where nothing is kept or forgotten. An error is the standard error over seeds. "
 refused the adapter, of which there is a line on stderr. A mean is over the (n) adapters that have a
 figure, if not all do.
 
-The figure shows what text is worth: for one share, fits by inputs of more and more tokens, and what they leave as a part of what the
+The figure shows what text is worth: for one share, fits to more and more tokens, and what they leave as a part of what the
 shrink leaves where it keeps as much.
 """
 
@@ -65,10 +65,8 @@ LAMBDAS = {
     "paper": (0.8, 0.6, 0.4, 0.2, 0.0),
     "nullspace": (0.8, 0.6, 0.4, 0.3, 0.2, 0.1),
 }
-GRAINS = ("inputs", "direction")
 COLUMNS = {
     "inputs": "repair",
-    "direction": "by direction",
     "nullspace": "map",
     "shrink": "shrink",
     "lines": "LiNeS",
@@ -196,17 +194,14 @@ def compared(adapter: Path, name: str, seed: int, args: argparse.Namespace) -> d
     found: dict[str, list[Point]] = {method: [] for method in COLUMNS}
     for method in LAMBDAS:
         found[method] = curve(adapter, method, findings, args)
-    fits = {}
-    for grain in GRAINS:
-        try:
-            fits[grain] = fitted(adapter, seed, args.keep, grain, args, grain=grain)
-        except MismatchError as e:  # it learned too little
-            print(e, file=sys.stderr)
-            continue
-        method = fits[grain].select(args.keep[0]).method
-        found[grain] = points(evaluated(adapter, grain, args, methods=(method,), coefficients=fits[grain]))
-    if "inputs" in fits and not args.no_peers:
-        found |= peers(adapter, seed, fits["inputs"].facts, args)
+    try:
+        fit = fitted(adapter, seed, args.keep, "inputs", args)
+    except MismatchError as e:  # it learned too little
+        print(e, file=sys.stderr)
+    else:
+        found["inputs"] = points(evaluated(adapter, "inputs", args, methods=("regmean",), coefficients=fit))
+        if not args.no_peers:
+            found |= peers(adapter, seed, fit.facts, args)
     whole = evaluated(adapter, "shrink", args, methods=("shrink",), lambdas=LAMBDAS["shrink"], findings=findings)
     as_is = {**dict.fromkeys(MEASURES, 1.0), "same": whole.general.mean(whole.general.agree[1]).value}
     forgotten = {text: sums.loss_difference(1, 0).value for text, sums in
@@ -257,7 +252,7 @@ def cells(found: Sequence[dict[str, Any]], keep: float, what: str = "left") -> d
         values = []
         for one in found:
             measured = one["points"][method]
-            if method in GRAINS and measured:
+            if method == "inputs" and measured:
                 measured = [*sorted(measured, key=lambda point: -point["kept"]), BASE_POINT]
             values.append(interpolated(measured, keep, what, one["as_is"]))
         out[method] = [] if None in values else [100 * x for x in values if x is not None]
@@ -324,14 +319,12 @@ def kept_on_test(results: Sequence[dict[str, Any]], keep: Sequence[float]) -> st
     """Say what the fitted sets kept on the test texts, where a share was asked for."""
     lines = []
     for i, share in enumerate(keep):
-        measured = {grain: [one["points"][grain] for one in results if one["points"][grain]] for grain in GRAINS}
-        kept = {grain: [100 * one[i]["kept"] for one in own] for grain, own in measured.items() if own}
-        words = [
-            f"{COLUMNS[g]} {statistics.mean(k):.1f} ({min(k):.0f} to {max(k):.0f}; "
-            f"{sum(abs(x - 100 * share) <= 2 for x in k)} of {len(k)} within 2 points)"
-            for g, k in kept.items()
-        ]
-        lines.append(f"asked to keep {share:.0%}, on the test text they keep, in percent: {', '.join(words)}")
+        kept = [100 * one["points"]["inputs"][i]["kept"] for one in results if one["points"]["inputs"]]
+        if kept:
+            lines.append(
+                f"asked to keep {share:.0%}, on the test text {COLUMNS['inputs']} keeps, in percent: {statistics.mean(kept):.1f} "
+                f"({min(kept):.0f} to {max(kept):.0f}; {sum(abs(x - 100 * share) <= 2 for x in kept)} of {len(kept)} within 2 points)"
+            )
     return "\n".join(lines)
 
 
@@ -341,7 +334,7 @@ def worth_of_text(adapter: Path, args: argparse.Namespace) -> dict[str, list[tup
     shrink = curve(adapter, "shrink", findings, args)
     line = []
     for sequences in SEQUENCES:
-        found = fitted(adapter, 0, 0.9, f"sequences-{sequences}", args, grain="inputs", sequences=sequences)
+        found = fitted(adapter, 0, 0.9, f"sequences-{sequences}", args, sequences=sequences)
         name = f"sequences-{sequences}"
         (point,) = points(evaluated(adapter, name, args, methods=("regmean",), coefficients=found))
         if other := interpolated(shrink, point["kept"]):

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from streamer.forecast.cores import available_cores
-from streamer.methods import DEFAULT, METHODS, WITHOUT_FILES, Fitted
+from streamer.methods import DEFAULT, METHODS, WITHOUT_FILES
 from streamer.remote.addresses import parse_address
 
-__all__ = ["ABOUT", "COEFFICIENTS_METHOD", "DEFAULT_METHOD", "WITHOUT_FILES", "available_cores", "shown"]
+__all__ = ["ABOUT", "DEFAULT_METHOD", "REMOVED", "WITHOUT_FILES", "available_cores", "shown"]
 
 ABOUT = {name: method.about for name, method in METHODS.items()}
-DEFAULT_METHOD, COEFFICIENTS_METHOD = DEFAULT.name, Fitted.name
+DEFAULT_METHOD = DEFAULT.name
+
+CLOSED_FORM = "repair and fit now use the closed form (regmean), which keeps more and forgets less; drop the option"
+
+REMOVED = {
+    **dict.fromkeys(("--grain", "--objective", "--steps"), CLOSED_FORM),
+    "report --coefficients": "a fit holds factors now, and no coefficients of intruders; `streamer evaluate` measures it",
+}
+"""What to do instead of removed options, which keywords have too; if other commands still have an option, its command precedes it."""
 
 
 def shown(given: str) -> str:

@@ -135,7 +135,7 @@ def evaluate_variants(
         ``fitted`` alone evaluates only the coefficients. With ``shrink``, up to four more shrinks are measured to find the λ that keeps
         the share `keep`.
     coefficients
-        Coefficients from `fit_coefficients`, or the path of their file: each set is one more variant, such as ``fitted 0.9``. A warning
+        Coefficients from `fit_coefficients`, or the path of their file: each set is one more variant, such as ``regmean 0.9``. A warning
         names texts to which they were fitted.
     map
         Map from `map_inputs`, or the path of its file: ``nullspace`` is then evaluated at each λ too.

@@ -1,4 +1,4 @@
-"""Offer the fit of coefficients as a function of the library."""
+"""Offer the fit of factors as a function of the library."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from streamer.api.options import Settings, given_workers, read_path, take
 from streamer.api.records import DryRun, dry_run
 from streamer.detection.findings import Findings
 from streamer.events import Monitor
-from streamer.fitting.fit import fit
+from streamer.fitting.fit import fit, inspect
 from streamer.fitting.options import FitOptions
 from streamer.fitting.prepare import PreparedFit, prepare_fit
-from streamer.fitting.records import inspect
 from streamer.fitting.tasks import shared
 from streamer.forecast.forecast import on_workers
 from streamer.forecast.passes import forecast_fit
@@ -33,7 +32,7 @@ class FitRequest:
     Attributes
     ----------
     output
-        File of coefficients; None keeps them in memory.
+        File of factors; None keeps them in memory.
     texts
         Paths of the ``general`` and the ``task`` text.
     findings
@@ -95,50 +94,39 @@ def fit_coefficients(
     task: str | Path,
     **options: Unpack[FitKeywords],
 ) -> Coefficients:
-    """Fit an adapter to texts, in passes over the base: new right factors, or a coefficient for each of its own directions.
+    """Fit new right factors of an adapter to texts, in passes over the base.
 
     The fit keeps a share of the learning, by the loss on the task's text, with as little forgetting as possible. With ``Δ = L Rᵀ``, new
-    right factors R' make ``Δ' = L R'ᵀ`` respond to the task's inputs as Δ does, and to general inputs as little as possible. With the SVD
-    ``Δ = U diag(s) Vᵀ``, coefficients c in [0, 1] give ``Δ' = U diag(c·s) Vᵀ``, chosen by the divergence from the base on general text. No
-    model is built: each weight is read when its module runs, and again when a gradient passes through it. This needs transformers with
-    its tokenizers: ``pip install 'intruder-streamer[evaluate]'``.
+    right factors R' make ``Δ' = L R'ᵀ`` respond to the task's inputs as Δ does, and to general inputs as little as possible. No model is
+    built: each weight is read when its module runs. This needs transformers with its tokenizers:
+    ``pip install 'intruder-streamer[evaluate]'``.
 
     Parameters
     ----------
     base
         Directory of the base model: its ``config.json``, its weights and, unless all texts are token ids, its tokenizer.
     adapter
-        Directory of a PEFT adapter, or of a fully fine-tuned model. Completely saved modules, biases and tokens stay unchanged.
+        Directory of a PEFT adapter with LoRA factors. Completely saved modules, biases and tokens stay unchanged.
     output
-        File of coefficients to write. Steps are recorded in a journal beside it, so that a killed run resumes. None keeps the result in
+        File of factors to write. Steps are recorded in a journal beside it, so that a killed run resumes. None keeps the result in
         memory.
     general, task
         Texts in a format of `evaluate_variants`: what the model could do before, and what the adapter was trained for.
     keep
-        Share of the learning to keep, below 1; several shares give several sets of coefficients.
-    objective
-        ``divergence`` minimises ``KL(base ‖ fitted)`` on the general text and ``KL(adapter ‖ fitted)`` on the task's text, which needs no
-        labels; ``loss`` minimises the losses on both texts.
-    grain
-        ``inputs``: new right factors; ``direction``: a coefficient for each direction; ``matrix``: a coefficient for each matrix; ``all``:
-        a single coefficient, which is a shrink whose λ is fitted. A delta without factors (DoRA, fine-tuned models) always has a single
-        coefficient. None uses ``inputs``, or ``direction`` if a delta has no factors.
+        Share of the learning to keep, below 1; several shares give several sets of factors.
     holdout
         Share of each text's sequences to hold out; they choose the weight between the texts, and give the figures.
     sequences, length
         Most sequences of each text, and most tokens of each sequence.
     seed
         Seed for choosing the held-out sequences.
-    steps
-        Number of points at which gradients of both texts are computed, in addition to the base and the unchanged adapter; more need more
-        time. None uses two for each share, and at least 3.
     dtype, device
         As for `evaluate_variants`.
     max_memory
         Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
         sequences run together.
     executor
-        Workers that compute gradients, run layers and measure, as for `detect_intruder_dimensions`; the result has the same bytes as
+        Workers that run layers and measure, as for `detect_intruder_dimensions`; the result has the same bytes as
         without workers.
 
     Returns

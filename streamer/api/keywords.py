@@ -17,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
+from streamer.api.choices import REMOVED
 from streamer.api.progress import monitoring
 from streamer.errors import UsageError
 from streamer.events import Monitor, OnEvent
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from streamer.detection.findings import Findings
     from streamer.detection.selection import Selection
     from streamer.evaluation.options import ProductDtype
-    from streamer.fitting.options import Grain, Objective
     from streamer.methods import MethodName
     from streamer.methods.coefficients import Coefficients
     from streamer.methods.input_map import InputMap
@@ -129,13 +129,13 @@ class MethodKeywords(TypedDict, total=False):
 
     method
         With detection, ``paper`` scales each intruder's whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ``, and ``project`` only the adapter's
-        part of it, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``. Without detection, ``shrink`` scales the whole adapter, ``Δ' = λ Δ``; ``fitted`` scales
-        each singular direction of Δ by its coefficient, ``Δ' = U diag(c) Uᵀ Δ``; ``regmean`` uses new right factors, ``Δ' = L R'ᵀ``;
-        ``nullspace`` reduces the response of Δ to general inputs. None is the method of the given coefficients or map, else ``paper``.
+        part of it, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``. Without detection, ``shrink`` scales the whole adapter, ``Δ' = λ Δ``; ``regmean``
+        uses new right factors, ``Δ' = L R'ᵀ``; ``nullspace`` reduces the response of Δ to general inputs. None is the method of the given
+        coefficients or map, else ``paper``.
     select
         Which intruders to scale: ``all`` among the top k, or only the ``first`` (highest-ranked) of each matrix; formerly `scale`.
     coefficients
-        Coefficients from `fit_coefficients` for this base and adapter, or the path of their file, for ``fitted`` or ``regmean``.
+        Factors from `fit_coefficients` for this base and adapter, or the path of their file, for ``regmean``.
     keep
         Share of the learning that chooses a set, if there are several sets of coefficients.
     amplify
@@ -218,11 +218,8 @@ class FitKeywords(TextKeywords, total=False):
     """Keywords of `streamer.fit_coefficients`."""
 
     keep: float | Sequence[float]
-    objective: Objective | None
-    grain: Grain
     holdout: float
     seed: int
-    steps: int | None
 
 
 class MapKeywords(TextKeywords, total=False):
@@ -320,6 +317,8 @@ def explained(keywords: type, *options: Any) -> Callable[[Function], Function]:
             if "scale" in given and "select" in names and "select" not in given:
                 given["select"] = given.pop("scale")  # its name before 0.2
             for name in given.keys() - set(names):
+                if advice := REMOVED.get(f"--{name.replace('_', '-')}"):
+                    raise TypeError(f"{function.__name__}(): {name} was removed: {advice}")
                 meant = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, names, 1))
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{meant}")
             return function(*args, **given)

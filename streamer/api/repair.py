@@ -16,18 +16,19 @@ from streamer.api.options import Judged, MethodChoice, Settings, given_workers, 
 from streamer.api.records import DryRun
 from streamer.api.texts import BUILT_IN, general_text
 from streamer.api.writing import OutputRequest
-from streamer.errors import OutputExistsError, UnsupportedError, UsageError
+from streamer.errors import OutputExistsError, UsageError
 from streamer.evaluation.evaluation_records import ReliableRecord
 from streamer.events import Monitor
 from streamer.fitting.options import FitOptions
+from streamer.fitting.prepare import refuse_dense
 from streamer.json_types import Count, State
 from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import Estimate
-from streamer.methods import UNCHANGED, Method, Shrink
-from streamer.methods.coefficient_set import MatrixCoefficients
+from streamer.methods import UNCHANGED, Method, RegMean, Shrink
 from streamer.methods.coefficients import Coefficients
 from streamer.output.prepare import OutputOptions
 from streamer.output.records import Written
+from streamer.plan.plan import make_plan
 from streamer.storage.output_plan import RECORD_NAME
 from streamer.workers.engine import Workers, kept
 
@@ -129,15 +130,17 @@ class RepairRequest:
         )
 
     def _check(self, monitor: Monitor) -> None:
-        """Refuse, before the fit, an output that could not be written after it."""
-        try:
-            self._output(Shrink(0.5)).open(monitor)
-        except UnsupportedError as e:
-            more = "" if self.form.merges else "; with --merge `repair` writes a model"
-            raise UnsupportedError(f"{e}{more}") from e
-        fitted, settings = self.fit.output, self.fit.settings
+        """Refuse, before the fit, an adapter that cannot be fitted, and an output that could not be written after it."""
+        settings = self.fit.settings
+        base, adapter = settings.located(monitor, True).pair(self.fit.base, self.fit.adapter)
+        plan = make_plan(base, adapter, settings.io, settings.stated, settings.architecture)
+        refuse_dense(
+            plan, [t for t in plan.targets if not (t.module.low_rank if self.form.merges else t.module.factors)]
+        )
+        self._output(Shrink(0.5)).open(monitor)
+        fitted = self.fit.output
         stands = self.output.exists() and not (self.output.is_dir() and not any(self.output.iterdir()))
-        if stands and not settings.overwrite and not (fitted is not None and fitted.exists()):
+        if stands and not self.fit.settings.overwrite and not (fitted is not None and fitted.exists()):
             raise OutputExistsError(
                 f"{self.output}: exists, and {fitted}, its fit, does not; choose another output, or pass --overwrite",
                 self.output,
@@ -179,10 +182,6 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
             f"general text and gives up {trade['given_up']:.4f} ± {trade['given_up_se']:.4f} of loss on the task's; a written variant "
             f"regains over {trade['worth']:g} of what it gives up, by two standard errors"
         ), UNCHANGED  # fmt: skip
-    values = {float(c) for m in found.sets[0].matrices.values() if isinstance(m, MatrixCoefficients) for c in m.values}
-    if len(values) == 1:  # it is a shrink
-        lam = round(values.pop(), 4)
-        return "shrink", f"shrink {lam:g}: one coefficient for all", Shrink(lam)
     if shrink is None:
         return "adapter", "the adapter as it is: no measured shrink keeps the same share as the repair", UNCHANGED
     kept, left, of_shrink = (f"{100 * x:.1f} %" for x in (one["kept"], one["divergence"], shrink["divergence"]))
@@ -224,7 +223,7 @@ def _rows(found: Coefficients) -> list[RepairRow]:
         measured.append(("shrink", f"shrink {shrink['lambda']:.3f}", {**shrink, "kept": one["kept"]}))
     if (scaling := facts.get("scaling")) is not None:
         measured.append(("intruders", scaling["name"], scaling))
-    measured.append(("repair", f"{found.select().method} {one['keep']:g}", one))
+    measured.append(("repair", f"{RegMean.name} {one['keep']:g}", one))
     return [
         cast(RepairRow, {"what": what, "name": name, **{key: own.get(key) for key in shares}})
         for what, name, own in measured
@@ -275,7 +274,7 @@ def repair_adapter(
         Write the model with the repaired adapter merged in, instead of an adapter.
     dequantize
         With `merge`: write all quantized weights as plain tensors of the config's dtype.
-    grain, objective, holdout, sequences, length, seed, steps, dtype, device
+    holdout, sequences, length, seed, dtype, device
         Options of the fit, as for `fit_coefficients`.
     max_memory
         Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`.

@@ -8,7 +8,7 @@ from streamer.evaluation.columns import figures
 from streamer.evaluation.view import Names, commands, reasons, verdict
 from streamer.measuring.identity import input_options
 from streamer.methods import takes_findings
-from streamer.methods.fit_set import share_name
+from streamer.methods.factors import share_name
 from streamer.output.record_view import record_lines
 from streamer.plan.name_order import natural
 from streamer.report.diff import FATES, fates_counted

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any, NoReturn
 
+from streamer.api.choices import REMOVED
 from streamer.units import parse_size, quoted
 
 
@@ -44,6 +45,8 @@ class Parser(argparse.ArgumentParser):
         for arg in takewhile(lambda arg: arg != "--", own):
             name = arg.partition("=")[0]
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
+                if advice := REMOVED.get(name) or REMOVED.get(f"{self.prog.rpartition(' ')[2]} {name}"):
+                    raise BadUsage(f"{name} was removed: {advice}")
                 self.error(f"unknown option {quoted(name)}{_closest(name, self._option_string_actions)}")
         found, rest = super().parse_known_args(args, namespace)
         if rest and self._subparsers is None:

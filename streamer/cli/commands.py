@@ -79,37 +79,11 @@ def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 
 def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
-    if args.coefficients is not None or args.adapter is not None or args.keep is not None or _is_base(args.base):
-        return _with_coefficients(args, monitor)
     from streamer.api.report import ReportRequest
     from streamer.cli.report import report_text
 
-    report = ReportRequest(args.findings, args.base, args.output, args.overwrite).run(monitor)
+    report = ReportRequest(args.findings, args.evaluation, args.output, args.overwrite).run(monitor)
     return report.record(), report_text(report, args.findings, _screen(args))
-
-
-def _is_base(path: str | None) -> bool:
-    """Test whether a model is given in place of an evaluation."""
-    return path is not None and Path(path).is_dir()
-
-
-def _with_coefficients(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.api.options import Settings, take
-    from streamer.api.reporting import CoefficientsRequest
-    from streamer.cli.tables import findings_table
-
-    if args.coefficients is None or args.adapter is None:
-        raise UsageError(
-            "report: expected --coefficients, BASE and ADAPTER together; as `streamer report FINDINGS BASE ADAPTER --coefficients FILE`"
-        )
-    if args.output is not None:
-        raise UsageError(
-            "--output: a page shows findings and an evaluation; leave out --coefficients, BASE and ADAPTER"
-        )
-    settings = take(Settings, vars(args), overwrite=False)
-    request = CoefficientsRequest(args.findings, args.base, args.adapter, args.coefficients, args.keep, settings)
-    findings, record = request.run(monitor)
-    return record, findings_table(findings, _screen(args), record=record)
 
 
 def _diff(args: argparse.Namespace, monitor: Monitor) -> Result:

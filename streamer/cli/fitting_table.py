@@ -9,21 +9,20 @@ from typing import Any
 from streamer.api.views import input_options, share_name
 from streamer.cli.layout import Column, Screen, fit, table
 from streamer.cli.tables import NO_LIMIT
-from streamer.units import counted
 
 
 def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str, screen: Screen = NO_LIMIT) -> str:
-    """Format the figures of every set of coefficients beside its equal shrink, and the commands that use the sets.
+    """Format the figures of every set beside its equal shrink, and the commands that use the sets.
 
     Parameters
     ----------
     facts
-        Facts of the coefficients.
+        Facts of the fit.
     inputs, output
-        Base, adapter and the coefficients file, as given.
+        Base, adapter and the file of the fit, as given.
     """
     sets: Sequence[Mapping[str, Any]] = facts["sets"]
-    many, reliable = facts.get("parameters"), facts.get("reliable", {})
+    reliable, shrinks = facts.get("reliable", {}), [one["shrink"] for one in sets]
     held_out = [facts["texts"][text]["held"]["sequences"] for text in ("general", "task")]
     columns = [
         Column("keep", [f"{100 * one['keep']:g}%" for one in sets], "share of the learning to keep", priority=9),
@@ -34,14 +33,13 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
         Column("KL left", [_share(one, "divergence", reliable) for one in sets], "its divergence from the base; 100% is the adapter's", 7),
         Column("loss left", [_share(one, "forgetting", reliable) for one in sets],
                "rise of the general loss above the base's; 100% is the adapter's", priority=4),
+        Column("shrink", ["-" if s is None else f"{s['lambda']:.3f}" for s in shrinks],
+               "lambda of the shrink of the whole adapter that keeps the same share", priority=3),
+        Column("its KL left", ["-" if s is None else _percent(s["divergence"]) for s in shrinks], "that shrink's KL left", priority=5),
+        Column("mu", ["-" if one["mu"] is None else f"{one['mu']:.3g}" for one in sets], "weight of the general text", priority=0),
     ]  # fmt: skip
-    if many == 1:
-        chosen, means = "lambda", [f"{one['coefficients']['mean']:.3f}" for one in sets]
-        columns.append(Column(chosen, means, "of this shrink of the whole adapter", priority=9))
-    else:
-        chosen, columns = "the set", columns + _against_shrinks(sets, many, reliable)
     lines = [
-        f"measured on {held_out[0]} general and {held_out[1]} task held-out sequences, on which {chosen} was chosen",
+        f"measured on {held_out[0]} general and {held_out[1]} task held-out sequences, on which the set was chosen",
         *_verdicts(sets),
         *unreliable(facts),
         *_commands(facts, shlex.join(inputs), shlex.quote(output)),
@@ -63,25 +61,6 @@ def unreliable(facts: Mapping[str, Any]) -> list[str]:
             {"top-1 kept": "top1_kept", "loss left": "forgetting"}.get(column, column), True
         )
     ]
-
-
-def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int | None, reliable: Mapping[str, bool]) -> list[Column]:
-    """Make the columns of the shrink that keeps the same share as each set; `many` is the number of coefficients, None for factors."""
-    shrinks = [one["shrink"] for one in sets]
-    columns = [
-        Column("shrink", ["-" if s is None else f"{s['lambda']:.3f}" for s in shrinks],
-               "lambda of the shrink of the whole adapter that keeps the same share", priority=3),
-        Column("its KL left", ["-" if s is None else _percent(s["divergence"]) for s in shrinks], "that shrink's KL left", priority=5),
-    ]  # fmt: skip
-    if many is not None:
-        columns += [
-            Column("mean", [f"{one['coefficients']['mean']:.2f}" for one in sets], f"mean of {counted(many, 'coefficient')}", priority=2),
-            Column("near 0", [str(one["coefficients"]["near_0"]) for one in sets], "coefficients of at most 0.05", priority=1),
-            Column("near 1", [str(one["coefficients"]["near_1"]) for one in sets], "coefficients of at least 0.95", priority=1),
-        ]  # fmt: skip
-    which = "task's" if many is not None else "general"
-    mu = ["-" if one["mu"] is None else f"{one['mu']:.3g}" for one in sets]
-    return [*columns, Column("mu", mu, f"weight of the {which} text", priority=0)]
 
 
 def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:

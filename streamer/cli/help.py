@@ -75,7 +75,7 @@ examples:
       replaces the output with one for a different lambda
   streamer mitigate BASE ADAPTER -o as-lora --to-lora 32
   streamer mitigate BASE ADAPTER -o fitted --coefficients c.safetensors
-      apply the coefficients that `streamer fit` found
+      apply the factors that `streamer fit` found
   streamer mitigate BASE ADAPTER -o repaired --map base.map.safetensors
       apply a map of BASE, made once for all its adapters
 """,
@@ -96,8 +96,6 @@ examples:
       a page with figures
   streamer report DIR -o report.html
       one page for a directory of findings, from several adapters
-  streamer report f.safetensors BASE ADAPTER --coefficients c.safetensors
-      the effect of coefficients on the intruders
   streamer report merged
       the record (streamer.json) of an output
 """,

@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
 
 def _paths(args: argparse.Namespace) -> list[str]:
     """Collect the paths given to the command, including addresses as they are printed."""
-    names = ("base", "adapter", "output", "findings", "first", "second", "general", "task")
+    names = ("base", "adapter", "output", "findings", "evaluation", "first", "second", "general", "task")
     values = [getattr(args, name, None) for name in names]
     paths = [path for value in values for path in (value if isinstance(value, list) else [value]) if path]
     with contextlib.suppress(UsageError):  # keep an invalid address as given

@@ -17,9 +17,9 @@ from streamer.cli.worker_options import add_workers
 OPTIONS = {
     "threshold_epsilon": "--epsilon",
     **{name: f"--{name.replace('_', '-')}" for name in
-       ("architecture", "coefficients", "device", "dtype", "grain", "holdout", "keep", "lambda", "length", "map", "max_memory",
+       ("architecture", "coefficients", "device", "dtype", "holdout", "keep", "lambda", "length", "map", "max_memory",
         "method", "other",
-        "objective", "seed", "select", "sequences", "solver", "steps", "to_lora", "top_k")},
+        "seed", "select", "sequences", "solver", "to_lora", "top_k")},
 }  # fmt: skip
 """Options by the library's keyword, so that messages can name the option."""
 
@@ -145,7 +145,7 @@ def build_parser() -> Parser:
                    help="; ".join(f"{name}: {about}" for name, about in ABOUT.items())
                         + f"; with --coefficients or --map, the file sets the method (default: {DEFAULT_METHOD})")  # fmt: skip
     g.add_argument("--coefficients", metavar="FILE",
-                   help="coefficients from `streamer fit`; detection and --lambda are not used")  # fmt: skip
+                   help="factors from `streamer fit`; detection and --lambda are not used")  # fmt: skip
     g.add_argument("--keep", type=number, metavar="SHARE",
                    help="if --coefficients has several sets: use the one for this share of the learning")  # fmt: skip
     g.add_argument("--map", type=path, metavar="FILE", help="map of BASE from `streamer map`; detection is not used")
@@ -185,19 +185,14 @@ def build_parser() -> Parser:
     add_workers(sub)
     sub.add_argument("--dequantize", action="store_true",
                      help="if the base is quantized, write a plain model, in the dtype of its config")  # fmt: skip
-    sub = command("report", "show findings or an output as a table, JSON or a page", reading)
+    sub = command("report", "show findings or an output as a table, JSON or a page")
     sub.add_argument(
         "findings",
         metavar="FINDINGS",
         help="findings file from `streamer detect`, a directory of such files, or an output's directory",
     )
-    sub.add_argument("base", metavar="EVALUATION", nargs="?",
-                     help="evaluation of the same adapter from `streamer evaluate`; with --coefficients, give BASE here")  # fmt: skip
-    sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter; give it together with BASE")
-    sub.add_argument("--coefficients", metavar="FILE",
-                     help="coefficients from `streamer fit`: compare their effect on the intruders and on the whole adapter")  # fmt: skip
-    sub.add_argument("--keep", type=number, metavar="SHARE",
-                     help="if --coefficients has several sets: use the one for this share of the learning")  # fmt: skip
+    sub.add_argument("evaluation", metavar="EVALUATION", nargs="?",
+                     help="evaluation of the same adapter from `streamer evaluate`")  # fmt: skip
     sub.add_argument(
         "-o",
         "--output",
@@ -253,9 +248,9 @@ def build_parser() -> Parser:
     add_amplify(sub)
     sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=list(WITHOUT_FILES),
                      metavar="M,M", help=f"one or several of {', '.join(WITHOUT_FILES)}, separated by commas (default: all); to "
-                                         "evaluate only the sets in --coefficients, give their method (fitted or regmean)")  # fmt: skip
+                                         "evaluate only the sets in --coefficients, give their method, regmean")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
-                     help="coefficients from `streamer fit`: each set is a variant; use texts that they were not fitted to")  # fmt: skip
+                     help="factors from `streamer fit`: each set is a variant; use texts that they were not fitted to")  # fmt: skip
     sub.add_argument(
         "--map", type=path, metavar="FILE", help="map of BASE from `streamer map`: also evaluate method nullspace"
     )
@@ -270,12 +265,12 @@ def build_parser() -> Parser:
     sub.add_argument("--projected", action="store_true",
                      help="evaluate deltas projected onto the adapter's rank, as `mitigate` writes them")  # fmt: skip
     add_workers(sub)
-    out = writing("FILE", "file of coefficients or factors to write (.safetensors)")
-    sub = command("fit", "fit new factors, or a coefficient for each direction, to your texts", out, reading)
+    out = writing("FILE", "file of factors to write (.safetensors)")
+    sub = command("fit", "fit new factors to your texts", out, reading)
     inputs(sub)
     add_texts(sub)
     add_fit(sub)
-    add_computing(sub, "enough to process 1,024 tokens at once for gradients and 4,096 for measurements")
+    add_computing(sub, "enough to process 1,024 tokens at once for inputs and 4,096 for measurements")
     add_workers(sub)
     out = writing("FILE", "map file to write (.safetensors)")
     sub = command("map", "record the inputs of a base's modules on general text, for --map", out, of_base)

@@ -56,12 +56,7 @@ def _held(tree: Mapping[str, Any]) -> str:
 
         return fates_counted(totals)
     if schema == "streamer.fit":
-        sets = counted(len(tree["sets"]), "set")
-        return (
-            f"{counted(tree['parameters'], 'coefficient')} in {sets}"
-            if "parameters" in tree
-            else f"{sets} of new factors"
-        )
+        return f"{counted(len(tree['sets']), 'set')} of new factors"
     if schema == "streamer.map":
         return f"{counted(tree['inputs'], 'input')} of {counted(tree['matrices'], 'matrix')}"
     if schema == "streamer.repair":

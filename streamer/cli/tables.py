@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamer.api.views import input_options, is_repeated, natural, record_lines, takes_findings
-from streamer.cli.coefficients_table import mean_columns, mean_line
 from streamer.cli.forecast_table import forecast_table
 from streamer.cli.layout import Column, Screen, fit, shorten, table
 from streamer.units import format_size, listed
 
 if TYPE_CHECKING:
     from streamer.detection.findings import Findings
-    from streamer.detection.findings_records import FindingsRecord
     from streamer.detection.matrix_finding import MatrixFinding
 
 MANY, SHOWN = 20, 10
@@ -26,19 +24,9 @@ NO_LIMIT = Screen()
 
 
 def findings_table(
-    findings: Findings,
-    screen: Screen = NO_LIMIT,
-    written: Path | None = None,
-    state: str = "written",
-    record: FindingsRecord | None = None,
+    findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None, state: str = "written"
 ) -> str:
-    """Format findings: one line for each matrix, or the ten with the most intruder energy; totals; and the file written.
-
-    Parameters
-    ----------
-    record
-        The findings' JSON with mean coefficients, if coefficients are given.
-    """
+    """Format findings: one line for each matrix, or the ten with the most intruder energy; totals; and the file written."""
     every = sorted(findings, key=lambda m: natural(m.tensor))
     chosen, cut = _most(every, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
     found = [m.detection for m in chosen]
@@ -58,9 +46,6 @@ def findings_table(
         Column("lost", [f"{100 * d.dropped_at_zero:.1f}%" for d in found],
                "share lost in projection onto rank r by `mitigate --lambda 0 --method paper`", priority=5),
     ]  # fmt: skip
-    if record is not None:
-        means = {m["tensor"]: m["coefficients"] for m in record["matrices"]}
-        columns += mean_columns([means[m.tensor] for m in chosen])
     if len({_decided(m) for m in findings}) > 1:
         columns.append(
             Column(
@@ -84,8 +69,6 @@ def findings_table(
         summary += "; an open direction does not count as an intruder; another --epsilon may settle it"
         if short := sum(_wants_memory(m) for m in findings):
             summary += f"\n{short} of these for lack of memory: with a larger --max-memory, a full SVD or float64 may settle them"
-    if record is not None:
-        summary += f"\n{mean_line(record['totals']['coefficients'])}"
     if written is not None:
         summary += f"\n{stood(written, state)}: {format_size(written.stat().st_size)}"
     return _sections(

@@ -64,16 +64,8 @@ def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
             metavar="SHARE",
             help="share of the learning to keep (default: 0.9)",
         )
-    sub.add_argument("--objective", choices=["divergence", "loss"],
-                     help="what coefficients minimize: the divergence (from BASE on general text, from ADAPTER on the task's), "
-                          "or the loss on both texts (default: divergence)")  # fmt: skip
-    sub.add_argument("--grain", choices=["inputs", "direction", "matrix", "all"],
-                     help="inputs: fit a new lora_A to the inputs of each module on both texts; direction, matrix: fit a coefficient for "
-                          "each; all: fit one coefficient, a shrink (default: inputs; direction for deltas without factors)")  # fmt: skip
     sub.add_argument("--holdout", type=number, default=0.25, metavar="SHARE",
                      help="share of each text's sequences to hold out for choosing and measuring (default: 0.25)")  # fmt: skip
-    sub.add_argument("--steps", type=integer, metavar="N",
-                     help="points at which to compute gradients of coefficients (default: two for each share, at least three)")  # fmt: skip
     sub.add_argument(
         "--seed", type=integer, default=0, metavar="N", help="decides which sequences are held out (default: 0)"
     )

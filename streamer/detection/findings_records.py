@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NotRequired, TypedDict
 
-from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, Sha256, Share, State, TensorName
+from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, Share, State, TensorName
 from streamer.plan.sources import AdapterSource, BaseSource
 
 # fmt: off
@@ -54,13 +54,6 @@ class MatrixFigures(MatrixHead):
     dropped_at_zero: Annotated[Amount, "Share of the mitigated delta's norm that projection onto the adapter's rank would lose at lambda 0 "
         "with --method paper."]
 
-class CoefficientMeans(TypedDict):
-    """Mean coefficients of a matrix."""
-    mean: Annotated[Share | None, "Mean coefficient of the delta's singular directions, weighted by their energy; null if the delta is "
-        "zero."]
-    intruders_mean: Annotated[Share | None, "The same for all its intruders; null if it has none."]
-    intruders: Annotated[list[Share | None], "The same for each intruder, in the order of their 0-based ranks."]
-
 class MatrixRecord(MatrixFigures):
     """Result for one matrix."""
     singular_values: Annotated[PerDirection, "singular values of base + delta."]
@@ -70,15 +63,6 @@ class MatrixRecord(MatrixFigures):
     base_singular_values: Annotated[PerDirection, "the largest singular values of the base, or Ritz values, which are at most as large."]
     intruders: Annotated[Ranks, "the intruders."]
     seconds: Annotated[Amount | None, "Wall time in s of detection; null if the findings come from a file."]
-    coefficients: NotRequired[Annotated[CoefficientMeans, "Effect of the given coefficients on the matrix's delta."]]
-
-class CoefficientTotals(TypedDict):
-    """Digest of the given coefficients, and their means over all matrices."""
-    keep: Annotated[float, "Share of the learning that they were fitted to keep."]
-    sha256: Annotated[Sha256, "Digest of the values of all matrices' coefficients (SHA-256, hexadecimal)."]
-    mean: Annotated[Share | None, "Mean coefficient of the deltas' singular directions, weighted by their squared singular values."]
-    intruders_mean: Annotated[Share | None, "The same for the intruders, weighted by the energy on their left singular vectors; null if "
-        "there are none."]
 
 class TotalsRecord(TypedDict):
     """Totals over all matrices."""
@@ -91,7 +75,6 @@ class TotalsRecord(TypedDict):
         "closer to the base than a random vector. Then the adapter was probably trained on another base. Null if undecidable: at least 8 "
         "matrices are needed, large enough that a random vector is clearly below threshold_epsilon."]
     seconds: Annotated[Amount | None, "Wall time in s of detection, for the matrices that this run computed; null if there are none."]
-    coefficients: NotRequired[Annotated[CoefficientTotals, "Effect of the given coefficients on all matrices together."]]
 
 class FindingsRecord(TypedDict):
     """The intruder dimensions of an adapter, as printed by `streamer detect --json` and `streamer report --json`."""

@@ -13,7 +13,7 @@ from streamer.measuring.divergences import BinsRecord
 from streamer.measuring.identity import Configs
 from streamer.measuring.statistics import Effect
 from streamer.methods import MethodName
-from streamer.methods.fit_set import CoefficientsRecord
+from streamer.methods.factors import CoefficientsRecord
 from streamer.methods.input_map import MapRecord
 from streamer.plan.sources import AdapterSource, BaseSource
 
@@ -122,12 +122,12 @@ class Against(TypedDict):
     task_top1_se: PairedError | None
 
 VariantRecord = TypedDict("VariantRecord", {
-    "name": Annotated[str, "`base`, `adapter`, or method and lambda, such as `paper 0.5`; for a fit, the share to keep, such as `fitted "
+    "name": Annotated[str, "`base`, `adapter`, or method and lambda, such as `paper 0.5`; for a fit, the share to keep, such as `regmean "
         "0.9`."],
     "method": Annotated[MethodName | None, "The method; null for base and adapter."],
     "lambda": Annotated[float | None, "Share to keep: of an intruder, of the delta (shrink), or of its energy on general inputs "
-        "(nullspace); null for base, adapter, fitted and regmean."],
-    "keep": NotRequired[Annotated[float, "With methods fitted and regmean: share of the learning that the set was fitted to keep."]],
+        "(nullspace); null for base, adapter and regmean."],
+    "keep": NotRequired[Annotated[float, "With method regmean: share of the learning that the set was fitted to keep."]],
     "general": Annotated[TextFigures, "On the general text."],
     "task": Annotated[TextFigures, "On the task's text."],
     "others": NotRequired[Annotated[list[OtherFigures], "On the other texts, in the order of `texts.others`."]],
@@ -181,7 +181,7 @@ SuggestionRecord = TypedDict("SuggestionRecord", {
     "name": Annotated[str | None, "Its name; null if nothing can be suggested."],
     "method": Annotated[MethodName | None, "The method; null for base and adapter."],
     "lambda": Annotated[float | None, "Share to keep: of an intruder, of the delta (shrink), or of its energy on general inputs "
-        "(nullspace); null for base, adapter, fitted and regmean."],
+        "(nullspace); null for base, adapter and regmean."],
     "reason": Annotated[Reason, "not learned: the adapter's loss on the task's text is not below the base's by two standard errors (more "
         "with few sequences, by Student's quantile), and nothing is suggested; not forgotten: its divergence from the base on the general "
         "text is not above 0 by two, and the unchanged adapter is suggested; none better: no variant that keeps enough forgets less; not "

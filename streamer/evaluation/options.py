@@ -13,7 +13,7 @@ from streamer.evaluation.suggestion import check_keep
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.methods import WITHOUT_FILES, MethodName, Shrink
 from streamer.methods.coefficients import Coefficients
-from streamer.methods.fit_set import CoefficientsRecord
+from streamer.methods.factors import CoefficientsRecord
 from streamer.methods.input_map import InputMap
 from streamer.plan.plan import Plan
 from streamer.streaming.values import VariantSet

@@ -1,102 +1,82 @@
-"""Run the algorithm that fits coefficients, and answer its requests; a journal of the answers lets a killed run resume."""
+"""Fit right factors to the inputs of modules, and write them to a file.
+
+One pass collects inputs and solves for a grid of weights, whose results are measured; each share is interpolated between them. Then, at
+each share's weight, the model runs again, and each layer's factors are fitted to the inputs that the preceding layers produce with their
+new factors. A killed run repeats the collecting and correcting passes, which give the same values; measurements are in the journal.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Generator, Mapping, Sequence
-from functools import cached_property
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
+import torch
 
-from streamer.evaluation.steps import answered
-from streamer.fitting import algorithm
-from streamer.fitting.algorithm import Answer, Gradient, Measure, Request, Slope, fit_steps
-from streamer.fitting.costs import GRADIENT, gradient_costs
-from streamer.fitting.division import DividedFit
-from streamer.fitting.inputs import InputsRun
-from streamer.fitting.parameters import Parameters
+from streamer.errors import UnsupportedError
+from streamer.fitting.groups import advance, expected_costs, groups_of
+from streamer.fitting.options import WEIGHTS
+from streamer.fitting.points import Point, factors_of, replaced, scaled, spooled, through
 from streamer.fitting.prepare import PreparedFit
-from streamer.fitting.records import inspect, key, result_file
-from streamer.fitting.result import FoundSet, adapter_facts, doubts, misses, scaling_facts, set_facts, shrinks
-from streamer.fitting.tasks import gradients_on_workers
-from streamer.measuring.result_file import Arrays, Records, computing
+from streamer.fitting.result import SHRINKS, adapter_facts, doubts, misses, scaling_facts, set_facts
+from streamer.fitting.tasks import layers_on_workers
+from streamer.linalg.feedback import InputPair, WeightDelta, corrected
+from streamer.linalg.regmean import RIDGE, answers
+from streamer.linalg.second_moments import Moments, RowMoments
+from streamer.measuring.passes import measure_variants, needs_one_length
+from streamer.measuring.progress import RunProgress
+from streamer.measuring.result_file import Records, ResultFile, State, computing, stands
 from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import SequenceSums
-from streamer.methods import Fitted, Shrink
-from streamer.methods.coefficient_set import Floats
-from streamer.methods.coefficients import Coefficients, load_coefficients
-from streamer.streaming.gradients import Against, GradientModel, TextGradient
+from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW
+from streamer.methods import UNCHANGED, RegMean, Shrink
+from streamer.methods.coefficients import FIT, Coefficients, load_coefficients
+from streamer.methods.factors import FactorSet
+from streamer.plan.memory_estimate import check_budget
+from streamer.plan.targets import Target
+from streamer.storage.system import limit_freed_memory
+from streamer.streaming.corrected import CorrectedModel
+from streamer.streaming.spool import Spool, Spooled
+from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED
+from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import ADAPTER, BASE, Variant
+from streamer.units import counted, listed
 from streamer.workers.engine import kept
 
+ROUNDS = 3
+"""Most interpolations that are measured for a share, by a secant rule."""
 
-class HeldOutText:
-    """Measure the base and every requested θ on the held-out sequences of both texts, and keep their sums."""
+STEP = 1.5
+"""Factor between the weights of two corrections, between which the requested share is interpolated."""
 
-    def __init__(self, divided: DividedFit, parameters: Parameters) -> None:
-        self._divided, self._parameters = divided, parameters
-        self._rows: dict[bytes, Mapping[str, SequenceSums]] = {}
-        """The sums of one variant by text, under θ as bytes. The key of the base is empty, also for θ = 0 where that equals the base."""
+CLOSE = 0.01
+"""A corrected point may replace an uncorrected one if it keeps the requested share to within this."""
 
-    @property
-    def adapter(self) -> Floats:
-        """Return the unchanged adapter's parameters, which are all 1."""
-        return np.ones(self._parameters.count)
+EXACT = 0.003
+"""An interpolation is accepted if it keeps the requested share to within this."""
 
-    def missing(self, asked: Sequence[Floats]) -> list[Floats]:
-        """List the parameters that have not been measured yet, without duplicates."""
-        measured = {b"", *self._rows}
-        return list({self._key(theta): theta for theta in asked if self._key(theta) not in measured}.values())
 
-    def measure(self, request: int, asked: Sequence[Floats], others: Sequence[Variant] = ()) -> None:
-        """Measure the parameters that have not been measured yet, all in the same passes.
+def result_file(prepared: PreparedFit, output: Path) -> ResultFile:
+    """Describe the coefficients file that a fit writes."""
+    return ResultFile(output, FIT.what, "this very fit", "coefficients.safetensors", prepared.plan, prepared.run, prepared.facts,
+                      lambda path: stands(path, FIT, prepared.facts, load_coefficients))  # fmt: skip
 
-        Parameters
-        ----------
-        request
-            Number of the request, which identifies its records in the journal.
-        others
-            Variants to measure in the same passes; `of_variant` returns their sums.
-        """
-        new = self.missing([self.adapter, *asked])
-        if not new:
-            return
-        fitted = (Fitted(coefficients=self._parameters.coefficient_set(1.0, theta)) for theta in new)
-        variants = [Variant(BASE, None), *map(Variant, map(self._name, new), fitted), *others]
-        whole = self._divided.measure(variants, lambda i: key(request, i, new))
-        for v, row in enumerate([b"", *map(self._key, new), *(one.name.encode() for one in others)]):
-            self._rows[row] = {text: of.take([v]) for text, of in whole.items()}
 
-    def sums(self, text: str, asked: Sequence[Floats]) -> SequenceSums:
-        """Return the sums on one text of the base, the unchanged adapter and these parameters, which must have been measured."""
-        return self._joined(text, [b"", *map(self._key, [self.adapter, *asked])])
-
-    def of_variant(self, name: str) -> tuple[SequenceSums, SequenceSums]:
-        """Return the sums on both texts of the base, the unchanged adapter and a variant that was measured with them."""
-        keys = [b"", self._key(self.adapter), name.encode()]
-        return self._joined(GENERAL, keys), self._joined(TASK, keys)
-
-    def _joined(self, text: str, keys: Sequence[bytes]) -> SequenceSums:
-        first, *others = (self._rows[one][text] for one in keys)
-        return first.joined(*others)
-
-    def _key(self, theta: Floats) -> bytes:
-        return b"" if not theta.any() and not self._divided.prepared.unchanged else theta.tobytes()
-
-    @staticmethod
-    def _name(theta: Floats) -> str:
-        """Name the model with these parameters, for messages."""
-        if (theta == theta[:1]).all():
-            return ADAPTER if (theta == 1).all() else Shrink(float(theta[0])).label
-        return Fitted.name
+def inspect(prepared: PreparedFit, output: Path) -> State:
+    """Check, without writing, whether a fit can be written to a file, and whether the file exists or was begun."""
+    file = result_file(prepared, output)
+    file.check_path()
+    check_budget([prepared.least], prepared.max_memory, ", and less with fewer --sequences")
+    return file.state()
 
 
 def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
-    """Fit all sets of coefficients; write them to a file if an output is given."""
+    """Fit factors for all shares; write them to a file if an output is given."""
     if output is None:
-        return _result(prepared, Records(), None)
+        return FitRun(prepared, Records(), None).result()
     file = result_file(prepared, output)
     if inspect(prepared, output) == "done":
         file.left()
@@ -104,132 +84,239 @@ def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
         prepared.run.monitor.warn([*doubts(standing.facts), *misses(standing.facts)])
         return standing
     with file.written() as records:
-        made = _result(prepared, records, output.parent)
+        made = FitRun(prepared, records, output.parent).result()
         prepared.plan.check_unchanged()
         made.save(output, overwrite=True)  # `inspect` has already approved replacing an existing file
     return made
 
 
-def _result(prepared: PreparedFit, records: Records, directory: Path | None) -> Coefficients:
-    with kept(prepared.run.workers):
-        return (InputsRun if prepared.by_inputs else _Run)(prepared, records, directory).result()
-
-
-class _Run(DividedFit):
-    """Carry out one fit of coefficients.
+class FitRun:
+    """One fit in progress.
 
     Parameters
     ----------
     records
-        Records of an interrupted run; this run adds its own.
+        Records of an interrupted run, extended by this run.
     directory
-        Directory for temporary files; None for the system's default.
+        Directory whose file system holds temporary files; None for the system's default.
     """
 
     def __init__(self, prepared: PreparedFit, records: Records, directory: Path | None) -> None:
-        super().__init__(prepared, records)
-        self.directory, self.parameters = directory, prepared.parameters
-        self.gradients = 0
-        """Number of gradients computed or read from the journal."""
+        self.records, self.monitor, self.directory = records, prepared.run.monitor, directory
+        self._divide(prepared)
+        self.raised: list[str] = []
+        self.uncorrected: set[str] = set()
+        self._requests = 0
+        self._rows: dict[str, Mapping[str, SequenceSums]] = {}
 
     def result(self) -> Coefficients:
-        """Run the fit, and remove temporary files even if it is interrupted."""
+        """Run to the end and return the result."""
+        prepared, plan = self.prepared, self.prepared.plan
+        if all(factors_of(plan, target).is_zero() for target in plan.targets):
+            raise UnsupportedError(f"{plan.adapter.path}: all of its deltas are zero, so there is nothing to fit")
+        prepared.warn()
+        if prepared.max_memory is not None:
+            limit_freed_memory()
+        spool = Spool(self.directory)
         try:
-            return self._result()
+            with kept(prepared.run.workers), computing(self.records.threads, self.monitor):
+                self._check_logits()
+                self.progress.resume(self.records.taken_up)
+                baseline = [Variant.of(Shrink(lam)) for lam in SHRINKS]
+                self._measure_new([Variant(ADAPTER, UNCHANGED), *baseline, *prepared.scaling])
+                of_adapter = adapter_facts(*self._sums([]), prepared.texts[TASK].whole.name)
+                self.monitor.warn(doubts(of_adapter))
+                rounds, device = prepared.model.job.rounds_products, prepared.model.job.device
+                elsewhere = layers_on_workers(prepared.model.job, prepared.run, self.records.threads)
+                model = CorrectedModel(plan, rounds_products=rounds, directory=self.directory, device=device,
+                                       elsewhere=elsewhere)  # fmt: skip
+                points, unseen = self._solved(model, spool)
+                found = [
+                    (keep, self._corrected(model, spool, keep, point)) for keep, point in self._interpolated(points)
+                ]
+                self.progress.finish()
+                names = [*(one.name for one in baseline), *(point.name for _, point in found)]
+                facts = {
+                    **prepared.facts, "ridge": RIDGE, "raised": self.raised, "unseen": unseen,
+                    "uncorrected": sorted(self.uncorrected), **of_adapter,
+                    **scaling_facts(prepared.scaling, lambda name: self._sums([name])),
+                    "sets": set_facts(*self._sums(names), found),
+                }  # fmt: skip
+                if self.uncorrected:
+                    count, first = counted(len(self.uncorrected), "matrix"), listed(map(repr, sorted(self.uncorrected)))
+                    self.monitor.warn(
+                        (f"a correction would have made {count} too large, {first}: they keep the first pass' factors",)
+                    )
+                self.monitor.warn(misses(facts))
+                tensors = [target.tensor for target in plan.targets]
+                made = tuple(
+                    FactorSet(keep, {tensor: point.factors[tensor].clone() for tensor in tensors})
+                    for keep, point in found
+                )
         finally:
-            if "model" in self.__dict__:  # only if a gradient was computed
-                self.model.close()
-
-    def _result(self) -> Coefficients:
-        self.prepared.warn()
-        with computing(self.records.threads, self.monitor):
-            self.check()
-            self.progress.resume(self.records.taken_up)
-            # Measure these first, so that refusals and doubts come before the expensive work.
-            baseline = shrinks(self.parameters.count)
-            self.held_out.measure(0, baseline, self.prepared.scaling)
-            of_adapter = adapter_facts(*self._held_sums([]), self.prepared.texts[TASK].whole.name)
-            self.monitor.warn(doubts(of_adapter))
-            numbers = itertools.count(1)
-
-            def answer(request: Request) -> Answer:
-                number = next(numbers)
-                return self._slope(number, request) if isinstance(request, Gradient) else self._losses(number, request)
-
-            found = answered(fit_steps(self.prepared.of_algorithm), answer)
-            thetas = [one.coefficients for one in found]
-            self.held_out.measure(next(numbers), thetas)
-        self.progress.finish()
-        sets = [FoundSet(one.keep, one.weight, Fitted.name, one.coefficients) for one in found]
-        facts = {
-            **self.prepared.facts,
-            "parameters": self.parameters.count,
-            "gradients": self.gradients,
-            **of_adapter,
-            **scaling_facts(self.prepared.scaling, self.held_out.of_variant),
-            "sets": set_facts(*self._held_sums([*baseline, *thetas]), sets),
-        }
-        self.monitor.warn(misses(facts))
-        made = tuple(self.parameters.coefficient_set(one.keep, one.coefficients) for one in found)
+            spool.close()
         return Coefficients(made, facts)
 
-    def _slope(self, number: int, request: Gradient) -> Slope:
-        """Compute the mean of the minimized quantity over a text's tokens, and its gradient with respect to θ."""
-        theta, costs = request.coefficients, gradient_costs(self.prepared, request.text)
-        keys = [key(number, chunk, [theta]) for chunk in range(len(costs))]
-        found, todo = dict[int, Arrays](), list[int]()
-        for chunk, cost in enumerate(costs):
-            if (known := self.records.find(keys[chunk])) is None:
-                todo.append(chunk)
-            else:
-                found[chunk] = known
-                self.progress.advance(cost)
-        with contextlib.closing(self._gradients(request, todo, costs)) as stream:
-            for chunk, own in stream:
-                sums = np.array([own.value, own.tokens])
-                self.prepared.plan.check_unchanged()
-                found[chunk] = {"sums": sums, "gradient": self.parameters.gather(own.gradient)}
-                self.records.add(keys[chunk], found[chunk])
-                self.progress.advance(costs[chunk])
-        self.gradients += 1
-        sums, gradient = np.zeros(2), np.zeros(self.parameters.count)
-        for chunk in range(len(costs)):  # in a fixed order, whichever arrived first
-            sums, gradient = sums + found[chunk]["sums"], gradient + found[chunk]["gradient"]
-        return Slope(float(sums[0] / sums[1]), gradient / sums[1])
+    def _divide(self, prepared: PreparedFit) -> None:
+        """Divide the work into passes, and start counting."""
+        self.prepared, self.progress = prepared, RunProgress(self.monitor, prepared.model.size, "fit")
+        expected = expected_costs(prepared)
+        self.progress.expect([*expected.groups, *expected.passes])
 
-    def _gradients(
-        self, request: Gradient, chunks: Sequence[int], costs: Sequence[int]
-    ) -> Generator[tuple[int, TextGradient], None, None]:
-        """Compute the gradient on chunks of a text, here or on workers, and yield each chunk's index with its gradient."""
-        prepared, objective = self.prepared, self.prepared.options.made_small
-        against: Against = "labels" if objective == "loss" else "base" if request.text == GENERAL else "adapter"
-        text, coefficients = prepared.texts[request.text].fitted, self.parameters.coefficients(request.coefficients)
-        own = {chunk: text.take(prepared.chunks[request.text][chunk]) for chunk in chunks}
-        if prepared.run.workers is not None and own:
-            yield from gradients_on_workers(
-                prepared, self.directory, coefficients, against, own, self.records.threads, self.progress.begin
+    def _check_logits(self) -> None:
+        """Check the logits, and divide the work again if they show that only sequences of one length may run together."""
+        own = self.prepared
+        one_length = needs_one_length(own.model.job, own.one_length, own.groups, self.records, self.progress)
+        if one_length != own.one_length:
+            self._divide(replace(own, one_length=one_length))
+
+    def _solved(self, model: CorrectedModel, spool: Spool) -> tuple[list[Point], list[str]]:
+        """Collect the inputs' moments and solve for each weight; also list matrices that some text never reached: their delta stays."""
+        prepared, plan = self.prepared, self.prepared.plan
+        places: dict[str, Sequence[Spooled]] = {}
+
+        def complete(targets: list[Target], moments: Mapping[int, Moments]) -> None:
+            self.monitor.checkpoint()
+            factors = [(delta.L, delta.R) for delta in (factors_of(plan, target) for target in targets)]
+            rights, ridge = answers(
+                factors, moments[TASK_AS], moments[GENERAL_AS], WEIGHTS, targets[0].tensor, prepared.matrices_bytes
             )
+            if ridge > RIDGE:
+                self.raised += [target.tensor for target in targets]
+            for target, mine in zip(targets, rights, strict=True):
+                places[target.tensor] = [spool.write([right.to(torch.float32)]) for right in mine]
+
+        groups = groups_of(self.prepared, self.progress, {GENERAL_AS: GENERAL, TASK_AS: TASK})
+        model.collect(groups, complete)
+        advance(self.prepared, self.progress, groups)
+        plan.check_unchanged()
+        if model.unseen:
+            count, first = counted(len(model.unseen), "matrix"), listed(map(repr, model.unseen))
+            self.monitor.warn(
+                (f"{count} received no tokens from one of the texts, and the delta there is kept: {first}",)
+            )
+        if self.raised:
+            self.monitor.warn((f"the texts are short for the inputs of {counted(len(self.raised), 'matrix')}, "
+                               f"{listed(map(repr, self.raised))}: the ridge was raised; more text may forget less",))  # fmt: skip
+        as_is = scaled(plan, 1.0)
+        for tensor in model.unseen:
+            places[tensor] = [spool.write([as_is[tensor]])] * len(WEIGHTS)
+        points = [Point(mu, spooled(spool, places, number)) for number, mu in enumerate(WEIGHTS)]
+        return [Point(0.0, as_is), *points, Point(math.inf, scaled(plan, 0.0))], model.unseen
+
+    def _corrected(self, model: CorrectedModel, spool: Spool, keep: float, point: Point) -> Point:
+        """Fit each layer to the preceding ones' outputs, at two weights if needed; return the result if better and close to the share."""
+        if not 0 < point.weight < math.inf or not model.corrects:
+            return point
+        try:
+            made = [self._correct(model, spool, point, point.weight)]
+            if abs((kept := self._kept(made[0])) - keep) > EXACT:
+                made.append(self._correct(model, spool, point, point.weight * (STEP if kept > keep else 1 / STEP)))
+                other = self._kept(made[1])
+                t = min(2.0, max(0.0, (kept - keep) / (kept - other))) if kept != other else 0.5
+                made.append(made[0].towards(made[1], t))
+                self._measure_new([self._variant(made[2])])
+        except UnsupportedError as e:
+            self.monitor.warn((f"{e}: the factors are not corrected",))
+            return point
+        best = min(made, key=lambda one: abs(self._kept(one) - keep))
+
+        def left(one: Point) -> float:
+            return float(self._sums([one.name])[0].kl[ADAPTER_ROW + 1].sum())
+
+        return best if left(best) < left(point) and abs(self._kept(best) - keep) <= CLOSE else point
+
+    def _correct(self, model: CorrectedModel, spool: Spool, point: Point, weight: float) -> Point:
+        """Run and correct the model at a weight, starting from a point's factors, and measure the result."""
+        plan = self.prepared.plan
+        places: dict[str, Sequence[Spooled]] = {}
+        made = replaced(spooled(spool, places, 0), point.factors)
+
+        def replaced_by(targets: Sequence[Target], moments: Mapping[int, RowMoments]) -> None:
+            self.monitor.checkpoint()
+            pairs = [(t, delta) for t in targets if not (delta := factors_of(plan, t)).is_zero()]
+            if not pairs:
+                return
+            own = [WeightDelta(delta.L, delta.R, partial(through, plan, t)) for t, delta in pairs]
+            task, general = (
+                InputPair(moments[a], moments[b])
+                for a, b in ((TASK_AS, TASK_CORRECTED), (GENERAL_AS, GENERAL_CORRECTED))
+            )
+            rights = corrected(own, task, general, weight, self.prepared.matrices_bytes)
+            if rights is None:
+                self.uncorrected.update(target.tensor for target, _ in pairs)
+                return
+            for (target, _), right in zip(pairs, rights, strict=True):
+                places[target.tensor] = [spool.write([right.to(torch.float32)])]
+
+        groups = groups_of(
+            self.prepared,
+            self.progress,
+            {GENERAL_AS: GENERAL, TASK_AS: TASK, GENERAL_CORRECTED: GENERAL, TASK_CORRECTED: TASK},
+        )
+        model.correct(groups, made, replaced_by)
+        advance(self.prepared, self.progress, groups)
+        plan.check_unchanged()
+        found = Point(weight, made, corrected=True)
+        self._measure_new([self._variant(found)])
+        return found
+
+    def _interpolated(self, points: Sequence[Point]) -> list[tuple[float, Point]]:
+        """Find for each share the point that keeps it, between two measured points, and measure it."""
+        keeps = self.prepared.options.keep
+        self._measure_new([self._variant(point) for point in points[1:-1]])
+        known = {keep: [(self._kept(point), point) for point in points] for keep in keeps}
+        found: dict[float, Point] = {}
+        for _ in range(ROUNDS):
+            asked: dict[float, Point] = {}
+            for keep, own in known.items():
+                at = max(i for i, (kept, _) in enumerate(own[:-1]) if kept >= keep or i == 0)
+                (above, a), (below, b) = own[at], own[at + 1]
+                t = min(1.0, max(0.0, (above - keep) / (above - below))) if above > below else 0.5
+                if keep not in found or abs(self._kept(found[keep]) - keep) > EXACT:
+                    asked[keep] = found[keep] = a.towards(b, t)
+            if not asked:
+                break
+            self._measure_new([self._variant(point) for point in asked.values()])
+            for keep, point in asked.items():
+                kept, own = self._kept(point), known[keep]
+                at = next((i for i, (_, other) in enumerate(own) if other.weight > point.weight), len(own) - 1)
+                own.insert(at, (kept, point))
+        for keep, own in known.items():  # if the curve is rough, the last point is not always the nearest
+            found[keep] = min((abs(kept - keep), i, point) for i, (kept, point) in enumerate(own[1:]))[2]
+        return [(keep, found[keep]) for keep in keeps]
+
+    def _variant(self, point: Point) -> Variant:
+        return Variant(point.name, RegMean(coefficients=FactorSet(1.0, point.factors)))
+
+    def _kept(self, point: Point) -> float:
+        """Return the share of the learning that a point keeps."""
+        if point.weight == 0:
+            return 1.0
+        return self._sums([point.name])[1].fraction(ADAPTER_ROW + 1).value
+
+    def _measure_new(self, variants: Sequence[Variant]) -> None:
+        """Measure together those variants that were not measured yet."""
+        new = [Variant(BASE, None), *(v for v in variants if v.name not in self._rows)]
+        if len(new) == 1:
             return
-        for chunk, sequences in own.items():
-            self.model.batch.on_read = self.progress.reading(costs[chunk], GRADIENT)
-            yield chunk, self.model.gradient(sequences, coefficients, against)
+        self._requests += 1
+        names = json.dumps([variant.name for variant in new])
+        own = self.prepared
 
-    def _losses(self, number: int, request: Measure) -> algorithm.HeldOutAnswer:
-        """Measure the requested coefficients on the held-out sequences."""
-        self.held_out.measure(number, request.coefficients)
-        return algorithm.HeldOutAnswer(*self._held_sums(request.coefficients))
+        def job(chosen: tuple[Variant, ...]) -> VariantSet:
+            return replace(own.model.job, variants=chosen, findings=own.findings)
 
-    def _held_sums(self, thetas: Sequence[Floats]) -> tuple[SequenceSums, SequenceSums]:
-        """Return the sums on both texts of the base, the unchanged adapter and these measured parameters."""
-        return self.held_out.sums(GENERAL, thetas), self.held_out.sums(TASK, thetas)
+        whole = measure_variants(
+            own.passes(len(new)), own.held_out, new, job, lambda i: f"{self._requests}.{i} {names}", self.records,
+            self.progress, own.run,
+        )  # fmt: skip
+        for row, variant in enumerate(new):
+            self._rows.setdefault(variant.name, {text: of.take([row]) for text, of in whole.items()})
 
-    @cached_property
-    def model(self) -> GradientModel:
-        """Make the model that computes gradients, when it is first needed."""
-        job = self.prepared.model.job
-        return GradientModel(job.plan, rounds_products=job.rounds_products, directory=self.directory, device=job.device)
-
-    @cached_property
-    def held_out(self) -> HeldOutText:
-        """Return the held-out measurements; call `check` first, because it may divide the work again."""
-        return HeldOutText(self, self.parameters)
+    def _sums(self, names: Sequence[str]) -> tuple[SequenceSums, SequenceSums]:
+        """Return the sums on both texts for the base, the unchanged adapter, and measured variants."""
+        assert (BASE_ROW, ADAPTER_ROW) == (0, 1)
+        rows = [self._rows[name] for name in (BASE, ADAPTER, *names)]
+        general, task = (rows[0][text].joined(*(row[text] for row in rows[1:])) for text in (GENERAL, TASK))
+        return general, task

@@ -1,54 +1,26 @@
-"""Estimate the memory of a gradient pass, and divide a text's sequences into chunks that run together."""
+"""Estimate the memory of a fit: of collecting inputs, and of solving between layers."""
 
 from __future__ import annotations
 
 from streamer.fitting.options import WEIGHTS
 from streamer.linalg import conjugate_gradients, regmean
-from streamer.measuring.pass_memory import TRANSFORMERS_BYTES, parts, rows_within
-from streamer.measuring.sequences import TextSequences
+from streamer.measuring.pass_memory import TRANSFORMERS_BYTES
 from streamer.plan.plan import Plan
-from streamer.streaming.gradients import GRADIENT_LOGIT_BYTES
 from streamer.streaming.lazy import BLOCK_BYTES
-from streamer.streaming.model import ModelSize, vocabulary_block
+from streamer.streaming.model import ModelSize
 from streamer.streaming.spooled_inputs import ROWS as ROWS_OF_INPUTS
 
 ROWS = 1024
 """Most tokens that run together unless a budget asks for fewer: reading the weights then needs less than a tenth of the time."""
 
-LOGIT_COPIES = 8
-"""Memory for everything that is computed from the logits in memory and for their gradient, in copies of these logits, including them."""
-
 ACTIVATIONS = 3
-"""Values of one layer's activations and their gradients, for each input or output of its matrices."""
+"""Values of one layer's activations, for each input or output of its matrices."""
 
 STATES_OF_INPUTS = 2
 """Values of the model's width that stay for each token of both texts while inputs are collected: embeddings, and a layer's outputs."""
 
 INPUT_COPIES = 4
 """Copies of inputs that are read together, in float32 units: one in float32, one in float64, and one more while they are joined."""
-
-STATES = 6
-"""Values of the model's width that exist at once for each token: last hidden states, the reference's, their gradients, and data read."""
-
-
-def gradient_bytes(size: ModelSize, resident: int, rows: int, length: int) -> int:
-    """Estimate the peak memory of a gradient pass, which does not depend on the number of layers.
-
-    Parameters
-    ----------
-    resident
-        Bytes in memory between two steps; see `plan.memory_estimate.resident_bytes`.
-    rows
-        Number of tokens that run together.
-    length
-        Number of tokens in a sequence.
-    """
-    layer = 4 * rows * (ACTIVATIONS * size.layer_width + 2 * size.attention * length) + 3 * size.layer_factors
-    block = min(size.vocabulary, vocabulary_block(rows, GRADIENT_LOGIT_BYTES))
-    logits = LOGIT_COPIES * 4 * rows * block
-    weights = 2 * min(BLOCK_BYTES, 4 * max(size.widest, block) * size.hidden)
-    states = 4 * rows * STATES * size.hidden
-    return resident + TRANSFORMERS_BYTES + max(layer, logits) + states + weights + size.dense + size.factors
 
 
 def states_bytes(size: ModelSize, resident: int, tokens: int) -> int:
@@ -91,29 +63,3 @@ def columns_of_inputs(plan: Plan) -> list[tuple[int, int]]:
             key = parent, name.partition("[")[2], target.module.shape[1]
             columns[key] = columns.get(key, 0) + target.module.factor_rank
     return [(n, count) for (*_, n), count in columns.items()]
-
-
-def plan_chunks(
-    text: TextSequences, size: ModelSize, resident: int, max_memory: int | None, one_length: bool
-) -> list[tuple[int, ...]]:
-    """Divide sequences into chunks that fit the budget; long ones run together, to reduce padding.
-
-    Parameters
-    ----------
-    one_length
-        Whether only sequences of one length may run together, without padding.
-
-    Returns
-    -------
-    list of tuple of int
-        Indices of the sequences that run together.
-
-    Raises
-    ------
-    UsageError
-        If the budget is too small for the longest sequence; the message names the smallest sufficient budget.
-    """
-    longest = text.longest
-    most = rows_within(max_memory, longest, ROWS, lambda rows: gradient_bytes(size, resident, rows, longest),
-                       f"the gradient on a sequence of {longest} tokens")  # fmt: skip
-    return list(parts(text, range(len(text.ids)), most, size.short, one_length))

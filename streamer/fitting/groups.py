@@ -1,21 +1,23 @@
-"""Divide the texts whose inputs are collected into groups of sequences, which take turns."""
+"""Divide the texts whose inputs are collected into groups of sequences, which take turns, and count the multiplications of a fit."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from streamer.fitting.fit_memory import columns_of_inputs
-from streamer.fitting.options import WEIGHTS
+from streamer.fitting.options import CORRECTIONS, WEIGHTS
 from streamer.fitting.prepare import PreparedFit
+from streamer.fitting.result import SHRINKS
 from streamer.linalg.conjugate_gradients import sketch_size
 from streamer.linalg.regmean import is_direct
 from streamer.measuring.pass_memory import parts
 from streamer.measuring.progress import RunProgress, pass_cost
-from streamer.measuring.sequences import TextSequences
-from streamer.streaming.streams import GENERAL_CORRECTED, TASK_CORRECTED, Group
+from streamer.measuring.sequences import GENERAL, TASK, TextSequences
+from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED, Group
 
 RUNS_CORRECTED = 2
 """Runs of a layer for its correction: up to each of its inputs, and to its end."""
@@ -81,6 +83,37 @@ def _solving_cost(prepared: PreparedFit, weights: int) -> int:
         else:
             count += 2 * tokens * n * (sketch_size(n) + STEPS * columns * weights)
     return count
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Multiplications of each expected group whose inputs are collected, and of each pass over the held-out sequences.
+
+    Attributes
+    ----------
+    variants
+        Most models that run in such a pass, including the base.
+    """
+
+    groups: list[int]
+    passes: list[int]
+    variants: int
+
+
+def expected_costs(prepared: PreparedFit) -> Costs:
+    """Count the pass that collects inputs, the corrections, and the passes that measure shrinks, the grid, and each share twice."""
+    count = len(prepared.options.keep)
+    measured = [2 + len(SHRINKS) + len(prepared.scaling), 1 + len(WEIGHTS), *[1 + count] * 2]
+    measured += [2] * (CORRECTIONS + 1) * count
+    before = {GENERAL_AS: GENERAL, TASK_AS: TASK}
+    again = {**before, GENERAL_CORRECTED: GENERAL, TASK_CORRECTED: TASK}
+    once, corrected = (group_costs(prepared, divided(prepared, streams)) for streams in (before, again))
+    passes = [
+        pass_cost(prepared.model.size, prepared.texts[one.text].held_out.take(one.sequences), 1 + len(one.variants))
+        for variants in measured
+        for one in prepared.passes(variants)
+    ]
+    return Costs(once + CORRECTIONS * count * corrected, passes, max(measured))
 
 
 def groups_of(prepared: PreparedFit, progress: RunProgress, streams: Mapping[int, str]) -> list[Group]:

@@ -6,31 +6,24 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
 from streamer.errors import FormatError, UsageError
 from streamer.evaluation.options import ProductDtype, check_dtype
 from streamer.evaluation.suggestion import check_keep
-from streamer.fitting import algorithm
 from streamer.measuring.sequences import GENERAL, TASK, TextSequences
-from streamer.methods.fit_set import share_name
-
-Objective = Literal["divergence", "loss"]
-"""What a fit minimises: divergences from the base and from the unchanged adapter, or the losses of both texts."""
-
-Grain = Literal["inputs", "direction", "matrix", "all"]
-"""What is fitted: right factors, to the inputs of each module; or coefficients, one per direction, one per matrix, or one for all."""
+from streamer.methods.factors import share_name
 
 LEAST = 2
 """Least number of sequences in each part of a text."""
 
 WEIGHTS = (0.05, 0.2, 0.6, 2.0, 6.0)
-"""Weights μ of the general text that are measured with grain ``inputs``; Δ' is interpolated between neighbours."""
+"""Weights μ of the general text that are measured; Δ' is interpolated between neighbours."""
 
 ALGORITHM = 2
-"""Version of the algorithm that fits factors to inputs: another version gives another fit of the same inputs. Version 2 corrects."""
+"""Version of the algorithm: another version gives another fit of the same inputs. Version 2 corrects."""
 
 CORRECTIONS = 2
 """Most corrections of a share's factors, at two weights."""
@@ -41,13 +34,10 @@ class FitOptions:
     """Options of a fit, all of which affect its result: keywords of `api.fit_coefficients`, which explains them."""
 
     keep: tuple[float, ...] = (0.9,)
-    objective: Objective | None = None
-    grain: Grain | None = None
     holdout: float = 0.25
     sequences: int = 64
     length: int = 512
     seed: int = 0
-    steps: int | None = None
     dtype: ProductDtype = "float32"
 
     def __post_init__(self) -> None:
@@ -59,42 +49,17 @@ class FitOptions:
                 raise UsageError(f"keep: {share!r} is the unchanged adapter, which needs no fit; give smaller shares")
         if len({share_name(share) for share in self.keep}) < len(self.keep):
             raise UsageError(f"keep: expected shares that differ in six digits, found {list(self.keep)}")
-        for name, choices in (("objective", Objective), ("grain", Grain)):
-            if getattr(self, name) not in (None, *get_args(choices)):
-                raise UsageError(
-                    f"{name}: expected one of {', '.join(get_args(choices))}, found {getattr(self, name)!r}"
-                )
         if isinstance(self.holdout, bool) or not isinstance(self.holdout, Real) or not 0 < self.holdout < 1:
             raise UsageError(f"holdout: expected a share between 0 and 1, found {self.holdout!r}")
-        for name, least in (("sequences", 2 * LEAST), ("length", 2), ("seed", 0), ("steps", 1)):
+        for name, least in (("sequences", 2 * LEAST), ("length", 2), ("seed", 0)):
             value = getattr(self, name)
-            if name == "steps" and value is None:
-                continue
             if type(value) is not int or value < least:
                 raise UsageError(f"{name}: expected a whole number from {least}, found {value!r}")
         check_dtype(self.dtype)
-        for name in ("steps", "objective"):
-            if self.grain == "inputs" and getattr(self, name) is not None:
-                raise UsageError(
-                    f"{name}: applies to coefficients, but grain 'inputs' fits none, found {getattr(self, name)!r}; leave it out"
-                )
-
-    @property
-    def made_small(self) -> Objective:
-        """Return what coefficients minimise."""
-        return self.objective or "divergence"
-
-    def of_algorithm(self, count: int, base_at_zero: bool = True) -> algorithm.Problem:
-        """Make the algorithm's options for this many parameters; see `algorithm.Problem`."""
-        objective: Literal["kl", "loss"] = "kl" if self.made_small == "divergence" else "loss"
-        return algorithm.Problem(count, self.keep, objective, self.steps, base_at_zero)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the options as JSON values."""
-        tree = {**asdict(self), "keep": list(self.keep), "objective": self.made_small}
-        if self.grain == "inputs":
-            return {name: value for name, value in tree.items() if name not in ("objective", "steps")}
-        return {**tree, "steps": self.of_algorithm(1).step_count}
+        """Return the options as JSON values, with the method's name in files of version 0.2."""
+        return {**asdict(self), "keep": list(self.keep), "grain": "inputs"}
 
 
 @dataclass(frozen=True)

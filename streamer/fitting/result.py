@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
-
-import numpy as np
 
 from streamer.errors import MismatchError
 from streamer.evaluation.evaluation_records import ReliableRecord, TextFacts, TradeRecord
@@ -15,16 +12,13 @@ from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.shrinks import against_shrink
 from streamer.evaluation.suggestion import Trade, ask_swapped
 from streamer.evaluation.variant_losses import reliable
-from streamer.fitting.front import EXCEEDED, MISSED
-from streamer.fitting.options import Grain, Objective
+from streamer.fitting.points import Point
 from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
 from streamer.measuring.identity import Configs
 from streamer.measuring.statistics import SequenceSums, flat, telling
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
-from streamer.methods import Shrink
-from streamer.methods.coefficient_set import Floats
-from streamer.methods.fit_set import share_name
-from streamer.methods.method import MethodName
+from streamer.methods import RegMean, Shrink
+from streamer.methods.factors import share_name
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 from streamer.units import listed
@@ -33,10 +27,11 @@ SHRINKS = (0.85, 0.7, 0.5, 0.25, 0.0)
 """Shrinks measured on the held-out sequences, besides the adapter (λ = 1). 0 is the base, unless the adapter changes more than deltas."""
 
 NEAR_SHRINK = 0.9
-"""A fit by inputs that leaves at least this share of a shrink's forgetting has gained little: texts of one kind give a shrink."""
+"""A fit that leaves at least this share of a shrink's forgetting has gained little: texts of one kind give a shrink."""
 
-NEAR = 0.05
-"""Largest distance from 0 or 1 of a coefficient that counts as near it."""
+MISSED, EXCEEDED = 0.01, 0.03
+"""A set misses its share if it keeps less by more than the first number; it exceeds the share, and so forgets more than necessary, if it
+keeps more by more than the second."""
 
 
 # fmt: off
@@ -47,17 +42,12 @@ class _TextPart(TypedDict):
 class FittedText(TextFacts):
     """A text, and its two parts."""
     sample_sha256: Annotated[Sha256, "SHA-256 (hexadecimal) of the file's size and a sample of its bytes, whichever part was used."]
-    fitted: Annotated[_TextPart, "The part on which coefficients or factors are fitted."]
+    fitted: Annotated[_TextPart, "The part on which factors are fitted."]
     held: Annotated[_TextPart, "The held-out part, on which mu is chosen and figures are measured."]
 
 class _FittedTexts(TypedDict):
     general: Annotated[FittedText, "What the base can do and should not forget."]
     task: Annotated[FittedText, "What the adapter was trained for."]
-
-class _CoefficientFigures(TypedDict):
-    mean: Annotated[float, Keywords(minimum=0, maximum=1), "Their mean."]
-    near_0: Annotated[Count, "Coefficients of at most 0.05."]
-    near_1: Annotated[Count, "Coefficients of at least 0.95."]
 
 FittedShrink = TypedDict("FittedShrink", {
     "lambda": Annotated[float, "Lambda of that shrink."],
@@ -89,18 +79,15 @@ class ScalingRecord(_Shares):
     name: Annotated[str, "Method and lambda."]
 
 class SetRecord(_Shares):
-    """A set of coefficients or factors."""
+    """The factors for a share."""
     keep: Annotated[KeptShare, "Share of the learning to keep."]
     missed: NotRequired[Annotated[bool, "Whether it keeps less than requested, by more than 0.01; absent in earlier versions."]]
     exceeded: NotRequired[Annotated[bool, "Whether it keeps more than requested, by more than 0.03; absent in earlier versions."]]
-    mu: Annotated[Amount | None, "Weight of the task's text against the general one, or with grain inputs the reverse; null with one "
-        "coefficient, or if all coefficients are 0 or 1."]
-    corrected: NotRequired[Annotated[bool, "With grain inputs: whether layers were fitted to the output of the repaired layers before "
-        "them."]]
+    mu: Annotated[Amount | None, "Weight of the general text against the task's; null if the set has no deltas."]
+    corrected: Annotated[bool, "Whether layers were fitted to the output of the repaired layers before them."]
     trade: NotRequired[Annotated[TradeRecord, "What it gives up and regains; absent in earlier versions."]]
-    coefficients: NotRequired[Annotated[_CoefficientFigures, "Statistics of coefficients, each counted once; absent with grain inputs."]]
-    shrink: Annotated[FittedShrink | None, "The shrink of the whole adapter that keeps the same share, interpolated; null if the result is "
-        "a shrink, or if no measured shrinks enclose the share."]
+    shrink: Annotated[FittedShrink | None, "The shrink of the whole adapter that keeps the same share, interpolated; null if no "
+        "measured shrinks enclose the share."]
 
 class FitFacts(TypedDict):
     """Inputs and options of a fit."""
@@ -111,29 +98,20 @@ class FitFacts(TypedDict):
     factored: Annotated[bool, "Whether all deltas are products of LoRA factors, so that mitigate can write them."]
     quantized: Annotated[bool, "Whether a merge must write a quantized base as a plain one (--dequantize)."]
     configs: Configs
-    objective: NotRequired[Annotated[Objective, "What was minimized: divergences (from the base on general text, from the adapter on the "
-        "task's) or losses; absent with grain inputs."]]
-    grain: Annotated[Grain, "What is fitted: right factors to inputs, or a coefficient for each direction, each matrix, or all."]
+    grain: Annotated[Literal["inputs"], "What is fitted: right factors, to inputs."]
     holdout: Annotated[float, "Share of each text's sequences that were held out."]
     seed: Annotated[Count, "Decides which sequences these are."]
-    steps: NotRequired[Annotated[Count, "Points at which gradients of both texts were computed, besides the base and the unchanged "
-        "adapter; absent with grain inputs."]]
     dtype: Annotated[ProductDtype, "Dtype to which base weights and activations are rounded for their products; everything else is "
         "float32."]
     texts: Annotated[_FittedTexts, "The two texts."]
     unchanged: Annotated[list[str], "Tensors that the adapter changes by other means than deltas; they stay unchanged."]
     findings: NotRequired[Annotated[Sha256, "Digest of the decisions in the findings, if findings were given (SHA-256, hexadecimal)."]]
     intruders: NotRequired[Annotated[Count, "Intruders in the findings; if 0, scaling them changes nothing and is not measured."]]
-    plan: Annotated[Sha256, "Digest of everything that decides the coefficients (SHA-256, hexadecimal)."]
-    parameters: NotRequired[Annotated[Count, "Coefficients that were fitted, shared ones counted once; absent with grain inputs."]]
-    gradients: NotRequired[Annotated[Count, "Gradients that were computed, each over all fitted sequences of a text; absent with grain "
-        "inputs."]]
-    ridge: NotRequired[Annotated[float, "With grain inputs: share of the mean diagonal that is added to the task's second moments."]]
-    raised: NotRequired[Annotated[list[str], "With grain inputs: matrices for which the ridge was raised, because the texts are short for "
-        "them."]]
-    unseen: NotRequired[Annotated[list[str], "With grain inputs: matrices that no token reached; they keep their delta."]]
-    uncorrected: NotRequired[Annotated[list[str], "With grain inputs: matrices that a correction would have made too large; they keep the "
-        "first pass' factors."]]
+    plan: Annotated[Sha256, "Digest of everything that decides the factors (SHA-256, hexadecimal)."]
+    ridge: Annotated[float, "Share of the mean diagonal that is added to the task's second moments."]
+    raised: Annotated[list[str], "Matrices for which the ridge was raised, because the texts are short for them."]
+    unseen: Annotated[list[str], "Matrices that no token reached; they keep their delta."]
+    uncorrected: Annotated[list[str], "Matrices that a correction would have made too large; they keep the first pass' factors."]
 
 class AdapterFacts(TypedDict):
     """What the unchanged adapter has learned and forgotten, on the held-out sequences."""
@@ -151,29 +129,13 @@ class AdapterFacts(TypedDict):
     reliable: NotRequired[Annotated[ReliableRecord, "Whether the denominators of shares are large enough; absent in earlier versions."]]
 
 class FitRecord(FitFacts, AdapterFacts):
-    """What `streamer fit --json` prints: what coefficients or factors were fitted to, and their figures on other text."""
+    """What `streamer fit --json` prints: what factors were fitted to, and their figures on other text."""
     schema: Literal["streamer.fit/1"]
     scaling: NotRequired[Annotated[ScalingRecord, "The method paper at its default lambda, if findings with intruders were given."]]
     sets: Annotated[list[SetRecord], Keywords(minItems=1), "The sets, one for each share, measured on the held-out sequences."]
     output: Annotated[str, "Path of the output, as given."]
     state: State
 # fmt: on
-
-
-@dataclass(frozen=True)
-class FoundSet:
-    """Result for a share: the weight of one text against the other, the method, the coefficients if any, and whether it is corrected."""
-
-    keep: float
-    weight: float
-    method: MethodName
-    coefficients: Floats | None = None
-    corrected: bool | None = None
-
-
-def shrinks(count: int) -> list[Floats]:
-    """Return the parameters of the measured shrinks."""
-    return [np.full(count, lam) for lam in SHRINKS]
 
 
 def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> AdapterFacts:
@@ -209,27 +171,27 @@ def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> Adapt
     })  # fmt: skip
 
 
-def set_facts(general: SequenceSums, task: SequenceSums, found: Sequence[FoundSet]) -> list[SetRecord]:
+def set_facts(general: SequenceSums, task: SequenceSums, found: Sequence[tuple[float, Point]]) -> list[SetRecord]:
     """Return the figures of all sets as JSON.
 
     Parameters
     ----------
     general, task
         Sums on the held-out sequences for the base, the unchanged adapter, each of `SHRINKS`, and each set.
+    found
+        Each share with its factors.
     """
     variants = [EvaluatedVariant(BASE, None, None), EvaluatedVariant(ADAPTER, None, None)]
     variants += [EvaluatedVariant(Shrink(lam).label, Shrink.name, lam) for lam in SHRINKS]
-    variants += [EvaluatedVariant(f"{one.method} {share_name(one.keep)}", one.method, None) for one in found]
+    variants += [EvaluatedVariant(f"{RegMean.name} {share_name(keep)}", RegMean.name, None) for keep, _ in found]
     first = 2 + len(SHRINKS)
-    return [_set(one, variants, general, task, first + i) for i, one in enumerate(found)]
+    return [_set(keep, point, variants, general, task, first + i) for i, (keep, point) in enumerate(found)]
 
 
-def _set(one: FoundSet, variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums,
+def _set(keep: float, point: Point, variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums,
          v: int) -> SetRecord:  # fmt: skip
     """Return the figures of one set, given as a variant's index."""
-    theta = one.coefficients
-    same = theta is not None and (theta == theta[:1]).all()  # it is a shrink
-    compared, shrink = None if same else against_shrink(variants, general, task, v), None
+    compared, shrink = against_shrink(variants, general, task, v), None
     if compared is not None:
         loss, kl = general.change, general.mean(general.kl[ADAPTER_ROW])
         gain, top1 = task.top1_gain.value, task.top1_fraction(v).value
@@ -243,18 +205,13 @@ def _set(one: FoundSet, variants: Sequence[EvaluatedVariant], general: SequenceS
             "verdict": compared.verdict,
         })  # fmt: skip
     return cast(SetRecord, {
-        "keep": one.keep,
-        "missed": task.fraction(v).value < one.keep - MISSED,
-        "exceeded": task.fraction(v).value > one.keep + EXCEEDED,
-        "mu": one.weight if math.isfinite(one.weight) else None,
-        **({} if one.corrected is None else {"corrected": one.corrected}),
+        "keep": keep,
+        "missed": task.fraction(v).value < keep - MISSED,
+        "exceeded": task.fraction(v).value > keep + EXCEEDED,
+        "mu": point.weight if math.isfinite(point.weight) else None,
+        "corrected": point.corrected,
         "trade": Trade.of(general, task, v).record(variants[v].name),
         **_shares(general, task, v),
-        **({} if theta is None else {"coefficients": {
-            "mean": float(theta.mean()),
-            "near_0": int((theta <= NEAR).sum()),
-            "near_1": int((theta >= 1 - NEAR).sum()),
-        }}),
         "shrink": shrink,
     })  # fmt: skip
 
@@ -296,23 +253,22 @@ def doubts(facts: AdapterFacts | Mapping[str, Any]) -> list[str]:
 
 def misses(facts: Mapping[str, Any]) -> list[str]:
     """Warn of sets that keep less than requested, or much more, or forget nearly as much as a shrink; earlier files lack these facts."""
-    reliable, by_inputs = facts.get("reliable", {}), facts.get("grain") == "inputs"
+    reliable = facts.get("reliable", {})
     if not reliable.get("kept", True):
         return []
-    more = "more text" if by_inputs else "more text or --steps"
     missed = [
         f"{100 * one['keep']:g}% was to be kept, and {100 * one['kept']:.1f}% is, on the held-out sequences; "
         + (
-            f"ask for a larger share, or give {more}"
+            "ask for a larger share, or give more text"
             if one.get("missed")
             else "what the adapter saves besides deltas keeps this much by itself"
-            if by_inputs and one["mu"] is None
-            else f"to forget less, ask for a smaller share; {more} can bring the share closer to what you asked for"
+            if one["mu"] is None
+            else "to forget less, ask for a smaller share; more text can bring the share closer to what you asked for"
         )
         for one in facts["sets"]
         if one.get("missed") or one.get("exceeded")
     ]
-    if not (by_inputs and facts["forgotten"]):
+    if not facts["forgotten"]:
         return missed
     near = [f"{100 * one['keep']:g}%" for one in facts["sets"] if _is_near_shrink(one)]
     if not near:

@@ -10,7 +10,7 @@ from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.steps import MOST_PLACED
 from streamer.events import Event
-from streamer.fitting.costs import GRADIENT, expected_costs
+from streamer.fitting.groups import expected_costs
 from streamer.fitting.mapping import HEADER_BYTES, PreparedMap
 from streamer.fitting.prepare import PreparedFit
 from streamer.forecast.forecast import Forecast, network_bytes
@@ -31,10 +31,10 @@ VALUE_BYTES, VARIANT_BYTES = 26, 8000
 """Largest JSON size in bytes of a sequence's sum, and of a variant's other figures, most of which count its divergences."""
 
 SET_BYTES, TENSOR_BYTES = 2500, 120
-"""Largest size in bytes of a coefficient set's figures in the file, and of an array's header entry without the matrix's name."""
+"""Largest size in bytes of a set's figures in the file, and of an array's header entry without the matrix's name."""
 
 RECORD_BYTES, PASS_BYTES = 300, 4000
-"""Approximate size in bytes of a journal record without its gradient, and of a pass' sums."""
+"""Approximate size in bytes of a journal record, and of a pass' sums."""
 
 
 def forecast_evaluation(prepared: Prepared, known: Evaluation | None) -> Forecast:
@@ -93,18 +93,13 @@ def forecast_fit(prepared: PreparedFit) -> Forecast:
     size, costs = prepared.model.size, expected_costs(prepared)
     peak = prepared.peak_bytes(costs.variants)
     checked = checked_tokens(prepared.groups)
-    runs = (1 if prepared.by_inputs else GRADIENT) * len(costs.gradients) + len(costs.passes) + 2 * (checked > 0)
-    read, products = size.read * runs, [*costs.gradients, *costs.passes, checked * sum(size.products.values())]
+    runs = len(costs.groups) + len(costs.passes) + 2 * (checked > 0)
+    read, products = size.read * runs, [*costs.groups, *costs.passes, checked * sum(size.products.values())]
     sets = len(prepared.options.keep)
     names = sum(2 * (len(target.tensor) + TENSOR_BYTES) for target in prepared.plan.targets)
     facts = len(json.dumps(prepared.facts)) + SET_BYTES * sets
     journal = len(costs.passes) * (RECORD_BYTES + PASS_BYTES)
-    if prepared.by_inputs:
-        writes = 4 * sets * sum(t.module.factor_rank * t.module.shape[1] for t in prepared.plan.targets) + names + facts
-    else:
-        count = sum(map(len, prepared.parameters.singular_values.values()))
-        writes = 8 * count * (1 + sets) + names + facts
-        journal += len(costs.gradients) * (RECORD_BYTES + 8 * prepared.parameters.count)
+    writes = 4 * sets * prepared.right_values + names + facts
     seconds = _seconds(prepared, (text.whole for text in prepared.texts.values()), products)
     return _forecast(prepared.model.job, peak, read, writes, journal + prepared.spool_bytes, seconds)
 

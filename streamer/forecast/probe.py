@@ -18,7 +18,7 @@ from streamer.measuring.losses import measure
 from streamer.measuring.pass_memory import ROWS
 from streamer.measuring.progress import pass_cost
 from streamer.measuring.sequences import TextSequences
-from streamer.streaming.layers import layer_modules
+from streamer.streaming.layer_runs import layer_modules
 from streamer.streaming.model import StreamingModel, giving, vocabulary_block
 from streamer.streaming.values import VariantSet
 

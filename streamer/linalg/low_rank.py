@@ -105,14 +105,12 @@ class LowRank:
         """Add rows i to j to `values` (j − i, n), in place and in its dtype."""
         values.addmm_(self.L[i:j], self.R.T)
 
-    def plus_projection(self, U: Tensor, factor: float | Tensor) -> LowRank:
-        """Compute ``(I + U diag(factor) Uᵀ) L Rᵀ`` for U (m, q), with unchanged rank and dtype; factor is a number or (q,).
+    def plus_projection(self, U: Tensor, factor: float) -> LowRank:
+        """Compute ``(I + factor · U Uᵀ) L Rᵀ`` for U (m, q), with unchanged rank and dtype.
 
         U is orthonormal only to working precision: L's component along each column is scaled as measured.
         """
         U = U.to(self.L)
-        if isinstance(factor, Tensor):
-            return LowRank(self.L + U @ (factor.to(U)[:, None] * (U.T @ self.L)), self.R)
         return LowRank(self.L + factor * (U @ (U.T @ self.L)), self.R)
 
     def plus_triplets(self, U: Tensor, S: Tensor, Vh: Tensor, factor: float) -> LowRank:

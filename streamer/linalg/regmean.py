@@ -94,7 +94,9 @@ def answers(
         if found is not None and all(a <= b for right in found for a, b in zip(sizes(right), most, strict=True)):
             return [list(rights) for rights in zip(*(own(right.to(home)) for right in found), strict=True)], ridge
         ridge *= RAISE
-    raise NumericError(f"{name}: its inputs give no delta that can be computed; give more text, or another --grain")
+    raise NumericError(
+        f"{name}: its inputs give no delta that can be computed; give more text, or use `mitigate --method shrink`"
+    )
 
 
 class _OneHot:

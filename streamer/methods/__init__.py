@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from streamer.errors import UsageError
-from streamer.methods.fitted import Fitted
 from streamer.methods.method import Method, MethodName, Needs
 from streamer.methods.nullspace import NullSpace
 from streamer.methods.paper import Paper
@@ -18,7 +17,7 @@ from streamer.methods.shrink import Shrink
 
 if TYPE_CHECKING:
     from streamer.detection.selection import Selection
-    from streamer.methods.fit_set import FitSet
+    from streamer.methods.factors import FactorSet
     from streamer.methods.input_map import InputMap
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "METHODS",
     "UNCHANGED",
     "WITHOUT_FILES",
-    "Fitted",
     "Method",
     "MethodName",
     "Needs",
@@ -42,9 +40,7 @@ __all__ = [
     "takes_map",
 ]  # fmt: skip
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Paper, Project, Shrink, Fitted, RegMean, NullSpace)
-}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Paper, Project, Shrink, RegMean, NullSpace)}
 """Methods by name, in the order in which help and tables show them."""
 
 DEFAULT = Paper
@@ -77,7 +73,7 @@ def takes_map(name: str | None) -> bool:
 
 
 def make_method(name: str | None, mitigation_lambda: float | None = None, select: Selection = "all",
-                coefficients: FitSet | None = None, amplify: bool = False, map: InputMap | None = None) -> Method:  # fmt: skip  # noqa: A002
+                coefficients: FactorSet | None = None, amplify: bool = False, map: InputMap | None = None) -> Method:  # fmt: skip  # noqa: A002
     """Make a method with its options.
 
     Parameters
@@ -93,7 +89,7 @@ def make_method(name: str | None, mitigation_lambda: float | None = None, select
         If no method has this name, or if the method refuses an option.
     """
     if name is None:
-        name = (DEFAULT if map is None else NullSpace).name if coefficients is None else coefficients.method
+        name = (RegMean if coefficients is not None else DEFAULT if map is None else NullSpace).name
     if name not in tuple(METHODS):  # a tuple also handles unhashable values
         raise UsageError(f"method: expected one of {', '.join(METHODS)}, found {name!r}")
     method = METHODS[name]

@@ -1,4 +1,8 @@
-"""Hold the results of a fit, one for each share of the learning to keep, and the facts of the fit."""
+"""Hold the results of a fit, one for each share of the learning to keep, and write and read their file.
+
+It is a safetensors file. For each `Target.tensor` ``T`` and K sets, it holds ``T.right_factor`` (K, n, r), float32. The metadata's
+``streamer.coefficients`` is JSON: the schema, the shares that the sets keep, and the facts. See `SealedKind`.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from streamer.detection.findings_file import COEFFICIENTS
 from streamer.errors import UsageError
-from streamer.methods.coefficients_file import FIT, parsed_sets, save_sets
-from streamer.methods.fit_set import FitSet, share_name
+from streamer.methods.factors import FactorSet, share_name
+from streamer.methods.sealed_file import SealedKind
+from streamer.storage.identities import check_identities
 from streamer.units import counted, listed
+
+FIT = SealedKind(COEFFICIENTS, "streamer.coefficients/3", "coefficients", "make coefficients with `streamer fit`")
+
+FACTOR = ".right_factor"
+"""Suffix of the arrays' names."""
+
+OWN = ("schema", "keeps")
+"""Keys of the JSON that belong to the file; all others are `Coefficients.facts`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Coefficients:
-    """Sets of coefficients, one for each share of the learning to keep, and the facts of their fit.
+    """Sets of factors, one for each share of the learning to keep, and the facts of their fit.
 
     Attributes
     ----------
@@ -28,7 +45,7 @@ class Coefficients:
         File from which they were read, for messages.
     """
 
-    sets: tuple[FitSet, ...]
+    sets: tuple[FactorSet, ...]
     facts: Mapping[str, Any]
     source: Path | None = None
 
@@ -46,7 +63,7 @@ class Coefficients:
         """List the shares to keep, in the order of the sets."""
         return [one.keep for one in self.sets]
 
-    def select(self, keep: float | None = None) -> FitSet:
+    def select(self, keep: float | None = None) -> FactorSet:
         """Select the set for a share, or the only set. Shares are compared as `share_name` writes them.
 
         Raises
@@ -68,7 +85,7 @@ class Coefficients:
             )
         return self._bound(found[0])
 
-    def _bound(self, one: FitSet) -> FitSet:
+    def _bound(self, one: FactorSet) -> FactorSet:
         return replace(one, facts=self.facts, name=self.name)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -88,15 +105,39 @@ class Coefficients:
         OutputError, StorageError
             If the file cannot be written there.
         """
-        save_sets(Path(path), self.sets, self.facts, overwrite)
+        for one in self.sets:
+            one.check()
+        arrays = {
+            tensor + FACTOR: torch.stack([one.matrices[tensor] for one in self.sets]).float()
+            for tensor in self.sets[0].matrices
+        }
+        FIT.save(Path(path), {**self.facts, "keeps": self.keeps}, arrays, overwrite)
 
 
 def load_coefficients(path: str | Path) -> Coefficients:
-    """Read coefficients from a file.
+    """Read the result of a fit from its file.
 
     Raises
     ------
     FormatError
-        If the file does not hold coefficients, or if an array is incomplete, not finite, or has coefficients outside [0, 1].
+        If the file does not hold factors, is damaged or of an earlier version, or if an array is not finite.
     """
-    return Coefficients(*FIT.read(Path(path), parsed_sets), Path(path))
+    return Coefficients(*FIT.read(Path(path), _parsed), Path(path))
+
+
+def _parsed(tree: dict[str, Any], arrays: dict[str, Tensor]) -> tuple[tuple[FactorSet, ...], dict[str, Any]]:
+    keeps = tree["keeps"]
+    shares = isinstance(keeps, list) and all(type(keep) in (int, float) and 0 < keep <= 1 for keep in keeps)
+    if not (shares and keeps and len(set(map(share_name, keeps))) == len(keeps)):
+        raise ValueError("keeps are not different shares in (0, 1]")
+    for name, array in arrays.items():
+        if not name.endswith(FACTOR) or array.dtype != torch.float32 or array.ndim != 3 or len(array) != len(keeps):
+            raise ValueError(f"{name!r} does not hold {len(keeps)} factors in float32")
+        if not bool(array.isfinite().all()):
+            raise ValueError(f"{name!r} has a value that is NaN or Inf")
+    if not arrays:
+        raise ValueError("it has no factors")
+    check_identities(*(tree[key] for key in ("base", "adapter") if isinstance(tree.get(key), dict)))
+    own = {name.removesuffix(FACTOR): array.clone() for name, array in arrays.items()}
+    sets = (FactorSet(float(keep), {tensor: f[k] for tensor, f in own.items()}) for k, keep in enumerate(keeps))
+    return tuple(sets), {key: value for key, value in tree.items() if key not in OWN}

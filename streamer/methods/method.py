@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
     from streamer.detection.intruders import Detection
     from streamer.linalg.operators import Delta
-    from streamer.methods.fit_set import FitSet
+    from streamer.methods.factors import FactorSet
     from streamer.methods.input_map import InputMap
 
 
-MethodName = Literal["paper", "project", "shrink", "fitted", "regmean", "nullspace"]
+MethodName = Literal["paper", "project", "shrink", "regmean", "nullspace"]
 """Names of the methods, for type checkers; `METHODS` maps them to classes."""
 
 
@@ -50,7 +50,7 @@ class Method(ABC):
     select
         Which intruders to scale: ``all`` among the top k, or only the ``first`` (highest-ranked) of each matrix.
     coefficients
-        Coefficients, for a method that needs them; else None.
+        Factors of a fit, for a method that needs them; else None.
     amplify
         Whether to allow λ outside [0, 1]: above 1 an intruder grows, below 0 its sign changes.
     map
@@ -73,7 +73,7 @@ class Method(ABC):
 
     mitigation_lambda: float | None = None
     select: Selection = "all"
-    coefficients: FitSet | None = None
+    coefficients: FactorSet | None = None
     amplify: bool = False
     map: InputMap | None = None
 
@@ -147,9 +147,7 @@ class ByLambda(Method):
         """Refuse a λ that is not a share, and coefficients."""
         lam = self.mitigation_lambda
         if self.coefficients is not None:
-            raise UsageError(
-                f"coefficients: belong to method {self.coefficients.method!r}, found {self.name!r}; pass one or the other"
-            )
+            raise UsageError(f"coefficients: belong to method 'regmean', found {self.name!r}; pass one or the other")
         if not isinstance(lam, Real) or isinstance(lam, bool) or not math.isfinite(lam):
             raise UsageError(f"lambda must be a finite number, got {lam!r}; {_share_meant(lam)}".rstrip("; "))
         object.__setattr__(self, "mitigation_lambda", float(lam))

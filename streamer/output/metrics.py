@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from streamer.detection.intruders import Detection
 from streamer.errors import OutputError
@@ -30,7 +30,7 @@ def matrix_metrics(
     """
     before = delta.norm()
     scaled = () if found is None else found.intruders if method.select == "all" else found.intruders[:1]
-    metrics: MitigatedMatrix = {
+    return {
         "tensor": target.tensor,
         "module": target.module.name,
         "transposed": target.transposed,
@@ -40,8 +40,6 @@ def matrix_metrics(
         "delta_norm_after": before if after is delta else after.norm(),
         "dropped": truncation_error,
     }
-    fitted = {} if method.coefficients is None else method.coefficients.row(target.tensor)
-    return cast(MitigatedMatrix, {**metrics, **fitted})
 
 
 def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:

@@ -10,7 +10,7 @@ THIN = 48
 """Bytes for each row, column and rank of a mitigated delta: its factors in float64, the factors of its inputs, and their thin QRs."""
 
 PROJECTED = 80
-"""Bytes if it is also projected onto a rank, or made by coefficients, which needs the singular vectors."""
+"""Bytes if it is also projected onto a rank."""
 
 
 def mitigation_bytes(plan: Plan, target: Target, intruders: int, projected: bool = False) -> int:
@@ -21,7 +21,7 @@ def mitigation_bytes(plan: Plan, target: Target, intruders: int, projected: bool
     intruders
         Number of directions that Δ' adds.
     projected
-        Whether Δ' is projected onto the adapter's rank, or made from Δ's own singular vectors.
+        Whether Δ' is projected onto the adapter's rank.
     """
     module, itemsize = target.module, plan.weights[target.tensor].compute.itemsize
     m, n = module.shape

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.linalg.operators import Delta
-from streamer.methods.method import Needs
 from streamer.output.job import Job
 from streamer.output.merge_plan import MergedModel, OutputTensor, plan_merged
 from streamer.output.merged_tensors import Recipe, rows_bytes
@@ -74,7 +73,7 @@ class ModelWriter(Writer):
 def merge_estimates(job: Job, model: MergedModel, resident: int) -> Iterator[MemoryEstimate]:
     """Estimate the peak memory for each tensor of a merged model, including `resident` bytes already in use."""
     for target in job.plan.targets:
-        delta = mitigation_bytes(job.plan, target, job.intruders(target), job.method.needs is Needs.COEFFICIENTS)
+        delta = mitigation_bytes(job.plan, target, job.intruders(target))
         rows = rows_bytes(job.plan.weights[target.tensor])
         yield MemoryEstimate(target.tensor, target.module.shape, resident + delta + rows)
     for output in (o for outputs in model.files.values() for o in outputs):
@@ -109,5 +108,5 @@ def _spec(job: Job, path: Path, model: MergedModel) -> OutputSpec:
     return OutputSpec(
         job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base_bytes, model.texts, tokenizer,
         warnings=[*job.warnings, *lacks, *lost], notes=[*plan.edits.notes, *model.head.notes, *says], advice=list(model.head.advice),
-        norms=3 if job.method.needs is Needs.COEFFICIENTS else 2, model_tensors=model.tensor_count,
+        norms=2, model_tensors=model.tensor_count,
     ).with_card(model.head.pipeline)  # fmt: skip

@@ -12,7 +12,7 @@ from streamer.detection.findings import Findings, load_findings
 from streamer.detection.fingerprints import lacking, matched_findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import MismatchError, UsageError
-from streamer.methods.fit_set import FitSet
+from streamer.methods.factors import FactorSet
 from streamer.methods.input_map import InputMap
 from streamer.methods.method import Method
 from streamer.output.adapter_writer import AdapterWriter
@@ -121,7 +121,7 @@ def load_given(findings: FindingsOrPath, adapters: One | Several) -> list[Findin
     return [load_findings(Path(findings) / f"{name}.safetensors") for name in adapters.by_name]
 
 
-def check_coefficients(plan: Plan, coefficients: FitSet) -> None:
+def check_coefficients(plan: Plan, coefficients: FactorSet) -> None:
     """Refuse coefficients that were fitted to another base or adapter, or not to all of its matrices.
 
     Raises
@@ -129,7 +129,7 @@ def check_coefficients(plan: Plan, coefficients: FitSet) -> None:
     MismatchError
         Names the one that differs, and how.
     UsageError
-        If they are not valid coefficients; see `FitSet.check`.
+        If they are not valid coefficients; see `FactorSet.check`.
     """
     coefficients.check()
     name, facts = coefficients.name, coefficients.facts
@@ -145,8 +145,8 @@ def check_coefficients(plan: Plan, coefficients: FitSet) -> None:
     check_counts(plan, coefficients)
 
 
-def check_counts(plan: Plan, coefficients: FitSet) -> None:
-    """Refuse coefficients for other matrices than an adapter's, or for another number of directions.
+def check_counts(plan: Plan, coefficients: FactorSet) -> None:
+    """Refuse coefficients for other matrices than an adapter's, or of other shapes.
 
     Raises
     ------

@@ -8,9 +8,9 @@ from typing import Annotated, Final, Literal, NotRequired, TypedDict
 from streamer.detection.findings_records import Ranks
 from streamer.detection.selection import Selection
 from streamer.detection.stamps import DetectionRecord
-from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, Sha256, Share, State, TensorName
+from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, Sha256, State, TensorName
 from streamer.methods import MethodName
-from streamer.methods.fit_set import CoefficientsRecord
+from streamer.methods.factors import CoefficientsRecord
 from streamer.methods.input_map import MapRecord
 from streamer.plan.carried_tensors import CarriedRecord
 from streamer.plan.sources import AdapterSource, BaseSource
@@ -32,8 +32,6 @@ class MitigatedMatrix(TypedDict):
     values: NotRequired[Annotated[Count, "For a merge: number of values of the matrix, if one tensor of the base's dtype holds the sum; "
         "absent if it is stored quantized, in parts, or copied from a fine-tuned model."]]
     rounded_away: NotRequired[Annotated[Count, "How many of them rounding to the dtype left as in the base although the delta is not 0."]]
-    coefficients: NotRequired[Annotated[list[Share], "With method fitted: the share of each singular direction of the adapter's own delta "
-        "that is kept, by falling singular value; one number if the delta has no factors."]]
 
 class Totals(TypedDict):
     """Totals over all matrices."""
@@ -63,13 +61,12 @@ Record = TypedDict("Record", {
     "adapter": Annotated[AdapterSource, "The adapter, or the fine-tuned model used as one, described in the same way."],
     "detection": Annotated[DetectionRecord | None, "How the intruders were found; null if none were needed (method shrink, or lambda 1)."],
     "method": Annotated[MethodName, "What is scaled: paper: the whole intruder; project: only the adapter's part of it; shrink: the whole "
-        "adapter, without detection; fitted: each of the adapter's own directions, by its coefficient. regmean replaces the right "
-        "factors; nullspace reduces the response to general inputs."],
+        "adapter, without detection. regmean replaces the right factors; nullspace reduces the response to general inputs."],
     "scale": Annotated[Selection, "Which intruders are scaled: all, or the highest-ranked one of each matrix."],
     "lambda": Annotated[float | None, "Share of an intruder to keep: 1 changes nothing, 0 removes it (project keeps the base's part); with "
-        "method nullspace, share of the delta's energy on general inputs. Null with methods fitted and regmean."],
-    "coefficients": NotRequired[Annotated[CoefficientsRecord | None, "The coefficients (fitted) or factors (regmean) that were applied; "
-        "null with other methods."]],
+        "method nullspace, share of the delta's energy on general inputs. Null with method regmean."],
+    "coefficients": NotRequired[Annotated[CoefficientsRecord | None, "The factors of a fit that were applied; null with methods other "
+        "than regmean."]],
     "map": NotRequired[Annotated[MapRecord, "The map of the base's inputs; only with method nullspace."]],
     "to_lora": Annotated[float | None, Keywords(exclusiveMinimum=0), "Rank or share of the energy given with --to-lora, or null."],
     "dequantize": Annotated[bool, "Whether a quantized base is written as a plain one."],

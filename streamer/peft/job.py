@@ -11,7 +11,7 @@ from streamer.api.options import Judged
 from streamer.detection.findings import Findings
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.events import Monitor
-from streamer.methods.fit_set import FitSet
+from streamer.methods.factors import FactorSet
 from streamer.methods.input_map import InputMap
 from streamer.methods.method import Method
 from streamer.output.job import FindingsToMake, GivenFindings, Job
@@ -44,13 +44,13 @@ def live_job(
     return Job(live.plan, method, detection, device, source), found
 
 
-def _named_in_memory(live: LivePlan, coefficients: FitSet) -> FitSet:
-    """Rename coefficients to the names in memory; each matrix's singular values are checked later to belong to this adapter.
+def _named_in_memory(live: LivePlan, coefficients: FactorSet) -> FactorSet:
+    """Rename coefficients to the names in memory.
 
     Raises
     ------
     MismatchError
-        If they do not cover exactly the adapter's matrices, with one coefficient for each direction.
+        If they do not cover exactly the adapter's matrices, with factors of their shapes.
     """
     names = {target.tensor: live.name_in_files(target.tensor) for target in live.plan.targets}
     lacking = [name for name in names.values() if name not in coefficients.matrices]

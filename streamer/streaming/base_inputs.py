@@ -15,8 +15,7 @@ from streamer.plan.targets import TensorSlice
 from streamer.plan.tied_names import find_ties
 from streamer.plan.transformers_renames import renames_for
 from streamer.streaming.collected import Collected
-from streamer.streaming.collecting import CollectingReader
-from streamer.streaming.differentiable import Setting
+from streamer.streaming.collecting import CollectingReader, Setting
 from streamer.streaming.inputs import CollectingModel
 from streamer.streaming.layer_runs import Elsewhere
 from streamer.streaming.run_time import RunTimeTensor

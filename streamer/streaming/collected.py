@@ -124,8 +124,8 @@ class Collected(Generic[M]):
         if tensor in self.complete or self._first.setdefault(tensor, first) != first:
             if self.strict:
                 raise UnsupportedError(
-                    f"{tensor!r}: its module runs in several layers, or shares its inputs only in some runs, which the fit by inputs does "
-                    "not support; pass --grain direction"
+                    f"{tensor!r}: its module runs in several layers, or shares its inputs only in some runs, which fit does not support; "
+                    "use `mitigate --method shrink`"
                 )
             self.repeated.add(tensor)
         known = self.matrices.setdefault(first, [])

@@ -18,14 +18,12 @@ from torch import Tensor
 
 from streamer.errors import UnsupportedError
 from streamer.linalg.allocation import CPU
-from streamer.linalg.low_rank import LowRank
 from streamer.linalg.second_moments import RowMoments
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
-from streamer.streaming.differentiable import CoefficientDeltas
+from streamer.streaming.collecting import FactorDeltas
 from streamer.streaming.inputs import InputModel
-from streamer.streaming.layer_runs import Arguments, Elsewhere, LayerResult, LayerRun, Taken
-from streamer.streaming.layers import tensors_of
+from streamer.streaming.layer_runs import Arguments, Elsewhere, LayerResult, LayerRun, Taken, tensors_of
 from streamer.streaming.spool import Spool
 from streamer.streaming.spooled_inputs import Inputs, Written
 from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED, Group, tokens_of
@@ -43,17 +41,6 @@ Replace = Callable[[Sequence[Target], Mapping[int, RowMoments]], None]
 """Receives targets that share their inputs, and the moments of these inputs by stream, with rows in the same order."""
 
 
-class FactorDeltas(CoefficientDeltas):
-    """An adapter's deltas with other right factors: R' (n, r), by `Target.tensor`."""
-
-    def __init__(self, plan: Plan, rights: Mapping[str, Tensor], device: torch.device) -> None:
-        super().__init__(plan, None, device)
-        self.rights = rights
-
-    def _factors(self, target: Target, c: Tensor | None) -> LowRank:
-        return LowRank(super()._factors(target, None).L, self.rights[target.tensor].to(self.device))
-
-
 class CorrectedModel(InputModel):
     """Model of a base with an adapter that collects inputs first and has its deltas replaced afterwards."""
 
@@ -64,8 +51,7 @@ class CorrectedModel(InputModel):
         super().__init__(plan, rounds_products=rounds_products, directory=directory, device=device, elsewhere=elsewhere)
         self.directory = directory
         self._by_layer: _LayerByLayer | None = None
-        self._corrected: FactorDeltas | None = None
-        self._deltas: tuple[CoefficientDeltas, CoefficientDeltas] = self.setting.deltas, self.setting.deltas
+        self._deltas: tuple[FactorDeltas, FactorDeltas] = self.setting.deltas, self.setting.deltas
 
     @property
     def corrects(self) -> bool:
@@ -95,7 +81,7 @@ class CorrectedModel(InputModel):
         UnsupportedError
             If a layer changes its own arguments, or runs its matrices in a different order than before.
         """
-        before, corrected = self.setting.deltas, FactorDeltas(self.job.plan, rights, self.job.device)
+        before, corrected = self.setting.deltas, FactorDeltas(self.job.plan, self.job.device, rights)
         spool, ask = Spool(self.directory), None if self._elsewhere is None else self._ask
         self._by_layer = by_layer = _LayerByLayer(
             self._replaceable, tokens_of(groups), spool, replace, self._pause, ask
@@ -112,7 +98,6 @@ class CorrectedModel(InputModel):
                 self._run_groups(groups, between)
         finally:
             self.setting.deltas, self._by_layer, self._collected.instead = before, None, None
-            corrected.spool.close()
             spool.close()
 
     def _begin(self, number: int, group: Group) -> None:
@@ -130,8 +115,8 @@ class CorrectedModel(InputModel):
         if self._by_layer is None:
             return run
         names = {t.tensor for tensor in self.inside(run.layer) for t, _ in self.values.targets(tensor)}
-        assert isinstance(self._deltas[1], FactorDeltas)
-        rights = {name: self._deltas[1].rights[name] for name in sorted(names)} if run.stream in CORRECTED else None
+        all_rights = self._deltas[run.stream in CORRECTED].rights
+        rights = None if all_rights is None else {name: all_rights[name] for name in sorted(names)}
         return dataclasses.replace(run, waiting=frozenset(self._by_layer.waiting), rights=rights)
 
     def _take(self, one: Taken, written: Written | None) -> None:
@@ -155,8 +140,7 @@ class CorrectedModel(InputModel):
         taken = self._collected.taken = []
         self._collected.instead = take
         if run.rights is not None:
-            self._corrected = self._corrected or FactorDeltas(self.job.plan, {}, self.job.device)
-            self._corrected.rights, self.setting.deltas = run.rights, self._corrected
+            self.setting.deltas = FactorDeltas(self.job.plan, self.job.device, run.rights)
         try:
             return super()._run_one(run, args, kwargs)
         except _Reached:

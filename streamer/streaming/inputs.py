@@ -27,8 +27,7 @@ from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
 from streamer.storage.system import give_freed_memory_back
 from streamer.streaming.collected import Collected, Complete
-from streamer.streaming.collecting import CollectingReader
-from streamer.streaming.differentiable import CoefficientDeltas, Setting
+from streamer.streaming.collecting import CollectingReader, FactorDeltas, Setting
 from streamer.streaming.extra import quiet_transformers, refused_errors
 from streamer.streaming.installed import is_rounded
 from streamer.streaming.layer_runs import (
@@ -39,8 +38,9 @@ from streamer.streaming.layer_runs import (
     Taken,
     containers_of,
     is_portable,
+    layer_modules,
+    tensors_of,
 )
-from streamer.streaming.layers import layer_modules, tensors_of
 from streamer.streaming.lazy import LazyTensor
 from streamer.streaming.model import LoadedModel
 from streamer.streaming.run_time import RunTimeTensor
@@ -78,7 +78,7 @@ class CollectingModel(LoadedModel):
     ) -> None:  # fmt: skip
         variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
         super().__init__(VariantSet(plan, variants, None, rounds_products=rounds_products, device=device), together=1)
-        self.setting = Setting(self.values, CoefficientDeltas(plan, None, device), self.batch)
+        self.setting = Setting(self.values, FactorDeltas(plan, device), self.batch)
         self._collected = Collected[Any](Spool(directory), strict)
         self._turns: Turns | None = None
         self._elsewhere, self._group = elsewhere, 0
@@ -303,7 +303,7 @@ class InputModel(CollectingModel):
         if whole := sorted(self._collected.whole - self._collected.complete):
             raise UnsupportedError(
                 f"{self.job.plan.base.path}: the weights of {len(whole)} matrices are not used by a matrix product or look-up (a "
-                f"convolution, for example; first: {whole[0]!r}), so their inputs cannot be collected; use grain 'direction'"
+                f"convolution, for example; first: {whole[0]!r}), so their inputs cannot be collected; use `mitigate --method shrink`"
             )
         self.unseen = sorted({t.tensor for t in self.job.plan.targets} - self._collected.complete)
         self.check_all_used()

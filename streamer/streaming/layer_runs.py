@@ -1,4 +1,4 @@
-"""Describe the runs of layers in other processes: they receive a layer's arguments, and return its result and its matrices' inputs."""
+"""Find a model's layers, and describe their runs in other processes, which receive a layer's arguments and return its result and inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 PLAIN = (type(None), bool, int, float, str)
@@ -91,6 +91,24 @@ class LayerResult:
 Elsewhere = Callable[[Mapping[int, LayerRun]], Iterator[tuple[int, LayerResult | None]]]
 """Runs layers on copies of their arguments, and yields each one's number and result; the result is None for a layer that writes into its
 arguments and therefore cannot run on copies."""
+
+
+def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """List by path the layers of a transformers model that its authors declare safe to run again; nested layers are left out."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = module
+    return found
+
+
+def tensors_of(args: Any, kwargs: Any) -> list[Tensor]:
+    """List the tensors in a layer's arguments, including those in tuples and in containers that pass tensors between layers."""
+    arguments = tree_flatten((args, kwargs))[0]
+    leaves = tree_flatten([one.data if isinstance(one, UserDict) else one for one in arguments])[0]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def containers_of(arguments: Arguments) -> list[UserDict[Any, Any]]:

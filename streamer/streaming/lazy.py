@@ -48,7 +48,7 @@ class Reader(ABC):
 
 
 class Multiplier(Reader):
-    """Reads the values of one parameter, and multiplies with it so that gradients flow."""
+    """Reads the values of one parameter, and multiplies with it itself."""
 
     @abstractmethod
     def product(self, x: Tensor, transposed: bool) -> Tensor:
@@ -159,7 +159,7 @@ def _linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
 
 
 def _embedding(ids: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-    """Look up rows; the function's other arguments concern gradients or norms."""
+    """Look up rows; the function's other arguments concern training or norms."""
     renormed = kwargs.get("max_norm") is not None or (len(args) > 1 and args[1] is not None)
     if not isinstance(weight, LazyTensor) or renormed:
         return None
@@ -181,13 +181,13 @@ def _item(weight: Any, index: Any) -> Tensor | None:
 
 
 def _matmul(x: Any, weight: Any) -> Tensor | None:
-    """Compute ``x W`` if gradients are to flow."""
+    """Compute ``x W`` if a `Multiplier` reads the weight."""
     multiplier = isinstance(weight, LazyTensor) and weight.ndim == 2 and isinstance(weight.reader, Multiplier)
     return weight.reader.product(x, True) if multiplier and not isinstance(x, LazyTensor) else None
 
 
 def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
-    """Compute ``b + x W`` if gradients are to flow."""
+    """Compute ``b + x W`` if a `Multiplier` reads the weight."""
     product = _matmul(x, weight) if beta == alpha == 1 else None
     return None if product is None else product + _values(bias)
 
@@ -207,7 +207,7 @@ def _bmm(input: Any, mat2: Any) -> Tensor | None:  # noqa: A002  # torch's names
 
 
 def _transpose(weight: Any, *dimensions: int) -> Tensor | None:
-    """Return a stand-in for the transpose of a matrix through which gradients flow."""
+    """Return a stand-in for the transpose of a matrix that a `Multiplier` reads."""
     multiplier = isinstance(weight, LazyTensor) and weight.ndim == 2 and isinstance(weight.reader, Multiplier)
     exchanged = not dimensions or {d % 2 for d in dimensions} == {0, 1}
     return LazyTensor.of(_Transpose(weight.reader)) if multiplier and exchanged else None

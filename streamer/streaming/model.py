@@ -307,9 +307,9 @@ class StreamingModel(LoadedModel):
                 yield i, j, out.view(batch.variants, batch.sequences, batch.length, -1)
 
 
-def vocabulary_block(rows: int, nbytes: int = LOGIT_BYTES) -> int:
-    """Return the number of vocabulary tokens to compute together, for this many rows and bytes of logits."""
-    return max(64, nbytes // (4 * rows))
+def vocabulary_block(rows: int) -> int:
+    """Return the number of vocabulary tokens to compute together, for this many rows."""
+    return max(64, LOGIT_BYTES // (4 * rows))
 
 
 def _attention_values(config: Any) -> int:

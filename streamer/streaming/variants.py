@@ -23,7 +23,7 @@ class Variant:
     Attributes
     ----------
     name
-        ``base``, ``adapter``, or method and λ: ``paper 0.5``; for coefficients the share that they keep: ``fitted 0.9``.
+        ``base``, ``adapter``, or method and λ: ``paper 0.5``; for a fit the share that it keeps: ``regmean 0.9``.
     mitigation
         The method that computes Δ'; None for the base, which does not use the adapter.
     """
@@ -43,7 +43,7 @@ class Variant:
 
     @property
     def mitigation_lambda(self) -> float | None:
-        """Return λ; None for ``base``, ``adapter`` and coefficients."""
+        """Return λ; None for ``base``, ``adapter`` and a fit."""
         return self.mitigation.mitigation_lambda if self.mitigation and self.name != ADAPTER else None
 
     @property
@@ -53,9 +53,9 @@ class Variant:
 
     @property
     def keep(self) -> float | None:
-        """Return the share of the learning that its coefficients keep; None for all other variants."""
-        fitted = self.mitigation and self.mitigation.coefficients
-        return fitted.keep if fitted else None
+        """Return the share of the learning that a fit keeps; None for all other variants."""
+        factors = self.mitigation and self.mitigation.coefficients
+        return factors.keep if factors else None
 
 
 def make_variants(
@@ -68,13 +68,13 @@ def make_variants(
 ) -> tuple[Variant, ...]:
     """List ``base``, ``adapter``, each method at each λ, and each set of coefficients, in this order.
 
-    Listed among other methods, ``fitted`` adds nothing to the coefficients; alone, it leaves out the other methods. If a map is given, the
+    Listed among other methods, ``regmean`` adds nothing to the coefficients; alone, it leaves out the other methods. If a map is given, the
     method that uses it is evaluated as well.
 
     Raises
     ------
     UsageError
-        If there is no method or no λ, one is given twice, λ is 1 (the unchanged adapter), ``fitted`` has no coefficients, or an option
+        If there is no method or no λ, one is given twice, λ is 1 (the unchanged adapter), ``regmean`` has no coefficients, or an option
         makes no sense.
     """
     for what, values in (("method", methods), ("lambda", lambdas)):
@@ -85,7 +85,7 @@ def make_variants(
     if 1 in lambdas:
         raise UsageError("lambda: 1 is the unchanged adapter, which is always evaluated; omit it")
     for name in methods:
-        if name not in BY_LAMBDA:  # refuses unknown names, missing coefficients, and coefficients of another method
+        if name not in BY_LAMBDA:  # refuses unknown names, and missing coefficients or maps
             make_method(name, coefficients=None if coefficients is None else coefficients.sets[0])
     make_method(Shrink.name, select=select)  # refuses a bad selection, whatever the methods
     by_lambda = [name for name in methods if name in BY_LAMBDA]

@@ -96,13 +96,6 @@ class LowRankDelta:
         """See `WitnessDelta`."""
         return self.combined(1.0, -U * S, Vh).truncated(rank).dropped
 
-    def svd(self) -> tuple[Array, Array, Array]:
-        """Decompose ``Δ = U diag(S) Vᵀ`` by QR of the factors and SVD of the core: U (m, p), S (p,), V (n, p), p = min(r, m, n)."""
-        Q, left = np.linalg.qr(self.L)
-        P, right = np.linalg.qr(self.R)
-        U, S, Vh = np.linalg.svd(left @ right.T, full_matrices=False)
-        return Q @ U, S, P @ Vh.T
-
     def truncated(self, rank: int) -> Truncated:
         """Truncate to a rank by QR of both factors and SVD of the small core.
 

@@ -12,7 +12,7 @@ import numpy as np
 from streamer.verification.deltas import WitnessDelta
 from streamer.verification.formulas import WEIGHTS_NAME, AdapterFiles
 from streamer.verification.inventory import Part
-from streamer.verification.mitigation import Mitigated, by_coefficients, by_factor, coefficient_count, mitigate
+from streamer.verification.mitigation import Mitigated, by_factor, mitigate
 from streamer.verification.null_space import Known, by_map
 from streamer.verification.result import Checked, NotRecomputed, Outcome
 from streamer.verification.rounding import LARGEST_FP8, computing_precision, half_spacing
@@ -85,13 +85,7 @@ class Recomputation:
         triplets, decisions = self._decide(row, W0, delta)
         if len(self.outcome.differences) > before:  # everything else about the matrix follows from its decisions
             return Checked(math.inf, decisions)
-        if self.record["method"] == "fitted":
-            coefficients = row["coefficients"]
-            if len(coefficients) != (count := coefficient_count(delta)):
-                self.outcome.misrecorded(f"{count} coefficients", f"{len(coefficients)}", tensor)
-                return Checked(math.inf, decisions)
-            mitigated = by_coefficients(W0, delta, coefficients)
-        elif self.record["method"] == "regmean":
+        if self.record["method"] == "regmean":
             if self.factors is None or tensor not in self.factors:
                 raise NotRecomputed("its factors are in the file of the fit; pass it as --coefficients")
             mitigated = by_factor(delta, self.factors[tensor])

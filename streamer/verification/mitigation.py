@@ -1,9 +1,8 @@
 """Compute the mitigated delta by its formula, in float64, from triplets computed here.
 
 ``paper``: ``Δ' = Δ + (λ − 1) U_I Σ_I V_Iᵀ``. ``project``: ``Δ' = Δ − (1 − λ) U_I U_Iᵀ Δ``. ``shrink``: ``Δ' = λ Δ``. U_I, Σ_I, V_I are the
-singular triplets of ``W0 + Δ`` that the record calls intruders. ``fitted``: ``Δ' = U diag(c) Uᵀ Δ``, where U are the left singular vectors
-of Δ itself and c are the record's coefficients; if Δ is not a product of factors, ``Δ' = c Δ``. ``regmean``: ``Δ' = L R'ᵀ`` for
-``Δ = L Rᵀ``, with R' from the fit's file. ``nullspace``: see `null_space`.
+singular triplets of ``W0 + Δ`` that the record calls intruders. ``regmean``: ``Δ' = L R'ᵀ`` for ``Δ = L Rᵀ``, with R' from the fit's file.
+``nullspace``: see `null_space`.
 """
 
 from __future__ import annotations
@@ -52,25 +51,6 @@ class Mitigated:
         return self.delta.combined(self.factor, self.left, self.right, W0)
 
 
-def by_coefficients(W0: Matrix, delta: WitnessDelta, coefficients: Sequence[float]) -> Mitigated:
-    """Compute one matrix's Δ' for the method ``fitted``, from as many coefficients as `coefficient_count` returns.
-
-    Rounding Δ's factors to float32 mixes directions with neighbouring singular values, by an angle of at most the rounding over the
-    distance of the values. The tolerance covers the effect on Δ'.
-    """
-    c, (m, n) = np.asarray(coefficients, np.float64), W0.shape
-    if (c == c[0]).all():
-        return Mitigated(delta, float(c[0]), np.zeros((m, 0)), np.zeros((0, n)), np.zeros(m), np.zeros(n), 0.0)
-    assert isinstance(delta, LowRankDelta)
-    U, S, V = delta.svd()
-    rounding = 2.0**-24 * float(np.linalg.norm(delta.L) * np.linalg.norm(delta.R))
-    angles = np.minimum(1.0, rounding / np.maximum(np.abs(S[:, None] - S), 1e-300))
-    mixed = float(np.linalg.norm(np.abs(c[:, None] - c) * np.maximum(S[:, None], S) * angles))
-    # |Σ u_i d_ij v_j| ≤ ‖u‖ ‖d‖ ‖v‖ ≤ ‖d‖ (‖u‖² + ‖v‖²) / 2 for the rows u of U and v of V that form an element of Δ'.
-    rows, columns = (mixed / 2 * np.sum(vectors**2, axis=1) for vectors in (U, V))
-    return Mitigated(delta, 1.0, U * (c - 1), delta.left_product(U, W0), rows, columns, mixed)
-
-
 def by_factor(delta: WitnessDelta, R: Array) -> Mitigated:
     """Compute one matrix's Δ' for the method ``regmean``: ``L R'ᵀ`` with the right factor R' (n, r) of a fit.
 
@@ -85,16 +65,10 @@ def by_factor(delta: WitnessDelta, R: Array) -> Mitigated:
     return Mitigated(delta, 0.0, delta.L, R.T, np.zeros(m), np.zeros(n), 0.0)
 
 
-def coefficient_count(delta: WitnessDelta) -> int:
-    """Return the number of coefficients of Δ: one for each direction, min(r, m, n), or 1 if Δ is not a product of factors."""
-    return min(*delta.L.shape, len(delta.R)) if isinstance(delta, LowRankDelta) else 1
-
-
 WITNESSED = {
     "paper": "findings",
     "project": "findings",
     "shrink": "nothing",
-    "fitted": "coefficients",
     "regmean": "factors",
     "nullspace": "map",
 }

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from streamer.errors import FormatError, MissingInputError
 from streamer.verification.mitigation import WITNESSED
 from streamer.verification.result import RECORD_NAME, Outcome
@@ -137,8 +135,6 @@ def check_record(record: dict[str, Any], outcome: Outcome) -> None:
         if certified != sum(m["certified"] is True for m in rows):
             outcome.misrecorded("detection.certified to count its certified matrices", repr(certified))
     _check_method(record, outcome)
-    if record["method"] == "fitted":
-        _check_coefficients(record, outcome)
     for key in ("base", "adapter"):
         identity = {k: v for k, v in record[key].items() if k not in (*IN_SHORT, "address", "base_model_name_or_path")}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -152,8 +148,14 @@ def _check_method(record: dict[str, Any], outcome: Outcome) -> None:
     takes = WITNESSED.get(method)
     detects = takes == "findings" and lam != 1
     taken = {"method": method, "lambda": lam, "detection": record["detection"] is not None, "scale": record["scale"]}
-    known = takes is not None and record["scale"] in ("all", "first")
-    if not known or (lam is None) != (takes in ("coefficients", "factors")) or taken["detection"] != detects:
+    if takes is None:
+        outcome.misrecorded(f"one of the methods {', '.join(WITNESSED)}", repr(method))
+        return
+    if (
+        record["scale"] not in ("all", "first")
+        or (lam is None) != (takes == "factors")
+        or taken["detection"] != detects
+    ):
         outcome.misrecorded("method, lambda, detection and scale that belong together", f"{taken}")
     most = 0 if not detects else 1 if record["scale"] == "first" else math.inf
     for row in record["matrices"]:
@@ -161,21 +163,6 @@ def _check_method(record: dict[str, Any], outcome: Outcome) -> None:
         rising = all(type(j) is int for j in ranks) and ranks == sorted({*ranks}) and min(ranks, default=0) >= 0
         if not rising or len(ranks) > most:
             outcome.misrecorded(f"rising ranks of intruders, {most} at most", f"{ranks}", row["tensor"])
-
-
-def _check_coefficients(record: dict[str, Any], outcome: Outcome) -> None:
-    """Compare the digest of all coefficients with the matrices' coefficients."""
-    digest = hashlib.sha256()
-    for row in sorted(record["matrices"], key=lambda row: str(row["tensor"])):
-        values = row.get("coefficients")
-        numbers = isinstance(values, list) and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
-        if not numbers:
-            outcome.misrecorded("coefficients from 0 to 1", repr(values), row["tensor"])
-            return
-        digest.update(f"{row['tensor']}\n".encode() + np.array(values, "<f8").tobytes())
-    found = (record.get("coefficients") or {}).get("sha256")
-    if found != digest.hexdigest():
-        outcome.misrecorded(f"coefficients.sha256 {digest.hexdigest()}, of its matrices' values", repr(found))
 
 
 def shards(record: dict[str, Any]) -> list[str]:

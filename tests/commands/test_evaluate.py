@@ -222,9 +222,9 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
         ["--method", "average"],
         {},
         2,
-        "--method: expected one of paper, project, shrink, fitted, regmean, nullspace, found 'average'",
+        "--method: expected one of paper, project, shrink, regmean, nullspace, found 'average'",
     )
-    yield ["--method", "fitted"], {}, 2, "method 'fitted' needs coefficients; make them with `streamer fit`"
+    yield ["--method", "regmean"], {}, 2, "method 'regmean' needs coefficients; make them with `streamer fit`"
     yield (
         ["--coefficients", home / "f.safetensors"],
         {},

@@ -24,10 +24,8 @@ from streamer.forecast.passes import START_SECONDS
 
 HEADS = [
     *("keep", "kept", "top-1", "kept", "KL", "left", "loss", "left"),
-    *("shrink", "its", "KL", "left", "mean", "near", "0", "near", "1", "mu"),
+    *("shrink", "its", "KL", "left", "mu"),
 ]
-
-FEW = "streamer: warning: the general text has 126 tokens to fit 16 coefficients on, 7.9 for each; give more, or --grain matrix\n"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(server: Server, home: Path, output: object, *options: object, before: str = "", **inputs: Path) -> Outcome:
     line = ["fit", inputs.get("base", home / "base"), inputs.get("adapter", home / "adapter"), "-o", output, *options]
-    line += [] if "--grain" in options else ["--grain", "direction"]
     for name in ("general", "task"):
         line += [f"--{name}", inputs.get(name, home / f"{name}.npy")]
     return server.run(*line, before=before)
@@ -47,14 +44,13 @@ def run(server: Server, home: Path, output: object, *options: object, before: st
 def test_the_table_and_what_comes_next(server: Server, home: Path, tmp_path: Path) -> None:
     output = tmp_path / "c.safetensors"
     done = run(server, home, output, "--keep", "0.9,0.6")
-    assert (done.code, done.err.startswith(FEW)) == (0, True)
-    assert all(" was to be kept, and " in line for line in done.err.removeprefix(FEW).splitlines())
+    assert done.code == 0, done.err
     lines = done.out.splitlines()
     assert lines[0].split() == HEADS
     assert [line.split()[0] for line in lines[2:4]] == ["90%", "60%"]
     assert "measured on 6 general and 6 task held-out sequences, on which" in done.out
     assert lines[-1] == f"wrote {output}"
-    assert "16 coefficients in 2 sets" in done.last
+    assert "2 sets of new factors" in done.last
     again = run(server, home, output, "--keep", "0.9,0.6")
     assert (again.code, again.out) == (0, done.out.replace(f"wrote {output}", f"{output} exists already"))
     (line,) = [line for line in lines if line.startswith("next: streamer mitigate ")]
@@ -63,7 +59,7 @@ def test_the_table_and_what_comes_next(server: Server, home: Path, tmp_path: Pat
     line = line.replace("-o FILE", f"-o {tmp_path / 'e.json'}").replace("TEXT", str(home / "general.npy"), 1)
     assert server.run(*line.replace("TEXT", str(home / "task.npy")).split()).code == 0
     record = json.loads((tmp_path / "made" / "streamer.json").read_text())
-    assert (record["method"], record["lambda"], record["coefficients"]["keep"]) == ("fitted", None, 0.9)
+    assert (record["method"], record["lambda"], record["coefficients"]["keep"]) == ("regmean", None, 0.9)
     within = run(server, home, tmp_path / "made" / "c.safetensors")
     assert within.code == 4
     assert f"lies inside the output {tmp_path / 'made'}, which is complete" in within.err
@@ -71,16 +67,11 @@ def test_the_table_and_what_comes_next(server: Server, home: Path, tmp_path: Pat
 
 def test_the_object(server: Server, home: Path, tmp_path: Path) -> None:
     output = tmp_path / "c.safetensors"
-    tree = check(run(server, home, output, "--json", "--grain", "matrix", "--objective", "loss"), "streamer.fit/1")
-    assert (tree["state"], tree["grain"], tree["objective"], tree["parameters"]) == ("written", "matrix", "loss", 8)
+    tree = check(run(server, home, output, "--json"), "streamer.fit/1")
+    assert (tree["state"], tree["grain"], len(tree["sets"])) == ("written", "inputs", 1)
     assert (tree["forgotten"], tree["factored"], tree["quantized"]) == (True, True, False)
     found = streamer.load_coefficients(output)
     assert {"schema": tree["schema"], **found.facts, "output": str(output), "state": "written"} == tree
-    (one,), matrices = tree["sets"], found.select().matrices
-    assert {matrix.values.min() for matrix in matrices.values()} == {
-        matrix.values.max() for matrix in matrices.values()
-    }
-    assert one["coefficients"]["mean"] == pytest.approx(np.mean([matrix.values[0] for matrix in matrices.values()]))
     assert str(tmp_path) not in json.dumps(found.facts)
 
 
@@ -95,23 +86,11 @@ def held_apart(home: Path, place: Path) -> dict[str, Path]:
 FIGURES = ("kept", "kept_se", "forgetting", "forgetting_se", "divergence", "divergence_se")
 
 
-def test_one_for_all_is_a_shrink(server: Server, home: Path, tmp_path: Path) -> None:
-    tree = check(run(server, home, tmp_path / "c.safetensors", "--json", "--grain", "all"), "streamer.fit/1")
-    assert tree["parameters"] == 1
-    (one,) = tree["sets"]
-    lam = one["coefficients"]["mean"]
-    assert 0.1 < lam < 0.9
-    assert one["shrink"] is None
-    found = streamer.evaluate_variants(home / "base", home / "adapter", **held_apart(home, tmp_path), methods=["shrink"],
-                                       lambdas=[lam], on_event=lambda event: None)[f"shrink {lam:g}"]  # fmt: skip
-    assert {figure: found[figure] for figure in FIGURES} == pytest.approx({f: one[f] for f in FIGURES}, rel=1e-3)
-
-
 def test_the_figures_are_those_of_an_evaluation(server: Server, home: Path, tmp_path: Path) -> None:
     output = tmp_path / "c.safetensors"
     (one,) = check(run(server, home, output, "--json"), "streamer.fit/1")["sets"]
     found = streamer.evaluate_variants(home / "base", home / "adapter", **held_apart(home, tmp_path), methods=["shrink"],
-                                       lambdas=[0.5], coefficients=output, on_event=lambda event: None)["fitted 0.9"]  # fmt: skip
+                                       lambdas=[0.5], coefficients=output, on_event=lambda event: None)["regmean 0.9"]  # fmt: skip
     assert {figure: found[figure] for figure in FIGURES} == pytest.approx({f: one[f] for f in FIGURES}, rel=1e-3)
 
 
@@ -119,26 +98,23 @@ def test_an_adapter_that_saves_a_module_is_not_the_base_without_its_deltas(tmp_p
     events: list[Event] = []
     home = make_learned(tmp_path, modules_to_save=["norm"])
     made = streamer.fit_coefficients(home / "base", home / "adapter", general=home / "general.npy", task=home / "task.npy", keep=0.9,
-                                     grain="matrix", on_event=events.append)  # fmt: skip
+                                     on_event=events.append)  # fmt: skip
     (one,), steps = made.facts["sets"], [event for event in events if event.stage == "fit"]
     assert made.facts["unchanged"][-1] == "model.norm.weight"
     assert (steps[-1].done, steps[-1].items) == (steps[-1].total, steps[-1].of)
-    # As many points are expected as there may be: one that was measured already takes no pass.
-    assert steps[0].total * 0.9 < steps[-1].done <= steps[0].total
     (tmp_path / "held").mkdir()
     found = streamer.evaluate_variants(home / "base", home / "adapter", **held_apart(home, tmp_path / "held"), methods=["shrink"],
                                        lambdas=SHRINKS, coefficients=made, on_event=lambda event: None)  # fmt: skip
     assert (
         found["shrink 0"]["divergence"] > 1e-3
     )  # a sum of what cannot be negative, whereas differences of losses may cancel
-    assert {figure: found["fitted 0.9"][figure] for figure in FIGURES} == pytest.approx(
+    assert {figure: found["regmean 0.9"][figure] for figure in FIGURES} == pytest.approx(
         {figure: one[figure] for figure in FIGURES}, rel=1e-3
     )
     # The evaluation measures further shrinks, of its own choice: a fit interpolates between `SHRINKS` and the adapter alone.
     others = {v.mitigation_lambda for v in found.variants if v.method == "shrink"} - set(SHRINKS)
     variants = [replace(v, mitigation_lambda=None) if v.mitigation_lambda in others else v for v in found.variants]
-    same = len({value for matrix in made.select().matrices.values() for value in matrix.values}) == 1  # it is a shrink
-    compared = None if same else against_shrink(variants, found.general, found.task, len(variants) - 1)
+    compared = against_shrink(variants, found.general, found.task, len(variants) - 1)
     assert (compared is None) == (one["shrink"] is None)
     if compared is not None:
         assert one["shrink"]["lambda"] == pytest.approx(compared.mitigation_lambda, rel=1e-3)
@@ -155,7 +131,7 @@ def test_an_evaluation_warns_of_files_that_were_fitted_to_however_they_are_cut(
     def warnings(**texts: Path) -> list[str]:
         said: list[str] = []
         streamer.evaluate_variants(
-            home / "base", home / "adapter", **{**others, **texts}, methods=["fitted"], coefficients=output, sequences=7,
+            home / "base", home / "adapter", **{**others, **texts}, methods=["regmean"], coefficients=output, sequences=7,
             length=6, on_event=lambda event: said.append(event.name) if event.stage == "warning" else None,
         )  # fmt: skip
         return [" ".join(line.split()[:4]) for line in said if "was used to fit the coefficients" in line]
@@ -191,20 +167,28 @@ def test_events(server: Server, home: Path, tmp_path: Path) -> None:
     assert {e["total"] for e in progress[:-1]} == {progress[0]["total"]}
 
 
-@pytest.mark.parametrize(("grain", "advice"), [
-    ("direction", "give more, or --grain matrix"), ("matrix", "give more, or --grain all"), ("all", "give more"),
-])  # fmt: skip
-def test_of_a_short_text_fewer_coefficients_are_advised(server: Server, home: Path, tmp_path: Path, grain: str,
-                                                        advice: str) -> None:  # fmt: skip
-    few = "--sequences", 4, "--length", 3, "--grain", grain
-    done = run(server, home, tmp_path / "c.safetensors", "--dry-run", *few)
+def test_texts_that_are_short_are_told_of_before_the_first_pass(server: Server, home: Path, tmp_path: Path) -> None:
+    done = run(server, home, tmp_path / "c.safetensors", "--dry-run", "--sequences", 4, "--length", 3)
     assert done.code == 0
     *held, line = done.err.splitlines()
-    assert line.endswith(f" for each; {advice}")
+    assert "text has 4 tokens to fit on, fewer than the 32 inputs of the widest matrix" in line
     assert [line.split(" held-out")[0] for line in held] == [
         f"streamer: warning: the {name} text has 2" for name in ("general", "task")
-    ], "said before the first pass"
+    ]
     assert "only differences of over 12.7 standard errors are evidence" in held[0]
+
+
+REMOVED = "repair and fit now use the closed form (regmean), which keeps more and forgets less; drop the option"
+
+
+@pytest.mark.parametrize("option", ["--grain", "--objective", "--steps"])
+def test_removed_options_are_refused_by_name(server: Server, home: Path, tmp_path: Path, option: str) -> None:
+    done = run(server, home, tmp_path / "c.safetensors", f"{option}=direction")
+    assert (done.code, done.err) == (2, f"streamer: {option} was removed: {REMOVED}\n")
+    for call in (streamer.fit_coefficients, streamer.repair_adapter):
+        with pytest.raises(TypeError, match=f"{option[2:]} was removed: repair and fit now use the closed form"):
+            call(home / "base", home / "adapter", tmp_path / "c", **{option[2:]: "direction"})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Path) -> None:
@@ -223,7 +207,7 @@ def test_the_least_budget_that_is_named_is_enough(server: Server, home: Path, tm
     assert (refused.code, refused.out) == (2, "")
     (line,) = refused.err.splitlines()
     assert line.startswith(
-        f"streamer: --max-memory: {budget} is not enough for a sequence of 8 tokens, forward and back; it needs "
+        f"streamer: --max-memory: {budget} is not enough for the inputs of a sequence of 8 tokens; it needs "
     )
     assert line.endswith("M, and less with fewer --sequences")
     least = line.partition("it needs ")[2].partition(",")[0]

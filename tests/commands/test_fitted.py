@@ -1,4 +1,4 @@
-"""Outputs by coefficients: what stands in them, what is there already, and what is refused before anything is written."""
+"""Outputs by the factors of a fit: what stands in them, what is there already, and what is refused before anything is written."""
 
 from __future__ import annotations
 
@@ -17,20 +17,18 @@ from forks import KILL, server
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_schemas import check
-from verified import agree, edit_record, edit_tensor, lines
+from verified import agree, edit_tensor, lines
 
 import streamer
 from streamer.errors import UsageError
-from streamer.linalg.operators import Delta
-from streamer.methods.coefficient_set import MatrixCoefficients, fitted_delta
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """A base, its adapter, and coefficients of two shares, which leave the first matrix as it is."""
+    """A base, its adapter, and factors for two shares."""
     home = tmp_path_factory.mktemp("fitted")
     base, adapter = helpers.three_shards(home)
-    return base, adapter, fitted.coefficients_file(home / "c.safetensors", base, adapter, 0.95, 0.9, unchanged=1)
+    return base, adapter, fitted.coefficients_file(home / "c.safetensors", base, adapter, 0.95, 0.9)
 
 
 # What is written --------------------------------------------------------------------------------------------------------
@@ -44,24 +42,22 @@ def test_an_output_says_how_it_was_made(inputs: tuple[Path, Path, Path], tmp_pat
     check(server().run(*line, "--dry-run", "--json"), "streamer.dry-run/1")
     record = check(server().run(*line, "--json"), "streamer.output/2")
     one = streamer.load_coefficients(file).select(0.9)
-    assert (record["method"], record["lambda"], record["detection"]) == ("fitted", None, None)
+    assert (record["method"], record["lambda"], record["detection"]) == ("regmean", None, None)
     assert record["coefficients"] == {"keep": 0.9, "sha256": one.digest}
-    assert (record["totals"]["changed"], record["totals"]["intruders"]) == (8, 0)
+    assert (record["totals"]["changed"], record["totals"]["intruders"]) == (9, 0)
     assert record["totals"]["dropped_max"] < 1e-6
-    for row in record["matrices"]:
-        assert row["coefficients"] == one.matrices[row["tensor"]].values.tolist()
     (shard, *_) = out.glob("*.safetensors")
     assert helpers.stamp(shard)["coefficients"] == record["coefficients"]
     assert "--coefficients COEFFICIENTS --keep 0.9" in (out / "README.md").read_text()
-    # `--method fitted` says no more than the coefficients do, and a λ of another run stands in the way of nothing.
-    assert check(server().run(*line, "--method", "fitted", "--json"), "streamer.output/2")["state"] == "present"
+    # `--method regmean` says no more than the coefficients do, and a λ of another run stands in the way of nothing.
+    assert check(server().run(*line, "--method", "regmean", "--json"), "streamer.output/2")["state"] == "present"
     done = server().run(*line[:-1], "0.95")
     assert done.code == 4
     assert "holds another output" in done.err
     again = check(server().run(*line[:-1], "0.95", "--overwrite", "--json"), "streamer.output/2")
     assert again["coefficients"]["keep"] == 0.95
     text = server().run(*line[:-1], "0.95").out
-    assert "method fitted, to keep 95% of the learning: 8 of 9 matrices mitigated" in text
+    assert "method regmean, to keep 95% of the learning: 9 of 9 matrices mitigated" in text
 
 
 @pytest.mark.parametrize("command", ["mitigate", "merge"])
@@ -83,21 +79,6 @@ def test_a_killed_run_goes_on_with_the_same_coefficients_alone(
     assert helpers.tree_digest(out) == helpers.tree_digest(tmp_path / "whole")
 
 
-def test_factors_of_unchanged_matrices_and_all_a_stay_to_the_bit(
-    inputs: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
-    base, adapter, file = inputs
-    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", coefficients=file, keep=0.9)
-    before = load_file(adapter / "adapter_model.safetensors")
-    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    same = {name for name in before if torch.equal(before[name], after[name])}
-    changed = before.keys() - same
-    assert len(changed) == 8
-    assert all(".lora_B." in name for name in changed)
-    config = "adapter_config.json"
-    assert (tmp_path / "out" / config).read_bytes() == (adapter / config).read_bytes()
-
-
 def test_a_model_in_files_in_memory_and_of_the_fitted_adapter_is_one(
     inputs: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
@@ -116,68 +97,12 @@ def test_a_fitted_adapter_is_known_as_mitigated(inputs: tuple[Path, Path, Path],
     base, adapter, file = inputs
     streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", coefficients=file, keep=0.9)
     with pytest.warns(
-        streamer.StreamerWarning, match="mitigated already, by `streamer mitigate` from .*, with method fitted:"
+        streamer.StreamerWarning, match="mitigated already, by `streamer mitigate` from .*, with method regmean:"
     ):
         streamer.reduce_intruder_dimension(base, tmp_path / "a", tmp_path / "b", method="shrink")
 
 
-def test_dora_takes_one_coefficient_a_matrix(tmp_path: Path) -> None:
-    import jobs
-
-    base, adapter = jobs.dora(tmp_path)
-    coefficients = fitted.random_coefficients(base, adapter)
-    assert {len(m.values) for m in coefficients.sets[0].matrices.values()} == {1}
-    for name, options in (("lora", {"to_lora": 3}), ("model", {})):
-        write: Any = streamer.reduce_intruder_dimension if options else streamer.merge_with_reduced_intruder_dimensions
-        record = write(base, adapter, tmp_path / name, coefficients=coefficients, **options)
-        for row in record["matrices"]:
-            left = row["delta_norm_after"] / row["delta_norm"]
-            assert left == pytest.approx(row["coefficients"][0], rel=1e-3 if not options else 0.6)
-        assert lines(tmp_path / name, base, adapter, sample="all") == []
-    with pytest.raises(streamer.StreamerError, match="has no form in this kind of adapter"):
-        streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", coefficients=coefficients)
-
-
 # Verification -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["model", "adapter", "lora"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_wrong_coefficient_is_caught(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
-) -> None:
-    base, adapter = helpers.three_shards(tmp_path, dtype)
-    coefficients = fitted.random_coefficients(base, adapter)
-    options = {"to_lora": 4} if kind == "lora" else {}
-    write: Any = (
-        streamer.merge_with_reduced_intruder_dimensions if kind == "model" else streamer.reduce_intruder_dimension
-    )
-    write(base, adapter, tmp_path / "right", coefficients=coefficients, **options)
-    assert lines(tmp_path / "right", base, adapter, sample="all") == []
-
-    def another(delta: Delta, matrix: MatrixCoefficients, name: str) -> Delta:
-        values = matrix.values.copy()
-        values[1] = 0.98 * values[1] + 0.01
-        return fitted_delta(delta, MatrixCoefficients(matrix.singular_values, values), name)
-
-    monkeypatch.setattr("streamer.methods.coefficient_set.fitted_delta", another)
-    write(base, adapter, tmp_path / "wrong", coefficients=coefficients, **options)
-    assert lines(tmp_path / "wrong") == []
-    found = lines(tmp_path / "wrong", base, adapter, sample="all")
-    assert len([line for line in found if "within one rounding" in line]) >= 6, found
-
-
-def test_a_coefficient_changed_in_the_record_is_caught(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    base, adapter, file = inputs
-    out = tmp_path / "a"
-    streamer.reduce_intruder_dimension(base, adapter, out, coefficients=file, keep=0.9)
-
-    def change(record: dict[str, Any]) -> None:
-        record["matrices"][3]["coefficients"][1] = 0.5
-
-    edit_record(out, change)
-    (line,) = lines(out)
-    assert "expected coefficients.sha256" in line
 
 
 def test_a_changed_value_is_caught_where_every_digest_agrees(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -187,24 +112,8 @@ def test_a_changed_value_is_caught_where_every_digest_agrees(inputs: tuple[Path,
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     edit_tensor(out / "adapter_model.safetensors", name, lambda t: t.mul_(1.01))
     agree(out, "adapter_model.safetensors")
-    (line,) = lines(out, base, adapter, sample="all")
+    (line,) = lines(out, base, adapter, sample="all", coefficients=file)
     assert "model.layers.1.mlp.up_proj.weight" in line
-
-
-@pytest.mark.parametrize("values", [[2.0, 0.5, 0.5, 0.5], ["a"], None])
-def test_what_is_no_coefficient_is_caught(
-    inputs: tuple[Path, Path, Path], tmp_path: Path, values: list[object] | None
-) -> None:
-    base, adapter, file = inputs
-    out = tmp_path / "a"
-    streamer.reduce_intruder_dimension(base, adapter, out, coefficients=file, keep=0.9)
-
-    def change(record: dict[str, Any]) -> None:
-        record["matrices"][3]["coefficients"] = values
-
-    edit_record(out, change)
-    (line,) = lines(out)
-    assert "expected coefficients from 0 to 1" in line
 
 
 # Refusals ---------------------------------------------------------------------------------------------------------------
@@ -240,7 +149,7 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
     of_tuned = fitted.coefficients_file(files / "tuned.safetensors", base, tuned)
 
     def nan(tree: dict[str, Any], arrays: dict[str, torch.Tensor]) -> None:
-        arrays["model.layers.1.mlp.up_proj.weight.coefficients"][1, 2] = float("nan")
+        arrays["model.layers.1.mlp.up_proj.weight.right_factor"][1, 2] = float("nan")
 
     def another_base(tree: dict[str, Any], arrays: dict[str, torch.Tensor]) -> None:
         tree["base"]["files"][0]["sample_sha256"] = "0" * 64
@@ -255,14 +164,14 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
         (3, [files / "none.safetensors"], "none.safetensors: no such file"),
         (3, [of_other], f"streamer: {of_other}: coefficients of another base ("),
         (3, [of_tuned], f"streamer: {of_tuned}: coefficients of another adapter (weights_sha256 differ); fit them to"),
-        (3, [with_metadata(file, files / "nan", nan), *keep], "has a coefficient that is NaN or outside [0, 1]"),
+        (3, [with_metadata(file, files / "nan", nan), *keep], "has a value that is NaN or Inf"),
         (3, [with_metadata(file, files / "base", another_base), *keep], "of another base (the content of model-00001-of-"),
         (3, [with_metadata(file, files / "no", nothing), *keep], "do not say which base they were fitted to"),
         (2, [file], f"streamer: --keep: expected one of 0.95, 0.9, the 2 sets of coefficients in {file}; choose one"),
         (2, [file, "--keep", "0.8"], "holds no coefficients that keep 0.8; the shares in it are 0.95, 0.9"),
-        (2, [file, *keep, "--lambda", "0.5"], "--lambda: method 'fitted' uses coefficients instead, got 0.5; leave it out"),
-        (2, [file, *keep, "--lambda", "0.75"], "--lambda: method 'fitted' uses coefficients instead, got 0.75; leave it out"),
-        (2, [file, *keep, "--method", "project"], "--coefficients: belong to method 'fitted', found 'project'"),
+        (2, [file, *keep, "--lambda", "0.5"], "--lambda: method 'regmean' uses coefficients instead, got 0.5; leave it out"),
+        (2, [file, *keep, "--lambda", "0.75"], "--lambda: method 'regmean' uses coefficients instead, got 0.75; leave it out"),
+        (2, [file, *keep, "--method", "project"], "--coefficients: belong to method 'regmean', found 'project'"),
     ]  # fmt: skip
     for code, options, words in cases:
         line = refuse(command, base, adapter, home, code, "--coefficients", *options)
@@ -273,20 +182,17 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
         "and make findings with `streamer detect`\n"
     )
     assert "--keep: chooses among coefficients" in refuse(command, base, adapter, home, 2, *keep)
-    words = "streamer: method 'fitted' needs coefficients; make them with `streamer fit`\n"
-    assert refuse(command, base, adapter, home, 2, "--method", "fitted") == words
+    words = "streamer: method 'regmean' needs coefficients; make them with `streamer fit`\n"
+    assert refuse(command, base, adapter, home, 2, "--method", "regmean") == words
 
 
-@pytest.mark.parametrize("value", [-3.0, 5.0, float("nan")])
-def test_what_is_no_coefficient_is_refused_in_memory_too(
-    inputs: tuple[Path, Path, Path], tmp_path: Path, value: float
-) -> None:
+def test_factors_that_are_not_finite_are_refused_in_memory_too(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, adapter, file = inputs
     made = streamer.load_coefficients(file)
-    next(iter(made.sets[0].matrices.values())).values[0] = value
-    with pytest.raises(UsageError, match="has a coefficient that is NaN or outside"):
+    next(iter(made.sets[0].matrices.values()))[0, 0] = float("nan")
+    with pytest.raises(UsageError, match="is not a matrix of finite numbers; use the factors of a fit"):
         streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", coefficients=made, keep=made.keeps[0])
-    with pytest.raises(UsageError, match="has a coefficient that is NaN or outside"):
+    with pytest.raises(UsageError, match="is not a matrix of finite numbers; use the factors of a fit"):
         made.save(tmp_path / "c.safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -306,11 +212,11 @@ def test_the_librarys_keywords(inputs: tuple[Path, Path, Path], tmp_path: Path) 
     base, adapter, file = inputs
     calls: list[tuple[dict[str, Any], str]] = [
         ({"coefficients": file}, "^keep: expected one of 0.95, 0.9, the 2 sets of coefficients in "),
-        ({"coefficients": file, "keep": 0.9, "mitigation_lambda": 0.5}, "^lambda: method 'fitted' uses coefficients"),
-        ({"coefficients": file, "keep": 0.9, "mitigation_lambda": 0.75}, "^lambda: method 'fitted' uses coefficients"),
-        ({"coefficients": file, "keep": 0.9, "method": "paper"}, "^coefficients: belong to method 'fitted'"),
+        ({"coefficients": file, "keep": 0.9, "mitigation_lambda": 0.5}, "^lambda: method 'regmean' uses coefficients"),
+        ({"coefficients": file, "keep": 0.9, "mitigation_lambda": 0.75}, "^lambda: method 'regmean' uses coefficients"),
+        ({"coefficients": file, "keep": 0.9, "method": "paper"}, "^coefficients: belong to method 'regmean'"),
         ({"keep": 0.9}, "^keep: chooses among coefficients"),
-        ({"method": "fitted"}, "^method 'fitted' needs coefficients"),
+        ({"method": "regmean"}, "^method 'regmean' needs coefficients"),
     ]
     for options, words in calls:
         with pytest.raises(streamer.StreamerError, match=words):

@@ -1,4 +1,4 @@
-"""`streamer repair` and `streamer fit` by inputs from outside: what they write, what they choose, and what they refuse."""
+"""`streamer repair` and what uses its fit, from outside: what they write, what they choose, and what they refuse."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from test_schemas import check
 import streamer
 from streamer.api import repair
 from streamer.api import texts as texts_of_python
-from streamer.errors import UsageError
 
 SHARES = "0.9,0.7"
 
@@ -39,14 +38,11 @@ def texts(home: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def fitted(server: Server, home: Path) -> Path:
-    """A fit by inputs, which is the default."""
     path = home / "f.safetensors"
     tree = check(
         server.run("fit", home / "base", home / "adapter", *texts(home), "-o", path, "--keep", SHARES, "--json"),
         "streamer.fit/1",
     )
-    assert tree["grain"] == "inputs"
-    assert not {"objective", "steps", "parameters", "gradients"} & tree.keys()
     assert [abs(one["kept"] - one["keep"]) < 0.1 for one in tree["sets"]] == [True, True]
     return path
 
@@ -188,21 +184,13 @@ def test_a_text_that_every_python_has() -> None:
 
 def test_what_is_refused_in_a_line(server: Server, home: Path, fitted: Path, tmp_path: Path) -> None:
     inputs = home / "base", home / "adapter"
-    done = server.run("fit", *inputs, *texts(home), "-o", tmp_path / "c", "--grain", "inputs", "--steps", 3)
-    assert (
-        done.code,
-        "--steps: applies to coefficients, but grain 'inputs' fits none, found 3; leave it out" in done.err,
-    ) == (2, True)
     done = server.run(
-        "mitigate", *inputs, "-o", tmp_path / "x", "--coefficients", fitted, "--keep", 0.9, "--method", "fitted"
+        "mitigate", *inputs, "-o", tmp_path / "x", "--coefficients", fitted, "--keep", 0.9, "--method", "paper"
     )
-    assert (done.code, "was fitted for method 'regmean', found 'fitted'; do not name a method" in done.err) == (2, True)
-    found = streamer.detect_intruder_dimensions(*inputs)
-    with pytest.raises(
-        UsageError,
-        match=r"holds new factors instead of coefficients of directions; fit coefficients with --grain dir",
-    ):
-        streamer.report_coefficients(found, *inputs, fitted, keep=0.9)
+    assert (done.code, "--coefficients: belong to method 'regmean', found 'paper'" in done.err) == (2, True)
+    done = server.run("report", "f.safetensors", *inputs, "--coefficients", fitted)
+    words = "--coefficients was removed: a fit holds factors now, and no coefficients of intruders; `streamer evaluate` measures it"
+    assert (done.code, done.err) == (2, f"streamer: {words}\n")
     same = np.load(home / "general.npy")
     np.save(tmp_path / "same.npy", same)
     done = server.run(
@@ -251,11 +239,9 @@ def test_kinds_of_adapters(server: Server, home: Path, tmp_path: Path, kind: str
         tmp_path / "task.npy",
         "-o",
         fit,
-        "--grain",
-        "inputs",
         "-q",
     ]
-    assert server.run("fit", home / "base", adapter, *line).code == 0, kind
+    assert (done := server.run("fit", home / "base", adapter, *line)).code == 0, (kind, done.err)
     out = tmp_path / "out"
     assert server.run("mitigate", home / "base", adapter, "-o", out, "--coefficients", fit, "-q").code == 0
     done = server.run("verify", out, home / "base", adapter, "--sample", "all", "--coefficients", fit)
@@ -266,8 +252,13 @@ def test_kinds_of_adapters(server: Server, home: Path, tmp_path: Path, kind: str
 def test_what_cannot_be_written_is_refused_before_the_fit(server: Server, home: Path, tmp_path: Path) -> None:
     inputs = home / "base", home / "adapter"
     dora = adapted(home, tmp_path / "dora", targets=["q_proj"], use_dora=True)
-    done = server.run("repair", home / "base", dora, *texts(home), "-o", tmp_path / "d")
-    assert (done.code, "with --merge `repair` writes a model" in done.err) == (3, True)
+    for command, *more in (("repair",), ("repair", "--merge"), ("fit",)):
+        done = server.run(command, home / "base", dora, *texts(home), "-o", tmp_path / "d", *more)
+        assert (done.code, done.err) == (
+            3,
+            f"streamer: {dora}: is DoRA, and repair and fit need LoRA factors; pass --to-lora RANK to repair, or use `merge` with --method "
+            "shrink or --map\n",
+        )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     done = server.run("repair", *inputs, *texts(home), "-o", tmp_path / "full")
@@ -277,30 +268,14 @@ def test_what_cannot_be_written_is_refused_before_the_fit(server: Server, home: 
     assert not [p for p in tmp_path.iterdir() if "fit" in p.name]
 
 
-def test_one_coefficient_for_all_is_written_as_the_shrink_that_it_is(
-    server: Server, home: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "r"
-    tree = check(
-        server.run(
-            "repair",
-            home / "base",
-            home / "adapter",
-            *texts(home),
-            "-o",
-            out,
-            "--grain",
-            "all",
-            "--keep",
-            0.5,
-            "--json",
-        ),
-        "streamer.repair/1",
+def test_adapters_of_other_methods_are_refused_by_name(server: Server, home: Path, tmp_path: Path) -> None:
+    model = transformers.LlamaForCausalLM.from_pretrained(home / "base")
+    peft.get_peft_model(model, peft.LoKrConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lokr")
+    done = server.run("repair", home / "base", tmp_path / "lokr", *texts(home), "-o", tmp_path / "d", "--merge")
+    assert (done.code, "lokr: is LoKr, and repair and fit need LoRA factors; pass --to-lora RANK" in done.err) == (
+        3,
+        True,
     )
-    record = json.loads((out / "streamer.json").read_text())
-    worth = streamer.load_coefficients(tree["fit"]).facts["sets"][0]["trade"]["worth_it"]
-    assert (tree["chosen"], record["method"]) == ("shrink" if worth else "adapter", "shrink")
-    assert 0 < record["lambda"] < 1 if worth else record["lambda"] == 1
 
 
 def test_without_a_general_text_pythons_help_serves(home: Path, tmp_path: Path) -> None:

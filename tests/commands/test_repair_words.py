@@ -133,11 +133,10 @@ def test_a_fit_of_an_earlier_version_has_no_top_1(fitted: Path) -> None:
     assert repair._rows(found)[0]["top1_kept"] == 1
 
 
-@pytest.mark.parametrize("grain", ["inputs", "matrix"])
-def test_intruder_scaling_is_measured_beside_it(server: Server, home: Path, tmp_path: Path, grain: str) -> None:
+def test_intruder_scaling_is_measured_beside_it(server: Server, home: Path, tmp_path: Path) -> None:
     """As evaluate measures the method paper on the same sequences; without intruders a line says so."""
     findings = tmp_path / "f.safetensors"
-    line = ["repair", home / "base", home / "adapter", *texts(home), "--grain", grain]
+    line = ["repair", home / "base", home / "adapter", *texts(home)]
     found = streamer.detect_intruder_dimensions(home / "base", home / "adapter", findings, top_k=4)
     assert found.intruders
     tree = check(server.run(*line, "-o", tmp_path / "r", "--findings", findings, "--json"), "streamer.repair/1")

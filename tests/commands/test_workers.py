@@ -97,7 +97,7 @@ def test_a_merge_on_threads_has_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("command", "what"),
-    [("evaluate", "a sequence of 24 tokens under two variants"), ("fit", "a sequence of 24 tokens, forward and back"),
+    [("evaluate", "a sequence of 24 tokens under two variants"), ("fit", "the inputs of a sequence of 24 tokens"),
      ("repair", "the inputs of a sequence of 24 tokens"), ("map", "the inputs of a sequence of 24 tokens")],
 )  # fmt: skip
 def test_workers_on_passes_share_the_memory(command: str, what: str, tmp_path: Path) -> None:

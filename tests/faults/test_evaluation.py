@@ -67,7 +67,9 @@ def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path)
     job.run(tmp_path / "again.json", on_event=events.append)
     assert (tmp_path / "again.json").read_bytes() == job.whole
     passes = {e.items for e in events if e.stage == "evaluate"}
-    assert len(passes) in range(49, 134, 12), "steps after the first place the shrink and the other method, up to four each"
+    assert len(passes) in range(49, 134, 12), (
+        "steps after the first place the shrink and the other method, up to four each"
+    )
     first = next(i for i, e in enumerate(events, 1) if e.stage == "evaluate")
     for number in (first, len(events) // 2, len(events) - 2):
         output = tmp_path / f"{number}.json"

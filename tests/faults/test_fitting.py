@@ -1,12 +1,10 @@
-"""A fit that is stopped or killed: resumed, it gives the same coefficients to the bit; what stands at its place is not lost."""
+"""A fit that is stopped or killed: resumed, it gives the same factors to the bit; what stands at its place is not lost."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from command_line import ENV
 from forks import KILL, TORN, Server
 from learned import make_learned
 from safetensors.numpy import load_file, save_file
@@ -45,14 +42,13 @@ class Job(NamedTuple):
 
     def run(self, output: Path | None, **options: Any) -> streamer.Coefficients:
         home = self.home
-        given = {"general": home / "general.npy", "task": home / "task.npy", "keep": KEEP, "sequences": 16, "length": 8,
-                 "grain": "direction"}  # fmt: skip
+        given = {"general": home / "general.npy", "task": home / "task.npy", "keep": KEEP, "sequences": 16, "length": 8}
         return streamer.fit_coefficients(home / "base", home / "adapter", output, **{**given, **options})
 
     def line(self, output: Path) -> list[object]:
         home = self.home
         return ["fit", home / "base", home / "adapter", "--general", home / "general.npy", "--task", home / "task.npy", "-o", output,
-                "--keep", ",".join(map(str, KEEP)), "--sequences", 16, "--length", 8, "--grain", "direction"]  # fmt: skip
+                "--keep", ",".join(map(str, KEEP)), "--sequences", 16, "--length", 8]  # fmt: skip
 
 
 def few_rows(patch: pytest.MonkeyPatch) -> None:
@@ -100,27 +96,6 @@ def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path)
         check_resuming(events, "fit", "passes")
         assert sorted(p.name for p in tmp_path.glob(f"*{number}.safe*")) == [output.name]
     assert {e.items for e in events if e.stage == "fit"} < {e.items for e in steps}, "little was left to do"
-
-
-MANY = """
-import hashlib, numpy as np
-from streamer.fitting.front import Front, Sample
-P, rng = 50_000, np.random.default_rng(0)
-points = [np.zeros(P), np.ones(P), *rng.uniform(size=(3, P))]
-texts = [[Sample(c, (d * (c - end) ** 2).sum() / 2, d * (c - end)) for c in points] for end, d in ((0, rng.uniform(size=P)), (1, 1))]
-front = Front(*texts)
-print(hashlib.sha256(front.coefficients(0.5).tobytes()).hexdigest(), front.kept(0.5, np.full(P, 0.6)).hex())
-"""
-"""A point of a front of many coefficients, and what is kept there."""
-
-
-def test_threads_of_numpy_do_not_matter() -> None:
-    """They are as many as there are cores, whatever a run keeps of torch's: it may be taken up where there are others."""
-    one, two = (
-        subprocess.check_output([sys.executable, "-c", MANY], env={**ENV, "OPENBLAS_NUM_THREADS": n}, text=True)
-        for n in "12"
-    )
-    assert one == two
 
 
 def test_in_memory_it_gives_the_same(job: Job) -> None:
@@ -180,8 +155,8 @@ def test_an_interrupted_run_of_other_options(job: Job, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         job.run(output, monitor=stopping_at(30, "fit"))
     with pytest.raises(OutputExistsError, match="an interrupted run with other inputs or options"):
-        job.run(output, grain="matrix")
-    job.run(output, grain="matrix", overwrite=True, on_event=lambda event: None)
+        job.run(output, seed=1)
+    job.run(output, seed=1, overwrite=True, on_event=lambda event: None)
     with pytest.raises(OutputExistsError, match="holds coefficients of other inputs or options"):
         job.run(output)
 
@@ -266,14 +241,13 @@ def spoilt(job: Job, adapter: Path, spoil: Callable[[dict[str, np.ndarray]], Non
     return adapter
 
 
-@pytest.mark.parametrize("grain", ["inputs", "direction"])
-def test_losses_that_are_nan(job: Job, tmp_path: Path, grain: Any) -> None:
+def test_losses_that_are_nan(job: Job, tmp_path: Path) -> None:
     def much(values: dict[str, np.ndarray]) -> None:
         values.update({name: value * np.float32(1e19) for name, value in values.items()})
 
     adapter = spoilt(job, tmp_path / "adapter", much)
     with pytest.raises(NumericError, match="NaN or Inf"):
-        streamer.fit_coefficients(job.home / "base", adapter, tmp_path / "c.safetensors", general=job.home / "general.npy", grain=grain,
+        streamer.fit_coefficients(job.home / "base", adapter, tmp_path / "c.safetensors", general=job.home / "general.npy",
                                   task=job.home / "task.npy", sequences=16, length=8, on_event=lambda event: None)  # fmt: skip
     assert not (tmp_path / "c.safetensors").exists()
 

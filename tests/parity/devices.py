@@ -14,7 +14,6 @@ import transformers
 from architectures import LINEAR, TEXT, config
 from causal_models import CAUSAL, make_adapter, make_base
 from evaluated import sequences, token_ids
-from fitted_models import coefficients_of
 from pretended import DEVICE, TRAFFIC, MixedDevices
 from seeds import vary
 
@@ -22,7 +21,7 @@ import streamer
 from streamer.api.options import Settings
 from streamer.errors import UsageError
 from streamer.events import Monitor
-from streamer.fitting.fit_memory import collecting_bytes, gradient_bytes, states_bytes
+from streamer.fitting.fit_memory import collecting_bytes, states_bytes
 from streamer.fitting.points import factors_of, through
 from streamer.linalg.feedback import InputPair, WeightDelta, corrected
 from streamer.linalg.regmean import DIRECT_BYTES, answers
@@ -36,7 +35,6 @@ from streamer.plan.plan import Plan, make_plan
 from streamer.plan.targets import Target
 from streamer.streaming.base_inputs import BaseInputModel, BaseMatrix
 from streamer.streaming.corrected import STREAMS, CorrectedModel
-from streamer.streaming.gradients import GradientModel
 from streamer.streaming.logit_checks import check_logits
 from streamer.streaming.model import StreamingModel, vocabulary_block
 from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED, Group
@@ -86,17 +84,6 @@ def fitted(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
     return first | {name: right.numpy() for name, right in rights.items()}
 
 
-def fitted_by_gradients(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
-    """Values and gradients of every objective."""
-    model = GradientModel(plan, block=25, device=device)
-    found: Arrays = {}
-    for against in ("base", "adapter", "labels"):
-        own = model.gradient(sequences(ids), coefficients_of(model), against)
-        found |= {f"{against} {name}": gradient for name, gradient in own.gradient.items()}
-        found[against] = np.array([own.value])
-    return found
-
-
 def mapped(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
     """Leading vectors of the inputs of all matrices of the base."""
     found: Arrays = {}
@@ -111,7 +98,7 @@ def mapped(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
     return found
 
 
-COMMANDS = {"evaluate": evaluated, "fit": fitted, "fit by gradients": fitted_by_gradients, "map": mapped}
+COMMANDS = {"evaluate": evaluated, "fit": fitted, "map": mapped}
 
 
 SHORT = ("mixtral",)
@@ -189,11 +176,7 @@ def test_weights_cross_once_a_pass_and_memory_there_is_as_forecast(tmp_path: Pat
         groups = [Group(text, stream, lambda tensor: None) for stream in (GENERAL_AS, TASK_AS)]
         CorrectedModel(plan, device=DEVICE).collect(groups, lambda targets, moments: None)
 
-    def gradient() -> None:
-        model = GradientModel(plan, device=DEVICE)
-        model.gradient(text, coefficients_of(model), "adapter")
-
-    taken: dict[Any, int] = {evaluate: pass_bytes(size, 0, 3 * rows, length), gradient: gradient_bytes(size, 0, rows, length),
+    taken: dict[Any, int] = {evaluate: pass_bytes(size, 0, 3 * rows, length),
              collect: states_bytes(size, 0, 2 * rows) + collecting_bytes(size, rows, length)}  # fmt: skip
     for run, forecast in taken.items():
         with threads(), TRAFFIC.counted() as traffic:

@@ -6,23 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import quantized
 import torch
 from causal_models import ADAPTERS, CAUSAL, make_adapter, make_base
 from elsewhere import Away
 from evaluated import sequences, token_ids
 from peft_inputs import Moments, of_peft
+from quantized_cases import decoded_base
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-import streamer
-from streamer.errors import UnsupportedError
 from streamer.linalg.second_moments import Moments as SecondMoments
 from streamer.linalg.second_moments import OneHotMoments
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_plan
 from streamer.plan.targets import Target
+from streamer.streaming import values
+from streamer.streaming.collecting import CollectingReader
 from streamer.streaming.inputs import InputModel
+from streamer.streaming.installed import InstalledModule
+from streamer.streaming.model import StreamingModel
 from streamer.streaming.streams import GENERAL_AS, TASK_AS, Group
 
 ARCHITECTURES = [
@@ -158,15 +161,53 @@ def test_experts_are_given_the_tokens_that_are_routed_to_them(kind: str, tmp_pat
         assert int(torch.linalg.matrix_rank(own, rtol=1e-9)) <= ids.numel()
 
 
-def test_deltas_without_factors_are_refused_by_name(tmp_path: Path) -> None:
-    name, targets, options = ADAPTERS["DoRA"]
+@pytest.mark.parametrize("name", ["llama", "phi3", "mixtral"])
+def test_matrices_are_read_a_few_rows_at_a_time(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that several matrices form, and a stack of experts, of which none is read whole."""
+    monkeypatch.setattr(values, "BLOCK_BYTES", 1000)
+    most, blocks = 0, values.Values.blocks
+
+    def measured(self: values.Values, *args: Any) -> Any:
+        nonlocal most
+        for block in blocks(self, *args):
+            most = max(most, block[2].nbytes)
+            yield block
+
+    monkeypatch.setattr(values.Values, "blocks", measured)
+    whole, read = list[str](), CollectingReader.values_of
+
+    def recorded(self: CollectingReader[Any], source: Any) -> torch.Tensor:
+        whole.extend([self.name] if len(self.shape) > 1 else [])
+        return read(self, source)
+
+    monkeypatch.setattr(CollectingReader, "values_of", recorded)
     cls = make_base(name, tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets, **{"lora_alpha": 4, **options})
-    ids = token_ids(64, 16)
-    np.save(tmp_path / "t.npy", ids.numpy())
-    with pytest.raises(
-        UnsupportedError, match=r"have no factors, .* first, and grain 'inputs' changes factors; use grain 'direction'"
-    ):
-        streamer.fit_coefficients(
-            tmp_path / "base", adapter, general=tmp_path / "t.npy", task=tmp_path / "t.npy", grain="inputs"
-        )
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["o_proj"], lora_alpha=4)
+    assert_alike(cls, tmp_path / "base", adapter)
+    assert (0 < most <= 1000, whole) == (True, [])
+
+
+@pytest.mark.parametrize("encoding", ["fp8-blocks", "nf4", "gptq"])
+def test_quantized_bases(encoding: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
+    """Inputs are those of the decoded base."""
+    made = quantized.MAKERS[encoding](tmp_path / "base", plain[0])
+    decoded = decoded_base(tmp_path / "decoded", plain[0], made)
+    ids = [*token_ids(64, 2)]
+    found, expected = collected(made.base, plain[1], ids, ids), collected(decoded, plain[1], ids, ids)
+    assert found.keys() == expected.keys()
+    for name, pair in expected.items():
+        for own, theirs in zip(found[name], pair, strict=True):
+            torch.testing.assert_close(own, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
+
+
+def test_the_same_products_are_rounded_as_in_passes_that_measure(tmp_path: Path) -> None:
+    cls = make_base("llama", tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"], modules_to_save=["o_proj"])
+    collecting = InputModel(make_plan(tmp_path / "base", adapter), rounds_products=True)
+    measuring = StreamingModel(collecting.job)
+    readers: dict[str, Any] = {path: module._parameters.get("weight") for path, module, _ in collecting.modules}
+    rounded = {path for path, weight in readers.items() if weight is not None and weight.reader.rounded}
+    owners = {path: getattr(module.forward, "__self__", None) for path, module, _ in measuring.modules}
+    assert rounded == {path for path, own in owners.items() if isinstance(own, InstalledModule) and own.rounded}
+    assert any("up_proj" in path for path in rounded)
+    assert not any("o_proj" in path for path in rounded)

@@ -1,4 +1,4 @@
-"""Fitted coefficients on a live model: what files give, and what is refused before a weight is changed."""
+"""Factors of a fit on a live model: what files give, and what is refused before a weight is changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from live import adapter_state, assert_equal, load_state, loaded
 import streamer
 import streamer.peft as live
 from streamer.errors import MismatchError
-from streamer.methods.coefficient_set import MatrixCoefficients
 from streamer.methods.coefficients import Coefficients
 
 
@@ -39,35 +38,20 @@ def test_they_do_what_they_do_to_files(made: Made, coefficients: Coefficients, t
     assert_equal(kinds_cases.by_disk(merged.state_dict(), theirs), theirs)
 
 
-@pytest.mark.parametrize("other", [0, -1])
-def test_those_of_another_adapter_leave_the_model_as_it_was(made: Made, coefficients: Coefficients, other: int) -> None:
-    (one,) = coefficients.sets
-    name = list(one.matrices)[other]
-    matrix = dataclasses.replace(one.matrices[name], singular_values=1.1 * one.matrices[name].singular_values)
-    wrong = dataclasses.replace(coefficients, sets=(dataclasses.replace(one, matrices={**one.matrices, name: matrix}),))
-    model = loaded(made)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for act in (live.reduce_intruder_dimension, live.merge_and_unload_with_reduced_intruder_dimensions):
-        with pytest.raises(MismatchError, match="they belong to another adapter"):
-            act(model, coefficients=wrong)
-        assert model.state_dict().keys() == before.keys()
-        assert_equal(model.state_dict(), before)
-    without = {key: one.matrices[key] for key in one.matrices if key != name}
-    with pytest.raises(MismatchError, match="fit them to this adapter"):
-        live.reduce_intruder_dimension(
-            model, coefficients=dataclasses.replace(coefficients, sets=(dataclasses.replace(one, matrices=without),))
-        )
-
-
-def test_another_rank_is_refused_before_any_matrix_is_read(
+def test_those_of_another_adapter_leave_the_model_as_it_was(
     made: Made, coefficients: Coefficients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of another rank, or of fewer matrices: refused before any is read."""
     (one,) = coefficients.sets
-    name = list(one.matrices)[-1]
-    matrix = MatrixCoefficients(one.matrices[name].singular_values[:1], one.matrices[name].values[:1])
-    wrong = dataclasses.replace(coefficients, sets=(dataclasses.replace(one, matrices={**one.matrices, name: matrix}),))
-    model = loaded(made)
-    monkeypatch.delattr("streamer.methods.coefficient_set.fitted_delta")  # whatever reads one fails otherwise
-    for act in (live.reduce_intruder_dimension, live.merge_and_unload_with_reduced_intruder_dimensions):
-        with pytest.raises(MismatchError, match="coefficients do not fit 1 of the adapter's matrices"):
-            act(model, coefficients=wrong)
+    name, model = list(one.matrices)[-1], loaded(made)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.delattr("streamer.methods.factors.FactorSet.mitigated")
+    narrow = {**one.matrices, name: one.matrices[name][:, :1]}
+    fewer = {key: one.matrices[key] for key in one.matrices if key != name}
+    for matrices, words in ((narrow, "do not fit 1 of the adapter's matrices"), (fewer, "fit them to this adapter")):
+        wrong = dataclasses.replace(coefficients, sets=(dataclasses.replace(one, matrices=matrices),))
+        for act in (live.reduce_intruder_dimension, live.merge_and_unload_with_reduced_intruder_dimensions):
+            with pytest.raises(MismatchError, match=words):
+                act(model, coefficients=wrong)
+            assert model.state_dict().keys() == before.keys()
+            assert_equal(model.state_dict(), before)

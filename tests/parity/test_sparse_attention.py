@@ -15,14 +15,9 @@ import transformers
 import zoo
 from causal_models import make_adapter
 from evaluated import answer, assert_sums, precisions
-from fitted_models import OBJECTIVES, assert_close, coefficients_of, oracle
 from seeds import vary
 
 import streamer
-from streamer.detection.options import Run, RunOptions
-from streamer.fitting.options import FitOptions
-from streamer.fitting.prepare import prepare_fit
-from streamer.streaming.gradients import GradientModel
 
 CHOOSING = {
     "AXK2ForCausalLM": ["q_b_proj", "o_proj"],
@@ -114,21 +109,6 @@ def test_the_check_of_logits_finds_a_class_whose_config_does_not_say_so(
         assert np.array_equal(getattr(found, text).loss, getattr(stated, text).loss)
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_gradients_are_those_of_sequences_without_padding(name: str, tmp_path: Path) -> None:
-    cls, base, adapter, texts = make_inputs(name, tmp_path)
-    prepared = prepare_fit(
-        base, adapter, texts, FitOptions(grain="direction"), None, Run(RunOptions(torch.device("cpu")))
-    )
-    model = GradientModel(prepared.plan)
-    coefficients = coefficients_of(model)
-    for own in prepared.groups[:4]:
-        ids = torch.tensor(np.stack(own.ids))
-        expected = oracle(cls, base, adapter, ids, coefficients)
-        for objective in OBJECTIVES:
-            assert_close(model.gradient(own, coefficients, objective), *expected[objective])
-
-
 def make_learned_text(cls: Any, base: Path, adapter: Path, path: Path) -> Path:
     """Sequences of several lengths that the adapted model gives with its own probabilities."""
     merged = path.parent / "merged"
@@ -150,7 +130,7 @@ def test_a_fit_divides_its_sequences_by_length_if_the_check_of_logits_finds_that
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cls, base, adapter, texts = make_inputs("GlmMoeDsaForCausalLM", tmp_path, factor=2)
-    options: dict[str, Any] = {"steps": 1, "holdout": 0.5, "grain": "matrix", "on_event": str}
+    options: dict[str, Any] = {"holdout": 0.5, "on_event": str}
     texts["task"] = make_learned_text(cls, base, adapter, tmp_path / "learned.jsonl")
     stated = streamer.fit_coefficients(base, adapter, **texts, **options)
     monkeypatch.setattr("streamer.streaming.model.CHOSEN_KEYS", ())

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "streamer"
 EXTRAS = {
     "completion.py": {"shtab"},
     "lm_eval.py": {"lm_eval"},
-    **{name: {"transformers"} for name in ("extra.py", "layers.py", "skeleton.py")},
+    **{name: {"transformers"} for name in ("extra.py", "layer_runs.py", "skeleton.py")},
 }
 """Modules that import an optional dependency, inside a function, and say what to install where it is missing (but lm_eval.py)."""
 
@@ -89,7 +89,7 @@ def test_the_parser_needs_nothing_heavy() -> None:
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-BUDGET = 30_660
+BUDGET = 29_100
 """Lines of code of the package, as `tools/count_lines.py` counts them. Every change that takes lines out lowers it; none raises it."""
 
 

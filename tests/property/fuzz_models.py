@@ -44,12 +44,9 @@ def input_map(home: Path) -> Target:
 
 
 def coefficients(home: Path) -> Target:
-    """A file of coefficients or of right factors: read, and applied."""
-    texts = _learned(home)
-    path, seeds = home / "c.safetensors", []
-    for options in ({"grain": "inputs"}, {"grain": "all", "steps": 1}):
-        streamer.fit_coefficients(home / "base", home / "adapter", path, overwrite=True, **options, **texts)
-        seeds.append(path.read_bytes())
+    """A file of right factors: read, and applied."""
+    texts, path = _learned(home), home / "c.safetensors"
+    streamer.fit_coefficients(home / "base", home / "adapter", path, **texts)
 
     def run(data: bytes) -> None:
         path.write_bytes(sealed(data))
@@ -57,7 +54,7 @@ def coefficients(home: Path) -> Target:
         for _ in streamer.iter_merged(home / "base", home / "adapter", coefficients=path, keep=keep):
             pass
 
-    return Target(seeds, mutate_safetensors, run)
+    return Target([path.read_bytes()], mutate_safetensors, run)
 
 
 def evaluation(home: Path) -> Target:

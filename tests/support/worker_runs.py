@@ -125,9 +125,9 @@ def evaluation_bench(directory: Path, sequences: int = 150, length: int = 24) ->
 
 
 def fit_bench(
-    directory: Path, command: str = "fit", name: str = "fit.safetensors", grain: str = "direction", sequences: int = 120
+    directory: Path, command: str = "fit", name: str = "fit.safetensors", sequences: int = 120
 ) -> WorkerBench:
-    """Make the inputs of a fit of many chunks, or of a repair."""
+    """Make the inputs of a fit, or of a repair."""
     from learned import make_learned
 
     texts = {text: directory / f"{text}.npy" for text in ("general", "task")}
@@ -135,15 +135,10 @@ def fit_bench(
     call = streamer.fit_coefficients if command == "fit" else streamer.repair_adapter
 
     def here(path: Path, **more: object) -> None:
-        given = {
-            "sequences": sequences,
-            "grain": grain,
-            "on_event": lambda event: None,
-        }  # of texts so short there are warnings
+        given = {"sequences": sequences, "on_event": lambda event: None}  # of texts so short there are warnings
         call(directory / "base", directory / "adapter", path, **texts, **{**given, **more})
 
-    options = (*(part for text, path in texts.items() for part in (f"--{text}", path)), "--sequences", sequences,
-               "--grain", grain)  # fmt: skip
+    options = (*(part for text, path in texts.items() for part in (f"--{text}", path)), "--sequences", sequences)
     return WorkerBench.of(directory, directory / "base", directory / "adapter", options, here, command, name)
 
 
@@ -177,7 +172,7 @@ def merge_bench(directory: Path, shards: int = 10, shape: tuple[int, int] = (600
 
 BENCHES: dict[str, Callable[[Path], WorkerBench]] = {
     "detect": worker_bench, "evaluate": evaluation_bench, "merge": merge_bench,
-    "map": map_bench, "fit": fit_bench, "repair": partial(fit_bench, command="repair", name="repaired", grain="inputs"),
+    "map": map_bench, "fit": fit_bench, "repair": partial(fit_bench, command="repair", name="repaired"),
 }  # fmt: skip
 """Commands that are divided among workers."""
 

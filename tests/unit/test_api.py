@@ -109,7 +109,6 @@ def test_memory_that_makes_no_sense(
     ("keywords", "words"),
     [
         ({"keep": "0.9"}, "keep: expected a share in (0, 1], found '0.9'"),
-        ({"grain": 3}, "grain: expected one of inputs, direction, matrix, all, found 3"),
         ({"holdout": None}, "holdout: expected a share between 0 and 1, found None"),
         ({"general": None}, "general: expected a path, found None"),
         ({"task": ["a", "b"]}, "task: expected a path, found ['a', 'b']"),

@@ -29,8 +29,6 @@ def texts(general: int, task: int) -> dict[str, TextSequences]:
     ({"keep": (0.9, 0.9)}, "keep: expected shares that differ in six digits"),
     ({"keep": (0.9, 0.9000001)}, "keep: expected shares that differ in six digits"),
     ({"keep": (0.9, 1)}, "keep: 1 is the unchanged adapter, which needs no fit; give smaller shares"),
-    ({"objective": "kl"}, "objective: expected one of divergence, loss, found 'kl'"),
-    ({"grain": "layer"}, "grain: expected one of inputs, direction, matrix, all, found 'layer'"),
     ({"holdout": 0}, "holdout: expected a share between 0 and 1, found 0"),
     ({"holdout": 1.0}, "holdout: expected a share between 0 and 1"),
     ({"holdout": "x"}, "holdout: expected a share between 0 and 1, found 'x'"),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from streamer.errors import MismatchError
-from streamer.fitting.result import SHRINKS, FoundSet, adapter_facts, misses, set_facts
+from streamer.fitting.points import Point
+from streamer.fitting.result import SHRINKS, adapter_facts, misses, set_facts
 from streamer.measuring.statistics import SequenceSums
 
 
@@ -20,13 +21,13 @@ def sums(falls: list[float]) -> SequenceSums:
 @pytest.mark.parametrize(("left", "near"), [(0.2, False), (0.53, False), (0.55, True), (0.7, True)])
 def test_what_is_near_a_shrink_is_told(left: float, near: bool) -> None:
     one = {"keep": 0.9, "kept": 0.9, "mu": 1.0, "divergence": left, "shrink": {"divergence": 0.6}}
-    facts = {"grain": "inputs", "forgotten": True, "reliable": {"kept": True, "forgetting": True}, "sets": [one]}
+    facts = {"forgotten": True, "reliable": {"kept": True, "forgetting": True}, "sets": [one]}
     line = "90%: the result is close to the shrink that keeps the same share, and diverges nearly as much from the base; the "
     assert (
         misses(facts) == [f"{line}texts may be too similar: give general text of another kind than the task's"] * near
     )
     for other in (
-        {"grain": "direction"}, {"forgotten": False}, {"sets": [{**one, "shrink": None}]},
+        {"forgotten": False}, {"sets": [{**one, "shrink": None}]},
     ):  # fmt: skip
         assert misses({**facts, **other}) == []
 
@@ -59,10 +60,9 @@ def test_a_set_that_keeps_less_than_was_wanted_or_much_more_says_so(left: float,
     falls = [0.0, 1.0, *(1 - lam for lam in SHRINKS), 1 - left]
     loss = np.stack([np.linspace(40, 60, 6) - 10 * fall for fall in falls])
     own = SequenceSums(np.full(6, 10.0), loss, np.abs(loss - loss[:1]), *[np.zeros_like(loss)] * 2)
-    point = FoundSet(0.9, 1.0, "fitted", np.array([0.5, 0.7]))
-    (one,) = set_facts(own, own, [point])
+    (one,) = set_facts(own, own, [(0.9, Point(1.0, {}))])
     assert (one["missed"], one["exceeded"]) == (missed, exceeded)
-    lines = misses({"sets": [one]})
+    lines = misses({"forgotten": False, "sets": [one]})
     assert (lines != []) is (missed or exceeded)
     assert misses({"sets": [one], "reliable": {"kept": False}}) == []
     if missed:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from streamer.fitting.records import key
 from streamer.measuring.result_file import JournalRecords, Records, pack, unpack
 from streamer.storage.journal import Journal
 
-ARRAYS = {"sums": np.array([0.1 + 0.2, np.pi]), "gradient": np.array([[1e-300, -0.0], [np.nextafter(1, 2), 5e-324]])}
+ARRAYS = {"sums": np.array([0.1 + 0.2, np.pi]), "loss": np.array([[1e-300, -0.0], [np.nextafter(1, 2), 5e-324]])}
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -21,14 +20,6 @@ def test_arrays_are_read_as_the_same_bits() -> None:
     name, found = unpack(pack("0.0 a", ARRAYS))
     assert name == "0.0 a"
     assert same(found, ARRAYS)
-
-
-def test_a_key_tells_requests_chunks_and_parameters_apart() -> None:
-    theta = np.array([0.5, 0.25])
-    other = np.nextafter(theta, 1)
-    keys = {key(0, 0, [theta]), key(1, 0, [theta]), key(0, 1, [theta]), key(0, 0, [other]), key(0, 0, [theta, other])}
-    assert len(keys) == 5
-    assert key(0, 0, [theta]) == key(0, 0, [theta.copy()])
 
 
 def opened(path: Path) -> tuple[Journal, JournalRecords]:

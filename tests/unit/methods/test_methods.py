@@ -14,10 +14,10 @@ from streamer.methods import (
     METHODS,
     UNCHANGED,
     WITHOUT_FILES,
-    Fitted,
     MethodName,
     Needs,
     NullSpace,
+    RegMean,
     make_method,
     takes_findings,
 )
@@ -29,7 +29,7 @@ PACKAGE = Path(streamer.__file__).parent
 
 def test_each_name_is_one_of_a_method_and_has_a_witness() -> None:
     assert list(METHODS) == list(get_args(MethodName)) == [method.name for method in METHODS.values()]
-    takes = {"factors": "coefficients"}  # that a fit gave: of coefficients the record has all, of factors a digest
+    takes = {"factors": "coefficients"}  # as the option is called
     assert {name: method.needs.value for name, method in METHODS.items()} == {
         n: takes.get(t, t) for n, t in WITNESSED.items()
     }
@@ -54,8 +54,8 @@ def test_a_method_has_its_default_and_a_label(name: MethodName) -> None:
 
 def test_no_method_is_the_default_unless_coefficients_are_given() -> None:
     assert make_method(None).name == "paper"
-    with pytest.raises(UsageError, match="method 'fitted' needs coefficients"):
-        make_method(Fitted.name)
+    with pytest.raises(UsageError, match="method 'regmean' needs coefficients"):
+        make_method(RegMean.name)
     with pytest.raises(UsageError, match="method 'nullspace' needs a map of the base's inputs"):
         make_method(NullSpace.name)
 
@@ -79,7 +79,7 @@ def test_methods_are_named_in_few_other_files() -> None:
         if path.relative_to(PACKAGE).parts[0] not in ("methods", "verification") and quoted.search(path.read_text())
     }
     assert found == {
-        "evaluation/evaluation.py", "evaluation/evaluation_records.py", "fitting/prepare.py", "fitting/result.py", "report/curves.py",
+        "evaluation/evaluation.py", "evaluation/evaluation_records.py", "fitting/result.py", "report/curves.py",
         "report/page_data.py", "cli/fitting_table.py", "cli/repair_table.py", "cli/tables.py", "api/repair.py",
     }  # fmt: skip
 
@@ -87,6 +87,6 @@ def test_methods_are_named_in_few_other_files() -> None:
 def test_what_is_no_name_is_refused() -> None:
     for name in ("papr", ["paper"], 1):
         with pytest.raises(
-            UsageError, match=r"^method: expected one of paper, project, shrink, fitted, regmean, nullspace, found "
+            UsageError, match=r"^method: expected one of paper, project, shrink, regmean, nullspace, found "
         ):
             make_method(name)  # type: ignore[arg-type]

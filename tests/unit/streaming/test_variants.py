@@ -8,8 +8,8 @@ import pytest
 
 from streamer.errors import UsageError
 from streamer.evaluation.options import EvaluationOptions
-from streamer.methods.coefficient_set import CoefficientSet
 from streamer.methods.coefficients import Coefficients
+from streamer.methods.factors import FactorSet
 from streamer.streaming.variants import make_variants
 
 
@@ -26,18 +26,18 @@ def test_base_and_adapter_come_first() -> None:
 
 
 def test_each_set_of_coefficients_is_a_variant() -> None:
-    sets = [CoefficientSet(keep, {}) for keep in (0.95, 0.9)]
+    sets = [FactorSet(keep, {}) for keep in (0.95, 0.9)]
     coefficients = Coefficients(tuple(sets), {"base": {"files": []}})
     variants = make_variants(("shrink",), (0.5,), "all", coefficients)
-    assert [v.name for v in variants] == ["base", "adapter", "shrink 0.5", "fitted 0.95", "fitted 0.9"]
+    assert [v.name for v in variants] == ["base", "adapter", "shrink 0.5", "regmean 0.95", "regmean 0.9"]
     last = variants[-1]
-    assert (last.method, last.mitigation_lambda, last.keep) == ("fitted", None, 0.9)
+    assert (last.method, last.mitigation_lambda, last.keep) == ("regmean", None, 0.9)
     assert last.mitigation is not None
     assert last.mitigation.coefficients is not None
     assert last.mitigation.coefficients.facts == coefficients.facts
     assert [v.keep for v in variants[:3]] == [None, None, None]
-    alone = make_variants(("fitted",), (0.5,), "all", coefficients)
-    assert [v.name for v in alone] == ["base", "adapter", "fitted 0.95", "fitted 0.9"]
+    alone = make_variants(("regmean",), (0.5,), "all", coefficients)
+    assert [v.name for v in alone] == ["base", "adapter", "regmean 0.95", "regmean 0.9"]
     assert [v.mitigation_lambda for v in EvaluationOptions(("shrink",), (2, -0.5), amplify=True).variants[2:]] == [
         2,
         -0.5,
@@ -51,9 +51,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"methods": ("paper", "paper")}, "method: expected different values"),
     (
         {"methods": ("average",)},
-        "method: expected one of paper, project, shrink, fitted, regmean, nullspace, found 'average'",
+        "method: expected one of paper, project, shrink, regmean, nullspace, found 'average'",
     ),
-    ({"methods": ("fitted",)}, "method 'fitted' needs coefficients; make them with `streamer fit`"),
+    ({"methods": ("regmean",)}, "method 'regmean' needs coefficients; make them with `streamer fit`"),
     ({"lambdas": ()}, "lambda: expected at least one"),
     ({"lambdas": (0.5, 0.5)}, "lambda: expected different values"),
     ({"lambdas": (0.5, 1.0)}, "lambda: 1 is the unchanged adapter"),
@@ -73,10 +73,10 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
 
 
 def test_names_and_scale_are_checked_beside_coefficients() -> None:
-    coefficients = Coefficients((CoefficientSet(0.9, {}),), {"base": {"files": []}})
+    coefficients = Coefficients((FactorSet(0.9, {}),), {"base": {"files": []}})
     with pytest.raises(
-        UsageError, match="method: expected one of paper, project, shrink, fitted, regmean, nullspace, found 'papr'"
+        UsageError, match="method: expected one of paper, project, shrink, regmean, nullspace, found 'papr'"
     ):
         make_variants(("papr", "shrink"), (0.5,), "all", coefficients)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="select: expected one of all, first, found 'some'"):
-        make_variants(("fitted",), (0.5,), "some", coefficients)  # type: ignore[arg-type]
+        make_variants(("regmean",), (0.5,), "some", coefficients)  # type: ignore[arg-type]

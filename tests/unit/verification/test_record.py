@@ -11,7 +11,7 @@ import pytest
 from streamer.verification.record import DIGEST, RECORD_NAME, SCHEMA, read_record
 
 RECORD = {
-    "schema": SCHEMA, "command": "merge", "version": "1", "base": {}, "adapter": {}, "detection": None, "method": "fitted", "scale": "all",
+    "schema": SCHEMA, "command": "merge", "version": "1", "base": {}, "adapter": {}, "detection": None, "method": "regmean", "scale": "all",
     "lambda": None, "to_lora": None, "dequantize": False, "totals": {}, "warnings": [], "notes": [], "advice": [], "left_out": [],
     "carried": [], "matrices": [], "plan": "", "files": [], "tokenizer": None,
 }  # fmt: skip
