@@ -235,6 +235,7 @@ class RepairKeywords(FitKeywords, total=False):
     findings: Findings | str | Path | None
     merge: bool
     dequantize: bool
+    to_lora: int | float | None
     model_card: bool
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, Unpack, cast
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, Unpack, cast
 
 from streamer.api.fitting import FitRequest
 from streamer.api.inputs import Inputs
@@ -18,7 +18,7 @@ from streamer.api.texts import BUILT_IN, general_text
 from streamer.api.writing import OutputRequest
 from streamer.errors import OutputExistsError, UsageError
 from streamer.evaluation.evaluation_records import ReliableRecord
-from streamer.events import Monitor
+from streamer.events import Event, Monitor
 from streamer.fitting.options import FitOptions
 from streamer.fitting.prepare import refuse_dense
 from streamer.json_types import Count, State
@@ -57,6 +57,7 @@ class RepairRecord(TypedDict):
     reliable: Annotated[ReliableRecord, "Whether the denominators of shares are large enough."]
     intruders: Annotated[Count | None, "Intruders in the given findings; null without findings."]
     fit: Annotated[str, "The file of the fit, beside the output."]
+    lora: NotRequired[Annotated[str, "With --to-lora: the adapter as a LoRA adapter, beside the output, which was repaired in its place."]]
     output: Annotated[str, "Path of the output, as given."]
     state: State
 # fmt: on
@@ -79,13 +80,16 @@ class RepairRequest:
     general
         Path of the general text; None uses Python's help on its topics.
     form
-        Whether to write a model or an adapter, and how.
+        Whether to write a model or an adapter, and how; with `to_lora` the adapter is converted first.
+    lora
+        Path of the converted adapter, if this is its repair.
     """
 
     fit: FitRequest
     output: Path
     general: Path | None
     form: OutputOptions
+    lora: str | None = None
 
     @classmethod
     def of(
@@ -106,7 +110,11 @@ class RepairRequest:
         return cls(fit, where, None if general is None else read_path("general", general), form)
 
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Repaired:
-        """Fit, choose, and write."""
+        """Convert the adapter if requested, fit, choose, and write."""
+        if self.form.to_lora is not None:
+            self._refuse_standing()
+            self._conversion.run(monitor)
+            return self._converted.run(monitor, workers)
         self._check(monitor)
         with kept(workers):
             with self._texts() as fit:
@@ -121,6 +129,8 @@ class RepairRequest:
             "schema": "streamer.repair/1", "chosen": chosen, "why": why, "rows": rows, "reliable": fine,
             "intruders": intruders, "fit": str(self.fit.output), "output": str(self.output), "state": written["state"],
         }  # fmt: skip
+        if self.lora is not None:
+            record["lora"] = self.lora
         return Repaired(record, written)
 
     def _output(self, method: Method, measured: tuple[str, ...] = ()) -> OutputRequest:
@@ -128,6 +138,19 @@ class RepairRequest:
         return OutputRequest(
             inputs, self.output, None, Judged(), method, form, replace(self.fit.settings, device="cpu")
         )
+
+    @property
+    def _conversion(self) -> OutputRequest:
+        """Return the request that writes the adapter as a LoRA adapter beside the output."""
+        output, form = self.output.with_name(f"{self.output.name}.lora"), OutputOptions(False, self.form.to_lora)
+        return replace(self._output(UNCHANGED), output=output, form=form)
+
+    @property
+    def _converted(self) -> RepairRequest:
+        """Return the repair of the adapter that the conversion writes."""
+        lora = self._conversion.output
+        form, fit = replace(self.form, to_lora=None), replace(self.fit, adapter=lora)
+        return replace(self, fit=fit, form=form, lora=str(lora))
 
     def _check(self, monitor: Monitor) -> None:
         """Refuse, before the fit, an adapter that cannot be fitted, and an output that could not be written after it."""
@@ -138,6 +161,10 @@ class RepairRequest:
             plan, [t for t in plan.targets if not (t.module.low_rank if self.form.merges else t.module.factors)]
         )
         self._output(Shrink(0.5)).open(monitor)
+        self._refuse_standing()
+
+    def _refuse_standing(self) -> None:
+        """Refuse an output that no repair made."""
         fitted = self.fit.output
         stands = self.output.exists() and not (self.output.is_dir() and not any(self.output.iterdir()))
         if stands and not self.fit.settings.overwrite and not (fitted is not None and fitted.exists()):
@@ -147,7 +174,16 @@ class RepairRequest:
             )
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
-        """Check everything, and forecast the fit, which needs nearly all the time, and the output, without writing anything."""
+        """Check everything, and forecast the fit, which needs nearly all the time, and the output, without writing anything.
+
+        An adapter that is not yet converted shows only what its conversion needs.
+        """
+        if self.form.to_lora is not None:
+            first = cast(DryRun, self._conversion.forecast(monitor))
+            if first["state"] == "done":
+                return self._converted.forecast(monitor, workers)
+            monitor.emit(Event("note", f"forecast only of {self._conversion.output}, which the fit needs"))
+            return {**first, "command": "repair", "output": str(self.output)}
         self._check(monitor)
         with self._texts() as fit:
             found = fit.forecast(monitor, workers)
@@ -259,7 +295,7 @@ def repair_adapter(
     base
         Directory of the base model: its ``config.json``, its weights and, unless all texts are token ids, its tokenizer.
     adapter
-        Directory of a PEFT adapter, or of a fully fine-tuned model.
+        Directory of a PEFT adapter, or of a fully fine-tuned model; without LoRA factors it needs `to_lora`.
     output
         Directory to write: a PEFT adapter, or a model with `merge`.
     task
@@ -274,6 +310,9 @@ def repair_adapter(
         Write the model with the repaired adapter merged in, instead of an adapter.
     dequantize
         With `merge`: write all quantized weights as plain tensors of the config's dtype.
+    to_lora
+        Write the adapter first as a LoRA adapter of this rank, as for `reduce_intruder_dimension`, into ``OUTPUT.lora`` beside the output,
+        and repair that one: for DoRA, LoHa, LoKr, a fine-tuned model and all other adapters without LoRA factors.
     holdout, sequences, length, seed, dtype, device
         Options of the fit, as for `fit_coefficients`.
     max_memory

@@ -144,6 +144,8 @@ examples:
   streamer repair BASE ADAPTER --task t.jsonl -o repaired
   streamer repair BASE ADAPTER --task t.jsonl --general g.txt -o repaired
   streamer repair BASE ADAPTER --task t.npy --general g.npy -o model --merge
+  streamer repair BASE ADAPTER --task t.jsonl -o repaired --to-lora 32
+      also for DoRA, LoHa, LoKr and fine-tuned models
 """,
     "demo": """\
 examples:

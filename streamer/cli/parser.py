@@ -58,6 +58,12 @@ def add_amplify(group: argparse._ActionsContainer) -> None:
                        help="allow a lambda outside [0, 1]: above 1 enlarges an intruder, below 0 changes its sign")  # fmt: skip
 
 
+def add_to_lora(sub: argparse.ArgumentParser, about: str) -> None:
+    """Add ``--to-lora``."""
+    sub.add_argument("--to-lora", type=rank, metavar="RANK",
+                     help=f"{about}a share such as 0.95 uses the smallest rank that keeps this share of each delta's energy")  # fmt: skip
+
+
 def build_parser() -> Parser:
     """Build the parser; every option is declared here or in the modules that it calls."""
     parser = Parser(prog="streamer", description=DESCRIPTION, epilog=EPILOG)
@@ -177,8 +183,7 @@ def build_parser() -> Parser:
     out = writing("DIR", f"adapter directory to write; {each} subdirectory NAME per adapter")
     sub = command("mitigate", "write a mitigated adapter", out, mitigating, computing, reading)
     inputs(sub, "+")
-    sub.add_argument("--to-lora", type=rank, metavar="RANK", help="write a LoRA adapter of this rank from any kind of "
-                     "adapter; a share such as 0.95 uses the smallest rank that keeps this share of each delta's energy")  # fmt: skip
+    add_to_lora(sub, "write a LoRA adapter of this rank from any kind of adapter; ")
     out = writing("DIR", f"model directory to write; {each} subdirectory NAME per adapter")
     sub = command("merge", "write the base with the mitigated adapter merged in", out, mitigating, computing, reading)
     inputs(sub, "+")
@@ -286,6 +291,7 @@ def build_parser() -> Parser:
     add_fit(sub, several=False)
     sub.add_argument("--findings", type=path, metavar="FILE",
                      help="findings from `streamer detect`: also measure the effect of scaling these intruders")  # fmt: skip
+    add_to_lora(sub, "first write ADAPTER, of any kind, as a LoRA adapter of this rank, beside DIR; ")
     sub.add_argument("--merge", action="store_true", help="write a model with the repaired adapter merged in")
     sub.add_argument(
         "--dequantize", action="store_true", help="with --merge: if the base is quantized, write a plain model"

@@ -36,7 +36,8 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
         Column("loss left", percents("forgetting"), "the rise of the loss on general text; 100% is the adapter's", 5),
     ]  # fmt: skip
     more = "".join(f" {word}" for word in input_options(written))
-    words = shlex.join([*inputs, "--general", "TEXT", "--task", "TEXT", "-o", "FILE"])
+    adapter = record.get("lora", inputs[1])
+    words = shlex.join([inputs[0], adapter, "--general", "TEXT", "--task", "TEXT", "-o", "FILE"])
     what = {
         "repair": f"--coefficients {shlex.quote(record['fit'])}",
         "shrink": f"--method shrink --lambda {written['lambda']}",
@@ -48,6 +49,7 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     if rows[0]["top1_kept"] is None:
         why["top-1 kept"] = "the fit is of an earlier version, which did not measure it"
     none = "the findings have no intruder: scaling them changes nothing, and was not measured"
+    converted = f"converted first: {adapter} is {inputs[1]} as a LoRA adapter, and was repaired in its place"
     page = (
         f"a page with these figures: streamer report {shlex.join([record['output'], '-o', record['output'] + '.html'])}"
     )
@@ -56,6 +58,7 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
         *([none] if record["intruders"] == 0 else []),
         *(f"{name} is not shown: {why[name]}" for name, fine in told.items() if not fine),
         *record_lines(written, stood(record["output"], record["state"])),
+        *([converted] if "lora" in record else []),
         page,
         *(then if what else []),
     ]

@@ -60,7 +60,7 @@ def _held(tree: Mapping[str, Any]) -> str:
     if schema == "streamer.map":
         return f"{counted(tree['inputs'], 'input')} of {counted(tree['matrices'], 'matrix')}"
     if schema == "streamer.repair":
-        return f"chose the {tree['chosen']}"
+        return f"{'converted to LoRA, ' if 'lora' in tree else ''}chose the {tree['chosen']}"
     if schema == "streamer.demo":
         return f"{totals['planted']} intruders planted, {totals['found']} found, {totals['gone']} gone"
     if schema == "streamer.dry-run":

@@ -268,6 +268,44 @@ def test_what_cannot_be_written_is_refused_before_the_fit(server: Server, home: 
     assert not [p for p in tmp_path.iterdir() if "fit" in p.name]
 
 
+@pytest.mark.parametrize("kind", ["DoRA", "a model"])
+def test_an_adapter_without_factors_is_converted_first(server: Server, tmp_path: Path, kind: str) -> None:
+    """The conversion is what `mitigate` writes, the fit and the output belong to it, and a run that stands stays."""
+    home = make_learned(tmp_path / "home", sequences=48, **({"use_dora": True} if kind == "DoRA" else {}))
+    base, adapter, out = home / "base", home / "adapter", tmp_path / "r"
+    if kind == "a model":
+        adapter = home / "model"
+        streamer.merge_with_reduced_intruder_dimensions(
+            base, home / "adapter", adapter, method="shrink", mitigation_lambda=1
+        )
+    line = ["repair", base, adapter, *texts(home), "-o", out, "--to-lora", 4]
+    first = server.run(*line, "--dry-run")
+    assert (first.code, f"forecast only of {out}.lora, which the fit needs" in first.err) == (0, True)
+    assert not [*tmp_path.glob("r*")]
+    tree = check(server.run(*line, "--json"), "streamer.repair/1")
+    assert (tree["lora"], tree["fit"], tree["output"]) == (f"{out}.lora", f"{out}.fit.safetensors", str(out))
+    alone = streamer.reduce_intruder_dimension(
+        base, adapter, tmp_path / "a", method="shrink", mitigation_lambda=1, to_lora=4
+    )
+    weights = "adapter_model.safetensors"
+    assert load_file(Path(tree["lora"]) / weights).keys() == load_file(tmp_path / "a" / weights).keys()
+    for name, tensor in load_file(tmp_path / "a" / weights).items():
+        assert torch.equal(tensor, load_file(Path(tree["lora"]) / weights)[name])
+    record = json.loads((out / "streamer.json").read_text())
+    assert record["adapter"]["name"] == "r.lora"
+    assert alone["adapter"]["digest"] != record["adapter"]["digest"] == streamer.detect_intruder_dimensions(
+        base, tree["lora"], top_k=1).record()["adapter"]["digest"]  # fmt: skip
+    peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), out)
+    again = server.run(*line)
+    assert f"{out} exists already" in again.out
+    assert f"converted first: {out}.lora is {adapter} as a LoRA adapter, and was repaired in its place" in again.out
+    assert again.last.startswith(
+        f"streamer: repair: converted to LoRA, chose the {tree['chosen']}, exists already, in "
+    )
+    (done,) = [json.loads(server.run(*line, "--dry-run", "--json").out)]
+    assert (done["command"], done["state"]) == ("repair", "done")
+
+
 def test_adapters_of_other_methods_are_refused_by_name(server: Server, home: Path, tmp_path: Path) -> None:
     model = transformers.LlamaForCausalLM.from_pretrained(home / "base")
     peft.get_peft_model(model, peft.LoKrConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lokr")
