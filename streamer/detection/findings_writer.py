@@ -88,6 +88,7 @@ class FindingsWriter:
             stack.enter_context(locked(lock_of(self.path), self.path))
             remove_partials(self.path.parent, {self.path.name})
             self._journal = Journal(journal_of(self.path))
+            stack.callback(self._journal.close)
             self._take_up()
             self._lock = stack.pop_all()
         return self
@@ -96,8 +97,7 @@ class FindingsWriter:
         begun = self._resume and interrupted_run(self.path, self._start, self._overwrite)
         self.resumed = begun and len(self._journal) > 1  # without any matrix, this run chooses the number of threads
         if not self.resumed:
-            self._journal.clear()
-            self._journal.append(json.dumps(self._start).encode())
+            self._journal.begin(self._start)
         for i in range(1, len(self._journal)):
             self._records[self._figures(i)["tensor"]] = i
         self.threads = thread_count(json.loads(self._journal[0]).get("threads"))
@@ -149,8 +149,6 @@ class FindingsWriter:
             if kind is None:
                 self._write()
                 self._journal.remove()
-            else:
-                self._journal.close()
         finally:
             self._lock.close()
 

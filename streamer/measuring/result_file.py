@@ -141,8 +141,7 @@ class ResultFile:
             resumed = self._may_resume(found)
             if not resumed:
                 found = self.head
-                journal.clear()
-                journal.append(json.dumps(found).encode())
+                journal.begin(found)
             remove_partials(self.path.parent, {self.path.name})
             try:
                 yield JournalRecords(journal, thread_count(found.get("threads")))

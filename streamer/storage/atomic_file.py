@@ -90,9 +90,7 @@ class AtomicFile(Appender):
             return
         self.flush()
         if self.written != self.size:
-            raise StorageError(
-                f"{self.path}: expected to write {self.size} bytes, wrote {self.written}; please report this"
-            )
+            raise StorageError(f"{self.path}: expected {self.size} bytes, wrote {self.written}; please report this")
         with storage_errors(self.path, "finish"):
             sync(self._fd)
             if self.written > LAG_BYTES:

@@ -63,9 +63,10 @@ def make_directory(path: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file if it exists."""
-    with storage_errors(path, "remove"):
-        path.unlink(missing_ok=True)
+    """Remove a file durably, if it exists."""
+    with storage_errors(path, "remove"), contextlib.suppress(FileNotFoundError):
+        path.unlink()
+        fsync_directory(path.parent)
 
 
 def fsync_directory(path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from streamer.errors import InputChangedError, OutputError, OutputExistsError
 from streamer.storage.atomic_file import remove_partials, write_atomic
-from streamer.storage.files import fsync_directory, read_bytes, storage_error, storage_errors
+from streamer.storage.files import fsync_directory, read_bytes, remove_file, storage_error, storage_errors
 from streamer.storage.strict_json import strict_json
 from streamer.storage.system import MAX_CALL_BYTES, sync
 
@@ -38,9 +38,7 @@ class Journal:
 
     def foreign(self, record: int) -> OutputError:
         """Make the error for a record that another version wrote."""
-        return OutputError(
-            f"{self.path}: its record {record} is not one of this version; --no-resume starts the run over"
-        )
+        return OutputError(f"{self.path}: its record {record} is of another version; --no-resume starts over")
 
     @staticmethod
     def peek(path: Path) -> Iterator[dict[str, Any]]:
@@ -67,6 +65,16 @@ class Journal:
         start, length = self._spans[i]
         return read_bytes(self._fd, length, start)
 
+    def begin(self, head: Mapping[str, Any]) -> None:
+        """Start a new run's journal. The old records stay on disk until the head replaces them in one step.
+
+        A kill at any point leaves the old records or the new head, never a journal that belongs to no run.
+        """
+        self._stale = self._stale or bool(self._spans)
+        self._spans.clear()
+        self._end = 0
+        self.append(json.dumps(head).encode())
+
     def append(self, payload: bytes) -> None:
         """Add a record durably."""
         frame = len(payload).to_bytes(8, "little") + hashlib.sha256(payload).digest() + payload
@@ -89,25 +97,18 @@ class Journal:
         self._fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._stale = False
 
-    def clear(self) -> None:
-        """Forget every record. They stay on disk until the next append replaces them in one step.
-
-        A kill at any point leaves the old records or the new head, never a journal that belongs to no run.
-        """
-        self._stale = self._stale or bool(self._spans)
-        self._spans.clear()
-        self._end = 0
-
     def close(self) -> None:
-        """Close the file; the journal stays on disk."""
+        """Close the file; the journal stays on disk, unless it has no record, as after a full disk."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            if not (self._spans or self._stale):
+                remove_file(self.path)
 
     def remove(self) -> None:
         """Close and delete the journal of a finished run."""
         self.close()
-        os.unlink(self.path)
+        remove_file(self.path)
 
 
 def _records(fd: int) -> Iterator[tuple[int, bytes]]:

@@ -158,8 +158,7 @@ def _begun(plan: OutputPlan, state: str) -> Iterator[OutputDirectory]:
         if state == "new":
             # Before anything else is removed: a kill from here on leaves a run that can be resumed and knows what is still to be removed.
             head = {**plan.head, NAMES: [name for name, _ in plan.files], OLD: as_entries(old)}
-            journal.clear()
-            journal.append(json.dumps(head).encode())
+            journal.begin(head)
         for path in (plan.path / name for name in plan.conflicting_names):
             if is_placeholder(path):
                 remove_file(path)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from faults import failing
 
 import streamer
+from streamer.errors import StorageError
+
+
+def test_a_full_disk_leaves_no_journal(job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "some" / "f.safetensors"
+    monkeypatch.setattr(os, "pwrite", failing(errno.ENOSPC))
+    with pytest.raises(StorageError, match="No space left on device"):
+        streamer.detect_intruder_dimensions(*job, out, top_k=6)
+    assert [p.name for p in out.parent.iterdir()] == []
 
 
 @pytest.mark.long

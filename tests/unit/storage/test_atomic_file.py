@@ -90,7 +90,7 @@ def test_the_byte_count_must_be_the_planned_one(tmp_path: Path, data: bytes) -> 
 
     with pytest.raises(StorageError) as caught:
         write()
-    assert str(caught.value) == f"{tmp_path}/f: expected to write 3 bytes, wrote {len(data)}; please report this"
+    assert str(caught.value) == f"{tmp_path}/f: expected 3 bytes, wrote {len(data)}; please report this"
     assert names(tmp_path) == []
 
 
@@ -100,8 +100,7 @@ def test_the_mode_follows_the_umask(tmp_path: Path, umask: Callable[[int], int],
     write_atomic(tmp_path / "f", b"x")
     journal = Journal(tmp_path / "journal")
     journal.append(b"head")
-    journal.clear()
-    journal.append(b"head")
+    journal.begin({})
     journal.close()
     for path in tmp_path.iterdir():
         assert path.stat().st_mode & 0o777 == mode, path

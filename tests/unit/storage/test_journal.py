@@ -16,6 +16,7 @@ from streamer.storage import journal as journal_module
 from streamer.storage.journal import Journal
 
 RECORDS = [b"head", b"", b"x" * 50, b"last"]
+HEAD = b'{"a": 1}'
 
 
 def journal_of(path: Path, records: list[bytes]) -> bytes:
@@ -55,7 +56,7 @@ def test_torn_at_every_byte(tmp_path: Path) -> None:
         path.write_bytes(raw[:size])
         whole = sum(end <= size for end in ends[1:])
         assert contents(path) == RECORDS[:whole], size
-        assert path.stat().st_size == ends[whole]
+        assert path.stat().st_size == ends[whole] if whole else not path.exists()
         journal = Journal(path)
         journal.append(b"more")
         journal.close()
@@ -126,8 +127,6 @@ def test_starting_over_replaces_the_journal_in_one_step(
     path, real, calls = tmp_path / "j", getattr(os, call), []
     journal_of(path, RECORDS)
     journal = Journal(path)
-    journal.clear()
-    assert len(journal) == 0
 
     def dies(*args: object, **kwargs: object) -> object:
         calls.append(args)
@@ -139,12 +138,12 @@ def test_starting_over_replaces_the_journal_in_one_step(
     with monkeypatch.context() as m:
         m.setattr(os, call, dies)
         try:
-            journal.append(b"new")
+            journal.begin({"a": 1})
         except StorageError:
             failed = True
     journal.close()
     assert failed == (len(calls) >= nth)
-    assert contents(path) in ((RECORDS, [b"new"]) if failed else ([b"new"],))
+    assert contents(path) in ((RECORDS, [HEAD]) if failed else ([HEAD],))
     assert names(tmp_path) == ["j"]
 
 
@@ -152,26 +151,38 @@ def test_a_journal_started_over_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "j"
     journal_of(path, RECORDS)
     journal = Journal(path)
-    journal.clear()
-    journal.append(b"new")
+    journal.begin({"a": 1})
     journal.append(b"second")
-    assert [journal[0], journal[1]] == [b"new", b"second"]
+    assert [journal[0], journal[1]] == [HEAD, b"second"]
     journal.close()
     journal.close()
-    assert contents(path) == [b"new", b"second"]
+    assert contents(path) == [HEAD, b"second"]
 
 
-def test_clearing_alone_changes_nothing_on_disk(tmp_path: Path) -> None:
-    raw = journal_of(tmp_path / "j", RECORDS)
+def test_a_journal_without_a_record_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a full disk."""
     journal = Journal(tmp_path / "j")
-    journal.clear()
+    with monkeypatch.context() as m:
+        m.setattr(os, "pwrite", failing(errno.ENOSPC))
+        with pytest.raises(StorageError, match="No space left"):
+            journal.begin({"a": 1})
     journal.close()
-    assert (tmp_path / "j").read_bytes() == raw
+    assert names(tmp_path) == []
+
+
+def test_a_journal_that_vanished_is_as_good_as_removed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append(b"head")
+    (tmp_path / "j").unlink()
+    journal.remove()
+    assert names(tmp_path) == []
 
 
 def test_what_a_killed_start_over_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / f".j.{'0' * 16}.partial").touch()
-    Journal(tmp_path / "j").close()
+    journal = Journal(tmp_path / "j")
+    journal.append(b"head")
+    journal.close()
     assert names(tmp_path) == ["j"]
 
 
