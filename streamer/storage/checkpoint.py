@@ -249,9 +249,7 @@ def _sharded(path: Path, index_path: Path, io: IOMode, prefix: str = "") -> Chec
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index_path}: expected a weight_map, found none; get the file again")
     weight_map = {prefix + tensor: name for tensor, name in weight_map.items()}
-    names = dict.fromkeys(
-        check_shard_name(name, index_path) for name in dict.fromkeys(map(_hashable, weight_map.values()))
-    )
+    names = dict.fromkeys(check_shard_name(name, index_path) for name in weight_map.values())
     files = {name: TensorFile(path / name, io, prefix) for name in names}
     owner: dict[str, str] = {}
     for name, file in files.items():
@@ -277,10 +275,6 @@ def _sharded(path: Path, index_path: Path, io: IOMode, prefix: str = "") -> Chec
         warning = f"{index_path}: total_size {said}, the shards hold {checkpoint.data_bytes} bytes; the output's will be right"
         return Checkpoint(path, files, dict(weight_map), index, (warning,))
     return checkpoint
-
-
-def _hashable(name: object) -> object:
-    return name if isinstance(name, str) else repr(name) + " (not a string)"
 
 
 def _nothing_here(path: Path) -> InputError:

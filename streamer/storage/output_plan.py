@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from streamer.errors import OutputError, OutputExistsError
-from streamer.storage.atomic_file import partials_of
+from streamer.storage.atomic_file import partial_name, partials_of
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.journal import Journal, may_resume
 from streamer.storage.old_output import OldFile, is_record, own_files, own_names, stands
-from streamer.storage.output_checks import allocated_bytes, check_output_path, check_space, is_placeholder, is_taken
+from streamer.storage.output_checks import (
+    allocated_bytes,
+    check_name,
+    check_output_path,
+    check_space,
+    is_placeholder,
+    is_taken,
+)
 from streamer.units import format_sizes, listed
 
 RECORD_NAME = "streamer.json"
@@ -111,6 +118,8 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
     """
     path = plan.path
     check_output_path(path, plan.inputs)
+    for name, _ in plan.files:
+        check_name(path / name, partial_name((path / name).name))
     state: Literal["new", "resume", "done"] = "new"
     if path.exists() and not is_placeholder(path):
         if not path.is_dir():

@@ -74,9 +74,7 @@ class OutputDirectory:
         made = (self.path / name).with_name(partial)
         found = size_of(made)
         if found != nbytes or nbytes != dict(self._plan.files)[name]:
-            raise StorageError(
-                f"{made}: expected the {nbytes} bytes that were written, found {found}; run the same command again"
-            )
+            raise StorageError(f"{made}: expected {nbytes} bytes, found {found}; run the same command again")
         self.announce(name, nbytes, sha256, **detail)
         rename_partial(made, self.path / name)
 
@@ -137,9 +135,7 @@ def locked_outputs(
             stack.enter_context(locked(plan.path / LOCK_NAME))
             states.append(inspect_output(plan, overwrite, resume))
             if states[-1] == "done":
-                raise OutputError(
-                    f"{plan.path}: another run has just finished this output; run the command again to see it"
-                )
+                raise OutputError(f"{plan.path}: another run has just finished this; run the command again to see it")
         for directory, names in (found for plan in plans for found in output_directories(plan)):
             remove_partials(directory, names)
         yield [_begun(plan, state) for plan, state in zip(plans, states, strict=True)]

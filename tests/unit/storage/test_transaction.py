@@ -31,7 +31,7 @@ def test_new_then_done(case: Case) -> None:
     assert record["made"] == "here"
     assert [(f["file"], f["bytes"]) for f in record["files"]] == list(case.plan.files)
     before = tree_digest(case.out)
-    with pytest.raises(OutputError, match="another run has just finished this output; run the command again to see it"):
+    with pytest.raises(OutputError, match="another run has just finished this; run the command again to see it"):
         carry_out(case)
     assert tree_digest(case.out) == before
 
@@ -71,6 +71,14 @@ def test_the_commit_point_comes_last(case: Case, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "rename", rename)
     carry_out(case)
     assert order == ["config.json", "model-1", "model-2", INDEX, RECORD_NAME]
+
+
+def test_a_name_that_is_too_long_for_a_partial_file(case: Case) -> None:
+    """As of a shard of the base; refused before any work."""
+    name = f"sub/{'x' * 243}.safetensors"
+    message = refusal(OutputError, case, dataclasses.replace(case.plan, files=((name, 1),)))
+    words = "its name is too long: with what a partial file adds it has 281 bytes, the file system takes 255"
+    assert message == f"{case.out / name}: {words}; choose a shorter name"
 
 
 def test_the_record_is_the_same_whatever_the_way(case: Case) -> None:
