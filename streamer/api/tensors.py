@@ -111,7 +111,7 @@ def write_safetensors(
         ]
         out = undo.enter_context(begun)
         for plan, file in zip(plans, written, strict=True):
-            out.take(plan.name, file.partial.name, file.written, file.sha256)
+            out.take(plan.name, file.partial.absolute(), file.written, file.sha256)
         if len(plans) > 1:
             with out.file(INDEX_NAME, len(index)) as last:
                 last.write(index)

@@ -34,11 +34,11 @@ from streamer.plan.memory_estimate import check_budget, resident_bytes
 from streamer.storage.atomic_file import remove_partials
 from streamer.storage.header import TensorInfo
 from streamer.storage.lock import locked
-from streamer.storage.output_checks import check_space
+from streamer.storage.output_checks import check_space, touch
 from streamer.storage.output_plan import LOCK_NAME, RECORD_NAME, finished_record, inspect_output, missing_bytes
 from streamer.storage.shard_writer import ShardFile
 from streamer.storage.tensor_file import TensorFile
-from streamer.storage.transaction import OutputDirectory, open_outputs, touch_output
+from streamer.storage.transaction import OutputDirectory, open_outputs
 from streamer.workers.engine import Workers, kept
 from streamer.workers.task import Inputs
 
@@ -97,7 +97,8 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
         if lock.exists():  # of a run that was killed at its end
             with locked(lock):
                 pass
-        if fault := touch_output(spec.output):
+        # For `make`: the files, then the commit point, the record and the directory.
+        if fault := touch([*(spec.path / name for name, _ in spec.output.files), spec.path / RECORD_NAME, spec.path]):
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
     with open_outputs([writer.spec.output for writer in todo], whole.options.overwrite, whole.options.resume) as outs:

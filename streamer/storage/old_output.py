@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -24,10 +24,10 @@ OLD, NAMES = "old", "names"
 
 @dataclass(frozen=True)
 class OldFile:
-    """Relative name, size and SHA-256 (hex) of a file as an earlier run wrote it."""
+    """Relative name, size and SHA-256 (hex) of a file as an earlier run wrote it, as in records and journals."""
 
-    name: str
-    nbytes: int
+    file: str
+    bytes: int
     sha256: str
 
 
@@ -43,8 +43,7 @@ def journal_entry(journal: Journal, i: int) -> dict[str, Any]:
         entry = strict_json(journal[i])
     except ValueError:
         entry = None
-    kinds = {"file": str, "bytes": int, "sha256": str}
-    if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in kinds.items()):
+    if not isinstance(entry, dict) or not as_files([entry]):
         raise journal.foreign(i)
     return entry
 
@@ -54,23 +53,27 @@ def own_files(record: Path, journal: Path) -> list[OldFile]:
 
     A journal's head names the files from before its run; until that run has finished, they may still exist.
     """
-    head, *finished = _journalled(journal)
+    head, *finished = [*Journal.peek(journal)] or [{}]
     listed = ((_record(record) or {}).get("files"), head.get(OLD), finished)
-    entries = (entry for files in listed if isinstance(files, list) for entry in files)
-    return list(dict.fromkeys(file for entry in entries if (file := _own_file(entry))))
+    return list(dict.fromkeys(file for entries in listed for file in as_files(entries)))
 
 
 def own_names(directory: Path, record: Path, journal: Path) -> list[str]:
     """List the names in this directory for which earlier runs wrote or planned files, and so may have left partial files."""
     planned = next(Journal.peek(journal), {}).get(NAMES)
-    names = [file.name for file in own_files(record, journal)]
+    names = [file.file for file in own_files(record, journal)]
     names += [name for name in planned if isinstance(name, str)] if isinstance(planned, list) else []
     return [name for name in dict.fromkeys(names) if _is_within(directory, name)]
 
 
-def as_entries(files: Iterable[OldFile]) -> list[dict[str, Any]]:
-    """Convert files to JSON values, as in records and journals."""
-    return [{"file": file.name, "bytes": file.nbytes, "sha256": file.sha256} for file in files]
+def as_files(entries: Any) -> list[OldFile]:
+    """Convert a list from JSON to the files that its entries describe; an entry of another kind describes none."""
+    files = []
+    for entry in entries if isinstance(entries, list) else ():
+        match entry:
+            case {"file": str(name), "bytes": int(nbytes), "sha256": str(digest)} if type(nbytes) is int:
+                files.append(OldFile(name, nbytes, digest))
+    return files
 
 
 def remove_own_files(directory: Path, files: Sequence[OldFile], keep: Collection[str]) -> None:
@@ -87,8 +90,8 @@ def remove_own_files(directory: Path, files: Sequence[OldFile], keep: Collection
         If the system refuses.
     """
     for file in reversed(files):
-        path = directory / file.name
-        if file.name in keep or not stands(directory, file):
+        path = directory / file.file
+        if file.file in keep or not stands(directory, file):
             continue
         remove_file(path)
         for parent in path.relative_to(directory).parents[:-1]:
@@ -98,12 +101,12 @@ def remove_own_files(directory: Path, files: Sequence[OldFile], keep: Collection
 
 def stands(directory: Path, file: OldFile) -> bool:
     """Test whether a file exists unchanged, under a plain name in the directory, with no symlink in its path."""
-    path = directory / file.name
-    if not _is_within(directory, file.name):
+    path = directory / file.file
+    if not _is_within(directory, file.file):
         return False
     try:
         found = path.stat()
-        if not S_ISREG(found.st_mode) or found.st_size != file.nbytes:
+        if not S_ISREG(found.st_mode) or found.st_size != file.bytes:
             return False
         return _digest(path, (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)) == file.sha256
     except OSError:
@@ -137,15 +140,3 @@ def _record(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return tree if isinstance(tree, dict) and str(tree.get("schema")).startswith("streamer.output/") else None
-
-
-def _journalled(path: Path) -> list[dict[str, Any]]:
-    """Read the head of a journal and its entries; an empty head if there is no journal."""
-    return [*Journal.peek(path)] or [{}] if path.is_file() and not path.is_symlink() else [{}]
-
-
-def _own_file(entry: Any) -> OldFile | None:
-    match entry:
-        case {"file": str(name), "bytes": int(nbytes), "sha256": str(digest)} if type(nbytes) is int:
-            return OldFile(name, nbytes, digest)
-    return None

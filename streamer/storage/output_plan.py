@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,20 +12,15 @@ from streamer.errors import OutputError, OutputExistsError
 from streamer.storage.atomic_file import partial_name, partials_of
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.journal import Journal, may_resume
-from streamer.storage.old_output import OldFile, is_record, own_files, own_names, stands
-from streamer.storage.output_checks import (
-    allocated_bytes,
-    check_name,
-    check_output_path,
-    check_space,
-    is_placeholder,
-    is_taken,
-)
+from streamer.storage.old_output import OldFile, as_files, is_record, own_files, own_names, stands
+from streamer.storage.output_checks import allocated_bytes, check_name, check_output_path, check_space, is_taken
 from streamer.units import format_sizes, listed
 
 RECORD_NAME = "streamer.json"
 JOURNAL_NAME = ".streamer.journal"
 LOCK_NAME = ".streamer.lock"
+STAGE_NAME = ".streamer.new"
+"""Directory in a finished output with the files that are to replace it."""
 
 
 def refuse_within_output(path: Path) -> None:
@@ -116,29 +111,33 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
     StorageError
         If the plan does not fit on the disk.
     """
-    path = plan.path
+    path, names = plan.path, [name for name, _ in plan.files]
     check_output_path(path, plan.inputs)
-    for name, _ in plan.files:
+    for name in names:
         check_name(path / name, partial_name((path / name).name))
-    state: Literal["new", "resume", "done"] = "new"
-    if path.exists() and not is_placeholder(path):
-        if not path.is_dir():
-            raise OutputExistsError(f"{path}: exists and is not a directory; choose another output", path)
-        state = _state_of(plan, overwrite, resume)
+    if is_taken(path) and not path.is_dir():
+        raise OutputExistsError(f"{path}: exists and is not a directory; choose another output", path)
+    for name in (*names, RECORD_NAME, JOURNAL_NAME, LOCK_NAME, *(f"{STAGE_NAME}/{name}" for name in names)):
+        if any(p.is_symlink() for p in ((path / name), *(path / name).parents) if path in p.parents):
+            raise OutputError(f"{path / name}: is a symlink, and writing never follows one; remove it")
+    state = _recorded_state(plan, overwrite, resume)
     if state != "done":
+        own = own_files(path / RECORD_NAME, path / JOURNAL_NAME)
+        if state == "new":
+            _refuse_foreign(plan, own, overwrite)
+        _refuse_edited(plan, own)
         check_space(path, missing_bytes(plan, state), at_most=bool(plan.temporary))
     return state
 
 
 def missing_bytes(plan: OutputPlan, state: str) -> int:
     """Compute the additional bytes on disk that a plan in the state ``new`` or ``resume`` needs."""
-    have = sum(
-        allocated_bytes(p) for directory, names in output_directories(plan) for p in partials_of(directory, names)
-    )
-    if state == "resume":
-        have += sum(size for name, size in plan.files if size_of(plan.path / name) == size)
-    have += sum(allocated_bytes(plan.path / name) for name, _ in plan.temporary)
-    return plan.total_bytes + plan.temporary_bytes - have
+    stage = plan.path / STAGE_NAME
+    leftovers = own_partials(plan) | {place / name for place in (plan.path, stage) for name, _ in plan.temporary}
+    leftovers |= {*stage.rglob("*")} if state == "new" else set()
+    finished = {entry.get("file") for entry in Journal.peek(plan.path / JOURNAL_NAME)} if state == "resume" else set()
+    todo = sum(size for name, size in plan.files if name not in finished)
+    return todo + plan.temporary_bytes - sum(map(allocated_bytes, leftovers))
 
 
 def size_of(path: Path) -> int:
@@ -149,27 +148,13 @@ def size_of(path: Path) -> int:
         return -1
 
 
-def output_directories(plan: OutputPlan) -> Iterator[tuple[Path, set[str]]]:
-    """Yield each existing directory that gets or got files, with the names of all files: a killed run left its partial files there."""
+def own_partials(plan: OutputPlan) -> set[Path]:
+    """Find the partial files that killed runs, of this plan or an earlier one, left in the output's directories."""
     old = own_names(plan.path, plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)
-    paths = [plan.path / n for n in (RECORD_NAME, *plan.conflicting_names, *(name for name, _ in plan.files), *old)]
-    for directory in dict.fromkeys(path.parent for path in paths):
-        if directory.is_dir():
-            yield directory, {path.name for path in paths}
-
-
-def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:
-    path = plan.path
-    for name in (*(n for n, _ in plan.files), RECORD_NAME, JOURNAL_NAME, LOCK_NAME):
-        if any(p.is_symlink() for p in ((path / name), *(path / name).parents) if path in p.parents):
-            raise OutputError(f"{path / name}: is a symlink, and writing never follows one; remove it")
-    state = _recorded_state(plan, overwrite, resume)
-    if state != "done":
-        own = own_files(path / RECORD_NAME, path / JOURNAL_NAME)
-        if state == "new":
-            _refuse_foreign(plan, own, overwrite)
-        _refuse_edited(plan, own)
-    return state
+    names = (RECORD_NAME, *plan.conflicting_names, *(name for name, _ in plan.files), *old)
+    paths = [place / name for place in (plan.path, plan.path / STAGE_NAME) for name in names]
+    directories = {path.parent for path in paths if path.parent.is_dir()}
+    return {partial for directory in directories for partial in partials_of(directory, {path.name for path in paths})}
 
 
 def _recorded_state(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:
@@ -193,30 +178,29 @@ def _refuse_foreign(plan: OutputPlan, own: Sequence[OldFile], overwrite: bool) -
 
     An unchanged file of ours under a conflicting name is removed; so is an empty one with `overwrite`.
     """
-    path, names = plan.path, {file.name for file in own}
+    path, names = plan.path, {file.file for file in own}
     for name, _ in plan.files:
-        if name not in names and is_taken(path / name):
+        if is_taken(path / name) and not (name in names and (path / name).is_file()):
             raise _foreign(path / name, plan.instead.get(name, ""))
     for name in (*plan.conflicting_names, *plan.beside_names):
-        removable = overwrite and name in plan.conflicting_names and is_placeholder(path / name)
+        removable = overwrite and name in plan.conflicting_names and not is_taken(path / name)
         if not (path / name).exists() or removable:
             continue
         if name not in names:
             read = "exists, and a loader would read it as a part of the output"
             raise _foreign(path / name, what=read) if name in plan.beside_names else _foreign(path / name)
-        if not any(stands(path, file) for file in own if file.name == name):
+        if not any(stands(path, file) for file in own if file.file == name):
             raise OutputExistsError(
                 f"{path / name}: was changed since it was written, and a loader would read it as a part of this output; "
                 "choose another output, or move it away",
                 path / name,
             )
-    if not overwrite and not any((path / name).exists() for name in (RECORD_NAME, JOURNAL_NAME)):
-        others = sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and not is_placeholder(p))
-        if others:
-            raise OutputExistsError(
-                f"{path}: holds other files ({listed(others)}); choose another directory, or pass --overwrite, which leaves them there",
-                path,
-            )
+    is_ours = any((path / name).exists() for name in (RECORD_NAME, JOURNAL_NAME))
+    if not (overwrite or is_ours) and (others := sorted(p.name for p in path.glob("[!.]*") if is_taken(p))):
+        raise OutputExistsError(
+            f"{path}: holds other files ({listed(others)}); choose another directory, or pass --overwrite, which leaves them there",
+            path,
+        )
 
 
 def _another(path: Path) -> OutputExistsError:
@@ -226,7 +210,7 @@ def _another(path: Path) -> OutputExistsError:
 def _refuse_edited(plan: OutputPlan, own: Sequence[OldFile]) -> None:
     """Refuse to replace or remove a file that users may edit, such as a model card, if someone did."""
     for path, name in ((plan.path / name, name) for name, _ in plan.files if name in plan.editable):
-        if is_taken(path) and not any(stands(plan.path, file) for file in own if file.name == name):
+        if is_taken(path) and not any(stands(plan.path, file) for file in own if file.file == name):
             raise _foreign(path, plan.instead.get(name, ""), "was edited since it was written")
 
 
@@ -240,15 +224,12 @@ def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "
 
     Missing files make it new, as when a user removed one on purpose; a different size is refused, because the file may be edited.
     """
-    files = record.get("files")
-    entries = [f for f in files if isinstance(f, dict)] if isinstance(files, list) else []
-    sizes = {f["file"]: f.get("bytes") for f in entries if isinstance(f.get("file"), str)}
-    missing = False
+    sizes, missing = {file.file: file.bytes for file in as_files(record.get("files"))}, False
     for name, _ in plan.files:
         found, wanted = size_of(plan.path / name), sizes.get(name)
         if found == wanted or (found > 0 and name in plan.editable):
             continue
-        if type(wanted) is not int:
+        if wanted is None:
             raise _another(plan.path)
         if found > 0:
             expected, is_now = format_sizes(wanted, found)

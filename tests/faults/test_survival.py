@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import shim
 from forks import MODEL_MODULES, server
+from helpers import tree_digest
 from jobs import COMMANDS, MODELS, OTHERS, Bench, Case
-from powerloss import Disk
+from powerloss import WAYS, Disk
 from seeds import vary
 from shim import Call
 from survival_calls import FAULTS, killed_at_random
@@ -54,6 +55,35 @@ def test_other_outputs_survive_some(bench: Bench, command: str, tmp_path: Path) 
         tally = FAULTS[fault](trial(bench, command, tmp_path, 2 * SLICE))
         assert tally.injected > 0
         check(tally)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", ["merge", "mitigate"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_power_cut_while_an_output_is_replaced(bench: Bench, tmp_path: Path, command: str, way: str) -> None:
+    """What can be loaded is the old output or the new one, and the same command finishes."""
+    case, rng = bench.case(command), random.Random(vary(command))
+    (commit,) = case.commits()
+    recorded, record = tmp_path / "recorded", tmp_path / "record"
+    assert case.run(recorded, "--lambda", "0.25").code == 0
+    old, disk = tree_digest(recorded), Disk(recorded)
+    read = old.keys() - {"README.md", "streamer.json"}
+    assert case.run(recorded, "--overwrite", before=shim.arm(recorded, record=record)).code == 0
+    calls, found = shim.read_record(record), set()
+    for n, call in enumerate(calls):
+        disk.apply(call)
+        if n % 20 != 3 and n < len(calls) - 20:
+            continue
+        disk.leave(way, rng, out := tmp_path / str(n))
+        loaded = {name: digest for name, digest in tree_digest(out).items() if name in read}
+        if commit in loaded:
+            states = [state for state in (old, case.whole) if loaded.items() <= state.items()]
+            assert states, (n, call)
+            assert loaded.keys() == read
+            found.add(loaded.items() <= old.items())
+        assert case.unfinished(out, "--overwrite") == [], (n, call)
+        shutil.rmtree(out)
+    assert found == {True, False}
 
 
 @pytest.mark.long

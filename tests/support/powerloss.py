@@ -49,12 +49,12 @@ Name = tuple[str, str | None, "_File | None"]
 
 
 class Disk:
-    """A directory tree as the system sees it, and as the platters have it."""
+    """A directory tree as the system sees it, and as the platters have it; what is there now is safe."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.names: dict[str, _File] = {}
-        self.safe_names: dict[str, _File] = {}
+        self.names = {str(path): _File(path.read_bytes()) for path in root.rglob("*") if path.is_file()}
+        self.safe_names = dict(self.names)
         self.since: list[Name] = []
 
     def apply(self, call: Call) -> None:

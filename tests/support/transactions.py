@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -55,11 +55,13 @@ class Killed(BaseException):
     """The process ends here: nothing that runs afterwards may be counted on."""
 
 
-def carry_out(case: Case, plan: OutputPlan | None = None, until: str = "", **options: bool) -> list[str]:
+def carry_out(
+    case: Case, plan: OutputPlan | None = None, until: str = "", contents: Mapping[str, bytes] = DATA, **options: bool
+) -> list[str]:
     """Carry a plan out, up to the file `until`; the names that were written."""
     written = []
     with open_outputs([plan or case.plan], **options) as (out,):
-        for name, data in DATA.items():
+        for name, data in contents.items():
             if name == until:
                 raise Killed
             if out.finished(name) is None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,16 @@ from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, inte
 
 import streamer
 from streamer.detection.findings_file import lock_of
-from streamer.errors import FormatError, LockedError, OutputError, OutputExistsError, StorageError, StreamerError
+from streamer.errors import FormatError, LockedError, OutputError, OutputExistsError, StreamerError
 from streamer.storage.lock import locked
-from streamer.storage.output_plan import JOURNAL_NAME, LOCK_NAME, RECORD_NAME, inspect_output
+from streamer.storage.output_plan import (
+    JOURNAL_NAME,
+    LOCK_NAME,
+    RECORD_NAME,
+    STAGE_NAME,
+    inspect_output,
+    missing_bytes,
+)
 from streamer.storage.transaction import open_outputs
 
 
@@ -126,25 +134,69 @@ def test_the_interrupted_run_of_another_plan_is_kept(case: Case) -> None:
     check_whole(case, "another")
 
 
-def test_overwriting_removes_the_old_commit_point_first(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    carry_out(case)
-    (case.out / "model.safetensors").touch()
-    removed: list[str] = []
-    real = Path.unlink
+NEWER = {
+    "every file": {"sub/config.json": b"{}", "model-1": bytes(101), "model-2": b"\x02" * 50, INDEX: b"{}"},
+    "one shard": {**DATA, "model-2": b"\x02" * 50},
+    "other files": {"sub/config.json": b"{}", "other/model": b"12", "model.safetensors": b"123"},
+    "no file": DATA,
+}
 
-    def unlink(self: Path, missing_ok: bool = False) -> None:
-        removed.append(self.name)
-        assert (case.out / JOURNAL_NAME).exists() == (self.name != INDEX)  # a kill from here on leaves a run to take up
-        real(self, missing_ok)
+
+@pytest.mark.parametrize("what", NEWER)
+def test_an_output_stays_until_the_new_one_is_complete(case: Case, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Killed before and after any call: what can be loaded is the old output or the new one, and the same run finishes."""
+    carry_out(case)
+    new, copies = NEWER[what], list[Path]()
+    if what == "every file":
+        (case.base / "sub/config.json").unlink()
+    plan = dataclasses.replace(case.other(), files=tuple((name, len(data)) for name, data in new.items()))
+    plan = dataclasses.replace(plan, conflicting_names=tuple({INDEX, "model.safetensors"} - new.keys()))
+
+    def watched(call: str) -> Callable[..., object]:
+        real = getattr(os, call)
+
+        def run(*args: object, **kwargs: object) -> object:
+            copies.append(shutil.copytree(case.out, case.out.parent / f"copy{len(copies)}"))
+            return real(*args, **kwargs)
+
+        return run
 
     with monkeypatch.context() as m:
-        m.setattr(Path, "unlink", unlink)
-        with pytest.raises(Killed):
-            carry_out(case, case.other(), until="sub/config.json", overwrite=True)
-    assert removed == [INDEX, "model.safetensors", RECORD_NAME]
-    assert (case.out / "model-1").read_bytes() == DATA["model-1"]
-    assert carry_out(case, case.other(), overwrite=True) == list(DATA)
-    check_whole(case, "another")
+        for call, wrapped in {name: watched(name) for name in ("fsync", "rename", "pwrite", "rmdir")}.items():
+            m.setattr(os, call, wrapped)
+        carry_out(case, plan, contents=new, overwrite=True)
+    whole, loaded = tree_digest(case.out), set()
+    assert whole.keys() == {*new, RECORD_NAME}
+    for copy in copies:
+        found = {str(p.relative_to(copy)): p.read_bytes() for p in copy.rglob("*") if p.is_file() and p.name[0] != "."}
+        found = {name: data for name, data in found.items() if name != RECORD_NAME and STAGE_NAME not in name}
+        if INDEX in found or "model.safetensors" in found:
+            assert found in (DATA, new)
+            loaded.add(found == new)
+        else:
+            assert what not in ("one shard", "no file")
+        again = dataclasses.replace(plan, path=copy)
+        if inspect_output(again, overwrite=(copy / JOURNAL_NAME).exists()) != "done":
+            carry_out(case, again, contents=new, overwrite=True)
+        (copy / LOCK_NAME).unlink(missing_ok=True)  # of the process that was killed last of all
+        assert tree_digest(copy) == whole, copy
+    assert loaded == {True, False} or what == "no file"
+
+
+def test_what_an_interrupted_overwrite_made_goes_with_it(case: Case) -> None:
+    """Of a third plan: the first output stays, the second's files go, and their room on the disk counts as free."""
+    carry_out(case)
+    with pytest.raises(Killed):
+        carry_out(case, case.other(), until=INDEX, overwrite=True)
+    assert (case.out / STAGE_NAME / "model-1").exists()
+    third = case.other("third")
+    assert missing_bytes(third, "new") < third.total_bytes
+    with pytest.raises(Killed):
+        carry_out(case, third, until="model-1", overwrite=True)
+    assert not (case.out / STAGE_NAME / "model-1").exists()
+    assert {name: (case.out / name).read_bytes() for name in DATA} == DATA
+    carry_out(case, third)
+    check_whole(case, "third")
 
 
 def test_an_interrupted_overwrite_is_taken_up_with_or_without_the_option(case: Case) -> None:
@@ -185,12 +237,12 @@ def test_an_output_that_is_a_symlink(case: Case, tmp_path: Path) -> None:
     assert not (tmp_path / "real").exists()
 
 
-def test_a_commit_point_that_cannot_be_removed(case: Case) -> None:
+def test_a_commit_point_that_became_a_directory(case: Case) -> None:
     carry_out(case)
     (case.out / INDEX).unlink()
     (case.out / INDEX).mkdir()
-    with pytest.raises(StorageError, match=r"index\.json: cannot remove: Is a directory"):
-        carry_out(case, overwrite=True)
+    expected = f"{case.out / INDEX}: exists and is not ours; choose another output, or move it away"
+    assert refusal(OutputExistsError, case, overwrite=True) == expected
 
 
 def test_a_large_file_that_was_edited_stays(tmp_path: Path) -> None:
@@ -202,7 +254,7 @@ def test_a_large_file_that_was_edited_stays(tmp_path: Path) -> None:
     data = bytes(70_000_000)
     files = [OldFile(name, len(data), hashlib.sha256(data).hexdigest()) for name in ("edited", "own")]
     for file in files:
-        (tmp_path / file.name).write_bytes(data)
+        (tmp_path / file.file).write_bytes(data)
     with (tmp_path / "edited").open("r+b") as f:
         f.seek(1_000_000)
         f.write(b"x")
