@@ -219,7 +219,7 @@ def test_only_what_is_missing_is_measured() -> None:
     [
         (World({"shrink": SMOOTH["concave"]}, learns=-0.5), ("shrink",), 0.9),
         (World({"shrink": SMOOTH["concave"]}), ("shrink",), 1.0),
-        (World({"paper": lambda x: 0.9 + x / 10}), ("paper",), 0.9),  # every λ keeps the share
+        (World({"paper": lambda x: 0.95 + x / 20}), ("paper",), 0.9),  # every λ keeps the share
     ],
 )
 def test_where_nothing_is_to_be_placed_nothing_more_is_measured(
@@ -231,7 +231,7 @@ def test_where_nothing_is_to_be_placed_nothing_more_is_measured(
 
 
 def test_where_nothing_is_missing_the_share_asked_for_is_the_evaluations() -> None:
-    wanted, world = make_variants(("paper",), LAMBDAS, "all"), World({"paper": lambda x: 0.9 + x / 10})
+    wanted, world = make_variants(("paper",), LAMBDAS, "all"), World({"paper": lambda x: 0.95 + x / 20})
     assert world.evaluate(wanted, world.evaluate(wanted), keep=0.7).keep == 0.7
     assert len(world.asked) == 1
 
