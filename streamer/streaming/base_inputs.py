@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Unpack
 
-import torch
-
-from streamer.linalg.allocation import CPU
 from streamer.plan.architectures import architecture_for
 from streamer.plan.plan import Plan
 from streamer.plan.targets import TensorSlice
@@ -16,8 +13,7 @@ from streamer.plan.tied_names import find_ties
 from streamer.plan.transformers_renames import renames_for
 from streamer.streaming.collected import Collected
 from streamer.streaming.collecting import CollectingReader, Setting
-from streamer.streaming.inputs import CollectingModel
-from streamer.streaming.layer_runs import Elsewhere
+from streamer.streaming.inputs import Collecting, CollectingModel
 from streamer.streaming.run_time import RunTimeTensor
 
 LOOKED_UP = " (looked up)"
@@ -43,19 +39,13 @@ class BaseMatrix:
 class BaseInputModel(CollectingModel):
     """Model of a base without an adapter, which passes on the inputs of all its matrices."""
 
-    def __init__(
-        self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None, device: torch.device = CPU,
-        elsewhere: Elsewhere | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, plan: Plan, **options: Unpack[Collecting]) -> None:
         ties = find_ties(plan.base.weight_map, architecture_for(plan.config), renames_for(plan.config))
         self._ties = {tie.stored: tie.others for tie in ties if tie.stored}
-        super().__init__(plan, strict=False, rounds_products=rounds_products, directory=directory, device=device,
-                         elsewhere=elsewhere)  # fmt: skip
+        super().__init__(plan, strict=False, **options)
 
-    def _reader(
-        self, collected: Collected[BaseMatrix], tensor: RunTimeTensor, *, head: bool, rounded: bool
-    ) -> CollectingReader[BaseMatrix]:
-        return _BaseReader(collected, self.setting, tensor, self._ties, head=head, rounded=rounded)
+    def _reader(self, tensor: RunTimeTensor, *, head: bool, rounded: bool) -> CollectingReader[BaseMatrix]:
+        return _BaseReader(self._collected, self.setting, tensor, self._ties, head=head, rounded=rounded)
 
     def lacking(self) -> list[str]:
         """List the matrices whose inputs were not seen: no token reached them, or they take part in no product."""

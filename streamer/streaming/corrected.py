@@ -8,22 +8,19 @@ intermediate results on all tokens are many times larger than its outputs.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
 from streamer.errors import UnsupportedError
-from streamer.linalg.allocation import CPU
 from streamer.linalg.second_moments import RowMoments
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.streaming.collecting import FactorDeltas
-from streamer.streaming.inputs import InputModel
-from streamer.streaming.layer_runs import Arguments, Elsewhere, LayerResult, LayerRun, Taken, tensors_of
+from streamer.streaming.inputs import Collecting, InputModel
+from streamer.streaming.layer_runs import Arguments, LayerResult, LayerRun, Taken, tensors_of
 from streamer.streaming.spool import Spool
 from streamer.streaming.spooled_inputs import Inputs, Written
 from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED, Group, tokens_of
@@ -44,12 +41,9 @@ Replace = Callable[[Sequence[Target], Mapping[int, RowMoments]], None]
 class CorrectedModel(InputModel):
     """Model of a base with an adapter that collects inputs first and has its deltas replaced afterwards."""
 
-    def __init__(
-        self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None, device: torch.device = CPU,
-        elsewhere: Elsewhere | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(plan, rounds_products=rounds_products, directory=directory, device=device, elsewhere=elsewhere)
-        self.directory = directory
+    def __init__(self, plan: Plan, **options: Unpack[Collecting]) -> None:
+        super().__init__(plan, **options)
+        self.directory = options.get("directory")
         self._by_layer: _LayerByLayer | None = None
         self._deltas: tuple[FactorDeltas, FactorDeltas] = self.setting.deltas, self.setting.deltas
 
@@ -103,7 +97,7 @@ class CorrectedModel(InputModel):
     def _begin(self, number: int, group: Group) -> None:
         super()._begin(number, group)
         if self._by_layer is not None:
-            self._by_layer.begin(number, group.stream)
+            self._by_layer.group, self._by_layer.stream = number, group.stream
             self.setting.deltas = self._deltas[group.stream in CORRECTED]
 
     @property
@@ -117,7 +111,7 @@ class CorrectedModel(InputModel):
         names = {t.tensor for tensor in self.inside(run.layer) for t, _ in self.values.targets(tensor)}
         all_rights = self._deltas[run.stream in CORRECTED].rights
         rights = None if all_rights is None else {name: all_rights[name] for name in sorted(names)}
-        return dataclasses.replace(run, waiting=frozenset(self._by_layer.waiting), rights=rights)
+        return replace(run, waiting=frozenset(self._by_layer.waiting), rights=rights)
 
     def _take(self, one: Taken, written: Written | None) -> None:
         if self._by_layer is None:
@@ -148,15 +142,12 @@ class CorrectedModel(InputModel):
         finally:
             self.setting.deltas, self._collected.instead = before, None
 
-    def _pause(self) -> None:
-        assert self._turns is not None
-        self._turns.pause()
 
-
+@dataclass
 class _LayerByLayer:
     """Inputs of the layer that is running, and how often each group has run layers.
 
-    Parameters
+    Attributes
     ----------
     layers
         For each layer in running order, the targets grouped by shared inputs; the first target names its group.
@@ -166,28 +157,25 @@ class _LayerByLayer:
         Ends a group's turn.
     ask
         Has a layer run elsewhere, which also ends the group's turn; None runs all layers here.
+    group, stream
+        The group that runs, and its stream.
+    waiting
+        The layer's groups of targets that are not replaced yet, by their names.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[Sequence[Sequence[Target]]],
-        tokens: Mapping[int, int],
-        spool: Spool,
-        replace: Replace,
-        pause: Callable[[], None],
-        ask: Ask | None,
-    ) -> None:
-        self.layers, self.tokens, self.spool, self.replace, self.pause = layers, tokens, spool, replace, pause
-        self.ask = ask
-        self.group, self.stream = 0, GENERAL_AS
-        self._next: dict[int, int] = {}
-        self._layer, self._inside = -1, False
-        self.waiting: dict[str, Sequence[Target]] = {}
-        self._inputs: dict[str, dict[int, Inputs]] = {}
-
-    def begin(self, group: int, stream: int) -> None:
-        """Set the group that runs from now on."""
-        self.group, self.stream = group, stream
+    layers: Sequence[Sequence[Sequence[Target]]]
+    tokens: Mapping[int, int]
+    spool: Spool
+    replace: Replace
+    pause: Callable[[], None]
+    ask: Ask | None
+    group: int = 0
+    stream: int = GENERAL_AS
+    waiting: dict[str, Sequence[Target]] = field(default_factory=dict)
+    _next: dict[int, int] = field(default_factory=dict)
+    _layer: int = -1
+    _inside: bool = False
+    _inputs: dict[str, dict[int, Inputs]] = field(default_factory=dict)
 
     def run_layer(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a layer until its matrices have been replaced.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -50,6 +50,15 @@ from streamer.streaming.streams import GENERAL_AS, TASK_AS, Group, tokens_of
 from streamer.streaming.turns import Turns
 from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import ADAPTER, BASE, Variant
+
+
+class Collecting(TypedDict, total=False):
+    """Options of `CollectingModel`."""
+
+    rounds_products: bool
+    directory: Path | None
+    device: torch.device
+    elsewhere: Elsewhere | None
 
 
 class CollectingModel(LoadedModel):
@@ -88,16 +97,14 @@ class CollectingModel(LoadedModel):
         for _, module, own in self.modules:
             for name, tensor in own.items():
                 rounded = name == "weight" and is_rounded(self.values, module, tensor)
-                reader = self._reader(self._collected, tensor, head=module is self._head, rounded=rounded)
+                reader = self._reader(tensor, head=module is self._head, rounded=rounded)
                 module._parameters[name] = LazyTensor.of(reader)  # type: ignore[assignment]  # torch types a Parameter, which this stands in for
         for layer in self._layers.values():
             layer.register_forward_pre_hook(self._before_layer)
             layer.register_forward_hook(self._after_layer)
 
     @abstractmethod
-    def _reader(
-        self, collected: Collected[Any], tensor: RunTimeTensor, *, head: bool, rounded: bool
-    ) -> CollectingReader[Any]:
+    def _reader(self, tensor: RunTimeTensor, *, head: bool, rounded: bool) -> CollectingReader[Any]:
         """Make the reader of a parameter."""
 
     @property
@@ -144,15 +151,18 @@ class CollectingModel(LoadedModel):
         """Have a layer run elsewhere for the current group, and return its result; None if it must run here."""
         if self._elsewhere is None:
             return None
-        assert self._turns is not None
         stream, group = self._collected.stream, self._group
         run = LayerRun(path, stream, self.batch.sequences, self.batch.length, arguments)
         self._asked[group] = run if is_portable(arguments) else None
-        self._turns.pause()
+        self._pause()
         found = self._answers.pop(group, None)
         for container, values in zip(containers_of(arguments), found.shared if found else (), strict=found is not None):
             container.update(values)
         return found
+
+    def _pause(self) -> None:
+        assert self._turns is not None
+        self._turns.pause()
 
     def _answer(self, groups: Sequence[Group]) -> None:
         """Run the requested layers elsewhere, and add their inputs in the order of the groups."""
@@ -164,7 +174,8 @@ class CollectingModel(LoadedModel):
         for number, result in self._elsewhere(runs):
             if result is None:
                 return  # all run here, so that inputs come in the order of the groups
-            found[number] = result, [self._written(one) for one in result.taken]
+            inputs = [None if one.size is not None else one.x for one in result.taken]
+            found[number] = result, [None if x is None else Written.to(self._spool, x) for x in inputs]
         for number in sorted(found):
             result, written = found[number]
             self._begin(number, groups[number])
@@ -177,9 +188,6 @@ class CollectingModel(LoadedModel):
             self._collected.whole |= result.whole
             self._collected.forget_inputs()
             self._answers[number] = result
-
-    def _written(self, one: Taken) -> Written | None:
-        return None if one.x is None or one.size is not None else Written.to(self._spool, one.x)
 
     @property
     def _spool(self) -> Spool:
@@ -272,22 +280,16 @@ class InputModel(CollectingModel):
         Names of the matrices that no token of the general text, or none of the task text, reached in a pass.
     """
 
-    def __init__(
-        self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None, device: torch.device = CPU,
-        elsewhere: Elsewhere | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(plan, strict=True, rounds_products=rounds_products, directory=directory, device=device,
-                         elsewhere=elsewhere)  # fmt: skip
+    def __init__(self, plan: Plan, **options: Unpack[Collecting]) -> None:
+        super().__init__(plan, strict=True, **options)
         self.unseen: list[str] = []
         self._targets = {target.tensor: target for target in plan.targets}
 
     def _own(self, matrix: Target) -> Target:
         return self._targets[matrix.tensor]
 
-    def _reader(
-        self, collected: Collected[Target], tensor: RunTimeTensor, *, head: bool, rounded: bool
-    ) -> CollectingReader[Target]:
-        return _TargetReader(collected, self.setting, tensor, head=head, rounded=rounded)
+    def _reader(self, tensor: RunTimeTensor, *, head: bool, rounded: bool) -> CollectingReader[Target]:
+        return _TargetReader(self._collected, self.setting, tensor, head=head, rounded=rounded)
 
     def collect(self, groups: Sequence[Group], complete: Complete[Target]) -> None:
         """Collect as in `CollectingModel`, and check that everything the adapter changes was used.

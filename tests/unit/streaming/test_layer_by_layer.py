@@ -51,7 +51,7 @@ def test_a_layer_in_which_some_sequences_stop_elsewhere_is_refused() -> None:
     target: Any = SimpleNamespace(tensor="w")
     layer = _LayerByLayer([[[target]]], dict.fromkeys(STREAMS, 4), Spool(), lambda targets, moments: None, pause, None)
     for group, stream in enumerate(STREAMS):
-        layer.begin(group, stream)
+        layer.group, layer.stream = group, stream
         with pytest.raises(Paused):
             layer.run_layer("", lambda x: layer.take(target, x), torch.ones(3 if stream == STREAMS[-1] else 4, 2))
     with pytest.raises(UnsupportedError, match="layer 0 runs its matrices in a different order"):
