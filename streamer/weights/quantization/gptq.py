@@ -56,9 +56,7 @@ class GPTQ(QuantizedWeight):
         formats = {*stated.values()} or {"gptq"}
         if formats not in ({"gptq"}, {"gptq_v2"}):
             found = ", ".join(f"{key}={value!r}" for key, value in stated.items())
-            raise UnsupportedError(
-                f"{where}: GPTQ's format must be gptq or gptq_v2, found {found}; use the 16-bit model"
-            )
+            raise UnsupportedError(f"{where}: format must be gptq or gptq_v2, found {found}; use the 16-bit model")
         weight, scales, zeros = (tensors[role].info.shape for role in ("weight", "scales", "zeros"))
         config = {**config, **_rule(config, name.removesuffix(".weight"), where)}
         bits = config.get("bits")
@@ -113,10 +111,8 @@ class GPTQ(QuantizedWeight):
         half = 1 << (self.bits - 1)
         stored = set(packing.unpack(self.tensors["zeros"].whole().T, self.bits, 0, self.shape[0]).flatten().tolist())
         if len(stored) > 1 or not stored <= {half, half - self.less_one}:
-            found = (
-                f"{self.where}: {self.name!r}: its zero points are not half of the range, but its config says sym=true"
-            )
-            raise UnsupportedError(f"{found}; use the 16-bit model")
+            where = f"{self.where}: {self.name!r}"
+            raise UnsupportedError(f"{where}: its zero points are not those of sym=true; use the 16-bit model")
         return half
 
 

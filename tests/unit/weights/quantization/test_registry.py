@@ -242,7 +242,7 @@ BROKEN = {
         packed(), {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq", "format": "gptq_v2"},
         "found checkpoint_format='gptq', format='gptq_v2'; use the 16-bit model",
     ),
-    "gptq: symmetric in name only": (packed(), {"quant_method": "gptq", "bits": 4, "sym": True}, "but its config says sym=true"),
+    "gptq: symmetric in name only": (packed(), {"quant_method": "gptq", "bits": 4, "sym": True}, "not those of sym=true"),
     "gptq: excluded by a rule": (
         packed(), {"quant_method": "gptq", "bits": 4, "dynamic": {"-:w": {}, ".*": {}}}, "'w.qweight': a rule .* not quantized"
     ),
