@@ -44,6 +44,9 @@ from streamer.units import listed
 from streamer.weights.base import StoredTensor, equal
 from streamer.weights.dtypes import as_bytes
 
+Shapes = dict[str, tuple[tuple[int, ...], str]]
+"""For the name of each tensor of factors: its shape, and the factor."""
+
 SMALL = 1024
 """Largest number of rows or columns for which a dense delta is truncated by LAPACK's SVD; above, the Krylov solver is used."""
 
@@ -126,14 +129,13 @@ class LoraWriter(Writer):
         nearest = truncated(after, self._ranks[target.module.name], target.tensor)
         B, A = nearest.L.float(), nearest.R.T.float()
         written = LowRank(B.double(), A.double().T)
-        error = _truncation_error(after, written)
+        norm = after.norm()
+        error = after.distance(written) / norm if norm else 0.0  # of the written factors, including rounding
         metrics.append(matrix_metrics(target, delta, written, found, job.method, error))
         factors = {"A": A, "B": B, "Aᵀ": A.T, "Bᵀ": B.T}
-        return {
-            name: factors[factor].reshape(shape).contiguous() for name, (shape, factor) in self._tensors(target).items()
-        }
+        return {name: factors[f].reshape(shape).contiguous() for name, (shape, f) in self._tensors(target).items()}
 
-    def _tensors(self, target: Target) -> dict[str, tuple[tuple[int, ...], str]]:
+    def _tensors(self, target: Target) -> Shapes:
         """Return PEFT's names for A and B of the target, and of modules tied to it, with the shape and the factor of each."""
         shape, name = target.module.shape, target.module.name
         rank, stem = self._ranks[name], f"{PREFIX}{self._layout.names[name]}"
@@ -153,7 +155,9 @@ class LoraWriter(Writer):
 
     def _config(self) -> dict[str, Any]:
         """Make a plain LoRA config: the modules and the carried tensors, and nothing about the original adapter's training."""
-        names, heads = self._layout.names, self._layout.heads
+        names, heads, adapter = self._layout.names, self._layout.heads, self._plan.adapter
+        # A head's bias that is only saved along with a vocabulary that has grown is not trained.
+        trained = adapter.describes_model or adapter.config.get("bias", "none") != "none"
         ranks = {path: r for name, r in self._ranks.items() for path in (names[name], *heads.get(name, ()))}
         largest = max(ranks.values(), default=self._least)
         others = {path: r for path, r in ranks.items() if r != largest}
@@ -165,7 +169,7 @@ class LoraWriter(Writer):
             "lora_alpha": largest,
             **({"rank_pattern": others, "alpha_pattern": others} if others else {}),
             "target_modules": [*ranks],
-            "bias": "all" if any(name.endswith(".bias") for name in self._layout.carried) else "none",
+            "bias": "all" if trained and any(name.endswith(".bias") for name in self._layout.carried) else "none",
             "init_lora_weights": True,
             "inference_mode": True,
         }
@@ -195,17 +199,13 @@ def _least_ranks(job: Job, targets: Sequence[Target], share: float) -> dict[str,
     return {target.module.name: least_rank(energies(job.mitigated(target)[1]), share) for target in targets}
 
 
-def _linear(
-    stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...], factors: tuple[str, str]
-) -> dict[str, tuple[tuple[int, ...], str]]:
+def _linear(stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...], factors: tuple[str, str]) -> Shapes:
     (m, n), (a, b) = shape, factors
     inner = (n // math.prod(kernel), *kernel)
     return {f"{stem}.lora_A.weight": ((rank, *inner), a), f"{stem}.lora_B.weight": ((m, rank, *(1 for _ in kernel)), b)}
 
 
-def _embedding(
-    stem: str, shape: tuple[int, int], rank: int, factors: tuple[str, str]
-) -> dict[str, tuple[tuple[int, ...], str]]:
+def _embedding(stem: str, shape: tuple[int, int], rank: int, factors: tuple[str, str]) -> Shapes:
     (m, n), (a, b) = shape, factors
     return {f"{stem}.lora_embedding_A": ((rank, n), a), f"{stem}.lora_embedding_B": ((m, rank), b)}
 
@@ -291,12 +291,6 @@ def truncation_bytes(shape: tuple[int, int], rank: int, itemsize: int) -> int:
 
 def _is_small(shape: Sequence[int], rank: int) -> bool:
     return min(shape) <= max(SMALL, 4 * rank)
-
-
-def _truncation_error(delta: Delta, written: LowRank) -> float:
-    """Compute ``‖Δ' − B·A‖_F / ‖Δ'‖_F`` of the written factors, including rounding."""
-    total = delta.norm()
-    return delta.distance(written) / total if total else 0.0
 
 
 def refusal(job: Job) -> str:

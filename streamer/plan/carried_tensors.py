@@ -168,7 +168,7 @@ def match_carried(
         if c.role == "saved":
             sources[name] = mine
             # A head's bias is saved along with a vocabulary that has grown, whether or not it was trained.
-            if (c.parameter == "bias" and adapter.config.get("bias", "all") != "none") or adapter.trains(c.module):
+            if (c.parameter == "bias" and adapter.config.get("bias", "none") != "none") or adapter.trains(c.module):
                 trained.add(name)
         elif c.role == "lora_bias":
             shifts[name] = (mine, c.scaling)

@@ -149,14 +149,14 @@ def _of_lora(record: dict[str, Any], adapter: AdapterFiles, files: AdapterFiles)
     inward = any(row["transposed"] and _last(row["module"]) in linear for row in record["matrices"])
     ranks = {module: files.files.stored(names[role])[1][0] for module, names in files.modules.items()
              for role in ("lora_A", "lora_embedding_A") if role in names}  # fmt: skip
-    asked = record["to_lora"]
+    asked, trained = record["to_lora"], adapter.is_model or adapter.config.get("bias", "none") != "none"
     largest = asked if isinstance(asked, int) else max(ranks.values(), default=1)
     if others := {module: rank for module, rank in ranks.items() if rank != largest}:
         config |= {"rank_pattern": others, "alpha_pattern": others}
     return config | {
         "peft_type": "LORA", "fan_in_fan_out": inward, "r": largest, "lora_alpha": largest,
         "target_modules": [*{part.target for part in found if part.role == "factor"}],
-        "bias": "all" if any(part.source.endswith(".bias") for part in found) else "none",
+        "bias": "all" if trained and any(part.source.endswith(".bias") for part in found) else "none",
         "init_lora_weights": True, "inference_mode": True,
     }  # fmt: skip
 

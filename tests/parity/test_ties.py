@@ -201,6 +201,33 @@ def test_all_names_of_a_tied_embedding_are_saved_and_merged_back(tmp_path: Path)
     )
 
 
+@pytest.mark.parametrize("kind", [LoraConfig, LoHaConfig])
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_an_untrained_bias_grows_with_its_head_by_way_of_a_lora(name: str, kind: Any, tmp_path: Path) -> None:
+    """PEFT saves it with the head, under one of its two names, and not because it trained it: LoHa cannot even train biases."""
+    cls, config, *_, layer = HEADS[name]
+    base, adapter, lora = (tmp_path / place for place in ("base", "adapter", "lora"))
+    torch.manual_seed(vary(0))
+    getattr(transformers, cls)(config()).save_pretrained(base)
+    model = getattr(transformers, cls).from_pretrained(base)
+    model.resize_token_embeddings(70, mean_resizing=False)
+    model.get_output_embeddings().bias.data.normal_()
+    start = {"init_weights": False} if kind is LoHaConfig else {"init_lora_weights": False}
+    peft = get_peft_model(model, kind(r=2, target_modules=[layer], **start))
+    peft.save_pretrained(adapter, save_embedding_layers=True)
+    runs = ("mitigate", adapter, "lora", "--to-lora", 32), ("merge", lora, "by way"), ("merge", adapter, "out")
+    for verb, source, out, *more in runs:
+        done = server().run(verb, base, source, "-o", tmp_path / out, "--lambda", 1, *more)
+        assert done.code == 0, done.err
+        assert lines(tmp_path / out, base, source, sample="all") == []
+        if verb == "merge":
+            loaded = getattr(transformers, cls).from_pretrained(tmp_path / out)
+            torch.testing.assert_close(answer(loaded), answer(peft), rtol=1e-4, atol=1e-5)
+    opened = getattr(transformers, cls).from_pretrained(base)
+    opened.resize_token_embeddings(70, mean_resizing=False)
+    torch.testing.assert_close(answer(PeftModel.from_pretrained(opened, lora)), answer(peft), rtol=1e-4, atol=1e-5)
+
+
 TO_LORA = {
     **{
         name: HEADS[name][:2]
