@@ -182,12 +182,12 @@ class NumericError(StreamerError, ArithmeticError):
 
 
 class VerificationError(StreamerError):
-    """An output differs from its record, or from the result of its inputs.
+    """An output differs from its record or from the result of its inputs, or a requested comparison is impossible.
 
     Parameters
     ----------
     message
-        The first difference, and the number of others.
+        The first difference and the number of others, or what could not be recomputed or compared.
     verification
         The object that `verify_output` would return, with one line for each of its `differences`; it becomes an attribute.
     """

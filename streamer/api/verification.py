@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Unpack
 
-from streamer.api.keywords import WatchKeywords, explained, read_size, watched
+from streamer.api.keywords import WatchKeywords, explained, watched
 from streamer.remote.inputs import Remote
 from streamer.verification.result import Verification
 from streamer.verification.verify import verify
@@ -18,16 +18,15 @@ def verify_output(
     adapter: str | Path | None = None,
     *,
     sample: int | Literal["all"] = 3,
-    max_memory: int | str | None = None,
     coefficients: str | Path | None = None,
     map: str | Path | None = None,  # noqa: A002
     **options: Unpack[WatchKeywords],
 ) -> Verification:
     """Check an output against its record and, if its inputs are given, against a recomputation by independent code.
 
-    Files are hashed, opened with the safetensors library and compared with ``streamer.json`` and the index; findings are compared
-    with their own digest. If base and adapter are given, configs, copied files and the record's rows are compared with them, and a
-    sample of matrices is recomputed in float64 by numpy and scipy. With ``sample="all"``, every tensor is compared.
+    Files are compared with the digests in ``streamer.json``, findings with the digest in their own file. If base and adapter are given, a
+    sample of matrices is recomputed in float64 by numpy and scipy; findings are compared with full SVDs. With ``sample="all"``, every
+    tensor is compared.
 
     Parameters
     ----------
@@ -38,12 +37,10 @@ def verify_output(
     sample
         Number of matrices to recompute, spread over their kinds; the same output always gives the same sample. ``all`` recomputes every
         matrix and compares all other tensors byte by byte.
-    max_memory
-        Limit in bytes, or as a size like ``"4G"``; matrices that need more memory are not recomputed.
     coefficients
-        File of the fit that made the output, if it gave new factors (method ``regmean``); the output contains only their digest.
+        File of the fit that made the output (method ``regmean``). By default, the file of the recorded name beside the output.
     map
-        File of the map that made the output (method ``nullspace``).
+        File of the map that made the output (method ``nullspace``), with the same default.
 
     Returns
     -------
@@ -53,11 +50,12 @@ def verify_output(
     Raises
     ------
     VerificationError
-        If anything differs; its `verification` is the same object, with the differences.
+        If anything differs, or cannot be recomputed or compared as requested; its `verification` is the same object.
     StreamerError
         If the output has no record, or was made from other inputs (see `streamer.errors`).
     """
     with watched(options) as monitor:
         inputs = Remote("cache", monitor=monitor)  # the verifying code reads only local files
         base, adapter = (None if given is None else inputs.path(given) for given in (base, adapter))
-        return verify(output, base, adapter, sample, read_size(max_memory), monitor, coefficients, map)
+        given = {"coefficients": coefficients, "map": map}
+        return verify(output, (base, adapter), sample, monitor, given)

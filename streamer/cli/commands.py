@@ -99,8 +99,7 @@ def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.verification import verification_text
 
     found = verify_output(
-        args.output, args.base, args.adapter, sample=args.sample, max_memory=args.max_memory,
-        coefficients=args.coefficients, map=args.map, monitor=monitor,
+        args.output, args.base, args.adapter, sample=args.sample, coefficients=args.coefficients, map=args.map, monitor=monitor,
     )  # fmt: skip
     return {**found}, verification_text(found)
 

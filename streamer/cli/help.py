@@ -108,10 +108,10 @@ examples:
     "verify": """\
 examples:
   streamer verify merged
-      checks sizes, digests, index and shards against the record
+      checks sizes and digests against the record
   streamer verify findings.safetensors
   streamer verify merged BASE ADAPTER
-      also checks configs and files, and recomputes 3 matrices
+      also recomputes 3 matrices
   streamer verify merged BASE ADAPTER --sample all
       recomputes every matrix, and compares every other tensor byte by byte
 """,

@@ -139,7 +139,7 @@ def _tell_differences(e: VerificationError, args: argparse.Namespace, progress: 
     if args.json and sys.stdout is not None:
         with contextlib.suppress(StorageError):
             _print(json.dumps(e.verification, indent=1))
-    for difference in e.verification["differences"]:
+    for difference in e.verification["differences"] or [{"message": str(e), "file": args.output}]:
         message = one_line(difference["message"])
         if isinstance(progress, JsonEvents):
             progress.error(error_entry("VerificationError", e.exit_code, message, difference["file"]))

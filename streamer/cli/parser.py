@@ -220,18 +220,16 @@ def build_parser() -> Parser:
         "base",
         metavar="BASE",
         nargs="?",
-        help="base of OUTPUT: also compare config and files, and recompute a sample of matrices",
+        help="base of OUTPUT: also recompute a sample of matrices",
     )
     sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter; give it together with BASE")
     sub.add_argument("--sample", type=sample, default=3, metavar="N",
                      help="number of matrices to recompute, spread over their kinds (default: 3); all: recompute every matrix and "
                           "compare every other tensor byte by byte")  # fmt: skip
-    sub.add_argument("--max-memory", type=size, metavar="SIZE",
-                     help="skip matrices whose recomputation needs more memory than this, such as 4G (default: no limit)")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
-                     help="file from `streamer fit` that OUTPUT was made with; needed to recompute method regmean")  # fmt: skip
+                     help="file of the fit that OUTPUT was made with (default: of the recorded name, beside OUTPUT)")  # fmt: skip
     sub.add_argument("--map", metavar="FILE",
-                     help="map from `streamer map` that OUTPUT was made with; needed to recompute method nullspace")  # fmt: skip
+                     help="map that OUTPUT was made with (default: of the recorded name, beside OUTPUT)")  # fmt: skip
     out = writing(
         "FILE",
         "JSON file to write; new variants are added to an evaluation of the same inputs, texts and options",

@@ -16,9 +16,6 @@ def verification_text(found: Mapping[str, Any]) -> str:
     if "inputs" not in found:
         return "\n".join([*lines, "compared only with its own record; give BASE ADAPTER to compare it with them"])
     lines.append(f"{totals['recomputed']} of {totals['matrices']} matrices recomputed, each within its rounding")
-    undecided = sum(not r["decisions"] for r in found["recomputed"])
-    if undecided and found["kind"] == "findings":
-        lines.append(f"{undecided} of them without their similarities, because they are too large")
     if totals["tensors"]:
         lines.append(f"{totals['compared']} of {totals['tensors']} other tensors compared with the inputs'")
     for what in ("not_recomputed", "not_compared"):

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from streamer.adapters.stated import stated_options
 from streamer.errors import printable
@@ -80,7 +81,8 @@ class Card:
     def text(self, record: Record) -> bytes:
         """Write the card of an output with this record."""
         original = self.original.decode("utf-8", "surrogateescape")
-        head, body = _split(original)
+        match = _HEAD.match(original)
+        head, body = (match[1].replace("\r\n", "\n"), original[match.end() :]) if match else (None, original)
         blocks = None if head is None else _blocks(head)
         merged = self.command == "merge"
         if head is not None and blocks is None:
@@ -106,12 +108,6 @@ def take_original(copies: list[tuple[str, Path]]) -> tuple[bytes | None, list[tu
     if original.stat().st_size > MOST_BYTES:
         return None, copies
     return original.read_bytes(), [c for c in copies if c[0] != CARD_NAME]
-
-
-def _split(text: str) -> tuple[str | None, str]:
-    """Split a card into its YAML head, if any, and the rest."""
-    match = _HEAD.match(text)
-    return (match[1].replace("\r\n", "\n"), text[match.end() :]) if match else (None, text)
 
 
 def _blocks(head: str) -> dict[str, str] | None:
@@ -196,10 +192,9 @@ def _safe(text: str) -> str:
 
 def _name(source: NameSource) -> str:
     """Return the name of a source for a card."""
-    name = _safe(source["name"])
     if "model_id" in source:
-        name = f"[{source['model_id']}](https://huggingface.co/{source['model_id']})"
-    return name
+        return f"[{source['model_id']}](https://huggingface.co/{source['model_id']})"
+    return _safe(source["name"])
 
 
 def _facts(record: Record) -> str:
@@ -231,7 +226,8 @@ def _facts(record: Record) -> str:
         rows.append(("lost in projection", f"at most {100 * totals['dropped_max']:.2f} % of a matrix's change"))
     rows.append(("made with", f"intruder-streamer {record['version']}"))
     table = "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows)
-    command = f"```sh\n{printable(command_line(record))}\n```\n"
+    check = verify_line(base["name"], adapter["name"], record)
+    command = f"```sh\n{printable(command_line(record))}\n{printable(check)}\n```\n"
     says = [*record["warnings"], *record["advice"]]
     advice = "Warnings and advice:\n\n" + "".join(f"- {printable(line)}\n" for line in says) if says else ""
     lines = "".join(f"- {printable(line)}\n" for line in record.get("measured", ()))
@@ -261,16 +257,25 @@ def _top(k: int | float) -> str:
     return f"the leading {100 * k:g} % of the directions"
 
 
+def verify_line(base: str, adapter: str, record: Mapping[str, Any]) -> str:
+    """Write the command that recomputes an output."""
+    return shlex.join(["streamer", "verify", "OUTPUT", base, adapter, "--sample", "all", *_file_option(record)])
+
+
+def _file_option(record: Mapping[str, Any]) -> list[str]:
+    return ["--map" if "map" in record else "--coefficients", record["file"]] if "file" in record else []
+
+
 def command_line(record: Record) -> str:
     """Write the command that makes an output, with the names of its inputs instead of paths."""
     words = ["streamer", record["command"], record["base"]["name"], record["adapter"]["name"], "-o", "OUTPUT"]
     lam, fitted = record["lambda"], record["coefficients"]
     if fitted is not None:
-        words += ["--method", record["method"], "--coefficients", "COEFFICIENTS", "--keep", _number(fitted["keep"])]
+        words += ["--method", record["method"], *_file_option(record), "--keep", _number(fitted["keep"])]
     else:
         assert lam is not None
         words += ["--lambda", _number(lam), "--method", record["method"]]
-        words += ["--map", "MAP"] if "map" in record else ["--select", record["scale"]]
+        words += _file_option(record) or ["--select", record["scale"]]
     if (detection := record["detection"]) is not None:
         words += ["--top-k", str(detection["top_k"]), "--epsilon", _number(detection["threshold_epsilon"])]
         words += ["--solver", detection["solver"]]

@@ -100,9 +100,17 @@ class OutputSpec:
                 "matrices": list(matrices)}  # fmt: skip
         if "map" in options:
             found["map"] = options["map"]
+        if self._file:
+            found["file"] = self._file
         if job.measured:
             found["measured"] = list(job.measured)
         return found
+
+    @property
+    def _file(self) -> str:
+        """Return the name of the file of the coefficients or the map, which does not determine the output; empty if there is none."""
+        used = self.job.method.coefficients or self.job.method.map
+        return "" if used is None else Path(used.name).name
 
     def with_card(self, pipeline: str = "") -> OutputSpec:
         """Return the same output with its own card instead of the input's, if it gets one; `pipeline` as in `Card`."""
@@ -142,7 +150,7 @@ class OutputSpec:
             original_card=hashlib.sha256(self._original_card()).hexdigest(), **self.job.decisions(), **converted,
         )  # fmt: skip
         # A run resumed under other names of its inputs, through links, would otherwise write both names.
-        stamps = {**plan.stamps(), " and ".join(source["name"] for source in plan.sources): ()}
+        stamps = {**plan.stamps(), " and ".join([*(source["name"] for source in plan.sources), self._file]): ()}
         instead = {CARD_NAME: "pass --no-card"} if self.card is not None and not self.card.original else {}
         read = read_beside(self.path, {name for name, _ in files})
         beside = tuple(name for name in read if name not in self.conflicting_names)

@@ -68,6 +68,8 @@ Record = TypedDict("Record", {
     "coefficients": NotRequired[Annotated[CoefficientsRecord | None, "The factors of a fit that were applied; null with methods other "
         "than regmean."]],
     "map": NotRequired[Annotated[MapRecord, "The map of the base's inputs; only with method nullspace."]],
+    "file": NotRequired[Annotated[str, "Name of the file of the coefficients or map, without its directory; only if the method needs one. "
+        "For an object in memory, the word coefficients or map."]],
     "to_lora": Annotated[float | None, Keywords(exclusiveMinimum=0), "Rank or share of the energy given with --to-lora, or null."],
     "dequantize": Annotated[bool, "Whether a quantized base is written as a plain one."],
     "totals": Annotated[Totals, "Totals over all matrices."],

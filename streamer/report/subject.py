@@ -22,8 +22,8 @@ from streamer.output.records import Written
 from streamer.report.curves import LambdaRecord, ThresholdRecord, lambda_curve, threshold_curve
 from streamer.storage.tensor_file import TensorFile
 from streamer.units import counted
-from streamer.verification.record import read_record
 from streamer.verification.result import RECORD_NAME
+from streamer.verification.verify import read_statement
 
 SCHEMA: Final = "streamer.report/1"
 
@@ -114,7 +114,7 @@ def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subj
     if path.is_dir() and (path / RECORD_NAME).exists():
         if evaluation is not None:
             raise UsageError(f"{path}: is an output, and an evaluation is shown with findings; name the findings file")
-        record = read_record(path)
+        record = read_statement(path)
         if isinstance(record, str):
             raise FormatError(
                 f"{path / RECORD_NAME}: {record}; `streamer verify` gives details; the output's command writes it again"

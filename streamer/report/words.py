@@ -11,6 +11,7 @@ from streamer.detection.findings import Findings
 from streamer.errors import printable
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.view import commands, reasons, verdict
+from streamer.output.model_card import verify_line
 from streamer.report.curves import delta_energy, lambda_curve
 from streamer.report.packing import NUMBER
 from streamer.report.subject import Collection, Subject, scales_intruders
@@ -44,7 +45,7 @@ def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]
         adapters = counted(len(counts), "adapter")
         return f"Of {adapters}, {found}. The effect of mitigation has not been measured yet.", measure[:1]
     if subject.record is not None:
-        check = "streamer verify OUTPUT BASE ADAPTER --sample all"
+        check = verify_line("BASE", "ADAPTER", subject.record)
         first = (
             printable(subject.record["measured"][0]) + "."
             if subject.record.get("measured")

@@ -1,181 +1,433 @@
-"""Compute with the matrix added to a weight, in float64: a product of factors, DoRA's delta, or a fine-tuned model's difference."""
+"""Compute what an adapter adds to a weight, and what mitigation makes of it, in float64, by the formulas; W0 and Δ are (out, in).
+
+LoRA: ``Δ = s·B·A`` with ``s = alpha/r``, or ``alpha/√r`` for rsLoRA; r and alpha come from the first pattern that matches the module.
+DoRA: ``Δ = m·(W0 + s·B·A)/‖W0 + s·B·A‖ − W0`` with norms by row. A fine-tuned model W1: ``Δ = W1 − W0``. Other methods: `PEFT_METHODS`.
+
+``paper``: ``Δ' = Δ + (λ − 1) U_I Σ_I V_Iᵀ``. ``project``: ``Δ' = Δ − (1 − λ) U_I U_Iᵀ Δ``. ``shrink``: ``Δ' = λ Δ``. U_I, Σ_I, V_I are the
+singular triplets of ``W0 + Δ`` that the record calls intruders. ``regmean``: ``Δ' = L R'ᵀ`` for ``Δ = L Rᵀ``, with R' from the fit's file.
+``nullspace``: ``Δ' = Δ (I + ν C)^(−1/4)``, with C from a map of the base's inputs, and ν such that the share λ of ``tr Δ C Δᵀ`` is left.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+import contextlib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from streamer.errors import MismatchError
+from streamer.plan.architectures import architecture_for
 from streamer.verification.result import NotRecomputed
-from streamer.verification.spectrum import DENSE_SIDE, ILL_DEFINED
-from streamer.verification.tensors import Array, Matrix
+from streamer.verification.tensors import ELEMENTS, STACKED, Array, Matrix, TensorFiles, half_spacing, whole
+from streamer.weights.model_config import read_model_config
+
+WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
+
+ANGLES = (2e-5, 1e-3)
+"""Angle error of a vector, in radians, that findings may have besides rounding; the second applies if singular values decay slowly."""
+
+MORE = 6
+"""Singular values after the first k that measure the decay; the solver's block has at least this many additional columns."""
+
+SLOW = 0.15
+"""Relative decrease of the squared values over these, below which a block Krylov process misses the first of `ANGLES` in 16 steps: its
+error decreases like ``2 exp(−2·16·√decrease)``."""
+
+ROUNDINGS, DOUBLE_ROUNDINGS = 32 * 2.0**-23, 32 * 2.0**-52
+"""Error of a residual in float32, and in float64, relative to σ_1: a few roundings."""
+
+ILL_DEFINED = 0.05
+"""Angle error above which a vector belongs to a cluster, in which only the spanned subspace is defined."""
+
+DECADES = 100 / math.log(10)
+"""Search range for ν, in orders of magnitude on each side of the inverse of the largest eigenvalue; ν is clipped to this range."""
+
+_ROLES = r"lora_(?:embedding_)?[ABE]|ranknum|lora_magnitude_vector|(?:hada|lokr|oft|boft|vera)_\w+"
+_FACTOR = re.compile(rf"(?P<module>.+)\.(?P<role>{_ROLES})(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?")
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 
 
-class WitnessDelta(Protocol):
-    """Matrix Δ (m, n) that is added to W0, available by rows or as a whole."""
+class Delta:
+    """A matrix (m, n) that is added to a weight.
 
-    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        """Compute rows i to j of Δ, and a bound on the size of each value's summands; W0 are the base's rows."""
+    Parameters
+    ----------
+    rows
+        Computes rows i to j, and a bound on the size of each value's summands.
+    terms
+        Number of summands of a value.
+    """
 
-    def left_product(self, U: Array, W0: Matrix) -> Array:
-        """Compute ``Uᵀ Δ``, (q, n)."""
+    def __init__(self, shape: tuple[int, int], rows: Callable[[int, int], tuple[Array, Array]], terms: int) -> None:
+        self.shape, self.rows, self.terms = shape, rows, terms
 
-    def norm(self, W0: Matrix) -> float:
-        """Compute ‖Δ‖_F."""
-
-    def operator(self, W0: Matrix) -> Any:
-        """Return ``W0 + Δ`` as scipy's `LinearOperator`; holds W0 in float64."""
-
-    def combined(self, factor: float, left: Array, right: Array, W0: Matrix) -> LowRankDelta:
-        """Return ``factor · Δ + left · right`` as factors; left (m, q), right (q, n).
-
-        Raises
-        ------
-        NotRecomputed
-            If this needs the full SVD of a matrix whose short side is over `DENSE_SIDE`.
-        """
-
-    def dropped_without(self, U: Array, S: Array, Vh: Array, rank: int) -> float:
-        """Compute the relative norm lost by truncating ``Δ − U diag(S) Vh`` to a rank; 0 if Δ has no factors.
-
-        Raises
-        ------
-        NotRecomputed
-            If a tie leaves the truncated matrix undefined.
-        """
+    def dense(self) -> Array:
+        """Compute all of it."""
+        return whole(self.shape, lambda i, j: self.rows(i, j)[0])
 
 
-class Truncated(NamedTuple):
-    """Nearest matrix of rank r; the norm lost, relative to the whole; how far the nearest matrix moves if the whole moves by 1."""
+class LowRank(Delta):
+    """``L Rᵀ`` with L (m, r) and R (n, r)."""
 
-    low_rank: LowRankDelta
-    dropped: float
-    sensitivity: float
+    def __init__(self, L: Array, R: Array) -> None:
+        self.L, self.R = L, R
+        left, right = (np.linalg.norm(factor, axis=1) for factor in (L, R))
+        super().__init__((len(L), len(R)), lambda i, j: (L[i:j] @ R.T, np.outer(left[i:j], right)), L.shape[1])
 
 
-@dataclass(frozen=True)
-class LowRankDelta:
-    """``Δ = L Rᵀ`` with L (m, r) and R (n, r)."""
+def combined(delta: Delta, factor: float, left: Array | None = None, right: Array | None = None) -> Delta:
+    """Return ``factor · Δ + left · right`` with left (m, q) and right (q, n)."""
+    m, n = delta.shape
+    more = LowRank(np.zeros((m, 0)) if left is None else left, np.zeros((n, 0)) if right is None else right.T)
+    if isinstance(delta, LowRank):
+        return LowRank(np.hstack([factor * delta.L, more.L]), np.hstack([delta.R, more.R]))
 
-    L: Array
-    R: Array
+    def rows(i: int, j: int) -> tuple[Array, Array]:
+        (values, bound), (added, size) = delta.rows(i, j), more.rows(i, j)
+        return factor * values + added, bound + size
 
-    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        """See `WitnessDelta`."""
-        L = self.L[i:j]
-        return L @ self.R.T, np.linalg.norm(L, axis=1)[:, None] * self._lengths
+    return Delta(delta.shape, rows, delta.terms + more.terms)
+
+
+def _dora(W0: Matrix, low: LowRank, magnitude: Array) -> Delta:
+    def rows(i: int, j: int) -> tuple[Array, Array]:
+        (change, bound), base = low.rows(i, j), W0.rows(i, j)
+        factor = (magnitude[i:j] / np.linalg.norm(base + change, axis=1))[:, None]
+        return factor * (base + change) - base, np.abs(base) + np.abs(factor) * (np.abs(base) + bound)
+
+    return Delta(low.shape, rows, low.terms)
+
+
+class AdapterFiles(TensorFiles):
+    """Tensors and config of an adapter, of a fine-tuned model used as one, or of the output of `streamer mitigate`.
+
+    Parameters
+    ----------
+    base, architecture
+        The base that it changes, and the class that the user named: these decide whether square layers are stored (out, in), or
+        (in, out) as a Conv1D.
+    """
+
+    def __init__(self, directory: Path, base: Path | None = None, architecture: str | None = None) -> None:
+        config = read_model_config(base if base is not None and base.is_dir() else None)
+        self._architecture = architecture_for(replace(config, architecture=architecture))
+        self.is_model = not (directory / CONFIG_NAME).exists()
+        self.options: dict[str, Any] = {} if self.is_model else json.loads((directory / CONFIG_NAME).read_bytes())
+        super().__init__(sorted(directory.glob("*.safetensors")) if self.is_model else [directory / WEIGHTS_NAME])
+
+    @staticmethod
+    def plain_name(name: str) -> str:
+        """Strip PEFT's, DDP's, torch.compile's and FSDP's prefixes from a tensor's name."""
+        plain = re.sub(r"\.+", ".", _WRAPPERS.sub(r"\1", name)).removeprefix(".").removeprefix("module.")
+        return plain.removeprefix("base_model.model.")
 
     @cached_property
-    def _lengths(self) -> Array:
-        lengths: Array = np.linalg.norm(self.R, axis=1)
-        return lengths
+    def modules(self) -> dict[str, dict[str, str]]:
+        """Map each module's path to its factors' names by role."""
+        found: dict[str, dict[str, str]] = {}
+        for name in () if self.is_model else self.stored:
+            if match := _FACTOR.fullmatch(self.plain_name(name)):
+                found.setdefault(match["module"], {})[match["role"]] = name
+        return found
 
-    def left_product(self, U: Array, W0: Matrix) -> Array:
-        """See `WitnessDelta`."""
-        return (U.T @ self.L) @ self.R.T
+    def names(self, module: str, shape: tuple[int, int]) -> dict[str, str]:
+        """Return the names of a module's factors by role; of ``module.parameter[N]``, those that fit the shape of the stack's matrices."""
+        if module in self.modules:
+            return self.modules[module]
+        stacked, parts = STACKED.fullmatch(module), {*module.split(".")}
+        owner = stacked and stacked[1].rpartition(".")[0]
+        names = {name: {*name.split(".")} for name in self.modules}  # outputs may name modules as at run time
+        like = [name for name, other in names.items() if unwrapped(name) == owner or parts <= other or other <= parts]
+        found = [self.modules[name] for name in like]
+        if stacked and len(found) > 1:
+            sides = [{self.stored[roles["lora_A"]].shape[1], self.stored[roles["lora_B"]].shape[0]} for roles in found]
+            found = [roles for roles, side in zip(found, sides, strict=True) if side == {*shape}]
+        return found[0] if len(found) == 1 else {}
 
-    def norm(self, W0: Matrix | None = None) -> float:
-        """See `WitnessDelta`."""
-        return float(np.linalg.norm(np.linalg.qr(self.L)[1] @ np.linalg.qr(self.R)[1].T))
+    def factors(self, module: str, shape: tuple[int, int]) -> tuple[LowRank, tuple[Array, Array], dict[str, str]]:
+        """Read a module's LoRA, ``s·B·A``, half the spacings of the values of s·B and Aᵀ, and the names of its tensors.
 
-    def operator(self, W0: Matrix) -> Any:
-        """See `WitnessDelta`."""
-        from scipy.sparse.linalg import aslinearoperator
-
-        base, L, R = map(aslinearoperator, (W0.whole(), self.L, self.R.T))
-        return base + L @ R
-
-    def combined(self, factor: float, left: Array, right: Array, W0: Matrix | None = None) -> LowRankDelta:
-        """See `WitnessDelta`."""
-        return LowRankDelta(np.hstack([factor * self.L, left]), np.hstack([self.R, right.T]))
-
-    def dropped_without(self, U: Array, S: Array, Vh: Array, rank: int) -> float:
-        """See `WitnessDelta`."""
-        return self.combined(1.0, -U * S, Vh).truncated(rank).dropped
-
-    def truncated(self, rank: int) -> Truncated:
-        """Truncate to a rank by QR of both factors and SVD of the small core.
-
-        Raises
-        ------
-        NotRecomputed
-            If the smallest singular value kept is about as large as the first one dropped.
+        Of a stack of N matrices, lora_A is (N·r, in) and lora_B (out, r·N).
         """
-        if self.L.shape[1] <= rank:
-            return Truncated(self, 0.0, 1.0)
-        Q, left = np.linalg.qr(self.L)
-        P, right = np.linalg.qr(self.R)
-        U, S, Vh = np.linalg.svd(left @ right.T)
-        rest = S[rank:] if len(S) > rank else np.zeros(1)
-        gap, size = S[rank - 1] - rest[0] if len(S) > rank else S[-1], float(np.linalg.norm(S))
-        if size and rest[0] > 1e-12 * S[0] and gap < ILL_DEFINED * 1e-3 * S[0]:
-            raise NotRecomputed("its delta has no single nearest matrix of the adapter's rank")
-        kept = LowRankDelta((Q @ U)[:, :rank] * S[:rank], P @ Vh[:rank].T)
-        sensitivity = 1.0 if rest[0] <= 1e-12 * S[0] else 1 + S[rank - 1] / gap
-        return Truncated(kept, float(np.linalg.norm(rest)) / size if size else 0.0, float(sensitivity))
+        stacked, names, key = STACKED.fullmatch(module), self.names(module, shape), STACKED.sub(r"\1", module)
+        a, b = (f"lora_{'embedding_' if 'lora_embedding_A' in names else ''}{side}" for side in "AB")
+        if not {a, b} <= names.keys():
+            raise NotRecomputed("its factors are not in the adapter under its module's name, or several could be")
+        A, B = (self.values(names[role]).reshape(self.stored[names[role]].shape[0], -1) for role in (a, b))
+        if stacked is not None:
+            r, expert = int(self.stated("rank_pattern", "r", key)), int(stacked[2])
+            A, B = A[expert * r : (expert + 1) * r], B[:, expert :: len(A) // r]
+        if B.shape[1] != len(A):
+            raise NotRecomputed("its factors are shared by several matrices")
+        s = self.scaling(key, len(A))
+        half_B, half_A = (half_spacing(t, self.stored[names[role]].dtype) for t, role in ((B, b), (A, a)))
+        return LowRank(s * B, A.T), (abs(s) * half_B, half_A.T), names
+
+    def stated(self, pattern: str, default: str, module: str) -> Any:
+        """Return what the config states for a module: the value of the first pattern that matches, or the default."""
+        patterns = self.options.get(pattern) or {}
+        fitting = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+        return next(fitting, self.options[default])
+
+    def scaling(self, module: str, rank: int) -> float:
+        """Return a module's scaling."""
+        # PEFT looks up a targeted parameter's alpha by the parameter's name.
+        if any(f".{module}.weight".endswith(f".{name}") for name in self.options.get("target_parameters") or ()):
+            module = f"{module}.weight"
+        alpha = float(self.stated("alpha_pattern", "alpha" if "alpha" in self.options else "lora_alpha", module))
+        return alpha / math.sqrt(rank) if self.options.get("use_rslora") else alpha / rank
+
+    def added_bias(self, name: str) -> Array:
+        """Return a bias that LoRA adds (``lora_bias``), scaled like its module."""
+        module = self.plain_name(name).rpartition(".lora_B")[0]
+        return self.scaling(module, self.stored[self.modules[module]["lora_A"]].shape[0]) * self.values(name)
+
+    def token_rows(self, name: str) -> dict[int, Array]:
+        """Return trained tokens by the rows that they replace, which are listed for their module or for the input embedding."""
+        rows = self.options.get("trainable_token_indices")
+        if isinstance(rows, dict):
+            module = self.plain_name(name).partition(".token_adapter")[0]
+            rows = next((listed for key, listed in rows.items() if f".{module}".endswith(f".{key}")), None)
+        return dict(zip(rows or (), self.values(name), strict=True))
+
+    def delta(self, row: Mapping[str, Any], W0: Matrix) -> tuple[Matrix, Delta]:
+        """Return the base's matrix as (out, in), and the Δ of a row of the record or of findings.
+
+        The row's `transposed` is used if neither shape nor class decides how the base stores it.
+        """
+        module, shape, transposed = row["module"], W0.stored_shape, bool(row.get("transposed"))
+        method = self.options.get("peft_type") or "LORA"
+        if not self.is_model and method == "LORA":
+            low, _, names = self.factors(module, shape)
+            (m, n), embedding = low.shape, "lora_embedding_A" in names
+            if embedding or m != n:
+                transposed = embedding or shape == (n, m)
+            elif self._architecture is not None and not STACKED.fullmatch(module):
+                layers = module, row["tensor"].removesuffix(".weight")
+                transposed = any(map(self._architecture.transposed, layers))
+            if W0.dtype in ELEMENTS and shape != ((n, m) if transposed else (m, n)):
+                raise NotRecomputed(f"its factors give a matrix of {[m, n]}, but the weight is stored as {[*shape]}")
+            W0 = replace(W0, shape=low.shape, transposed=transposed)
+            magnitude = names.get("lora_magnitude_vector")
+            return W0, low if magnitude is None else _dora(W0, low, self.values(magnitude).ravel())
+        W0 = replace(W0, shape=shape[::-1] if transposed else shape, transposed=transposed)
+        if self.is_model:
+            W1 = replace(W0, files=self, replaced={}, added=None)
+            if W1.stored_shape != shape:
+                raise NotRecomputed("the fine-tuned model has no matrix of this name and shape")
+            tuned, base = W1.rows, W0.rows
+            return W0, Delta(W0.shape, lambda i, j: (tuned(i, j) - base(i, j), abs(tuned(i, j)) + abs(base(i, j))), 0)
+        if method not in PEFT_METHODS or module not in self.modules:
+            raise NotRecomputed(f"it is changed by a {method} adapter, for which verify has no formula")
+        # VeRA's projections are shared by all modules.
+        names = {**self.modules.get("base_model", {}), **self.modules[module]}
+        return W0, PEFT_METHODS[method](W0, {role: self.values(name) for role, name in names.items()}, self, module)
 
 
-class _DenseDelta(ABC):
-    """Computes with a delta that depends on W0, from its rows."""
+def unwrapped(module: str) -> str:
+    """Return the module that a module is, or that it wraps for a parameter."""
+    return re.sub(r"(\.base_layer)+$", "", module)
 
-    @abstractmethod
-    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        """See `WitnessDelta`."""
 
-    def left_product(self, U: Array, W0: Matrix) -> Array:
-        return sum((U[i:j].T @ self.rows(i, j, W0.rows(i, j))[0] for i, j in W0.blocks()), np.zeros(()))
+Tensors = dict[str, Array]
 
-    def norm(self, W0: Matrix) -> float:
-        squares = (float(np.sum(self.rows(i, j, W0.rows(i, j))[0] ** 2)) for i, j in W0.blocks())
-        return float(np.sqrt(sum(squares)))
 
-    def operator(self, W0: Matrix) -> Any:
-        from scipy.sparse.linalg import aslinearoperator
+def _by_products(formula: Callable[[Matrix, Tensors], Array]) -> Callable[[Matrix, Tensors, AdapterFiles, str], Delta]:
+    """Make a method whose Δ is ``alpha/r`` times a sum of products of its tensors' values."""
 
-        W = np.empty(W0.shape)
-        for i, j in W0.blocks():
-            rows = W0.rows(i, j)
-            W[i:j] = rows + self.rows(i, j, rows)[0]
-        return aslinearoperator(W)
+    def delta(W0: Matrix, tensors: Tensors, adapter: AdapterFiles, module: str) -> Delta:
+        rank, sizes = int(adapter.stated("rank_pattern", "r", module)), {role: np.abs(t) for role, t in tensors.items()}
+        values, bound = (adapter.scaling(module, rank) * formula(W0, t).reshape(W0.shape) for t in (tensors, sizes))
+        return Delta(W0.shape, lambda i, j: (values[i:j], bound[i:j]), 2 * rank)
 
-    def combined(self, factor: float, left: Array, right: Array, W0: Matrix) -> LowRankDelta:
-        from scipy.linalg import svd
+    return delta
 
-        if min(W0.shape) > DENSE_SIDE:
-            raise NotRecomputed(f"its delta is not a product of factors, and its short side is over {DENSE_SIDE}")
-        blocks = [factor * self.rows(i, j, W0.rows(i, j))[0] + left[i:j] @ right for i, j in W0.blocks()]
-        U, S, Vh = svd(np.concatenate(blocks), full_matrices=False)
-        return LowRankDelta(U * S, Vh.T)
 
-    def dropped_without(self, U: Array, S: Array, Vh: Array, rank: int) -> float:
-        return 0.0
+def _loha(W0: Matrix, t: Tensors) -> Array:
+    """Compute ``(w1_a w1_b) ∘ (w2_a w2_b)``; either product may have a core for the kernel."""
+    sides = ((t[f"hada_w{i}_a"], t[f"hada_w{i}_b"], t.get(f"hada_t{i}")) for i in (1, 2))
+    one, two = (a @ b if t is None else np.einsum("ijkl,ip,jr->prkl", t, a, b).reshape(W0.shape) for a, b, t in sides)
+    return np.asarray(one * two)
+
+
+def _lokr(W0: Matrix, t: Tensors) -> Array:
+    """Compute ``w1 ⊗ w2``; either may itself be a product, w2 with a core for the kernel."""
+    w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+    if "lokr_t2" in t:
+        w2: Array = np.einsum("ijkl,ip,jr->prkl", t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
+    else:
+        w2 = t["lokr_w2"] if "lokr_w2" in t else t["lokr_w2_a"] @ t["lokr_w2_b"]
+    return np.asarray(np.kron(w1[:, :, None, None] if w2.ndim == 4 else w1, w2))
+
+
+def _adalora(W0: Matrix, t: Tensors, adapter: AdapterFiles, module: str) -> Delta:
+    """Compute ``B diag(E) A · alpha / (r + 1e-5)`` with the initial rank, or the rank that is stored beside the factors."""
+    alpha, rank = float(adapter.options.get("lora_alpha", 8)), np.array(adapter.options.get("init_r", 12))
+    s = (alpha if alpha > 0 else len(t["lora_A"])) / (float(t.get("ranknum", rank).item()) + 1e-5)
+    return LowRank(s * t["lora_B"] * t["lora_E"].ravel(), t["lora_A"].T)
+
+
+def _vera(W0: Matrix, t: Tensors, adapter: AdapterFiles, module: str) -> Delta:
+    """Compute ``diag(b) B diag(d) A`` with the first rows and columns of the shared projections."""
+    (m, n), b, d = W0.shape, t["vera_lambda_b"].reshape(-1, 1), t["vera_lambda_d"].reshape(-1, 1)
+    return LowRank(b * t["vera_B"][:m], (d * t["vera_A"][:, :n]).T)
+
+
+PEFT_METHODS = {"LOHA": _by_products(_loha), "LOKR": _by_products(_lokr), "ADALORA": _adalora, "VERA": _vera}
+"""Deltas of PEFT's methods other than LoRA, by ``peft_type``."""
 
 
 @dataclass(frozen=True)
-class DoraDelta(_DenseDelta):
-    """``Δ = m·(W0 + L Rᵀ)/‖W0 + L Rᵀ‖ − W0`` with m (out,)."""
+class Triplets:
+    """``W v_j = σ_j u_j``: U (m, k), V (n, k), and S, which falls, (at least k,); the angle is one of `ANGLES`."""
 
-    low_rank: LowRankDelta
-    magnitude: Array
+    U: Array
+    S: Array
+    V: Array
+    angle: float
 
-    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        """See `WitnessDelta`."""
-        change, bound = self.low_rank.rows(i, j, W0)
-        total = W0 + change
-        factor = (self.magnitude[i:j] / np.linalg.norm(total, axis=1))[:, None]
-        return factor * total - W0, np.abs(W0) + np.abs(factor) * (np.abs(W0) + bound)
+    def gaps(self, of: Sequence[int], apart: Sequence[int] = ()) -> Array:
+        """Compute the distances from the values of these ranks to the nearest others, except those in `apart`."""
+        distances = np.abs(self.S[list(of), None] - np.append(self.S, 0.0))
+        distances[:, list(apart)] = distances[np.arange(len(of)), list(of)] = np.inf
+        return np.asarray(distances.min(axis=1))
+
+    def errors(self, of: Sequence[int], apart: Sequence[int] = (), exact: bool = False) -> Array:
+        """Bound the angle between vectors in findings and the ones here; those in `apart` may mix, because only their span matters.
+
+        `exact` is set if findings have LAPACK's float64 vectors.
+        """
+        angle, roundings = (0.0, DOUBLE_ROUNDINGS) if exact else (self.angle, ROUNDINGS)
+        return np.asarray(np.clip(angle + roundings * self.S[0] / np.maximum(self.gaps(of, apart), 1e-300), 0.0, 1.0))
 
 
-@dataclass(frozen=True)
-class TunedDelta(_DenseDelta):
-    """``Δ = W1 − W0`` of a fine-tuned model."""
+def leading_triplets(W: Array, top_k: float) -> Triplets:
+    """Compute the leading triplets of W, by ARPACK if it can also give `MORE` further ones, else by LAPACK.
 
-    tuned: Matrix
+    `top_k` is a count, or a share of min(m, n); there is at least one.
+    """
+    from scipy.linalg import svd
+    from scipy.sparse.linalg import ArpackError, svds
 
-    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        """See `WitnessDelta`."""
-        values = self.tuned.rows(i, j)
-        return values - W0, np.abs(values) + np.abs(W0)
+    side, found = min(W.shape), None
+    k = min(side, top_k if isinstance(top_k, int) else max(1, round(top_k * side)))
+    if k + MORE < side // 2:
+        with contextlib.suppress(ArpackError):
+            found = svds(W, k=k + 1 + MORE, v0=np.random.default_rng(0).standard_normal(side), tol=0)
+    U, S, Vh = svd(W, full_matrices=False) if found is None else found
+    order = np.argsort(-S, kind="stable")
+    U, S, V = U[:, order], S[order], Vh[order].T
+    beyond = S[min(k + MORE, len(S) - 1)]
+    slow = k + MORE < len(S) and S[k - 1] ** 2 - beyond**2 < SLOW * beyond**2
+    return Triplets(U[:, :k], S, V[:, :k], ANGLES[bool(slow)])
+
+
+def by_intruders(
+    method: str, lam: float, delta: Delta, triplets: Triplets, intruders: Sequence[int]
+) -> tuple[Delta, float]:
+    """Compute Δ' for the methods ``paper`` and ``project``, and the norm by which it may differ since vectors in findings may.
+
+    Raises
+    ------
+    NotRecomputed
+        If an intruder belongs to a cluster of directions.
+    """
+    chosen, angles = list(intruders), triplets.errors(intruders, intruders)
+    if angles.max() > ILL_DEFINED:
+        raise NotRecomputed(f"its direction {chosen[int(angles.argmax())]} is one of a cluster of directions")
+    U, S, V = triplets.U[:, chosen], triplets.S[chosen], triplets.V[:, chosen]
+    left, right, sizes = (lam - 1) * U * S, V.T, S
+    if method == "project":
+        dense = delta.dense()
+        left, right, sizes = (lam - 1) * U, U.T @ dense, np.full(len(S), np.linalg.norm(dense))
+    return combined(delta, 1.0, left, right), 2 * abs(lam - 1) * float(angles @ sizes)
+
+
+Formula = Callable[[str, Delta], Delta]
+"""Computes Δ' of the matrix of this name."""
+
+
+def read_fit(path: Path, record: Mapping[str, Any]) -> Formula:
+    """Read the right factors of a fit, (n, r) by matrix, from the set that a record names; raise `MismatchError` if there is none."""
+    end = ".right_factor"  # of the names of arrays (K, n, r), with one entry for each set
+    files, sha256 = TensorFiles([path]), record["coefficients"]["sha256"]
+    names = sorted(name for name in files.stored if name.endswith(end))
+    digests = []
+    for k in range(min((files.stored[name].shape[0] for name in names), default=0)):
+        arrays = ((name.removesuffix(end), files.values(name, k).astype("<f4")) for name in names)
+        named = b"".join(f"{name}\n".encode() + array.tobytes() for name, array in arrays)
+        digests.append(hashlib.sha256(named).hexdigest())
+    if sha256 not in digests:
+        raise MismatchError(f"{path}: has no factors with digest {sha256[:16]}; give the output's fit")
+
+    def mitigated(tensor: str, delta: Delta) -> Delta:
+        R = files.values(tensor + end, digests.index(sha256))
+        if not isinstance(delta, LowRank) or R.shape != delta.R.shape:
+            raise NotRecomputed("its delta has no right factor of that shape")
+        return LowRank(delta.L, R)
+
+    return mitigated
+
+
+def read_map(path: Path, record: Mapping[str, Any]) -> Formula:
+    """Read what the map that a record names knows of inputs: eigenvalues of C, their vectors (n, k), and the mean of the others.
+
+    Raises
+    ------
+    MismatchError
+        If it is another file.
+    """
+    files, digest, sha256 = TensorFiles([path]), hashlib.sha256(), record["map"]["sha256"]
+    known: dict[tuple[str, int], list[tuple[Array, Array | None, float]]] = {}
+    inputs = json.loads(files.metadata.get("streamer.map", "{}")).get("inputs", [])
+    for one in sorted(inputs, key=lambda one: (one["names"][0], one["one_hot"])):
+        first, trace, V, rest = one["names"][0], float(one["trace"]), None, 0.0
+        values = files.values(first + (".frequencies" if one["one_hot"] else ".eigenvalues"))
+        n = len(values) if one["one_hot"] else files.stored[f"{first}.vectors"].shape[1]
+        digest.update(f"{tuple(one['names'])} {one['tokens']} {n} {trace!r}\n".encode() + values.tobytes())
+        if not one["one_hot"]:
+            digest.update(files.raw(f"{first}.vectors").tobytes())
+            V = np.linalg.qr(files.values(f"{first}.vectors").T)[0]
+            rest = max(0.0, trace - values.sum()) / max(1, n - len(values))
+        for name in one["names"]:
+            known.setdefault((name, n), []).append((values, V, rest))
+    if digest.hexdigest() != sha256:
+        raise MismatchError(f"{path}: is not the map with digest {sha256[:16]}; give the output's map")
+
+    def mitigated(tensor: str, delta: Delta) -> Delta:
+        entries = known.get((tensor, delta.shape[1]), [])
+        return by_spectrum(delta, *entries[0], record["lambda"]) if len(entries) == 1 else delta
+
+    return mitigated
+
+
+def by_spectrum(delta: Delta, values: Array, V: Array | None, rest: float, share: float) -> Delta:
+    """Compute Δ' for the method ``nullspace``; V is None if the inputs are one-hot."""
+    if V is None and not isinstance(delta, LowRank):
+        raise NotRecomputed("its delta is not a product of factors")
+    core = np.linalg.qr(delta.L)[1] @ delta.R.T if isinstance(delta, LowRank) else delta.dense()
+    along = core if V is None else core @ V
+    squares = np.sum(along**2, axis=0)
+    energies, others = squares * values, rest * max(0.0, float(np.sum(core**2) - squares.sum()))
+    if share == 1 or not energies.sum() + others > 0:
+        return delta
+    largest, low, high, nu = max(float(values.max()), rest), -DECADES, DECADES, math.inf
+    for _ in range(200 if share else 0):
+        nu = 10 ** ((low + high) / 2) / largest
+        left = np.sum(energies / np.sqrt(1 + nu * values)) + others / np.sqrt(1 + nu * rest)
+        low, high = ((low + high) / 2, high) if left > share * (energies.sum() + others) else (low, (low + high) / 2)
+    gains = (1 + nu * values) ** -0.25 if share else (values == 0) * 1.0
+    of_rest = (1 + nu * rest) ** -0.25 if share else float(rest == 0)
+    if not isinstance(delta, LowRank):
+        return combined(delta, of_rest, along * (gains - of_rest), None if V is None else V.T)
+    if V is None:
+        return LowRank(delta.L, delta.R * gains[:, None])
+    return LowRank(delta.L, of_rest * delta.R + V @ ((gains - of_rest)[:, None] * (V.T @ delta.R)))

@@ -1,252 +1,230 @@
-"""Read tensors with the safetensors library, as float64 rows of (out, in) matrices."""
+"""Read tensors of safetensors files with numpy, as float64 rows of (out, in) matrices, and bound the effect of one rounding."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streamer.errors import FormatError
 from streamer.verification.result import NotRecomputed
 
 Array = NDArray[np.float64]
 
-BLOCK_BYTES = 32 << 20
-"""Bytes of float64 rows to compare at a time."""
+BLOCK_VALUES, PIECE_BYTES = 4 << 20, 16 << 20
+"""Values of a matrix, and raw bytes of a tensor, to handle at a time."""
 
-PIECE_BYTES = 1 << 20
-"""Raw bytes to compare at a time."""
+FP8, LARGEST_FP8 = "F8_E4M3", 448.0
+ELEMENTS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", FP8: "u1"}
+"""Dtypes that are decoded, in the format's spelling, and numpy's dtype of their elements."""
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-FP8 = "F8_E4M3"
+SIGNIFICANT_BITS = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8, FP8: 4}
+LEAST_EXPONENT = {"F64": -1022, "F32": -126, "F16": -14, "BF16": -126, FP8: -6}
+"""Exponent of the smallest normal numbers; below it values are evenly spaced."""
+
+STACKED = re.compile(r"(.+)\[(\d+)\]")
+"""Name of one matrix of a stack: the stack's name and the index."""
+
+_BLOCK = re.compile(r'"(?:weight_block_size|block_structure)"\s*:\s*["\[]\s*([1-9]\d*)\s*[,x]\s*([1-9]\d*)')
 
 
 class Stored(NamedTuple):
-    """A tensor as stored: dtype in the format's spelling, and shape."""
+    """A tensor as stored: dtype in the format's spelling, shape, file, and the range of its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
+    path: Path
+    start: int
+    stop: int
 
 
 class TensorFiles:
-    """Safetensors files opened with the library, with tensors found by name.
+    """Tensors of safetensors files by name, read through memory maps.
 
-    Parameters
+    Attributes
     ----------
-    paths
-        The files; if two have the same name, the last one is used.
-    framework
-        ``numpy`` reads headers without loading torch; ``pt`` reads values of every floating-point dtype.
+    stored
+        Every tensor; if two have the same name, the last one.
+    metadata
+        The last file's metadata.
 
     Raises
     ------
-    safetensors.SafetensorError
-        If the library cannot read a header.
+    FormatError
+        If the safetensors library refuses a file.
     """
 
-    def __init__(self, paths: Iterable[Path], framework: str = "numpy") -> None:
-        from safetensors import safe_open
+    def __init__(self, paths: Iterable[Path]) -> None:
+        from safetensors import SafetensorError, safe_open
 
-        self._open = contextlib.ExitStack()
-        self.metadata: dict[Path, dict[str, str]] = {}
-        self.names: dict[Path, list[str]] = {}
-        self._of: dict[str, Any] = {}
-        with contextlib.ExitStack() as opening:
-            for path in paths:
-                file = opening.enter_context(safe_open(path, framework=framework))
-                self.metadata[path] = dict(file.metadata() or {})
-                self.names[path] = list(file.keys())
-                self._of |= dict.fromkeys(self.names[path], file)
-            self._open = opening.pop_all()
+        self.stored: dict[str, Stored] = {}
+        self.metadata: dict[str, str] = {}
+        self._maps: dict[Path, NDArray[np.uint8]] = {}
+        for path in paths:
+            try:
+                with safe_open(path, "numpy") as file:
+                    self.metadata = dict(file.metadata() or {})
+            except (OSError, SafetensorError) as e:
+                raise FormatError(
+                    f"{path}: expected a safetensors file, found one that the library refuses: {e}"
+                ) from e
+            self._maps[path] = data = np.memmap(path, np.uint8, "r")
+            end = 8 + int.from_bytes(data[:8].tobytes(), "little")
+            for name, tensor in json.loads(data[8:end].tobytes()).items():
+                if name != "__metadata__":
+                    start, stop = (end + at for at in tensor["data_offsets"])
+                    self.stored[name] = Stored(tensor["dtype"], tuple(tensor["shape"]), path, start, stop)
 
-    def __enter__(self) -> TensorFiles:
-        return self
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """Return the bytes of a tensor."""
+        _, _, path, start, stop = self.stored[name]
+        return self._maps[path][start:stop]
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        self._open.close()
+    def values(self, name: str, index: Any = ...) -> Array:
+        """Read a part of a tensor as float64.
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._of
+        Raises
+        ------
+        NotRecomputed
+            If there is no such tensor, or its dtype is not decoded here.
+        """
+        if name not in self.stored:
+            raise NotRecomputed("it is not a tensor by itself, but part of one or built from several")
+        dtype, shape = self.stored[name][:2]
+        if dtype not in ELEMENTS:
+            raise NotRecomputed(f"it is stored as {dtype}, which is not decoded here")
+        part: Any = self.raw(name).view(ELEMENTS[dtype]).reshape(shape or (1,))[index]
+        if dtype == "BF16":
+            part = (part.astype("<u4") << 16).view("<f4")
+        return np.asarray(_E4M3[part] if dtype == FP8 else part.astype(np.float64))
 
-    @property
-    def all_names(self) -> frozenset[str]:
-        """Return the names of all tensors."""
-        return frozenset(self._of)
 
-    def stored(self, name: str) -> Stored:
-        """Return dtype and shape of a tensor."""
-        view = self._of[name].get_slice(name)
-        return Stored(str(view.get_dtype()), tuple(view.get_shape()))
+def _e4m3() -> Array:
+    """Tabulate the values of FP8's codes: sign, 4 bits of exponent (bias 7), 3 of mantissa; all ones are NaN."""
+    exponent, mantissa = divmod(np.arange(128), 8)
+    values = np.where(exponent == 0, mantissa / 8, 1 + mantissa / 8) * 2.0 ** (np.maximum(exponent, 1) - 7)
+    values[127] = np.nan
+    return np.concatenate([values, -values])
 
-    def whole(self, name: str) -> Array:
-        """Read a small tensor as float64 in its own shape."""
-        return _float64(self._of[name].get_tensor(name))
 
-    def values(self, name: str) -> NDArray[Any]:
-        """Read a small tensor in its stored dtype, which numpy must have."""
-        return np.asarray(self._of[name].get_tensor(name))
-
-    @cached_property
-    def _places(self) -> dict[str, tuple[Path, int, int]]:
-        """Map each tensor's name to its file, first byte and number of bytes."""
-        found = {}
-        for path in self.names:
-            with path.open("rb") as f:
-                length = int.from_bytes(f.read(8), "little")
-                tensors = json.loads(f.read(length))
-            for name in self.names[path]:
-                start, stop = tensors[name]["data_offsets"]
-                found[name] = path, 8 + length + start, stop - start
-        return found
-
-    @cached_property
-    def config(self) -> str:
-        """Read the model's config beside the files; empty if there is none."""
-        path = next(iter(self.names)).with_name("config.json")
-        return path.read_text("utf-8", "replace") if path.exists() else ""
-
-    def nbytes(self, name: str) -> int:
-        """Return the number of bytes of a tensor."""
-        return self._places[name][2]
-
-    def pieces(self, name: str) -> Iterator[bytes]:
-        """Read the bytes of a tensor of any dtype, `PIECE_BYTES` at a time."""
-        path, start, left = self._places[name]
-        with path.open("rb") as f:
-            f.seek(start)
-            while left and (piece := f.read(min(left, PIECE_BYTES))):
-                left -= len(piece)
-                yield piece
-
-    def rows(self, name: str, i: int, j: int) -> Array:
-        """Read rows i to j of a tensor as a float64 matrix, with a convolution's kernel flattened into its input."""
-        return _float64(self._of[name].get_slice(name)[i:j]).reshape(j - i, -1)
-
-    def some(self, name: str, i: int, j: int) -> Array:
-        """Read entries i to j along the first dimension as float64; a scalar is read whole."""
-        view = self._of[name].get_slice(name)
-        return _float64(view[i:j]) if view.get_shape() else self.whole(name)
-
-    def columns(self, name: str, i: int, j: int) -> Array:
-        """Read columns i to j of a two-dimensional tensor as float64."""
-        return _float64(self._of[name].get_slice(name)[:, i:j])
+_E4M3 = _e4m3()
 
 
 def same_bytes(files: TensorFiles, name: str, others: TensorFiles, other: str) -> bool:
-    """Test whether two tensors have the same dtype, shape and bytes."""
-    if files.stored(name) != others.stored(other):
+    """Test whether two tensors exist and have the same dtype, shape and bytes."""
+    if name not in files.stored or other not in others.stored or files.stored[name][:2] != others.stored[other][:2]:
         return False
-    return all(a == b for a, b in zip_longest(files.pieces(name), others.pieces(other)))
-
-
-def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Yield the row ranges of a tensor to read at a time; a scalar has one row."""
-    rows, step = (shape or (1,))[0], max(1, BLOCK_BYTES // (8 * max(1, math.prod(shape[1:]))))
-    return ((i, min(rows, i + step)) for i in range(0, rows, step))
-
-
-def _float64(tensor: Any) -> Array:
-    import torch
-
-    values: Array = tensor.to(torch.float64).numpy()
-    return values
+    one, two = files.raw(name), others.raw(other)
+    pieces = (slice(i, i + PIECE_BYTES) for i in range(0, len(one), PIECE_BYTES))
+    return all(np.array_equal(one[piece], two[piece]) for piece in pieces)
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Weight read as a float64 (out, in) matrix, a few rows at a time.
+    """Weight read as a float64 (out, in) matrix, a few rows at a time; a convolution's kernel is flattened into its input.
 
     Attributes
     ----------
     files, name
-        Its files, and its name in them.
+        Its files, and its name in them, with ``[N]`` for one matrix of a stack.
     shape
         (out, in).
     transposed
         Whether it is stored as (in, out).
-    dtype
-        Stored dtype, in the format's spelling.
-    quant_scale
-        Scale of FP8 values, (1, 1), (out, 1) or one for each (out, in) block; None for other dtypes.
-    block
-        Rows and columns that share a scale.
+    replaced
+        Values of rows, as stored, that replace its own.
+    added
+        Values that are added to it, of its stored shape.
     """
 
     files: TensorFiles
     name: str
-    shape: tuple[int, int]
-    transposed: bool
-    dtype: str
-    quant_scale: Array | None = None
-    block: tuple[int, int] = (1, 1)
+    shape: tuple[int, int] = (0, 0)
+    transposed: bool = False
+    replaced: Mapping[int, Array] = field(default_factory=dict)
+    added: Array | None = None
+
+    @property
+    def stored_name(self) -> str:
+        """Return the name of the tensor that stores it: the stack for an expert's matrix, else its own."""
+        return STACKED.sub(r"\1", self.name)
+
+    @property
+    def dtype(self) -> str:
+        """Return the stored dtype; empty if it is not stored as one tensor."""
+        stored = self.files.stored.get(self.stored_name)
+        return "" if stored is None else stored.dtype
+
+    @cached_property
+    def stored_shape(self) -> tuple[int, int]:
+        """Return the rows and columns as stored, without a stack's; (0, 0) if it is not stored as one tensor."""
+        shape = self.files.stored[self.stored_name].shape or (1,) if self.dtype else (0, 0, 0)
+        rows, *columns = shape[bool(STACKED.fullmatch(self.name)) :]
+        return rows, math.prod(columns)
 
     def rows(self, i: int, j: int) -> Array:
-        """Read rows i to j of the (out, in) matrix, float64."""
-        if self.transposed:
-            return np.ascontiguousarray(self.files.columns(self.name, i, j).T)
-        values = self.files.rows(self.name, i, j)
-        return values if self.quant_scale is None else values * self.quant_scales(i, j)
+        """Read rows i to j."""
+        stack, (height, width) = STACKED.fullmatch(self.name), self.stored_shape
+        part = (slice(None), slice(i, j)) if self.transposed else (slice(i, j),)
+        values = self.files.values(self.stored_name, part if stack is None else (int(stack[2]), *part))
+        values = values.reshape((height, j - i) if self.transposed else (j - i, width))
+        if self.dtype == FP8:
+            values = values * self.scales(i, j)
+        for row, value in self.replaced.items():
+            if self.transposed:
+                values[row] = value[i:j]
+            elif i <= row < j:
+                values[row - i] = value
+        if self.added is not None:
+            values = values + self.added.reshape(-1, width)[i:j]
+        return np.ascontiguousarray(values.T) if self.transposed else values
 
-    def quant_scales(self, i: int, j: int) -> Array:
-        """Return the scales of rows i to j, one for each value."""
-        assert self.quant_scale is not None
-        (bm, bn), n = self.block, self.shape[1]
-        return self.quant_scale[np.arange(i, j) // bm][:, np.arange(n) // bn]
+    def scales(self, i: int, j: int) -> Array:
+        """Return the scales of rows i to j of an FP8 matrix, one for each value."""
+        grid, bm, bn = self._scales
+        return grid[np.arange(i, j) // bm][:, np.arange(self.shape[1]) // bn]
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield the row ranges to read at a time."""
-        return row_blocks(self.shape)
-
-    def whole(self) -> Array:
-        """Read all of the (out, in) matrix, float64."""
-        out = np.empty(self.shape)
-        for i, j in self.blocks():
-            out[i:j] = self.rows(i, j)
-        return out
-
-
-def open_matrix(files: TensorFiles, name: str, shape: tuple[int, int], transposed: bool) -> Matrix:
-    """Find a weight that is stored as floating-point values, or as FP8 values with a scale.
-
-    Raises
-    ------
-    NotRecomputed
-        If it has another encoding.
-    """
-    dtype, stored = files.stored(name)
-    if dtype in FLOATS:
-        return Matrix(files, name, shape, transposed, dtype)
-    beside = next((s for s in (f"{name}_scale_inv", f"{name}_scale") if s in files), None)
-    scales = Stored("", ()) if beside is None else files.stored(beside)
-    if (
-        dtype != FP8
-        or len(stored) != 2
-        or transposed
-        or beside is None
-        or scales.dtype not in FLOATS
-        or 0 in scales.shape
-    ):
-        raise NotRecomputed(f"it is stored as {dtype}, which is not decoded here")
-    grid = files.whole(beside)
-    grid = grid.reshape(len(grid) if grid.ndim else 1, -1)  # ModelOpt's are (rows, 1, columns, 1)
-    return Matrix(files, name, shape, transposed, dtype, grid, _block(files.config, stored, grid.shape))
+    @cached_property
+    def _scales(self) -> tuple[Array, int, int]:
+        """Find the scales, and how many rows and columns share one: try the whole matrix, the config's sizes, 128×128, an even division."""
+        beside = next((s for end in ("_scale_inv", "_scale") if (s := self.name + end) in self.files.stored), "")
+        grid = self.files.values(beside)
+        grid = grid.reshape(len(grid) if grid.ndim else 1, -1)  # ModelOpt's are (rows, 1, columns, 1)
+        path = self.files.stored[self.name].path.with_name("config.json")
+        stated = _BLOCK.findall(path.read_text("utf-8", "replace")) if path.exists() else []
+        (m, n), (p, q) = self.shape, grid.shape
+        sizes = [(m, n), *stated, (128, 128), (m // max(1, p), n // max(1, q))]
+        for bm, bn in ((int(bm), int(bn)) for bm, bn in sizes):
+            if bm and bn and (-(-m // bm), -(-n // bn)) == (p, q) and not self.transposed:
+                return grid, bm, bn
+        raise NotRecomputed(f"it has shape {[m, n]} and scales of shape {[p, q]}, whose blocks are unknown")
 
 
-def _block(config: str, shape: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, int]:
-    """Find how many rows and columns share a scale: try the whole matrix, the config's sizes, 128×128, an even division."""
-    stated = re.findall(r'"(?:weight_block_size|block_structure)"\s*:\s*["\[]\s*([1-9]\d*)\s*[,x]\s*([1-9]\d*)', config)
-    even = [tuple(size // max(1, count) for size, count in zip(shape, grid, strict=True))]
-    for bm, bn in [shape, *((int(m), int(n)) for m, n in stated), (128, 128), *even]:
-        if 0 not in (bm, bn) and (-(-shape[0] // bm), -(-shape[1] // bn)) == grid:
-            return bm, bn
-    raise NotRecomputed(f"it has shape {[*shape]} and scales of shape {[*grid]}, whose blocks are unknown")
+def blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of rows to handle at a time."""
+    step = max(1, BLOCK_VALUES // max(1, shape[1]))
+    return ((i, min(shape[0], i + step)) for i in range(0, shape[0], step))
+
+
+def whole(shape: tuple[int, int], rows: Callable[[int, int], Array]) -> Array:
+    """Compute all rows of a matrix."""
+    out = np.empty(shape)
+    for i, j in blocks(shape):
+        out[i:j] = rows(i, j)
+    return out
+
+
+def half_spacing(values: Array, dtype: str) -> Array:
+    """Compute half the distance between neighbouring values of a dtype: the largest error of rounding to nearest."""
+    _, exponents = np.frexp(values)  # |value| in [0.5, 1) · 2^exponent
+    exponents = np.where(values == 0, LEAST_EXPONENT[dtype], exponents - 1)
+    exponents = np.maximum(exponents, LEAST_EXPONENT[dtype]) - SIGNIFICANT_BITS[dtype]
+    return np.asarray(np.ldexp(1.0, exponents))

@@ -17,7 +17,7 @@ from forks import KILL, server
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_schemas import check
-from verified import agree, edit_tensor, lines
+from verified import edit_tensor
 
 import streamer
 from streamer.errors import UsageError
@@ -48,7 +48,8 @@ def test_an_output_says_how_it_was_made(inputs: tuple[Path, Path, Path], tmp_pat
     assert record["totals"]["dropped_max"] < 1e-6
     (shard, *_) = out.glob("*.safetensors")
     assert helpers.stamp(shard)["coefficients"] == record["coefficients"]
-    assert "--coefficients COEFFICIENTS --keep 0.9" in (out / "README.md").read_text()
+    assert record["file"] == "c.safetensors"
+    assert "--coefficients c.safetensors --keep 0.9" in (out / "README.md").read_text()
     # `--method regmean` says no more than the coefficients do, and a λ of another run stands in the way of nothing.
     assert check(server().run(*line, "--method", "regmean", "--json"), "streamer.output/2")["state"] == "present"
     done = server().run(*line[:-1], "0.95")
@@ -100,20 +101,6 @@ def test_a_fitted_adapter_is_known_as_mitigated(inputs: tuple[Path, Path, Path],
         streamer.StreamerWarning, match="mitigated already, by `streamer mitigate` from .*, with method regmean:"
     ):
         streamer.reduce_intruder_dimension(base, tmp_path / "a", tmp_path / "b", method="shrink")
-
-
-# Verification -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_changed_value_is_caught_where_every_digest_agrees(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    base, adapter, file = inputs
-    out = tmp_path / "a"
-    streamer.reduce_intruder_dimension(base, adapter, out, coefficients=file, keep=0.9)
-    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
-    edit_tensor(out / "adapter_model.safetensors", name, lambda t: t.mul_(1.01))
-    agree(out, "adapter_model.safetensors")
-    (line,) = lines(out, base, adapter, sample="all", coefficients=file)
-    assert "model.layers.1.mlp.up_proj.weight" in line
 
 
 # Refusals ---------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from test_schemas import check
 import streamer
 from streamer.api import repair
 from streamer.api import texts as texts_of_python
+from streamer.report.subject import open_subject
+from streamer.report.words import headline
 
 SHARES = "0.9,0.7"
 
@@ -58,6 +61,13 @@ def test_an_adapter_of_new_right_factors(server: Server, home: Path, fitted: Pat
         None,
         8,
     )
+    assert record["file"] == fitted.name
+    assert (
+        f"streamer verify OUTPUT base adapter --sample all --coefficients {fitted.name}"
+        in (out / "README.md").read_text()
+    )
+    ((_, check_command),) = headline(open_subject(out))[1]
+    assert check_command == f"streamer verify OUTPUT BASE ADAPTER --sample all --coefficients {fitted.name}"
     before, after = (load_file(path / "adapter_model.safetensors") for path in (home / "adapter", out))
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == ("lora_B" in name), name
@@ -77,12 +87,19 @@ def test_verify_takes_the_file_of_the_fit(server: Server, home: Path, fitted: Pa
     inputs = home / "base", home / "adapter"
     for command, out in (("mitigate", tmp_path / "a"), ("merge", tmp_path / "m")):
         assert server.run(command, *inputs, "-o", out, "--coefficients", fitted, "--keep", 0.7, "-q").code == 0
-        alone = server.run("verify", out, *inputs, "--sample", "all")
-        assert "not recomputed: 8: its factors are in the file of the fit; pass it as --coefficients" in alone.out
-        whole = server.run("verify", out, *inputs, "--sample", "all", "--coefficients", fitted)
-        assert "8 of 8 matrices recomputed" in whole.out
+        alone = server.run("verify", out, *inputs)
+        words = f"found none named '{fitted.name}' beside it; pass --coefficients FILE"
+        assert (alone.code, words in alone.err) == (3, True)
+        beside = shutil.copy(fitted, tmp_path / fitted.name)
+        for more in ([], ["--coefficients", fitted]):
+            whole = server.run("verify", out, *inputs, "--sample", "all", *more)
+            assert "8 of 8 matrices recomputed" in whole.out
+        shutil.copy(home / "task.npy", beside)
+        wrong = server.run("verify", out, *inputs)
+        assert (wrong.code, f"{beside}: expected a safetensors file" in wrong.err) == (3, True)
+        Path(beside).unlink()
         other = server.run("verify", out, *inputs, "--coefficients", home / "task.npy")
-        assert (other.code, "give the one that the output was made with" in other.err) == (3, True)
+        assert (other.code, "expected a safetensors file" in other.err) == (3, True)
     weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
     name = next(name for name in weights if "lora_A" in name)
     path, data = tmp_path / "a" / "adapter_model.safetensors", b""
@@ -139,9 +156,8 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     }
     then = [line for line in shown.out.splitlines() if line.startswith("next, on text that nothing was")]
     assert [line.partition("-o FILE ")[2] for line in then] == [what[tree["chosen"]]] * (tree["chosen"] != "adapter")
-    more = ["--coefficients", tree["fit"]] if tree["chosen"] == "repair" else []
-    assert server.run("verify", out, home / "base", home / "adapter", *more).code == 0
-    if not more:
+    assert server.run("verify", out, home / "base", home / "adapter").code == 0
+    if tree["chosen"] != "repair":
         done = server.run("verify", out, home / "base", home / "adapter", "--coefficients", tree["fit"])
         assert (done.code, "is not needed for an output of method 'shrink'" in done.err) == (2, True)
 

@@ -17,11 +17,10 @@ import pytest
 import torch
 from command_line import ENV
 from forks import server
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from seeds import vary
 from test_schemas import check
-from verified import KINDS, Job, lines, make_all_outputs, make_outputs
+from verified import KINDS, Job, agree, edit_tensor, lines, make_all_outputs, make_outputs
 
 import streamer
 
@@ -43,12 +42,13 @@ def test_what_the_commands_wrote_is_as_they_wrote_it(job: Job, kind: str) -> Non
     assert tree["totals"]["recomputed"] == 0
     if output.is_dir():
         names = {p.name for p in output.rglob("*") if p.is_file()} - {"streamer.json"}
-        assert tree["totals"]["files"] == len(json.loads((output / "streamer.json").read_text())["files"]) >= len(names)
+        files = json.loads((output / "streamer.json").read_text())["files"]
+        assert tree["totals"]["files"] == len(files) - 1 >= len(names) - 1  # anyone may edit the model card
     tree = check(
         server().run("verify", output, job.base, job.adapter, "--sample", "all", "--json"), "streamer.verification/1"
     )
     assert tree["totals"]["recomputed"] == tree["totals"]["matrices"] == 9
-    assert all(0 < r["error"] <= 1 and r["decisions"] for r in tree["recomputed"])
+    assert all(0 < r["error"] <= 1 for r in tree["recomputed"])
 
 
 def test_a_sample_is_spread_over_kinds_and_the_same_each_time(job: Job) -> None:
@@ -121,24 +121,44 @@ def test_a_fine_tuned_model_in_the_adapters_place(tmp_path: Path) -> None:
         assert found["totals"]["recomputed"] == 9
     streamer.reduce_intruder_dimension(base, tuned, tmp_path / "lora", mitigation_lambda=0.5, to_lora=3)
     assert lines(tmp_path / "lora", base, tuned, sample="all") == []
-    with pytest.raises(streamer.StreamerError, match="give the fine-tuned model that it was made from") as e:
+    with pytest.raises(streamer.StreamerError, match="; give the adapter that ") as e:
         streamer.verify_output(tmp_path / "lora", base, base)
     assert e.value.exit_code == 3
 
 
-def test_what_no_formula_covers_is_said_and_not_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["merge", "mitigate"])
+def test_stacked_experts(tmp_path: Path, command: str) -> None:
     base, adapter = jobs.experts(tmp_path)
-    make_outputs(base, adapter, tmp_path)
-    with pytest.warns(
-        streamer.StreamerWarning,
-        match="none of its matrices could be recomputed: it is not a tensor of the base by itself",
-    ):
-        found = streamer.verify_output(tmp_path / "model", base, adapter, sample="all")
-    assert found["totals"] | {"files": 0, "bytes": 0} == {
-        "files": 0, "bytes": 0, "matrices": 6, "recomputed": 0, "not_recomputed": 6, "tensors": 0, "compared": 0, "not_compared": 6,
-        "differences": 0,
-    }  # fmt: skip
-    assert {s["tensor"] for s in found["not_recomputed"]} >= {"model.layers.0.mlp.experts.down_proj[0]"}
+    out = tmp_path / "out"
+    done = server().run(command, base, adapter, "-o", out, "--method", "shrink", "--lambda", "0.5", "-q")
+    assert done.code == 0
+    assert lines(out, base, adapter, sample="all") == []
+    (weights, *_) = sorted(out.glob("*.safetensors"))
+    name = next(name for name in load_file(weights) if not name.endswith("lora_A.weight"))
+    edit_tensor(weights, name, lambda t: t.view(len(t), -1)[:, -1].mul_(1.5))
+    agree(out, weights.name)
+    found = lines(out, base, adapter, sample="all")
+    assert found
+    assert all("[" in line and " within one rounding, found " in line for line in found), found
+
+
+def test_what_cannot_be_recomputed_is_not_verified(tmp_path: Path) -> None:
+    """The rotations of OFT have no formula here; the sample asks for what it cannot have."""
+    base, _ = helpers.three_shards(tmp_path)
+    (tmp_path / "oft").mkdir()
+    tensors = {"base_model.model.model.layers.1.mlp.up_proj.oft_R.weight": torch.full((6, 28), 0.1)}
+    save_file(tensors, tmp_path / "oft" / "adapter_model.safetensors")
+    config = {"peft_type": "OFT", "oft_block_size": 8, "r": 6, "target_modules": ["up_proj"]}
+    (tmp_path / "oft" / "adapter_config.json").write_text(json.dumps(config))
+    inputs = base, tmp_path / "oft"
+    streamer.merge_with_reduced_intruder_dimensions(*inputs, tmp_path / "model", method="shrink", mitigation_lambda=0.5)
+    assert lines(tmp_path / "model") == []
+    done = server().run("verify", tmp_path / "model", *inputs, "--json")
+    tree = check(done, "streamer.verification/1", 7)
+    why = "it is changed by a OFT adapter, for which verify has no formula"
+    assert done.err == f"streamer: {tmp_path / 'model'}: not verified: 1 matrix cannot be recomputed: {why}\n"
+    assert (tree["verified"], tree["differences"], tree["totals"]["recomputed"]) == (False, [], 0)
+    assert tree["not_recomputed"] == [{"tensor": "model.layers.1.mlp.up_proj.weight", "reason": why}]
 
 
 def test_outputs_of_several_adapters(tmp_path: Path) -> None:
@@ -154,18 +174,6 @@ def test_outputs_of_several_adapters(tmp_path: Path) -> None:
     assert e.value.exit_code == 3
 
 
-def test_findings_without_a_digest_take_the_inputs(job: Job, tmp_path: Path) -> None:
-    path = job.copy("findings.safetensors", tmp_path)
-    with safe_open(path, "pt") as f:
-        metadata = f.metadata()
-    del metadata["sha256"]
-    save_file(load_file(path), path, metadata)
-    with pytest.raises(streamer.StreamerError, match="holds no digest") as e:
-        streamer.verify_output(path)
-    assert e.value.exit_code == 3
-    assert lines(path, job.base, job.adapter, sample="all") == []
-
-
 # Refusals ----------------------------------------------------------------------------------------------------------------
 
 
@@ -175,13 +183,17 @@ def test_refusals(job: Job, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, weights)
     (tmp_path / "empty").mkdir()
     cases: list[tuple[tuple[object, ...], int, str]] = [
-        ((tmp_path / "no",), 3, f"{tmp_path / 'no'}: expected an output of streamer, found nothing"),
+        (
+            (tmp_path / "no",),
+            3,
+            f"{tmp_path / 'no'}: expected the streamer.json of a finished output, found none; check the path",
+        ),
         (
             (tmp_path / "empty",),
             3,
-            f"{tmp_path / 'empty'}: expected streamer.json, the record of a finished output, found none",
+            f"{tmp_path / 'empty'}: expected the streamer.json of a finished output, found none",
         ),
-        ((weights,), 3, f"{weights}: expected findings or an output's directory, found another safetensors file"),
+        ((weights,), 3, f"{weights}: expected an output's directory or findings, found another file; name"),
         ((job.base / "config.json",), 3, f"{job.base / 'config.json'}: expected an output's directory or findings"),
         ((job.home / "model", job.base), 2, "verify: expected BASE and ADAPTER, found one of them"),
         *(
@@ -201,7 +213,7 @@ def test_refusals(job: Job, tmp_path: Path) -> None:
         (
             (job.home / "model", tmp_path / "empty", job.adapter),
             3,
-            f"{tmp_path / 'empty'}: expected model-00001-of-00003.safetensors",
+            f"{tmp_path / 'empty' / 'model-00001-of-00003.safetensors'}: no such file; give the base that ",
         ),
     ]
     for argv, code, message in cases:
@@ -222,15 +234,8 @@ def test_a_base_of_other_values_is_refused(job: Job, tmp_path: Path) -> None:
     for kind in KINDS:
         done = server().run("verify", job.home / kind, other, job.adapter)
         assert done.code == 3, done
-        assert f"{shard}: expected values with digest " in done.err
-        assert ", of another model of this architecture; give the base that it was made from" in done.err
-
-
-def test_findings_of_no_matrices(job: Job, tmp_path: Path) -> None:
-    path = tmp_path / "none.safetensors"
-    replace(streamer.load_findings(job.home / "findings.safetensors"), matrices=()).save(path)
-    assert lines(path) == []
-    assert len(lines(path, job.base, job.adapter)) == 9
+        assert f"{shard}: expected sample_sha256 " in done.err
+        assert f"; give the base that {job.home / kind} was made from" in done.err
 
 
 def test_decisions_with_a_cutoff(tmp_path: Path) -> None:
@@ -282,13 +287,9 @@ def test_a_decision_near_epsilon_is_checked_as_closely_as_it_was_made(tmp_path: 
         path = tmp_path / f"{name}.safetensors"
         replace(near, matrices=tuple(replace(m, detection=detection) if m is row else m for m in near)).save(path)
         found = lines(path, base, adapter, sample="all")
-        assert [f"expected direction {j} to be no intruder" in line for line in found] == [True] * (name == "wrong")
-
-
-def test_max_memory_leaves_matrices_out(job: Job) -> None:
-    with pytest.warns(streamer.StreamerWarning, match="over the 100M of max_memory"):
-        found = streamer.verify_output(job.home / "model", job.base, job.adapter, max_memory="100M")
-    assert (found["totals"]["recomputed"], found["totals"]["not_recomputed"]) == (0, 9)
+        assert [f"expected intruders as recomputed, found number {j}" in line for line in found] == [True] * (
+            name == "wrong"
+        )
 
 
 def test_without_inputs_no_torch_is_loaded(job: Job) -> None:
@@ -304,13 +305,13 @@ def test_the_text_for_people(job: Job) -> None:
     done = server().run("verify", job.home / "model", job.base, job.adapter)
     rest = "not compared: 6 matrices and 6 other tensors; --sample all compares everything"
     assert done.out.splitlines() == [
-        f"{job.home / 'model'}: 8 files, 74.5 kB, as recorded",
+        f"{job.home / 'model'}: 7 files, 73.5 kB, as recorded",
         "3 of 9 matrices recomputed, each within its rounding",
         "0 of 6 other tensors compared with the inputs'",
         rest,
     ]
     assert done.last.startswith(
-        f"streamer: verify: 8 files, 74.5 kB, nothing differs, 3 matrices recomputed, {rest}, in "
+        f"streamer: verify: 7 files, 73.5 kB, nothing differs, 3 matrices recomputed, {rest}, in "
     )
     done = server().run("verify", job.home / "model", job.base, job.adapter, "--sample", "all")
     assert done.out.splitlines()[1:] == [

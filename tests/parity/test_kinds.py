@@ -43,7 +43,6 @@ CASES = [
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore:.*none of its matrices could be recomputed")
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_a_kind(kind: str, dtype: str, tmp_path: Path) -> None:
     figures = kinds_cases.measure(kind, kinds_cases.DTYPES[dtype], tmp_path)
@@ -64,7 +63,9 @@ def test_a_kind(kind: str, dtype: str, tmp_path: Path) -> None:
         assert figures.to_lora <= max(4 * eps, 2e-5)
     for name in ("merged", "merged-half", "same", "half", "lora"):
         if (tmp_path / name).exists():
-            assert lines(tmp_path / name, tmp_path / "base", tmp_path / "adapter", sample="all") == []
+            found = lines(tmp_path / name, tmp_path / "base", tmp_path / "adapter", sample="all")
+            unknown = kind.startswith(("OFT", "BOFT"))
+            assert "for which verify has no formula" in found[0] if unknown else found == []
 
 
 def test_several_kinds_together_are_what_each_is_alone(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from evaluated import token_ids
 from mapped import energy_form
 from seeds import vary
 from test_inputs import KINDS, of_peft
+from verified import lines
 
 import streamer
 from streamer.linalg.second_moments import RowMoments, leading_vectors
@@ -77,10 +78,9 @@ def test_kinds(kind: str, tmp_path: Path) -> None:
         assert_alike(cls, tmp_path / "base", adapter, tmp_path)
     streamer.reduce_intruder_dimension(tmp_path / "base", adapter, tmp_path / "out", map=made, on_event=lambda e: None)
     made.save(tmp_path / "m.safetensors")
-    found = streamer.verify_output(
-        tmp_path / "out", tmp_path / "base", adapter, sample="all", map=tmp_path / "m.safetensors"
-    )
-    assert found["differences"] == []
+    found = lines(tmp_path / "out", tmp_path / "base", adapter, sample="all", map=tmp_path / "m.safetensors")
+    apart = kind == "experts, one tensor each"  # which of the factors are which parameter's, only a stack tells
+    assert "not verified: 16 matrices cannot be recomputed" in found[0] if apart else found == []
 
 
 POSITIONS = {

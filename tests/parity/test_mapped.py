@@ -21,7 +21,7 @@ from verified import agree, edit_tensor
 
 import streamer
 import streamer.peft as live
-from streamer.errors import MismatchError, StreamerWarning, VerificationError
+from streamer.errors import MismatchError, MissingInputError, StreamerWarning, VerificationError
 
 LAMBDA = 0.4
 
@@ -100,19 +100,20 @@ def test_verification_needs_the_map_and_finds_a_wrong_value(base: Path, tmp_path
     random_map(base, adapter, seed="b").save(tmp_path / "other.safetensors")
     options = {"map": tmp_path / "m.safetensors", "mitigation_lambda": 0.4}
     streamer.reduce_intruder_dimension(base, adapter, tmp_path / "0.4", **options)
-    with pytest.warns(StreamerWarning, match="pass it as --map"):
-        found = streamer.verify_output(tmp_path / "0.4", base, adapter)
-    assert found["totals"]["recomputed"] == 0
+    assert streamer.verify_output(tmp_path / "0.4", base, adapter)["totals"]["recomputed"] == 3
+    (tmp_path / "m.safetensors").rename(tmp_path / "moved.safetensors")
+    with pytest.raises(MissingInputError, match=r"found none named 'm.safetensors' beside it; pass --map FILE"):
+        streamer.verify_output(tmp_path / "0.4", base, adapter)
     with pytest.raises(MismatchError, match="is not the map with digest"):
         streamer.verify_output(tmp_path / "0.4", base, adapter, map=tmp_path / "other.safetensors")
-    with pytest.raises(MismatchError, match="is not a map"):
+    with pytest.raises(MismatchError, match=r"adapter_model.safetensors: is not the map with digest"):
         streamer.verify_output(tmp_path / "0.4", base, adapter, map=adapter / "adapter_model.safetensors")
     weights = tmp_path / "0.4" / "adapter_model.safetensors"
     name = next(name for name in load_file(weights) if "lora_A" in name)
     edit_tensor(weights, name, lambda tensor: tensor.mul_(1.01))
     agree(tmp_path / "0.4", weights.name)
-    with pytest.raises(VerificationError, match="within one rounding of its factors"):
-        streamer.verify_output(tmp_path / "0.4", base, adapter, sample="all", map=tmp_path / "m.safetensors")
+    with pytest.raises(VerificationError, match="the nearest factors to Δ' within one rounding"):
+        streamer.verify_output(tmp_path / "0.4", base, adapter, sample="all", map=tmp_path / "moved.safetensors")
 
 
 def test_several_adapters_take_one_map(base: Path, tmp_path: Path) -> None:

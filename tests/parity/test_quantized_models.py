@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from verified import lines
 
 import streamer
 from streamer.errors import MismatchError, UnsupportedError
@@ -265,7 +266,6 @@ def test_a_saved_module_that_stands_as_codes(name: str, plain: tuple[Path, Path]
 
 
 @pytest.mark.filterwarnings("ignore:the adapter was trained on")  # the decoded base
-@pytest.mark.filterwarnings("ignore:.*none of its matrices could be recomputed")  # codes but FP8
 @pytest.mark.parametrize("name", ["nf4", "int8", "fp8-blocks", "gptq"])
 def test_trained_rows_of_codes(name: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
     """Codes do not hold them: they are written into the decoded weight, or the merge is refused."""
@@ -283,7 +283,12 @@ def test_trained_rows_of_codes(name: str, plain: tuple[Path, Path], tmp_path: Pa
     streamer.merge_with_reduced_intruder_dimensions(*inputs, out, mitigation_lambda=1, dequantize=True)
     for key, t in all_tensors(out).items():
         assert torch.allclose(t.double(), exact[key].double(), rtol=2**-7, atol=1e-6), key
-    assert streamer.verify_output(out, *inputs, sample="all")["verified"]
+    found = lines(out, *inputs, sample="all")
+    assert (
+        found == []
+        if name == "fp8-blocks"
+        else "not verified: 2 matrices cannot be recomputed: it is stored as" in found[0]
+    )
     with pytest.raises(UnsupportedError, match="of the weights to merge into are quantized"):
         streamer.iter_merged(*inputs, mitigation_lambda=1)
     config = json.loads((inputs[1] / "adapter_config.json").read_text())

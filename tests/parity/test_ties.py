@@ -265,7 +265,10 @@ def test_peft_opens_the_adapter_of_a_tuned_model(name: str, changed: str, tmp_pa
         "mitigate", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "out", "--lambda", 1, "--to-lora", 4
     )
     assert done.code == 0, done.err
-    assert lines(tmp_path / "out", tmp_path / "base", tmp_path / "tuned", sample="all") == []
+    found = lines(tmp_path / "out", tmp_path / "base", tmp_path / "tuned", sample="all")
+    if (name, changed) == ("gemma 3", "all"):  # saved whole under the name that it has at run time
+        assert "not verified: 1 matrix cannot be recomputed: its factors are not in the adapter" in found.pop()
+    assert found == []
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         peft = PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "out")

@@ -22,17 +22,15 @@ from streamer.methods import (
     takes_findings,
 )
 from streamer.methods.input_map import InputMap
-from streamer.verification.mitigation import WITNESSED
+from streamer.verification.verify import NEEDS
 
 PACKAGE = Path(streamer.__file__).parent
 
 
 def test_each_name_is_one_of_a_method_and_has_a_witness() -> None:
     assert list(METHODS) == list(get_args(MethodName)) == [method.name for method in METHODS.values()]
-    takes = {"factors": "coefficients"}  # as the option is called
-    assert {name: method.needs.value for name, method in METHODS.items()} == {
-        n: takes.get(t, t) for n, t in WITNESSED.items()
-    }
+    needs = {name: method.needs for name, method in METHODS.items() if method.needs in (Needs.COEFFICIENTS, Needs.MAP)}
+    assert {name: option.value for name, option in needs.items()} == NEEDS
     assert [name for name in METHODS if takes_findings(name)] == [
         name for name, method in METHODS.items() if method.needs is Needs.FINDINGS
     ]

@@ -333,5 +333,5 @@ def test_the_public_writer_looks_at_a_file_under_its_lock(tmp_path: Path) -> Non
 
 
 def test_an_output_of_the_public_writer_is_none_that_is_verified(written: Path) -> None:
-    with pytest.raises(FormatError, match="was written by write_safetensors, which records digests alone; verify and"):
+    with pytest.raises(FormatError, match="is of write_safetensors, which records digests alone"):
         streamer.verify_output(written)
