@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers
 from architectures import MODELS, assert_merged, weights
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from seeds import vary
 
 import streamer
-from streamer.errors import FormatError
+from streamer.errors import FormatError, MismatchError
 
 
 def make(cls: Any, config: Any, home: Path, rows: int = 0, **lora: Any) -> Any:
@@ -72,6 +72,34 @@ def test_copies_beside_saved_modules_are_not_merged(case: str, tmp_path: Path) -
     save_file(tensors, file)
     with pytest.raises(FormatError, match="both change"):
         streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])
+def test_embeddings_that_were_resized_but_not_saved(targets: list[str], tmp_path: Path) -> None:
+    """As PEFT loads it on the base, directly and by way of a mitigated adapter; where PEFT cannot, both ways are refused."""
+    cls, config = untied("llama")()
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = make(cls, config, tmp_path, 70, target_modules=targets)
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    mitigate = partial(streamer.reduce_intruder_dimension, method="shrink", mitigation_lambda=1.0)
+    merge = partial(streamer.merge_with_reduced_intruder_dimensions, method="shrink", mitigation_lambda=1.0)
+    if "embed_tokens" in targets:
+        with pytest.raises(RuntimeError, match=r"size mismatch for .*embed_tokens"):
+            PeftModel.from_pretrained(cls.from_pretrained(base), adapter)
+        for run in (mitigate, merge):
+            with pytest.raises(
+                MismatchError, match=r"'model.embed_tokens': expected shape \[70, 32\] in the base, found \[64, 32\]"
+            ):
+                run(base, adapter, tmp_path / "out")
+        return
+    mitigate(base, adapter, tmp_path / "mitigated")
+    merge(base, adapter, tmp_path / "out")
+    merge(base, tmp_path / "mitigated", tmp_path / "by way")
+    PeftModel.from_pretrained(cls.from_pretrained(base), adapter).merge_and_unload().save_pretrained(
+        tmp_path / "theirs"
+    )
+    for name in ("out", "by way"):
+        assert_merged(weights(tmp_path / name), weights(tmp_path / "theirs"))
 
 
 @pytest.mark.parametrize("same", [True, False])
