@@ -38,7 +38,7 @@ The rest is for readers of the code. The folders follow the data, and a module i
     verification/  witnesses         an output checked against its record and inputs by independent code
     evaluation/    judgements        what each variant keeps and forgets, the race, and the suggestion
     fitting/       fits              factors fitted to the user's texts; maps of a base
-    report/        pictures          a page and figures of findings and measurements; comparison of findings
+    report/        pictures          a page of findings and measurements; comparison of findings
     remote/        addresses         hub names, buckets and https addresses become directories
     forecast/      forecasts         memory, bytes and time of a command, before it runs
     api/           the library       one request and one function for each command

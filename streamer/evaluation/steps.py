@@ -81,7 +81,7 @@ class Wanted:
     variants
         ``base``, ``adapter`` and others.
     keep
-        Share of the learning that the placed shrink should keep.
+        Share of the learning that a placed λ should keep.
     rounds
         Eighths of the texts that each round runs; after each round, variants may be dropped.
     nodes
@@ -186,6 +186,8 @@ def next_request(
         if own.start >= max(request.eighths.stop, reached) and (always or racing):
             later.append((1 + always + racing + (shrinks and ahead), own))
     later += [(2, range(len(ALL) // 2))] * (shrinks and tried < 2)  # which is asked for at any time, or not at all
+    others = {v.method for v in alive if v.method != Shrink.name and v.mitigation_lambda is not None}
+    later += [(2, ALL)] * sum(wanted.keep < 1 and not tries[str(name)] for name in others if len(wanted.rounds) == 1)
     return Request(request.variants, request.eighths, tuple(later))
 
 

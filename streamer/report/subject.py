@@ -30,7 +30,7 @@ SCHEMA: Final = "streamer.report/1"
 
 # fmt: off
 class ReportRecord(TypedDict):
-    """What `streamer report --json` prints with an evaluation or with -o: the data of the page and the figures."""
+    """What `streamer report --json` prints with an evaluation or with -o: the data of the page."""
     schema: Literal["streamer.report/1"]
     findings: Annotated[FindingsRecord | None, "The findings, streamer.findings/1; null for an output or an evaluation alone."]
     evaluation: Annotated[EvaluationRecord | None, "The evaluation, streamer.evaluation/1; null without one."]

@@ -79,11 +79,24 @@ class OutputCheck:
             triplets = deltas.leading_triplets(W, self.record["detection"]["top_k"])
             mitigated, spread = deltas.by_intruders(method, lam, delta, triplets, row["intruders"])
         written = f"base_model.model.{row['module']}.weight" if isinstance(self.files, AdapterFiles) else tensor
+        if not isinstance(self.files, AdapterFiles):
+            before, after = (files.stored.get(tensor) for files in (self.base, self.files))
+            if before and after and not self.record["dequantize"] and before.dtype != after.dtype:
+                self._differ(tensor, f"the base's dtype {before.dtype}", f"{after.dtype}")
         if not isinstance(self.files, AdapterFiles) or written in self.files.stored:
             return self._compare(tensor, written, W0, mitigated, spread)
         mine, theirs = (files.names(row["module"], W0.stored_shape) for files in (self.files, self.adapter))
         same = (same_bytes(self.files, name, self.adapter, theirs.get(role, "")) for role, name in mine.items())
-        if mine and mitigated is delta and not self._rewritten and all(same):
+        if mine and mitigated is delta and not self._rewritten and mine.keys() == theirs.keys() and all(same):
+            keys = ("use_dora", "use_rslora", "peft_type", "init_r", "scaling")
+            wanted, found = ({key: f.options.get(key) or None for key in keys} for f in (self.adapter, self.files))
+            if "lora_A" in mine:
+                rank = self.files.stored[mine["lora_A"]].shape[0]
+                wanted["alpha/r"], found["alpha/r"] = (
+                    f.scaling(row["module"], rank) for f in (self.adapter, self.files)
+                )
+            if wanted != found:
+                self._differ(tensor, f"the adapter's {wanted}", f"{found}")
             return 0.0
         return self._compare_factors(row, W0, mitigated, spread, self.files)
 
@@ -153,6 +166,8 @@ class OutputCheck:
         share = float(max(np.linalg.norm(rest @ V), np.linalg.norm(Q.T @ rest), beyond) / permitted)
         if not share <= 1:
             self._differ(tensor, "the nearest factors to Δ' within one rounding", f"{share:.3g} times that")
+        elif asked is None and P.terms != (own := self.adapter.factors(row["module"], W0.stored_shape)[0].terms):
+            self._differ(tensor, f"factors of rank {own}", f"{P.terms}")
         elif asked is not None and (P.terms != asked if isinstance(asked, int) else size and kept < asked - 1e-3):
             self._differ(tensor, f"factors of rank {asked}, or of that share of the energy", f"{P.terms}, {kept:.4g}")
         return share
@@ -189,6 +204,9 @@ class OutputCheck:
 
     def _compare_stack(self, name: str) -> None:
         """Compare the matrices of a stack that have no row with the base's."""
+        if name not in self.files.stored:
+            self._differ(name, "the base's tensor", "none")
+            return
         if name not in self.base.stored or self.base.stored[name][:2] != self.files.stored[name][:2]:
             raise NotRecomputed("it is built from several tensors of the base")
         count = self.base.stored[name].shape[0]

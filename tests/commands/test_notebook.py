@@ -29,17 +29,12 @@ def run_cell(source: str, namespace: dict[str, Any]) -> Any:
 @pytest.mark.long
 def test_the_notebook_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    pictures: list[Any] = []
-    namespace: dict[str, Any] = {"display": lambda image: pictures.append(image.copy())}
+    namespace: dict[str, Any] = {}
     shown = [value for source in CELLS if (value := run_cell(source, namespace)) is not None]
     findings, diff = namespace["findings"], namespace["diff"]
     assert len(findings) == 18
     assert findings.intruders > 4
     assert diff.count("gone") > findings.intruders / 2
-    assert len(pictures) == 3
-    for picture in pictures:
-        assert picture.width > 600
-        assert len(picture.convert("L").getcolors()) > 20
     assert not namespace["home"].exists()
     kinds = [type(value) for value in shown]
     assert kinds == [

@@ -88,7 +88,7 @@ def test_verify_takes_the_file_of_the_fit(server: Server, home: Path, fitted: Pa
     for command, out in (("mitigate", tmp_path / "a"), ("merge", tmp_path / "m")):
         assert server.run(command, *inputs, "-o", out, "--coefficients", fitted, "--keep", 0.7, "-q").code == 0
         alone = server.run("verify", out, *inputs)
-        words = f"found none named '{fitted.name}' beside it; pass --coefficients FILE"
+        words = f"found no '{fitted.name}' beside it; pass the file with --coefficients"
         assert (alone.code, words in alone.err) == (3, True)
         beside = shutil.copy(fitted, tmp_path / fitted.name)
         for more in ([], ["--coefficients", fitted]):

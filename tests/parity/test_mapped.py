@@ -102,7 +102,7 @@ def test_verification_needs_the_map_and_finds_a_wrong_value(base: Path, tmp_path
     streamer.reduce_intruder_dimension(base, adapter, tmp_path / "0.4", **options)
     assert streamer.verify_output(tmp_path / "0.4", base, adapter)["totals"]["recomputed"] == 3
     (tmp_path / "m.safetensors").rename(tmp_path / "moved.safetensors")
-    with pytest.raises(MissingInputError, match=r"found none named 'm.safetensors' beside it; pass --map FILE"):
+    with pytest.raises(MissingInputError, match=r"found no 'm.safetensors' beside it; pass the file with --map"):
         streamer.verify_output(tmp_path / "0.4", base, adapter)
     with pytest.raises(MismatchError, match="is not the map with digest"):
         streamer.verify_output(tmp_path / "0.4", base, adapter, map=tmp_path / "other.safetensors")
