@@ -227,7 +227,7 @@ def _workers(args: argparse.Namespace, monitor: Monitor) -> Workers | None:
 
 def _forecast(request: Any, args: argparse.Namespace, monitor: Monitor, workers: Workers | None) -> Result:
     """Return a request's forecast, for `--dry-run`."""
-    from streamer.cli.dry_run import dry_run_text
+    from streamer.cli.forecast_table import dry_run_text
 
     record = request.forecast(monitor, workers)
     return record, dry_run_text(record, args.command, _screen(args))

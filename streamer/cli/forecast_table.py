@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamer.cli.layout import Column, Screen, table
+from streamer.cli.layout import Column, Screen, fit, table
 from streamer.units import counted, format_duration, format_size
 
 
@@ -65,3 +65,21 @@ def _memory(forecast: Mapping[str, Any]) -> str:
 
 def _time(seconds: float | None) -> str:
     return "not estimated" if seconds is None else f"about {format_duration(seconds)}"
+
+
+def dry_run_text(record: Mapping[str, Any], command: str, screen: Screen) -> str:
+    """Describe what a run would write and need, for one output or those of several adapters."""
+    found = record.get("adapters")
+    tree = record["forecast"]
+    forecast = "" if tree is None else forecast_text(command, tree, record["free_bytes"])
+    if found is None:
+        return fit(f"{_line(record)}\n{forecast}".rstrip(), screen.width)
+    parts = [f"{name}\n{_line(one)}" for name, one in found.items()]
+    return "\n\n".join([*parts, f"all together\n{fit(forecast, screen.width)}"] if forecast else parts)
+
+
+def _line(one: Mapping[str, Any]) -> str:
+    says = {"new": "would write", "resume": "would resume", "done": "nothing to do: it exists already"}[one["state"]]
+    written = "" if one["bytes"] is None else f", {format_size(one['bytes'])}"
+    files, matrices = counted(one["files"], "file"), counted(one["matrices"], "matrix")
+    return f"dry run: {says} {one['output']}: {files}{written}; {matrices}"

@@ -11,8 +11,7 @@ from streamer import __version__
 from streamer.api.choices import ABOUT, DEFAULT_METHOD, WITHOUT_FILES
 from streamer.cli.arguments import Parser, number, numbers, path, rank, sample, size, top_k
 from streamer.cli.help import DESCRIPTION, EPILOG, EXAMPLES, EXIT_CODES
-from streamer.cli.text_options import add_computing, add_device, add_fit, add_map, add_texts, add_threads
-from streamer.cli.worker_options import add_workers
+from streamer.cli.shared_options import add_computing, add_device, add_fit, add_map, add_texts, add_threads, add_workers
 
 OPTIONS = {
     "threshold_epsilon": "--epsilon",

@@ -135,7 +135,7 @@ def missing_bytes(plan: OutputPlan, state: str) -> int:
     stage = plan.path / STAGE_NAME
     leftovers = own_partials(plan) | {place / name for place in (plan.path, stage) for name, _ in plan.temporary}
     leftovers |= {*stage.rglob("*")} if state == "new" else set()
-    finished = {entry.get("file") for entry in Journal.peek(plan.path / JOURNAL_NAME)} if state == "resume" else set()
+    finished = {one.file for one in as_files([*Journal.peek(plan.path / JOURNAL_NAME)])} if state == "resume" else set()
     todo = sum(size for name, size in plan.files if name not in finished)
     return todo + plan.temporary_bytes - sum(map(allocated_bytes, leftovers))
 

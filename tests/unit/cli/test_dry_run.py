@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from streamer.api.records import dry_run
-from streamer.cli.dry_run import dry_run_text
+from streamer.cli.forecast_table import dry_run_text
 from streamer.cli.layout import Screen
 
 

@@ -1,4 +1,4 @@
-"""Declare the options of the commands that run the model on texts, and those of `fit`."""
+"""Declare the options that several commands share: of texts, computing, fits, maps and workers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ from streamer.cli.arguments import integer, number, numbers, size
 def add_texts(sub: argparse.ArgumentParser, built_in: bool = False) -> None:
     """Add the two texts, how much of each to read, and the dtype of products; `built_in` if general text has a default."""
     more = " (default: Python's built-in help texts; your own text works better)" if built_in else ""
-    sub.add_argument(
-        "--general",
-        required=not built_in,
-        metavar="TEXT",
-        help=f"general text, for measuring forgetting: .txt, .jsonl or .npy{more}",
-    )
+    sub.add_argument("--general", required=not built_in, metavar="TEXT",
+                     help=f"general text, for measuring forgetting: .txt, .jsonl or .npy{more}")  # fmt: skip
     sub.add_argument("--task", required=True, metavar="TEXT",
                      help="text from ADAPTER's task but not from its training data")  # fmt: skip
     sub.add_argument("--sequences", type=integer, default=64, metavar="N",
@@ -58,11 +54,7 @@ def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
                          help="shares of the learning to keep; each gives one set (default: 0.9)")  # fmt: skip
     else:
         sub.add_argument(
-            "--keep",
-            type=number,
-            default=0.9,
-            metavar="SHARE",
-            help="share of the learning to keep (default: 0.9)",
+            "--keep", type=number, default=0.9, metavar="SHARE", help="share of the learning to keep (default: 0.9)"
         )
     sub.add_argument("--holdout", type=number, default=0.25, metavar="SHARE",
                      help="share of each text's sequences to hold out for choosing and measuring (default: 0.25)")  # fmt: skip
@@ -82,3 +74,13 @@ def add_map(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--length", type=integer, metavar="N", help="maximum number of tokens per sequence (default: 512)")
     sub.add_argument("--dtype", choices=["float32", "bf16"],
                      help="dtype of products with base weights; bf16 is faster on some processors (default: float32)")  # fmt: skip
+
+
+def add_workers(sub: argparse.ArgumentParser) -> None:
+    """Add the options for workers on this machine or an engine."""
+    g = sub.add_argument_group("workers (docs/workers.md)")
+    g.add_argument("--workers", type=integer, metavar="N",
+                   help="compute in N processes that share the cores and --max-memory (default: in this process)")  # fmt: skip
+    g.add_argument("--executor", metavar="ENGINE:ADDRESS",
+                   help="compute on the workers of a cluster: dask:HOST:PORT, dask:FILE.json (its scheduler file), ray:auto or "
+                        "ray:HOST:PORT; --threads and --max-memory apply to each task")  # fmt: skip
