@@ -194,7 +194,11 @@ def _find_file(record: Mapping[str, Any], output: Path, given: Given) -> Path | 
         raise errors.UsageError(f"{wrong[0]}: is not needed for an output of method {method!r}; leave it out")
     path = Path(given.get(needed) or output.resolve().parent / name)
     if needed and not path.is_file():
-        found = f"expected its {needed}, found no file {path}" if given[needed] else f"found no {name!r} beside it"
+        found = (
+            f"expected its {needed}, found no file {path}"
+            if given[needed]
+            else f"found no {name or 'recorded file'!r} beside it"
+        )
         raise errors.MissingInputError(f"{output}: {found}; pass the file with --{needed}", path)
     return path if needed else None
 
