@@ -189,16 +189,12 @@ def _find_file(record: Mapping[str, Any], output: Path, given: Given) -> Path | 
     UsageError
         If a file for another method is given.
     """
-    method, name, needed = record["method"], record.get("file", ""), NEEDS.get(record["method"], "")
+    method, name, needed = record["method"], record.get("file") or "recorded file", NEEDS.get(record["method"], "")
     if wrong := [option for option, path in given.items() if path is not None and option != needed]:
         raise errors.UsageError(f"{wrong[0]}: is not needed for an output of method {method!r}; leave it out")
     path = Path(given.get(needed) or output.resolve().parent / name)
     if needed and not path.is_file():
-        found = (
-            f"expected its {needed}, found no file {path}"
-            if given[needed]
-            else f"found no {name or 'recorded file'!r} beside it"
-        )
+        found = f"expected its {needed}, found no file {path}" if given[needed] else f"found no {name!r} beside it"
         raise errors.MissingInputError(f"{output}: {found}; pass the file with --{needed}", path)
     return path if needed else None
 
