@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from streamer.verification import deltas, tensors
-from streamer.verification.deltas import AdapterFiles, Delta
+from streamer.verification.deltas import AdapterFiles, Delta, Factors
 from streamer.verification.result import NotRecomputed, Outcome
 from streamer.verification.tensors import FP8, Array, Matrix, TensorFiles, blocks, same_bytes, whole
 
 _SPELLINGS = re.compile(r"\.modules_to_save(?:\.[^.]+(?=\..))?|(?<=_[AB])\.(?!weight$|bias$)[^.]+|(?<=_delta|vector)\.[^.]+$")  # fmt: skip
 
-Row = dict[str, Any]
+SCALING = ("use_dora", "use_rslora", "init_r", "alpha", "lora_alpha", "alpha_pattern", "r", "rank_pattern")
+"""Keys of an adapter's config on which its deltas depend, besides its factors."""
+
 Task = tuple[str, Callable[[], float | None]]
 """A tensor, and what recomputes or compares it: it notes differences, and raises `NotRecomputed` if it cannot."""
 
@@ -79,26 +81,16 @@ class OutputCheck:
             triplets = deltas.leading_triplets(W, self.record["detection"]["top_k"])
             mitigated, spread = deltas.by_intruders(method, lam, delta, triplets, row["intruders"])
         written = f"base_model.model.{row['module']}.weight" if isinstance(self.files, AdapterFiles) else tensor
-        if not isinstance(self.files, AdapterFiles):
-            before, after = (files.stored.get(tensor) for files in (self.base, self.files))
-            if before and after and not self.record["dequantize"] and before.dtype != after.dtype:
-                self._differ(tensor, f"the base's dtype {before.dtype}", f"{after.dtype}")
         if not isinstance(self.files, AdapterFiles) or written in self.files.stored:
             return self._compare(tensor, written, W0, mitigated, spread)
         mine, theirs = (files.names(row["module"], W0.stored_shape) for files in (self.files, self.adapter))
         same = (same_bytes(self.files, name, self.adapter, theirs.get(role, "")) for role, name in mine.items())
-        if mine and mitigated is delta and not self._rewritten and mine.keys() == theirs.keys() and all(same):
-            keys = ("use_dora", "use_rslora", "peft_type", "init_r", "scaling")
-            wanted, found = ({key: f.options.get(key) or None for key in keys} for f in (self.adapter, self.files))
-            if "lora_A" in mine:
-                rank = self.files.stored[mine["lora_A"]].shape[0]
-                wanted["alpha/r"], found["alpha/r"] = (
-                    f.scaling(row["module"], rank) for f in (self.adapter, self.files)
-                )
-            if wanted != found:
-                self._differ(tensor, f"the adapter's {wanted}", f"{found}")
+        options = [[files.options.get(key) or None for key in SCALING] for files in (self.files, self.adapter)]
+        copied = bool(mine) and mine.keys() == theirs.keys() and all(same) and options[0] == options[1]
+        if copied and mitigated is delta and not self._rewritten:
             return 0.0
-        return self._compare_factors(row, W0, mitigated, spread, self.files)
+        factors, asked = self.files.factors(row["module"], W0.stored_shape), self.record["to_lora"] or delta.terms
+        return self._compare_factors(tensor, mitigated, spread, asked, factors)
 
     def _source(self, tensor: str) -> Matrix:
         """Return a tensor before its delta: the base's, with the edits that the record lists."""
@@ -122,8 +114,10 @@ class OutputCheck:
         written = replace(W0, files=self.files, name=name, replaced={}, added=None)
         if W0.dtype not in tensors.ELEMENTS:
             raise NotRecomputed(f"it is stored as {W0.dtype or 'several tensors'}, which is not decoded here")
-        if written.stored_shape != W0.stored_shape:
-            self._differ(tensor, f"a matrix of {[*W0.stored_shape]}", f"{[*written.stored_shape]}")
+        keeps = delta is not None and self.outcome.kind == "model" and not self.record["dequantize"]
+        dtype = Matrix(self.base, tensor).dtype if keeps else ""
+        if written.stored_shape != W0.stored_shape or dtype not in ("", written.dtype):
+            self._differ(tensor, f"{dtype} {[*W0.stored_shape]}", f"{written.dtype} {[*written.stored_shape]}")
             return math.inf
         # A copy or a cast is exact.
         terms = delta.terms + 8 if delta is not None else 8 * (W0.added is not None or W0.dtype == FP8)
@@ -142,18 +136,18 @@ class OutputCheck:
             self._differ(tensor, expected, f"{worst:.3g} times that")
         return worst
 
-    def _compare_factors(self, row: Row, W0: Matrix, mitigated: Delta, spread: float, files: AdapterFiles) -> float:
+    def _compare_factors(self, tensor: str, delta: Delta, spread: float, asked: float, factors: Factors) -> float:
         """Check that the written ``P = s·B·A`` is a nearest matrix of its rank to Δ', and return the largest error as `_compare` does.
 
-        The rest ``Δ' − P`` is orthogonal to the rows and the columns of P, and no larger than P's least singular value.
+        The rest ``Δ' − P`` is orthogonal to the rows and the columns of P, and no larger than P's least singular value. P has the rank, or
+        the share of the energy of Δ', that is asked for.
         """
-        tensor, asked = row["tensor"], self.record["to_lora"]
-        P, (half_L, half_R), _ = files.factors(row["module"], W0.stored_shape)
-        if P.shape != mitigated.shape or not (np.isfinite(P.L).all() and np.isfinite(P.R).all()):
-            self._differ(tensor, f"finite factors of a matrix of {[*mitigated.shape]}", f"of {[*P.shape]}")
+        P, (half_L, half_R), _ = factors
+        if P.shape != delta.shape or not (np.isfinite(P.L).all() and np.isfinite(P.R).all()):
+            self._differ(tensor, f"finite factors of a matrix of {[*delta.shape]}", f"of {[*P.shape]}")
             return math.inf
         rounding = np.hstack([half_L, np.abs(P.L)]) @ np.hstack([np.abs(P.R) + half_R, half_R]).T
-        rest = mitigated.dense()
+        rest = delta.dense()
         size = float(np.linalg.norm(rest))
         rest -= P.dense()
         (Q, left), (V, right) = np.linalg.qr(P.L), np.linalg.qr(P.R)
@@ -166,21 +160,19 @@ class OutputCheck:
         share = float(max(np.linalg.norm(rest @ V), np.linalg.norm(Q.T @ rest), beyond) / permitted)
         if not share <= 1:
             self._differ(tensor, "the nearest factors to Δ' within one rounding", f"{share:.3g} times that")
-        elif asked is None and P.terms != (own := self.adapter.factors(row["module"], W0.stored_shape)[0].terms):
-            self._differ(tensor, f"factors of rank {own}", f"{P.terms}")
-        elif asked is not None and (P.terms != asked if isinstance(asked, int) else size and kept < asked - 1e-3):
+        elif P.terms != asked if isinstance(asked, int) else size and kept < asked - 1e-3:
             self._differ(tensor, f"factors of rank {asked}, or of that share of the energy", f"{P.terms}, {kept:.4g}")
         return share
 
     def others(self) -> Iterator[Task]:
         """Yield all other tensors of the output and the inputs."""
         if isinstance(self.files, AdapterFiles):
-            yield from self._others_of_adapter(self.files)
-            return
+            return self._others_of_adapter(self.files)
         coded = {name for name in self._stored if name in self.base.stored and self.base.stored[name].dtype == FP8}
         done = self._rows.keys() | {name + end for name in coded for end in ("_scale_inv", "_scale")}
-        for name in sorted((self.files.stored.keys() | self.base.stored.keys()) - done):
-            yield name, partial(self._compare_stack if name in self._stored else self._compare_weight, name)
+        names = sorted((self.files.stored.keys() | self.base.stored.keys()) - done)
+        compare = (self._compare_weight, self._compare_stack)  # a stack of which some matrices have no row
+        return ((name, partial(compare[name in self._stored], name)) for name in names)
 
     def _compare_weight(self, name: str) -> None:
         """Compare a tensor that no row covers with the base's or the adapter's, or with what the record says that changes in it."""
@@ -204,12 +196,10 @@ class OutputCheck:
 
     def _compare_stack(self, name: str) -> None:
         """Compare the matrices of a stack that have no row with the base's."""
-        if name not in self.files.stored:
-            self._differ(name, "the base's tensor", "none")
-            return
-        if name not in self.base.stored or self.base.stored[name][:2] != self.files.stored[name][:2]:
-            raise NotRecomputed("it is built from several tensors of the base")
-        count = self.base.stored[name].shape[0]
+        stored = [files.stored.get(name) for files in (self.files, self.base)]
+        if stored[0] is None or stored[1] is None or stored[0][:2] != stored[1][:2]:
+            raise NotRecomputed("it is not a tensor of the base and of the output")
+        count = stored[0].shape[0]
         mine, theirs = (np.array_split(files.raw(name), count) for files in (self.files, self.base))
         if not all(f"{name}[{e}]" in self._rows or np.array_equal(mine[e], theirs[e]) for e in range(count)):
             self._differ(name, "the base's bytes in matrices that have no row", "others")
@@ -218,8 +208,8 @@ class OutputCheck:
         """Compare tensors without a row with the adapter's of the same name, or, in an adapter of another rank, of any name."""
         adapter, rows = self.adapter, self._rows.items()
         mine, theirs = ({name for roles in of.modules.values() for name in roles.values()} for of in (files, adapter))
-        names = (files.names(row["module"], Matrix(self.base, tensor).stored_shape) for tensor, row in rows)
-        own = {name for roles in names for name in roles.values()}
+        shapes = ((row["module"], Matrix(self.base, tensor).stored_shape) for tensor, row in rows)
+        own = {name for module, shape in shapes for name in files.names(module, shape).values()}
         saved = {f"base_model.model.{row['module']}.weight" for _, row in rows}
         spelled = set(map(_spelling, files.stored))
         for name in sorted(files.stored.keys() - own - saved):
@@ -298,7 +288,6 @@ class FindingsCheck:
             yield "residuals of its triplets", residuals / (2 * loose[ranks])
             skew = np.abs([U.T @ U - np.eye(len(S)), Vh @ Vh.T - np.eye(len(S))]).max((0, 1))
             yield "orthonormal vectors", skew / 1e-4
-            yield "S among its singular values", np.abs(S - values[ranks]) / (1e-6 * first)
         # Ritz values of the certified solver may be smaller.
         above = base_values[: len(of_base)] - of_base[: len(base_values)]
         off = np.abs(above) if row["solver"] == "dense" else np.maximum(above, -base_values[: len(of_base)])

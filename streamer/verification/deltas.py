@@ -106,6 +106,10 @@ def _dora(W0: Matrix, low: LowRank, magnitude: Array) -> Delta:
     return Delta(low.shape, rows, low.terms)
 
 
+Factors = tuple[LowRank, tuple[Array, Array], dict[str, str]]
+"""A module's LoRA, ``s·B·A``, half the spacings of the values of s·B and Aᵀ, and the names of its tensors by role."""
+
+
 class AdapterFiles(TensorFiles):
     """Tensors and config of an adapter, of a fine-tuned model used as one, or of the output of `streamer mitigate`.
 
@@ -145,18 +149,14 @@ class AdapterFiles(TensorFiles):
         stacked, parts = STACKED.fullmatch(module), {*module.split(".")}
         owner = stacked and stacked[1].rpartition(".")[0]
         names = {name: {*name.split(".")} for name in self.modules}  # outputs may name modules as at run time
-        like = [name for name, other in names.items() if unwrapped(name) == owner or parts <= other or other <= parts]
-        found = [self.modules[name] for name in like]
+        found = [self.modules[n] for n, p in names.items() if unwrapped(n) == owner or parts <= p or p <= parts]
         if stacked and len(found) > 1:
             sides = [{self.stored[roles["lora_A"]].shape[1], self.stored[roles["lora_B"]].shape[0]} for roles in found]
             found = [roles for roles, side in zip(found, sides, strict=True) if side == {*shape}]
         return found[0] if len(found) == 1 else {}
 
-    def factors(self, module: str, shape: tuple[int, int]) -> tuple[LowRank, tuple[Array, Array], dict[str, str]]:
-        """Read a module's LoRA, ``s·B·A``, half the spacings of the values of s·B and Aᵀ, and the names of its tensors.
-
-        Of a stack of N matrices, lora_A is (N·r, in) and lora_B (out, r·N).
-        """
+    def factors(self, module: str, shape: tuple[int, int]) -> Factors:
+        """Read a module's LoRA; of a stack of N matrices, lora_A is (N·r, in) and lora_B (out, r·N)."""
         stacked, names, key = STACKED.fullmatch(module), self.names(module, shape), STACKED.sub(r"\1", module)
         a, b = (f"lora_{'embedding_' if 'lora_embedding_A' in names else ''}{side}" for side in "AB")
         if not {a, b} <= names.keys():

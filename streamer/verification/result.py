@@ -92,15 +92,14 @@ class Outcome:
 
     def result(self, inputs: _Inputs | None) -> Verification:
         """Return the object to print."""
-        left = self.matrices - len(self.recomputed) + self.tensors - self.compared
         totals: TotalsRecord = {
             "files": self.files, "bytes": self.nbytes, "matrices": self.matrices, "recomputed": len(self.recomputed),
-            "not_recomputed": len(self.not_recomputed), "tensors": self.tensors, "compared": self.compared, "not_compared": left,
-            "differences": len(self.differences),
+            "not_recomputed": len(self.not_recomputed), "tensors": self.tensors, "compared": self.compared,
+            "not_compared": self.matrices - len(self.recomputed) + self.tensors - self.compared, "differences": len(self.differences),
         }  # fmt: skip
         result: Verification = {
             "schema": SCHEMA, "output": str(self.output), "kind": self.kind, "verified": not (self.differences or self.unmet),
-            "totals": totals, "recomputed": self.recomputed, "not_recomputed": self.not_recomputed, "not_compared": self.not_compared,
-            "differences": self.differences,
+            "totals": totals, "recomputed": self.recomputed, "not_recomputed": self.not_recomputed,
+            "not_compared": self.not_compared, "differences": self.differences,
         }  # fmt: skip
         return result if inputs is None else {**result, "inputs": inputs}

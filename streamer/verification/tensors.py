@@ -107,15 +107,10 @@ class TensorFiles:
         return np.asarray(_E4M3[part] if dtype == FP8 else part.astype(np.float64))
 
 
-def _e4m3() -> Array:
-    """Tabulate the values of FP8's codes: sign, 4 bits of exponent (bias 7), 3 of mantissa; all ones are NaN."""
-    exponent, mantissa = divmod(np.arange(128), 8)
-    values = np.where(exponent == 0, mantissa / 8, 1 + mantissa / 8) * 2.0 ** (np.maximum(exponent, 1) - 7)
-    values[127] = np.nan
-    return np.concatenate([values, -values])
-
-
-_E4M3 = _e4m3()
+_CODES = np.arange(127)
+_E4M3 = np.where(_CODES < 8, _CODES / 8, 1 + _CODES % 8 / 8) * 2.0 ** (np.maximum(_CODES // 8, 1) - 7)
+_E4M3 = np.concatenate([_E4M3, [np.nan], -_E4M3, [np.nan]])
+"""The values of FP8's codes: sign, 4 bits of exponent (bias 7), 3 of mantissa; all ones are NaN."""
 
 
 def same_bytes(files: TensorFiles, name: str, others: TensorFiles, other: str) -> bool:

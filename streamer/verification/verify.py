@@ -227,8 +227,7 @@ def _spread(rows: Sequence[dict[str, Any]], seed: str) -> list[dict[str, Any]]:
 
     A kind is a name without its numbers: ``layers.N.mlp.up_proj.weight``.
     """
-    kinds = Counter[str]()
-    ranked: list[tuple[int, int, dict[str, Any]]] = []
+    kinds, ranked = Counter[str](), list[tuple[int, int, dict[str, Any]]]()
     for row in sorted(rows, key=lambda row: hashlib.sha256(f"{seed} {row['tensor']}".encode()).digest()):
         kind = re.sub(r"\d+", "N", row["tensor"])
         kinds[kind] += 1

@@ -217,6 +217,46 @@ def test_a_missing_and_an_extra_tensor(trained: Job, tmp_path: Path, kind: str, 
     assert sorted(line.split("'")[1] for line in found) == sorted([lost, "more.weight"]), found
 
 
+def test_a_matrix_of_another_dtype(trained: Job, tmp_path: Path) -> None:
+    output, tensor = trained.copy("model", tmp_path), "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(output / "model.safetensors")
+    save_file({**tensors, tensor: tensors[tensor].float()}, output / "model.safetensors", {"format": "pt"})
+    agree(output, "model.safetensors")
+    (line,) = lines(output, trained.base, trained.adapter, sample="all")
+    assert line.endswith(f"tensor {tensor!r}: expected BF16 [80, 48], found F32 [80, 48]")
+
+
+@pytest.mark.parametrize(("key", "value"), [("lora_alpha", 16), ("use_rslora", True)])
+def test_another_scaling_of_unchanged_factors(trained: Job, tmp_path: Path, key: str, value: object) -> None:
+    out = tmp_path / "out"
+    streamer.reduce_intruder_dimension(trained.base, trained.adapter, out, mitigation_lambda=1.0)
+    assert lines(out, trained.base, trained.adapter, sample="all") == []
+    config = json.loads((out / "adapter_config.json").read_text()) | {key: value}
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    agree(out, "adapter_config.json")
+    found = lines(out, trained.base, trained.adapter, sample="all")
+    assert len(found) == 4
+    assert all(": expected the nearest factors to Δ' within" in line for line in found)
+
+
+def test_factors_of_a_lower_rank(trained: Job, tmp_path: Path) -> None:
+    output, names = (
+        tmp_path / "out",
+        [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight" for x in "BA"],
+    )
+    streamer.reduce_intruder_dimension(
+        trained.base, trained.adapter, output, method="shrink", mitigation_lambda=0.5, to_lora=2
+    )
+    assert lines(output, trained.base, trained.adapter, sample="all") == []
+    tensors = load_file(output / "adapter_model.safetensors")
+    U, S, Vh = torch.linalg.svd(tensors[names[0]] @ tensors[names[1]], full_matrices=False)
+    tensors |= {names[0]: (U * S)[:, 1:2].contiguous(), names[1]: Vh[1:2].contiguous()}
+    save_file(tensors, output / "adapter_model.safetensors", {"format": "pt"})
+    agree(output, "adapter_model.safetensors")
+    (line,) = lines(output, trained.base, trained.adapter, sample="all")
+    assert "expected the nearest factors to Δ' within one rounding, found " in line
+
+
 def test_rows_struck_from_a_record(trained: Job, tmp_path: Path) -> None:
     """The weights are the base's there, as if the adapter had not been merged."""
     output, tensor = trained.copy("model", tmp_path), "model.layers.0.self_attn.q_proj.weight"

@@ -69,7 +69,13 @@ def test_outputs_load_without_complaints(name: str, tmp_path: Path) -> None:
                     continue
                 trained = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, **values))
                 trained.save_pretrained(adapter)
-        except (AttributeError, NotImplementedError, TypeError, ValueError, KeyError):  # PEFT cannot adapt this class so
+        except (
+            AttributeError,
+            NotImplementedError,
+            TypeError,
+            ValueError,
+            KeyError,
+        ):  # PEFT cannot adapt this class so
             continue
         made += 1
         for command in (streamer.merge_with_reduced_intruder_dimensions, streamer.reduce_intruder_dimension):
