@@ -16,6 +16,7 @@ CLOSED_FORM = "repair and fit now use the closed form (regmean), which keeps mor
 REMOVED = {
     **dict.fromkeys(("--grain", "--objective", "--steps"), CLOSED_FORM),
     "--part": "use --workers N, or --executor",
+    "demo --keep": "use -o DIR",
     "report --coefficients": "a fit holds factors now, and no coefficients of intruders; `streamer evaluate` measures it",
 }
 """What to do instead of removed options, which keywords have too; if other commands still have an option, its command precedes it."""

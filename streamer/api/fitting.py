@@ -14,7 +14,7 @@ from streamer.api.options import Settings, given_workers, read_path, take
 from streamer.api.records import DryRun, dry_run
 from streamer.detection.findings import Findings
 from streamer.events import Monitor
-from streamer.fitting.fit import fit, inspect
+from streamer.fitting.fit import checked_file, fit
 from streamer.fitting.options import FitOptions
 from streamer.fitting.prepare import PreparedFit, prepare_fit
 from streamer.fitting.tasks import shared
@@ -71,7 +71,7 @@ class FitRequest:
         """Check everything and forecast a run, without writing anything."""
         assert self.output is not None
         prepared = self._prepared(monitor, workers, peek=True)
-        state = inspect(prepared, self.output)
+        state = checked_file(prepared, self.output).state()
         if state != "done":
             prepared.warn()
         forecast = None if state == "done" else on_workers(forecast_fit(prepared), workers, prepared.resident)

@@ -157,9 +157,8 @@ class RepairRequest:
         settings = self.fit.settings
         base, adapter = settings.located(monitor, True).pair(self.fit.base, self.fit.adapter)
         plan = make_plan(base, adapter, settings.io, settings.stated, settings.architecture)
-        refuse_dense(
-            plan, [t for t in plan.targets if not (t.module.low_rank if self.form.merges else t.module.factors)]
-        )
+        lacking = [t for t in plan.targets if not (t.module.low_rank if self.form.merges else t.module.factors)]
+        refuse_dense(plan, lacking)
         self._output(Shrink(0.5)).open(monitor)
         self._refuse_standing()
 

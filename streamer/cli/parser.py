@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from streamer import __version__
 from streamer.api.choices import ABOUT, DEFAULT_METHOD, WITHOUT_FILES
@@ -39,10 +39,6 @@ class _PrintCompletion(argparse.Action):
                 f"{option_string}: needs shtab, which is not installed: pip install 'intruder-streamer[completion]'"
             )
         parser.exit()
-
-
-def _not_a_directory(text: str) -> NoReturn:
-    raise argparse.ArgumentTypeError(f"is a share in other commands; use `-o {text}` for a directory")
 
 
 def named_as_option(message: str) -> str:
@@ -304,5 +300,4 @@ def build_parser() -> Parser:
     sub.add_argument(
         "-o", "--output", metavar="DIR", help="keep all files in DIR, which must not exist (default: keep nothing)"
     )
-    sub.add_argument("--keep", type=_not_a_directory, help=argparse.SUPPRESS)
     return parser

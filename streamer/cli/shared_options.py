@@ -49,13 +49,9 @@ def add_threads(group: argparse._ActionsContainer, more: str = "") -> None:
 
 def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
     """Add the options of a fit, for one share or for `several`."""
-    if several:
-        sub.add_argument("--keep", type=numbers, default=(0.9,), metavar="SHARE,SHARE",
-                         help="shares of the learning to keep; each gives one set (default: 0.9)")  # fmt: skip
-    else:
-        sub.add_argument(
-            "--keep", type=number, default=0.9, metavar="SHARE", help="share of the learning to keep (default: 0.9)"
-        )
+    what = "shares of the learning to keep; each gives one set" if several else "share of the learning to keep"
+    sub.add_argument("--keep", type=numbers if several else number, default=0.9, metavar="SHARE,SHARE" if several else "SHARE",
+                     help=f"{what} (default: 0.9)")  # fmt: skip
     sub.add_argument("--holdout", type=number, default=0.25, metavar="SHARE",
                      help="share of each text's sequences to hold out for choosing and measuring (default: 0.25)")  # fmt: skip
     sub.add_argument(

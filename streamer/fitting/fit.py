@@ -28,7 +28,7 @@ from streamer.linalg.regmean import RIDGE, answers
 from streamer.linalg.second_moments import Moments, RowMoments
 from streamer.measuring.passes import measure_variants, needs_one_length
 from streamer.measuring.progress import RunProgress
-from streamer.measuring.result_file import Records, ResultFile, State, computing, stands
+from streamer.measuring.result_file import Records, ResultFile, computing, stands
 from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import SequenceSums
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW
@@ -59,26 +59,21 @@ EXACT = 0.003
 """An interpolation is accepted if it keeps the requested share to within this."""
 
 
-def result_file(prepared: PreparedFit, output: Path) -> ResultFile:
-    """Describe the coefficients file that a fit writes."""
-    return ResultFile(output, FIT.what, "this very fit", "coefficients.safetensors", prepared.plan, prepared.run, prepared.facts,
+def checked_file(prepared: PreparedFit, output: Path) -> ResultFile:
+    """Check, without writing, whether a fit can be written to a file, and describe the file."""
+    file = ResultFile(output, FIT.what, "this very fit", "coefficients.safetensors", prepared.plan, prepared.run, prepared.facts,
                       lambda path: stands(path, FIT, prepared.facts, load_coefficients))  # fmt: skip
-
-
-def inspect(prepared: PreparedFit, output: Path) -> State:
-    """Check, without writing, whether a fit can be written to a file, and whether the file exists or was begun."""
-    file = result_file(prepared, output)
     file.check_path()
     check_budget([prepared.least], prepared.max_memory, ", and less with fewer --sequences")
-    return file.state()
+    return file
 
 
 def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
     """Fit factors for all shares; write them to a file if an output is given."""
     if output is None:
         return FitRun(prepared, Records(), None).result()
-    file = result_file(prepared, output)
-    if inspect(prepared, output) == "done":
+    file = checked_file(prepared, output)
+    if file.state() == "done":
         file.left()
         standing = load_coefficients(output)
         prepared.run.monitor.warn([*doubts(standing.facts), *misses(standing.facts)])
@@ -86,7 +81,7 @@ def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
     with file.written() as records:
         made = FitRun(prepared, records, output.parent).result()
         prepared.plan.check_unchanged()
-        made.save(output, overwrite=True)  # `inspect` has already approved replacing an existing file
+        made.save(output, overwrite=True)  # `state` has already approved replacing an existing file
     return made
 
 
@@ -126,10 +121,9 @@ class FitRun:
                 self._measure_new([Variant(ADAPTER, UNCHANGED), *baseline, *prepared.scaling])
                 of_adapter = adapter_facts(*self._sums([]), prepared.texts[TASK].whole.name)
                 self.monitor.warn(doubts(of_adapter))
-                rounds, device = prepared.model.job.rounds_products, prepared.model.job.device
-                elsewhere = layers_on_workers(prepared.model.job, prepared.run, self.records.threads)
-                model = CorrectedModel(plan, rounds_products=rounds, directory=self.directory, device=device,
-                                       elsewhere=elsewhere)  # fmt: skip
+                job = prepared.model.job
+                model = CorrectedModel(plan, rounds_products=job.rounds_products, directory=self.directory, device=job.device,
+                                       elsewhere=layers_on_workers(job, prepared.run, self.records.threads))  # fmt: skip
                 points, unseen = self._solved(model, spool)
                 found = [
                     (keep, self._corrected(model, spool, keep, point)) for keep, point in self._interpolated(points)

@@ -36,12 +36,12 @@ def collecting_bytes(size: ModelSize, rows: int, length: int) -> int:
 
 def reading_bytes(plan: Plan) -> int:
     """Estimate the memory of reading inputs and computing with them."""
-    return (
-        INPUT_COPIES
-        * 4
-        * ROWS_OF_INPUTS
-        * max((t.module.shape[1] for t in plan.targets if not t.is_embedding), default=0)
-    )
+    return INPUT_COPIES * 4 * ROWS_OF_INPUTS * widest_input(plan)
+
+
+def widest_input(plan: Plan) -> int:
+    """Return the number of inputs of the widest matrix that multiplies them."""
+    return max((t.module.shape[1] for t in plan.targets if not t.is_embedding), default=0)
 
 
 def solving_bytes(plan: Plan, memory: int) -> int:

@@ -61,7 +61,8 @@ class Point:
             weight = math.exp((1 - t) * math.log(self.weight) + t * math.log(other.weight))
         else:
             weight = t * other.weight if other.weight < math.inf else self.weight / (1 - t)
-        return Point(weight, mixed(self.factors, other.factors, t), other.corrected)
+        a, b = self.factors, other.factors
+        return Point(weight, Factors(a, lambda tensor: torch.lerp(a[tensor], b[tensor], t)), other.corrected)
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,6 @@ class Factors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.names)
-
-
-def mixed(a: Mapping[str, Tensor], b: Mapping[str, Tensor], t: float) -> Factors:
-    """Interpolate: ``(1 − t) a + t b``."""
-    return Factors(a, lambda tensor: torch.lerp(a[tensor], b[tensor], t))
 
 
 def spooled(spool: Spool, places: Mapping[str, Sequence[Spooled]], number: int) -> Factors:

@@ -12,7 +12,7 @@ from streamer.adapters.modules import MethodModule
 from streamer.detection.findings import Findings
 from streamer.detection.options import Run
 from streamer.errors import UnsupportedError
-from streamer.fitting.fit_memory import ROWS, collecting_bytes, reading_bytes, solving_bytes, states_bytes
+from streamer.fitting.fit_memory import ROWS, collecting_bytes, reading_bytes, solving_bytes, states_bytes, widest_input
 from streamer.fitting.options import ALGORITHM, CORRECTIONS, LEAST, WEIGHTS, Division, FitOptions, divide
 from streamer.linalg.regmean import DIRECT_BYTES
 from streamer.measuring.identity import model_facts, with_digest, writable
@@ -172,8 +172,7 @@ class PreparedFit:
         count, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
         if len({text.whole.digest() for text in self.texts.values()}) == 1:
             self.run.monitor.warn(("both texts are the same, so the fit is a shrink, Δ / (1 + mu)",))
-        widest = max((t.module.shape[1] for t in self.plan.targets if not t.is_embedding), default=0)
-        if count < widest:
+        if count < (widest := widest_input(self.plan)):
             self.run.monitor.warn(
                 (f"the {name} text has {count} tokens to fit on, fewer than the {widest} inputs of the widest matrix: the ridge "
                  "decides what it does not show; with more text, the result may forget less",)

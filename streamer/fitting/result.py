@@ -235,10 +235,8 @@ def scaling_facts(
     sums
         Returns sums on both texts for the base, the unchanged adapter, and a variant by name.
     """
-    if not variants:
-        return {}
-    (one,) = variants
-    return {"scaling": cast(ScalingRecord, {"name": one.name, **_shares(*sums(one.name), ADAPTER_ROW + 1)})}
+    records = [{"name": one.name, **_shares(*sums(one.name), ADAPTER_ROW + 1)} for one in variants]
+    return {"scaling": cast(ScalingRecord, records[0])} if records else {}
 
 
 def doubts(facts: AdapterFacts | Mapping[str, Any]) -> list[str]:
@@ -268,9 +266,7 @@ def misses(facts: Mapping[str, Any]) -> list[str]:
         for one in facts["sets"]
         if one.get("missed") or one.get("exceeded")
     ]
-    if not facts["forgotten"]:
-        return missed
-    near = [f"{100 * one['keep']:g}%" for one in facts["sets"] if _is_near_shrink(one)]
+    near = [f"{100 * one['keep']:g}%" for one in facts["sets"] if facts["forgotten"] and _is_near_shrink(one)]
     if not near:
         return missed
     return [*missed, f"{listed(near)}: the result is close to the shrink that keeps the same share, and diverges nearly as much from the "
@@ -279,7 +275,6 @@ def misses(facts: Mapping[str, Any]) -> list[str]:
 
 def _is_near_shrink(one: Mapping[str, Any]) -> bool:
     """Test whether a set diverges nearly as much from the base as the shrink that keeps the same share."""
-    shrink = one["shrink"]
-    return (
-        shrink is not None and one["mu"] is not None and bool(one["divergence"] >= NEAR_SHRINK * shrink["divergence"])
-    )
+    if one["shrink"] is None or one["mu"] is None:
+        return False
+    return bool(one["divergence"] >= NEAR_SHRINK * one["shrink"]["divergence"])

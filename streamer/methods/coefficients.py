@@ -71,22 +71,15 @@ class Coefficients:
         UsageError
             If no set has that share, or if there are several sets and no share is given.
         """
-        shares = listed([share_name(one) for one in self.keeps])
-        if keep is None:
-            if len(self.sets) > 1:
-                raise UsageError(
-                    f"keep: expected one of {shares}, the {len(self.sets)} sets of coefficients in {self.name}; choose one"
-                )
-            return self._bound(self.sets[0])
-        found = [one for one in self.sets if share_name(one.keep) == share_name(keep)]
-        if not found:
+        shares = listed(map(share_name, self.keeps))
+        found = [one for one in self.sets if keep is None or share_name(one.keep) == share_name(keep)]
+        if len(found) > 1:
             raise UsageError(
-                f"{self.name}: holds no coefficients that keep {share_name(keep)}; the shares in it are {shares}"
+                f"keep: expected one of {shares}, the {len(found)} sets of coefficients in {self.name}; choose one"
             )
-        return self._bound(found[0])
-
-    def _bound(self, one: FactorSet) -> FactorSet:
-        return replace(one, facts=self.facts, name=self.name)
+        if not found:
+            raise UsageError(f"{self.name}: holds no coefficients that keep {keep:g}; the shares in it are {shares}")
+        return replace(found[0], facts=self.facts, name=self.name)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the coefficients to a safetensors file; make missing directories.

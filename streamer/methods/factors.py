@@ -69,10 +69,8 @@ class FactorSet:
 
     def fits(self, target: Target) -> bool:
         """Test whether there is a factor for a matrix, with its number of inputs and its rank."""
-        factor = self.matrices.get(target.tensor)
-        if factor is None or not target.module.low_rank:
-            return False
-        return tuple(factor.shape) == (target.module.shape[1], target.module.factor_rank)
+        factor, module = self.matrices.get(target.tensor), target.module
+        return factor is not None and module.low_rank and factor.shape == (module.shape[1], module.factor_rank)
 
     def mitigated(self, delta: Delta, tensor: str) -> Delta:
         """Compute ``Δ' = L R'ᵀ``."""

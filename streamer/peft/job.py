@@ -52,16 +52,15 @@ def _named_in_memory(live: LivePlan, coefficients: FactorSet) -> FactorSet:
     MismatchError
         If they do not cover exactly the adapter's matrices, with factors of their shapes.
     """
-    names = {target.tensor: live.name_in_files(target.tensor) for target in live.plan.targets}
-    lacking = [name for name in names.values() if name not in coefficients.matrices]
-    if lacking or len(coefficients.matrices) != len(names):
+    names = {live.name_in_files(target.tensor): target.tensor for target in live.plan.targets}
+    if names.keys() != coefficients.matrices.keys():
         known = next(iter(coefficients.matrices), "none")
         raise MismatchError(
             f"{coefficients.name}: coefficients cover {len(coefficients.matrices)} matrices, {known!r} first, but the adapter has "
-            f"{len(names)}, {next(iter(names.values()))!r} first; fit them to this adapter, or load the base from the directory that they "
+            f"{len(names)}, {next(iter(names))!r} first; fit them to this adapter, or load the base from the directory that they "
             "were fitted on, so that its names are known"
         )
-    named = replace(coefficients, matrices={tensor: coefficients.matrices[name] for tensor, name in names.items()})
+    named = replace(coefficients, matrices={names[name]: R for name, R in coefficients.matrices.items()})
     check_counts(live.plan, named)
     return named
 

@@ -118,8 +118,7 @@ class CollectingReader(Multiplier, Generic[M]):
         i, j = self.row_range()
         if self.tensor.stacked:
             return torch.stack([self.values_of(source) for source in self.sources])
-        values = self.values_of(self.sources[0])
-        return values if (i, j) == (0, self.shape[0]) else values[i:j]
+        return self.values_of(self.sources[0])[i:j]
 
     def values_of(self, source: WeightSource) -> Tensor:
         """Read the tensor or the single matrix of a source whole, including deltas, and note that its inputs are not seen."""

@@ -93,6 +93,15 @@ def test_usage(argv: list[str], words: str) -> None:
     assert len(line) <= 300
 
 
+@pytest.mark.parametrize(("argv", "words"), [
+    (["detect", "b", "a", "-o", "x", "--part", "1/2"], "--part was removed: use --workers N, or --executor"),
+    (["demo", "--keep=d"], "--keep was removed: use -o DIR"),
+])  # fmt: skip
+def test_a_removed_option_names_what_to_use(argv: list[str], words: str) -> None:
+    done = server().run(*argv)
+    assert (done.code, done.out, done.err) == (2, "", f"streamer: {words}\n")
+
+
 def test_usage_quotes_what_it_was_given_in_one_line() -> None:
     done = server().run("fly\x1b[2J\nhigh")
     assert done.code == 2
