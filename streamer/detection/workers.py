@@ -106,15 +106,15 @@ def _tasks(work: Work, inputs: Inputs, device: str, at_once: int) -> list[Detect
     """Group matrices into tasks, each with one number of threads, in the base's file order."""
     enough = min(TASK_COST, sum(map(work.cost, work.groups)) // (4 * at_once))
     tasks: list[DetectTask] = []
-    for threads in sorted(set(work.threads)):
+    for count in sorted(set(work.threads)):
         groups: list[tuple[MatrixName, ...]] = []
         done = 0
         for group in work.groups:
-            mine = [one for one in group if work.threads[one.plan] == threads]
+            mine = [one for one in group if work.threads[one.plan] == count]
             if mine:
                 groups.append(tuple(MatrixName(i, target.tensor) for i, target in mine))
                 done += work.cost(mine)
             if groups and (done >= enough or len(groups) == TASK_MATRICES or group is work.groups[-1]):
-                tasks.append(DetectTask(inputs, threads, tuple(groups), work.options, device, work.resident))
+                tasks.append(DetectTask(inputs, count, tuple(groups), work.options, device, work.resident))
                 groups, done = [], 0
     return tasks

@@ -25,7 +25,7 @@ RUNS_CORRECTED = 2
 STEPS = 150
 """Approximate number of conjugate gradient steps to solve by products."""
 
-EXACT = 5
+FLOAT64_COST = 5
 """Most multiplications in float32 that need the time of one in float64 for moments and their factors."""
 
 CORRECTED = GENERAL_CORRECTED, TASK_CORRECTED
@@ -75,11 +75,11 @@ def group_costs(prepared: PreparedFit, groups: Sequence[Divided]) -> list[int]:
 
 
 def _solving_cost(prepared: PreparedFit, weights: int) -> int:
-    """Count the multiplications to solve for this many weights; one in float64 costs up to `EXACT` if matrices outgrow the caches."""
+    """Count the multiplications to solve for this many weights; float64 costs up to `FLOAT64_COST` beyond the caches."""
     tokens, count = prepared.fitted_tokens, 0
     for n, columns in columns_of_inputs(prepared.plan):
         if is_direct(n, prepared.matrices_bytes):
-            count += min(EXACT, max(1, n // 800)) * (tokens * n * n + weights * n**3 // 3)
+            count += min(FLOAT64_COST, max(1, n // 800)) * (tokens * n * n + weights * n**3 // 3)
         else:
             count += 2 * tokens * n * (sketch_size(n) + STEPS * columns * weights)
     return count
