@@ -108,7 +108,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self._variant = _chosen(self._variants, method, lam, keep)
         self._settings = take(Settings, given)
         with watched({}) as monitor:
-            base_path, adapter_path = self._settings.located(monitor).pair(base, adapter)
+            base_path, adapter_path = self._settings.located(monitor).paths(base, adapter)
             self._run = self._settings.make_run(monitor)
             (found,) = load_given(given.get("findings"), One(Path(adapter_path)))
             self._detection = take(Judged, given).options(self._settings.memory, found)

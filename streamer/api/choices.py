@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from streamer.forecast.cores import available_cores
 from streamer.methods import DEFAULT, METHODS, WITHOUT_FILES
-from streamer.remote.addresses import parse_address
+from streamer.remote.inputs import parse_address
 
 __all__ = ["ABOUT", "DEFAULT_METHOD", "REMOVED", "WITHOUT_FILES", "available_cores", "shown"]
 

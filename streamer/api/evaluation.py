@@ -82,7 +82,7 @@ class EvaluateRequest:
         return dry_run("evaluate", self.output, state, len(prepared.plan.targets), 1, None, forecast)
 
     def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> Prepared:
-        base, adapter = self.settings.located(monitor, peek).pair(self.base, self.adapter)
+        base, adapter = self.settings.located(monitor, peek).paths(self.base, self.adapter)
         run = self.settings.make_run(monitor, workers)
         (found,) = load_given(self.findings, One(Path(adapter)))
         detection = self.judged.options(self.settings.memory, found)

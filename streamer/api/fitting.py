@@ -78,7 +78,7 @@ class FitRequest:
         return dry_run("fit", self.output, state, len(prepared.plan.targets), 1, None, forecast)
 
     def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedFit:
-        base, adapter = self.settings.located(monitor, peek).pair(self.base, self.adapter)
+        base, adapter = self.settings.located(monitor, peek).paths(self.base, self.adapter)
         run, memory = self.settings.make_run(monitor, workers), self.settings.memory
         (found,) = load_given(self.findings, One(Path(adapter)))
         return shared(prepare_fit(Path(base), Path(adapter), self.texts, self.options, memory, run, found))

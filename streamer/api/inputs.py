@@ -22,4 +22,4 @@ class Inputs:
         base = remote.path(self.base)
         if isinstance(self.adapter, str | Path):
             return base, one_or_several(remote.path(self.adapter))
-        return base, one_or_several(remote.paths(self.adapter))
+        return base, one_or_several(remote.paths(*self.adapter))

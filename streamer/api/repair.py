@@ -155,7 +155,7 @@ class RepairRequest:
     def _check(self, monitor: Monitor) -> None:
         """Refuse, before the fit, an adapter that cannot be fitted, and an output that could not be written after it."""
         settings = self.fit.settings
-        base, adapter = settings.located(monitor, True).pair(self.fit.base, self.fit.adapter)
+        base, adapter = settings.located(monitor, True).paths(self.fit.base, self.fit.adapter)
         plan = make_plan(base, adapter, settings.io, settings.stated, settings.architecture)
         lacking = [t for t in plan.targets if not (t.module.low_rank if self.form.merges else t.module.factors)]
         refuse_dense(plan, lacking)

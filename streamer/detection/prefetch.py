@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from streamer.storage.remote_retries import in_context
 from streamer.weights.base import Weight
 
 T = TypeVar("T")
@@ -82,11 +82,11 @@ def read_ahead(items: Sequence[T], load: Callable[[T], V], depth: int = 1) -> Ge
     """Yield each item with its result of `load`; a thread loads the next `depth` items while the current one is in use."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="streamer prefetch")
     try:
-        load = in_context(load)
-        coming = deque(pool.submit(load, item) for item in items[:depth])
+        context = copy_context()  # with the monitor that waits for servers heed
+        coming = deque(pool.submit(context.run, load, item) for item in items[:depth])
         for i, item in enumerate(items):
             value = coming.popleft().result()
-            coming.extend(pool.submit(load, following) for following in items[i + depth : i + depth + 1])
+            coming.extend(pool.submit(context.run, load, following) for following in items[i + depth : i + depth + 1])
             yield item, value
             del value  # before the next one arrives: keep at most `depth` beside the current one
     finally:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypedDict, cast
 from streamer.json_types import Keywords
 from streamer.plan.provenance import cached_model, hub_id, named_encoding, stated_name, stored_encoding
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
-from streamer.storage.remote_manifest import read_manifest
+from streamer.storage.remote_source import read_manifest
 from streamer.weights.model_config import ModelConfig
 
 DIGEST_CHARACTERS = 16

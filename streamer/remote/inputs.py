@@ -1,40 +1,65 @@
-"""Turn an input that the user named into a path; all addresses pass through here."""
+"""Turn an input that the user named, a path or an address, into a path."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from secrets import token_hex
-from typing import Literal, TypeVar
+from typing import Literal, get_args
 
 from streamer.errors import UsageError
 from streamer.events import Event, Monitor
-from streamer.remote.addresses import HubName, parse_address
-from streamer.remote.cache import directory_for, download, download_all, is_complete, make_private, shadow
-from streamer.remote.hub import (
-    HubFiles,
-    Unreachable,
-    cached_snapshot,
-    is_offline,
-    list_hub,
-    listing_of,
-    missing_bytes,
-    offline,
-    snapshot,
-)
-from streamer.remote.listing import Listing
-from streamer.remote.web import list_address
-from streamer.storage.files import storage_errors
-from streamer.storage.remote_manifest import cache_directory
-from streamer.storage.remote_retries import heed
+from streamer.remote.hub import HubName, Offline, Unreachable, cached_snapshot, list_hub
+from streamer.remote.listing import Listing, Url, list_address, make_private, replace_link
+from streamer.storage.remote_source import cache_directory, heed
+from streamer.storage.remote_transports import PLUGINS
 
 RemoteMode = Literal["cache", "stream"]
-REMOTE_MODES = ("cache", "stream")
 
-Given = TypeVar("Given", str, Path)
+PART = r"[A-Za-z0-9_][\w.-]*"
+
+_HUB_NAME = re.compile(rf"(?P<repo>{PART}/{PART})(?:@(?P<revision>[^/@]+))?(?:/(?P<inside>{PART}(?:/{PART})*))?/?")
+_HUB_PAGE = re.compile(
+    rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>{PART}/{PART})"
+    rf"(?:/(?:tree|resolve|blob)/(?P<revision>[^/]+)(?:/(?P<inside>{PART}(?:/{PART})*))?)?/?"
+)
+_SCHEME = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+)://")
+
+
+def parse_address(text: str) -> HubName | Url | None:
+    """Parse a user's input as a hub name, an address, or (None) a path.
+
+    Anything that exists is a path. So is anything that begins like a path or lies in an existing directory, because a mistyped path looks
+    like a hub name.
+
+    Raises
+    ------
+    UsageError
+        If an address has an unknown scheme.
+    """
+    if os.path.lexists(text):
+        return None
+    named = _HUB_PAGE.fullmatch(text)
+    if named is None and (found := _SCHEME.match(text)):
+        scheme, rest = found["scheme"], text[found.end() :]
+        if scheme == "hf":
+            if (named := _HUB_NAME.fullmatch(rest.removeprefix("models/"))) is None:
+                raise UsageError(f"{text}: expected hf://OWNER/NAME, hf://OWNER/NAME@REVISION or a directory inside")
+        else:
+            shown = re.sub(r"(?<=://)[^/?#]*@|[?#][\s\S]*", "", text)
+            if scheme in ("http", "https", *PLUGINS):
+                return Url(text, shown)
+            known = "an address that begins with hf://, https://, s3://, gs:// or az://"
+            raise UsageError(f"{shown}: expected a path, a name on the hub, or {known}")
+    elif named is None:
+        named = _HUB_NAME.fullmatch(text)
+        if named is None or Path(Path(text).parts[0]).exists():
+            return None
+        if not named["inside"] and named["repo"].endswith(".safetensors"):
+            return None
+    return HubName(named["repo"], named["revision"], named["inside"] or "", text)
 
 
 @dataclass(frozen=True)
@@ -56,8 +81,8 @@ class Remote:
     monitor: Monitor = field(default_factory=Monitor)
 
     def __post_init__(self) -> None:
-        if self.mode not in (None, *REMOTE_MODES):
-            raise UsageError(f"remote: expected one of {', '.join(REMOTE_MODES)}, found {self.mode!r}")
+        if self.mode not in (None, *get_args(RemoteMode)):
+            raise UsageError(f"remote: expected one of {', '.join(get_args(RemoteMode))}, found {self.mode!r}")
 
     def path(self, given: str | Path) -> str | Path:
         """Return the local path of an input: the path itself, or the directory that stands in for an address.
@@ -73,96 +98,41 @@ class Remote:
         if address is None:
             return given
         heed(self.monitor)
-        if isinstance(address, HubName):
-            return self._hub(address)
-        listing = list_address(address)
-        return _inside(self._web(listing), listing)
+        if isinstance(address, Url):
+            listing = list_address(address)
+            return self._directory(listing) / listing.file
+        try:
+            files = list_hub(address)
+        except (Offline, Unreachable) as e:
+            if (path := cached_snapshot(address)) is None:
+                raise
+            if isinstance(e, Unreachable):
+                self.monitor.emit(Event("note", f"{address.shown}: the hub cannot be reached; its cache is used"))
+        else:
+            path = self._directory(files) / files.file
+        if address.file:
+            return path
+        # The directory of a commit under its readable name, which names the outputs of several adapters.
+        key = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+        link = (
+            cache_directory() / "links" / key / (address.inside.rpartition("/")[2] or address.repo.rpartition("/")[2])
+        )
+        make_private(link.parent)
+        replace_link(link, path)
+        return link
 
-    def paths(self, given: Sequence[str | Path]) -> list[str | Path]:
+    def paths(self, *given: str | Path) -> list[str | Path]:
         """Return the local paths of several inputs."""
         return [self.path(one) for one in given]
 
-    def pair(self, base: str | Path, adapter: str | Path) -> tuple[str | Path, str | Path]:
-        """Return the local paths of a base and an adapter."""
-        return self.path(base), self.path(adapter)
-
-    def _web(self, listing: Listing) -> Path:
-        if listing.is_adapter or (self.mode == "cache" and not self.peek):
-            return download_all(listing, self.monitor)
-        to_download = 0
-        if self.mode == "cache":
-            there = directory_for("files", listing)
-            if is_complete(there, listing):
-                return there
-            to_download = listing.nbytes
-        return shadow(listing, directory_for(_kind(to_download), listing),
-                      lambda directory: download(directory, listing.small, self.monitor), to_download)  # fmt: skip
-
-    def _hub(self, name: HubName) -> Path:
-        if is_offline():
-            if (found := cached_snapshot(name)) is None:
-                raise offline(name)
-            return _linked(found, name)
-        try:
-            files = list_hub(name)
-        except Unreachable:
-            if (found := cached_snapshot(name)) is None:
-                raise
-            self.monitor.emit(Event("note", f"{name.shown}: the hub cannot be reached; its cache is used"))
-            return _linked(found, name)
-        root = self._hub_root(files)
-        directory = files.directory(root)
-        return _linked(directory / files.file if files.file else directory, name)
-
-    def _hub_root(self, files: HubFiles) -> Path:
-        """Return the directory of the repository's commit."""
-        streams = self.mode == "stream"
-        if files.is_adapter or not (streams or self.peek):
-            return snapshot(files, [*files.small, *files.weights], self.monitor)
-        listing = listing_of(files)
-        to_download = 0 if streams else missing_bytes(files, listing)
-        if not streams and not to_download:
-            return snapshot(files, [*files.small, *files.weights], self.monitor)
-        owner, _, repo = files.name.repo.partition("/")
-        root = directory_for(_kind(to_download), listing, f"models--{owner}--{repo}", "snapshots", files.commit)
-
-        def put_small(directory: Path) -> None:
-            if files.small:
-                there = files.directory(snapshot(files, files.small, self.monitor))
-                for path in files.small:
-                    inside = path.removeprefix(files.start)
-                    make_private((directory / inside).parent)
-                    _link(directory / inside, there / inside)
-
-        small = [path.removeprefix(files.start) for path in files.small]
-        shadow(listing, files.directory(root), put_small, to_download, small)
-        return root
-
-
-def _kind(to_download: int) -> str:
-    """Return the part of the cache; the part for forecasts also records how much a run would download."""
-    return "forecasts" if to_download else "ranges"
-
-
-def _inside(directory: Path, listing: Listing) -> Path:
-    return directory / listing.file if listing.file else directory
-
-
-def _linked(path: Path, name: HubName) -> Path:
-    """Link to a commit's directory under the readable name, which names the outputs of several adapters."""
-    if path.is_file():
-        return path
-    key = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    link = cache_directory() / "links" / key / (name.inside.rpartition("/")[2] or name.repo.rpartition("/")[2])
-    make_private(link.parent)
-    _link(link, path)
-    return link
-
-
-def _link(link: Path, to: Path) -> None:
-    with storage_errors(link, "write"):
-        if link.is_symlink() and os.readlink(link) == os.fspath(to):
-            return
-        new = link.with_name(f".streamer.{link.name}.{token_hex(8)}")
-        new.symlink_to(to)
-        new.replace(link)
+    def _directory(self, listing: Listing) -> Path:
+        """Return the directory that holds the files, or stands for them."""
+        streams = self.mode == "stream" or (self.mode is None and listing.streams)
+        if not listing.is_adapter and (streams or self.peek):
+            listing = listing.located()
+            to_download = (
+                0 if streams else sum(f.size for name, f in listing.weights.items() if not listing.is_cached(name))
+            )
+            if streams or to_download:
+                return listing.shadow(to_download, self.monitor)
+        return listing.download(listing.files, self.monitor)

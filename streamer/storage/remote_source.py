@@ -1,24 +1,35 @@
-"""Read a safetensors file at a URL by ranges, several at a time."""
+"""Read remote files by ranges, several at a time: retry transient failures, and report others in one line.
+
+A manifest names the remote files for which a directory stands. It counts only inside this user's cache: a directory from elsewhere could
+contain one that names any URL.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from contextvars import ContextVar, copy_context
+from dataclasses import asdict, dataclass
 from functools import cache
-from typing import ClassVar
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, ClassVar, TypeVar
 
-from streamer.errors import FormatError, InputChangedError, InputError, StorageError
+from streamer.errors import FormatError, InputChangedError, InputError, StorageError, UnsupportedError
+from streamer.events import Monitor
 from streamer.storage.byte_source import ByteSource
+from streamer.storage.files import storage_errors
 from streamer.storage.header import Header, check_length, parse_header
-from streamer.storage.remote_access import check_version
-from streamer.storage.remote_manifest import RemoteFile
-from streamer.storage.remote_retries import in_context, read_range, stat_remote
+from streamer.storage.remote_transports import RemoteFile, Transient, request_list, request_range, request_stat
 
 IN_FLIGHT = 8
-"""Most ranges requested at a time, over all files."""
+"""Most requests at a time, over all files."""
 
 RANGE_BYTES = 8 << 20
 """Most bytes of a range."""
@@ -28,6 +39,183 @@ LEAST_BYTES = 1 << 20
 
 AHEAD_BYTES = 6 * RANGE_BYTES
 """Bytes that are requested or read ahead of a sequential reader."""
+
+TRIES = 6
+"""Attempts at a range without progress; the first wait is half a second, each further one twice as long: 15 s in total."""
+
+FIRST_TRIES = 4
+"""Attempts at a file's first request, since the URL may have no server: 3.5 s in total."""
+
+LONGEST_WAIT = 120.0
+"""Longest wait in seconds that a server may request by ``Retry-After``; if it requests more, reading fails."""
+
+PROGRESS_BYTES = 1 << 16
+"""Bytes of a range after which its attempts are counted from zero again."""
+
+POLLED = 0.1
+"""Seconds between checks for a request to stop during a wait."""
+
+MANIFEST_NAME = ".streamer.remote.json"
+
+T = TypeVar("T")
+
+_monitor = ContextVar("monitor", default=Monitor())  # noqa: B039  # one that nobody asks to stop
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The remote content that a directory represents.
+
+    Attributes
+    ----------
+    address
+        The URL as the user gave it, without secrets.
+    files
+        Files that are read by ranges, by name; the file of that name in the directory is only a note for people.
+    to_download
+        Bytes that a run would download first, if only a forecast was requested.
+    """
+
+    address: str
+    files: Mapping[str, RemoteFile]
+    to_download: int = 0
+
+    def write(self, directory: Path) -> None:
+        """Write the manifest, readable only by this user: URLs may contain signatures."""
+        new = directory / f"{MANIFEST_NAME}.{token_hex(8)}"
+        with storage_errors(new, "write"):
+            with open(new, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
+                f.write(json.dumps(asdict(self)).encode())
+            new.replace(directory / MANIFEST_NAME)
+
+
+def cache_directory() -> Path:
+    """Return this user's cache: ``$XDG_CACHE_HOME/streamer``, by default ``~/.cache/streamer``."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "streamer"
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """Read a directory's manifest; None if it has none, or none of ours."""
+    try:
+        if not Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(cache_directory())):
+            return None
+        tree = json.loads((directory / MANIFEST_NAME).read_bytes())
+        files = {name: RemoteFile(**entry) for name, entry in tree["files"].items()}
+        return Manifest(tree["address"], files, tree["to_download"])
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError):  # no manifest, no home directory, or torn
+        return None
+
+
+def remote_file(path: Path) -> RemoteFile | None:
+    """Return the remote file that is read by ranges instead of a path; None if the file is on disk."""
+    manifest = read_manifest(path.parent)
+    return None if manifest is None else manifest.files.get(path.name)
+
+
+def heed(monitor: Monitor) -> None:
+    """Make waits for servers in this context end if this monitor receives a request to stop."""
+    _monitor.set(monitor)
+
+
+def at_once(call: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> list[T]:
+    """Call a function with each of several arguments concurrently; raise the first error, and cancel calls that have not begun."""
+    calls = [_submitted(call, *each) for each in arguments]
+    try:
+        return [one.result() for one in calls]
+    finally:
+        for one in calls:
+            one.cancel()
+        wait(calls)  # so that none writes to a buffer after its owner has left
+
+
+def stat_remote(url: str, shown: str, token: bool = False) -> RemoteFile | None:
+    """Request a file's size and version, retrying transient failures; None if there is no such file.
+
+    Raises
+    ------
+    InputError, StorageError
+        If access is refused, or no server answers.
+    """
+    return _retried(shown, FIRST_TRIES, lambda: request_stat(url, shown, token))
+
+
+def list_remote(url: str, shown: str) -> dict[str, RemoteFile]:
+    """List the files below a URL of a bucket, by their relative names, in the same way."""
+    return _retried(shown, FIRST_TRIES, lambda: request_list(url, shown))
+
+
+def read_range(file: RemoteFile, out: memoryview, at: int) -> None:
+    """Read bytes from offset `at` until `out` is full, continuing after transient failures.
+
+    Raises
+    ------
+    StorageError
+        If no byte arrives in `TRIES` attempts, or the server refuses.
+    InputChangedError
+        If the file has changed.
+    """
+    done = 0
+
+    def read_rest() -> None:
+        nonlocal done
+        try:
+            request_range(file, out[done:], at + done)
+        except Transient as e:
+            done += e.done
+            raise
+        except UnsupportedError:
+            raise
+        except InputError as e:  # access was allowed when the run began
+            raise StorageError(f"{e}; then run the same command again") from e
+
+    if len(out):
+        _retried(file.shown, TRIES, read_rest)
+
+
+def _retried(shown: str, most: int, call: Callable[[], T]) -> T:
+    """Call until there is no transient failure.
+
+    Raises
+    ------
+    StorageError
+        If there were enough attempts without progress, or the server requests too long a wait.
+    Interrupted
+        If a stop is requested meanwhile.
+    """
+    tries = received = 0
+    while True:
+        try:
+            return call()
+        except Transient as e:
+            received += e.done
+            tries, received = (1, 0) if received >= PROGRESS_BYTES else (tries + 1, received)
+            long = e.wait is not None and e.wait > LONGEST_WAIT
+            if tries >= most or long:
+                again = f" in {tries} attempts" if tries > 1 else ""
+                asked = f" (the server asks to wait {e.wait:.0f} s)" if long else ""
+                raise StorageError(f"{shown}: cannot read{again}: {e}{asked}; run the same command again") from e
+            backoff = 0.5 * 2 ** (tries - 1) * random.uniform(0.75, 1.0)  # noqa: S311  # so that several readers do not retry at once
+            _sleep(backoff if e.wait is None else max(e.wait, 0.05))
+
+
+def _sleep(seconds: float) -> None:
+    """Sleep, or raise `Interrupted` as soon as a stop is requested."""
+    monitor, until = _monitor.get(), time.monotonic() + seconds
+    while True:
+        monitor.checkpoint()
+        if (left := until - time.monotonic()) <= 0:
+            return
+        time.sleep(min(left, POLLED))
+
+
+def _submitted(call: Callable[..., T], *arguments: Any) -> Future[T]:
+    return _pool().submit(copy_context().run, call, *arguments)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="streamer range")
 
 
 @dataclass(frozen=True)
@@ -57,11 +245,10 @@ class RemoteSource(ByteSource):
         file = self.file
         if file.size < 8:
             raise FormatError(f"{file.shown}: expected a safetensors file, found {file.size} bytes; check the address")
-        first = memoryview(bytearray(8))
-        read_range(file, first, 0)
+        first = bytes(self.view(0, 8))
         n = int.from_bytes(first, "little")
-        check_length(n, file.size, file.shown, lambda: self._read(min(256, file.size), 0))
-        return parse_header(bytes(first) + self._read(n, 8), file.size, file.shown)
+        check_length(n, file.size, file.shown, lambda: bytes(self.view(0, min(256, file.size))))
+        return parse_header(first + self.view(8, n), file.size, file.shown)
 
     def view(self, at: int, length: int) -> memoryview:
         """Read bytes into a new buffer."""
@@ -71,7 +258,7 @@ class RemoteSource(ByteSource):
 
     def read_pieces(self, pieces: Iterable[tuple[memoryview, int]]) -> None:
         """Read all pieces at once."""
-        _finish([_submitted(self.file, out, at) for out, at in pieces if len(out)])
+        at_once(read_range, [(self.file, out, at) for out, at in pieces if len(out)])
 
     def read_into(self, out: memoryview, at: int) -> None:
         """Return bytes that were read ahead, and read the rest."""
@@ -84,8 +271,7 @@ class RemoteSource(ByteSource):
     def _take(self, out: memoryview, at: int) -> None:
         done = 0
         while done < len(out):
-            while self._ahead and self._ahead[0].stop <= at + done:
-                self._ahead.popleft()
+            self._forget_before(at + done)
             first = self._ahead[0] if self._ahead else None
             if first is None or not first.start <= at + done:
                 self._read_ranges(out[done:], at + done)
@@ -100,62 +286,35 @@ class RemoteSource(ByteSource):
         """Request what follows `start`, up to `AHEAD_BYTES` and before `end`."""
         with self._lock:
             ahead = self._ahead
-            while ahead and ahead[0].stop <= start:
-                ahead.popleft()
+            self._forget_before(start)
             if ahead and not ahead[0].start <= start:  # the reader is elsewhere in the file
-                self._forget()
+                self.close()
             following = ahead[-1].stop if ahead else start
             while following < min(end, max(stop, start + AHEAD_BYTES)):
                 data = memoryview(bytearray(min(RANGE_BYTES, end - following)))
-                ahead.append(_Range(following, data, _submitted(self.file, data, following)))
+                ahead.append(_Range(following, data, _submitted(read_range, self.file, data, following)))
                 following += len(data)
 
     def check_unchanged(self) -> None:
         """Request size and version again."""
-        file = self.file
         try:
-            stat = stat_remote(file.url, file.shown, token=file.token)
-        except InputError as e:  # access was allowed when the run began
+            now = stat_remote(self.file.url, self.file.shown, self.file.token)
+        except InputError as e:
             raise StorageError(f"{e}; then run the same command again") from e
-        if stat is None:
-            raise InputChangedError.vanished(file.shown)
-        check_version(file, stat.version, stat.size)
+        if now is None:
+            raise InputChangedError.vanished(self.file.shown)
+        self.file.check(now.version, now.size)
 
     def close(self) -> None:
         """Cancel requests that have not begun."""
-        self._forget()
-
-    def _forget(self) -> None:
         while self._ahead:
             self._ahead.pop().future.cancel()
 
-    def _read(self, length: int, at: int) -> bytes:
-        out = memoryview(bytearray(length))
-        self._read_ranges(out, at)
-        return bytes(out)
+    def _forget_before(self, at: int) -> None:
+        while self._ahead and self._ahead[0].stop <= at:
+            self._ahead.popleft()
 
     def _read_ranges(self, out: memoryview, at: int) -> None:
         """Read bytes by as many ranges as may be requested at a time, unless they would be too small."""
         step = min(RANGE_BYTES, max(LEAST_BYTES, -(-len(out) // IN_FLIGHT)))
-        _finish([_submitted(self.file, out[i : i + step], at + i) for i in range(0, len(out), step)])
-
-
-def _submitted(file: RemoteFile, out: memoryview, at: int) -> Future[None]:
-    """Request a range."""
-    return _pool().submit(in_context(read_range), file, out, at)
-
-
-def _finish(ranges: list[Future[None]]) -> None:
-    """Wait for all ranges, and raise the error of the first that failed; cancel the others."""
-    try:
-        for one in ranges:
-            one.result()
-    finally:
-        for one in ranges:
-            one.cancel()
-        wait(ranges)  # so that none writes to a buffer after its owner has left
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="streamer range")
+        self.read_pieces((out[i : i + step], at + i) for i in range(0, len(out), step))

@@ -15,8 +15,7 @@ from streamer.errors import FormatError
 from streamer.storage.buffers import BufferRing, Piece
 from streamer.storage.byte_source import ByteSource, IOMode, LocalSource, opened
 from streamer.storage.header import DIGEST, NO_DIGEST, TensorInfo
-from streamer.storage.remote_manifest import remote_file
-from streamer.storage.remote_source import RemoteSource
+from streamer.storage.remote_source import RemoteSource, remote_file
 
 __all__ = ["SAMPLE_BYTES", "IOMode", "TensorFile", "sampled_bytes"]
 

@@ -88,7 +88,11 @@ def test_a_directory_in_a_repository(served: Path, tmp_path: Path) -> None:
     [
         ("owner/none", 3, "no such path, and the hub has no model owner/none, or it is private"),
         ("owner/base@v9", 3, "the hub has no revision 'v9' of it"),
-        ("owner/base/nothing", 3, "expected a model or an adapter in safetensors, found neither"),
+        (
+            "owner/base/nothing",
+            3,
+            "owner/base/nothing: expected a model or an adapter, found neither model.safetensors, model.safetensors.index.json nor",
+        ),
     ],
 )
 def test_what_the_hub_does_not_have(served: Path, tmp_path: Path, name: str, code: int, words: str) -> None:

@@ -210,7 +210,7 @@ def test_findings_have_a_name_that_says_what_they_are(inputs: tuple[Path, Path],
 )  # fmt: skip
 def test_inputs_that_are_not_here(inputs: tuple[Path, Path], tmp_path: Path, name: str, code: int, words: str) -> None:
     (tmp_path / "here").mkdir()
-    at_once = "import streamer.storage.remote_retries as access; access._sleep = lambda seconds: None"
+    at_once = "import streamer.storage.remote_source as access; access._sleep = lambda seconds: None"
     there = f"os.chdir({str(tmp_path)!r}); {at_once}"
     for base, adapter in ((name, inputs[1]), (inputs[0], name)):
         done = server().run("detect", base, adapter, "-o", tmp_path / "f.safetensors", before=there)

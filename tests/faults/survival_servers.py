@@ -35,11 +35,11 @@ COMMANDS = {
     "merge from the hub": "merge --lambda 0.5 --remote stream",
 }
 
-FEW_TRIES = "import streamer.storage.remote_retries as access; access.TRIES = access.FIRST_TRIES = 2"
+FEW_TRIES = "import streamer.storage.remote_source as access; access.TRIES = access.FIRST_TRIES = 2"
 """Code that lets a run give a server up in a second."""
 
 SHORT_WAITS = (
-    "import streamer.storage.remote_retries as access; sleep = access._sleep; access._sleep = lambda s: sleep(s / 10)"
+    "import streamer.storage.remote_source as access; sleep = access._sleep; access._sleep = lambda s: sleep(s / 10)"
 )
 """Code that lets a run try again sooner."""
 

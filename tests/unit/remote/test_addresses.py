@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from streamer.errors import UsageError
-from streamer.remote.addresses import HubName, Url, parse_address
+from streamer.remote.hub import HubName
+from streamer.remote.inputs import parse_address
+from streamer.remote.listing import Url
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,12 @@ from range_server import Handler, RangeServer, serving
 from streamer.api.choices import shown
 from streamer.errors import InputChangedError
 from streamer.events import Monitor
-from streamer.remote.addresses import Url
-from streamer.remote.cache import DEAD_SECONDS, PIECE_BYTES, directory_for, download, shadow
-from streamer.remote.listing import Listing
-from streamer.storage.remote_manifest import RemoteFile, cache_directory
-from streamer.storage.remote_retries import stat_remote
+from streamer.remote.inputs import Remote
+from streamer.remote.listing import DEAD_SECONDS, Listing, Url
+from streamer.storage.remote_source import RANGE_BYTES, cache_directory, stat_remote
+from streamer.storage.remote_transports import RemoteFile
 
-SIZE = 3 * PIECE_BYTES
+SIZE = 3 * RANGE_BYTES
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +31,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def served(state: RangeServer) -> RemoteFile:
     url = f"{state.address}/model.safetensors"
-    stat = stat_remote(url, url)
-    assert stat is not None
-    return RemoteFile(url, url, stat.size, stat.version)
+    file = stat_remote(url, url)
+    assert file is not None
+    return file
+
+
+def listed(file: RemoteFile) -> Listing:
+    return Listing(file.shown, Path("there"), {}, {"model.safetensors": file}, "")
 
 
 class OldTag(Handler):
@@ -59,49 +62,46 @@ def test_a_file_that_changes_while_it_is_downloaded_is_not_kept(tmp_path: Path) 
                 path.write_bytes(os.urandom(SIZE))
 
         state.fault = change
+        listing = listed(file)
         with pytest.raises(InputChangedError, match="changed since the run began"):
-            download(tmp_path / "there", {"model.safetensors": file}, Monitor())
-        assert list((tmp_path / "there").iterdir()) == []
+            listing.download(listing.files, Monitor())
+        assert list(listing.directory("files").iterdir()) == []
 
 
 def test_two_that_download_the_same_file_at_once_do_not_write_into_one(tmp_path: Path) -> None:
     with serving(tmp_path / "site", rate=60e6) as state, ThreadPoolExecutor(2) as pool:
-        file, there = served(state), tmp_path / "there"
-        runs = [pool.submit(download, there, {"model.safetensors": file}, Monitor()) for _ in range(2)]
-        for run in runs:
-            run.result()
+        listing = listed(served(state))
+        there, same = pool.map(lambda _: listing.download(listing.files, Monitor()), range(2))
+        assert there == same
         assert (there / "model.safetensors").read_bytes() == (tmp_path / "site" / "model.safetensors").read_bytes()
-        assert [path.name for path in there.iterdir()] == ["model.safetensors"]
+        assert {path.name for path in there.iterdir()} == {"model.safetensors", ".streamer.remote.json"}
 
 
 def test_what_a_killed_download_left_is_removed(tmp_path: Path) -> None:
-    there = tmp_path / "there"
-    there.mkdir()
-    dead, living = there / ".streamer.a.0.partial", there / ".streamer.a.1.partial"
-    for path in (dead, living):
-        path.write_bytes(b"x")
-    os.utime(dead, (0, time.time() - DEAD_SECONDS - 60))
     with serving(tmp_path / "site") as state:
-        download(there, {"model.safetensors": served(state)}, Monitor())
+        listing = listed(served(state))
+        there = listing.directory("files")
+        there.mkdir(parents=True)
+        dead, living = there / ".streamer.a.0.partial", there / ".streamer.a.1.partial"
+        for path in (dead, living):
+            path.write_bytes(b"x")
+        os.utime(dead, (0, time.time() - DEAD_SECONDS - 60))
+        listing.download(listing.files, Monitor())
     assert (dead.exists(), living.exists()) == (False, True)
 
 
 def test_small_files_that_are_gone_are_put_there_again(tmp_path: Path) -> None:
-    listing, elsewhere, put = Listing("model", "org/model", {}, {}), tmp_path / "config.json", []
-    directory = directory_for("ranges", listing)
-
-    def put_small(directory: Path) -> None:
-        put.append(directory)
-        elsewhere.write_text("{}")
-        if not (directory / "config.json").is_symlink():
-            (directory / "config.json").symlink_to(elsewhere)
-
-    for _ in range(2):
-        shadow(listing, directory, put_small, small=["config.json"])
-    elsewhere.unlink()
-    shadow(listing, directory, put_small, small=["config.json"])
-    assert len(put) == 2
-    assert (directory / "config.json").read_text() == "{}"
+    """They lie elsewhere in the cache, where one may remove them; if they are there, they are not downloaded again."""
+    (tmp_path / "site" / "config.json").write_text("{}")
+    with serving(tmp_path / "site") as state:
+        for downloaded in (1, 0, 1):
+            state.reset()
+            config = Path(Remote().path(state.address)) / "config.json"
+            assert config.read_text() == "{}"
+            # The size, the file to look for code, and again for each download, after which the size is asked for once more.
+            assert sum(request.path == "config.json" for request in state.requests) == 2 + 2 * downloaded
+            if not downloaded:
+                config.resolve().unlink()
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_small_files_that_are_gone_are_put_there_again(tmp_path: Path) -> None:
 def test_an_address_names_no_directory_outside_of_the_cache(address: str) -> None:
     name = Url(address, address).name
     assert name == "model"
-    where = directory_for("files", Listing(name, address, {}, {}))
+    where = Listing(address, Path(name), {}, {}, "").directory("files")
     assert where.resolve().is_relative_to(cache_directory().resolve())
     assert Url("https://h/a/llama-3_8B.v1/", "https://h/a/llama-3_8B.v1/").name == "llama-3_8B.v1"
 

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from streamer.errors import UnsupportedError
 from streamer.remote import hub
-from streamer.remote.addresses import HubName, Url
-from streamer.remote.listing import refuse_pipeline
-from streamer.remote.web import list_address
+from streamer.remote.hub import HubName
+from streamer.remote.listing import Url, list_address, needed_files
+from streamer.storage.remote_transports import RemoteFile
 
 
 @pytest.fixture
@@ -55,7 +55,9 @@ def test_on_the_hub(root: Path, name: str, words: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("beside", ["model.safetensors", "model.safetensors.index.json", "adapter_config.json"])
 def test_a_model_or_adapter_beside_the_names_of_a_pipeline(beside: str) -> None:
-    refuse_pipeline("here", [beside, "model_index.json", LORA])
+    names = {beside, "model_index.json", shard := "model-00001-of-00001.safetensors"}
+    small, weights = needed_files("here", {name: RemoteFile(name, name, 9, "1") for name in (*names, LORA)}, [shard])
+    assert {*small, *weights} == names
 
 
 def test_a_file_that_states_a_quantization_is_found_without_a_list(tmp_path: Path) -> None:

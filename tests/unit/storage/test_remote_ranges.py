@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from pathlib import Path
 
 import pytest
-from range_server import RangeServer, serving
+from range_server import Handler, RangeServer, serving
 
 from streamer.detection.prefetch import read_ahead
 from streamer.errors import InputChangedError, Interrupted, StorageError, StreamerError, UnsupportedError
 from streamer.events import Monitor
-from streamer.storage.remote_manifest import RemoteFile
-from streamer.storage.remote_retries import heed, read_range, stat_remote
-from streamer.storage.remote_source import RANGE_BYTES, RemoteSource
+from streamer.storage.remote_source import RANGE_BYTES, RemoteSource, heed, list_remote, read_range, stat_remote
+from streamer.storage.remote_transports import RemoteFile
 
 DATA = bytes(range(256)) * 16384
 
@@ -28,9 +28,9 @@ def site(tmp_path: Path) -> Iterator[RangeServer]:
 
 def opened(site: RangeServer, query: str = "") -> RemoteFile:
     url = f"{site.address}/file"
-    stat = stat_remote(url + query, url)
-    assert stat is not None
-    return RemoteFile(url + query, url, stat.size, stat.version)
+    file = stat_remote(url + query, url)
+    assert file is not None
+    return file
 
 
 def read(file: RemoteFile, start: int, stop: int) -> bytes:
@@ -90,7 +90,7 @@ def test_what_does_not_pass_is_said_at_once(
 
 
 def test_what_never_passes_ends(site: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamer.storage.remote_retries.TRIES", 2)
+    monkeypatch.setattr("streamer.storage.remote_source.TRIES", 2)
     file, site.fault = opened(site), lambda path, n: "500"
     with pytest.raises(StorageError, match=r"cannot read in 2 attempts: status 500; run the same command again"):
         read(file, 0, 10)
@@ -119,9 +119,9 @@ def test_where_an_address_leads_on_to_users_are_named_on_the_same_host_alone(
 ) -> None:
     site.redirect = site.address.replace("127.0.0.1", host)
     url = site.address.replace("//", "//user:word@") + "/file"
-    stat = stat_remote(url, "shown")
-    assert stat is not None
-    assert read(RemoteFile(url, "shown", stat.size, stat.version), 5, 10) == DATA[5:10]
+    file = stat_remote(url, "shown")
+    assert file is not None
+    assert read(file, 5, 10) == DATA[5:10]
     first, *led = [("authorization" in r.headers, r.path) for r in site.requests]
     assert first == (True, "file")
     assert led == [(named, "led/file")] * 2
@@ -149,6 +149,53 @@ def test_a_stop_ends_the_wait_that_a_server_asks_for(site: RangeServer) -> None:
         with pytest.raises(Interrupted):
             copy_context().run(call)
         assert len(site.requests) <= 2  # the second of those ahead may have begun
+
+
+class Vague(Handler):
+    """States no time to wait that one could understand, and a page in place of a range."""
+
+    def plain(self, status: int, headers: dict[str, str] | None = None) -> None:
+        super().plain(status, dict.fromkeys(headers or {}, "soon"))
+
+    def answer(self, body: bool) -> None:
+        if self.headers["Range"] == "bytes=7-8":
+            return self.give_page("text/html", b"<html>")
+        return super().answer(body)
+
+
+def test_a_time_to_wait_that_is_none_and_a_page_in_place_of_a_range(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(DATA)
+    with serving(tmp_path, Vague) as site:
+        file, site.fault = opened(site), once("429")
+        assert read(file, 1000, 2000) == DATA[1000:2000]
+        with pytest.raises(InputChangedError, match="vanished or shrank during the run"):
+            read(file, 7, 9)
+
+
+def test_an_address_that_is_none() -> None:
+    with pytest.raises(StorageError, match="shown: is no address that can be asked; check it"):
+        stat_remote("https://[host/file", "shown")
+
+
+def test_a_bucket_by_a_file_system_of_fsspec(tmp_path: Path) -> None:
+    """The disk's own is one: it lists, gives ranges, and states times of change."""
+    (tmp_path / "dir").mkdir()
+    path = tmp_path / "dir" / "file"
+    path.write_bytes(DATA)
+    found = list_remote(f"file://{tmp_path}", "shown")
+    assert found == {"dir/file": stat_remote(f"file://{path}", f"file://{path}")}
+    file = found["dir/file"]
+    assert (file.size, read(file, 1000, 300_000)) == (len(DATA), DATA[1000:300_000])
+    assert [stat_remote(f"file://{tmp_path}/{name}", "shown") for name in ("dir", "none")] == [None, None]
+    assert list_remote(f"file://{tmp_path}/none", "shown") == {}
+    source = RemoteSource(file)
+    source.check_unchanged()
+    os.utime(path, (1, 1))
+    with pytest.raises(InputChangedError, match="changed since the run began"):
+        source.check_unchanged()
+    path.unlink()
+    with pytest.raises(InputChangedError, match="vanished during the run"):
+        read(file, 0, 10)
 
 
 def test_reading_from_front_to_back_sends_for_what_follows(site: RangeServer, tmp_path: Path) -> None:
