@@ -210,6 +210,7 @@ def _sleep(seconds: float) -> None:
 
 
 def _submitted(call: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Call a function in another thread, with the monitor of this context."""
     return _pool().submit(copy_context().run, call, *arguments)
 
 

@@ -297,8 +297,7 @@ def _authorization(url: str, token: bool) -> dict[str, str]:
     util = _urllib3().util
     if (user := util.parse_url(url).auth) is None:
         return {}
-    made: dict[str, str] = util.make_headers(basic_auth=unquote(user if ":" in user else f"{user}:"))
-    return made
+    return dict(util.make_headers(basic_auth=unquote(user if ":" in user else f"{user}:")))
 
 
 def _origin(url: str) -> str:
@@ -328,10 +327,8 @@ def _reason(e: Exception) -> str:
     kinds = {"ReadTimeoutError": f"no byte came for {_silence_allowed():g} s", "ConnectTimeoutError": "nothing answers",
              "NewConnectionError": "nothing answers", "NameResolutionError": "its name leads to no server",
              "IncompleteRead": "the answer ended early"}  # fmt: skip
-    while type(e).__name__ not in kinds and (
-        inner := next((arg for arg in e.args if isinstance(arg, Exception)), None)
-    ):
-        e = inner
+    while type(e).__name__ not in kinds and (inner := [arg for arg in e.args if isinstance(arg, Exception)]):
+        e = inner[0]
     name = type(e).__name__
     return kinds.get(name) or without_secrets(getattr(e, "strerror", None) or str(e) or name)
 
@@ -348,25 +345,19 @@ def _finish(response: Any) -> None:
 @contextmanager
 def _bucket(url: str, shown: str) -> Iterator[tuple[Any, str]]:
     """Open the file system of a URL; convert exceptions of its plugin, except for an absent file's, to ours."""
-    fsspec, scheme = (
-        require_package("fsspec", (2023,), "reading from buckets needs fsspec 2023", "remote"),
-        url.partition("://")[0],
-    )
+    fsspec = require_package("fsspec", (2023,), "reading from buckets needs fsspec 2023", "remote")
     try:
         yield fsspec.core.url_to_fs(url)
     except (FileNotFoundError, IsADirectoryError):
         raise
     except ImportError:
-        needs = f"reading from {scheme}:// needs {PLUGINS[scheme]}, which is not installed"
-        raise MissingPackageError(
-            f"{shown}: {needs}; pip install 'intruder-streamer[remote]'", PLUGINS[scheme]
-        ) from None
+        plugin = PLUGINS[url.partition("://")[0]]
+        lacks = f"such an address needs {plugin}, which is not installed; pip install 'intruder-streamer[remote]'"
+        raise MissingPackageError(f"{shown}: {lacks}", plugin) from None
     except Exception as e:  # each plugin has its own exceptions
         name, text = type(e).__name__, without_secrets(str(e))
         if isinstance(e, PermissionError) or "Credential" in name or "AuthenticationRequired" in name:
-            raise InputError(
-                f"{shown}: may not be read ({name}); set credentials as for the bucket's own client"
-            ) from e
+            raise InputError(f"{shown}: may not be read ({name}); set credentials as for its own client") from e
         if isinstance(e, NotImplementedError | TypeError | AttributeError):
             raise StorageError(f"{shown}: cannot read: {name}: {text}; update the plugin of fsspec") from e
         raise Transient(f"{name}: {text[:120]}" if text else name) from e

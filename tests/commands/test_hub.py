@@ -71,6 +71,9 @@ def test_outputs_of_names_on_the_hub(served: Path, local: dict[str, str], tmp_pa
             site.reset()
             done = hub_run(site, tmp_path, "detect", "owner/base@v1", "owner/adapter", offline=True)
             assert (done.code, site.requests) == (0, []), done
+    if mode == "cache":  # the server is gone
+        done = hub_run(site, tmp_path, "detect", "owner/base@v1", "owner/adapter")
+        assert (done.code, "owner/base@v1: the hub cannot be reached; its cache is used" in done.err) == (0, True), done
 
 
 def test_a_directory_in_a_repository(served: Path, tmp_path: Path) -> None:

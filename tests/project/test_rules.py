@@ -89,7 +89,7 @@ def test_the_parser_needs_nothing_heavy() -> None:
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-BUDGET = 27_233
+BUDGET = 27_224
 """Lines of code of the package, as `tools/count_lines.py` counts them. Every change that takes lines out lowers it; none raises it."""
 
 
