@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from streamer.forecast.cores import available_cores
 from streamer.methods import DEFAULT, METHODS, WITHOUT_FILES
-from streamer.remote.inputs import parse_address
 
 __all__ = ["ABOUT", "DEFAULT_METHOD", "REMOVED", "WITHOUT_FILES", "available_cores", "shown"]
 
@@ -24,5 +23,7 @@ REMOVED = {
 
 def shown(given: str) -> str:
     """Return an input in printable form: an address without its password or signature."""
+    from streamer.remote.inputs import parse_address  # its imports would double the time of --help
+
     address = parse_address(given)
     return given if address is None else address.shown
