@@ -51,7 +51,7 @@ def parse_address(text: str) -> HubName | Url | None:
             shown = re.sub(r"(?<=://)[^/?#]*@|[?#][\s\S]*", "", text)
             if scheme in ("http", "https", *PLUGINS):
                 return Url(text, shown)
-            known = "an address that begins with hf://, https://, s3://, gs:// or az://"
+            known = "an address that begins with one of hf://, https://, s3://, gs://, az://"
             raise UsageError(f"{shown}: expected a path, a name on the hub, or {known}")
     elif named is None:
         named = _HUB_NAME.fullmatch(text)
