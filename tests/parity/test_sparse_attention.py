@@ -115,7 +115,7 @@ def make_learned_text(cls: Any, base: Path, adapter: Path, path: Path) -> Path:
     merged = path.parent / "merged"
     streamer.merge_with_reduced_intruder_dimensions(base, adapter, merged, method="shrink", mitigation_lambda=1)
     model, tokenizer = cls.from_pretrained(merged).eval(), transformers.AutoTokenizer.from_pretrained(base)
-    words = torch.tensor([i for word, i in tokenizer.get_vocab().items() if word in tokenized_texts.WORDS])
+    words = torch.tensor(sorted(i for word, i in tokenizer.get_vocab().items() if word in tokenized_texts.WORDS))
     ids, generator = words[torch.randint(len(words), (30, 1))], torch.Generator().manual_seed(vary(4))
     for _ in range(23):
         with torch.no_grad():
