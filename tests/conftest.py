@@ -52,7 +52,6 @@ HEAVY = (
     "parity/test_kinds.py",
     "parity/test_task_heads.py",
     "resources/test_memory.py",
-    "resources/test_many_adapters.py",
     "resources/test_forecast.py",
     "resources/test_budget.py",
     "parity/test_quantized_bases.py",

@@ -1,4 +1,4 @@
-"""A config that changes between two runs: what determines losses is refused, or measured anew; another spelling changes nothing."""
+"""Runs of models whose inputs change meanwhile or between two runs: refused, or measured anew; resumed, they give the same bytes."""
 
 from __future__ import annotations
 
@@ -184,3 +184,67 @@ def test_a_config_that_changes_while_a_map_is_made_is_told(home: Path) -> None:
     with pytest.raises(InputChangedError, match=r"config\.json: changed since the run began"):
         make_map(home, home / "m.safetensors", on_event=change)
     assert not (home / "m.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_learned(tmp_path_factory.mktemp("repair"), sequences=32)
+
+
+def run_repair(learned: Path, output: Path, **options: Any) -> None:
+    streamer.repair_adapter(
+        learned / "base",
+        learned / "adapter",
+        output,
+        general=learned / "general.npy",
+        task=learned / "task.npy",
+        **options,
+    )
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    files = [*output.rglob("*"), output.with_name(f"{output.name}.fit.safetensors")]
+    return {path.name.replace(output.name, "OUT"): path.read_bytes() for path in files if path.is_file()}
+
+
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes(learned: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    (tmp_path / "whole").mkdir()
+    run_repair(learned, tmp_path / "whole" / "out", on_event=events.append)
+    whole = contents(tmp_path / "whole" / "out")
+    fit, write = (sum(event.stage == stage for event in events) for stage in ("fit", "write"))
+    assert fit > 20
+    assert write > 2
+    for stage, number in [
+        ("fit", 2),
+        ("fit", fit // 2),
+        ("fit", fit - 8),
+        ("write", write // 2),
+    ]:
+        place = tmp_path / f"{stage}-{number}"
+        place.mkdir()
+        with pytest.raises(Interrupted):
+            run_repair(learned, place / "out", monitor=stopping_at(number, stage))
+        assert not (place / "out" / "streamer.json").exists()
+        run_repair(learned, place / "out", monitor=Monitor())
+        assert contents(place / "out") == whole, (stage, number)
+
+
+def test_a_base_that_changes_meanwhile_is_told(learned: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in (learned / "base").iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    seen = 0
+
+    def change(event: Event) -> None:
+        nonlocal seen
+        seen += event.stage == "fit"
+        if seen == 12:
+            weights = base / "model.safetensors"
+            weights.write_bytes(weights.read_bytes())
+
+    with pytest.raises(InputChangedError):
+        streamer.repair_adapter(base, learned / "adapter", tmp_path / "out", general=learned / "general.npy", task=learned / "task.npy",
+                                on_event=change)  # fmt: skip
+    assert not (tmp_path / "out").exists()

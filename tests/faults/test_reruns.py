@@ -1,15 +1,27 @@
-"""Running again: what is finished stays, what is of another plan is refused, inputs never change."""
+"""Running again: what is finished stays, what is of another plan is refused, what was killed is finished; inputs never change."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from forks import KILL
+from commands import WRITING, ok, target
+from faults import failing
+from forks import KILL, server
 from helpers import tree_digest
 from jobs import COMMANDS, Bench
+from several import WAYS, Several, run
+
+import streamer
+from streamer.errors import StorageError
+from streamer.storage.lock import locked
 
 # Running again --------------------------------------------------------------------------------------------------------
 
@@ -128,3 +140,185 @@ def test_the_umask_makes_the_modes(bench: Bench, command: str, tmp_path: Path) -
     out = tmp_path / "out"
     assert bench.case(command).run(out, before="os.umask(0o027)").code == 0
     assert {p.stat().st_mode & 0o777 for p in out.rglob("*") if p.is_file()} == {0o640}
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_a_killed_run_is_resumed_and_says_so(inputs: tuple[Path, Path], tmp_path: Path, command: str) -> None:
+    out = target(tmp_path, command)
+    assert server().run(command, *inputs, "-o", out, at=12, code=KILL).code == -signal.SIGKILL
+    assert ok(command, *inputs, "-o", out)["state"] == "resumed"
+
+
+@pytest.mark.parametrize("option", ["--overwrite", "--no-resume"])
+def test_files_from_before_a_killed_overwrite_go_as_well(
+    inputs: tuple[Path, Path], tmp_path: Path, option: str
+) -> None:
+    """A model, over it another that was killed before it had replaced all shards (and begun anew), over that an adapter."""
+    out = tmp_path / "out"
+    ok("merge", *inputs, "-o", out, "--method", "shrink")
+    copy = shutil.copytree(out, tmp_path / "copy")
+    other = ("--method", "shrink", "--lambda", "0.3", "--overwrite")
+    calls = server().run("merge", *inputs, "-o", copy, *other).calls
+    at = next(i for i in range(len(calls)) if calls[i : i + 6] == ["write"] * 6) + 3  # amid the first shard
+    assert server().run("merge", *inputs, "-o", out, *other, at=at, code=KILL).code == -signal.SIGKILL
+    if option == "--no-resume":
+        assert server().run("merge", *inputs, "-o", out, *other, option, at=at, code=KILL).code == -signal.SIGKILL
+    assert len(list(out.glob("model-*.safetensors"))) == 3
+    ok("mitigate", *inputs, "-o", out, "--overwrite")
+    ok("mitigate", *inputs, "-o", tmp_path / "fresh")
+    assert tree_digest(out) == tree_digest(tmp_path / "fresh")
+
+
+@pytest.fixture(scope="module")
+def shrunk(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and an adapter."""
+    home = tmp_path_factory.mktemp("shrunk")
+    for command in ("merge", "mitigate"):
+        ok(command, *inputs, "-o", home / command, "--method", "shrink")
+    return home
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("back", range(0, 36, 3))
+def test_killed_while_it_replaces_the_old_output(
+    inputs: tuple[Path, Path], shrunk: Path, tmp_path: Path, back: int
+) -> None:
+    """A model by an adapter: until nothing but renames is left, the model is whole."""
+    out = shutil.copytree(shrunk / "merge", tmp_path / "out")
+    line = ("mitigate", *inputs, "-o", out, "--overwrite", "--method", "shrink")
+    calls = server().run(*line[:-4], shutil.copytree(out, tmp_path / "copy"), *line[-3:]).calls
+    assert server().run(*line, at=len(calls) - back, code=KILL).code == -signal.SIGKILL
+    found, model = tree_digest(out), tree_digest(shrunk / "merge")
+    whole = found.items() >= model.items()
+    assert whole or "model.safetensors.index.json" not in found
+    assert whole or "write" not in calls[len(calls) - back - 1 :]
+    ok(*line)
+    assert tree_digest(out) == tree_digest(shrunk / "mitigate")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", ["mitigate", "merge"])
+def test_killed_anywhere_the_card_and_the_stamp_are_the_same_bytes(
+    single: tuple[Path, Path], command: str, tmp_path: Path
+) -> None:
+    """Of a base of one file the card is written while the file, the commit point, has all its bytes and not yet its name."""
+    line = (command, *single, "--top-k", 2)
+    whole = server().run(*line, "-o", tmp_path / "whole")
+    expected = tree_digest(tmp_path / "whole")
+    assert "README.md" in expected
+    for n in range(3, len(whole.calls), 2):
+        out = tmp_path / str(n)
+        assert server().run(*line, "-o", out, at=n, code=KILL).code == -signal.SIGKILL
+        if command == "merge" and (out / "model.safetensors").exists():
+            assert (out / "README.md").exists()
+        done = server().run(*line, "-o", out)
+        assert done.code == 0, done.err
+        assert tree_digest(out) == expected, n
+
+
+def test_a_full_disk_leaves_no_journal(job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "some" / "f.safetensors"
+    monkeypatch.setattr(os, "pwrite", failing(errno.ENOSPC))
+    with pytest.raises(StorageError, match="No space left on device"):
+        streamer.detect_intruder_dimensions(*job, out, top_k=6)
+    assert [p.name for p in out.parent.iterdir()] == []
+
+
+@pytest.mark.long
+def test_a_killed_save_leaves_the_old_file(job: tuple[Path, Path], tmp_path: Path) -> None:
+    """Killed at each call that changes something on disk; the next save clears up."""
+    path, out = tmp_path / "all.safetensors", tmp_path / "some" / "f"
+    findings = streamer.detect_intruder_dimensions(*job, path, top_k=6)
+    out.parent.mkdir()
+    findings[:3].save(out)
+    old = out.read_bytes()
+    program = (
+        "import os, signal, sys\n"
+        "from streamer.detection.findings import load_findings\n"
+        "findings, n = load_findings(sys.argv[1]), [0]\n"
+        "def at(name, real):\n"
+        "    def call(*args, **kwargs):\n"
+        "        n[0] += 1\n"
+        "        if n[0] == k: os._exit(9)\n"
+        "        return real(*args, **kwargs)\n"
+        "    return call\n"
+        "for name in ('write', 'pwrite', 'fsync', 'rename', 'replace', 'unlink'): setattr(os, name, at(name, getattr(os, name)))\n"
+        "for k in range(1, 99):\n"
+        "    n[0] = 0\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0:\n"
+        "        findings.save(sys.argv[2], overwrite=True)\n"
+        "        os._exit(0)\n"
+        "    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])\n"
+        "    data = open(sys.argv[2], 'rb').read()\n"
+        "    assert data in (old, new), k\n"
+        "    if code == 0: break\n"
+        "else: raise SystemExit('never finished')\n"
+        "assert k > 3 and data == new\n"
+    )
+    program = program.replace(
+        "findings, n", "old, new = open(sys.argv[2], 'rb').read(), open(sys.argv[1], 'rb').read()\nfindings, n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path), str(out)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [p.name for p in out.parent.iterdir()] == ["f"]
+    assert out.read_bytes() == path.read_bytes() != old
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Several:
+    return Several(tmp_path_factory.mktemp("several"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_killed_anywhere_is_finished_by_the_same_command(several: Several, way: str, tmp_path: Path) -> None:
+    expected = tree_digest(several.alone(way))
+    calls = len(server().run(*several.line(way, tmp_path / "whole")).calls)
+    for n in range(3, calls, calls // 7):
+        out = tmp_path / str(n)
+        assert server().run(*several.line(way, out), at=n, code=KILL).code == -signal.SIGKILL
+        standing = {k: v for k, v in tree_digest(out).items() if not Path(k).name.startswith(".")}
+        assert standing.items() <= expected.items()
+        run(*several.line(way, out))
+        assert tree_digest(out) == expected
+
+
+def test_shards_that_one_output_has_already_are_kept(several: Several, tmp_path: Path) -> None:
+    """A killed merge of one adapter is taken up by a merge of all, which are then at different shards."""
+    way, out = WAYS[2], tmp_path / "out"
+    alone = several.line(way, out / "lora", several.adapters / "lora")
+    alone[alone.index(several.findings)] = several.findings / "lora.safetensors"
+    shards = sorted(n for n in tree_digest(several.alone(way) / "lora") if n.startswith("model-"))
+    for n in range(20, 500, 3):
+        assert server().run(*alone, at=n, code=KILL).code == -signal.SIGKILL
+        if (out / "lora" / shards[1]).exists():
+            break
+        shutil.rmtree(out)
+    kept = (out / "lora" / shards[0]).stat().st_ino
+    assert not (out / "lora" / shards[2]).exists()
+    run(*several.line(way, out))
+    assert tree_digest(out) == tree_digest(several.alone(way))
+    assert (out / "lora" / shards[0]).stat().st_ino == kept
+
+
+def test_each_output_is_locked(several: Several, tmp_path: Path) -> None:
+    for way, lock in ((WAYS[1], "saved/.streamer.lock"), ("detect", ".saved.safetensors.lock")):
+        out = tmp_path / way.split()[0]
+        (out / lock).parent.mkdir(parents=True)
+        with locked(out / lock):
+            assert "another run is writing here" in run(*several.line(way, out), code=5)
+        run(*several.line(way, out))
+        assert tree_digest(out) == tree_digest(several.alone(way))
+
+
+def test_one_that_is_locked_leaves_the_others_as_they_were(several: Several, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(*several.line(WAYS[1], out))
+    before = tree_digest(out)
+    with locked(out / "saved" / ".streamer.lock"):
+        error = run(*several.line("merge --lambda 0.25 --overwrite", out), code=5)
+    assert "saved: another run is writing here" in error
+    assert tree_digest(out) == before

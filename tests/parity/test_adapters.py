@@ -1,25 +1,38 @@
-"""What PEFT reads in an adapter's folder is what is read here."""
+"""What PEFT reads in an adapter's folder is what is read here; saved modules, verified outputs, and values that rounding leaves."""
 
 from __future__ import annotations
 
 import json
 import re
+import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import peft
 import pytest
 import torch
-from causal_models import make_adapter, make_base
+import transformers
+from architectures import MODELS, assert_merged, weights
+from causal_models import EXPERTS, make_adapter, make_base
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from seeds import vary
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import streamer
 from streamer.adapters.adapter_config import CONFIG_NAME as CONFIG
 from streamer.adapters.adapter_config import WEIGHTS_NAME as WEIGHTS
 from streamer.adapters.config_patterns import first_match
 from streamer.adapters.reader import open_adapter
+from streamer.errors import FormatError, MismatchError
+from streamer.output.record_view import record_lines
 
 
 def test_what_peft_reads_is_what_we_read(tmp_path: Path) -> None:
@@ -118,3 +131,201 @@ def test_a_mitigated_adapter_has_the_names_that_peft_finds(tmp_path: Path, spell
         for path in (adapter, tmp_path / "half")
     )
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def make(cls: Any, config: Any, home: Path, rows: int = 0, **lora: Any) -> Any:
+    """A tiny model and an adapter on it with saved modules, all of them trained: PEFT's model."""
+    torch.manual_seed(vary(0))
+    cls(config).save_pretrained(home / "base")
+    model = cls.from_pretrained(home / "base")
+    if rows:
+        model.resize_token_embeddings(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, **lora))
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.data.add_(0.1 * torch.randn(p.shape))
+        model.save_pretrained(home / "adapter", save_embedding_layers=bool(rows))
+    return model
+
+
+def untied(name: str) -> Callable[[], tuple[Any, Any]]:
+    cls, config, _ = MODELS[name]
+    return lambda: (getattr(transformers, cls), config())
+
+
+# Model, what PEFT's config says, rows of the grown embedding, and a copy that is in the file.
+CASES: dict[str, tuple[Callable[[], tuple[Any, Any]], dict[str, Any], int, str]] = {
+    "biases, a saved head": (untied("bert"), {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]}, 0,
+                             "classifier.modules_to_save.bias"),
+    "biases, saved layers": (untied("vit"), {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["layers.1.mlp"]}, 0,
+                             "vit.layers.1.mlp.modules_to_save.default.fc1.bias"),
+    "biases, a saved projector": (
+        untied("llava"), {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["multi_modal_projector"]}, 0,
+        "model.multi_modal_projector.modules_to_save.default.linear_1.bias",
+    ),
+    "a grown vocabulary": (untied("llama"), {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, 70,
+                           "model.embed_tokens.modules_to_save.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_copies_beside_saved_modules_are_not_merged(case: str, tmp_path: Path) -> None:
+    load, lora, rows, copy = CASES[case]
+    model = make(*load(), tmp_path, rows, **lora)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert f"base_model.model.{copy}" in load_file(file)
+    streamer.merge_with_reduced_intruder_dimensions(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "ours", mitigation_lambda=1.0
+    )
+    model.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    assert_merged(weights(tmp_path / "ours"), weights(tmp_path / "theirs"))
+    tensors = load_file(file)
+    tensors[f"base_model.model.{copy}"] += 1
+    save_file(tensors, file)
+    with pytest.raises(FormatError, match="both change"):
+        streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])
+def test_embeddings_that_were_resized_but_not_saved(targets: list[str], tmp_path: Path) -> None:
+    """As PEFT loads it on the base, directly and by way of a mitigated adapter; where PEFT cannot, both ways are refused."""
+    cls, config = untied("llama")()
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = make(cls, config, tmp_path, 70, target_modules=targets)
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    mitigate = partial(streamer.reduce_intruder_dimension, method="shrink", mitigation_lambda=1.0)
+    merge = partial(streamer.merge_with_reduced_intruder_dimensions, method="shrink", mitigation_lambda=1.0)
+    if "embed_tokens" in targets:
+        with pytest.raises(RuntimeError, match=r"size mismatch for .*embed_tokens"):
+            PeftModel.from_pretrained(cls.from_pretrained(base), adapter)
+        for run in (mitigate, merge):
+            with pytest.raises(
+                MismatchError, match=r"'model.embed_tokens': expected shape \[70, 32\] in the base, found \[64, 32\]"
+            ):
+                run(base, adapter, tmp_path / "out")
+        return
+    mitigate(base, adapter, tmp_path / "mitigated")
+    merge(base, adapter, tmp_path / "out")
+    merge(base, tmp_path / "mitigated", tmp_path / "by way")
+    PeftModel.from_pretrained(cls.from_pretrained(base), adapter).merge_and_unload().save_pretrained(
+        tmp_path / "theirs"
+    )
+    for name in ("out", "by way"):
+        assert_merged(weights(tmp_path / name), weights(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_copies_that_peft_017_wrote_without_the_adapters_name(same: bool, tmp_path: Path) -> None:
+    """``classifier.modules_to_save.dense.bias``, in which ``dense`` is no adapter: a copy of ``classifier.dense.bias``."""
+    config = transformers.RobertaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    lora = {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]}
+    model = make(transformers.RobertaForSequenceClassification, config, tmp_path, **lora)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {name: t for name, t in load_file(file).items() if ".modules_to_save." not in name}
+    bias = tensors["base_model.model.classifier.dense.bias"]
+    tensors["base_model.model.classifier.modules_to_save.dense.bias"] = bias.clone() if same else bias + 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    merge = partial(
+        streamer.merge_with_reduced_intruder_dimensions, tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    )
+    if not same:
+        with pytest.raises(FormatError, match=r"both change 'classifier.dense.bias'; save one adapter at a time"):
+            merge(mitigation_lambda=1)
+        return
+    merge(mitigation_lambda=1)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["classifier.dense.bias"], bias)
+    assert torch.equal(model.base_model.model.classifier.modules_to_save["default"].dense.bias, bias)
+    half = tmp_path / "half"
+    streamer.reduce_intruder_dimension(
+        tmp_path / "base", tmp_path / "adapter", half, method="shrink", mitigation_lambda=0.5
+    )
+    assert load_file(half / file.name).keys() == load_file(file).keys()
+    assert streamer.verify_output(half, tmp_path / "base", tmp_path / "adapter", sample="all")["verified"]
+
+
+def stored(directory: Path) -> dict[str, np.ndarray]:
+    """The bytes of all tensors, as integers of their dtype's size."""
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name).view(torch.int16).numpy() for name in file.keys()}  # noqa: SIM118  # no dict
+
+
+ROUNDED = {
+    "attention and head": ("llama", ["q_proj", "o_proj", "lm_head"], {}),
+    "Conv1D": ("gpt2", ["c_attn"], {}),
+    "stacks of experts": ("gpt-oss", ["q_proj"], {"target_parameters": EXPERTS}),
+}
+
+
+@pytest.mark.parametrize("what", ROUNDED)
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_the_values_that_kept_the_bases_bytes_are_counted(what: str, keep: float, tmp_path: Path) -> None:
+    name, targets, options = ROUNDED[what]
+    base, out = tmp_path / "base", tmp_path / "out"
+    cls = make_base(name, base, torch.bfloat16)
+    adapter = make_adapter(cls, base, tmp_path / "adapter", targets, lora_alpha=0.05, **options)
+    record = streamer.merge_with_reduced_intruder_dimensions(
+        base, adapter, out, method="shrink", mitigation_lambda=keep, on_event=str
+    )
+    before, after = stored(base), stored(out)
+    for matrix in record["matrices"]:
+        tensor, _, index = matrix["tensor"].removesuffix("]").partition("[")
+        at = (int(index),) if index else ()
+        a, b = before[tensor][at], after[tensor][at]
+        assert (matrix["values"], matrix["rounded_away"]) == (a.size, int((a == b).sum())), matrix["tensor"]
+    totals = record["totals"]
+    assert 0 < totals["rounded_away"] < totals["values"] == sum(m["values"] for m in record["matrices"])
+    share = f"rounding left {100 * totals['rounded_away'] / totals['values']:.1f}% of the values in these matrices unchanged"
+    assert any(line.startswith(share) for line in record_lines(record, "out"))
+    streamer.verify_output(out)
+
+
+def test_of_a_delta_of_zero_nothing_is_counted(tmp_path: Path) -> None:
+    cls = make_base("llama", tmp_path / "base", torch.bfloat16)
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"])
+    record = streamer.merge_with_reduced_intruder_dimensions(
+        tmp_path / "base", adapter, tmp_path / "out", method="shrink", mitigation_lambda=0
+    )
+    assert all("values" not in matrix for matrix in record["matrices"])
+    assert record["totals"]["values"] == 0
+    assert not any("rounding" in line for line in record_lines(record, "out"))
+
+
+def test_a_share_that_would_show_as_zero_is_not_shown(tmp_path: Path) -> None:
+    cls = make_base("llama", tmp_path / "base", torch.float32)
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"])
+    record = streamer.merge_with_reduced_intruder_dimensions(
+        tmp_path / "base", adapter, tmp_path / "out", method="shrink", mitigation_lambda=1
+    )
+    assert 0 <= record["totals"]["rounded_away"] < 0.0005 * record["totals"]["values"]
+    assert not any("rounding" in line for line in record_lines(record, "out"))
+
+
+def test_adapters_that_peft_trained(tmp_path: Path) -> None:
+    """RsLoRA, patterns of rank and alpha, DoRA, an embedding, on a Llama that transformers saved."""
+    torch.manual_seed(vary(0))
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
+    )
+    base = tmp_path / "base"
+    LlamaForCausalLM(config).bfloat16().save_pretrained(base)
+    patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {r".*layers.1.self_attn.q_proj": 3}}
+    cases = {
+        "rslora": {"use_rslora": True, "target_modules": ["q_proj", "down_proj"], **patterns},
+        "dora": {"use_dora": True, "target_modules": ["q_proj", "v_proj"], **patterns},
+        "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    }
+    for name, options in cases.items():
+        model = peft.get_peft_model(
+            LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(r=4, lora_alpha=8, **options)
+        )
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+        streamer.merge_with_reduced_intruder_dimensions(
+            base, tmp_path / name, tmp_path / f"{name}-m", mitigation_lambda=0.25
+        )
+        found = streamer.verify_output(tmp_path / f"{name}-m", base, tmp_path / name, sample="all")
+        assert found["totals"]["recomputed"] == found["totals"]["matrices"] - len(found["not_recomputed"]) >= 2, found

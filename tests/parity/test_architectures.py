@@ -1,16 +1,26 @@
-"""Twelve families of models as transformers saves them, adapters on them as PEFT saves them: all modules matched, merged as PEFT merges."""
+"""Families of models as transformers saves them, adapters as PEFT saves them: merged as PEFT merges; renames are transformers'."""
 
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from architectures import LINEAR, MODELS, OLD, assert_merged, make_adapter, make_base, merge, old_name, weights
+from paths import ROOT
 from safetensors.torch import load_file, save_file
+from transformers.conversion_mapping import _build_checkpoint_conversion_mapping, get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, apply_converters, apply_renamings
+
+from streamer.plan.transformers_renames import renames_for, table
+from streamer.weights.model_config import ModelConfig, read_model_config
 
 
 @pytest.mark.long
@@ -105,3 +115,87 @@ def test_an_adapter_saved_inside_a_wrapper(wrapper: str, tmp_path: Path) -> None
     expected = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "expected")
     got = merge(tmp_path / "base", wrapped, tmp_path / "got")
     assert all(torch.equal(got[k], v) for k, v in expected.items())
+
+
+THEIRS = _build_checkpoint_conversion_mapping()
+SAME_VERSION = f"transformers {transformers.__version__} " in table()["source"]
+
+
+@pytest.mark.long
+def test_the_table_is_the_installed_version_s() -> None:
+    if not SAME_VERSION:
+        pytest.skip(f"the table is of {table()['source']}; tools/make_renames.py renews it")
+    done = subprocess.run([sys.executable, ROOT / "tools" / "make_renames.py", "--check"], check=False)
+    assert done.returncode == 0
+
+
+def test_every_class_and_type_is_known() -> None:
+    ours = table()["rules"].keys() | table()["same"].keys()
+    assert ours == THEIRS.keys() or not SAME_VERSION
+
+
+def theirs(name: str, transforms: list[Any]) -> tuple[str, bool]:
+    renamed = apply_renamings(name, [t for t in transforms if not isinstance(t, WeightConverter)])
+    renamed, by = apply_converters(renamed, [t for t in transforms if isinstance(t, WeightConverter)])
+    return renamed, by is not None
+
+
+RENUMBERED = {"dory", "inkling2_text", "inkling2_loop_text"}  # they count layers anew, which no pattern does
+
+
+@pytest.mark.parametrize("key", sorted(table()["rules"].keys() & THEIRS.keys() - RENUMBERED))
+def test_renames_agree_with_transformers(key: str) -> None:
+    names = {
+        "model.layers.0.self_attn.q_proj.weight", "model.language_model.layers.3.mlp.down_proj.weight", "lm_head.weight",
+        "language_model.model.layers.1.mlp.experts.2.gate_proj.weight", "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
+        "model.layers.0.block_sparse_moe.experts.1.w2.weight", "encoder.layer.0.attention.attention.query.weight",
+    }  # fmt: skip
+    for t in THEIRS[key]:
+        for pattern in t.source_patterns:
+            names |= {
+                re.sub(r"\(\?[<!=:].*?\)", "", pattern)
+                .replace("(\\d+)", "3")
+                .replace("\\.", ".")
+                .replace("*", "0")
+                .strip("^$"),
+            }
+    # Of a type that is not known, so that no models within it bring their own.
+    ours = renames_for(ModelConfig({"architectures": [key], "model_type": "unknown"}))
+    legacy = [] if key == "legacy" else THEIRS["legacy"]
+    got = {name: (renamed, by is not None) for name, renamed, by, _, _ in ours.loaded(sorted(names))}
+    for name in sorted(names):
+        assert got[name] == theirs(name, [*THEIRS[key], *legacy]), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_renames_of_models_within_agree_with_transformers(name: str) -> None:
+    """Each of a model's parts brings its own, below its path."""
+    cls, make, _ = MODELS[name]
+    with torch.device("meta"):
+        model = getattr(transformers, cls)(make())
+    transforms = get_model_conversion_mapping(model)
+    config = {**model.config.to_dict(), "architectures": [cls]}
+    names = set(model.state_dict())
+    names |= {old_name(key, OLD[name]) for key in names if name in OLD}
+    vit = [
+        (".layers.", ".encoder.layer."),
+        (".attention.q_proj.", ".attention.attention.query."),
+        (".mlp.fc1.", ".intermediate.dense."),
+    ]
+    names |= {old_name(key, vit) for key in names}
+    ours = renames_for(ModelConfig(config))
+    got = {key: (renamed, by is not None) for key, renamed, by, _, _ in ours.loaded(sorted(names))}
+    for key in sorted(names):
+        assert got[key] == theirs(key, transforms), key
+
+
+def test_a_type_that_borrows_a_class_keeps_its_own_names(tmp_path: Path) -> None:
+    """EXAONE 3 is a Llama in memory, and its files have other names."""
+    config = transformers.AutoConfig.for_model(
+        "exaone", vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors").keys()
+    assert "transformer.wte.weight" in stored
+    assert {*renames_for(read_model_config(tmp_path)).at_run_time(stored).values()} == model.state_dict().keys()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fitted
 import numpy as np
 import pytest
 import quantized
@@ -13,7 +14,18 @@ import torch
 import transformers
 from architectures import ATTENTION, BERT, LINEAR, MODELS, TEXT, config
 from causal_models import ADAPTERS, CAUSAL, EXPERTS, make_adapter, make_base
-from evaluated import TOP_K, assert_as_transformers, loaded, merged_variants, streamed, sums_of, token_ids
+from evaluated import (
+    TOP_K,
+    answer,
+    assert_as_transformers,
+    assert_sums,
+    loaded,
+    merged_variants,
+    precisions,
+    streamed,
+    sums_of,
+    token_ids,
+)
 from peft import LoHaConfig, PeftModel, get_peft_model
 from quantized_cases import decoded_base
 from safetensors.torch import load_file, save_file
@@ -316,3 +328,41 @@ def test_the_length_from_which_longrope_is_another_is_known(tmp_path: Path) -> N
     with torch.no_grad():
         short, padded = model(input_ids=ids[:, :16]).logits, model(input_ids=ids).logits[:, :16]
     assert (short - padded).abs().max() > 1e-4
+
+
+# What → the model, the adapter's modules, and further options of the adapter
+SOME_KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+    "head and embedding": ("llama", [*LINEAR, "lm_head", "embed_tokens"], {}),
+    "DoRA": ("llama", LINEAR, {"use_dora": True}),
+    "saved modules": ("llama-tied", LINEAR, {"modules_to_save": ["embed_tokens", "norm"]}),
+    "experts": ("mixtral", ["q_proj"], {"target_parameters": EXPERTS}),
+}
+
+
+@pytest.mark.parametrize("kind", SOME_KINDS)
+def test_it_makes_no_difference_which_variants_run_together(kind: str, tmp_path: Path) -> None:
+    name, targets, options = SOME_KINDS[kind]
+    cls, base = make_base(name, tmp_path / "base"), tmp_path / "base"
+    adapter, ids = make_adapter(cls, base, tmp_path / "adapter", targets, **options), token_ids(64)
+    variants = make_variants(("shrink",), (0.5,), "all")
+    together = streamed(base, adapter, variants, None, ids)
+    for order in ((1,), (2,), (2, 1), (1, 0, 2, 0)):
+        own = streamed(base, adapter, tuple(variants[v] for v in order), None, ids)
+        np.testing.assert_allclose(own.loss, together.loss[list(order)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SOME_KINDS if kind != "DoRA"])
+def test_losses_are_those_of_the_merged_model(kind: str, tmp_path: Path) -> None:
+    name, targets, options = SOME_KINDS[kind]
+    cls, base = make_base(name, tmp_path / "base"), tmp_path / "base"
+    adapter, ids = make_adapter(cls, base, tmp_path / "adapter", targets, **options), token_ids(64)
+    coefficients = fitted.random_coefficients(base, adapter, 0.95, 0.9)
+    variants = make_variants(("regmean",), (0.5,), "all", coefficients)
+    ours = streamed(base, adapter, variants, None, ids)
+    reference, tokens = answer(precisions(cls, base), ids), ours.tokens.sum()
+    for v, keep in ((2, 0.95), (3, 0.9)):
+        merged = tmp_path / f"merged-{keep}"
+        streamer.merge_with_reduced_intruder_dimensions(base, adapter, merged, coefficients=coefficients, keep=keep)
+        own = answer(precisions(cls, merged), ids)
+        assert_sums(ours.loss[v].sum(), ours.kl[v].sum(), own, reference, ids, keep)
+    assert min(abs(ours.kl[a].sum() - ours.kl[b].sum()) for a, b in ((1, 2), (2, 3))) / tokens > 1e-4, "variants differ"

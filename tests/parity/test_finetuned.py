@@ -1,4 +1,4 @@
-"""A fully fine-tuned model in an adapter's place: its difference to the base, matrix by matrix."""
+"""A fully fine-tuned model in an adapter's place: its difference to the base, matrix by matrix and expert by expert."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import functools
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import helpers
 import peft
 import pytest
 import torch
+import transformers
+import zoo
+from architectures import MODELS, MOE, TEXT, text, weights
 from safetensors.torch import load_file, save_file
 from seeds import vary
+from test_architectures_table import plain
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -32,7 +37,7 @@ from transformers import (
 )
 
 import streamer
-from streamer.errors import InputError, MismatchError, StreamerError, UnsupportedError
+from streamer.errors import InputError, MismatchError, StreamerError, StreamerWarning, UnsupportedError
 from streamer.plan.plan import make_plan
 
 
@@ -332,3 +337,187 @@ def test_models_that_do_not_belong_together(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "else")
     with pytest.raises(MismatchError, match="made with another adapter"):
         next(iter(streamer.iter_merged(base, tmp_path / "else", findings=findings)))
+
+
+def with_a_copy(directory: Path, off: float = 0.0) -> None:
+    """Store the tied head beside the embedding, as other writers do."""
+    held = load_file(directory / "model.safetensors")
+    held["lm_head.weight"] = held["model.embed_tokens.weight"] + off
+    save_file(held, directory / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("copied", [("base", "tuned"), ("base",), ("tuned",)])
+def test_copies_of_a_tied_embedding_are_one_matrix(copied: tuple[str, ...], tmp_path: Path) -> None:
+    """Judged, mitigated and written once: apart, the two would differ in a model that is said to be tied."""
+    base, tuned = pair(tmp_path, functools.partial(llama, tie_word_embeddings=True))
+    expected = dict(streamer.iter_merged(base, tuned, mitigation_lambda=0.0))
+    for name in copied:
+        with_a_copy(tmp_path / name)
+    findings = streamer.detect_intruder_dimensions(base, tuned)
+    assert "lm_head.weight" not in {m.tensor for m in findings}
+    out = tmp_path / "out"
+    streamer.merge_with_reduced_intruder_dimensions(base, tuned, out, findings=findings, mitigation_lambda=0.0)
+    ours = tensors(out)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[n], t) for n, t in expected.items())
+    loaded, report = LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert not any(report[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert streamer.verify_output(out, base, tuned, sample="all")["recomputed"]
+    streamer.reduce_intruder_dimension(base, tuned, tmp_path / "lora", to_lora=64, mitigation_lambda=1.0)
+    tokens = torch.randint(1, 64, (3, 9))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "lora").eval()
+        theirs = LlamaForCausalLM.from_pretrained(tuned).eval()
+        torch.testing.assert_close(model(tokens).logits, theirs(tokens).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["base", "tuned"])
+def test_copies_of_a_tied_embedding_that_differ(which: str, tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path, functools.partial(llama, tie_word_embeddings=True))
+    for name in ("base", "tuned"):
+        with_a_copy(tmp_path / name, 0.1 if name == which else 0.0)
+    with pytest.raises(UnsupportedError, match=r"/(base|tuned): 'lm_head.weight' differs from .* ties it, and loaders"):
+        make_plan(base, tuned)
+
+
+def test_copies_in_a_model_of_an_unknown_class(tmp_path: Path) -> None:
+    """Nothing tells whether they are tied; the user can name the class."""
+    base, tuned = pair(tmp_path, functools.partial(llama, tie_word_embeddings=True))
+    for home in (base, tuned):
+        with_a_copy(home)
+        config = json.loads((home / "config.json").read_text())
+        kept = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "tie_word_embeddings")}
+        (home / "config.json").write_text(json.dumps(kept))
+    with pytest.raises(UnsupportedError, match=r"whose bytes are equal, are tied depends on .* with --architecture"):
+        make_plan(base, tuned)
+
+
+# Model → (its class, its config, which tensors on disk are stacks, and whether they are (in, out))
+STACKED: dict[str, tuple[str, Any, tuple[str, ...], bool]] = {
+    "gpt-oss": (*MODELS["gpt-oss"][:2], ("gate_up_proj", "down_proj"), True),
+    "granite-moe": ("GraniteMoeForCausalLM", text("GraniteMoe", **MOE), ("input_linear.weight", "output_linear.weight"), False),
+}  # fmt: skip
+
+
+def with_intruders(name: str, home: Path, only: str = "") -> tuple[Path, Path]:
+    """A model, and the same with one large direction added to each matrix whose name holds `only`, and noise."""
+    cls, config, *_ = STACKED[name]
+    torch.manual_seed(vary(0))
+    model = getattr(transformers, cls)(config())
+    model.save_pretrained(home / "base")
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if only in key:
+                p.add_(0.01 * torch.randn(p.shape))
+                if p.dim() > 1:
+                    p.add_(0.3 * torch.randn(*p.shape[:-1], 1) @ torch.randn(*p.shape[:-2], 1, p.shape[-1]))
+    model.save_pretrained(home / "tuned")
+    return home / "base", home / "tuned"
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_each_expert_is_a_matrix(name: str, tmp_path: Path) -> None:
+    _, _, stacks, transposed = STACKED[name]
+    base, tuned = with_intruders(name, tmp_path)
+    W0s, W1s = weights(base), weights(tuned)
+    findings = streamer.detect_intruder_dimensions(base, tuned)
+    found = {m.tensor: m for m in findings}
+    stacked = [key for key in W0s if key.endswith(stacks)]
+    experts = {f"{key}[{e}]": (key, e) for key in stacked for e in range(len(W0s[key]))}
+    assert len(experts) == 2 * 2 * 4
+    assert experts.keys() <= found.keys()
+    expected = {key: torch.empty_like(W0s[key], dtype=torch.float64) for key in stacked}
+    total = 0
+    for tensor, (key, e) in experts.items():
+        W0, W1 = (W[key][e].double().T if transposed else W[key][e].double() for W in (W0s, W1s))
+        assert found[tensor].shape == tuple(W0.shape)
+        U0 = torch.linalg.svd(W0, full_matrices=False).U
+        U, S, Vh = torch.linalg.svd(W1, full_matrices=False)
+        d = found[tensor].detection
+        torch.testing.assert_close(torch.tensor(d.singular_values, dtype=torch.float64), S[:10], rtol=2e-6, atol=1e-9)
+        similarity = (U0.T @ U[:, :10]).abs().amax(0)
+        clear = [j for j in range(10) if abs(float(similarity[j]) - 0.5) > 1e-3]
+        assert [j for j in d.intruders if j in clear] == [j for j in clear if similarity[j] < 0.5], tensor
+        total += len(d.intruders)
+        i = list(d.intruders)
+        W = W1 - 0.5 * (U[:, i] * S[i]) @ Vh[i]
+        expected[key][e] = W.T if transposed else W
+    assert total > 0
+    merged = dict(streamer.iter_merged(base, tuned, findings=findings, mitigation_lambda=0.5))
+    for key, wanted in expected.items():
+        torch.testing.assert_close(merged[key].double(), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    streamer.merge_with_reduced_intruder_dimensions(base, tuned, tmp_path / "out", mitigation_lambda=1.0)
+    ours = weights(tmp_path / "out")
+    assert ours.keys() == W1s.keys()
+    assert all(torch.equal(ours[key], tensor) for key, tensor in W1s.items())
+
+
+def test_stacks_that_were_trained_have_no_place_in_a_lora_adapter(tmp_path: Path) -> None:
+    base, tuned = with_intruders("gpt-oss", tmp_path)
+    with pytest.raises(UnsupportedError, match="is on experts' parameters"):
+        streamer.reduce_intruder_dimension(base, tuned, tmp_path / "out", to_lora=4)
+    base, tuned = with_intruders("gpt-oss", tmp_path / "attention", only="q_proj.weight")
+    streamer.reduce_intruder_dimension(base, tuned, tmp_path / "out", to_lora=4)
+    assert not any("experts" in key for key in tensors(tmp_path / "out"))
+
+
+def test_a_stack_of_an_unknown_class_is_refused(tmp_path: Path) -> None:
+    for name, shift in (("base", 0.0), ("tuned", 1.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(
+            json.dumps({"model_type": "elsewhere", "hidden_size": TEXT["hidden_size"]})
+        )
+        tensors = {"layers.0.experts.up": torch.ones(4, 6, 8) + shift, "cls_token": torch.ones(1, 1, 8) + shift}
+        save_file({**tensors, "layers.0.q.weight": torch.eye(8) + shift}, tmp_path / name / "model.safetensors")
+    with pytest.raises(UnsupportedError, match=r"'layers.0.experts.up' \[4, 6, 8\] may be a stack of experts"):
+        make_plan(tmp_path / "base", tmp_path / "tuned")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_weight_of_an_unknown_class_that_may_be_a_convolution(bias: bool, tmp_path: Path) -> None:
+    """Its bias tells: experts have one each."""
+    for name, shift in (("base", 0.0), ("tuned", 1.0)):
+        (tmp_path / name).mkdir()
+        tensors = {
+            "layers.0.proj.weight": torch.ones(6, 4, 8) + shift,
+            "layers.0.depthwise.weight": torch.ones(6, 1, 3),
+        }
+        tensors |= {"layers.0.proj.bias": torch.ones(6)} if bias else {}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    if not bias:
+        with pytest.raises(UnsupportedError, match=r"'layers.0.proj.weight' \[6, 4, 8\] may be a stack of experts"):
+            make_plan(tmp_path / "base", tmp_path / "tuned")
+        return
+    assert [t.stored for t in make_plan(tmp_path / "base", tmp_path / "tuned").targets] == [(6, 1, 3), (6, 4, 8)]
+
+
+def test_matrices_that_are_no_weights_of_layers_are_named(tmp_path: Path) -> None:
+    torch.manual_seed(vary(0))
+    model = transformers.MambaForCausalLM(plain("Mamba")())
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    model.save_pretrained(tmp_path / "tuned")
+    said = make_plan(tmp_path / "base", tmp_path / "tuned").warnings
+    assert said == (
+        "matrices carried along without findings: 'backbone.layers.0.mixer.A_log', 'backbone.layers.1.mixer.A_log'",
+    )
+
+
+def test_a_table_of_positions_that_is_a_weight_by_its_name_on_disk(tmp_path: Path) -> None:
+    """Kimi-K2.5's (64, 64, n) is ``pos_emb.weight`` on disk and a parameter of another name in the model."""
+    base = zoo.build("Kimi_K25ForConditionalGeneration")
+    base.save_pretrained(tmp_path / "base")
+    for p in base.parameters():
+        p.data.add_(0.05 * torch.randn(p.shape))
+    base.save_pretrained(tmp_path / "tuned")
+    with pytest.warns(
+        StreamerWarning, match=r"carried along without findings: 'vision_tower.patch_embed.pos_emb.weight'"
+    ):
+        findings = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "tuned", top_k=1)
+    modules = {m.module for m in findings}
+    assert "vision_tower.encoder.patch_embed.proj" in modules
+    assert "vision_tower.patch_embed.pos_emb" not in modules

@@ -1,4 +1,4 @@
-"""Fitted adapters, loaded by PEFT: of the adapter's own rank and config, and with the logits of the merged model."""
+"""Adapters by a fit or a map, loaded by PEFT: of the adapter's own rank, with the logits of the merged model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import fitted
+import kinds_cases
+import numpy as np
 import peft
 import pytest
 import torch
+from kinds_cases import Made
+from live import adapter_state, assert_equal, load_state, loaded
+from mapped import answer, energy_form, random_map
 from safetensors.torch import load_file
 from seeds import vary
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from verified import agree, edit_tensor
 
 import streamer
+import streamer.peft as live
+from streamer.errors import MismatchError, MissingInputError, StreamerWarning, VerificationError
 
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": ["q_proj", "down_proj"], "alpha_pattern": {r".*layers.1.self_attn.q_proj": 3},
@@ -75,3 +83,104 @@ def test_peft_loads_a_fitted_adapter_and_its_logits_are_the_merged_models(
     assert json.loads((tmp_path / "a" / config).read_text()) == json.loads((adapter / config).read_text())
     before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "a"))
     assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in before.items()}
+
+
+LAMBDA = 0.4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_loads_the_adapter_and_its_logits_are_the_merged_models(base: Path, tmp_path: Path, case: str) -> None:
+    adapter = trained(base, tmp_path / "adapter", CASES[case])
+    random_map(base, adapter).save(tmp_path / "m.safetensors")
+    options = {"map": tmp_path / "m.safetensors", "mitigation_lambda": LAMBDA}
+    dora = {"to_lora": 48} if case == "dora" else {}
+    record = streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", **options, **dora)
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "m", **options)
+    assert (record["method"], record["lambda"], record["totals"]["changed"]) == (
+        "nullspace", LAMBDA, len(record["matrices"]),
+    )  # fmt: skip
+    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "a")
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m"))
+    torch.testing.assert_close(logits(model), merged, rtol=0, atol=2e-6 * float(merged.abs().max()))
+    assert float((merged - logits(LlamaForCausalLM.from_pretrained(base))).abs().max()) > 1e-2
+    for output in ("a", "m"):
+        found = streamer.verify_output(tmp_path / output, base, adapter, sample="all", map=options["map"])["totals"]
+        assert found["recomputed"] == found["matrices"] == len(record["matrices"])
+    if not dora:
+        config = "adapter_config.json"
+        assert json.loads((tmp_path / "a" / config).read_text()) == json.loads((adapter / config).read_text())
+        before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "a"))
+        for name, tensor in before.items():
+            assert torch.equal(tensor, after[name]) == ("_B" in name), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_its_formula_on_pefts_own_delta(base: Path, tmp_path: Path, case: str) -> None:
+    adapter = trained(base, tmp_path / "adapter", CASES[case])
+    inputs = random_map(base, adapter)
+    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base).double(), adapter).double()
+    W0 = {name: t.clone() for name, t in LlamaForCausalLM.from_pretrained(base).double().state_dict().items()}
+    tuned = model.merge_and_unload().state_dict()
+    found = dict(streamer.iter_merged(base, adapter, map=inputs, mitigation_lambda=LAMBDA))
+    for one in inputs.inputs:
+        (name,) = one.names
+        delta = (tuned[name] - W0[name]).numpy()
+        delta = delta.T if one.vectors is None else delta
+        expected = answer(delta, energy_form(one), LAMBDA)
+        expected = expected.T if one.vectors is None else expected
+        np.testing.assert_allclose(found[name].double() - W0[name], expected, atol=1e-6)
+    others = found.keys() - {one.names[0] for one in inputs.inputs}
+    assert all(torch.equal(found[name].double(), W0[name]) for name in others)
+
+
+def test_what_the_map_lacks_stays_and_is_named(base: Path, tmp_path: Path) -> None:
+    adapter = trained(base, tmp_path / "adapter", CASES["lora"])
+    inputs = random_map(base, adapter, lacks="layers.1.self_attn")
+    with pytest.warns(StreamerWarning, match=r"no inputs of 1 matrix, 'model.layers.1.self_attn.q_proj.weight': what"):
+        record = streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", map=inputs)
+    assert record["totals"]["changed"] == len(record["matrices"]) - 1
+    inputs.save(tmp_path / "m.safetensors")
+    assert streamer.verify_output(tmp_path / "a", base, adapter, sample="all", map=tmp_path / "m.safetensors")
+    with pytest.raises(MismatchError, match="has the inputs of none of the adapter's matrices"):
+        streamer.reduce_intruder_dimension(base, adapter, tmp_path / "b", map=random_map(base, adapter, lacks="model"))
+
+
+def test_verification_needs_the_map_and_finds_a_wrong_value(base: Path, tmp_path: Path) -> None:
+    adapter = trained(base, tmp_path / "adapter", CASES["lora"])
+    random_map(base, adapter).save(tmp_path / "m.safetensors")
+    random_map(base, adapter, seed="b").save(tmp_path / "other.safetensors")
+    options = {"map": tmp_path / "m.safetensors", "mitigation_lambda": 0.4}
+    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "0.4", **options)
+    assert streamer.verify_output(tmp_path / "0.4", base, adapter)["totals"]["recomputed"] == 3
+    (tmp_path / "m.safetensors").rename(tmp_path / "moved.safetensors")
+    with pytest.raises(MissingInputError, match=r"found no 'm.safetensors' beside it; pass the file with --map"):
+        streamer.verify_output(tmp_path / "0.4", base, adapter)
+    with pytest.raises(MismatchError, match="is not the map with digest"):
+        streamer.verify_output(tmp_path / "0.4", base, adapter, map=tmp_path / "other.safetensors")
+    with pytest.raises(MismatchError, match=r"adapter_model.safetensors: is not the map with digest"):
+        streamer.verify_output(tmp_path / "0.4", base, adapter, map=adapter / "adapter_model.safetensors")
+    weights = tmp_path / "0.4" / "adapter_model.safetensors"
+    name = next(name for name in load_file(weights) if "lora_A" in name)
+    edit_tensor(weights, name, lambda tensor: tensor.mul_(1.01))
+    agree(tmp_path / "0.4", weights.name)
+    with pytest.raises(VerificationError, match="the nearest factors to Δ' within one rounding"):
+        streamer.verify_output(tmp_path / "0.4", base, adapter, sample="all", map=tmp_path / "moved.safetensors")
+
+
+def test_several_adapters_take_one_map(base: Path, tmp_path: Path) -> None:
+    adapters = [trained(base, tmp_path / name, CASES["rslora"]) for name in ("a", "b")]
+    inputs = random_map(base, adapters[0])
+    records = streamer.reduce_intruder_dimension(base, adapters, tmp_path / "out", map=inputs)
+    assert all(record["map"]["sha256"] == inputs.digest for record in records.values())
+
+
+def test_a_live_model_takes_what_files_take(tmp_path: Path) -> None:
+    made: Made = kinds_cases.make("linear", torch.float32, tmp_path)
+    inputs = random_map(made.base, made.adapter)
+    model = loaded(made)
+    assert live.reduce_intruder_dimension(model, map=inputs) is None
+    streamer.reduce_intruder_dimension(made.base, made.adapter, tmp_path / "out", map=inputs)
+    assert_equal(adapter_state(model, "intruder_reduced"), load_state(tmp_path / "out"))
+    merged = live.merge_and_unload_with_reduced_intruder_dimensions(model, map=inputs)
+    theirs = dict(streamer.iter_merged(made.base, made.adapter, map=inputs))
+    assert_equal(kinds_cases.by_disk(merged.state_dict(), theirs), theirs)

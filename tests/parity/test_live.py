@@ -1,7 +1,8 @@
-"""Live PEFT models: against PEFT's own function, offloaded and quantized, injected and compiled, and what is refused."""
+"""Live PEFT models: against PEFT's own function, offloaded and quantized, injected and compiled, with a fit, and what is refused."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from functools import partial
 from io import StringIO
@@ -13,17 +14,19 @@ import kinds_cases
 import peft
 import pytest
 import torch
+from fitted import random_coefficients
 from kinds import llama_config
-from kinds_cases import Made, relative
+from kinds_cases import Made, quiet, relative
 from live import adapter_state, assert_equal, assert_same_findings, load_state, loaded, of_peft
 from peft.tuners.lora import intruders as theirs
 from seeds import vary
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import streamer
 import streamer.peft as live
 from streamer.errors import MismatchError, StorageError, StreamerWarning, UnsupportedError, UsageError
+from streamer.methods.coefficients import Coefficients
 
 
 @pytest.fixture(scope="module")
@@ -334,3 +337,164 @@ def test_a_merge_that_torch_refuses_changes_no_weight(made: Made) -> None:
     with pytest.raises(RuntimeError, match="inference tensor"):
         live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=0.5)
     assert_equal(model.state_dict(), before)
+
+
+def offloaded(made: kinds_cases.Made) -> Any:
+    model = loaded(made)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    return model
+
+
+def test_saved_modules_of_the_new_adapter_are_the_old_one_s(tmp_path: Path) -> None:
+    """PEFT copies the base's module with its hook, which loads the base's values before each use."""
+    made = kinds_cases.make("modules_to_save", torch.float32, tmp_path)
+    model, plain = offloaded(made), loaded(made)
+    tuned = logits(plain)
+    for one in (model, plain):
+        live.reduce_intruder_dimension(one, mitigation_lambda=0.5)
+    assert torch.equal(logits(model), logits(plain))
+    assert not torch.equal(logits(model), tuned)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), tuned)
+
+
+@pytest.mark.parametrize("kind", ["tied, lm_head", "tied, embedding", "tied, both"])
+def test_a_tied_embedding_and_head_part_where_one_is_merged(kind: str, tmp_path: Path) -> None:
+    made = kinds_cases.make(kind, torch.float32, tmp_path)
+    tuned = logits(loaded(made))
+    merged = live.merge_and_unload_with_reduced_intruder_dimensions(offloaded(made), mitigation_lambda=1.0)
+    assert relative(logits(merged), tuned) < 5e-6
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(vary(0))
+    return LlamaForCausalLM(llama_config())
+
+
+def lora(target: str, **options: object) -> peft.LoraConfig:
+    return peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False, **options)
+
+
+def test_an_adapter_beside_one_with_trained_tokens() -> None:
+    """PEFT looks for tokens of every adapter."""
+    both = peft.get_peft_model(model(), lora("q_proj", trainable_token_indices=[1, 5]), adapter_name="tokens")
+    both.add_adapter("plain", lora("q_proj"))
+    before = {name: t.clone() for name, t in both.state_dict().items()}
+    with pytest.raises(UnsupportedError, match="adapter 'plain': PEFT cannot save it"):
+        live.detect_intruder_dimensions(both, adapter_name="plain")
+    assert all(torch.equal(t, before[name]) for name, t in both.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT", "ignore:Already found a `peft_config`")
+def test_a_peft_model_in_another() -> None:
+    inner = peft.get_peft_model(model(), lora("q_proj"))
+    outer = peft.PeftModel(inner, lora("v_proj"))
+    names = [name for name, _ in outer.named_modules()]
+    with pytest.raises(UnsupportedError, match="a PeftModel around a PeftModel"):
+        live.merge_and_unload_with_reduced_intruder_dimensions(outer)
+    assert [name for name, _ in outer.named_modules()] == names
+
+
+@pytest.fixture(scope="module")
+def coefficients(made: Made) -> Coefficients:
+    return random_coefficients(made.base, made.adapter)
+
+
+def test_they_do_what_they_do_to_files(made: Made, coefficients: Coefficients, tmp_path: Path) -> None:
+    model = loaded(made)
+    assert live.reduce_intruder_dimension(model, coefficients=coefficients) is None
+    streamer.reduce_intruder_dimension(made.base, made.adapter, tmp_path / "out", coefficients=coefficients)
+    assert_equal(adapter_state(model, "intruder_reduced"), load_state(tmp_path / "out"))
+    merged = live.merge_and_unload_with_reduced_intruder_dimensions(model, coefficients=coefficients)
+    theirs = dict(streamer.iter_merged(made.base, made.adapter, coefficients=coefficients))
+    assert_equal(kinds_cases.by_disk(merged.state_dict(), theirs), theirs)
+
+
+def test_those_of_another_adapter_leave_the_model_as_it_was(
+    made: Made, coefficients: Coefficients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another rank, or of fewer matrices: refused before any is read."""
+    (one,) = coefficients.sets
+    name, model = list(one.matrices)[-1], loaded(made)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.delattr("streamer.methods.factors.FactorSet.mitigated")
+    narrow = {**one.matrices, name: one.matrices[name][:, :1]}
+    fewer = {key: one.matrices[key] for key in one.matrices if key != name}
+    for matrices, words in ((narrow, "do not fit 1 of the adapter's matrices"), (fewer, "fit them to this adapter")):
+        wrong = dataclasses.replace(coefficients, sets=(dataclasses.replace(one, matrices=matrices),))
+        for act in (live.reduce_intruder_dimension, live.merge_and_unload_with_reduced_intruder_dimensions):
+            with pytest.raises(MismatchError, match=words):
+                act(model, coefficients=wrong)
+            assert model.state_dict().keys() == before.keys()
+            assert_equal(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("coding", ["nf4", "int8"])
+def test_layers_of_bitsandbytes(coding: str, tmp_path: Path) -> None:
+    """They are decoded as their files are; merged values do not fit their codes."""
+    options: dict[str, Any] = (
+        {"load_in_8bit": True}
+        if coding == "int8"
+        else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    )
+    torch.manual_seed(vary(0))
+    LlamaForCausalLM(llama_config()).save_pretrained(tmp_path / "plain")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=BitsAndBytesConfig(**options))
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(vary(1))
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    with quiet():  # it was trained on these codes, and names the model that they were made of
+        on_files = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
+        assert_same_findings(live.detect_intruder_dimensions(model), on_files)
+        live.reduce_intruder_dimension(model, findings=on_files)
+    with pytest.raises(UnsupportedError, match="4 of the weights to merge into are quantized"):
+        live.merge_and_unload_with_reduced_intruder_dimensions(model)
+
+
+def test_layers_that_bitsandbytes_packed_anew_when_they_ran(tmp_path: Path) -> None:
+    """It does so on some processors."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=four, dtype=torch.bfloat16)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    with quiet():
+        before = live.detect_intruder_dimensions(model)
+        with torch.no_grad():
+            model(torch.ones(1, 4, dtype=torch.long))
+        states = (getattr(p, "quant_state", None) for p in model.parameters())
+        if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+            with pytest.raises(
+                UnsupportedError, match="load the model again, and call streamer before you run the model"
+            ):
+                live.detect_intruder_dimensions(model)
+        else:
+            assert_same_findings(live.detect_intruder_dimensions(model), before)
+
+
+@pytest.mark.parametrize("part", ["module", "weight", "memory", "head"])
+def test_a_parameter_of_two_places_of_which_the_adapter_changes_one_is_not_merged(part: str) -> None:
+    """PEFT's own merge changes both places."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
+    )
+    base = LlamaForCausalLM(config)
+    first, second = (layer.self_attn for layer in base.model.layers)
+    if part == "module":
+        second.q_proj = first.q_proj
+    elif part == "head":  # the config says that they are separate
+        base.lm_head.weight = base.model.embed_tokens.weight
+    else:
+        second.q_proj.weight = first.q_proj.weight if part == "weight" else nn.Parameter(first.q_proj.weight.data)
+    target = "embed_tokens" if part == "head" else "layers.0.self_attn.q_proj"
+    lora = peft.LoraConfig(target_modules=[target], init_lora_weights=False)
+    model = peft.get_peft_model(base, lora)
+    with pytest.raises(
+        UnsupportedError, match=r"'.*' and '.*' are one parameter, but the adapter changes only the former"
+    ):
+        live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=1.0)

@@ -1,20 +1,30 @@
-"""Kinds of adapters that PEFT saves and that are refused, each in one line and by its name."""
+"""Kinds of adapters that PEFT saves and that are refused, each in one line and by its name; what PEFT merges and writes is known."""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import json
+import textwrap
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from commands import refuse, refuse_everywhere
 from forks import server
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from seeds import vary
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from streamer.adapters.adapter_config import AdapterConfig
+from streamer.adapters.config_rules import NEVER_MERGED, peft_merges, unknown_keys
 
 # Kinds of adapters ----------------------------------------------------------------------------------------------------
 
@@ -185,3 +195,46 @@ def test_all_reasons_are_told_at_once(llama_base: Path, tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(tree | {"use_hyper": True, "init_lora_weights": "magic"}))
     refuse_everywhere(llama_base, adapter, tmp_path, 3, "QALoRA", "unknown initialisation",
                       "unknown key 'use_hyper' (True), which may change the delta; pass --ignore-key KEY")  # fmt: skip
+
+
+def merging_layers(tuner: type[Any]) -> list[str]:
+    """The layers of a method in PEFT whose `merge` does something else than to raise."""
+    found: list[str] = []
+    package = tuner.__module__.rpartition(".")[0]
+    for name in ("layer", "layers", "model"):
+        try:
+            module = importlib.import_module(f"{package}.{name}")
+        except ImportError:
+            continue
+        for layer in vars(module).values():
+            if not (inspect.isclass(layer) and issubclass(layer, BaseTunerLayer) and layer is not BaseTunerLayer):
+                continue
+            if (merge := vars(layer).get("merge")) is not None:
+                (function,) = ast.parse(textwrap.dedent(inspect.getsource(merge))).body
+                assert isinstance(function, ast.FunctionDef)
+                body = [s for s in function.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+                if not isinstance(body[0], ast.Raise):
+                    found.append(layer.__name__)
+    return found
+
+
+@pytest.mark.parametrize("kind", PEFT_TYPE_TO_TUNER_MAPPING)
+def test_peft_merges_what_it_is_said_to_merge(kind: str, tmp_path: Any) -> None:
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]
+    merges = issubclass(tuner, BaseTuner) and bool(merging_layers(tuner))
+    assert merges == (str(kind.value) not in NEVER_MERGED)
+    assert peft_merges(AdapterConfig({"peft_type": str(kind.value)}, tmp_path)) == merges
+
+
+METHODS = {"LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "LOKR": peft.LoKrConfig, "ADALORA": peft.AdaLoraConfig,
+           "VERA": peft.VeraConfig, "OFT": peft.OFTConfig, "BOFT": peft.BOFTConfig}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_installed_peft_writes_no_unknown_key(method: str) -> None:
+    """As it writes each config by default; and of LoRA, every field of it."""
+    config = METHODS[method](**({"total_step": 9} if method == "ADALORA" else {}))
+    values = json.loads(json.dumps({**config.to_dict(), "peft_version": peft.__version__}, default=list))
+    assert unknown_keys(AdapterConfig(values, Path())) == []
+    if method != "ADALORA":  # its class inherits fields of LoRA's, which PEFT refuses or ignores for it
+        assert unknown_keys(AdapterConfig({**dict.fromkeys(values, 1), "peft_type": method}, Path())) == []
