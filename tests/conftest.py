@@ -37,7 +37,7 @@ settings.load_profile("seeded")
 
 HEAVY = (
     "parity/test_matrix.py",
-    "parity/test_loadability.py",
+    "parity/test_architectures_table.py",
     "parity/test_ties.py",
     "parity/test_evaluation.py",
     "parity/test_repaired.py",
@@ -45,7 +45,6 @@ HEAVY = (
     "faults/test_survival.py",
     "faults/test_remote.py",
     "faults/test_evaluation.py",
-    "faults/test_fitting.py",
     "project/test_bench_evaluate.py",
     "parity/test_peft.py",
     "faults/test_crash.py",
@@ -55,7 +54,6 @@ HEAVY = (
     "resources/test_forecast.py",
     "resources/test_budget.py",
     "parity/test_quantized_bases.py",
-    "faults/test_changes.py",
     "commands/test_verify.py",
     "commands/test_workers.py",
     "project/test_tools.py",

@@ -43,7 +43,8 @@ def refused(trial: Trial, number: int, ops: str) -> Tally:
         out, what = trial.home / f"out-{n}", f"call {n} ({op})"
         done = trial.run(out, shim.FAIL, n, number)
         tally.begin(done.code, {0, 6} if op == "u" else {6}, what)
-        if done.code and (done.err.count("\n") != 1 or os.strerror(number) not in done.err):
+        wrong = done.err.count("\n") != 1 or os.strerror(number) not in done.err or "the same command" not in done.err
+        if done.code and wrong:
             tally.problems.append(f"{what}: said {done.err!r}")
         if partials(out) and op != "u":
             tally.problems.append(f"{what}: left {partials(out)}")
@@ -107,6 +108,8 @@ def limited(trial: Trial) -> Tally:
         out, what = trial.home / f"out-{limit}", f"limit {limit}"
         done = trial.case.run(out, before=f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))")
         tally.begin(done.code, {6}, what)
+        if done.err.count("\n") != 1 or "free some space, then run the same command again" not in done.err:
+            tally.problems.append(f"{what}: said {done.err!r}")
         if partials(out):
             tally.problems.append(f"{what}: left {partials(out)}")
         tally.end(trial.case, out, what)

@@ -1,8 +1,10 @@
-"""An evaluation that is stopped or killed: resumed, it gives the same bytes; what stands at its place is not lost."""
+"""Evaluations and fits that are stopped or killed: resumed, they give the same bytes; what stands at their place is not lost."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,58 +12,224 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from forks import KILL, TORN, Server
 from learned import make_learned
+from safetensors.numpy import load_file, save_file
 from stops import check_resuming, stopping_at
 
 import streamer
-from streamer.errors import InputChangedError, Interrupted, LockedError, OutputError, OutputExistsError
+from streamer.errors import (
+    InputChangedError,
+    Interrupted,
+    LockedError,
+    NumericError,
+    OutputError,
+    OutputExistsError,
+    UnsupportedError,
+)
 from streamer.events import Event, Monitor
+from streamer.linalg.torch_state import threads
 from streamer.storage.lock import locked
+
+KEEP = (0.9, 0.6)
+
+
+class Kind(NamedTuple):
+    """A command: its function, keywords, options, the lines of a text and their length, and the few rows that it runs at a time.
+
+    Rows are few so that there are several passes and chunks: of an evaluation each has one sequence under two variants. Further: what
+    another run of it asks for, what its file is called in messages, and a place in the middle.
+    """
+
+    run: Callable[..., Any]
+    keywords: dict[str, Any]
+    options: list[object]
+    text: tuple[int, int]
+    rows: dict[str, int]
+    other: dict[str, Any]
+    file: str
+    middle: tuple[int, str]
+
+
+KINDS = {
+    "evaluate": Kind(streamer.evaluate_variants, {"methods": ("paper", "shrink"), "lambdas": (0.5,), "max_memory": "4G"},
+                     ["--method", "paper,shrink", "--lambda", "0.5", "--max-memory", "4G"], (6, 12),
+                     {"streamer.measuring.pass_memory": 40}, {"lambdas": (0.25,)}, "an evaluation", (120, "")),
+    "fit": Kind(streamer.fit_coefficients, {"keep": KEEP}, ["--keep", ",".join(map(str, KEEP))], (16, 8),
+                {"streamer.measuring.pass_memory": 80, "streamer.fitting.fit_memory": 54}, {"seed": 1}, "coefficients", (30, "fit")),
+}  # fmt: skip
 
 
 class Job(NamedTuple):
-    """Inputs of an evaluation, and the bytes that an undisturbed one writes."""
+    """Inputs of an evaluation or a fit, and the bytes that an undisturbed one writes."""
 
+    command: str
     home: Path
     whole: bytes
 
-    def run(self, output: Path, **options: Any) -> streamer.Evaluation:
-        home = self.home
-        inputs = {
-            "general": home / "general.npy",
-            "task": home / "task.npy",
-            "methods": ("paper", "shrink"),
-            "lambdas": (0.5,),
-        }
-        given = {**inputs, "sequences": 6, "length": 12, "max_memory": "4G", **options}
-        return streamer.evaluate_variants(home / "base", home / "adapter", output, **given)
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.command]
+
+    @property
+    def few_rows(self) -> str:
+        return "; ".join(f"import {module} as m; m.ROWS = {rows}" for module, rows in self.kind.rows.items())
+
+    def run(self, output: Path | None, **options: Any) -> Any:
+        home, (sequences, length) = self.home, self.kind.text
+        given = {"general": home / "general.npy", "task": home / "task.npy", "sequences": sequences, "length": length}
+        return self.kind.run(home / "base", home / "adapter", output, **{**given, **self.kind.keywords, **options})
 
     def line(self, output: Path) -> list[object]:
-        home = self.home
-        return ["evaluate", home / "base", home / "adapter", "--general", home / "general.npy", "--task", home / "task.npy", "-o", output,
-                "--method", "paper,shrink", "--lambda", "0.5", "--sequences", 6, "--length", 12, "--max-memory", "4G"]  # fmt: skip
+        home, (sequences, length) = self.home, self.kind.text
+        return [self.command, home / "base", home / "adapter", "--general", home / "general.npy", "--task", home / "task.npy", "-o", output,
+                "--sequences", sequences, "--length", length, *self.kind.options]  # fmt: skip
+
+    def stop(self, output: Path) -> None:
+        """Run it to the middle."""
+        with pytest.raises(Interrupted):
+            self.run(output, monitor=stopping_at(*self.kind.middle))
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    home = tmp_path_factory.mktemp("evaluation")
-    make_learned(home, sequences=6, length=12)
+def patched(kind: Kind, patch: pytest.MonkeyPatch) -> None:
+    for module, rows in kind.rows.items():
+        patch.setattr(f"{module}.ROWS", rows)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    home, kind = tmp_path_factory.mktemp(request.param), KINDS[request.param]
+    make_learned(home, **({"sequences": 6, "length": 12} if request.param == "evaluate" else {}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamer.measuring.pass_memory.ROWS", 40)
-        Job(home, b"").run(home / "whole.json")
-    return Job(home, (home / "whole.json").read_bytes())
+        patched(kind, patch)
+        Job(request.param, home, b"").run(home / "whole", on_event=str)
+    return Job(request.param, home, (home / "whole").read_bytes())
 
 
-@pytest.fixture(autouse=True)
-def small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows at a time: each pass has one sequence under two variants."""
-    monkeypatch.setattr("streamer.measuring.pass_memory.ROWS", 40)
+@pytest.fixture
+def job(made: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
+    patched(made.kind, monkeypatch)
+    return made
 
 
-FEW_ROWS = "import streamer.measuring.pass_memory as m; m.ROWS = 40"
+evaluations = pytest.mark.parametrize("made", ["evaluate"], indirect=True)
+fits = pytest.mark.parametrize("made", ["fit"], indirect=True)
 
 
+# Both -------------------------------------------------------------------------------------------------------------------
+
+
+def kill_everywhere(job: Job, server: Server, home: Path, old: bytes | None, *options: object) -> None:
+    """Kill a run where nothing stands, or an old file, at some calls: that or the new one is there, and the command finishes."""
+
+    def begin(name: str) -> Path:
+        output = home / name
+        if old is not None:
+            output.write_bytes(old)
+        return output
+
+    calls, whole = server.run(*job.line(begin("a")), *options, before=job.few_rows).calls, (home / "a").read_bytes()
+    for at, code in (
+        (len(calls) // 3, TORN),
+        (2 * len(calls) // 3, KILL),
+        (len(calls) - 3, KILL),
+        (len(calls) - 1, KILL),
+    ):
+        output = begin(str(at))
+        assert server.run(*job.line(output), *options, before=job.few_rows, at=at, code=code).code == -signal.SIGKILL
+        assert (output.read_bytes() if output.exists() else None) in (old, whole)
+        assert server.run(*job.line(output), *options, before=job.few_rows).code == 0
+        assert output.read_bytes() == whole
+        assert [p.name for p in home.iterdir() if str(at) in p.name] == [output.name]
+
+
+@pytest.mark.long
+def test_killed_while_it_writes(job: Job, server: Server, tmp_path: Path) -> None:
+    kill_everywhere(job, server, tmp_path, None)
+    assert (tmp_path / "a").read_bytes() == job.whole
+
+
+@evaluations
+@pytest.mark.long
+def test_killed_while_it_adds(job: Job, server: Server, tmp_path: Path) -> None:
+    kill_everywhere(job, server, tmp_path, job.whole, "--lambda", "0.25")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal(job: Job, server: Server, tmp_path: Path, signum: signal.Signals) -> None:
+    output, ask = tmp_path / "out", f"os.kill(os.getpid(), {int(signum)}); time.sleep(0.1)"
+    stopped = server.run(*job.line(output), before=job.few_rows, at=6 if job.command == "evaluate" else 9, code=ask)
+    assert stopped.code == 128 + signum
+    assert stopped.err.splitlines()[-1] == f"streamer: stopped by signal {int(signum)}; the same command resumes"
+    assert server.run(*job.line(output), before=job.few_rows).code == 0
+    assert output.read_bytes() == job.whole
+
+
+def test_sums_of_another_torch_are_not_mixed_with_those_to_come(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, monitor = tmp_path / "out", Monitor()
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.__version__", "2.0.0")
+        job.stop(output)
+    job.run(output, monitor=monitor)
+    assert monitor.outputs[output] == "written"
+    assert output.read_bytes() == job.whole
+
+
+@pytest.mark.parametrize(("prepare", "error", "message"), [
+    (lambda path: path.write_text("notes"), OutputExistsError, "exists and is not {}"),
+    (Path.mkdir, OutputError, "is a directory; name a file in it"),
+    (lambda path: path.symlink_to("elsewhere"), OutputError, "is a symlink"),
+])  # fmt: skip
+def test_what_is_not_its_own_is_never_replaced(prepare: Callable[[Path], None], error: type[Exception], message: str, job: Job,
+                                               tmp_path: Path) -> None:  # fmt: skip
+    prepare(tmp_path / "out")
+    with pytest.raises(error, match=message.format(job.kind.file)):
+        job.run(tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["base/config.json", "adapter/adapter_model.safetensors", "general.npy"])
+def test_inputs_are_not_replaced(job: Job, name: str) -> None:
+    with pytest.raises(OutputError, match=rf"is the input|exists and is not {job.kind.file}"):
+        job.run(job.home / name, overwrite=name != "general.npy")
+
+
+def test_two_runs_on_one_output(job: Job, tmp_path: Path) -> None:
+    with locked(tmp_path / ".out.lock"), pytest.raises(LockedError, match="another run is writing here"):
+        job.run(tmp_path / "out")
+
+
+def test_an_interrupted_run_of_other_options(job: Job, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    job.stop(output)
+    with pytest.raises(OutputExistsError, match="an interrupted run with other inputs or options"):
+        job.run(output, **job.kind.other)
+    job.run(output, **job.kind.other, overwrite=True, on_event=str)
+    if job.command == "evaluate":
+        assert "shrink 0.5" not in variants_of(output.read_bytes())
+        return
+    with pytest.raises(OutputExistsError, match="holds coefficients of other inputs or options"):
+        job.run(output)
+
+
+def test_an_input_that_changes_on_the_way(job: Job, tmp_path: Path) -> None:
+    weights = job.home / ("base/model.safetensors" if job.command == "fit" else "adapter/adapter_model.safetensors")
+
+    def on_event(event: Event) -> None:
+        if event.stage == job.command and event.items == 2:
+            weights.touch()
+
+    with pytest.raises(InputChangedError, match=f"{weights.name}: changed since the run began"):
+        job.run(tmp_path / "out", on_event=on_event)
+    assert not (tmp_path / "out").exists()
+
+
+# Evaluations ------------------------------------------------------------------------------------------------------------
+
+
+@evaluations
 def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path) -> None:
     events: list[Event] = []
     job.run(tmp_path / "again.json", on_event=events.append)
@@ -86,6 +254,7 @@ def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path)
     assert {e.items for e in events if e.stage == "evaluate"} < passes
 
 
+@evaluations
 def test_a_race_resumed_drops_the_same(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streamer.evaluation.race.FEWEST", 1)
     events: list[Event] = []
@@ -105,29 +274,7 @@ def test_a_race_resumed_drops_the_same(job: Job, tmp_path: Path, monkeypatch: py
     )
 
 
-@pytest.mark.long
-def test_killed_while_it_writes(job: Job, server: Server, tmp_path: Path) -> None:
-    calls = server.run(*job.line(tmp_path / "a.json"), before=FEW_ROWS).calls
-    assert (tmp_path / "a.json").read_bytes() == job.whole
-    for at, code in ((len(calls) // 2, TORN), (len(calls) - 3, KILL), (len(calls) - 1, KILL)):
-        output = tmp_path / f"{at}.json"
-        assert server.run(*job.line(output), before=FEW_ROWS, at=at, code=code).code == -signal.SIGKILL
-        assert not output.exists() or output.read_bytes() == job.whole
-        assert server.run(*job.line(output), before=FEW_ROWS).code == 0
-        assert output.read_bytes() == job.whole
-        assert [p.name for p in tmp_path.iterdir() if str(at) in p.name] == [output.name]
-
-
-def test_interrupted_from_the_keyboard(job: Job, server: Server, tmp_path: Path) -> None:
-    output = tmp_path / "e.json"
-    ask = "os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)"
-    stopped = server.run(*job.line(output), before=FEW_ROWS, at=6, code=ask)
-    assert stopped.code == 128 + signal.SIGINT
-    assert stopped.err.splitlines()[-1] == "streamer: stopped by signal 2; the same command resumes"
-    assert server.run(*job.line(output), before=FEW_ROWS).code == 0
-    assert output.read_bytes() == job.whole
-
-
+@evaluations
 def test_a_finished_one_stays(job: Job, tmp_path: Path) -> None:
     output = tmp_path / "e.json"
     output.write_bytes(job.whole)
@@ -152,6 +299,7 @@ def variants_of(raw: bytes) -> dict[str, dict[str, Any]]:
     return {v["name"]: {text: v[text]["sums"] for text in ("general", "task")} for v in json.loads(raw)["variants"]}
 
 
+@evaluations
 def test_another_share_places_another_shrink(job: Job, tmp_path: Path) -> None:
     output = tmp_path / "e.json"
     output.write_bytes(job.whole)
@@ -174,6 +322,7 @@ def test_another_share_places_another_shrink(job: Job, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [output]
 
 
+@evaluations
 def test_variants_join_a_file_that_stands(job: Job, tmp_path: Path) -> None:
     """What is there stays, bit by bit; what joins is as if it had been measured with the rest; it resumes to the same bytes."""
     added, output = tmp_path / "added.json", tmp_path / "e.json"
@@ -201,91 +350,123 @@ def test_variants_join_a_file_that_stands(job: Job, tmp_path: Path) -> None:
     assert monitor.outputs[output] == "present"
 
 
-@pytest.mark.long
-def test_killed_while_it_adds(job: Job, server: Server, tmp_path: Path) -> None:
-    first = tmp_path / "a.json"
-    first.write_bytes(job.whole)
-    calls = server.run(*job.line(first), "--lambda", "0.25", before=FEW_ROWS).calls
-    for at, code in ((len(calls) // 2, TORN), (len(calls) - 3, KILL), (len(calls) - 1, KILL)):
-        output = tmp_path / f"{at}.json"
-        output.write_bytes(job.whole)
-        assert (
-            server.run(*job.line(output), "--lambda", "0.25", before=FEW_ROWS, at=at, code=code).code == -signal.SIGKILL
-        )
-        assert output.read_bytes() in (job.whole, first.read_bytes())
-        assert server.run(*job.line(output), "--lambda", "0.25", before=FEW_ROWS).code == 0
-        assert output.read_bytes() == first.read_bytes()
-        assert [p.name for p in tmp_path.iterdir() if str(at) in p.name] == [output.name]
-
-
+@evaluations
 def test_an_interrupted_one_goes_on_for_another_share(job: Job, tmp_path: Path) -> None:
-    output = tmp_path / "e.json"
-    with pytest.raises(Interrupted):
-        job.run(output, monitor=stopping_at(120))
-    monitor = Monitor()
+    output, monitor = tmp_path / "e.json", Monitor()
+    job.stop(output)
     job.run(output, keep=0.5, monitor=monitor)
     assert monitor.outputs[output] == "resumed"
 
 
-def test_passes_of_another_torch_are_not_mixed_with_those_to_come(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "e.json"
-    with monkeypatch.context() as patch:
-        patch.setattr("torch.__version__", "2.0.0")
+# Fits -------------------------------------------------------------------------------------------------------------------
+
+
+@fits
+@pytest.mark.long
+def test_a_fit_resumed_from_anywhere_gives_the_same_bytes(job: Job, tmp_path: Path) -> None:
+    events: list[Event] = []
+    job.run(tmp_path / "again.safetensors", on_event=events.append)
+    assert (tmp_path / "again.safetensors").read_bytes() == job.whole
+    steps = [e for e in events if e.stage == "fit"]
+    assert [e.done for e in steps] == sorted(e.done for e in steps)
+    assert steps[-1].done == steps[-1].total
+    assert steps[-1].items == steps[-1].of > 8
+    for number in (2, len(steps) // 2, len(steps) - 2):
+        output = tmp_path / f"{number}.safetensors"
         with pytest.raises(Interrupted):
-            job.run(output, monitor=stopping_at(120))
+            job.run(output, monitor=stopping_at(number, "fit"))
+        assert not output.exists()
+        monitor = Monitor(events.append)
+        events.clear()
+        job.run(output, monitor=monitor)
+        assert output.read_bytes() == job.whole
+        assert monitor.outputs[output] == "resumed"
+        notes = [e.name for e in events if e.stage == "note" and e.name.startswith("resuming: ")]
+        assert len(notes) == (number > 2), "measures are in the journal; the passes that collect inputs run again"
+        assert sorted(p.name for p in tmp_path.glob(f"*{number}.safe*")) == [output.name]
+    assert {e.items for e in events if e.stage == "fit"} < {e.items for e in steps}, "little was left to do"
+
+
+@fits
+def test_in_memory_it_gives_the_same(job: Job) -> None:
+    found, stands = job.run(None, on_event=str), streamer.load_coefficients(job.home / "whole")
+    assert found.facts == stands.facts
+    for mine, theirs in zip(found.sets, stands.sets, strict=True):
+        assert (mine.keep, mine.digest) == (theirs.keep, theirs.digest)
+
+
+@fits
+def test_finished_ones_stay(job: Job, tmp_path: Path) -> None:
+    output = tmp_path / "c.safetensors"
+    output.write_bytes(job.whole)
     monitor = Monitor()
-    job.run(output, monitor=monitor)
-    assert monitor.outputs[output] == "written"
+    assert job.run(output, monitor=monitor).keeps == list(KEEP)
+    assert monitor.outputs[output] == "present"
+    with pytest.raises(OutputExistsError, match="holds coefficients of other inputs or options"):
+        job.run(output, seed=1)
     assert output.read_bytes() == job.whole
+    assert job.run(output, seed=1, keep=0.5, overwrite=True, on_event=str).keeps == [0.5]
+    assert streamer.load_coefficients(output).keeps == [0.5]
 
 
-def a_text(path: Path) -> None:
-    path.write_text("notes")
+@fits
+def test_it_goes_on_with_its_threads(job: Job, tmp_path: Path) -> None:
+    output, count = tmp_path / "c.safetensors", torch.get_num_threads()
+    job.stop(output)
+    events: list[Event] = []
+    with threads(count + 1):
+        job.run(output, on_event=events.append)
+        assert torch.get_num_threads() == count + 1
+    assert output.read_bytes() == job.whole
+    word = "thread" if count == 1 else "threads"
+    assert f"goes on with {count} {word}, as it began; --no-resume starts over" in [e.name for e in events]
 
 
-@pytest.mark.parametrize(("prepare", "error", "message"), [
-    (a_text, OutputExistsError, "exists and is not an evaluation"),
-    (Path.mkdir, OutputError, "is a directory; name a file in it"),
-    (lambda path: path.symlink_to("elsewhere"), OutputError, "is a symlink"),
-])  # fmt: skip
-def test_what_is_not_its_own_is_never_replaced(prepare: Callable[[Path], None], error: type[Exception], message: str, job: Job,
-                                               tmp_path: Path) -> None:  # fmt: skip
-    prepare(tmp_path / "e.json")
-    with pytest.raises(error, match=message):
-        job.run(tmp_path / "e.json", overwrite=True)
+@fits
+def test_a_config_that_vanishes_on_the_way(job: Job, server: Server, tmp_path: Path) -> None:
+    config = job.home / "base" / "config.json"
+    os.link(config, tmp_path / "aside")
+    done = server.run(
+        *job.line(tmp_path / "c.safetensors"), before=job.few_rows, at=2, code=f"os.remove({str(config)!r})"
+    )
+    os.link(tmp_path / "aside", config)
+    assert done.code == 8, done.err
+    assert "config.json: changed since the run began" in done.err
+    assert not (tmp_path / "c.safetensors").exists()
 
 
-def test_inputs_are_not_replaced(job: Job) -> None:
-    with pytest.raises(OutputExistsError, match="exists and is not an evaluation"):
-        job.run(job.home / "general.npy")
-    with pytest.raises(OutputError, match=r"is the input|exists and is not an evaluation"):
-        job.run(job.home / "base" / "config.json", overwrite=True)
+def spoilt(job: Job, adapter: Path, spoil: Callable[[dict[str, np.ndarray]], None]) -> Path:
+    """Copy the adapter with other values."""
+    shutil.copytree(job.home / "adapter", adapter)
+    values = load_file(adapter / "adapter_model.safetensors")
+    spoil(values)
+    save_file(values, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    return adapter
 
 
-def test_two_runs_on_one_output(job: Job, tmp_path: Path) -> None:
-    with locked(tmp_path / ".e.json.lock"), pytest.raises(LockedError, match="another run is writing here"):
-        job.run(tmp_path / "e.json")
+@fits
+def test_losses_that_are_nan(job: Job, tmp_path: Path) -> None:
+    def much(values: dict[str, np.ndarray]) -> None:
+        values.update({name: value * np.float32(1e19) for name, value in values.items()})
+
+    adapter = spoilt(job, tmp_path / "adapter", much)
+    with pytest.raises(NumericError, match="NaN or Inf"):
+        streamer.fit_coefficients(job.home / "base", adapter, tmp_path / "c.safetensors", general=job.home / "general.npy",
+                                  task=job.home / "task.npy", sequences=16, length=8, on_event=str)  # fmt: skip
+    assert not (tmp_path / "c.safetensors").exists()
 
 
-def test_an_interrupted_run_of_other_options(job: Job, tmp_path: Path) -> None:
-    output = tmp_path / "e.json"
-    with pytest.raises(Interrupted):
-        job.run(output, monitor=stopping_at(120))
-    with pytest.raises(OutputExistsError, match="an interrupted run with other inputs or options"):
-        job.run(output, lambdas=(0.25,))
-    job.run(output, lambdas=(0.25,), overwrite=True)
-    assert "shrink 0.5" not in variants_of(output.read_bytes())
+@fits
+def test_an_adapter_that_holds_nan_or_nothing(job: Job, tmp_path: Path) -> None:
+    def hole(values: dict[str, np.ndarray]) -> None:
+        next(iter(values.values()))[0, 0] = np.nan
 
+    def nothing(values: dict[str, np.ndarray]) -> None:
+        values.update({name: np.zeros_like(value) for name, value in values.items()})
 
-def test_an_input_that_changes_on_the_way(job: Job, tmp_path: Path) -> None:
-    weights = job.home / "adapter" / "adapter_model.safetensors"
-
-    def on_event(event: Event) -> None:
-        if event.stage == "evaluate" and event.items == 2:
-            weights.touch()
-
-    with pytest.raises(InputChangedError, match=r"adapter_model.safetensors: changed since the run began"):
-        job.run(tmp_path / "e.json", on_event=on_event)
-    assert not (tmp_path / "e.json").exists()
+    for name, spoil, error, message in (("a", hole, NumericError, "holds NaN or Inf; check the adapter"),
+                                        ("b", nothing, UnsupportedError, "all of its deltas are zero")):  # fmt: skip
+        adapter = spoilt(job, tmp_path / name, spoil)
+        with pytest.raises(error, match=message):
+            streamer.fit_coefficients(job.home / "base", adapter, general=job.home / "general.npy",
+                                      task=job.home / "task.npy", sequences=16, length=8)  # fmt: skip

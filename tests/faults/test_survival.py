@@ -41,10 +41,19 @@ def check(tally: Tally) -> None:
     assert tally.identical == tally.injected
 
 
+EVERYWHERE = ("kill before a call", "kill inside a write", "EIO", "limit on file size")
+"""Faults that are tried in every command."""
+
+SOME = [
+    (fault, command)
+    for fault in FAULTS
+    for command in (COMMANDS if fault in EVERYWHERE else ["detect" if fault == "SIGINT" else "merge"])
+]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("fault", FAULTS)
-def test_survives_some(bench: Bench, fault: str, tmp_path: Path) -> None:
-    command = {"SIGINT": "detect", "EIO": "mitigate"}.get(fault, "merge")
+@pytest.mark.parametrize(("fault", "command"), SOME)
+def test_survives_some(bench: Bench, fault: str, command: str, tmp_path: Path) -> None:
     check(FAULTS[fault](trial(bench, command, tmp_path, SLICE)))
 
 

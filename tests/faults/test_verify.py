@@ -14,11 +14,12 @@ import peft
 import pytest
 import torch
 from forks import server
+from kinds import llama_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from seeds import vary
 from test_schemas import check
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from verified import KINDS, Job, agree, edit_record, edit_tensor, lines, make_all_outputs, reseal, sha256
 
 import streamer
@@ -155,11 +156,9 @@ def test_other_intruders_than_recorded(job: Job, tmp_path: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Outputs of a PEFT adapter that has factors, biases, a saved norm and trained tokens."""
     home = tmp_path_factory.mktemp("trained")
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, attention_bias=True,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    LlamaForCausalLM(config).bfloat16().save_pretrained(home / "base")
+    LlamaForCausalLM(llama_config(attention_bias=True, tie_word_embeddings=False)).bfloat16().save_pretrained(
+        home / "base"
+    )
     lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], bias="all", modules_to_save=["model.norm"],
                            trainable_token_indices={"embed_tokens": [3, 5]})  # fmt: skip
     model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(home / "base", dtype=torch.float32), lora)

@@ -63,6 +63,20 @@ def finish(bench: WorkerBench, out: Path) -> None:
     assert not list(out.parent.rglob(".*"))
 
 
+@contextlib.contextmanager
+def begun(bench: WorkerBench, out: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
+    """Start a command on two workers, and go on when something is in its journal; if a test fails, nothing of the command lives on."""
+    with bench.start(out, "--workers", 2, *options) as process:
+        try:
+            wait_until(lambda: has_begun(out) or process.poll() is not None, 120)
+            assert process.poll() is None, f"ended with {process.returncode} before it was seen at work"
+            yield process
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
 def kill_a_worker(process: subprocess.Popen[str]) -> None:
     wait_until(lambda: workers_in(process.pid) or process.poll() is not None)
     for worker in workers_in(process.pid)[:1]:
@@ -73,10 +87,9 @@ def kill_a_worker(process: subprocess.Popen[str]) -> None:
 @pytest.mark.long
 def test_the_tasks_of_a_killed_worker_are_done_again(each: WorkerBench, tmp_path: Path) -> None:
     out = tmp_path / each.name
-    with each.start(out, "--workers", 2, "-q") as process:
-        wait_until(lambda: has_begun(out))
+    with begun(each, out, "-q") as process:
         kill_a_worker(process)
-        _, stderr = process.communicate(timeout=300)
+        _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert "its worker was lost (BrokenProcessPool" in stderr
     assert contents(tmp_path) == each.files
@@ -100,13 +113,12 @@ def test_no_worker_outlives_its_run(each: WorkerBench, tmp_path: Path) -> None:
     """Ctrl-C goes to all processes of a terminal; SIGKILL to one alone. A command gets one of them here, and both in the table."""
     out = tmp_path / each.name
     signum = (signal.SIGINT, signal.SIGKILL)[[*BENCHES].index(each.command) % 2]
-    with each.start(out, "--workers", 2) as process:
-        wait_until(lambda: has_begun(out))
+    with begun(each, out) as process:
         if signum == signal.SIGINT:
             os.killpg(process.pid, signum)
         else:
             process.kill()
-        _, stderr = process.communicate(timeout=300)
+        _, stderr = process.communicate(timeout=120)
     wait_until(lambda: not workers_in(process.pid), 20)
     if signum == signal.SIGINT:
         assert process.returncode == 130
