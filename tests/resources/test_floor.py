@@ -20,10 +20,7 @@ import streamer
 from streamer.detection.findings import load_findings
 from streamer.errors import MissingInputError
 from streamer.storage.checkpoint import INDEX_NAME, open_checkpoint
-from streamer.storage.header import (
-    layout,
-    parse_header,
-)
+from streamer.storage.header import layout, parse_header
 
 
 @pytest.mark.long

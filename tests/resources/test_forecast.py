@@ -28,16 +28,9 @@ from streamer.plan.memory_estimate import resident_bytes
 from streamer.plan.plan import Plan, make_plan
 
 NAMES = {
-    "peak_memory_bytes",
-    "escalated_memory_bytes",
-    "read_bytes",
-    "network_bytes",
-    "write_bytes",
-    "temporary_bytes",
-    "seconds",
-    "threads",
-    "device_memory_bytes",
-}
+    "peak_memory_bytes", "escalated_memory_bytes", "read_bytes", "network_bytes", "write_bytes", "temporary_bytes", "seconds",
+    "threads", "device_memory_bytes",
+}  # fmt: skip
 CPU = torch.device("cpu")
 Job = tuple[Path, Path]
 
@@ -139,13 +132,9 @@ def test_the_journal_is_no_larger(job: Job, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("detect", ()),
-        ("detect", ("--solver", "dense")),
-        ("merge", ()),
-        ("merge", ("--method", "shrink")),
-        ("mitigate", ()),
+        ("detect", ()), ("detect", ("--solver", "dense")), ("merge", ()), ("merge", ("--method", "shrink")), ("mitigate", ()),
     ],
-)
+)  # fmt: skip
 def test_no_more_memory_than_forecast(command: str, options: tuple[str, ...], tmp_path: Path) -> None:
     base, adapter = model(tmp_path, 2)
     out = tmp_path / "out.safetensors"
