@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import mmap
 import os
+import pickle
 import random
 import re
 import resource
@@ -171,7 +172,7 @@ def in_a_process(name: str, seed: str, seconds: float, executions: int) -> Resul
                     prepare_process()
                     found = fuzz(target, f"{seed} {turn}", seconds / 2**turn, executions, current)
                 with open(write, "wb") as f:
-                    f.write(_packed(found))
+                    f.write(pickle.dumps(found))
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -182,7 +183,7 @@ def in_a_process(name: str, seed: str, seconds: float, executions: int) -> Resul
             answer = f.read()
         _, status = os.waitpid(pid, 0)
         if answer:
-            found = _unpacked(answer)
+            found = pickle.loads(answer)
             total.executions += found.executions
             total.refused += found.refused
             total.kinds += found.kinds
@@ -194,19 +195,6 @@ def in_a_process(name: str, seed: str, seconds: float, executions: int) -> Resul
         data = bytes(current[8 : 8 + int.from_bytes(current[:8], "little")])
         total.crashes["ended", turn] = Crash(f"the process ended with {ended}", data)
     return total
-
-
-def _packed(result: Result) -> bytes:
-    import pickle
-
-    return pickle.dumps(result)
-
-
-def _unpacked(answer: bytes) -> Result:
-    import pickle
-
-    found: Result = pickle.loads(answer)
-    return found
 
 
 def main() -> int:

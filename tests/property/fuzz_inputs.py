@@ -154,9 +154,9 @@ def use(base: Path, adapter: Path) -> None:
         plan.delta(target)
 
 
-def _described(path: Path, tensors: Any) -> None:
+def _described(path: Path, tensors: Any, metadata: Any = None) -> None:
     """A safetensors file of these ``{name: [dtype, shape]}``, with a 64-bit number that fills it as a third; or of bytes given as text."""
-    tree: dict[str, Any] = {}
+    tree: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     at, rest = 0, bytearray()
     if not isinstance(tensors, dict):
         raise FormatError("no tensors")
@@ -272,9 +272,22 @@ def _parsed(data: bytes) -> dict[str, Any]:
     return tree
 
 
-def _quantized(method: str | None, tensors: Mapping[str, Any], **config: Any) -> bytes:
+def _quantized(method: str | None, tensors: Mapping[str, Any], metadata: Any = None, **config: Any) -> bytes:
     names = {f"{NAMES[0]}{end}": what for end, what in tensors.items()}
-    return dump({"quantization_config": {"quant_method": method, **config}, "tensors": names})
+    return dump({"quantization_config": {"quant_method": method, **config}, "tensors": names, "metadata": metadata})
+
+
+def _floats(encoding: str, bits: int, size: int, tensors: Mapping[str, Any]) -> bytes:
+    """As compressed-tensors states small floats."""
+    group = {"targets": ["Linear"], "weights": {"num_bits": bits, "type": "float", "group_size": size, "symmetric": True,
+                                                "strategy": "tensor_group" if size == 16 else "group"}}  # fmt: skip
+    return _quantized("compressed-tensors", tensors, format=encoding, config_groups={"group_0": group})
+
+
+def _torchao(kind: str, data: Mapping[str, Any], **parts: Any) -> bytes:
+    stated = {"_type": kind, "_data": data, "_tensor_data_names": [*parts]}
+    metadata = {f"{NAMES[0]}.weight": json.dumps(stated), "tensor_names": json.dumps([f"{NAMES[0]}.weight"])}
+    return _quantized("torchao", {f"._weight_{part}": what for part, what in parts.items()}, metadata)
 
 
 def quantized(home: Path) -> Target:
@@ -308,13 +321,25 @@ def quantized(home: Path) -> Target:
         _quantized("gptq", {".qweight": ["I32", [n // 8, n]], **ints}, bits=4, group_size=16, checkpoint_format="gptq_v2"),
         _quantized("awq", {".qweight": ["I32", [n, n // 8]], **ints}, bits=4, group_size=16, version="gemm"),
         _quantized("mxfp4", {".weight": ["BF16", [n, n]], ".x_blocks": ["U8", [1, n, 1, 16]], ".x_scales": ["U8", [1, n, 1]]}),
+        _quantized("fp8", {".weight": ["BF16", [n, n]], ".x.weight": ["F8_E4M3", [2, n, n]], ".x.weight_scale": ["F32", [2, 1, 1]]}),
+        _floats("nvfp4-pack-quantized", 4, 16, {".weight_packed": ["U8", [n, n // 2]], ".weight_scale": ["F8_E4M3", [n, 2]],
+                                                ".weight_global_scale": ["F32", [1]]}),
+        _floats("mxfp4-pack-quantized", 4, 32, {".weight_packed": ["U8", [n, n // 2]], ".weight_scale": ["U8", [n, 1]]}),
+        _floats("mxfp8-quantized", 8, 32, {".weight": ["F8_E4M3", [n, n]], ".weight_scale": ["U8", [n, 1]]}),
+        _quantized("modelopt", {".weight": ["U8", [n, n // 2]], ".weight_scale": ["F8_E4M3", [n, 2]], ".weight_scale_2": ["F32", []]},
+                   quant_algo="NVFP4"),
+        _quantized("hqq", {".W_q": ["U8", [n // 2, n]], ".scale": ["BF16", [n, 1]], ".zero": ["BF16", [n, 1]], ".shape": ["I64", [2], n],
+                           ".packing": "4bit_u8", ".axis": ["I32", [], 1], ".group_size": ["I32", [], n]}),
+        _torchao("Int8Tensor", {"block_size": [1, n]}, qdata=["I8", [n, n]], scale=["F32", [n, 1]], zero_point=["I8", [n, 1]]),
+        _torchao("Int4Tensor", {"block_size": [1, n], "shape": [n, n]}, qdata=["I8", [n, n // 2]], scale=["F32", [1, n]],
+                 zero_point=["F32", [1, n]]),
     ]  # fmt: skip
     plain = {"model_type": "llama", "torch_dtype": "bfloat16"}
 
     def run(data: bytes) -> None:
         tree = _parsed(data)
         (base / "config.json").write_bytes(dump({**plain, "quantization_config": tree.get("quantization_config")}))
-        _described(base / "model.safetensors", tree.get("tensors"))
+        _described(base / "model.safetensors", tree.get("tensors"), tree.get("metadata"))
         use(base, directory)
 
     return Target(seeds, mutate_json, run)

@@ -12,15 +12,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fuzz_inputs import CPU, NAMES, Target, Trouble, adapter, config, header, index, quantized, small_job
-from fuzz_models import coefficients, evaluation, input_map
 from helpers import sealed, tree_digest
+from learned import make_learned
 from mutate import journal_bytes, mutate_journal, mutate_json, mutate_safetensors, records_of
 
+import streamer
 from streamer.adapters.one_or_several import One
+from streamer.cli.evaluation_table import evaluation_table
 from streamer.cli.tables import findings_table
 from streamer.detection.detect import detect_to_files
 from streamer.detection.findings import load_findings
 from streamer.detection.options import DetectionOptions, Run, RunOptions
+from streamer.evaluation.view import Names
 from streamer.events import Event, Monitor
 from streamer.methods import UNCHANGED, Method, Paper
 from streamer.output.job import Job
@@ -155,6 +158,64 @@ def record(home: Path) -> Target:
         run_jobs([ModelWriter(job, out)], Run(RunOptions(CPU), monitor=Monitor()))
         if path.read_bytes() != data:
             raise Trouble("a finished output was written to")
+
+    return Target([path.read_bytes()], mutate_json, run)
+
+
+SEQUENCES = 24
+
+
+def _learned(home: Path) -> dict[str, object]:
+    """A base, an adapter and two texts; the keywords of the texts."""
+    make_learned(home, SEQUENCES)
+    return {
+        "general": home / "general.npy",
+        "task": home / "task.npy",
+        "sequences": SEQUENCES,
+        "on_event": lambda _: None,
+    }
+
+
+def input_map(home: Path) -> Target:
+    """A map of a base's inputs: read, and applied."""
+    texts = _learned(home)
+    del texts["task"]
+    path = home / "m.map.safetensors"
+    streamer.map_inputs(home / "base", path, vectors=2, **texts)
+
+    def run(data: bytes) -> None:
+        path.write_bytes(sealed(data))
+        repr(streamer.load_map(path))
+        for _ in streamer.iter_merged(home / "base", home / "adapter", map=path):
+            pass
+
+    return Target([path.read_bytes()], mutate_safetensors, run)
+
+
+def coefficients(home: Path) -> Target:
+    """A file of right factors: read, and applied."""
+    texts, path = _learned(home), home / "c.safetensors"
+    streamer.fit_coefficients(home / "base", home / "adapter", path, **texts)
+
+    def run(data: bytes) -> None:
+        path.write_bytes(sealed(data))
+        keep = streamer.load_coefficients(path).keeps[0]
+        for _ in streamer.iter_merged(home / "base", home / "adapter", coefficients=path, keep=keep):
+            pass
+
+    return Target([path.read_bytes()], mutate_safetensors, run)
+
+
+def evaluation(home: Path) -> Target:
+    """The file of an evaluation: read, and shown."""
+    path = home / "e.json"
+    streamer.evaluate_variants(
+        home / "base", home / "adapter", path, methods=["shrink"], lambdas=[0.5], **_learned(home)
+    )
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        evaluation_table(streamer.load_evaluation(path), Names())
 
     return Target([path.read_bytes()], mutate_json, run)
 

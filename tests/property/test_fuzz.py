@@ -43,7 +43,8 @@ def test_what_it_begins_with_is_taken(targets: Callable[[str], Target], name: st
 @pytest.mark.long
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_short_walk(targets: Callable[[str], Target], name: str) -> None:
-    result = fuzz(targets(name), str(vary("the suite")), 60, EXECUTIONS)
+    target = targets(name)
+    result = fuzz(target, str(vary("the suite")), 60, max(EXECUTIONS, 60 * len(target.seeds)))
     assert [crash.what for crash in result.crashes.values()] == []
     assert result.refused > EXECUTIONS // 10
 
@@ -85,32 +86,25 @@ def record(data: bytes, i: int, change: Callable[[bytes], bytes]) -> bytes:
 
 FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
     "a model_type that is a list": ("config", 0, lambda d: changed(d, ("model_type",), ["gpt2"])),
-    "LoHa: factors that do not multiply": (
-        "adapter", 6, lambda d: changed(d, ("tensors", f"{P}.hada_w2_b"), ["F32", [4, 16]])),
-    "LoHa: a factor of three dimensions": (
-        "adapter", 6, lambda d: changed(d, ("tensors", f"{P}.hada_w1_a"), ["F32", [16, 2, 1]])),
-    "LoKr: factors that do not multiply": (
-        "adapter", 7, lambda d: changed(d, ("tensors", f"{P}.lokr_w2_a"), ["F32", [4, 4]])),
-    "LoKr: a factor of three dimensions": (
-        "adapter", 7, lambda d: changed(d, ("tensors", f"{P}.lokr_w2_a"), ["F32", [4, 4, 1]])),
-    "AdaLoRA: a rank for each direction": (
-        "adapter", 8, lambda d: changed(d, ("tensors", f"{P}.ranknum"), ["F32", [2, 1]])),
+    "LoHa: factors that do not multiply": ("adapter", 6, lambda d: changed(d, ("tensors", f"{P}.hada_w2_b"), ["F32", [4, 16]])),
+    "LoHa: a factor of three dimensions": ("adapter", 6, lambda d: changed(d, ("tensors", f"{P}.hada_w1_a"), ["F32", [16, 2, 1]])),
+    "LoKr: factors that do not multiply": ("adapter", 7, lambda d: changed(d, ("tensors", f"{P}.lokr_w2_a"), ["F32", [4, 4]])),
+    "LoKr: a factor of three dimensions": ("adapter", 7, lambda d: changed(d, ("tensors", f"{P}.lokr_w2_a"), ["F32", [4, 4, 1]])),
+    "AdaLoRA: a rank for each direction": ("adapter", 8, lambda d: changed(d, ("tensors", f"{P}.ranknum"), ["F32", [2, 1]])),
     "AdaLoRA: alpha no number": ("adapter", 8, lambda d: changed(d, ("config", "lora_alpha"), "4x")),
     "VeRA: a projection of three dimensions": (
         "adapter", 9, lambda d: changed(d, ("tensors", "base_model.model.vera_A"), ["F32", [2, 16, 16]])),
     "OFT: eps no number": ("adapter", 10, lambda d: changed(d, ("config", "eps"), "\x1b[2J")),
     "a method with a line break": ("adapter", 0, lambda d: changed(d, ("config", "peft_type"), "LO\nRA")),
     "a method of 70,000 letters": ("adapter", 0, lambda d: changed(d, ("config", "peft_type"), "x" * 70_000)),
-    "GPTQ: groups that are one number": (
-        "quantized", 8, lambda d: changed(d, ("tensors", f"{NAMES[0]}.g_idx"), ["I32", []])),
+    "GPTQ: groups that are one number": ("quantized", 8, lambda d: changed(d, ("tensors", f"{NAMES[0]}.g_idx"), ["I32", []])),
     "a way of quantization of 70,000 letters": (
         "quantized", 0, lambda d: changed(d, ("quantization_config", "quant_method"), ["x" * 70_000])),
     "findings: no similarity": ("findings", 0, lambda d: figures(d, ("matrices", 0, "delta_norm"), None)),
     "findings: a word for a number": ("findings", 0, lambda d: figures(d, ("matrices", 0, "delta_norm"), "1.0")),
     "findings: a list for a number": ("findings", 0, lambda d: figures(d, ("matrices", 0, "intruder_energy"), [0.5])),
     "findings: certified by an object": ("findings", 0, lambda d: figures(d, ("matrices", 0, "certified"), {})),
-    "findings: degenerate directions that are none": (
-        "findings", 0, lambda d: figures(d, ("matrices", 0, "degenerate"), [99])),
+    "findings: degenerate directions that are none": ("findings", 0, lambda d: figures(d, ("matrices", 0, "degenerate"), [99])),
     "findings: a base that is a list": ("findings", 0, lambda d: figures(d, ("base",), ["files"])),
     "findings: files that are numbers": ("findings", 0, lambda d: figures(d, ("base", "files"), 0.5)),
     "findings: a file without a name": ("findings", 0, lambda d: figures(d, ("base", "files", 0), {})),
@@ -120,12 +114,9 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
     "coefficients: a base of files without names": (
         "coefficients", 0, lambda d: figures(d, ("base", "files", 0), {}, "streamer.coefficients")),
     "map: a text without a name": ("map", 0, lambda d: figures(d, ("texts", 0), {}, MAP)),
-    "an evaluation: a method that is an object": (
-        "evaluation", 0, lambda d: changed(d, ("variants", 2, "method"), {})),
-    "an evaluation: a negative square": (
-        "evaluation", 0, lambda d: changed(d, ("variants", 2, "task", "sums", "p_square", 0), -1e9)),
-    "an evaluation: sums that overflow": (
-        "evaluation", 0, lambda d: changed(d, ("variants", 2, "task", "sums", "loss", 0), 1e308)),
+    "an evaluation: a method that is an object": ("evaluation", 0, lambda d: changed(d, ("variants", 2, "method"), {})),
+    "an evaluation: a negative square": ("evaluation", 0, lambda d: changed(d, ("variants", 2, "task", "sums", "p_square", 0), -1e9)),
+    "an evaluation: sums that overflow": ("evaluation", 0, lambda d: changed(d, ("variants", 2, "task", "sums", "loss", 0), 1e308)),
     "an evaluation: bins that begin after the last": (
         "evaluation", 0, lambda d: changed(d, ("variants", 2, "task", "kl_bins", "first"), 1 << 40)),
     "an evaluation: counts of tokens that overflow": ("evaluation", 0, lambda d: changed(d, ("tokens", "task", 0), 1e308)),
@@ -134,8 +125,7 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
     "a detection's journal of more threads than a process may have": (
         "detection journal", 2, lambda d: record(d, 0, lambda r: changed(r, ("threads",), 1 << 24))),
     "a detection's record that is no file": ("detection journal", 2, lambda d: record(d, 1, lambda r: b"x" * 50)),
-    "a detection's record of nothing": (
-        "detection journal", 2, lambda d: record(d, 1, lambda r: (2).to_bytes(8, "little") + b"{}")),
+    "a detection's record of nothing": ("detection journal", 2, lambda d: record(d, 1, lambda r: (2).to_bytes(8, "little") + b"{}")),
     "a detection's record without figures": (
         "detection journal", 2, lambda d: record(d, 1, lambda r: r.replace(b'"matrix"', b'"matrux"'))),
     "a detection's record without a decision's certificate": (
@@ -143,10 +133,8 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
     "an output's record of a file that is a list": ("record", 0, lambda d: changed(d, ("files", 0, "file"), [1])),
     "a merge's record that is no JSON": ("output journal", 1, lambda d: record(d, 1, lambda r: r[:-9])),
     "a merge's record of bytes": ("output journal", 1, lambda d: record(d, 1, lambda r: b"\xe3" + r)),
-    "a merge's record without a file": (
-        "output journal", 1, lambda d: record(d, 1, lambda r: r.replace(b'"file"', b'"fill"'))),
-    "a merge's record of a file that is a list": (
-        "output journal", 1, lambda d: record(d, 1, lambda r: changed(r, ("file",), [1]))),
+    "a merge's record without a file": ("output journal", 1, lambda d: record(d, 1, lambda r: r.replace(b'"file"', b'"fill"'))),
+    "a merge's record of a file that is a list": ("output journal", 1, lambda d: record(d, 1, lambda r: changed(r, ("file",), [1]))),
     "a merge's record of a count that is a list": (
         "output journal", -1, lambda d: record(d, -1, lambda r: changed(r, ("matrices", 0, "rounded_away"), [[]]))),
     "findings: a digest that is a number": (

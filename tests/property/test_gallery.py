@@ -14,21 +14,15 @@ from gallery import BASES, DELTAS, EPSILONS, Tally, cases, ingredients, judge, m
 from streamer.detection.intruders import Detection, detect
 from streamer.detection.options import DetectionOptions
 from streamer.linalg.operators import Dense
+from streamer.linalg.torch_state import threads
 
 SHAPES = [(67, 97), (97, 67), (80, 80)]
 
 
 @pytest.fixture
-def tally(capsys: pytest.CaptureFixture[str]) -> Iterator[Tally]:
-    """A tally whose counts are printed, whatever is captured."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are small, and the counts the same on every machine
-    found = Tally()
-    yield found
-    torch.set_num_threads(threads)
-    if found.matrices > 50:
-        with capsys.disabled():
-            print(f"\n{found.line()}")
+def tally() -> Iterator[Tally]:
+    with threads(1):  # the matrices are small, and the counts the same on every machine
+        yield Tally()
 
 
 def check(tally: Tally) -> None:
@@ -158,9 +152,3 @@ def test_a_claim_by_no_one_is_noted() -> None:
     tally = Tally()
     judge(case, replace(found, certified=False), truth(case), 0.5, tally)
     assert len(tally.unsettled) == 2
-
-
-def test_the_counts_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["gallery.py", "--count", "2"])
-    gallery.main()
-    assert "numeric gallery: 2 matrices" in capsys.readouterr().out
