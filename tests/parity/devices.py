@@ -12,8 +12,9 @@ import pytest
 import torch
 import transformers
 from architectures import LINEAR, TEXT, config
-from causal_models import CAUSAL, make_adapter, make_base
+from causal_models import CAUSAL, make_adapter
 from evaluated import sequences, token_ids
+from pairs import make_pair
 from pretended import DEVICE, TRAFFIC, MixedDevices
 from seeds import vary
 
@@ -107,11 +108,10 @@ SHORT = ("mixtral",)
 
 @pytest.fixture(scope="module", params=[pytest.param(n, marks=[] if n in SHORT else pytest.mark.long) for n in CAUSAL])
 def plan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    path = tmp_path_factory.mktemp("devices")
-    cls = make_base(request.param, path / "base")
-    return make_plan(
-        path / "base", make_adapter(cls, path / "base", path / "adapter", CAUSAL[request.param][2], lora_alpha=4)
+    _, base, adapter = make_pair(
+        request.param, tmp_path_factory.mktemp("devices"), CAUSAL[request.param][2], lora_alpha=4
     )
+    return make_plan(base, adapter)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -150,8 +150,7 @@ def test_wide_inputs_are_solved_for_by_products_there() -> None:
 
 def test_weights_cross_once_a_pass_and_memory_there_is_as_forecast(tmp_path: Path) -> None:
     """But for what the device's allocator rounds up, and kernels take for themselves."""
-    sizes = {
-        **TEXT,
+    sizes = TEXT | {
         "hidden_size": 128,
         "intermediate_size": 344,
         "head_dim": 32,
@@ -190,10 +189,7 @@ def test_weights_cross_once_a_pass_and_memory_there_is_as_forecast(tmp_path: Pat
     "function", [streamer.evaluate_variants, streamer.fit_coefficients, streamer.repair_adapter, streamer.map_inputs]
 )
 def test_a_device_that_is_not_there_is_refused(function: Any, tmp_path: Path) -> None:
-    made = make_base("llama", tmp_path / "base"), tmp_path / "base"
-    inputs = (
-        made[1:] if function is streamer.map_inputs else (made[1], make_adapter(*made, tmp_path / "adapter", LINEAR))
-    )
+    inputs = make_pair("llama", tmp_path, LINEAR)[1 : 2 if function is streamer.map_inputs else 3]
     texts = {} if function is streamer.map_inputs else {"task": tmp_path / "t.npy"}
     np.save(tmp_path / "t.npy", token_ids(64, 8).numpy())
     with pytest.raises(UsageError, match=r"^device: cuda:99 is not available; use cpu$"):

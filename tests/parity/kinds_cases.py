@@ -87,8 +87,7 @@ class Made:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without PEFT's and transformers' advice."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         yield
 
 
@@ -172,12 +171,12 @@ class Figures:
     merge: float = 0.0
     merge_in_dtype: float = 0.0
     off_by_one: float = 0.0
+    outputs: float | None = None
     sigma: float = 0.0
     decisions: int = 0
     half: float = 0.0
     mitigate: float | None = None
     to_lora: float | None = None
-    outputs: float | None = None
 
 
 def compare_merge(made: Made, out: Path, figures: Figures) -> None:
@@ -331,18 +330,7 @@ def main(chosen: list[str]) -> None:
         for label, dtype in DTYPES.items():
             with tempfile.TemporaryDirectory() as directory:
                 f = measure(name, dtype, Path(directory))
-            cells = [
-                f.merge,
-                f.merge_in_dtype,
-                f.off_by_one,
-                f.outputs,
-                f.sigma,
-                f.decisions,
-                f.half,
-                f.mitigate,
-                f.to_lora,
-            ]
-            shown = ["-" if c is None else str(c) if isinstance(c, int) else f"{c:.1e}" for c in cells]
+            shown = ["-" if c is None else str(c) if isinstance(c, int) else f"{c:.1e}" for c in vars(f).values()]
             print(f"{name:26} {label:5} " + " ".join(f"{c:>9}" for c in shown), flush=True)
 
 

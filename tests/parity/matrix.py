@@ -60,9 +60,8 @@ def run_class(name: str, number: int, task: str, full: bool, seed: int) -> list[
         model = zoo.build(name)
     except Exception as error:
         said = f"transformers, tiny config: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return [
-            {"case": name, "cls": name, "task": task, "status": "not built", "said": said, "seconds": 0.0, "tags": []}
-        ]
+        none = {"status": "not built", "said": said, "seconds": 0.0, "tags": []}
+        return [{"case": name, "cls": name, "task": task, **none}]
     cases = every_case_of(name, task, model) if full else cases_of(name, number, task, model)
     return [run_case(case, task, seed) for case in cases]
 
@@ -130,17 +129,8 @@ def run_all(work: list[tuple[Any, ...]], jobs: int, record: Any) -> Iterable[dic
             try:
                 results = future.result()
             except BrokenProcessPool:
-                results = [
-                    {
-                        "case": item[0],
-                        "cls": item[0],
-                        "task": item[2],
-                        "status": "wrong",
-                        "said": "the process died",
-                        "seconds": 0.0,
-                        "tags": [],
-                    }
-                ]
+                died = {"status": "wrong", "said": "the process died", "seconds": 0.0, "tags": []}
+                results = [{"case": item[0], "cls": item[0], "task": item[2], **died}]
             for r in results:
                 record.write(json.dumps(r) + "\n")
             record.flush()

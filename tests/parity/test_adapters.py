@@ -6,12 +6,10 @@ import json
 import re
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
 import transformers
@@ -19,52 +17,19 @@ from architectures import MODELS, assert_merged, weights
 from causal_models import EXPERTS, make_adapter, make_base
 from hypothesis import given
 from hypothesis import strategies as st
+from pairs import make_pair, merge, mitigate
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from seeds import vary
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import streamer
 from streamer.adapters.adapter_config import CONFIG_NAME as CONFIG
 from streamer.adapters.adapter_config import WEIGHTS_NAME as WEIGHTS
 from streamer.adapters.config_patterns import first_match
-from streamer.adapters.reader import open_adapter
 from streamer.errors import FormatError, MismatchError
 from streamer.output.record_view import record_lines
-
-
-def test_what_peft_reads_is_what_we_read(tmp_path: Path) -> None:
-    """A model with patterns, saved by PEFT: every module's rank and scale are those of its layer."""
-    import peft
-    from torch import nn
-
-    class Tiny(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(6, 6), "k": nn.Linear(6, 4)}) for _ in range(3)])
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q", "k"], use_rslora=True,
-                             rank_pattern={"layers.1.q": 2, "q": 4}, alpha_pattern={"k": 7, r"layers\.2\..*": 9})  # fmt: skip
-    model = peft.get_peft_model(Tiny(), config)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p)
-    model.save_pretrained(tmp_path)
-    adapter = open_adapter(tmp_path)
-    layers = {n: m for n, m in model.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
-    assert adapter.modules.keys() == layers.keys()
-    for name, layer in layers.items():
-        ours = adapter.modules[name]
-        assert (ours.rank, ours.scaling) == (layer.r["default"], layer.scaling["default"])
-        delta = ours.delta(adapter.tensors, None)
-        torch.testing.assert_close(delta.L @ delta.R.T, layer.get_delta_weight("default"))
-    assert len({(m.rank, m.scaling) for m in adapter.modules.values()}) >= 4
-
 
 PATHS = st.lists(
     st.sampled_from(["model", "layers", "0", "1", "q_proj", "k_proj", "proj", "mlp"]), min_size=1, max_size=5
@@ -75,19 +40,10 @@ KEYS = st.one_of(
     PATHS.map(".".join),
     st.sampled_from(
         [
-            ".*",
-            "q_proj|k_proj",
-            "(q|k)_proj",
-            r"layers\.\d",
-            "^model",
-            "^q_proj$",
-            ".*proj",
-            "q",
-            r"\w+_proj",
-            "model.+proj",
+            ".*", "q_proj|k_proj", "(q|k)_proj", r"layers\.\d", "^model", "^q_proj$", ".*proj", "q", r"\w+_proj", "model.+proj",
         ]
     ),
-)
+)  # fmt: skip
 
 
 @given(PATHS.map(".".join), st.lists(KEYS, unique=True, max_size=5))
@@ -111,23 +67,18 @@ SPELLINGS = {
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_mitigated_adapter_has_the_names_that_peft_finds(tmp_path: Path, spelling: str) -> None:
     """Whichever names are read: PEFT ignores those that it does not find."""
-    cls = make_base("llama", tmp_path / "base")
-    adapter = make_adapter(
-        cls, tmp_path / "base", tmp_path / "adapter", ["q_proj", "embed_tokens"], modules_to_save=["lm_head"]
-    )
+    cls, base, adapter = make_pair("llama", tmp_path, ["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
     ids = torch.arange(12)[None]
     tensors, config = load_file(adapter / WEIGHTS), json.loads((adapter / CONFIG).read_text())
     save_file({SPELLINGS[spelling](name): t for name, t in tensors.items()}, adapter / WEIGHTS)
     if spelling == "without its type":
         (adapter / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if k != "peft_type"}))
-    streamer.reduce_intruder_dimension(
-        tmp_path / "base", adapter, tmp_path / "half", method="shrink", mitigation_lambda=0.5
-    )
-    assert streamer.verify_output(tmp_path / "half", tmp_path / "base", adapter, sample="all")["verified"]
+    mitigate(base, adapter, tmp_path / "half", 0.5, method="shrink")
+    assert streamer.verify_output(tmp_path / "half", base, adapter, sample="all")["verified"]
     save_file(tensors, adapter / WEIGHTS)
     (adapter / CONFIG).write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] / 2}))
     expected, got = (
-        PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), path).eval()(ids).logits
+        PeftModel.from_pretrained(cls.from_pretrained(base), path).eval()(ids).logits
         for path in (adapter, tmp_path / "half")
     )
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -140,8 +91,7 @@ def make(cls: Any, config: Any, home: Path, rows: int = 0, **lora: Any) -> Any:
     model = cls.from_pretrained(home / "base")
     if rows:
         model.resize_token_embeddings(rows)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         model = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, **lora))
         for p in (p for p in model.parameters() if p.requires_grad):
             p.data.add_(0.1 * torch.randn(p.shape))
@@ -175,9 +125,7 @@ def test_copies_beside_saved_modules_are_not_merged(case: str, tmp_path: Path) -
     model = make(*load(), tmp_path, rows, **lora)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     assert f"base_model.model.{copy}" in load_file(file)
-    streamer.merge_with_reduced_intruder_dimensions(
-        tmp_path / "base", tmp_path / "adapter", tmp_path / "ours", mitigation_lambda=1.0
-    )
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours", 1.0)
     model.merge_and_unload().save_pretrained(tmp_path / "theirs")
     assert_merged(weights(tmp_path / "ours"), weights(tmp_path / "theirs"))
     tensors = load_file(file)
@@ -194,8 +142,6 @@ def test_embeddings_that_were_resized_but_not_saved(targets: list[str], tmp_path
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model = make(cls, config, tmp_path, 70, target_modules=targets)
     model.save_pretrained(adapter, save_embedding_layers=False)
-    mitigate = partial(streamer.reduce_intruder_dimension, method="shrink", mitigation_lambda=1.0)
-    merge = partial(streamer.merge_with_reduced_intruder_dimensions, method="shrink", mitigation_lambda=1.0)
     if "embed_tokens" in targets:
         with pytest.raises(RuntimeError, match=r"size mismatch for .*embed_tokens"):
             PeftModel.from_pretrained(cls.from_pretrained(base), adapter)
@@ -203,14 +149,13 @@ def test_embeddings_that_were_resized_but_not_saved(targets: list[str], tmp_path
             with pytest.raises(
                 MismatchError, match=r"'model.embed_tokens': expected shape \[70, 32\] in the base, found \[64, 32\]"
             ):
-                run(base, adapter, tmp_path / "out")
+                run(base, adapter, tmp_path / "out", 1.0)
         return
-    mitigate(base, adapter, tmp_path / "mitigated")
-    merge(base, adapter, tmp_path / "out")
-    merge(base, tmp_path / "mitigated", tmp_path / "by way")
-    PeftModel.from_pretrained(cls.from_pretrained(base), adapter).merge_and_unload().save_pretrained(
-        tmp_path / "theirs"
-    )
+    mitigate(base, adapter, tmp_path / "mitigated", 1.0)
+    merge(base, adapter, tmp_path / "out", 1.0)
+    merge(base, tmp_path / "mitigated", tmp_path / "by way", 1.0)
+    model = PeftModel.from_pretrained(cls.from_pretrained(base), adapter)
+    model.merge_and_unload().save_pretrained(tmp_path / "theirs")
     for name in ("out", "by way"):
         assert_merged(weights(tmp_path / name), weights(tmp_path / "theirs"))
 
@@ -223,27 +168,22 @@ def test_copies_that_peft_017_wrote_without_the_adapters_name(same: bool, tmp_pa
     )
     lora = {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]}
     model = make(transformers.RobertaForSequenceClassification, config, tmp_path, **lora)
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    base, adapter, out, half = (tmp_path / name for name in ("base", "adapter", "out", "half"))
+    file = adapter / "adapter_model.safetensors"
     tensors = {name: t for name, t in load_file(file).items() if ".modules_to_save." not in name}
     bias = tensors["base_model.model.classifier.dense.bias"]
     tensors["base_model.model.classifier.modules_to_save.dense.bias"] = bias.clone() if same else bias + 1
     save_file(tensors, file, metadata={"format": "pt"})
-    merge = partial(
-        streamer.merge_with_reduced_intruder_dimensions, tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
-    )
     if not same:
         with pytest.raises(FormatError, match=r"both change 'classifier.dense.bias'; save one adapter at a time"):
-            merge(mitigation_lambda=1)
+            merge(base, adapter, out, 1)
         return
-    merge(mitigation_lambda=1)
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["classifier.dense.bias"], bias)
+    merge(base, adapter, out, 1)
+    assert torch.equal(weights(out)["classifier.dense.bias"], bias)
     assert torch.equal(model.base_model.model.classifier.modules_to_save["default"].dense.bias, bias)
-    half = tmp_path / "half"
-    streamer.reduce_intruder_dimension(
-        tmp_path / "base", tmp_path / "adapter", half, method="shrink", mitigation_lambda=0.5
-    )
+    mitigate(base, adapter, half, 0.5, method="shrink")
     assert load_file(half / file.name).keys() == load_file(file).keys()
-    assert streamer.verify_output(half, tmp_path / "base", tmp_path / "adapter", sample="all")["verified"]
+    assert streamer.verify_output(half, base, adapter, sample="all")["verified"]
 
 
 def stored(directory: Path) -> dict[str, np.ndarray]:
@@ -266,9 +206,7 @@ def test_the_values_that_kept_the_bases_bytes_are_counted(what: str, keep: float
     base, out = tmp_path / "base", tmp_path / "out"
     cls = make_base(name, base, torch.bfloat16)
     adapter = make_adapter(cls, base, tmp_path / "adapter", targets, lora_alpha=0.05, **options)
-    record = streamer.merge_with_reduced_intruder_dimensions(
-        base, adapter, out, method="shrink", mitigation_lambda=keep, on_event=str
-    )
+    record = merge(base, adapter, out, keep, method="shrink", on_event=str)
     before, after = stored(base), stored(out)
     for matrix in record["matrices"]:
         tensor, _, index = matrix["tensor"].removesuffix("]").partition("[")
@@ -285,47 +223,7 @@ def test_the_values_that_kept_the_bases_bytes_are_counted(what: str, keep: float
 def test_of_a_delta_of_zero_nothing_is_counted(tmp_path: Path) -> None:
     cls = make_base("llama", tmp_path / "base", torch.bfloat16)
     adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"])
-    record = streamer.merge_with_reduced_intruder_dimensions(
-        tmp_path / "base", adapter, tmp_path / "out", method="shrink", mitigation_lambda=0
-    )
+    record = merge(tmp_path / "base", adapter, tmp_path / "out", 0, method="shrink")
     assert all("values" not in matrix for matrix in record["matrices"])
     assert record["totals"]["values"] == 0
     assert not any("rounding" in line for line in record_lines(record, "out"))
-
-
-def test_a_share_that_would_show_as_zero_is_not_shown(tmp_path: Path) -> None:
-    cls = make_base("llama", tmp_path / "base", torch.float32)
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"])
-    record = streamer.merge_with_reduced_intruder_dimensions(
-        tmp_path / "base", adapter, tmp_path / "out", method="shrink", mitigation_lambda=1
-    )
-    assert 0 <= record["totals"]["rounded_away"] < 0.0005 * record["totals"]["values"]
-    assert not any("rounding" in line for line in record_lines(record, "out"))
-
-
-def test_adapters_that_peft_trained(tmp_path: Path) -> None:
-    """RsLoRA, patterns of rank and alpha, DoRA, an embedding, on a Llama that transformers saved."""
-    torch.manual_seed(vary(0))
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
-    )
-    base = tmp_path / "base"
-    LlamaForCausalLM(config).bfloat16().save_pretrained(base)
-    patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {r".*layers.1.self_attn.q_proj": 3}}
-    cases = {
-        "rslora": {"use_rslora": True, "target_modules": ["q_proj", "down_proj"], **patterns},
-        "dora": {"use_dora": True, "target_modules": ["q_proj", "v_proj"], **patterns},
-        "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
-    }
-    for name, options in cases.items():
-        model = peft.get_peft_model(
-            LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(r=4, lora_alpha=8, **options)
-        )
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            torch.nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
-        streamer.merge_with_reduced_intruder_dimensions(
-            base, tmp_path / name, tmp_path / f"{name}-m", mitigation_lambda=0.25
-        )
-        found = streamer.verify_output(tmp_path / f"{name}-m", base, tmp_path / name, sample="all")
-        assert found["totals"]["recomputed"] == found["totals"]["matrices"] - len(found["not_recomputed"]) >= 2, found

@@ -15,6 +15,7 @@ import torch
 from causal_models import ADAPTERS, CAUSAL, make_adapter, make_base
 from elsewhere import Away
 from evaluated import loaded, sequences, token_ids
+from pairs import make_pair
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -117,8 +118,7 @@ def test_each_layer_is_fitted_to_what_those_before_it_make(name: str, memory: in
         assert same == [made, left]
         assert all(torch.equal(R, elsewhere[one]) for one, R in rights.items())
     assert all(any(part in one for part in ("expert", "lm_head")) for one in left), left
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         model = peft.PeftModel.from_pretrained(loaded(cls, base, torch.float64), adapter).eval().double()
     layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     with model.disable_adapter():
@@ -153,8 +153,7 @@ def test_each_layer_is_fitted_to_what_those_before_it_make(name: str, memory: in
 
 def test_what_is_not_of_all_tokens_stays(tmp_path: Path) -> None:
     name, targets, options = ADAPTERS["experts, stacked"]
-    cls, base = make_base(name, tmp_path / "base"), tmp_path / "base"
-    adapter = make_adapter(cls, base, tmp_path / "adapter", targets, **{"lora_alpha": 4, **options})
+    _, base, adapter = make_pair(name, tmp_path, targets, **{"lora_alpha": 4, **options})
     ids = token_ids(64, 6)
     rights, made, left = corrected_factors(base, adapter, dict.fromkeys(STREAMS, ids), DIRECT_BYTES)
     plan = make_plan(base, adapter)

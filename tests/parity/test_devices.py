@@ -15,17 +15,7 @@ CHECKS = Path(__file__).with_name("devices.py")
 @pytest.mark.parametrize("marked", ["not long", pytest.param("long", marks=pytest.mark.long)])
 def test_models_mix_no_devices(marked: str) -> None:
     command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        marked,
-        "--seed",
-        str(seeds.RUN),
-        str(CHECKS),
-    ]
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, "--seed", str(seeds.RUN), str(CHECKS),
+    ]  # fmt: skip
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers_pipelines import PIPELINES, answers, opened, trained
+from pairs import merge, mitigate
 from safetensors.torch import load_file, save_file
-
-import streamer
 
 pytest.importorskip("diffusers", reason="pipelines are compared with diffusers, which the test extra installs")
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
@@ -74,7 +73,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def check(base: Path, adapter: Path, out: Path, oracle: Path | None = None, changed: int = 1) -> None:
     """Merge, and compare with the adapter, or with the same adapter in a form that diffusers reads, loaded by diffusers."""
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=1)
+    merge(base, adapter, out, 1)
     pipe = opened(base)
     before = answers(pipe)
     pipe.load_lora_weights(oracle or adapter)
@@ -109,7 +108,7 @@ def test_dora(bases: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
 def test_a_mitigated_adapter_opens_in_diffusers(bases: Callable[[str], Path], tmp_path: Path) -> None:
     pipe = opened(bases("sd"))
     pipe.save_lora_weights(tmp_path / "lora", **trained(pipe))
-    streamer.reduce_intruder_dimension(bases("sd"), tmp_path / "lora", tmp_path / "mitigated", mitigation_lambda=0.2)
+    mitigate(bases("sd"), tmp_path / "lora", tmp_path / "mitigated", 0.2)
     name = "pytorch_lora_weights.safetensors"
     before, after = load_file(tmp_path / "lora" / name), load_file(tmp_path / "mitigated" / name)
     assert before.keys() == after.keys()
@@ -214,9 +213,7 @@ def test_flux_in_one_layer_for_all_that_reads_the_input(bases: Callable[[str], P
     save_file({k: v.clone() for k, v in oracle.items()}, tmp_path / "oracle" / "pytorch_lora_weights.safetensors")
     check(base, tmp_path / "kohya.safetensors", tmp_path / "merged", tmp_path / "oracle")
     # Written back, the fused matrix is one again.
-    streamer.reduce_intruder_dimension(
-        base, tmp_path / "kohya.safetensors", tmp_path / "mitigated", method="shrink", mitigation_lambda=0.2
-    )
+    mitigate(base, tmp_path / "kohya.safetensors", tmp_path / "mitigated", 0.2, method="shrink")
     mitigated = load_file(tmp_path / "mitigated" / "kohya.safetensors")
     assert mitigated.keys() == tensors.keys()
     new_down, new_up, _ = (mitigated[name] for name in tensors)

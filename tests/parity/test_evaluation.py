@@ -26,6 +26,7 @@ from evaluated import (
     sums_of,
     token_ids,
 )
+from pairs import make_pair, mitigate
 from peft import LoHaConfig, PeftModel, get_peft_model
 from quantized_cases import decoded_base
 from safetensors.torch import load_file, save_file
@@ -44,9 +45,8 @@ from streamer.streaming.variants import BASE, Variant, make_variants
 @pytest.mark.long
 @pytest.mark.parametrize("name", CAUSAL)
 def test_architectures(name: str, tmp_path: Path) -> None:
-    cls = make_base(name, tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", CAUSAL[name][2])
-    assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+    cls, base, adapter = make_pair(name, tmp_path, CAUSAL[name][2])
+    assert_as_transformers(cls, base, adapter, tmp_path)
 
 
 # As `ADAPTERS`
@@ -66,16 +66,14 @@ KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds(kind: str, tmp_path: Path) -> None:
     name, targets, options = KINDS[kind]
-    cls = make_base(name, tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets, **options)
-    assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+    cls, base, adapter = make_pair(name, tmp_path, targets, **options)
+    assert_as_transformers(cls, base, adapter, tmp_path)
 
 
 def test_all_methods_and_lambdas(tmp_path: Path) -> None:
-    cls = make_base("llama", tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", [*LINEAR, "lm_head"])
+    cls, base, adapter = make_pair("llama", tmp_path, [*LINEAR, "lm_head"])
     assert_as_transformers(
-        cls, tmp_path / "base", adapter, tmp_path, methods=("paper", "project", "shrink"), lambdas=(0.75, -0.5, 2.0)
+        cls, base, adapter, tmp_path, methods=("paper", "project", "shrink"), lambdas=(0.75, -0.5, 2.0)
     )
 
 
@@ -105,13 +103,12 @@ def test_a_fine_tuned_model(name: str, tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_the_model_within(tmp_path: Path) -> None:
     """Names without the prefix of the model below the head, as GPT-2's checkpoint has them."""
-    cls = make_base("gpt2", tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["c_attn", "c_fc"])
-    file = tmp_path / "base" / "model.safetensors"
+    cls, base, adapter = make_pair("gpt2", tmp_path, ["c_attn", "c_fc"])
+    file = base / "model.safetensors"
     save_file(
         {name.removeprefix("transformer."): t for name, t in load_file(file).items()}, file, metadata={"format": "pt"}
     )
-    assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+    assert_as_transformers(cls, base, adapter, tmp_path)
 
 
 def test_of_projected_deltas_the_losses_are_those_of_the_adapters_that_mitigate_writes(tmp_path: Path) -> None:
@@ -123,9 +120,7 @@ def test_of_projected_deltas_the_losses_are_those_of_the_adapters_that_mitigate_
     for v, variant in enumerate(variants[2:], 2):
         assert variant.method is not None
         out = tmp_path / variant.method
-        streamer.reduce_intruder_dimension(
-            base, adapter, out, findings=found, top_k=TOP_K, mitigation_lambda=0.25, method=variant.method
-        )
+        mitigate(base, adapter, out, 0.25, findings=found, top_k=TOP_K, method=variant.method)
         with torch.no_grad():
             logits = (
                 PeftModel.from_pretrained(cls.from_pretrained(base, dtype=torch.float32), out)
@@ -238,10 +233,9 @@ REFUSED: dict[str, tuple[str, Any, dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused_rather_than_wrong(what: str, tmp_path: Path) -> None:
     name, targets, options, error, message = REFUSED[what]
-    cls = make_base(name, tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets, **options)
+    cls, base, adapter = make_pair(name, tmp_path, targets, **options)
     with pytest.raises(error, match=message):
-        assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+        assert_as_transformers(cls, base, adapter, tmp_path)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "gate_proj"], ["down_proj"]])
@@ -254,15 +248,14 @@ def test_a_weight_that_a_class_multiplies_with_itself(
         return torch.nn.functional.linear(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
 
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
-    cls = make_base("llama", tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets)
+    cls, base, adapter = make_pair("llama", tmp_path, targets)
     if targets == ["down_proj"]:
         with pytest.raises(
             UnsupportedError, match=r"down_proj.weight', which the adapter changes, is read outside its module"
         ):
-            assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+            assert_as_transformers(cls, base, adapter, tmp_path)
     else:
-        assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+        assert_as_transformers(cls, base, adapter, tmp_path)
 
 
 IMAGES = {"vq_config": {"embed_dim": 8, "num_embeddings": 8, "base_channels": 32, "channel_multiplier": [1],
@@ -298,18 +291,17 @@ def test_a_model_that_computes_otherwise_is_refused(what: str, tmp_path: Path) -
 
 
 def test_a_quantized_base_of_conv1d_layers_is_refused(tmp_path: Path) -> None:
-    cls = make_base("gpt2", tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["c_fc"])
-    file, name = tmp_path / "base" / "model.safetensors", "transformer.h.0.attn.c_proj"
+    _, base, adapter = make_pair("gpt2", tmp_path, ["c_fc"])
+    file, name = base / "model.safetensors", "transformer.h.0.attn.c_proj"
     tensors = load_file(file)
     tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
     tensors[f"{name}.weight_scale"] = torch.ones(1)
     save_file(tensors, file, metadata={"format": "pt"})
-    path = tmp_path / "base" / "config.json"
+    path = base / "config.json"
     quantization = {"quant_method": "compressed-tensors", "format": "float-quantized"}
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
     with pytest.raises(UnsupportedError, match="a quantized gpt2 stores its layers"):
-        streamed(tmp_path / "base", adapter, make_variants(("shrink",), (0.5,), "all"), None, token_ids(64))
+        streamed(base, adapter, make_variants(("shrink",), (0.5,), "all"), None, token_ids(64))
 
 
 def test_the_length_from_which_longrope_is_another_is_known(tmp_path: Path) -> None:

@@ -7,21 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import fitted
-import kinds_cases
 import numpy as np
 import peft
 import pytest
 import torch
-from kinds_cases import Made
-from live import adapter_state, assert_equal, load_state, loaded
+from kinds import llama_config
 from mapped import answer, energy_form, random_map
 from safetensors.torch import load_file
 from seeds import vary
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from verified import agree, edit_tensor
 
 import streamer
-import streamer.peft as live
 from streamer.errors import MismatchError, MissingInputError, StreamerWarning, VerificationError
 
 CASES: dict[str, dict[str, Any]] = {
@@ -35,11 +32,8 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(vary(0))
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
-    )
     path = tmp_path_factory.mktemp("fitted") / "base"
-    LlamaForCausalLM(config).save_pretrained(path)
+    LlamaForCausalLM(llama_config()).save_pretrained(path)
     return path
 
 
@@ -60,58 +54,37 @@ def logits(model: Any) -> torch.Tensor:
         return model.double().eval()(torch.arange(40)[None]).logits[0]
 
 
+LAMBDA = 0.4
+
+
+@pytest.mark.parametrize("how", ["fit", "map"])
 @pytest.mark.parametrize("case", CASES)
-def test_peft_loads_a_fitted_adapter_and_its_logits_are_the_merged_models(
-    base: Path, tmp_path: Path, case: str
+def test_peft_loads_the_adapter_and_its_logits_are_the_merged_models(
+    base: Path, how: str, case: str, tmp_path: Path
 ) -> None:
-    adapter = trained(base, tmp_path / "adapter", CASES[case])
-    coefficients = fitted.random_coefficients(base, adapter)
-    coefficients.save(tmp_path / "c.safetensors")
-    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", coefficients=coefficients)
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "m", coefficients=coefficients)
-    loaded = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "a")
+    adapter, file = trained(base, tmp_path / "adapter", CASES[case]), tmp_path / "c.safetensors"
+    (fitted.random_coefficients if how == "fit" else random_map)(base, adapter).save(file)
+    options: dict[str, Any] = {"coefficients": file} if how == "fit" else {"map": file}
+    strength = {} if how == "fit" else {"mitigation_lambda": LAMBDA}
+    record = streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", **options, **strength)
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "m", **options, **strength)
+    if how == "map":
+        facts = record["method"], record["lambda"], record["totals"]["changed"]
+        assert facts == ("nullspace", LAMBDA, len(record["matrices"]))
+    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "a")
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m"))
     # float32 weights: W0 + Δ' was rounded once, B' and A as well.
-    torch.testing.assert_close(logits(loaded), merged, rtol=0, atol=2e-6 * float(merged.abs().max()))
+    torch.testing.assert_close(logits(model), merged, rtol=0, atol=2e-6 * float(merged.abs().max()))
     assert float((merged - logits(LlamaForCausalLM.from_pretrained(base))).abs().max()) > 1e-2
     for output in ("a", "m"):
-        verified = streamer.verify_output(
-            tmp_path / output, base, adapter, sample="all", coefficients=tmp_path / "c.safetensors"
-        )["totals"]
-        assert verified["recomputed"] == verified["matrices"]
+        found = streamer.verify_output(tmp_path / output, base, adapter, sample="all", **options)["totals"]
+        assert found["recomputed"] == found["matrices"] == len(record["matrices"])
     config = "adapter_config.json"
     assert json.loads((tmp_path / "a" / config).read_text()) == json.loads((adapter / config).read_text())
     before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "a"))
     assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in before.items()}
-
-
-LAMBDA = 0.4
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_peft_loads_the_adapter_and_its_logits_are_the_merged_models(base: Path, tmp_path: Path, case: str) -> None:
-    adapter = trained(base, tmp_path / "adapter", CASES[case])
-    random_map(base, adapter).save(tmp_path / "m.safetensors")
-    options = {"map": tmp_path / "m.safetensors", "mitigation_lambda": LAMBDA}
-    dora = {"to_lora": 48} if case == "dora" else {}
-    record = streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", **options, **dora)
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "m", **options)
-    assert (record["method"], record["lambda"], record["totals"]["changed"]) == (
-        "nullspace", LAMBDA, len(record["matrices"]),
-    )  # fmt: skip
-    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "a")
-    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m"))
-    torch.testing.assert_close(logits(model), merged, rtol=0, atol=2e-6 * float(merged.abs().max()))
-    assert float((merged - logits(LlamaForCausalLM.from_pretrained(base))).abs().max()) > 1e-2
-    for output in ("a", "m"):
-        found = streamer.verify_output(tmp_path / output, base, adapter, sample="all", map=options["map"])["totals"]
-        assert found["recomputed"] == found["matrices"] == len(record["matrices"])
-    if not dora:
-        config = "adapter_config.json"
-        assert json.loads((tmp_path / "a" / config).read_text()) == json.loads((adapter / config).read_text())
-        before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "a"))
-        for name, tensor in before.items():
-            assert torch.equal(tensor, after[name]) == ("_B" in name), name
+    for name, tensor in before.items() if how == "map" else ():
+        assert torch.equal(tensor, after[name]) == ("_B" in name), name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -172,15 +145,3 @@ def test_several_adapters_take_one_map(base: Path, tmp_path: Path) -> None:
     inputs = random_map(base, adapters[0])
     records = streamer.reduce_intruder_dimension(base, adapters, tmp_path / "out", map=inputs)
     assert all(record["map"]["sha256"] == inputs.digest for record in records.values())
-
-
-def test_a_live_model_takes_what_files_take(tmp_path: Path) -> None:
-    made: Made = kinds_cases.make("linear", torch.float32, tmp_path)
-    inputs = random_map(made.base, made.adapter)
-    model = loaded(made)
-    assert live.reduce_intruder_dimension(model, map=inputs) is None
-    streamer.reduce_intruder_dimension(made.base, made.adapter, tmp_path / "out", map=inputs)
-    assert_equal(adapter_state(model, "intruder_reduced"), load_state(tmp_path / "out"))
-    merged = live.merge_and_unload_with_reduced_intruder_dimensions(model, map=inputs)
-    theirs = dict(streamer.iter_merged(made.base, made.adapter, map=inputs))
-    assert_equal(kinds_cases.by_disk(merged.state_dict(), theirs), theirs)

@@ -17,11 +17,10 @@ import transformers
 from architectures import LINEAR, TEXT, config
 from causal_models import make_adapter
 from command_line import ENV
+from pairs import merge
 from paths import ROOT
 from safetensors.torch import load_file
 from seeds import vary
-
-import streamer
 
 SCRIPT = ROOT / "docs" / "to_gguf.py"
 VOCAB, HEAD, SPECIAL = 512, 16, 4
@@ -75,7 +74,7 @@ def test_a_gguf_holds_the_tensors_that_merge_writes(kind: str, dtype: torch.dtyp
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
     else:
         example().convert(base, adapter, tmp_path / "merged.gguf", mitigation_lambda=0.25)
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "merged", mitigation_lambda=0.25)
+    merge(base, adapter, tmp_path / "merged", 0.25)
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     want = dict(expected(name, tensor, kind == "llama") for name, tensor in merged.items())
     read = gguf.GGUFReader(tmp_path / "merged.gguf")
@@ -121,7 +120,7 @@ def test_llama_cpp_computes_the_merged_model(kind: str, tmp_path: Path) -> None:
     xllamacpp = pytest.importorskip("xllamacpp")
     base, adapter = make(tmp_path, kind, torch.float32, tied=False)
     example().convert(base, adapter, tmp_path / "merged.gguf", mitigation_lambda=0.25)
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "merged", mitigation_lambda=0.25)
+    merge(base, adapter, tmp_path / "merged", 0.25)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(torch.tensor([[0, *range(300, 340)]])).logits[0].double().log_softmax(1)

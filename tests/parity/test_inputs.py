@@ -11,10 +11,11 @@ import pytest
 import quantized
 import torch
 import zoo
-from causal_models import ADAPTERS, CAUSAL, make_adapter, make_base
+from causal_models import ADAPTERS, CAUSAL, make_base
 from elsewhere import Away
 from evaluated import sequences, token_ids
 from mapped import energy_form
+from pairs import make_pair
 from peft_inputs import Moments, of_peft
 from quantized_cases import decoded_base
 from seeds import vary
@@ -33,20 +34,6 @@ from streamer.streaming.inputs import InputModel
 from streamer.streaming.installed import InstalledModule
 from streamer.streaming.model import StreamingModel
 from streamer.streaming.streams import GENERAL_AS, TASK_AS, Group
-
-ARCHITECTURES = [
-    "llama",
-    "gpt2",
-    "gemma2",
-    "phi3",
-    "opt",
-    "bloom",
-    "gpt-neox",
-    "qwen3-moe",
-    "mixtral",
-    "deepseek-v3",
-    "gemma3n",
-]
 
 
 def formed(moments: SecondMoments) -> torch.Tensor:
@@ -102,13 +89,6 @@ def assert_alike(cls: Any, base: Path, adapter: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_architectures(name: str, tmp_path: Path) -> None:
-    cls = make_base(name, tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", CAUSAL[name][2], lora_alpha=4)
-    assert_alike(cls, tmp_path / "base", adapter)
-
-
 # As `ADAPTERS`: those whose deltas have factors, on layers that PEFT wraps one by one.
 KINDS = ["saved head and norms", "saved embedding, tied", "LoRA on a tied head", "LoRA on a tied embedding", "LoRA's own biases",
          "embeddings of positions"]  # fmt: skip
@@ -117,9 +97,7 @@ KINDS = ["saved head and norms", "saved embedding, tied", "LoRA on a tied head",
 @pytest.mark.long
 @pytest.mark.parametrize("what", ["writes", "is given a list"])
 def test_layers_that_cannot_run_elsewhere_run_here(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = make_adapter(
-        make_base("llama", tmp_path / "base"), tmp_path / "base", tmp_path / "adapter", ["q_proj", "up_proj"]
-    )
+    _, base, adapter = make_pair("llama", tmp_path, ["q_proj", "up_proj"])
     before = LlamaDecoderLayer.__call__ if what == "is given a list" else LlamaDecoderLayer.forward
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **given: Any) -> Any:
@@ -129,24 +107,15 @@ def test_layers_that_cannot_run_elsewhere_run_here(what: str, tmp_path: Path, mo
         return before(self, hidden_states, *args, **given, seen=[])
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward" if what == "writes" else "__call__", forward)
-    collected(tmp_path / "base", adapter, [*token_ids(64, 2)], [*token_ids(64, 2)], moves=False)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_kinds(kind: str, tmp_path: Path) -> None:
-    name, targets, options = ADAPTERS[kind]
-    cls = make_base(name, tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets, **{"lora_alpha": 4, **options})
-    assert_alike(cls, tmp_path / "base", adapter)
+    collected(base, adapter, [*token_ids(64, 2)], [*token_ids(64, 2)], moves=False)
 
 
 @pytest.mark.parametrize("kind", ["experts, one tensor each", "experts, stacked", "router"])
 def test_experts_are_given_the_tokens_that_are_routed_to_them(kind: str, tmp_path: Path) -> None:
     """The moments of all experts of a layer add up to those of as many tokens as there are experts for each."""
     name, targets, options = ADAPTERS[kind]
-    cls = make_base(name, tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets, **{"lora_alpha": 4, **options})
-    plan, found = make_plan(tmp_path / "base", adapter), dict[str, torch.Tensor]()
+    _, base, adapter = make_pair(name, tmp_path, targets, **{"lora_alpha": 4, **options})
+    plan, found = make_plan(base, adapter), dict[str, torch.Tensor]()
 
     def take(given: list[Target], moments: Mapping[int, SecondMoments]) -> None:
         own = formed(moments[GENERAL_AS])
@@ -187,9 +156,8 @@ def test_matrices_are_read_a_few_rows_at_a_time(name: str, tmp_path: Path, monke
         return read(self, source)
 
     monkeypatch.setattr(CollectingReader, "values_of", recorded)
-    cls = make_base(name, tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["o_proj"], lora_alpha=4)
-    assert_alike(cls, tmp_path / "base", adapter)
+    cls, base, adapter = make_pair(name, tmp_path, ["o_proj"], lora_alpha=4)
+    assert_alike(cls, base, adapter)
     assert (0 < most <= 1000, whole) == (True, [])
 
 
@@ -207,9 +175,8 @@ def test_quantized_bases(encoding: str, plain: tuple[Path, Path], tmp_path: Path
 
 
 def test_the_same_products_are_rounded_as_in_passes_that_measure(tmp_path: Path) -> None:
-    cls = make_base("llama", tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"], modules_to_save=["o_proj"])
-    collecting = InputModel(make_plan(tmp_path / "base", adapter), rounds_products=True)
+    _, base, adapter = make_pair("llama", tmp_path, ["q_proj"], modules_to_save=["o_proj"])
+    collecting = InputModel(make_plan(base, adapter), rounds_products=True)
     measuring = StreamingModel(collecting.job)
     readers: dict[str, Any] = {path: module._parameters.get("weight") for path, module, _ in collecting.modules}
     rounded = {path for path, weight in readers.items() if weight is not None and weight.reader.rounded}
@@ -258,26 +225,24 @@ def assert_mapped_alike(cls: Any, base: Path, adapter: Path, place: Path) -> Non
 def test_maps_of_architectures(name: str, tmp_path: Path) -> None:
     if name not in CAUSAL:
         pytest.skip("this transformers lacks it")
-    cls = make_base(name, tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", CAUSAL[name][2], lora_alpha=4)
-    assert_mapped_alike(cls, tmp_path / "base", adapter, tmp_path)
+    cls, base, adapter = make_pair(name, tmp_path, CAUSAL[name][2], lora_alpha=4)
+    assert_mapped_alike(cls, base, adapter, tmp_path)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "experts, one tensor each", "experts, stacked", "router"])
 def test_maps_of_kinds(kind: str, tmp_path: Path) -> None:
     name, targets, options = ADAPTERS[kind]
-    cls = make_base(name, tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets, **{"lora_alpha": 4, **options})
-    made, plan = mapped(tmp_path / "base", tmp_path), make_plan(tmp_path / "base", adapter)
+    cls, base, adapter = make_pair(name, tmp_path, targets, **{"lora_alpha": 4, **options})
+    made, plan = mapped(base, tmp_path), make_plan(base, adapter)
     lacking = [t.tensor for t in plan.targets if made.find(t.tensor, t.module.shape[1]) is None]
     assert {*lacking} <= {*made.facts["lacking"]} | {t.tensor for t in plan.targets if t.pieces}
     assert len(lacking) < len(plan.targets)
     if "experts" not in kind and kind != "router":
         assert not lacking
-        assert_mapped_alike(cls, tmp_path / "base", adapter, tmp_path)
-    streamer.reduce_intruder_dimension(tmp_path / "base", adapter, tmp_path / "out", map=made, on_event=lambda e: None)
+        assert_mapped_alike(cls, base, adapter, tmp_path)
+    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", map=made, on_event=lambda e: None)
     made.save(tmp_path / "m.safetensors")
-    found = lines(tmp_path / "out", tmp_path / "base", adapter, sample="all", map=tmp_path / "m.safetensors")
+    found = lines(tmp_path / "out", base, adapter, sample="all", map=tmp_path / "m.safetensors")
     apart = kind == "experts, one tensor each"  # which of the factors are which parameter's, only a stack tells
     assert "not verified: 16 matrices cannot be recomputed" in found[0] if apart else found == []
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,8 @@ from fitted import random_coefficients
 from kinds import llama_config
 from kinds_cases import Made, quiet, relative
 from live import adapter_state, assert_equal, assert_same_findings, load_state, loaded, of_peft
+from mapped import random_map
+from pairs import mitigate
 from peft.tuners.lora import intruders as theirs
 from seeds import vary
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def on_files(made: Made) -> streamer.Findings:
 def expected(made: Made, on_files: streamer.Findings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The adapter that files give at λ = 0.5."""
     out = tmp_path_factory.mktemp("expected") / "out"
-    streamer.reduce_intruder_dimension(made.base, made.adapter, out, mitigation_lambda=0.5, findings=on_files)
+    mitigate(made.base, made.adapter, out, 0.5, findings=on_files)
     return out
 
 
@@ -108,46 +108,30 @@ def test_what_is_lost_in_projection_is_a_warning() -> None:
         live.reduce_intruder_dimension(model, mitigation_lambda=0.0)
 
 
-class TestWhatPeftTestsOfItsFunction:
-    """The assertions of PEFT's own tests, of factors that are not zero.
+def lora(target: str, **options: object) -> peft.LoraConfig:
+    return peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False, **options)
 
-    Two differ. They take an epsilon of 999 to have every direction judged an intruder: a similarity is at most 1, and so is epsilon here.
-    And with PEFT's untrained factors W0 + Δ is W0, whose directions are no intruders at an epsilon of 1.
-    """
 
-    def model(self, *targets: str, dtype: torch.dtype = torch.float32, **options: Any) -> peft.PeftModel:
-        torch.manual_seed(vary(0))
-        base = LlamaForCausalLM(llama_config()).to(dtype)
-        config = peft.LoraConfig(target_modules=list(targets), init_lora_weights=False)
-        return peft.get_peft_model(base, config, **options)
+def on_llama(config: peft.PeftConfig, dtype: torch.dtype = torch.float32, **options: Any) -> peft.PeftModel:
+    torch.manual_seed(vary(0))
+    return peft.get_peft_model(LlamaForCausalLM(llama_config()).to(dtype), config, **options)
 
-    @pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
-    def test_adds_a_changed_adapter_and_makes_it_active(self, target: str) -> None:
-        model, buffer = self.model(target), StringIO()
-        before = adapter_state(model, "default")
-        live.reduce_intruder_dimension(model, threshold_epsilon=1.0, logging_sink=partial(print, file=buffer))
-        assert model.active_adapters == ["intruder_reduced"]
-        assert set(model.peft_config) == {"default", "intruder_reduced"}
-        assert any(target in line for line in buffer.getvalue().splitlines())
-        assert_equal(adapter_state(model, "default"), before)
-        after = adapter_state(model, "intruder_reduced")
-        assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
 
-    def test_keeps_bfloat16(self) -> None:
-        model = self.model("q_proj", dtype=torch.bfloat16, autocast_adapter_dtype=False)
-        live.reduce_intruder_dimension(model, threshold_epsilon=1.0)
-        assert model.active_adapters == ["intruder_reduced"]
-        assert {t.dtype for t in adapter_state(model, "intruder_reduced").values()} == {torch.bfloat16}
+def test_keeps_bfloat16() -> None:
+    model = on_llama(lora("q_proj"), torch.bfloat16, autocast_adapter_dtype=False)
+    live.reduce_intruder_dimension(model, threshold_epsilon=1.0)
+    assert {t.dtype for t in adapter_state(model, "intruder_reduced").values()} == {torch.bfloat16}
 
-    def test_refuses_an_adapter_that_is_no_lora(self) -> None:
-        torch.manual_seed(vary(0))
-        model = peft.get_peft_model(LlamaForCausalLM(llama_config()), peft.MissConfig(r=4, target_modules=["q_proj"]))
-        with pytest.raises(ValueError, match="MISS adapter: its change of the weights is not known"):
-            live.reduce_intruder_dimension(model)
 
-    def test_refuses_an_epsilon_that_no_similarity_reaches(self) -> None:
-        with pytest.raises(UsageError, match=r"expected a number in \(0, 1\], found 999"):
-            live.reduce_intruder_dimension(self.model("q_proj"), threshold_epsilon=999)
+def test_refuses_an_epsilon_that_no_similarity_reaches() -> None:
+    """PEFT's own tests take 999 to have every direction judged an intruder: a similarity is at most 1, and so is epsilon here."""
+    with pytest.raises(UsageError, match=r"expected a number in \(0, 1\], found 999"):
+        live.reduce_intruder_dimension(on_llama(lora("q_proj")), threshold_epsilon=999)
+
+
+def test_refuses_an_adapter_that_is_no_lora() -> None:
+    with pytest.raises(ValueError, match="MISS adapter: its change of the weights is not known"):
+        live.reduce_intruder_dimension(on_llama(peft.MissConfig(r=4, target_modules=["q_proj"])))
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
@@ -232,9 +216,7 @@ def test_findings_are_saved_and_serve_files(
     found = live.detect_intruder_dimensions(loaded(made))
     assert found.base["in_memory"]
     found.save(tmp_path / "f.safetensors")
-    streamer.reduce_intruder_dimension(
-        made.base, made.adapter, tmp_path / "out", mitigation_lambda=0.5, findings=tmp_path / "f.safetensors"
-    )
+    mitigate(made.base, made.adapter, tmp_path / "out", 0.5, findings=tmp_path / "f.safetensors")
     assert_equal(load_state(tmp_path / "out"), load_state(expected))
     other = kinds_cases.make("linear", torch.float32, tmp_path / "other")
     other.base.joinpath("model.safetensors").write_bytes(made.base.joinpath("model.safetensors").read_bytes())
@@ -296,8 +278,7 @@ def test_what_is_refused_leaves_the_model_as_it_was(made: Made) -> None:
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n)[0, 0] = float("nan")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         for act in (live.reduce_intruder_dimension, live.merge_and_unload_with_reduced_intruder_dimensions):
             with pytest.raises(streamer.StreamerError, match="NaN"):
                 act(model, mitigation_lambda=0.5)
@@ -366,18 +347,9 @@ def test_a_tied_embedding_and_head_part_where_one_is_merged(kind: str, tmp_path:
     assert relative(logits(merged), tuned) < 5e-6
 
 
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(vary(0))
-    return LlamaForCausalLM(llama_config())
-
-
-def lora(target: str, **options: object) -> peft.LoraConfig:
-    return peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False, **options)
-
-
 def test_an_adapter_beside_one_with_trained_tokens() -> None:
     """PEFT looks for tokens of every adapter."""
-    both = peft.get_peft_model(model(), lora("q_proj", trainable_token_indices=[1, 5]), adapter_name="tokens")
+    both = on_llama(lora("q_proj", trainable_token_indices=[1, 5]), adapter_name="tokens")
     both.add_adapter("plain", lora("q_proj"))
     before = {name: t.clone() for name, t in both.state_dict().items()}
     with pytest.raises(UnsupportedError, match="adapter 'plain': PEFT cannot save it"):
@@ -387,8 +359,7 @@ def test_an_adapter_beside_one_with_trained_tokens() -> None:
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT", "ignore:Already found a `peft_config`")
 def test_a_peft_model_in_another() -> None:
-    inner = peft.get_peft_model(model(), lora("q_proj"))
-    outer = peft.PeftModel(inner, lora("v_proj"))
+    outer = peft.PeftModel(on_llama(lora("q_proj")), lora("v_proj"))
     names = [name for name, _ in outer.named_modules()]
     with pytest.raises(UnsupportedError, match="a PeftModel around a PeftModel"):
         live.merge_and_unload_with_reduced_intruder_dimensions(outer)
@@ -400,13 +371,15 @@ def coefficients(made: Made) -> Coefficients:
     return random_coefficients(made.base, made.adapter)
 
 
-def test_they_do_what_they_do_to_files(made: Made, coefficients: Coefficients, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["fit", "map"])
+def test_they_do_what_they_do_to_files(made: Made, how: str, coefficients: Coefficients, tmp_path: Path) -> None:
     model = loaded(made)
-    assert live.reduce_intruder_dimension(model, coefficients=coefficients) is None
-    streamer.reduce_intruder_dimension(made.base, made.adapter, tmp_path / "out", coefficients=coefficients)
+    options: Any = {"coefficients": coefficients} if how == "fit" else {"map": random_map(made.base, made.adapter)}
+    assert live.reduce_intruder_dimension(model, **options) is None
+    streamer.reduce_intruder_dimension(made.base, made.adapter, tmp_path / "out", **options)
     assert_equal(adapter_state(model, "intruder_reduced"), load_state(tmp_path / "out"))
-    merged = live.merge_and_unload_with_reduced_intruder_dimensions(model, coefficients=coefficients)
-    theirs = dict(streamer.iter_merged(made.base, made.adapter, coefficients=coefficients))
+    merged = live.merge_and_unload_with_reduced_intruder_dimensions(model, **options)
+    theirs = dict(streamer.iter_merged(made.base, made.adapter, **options))
     assert_equal(kinds_cases.by_disk(merged.state_dict(), theirs), theirs)
 
 
@@ -480,10 +453,7 @@ def test_layers_that_bitsandbytes_packed_anew_when_they_ran(tmp_path: Path) -> N
 @pytest.mark.parametrize("part", ["module", "weight", "memory", "head"])
 def test_a_parameter_of_two_places_of_which_the_adapter_changes_one_is_not_merged(part: str) -> None:
     """PEFT's own merge changes both places."""
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
-    )
-    base = LlamaForCausalLM(config)
+    base = LlamaForCausalLM(llama_config())
     first, second = (layer.self_attn for layer in base.model.layers)
     if part == "module":
         second.q_proj = first.q_proj

@@ -10,6 +10,7 @@ import torch
 from kinds import APART
 from kinds_cases import quiet, relative
 from live import adapter_state, assert_equal, assert_same_findings, load_state, loaded, of_peft
+from pairs import mitigate
 
 import streamer
 import streamer.peft as live
@@ -86,9 +87,7 @@ def check_reduced(
         found = live.reduce_intruder_dimension(model, mitigation_lambda=0.5, findings=on_files)
         assert found is not None
         assert_same_findings(found, on_files)
-        streamer.reduce_intruder_dimension(
-            made.base, made.adapter, path / "out", mitigation_lambda=0.5, findings=on_model, **made.kind.options
-        )
+        mitigate(made.base, made.adapter, path / "out", 0.5, findings=on_model, **made.kind.options)
         new, theirs = adapter_state(model, "intruder_reduced"), load_state(path / "out")
         assert new.keys() <= theirs.keys()
         for name, tensor in new.items():

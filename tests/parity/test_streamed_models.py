@@ -19,6 +19,7 @@ from causal_models import CAUSAL, make_adapter, make_base
 from evaluated import answer, assert_sums, loaded, merged_variants, precisions, sequences, streamed, token_ids
 from evaluations import FACTS
 from numpy.typing import NDArray
+from pairs import make_pair, merge
 from seeds import vary
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -200,7 +201,7 @@ def assert_alone(found: streamer.Evaluation, cls: Any, base: Path, adapter: Path
     models = [precisions(cls, base)]
     for scale in (1.0, 0.5):
         merged = base.parent / f"merged-{scale}"
-        streamer.merge_with_reduced_intruder_dimensions(base, adapter, merged, method="shrink", mitigation_lambda=scale)
+        merge(base, adapter, merged, scale, method="shrink")
         models.append(precisions(cls, merged))
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     rows = [0, 1, [v.name for v in found.variants].index("shrink 0.5")]
@@ -236,7 +237,7 @@ def test_the_check_of_logits_finds_a_class_whose_config_does_not_say_so(
 def make_learned_text(cls: Any, base: Path, adapter: Path, path: Path) -> Path:
     """Sequences of several lengths that the adapted model gives with its own probabilities."""
     merged = path.parent / "merged"
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, merged, method="shrink", mitigation_lambda=1)
+    merge(base, adapter, merged, 1, method="shrink")
     model, tokenizer = cls.from_pretrained(merged).eval(), transformers.AutoTokenizer.from_pretrained(base)
     words = torch.tensor(sorted(i for word, i in tokenizer.get_vocab().items() if word in tokenized_texts.WORDS))
     ids, generator = words[torch.randint(len(words), (30, 1))], torch.Generator().manual_seed(vary(4))
@@ -267,9 +268,8 @@ LONG = "deepseek-v3", "gemma3n", "qwen3-next", "gemma3-vision", "mamba"
 
 @pytest.mark.parametrize("name", ["llama", *(pytest.param(one, marks=pytest.mark.long) for one in LONG)])
 def test_a_probe_counts_the_whole_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cls = make_base(name, tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", CAUSAL[name][2])
-    job = VariantSet(make_plan(tmp_path / "base", adapter), (Variant(BASE, None), Variant(ADAPTER, UNCHANGED)), None)
+    _, base, adapter = make_pair(name, tmp_path, CAUSAL[name][2])
+    job = VariantSet(make_plan(base, adapter), (Variant(BASE, None), Variant(ADAPTER, UNCHANGED)), None)
     text = sequences(token_ids(64)[:1])
     monkeypatch.setattr(probe, "ROWS", 1 << 20)  # so that the vocabulary has several blocks
     timed = probe.TimedModel(job)

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from causal_models import CAUSAL, make_adapter, make_base
+from causal_models import CAUSAL
 from evaluated import loaded, logits_of
 from evaluations import faults
 from helpers import three_shards
+from pairs import make_pair, merge
 from safetensors.torch import load_file, save_file
 from seeds import vary
 from tokenized_texts import CHATML, DATED, FORGETFUL, WORDS, lines, prose, read, save
@@ -104,17 +105,6 @@ def test_texts_that_are_refused(raw: bytes, words: str, tmp_path: Path) -> None:
     assert str(e.value).endswith(words)
 
 
-@pytest.mark.parametrize("least", [2, 4])
-def test_the_length_that_is_named_does(least: int, tmp_path: Path) -> None:
-    path = tmp_path / "t.txt"
-    path.write_text(prose(25))
-    save(tmp_path)
-    with pytest.raises(FormatError, match=f"expected {least} sequences of") as refused:
-        read(path, length=64, least=least)
-    length = int(str(refused.value).split()[-1])
-    assert len(read(path, length=length, least=least).ids) >= least
-
-
 def test_the_models_vocabulary_may_be_smaller(tmp_path: Path) -> None:
     save(tmp_path)
     (tmp_path / "t.txt").write_text(prose(500))
@@ -162,8 +152,7 @@ def test_a_tokenizer_without_offsets(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CanineTokenizer"}')
     (tmp_path / "vocab.txt").write_text("a")
     with pytest.raises(
-        UnsupportedError,
-        match=r"its tokenizer \(CanineTokenizer\) does not report positions in the text",
+        UnsupportedError, match=r"its tokenizer \(CanineTokenizer\) does not report positions in the text"
     ):
         load_tokenizer(tmp_path / "t.txt", tmp_path)
 
@@ -201,26 +190,13 @@ def test_all_tokens_that_a_tokenizer_puts_first_stand_first_and_do_not_count(tmp
         read(tmp_path / "t.txt", length=2)
 
 
-def test_the_choice_is_the_same_in_every_run(tmp_path: Path) -> None:
-    save(tmp_path)
-    (tmp_path / "t.txt").write_text(prose(3000))
-    first, second = (read(tmp_path / "t.txt", sequences=9, length=16) for _ in range(2))
-    assert first.digest() == second.digest()
-    assert all(np.array_equal(a, b) for a, b in zip(first.ids, second.ids, strict=True))
-
-
 def test_whose_tokenizer(tmp_path: Path) -> None:
     """The adapter's where a merged model would have it: its chat template is what it was trained with."""
     base, adapter = three_shards(tmp_path)
     save(base)
     assert tokenizer_directory(make_plan(base, adapter)) == base
     save(adapter, template=CHATML)
-    assert (
-        streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1)[
-            "tokenizer"
-        ]
-        == "adapter"
-    )
+    assert merge(base, adapter, tmp_path / "out", 1)["tokenizer"] == "adapter"
     assert tokenizer_directory(make_plan(base, adapter)) == adapter
     (adapter / "tokenizer.json").unlink()
     assert tokenizer_directory(make_plan(base, adapter)) == base
@@ -273,6 +249,16 @@ def test_the_start_is_not_written_twice(tmp_path: Path) -> None:
     assert found.counted[0][-1]
 
 
+def assert_masks(tokenizer: Any, talks: list[list[dict[str, Any]]], path: Path) -> None:
+    """Of each talk the answers count as the template itself marks them."""
+    found = read(lines(path, *({"messages": messages} for messages in talks)))
+    for messages, ids, counted in zip(talks, found.ids, found.counted, strict=True):
+        made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert ids.tolist() == made["input_ids"]
+        assert counted.tolist() == [bool(m) for m in made["assistant_masks"]]
+        assert counted.any()
+
+
 def test_of_messages_the_answers_count_as_the_template_itself_marks_them(tmp_path: Path) -> None:
     tokenizer = save(tmp_path, template=CHATML)
     talks = [
@@ -281,12 +267,7 @@ def test_of_messages_the_answers_count_as_the_template_itself_marks_them(tmp_pat
                                                          for r in ("user", "assistant"))],
         [{"role": "user", "content": "boxes"}, {"role": "assistant", "content": "\n\nliquor\n"}, {"role": "user", "content": "dog"}],
     ]  # fmt: skip
-    found = read(lines(tmp_path / "t.jsonl", *({"messages": m} for m in talks)))
-    for messages, ids, counted in zip(talks, found.ids, found.counted, strict=True):
-        made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        assert ids.tolist() == made["input_ids"]
-        assert counted.tolist() == [bool(m) for m in made["assistant_masks"]]
-        assert counted.any()
+    assert_masks(tokenizer, talks, tmp_path / "t.jsonl")
 
 
 PROMPTLESS = """{% for m in messages %}{{ '### ' + m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}\
@@ -303,11 +284,7 @@ def test_answers_without_the_prompt_that_the_template_has(template: str, tmp_pat
     talk = [{"role": r, "content": f"{r} {w}"} for w in ("the fox", "jugs") for r in ("user", "assistant")]
     talk[1]["content"] = "assistant"  # as in the words before it
     talks = [talk, talk[1:], [{"role": "user", "content": f"What is {MARK}?"}, *talk[1:]]]
-    found = read(lines(tmp_path / "t.jsonl", *({"messages": m} for m in talks)))
-    for messages, ids, counted in zip(talks, found.ids, found.counted, strict=True):
-        made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        assert ids.tolist() == made["input_ids"]
-        assert counted.tolist() == [bool(m) for m in made["assistant_masks"]]
+    assert_masks(tokenizer, talks, tmp_path / "t.jsonl")
 
 
 PARTS = """{% for m in messages %}{{ '### ' + m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}\
@@ -386,10 +363,7 @@ MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "
         ({"messages": MESSAGES, "prompt": "b"}, "found the keys 'messages', 'prompt'"),
         ({"source": "x"}, "found the keys 'source'"),
         ({}, "one kind alone, found the keys "),
-        (
-            {"messages": MESSAGES, "tools": [{}]},
-            "has 'tools', which the chat template is not given; give 'prompt' and 'completion'",
-        ),
+        ({"messages": MESSAGES, "tools": [{}]}, "has 'tools', which the chat template is not given; give 'prompt' and 'completion'"),
         ({"text": 3}, "expected 'text' to be a string, found 3"),
         ({"prompt": "a", "completion": None}, "expected 'completion' to be a string, found None"),
         ({"text": ""}, "expected tokens to predict, found none that counts among its first 1"),
@@ -401,7 +375,7 @@ MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "
         ({"messages": []}, "the chat template refuses it: "),
         ({"messages": [{"role": "user"}]}, "the chat template refuses it: "),
     ],
-)
+)  # fmt: skip
 def test_lines_that_are_refused(line: Any, words: str, tmp_path: Path) -> None:
     save(tmp_path, "words", template=CHATML)
     path = lines(tmp_path / "t.jsonl", {"text": "the fox"}, "", line)
@@ -439,8 +413,7 @@ def test_a_template_that_writes_earlier_answers_otherwise(tmp_path: Path) -> Non
     save(tmp_path, template=FORGETFUL)
     both = [*MESSAGES, *MESSAGES]
     with pytest.raises(
-        FormatError,
-        match="so that answer 1 cannot be found; give one line for each answer, with the messages up to it",
+        FormatError, match="so that answer 1 cannot be found; give one line for each answer, with the messages up to it"
     ):
         read(lines(tmp_path / "t.jsonl", {"messages": both}))
     assert read(lines(tmp_path / "t.jsonl", {"messages": MESSAGES}, {"messages": MESSAGES})).tokens > 0
@@ -561,23 +534,15 @@ def picks(model: Any, tokenizer: Any, line: dict[str, Any]) -> tuple[int, int, l
         before, own = harness_pair(tokenizer, line["question"], f" {choice}")
         log_p = logits_of(model, torch.tensor([before + own])).log_softmax(-1)[0, len(before) - 1 : -1]
         scores.append(float(log_p.gather(-1, torch.tensor(own)[:, None]).sum()))
-    return (
-        int(np.argmax(scores)),
-        int(np.argmax(np.array(scores) / [float(len(c)) for c in line["choices"]])),
-        scores,
-    )
+    return (int(np.argmax(scores)), int(np.argmax(np.array(scores) / [float(len(c)) for c in line["choices"]])), scores)
 
 
 def test_accuracies_are_those_of_merged_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For every variant, in passes that part the choices of questions; errors are paired by question."""
-    base = tmp_path / "base"
-    cls = make_base("llama", base)
+    cls, base, adapter = make_pair("llama", tmp_path, CAUSAL["llama"][2])
     tokenizer = save(base, "words")
-    adapter = make_adapter(cls, base, tmp_path / "adapter", CAUSAL["llama"][2])
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "a", method="shrink", mitigation_lambda=1)
-    streamer.merge_with_reduced_intruder_dimensions(
-        base, adapter, tmp_path / "s", method="shrink", mitigation_lambda=0.5
-    )
+    merge(base, adapter, tmp_path / "a", 1, method="shrink")
+    merge(base, adapter, tmp_path / "s", 0.5, method="shrink")
     models = [loaded(cls, path, torch.float64) for path in (base, tmp_path / "a", tmp_path / "s")]
     general, task, other = questions(20, 1), questions(20, 2), questions(9, 3)
     with torch.no_grad():
@@ -589,11 +554,8 @@ def test_accuracies_are_those_of_merged_models(tmp_path: Path, monkeypatch: pyte
             name: [[picks(model, tokenizer, line) for line in text] for model in models]
             for name, text in (("general", general), ("task", task), ("other.jsonl", other))
         }
-    texts = {
-        "general": lines(tmp_path / "general.jsonl", *general),
-        "task": lines(tmp_path / "task.jsonl", *task),
-        "other": lines(tmp_path / "other.jsonl", *other),
-    }
+    written = {"general": general, "task": task, "other": other}
+    texts: dict[str, Any] = {name: lines(tmp_path / f"{name}.jsonl", *own) for name, own in written.items()}
     monkeypatch.setattr("streamer.measuring.pass_memory.ROWS", 300)
     e = streamer.evaluate_variants(base, adapter, tmp_path / "e.json", methods=["shrink"], lambdas=[0.5], keep=1.0,
                                    sequences=100, on_event=lambda event: None, **texts)  # fmt: skip
@@ -620,6 +582,4 @@ def test_accuracies_are_those_of_merged_models(tmp_path: Path, monkeypatch: pyte
     assert tree["variants"][1]["task"]["acc"]["share"] in (1.0, None)
     assert Evaluation.from_json(e.to_json()).to_json() == e.to_json()
     head = e.table().splitlines()[2]
-    assert [word in head for word in ("general acc", "general acc left", "task acc kept", "other.jsonl acc")] == [
-        True
-    ] * 4
+    assert all(word in head for word in ("general acc", "general acc left", "task acc kept", "other.jsonl acc"))

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
+from architectures import MODELS, assert_merged, make_adapter, make_base, merge, weights
 from forks import server
+from pairs import opened
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from seeds import vary
@@ -191,13 +193,12 @@ def test_all_names_of_a_tied_embedding_are_saved_and_merged_back(tmp_path: Path)
         assert done.code == 0, done.err
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["modules_to_save"]
     assert saved == ["decoder.embed_tokens", "encoder.embed_tokens", "lm_head", "shared"]
-    loaded, info = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    loaded = opened(cls, tmp_path / "out")
     torch.testing.assert_close(answer(loaded), answer(model), rtol=1e-3, atol=1e-4)
-    opened = cls.from_pretrained(tmp_path / "base")
-    opened.resize_token_embeddings(70, mean_resizing=False)
+    grown = cls.from_pretrained(tmp_path / "base")
+    grown.resize_token_embeddings(70, mean_resizing=False)
     torch.testing.assert_close(
-        answer(PeftModel.from_pretrained(opened, tmp_path / "adapter")), answer(model), rtol=1e-3, atol=1e-4
+        answer(PeftModel.from_pretrained(grown, tmp_path / "adapter")), answer(model), rtol=1e-3, atol=1e-4
     )
 
 
@@ -223,9 +224,9 @@ def test_an_untrained_bias_grows_with_its_head_by_way_of_a_lora(name: str, kind:
         if verb == "merge":
             loaded = getattr(transformers, cls).from_pretrained(tmp_path / out)
             torch.testing.assert_close(answer(loaded), answer(peft), rtol=1e-4, atol=1e-5)
-    opened = getattr(transformers, cls).from_pretrained(base)
-    opened.resize_token_embeddings(70, mean_resizing=False)
-    torch.testing.assert_close(answer(PeftModel.from_pretrained(opened, lora)), answer(peft), rtol=1e-4, atol=1e-5)
+    grown = getattr(transformers, cls).from_pretrained(base)
+    grown.resize_token_embeddings(70, mean_resizing=False)
+    torch.testing.assert_close(answer(PeftModel.from_pretrained(grown, lora)), answer(peft), rtol=1e-4, atol=1e-5)
 
 
 TO_LORA = {
@@ -337,3 +338,35 @@ def test_factors_that_peft_trained_apart_are_refused(tmp_path: Path) -> None:
     ):
         delta = module.get_delta_weight("default").double()
         torch.testing.assert_close(merged[f"{name}.weight"], stored + delta, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("name", ["llama", "gemma3-text", "gpt2", "t5", "gpt-oss", "llava"])
+def test_merged_as_peft_merges(name: str, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    cls = make_base(name, base)
+    model = make_adapter(cls, base, adapter, MODELS[name][2])
+    config = json.loads((base / "config.json").read_text())
+    del config["architectures"]
+    (base / "config.json").write_text(json.dumps(config))
+    ours = merge(base, adapter, tmp_path / "ours")
+    model.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    assert_merged(ours, weights(tmp_path / "theirs"))
+    opened(cls, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("what", ["tokens", "grown", "head"])
+@pytest.mark.parametrize("name", ["llama, tied", "whisper"])
+def test_the_adapter_says_which_class_it_was_trained_on(name: str, what: str, tmp_path: Path) -> None:
+    """Ties of a type's classes differ; without a task PEFT writes the class into the adapter's config."""
+    kind, config, embedding, head, layer = HEADS[name]
+    options = (("trainable_token_indices", {embedding: [3, 5]}),) if what == "tokens" else ()
+    case = Case(kind, config, [layer, head] if what == "head" else [layer], grown=what == "grown", options=options)
+    cls = getattr(transformers, kind)
+    cls(config()).save_pretrained(tmp_path / "base")
+    expected = answer(trained(cls.from_pretrained(tmp_path / "base"), case, tmp_path / "adapter"))
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "architectures"}))
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    loaded = opened(cls, tmp_path / "out")
+    torch.testing.assert_close(answer(loaded), expected, rtol=1e-4, atol=1e-5)
