@@ -43,10 +43,25 @@ def test_what_it_begins_with_is_taken(targets: Callable[[str], Target], name: st
 @pytest.mark.long
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_short_walk(targets: Callable[[str], Target], name: str) -> None:
-    target = targets(name)
-    result = fuzz(target, str(vary("the suite")), 60, max(EXECUTIONS, 60 * len(target.seeds)))
+    result = fuzz(targets(name), str(vary("the suite")), 60, EXECUTIONS)
     assert [crash.what for crash in result.crashes.values()] == []
     assert result.refused > EXECUTIONS // 10
+
+
+@pytest.mark.long
+def test_whatever_stands_there_is_decoded_or_refused(targets: Callable[[str], Target]) -> None:
+    """Each tensor of each encoding: missing, of another dtype, turned, without sizes, and one more or less in each size."""
+    target = targets("quantized")
+    for tree in map(json.loads, target.seeds):
+        for name, what in tree["tensors"].items():
+            dtype, shape, *fill = what if isinstance(what, list) else ("U8", [len(what)])
+            sizes = [[n + by * (i == at) for i, n in enumerate(shape)] for at in range(len(shape)) for by in (-1, 1)]
+            others = [(other, shape) for other in ("I8", "U8", "I32", "I64", "F32", "BF16", "F8_E4M3")]
+            for other in (None, *others, *((dtype, size) for size in (*sizes, shape[::-1], []))):
+                stands = {} if other is None else {name: [*other, *fill]}
+                rest = {key: value for key, value in tree["tensors"].items() if key != name}
+                e = attempt(target, dump({**tree, "tensors": rest | stands}))
+                assert e is None or fault(e) == "", (name, other)
 
 
 @pytest.mark.slow
