@@ -1,23 +1,40 @@
-"""A checkpoint's tensors: shards and single files, views, samples, identity."""
+"""A checkpoint's tensors: which files make it, views, samples, identity; shards that shrink or change, and reads that go wrong."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import view, write_sharded
+from faults import failing
+from helpers import view
 from safetensors.torch import save_file
-from seeds import vary
 from two_shards import MODES, SHARDS, refusal
 
-from streamer.errors import InputError, MissingInputError
+from streamer.errors import (
+    FormatError,
+    InputChangedError,
+    InputError,
+    MissingInputError,
+    StorageError,
+    UnsupportedError,
+)
 from streamer.storage.buffers import gather
-from streamer.storage.checkpoint import SINGLE_NAME, open_checkpoint
+from streamer.storage.byte_source import LocalSource
+from streamer.storage.checkpoint import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    check_shard_name,
+    open_checkpoint,
+    read_json_object,
+)
 from streamer.storage.tensor_file import IOMode, TensorFile
 
 
@@ -32,6 +49,8 @@ def test_shards(base: Path, io: IOMode) -> None:
     assert checkpoint.info("a").shape == (2, 3)
     assert bytes(view(checkpoint, "c")) == torch.arange(4000, dtype=torch.int32).numpy().tobytes()
     assert bytes(view(checkpoint, "b")) == torch.arange(5).numpy().tobytes()
+    other = open_checkpoint(base)
+    assert (checkpoint.identity(), checkpoint.stamps()) == (other.identity(), other.stamps())
     checkpoint.check_unchanged()
 
 
@@ -84,14 +103,6 @@ def test_unaligned_data(tmp_path: Path) -> None:
                 assert gather(file.chunks(info, 1000), info.nbytes) == raw
 
 
-def test_both_modes_give_equal_bytes_and_samples(base: Path) -> None:
-    one, two = (open_checkpoint(base, io) for io in MODES)
-    for name in one.weight_map:
-        assert bytes(view(one, name)) == bytes(view(two, name))
-    assert one.identity() == two.identity()
-    assert one.stamps() == two.stamps()
-
-
 def test_an_empty_tensor(tmp_path: Path) -> None:
     save_file({"none": torch.empty(0, 3), "a": torch.ones(1)}, tmp_path / SINGLE_NAME)
     for io in MODES:
@@ -119,13 +130,304 @@ def test_a_view_is_private(base: Path) -> None:
     assert (base / SHARDS[1]).read_bytes() == before
 
 
-def test_identity_tells_models_of_one_architecture_apart(tmp_path: Path) -> None:
-    identities = []
-    for seed in range(2):
-        weights = torch.randn(50, 50, generator=torch.Generator().manual_seed(vary(seed)))
-        base = write_sharded(tmp_path / str(seed), [{"w": weights}])
-        (again,) = {json.dumps(open_checkpoint(p).identity()) for p in (base, base)}
-        identities.append(again)
-    one, two = (json.loads(i)["files"][0] for i in identities)
-    assert one["header_sha256"] == two["header_sha256"]
-    assert one["sample_sha256"] != two["sample_sha256"]
+def edit_index(base: Path, change: Callable[[dict], object]) -> None:
+    tree = json.loads((base / INDEX_NAME).read_text())
+    change(tree)
+    (base / INDEX_NAME).write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda index: index["metadata"].pop("total_size"), "is absent"),
+        (lambda index: index.pop("metadata"), "is absent"),
+        (lambda index: index.update(metadata=[1]), "is absent"),
+        (lambda index: index["metadata"].update(total_size=7), "says 7"),
+        (lambda index: index["metadata"].update(total_size="16064"), "says 16064"),
+    ],
+)
+def test_total_size_absent_or_wrong_is_a_warning(base: Path, change: Callable[[dict], object], said: str) -> None:
+    edit_index(base, change)
+    checkpoint = open_checkpoint(base)
+    expected = f"{base / INDEX_NAME}: total_size {said}, the shards hold 16064 bytes; the output's will be right"
+    assert checkpoint.warnings == (expected,)
+
+
+# weight_map is an attack surface ------------------------------------------------------------------------------------
+
+
+ATTACKS = [
+    "../x.safetensors", "../../etc/passwd", "/etc/passwd", "/x.safetensors", "a/b.safetensors", "..", ".", "", "a\\b.safetensors",
+    "..\\x.safetensors", "C:x.safetensors", "C:\\x.safetensors", "\\\\host\\x.safetensors", "x.safetensors\0", "x\0.safetensors",
+    "x\n.safetensors", "x.safetensors\n", ".hidden.safetensors", ".streamer.safetensors", "model.bin", "model.safetensors.bin",
+    "model.SAFETENSORS", "x" * 250 + ".safetensors", "é" * 125 + ".safetensors", "y" * 100_000, 5, None, True, 1.5, ["x.safetensors"],
+    {"x": "x.safetensors"}, [],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTACKS, ids=lambda name: repr(name)[:30])
+def test_names_that_are_not_opened(base: Path, monkeypatch: pytest.MonkeyPatch, name: object) -> None:
+    """Refused by the name alone: no shard has been opened, not even a good one."""
+    edit_index(base, lambda index: index["weight_map"].update(c=name))
+    opened: list[object] = []
+    monkeypatch.setattr("streamer.storage.checkpoint.TensorFile", lambda *args: opened.append(args))
+    message = refusal(FormatError, base)
+    assert message.startswith(f"{base / INDEX_NAME}: weight_map names ")
+    assert message.endswith(": expected a plain .safetensors file name; do not trust this file")
+    assert len(message) < len(str(base)) + 300
+    assert opened == []
+
+
+@pytest.mark.parametrize(
+    "name", ["x.safetensors", SHARDS[0], "é b.safetensors", "ab:c.safetensors", "x" * 243 + ".safetensors"]
+)
+def test_plain_names(name: str) -> None:
+    assert check_shard_name(name, Path("index")) == name
+
+
+# What is refused ----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_that_could_be_a_model(tmp_path: Path) -> None:
+    assert (
+        refusal(MissingInputError, tmp_path / "x")
+        == f"{tmp_path}/x: no such directory; check the path of the base model"
+    )
+    assert f"expected {SINGLE_NAME} or {INDEX_NAME}, found neither" in refusal(MissingInputError, tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "holds weights as pickles only; convert them to safetensors first" in refusal(UnsupportedError, tmp_path)
+    assert "expected a directory or a .safetensors file" in refusal(InputError, tmp_path / "pytorch_model.bin")
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "consolidated.safetensors").touch()
+    assert "but consolidated.safetensors; name the file itself if it is the model" in refusal(InputError, tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert "is an adapter, not a base model; the order is BASE ADAPTER" in refusal(InputError, tmp_path)
+
+
+def test_a_single_file_and_an_index(base: Path) -> None:
+    save_file({"a": torch.ones(1)}, base / SINGLE_NAME)
+    words = f"holds both {SINGLE_NAME} and {INDEX_NAME}; name the file you mean, or remove one of them"
+    assert words in refusal(InputError, base)
+
+
+def test_a_missing_shard(base: Path) -> None:
+    (base / SHARDS[1]).unlink()
+    expected = f"{base / SHARDS[1]}: no such file; check the path, or finish the download"
+    assert refusal(MissingInputError, base) == expected
+
+
+def test_a_tensor_in_two_shards(base: Path) -> None:
+    save_file({"a": torch.ones(1), "c": torch.ones(1)}, base / SHARDS[1])
+    expected = f"{base / SHARDS[1]}: tensor 'a' is in {SHARDS[0]} as well; get the shards again"
+    assert refusal(FormatError, base) == expected
+
+
+def test_one_shard_under_two_names(base: Path) -> None:
+    (base / "again.safetensors").symlink_to(SHARDS[0])
+    edit_index(base, lambda index: index["weight_map"].update(b="again.safetensors"))
+    assert f"tensor 'b' is in {SHARDS[0]} as well" in refusal(FormatError, base)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"a": SHARDS[1]}, f"tensor 'a': expected in {SHARDS[1]}, but it is in {SHARDS[0]}; get the shards again"),
+        ({"c": SHARDS[0]}, f"tensor 'c': expected in {SHARDS[0]}, but no shard has it; get the shards again"),
+        ({"d": SHARDS[0]}, f"tensor 'd': expected in {SHARDS[0]}, but no shard has it; get the shards again"),
+    ],
+)
+def test_index_and_shards_disagree(base: Path, change: dict[str, str], words: str) -> None:
+    edit_index(base, lambda index: index["weight_map"].update(change))
+    assert refusal(FormatError, base) == f"{base / INDEX_NAME}: {words}"
+
+
+def test_tensors_that_the_index_does_not_list(base: Path) -> None:
+    edit_index(base, lambda index: index["weight_map"].pop("b"))
+    words = "1 tensors are in the shards but not in the index, 'b' first; get index and shards of one version"
+    assert refusal(FormatError, base) == f"{base / INDEX_NAME}: {words}"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "bad JSON: Expecting value"),
+        ("[]", "expected a JSON object, found list"),
+        ("{}", "expected a weight_map, found none; get the file again"),
+        ('{"weight_map": {}}', "expected a weight_map, found none"),
+        ('{"weight_map": []}', "expected a weight_map, found none"),
+        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "bad JSON: key 'a' appears twice"),
+        ('{"weight_map": {"\\ud800": "x.safetensors"}}', "bad JSON: "),
+        ('{"metadata": {"total_size": NaN}}', "bad JSON: NaN is not JSON"),
+        ('{"metadata": {"total_size": 1e999}}', "bad JSON: number 1e999 is out of range"),
+        ("[" * 100_000, "bad JSON: nested too deeply"),
+    ],
+)
+def test_a_bad_index(base: Path, text: str, words: str) -> None:
+    (base / INDEX_NAME).write_text(text)
+    message = refusal(FormatError, base)
+    assert message.startswith(f"{base / INDEX_NAME}: ")
+    assert words in message
+
+
+def test_json_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with pytest.raises(InputError, match=r"x\.json: no such file"):
+        read_json_object(path)
+    path.write_text('{"k": [1, "é", null]}')
+    assert read_json_object(path) == {"k": [1, "é", None]}
+    with pytest.raises(FormatError, match="over 10 B of JSON; this is not such a file"):
+        read_json_object(path, limit=10)
+    os.mkfifo(tmp_path / "fifo")
+    for none in (tmp_path, tmp_path / "fifo"):
+        with pytest.raises(FormatError, match="expected a JSON file, found something that is not a regular file"):
+            read_json_object(none)
+
+
+def test_a_sparse_tail(base: Path) -> None:
+    """A download that reserved its space: the size fits, the data is zeros; that no header can show. A byte less does."""
+    size = (base / SHARDS[1]).stat().st_size
+    os.truncate(base / SHARDS[1], 1000)
+    os.truncate(base / SHARDS[1], size)
+    assert bytes(view(open_checkpoint(base), "c")[-4:]) == bytes(4)
+    os.truncate(base / SHARDS[1], size - 1)
+    assert "the file is truncated; get it again" in refusal(FormatError, base)
+
+
+def test_shards_that_are_no_files(base: Path) -> None:
+    (base / SHARDS[1]).unlink()
+    os.mkfifo(base / SHARDS[1])
+    words = "expected a safetensors file, found something that is not a regular file"
+    assert words in refusal(FormatError, base)
+    (base / SHARDS[1]).unlink()
+    (base / SHARDS[1]).mkdir()
+    assert words in refusal(FormatError, base)
+
+
+def test_a_shard_that_cannot_be_opened(base: Path) -> None:
+    (base / SHARDS[1]).unlink()
+    (base / SHARDS[1]).symlink_to(SHARDS[1])
+    assert "expected a safetensors file, found a link that leads to itself" in refusal(FormatError, base)
+
+
+# Files that change under us -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("io", MODES)
+def test_a_file_that_shrinks_is_an_error(base: Path, io: IOMode) -> None:
+    checkpoint = open_checkpoint(base, io)
+    file, info = checkpoint.locate("c")
+    os.truncate(base / SHARDS[1], 5000)
+    words = f"{base / SHARDS[1]}: shrank to 5.0 kB during the run; get the file again"
+    for read in (lambda: file.view(info), lambda: gather(file.chunks(info), info.nbytes), file.sample):
+        with pytest.raises(InputChangedError) as caught:
+            read()
+        assert str(caught.value) == words
+        assert caught.value.exit_code == 8
+    start = 3000  # what is left can still be read
+    assert len(bytes(file.view(info, start, start + 100))) == 100
+    with pytest.raises(InputChangedError, match="changed since the run began"):
+        checkpoint.check_unchanged()
+
+
+def test_a_file_that_shrinks_between_check_and_map(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(base)
+    file, info = checkpoint.locate("c")
+    real = LocalSource._check_size
+
+    def check(self: LocalSource, wanted: int) -> None:
+        real(self, wanted)
+        os.truncate(base / SHARDS[1], 100)
+
+    monkeypatch.setattr(LocalSource, "_check_size", check)
+    with pytest.raises(InputChangedError, match="shrank to 100 B"):
+        file.view(info)
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def replace(path: Path) -> None:
+    stat = path.stat()
+    shutil.copy(path, path.with_name("copy"))
+    os.utime(path.with_name("copy"), ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    path.with_name("copy").replace(path)
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as f:
+        f.write(b"x")
+
+
+@pytest.mark.parametrize("change", [touch, replace, grow, Path.unlink])
+@pytest.mark.parametrize("shard", SHARDS)
+def test_check_unchanged(base: Path, change: Callable[[Path], None], shard: str) -> None:
+    checkpoint = open_checkpoint(base)
+    checkpoint.check_unchanged()
+    before = bytes(view(checkpoint, "c"))
+    change(base / shard)
+    with pytest.raises(InputChangedError) as caught:
+        checkpoint.check_unchanged()
+    words = (
+        "vanished during the run"
+        if change is Path.unlink
+        else "changed since the run began; start again, and leave the inputs unchanged"
+    )
+    assert str(caught.value).startswith(f"{base / shard}: {words}")
+    assert bytes(view(checkpoint, "c")) == before  # the open file is still the one that was planned
+
+
+def test_check_unchanged_follows_a_link_to_another_file(base: Path, tmp_path: Path) -> None:
+    path = base / SHARDS[1]
+    for name in ("one", "two"):
+        shutil.copy(path, tmp_path / name)
+    path.unlink()
+    path.symlink_to(tmp_path / "one")
+    checkpoint = open_checkpoint(base)
+    checkpoint.check_unchanged()
+    path.unlink()
+    path.symlink_to(tmp_path / "two")
+    with pytest.raises(InputChangedError, match="changed since the run began"):
+        checkpoint.check_unchanged()
+
+
+# A disk that fails --------------------------------------------------------------------------------------------------
+
+
+def everything(checkpoint: Checkpoint) -> list[bytes]:
+    out = []
+    for name in checkpoint.weight_map:
+        file, info = checkpoint.locate(name)
+        out += [bytes(file.view(info)), bytes(gather(file.chunks(info, 777), info.nbytes))]
+    return out
+
+
+@pytest.mark.parametrize("io", MODES)
+def test_short_reads_are_read_on(base: Path, monkeypatch: pytest.MonkeyPatch, io: IOMode) -> None:
+    checkpoint = open_checkpoint(base, io)
+    expected, sample = everything(checkpoint), checkpoint.identity()
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:13]], at))
+    assert everything(checkpoint) == expected
+    assert checkpoint.identity() == sample
+
+
+def test_a_read_error(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "preadv", failing(errno.EIO))
+    with pytest.raises(StorageError) as caught:
+        view(open_checkpoint(base, "pread"), "c")
+    words = "cannot read: Input/output error; run the same command again once the cause is gone"
+    assert str(caught.value) == f"{base / SHARDS[1]}: {words}"
+
+
+def test_a_read_that_brings_nothing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error, not an endless loop."""
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with pytest.raises(StorageError, match=f"{SHARDS[1]}: the file ended early at byte "):
+        view(open_checkpoint(base, "pread"), "c")
+
+
+def test_a_map_that_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamer.storage.byte_source.mmap.mmap", failing(errno.ENODEV))
+    with pytest.raises(StorageError, match=r"cannot map 16\.0 kB: No such device; try --io pread"):
+        view(open_checkpoint(base), "c")

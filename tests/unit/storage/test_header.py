@@ -1,8 +1,10 @@
-"""The header validator: what passes, what fails and with which words, and that nothing makes it crash or hang."""
+"""The header validator: what passes, what fails and with which words, and that nothing makes it crash or hang; strict JSON."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import struct
 import time
@@ -24,6 +26,7 @@ from streamer.storage.header import (
     read_header,
     tensor_nbytes,
 )
+from streamer.storage.strict_json import strict_json
 
 
 def parsed(whole: bytes) -> Header:
@@ -153,10 +156,7 @@ def test_a_length_over_the_limit_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "hint"),
     [
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
-            "a Git LFS pointer: run `git lfs pull`",
-        ),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer: run `git lfs pull`"),
         (b"<!DOCTYPE html><html><body>401</body></html>", "a web page"),
         (b"\n  <?xml version='1.0'?><Error/>", "a web page"),
         (b'{\n "schema": "streamer.evaluation/1"}', "JSON; check the path"),
@@ -231,3 +231,21 @@ def test_layout_keeps_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     layout([("a", "U8", [1])])
     with pytest.raises(FormatError, match="over the format's limit of 64"):
         layout([("a" * 30, "U8", [1])])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(JSON)
+def test_strict_json_is_json(value: object) -> None:
+    assert strict_json(json.dumps(value).encode()) == value
+
+
+@given(st.binary(max_size=60))
+def test_strict_json_fails_by_value_error_only(raw: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        strict_json(raw)

@@ -114,14 +114,6 @@ def test_a_foreign_record_is_kept(case: Case, record: bytes) -> None:
         assert refusal(OutputExistsError, case, overwrite=overwrite) == f"{case.out / RECORD_NAME}: {words}"
 
 
-def test_another_output_is_kept(case: Case) -> None:
-    carry_out(case)
-    words = "holds another output; choose another directory, or pass --overwrite"
-    assert refusal(OutputExistsError, case, case.other()) == f"{case.out}: {words}"
-    carry_out(case, case.other(), overwrite=True)
-    check_whole(case, "another")
-
-
 def test_the_interrupted_run_of_another_plan_is_kept(case: Case) -> None:
     interrupt(case)
     for options in ({}, {"resume": False}):
@@ -225,16 +217,6 @@ def test_a_symlink_at_a_final_name(case: Case, name: str, overwrite: bool) -> No
             assert str(caught.value) == f"{at}: {words}"
     assert path.is_symlink()
     assert not (case.base / "precious").exists()
-
-
-def test_an_output_that_is_a_symlink(case: Case, tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    case.out.symlink_to("real")
-    message = refusal(OutputError, case)
-    assert message == f"{case.out}: is a symlink, and writing never follows one; name its target {tmp_path}/real"
-    (tmp_path / "real").rmdir()
-    assert "is a symlink" in refusal(OutputError, case)
-    assert not (tmp_path / "real").exists()
 
 
 def test_a_commit_point_that_became_a_directory(case: Case) -> None:

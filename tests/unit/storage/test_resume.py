@@ -135,13 +135,6 @@ def test_changed_stamps_stop_a_resume(case: Case) -> None:
     check_whole(case)
 
 
-def test_starting_over(case: Case) -> None:
-    interrupt(case)
-    assert inspect_output(case.plan, resume=False) == "new"
-    assert carry_out(case, resume=False) == list(DATA)
-    check_whole(case)
-
-
 def test_other_last_bits(case: Case) -> None:
     """A finished output is the same; an interrupted run is started over, and no output mixes two."""
     plans = [dataclasses.replace(case.plan, bits=bits) for bits in ("one", "two")]

@@ -1,8 +1,7 @@
-"""Planned files: exact sizes before a byte is written, streamed in pieces, read back before they get their name."""
+"""Planned files: exact sizes before a byte is written, streamed in pieces from leased buffers, read back before they get their name."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -13,24 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import like
 from safetensors.torch import load_file, save_file
 
 import streamer
 from streamer.errors import (
     FormatError,
-    InputChangedError,
     MismatchError,
     NumericError,
     OutputExistsError,
-    StorageError,
     StreamerError,
     UsageError,
 )
-from streamer.storage.buffers import Buffer, BufferRing, Piece
+from streamer.storage.buffers import QUEUE, BufferRing, Piece, gather
 from streamer.storage.header import TensorInfo
+from streamer.storage.page_cache import THREADED_BYTES
 from streamer.storage.shard_writer import Shard, ShardFile, ShardPlan, index_bytes, plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile
+from streamer.weights.dtypes import as_tensor
 
 NAME = "model.safetensors"
 DATA = {"a": bytes(range(24)), "e": b"", "b": b"\x01\x00\xff"}
@@ -85,31 +83,6 @@ def test_pieces_are_asked_for_one_at_a_time(tmp_path: Path, plan: ShardPlan) -> 
     assert (tmp_path / NAME).read_bytes() == plan.raw_header + DATA["a"] + DATA["b"]
 
 
-def test_like_is_the_same_file(tmp_path: Path) -> None:
-    save_file({"x": torch.randn(3), "y": torch.arange(4)}, tmp_path / "theirs.safetensors", {"format": "pt"})
-    file = TensorFile(tmp_path / "theirs.safetensors")
-    copy = like("copy.safetensors", file.header)
-    assert copy.header == file.header
-    write_shard(tmp_path, copy, shard(copy, file.chunks))
-    assert (tmp_path / "copy.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
-
-
-def test_like_keeps_what_torch_does_not_know(tmp_path: Path) -> None:
-    """Sub-byte values are copied bit for bit."""
-    data = os.urandom(12 + 3)
-    first = plan_shard("first.safetensors", [("f4", "F4", [3, 8]), ("f6", "F6_E3M2", [4])], {})
-    write_shard(tmp_path, first, shard(first, lambda t: [Piece(data[t.start : t.end])]))
-    file = TensorFile(tmp_path / "first.safetensors")
-    second = like("second.safetensors", file.header)
-    write_shard(tmp_path, second, shard(second, file.chunks))
-    assert (tmp_path / "second.safetensors").read_bytes() == (tmp_path / "first.safetensors").read_bytes()
-
-
-def test_a_plan_that_cannot_be() -> None:
-    with pytest.raises(FormatError, match="tensor 'a' is laid out twice"):
-        plan_shard(NAME, [("a", "F32", [1]), ("a", "F32", [1])], {})
-
-
 @pytest.mark.parametrize(("tensor", "change"), [("a", -1), ("a", 1), ("e", 1), ("b", -3)])
 def test_a_tensor_of_another_size_stops_the_file(tmp_path: Path, plan: ShardPlan, tensor: str, change: int) -> None:
     def wrong(info: TensorInfo) -> Iterable[Piece]:
@@ -121,18 +94,6 @@ def test_a_tensor_of_another_size_stops_the_file(tmp_path: Path, plan: ShardPlan
         write_shard(tmp_path, plan, shard(plan, wrong))
     assert str(caught.value) == f"tensor {tensor!r}: planned {want} bytes, got {want + change}; please report this"
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_source_that_fails(tmp_path: Path, plan: ShardPlan) -> None:
-    def fails(info: TensorInfo) -> Iterator[Piece]:
-        yield Piece(DATA["a"][:5])
-        raise InputChangedError("gone")
-
-    (tmp_path / NAME).write_bytes(b"old")
-    with pytest.raises(InputChangedError, match="gone"):
-        write_shard(tmp_path, plan, shard(plan, fails))
-    assert [p.name for p in tmp_path.iterdir()] == [NAME]
-    assert (tmp_path / NAME).read_bytes() == b"old"
 
 
 def test_tensors_come_in_the_plans_order(tmp_path: Path, plan: ShardPlan) -> None:
@@ -162,23 +123,6 @@ def test_a_header_read_back_broken(tmp_path: Path, plan: ShardPlan, monkeypatch:
     real = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, n, at: real(fd, n, at).replace(b"F32", b"F31"))
     with pytest.raises(FormatError, match="unknown dtype 'F31'"):
-        write_shard(tmp_path, plan, shard(plan))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("nth", [1, 2, 5])
-def test_a_full_disk_in_mid_file(tmp_path: Path, plan: ShardPlan, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
-    real: Callable[..., int] = os.write
-    calls: list[int] = []
-
-    def full(fd: int, data: Buffer) -> int:
-        calls.append(fd)
-        if len(calls) == nth:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(fd, data)
-
-    monkeypatch.setattr(os, "write", full)
-    with pytest.raises(StorageError, match=f"{NAME}: cannot write: No space left on device; free some space"):
         write_shard(tmp_path, plan, shard(plan))
     assert list(tmp_path.iterdir()) == []
 
@@ -316,3 +260,106 @@ def test_the_public_writer_refuses_an_option(tmp_path: Path, options: dict[str, 
 def test_an_entry_takes_a_dtype_in_each_spelling(tmp_path: Path, dtype: object) -> None:
     streamer.write_safetensors(tmp_path / "a.safetensors", [("x", dtype, (2, 3))], [WELL])
     assert load_file(tmp_path / "a.safetensors")["x"].dtype == torch.float32
+
+
+LARGE = 2 * THREADED_BYTES
+"""A piece that is written and hashed by threads."""
+
+
+def filled(ring: BufferRing, i: int) -> Piece:
+    piece = ring.lease()
+    piece.view[:] = bytes([i]) * len(piece.view)
+    return piece
+
+
+def test_a_ring_refuses_when_all_buffers_are_leased() -> None:
+    ring = BufferRing(8, 2)
+    first, second = ring.lease(), ring.lease(3)
+    assert (len(first.view), len(second.view)) == (8, 3)
+    with pytest.raises(
+        BufferError, match="all buffers of a ring are leased, and none was released; please report this"
+    ):
+        ring.lease()
+    second.release()
+    assert len(ring.lease().view) == 8
+
+
+def test_a_ring_makes_no_more_buffers_than_are_in_use() -> None:
+    ring, addresses = BufferRing(8), set()
+    for _ in range(9):
+        with ring.lease() as data:
+            addresses.add(np.frombuffer(data, np.uint8).ctypes.data)
+    assert len(addresses) == 1
+
+
+def test_a_late_reader_is_refused_or_reads_nan() -> None:
+    piece = filled(BufferRing(64), 1)
+    view = piece.view
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+    tensors = [as_tensor(view, dtype, (64 // dtype.itemsize,)) for dtype in dtypes]
+    piece.release()
+    with pytest.raises(ValueError, match="released memoryview"):
+        bytes(piece.view)
+    with pytest.raises(ValueError, match="released memoryview"):
+        piece.release()
+    assert all(bool(t.float().isnan().all()) for t in tensors)
+    assert set(view) == {255}
+
+
+def keeps_the_piece() -> Iterator[Piece]:
+    """Leases, and writes once more to what it gave away."""
+    ring = BufferRing(LARGE)
+    for i in range(2 * QUEUE):
+        piece = filled(ring, i)
+        yield piece
+        piece.view[-1] ^= 1
+
+
+def keeps_the_memory() -> Iterator[Piece]:
+    """Has a buffer of its own, which it uses again too early."""
+    buffer = bytearray(LARGE)
+    for i in range(2 * QUEUE):
+        buffer[:] = bytes([i]) * LARGE
+        yield Piece(buffer)
+
+
+def gives_twice() -> Iterator[Piece]:
+    piece = filled(BufferRing(LARGE), 1)
+    for _ in range(2 * QUEUE):
+        yield piece
+
+
+def hoards() -> Iterator[Piece]:
+    """Leases, and gives copies."""
+    ring = BufferRing(LARGE)
+    for i in range(2 * QUEUE):
+        yield Piece(bytes(filled(ring, i).view))
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (keeps_the_piece, "changed before its release|released memoryview"),
+        (keeps_the_memory, "changed before its release"),
+        (gives_twice, "released memoryview"),
+        (hoards, "all buffers of a ring are leased"),
+    ],
+)
+def test_a_source_that_breaks_the_rule_makes_no_file(
+    tmp_path: Path, source: Callable[[], Iterator[Piece]], words: str
+) -> None:
+    plan = plan_shard("f.safetensors", [("a", "U8", [2 * QUEUE * LARGE])], {})
+    with pytest.raises((BufferError, ValueError), match=words):
+        write_shard(tmp_path, plan, ((info, source()) for info in plan.header.tensors))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_chunks_are_refused_to_who_releases_none(inputs: tuple[Path, Path]) -> None:
+    file = TensorFile(sorted(inputs[0].glob("*.safetensors"))[0])
+    info = max(file.header.tensors, key=lambda t: t.nbytes)
+    assert gather(file.chunks(info, 100), info.nbytes) == file.view(info)
+    pieces = file.chunks(info, 100)
+    kept = [next(pieces) for _ in range(QUEUE + 1)]
+    assert b"".join(bytes(piece.view) for piece in kept) == file.view(info, 0, 100 * (QUEUE + 1))
+    with pytest.raises(BufferError, match="all buffers of a ring are leased"):
+        next(pieces)

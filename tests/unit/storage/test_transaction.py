@@ -1,21 +1,25 @@
-"""An output directory as one transaction: what may be begun, what is taken up, and how it ends."""
+"""An output directory as one transaction: where it may stand, its lock, what may be begun, and how it ends."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import os
 import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 from faults import failing
-from helpers import tree_digest
-from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, interrupt, refusal
+from helpers import names, tree_digest
+from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, interrupt, refusal, run, take
 
-from streamer.errors import InputChangedError, OutputError, OutputExistsError, StorageError
+from streamer.errors import InputChangedError, LockedError, OutputError, OutputExistsError, StorageError
 from streamer.storage.atomic_file import AtomicFile
-from streamer.storage.output_plan import JOURNAL_NAME, RECORD_NAME, finished_record, inspect_output
+from streamer.storage.lock import locked
+from streamer.storage.output_checks import check_output_path, check_space
+from streamer.storage.output_plan import JOURNAL_NAME, LOCK_NAME, RECORD_NAME, finished_record, inspect_output
 from streamer.storage.transaction import open_outputs
 
 # From nothing to done -----------------------------------------------------------------------------------------------
@@ -81,16 +85,6 @@ def test_a_name_that_is_too_long_for_a_partial_file(case: Case) -> None:
     assert message == f"{case.out / name}: {words}; choose a shorter name"
 
 
-def test_the_record_is_the_same_whatever_the_way(case: Case) -> None:
-    """P3, P14: no times, no host, no trace of an interruption."""
-    carry_out(case)
-    whole = tree_digest(case.out)
-    shutil.rmtree(case.out)
-    interrupt(case)
-    carry_out(case)
-    assert tree_digest(case.out) == whole
-
-
 def test_an_existing_empty_directory_is_taken(case: Case) -> None:
     case.out.mkdir()
     (case.out / ".gitattributes").write_text("mine")
@@ -114,18 +108,6 @@ def test_a_system_that_refuses(case: Case, monkeypatch: pytest.MonkeyPatch, call
     assert sorted(p.name for p in case.out.iterdir()) == [JOURNAL_NAME, "model-1", "sub"]
     assert carry_out(case) == ["model-2", INDEX]
     check_whole(case)
-
-
-def test_a_check_before_the_rename_stops_it(case: Case) -> None:
-    def write() -> None:
-        with open_outputs([case.plan]) as (out,), out.file("sub/config.json", 2) as f:
-            f.write(b"{}")
-            f.complete()
-            raise InputChangedError("changed")
-
-    with pytest.raises(InputChangedError, match="changed"):
-        write()
-    assert list((case.out / "sub").iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}\n"])
@@ -176,3 +158,177 @@ def test_entries_keep_their_details(case: Case) -> None:
         assert entry is not None
         assert entry["matrices"] == [{"tensor": "é", "norm": 1.5}]
         assert out.finished("model-2") is None
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("base", "is the input {base}; choose another output"),
+        ("base/../base", "is the input {base}; choose another output"),
+        ("link", "is a symlink, and writing never follows one; name its target {base}"),
+        ("dangling", "is a symlink, and writing never follows one; name its target {out.parent}/gone"),
+        ("base/out", "lies inside the input {base}; choose an output outside it"),
+        ("base/sub/new/out", "lies inside the input {base}; choose an output outside it"),
+        ("link/out", "lies inside the input {base}; choose an output outside it"),
+        (".", "contains the input {base}; choose an output beside it"),
+        ("base/sub/../../out/..", "contains the input {base}; choose an output beside it"),
+        ("hub/models--x--y/snapshots/0f", "lies inside a hub cache, which is never written to; choose another output"),
+        ("hub/models--x--y", "lies inside a hub cache, which is never written to; choose another output"),
+        ("hub/datasets--x/new", "lies inside a hub cache, which is never written to; choose another output"),
+        ("cache/0f/out", "lies inside a hub cache, which is never written to; choose another output"),
+        ("file", "is not a directory; choose another output"),
+        ("file/out", "{out.parent} is not a directory; choose another output"),
+    ],
+)
+def test_places_where_nothing_is_written(case: Case, tmp_path: Path, place: str, words: str) -> None:
+    (tmp_path / "link").symlink_to("base")
+    (tmp_path / "dangling").symlink_to("gone")
+    (tmp_path / "hub" / "models--x--y" / "snapshots").mkdir(parents=True)
+    (tmp_path / "hub" / "datasets--x" / "blobs").mkdir(parents=True)
+    (tmp_path / "cache").symlink_to("hub/models--x--y/snapshots")
+    (tmp_path / "file").write_bytes(b"mine")
+    out = tmp_path / place
+    plan = dataclasses.replace(case.plan, path=out)
+    before = sorted(tmp_path.rglob("*"))
+    for overwrite in (False, True):
+        for begin in (inspect_output, open_outputs):
+            with pytest.raises(OutputError) as caught:
+                run(begin, plan, overwrite)
+            assert str(caught.value) == f"{out}: {words.format(base=case.base, out=out)}"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_input_that_is_one_file(case: Case, tmp_path: Path) -> None:
+    (tmp_path / "one" / "two").mkdir(parents=True)
+    (tmp_path / "one" / "model.safetensors").touch()
+    inputs = (tmp_path / "one" / "model.safetensors",)
+    with pytest.raises(OutputError, match="contains the input"):
+        check_output_path(tmp_path / "one", inputs)
+    check_output_path(tmp_path / "one" / "two", inputs)
+    check_output_path(tmp_path / "three", inputs)
+
+
+def test_one_directory_under_two_names(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As under a second mount: known by device and inode, in both directions."""
+    (tmp_path / "mount" / "base").mkdir(parents=True)
+    real = Path.samefile
+    pairs = {(tmp_path / "mount" / "base", case.base), (case.base, tmp_path / "mount" / "base")}
+    monkeypatch.setattr(Path, "samefile", lambda a, b: (a, Path(b)) in pairs or real(a, b))
+    with pytest.raises(OutputError, match="is the input"):
+        check_output_path(tmp_path / "mount" / "base", case.plan.inputs)
+    with pytest.raises(OutputError, match="lies inside the input"):
+        check_output_path(tmp_path / "mount" / "base" / "out", case.plan.inputs)
+    with pytest.raises(OutputError, match="contains the input"):
+        check_output_path(case.base, (tmp_path / "mount" / "base" / "model.safetensors",))
+
+
+def test_a_place_that_is_not_writable(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    words = f"{case.out}: {case.out.parent} is not writable; choose another output"
+    assert refusal(OutputError, case) == words
+
+
+def test_another_run_at_work(case: Case) -> None:
+    case.out.mkdir()
+    with locked(case.out / LOCK_NAME):
+        assert inspect_output(case.plan) == "new"
+        with pytest.raises(LockedError, match="another run is writing here"):
+            carry_out(case)
+    assert carry_out(case) == list(DATA)
+
+
+# Space --------------------------------------------------------------------------------------------------------------
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_plan_that_does_not_fit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = case.plan.total_bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(need, 1, need - 1))
+    words = f"needs {need} B, the disk has {need - 1} B free; free some space, or choose another disk"
+    with pytest.raises(StorageError) as caught:
+        inspect_output(case.plan)
+    assert str(caught.value) == f"{case.out}: {words}"
+    assert caught.value.exit_code == 6
+    assert not case.out.exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(need, 0, need))
+    assert inspect_output(case.plan) == "new"
+
+
+def test_a_real_disk(case: Case) -> None:
+    check_space(case.out, 1)
+    with pytest.raises(StorageError, match="free some space"):
+        check_space(case.out / "not" / "there", 1 << 62)
+
+
+def test_a_resume_needs_room_for_the_rest_only(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(case)
+    rest = len(DATA["model-2"]) + len(DATA[INDEX])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, rest))
+    assert inspect_output(case.plan) == "resume"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, rest - 1))
+    with pytest.raises(StorageError, match=f"needs {rest} B, the disk has {rest - 1} B free"):
+        inspect_output(case.plan)
+
+
+def test_what_a_killed_run_holds_in_partials_is_free(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are removed first: without counting them a run on a nearly full disk could not be taken up."""
+    interrupt(case)
+    (case.out / f".model-2.{'0' * 16}.partial").write_bytes(bytes(8192))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 0))
+    assert inspect_output(case.plan) == "resume"
+    assert inspect_output(case.plan, resume=False) == "new"
+
+
+def test_the_lock_comes_and_goes(tmp_path: Path) -> None:
+    take(tmp_path / "lock")
+    assert names(tmp_path) == []
+
+    def fail() -> None:
+        with locked(tmp_path / "lock"):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert names(tmp_path) == []
+
+
+def test_a_lock_file_removed_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder before us ends just then: the lock of a file without a name would exclude nobody."""
+    path, real, calls = tmp_path / "lock", fcntl.flock, []
+
+    def flock(fd: int, how: int) -> None:
+        calls.append(fd)
+        if len(calls) == 1:
+            path.unlink()
+        if len(calls) == 2:
+            path.rename(tmp_path / "another")
+            path.touch()
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(path):
+        assert len(calls) == 3
+        with pytest.raises(LockedError):
+            take(path)
+    assert names(tmp_path) == ["another"]
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
+    take(tmp_path / "lock")
+    assert names(tmp_path) == []
+
+
+def test_a_symlink_where_the_lock_must_be(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to("elsewhere")
+    with pytest.raises(OutputError, match="a symlink has the name of the lock; remove it"):
+        take(tmp_path / "lock")
+    assert names(tmp_path) == ["lock"]
+
+
+def test_a_lock_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(StorageError, match="lock: cannot lock: Is a directory"):
+        take(tmp_path / "lock")
