@@ -1,9 +1,9 @@
-"""The findings file: a round trip, what it refuses, and what it says of its inputs."""
+"""The findings file: a round trip, what it refuses, what it says of its inputs, and how it is saved and matched."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,24 +11,27 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from helpers import three_shards
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import streamer
 from streamer.detection.findings import Findings, load_findings
+from streamer.detection.findings_file import journal_of, lock_of
+from streamer.detection.fingerprints import fingerprint, matched_findings
 from streamer.detection.options import DetectionOptions
-from streamer.errors import FormatError, InputError, MismatchError, NumericError, OutputError
+from streamer.errors import (
+    FormatError,
+    LockedError,
+    MismatchError,
+    NumericError,
+    OutputError,
+    OutputExistsError,
+    StorageError,
+)
+from streamer.plan.plan import Plan, make_plan
 from streamer.storage.checkpoint import open_checkpoint
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, Findings]:
-    """Base, adapter, the findings file, and the findings in memory."""
-    home = tmp_path_factory.mktemp("findings")
-    base, adapter = helpers.three_shards(home)
-    path = home / "findings.safetensors"
-    streamer.detect_intruder_dimensions(base, adapter, path, top_k=6, threshold_epsilon=0.6)
-    return base, adapter, path, streamer.detect_intruder_dimensions(base, adapter, top_k=6, threshold_epsilon=0.6)
+from streamer.storage.lock import locked
 
 
 def test_round_trip(made: tuple[Path, Path, Path, Findings]) -> None:
@@ -60,7 +63,7 @@ def test_no_paths_and_no_times(made: tuple[Path, Path, Path, Findings], tmp_path
     """The same inputs give the same bytes, wherever they lie."""
     base, adapter = helpers.three_shards(tmp_path / "some" / "where")
     again = tmp_path / "again.safetensors"
-    streamer.detect_intruder_dimensions(base, adapter, again, top_k=6, threshold_epsilon=0.6)
+    streamer.detect_intruder_dimensions(base, adapter, again, top_k=6)
     assert again.read_bytes() == made[2].read_bytes()
     assert str(tmp_path).encode() not in again.read_bytes()
 
@@ -118,9 +121,9 @@ def test_mismatch_says_what_differs(made: tuple[Path, Path, Path, Findings]) -> 
         ({"files": files[:2]}, {**f.adapter}, f.options, "another base (files ["),
         ({**f.base}, {**f.adapter, "weights_sha256": "0"}, f.options, "another adapter (weights_sha256 differ)"),
         ({**f.base}, {**f.adapter, "config_sha256": "0"}, f.options, "another adapter (config_sha256 differ)"),
-        ({**f.base}, {**f.adapter}, DetectionOptions(5, 0.6), "made with top_k=6, asked for 5; pass the same"),
-        ({**f.base}, {**f.adapter}, DetectionOptions(6, 0.5), "made with threshold_epsilon=0.6, asked for 0.5"),
-        ({**f.base}, {**f.adapter}, DetectionOptions(6, 0.6, "dense"), "made with solver='auto', asked for 'dense'"),
+        ({**f.base}, {**f.adapter}, DetectionOptions(5, 0.5), "made with top_k=6, asked for 5; pass the same"),
+        ({**f.base}, {**f.adapter}, DetectionOptions(6, 0.6), "made with threshold_epsilon=0.5, asked for 0.6"),
+        ({**f.base}, {**f.adapter}, DetectionOptions(6, 0.5, "dense"), "made with solver='auto', asked for 'dense'"),
     ]
     for base, adapter, options, words in cases:
         with pytest.raises(MismatchError) as e:
@@ -256,16 +259,6 @@ def test_untampered_copies_are_read(made: tuple[Path, Path, Path, Findings], tmp
     assert load_findings(path).intruders == made[3].intruders
 
 
-def test_findings_that_lack_a_matrix_are_refused(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
-    base, adapter, path, _ = made
-    short = tamper(path, tmp_path, lambda t, _: t["matrices"].pop(3))
-    with pytest.raises(MismatchError, match=r"has no findings on .*; pass those on all matrices, or run detect again"):
-        streamer.reduce_intruder_dimension(
-            base, adapter, tmp_path / "out", findings=short, top_k=6, threshold_epsilon=0.6
-        )
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("key", ["U", "Vh"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_factors_are_checked_when_they_are_used(
@@ -276,49 +269,157 @@ def test_factors_are_checked_when_they_are_used(
     bad = tamper(path, tmp_path, lambda _, a: a[f"{Q}/{key}"].view(-1)[-1:].fill_(value))
     for write in (streamer.reduce_intruder_dimension, streamer.merge_with_reduced_intruder_dimensions):
         with pytest.raises(NumericError, match=rf"findings: those on '{Q}' hold NaN or Inf; run detect again"):
-            write(base, adapter, tmp_path / "out", findings=bad, top_k=6, threshold_epsilon=0.6, overwrite=True)
+            write(base, adapter, tmp_path / "out", findings=bad, top_k=6, overwrite=True)
         assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("cut", [0, 7, 100, -1])
-def test_a_truncated_file(made: tuple[Path, Path, Path, Findings], tmp_path: Path, cut: int) -> None:
-    path = tmp_path / "cut"
-    path.write_bytes(made[2].read_bytes()[:cut])
-    with pytest.raises(FormatError, match="get it again"):
-        load_findings(path)
+@pytest.mark.parametrize("where", ["memory", "file"])
+def test_saved_findings_are_detects_own_bytes(
+    made: tuple[Path, Path, Path, Findings], tmp_path: Path, where: str
+) -> None:
+    base, adapter, path, memory = made
+    given = memory if where == "memory" else load_findings(path)
+    out = tmp_path / "some" / "where" / "f.safetensors"
+    given.save(out)
+    assert out.read_bytes() == path.read_bytes()
+    with pytest.raises(OutputError, match="holds findings of other inputs or options"):
+        streamer.detect_intruder_dimensions(base, adapter, out, top_k=3)
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+    before = out.stat().st_ino
+    again = streamer.detect_intruder_dimensions(base, adapter, out, top_k=6)  # it is detect's own output: nothing to do
+    assert out.stat().st_ino == before
+    assert again.digest() == memory.digest()
 
 
-def test_not_a_findings_file(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"expected findings \(streamer.findings/1\), found another safetensors file"):
-        load_findings(made[0] / "model-00001-of-00003.safetensors")
-    with pytest.raises(InputError, match="no such file"):
-        load_findings(tmp_path / "no")
+def test_saved_findings_are_used(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
+    base, adapter, path, memory = made
+    memory.save(tmp_path / "f")
+    for name, given in (("a", path), ("b", tmp_path / "f")):
+        streamer.reduce_intruder_dimension(base, adapter, tmp_path / name, findings=given, top_k=6)
+    assert helpers.tree_digest(tmp_path / "a") == helpers.tree_digest(tmp_path / "b")
 
 
-def test_findings_over_something_else(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
-    base, adapter, _, _ = made
-    path = tmp_path / "f.safetensors"
+def test_a_part_is_saved_as_a_part(findings: Findings, tmp_path: Path) -> None:
+    findings["*.q_proj"].save(tmp_path / "f")
+    read = load_findings(tmp_path / "f")
+    assert [m.tensor for m in read] == [m.tensor for m in findings["*.q_proj"]]
+    assert torch.equal(read[1].detection.U, findings["*.q_proj"][1].detection.U)
+
+
+def test_saving_replaces_nothing_unasked(findings: Findings, tmp_path: Path) -> None:
+    path = tmp_path / "f"
     path.write_text("mine")
-    with pytest.raises(OutputError, match=r"exists and is not findings, which is all that is replaced; choose"):
-        streamer.detect_intruder_dimensions(base, adapter, path)
-    with pytest.raises(OutputError, match=r"exists and is not findings, which is all that is replaced; choose"):
-        streamer.detect_intruder_dimensions(base, adapter, path, overwrite=True)
+    with pytest.raises(OutputExistsError, match=r"f: exists; choose another output, or pass overwrite=True$"):
+        findings.save(path)
+    with pytest.raises(
+        OutputExistsError, match=r"f: exists and is not findings, which is all that is replaced; choose another output$"
+    ):
+        findings.save(path, overwrite=True)
     assert path.read_text() == "mine"
-    path.unlink()
-    streamer.detect_intruder_dimensions(base, adapter, path, overwrite=True)
-    assert len(load_findings(path)) == 9
-    with pytest.raises(OutputError, match=r"holds findings of other inputs or options"):
-        streamer.detect_intruder_dimensions(base, adapter, path, top_k=3)
+    path.write_text("")
+    findings.save(path)
+    with pytest.raises(OutputExistsError, match=r"f: exists; choose another output, or pass overwrite=True$"):
+        findings[:2].save(path)
+    again = load_findings(path)
+    again[:3].save(path, overwrite=True)  # onto the file that is mapped
+    assert len(load_findings(path)) == 3
+    assert torch.equal(again[8].detection.U, findings[8].detection.U)
 
 
-def test_other_decisions_have_another_digest(made: tuple[Path, Path, Path, Findings]) -> None:
-    """What an output was made from must tell findings apart even where their inputs and options agree."""
-    findings = load_findings(made[2])
-    first = findings.matrices[0]
-    d = first.detection
-    none = dataclasses.replace(d, intruders=(), U=d.U[:, :0], S=d.S[:0], Vh=d.Vh[:0])
-    edited = dataclasses.replace(
-        findings, matrices=(dataclasses.replace(first, detection=none), *findings.matrices[1:])
-    )
-    assert edited.digest() != findings.digest()
-    assert findings.digest() == load_findings(made[2]).digest()
+def test_findings_that_are_equal(made: tuple[Path, Path, Path, Findings]) -> None:
+    _, _, path, memory = made
+    assert load_findings(path) == memory  # seconds do not count
+    assert memory[:3] != memory[3:6]
+    assert memory[0].detection != memory[1].detection
+    assert memory[0].detection != 3
+
+
+def test_saving_beside_an_interrupted_run(findings: Findings, tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    journal_of(path).write_bytes(b"x")
+    with pytest.raises(OutputExistsError, match="f: an interrupted run has its journal there"):
+        findings.save(path)
+    findings.save(path, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize("what", ["directory", "symlink", "file above", "locked"])
+def test_where_nothing_can_be_saved(findings: Findings, tmp_path: Path, what: str) -> None:
+    path = tmp_path / "f"
+    if what == "directory":
+        path.mkdir()
+    elif what == "symlink":
+        path.symlink_to(tmp_path / "elsewhere")
+    elif what == "file above":
+        path.write_text("mine")
+        path = path / "g"
+    before = helpers.tree_digest(tmp_path)
+    if what == "locked":
+        with locked(lock_of(path), path), pytest.raises(LockedError, match=f"^{path}: another run is writing here"):
+            findings.save(path)
+    else:
+        with pytest.raises(OutputError) as e:
+            findings.save(path, overwrite=True)
+        assert str(e.value).startswith(f"{path}: ")
+    assert helpers.tree_digest(tmp_path) == before
+
+
+def test_no_room_to_save(findings: Findings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 0, 9))  # type: ignore[attr-defined]
+    with pytest.raises(StorageError, match=r"f: needs \d+\.\d kB, the disk has 9 B free"):
+        findings.save(tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return three_shards(tmp_path_factory.mktemp("inputs"))
+
+
+def prints(plan: Plan) -> list[str | None]:
+    return [fingerprint(plan, target) for target in plan.targets]
+
+
+def detected(base: Path, adapter: Path) -> Findings:
+    return streamer.detect_intruder_dimensions(base, adapter)
+
+
+def test_a_wider_dtype_and_other_shards_keep_it(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = inputs
+    tensors = {name: t.double() for shard in sorted(base.glob("*.safetensors")) for name, t in load_file(shard).items()}
+    (tmp_path / "one").mkdir()
+    save_file(tensors, tmp_path / "one" / "model.safetensors")
+    if (base / "config.json").exists():
+        shutil.copy(base / "config.json", tmp_path / "one")
+    before, after = make_plan(base, adapter), make_plan(tmp_path / "one", adapter)
+    assert {t.tensor: p for t, p in zip(before.targets, prints(before), strict=True)} == {
+        t.tensor: p for t, p in zip(after.targets, prints(after), strict=True)
+    }
+
+
+def test_another_value_of_the_adapter_changes_it(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = inputs
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    tensors = load_file(other / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("lora_A.weight"))
+    tensors[name][0, 0] += 1
+    save_file(tensors, other / "adapter_model.safetensors", metadata={"format": "pt"})
+    mine, others = prints(make_plan(base, adapter)), prints(make_plan(base, other))
+    assert sum(a != b for a, b in zip(mine, others, strict=True)) == 1
+
+
+def test_findings_are_matched_by_module_and_values(inputs: tuple[Path, Path]) -> None:
+    base, adapter = inputs
+    found, plan = detected(base, adapter), make_plan(base, adapter)
+    assert [m.fingerprint for m in found] == prints(plan)
+    elsewhere = replace(found, matrices=tuple(replace(m, tensor=f"elsewhere.{m.tensor}") for m in found))
+    assert matched_findings(plan, elsewhere, "findings") == found
+    with pytest.raises(MismatchError, match="has no findings on 1 of"):
+        matched_findings(plan, found[1:], "findings")
+    first = replace(found[0], fingerprint="0" * 64)
+    with pytest.raises(MismatchError, match="was judged with other values"):
+        matched_findings(plan, replace(found, matrices=(first, *found.matrices[1:])), "findings")
+    with pytest.raises(MismatchError, match="does not say by which values"):
+        matched_findings(plan, replace(found, matrices=(replace(first, fingerprint=None), *found.matrices[1:])), "f")

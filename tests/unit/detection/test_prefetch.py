@@ -10,11 +10,15 @@ import torch
 from safetensors.torch import save_file
 from seeds import vary
 
+import streamer
+from streamer.detection.cost import cost
 from streamer.detection.detect import detect_all
+from streamer.detection.device import choose_device
 from streamer.detection.matrices import detect_matrix
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.options import DetectionOptions, Run, RunOptions
 from streamer.detection.prefetch import Prefetcher, read_ahead
+from streamer.errors import UsageError
 from streamer.events import Event, Monitor
 from streamer.plan.batch import AdapterBatch
 from streamer.plan.plan import Plan, make_plan
@@ -138,3 +142,21 @@ def test_without_room_on_the_cpu_there_is_nowhere_to_go(plan: Plan, monkeypatch:
     monkeypatch.setattr(Plain, "whole", without_room)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         detect_matrix(plan, plan.targets[0], DetectionOptions(), torch.device("cpu"), 0)
+
+
+Job = tuple[Path, Path]
+
+
+@pytest.mark.parametrize("name", ["meta", "mps", "gpu", "cuda:99"])
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(UsageError, match="device: "):
+        choose_device(name)
+
+
+def test_progress_counts_the_solvers_cost(job: Job) -> None:
+    base, adapter = job
+    events = []
+    findings = streamer.detect_intruder_dimensions(base, adapter, on_event=events.append)
+    counts = [(e.done, e.total) for e in events if e.stage == "detect"]
+    costs = [cost(m.shape, min(10, *m.shape)) for m in findings]
+    assert counts == [(sum(costs[:i]), sum(costs)) for i in range(len(costs) + 1)]

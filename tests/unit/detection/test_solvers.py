@@ -1,4 +1,4 @@
-"""Solvers: what they answer, when the certified one gives up, and that nothing non-finite reaches them."""
+"""Solvers: what they answer, when the certified one gives up, and that nothing non-finite reaches them; decisions by the dense formula."""
 
 from __future__ import annotations
 
@@ -6,35 +6,24 @@ import numpy as np
 import pytest
 import torch
 from helpers import intruding_factors, power_law, spectrum_matrix
+from planted import oracle, problem
 from seeds import vary
 
 from streamer.detection import intruders
 from streamer.detection.cost import Way, cheaper, cost, working_bytes
-from streamer.detection.intruders import detect
+from streamer.detection.intruders import Detection, detect
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import SOLVERS, SolverResult
-from streamer.errors import NumericError
+from streamer.errors import NumericError, UsageError
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Dense, RowBlocks
+from streamer.methods import make_method
 
 SHAPES = [(150, 200), (200, 150), (160, 160)]
 
 
-def problem(m: int, n: int, dtype: torch.dtype = torch.float32, size: float = 1.0) -> tuple[Dense, LowRank]:
-    A, B = intruding_factors(m, n, 4)
-    return Dense((power_law(m, n) * size).to(dtype)), LowRank((B * size).to(dtype), A.T.to(dtype))
-
-
 def solve(name: str, base: Dense, delta: LowRank, k: int = 10, epsilon: float = 0.5, seed: int = 0) -> SolverResult:
     return SOLVERS[name](base, delta, k, epsilon, torch.Generator().manual_seed(vary(seed)))
-
-
-def oracle(base: Dense, delta: LowRank, k: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """U, S and the similarities in float64."""
-    W0 = base.matrix.double().numpy()
-    U0 = np.linalg.svd(W0, full_matrices=False)[0]
-    U, S, _ = np.linalg.svd(W0 + delta.to(torch.float64).dense().numpy(), full_matrices=False)
-    return U[:, :k], S[:k], np.abs(U0.T @ U[:, :k]).max(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -43,7 +32,7 @@ def oracle(base: Dense, delta: LowRank, k: int = 10) -> tuple[np.ndarray, np.nda
 def test_triplets_and_intervals_are_right(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     base, delta = problem(*shape, dtype)
     found = solve(name, base, delta)
-    U, S, similarity = oracle(base, delta)
+    U, S, _, similarity = oracle(base, delta)
     assert found.solver == name
     assert not found.escalated
     eps = torch.finfo(dtype).eps
@@ -84,11 +73,13 @@ def test_same_seed_same_bits_another_seed_the_same_decisions(shape: tuple[int, i
 @pytest.mark.parametrize("name", SOLVERS)
 def test_size_does_not_matter(name: str, size: float, dtype: torch.dtype) -> None:
     """2⁻¹⁴⁰ makes float32 subnormal: the power of two that would undo it overflows."""
-    base, delta = problem(150, 200, dtype, size)
+    base, delta = problem(150, 200, dtype)
+    usual = solve(name, base, delta)
+    base, delta = Dense(base.matrix * size), LowRank(delta.L * size, delta.R)
     found = solve(name, base, delta)
-    _, S, _ = oracle(base, delta)
+    _, S, _, _ = oracle(base, delta)
     np.testing.assert_allclose(found.triplets.S.double() / size, S / size, rtol=1e-2 if size < 2.0**-126 else 1e-5)
-    assert torch.equal(found.similarity < 0.5, solve(name, *problem(150, 200, dtype)).similarity < 0.5)
+    assert torch.equal(found.similarity < 0.5, usual.similarity < 0.5)
     assert bool(torch.isfinite(found.triplets.residuals).all())
 
 
@@ -98,7 +89,7 @@ def test_a_base_far_below_the_delta_is_judged_on_its_own_scale(ratio: float) -> 
     base, delta = problem(160, 160)
     base = Dense(base.matrix / ratio)
     found = solve("certified", base, delta, k=1)
-    similarity = oracle(base, delta, 1)[2]
+    similarity = oracle(base, delta, 1)[3]
     assert found.solver == "certified"
     assert float(found.low[0]) - 1e-5 <= similarity[0] <= float(found.high[0]) + 1e-5
 
@@ -173,7 +164,7 @@ def stored_in_bf16(base: Dense) -> tuple[Dense, RowBlocks]:
 def test_without_a_copy_of_the_matrix_the_answer_is_the_same(shape: tuple[int, int]) -> None:
     base, delta = problem(*shape)
     copied, blocks = stored_in_bf16(base)
-    _, S, similarity = oracle(copied, delta)
+    _, S, _, similarity = oracle(copied, delta)
     found = SOLVERS["certified"](blocks, delta, 10, 0.5, torch.Generator().manual_seed(vary(0)), False)
     assert found.solver == "certified"
     np.testing.assert_allclose(found.triplets.S, S, rtol=1e-5)
@@ -242,3 +233,91 @@ def test_the_cost_follows_the_solver_that_runs() -> None:
     assert cost((300, 300), 10) == cost((300, 300), 10, "dense")
     assert 1.8 < cost((16384, 8192), 10) / cost((8192, 8192), 10) < 2.2
     assert cost((8192, 8192), 40) > 2.5 * cost((8192, 8192), 10)
+
+
+SMALL = [(96, 64), (64, 96), (80, 80), (61, 67)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SMALL)
+@pytest.mark.parametrize("epsilon", [0.1, 0.3, 0.5, 0.8])
+def test_decisions_equal_the_dense_formula(shape: tuple[int, int], dtype: torch.dtype, epsilon: float) -> None:
+    for seed in range(3):
+        base, delta = problem(*shape, dtype, seed)
+        found = detect(base, delta, DetectionOptions(threshold_epsilon=epsilon))
+        _, S, _, similarity = oracle(base, delta)
+        np.testing.assert_allclose(found.singular_values, S, rtol=1e-5)
+        assert all(
+            low - 1e-4 <= s <= high + 1e-4
+            for low, s, high in zip(found.similarity_low, similarity, found.similarity_high, strict=True)
+        )
+        clear = np.flatnonzero(np.abs(similarity - epsilon) > 1e-4)
+        assert [j for j in found.intruders if j in clear] == [j for j in clear if similarity[j] < epsilon]
+
+
+def test_the_planted_intruder_is_found_with_its_energy() -> None:
+    base, delta = problem(80, 80)
+    found = detect(base, delta, DetectionOptions())
+    assert found.intruders == (1,)  # 0.8 lies between the base's 1 and 0.616
+    U, S, Vh, _ = oracle(base, delta)
+    np.testing.assert_allclose(np.abs(found.U.numpy().T @ U[:, [1]]), 1, atol=1e-5)
+    np.testing.assert_allclose((found.U * found.S) @ found.Vh, (U[:, [1]] * S[1]) @ Vh[[1]], atol=1e-5)
+    energy = np.linalg.norm(U[:, [1]].T @ delta.dense().numpy()) ** 2 / np.linalg.norm(delta.dense()) ** 2
+    assert found.intruder_energy == pytest.approx(energy, rel=1e-4)
+    assert found.delta_norm == pytest.approx(float(np.linalg.norm(delta.dense())), rel=1e-6)
+    assert found.certified
+    assert found.degenerate == ()
+
+
+def test_a_degenerate_cluster_is_said() -> None:
+    base = Dense(spectrum_matrix(40, 40, torch.ones(40)).float())
+    A, B = intruding_factors(40, 40, 2)
+    found = detect(base, LowRank(B * 1e-9, A.T), DetectionOptions())
+    assert len(found.degenerate) >= 9
+    assert not found.certified
+
+
+def test_zero_delta_changes_nothing() -> None:
+    base, delta = problem(64, 64)
+    zero = LowRank(torch.zeros_like(delta.L), delta.R)
+    found = detect(base, zero, DetectionOptions())
+    assert found.intruders == ()
+    assert found.delta_norm == 0
+    assert found.intruder_energy == 0
+
+
+def test_rank_above_the_matrix_and_one_row() -> None:
+    for m, n in ((3, 50), (1, 9), (9, 1)):
+        A, B = intruding_factors(m, n, 8)
+        found = detect(Dense(power_law(m, n).float()), LowRank(B, A.T), DetectionOptions())
+        assert len(found.singular_values) == min(m, n)
+        assert isinstance(found, Detection)
+
+
+def test_top_k_as_a_count_or_a_share() -> None:
+    assert DetectionOptions(top_k=10).directions((64, 4)) == 4
+    assert DetectionOptions(top_k=0.25).directions((64, 80)) == 16
+    assert DetectionOptions(top_k=0.001).directions((64, 80)) == 1
+    assert DetectionOptions(top_k=1.0).directions((64, 80)) == 64
+    assert DetectionOptions(top_k=1).directions((64, 80)) == 1
+    base, delta = problem(64, 80)
+    assert len(detect(base, delta, DetectionOptions(top_k=0.5)).singular_values) == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (lambda: DetectionOptions(top_k=0), "top_k: expected a count from 1, or a share"),
+        (lambda: DetectionOptions(top_k=1.5), "top_k"),
+        (lambda: DetectionOptions(top_k=True), "top_k"),
+        (lambda: DetectionOptions(threshold_epsilon=0), r"threshold_epsilon: expected a number in \(0, 1\]"),
+        (lambda: DetectionOptions(threshold_epsilon=float("nan")), "threshold_epsilon"),
+        (lambda: DetectionOptions(threshold_epsilon="0.5"), r"threshold_epsilon: expected a number in .*, found '0.5'"),
+        (lambda: DetectionOptions(solver="magic"), "solver: expected one of auto, certified, dense"),
+        (lambda: make_method("papre", 0.5), "method: expected one of paper, project, shrink"),
+        (lambda: make_method("paper", 0.5, "some"), "select: expected one of all, first"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        options()

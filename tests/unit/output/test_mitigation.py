@@ -25,7 +25,7 @@ def test_paper_and_project_are_their_formulas(shape: tuple[int, int], lam: float
     base, delta = problem(*shape)
     found = detect(base, delta, DetectionOptions())
     assert found.intruders
-    U, S, Vh, _ = oracle(base.matrix, delta.dense(), 10)
+    U, S, Vh, _ = oracle(base, delta)
     I = list(found.intruders)  # noqa: E741
     D = delta.dense().double().numpy()
     paper = Paper(lam, amplify=True).mitigated(delta, found)
@@ -52,10 +52,10 @@ def test_lambda_one_and_no_intruders_give_the_delta_itself() -> None:
 def test_first_scales_only_the_highest_ranked() -> None:
     base = Dense(power_law(80, 80).float())
     deltas = (problem(80, 80, seed=i)[1].scaled(1.8) + problem(80, 80, seed=i + 1)[1] for i in itertools.count(1))
-    delta = next(d for d in deltas if (oracle(base.matrix, d.dense(), 10)[3] < 0.5).sum() == 2)
+    delta = next(d for d in deltas if (oracle(base, d)[3] < 0.5).sum() == 2)
     found = detect(base, delta, DetectionOptions())
     assert len(found.intruders) == 2
-    U, S, Vh, _ = oracle(base.matrix, delta.dense(), 10)
+    U, S, Vh, _ = oracle(base, delta)
     j = found.intruders[0]
     after = Paper(0.0, "first").mitigated(delta, found)
     np.testing.assert_allclose(after.dense(), delta.dense().numpy() - S[j] * np.outer(U[:, j], Vh[j]), atol=2e-5)
