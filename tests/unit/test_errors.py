@@ -1,4 +1,4 @@
-"""The errors: also those that Python has a word for, one line each, whole after a process boundary; and the sizes and lists in them."""
+"""The errors: also those that Python has a word for, one line each, whole after a process boundary; sizes, lists and packages in them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 
 import helpers
+import numpy
 import pytest
 
 import streamer
@@ -30,6 +31,7 @@ from streamer.errors import (
     UsageError,
     VerificationError,
 )
+from streamer.packages import require_package
 from streamer.units import format_size, format_sizes, listed, parse_size, quoted
 
 ALL = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, StreamerError)]
@@ -48,18 +50,12 @@ def made(kind: type[StreamerError]) -> StreamerError:
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
 def test_an_error_is_the_same_after_a_process_boundary(kind: type[StreamerError]) -> None:
     error = made(kind)
+    assert str(error) == error.args[0] == f"{error}"  # not `[Errno 2] …` as of an OSError, nor quoted as of a KeyError
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(again) is kind
         assert (str(again), again.args, again.exit_code) == (str(error), error.args, error.exit_code)
         for name in ("errno", "strerror", "filename", "name", "verification"):
             assert getattr(again, name, None) == getattr(error, name, None)
-
-
-@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
-def test_an_error_s_text_is_its_message(kind: type[StreamerError]) -> None:
-    """Not ``[Errno 2] …`` as of an OSError, nor quoted as of a KeyError."""
-    error = made(kind)
-    assert str(error) == error.args[0] == f"{error}"
 
 
 @pytest.mark.parametrize(
@@ -160,3 +156,19 @@ def test_lists_end() -> None:
     assert listed("abcd") == "a, b, c and 1 more"
     assert listed("abcd", 2, "; ") == "a; b; and 2 more"
     assert len(quoted("x" * 10_000)) == 101
+
+
+def test_an_installed_package_is_given() -> None:
+    assert require_package("numpy", (1, 9), "it needs numpy 1.9", "them") is numpy
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no_such_package", r"it needs numpy 999\.1, which is not installed; pip install 'intruder-streamer\[them\]'"),
+        ("numpy", rf"it needs numpy 999\.1, found {numpy.__version__}; pip install -U 'intruder-streamer\[them\]'"),
+    ],
+)
+def test_a_missing_or_old_one_is_named(name: str, words: str) -> None:
+    with pytest.raises(MissingPackageError, match=words):
+        require_package(name, (999, 1), "it needs numpy 999.1", "them")

@@ -1,14 +1,20 @@
-"""The table of findings says what is open, and why."""
+"""Tables of every kind: rows, names, columns and lines that fit; what is open and why; the help and its examples."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from seeds import vary
 
 import streamer
-from streamer.cli.tables import findings_table
+from streamer.cli.fitting_table import fitting_table
+from streamer.cli.layout import Column, Screen, fit, screen, shorten, table
+from streamer.cli.tables import _ranks, findings_table
+from streamer.plan.name_order import natural
 
 
 @pytest.mark.parametrize(
@@ -49,3 +55,164 @@ def test_memory_settles_no_matrix_whose_full_svds_are_not_repeated(job: tuple[Pa
         first, shape=(4096, 14336), detection=replace(first.detection, precision="float32", certified=False)
     )
     assert "want of memory" not in findings_table(replace(found, matrices=(large,)))
+
+
+LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+         "mlp.down_proj")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.embed_tokens.weight", *(f"model.layers.{i}.{n}.weight" for i in (0, 2, 10) for n in LAYER), "lm_head.weight"],
+        [f"h.{i}.{n}" for i in (1, 9, 11) for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")],
+        [f"bert.encoder.layer.{i}.{n}.weight" for i in (3, 20)
+         for n in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+                   "intermediate.dense", "output.dense")],
+        [f"model.layers.3.mlp.experts.{n}[{e}]" for n in ("gate_up_proj", "down_proj") for e in (0, 2, 12)],
+        [f"model.layers.0.block_sparse_moe.experts.{e}.{n}.weight" for e in (2, 10) for n in ("w1", "w3", "w2")],
+    ],
+)  # fmt: skip
+def test_rows_are_in_the_order_in_which_people_count(names: list[str]) -> None:
+    mixed = random.Random(vary(0)).sample(names, len(names))
+    assert sorted(mixed, key=natural) == names
+
+
+def test_any_names_can_be_sorted() -> None:
+    names = [
+        "",
+        "7",
+        "a",
+        "a.7",
+        "a.b",
+        "a.7b",
+        "a7.b",
+        "é.[3]",
+        "a..b",
+        "0.1",
+        "layers.1.q_proj",
+        "layers.x.q_proj",
+        "q_proj",
+    ]
+    assert sorted(sorted(names, key=natural, reverse=True), key=natural) == sorted(names, key=natural)
+
+
+@pytest.mark.parametrize(
+    ("width", "short"),
+    [
+        (100, "model.layers.11.self_attn.q_proj.weight"),
+        (36, "model.layers.11.self_attn.q_proj"),
+        (30, "…layers.11.self_attn.q_proj"),
+        (22, "…11.self_attn.q_proj"),
+        (12, "…11…q_proj"),
+    ],
+)
+def test_a_shortened_name_keeps_layer_and_projection(width: int, short: str) -> None:
+    names = [f"model.layers.{i}.self_attn.{n}_proj.weight" for i in (0, 11) for n in "kq"]
+    assert shorten(names, width)[-1] == short
+
+
+def test_shortened_names_stay_different() -> None:
+    names = [f"model.{side}.layers.{i}.{n}.weight" for side in ("encoder", "decoder") for i in (0, 10) for n in LAYER]
+    for width in range(12, 45):
+        short = shorten(names, width)
+        assert max(map(len, short)) <= width
+        assert len(set(short)) == len(names) or width < 20, (width, short)
+
+
+def test_columns_give_way_from_the_least_important() -> None:
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    columns = [Column("matrix", names, left=True, names=True, foot="all 3"), Column("aa", ["1"] * 3, "of no use", priority=1),
+               Column("bb", ["22"] * 3, "of use", priority=2, foot="66"), Column("cc", ["3"] * 3)]  # fmt: skip
+    for width in (*range(20, 60), None):
+        text = table(columns, Screen(width))
+        assert width is None or max(map(len, text.splitlines())) <= width, (width, text)
+        head, left_out = text.splitlines()[0], text.rpartition("hidden columns")[2] if "hidden" in text else ""
+        assert ("of no use" in text) == ("aa" in head) == ("aa" not in left_out.replace("matrix", ""))
+        assert "bb" in head or "aa" not in head
+        assert "all 3" in text
+    assert "model.layers.0.mlp.up_proj.weight  " in table(columns, Screen())
+    assert table([Column("matrix", [], names=True)], Screen(20)) == "matrix\n------"
+
+
+def test_text_is_wrapped_but_no_path_is_torn() -> None:
+    path = "/data/" + "x" * 60
+    lines = fit(f"wrote {path}: 7 files\nsome words that are more than forty columns long in all", 40).split("\n")
+    assert any(path in line for line in lines)
+    assert all(len(line) <= 40 for line in lines if path not in line)
+    assert fit("a " * 200, None) == "a " * 200
+
+
+def test_the_width_is_what_columns_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without it, in a pipe, nothing is shortened."""
+    monkeypatch.setenv("COLUMNS", "57")
+    assert screen() == Screen(57)
+    for nonsense in ("", "0", "-3", "wide"):
+        monkeypatch.setenv("COLUMNS", nonsense)
+        assert screen(every=True) == Screen(None, every=True)
+
+
+def test_ranks_are_counted_from_one() -> None:
+    assert [_ranks(r) for r in ((), (0,), (0, 1), (0, 2), (0, 1, 2, 5))] == ["-", "1", "1 2", "1 3", "1-3 6"]
+
+
+def test_a_name_does_not_steer_the_terminal() -> None:
+    text = table([Column("matrix", ["a.\x1b[31m.b\r", "é"], left=True, names=True)], Screen(40))
+    assert r"a.\x1b[31m.b\r" in text
+    assert "é" in text
+    assert text.replace("\n", "").isprintable()
+
+
+def facts(*keeps: float) -> dict[str, Any]:
+    """What a table is made from; figures are one number each."""
+    figures = {f"{name}{end}": 0.5 for name in ("kept", "forgetting", "divergence") for end in ("", "_se")}
+    sets = [{"keep": keep, "mu": None, **figures, "shrink": None} for keep in keeps]
+    texts = {text: {"held": {"sequences": 6}} for text in ("general", "task")}
+    return {
+        "texts": texts,
+        "sets": sets,
+        "base": {},
+        "adapter": {},
+        "factored": True,
+        "quantized": False,
+    }
+
+
+def test_the_command_names_the_share_as_the_file_takes_it() -> None:
+    text = fitting_table(facts(1 / 3, 2 / 3), ("base", "adapter"), "c.safetensors")
+    assert "--coefficients c.safetensors --keep 0.333333" in text
+
+
+def test_the_commands_take_the_inputs_as_the_fit_took_them() -> None:
+    given = {**facts(0.9), "base": {"architecture": "LlamaForCausalLM"}, "adapter": {"base_is_residual": True}}
+    text = fitting_table(given, ("base", "adapter"), "c.safetensors")
+    assert text.count("--coefficients c.safetensors --base-is-residual --architecture LlamaForCausalLM") == 2
+
+
+def test_the_examples_in_the_help_are_understood() -> None:
+    import shlex
+
+    from streamer.cli.help import EXAMPLES
+    from streamer.cli.parser import build_parser
+
+    for command, text in EXAMPLES.items():
+        given = [line.split("|")[0] for line in text.splitlines() if line.startswith("  streamer")]
+        assert given, command
+        for line in given:
+            assert build_parser().parse_args(shlex.split(line)[1:]).command == command
+
+
+def test_the_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    import argparse
+
+    from streamer.cli.help import EXAMPLES
+    from streamer.cli.parser import build_parser
+
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = build_parser()
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    assert commands.keys() == EXAMPLES.keys()
+    for one in (parser, *commands.values()):
+        long = [line for line in one.format_help().splitlines() if len(line) > 80]
+        assert not long, long
+        assert " _" not in one.format_help()

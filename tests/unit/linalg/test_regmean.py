@@ -1,15 +1,22 @@
-"""The closed form over inputs, against a dense solve in float64 by numpy."""
+"""Closed forms over inputs and what stays of a delta by their spectrum, against dense solves in float64 by numpy."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from mapped import answer
 from seeds import vary
 
 from streamer.errors import NumericError
 from streamer.linalg import regmean
-from streamer.linalg.regmean import RIDGE, answers
+from streamer.linalg.feedback import InputPair, WeightDelta, corrected
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.null_space import Spectrum, leading, reduced
+from streamer.linalg.operators import Delta, Dense
+from streamer.linalg.regmean import DIRECT_BYTES, RIDGE, answers
 from streamer.linalg.second_moments import OneHotMoments, RowMoments
 
 WEIGHTS = (0.05, 1.0, 20.0)
@@ -154,3 +161,96 @@ def test_what_cannot_be_solved_is_refused() -> None:
     L, R = torch.ones(4, 1), torch.ones(6, 1)
     with pytest.raises(NumericError, match=r"q: its inputs give no delta that can be computed; give more text"):
         answers([(L, R)], rows(np.full((6, 6), np.nan, np.float32)), rows(np.eye(6, dtype=np.float32)), [1.0], "q")
+
+
+ROWS, COLUMNS, RANK, KEPT = 14, 20, 4, 5
+
+
+def made(kind: str) -> tuple[Delta, Spectrum, np.ndarray]:
+    draw = np.random.default_rng(vary(0))
+    delta = LowRank(*(torch.from_numpy(draw.normal(size=(side, RANK))) for side in (ROWS, COLUMNS)))
+    if kind == "one-hot":
+        counts = draw.integers(0, 5, COLUMNS) / 100
+        return delta, Spectrum(torch.from_numpy(counts)), np.diag(counts)
+    V = np.linalg.qr(draw.normal(size=(COLUMNS, KEPT)))[0]
+    values, rest = 10.0 ** np.arange(4, 4 - KEPT, -1), 0.2
+    C = (V * (values - rest)) @ V.T + rest * np.eye(COLUMNS)
+    spectrum = Spectrum(torch.from_numpy(values), rest, torch.from_numpy(V))
+    return (Dense(delta.dense()) if kind == "dense" else delta), spectrum, C
+
+
+@pytest.mark.parametrize("kind", ["factors", "dense", "one-hot"])
+@pytest.mark.parametrize("share", [0.99, 0.6, 0.01])
+def test_the_formula(kind: str, share: float) -> None:
+    delta, spectrum, C = made(kind)
+    found = reduced(delta, spectrum, share)
+    before, after = delta.dense().numpy(), found.dense().numpy()
+    np.testing.assert_allclose(after, answer(before, C, share), atol=1e-9 * np.abs(before).max())
+    assert np.sum((after @ C) * after) == pytest.approx(share * np.sum((before @ C) * before), rel=1e-7)
+    if isinstance(delta, LowRank):
+        assert isinstance(found, LowRank)
+        assert torch.equal(found.L, delta.L)
+    else:
+        assert isinstance(found, Dense)
+
+
+def test_a_dense_delta_keeps_its_dtype() -> None:
+    delta, spectrum, C = made("dense")
+    found = reduced(delta.to(torch.float32), spectrum, 0.5).dense()
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found, answer(delta.dense().numpy(), C, 0.5), atol=1e-5)
+
+
+def test_all_and_nothing_and_what_no_input_reaches() -> None:
+    delta, spectrum, _ = made("one-hot")
+    assert reduced(delta, spectrum, 1.0) is delta
+    left = reduced(delta, spectrum, 0.0).dense()
+    unseen = spectrum.values == 0
+    assert bool(unseen.any())
+    assert not left[:, ~unseen].any()
+    assert torch.equal(
+        left[:, unseen], delta.precise().dense()[:, unseen]
+    )  # a token that the text lacks stays as it is
+    assert reduced(delta, Spectrum(torch.zeros(COLUMNS, dtype=torch.float64)), 0.5) is delta
+    factors, whole, _ = made("factors")
+    assert not reduced(factors, whole, 0.0).dense().any()
+
+
+def test_leading_values_within_a_span() -> None:
+    draw = torch.from_numpy(np.random.default_rng(vary(1)).normal(size=(COLUMNS, COLUMNS)))
+    C, V = draw @ draw.T, torch.linalg.qr(draw[:, :KEPT])[0]
+    values, vectors = leading(V, C @ V)
+    np.testing.assert_allclose(vectors.T @ C @ vectors, torch.diag(values), atol=1e-9 * float(values[0]))
+    np.testing.assert_allclose(vectors @ vectors.T, V @ V.T, atol=1e-12)
+    assert bool((values.diff() <= 0).all())
+
+
+N, M, TOKENS = 24, 20, 200
+
+
+def pair(before: torch.Tensor, now: torch.Tensor) -> InputPair:
+    def moments(x: torch.Tensor) -> RowMoments:
+        def blocks() -> Iterator[torch.Tensor]:
+            yield from x.split(64)
+
+        return RowMoments(N, TOKENS, float((x**2).sum()) / TOKENS, blocks)
+
+    return InputPair(moments(before), moments(now))
+
+
+@pytest.mark.parametrize("memory", [DIRECT_BYTES, 0])
+def test_a_factor_of_fewer_directions_than_columns_gives_the_delta_of_those_that_it_has(memory: int) -> None:
+    W, L, R = torch.randn(M, N), torch.randn(M, 3), torch.randn(N, 3)
+    task, general = torch.randn(TOKENS, N), torch.randn(TOKENS, N)
+    pairs = pair(task, task + 0.1 * torch.randn(TOKENS, N)), pair(general, general + 0.1 * torch.randn(TOKENS, N))
+
+    def of(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        found = corrected([WeightDelta(left, right, lambda Q: W.double().T @ Q)], *pairs, 0.5, memory)
+        assert found is not None
+        return left.double() @ found[0].T
+
+    expected = of(L, R)
+    assert float((expected - L.double() @ R.double().T).norm()) > 0.01 * float(expected.norm())
+    wide = torch.cat([L, L[:, :1], torch.zeros(M, 1), 1e-9 * torch.randn(M, 1)], 1)
+    found = of(wide, torch.cat([R, torch.zeros(N, 2), torch.randn(N, 1)], 1))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.norm()))

@@ -1,8 +1,9 @@
-"""Dividing sequences and variants into passes."""
+"""Passes: sequences and variants are divided, and records of their sums are read as the same bits."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from streamer.errors import UsageError
 from streamer.measuring.pass_memory import Pass, measured_bytes, pass_bytes, plan_passes
 from streamer.measuring.passes import checked_tokens, longest_padded
+from streamer.measuring.result_file import JournalRecords, Records, pack, unpack
 from streamer.measuring.sequences import TextSequences
+from streamer.storage.journal import Journal
 from streamer.streaming.model import ModelSize
 
 LARGE = ModelSize(widest=14336, hidden=4096, vocabulary=128256, attention=0, dense=0, factors=0, products={}, read=0)
@@ -83,3 +86,49 @@ def test_a_budget_for_no_pass_names_the_smallest() -> None:
     with pytest.raises(UsageError, match=rf"max_memory: 400M is not enough .* it needs {-(-least >> 20)}M"):
         plan_passes(texts, 3, LARGE, RESIDENT, 400 << 20, False)
     plan_passes(texts, 3, LARGE, RESIDENT, least, False)
+
+
+ARRAYS = {"sums": np.array([0.1 + 0.2, np.pi]), "loss": np.array([[1e-300, -0.0], [np.nextafter(1, 2), 5e-324]])}
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return list(a) == list(b) and all(a[n].shape == b[n].shape and a[n].tobytes() == b[n].tobytes() for n in a)
+
+
+def test_arrays_are_read_as_the_same_bits() -> None:
+    name, found = unpack(pack("0.0 a", ARRAYS))
+    assert name == "0.0 a"
+    assert same(found, ARRAYS)
+
+
+def opened(path: Path) -> tuple[Journal, JournalRecords]:
+    journal = Journal(path)
+    if not len(journal):
+        journal.append(b"{}")
+    return journal, JournalRecords(journal, 3)
+
+
+def test_a_journal_keeps_them(tmp_path: Path) -> None:
+    journal, records = opened(tmp_path / "j")
+    assert records.find("0.0 a") is None
+    records.add("0.0 a", ARRAYS)
+    records.add("0.1 a", {"sums": np.zeros(1)})
+    found = records.find("0.0 a")
+    assert found is not None
+    assert same(dict(found), ARRAYS)
+    journal.close()
+    with (tmp_path / "j").open("r+b") as file:  # a torn record is none
+        file.truncate(file.seek(0, 2) - 1)
+    journal, records = opened(tmp_path / "j")
+    assert records.threads == 3
+    assert records.find("0.1 a") is None
+    again = records.find("0.0 a")
+    assert again is not None
+    assert same(dict(again), ARRAYS)
+    journal.close()
+
+
+def test_in_memory_there_is_nothing_to_find() -> None:
+    records = Records()
+    records.add("0.0 a", ARRAYS)
+    assert records.find("0.0 a") is None

@@ -75,14 +75,6 @@ def test_a_set_is_selected_by_what_it_keeps() -> None:
     assert made(0.9).select().keep == 0.9
     assert made(0.95, 0.9).select(0.9).keep == 0.9
     assert made(1 / 3, 2 / 3).select(float("0.333333")).keep == 1 / 3, "as tables and commands have it"
-    with pytest.raises(
-        UsageError, match=r"^keep: expected one of 0.95, 0.9, the 2 sets of coefficients in coefficients; choose one$"
-    ):
-        made(0.95, 0.9).select()
-    with pytest.raises(
-        UsageError, match=r"^coefficients: holds no coefficients that keep 0.8; the shares in it are 0.9$"
-    ):
-        made(0.9).select(0.8)
 
 
 def test_digests_tell_coefficients_apart() -> None:

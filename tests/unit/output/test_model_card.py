@@ -212,18 +212,6 @@ def test_an_edited_card_stands_and_is_never_replaced(job: tuple[Path, Path], tmp
     assert (out / "README.md").read_text().endswith("mine\n")
 
 
-def test_a_card_that_stood_before_the_first_run(job: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = job
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "README.md").write_text("mine")
-    words = r"README\.md: exists and is not ours; choose another output, move it away, or pass --no-card$"
-    with pytest.raises(streamer.StreamerError, match=words):
-        streamer.merge_with_reduced_intruder_dimensions(base, adapter, out)
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, model_card=False, overwrite=True)
-    assert (out / "README.md").read_text() == "mine"
-
-
 @pytest.mark.parametrize("options", [{}, {"model_card": False}])
 def test_another_card_of_the_base_is_another_output(
     job: tuple[Path, Path], tmp_path: Path, options: dict[str, bool]

@@ -1,17 +1,26 @@
-"""The page of a report: what is written, what exists already, and what is refused."""
+"""The page of a report as a file, the curves on it, and what it embeds."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from evaluations import of_findings
 from helpers import names, tree_digest
+from safetensors.torch import load_file
+from seeds import vary
 
 import streamer
 from streamer.detection.findings import Findings
 from streamer.errors import LockedError, OutputError, OutputExistsError, UsageError
+from streamer.report.curves import LAMBDAS, lambda_curve, threshold_curve
 from streamer.report.files import write_files
+from streamer.report.packing import DIGITS, LONGEST, Packed, pack, pack_names, pack_ratio, pack_share
 from streamer.report.subject import make_subject
 from streamer.storage.lock import locked
 
@@ -82,3 +91,118 @@ def test_nothing_is_written_into_a_complete_output(
     with pytest.raises(OutputError, match=r"lies inside the output .*/out, which is complete: its streamer.json lists"):
         write_files(make_subject(findings), tmp_path / "out" / name)
     assert tree_digest(tmp_path) == before
+
+
+def delta(adapter: Path, module: str) -> torch.Tensor:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    A, B = (tensors[f"base_model.model.{module}.lora_{f}.weight"].double() for f in "AB")
+    return B @ A
+
+
+def test_what_a_lambda_takes_away_is_what_the_formulas_do(pair: tuple[Path, Path], findings: Findings) -> None:
+    total = {"before": 0.0, "project": 0.0, "left": 0.0, "paper": 0.0}
+    lam = 0.25
+    for m in findings:
+        D, d = delta(pair[1], m.module), m.detection
+        U, S, Vh = d.U.double(), d.S.double(), d.Vh.double()
+        project = D - (1 - lam) * U @ (U.T @ D)
+        paper = D + (lam - 1) * U @ torch.diag(S) @ Vh
+        total["before"] += float(D.square().sum())
+        total["left"] += float(project.square().sum())
+        total["project"] += float((project - D).square().sum())
+        total["paper"] += float((paper - D).square().sum())
+    found = next(c for c in lambda_curve(findings) if c["lambda"] == lam)
+    for key, square in (("norm_left", "left"), ("project", "project"), ("paper", "paper")):
+        assert found[key] == pytest.approx(math.sqrt(total[square] / total["before"]), rel=1e-5)  # type: ignore[literal-required]
+
+
+def test_lambda_1_takes_nothing_away(findings: Findings) -> None:
+    first = lambda_curve(findings)[0]
+    assert first == {"lambda": 1.0, "paper": 0.0, "project": 0.0, "norm_left": 1.0}
+    assert [c["lambda"] for c in lambda_curve(findings)] == list(LAMBDAS)
+
+
+def test_findings_without_a_delta() -> None:
+    empty = Findings({"files": []}, {"modules": 0}, streamer.DetectionOptions(), ())
+    assert {c["norm_left"] for c in lambda_curve(empty)} == {1.0}
+    assert {c["most"] for c in threshold_curve(empty)} == {0}
+
+
+def test_thresholds_count_what_detection_finds_there(pair: tuple[Path, Path], findings: Findings) -> None:
+    curve = {c["epsilon"]: c for c in threshold_curve(findings)}
+    assert curve[0.5]["intruders"] == curve[0.5]["least"] == curve[0.5]["most"] == findings.intruders
+    other = streamer.detect_intruder_dimensions(*pair, threshold_epsilon=0.7)
+    assert curve[0.7]["least"] <= other.intruders <= curve[0.7]["most"]
+    values = list(curve.values())
+    assert all(a["intruders"] <= b["intruders"] and a["most"] <= b["most"] for a, b in itertools.pairwise(values))
+
+
+def test_a_threshold_between_the_steps_is_among_them(findings: Findings) -> None:
+    options = dataclasses.replace(findings.options, threshold_epsilon=0.513)
+    curve = threshold_curve(dataclasses.replace(findings, options=options))
+    assert 0.513 in [c["epsilon"] for c in curve]
+
+
+def unpack(packed: Packed) -> list[int]:
+    """What the page's script does."""
+    width, codes = packed["digits"], packed["codes"]
+    numbers = [DIGITS.index(c.encode()) for c in codes]
+    return [
+        sum(n * 64 ** (width - 1 - d) for d, n in enumerate(numbers[i : i + width]))
+        for i in range(0, len(codes), width)
+    ]
+
+
+def unpack_names(packed: dict) -> list[str]:
+    numbers = iter(packed["numbers"])
+    out = []
+    for i in unpack(packed["form"]):
+        form = packed["forms"][i]
+        out.append(form[1:] if form[:1] == "=" else "".join(str(next(numbers)) if c == "*" else c for c in form))
+    return out
+
+
+@pytest.mark.parametrize("values", [[], [0], [63], [0, 64, 4095, 4096], [2**40, 1]])
+def test_numbers_are_read_back(values: list[int]) -> None:
+    assert unpack(pack(values)) == values
+
+
+def test_numbers_that_do_not_fit_are_refused() -> None:
+    for values in ([64], [-1]):
+        with pytest.raises(ValueError, match="1 digits do not hold"):
+            pack(values, 1)
+
+
+def test_an_interval_stays_one() -> None:
+    rng = np.random.default_rng(vary(0))
+    low = rng.random(1000)
+    high = np.minimum(1, low + 1e-5 * rng.random(1000))
+    down, up = (np.array(unpack(p)) / 4095 for p in (pack_share(low, 2), pack_share(high, 2, up=True)))
+    assert (down <= low).all()
+    assert (up >= high).all()
+    assert max(low - down) < 1 / 4095 + 1e-12
+    assert max(up - high) < 1 / 4095 + 1e-12
+
+
+def test_ratios_are_kept_to_a_fifth_of_a_percent() -> None:
+    ratios = np.geomspace(1e-6, 1, 500)
+    codes = np.array(unpack(pack_ratio(ratios, 2, 1e-6)))
+    assert np.abs(1e-6 ** (codes / 4095) / ratios - 1).max() < 0.002
+    assert unpack(pack_ratio(np.array([0.0, 1e-9, 1.0]), 2, 1e-6)) == [4095, 4095, 0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.12.mlp.experts.7.down_proj.weight", "model.experts.gate_up_proj[3]", "lm_head.weight", "a*b.1", "=x.1", "", "0",
+        "layers.007.weight", f"layers.{'9' * (LONGEST + 1)}.weight", f"layers.{'9' * LONGEST}.weight", "conv1d.2b.3", "é.4.\x1b", "²",
+    ],
+)  # fmt: skip
+def test_names_are_read_back(name: str) -> None:
+    names = ["model.layers.3.q.weight", name, "model.layers.4.q.weight"]
+    assert unpack_names(pack_names(names)) == names  # type: ignore[arg-type]
+
+
+def test_names_alike_are_one_form() -> None:
+    names = [f"model.layers.{i}.experts.{j}.w1.weight" for i in range(4) for j in range(8)]
+    assert pack_names(names)["forms"] == ["model.layers.*.experts.*.w1.weight"]

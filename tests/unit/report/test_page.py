@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import evaluations
 import numpy as np
 import pytest
 import torch
@@ -154,13 +153,6 @@ def test_an_evaluation_is_shown_with_its_suggestion(findings: Findings) -> None:
     assert {v["series"] for v in tree["variants"]} == {"base", "adapter", "paper", "project", "shrink"}
     assert all(v["kept_se"] >= 0 for v in tree["variants"])
     assert [c["head"] for c in tree["field"]] == [c.head for c in field_figures(of_findings(findings).general)]
-
-
-def test_an_evaluation_of_another_adapter_is_refused(findings: Findings) -> None:
-    with pytest.raises(
-        MismatchError, match=r"the evaluation is of another base \('unnamed'\); run evaluate with these findings"
-    ):
-        make_subject(findings, evaluations.evaluation())
 
 
 def test_names_of_variants_are_the_same_everywhere_in_the_page(findings: Findings) -> None:
