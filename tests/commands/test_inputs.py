@@ -1,4 +1,4 @@
-"""Adapters and bases that do not fit, are broken, or lie where the output would go."""
+"""Adapters and bases that do not fit, are broken, or lie where the output would go; keys that the user ignores."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pytest
@@ -93,17 +94,6 @@ def test_inputs_that_are_not_there_or_exchanged(job: tuple[Path, Path], tmp_path
     refuse_everywhere(adapter, adapter, tmp_path, 3, "is an adapter, not a base model; the order is BASE ADAPTER")
     (adapter / "adapter_model.safetensors").unlink()
     refuse_everywhere(base, adapter, tmp_path, 3, "expected adapter_model.safetensors, found none; finish the download")
-
-
-@pytest.mark.parametrize("name", ["../base/model-00001-of-00003.safetensors", "/etc/passwd", "x\u0000.safetensors", 7])
-def test_an_index_that_points_elsewhere(job: tuple[Path, Path], tmp_path: Path, name: object) -> None:
-    base, adapter = job
-    index = base / "model.safetensors.index.json"
-    tree = json.loads(index.read_text())
-    tree["weight_map"]["model.layers.0.self_attn.q_proj.weight"] = name
-    index.write_text(json.dumps(tree))
-    refuse_everywhere(base, adapter, tmp_path, 3, str(index), "weight_map names",
-                      "expected a plain .safetensors file name; do not trust this file")  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"r": 4, "r": 4}', "\ufeff{}", '{"r": NaN}', "[" * 100_000])
@@ -292,16 +282,6 @@ def test_findings_that_are_none(job: tuple[Path, Path], tmp_path: Path, command:
     assert "not a safetensors file" in line
 
 
-def test_report_of_what_is_no_findings(job: tuple[Path, Path]) -> None:
-    base, _ = job
-    done = server().run("report", base / "model-00001-of-00003.safetensors")
-    assert (done.code, done.out) == (3, "")
-    assert done.err.count("\n") == 1
-    done = server().run("report", base)
-    assert done.code == 3
-    assert done.err.count("\n") == 1
-
-
 def test_a_name_that_is_not_utf_8(job: tuple[Path, Path], tmp_path: Path) -> None:
     """Linux takes any bytes for a name, and JSON does not: records call the adapter by the bytes in hexadecimal."""
     base, adapter = job
@@ -318,3 +298,40 @@ def test_a_name_that_is_not_utf_8(job: tuple[Path, Path], tmp_path: Path) -> Non
             assert json.loads(done.out)["adapter"]["name"] == "ad\\xffapter"
     findings = tmp_path / "detect.safetensors"
     assert server().run("merge", base, odd, "-o", tmp_path / "again", "--findings", findings).code == 0
+
+
+WARNING = (
+    "'use_tomorrow', 'use_hyper' of adapter_config.json are ignored: the result relies on them not changing the delta"
+)
+IGNORE = ("--ignore-key", "use_tomorrow", "--ignore-key", "use_hyper")
+
+
+@pytest.fixture
+def keyed(job: tuple[Path, Path]) -> tuple[Path, Path]:
+    config = job[1] / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_tomorrow": True, "use_hyper": 2}))
+    return job
+
+
+def run_ignoring(*args: object) -> dict[str, Any]:
+    """Run a command that ignores both keys, and look for the one warning; with -q it is on stderr, with -qq nothing is."""
+    done = server().run(*args, *IGNORE, "--json", "-q")
+    assert (done.code, done.err, done.last) == (0, f"streamer: warning: {WARNING}\n", "")
+    found: dict[str, Any] = json.loads(done.out)
+    return found
+
+
+def test_ignored_keys_are_a_warning(keyed: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = keyed
+    assert WARNING in run_ignoring("inspect", base, adapter)["warnings"]
+    findings, output = tmp_path / "f.safetensors", tmp_path / "output"
+    assert run_ignoring("detect", base, adapter, "-o", findings)["adapter"]["ignored_keys"] == [
+        "use_tomorrow",
+        "use_hyper",
+    ]
+    for command in ("merge", "mitigate"):
+        made = output / command
+        assert WARNING in run_ignoring(command, base, adapter, "-o", made, "--method", "shrink")["warnings"]
+        assert WARNING in json.loads((made / "streamer.json").read_text())["warnings"]
+    silent = server().run("inspect", base, adapter, *IGNORE, "-qq")
+    assert (silent.code, silent.err + silent.last) == (0, "")

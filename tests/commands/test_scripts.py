@@ -1,9 +1,11 @@
-"""What scripts and workflow systems rely on: times of files, outputs made beforehand, --overwrite, hints, JSON on failure, events."""
+"""What scripts and workflow systems rely on: times of files, outputs made beforehand, --overwrite, hints, records of other versions."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from commands import WRITING, ok, target
-from forks import server
-from helpers import tree_digest
+from forks import KILL, server
+from helpers import stamp, tree_digest
 
 import streamer
 import streamer.peft
+from streamer.detection.findings import load_findings
 from streamer.errors import OutputError, UsageError
 
 OLD = 1_000_000_000  # seconds: the year 2001
@@ -92,13 +95,6 @@ def test_a_time_that_cannot_be_set_is_told(inputs: tuple[Path, Path], tmp_path: 
         assert "Read-only file system: its time stays; `make` may ask for it again" in done.err
 
 
-@pytest.mark.parametrize("command", WRITING)
-def test_missing_parents_are_made(inputs: tuple[Path, Path], tmp_path: Path, command: str) -> None:
-    out = target(tmp_path / "a" / "b", command)
-    ok(command, *inputs, "-o", out)
-    assert out.exists()
-
-
 # What is refused, with a hint ---------------------------------------------------------------------------------------
 
 
@@ -117,11 +113,9 @@ def test_lambda_that_does_not_mitigate(
         ok(*line, "--amplify")
 
 
-def test_the_demo_refuses_a_percentage_and_a_directory_as_a_share(tmp_path: Path) -> None:
+def test_the_demo_refuses_a_percentage_and_a_directory_that_exists(tmp_path: Path) -> None:
     done = server().run("demo", "--lambda", "20", "-o", tmp_path / "demo")
     assert (done.code, "got 20; did you mean 0.2? `--amplify`" in done.err) == (2, True)
-    done = server().run("demo", "--keep", tmp_path / "demo")
-    assert (done.code, f"use `-o {tmp_path / 'demo'}` for a directory" in done.err) == (2, True)
     assert not (tmp_path / "demo").exists()
     done = server().run("demo", "-o", tmp_path)
     assert (done.code, done.err) == (4, f"streamer: {tmp_path}: exists; name a directory that does not\n")
@@ -236,3 +230,156 @@ def test_findings_in_a_directory_that_is_a_link(inputs: tuple[Path, Path], tmp_p
     assert (done.code, "is a symlink" in done.err) == (4, True)
     with pytest.raises(OutputError):
         streamer.detect_intruder_dimensions(base, [adapter, other], tmp_path / "link")
+
+
+# Outputs made beforehand --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_an_empty_file_is_taken_like_nothing(inputs: tuple[Path, Path], tmp_path: Path, command: str) -> None:
+    out = target(tmp_path, command)
+    out.touch()
+    assert ok(command, *inputs, "-o", out, "--dry-run")["state"] == "new"
+    assert out.stat().st_size == 0
+    ok(command, *inputs, "-o", out)
+    assert out.is_dir() == (command != "detect")
+
+
+def test_a_refused_run_leaves_the_empty_file(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.touch()
+    done = server().run("merge", *inputs, "-o", out, "--max-memory", "201M")
+    assert done.code == 2
+    assert out.is_file()
+
+
+def test_empty_files_of_an_output_are_taken_like_none(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """As a workflow system touches targets; a loader would still read an empty file of another kind of model."""
+    ok("merge", *inputs, "-o", tmp_path / "whole")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("config.json", "streamer.json", "model.safetensors.index.json"):
+        (out / name).touch()
+    ok("merge", *inputs, "-o", out)
+    assert tree_digest(out) == tree_digest(tmp_path / "whole")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").touch()
+    done = server().run("merge", *inputs, "-o", other)
+    assert (done.code, "adapter_config.json: exists and is not ours" in done.err) == (4, True)
+
+
+# --overwrite --------------------------------------------------------------------------------------------------------
+
+
+def test_another_lambda_replaces_the_outputs_own_files_and_no_others(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ok("merge", *inputs, "-o", out, "--lambda", "0.5")
+    foreign = {"notes.txt": "mine", "eval/results.json": "{}"}
+    (out / "eval").mkdir()
+    for name, text in foreign.items():
+        (out / name).write_text(text)
+    done = server().run("merge", *inputs, "-o", out, "--lambda", "0.25")
+    assert (done.code, "holds another output" in done.err) == (4, True)
+    ok("merge", *inputs, "-o", out, "--lambda", "0.25", "--overwrite")
+    ok("merge", *inputs, "-o", tmp_path / "fresh", "--lambda", "0.25")
+    assert {name: (out / name).read_text() for name in foreign} == foreign
+    assert {k: v for k, v in tree_digest(out).items() if k not in foreign} == tree_digest(tmp_path / "fresh")
+
+
+def test_files_that_only_the_old_output_had_go(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """An adapter written over a model: its shards go, whole directories of its own too; an edited one stays, and what is not ours."""
+    out, adapter = tmp_path / "out", tmp_path / "fresh"
+    ok("merge", *inputs, "-o", out)
+    (out / "config.json").write_text("edited")
+    (out / "notes.txt").write_text("mine")
+    ok("mitigate", *inputs, "-o", out, "--overwrite")
+    ok("mitigate", *inputs, "-o", adapter)
+    assert tree_digest(out).keys() == {*tree_digest(adapter), "config.json", "notes.txt"}
+    assert not (out / "1_Pooling").exists()
+
+
+def test_an_interrupted_run_is_overwritten_whole(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    whole = server().run("merge", *inputs, "-o", tmp_path / "merged", "--method", "shrink")
+    assert server().run("merge", *inputs, "-o", out, "--method", "shrink", at=len(whole.calls) - 6, code=KILL).code < 0
+    assert list(out.glob("model-*"))
+    ok("mitigate", *inputs, "-o", out, "--overwrite")
+    ok("mitigate", *inputs, "-o", tmp_path / "fresh")
+    assert tree_digest(out) == tree_digest(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("name", ["../victim", "/{home}/victim", "link/victim", "sub/../../victim", "a\0b"])
+def test_a_record_that_names_files_elsewhere_removes_none(inputs: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+    import hashlib
+
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    victim.write_text("x")
+    out.mkdir()
+    (out / "sub").mkdir()
+    (out / "link").symlink_to(tmp_path)
+    digest = hashlib.sha256(b"x").hexdigest()
+    files = [{"file": name.format(home=str(tmp_path).lstrip("/")), "bytes": 1, "sha256": digest}]
+    (out / "streamer.json").write_text(json.dumps({"schema": "streamer.output/1", "files": files}))
+    ok("mitigate", *inputs, "-o", out, "--overwrite")
+    assert victim.read_text() == "x"
+
+
+def test_the_record_is_what_report_prints(job: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "findings.safetensors"
+    streamer.detect_intruder_dimensions(*job, path, top_k=6)
+    done = server().run("report", path, "--json")
+    assert json.loads(done.out) == load_findings(path).record()
+
+
+OTHER = (
+    "import streamer.output.output_spec as j, streamer.detection.findings_writer as w; "
+    "j.__version__ = w.__version__ = '0.10.0-rc1'"
+)
+"""Run as another version, whose name has another length."""
+
+
+def content(path: Path) -> dict[str, str] | bytes:
+    return tree_digest(path) if path.is_dir() else path.read_bytes()
+
+
+def test_a_run_of_another_version_is_not_finished_by_this_one(job: tuple[Path, Path], tmp_path: Path) -> None:
+    out, found = tmp_path / "out", tmp_path / "f.safetensors"
+    for line, made in ((("merge", *job), out), (("detect", *job), found)):
+        whole = tmp_path / f"whole-{made.name}"
+        calls = server().run(*line, "-o", whole).calls
+        before = server().run(*line, "-o", made, at=len(calls) * 2 // 3, code=KILL, before=OTHER)
+        assert before.code == -signal.SIGKILL
+        left = tree_digest(out)
+        done = server().run(*line, "-o", made)
+        assert done.code == OutputError.exit_code
+        assert "a run that version 0.10.0-rc1 began, and this is" in done.err.replace("is of a run", "a run")
+        assert "pass --no-resume to start it over" in done.err
+        assert tree_digest(out) == left
+        assert server().run(*line, "-o", made, "--no-resume").code == 0
+        assert content(made) == content(whole)
+
+
+def test_a_finished_output_of_another_version_is_there_already(job: tuple[Path, Path], tmp_path: Path) -> None:
+    for command in ("merge", "mitigate"):
+        out = tmp_path / command
+        assert server().run(command, *job, "-o", out, before=OTHER).code == 0
+        before = tree_digest(out)
+        done = server().run(command, *job, "-o", out, "--json")
+        assert (done.code, json.loads(done.out)["state"]) == (0, "present"), done.err
+        assert json.loads(done.out)["version"] == "0.10.0-rc1"
+        assert tree_digest(out) == before
+
+
+def test_findings_know_what_they_are_of(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+    streamer.detect_intruder_dimensions(base, adapter, tmp_path / "f.safetensors")
+    done = server().run("report", tmp_path / "f.safetensors", "--json")
+    tree = json.loads(done.out)
+    assert (tree["base"]["name"], tree["adapter"]["name"]) == ("base", "adapter")
+    # Under another name they are the same inputs.
+    base.rename(tmp_path / "moved")
+    streamer.merge_with_reduced_intruder_dimensions(
+        tmp_path / "moved", adapter, tmp_path / "out", findings=tmp_path / "f.safetensors"
+    )
+    assert stamp(tmp_path / "out" / "model-00001-of-00003.safetensors")["base"]["name"] == "moved"

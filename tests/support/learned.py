@@ -12,6 +12,7 @@ from forks import Outcome, Server
 from seeds import vary
 
 import streamer
+from streamer.fitting.options import FitOptions
 
 
 def make_learned(home: Path, sequences: int = 24, length: int = 8, **lora: Any) -> Path:
@@ -38,3 +39,12 @@ def evaluate(server: Server, home: Path, output: object, *options: object, befor
     for name in ("general", "task"):
         line += [f"--{name}", texts.get(name, home / f"{name}.npy")]
     return server.run(*line, before=before)
+
+
+def held_apart(home: Path, place: Path) -> dict[str, Path]:
+    """Write the sequences that a fit holds apart."""
+    for name in ("general", "task"):
+        ids = np.load(home / f"{name}.npy")
+        shift = np.random.default_rng(FitOptions.seed).integers(len(ids))
+        np.save(place / f"{name}.npy", ids[sorted(np.roll(np.arange(len(ids)), shift)[: len(ids) // 4])])
+    return {name: place / f"{name}.npy" for name in ("general", "task")}
