@@ -45,7 +45,7 @@ HEAVY = (
     "faults/test_survival.py",
     "faults/test_remote.py",
     "faults/test_evaluation.py",
-    "project/test_bench_evaluate.py",
+    "project/test_benchmarks.py",
     "parity/test_peft.py",
     "faults/test_crash.py",
     "parity/test_kinds.py",
@@ -60,8 +60,6 @@ HEAVY = (
     "commands/test_pipelines.py",
     "commands/test_screens.py",
     "property/test_gallery.py",
-    "project/test_bench_detect.py",
-    "project/test_bench_model.py",
     "project/test_docs.py",
 )
 """Files that take longest, at the head of the queue of a parallel run: one that begins last would be waited for alone."""

@@ -18,6 +18,7 @@ from forks import server
 from helpers import intruding_factors, power_law, tree_digest, write_adapter, write_sharded
 from safetensors.torch import load_file, save_file
 from several import NAMES, WAYS, Several, run
+from test_schemas import faults
 
 import streamer
 from streamer.adapters.one_or_several import named_adapters
@@ -239,6 +240,7 @@ def test_json_holds_the_object_of_each(several: Several, way: str, tmp_path: Pat
     assert not out.exists()
     tree = json.loads(run(*several.line(way, out), "--json"))
     assert planned["schema"] == tree["schema"] == "streamer.several/1"
+    assert faults(planned) == faults(tree) == []
     assert list(planned["adapters"]) == list(tree["adapters"]) == NAMES
     for name in NAMES:
         plan, done = planned["adapters"][name], tree["adapters"][name]

@@ -1,4 +1,4 @@
-"""Rules that hold for every module; the layers of imports are import-linter's (pyproject.toml)."""
+"""Rules that hold for every module, the package and the folders of tests; the layers of imports are import-linter's (pyproject.toml)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from command_line import ENV
 from paths import ROOT
+
+import streamer
 
 PACKAGE = ROOT / "streamer"
 
@@ -27,11 +30,17 @@ def _extras(path: Path) -> set[str]:
     return {"peft", "huggingface_hub"} if path.parent.name == "peft" else EXTRAS.get(path.name, set())
 
 
-@pytest.mark.parametrize("name", ["streamer", "streamer.cli.main", "streamer.storage.transaction"])
-def test_importing_loads_nothing_heavy(name: str) -> None:
-    code = f"import sys, {name}; print(*sorted({{'torch', 'numpy', 'scipy', 'tqdm', 'pandas', 'matplotlib'}} & sys.modules.keys()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+HEAVY = "'torch', 'numpy', 'scipy', 'safetensors', 'tqdm', 'pandas', 'matplotlib'"
+
+
+@pytest.mark.parametrize(
+    "code", ["streamer", "streamer.storage.transaction", "streamer.cli.main as m; m.build_parser().format_help()"]
+)
+def test_importing_loads_nothing_heavy(code: str) -> None:
+    """So that --help and a wrong option answer at once."""
+    code = f"import sys, {code}; print(*sorted({{{HEAVY}}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True)
+    assert (done.stdout, done.stderr) == ("\n", "")
 
 
 def test_only_the_command_line_prints_or_exits() -> None:
@@ -77,16 +86,6 @@ def test_core_dependencies_are_the_five() -> None:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 roots = [node.module.split(".")[0]]
             assert set(roots) <= allowed | optional, f"{path.name}:{node.lineno}"
-
-
-def test_the_parser_needs_nothing_heavy() -> None:
-    """So that --help and a wrong option answer at once."""
-    code = (
-        "import sys, streamer.cli.main as m; m.build_parser().format_help(); "
-        "print(sorted({'torch', 'numpy', 'scipy', 'safetensors', 'tqdm', 'matplotlib'} & sys.modules.keys()))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 BUDGET = 27_224
@@ -149,3 +148,67 @@ def test_no_imports_go_in_a_circle_within_a_folder() -> None:
         for name in free:
             del left[name]
     assert not left
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+# What is declared -------------------------------------------------------------------------------------------------------
+
+
+def test_versions_agree() -> None:
+    version = streamer.__version__
+    assert PROJECT["version"] == version
+    assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+def test_the_source_distribution_is_told_of_every_file() -> None:
+    """Of what is tracked, `MANIFEST.in`, the package and pip's own rules name all but what only a checkout needs."""
+    lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines()]
+    grafted = {word for kind, *words in lines for word in words if kind == "graft"}
+    included = {word for kind, *words in lines for word in words if kind == "include"}
+    always = {"README.md", "LICENSE", "pyproject.toml", "MANIFEST.in", "streamer", ".gitignore"}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
+        "\n"
+    )
+    tops = {name.split("/")[0] for name in tracked if name}
+    assert tops <= grafted | included | always
+
+
+TESTS = ROOT / "tests"
+NOT_UNIT = {"subprocess", "multiprocessing", "peft", "transformers", "bitsandbytes", "compressed_tensors", "forks"}
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of the modules that a file imports anywhere, the modules of `tests/support` that these import among them."""
+    found: set[str] = set()
+    todo = [path]
+    while todo:
+        for node in ast.walk(ast.parse(todo.pop().read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            new = {n.split(".")[0] for n in names} - found
+            found |= new
+            todo += [p for n in new if (p := TESTS / "support" / f"{n}.py").exists()]
+    return found
+
+
+def test_unit_tests_start_no_process_and_load_no_model() -> None:
+    files = [TESTS / "conftest.py", *(TESTS / "unit").rglob("*.py")]
+    assert {
+        f"{p.relative_to(TESTS)}: {', '.join(bad)}" for p in files if (bad := sorted(imports(p) & NOT_UNIT))
+    } == set()
+
+
+def test_unit_tests_would_be_caught() -> None:
+    assert imports(TESTS / "faults" / "test_crash.py") >= {"forks", "subprocess", "command_line"}
+
+
+def test_unit_tests_stand_where_the_package_has_its_folders() -> None:
+    folders = {p.name for p in (ROOT / "streamer").iterdir() if (p / "__init__.py").exists()}
+    assert {p.name for p in (TESTS / "unit").iterdir() if any(p.rglob("test_*.py"))} - {"test_api.py"} <= folders
+
+
+def test_every_test_stands_in_a_folder_that_marks_it() -> None:
+    assert list(TESTS.glob("test_*.py")) == []

@@ -124,17 +124,6 @@ def test_what_every_command_prints(inputs: tuple[Path, Path], tmp_path: Path) ->
     assert (kept / "merged").is_dir()
 
 
-def test_what_is_printed_of_several_adapters(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    import shutil
-
-    adapters = [shutil.copytree(inputs[1], tmp_path / name) for name in ("one", "two")]
-    for command in ("detect", "merge"):
-        line = (command, inputs[0], *adapters, "-o", tmp_path / command, "--json")
-        dry = check(server().run(*line, "--dry-run"), "streamer.several/1")
-        assert dry["adapters"].keys() == {"one", "two"}
-        done = check(server().run(*line), "streamer.several/1")
-        assert {part["state"] for part in done["adapters"].values()} == {"written"}
-        check(server().run(*line, "--dry-run"), "streamer.several/1")
 
 
 def test_other_kinds_of_inputs(tmp_path: Path) -> None:
