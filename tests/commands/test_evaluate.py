@@ -189,18 +189,8 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
     (place / "a.txt").write_text("one two")
     (place / "a.jsonl").write_text('{"text": "one"}\n{"text": ')
     none: list[object] = []
-    yield (
-        none,
-        {"task": place / "none.npy"},
-        3,
-        f"{place}/none.npy: expected 2 sequences of 512 tokens at least, found 0 tokens",
-    )
-    yield (
-        none,
-        {"task": place / "other.npy"},
-        3,
-        f"{place}/other.npy: expected token ids from 0 to 63, found 99 in sequence 2",
-    )
+    yield none, {"task": place / "none.npy"}, 3, f"{place}/none.npy: expected 2 sequences of 512 tokens at least, found 0"  # fmt: skip
+    yield none, {"task": place / "other.npy"}, 3, f"{place}/other.npy: expected token ids from 0 to 63, found 99 in sequence 2"  # fmt: skip
     yield (
         none,
         {"task": place / "long.npy"},
@@ -217,12 +207,7 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
         2,
         "lambda must be between 0 (remove) and 1 (keep), got 2; did you mean 0.02? `--amplify` allows other values",
     )
-    yield (
-        ["--coefficients", home / "f.safetensors"],
-        {},
-        3,
-        "expected coefficients (streamer.coefficients/3), found findings",
-    )
+    yield ["--coefficients", home / "f.safetensors"], {}, 3, "expected coefficients (streamer.coefficients/3), found findings"  # fmt: skip
     yield (
         ["--coefficients", other_coefficients(home, place)],
         {},

@@ -140,9 +140,7 @@ def test_without_intruders_nothing_that_scales_them_runs(server: Server, home: P
         output = tmp_path / f"{name}.json"
         done = evaluate(server, home, output, *options, "--lambda", "0.75,0.5")
         assert (done.code, done.err) == (0, ""), name
-        assert (
-            "no intruder was found (epsilon 1e-06): paper and project change nothing, and were not run" in done.out
-        )
+        assert "no intruder was found (epsilon 1e-06): paper and project change nothing, and were not run" in done.out
         tree = json.loads(output.read_text())
         assert {v["method"] for v in tree["variants"]} == {None, "shrink"}
         assert (tree["intruders"], tree["detection"]["threshold_epsilon"]) == (0, 1e-6)

@@ -198,11 +198,7 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], int, str]]:
     yield [base, "--general", place / "far.npy", *out], 3, "expected token ids from 0 to"
     yield [home / "adapter", *general, *out], 3, "is an adapter, not a base model"
     yield [base, *general, "-o", base / "model.safetensors"], 4, "is not a map, which is all that is replaced"
-    yield (
-        [base, base, *out],
-        2,
-        "is a directory, but with several inputs, all must be maps to add; map one model at a time",
-    )
+    yield [base, base, *out], 2, "is a directory, but with several inputs, all must be maps to add; map one model at a time"  # fmt: skip
     yield [base, *general, *out, "--max-memory", f"{process_mib() + 20}M"], 2, "is not enough for the inputs of"
 
 
@@ -220,14 +216,11 @@ def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_pat
     assert (done.code, "holds a map of other inputs or options" in done.err) == (4, True)
     line = ("mitigate", home / "base", home / "adapter", "-o", tmp_path / "out")
     for options, message in (
-        (
-            ["--map", home / "base" / "model.safetensors"],
-            "expected a map (streamer.map/2), found another safetensors file",
-        ),
+        (["--map", home / "base" / "model.safetensors"], "expected a map (streamer.map/2), found another safetensors file"),
         (["--map", tmp_path / "m.safetensors", "--method", "shrink"], "--map: is not used by method 'shrink'"),
         (["--map", tmp_path / "m.safetensors", "--lambda", 1.5, "--amplify"], "leave out --amplify"),
         (["--method", "nullspace"], "make one with `streamer map`"),
-    ):
+    ):  # fmt: skip
         done = server.run(*line, *options)
         assert done.code in (2, 3)
         assert message in done.err

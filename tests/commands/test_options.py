@@ -17,66 +17,42 @@ from paths import TOOLS
 # Options --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (
-            ["--top-k", "0"],
-            "streamer: --top-k: expected a count from 1, or a share in (0, 1] with a decimal point, found 0",
-        ),
-        (["--epsilon", "0"], "streamer: --epsilon: expected a number in (0, 1], found 0.0"),
-        (["--threads", "0"], "--threads: expected a number from 1 to 1024, found 0"),
-        (["--device", "abacus"], "streamer: --device: expected auto, cpu, cuda or cuda:i, found 'abacus'"),
-        (["--device", "cuda:99"], "streamer: --device: cuda:99 is not available; use cpu"),
-    ],
-)
+@pytest.mark.parametrize(("options", "words"), [
+    (["--top-k", "0"], "streamer: --top-k: expected a count from 1, or a share in (0, 1] with a decimal point, found 0"),
+    (["--epsilon", "0"], "streamer: --epsilon: expected a number in (0, 1], found 0.0"),
+    (["--threads", "0"], "--threads: expected a number from 1 to 1024, found 0"),
+    (["--device", "abacus"], "streamer: --device: expected auto, cpu, cuda or cuda:i, found 'abacus'"),
+    (["--device", "cuda:99"], "streamer: --device: cuda:99 is not available; use cpu"),
+])  # fmt: skip
 def test_options_that_make_no_sense(job: tuple[Path, Path], tmp_path: Path, options: list[str], words: str) -> None:
     for command in WRITING:
         for dry in ([], ["--dry-run"]):
             assert words in refuse(command, *job, tmp_path, 2, *options, *dry)
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        ([], "COMMAND"),
-        (["fly"], "COMMAND: expected one of inspect, detect, "),
-        (["mrege", "b", "a", "-o", "x"], "found 'mrege'; did you mean merge?"),
-        (["--verison"], "unknown option '--verison'; did you mean --version?"),
-        (["merge", "b", "a", "--ouput", "x"], "unknown option '--ouput'; did you mean --output?"),
-        (
-            ["merge", "b", "a", "-o", "x", "--lambda", "75%"],
-            "--lambda: expected a number like 0.75, found '75%'; did you mean 0.75?",
-        ),
-        (
-            ["merge", "b", "a", "-o", "x", "--lambda", "0,75"],
-            "--lambda: expected a number like 0.75, found '0,75'; did you mean 0.75?",
-        ),
-        (
-            ["fit", "b", "a", "-o", "x", "--keep", "0.9,85%"],
-            "--keep: expected a number like 0.75, found '85%'; did you mean 0.85?",
-        ),
-        (["demo", "--lambda=75 %"], "--lambda: expected a number like 0.75, found '75 %'; did you mean 0.75?"),
-        (["detect", "b", "a"], "the following arguments are required: -o/--output"),
-        (["merge", "b", "-o", "x"], "the following arguments are required: ADAPTER"),
-        (
-            ["detect", "b", "a", "-o", "x", "--top-k", "some"],
-            "--top-k: expected a count like 10 or a share like 0.1, found 'some'; see `streamer detect --help`",
-        ),
-        (
-            ["merge", "b", "a", "-o", "x", "--lambda", "much"],
-            "--lambda: expected a number like 0.75, found 'much'; see `streamer merge",
-        ),
-        (
-            ["merge", "b", "a", "-o", "x", "--method", "paperr"],
-            "regmean, nullspace, found 'paperr'; did you mean paper?",
-        ),
-        (["detect", "b", "a", "-o", "x", "--lambda", "1"], "unknown option '--lambda'; see `streamer detect --help`"),
-        (["demo", "more"], "streamer: unexpected argument 'more'; see `streamer demo --help`"),
-        (["merge", "b", "a", "-m", "paper", "-o", "x"], "streamer: unknown option '-m'; see `streamer merge --help`"),
-        (["detect", "b", "a", "-o", "x", "--threads", "two"], "--threads: expected a whole number, found 'two'; see"),
-    ],
-)
+@pytest.mark.parametrize(("argv", "words"), [
+    ([], "COMMAND"),
+    (["fly"], "COMMAND: expected one of inspect, detect, "),
+    (["mrege", "b", "a", "-o", "x"], "found 'mrege'; did you mean merge?"),
+    (["--verison"], "unknown option '--verison'; did you mean --version?"),
+    (["merge", "b", "a", "--ouput", "x"], "unknown option '--ouput'; did you mean --output?"),
+    (["merge", "b", "a", "-o", "x", "--lambda", "75%"], "--lambda: expected a number like 0.75, found '75%'; did you mean 0.75?"),
+    (["merge", "b", "a", "-o", "x", "--lambda", "0,75"], "--lambda: expected a number like 0.75, found '0,75'; did you mean 0.75?"),
+    (["fit", "b", "a", "-o", "x", "--keep", "0.9,85%"], "--keep: expected a number like 0.75, found '85%'; did you mean 0.85?"),
+    (["demo", "--lambda=75 %"], "--lambda: expected a number like 0.75, found '75 %'; did you mean 0.75?"),
+    (["detect", "b", "a"], "the following arguments are required: -o/--output"),
+    (["merge", "b", "-o", "x"], "the following arguments are required: ADAPTER"),
+    (
+        ["detect", "b", "a", "-o", "x", "--top-k", "some"],
+        "--top-k: expected a count like 10 or a share like 0.1, found 'some'; see `streamer detect --help`",
+    ),
+    (["merge", "b", "a", "-o", "x", "--lambda", "much"], "--lambda: expected a number like 0.75, found 'much'; see `streamer merge"),
+    (["merge", "b", "a", "-o", "x", "--method", "paperr"], "regmean, nullspace, found 'paperr'; did you mean paper?"),
+    (["detect", "b", "a", "-o", "x", "--lambda", "1"], "unknown option '--lambda'; see `streamer detect --help`"),
+    (["demo", "more"], "streamer: unexpected argument 'more'; see `streamer demo --help`"),
+    (["merge", "b", "a", "-m", "paper", "-o", "x"], "streamer: unknown option '-m'; see `streamer merge --help`"),
+    (["detect", "b", "a", "-o", "x", "--threads", "two"], "--threads: expected a whole number, found 'two'; see"),
+])  # fmt: skip
 def test_usage(argv: list[str], words: str) -> None:
     done = server().run(*argv)
     assert (done.code, done.out, done.calls) == (2, "", [])

@@ -136,11 +136,8 @@ def test_tables_for_people(said: tuple[Path, Path, Path, dict[str, Outcome]], tm
         (("detect", base, adapter, "-o", tmp_path / "f.safetensors"), "of 9 matrices (top_k=10, epsilon=0.5)"),
         (("merge", base, adapter, "-o", tmp_path / "m"), f"wrote {tmp_path / 'm'}: 8 files"),
         (("mitigate", base, adapter, "-o", tmp_path / "a"), "lost in projection: at most"),
-        (
-            ("merge", base, adapter, "-o", tmp_path / "d", "--dry-run"),
-            f"dry run: would write {tmp_path / 'd'}: 8 files",
-        ),
-    ]
+        (("merge", base, adapter, "-o", tmp_path / "d", "--dry-run"), f"dry run: would write {tmp_path / 'd'}: 8 files"),
+    ]  # fmt: skip
     for argv, words in runs:
         done = server().run(*argv)
         assert (done.code, done.told) == (0, "")
@@ -281,13 +278,10 @@ def test_the_last_lines_are_the_commands_to_run_next(files: Path, inputs: Inputs
     base, adapter = map(str, inputs)
     found = files / "f.safetensors"
     for line, expected in (
-        (
-            ("detect", base, adapter, "-o", tmp_path / "it's.safetensors"),
-            (base, adapter, str(tmp_path / "it's.safetensors")),
-        ),
+        (("detect", base, adapter, "-o", tmp_path / "it's.safetensors"), (base, adapter, str(tmp_path / "it's.safetensors"))),
         (("report", found), ("BASE", "ADAPTER", str(found))),
         (("report", found, "-o", tmp_path / "page.html"), ("BASE", "ADAPTER", str(found))),
-    ):
+    ):  # fmt: skip
         *_, empty, repair, shrink = server().run(*line).out.splitlines()
         assert empty == ""
         args = build_parser().parse_args(shlex.split(repair.removeprefix("next: streamer ")))
@@ -356,28 +350,16 @@ def test_refusals(files: Path, inputs: Inputs, tmp_path: Path) -> None:
     f, e = files / "f.safetensors", files / "e.json"
     for line, code, words in [
         (("report", f, f), 3, "expected an evaluation"),
-        (
-            ("report", e, f),
-            2,
-            f"{e}: is an evaluation, as is the second argument; give its findings first, or one evaluation alone",
-        ),
-        (
-            ("report", files, e),
-            2,
-            f"{files}: holds findings on 2 adapters, but an evaluation covers one; name its findings, such as ",
-        ),
-        (
-            ("report", files, "-o", tmp_path / "figures"),
-            2,
-            "expected a page, whose name ends in .html; figures for a paper were removed",
-        ),
+        (("report", e, f), 2, f"{e}: is an evaluation, as is the second argument; give its findings first, or one evaluation alone"),
+        (("report", files, e), 2, f"{files}: holds findings on 2 adapters, but an evaluation covers one; name its findings, such as "),
+        (("report", files, "-o", tmp_path / "figures"), 2, "expected a page, whose name ends in .html; figures for a paper were removed"),
         (("report", f, tmp_path / "no.json"), 3, "no such file"),
         (("report", files / "half", e), 2, "an evaluation is shown with findings"),
         (("report", files / "after.safetensors", e), 3, "the evaluation is of another adapter"),
         (("report", inputs[0]), 3, "expected a findings file, found a directory"),
         (("diff", f, e), 3, "safetensors"),
         (("diff", f), 2, "required"),
-    ]:
+    ]:  # fmt: skip
         done = server().run(*line)
         assert (done.code, done.out) == (code, ""), done
         assert words in done.err, done.err

@@ -121,19 +121,13 @@ def test_the_demo_refuses_a_percentage_and_a_directory_that_exists(tmp_path: Pat
     assert (done.code, done.err) == (4, f"streamer: {tmp_path}: exists; name a directory that does not\n")
 
 
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (
-            75,
-            r"be between 0 \(remove\) and 1 \(keep\), got 75; did you mean 0.75\? `amplify=True` allows other values$",
-        ),
-        (np.float32(75), r"got 75; did you mean 0.75\?"),
-        (-0.5, r"got -0.5; `amplify=True` allows other values$"),
-        ("75%", r"be a finite number, got '75%'; did you mean 0.75\?"),
-        ("0.5", r"be a finite number, got '0.5'; did you mean 0.5\?"),
-    ],
-)
+@pytest.mark.parametrize(("value", "words"), [
+    (75, r"be between 0 \(remove\) and 1 \(keep\), got 75; did you mean 0.75\? `amplify=True` allows other values$"),
+    (np.float32(75), r"got 75; did you mean 0.75\?"),
+    (-0.5, r"got -0.5; `amplify=True` allows other values$"),
+    ("75%", r"be a finite number, got '75%'; did you mean 0.75\?"),
+    ("0.5", r"be a finite number, got '0.5'; did you mean 0.5\?"),
+])  # fmt: skip
 def test_the_library_refuses_what_the_command_refuses(
     inputs: tuple[Path, Path], tmp_path: Path, value: object, words: str
 ) -> None:
@@ -158,13 +152,10 @@ def test_amplify_insists(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     assert totals["delta_norm_after"] == pytest.approx(2 * totals["delta_norm"], rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("output", "words"),
-    [
-        ("-", "-: expected a path, found the sign for stdout"),
-        ("s3://bucket/name.safetensors", "is an address, and outputs are written to disks"),
-    ],
-)
+@pytest.mark.parametrize(("output", "words"), [
+    ("-", "-: expected a path, found the sign for stdout"),
+    ("s3://bucket/name.safetensors", "is an address, and outputs are written to disks"),
+])  # fmt: skip
 def test_outputs_that_are_no_paths(
     inputs: tuple[Path, Path], tmp_path: Path, output: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,19 +180,16 @@ def test_findings_have_a_name_that_says_what_they_are(inputs: tuple[Path, Path],
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "code", "words"),
-    [
-        ("meta-llama/no-such-model", 3, "no such path, nor is it in the hub's cache, and HF_HUB_OFFLINE is set"),
-        ("https://huggingface.co/user/model/tree/main", 3, "nor is it in the hub's cache, and HF_HUB_OFFLINE is set"),
-        ("hf://user/model@main", 3, "nor is it in the hub's cache, and HF_HUB_OFFLINE is set"),
-        ("http://127.0.0.1:9/model", 6, "cannot read in 4 attempts: nothing answers; run the same command again"),
-        ("ftp://example.org/model", 2, "a name on the hub, or an address that begins with one of hf://, https://, s3://, gs://, az://"),
-        ("here/missing", 3, "here/missing: no such directory; check the path of the "),
-        ("missing", 3, "missing: no such directory; check the path of the "),
-        ("./a/b", 3, "no such directory; check the path of the "),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "code", "words"), [
+    ("meta-llama/no-such-model", 3, "no such path, nor is it in the hub's cache, and HF_HUB_OFFLINE is set"),
+    ("https://huggingface.co/user/model/tree/main", 3, "nor is it in the hub's cache, and HF_HUB_OFFLINE is set"),
+    ("hf://user/model@main", 3, "nor is it in the hub's cache, and HF_HUB_OFFLINE is set"),
+    ("http://127.0.0.1:9/model", 6, "cannot read in 4 attempts: nothing answers; run the same command again"),
+    ("ftp://example.org/model", 2, "a name on the hub, or an address that begins with one of hf://, https://, s3://, gs://, az://"),
+    ("here/missing", 3, "here/missing: no such directory; check the path of the "),
+    ("missing", 3, "missing: no such directory; check the path of the "),
+    ("./a/b", 3, "no such directory; check the path of the "),
+])  # fmt: skip
 def test_inputs_that_are_not_here(inputs: tuple[Path, Path], tmp_path: Path, name: str, code: int, words: str) -> None:
     (tmp_path / "here").mkdir()
     at_once = "import streamer.storage.remote_source as access; access._sleep = lambda seconds: None"

@@ -65,13 +65,10 @@ def test_a_sample_is_spread_over_kinds_and_the_same_each_time(job: Job) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["paper", "project", "shrink"])
-@pytest.mark.parametrize(
-    ("lam", "dtype"),
-    [
-        *((0.3, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
-        *((lam, torch.bfloat16) for lam in (0.0, 1.0)),
-    ],
-)
+@pytest.mark.parametrize(("lam", "dtype"), [
+    *((0.3, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
+    *((lam, torch.bfloat16) for lam in (0.0, 1.0)),
+])  # fmt: skip
 def test_every_method_lambda_and_dtype(tmp_path: Path, method: Any, lam: float, dtype: torch.dtype) -> None:
     base, adapter = helpers.three_shards(tmp_path, dtype)
     made = {"mitigation_lambda": lam, "method": method, "scale": "first" if lam else "all"}
@@ -183,16 +180,8 @@ def test_refusals(job: Job, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, weights)
     (tmp_path / "empty").mkdir()
     cases: list[tuple[tuple[object, ...], int, str]] = [
-        (
-            (tmp_path / "no",),
-            3,
-            f"{tmp_path / 'no'}: expected the streamer.json of a finished output, found none; check the path",
-        ),
-        (
-            (tmp_path / "empty",),
-            3,
-            f"{tmp_path / 'empty'}: expected the streamer.json of a finished output, found none",
-        ),
+        ((tmp_path / "no",), 3, f"{tmp_path / 'no'}: expected the streamer.json of a finished output, found none; check the path"),
+        ((tmp_path / "empty",), 3, f"{tmp_path / 'empty'}: expected the streamer.json of a finished output, found none"),
         ((weights,), 3, f"{weights}: expected an output's directory or findings, found another file; name"),
         ((job.base / "config.json",), 3, f"{job.base / 'config.json'}: expected an output's directory or findings"),
         ((job.home / "model", job.base), 2, "verify: expected BASE and ADAPTER, found one of them"),
@@ -205,17 +194,13 @@ def test_refusals(job: Job, tmp_path: Path) -> None:
             for count in ("0", "-1", "1.5", "some")
         ),
         ((job.home / "model", other, job.adapter), 3, f"{other / 'model-00001-of-00003.safetensors'}: expected "),
-        (
-            (job.home / "model", job.base, job.home / "adapter"),
-            3,
-            f"{job.home / 'adapter' / 'adapter_model.safetensors'}: expected ",
-        ),
+        ((job.home / "model", job.base, job.home / "adapter"), 3, f"{job.home / 'adapter' / 'adapter_model.safetensors'}: expected "),
         (
             (job.home / "model", tmp_path / "empty", job.adapter),
             3,
             f"{tmp_path / 'empty' / 'model-00001-of-00003.safetensors'}: no such file; give the base that ",
         ),
-    ]
+    ]  # fmt: skip
     for argv, code, message in cases:
         done = server().run("verify", *argv)
         assert done.code == code, done

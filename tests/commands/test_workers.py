@@ -150,14 +150,11 @@ def test_several_adapters_on_workers(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--workers", "0"], "--workers: expected a number from 1, found 0"),
-        (["--executor", "slurm:1"], "--executor: expected dask:ADDRESS or ray:ADDRESS, found 'slurm:1'"),
-        (["--executor", "dask:127.0.0.1:9", "--workers", "2"], "give one of them"),
-    ],
-)
+@pytest.mark.parametrize(("options", "said"), [
+    (["--workers", "0"], "--workers: expected a number from 1, found 0"),
+    (["--executor", "slurm:1"], "--executor: expected dask:ADDRESS or ray:ADDRESS, found 'slurm:1'"),
+    (["--executor", "dask:127.0.0.1:9", "--workers", "2"], "give one of them"),
+])  # fmt: skip
 def test_options_that_make_no_sense(bench: WorkerBench, options: list[str], said: str, tmp_path: Path) -> None:
     done = run_cli("detect", bench.base, bench.adapter, "-o", tmp_path / "f.safetensors", *options)
     assert done.returncode == 2

@@ -124,8 +124,6 @@ def test_what_every_command_prints(inputs: tuple[Path, Path], tmp_path: Path) ->
     assert (kept / "merged").is_dir()
 
 
-
-
 def test_other_kinds_of_inputs(tmp_path: Path) -> None:
     """A fine-tuned model in the adapter's place, a residual base, and a quantized one."""
     import jobs

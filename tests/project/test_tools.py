@@ -107,15 +107,12 @@ def test_a_tiny_one_like_a_model_of_the_hub_loads_in_transformers_and_peft(
             assert torch.linalg.matrix_norm(change, 2) > 1.2
 
 
-@pytest.mark.parametrize(
-    ("like", "total", "files"),
-    [
-        ("llama-3-8b", 16060522496, [4976698672, 4999802720, 4915916176, 1168138808]),
-        ("llama-3-70b", 141107412992, 30),
-        ("mixtral", 93405585408, 19),
-        ("qwen3-moe", 61064245248, 13),  # its authors cut it at 4 GB
-    ],
-)
+@pytest.mark.parametrize(("like", "total", "files"), [
+    ("llama-3-8b", 16060522496, [4976698672, 4999802720, 4915916176, 1168138808]),
+    ("llama-3-70b", 141107412992, 30),
+    ("mixtral", 93405585408, 19),
+    ("qwen3-moe", 61064245248, 13),  # its authors cut it at 4 GB
+])  # fmt: skip
 def test_sizes_are_those_of_the_hub(like: str, total: int, files: list[int] | int) -> None:
     """What the index and the files of Meta-Llama-3-8B and the others say."""
     model = KNOWN[like]
@@ -160,16 +157,13 @@ def test_size_gb_chooses_the_layers(tmp_path: Path) -> None:
     assert abs(tree["bytes"] - 0.01e9) < 0.5 * tree["bytes"] / tree["layers"]
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (("--hidden", 64, "--size-gb", 1, "--layers", 3), "give one of --size-gb and --layers"),
-        (("--hidden", 64, "--rank", 1), "--rank: expected at least 2"),
-        (("--hidden", 66), "must divide"),
-        (("--like", "llama-3-8b", "--experts", 4), "--experts: only a mixture has them"),
-        (("--hidden", 64, "--shards", 999), "--shards: expected 1 to"),
-    ],
-)
+@pytest.mark.parametrize(("args", "message"), [
+    (("--hidden", 64, "--size-gb", 1, "--layers", 3), "give one of --size-gb and --layers"),
+    (("--hidden", 64, "--rank", 1), "--rank: expected at least 2"),
+    (("--hidden", 66), "must divide"),
+    (("--like", "llama-3-8b", "--experts", 4), "--experts: only a mixture has them"),
+    (("--hidden", 64, "--shards", 999), "--shards: expected 1 to"),
+])  # fmt: skip
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, args: tuple, message: str) -> None:
     done = call_tool("make_checkpoint", tmp_path / "new", *args)
     assert done.returncode == 1

@@ -33,11 +33,9 @@ def odd(tmp_path: Path) -> tuple[Path, Path]:
 CALLS: dict[str, Callable[..., object]] = {
     "detect": lambda base, adapter, home, **o: streamer.detect_intruder_dimensions(base, adapter, **o),
     "mitigate": lambda base, adapter, home, **o: streamer.reduce_intruder_dimension(base, adapter, home / "a", **o),
-    "merge": lambda base, adapter, home, **o: streamer.merge_with_reduced_intruder_dimensions(
-        base, adapter, home / "m", **o
-    ),
+    "merge": lambda base, adapter, home, **o: streamer.merge_with_reduced_intruder_dimensions(base, adapter, home / "m", **o),
     "iterate": lambda base, adapter, home, **o: streamer.iter_merged(base, adapter, **o),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -82,16 +80,13 @@ def test_memory_is_given_as_in_the_shell(job: tuple[Path, Path]) -> None:
     assert by_text.digest() == by_number.digest()
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ("much", "max_memory: expected a size like 600M or 4G, found 'much'"),
-        ("100M", "max_memory: 100M is not enough for tensor "),
-        (4e9, "max_memory: expected a whole number of bytes, found 4000000000.0"),
-        (True, "max_memory: expected a whole number of bytes, found True"),
-        (f"{PROCESS_MIB + 1}M", f"max_memory: {PROCESS_MIB + 1}M is not enough for tensor "),
-    ],
-)
+@pytest.mark.parametrize(("given", "words"), [
+    ("much", "max_memory: expected a size like 600M or 4G, found 'much'"),
+    ("100M", "max_memory: 100M is not enough for tensor "),
+    (4e9, "max_memory: expected a whole number of bytes, found 4000000000.0"),
+    (True, "max_memory: expected a whole number of bytes, found True"),
+    (f"{PROCESS_MIB + 1}M", f"max_memory: {PROCESS_MIB + 1}M is not enough for tensor "),
+])  # fmt: skip
 @pytest.mark.parametrize("name", CALLS)
 def test_memory_that_makes_no_sense(
     job: tuple[Path, Path], tmp_path: Path, name: str, given: object, words: str
@@ -105,21 +100,18 @@ def test_memory_that_makes_no_sense(
 # Types ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("keywords", "words"),
-    [
-        ({"general": None}, "general: expected a path, found None"),
-        ({"task": ["a", "b"]}, "task: expected a path, found ['a', 'b']"),
-        ({"base": None}, "base: expected a path, found None"),
-        ({"adapter": 3}, "adapter: expected a path, found 3"),
-        ({"output": 3}, "output: expected a path, found 3"),
-        ({"max_memory": []}, "max_memory: expected a whole number of bytes, found []"),
-        ({"io": 3}, "io: expected one of mmap, pread, found 3"),
-        ({"architecture": 3}, "architecture: expected the name of a class, found 3"),
-        ({"on_event": 3}, "on_event: expected a function that takes an event, found 3"),
-        ({"monitor": 3}, "monitor: expected a Monitor, found 3"),
-    ],
-)
+@pytest.mark.parametrize(("keywords", "words"), [
+    ({"general": None}, "general: expected a path, found None"),
+    ({"task": ["a", "b"]}, "task: expected a path, found ['a', 'b']"),
+    ({"base": None}, "base: expected a path, found None"),
+    ({"adapter": 3}, "adapter: expected a path, found 3"),
+    ({"output": 3}, "output: expected a path, found 3"),
+    ({"max_memory": []}, "max_memory: expected a whole number of bytes, found []"),
+    ({"io": 3}, "io: expected one of mmap, pread, found 3"),
+    ({"architecture": 3}, "architecture: expected the name of a class, found 3"),
+    ({"on_event": 3}, "on_event: expected a function that takes an event, found 3"),
+    ({"monitor": 3}, "monitor: expected a Monitor, found 3"),
+])  # fmt: skip
 def test_keywords_of_other_types_are_refused_in_a_line(
     job: tuple[Path, Path], keywords: dict[str, Any], words: str
 ) -> None:

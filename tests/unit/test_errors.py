@@ -58,20 +58,17 @@ def test_an_error_is_the_same_after_a_process_boundary(kind: type[StreamerError]
             assert getattr(again, name, None) == getattr(error, name, None)
 
 
-@pytest.mark.parametrize(
-    ("kind", "builtin"),
-    [
-        (UsageError, ValueError),
-        (UnknownNameError, KeyError),
-        (MissingPackageError, ImportError),
-        (MissingInputError, FileNotFoundError),
-        (FormatError, ValueError),
-        (UnsupportedError, ValueError),
-        (MismatchError, ValueError),
-        (OutputExistsError, FileExistsError),
-        (NumericError, ArithmeticError),
-    ],
-)
+@pytest.mark.parametrize(("kind", "builtin"), [
+    (UsageError, ValueError),
+    (UnknownNameError, KeyError),
+    (MissingPackageError, ImportError),
+    (MissingInputError, FileNotFoundError),
+    (FormatError, ValueError),
+    (UnsupportedError, ValueError),
+    (MismatchError, ValueError),
+    (OutputExistsError, FileExistsError),
+    (NumericError, ArithmeticError),
+])  # fmt: skip
 def test_python_s_own_word(kind: type[StreamerError], builtin: type[Exception]) -> None:
     assert issubclass(kind, builtin)
 
@@ -162,13 +159,10 @@ def test_an_installed_package_is_given() -> None:
     assert require_package("numpy", (1, 9), "it needs numpy 1.9", "them") is numpy
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("no_such_package", r"it needs numpy 999\.1, which is not installed; pip install 'intruder-streamer\[them\]'"),
-        ("numpy", rf"it needs numpy 999\.1, found {numpy.__version__}; pip install -U 'intruder-streamer\[them\]'"),
-    ],
-)
+@pytest.mark.parametrize(("name", "words"), [
+    ("no_such_package", r"it needs numpy 999\.1, which is not installed; pip install 'intruder-streamer\[them\]'"),
+    ("numpy", rf"it needs numpy 999\.1, found {numpy.__version__}; pip install -U 'intruder-streamer\[them\]'"),
+])  # fmt: skip
 def test_a_missing_or_old_one_is_named(name: str, words: str) -> None:
     with pytest.raises(MissingPackageError, match=words):
         require_package(name, (999, 1), "it needs numpy 999.1", "them")

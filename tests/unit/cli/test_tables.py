@@ -17,17 +17,14 @@ from streamer.cli.tables import _ranks, findings_table
 from streamer.plan.name_order import natural
 
 
-@pytest.mark.parametrize(
-    ("solver", "precision", "certified", "decided", "reason"),
-    [
-        ("dense", "float32", True, "dense", False),
-        ("dense", "float64", True, "dense, float64", False),
-        ("dense", "float64", False, "dense, float64, open", False),
-        ("dense", "float32", False, "dense, open", True),
-        ("certified", "float32", False, "certified, open", True),
-        ("certified", "float64", False, "certified, float64, open", True),  # no room for a full SVD
-    ],
-)
+@pytest.mark.parametrize(("solver", "precision", "certified", "decided", "reason"), [
+    ("dense", "float32", True, "dense", False),
+    ("dense", "float64", True, "dense, float64", False),
+    ("dense", "float64", False, "dense, float64, open", False),
+    ("dense", "float32", False, "dense, open", True),
+    ("certified", "float32", False, "certified, open", True),
+    ("certified", "float64", False, "certified, float64, open", True),  # no room for a full SVD
+])  # fmt: skip
 def test_who_decided_and_what_more_memory_may_settle(
     job: tuple[Path, Path], solver: str, precision: str, certified: bool, decided: str, reason: bool
 ) -> None:
@@ -61,18 +58,15 @@ LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
          "mlp.down_proj")  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["model.embed_tokens.weight", *(f"model.layers.{i}.{n}.weight" for i in (0, 2, 10) for n in LAYER), "lm_head.weight"],
-        [f"h.{i}.{n}" for i in (1, 9, 11) for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")],
-        [f"bert.encoder.layer.{i}.{n}.weight" for i in (3, 20)
-         for n in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
-                   "intermediate.dense", "output.dense")],
-        [f"model.layers.3.mlp.experts.{n}[{e}]" for n in ("gate_up_proj", "down_proj") for e in (0, 2, 12)],
-        [f"model.layers.0.block_sparse_moe.experts.{e}.{n}.weight" for e in (2, 10) for n in ("w1", "w3", "w2")],
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("names", [
+    ["model.embed_tokens.weight", *(f"model.layers.{i}.{n}.weight" for i in (0, 2, 10) for n in LAYER), "lm_head.weight"],
+    [f"h.{i}.{n}" for i in (1, 9, 11) for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")],
+    [f"bert.encoder.layer.{i}.{n}.weight" for i in (3, 20)
+     for n in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+               "intermediate.dense", "output.dense")],
+    [f"model.layers.3.mlp.experts.{n}[{e}]" for n in ("gate_up_proj", "down_proj") for e in (0, 2, 12)],
+    [f"model.layers.0.block_sparse_moe.experts.{e}.{n}.weight" for e in (2, 10) for n in ("w1", "w3", "w2")],
+])  # fmt: skip
 def test_rows_are_in_the_order_in_which_people_count(names: list[str]) -> None:
     mixed = random.Random(vary(0)).sample(names, len(names))
     assert sorted(mixed, key=natural) == names
@@ -97,16 +91,13 @@ def test_any_names_can_be_sorted() -> None:
     assert sorted(sorted(names, key=natural, reverse=True), key=natural) == sorted(names, key=natural)
 
 
-@pytest.mark.parametrize(
-    ("width", "short"),
-    [
-        (100, "model.layers.11.self_attn.q_proj.weight"),
-        (36, "model.layers.11.self_attn.q_proj"),
-        (30, "…layers.11.self_attn.q_proj"),
-        (22, "…11.self_attn.q_proj"),
-        (12, "…11…q_proj"),
-    ],
-)
+@pytest.mark.parametrize(("width", "short"), [
+    (100, "model.layers.11.self_attn.q_proj.weight"),
+    (36, "model.layers.11.self_attn.q_proj"),
+    (30, "…layers.11.self_attn.q_proj"),
+    (22, "…11.self_attn.q_proj"),
+    (12, "…11…q_proj"),
+])  # fmt: skip
 def test_a_shortened_name_keeps_layer_and_projection(width: int, short: str) -> None:
     names = [f"model.layers.{i}.self_attn.{n}_proj.weight" for i in (0, 11) for n in "kq"]
     assert shorten(names, width)[-1] == short

@@ -111,12 +111,7 @@ def test_mismatch_says_what_differs(made: tuple[Path, Path, Path, Findings]) -> 
     files[1]["sample_sha256"] = "0" * 64
     renamed = [x | {"file": x["file"].replace("model", "part")} for x in files]
     cases: list[tuple[dict, dict, DetectionOptions, str]] = [
-        (
-            {"files": files},
-            {**f.adapter},
-            f.options,
-            "another base (the content of model-00002-of-00003.safetensors differs)",
-        ),
+        ({"files": files}, {**f.adapter}, f.options, "another base (the content of model-00002-of-00003.safetensors differs)"),
         ({"files": renamed}, {**f.adapter}, f.options, "another base (files ['model-00001-of-00003.safetensors'"),
         ({"files": files[:2]}, {**f.adapter}, f.options, "another base (files ["),
         ({**f.base}, {**f.adapter, "weights_sha256": "0"}, f.options, "another adapter (weights_sha256 differ)"),
@@ -124,7 +119,7 @@ def test_mismatch_says_what_differs(made: tuple[Path, Path, Path, Findings]) -> 
         ({**f.base}, {**f.adapter}, DetectionOptions(5, 0.5), "made with top_k=6, asked for 5; pass the same"),
         ({**f.base}, {**f.adapter}, DetectionOptions(6, 0.6), "made with threshold_epsilon=0.5, asked for 0.6"),
         ({**f.base}, {**f.adapter}, DetectionOptions(6, 0.5, "dense"), "made with solver='auto', asked for 'dense'"),
-    ]
+    ]  # fmt: skip
     for base, adapter, options, words in cases:
         with pytest.raises(MismatchError) as e:
             f.check_matches(base, adapter, options)
@@ -209,12 +204,9 @@ TAMPERED: dict[str, tuple[Callable[[dict, dict[str, torch.Tensor]], object], str
         ),
         "intruders must be ascending ranks below 6",
     ),
-    "ranks that fall": (
-        lambda t, _: t["matrices"][0].update(degenerate=[2, 1]),
-        "degenerate must be ascending ranks below 6",
-    ),
+    "ranks that fall": (lambda t, _: t["matrices"][0].update(degenerate=[2, 1]), "degenerate must be ascending ranks below 6"),
     "another matrix shape": (lambda t, _: t["matrices"][0].update(shape=[3, 3]), "expected shape"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("how", TAMPERED)

@@ -137,17 +137,14 @@ def test_a_matrix_by_its_name(findings: Findings, name: str) -> None:
     assert name in findings
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("q_proj", "'q_proj' fits 3 matrices: model.layers.0.self_attn.q_proj.weight, "),
-        (f"{Q}s", f"no matrix is called '{Q}s'; did you mean '{Q}'?"),
-        ("elf_attn.q_proj", "no matrix is called 'elf_attn.q_proj'"),
-        ("nothing like it", "no matrix is called 'nothing like it'; there are model.layers.0.mlp.down_proj.weight, "),
-        ("", "no matrix is called ''"),
-        ("*.k_proj", "no matrix fits '*.k_proj'; there are model.layers.0.mlp.down_proj.weight, "),
-    ],
-)
+@pytest.mark.parametrize(("name", "words"), [
+    ("q_proj", "'q_proj' fits 3 matrices: model.layers.0.self_attn.q_proj.weight, "),
+    (f"{Q}s", f"no matrix is called '{Q}s'; did you mean '{Q}'?"),
+    ("elf_attn.q_proj", "no matrix is called 'elf_attn.q_proj'"),
+    ("nothing like it", "no matrix is called 'nothing like it'; there are model.layers.0.mlp.down_proj.weight, "),
+    ("", "no matrix is called ''"),
+    ("*.k_proj", "no matrix fits '*.k_proj'; there are model.layers.0.mlp.down_proj.weight, "),
+])  # fmt: skip
 def test_a_name_that_is_none(findings: Findings, name: str, words: str) -> None:
     with pytest.raises(KeyError) as e:
         findings[name]
@@ -158,15 +155,12 @@ def test_a_name_that_is_none(findings: Findings, name: str, words: str) -> None:
     assert name not in findings
 
 
-@pytest.mark.parametrize(
-    ("pattern", "tensors"),
-    [
-        ("*.q_proj", [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)]),
-        ("*.q_proj.weight", [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)]),
-        ("*.layers.[!12].self_attn.*", ["model.layers.0.self_attn.q_proj.weight"]),
-        ("*.layers.?.mlp.up_proj", [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]),
-    ],
-)
+@pytest.mark.parametrize(("pattern", "tensors"), [
+    ("*.q_proj", [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)]),
+    ("*.q_proj.weight", [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)]),
+    ("*.layers.[!12].self_attn.*", ["model.layers.0.self_attn.q_proj.weight"]),
+    ("*.layers.?.mlp.up_proj", [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]),
+])  # fmt: skip
 def test_matrices_by_a_pattern(findings: Findings, pattern: str, tensors: list[str]) -> None:
     part = findings[pattern]
     assert isinstance(part, Findings)

@@ -304,20 +304,17 @@ def test_top_k_as_a_count_or_a_share() -> None:
     assert len(detect(base, delta, DetectionOptions(top_k=0.5)).singular_values) == 32
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (lambda: DetectionOptions(top_k=0), "top_k: expected a count from 1, or a share"),
-        (lambda: DetectionOptions(top_k=1.5), "top_k"),
-        (lambda: DetectionOptions(top_k=True), "top_k"),
-        (lambda: DetectionOptions(threshold_epsilon=0), r"threshold_epsilon: expected a number in \(0, 1\]"),
-        (lambda: DetectionOptions(threshold_epsilon=float("nan")), "threshold_epsilon"),
-        (lambda: DetectionOptions(threshold_epsilon="0.5"), r"threshold_epsilon: expected a number in .*, found '0.5'"),
-        (lambda: DetectionOptions(solver="magic"), "solver: expected one of auto, certified, dense"),
-        (lambda: make_method("papre", 0.5), "method: expected one of paper, project, shrink"),
-        (lambda: make_method("paper", 0.5, "some"), "select: expected one of all, first"),
-    ],
-)
+@pytest.mark.parametrize(("options", "words"), [
+    (lambda: DetectionOptions(top_k=0), "top_k: expected a count from 1, or a share"),
+    (lambda: DetectionOptions(top_k=1.5), "top_k"),
+    (lambda: DetectionOptions(top_k=True), "top_k"),
+    (lambda: DetectionOptions(threshold_epsilon=0), r"threshold_epsilon: expected a number in \(0, 1\]"),
+    (lambda: DetectionOptions(threshold_epsilon=float("nan")), "threshold_epsilon"),
+    (lambda: DetectionOptions(threshold_epsilon="0.5"), r"threshold_epsilon: expected a number in .*, found '0.5'"),
+    (lambda: DetectionOptions(solver="magic"), "solver: expected one of auto, certified, dense"),
+    (lambda: make_method("papre", 0.5), "method: expected one of paper, project, shrink"),
+    (lambda: make_method("paper", 0.5, "some"), "select: expected one of all, first"),
+])  # fmt: skip
 def test_options_that_make_no_sense_are_refused(options, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         options()

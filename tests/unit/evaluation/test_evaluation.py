@@ -197,34 +197,31 @@ def test_sums_that_do_not_fit_are_refused() -> None:
         Evaluation.from_json(json.dumps(tree))
 
 
-@pytest.mark.parametrize(
-    ("variant", "facts", "words"),
-    [
-        (("project 0.5", "project", 0.5), {}, "mitigate --method project --lambda 0.5"),
-        (("paper 0.5", "paper", 0.5), {}, "merge --method paper --lambda 0.5"),
-        (("paper 0.5", "paper", 0.5), {"projected": True}, "mitigate --method paper --lambda 0.5"),
-        (("paper 0.5", "paper", 0.5), {"scale": "first"}, "merge --method paper --lambda 0.5 --select first"),
-        (("shrink 0.5", "shrink", 0.5), {"scale": "first"}, "mitigate --method shrink --lambda 0.5"),
-        (("project 1.2", "project", 1.2), {}, "mitigate --method project --lambda 1.2 --amplify"),
-        (("adapter", None, None), {}, "merge --lambda 1"),
-        (("project 0.5", "project", 0.5), {"factored": False}, "merge --method project --lambda 0.5"),
-        (("project 0.5", "project", 0.5), {"quantized": True}, "mitigate --method project --lambda 0.5"),
-        (("paper 0.5", "paper", 0.5), {"quantized": True}, "merge --method paper --lambda 0.5 --dequantize"),
-        (
-            ("project 0.5", "project", 0.5),
-            {"detection": {"top_k": 0.1, "threshold_epsilon": 0.6}},
-            "mitigate --method project --lambda 0.5 --top-k 0.1 --epsilon 0.6",
-        ),
-        (
-            ("shrink 0.5", "shrink", 0.5),
-            {
-                "base": {"architecture": "GPT2LMHeadModel", "files": []},
-                "adapter": {"base_is_residual": True, "modules": 1},
-            },
-            "mitigate --method shrink --lambda 0.5 --base-is-residual --architecture GPT2LMHeadModel",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("variant", "facts", "words"), [
+    (("project 0.5", "project", 0.5), {}, "mitigate --method project --lambda 0.5"),
+    (("paper 0.5", "paper", 0.5), {}, "merge --method paper --lambda 0.5"),
+    (("paper 0.5", "paper", 0.5), {"projected": True}, "mitigate --method paper --lambda 0.5"),
+    (("paper 0.5", "paper", 0.5), {"scale": "first"}, "merge --method paper --lambda 0.5 --select first"),
+    (("shrink 0.5", "shrink", 0.5), {"scale": "first"}, "mitigate --method shrink --lambda 0.5"),
+    (("project 1.2", "project", 1.2), {}, "mitigate --method project --lambda 1.2 --amplify"),
+    (("adapter", None, None), {}, "merge --lambda 1"),
+    (("project 0.5", "project", 0.5), {"factored": False}, "merge --method project --lambda 0.5"),
+    (("project 0.5", "project", 0.5), {"quantized": True}, "mitigate --method project --lambda 0.5"),
+    (("paper 0.5", "paper", 0.5), {"quantized": True}, "merge --method paper --lambda 0.5 --dequantize"),
+    (
+        ("project 0.5", "project", 0.5),
+        {"detection": {"top_k": 0.1, "threshold_epsilon": 0.6}},
+        "mitigate --method project --lambda 0.5 --top-k 0.1 --epsilon 0.6",
+    ),
+    (
+        ("shrink 0.5", "shrink", 0.5),
+        {
+            "base": {"architecture": "GPT2LMHeadModel", "files": []},
+            "adapter": {"base_is_residual": True, "modules": 1},
+        },
+        "mitigate --method shrink --lambda 0.5 --base-is-residual --architecture GPT2LMHeadModel",
+    ),
+])  # fmt: skip
 def test_the_command_that_makes_a_variant(variant: tuple[Any, ...], facts: dict[str, Any], words: str) -> None:
     from arguments import subparsers
 
@@ -252,59 +249,56 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
     assert lines[-1] == "next: streamer repair BASE ADAPTER --general TEXT --task TEXT --keep 0.9 -o OUTPUT"
 
 
-@pytest.mark.parametrize(
-    ("options", "keep", "verdict", "words"),
-    [
-        (
-            {"learns": 0.0},
-            0.9,
-            "no suggestion: there is no evidence that the adapter learned the task's text",
-            "next: give --task text that the adapter was trained for, or more of it (--sequences)",
-        ),
-        (
-            {"learns": -0.4},
-            0.9,
-            "no suggestion: the adapter's loss on the task's text is above the base's; are the two texts swapped?",
-            "next: streamer evaluate BASE ADAPTER --general TASK --task GENERAL -o OTHER",
-        ),
-        (
-            {"forgets": 0.0, "noise": 0.0},
-            0.9,
-            "use the adapter as it is: there is no evidence that it diverges from the base",
-            "next: streamer merge BASE ADAPTER -o OUTPUT --lambda 1",
-        ),
-        (
-            {"curves": {"paper": CURVES["paper"]}},
-            0.95,
-            "use the adapter as it is: no variant that keeps 95% of what it learned diverges measurably less from the base",
-            "next: streamer repair BASE ADAPTER --general TEXT --task TEXT --keep 0.95 -o OUTPUT",
-        ),
-        (
-            {"curves": {"project": CURVES["project"]}},
-            0.9,
-            "use project 0.9: it keeps ",
-            "it was not compared with a shrink of the whole adapter: that needs --method shrink at two values of lambda",
-        ),
-        (
-            {"curves": {**CURVES, "project": lambda x: (x**9, x**0.5)}},
-            0.9,
-            "use project 0.9: it keeps ",
-            "it is better than a shrink that keeps the same share (lambda 0.77",
-        ),
-        (
-            {"curves": {**CURVES, "project": lambda x: (x**3, x**0.5)}, "noise": 0.0},
-            0.94,
-            "no suggestion yet: a shrink that was not measured is better than the measured variants",
-            "next: streamer evaluate BASE ADAPTER --general GENERAL --task TASK -o EVALUATION --method shrink --lambda 0.77",
-        ),
-        (
-            {"noise": 0.0},
-            0.85,
-            "use shrink 0.75: it keeps ",
-            "; not measured, and perhaps better: paper 0.932, project 0.724, shrink 0.614",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("options", "keep", "verdict", "words"), [
+    (
+        {"learns": 0.0},
+        0.9,
+        "no suggestion: there is no evidence that the adapter learned the task's text",
+        "next: give --task text that the adapter was trained for, or more of it (--sequences)",
+    ),
+    (
+        {"learns": -0.4},
+        0.9,
+        "no suggestion: the adapter's loss on the task's text is above the base's; are the two texts swapped?",
+        "next: streamer evaluate BASE ADAPTER --general TASK --task GENERAL -o OTHER",
+    ),
+    (
+        {"forgets": 0.0, "noise": 0.0},
+        0.9,
+        "use the adapter as it is: there is no evidence that it diverges from the base",
+        "next: streamer merge BASE ADAPTER -o OUTPUT --lambda 1",
+    ),
+    (
+        {"curves": {"paper": CURVES["paper"]}},
+        0.95,
+        "use the adapter as it is: no variant that keeps 95% of what it learned diverges measurably less from the base",
+        "next: streamer repair BASE ADAPTER --general TEXT --task TEXT --keep 0.95 -o OUTPUT",
+    ),
+    (
+        {"curves": {"project": CURVES["project"]}},
+        0.9,
+        "use project 0.9: it keeps ",
+        "it was not compared with a shrink of the whole adapter: that needs --method shrink at two values of lambda",
+    ),
+    (
+        {"curves": {**CURVES, "project": lambda x: (x**9, x**0.5)}},
+        0.9,
+        "use project 0.9: it keeps ",
+        "it is better than a shrink that keeps the same share (lambda 0.77",
+    ),
+    (
+        {"curves": {**CURVES, "project": lambda x: (x**3, x**0.5)}, "noise": 0.0},
+        0.94,
+        "no suggestion yet: a shrink that was not measured is better than the measured variants",
+        "next: streamer evaluate BASE ADAPTER --general GENERAL --task TASK -o EVALUATION --method shrink --lambda 0.77",
+    ),
+    (
+        {"noise": 0.0},
+        0.85,
+        "use shrink 0.75: it keeps ",
+        "; not measured, and perhaps better: paper 0.932, project 0.724, shrink 0.614",
+    ),
+])  # fmt: skip
 def test_every_suggestion_in_words(options: dict[str, Any], keep: float, verdict: str, words: str) -> None:
     first, *rest = evaluation(**options).table(keep).splitlines()
     assert first.startswith(verdict)

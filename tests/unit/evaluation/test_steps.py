@@ -214,14 +214,11 @@ def test_only_what_is_missing_is_measured() -> None:
     assert {names[1].split()[0] for names in world.asked} == {"shrink", "paper"}
 
 
-@pytest.mark.parametrize(
-    ("world", "methods", "keep"),
-    [
-        (World({"shrink": SMOOTH["concave"]}, learns=-0.5), ("shrink",), 0.9),
-        (World({"shrink": SMOOTH["concave"]}), ("shrink",), 1.0),
-        (World({"paper": lambda x: 0.95 + x / 20}), ("paper",), 0.9),  # every λ keeps the share
-    ],
-)
+@pytest.mark.parametrize(("world", "methods", "keep"), [
+    (World({"shrink": SMOOTH["concave"]}, learns=-0.5), ("shrink",), 0.9),
+    (World({"shrink": SMOOTH["concave"]}), ("shrink",), 1.0),
+    (World({"paper": lambda x: 0.95 + x / 20}), ("paper",), 0.9),  # every λ keeps the share
+])  # fmt: skip
 def test_where_nothing_is_to_be_placed_nothing_more_is_measured(
     world: World, methods: tuple[str, ...], keep: float
 ) -> None:

@@ -147,17 +147,14 @@ def test_what_is_uncertain_about_the_share_kept_is_in_the_error() -> None:
     assert abs(np.mean(values)) < 5 * np.std(values) / np.sqrt(trials)
 
 
-@pytest.mark.parametrize(
-    ("loss", "kl", "verdict"),
-    [
-        (-3, -3, "better"),
-        (3, -3, "better"),  # the loss decides nothing
-        (-3, 1, "not told apart"),
-        (3, -1, "not told apart"),
-        (-3, 3, "worse"),
-        (1, 3, "worse"),
-    ],
-)
+@pytest.mark.parametrize(("loss", "kl", "verdict"), [
+    (-3, -3, "better"),
+    (3, -3, "better"),  # the loss decides nothing
+    (-3, 1, "not told apart"),
+    (3, -1, "not told apart"),
+    (-3, 3, "worse"),
+    (1, 3, "worse"),
+])  # fmt: skip
 def test_the_verdict_is_by_the_divergence(loss: float, kl: float, verdict: str) -> None:
     """Differences are in units of their errors, over 64 sequences: two tell."""
     found = ShrinkComparison(0.7, (0.5, 0.75), Estimate(loss, 1, 64), Estimate(kl, 1, 64), Estimate(0, 1, 64))

@@ -89,28 +89,19 @@ def test_even_choices(count: int, wanted: int) -> None:
     assert {b - a for a, b in itertools.pairwise(chosen)} <= {count // wanted, count // wanted + 1}
 
 
-@pytest.mark.parametrize(
-    ("array", "words"),
-    [
-        (np.ones(64), "expected token ids, integers in 1 dimension (a stream) or 2 (sequences), found float64 in 1"),
-        (np.ones((2, 2, 2), int), "found int64 in 3"),
-        (np.array(3), "found int64 in 0"),
-        (np.array([], int), "expected 2 sequences of 8 tokens at least, found 0 tokens; give more text"),
-        (np.arange(15), "expected 2 sequences of 8 tokens at least, found 15 tokens; give more text, or --length 7"),
-        (
-            np.arange(8)[None],
-            "expected at least 2 sequences, whose difference gives the error, found 1; give more text",
-        ),
-        (np.zeros((0, 8), int), "found 0; give more text"),
-        (np.arange(8)[:, None], "expected sequences of at least 2 tokens, found 1"),
-        (
-            np.array([[1, 2], [3, 100]]),
-            "expected token ids from 0 to 99, found 100 in sequence 2; it was made with another tokenizer",
-        ),
-        (np.array([[1, -100], [3, 4]]), "expected token ids from 0 to 99, found -100 in sequence 1"),
-        (np.array(["a"], object), "expected an array as numpy.save writes it"),
-    ],
-)
+@pytest.mark.parametrize(("array", "words"), [
+    (np.ones(64), "expected token ids, integers in 1 dimension (a stream) or 2 (sequences), found float64 in 1"),
+    (np.ones((2, 2, 2), int), "found int64 in 3"),
+    (np.array(3), "found int64 in 0"),
+    (np.array([], int), "expected 2 sequences of 8 tokens at least, found 0 tokens; give more text"),
+    (np.arange(15), "expected 2 sequences of 8 tokens at least, found 15 tokens; give more text, or --length 7"),
+    (np.arange(8)[None], "expected at least 2 sequences, whose difference gives the error, found 1; give more text"),
+    (np.zeros((0, 8), int), "found 0; give more text"),
+    (np.arange(8)[:, None], "expected sequences of at least 2 tokens, found 1"),
+    (np.array([[1, 2], [3, 100]]), "expected token ids from 0 to 99, found 100 in sequence 2; it was made with another tokenizer"),
+    (np.array([[1, -100], [3, 4]]), "expected token ids from 0 to 99, found -100 in sequence 1"),
+    (np.array(["a"], object), "expected an array as numpy.save writes it"),
+])  # fmt: skip
 def test_arrays_that_are_refused(array: np.ndarray, words: str, tmp_path: Path) -> None:
     path = save(tmp_path / "ids.npy", array)
     with pytest.raises(FormatError) as e:

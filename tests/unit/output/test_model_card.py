@@ -140,18 +140,15 @@ def test_no_card_leaves_it_as_it_is(job: tuple[Path, Path], tmp_path: Path) -> N
         merge(base, adapter, tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "head",
-    [
-        "license: &x mit\nlanguage: *x\n",
-        "a: 1\na: 2\n",
-        "- a\n",
-        "tags: [a,\nb]\n",
-        "? a\n: b\n",
-        "\ta: 1\n",
-        "a: 1\n...\n",
-    ],
-)
+@pytest.mark.parametrize("head", [
+    "license: &x mit\nlanguage: *x\n",
+    "a: 1\na: 2\n",
+    "- a\n",
+    "tags: [a,\nb]\n",
+    "? a\n: b\n",
+    "\ta: 1\n",
+    "a: 1\n...\n",
+])  # fmt: skip
 def test_a_head_that_is_not_plain_stays_as_it_is(job: tuple[Path, Path], tmp_path: Path, head: str) -> None:
     base, adapter = job
     (base / "README.md").write_bytes(f"---\n{head}---\n".encode() + b"\xff not text\n")
@@ -162,18 +159,15 @@ def test_a_head_that_is_not_plain_stays_as_it_is(job: tuple[Path, Path], tmp_pat
     assert b"\xff not text\n" in data
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("tags:\n- a\n- b\n", ["a", "b", "intruder-dimensions"]),
-        ("tags:\n  - a\n  - b\n", ["a", "b", "intruder-dimensions"]),
-        ("tags: [a, b]\n", ["a", "b", "intruder-dimensions"]),
-        ("tags:\n", ["intruder-dimensions"]),
-        ("tags: []\n", ["intruder-dimensions"]),
-        ("tags:\n- intruder-dimensions\n- a\n", ["intruder-dimensions", "a"]),
-        ("tags: some\n", "some"),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), [
+    ("tags:\n- a\n- b\n", ["a", "b", "intruder-dimensions"]),
+    ("tags:\n  - a\n  - b\n", ["a", "b", "intruder-dimensions"]),
+    ("tags: [a, b]\n", ["a", "b", "intruder-dimensions"]),
+    ("tags:\n", ["intruder-dimensions"]),
+    ("tags: []\n", ["intruder-dimensions"]),
+    ("tags:\n- intruder-dimensions\n- a\n", ["intruder-dimensions", "a"]),
+    ("tags: some\n", "some"),
+])  # fmt: skip
 def test_tags(text: str, expected: object) -> None:
     assert yaml.safe_load(_with_tag(text)) == {"tags": expected}
 

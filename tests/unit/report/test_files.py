@@ -40,15 +40,12 @@ def test_a_page_is_written_found_again_and_replaced_on_demand(findings: Findings
     assert names(path.parent) == ["r.html"]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"my thesis",
-        b"<!doctype html>\n<title>mine</title>\n",
-        b"<p>How to call streamer report: it has -o",
-        b"x" * 10_000,
-    ],
-)
+@pytest.mark.parametrize("content", [
+    b"my thesis",
+    b"<!doctype html>\n<title>mine</title>\n",
+    b"<p>How to call streamer report: it has -o",
+    b"x" * 10_000,
+])  # fmt: skip
 def test_what_is_no_report_is_never_replaced(findings: Findings, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "r.html"
     path.write_bytes(content)
@@ -191,13 +188,10 @@ def test_ratios_are_kept_to_a_fifth_of_a_percent() -> None:
     assert unpack(pack_ratio(np.array([0.0, 1e-9, 1.0]), 2, 1e-6)) == [4095, 4095, 0]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.layers.12.mlp.experts.7.down_proj.weight", "model.experts.gate_up_proj[3]", "lm_head.weight", "a*b.1", "=x.1", "", "0",
-        "layers.007.weight", f"layers.{'9' * (LONGEST + 1)}.weight", f"layers.{'9' * LONGEST}.weight", "conv1d.2b.3", "é.4.\x1b", "²",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name", [
+    "model.layers.12.mlp.experts.7.down_proj.weight", "model.experts.gate_up_proj[3]", "lm_head.weight", "a*b.1", "=x.1", "", "0",
+    "layers.007.weight", f"layers.{'9' * (LONGEST + 1)}.weight", f"layers.{'9' * LONGEST}.weight", "conv1d.2b.3", "é.4.\x1b", "²",
+])  # fmt: skip
 def test_names_are_read_back(name: str) -> None:
     names = ["model.layers.3.q.weight", name, "model.layers.4.q.weight"]
     assert unpack_names(pack_names(names)) == names  # type: ignore[arg-type]

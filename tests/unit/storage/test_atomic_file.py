@@ -148,20 +148,17 @@ def test_short_writes_are_written_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "f").read_bytes() == bytes(range(100))
 
 
-@pytest.mark.parametrize(
-    ("call", "number", "words"),
-    [
-        ("open", errno.EACCES, f"cannot create: Permission denied; {ADVICE}"),
-        ("posix_fallocate", errno.ENOSPC, "cannot create: No space left on device; free some space, then run"),
-        ("posix_fallocate", errno.EDQUOT, "cannot create: Disk quota exceeded; free some space, then run"),
-        ("posix_fallocate", errno.EFBIG, "cannot create: File too large; free some space, then run"),
-        ("write", errno.ENOSPC, "cannot write: No space left on device; free some space, then run"),
-        ("write", errno.EIO, f"cannot write: Input/output error; {ADVICE}"),
-        ("fsync", errno.EIO, f"cannot finish: Input/output error; {ADVICE}"),
-        ("close", errno.EIO, f"cannot finish: Input/output error; {ADVICE}"),
-        ("rename", errno.EIO, f"cannot finish: Input/output error; {ADVICE}"),
-    ],
-)
+@pytest.mark.parametrize(("call", "number", "words"), [
+    ("open", errno.EACCES, f"cannot create: Permission denied; {ADVICE}"),
+    ("posix_fallocate", errno.ENOSPC, "cannot create: No space left on device; free some space, then run"),
+    ("posix_fallocate", errno.EDQUOT, "cannot create: Disk quota exceeded; free some space, then run"),
+    ("posix_fallocate", errno.EFBIG, "cannot create: File too large; free some space, then run"),
+    ("write", errno.ENOSPC, "cannot write: No space left on device; free some space, then run"),
+    ("write", errno.EIO, f"cannot write: Input/output error; {ADVICE}"),
+    ("fsync", errno.EIO, f"cannot finish: Input/output error; {ADVICE}"),
+    ("close", errno.EIO, f"cannot finish: Input/output error; {ADVICE}"),
+    ("rename", errno.EIO, f"cannot finish: Input/output error; {ADVICE}"),
+])  # fmt: skip
 def test_a_system_that_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, words: str
 ) -> None:

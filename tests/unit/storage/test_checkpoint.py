@@ -136,16 +136,13 @@ def edit_index(base: Path, change: Callable[[dict], object]) -> None:
     (base / INDEX_NAME).write_text(json.dumps(tree))
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda index: index["metadata"].pop("total_size"), "is absent"),
-        (lambda index: index.pop("metadata"), "is absent"),
-        (lambda index: index.update(metadata=[1]), "is absent"),
-        (lambda index: index["metadata"].update(total_size=7), "says 7"),
-        (lambda index: index["metadata"].update(total_size="16064"), "says 16064"),
-    ],
-)
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda index: index["metadata"].pop("total_size"), "is absent"),
+    (lambda index: index.pop("metadata"), "is absent"),
+    (lambda index: index.update(metadata=[1]), "is absent"),
+    (lambda index: index["metadata"].update(total_size=7), "says 7"),
+    (lambda index: index["metadata"].update(total_size="16064"), "says 16064"),
+])  # fmt: skip
 def test_total_size_absent_or_wrong_is_a_warning(base: Path, change: Callable[[dict], object], said: str) -> None:
     edit_index(base, change)
     checkpoint = open_checkpoint(base)
@@ -228,14 +225,11 @@ def test_one_shard_under_two_names(base: Path) -> None:
     assert f"tensor 'b' is in {SHARDS[0]} as well" in refusal(FormatError, base)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"a": SHARDS[1]}, f"tensor 'a': expected in {SHARDS[1]}, but it is in {SHARDS[0]}; get the shards again"),
-        ({"c": SHARDS[0]}, f"tensor 'c': expected in {SHARDS[0]}, but no shard has it; get the shards again"),
-        ({"d": SHARDS[0]}, f"tensor 'd': expected in {SHARDS[0]}, but no shard has it; get the shards again"),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), [
+    ({"a": SHARDS[1]}, f"tensor 'a': expected in {SHARDS[1]}, but it is in {SHARDS[0]}; get the shards again"),
+    ({"c": SHARDS[0]}, f"tensor 'c': expected in {SHARDS[0]}, but no shard has it; get the shards again"),
+    ({"d": SHARDS[0]}, f"tensor 'd': expected in {SHARDS[0]}, but no shard has it; get the shards again"),
+])  # fmt: skip
 def test_index_and_shards_disagree(base: Path, change: dict[str, str], words: str) -> None:
     edit_index(base, lambda index: index["weight_map"].update(change))
     assert refusal(FormatError, base) == f"{base / INDEX_NAME}: {words}"
@@ -247,21 +241,18 @@ def test_tensors_that_the_index_does_not_list(base: Path) -> None:
     assert refusal(FormatError, base) == f"{base / INDEX_NAME}: {words}"
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "bad JSON: Expecting value"),
-        ("[]", "expected a JSON object, found list"),
-        ("{}", "expected a weight_map, found none; get the file again"),
-        ('{"weight_map": {}}', "expected a weight_map, found none"),
-        ('{"weight_map": []}', "expected a weight_map, found none"),
-        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "bad JSON: key 'a' appears twice"),
-        ('{"weight_map": {"\\ud800": "x.safetensors"}}', "bad JSON: "),
-        ('{"metadata": {"total_size": NaN}}', "bad JSON: NaN is not JSON"),
-        ('{"metadata": {"total_size": 1e999}}', "bad JSON: number 1e999 is out of range"),
-        ("[" * 100_000, "bad JSON: nested too deeply"),
-    ],
-)
+@pytest.mark.parametrize(("text", "words"), [
+    ("", "bad JSON: Expecting value"),
+    ("[]", "expected a JSON object, found list"),
+    ("{}", "expected a weight_map, found none; get the file again"),
+    ('{"weight_map": {}}', "expected a weight_map, found none"),
+    ('{"weight_map": []}', "expected a weight_map, found none"),
+    ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "bad JSON: key 'a' appears twice"),
+    ('{"weight_map": {"\\ud800": "x.safetensors"}}', "bad JSON: "),
+    ('{"metadata": {"total_size": NaN}}', "bad JSON: NaN is not JSON"),
+    ('{"metadata": {"total_size": 1e999}}', "bad JSON: number 1e999 is out of range"),
+    ("[" * 100_000, "bad JSON: nested too deeply"),
+])  # fmt: skip
 def test_a_bad_index(base: Path, text: str, words: str) -> None:
     (base / INDEX_NAME).write_text(text)
     message = refusal(FormatError, base)

@@ -153,17 +153,14 @@ def test_a_length_over_the_limit_is_not_read(tmp_path: Path) -> None:
         os.close(fd)
 
 
-@pytest.mark.parametrize(
-    ("content", "hint"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer: run `git lfs pull`"),
-        (b"<!DOCTYPE html><html><body>401</body></html>", "a web page"),
-        (b"\n  <?xml version='1.0'?><Error/>", "a web page"),
-        (b'{\n "schema": "streamer.evaluation/1"}', "JSON; check the path"),
-        (b"PK\x03\x04" + bytes(60), "a pickle: convert it to safetensors"),
-        (b"\x80\x02}q\x00(X\x01\x00\x00\x00a" + bytes(60), "a pickle: convert it to safetensors"),
-    ],
-)
+@pytest.mark.parametrize(("content", "hint"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer: run `git lfs pull`"),
+    (b"<!DOCTYPE html><html><body>401</body></html>", "a web page"),
+    (b"\n  <?xml version='1.0'?><Error/>", "a web page"),
+    (b'{\n "schema": "streamer.evaluation/1"}', "JSON; check the path"),
+    (b"PK\x03\x04" + bytes(60), "a pickle: convert it to safetensors"),
+    (b"\x80\x02}q\x00(X\x01\x00\x00\x00a" + bytes(60), "a pickle: convert it to safetensors"),
+])  # fmt: skip
 def test_what_stands_where_a_shard_should_be(tmp_path: Path, content: bytes, hint: str) -> None:
     with pytest.raises(FormatError) as caught:
         read(tmp_path / "model.safetensors", content)

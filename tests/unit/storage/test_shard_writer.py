@@ -203,29 +203,26 @@ F23 = ("x", "F32", (2, 3))
 WELL = ("x", torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize(
-    ("kind", "entries", "tensors", "words"),
-    [
-        (UsageError, [F23, F23], [], "entries and metadata: tensor 'x' is laid out twice"),
-        (UsageError, [("x", float, (1,))], [], "entry ('x', <class 'float'>, (1,)): unknown dtype"),
-        *[(UsageError, [F23], bad, f"tensors: expected pairs (name, tensor), as a dict's items(), found {kind}")
-          for bad, kind in [({"xy": 1}, "str"), (np.zeros((2, 2)), "ndarray"), ([("x",)], "tuple"), ([(*WELL, 1)], "tuple"),
-                            ([(1, WELL)], "tuple"), ([WELL, "no"], "str"), ([WELL, None], "NoneType")]],
-        (MismatchError, [F23], [("x", np.ma.zeros((2, 3), "f4"))], "tensor 'x': expected plain values in memory, found a masked"),
-        (UsageError, [("x", "F33", (1,))], [], "entry ('x', 'F33', (1,)): unknown dtype 'F33'"),
-        (UsageError, [("x", "F4", (1,))], [], "entry ('x', 'F4', (1,)): 1 values of F4 do not fill whole bytes"),
-        (UsageError, [("x", "U8", (-1,))], [], "entry ('x', 'U8', (-1,)): the name is the metadata's, or a size is negative"),
-        (UsageError, ["x"], [], "entry 'x': not enough values to unpack (expected 3, got 1)"),
-        (MismatchError, [F23, ("y", "U8", ())], [WELL], "tensor 'y': expected next, found 'no more tensors'; give the tensors"),
-        (MismatchError, [F23], [("z", b"")], "tensor 'x': expected next, found 'z'; give the tensors"),
-        (MismatchError, [F23], [WELL, ("y", b"")], "tensor 'y': has no entry; give each tensor an entry, in the same order"),
-        (MismatchError, [F23], [("x", torch.zeros(3, 2))], "tensor 'x': expected F32 [2, 3] by its entry, found F32 [3, 2]"),
-        (MismatchError, [F23], [("x", np.zeros((2, 3), ">f4"))], "tensor 'x': expected F32 [2, 3] by its entry, found >f4 [2, 3]"),
-        (MismatchError, [F23], [("x", bytes(23))], "tensor 'x': expected 24 bytes by its entry, found 23 bytes"),
-        (MismatchError, [F23], [("x", [1])], "tensor 'x': expected F32 [2, 3] by its entry, found <class 'list'> []"),
-        (MismatchError, [F23], [("x", torch.zeros(2, 3, device="meta"))], "tensor 'x': expected plain values in memory; Cannot copy"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("kind", "entries", "tensors", "words"), [
+    (UsageError, [F23, F23], [], "entries and metadata: tensor 'x' is laid out twice"),
+    (UsageError, [("x", float, (1,))], [], "entry ('x', <class 'float'>, (1,)): unknown dtype"),
+    *[(UsageError, [F23], bad, f"tensors: expected pairs (name, tensor), as a dict's items(), found {kind}")
+      for bad, kind in [({"xy": 1}, "str"), (np.zeros((2, 2)), "ndarray"), ([("x",)], "tuple"), ([(*WELL, 1)], "tuple"),
+                        ([(1, WELL)], "tuple"), ([WELL, "no"], "str"), ([WELL, None], "NoneType")]],
+    (MismatchError, [F23], [("x", np.ma.zeros((2, 3), "f4"))], "tensor 'x': expected plain values in memory, found a masked"),
+    (UsageError, [("x", "F33", (1,))], [], "entry ('x', 'F33', (1,)): unknown dtype 'F33'"),
+    (UsageError, [("x", "F4", (1,))], [], "entry ('x', 'F4', (1,)): 1 values of F4 do not fill whole bytes"),
+    (UsageError, [("x", "U8", (-1,))], [], "entry ('x', 'U8', (-1,)): the name is the metadata's, or a size is negative"),
+    (UsageError, ["x"], [], "entry 'x': not enough values to unpack (expected 3, got 1)"),
+    (MismatchError, [F23, ("y", "U8", ())], [WELL], "tensor 'y': expected next, found 'no more tensors'; give the tensors"),
+    (MismatchError, [F23], [("z", b"")], "tensor 'x': expected next, found 'z'; give the tensors"),
+    (MismatchError, [F23], [WELL, ("y", b"")], "tensor 'y': has no entry; give each tensor an entry, in the same order"),
+    (MismatchError, [F23], [("x", torch.zeros(3, 2))], "tensor 'x': expected F32 [2, 3] by its entry, found F32 [3, 2]"),
+    (MismatchError, [F23], [("x", np.zeros((2, 3), ">f4"))], "tensor 'x': expected F32 [2, 3] by its entry, found >f4 [2, 3]"),
+    (MismatchError, [F23], [("x", bytes(23))], "tensor 'x': expected 24 bytes by its entry, found 23 bytes"),
+    (MismatchError, [F23], [("x", [1])], "tensor 'x': expected F32 [2, 3] by its entry, found <class 'list'> []"),
+    (MismatchError, [F23], [("x", torch.zeros(2, 3, device="meta"))], "tensor 'x': expected plain values in memory; Cannot copy"),
+])  # fmt: skip
 @pytest.mark.parametrize("name", ["out", "out.safetensors"])
 def test_the_public_writer_refuses(
     tmp_path: Path, name: str, kind: type[StreamerError], entries: list[Any], tensors: list[Any], words: str
@@ -239,16 +236,13 @@ def test_the_public_writer_refuses(
     assert dict(streamer.read_tensors(tmp_path / name)).keys() == {"x"}
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"metadata": {"a": 1}}, "metadata: expected strings by name, found {'a': 1}"),
-        ({"metadata": {1: "a"}}, "metadata: expected strings by name, found {1: 'a'}"),
-        ({"metadata": ["ab"]}, "metadata: expected strings by name, found ['ab']"),
-        ({"metadata": {"a": "\udc80"}}, "entries and metadata: 'utf-8' codec can't encode"),
-        ({"max_shard_bytes": 0}, "max_shard_bytes: expected 1 or more, found 0"),
-    ],
-)
+@pytest.mark.parametrize(("options", "words"), [
+    ({"metadata": {"a": 1}}, "metadata: expected strings by name, found {'a': 1}"),
+    ({"metadata": {1: "a"}}, "metadata: expected strings by name, found {1: 'a'}"),
+    ({"metadata": ["ab"]}, "metadata: expected strings by name, found ['ab']"),
+    ({"metadata": {"a": "\udc80"}}, "entries and metadata: 'utf-8' codec can't encode"),
+    ({"max_shard_bytes": 0}, "max_shard_bytes: expected 1 or more, found 0"),
+])  # fmt: skip
 def test_the_public_writer_refuses_an_option(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError) as caught:
         streamer.write_safetensors(tmp_path / "out", [F23], [WELL], **options)
@@ -336,15 +330,12 @@ def hoards() -> Iterator[Piece]:
         yield Piece(bytes(filled(ring, i).view))
 
 
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        (keeps_the_piece, "changed before its release|released memoryview"),
-        (keeps_the_memory, "changed before its release"),
-        (gives_twice, "released memoryview"),
-        (hoards, "all buffers of a ring are leased"),
-    ],
-)
+@pytest.mark.parametrize(("source", "words"), [
+    (keeps_the_piece, "changed before its release|released memoryview"),
+    (keeps_the_memory, "changed before its release"),
+    (gives_twice, "released memoryview"),
+    (hoards, "all buffers of a ring are leased"),
+])  # fmt: skip
 def test_a_source_that_breaks_the_rule_makes_no_file(
     tmp_path: Path, source: Callable[[], Iterator[Piece]], words: str
 ) -> None:

@@ -160,26 +160,23 @@ def test_entries_keep_their_details(case: Case) -> None:
         assert out.finished("model-2") is None
 
 
-@pytest.mark.parametrize(
-    ("place", "words"),
-    [
-        ("base", "is the input {base}; choose another output"),
-        ("base/../base", "is the input {base}; choose another output"),
-        ("link", "is a symlink, and writing never follows one; name its target {base}"),
-        ("dangling", "is a symlink, and writing never follows one; name its target {out.parent}/gone"),
-        ("base/out", "lies inside the input {base}; choose an output outside it"),
-        ("base/sub/new/out", "lies inside the input {base}; choose an output outside it"),
-        ("link/out", "lies inside the input {base}; choose an output outside it"),
-        (".", "contains the input {base}; choose an output beside it"),
-        ("base/sub/../../out/..", "contains the input {base}; choose an output beside it"),
-        ("hub/models--x--y/snapshots/0f", "lies inside a hub cache, which is never written to; choose another output"),
-        ("hub/models--x--y", "lies inside a hub cache, which is never written to; choose another output"),
-        ("hub/datasets--x/new", "lies inside a hub cache, which is never written to; choose another output"),
-        ("cache/0f/out", "lies inside a hub cache, which is never written to; choose another output"),
-        ("file", "is not a directory; choose another output"),
-        ("file/out", "{out.parent} is not a directory; choose another output"),
-    ],
-)
+@pytest.mark.parametrize(("place", "words"), [
+    ("base", "is the input {base}; choose another output"),
+    ("base/../base", "is the input {base}; choose another output"),
+    ("link", "is a symlink, and writing never follows one; name its target {base}"),
+    ("dangling", "is a symlink, and writing never follows one; name its target {out.parent}/gone"),
+    ("base/out", "lies inside the input {base}; choose an output outside it"),
+    ("base/sub/new/out", "lies inside the input {base}; choose an output outside it"),
+    ("link/out", "lies inside the input {base}; choose an output outside it"),
+    (".", "contains the input {base}; choose an output beside it"),
+    ("base/sub/../../out/..", "contains the input {base}; choose an output beside it"),
+    ("hub/models--x--y/snapshots/0f", "lies inside a hub cache, which is never written to; choose another output"),
+    ("hub/models--x--y", "lies inside a hub cache, which is never written to; choose another output"),
+    ("hub/datasets--x/new", "lies inside a hub cache, which is never written to; choose another output"),
+    ("cache/0f/out", "lies inside a hub cache, which is never written to; choose another output"),
+    ("file", "is not a directory; choose another output"),
+    ("file/out", "{out.parent} is not a directory; choose another output"),
+])  # fmt: skip
 def test_places_where_nothing_is_written(case: Case, tmp_path: Path, place: str, words: str) -> None:
     (tmp_path / "link").symlink_to("base")
     (tmp_path / "dangling").symlink_to("gone")

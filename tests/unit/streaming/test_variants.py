@@ -49,10 +49,7 @@ def test_each_set_of_coefficients_is_a_variant() -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"methods": ()}, "method: expected at least one"),
     ({"methods": ("paper", "paper")}, "method: expected different values"),
-    (
-        {"methods": ("average",)},
-        "method: expected one of paper, project, shrink, regmean, nullspace, found 'average'",
-    ),
+    ({"methods": ("average",)}, "method: expected one of paper, project, shrink, regmean, nullspace, found 'average'"),
     ({"methods": ("regmean",)}, "method 'regmean' needs coefficients; make them with `streamer fit`"),
     ({"lambdas": ()}, "lambda: expected at least one"),
     ({"lambdas": (0.5, 0.5)}, "lambda: expected different values"),

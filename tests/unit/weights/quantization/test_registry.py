@@ -40,32 +40,29 @@ def test_a_view_holds_the_names_that_it_looks_up(tmp_path: Path) -> None:
             view[name]
 
 
-@pytest.mark.parametrize(
-    "quantization",
-    [
-        *(
-            {"quant_method": m}
-            for m in (
-                "aqlm",
-                "quanto",
-                "bitnet",
-                "eetq",
-                "vptq",
-                "higgs",
-                "auto-round",
-                "quark",
-                ["x"],
-                3,
-            )
-        ),
-        {"bits": 4},
-        {"quant_method": "compressed-tensors", "format": "mxfp6-pack-quantized"},
-        {"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": {"a": 1}},
-        {"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": {"format": "sparse-24-bitmask"}},
-        {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"},
-        {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
-    ],
-)
+@pytest.mark.parametrize("quantization", [
+    *(
+        {"quant_method": m}
+        for m in (
+            "aqlm",
+            "quanto",
+            "bitnet",
+            "eetq",
+            "vptq",
+            "higgs",
+            "auto-round",
+            "quark",
+            ["x"],
+            3,
+        )
+    ),
+    {"bits": 4},
+    {"quant_method": "compressed-tensors", "format": "mxfp6-pack-quantized"},
+    {"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": {"a": 1}},
+    {"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": {"format": "sparse-24-bitmask"}},
+    {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"},
+    {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
+])  # fmt: skip
 def test_other_ways_of_quantization_are_refused_by_name(tmp_path: Path, quantization: dict) -> None:
     with pytest.raises(UnsupportedError) as e:
         base_of(tmp_path, CODES, quantization)
@@ -82,16 +79,13 @@ def test_other_ways_of_quantization_are_refused_by_name(tmp_path: Path, quantiza
         )
 
 
-@pytest.mark.parametrize(
-    ("apart", "config", "quantization"),
-    [
-        ({"quant_algo": "NVFP4"}, {}, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
-        ({"quant_algo": None, "kv_cache_quant_algo": "FP8"}, {}, {}),
-        ([], {}, {}),
-        ({"quant_algo": "NVFP4"}, {"quantization_config": BNB}, BNB),
-        ({"quant_algo": "NVFP4"}, None, {}),
-    ],
-)
+@pytest.mark.parametrize(("apart", "config", "quantization"), [
+    ({"quant_algo": "NVFP4"}, {}, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+    ({"quant_algo": None, "kv_cache_quant_algo": "FP8"}, {}, {}),
+    ([], {}, {}),
+    ({"quant_algo": "NVFP4"}, {"quantization_config": BNB}, BNB),
+    ({"quant_algo": "NVFP4"}, None, {}),
+])  # fmt: skip
 def test_modelopt_may_state_its_quantization_apart(
     tmp_path: Path, apart: object, config: dict | None, quantization: dict
 ) -> None:
@@ -147,9 +141,7 @@ BROKEN = {
     "nvfp4: a scale of the tensor without dimensions, which the library rounds to bfloat16": (
         NVFP4 | {"w.weight_global_scale": torch.ones(())}, float_groups("nvfp4-pack-quantized"), "do not fit"
     ),
-    "nvfp4: groups of 32": (
-        NVFP4 | {"w.weight_scale": NVFP4["w.weight_scale"][:, :3]}, float_groups("nvfp4-pack-quantized"), "do not fit"
-    ),
+    "nvfp4: groups of 32": (NVFP4 | {"w.weight_scale": NVFP4["w.weight_scale"][:, :3]}, float_groups("nvfp4-pack-quantized"), "do not fit"),
     "nvfp4: groups of 32 in the config": (NVFP4, float_groups("nvfp4-pack-quantized", group_size=32), "in groups of 16, but"),
     "nvfp4: asymmetric in the config": (NVFP4, float_groups("nvfp4-pack-quantized", symmetric=False), "groups of 16, but"),
     "nvfp4: zero points": (
@@ -174,20 +166,14 @@ BROKEN = {
         float_groups("nvfp4-pack-quantized"),
         "in groups of 32, but",
     ),
-    "mxfp8: groups of 96": (
-        {"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS[:, :1]}, MXFP8, "expected MXFP8"
-    ),
-    "mxfp8: two rows a scale": (
-        {"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS[:32]}, MXFP8, "expected MXFP8"
-    ),
+    "mxfp8: groups of 96": ({"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS[:, :1]}, MXFP8, "expected MXFP8"),
+    "mxfp8: two rows a scale": ({"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS[:32]}, MXFP8, "expected MXFP8"),
     "mxfp8: groups of 64 in the config": (
         {"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS},
         float_groups("mxfp8-quantized", num_bits=8, group_size=64),
         r"for \[64\] inputs by the config",
     ),
-    "mxfp8: scales that are no exponents": (
-        {"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(64, 3)}, MXFP8, "expected MXFP8"
-    ),
+    "mxfp8: scales that are no exponents": ({"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(64, 3)}, MXFP8, "expected MXFP8"),
     "mxfp8: exponents of another dtype, which the library reads otherwise": (
         {"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS.view(torch.float8_e8m0fnu)},
         MXFP8,
@@ -217,11 +203,7 @@ BROKEN = {
         {"quant_method": "fp8"},
         "F8_E4M3 weights of 1 dimensions",
     ),
-    "int8: a scale for other rows": (
-        {"w.weight": CODES["w.weight"], "w.SCB": torch.ones(63)},
-        BNB,
-        "one F32 scale for each row",
-    ),
+    "int8: a scale for other rows": ({"w.weight": CODES["w.weight"], "w.SCB": torch.ones(63)}, BNB, "one F32 scale for each row"),
     "int8: another format": (
         {"w.weight": CODES["w.weight"], "w.SCB": torch.ones(64), "w.weight_format": torch.ones(1, dtype=torch.uint8)},
         BNB,
@@ -262,13 +244,9 @@ BROKEN = {
         HQQ | {"w.scale": torch.tensor(1.0), "w.zero": torch.tensor(1.0)}, {"quant_method": "hqq"}, "do not fit"
     ),
     "hqq: zero points of another dtype": (HQQ | {"w.zero": torch.ones(192, 1)}, {"quant_method": "hqq"}, "do not fit"),
-    "hqq: other groups": (
-        HQQ | {f"w.{k}": torch.ones(128, 1) for k in ("scale", "zero")}, {"quant_method": "hqq"}, "do not fit"
-    ),
+    "hqq: other groups": (HQQ | {f"w.{k}": torch.ones(128, 1) for k in ("scale", "zero")}, {"quant_method": "hqq"}, "do not fit"),
     "hqq: another shape": (HQQ | {"w.shape": torch.tensor([64, 95])}, {"quant_method": "hqq"}, "do not fit"),
-    "hqq: no zero points": (
-        {k: t for k, t in HQQ.items() if k != "w.zero"}, {"quant_method": "hqq"}, "'zero' of its HQQ layer is missing"
-    ),
+    "hqq: no zero points": ({k: t for k, t in HQQ.items() if k != "w.zero"}, {"quant_method": "hqq"}, "'zero' of its HQQ layer is missing"),
     "hqq: eight bits by its packing": (
         HQQ | {"w.packing": torch.tensor([*b"8bit_u8"], dtype=torch.uint8)}, {"quant_method": "hqq"},
         r"w\.packing': expected '4bit_u8' by the shapes of its HQQ layer, found '8bit_u8'; get the file again",
@@ -302,37 +280,34 @@ INT8 = {"scale": torch.ones(64, 3)}
 INT8_DATA = {"block_size": [1, 32]}
 
 
-@pytest.mark.parametrize(
-    ("kind", "qdata", "data", "parts", "message"),
-    [
-        *(
-            (kind, BYTES, INT8_DATA, INT8, rf"torchao's {kind} is not supported; use the 16-bit model")
-            for kind in ("Int4TilePackedTo4dTensor", "Int4PlainInt32Tensor", "MXTensor", "NVFP4Tensor", "Other")
-        ),
-        ("Int4TilePackedTo4dTensor", torch.zeros(8, 1, 32, 4, dtype=torch.int32), INT4_DATA,
-         {"scale_and_zero": torch.ones(3, 64, 2)}, "Int4TilePackedTo4dTensor with scale_and_zero is not"),
-        ("Int8Tensor", BYTES, INT8_DATA, INT8 | {"act_pre_scale": torch.ones(96)}, "Int8Tensor with act_pre_scale is not"),
-        ("Int8Tensor", BYTES, {"block_size": [1, 16]}, INT8, "do not fit"),
-        ("Int8Tensor", BYTES, {"block_size": [2, 32]}, {"scale": torch.ones(32, 3)}, None),
-        ("Int8Tensor", BYTES, {"block_size": [64, 19]}, {"scale": torch.ones(1, 5)}, "do not fit"),
-        ("Int8Tensor", BYTES, {"block_size": [1, 96]}, {"scale": torch.ones(64)}, "do not fit"),
-        ("Int8Tensor", BYTES, INT8_DATA, INT8 | {"zero_point": torch.ones(64, 1).to(torch.int8)}, "do not fit"),
-        ("Int8Tensor", BYTES, INT8_DATA, INT8 | {"zero_point": torch.ones(64, 3, dtype=torch.int32)}, "do not fit"),
-        *(
-            (kind, BYTES, INT8_DATA, INT8 | {"zero_point": torch.ones(64, 3)}, r"zero points in F32 .* use the 16-bit model")
-            for kind in ("Int8Tensor", "IntxUnpackedToInt8Tensor")
-        ),
-        ("Float8Tensor", fp8((64, 96)).view(torch.float8_e5m2), INT8_DATA, INT8, "do not fit"),
-        ("Float8Tensor", fp8((64, 96)), {"block_size": [1, 96]}, INT8, "do not fit"),
-        ("Float8Tensor", fp8((64, 96)), INT8_DATA, INT8, None),
-        ("Int8Tensor", fp8((64, 96)), INT8_DATA, INT8, "do not fit"),
-        ("Int4Tensor", BYTES[:, :48], INT4_DATA, INT4, None),
-        ("Int4Tensor", BYTES[:, :48], INT4_DATA, {"scale": torch.ones(3, 64)}, "do not fit"),
-        ("Int4Tensor", BYTES[:, :48], INT4_DATA, INT4 | {"zero_point": torch.ones(3, 64).to(torch.int8)}, "do not fit"),
-        ("Int4Tensor", BYTES[:, :48], INT4_DATA | {"block_size": [1, 48]}, INT4, "do not fit"),
-        ("Int4Tensor", BYTES, INT4_DATA, INT4, "do not fit"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("kind", "qdata", "data", "parts", "message"), [
+    *(
+        (kind, BYTES, INT8_DATA, INT8, rf"torchao's {kind} is not supported; use the 16-bit model")
+        for kind in ("Int4TilePackedTo4dTensor", "Int4PlainInt32Tensor", "MXTensor", "NVFP4Tensor", "Other")
+    ),
+    ("Int4TilePackedTo4dTensor", torch.zeros(8, 1, 32, 4, dtype=torch.int32), INT4_DATA,
+     {"scale_and_zero": torch.ones(3, 64, 2)}, "Int4TilePackedTo4dTensor with scale_and_zero is not"),
+    ("Int8Tensor", BYTES, INT8_DATA, INT8 | {"act_pre_scale": torch.ones(96)}, "Int8Tensor with act_pre_scale is not"),
+    ("Int8Tensor", BYTES, {"block_size": [1, 16]}, INT8, "do not fit"),
+    ("Int8Tensor", BYTES, {"block_size": [2, 32]}, {"scale": torch.ones(32, 3)}, None),
+    ("Int8Tensor", BYTES, {"block_size": [64, 19]}, {"scale": torch.ones(1, 5)}, "do not fit"),
+    ("Int8Tensor", BYTES, {"block_size": [1, 96]}, {"scale": torch.ones(64)}, "do not fit"),
+    ("Int8Tensor", BYTES, INT8_DATA, INT8 | {"zero_point": torch.ones(64, 1).to(torch.int8)}, "do not fit"),
+    ("Int8Tensor", BYTES, INT8_DATA, INT8 | {"zero_point": torch.ones(64, 3, dtype=torch.int32)}, "do not fit"),
+    *(
+        (kind, BYTES, INT8_DATA, INT8 | {"zero_point": torch.ones(64, 3)}, r"zero points in F32 .* use the 16-bit model")
+        for kind in ("Int8Tensor", "IntxUnpackedToInt8Tensor")
+    ),
+    ("Float8Tensor", fp8((64, 96)).view(torch.float8_e5m2), INT8_DATA, INT8, "do not fit"),
+    ("Float8Tensor", fp8((64, 96)), {"block_size": [1, 96]}, INT8, "do not fit"),
+    ("Float8Tensor", fp8((64, 96)), INT8_DATA, INT8, None),
+    ("Int8Tensor", fp8((64, 96)), INT8_DATA, INT8, "do not fit"),
+    ("Int4Tensor", BYTES[:, :48], INT4_DATA, INT4, None),
+    ("Int4Tensor", BYTES[:, :48], INT4_DATA, {"scale": torch.ones(3, 64)}, "do not fit"),
+    ("Int4Tensor", BYTES[:, :48], INT4_DATA, INT4 | {"zero_point": torch.ones(3, 64).to(torch.int8)}, "do not fit"),
+    ("Int4Tensor", BYTES[:, :48], INT4_DATA | {"block_size": [1, 48]}, INT4, "do not fit"),
+    ("Int4Tensor", BYTES, INT4_DATA, INT4, "do not fit"),
+])  # fmt: skip
 def test_classes_of_torchao(tmp_path: Path, kind: str, qdata, data: dict, parts: dict, message: str | None) -> None:
     tensors, config, metadata = torchao(kind, qdata, data, **parts)
     weights = base_of(tmp_path, tensors, config, metadata=metadata)
