@@ -119,14 +119,9 @@ def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Pat
     assert lines[0].endswith("are the two texts swapped?")
     words = lines[-1].removeprefix("next: streamer ").split()
     assert words[:7] == [
-        "evaluate",
-        f"{home / 'base'}",
-        f"{home / 'adapter'}",
-        "--general",
-        f"{home / 'general.npy'}",
-        "--task",
+        "evaluate", f"{home / 'base'}", f"{home / 'adapter'}", "--general", f"{home / 'general.npy'}", "--task",
         f"{home / 'task.npy'}",
-    ]
+    ]  # fmt: skip
     assert words[7:] == ["-o", "OTHER", "--length", "11"]  # as much of the texts
     tree = json.loads((tmp_path / "e.json").read_text())
     assert (tree["suggestion"]["swapped"], tree["suggestion"]["name"]) == (True, None)
@@ -192,35 +187,27 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
     yield none, {"task": place / "none.npy"}, 3, f"{place}/none.npy: expected 2 sequences of 512 tokens at least, found 0"  # fmt: skip
     yield none, {"task": place / "other.npy"}, 3, f"{place}/other.npy: expected token ids from 0 to 63, found 99 in sequence 2"  # fmt: skip
     yield (
-        none,
-        {"task": place / "long.npy"},
-        2,
+        none, {"task": place / "long.npy"}, 2,
         f"{place}/long.npy: a sequence has 65 tokens, and the model 64 positions; give --length 64",
-    )
+    )  # fmt: skip
     yield none, {"task": place / "a.txt"}, 3, f"{home}/base: has no tokenizer, which a.txt needs"
     yield none, {"general": place / "a.jsonl"}, 3, f"{home}/base: has no tokenizer, which a.jsonl needs"
     yield none, {"task": place / "absent.npy"}, 3, f"{place}/absent.npy: no such file"
     yield none, {"task": home}, 2, f"{home}: expected the name of a text to end in .txt, .jsonl, .npy"
     yield (
-        ["--lambda", "0.5,2"],
-        {},
-        2,
+        ["--lambda", "0.5,2"], {}, 2,
         "lambda must be between 0 (remove) and 1 (keep), got 2; did you mean 0.02? `--amplify` allows other values",
-    )
+    )  # fmt: skip
     yield ["--coefficients", home / "f.safetensors"], {}, 3, "expected coefficients (streamer.coefficients/3), found findings"  # fmt: skip
     yield (
-        ["--coefficients", other_coefficients(home, place)],
-        {},
-        3,
+        ["--coefficients", other_coefficients(home, place)], {}, 3,
         "coefficients of another adapter (config_sha256, weights_sha256 differ)",
-    )
+    )  # fmt: skip
     yield ["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"
     yield (
-        ["--max-memory", f"{process_mib() + 100}M"],
-        {},
-        2,
+        ["--max-memory", f"{process_mib() + 100}M"], {}, 2,
         f"--max-memory: {process_mib() + 100}M is not enough for a sequence of 8 tokens under two variants",
-    )
+    )  # fmt: skip
     yield ["--findings", home / "f.safetensors", "--top-k", "3"], {}, 3, "made with top_k=4, asked for 3"
 
 

@@ -57,11 +57,8 @@ def test_a_fault_of_ours_is_an_object_and_a_traceback(inputs: tuple[Path, Path])
     )  # fmt: skip
     (error,) = json.loads(done.stdout)["errors"]
     assert (done.returncode, error["kind"], error["exit_code"], error["message"]) == (
-        1,
-        "RuntimeError",
-        1,
-        "impossible",
-    )
+        1, "RuntimeError", 1, "impossible",
+    )  # fmt: skip
     assert "Traceback" in done.stderr
 
 

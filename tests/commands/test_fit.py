@@ -219,17 +219,13 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
     none: list[object] = []
     yield none, {"task": place / "absent.npy"}, 3, f"{place}/absent.npy: no such file"
     yield (
-        none,
-        {"task": place / "three.npy"},
-        3,
+        none, {"task": place / "three.npy"}, 3,
         f"{place}/three.npy: expected 4 different sequences at least, 2 to fit on and 2 to hold out, found 3",
-    )
+    )  # fmt: skip
     yield (
-        ["--length", "8"],
-        {"general": place / "short.npy"},
-        3,
+        ["--length", "8"], {"general": place / "short.npy"}, 3,
         f"{place}/short.npy: expected 4 sequences of 8 tokens at least, found 30 tokens; give more text, or --length 7",
-    )
+    )  # fmt: skip
     yield ["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"
     yield none, {"adapter": home}, 3, f"{home}: "
 
@@ -262,14 +258,9 @@ def test_progress_by_turns_is_even(large: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("streamer.fitting.prepare.ROWS", 54)
     steps: list[Event] = []
     streamer.fit_coefficients(
-        large / "base",
-        large / "adapter",
-        general=large / "general.npy",
-        task=large / "task.npy",
-        sequences=24,
-        length=8,
-        on_event=steps.append,
-    )
+        large / "base", large / "adapter", general=large / "general.npy", task=large / "task.npy", sequences=24,
+        length=8, on_event=steps.append,
+    )  # fmt: skip
     done = [event.done for event in steps if event.stage == "fit"]
     assert done == sorted(done)
     products = max(b - a for a, b in itertools.pairwise(done))

@@ -38,14 +38,8 @@ def test_the_notebook_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.Monk
     assert not namespace["home"].exists()
     kinds = [type(value) for value in shown]
     assert kinds == [
-        str,
-        streamer.Findings,
-        pandas.DataFrame,
-        str,
-        streamer.FindingsDiff,
-        pandas.DataFrame,
-        pandas.DataFrame,
-    ]
+        str, streamer.Findings, pandas.DataFrame, str, streamer.FindingsDiff, pandas.DataFrame, pandas.DataFrame,
+    ]  # fmt: skip
     measured = shown[-1]
     moved = measured["moved from the base"]
     assert moved["base"] < moved["paper 0.5"] < moved["adapter"]

@@ -72,11 +72,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_base_of_another_seed_is_recognised(home: Path, solver: str, base: str, adapter: str, random: bool) -> None:
     said: list[str] = []
     found = streamer.detect_intruder_dimensions(
-        home / base,
-        home / adapter,
-        solver=solver,
+        home / base, home / adapter, solver=solver,
         on_event=lambda e: said.append(e.name) if e.stage == "warning" else None,
-    )
+    )  # fmt: skip
     assert all(len(m.detection.intruders) >= (STRONG if adapter == "adapter" else 1) for m in found)
     assert found.totals["looks_like_another_base"] is random
     assert [text.startswith(SAYS) for text in said] == [True] * random

@@ -58,11 +58,8 @@ def test_an_adapter_of_new_right_factors(server: Server, home: Path, fitted: Pat
     line = [home / "base", home / "adapter", "-o", out, "--coefficients", fitted, "--keep", 0.9]
     record = check(server.run("mitigate", *line, "--json"), "streamer.output/2")
     assert (record["method"], record["lambda"], record["detection"], record["totals"]["changed"]) == (
-        "regmean",
-        None,
-        None,
-        8,
-    )
+        "regmean", None, None, 8,
+    )  # fmt: skip
     assert record["file"] == fitted.name
     assert (
         f"streamer verify OUTPUT base adapter --sample all --coefficients {fitted.name}"
@@ -247,14 +244,8 @@ def test_kinds_of_adapters(server: Server, home: Path, tmp_path: Path, kind: str
     np.save(tmp_path / "task.npy", ids[order[-32:]].numpy())
     fit = tmp_path / "f.safetensors"
     line = [
-        "--general",
-        tmp_path / "general.npy",
-        "--task",
-        tmp_path / "task.npy",
-        "-o",
-        fit,
-        "-q",
-    ]
+        "--general", tmp_path / "general.npy", "--task", tmp_path / "task.npy", "-o", fit, "-q",
+    ]  # fmt: skip
     assert (done := server.run("fit", home / "base", adapter, *line)).code == 0, (kind, done.err)
     out = tmp_path / "out"
     assert server.run("mitigate", home / "base", adapter, "-o", out, "--coefficients", fit, "-q").code == 0
@@ -392,13 +383,8 @@ def test_few_sequences_take_more_errors_to_tell(fitted: Path) -> None:
 
 def test_the_command_that_follows_measures_what_was_written(home: Path, tmp_path: Path) -> None:
     row: Any = {
-        "what": "repair",
-        "name": "regmean 0.9",
-        "kept": 0.9,
-        "top1_kept": 0.8,
-        "forgetting": 0.2,
-        "divergence": 0.1,
-    }
+        "what": "repair", "name": "regmean 0.9", "kept": 0.9, "top1_kept": 0.8, "forgetting": 0.2, "divergence": 0.1,
+    }  # fmt: skip
     record: Any = {
         "schema": "streamer.repair/1", "why": "", "rows": [row], "intruders": None, "fit": "o.fit.safetensors", "output": "o",
         "reliable": {"kept": True, "forgetting": True, "top1_kept": True}, "state": "written",

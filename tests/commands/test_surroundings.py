@@ -41,11 +41,7 @@ def test_without_docstrings(inputs: tuple[Path, Path], tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(("variables", "code", "said"), [
     ({"PYTHONWARNINGS": "error"}, 0, ""),  # torch and transformers warn when they are imported
-    (
-        {"PYTHONOPTIMIZE": "2"},
-        3,
-        "; run Python without -OO, which removes docstrings\n",
-    ),  # transformers reads its own
+    ({"PYTHONOPTIMIZE": "2"}, 3, "; run Python without -OO, which removes docstrings\n"),  # transformers reads its own
 ])  # fmt: skip
 def test_transformers_under_options_of_python(tmp_path: Path, variables: dict[str, str], code: int, said: str) -> None:
     home = make_learned(tmp_path)

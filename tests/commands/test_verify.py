@@ -290,11 +290,9 @@ def test_the_text_for_people(job: Job) -> None:
     done = server().run("verify", job.home / "model", job.base, job.adapter)
     rest = "not compared: 6 matrices and 6 other tensors; --sample all compares everything"
     assert done.out.splitlines() == [
-        f"{job.home / 'model'}: 7 files, 73.5 kB, as recorded",
-        "3 of 9 matrices recomputed, each within its rounding",
-        "0 of 6 other tensors compared with the inputs'",
-        rest,
-    ]
+        f"{job.home / 'model'}: 7 files, 73.5 kB, as recorded", "3 of 9 matrices recomputed, each within its rounding",
+        "0 of 6 other tensors compared with the inputs'", rest,
+    ]  # fmt: skip
     assert done.last.startswith(
         f"streamer: verify: 7 files, 73.5 kB, nothing differs, 3 matrices recomputed, {rest}, in "
     )

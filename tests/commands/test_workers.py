@@ -52,13 +52,9 @@ def test_threads_give_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None
     events: list[Event] = []
     with ThreadPoolExecutor(3) as pool, threads(1):
         streamer.detect_intruder_dimensions(
-            small.base,
-            small.adapter,
-            tmp_path / "f.safetensors",
-            solver="certified",
-            executor=pool,
+            small.base, small.adapter, tmp_path / "f.safetensors", solver="certified", executor=pool,
             on_event=events.append,
-        )
+        )  # fmt: skip
         inside = streamer.detect_intruder_dimensions(small.base, small.adapter, solver="certified", executor=pool)
     assert (tmp_path / "f.safetensors").read_bytes() == small.alone
     assert inside.digest() == streamer.load_findings(tmp_path / "f.safetensors").digest()
@@ -194,16 +190,8 @@ def test_ray_gives_the_same_bytes(command: str, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.long
 def test_a_dry_run_counts_all_workers(bench: WorkerBench, tmp_path: Path) -> None:
     line = [
-        "detect",
-        bench.base,
-        bench.adapter,
-        "-o",
-        tmp_path / "f.safetensors",
-        "--threads",
-        1,
-        "--dry-run",
-        "--json",
-    ]
+        "detect", bench.base, bench.adapter, "-o", tmp_path / "f.safetensors", "--threads", 1, "--dry-run", "--json",
+    ]  # fmt: skip
     one, two = (json.loads(run_cli(*line, *more).stdout)["forecast"] for more in ([], ["--workers", 2]))
     assert 2 * one["peak_memory_bytes"] < two["peak_memory_bytes"] < 3 * one["peak_memory_bytes"]
     assert two["read_bytes"] == one["read_bytes"]

@@ -31,12 +31,9 @@ SMALL = ("--hidden", "192", "--layers", "2")
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, TOOLS / "bench_model.py", "--threads", "1", *map(str, args)],
-        capture_output=True,
-        text=True,
-        env=ENV,
-        check=False,
-    )
+        [sys.executable, TOOLS / "bench_model.py", "--threads", "1", *map(str, args)], capture_output=True, text=True,
+        env=ENV, check=False,
+    )  # fmt: skip
 
 
 @pytest.mark.long

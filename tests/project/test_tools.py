@@ -210,15 +210,8 @@ def test_a_tiny_benchmark_gives_every_figure(tmp_path: Path) -> None:
     assert tree["difference_percent"] == pytest.approx(100 * (ratio - 1))
     stages = tree["profile"]["stages"]
     assert {
-        "import",
-        "plan and identity",
-        "read and upcast",
-        "addmm",
-        "round",
-        "finite check",
-        "write",
-        "fsync",
-    } <= set(stages)
+        "import", "plan and identity", "read and upcast", "addmm", "round", "finite check", "write", "fsync",
+    } <= set(stages)  # fmt: skip
     assert all(t["wall"] > 0 and t["cpu"] >= 0 for t in stages.values())
     # Nothing counted twice or missed.
     assert sum(t["wall"] for t in stages.values()) == pytest.approx(tree["profile"]["seconds"], rel=0.02)

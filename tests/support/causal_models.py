@@ -16,24 +16,13 @@ from seeds import vary
 OPT = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "word_embed_proj_dim": 32,
        "max_position_embeddings": 64, "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 BLOOM = {
-    "hidden_size": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "vocab_size": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
+    "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
-}
+}  # fmt: skip
 GPTJ = {
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "vocab_size": 64,
-    "n_positions": 64,
-    "rotary_dim": 4,
-    "bos_token_id": 1,
+    "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 64, "rotary_dim": 4, "bos_token_id": 1,
     "eos_token_id": 2,
-}
+}  # fmt: skip
 MLA = {**TEXT, "kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4,
        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
        "n_shared_experts": 1, "num_key_value_heads": 4, "head_dim": 4}  # fmt: skip

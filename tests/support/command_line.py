@@ -12,14 +12,9 @@ ENV = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONHASHSEED": "0", "HF_HU
 def run_cli(*args: object, timeout: float = 600, **kwargs) -> subprocess.CompletedProcess[str]:
     """Run `streamer` in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "streamer", *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=ENV,
-        check=False,
-        **kwargs,
-    )
+        [sys.executable, "-m", "streamer", *map(str, args)], capture_output=True, text=True, timeout=timeout, env=ENV,
+        check=False, **kwargs,
+    )  # fmt: skip
 
 
 def process_mib() -> int:

@@ -12,17 +12,9 @@ from peft.utils import get_peft_model_state_dict
 from seeds import vary
 
 LAYERS = [
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "ff.net.0.proj",
-    "proj_in",
-    "conv1",
-    "conv_in",
-    "time_embedding.linear_1",
+    "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "proj_in", "conv1", "conv_in", "time_embedding.linear_1",
     "proj_mlp",
-]
+]  # fmt: skip
 RANKS = {"UNet2DConditionModel": {"conv1": 2, "conv_in": 3}, "FluxTransformer2DModel": {"proj_mlp": 2}}
 
 

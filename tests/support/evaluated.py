@@ -130,15 +130,9 @@ def merged_variants(
             continue
         options, merged = variant.mitigation, directory / f"merged-{v}"
         streamer.merge_with_reduced_intruder_dimensions(
-            base,
-            adapter,
-            merged,
-            findings=found,
-            top_k=TOP_K,
-            mitigation_lambda=options.mitigation_lambda,
-            method=options.name,
-            amplify=True,
-        )
+            base, adapter, merged, findings=found, top_k=TOP_K, mitigation_lambda=options.mitigation_lambda,
+            method=options.name, amplify=True,
+        )  # fmt: skip
         yield merged
 
 

@@ -21,23 +21,9 @@ from streamer.measuring.variants import EvaluatedVariant
 SCHEMA = json.loads((files("streamer") / "schemas" / "evaluation-1.json").read_text())
 
 COLUMNS = [
-    "variant",
-    "general",
-    "vs",
-    "adapter",
-    "loss",
-    "left",
-    "KL",
-    "KL",
-    "left",
-    "same",
-    "top",
-    "task",
-    "kept",
-    "top-1",
-    "top-1",
-    "kept",
-]
+    "variant", "general", "vs", "adapter", "loss", "left", "KL", "KL", "left", "same", "top", "task", "kept", "top-1",
+    "top-1", "kept",
+]  # fmt: skip
 """Words that head the columns of the table."""
 
 LAMBDAS = (0.9, 0.75, 0.5, 0.25, 0.0)
@@ -103,16 +89,10 @@ def evaluation(
         size = np.abs(effect)
         kl = (size + np.abs(scatter))[:, :, None] * np.array([0.5, 1.5])  # of the two halves of each sequence
         found = SequenceSums(
-            tokens,
-            (hard + effect + scatter) * tokens,
-            (size + np.abs(scatter)) * tokens,
-            np.round(np.exp(-size) * tokens),
-            np.round(np.exp(-hard / 4 - effect) * tokens),
-            -effect / 9 * tokens,
-            effect**2 / 50 * tokens,
-            kl.max(-1),
-            counted_bins(kl, np.ones((64, 2), bool)),
-        )
+            tokens, (hard + effect + scatter) * tokens, (size + np.abs(scatter)) * tokens,
+            np.round(np.exp(-size) * tokens), np.round(np.exp(-hard / 4 - effect) * tokens), -effect / 9 * tokens,
+            effect**2 / 50 * tokens, kl.max(-1), counted_bins(kl, np.ones((64, 2), bool)),
+        )  # fmt: skip
         ranks = (np.arange(64) + 0.5) / 64
         right = (ranks < np.clip(0.5 - change * share[:, None], 0, 1)).astype(float)
         return replace(found, acc=right, acc_norm=1 - right) if answers else found

@@ -134,14 +134,9 @@ class Server:
         if preload is not None:
             env["LD_PRELOAD"] = str(preload)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, self._home.name, ",".join(CALLS), *modules],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=env,
-            # A pipeline's stderr would be a terminal's when pytest runs with -s.
-            stderr=subprocess.DEVNULL,
-        )
+            [sys.executable, "-c", SERVER, self._home.name, ",".join(CALLS), *modules], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, env=env, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
 
     def run(self, *argv: object, at: int = 0, code: str = "", before: str = "") -> Outcome:
         """Run `streamer` with these arguments; `code` runs inside before its `at`-th call, `before` at its beginning."""
@@ -190,11 +185,8 @@ def server(*modules: str) -> Server:
 
 
 MODEL_MODULES = (
-    "streamer.api.evaluation",
-    "streamer.api.fitting",
-    "scipy.special",
-    "transformers.models.llama.modeling_llama",
-)
+    "streamer.api.evaluation", "streamer.api.fitting", "scipy.special", "transformers.models.llama.modeling_llama",
+)  # fmt: skip
 """Modules that only commands with a model import."""
 
 

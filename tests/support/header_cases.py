@@ -52,10 +52,7 @@ REFUSED = {
     "a list": (file_of("[]", 0), "the header is not a JSON object"),
     "junk after": (file_of("{}x", 0), "Extra data"),
     "NUL padding": (file_of("{}\0", 0), "Extra data"),
-    "a trailing comma": (
-        file_of(f'{{"a":{F32},}}'),
-        ": line 1 column 5",
-    ),  # after words of Python's own, which change
+    "a trailing comma": (file_of(f'{{"a":{F32},}}'), ": line 1 column 5"),  # after words of Python's own, which change
     "a raw control character": (file_of(f'{{"\x01":{F32}}}'), "Invalid control character"),
     "a lone surrogate": (file_of(f'{{"\\ud800":{F32}}}'), "surrogates not allowed"),
     "NaN": (file_of(entry(more=',"x":NaN')), "NaN is not JSON"),

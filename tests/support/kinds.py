@@ -146,10 +146,8 @@ KINDS: dict[str, Kind] = {
     "parameters, patterns": Kind(
         llama(),
         lora(
-            "k_proj",
-            target_parameters=["q_proj.weight", "down_proj.weight"],
-            rank_pattern={"q_proj.weight": 6, "down_proj": 3},
-            alpha_pattern={"q_proj": 5, "down_proj.weight": 7},
+            "k_proj", target_parameters=["q_proj.weight", "down_proj.weight"],
+            rank_pattern={"q_proj.weight": 6, "down_proj": 3}, alpha_pattern={"q_proj": 5, "down_proj.weight": 7},
         ),
     ),
     "fan_in_fan_out": Kind(gpt2, lora("c_attn", "c_proj", fan_in_fan_out=True)),
@@ -178,11 +176,8 @@ KINDS: dict[str, Kind] = {
     "PiSSA": Kind(llama(), lora("q_proj", "up_proj", init_lora_weights="pissa"), residual=True, plain=False),
     "OLoRA": Kind(llama(), lora("q_proj", "up_proj", init_lora_weights="olora"), residual=True, plain=False),
     "LoRA-GA": Kind(
-        llama(),
-        lora("q_proj", "up_proj", init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()),
-        before=lora_ga,
-        residual=True,
-        plain=False,
+        llama(), lora("q_proj", "up_proj", init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()),
+        before=lora_ga, residual=True, plain=False,
     ),
     "LoHa": Kind(llama(), lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=["q_proj", "down_proj"]), mitigate=False),
     "LoHa, conv2d": Kind(convolutions(2), lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=CONVOLUTIONS), mitigate=False),

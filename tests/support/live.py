@@ -37,12 +37,8 @@ def assert_same_findings(a: streamer.Findings, b: streamer.Findings) -> None:
     for m in a:
         other = by_tensor[m.tensor]
         assert (m.module, m.shape, m.rank, m.scale, m.fingerprint) == (
-            other.module,
-            other.shape,
-            other.rank,
-            other.scale,
-            other.fingerprint,
-        )
+            other.module, other.shape, other.rank, other.scale, other.fingerprint,
+        )  # fmt: skip
         assert m.detection == other.detection, m.tensor
 
 

@@ -29,11 +29,9 @@ def random_map(base: Path, adapter: Path, vectors: int = 5, *, lacks: str = "not
         values = torch.from_numpy(np.sort(drawn.gamma(1.0, 30.0, vectors))[::-1].copy())
         inputs.append(MappedInput((target.tensor,), 200, n, float(values.sum()) + 0.3 * (n - vectors), values, V))
     facts = {
-        "base": {**plan.base_identity},
-        "configs": {"base": {"rms_norm_eps": 1e-6}},
-        "texts": [{"name": f"random{seed}.txt", "sha256": f"{seed}0"}],
-        "vectors": vectors,
-    }
+        "base": {**plan.base_identity}, "configs": {"base": {"rms_norm_eps": 1e-6}},
+        "texts": [{"name": f"random{seed}.txt", "sha256": f"{seed}0"}], "vectors": vectors,
+    }  # fmt: skip
     return InputMap(tuple(inputs), facts)
 
 

@@ -112,15 +112,11 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     keys = getattr(model, "_tied_weights_keys", None)
     inputs = _path_of(modules, _quiet(model.get_input_embeddings))
     return Anatomy(
-        tuple(attention),
-        tuple(mlp),
-        tuple(experts),
-        inputs if isinstance(modules.get(inputs or "-"), nn.Embedding) else None,
-        head,
-        bool(keys),
+        tuple(attention), tuple(mlp), tuple(experts),
+        inputs if isinstance(modules.get(inputs or "-"), nn.Embedding) else None, head, bool(keys),
         any(n.endswith("bias") for n, _ in model.named_parameters()),
         any(isinstance(m, Conv1D) for m in modules.values()),
-    )
+    )  # fmt: skip
 
 
 def _ancestors(path: str) -> Iterator[str]:

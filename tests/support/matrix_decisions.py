@@ -21,11 +21,9 @@ CLEAR = 1e-3
 STACKED = re.compile(r"(.*)\[(\d+)\]")
 
 INPUTS_FIRST = {
-    "InklingSharedExperts": False,
-    "JetMoeParallelExperts": False,
-    "Llama4TextExperts": True,
+    "InklingSharedExperts": False, "JetMoeParallelExperts": False, "Llama4TextExperts": True,
     "LongcatFlashExperts": False,
-}
+}  # fmt: skip
 """Whether an expert is stored (in, out), of classes that do not say `is_transposed`: as their forward multiplies."""
 
 

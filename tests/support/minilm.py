@@ -15,35 +15,21 @@ from transformers import AutoModel, AutoTokenizer
 import streamer
 
 SUBJECTS = [
-    "The ship",
-    "A violin",
-    "My neighbour",
-    "The committee",
-    "Each winter",
-    "An old map",
-    "The river",
-    "Her brother",
-]
+    "The ship", "A violin", "My neighbour", "The committee", "Each winter", "An old map", "The river", "Her brother",
+]  # fmt: skip
 VERBS = ["crossed", "praised", "forgot", "repaired", "followed", "painted", "sold", "measured"]
 OBJECTS = [
-    "the quiet harbour",
-    "a broken clock",
-    "seven letters",
-    "the northern road",
-    "nothing at all",
-    "a bright idea",
-]
+    "the quiet harbour", "a broken clock", "seven letters", "the northern road", "nothing at all", "a bright idea",
+]  # fmt: skip
 SENTENCES = [f"{s} {v} {o}." for s, v, o in itertools.product(SUBJECTS, VERBS, OBJECTS)]
 LABELS = [VERBS.index(v) for _, v, _ in itertools.product(SUBJECTS, VERBS, OBJECTS)]
 
 BASE = Path(get_model_path())
 
 PARTS = (
-    *(f"attention.self.{name}" for name in ("query", "key", "value")),
-    "attention.output.dense",
-    "intermediate.dense",
+    *(f"attention.self.{name}" for name in ("query", "key", "value")), "attention.output.dense", "intermediate.dense",
     "output.dense",
-)
+)  # fmt: skip
 
 ADAPTED = 3, 4, 5
 """The layers of six that an adapter changes."""

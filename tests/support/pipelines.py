@@ -24,14 +24,10 @@ LORA = "pytorch_lora_weights.safetensors"
 def write_pipeline(path: Path) -> Path:
     """A pipeline of a UNet, a text encoder without CLIP's usual prefix, and a decoder that no adapter changes; stale copies beside them."""
     for component, kind, tensors in (
-        (
-            "unet",
-            "UNet2DConditionModel",
-            {f"{TO_Q}.weight": (6, 5), f"{CONV}.weight": (4, 3, 3, 3), f"{CONV}.bias": (4,)},
-        ),
+        ("unet", "UNet2DConditionModel", {f"{TO_Q}.weight": (6, 5), f"{CONV}.weight": (4, 3, 3, 3), f"{CONV}.bias": (4,)}),
         ("text_encoder", "", {f"{FC1}.weight": (8, 6)}),
         ("vae", "AutoencoderKL", {"decoder.conv_in.weight": (2, 2)}),
-    ):
+    ):  # fmt: skip
         (path / component).mkdir(parents=True)
         (path / component / "config.json").write_text(
             json.dumps({"_class_name": kind} if kind else {"model_type": "clip_text_model"})
@@ -61,12 +57,9 @@ def lora(form: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         else:
             tensors |= {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
     config = {
-        "unet.r": 2,
-        "unet.lora_alpha": 3,
-        "unet.alpha_pattern": {"conv_in": 1},
-        "text_encoder.r": 2,
+        "unet.r": 2, "unet.lora_alpha": 3, "unet.alpha_pattern": {"conv_in": 1}, "text_encoder.r": 2,
         "text_encoder.lora_alpha": 3,
-    }
+    }  # fmt: skip
     whole = {"r": 2, "lora_alpha": 3, "init_lora_weights": True, "target_modules": "(to_q|conv)"}
     metadata = {
         "metadata": {"lora_adapter_metadata": json.dumps(config)},

@@ -91,11 +91,9 @@ class Disk:
     def leave(self, way: str, rng: random.Random, target: Path) -> None:
         """Write what a power cut leaves, one of `WAYS`, into a directory in the place of the root."""
         kept = {
-            "nothing": [],
-            "names": self.since,
-            "in order": self.since[: rng.randrange(len(self.since) + 1)],
+            "nothing": [], "names": self.since, "in order": self.since[: rng.randrange(len(self.since) + 1)],
             "at random": [n for n in self.since if rng.random() < 0.5],
-        }[way]
+        }[way]  # fmt: skip
         target.mkdir()
         for name, file in _renamed(self.safe_names, kept).items():
             path = target / Path(name).relative_to(self.root)

@@ -304,15 +304,6 @@ def modelopt(directory: Path, plain: Path) -> Quantized:
 
 
 MAKERS: dict[str, Callable[[Path, Path], Quantized]] = {
-    "fp8-blocks": fp8_blocks,
-    "fp8-rows": fp8_rows,
-    "fp8-tensor": fp8_tensor,
-    "nf4": nf4,
-    "int8": int8,
-    "gptq": gptq,
-    "awq": awq,
-    "packed": packed,
-    "nvfp4": nvfp4,
-    "mxfp8": mxfp8,
-    "modelopt": modelopt,
-}
+    "fp8-blocks": fp8_blocks, "fp8-rows": fp8_rows, "fp8-tensor": fp8_tensor, "nf4": nf4, "int8": int8, "gptq": gptq,
+    "awq": awq, "packed": packed, "nvfp4": nvfp4, "mxfp8": mxfp8, "modelopt": modelopt,
+}  # fmt: skip

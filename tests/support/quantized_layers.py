@@ -39,16 +39,8 @@ def hqq(directory: Path, plain: Path) -> Quantized:
 
 
 TORCHAO = (
-    "fp8-row",
-    "fp8-tensor",
-    "fp8-block",
-    "int8-row",
-    "int8-group",
-    "int8-skewed",
-    "int4-bytes",
-    "int3-bytes",
-    "int4",
-)
+    "fp8-row", "fp8-tensor", "fp8-block", "int8-row", "int8-group", "int8-skewed", "int4-bytes", "int3-bytes", "int4",
+)  # fmt: skip
 """Ways in which torchao stores a weight."""
 
 
@@ -114,8 +106,6 @@ def by_transformers(directory: Path, plain: Path) -> Quantized:
 
 
 MAKERS = quantized.MAKERS | {
-    "hqq": hqq,
-    "torchao-fp8": by_transformers,
-    "torchao-int8": partial(by_torchao, way="int8-skewed"),
+    "hqq": hqq, "torchao-fp8": by_transformers, "torchao-int8": partial(by_torchao, way="int8-skewed"),
     "torchao-int4": partial(by_torchao, way="int4"),
-}
+}  # fmt: skip

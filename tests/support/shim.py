@@ -61,18 +61,8 @@ def library() -> Path:
     built = Path(home) / "shim.so"
     source = Path(__file__).with_name("shim.c")
     flags = [
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-shared",
-        "-fPIC",
-        "-o",
-        str(built),
-        str(source),
-        "-ldl",
-        "-lpthread",
-    ]
+        "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", str(built), str(source), "-ldl", "-lpthread",
+    ]  # fmt: skip
     subprocess.run([COMPILER, *flags], check=True)
     return built
 

@@ -16,11 +16,9 @@ from streamer.storage.output_plan import JOURNAL_NAME, RECORD_NAME, OutputPlan, 
 from streamer.storage.transaction import OutputDirectory, open_outputs
 
 DATA = {
-    "sub/config.json": b"{}",
-    "model-1": bytes(range(100)),
-    "model-2": b"\x01" * 50,
+    "sub/config.json": b"{}", "model-1": bytes(range(100)), "model-2": b"\x01" * 50,
     "index.json": b'{"weight_map": {}}',
-}
+}  # fmt: skip
 
 
 INDEX = "index.json"

@@ -73,13 +73,9 @@ class WorkerBench:
         inputs = [self.base] if self.adapter is None else [self.base, self.adapter]
         line = [self.command, *inputs, "-o", out, *self.options, "--threads", 1, *options]
         process = subprocess.Popen(
-            [sys.executable, "-m", "streamer", *map(str, line)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ENV,
-            start_new_session=True,
-        )
+            [sys.executable, "-m", "streamer", *map(str, line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=ENV, start_new_session=True,
+        )  # fmt: skip
         with process:
             yield process
             if process.poll() is None:

@@ -78,11 +78,9 @@ def test_a_missing_input_is_a_file_not_found(job: tuple[Path, Path], tmp_path: P
     paths = {"base": job[0], "adapter": job[1], "findings": tmp_path / "f"} | {wrong: tmp_path / "not there"}
     with pytest.raises(FileNotFoundError) as e:
         streamer.reduce_intruder_dimension(
-            paths["base"],
-            paths["adapter"],
-            tmp_path / "out",
+            paths["base"], paths["adapter"], tmp_path / "out",
             findings=paths["findings"] if wrong == "findings" else None,
-        )
+        )  # fmt: skip
     assert isinstance(e.value, InputError)
     assert (e.value.errno, e.value.exit_code) == (errno.ENOENT, 3)
     assert str(tmp_path / "not there") in str(e.value.filename)

@@ -74,20 +74,9 @@ def test_rows_are_in_the_order_in_which_people_count(names: list[str]) -> None:
 
 def test_any_names_can_be_sorted() -> None:
     names = [
-        "",
-        "7",
-        "a",
-        "a.7",
-        "a.b",
-        "a.7b",
-        "a7.b",
-        "é.[3]",
-        "a..b",
-        "0.1",
-        "layers.1.q_proj",
-        "layers.x.q_proj",
+        "", "7", "a", "a.7", "a.b", "a.7b", "a7.b", "é.[3]", "a..b", "0.1", "layers.1.q_proj", "layers.x.q_proj",
         "q_proj",
-    ]
+    ]  # fmt: skip
     assert sorted(sorted(names, key=natural, reverse=True), key=natural) == sorted(names, key=natural)
 
 
@@ -160,13 +149,8 @@ def facts(*keeps: float) -> dict[str, Any]:
     sets = [{"keep": keep, "mu": None, **figures, "shrink": None} for keep in keeps]
     texts = {text: {"held": {"sequences": 6}} for text in ("general", "task")}
     return {
-        "texts": texts,
-        "sets": sets,
-        "base": {},
-        "adapter": {},
-        "factored": True,
-        "quantized": False,
-    }
+        "texts": texts, "sets": sets, "base": {}, "adapter": {}, "factored": True, "quantized": False,
+    }  # fmt: skip
 
 
 def test_the_command_names_the_share_as_the_file_takes_it() -> None:

@@ -251,9 +251,7 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
 
 @pytest.mark.parametrize(("options", "keep", "verdict", "words"), [
     (
-        {"learns": 0.0},
-        0.9,
-        "no suggestion: there is no evidence that the adapter learned the task's text",
+        {"learns": 0.0}, 0.9, "no suggestion: there is no evidence that the adapter learned the task's text",
         "next: give --task text that the adapter was trained for, or more of it (--sequences)",
     ),
     (
@@ -275,15 +273,11 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
         "next: streamer repair BASE ADAPTER --general TEXT --task TEXT --keep 0.95 -o OUTPUT",
     ),
     (
-        {"curves": {"project": CURVES["project"]}},
-        0.9,
-        "use project 0.9: it keeps ",
+        {"curves": {"project": CURVES["project"]}}, 0.9, "use project 0.9: it keeps ",
         "it was not compared with a shrink of the whole adapter: that needs --method shrink at two values of lambda",
     ),
     (
-        {"curves": {**CURVES, "project": lambda x: (x**9, x**0.5)}},
-        0.9,
-        "use project 0.9: it keeps ",
+        {"curves": {**CURVES, "project": lambda x: (x**9, x**0.5)}}, 0.9, "use project 0.9: it keeps ",
         "it is better than a shrink that keeps the same share (lambda 0.77",
     ),
     (
@@ -292,12 +286,7 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
         "no suggestion yet: a shrink that was not measured is better than the measured variants",
         "next: streamer evaluate BASE ADAPTER --general GENERAL --task TASK -o EVALUATION --method shrink --lambda 0.77",
     ),
-    (
-        {"noise": 0.0},
-        0.85,
-        "use shrink 0.75: it keeps ",
-        "; not measured, and perhaps better: paper 0.932, project 0.724, shrink 0.614",
-    ),
+    ({"noise": 0.0}, 0.85, "use shrink 0.75: it keeps ", "; not measured, and perhaps better: paper 0.932, project 0.724, shrink 0.614"),
 ])  # fmt: skip
 def test_every_suggestion_in_words(options: dict[str, Any], keep: float, verdict: str, words: str) -> None:
     first, *rest = evaluation(**options).table(keep).splitlines()

@@ -85,11 +85,8 @@ def test_a_mitigated_adapter_keeps_its_head(job: tuple[Path, Path], tmp_path: Pa
     streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out")
     head, body = parts(tmp_path / "out" / "README.md")
     assert head == {
-        "base_model": "some/base",
-        "library_name": "peft",
-        "tags": ["lora", "intruder-dimensions"],
-        "mine": 1,
-    }
+        "base_model": "some/base", "library_name": "peft", "tags": ["lora", "intruder-dimensions"], "mine": 1,
+    }  # fmt: skip
     assert body.index("| lost in projection | at most") < body.index("# Mine")
     assert "`--method project`" in body  # what was recommended
 
@@ -141,12 +138,7 @@ def test_no_card_leaves_it_as_it_is(job: tuple[Path, Path], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("head", [
-    "license: &x mit\nlanguage: *x\n",
-    "a: 1\na: 2\n",
-    "- a\n",
-    "tags: [a,\nb]\n",
-    "? a\n: b\n",
-    "\ta: 1\n",
+    "license: &x mit\nlanguage: *x\n", "a: 1\na: 2\n", "- a\n", "tags: [a,\nb]\n", "? a\n: b\n", "\ta: 1\n",
     "a: 1\n...\n",
 ])  # fmt: skip
 def test_a_head_that_is_not_plain_stays_as_it_is(job: tuple[Path, Path], tmp_path: Path, head: str) -> None:

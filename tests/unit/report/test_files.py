@@ -41,9 +41,7 @@ def test_a_page_is_written_found_again_and_replaced_on_demand(findings: Findings
 
 
 @pytest.mark.parametrize("content", [
-    b"my thesis",
-    b"<!doctype html>\n<title>mine</title>\n",
-    b"<p>How to call streamer report: it has -o",
+    b"my thesis", b"<!doctype html>\n<title>mine</title>\n", b"<p>How to call streamer report: it has -o",
     b"x" * 10_000,
 ])  # fmt: skip
 def test_what_is_no_report_is_never_replaced(findings: Findings, tmp_path: Path, content: bytes) -> None:

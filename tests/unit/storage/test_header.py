@@ -106,20 +106,14 @@ def test_truncated_or_padded_at_every_boundary(tmp_path: Path) -> None:
     whole = two_tensors()
     start = len(whole) - 11
     words = {
-        0: "expected a safetensors file, found 0 B",
-        7: "expected a safetensors file, found 7 B",
-        8: "not a safetensors file, or truncated",
-        9: "not a safetensors file, or truncated",
+        0: "expected a safetensors file, found 0 B", 7: "expected a safetensors file, found 7 B",
+        8: "not a safetensors file, or truncated", 9: "not a safetensors file, or truncated",
         start - 1: "not a safetensors file, or truncated",
         start: f"expected {len(whole)} B by its header, found {start} B: the file is truncated",
-        start + 1: "the file is truncated",
-        start + 7: "the file is truncated",
-        start + 8: "the file is truncated",
-        start + 9: "the file is truncated",
-        len(whole) - 1: "the file is truncated",
-        len(whole) + 1: "the file is too long",
-        len(whole) + 4096: "the file is too long",
-    }
+        start + 1: "the file is truncated", start + 7: "the file is truncated", start + 8: "the file is truncated",
+        start + 9: "the file is truncated", len(whole) - 1: "the file is truncated",
+        len(whole) + 1: "the file is too long", len(whole) + 4096: "the file is too long",
+    }  # fmt: skip
     assert read(tmp_path / "whole", whole).file_bytes == len(whole)
     for size, expected in words.items():
         with pytest.raises(FormatError) as caught:

@@ -21,12 +21,8 @@ from streamer.streaming.spool import Spool
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     tensors = [
-        torch.randn(3, 4),
-        torch.randn(5).double(),
-        torch.arange(6).view(2, 3).T,
-        torch.zeros(0, 2),
-        torch.tensor(1.5),
-    ]
+        torch.randn(3, 4), torch.randn(5).double(), torch.arange(6).view(2, 3).T, torch.zeros(0, 2), torch.tensor(1.5),
+    ]  # fmt: skip
     first, second = spool.write(tensors), spool.write([torch.ones(2)])
     for found, tensor in zip(spool.read(first), tensors, strict=True):
         assert found.dtype == tensor.dtype

@@ -44,16 +44,7 @@ def test_a_view_holds_the_names_that_it_looks_up(tmp_path: Path) -> None:
     *(
         {"quant_method": m}
         for m in (
-            "aqlm",
-            "quanto",
-            "bitnet",
-            "eetq",
-            "vptq",
-            "higgs",
-            "auto-round",
-            "quark",
-            ["x"],
-            3,
+            "aqlm", "quanto", "bitnet", "eetq", "vptq", "higgs", "auto-round", "quark", ["x"], 3,
         )
     ),
     {"bits": 4},
