@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from command_line import ENV
 from forks import server
+from test_schemas import check, faults
 
 from streamer.events import Event, Monitor
 
@@ -26,14 +27,16 @@ def test_a_failure_is_an_object_too(inputs: tuple[Path, Path], tmp_path: Path) -
         (("merge", *inputs, "-o", tmp_path / "o", "--lambda", "7"), 2, "UsageError", None),
         (("merge", *inputs, "-o", tmp_path / "o", "--threads", "0"), 2, "UsageError", None),
         (("detect", *inputs, "-o", "f.st"), 2, "UsageError", "f.st"),
+        (("inspect", inputs[1], inputs[0]), 3, "InputError", str(inputs[1])),
+        (("mitigate", *inputs, "-o", tmp_path / "o", "--max-memory", "201M"), 2, "UsageError", None),
+        (("detect", *inputs, "-o", "s3://b/o.safetensors"), 2, "UsageError", "s3:/b/o.safetensors"),
+        (("demo", "--lambda", "3"), 2, "UsageError", None),
         (("report", tmp_path / "no.safetensors"), 3, "MissingInputError", str(tmp_path / "no.safetensors")),
     ]
     for argv, code, kind, path in cases:
         done = server().run(*argv, "--json")
-        tree = json.loads(done.out)
-        assert tree["schema"] == "streamer.error/1"
-        (error,) = tree["errors"]
-        assert (done.code, error["exit_code"], error["kind"], error["path"]) == (code, code, kind, path)
+        (error,) = check(done, "streamer.error/1", code)["errors"]
+        assert (error["exit_code"], error["kind"], error["path"]) == (code, kind, path)
         assert done.err == f"streamer: {error['message']}\n"
 
 
@@ -42,8 +45,8 @@ def test_a_failure_is_an_object_too(inputs: tuple[Path, Path], tmp_path: Path) -
 )
 def test_wrong_arguments_are_an_object_too(argv: list[str]) -> None:
     done = server().run(*argv)
-    (error,) = json.loads(done.out)["errors"]
-    assert (done.code, error["kind"], error["exit_code"], error["path"]) == (2, "UsageError", 2, None)
+    (error,) = check(done, "streamer.error/1", 2)["errors"]
+    assert (error["kind"], error["exit_code"], error["path"]) == ("UsageError", 2, None)
     assert done.err == f"streamer: {error['message']}\n"
 
 
@@ -63,7 +66,9 @@ def test_a_fault_of_ours_is_an_object_and_a_traceback(inputs: tuple[Path, Path])
 
 
 def lines(text: str) -> list[dict]:
-    return [json.loads(line) for line in text.splitlines()]
+    events = [json.loads(line) for line in text.splitlines()]
+    assert [fault for event in events for fault in faults(event)] == []
+    return events
 
 
 def test_events_are_lines_of_json(inputs: tuple[Path, Path], tmp_path: Path) -> None:

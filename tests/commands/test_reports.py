@@ -14,7 +14,7 @@ import terminal
 from evaluations import of_findings
 from forks import Outcome, server
 from helpers import tree_digest
-from test_schemas import check
+from test_schemas import check, faults
 
 import streamer
 from streamer.cli.parser import build_parser
@@ -43,7 +43,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, di
 def test_json_is_one_object_on_a_silent_terminal(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> None:
     for name, done in said[3].items():
         assert (done.code, done.told) == (0, ""), name
-        assert isinstance(json.loads(done.out), dict)
+        assert faults(json.loads(done.out)) == []
     (lost,) = json.loads(said[3]["mitigate"].out)["warnings"]
     assert lost.startswith("lost in projection: ")
     assert f"streamer: warning: {lost}\n" in said[3]["mitigate"].err + said[3]["mitigate"].last
@@ -54,9 +54,7 @@ def test_json_of_findings(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> 
     detected, reported = json.loads(runs["detect"].out), json.loads(runs["report"].out)
     for tree in (detected, reported):
         assert tree["schema"] == "streamer.findings/1"
-        assert tree.keys() >= {"base", "adapter", "options", "totals", "matrices"}
         assert tree["options"] == {"top_k": 10, "threshold_epsilon": 0.5, "solver": "auto", "max_memory": None}
-        assert tree["totals"].keys() >= {"matrices", "intruders", "certified", "escalated", "seconds"}
         assert tree["totals"]["matrices"] == len(tree["matrices"]) == 9
         assert tree["totals"]["intruders"] == sum(len(m["intruders"]) for m in tree["matrices"]) >= 9
         assert [m["tensor"] for m in tree["matrices"]] == [
@@ -66,9 +64,6 @@ def test_json_of_findings(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> 
             if not name.endswith(("layernorm.weight", "counter"))
         ]
         for m in tree["matrices"]:
-            assert m.keys() >= {"tensor", "module", "shape", "dtype", "rank", "scale", "solver", "singular_values",
-                                "similarity_low", "similarity_high", "intruders", "certified", "seconds", "delta_norm",
-                                "intruder_energy"}  # fmt: skip
             assert m["tensor"] == m["module"] + ".weight"
             assert (m["dtype"], m["rank"], m["scale"]) == ("BF16", 4, 1.0)
             assert len(m["singular_values"]) == len(m["similarity_low"]) == len(m["similarity_high"]) == 10
@@ -106,7 +101,6 @@ def test_json_of_what_was_written(said: tuple[Path, Path, Path, dict[str, Outcom
     assert tree["totals"]["bytes"] == sum(f["bytes"] for f in tree["files"])
     assert len(tree["matrices"]) == tree["totals"]["matrices"] == tree["totals"]["changed"] == 9
     for m in tree["matrices"]:
-        assert m.keys() >= {"tensor", "module", "intruders", "delta_norm", "delta_norm_after", "dropped"}
         assert 0 < m["delta_norm_after"] < m["delta_norm"]
         assert 0 <= m["dropped"] < 1
     assert (tree["totals"]["dropped_max"] > 0) == (command == "mitigate")

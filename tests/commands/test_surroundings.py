@@ -14,6 +14,7 @@ from pathlib import Path
 import helpers
 import pytest
 from command_line import ENV, run_cli
+from forks import server
 from learned import make_learned
 
 import streamer
@@ -156,7 +157,7 @@ def test_the_mask_counts(job: tuple[Path, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["detect", "mitigate", "merge"])
 def test_the_help_says_how_many_threads_there_are(command: str) -> None:
     """And that they may be fewer: the note on it, beside other work, comes as no surprise."""
-    text = " ".join(run_cli(command, "--help").stdout.split())
+    text = " ".join(server().run(command, "--help").out.split())
     assert (
         f"one per core available to this process, {available_cores()} here; on a busy machine, detection uses fewer threads"
         in text

@@ -15,10 +15,9 @@ import profile_evaluate
 import profile_fit as p
 import pytest
 import torch
-from bench_model import forecasts, halves, layer_of
+from bench_model import forecasts
 from command_line import ENV
 from helpers import tree_digest
-from line_figure import line_figure
 from measure import cold, resident, warm
 from paths import TOOLS
 from shapes import KNOWN
@@ -73,18 +72,6 @@ def test_the_forecast_is_compared_with_what_it_came_to() -> None:
     rows = forecasts(events)
     assert [row["error"] for row in rows[:5]] == [-0.5] * 5
     assert rows[-1]["promised"] == pytest.approx(17 / 0.9)
-
-
-def test_layers_are_told_by_name_and_compared_by_halves() -> None:
-    assert [
-        layer_of(n) for n in ("model.layers.12.mlp.up_proj.weight", "h.3.attn.c_attn.weight", "lm_head.weight")
-    ] == [
-        12,
-        3,
-        None,
-    ]
-    assert halves([1.0, 1.0, 9.0, 1.5, 1.5]) == pytest.approx(0.5)
-    assert halves([1.0]) is None
 
 
 def test_the_page_cache_is_filled_and_seen(tmp_path: Path) -> None:
@@ -165,13 +152,6 @@ def test_small_matrices_give_every_figure() -> None:
         assert row["in_one_pass_share"] == pytest.approx(row["in_one_pass"] / row["in_turn"])
         assert min(row.values()) > 0
     assert set(tree["spread"]) == set(tree["rounds"][0])
-
-
-def test_it_says_how_it_is_used() -> None:
-    assert (
-        "2 of 2 decisions equal"
-        in call_tool("bench_adapters", "--shape", "96x64", "--matrices", 1, "--adapters", 2, "--rounds", 1).stdout
-    )
 
 
 @pytest.mark.long
@@ -325,20 +305,6 @@ def test_peers_are_what_their_papers_say(tmp_path: Path) -> None:
         k = int(0.3 * delta.numel())
         least = delta.abs().flatten().sort(descending=True).values[k - 1]
         torch.testing.assert_close(after[name], torch.where(delta.abs() >= least, delta, torch.zeros(())))
-
-
-def test_lines_are_drawn_within_the_picture() -> None:
-    text = line_figure({"one": [(2.0, 0.9), (4.0, 0.5)], "two": [(2.0, 1.2), (8.0, 0.5)]}, "passes", "left")
-    root = ET.fromstring(text)
-    space = "{http://www.w3.org/2000/svg}"
-    assert len(root.findall(f"{space}polyline")) == 2
-    assert len(root.findall(f"{space}circle")) == 4
-    width, height = float(root.get("width")), float(root.get("height"))
-    for circle in root.findall(f"{space}circle"):
-        assert 0 < float(circle.get("cx")) < width
-        assert 0 < float(circle.get("cy")) < height
-    words = [t.text for t in root.findall(f"{space}text")]
-    assert {"one", "two", "passes", "left", "0.25", "8"} <= set(words)
 
 
 @pytest.mark.slow

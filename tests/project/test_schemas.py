@@ -146,52 +146,6 @@ def test_other_kinds_of_inputs(tmp_path: Path) -> None:
         check(server().run("merge", one, other, "-o", tmp_path / f"m{i}", *options, "--json"), "streamer.output/2")
 
 
-def failures(inputs: tuple[Path, Path], home: Path) -> Iterator[tuple[tuple[object, ...], int]]:
-    """Command lines that fail, and how."""
-    base, adapter = inputs
-    for command in ("inspect", "detect", "mitigate", "merge"):
-        out = () if command == "inspect" else ("-o", home / "o.safetensors")
-        yield (command, home / "no", adapter, *out), 3
-        yield (command, adapter, base, *out), 3
-        yield (command,), 2
-    for command in ("detect", "mitigate", "merge"):
-        yield (command, base, adapter, "-o", base), 4
-        yield (command, base, adapter, "-o", home / "o.safetensors", "--max-memory", "201M"), 2
-        yield (command, base, adapter, "-o", "s3://b/o.safetensors"), 2
-    yield ("merge", base, adapter, "-o", home / "o", "--lambda", "3"), 2
-    yield ("report", home / "no.safetensors"), 3
-    yield ("demo", "--lambda", "3"), 2
-    yield ("fly",), 2
-
-
-def test_every_failure(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    for line, code in failures(inputs, tmp_path):
-        tree = check(server().run(*line, "--json"), "streamer.error/1", code)
-        assert tree["errors"][0]["exit_code"] == code
-
-
-def test_every_event(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    out = tmp_path / "m"
-    stop = "os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2)"
-    runs = [
-        server().run("inspect", *inputs, "--json-events"),
-        server().run("merge", *inputs, "-o", out, "--json-events", at=20, code=stop),
-        server().run("merge", *inputs, "-o", out, "--json-events"),
-        server().run("merge", *inputs, "-o", out, "--json-events"),
-        server().run("mitigate", *inputs, "-o", tmp_path / "a", "--json-events"),
-        server().run("merge", *inputs, "-o", inputs[0], "--json-events"),
-        server().run("merge", "--json-events"),
-    ]
-    seen = set()
-    for done in runs:
-        events = [json.loads(line) for line in done.err.splitlines()]
-        for event in events:
-            assert (event["schema"], faults(event)) == ("streamer.event/1", []), event
-            seen |= {event["event"], event.get("stage")}
-        assert events[-1]["event"] == ("done" if done.code == 0 else "error")
-    assert seen >= {"progress", "note", "error", "done", "detect", "write"}
-
-
 def test_a_resumed_run(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     for command in ("detect", "merge", "mitigate"):
         out = tmp_path / f"{command}.safetensors"

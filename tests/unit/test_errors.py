@@ -13,42 +13,24 @@ import pytest
 
 import streamer
 from streamer import errors
-from streamer.errors import (
-    AT_THE_END,
-    LONGEST_MESSAGE,
-    FormatError,
-    InputError,
-    Interrupted,
-    MismatchError,
-    MissingInputError,
-    MissingPackageError,
-    NumericError,
-    OutputError,
-    OutputExistsError,
-    StreamerError,
-    UnknownNameError,
-    UnsupportedError,
-    UsageError,
-    VerificationError,
-)
 from streamer.packages import require_package
 from streamer.units import format_size, format_sizes, listed, parse_size, quoted
 
-ALL = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, StreamerError)]
+ALL = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.StreamerError)]
 
 
-def made(kind: type[StreamerError]) -> StreamerError:
-    if kind is Interrupted:
-        return Interrupted(15)
-    if kind in (MissingInputError, MissingPackageError, OutputExistsError):
+def made(kind: type[errors.StreamerError]) -> errors.StreamerError:
+    if kind is errors.Interrupted:
+        return errors.Interrupted(15)
+    if kind in (errors.MissingInputError, errors.MissingPackageError, errors.OutputExistsError):
         return kind("some/where: no such file; check the path", "some/where")
-    if kind is VerificationError:
-        return VerificationError("some/where: expected one thing, found another", {"differences": []})
+    if kind is errors.VerificationError:
+        return errors.VerificationError("some/where: expected one thing, found another", {"differences": []})
     return kind("some/where: wanted one thing, found another; do this")
 
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
-def test_an_error_is_the_same_after_a_process_boundary(kind: type[StreamerError]) -> None:
+def test_an_error_is_the_same_after_a_process_boundary(kind: type[errors.StreamerError]) -> None:
     error = made(kind)
     assert str(error) == error.args[0] == f"{error}"  # not `[Errno 2] …` as of an OSError, nor quoted as of a KeyError
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
@@ -59,17 +41,17 @@ def test_an_error_is_the_same_after_a_process_boundary(kind: type[StreamerError]
 
 
 @pytest.mark.parametrize(("kind", "builtin"), [
-    (UsageError, ValueError),
-    (UnknownNameError, KeyError),
-    (MissingPackageError, ImportError),
-    (MissingInputError, FileNotFoundError),
-    (FormatError, ValueError),
-    (UnsupportedError, ValueError),
-    (MismatchError, ValueError),
-    (OutputExistsError, FileExistsError),
-    (NumericError, ArithmeticError),
+    (errors.UsageError, ValueError),
+    (errors.UnknownNameError, KeyError),
+    (errors.MissingPackageError, ImportError),
+    (errors.MissingInputError, FileNotFoundError),
+    (errors.FormatError, ValueError),
+    (errors.UnsupportedError, ValueError),
+    (errors.MismatchError, ValueError),
+    (errors.OutputExistsError, FileExistsError),
+    (errors.NumericError, ArithmeticError),
 ])  # fmt: skip
-def test_python_s_own_word(kind: type[StreamerError], builtin: type[Exception]) -> None:
+def test_python_s_own_word(kind: type[errors.StreamerError], builtin: type[Exception]) -> None:
     assert issubclass(kind, builtin)
 
 
@@ -81,7 +63,7 @@ def test_a_missing_input_is_a_file_not_found(job: tuple[Path, Path], tmp_path: P
             paths["base"], paths["adapter"], tmp_path / "out",
             findings=paths["findings"] if wrong == "findings" else None,
         )  # fmt: skip
-    assert isinstance(e.value, InputError)
+    assert isinstance(e.value, errors.InputError)
     assert (e.value.errno, e.value.exit_code) == (errno.ENOENT, 3)
     assert str(tmp_path / "not there") in str(e.value.filename)
     assert str(e.value).startswith(str(tmp_path / "not there"))
@@ -92,21 +74,21 @@ def test_an_output_that_stands_is_a_file_that_exists(job: tuple[Path, Path], tmp
     (tmp_path / "f.safetensors").write_text("mine")
     with pytest.raises(FileExistsError, match="exists and is not findings") as e:
         streamer.detect_intruder_dimensions(*job, tmp_path / "f.safetensors")
-    assert isinstance(e.value, OutputError)
+    assert isinstance(e.value, errors.OutputError)
     assert (e.value.filename, e.value.exit_code) == (str(tmp_path / "f.safetensors"), 4)
 
 
 def test_a_long_message_keeps_its_beginning_and_its_advice() -> None:
     text = f"some/where: {'x' * 5000}; do this"
-    said = str(StreamerError(text))
-    assert len(said) == LONGEST_MESSAGE + len(" … ")
+    said = str(errors.StreamerError(text))
+    assert len(said) == errors.LONGEST_MESSAGE + len(" … ")
     assert said.startswith("some/where: xxx")
     assert said.endswith("xxx; do this")
-    assert said[-AT_THE_END:] == text[-AT_THE_END:]
+    assert said[-errors.AT_THE_END :] == text[-errors.AT_THE_END :]
 
 
 def test_a_message_is_one_line() -> None:
-    assert str(StreamerError("a\nb\x1b[31m\u2028c")) == "a\\nb\\x1b[31m\\u2028c"
+    assert str(errors.StreamerError("a\nb\x1b[31m\u2028c")) == "a\\nb\\x1b[31m\\u2028c"
 
 
 def test_a_wrong_base_is_told_in_one_line_of_some_hundred_characters(tmp_path: Path, monkeypatch) -> None:
@@ -115,7 +97,7 @@ def test_a_wrong_base_is_told_in_one_line_of_some_hundred_characters(tmp_path: P
     base = helpers.write_sharded(Path("base"), [{"a.q.weight": helpers.power_law(12, 8)}])
     modules = [f"model.layers.{i}.self_attn.q_proj" for i in range(200)]
     adapter = helpers.write_adapter(Path("adapter"), {m: helpers.intruding_factors(12, 8, 2) for m in modules}, r=2)
-    with pytest.raises(MismatchError) as e:
+    with pytest.raises(errors.MismatchError) as e:
         streamer.detect_intruder_dimensions(base, adapter)
     said = str(e.value)
     assert len(said) <= 300  # with paths of a word each
@@ -162,5 +144,5 @@ def test_an_installed_package_is_given() -> None:
     ("numpy", rf"it needs numpy 999\.1, found {numpy.__version__}; pip install -U 'intruder-streamer\[them\]'"),
 ])  # fmt: skip
 def test_a_missing_or_old_one_is_named(name: str, words: str) -> None:
-    with pytest.raises(MissingPackageError, match=words):
+    with pytest.raises(errors.MissingPackageError, match=words):
         require_package(name, (999, 1), "it needs numpy 999.1", "them")

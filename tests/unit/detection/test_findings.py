@@ -16,19 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import streamer
+from streamer import errors
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_file import journal_of, lock_of
 from streamer.detection.fingerprints import fingerprint, matched_findings
 from streamer.detection.options import DetectionOptions
-from streamer.errors import (
-    FormatError,
-    LockedError,
-    MismatchError,
-    NumericError,
-    OutputError,
-    OutputExistsError,
-    StorageError,
-)
 from streamer.plan.plan import Plan, make_plan
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.storage.lock import locked
@@ -121,7 +113,7 @@ def test_mismatch_says_what_differs(made: tuple[Path, Path, Path, Findings]) -> 
         ({**f.base}, {**f.adapter}, DetectionOptions(6, 0.5, "dense"), "made with solver='auto', asked for 'dense'"),
     ]  # fmt: skip
     for base, adapter, options, words in cases:
-        with pytest.raises(MismatchError) as e:
+        with pytest.raises(errors.MismatchError) as e:
             f.check_matches(base, adapter, options)
         assert str(e.value).startswith(f"{path}: made with ")
         assert words in str(e.value)
@@ -140,7 +132,7 @@ def test_two_bases_with_equal_headers_differ(tmp_path: Path) -> None:
     adapter = helpers.write_adapter(tmp_path / "adapter", {"a.0": helpers.intruding_factors(64, 48, 2)}, r=2)
     findings = streamer.detect_intruder_dimensions(bases[0], adapter)
     with pytest.raises(
-        MismatchError, match=r"^findings: made with another base \(the content of .* differs\); run detect again"
+        errors.MismatchError, match=r"^findings: made with another base \(the content of .* differs\); run detect again"
     ):
         streamer.reduce_intruder_dimension(bases[1], adapter, tmp_path / "out", findings=findings)
     assert not (tmp_path / "out").exists()
@@ -213,7 +205,7 @@ TAMPERED: dict[str, tuple[Callable[[dict, dict[str, torch.Tensor]], object], str
 def test_tampering_is_refused(made: tuple[Path, Path, Path, Findings], tmp_path: Path, how: str) -> None:
     change, words = TAMPERED[how]
     path = tamper(made[2], tmp_path, change)
-    with pytest.raises(FormatError) as e:
+    with pytest.raises(errors.FormatError) as e:
         load_findings(path)
     assert str(e.value).startswith(f"{path}: findings are not as streamer.findings/1 has them (")
     assert words in str(e.value)
@@ -232,7 +224,7 @@ def test_a_flipped_bit_is_refused(made: tuple[Path, Path, Path, Findings], tmp_p
     raw[places[where] if entry is None else n + entry["data_offsets"][0]] ^= 1
     path = tmp_path / "damaged.safetensors"
     path.write_bytes(raw)
-    with pytest.raises(FormatError, match=rf"^{path}: .*; (copy it again, or )?run detect again$") as e:
+    with pytest.raises(errors.FormatError, match=rf"^{path}: .*; (copy it again, or )?run detect again$") as e:
         load_findings(path)
     assert len(str(e.value)) < 300
 
@@ -242,7 +234,9 @@ def test_findings_without_a_digest_are_refused(made: tuple[Path, Path, Path, Fin
     with safe_open(made[2], "pt") as f:
         metadata = {key: value for key, value in f.metadata().items() if key != "sha256"}
     save_file(load_file(made[2]), path, metadata)
-    with pytest.raises(FormatError, match=r"expected a SHA-256 .*, as in files of versions before 0.2; run detect"):
+    with pytest.raises(
+        errors.FormatError, match=r"expected a SHA-256 .*, as in files of versions before 0.2; run detect"
+    ):
         load_findings(path)
 
 
@@ -260,7 +254,7 @@ def test_factors_are_checked_when_they_are_used(
     base, adapter, path, _ = made
     bad = tamper(path, tmp_path, lambda _, a: a[f"{Q}/{key}"].view(-1)[-1:].fill_(value))
     for write in (streamer.reduce_intruder_dimension, streamer.merge_with_reduced_intruder_dimensions):
-        with pytest.raises(NumericError, match=rf"findings: those on '{Q}' hold NaN or Inf; run detect again"):
+        with pytest.raises(errors.NumericError, match=rf"findings: those on '{Q}' hold NaN or Inf; run detect again"):
             write(base, adapter, tmp_path / "out", findings=bad, top_k=6, overwrite=True)
         assert not list((tmp_path / "out").glob("*.safetensors"))
 
@@ -274,7 +268,7 @@ def test_saved_findings_are_detects_own_bytes(
     out = tmp_path / "some" / "where" / "f.safetensors"
     given.save(out)
     assert out.read_bytes() == path.read_bytes()
-    with pytest.raises(OutputError, match="holds findings of other inputs or options"):
+    with pytest.raises(errors.OutputError, match="holds findings of other inputs or options"):
         streamer.detect_intruder_dimensions(base, adapter, out, top_k=3)
     assert [p.name for p in out.parent.iterdir()] == [out.name]
     before = out.stat().st_ino
@@ -301,16 +295,17 @@ def test_a_part_is_saved_as_a_part(findings: Findings, tmp_path: Path) -> None:
 def test_saving_replaces_nothing_unasked(findings: Findings, tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_text("mine")
-    with pytest.raises(OutputExistsError, match=r"f: exists; choose another output, or pass overwrite=True$"):
+    with pytest.raises(errors.OutputExistsError, match=r"f: exists; choose another output, or pass overwrite=True$"):
         findings.save(path)
     with pytest.raises(
-        OutputExistsError, match=r"f: exists and is not findings, which is all that is replaced; choose another output$"
+        errors.OutputExistsError,
+        match=r"f: exists and is not findings, which is all that is replaced; choose another output$",
     ):
         findings.save(path, overwrite=True)
     assert path.read_text() == "mine"
     path.write_text("")
     findings.save(path)
-    with pytest.raises(OutputExistsError, match=r"f: exists; choose another output, or pass overwrite=True$"):
+    with pytest.raises(errors.OutputExistsError, match=r"f: exists; choose another output, or pass overwrite=True$"):
         findings[:2].save(path)
     again = load_findings(path)
     again[:3].save(path, overwrite=True)  # onto the file that is mapped
@@ -329,7 +324,7 @@ def test_findings_that_are_equal(made: tuple[Path, Path, Path, Findings]) -> Non
 def test_saving_beside_an_interrupted_run(findings: Findings, tmp_path: Path) -> None:
     path = tmp_path / "f"
     journal_of(path).write_bytes(b"x")
-    with pytest.raises(OutputExistsError, match="f: an interrupted run has its journal there"):
+    with pytest.raises(errors.OutputExistsError, match="f: an interrupted run has its journal there"):
         findings.save(path)
     findings.save(path, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
@@ -347,10 +342,13 @@ def test_where_nothing_can_be_saved(findings: Findings, tmp_path: Path, what: st
         path = path / "g"
     before = helpers.tree_digest(tmp_path)
     if what == "locked":
-        with locked(lock_of(path), path), pytest.raises(LockedError, match=f"^{path}: another run is writing here"):
+        with (
+            locked(lock_of(path), path),
+            pytest.raises(errors.LockedError, match=f"^{path}: another run is writing here"),
+        ):
             findings.save(path)
     else:
-        with pytest.raises(OutputError) as e:
+        with pytest.raises(errors.OutputError) as e:
             findings.save(path, overwrite=True)
         assert str(e.value).startswith(f"{path}: ")
     assert helpers.tree_digest(tmp_path) == before
@@ -360,7 +358,7 @@ def test_no_room_to_save(findings: Findings, tmp_path: Path, monkeypatch: pytest
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 0, 9))  # type: ignore[attr-defined]
-    with pytest.raises(StorageError, match=r"f: needs \d+\.\d kB, the disk has 9 B free"):
+    with pytest.raises(errors.StorageError, match=r"f: needs \d+\.\d kB, the disk has 9 B free"):
         findings.save(tmp_path / "f")
     assert list(tmp_path.iterdir()) == []
 
@@ -408,10 +406,10 @@ def test_findings_are_matched_by_module_and_values(inputs: tuple[Path, Path]) ->
     assert [m.fingerprint for m in found] == prints(plan)
     elsewhere = replace(found, matrices=tuple(replace(m, tensor=f"elsewhere.{m.tensor}") for m in found))
     assert matched_findings(plan, elsewhere, "findings") == found
-    with pytest.raises(MismatchError, match="has no findings on 1 of"):
+    with pytest.raises(errors.MismatchError, match="has no findings on 1 of"):
         matched_findings(plan, found[1:], "findings")
     first = replace(found[0], fingerprint="0" * 64)
-    with pytest.raises(MismatchError, match="was judged with other values"):
+    with pytest.raises(errors.MismatchError, match="was judged with other values"):
         matched_findings(plan, replace(found, matrices=(first, *found.matrices[1:])), "findings")
-    with pytest.raises(MismatchError, match="does not say by which values"):
+    with pytest.raises(errors.MismatchError, match="does not say by which values"):
         matched_findings(plan, replace(found, matrices=(replace(first, fingerprint=None), *found.matrices[1:])), "f")

@@ -10,7 +10,7 @@ from helpers import planted, three_shards, write_adapter
 from safetensors.torch import save_file
 
 import streamer
-from streamer.output.model_card import Card, _blocks, _merged_head, _with_tag
+from streamer.output.model_card import Card, _merged_head, _with_tag
 from streamer.plan.sources import NameSource
 
 BASE = """---
@@ -162,14 +162,6 @@ def test_a_head_that_is_not_plain_stays_as_it_is(job: tuple[Path, Path], tmp_pat
 ])  # fmt: skip
 def test_tags(text: str, expected: object) -> None:
     assert yaml.safe_load(_with_tag(text)) == {"tags": expected}
-
-
-def test_blocks_are_what_yaml_reads() -> None:
-    head = BASE.split("---\n")[1]
-    blocks = _blocks(head)
-    assert blocks is not None
-    assert "".join(blocks.values()) == head
-    assert {k: yaml.safe_load(b)[k] for k, b in blocks.items()} == yaml.safe_load(head)
 
 
 def test_a_card_of_a_fine_tuned_model_is_called_so(job: tuple[Path, Path], tmp_path: Path) -> None:

@@ -17,14 +17,7 @@ from helpers import view
 from safetensors.torch import save_file
 from two_shards import MODES, SHARDS, refusal
 
-from streamer.errors import (
-    FormatError,
-    InputChangedError,
-    InputError,
-    MissingInputError,
-    StorageError,
-    UnsupportedError,
-)
+from streamer import errors
 from streamer.storage.buffers import gather
 from streamer.storage.byte_source import LocalSource
 from streamer.storage.checkpoint import (
@@ -76,10 +69,10 @@ def test_a_hub_cache_is_read_through_its_symlinks(base: Path, tmp_path: Path) ->
     checkpoint = open_checkpoint(snapshot)
     assert checkpoint.identity() == open_checkpoint(base).identity()
     checkpoint.check_unchanged()
-    assert "is a hub cache entry, not a model; name a directory inside" in refusal(InputError, entry)
+    assert "is a hub cache entry, not a model; name a directory inside" in refusal(errors.InputError, entry)
     (snapshot / SHARDS[1]).unlink()
     (snapshot / SHARDS[1]).symlink_to("gone")
-    assert "no such file; check the path, or finish the download" in refusal(MissingInputError, snapshot)
+    assert "no such file; check the path, or finish the download" in refusal(errors.MissingInputError, snapshot)
 
 
 def test_unaligned_data(tmp_path: Path) -> None:
@@ -168,7 +161,7 @@ def test_names_that_are_not_opened(base: Path, monkeypatch: pytest.MonkeyPatch, 
     edit_index(base, lambda index: index["weight_map"].update(c=name))
     opened: list[object] = []
     monkeypatch.setattr("streamer.storage.checkpoint.TensorFile", lambda *args: opened.append(args))
-    message = refusal(FormatError, base)
+    message = refusal(errors.FormatError, base)
     assert message.startswith(f"{base / INDEX_NAME}: weight_map names ")
     assert message.endswith(": expected a plain .safetensors file name; do not trust this file")
     assert len(message) < len(str(base)) + 300
@@ -187,42 +180,46 @@ def test_plain_names(name: str) -> None:
 
 def test_nothing_that_could_be_a_model(tmp_path: Path) -> None:
     assert (
-        refusal(MissingInputError, tmp_path / "x")
+        refusal(errors.MissingInputError, tmp_path / "x")
         == f"{tmp_path}/x: no such directory; check the path of the base model"
     )
-    assert f"expected {SINGLE_NAME} or {INDEX_NAME}, found neither" in refusal(MissingInputError, tmp_path)
+    assert f"expected {SINGLE_NAME} or {INDEX_NAME}, found neither" in refusal(errors.MissingInputError, tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    assert "holds weights as pickles only; convert them to safetensors first" in refusal(UnsupportedError, tmp_path)
-    assert "expected a directory or a .safetensors file" in refusal(InputError, tmp_path / "pytorch_model.bin")
+    assert "holds weights as pickles only; convert them to safetensors first" in refusal(
+        errors.UnsupportedError, tmp_path
+    )
+    assert "expected a directory or a .safetensors file" in refusal(errors.InputError, tmp_path / "pytorch_model.bin")
     (tmp_path / "pytorch_model.bin").unlink()
     (tmp_path / "consolidated.safetensors").touch()
-    assert "but consolidated.safetensors; name the file itself if it is the model" in refusal(InputError, tmp_path)
+    assert "but consolidated.safetensors; name the file itself if it is the model" in refusal(
+        errors.InputError, tmp_path
+    )
     (tmp_path / "adapter_model.safetensors").touch()
-    assert "is an adapter, not a base model; the order is BASE ADAPTER" in refusal(InputError, tmp_path)
+    assert "is an adapter, not a base model; the order is BASE ADAPTER" in refusal(errors.InputError, tmp_path)
 
 
 def test_a_single_file_and_an_index(base: Path) -> None:
     save_file({"a": torch.ones(1)}, base / SINGLE_NAME)
     words = f"holds both {SINGLE_NAME} and {INDEX_NAME}; name the file you mean, or remove one of them"
-    assert words in refusal(InputError, base)
+    assert words in refusal(errors.InputError, base)
 
 
 def test_a_missing_shard(base: Path) -> None:
     (base / SHARDS[1]).unlink()
     expected = f"{base / SHARDS[1]}: no such file; check the path, or finish the download"
-    assert refusal(MissingInputError, base) == expected
+    assert refusal(errors.MissingInputError, base) == expected
 
 
 def test_a_tensor_in_two_shards(base: Path) -> None:
     save_file({"a": torch.ones(1), "c": torch.ones(1)}, base / SHARDS[1])
     expected = f"{base / SHARDS[1]}: tensor 'a' is in {SHARDS[0]} as well; get the shards again"
-    assert refusal(FormatError, base) == expected
+    assert refusal(errors.FormatError, base) == expected
 
 
 def test_one_shard_under_two_names(base: Path) -> None:
     (base / "again.safetensors").symlink_to(SHARDS[0])
     edit_index(base, lambda index: index["weight_map"].update(b="again.safetensors"))
-    assert f"tensor 'b' is in {SHARDS[0]} as well" in refusal(FormatError, base)
+    assert f"tensor 'b' is in {SHARDS[0]} as well" in refusal(errors.FormatError, base)
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -232,13 +229,13 @@ def test_one_shard_under_two_names(base: Path) -> None:
 ])  # fmt: skip
 def test_index_and_shards_disagree(base: Path, change: dict[str, str], words: str) -> None:
     edit_index(base, lambda index: index["weight_map"].update(change))
-    assert refusal(FormatError, base) == f"{base / INDEX_NAME}: {words}"
+    assert refusal(errors.FormatError, base) == f"{base / INDEX_NAME}: {words}"
 
 
 def test_tensors_that_the_index_does_not_list(base: Path) -> None:
     edit_index(base, lambda index: index["weight_map"].pop("b"))
     words = "1 tensors are in the shards but not in the index, 'b' first; get index and shards of one version"
-    assert refusal(FormatError, base) == f"{base / INDEX_NAME}: {words}"
+    assert refusal(errors.FormatError, base) == f"{base / INDEX_NAME}: {words}"
 
 
 @pytest.mark.parametrize(("text", "words"), [
@@ -255,22 +252,24 @@ def test_tensors_that_the_index_does_not_list(base: Path) -> None:
 ])  # fmt: skip
 def test_a_bad_index(base: Path, text: str, words: str) -> None:
     (base / INDEX_NAME).write_text(text)
-    message = refusal(FormatError, base)
+    message = refusal(errors.FormatError, base)
     assert message.startswith(f"{base / INDEX_NAME}: ")
     assert words in message
 
 
 def test_json_files(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    with pytest.raises(InputError, match=r"x\.json: no such file"):
+    with pytest.raises(errors.InputError, match=r"x\.json: no such file"):
         read_json_object(path)
     path.write_text('{"k": [1, "é", null]}')
     assert read_json_object(path) == {"k": [1, "é", None]}
-    with pytest.raises(FormatError, match="over 10 B of JSON; this is not such a file"):
+    with pytest.raises(errors.FormatError, match="over 10 B of JSON; this is not such a file"):
         read_json_object(path, limit=10)
     os.mkfifo(tmp_path / "fifo")
     for none in (tmp_path, tmp_path / "fifo"):
-        with pytest.raises(FormatError, match="expected a JSON file, found something that is not a regular file"):
+        with pytest.raises(
+            errors.FormatError, match="expected a JSON file, found something that is not a regular file"
+        ):
             read_json_object(none)
 
 
@@ -281,23 +280,23 @@ def test_a_sparse_tail(base: Path) -> None:
     os.truncate(base / SHARDS[1], size)
     assert bytes(view(open_checkpoint(base), "c")[-4:]) == bytes(4)
     os.truncate(base / SHARDS[1], size - 1)
-    assert "the file is truncated; get it again" in refusal(FormatError, base)
+    assert "the file is truncated; get it again" in refusal(errors.FormatError, base)
 
 
 def test_shards_that_are_no_files(base: Path) -> None:
     (base / SHARDS[1]).unlink()
     os.mkfifo(base / SHARDS[1])
     words = "expected a safetensors file, found something that is not a regular file"
-    assert words in refusal(FormatError, base)
+    assert words in refusal(errors.FormatError, base)
     (base / SHARDS[1]).unlink()
     (base / SHARDS[1]).mkdir()
-    assert words in refusal(FormatError, base)
+    assert words in refusal(errors.FormatError, base)
 
 
 def test_a_shard_that_cannot_be_opened(base: Path) -> None:
     (base / SHARDS[1]).unlink()
     (base / SHARDS[1]).symlink_to(SHARDS[1])
-    assert "expected a safetensors file, found a link that leads to itself" in refusal(FormatError, base)
+    assert "expected a safetensors file, found a link that leads to itself" in refusal(errors.FormatError, base)
 
 
 # Files that change under us -----------------------------------------------------------------------------------------
@@ -310,13 +309,13 @@ def test_a_file_that_shrinks_is_an_error(base: Path, io: IOMode) -> None:
     os.truncate(base / SHARDS[1], 5000)
     words = f"{base / SHARDS[1]}: shrank to 5.0 kB during the run; get the file again"
     for read in (lambda: file.view(info), lambda: gather(file.chunks(info), info.nbytes), file.sample):
-        with pytest.raises(InputChangedError) as caught:
+        with pytest.raises(errors.InputChangedError) as caught:
             read()
         assert str(caught.value) == words
         assert caught.value.exit_code == 8
     start = 3000  # what is left can still be read
     assert len(bytes(file.view(info, start, start + 100))) == 100
-    with pytest.raises(InputChangedError, match="changed since the run began"):
+    with pytest.raises(errors.InputChangedError, match="changed since the run began"):
         checkpoint.check_unchanged()
 
 
@@ -330,7 +329,7 @@ def test_a_file_that_shrinks_between_check_and_map(base: Path, monkeypatch: pyte
         os.truncate(base / SHARDS[1], 100)
 
     monkeypatch.setattr(LocalSource, "_check_size", check)
-    with pytest.raises(InputChangedError, match="shrank to 100 B"):
+    with pytest.raises(errors.InputChangedError, match="shrank to 100 B"):
         file.view(info)
 
 
@@ -357,7 +356,7 @@ def test_check_unchanged(base: Path, change: Callable[[Path], None], shard: str)
     checkpoint.check_unchanged()
     before = bytes(view(checkpoint, "c"))
     change(base / shard)
-    with pytest.raises(InputChangedError) as caught:
+    with pytest.raises(errors.InputChangedError) as caught:
         checkpoint.check_unchanged()
     words = (
         "vanished during the run"
@@ -378,7 +377,7 @@ def test_check_unchanged_follows_a_link_to_another_file(base: Path, tmp_path: Pa
     checkpoint.check_unchanged()
     path.unlink()
     path.symlink_to(tmp_path / "two")
-    with pytest.raises(InputChangedError, match="changed since the run began"):
+    with pytest.raises(errors.InputChangedError, match="changed since the run began"):
         checkpoint.check_unchanged()
 
 
@@ -405,7 +404,7 @@ def test_short_reads_are_read_on(base: Path, monkeypatch: pytest.MonkeyPatch, io
 
 def test_a_read_error(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "preadv", failing(errno.EIO))
-    with pytest.raises(StorageError) as caught:
+    with pytest.raises(errors.StorageError) as caught:
         view(open_checkpoint(base, "pread"), "c")
     words = "cannot read: Input/output error; run the same command again once the cause is gone"
     assert str(caught.value) == f"{base / SHARDS[1]}: {words}"
@@ -414,11 +413,11 @@ def test_a_read_error(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_read_that_brings_nothing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error, not an endless loop."""
     monkeypatch.setattr(os, "preadv", lambda *_: 0)
-    with pytest.raises(StorageError, match=f"{SHARDS[1]}: the file ended early at byte "):
+    with pytest.raises(errors.StorageError, match=f"{SHARDS[1]}: the file ended early at byte "):
         view(open_checkpoint(base, "pread"), "c")
 
 
 def test_a_map_that_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streamer.storage.byte_source.mmap.mmap", failing(errno.ENODEV))
-    with pytest.raises(StorageError, match=r"cannot map 16\.0 kB: No such device; try --io pread"):
+    with pytest.raises(errors.StorageError, match=r"cannot map 16\.0 kB: No such device; try --io pread"):
         view(open_checkpoint(base), "c")

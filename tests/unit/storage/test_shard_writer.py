@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -15,18 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamer
-from streamer.errors import (
-    FormatError,
-    MismatchError,
-    NumericError,
-    OutputExistsError,
-    StreamerError,
-    UsageError,
-)
+from streamer import errors
 from streamer.storage.buffers import QUEUE, BufferRing, Piece, gather
 from streamer.storage.header import TensorInfo
 from streamer.storage.page_cache import THREADED_BYTES
-from streamer.storage.shard_writer import Shard, ShardFile, ShardPlan, index_bytes, plan_shard, write_shard
+from streamer.storage.shard_writer import Shard, ShardPlan, index_bytes, plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.dtypes import as_tensor
 
@@ -46,23 +38,6 @@ def source(info: TensorInfo) -> Iterable[Piece]:
 
 def shard(plan: ShardPlan, source: Callable[[TensorInfo], Iterable[Piece]] = source) -> Shard:
     return ((info, source(info)) for info in plan.header.tensors)
-
-
-def test_a_planned_file(tmp_path: Path, plan: ShardPlan) -> None:
-    with ShardFile(tmp_path, plan) as file:
-        for tensor, pieces in shard(plan):
-            file.add(tensor, pieces)
-        file.complete()
-        assert not (tmp_path / NAME).exists()
-        announced = file.written, file.sha256
-    raw = (tmp_path / NAME).read_bytes()
-    assert raw == plan.raw_header + DATA["a"] + DATA["b"]
-    assert len(raw) == plan.nbytes
-    assert announced == (len(raw), hashlib.sha256(raw).hexdigest())
-    tensors = load_file(tmp_path / NAME)
-    assert tensors["b"].tolist() == [1, 0, 255]
-    assert tensors["e"].shape == (0, 5)
-    assert [p.name for p in tmp_path.iterdir()] == [NAME]
 
 
 def test_pieces_are_asked_for_one_at_a_time(tmp_path: Path, plan: ShardPlan) -> None:
@@ -90,7 +65,7 @@ def test_a_tensor_of_another_size_stops_the_file(tmp_path: Path, plan: ShardPlan
         return [Piece(raw if info.name != tensor else (raw + b"x")[: len(raw) + change])]
 
     want = len(DATA[tensor])
-    with pytest.raises(NumericError) as caught:
+    with pytest.raises(errors.NumericError) as caught:
         write_shard(tmp_path, plan, shard(plan, wrong))
     assert str(caught.value) == f"tensor {tensor!r}: planned {want} bytes, got {want + change}; please report this"
     assert list(tmp_path.iterdir()) == []
@@ -98,7 +73,7 @@ def test_a_tensor_of_another_size_stops_the_file(tmp_path: Path, plan: ShardPlan
 
 def test_tensors_come_in_the_plans_order(tmp_path: Path, plan: ShardPlan) -> None:
     """Those of one size would take each other's place."""
-    with pytest.raises(NumericError, match="tensor 'b': the plan has another one here; please report this"):
+    with pytest.raises(errors.NumericError, match="tensor 'b': the plan has another one here; please report this"):
         write_shard(tmp_path, plan, reversed([*shard(plan)]))
     assert list(tmp_path.iterdir()) == []
 
@@ -111,7 +86,7 @@ def test_the_header_is_read_back(tmp_path: Path, plan: ShardPlan, monkeypatch: p
         return real(fd, n, at).replace(b'"a"', b'"c"')
 
     monkeypatch.setattr(os, "pread", other)
-    with pytest.raises(NumericError) as caught:
+    with pytest.raises(errors.NumericError) as caught:
         write_shard(tmp_path, plan, shard(plan))
     words = "the header read back differs from what was written; check the disk"
     assert str(caught.value) == f"{tmp_path / NAME}: {words}"
@@ -122,7 +97,7 @@ def test_the_header_is_read_back(tmp_path: Path, plan: ShardPlan, monkeypatch: p
 def test_a_header_read_back_broken(tmp_path: Path, plan: ShardPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, n, at: real(fd, n, at).replace(b"F32", b"F31"))
-    with pytest.raises(FormatError, match="unknown dtype 'F31'"):
+    with pytest.raises(errors.FormatError, match="unknown dtype 'F31'"):
         write_shard(tmp_path, plan, shard(plan))
     assert list(tmp_path.iterdir()) == []
 
@@ -186,7 +161,7 @@ def test_the_public_writer_makes_shards(tmp_path: Path) -> None:
         assert torch.equal(tensor, loaded[name])
         assert bool((tensor == int(name[1])).all())
     for named in (entries, entries[:1]):
-        with pytest.raises(OutputExistsError):
+        with pytest.raises(errors.OutputExistsError):
             streamer.write_safetensors(out, named, tensors(["t0"]), max_shard_bytes=2 * array.nbytes)
     streamer.write_safetensors(out, entries[:1], tensors(["t0"]), overwrite=True)
     assert sorted(p.name for p in out.iterdir()) == ["model.safetensors", "streamer.json"]
@@ -204,30 +179,30 @@ WELL = ("x", torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize(("kind", "entries", "tensors", "words"), [
-    (UsageError, [F23, F23], [], "entries and metadata: tensor 'x' is laid out twice"),
-    (UsageError, [("x", float, (1,))], [], "entry ('x', <class 'float'>, (1,)): unknown dtype"),
-    *[(UsageError, [F23], bad, f"tensors: expected pairs (name, tensor), as a dict's items(), found {kind}")
+    (errors.UsageError, [F23, F23], [], "entries and metadata: tensor 'x' is laid out twice"),
+    (errors.UsageError, [("x", float, (1,))], [], "entry ('x', <class 'float'>, (1,)): unknown dtype"),
+    *[(errors.UsageError, [F23], bad, f"tensors: expected pairs (name, tensor), as a dict's items(), found {kind}")
       for bad, kind in [({"xy": 1}, "str"), (np.zeros((2, 2)), "ndarray"), ([("x",)], "tuple"), ([(*WELL, 1)], "tuple"),
                         ([(1, WELL)], "tuple"), ([WELL, "no"], "str"), ([WELL, None], "NoneType")]],
-    (MismatchError, [F23], [("x", np.ma.zeros((2, 3), "f4"))], "tensor 'x': expected plain values in memory, found a masked"),
-    (UsageError, [("x", "F33", (1,))], [], "entry ('x', 'F33', (1,)): unknown dtype 'F33'"),
-    (UsageError, [("x", "F4", (1,))], [], "entry ('x', 'F4', (1,)): 1 values of F4 do not fill whole bytes"),
-    (UsageError, [("x", "U8", (-1,))], [], "entry ('x', 'U8', (-1,)): the name is the metadata's, or a size is negative"),
-    (UsageError, ["x"], [], "entry 'x': not enough values to unpack (expected 3, got 1)"),
-    (MismatchError, [F23, ("y", "U8", ())], [WELL], "tensor 'y': expected next, found 'no more tensors'; give the tensors"),
-    (MismatchError, [F23], [("z", b"")], "tensor 'x': expected next, found 'z'; give the tensors"),
-    (MismatchError, [F23], [WELL, ("y", b"")], "tensor 'y': has no entry; give each tensor an entry, in the same order"),
-    (MismatchError, [F23], [("x", torch.zeros(3, 2))], "tensor 'x': expected F32 [2, 3] by its entry, found F32 [3, 2]"),
-    (MismatchError, [F23], [("x", np.zeros((2, 3), ">f4"))], "tensor 'x': expected F32 [2, 3] by its entry, found >f4 [2, 3]"),
-    (MismatchError, [F23], [("x", bytes(23))], "tensor 'x': expected 24 bytes by its entry, found 23 bytes"),
-    (MismatchError, [F23], [("x", [1])], "tensor 'x': expected F32 [2, 3] by its entry, found <class 'list'> []"),
-    (MismatchError, [F23], [("x", torch.zeros(2, 3, device="meta"))], "tensor 'x': expected plain values in memory; Cannot copy"),
+    (errors.MismatchError, [F23], [("x", np.ma.zeros((2, 3), "f4"))], "tensor 'x': expected plain values in memory, found a masked"),
+    (errors.UsageError, [("x", "F33", (1,))], [], "entry ('x', 'F33', (1,)): unknown dtype 'F33'"),
+    (errors.UsageError, [("x", "F4", (1,))], [], "entry ('x', 'F4', (1,)): 1 values of F4 do not fill whole bytes"),
+    (errors.UsageError, [("x", "U8", (-1,))], [], "entry ('x', 'U8', (-1,)): the name is the metadata's, or a size is negative"),
+    (errors.UsageError, ["x"], [], "entry 'x': not enough values to unpack (expected 3, got 1)"),
+    (errors.MismatchError, [F23, ("y", "U8", ())], [WELL], "tensor 'y': expected next, found 'no more tensors'; give the tensors"),
+    (errors.MismatchError, [F23], [("z", b"")], "tensor 'x': expected next, found 'z'; give the tensors"),
+    (errors.MismatchError, [F23], [WELL, ("y", b"")], "tensor 'y': has no entry; give each tensor an entry, in the same order"),
+    (errors.MismatchError, [F23], [("x", torch.zeros(3, 2))], "tensor 'x': expected F32 [2, 3] by its entry, found F32 [3, 2]"),
+    (errors.MismatchError, [F23], [("x", np.zeros((2, 3), ">f4"))], "tensor 'x': expected F32 [2, 3] by its entry, found >f4 [2, 3]"),
+    (errors.MismatchError, [F23], [("x", bytes(23))], "tensor 'x': expected 24 bytes by its entry, found 23 bytes"),
+    (errors.MismatchError, [F23], [("x", [1])], "tensor 'x': expected F32 [2, 3] by its entry, found <class 'list'> []"),
+    (errors.MismatchError, [F23], [("x", torch.zeros(2, 3, device="meta"))], "tensor 'x': expected plain values in memory; Cannot copy"),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["out", "out.safetensors"])
 def test_the_public_writer_refuses(
-    tmp_path: Path, name: str, kind: type[StreamerError], entries: list[Any], tensors: list[Any], words: str
+    tmp_path: Path, name: str, kind: type[errors.StreamerError], entries: list[Any], tensors: list[Any], words: str
 ) -> None:
-    with pytest.raises(StreamerError) as caught:
+    with pytest.raises(errors.StreamerError) as caught:
         streamer.write_safetensors(tmp_path / name, entries, iter(tensors))
     assert type(caught.value) is kind
     assert str(caught.value).startswith(words)
@@ -244,7 +219,7 @@ def test_the_public_writer_refuses(
     ({"max_shard_bytes": 0}, "max_shard_bytes: expected 1 or more, found 0"),
 ])  # fmt: skip
 def test_the_public_writer_refuses_an_option(tmp_path: Path, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(errors.UsageError) as caught:
         streamer.write_safetensors(tmp_path / "out", [F23], [WELL], **options)
     assert str(caught.value).startswith(words)
     assert not [*tmp_path.iterdir()]
