@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import fitted
@@ -176,43 +175,24 @@ def test_events(server: Server, home: Path, tmp_path: Path) -> None:
     )
 
 
-def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Path], int, str]]:
-    """Options and texts that are wrong: exit code, and what is said."""
-    np.save(place / "none.npy", np.array([], int))
-    np.save(place / "other.npy", np.array([[1, 2, 3], [1, 2, 99]]))
-    np.save(place / "long.npy", np.zeros((2, 65), int))
-    (place / "a.txt").write_text("one two")
-    (place / "a.jsonl").write_text('{"text": "one"}\n{"text": ')
-    none: list[object] = []
-    yield none, {"task": place / "none.npy"}, 3, f"{place}/none.npy: expected 2 sequences of 512 tokens at least, found 0"  # fmt: skip
-    yield none, {"task": place / "other.npy"}, 3, f"{place}/other.npy: expected token ids from 0 to 63, found 99 in sequence 2"  # fmt: skip
-    yield (
-        none, {"task": place / "long.npy"}, 2,
-        f"{place}/long.npy: a sequence has 65 tokens, and the model 64 positions; give --length 64",
-    )  # fmt: skip
-    yield none, {"task": place / "a.txt"}, 3, f"{home}/base: has no tokenizer, which a.txt needs"
-    yield none, {"general": place / "a.jsonl"}, 3, f"{home}/base: has no tokenizer, which a.jsonl needs"
-    yield none, {"task": place / "absent.npy"}, 3, f"{place}/absent.npy: no such file"
-    yield none, {"task": home}, 2, f"{home}: expected the name of a text to end in .txt, .jsonl, .npy"
-    yield (
-        ["--lambda", "0.5,2"], {}, 2,
-        "lambda must be between 0 (remove) and 1 (keep), got 2; did you mean 0.02? `--amplify` allows other values",
-    )  # fmt: skip
-    yield ["--coefficients", home / "f.safetensors"], {}, 3, "expected coefficients (streamer.coefficients/3), found findings"  # fmt: skip
-    yield (
-        ["--coefficients", other_coefficients(home, place)], {}, 3,
-        "coefficients of another adapter (config_sha256, weights_sha256 differ)",
-    )  # fmt: skip
-    yield ["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"
-    yield (
-        ["--max-memory", f"{process_mib() + 100}M"], {}, 2,
-        f"--max-memory: {process_mib() + 100}M is not enough for a sequence of 8 tokens under two variants",
-    )  # fmt: skip
-    yield ["--findings", home / "f.safetensors", "--top-k", "3"], {}, 3, "made with top_k=4, asked for 3"
-
-
 def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_path: Path) -> None:
-    for options, texts, code, message in wrong(home, tmp_path):
+    np.save(other := tmp_path / "other.npy", np.array([[1, 2, 3], [1, 2, 99]]))
+    np.save(long := tmp_path / "long.npy", np.zeros((2, 65), int))
+    (text := tmp_path / "a.txt").write_text("one two")
+    (lines := tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": ')
+    budget = f"{process_mib() + 100}M"
+    cases: list[tuple[list[object], dict[str, Path], int, str]] = [
+        ([], {"task": other}, 3, f"{other}: expected token ids from 0 to 63, found 99 in sequence 2"),
+        ([], {"task": long}, 2, f"{long}: a sequence has 65 tokens, and the model 64 positions; give --length 64"),
+        ([], {"task": text}, 3, f"{home}/base: has no tokenizer, which a.txt needs"),
+        ([], {"general": lines}, 3, f"{home}/base: has no tokenizer, which a.jsonl needs"),
+        ([], {"task": tmp_path / "absent.npy"}, 3, f"{tmp_path}/absent.npy: no such file"),
+        (["--coefficients", other_coefficients(home, tmp_path)], {}, 3, "of another adapter (config_sha256, weights_sha256 differ)"),
+        (["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"),
+        (["--max-memory", budget], {}, 2, f"--max-memory: {budget} is not enough for a sequence of 8 tokens under two variants"),
+        (["--findings", home / "f.safetensors", "--top-k", "3"], {}, 3, "made with top_k=4, asked for 3"),
+    ]  # fmt: skip
+    for options, texts, code, message in cases:
         done = run(server, home, tmp_path / "e.json", *options, **texts)
         assert (done.code, done.out) == (code, ""), (message, done.err)
         (line,) = done.err.splitlines()

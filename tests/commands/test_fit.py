@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,27 +210,16 @@ def test_the_least_budget_that_is_named_is_enough(server: Server, home: Path, tm
     assert run(server, home, output, "--max-memory", least, "-qq").code == 0
 
 
-def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Path], int, str]]:
-    """Options and inputs that are wrong: exit code, and what is said."""
-    np.save(place / "three.npy", np.arange(24).reshape(3, 8))
-    np.save(place / "short.npy", np.zeros(30, int))
-    (place / "c.txt").write_text("notes")
-    none: list[object] = []
-    yield none, {"task": place / "absent.npy"}, 3, f"{place}/absent.npy: no such file"
-    yield (
-        none, {"task": place / "three.npy"}, 3,
-        f"{place}/three.npy: expected 4 different sequences at least, 2 to fit on and 2 to hold out, found 3",
-    )  # fmt: skip
-    yield (
-        ["--length", "8"], {"general": place / "short.npy"}, 3,
-        f"{place}/short.npy: expected 4 sequences of 8 tokens at least, found 30 tokens; give more text, or --length 7",
-    )  # fmt: skip
-    yield ["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"
-    yield none, {"adapter": home}, 3, f"{home}: "
-
-
 def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_path: Path) -> None:
-    for options, inputs, code, message in wrong(home, tmp_path):
+    np.save(short := tmp_path / "short.npy", np.zeros(30, int))
+    (tmp_path / "c.txt").write_text("notes")
+    cases: list[tuple[list[object], dict[str, Path], int, str]] = [
+        ([], {"task": tmp_path / "absent.npy"}, 3, f"{tmp_path}/absent.npy: no such file"),
+        (["--length", "8"], {"general": short}, 3, f"{short}: expected 4 sequences of 8 tokens at least, found 30 tokens; give more text"),
+        (["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"),
+        ([], {"adapter": home}, 3, f"{home}: "),
+    ]  # fmt: skip
+    for options, inputs, code, message in cases:
         done = run(server, home, tmp_path / "c.safetensors", *options, **inputs)
         assert (done.code, done.out) == (code, ""), (message, done.err)
         (line,) = done.err.splitlines()

@@ -88,12 +88,6 @@ def test_by_products_it_is_the_formula_too(tokens: int, massive: float) -> None:
                 assert np.linalg.norm(L @ found.numpy().T - wanted) <= 1e-5 * np.linalg.norm(wanted)
 
 
-def test_by_products_what_cannot_be_solved_is_refused() -> None:
-    L, R = torch.ones(4, 1), torch.ones(6, 1)
-    with pytest.raises(NumericError, match=r"q: its inputs give no delta that can be computed; give more text"):
-        answers([(L, R)], rows(np.full((6, 6), np.nan, np.float32)), rows(np.eye(6, dtype=np.float32)), [1.0], "q", 0)
-
-
 def test_it_is_the_least_of_what_it_makes_small() -> None:
     rng = np.random.default_rng(vary(1))
     task, general = inputs(rng, 24, 200), inputs(rng, 24, 200)
@@ -157,10 +151,16 @@ def test_a_factor_of_zeros_stays() -> None:
     assert second[0].any()
 
 
-def test_what_cannot_be_solved_is_refused() -> None:
-    L, R = torch.ones(4, 1), torch.ones(6, 1)
+@pytest.mark.parametrize("memory", [regmean.DIRECT_BYTES, 0], ids=["whole", "by products"])
+def test_what_cannot_be_solved_is_refused(memory: int) -> None:
+    L, R, nan, one = (
+        torch.ones(4, 1),
+        torch.ones(6, 1),
+        np.full((6, 6), np.nan, np.float32),
+        np.eye(6, dtype=np.float32),
+    )
     with pytest.raises(NumericError, match=r"q: its inputs give no delta that can be computed; give more text"):
-        answers([(L, R)], rows(np.full((6, 6), np.nan, np.float32)), rows(np.eye(6, dtype=np.float32)), [1.0], "q")
+        answers([(L, R)], rows(nan), rows(one), [1.0], "q", memory)
 
 
 ROWS, COLUMNS, RANK, KEPT = 14, 20, 4, 5

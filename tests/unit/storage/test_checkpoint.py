@@ -204,12 +204,6 @@ def test_a_single_file_and_an_index(base: Path) -> None:
     assert words in refusal(errors.InputError, base)
 
 
-def test_a_missing_shard(base: Path) -> None:
-    (base / SHARDS[1]).unlink()
-    expected = f"{base / SHARDS[1]}: no such file; check the path, or finish the download"
-    assert refusal(errors.MissingInputError, base) == expected
-
-
 def test_a_tensor_in_two_shards(base: Path) -> None:
     save_file({"a": torch.ones(1), "c": torch.ones(1)}, base / SHARDS[1])
     expected = f"{base / SHARDS[1]}: tensor 'a' is in {SHARDS[0]} as well; get the shards again"
