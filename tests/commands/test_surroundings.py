@@ -13,7 +13,7 @@ from pathlib import Path
 
 import helpers
 import pytest
-from command_line import ENV, run_cli
+from command_line import ENV
 from forks import server
 from learned import make_learned
 
@@ -23,10 +23,10 @@ from streamer.forecast.cores import available_cores
 from streamer.linalg import skinny_products
 
 
-def run(*argv: object, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(*argv: object, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "streamer", *map(str, argv)]
     environment = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), **ENV, **variables}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,9 @@ def test_an_empty_argument(inputs: tuple[Path, Path], tmp_path: Path, place: str
     """An unset variable of the shell gives one."""
     base, adapter = inputs
     argv = ["inspect", "", adapter] if place == "BASE" else ["merge", base, adapter, "--output="]
-    done = run(*argv, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("streamer: an argument is empty; ")
+    done = server().run(*argv, before=f"os.chdir({str(tmp_path)!r})")
+    assert done.code == 2
+    assert done.err.startswith("streamer: an argument is empty; ")
     assert os.listdir(tmp_path) == []
 
 
@@ -99,10 +99,10 @@ def test_a_current_directory_that_is_gone(inputs: tuple[Path, Path], tmp_path: P
 
 
 def test_control_characters_of_a_path_are_escaped(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    done = run("mitigate", *inputs, "-o", tmp_path / "red\x1b[31m", "--lambda", "0.5")
-    assert done.returncode == 0
-    assert r"red\x1b[31m" in done.stdout
-    assert "\x1b" not in done.stdout + done.stderr
+    done = server().run("mitigate", *inputs, "-o", tmp_path / "red\x1b[31m", "--lambda", "0.5")
+    assert done.code == 0
+    assert r"red\x1b[31m" in done.out
+    assert "\x1b" not in done.out + done.err + done.last
 
 
 def test_a_sample_needs_inputs(inputs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -138,20 +138,20 @@ def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(job: tuple
     assert told(*argv, "--threads", "1", GOMP_SPINCOUNT="1000", OMP_NUM_THREADS="2") == ["None", "1"]
 
 
+ONE_CORE = "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+
+
 def test_there_are_no_more_threads_than_cores(job: tuple[Path, Path], tmp_path: Path) -> None:
     """A script may name the cores of a node, of which a job has got fewer."""
-    one = min(os.sched_getaffinity(0))
     line = ("detect", *job, "-o", tmp_path / "f.safetensors", "--threads", 1000)
-    done = run_cli(*line, preexec_fn=lambda: os.sched_setaffinity(0, {one}))
-    assert done.returncode == 0
-    assert "streamer: note: --threads 1000: this process may use 1 core, so it starts 1\n" in done.stderr
+    done = server().run(*line, before=ONE_CORE)
+    assert done.code == 0
+    assert "streamer: note: --threads 1000: this process may use 1 core, so it starts 1\n" in done.err
 
 
-def test_the_mask_counts(job: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_mask_counts() -> None:
     """As under taskset, Slurm or a container's cpuset."""
-    one = min(os.sched_getaffinity(0))
-    done = run_cli("detect", "--help", preexec_fn=lambda: os.sched_setaffinity(0, {one}))
-    assert "1 here" in " ".join(done.stdout.split())
+    assert "1 here" in " ".join(server().run("detect", "--help", before=ONE_CORE).out.split())
 
 
 @pytest.mark.parametrize("command", ["detect", "mitigate", "merge"])

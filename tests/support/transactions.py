@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -104,6 +107,33 @@ def refusal(kind: type[StreamerError], case: Case, plan: OutputPlan | None = Non
     (message,) = messages
     assert "\n" not in message
     return message
+
+
+@contextlib.contextmanager
+def copied_at(home: Path, *calls: str, after: bool = False) -> Iterator[list[Path]]:
+    """Copy a directory before each of these system calls, and after it too: what a kill there would leave; equal copies once."""
+    copies: list[Path] = []
+    seen: list[dict[str, str]] = []
+
+    def keep() -> None:
+        if home.exists() and (found := tree_digest(home)) not in seen:
+            seen.append(found)
+            copies.append(shutil.copytree(home, home.parent / f"copy{len(copies)}", symlinks=True))
+
+    def watched(real: Callable[..., object]) -> Callable[..., object]:
+        def run(*args: object, **kwargs: object) -> object:
+            keep()
+            result = real(*args, **kwargs)
+            if after:
+                keep()
+            return result
+
+        return run
+
+    with pytest.MonkeyPatch.context() as m:
+        for call, wrapped in [(call, watched(getattr(os, call))) for call in calls]:
+            m.setattr(os, call, wrapped)
+        yield copies
 
 
 def check_whole(case: Case, digest: str = "digest") -> None:

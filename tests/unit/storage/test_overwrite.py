@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import tree_digest
-from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, interrupt, refusal, run
+from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, copied_at, interrupt, refusal, run
 
 import streamer
 from streamer.detection.findings_file import lock_of
@@ -135,27 +134,16 @@ NEWER = {
 
 
 @pytest.mark.parametrize("what", NEWER)
-def test_an_output_stays_until_the_new_one_is_complete(case: Case, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_an_output_stays_until_the_new_one_is_complete(case: Case, what: str) -> None:
     """Killed before and after any call: what can be loaded is the old output or the new one, and the same run finishes."""
     carry_out(case)
-    new, copies = NEWER[what], list[Path]()
+    new = NEWER[what]
     if what == "every file":
         (case.base / "sub/config.json").unlink()
     plan = dataclasses.replace(case.other(), files=tuple((name, len(data)) for name, data in new.items()))
     plan = dataclasses.replace(plan, conflicting_names=tuple({INDEX, "model.safetensors"} - new.keys()))
 
-    def watched(call: str) -> Callable[..., object]:
-        real = getattr(os, call)
-
-        def run(*args: object, **kwargs: object) -> object:
-            copies.append(shutil.copytree(case.out, case.out.parent / f"copy{len(copies)}"))
-            return real(*args, **kwargs)
-
-        return run
-
-    with monkeypatch.context() as m:
-        for call, wrapped in {name: watched(name) for name in ("fsync", "rename", "pwrite", "rmdir")}.items():
-            m.setattr(os, call, wrapped)
+    with copied_at(case.out, "fsync", "rename", "pwrite", "rmdir") as copies:
         carry_out(case, plan, contents=new, overwrite=True)
     whole, loaded = tree_digest(case.out), set()
     assert whole.keys() == {*new, RECORD_NAME}

@@ -122,31 +122,24 @@ def float_groups(encoding: str, **weights) -> dict:
 
 MXFP8 = float_groups("mxfp8-quantized", num_bits=8, group_size=32)
 
+FOUR = float_groups("nvfp4-pack-quantized")
+FP8, BY_HQQ, BY_MODELOPT = ({"quant_method": name} for name in ("fp8", "hqq", "modelopt"))
+GPTQ = {"quant_method": "gptq", "bits": 4}
+WIDE = fp8((64, 96))
+
 BROKEN = {
-    "nvfp4: no scale of the tensor": (
-        {k: t for k, t in NVFP4.items() if "global" not in k}, float_groups("nvfp4-pack-quantized"), "do not fit"
-    ),
-    "nvfp4: two scales of the tensor": (
-        NVFP4 | {"w.weight_global_scale": torch.ones(2)}, float_groups("nvfp4-pack-quantized"), "do not fit"
-    ),
+    "nvfp4: no scale of the tensor": ({k: t for k, t in NVFP4.items() if "global" not in k}, FOUR, "do not fit"),
+    "nvfp4: two scales of the tensor": (NVFP4 | {"w.weight_global_scale": torch.ones(2)}, FOUR, "do not fit"),
     "nvfp4: a scale of the tensor without dimensions, which the library rounds to bfloat16": (
-        NVFP4 | {"w.weight_global_scale": torch.ones(())}, float_groups("nvfp4-pack-quantized"), "do not fit"
+        NVFP4 | {"w.weight_global_scale": torch.ones(())}, FOUR, "do not fit"
     ),
-    "nvfp4: groups of 32": (NVFP4 | {"w.weight_scale": NVFP4["w.weight_scale"][:, :3]}, float_groups("nvfp4-pack-quantized"), "do not fit"),
+    "nvfp4: groups of 32": (NVFP4 | {"w.weight_scale": NVFP4["w.weight_scale"][:, :3]}, FOUR, "do not fit"),
     "nvfp4: groups of 32 in the config": (NVFP4, float_groups("nvfp4-pack-quantized", group_size=32), "in groups of 16, but"),
     "nvfp4: asymmetric in the config": (NVFP4, float_groups("nvfp4-pack-quantized", symmetric=False), "groups of 16, but"),
-    "nvfp4: zero points": (
-        NVFP4 | {"w.weight_zero_point": torch.ones(64, 6)}, float_groups("nvfp4-pack-quantized"), "'w.weight_zero_point'"
-    ),
-    "nvfp4: transposed": (
-        NVFP4 | {"w.weight_packed": torch.zeros(48, 64, dtype=torch.uint8)}, float_groups("nvfp4-pack-quantized"), "do not fit"
-    ),
-    "nvfp4: rows padded": (
-        NVFP4 | {"w.weight_scale": torch.ones(128, 6).to(torch.float8_e4m3fn)}, float_groups("nvfp4-pack-quantized"), "do not fit"
-    ),
-    "nvfp4: a stack": (
-        NVFP4 | {"w.weight_packed": torch.zeros(2, 64, 48, dtype=torch.uint8)}, float_groups("nvfp4-pack-quantized"), "do not fit"
-    ),
+    "nvfp4: zero points": (NVFP4 | {"w.weight_zero_point": torch.ones(64, 6)}, FOUR, "'w.weight_zero_point'"),
+    "nvfp4: transposed": (NVFP4 | {"w.weight_packed": torch.zeros(48, 64, dtype=torch.uint8)}, FOUR, "do not fit"),
+    "nvfp4: rows padded": (NVFP4 | {"w.weight_scale": torch.ones(128, 6).to(torch.float8_e4m3fn)}, FOUR, "do not fit"),
+    "nvfp4: a stack": (NVFP4 | {"w.weight_packed": torch.zeros(2, 64, 48, dtype=torch.uint8)}, FOUR, "do not fit"),
     "mxfp4: six bits": (
         {"w.weight_packed": torch.zeros(64, 72, dtype=torch.uint8), "w.weight_scale": EXPONENTS},
         float_groups("mxfp4-pack-quantized", group_size=32),
@@ -154,46 +147,34 @@ BROKEN = {
     ),
     "mxfp4: NVFP4 in the config": (
         {"w.weight_packed": NVFP4["w.weight_packed"], "w.weight_scale": EXPONENTS},
-        float_groups("nvfp4-pack-quantized"),
+        FOUR,
         "in groups of 32, but",
     ),
-    "mxfp8: groups of 96": ({"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS[:, :1]}, MXFP8, "expected MXFP8"),
-    "mxfp8: two rows a scale": ({"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS[:32]}, MXFP8, "expected MXFP8"),
+    "mxfp8: groups of 96": ({"w.weight": WIDE, "w.weight_scale": EXPONENTS[:, :1]}, MXFP8, "expected MXFP8"),
+    "mxfp8: two rows a scale": ({"w.weight": WIDE, "w.weight_scale": EXPONENTS[:32]}, MXFP8, "expected MXFP8"),
     "mxfp8: groups of 64 in the config": (
-        {"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS},
+        {"w.weight": WIDE, "w.weight_scale": EXPONENTS},
         float_groups("mxfp8-quantized", num_bits=8, group_size=64),
         r"for \[64\] inputs by the config",
     ),
-    "mxfp8: scales that are no exponents": ({"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(64, 3)}, MXFP8, "expected MXFP8"),
+    "mxfp8: scales that are no exponents": ({"w.weight": WIDE, "w.weight_scale": torch.ones(64, 3)}, MXFP8, "expected MXFP8"),
     "mxfp8: exponents of another dtype, which the library reads otherwise": (
-        {"w.weight": fp8((64, 96)), "w.weight_scale": EXPONENTS.view(torch.float8_e8m0fnu)},
+        {"w.weight": WIDE, "w.weight_scale": EXPONENTS.view(torch.float8_e8m0fnu)},
         MXFP8,
         "expected MXFP8",
     ),
-    "modelopt: scales of the inputs": (
-        MODELOPT | {"w.pre_quant_scale": torch.ones(96)}, {"quant_method": "modelopt"}, "'w.pre_quant_scale'"
-    ),
+    "modelopt: scales of the inputs": (MODELOPT | {"w.pre_quant_scale": torch.ones(96)}, BY_MODELOPT, "'w.pre_quant_scale'"),
     "modelopt: groups of 32 in the config": (
         MODELOPT, {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32}, "in groups of 16, but"
     ),
-    "modelopt: no scale of the tensor": (
-        {k: t for k, t in MODELOPT.items() if "_2" not in k}, {"quant_method": "modelopt"}, "dtype U8 is not one of"
-    ),
+    "modelopt: no scale of the tensor": ({k: t for k, t in MODELOPT.items() if "_2" not in k}, BY_MODELOPT, "dtype U8 is not one of"),
     "fp8: a scale for other rows": (
-        {"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(3, 1)},
-        {"quant_method": "fp8"},
+        {"w.weight": WIDE, "w.weight_scale": torch.ones(3, 1)},
+        FP8,
         r"\[64, 96\] and scale \[3, 1\] do not fit",
     ),
-    "fp8: an integer scale": (
-        {"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(1, dtype=torch.int64)},
-        {"quant_method": "fp8"},
-        "of dtype I64",
-    ),
-    "fp8: a vector": (
-        {"w.weight": fp8((64,)), "w.weight_scale": torch.ones(1)},
-        {"quant_method": "fp8"},
-        "F8_E4M3 weights of 1 dimensions",
-    ),
+    "fp8: an integer scale": ({"w.weight": WIDE, "w.weight_scale": torch.ones(1, dtype=torch.int64)}, FP8, "of dtype I64"),
+    "fp8: a vector": ({"w.weight": fp8((64,)), "w.weight_scale": torch.ones(1)}, FP8, "F8_E4M3 weights of 1 dimensions"),
     "int8: a scale for other rows": ({"w.weight": CODES["w.weight"], "w.SCB": torch.ones(63)}, BNB, "one F32 scale for each row"),
     "int8: another format": (
         {"w.weight": CODES["w.weight"], "w.SCB": torch.ones(64), "w.weight_format": torch.ones(1, dtype=torch.uint8)},
@@ -209,41 +190,33 @@ BROKEN = {
         "do not fit",
     ),
     "gptq: five bits": (packed(), {"quant_method": "gptq", "bits": 5}, "GPTQ with 5 bits"),
-    "gptq: other outputs": (packed(scales=torch.ones(1, 40)), {"quant_method": "gptq", "bits": 4}, "do not fit"),
-    "gptq: marlin": (packed(), {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin'"),
+    "gptq: other outputs": (packed(scales=torch.ones(1, 40)), GPTQ, "do not fit"),
+    "gptq: marlin": (packed(), GPTQ | {"checkpoint_format": "marlin"}, "'marlin'"),
     "gptq: two formats": (
-        packed(), {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq", "format": "gptq_v2"},
+        packed(), GPTQ | {"checkpoint_format": "gptq", "format": "gptq_v2"},
         "found checkpoint_format='gptq', format='gptq_v2'; use the 16-bit model",
     ),
-    "gptq: symmetric in name only": (packed(), {"quant_method": "gptq", "bits": 4, "sym": True}, "not those of sym=true"),
-    "gptq: excluded by a rule": (
-        packed(), {"quant_method": "gptq", "bits": 4, "dynamic": {"-:w": {}, ".*": {}}}, "'w.qweight': a rule .* not quantized"
-    ),
+    "gptq: symmetric in name only": (packed(), GPTQ | {"sym": True}, "not those of sym=true"),
+    "gptq: excluded by a rule": (packed(), GPTQ | {"dynamic": {"-:w": {}, ".*": {}}}, "'w.qweight': a rule .* not quantized"),
     **{
-        f"gptq: unreadable rules {n}": (packed(), {"quant_method": "gptq", "bits": 4, "dynamic": rules}, 'cannot read "dynamic"')
+        f"gptq: unreadable rules {n}": (packed(), GPTQ | {"dynamic": rules}, 'cannot read "dynamic"')
         for n, rules in enumerate(({"(": {}}, {"w": 3}, ["w"], {"w{9999999999}": {}}, {"(" * 9999 + ")" * 9999: {}}))
     },
-    "gptq: a group that is not there": (
-        packed(g_idx=torch.ones(64, dtype=torch.int32)),
-        {"quant_method": "gptq", "bits": 4},
-        "groups that do not exist",
-    ),
+    "gptq: a group that is not there": (packed(g_idx=torch.ones(64, dtype=torch.int32)), GPTQ, "groups that do not exist"),
     "awq: gemv": (packed(qweight=AWQ_WORDS), {"quant_method": "awq", "version": "gemv"}, "version gemm"),
-    "hqq: other rows": (HQQ | {"w.W_q": torch.zeros(128, 32, dtype=torch.uint8)}, {"quant_method": "hqq"}, "do not fit"),
-    "hqq: words of another dtype": (HQQ | {"w.W_q": torch.zeros(96, 32, dtype=torch.int8)}, {"quant_method": "hqq"}, "do not fit"),
-    "hqq: one scale for the tensor": (
-        HQQ | {"w.scale": torch.tensor(1.0), "w.zero": torch.tensor(1.0)}, {"quant_method": "hqq"}, "do not fit"
-    ),
-    "hqq: zero points of another dtype": (HQQ | {"w.zero": torch.ones(192, 1)}, {"quant_method": "hqq"}, "do not fit"),
-    "hqq: other groups": (HQQ | {f"w.{k}": torch.ones(128, 1) for k in ("scale", "zero")}, {"quant_method": "hqq"}, "do not fit"),
-    "hqq: another shape": (HQQ | {"w.shape": torch.tensor([64, 95])}, {"quant_method": "hqq"}, "do not fit"),
-    "hqq: no zero points": ({k: t for k, t in HQQ.items() if k != "w.zero"}, {"quant_method": "hqq"}, "'zero' of its HQQ layer is missing"),
+    "hqq: other rows": (HQQ | {"w.W_q": torch.zeros(128, 32, dtype=torch.uint8)}, BY_HQQ, "do not fit"),
+    "hqq: words of another dtype": (HQQ | {"w.W_q": torch.zeros(96, 32, dtype=torch.int8)}, BY_HQQ, "do not fit"),
+    "hqq: one scale for the tensor": (HQQ | {"w.scale": torch.tensor(1.0), "w.zero": torch.tensor(1.0)}, BY_HQQ, "do not fit"),
+    "hqq: zero points of another dtype": (HQQ | {"w.zero": torch.ones(192, 1)}, BY_HQQ, "do not fit"),
+    "hqq: other groups": (HQQ | {f"w.{k}": torch.ones(128, 1) for k in ("scale", "zero")}, BY_HQQ, "do not fit"),
+    "hqq: another shape": (HQQ | {"w.shape": torch.tensor([64, 95])}, BY_HQQ, "do not fit"),
+    "hqq: no zero points": ({k: t for k, t in HQQ.items() if k != "w.zero"}, BY_HQQ, "'zero' of its HQQ layer is missing"),
     "hqq: eight bits by its packing": (
-        HQQ | {"w.packing": torch.tensor([*b"8bit_u8"], dtype=torch.uint8)}, {"quant_method": "hqq"},
+        HQQ | {"w.packing": torch.tensor([*b"8bit_u8"], dtype=torch.uint8)}, BY_HQQ,
         r"w\.packing': expected '4bit_u8' by the shapes of its HQQ layer, found '8bit_u8'; get the file again",
     ),
-    "hqq: another axis": (HQQ | {"w.axis": torch.tensor(0)}, {"quant_method": "hqq"}, r"w\.axis': expected 1 by .*, found 0"),
-    "hqq: another group size": (HQQ | {"w.group_size": torch.tensor(64)}, {"quant_method": "hqq"}, r"w\.group_size': expected 32 by"),
+    "hqq: another axis": (HQQ | {"w.axis": torch.tensor(0)}, BY_HQQ, r"w\.axis': expected 1 by .*, found 0"),
+    "hqq: another group size": (HQQ | {"w.group_size": torch.tensor(64)}, BY_HQQ, r"w\.group_size': expected 32 by"),
     "awq: other groups": (packed(qweight=AWQ_WORDS), {"quant_method": "awq", "group_size": 32}, "do not fit"),
 }  # fmt: skip
 
