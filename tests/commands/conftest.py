@@ -1,7 +1,5 @@
 """Fixtures of commands."""
 
-from __future__ import annotations
-
 from forks import model_server
 from remote_jobs import local, served
 

@@ -1,7 +1,5 @@
 """`streamer evaluate` from outside: its table, its JSON, its forecast, and a line for each thing that is wrong."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

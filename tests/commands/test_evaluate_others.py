@@ -1,7 +1,5 @@
 """`streamer evaluate` on further texts, of an adapter without intruders, and beside a file or a journal of an earlier version."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Failures and progress as JSON, and what a log shows while a command runs."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

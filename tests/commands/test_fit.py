@@ -1,7 +1,5 @@
 """`streamer fit` from outside: its table, its JSON, its forecast, what uses its file, and a line for each thing that is wrong."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil

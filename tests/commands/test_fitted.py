@@ -1,7 +1,5 @@
 """Outputs by the factors of a fit: what stands in them, what is there already, and what is refused before anything is written."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Adapters and bases that do not fit, are broken, or lie where the output would go; keys that the user ignores."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

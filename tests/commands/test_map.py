@@ -1,7 +1,5 @@
 """`streamer map` from outside: its lines, its JSON, its forecast, what uses its file, and a line for each thing that is wrong."""
 
-from __future__ import annotations
-
 import json
 import signal
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The notebook on a live model runs, cell after cell, as Python."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,7 +1,5 @@
 """Options: what makes no sense, usage and help, completion, the man page, abbreviations."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

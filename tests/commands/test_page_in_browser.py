@@ -1,7 +1,5 @@
 """The page in a browser: nothing on its console, each figure there, tables that sort, a click that draws, names that stay text."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Workflow systems on real files: make, twice and in parallel, and after an input was touched; Snakemake."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

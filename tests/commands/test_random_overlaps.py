@@ -1,7 +1,5 @@
 """Findings on another base than the adapter was trained on are recognised; those on its own base, or that trained further, are not."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`streamer repair` and what uses its fit, from outside: what they write, choose, measure, say and refuse."""
 
-from __future__ import annotations
-
 import html
 import json
 import shutil

@@ -1,7 +1,5 @@
 """What commands say: JSON, tables, warnings, silence, bars; `report` with a page, evaluations and outputs, and `diff`."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

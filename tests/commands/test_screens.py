@@ -1,7 +1,5 @@
 """What a person sees: commands on real terminals of several widths, and in a log; the last screen has no bar and no line that wraps."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """What scripts and workflow systems rely on: times of files, outputs made beforehand, --overwrite, hints, records of other versions."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Several adapters on one base: byte for byte what each alone gives, and the base is read once; an error names its adapter."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Odd surroundings of a command: Python's options, streams, variables, directories; threads as its process has them."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """`streamer verify`: what the commands wrote is as they wrote it; every byte that is not is found, and so is what a digest cannot tell."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Detection on workers of every kind, and in parts: byte for byte what one process gives."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor

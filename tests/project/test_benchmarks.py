@@ -1,7 +1,5 @@
 """Benchmarks: every figure is there and adds up, peers find the same, and mistakes are explained."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

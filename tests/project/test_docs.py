@@ -1,7 +1,5 @@
 """What the documentation says is so: commands, options, links and examples; docstrings and signatures of the public names."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 import inspect

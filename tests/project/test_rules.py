@@ -1,7 +1,5 @@
 """Rules that hold for every module, the package and the folders of tests; the layers of imports are import-linter's (pyproject.toml)."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

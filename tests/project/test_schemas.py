@@ -1,7 +1,5 @@
 """Every object printed with --json, and every line of --json-events, is as its JSON Schema says, which is made from the types."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

@@ -1,7 +1,5 @@
 """Every random number of the tests depends on the seed of the run, and a failure prints it."""
 
-from __future__ import annotations
-
 import ast
 import json
 import os

@@ -1,7 +1,5 @@
 """The tools do what they say: checkpoints that transformers loads and whose intruders are found, a benchmark with all its figures."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

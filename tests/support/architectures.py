@@ -1,7 +1,5 @@
 """Tiny models of many architectures, and adapters that PEFT saves for them."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from pathlib import Path

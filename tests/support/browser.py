@@ -1,7 +1,5 @@
 """Chromium without a screen, for pages: nothing of the user's, nothing from the network."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Tiny causal language models of many architectures, with values large enough that variants differ, and adapters on them."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from pathlib import Path

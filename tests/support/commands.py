@@ -1,7 +1,5 @@
 """Commands that must end well, and commands that must be refused: in one line, by the documented code, before anything is written."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

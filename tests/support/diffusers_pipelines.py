@@ -1,7 +1,5 @@
 """Small pipelines of diffusers with random weights, what they compute, and adapters of their components."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

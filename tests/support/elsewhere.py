@@ -1,7 +1,5 @@
 """Layers that run on another model, which is given and gives copies, the last group's first."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 from streamer.plan.plan import Plan

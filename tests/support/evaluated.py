@@ -1,7 +1,5 @@
 """What transformers says of merged models: the oracle of `streamer evaluate`."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from pathlib import Path

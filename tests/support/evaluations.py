@@ -1,7 +1,5 @@
 """Evaluations of made-up models, whose losses depend on method and λ in a known way."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Tiny models with experts, and adapters of PEFT on the experts' parameters."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

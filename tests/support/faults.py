@@ -1,7 +1,5 @@
 """System calls that go wrong."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 

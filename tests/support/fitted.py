@@ -1,7 +1,5 @@
 """Factors as a fit would write them, nearly those of a shrink, for the base and the adapter of a test."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

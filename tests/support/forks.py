@@ -3,8 +3,6 @@
 A run can be disturbed: at its n-th system call that changes something on disk, any code can be run inside it, such as a SIGKILL.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import json

@@ -1,7 +1,5 @@
 """Matrices that bitsandbytes quantized to four bits."""
 
-from __future__ import annotations
-
 import bitsandbytes.functional as bnb
 import torch
 from seeds import vary

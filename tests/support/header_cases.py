@@ -1,7 +1,5 @@
 """Headers of safetensors files that the format permits and forbids, and the words of the refusals."""
 
-from __future__ import annotations
-
 import struct
 
 from hypothesis import strategies as st

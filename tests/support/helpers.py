@@ -1,7 +1,5 @@
 """Small checkpoints and adapters for the tests, written with the safetensors library, and digests of what stands on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """A server that speaks as much of the hub's API as its client asks for, over a directory of models."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

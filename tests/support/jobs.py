@@ -1,7 +1,5 @@
 """Small jobs that are disturbed: commands on small inputs, what they write when nothing goes wrong, and what must hold after a fault."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Kinds of adapters that PEFT makes: the model, the config, and what is asked of each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

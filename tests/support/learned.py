@@ -1,7 +1,5 @@
 """A base, an adapter, and texts of which the adapted model finds one likelier than the base does, and one less likely."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

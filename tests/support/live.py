@@ -1,7 +1,5 @@
 """Live PEFT models for tests, and what is compared of them with files and with PEFT."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Maps of a base's inputs as `streamer map` would write them, of random spectra, for the base and the adapter of a test."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

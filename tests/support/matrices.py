@@ -1,7 +1,5 @@
 """Random matrices, and shapes of all kinds: wide, tall, square, one row, one column."""
 
-from __future__ import annotations
-
 import torch
 from seeds import vary
 

@@ -1,7 +1,5 @@
 """Choose the cases of the matrix: for a model class, which part is adapted, by which kind of adapter, on which base."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any

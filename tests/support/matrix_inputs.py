@@ -1,7 +1,5 @@
 """Make the base and the adapter of a case: transformers builds and saves, PEFT wraps and saves."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import warnings

@@ -1,7 +1,5 @@
 """Judge a case of the matrix: merge and detect as PEFT, transformers and a float64 SVD say."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import warnings

@@ -1,7 +1,5 @@
 """Adapters trained with PEFT on the pretrained MiniLM, at learning rates high enough that intruders appear."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Changes at random: of bytes, of a JSON tree, of a safetensors file's header, of a journal's records."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib

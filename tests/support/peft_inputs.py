@@ -1,7 +1,5 @@
 """Second moments of what PEFT's layers are given, in float64: the oracle of the inputs that a fit collects."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

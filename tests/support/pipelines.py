@@ -1,7 +1,5 @@
 """Small diffusers pipelines as they lie on disk, and adapters of them, written with the safetensors library."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

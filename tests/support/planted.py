@@ -1,7 +1,5 @@
 """A matrix with a planted intruder, and the dense formula's answer in float64."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from helpers import planted

@@ -4,8 +4,6 @@ The disk keeps its promises and no more. What fsync of a file covers is its byte
 Everything since is lost, kept or torn, as `leave` is told.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ NF4 and int8 are saved by transformers itself, FP8 is coded by transformers' own
 are packed here as the libraries pack them. Each comes with the values that the defining library decodes, in float32.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

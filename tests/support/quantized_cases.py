@@ -1,7 +1,5 @@
 """Quantized bases with adapters: the decoded base in float32 on disk, and PEFT's merge."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """A tiny Llama as hqq and torchao store it; tests are skipped where the library is not installed."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

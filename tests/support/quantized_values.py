@@ -1,7 +1,5 @@
 """Bases of given tensors on disk, opened as weights, and what decoding must give."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

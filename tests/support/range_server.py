@@ -1,7 +1,5 @@
 """A server of files by ranges, in threads of this process: it counts bytes, keeps to a rate, and fails as it is told."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import hashlib

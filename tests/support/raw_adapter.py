@@ -1,7 +1,5 @@
 """An adapter of one module, and one of tensors that are named as they are."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

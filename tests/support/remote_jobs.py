@@ -1,7 +1,5 @@
 """Commands on inputs at addresses, beside the same ones on paths; and fixtures, which conftest.py of a folder imports."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

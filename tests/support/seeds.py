@@ -1,7 +1,5 @@
 """The seed of a test run, on which everything that the tests draw depends."""
 
-from __future__ import annotations
-
 import random
 import zlib
 

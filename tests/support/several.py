@@ -1,7 +1,5 @@
 """Three adapters of different kinds on one base: what each alone gives, and the command line for all."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import jobs

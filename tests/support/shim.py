@@ -4,8 +4,6 @@
 whether there is a compiler. ``server().run(…, before=arm(…))`` forks a process with a fault in it.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import shutil

@@ -1,7 +1,5 @@
 """Monitors that ask a run to stop."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Commands at a terminal of a given size: every screen that they draw, and the last one, as a terminal shows them."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pty

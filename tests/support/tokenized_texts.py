@@ -1,7 +1,5 @@
 """Texts, and tokenizers of each kind that read them."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

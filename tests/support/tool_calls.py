@@ -1,7 +1,5 @@
 """A tool's `main` called in this process, where importing torch once more would be most of what a test takes."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import io

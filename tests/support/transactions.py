@@ -1,7 +1,5 @@
 """An output directory of four files: its plan, carried out whole or until a file, what is refused without a change, and a lock."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """A base of two shards, and the words with which opening one is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Outputs to be verified, and hands that change them: with and without the digests that would tell."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Tiny random models of every class that transformers registers, from its own configs."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The library's functions: warnings and sizes."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Callable

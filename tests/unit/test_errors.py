@@ -1,7 +1,5 @@
 """The errors: also those that Python has a word for, one line each, whole after a process boundary; sizes, lists and packages in them."""
 
-from __future__ import annotations
-
 import copy
 import errno
 import pickle

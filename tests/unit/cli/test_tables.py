@@ -1,7 +1,5 @@
 """Tables of every kind: rows, names, columns and lines that fit; what is open and why; the help and its examples."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The findings file: a round trip, what it refuses, what it says of its inputs, and how it is saved and matched."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

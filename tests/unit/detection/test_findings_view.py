@@ -1,7 +1,5 @@
 """Findings for people: how they look, how a matrix is found, data frames."""
 
-from __future__ import annotations
-
 import sys
 from html.parser import HTMLParser
 from pathlib import Path

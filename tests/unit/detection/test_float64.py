@@ -1,7 +1,5 @@
 """A matrix that float32 leaves open near ε is done once more in float64, where memory allows it: against numpy's float64 SVD."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Weights on their way to the device: the same values on every device present, so many ahead, and the CPU where a GPU has no room."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 

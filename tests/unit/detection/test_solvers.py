@@ -1,7 +1,5 @@
 """Solvers: what they answer, when the certified one gives up, and that nothing non-finite reaches them; decisions by the dense formula."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """An evaluation as JSON, as a table and in words."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

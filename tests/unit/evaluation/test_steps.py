@@ -1,7 +1,5 @@
 """What an evaluation measures, step by step, on losses that are known for every λ."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """The variant that is suggested, and its comparison with the equal shrink, on losses that are known."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

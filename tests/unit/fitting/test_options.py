@@ -1,7 +1,5 @@
 """Options of a fit, how texts are divided and cut, and what a fit says of the adapter as it is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

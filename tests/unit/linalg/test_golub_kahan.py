@@ -1,7 +1,5 @@
 """The block Golub–Kahan process: its invariant in units of rounding, and what happens where blocks lose rank."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import power_law, spectrum_matrix

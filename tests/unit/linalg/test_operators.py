@@ -1,7 +1,5 @@
 """Operators multiply as their dense forms do, whole and by rows; deltas do what numpy does; large matrices are tensors."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Bounds on overlaps: valid for each singular vector, tight where they can be, honest where rounding hides the bulk."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """Closed forms over inputs and what stays of a delta by their spectrum, against dense solves in float64 by numpy."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

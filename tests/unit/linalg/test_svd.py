@@ -1,7 +1,5 @@
 """Dense triplets and their errors, against numpy."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Products stay in float32 where the process has asked for less, and what it asked for comes back."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterator

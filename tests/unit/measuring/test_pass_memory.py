@@ -1,7 +1,5 @@
 """Passes: sequences and variants are divided, and records of their sums are read as the same bits."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

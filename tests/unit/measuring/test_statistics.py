@@ -1,7 +1,5 @@
 """Means over tokens and their errors over sequences, against numpy, simulation and bootstrapping; the histogram of divergences."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from evaluations import evaluation

@@ -1,7 +1,5 @@
 """Token ids from arrays, the choice among many sequences, and what is refused before any tokenizer is loaded."""
 
-from __future__ import annotations
-
 import builtins
 import itertools
 import sys

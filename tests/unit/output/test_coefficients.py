@@ -1,7 +1,5 @@
 """Factors of a fit, applied to deltas; and their file."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A delta of any kind as a LoRA adapter: the nearest of its rank, and an honest figure of what is left out."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Mitigated deltas of one matrix: λ and back-projection, against the dense formula in float64."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Cards: what the hub reads at their heads, the facts in front, and what stays of the card that was there."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

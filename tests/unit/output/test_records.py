@@ -1,7 +1,5 @@
 """Files that say what they are; tensors one by one, norms, and outputs that stand already."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Findings on a small model, detected once."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import helpers

@@ -1,7 +1,5 @@
 """What became of intruders: after mitigation, with directions planted, and against the full SVD's vectors."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

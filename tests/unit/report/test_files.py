@@ -1,7 +1,5 @@
 """The page of a report as a file, the curves on it, and what it embeds."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

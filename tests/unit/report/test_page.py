@@ -1,7 +1,5 @@
 """The page: its sentences and data, what it escapes, that it loads nothing, its size, the same bytes again."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """Files that appear whole under their name, or not at all; large pieces are hashed and written by threads, and do not stay in the cache."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

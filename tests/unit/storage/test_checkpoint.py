@@ -1,7 +1,5 @@
 """A checkpoint's tensors: which files make it, views, samples, identity; shards that shrink or change, and reads that go wrong."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """The header validator: what passes, what fails and with which words, and that nothing makes it crash or hang; strict JSON."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

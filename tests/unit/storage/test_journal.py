@@ -1,7 +1,5 @@
 """The journal: what was appended comes back, and what a crash tore ends it."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path

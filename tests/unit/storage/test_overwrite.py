@@ -1,7 +1,5 @@
 """What may be replaced: an output's own files, and nothing that the user put there."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

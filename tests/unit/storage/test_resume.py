@@ -1,7 +1,5 @@
 """An interrupted run is taken up where it stopped, or begun anew: which of both, and that it ends in the same bytes."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Planned files: exact sizes before a byte is written, streamed in pieces from leased buffers, read back before they get their name."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator

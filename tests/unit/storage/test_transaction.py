@@ -1,7 +1,5 @@
 """An output directory as one transaction: where it may stand, its lock, what may be begun, and how it ends."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """A stand-in for a parameter: what is computed with it is what the values give, and only what is needed is read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

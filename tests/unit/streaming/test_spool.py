@@ -1,7 +1,5 @@
 """Tensors in a file without a name; a layer that is run again from it, and writes into its own arguments, is refused."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections import UserDict

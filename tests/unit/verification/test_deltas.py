@@ -1,7 +1,5 @@
 """Deltas as verification computes them, beside the product's own."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """FP8 with scales of any granularity, without a library."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

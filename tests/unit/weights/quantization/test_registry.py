@@ -1,7 +1,5 @@
 """Formats of quantized weights: what is looked up, what is refused by its name, what is broken."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
