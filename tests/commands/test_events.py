@@ -38,9 +38,7 @@ def test_a_failure_is_an_object_too(inputs: tuple[Path, Path], tmp_path: Path) -
         assert done.err == f"streamer: {error['message']}\n"
 
 
-@pytest.mark.parametrize(
-    "argv", [["--json"], ["merge", "--json"], ["detect", "b", "a", "-o", "x", "--top-k", "x", "--json"]]
-)
+@pytest.mark.parametrize("argv", [["--json"], ["merge", "--json"], ["detect", "b", "a", "-o", "x", "--top-k", "x", "--json"]])  # fmt: skip
 def test_wrong_arguments_are_an_object_too(argv: list[str]) -> None:
     done = server().run(*argv)
     (error,) = check(done, "streamer.error/1", 2)["errors"]

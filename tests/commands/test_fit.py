@@ -31,10 +31,7 @@ from streamer.plan.plan import make_plan
 from streamer.streaming.inputs import InputModel
 from streamer.streaming.streams import GENERAL_AS, TASK_AS, Group
 
-HEADS = [
-    *("keep", "kept", "top-1", "kept", "KL", "left", "loss", "left"),
-    *("shrink", "its", "KL", "left", "mu"),
-]
+HEADS = [*("keep", "kept", "top-1", "kept", "KL", "left", "loss", "left"), *("shrink", "its", "KL", "left", "mu")]
 
 
 @pytest.fixture(scope="module")

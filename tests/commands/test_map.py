@@ -111,10 +111,7 @@ def test_two_maps_are_added(server: Server, home: Path, tmp_path: Path) -> None:
         done = server.run("map", one, two, "-o", tmp_path / "more", "--vectors", vectors)
         assert (done.code, f"expected a whole number from 1, found {vectors}" in done.err) == (2, True)
     done = server.run("map", one, "-o", tmp_path / "more")
-    assert (done.code, "is a map; name the base to map, or at least two maps to add" in done.err) == (
-        2,
-        True,
-    )
+    assert (done.code, "is a map; name the base to map, or at least two maps to add" in done.err) == (2, True)
     assert not (tmp_path / "more").exists()
 
 

@@ -53,9 +53,7 @@ def test_a_directory_of_one_adapter_gives_a_directory(several: Several, tmp_path
     shutil.copytree(several.adapters / "lora", tmp_path / "some" / "lora")
     (tmp_path / "some" / "logs").mkdir()
     run("detect", several.base, tmp_path / "some", "-o", tmp_path / "found")
-    assert tree_digest(tmp_path / "found") == {
-        "lora.safetensors": tree_digest(several.findings)["lora.safetensors"],
-    }
+    assert tree_digest(tmp_path / "found") == {"lora.safetensors": tree_digest(several.findings)["lora.safetensors"]}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -62,9 +62,7 @@ def test_threads_give_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("command", "count"), [("evaluate", 1), ("evaluate", 3), ("map", 3), ("fit", 3), ("repair", 3)]
-)
+@pytest.mark.parametrize(("command", "count"), [("evaluate", 1), ("evaluate", 3), ("map", 3), ("fit", 3), ("repair", 3)])  # fmt: skip
 def test_passes_on_threads_give_the_same_bytes(command: str, count: int, tmp_path: Path) -> None:
     """Whatever the number of workers, and the order in which passes end."""
     bench, out, events = BENCHES[command](tmp_path), tmp_path / "out", list[Event]()

@@ -143,10 +143,7 @@ def test_a_file_that_is_not_whole_is_refused(
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"x": np.zeros(3)}, path)
-    with pytest.raises(
-        FormatError,
-        match=r"expected coefficients \(streamer.coefficients/3\), found another",
-    ):
+    with pytest.raises(FormatError, match=r"expected coefficients \(streamer.coefficients/3\), found another"):
         load_coefficients(path)
     save_file({"x": np.zeros(3)}, path, {"findings": "{}"})
     with pytest.raises(FormatError, match=r"found findings; make coefficients with `streamer fit`"):

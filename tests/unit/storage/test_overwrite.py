@@ -17,14 +17,7 @@ import streamer
 from streamer.detection.findings_file import lock_of
 from streamer.errors import FormatError, LockedError, OutputError, OutputExistsError, StreamerError
 from streamer.storage.lock import locked
-from streamer.storage.output_plan import (
-    JOURNAL_NAME,
-    LOCK_NAME,
-    RECORD_NAME,
-    STAGE_NAME,
-    inspect_output,
-    missing_bytes,
-)
+from streamer.storage.output_plan import JOURNAL_NAME, LOCK_NAME, RECORD_NAME, STAGE_NAME, inspect_output, missing_bytes
 from streamer.storage.transaction import open_outputs
 
 
