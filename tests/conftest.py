@@ -57,7 +57,7 @@ HEAVY = (
     "commands/test_verify.py",
     "commands/test_workers.py",
     "project/test_tools.py",
-    "commands/test_pipelines.py",
+    "commands/test_notebook.py",
     "commands/test_screens.py",
     "property/test_gallery.py",
     "project/test_docs.py",

@@ -1,7 +1,9 @@
-"""`streamer evaluate` from outside: its table, its JSON, its forecast, and a line for each thing that is wrong."""
+"""`streamer evaluate` from outside: its table, its JSON, its forecast, further texts, earlier versions, and what is wrong."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import fitted
 import numpy as np
@@ -11,19 +13,24 @@ from causal_models import make_adapter, make_base
 from command_line import process_mib, run_cli
 from evaluations import COLUMNS
 from forks import Server
-from learned import evaluate as run
-from learned import make_learned
+from learned import evaluate, make_learned
+from stops import stopping_at
 from test_schemas import check
 
 import streamer
+from streamer.errors import Interrupted
 from streamer.evaluation.options import LAMBDAS
 from streamer.evaluation.steps import MOST_PLACED
 from streamer.linalg.torch_state import has_fast_bfloat16
+from streamer.storage.journal import Journal
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = make_learned(tmp_path_factory.mktemp("evaluate"))
+    ids = np.load(home / "all.npy")
+    np.save(home / "some.npy", ids[:48])
+    np.save(home / "near.npy", np.concatenate([np.load(home / "task.npy"), ids[:8]]))
     streamer.detect_intruder_dimensions(home / "base", home / "adapter", home / "f.safetensors", top_k=4)
     return home
 
@@ -41,7 +48,7 @@ def test_a_process_of_its_own_says_nothing_of_libraries_that_transformers_import
 @pytest.mark.long
 def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path) -> None:
     asked = ["--findings", home / "f.safetensors", "--lambda", "0.75,0.5", "--keep", "0.5"]
-    done = run(server, home, tmp_path / "e.json", *asked, task=home / "mild.npy")
+    done = evaluate(server, home, tmp_path / "e.json", *asked, task=home / "mild.npy")
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
     assert lines[0].startswith("use ")
@@ -59,7 +66,7 @@ def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path
         f"next: streamer repair {home / 'base'} {home / 'adapter'} --general TEXT --task TEXT --keep 0.5 -o OUTPUT"
     )
     assert " suggested, " in done.last
-    again = run(server, home, tmp_path / "e.json", *asked, task=home / "mild.npy")
+    again = evaluate(server, home, tmp_path / "e.json", *asked, task=home / "mild.npy")
     assert (again.code, again.out) == (
         0,
         done.out.replace(f"wrote {tmp_path / 'e.json'}", f"{tmp_path / 'e.json'} exists already"),
@@ -69,13 +76,14 @@ def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path
 def test_a_lambda_joins_a_file_that_stands(server: Server, home: Path, tmp_path: Path) -> None:
     """It alone is measured; the other variants, the texts and the suggestion's command stay."""
     output = tmp_path / "e.json"
-    first = check(run(server, home, output, "--method", "shrink", "--json"), "streamer.evaluation/1")
+    first = check(evaluate(server, home, output, "--method", "shrink", "--json"), "streamer.evaluation/1")
     tree = check(
-        run(server, home, output, "--method", "shrink", "--lambda", "0.62", "--dry-run", "--json"), "streamer.dry-run/1"
+        evaluate(server, home, output, "--method", "shrink", "--lambda", "0.62", "--dry-run", "--json"),
+        "streamer.dry-run/1",
     )
     assert tree["state"] == "new"
     assert 0 < tree["forecast"]["read_bytes"] == 2 * (tree["forecast"]["read_bytes"] // 2)
-    events = run(server, home, output, "--method", "shrink", "--lambda", "0.62", "--json-events").err.splitlines()
+    events = evaluate(server, home, output, "--method", "shrink", "--lambda", "0.62", "--json-events").err.splitlines()
     last = [e for e in map(json.loads, events) if e["event"] == "progress" and e["stage"] == "evaluate"][-1]
     assert last["items"] in (2, 4, 6), "both texts, in each round"
     tree = json.loads(output.read_text())
@@ -85,7 +93,7 @@ def test_a_lambda_joins_a_file_that_stands(server: Server, home: Path, tmp_path:
     assert lambdas == sorted(lambdas, reverse=True)
     # with intruders, which the file knows nothing of yet
     tree = check(
-        run(server, home, output, "--findings", home / "f.safetensors", "--lambda", "0.62", "--json"),
+        evaluate(server, home, output, "--findings", home / "f.safetensors", "--lambda", "0.62", "--json"),
         "streamer.evaluation/1",
     )
     assert [v["name"] for v in tree["variants"][2:4]] == ["paper 0.62", "project 0.62"]
@@ -98,7 +106,7 @@ def test_a_lambda_joins_a_file_that_stands(server: Server, home: Path, tmp_path:
         (["--method", "shrink"], {"task": home / "all.npy"}, f"task text: {more}"),
         (["--sequences", "4"], {}, f"general text: {fewer}, task text: {fewer}, --top-k"),
     ):
-        done = run(server, home, output, *options, **texts)
+        done = evaluate(server, home, output, *options, **texts)
         assert (done.code, output.read_bytes()) == (4, stands)
         assert done.err == (
             f"streamer: {output}: holds an evaluation of other inputs or options ({differs}); choose another output, or pass --overwrite\n"
@@ -107,7 +115,7 @@ def test_a_lambda_joins_a_file_that_stands(server: Server, home: Path, tmp_path:
 
 def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Path) -> None:
     swapped = {"general": home / "task.npy", "task": home / "general.npy"}
-    done = run(server, home, tmp_path / "e.json", "--method", "shrink", "--length", "11", **swapped)
+    done = evaluate(server, home, tmp_path / "e.json", "--method", "shrink", "--length", "11", **swapped)
     assert done.code == 0
     (line,) = done.err.splitlines()
     assert line.startswith("streamer: warning: the adapter's loss on the task's text is above the base's, by ")
@@ -127,7 +135,7 @@ def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Pat
 def test_the_suggested_command_makes_what_was_measured(server: Server, home: Path, tmp_path: Path) -> None:
     output = tmp_path / "e.json"
     asked = ["--findings", home / "f.safetensors", "--keep", "0.5", "--method", "project,shrink", "--no-race"]
-    done = run(server, home, output, *asked, "--json", task=home / "mild.npy")
+    done = evaluate(server, home, output, *asked, "--json", task=home / "mild.npy")
     tree = check(done, "streamer.evaluation/1")
     assert tree["state"] == "written"
     assert {**json.loads(output.read_text()), "output": str(output), "state": "written"} == tree
@@ -135,7 +143,7 @@ def test_the_suggested_command_makes_what_was_measured(server: Server, home: Pat
     enough = [v for v in tree["variants"] if v["name"] != "base" and v["kept"] >= 0.5]
     assert min(v["kept"] for v in enough if v["method"] == "shrink") < 0.51, "one is placed"
     assert found["name"] == min(enough, key=lambda v: v["general"]["kl"])["name"]
-    text = run(server, home, output, *asked, task=home / "mild.npy").out
+    text = evaluate(server, home, output, *asked, task=home / "mild.npy").out
     (line,) = [line.partition(": ")[2] for line in text.splitlines() if "streamer mitigate " in line]
     words = line.replace("OUTPUT", str(tmp_path / "made")).split()[1:]
     assert server.run(*words).code == 0
@@ -151,14 +159,14 @@ def other_coefficients(home: Path, place: Path) -> Path:
 
 
 def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) -> None:
-    tree = check(run(server, home, tmp_path / "e.json", "--dry-run", "--json"), "streamer.dry-run/1")
+    tree = check(evaluate(server, home, tmp_path / "e.json", "--dry-run", "--json"), "streamer.dry-run/1")
     assert (tree["state"], tree["command"], tree["matrices"]) == ("new", "evaluate", 8)
     assert tree["forecast"]["peak_memory_bytes"] > 200 << 20
     assert list(tmp_path.iterdir()) == []
 
 
 def test_events(server: Server, home: Path, tmp_path: Path) -> None:
-    done = run(server, home, tmp_path / "e.json", "--method", "shrink", "--no-race", "--json-events")
+    done = evaluate(server, home, tmp_path / "e.json", "--method", "shrink", "--no-race", "--json-events")
     events = [json.loads(line) for line in done.err.splitlines()]
     progress = [e for e in events if e["event"] == "progress" and e["stage"] == "evaluate"]
     assert [e["done"] for e in progress] == sorted(e["done"] for e in progress)
@@ -191,7 +199,7 @@ def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_pat
         (["--findings", home / "f.safetensors", "--top-k", "3"], {}, 3, "made with top_k=4, asked for 3"),
     ]  # fmt: skip
     for options, texts, code, message in cases:
-        done = run(server, home, tmp_path / "e.json", *options, **texts)
+        done = evaluate(server, home, tmp_path / "e.json", *options, **texts)
         assert (done.code, done.out) == (code, ""), (message, done.err)
         (line,) = done.err.splitlines()
         assert message in line
@@ -202,21 +210,150 @@ def test_products_of_bfloat16_are_recorded(server: Server, home: Path, tmp_path:
     output = tmp_path / "e.json"
     if has_fast_bfloat16():
         tree = check(
-            run(server, home, output, "--method", "shrink", "--dtype", "bf16", "--json"), "streamer.evaluation/1"
+            evaluate(server, home, output, "--method", "shrink", "--dtype", "bf16", "--json"), "streamer.evaluation/1"
         )
         assert tree["dtype"] == "bf16"
-        other = run(server, home, output, "--method", "shrink")
+        other = evaluate(server, home, output, "--method", "shrink")
         assert (other.code, output.read_text().count('"dtype": "bf16"')) == (4, 1)
     slow = "import streamer.evaluation.options as o; o.has_fast_bfloat16 = lambda: False"
-    done = run(server, home, output, "--dtype", "bf16", before=slow)
+    done = evaluate(server, home, output, "--dtype", "bf16", before=slow)
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("streamer: --dtype: bf16 needs a processor that multiplies bfloat16 matrices")
     assert len(done.err.splitlines()) == 1
 
 
 def test_without_transformers_a_line_says_what_to_install(server: Server, home: Path, tmp_path: Path) -> None:
-    done = run(server, home, tmp_path / "e.json", before="sys.modules['transformers'] = None")
+    done = evaluate(server, home, tmp_path / "e.json", before="sys.modules['transformers'] = None")
     assert done.code == 2
     assert done.err == (
         "streamer: evaluate and fit need transformers 5, which is not installed; pip install 'intruder-streamer[evaluate]'\n"
     )
+
+
+SHRINKS = ["--method", "shrink", "--lambda", "0.75,0.5"]
+
+
+def test_another_text_is_measured_as_the_general_one_would_be(server: Server, home: Path, tmp_path: Path) -> None:
+    """To the bit; table, JSON and page have it, and the suggestion is what it was."""
+    output, more = tmp_path / "e.json", ["--other", home / "near.npy", "--other", home / "some.npy"]
+    done = evaluate(server, home, output, *SHRINKS, *more)
+    assert (done.code, done.err) == (0, "")
+    head = done.out.splitlines()[2].split()
+    assert head[-10:-7] == ["near.npy", "near.npy", "kept"]
+    tree = check(evaluate(server, home, output, *SHRINKS, *more, "--json"), "streamer.evaluation/1")
+    assert tree["state"] == "present"
+    near, some = tree["others"]
+    assert (near["name"], near["effect"], some["name"]) == ("near.npy", "improves", "some.npy")
+    assert [one["name"] for one in tree["texts"]["others"]] == ["near.npy", "some.npy"]
+    other = json.loads((tmp_path / "e.json").read_text())
+    assert evaluate(server, home, tmp_path / "o.json", *SHRINKS, general=home / "some.npy").code == 0
+    as_general = {v["name"]: v for v in json.loads((tmp_path / "o.json").read_text())["variants"]}
+    for v in other["variants"]:
+        if v["name"] in as_general:
+            assert v["others"][1]["sums"] == as_general[v["name"]]["general"]["sums"], v["name"]
+    assert evaluate(server, home, tmp_path / "two.json", *SHRINKS).code == 0
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["suggestion"] == other["suggestion"]
+    e = streamer.load_evaluation(output)
+    assert list(e.others) == ["near.npy", "some.npy"]
+    found = streamer.detect_intruder_dimensions(home / "base", home / "adapter", tmp_path / "f.safetensors", top_k=4)
+    assert found.intruders
+    page = server.run("report", tmp_path / "f.safetensors", output, "-o", tmp_path / "r.html")
+    assert page.code == 0
+    assert '"others":[{"name":"near.npy","effect":"improves"}' in (tmp_path / "r.html").read_text()
+
+
+def test_variants_are_added_on_the_same_texts_alone(server: Server, home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "e.json"
+    assert evaluate(server, home, output, *SHRINKS, "--other", home / "some.npy").code == 0
+    before = output.read_bytes()
+    for options, what in (([], "other text some.npy is not asked for"),
+                          (["--other", home / "some.npy", "--other", home / "near.npy"], "other text near.npy is asked for")):  # fmt: skip
+        done = evaluate(server, home, output, "--method", "shrink", "--lambda", "0.62", *options)
+        assert (done.code, f"of other inputs or options ({what})" in done.err, output.read_bytes()) == (4, True, before)
+    done = evaluate(server, home, output, "--method", "shrink", "--lambda", "0.62", "--other", home / "some.npy")
+    assert done.code == 0
+    e = streamer.load_evaluation(output)
+    assert e.others["some.npy"].loss.shape == (len(e.variants), 48)
+    assert e["shrink 0.62"]["others"][0]["name"] == "some.npy"
+
+
+def test_names_are_those_of_files(server: Server, home: Path, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    shutil.copy(home / "some.npy", tmp_path / "sub" / "some.npy")
+    two = ["--other", home / "some.npy", "--other", tmp_path / "sub" / "some.npy"]
+    done = evaluate(server, home, tmp_path / "e.json", *two)
+    assert done.code == 2
+    assert "--other: expected files of different names, found two named 'some.npy'; rename one" in done.err
+    done = evaluate(server, home, tmp_path / "e.json", *SHRINKS, "--other", home / "task.npy")
+    assert "task.npy is the same as the task text: it adds no information" in done.err
+
+
+def test_a_file_of_an_earlier_version_is_not_added_to(server: Server, home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "e.json"
+    assert evaluate(server, home, output, *SHRINKS).code == 0
+    tree = json.loads(output.read_text())
+    for v in tree["variants"]:
+        for text in ("general", "task"):
+            del v[text]["sums"]["right"]
+    output.write_text(json.dumps(tree))
+    done = evaluate(server, home, output, *SHRINKS)
+    assert done.code == 4
+    assert "(no right, as of an earlier version); choose another output, or pass --overwrite" in done.err
+    assert evaluate(server, home, output, *SHRINKS, "--overwrite").code == 0
+    assert streamer.load_evaluation(output)["adapter"]["task"]["top1"] is not None
+
+
+def test_a_journal_with_other_sums_is_started_over(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an earlier version left it: its passes do not say what this one is to write."""
+    monkeypatch.setattr("streamer.measuring.pass_memory.ROWS", 40)
+
+    def run(output: Path, **options: Any) -> streamer.Evaluation:
+        given = {"general": home / "general.npy", "task": home / "task.npy", "other": home / "some.npy"}
+        chosen = {"methods": ["shrink"], "lambdas": [0.5], "max_memory": "4G", "sequences": 6}
+        return streamer.evaluate_variants(home / "base", home / "adapter", output, **given, **chosen, **options)
+
+    output, events = tmp_path / "e.json", []
+    with pytest.raises(Interrupted):
+        run(output, monitor=stopping_at(60, "evaluate"))
+    (path,) = tmp_path.glob(".*.journal")
+    journal = Journal(path)
+    head, count = json.loads(journal[0]), len(journal)
+    assert count > 2
+    rest = [journal[i] for i in range(1, count)]
+    journal.remove()
+    journal = Journal(path)
+    for record in [json.dumps({**head, "bits": head["bits"].removesuffix(" kl_bins")}).encode(), *rest]:
+        journal.append(record)
+    journal.close()
+    made = run(output, on_event=events.append)
+    assert not [e for e in events if e.stage == "note" and "resum" in e.name]
+    assert made.to_json() == run(tmp_path / "again.json", on_event=events.append).to_json()
+
+
+def test_without_intruders_nothing_that_scales_them_runs(server: Server, home: Path, tmp_path: Path) -> None:
+    """Whether the findings are given or made: a line says so, the file has no such variant, and another run has nothing to do."""
+    found = streamer.detect_intruder_dimensions(home / "base", home / "adapter", top_k=4, threshold_epsilon=1e-6)
+    assert found.intruders == 0
+    found.save(tmp_path / "none.safetensors")
+    for name, options in (
+        ("given", ["--findings", tmp_path / "none.safetensors"]),
+        ("made", ["--top-k", 4, "--epsilon", 1e-6]),
+    ):
+        output = tmp_path / f"{name}.json"
+        done = evaluate(server, home, output, *options, "--lambda", "0.75,0.5")
+        assert (done.code, done.err) == (0, ""), name
+        assert "no intruder was found (epsilon 1e-06): paper and project change nothing, and were not run" in done.out
+        tree = json.loads(output.read_text())
+        assert {v["method"] for v in tree["variants"]} == {None, "shrink"}
+        assert (tree["intruders"], tree["detection"]["threshold_epsilon"]) == (0, 1e-6)
+        again = evaluate(server, home, output, *options, "--lambda", "0.75,0.5", "--json-events")
+        assert "exists already" in again.out
+        assert not [e for e in map(json.loads, again.err.splitlines()) if e.get("stage") == "evaluate"]
+        alone = check(
+            evaluate(server, home, tmp_path / f"p{name}.json", *options, "--method", "paper", "--json"),
+            "streamer.evaluation/1",
+        )
+        assert [v["name"] for v in alone["variants"]] == ["base", "adapter"]
+    given, made = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("given", "made"))
+    assert given["variants"] == made["variants"]

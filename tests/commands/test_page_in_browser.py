@@ -1,11 +1,13 @@
 """The page in a browser: nothing on its console, each figure there, tables that sort, a click that draws, names that stay text."""
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import browser
 import helpers
 import pytest
 from evaluations import of_findings
@@ -13,14 +15,54 @@ from evaluations import of_findings
 import streamer
 from streamer.detection.findings import Findings
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(browser.MISSING is not None, reason=browser.MISSING or "")]
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+
+MISSING = None if BROWSER and DRIVER and find_spec("selenium") else "needs chromium, chromedriver and selenium"
+"""Why there is no browser; None where there is one."""
+
+OPTIONS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--no-first-run",
+)  # fmt: skip
+
+
+@contextmanager
+def browser(profile: Path) -> Iterator[Any]:
+    """Start a browser with an empty directory for its profile, which logs its console."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(BROWSER)
+    for option in (*OPTIONS, f"--user-data-dir={profile}"):
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def look(driver: Any, page: Path, width: int = 1400, scheme: str = "light", media: str = "") -> list[str]:
+    """Open a page on a screen of a width, light or dark; return what the console says."""
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                           {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False})  # fmt: skip
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+    driver.get(page.as_uri())
+    return [entry["message"] for entry in driver.get_log("browser")]
+
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(MISSING is not None, reason=MISSING or "")]
 
 EVIL = "</script><svg onload=window.evil=1><img src=x onerror=window.evil=1>"
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with browser.browser(tmp_path_factory.mktemp("profile")) as found:
+    with browser(tmp_path_factory.mktemp("profile")) as found:
         yield found
 
 
@@ -51,7 +93,7 @@ def click(driver: Any, selector: str) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
 def test_every_figure_is_drawn_and_fits(driver: Any, page: Path, width: int, scheme: str) -> None:
-    assert browser.look(driver, page, width, scheme) == []
+    assert look(driver, page, width, scheme) == []
     assert driver.execute_script("return document.documentElement.dataset.drawn") == "yes"
     drawn = driver.execute_script(
         "return [...document.querySelectorAll('figure[data-figure]')]"
@@ -97,18 +139,18 @@ return found;
 
 @pytest.mark.parametrize("width", [400, 1400])
 def test_no_name_in_a_trade_off_lies_on_a_point_or_another_name(driver: Any, page: Path, width: int) -> None:
-    browser.look(driver, page, width)
+    look(driver, page, width)
     assert driver.execute_script(COVERED) == []
 
 
 def test_a_print_is_light_and_has_no_controls(driver: Any, page: Path) -> None:
-    assert browser.look(driver, page, 800, "dark", "print") == []
+    assert look(driver, page, 800, "dark", "print") == []
     assert driver.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert driver.execute_script("return getComputedStyle(document.querySelector('.tools')).display") == "none"
 
 
 def test_tables_sort_by_numbers_and_names(driver: Any, page: Path, found: Findings) -> None:
-    browser.look(driver, page)
+    look(driver, page)
     head = "#matrices thead th:nth-child({}) button"
     assert len(rows(driver, "matrices", 0)) == len(found)
     original = rows(driver, "matrices", 0)
@@ -131,7 +173,7 @@ def test_tables_sort_by_numbers_and_names(driver: Any, page: Path, found: Findin
 
 
 def test_figures_in_the_table_are_those_of_the_findings(driver: Any, page: Path, found: Findings) -> None:
-    browser.look(driver, page)
+    look(driver, page)
     for i, name in enumerate(rows(driver, "matrices", 0)):
         m = found[name]
         assert int(rows(driver, "matrices", 3)[i]) == len(m.detection.intruders)
@@ -140,7 +182,7 @@ def test_figures_in_the_table_are_those_of_the_findings(driver: Any, page: Path,
 
 
 def test_a_click_draws_a_matrix_and_narrows_the_table(driver: Any, page: Path, found: Findings) -> None:
-    browser.look(driver, page)
+    look(driver, page)
     chosen = "return document.querySelector('.card.chosen h3').textContent"
     click(driver, "#matrices tbody tr:nth-child(5) button")
     assert driver.execute_script(chosen) == rows(driver, "matrices", 0)[4]
@@ -159,12 +201,12 @@ def test_a_table_that_scrolls_says_so(driver: Any, page: Path) -> None:
     """Whether one does at a width depends on the machine's fonts, but not in letters that are tiny."""
     script = "return [...document.querySelectorAll('#matrices, #variants')].map((t) => !t.closest('.scroll').previousSibling.hidden)"
     frames = "requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
-    browser.look(driver, page, 400)
+    look(driver, page, 400)
     assert driver.execute_script(script) == [True, True]
     driver.execute_script("document.querySelector('#matrices').closest('.scroll').scrollLeft = 100")
     driver.execute_async_script(frames)
     assert driver.execute_script(script) == [True, False]
-    browser.look(driver, page, 1400)
+    look(driver, page, 1400)
     cut = (
         "return [...document.querySelectorAll('#matrices, #variants')].map((t) => t.getBoundingClientRect().right"
         " > t.closest('.scroll').getBoundingClientRect().right + 1)"
@@ -178,7 +220,7 @@ def test_a_table_that_scrolls_says_so(driver: Any, page: Path) -> None:
 
 
 def test_a_command_is_copied_whole(driver: Any, page: Path) -> None:
-    browser.look(driver, page)
+    look(driver, page)
     click(driver, "pre.command button")
     commands = driver.execute_script(
         "return [...document.querySelectorAll('pre.command code')].map((c) => c.textContent)"
@@ -188,7 +230,7 @@ def test_a_command_is_copied_whole(driver: Any, page: Path) -> None:
 
 
 def test_figures_of_the_page_are_rounded_as_the_terminals(driver: Any, page: Path, found: Findings) -> None:
-    browser.look(driver, page)
+    look(driver, page)
     rounded = {m.tensor: (f"{m.detection.delta_norm:.4g}", f"{100 * m.detection.intruder_energy:.1f}%") for m in found}
     assert [*zip(rows(driver, "matrices", 7), rows(driver, "matrices", 8), strict=True)] == [
         (f"{float(norm):#.4g}", energy) for norm, energy in (rounded[name] for name in rows(driver, "matrices", 0))
@@ -200,7 +242,7 @@ def test_a_page_of_several_adapters(driver: Any, found: Findings, tmp_path: Path
     for name, findings in (("all", found), ("few", few)):
         findings.save(tmp_path / f"{name}.safetensors")
     streamer.write_report(tmp_path, tmp_path / "report.html")
-    assert browser.look(driver, tmp_path / "report.html") == []
+    assert look(driver, tmp_path / "report.html") == []
     assert rows(driver, "adapters", 0) == ["all", "few"]
     assert rows(driver, "adapters", 1) == ["9", "3"]
     assert len(rows(driver, "matrices", 0)) == 9
@@ -215,7 +257,7 @@ def test_hostile_names_are_text(driver: Any, found: Findings, tmp_path: Path) ->
     matrices = tuple(dataclasses.replace(m, tensor=f"{EVIL}.{i}.weight") for i, m in enumerate(found))
     evil = dataclasses.replace(found, matrices=matrices, sources={"base": {"name": EVIL}, "adapter": {"name": EVIL}})
     streamer.write_report(evil, tmp_path / "evil.html")
-    assert browser.look(driver, tmp_path / "evil.html") == []
+    assert look(driver, tmp_path / "evil.html") == []
     assert driver.execute_script("return window.evil === undefined && document.querySelector('img') === null")
     assert rows(driver, "matrices", 0)[0] == f"{EVIL}.0.weight"
 
@@ -242,7 +284,7 @@ def test_the_page_of_an_output(
     base, adapter = helpers.three_shards(tmp_path)
     write(base, adapter, tmp_path / "out", **options or {"findings": found})
     write_files(open_subject(tmp_path / "out"), tmp_path / "out.html")
-    assert browser.look(driver, tmp_path / "out.html", 400) == []
+    assert look(driver, tmp_path / "out.html", 400) == []
     assert len(rows(driver, "matrices", 0)) == 9
     named = "return [...document.querySelectorAll('figure')].map((f) => f.dataset.figure)"
     assert driver.execute_script(named) == maps

@@ -4,16 +4,9 @@ from pathlib import Path
 
 import pytest
 from transactions import Case, make_case
-from two_shards import two_shards
 
 
 @pytest.fixture
 def case(tmp_path: Path) -> Case:
     """The plan of an output of four files, one of them a copy, and its input directory."""
     return make_case(tmp_path)
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """A base of two shards."""
-    return two_shards(tmp_path / "base")
