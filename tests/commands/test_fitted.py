@@ -1,6 +1,5 @@
 """Outputs by the factors of a fit: what stands in them, what is there already, and what is refused before anything is written."""
 
-import json
 import shutil
 import signal
 from pathlib import Path
@@ -12,13 +11,13 @@ import pytest
 import torch
 from commands import refuse
 from forks import KILL, server
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_schemas import check
 from verified import edit_tensor
 
 import streamer
 from streamer.errors import UsageError
+from streamer.methods.coefficients import FIT
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +103,6 @@ def test_a_fitted_adapter_is_known_as_mitigated(inputs: tuple[Path, Path, Path],
 # Refusals ---------------------------------------------------------------------------------------------------------------
 
 
-def with_metadata(source: Path, to: Path, change: Any) -> Path:
-    """Copy a file of coefficients, its JSON or arrays changed."""
-    with safe_open(source, "pt") as f:
-        metadata = f.metadata()
-    tree, arrays = json.loads(metadata["streamer.coefficients"]), load_file(source)
-    change(tree, arrays)
-    save_file(arrays, to, {**metadata, "streamer.coefficients": json.dumps(tree)})
-    to.write_bytes(helpers.sealed(to.read_bytes()))
-    return to
-
-
 @pytest.mark.parametrize("command", ["mitigate", "merge"])
 def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str) -> None:
     base, adapter, file = inputs
@@ -146,8 +134,8 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
         (3, [files / "none.safetensors"], "none.safetensors: no such file"),
         (3, [of_other], f"streamer: {of_other}: coefficients of another base ("),
         (3, [of_tuned], f"streamer: {of_tuned}: coefficients of another adapter (weights_sha256 differ); fit them to"),
-        (3, [with_metadata(file, files / "base", another_base), *keep], "of another base (the content of model-00001-of-"),
-        (3, [with_metadata(file, files / "no", nothing), *keep], "do not say which base they were fitted to"),
+        (3, [helpers.tampered(file, files / "base", FIT.key, another_base), *keep], "of another base (the content of model-00001-of-"),
+        (3, [helpers.tampered(file, files / "no", FIT.key, nothing), *keep], "do not say which base they were fitted to"),
         (2, [file], f"streamer: --keep: expected one of 0.95, 0.9, the 2 sets of coefficients in {file}; choose one"),
         (2, [file, "--keep", "0.8"], "holds no coefficients that keep 0.8; the shares in it are 0.95, 0.9"),
         (2, [file, *keep, "--lambda", "0.5"], "--lambda: method 'regmean' uses coefficients instead, got 0.5; leave it out"),

@@ -30,17 +30,6 @@ def test_a_module_that_the_base_lacks(job: tuple[Path, Path], tmp_path: Path) ->
                       "is this the base that the adapter was trained on?")  # fmt: skip
 
 
-def test_a_wrong_shape(job: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = job
-
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"] = torch.ones(4, 47)
-
-    edit_adapter(adapter, change)
-    refuse_everywhere(base, adapter, tmp_path, 3, "'model.layers.1.self_attn.q_proj': expected shape [48, 47] in the base",
-                      "in the base, found [48, 48]", "is this the base")  # fmt: skip
-
-
 def test_every_problem_is_told_at_once(job: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = job
 
@@ -53,7 +42,8 @@ def test_every_problem_is_told_at_once(job: tuple[Path, Path], tmp_path: Path) -
             tensors[f"{prefix}9.extra_{i}.lora_B.weight"] = torch.ones(5, 4)
 
     edit_adapter(adapter, change)
-    refuse_everywhere(base, adapter, tmp_path, 3, "22 of 29 modules do not fit", "[48, 47]", "[50, 96]",
+    refuse_everywhere(base, adapter, tmp_path, 3, "22 of 29 modules do not fit", "[50, 96]",
+                      "expected shape [48, 47] in the base, found [48, 48]",
                       "; and 20 more; is this")  # fmt: skip
 
 

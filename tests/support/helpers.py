@@ -3,11 +3,12 @@
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from seeds import vary
 
 from streamer.storage.checkpoint import Checkpoint
@@ -43,6 +44,15 @@ def sealed(raw: bytes) -> bytes:
         return raw
     blank = raw[:n].replace(stated, b"0" * len(stated), 1) + raw[n:]
     return raw[:n].replace(stated, hashlib.sha256(blank).hexdigest().encode()[: len(stated)], 1) + raw[n:]
+
+
+def tampered(source: Path, to: Path, key: str, change: Callable[[dict, dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of a sealed file, the JSON of a key of its metadata or its tensors changed, under a digest that fits."""
+    said, tensors = metadata(source), load_file(source)
+    change(tree := json.loads(said[key]), tensors)
+    save_file(tensors, to, {**said, key: json.dumps(tree)})
+    to.write_bytes(sealed(to.read_bytes()))
+    return to
 
 
 def stamp(path: Path) -> dict:

@@ -143,19 +143,6 @@ def test_identity_sees_one_tensor_of_many(tmp_path: Path) -> None:
         assert open_checkpoint(base).identity() != before, name
 
 
-def tamper(path: Path, home: Path, change: Callable[[dict, dict[str, torch.Tensor]], None]) -> Path:
-    """A copy of the findings with its JSON and tensors changed, as a valid safetensors file."""
-    with safe_open(path, "pt") as f:
-        metadata = f.metadata()
-        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    tree = json.loads(metadata["findings"])
-    change(tree, tensors)
-    out = home / "tampered.safetensors"
-    save_file(tensors, out, metadata={**metadata, "findings": json.dumps(tree)})
-    out.write_bytes(helpers.sealed(out.read_bytes()))
-    return out
-
-
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -197,7 +184,7 @@ TAMPERED: dict[str, tuple[Callable[[dict, dict[str, torch.Tensor]], object], str
 @pytest.mark.parametrize("how", TAMPERED)
 def test_tampering_is_refused(made: tuple[Path, Path, Path, Findings], tmp_path: Path, how: str) -> None:
     change, words = TAMPERED[how]
-    path = tamper(made[2], tmp_path, change)
+    path = helpers.tampered(made[2], tmp_path / "tampered.safetensors", "findings", change)
     with pytest.raises(errors.FormatError) as e:
         load_findings(path)
     assert str(e.value).startswith(f"{path}: findings are not as streamer.findings/1 has them (")
@@ -234,7 +221,7 @@ def test_findings_without_a_digest_are_refused(made: tuple[Path, Path, Path, Fin
 
 
 def test_untampered_copies_are_read(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
-    path = tamper(made[2], tmp_path, lambda t, a: None)
+    path = helpers.tampered(made[2], tmp_path / "tampered.safetensors", "findings", lambda t, a: None)
     assert load_findings(path).intruders == made[3].intruders
 
 
@@ -245,7 +232,9 @@ def test_factors_are_checked_when_they_are_used(
 ) -> None:
     """They are read matrix by matrix, so that a bad one is known only then; it goes into no output."""
     base, adapter, path, _ = made
-    bad = tamper(path, tmp_path, lambda _, a: a[f"{Q}/{key}"].view(-1)[-1:].fill_(value))
+    bad = helpers.tampered(
+        path, tmp_path / "tampered.safetensors", "findings", lambda _, a: a[f"{Q}/{key}"].view(-1)[-1:].fill_(value)
+    )
     for write in (streamer.reduce_intruder_dimension, streamer.merge_with_reduced_intruder_dimensions):
         with pytest.raises(errors.NumericError, match=rf"findings: those on '{Q}' hold NaN or Inf; run detect again"):
             write(base, adapter, tmp_path / "out", findings=bad, top_k=6, overwrite=True)
