@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from faults import failing
-from helpers import view, write_sharded
+from helpers import view
 from safetensors.torch import save_file
+from two_shards import MODES, SHARDS, refusal, two_shards
 
 from streamer import errors
 from streamer.storage.buffers import gather
@@ -27,32 +28,10 @@ from streamer.storage.checkpoint import (
 )
 from streamer.storage.tensor_file import IOMode, TensorFile
 
-MODES: tuple[IOMode, ...] = ("mmap", "pread")
-
-
-SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """Two shards: a and b in the first, c in the second."""
-    return write_sharded(
-        tmp_path / "base",
-        [
-            {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(5)},
-            {"c": torch.arange(4000, dtype=torch.int32).reshape(40, 100)},
-        ],
-    )
-
-
-def refusal(kind: type[Exception], path: Path) -> str:
-    """The one line with which opening is refused."""
-    with pytest.raises(kind) as caught:
-        open_checkpoint(path)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert type(caught.value) is kind
-    return message
+    return two_shards(tmp_path / "base")
 
 
 @pytest.mark.parametrize("io", MODES)
