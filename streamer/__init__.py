@@ -40,7 +40,7 @@ The rest is for readers of the code. The folders follow the data, and a module i
     fitting/       fits              factors fitted to the user's texts; maps of a base
     report/        pictures          a page of findings and measurements; comparison of findings
     remote/        addresses         hub names, buckets and https addresses become directories
-    forecast/      forecasts         memory, bytes and time of a command, before it runs
+    forecast       forecasts         memory, bytes and time of a command, before it runs
     api/           the library       one request and one function for each command
     peft/          in memory         the same for a loaded PEFT model
     cli/           commands          arguments, progress, tables

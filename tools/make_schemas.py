@@ -23,7 +23,7 @@ from streamer.detection.findings_records import FindingsRecord
 from streamer.evaluation.evaluation_records import EvaluationRecord
 from streamer.fitting.mapping import MapFacts
 from streamer.fitting.result import FitRecord
-from streamer.forecast.forecast import Forecast
+from streamer.forecast import Forecast
 from streamer.json_types import Keywords
 from streamer.output.records import Written
 from streamer.plan.sources import AdapterSource, BaseSource

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from streamer.forecast.cores import available_cores
 from streamer.methods import DEFAULT, METHODS, WITHOUT_FILES
+from streamer.storage.system import available_cores
 
 __all__ = ["ABOUT", "DEFAULT_METHOD", "REMOVED", "WITHOUT_FILES", "available_cores", "shown"]
 

@@ -17,7 +17,7 @@ from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.workers import shared
 from streamer.events import Monitor, OutputState
-from streamer.forecast.forecast import forecast_detection, on_workers, shared_by_detections, together
+from streamer.forecast import forecast_detection, measure_rates, on_workers, shared_by_detections, together
 from streamer.plan.batch import AdapterBatch, make_batch
 from streamer.plan.memory_estimate import resident_bytes
 from streamer.workers.engine import Workers
@@ -101,11 +101,13 @@ class _Opened:
         assert self.output is not None
         plans, run = self.batch.plans, self.run
         states = inspect_detections(self.batch, self.paths, self.options, run.options)
+        done = all(state == "done" for state, _ in states)
+        rates = None if done else measure_rates(self.batch.base, run.monitor)
         forecasts = [
             None
             if state == "done"
             else on_workers(
-                forecast_detection(plan, self.options, run.options.device, self.resident, size, run.monitor),
+                forecast_detection(plan, self.options, run.options.device, self.resident, size, rates),
                 run.workers, self.resident,
             )
             for plan, (state, size) in zip(plans, states, strict=True)

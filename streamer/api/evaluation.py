@@ -19,8 +19,7 @@ from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.prepare import Prepared, prepare
 from streamer.evaluation.records import inspect, measured_before
 from streamer.events import Monitor
-from streamer.forecast.forecast import on_workers
-from streamer.forecast.passes import forecast_evaluation
+from streamer.forecast import forecast_evaluation, on_workers
 from streamer.output.prepare import load_given
 from streamer.units import quoted
 from streamer.workers.engine import Workers

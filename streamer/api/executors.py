@@ -19,8 +19,8 @@ import torch
 from streamer.api.threads import is_count_chosen
 from streamer.errors import UsageError, WorkerError
 from streamer.events import Event, Monitor
-from streamer.forecast.cores import available_cores
 from streamer.packages import require_package
+from streamer.storage.system import available_cores
 from streamer.units import counted, listed
 from streamer.workers.engine import Cluster, Workers
 

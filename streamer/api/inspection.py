@@ -13,7 +13,7 @@ from streamer.detection.device import choose_device
 from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
 from streamer.events import Monitor
-from streamer.forecast.forecast import Forecast, forecast_commands
+from streamer.forecast import Forecast, forecast_commands, measure_rates
 from streamer.plan.architectures import with_architecture
 from streamer.plan.plan import Plan, make_plan
 from streamer.plan.sources import BaseSource
@@ -53,7 +53,8 @@ class InspectRequest:
             return self._base_alone(base, monitor)
         plan = make_plan(base, located.path(self.adapter), settings.io, settings.stated, settings.architecture)
         monitor.warn(plan.warnings)
-        return Inspection(inspection_record(plan, forecast_commands(plan, choose_device("auto"), monitor)))
+        rates = measure_rates(plan.base, monitor)
+        return Inspection(inspection_record(plan, forecast_commands(plan, choose_device("auto"), rates)))
 
     def _base_alone(self, path: str | Path, monitor: Monitor) -> Inspection:
         base = open_checkpoint(path, self.settings.io)

@@ -14,8 +14,7 @@ from streamer.api.texts import general_text
 from streamer.errors import OutputExistsError, UsageError
 from streamer.events import Monitor
 from streamer.fitting.mapping import MapOptions, PreparedMap, make_map, map_record, prepare_map
-from streamer.forecast.forecast import on_workers
-from streamer.forecast.passes import forecast_map
+from streamer.forecast import forecast_map, on_workers
 from streamer.methods.input_map import InputMap, add_maps
 from streamer.methods.input_map_file import MAP
 from streamer.storage.output_checks import is_taken

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 from streamer.adapters.one_or_several import ByName, One, Several
 from streamer.detection.findings_records import FindingsRecord, MatrixHead
-from streamer.forecast.forecast import Forecast, ForecastRecord
+from streamer.forecast import Forecast, ForecastRecord
 from streamer.json_types import Count, Keywords, ModuleName, OutputPath, ReportFile, TensorName
 from streamer.output.records import Written
 from streamer.plan.carried_tensors import CarriedRecord

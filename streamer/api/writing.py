@@ -16,7 +16,7 @@ from streamer.api.options import Adapters, Judged, MethodChoice, Settings, Sever
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
 from streamer.detection.options import Run
 from streamer.events import Monitor
-from streamer.forecast.forecast import forecast_output, on_workers, shared_by_merges, together
+from streamer.forecast import forecast_output, measure_rates, on_workers, shared_by_merges, together
 from streamer.methods.method import Method
 from streamer.output.iterate import merged_tensors
 from streamer.output.output_spec import Writer
@@ -74,10 +74,9 @@ class OutputRequest:
         adapters, writers, run = self._opened(monitor, workers, peek=True)
         states, resident = inspect_jobs(writers, run.options), resident_of(writers)
         pairs = list(zip(writers, states, strict=True))
+        rates = measure_rates(writers[0].spec.job.plan.base, monitor) if set(states) != {"done"} else None
         forecasts = [
-            None
-            if state == "done"
-            else on_workers(forecast_output(writer, resident, monitor=monitor), workers, resident)
+            None if state == "done" else on_workers(forecast_output(writer, resident, rates), workers, resident)
             for writer, state in pairs
         ]
         found = []

@@ -29,7 +29,7 @@ def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Sc
         Column("memory", cells[1], "at its peak; the larger number if the dense solver, or float64, must decide", priority=3),
         Column("read", cells[2], priority=1),
         Column("written", cells[3], "--dry-run shows the free disk", priority=2),
-        Column("time", cells[4], f"estimated from a short benchmark at the current load{threads}; assumes that the disk keeps up", 4),
+        Column("time", cells[4], f"work divided by the rates of a product and a read at this load{threads}, within a factor of 3", 4),
     ]  # fmt: skip
     return table(columns, screen)
 
@@ -44,7 +44,7 @@ def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
         f"forecast: memory {_memory(forecast)}; "
         f"reads {_read(forecast)}, writes {most}{format_size(forecast['write_bytes'])}{beside}; "
         f"{format_size(free)} free; time {_time(forecast['seconds'])}, "
-        f"on {counted(forecast['threads'], 'thread')}, assuming that the load stays as it is and the disk keeps up"
+        f"on {counted(forecast['threads'], 'thread')}, within a factor of 3 if the load stays as it is and the disk keeps up"
     )
 
 

@@ -42,11 +42,6 @@ class Recipe(ABC):
     __slots__ = ()
 
     @property
-    def cost_kind(self) -> type[Recipe] | None:
-        """Return the kind of recipes with the same time per byte; None if the whole matrix is computed more than once."""
-        return type(self)
-
-    @property
     def peak_bytes(self) -> int:
         """Estimate the memory that it needs; 0 if that is included in the mitigation of its matrix."""
         return 0
@@ -150,10 +145,6 @@ class Requantize(Recipe):
     role: str
 
     @property
-    def cost_kind(self) -> None:
-        """Return None: the scales need a separate pass."""
-
-    @property
     def repeats(self) -> bool:
         """Test whether these are the scales: the delta is counted with the quantized values."""
         return self.role != "weight"
@@ -184,11 +175,6 @@ class RowSlice(Recipe):
     rows: tuple[int, int]
 
     @property
-    def cost_kind(self) -> type[Recipe] | None:
-        """Return the inner recipe's kind."""
-        return self.recipe.cost_kind
-
-    @property
     def repeats(self) -> bool:
         """Test whether these are later rows: the delta is counted with the first rows."""
         return self.rows[0] > 0 or self.recipe.repeats
@@ -210,11 +196,6 @@ class Stack(Recipe):
     recipes: tuple[Recipe, ...]
 
     @property
-    def cost_kind(self) -> type[Recipe] | None:
-        """Return the recipes' common kind."""
-        return self.recipes[0].cost_kind
-
-    @property
     def repeats(self) -> bool:
         """Test whether the recipes repeat a delta."""
         return self.recipes[0].repeats
@@ -231,11 +212,6 @@ class AddBias(Rows):
     shift: Weight
     scaling: float
 
-    @property
-    def cost_kind(self) -> type[Recipe]:
-        """Count it as copied, because a bias is small."""
-        return CopyBytes
-
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Yield the rows of the sum."""
         for i, j, raw, values, out, piece in _rows(self.weight):
@@ -250,11 +226,6 @@ class ReplaceRows(Cast):
 
     tokens: Weight
     indices: tuple[int, ...]
-
-    @property
-    def cost_kind(self) -> type[Recipe]:
-        """Count it as copied, because few rows are computed."""
-        return CopyBytes
 
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Yield the rows, with the trained ones rounded once."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.linalg.operators import Delta
 from streamer.output.job import Job
-from streamer.output.merge_plan import MergedModel, OutputTensor, plan_merged
-from streamer.output.merged_tensors import Recipe, rows_bytes
+from streamer.output.merge_plan import MergedModel, plan_merged
+from streamer.output.merged_tensors import rows_bytes
 from streamer.output.metrics import matrix_metrics
 from streamer.output.mitigation_memory import mitigation_bytes
 from streamer.output.output_spec import OutputSpec, Writer
@@ -37,19 +36,6 @@ class ModelWriter(Writer):
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
         """Estimate the peak memory for each matrix, and for each other tensor that is computed."""
         return merge_estimates(self.spec.job, self._model, resident)
-
-    def timed(self) -> list[tuple[str, Recipe, int]] | None:
-        """Return the recipe of the largest tensor of each kind, and the kind's total bytes."""
-        sizes = {info.name: info.nbytes for shard in self.spec.shards.values() for info in shard.header.tensors}
-        kinds = defaultdict[type[Recipe] | None, list[OutputTensor]](list)
-        for output in self._outputs.values():
-            kinds[output.recipe.cost_kind].append(output)
-        if None in kinds:
-            return None
-        return [
-            (f"tensors like {alike[0].name}", max(alike, key=lambda o: sizes[o.name]).recipe, sum(sizes[o.name] for o in alike))
-            for alike in kinds.values()
-        ]  # fmt: skip
 
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
         """Yield the bytes of a tensor by its recipe; the first tensor that uses a matrix's delta adds its metrics.
@@ -108,5 +94,5 @@ def _spec(job: Job, path: Path, model: MergedModel) -> OutputSpec:
     return OutputSpec(
         job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base_bytes, model.texts, tokenizer,
         warnings=[*job.warnings, *lacks, *lost], notes=[*plan.edits.notes, *model.head.notes, *says], advice=list(model.head.advice),
-        norms=2, model_tensors=model.tensor_count,
+        model_tensors=model.tensor_count,
     ).with_card(model.head.pipeline)  # fmt: skip

@@ -14,7 +14,6 @@ from streamer import __version__
 from streamer.adapters.adapter_config import CONFIG_NAME
 from streamer.detection.findings_file import journal_of
 from streamer.output.job import Job
-from streamer.output.merged_tensors import CopyBytes, Recipe
 from streamer.output.model_card import CARD_NAME, Card, longest_matrices, longest_totals, take_original
 from streamer.output.records import SCHEMA, MitigatedMatrix, Record, Totals
 from streamer.plan.memory_estimate import MemoryEstimate
@@ -61,8 +60,6 @@ class OutputSpec:
         Rank of a LoRA adapter made from deltas of any kind, or the share of their energy that it keeps.
     card
         Card that is written with the last facts; None if there is none, or if an input's card is copied.
-    norms
-        Number of norms of a delta in factors for each matrix, counting its projection as one.
     model_tensors
         Number of tensors of a merged model, which need memory in its plan.
     """
@@ -83,7 +80,6 @@ class OutputSpec:
     advice: list[str] = field(default_factory=list)
     to_lora: int | float | None = None
     card: Card | None = None
-    norms: int = 3
     model_tensors: int = 0
 
     def record(self, certified: int, sums: Totals, matrices: Sequence[MitigatedMatrix] = ()) -> Record:
@@ -190,14 +186,6 @@ class Writer(ABC):
     @abstractmethod
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
         """Estimate the peak memory for each matrix, including `resident` bytes already in use."""
-
-    def timed(self) -> list[tuple[str, Recipe, int]] | None:
-        """Return names, recipes and byte counts that together cover all bytes; None if the number of bytes does not determine the time.
-
-        By default all bytes count as an adapter's, copied like its largest tensor.
-        """
-        largest = max(self.spec.job.plan.adapter.tensors.values(), key=lambda stored: stored.info.nbytes)
-        return [("an adapter's tensors", CopyBytes(largest), self.spec.output.total_bytes)]
 
     @abstractmethod
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:

@@ -1,6 +1,6 @@
 """Wrap system calls that some systems lack, each with a substitute.
 
-Linux has all of them. macOS lacks `posix_fallocate`, `posix_fadvise`, `memfd_create` and `sched_getaffinity`, and before version 11 also
+Linux has all of them. macOS lacks `posix_fallocate`, `posix_fadvise` and `sched_getaffinity`, and before version 11 also
 `preadv`; its `fsync` leaves bytes in the disk's own cache, which only ``F_FULLFSYNC`` empties.
 """
 
@@ -10,8 +10,10 @@ import ctypes
 import errno
 import fcntl
 import functools
+import math
 import os
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY}
 """Errors by which a file system reports that it does not support a call."""
@@ -78,18 +80,46 @@ def read_at(fd: int, out: memoryview, at: int) -> int:
     return len(piece)
 
 
-def memory_file() -> IO[bytes]:
-    """Open an unnamed, unbuffered file in memory; without `memfd_create` a temporary file, whose bytes go to the page cache first."""
-    if hasattr(os, "memfd_create"):
-        return open(os.memfd_create("streamer"), "wb", buffering=0)
-    import tempfile
+def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Count the cores that this process may use, by its affinity mask and its control group's quota, rounded up.
 
-    return tempfile.TemporaryFile(buffering=0)
+    Parameters
+    ----------
+    cgroups, membership
+        Directories where Linux mounts control groups, and the file that names this process' groups.
+    """
+    masked = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(masked, _quota(cgroups, membership))))
 
 
-def affinity_cores() -> int:
-    """Return the number of cores in this process' affinity mask, or all of the machine's if the system has no masks."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _quota(cgroups: Path, membership: Path) -> float:
+    """Read the number of cores that this process' control groups allow, from innermost to outermost; infinite if none sets a limit."""
+    quota = math.inf
+    try:
+        lines = membership.read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return quota
+    for line in lines:  # such as 0::/user.slice/job (version 2) and 4:cpu,cpuacct:/job (version 1)
+        _, controllers, inner = [*line.split(":", 2), "", ""][:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = cgroups / controllers if controllers else cgroups
+        group = root / inner.lstrip("/")
+        # In a container the path may be the host's; the root of the mount is then the container's own group.
+        for directory in {root, *(p for p in (group, *group.parents) if root in p.parents)}:
+            quota = min(quota, _quota_of(directory, bool(controllers)))
+    return quota
+
+
+def _quota_of(group: Path, first_version: bool) -> float:
+    try:
+        if first_version:
+            most, period = ((group / f"cpu.cfs_{name}_us").read_text("ascii").strip() for name in ("quota", "period"))
+        else:
+            most, period = (group / "cpu.max").read_text("ascii").split()
+        return float(most) / float(period) if most not in ("max", "-1") else math.inf
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
 
 
 def give_freed_memory_back() -> None:

@@ -25,7 +25,7 @@ from streamer.errors import FormatError, NumericError, OutputExistsError
 from streamer.evaluation.shrinks import against_shrink
 from streamer.events import Event
 from streamer.fitting.result import SHRINKS
-from streamer.forecast.passes import START_SECONDS
+from streamer.forecast import START_SECONDS
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_plan
 from streamer.streaming.inputs import InputModel

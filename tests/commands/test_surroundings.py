@@ -17,8 +17,8 @@ from learned import make_learned
 
 import streamer
 from streamer.errors import UsageError
-from streamer.forecast.cores import available_cores
 from streamer.linalg import skinny_products
+from streamer.storage.system import available_cores
 
 
 def run(*argv: object, **variables: str) -> subprocess.CompletedProcess[str]:

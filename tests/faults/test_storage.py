@@ -221,18 +221,3 @@ def test_a_sync_goes_through_the_disks_own_cache(
     else:
         system.sync(fd)
     assert made == calls
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_memory_files(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
-    if not there:
-        monkeypatch.delattr(os, "memfd_create")
-    with system.memory_file() as f:
-        assert f.write(bytes(1000)) == 1000
-        assert os.fstat(f.fileno()).st_size == 1000
-
-
-def test_cores_without_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert system.affinity_cores() == len(os.sched_getaffinity(0))
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert system.affinity_cores() == os.cpu_count()

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from streamer.api import threads as api_threads
 from streamer.api.threads import COUNTS, choose_threads
 from streamer.events import Event, Monitor
-from streamer.forecast import calibration
-from streamer.forecast.cores import available_cores
+from streamer.storage.system import available_cores
 
 
 def groups(directory: Path, membership: str, files: dict[str, str]) -> tuple[Path, Path]:
@@ -66,7 +66,7 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Event]]:
 def test_threads_that_do_not_help_are_not_used(
     three_threads: list[Event], monkeypatch: pytest.MonkeyPatch, pace: float, threads: int
 ) -> None:
-    monkeypatch.setattr(calibration, "threads_pace", lambda count: pace)
+    monkeypatch.setattr(api_threads, "threads_pace", lambda count: pace)
     choose_threads(None, Monitor(three_threads.append))
     assert torch.get_num_threads() == threads
     assert [e.name for e in three_threads] == (
@@ -77,7 +77,7 @@ def test_threads_that_do_not_help_are_not_used(
 
 
 def test_who_says_how_many_is_not_asked(three_threads: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "threads_pace", lambda count: 9.0)
+    monkeypatch.setattr(api_threads, "threads_pace", lambda count: 9.0)
     choose_threads(3, Monitor(three_threads.append))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     choose_threads(None, Monitor(three_threads.append))
@@ -85,5 +85,5 @@ def test_who_says_how_many_is_not_asked(three_threads: list[Event], monkeypatch:
 
 
 def test_a_probe_of_threads_is_quick_and_leaves_them_as_they_were(three_threads: list[Event]) -> None:
-    assert 0.01 < calibration.threads_pace(2) < 100
+    assert 0.01 < api_threads.threads_pace(2) < 100
     assert torch.get_num_threads() == 3

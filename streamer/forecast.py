@@ -1,0 +1,336 @@
+"""Forecast what a command needs: memory, bytes and disk from headers, and time as its work divided by the rates of this machine.
+
+The rates are those of one product and one read; no part of the job runs. Work is counted in multiply-adds and bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+
+from streamer.detection.cost import Way, chosen_solver, cost
+from streamer.detection.detection_memory import best_way, detection_bytes, float64_way
+from streamer.detection.findings_size import FindingsSize, findings_bytes
+from streamer.detection.options import DetectionOptions
+from streamer.errors import UnsupportedError
+from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.prepare import Prepared
+from streamer.evaluation.steps import MOST_PLACED
+from streamer.events import Event, Monitor
+from streamer.fitting.groups import expected_costs
+from streamer.fitting.mapping import HEADER_BYTES, PreparedMap
+from streamer.fitting.prepare import PreparedFit
+from streamer.json_types import Amount, Count, Keywords
+from streamer.linalg.allocation import CPU
+from streamer.linalg.svd import OVERSAMPLING
+from streamer.measuring.pass_memory import TRANSFORMERS_BYTES, measured_bytes
+from streamer.measuring.passes import checked_tokens
+from streamer.measuring.statistics import MEASURES
+from streamer.methods import make_method
+from streamer.output.adapter_writer import AdapterWriter
+from streamer.output.job import FindingsToMake, Job
+from streamer.output.model_writer import ModelWriter
+from streamer.output.output_spec import Writer
+from streamer.output.write import resident_of
+from streamer.plan.batch import AdapterBatch
+from streamer.plan.memory_estimate import resident_bytes
+from streamer.plan.plan import Plan
+from streamer.plan.targets import Target
+from streamer.storage.buffers import views
+from streamer.storage.checkpoint import Checkpoint
+from streamer.storage.tensor_file import sampled_bytes
+from streamer.workers.engine import Workers
+
+SIDE, COLUMNS = 2048, 64
+"""Sides of the product ``(SIDE, SIDE) (SIDE, COLUMNS)`` in float32 that is timed."""
+
+PROBE_SECONDS = 0.3
+"""Seconds for which the product repeats, and for which the base's largest tensor is read and hashed."""
+
+SOLVER, VALUE, NORMS, PASS = 30, 30, 30, 1.2
+"""Multiply-adds of the timed product that take as long as a unit of `detection.cost.cost`, a value that is converted or added, a
+multiply-add of the norms of a delta, and a multiplication of a pass with its share of attention, norms and softmax."""
+
+DECODINGS = 100
+"""Approximate number of times that detection by blocks decodes a quantized matrix: once for each product."""
+
+START_SECONDS = 0.5
+"""Time before a run's first pass and after its last, in addition to a dry run's: the check of the logits, files."""
+
+VALUE_BYTES, VARIANT_BYTES = 26, 8000
+"""Largest JSON size in bytes of a sequence's sum, and of a variant's other figures, most of which count its divergences."""
+
+SET_BYTES, TENSOR_BYTES, PASS_BYTES = 2500, 120, 4300
+"""Largest size in bytes of a fit's figures for a set, of an array's header entry without its name, and of a pass in the journal."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Forecast for one command, from its start.
+
+    Reads include headers, the samples and digests that identify inputs, and the tensors as often as they are read: a merge that detects
+    first reads matrices twice. Small files and an output's record are not included. The time assumes that the processors stay as busy as
+    now, that the disk keeps up, and that no matrix needs the dense solver unexpectedly; starting the process and the checks of a dry run
+    take additional time.
+    """
+
+    # fmt: off
+    peak_memory_bytes: Annotated[Count, "Largest anonymous memory of the process in bytes, if no matrix needs the dense solver or float64."]
+    escalated_memory_bytes: Annotated[Count, "The same if the largest matrix needs the dense solver or float64."]
+    read_bytes: Annotated[Count, "Bytes to read from base, adapter and findings."]
+    network_bytes: Annotated[Count, "Bytes of these that cross the network, for a base at an address."]
+    write_bytes: Annotated[Count, "Bytes to write: exact for models and adapters, an upper bound for findings."]
+    temporary_bytes: Annotated[Count, "Largest number of bytes of temporary files beside the output."]
+    seconds: Annotated[Amount | None, "Wall time in s, within a factor of 3: the work divided by measured rates; null if not estimated."]
+    threads: Annotated[int, Keywords(minimum=1), "CPU threads assumed for the time."] = field(default_factory=torch.get_num_threads)
+    device_memory_bytes: Annotated[Count, "Of the largest memory, bytes on the GPU that --device runs the model on; else 0."] = 0
+    # fmt: on
+
+
+ForecastRecord = Annotated[dict[str, Any], Forecast]
+"""A forecast as JSON."""
+
+
+class Rates(NamedTuple):
+    """Speed of this machine at its current load: multiply-adds and bytes per second."""
+
+    products: float
+    nbytes: float
+
+
+def measure_rates(base: Checkpoint, monitor: Monitor) -> Rates | None:
+    """Time a product on torch's threads, and read and hash a part of the base; None for a base that streams over the network."""
+    if base.remote:
+        return None
+    monitor.checkpoint()
+    monitor.emit(Event("probe", "a product and a read"))
+    W, block = torch.ones(SIDE, SIDE), torch.ones(SIDE, COLUMNS)
+    W @ block  # starts the threads
+    count, began = 0, time.perf_counter()
+    while (product_seconds := time.perf_counter() - began) < PROBE_SECONDS:
+        W @ block
+        count += 1
+    file, info = max(((f, t) for f in base.files.values() for t in f.header.tensors), key=lambda pair: pair[1].nbytes)
+    digest, nbytes, began = hashlib.sha256(), 0, time.perf_counter()
+    for view in views(file.chunks(info)):
+        digest.update(view)
+        nbytes += len(view)
+        if time.perf_counter() - began > PROBE_SECONDS:
+            break
+    return Rates(SIDE * SIDE * COLUMNS * count / product_seconds, max(1, nbytes) / (time.perf_counter() - began))
+
+
+def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device, resident: int, size: FindingsSize,
+                       rates: Rates | None) -> Forecast:  # fmt: skip
+    """Forecast what `detect` needs.
+
+    Parameters
+    ----------
+    resident
+        Bytes in memory between two steps; see `resident_bytes`.
+    size
+        See `findings_bytes`.
+    rates
+        None gives no time, as does a device other than the CPU, whose rate is unknown.
+    """
+    memory, escalated, products = zip(*(_detection_work(plan, t, options, resident) for t in plan.targets), strict=True)
+    base = _base_bytes(plan)
+    read = _adapter_bytes(plan) + base
+    seconds = None if rates is None or device != CPU else sum(products) / rates.products + read / rates.nbytes
+    network = network_bytes(plan, base)
+    return Forecast(max(memory), max(escalated), _identified_bytes(plan) + read, network, *size, seconds)
+
+
+def _detection_work(plan: Plan, target: Target, options: DetectionOptions, resident: int) -> tuple[int, int, int]:
+    """Estimate the memory of detection in one matrix, the same if it escalates, and its multiply-adds."""
+    (m, n), module = shape, _ = target.module.shape, target.module
+    k, ways = options.directions(shape), detection_bytes(plan, target, options, resident)
+    way = best_way(plan, target, options, resident)
+    solver = "dense" if k + OVERSAMPLING >= min(shape) else chosen_solver(shape, k, options.solver, way.allows_dense)
+    memory = ways[Way.WHOLE] if way.allows_dense and solver == "certified" else ways[way]
+    again = float64_way(plan, target, options, resident, "dense" if way.allows_dense else "certified")
+    escalated = max(ways[way], again[1] if again else 0)
+    decoded = DECODINGS if way is Way.BLOCKS and plan.weights[target.tensor].quantized else 1
+    norms = _norm_cost(shape, module.factor_rank) if module.low_rank else 0
+    return memory, escalated, SOLVER * cost(shape, k, solver) + decoded * VALUE * m * n + norms
+
+
+def _norm_cost(shape: tuple[int, int], rank: int) -> int:
+    """Count the multiply-adds for the norms of a delta before and after, by thin QRs of its factors in float64 on one thread."""
+    return NORMS * (sum(shape) + 1000) * rank * (rank + 8)
+
+
+def forecast_output(writer: Writer, resident: int, rates: Rates | None, detects: bool | None = None) -> Forecast:
+    """Forecast what `mitigate` or `merge` needs.
+
+    Parameters
+    ----------
+    resident
+        Bytes in memory between two steps; see `resident_of`.
+    rates
+        None gives no time; neither does a delta that is not low-rank.
+    detects
+        Whether it detects first; by default as in the job. False forecasts as if findings existed.
+    """
+    job, output = writer.spec.job, writer.spec.output
+    plan = job.plan
+    detects = job.detects if detects is None else detects
+    memory = escalated = max(estimate.nbytes for estimate in writer.estimates(resident))
+    network = writer.spec.base_bytes
+    read = network + _adapter_bytes(plan) + job.findings.nbytes + sum(p.stat().st_size for _, p in writer.spec.copies)
+    seconds, works = None, [(t.module.shape, t.module.factor_rank + job.intruders(t)) for t in plan.targets]
+    if rates is not None and all(target.module.low_rank for target in plan.targets):
+        added = sum(m * n * (VALUE + rank) for (m, n), rank in works) if writer.spec.command == "merge" else 0
+        products = sum(_norm_cost(*work) for work in works) + added
+        seconds = products / rates.products + (read + output.total_bytes) / rates.nbytes
+    if detects:
+        first = forecast_detection(plan, job.detection, job.device, resident, job.findings_size, rates)
+        memory, escalated = max(memory, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
+        read += _adapter_bytes(plan) + _base_bytes(plan)
+        network += _base_bytes(plan)
+        seconds = None if seconds is None or first.seconds is None else seconds + first.seconds
+    temporary = output.temporary_bytes if detects else 0
+    return Forecast(
+        memory, escalated, _identified_bytes(plan) + read, network_bytes(plan, network), output.total_bytes, temporary, seconds
+    )  # fmt: skip
+
+
+def forecast_commands(plan: Plan, device: torch.device, rates: Rates | None) -> dict[str, Forecast | UnsupportedError]:
+    """Forecast each command with its defaults, `mitigate` and `merge` from findings; or return the error that refuses it."""
+    detection = DetectionOptions()
+    job = Job(plan, make_method(None), detection, device, FindingsToMake(detection))
+    resident = resident_bytes(AdapterBatch(plan.base, (plan,)))
+    size, commands = findings_bytes(plan, detection), dict[str, Forecast | UnsupportedError]()
+    commands["detect"] = forecast_detection(plan, detection, device, resident, size, rates)
+    for command, kind in (("mitigate", AdapterWriter), ("merge", ModelWriter)):
+        try:
+            writer: Writer = kind(job, Path("output"))
+            commands[command] = forecast_output(writer, resident_of([writer]), rates, detects=False)
+        except UnsupportedError as e:
+            commands[command] = e
+    return commands
+
+
+def forecast_evaluation(prepared: Prepared, known: Evaluation | None) -> Forecast:
+    """Forecast what an evaluation needs, without a detection that runs first.
+
+    Parameters
+    ----------
+    known
+        Earlier results, which are not measured again.
+    """
+    size, passes = prepared.model.size, prepared.expected(known)
+    checked = checked_tokens(map(prepared.group, passes))
+    costs = [*map(prepared.cost, passes), checked * sum(size.products.values())]
+    variants = len(prepared.options.variants) + MOST_PLACED + (0 if known is None else len(known.variants))
+    sequences = sum(len(text.ids) for text in prepared.texts.values())
+    writes = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (len(MEASURES) * variants + 1) * sequences
+    writes += len(json.dumps(prepared.facts, indent=1))
+    peak = measured_bytes(passes, prepared.texts, size, prepared.resident)
+    return _forecast_passes(prepared, peak, len(passes) + 2 * (checked > 0), costs, writes, writes)
+
+
+def forecast_fit(prepared: PreparedFit) -> Forecast:
+    """Forecast what a fit needs if it does all the expected work."""
+    size, costs = prepared.model.size, expected_costs(prepared)
+    checked = checked_tokens(prepared.groups)
+    runs = len(costs.groups) + len(costs.passes) + 2 * (checked > 0)
+    products = [*costs.groups, *costs.passes, checked * sum(size.products.values())]
+    sets = len(prepared.options.keep)
+    names = sum(2 * (len(target.tensor) + TENSOR_BYTES) for target in prepared.plan.targets)
+    writes = 4 * sets * prepared.right_values + names + len(json.dumps(prepared.facts)) + SET_BYTES * sets
+    temporary = len(costs.passes) * PASS_BYTES + prepared.spool_bytes
+    return _forecast_passes(prepared, prepared.peak_bytes(costs.variants), runs, products, writes, temporary)
+
+
+def forecast_map(prepared: PreparedMap) -> Forecast:
+    """Forecast what a map needs."""
+    size, groups = prepared.model.size, prepared.groups
+    writes = sum(2 * n * prepared.options.vectors + HEADER_BYTES for n in prepared.widths)
+    most = writes + 4 * prepared.tokens * (size.layer_width + 2 * size.hidden)
+    return _forecast_passes(prepared, prepared.peak_bytes, len(groups), map(prepared.cost, groups), writes, most)
+
+
+def _forecast_passes(prepared: Prepared | PreparedFit | PreparedMap, peak: int, runs: int, costs: Iterable[int],
+                     writes: int, temporary: int) -> Forecast:  # fmt: skip
+    """Forecast runs of the model, whose multiplications are `costs`; a device holds everything except the memory between steps."""
+    job, read = prepared.model.job, prepared.model.size.read * runs
+    plan, there, seconds = job.plan, 0, None
+    if job.device != CPU:
+        there = peak - TRANSFORMERS_BYTES - resident_bytes(AdapterBatch(plan.base, (plan,)))
+    elif (rates := measure_rates(plan.base, prepared.run.monitor)) is not None:
+        # The run needs the time that this process has used so far, mostly for imports, as well.
+        seconds = time.process_time() + START_SECONDS + PASS * sum(costs) / rates.products
+    return Forecast(peak, peak, read, network_bytes(plan, read), writes, temporary, seconds, device_memory_bytes=there)
+
+
+def _identified_bytes(plan: Plan) -> int:
+    """Count the bytes read to identify the inputs: headers, samples of models, and the whole adapter."""
+    return sampled_bytes(plan.base.files.values()) + plan.adapter.identity_bytes
+
+
+def _adapter_bytes(plan: Plan) -> int:
+    """Count the bytes of the adapter's tensors."""
+    return sum(file.header.data_bytes for file in plan.adapter.files)
+
+
+def _base_bytes(plan: Plan) -> int:
+    """Count the bytes of the matrices that the adapter changes."""
+    return sum(plan.weights[target.tensor].nbytes for target in plan.targets)
+
+
+def network_bytes(plan: Plan, nbytes: int) -> int:
+    """Count the bytes that cross the network when this many bytes of the base's tensors are read."""
+    base = plan.base
+    return (base.to_download or sampled_bytes(base.files.values()) + nbytes) if base.remote else 0
+
+
+def on_workers(forecast: Forecast, workers: Workers | None, resident: int) -> Forecast:
+    """Forecast the same work on workers of this machine beside this process; without workers, return the forecast unchanged."""
+    if workers is None or workers.processes is None:
+        return forecast
+    count, seconds = workers.processes, forecast.seconds
+    peak, escalated = (resident + count * n for n in (forecast.peak_memory_bytes, forecast.escalated_memory_bytes))
+    return replace(
+        forecast, peak_memory_bytes=peak, escalated_memory_bytes=escalated, seconds=seconds and seconds / count
+    )
+
+
+def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | None:
+    """Add up forecasts; None entries have nothing to do, and the result is None if all are.
+
+    The steps of different outputs take turns, and each forecast counts the tables of all adapters, so the memory is the maximum.
+
+    Parameters
+    ----------
+    shared
+        Bytes that several of them count, except the first time.
+    """
+    forecasts = [(f.peak_memory_bytes, f.escalated_memory_bytes, f.read_bytes, f.network_bytes, f.write_bytes, f.temporary_bytes, f.seconds)
+                 for f in planned if f is not None]  # fmt: skip
+    if not forecasts:
+        return None
+    peak, escalated, read, network, write, temporary, seconds = zip(*forecasts, strict=True)
+    total = None if None in seconds else sum(seconds)
+    return Forecast(max(peak), max(escalated), sum(read) - shared, sum(network), sum(write), sum(temporary), total)
+
+
+def shared_by_detections(batch: AdapterBatch) -> int:
+    """Count the bytes of matrices that several plans change, for every plan except the first."""
+    return sum(batch.plans[i].weights[target.tensor].nbytes for group in batch.matrices() for i, target in group[1:])
+
+
+def shared_by_merges(writers: Sequence[Writer]) -> int:
+    """Count the bytes of the base's files, for every output except the first, plus the bytes that detection shares."""
+    jobs = [writer.spec.job for writer in writers]
+    if not jobs:
+        return 0
+    base = sum(file.header.file_bytes for job in jobs[1:] for file in job.plan.base.files.values())
+    return base + shared_by_detections(AdapterBatch(jobs[0].plan.base, tuple(job.plan for job in jobs if job.detects)))
