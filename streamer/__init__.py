@@ -31,7 +31,7 @@ The rest is for readers of the code. The folders follow the data, and a module i
     plan/          matching          the base tensor that each module changes; all refusals
     workers/       tasks             work in other processes
     detection/     decisions         the leading directions of each matrix, and the findings file
-    methods/       mitigated deltas  one file for each method, and their table
+    methods/       mitigated deltas  the methods with their options, and the files of fits and maps
     output/        results           output tensors, files, records
     streaming/     the model         run from its files: each weight is read when its module runs, for several variants at once
     measuring/     sums              losses of variants on texts, in passes over the base, and the journal of their sums
@@ -59,14 +59,14 @@ __version__ = "0.2.0"
 
 # Module of each public name. Names are resolved on first use, so that importing streamer does not load torch.
 _HOMES = {
-    "Coefficients": "methods.coefficients",
+    "Coefficients": "methods.fits",
     "Detection": "detection.intruders",
     "DetectionOptions": "detection.options",
     "Evaluation": "evaluation.evaluation",
     "Event": "events",
     "Findings": "detection.findings",
     "FindingsDiff": "report.diff",
-    "InputMap": "methods.input_map",
+    "InputMap": "methods.maps",
     "MatrixFinding": "detection.matrix_finding",
     "Monitor": "events",
     "StreamerError": "errors",
@@ -78,10 +78,10 @@ _HOMES = {
     "evaluate_variants": "api.evaluation",
     "fit_coefficients": "api.fitting",
     "iter_merged": "api.writing",
-    "load_coefficients": "methods.coefficients",
+    "load_coefficients": "methods.fits",
     "load_evaluation": "evaluation.evaluation",
     "load_findings": "detection.findings",
-    "load_map": "methods.input_map",
+    "load_map": "methods.maps",
     "map_inputs": "api.mapping",
     "merge_with_reduced_intruder_dimensions": "api.writing",
     "read_tensors": "api.tensors",
@@ -143,8 +143,8 @@ if TYPE_CHECKING:
     from streamer.errors import StreamerError, StreamerWarning, VerificationError
     from streamer.evaluation.evaluation import Evaluation, load_evaluation
     from streamer.events import Event, Monitor
-    from streamer.methods.coefficients import Coefficients, load_coefficients
-    from streamer.methods.input_map import InputMap, load_map
+    from streamer.methods.fits import Coefficients, load_coefficients
+    from streamer.methods.maps import InputMap, load_map
     from streamer.report.diff import FindingsDiff, diff_findings
 
 

@@ -33,7 +33,7 @@ from streamer.linalg.svd import OVERSAMPLING
 from streamer.measuring.pass_memory import TRANSFORMERS_BYTES, measured_bytes
 from streamer.measuring.passes import checked_tokens
 from streamer.measuring.statistics import MEASURES
-from streamer.methods import make_method
+from streamer.methods import Paper
 from streamer.output.adapter_writer import AdapterWriter
 from streamer.output.job import FindingsToMake, Job
 from streamer.output.model_writer import ModelWriter
@@ -57,9 +57,6 @@ PROBE_SECONDS = 0.3
 SOLVER, VALUE, NORMS, PASS = 30, 30, 30, 1.2
 """Multiply-adds of the timed product that take as long as a unit of `detection.cost.cost`, a value that is converted or added, a
 multiply-add of the norms of a delta, and a multiplication of a pass with its share of attention, norms and softmax."""
-
-DECODINGS = 100
-"""Approximate number of times that detection by blocks decodes a quantized matrix: once for each product."""
 
 START_SECONDS = 0.5
 """Time before a run's first pass and after its last, in addition to a dry run's: the check of the logits, files."""
@@ -143,13 +140,20 @@ def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.devi
     memory, escalated, products = zip(*(_detection_work(plan, t, options, resident) for t in plan.targets), strict=True)
     base = _base_bytes(plan)
     read = _adapter_bytes(plan) + base
-    seconds = None if rates is None or device != CPU else sum(products) / rates.products + read / rates.nbytes
+    seconds = None
+    if rates is not None and device == CPU and None not in products:
+        seconds = sum(products) / rates.products + read / rates.nbytes
     network = network_bytes(plan, base)
     return Forecast(max(memory), max(escalated), _identified_bytes(plan) + read, network, *size, seconds)
 
 
-def _detection_work(plan: Plan, target: Target, options: DetectionOptions, resident: int) -> tuple[int, int, int]:
-    """Estimate the memory of detection in one matrix, the same if it escalates, and its multiply-adds."""
+def _detection_work(
+    plan: Plan, target: Target, options: DetectionOptions, resident: int
+) -> tuple[int, int, int | None]:
+    """Estimate the memory of detection in one matrix, the same if it escalates, and its multiply-adds.
+
+    These are unknown for a quantized matrix that each product decodes again.
+    """
     (m, n), module = shape, _ = target.module.shape, target.module
     k, ways = options.directions(shape), detection_bytes(plan, target, options, resident)
     way = best_way(plan, target, options, resident)
@@ -157,9 +161,9 @@ def _detection_work(plan: Plan, target: Target, options: DetectionOptions, resid
     memory = ways[Way.WHOLE] if way.allows_dense and solver == "certified" else ways[way]
     again = float64_way(plan, target, options, resident, "dense" if way.allows_dense else "certified")
     escalated = max(ways[way], again[1] if again else 0)
-    decoded = DECODINGS if way is Way.BLOCKS and plan.weights[target.tensor].quantized else 1
-    norms = _norm_cost(shape, module.factor_rank) if module.low_rank else 0
-    return memory, escalated, SOLVER * cost(shape, k, solver) + decoded * VALUE * m * n + norms
+    products = SOLVER * cost(shape, k, solver) + VALUE * m * n
+    products += _norm_cost(shape, module.factor_rank) if module.low_rank else 0
+    return memory, escalated, None if way is Way.BLOCKS and plan.weights[target.tensor].quantized else products
 
 
 def _norm_cost(shape: tuple[int, int], rank: int) -> int:
@@ -205,7 +209,7 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None, detects:
 def forecast_commands(plan: Plan, device: torch.device, rates: Rates | None) -> dict[str, Forecast | UnsupportedError]:
     """Forecast each command with its defaults, `mitigate` and `merge` from findings; or return the error that refuses it."""
     detection = DetectionOptions()
-    job = Job(plan, make_method(None), detection, device, FindingsToMake(detection))
+    job = Job(plan, Paper(), detection, device, FindingsToMake(detection))
     resident = resident_bytes(AdapterBatch(plan.base, (plan,)))
     size, commands = findings_bytes(plan, detection), dict[str, Forecast | UnsupportedError]()
     commands["detect"] = forecast_detection(plan, detection, device, resident, size, rates)

@@ -32,7 +32,7 @@ from measure import machine
 import streamer
 from streamer.api.executors import RayExecutor, processes
 from streamer.detection.device import choose_device
-from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.workers import DetectTask, inputs_of
 from streamer.plan.batch import make_batch
 from streamer.workers.task import perform
@@ -70,7 +70,7 @@ ENGINES = {"processes": processes, "dask": dask, "ray": ray}
 
 def empty_task(base: Path, adapter: Path) -> DetectTask:
     """A task without a matrix: a worker opens the inputs, once, and answers."""
-    run = RunOptions(choose_device("cpu"))
+    run = Run(choose_device("cpu"))
     return DetectTask(inputs_of(make_batch(base, [adapter]), run), 1, (), DetectionOptions(), "cpu", 0)
 
 

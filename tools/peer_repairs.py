@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from streamer.linalg.low_rank import LowRank
-from streamer.methods.coefficients import Coefficients
-from streamer.methods.factors import FactorSet
+from streamer.methods.fits import Coefficients, FactorSet
 from streamer.plan.plan import make_plan
 from streamer.plan.targets import Target
 

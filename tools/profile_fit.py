@@ -58,7 +58,7 @@ def inputs_passes(
     import numpy as np
     import torch
 
-    from streamer.detection.options import Run, RunOptions
+    from streamer.detection.options import Run
     from streamer.fitting import fit
     from streamer.fitting.options import FitOptions
     from streamer.fitting.prepare import prepare_fit
@@ -77,7 +77,7 @@ def inputs_passes(
         np.save(path, rng.integers(int(text.ids[0].max()), size=(count, length)))
     options = FitOptions(sequences=count, length=length, holdout=HELD / count)
     prepared = prepare_fit(
-        plan.base.path, plan.adapter.path, paths, options, request["max_memory"], Run(RunOptions(torch.device("cpu")))
+        plan.base.path, plan.adapter.path, paths, options, request["max_memory"], Run(torch.device("cpu"))
     )
     run = fit.FitRun(prepared, Records(), directory)
     run._measure_new = lambda variants: None  # type: ignore[method-assign]  # measuring is left out

@@ -80,7 +80,7 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
         from streamer.adapters.one_or_several import One
         from streamer.detection.device import choose_device
         from streamer.detection.findings import load_findings
-        from streamer.detection.options import Run, RunOptions
+        from streamer.detection.options import Run
         from streamer.methods import Paper
         from streamer.output import model_writer
         from streamer.output import write as outputs
@@ -136,7 +136,7 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     tensor_file.TensorFile.view = clocks.wrap(tensor_file.TensorFile.view, "read and upcast")
     with clock.stage("plan and identity"):
         found = load_findings(findings)
-        mitigation, run = Paper(float(mitigation_lambda)), Run(RunOptions(choose_device("cpu")))
+        mitigation, run = Paper(float(mitigation_lambda)), Run(choose_device("cpu"))
         form, adapters = OutputOptions(merges=True), One(Path(adapter))
         writers = prepare_outputs(Path(base), adapters, Path(out), [found], mitigation, found.options, form, run)
     with Blocks():

@@ -15,7 +15,7 @@ from streamer.detection.findings import load_findings
 from streamer.errors import OutputExistsError
 from streamer.events import Monitor
 from streamer.json_types import Amount, Count, TensorName
-from streamer.methods import Method, Project
+from streamer.methods import Project
 from streamer.storage.checkpoint import open_checkpoint
 
 
@@ -73,14 +73,13 @@ class DemoRequest:
         return _run(self.output, method, monitor)
 
 
-def _run(directory: Path, mitigation: Method, monitor: Monitor) -> DemoRecord:
+def _run(directory: Path, mitigation: Project, monitor: Monitor) -> DemoRecord:
     model = make_demo(directory)
     findings_path, adapter_path, merged_path = (
         directory / name for name in ("findings.safetensors", "mitigated", "merged")
     )
     found = detect_intruder_dimensions(model.base, model.adapter, findings_path, monitor=monitor)
     findings = load_findings(findings_path)
-    assert mitigation.mitigation_lambda is not None
     lam, method, amplify = mitigation.mitigation_lambda, mitigation.name, mitigation.amplify
     reduce_intruder_dimension(model.base, model.adapter, adapter_path, findings=findings, monitor=monitor,
                               mitigation_lambda=lam, method=method, amplify=amplify)  # fmt: skip

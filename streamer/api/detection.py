@@ -72,7 +72,7 @@ class DetectRequest:
         base, adapters = self.inputs.located(self.settings.located(monitor, peek))
         run, options = self.settings.make_run(monitor, workers), self.judged.options(self.settings.memory)
         paths = [] if self.output is None else adapters.findings_files(self.output)
-        batch = make_batch(base, adapters.paths, run.options.io, run.options.stated, run.options.architecture)
+        batch = make_batch(base, adapters.paths, run.io, run.stated, run.architecture)
         monitor.warn(batch.warnings)
         resident = resident_bytes(batch)
         if workers is not None:
@@ -100,14 +100,14 @@ class _Opened:
     def forecast(self) -> DryRun | SeveralRecord:
         assert self.output is not None
         plans, run = self.batch.plans, self.run
-        states = inspect_detections(self.batch, self.paths, self.options, run.options)
+        states = inspect_detections(self.batch, self.paths, self.options, run)
         done = all(state == "done" for state, _ in states)
         rates = None if done else measure_rates(self.batch.base, run.monitor)
         forecasts = [
             None
             if state == "done"
             else on_workers(
-                forecast_detection(plan, self.options, run.options.device, self.resident, size, rates),
+                forecast_detection(plan, self.options, run.device, self.resident, size, rates),
                 run.workers, self.resident,
             )
             for plan, (state, size) in zip(plans, states, strict=True)

@@ -19,7 +19,7 @@ from streamer.fitting.options import FitOptions
 from streamer.fitting.prepare import PreparedFit, prepare_fit
 from streamer.fitting.tasks import shared
 from streamer.forecast import forecast_fit, on_workers
-from streamer.methods.coefficients import Coefficients
+from streamer.methods.fits import Coefficients
 from streamer.output.prepare import load_given
 from streamer.workers.engine import Workers
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from streamer.detection.selection import Selection
     from streamer.evaluation.options import ProductDtype
     from streamer.methods import MethodName
-    from streamer.methods.coefficients import Coefficients
-    from streamer.methods.input_map import InputMap
+    from streamer.methods.fits import Coefficients
+    from streamer.methods.maps import InputMap
     from streamer.output.prepare import FindingsOrPath
     from streamer.remote.inputs import RemoteMode
     from streamer.storage.tensor_file import IOMode

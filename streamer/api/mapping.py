@@ -15,8 +15,7 @@ from streamer.errors import OutputExistsError, UsageError
 from streamer.events import Monitor
 from streamer.fitting.mapping import MapOptions, PreparedMap, make_map, map_record, prepare_map
 from streamer.forecast import forecast_map, on_workers
-from streamer.methods.input_map import InputMap, add_maps
-from streamer.methods.input_map_file import MAP
+from streamer.methods.maps import MAP, InputMap, add_maps
 from streamer.storage.output_checks import is_taken
 from streamer.workers.engine import Workers
 

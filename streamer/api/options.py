@@ -12,14 +12,14 @@ from streamer.adapters.stated import LoraBLayout, Stated
 from streamer.api.keywords import read_size
 from streamer.detection.device import choose_device
 from streamer.detection.findings import Findings
-from streamer.detection.options import DetectionOptions, Run, RunOptions
+from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.selection import Selection
 from streamer.errors import UsageError
 from streamer.events import Monitor
 from streamer.linalg.allocation import CPU
 from streamer.methods import Method, MethodName, make_method
-from streamer.methods.coefficients import Coefficients, load_coefficients
-from streamer.methods.input_map import InputMap, load_map
+from streamer.methods.fits import Coefficients, load_coefficients
+from streamer.methods.maps import InputMap, load_map
 from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 from streamer.workers.engine import Workers
@@ -68,14 +68,14 @@ class Settings:
         return Remote(self.remote, peek, monitor)
 
     def make_run(self, monitor: Monitor, workers: Workers | None = None) -> Run:
-        """Resolve the devices, and join a run's options with its monitor and workers.
+        """Resolve the devices, and join them with the monitor and the workers.
 
         ``auto`` runs models on the CPU, because no GPU has been tried for them.
         """
         device = choose_device(self.device)
         models = CPU if self.device == "auto" else device
-        options = RunOptions(device, self.io, self.stated, self.architecture, self.resume, self.overwrite, models)
-        return Run(options, monitor, workers)
+        resolved = {"device": device, "model_device": models, "stated": self.stated}
+        return take(Run, vars(self), **resolved, monitor=monitor, workers=workers)
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,12 @@ class MethodChoice:
             raise UsageError(
                 f"keep: chooses among coefficients, found {self.keep!r} but no coefficients; give them, or omit keep"
             )
-        fitted = None if self.coefficients is None else read_coefficients(self.coefficients).select(self.keep)
-        mapped = None if self.map is None else read_map(self.map)
-        return make_method(self.method, self.mitigation_lambda, self.select, fitted, self.amplify, mapped)
+        given = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        if self.coefficients is not None:
+            given["coefficients"] = read_coefficients(self.coefficients).select(given.pop("keep", None))
+        if self.map is not None:
+            given["map"] = read_map(self.map)
+        return make_method(given.pop("method", None), **given)
 
 
 Options = TypeVar("Options")

@@ -25,7 +25,7 @@ from streamer.json_types import Count, State
 from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import Estimate
 from streamer.methods import UNCHANGED, Method, RegMean, Shrink
-from streamer.methods.coefficients import Coefficients
+from streamer.methods.fits import Coefficients
 from streamer.output.prepare import OutputOptions
 from streamer.output.records import Written
 from streamer.plan.plan import make_plan

@@ -7,8 +7,7 @@ from streamer.detection.options import DetectionOptions
 from streamer.evaluation.columns import figures
 from streamer.evaluation.view import Names, commands, reasons, verdict
 from streamer.measuring.identity import input_options
-from streamer.methods import takes_findings
-from streamer.methods.factors import share_name
+from streamer.methods import share_name, takes_findings
 from streamer.output.record_view import record_lines
 from streamer.plan.name_order import natural
 from streamer.report.diff import FATES, fates_counted

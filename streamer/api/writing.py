@@ -17,7 +17,7 @@ from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
 from streamer.detection.options import Run
 from streamer.events import Monitor
 from streamer.forecast import forecast_output, measure_rates, on_workers, shared_by_merges, together
-from streamer.methods.method import Method
+from streamer.methods import Method
 from streamer.output.iterate import merged_tensors
 from streamer.output.output_spec import Writer
 from streamer.output.prepare import FindingsOrPath, OutputOptions, load_given, open_jobs, prepare_outputs
@@ -72,7 +72,7 @@ class OutputRequest:
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun | SeveralRecord:
         """Check everything and forecast a run, without writing anything."""
         adapters, writers, run = self._opened(monitor, workers, peek=True)
-        states, resident = inspect_jobs(writers, run.options), resident_of(writers)
+        states, resident = inspect_jobs(writers, run), resident_of(writers)
         pairs = list(zip(writers, states, strict=True))
         rates = measure_rates(writers[0].spec.job.plan.base, monitor) if set(states) != {"done"} else None
         forecasts = [

@@ -16,9 +16,8 @@ from streamer.cli.shared_options import add_computing, add_device, add_fit, add_
 OPTIONS = {
     "threshold_epsilon": "--epsilon",
     **{name: f"--{name.replace('_', '-')}" for name in
-       ("architecture", "coefficients", "device", "dtype", "holdout", "keep", "lambda", "length", "map", "max_memory",
-        "method", "other",
-        "seed", "select", "sequences", "solver", "to_lora", "top_k")},
+       ("amplify", "architecture", "coefficients", "device", "dtype", "holdout", "keep", "lambda", "length", "map", "max_memory", "method",
+        "other", "seed", "select", "sequences", "solver", "to_lora", "top_k")},
 }  # fmt: skip
 """Options by the library's keyword, so that messages can name the option."""
 

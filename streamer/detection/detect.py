@@ -16,7 +16,7 @@ from streamer.detection.findings_size import FindingsSize, check_findings_space,
 from streamer.detection.findings_writer import FindingsWriter, inspect_findings_output, interrupted_run, journal_head
 from streamer.detection.matrices import detect_in_turn
 from streamer.detection.matrix_finding import MatrixFinding
-from streamer.detection.options import DetectionOptions, Run, RunOptions
+from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.work import Work
 from streamer.detection.workers import detect_on_workers, inputs_of
 from streamer.errors import OutputExistsError
@@ -57,9 +57,9 @@ def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, residen
         monitor.emit(Event("detect", one.target.tensor, done, total, items, of, names[one.plan]))
 
     if run.workers is None:
-        stream = detect_in_turn(work, run.options.device, monitor, begin)
+        stream = detect_in_turn(work, run.device, monitor, begin)
     else:
-        stream = detect_on_workers(work, run.workers, inputs_of(batch, run.options), run.options.device, monitor, begin)
+        stream = detect_on_workers(work, run.workers, inputs_of(batch, run), run.device, monitor, begin)
     with contextlib.closing(stream):
         for one, finding in stream:
             yield one.plan, finding
@@ -94,7 +94,7 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
     sizes
         `findings_bytes` of each plan, if the caller has computed them.
     """
-    monitor, places = run.monitor, _places(batch, paths, options, run.options.overwrite, resident)
+    monitor, places = run.monitor, _places(batch, paths, options, run.overwrite, resident)
     todo = [place for place in places if place.finished is None]
     _check_space(places, sizes or _sizes(places))
     for one in places:
@@ -107,7 +107,7 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     seconds: dict[tuple[Path, str], float | None] = {}
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(one.writer(run.options)) for one in todo]
+        writers = [stack.enter_context(one.writer(run)) for one in todo]
         begun = [(w, t) for w, one in zip(writers, todo, strict=True) if w.resumed for t in one.tensors]
         if begun:
             monitor.resuming(sum(tensor in writer for writer, tensor in begun), len(begun), "matrix")
@@ -135,7 +135,7 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
 
 
 def inspect_detections(
-    batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: RunOptions
+    batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run
 ) -> list[tuple[str, FindingsSize]]:
     """Check without writing what `detect_to_files` would do: for each plan ``new``, ``resume`` or ``done``, and `findings_bytes`.
 
@@ -160,11 +160,11 @@ class _Place:
     def tensors(self) -> list[str]:
         return [target.tensor for target in self.plan.targets]
 
-    def writer(self, run: RunOptions) -> FindingsWriter:
+    def writer(self, run: Run) -> FindingsWriter:
         return FindingsWriter(self.path, self.head, self.tensors, self.plan.detection_stamps(), resume=run.resume,
                               overwrite=run.overwrite, before_rename=self.plan.check_unchanged)  # fmt: skip
 
-    def state(self, run: RunOptions) -> str:
+    def state(self, run: Run) -> str:
         if self.finished is not None:
             return "done"
         start = journal_head(self.head, self.tensors, self.plan.detection_stamps())

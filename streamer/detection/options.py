@@ -75,11 +75,11 @@ class DetectionOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """Options of a run that do not change its result, except last bits; the allowed memory does change it and is in `DetectionOptions`.
+class Run:
+    """How a run computes: nothing of it changes the result, except last bits; the allowed memory does, and is in `DetectionOptions`.
 
-    They are keywords of `api.detect_intruder_dimensions`, which explains them. Detection computes on `device`; models run on
-    `model_device`.
+    Most are keywords of `api.detect_intruder_dimensions`, which explains them. Detection computes on `device`; models run on
+    `model_device`; `monitor` watches the run, and `workers`, if any, compute instead of this process.
     """
 
     device: torch.device
@@ -89,12 +89,5 @@ class RunOptions:
     resume: bool = True
     overwrite: bool = False
     model_device: torch.device = CPU
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run with its options: `monitor` watches it, and `workers`, if any, compute instead of this process."""
-
-    options: RunOptions
     monitor: Monitor = field(default_factory=Monitor)
     workers: Workers | None = None

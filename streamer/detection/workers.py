@@ -12,7 +12,7 @@ from streamer.detection.detection_memory import detection_estimates, kept_bytes
 from streamer.detection.device import choose_device
 from streamer.detection.matrices import detect_in_turn
 from streamer.detection.matrix_finding import MatrixFinding
-from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.work import Begin, Found, Work
 from streamer.events import Monitor
 from streamer.plan.batch import AdapterBatch, Assignment, SharedGroup
@@ -69,7 +69,7 @@ class DetectTask(Task[list[tuple[int, MatrixFinding]]]):
         return found
 
 
-def inputs_of(batch: AdapterBatch, run: RunOptions) -> Inputs:
+def inputs_of(batch: AdapterBatch, run: Run) -> Inputs:
     """Describe the inputs of a run."""
     return Inputs.of(batch, run.io, run.stated, run.architecture)
 

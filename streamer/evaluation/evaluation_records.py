@@ -13,8 +13,8 @@ from streamer.measuring.divergences import BinsRecord
 from streamer.measuring.identity import Configs
 from streamer.measuring.statistics import Effect
 from streamer.methods import MethodName
-from streamer.methods.factors import CoefficientsRecord
-from streamer.methods.input_map import MapRecord
+from streamer.methods.fits import CoefficientsRecord
+from streamer.methods.maps import MapRecord
 from streamer.plan.sources import AdapterSource, BaseSource
 
 

@@ -12,9 +12,8 @@ from streamer.errors import UsageError
 from streamer.evaluation.suggestion import check_keep
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.methods import WITHOUT_FILES, MethodName, Shrink
-from streamer.methods.coefficients import Coefficients
-from streamer.methods.factors import CoefficientsRecord
-from streamer.methods.input_map import InputMap
+from streamer.methods.fits import Coefficients, CoefficientsRecord
+from streamer.methods.maps import InputMap
 from streamer.plan.plan import Plan
 from streamer.streaming.values import VariantSet
 from streamer.streaming.variants import Variant, make_variants

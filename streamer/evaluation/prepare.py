@@ -24,8 +24,8 @@ from streamer.measuring.progress import pass_cost
 from streamer.measuring.sequences import ALL, GENERAL, TASK, TextSequences
 from streamer.measuring.task import describe
 from streamer.measuring.texts import sample_digest
-from streamer.methods import UNCHANGED
-from streamer.methods.coefficients import Coefficients
+from streamer.methods import UNCHANGED, RegMean
+from streamer.methods.fits import Coefficients
 from streamer.output.job import GivenFindings
 from streamer.output.prepare import OutputOptions, check_coefficients, check_map, open_jobs
 from streamer.plan.batch import AdapterBatch
@@ -150,11 +150,11 @@ def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, 
     run.monitor.warn((*plan.warnings, *job.warnings))
     refuse_new_tokens(plan)
     for variant in options.variants:
-        if variant.mitigation is not None and variant.mitigation.coefficients is not None:
+        if isinstance(variant.mitigation, RegMean):
             check_coefficients(plan, variant.mitigation.coefficients)
     if options.map is not None:
         run.monitor.warn(check_map(plan, options.map))
-    model = StreamingModel(options.job(plan, run.options.model_device))
+    model = StreamingModel(options.job(plan, run.model_device))
     return model, job.findings if isinstance(job.findings, GivenFindings) else None
 
 

@@ -35,7 +35,7 @@ def result_file(prepared: Prepared, output: Path) -> ResultFile:
 
 def measured_before(prepared: Prepared, output: Path) -> Evaluation | None:
     """Load the evaluation to which this run adds variants; None if the file is new or will be replaced."""
-    return _load(prepared, output) if is_taken(output) and not prepared.run.options.overwrite else None
+    return _load(prepared, output) if is_taken(output) and not prepared.run.overwrite else None
 
 
 def _load(prepared: Prepared, path: Path) -> Evaluation:

@@ -16,7 +16,7 @@ import numpy as np
 from streamer.measuring.divergences import Floats
 from streamer.measuring.statistics import Estimate, SequenceSums
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
-from streamer.methods.shrink import Shrink
+from streamer.methods import Shrink
 
 NODES = 4
 """Number of nearest shrinks through which a cubic in λ interpolates."""

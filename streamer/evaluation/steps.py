@@ -21,7 +21,7 @@ from streamer.evaluation.suggestion import Trade
 from streamer.measuring.sequences import ALL
 from streamer.measuring.statistics import SequenceSums
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
-from streamer.methods.shrink import Shrink
+from streamer.methods import Shrink
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 
 Asked = TypeVar("Asked")
@@ -206,7 +206,7 @@ def _request(wanted: Wanted, known: Evaluation | None, alive: Sequence[Variant],
     others = {v.method: v.mitigation for v in alive if v.method != Shrink.name and v.mitigation_lambda is not None}
     for name, method in others.items() if found is None and reached == len(ALL) else ():
         if method is not None and (lam := to_place(wanted, known, tries, str(name))[1]) is not None:
-            found = Variant.of(replace(method, mitigation_lambda=lam))
+            found = Variant.of(replace(method, mitigation_lambda=lam))  # type: ignore[type-var]  # each method is a dataclass
             break
     if found is not None:
         row = row_of(known, found)

@@ -21,7 +21,7 @@ from streamer.errors import UsageError
 from streamer.evaluation.shrinks import ShrinkComparison, against_shrink, placed
 from streamer.measuring.statistics import Estimate, SequenceSums, flat
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
-from streamer.methods.shrink import Shrink
+from streamer.methods import Shrink
 
 Reason = Literal["not learned", "not forgotten", "none better", "not worth it", "forgets least", "a shrink is better"]
 

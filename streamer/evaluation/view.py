@@ -12,7 +12,7 @@ from streamer.evaluation.variant_losses import VariantLosses
 from streamer.measuring.identity import input_options
 from streamer.measuring.statistics import telling
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW
-from streamer.methods import Shrink, takes_coefficients, takes_findings, takes_map
+from streamer.methods import NullSpace, RegMean, Shrink, takes_findings
 from streamer.units import counted
 
 _RULE = f"a suggested variant regains over {WORTH:g} of what it gives up, by two standard errors"
@@ -199,13 +199,13 @@ def commands(evaluation: VariantLosses, suggestion: Suggestion, names: Names | N
     made = " ".join(["streamer", command, names.inputs, "-o", "OUTPUT", *words])
     if names.findings and takes_findings(variant.method):
         made += f" --findings {names.findings}"
-    elif takes_coefficients(variant.method):
+    elif variant.method == RegMean.name:
         made += f" --coefficients {names.coefficients or 'COEFFICIENTS'}"
-    elif takes_map(variant.method):
+    elif variant.method == NullSpace.name:
         made += f" --map {names.mapped or 'MAP'}"
     if reason == "not forgotten" or suggestion.declined is not None:
         return ["use the adapter as it is, or merge it into the base", f"next: {made}"]
-    if any(takes_coefficients(v.method) for v in evaluation.variants):
+    if any(v.method == RegMean.name for v in evaluation.variants):
         return [f"next: {made}"]
     keep = f" --keep {suggestion.keep:g}" if suggestion.keep < 1 else ""
     return [

@@ -33,8 +33,7 @@ from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import SequenceSums
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW
 from streamer.methods import UNCHANGED, RegMean, Shrink
-from streamer.methods.coefficients import FIT, Coefficients, load_coefficients
-from streamer.methods.factors import FactorSet
+from streamer.methods.fits import FIT, Coefficients, FactorSet, load_coefficients
 from streamer.plan.memory_estimate import check_budget
 from streamer.plan.targets import Target
 from streamer.storage.system import limit_freed_memory

@@ -30,9 +30,7 @@ from streamer.measuring.result_file import Records, ResultFile, State, computing
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.texts import read_text, sample_digest
 from streamer.measuring.tokenizer import tokenizer_directory
-from streamer.methods.input_map import VECTORS, InputMap, load_map
-from streamer.methods.input_map_file import MAP
-from streamer.methods.mapped_input import MappedInput
+from streamer.methods.maps import MAP, VECTORS, InputMap, MappedInput, load_map
 from streamer.plan.base_plan import make_base_plan
 from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import MemoryEstimate, resident_bytes
@@ -196,12 +194,12 @@ class PreparedMap:
 def prepare_map(base: str | Path, text: Path, options: MapOptions, max_memory: int | None, run: Run) -> PreparedMap:
     """Open and check a base and a general text, and pass on their warnings."""
     require_transformers()
-    plan = make_base_plan(base, run.options.io, run.options.architecture)
+    plan = make_base_plan(base, run.io, run.architecture)
     run.monitor.warn(plan.base.warnings)
     if max_memory is not None:
         limit_freed_memory()
     job = VariantSet(
-        plan, (Variant(BASE, None),), None, rounds_products=options.dtype == "bf16", device=run.options.model_device
+        plan, (Variant(BASE, None),), None, rounds_products=options.dtype == "bf16", device=run.model_device
     )
     model = StreamingModel(job)
     read = read_text(text, tokenizer_directory(plan), sequences=options.sequences, length=options.length,

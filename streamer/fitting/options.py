@@ -14,7 +14,7 @@ from streamer.errors import FormatError, UsageError
 from streamer.evaluation.options import ProductDtype, check_dtype
 from streamer.evaluation.suggestion import check_keep
 from streamer.measuring.sequences import GENERAL, TASK, TextSequences
-from streamer.methods.factors import share_name
+from streamer.methods import share_name
 
 LEAST = 2
 """Least number of sequences in each part of a text."""

@@ -21,7 +21,7 @@ from streamer.measuring.pass_memory import Pass, measured_bytes, pass_bytes, pla
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.statistics import telling
 from streamer.measuring.texts import sample_digest
-from streamer.methods import UNCHANGED, Paper, make_method
+from streamer.methods import UNCHANGED, Paper
 from streamer.output.prepare import fitting_findings
 from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import MemoryEstimate, resident_bytes
@@ -73,7 +73,7 @@ class PreparedFit:
     @property
     def scaling(self) -> list[Variant]:
         """List the variant that scales intruders, if it is requested and there are intruders."""
-        return [Variant.of(make_method(Paper.name))] if self.findings is not None and self.findings.intruders else []
+        return [Variant.of(Paper())] if self.findings is not None and self.findings.intruders else []
 
     @cached_property
     def rows_of_inputs(self) -> int:
@@ -237,7 +237,7 @@ def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path],
         Paths of the ``general`` and the ``task`` text.
     """
     require_transformers()
-    plan = make_plan(base_path, adapter, run.options.io, run.options.stated, run.options.architecture)
+    plan = make_plan(base_path, adapter, run.io, run.stated, run.architecture)
     run.monitor.warn(plan.warnings)
     refuse_new_tokens(plan)
     if findings is not None:
@@ -245,7 +245,7 @@ def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path],
     refuse_dense(plan, [t for t in plan.targets if not t.module.low_rank])
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     model = StreamingModel(
-        VariantSet(plan, variants, None, rounds_products=options.dtype == "bf16", device=run.options.model_device)
+        VariantSet(plan, variants, None, rounds_products=options.dtype == "bf16", device=run.model_device)
     )
     whole = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
     read = {name: text.right() for name, text in whole.items()}

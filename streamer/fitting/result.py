@@ -17,8 +17,7 @@ from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError,
 from streamer.measuring.identity import Configs
 from streamer.measuring.statistics import SequenceSums, flat, telling
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
-from streamer.methods import RegMean, Shrink
-from streamer.methods.factors import share_name
+from streamer.methods import RegMean, Shrink, share_name
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 from streamer.units import listed

@@ -68,7 +68,7 @@ def layers_on_workers(job: VariantSet, run: Run, threads: int) -> Elsewhere | No
     workers = run.workers
     if workers is None:
         return None
-    inputs = inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run.options)
+    inputs = inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run)
     common = inputs, threads, job.rounds_products, str(job.device)
 
     def elsewhere(runs: Mapping[int, LayerRun]) -> Iterator[tuple[int, LayerResult | None]]:

@@ -23,7 +23,6 @@ from streamer.linalg.torch_state import full_float32, thread_count, threads
 from streamer.measuring.divergences import Floats
 from streamer.measuring.identity import differences
 from streamer.measuring.statistics import ARRAYS
-from streamer.methods.sealed_file import SealedKind
 from streamer.plan.plan import Plan
 from streamer.storage.atomic_file import remove_partials
 from streamer.storage.files import make_directory
@@ -40,6 +39,7 @@ from streamer.storage.output_checks import (
 )
 from streamer.storage.output_plan import refuse_within_output
 from streamer.units import counted, listed
+from streamer.weights.sealed_file import SealedKind
 
 State = Literal["new", "resume", "done"]
 
@@ -106,7 +106,7 @@ class ResultFile:
             If the path is an input, or if another version or other inputs began the run.
         """
         if self.path.exists() and not is_placeholder(self.path):
-            with naming_inputs(self.plan, [self.path], self.run.options.overwrite):
+            with naming_inputs(self.plan, [self.path], self.run.overwrite):
                 if self._stands():
                     return "done"
         self.plan.refuse_overwriting([self.path])
@@ -114,19 +114,19 @@ class ResultFile:
 
     def _stands(self) -> bool:
         try:
-            return self.is_whole(self.path) and not self.run.options.overwrite
+            return self.is_whole(self.path) and not self.run.overwrite
         except OutputExistsError:
-            if self.run.options.overwrite:
+            if self.run.overwrite:
                 return False
             raise
         except InputError:
             raise not_own(self.path, self.one) from None
 
     def _may_resume(self, found: Mapping[str, Any]) -> bool:
-        ours = {"plan", "stamps"} <= found.keys() and self.run.options.resume
+        ours = {"plan", "stamps"} <= found.keys() and self.run.resume
         same = found.get("version") == __version__ and "facts" in found
         differing = in_words(differences(self.facts, found["facts"])) if same else ""
-        return ours and may_resume(self.path, found, self.head, overwrite=self.run.options.overwrite,
+        return ours and may_resume(self.path, found, self.head, overwrite=self.run.overwrite,
                                    journal=journal_of(self.path), differing=differing)  # fmt: skip
 
     @contextlib.contextmanager

@@ -134,7 +134,7 @@ def run_on_workers(job: VariantSet, passes: Mapping[int, tuple[Pass, TextSequenc
         Called before each wait, with the name of the pass that has been running longest.
     """
     assert run.workers is not None
-    inputs, described = inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run.options), describe(job)
+    inputs, described = inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run), describe(job)
     tasks = {i: PassTask(inputs, threads, described, (0, *p.variants), own, p.text) for i, (p, own) in passes.items()}
     with contextlib.closing(run.workers.run(tasks, run.monitor, lambda i: begin(tasks[i].name))) as stream:
         for i, sums in stream:

@@ -19,7 +19,7 @@ from streamer.errors import NumericError
 from streamer.events import Monitor
 from streamer.linalg.operators import Delta, all_finite
 from streamer.linalg.torch_state import threads
-from streamer.methods.method import Method
+from streamer.methods import Method
 from streamer.output.records import SCHEMA
 from streamer.plan.plan import Plan
 from streamer.plan.provenance import mitigated_before

@@ -9,7 +9,7 @@ from typing import Any
 from streamer.detection.intruders import Detection
 from streamer.errors import OutputError
 from streamer.linalg.operators import Delta
-from streamer.methods.method import Method
+from streamer.methods import Method
 from streamer.output.records import MitigatedMatrix, Totals
 from streamer.plan.targets import Target
 

@@ -105,7 +105,7 @@ class OutputSpec:
     @property
     def _file(self) -> str:
         """Return the name of the file of the coefficients or the map, which does not determine the output; empty if there is none."""
-        used = self.job.method.coefficients or self.job.method.map
+        used = self.job.method.file
         return "" if used is None else Path(used.name).name
 
     def with_card(self, pipeline: str = "") -> OutputSpec:

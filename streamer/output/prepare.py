@@ -12,9 +12,9 @@ from streamer.detection.findings import Findings, load_findings
 from streamer.detection.fingerprints import lacking, matched_findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import MismatchError, UsageError
-from streamer.methods.factors import FactorSet
-from streamer.methods.input_map import InputMap
-from streamer.methods.method import Method
+from streamer.methods import Method, NullSpace, RegMean
+from streamer.methods.fits import FactorSet
+from streamer.methods.maps import InputMap
 from streamer.output.adapter_writer import AdapterWriter
 from streamer.output.job import FindingsToMake, GivenFindings, Job
 from streamer.output.lora_writer import LoraWriter
@@ -73,23 +73,23 @@ def open_jobs(base_path: str | Path, adapters: One | Several, findings: Sequence
     findings
         Findings for each adapter, see `load_given`; None if the job detects.
     """
-    if method.coefficients is not None and isinstance(adapters, Several) and len(adapters.paths) > 1:
+    if isinstance(method, RegMean) and isinstance(adapters, Several) and len(adapters.paths) > 1:
         raise UsageError(
             f"{method.coefficients.name}: coefficients belong to one adapter, found {len(adapters.paths)}: "
             f"{listed(adapters.by_name)}; take them one at a time, each with its own"
         )
-    batch = make_batch(base_path, adapters.paths, run.options.io, run.options.stated, run.options.architecture)
+    batch = make_batch(base_path, adapters.paths, run.io, run.stated, run.architecture)
     fitting = []
     for plan, found in zip(batch.plans, findings, strict=True):
         fitting.append(None if found is None else fitting_findings(plan, found, detection))
         run.monitor.warn(() if found is None else found.warnings)
-        if method.coefficients is not None:
+        if isinstance(method, RegMean):
             check_coefficients(plan, method.coefficients)
-        if method.map is not None:
+        if isinstance(method, NullSpace):
             run.monitor.warn(check_map(plan, method.map))
     sources = [FindingsToMake(detection) if found is None else GivenFindings(found) for found in fitting]
     return [
-        Job(plan, method, detection, run.options.device, source, form.dequantize, form.model_card, form.measured)
+        Job(plan, method, detection, run.device, source, form.dequantize, form.model_card, form.measured)
         for plan, source in zip(batch.plans, sources, strict=True)
     ]
 
@@ -153,8 +153,9 @@ def check_counts(plan: Plan, coefficients: FactorSet) -> None:
     MismatchError
         States how many matrices they do not fit, and the first.
     """
-    wrong = [target.tensor for target in plan.targets if not coefficients.fits(target)]
-    wrong += coefficients.matrices.keys() - {target.tensor for target in plan.targets}
+    ranks = {t.tensor: (t.module.shape[1], t.module.factor_rank) if t.module.low_rank else None for t in plan.targets}
+    shapes = {tensor: tuple(factor.shape) for tensor, factor in coefficients.matrices.items()}
+    wrong = [tensor for tensor in {**ranks, **shapes} if tensor not in ranks or ranks[tensor] != shapes.get(tensor, ())]
     if wrong:
         raise MismatchError(
             f"{coefficients.name}: coefficients do not fit {len(wrong)} of the adapter's matrices, {wrong[0]!r} first; fit them to this "

@@ -10,8 +10,8 @@ from streamer.detection.selection import Selection
 from streamer.detection.stamps import DetectionRecord
 from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, Sha256, State, TensorName
 from streamer.methods import MethodName
-from streamer.methods.factors import CoefficientsRecord
-from streamer.methods.input_map import MapRecord
+from streamer.methods.fits import CoefficientsRecord
+from streamer.methods.maps import MapRecord
 from streamer.plan.carried_tensors import CarriedRecord
 from streamer.plan.sources import AdapterSource, BaseSource
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 from streamer.detection.detect import detect_to_files, naming_inputs
 from streamer.detection.detection_memory import detection_estimates
 from streamer.detection.findings_file import remove_leftovers
-from streamer.detection.options import Run, RunOptions
+from streamer.detection.options import Run
 from streamer.detection.workers import inputs_of
 from streamer.errors import FormatError
 from streamer.events import Event, Monitor, OutputState
@@ -61,14 +61,14 @@ def shared_memory(writers: Sequence[Writer], workers: Workers) -> int | None:
     return workers.budget(jobs[0].detection.max_memory, resident, needs)
 
 
-def inspect_jobs(writers: Sequence[Writer], options: RunOptions) -> Sequence[str]:
+def inspect_jobs(writers: Sequence[Writer], whole: Run) -> Sequence[str]:
     """Check before writing: return ``new``, ``resume`` or ``done`` for each (see `inspect_output`); refuse outputs that do not fit."""
     states, resident = [], resident_of(writers)
     for writer in writers:
         spec, job = writer.spec, writer.spec.job
         paths = [spec.path / name for name, _ in spec.output.files]
-        with naming_inputs(job.plan, paths, options.overwrite):
-            state = inspect_output(spec.output, options.overwrite, options.resume)
+        with naming_inputs(job.plan, paths, whole.overwrite):
+            state = inspect_output(spec.output, whole.overwrite, whole.resume)
         if state != "done":
             job.plan.refuse_overwriting(paths)
             detecting = detection_estimates(job.plan, job.detection, resident) if job.detects else ()
@@ -87,7 +87,7 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
     A record is the output of `streamer mitigate --json` or `streamer merge --json`; without `output` and `state` it is the output's
     ``streamer.json``. A finished output of the same plan stays unchanged, but its files' times are updated.
     """
-    monitor, states = whole.monitor, inspect_jobs(writers, whole.options)
+    monitor, states = whole.monitor, inspect_jobs(writers, whole)
     specs = [writer.spec for writer in writers]
     for line in dict.fromkeys(line for spec in specs for line in spec.warnings):
         monitor.emit(Event("warning", line))
@@ -101,10 +101,10 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
         if fault := touch([*(spec.path / name for name, _ in spec.output.files), spec.path / RECORD_NAME, spec.path]):
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
-    with open_outputs([writer.spec.output for writer in todo], whole.options.overwrite, whole.options.resume) as outs:
+    with open_outputs([writer.spec.output for writer in todo], whole.overwrite, whole.resume) as outs:
         runs: list[_Run] = []
         runs += [_Run(writer, out, monitor, runs) for writer, out in zip(todo, outs, strict=True)]
-        inputs = inputs_of(batch_of(todo), whole.options) if todo and whole.workers is not None else None
+        inputs = inputs_of(batch_of(todo), whole) if todo and whole.workers is not None else None
         for line in dict.fromkeys(line for run in runs for line in (*run.spec.notes, *run.spec.advice)):
             monitor.emit(Event("note", line))
         for run in runs:
@@ -324,7 +324,7 @@ def _detect(runs: Sequence[_Run], whole: Run, resident: int) -> None:
             discard_own_findings(run.out.path)
     jobs, batch = [run.job for run in runs], batch_of([run.writer for run in runs])
     paths = [run.out.path / OWN_FINDINGS for run in runs]
-    own = replace(whole, options=replace(whole.options, overwrite=False, resume=True))
+    own = replace(whole, overwrite=False, resume=True)
     found = detect_to_files(batch, paths, jobs[0].detection, own, resident, [job.findings_size for job in jobs])
     for run, findings in zip(runs, found, strict=True):
         run.job = replace(run.job, findings=GivenFindings(findings))

@@ -54,7 +54,7 @@ def detect_intruder_dimensions(
     with watched(options) as monitor:
         live = plan_live(peft_model, adapter_name, settings.ignore_keys)
         monitor.warn(live.plan.warnings)
-        device = settings.make_run(monitor).options.device
+        device = settings.make_run(monitor).device
         return named_as_files(live, detect_live(live, judged.options(), device, monitor))
 
 

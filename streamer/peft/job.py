@@ -11,9 +11,9 @@ from streamer.api.options import Judged
 from streamer.detection.findings import Findings
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.events import Monitor
-from streamer.methods.factors import FactorSet
-from streamer.methods.input_map import InputMap
-from streamer.methods.method import Method
+from streamer.methods import Method, NullSpace, RegMean
+from streamer.methods.fits import FactorSet
+from streamer.methods.maps import InputMap
 from streamer.output.job import FindingsToMake, GivenFindings, Job
 from streamer.output.prepare import check_counts, lacking_inputs, refuse_other_base
 from streamer.peft.detection import findings_for
@@ -32,9 +32,9 @@ def live_job(
         The findings use the names in memory; None if the method needs none.
     """
     monitor.warn(live.plan.warnings)
-    if method.coefficients is not None:
+    if isinstance(method, RegMean):
         method = replace(method, coefficients=_named_in_memory(live, method.coefficients))
-    if method.map is not None:
+    if isinstance(method, NullSpace):
         method = replace(method, map=_map_in_memory(live, method.map, monitor))
     found = None
     if method.needs_detection:

@@ -66,7 +66,7 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     method = take(MethodChoice, options, mitigation_lambda=mitigation_lambda).make()
     judged, settings = take(Judged, options, top_k=top_k, threshold_epsilon=threshold_epsilon), take(Settings, options)
     with watched(options) as monitor:
-        device = settings.make_run(monitor).options.device
+        device = settings.make_run(monitor).device
         live = plan_live(peft_model, adapter_name, settings.ignore_keys)
         outputs = _checked(live, list(_changed(live)))
         job, _ = live_job(live, method, judged, options.get("findings"), device, monitor)

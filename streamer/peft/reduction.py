@@ -72,7 +72,7 @@ def reduce_intruder_dimension(
     judged, settings = take(Judged, options, top_k=top_k, threshold_epsilon=threshold_epsilon), take(Settings, options)
     _check_name(new_adapter_name)
     with watched(options) as monitor:
-        device = settings.make_run(monitor).options.device
+        device = settings.make_run(monitor).device
         live = plan_live(peft_model, old_adapter_name, settings.ignore_keys)
         if new_adapter_name in live.live.configs:
             raise UsageError(

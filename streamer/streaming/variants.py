@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from streamer.detection.selection import Selection
 from streamer.errors import UsageError
-from streamer.methods import BY_LAMBDA, UNCHANGED, MethodName, NullSpace, Shrink, make_method, takes_findings, takes_map
-from streamer.methods.coefficients import Coefficients
-from streamer.methods.input_map import InputMap
-from streamer.methods.method import Method
+from streamer.methods import METHODS, UNCHANGED, Method, MethodName, NullSpace, Paper, RegMean, make_method, options_of
+from streamer.methods.fits import Coefficients
+from streamer.methods.maps import InputMap
 
 BASE, ADAPTER = "base", "adapter"
 """Names of the first two variants: the model without the adapter, and with the unchanged adapter."""
@@ -54,8 +53,7 @@ class Variant:
     @property
     def keep(self) -> float | None:
         """Return the share of the learning that a fit keeps; None for all other variants."""
-        factors = self.mitigation and self.mitigation.coefficients
-        return factors.keep if factors else None
+        return self.mitigation.coefficients.keep if isinstance(self.mitigation, RegMean) else None
 
 
 def make_variants(
@@ -84,24 +82,18 @@ def make_variants(
             raise UsageError(f"{what}: expected different values, found {list(values)}")
     if 1 in lambdas:
         raise UsageError("lambda: 1 is the unchanged adapter, which is always evaluated; omit it")
+    Paper(select=select)  # refuses a bad selection, whatever the methods
+    if mapped is not None and NullSpace.name not in methods:
+        methods = (*methods, NullSpace.name)
+    files = {"map": mapped, "coefficients": None if coefficients is None else coefficients.sets[0]}
+    given = {"select": select, "amplify": amplify, **{name: file for name, file in files.items() if file is not None}}
+    made: list[Method] = []
     for name in methods:
-        if name not in BY_LAMBDA:  # refuses unknown names, and missing coefficients or maps
-            make_method(name, coefficients=None if coefficients is None else coefficients.sets[0])
-    make_method(Shrink.name, select=select)  # refuses a bad selection, whatever the methods
-    by_lambda = [name for name in methods if name in BY_LAMBDA]
-    if mapped is not None and NullSpace.name not in by_lambda:
-        by_lambda.append(NullSpace.name)
-    made = [
-        make_method(
-            name,
-            lam,
-            select if takes_findings(name) else "all",
-            amplify=amplify,
-            map=mapped if takes_map(name) else None,
-        )
-        for name in by_lambda
-        for lam in lambdas
-    ]
+        own = options_of(METHODS[name]) if name in METHODS else []
+        options = {option: value for option, value in given.items() if option in own}
+        made += [make_method(name, mitigation_lambda=lam, **options) for lam in lambdas if "mitigation_lambda" in own]
+        if "mitigation_lambda" not in own:  # refuses an unknown name, and missing coefficients
+            make_method(name, **options)
     if coefficients is not None:
-        made += [make_method(None, coefficients=coefficients.select(keep)) for keep in coefficients.keeps]
+        made += [RegMean(coefficients.select(keep)) for keep in coefficients.keeps]
     return (Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *map(Variant.of, made))

@@ -44,7 +44,7 @@ class Inputs:
     base, adapters
         Absolute paths; no adapters for a run on the base alone.
     io, stated, architecture
-        As in `detection.options.RunOptions`.
+        As in `detection.options.Run`.
     identities
         Identities of the base and of each adapter, as JSON.
     version

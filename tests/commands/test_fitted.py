@@ -17,7 +17,7 @@ from verified import edit_tensor
 
 import streamer
 from streamer.errors import UsageError
-from streamer.methods.coefficients import FIT
+from streamer.methods.fits import FIT
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +138,9 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
         (3, [helpers.tampered(file, files / "no", FIT.key, nothing), *keep], "do not say which base they were fitted to"),
         (2, [file], f"streamer: --keep: expected one of 0.95, 0.9, the 2 sets of coefficients in {file}; choose one"),
         (2, [file, "--keep", "0.8"], "holds no coefficients that keep 0.8; the shares in it are 0.95, 0.9"),
-        (2, [file, *keep, "--lambda", "0.5"], "--lambda: method 'regmean' uses coefficients instead, got 0.5; leave it out"),
-        (2, [file, *keep, "--lambda", "0.75"], "--lambda: method 'regmean' uses coefficients instead, got 0.75; leave it out"),
-        (2, [file, *keep, "--method", "project"], "--coefficients: belong to method 'regmean', found 'project'"),
+        (2, [file, *keep, "--lambda", "0.5"], "--lambda: method 'regmean' has no such option; leave it out"),
+        (2, [file, *keep, "--lambda", "0.75"], "--lambda: method 'regmean' has no such option; leave it out"),
+        (2, [file, *keep, "--method", "project"], "--coefficients: method 'project' has no such option"),
     ]  # fmt: skip
     for code, options, words in cases:
         line = refuse(command, base, adapter, home, code, "--coefficients", *options)

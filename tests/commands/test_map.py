@@ -212,8 +212,8 @@ def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_pat
     line = ("mitigate", home / "base", home / "adapter", "-o", tmp_path / "out")
     for options, message in (
         (["--map", home / "base" / "model.safetensors"], "expected a map (streamer.map/2), found another safetensors file"),
-        (["--map", tmp_path / "m.safetensors", "--method", "shrink"], "--map: is not used by method 'shrink'"),
-        (["--map", tmp_path / "m.safetensors", "--lambda", 1.5, "--amplify"], "leave out --amplify"),
+        (["--map", tmp_path / "m.safetensors", "--method", "shrink"], "--map: method 'shrink' has no such option"),
+        (["--map", tmp_path / "m.safetensors", "--lambda", 1.5, "--amplify"], "--amplify: method 'nullspace' has no such option"),
         (["--method", "nullspace"], "make one with `streamer map`"),
     ):  # fmt: skip
         done = server.run(*line, *options)

@@ -35,7 +35,7 @@ from worker_runs import (
 
 import streamer
 from streamer.detection.findings_file import journal_of, lock_of
-from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.workers import DetectTask, inputs_of
 from streamer.errors import LockedError, MismatchError, WorkerError
 from streamer.events import Event
@@ -179,7 +179,7 @@ def test_a_worker_with_other_inputs_is_refused(bench: WorkerBench, what: str, tm
 
 
 def test_a_worker_of_another_version_is_refused(bench: WorkerBench) -> None:
-    inputs = inputs_of(make_batch(bench.base, [bench.adapter]), RunOptions(torch.device("cpu")))
+    inputs = inputs_of(make_batch(bench.base, [bench.adapter]), Run(torch.device("cpu")))
     task = DetectTask(replace(inputs, version="0.0"), 1, (), DetectionOptions(), "cpu", 0)
     assert re.fullmatch(
         r"worker .*: has version \S+, expected 0\.0, the caller.s version; .*", str(perform(task).error)

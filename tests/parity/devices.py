@@ -199,4 +199,4 @@ def test_a_device_that_is_not_there_is_refused(function: Any, tmp_path: Path) ->
 def test_auto_runs_models_on_the_cpu_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     run = Settings().make_run(Monitor())
-    assert (run.options.device.type, run.options.model_device.type) == ("cuda", "cpu")
+    assert (run.device.type, run.model_device.type) == ("cuda", "cpu")

@@ -21,8 +21,7 @@ import streamer
 from streamer.linalg.regmean import DIRECT_BYTES, RIDGE, answers
 from streamer.linalg.second_moments import Moments
 from streamer.linalg.torch_state import threads
-from streamer.methods.coefficients import Coefficients
-from streamer.methods.factors import FactorSet
+from streamer.methods.fits import Coefficients, FactorSet
 from streamer.plan.plan import make_plan
 from streamer.plan.targets import Target
 from streamer.streaming.inputs import InputModel

@@ -22,7 +22,7 @@ from streamer.cli.evaluation_table import evaluation_table
 from streamer.cli.tables import findings_table
 from streamer.detection.detect import detect_to_files
 from streamer.detection.findings import load_findings
-from streamer.detection.options import DetectionOptions, Run, RunOptions
+from streamer.detection.options import DetectionOptions, Run
 from streamer.evaluation.view import Names
 from streamer.events import Event, Monitor
 from streamer.methods import UNCHANGED, Method, Paper
@@ -43,14 +43,14 @@ HALF = Paper(0.5)
 def detect_file(plan: Plan, path: Path, options: DetectionOptions, monitor: Monitor) -> None:
     """Detect into a findings file."""
     batch = AdapterBatch(plan.base, (plan,))
-    detect_to_files(batch, [path], options, Run(RunOptions(CPU), monitor=monitor), resident_bytes(batch))
+    detect_to_files(batch, [path], options, Run(CPU, monitor=monitor), resident_bytes(batch))
 
 
 def open_job(base: Path, adapter: Path, mitigation: Method, options: DetectionOptions, findings: Path | None) -> Job:
     """Open a merge."""
     form = OutputOptions(merges=True)
     found = None if findings is None else load_findings(findings)
-    (job,) = open_jobs(base, One(adapter), [found], mitigation, options, form, Run(RunOptions(CPU)))
+    (job,) = open_jobs(base, One(adapter), [found], mitigation, options, form, Run(CPU))
     return job
 
 
@@ -128,17 +128,17 @@ def output_journal(home: Path) -> Target:
     job = open_job(base, directory, UNCHANGED, OPTIONS, None)
     out, half = home / "out", home / "half"
     try:
-        run_jobs([ModelWriter(job, half)], Run(RunOptions(CPU), monitor=_stop_after(4)))
+        run_jobs([ModelWriter(job, half)], Run(CPU, monitor=_stop_after(4)))
     except _Killed:
         known = records_of((half / ".streamer.journal").read_bytes())
-    run_jobs([ModelWriter(job, out)], Run(RunOptions(CPU), monitor=Monitor()))
+    run_jobs([ModelWriter(job, out)], Run(CPU, monitor=Monitor()))
     whole = tree_digest(out)
 
     def run(data: bytes) -> None:
         shutil.rmtree(out)
         shutil.copytree(half, out)
         (out / ".streamer.journal").write_bytes(data)
-        run_jobs([ModelWriter(job, out)], Run(RunOptions(CPU), monitor=Monitor()))
+        run_jobs([ModelWriter(job, out)], Run(CPU, monitor=Monitor()))
         if tree_digest(out) != whole and {*records_of(data)} <= {*known}:
             raise Trouble("another output than an uninterrupted run's")
 
@@ -150,12 +150,12 @@ def record(home: Path) -> Target:
     base, directory = small_job(home)
     job = open_job(base, directory, UNCHANGED, OPTIONS, None)
     out = home / "out"
-    run_jobs([ModelWriter(job, out)], Run(RunOptions(CPU), monitor=Monitor()))
+    run_jobs([ModelWriter(job, out)], Run(CPU, monitor=Monitor()))
     path = out / "streamer.json"
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        run_jobs([ModelWriter(job, out)], Run(RunOptions(CPU), monitor=Monitor()))
+        run_jobs([ModelWriter(job, out)], Run(CPU, monitor=Monitor()))
         if path.read_bytes() != data:
             raise Trouble("a finished output was written to")
 

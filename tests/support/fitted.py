@@ -6,8 +6,7 @@ import torch
 from seeds import vary
 
 from streamer.linalg.low_rank import LowRank
-from streamer.methods.coefficients import Coefficients
-from streamer.methods.factors import FactorSet
+from streamer.methods.fits import Coefficients, FactorSet
 from streamer.plan.plan import make_plan
 
 

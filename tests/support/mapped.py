@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from seeds import vary
 
-from streamer.methods.input_map import InputMap
-from streamer.methods.mapped_input import MappedInput
+from streamer.methods.maps import InputMap, MappedInput
 from streamer.plan.plan import make_plan
 
 

@@ -14,7 +14,7 @@ from streamer.detection.detect import detect_all
 from streamer.detection.device import choose_device
 from streamer.detection.matrices import detect_matrix
 from streamer.detection.matrix_finding import MatrixFinding
-from streamer.detection.options import DetectionOptions, Run, RunOptions
+from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.prefetch import Prefetcher, read_ahead
 from streamer.errors import UsageError
 from streamer.events import Event, Monitor
@@ -102,8 +102,7 @@ def test_every_device_decides_the_same(plan: Plan, device: str) -> None:
     options = DetectionOptions()
     expected = [decisions(detect_matrix(plan, t, options, torch.device("cpu"), 0)) for t in plan.targets]
     found = [
-        decisions(f)
-        for _, f in detect_all(AdapterBatch(plan.base, (plan,)), options, Run(RunOptions(torch.device(device))), 0)
+        decisions(f) for _, f in detect_all(AdapterBatch(plan.base, (plan,)), options, Run(torch.device(device)), 0)
     ]
     assert found == expected
 

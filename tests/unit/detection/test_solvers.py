@@ -310,8 +310,8 @@ def test_top_k_as_a_count_or_a_share() -> None:
     (lambda: DetectionOptions(threshold_epsilon=float("nan")), "threshold_epsilon"),
     (lambda: DetectionOptions(threshold_epsilon="0.5"), r"threshold_epsilon: expected a number in .*, found '0.5'"),
     (lambda: DetectionOptions(solver="magic"), "solver: expected one of auto, certified, dense"),
-    (lambda: make_method("papre", 0.5), "method: expected one of paper, project, shrink"),
-    (lambda: make_method("paper", 0.5, "some"), "select: expected one of all, first"),
+    (lambda: make_method("papre", mitigation_lambda=0.5), "method: expected one of paper, project, shrink"),
+    (lambda: make_method("paper", select="some"), "select: expected one of all, first"),
 ])  # fmt: skip
 def test_options_that_make_no_sense_are_refused(options, words: str) -> None:
     with pytest.raises(UsageError, match=words):

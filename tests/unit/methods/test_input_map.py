@@ -15,8 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from streamer.errors import FormatError, MismatchError, OutputExistsError, UsageError
-from streamer.methods.input_map import InputMap, add_maps, load_map
-from streamer.methods.input_map_file import MAP
+from streamer.methods.maps import MAP, InputMap, add_maps, load_map
 
 
 @pytest.fixture(scope="module")

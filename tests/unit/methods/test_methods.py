@@ -19,9 +19,11 @@ from streamer.methods import (
     NullSpace,
     RegMean,
     make_method,
+    options_of,
     takes_findings,
 )
-from streamer.methods.input_map import InputMap
+from streamer.methods.fits import FactorSet
+from streamer.methods.maps import InputMap
 from streamer.verification.verify import NEEDS
 
 PACKAGE = Path(streamer.__file__).parent
@@ -61,11 +63,30 @@ def test_no_method_is_the_default_unless_coefficients_are_given() -> None:
 def test_a_map_chooses_its_method_and_no_other_takes_it() -> None:
     mapped = InputMap((), {"vectors": 16})
     assert make_method(None, map=mapped).label == "nullspace 0.6"
-    with pytest.raises(UsageError, match="map: is not used by method 'shrink'"):
-        make_method("shrink", map=mapped)
-    for lam, amplify in ((1.5, True), (-0.1, True), (1.5, False)):
-        with pytest.raises(UsageError, match=r"^lambda"):
-            make_method(None, lam, amplify=amplify, map=mapped)
+    for lam in (1.5, -0.1):
+        with pytest.raises(UsageError, match=r"^lambda must be between 0 \(remove\) and 1 \(keep\), got [-0-9.]+$"):
+            make_method(None, mitigation_lambda=lam, map=mapped)
+
+
+def test_a_method_refuses_the_options_that_it_lacks() -> None:
+    """One line for all, from the fields of the methods; each takes its own."""
+    given = {"mitigation_lambda": 0.5, "select": "first", "amplify": True, "coefficients": FactorSet(0.9, {}),
+             "map": InputMap((), {"vectors": 16})}  # fmt: skip
+    taken = {
+        "paper": {"mitigation_lambda", "select", "amplify"},
+        "project": {"mitigation_lambda", "select", "amplify"},
+        "shrink": {"mitigation_lambda", "amplify"},
+        "regmean": {"coefficients"},
+        "nullspace": {"mitigation_lambda", "map"},
+    }
+    for name, method in METHODS.items():
+        assert set(options_of(method)) == taken[name]
+        own = {option: value for option, value in given.items() if option in taken[name]}
+        assert make_method(name, **own).as_json()["method"] == name
+        for option in given.keys() - taken[name]:
+            said = f"^{option.removeprefix('mitigation_')}: method '{name}' has no such option; leave it out"
+            with pytest.raises(UsageError, match=said):
+                make_method(name, **own, **{option: given[option]})
 
 
 def test_methods_are_named_in_few_other_files() -> None:

@@ -13,9 +13,8 @@ from safetensors.numpy import load_file, save_file
 from streamer.errors import FormatError, MismatchError, OutputExistsError, UsageError
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Dense
-from streamer.methods import METHODS, RegMean
-from streamer.methods.coefficients import FIT, Coefficients, load_coefficients
-from streamer.methods.factors import FactorSet
+from streamer.methods import METHODS, RegMean, make_method
+from streamer.methods.fits import FIT, Coefficients, FactorSet, load_coefficients
 
 FACTS = {"base": {"files": []}, "adapter": {"modules": 2}, "grain": "inputs"}
 
@@ -55,6 +54,13 @@ def test_mitigate_takes_them_by_the_name_of_the_matrix() -> None:
 
 
 def test_options_that_make_no_sense() -> None:
+    one = made(0.9).select()
+    with pytest.raises(UsageError, match=r"^method 'regmean' needs coefficients; make them with `streamer fit`$"):
+        make_method("regmean")
+    with pytest.raises(UsageError, match=r"^lambda: method 'regmean' has no such option; leave it out"):
+        make_method("regmean", mitigation_lambda=0.5, coefficients=one)
+    with pytest.raises(UsageError, match=r"^coefficients: method 'paper' has no such option; leave it out"):
+        make_method("paper", coefficients=one)
     for no_number in (None, True, float("nan"), -float("inf")):
         with pytest.raises(UsageError, match=f"^lambda must be a finite number, got {no_number}$"):
             METHODS["paper"](no_number, amplify=True)

@@ -6,8 +6,7 @@ import pytest
 
 from streamer.errors import UsageError
 from streamer.evaluation.options import EvaluationOptions
-from streamer.methods.coefficients import Coefficients
-from streamer.methods.factors import FactorSet
+from streamer.methods.fits import Coefficients, FactorSet
 from streamer.streaming.variants import make_variants
 
 

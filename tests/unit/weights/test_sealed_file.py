@@ -14,9 +14,8 @@ from mapped import random_map
 from seeds import vary
 
 from streamer.errors import FormatError
-from streamer.methods.coefficients import Coefficients, load_coefficients
-from streamer.methods.factors import FactorSet
-from streamer.methods.input_map import load_map
+from streamer.methods.fits import Coefficients, FactorSet, load_coefficients
+from streamer.methods.maps import load_map
 
 FACTS = {"base": {"files": []}, "adapter": {"modules": 2}, "sets": [{"keep": 0.9, "shrink": {"lambda": 0.67}}]}
 

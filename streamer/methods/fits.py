@@ -1,33 +1,99 @@
-"""Hold the results of a fit, one for each share of the learning to keep, and write and read their file.
+"""Hold new right factors of an adapter's deltas, fitted to the inputs of its modules, and the file of a fit.
 
-It is a safetensors file. For each `Target.tensor` ``T`` and K sets, it holds ``T.right_factor`` (K, n, r), float32. The metadata's
+``Δ = L Rᵀ`` with L (m, r) and R (n, r) becomes ``Δ' = L R'ᵀ``: in a LoRA adapter, ``lora_A`` changes and ``lora_B`` stays.
+
+The file is a safetensors file. For each `Target.tensor` ``T`` and K sets, it holds ``T.right_factor`` (K, n, r), float32. The metadata's
 ``streamer.coefficients`` is JSON: the schema, the shares that the sets keep, and the facts. See `SealedKind`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from streamer.detection.findings_file import COEFFICIENTS
-from streamer.errors import UsageError
-from streamer.methods.factors import FactorSet, share_name
-from streamer.methods.sealed_file import SealedKind
+from streamer.errors import MismatchError, UsageError
+from streamer.json_types import Sha256
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Delta
+from streamer.methods import share_name
 from streamer.storage.identities import check_identities
 from streamer.units import counted, listed
+from streamer.weights.sealed_file import SealedKind
 
 FIT = SealedKind(COEFFICIENTS, "streamer.coefficients/3", "coefficients", "make coefficients with `streamer fit`")
 
 FACTOR = ".right_factor"
 """Suffix of the arrays' names."""
 
-OWN = ("schema", "keeps")
-"""Keys of the JSON that belong to the file; all others are `Coefficients.facts`."""
+
+class CoefficientsRecord(TypedDict):
+    """The set of a fit that a method uses."""
+
+    keep: Annotated[float, "Share of the learning that the set was fitted to keep."]
+    sha256: Annotated[Sha256, "Digest of the values of all matrices (SHA-256, hexadecimal)."]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FactorSet:
+    """New right factors of all matrices for one share of the learning.
+
+    Attributes
+    ----------
+    keep
+        Share of the learning that the factors were fitted to keep.
+    matrices
+        R' (n, r) of each matrix, float32, by `Target.tensor`.
+    facts
+        Inputs and options of the fit; see `Coefficients`, whose `select` sets them.
+    name
+        Name for messages.
+    """
+
+    keep: float
+    matrices: Mapping[str, Tensor]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "coefficients"
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash all values (SHA-256, hex), which determine the mitigated delta to the last bit."""
+        digest = hashlib.sha256()
+        for tensor in sorted(self.matrices):
+            digest.update(f"{tensor}\n".encode())
+            digest.update(self.matrices[tensor].contiguous().numpy().astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def check(self) -> None:
+        """Refuse factors that are not matrices of finite numbers."""
+        for tensor, factor in self.matrices.items():
+            if factor.ndim != 2 or not bool(factor.isfinite().all()):
+                raise UsageError(
+                    f"{self.name}: the factor of {tensor!r} is not a matrix of finite numbers; use the factors of a fit"
+                )
+
+    def mitigated(self, delta: Delta, tensor: str) -> Delta:
+        """Compute ``Δ' = L R'ᵀ``."""
+        factor = self.matrices[tensor]
+        if not isinstance(delta, LowRank) or factor.shape != delta.R.shape:
+            raise MismatchError(
+                f"{self.name}: the factor of {tensor!r} does not have this adapter's shape; fit it to this adapter"
+            )
+        return LowRank(delta.L.double(), factor.double())
+
+    def record(self) -> CoefficientsRecord:
+        """Identify this set, for the record of an output."""
+        return {"keep": self.keep, "sha256": self.digest}
+
+    def __repr__(self) -> str:
+        return f"<FactorSet: keep {share_name(self.keep)}, factors of {counted(len(self.matrices), 'matrix')}>"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -133,4 +199,4 @@ def _parsed(tree: dict[str, Any], arrays: dict[str, Tensor]) -> tuple[tuple[Fact
     check_identities(*(tree[key] for key in ("base", "adapter") if isinstance(tree.get(key), dict)))
     own = {name.removesuffix(FACTOR): array.clone() for name, array in arrays.items()}
     sets = (FactorSet(float(keep), {tensor: f[k] for tensor, f in own.items()}) for k, keep in enumerate(keeps))
-    return tuple(sets), {key: value for key, value in tree.items() if key not in OWN}
+    return tuple(sets), {key: value for key, value in tree.items() if key not in ("schema", "keeps")}
