@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from enum import Enum
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -30,15 +29,6 @@ MethodName = Literal["paper", "project", "shrink", "regmean", "nullspace"]
 """Names of the methods, for type checkers; `METHODS` maps them to classes."""
 
 
-class Needs(Enum):
-    """What a method needs in addition to the adapter; the value is the option that passes it."""
-
-    NOTHING = "nothing"
-    FINDINGS = "findings"
-    COEFFICIENTS = "coefficients"
-    MAP = "map"
-
-
 class Method(ABC):
     """A method with its options, which, with the findings, determine the mitigated delta Δ'.
 
@@ -54,7 +44,7 @@ class Method(ABC):
     name
         Name on the command line, in records and in tables.
     needs
-        What the method needs in addition to the adapter.
+        Option that passes what the method needs in addition to the adapter, if it needs anything.
     keeps_rank
         Whether Δ' has the rank of Δ, so that the adapter's own factors can hold it.
     keeps_left
@@ -71,7 +61,7 @@ class Method(ABC):
     select: Selection = "all"
 
     name: ClassVar[MethodName]
-    needs: ClassVar[Needs] = Needs.NOTHING
+    needs: ClassVar[Literal["findings", "coefficients", "map"] | None] = None
     keeps_rank: ClassVar[bool] = True
     keeps_left: ClassVar[bool] = False
     about: ClassVar[str]
@@ -87,7 +77,7 @@ class Method(ABC):
     @property
     def file(self) -> FactorSet | InputMap | None:
         """Return the factors or the map that the method uses, if any."""
-        file: FactorSet | InputMap | None = getattr(self, self.needs.value, None)
+        file: FactorSet | InputMap | None = getattr(self, self.needs or "", None)
         return file
 
     @abstractmethod
@@ -112,7 +102,7 @@ class Method(ABC):
     @property
     def needs_detection(self) -> bool:
         """Test whether the result depends on findings at all."""
-        return self.needs is Needs.FINDINGS and self.mitigation_lambda != 1
+        return self.needs == "findings" and self.mitigation_lambda != 1
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything that, with the findings, determines the mitigated delta, as JSON values; plans include it in their digests."""
@@ -121,7 +111,7 @@ class Method(ABC):
 
     def as_json(self) -> dict[str, Any]:
         """Return the options under the names used in records and printed JSON."""
-        files = {} if self.file is None else {self.needs.value: self.file.record()}
+        files = {} if self.file is None else {str(self.needs): self.file.record()}
         return {"method": self.name, "scale": self.select, "lambda": self.mitigation_lambda, **files}
 
 
@@ -184,7 +174,7 @@ class _Scaling(Method):
     select: Selection = "all"
     amplify: bool = False
 
-    needs: ClassVar[Needs] = Needs.FINDINGS
+    needs = "findings"
     card: ClassVar[str] = (
         "Intruder dimensions ([Shuttleworth et al., arXiv 2410.21228](https://arxiv.org/abs/2410.21228)) are leading singular "
         "directions of the fine-tuned weights that resemble none of the base's. They were scaled by λ: 1 keeps them, 0 removes them "
@@ -241,7 +231,7 @@ class RegMean(Method):
     coefficients: FactorSet
 
     name: ClassVar[MethodName] = "regmean"
-    needs: ClassVar[Needs] = Needs.COEFFICIENTS
+    needs = "coefficients"
     keeps_left: ClassVar[bool] = True
     about: ClassVar[str] = "keep only the response to the task's inputs (`streamer fit`)"
     card: ClassVar[str] = (
@@ -272,7 +262,7 @@ class NullSpace(Method):
     mitigation_lambda: float = 0.6
 
     name: ClassVar[MethodName] = "nullspace"
-    needs: ClassVar[Needs] = Needs.MAP
+    needs = "map"
     keeps_left: ClassVar[bool] = True
     about: ClassVar[str] = "reduce the response to general inputs, by a map from `streamer map`"
     card: ClassVar[str] = (
@@ -309,7 +299,7 @@ UNCHANGED = Shrink(1.0)
 
 def takes_findings(name: str | None) -> bool:
     """Test whether the method with this name scales intruders; False if the name is unknown, or None."""
-    return name in METHODS and METHODS[name].needs is Needs.FINDINGS
+    return name in METHODS and METHODS[name].needs == "findings"
 
 
 def options_of(method: type[Method]) -> list[str]:
@@ -337,6 +327,6 @@ def make_method(name: str | None, **given: Any) -> Method:
     method = METHODS[name]
     if lacking := [option.removeprefix("mitigation_") for option in given if option not in options_of(method)]:
         raise UsageError(f"{lacking[0]}: method {name!r} has no such option; leave it out, or choose another method")
-    if method.missing and method.needs.value not in given:
+    if method.missing and method.needs not in given:
         raise UsageError(f"method {name!r} {method.missing}")
     return method(**given)

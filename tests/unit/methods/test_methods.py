@@ -15,7 +15,6 @@ from streamer.methods import (
     UNCHANGED,
     WITHOUT_FILES,
     MethodName,
-    Needs,
     NullSpace,
     RegMean,
     make_method,
@@ -31,10 +30,9 @@ PACKAGE = Path(streamer.__file__).parent
 
 def test_each_name_is_one_of_a_method_and_has_a_witness() -> None:
     assert list(METHODS) == list(get_args(MethodName)) == [method.name for method in METHODS.values()]
-    needs = {name: method.needs for name, method in METHODS.items() if method.needs in (Needs.COEFFICIENTS, Needs.MAP)}
-    assert {name: option.value for name, option in needs.items()} == NEEDS
+    assert {name: method.needs for name, method in METHODS.items() if method.missing} == NEEDS
     assert [name for name in METHODS if takes_findings(name)] == [
-        name for name, method in METHODS.items() if method.needs is Needs.FINDINGS
+        name for name, method in METHODS.items() if method.needs == "findings"
     ]
     assert not takes_findings(None)
 
