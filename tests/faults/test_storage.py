@@ -156,7 +156,7 @@ def test_what_macos_lacks_is_called_in_one_place() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and (node.attr in names or node.attr.startswith(PREFIXES))
     }
-    called = {"posix_fallocate", "posix_fadvise", "preadv", "memfd_create", "sched_getaffinity", "F_FULLFSYNC", "fsync"}  # fmt: skip
+    called = {"posix_fallocate", "posix_fadvise", "preadv", "sched_getaffinity", "F_FULLFSYNC", "fsync"}
     assert found == {("storage/system.py", name) for name in called}
 
 
