@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from streamer.adapters.config_rules import CONFIG_RULES
-from streamer.adapters.other_formats import FORMATS as OTHER_FORMATS
-from streamer.adapters.other_formats import NOT_HERE
 from streamer.adapters.peft_methods import METHODS
+from streamer.adapters.rules import FORMATS as OTHER_FORMATS
+from streamer.adapters.rules import RESIDUAL, RULES
 from streamer.weights.quantization.registry import FORMATS
 
 
@@ -40,10 +39,10 @@ EXPERTS = Support("a fully fine-tuned mixture with stacks of experts, of a class
 
 def support_table() -> str:
     """The table in Markdown."""
-    refused = ", ".join(dict.fromkeys(rule.kind for rule in CONFIG_RULES if not rule.residual))
+    refused = ", ".join(dict.fromkeys(rule.kind for rule in RULES if rule.kind != RESIDUAL))
     methods = ", ".join(method.title for method in METHODS.values())
     flag = "with `--base-is-residual`"
-    others = ", ".join(one.title for one in OTHER_FORMATS if one.instead.startswith(NOT_HERE))
+    others = ", ".join(title for title in OTHER_FORMATS if not title.startswith("kohya"))
     rows = [
         Support("kind of adapter", "`detect`", "`mitigate`", "`merge`"),
         Support(*["---"] * 4),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-from streamer.adapters.adapter_config import AdapterConfig
-from streamer.adapters.config_rules import is_residual, unknown_keys
+from streamer.adapters.adapter_config import CONFIG_NAME, AdapterConfig
 from streamer.adapters.modules import Module
+from streamer.adapters.rules import is_residual, unknown_keys, version_notes
 from streamer.adapters.target_parameters import Wrapped, stored_layout
 from streamer.adapters.tensor_names import Carried
 from streamer.storage.buffers import views
@@ -96,6 +96,26 @@ class DeltaSource(ABC):
         return None
 
 
+class NoAdapter(DeltaSource):
+    """Source without deltas, for runs on a base alone."""
+
+    describes_model: ClassVar[bool] = False
+    identity_bytes: ClassVar[int] = 0
+
+    @classmethod
+    def at(cls, base: Path) -> NoAdapter:
+        """Make one for a base; messages name the base."""
+        return cls(base, AdapterConfig({}, base / CONFIG_NAME), (), {})
+
+    def identity(self) -> AdapterIdentity:
+        """Return an identity without modules: nothing is changed."""
+        return {"modules": 0}
+
+    def trains(self, module: str) -> bool:
+        """Return False: nothing was trained."""
+        return False
+
+
 class PeftAdapter(DeltaSource):
     """A PEFT adapter on disk."""
 
@@ -145,21 +165,7 @@ class PeftAdapter(DeltaSource):
         ignored = self._stated().get("ignored_keys", [])
         are, them = ("is", "it") if len(ignored) == 1 else ("are", "them")
         line = f"{listed(map(repr, ignored))} of {self.config.path.name} {are} ignored: the result relies on {them} not changing the delta"
-        return (*((line,) if ignored else ()), *self._of_earlier_versions())
-
-    def _of_earlier_versions(self) -> Iterator[str]:
-        """Warn of rules that PEFT has changed since: before 0.18, its configs do not state the version that trained them."""
-        config = self.config
-        if config.get("peft_version"):
-            return
-        unstated = "the config states no peft_version; if PEFT"
-        exact = config.get("num_cayley_neumann_terms") in (1, 2)
-        if config.peft_type == "OFT" and config.get("use_cayley_neumann") and not exact:
-            yield f"{unstated} before 0.18 trained the adapter, this result differs: the last terms of OFT's series had other weights"
-        patterns = {key: config.get(key) for key in ("rank_pattern", "alpha_pattern") if config.peft_type == "LORA"}
-        for key, found in patterns.items():
-            if isinstance(found, dict) and any(c in pattern for pattern in found for c in "|^"):
-                yield f"{unstated} up to 0.14 trained the adapter, this result may differ: '|' and '^' in {key} had another meaning"
+        return (*((line,) if ignored else ()), *version_notes(self.config))
 
     def trains(self, module: str) -> bool:
         """Apply PEFT's rule: a module is trained if its path, or a parent's path, ends in an entry of ``modules_to_save``."""

@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from streamer.adapters.config_patterns import first_match
-from streamer.adapters.stated import NOTHING_STATED, Stated
-from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UnsupportedError
+from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UnsupportedError, UsageError
 from streamer.storage.checkpoint import read_json_object
-from streamer.units import listed
+from streamer.units import listed, quoted
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 LORA_NAME = "pytorch_lora_weights.safetensors"  # of a diffusers pipeline
+
+MAX_REPEATS = 4
+"""Most open-ended repeats in one pattern: each may multiply the time by the name's length."""
+
+LoraBLayout = Literal["rank_major", "grouped_by_expert"]
+"""Order of lora_B's columns for stacked experts: rank by rank, as PEFT stores them, or expert by expert, as Unsloth did."""
+
+
+@dataclass(frozen=True)
+class Stated:
+    """Facts about a run's adapters; `api.detect_intruder_dimensions` explains them as keywords.
+
+    Raises
+    ------
+    UsageError
+        If a value has the wrong type.
+    """
+
+    base_is_residual: bool = False
+    lora_b_layout: LoraBLayout | None = None
+    ignore_keys: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        layouts = get_args(LoraBLayout)
+        if self.lora_b_layout not in (None, *layouts):
+            raise UsageError(f"lora_b_layout: expected {' or '.join(layouts)}, found {self.lora_b_layout!r}")
+        keys = self.ignore_keys
+        if isinstance(keys, str) or not (isinstance(keys, Collection) and all(isinstance(key, str) for key in keys)):
+            raise UsageError(f"ignore_keys: expected a list of keys, found {keys!r}")
+        object.__setattr__(self, "ignore_keys", tuple(keys))
+
+
+NOTHING_STATED = Stated()
 
 
 @dataclass(frozen=True)
@@ -45,16 +77,6 @@ class AdapterConfig:
     def base_model(self) -> Any:
         """Return the model that the adapter was trained on: a hub id or a path."""
         return self.values.get("base_model_name_or_path")
-
-    @property
-    def fan_in_fan_out(self) -> bool:
-        """Return whether the config says that the base stores (in, out)."""
-        return bool(self.values.get("fan_in_fan_out", False))
-
-    @property
-    def ensure_weight_tying(self) -> bool:
-        """Return whether a tied ``lm_head`` also gets the embedding's delta."""
-        return bool(self.values.get("ensure_weight_tying"))
 
     def number(self, pattern_key: str, key: str, module: str, default: float | None = None) -> float:
         """Return a module's number: from the first matching pattern, else from the config, else the default.
@@ -104,6 +126,34 @@ class AdapterConfig:
                 f"{self.path}: module {module!r}: its alpha gives a scale of {scaling!r}, expected a finite number other than 0"
             )
         return scaling
+
+
+def stated_options(identity: Mapping[str, Any]) -> list[str]:
+    """List the command-line options that state again what an adapter's identity records as stated."""
+    words = ["--base-is-residual"] if identity.get("base_is_residual") else []
+    if layout := identity.get("lora_b_layout"):
+        words += ["--lora-b-layout", layout]
+    return words + [word for key in identity.get("ignored_keys", ()) for word in ("--ignore-key", key)]
+
+
+def first_match(patterns: Iterable[str], module: str) -> str | None:
+    """Find the first pattern, in the config's order, that matches a tail of the module's path, as PEFT does.
+
+    Raises
+    ------
+    ValueError
+        If a pattern is not a regular expression, or might never finish: it repeats a group after a repeat or branch, or has many repeats.
+        Configs are downloaded and not trusted.
+    """
+    for pattern in patterns:
+        if re.search(r"[*+?|}].*\)[*+{]", pattern) or sum(map(pattern.count, "*+")) > MAX_REPEATS:
+            raise ValueError(f"pattern {quoted(pattern)} may never finish matching; write it without repeated groups")
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return pattern
+        except (re.error, OverflowError, RecursionError) as e:
+            raise ValueError(f"pattern {quoted(pattern)} is not a regular expression: {e}") from None
+    return None
 
 
 def read_adapter_config(path: Path, stated: Stated) -> AdapterConfig:

@@ -121,8 +121,9 @@ def named_adapters(adapters: Sequence[str | Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for given in map(Path, adapters):
         several = holds_adapters(given)
-        if several:
-            _refuse_models(given)
+        # The user may mean a model as a fine-tuned model, or it may be the base.
+        if several and (models := sorted(p.name for p in _directories(given) if is_model(p) and not _is_adapter(p))):
+            raise UsageError(f"{given}: holds a model beside the adapters, {models[0]!r}; list the adapters one by one")
         for path in _inside(given) if several else [given]:
             name = Path(os.path.abspath(path)).name.removesuffix(".safetensors")
             if name in found and os.path.realpath(path) == os.path.realpath(found[name]):
@@ -148,12 +149,3 @@ def _directories(path: Path) -> list[Path]:
 def _is_adapter(path: Path) -> bool:
     """Test whether any of an adapter's files exists, even as a broken link."""
     return any(os.path.lexists(path / name) for name in FILES)
-
-
-def _refuse_models(path: Path) -> None:
-    """Refuse models in a directory of adapters: the user may mean one as a fine-tuned model, or it may be the base."""
-    models = sorted(p.name for p in _directories(path) if is_model(p) and not _is_adapter(p))
-    if models:
-        raise UsageError(
-            f"{path}: holds a model beside the adapters, {models[0]!r}; list the adapters that you mean one by one"
-        )

@@ -20,9 +20,6 @@ from streamer.linalg.operators import Delta, Dense
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-MOST_TERMS = 1000
-"""Most terms of a Neumann series; PEFT's default is 5. A config may ask for any number, and each term costs a product for each matrix."""
-
 
 class MethodInputs(NamedTuple):
     """A module's tensors by role in the computing dtype, its scaling, the adapter's config, and its weight's (out, in)."""
@@ -53,8 +50,6 @@ class PeftMethod:
         Roles of tensors that the file stores once for all modules.
     low_rank
         Whether the delta is given as factors.
-    refuses
-        Returns why a config cannot be computed, or "".
     matrices
         Matrices of W0's size in memory at once while the delta is computed, including W0 but not the module's tensors.
     """
@@ -66,7 +61,6 @@ class PeftMethod:
     scaled: bool = False
     shared: frozenset[str] = frozenset()
     low_rank: bool = False
-    refuses: Callable[[AdapterConfig], str] = lambda config: ""
     matrices: int = 3
 
 
@@ -163,12 +157,6 @@ def _vera(p: MethodInputs, W0: Tensor) -> Delta:
     return LowRank(L, R.T)
 
 
-def _vera_refuses(config: AdapterConfig) -> str:
-    if config.get("save_projection", True):
-        return ""
-    return "its projections are not in the file (save_projection=false), and only the library that trained it can generate them again"
-
-
 def _block_size(elements: int) -> int:
     """Return the size b of a skew-symmetric block with b·(b−1)/2 entries above its diagonal."""
     return (1 + math.isqrt(1 + 8 * elements)) // 2
@@ -237,12 +225,6 @@ def _boft(p: MethodInputs, W0: Tensor) -> Delta:
     return Dense(p.tensors["boft_s"].flatten()[:, None].to(W0.dtype) * _rotated(W0, R) - W0)
 
 
-def _boft_refuses(config: AdapterConfig) -> str:
-    factors = config.get("boft_n_butterfly_factor", 1)
-    why = f"boft_n_butterfly_factor={factors}, of which only 1 can be checked against PEFT on a CPU"
-    return "" if factors == 1 else why
-
-
 def _full_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     ((role, stored),) = s.items()
     m, n = stored[0], math.prod(stored[1:])
@@ -255,37 +237,12 @@ def _full(p: MethodInputs, W0: Tensor) -> Delta:
     return Dense((weight.flatten(1) if role == "weight" else weight.T) - W0)
 
 
-def _no_number(config: AdapterConfig, *keys: str) -> str:
-    """Report the first of these keys whose value is not a finite number."""
-    wrong = [k for k in keys if k in config.values and not _is_number(config.get(k))]
-    return f"{wrong[0]}={config.get(wrong[0])!r}, expected a number" if wrong else ""
-
-
-def _is_number(value: object) -> bool:
-    """Test whether a value is a number, not infinite, NaN or a boolean."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-
-
-def _oft_refuses(config: AdapterConfig) -> str:
-    terms = config.get("num_cayley_neumann_terms", 5)
-    if not _is_number(terms) or not 1 <= terms <= MOST_TERMS:
-        return f"num_cayley_neumann_terms={terms!r}, expected 1 to {MOST_TERMS}"
-    return _no_number(config, "eps") or _fan_in_fan_out(config)
-
-
-def _fan_in_fan_out(config: AdapterConfig) -> str:
-    return "fan_in_fan_out=true, which PEFT does not merge for this method" if config.get("fan_in_fan_out") else ""
-
-
 METHODS: dict[str, PeftMethod] = {
     "LOHA": PeftMethod("LoHa", r"hada_(?:w[12]_[ab]|t[12])", _loha_fits, _loha, scaled=True, matrices=4),
     "LOKR": PeftMethod("LoKr", r"lokr_(?:w[12](?:_[ab])?|t2)", _lokr_fits, _lokr, scaled=True),
-    "ADALORA": PeftMethod("AdaLoRA", r"lora_[ABE]|ranknum", _adalora_fits, _adalora, low_rank=True,
-                      refuses=lambda config: _no_number(config, "lora_alpha", "init_r")),
-    "VERA": PeftMethod("VeRA", r"vera_lambda_[bd]", _vera_fits, _vera, shared=frozenset({"vera_A", "vera_B"}), low_rank=True,
-                   refuses=_vera_refuses),
-    "OFT": PeftMethod("OFT", r"oft_(?:embedding_)?R", _oft_fits, _oft, refuses=_oft_refuses),
-    "BOFT": PeftMethod("BOFT", r"boft_[Rs]", _boft_fits, _boft,
-                   refuses=lambda config: _boft_refuses(config) or _fan_in_fan_out(config)),
+    "ADALORA": PeftMethod("AdaLoRA", r"lora_[ABE]|ranknum", _adalora_fits, _adalora, low_rank=True),
+    "VERA": PeftMethod("VeRA", r"vera_lambda_[bd]", _vera_fits, _vera, shared=frozenset({"vera_A", "vera_B"}), low_rank=True),
+    "OFT": PeftMethod("OFT", r"oft_(?:embedding_)?R", _oft_fits, _oft),
+    "BOFT": PeftMethod("BOFT", r"boft_[Rs]", _boft_fits, _boft),
     "FULL": PeftMethod("a fully fine-tuned model in the adapter's place", r"(?!)", _full_fits, _full, matrices=2),
 }  # fmt: skip

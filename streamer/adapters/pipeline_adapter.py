@@ -12,17 +12,16 @@ the file's metadata.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from streamer.adapters.adapter import PeftAdapter
-from streamer.adapters.adapter_config import CONFIG_NAME, LORA_NAME, WEIGHTS_NAME, AdapterConfig
+from streamer.adapters.adapter_config import CONFIG_NAME, LORA_NAME, NOTHING_STATED, WEIGHTS_NAME, AdapterConfig, Stated
 from streamer.adapters.modules import Module
-from streamer.adapters.reader import lora_module, open_adapter, refuse_kinds
-from streamer.adapters.stated import NOTHING_STATED, Stated
+from streamer.adapters.reader import lora_module, open_adapter
+from streamer.adapters.rules import refuse_kinds
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.identities import AdapterIdentity
@@ -59,20 +58,6 @@ NAMINGS = (
              re.compile(r"^lora_[a-z0-9]+_\w+\.(?:lora_down|lora_up|lora_mid)\.weight$")),
 )  # fmt: skip
 
-REFUSED = (
-    (re.compile(r"\.dora_scale$"), "DoRA"),
-    (_TEXT_DORA, "DoRA of a text encoder, whose magnitudes diffusers does not load"),
-    (re.compile(r"\.lora_mid\."), "a convolution in three factors (lora_mid)"),
-    (re.compile(r"\.(?:hada_|lokr_|oft_|boft_|diff\b|diff_b\b)"), "a LyCORIS method other than LoRA"),
-    (re.compile(r"\.lora_B\.bias$"), "a bias beside the factors (lora_bias)"),
-    (re.compile(r"^lora_(?!unet_|te1?_|te2_)|^(?!lora_)"), "a tensor of another component or of unknown meaning"),
-    (re.compile(r""), "a tensor of unknown meaning"),
-)
-"""Reasons to refuse the tensors that a form does not hold; the first match wins."""
-
-
-_FLUX = re.compile(r"lora_unet_(?:double|single)_blocks_")
-
 
 class PipelineAdapter(PeftAdapter):
     """A LoRA adapter of a diffusers pipeline: one file, whose header or alphas take the place of the config."""
@@ -86,28 +71,6 @@ class PipelineAdapter(PeftAdapter):
     def configs(self) -> tuple[AdapterConfig, ...]:
         """Return the configs of the components in the metadata."""
         return tuple((_metadata(self.file, self.config.stated) or {}).values())
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Note scalings that diffusers does not apply as the trainer does, and keys that the user chose to ignore."""
-        if (
-            self.configs
-            and METADATA_KEY not in self.file.header.metadata
-            and {m.scaling for m in self.modules.values()} != {1}
-        ):
-            return (
-                *super().notes,
-                f"the scaling in the file's {TRAINERS_KEY} is applied, as in training; diffusers ignores it and uses 1 unless you pass "
-                "alpha/rank to set_adapters",
-            )
-        alphas = {round(module.scaling * module.rank, 6) for module in self.modules.values()}
-        of_unet = any(name.startswith("lora_unet_") and not _FLUX.match(name) for name in self.modules)
-        if len(alphas) < 2 or not of_unet or not any(name.endswith(".alpha") for name in self.tensors):
-            return super().notes
-        return (
-            "the modules' alphas differ: each scales its own module here, as in training; diffusers applies the most common alpha to "
-            "some modules, so its images differ",
-        )
 
     @property
     def config_paths(self) -> tuple[Path, ...]:
@@ -157,7 +120,10 @@ def _modules(file: TensorFile, naming: Naming, stated: Stated) -> dict[str, Modu
         else:
             others.append(info.name)
     if others:
-        raise UnsupportedError(f"{file.path}: refused: not supported in {naming.title} form: {_reasons(others)}")
+        raise UnsupportedError(
+            f"{file.path}: refused: {listed(map(repr, others), 1)} not supported in {naming.title} form, only the factors of LoRA on unet, "
+            "transformer, text_encoder and text_encoder_2 (DoRA: in diffusers' form, of the first two)"
+        )
     for name, tensors in found.items():
         if missing := {"A", "B"} - tensors.keys():
             have = listed(repr(t) for t in tensors.values())
@@ -179,14 +145,6 @@ def _modules(file: TensorFile, naming: Naming, stated: Stated) -> dict[str, Modu
     return modules
 
 
-def _reasons(names: Iterable[str]) -> str:
-    why = {name: next(reason for pattern, reason in REFUSED if pattern.search(name)) for name in names}
-    first = {reason: name for name, reason in reversed(why.items())}
-    return listed(
-        (f"{n} × {reason}, {first[reason]!r} first" for reason, n in Counter(why.values()).items()), separator="; "
-    )
-
-
 def _configs(
     file: TensorFile, naming: Naming, found: Mapping[str, Mapping[str, str]], stated: Stated
 ) -> dict[str, AdapterConfig | None]:
@@ -204,7 +162,9 @@ def _configs(
             f"{file.path}: has both alphas and a LoRA config in its metadata, so its scaling is ambiguous; save it again"
         )
     if in_metadata is not None:
-        return {name: in_metadata.get(name.partition(".")[0]) or _lacks(file, name) for name in found}
+        if lacking := [name for name in found if name.partition(".")[0] not in in_metadata]:
+            raise FormatError(f"{file.path}: the metadata has no LoRA config of {lacking[0]!r}; save the adapter again")
+        return {name: in_metadata[name.partition(".")[0]] for name in found}
     beside = file.path.with_name(CONFIG_NAME)
     own = file.path.name == WEIGHTS_NAME or not file.path.with_name(WEIGHTS_NAME).exists()
     if not alphas and own and beside.is_file():
@@ -220,17 +180,14 @@ def _configs(
             f"{file.path}: {len(alphas)} of its {len(found)} modules have an alpha, and {next(n for n in found if n not in alphas)!r} has "
             "none: programs assume different values for it; write an alpha for every module"
         )
-    return {name: _with_alpha(file, alphas.get(name)) for name in found}
-
-
-def _with_alpha(file: TensorFile, tensor: str | None) -> AdapterConfig | None:
-    if tensor is None:
-        return None
-    stored = StoredTensor(file, file.header.by_name[tensor])
-    dtype, shape = stored.info.dtype, stored.info.shape
-    if shape not in ((), (1,)) or not (dtype in ENCODINGS or dtype.startswith("I")):
-        raise FormatError(f"{file.path}: {tensor!r}: expected one number, found {dtype} of shape {list(shape)}")
-    return AdapterConfig({"lora_alpha": float(stored.whole().item())}, file.path)
+    configs: dict[str, AdapterConfig | None] = dict.fromkeys(found)
+    for name, tensor in alphas.items():
+        alpha = StoredTensor(file, file.header.by_name[tensor])
+        dtype, shape = alpha.info.dtype, alpha.info.shape
+        if shape not in ((), (1,)) or not (dtype in ENCODINGS or dtype.startswith("I")):
+            raise FormatError(f"{file.path}: {tensor!r}: expected one number, found {dtype} of shape {list(shape)}")
+        configs[name] = AdapterConfig({"lora_alpha": float(alpha.whole().item())}, file.path)
+    return configs
 
 
 def _metadata(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | None:
@@ -238,18 +195,15 @@ def _metadata(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | No
     raw = file.header.metadata.get(METADATA_KEY)
     if not raw:
         return _of_trainer(file, stated)
-    try:
-        tree = strict_json(raw.encode())
-    except ValueError as e:
-        raise FormatError(
-            f"{file.path}: {METADATA_KEY} of its metadata: bad JSON: {e}; save the adapter again"
-        ) from None
-    if not isinstance(tree, dict):
-        raise FormatError(f"{file.path}: {METADATA_KEY} of its metadata: expected an object; save the adapter again")
     values: dict[str, dict[str, Any]] = {}
-    for key, value in tree.items():
-        component, _, name = key.partition(".")
-        values.setdefault(component, {})[name] = value
+    try:
+        for key, value in strict_json(raw.encode()).items():
+            component, _, name = key.partition(".")
+            values.setdefault(component, {})[name] = value
+    except (ValueError, AttributeError) as e:
+        raise FormatError(
+            f"{file.path}: {METADATA_KEY} of its metadata: expected a JSON object: {e}; save it again"
+        ) from None
     configs = {component: AdapterConfig(own, file.path, stated) for component, own in values.items()}
     for config in configs.values():
         refuse_kinds(config)
@@ -269,9 +223,3 @@ def _of_trainer(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | 
     config = AdapterConfig(tree, file.path, stated)
     refuse_kinds(config)
     return {name.partition(".")[0]: config for name in names}
-
-
-def _lacks(file: TensorFile, module: str) -> AdapterConfig:
-    raise FormatError(
-        f"{file.path}: {METADATA_KEY} of its metadata has no LoRA config of {module!r}; save the adapter again"
-    )

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from streamer.adapters.adapter import PeftAdapter
-from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, read_adapter_config
-from streamer.adapters.config_rules import config_refusals, kind_refusals, peft_merges
+from streamer.adapters.adapter_config import (
+    CONFIG_NAME,
+    NOTHING_STATED,
+    WEIGHTS_NAME,
+    AdapterConfig,
+    Stated,
+    read_adapter_config,
+)
 from streamer.adapters.modules import DoraModule, LoraModule, MethodModule, Module
-from streamer.adapters.other_formats import refuse_other_formats
 from streamer.adapters.peft_methods import METHODS, PeftMethod
-from streamer.adapters.stated import NOTHING_STATED, Stated
+from streamer.adapters.rules import INSTEAD, refuse_kinds, refuse_other_formats
 from streamer.adapters.target_parameters import find_wrapped, targeted_parameters
 from streamer.adapters.tensor_names import FACTORS, Carried, carried_tensor, classify, no_indices, normalize
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
@@ -25,11 +29,6 @@ from streamer.storage.tensor_file import IOMode, TensorFile
 from streamer.units import listed
 from streamer.weights.base import StoredTensor, equal
 from streamer.weights.dtypes import encoding_of
-
-INSTEAD = "merge such an adapter with PEFT instead"
-
-UNMERGED = "PEFT does not merge it either: use it unmerged"
-"""Next step for kinds that cannot be merged by any tool."""
 
 
 def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_STATED) -> PeftAdapter:
@@ -62,14 +61,6 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING
     return sorted_adapter(path, config, TensorFile(path / WEIGHTS_NAME, io))
 
 
-def refuse_kinds(config: AdapterConfig) -> None:
-    """Raise `UnsupportedError` with all reasons if the config shows an unsupported kind of adapter."""
-    refusals, kinds = config_refusals(config), kind_refusals(config)
-    if refusals:
-        steps = [UNMERGED] if not peft_merges(config) else [INSTEAD] if refusals == kinds else []
-        raise UnsupportedError("; ".join([f"{config.path}: refused: {listed(refusals, separator='; ')}", *steps]))
-
-
 def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftAdapter:
     """Account for every tensor of an adapter; raises the same errors as `open_adapter`.
 
@@ -92,8 +83,17 @@ def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftA
     inner = {name for w in wrapped for name in w.layers}
     modules: dict[str, Module] = {}
     for name, tensors in found.items():
-        if name not in inner:
-            modules[name] = _module(name, tensors, file, config, method)
+        if name in inner:
+            continue
+        infos = {role: file.header.by_name[tensor] for role, tensor in tensors.items()}
+        for info in infos.values():
+            encoding_of(info, str(file.path))
+        if method is None:
+            modules[name] = lora_module(name, infos, file.path, config)
+        else:
+            rank, scaling = config.method_scaling(name) if method.scaled else (0, 1.0)
+            shapes = {role: info.shape for role, info in infos.items()}
+            modules[name] = MethodModule(name, method, config, dict(tensors), shapes, rank, scaling)
     if not modules and not wrapped:
         refuse_other_formats(file.path)
         what = "lora_A and lora_B" if method is None else method.title
@@ -142,8 +142,7 @@ def _sort(
     found: dict[str, dict[str, str]] = {}
     shared: dict[str, str] = {}
     rest: list[tuple[str, re.Match[str], str]] = []
-    refused: Counter[str] = Counter()
-    example: dict[str, str] = {}
+    refused: list[str] = []
     own = method and re.compile(rf"^(?P<module>.+)\.(?P<factor>{method.roles})(?:\.[^.]+)?(?:\.weight)?$")
     names = {normalize(name) for name in file.header.by_name}
     for info in file.header.tensors:
@@ -151,22 +150,20 @@ def _sort(
         # Until version 0.17, PEFT wrote copies of biases below a saved module, without the adapter's name.
         name = plain if (plain := name.replace(".modules_to_save.", ".")) in names else name
         match = own and own.match(name)
-        if method is not None and (role := name.rpartition(".")[2]) in method.shared:
-            shared[role] = info.name
+        if method is not None and (last := name.rpartition(".")[2]) in method.shared:
+            shared[last] = info.name
             continue
         if match:
             factor = match["factor"]
         else:
-            rule, match = classify(name)
-            if rule.refusal or (method is not None and rule.role in FACTORS):
-                reason = rule.refusal or "another method's tensors"
-                refused[reason] += 1
-                example.setdefault(reason, info.name)
+            role, match = classify(name)
+            if role == "other" or (method is not None and role in FACTORS):
+                refused.append(info.name)
                 continue
-            if rule.role not in FACTORS:
-                rest.append((rule.role, match, info.name))
+            if role not in FACTORS:
+                rest.append((role, match, info.name))
                 continue
-            factor = "magnitude" if rule.role == "magnitude" else match["factor"]
+            factor = "magnitude" if role == "magnitude" else match["factor"]
         factors = found.setdefault(match["module"], {})
         if factor in factors:
             raise FormatError(
@@ -175,8 +172,8 @@ def _sort(
         factors[factor] = info.name
     if refused:
         refuse_other_formats(file.path)
-        kinds = [f"{n} × {reason}, {example[reason]!r} first" for reason, n in refused.items()]
-        raise UnsupportedError(f"{file.path}: refused: not supported: {listed(kinds, separator='; ')}; {INSTEAD}")
+        what = f"{listed(map(repr, refused), 1)} of another method or of unknown meaning"
+        raise UnsupportedError(f"{file.path}: refused: {what}; {INSTEAD}")
     for name, factors in found.items():
         missing = {"A", "B"} - factors.keys()
         if method is None and missing:
@@ -185,28 +182,20 @@ def _sort(
     return {name: {**factors, **shared} for name, factors in found.items()}, rest
 
 
-def _module(
-    name: str, tensors: Mapping[str, str], file: TensorFile, config: AdapterConfig, method: PeftMethod | None
-) -> Module:
-    infos = {role: file.header.by_name[tensor] for role, tensor in tensors.items()}
-    for info in infos.values():
-        encoding_of(info, str(file.path))
-    if method is None:
-        return lora_module(name, infos, file.path, config)
-    shapes = {role: info.shape for role, info in infos.items()}
-    rank, scaling = config.method_scaling(name) if method.scaled else (0, 1.0)
-    return MethodModule(name, method, config, dict(tensors), shapes, rank, scaling)
-
-
 def lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, config: AdapterConfig) -> LoraModule:
     """Make a module from the tensors of its factors, by role; `where` is the weights file, for messages."""
     a, b, magnitude = factors["A"], factors["B"], factors.get("magnitude")
-    layer_kind = _layer_kind(name, a, b, where)
-    rank = a.shape[0]
-    if b.shape[1] != rank or math.prod((*a.shape, *b.shape)) == 0:
+    roles, dimensions = {classify(normalize(info.name))[0] for info in (a, b)}, len(a.shape)
+    layer_kind = "embedding" if roles == {"embedding"} else "convolution" if dimensions > 2 else "linear"
+    alike = (
+        len(roles) == 1 and len(b.shape) == dimensions and 2 <= dimensions <= (2 if layer_kind == "embedding" else 5)
+    )
+    if not alike or b.shape[1] != a.shape[0] or math.prod(b.shape[2:]) != 1 or 0 in (*a.shape, *b.shape):
         raise FormatError(
-            f"{where}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} do not multiply; save the adapter again"
+            f"{where}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} do not multiply to the delta of a layer "
+            "(of one group, if it is a convolution); save the adapter again, or use it unmerged"
         )
+    rank = a.shape[0]
     # PEFT looks up a parameter's rank and alpha by the parameter's name.
     scaling = config.lora_scaling(f"{name}.weight" if "weight" in targeted_parameters(config, name) else name, rank)
     shape = (b.shape[0], math.prod(a.shape[1:]))
@@ -223,26 +212,3 @@ def lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, confi
             f"{where}: module {name!r}: expected {b.shape[0]} magnitudes, found {list(magnitude.shape)}; save the adapter again"
         )
     return DoraModule(name, a.name, b.name, rank, scaling, shape, layer_kind, a.shape[2:], magnitude=magnitude.name)
-
-
-def _layer_kind(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:
-    """Determine the kind of layer from the factors' names and dimensions."""
-    by_name = {classify(normalize(info.name))[0].role for info in (a, b)}
-    dimensions = len(a.shape)
-    if len(b.shape) != dimensions or not 2 <= dimensions <= 5 or len(by_name) != 1:
-        raise FormatError(
-            f"{where}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} belong to different layers; "
-            "save the adapter again"
-        )
-    if dimensions == 2:
-        return "embedding" if by_name == {"embedding"} else "linear"
-    if math.prod(b.shape[2:]) != 1 or by_name == {"embedding"}:
-        raise UnsupportedError(
-            f"{where}: refused: module {name!r}: lora_B {list(b.shape)} is not a convolution of kernel size 1; save the adapter again"
-        )
-    if b.shape[1] != a.shape[0] and b.shape[1] and a.shape[0] % b.shape[1] == 0:
-        raise UnsupportedError(
-            f"{where}: refused: module {name!r}: LoRA on a convolution with {a.shape[0] // b.shape[1]} groups, "
-            f"whose delta is not the product of its factors; {UNMERGED}"
-        )
-    return "convolution"

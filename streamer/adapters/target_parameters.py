@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig
-from streamer.adapters.config_keys import LAYOUT_DETAILS, LAYOUT_KEY
-from streamer.adapters.stated import LoraBLayout
+from streamer.adapters.adapter_config import AdapterConfig, LoraBLayout
 from streamer.errors import UnsupportedError
 from streamer.units import listed, quoted
 
 _LAYOUTS = get_args(LoraBLayout)
+
+LAYOUT_KEY, LAYOUT_DETAILS = "lora_B_layout", "unsloth_fused_expert_lora"
 
 INNER = ".base_layer"
 
@@ -95,26 +95,20 @@ def find_wrapped(
 
 
 def targeted_parameters(config: AdapterConfig, module: str) -> set[str]:
-    """List a module's parameters that a config names, by their own names."""
-    return {t.rpartition(".")[2] for t in config.strings("target_parameters") if _names(t, module)}
-
-
-def _names(target: str, module: str) -> bool:
-    """Test whether an entry of target_parameters is a parameter of this module, by PEFT's rule."""
-    name = f"{module}.{target.rpartition('.')[2]}"
-    return name == target or name.endswith("." + target)
+    """List a module's parameters that a config names, by their own names; PEFT's rule."""
+    named = {target: target.rpartition(".")[2] for target in config.strings("target_parameters")}
+    return {own for target, own in named.items() if f".{module}.{own}".endswith(f".{target}")}
 
 
 def layout_refusals(config: AdapterConfig) -> list[str]:
     """Return the reason to refuse the config's order of lora_B's columns, if any."""
     rows, columns = _layouts(config)
-    expected = f"expected {' or '.join(_LAYOUTS)}"
+    stated = config.stated.lora_b_layout
     if rows - {"grouped_by_expert"}:
         return [f"lora_A_layout is {listed(sorted(rows))}, expected grouped_by_expert"]
-    if len(columns) > 1 or columns - {*_LAYOUTS}:
-        return [f"{LAYOUT_KEY} is {listed(sorted(columns))}, {expected} for all experts"]
-    if (stated := config.stated.lora_b_layout) is not None and columns - {stated}:
-        return [f"{LAYOUT_KEY} is {columns.pop()}, and --lora-b-layout says {stated}; leave that option out"]
+    if len(columns) > 1 or columns - ({stated} if stated else {*_LAYOUTS}):
+        expected = f"{stated} (as --lora-b-layout says; leave it out)" if stated else " or ".join(_LAYOUTS)
+        return [f"{LAYOUT_KEY} is {listed(sorted(columns))}, expected {expected} for all experts"]
     return []
 
 
@@ -143,26 +137,17 @@ def is_grouped(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -
     UnsupportedError
         If Unsloth may have written the adapter, and neither its config nor the user states the order.
     """
-    layout = stored_layout(config) or config.stated.lora_b_layout
+    layout, card = stored_layout(config) or config.stated.lora_b_layout, path / "README.md"
     # Adapters written by streamer are in PEFT's order, even if their card names Unsloth as the trainer.
-    if layout is None and "streamer" not in metadata and (where := _naming_unsloth(config, path, metadata)):
-        raise UnsupportedError(
-            f"{config.path}: refused: LoRA on stacked experts, and {where} names Unsloth, which stored lora_B grouped by expert until "
-            "September 2026; pass --lora-b-layout grouped_by_expert if it wrote this one before then, else --lora-b-layout rank_major"
-        )
+    if layout is None and "streamer" not in metadata:
+        text = card.read_text("utf-8", "replace") if card.is_file() else ""
+        if "unsloth" in f"{json.dumps([config.values, dict(metadata)])}{text}".lower():
+            raise UnsupportedError(
+                f"{config.path}: refused: LoRA on stacked experts, and config, metadata or README.md names Unsloth, which stored lora_B "
+                "grouped by expert until September 2026; pass --lora-b-layout grouped_by_expert if it wrote this one before then, else "
+                "--lora-b-layout rank_major"
+            )
     return layout == "grouped_by_expert"
-
-
-def _naming_unsloth(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -> str:
-    """Return the key or line of an adapter's files that names Unsloth, or ""."""
-    card = path / "README.md"
-    lines = card.read_text("utf-8", "replace").splitlines() if card.is_file() else []
-    texts = {
-        **{f"{quoted(key, 40)} of {CONFIG_NAME}": json.dumps({key: value}) for key, value in config.values.items()},
-        **{f"{quoted(key, 40)} of the metadata of {WEIGHTS_NAME}": f"{key} {value}" for key, value in metadata.items()},
-        **{f"line {i} of README.md": line for i, line in enumerate(lines, 1)},
-    }
-    return next((where for where, text in texts.items() if "unsloth" in text.lower()), "")
 
 
 def _layouts(config: AdapterConfig) -> tuple[set[str], set[str]]:

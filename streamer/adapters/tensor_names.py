@@ -1,4 +1,4 @@
-"""Assign roles to an adapter's tensors by name. A new kind of tensor is a new entry of `TENSOR_RULES`; the first match wins.
+"""Assign roles to an adapter's tensors by name. A new kind of tensor is a new entry of `ROLES`; the first match wins.
 
 ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`` → factor A of ``model.layers.0.self_attn.q_proj``;
 ``base_model.model.score.modules_to_save.default.weight``, also without ``default`` → ``weight`` of ``score``, saved whole;
@@ -16,39 +16,30 @@ from streamer.adapters.adapter_config import AdapterConfig
 from streamer.adapters.modules import Module
 from streamer.errors import FormatError, MismatchError
 
-
-@dataclass(frozen=True)
-class TensorRule:
-    """Role of an adapter's tensors, by a pattern for their normalised names; tensors with a `refusal` reason are refused.
-
-    The groups of the pattern name the ``module``, the ``factor`` (A or B), and the module's ``parameter``.
-    """
-
-    pattern: re.Pattern[str]
-    role: str
-    refusal: str = ""
-
-
 FACTORS = ("factor", "embedding", "magnitude")
 """Roles of tensors that form a LoRA module."""
 
 _ADAPTER = r"(?:\.(?P<adapter>[^.]+))?"
 
-TENSOR_RULES: tuple[TensorRule, ...] = (
-    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_(?P<factor>[AB]){_ADAPTER}\.weight$"), "factor"),
-    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_embedding_(?P<factor>[AB]){_ADAPTER}$"), "embedding"),
-    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?$"), "magnitude"),
-    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_B{_ADAPTER}\.bias$"), "lora_bias"),
-    TensorRule(re.compile(rf"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta{_ADAPTER}$"), "tokens"),
+ROLES = (
+    (re.compile(rf"^(?P<module>.+)\.lora_(?P<factor>[AB]){_ADAPTER}\.weight$"), "factor"),
+    (re.compile(rf"^(?P<module>.+)\.lora_embedding_(?P<factor>[AB]){_ADAPTER}$"), "embedding"),
+    (re.compile(rf"^(?P<module>.+)\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?$"), "magnitude"),
+    (re.compile(rf"^(?P<module>.+)\.lora_B{_ADAPTER}\.bias$"), "lora_bias"),
+    (re.compile(rf"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta{_ADAPTER}$"), "tokens"),
     # The base's own values, kept by trainers that save a module's whole state.
-    TensorRule(re.compile(r"\.trainable_tokens_original(\.|$)|\.original_module\."), "original"),
-    TensorRule(re.compile(r"\.(hada_|lokr_|lora_|ranknum|vera_|oft_|boft_|ia3_)"), "other", "another method's tensors"),
+    (re.compile(r"\.trainable_tokens_original(\.|$)|\.original_module\."), "original"),
+    (re.compile(r"\.(hada_|lokr_|lora_|ranknum|vera_|oft_|boft_|ia3_)"), "other"),
     # PEFT strips the adapter's name if it is the last part but one; parameters directly in the module are stored without it.
-    TensorRule(re.compile(r"^(?P<module>.+?)\.modules_to_save\.(?:[^.]+\.)?(?P<parameter>.+)$"), "saved"),
-    TensorRule(re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<parameter>[^.]+)$"), "saved"),
-    TensorRule(re.compile(r"^(?P<module>.+)\.(?P<parameter>[^.]+)$"), "saved"),
-    TensorRule(re.compile(r""), "unknown", "a tensor of unknown meaning"),
+    (re.compile(r"^(?P<module>.+?)\.modules_to_save\.(?:[^.]+\.)?(?P<parameter>.+)$"), "saved"),
+    (re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<parameter>[^.]+)$"), "saved"),
+    (re.compile(r"^(?P<module>.+)\.(?P<parameter>[^.]+)$"), "saved"),
+    (re.compile(r""), "other"),
 )
+"""Roles by patterns for normalised names, whose groups name the ``module``, the ``factor`` (A or B) and the module's ``parameter``.
+
+Tensors of the role ``other`` belong to another method, or their meaning is unknown: they are refused.
+"""
 
 PREFIX = "base_model.model."
 """Prefix of the names in a PEFT adapter: ``model.layers.0.mlp.up_proj`` → ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""
@@ -75,8 +66,8 @@ def saved_names(names: Collection[str]) -> dict[str, str]:
 
 
 def _saved_name(plain: str, names: set[str]) -> str:
-    rule, match = classify(plain)
-    if rule.role == "saved" and ".modules_to_save." in plain:
+    role, match = classify(plain)
+    if role == "saved" and ".modules_to_save." in plain:
         short = f"{match['module']}.{match['parameter']}"
         # PEFT's copies of biases below a saved module keep their names: the module's own tensors are beside them.
         return PREFIX + (plain if {short, plain.replace(".modules_to_save.", ".")} & names else short)
@@ -86,13 +77,9 @@ def _saved_name(plain: str, names: set[str]) -> str:
     return PREFIX + plain[: match.start("adapter") - 1] + plain[match.end("adapter") :]
 
 
-def classify(name: str) -> tuple[TensorRule, re.Match[str]]:
-    """Return the rule for a normalised tensor name, and its match."""
-    for rule in TENSOR_RULES:
-        match = rule.pattern.search(name)
-        if match:
-            return rule, match
-    raise AssertionError("the last rule matches everything")
+def classify(name: str) -> tuple[str, re.Match[str]]:
+    """Return the role of a normalised tensor name, and the match of its pattern."""
+    return next((role, match) for pattern, role in ROLES if (match := pattern.search(name)))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from streamer.events import Monitor, OnEvent
 from streamer.units import parse_size
 
 if TYPE_CHECKING:
-    from streamer.adapters.stated import LoraBLayout
+    from streamer.adapters.adapter_config import LoraBLayout
     from streamer.detection.findings import Findings
     from streamer.detection.selection import Selection
     from streamer.evaluation.options import ProductDtype

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
-from streamer.adapters.stated import LoraBLayout, Stated
+from streamer.adapters.adapter_config import LoraBLayout, Stated
 from streamer.api.keywords import read_size
 from streamer.detection.device import choose_device
 from streamer.detection.findings import Findings

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from streamer.adapters.stated import NOTHING_STATED, Stated
+from streamer.adapters.adapter_config import NOTHING_STATED, Stated
 from streamer.detection.cost import cost
 from streamer.detection.findings_records import OptionsRecord
 from streamer.detection.solvers import SOLVERS

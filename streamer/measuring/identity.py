@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from streamer import __version__
-from streamer.adapters.config_keys import NEUTRAL
-from streamer.adapters.stated import stated_options
+from streamer.adapters.adapter_config import stated_options
+from streamer.adapters.rules import NEUTRAL
 from streamer.plan.plan import Plan
 from streamer.streaming.extra import require_transformers
 from streamer.streaming.model import LoadedModel

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from streamer.adapters.rules import mitigated_before
 from streamer.detection.findings import Findings
 from streamer.detection.findings_size import FindingsSize, findings_bytes
 from streamer.detection.intruders import Detection
@@ -22,7 +23,6 @@ from streamer.linalg.torch_state import threads
 from streamer.methods import Method
 from streamer.output.records import SCHEMA
 from streamer.plan.plan import Plan
-from streamer.plan.provenance import mitigated_before
 from streamer.plan.targets import Target
 
 

@@ -11,7 +11,7 @@ from streamer.adapters.tensor_names import PREFIX
 from streamer.errors import UnsupportedError
 from streamer.plan.architectures import Architecture
 from streamer.plan.carried_tensors import TensorEdits
-from streamer.plan.tied_names import find_ties
+from streamer.plan.tied_embeddings import find_ties
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.weights.base import StoredTensor, equal

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from streamer.adapters.adapter_config import WEIGHTS_NAME
-from streamer.adapters.config_rules import is_residual
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.adapters.modules import MethodModule
+from streamer.adapters.rules import is_residual
 from streamer.adapters.tensor_names import PREFIX, saved_names
 from streamer.errors import UnsupportedError, UsageError
 from streamer.linalg.energy import energies, energies_bytes, least_rank

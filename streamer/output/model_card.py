@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamer.adapters.stated import stated_options
+from streamer.adapters.adapter_config import stated_options
 from streamer.errors import printable
 from streamer.methods import METHODS
 from streamer.output.records import MitigatedMatrix, Record, Totals

@@ -93,6 +93,6 @@ def _spec(job: Job, path: Path, model: MergedModel) -> OutputSpec:
     base_bytes = sum(base.files[name].header.data_bytes for name in shards) if components else base.data_bytes
     return OutputSpec(
         job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base_bytes, model.texts, tokenizer,
-        warnings=[*job.warnings, *lacks, *lost], notes=[*plan.edits.notes, *model.head.notes, *says], advice=list(model.head.advice),
+        warnings=[*job.warnings, *lacks, *lost], notes=[*model.head.notes, *says], advice=list(model.head.advice),
         model_tensors=model.tensor_count,
     ).with_card(model.head.pipeline)  # fmt: skip

@@ -12,9 +12,10 @@ from pathlib import Path
 from torch import nn
 
 from streamer.adapters.adapter import DeltaSource, PeftAdapter
+from streamer.adapters.adapter_config import Stated
 from streamer.adapters.modules import MethodModule
-from streamer.adapters.reader import refuse_kinds, sorted_adapter
-from streamer.adapters.stated import Stated
+from streamer.adapters.reader import sorted_adapter
+from streamer.adapters.rules import refuse_kinds
 from streamer.errors import InputError, UnsupportedError
 from streamer.peft.model import LiveModel, layer_of, model_config, open_model, path_in_base
 from streamer.peft.tensors import LiveFile, LiveTensor

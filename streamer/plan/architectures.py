@@ -8,18 +8,23 @@ decoder) by the class that the config names there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from streamer.adapters.layer_names import EMBEDDING
 from streamer.errors import UsageError
 from streamer.plan.architecture_table import record as record_of
 from streamer.plan.architecture_table import table
 from streamer.weights.model_config import ModelConfig
 
 TIE_KEY = "tie_word_embeddings"
+
+EMBEDDING = re.compile(
+    r"(?:^|\.)(?:wte|wpe|shared|(?:\w+_)?relative_attention_bias|embed_(?!out|proj)\w+|(?!patch)\w*embeddings?)$"
+)
+"""Names of embeddings, as opposed to linear layers, if the model's class is unknown or does not contain the layer."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from streamer.adapters.no_adapter import NoAdapter
+from streamer.adapters.adapter import NoAdapter
 from streamer.plan.architectures import with_architecture
 from streamer.plan.plan import Plan, match_plan
 from streamer.plan.targets import Orientation

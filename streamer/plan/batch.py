@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from streamer.adapters.stated import NOTHING_STATED, Stated
-from streamer.plan.plan import Plan, make_plans
+from streamer.adapters.adapter_config import NOTHING_STATED, Stated
+from streamer.plan.plan import Plan, file_order, make_plans
 from streamer.plan.targets import Target
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.tensor_file import IOMode
@@ -71,11 +71,12 @@ class AdapterBatch:
         """
         found: dict[tuple[Any, ...], list[Assignment]] = {}
         for i, plan in enumerate(self.plans):
+            order = file_order(plan.weights)
             for assignment in filter(wanted, (Assignment(i, target) for target in plan.targets)):
                 target = assignment.target
                 tensors = plan.weights[target.tensor].tensors.values()
                 where = tuple((str(stored.file.path), stored.info.start, stored.info.end) for stored in tensors)
-                found.setdefault((plan.file_order(target), target.tensor, where), []).append(assignment)
+                found.setdefault((order(target), target.tensor, where), []).append(assignment)
         return [SharedGroup(found[key]) for key in sorted(found, key=lambda key: key[0])]
 
 

@@ -7,13 +7,12 @@ the factors' names (`targets`): if the module ``model.layers.0.mlp.up_proj`` was
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Annotated, NamedTuple, TypedDict
 
 from streamer.adapters.adapter import DeltaSource
-from streamer.adapters.adapter_config import CONFIG_NAME
 from streamer.adapters.tensor_names import Carried
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.plan.name_matching import prefix_exchange
@@ -71,8 +70,6 @@ class TensorEdits:
         Tensors of the base that the merged model omits, each with the reason.
     untied
         Key paths of ties that the config must no longer state (see `tied_embeddings`).
-    notes
-        Notes about the merged model, one line each.
     """
 
     sources: Mapping[str, StoredTensor] = field(default_factory=dict)
@@ -82,7 +79,6 @@ class TensorEdits:
     vocabularies: Mapping[tuple[str, ...], int] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
     untied: tuple[tuple[str, ...], ...] = ()
-    notes: tuple[str, ...] = ()
 
     @property
     def vocabulary(self) -> int | None:
@@ -109,15 +105,9 @@ class TensorEdits:
         return config.untied(self.untied)
 
 
-def match_carried(
-    base: Checkpoint,
-    adapter: DeltaSource,
-    matched: Mapping[str, str],
-    renames: Renames,
-    weights: WeightView,
-    aliases: Mapping[str, StoredTensor] | None = None,
-    vocabulary: Mapping[str, VocabularyTensor] = MappingProxyType({}),
-) -> TensorEdits:
+def match_carried(base: Checkpoint, adapter: DeltaSource, matched: Mapping[str, str], renames: Renames, weights: WeightView,
+                  aliases: Mapping[str, StoredTensor] | None = None,
+                  vocabulary: Mapping[str, VocabularyTensor] = MappingProxyType({})) -> TensorEdits:  # fmt: skip
     """Match every carried tensor of an adapter to its tensor in the merged model.
 
     Parameters
@@ -142,17 +132,36 @@ def match_carried(
     """
     known = {**{name: StoredTensor(*base.locate(name)) for name in base.weight_map}, **(aliases or {})}
     quantized = weights.quantized_names
-    matcher = CarriedMatcher(base, adapter, known.keys() | quantized, matched, renames)
-    problems = matcher.problems
+    loaded = renames.loaded(known.keys() | quantized)
+    by_run_time = {now: name for name, now, by, _, _ in loaded if by is None}
+    built = {now: name for name, now, by, _, _ in loaded if by is not None}
+    exchanges = sorted({prefix_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()})
+    problems: list[str] = []
     trained: set[str] = set()
     sources: dict[str, StoredTensor] = {}
     shifts: dict[str, tuple[StoredTensor, float]] = {}
     rows: dict[str, tuple[StoredTensor, tuple[int, ...]]] = {}
     # Replacements come first: the other edits must fit them.
     for c in sorted(adapter.carried, key=lambda c: c.role != "saved"):
-        name = None if c.role == "original" else matcher.find(c)
-        if name is None:
+        if c.role == "original":
             continue
+        exchanged = [add + c.name[len(strip) :] for strip, add in exchanges if c.name.startswith(strip)]
+        names = (c.name, by_run_time.get(c.name), *exchanged)
+        found = [*dict.fromkeys(n for n in names if n is not None and (n in known or n in quantized))]
+        if len(found) > 1:
+            problems.append(f"{c.source!r} is ambiguous: it could be {listed(map(repr, found))}")
+            continue
+        if not found and (c.role != "saved" or not adapter.trains(c.module)):
+            problems.append(
+                f"{c.source!r} has no tensor in the base (looked for {c.name!r}), and modules_to_save does not name it"
+            )
+            continue
+        if not found and (name := next((n for n in (c.name, *exchanged) if n in built), "")):
+            raise UnsupportedError(
+                f"{adapter.file.path}: {c.source!r} replaces {name!r}, which transformers builds on loading from {built[name]!r} and "
+                f"similar tensors in {base.path}; merging such a replacement is not supported"
+            )
+        name = found[0] if found else exchanged[0] if len({*exchanged}) == 1 else c.name
         mine = adapter.tensors[c.source]
         if name in quantized:
             if c.role == "tokens" and (problem := _misfit_of_tokens(c, mine.info.shape, name, weights[name].shape)):
@@ -179,68 +188,7 @@ def match_carried(
             f"{adapter.file.path}: {listed(problems, separator='; ')}; is {base.path} the base that the adapter was trained on?"
         )
     plain = {name: part for name, part in sources.items() if name not in quantized}
-    resized, notes = _vocabularies(known, plain, adapter, vocabulary), tuple(matcher.notes.values())
-    return TensorEdits(sources, shifts, rows, frozenset(trained), resized, notes=notes)
-
-
-class CarriedMatcher:
-    """Search for the tensors of the merged model that an adapter's carried tensors edit.
-
-    Parameters
-    ----------
-    known
-        Names of the model's tensors that exist.
-    matched
-        Module → base tensor of the factors.
-    """
-
-    def __init__(
-        self,
-        base: Checkpoint,
-        adapter: DeltaSource,
-        known: Collection[str],
-        matched: Mapping[str, str],
-        renames: Renames,
-    ) -> None:
-        self.base, self.adapter, self.known = base, adapter, known
-        loaded = renames.loaded(known)
-        self.by_run_time = {now: name for name, now, by, _, _ in loaded if by is None}
-        self.built = {now: name for name, now, by, _, _ in loaded if by is not None}
-        self.exchanges = sorted({prefix_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()})
-        self.problems: list[str] = []
-        self.notes: dict[str, str] = {}
-
-    def find(self, c: Carried) -> str | None:
-        """Return the tensor's name; if there is none, add a problem and return None."""
-        exchanged = [add + c.name[len(strip) :] for strip, add in self.exchanges if c.name.startswith(strip)]
-        found = dict.fromkeys(n for n in (c.name, self.by_run_time.get(c.name), *exchanged) if n in self.known)
-        if len(found) > 1:
-            self.problems.append(f"{c.source!r} is ambiguous: it could be {listed(map(repr, found))}")
-            return None
-        if found:
-            return next(iter(found))
-        if c.role != "saved" or not self.adapter.trains(c.module):
-            self.problems.append(_unmatched(c))
-            return None
-        for name in (c.name, *exchanged):
-            if name in self.built:
-                raise UnsupportedError(
-                    f"{self.adapter.file.path}: {c.source!r} replaces {name!r}, which transformers builds on loading from "
-                    f"{self.built[name]!r} and similar tensors in {self.base.path}; merging such a replacement is not supported"
-                )
-        stripped = next((strip for strip, add in self.exchanges if strip and not add), None)
-        if stripped:
-            self.notes[stripped] = (
-                f"{c.name!r} is new, and the other names lack its prefix {stripped!r}: transformers 5 loads them together, but earlier "
-                "versions refuse"
-            )
-        return exchanged[0] if len(set(exchanged)) == 1 else c.name
-
-
-def _unmatched(c: Carried) -> str:
-    if c.role == "lora_bias":
-        return f"{c.source!r} would be added to a bias that the base does not have ({c.name!r}); leave it out if it is zero"
-    return f"{c.source!r} has no tensor in the base (looked for {c.name!r}), and no modules_to_save in {CONFIG_NAME} names it"
+    return TensorEdits(sources, shifts, rows, frozenset(trained), _vocabularies(known, plain, adapter, vocabulary))
 
 
 def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo, is_vocabulary: bool, has_vocabulary: bool) -> str:
@@ -264,12 +212,8 @@ def _misfit_of_tokens(c: Carried, mine: tuple[int, ...], name: str, base: tuple[
     return ""
 
 
-def _vocabularies(
-    known: Mapping[str, StoredTensor],
-    sources: Mapping[str, StoredTensor],
-    adapter: DeltaSource,
-    vocabulary: Mapping[str, VocabularyTensor],
-) -> dict[tuple[str, ...], int]:
+def _vocabularies(known: Mapping[str, StoredTensor], sources: Mapping[str, StoredTensor], adapter: DeltaSource,
+                  vocabulary: Mapping[str, VocabularyTensor]) -> dict[tuple[str, ...], int]:  # fmt: skip
     """Return the new number of rows of each vocabulary that a replaced embedding resizes; all its embeddings must match."""
     resized = {
         name: (known[name].info.shape[0], part.info.shape[0])
@@ -281,7 +225,7 @@ def _vocabularies(
     for name, (before, after) in resized.items():
         found.setdefault(vocabulary[name].keys, after)
         for other in vocabulary.keys() & known.keys() - follow:
-            # One value for each token, such as a head's bias, is not an embedding (`tied_names.without_stale_values`).
+            # One value for each token, such as a head's bias, is not an embedding (`tied_embeddings.without_stale_values`).
             info, rows = known[other].info, sources.get(other, known[other]).info.shape[0]
             embedding = other.endswith(".weight") and len(info.shape) == 2 and info.shape[0] == before
             if embedding and vocabulary[other].keys == vocabulary[name].keys and rows != after:

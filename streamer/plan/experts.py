@@ -161,13 +161,14 @@ def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: Mod
         sources[part.source][(part.number if numbered else 0) or 0] = part.tensor
     experts = len(sources[0])
     shapes = {tuple(weights[s[e]].shape for s in sources) for e in range(experts) if all(e in s for s in sources)}
+    wrong = f"is built on loading from {loaded[0].tensor!r} and similar tensors, which do not fit together or lack an expert"
     whole = all(sorted(s) == list(range(experts)) for s in sources)
     if not whole or sum(map(len, sources)) != len(loaded) or len(shapes) != 1:
-        return f"is built on loading from {loaded[0].tensor!r} and similar tensors, which are not one for each expert, all of one shape"
+        return wrong
     (one,) = shapes
     kinds = {(*s[:-2], s[-1]) for s in one}  # everything except their heights
     if len(kinds) != 1 or len(one[0]) != (2 if numbered else 3) or (CONCATENATE in by.by and in_out):
-        return f"is built on loading from {loaded[0].tensor!r} and similar tensors, whose shapes do not fit together"
+        return wrong
     heights, width = [s[-2] for s in one], one[0][-1]
     ends = list(itertools.accumulate(heights))
     rows = [(end - h, end) for h, end in zip(heights, ends, strict=True)] if len(heights) > 1 else [None]

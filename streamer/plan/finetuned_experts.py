@@ -11,9 +11,8 @@ from pathlib import Path
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.finetuned import FinetunedModel
-from streamer.adapters.layer_names import EMBEDDING
 from streamer.errors import MismatchError, UnsupportedError
-from streamer.plan.architectures import architecture_for
+from streamer.plan.architectures import EMBEDDING, architecture_for
 from streamer.plan.name_matching import Match
 from streamer.plan.targets import Orientation, Target, TensorSlice, misfits
 from streamer.plan.transformers_renames import CONCATENATE, TRANSPOSE, Loaded, renames_for

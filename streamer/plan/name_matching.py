@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from streamer.plan.transformers_renames import Conversion, Renames
+from streamer.plan.transformers_renames import Renames
 from streamer.units import listed
 
 
@@ -67,8 +67,12 @@ def match_names(
         return exchanged[0]
     others = {} if ambiguous or exchanged else names.by_prefix_of_most(modules)
     for name, match in found.items():
-        if not match.tensor and not match.why:
-            found[name] = others.get(name) or Match("", "", names.what_is_wrong(name, exchanged))
+        if match.tensor or match.why:
+            continue
+        why = f"has no tensor in the base (looked for {name + '.weight'!r} and for one exchange of prefixes)"
+        if exchanged:
+            why = f"is ambiguous: it could be {listed(sorted(repr(way[name].tensor) for way in exchanged))}"
+        found[name] = others.get(name) or Match("", "", why)
     return found
 
 
@@ -81,7 +85,6 @@ class _Names:
         self.stacks: set[str] = set()
         self.disk: dict[str, str] = {}
         self.run_time: defaultdict[str, list[str]] = defaultdict(list)
-        self.built: dict[str, Conversion] = {}
         for tensor, name, conversion, _, _ in renames.loaded(tensors):
             stem = tensor.removesuffix(".weight")
             # A parameter is found by its whole name, a module by the name of its weight.
@@ -92,7 +95,6 @@ class _Names:
                 continue
             if conversion.stacks:
                 self.stacks.add(name)
-            self.built[tensor] = conversion
             if name == tensor:  # the name stays but the values change: the module's weight is not on disk
                 del self.disk[stem]
 
@@ -150,23 +152,6 @@ class _Names:
                     m: Match(self.disk[_exchange(m, *rule)], "prefix", "as most of the adapter's modules") for m in fit
                 }
         return best
-
-    def what_is_wrong(self, name: str, ways: Sequence[Mapping[str, Match]]) -> str:
-        """Explain why a module has no match."""
-        if ways:
-            places = listed(sorted(repr(way[name].tensor) for way in ways))
-            return f"is ambiguous: it could be {places}"
-        weight = name + ".weight"
-        if weight in self.built:
-            return f"is computed from {weight!r} on loading ({listed(self.built[weight].by)}), which is not supported"
-        attention = name.removesuffix(".base_layer.out_proj")
-        if f"{attention}.in_proj_weight" in self.disk:
-            return f"belongs to a MultiheadAttention, {attention!r}: LoRA on its fused in_proj_weight is not supported"
-        parts = [t for t, c in self.built.items() if any(to.removesuffix(".weight") in name for to in c.to)]
-        if parts:
-            how = listed(self.built[parts[0]].by)
-            return f"has no tensor of its own: transformers builds it from {parts[0]!r} and similar tensors ({how}), which is not supported"
-        return f"has no tensor in the base (looked for {weight!r} and for one exchange of prefixes)"
 
 
 def prefix_exchange(module: str, stem: str) -> tuple[str, str]:

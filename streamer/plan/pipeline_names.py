@@ -23,7 +23,7 @@ from streamer.errors import MismatchError, UnsupportedError, UsageError
 from streamer.plan.name_matching import EXACT, Match, match_names
 from streamer.plan.targets import Target, TensorSlice
 from streamer.plan.transformers_renames import Renames
-from streamer.storage.checkpoint import PIPELINE_NAME, SINGLE_NAME, Checkpoint, component_files
+from streamer.storage.checkpoint import PIPELINE_NAME, SINGLE_NAME, Checkpoint
 from streamer.weights.base import RowConcat, Weight
 from streamer.weights.logical import WeightView
 from streamer.weights.model_config import ModelConfig, read_model_config
@@ -128,16 +128,12 @@ def match_modules(base: Checkpoint, config: ModelConfig, adapter: DeltaSource, w
             "architecture: the base is a pipeline, whose components say their classes; leave the option out"
         )
     of_pipeline = isinstance(adapter, PipelineAdapter)
-    if config.pipeline and not of_pipeline:
+    if of_pipeline != config.pipeline:
+        expected = f"{PIPELINE_NAME} and no {SINGLE_NAME} or its index in {base.path}" if of_pipeline else (
+            f"names of a diffusers pipeline (unet.….lora_A.weight, lora_unet_….lora_down.weight), as {base.path} is one; evaluate, fit, "
+            "repair and map need a language model")  # fmt: skip
         raise MismatchError(
-            f"{base.path}: is a diffusers pipeline, which needs an adapter with diffusers' or kohya's names (unet.….lora_A.weight, "
-            f"lora_unet_….lora_down.weight), found {adapter.path}; if a file in it has such names, give that file; "
-            "evaluate, fit, repair and map need a language model"
-        )
-    if of_pipeline and not config.pipeline:
-        raise MismatchError(
-            f"{adapter.path}: is an adapter of a diffusers pipeline; expected {PIPELINE_NAME} in {base.path}, and no {SINGLE_NAME} or its "
-            "index beside it"
+            f"{adapter.path}: is {'' if of_pipeline else 'not '}an adapter of a diffusers pipeline; expected {expected}"
         )
     if not of_pipeline:
         return ModuleNames(match_names(adapter.modules, weights, renames, parameters))
@@ -200,15 +196,7 @@ def _match(base: Checkpoint, module: str, found: list[tuple[str, ...]]) -> Match
         return Match(name, "pipeline", OTHER_NAME)
     if found:
         return Match("", "", f"is ambiguous: it could be {found[0][0]!r} or {found[1][0]!r}")
-    components = [c for c, prefixes in PREFIXES.items() if module.startswith((f"{c}.", *prefixes))]
-    present = [c for c in components if any(name.startswith(f"{c}/") for name in base.files)]
-    if not present:
-        return Match(
-            "",
-            "",
-            f"has no component in the base (looked for {' or '.join(component_files(c)[0] for c in components)})",
-        )
-    return Match("", "", f"has no tensor of a known name in the base's {present[0]}")
+    return Match("", "", f"has no tensor of a known name in the base ({', '.join(PREFIXES)})")
 
 
 def _class_of(base: Checkpoint, component: str) -> Any:

@@ -16,26 +16,24 @@ import torch
 from torch import Tensor
 
 from streamer.adapters.adapter import DeltaSource
+from streamer.adapters.adapter_config import NOTHING_STATED, Stated
 from streamer.adapters.finetuned import FinetunedModel, is_model, open_finetuned
 from streamer.adapters.modules import Module
 from streamer.adapters.pipeline_adapter import open_lora
-from streamer.adapters.stated import NOTHING_STATED, Stated
 from streamer.errors import InputChangedError, MismatchError, NumericError, OutputError, UnsupportedError
 from streamer.linalg.operators import Delta, all_finite
 from streamer.plan import tied_embeddings as tied
-from streamer.plan.announced import Announced
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of, with_architecture
 from streamer.plan.carried_tensors import TensorEdits, match_carried
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
 from streamer.plan.finetuned_experts import match_stacks, stacks_of, tensor_roles
-from streamer.plan.name_matching import Match
 from streamer.plan.pipeline_names import match_modules
-from streamer.plan.provenance import base_notes
+from streamer.plan.rules import check_announced, other_base
 from streamer.plan.side_files import other_files, unread_weights
 from streamer.plan.sources import AdapterSource, BaseSource, adapter_source, base_source
 from streamer.plan.targets import Orientation, Target, TensorSlice, match_targets, misfits
 from streamer.plan.task_heads import merged_architecture
-from streamer.plan.tied_names import find_ties, vocabulary_tensors, without_stale_values
+from streamer.plan.tied_embeddings import find_ties, vocabulary_tensors, without_stale_values
 from streamer.plan.transformers_renames import Renames, renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.files import Stamp, file_stamp, storage_errors
@@ -87,7 +85,7 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return notes on the inputs, printed as warnings and stored in the record; they contain no paths, so outputs are reproducible."""
-        stated = base_notes(self.adapter.config.base_model, self.base.path, self.config, self.base.metadata)
+        stated = other_base(self.adapter.config.base_model, self.base.path, self.config)
         return *stated, *self.announced, *self.adapter.notes
 
     @property
@@ -103,11 +101,6 @@ class Plan:
             for part in target.slices:
                 out.setdefault(part.weight, []).append((target, part))
         return out
-
-    @cached_property
-    def file_order(self) -> Callable[[Target], tuple[int, int]]:
-        """Return the key that sorts targets by the base's file order: the weight's position, and the matrix's index in it."""
-        return _file_order(self.weights)
 
     def delta(self, target: Target, W0: Tensor | None = None, *, double: bool = False,
               tensors: Mapping[str, StoredTensor] | None = None) -> Delta:  # fmt: skip
@@ -269,12 +262,15 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
     found_names = match_modules(checkpoint, config, opened, weights.replaced(aliases), renames, parameters)
     names = found_names.names
     if architecture is None and not config.pipeline:
-        names = {name: _with_class_asked(name, match) for name, match in names.items()}
+        ask = "; if it is tied to one there, name the model's class with --architecture"
+        names = {n: m if m.tensor or "*" in pattern_of(n) else m._replace(why=m.why + ask) for n, m in names.items()}
     matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
     mirrors = tied.mirrored(ties, opened, matched)
     other = {m.name for m in mirrors.values()}
     own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
-    _refuse_unmatched(own, opened, weights)
+    # Before carried tensors are matched, whose names are matched in the same way.
+    if opened.carried and (unmatched := [f"{name!r} {match.why}" for name, match in own.items() if not match.tensor]):
+        raise MismatchError(misfits(unmatched, len(own), opened, weights))
     vocabulary = vocabulary_tensors(checkpoint, config, architecture, ties, renames)
     # If an adapter changes only stacks of experts, only these show the prefix of its names in the base.
     placed = matched | {p: names[p].tensor for p in parameters if names[p].rule.startswith("prefix")}
@@ -283,7 +279,7 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
     if not opened.describes_model:
         present = dict.fromkeys([*checkpoint.weight_map, *aliases])
         biased = [name for name, tensor in matched.items() if f"{tensor.removesuffix('weight')}bias" in weights]
-        announced = Announced(opened, present, renames, config, architecture, edits, biased).check()
+        announced = check_announced(opened, present, renames, config, architecture, edits, biased)
     if opened.describes_model:
         edits = replace(edits, dropped=dropped)
         found = {*(match.tensor for match in names.values()), *edits.sources, *dropped}
@@ -303,32 +299,18 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
         *match_experts(weights, opened, config, orientation.architectures, names, renames),
         *match_stacks(weights, opened, names),
     ]
-    targets.sort(key=_file_order(weights))
+    targets.sort(key=file_order(weights))
     weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
     return Plan(checkpoint, weights, opened, tuple(targets), edits, mirrors, config, architecture, announced)
 
 
-def _refuse_unmatched(names: Mapping[str, Match], adapter: DeltaSource, weights: WeightView) -> None:
-    """Refuse modules without a tensor before matching carried tensors, whose names are matched in the same way."""
-    problems = [f"{name!r} {match.why}" for name, match in names.items() if not match.tensor]
-    if problems and adapter.carried:
-        raise MismatchError(misfits(problems, len(names), adapter, weights))
-
-
-def _with_class_asked(name: str, match: Match) -> Match:
-    """Add to the message for an unmatched module outside layers that a class may tie it to a tensor."""
-    if match.tensor or "*" in pattern_of(name):
-        return match
-    return match._replace(why=f"{match.why}; if it is tied to one there, name the model's class with --architecture")
-
-
-def _file_order(weights: WeightView) -> Callable[[Target], tuple[int, int]]:
+def file_order(weights: WeightView) -> Callable[[Target], tuple[int, int]]:
+    """Return the key that sorts targets by the base's file order: the weight's position, and the matrix's index in it."""
     return lambda target: (weights.file_index(target.slices[0].weight), target.slices[0].index or 0)
 
 
-def _check_whole(
-    base: Checkpoint, weights: WeightView, architecture: Architecture | None, tuned: DeltaSource, found: set[str]
-) -> None:
+def _check_whole(base: Checkpoint, weights: WeightView, architecture: Architecture | None, tuned: DeltaSource,
+                 found: set[str]) -> None:  # fmt: skip
     """Refuse a fine-tuned model that lacks tensors of the base, except tensors that loading does not need."""
     if weights.quantized_names:
         raise UnsupportedError(

@@ -20,9 +20,10 @@ _SKIPPED_DIRECTORIES = re.compile(
 
 # Weights beside an adapter's that no adapter's loader reads, but a trainer's own may: a projector, new embeddings, a value head. Neither
 # the adapter in an earlier format nor a whole model nor training state is one.
-_STATE = r"optimizer|sampler\.|scaler|training_args|random_states|custom_checkpoint|loss\.|.*(scheduler|_states?)[._]|rng_state"
-_UNREAD_BELOW = re.compile(rf"^(?!{_STATE}).*\.(safetensors|bin|pt|pth|ckpt)$")
-_UNREAD = re.compile(rf"^(?!adapter_model|(pytorch_)?model(-\d|_fsdp|\.)){_UNREAD_BELOW.pattern[1:]}")
+_UNREAD = re.compile(
+    r"^(?!adapter_model|(pytorch_)?model(-\d|_fsdp|\.)|optimizer|sampler\.|scaler|training_args|random_states|custom_checkpoint|loss\.|"
+    r"rng_state|.*(scheduler|_states?)[._]).*\.(safetensors|bin|pt|pth|ckpt)$"
+)
 
 # What sentence-transformers saves besides a transformer: a list of the modules, their folders, and settings.
 _MODULES = re.compile(r"modules\.json|config_sentence_transformers\.json|sentence_\w+_config\.json|\d+_\w+/.*")
@@ -50,9 +51,7 @@ def other_files(directory: Path | None, apart: Path | None = None) -> list[tuple
     Not copied: weights in other formats beside the safetensors, which would be stale, and their copies for other runtimes; trainers' state;
     `.git` and caches; files of an unfinished run of streamer; and `apart` with everything below it. Without a directory there are none.
     """
-    if directory is None:
-        return []
-    return [(str(p.relative_to(directory)), p) for p, stays in _walk(directory, apart) if not stays]
+    return [(name, path) for name, path, stays in _walk(directory, apart) if not stays]
 
 
 def stale_weights(names: Iterable[str], components: Collection[str]) -> list[str]:
@@ -68,12 +67,17 @@ def stale_weights(names: Iterable[str], components: Collection[str]) -> list[str
 
 def skipped_files(directory: Path, apart: Path | None = None) -> list[str]:
     """List what `other_files` leaves out, by relative name: files, and whole directories."""
-    return [str(p.relative_to(directory)) for p, stays in _walk(directory, apart) if stays]
+    return [name for name, _, stays in _walk(directory, apart) if stays]
 
 
 def unread_weights(adapter: Path | None, own: str) -> tuple[str, ...]:
-    """Note the weights in an adapter's directory, beside its `own` file, that PEFT does not load."""
-    found = [name for name in (skipped_files(adapter) if adapter else ()) if _UNREAD.match(name) and name != own]
+    """Note the weights in an adapter's directory, beside its `own` file, that PEFT does not load; a folder with a config is a model's."""
+    found = [
+        name
+        for name, path, _ in _walk(adapter)
+        if _UNREAD.match(path.name) and name != own and not is_module(name)
+        and (path.parent == adapter or not any(path.parent.glob("*config.json")))
+    ]  # fmt: skip
     it = "it" if len(found) == 1 else "them"
     why = f"not used, because PEFT does not load {it}; if the adapter's trainer does, the result lacks {it}"
     return (f"{listed(found)} beside the adapter: {why}",) if found else ()
@@ -90,34 +94,20 @@ def with_modules(copies: list[tuple[str, Path]], adapter: Path) -> tuple[list[tu
     Returns
     -------
     copies, warnings
-        The files that a merged model takes along; and which weights in the adapter's subfolders are not among them. A folder with a
-        config counts as another model.
+        The files that a merged model takes along, and a warning if modules are missing.
     """
     try:
         modules = json.loads((adapter / "modules.json").read_bytes())
         # Normalize has no file, so that older versions saved an empty folder, which git and the hub drop.
         folders = [adapter / module["path"] for module in modules if not module["type"].endswith("Normalize")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        folders = []
+        return copies, []
     missing = [folder.name for folder in folders if not folder.is_dir()]
-    below = other_files(adapter) if adapter.is_dir() else []
-    if folders and not missing:
-        own = [c for c in below if is_module(c[0])]
-        copies = sorted([*own, *(c for c in copies if not is_module(c[0]))])
-    warnings = (
-        [f"modules.json beside the adapter names {listed(missing)}, not found: the base's modules are used"]
-        if missing
-        else []
-    )
-    taken = {path for _, path in copies}
-    others = [
-        (name, path) for name, path in below if "/" in name and _UNREAD_BELOW.match(path.name) and path not in taken
-    ]
-    if found := [name for name, path in others if not any(path.parent.glob("*config.json"))]:
-        warnings.append(
-            f"{listed(found)} in the adapter's directory: not merged; the result lacks what its trainer would load from there"
-        )
-    return copies, warnings
+    lacks = f"modules.json beside the adapter names {listed(missing)}, not found: the base's modules are used"
+    if missing or not folders:
+        return copies, [lacks] if missing else []
+    own = [c for c in other_files(adapter) if is_module(c[0])]
+    return sorted([*own, *(c for c in copies if not is_module(c[0]))]), []
 
 
 def read_beside(directory: Path, names: Collection[str]) -> list[str]:
@@ -127,22 +117,23 @@ def read_beside(directory: Path, names: Collection[str]) -> list[str]:
     return sorted(found - {*names, *(of_model if "adapter_config.json" in names else ())})
 
 
-def _walk(directory: Path, apart: Path | None) -> Iterator[tuple[Path, bool]]:
-    """Walk the files below a directory and yield for each whether it is left out; whole directories may be left out."""
+def _walk(directory: Path | None, apart: Path | None = None) -> Iterator[tuple[str, Path, bool]]:
+    """Yield the files below a directory by relative name, and whether each is left out; whole directories may be left out."""
+    if directory is None:
+        return
     hidden = None if apart is None else apart.resolve()
 
-    def walk(at: Path, above: frozenset[Path]) -> Iterator[tuple[Path, bool]]:
+    def walk(at: Path, above: frozenset[Path]) -> Iterator[tuple[str, Path, bool]]:
         for path in sorted(at.iterdir()):
-            if path.is_dir():
-                real = path.resolve()
-                if real == hidden or real in above:  # following a link to a parent directory would never end
-                    continue
-                if _SKIPPED_DIRECTORIES.match(path.name):
-                    yield path, True
-                else:
-                    yield from walk(path, above | {real})
-            elif path.is_file() and not path.name.startswith(".streamer.") and path.resolve() != hidden:
+            name, real = str(path.relative_to(directory)), path.resolve()
+            if real == hidden or real in above:  # following a link to a parent directory would never end
+                continue
+            if path.is_dir() and not _SKIPPED_DIRECTORIES.match(path.name):
+                yield from walk(path, above | {real})
+            elif path.is_dir():
+                yield name, path, True
+            elif path.is_file() and not path.name.startswith(".streamer."):
                 # Below the top, weights belong to separate modules (such as sentence-transformers' 2_Dense).
-                yield path, at == directory and bool(_STALE.search(path.name))
+                yield name, path, at == directory and bool(_STALE.search(path.name))
 
     yield from walk(directory, frozenset({directory.resolve()}))

@@ -8,18 +8,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, cast
 
 from streamer.json_types import Keywords
-from streamer.plan.provenance import cached_model, hub_id, named_encoding, stated_name, stored_encoding
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
 from streamer.storage.remote_source import read_manifest
 from streamer.weights.model_config import ModelConfig
 
 DIGEST_CHARACTERS = 16
 """Hexadecimal characters of an input's digest: enough to distinguish inputs, short enough to read aloud."""
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+DIRECTORIES = {"base", "checkpoint", "checkpoints", "ckpt", "ckpts", "data", "exp", "experiments", "hf_models", "llms", "merged", "model",
+               "models", "my_models", "out", "output", "outputs", "pretrain", "pretrained", "results", "runs", "save", "saves", "tmp",
+               "weights"}  # fmt: skip
+"""Names of directories that commonly contain models, as opposed to owners on the hub."""
 
 
 # fmt: off
@@ -45,11 +53,10 @@ def base_source(path: Path, config: ModelConfig, stated: object, identity: Mappi
     """Name a base; `stated` is the name that the adapter's config gives its base.
 
     The id is the one of the hub's cache if the base is in it, else the name in the adapter's config or the base's own, provided that its
-    last part is the directory's name: the base's config may name the model from which it was trained, and the adapter's another model. If
-    the adapter's config names another encoding, it means another model.
+    last part is the directory's name: the base's config may name the model from which it was trained, and the adapter's another model.
     """
-    model_id = None if bool(named_encoding(str(stated))) != bool(stored_encoding(config)) else hub_id(stated, path)
-    return cast(BaseSource, _source(path, identity, model_id or hub_id(config.values.get("_name_or_path"), path)))
+    model_id = hub_id(stated, path) or hub_id(config.values.get("_name_or_path"), path)
+    return cast(BaseSource, _source(path, identity, model_id))
 
 
 def adapter_source(path: Path, identity: Mapping[str, Any]) -> AdapterSource:
@@ -57,7 +64,8 @@ def adapter_source(path: Path, identity: Mapping[str, Any]) -> AdapterSource:
     # A config may name its base by a path.
     unnamed = {k: v for k, v in identity.items() if k != "base_model_name_or_path"}
     source = cast(AdapterSource, _source(path, unnamed))
-    if named := stated_name(identity.get("base_model_name_or_path")):
+    named = identity.get("base_model_name_or_path")
+    if isinstance(named, str) and re.fullmatch(rf"{HUB_ID.pattern}|[A-Za-z0-9][\w.-]*", named):
         source["base_model_name_or_path"] = named
     return source
 
@@ -82,3 +90,28 @@ def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None
 def in_short(source: NameSource) -> dict[str, str]:
     """Return a source's name, id, revision and digest, without its identity."""
     return {key: str(source[key]) for key in ("name", "model_id", "revision", "digest") if key in source}
+
+
+def hub_id(stated: object, path: Path) -> str | None:
+    """Return a config's name for a model if it can be taken as the hub id, ``owner/name``, of the model at `path`; else None.
+
+    A relative path of two parts looks like an id. It is taken as an id if it ends in the model's name, but not if it is the path of this
+    model or starts with a usual name for a directory of models. Whether other paths exist does not matter, so the same inputs get the same
+    names wherever a run starts.
+    """
+    if not isinstance(stated, str) or not HUB_ID.fullmatch(stated):
+        return None
+    owner, _, name = stated.partition("/")
+    lies = path.resolve()
+    if name != lies.name or owner == lies.parent.name or owner.lower() in DIRECTORIES:
+        return None
+    return stated
+
+
+def cached_model(path: Path) -> tuple[str, str] | None:
+    """Return the id and revision of a model in the hub's cache, ``models--OWNER--NAME/snapshots/REVISION``; else None."""
+    parts = path.resolve().parts
+    for at in range(len(parts) - 2):
+        if parts[at].startswith("models--") and parts[at + 1] == "snapshots":
+            return parts[at].removeprefix("models--").replace("--", "/"), parts[at + 2]
+    return None

@@ -212,11 +212,12 @@ def match_targets(
             ways = {False}
         else:
             loaded = run_time.get(found, found).removesuffix(".weight")
-            ways = orientation.ways(found, name, loaded, fan_in_fan_out=adapter.config.fan_in_fan_out)
+            ways = orientation.ways(found, name, loaded, fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out")))
         fitting = [(placed, way) for way in sorted(ways) if (placed := module.placed(shape, way)) is not None]
         if not fitting:
             has = "found" if found == f"{name}.weight" else f"{found!r} has"
-            problems.append(f"{name!r}: expected {_expected(module, ways)} in the base, {has} {list(shape)}")
+            turned = ", transposed," if ways == {True} and module.layer_kind == "linear" else ""
+            problems.append(f"{name!r}: expected {module.expected}{turned} in the base, {has} {list(shape)}")
         elif len(fitting) > 1 or (adapter.describes_model and len(ways) > 1):
             problems.append(
                 f"{name!r}: {list(shape)} does not show whether it is stored as (out, in) or, as a Conv1D, (in, out), and the base's "
@@ -230,10 +231,6 @@ def match_targets(
     if problems:
         raise MismatchError(misfits(problems, len(names), adapter, weights))
     return [targets[name] for name in weights if name in targets]
-
-
-def _expected(module: Module, ways: set[bool]) -> str:
-    return f"{module.expected}, transposed," if ways == {True} and module.layer_kind == "linear" else module.expected
 
 
 def misfits(problems: Sequence[str], of: int, adapter: DeltaSource, weights: WeightView) -> str:

@@ -17,7 +17,6 @@ from typing import Any
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.plan.architectures import Architecture, architecture_for
-from streamer.units import listed, quoted
 from streamer.weights.model_config import ModelConfig
 
 LABEL_HEAD = re.compile(
@@ -97,9 +96,8 @@ def merged_architecture(config: ModelConfig, adapter: DeltaSource) -> Architectu
     return of_task or stated if labelled or headless or bare else stated
 
 
-def implied_head(
-    config: ModelConfig, task: object, saved: Mapping[str, tuple[int, ...]], names: Collection[str]
-) -> Head:
+def implied_head(config: ModelConfig, task: object, saved: Mapping[str, tuple[int, ...]],
+                 names: Collection[str]) -> Head:  # fmt: skip
     """Update a model's config for the head that an adapter saves.
 
     Parameters
@@ -113,73 +111,44 @@ def implied_head(
     names
         All tensors of the merged model.
     """
-    out = dict(config.values)
+    out, own = dict(config.values), config.values.get("id2label")
     notes: list[str] = []
     advice: list[str] = []
-    labels = _labels(saved)
-    heads = [name for name in names if LABEL_HEAD.search(name)]
-    matrices = {name: shape for name, shape in saved.items() if len(shape) == 2 and name.endswith(".weight")}
-    if labels is None and task in LABEL_TASKS and matrices and not heads:
-        name, shape = next(reversed(matrices.items()))
+    rows = {s[0] for name, s in saved.items() if s and (m := LABEL_HEAD.search(name)) and m["parameter"] == "weight"}
+    labels = rows.pop() if len(rows) == 1 else None
+    if labels is not None and not config.values:
+        advice.append(f"the base has no config.json: load the model with a config of num_labels={labels}")
+    elif task in LABEL_TASKS and not any(map(LABEL_HEAD.search, names)):
         advice.append(
-            f"the adapter saves its own head, {name!r}, but no known type of head; if its {shape[0]} rows are labels, "
-            f"load the model with num_labels={shape[0]}"
-        )
-    elif task in LABEL_TASKS and not heads:
-        advice.append(
-            f"the adapter is for {task}, but neither it nor the base has a known head: loading will create one with random values"
+            f"the adapter is for {task}, but neither it nor the base has a known head: load the model with the class and the num_labels of "
+            "its training"
         )
     if not config.values:
-        if labels is not None:
-            advice.append(f"the base has no config.json: load the model with a config of num_labels={labels}")
         return Head(config, advice=tuple(advice))
     if labels is not None and _set_labels(out, labels):
-        many, rows = ("1 label", "1 row") if labels == 1 else (f"{labels} labels", f"{labels} rows")
-        notes.append(f"config.json says {many}: the saved head has {rows}")
-    elif labels is not None and (kept := _own_names(config)):
+        notes.append(f"config.json says num_labels={labels}, by the rows of the saved head")
+    elif labels is not None and isinstance(own, dict) and any("LABEL_" not in str(name) for name in own.values()):
         advice.append(
-            f"config.json keeps the base's names of labels ({listed(kept)}), because there are as many as rows in the saved head: if the "
-            "adapter was trained on other labels, set id2label and label2id"
+            "config.json keeps the base's names of labels, because there are as many as rows in the saved head: if the adapter was trained "
+            "on other labels, set id2label and label2id"
         )
     cls = auto_class(config.model_type, task)
-    stated = config.values.get("architectures")
     old = next((c for c in config.architectures[:1] if isinstance(c, str)), "")
     if cls is not None and cls != old and _fits_task(str(task), old, config.model_type, saved):
-        if not _has_head(str(task), config, names):
-            if task in LANGUAGE_TASKS:
-                advice.append(
-                    f"the adapter is for {task}, but neither it nor the base has the head of {cls}, which loading would create with random "
-                    f"values: config.json keeps {old or 'no class'}; merge into the model on which the adapter was trained"
-                )
-        else:
+        if _has_head(str(task), config, names):
             out["architectures"] = [cls]
-            notes.append(
-                f"config.json says {cls}, by the adapter's task {task}" + (f", instead of {old}" if old else "")
+            notes.append(f"config.json says {cls}, by the adapter's task {task}")
+        elif task in LANGUAGE_TASKS:
+            advice.append(
+                f"the adapter is for {task}, but neither it nor the base has the head of {cls}, which loading would create with random "
+                f"values: config.json keeps {old or 'no class'}; merge into the model on which the adapter was trained"
             )
     elif cls is None and labels is not None and not re.search(r"Classification|QuestionAnswering", old):
-        unknown = f"no class for {config.model_type!r} and {task} is known"
-        why = unknown if task else "the adapter's config names no task"
         advice.append(
-            f"{why}: load the model with the class used to train the adapter; config.json keeps {old or 'none'}"
+            f"no class for {config.model_type!r} and the task {task} is known: load the model with the class used to train the adapter"
         )
-    if task == "SEQ_CLS" and _pads(heads) and out.get("pad_token_id") is None:
-        advice.append(
-            "config.json has no pad_token_id, without which transformers refuses batches of more than one sequence: set "
-            "model.config.pad_token_id to the tokenizer's"
-        )
-    changed = out.get("architectures") != stated
+    changed = out.get("architectures") != config.values.get("architectures")
     return Head(replace(config, values=out), PIPELINES[str(task)] if changed else "", tuple(notes), tuple(advice))
-
-
-def _labels(saved: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Count the rows of the label head among saved tensors."""
-    rows = {s[0] for name, s in saved.items() if s and (m := LABEL_HEAD.search(name)) and m["parameter"] == "weight"}
-    return rows.pop() if len(rows) == 1 else None
-
-
-def _pads(heads: Collection[str]) -> bool:
-    """Test whether a model classifies the last token, and so must know which tokens are padding."""
-    return any(re.search(r"(?:^|\.)score\.weight$", name) for name in heads)
 
 
 def _fits_task(task: str, old: str, model_type: object, saved: Mapping[str, tuple[int, ...]]) -> bool:
@@ -207,13 +176,6 @@ def _has_head(task: str, config: ModelConfig, names: Collection[str]) -> bool:
     default, possible = model_type in ties["default"], any(model_type in types for types in ties.values())
     tied = default if config.tied is None else config.tied and possible
     return tied or any(name.startswith(modules) for name in names)
-
-
-def _own_names(config: ModelConfig) -> list[str]:
-    """List the names that a config gives its labels; empty if they are transformers' numbered defaults."""
-    names = config.values.get("id2label")
-    texts = [str(name) for name in names.values()] if isinstance(names, dict) else []
-    return [] if all(re.fullmatch(r"LABEL_\d+", text) for text in texts) else [quoted(text, 30) for text in texts]
 
 
 def _set_labels(config: dict[str, Any], labels: int) -> bool:

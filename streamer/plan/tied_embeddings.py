@@ -4,12 +4,14 @@ A checkpoint stores one of the names, and a loader gives its tensor to the other
 be lost, and anything that it adds to the embedding would change both. In PEFT's model the names separate as soon as an adapter changes
 one of them (only PEFT's merge, in place on the shared tensor, mixes them up). So if the names separate, the merged model is untied: all
 names are written, and the config says so. If all change in the same way, they stay tied. The table of `architectures` says which names
-are one parameter, and where the config states it.
+are one parameter, and where the config states it: ``lm_head.weight`` and ``model.language_model.embed_tokens.weight`` of a LLaVA that ties
+them → ``language_model.model.embed_tokens.weight`` on disk, where the head would be ``language_model.lm_head.weight``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -23,8 +25,7 @@ from streamer.errors import UnsupportedError
 from streamer.plan.architecture_table import record
 from streamer.plan.architectures import TIE_KEY as KEY
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of
-from streamer.plan.carried_tensors import TensorEdits
-from streamer.plan.tied_names import TiedNames, find_ties
+from streamer.plan.carried_tensors import TensorEdits, VocabularyTensor
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.units import listed
@@ -33,6 +34,119 @@ from streamer.weights.model_config import ModelConfig
 
 BY_TIE = "the tie to the embedding"
 """Reason for dropping a tensor, in records."""
+
+
+@dataclass(frozen=True)
+class TiedNames:
+    """Names of one parameter.
+
+    Attributes
+    ----------
+    on_disk
+        Run-time name → the name that it has, or would have, on disk; names to which others are tied come first. None if there is no such
+        name, or if the names contain a layer's number.
+    stored
+        Name on disk of the tensor that is read; there may be copies under other names. Empty if the names contain numbers.
+    keys
+        Config keys that state the tie (see `architectures.Tie`).
+    """
+
+    on_disk: Mapping[str, str | None]
+    stored: str
+    keys: tuple[tuple[str, ...], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return all names on disk, the stored one first."""
+        return tuple(dict.fromkeys([self.stored, *(name for name in self.on_disk.values() if name)]))
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Return the names on disk except the stored one."""
+        return self.names[1:]
+
+
+class NamesOnDisk:
+    """Lookup of the names that a loaded model's tensors have, or would have, on disk.
+
+    Parameters
+    ----------
+    names
+        Names in a checkpoint.
+    """
+
+    def __init__(self, names: Collection[str], architecture: Architecture, renames: Renames) -> None:
+        self._names, self._architecture, self._renames = names, architecture, renames
+        self._at = {now: name for name, now in renames.at_run_time(names).items()}
+        self._base = f"{architecture.base_prefix}."
+
+    def find(self, run_time: str) -> str | None:
+        """Return the name on disk of a stored tensor in any layout: with or without the prefix of the base model."""
+        for name in (run_time, run_time.removeprefix(self._base), self._base + run_time):
+            if (found := self._at.get(name)) is not None:
+                return found
+        return next((n for n in (run_time, *self._architecture.disk_patterns(run_time)) if n in self._names), None)
+
+    def find_all(self, pattern: str) -> list[str]:
+        """List the names on disk of the tensors that match a pattern, in all layers if it stands for a layer's number."""
+        if "*" in pattern:
+            return [name for now, name in self._at.items() if pattern_of(now) == pattern]
+        found = self.find(pattern)
+        return [] if found is None else [found]
+
+    def of_new(self, run_time: str, beside: str, beside_on_disk: str) -> str | None:
+        """Return a name on disk under which loaders find a new tensor, in the layout of another tensor; None if there is none.
+
+        ``lm_head.weight`` beside ``model.language_model.embed_tokens.weight``, which is stored as
+        ``language_model.model.embed_tokens.weight`` → ``language_model.lm_head.weight``.
+        """
+        if beside != beside_on_disk and beside == self._base + beside_on_disk:
+            return run_time.removeprefix(self._base)
+        patterns = self._architecture.disk_patterns(run_time)
+        of_table = patterns if beside_on_disk in self._architecture.disk_patterns(beside) else ()
+        for name in (*of_table, run_time, *patterns):
+            if "*" not in name and self._renames.at_run_time([*self._names, name]).get(name) == run_time:
+                return name
+        return None
+
+
+def find_ties(names: Collection[str], architecture: Architecture | None, renames: Renames) -> tuple[TiedNames, ...]:
+    """Find the parameters of a checkpoint that have several names.
+
+    Parameters
+    ----------
+    names
+        The checkpoint's tensors.
+    """
+    if architecture is None:
+        return ()
+    on_disk = NamesOnDisk(names, architecture, renames)
+    return tuple(t for group in _groups(architecture) if (t := _located(*group, on_disk)) is not None)
+
+
+def _groups(architecture: Architecture) -> list[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]]:
+    """List the run-time names of each parameter with several, and the keys of their ties: no keys if one of the ties has none."""
+    groups: list[tuple[list[str], list[tuple[tuple[str, ...], ...]]]] = []
+    for tie in architecture.ties:
+        if not tie.tied:
+            continue
+        same = [g for g in groups if tie.name in g[0] or tie.source in g[0]]
+        names = dict.fromkeys([tie.source, *(n for g in same for n in g[0]), tie.name])
+        groups = [g for g in groups if g not in same] + [(list(names), [*(k for g in same for k in g[1]), tie.keys])]
+    return [
+        (tuple(names), tuple(dict.fromkeys(k for keys in stated for k in keys)) if all(stated) else ())
+        for names, stated in groups
+    ]
+
+
+def _located(run_time: tuple[str, ...], keys: tuple[tuple[str, ...], ...], on_disk: NamesOnDisk) -> TiedNames | None:
+    if any("*" in name for name in run_time):
+        return TiedNames(dict.fromkeys(run_time), "", keys)
+    found = {name: on_disk.find(name) for name in run_time}
+    source = next((name for name in run_time if found[name]), None)
+    if source is None or not (stored := found[source]):
+        return None
+    return TiedNames({n: found[n] or on_disk.of_new(n, source, stored) for n in run_time}, stored, keys)
 
 
 @dataclass(frozen=True)
@@ -202,7 +316,12 @@ def without_copies(
         If copies in either model differ, or if it is not known whether the class ties tensors of equal bytes.
     """
     if architecture is None and tuned.model_config.tied is not False:
-        _refuse_unknown_copies(tuned)
+        outer = [t for name, t in tuned.tensors.items() if len(t.info.shape) == 2 and "*" not in pattern_of(name)]
+        if pair := next((p for p in combinations(outer, 2) if equal(*p)), None):
+            raise UnsupportedError(
+                f"{tuned.path}: whether {pair[0].info.name!r} and {pair[1].info.name!r}, whose bytes are equal, are tied depends on the "
+                f"model's class: {_unknown(tuned.model_config)}"
+            )
     copies: set[str] = set()
     dropped: dict[str, str] = {}
     for tie in find_ties(tuned.tensors, architecture, renames):
@@ -234,7 +353,7 @@ def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[s
     dict
         The embedding's module → the head's module; its ``lora_A`` is the embedding's ``lora_embedding_B`` transposed, and vice versa.
     """
-    if not adapter.config.ensure_weight_tying or adapter.config.peft_type != "LORA":
+    if not adapter.config.get("ensure_weight_tying") or adapter.config.peft_type != "LORA":
         return {}
     by_tensor = {tensor: adapter.modules[module] for module, tensor in matched.items()}
     found = {}
@@ -300,7 +419,8 @@ def refuse_unknown_ties(
         alike = [other for other in outer if other != name and outer[other] == shape]
         inner = config.vocab_size is None and name in linear and shape[0] in widths
         apart = alike and not new and not config.tied
-        if (inner or apart or (new and not alike)) and (new or not _any_equal(base, name, alike)):
+        copied = not new and any(equal(*(StoredTensor(*base.locate(n)) for n in (name, other))) for other in alike)
+        if (inner or apart or (new and not alike)) and not copied:
             continue
         raise UnsupportedError(
             f"{base.path}: whether {name!r}, which {adapter.path} changes, is tied to another tensor depends on the model's class: "
@@ -311,16 +431,6 @@ def refuse_unknown_ties(
 def _unknown(config: ModelConfig) -> str:
     whose = listed(map(repr, config.architectures)) if config.architectures else "no class"
     return f"the config names {whose}, which is not known here; name the class, or a similar one, with --architecture"
-
-
-def _refuse_unknown_copies(tuned: FinetunedModel) -> None:
-    outer = [t for name, t in tuned.tensors.items() if len(t.info.shape) == 2 and "*" not in pattern_of(name)]
-    for one, other in combinations(outer, 2):
-        if equal(one, other):
-            raise UnsupportedError(
-                f"{tuned.path}: whether {one.info.name!r} and {other.info.name!r}, whose bytes are equal, are tied depends on the "
-                f"model's class: {_unknown(tuned.model_config)}"
-            )
 
 
 def _unequal(copies: Mapping[str, StoredTensor], path: Path, whose: str, refuse: bool) -> set[str]:
@@ -335,6 +445,53 @@ def _unequal(copies: Mapping[str, StoredTensor], path: Path, whose: str, refuse:
     return apart
 
 
-def _any_equal(base: Checkpoint, name: str, others: Iterable[str]) -> bool:
-    mine = StoredTensor(*base.locate(name))
-    return any(equal(mine, StoredTensor(*base.locate(other))) for other in others)
+def vocabulary_tensors(base: Checkpoint, config: ModelConfig, architecture: Architecture | None, ties: Iterable[TiedNames],
+                       renames: Renames) -> dict[str, VocabularyTensor]:  # fmt: skip
+    """Find the tensors with a row for each entry of a vocabulary, by their names on disk.
+
+    In a model of an unknown class, these are the tensors with as many rows as the config states.
+    """
+    if architecture is None:
+        shapes = {name: base.info(name).shape for name in base.weight_map}
+        rows, keys = config.vocab_size, config.vocabulary_keys
+        return {name: VocabularyTensor((name,), keys) for name, shape in shapes.items() if shape and shape[0] == rows}
+    on_disk = NamesOnDisk(base.weight_map, architecture, renames)
+    found: dict[str, VocabularyTensor] = {}
+    for run_time, keys in architecture.vocabulary.items():
+        for name in on_disk.find_all(run_time):
+            found[name] = VocabularyTensor((name,), keys)
+    for tie in ties:
+        stated = next(filter(None, map(architecture.vocabulary_keys, tie.on_disk)), None)
+        if tie.stored and stated:
+            found |= dict.fromkeys(tie.names, VocabularyTensor(tie.names, stated))
+    return found
+
+
+def without_stale_values(base: Checkpoint, architecture: Architecture | None, vocabulary: Mapping[str, VocabularyTensor],
+                         edits: TensorEdits) -> TensorEdits:  # fmt: skip
+    """Omit zeros with one value for each token if the vocabulary's size changes: loaders do not need them (BART's ``final_logits_bias``).
+
+    Raises
+    ------
+    UnsupportedError
+        If other tensors have a value for each token that the adapter does not supply for new tokens: a head's bias, a router's table.
+    """
+    before = {
+        vocabulary[name].keys: base.info(name).shape[0]
+        for name, part in edits.sources.items()
+        if name in vocabulary and name in base.weight_map and part.info.shape != base.info(name).shape
+    }
+    patterns = () if architecture is None else architecture.may_be_missing
+    stale = {}
+    for name in sorted(vocabulary.keys() & base.weight_map.keys() - edits.dropped.keys()):
+        keys, saved = vocabulary[name].keys, edits.sources.get(name)
+        if before.get(keys) not in (base.info(name) if saved is None else saved.info).shape:
+            continue
+        spare = saved is None and any(re.search(pattern, name) for pattern in patterns)
+        if not spare or StoredTensor(*base.locate(name)).whole().any():
+            raise UnsupportedError(
+                f"{base.path}: {name!r} has a value for each of {before[keys]} tokens, but the adapter gives the model "
+                f"{edits.vocabularies[keys]}; train from a model whose embeddings have that many rows"
+            )
+        stale[name] = "the vocabulary's new size"
+    return replace(edits, dropped={**edits.dropped, **stale})

@@ -74,20 +74,17 @@ def with_tokenizer(
         grown = f"the vocabulary has grown to {rows} rows, but the adapter has no tokenizer: the base's is kept"
         return copies, stays, [], [grown] if rows is not None and stays else []
     has = {name for name, _ in own}
+    tokens, rows = token_count(beside), plan.edits.vocabulary or plan.config.vocab_size
     lacks = "a vocabulary" if not has & VOCABULARIES else "" if TOKENIZER_CONFIG in has else TOKENIZER_CONFIG
-    kept = "the tokenizer is the base's" if stays else "none is taken along"
-    if lacks:
-        says = f"the adapter has {own[0][0]} beside it but no complete tokenizer ({lacks} is missing): {kept}"
+    why = f"{lacks} is missing" if lacks else ""
+    if not lacks and tokens is not None and rows is not None and tokens > rows:
+        why = f"it has {tokens} tokens, but the merged embedding {rows} rows"
+    if why:
+        kept = "the tokenizer is the base's" if stays else "none is taken along"
+        says = f"the adapter's tokenizer is not used, because {why}: {kept}"
         if has.isdisjoint(VOCABULARIES | {ADDED_TOKENS}):
             return copies, stays, [], [says]
         return copies, stays, [f"{says}, and the merged model does not know tokens that were added for training"], []
-    tokens, rows = token_count(beside), plan.edits.vocabulary or plan.config.vocab_size
-    if tokens is not None and rows is not None and tokens > rows:
-        says = (
-            f"the adapter's tokenizer has {tokens} tokens but the merged embedding {rows} rows: {kept}, and the merged model does not "
-            "know the tokens that were added for training"
-        )
-        return copies, stays, [says], []
     processor = [c for c in other_files(beside) if c[0] in PROCESSOR]
     drop = PROCESSOR if processor else set[str]()
     rest = [c for c in copies if not _is_tokenizer(c[0]) and c[0] not in drop]

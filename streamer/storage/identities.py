@@ -30,7 +30,7 @@ class DigestedAdapter(TypedDict):
     base_model_name_or_path: NotRequired[Annotated[str | None, "The base's name in its config; in findings it may be a path."]]
 
 class StatedIdentity(TypedDict):
-    """Facts about an adapter that the user states if its files do not; see `streamer.adapters.stated`."""
+    """Facts about an adapter that the user states if its files do not; see `streamer.adapters.adapter_config`."""
     base_is_residual: NotRequired[Annotated[bool, "True if --base-is-residual stated that the base is the adapter's residual."]]
     lora_b_layout: NotRequired[Annotated[Literal["rank_major", "grouped_by_expert"], "Order of lora_B's columns on "
         "stacked experts, if the user stated it."]]

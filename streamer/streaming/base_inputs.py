@@ -9,7 +9,7 @@ from typing import Unpack
 from streamer.plan.architectures import architecture_for
 from streamer.plan.plan import Plan
 from streamer.plan.targets import TensorSlice
-from streamer.plan.tied_names import find_ties
+from streamer.plan.tied_embeddings import find_ties
 from streamer.plan.transformers_renames import renames_for
 from streamer.streaming.collected import Collected
 from streamer.streaming.collecting import CollectingReader, Setting

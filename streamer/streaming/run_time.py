@@ -14,7 +14,7 @@ from streamer.errors import MismatchError, UnsupportedError
 from streamer.plan.architectures import architecture_for, architectures_for
 from streamer.plan.plan import Plan
 from streamer.plan.targets import TensorSlice
-from streamer.plan.tied_names import TiedNames, find_ties
+from streamer.plan.tied_embeddings import TiedNames, find_ties
 from streamer.plan.transformers_renames import MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, renames_for
 from streamer.units import listed
 

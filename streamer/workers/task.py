@@ -18,8 +18,8 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from streamer import __version__
-from streamer.adapters.no_adapter import NoAdapter
-from streamer.adapters.stated import Stated
+from streamer.adapters.adapter import NoAdapter
+from streamer.adapters.adapter_config import Stated
 from streamer.errors import InputError, MismatchError, StorageError, StreamerError
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import task_threads

@@ -27,7 +27,7 @@ from seeds import vary
 import streamer
 from streamer.adapters.adapter_config import CONFIG_NAME as CONFIG
 from streamer.adapters.adapter_config import WEIGHTS_NAME as WEIGHTS
-from streamer.adapters.config_patterns import first_match
+from streamer.adapters.adapter_config import first_match
 from streamer.errors import FormatError, MismatchError
 from streamer.output.record_view import record_lines
 

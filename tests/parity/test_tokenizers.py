@@ -93,15 +93,15 @@ def test_why_not(job: tuple[Path, Path], tmp_path: Path) -> None:
     record = merge(base, adapter, tmp_path / "template")
     assert record["tokenizer"] == "base"
     assert record["notes"] == [
-        "the adapter has chat_template.jinja beside it but no complete tokenizer (a vocabulary is missing): the tokenizer is the base's"
+        "the adapter's tokenizer is not used, because a vocabulary is missing: the tokenizer is the base's"
     ]
     assert (tmp_path / "template" / "chat_template.jinja").read_text() == "base's template"
     save(adapter, "bpe", "adapter's", *(f"<{i}>" for i in range(20)))
-    with pytest.warns(streamer.StreamerWarning, match="tokens but the merged embedding 64 rows"):
+    with pytest.warns(streamer.StreamerWarning, match="tokens, but the merged embedding 64 rows"):
         record = merge(base, adapter, tmp_path / "larger")
     assert record["tokenizer"] == "base"
     (line,) = record["warnings"]
-    assert "tokens but the merged embedding 64 rows: the tokenizer is the base's" in line
+    assert "tokens, but the merged embedding 64 rows: the tokenizer is the base's" in line
     assert line in (tmp_path / "larger" / "README.md").read_text()
     assert record["notes"] == []
     assert (tmp_path / "larger" / "vocab.txt").exists()

@@ -67,6 +67,7 @@ def test_rules_that_peft_has_changed_are_named(tmp_path: Path) -> None:
         (oft / "adapter_config.json").write_text(json.dumps(config))
         found = [note for adapter in (lora, oft) for note in open_adapter(adapter).notes]
         assert [note.partition("; ")[2] for note in found] == ([] if version else [
-            "if PEFT up to 0.14 trained the adapter, this result may differ: '|' and '^' in alpha_pattern had another meaning",
-            "if PEFT before 0.18 trained the adapter, this result differs: the last terms of OFT's series had other weights",
+            "if PEFT up to 0.14 trained the adapter, this result differs: '|' and '^' in rank_pattern and alpha_pattern meant "
+            "something else",
+            "if PEFT before 0.18 trained the adapter, this result differs: num_cayley_neumann_terms meant something else",
         ])  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -56,27 +57,20 @@ def test_wrappers_inside_a_path() -> None:
 
 
 @given(st.text(max_size=40))
-def test_every_name_has_a_rule(name: str) -> None:
-    rule, match = classify(normalize(name))
-    assert rule.refusal or rule.role == "original" or match["module"]
+def test_every_name_has_a_role(name: str) -> None:
+    role, match = classify(normalize(name))
+    assert role in ("other", "original") or match["module"]
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "reason"),
-    [
-        ("base_model.model.{}.hada_w1_a", (6, 5), "another method's tensors"),
-        ("base_model.model.{}.lora_E", (4, 1), "another method's tensors"),
-        ("prompt_embeddings", (3, 5), "a tensor of unknown meaning"),
-    ],
-)
-def test_a_tensor_that_would_be_lost_is_refused(tmp_path: Path, name: str, shape: tuple[int, ...], reason: str) -> None:
+@pytest.mark.parametrize("name", ["base_model.model.{}.hada_w1_a", "base_model.model.{}.lora_E", "prompt_embeddings"])
+def test_a_tensor_that_would_be_lost_is_refused(tmp_path: Path, name: str) -> None:
     name = name.format(MODULE)
     A, B = factors()
-    path = write_raw(tmp_path, {f"{MODULE}.lora_A.weight": A, f"{MODULE}.lora_B.weight": B, name: torch.zeros(shape)})
+    path = write_raw(tmp_path, {f"{MODULE}.lora_A.weight": A, f"{MODULE}.lora_B.weight": B, name: torch.zeros(4, 1)})
     with pytest.raises(UnsupportedError) as e:
         open_adapter(path)
-    assert str(e.value) == (f"{path / 'adapter_model.safetensors'}: refused: not supported: 1 × {reason}, {name!r} first; "
-                            "merge such an adapter with PEFT instead")  # fmt: skip
+    assert str(e.value) == (f"{path / 'adapter_model.safetensors'}: refused: {name!r} of another method or of unknown meaning; "
+                            "merge it with PEFT if it can, else use it unmerged")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -111,16 +105,6 @@ def test_what_is_carried_along(tmp_path: Path, name: str, role: str, of: str | N
     assert carried.indices == ((4, 1) if role == "tokens" else ())
 
 
-def test_all_reasons_are_counted(tmp_path: Path) -> None:
-    path = write_raw(
-        tmp_path, {"a.hada_w1_a": torch.ones(4, 3), "a.hada_w1_b": torch.ones(8, 4), "prompt": torch.ones(3)}
-    )
-    with pytest.raises(UnsupportedError) as e:
-        open_adapter(path)
-    assert "2 × another method's tensors, 'a.hada_w1_a' first" in str(e.value)
-    assert "1 × a tensor of unknown meaning, 'prompt' first" in str(e.value)
-
-
 @pytest.mark.parametrize(
     ("names", "a", "b", "shape", "layer_kind", "weight"),
     [
@@ -143,28 +127,25 @@ def test_forms(
 
 
 @pytest.mark.parametrize(
-    ("tensors", "error", "words"),
+    "tensors",
     [
-        (
-            {"lora_A.weight": (4, 5, 3), "lora_B.weight": (6, 2, 1)},
-            UnsupportedError,
-            "LoRA on a convolution with 2 groups",
-        ),
-        (
-            {"lora_A.weight": (4, 5, 3), "lora_B.weight": (6, 4, 3)},
-            UnsupportedError,
-            "is not a convolution of kernel size 1",
-        ),
-        ({"lora_A.weight": (4, 5, 3), "lora_B.weight": (6, 4)}, FormatError, "belong to different layers"),
-        ({"lora_embedding_A": (4, 5), "lora_B.weight": (6, 4)}, FormatError, "belong to different layers"),
-        ({"lora_A.weight": (4,), "lora_B.weight": (6,)}, FormatError, "belong to different layers"),
+        {"lora_A.weight": (4, 5, 3), "lora_B.weight": (6, 2, 1)},  # on a convolution with 2 groups
+        {"lora_A.weight": (4, 5, 3), "lora_B.weight": (6, 4, 3)},
+        {"lora_A.weight": (4, 5, 3), "lora_B.weight": (6, 4)},
+        {"lora_embedding_A": (4, 5), "lora_B.weight": (6, 4)},
+        {"lora_embedding_A": (4, 5, 3), "lora_embedding_B": (6, 4, 1)},
+        {"lora_A.weight": (4,), "lora_B.weight": (6,)},
+        {"lora_A.weight": (), "lora_B.weight": ()},
+        {"lora_A.weight": (4, 5), "lora_B.weight": (6, 3)},
+        {"lora_A.weight": (0, 5), "lora_B.weight": (6, 0)},
+        {"lora_A.weight": (4, 0), "lora_B.weight": (6, 4)},
     ],
 )
-def test_factors_of_no_form(tmp_path: Path, tensors: dict, error: type, words: str) -> None:
+def test_factors_of_no_form(tmp_path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
     path = write_raw(tmp_path, {f"x.{n}": torch.ones(s) for n, s in tensors.items()})
-    with pytest.raises(error) as e:
+    B, A = (list(tensors[name]) for name in reversed(tensors))
+    with pytest.raises(FormatError, match=re.escape(f"module 'x': lora_B {B} and lora_A {A} do not multiply to")):
         open_adapter(path)
-    assert words in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -172,15 +153,6 @@ def test_factors_of_no_form(tmp_path: Path, tensors: dict, error: type, words: s
     [
         ({"x.lora_A.weight": (4, 5)}, "module 'x' has lora_A but not its partner; save the adapter again"),
         ({"x.lora_B.weight": (4, 5)}, "module 'x' has lora_B but not its partner"),
-        (
-            {"x.lora_A.weight": (4, 5), "x.lora_B.weight": (6, 3)},
-            "lora_B [6, 3] and lora_A [4, 5] do not multiply; save",
-        ),
-        (
-            {"x.lora_A.weight": (0, 5), "x.lora_B.weight": (6, 0)},
-            "lora_B [6, 0] and lora_A [0, 5] do not multiply",
-        ),
-        ({"x.lora_A.weight": (4, 0), "x.lora_B.weight": (6, 4)}, "do not multiply"),
         (
             {"x.lora_A.weight": (4, 5), "x.lora_B.weight": (6, 4), "x.lora_A.second.weight": (4, 5)},
             "are the same factor of one module; save one adapter at a time",

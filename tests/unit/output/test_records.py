@@ -63,7 +63,6 @@ def test_what_a_base_is_called(tmp_path: Path) -> None:
     cached.mkdir(parents=True)
     found = base_source(cached, ModelConfig(), "an/other", {})
     assert (found["name"], found["model_id"], found["revision"]) == ("thing", "some/thing", "0123abc")
-    bnb = {"quantization_config": {"quant_method": "bitsandbytes"}}
     calls = [
         ("thing", {}, "some/thing", "some/thing"),
         ("thing", {}, str(tmp_path / "thing"), None),
@@ -72,8 +71,6 @@ def test_what_a_base_is_called(tmp_path: Path) -> None:
         ("own/thing", {}, "own/thing", None),  # where it lies, and so a path
         ("thing", {}, "models/thing", None),
         ("thing", {}, "some/thing-bnb-4bit", None),  # trained on its quantized copy, which this is not
-        ("thing-bnb-4bit", bnb, "some/thing-bnb-4bit", "some/thing-bnb-4bit"),
-        ("thing-bnb-4bit", {}, "some/thing-bnb-4bit", None),
         ("thing", {"_name_or_path": "some/thing"}, None, "some/thing"),
         ("thing", {"_name_or_path": "some/parent"}, None, None),  # what it was trained from, perhaps
     ]

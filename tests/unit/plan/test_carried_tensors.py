@@ -158,7 +158,7 @@ def test_mitigate_keeps_every_other_tensor(tmp_path: Path) -> None:
 REFUSED = {
     "unknown place": ({"nowhere.weight": (2, 8)}, {}, MismatchError, "'base_model.model.nowhere.weight' has no tensor in the base"),
     "a head that the base lacks": (
-        {"score.base_layer.weight": (6, 8)}, {}, MismatchError, "(looked for 'score.weight'), and no modules_to_save in"
+        {"score.base_layer.weight": (6, 8)}, {}, MismatchError, "(looked for 'score.weight'), and modules_to_save does not name it"
     ),
     "wrong shape": ({"model.norm.weight": (9,)}, {}, MismatchError, "expected shape [8] of 'model.norm.weight', found [9]"),
     "no bias": ({"model.norm.lora_B.bias": (8,)}, {}, FormatError, "has no lora_A and lora_B beside it"),
@@ -180,7 +180,7 @@ REFUSED = {
         "expected shape [1, 8], found [2, 8]",
     ),
     "twice": ({HEAD: (6, 8), "lm_head.modules_to_save.default.weight": (6, 8)}, {}, FormatError, "both change 'lm_head.weight'"),
-    "no module": ({"counter": (3,)}, {}, UnsupportedError, "1 × a tensor of unknown meaning, 'base_model.model.counter' first"),
+    "no module": ({"counter": (3,)}, {}, UnsupportedError, "'base_model.model.counter' of another method or of unknown meaning"),
     "codes": ({"model.counter": (3,)}, {}, UnsupportedError, "dtype I64 is not one of"),
 }  # fmt: skip
 
@@ -205,15 +205,12 @@ def test_a_lora_bias_without_a_bias(tmp_path: Path) -> None:
     )
     file = a / "adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.lm_head.lora_B.bias": torch.zeros(6)}, file)
-    with pytest.raises(
-        MismatchError,
-        match=r"would be added to a bias that the base does not have \('lm_head.bias'\); leave it out if it is zero",
-    ):
+    with pytest.raises(MismatchError, match=r"'.*lora_B.bias' has no tensor in the base \(looked for 'lm_head.bias'\)"):
         make_plan(b, a)
 
 
 def test_a_new_module_beside_names_without_their_prefix(tmp_path: Path) -> None:
-    """transformers 5 loads a task's head beside the names of a bare model (see `parity`); earlier versions call that corrupted."""
+    """transformers loads a task's head beside the names of a bare model (see `parity`)."""
     b = base(tmp_path)
     a = helpers.write_adapter(
         tmp_path / "adapter", {f"bert.{Q}": helpers.intruding_factors(8, 8, 2)}, r=2, modules_to_save=["classifier"]
@@ -222,14 +219,6 @@ def test_a_new_module_beside_names_without_their_prefix(tmp_path: Path) -> None:
     save_file({**load_file(file), "base_model.model.classifier.weight": torch.zeros(3, 8)}, file)
     plan = make_plan(b, a)
     assert list(plan.edits.sources) == ["classifier.weight"]
-    said = (
-        "'classifier.weight' is new, and the other names lack its prefix 'bert.': transformers 5 loads them together, but earlier "
-        "versions refuse"
-    )
-    assert (plan.warnings, plan.edits.notes) == ((), (said,))
-    record = streamer.merge_with_reduced_intruder_dimensions(b, a, tmp_path / "out", mitigation_lambda=1.0)
-    assert record["warnings"] == []
-    assert said in record["notes"]
 
 
 def test_a_saved_module_under_a_prefix_of_its_own(tmp_path: Path) -> None:

@@ -126,14 +126,11 @@ def test_a_match_keeps_the_path_and_its_numbers(data: st.DataObject) -> None:
 
 
 def test_a_multihead_attention_is_named() -> None:
-    """PEFT's LoRA on one is on a parameter of its own name, and on a layer below a wrapper."""
+    """PEFT's LoRA on one is on a parameter of its own name, and on a layer below a wrapper: neither is on disk."""
     tensors = ["model.q.weight", "head.attention.in_proj_weight", "head.attention.out_proj.weight"]
     found = match_names(["model.q", "head.attention", "head.attention.base_layer.out_proj"], tensors)
     for name in ("head.attention", "head.attention.base_layer.out_proj"):
-        assert found[name].tensor == ""
-        assert (
-            "MultiheadAttention, 'head.attention': LoRA on its fused in_proj_weight is not supported" in found[name].why
-        )
+        assert found[name].why.startswith(f"has no tensor in the base (looked for '{name}.weight'")
 
 
 def test_a_prefix_is_not_exchanged_without_a_layer_number() -> None:
@@ -180,10 +177,7 @@ def test_what_a_loader_builds_has_no_tensor_of_its_own() -> None:
     found = match_names(["model.layers.0.mlp.experts.gate_up_proj"], tensors, {"model_type": "qwen3_moe"})
     (match,) = found.values()
     assert match.tensor == ""
-    assert match.why == (
-        "has no tensor of its own: transformers builds it from 'model.layers.0.mlp.experts.0.gate_proj.weight' and similar "
-        "tensors (MergeModulelist 0, Concatenate 1), which is not supported"
-    )
+    assert match.why.startswith("has no tensor in the base (looked for ")
 
 
 def test_a_fused_tensor_is_found_by_its_name_on_disk_alone() -> None:
@@ -193,10 +187,6 @@ def test_a_fused_tensor_is_found_by_its_name_on_disk_alone() -> None:
     assert match_names(["model.layers.0.mlp.gate_up_proj"], tensors, config).popitem()[1].rule == "exact"
     (match,) = match_names(["model.layers.0.mlp.gate_proj"], tensors, config).values()
     assert match.tensor == ""
-    assert (
-        "transformers builds it from 'model.layers.0.mlp.gate_up_proj.weight' and similar tensors (Chunk 0)"
-        in match.why
-    )
 
 
 def test_nested_models_bring_their_renames() -> None:

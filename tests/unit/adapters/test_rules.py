@@ -1,4 +1,4 @@
-"""An adapter's config: scales by PEFT's own rules, what is taken, and what is refused."""
+"""What an adapter's own files say: scales by PEFT's own rules, what is taken, and what is refused by its name."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from pathlib import Path
 
 import helpers
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_adapter import MODULE, factors, one_module, write_raw
+from safetensors.torch import save_file
 
-from streamer.adapters.adapter_config import AdapterConfig
-from streamer.adapters.config_keys import KNOWN_KEYS
-from streamer.adapters.config_rules import CONFIG_RULES, config_refusals
+from streamer.adapters.adapter_config import AdapterConfig, Stated, stated_options
+from streamer.adapters.pipeline_adapter import open_lora
 from streamer.adapters.reader import open_adapter
-from streamer.adapters.stated import Stated, stated_options
+from streamer.adapters.rules import INSTEAD, refusals
 from streamer.errors import FormatError, InputError, MismatchError, StreamerError, UnsupportedError, UsageError
 
 # Scales ---------------------------------------------------------------------------------------------------------------
@@ -73,6 +74,18 @@ def test_scale(tmp_path: Path, config: dict, rank: int, scale: float) -> None:
         ({"rank_pattern": {"a{99999999999}": 4}}, FormatError, "is not a regular expression"),
         ({"rank_pattern": {"(" * 5000: 4}}, FormatError, "is not a regular expression"),
         ({"rank_pattern": {"(": 4}}, FormatError, "pattern '(' is not a regular expression"),
+        *(
+            ({"rank_pattern": {pattern: 4}}, FormatError, "may never finish matching; write it without repeated groups")
+            for pattern in (
+                r"(([a-z._0-9])+)+#",
+                r"(a|aa)+b",
+                r"(.*){9}#",
+                r"(?:[\w.]+)+#",
+                ".*.*.*.*.*.*#",
+                r"((a?b?)){30}c",
+                r"(\w{2,})+#",
+            )
+        ),
     ],
 )
 def test_a_config_that_is_wrong(tmp_path: Path, config: dict, error: type[StreamerError], words: str) -> None:
@@ -122,7 +135,7 @@ def test_any_config_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory
         ({"init_lora_weights": "corda"}, "residual-base"),
         ({"init_lora_weights": "lora_ga"}, "residual-base"),
         ({"init_lora_weights": "tomorrow"}, "unknown initialisation"),
-        ({"loftq_config": {"loftq_bits": 4}}, "LoftQ"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "residual-base"),
         ({"alora_invocation_tokens": [1]}, "aLoRA"),
         ({"arrow_config": {"k": 1}}, "Arrow"),
         ({"use_bdlora": {"x": 1}}, "BD-LoRA"),
@@ -131,11 +144,10 @@ def test_any_config_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory
         ({"megatron_config": {"x": 1}}, "Megatron"),
         ({"invocation_string": "<|start_of_role|>"}, "aLoRA: acts on some tokens only"),
         ({"enable_lora": [True, False, True]}, "MergedLinear: its delta is for some parts of a fused layer"),
-        ({"enable_lora": True}, "unknown key 'enable_lora' (True)"),
         ({"peft_type": "HRA"}, "HRA adapter"),
         ({"peft_type": ["LORA"]}, "adapter: its change of the weights is not known here"),
-        ({"peft_type": "BOFT", "boft_n_butterfly_factor": 2}, "BOFT: boft_n_butterfly_factor=2"),
-        ({"peft_type": "OFT", "fan_in_fan_out": True}, "OFT: fan_in_fan_out=true"),
+        ({"peft_type": "BOFT", "boft_n_butterfly_factor": 2}, "BOFT: boft_n_butterfly_factor=2: only 1"),
+        ({"peft_type": "OFT", "fan_in_fan_out": True}, "OFT: fan_in_fan_out=True"),
         ({"peft_type": "LOKR", "use_tomorrow": True}, "unknown key 'use_tomorrow' (True)"),
         ({"peft_type": "ADALORA", "use_rslora": True}, "unknown key 'use_rslora' (True)"),
         (
@@ -150,9 +162,9 @@ def test_any_config_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory
     ],
 )
 def test_refused_by_config(config: dict, kind: str) -> None:
-    reasons = config_refusals(AdapterConfig(config, Path("adapter_config.json")))
-    assert len(reasons) == 1
-    assert kind in reasons[0]
+    (reason,) = refusals(AdapterConfig(config, Path("adapter_config.json")))
+    assert kind in reason
+    assert reason.endswith(f"; {INSTEAD}") == ("unknown key" not in kind and "layout" not in kind)
 
 
 @pytest.mark.parametrize(
@@ -165,34 +177,14 @@ def test_refused_by_config(config: dict, kind: str) -> None:
          {"target_modules": ["q"], "layers_to_transform": [1], "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}],
 )  # fmt: skip
 def test_taken_by_config(config: dict) -> None:
-    assert config_refusals(AdapterConfig(config, Path("adapter_config.json"))) == []
+    assert refusals(AdapterConfig(config, Path("adapter_config.json"))) == []
 
 
 # Keys -----------------------------------------------------------------------------------------------------------------
 
-# Fields of LoraConfig, by the first version from 0.11 that has them; none has gone since.
-FIELDS = {
-    "0.11": "r target_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights layers_to_transform "
-            "layers_pattern rank_pattern alpha_pattern megatron_config megatron_core loftq_config use_dora layer_replication peft_type "
-            "auto_mapping base_model_name_or_path revision task_type inference_mode",
-    "0.12": "runtime_config", "0.14": "exclude_modules eva_config lora_bias", "0.15": "trainable_token_indices corda_config",
-    "0.16": "use_qalora qalora_group_size", "0.17": "target_parameters",
-    "0.18": "alora_invocation_tokens arrow_config ensure_weight_tying peft_version", "0.19": "lora_ga_config use_bdlora",
-    "0.20": "velora_config monteclora_config", "0.21": "kasa_config",
-}  # fmt: skip
-
 # What could change a delta, as variants of LoRA call their options.
-STRANGE = ["lora_scaling", "lora_variant", "block_diagonal", "shared_A", "qkv_fused", "enable_lora", "lora_scale", "scaling",
+STRANGE = ["lora_scaling", "lora_variant", "block_diagonal", "shared_A", "qkv_fused", "lora_scale", "scaling",
            "lora_magnitude", "num_experts", "merged", "alpha", "use_new", "is_new", "new_config"]  # fmt: skip
-
-
-@pytest.mark.parametrize("field", [field for fields in FIELDS.values() for field in fields.split()])
-def test_every_field_of_lora_is_known(field: str) -> None:
-    assert field in KNOWN_KEYS["LORA"] or field in {rule.key for rule in CONFIG_RULES}
-
-
-def test_a_known_key_has_no_rule_besides() -> None:
-    assert not KNOWN_KEYS["LORA"] & {rule.key for rule in CONFIG_RULES if rule.key != "init_lora_weights"}
 
 
 @pytest.mark.parametrize("key", STRANGE)
@@ -213,7 +205,51 @@ def test_an_unknown_key_is_refused_until_it_is_ignored(key: str, tmp_path: Path)
 def test_what_cannot_be_ignored(tmp_path: Path) -> None:
     """A key with a rule has its effect, whatever the user says; and keys come in a list."""
     config = AdapterConfig({"kasa_config": {"x": 1}}, Path(), Stated(ignore_keys=["kasa_config"]))
-    assert len(config_refusals(config)) == 1
+    assert refusals(config)[0].startswith("KaSA: ")
     for keys in ("lora_scaling", 5, [5]):
         with pytest.raises(UsageError, match=f"^ignore_keys: expected a list of keys, found {re.escape(repr(keys))}$"):
             Stated(ignore_keys=keys)  # type: ignore[arg-type]
+
+
+# Other libraries' files -----------------------------------------------------------------------------------------------
+
+OTHER = {
+    "LoHa": ("lora_unet_down_blocks_0_attn.hada_w1_a", "last.safetensors", "of LyCORIS (LoHa, LoKr), not supported here"),
+    "diffusers of old": ("unet.mid_block.attn.to_q_lora.down.weight", "pytorch_lora_weights.safetensors", "of ComfyUI or old"),
+    "ComfyUI": ("diffusion_model.blocks.0.attn.to_q.lora_down.weight", "flux.safetensors", "of ComfyUI or old"),
+    "MLX": ("model.layers.0.self_attn.q_proj.lora_a", "adapters.safetensors", "the format of MLX"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_a_lora_of_another_library_is_refused_by_its_name(tmp_path: Path, case: str) -> None:
+    tensor, file, words = OTHER[case]
+    save_file({tensor: torch.zeros(4, 5)}, tmp_path / file)
+    if case == "MLX":
+        (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora", "num_layers": 2}')
+    for path in (tmp_path, tmp_path / file):
+        with pytest.raises(UnsupportedError, match="a LoRA in the format of") as e:
+            open_adapter(path)
+        assert words in str(e.value)
+    (tmp_path / file).rename(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
+    with pytest.raises(UnsupportedError, match="a LoRA in the format of"):
+        open_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (
+            ["lora_unet_conv_in.alpha", "lora_unet_conv_in.lora_down.weight"],
+            "kohya or diffusers, not supported here; name the one file",
+        ),
+        (["unet.conv_in.lora_A.weight"], "kohya or diffusers, not supported here; name the one file"),
+        (["lora_unet_conv_in.alpha", "lora_unet_conv_in.lokr_w1"], "LyCORIS (LoHa, LoKr), not supported here"),
+    ],
+)
+def test_two_files_of_a_pipelines_adapters(tmp_path: Path, tensors: list[str], words: str) -> None:
+    for name in ("a", "b"):
+        save_file({tensor: torch.zeros(4, 5) for tensor in tensors}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(UnsupportedError, match=re.escape(f"a.safetensors: refused: a LoRA in the format of {words}")):
+        open_lora(tmp_path)
