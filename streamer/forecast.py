@@ -35,7 +35,7 @@ from streamer.measuring.passes import checked_tokens
 from streamer.measuring.statistics import MEASURES
 from streamer.methods import Paper
 from streamer.output.adapter_writer import AdapterWriter
-from streamer.output.job import FindingsToMake, Job
+from streamer.output.job import Job
 from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer
 from streamer.output.write import resident_of
@@ -188,7 +188,8 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None, detects:
     detects = job.detects if detects is None else detects
     memory = escalated = max(estimate.nbytes for estimate in writer.estimates(resident))
     network = writer.spec.base_bytes
-    read = network + _adapter_bytes(plan) + job.findings.nbytes + sum(p.stat().st_size for _, p in writer.spec.copies)
+    read = network + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in writer.spec.copies)
+    read += sum(f.nbytes for m in job.findings or () for f in (m.detection.U, m.detection.S, m.detection.Vh))
     seconds, works = None, [(t.module.shape, t.module.factor_rank + job.intruders(t)) for t in plan.targets]
     if rates is not None and all(target.module.low_rank for target in plan.targets):
         added = sum(m * n * (VALUE + rank) for (m, n), rank in works) if writer.spec.command == "merge" else 0
@@ -209,7 +210,7 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None, detects:
 def forecast_commands(plan: Plan, device: torch.device, rates: Rates | None) -> dict[str, Forecast | UnsupportedError]:
     """Forecast each command with its defaults, `mitigate` and `merge` from findings; or return the error that refuses it."""
     detection = DetectionOptions()
-    job = Job(plan, Paper(), detection, device, FindingsToMake(detection))
+    job = Job(plan, Paper(), detection, device)
     resident = resident_bytes(AdapterBatch(plan.base, (plan,)))
     size, commands = findings_bytes(plan, detection), dict[str, Forecast | UnsupportedError]()
     commands["detect"] = forecast_detection(plan, detection, device, resident, size, rates)

@@ -219,7 +219,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         job, given = self._model.job, self._given
         about = {"transformers": require_transformers().__version__, "config": self._model.config,
                  "stamps": job.plan.detection_stamps(), "projected": job.projected, "bf16": job.rounds_products}  # fmt: skip
-        intruders = self._detection.as_dict() if given is None else given.decisions()
+        intruders = self._detection.as_dict() if given is None else given.decisions_digest()
         return {
             v.name: bytes.fromhex(job.plan.digest(**about, method=v.mitigation and v.mitigation.as_dict(),
                                                   intruders=intruders if v.scales_intruders else None))
@@ -230,7 +230,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def _findings(self) -> Findings | None:
         """Return the findings, detected now if a variant needs them and none were given."""
         if self._given is not None:
-            return self._given.findings
+            return self._given
         if not any(v.scales_intruders for v in self._variants):
             return None
         plan = self._model.job.plan

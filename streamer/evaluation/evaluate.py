@@ -145,7 +145,7 @@ class _Run:
         if not any(variant.scales_intruders for variant in variants):
             return None
         if prepared.findings is not None:
-            return prepared.findings.findings
+            return prepared.findings
         if self._findings is None:
             batch = AdapterBatch(prepared.plan.base, (prepared.plan,))
             (self._findings,) = detect_in_memory(batch, prepared.detection, prepared.run)

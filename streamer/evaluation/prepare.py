@@ -26,7 +26,6 @@ from streamer.measuring.task import describe
 from streamer.measuring.texts import sample_digest
 from streamer.methods import UNCHANGED, RegMean
 from streamer.methods.fits import Coefficients
-from streamer.output.job import GivenFindings
 from streamer.output.prepare import OutputOptions, check_coefficients, check_map, open_jobs
 from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import MemoryEstimate, resident_bytes
@@ -55,7 +54,7 @@ class Prepared:
     options: EvaluationOptions
     detection: DetectionOptions
     run: Run
-    findings: GivenFindings | None
+    findings: Findings | None
     texts: Mapping[str, TextSequences]
     model: StreamingModel
     one_length: bool
@@ -102,7 +101,7 @@ class Prepared:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """Return the inputs and options as JSON: `EvaluationFacts`."""
-        o, detection = self.options, self.findings.options if self.findings else self.detection
+        o, detection = self.options, self.detection if self.findings is None else self.findings.options
         tree = {
             **model_facts(self.model, base=self.plan.sources[0], adapter=self.plan.sources[1]),
             **writable(self.plan),
@@ -114,7 +113,7 @@ class Prepared:
         if others := [text.facts() for name, text in self.texts.items() if name not in (GENERAL, TASK)]:
             tree["texts"]["others"] = others
         if self.findings is not None and self.needs_findings:
-            tree |= {"findings": self.findings.decisions(), "intruders": self.findings.findings.intruders}
+            tree |= {"findings": self.findings.decisions_digest(), "intruders": self.findings.intruders}
         if o.coefficients is not None:
             tree["coefficients"] = o.fitted_record()
         if o.map is not None:
@@ -141,7 +140,7 @@ def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], fin
 
 
 def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, options: EvaluationOptions, detection: DetectionOptions,
-               run: Run) -> tuple[StreamingModel, GivenFindings | None]:  # fmt: skip
+               run: Run) -> tuple[StreamingModel, Findings | None]:  # fmt: skip
     """Open and check the model of all variants, and the findings if given; pass warnings to the monitor."""
     require_transformers()
     form = OutputOptions(merges=True)
@@ -155,7 +154,7 @@ def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, 
     if options.map is not None:
         run.monitor.warn(check_map(plan, options.map))
     model = StreamingModel(options.job(plan, run.model_device))
-    return model, job.findings if isinstance(job.findings, GivenFindings) else None
+    return model, job.findings
 
 
 def _shared(

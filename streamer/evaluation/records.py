@@ -25,7 +25,7 @@ def result_file(prepared: Prepared, output: Path) -> ResultFile:
     """Describe the file of an evaluation."""
     # The journal does not contain what earlier runs measured, so it must belong to this version of their file.
     earlier = hashlib.sha256(output.read_bytes()).hexdigest() if is_taken(output) and output.is_file() else ""
-    bits = f"{prepared.findings.bits if prepared.findings else ''} {earlier}".strip()
+    bits = f"{'' if prepared.findings is None else prepared.findings.digest()} {earlier}".strip()
     o, memory = prepared.options, prepared.detection.max_memory
     variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in o.variants]
     facts = with_digest(prepared.facts, variants=variants, max_memory=memory, race=o.race)

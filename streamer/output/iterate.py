@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from streamer.detection.detection_memory import detection_estimates
+from streamer.detection.intruders import Detection
+from streamer.detection.matrices import detect_matrix
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import threads
-from streamer.output.job import DetectedOnTheWay, Job
+from streamer.output.job import Job
 from streamer.output.merge_plan import MergedModel, plan_merged
 from streamer.output.model_writer import merge_estimates
 from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import check_budget, resident_bytes
+from streamer.plan.targets import Target
 from streamer.storage.buffers import gather
 from streamer.weights.dtypes import as_tensor, in_memory
 
@@ -28,8 +32,24 @@ def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     detecting = detection_estimates(job.plan, job.detection, resident + most) if job.detects else ()
     check_budget(itertools.chain(detecting, merge_estimates(job, model, resident + most)), job.detection.max_memory)
     if job.detects:
-        job = replace(job, findings=DetectedOnTheWay(job.detection, job.plan, job.device, resident, monitor))
+        job = replace(job, detect=_one_at_a_time(job, resident, monitor))
     return _tensors(job, model, monitor)
+
+
+def _one_at_a_time(job: Job, resident: int, monitor: Monitor) -> Callable[[Target], Detection]:
+    """Make a function that detects in one matrix, unless it is the last one again: quantized values and their scales follow each other."""
+    own = torch.get_num_threads()  # the last bits depend on them; merging rows in between uses one
+    last: dict[str, Detection] = {}
+
+    def detect(target: Target) -> Detection:
+        if target.tensor not in last:
+            with threads(own):
+                found = detect_matrix(job.plan, target, job.detection, job.device, resident, monitor=monitor)
+            last.clear()
+            last[target.tensor] = found.detection
+        return last[target.tensor]
+
+    return detect
 
 
 def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,105 @@ from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta, Dense
 from streamer.linalg.svd import krylov_triplets
 from streamer.output.job import Job
-from streamer.output.lora_layout import LoraLayout, is_refused, lora_layout
 from streamer.output.merged_tensors import AddDelta
 from streamer.output.metrics import matrix_metrics
-from streamer.output.mitigation_memory import mitigation_bytes
 from streamer.output.output_spec import Writer, adapter_spec
 from streamer.output.records import MitigatedMatrix
-from streamer.plan.architectures import architecture_for
+from streamer.plan.architectures import Architecture, architecture_for
 from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import MemoryEstimate, check_budget, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
-from streamer.plan.transformers_renames import renames_for
+from streamer.plan.tied_embeddings import find_ties
+from streamer.plan.transformers_renames import Renames, renames_for
 from streamer.storage.buffers import Piece
 from streamer.storage.header import TensorInfo
 from streamer.storage.shard_writer import plan_shard
 from streamer.units import listed
 from streamer.weights.base import StoredTensor, equal
 from streamer.weights.dtypes import as_bytes
+
+OF_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Model types in which PEFT 0.21 refuses LoRA for modules whose weights are passed to kernels without calling the module."""
+
+REFUSED_IN_MAMBA = frozenset({"conv1d", "out_proj"})
+"""Last names of those modules."""
+
+EXPERTS_OF_QWEN2, EXPERTS_OF_MIXTRAL = ("gate", "gate_proj", "up_proj", "down_proj"), ("gate", "w1", "w2", "w3")
+
+TAKEN_FOR_EXPERTS = dict.fromkeys(("minimax", "minimax_m2"), EXPERTS_OF_MIXTRAL) | dict.fromkeys(
+    ("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo",
+     "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "olmoe", "qwen3_moe",
+     "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open"), EXPERTS_OF_QWEN2
+)  # fmt: skip
+"""Model type → last names of modules that PEFT 0.21 treats as experts anywhere, and so skips in layers without experts."""
+
+
+@dataclass(frozen=True)
+class LoraLayout:
+    """Tensors of a LoRA adapter other than factors, and the names of its modules.
+
+    Attributes
+    ----------
+    names
+        Modules with factors → their names in a loaded model.
+    carried
+        Tensor's name in the adapter → its contents.
+    config
+        Config entries for these tensors.
+    heads
+        Embedding's module → modules that are tied to it and get the same delta, and whether each is an embedding.
+    embeddings
+        Modules that are embeddings in the model's class.
+    whole
+        Modules saved with their mitigated weight instead of factors, because PEFT has no LoRA for them.
+    """
+
+    names: Mapping[str, str]
+    carried: Mapping[str, StoredTensor]
+    config: Mapping[str, Any]
+    heads: Mapping[str, Mapping[str, bool]]
+    embeddings: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
+
+
+def _tied_modules(
+    tuned: FinetunedModel, architecture: Architecture | None, renames: Renames
+) -> dict[str, tuple[str, list[str]]]:
+    """Map each module whose weight others share, by its name on disk → its run-time name and the others'."""
+    found = {}
+    for tie in find_ties(tuned.tensors, architecture, renames):
+        if tie.stored.endswith(".weight") and not {*tie.others} & tuned.tensors.keys():
+            mine = next(name.removesuffix(".weight") for name in tie.on_disk if tie.on_disk[name] == tie.stored)
+            others = [m for name in tie.on_disk if (m := name.removesuffix(".weight")) not in (mine, name)]
+            found[tie.stored.removesuffix(".weight")] = mine, others
+    return found
+
+
+def is_refused(module: str, model_type: str | None) -> bool:
+    """Test whether PEFT refuses LoRA for a module, or treats it as an expert's."""
+    last = module.rpartition(".")[2]
+    in_mamba = model_type in OF_MAMBA and last in REFUSED_IN_MAMBA
+    return in_mamba or last in TAKEN_FOR_EXPERTS.get(model_type or "", ())
+
+
+def has_no_lora(name: str, stored: tuple[int, ...], architecture: Architecture | None, model_type: str | None) -> bool:
+    """Test whether PEFT has no LoRA for a module of a loaded model, or one whose forward pass differs from the merged model's.
+
+    Models look up positions by offsets or masks, but PEFT's LoRA of an embedding needs ids. They use the weight of a step size's projection
+    (``dt_proj``), and the weight or stride of a convolution over a sequence, without calling the module. A convolution of one channel may
+    be one of many groups.
+    """
+    if name.rpartition(".")[2] == "dt_proj" or is_refused(name, model_type):
+        return True
+    if len(stored) > 2:
+        return len(stored) == 3 or stored[1] == 1
+    if architecture is None:
+        return False
+    of_tokens = name == architecture.input_embedding or architecture.vocabulary_keys(f"{name}.weight") is not None
+    positions = architecture.is_embedding(name) and not of_tokens
+    return positions or architecture.is_matrix(f"{name}.weight")
+
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 """For the name of each tensor of factors: its shape, and the factor."""
@@ -80,23 +161,29 @@ class LoraWriter(Writer):
             {t.module.name: rank for t in in_factors} if isinstance(rank, int) else _least_ranks(job, in_factors, rank)
         )
         self._targets: dict[str, Target] = {}
-        entries: list[tuple[str, str, Iterable[int]]] = []
+        entries: list[tuple[str, str, tuple[int, ...]]] = []
         for target in self.written:
-            written: list[tuple[str, str, Iterable[int]]]
             if target.module.name in self._layout.whole:
                 info = plan.base.info(target.tensor)
-                written = [(f"{PREFIX}{self._layout.names[target.module.name]}.weight", info.dtype, info.shape)]
+                made = [(f"{PREFIX}{self._layout.names[target.module.name]}.weight", info.dtype, info.shape)]
             else:
-                written = [(name, "F32", shape) for name, (shape, _) in self._tensors(target).items()]
-            entries += written
-            self._targets |= dict.fromkeys((name for name, *_ in written), target)
+                made = [(name, "F32", shape) for name, (shape, _) in self._tensors(target).items()]
+            entries += made
+            self._targets |= dict.fromkeys((name for name, *_ in made), target)
         entries += [(name, stored.info.dtype, stored.info.shape) for name, stored in self._layout.carried.items()]
         shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate", self.written))
         config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         # A model's other files do not belong to an adapter.
         source = None if plan.adapter.describes_model else plan.adapter.directory
         spec = adapter_spec(job, path, shard, config.encode(), source, rank)
-        self.spec = replace(spec, notes=[*spec.notes, *_ties_said(self._layout)])
+        if heads := self._layout.heads:  # factors of tied modules are stored twice
+            tied = listed([repr(m) for name in heads for m in (self._layout.names[name], *heads[name])])
+            note = (
+                f"{tied} are tied, and each has the delta: PEFT's model answers correctly, but its merge_and_unload adds the delta of each "
+                "to their one weight; use the adapter unmerged, or `streamer merge`"
+            )
+            spec = replace(spec, notes=[*spec.notes, note])
+        self.spec = spec
         self._ready: dict[str, Tensor] = {}
 
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
@@ -104,7 +191,7 @@ class LoraWriter(Writer):
         plan = self._plan
         for target in self.written:
             whole = target.module.name in self._layout.whole
-            size = mitigation_bytes(plan, target, self.spec.job.intruders(target), projected=not whole)
+            size = self.spec.job.mitigation_bytes(target, projected=not whole)
             if not (target.module.low_rank or whole):
                 size += truncation_bytes(
                     target.module.shape, self._ranks[target.module.name], plan.weights[target.tensor].compute.itemsize
@@ -161,18 +248,11 @@ class LoraWriter(Writer):
         ranks = {path: r for name, r in self._ranks.items() for path in (names[name], *heads.get(name, ()))}
         largest = max(ranks.values(), default=self._least)
         others = {path: r for path, r in ranks.items() if r != largest}
-        return {
-            **self._layout.config,
-            "peft_type": "LORA",
-            "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in self.written),
-            "r": largest,
-            "lora_alpha": largest,
-            **({"rank_pattern": others, "alpha_pattern": others} if others else {}),
-            "target_modules": [*ranks],
-            "bias": "all" if trained and any(name.endswith(".bias") for name in self._layout.carried) else "none",
-            "init_lora_weights": True,
-            "inference_mode": True,
-        }
+        bias = "all" if trained and any(name.endswith(".bias") for name in self._layout.carried) else "none"
+        return {**self._layout.config, "peft_type": "LORA",
+                "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in self.written), "r": largest, "lora_alpha": largest,
+                **({"rank_pattern": others, "alpha_pattern": others} if others else {}), "target_modules": [*ranks],
+                "bias": bias, "init_lora_weights": True, "inference_mode": True}  # fmt: skip
 
 
 def _least_ranks(job: Job, targets: Sequence[Target], share: float) -> dict[str, int]:
@@ -188,13 +268,9 @@ def _least_ranks(job: Job, targets: Sequence[Target], share: float) -> dict[str,
             "to_lora: a share of the energy needs the findings before anything is written; run `streamer detect`, and pass them with "
             "--findings, or pass a rank"
         )
-    plan, resident = job.plan, resident_bytes(AdapterBatch(job.plan.base, (job.plan,)))
-    sizes = {
-        target.tensor: mitigation_bytes(plan, target, job.intruders(target), projected=False)
-        + (0 if target.module.low_rank else energies_bytes(target.module.shape))
-        for target in targets
-    }
-    estimates = (MemoryEstimate(t.tensor, t.module.shape, resident + sizes[t.tensor]) for t in targets)
+    resident = resident_bytes(AdapterBatch(job.plan.base, (job.plan,)))
+    sizes = (job.mitigation_bytes(t) + (0 if t.module.low_rank else energies_bytes(t.module.shape)) for t in targets)
+    estimates = (MemoryEstimate(t.tensor, t.module.shape, resident + n) for t, n in zip(targets, sizes, strict=True))
     check_budget(estimates, job.detection.max_memory)
     return {target.module.name: least_rank(energies(job.mitigated(target)[1]), share) for target in targets}
 
@@ -208,17 +284,6 @@ def _linear(stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...
 def _embedding(stem: str, shape: tuple[int, int], rank: int, factors: tuple[str, str]) -> Shapes:
     (m, n), (a, b) = shape, factors
     return {f"{stem}.lora_embedding_A": ((rank, n), a), f"{stem}.lora_embedding_B": ((m, rank), b)}
-
-
-def _ties_said(layout: LoraLayout) -> list[str]:
-    """Note what PEFT's merge does with tied modules, whose factors an adapter stores twice."""
-    if not layout.heads:
-        return []
-    tied = listed([repr(m) for name, heads in layout.heads.items() for m in (layout.names[name], *heads)])
-    return [
-        f"{tied} are tied, and each has the delta: PEFT's model answers correctly, but its merge_and_unload adds the delta of each to "
-        "their one weight; use the adapter unmerged, or `streamer merge`"
-    ]
 
 
 def _is_unchanged(plan: Plan, target: Target) -> bool:
@@ -240,22 +305,96 @@ def _built_on_loading(plan: Plan) -> dict[str, str]:
 
 
 def _layout(plan: Plan) -> LoraLayout:
-    """Lay out the adapter; an original adapter keeps its carried tensors under the same names."""
-    adapter = plan.adapter
-    if isinstance(adapter, FinetunedModel):
-        # Changed tensors without a module of their own in a loaded model are refused.
-        built = _built_on_loading(plan)
-        targets = [t for t in plan.targets if not t.pieces and t.module.name not in built]
-        changed = frozenset(t.module.name for t in targets if not _is_unchanged(plan, t))
-        matched = {t.module.name: t.tensor for t in targets}
-        architecture = architecture_for(adapter.model_config, plan.config.architecture)
-        return lora_layout(adapter, architecture, plan.base, matched, changed, plan.edits, renames_for(plan.config))
-    kept = ("base_model_name_or_path", "modules_to_save", "peft_version", "revision", "task_type",
-            "trainable_token_indices")  # fmt: skip
-    config = {key: adapter.config.values[key] for key in kept if key in adapter.config.values}
-    names = saved_names(dict.fromkeys(c.source for c in adapter.carried))
-    carried = {name: adapter.tensors[own] for name, own in names.items()}
-    return LoraLayout({t.module.name: t.module.name for t in plan.targets}, carried, config, {})
+    """Lay out the adapter; an original adapter keeps its carried tensors under the same names.
+
+    Changes of a fine-tuned model outside matrices get the form of a LoRA adapter.
+    PEFT identifies modules by their names in a loaded model. A bias stays with its module if that has factors; any other change becomes a
+    saved module with all of its tensors; an embedding and its lm_head stay tied. Unchanged tensors are omitted. Examples:
+
+    ``language_model.model.norm.weight``    → saved as ``base_model.model.model.language_model.norm.weight``
+    ``….q_proj.bias``, its weight changed   → ``….q_proj.base_layer.bias``
+    ``lm_head.bias``, its weight tied       → ``lm_head.base_layer.bias``, with factors of the embedding and of ``lm_head``
+    ``model.embed_tokens.weight``, tied     → factors of ``embed_tokens`` and, transposed, of ``lm_head``
+    ``….0.mlp.up_proj.weight`` of DeepSeek  → ``….0.mlp.up_proj.weight`` of a layer without experts, whole
+    ``….mixer.conv1d.weight`` of Mamba      → ``….mixer.conv1d.weight``, the mitigated one whole
+
+    Raises
+    ------
+    UnsupportedError
+        If a change has no place in a LoRA adapter.
+    """
+    tuned, base = plan.adapter, plan.base
+    if not isinstance(tuned, FinetunedModel):
+        kept = ("base_model_name_or_path", "modules_to_save", "peft_version", "revision", "task_type",
+                "trainable_token_indices")  # fmt: skip
+        original = {key: tuned.config.values[key] for key in kept if key in tuned.config.values}
+        saved_as = saved_names(dict.fromkeys(c.source for c in tuned.carried))
+        stored = {name: tuned.tensors[own] for name, own in saved_as.items()}
+        return LoraLayout({t.module.name: t.module.name for t in plan.targets}, stored, original, {})
+    # Changed tensors without a module of their own in a loaded model are refused.
+    built, renames = _built_on_loading(plan), renames_for(plan.config)
+    targets = [t for t in plan.targets if not t.pieces and t.module.name not in built]
+    trained = {t.module.name for t in targets if not _is_unchanged(plan, t)}
+    matched = {t.module.name: t.tensor for t in targets}
+    architecture = architecture_for(tuned.model_config, plan.config.architecture)
+    now = renames.at_run_time(tuned.tensors)
+    tensors, sources, kind = tuned.tensors, plan.edits.sources, tuned.model_config.model_type
+    bases = {s.info.name: StoredTensor(*base.locate(n)) for n, s in sources.items() if n in base.weight_map}
+    changed = {
+        c.source: c for c in tuned.carried if c.source not in bases or not equal(tensors[c.source], bases[c.source])
+    }
+    tied = _tied_modules(tuned, architecture, renames)
+    owners = {other: module for module, (_, others) in tied.items() if module in matched for other in others}
+    biases = {s: now[s].rpartition(".")[0] for s, c in changed.items() if c.parameter == "bias" and s in now}
+    biased = {c.module for c in changed.values() if c.parameter == "bias"}
+    biased |= {owners[head] for head in biases.values() if head in owners}
+    paths = {m: now.get(f"{m}.weight", f"{m}.weight").removesuffix(".weight") for m in matched}
+    shapes = {m: base.info(tensor).shape for m, tensor in matched.items()}
+    adaptable = [m for m in matched if not has_no_lora(paths[m], shapes[m], architecture, kind)]
+    named = {m for m in matched if m in trained or m in biased}
+    if not named & {*adaptable}:  # PEFT cannot open an adapter without factors
+        named |= {*adaptable[:1]}
+    names = {m: paths[m] for m in matched if m in named}
+    whole = names.keys() - {*adaptable}
+    inner = {module.rpartition(".")[0] for module in (*owners, *(name.rpartition(".")[0] for name in tuned.tensors))}
+    saved = {names[m] for m in whole}
+    for c in changed.values():
+        if (c.module in matched and c.parameter == "bias") or biases.get(c.source) in owners:
+            continue
+        placed = c.module and c.module not in matched and c.source in now
+        if not placed or any(f"{i}.".startswith(f"{c.module}.") for i in inner):
+            raise UnsupportedError(
+                f"{tuned.path}: {c.source!r} has changed, which is no weight or bias of a layer, and so has no place in a LoRA adapter; "
+                "use `streamer merge`"
+            )
+        saved.add(now[c.source].rpartition(".")[0])
+    carried = {}
+    for c in tuned.carried:
+        name = now.get(c.source, c.source)
+        module, _, parameter = name.rpartition(".")
+        # By PEFT's rule, an entry of modules_to_save names all modules whose path ends in it.
+        if any(module.endswith(s) for s in saved):
+            saved.add(module)
+            carried[PREFIX + name] = tensors[c.source]
+        elif c.source in changed:
+            carried[f"{PREFIX}{module}.base_layer.{parameter}"] = tensors[c.source]
+    heads: dict[str, dict[str, bool]] = {}
+    pairs = 0
+    for module, (mine, others) in tied.items():
+        if module in names and architecture is not None:
+            heads[module] = {other: architecture.is_embedding(other) for other in others}
+        elif mine in saved:  # its size differs from the base's
+            saved |= {*others}
+            carried |= {f"{PREFIX}{other}.weight": tensors[f"{module}.weight"] for other in others}
+        else:
+            continue
+        pairs += len(others) == 1
+    config: dict[str, Any] = {"modules_to_save": sorted(saved)} if saved else {}
+    # If more than two are tied, PEFT treats all except the first as linear layers.
+    if pairs:
+        config["ensure_weight_tying"] = True
+    looked_up = {m for m, name in names.items() if architecture is not None and architecture.is_embedding(name)}
+    return LoraLayout(names, carried, config, heads, frozenset(looked_up), frozenset(whole))
 
 
 def truncated(delta: Delta, rank: int, name: str = "") -> LowRank:

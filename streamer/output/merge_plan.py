@@ -79,15 +79,9 @@ class MergedModel:
 
     def changed_components(self) -> MergedModel:
         """Leave out the components of a pipeline in which nothing changes: their files are copied."""
-        changed = {
-            component_prefix(name)
-            for name, outputs in self.files.items()
-            if any(not isinstance(output.recipe, CopyBytes) for output in outputs)
-        }
-        files = {
-            n: outputs for n, outputs in self.files.items() if not component_prefix(n) or component_prefix(n) in changed
-        }
-        return replace(self, files=files)
+        names = {n for n in self.files if any(not isinstance(o.recipe, CopyBytes) for o in self.files[n])}
+        changed = {"", *map(component_prefix, names)}
+        return replace(self, files={n: made for n, made in self.files.items() if component_prefix(n) in changed})
 
     def shards(self, metadata: Mapping[str, str] | None = None) -> dict[str, ShardPlan]:
         """Lay out the files with exact headers; their metadata is the base's plus the given metadata."""
@@ -125,27 +119,18 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
     """
     _refuse_quantized(plan, dequantize)
     weights = plain_weights(plan.weights, plan.config) if dequantize else plan.weights
-    files = {
-        name: [
-            o for t in file.header.tensors if (o := _of_file(plan, weights, t.name, StoredTensor(file, t), dequantize))
-        ]
-        for name, file in plan.base.files.items()
-    }
-    last = next(reversed(files))
-    files[last] += [
-        _output(plan, weights, name, None) for name in plan.edits.sources if name not in plan.base.weight_map
-    ]
+    files: dict[str, list[OutputTensor]] = {}
+    for name, file in plan.base.files.items():
+        made = (_of_file(plan, weights, t.name, StoredTensor(file, t), dequantize) for t in file.header.tensors)
+        files[name] = [output for output in made if output is not None]
+    new = (name for name in plan.edits.sources if name not in plan.base.weight_map)
+    files[next(reversed(files))] += [_output(plan, weights, name, None) for name in new]
     head = _head(plan, [o.name for outputs in files.values() for o in outputs])
-    return MergedModel(
-        {name: tuple(outputs) for name, outputs in files.items() if outputs},
-        {
-            name: plain_metadata(file.header.metadata, weights) if dequantize else file.header.metadata
-            for name, file in plan.base.files.items()
-        },
-        _texts(plan, head, dequantize),
-        plan.base.index,
-        head,
-    )
+    metadata: dict[str, Mapping[str, str]] = {name: file.header.metadata for name, file in plan.base.files.items()}
+    if dequantize:
+        metadata = {name: plain_metadata(values, weights) for name, values in metadata.items()}
+    written = {name: tuple(outputs) for name, outputs in files.items() if outputs}
+    return MergedModel(written, metadata, _texts(plan, head, dequantize), plan.base.index, head)
 
 
 def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, dequantize: bool) -> OutputTensor | None:

@@ -41,16 +41,6 @@ class Recipe(ABC):
 
     __slots__ = ()
 
-    @property
-    def peak_bytes(self) -> int:
-        """Estimate the memory that it needs; 0 if that is included in the mitigation of its matrix."""
-        return 0
-
-    @property
-    def repeats(self) -> bool:
-        """Test whether another tensor's recipe uses the same delta and counts it."""
-        return False
-
     @abstractmethod
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Yield its bytes in order, in pieces that the caller releases.
@@ -78,11 +68,6 @@ class Rows(Recipe):
     """Makes a weight's tensor by rows, without a delta."""
 
     weight: Weight
-
-    @property
-    def peak_bytes(self) -> int:
-        """Estimate the memory of a few rows."""
-        return rows_bytes(self.weight)
 
 
 class Cast(Rows):
@@ -144,11 +129,6 @@ class Requantize(Recipe):
     target: Target
     role: str
 
-    @property
-    def repeats(self) -> bool:
-        """Test whether these are the scales: the delta is counted with the quantized values."""
-        return self.role != "weight"
-
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Yield the quantized values or their scales. Each pass computes the sum again, so that it is never in memory whole."""
         (_, delta), weight = mitigated(self.target), self.weight.at_hand()
@@ -174,11 +154,6 @@ class RowSlice(Recipe):
     recipe: AddDelta | Requantize
     rows: tuple[int, int]
 
-    @property
-    def repeats(self) -> bool:
-        """Test whether these are later rows: the delta is counted with the first rows."""
-        return self.rows[0] > 0 or self.recipe.repeats
-
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Yield the recipe's pieces; for part of a matrix, values that rounding leaves unchanged are not counted."""
 
@@ -194,11 +169,6 @@ class Stack(Recipe):
     """Makes a tensor that holds several matrices one after the other, all made in the same way."""
 
     recipes: tuple[Recipe, ...]
-
-    @property
-    def repeats(self) -> bool:
-        """Test whether the recipes repeat a delta."""
-        return self.recipes[0].repeats
 
     def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
         """Yield the pieces of each recipe, one after the other."""

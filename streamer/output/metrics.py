@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from streamer.linalg.operators import Delta
 from streamer.methods import Method
 from streamer.output.records import MitigatedMatrix, Totals
 from streamer.plan.targets import Target
+
+MOST_LOST = 0.01
+"""Largest share of a mitigated delta's Frobenius norm that may be lost without a warning."""
 
 
 def matrix_metrics(
@@ -30,16 +34,9 @@ def matrix_metrics(
     """
     before = delta.norm()
     scaled = () if found is None else found.intruders if method.select == "all" else found.intruders[:1]
-    return {
-        "tensor": target.tensor,
-        "module": target.module.name,
-        "transposed": target.transposed,
-        "intruders": list(scaled),
-        "certified": None if found is None else found.certified,
-        "delta_norm": before,
-        "delta_norm_after": before if after is delta else after.norm(),
-        "dropped": truncation_error,
-    }
+    return {"tensor": target.tensor, "module": target.module.name, "transposed": target.transposed, "intruders": list(scaled),
+            "certified": None if found is None else found.certified, "delta_norm": before,
+            "delta_norm_after": before if after is delta else after.norm(), "dropped": truncation_error}  # fmt: skip
 
 
 def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
@@ -68,15 +65,26 @@ def totals(matrices: list[MitigatedMatrix], nbytes: int) -> Totals:
     """Sum the metrics of all matrices of an output of `nbytes` bytes."""
     before = math.sqrt(sum(m["delta_norm"] ** 2 for m in matrices))
     after = math.sqrt(sum(m["delta_norm_after"] ** 2 for m in matrices))
-    return {
-        "matrices": len(matrices),
-        "intruders": sum(len(m["intruders"]) for m in matrices),
-        "changed": sum(m["delta_norm_after"] != m["delta_norm"] for m in matrices),
-        "delta_norm": before,
-        "delta_norm_after": after,
-        "equal_norm_shrink": after / before if before > 0 else 1.0,
-        "dropped_max": max((m["dropped"] for m in matrices), default=0.0),
-        "values": sum(m.get("values", 0) for m in matrices),
-        "rounded_away": sum(m.get("rounded_away", 0) for m in matrices),
-        "bytes": nbytes,
-    }
+    return {"matrices": len(matrices), "intruders": sum(len(m["intruders"]) for m in matrices),
+            "changed": sum(m["delta_norm_after"] != m["delta_norm"] for m in matrices),
+            "delta_norm": before, "delta_norm_after": after, "equal_norm_shrink": after / before if before > 0 else 1.0,
+            "dropped_max": max((m["dropped"] for m in matrices), default=0.0), "values": sum(m.get("values", 0) for m in matrices),
+            "rounded_away": sum(m.get("rounded_away", 0) for m in matrices), "bytes": nbytes}  # fmt: skip
+
+
+def truncation_warnings(matrices: Sequence[MitigatedMatrix], remedy: Callable[[], str]) -> list[str]:
+    """Report how many matrices lose more than `MOST_LOST`, and which loses most; return an empty list if none does.
+
+    Parameters
+    ----------
+    remedy
+        Describes what to do instead.
+    """
+    lost = [m for m in matrices if m["dropped"] > MOST_LOST]
+    if not lost:
+        return []
+    worst = max(lost, key=lambda m: m["dropped"])
+    return [
+        f"lost in projection: more than {100 * MOST_LOST:g} % of the delta in {len(lost)} of "
+        f"{len(matrices)} matrices, most in {worst['tensor']!r} ({100 * worst['dropped']:.2f} %); {remedy()}"
+    ]

@@ -14,8 +14,9 @@ from streamer import __version__
 from streamer.adapters.adapter_config import CONFIG_NAME
 from streamer.detection.findings_file import journal_of
 from streamer.output.job import Job
-from streamer.output.model_card import CARD_NAME, Card, longest_matrices, longest_totals, take_original
-from streamer.output.records import SCHEMA, MitigatedMatrix, Record, Totals
+from streamer.output.metrics import totals
+from streamer.output.model_card import CARD_NAME, MOST_FACTS, Card
+from streamer.output.records import SCHEMA, MitigatedMatrix, Record
 from streamer.plan.memory_estimate import MemoryEstimate
 from streamer.plan.side_files import is_module, other_files, read_beside, skipped_files
 from streamer.plan.targets import Target
@@ -82,18 +83,18 @@ class OutputSpec:
     card: Card | None = None
     model_tensors: int = 0
 
-    def record(self, certified: int, sums: Totals, matrices: Sequence[MitigatedMatrix] = ()) -> Record:
-        """Return the output's record, without its files."""
+    def record(self, matrices: list[MitigatedMatrix], nbytes: int = 0) -> Record:
+        """Return the output's record, without its files, which have `nbytes` bytes."""
         job = self.job
         base, adapter = job.plan.sources
-        options = job.method.as_json()
+        options, certified = job.method.as_json(), sum(m["certified"] is True for m in matrices)
         found: Record = {"schema": SCHEMA, "command": self.command, "version": __version__, "base": base, "adapter": adapter,
                 "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
                 "lambda": options["lambda"], "coefficients": options.get("coefficients"), "to_lora": self.to_lora,
-                "dequantize": job.dequantize, "totals": sums,
+                "dequantize": job.dequantize, "totals": totals(matrices, nbytes),
                 "warnings": [*job.plan.notes, *self.warnings], "notes": self.notes, "advice": self.advice, "left_out": self.skipped_files,
                 "carried": job.plan.edits.listed(job.plan.base, job.plan.adapter.describes_model), "tokenizer": self.tokenizer,
-                "matrices": list(matrices)}  # fmt: skip
+                "matrices": matrices}  # fmt: skip
         if "map" in options:
             found["map"] = options["map"]
         if self._file:
@@ -113,15 +114,9 @@ class OutputSpec:
         job = self.job
         if not job.card:
             return self
-        original, copies = take_original(self.copies)
-        if original is None:
-            return self
-        shapes = [t.module.shape for t in job.plan.targets]
-        sums = longest_totals(len(shapes), sum(map(job.detection.directions, shapes)))
-        longest = self.record(len(shapes), sums, longest_matrices([t.tensor for t in job.plan.targets]))
         kinds = job.plan.adapter.describes_model, job.plan.config.pipeline
-        card = Card(original, *job.plan.sources, self.command, pipeline, longest, *kinds)
-        return replace(self, card=card, copies=copies)
+        card = Card(self._original_card(), *job.plan.sources, self.command, pipeline, *kinds)
+        return replace(self, card=card, copies=[c for c in self.copies if c[0] != CARD_NAME])
 
     @cached_property
     def output(self) -> OutputPlan:
@@ -132,13 +127,13 @@ class OutputSpec:
         shards = [(name, shard.nbytes) for name, shard in self.shards.items()]
         finals = [(name, len(data)) for name, data in self.finals.items()]
         *files, commit = *copies, *texts, *shards, *finals
-        card = [] if self.card is None else [(CARD_NAME, self.card.most_bytes)]
+        card = [] if self.card is None else [(CARD_NAME, len(self.card.original) + MOST_FACTS)]
         files = [*files, *card, commit]
         # The version of streamer and the names of the inputs do not count.
         data = [(name, shard.header.data_bytes) for name, shard in self.shards.items()]
         named = "\n".join(t.name for shard in self.shards.values() for t in shard.header.tensors)
         # What sentence-transformers trained beside the adapter cannot be told apart by size alone.
-        modules = {name: _digest_of(path) for name, path in self.copies if is_module(name)}
+        modules = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.copies if is_module(name)}
         converted = {} if self.to_lora is None else {"to_lora": self.to_lora}
         digest = plan.digest(
             command=self.command, files=[*copies, *texts, *finals], data=data,
@@ -150,23 +145,21 @@ class OutputSpec:
         instead = {CARD_NAME: "pass --no-card"} if self.card is not None and not self.card.original else {}
         read = read_beside(self.path, {name for name, _ in files})
         beside = tuple(name for name in read if name not in self.conflicting_names)
-        return OutputPlan(self.path, tuple(files), digest, stamps, plan.inputs, self.conflicting_names, self._temporary(files),
-                          frozenset(name for name, _ in card), frozenset({CARD_NAME}), instead, self.job.bits, __version__,
-                          beside)  # fmt: skip
+        temporary = []
+        if (
+            self.job.detects
+        ):  # its own findings stay to the end; their journal is removed before any large file is written
+            size, journal = self.job.findings_size
+            more = max(0, journal - sum(size for _, size in files))
+            temporary = [(OWN_FINDINGS, size), (journal_of(Path(OWN_FINDINGS)).name, more)]
+        return OutputPlan(self.path, tuple(files), digest, stamps, plan.inputs, self.conflicting_names, tuple(temporary),
+                          frozenset({CARD_NAME}), instead, self.job.bits, __version__, beside)  # fmt: skip
 
     def _original_card(self) -> bytes:
         """Return the input's card that the output's is made from, or that is copied; empty if there is none."""
         if self.card is not None:
             return self.card.original
         return b"".join(path.read_bytes() for name, path in self.copies if name == CARD_NAME)
-
-    def _temporary(self, files: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-        """List the job's own findings, which stay to the end; their journal is removed before any large file is written."""
-        if not self.job.detects:
-            return ()
-        findings, journal = self.job.findings_size
-        more = max(0, journal - sum(size for _, size in files))
-        return (OWN_FINDINGS, findings), (journal_of(Path(OWN_FINDINGS)).name, more)
 
 
 class Writer(ABC):
@@ -198,19 +191,8 @@ class Writer(ABC):
         """
 
 
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def adapter_spec(
-    job: Job,
-    path: Path,
-    shard: ShardPlan,
-    config: bytes | None,
-    source: Path | None,
-    to_lora: int | float | None = None,
-) -> OutputSpec:
+def adapter_spec(job: Job, path: Path, shard: ShardPlan, config: bytes | None, source: Path | None,
+                 to_lora: int | float | None = None) -> OutputSpec:  # fmt: skip
     """Describe an adapter of one tensor file and a config, if it has one, with the other files of the adapter in `source`, if given."""
     copies = [(name, p) for name, p in other_files(source) if name != CONFIG_NAME]
     own = (shard.name, RECORD_NAME)

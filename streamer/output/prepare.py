@@ -16,7 +16,7 @@ from streamer.methods import Method, NullSpace, RegMean
 from streamer.methods.fits import FactorSet
 from streamer.methods.maps import InputMap
 from streamer.output.adapter_writer import AdapterWriter
-from streamer.output.job import FindingsToMake, GivenFindings, Job
+from streamer.output.job import Job
 from streamer.output.lora_writer import LoraWriter
 from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer
@@ -53,15 +53,14 @@ def prepare_outputs(base_path: str | Path, adapters: One | Several, output: Path
         See `open_jobs`.
     """
     jobs = open_jobs(base_path, adapters, findings, method, detection, form, run)
-    writers = [_writer(job, path, form) for job, path in zip(jobs, adapters.directories(output), strict=True)]
+    writers: list[Writer] = []
+    for job, path in zip(jobs, adapters.directories(output), strict=True):
+        if form.merges:
+            writers.append(ModelWriter(job, path))
+        else:
+            writers.append(AdapterWriter(job, path) if form.to_lora is None else LoraWriter(job, path, form.to_lora))
     run.monitor.warn(batch_of(writers).warnings)
     return writers
-
-
-def _writer(job: Job, path: Path, form: OutputOptions) -> Writer:
-    if form.merges:
-        return ModelWriter(job, path)
-    return AdapterWriter(job, path) if form.to_lora is None else LoraWriter(job, path, form.to_lora)
 
 
 def open_jobs(base_path: str | Path, adapters: One | Several, findings: Sequence[Findings | None], method: Method,
@@ -87,10 +86,9 @@ def open_jobs(base_path: str | Path, adapters: One | Several, findings: Sequence
             check_coefficients(plan, method.coefficients)
         if isinstance(method, NullSpace):
             run.monitor.warn(check_map(plan, method.map))
-    sources = [FindingsToMake(detection) if found is None else GivenFindings(found) for found in fitting]
     return [
-        Job(plan, method, detection, run.device, source, form.dequantize, form.model_card, form.measured)
-        for plan, source in zip(batch.plans, sources, strict=True)
+        Job(plan, method, detection, run.device, found, form.dequantize, form.model_card, form.measured)
+        for plan, found in zip(batch.plans, fitting, strict=True)
     ]
 
 

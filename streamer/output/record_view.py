@@ -26,6 +26,12 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
     title
         Start of the first line: the output's location.
     """
+    head = f"{title}: {counted(len(record['files']), 'file')}, {format_size(record['totals']['bytes'])}"
+    return [printable(head), *mitigation_lines(record)]
+
+
+def mitigation_lines(record: Mapping[str, Any]) -> list[str]:
+    """Give the lines of `record_lines` that need no files."""
     t, method, lam, fitted = record["totals"], record["method"], record["lambda"], record.get("coefficients")
     mitigated, norms = f"{t['changed']} of {t['matrices']} matrices mitigated", f"|delta| {t['delta_norm']:.4g}"
     if fitted is not None:
@@ -44,7 +50,7 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
     asked = record["to_lora"]
     kept = f"; written at the smallest ranks that keep {100 * (asked or 0):g} % of the energy"
     rank = kept if isinstance(asked, float) else f"; written at rank {asked}" if asked else ""
-    lines = [f"{title}: {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}", how + rank, norms]
+    lines = [how + rank, norms]
     if record["left_out"]:
         names = ", ".join(record["left_out"][:4]) + (", …" if len(record["left_out"]) > 4 else "")
         lines.append(f"not copied: {names} (weights or training state that would be stale)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Final, Literal, NotRequired, TypedDict
 
 from streamer.detection.findings_records import Ranks
@@ -93,8 +92,3 @@ class Written(Record):
     output: NotRequired[Annotated[OutputPath, "Printed only."]]
     state: NotRequired[Annotated[State, "Printed only."]]
 # fmt: on
-
-
-def certified_count(matrices: Sequence[MitigatedMatrix]) -> int:
-    """Return the number of matrices with certified decisions."""
-    return sum(m["certified"] is True for m in matrices)

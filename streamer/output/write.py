@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,26 +21,127 @@ from streamer.detection.workers import inputs_of
 from streamer.errors import FormatError
 from streamer.events import Event, Monitor, OutputState
 from streamer.linalg.torch_state import threads
-from streamer.output.job import GivenFindings
-from streamer.output.made_shards import MadeShard, ShardTask, describe, in_step
-from streamer.output.metrics import journalled, totals
+from streamer.output.job import Job
+from streamer.output.lora_writer import refusal
+from streamer.output.metrics import journalled, truncation_warnings
 from streamer.output.model_card import CARD_NAME
-from streamer.output.output_spec import OWN_FINDINGS, Writer
-from streamer.output.projection_warnings import output_warnings
+from streamer.output.model_writer import ModelWriter
+from streamer.output.output_spec import OWN_FINDINGS, OutputSpec, Writer
 from streamer.output.record_view import WrittenView
-from streamer.output.records import MitigatedMatrix, Record, Written, certified_count
+from streamer.output.records import MitigatedMatrix, Record, Written
 from streamer.plan.batch import AdapterBatch
 from streamer.plan.memory_estimate import check_budget, resident_bytes
 from streamer.storage.atomic_file import remove_partials
+from streamer.storage.buffers import Piece
 from streamer.storage.header import TensorInfo
 from streamer.storage.lock import locked
 from streamer.storage.output_checks import check_space, touch
 from streamer.storage.output_plan import LOCK_NAME, RECORD_NAME, finished_record, inspect_output, missing_bytes
-from streamer.storage.shard_writer import ShardFile
+from streamer.storage.shard_writer import ShardFile, write_shard
 from streamer.storage.tensor_file import TensorFile
 from streamer.storage.transaction import OutputDirectory, open_outputs
 from streamer.workers.engine import Workers, kept
-from streamer.workers.task import Inputs
+from streamer.workers.task import Carried, Inputs, Task, keep_last
+
+
+class MadeShard:
+    """Tensors of an output's file, in file order; the pieces of each are made as they are pulled.
+
+    Attributes
+    ----------
+    plan
+        The file's plan, with complete metadata.
+    metrics
+        Metrics of each matrix mitigated so far.
+    """
+
+    def __init__(self, writer: Writer, job: Job, name: str, monitor: Monitor) -> None:
+        ((key, value),) = job.stamp(writer.spec.command, writer.written).items()
+        self.plan = writer.spec.shards[name].with_metadata(key, value)
+        self.metrics: list[MitigatedMatrix] = []
+        self._writer, self._job, self._monitor = writer, job, monitor
+
+    def __iter__(self) -> Iterator[tuple[TensorInfo, Iterator[Piece]]]:
+        return ((info, self._pieces(info)) for info in self.plan.header.tensors)
+
+    def _pieces(self, info: TensorInfo) -> Iterator[Piece]:
+        for piece in self._writer.tensor_bytes(info, self._job, self.metrics):
+            self._monitor.checkpoint()
+            yield piece
+
+
+def in_step(shards: list[MadeShard], starts: dict[str, int]) -> Iterator[tuple[int, int, TensorInfo, Iterator[Piece]]]:
+    """Zip shards by position, so that all pull a tensor before any pulls the next.
+
+    Parameters
+    ----------
+    starts
+        Positions in a file of the base: each tensor's first byte.
+
+    Returns
+    -------
+    For each tensor
+        The position, the index of the shard, the tensor, and its pieces.
+    """
+    order: list[tuple[int, int, int]] = []
+    for number, shard in enumerate(shards):
+        start = 0
+        for nth, info in enumerate(shard.plan.header.tensors):
+            start = starts.get(info.name, start)  # a new tensor, or one under another name, follows the previous one
+            order.append((start, nth, number))
+    tensors = [*map(iter, shards)]
+    return ((start, number, *next(tensors[number])) for start, _, number in sorted(order))
+
+
+@dataclass(frozen=True)
+class PartialShard:
+    """A complete, durable shard under the name of a partial file, and the metrics of its matrices."""
+
+    partial: str
+    nbytes: int
+    sha256: str
+    matrices: list[MitigatedMatrix]
+
+
+_writers: dict[tuple[str, int], ModelWriter] = {}
+
+
+@dataclass(frozen=True)
+class ShardTask(Task[PartialShard]):
+    """A shard of a merged model.
+
+    Attributes
+    ----------
+    described
+        The output's `Job` without the plan.
+    number
+        The plan's index.
+    path, shard
+        The output's directory and the file's name.
+    """
+
+    described: Carried[Mapping[str, Any]]
+    number: int
+    path: str
+    shard: str
+
+    @property
+    def name(self) -> str:
+        """Return the file's name."""
+        return self.shard
+
+    def do(self, batch: AdapterBatch, monitor: Monitor) -> PartialShard:
+        """Write the shard."""
+        key, plan = (self.described.digest, self.number), batch.plans[self.number]
+        writer = _writers.get(key)
+        if writer is None or writer.spec.job.plan is not plan:
+            writer = _writers[key] = ModelWriter(Job(plan=plan, **self.described.value), Path(self.path))
+            keep_last(_writers)
+        shard = MadeShard(writer, writer.spec.job, self.shard, monitor)
+        with threads():
+            file = write_shard(Path(self.path), shard.plan, shard, renames=False)
+        plan.check_unchanged()
+        return PartialShard(file.partial.name, file.written, file.sha256, shard.metrics)
 
 
 def batch_of(writers: Sequence[Writer]) -> AdapterBatch:
@@ -110,7 +211,7 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
         for run in runs:
             run.look()
         if resumed := [run for run in runs if run.out.resumed]:
-            done, of = sum(run.finished_items for run in resumed), sum(run.item_count for run in resumed)
+            done, of = sum(run.items for run in resumed), sum(run.item_count for run in resumed)
             monitor.resuming(done, of, "tensor")
         _detect([run for run in runs if run.lacks_findings], whole, resident_of(writers))
         with threads(), kept(whole.workers):
@@ -130,7 +231,7 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
     for spec, record in zip(specs, written, strict=True):
         whose = f" (adapter {spec.path.name!r})" if len(specs) > 1 else ""
         try:
-            warnings = output_warnings(spec, record["matrices"])
+            warnings = _warnings(spec, record["matrices"])
         except (KeyError, TypeError) as e:  # an older output whose record was changed
             raise FormatError(
                 f"{spec.path / RECORD_NAME}: its matrices are not as it was written; pass --overwrite to make it again"
@@ -155,29 +256,24 @@ class _Run:
         self.done = self.items = 0
         """Bytes written, including the current file; number of shards' tensors and other files written."""
         self._finished: set[str] = set()
-        self._sizes, self._items = dict(self.spec.output.files), {name: 1 for name, _ in self.spec.output.files}
-        self._items |= {name: len(shard.header.tensors) for name, shard in self.spec.shards.items()}
-        self.item_count = sum(self._items.values())
-        self._ends = dict(zip(self._sizes, itertools.accumulate(self._sizes.values()), strict=True))
-        """Bytes of the output up to the end of each file."""
-        *_, (self._last, self.nbytes) = self._ends.items()
+        self._sizes, shards = dict(self.spec.output.files), self.spec.shards
+        self._items = {name: len(shards[name].header.tensors) if name in shards else 1 for name in self._sizes}
+        self.nbytes, self.item_count, self._last = (
+            sum(self._sizes.values()),
+            sum(self._items.values()),
+            [*self._sizes][-1],
+        )
 
     def look(self) -> None:
         """Find the files that an interrupted run has finished."""
-        for name, _ in self.spec.output.files:
-            self.monitor.checkpoint()
-            if self.out.finished(name) is not None:
-                self._finished.add(name)
+        for name in self._sizes:
+            if self.is_missing(name) and self.out.finished(name) is not None:
+                self._finish(name)
 
     @property
     def lacks_findings(self) -> bool:
         """Test whether deltas remain to be mitigated but their findings are missing."""
         return self.job.detects and not self.spec.shards.keys() <= self._finished
-
-    @property
-    def finished_items(self) -> int:
-        """Return the number of items that an interrupted run has finished."""
-        return sum(self._items[name] for name in self._finished)
 
     def _emit(self, name: str) -> None:
         done, total = sum(run.done for run in self._runs), sum(run.nbytes for run in self._runs)
@@ -185,35 +281,31 @@ class _Run:
         adapter = self.job.plan.adapter.path.absolute().name if len(self._runs) > 1 else ""
         self.monitor.emit(Event("write", name, done, total, items, of, adapter))
 
-    def begin(self, name: str) -> bool:
-        """Return whether a file must be written; count it if an interrupted run has finished it."""
+    def is_missing(self, name: str) -> bool:
+        """Test whether a file must be written, unless asked to stop."""
         self.monitor.checkpoint()
-        if name == self._last and self.spec.card is not None:
-            self._count(CARD_NAME)  # written just before the commit point, when all of its facts are known
-        if name in self._finished:
-            self._count(name)
         return name not in self._finished
 
-    def _count(self, name: str) -> None:
-        """Count a finished file."""
+    def _finish(self, name: str) -> None:
+        self._finished.add(name)
         self.items += self._items[name]
-        self.done = self._ends[name]
+        self.done += self._sizes[name]
 
     def write_small(self, files: Mapping[str, Path | bytes]) -> None:
         """Write files other than shards, as copies or with the given contents."""
         for name, data in files.items():
-            if self.begin(name):
+            if self.is_missing(name):
                 self._emit(name)
                 if name == self._last:
                     self._write_card(self._matrices())
                 self._write(name, data)
-                self._count(name)
 
     def _write(self, name: str, data: Path | bytes) -> None:
         with self.out.file(name, len(data) if isinstance(data, bytes) else self._sizes[name]) as file:
             file.write(data) if isinstance(data, bytes) else file.copy(data)
             file.complete()
             self.job.plan.check_unchanged()
+        self._finish(name)
 
     def write_elsewhere(self, workers: Workers, inputs: Inputs, number: int) -> None:
         """Let workers write all shards except one that makes the output loadable; journal and rename each as it arrives.
@@ -226,34 +318,34 @@ class _Run:
         names = [name for name in self.spec.shards if name not in self._finished and name != self._last]
         if not names:
             return
-        self.done = self._ends[names[0]] - self._sizes[names[0]]
-        path, described = str(self.out.path.absolute()), describe(self.job)
+        path, options = str(self.out.path.absolute()), {f.name: getattr(self.job, f.name) for f in fields(Job)}
+        described: Carried[Mapping[str, Any]] = Carried({k: value for k, value in options.items() if k != "plan"})
         tasks = {name: ShardTask(inputs, 1, described, number, path, name) for name in names}
         with contextlib.closing(workers.run(tasks, self.monitor, self._emit)) as results:
             for name, one in results:
                 self.job.plan.check_unchanged()
                 self.out.take(name, one.partial, one.nbytes, one.sha256, matrices=one.matrices)
-                self._finished.add(name)
-                self.done += one.nbytes
+                self._finish(name)
         for shard in (self.out.path / name for name in names):
             remove_partials(shard.parent, {shard.name})  # of workers that died
 
     @contextlib.contextmanager
     def shard(self, name: str) -> Iterator[tuple[MadeShard, ShardFile]]:
         """Open a shard and its file; at the end of the block the file is completed, journalled and renamed."""
-        shard = MadeShard(self.writer, self.job, name, self.monitor)
+        shard, self._start = MadeShard(self.writer, self.job, name, self.monitor), self.done
         with ShardFile(self.out.path, shard.plan) as file:
             yield shard, file
             file.complete()
             self.job.plan.check_unchanged()
+            self.done = self._start + self._sizes[name]
             if name == self._last:
                 self._write_card(self._matrices(shard.metrics))
             self.out.announce(name, file.written, file.sha256, matrices=shard.metrics)
-        self.done = self._ends[name]
+        self._finished.add(name)
 
-    def begin_tensor(self, name: str, tensor: TensorInfo) -> None:
+    def begin_tensor(self, tensor: TensorInfo) -> None:
         """Report that a shard's tensor comes next."""
-        self.done = self._ends[name] - self._sizes[name] + tensor.start
+        self.done = self._start + tensor.start
         self._emit(tensor.name)
         self.items += 1
 
@@ -273,8 +365,8 @@ class _Run:
         return [m for name in done for m in journalled(self.out.entry(name), self.out.path)] + (last or [])
 
     def _record(self, matrices: list[MitigatedMatrix], nbytes: int = 0) -> Record:
-        record = self.spec.record(certified_count(matrices), totals(matrices, nbytes), matrices)
-        record["warnings"] += output_warnings(self.spec, matrices)
+        record = self.spec.record(matrices, nbytes)
+        record["warnings"] += _warnings(self.spec, matrices)
         return record
 
     def _write_card(self, matrices: list[MitigatedMatrix]) -> None:
@@ -282,7 +374,6 @@ class _Run:
         card = self.spec.card
         if card is not None and CARD_NAME not in self._finished:
             self._write(CARD_NAME, card.text(self._record(matrices)))
-            self._finished.add(CARD_NAME)
 
 
 def _write_shards(runs: Sequence[_Run]) -> None:
@@ -292,7 +383,7 @@ def _write_shards(runs: Sequence[_Run]) -> None:
         for base in files.values():
             stack.enter_context(base.read_through(by_several=len(runs) > 1))
         for name in dict.fromkeys([*files, *(name for run in runs for name in run.spec.shards)]):
-            if group := [run for run in runs if name in run.spec.shards and run.begin(name)]:
+            if group := [run for run in runs if name in run.spec.shards and run.is_missing(name)]:
                 # Shards that are not made from one file of the base start with its first file.
                 _write_in_step(group, name, files, len(runs) > 1)
 
@@ -306,7 +397,7 @@ def _write_in_step(runs: Sequence[_Run], name: str, files: Mapping[str, TensorFi
         for start, number, tensor, pieces in in_step([shard for shard, _ in opened], starts):
             if keeps_pages:
                 base_file.release_pages(start)
-            runs[number].begin_tensor(name, tensor)
+            runs[number].begin_tensor(tensor)
             file = opened[number][1]
             file.add(tensor, pieces)
             if keeps_pages:
@@ -327,7 +418,31 @@ def _detect(runs: Sequence[_Run], whole: Run, resident: int) -> None:
     own = replace(whole, overwrite=False, resume=True)
     found = detect_to_files(batch, paths, jobs[0].detection, own, resident, [job.findings_size for job in jobs])
     for run, findings in zip(runs, found, strict=True):
-        run.job = replace(run.job, findings=GivenFindings(findings))
+        run.job = replace(run.job, findings=findings)
+
+
+def _warnings(spec: OutputSpec, matrices: Sequence[MitigatedMatrix]) -> list[str]:
+    """Warn about losses of an output on disk.
+
+    The paper's method adds a direction for each intruder that it scales, so a delta of rank r with q intruders needs a rank of r + q.
+    The method ``project`` stays within the adapter's own columns.
+    """
+    job = spec.job
+    if isinstance(spec.to_lora, float):  # the requested share of the energy states what may be lost
+        return []
+
+    def remedy() -> str:
+        if not all(t.module.low_rank for t in job.plan.targets):
+            return "a larger --to-lora loses less, and `streamer merge` nothing"
+        paper = not job.method.keeps_rank
+        q = {m["tensor"]: len(m["intruders"]) if paper else 0 for m in matrices}
+        rank = max(t.module.rank + q.get(t.tensor, 0) for t in job.plan.targets)
+        ways = ["`--method project`"] if paper and spec.to_lora is None else []
+        if not refusal(job):
+            ways.append(f"`--to-lora {rank}`")
+        return f"{', '.join(ways)} or `streamer merge` loses nothing".removeprefix(" or ")
+
+    return truncation_warnings(matrices, remedy)
 
 
 def discard_own_findings(directory: Path) -> None:

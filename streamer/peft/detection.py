@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Unpack
 
 import torch
@@ -11,9 +10,8 @@ from torch import nn
 
 from streamer.api.keywords import LiveDetectKeywords, explained, watched
 from streamer.api.options import Judged, Settings, take
-from streamer.detection.findings import Findings, load_findings
+from streamer.detection.findings import Findings
 from streamer.detection.findings_file import FindingsHead
-from streamer.detection.fingerprints import matched_findings
 from streamer.detection.matrices import detect_matrix
 from streamer.detection.options import DetectionOptions
 from streamer.events import Event, Monitor
@@ -23,13 +21,9 @@ from streamer.plan.memory_estimate import resident_bytes
 
 
 @explained(LiveDetectKeywords, Settings, Judged)
-def detect_intruder_dimensions(
-    peft_model: nn.Module,
-    adapter_name: str = "default",
-    top_k: int | float | None = None,
-    threshold_epsilon: float | None = None,
-    **options: Unpack[LiveDetectKeywords],
-) -> Findings:
+def detect_intruder_dimensions(peft_model: nn.Module, adapter_name: str = "default", top_k: int | float | None = None,
+                               threshold_epsilon: float | None = None,
+                               **options: Unpack[LiveDetectKeywords]) -> Findings:  # fmt: skip
     """Find the intruder dimensions of every matrix that an adapter of a live model changes; the model stays unchanged.
 
     Parameters
@@ -73,25 +67,6 @@ def detect_live(live: LivePlan, options: DetectionOptions, device: torch.device,
     findings = Findings.of(FindingsHead.of(plan, options), matrices)
     monitor.warn(findings.warnings)
     return findings
-
-
-def findings_for(
-    live: LivePlan, findings: Findings | str | Path | None, judged: Judged, device: torch.device, monitor: Monitor
-) -> Findings:
-    """Check given findings against the model, or run detection; the result uses the names in memory.
-
-    Raises
-    ------
-    MismatchError
-        If given findings are not on this model and adapter, or were made with different options.
-    """
-    if findings is None:
-        return detect_live(live, judged.options(), device, monitor)
-    loaded = findings if isinstance(findings, Findings) else load_findings(findings)
-    matched = matched_findings(live.plan, loaded, loaded.name)
-    live.release()
-    matched.check_matches(live.plan.base_identity, live.plan.adapter_identity, judged.options(None, loaded))
-    return matched
 
 
 def named_as_files(live: LivePlan, findings: Findings) -> Findings:

@@ -27,14 +27,11 @@ from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
 
 
 @explained(LiveKeywords, Settings, MethodChoice)
-def merge_and_unload_with_reduced_intruder_dimensions(
-    peft_model: nn.Module,
-    adapter_name: str = "default",
-    top_k: int | float | None = None,
-    threshold_epsilon: float | None = None,
-    mitigation_lambda: float | None = None,
-    **options: Unpack[LiveKeywords],
-) -> nn.Module:
+def merge_and_unload_with_reduced_intruder_dimensions(peft_model: nn.Module, adapter_name: str = "default",
+                                                      top_k: int | float | None = None,
+                                                      threshold_epsilon: float | None = None,
+                                                      mitigation_lambda: float | None = None,
+                                                      **options: Unpack[LiveKeywords]) -> nn.Module:  # fmt: skip
     """Merge an adapter with its intruders scaled by `mitigation_lambda` into the base, and return the base without PEFT.
 
     Weights are changed in place, one matrix after another, in the base's dtypes and on its devices; each is rounded once from a float32
@@ -81,11 +78,17 @@ def merge_and_unload_with_reduced_intruder_dimensions(
         total, done = sum(_nbytes(output) for output in outputs), 0
         for items, output in enumerate(outputs):
             monitor.emit(Event("write", output.name, done, total, items, len(outputs)))
-            _write(live, output, _values(job, output))
+            values, tensor = _values(job, output), live.tensors[output.name]
+            if output.name in live.plan.base.weight_map:
+                tensor.write(values)
+            else:  # the parameter still belongs to another module
+                tensor.untie(values)
             live.release()
             done += _nbytes(output)
         monitor.emit(Event("write", "", total, total, len(outputs), len(outputs)))
-        _say_untied(live)
+        config: Any = getattr(live.live.base, "config", None)
+        for *path, key in live.plan.edits.untied:  # head and embedding are separate now
+            setattr(functools.reduce(getattr, path, config), key, False)
         with quiet_peft():
             return unloaded(live.live)
 
@@ -96,12 +99,6 @@ def _changed(live: LivePlan) -> Iterator[OutputTensor]:
     Modules that the adapter saves are already in the model; they replace the base's when PEFT is removed.
     """
     plan = live.plan
-    if refused := [n for n in plan.by_weight if n in plan.weights.quantized_names and not plan.weights.requantizes(n)]:
-        raise UnsupportedError(
-            f"{plan.base.path}: {len(refused)} of the weights to merge into are quantized, {refused[0]!r} first "
-            f"({plan.weights[refused[0]].label}), and cannot hold merged values; load the base without quantization, or merge "
-            "its files with `streamer merge --dequantize`"
-        )
     outputs = [output for outputs in plan_merged(plan).files.values() for output in outputs]
     for output in sorted(outputs, key=lambda output: output.name in plan.base.weight_map):
         source = plan.edits.sources.get(output.name)
@@ -158,21 +155,6 @@ def _values(job: Job, output: OutputTensor) -> Tensor:
     with threads():
         data = gather(output.recipe.pieces(lambda target: job.mitigated(target)[:2]), _nbytes(output))
     return as_tensor(data, TORCH_DTYPES[output.dtype], output.shape)
-
-
-def _write(live: LivePlan, output: OutputTensor, values: Tensor) -> None:
-    tensor = live.tensors[output.name]
-    if output.name in live.plan.base.weight_map:
-        tensor.write(values)
-    else:  # the parameter still belongs to another module
-        tensor.untie(values)
-
-
-def _say_untied(live: LivePlan) -> None:
-    """State in the base's config that head and embedding are separate, if the merge separated them."""
-    config: Any = getattr(live.live.base, "config", None)
-    for *path, key in live.plan.edits.untied:
-        setattr(functools.reduce(getattr, path, config), key, False)
 
 
 def unloaded(live: LiveModel) -> nn.Module:

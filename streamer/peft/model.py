@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from streamer.adapters.adapter_config import AdapterConfig
-from streamer.adapters.tensor_names import normalize
 from streamer.errors import UnsupportedError, UsageError
 from streamer.packages import require_package
 from streamer.peft.tensors import LiveTensor
@@ -46,11 +45,6 @@ class LiveModel:
     adapter_name: str
 
     @property
-    def title(self) -> str:
-        """Return the base's name for messages."""
-        return f"{type(self.base).__name__} in memory"
-
-    @property
     def adapter_title(self) -> str:
         """Return the adapter's name for messages."""
         return f"adapter {self.adapter_name!r} in memory"
@@ -58,20 +52,14 @@ class LiveModel:
     @property
     def configs(self) -> dict[str, Any]:
         """Return PEFT's configs by adapter name."""
-        model: Any = self.model
-        found: dict[str, Any] = model.peft_config
-        return found
-
-    def base_tensors(self) -> dict[str, LiveTensor]:
-        """Return the base's parameters and buffers by their names without PEFT; tied ones under each name."""
-        return dict(_entries(self.base, "", base_only=True))
+        return cast(dict[str, Any], self.model.peft_config)
 
     def adapter_tensors(self, adapter_name: str | None = None) -> dict[str, LiveTensor]:
         """Return an adapter's tensors by the names under which PEFT saves them.
 
         A tensor that PEFT creates for saving belongs to no module.
         """
-        every = dict(_entries(self.model, "", base_only=False))
+        every = dict(entries(self.model, "", base_only=False))
         by_id = {id(live.tensor): live for live in every.values()}
         adapter_name = adapter_name or self.adapter_name
         try:
@@ -100,12 +88,10 @@ class LiveModel:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         for name, module in self.model.named_modules():
-            if isinstance(module, BaseTunerLayer) and self._has_adapter(module):
-                yield name, module
-
-    def _has_adapter(self, layer: Any) -> bool:
-        kinds = (getattr(layer, attribute, ()) for attribute in layer.adapter_layer_names)
-        return any(self.adapter_name in kind for kind in kinds if not isinstance(kind, Tensor | nn.Parameter))
+            if isinstance(module, BaseTunerLayer):
+                kinds = (getattr(module, attribute, ()) for attribute in module.adapter_layer_names)
+                if any(self.adapter_name in kind for kind in kinds if not isinstance(kind, Tensor)):
+                    yield name, module
 
     def activate(self, adapter_name: str) -> None:
         """Make an adapter active and trainable."""
@@ -181,14 +167,14 @@ def _uncompiled(model: Any) -> Any:
     return model
 
 
-def _entries(module: nn.Module, prefix: str, base_only: bool) -> Iterator[tuple[str, LiveTensor]]:
+def entries(module: nn.Module, prefix: str, base_only: bool) -> Iterator[tuple[str, LiveTensor]]:
     """Yield the tensors in each module's state dict, which for quantized layers include what decodes them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     if base_only and isinstance(module, AuxiliaryTrainingWrapper | BaseTunerLayer):
         wrapped = "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
-        yield from _entries(module.get_submodule(wrapped), prefix, base_only)
+        yield from entries(module.get_submodule(wrapped), prefix, base_only)
         return
     own: dict[str, Any] = {}
     module._save_to_state_dict(own, "", keep_vars=True)
@@ -197,7 +183,7 @@ def _entries(module: nn.Module, prefix: str, base_only: bool) -> Iterator[tuple[
             yield prefix + key, LiveTensor(module, key, tensor)
     for name, child in module.named_children():
         below = prefix if base_only and name == "_orig_mod" else f"{prefix}{name}."
-        yield from _entries(child, below, base_only)
+        yield from entries(child, below, base_only)
 
 
 def layer_of(target: Target, layers: Container[str]) -> str:
@@ -206,22 +192,6 @@ def layer_of(target: Target, layers: Container[str]) -> str:
     while path and path not in layers:
         path = path.rpartition(".")[0]
     return path
-
-
-def path_in_base(name: str) -> str:
-    """Return the path of PEFT's layer without PEFT: ``base_model.model.layers.0.experts.base_layer`` → ``layers.0.experts``."""
-    path = normalize(f"{name}.")[:-1]
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
-    return path
-
-
-def model_config(base_model: nn.Module) -> Mapping[str, Any]:
-    """Return a model's config as it would be saved; {} if it has none."""
-    config: Any = getattr(base_model, "config", None)
-    if hasattr(config, "to_json_string"):
-        return dict(json.loads(config.to_json_string(use_diff=False)))
-    return {}
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,8 +17,9 @@ from streamer.adapters.adapter_config import Stated
 from streamer.adapters.modules import MethodModule
 from streamer.adapters.reader import sorted_adapter
 from streamer.adapters.rules import refuse_kinds
+from streamer.adapters.tensor_names import normalize
 from streamer.errors import InputError, UnsupportedError
-from streamer.peft.model import LiveModel, layer_of, model_config, open_model, path_in_base
+from streamer.peft.model import LiveModel, entries, layer_of, open_model
 from streamer.peft.tensors import LiveFile, LiveTensor
 from streamer.plan.architectures import architecture_for
 from streamer.plan.name_matching import Match
@@ -95,18 +97,26 @@ class LivePlan:
     tensors: Mapping[str, LiveTensor]
 
     @cached_property
-    def names_in_files(self) -> dict[str, str]:
-        """Map tensor names in memory to names in the files from which the model was loaded, if these are available."""
-        return _names_in_files(self.live.base, list(self.tensors))
-
-    @cached_property
-    def files_identity(self) -> BaseIdentity | None:
-        """Return the identity of the files from which the model was loaded; None if these are not available."""
+    def files(self) -> Checkpoint | None:
+        """Open the files from which the model was loaded; None if these are not available, or not in safetensors."""
         directory = _directory(getattr(self.live.base, "name_or_path", None))
         try:
-            return None if directory is None else open_checkpoint(directory).identity()
+            return None if directory is None else open_checkpoint(directory)
         except InputError:
-            return None  # not in safetensors
+            return None
+
+    @cached_property
+    def names_in_files(self) -> dict[str, str]:
+        """Map tensor names in memory to names in the files from which the model was loaded, if these are available."""
+        if self.files is None:
+            return {}
+        renames = renames_for(read_model_config(self.files.path))
+        by_run_time = {now: name for name, now in renames.at_run_time(self.files.weight_map).items()}
+        prefix = f"{getattr(self.live.base, 'base_model_prefix', '')}."
+        ways = {name: (name, name.removeprefix(prefix), prefix + name) for name in self.tensors}
+        known = {name: [by_run_time[way] for way in ways[name] if way in by_run_time] for name in ways}
+        found = {name: matches[0] for name, matches in known.items() if matches}
+        return found if len({*found.values()}) == len(found) else {}
 
     def name_in_files(self, tensor: str) -> str:
         """Return a matrix's name in the files (for an expert, by its stack), or its own name if they are not available."""
@@ -137,22 +147,17 @@ def plan_live(peft_model: nn.Module, adapter_name: str, ignore_keys: Sequence[st
     adapter_file = LiveFile(live.adapter_title, live.adapter_tensors())
     found = sorted_adapter(Path(live.adapter_title), config, adapter_file)
     adapter = LiveAdapter(found.path, found.config, found.files, found.modules, found.carried, found.wrapped)
-    tensors = live.base_tensors()
-    seen: set[tuple[str, int]] = set()
-    own: dict[str, LiveTensor] = {}
-    for name, tensor in tensors.items():  # tied tensors appear once, as in files
-        if tensor.storage not in seen:
-            own[name] = tensor
-        seen.add(tensor.storage)
-    file = LiveFile(live.title, own)
-    base = LiveBase(Path(live.title), {live.title: file}, dict.fromkeys(own, live.title), None)
+    tensors = dict(entries(live.base, "", base_only=True))
+    first = {tensor.storage: name for name, tensor in reversed(tensors.items())}
+    own = {
+        name: tensor for name, tensor in tensors.items() if first[tensor.storage] == name
+    }  # tied ones once, as in files
+    title = f"{type(live.base).__name__} in memory"
+    base = LiveBase(Path(title), {title: LiveFile(title, own)}, dict.fromkeys(own, title), None)
     model = _config(live.base, tied=len(own) < len(tensors))
-    conv1d = {
-        name
-        for name, t in own.items()
-        if t.key == "weight" and any(c.__name__ == "Conv1D" for c in type(t.module).__mro__)
-    }
-    orientation = LiveOrientation(Orientation.of(base, model).architectures, conv1d=frozenset(conv1d))
+    kinds = {name: {c.__name__ for c in type(t.module).__mro__} for name, t in own.items() if t.key == "weight"}
+    conv1d = frozenset(name for name in kinds if "Conv1D" in kinds[name])
+    orientation = LiveOrientation(Orientation.of(base, model).architectures, conv1d=conv1d)
     weights = open_weights(base, model)
     plan = match_plan(base, weights, model, orientation, adapter, Renames("", (), ()))
     _refuse_other_scalings(live, plan)
@@ -164,7 +169,8 @@ def _config(base_model: nn.Module, tied: bool) -> ModelConfig:
 
     For an unknown class, state that nothing is tied unless a parameter has two names.
     """
-    values = model_config(base_model)
+    config: Any = getattr(base_model, "config", None)
+    values = json.loads(config.to_json_string(use_diff=False)) if hasattr(config, "to_json_string") else {}
     named = (ModelConfig({**values, "architectures": [cls.__name__]}) for cls in type(base_model).__mro__)
     known = next((config for config in named if architecture_for(config) is not None), None)
     if known is not None:
@@ -182,30 +188,11 @@ def _refuse_other_scalings(live: LiveModel, plan: Plan) -> None:
         path = layer_of(target, layers)
         scaling = layers[path].scaling.get(live.adapter_name) if path else None
         if scaling is not None and abs(scaling - target.module.scaling) > 1e-6 * abs(scaling):
+            where = normalize(f"{path}.")[:-1].replace(".base_layer", "")
             raise UnsupportedError(
-                f"{path_in_base(path)}: is scaled by {scaling:g}, but the config of adapter {live.adapter_name!r} says "
+                f"{where}: is scaled by {scaling:g}, but the config of adapter {live.adapter_name!r} says "
                 f"{target.module.scaling:g}; reset the scale (unscale_layer), or change the config's lora_alpha to match"
             )
-
-
-def _names_in_files(base_model: nn.Module, names: list[str]) -> dict[str, str]:
-    directory = _directory(getattr(base_model, "name_or_path", None))
-    if directory is None:
-        return {}
-    try:
-        checkpoint = open_checkpoint(directory)
-        renames = renames_for(read_model_config(directory))
-    except InputError:
-        return {}  # not in safetensors
-    by_run_time = {now: name for name, now in renames.at_run_time(checkpoint.weight_map).items()}
-    prefix = f"{getattr(base_model, 'base_model_prefix', '')}."
-    found = {}
-    for name in names:
-        ways = (name, name.removeprefix(prefix), prefix + name)
-        match = next((by_run_time[way] for way in ways if way in by_run_time), None)
-        if match is not None:
-            found[name] = match
-    return found if len({*found.values()}) == len(found) else {}
 
 
 def _directory(stated: object) -> Path | None:

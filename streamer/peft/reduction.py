@@ -14,8 +14,8 @@ from streamer.api.options import Judged, MethodChoice, Settings, take
 from streamer.detection.findings import Findings
 from streamer.errors import UnsupportedError, UsageError
 from streamer.methods import Project
-from streamer.output.mitigated_factors import MitigatedFactors
-from streamer.output.projection_warnings import truncation_warnings
+from streamer.output.adapter_writer import MitigatedFactors, refuse_dense
+from streamer.output.metrics import truncation_warnings
 from streamer.output.records import MitigatedMatrix
 from streamer.peft.detection import named_as_files
 from streamer.peft.job import live_job
@@ -27,16 +27,11 @@ LoggingSink = Callable[[str], Any]
 
 
 @explained(LiveKeywords, Settings, MethodChoice)
-def reduce_intruder_dimension(
-    peft_model: nn.Module,
-    old_adapter_name: str = "default",
-    new_adapter_name: str = "intruder_reduced",
-    top_k: int | float | None = None,
-    threshold_epsilon: float | None = None,
-    mitigation_lambda: float | None = None,
-    logging_sink: LoggingSink | None = None,
-    **options: Unpack[LiveKeywords],
-) -> Findings | None:
+def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "default",
+                              new_adapter_name: str = "intruder_reduced", top_k: int | float | None = None,
+                              threshold_epsilon: float | None = None, mitigation_lambda: float | None = None,
+                              logging_sink: LoggingSink | None = None,
+                              **options: Unpack[LiveKeywords]) -> Findings | None:  # fmt: skip
     """Add an adapter whose delta has its intruders scaled by `mitigation_lambda`, and make it active.
 
     The mitigated delta is projected onto ``lora_A`` and ``lora_B`` at the adapter's rank, with a warning if more than 1 % of a matrix's
@@ -70,7 +65,12 @@ def reduce_intruder_dimension(
     """
     method = take(MethodChoice, options, mitigation_lambda=mitigation_lambda).make()
     judged, settings = take(Judged, options, top_k=top_k, threshold_epsilon=threshold_epsilon), take(Settings, options)
-    _check_name(new_adapter_name)
+    try:  # PEFT keeps an adapter's tensors in modules of its name
+        nn.ModuleDict().add_module(new_adapter_name, None)
+    except (KeyError, TypeError):
+        raise UsageError(
+            f"new_adapter_name: expected a name without dots that is not an attribute of a torch module, found {new_adapter_name!r}"
+        ) from None
     with watched(options) as monitor:
         device = settings.make_run(monitor).device
         live = plan_live(peft_model, old_adapter_name, settings.ignore_keys)
@@ -78,7 +78,9 @@ def reduce_intruder_dimension(
             raise UsageError(
                 f"adapter {new_adapter_name!r}: the model has one of this name; choose another, or call delete_adapter"
             )
-        _refuse_dense(live)
+        merge = "merge_and_unload_with_reduced_intruder_dimensions"
+        files = "for files `streamer mitigate --to-lora RANK` writes it as a LoRA adapter"
+        refuse_dense(live.plan, f"{merge} merges it into the base, and {files}")
         job, found = live_job(live, method, judged, options.get("findings"), device, monitor)
         factors, new = MitigatedFactors(job), dict[str, Tensor]()
         metrics: list[MitigatedMatrix] = []
@@ -86,32 +88,12 @@ def reduce_intruder_dimension(
             if name not in new:
                 new |= factors.tensors(targets, metrics)
         way = f'method="{Project.name}" or ' if not method.keeps_rank else ""
-        remedy = f"{way}merge_and_unload_with_reduced_intruder_dimensions loses nothing"
+        remedy = f"{way}{merge} loses nothing"
         monitor.warn(truncation_warnings(metrics, lambda: remedy))
         _add(live.live, new_adapter_name, {name: values for name, values in new.items() if values.numel()})
         if logging_sink is not None:
             _log(live, found, new_adapter_name, logging_sink)
         return None if found is None else named_as_files(live, found)
-
-
-def _check_name(name: str) -> None:
-    """Refuse a name that torch does not accept for a module: PEFT keeps an adapter's tensors in modules of its name."""
-    try:
-        nn.ModuleDict().add_module(name, None)
-    except (KeyError, TypeError):
-        raise UsageError(
-            f"new_adapter_name: expected a name without dots that is not an attribute of a torch module, found {name!r}"
-        ) from None
-
-
-def _refuse_dense(live: LivePlan) -> None:
-    dense = [t.module.name for t in live.plan.targets if t.module.factors is None]
-    if dense:
-        raise UnsupportedError(
-            f"{live.plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
-            "adapter; merge_and_unload_with_reduced_intruder_dimensions merges it into the base, and for files `streamer mitigate "
-            "--to-lora RANK` writes it as a LoRA adapter"
-        )
 
 
 def _add(live: LiveModel, name: str, new: Mapping[str, Tensor]) -> None:

@@ -43,11 +43,6 @@ class LiveTensor:
         return self.tensor.device.type == "meta"
 
     @property
-    def at_hand(self) -> bool:
-        """Return whether its bytes can be viewed in place."""
-        return self.tensor.device.type == "cpu" and self.tensor.is_contiguous()
-
-    @property
     def on_disk(self) -> bool:
         """Return whether its values are offloaded to disk."""
         return self.offloaded and self._in_cpu_memory() is None
@@ -164,7 +159,9 @@ class LiveFile(TensorFile):
         for name, live in self.tensors.items():
             tensor = live.tensor
             dtype = SPELLINGS.get(tensor.dtype)
-            if dtype is None or not _is_plain(tensor):
+            # Its dtype and shape describe it fully; bitsandbytes' layers describe the rest.
+            plain = type(tensor) in _PLAIN or type(tensor).__module__.startswith("bitsandbytes")
+            if dtype is None or not plain:
                 raise UnsupportedError(
                     f"{title}: {name!r} is a {type(tensor).__name__} of {tensor.dtype}, which is not supported; load the model in a "
                     "plain dtype"
@@ -209,14 +206,9 @@ class LiveFile(TensorFile):
     def _contiguous(self, name: str) -> Tensor:
         """Return a tensor's values in CPU memory; if they must be copied, the last copy is kept."""
         live = self.tensors[name]
-        if live.at_hand:
+        if live.tensor.device.type == "cpu" and live.tensor.is_contiguous():
             return live.values()
         if self._last is None or self._last[0] != name:
             self._last = None  # free the last copy before making the next
             self._last = name, live.values().cpu().contiguous()
         return self._last[1]
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Test whether dtype and shape describe a tensor fully: torch's own classes, or bitsandbytes', whose layers describe the rest."""
-    return type(tensor) in _PLAIN or type(tensor).__module__.startswith("bitsandbytes")

@@ -7,9 +7,9 @@ Both findings contain the intruders' left singular vectors, ``U`` (m, q) and ``U
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Final, Literal, TypedDict
+from typing import Annotated, Any, Final, Literal, TypedDict, cast
 
 import torch
 
@@ -114,8 +114,7 @@ class FindingsDiff:
         """Return the JSON object (schema ``streamer.diff/1``)."""
         return {
             "schema": SCHEMA, "first": self.first, "second": self.second,
-            "totals": {"matrices": self.matrices, "kept": self.count("kept"), "mixed": self.count("mixed"),
-                       "gone": self.count("gone"), "new": self.count("new")},
+            "totals": cast(_DiffTotals, {"matrices": self.matrices, **{fate: self.count(fate) for fate in FATES}}),
             "notes": list(self.notes), "only_first": list(self.only_first), "only_second": list(self.only_second),
             "intruders": [asdict(one) for one in self.intruders],
         }  # fmt: skip
@@ -150,10 +149,12 @@ def diff_findings(first: Findings, second: Findings) -> FindingsDiff:
         )
     both = [m.tensor for m in first if m.tensor in second.by_tensor]
     fates = [fate for name in both for fate in _fates(first.by_tensor[name], second.by_tensor[name])]
-    return FindingsDiff(
-        tuple(fates), len(both), tuple(_only(first, second)), tuple(_only(second, first)), _side(first), _side(second),
-        tuple(_notes(first, second)),
-    )  # fmt: skip
+    only = [tuple(m.tensor for m in a if m.tensor not in b.by_tensor) for a, b in ((first, second), (second, first))]
+    sides: list[DiffSide] = [
+        {"adapter": f.sources.get("adapter", {}).get("name"), "options": f.options.as_dict(), "intruders": f.intruders}
+        for f in (first, second)
+    ]
+    return FindingsDiff(tuple(fates), len(both), only[0], only[1], sides[0], sides[1], tuple(_notes(first, second)))
 
 
 def _fates(first: MatrixFinding, second: MatrixFinding) -> Iterator[IntruderFate]:
@@ -161,7 +162,8 @@ def _fates(first: MatrixFinding, second: MatrixFinding) -> Iterator[IntruderFate
         raise MismatchError(
             f"{first.tensor}: expected one shape in both findings, found {first.shape} and {second.shape}; run detect again"
         )
-    a, b = _directions(first), _directions(second)
+    found = (first.detection, second.detection)
+    a, b = ([Direction(j, d.singular_values[j], d.similarity[j]) for j in d.intruders] for d in found)
     U, V = first.detection.U.double(), second.detection.U.double()
     overlaps = (U.T @ V).square()
     matches = {int(i): int(j) for i, j in torch.nonzero(overlaps > MATCHED)}
@@ -178,20 +180,6 @@ def _fates(first: MatrixFinding, second: MatrixFinding) -> Iterator[IntruderFate
 
 def _nearest(squares: torch.Tensor) -> float:
     return min(1.0, float(squares.max().sqrt())) if len(squares) else 0.0
-
-
-def _directions(m: MatrixFinding) -> list[Direction]:
-    d = m.detection
-    return [Direction(j, d.singular_values[j], d.similarity[j]) for j in d.intruders]
-
-
-def _only(mine: Findings, other: Findings) -> Iterable[str]:
-    return (m.tensor for m in mine if m.tensor not in other.by_tensor)
-
-
-def _side(findings: Findings) -> DiffSide:
-    name = findings.sources.get("adapter", {}).get("name")
-    return {"adapter": name, "options": findings.options.as_dict(), "intruders": findings.intruders}
 
 
 def _notes(first: Findings, second: Findings) -> Iterator[str]:

@@ -27,9 +27,6 @@ from streamer.storage.output_plan import refuse_within_output
 
 PAGES = (".html", ".htm")
 
-HEAD = 4096
-"""Number of bytes at the start of a file that contain a report's sign."""
-
 
 @dataclass(frozen=True)
 class WrittenReport:
@@ -105,11 +102,11 @@ def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:
         return False
     if not path.is_file():
         raise OutputError(f"{path}: is not a regular file; choose another output")
-    with storage_errors(path, "read"), path.open("rb") as file:
-        head = file.read(HEAD)
-        if path.stat().st_size == len(data) and head + file.read() == data:
-            return True
-    if not head.startswith(SIGN.encode()):
+    with storage_errors(path, "read"):
+        there = path.read_bytes()
+    if there == data:
+        return True
+    if not there.startswith(SIGN.encode()):
         raise OutputExistsError(
             f"{path}: exists and is not a report; only reports are replaced; choose another output", path
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,14 +28,6 @@ class Packed(TypedDict):
 
     digits: int
     codes: str
-
-
-class PackedNames(TypedDict):
-    """Names as forms with a star for each number: the forms, each name's form, and the numbers of all names in order."""
-
-    forms: list[str]
-    form: Packed
-    numbers: list[int]
 
 
 def pack(values: ArrayLike, digits: int | None = None) -> Packed:
@@ -75,7 +67,7 @@ def pack_ratio(values: NDArray[np.float64], digits: int, least: float) -> Packed
     return pack(np.rint(steps), digits)
 
 
-def pack_names(names: Sequence[str]) -> PackedNames:
+def pack_names(names: Sequence[str]) -> dict[str, Any]:
     """Write names as forms and numbers; a name that this would not reproduce is stored whole after an equals sign.
 
     >>> pack_names(["layers.0.q.weight", "layers.1.q.weight"])

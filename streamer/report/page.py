@@ -21,44 +21,15 @@ SCRIPTS = ("draw.js", "findings.js", "page.js")
 SIGN = '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta name="generator" content="streamer report">\n'
 """Beginning of every page, which identifies it."""
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-$digest'"
-
-_PAGE = Template(
-    SIGN
-    + f"""\
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-"""
-    + """\
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>$title</title>
-<style>
-$style</style>
-<main>
-<h1>$title</h1>
-$text
-<noscript><p>This page draws its figures and tables with a script, which your browser does not run.</p></noscript>
-</main>
-<footer>$footer</footer>
-<script type="application/json" id="data">$data</script>
-<script>
-$script</script>
-</html>
-"""
-)
-
-FOOTER = (
-    "Made by streamer report. Intruder dimensions: Shuttleworth et al., arXiv 2410.21228. Ranks count from 1, the largest singular value; "
-    "energy is the intruders' share of the delta's squared norm."
-)
-
 
 def make_page(subject: Subject | Collection) -> bytes:
     """Make a report's page. It contains no times or paths, so the same inputs give the same bytes.
 
     All text from the inputs is escaped, or set as text by the script; a policy in the page prevents any other script from running.
     """
-    style, *scripts = (files("streamer.report").joinpath(name).read_text("utf-8") for name in ("page.css", *SCRIPTS))
+    template, style, *scripts = (
+        files("streamer.report").joinpath(name).read_text("utf-8") for name in ("page.html", "page.css", *SCRIPTS)
+    )
     script = "\n" + "\n".join(scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     said, next_ = headline(subject)
@@ -71,16 +42,11 @@ def make_page(subject: Subject | Collection) -> bytes:
         lines += [f"<p>{html.escape(sentence)}</p>" for sentence in sentences(subject)]
         if proven := certificates(subject):
             lines.append(f'<p class="certificates">{html.escape(proven)}</p>')
-    page = _PAGE.substitute(
-        digest=digest,
-        title=html.escape(title(subject)),
-        style=style,
-        text="\n".join(lines),
-        footer=html.escape(FOOTER),
-        data=embed(page_data(subject)),
+    page = Template(template).substitute(
+        digest=digest, title=html.escape(title(subject)), style=style, text="\n".join(lines), data=embed(page_data(subject)),
         script=script.removeprefix("\n"),
-    )
-    return page.encode("utf-8")
+    )  # fmt: skip
+    return (SIGN + page).encode("utf-8")
 
 
 def _list(lines: Sequence[str]) -> str:

@@ -13,7 +13,6 @@ from streamer.detection.findings import Findings
 from streamer.errors import printable
 from streamer.evaluation.columns import field_figures
 from streamer.evaluation.evaluation import Evaluation
-from streamer.measuring.variants import EvaluatedVariant
 from streamer.methods import METHODS
 from streamer.plan.name_order import natural
 from streamer.report.curves import lambda_curve, threshold_curve
@@ -84,27 +83,20 @@ def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str
     return {
         "epsilon": findings.options.threshold_epsilon,
         "names": pack_names([printable(m.tensor) for m in matrices]),
-        "kinds": list(kinds),
-        "kind": pack(kind),
-        "rank": pack([m.rank for m in matrices]),
+        "kinds": list(kinds), "kind": pack(kind), "rank": pack([m.rank for m in matrices]),
         "directions": pack([len(d.singular_values) for d in found]),
-        "shown": pack(shown),
-        "count": pack([len(d.intruders) for d in found]),
+        "shown": pack(shown), "count": pack([len(d.intruders) for d in found]),
         "intruder": pack(column([[float(j in d.intruders) for j in range(n)] for d, n in zip(found, shown, strict=True)]), 1),
-        "deciders": list(deciders),
-        "decider": pack(decider),
-        "certified": pack([d.certified for d in found], 1),
+        "deciders": list(deciders), "decider": pack(decider), "certified": pack([d.certified for d in found], 1),
         "degenerate": {str(i): list(d.degenerate) for i, d in enumerate(found) if d.degenerate},
         "low": pack_share(column([d.similarity_low for d in found]), 2),
         "high": pack_share(column([d.similarity_high for d in found]), 2, up=True),
         "least": _figures([min(d.similarity, default=1.0) for d in found]),
         "ratio": pack_ratio(column([shares(d.singular_values) for d in found]), 2, LEAST_RATIO),
-        "least_ratio": LEAST_RATIO,
-        "sigma": [_short(max(d.singular_values, default=0.0)) for d in found],
+        "least_ratio": LEAST_RATIO, "sigma": [_short(max(d.singular_values, default=0.0)) for d in found],
         "base_ratio": pack_ratio(column([shares(d.base_singular_values) for d in found]), 2, LEAST_RATIO),
         "base_sigma": [_short(max(d.base_singular_values)) for d in found],
-        "delta_norm": [_short(d.delta_norm) for d in found],
-        "energy": _figures([d.intruder_energy for d in found]),
+        "delta_norm": [_short(d.delta_norm) for d in found], "energy": _figures([d.intruder_energy for d in found]),
         "dropped": _figures([d.dropped_at_zero for d in found]),
         "thresholds": [[c["epsilon"], c["intruders"], c["least"], c["most"]] for c in threshold_curve(findings)],
         "lambdas": [[c["lambda"], c["paper"], c["project"], c["norm_left"]] for c in lambda_curve(findings)],
@@ -114,16 +106,8 @@ def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     tree, best = evaluation.to_dict(), evaluation.best()
     variants = evaluation.shown_variants()
-    keys = (
-        "kept",
-        "kept_se",
-        "top1_kept",
-        "top1_kept_se",
-        "forgetting",
-        "forgetting_se",
-        "divergence",
-        "divergence_se",
-    )
+    keys = ("kept", "kept_se", "top1_kept", "top1_kept_se", "forgetting", "forgetting_se", "divergence",
+            "divergence_se")  # fmt: skip
     of_other = ("loss", "share", "share_se", "kl")
     return {
         "keep": evaluation.keep,
@@ -135,28 +119,16 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "field": [{"head": c.head, "about": c.about, "cells": c.cells} for c in field_figures(evaluation.general)],
         "accuracies": [printable(name) for name in evaluation.answered],
         "variants": [
-            {
-                "name": printable(v["name"]),
-                "series": series_of(one),
-                "lambda": v["lambda"],
-                "ran": v["general"]["sequences"] if v["dropped"] else None,
-                "general": v["general"]["loss"],
-                "task": v["task"]["loss"],
-                "kl": v["general"]["kl"],
-                "agreement": v["general"]["agreement"],
-                "top1": v["task"]["top1"],
-                "others": [{key: one[key] for key in of_other} for one in v["others"]],
-                "accuracies": [own["acc"] for own in (v["general"], v["task"], *v["others"]) if "acc" in own],
-                **{key: v[key] for key in keys},
-            }
+            {"name": printable(v["name"]), "lambda": v["lambda"], "ran": v["general"]["sequences"] if v["dropped"] else None,
+             "series": printable(one.method or one.name.partition(" ")[0]),  # its curve: base and adapter are the ends of all
+             "general": v["general"]["loss"], "task": v["task"]["loss"], "kl": v["general"]["kl"],
+             "agreement": v["general"]["agreement"], "top1": v["task"]["top1"],
+             "others": [{key: one[key] for key in of_other} for one in v["others"]],
+             "accuracies": [own["acc"] for own in (v["general"], v["task"], *v["others"]) if "acc" in own],
+             **{key: v[key] for key in keys}}
             for v, one in zip(variants, evaluation.variants, strict=True)
         ],
-    }
-
-
-def series_of(variant: EvaluatedVariant) -> str:
-    """Return the curve to which a variant belongs: its method; ``base`` and ``adapter`` are the ends of all curves."""
-    return printable(variant.method or variant.name.partition(" ")[0])
+    }  # fmt: skip
 
 
 def _figures(shares: Sequence[float]) -> Packed:

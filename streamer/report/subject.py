@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,14 +71,11 @@ class Subject:
     def to_dict(self) -> ReportRecord:
         """Return the JSON object (schema ``streamer.report/1``), which contains everything that is drawn."""
         findings, evaluation = self.findings, self.evaluation
-        return {
-            "schema": SCHEMA,
-            "findings": None if findings is None else findings.record(),
-            "evaluation": None if evaluation is None else evaluation.to_dict(),
-            "record": None if self.record is None else cast(Written, dict(self.record)),
-            "thresholds": [] if findings is None else threshold_curve(findings),
-            "lambdas": [] if findings is None else lambda_curve(findings),
-        }
+        return {"schema": SCHEMA, "findings": None if findings is None else findings.record(),
+                "evaluation": None if evaluation is None else evaluation.to_dict(),
+                "record": None if self.record is None else cast(Written, dict(self.record)),
+                "thresholds": [] if findings is None else threshold_curve(findings),
+                "lambdas": [] if findings is None else lambda_curve(findings)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,9 @@ def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subj
         If an evaluation is given with an output, a directory of findings, or another evaluation.
     """
     path = Path(path)
-    if _is_evaluation(path):
+    with path.open("rb") if path.is_file() else io.BytesIO() as file:
+        is_evaluation = b'"streamer.evaluation/' in file.read(200)
+    if is_evaluation:
         if evaluation is not None:
             raise UsageError(
                 f"{path}: is an evaluation, as is the second argument; give its findings first, or one evaluation alone"
@@ -120,7 +120,8 @@ def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subj
                 f"{path / RECORD_NAME}: {record}; `streamer verify` gives details; the output's command writes it again"
             )
         return Subject(None, record=record)
-    if found := _findings_in(path):
+    files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
+    if found := [file for file in files if TensorFile(file).header.metadata.get("schema") == FINDINGS_SCHEMA]:
         if evaluation is not None:
             raise UsageError(
                 f"{path}: holds findings on {counted(len(found), 'adapter')}, but an evaluation covers one; name its findings, such as "
@@ -129,19 +130,6 @@ def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subj
         return Collection({one.stem: make_subject(load_findings(one), where=one).found for one in found})
     findings = load_findings(path)
     return make_subject(findings, None if evaluation is None else load_evaluation(evaluation), path)
-
-
-def _is_evaluation(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return b'"streamer.evaluation/' in file.read(200)
-
-
-def _findings_in(directory: Path) -> list[Path]:
-    """List the findings files in a directory; an unreadable one is an error."""
-    files = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("."))
-    return [path for path in files if TensorFile(path).header.metadata.get("schema") == FINDINGS_SCHEMA]
 
 
 def make_subject(

@@ -12,10 +12,11 @@ from streamer.errors import printable
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.view import commands, reasons, verdict
 from streamer.output.model_card import verify_line
+from streamer.output.record_view import record_lines
 from streamer.report.curves import delta_energy, lambda_curve
 from streamer.report.packing import NUMBER
-from streamer.report.subject import Collection, Subject, scales_intruders
-from streamer.units import counted, format_size, listed
+from streamer.report.subject import Collection, Subject
+from streamer.units import counted, listed
 
 
 def title(subject: Subject | Collection) -> str:
@@ -46,12 +47,8 @@ def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]
         return f"Of {adapters}, {found}. The effect of mitigation has not been measured yet.", measure[:1]
     if subject.record is not None:
         check = verify_line("BASE", "ADAPTER", subject.record)
-        first = (
-            printable(subject.record["measured"][0]) + "."
-            if subject.record.get("measured")
-            else _changed(subject.record)
-        )
-        return f"{first[:1].upper()}{first[1:]}", [("Check the files against the inputs", check)]
+        first = (record_lines(subject.record, "")[1], *subject.record.get("measured", ())[:1])[-1]
+        return f"{first[:1].upper()}{first[1:]}.", [("Check the files against the inputs", check)]
     if subject.evaluation is not None:
         said = printable(verdict(subject.evaluation, subject.evaluation.best()))
         return f"{said[:1].upper()}{said[1:]}{'' if said.endswith('?') else '.'}", []
@@ -69,26 +66,27 @@ def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]
 def sentences(subject: Subject) -> list[str]:
     """Describe what was asked and found, or what an output is."""
     if subject.record is not None:
-        return _of_record(subject.record)
+        record, measured = subject.record, subject.record.get("measured", ())
+        made = f"streamer {record['version']} made this from “{_name(record['adapter'])}” and “{_name(record['base'])}”"
+        lines = record_lines(record, made)
+        return [printable(line) for line in measured[1:]] + (lines if measured else [lines[0], *lines[2:]])
     return [] if subject.findings is None else _of_findings(subject.findings)
 
 
 def certificates(subject: Subject) -> str:
     """State in one line how many decisions are proven; empty for an evaluation alone."""
     if subject.record is not None:
-        made = subject.record["detection"]
-        if made is None:
-            return "Certificates: none, because no decision was needed."
-        proven = sum(m["certified"] is True for m in subject.record["matrices"])
-        return f"Certificates: in {proven} of {counted(len(subject.record['matrices']), 'matrix')}, every decision is proven."
-    if subject.findings is None:
+        found = [(m["tensor"], m["certified"]) for m in subject.record["matrices"] if m["certified"] is not None]
+    else:
+        found = [(m.tensor, m.detection.certified) for m in subject.findings or ()]
+    if not found:
         return ""
-    found = [m.detection for m in subject.findings]
-    proven, clustered = sum(d.certified for d in found), sum(bool(d.degenerate) for d in found)
-    solvers = Counter(d.solver for d in found)
+    detections = [m.detection for m in subject.findings or ()]
+    proven, clustered = sum(certified for _, certified in found), sum(bool(d.degenerate) for d in detections)
+    solvers = Counter(d.solver for d in detections)
     dense = f"; {solvers['dense']} by a full SVD" if solvers["dense"] else ""
     words = f"in {proven} of {counted(len(found), 'matrix')}, every decision is proven equal to the full SVD's{dense}"
-    rest = [m.tensor for m in subject.findings if not m.detection.certified]
+    rest = [tensor for tensor, certified in found if not certified]
     if rest:
         words += f"; not proven: {listed(map(printable, rest))}"
     if clustered:
@@ -125,7 +123,6 @@ def _of_findings(findings: Findings) -> list[str]:
         f"In {changed} that {adapter} changes in {base}, detection compared the {judged} of base + adapter with all directions of the "
         f"base. A direction is an intruder if its similarity to every one of them is below {options.threshold_epsilon:g}."
     )
-    _, share = delta_energy(findings)
     if not findings.intruders:
         found = "There are no intruders"
         least = min((min(m.detection.similarity) for m in findings if m.detection.similarity), default=None)
@@ -133,44 +130,10 @@ def _of_findings(findings: Findings) -> list[str]:
         return [asked, found, "Scaling down the whole adapter (a shrink) may still reduce forgetting."]
     parts = Counter(part_of(m.tensor) for m in findings for _ in m.detection.intruders)
     most = listed((f"{printable(part)} ({n})" for part, n in parts.most_common(3)), 3)
-    carry = "It carries" if findings.intruders == 1 else "They carry"
-    found = f"Intruders by part of a layer: {most}."
     half = next(c for c in lambda_curve(findings) if c["lambda"] == 0.5)
     dropped = max(m.detection.dropped_at_zero for m in findings)
     weighs = (
-        f"{carry} {100 * share:.1f}% of the delta's energy. With method project, λ = 0.5 leaves {100 * half['norm_left']:.1f}% of its "
-        f"norm. With method paper and λ = 0, up to {100 * dropped:.1f}% of a matrix's mitigated delta is lost in "
-        "projection onto the adapter's rank."
+        f"With method project, λ = 0.5 leaves {100 * half['norm_left']:.1f}% of the delta's norm. With method paper and λ = 0, up to "
+        f"{100 * dropped:.1f}% of a matrix's mitigated delta is lost in projection onto the adapter's rank."
     )
-    return [asked, found, weighs]
-
-
-def _changed(record: Mapping[str, Any]) -> str:
-    """State what an output's matrices lost."""
-    t = record["totals"]
-    scaled = f" and {counted(t['intruders'], 'intruder')} scaled" if scales_intruders(record) else ""
-    return (
-        f"{t['changed']} of {counted(t['matrices'], 'matrix')} mitigated{scaled}; the norm of the delta changed from "
-        f"{t['delta_norm']:.4g} to {t['delta_norm_after']:.4g}."
-    )
-
-
-def _of_record(record: Mapping[str, Any]) -> list[str]:
-    t, measured = record["totals"], record.get("measured", ())
-    what = "adapter" if record["command"] == "mitigate" else "model"
-    strength = "" if (lam := record.get("lambda")) is None else f", λ = {lam}"
-    made = (
-        f"streamer {printable(record['version'])} made this {what} from “{_name(record['adapter'])}” and “{_name(record['base'])}”: "
-        f"method {record['method']}{strength}, {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}."
-    )
-    same = f"Scaling the whole adapter by {t['equal_norm_shrink']:.4f} gives a delta of the same norm: use that as the baseline."
-    lost = f"At most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta was lost in projection onto the adapter's rank."
-    models = [(f"{printable(line)}.", True) for line in measured[1:]]
-    said = [
-        *models,
-        (_changed(record), bool(measured)),
-        (made, True),
-        (same, t["equal_norm_shrink"] <= 1 and not measured),
-        (lost, record["command"] == "mitigate"),
-    ]
-    return [sentence for sentence, holds in said if holds]  # a shrink cannot enlarge a delta
+    return [asked, f"Intruders by part of a layer: {most}.", weighs]

@@ -58,8 +58,6 @@ class OutputPlan:
         empty one, is refused and stays.
     temporary
         (relative name, largest size in bytes) of files that exist only during the run.
-    late
-        Names of files whose contents are known only after all others: their planned size is an upper bound.
     editable
         Names of files that users may edit: an output with an edited one counts as complete, and no edited one is replaced or removed.
     instead
@@ -78,7 +76,6 @@ class OutputPlan:
     inputs: tuple[Path, ...]
     conflicting_names: tuple[str, ...] = ()
     temporary: tuple[tuple[str, int], ...] = ()
-    late: frozenset[str] = frozenset()
     editable: frozenset[str] = frozenset()
     instead: Mapping[str, str] = field(default_factory=dict)
     bits: str = ""

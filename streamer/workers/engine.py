@@ -82,12 +82,6 @@ class Workers:
         self._executor = None
         self._opened.close()
 
-    def _current(self) -> Executor:
-        """Return the executor, opening it if necessary."""
-        if self._executor is None:
-            self._executor = self._opened.enter_context(self._open())
-        return self._executor
-
     def budget(
         self, max_memory: int | None, own: int, needs: Iterable[MemoryEstimate], computes: bool = False
     ) -> int | None:
@@ -112,7 +106,7 @@ class Workers:
         if self.processes is None or max_memory is None:
             return max_memory
         n = self.processes + computes
-        check_budget((replace(e, nbytes=own + n * _whole_mib(e.nbytes)) for e in needs), max_memory)
+        check_budget((replace(e, nbytes=own + n * (-(-e.nbytes >> 20) << 20)) for e in needs), max_memory)
         return (max_memory - own) // n >> 20 << 20
 
     def run(
@@ -143,7 +137,9 @@ class Workers:
                     if broken and not given:  # all of its tasks have come back
                         self._close()
                         broken = False
-                    executor = self._current()
+                    if self._executor is None:
+                        self._executor = self._opened.enter_context(self._open())
+                    executor = self._executor
                     while waiting and not broken and len(given) < self.at_once:
                         key = waiting.popleft()
                         future = _submitted(executor, tasks[key])
@@ -151,7 +147,8 @@ class Workers:
                         future.add_done_callback(arrived.put)
                     begin(next(iter(given.values())))
                     future = _next(arrived, executor, monitor)
-                    key, fault = given.pop(future), _fault(future)
+                    key = given.pop(future)
+                    fault = CancelledError("cancelled") if future.cancelled() else future.exception()
                     if fault is None:
                         result = future.result()
                         if result.error is not None:
@@ -201,15 +198,6 @@ def _next(arrived: queue.SimpleQueue[Future[TaskResult]], executor: Executor, mo
 
 def _lacks(executor: Executor) -> str:
     return executor.lacks() if isinstance(executor, Cluster) else ""
-
-
-def _fault(future: Future[TaskResult]) -> BaseException | None:
-    """Return the exception with which the executor failed a task; None if it did not fail."""
-    return CancelledError("cancelled") if future.cancelled() else future.exception()
-
-
-def _whole_mib(nbytes: int) -> int:
-    return -(-nbytes >> 20) << 20
 
 
 def kept(workers: Workers | None) -> contextlib.AbstractContextManager[None]:

@@ -216,20 +216,16 @@ def _opened(inputs: Inputs) -> Iterator[AdapterBatch]:
     """Open inputs, or reuse those that this process has open unless their files have changed."""
     with _opening:
         batch = _batches.pop(inputs, None)
-        if batch is None or not _unchanged(batch):
+        try:
+            for plan in () if batch is None else batch.plans:
+                plan.check_unchanged()
+        except StreamerError:
+            batch = None
+        if batch is None:
             batch = inputs.open()
         _batches[inputs] = batch
         keep_last(_batches)
     yield batch
-
-
-def _unchanged(batch: AdapterBatch) -> bool:
-    try:
-        for plan in batch.plans:
-            plan.check_unchanged()
-    except StreamerError:
-        return False
-    return True
 
 
 def _identities(batch: AdapterBatch) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ def test_a_map_and_what_it_is_for(server: Server, home: Path, tmp_path: Path) ->
     card = (made / "README.md").read_text()
     assert "--lambda 0.6 --method nullspace --map m.safetensors" in card
     assert f"streamer verify OUTPUT {base.name} {adapter.name} --sample all --map m.safetensors" in card
-    assert f"nullspace, λ = 0.6, map `{found.digest[:16]}`" in card
+    assert f"| map | digest `{found.digest[:16]}` |" in card
     done = server.run("verify", made, base, adapter, "--map", file, "--sample", "all")
     assert (done.code, "each within its rounding" in done.out) == (0, True)
     assert server.run("report", made).code == 0

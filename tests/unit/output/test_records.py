@@ -115,7 +115,7 @@ def test_a_result_is_shown_in_a_few_lines(job: tuple[Path, Path], tmp_path: Path
     grown = streamer.reduce_intruder_dimension(*job, tmp_path / "grown", mitigation_lambda=1.5, amplify=True)
     assert grown["totals"]["delta_norm_after"] > grown["totals"]["delta_norm"]
     assert "equal norm" not in repr(grown)  # a shrink cannot be given such a lambda
-    assert "same norm" not in (tmp_path / "grown" / "README.md").read_text()
+    assert "equal norm" not in (tmp_path / "grown" / "README.md").read_text()
     merged = streamer.merge_with_reduced_intruder_dimensions(*job, tmp_path / "merged", mitigation_lambda=1)
     assert "\n lambda 1: the unchanged adapter, nothing mitigated\n |delta| " in repr(merged)
     assert "(merge, written): 8 files" in repr({"llama": merged})
