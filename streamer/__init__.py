@@ -36,7 +36,7 @@ The rest is for readers of the code. The folders follow the data, and a module i
     streaming/     the model         run from its files: each weight is read when its module runs, for several variants at once
     measuring/     sums              losses of variants on texts, in passes over the base, and the journal of their sums
     verification/  witnesses         an output checked against its record and inputs by independent code
-    evaluation/    judgements        what each variant keeps and forgets, the race, and the suggestion
+    evaluation/    judgements        what each variant keeps and forgets, and the suggestion
     fitting/       fits              factors fitted to the user's texts; maps of a base
     report/        pictures          a page of findings and measurements; comparison of findings
     remote/        addresses         hub names, buckets and https addresses become directories

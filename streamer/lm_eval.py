@@ -50,7 +50,7 @@ from streamer.streaming.variants import ADAPTER, BASE, Variant
 from streamer.units import quoted
 
 KEYWORDS = {f.name for kind in (EvaluationOptions, Settings, Judged) for f in fields(kind)} | {"findings"}
-KEYWORDS -= {"sequences", "length", "race", "resume", "overwrite"}
+KEYWORDS -= {"sequences", "length", "resume", "overwrite"}
 """Keywords of `evaluate_variants` that have an effect here."""
 
 REQUESTS = "requests"

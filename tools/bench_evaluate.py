@@ -115,7 +115,7 @@ def evaluate_command(args: argparse.Namespace, inputs: Inputs, out: Path, *more:
     return streamer(
         "evaluate", inputs.base, inputs.adapter, *texts, "--findings", inputs.findings, "-o", out, "--method", args.method,
         "--lambda", args.lambdas, "--sequences", args.sequences, "--length", args.length, "--threads", args.threads,
-        "--keep", 1, "--no-race", *more,  # so that no other shrink is measured
+        "--keep", 1, *more,  # so that no other shrink is measured
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def measure_profile(args: argparse.Namespace, inputs: Inputs, work: Path) -> dic
         "base": str(inputs.base), "adapter": str(inputs.adapter), "findings": str(inputs.findings), "threads": args.threads,
         **{name: str(path) for name, path in inputs.texts.items()}, "methods": args.method.split(","),
         "lambdas": [float(lam) for lam in args.lambdas.split(",")], "sequences": args.sequences, "length": args.length,
-        "keep": 1.0, "race": False,
+        "keep": 1.0,
     }  # fmt: skip
     (work / "request.json").write_text(json.dumps(request))
     load = os.getloadavg()[0]

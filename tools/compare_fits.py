@@ -138,7 +138,7 @@ def evaluated(
     """Measure variants on the test texts, or read what was measured before; of an adapter that was made of this one, if `of` is given."""
     home = adapter.parent
     texts = {text: home / f"{text}-test.txt" for text in ("general", "task")}
-    options = {"sequences": args.sequences, "length": args.length, "other": [home / "other.txt"], "race": False}
+    options = {"sequences": args.sequences, "length": args.length, "other": [home / "other.txt"]}
     path = beside(adapter, f"{name}.evaluation.json")
     return streamer.evaluate_variants(home / "base", of or adapter, path, **texts, **options, **variants)
 

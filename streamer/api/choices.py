@@ -14,6 +14,7 @@ CLOSED_FORM = "repair and fit now use the closed form (regmean), which keeps mor
 
 REMOVED = {
     **dict.fromkeys(("--grain", "--objective", "--steps"), CLOSED_FORM),
+    **dict.fromkeys(("--race", "--no-race"), "every variant runs on all sequences; drop the option"),
     "--part": "use --workers N, or --executor",
     "demo --keep": "use -o DIR",
     "report --coefficients": "a fit holds factors now, and no coefficients of intruders; `streamer evaluate` measures it",

@@ -142,10 +142,6 @@ def evaluate_variants(
         Most sequences of each text, and most tokens of each sequence.
     keep
         Least share of the learning that the suggested variant keeps.
-    race
-        Drop variants that have lost after an eighth, a quarter or a half of the sequences: they keep too little, or another variant, or
-        the shrink that keeps the same share, forgets less, by two standard errors. By default the race begins with two shrinks, instead of
-        one at each λ. False runs all variants on all sequences.
     projected
         Evaluate deltas projected onto the adapter's rank, as `reduce_intruder_dimension` writes them, instead of complete deltas.
     dtype

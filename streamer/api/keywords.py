@@ -210,7 +210,6 @@ class EvaluateKeywords(JudgeKeywords, TextKeywords, total=False):
     coefficients: Coefficients | str | Path | None
     map: InputMap | str | Path | None
     keep: float
-    race: bool
     projected: bool
 
 

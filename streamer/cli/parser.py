@@ -231,7 +231,7 @@ def build_parser() -> Parser:
     about = "measure, on your texts, what each method and lambda keeps and forgets"
     sub = command("evaluate", about, out, computing, reading)
     inputs(sub)
-    add_texts(sub)
+    add_texts(sub, sequences=32)
     sub.add_argument("--other", action="append", metavar="TEXT",
                      help="another text to measure; it does not affect the suggestion (repeatable)")  # fmt: skip
     sub.add_argument(
@@ -240,8 +240,8 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="findings from `streamer detect`; without it, detection runs first and keeps its findings in memory",
     )
-    sub.add_argument("--lambda", dest="lambdas", type=numbers, default=(0.9, 0.75, 0.5, 0.25, 0.0), metavar="L,L",
-                     help="shares to keep, separated by commas (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
+    sub.add_argument("--lambda", dest="lambdas", type=numbers, default=(0.75, 0.5), metavar="L,L",
+                     help="shares to keep, separated by commas (default: 0.75,0.5)")  # fmt: skip
     add_amplify(sub)
     sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=list(WITHOUT_FILES),
                      metavar="M,M", help=f"one or several of {', '.join(WITHOUT_FILES)}, separated by commas (default: all); to "
@@ -254,11 +254,8 @@ def build_parser() -> Parser:
     sub.add_argument("--select", "--scale", choices=["all", "first"], default="all",
                      help="scale all intruders, or only the first of each matrix (default: all)")  # fmt: skip
     sub.add_argument("--keep", type=number, default=0.9, metavar="SHARE",
-                     help="share of the learning that the suggestion must keep; up to four more measurements find the shrink that "
-                          "keeps this share (default: 0.9)")  # fmt: skip
-    sub.add_argument("--no-race", dest="race", action="store_false",
-                     help="run all variants on all sequences; by default, variants that are clearly worse on part of the text "
-                          "are dropped")  # fmt: skip
+                     help="share of the learning that the suggestion must keep; up to four more measurements of a method find the "
+                          "λ that keeps this share (default: 0.9)")  # fmt: skip
     sub.add_argument("--projected", action="store_true",
                      help="evaluate deltas projected onto the adapter's rank, as `mitigate` writes them")  # fmt: skip
     add_workers(sub)

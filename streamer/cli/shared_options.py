@@ -8,15 +8,15 @@ from streamer.api.choices import available_cores
 from streamer.cli.arguments import integer, number, numbers, size
 
 
-def add_texts(sub: argparse.ArgumentParser, built_in: bool = False) -> None:
+def add_texts(sub: argparse.ArgumentParser, sequences: int = 64, built_in: bool = False) -> None:
     """Add the two texts, how much of each to read, and the dtype of products; `built_in` if general text has a default."""
     more = " (default: Python's built-in help texts; your own text works better)" if built_in else ""
     sub.add_argument("--general", required=not built_in, metavar="TEXT",
                      help=f"general text, for measuring forgetting: .txt, .jsonl or .npy{more}")  # fmt: skip
     sub.add_argument("--task", required=True, metavar="TEXT",
                      help="text from ADAPTER's task but not from its training data")  # fmt: skip
-    sub.add_argument("--sequences", type=integer, default=64, metavar="N",
-                     help="maximum number of sequences per text (default: 64)")  # fmt: skip
+    sub.add_argument("--sequences", type=integer, default=sequences, metavar="N",
+                     help=f"maximum number of sequences per text (default: {sequences})")  # fmt: skip
     sub.add_argument("--length", type=integer, default=512, metavar="N",
                      help="maximum number of tokens per sequence (default: 512)")  # fmt: skip
     sub.add_argument("--dtype", choices=["float32", "bf16"], default="float32",

@@ -31,26 +31,25 @@ def figures(evaluation: VariantLosses, every: bool = False) -> list[Figures]:
     """
     general, task, numbers = evaluation.general, evaluation.task, range(len(evaluation.variants))
     best, gained = set(evaluation.front()), evaluation.reliable()["top1_kept"]
-    marked = "; †N stopped after N sequences" if any(map(evaluation.dropped, numbers)) else ""
     return [
-        Figures("variant", [v.name + (" *" if v.name in best else evaluation.mark(row)) for row, v in enumerate(evaluation.variants)],
-                "* no other variant has both a lower task loss and a lower divergence" + marked, 9),
+        Figures("variant", [v.name + " *" * (v.name in best) for v in evaluation.variants],
+                "* no other variant has both a lower task loss and a lower divergence", 9),
         Figures("general", [f"{general.mean(general.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on general text", 4),
         Figures("vs adapter", cells([general.loss_difference(v, ADAPTER_ROW) for v in numbers]),
                 "this loss minus the adapter's, ± the standard error, paired by sequence", 5),
-        Figures("loss left", _shares(evaluation, general, numbers),
+        Figures("loss left", _shares(general, numbers),
                 "where the general loss lies between the base's (0%) and the adapter's (100%)", 2),
         Figures("KL", cells([general.mean(general.kl[v]) for v in numbers]), "divergence from the base on general text, in nats", 6),
-        Figures("KL left", [percent(general.kl_fraction(v)) if not evaluation.dropped(v) else "-" for v in numbers],
+        Figures("KL left", [percent(general.kl_fraction(v)) for v in numbers],
                 "this divergence as a share of the adapter's: the forgetting that is left", 8),
         Figures("same top", [percent_of(general.mean(general.agree[v])) for v in numbers],
                 "tokens of general text for which the variant and the base have the same most likely token", 2),
         *_accuracies("general", general, numbers, left=True),
         Figures("task", [f"{task.mean(task.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on the task's text", 3),
-        Figures("kept", _shares(evaluation, task, numbers), "where the task loss lies between the base's (0%) and the adapter's (100%)", 8),
+        Figures("kept", _shares(task, numbers), "where the task loss lies between the base's (0%) and the adapter's (100%)", 8),
         Figures("top-1", [percent_of(task.mean(task.right[v])) for v in numbers],
                 "tokens of the task's text that are the variant's most likely token", 1),
-        Figures("top-1 kept", ["-" if evaluation.dropped(v) or not gained else percent(task.top1_fraction(v)) for v in numbers],
+        Figures("top-1 kept", [percent(task.top1_fraction(v)) if gained else "-" for v in numbers],
                 "where top-1 lies between the base's (0%) and the adapter's (100%)", 5),
         *_accuracies("task", task, numbers, left=False),
         *(column for name, sums in evaluation.others.items() for column in _other(evaluation, name, sums)),
@@ -87,7 +86,7 @@ def _other(evaluation: VariantLosses, name: str, sums: SequenceSums) -> list[Fig
     variants, left = range(len(evaluation.variants)), sums.effect != "improves"
     return [
         Figures(name, [f"{sums.mean(sums.loss[v]).value:.4f}" for v in variants], "mean loss in nats on this text", 2),
-        Figures(f"{name} {'left' if left else 'kept'}", _shares(evaluation, sums, variants),
+        Figures(f"{name} {'left' if left else 'kept'}", _shares(sums, variants),
                 "where the loss on this text lies between the base's (0%) and the adapter's (100%)", 4),
         Figures(f"{name} KL", cells([sums.mean(sums.kl[v]) for v in variants]), "divergence from the base on this text, in nats", 1),
         *_accuracies(name, sums, variants, left),
@@ -112,9 +111,9 @@ def _accuracies(name: str, sums: SequenceSums, variants: Sequence[int], left: bo
     ]  # fmt: skip
 
 
-def _shares(evaluation: VariantLosses, sums: SequenceSums, variants: Sequence[int]) -> list[str]:
-    """Write the shares of variants; a dash if the denominator is too small, or if the variant ran on fewer sequences than the others."""
-    return [percent(sums.fraction(v)) if sums.change.divides and not evaluation.dropped(v) else "-" for v in variants]
+def _shares(sums: SequenceSums, variants: Sequence[int]) -> list[str]:
+    """Write the shares of variants; a dash if the denominator is too small."""
+    return [percent(sums.fraction(v)) if sums.change.divides else "-" for v in variants]
 
 
 def cell(estimate: Estimate) -> str:

@@ -15,13 +15,14 @@ from streamer.detection.findings_file import lock_of, remove_leftovers
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.records import inspect, measured_before, result_file
-from streamer.evaluation.steps import Request, Sums, alive_at_first, answered, evaluation_steps, without_scaling
+from streamer.evaluation.steps import Request, Sums, answered, evaluation_steps, without_scaling
 from streamer.evaluation.suggestion import ask_swapped
 from streamer.events import Event
 from streamer.measuring.identity import joined_facts, with_digest
 from streamer.measuring.passes import measure_variants, needs_one_length
 from streamer.measuring.progress import RunProgress
 from streamer.measuring.result_file import Records, computing
+from streamer.measuring.variants import EvaluatedVariant
 from streamer.plan.batch import AdapterBatch
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.lock import locked
@@ -91,7 +92,7 @@ class _Run:
         with computing(self.records.threads, self.monitor):
             self._check()
             self.progress.resume(self.records.taken_up)
-            if (count := self._intruders(alive_at_first(wanted, self.known))) is not None:
+            if (count := self._intruders(self._missing(wanted.variants))) is not None:
                 facts = with_digest({**facts, "intruders": count})
             if self.known is not None:
                 facts = joined_facts(facts, self.known.facts)
@@ -115,17 +116,22 @@ class _Run:
 
     def _measured(self, request: Request) -> Sums:
         """Measure the variants of a request on its part of each text."""
-        prepared, variants = self.prepared, request.variants
-        what = f"{request.eighths.start} {json.dumps([variant.name for variant in variants])}"
+        prepared, variants = self.prepared, request
+        what = json.dumps([variant.name for variant in variants])
 
         def job(chosen: tuple[Variant, ...]) -> VariantSet:
             return replace(prepared.model.job, variants=chosen, findings=self._findings_for(variants))
 
-        passes, *later = (prepared.passes(*size) for size in (request.size, *request.later))
-        self.progress.expect([prepared.cost(one) for some in (passes, *later) for one in some])
+        passes = prepared.passes(len(request))
+        self.progress.expect([prepared.cost(one) for one in passes])
         return measure_variants(
             passes, prepared.texts, variants, job, lambda i: f"{i} {what}", self.records, self.progress, prepared.run
         )
+
+    def _missing(self, variants: Sequence[Variant]) -> list[Variant]:
+        """List the variants that were not measured before."""
+        done = () if self.known is None else self.known.variants
+        return [v for v in variants if EvaluatedVariant.of(v) not in done]
 
     def _intruders(self, variants: Sequence[Variant]) -> int | None:
         """Count the intruders that these variants scale; None if no variant scales intruders."""

@@ -55,7 +55,7 @@ class Evaluation(VariantLosses):
     facts
         Inputs and options, as JSON: `EvaluationFacts`.
     keep
-        Share of the learning that the suggested variant keeps by default; a race dropped variants for this share.
+        Share of the learning that the suggested variant keeps by default.
     others
         Sums over each sequence of other texts, by file name.
     """
@@ -93,15 +93,14 @@ class Evaluation(VariantLosses):
     def shown_variants(self) -> list[dict[str, Any]]:
         """Make the JSON of all variants, with null for shares that tables leave out."""
         tree = self.to_dict()
-        every = {f"{name}{end}" for name in (*tree["reliable"], "divergence") for end in ("", "_se")}
         hidden = {f"{name}{end}" for name, fine in tree["reliable"].items() if not fine for end in ("", "_se")}
         texts, no_share = tree.get("others", []), {"share": None, "share_se": None}
         return [
             {
                 **v,
-                **dict.fromkeys(every if v["dropped"] else hidden),
+                **dict.fromkeys(hidden),
                 "others": [
-                    {**own, **({} if text["reliable"] and not v["dropped"] else no_share)}
+                    {**own, **({} if text["reliable"] else no_share)}
                     for text, own in zip(texts, v.get("others", []), strict=True)
                 ],
             }
@@ -154,7 +153,6 @@ class Evaluation(VariantLosses):
             **flat("top1_kept", self.task.top1_fraction(v)),
             **flat("forgetting", self.general.fraction(v)),
             **flat("divergence", self.general.kl_fraction(v)),
-            "dropped": self.dropped(v),
             "against_adapter": self._against(v, ADAPTER_ROW),
             "against_base": self._against(v, BASE_ROW),
         })  # fmt: skip
@@ -231,7 +229,7 @@ def _figures(sums: SequenceSums, v: int) -> dict[str, Any]:
         **flat("p_change", sums.mean(sums.p_change[v])),
         **flat("p_rms", sums.p_rms(v)),
         **{name: _accuracy(sums, name, v) for name in sums.answers},
-        "sequences": sums.ran(v),
+        "sequences": len(sums.tokens),
         "sums": {
             name: [defined(x) for x in own]
             for name in (*MEASURES, *sums.answers)
@@ -264,8 +262,8 @@ def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> S
     arrays = {name: np.array([f["sums"].get(name, none) if name in SINCE else f["sums"][name] for f in figures], np.float64)
               for name in (*MEASURES, *(name for name in ANSWERS if name in figures[0]["sums"]))}  # fmt: skip
     shapes = {array.shape for array in arrays.values()}
-    if np.isnan(arrays["loss"][: ADAPTER_ROW + 1]).any():
-        raise ValueError(f"{text}: base or adapter lacks sequences")
+    if np.isnan(arrays["loss"]).any():
+        raise ValueError(f"{text}: a variant lacks sequences, as if an earlier version had stopped it")
     if shapes != {(len(figures), len(tokens))} or len(figures) < 2 or len(tokens) < 2:
         raise ValueError(f"sums of {text} are {listed(map(str, sorted(shapes)))}")
     counted = all(type(count) in (int, float) and 0 < count <= LARGEST_SUM and count % 1 == 0 for count in tokens)

@@ -141,8 +141,6 @@ VariantRecord = TypedDict("VariantRecord", {
     "divergence": Annotated[float | None, "Share of the forgetting: mean divergence on the general text as a share of the adapter's; "
         "null if that is 0."],
     "divergence_se": StandardError | None,
-    "dropped": Annotated[bool, "Whether it was stopped early: it had lost on a part of the sequences, or another shrink was nearer the "
-        "share. What compares two variants is of the sequences that both ran on."],
     "against_adapter": Annotated[Against, "Differences from the unchanged adapter."],
     "against_base": Annotated[Against, "Differences from the base; PEFT's method comparison calls `general_loss` forgetting."],
 })
@@ -231,7 +229,7 @@ class EvaluationRecord(EvaluationHead, EvaluationFacts):
     """What `streamer evaluate` writes and prints: losses of base, adapter and variants, on a general text and on the task's."""
     tokens: Annotated[_SequenceTokens, "Counted tokens of each sequence."]
     others: NotRequired[Annotated[list[OtherText], "The other texts, if any."]]
-    keep: NotRequired[Annotated[KeptShare, "Share of the learning for which a race dropped variants; absent in earlier versions."]]
+    keep: NotRequired[Annotated[KeptShare, "Share of the learning that the suggested variant keeps; absent in earlier versions."]]
     variants: Annotated[list[VariantRecord], Keywords(minItems=2), "The base, the unchanged adapter, each method from its largest lambda "
         "on, then each set of coefficients. The shrinks include the one that keeps the share asked for."]
     reliable: Annotated[ReliableRecord, "Whether the denominators of shares are large enough."]

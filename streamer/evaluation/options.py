@@ -11,7 +11,7 @@ from streamer.detection.selection import Selection
 from streamer.errors import UsageError
 from streamer.evaluation.suggestion import check_keep
 from streamer.linalg.torch_state import has_fast_bfloat16
-from streamer.methods import WITHOUT_FILES, MethodName, Shrink
+from streamer.methods import WITHOUT_FILES, MethodName
 from streamer.methods.fits import Coefficients, CoefficientsRecord
 from streamer.methods.maps import InputMap
 from streamer.plan.plan import Plan
@@ -21,10 +21,8 @@ from streamer.streaming.variants import Variant, make_variants
 ProductDtype = Literal["float32", "bf16"]
 """Dtype to which base weights and activations are rounded before they are multiplied; the product is float32."""
 
-LAMBDAS = (0.9, 0.75, 0.5, 0.25, 0.0)
-
-SHRINKS = (1.0, 0.8)
-"""λ of a race's first shrinks, as fractions of the share to keep: the first shrink surely keeps the share, the second roughly."""
+LAMBDAS = (0.75, 0.5)
+"""λ of each method, beside those that keep the share."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class EvaluationOptions:
     methods: tuple[MethodName, ...] = WITHOUT_FILES
     lambdas: tuple[float, ...] = LAMBDAS
     select: Selection = "all"
-    sequences: int = 64
+    sequences: int = 32
     length: int = 512
     keep: float = 0.9
     projected: bool = False
@@ -42,7 +40,6 @@ class EvaluationOptions:
     coefficients: Coefficients | None = None
     amplify: bool = False
     map: InputMap | None = None
-    race: bool = True
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -55,19 +52,8 @@ class EvaluationOptions:
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """List the variants: ``base``, ``adapter``, each method at each λ, then each set of coefficients.
-
-        A race replaces the grid of shrinks by `nodes`.
-        """
-        made = make_variants(self.methods, self.lambdas, self.select, self.coefficients, self.amplify, self.map)
-        return (*(v for v in made if v.method != Shrink.name), *self.nodes) if self.nodes else made
-
-    @property
-    def nodes(self) -> list[Variant]:
-        """List the shrinks that a race runs instead of the default grid, to place the shrink that keeps the share."""
-        if not self.race or self.lambdas != LAMBDAS or Shrink.name not in self.methods:
-            return []
-        return [Variant.of(Shrink(lam)) for lam in {round(part * self.keep, 3): 0 for part in SHRINKS} if lam < 1]
+        """List the variants: ``base``, ``adapter``, each method at each λ, then each set of coefficients."""
+        return make_variants(self.methods, self.lambdas, self.select, self.coefficients, self.amplify, self.map)
 
     def job(self, plan: Plan, device: torch.device) -> VariantSet:
         """Describe how to compute all variants; deltas that need findings are available only once findings are set."""

@@ -14,14 +14,13 @@ from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.options import EvaluationOptions
-from streamer.evaluation.race import WHOLE, rounds_of
-from streamer.evaluation.steps import Wanted, expected, without_scaling
+from streamer.evaluation.steps import Wanted, without_scaling
 from streamer.events import Monitor
 from streamer.measuring.identity import model_facts, with_digest, writable
 from streamer.measuring.model import chooses_keys, read_texts, refuse_new_tokens
 from streamer.measuring.pass_memory import TRANSFORMERS_BYTES, Pass, pass_bytes, plan_passes
 from streamer.measuring.progress import pass_cost
-from streamer.measuring.sequences import ALL, GENERAL, TASK, TextSequences
+from streamer.measuring.sequences import GENERAL, TASK, TextSequences
 from streamer.measuring.task import describe
 from streamer.measuring.texts import sample_digest
 from streamer.methods import UNCHANGED, RegMean
@@ -59,10 +58,10 @@ class Prepared:
     model: StreamingModel
     one_length: bool
 
-    def passes(self, variants: int, eighths: range = ALL) -> list[Pass]:
-        """Divide the sequences of some eighths into passes, for this many variants including the base."""
+    def passes(self, variants: int) -> list[Pass]:
+        """Divide the sequences into passes, for this many variants including the base."""
         size, budget = self.model.size, self.detection.max_memory
-        return plan_passes(self.texts, variants, size, self.resident, budget, self.one_length, eighths)
+        return plan_passes(self.texts, variants, size, self.resident, budget, self.one_length)
 
     def group(self, one: Pass) -> TextSequences:
         """Return the sequences of a pass."""
@@ -73,14 +72,14 @@ class Prepared:
         return pass_cost(self.model.size, self.group(one), 1 + len(one.variants))
 
     def expected(self, known: Evaluation | None) -> list[Pass]:
-        """List the passes of a whole run, if the usual number of variants is dropped; empty if nothing is missing.
+        """List the expected passes of a whole run; empty if nothing is missing.
 
         Parameters
         ----------
         known
             Earlier measurements.
         """
-        return [one for size in expected(self.wanted, known) for one in self.passes(*size)]
+        return [one for count in self.wanted.expected(known) for one in self.passes(count)]
 
     @property
     def resident(self) -> int:
@@ -95,8 +94,7 @@ class Prepared:
     @property
     def wanted(self) -> Wanted:
         """Return what to measure: the requested variants, without any that equal the unchanged adapter according to given findings."""
-        rounds = rounds_of([len(text.units) for text in self.texts.values()]) if self.options.race else WHOLE
-        return Wanted(without_scaling(self.options.variants, self.facts), self.options.keep, rounds, self.options.nodes)
+        return Wanted(without_scaling(self.options.variants, self.facts), self.options.keep)
 
     @cached_property
     def facts(self) -> dict[str, Any]:

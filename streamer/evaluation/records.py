@@ -28,7 +28,7 @@ def result_file(prepared: Prepared, output: Path) -> ResultFile:
     bits = f"{'' if prepared.findings is None else prepared.findings.digest()} {earlier}".strip()
     o, memory = prepared.options, prepared.detection.max_memory
     variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in o.variants]
-    facts = with_digest(prepared.facts, variants=variants, max_memory=memory, race=o.race)
+    facts = with_digest(prepared.facts, variants=variants, max_memory=memory)
     return ResultFile(output, ONE, "this very evaluation", "evaluation.json", prepared.plan, prepared.run, facts,
                       lambda path: not prepared.expected(_load(prepared, path)), bits)  # fmt: skip
 

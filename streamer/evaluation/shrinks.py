@@ -21,12 +21,8 @@ from streamer.methods import Shrink
 NODES = 4
 """Number of nearest shrinks through which a cubic in λ interpolates."""
 
-EXCESS, MOST_EXCESS = 0.002, 0.03
-"""A shrink is well placed if it keeps the requested share and at most `EXCESS` more, which is a fraction of the share's standard error. In
-a race, the excess may be 3 · `ERRORS` standard errors, but at most `MOST_EXCESS`."""
-
-ERRORS = 1.5
-"""Standard errors by which a race aims above the share: it places a shrink before the share kept on all sequences is known."""
+EXCESS = 0.002
+"""A λ is well placed if it keeps the requested share and at most `EXCESS` more, which is a fraction of the share's standard error."""
 
 LAST = 4
 """If the curve is rough, computed λ fall short of the share. The last λ therefore aims above it by this factor times the shortfall."""
@@ -73,11 +69,10 @@ def against_shrink(
     """
     if variants[variant].method in (None, Shrink.name):
         return None
-    ran = np.isfinite(task.loss[variant])
-    nodes = [node for node in _by_lambda(variants, Shrink.name) if task.ran(node[1]) >= ran.sum()]
+    nodes = _by_lambda(variants, Shrink.name)
     if len(nodes) < NODES and nodes[0][0] > 0:
         nodes.insert(0, (0.0, BASE_ROW))  # an approximation if the adapter has more than deltas
-    losses = np.nan_to_num(task.loss[:, ran].sum(axis=1))
+    losses = task.loss.sum(axis=1)
     above = [losses[row] - losses[variant] for _, row in nodes]
     at = next((k for k in range(len(nodes) - 1) if above[k] * above[k + 1] <= 0), None)
     if at is None or len(nodes) < 3:
@@ -106,21 +101,16 @@ def placed(
     keep: float,
     method: str = Shrink.name,
     last: bool = False,
-    loose: bool = False,
 ) -> tuple[int, float | None]:
     """Choose, among a method's measured λ and the adapter, the one that keeps a share of the learning and little more.
 
     The measured shares are interpolated to find a λ that keeps slightly more than the share; it is rounded up. Repeated measuring is a
-    secant method: the nodes move closer, and the interpolation improves. Before all sequences have run, the final share may differ from the
-    current one by about its final error. Therefore a new λ aims `ERRORS` of these errors above the share, and a measured one is accepted if
-    it falls short by as much.
+    secant method: the nodes move closer, and the interpolation improves.
 
     Parameters
     ----------
     last
         Whether this is the last λ, which aims above the share by `LAST` times the shortfall of the nearest λ below it.
-    loose
-        Whether to accept as large an excess as in a race, which can save one measurement.
 
     Returns
     -------
@@ -131,27 +121,19 @@ def placed(
     nodes = [node for node in _by_lambda(variants, method) if 0 <= node[0] <= 1]
     if len(nodes) < 2:
         return ADAPTER_ROW, None
-    if (
-        method == Shrink.name
-    ):  # what λ = 0 of others keeps is unknown: λ that a race dropped are the nodes below the share
-        nodes = [node for node in nodes if not task.dropped(node[1])]
-        if nodes[0][0] > 0:  # λ = 0 is approximately the base: an adapter may have more than deltas
-            nodes.insert(0, (0.0, BASE_ROW))
-    kept, values = [task.fraction(row) for _, row in nodes], np.zeros(len(variants))
-    values[[row for _, row in nodes]] = [one.value for one in kept]
-    whole = len(task.tokens)
-    errors = [ERRORS * one.error * math.sqrt(one.sequences / whole) for one in kept]
-    apart = [0.0 if one.sequences == whole else error for one, error in zip(kept, errors, strict=True)]
-    first = next(k for k, one in enumerate(kept) if one.value >= keep - apart[k])  # at λ = 1 all is kept
-    above = kept[first].value - keep
-    if first == 0 or above <= max(EXCESS, loose * min(MOST_EXCESS, 3 * errors[first])):
+    if method == Shrink.name and nodes[0][0] > 0:
+        nodes.insert(
+            0, (0.0, BASE_ROW)
+        )  # approximately: an adapter may have more than deltas; what others keep at 0 is unknown
+    kept, values = [task.fraction(row).value for _, row in nodes], np.zeros(len(variants))
+    values[[row for _, row in nodes]] = kept
+    first = next(k for k, share in enumerate(kept) if share >= keep)  # at λ = 1 all is kept
+    above = kept[first] - keep
+    if first == 0 or above <= EXCESS:
         return nodes[first][1], None
-    beyond = max(EXCESS / 2, LAST * (keep - kept[first - 1].value)) if last else EXCESS / 2 + apart[first - 1]
-    lam = rounded_up(
-        _crossing(
-            _nearest(nodes, first - 1), (nodes[first - 1][0], nodes[first][0]), values, keep + min(beyond, above / 2)
-        )
-    )
+    beyond = max(EXCESS / 2, LAST * (keep - kept[first - 1])) if last else EXCESS / 2
+    between = nodes[first - 1][0], nodes[first][0]
+    lam = rounded_up(_crossing(_nearest(nodes, first - 1), between, values, keep + min(beyond, above / 2)))
     return nodes[first][1], lam if lam < nodes[first][0] else None
 
 

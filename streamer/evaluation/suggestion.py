@@ -111,8 +111,7 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
         return Suggestion(None, "not learned", keep, swapped=learning.is_negative)
     if not general.kl_difference(ADAPTER_ROW, BASE_ROW).is_positive:
         return Suggestion(variants[ADAPTER_ROW], "not forgotten", keep)
-    ran = [v for v in range(ADAPTER_ROW, len(variants)) if not task.dropped(v)]
-    keeping = [v for v in ran if _keeps(variants[v], task.fraction(v), keep)]
+    keeping = [v for v in range(ADAPTER_ROW, len(variants)) if _keeps(variants[v], task.fraction(v), keep)]
     forgets_less = [v for v in keeping if general.kl_difference(v, ADAPTER_ROW).is_negative]
     if not forgets_less:
         return Suggestion(variants[ADAPTER_ROW], "none better", keep)
@@ -124,7 +123,7 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
     compared = against_shrink(variants, general, task, best)
     if compared is not None and compared.verdict == "worse":
         shrinks = [v for v in forgets_less if variants[v].method == Shrink.name]
-        if not shrinks or placed(variants, task, keep, loose=True)[1] is not None:
+        if not shrinks or placed(variants, task, keep)[1] is not None:
             return Suggestion(None, "a shrink is better", keep, shrink=compared)
         best, compared = min(shrinks, key=lambda v: np.nansum(general.kl[v])), None
     return Suggestion(variants[best], "forgets least", keep, compared)
@@ -133,13 +132,9 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
 def front(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums) -> list[int]:
     """List the variants that no other variant equals or beats in both the task's loss and the divergence on general text.
 
-    The order is by loss on the task's text, lowest first. Variants that a race dropped are excluded.
+    The order is by loss on the task's text, lowest first.
     """
-    points = sorted(
-        (float(task.loss[v].sum()), float(np.nansum(general.kl[v])), v)
-        for v in range(len(variants))
-        if not task.dropped(v)
-    )
+    points = sorted((float(task.loss[v].sum()), float(np.nansum(general.kl[v])), v) for v in range(len(variants)))
     kept, least = [], math.inf
     for _, kl, v in points:
         if kl < least:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from streamer.detection.options import DetectionOptions
 from streamer.evaluation.evaluation_records import ReliableRecord
+from streamer.evaluation.shrinks import against_shrink
 from streamer.evaluation.suggestion import Suggestion, front, suggest
 from streamer.measuring.identity import input_options
 from streamer.measuring.sequences import GENERAL, TASK
@@ -62,6 +63,13 @@ class VariantLosses:
         """
         return suggest(self.variants, self.general, self.task, self.keep if keep is None else keep)
 
+    def lost(self, method: str, keep: float) -> bool:
+        """Test whether a method's two variants nearest to the share diverge more than the shrinks that keep as much."""
+        rows = [row for row, v in enumerate(self.variants) if v.method == method]
+        near = sorted(rows, key=lambda row: abs(self.task.fraction(row).value - keep))[:2]
+        found = [against_shrink(self.variants, self.general, self.task, row) for row in near]
+        return all(one is not None and one.verdict == "worse" for one in found)
+
     def reliable(self) -> ReliableRecord:
         """Return which shares have a large enough denominator; see `ReliableRecord`."""
         return reliable(self.general, self.task)
@@ -69,14 +77,6 @@ class VariantLosses:
     def front(self) -> list[str]:
         """Name the variants that no other variant equals or beats in both the task's loss and the divergence from the base."""
         return [self.variants[v].name for v in front(self.variants, self.general, self.task)]
-
-    def dropped(self, row: int) -> bool:
-        """Test whether a race dropped the variant in this row before it ran on all sequences."""
-        return self.task.dropped(row)
-
-    def mark(self, row: int) -> str:
-        """Return the mark of a dropped variant, the number of sequences of general text that it ran on; empty if not dropped."""
-        return f" †{self.general.ran(row)}" if self.dropped(row) else ""
 
     def command(self, variant: EvaluatedVariant) -> list[str]:
         """Return the command that makes a variant, with its options; the caller adds inputs, output and files.

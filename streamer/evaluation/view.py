@@ -13,7 +13,6 @@ from streamer.measuring.identity import input_options
 from streamer.measuring.statistics import telling
 from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW
 from streamer.methods import NullSpace, RegMean, Shrink, takes_findings
-from streamer.units import counted
 
 _RULE = f"a suggested variant regains over {WORTH:g} of what it gives up, by two standard errors"
 
@@ -85,12 +84,7 @@ def verdict(evaluation: VariantLosses, suggestion: Suggestion) -> str:
 
 def reasons(evaluation: VariantLosses, suggestion: Suggestion) -> list[str]:
     """Explain the suggestion, its cost, its comparison with the equal shrink, and what the table leaves out."""
-    lines = [*_reasons(evaluation, suggestion), *left_out(evaluation)]
-    if suggestion.keep != evaluation.keep and any(map(evaluation.dropped, range(len(evaluation.variants)))):
-        lines.append(
-            f"variants were dropped for keep {evaluation.keep:g}; run evaluate --keep {suggestion.keep:g} to compare all"
-        )
-    return lines
+    return [*_reasons(evaluation, suggestion), *left_out(evaluation)]
 
 
 def left_out(evaluation: VariantLosses) -> list[str]:
@@ -101,10 +95,6 @@ def left_out(evaluation: VariantLosses) -> list[str]:
     if evaluation.facts.get("intruders") == 0:
         epsilon = evaluation.facts["detection"]["threshold_epsilon"]
         lines.append(f"no intruder was found (epsilon {epsilon:g}): paper and project change nothing, and were not run")
-    if count := sum(evaluation.dropped(row) for row in range(len(evaluation.variants))):
-        lines.append(
-            f"{counted(count, 'variant')} marked † stopped early: they lost, or another shrink is nearer the share; --no-race runs all"
-        )
     others = ((f"{name} left or kept", name, sums) for name, sums in evaluation.others.items())
     for of, on, sums in (
         ("kept", "the task's text", evaluation.task),
@@ -155,8 +145,12 @@ def _reasons(evaluation: VariantLosses, suggestion: Suggestion) -> list[str]:
         )
         if variant.method == Shrink.name:
             methods = dict.fromkeys(v.method for v in evaluation.variants if v.mitigation_lambda is not None)
-            better = ((name, placed(evaluation.variants, task, suggestion.keep, str(name))[1]) for name in methods)
-            near = [f"{name} {lam:g}" for name, lam in better if lam is not None]
+            near = [
+                f"{name} {lam:g}"
+                for name in map(str, methods)
+                if (lam := placed(evaluation.variants, task, suggestion.keep, name)[1]) is not None
+                and not evaluation.lost(name, suggestion.keep)
+            ]
             also = f"; not measured, and perhaps better: {', '.join(near)}" if near else ""
             return [*lines, f"it is a shrink of the whole adapter{also}"]
         if suggestion.shrink is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from streamer.errors import UsageError
-from streamer.measuring.sequences import ALL, TextSequences, of_eighths
+from streamer.measuring.sequences import TextSequences
 from streamer.streaming.lazy import BLOCK_BYTES
 from streamer.streaming.model import ModelSize, vocabulary_block
 
@@ -77,7 +77,6 @@ def plan_passes(
     resident: int,
     max_memory: int | None,
     one_length: bool,
-    eighths: range = ALL,
 ) -> list[Pass]:
     """Divide sequences and variants into passes that fit the budget, grouping sequences of similar length to reduce padding.
 
@@ -90,9 +89,6 @@ def plan_passes(
         Number of variants, including the base.
     one_length
         Whether only sequences of equal length run together, without padding.
-    eighths
-        Parts of each text to measure; see `of_eighths`. They are divided jointly. Separate divisions would pad sequences of varied lengths
-        more and read the weights more often for short texts, which costs up to a fifth of the time.
 
     Raises
     ------
@@ -107,8 +103,7 @@ def plan_passes(
     chunks = [tuple(others[i : i + together - 1]) for i in range(0, variants - 1, together - 1)]
     passes = []
     for name, text in texts.items():
-        rows = [i for number in of_eighths(len(text.units), eighths) for i in text.units[number]]
-        for part in parts(text, rows, max(1, most // together), size.short, one_length):
+        for part in parts(text, range(len(text.ids)), max(1, most // together), size.short, one_length):
             passes += [Pass(name, part, chunk) for chunk in chunks]
     return passes
 

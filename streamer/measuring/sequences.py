@@ -16,13 +16,6 @@ from streamer.measuring.statistics import SequenceSums
 GENERAL, TASK = "general", "task"
 """Names of the two texts: what the base can do, and what the adapter was trained for."""
 
-EIGHTHS = (0, 4, 2, 6, 1, 5, 3, 7)
-"""Remainders modulo 8 of the unit numbers in each eighth of a text. Units are numbered in the text's order, so the first one, two or four
-eighths are spread evenly over the text."""
-
-ALL = range(len(EIGHTHS))
-"""All eighths of a text."""
-
 
 @dataclass(frozen=True)
 class TextSequences:
@@ -87,11 +80,6 @@ class TextSequences:
         return ids, counted
 
     @property
-    def units(self) -> Sequence[Sequence[int]]:
-        """List the independent units as sequence numbers: each sequence alone, or all choices of a question."""
-        return [(i,) for i in range(len(self.ids))] if self.questions is None else self.questions.units
-
-    @property
     def tokens(self) -> int:
         """Count the tokens whose losses count."""
         return sum(int(c.sum()) for c in self.right().counted)
@@ -128,12 +116,3 @@ def evenly(count: int, wanted: int) -> list[int]:
     ([0, 2, 5, 7], [0, 1, 2])
     """
     return [i * count // wanted for i in range(wanted)] if count > wanted else list(range(count))
-
-
-def of_eighths(count: int, eighths: range) -> list[int]:
-    """List the numbers of the units, sequences or questions, in some eighths of a text.
-
-    >>> of_eighths(17, range(2)), of_eighths(3, range(2))
-    ([0, 8, 16, 4, 12], [0])
-    """
-    return [i for eighth in eighths for i in range(EIGHTHS[eighth], count, len(EIGHTHS))]

@@ -118,8 +118,7 @@ def _nothing() -> Floats:
 class SequenceSums:
     """Sums over the counted tokens of each sequence of a text, for each variant; the first is the base, the second the unchanged adapter.
 
-    Sums are NaN for sequences on which a variant did not run because a race had dropped it. A comparison of two variants uses the
-    sequences on which both ran. Arrays that are not given, as from evaluations of earlier versions, are NaN.
+    Arrays that are not given, as from evaluations of earlier versions, are NaN.
 
     Attributes
     ----------
@@ -173,28 +172,6 @@ class SequenceSums:
             self.tokens,
             *(np.concatenate([getattr(one, name) for one in (self, *others)]) for name in (*ARRAYS, *self.answers)),
         )
-
-    def unknown(self, variants: int) -> SequenceSums:
-        """Make the sums of variants that have not run."""
-        none = np.full((variants, len(self.tokens)), np.nan)
-        arrays = {name: none.copy() for name in (*MEASURES, *self.answers)}
-        return SequenceSums(self.tokens, **arrays, kl_bins=np.zeros((variants, BINS)))
-
-    def add(self, row: int, other: SequenceSums, of: int) -> None:
-        """Add row `of` of another object to a row that lacks these sequences; a row that has any of them stays unchanged."""
-        there = np.isfinite(other.loss[of])
-        if not np.isfinite(self.loss[row][there]).any():
-            self.kl_bins[row] += other.kl_bins[of]
-            for name in (*MEASURES, *self.answers):
-                getattr(self, name)[row, there] = getattr(other, name)[of, there]
-
-    def ran(self, variant: int) -> int:
-        """Count the sequences on which a variant ran."""
-        return int(np.isfinite(self.loss[variant]).sum())
-
-    def dropped(self, variant: int) -> bool:
-        """Test whether a variant ran on fewer sequences than the base: a race dropped it."""
-        return self.ran(variant) < self.ran(0)
 
     def take(self, variants: Sequence[int]) -> SequenceSums:
         """Take some of the variants, by number."""
@@ -266,8 +243,8 @@ class SequenceSums:
         return quantile(self.kl_bins[variant], self.kl_largest(variant), share)
 
     def kl_largest(self, variant: int) -> float:
-        """Return the largest divergence of a token, over the sequences on which the variant ran."""
-        return float(self.kl_max[variant][np.isfinite(self.loss[variant])].max())
+        """Return the largest divergence of a token."""
+        return float(self.kl_max[variant].max())
 
     def accuracy(self, name: str, variant: int, other: int | None = None) -> Estimate:
         """Estimate the share of questions that a variant answers right, or its difference from another's; `name` is one of `ANSWERS`."""

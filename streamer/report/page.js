@@ -36,7 +36,7 @@ function seriesOf(variants, methods) {
 }
 
 function drawTradeoff(parent, tree, key, label, caption) {
-  const points = tree.variants.filter((v) => v.kept !== null && v[key] !== null); // a dropped variant has no shares
+  const points = tree.variants.filter((v) => v.kept !== null && v[key] !== null);
   const series = seriesOf(points, tree.methods);
   const inside = (v) => v.kept >= -0.05 && v.kept <= 1.2 && v[key] >= -0.3 && v[key] <= 1.4;
   const shown = points.filter(inside), outside = points.filter((v) => !inside(v));
@@ -92,7 +92,7 @@ function showEvaluation(tree) {
   }
   part.append(pair.children.length ? pair : html("p", {}, "Base and adapter have nearly the same loss on the task's text, so no shares can be drawn."));
   const numeric = (head, about, key, format) => ({ head, about, cell: (v) => text(format(v)), key: (v) => last(v[key]) });
-  const names = { head: "variant", about: "* no variant is better in both task loss and divergence; †N stopped after N sequences", up: true, cell: (v) => text(v.name + (tree.front.includes(v.name) ? " *" : "") + (v.ran === null ? "" : ` †${v.ran}`)), key: (v) => tree.variants.indexOf(v) };
+  const names = { head: "variant", about: "* no variant is better in both task loss and divergence", up: true, cell: (v) => text(v.name + (tree.front.includes(v.name) ? " *" : "")), key: (v) => tree.variants.indexOf(v) };
   sortedTable(part, [
     names,
     numeric("general", "mean loss in nats on general text", "general", (v) => v.general.toFixed(4)),

@@ -119,7 +119,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "field": [{"head": c.head, "about": c.about, "cells": c.cells} for c in field_figures(evaluation.general)],
         "accuracies": [printable(name) for name in evaluation.answered],
         "variants": [
-            {"name": printable(v["name"]), "lambda": v["lambda"], "ran": v["general"]["sequences"] if v["dropped"] else None,
+            {"name": printable(v["name"]), "lambda": v["lambda"],
              "series": printable(one.method or one.name.partition(" ")[0]),  # its curve: base and adapter are the ends of all
              "general": v["general"]["loss"], "task": v["task"]["loss"], "kl": v["general"]["kl"],
              "agreement": v["general"]["agreement"], "top1": v["task"]["top1"],

@@ -99,7 +99,7 @@ def test_a_lambda_joins_a_file_that_stands(server: Server, home: Path, tmp_path:
     assert [v["name"] for v in tree["variants"][2:4]] == ["paper 0.62", "project 0.62"]
     assert tree["detection"]["top_k"] == 4
     stands = output.read_bytes()
-    fewer, more = (f"{count} sequences of 8 tokens, not 24 sequences of 8 tokens" for count in (4, 64))
+    fewer, more = (f"{count} sequences of 8 tokens, not 24 sequences of 8 tokens" for count in (4, 32))
     for options, texts, differs in (
         (["--findings", home / "f.safetensors", "--scale", "first"], {}, "--select"),
         (["--projected"], {}, "--projected, --top-k"),
@@ -134,7 +134,7 @@ def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Pat
 
 def test_the_suggested_command_makes_what_was_measured(server: Server, home: Path, tmp_path: Path) -> None:
     output = tmp_path / "e.json"
-    asked = ["--findings", home / "f.safetensors", "--keep", "0.5", "--method", "project,shrink", "--no-race"]
+    asked = ["--findings", home / "f.safetensors", "--keep", "0.5", "--method", "project,shrink"]
     done = evaluate(server, home, output, *asked, "--json", task=home / "mild.npy")
     tree = check(done, "streamer.evaluation/1")
     assert tree["state"] == "written"
@@ -166,7 +166,7 @@ def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) ->
 
 
 def test_events(server: Server, home: Path, tmp_path: Path) -> None:
-    done = evaluate(server, home, tmp_path / "e.json", "--method", "shrink", "--no-race", "--json-events")
+    done = evaluate(server, home, tmp_path / "e.json", "--method", "shrink", "--json-events")
     events = [json.loads(line) for line in done.err.splitlines()]
     progress = [e for e in events if e["event"] == "progress" and e["stage"] == "evaluate"]
     assert [e["done"] for e in progress] == sorted(e["done"] for e in progress)
@@ -274,7 +274,7 @@ def test_variants_are_added_on_the_same_texts_alone(server: Server, home: Path, 
     done = evaluate(server, home, output, "--method", "shrink", "--lambda", "0.62", "--other", home / "some.npy")
     assert done.code == 0
     e = streamer.load_evaluation(output)
-    assert e.others["some.npy"].loss.shape == (len(e.variants), 48)
+    assert e.others["some.npy"].loss.shape == (len(e.variants), 32)
     assert e["shrink 0.62"]["others"][0]["name"] == "some.npy"
 
 

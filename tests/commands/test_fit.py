@@ -292,7 +292,7 @@ def test_what_a_saved_module_keeps_alone_can_be_more_than_was_asked_for(tmp_path
     ids = np.random.default_rng(vary(0)).integers(3, 64, (1500, 8))
     np.save(tmp_path / "all.npy", ids)
     found = streamer.evaluate_variants(base, adapter, general=tmp_path / "all.npy", task=tmp_path / "all.npy", methods=["shrink"],
-                                       lambdas=[0.0], sequences=1500, length=8, race=False, on_event=lambda event: None)  # fmt: skip
+                                       lambdas=[0.0], sequences=1500, length=8, on_event=lambda event: None)  # fmt: skip
     whole, alone = (found.task.loss[0] - found.task.loss[row] for row in (1, 2))
     np.save(tmp_path / "task.npy", ids[np.argsort(-np.minimum(whole, 2 * alone))[:64]])
     np.save(tmp_path / "general.npy", ids[np.argsort(whole)[:64]])

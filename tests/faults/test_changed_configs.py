@@ -39,7 +39,7 @@ def edit(path: Path, **values: Any) -> None:
 
 
 def evaluate(home: Path, output: Path, lambdas: tuple[float, ...] = (0.5,), **options: Any) -> streamer.Evaluation:
-    given = {"methods": ["shrink"], "lambdas": lambdas, "sequences": 12, "length": 8, "race": False}
+    given = {"methods": ["shrink"], "lambdas": lambdas, "sequences": 12, "length": 8}
     return streamer.evaluate_variants(home / "base", home / "adapter", output, **texts(home), **given, **options)
 
 

@@ -255,26 +255,6 @@ def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path)
 
 
 @evaluations
-def test_a_race_resumed_drops_the_same(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamer.evaluation.race.FEWEST", 1)
-    events: list[Event] = []
-    job.run(tmp_path / "e.json", on_event=events.append)
-    whole = json.loads((tmp_path / "e.json").read_bytes())
-    assert {v["task"]["sequences"] for v in whole["variants"] if v["dropped"]} <= {2, 3}
-    assert any(v["dropped"] for v in whole["variants"])
-    output = tmp_path / "again.json"
-    for number in (len(events) // 3, len(events) // 2):
-        with pytest.raises(Interrupted):
-            job.run(output, monitor=stopping_at(number))
-    job.run(output)
-    assert output.read_bytes() == (tmp_path / "e.json").read_bytes()
-    job.run(output, race=False)
-    assert not any(
-        v["dropped"] for v in json.loads(output.read_bytes())["variants"] if v["name"] in ("paper 0.5", "shrink 0.5")
-    )
-
-
-@evaluations
 def test_a_finished_one_stays(job: Job, tmp_path: Path) -> None:
     output = tmp_path / "e.json"
     output.write_bytes(job.whole)

@@ -8,7 +8,6 @@ from evaluations import CURVES, evaluation
 from scipy.stats import binom, norm
 
 from streamer.errors import UsageError
-from streamer.evaluation import race
 from streamer.evaluation.shrinks import ShrinkComparison, against_shrink
 from streamer.evaluation.suggestion import WORTH, Trade, front
 from streamer.measuring.statistics import Estimate
@@ -209,22 +208,3 @@ def test_a_shrink_that_is_left_out_is_found_again_within_the_error(left_out: flo
     assert all(abs(kept(one.mitigation_lambda) - kept(left_out)) < allowed for one in found)
     told = sum(one.verdict != "not told apart" for one in found)
     assert told <= binom.isf(1e-6, trials, FALSE_ALARMS)
-
-
-def test_top1_is_compared_whatever_else_was_dropped() -> None:
-    e = evaluation()
-    row = next(i for i, v in enumerate(e.variants) if v.name == "project 0.5")
-    whole = against_shrink(e.variants, e.general, e.task, row)
-    for sums in (e.task.loss, e.task.right):
-        sums[2, 8:] = np.nan
-    assert against_shrink(e.variants, e.general, e.task, row) == whole
-    assert whole is not None
-    assert np.isfinite(whole.top1.value)
-
-
-@pytest.mark.parametrize(("kl", "lost"), [(1, False), (3, True)])
-def test_a_race_drops_what_is_worse_than_the_shrink(monkeypatch: pytest.MonkeyPatch, kl: float, lost: bool) -> None:
-    e = evaluation({"project": lambda x: (x, x)})
-    found = ShrinkComparison(0.7, (0.5, 0.75), Estimate(-3, 1, 64), Estimate(kl, 1, 64), Estimate(0, 1, 64))
-    monkeypatch.setattr(race, "against_shrink", lambda *_: found)
-    assert race.lost(e, 2, 0.1) == lost

@@ -60,14 +60,6 @@ def test_the_longest_padded_sequence_shows_what_padding_does() -> None:
     assert checked_tokens(groups[:2]) == 0
 
 
-@pytest.mark.parametrize("count", [3, 24, 61])
-def test_eighths_are_spread_over_the_text_and_together_are_all_of_it(count: int) -> None:
-    texts = {"general": text(*[64] * count), "task": text(*[10, 30] * count)}
-    first, rest = (plan_passes(texts, 5, LARGE, RESIDENT, None, False, own) for own in (range(2), range(2, 8)))
-    check_complete(first + rest, 5, texts)
-    assert sorted(i for one in first if one.text == "general" for i in one.sequences) == list(range(0, count, 4))
-
-
 def test_a_budget_divides_the_variants_too() -> None:
     texts = {"general": text(*[512] * 3), "task": text(64)}
     for budget in (900 << 20, 1200 << 20, 2000 << 20):
