@@ -54,7 +54,7 @@ def table() -> Table:
 
 
 @cache
-def record(name: str) -> Mapping[str, Any] | None:
+def record_of(name: str) -> Mapping[str, Any] | None:
     """Return the record of a class, or None if the table has none."""
     line = table().classes.get(name)
     found: dict[str, Any] | None = None if line is None else json.loads(table().lines[line])
@@ -64,5 +64,5 @@ def record(name: str) -> Mapping[str, Any] | None:
 @cache
 def conv1d_names() -> frozenset[str]:
     """List the last names of modules that some class stores (in, out), such as ``c_proj``: in an unknown class they may be either way."""
-    records = filter(None, map(record, table().classes))
+    records = filter(None, map(record_of, table().classes))
     return frozenset(pattern.rpartition(".")[2] for of in records for pattern in of.get("transposed", ()))

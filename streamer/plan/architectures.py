@@ -15,8 +15,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from streamer.errors import UsageError
-from streamer.plan.architecture_table import record as record_of
-from streamer.plan.architecture_table import table
+from streamer.plan.architecture_table import record_of, table
 from streamer.weights.model_config import ModelConfig
 
 TIE_KEY = "tie_word_embeddings"

@@ -22,7 +22,7 @@ from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.adapters.modules import Module, values_of
 from streamer.errors import UnsupportedError
-from streamer.plan.architecture_table import record
+from streamer.plan.architecture_table import record_of
 from streamer.plan.architectures import TIE_KEY as KEY
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of
 from streamer.plan.carried_tensors import TensorEdits, VocabularyTensor
@@ -261,7 +261,7 @@ class TieEditor:
 
     def _shares_tokens(self, tie: TiedNames) -> bool:
         """Test whether PEFT applies trained tokens to all names: it does if the class itself, and its own config, ties them."""
-        stated = (record(self.architecture.name) or {}).get("ties")
+        stated = (record_of(self.architecture.name) or {}).get("ties")
         return bool(stated) and (not tie.keys or any(len(key) == 1 for key in tie.keys))
 
     def _apart(self, tie: TiedNames, edits: TensorEdits) -> TensorEdits:

@@ -61,7 +61,7 @@ def test_usage(argv: list[str], words: str) -> None:
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    (["evaluate", "b", "a", "--general", "g", "--task", "t", "-o", "x", "--no-race"], "--no-race was removed: every variant runs on all"),
+    (["evaluate", "b", "a", "--no-race"], "--no-race was removed: every variant runs on all sequences; drop the option"),
     (["detect", "b", "a", "-o", "x", "--part", "1/2"], "--part was removed: use --workers N, or --executor"),
     (["demo", "--keep=d"], "--keep was removed: use -o DIR"),
 ])  # fmt: skip

@@ -8,7 +8,7 @@ import helpers
 import torch
 
 import streamer
-from streamer.plan.architecture_table import conv1d_names, record, table
+from streamer.plan.architecture_table import conv1d_names, record_of, table
 from streamer.plan.architectures import architecture_of
 from streamer.plan.plan import make_plan
 
@@ -19,14 +19,14 @@ MODULE = "model.layers.0.self_attn.q_proj"
 def test_a_plan_parses_the_records_of_its_class(tmp_path: Path) -> None:
     base = helpers.write_sharded(tmp_path / "base", [{f"{MODULE}.weight": torch.ones(32, 32)}], LLAMA)
     adapter = helpers.write_adapter(tmp_path / "adapter", {MODULE: helpers.intruding_factors(32, 32, 4)}, r=4)
-    for cached in (table, record, conv1d_names):
+    for cached in (table, record_of, conv1d_names):
         cached.cache_clear()
     make_plan(base, adapter)
     assert table.cache_info().misses == 1
     architecture = architecture_of(LLAMA)
     assert architecture is not None
     classes = {architecture.name, *(part.name for part in architecture.parts)}
-    assert record.cache_info().misses == len(classes) == 2
+    assert record_of.cache_info().misses == len(classes) == 2
     assert conv1d_names.cache_info().misses == 0  # it would parse all
 
 
