@@ -67,12 +67,12 @@ _HOMES = {
     "Findings": "detection.findings",
     "FindingsDiff": "report.diff",
     "InputMap": "methods.maps",
-    "MatrixFinding": "detection.matrix_finding",
+    "MatrixFinding": "detection.findings_file",
     "Monitor": "events",
     "StreamerError": "errors",
     "StreamerWarning": "errors",
     "VerificationError": "errors",
-    "add_map_files": "api.mapping",
+    "add_map_files": "api.fitting",
     "detect_intruder_dimensions": "api.detection",
     "diff_findings": "report.diff",
     "evaluate_variants": "api.evaluation",
@@ -82,12 +82,12 @@ _HOMES = {
     "load_evaluation": "evaluation.evaluation",
     "load_findings": "detection.findings",
     "load_map": "methods.maps",
-    "map_inputs": "api.mapping",
+    "map_inputs": "api.fitting",
     "merge_with_reduced_intruder_dimensions": "api.writing",
     "read_tensors": "api.tensors",
     "reduce_intruder_dimension": "api.writing",
     "repair_adapter": "api.repair",
-    "verify_output": "api.verification",
+    "verify_output": "api.report",
     "write_report": "api.report",
     "write_safetensors": "api.tensors",
 }
@@ -129,16 +129,14 @@ __all__ = [
 if TYPE_CHECKING:
     from streamer.api.detection import detect_intruder_dimensions
     from streamer.api.evaluation import evaluate_variants
-    from streamer.api.fitting import fit_coefficients
-    from streamer.api.mapping import add_map_files, map_inputs
+    from streamer.api.fitting import add_map_files, fit_coefficients, map_inputs
     from streamer.api.repair import repair_adapter
-    from streamer.api.report import write_report
+    from streamer.api.report import verify_output, write_report
     from streamer.api.tensors import read_tensors, write_safetensors
-    from streamer.api.verification import verify_output
     from streamer.api.writing import iter_merged, merge_with_reduced_intruder_dimensions, reduce_intruder_dimension
     from streamer.detection.findings import Findings, load_findings
+    from streamer.detection.findings_file import MatrixFinding
     from streamer.detection.intruders import Detection
-    from streamer.detection.matrix_finding import MatrixFinding
     from streamer.detection.options import DetectionOptions
     from streamer.errors import StreamerError, StreamerWarning, VerificationError
     from streamer.evaluation.evaluation import Evaluation, load_evaluation

@@ -15,38 +15,36 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 
-from streamer.detection.cost import Way, chosen_solver, cost
-from streamer.detection.detection_memory import best_way, detection_bytes, float64_way
-from streamer.detection.findings_size import FindingsSize, findings_bytes
+from streamer.detection.findings_writer import FindingsSize, findings_bytes
+from streamer.detection.matrices import best_way, detection_bytes, float64_way
 from streamer.detection.options import DetectionOptions
+from streamer.detection.solvers import Way, chosen_solver, cost
 from streamer.errors import UnsupportedError
+from streamer.evaluation.evaluate import MOST_PLACED, Prepared
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.prepare import Prepared
-from streamer.evaluation.steps import MOST_PLACED
 from streamer.events import Event, Monitor
-from streamer.fitting.groups import expected_costs
+from streamer.fitting.fit import expected_costs
 from streamer.fitting.mapping import HEADER_BYTES, PreparedMap
 from streamer.fitting.prepare import PreparedFit
 from streamer.json_types import Amount, Count, Keywords
-from streamer.linalg.allocation import CPU
 from streamer.linalg.svd import OVERSAMPLING
-from streamer.measuring.pass_memory import TRANSFORMERS_BYTES, measured_bytes
+from streamer.linalg.torch_state import CPU
 from streamer.measuring.passes import checked_tokens
 from streamer.measuring.statistics import MEASURES
+from streamer.measuring.task import TRANSFORMERS_BYTES, measured_bytes
 from streamer.methods import Paper
 from streamer.output.adapter_writer import AdapterWriter
 from streamer.output.job import Job
 from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer
 from streamer.output.write import resident_of
-from streamer.plan.batch import AdapterBatch
-from streamer.plan.memory_estimate import resident_bytes
+from streamer.plan.batch import AdapterBatch, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
-from streamer.storage.buffers import views
+from streamer.storage.atomic_file import views
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.tensor_file import sampled_bytes
-from streamer.workers.engine import Workers
+from streamer.workers import Workers
 
 SIDE, COLUMNS = 2048, 64
 """Sides of the product ``(SIDE, SIDE) (SIDE, COLUMNS)`` in float32 that is timed."""

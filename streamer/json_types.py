@@ -3,9 +3,13 @@
 A record is a `TypedDict`, or a dataclass that `dataclasses.asdict` prints. In `Annotated`, a text is the key's description, `Keywords` are
 keywords of JSON Schema, and a dataclass describes a ``dict[str, Any]`` made from it. From these, ``tools/make_schemas.py`` generates
 ``streamer/schemas`` and the tables in ``docs/formats.md``.
+
+Name which of a matrix's intruders are scaled.
 """
 
-from typing import Annotated, Any, TypedDict
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypedDict
 
 from streamer.events import OutputState
 
@@ -36,3 +40,7 @@ class ReportFile(TypedDict):
     """A file of a report."""
     file: Annotated[str, "Its name."]
     bytes: Annotated[Count, "Its size in bytes."]
+
+
+Selection = Literal["all", "first"]
+"""The intruders of a matrix that are scaled: all, or the highest-ranked one."""

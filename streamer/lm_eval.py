@@ -25,28 +25,23 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from tqdm import tqdm
 
-from streamer.adapters.one_or_several import One
+from streamer.adapters.finetuned import One
 from streamer.api.evaluation import evaluation_options
-from streamer.api.keywords import watched
-from streamer.api.options import Judged, Settings, take
+from streamer.api.options import Judged, Settings, take, watched
 from streamer.detection.detect import detect_in_memory
 from streamer.detection.findings import Findings
 from streamer.errors import StreamerError, UnsupportedError, UsageError
-from streamer.evaluation.options import EvaluationOptions
-from streamer.evaluation.prepare import open_model
+from streamer.evaluation.evaluate import open_model
+from streamer.evaluation.losses import EvaluationOptions
 from streamer.linalg.torch_state import full_float32
-from streamer.measuring.model import chooses_keys
-from streamer.measuring.pass_memory import plan_passes
 from streamer.measuring.passes import padding_changes
-from streamer.measuring.sequences import TextSequences
-from streamer.measuring.task import run_pass
-from streamer.measuring.tokenizer import load_tokenizer, tokenizer_directory
-from streamer.output.prepare import load_given
-from streamer.plan.batch import AdapterBatch
-from streamer.plan.memory_estimate import resident_bytes
-from streamer.streaming.extra import require_transformers
-from streamer.streaming.model import StreamingModel
-from streamer.streaming.variants import ADAPTER, BASE, Variant
+from streamer.measuring.sequences import TextSequences, load_tokenizer, tokenizer_directory
+from streamer.measuring.task import plan_passes, run_pass
+from streamer.measuring.texts import chooses_keys
+from streamer.output.write import load_given
+from streamer.plan.batch import AdapterBatch, resident_bytes
+from streamer.streaming.model import StreamingModel, require_transformers
+from streamer.streaming.values import ADAPTER, BASE, Variant
 from streamer.units import quoted
 
 KEYWORDS = {f.name for kind in (EvaluationOptions, Settings, Judged) for f in fields(kind)} | {"findings"}

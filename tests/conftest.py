@@ -11,9 +11,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the oracles of numpy: as for torch below
 os.environ.pop("COLUMNS", None)  # tables would fit a width of the test runner's
-os.environ["STREAMER_CHECK_BUFFERS"] = "1"  # read by streamer.storage.buffers: who uses a released buffer fails
+os.environ["STREAMER_CHECK_BUFFERS"] = "1"  # read by streamer.storage.atomic_file: who uses a released buffer fails
 
-import streamer.plan.memory_estimate  # noqa: F401 - before what else the tests need: it measures the process that imports it
+import streamer.plan.batch  # noqa: F401 - before what else the tests need: it measures the process that imports it
 
 # isort: split
 import helpers

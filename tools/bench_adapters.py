@@ -26,7 +26,7 @@ from measure import machine, spread
 from safetensors.torch import save_file
 
 import streamer
-from streamer.api.synthetic import planted_factors, power_law, write_adapter
+from streamer.api.demo import planted_factors, power_law, write_adapter
 from streamer.detection.findings import Findings
 
 RANK = 16

@@ -40,16 +40,15 @@ import torch
 from measure import kilobytes, machine
 from torch import Tensor
 
-from streamer.api.synthetic import power_law
-from streamer.detection.cost import triplets_columns
+from streamer.api.demo import power_law
 from streamer.detection.intruders import Detection, detect
 from streamer.detection.options import DetectionOptions
-from streamer.linalg.allocation import empty_matrix
-from streamer.linalg.low_rank import LowRank
-from streamer.linalg.operators import Dense, RowBlocks, Sum
+from streamer.detection.solvers import triplets_columns
+from streamer.linalg.operators import Dense, LowRank, RowBlocks, Sum
 from streamer.linalg.svd import krylov_triplets, residuals
+from streamer.linalg.torch_state import empty_matrix
 from streamer.methods import Paper
-from streamer.output.back_projection import back_project
+from streamer.output.adapter_writer import back_project
 
 SLOW = 5.0
 TOP = 64

@@ -45,7 +45,7 @@ from measure import machine, size_of, spread, watched
 from profile_evaluate import ATTENTION, DELTAS, FACTORS, HEAD, PRODUCTS, READING, REST, SOFTMAX, START
 from shapes import KNOWN, Known, Mixture
 
-from streamer.measuring.pass_memory import ROWS
+from streamer.measuring.task import ROWS
 
 TOOLS = Path(__file__).parent
 METHODS, LAMBDAS = "paper,project,shrink", "0.75,0.5"

@@ -10,7 +10,7 @@ events of progress that belong to it; the projection to the full model is their 
 besides once. The run is linear in layers if the second half of them takes as long as the first.
 
 Forecast. The command line draws what is left from the events of progress: at each tenth of the work, in units of
-`streamer.detection.cost.cost`, the total that the pace so far promises is compared with what it came to. Each shape's seconds by unit
+`streamer.detection.solvers.cost`, the total that the pace so far promises is compared with what it came to. Each shape's seconds by unit
 say where the units are off: by the same number for all shapes they would be exact.
 
 Reading. A thread reads the next weight while the current one is computed: reported is how long it read, and how much of that
@@ -50,7 +50,7 @@ def instrumented(base: str, adapter: str, work: str, device: str, threads: str, 
 
     import streamer
     from streamer.detection import matrices as pipeline
-    from streamer.detection.cost import cost
+    from streamer.detection.solvers import cost
 
     torch.set_num_threads(int(threads))
     events: list[tuple[float, str, int, int]] = []

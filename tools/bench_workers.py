@@ -31,11 +31,10 @@ from measure import machine
 
 import streamer
 from streamer.api.executors import RayExecutor, processes
-from streamer.detection.device import choose_device
+from streamer.detection.matrices import DetectTask, choose_device, inputs_of
 from streamer.detection.options import DetectionOptions, Run
-from streamer.detection.workers import DetectTask, inputs_of
 from streamer.plan.batch import make_batch
-from streamer.workers.task import perform
+from streamer.workers import perform
 
 ROUNDS = 50
 

@@ -26,15 +26,7 @@ import torch
 from shapes import KNOWN, Known, Mixture
 from torch import Tensor
 
-from streamer.api.synthetic import (
-    PLANTED,
-    DemoModel,
-    lora_shapes,
-    planted_factors,
-    power_law,
-    write_adapter,
-    write_base,
-)
+from streamer.api.demo import PLANTED, DemoModel, lora_shapes, planted_factors, power_law, write_adapter, write_base
 from streamer.linalg.torch_state import threads
 from streamer.storage.header import tensor_nbytes
 

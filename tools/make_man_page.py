@@ -10,8 +10,7 @@ import re
 from pathlib import Path
 
 from streamer import __version__
-from streamer.cli.help import EPILOG, EXAMPLES
-from streamer.cli.parser import build_parser
+from streamer.cli.parser import EPILOG, EXAMPLES, build_parser
 
 
 def man_page() -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import safe_open
 
 import streamer
-from streamer.api.synthetic import make_demo
+from streamer.api.demo import make_demo
 
 MATRIX = "model.layers.0.self_attn.o_proj"
 SHOWN, CELL, LEFT, TOP, GAP = 10, 18, 64, 62, 70

@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints
 
 from streamer.api.demo import DemoRecord
-from streamer.api.event_records import ErrorsRecord, EventRecord
-from streamer.api.records import DryRun, PlanRecord, SeveralRecord
+from streamer.api.records import DryRun, ErrorsRecord, EventRecord, PlanRecord, SeveralRecord
 from streamer.api.repair import RepairRecord
-from streamer.detection.findings_records import FindingsRecord
-from streamer.evaluation.evaluation_records import EvaluationRecord
+from streamer.detection.options import FindingsRecord
+from streamer.evaluation.losses import EvaluationRecord
 from streamer.fitting.mapping import MapFacts
 from streamer.fitting.result import FitRecord
 from streamer.forecast import Forecast
 from streamer.json_types import Keywords
-from streamer.output.records import Written
+from streamer.output.job import Written
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.report.diff import DiffRecord
 from streamer.report.subject import ReportRecord
-from streamer.verification.result import Verification
+from streamer.verification.tensors import Verification
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS, FORMATS = ROOT / "streamer" / "schemas", ROOT / "docs" / "formats.md"

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from streamer.storage.system import drop_cached
+from streamer.storage.files import drop_cached
 
 POLL_SECONDS = 0.01
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import LowRank
 from streamer.methods.fits import Coefficients, FactorSet
 from streamer.plan.plan import make_plan
 from streamer.plan.targets import Target

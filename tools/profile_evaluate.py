@@ -32,8 +32,8 @@ def install(clocks: Clocks) -> None:
     """Put the clocks around everything that a pass does."""
     from torch.nn import functional
 
-    from streamer.measuring import losses
-    from streamer.streaming import installed, lazy
+    from streamer.measuring import task
+    from streamer.streaming import installed, values
     from streamer.streaming.values import Values
 
     def in_head(function: Callable[..., Any], stage: str, reader_of: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,7 +47,7 @@ def install(clocks: Clocks) -> None:
 
         return inner
 
-    special: Any = lazy._SPECIAL
+    special: Any = values._SPECIAL
     special[functional.linear] = in_head(
         special[functional.linear], PRODUCTS, lambda x, weight, *_: getattr(weight, "reader", None)
     )
@@ -58,7 +58,7 @@ def install(clocks: Clocks) -> None:
     module.run = clocks.wrap(module.run, DELTAS)
     Values.deltas = clocks.wrap(Values.deltas, FACTORS)  # type: ignore[method-assign]  # a clock around it
     functional.scaled_dot_product_attention = clocks.wrap(functional.scaled_dot_product_attention, ATTENTION)
-    losses._Accumulator.add = clocks.wrap(losses._Accumulator.add, SOFTMAX)  # type: ignore[method-assign]  # a clock around it
+    task._Accumulator.add = clocks.wrap(task._Accumulator.add, SOFTMAX)  # type: ignore[method-assign]  # a clock around it
 
 
 def profile(arguments: dict[str, Any]) -> dict[str, Any]:

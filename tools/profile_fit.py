@@ -26,11 +26,10 @@ REST = "the rest"
 
 def measure_passes(plan: Any, text: Any) -> Callable[[], Any]:
     """One pass of the base, the adapter as it is, and a shrink."""
-    from streamer.measuring.losses import measure
+    from streamer.measuring.task import measure
     from streamer.methods import UNCHANGED, Shrink
     from streamer.streaming.model import StreamingModel, vocabulary_block
-    from streamer.streaming.values import VariantSet
-    from streamer.streaming.variants import BASE, Variant
+    from streamer.streaming.values import BASE, Variant, VariantSet
 
     variants = Variant(BASE, None), *map(Variant.of, (UNCHANGED, Shrink(0.7)))
     model = StreamingModel(VariantSet(plan, variants, None))
@@ -60,8 +59,7 @@ def inputs_passes(
 
     from streamer.detection.options import Run
     from streamer.fitting import fit
-    from streamer.fitting.options import FitOptions
-    from streamer.fitting.prepare import prepare_fit
+    from streamer.fitting.prepare import FitOptions, prepare_fit
     from streamer.measuring.result_file import Records
     from streamer.streaming.corrected import CorrectedModel
     from streamer.streaming.spool import Spool

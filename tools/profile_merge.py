@@ -77,16 +77,16 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     with clock.stage("import"):
         from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-        from streamer.adapters.one_or_several import One
-        from streamer.detection.device import choose_device
+        from streamer.adapters.finetuned import One
         from streamer.detection.findings import load_findings
+        from streamer.detection.matrices import choose_device
         from streamer.detection.options import Run
         from streamer.methods import Paper
         from streamer.output import model_writer
         from streamer.output import write as outputs
         from streamer.output.job import Job
-        from streamer.output.prepare import OutputOptions, prepare_outputs
-        from streamer.storage import atomic_file, page_cache, system, tensor_file
+        from streamer.output.write import OutputOptions, prepare_outputs
+        from streamer.storage import atomic_file, files, tensor_file
 
     stages = {"addmm_": "addmm", "aminmax": "finite check", "isfinite": "finite check"}
 
@@ -122,11 +122,11 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
 
             self.update = clocks.wrap(self._hash.update, "sha256")
 
-    page_cache.os = SimpleNamespace(**vars(os) | {"write": clocks.wrap(os.write, "write")})
-    page_cache.hashlib = SimpleNamespace(**vars(hashlib) | {"sha256": Sha256})
-    atomic_file.sync = clocks.wrap(system.sync, "fsync")
-    atomic_file.reserve = clocks.wrap(system.reserve, "reserve")
-    tensor_file.read_at = clocks.wrap(system.read_at, "read")
+    atomic_file.os = SimpleNamespace(**vars(os) | {"write": clocks.wrap(os.write, "write")})
+    atomic_file.hashlib = SimpleNamespace(**vars(hashlib) | {"sha256": Sha256})
+    atomic_file.sync = clocks.wrap(files.sync, "fsync")
+    atomic_file.reserve = clocks.wrap(files.reserve, "reserve")
+    tensor_file.read_at = clocks.wrap(files.read_at, "read")
     atomic_file.AtomicFile.append = clocks.wrap(
         atomic_file.AtomicFile.append, "wait for the write"
     )  # of the piece before

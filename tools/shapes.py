@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamer.api.synthetic import Llama
+from streamer.api.demo import Llama
 
 
 @dataclass(frozen=True)

@@ -5,29 +5,35 @@ another size) replace the base's tensors, as an adapter's saved modules do:
 ``model.layers.0.mlp.up_proj.weight`` (m, n) → module ``model.layers.0.mlp.up_proj``; ``model.norm.weight`` (n,) → carried, ``saved``.
 A stack of experts yields one module for each expert:
 ``model.layers.0.mlp.experts.down_proj`` (8, m, n) → ``….down_proj[0]`` … ``….down_proj[7]``.
+
+Decide whether one adapter or several on one base are given, and where each output goes.
+
+For one adapter, the output is the path that the user names. For several, that path is a directory, and each output in it is named after its
+adapter's directory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
-from streamer.adapters.adapter import DeltaSource
-from streamer.adapters.adapter_config import CONFIG_NAME, AdapterConfig
+from streamer.adapters.adapter import Carried, DeltaSource
+from streamer.adapters.adapter_config import CONFIG_NAME, LORA_NAME, WEIGHTS_NAME, AdapterConfig
 from streamer.adapters.modules import MethodModule, Module
 from streamer.adapters.peft_methods import METHODS
-from streamer.adapters.tensor_names import Carried
-from streamer.errors import InputError
+from streamer.errors import InputError, OutputExistsError, UsageError
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, checkpoint_identity, open_checkpoint
+from streamer.storage.files import AdapterIdentity
 from streamer.storage.header import TensorInfo
-from streamer.storage.identities import AdapterIdentity
+from streamer.storage.output_checks import refuse_symlink
 from streamer.storage.tensor_file import IOMode, sampled_bytes
 from streamer.units import listed
-from streamer.weights.base import StoredTensor
-from streamer.weights.dtypes import ENCODINGS
-from streamer.weights.model_config import MODEL_CONFIG, ModelConfig, read_model_config
+from streamer.weights.base import ENCODINGS, StoredTensor
+from streamer.weights.logical import MODEL_CONFIG, ModelConfig, read_model_config
 
 METHOD = "FULL"
 
@@ -173,3 +179,137 @@ def _stack(info: TensorInfo, transposed: bool, config: AdapterConfig) -> ExpertS
     whole = MethodModule(info.name, METHODS[METHOD], config, {role: info.name}, {role: tuple(stored)}, shape=(m, n))
     modules = (replace(whole, name=f"{info.name}[{e}]", expert=e) for e in range(experts))
     return ExpertStack(info.name, info.shape, transposed, tuple(modules))
+
+
+FILES = (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin", LORA_NAME)
+"""A directory that has any of these files is an adapter, complete or not."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class ByName(dict[str, T]):
+    """Results for several adapters, by name."""
+
+
+@dataclass(frozen=True)
+class One:
+    """One adapter."""
+
+    path: Path
+
+    @property
+    def paths(self) -> list[Path]:
+        """List its path."""
+        return [self.path]
+
+    def directories(self, output: Path) -> list[Path]:
+        """List the directory for its model or adapter."""
+        return [output]
+
+    def findings_files(self, output: Path) -> list[Path]:
+        """List the file for its findings."""
+        return [output]
+
+    def collected(self, results: Sequence[T]) -> T:
+        """Return the only result."""
+        (result,) = results
+        return result
+
+
+@dataclass(frozen=True)
+class Several:
+    """Several adapters, by name and in order; possibly only one."""
+
+    by_name: Mapping[str, Path]
+
+    @property
+    def paths(self) -> list[Path]:
+        """List their paths."""
+        return list(self.by_name.values())
+
+    def directories(self, output: Path) -> list[Path]:
+        """List the directory for each adapter's model or adapter.
+
+        Raises
+        ------
+        OutputError
+            If the output path is a file or a symlink.
+        """
+        refuse_symlink(output)
+        if output.exists() and not output.is_dir():
+            raise OutputExistsError(
+                f"{output}: for several adapters -o is a directory, found a file; name a directory", output
+            )
+        return [output / name for name in self.by_name]
+
+    def findings_files(self, output: Path) -> list[Path]:
+        """List the file for each adapter's findings, all in one directory; see `directories`."""
+        return [path.with_name(f"{path.name}.safetensors") for path in self.directories(output)]
+
+    def collected(self, results: Sequence[T]) -> ByName[T]:
+        """Return the results by name."""
+        return ByName(zip(self.by_name, results, strict=True))
+
+
+def one_or_several(given: str | Path | Sequence[str | Path]) -> One | Several:
+    """Decide by the argument: a list, or a directory of adapters, means several."""
+    if isinstance(given, str | Path) and not holds_adapters(given):
+        return One(Path(given))
+    return Several(named_adapters([given] if isinstance(given, str | Path) else given))
+
+
+def each(results: T | ByName[T], change: Callable[[T], R]) -> R | ByName[R]:
+    """Apply `change` to the result for one adapter, or to each result for several."""
+    if isinstance(results, ByName):
+        return ByName({name: change(result) for name, result in results.items()})
+    return change(results)
+
+
+def holds_adapters(path: str | Path) -> bool:
+    """Test whether a path is a directory of adapters: neither an adapter nor a model, but with adapters inside."""
+    path = Path(path)
+    return not _is_adapter(path) and not is_model(path) and bool(_inside(path))
+
+
+def named_adapters(adapters: Sequence[str | Path]) -> dict[str, Path]:
+    """List adapters by name, in the order given; a directory of adapters stands for all adapters in it, sorted.
+
+    Incomplete adapters are included: opening one reports what is missing. Other directories are skipped.
+
+    Raises
+    ------
+    UsageError
+        If there are none, one is given twice, two have the same name, or a directory of adapters contains a model.
+    """
+    found: dict[str, Path] = {}
+    for given in map(Path, adapters):
+        several = holds_adapters(given)
+        # The user may mean a model as a fine-tuned model, or it may be the base.
+        if several and (models := sorted(p.name for p in _directories(given) if is_model(p) and not _is_adapter(p))):
+            raise UsageError(f"{given}: holds a model beside the adapters, {models[0]!r}; list the adapters one by one")
+        for path in _inside(given) if several else [given]:
+            name = Path(os.path.abspath(path)).name.removesuffix(".safetensors")
+            if name in found and os.path.realpath(path) == os.path.realpath(found[name]):
+                raise UsageError(f"{path}: is given twice; name it once")
+            if name in found:
+                raise UsageError(
+                    f"{path}: has the same name as {found[name]}, so their outputs would collide; rename one, or run it separately"
+                )
+            found[name] = path
+    if not found:
+        raise UsageError("adapters: expected at least one, found none")
+    return found
+
+
+def _inside(path: Path) -> list[Path]:
+    return sorted(p for p in _directories(path) if _is_adapter(p))
+
+
+def _directories(path: Path) -> list[Path]:
+    return [p for p in path.glob("*") if p.is_dir() and not p.name.startswith(".")]
+
+
+def _is_adapter(path: Path) -> bool:
+    """Test whether any of an adapter's files exists, even as a broken link."""
+    return any(os.path.lexists(path / name) for name in FILES)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from streamer.adapters.adapter_config import AdapterConfig
-from streamer.linalg.low_rank import LowRank
-from streamer.linalg.operators import Delta, Dense
+from streamer.linalg.operators import Delta, Dense, LowRank
 
 Shapes = Mapping[str, tuple[int, ...]]
 

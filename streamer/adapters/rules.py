@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from streamer.adapters.adapter_config import AdapterConfig
-from streamer.adapters.target_parameters import LAYOUT_DETAILS, LAYOUT_KEY, layout_refusals
+from streamer.adapters.adapter_config import LAYOUT_DETAILS, LAYOUT_KEY, AdapterConfig, layout_refusals
 from streamer.errors import InputError, UnsupportedError
 from streamer.storage.tensor_file import TensorFile
 from streamer.units import listed, quoted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from streamer.methods import DEFAULT, METHODS, WITHOUT_FILES
-from streamer.storage.system import available_cores
+from streamer.storage.files import available_cores
 
 __all__ = ["ABOUT", "DEFAULT_METHOD", "REMOVED", "WITHOUT_FILES", "available_cores", "shown"]
 

@@ -7,20 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack, overload
 
-from streamer.adapters.one_or_several import ByName, One, Several, each
-from streamer.api.inputs import Inputs
-from streamer.api.keywords import DetectKeywords, explained, watched
-from streamer.api.options import Adapters, Judged, Settings, SeveralAdapters, given_workers, take
+from streamer.adapters.finetuned import ByName, One, Several, each
+from streamer.api.options import (
+    Adapters,
+    DetectKeywords,
+    Inputs,
+    Judged,
+    Settings,
+    SeveralAdapters,
+    explained,
+    given_workers,
+    take,
+    watched,
+)
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
 from streamer.detection.detect import detect_in_memory, detect_to_files, inspect_detections
 from streamer.detection.findings import Findings
+from streamer.detection.matrices import shared
 from streamer.detection.options import DetectionOptions, Run
-from streamer.detection.workers import shared
 from streamer.events import Monitor, OutputState
 from streamer.forecast import forecast_detection, measure_rates, on_workers, shared_by_detections, together
-from streamer.plan.batch import AdapterBatch, make_batch
-from streamer.plan.memory_estimate import resident_bytes
-from streamer.workers.engine import Workers
+from streamer.plan.batch import AdapterBatch, make_batch, resident_bytes
+from streamer.workers import Workers
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from streamer.adapters.one_or_several import One
-from streamer.api.keywords import EvaluateKeywords, explained, watched
-from streamer.api.options import Judged, Settings, given_workers, read_coefficients, read_map, read_path, take
+from streamer.adapters.finetuned import One
+from streamer.api.options import (
+    EvaluateKeywords,
+    Judged,
+    Settings,
+    explained,
+    given_workers,
+    read_coefficients,
+    read_map,
+    read_path,
+    take,
+    watched,
+)
 from streamer.api.records import DryRun, dry_run
 from streamer.detection.findings import Findings
 from streamer.errors import UsageError
-from streamer.evaluation.evaluate import evaluate
+from streamer.evaluation.evaluate import Prepared, evaluate, inspect, measured_before, prepare
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.options import EvaluationOptions
-from streamer.evaluation.prepare import Prepared, prepare
-from streamer.evaluation.records import inspect, measured_before
+from streamer.evaluation.losses import EvaluationOptions
 from streamer.events import Monitor
 from streamer.forecast import forecast_evaluation, on_workers
-from streamer.output.prepare import load_given
+from streamer.output.write import load_given
 from streamer.units import quoted
-from streamer.workers.engine import Workers
+from streamer.workers import Workers
 
 
 @dataclass(frozen=True)

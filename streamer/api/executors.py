@@ -20,9 +20,9 @@ from streamer.api.threads import is_count_chosen
 from streamer.errors import UsageError, WorkerError
 from streamer.events import Event, Monitor
 from streamer.packages import require_package
-from streamer.storage.system import available_cores
+from streamer.storage.files import available_cores
 from streamer.units import counted, listed
-from streamer.workers.engine import Cluster, Workers
+from streamer.workers import Cluster, Workers
 
 WAITED = 30
 """Seconds to wait for an engine's answer."""

@@ -1,27 +1,68 @@
-"""Offer the fit of factors as a function of the library."""
+"""Provide a general text if the user names none: Python's own help on its topics.
+
+Offer the fit of factors as a function of the library.
+
+Offer the map of a base's inputs, and the sum of several, as functions of the library.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any, Unpack
 
-from streamer.adapters.one_or_several import One
-from streamer.api.keywords import FitKeywords, explained, watched
-from streamer.api.options import Settings, given_workers, read_path, take
+from streamer.adapters.finetuned import One
+from streamer.api.options import (
+    FitKeywords,
+    MapKeywords,
+    Settings,
+    explained,
+    given_workers,
+    read_map,
+    read_path,
+    take,
+    watched,
+)
 from streamer.api.records import DryRun, dry_run
 from streamer.detection.findings import Findings
+from streamer.errors import OutputExistsError, UsageError
 from streamer.events import Monitor
-from streamer.fitting.fit import checked_file, fit
-from streamer.fitting.options import FitOptions
-from streamer.fitting.prepare import PreparedFit, prepare_fit
-from streamer.fitting.tasks import shared
-from streamer.forecast import forecast_fit, on_workers
+from streamer.fitting.fit import checked_file, fit, shared
+from streamer.fitting.mapping import MapOptions, PreparedMap, make_map, map_record, prepare_map
+from streamer.fitting.prepare import FitOptions, PreparedFit, prepare_fit
+from streamer.forecast import forecast_fit, forecast_map, on_workers
 from streamer.methods.fits import Coefficients
-from streamer.output.prepare import load_given
-from streamer.workers.engine import Workers
+from streamer.methods.maps import MAP, InputMap, add_maps
+from streamer.output.write import load_given
+from streamer.storage.atomic_file import write_atomic
+from streamer.storage.output_checks import is_taken
+from streamer.workers import Workers
+
+BUILT_IN = "python-help.txt"
+"""Name of the text."""
+
+
+@contextlib.contextmanager
+def general_text(given: Path | None) -> Iterator[Path]:
+    """Yield the path of the user's text, or of a temporary file with Python's help."""
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="streamer-") as directory:
+        path = Path(directory) / BUILT_IN
+        write_atomic(path, built_in_text().encode())
+        yield path
+
+
+def built_in_text() -> str:
+    """Return Python's help on its topics: half a megabyte of English prose about programming."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
 
 
 @dataclass(frozen=True)
@@ -144,3 +185,156 @@ def fit_coefficients(
     request = FitRequest.of(base, adapter, output, {**options, "general": general, "task": task})
     with watched(options) as monitor:
         return request.run(monitor, given_workers(options))
+
+
+__all__ = ["MapRequest", "add_map_files", "map_inputs", "map_record"]
+
+
+@dataclass(frozen=True)
+class MapRequest:
+    """A requested map.
+
+    Attributes
+    ----------
+    output
+        File to write; None keeps the map in memory.
+    general
+        Path of the text; None uses Python's help on its topics.
+    """
+
+    base: str | Path
+    output: Path | None
+    general: Path | None
+    options: MapOptions
+    settings: Settings
+
+    @classmethod
+    def of(cls, base: str | Path, output: str | Path | None, keywords: Mapping[str, Any]) -> MapRequest:
+        """Make a request from keywords of `map_inputs`, or from options of the command line."""
+        read_path("base", base)
+        general = keywords.get("general")
+        if MAP.is_at(Path(base)):
+            raise UsageError(f"{base}: is a map; name the base to map, or at least two maps to add")
+        given = {name: value for name, value in keywords.items() if value is not None}
+        return cls(
+            base,
+            None if output is None else read_path("output", output),
+            None if general is None else read_path("general", general),
+            take(MapOptions, given),
+            take(Settings, keywords),
+        )
+
+    def run(self, monitor: Monitor, workers: Workers | None = None) -> InputMap:
+        """Make the map."""
+        with general_text(self.general) as text:
+            return make_map(self._prepared(text, monitor, workers), self.output)
+
+    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
+        """Check everything and forecast a run, without writing anything."""
+        assert self.output is not None
+        with general_text(self.general) as text:
+            prepared = self._prepared(text, monitor, workers, peek=True)
+            state = prepared.inspect(self.output)
+            forecast = None if state == "done" else on_workers(forecast_map(prepared), workers, prepared.resident)
+        return dry_run("map", self.output, state, 0, 1, None, forecast)
+
+    def _prepared(self, text: Path, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedMap:
+        base = self.settings.located(monitor, peek).path(self.base)
+        run = self.settings.make_run(monitor, workers)
+        return prepare_map(base, text, self.options, self.settings.memory, run)
+
+
+@explained(MapKeywords, Settings, MapOptions)
+def map_inputs(
+    base: str | Path,
+    output: str | Path | None = None,
+    *,
+    general: str | Path | None = None,
+    **options: Unpack[MapKeywords],
+) -> InputMap:
+    """Map the inputs of a base's modules on general text, in one pass: the leading eigenvectors of each input's second moments.
+
+    With the map, `reduce_intruder_dimension` and the other functions with the keyword `map` reduce any adapter's response to general inputs
+    on this base. They then need only files: no text of the task, no pass, no detection. Making the map needs transformers with its
+    tokenizers: ``pip install 'intruder-streamer[evaluate]'``.
+
+    Parameters
+    ----------
+    base
+        Directory of the base model: its ``config.json``, its weights and, unless the text is token ids, its tokenizer.
+    output
+        Safetensors file to write; a killed run starts over. None keeps the map in memory.
+    general
+        Text that shows what the model can do, in a format of `evaluate_variants`. None uses Python's help on its topics.
+    vectors
+        Number of vectors to keep for each input.
+    sequences, length
+        Most sequences of the text, and most tokens of each sequence.
+    dtype, device
+        As for `evaluate_variants`.
+    max_memory
+        Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
+        sequences run together.
+    executor
+        Workers that run layers, as for `detect_intruder_dimensions`; the result has the same bytes as without workers.
+
+    Returns
+    -------
+    InputMap
+        Map for all matrices of the base that multiply inputs, and for its embeddings.
+
+    Raises
+    ------
+    MissingPackageError
+        If transformers is not installed.
+    StreamerError
+        Its class names the kind of error (see `streamer.errors`).
+    """
+    request = MapRequest.of(base, output, {**options, "general": general})
+    with watched(options) as monitor:
+        return request.run(monitor, given_workers(options))
+
+
+def add_map_files(
+    maps: Sequence[InputMap | str | Path], output: str | Path, *, vectors: int | None = None, overwrite: bool = False
+) -> InputMap:
+    """Add maps of one base on several texts, and write the sum.
+
+    Parameters
+    ----------
+    maps
+        At least two maps from `map_inputs`, or the paths of their files.
+    output
+        File to write.
+    vectors
+        Number of vectors to keep for each input; None keeps as many as the largest map.
+    overwrite
+        Whether to replace an existing map.
+
+    Returns
+    -------
+    InputMap
+        The sum, in which each text is weighted by its tokens. Along vectors that only another text's map holds, a text's second moment is
+        taken to be the mean of its remainder.
+
+    Raises
+    ------
+    MismatchError
+        If the maps belong to different bases.
+    StreamerError
+        Its class names the kind of error (see `streamer.errors`).
+    """
+    if len(maps) < 2:
+        raise UsageError(f"maps: expected at least two, found {len(maps)}")
+    if vectors is not None:
+        MapOptions(vectors=vectors)  # refuses an invalid number
+    if models := [one for one in maps if not isinstance(one, InputMap) and read_path("maps", one).is_dir()]:
+        raise UsageError(
+            f"{models[0]}: is a directory, but with several inputs, all must be maps to add; map one model at a time"
+        )
+    path = read_path("output", output)
+    if is_taken(path) and not overwrite:
+        raise OutputExistsError(f"{path}: exists; choose another output, or pass --overwrite", path)
+    added = add_maps([read_map(one) for one in maps], vectors)
+    added.save(path, overwrite=overwrite)
+    return read_map(path)

@@ -1,20 +1,33 @@
-"""Define the JSON that commands print and no other folder defines: plans, dry runs, and results for several adapters."""
+"""Define the JSON that commands print and no other folder defines: plans, dry runs, and results for several adapters.
+
+Define the JSON of errors and events (``streamer.error/1``, ``streamer.event/1``), in a separate file so that ``--help`` stays fast.
+
+Inspect inputs: what they contain, which tensor each module changes, and what each command would need.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
-from streamer.adapters.one_or_several import ByName, One, Several
-from streamer.detection.findings_records import FindingsRecord, MatrixHead
-from streamer.forecast import Forecast, ForecastRecord
-from streamer.json_types import Count, Keywords, ModuleName, OutputPath, ReportFile, TensorName
-from streamer.output.records import Written
+from streamer.adapters.finetuned import ByName, One, Several
+from streamer.api.options import Settings
+from streamer.detection.matrices import choose_device
+from streamer.detection.options import DetectionOptions, FindingsRecord, MatrixHead
+from streamer.errors import UnsupportedError
+from streamer.events import Monitor
+from streamer.forecast import Forecast, ForecastRecord, forecast_commands, measure_rates
+from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, ReportFile, TensorName
+from streamer.output.job import Written
+from streamer.plan.architectures import with_architecture
 from streamer.plan.carried_tensors import CarriedRecord
+from streamer.plan.plan import Plan, make_plan
 from streamer.plan.sources import AdapterSource, BaseSource
+from streamer.storage.checkpoint import open_checkpoint
 from streamer.storage.output_checks import free_bytes
+from streamer.weights.logical import read_model_config
 
 __all__ = [
     "ByName",
@@ -130,3 +143,127 @@ def dry_runs(
 def several(by_name: Mapping[str, Mapping[str, Any]], more: Mapping[str, Any] | None = None) -> SeveralRecord:
     """Join the records of several adapters, with the keys `more` for all of them."""
     return cast(SeveralRecord, {"schema": "streamer.several/1", "adapters": dict(by_name), **(more or {})})
+
+
+# fmt: off
+class ErrorEntry(TypedDict):
+    """An error."""
+    kind: Annotated[str, "Name of the error's class in streamer.errors, or of Python's own class."]
+    exit_code: Annotated[int, Keywords(minimum=1, maximum=255), "Exit code of the command."]
+    message: Annotated[str, "Where, what was expected and found, and what to do next, in one line."]
+    path: Annotated[str | None, "The file or directory that it is about; null if it is about none or several."]
+
+class ErrorsRecord(TypedDict):
+    """What any command prints with --json if it fails; the message also goes to stderr."""
+    schema: Literal["streamer.error/1"]
+    errors: Annotated[list[ErrorEntry], Keywords(minItems=1), "What went wrong; at present always one."]
+
+class EventRecord(TypedDict):
+    """A line that --json-events writes to stderr while a command runs; the last is `done` or `error`."""
+    schema: Literal["streamer.event/1"]
+    event: Annotated[Literal["progress", "warning", "note", "error", "done"], "progress: a step; warning, note: a message; error, done: "
+        "the end."]
+    seconds: Annotated[Amount, "Wall time in s since the command began."]
+    stage: NotRequired[Annotated[Literal["download", "probe", "detect", "write", "verify", "recompute", "evaluate", "fit", "map"],
+        "For progress: download (in bytes; from the hub, in files), probe (measures this machine, in steps), detect (in units of work), "
+            "write and verify (in bytes), recompute (in matrices), evaluate, fit and map (in multiplications)."]]
+    name: NotRequired[Annotated[str, "For progress: the matrix or file that has just begun; empty at the end of a stage."]]
+    done: NotRequired[Annotated[Count, "For progress: units that are done."]]
+    total: NotRequired[Annotated[Count, "For progress: total number of units."]]
+    items: NotRequired[Annotated[Count, "For progress: matrices (detect, recompute), tensors and files (write), files (verify) or passes "
+        "that are done."]]
+    of: NotRequired[Annotated[Count, "For progress: their total number; 0 if unknown."]]
+    adapter: NotRequired[Annotated[str, "For progress: name of the adapter if there are several, else empty."]]
+    kind: NotRequired[Annotated[str, "For an error: name of its class in streamer.errors, or of Python's own class."]]
+    exit_code: NotRequired[Annotated[int, Keywords(minimum=1, maximum=255), "For an error: exit code of the command."]]
+    path: NotRequired[Annotated[str | None, "For an error: the file or directory that it is about; null if it is about none or several."]]
+    message: NotRequired[Annotated[str, "The text of a warning or note; what was wrong and what to do next; or what was done."]]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The result of an inspection.
+
+    Attributes
+    ----------
+    record
+        The object that `streamer inspect --json` prints.
+    files
+        For a base alone: dtype and bytes of each tensor, by file.
+    """
+
+    record: PlanRecord
+    files: Mapping[str, list[tuple[str, int]]] | None = None
+
+
+@dataclass(frozen=True)
+class InspectRequest:
+    """A requested inspection of a base, or of a base and an adapter."""
+
+    base: str | Path
+    adapter: str | Path | None
+    settings: Settings
+
+    def run(self, monitor: Monitor) -> Inspection:
+        """Open the inputs and forecast the commands."""
+        settings, located = self.settings, self.settings.located(monitor, peek=True)
+        base = located.path(self.base)
+        if self.adapter is None:
+            return self._base_alone(base, monitor)
+        plan = make_plan(base, located.path(self.adapter), settings.io, settings.stated, settings.architecture)
+        monitor.warn(plan.warnings)
+        rates = measure_rates(plan.base, monitor)
+        return Inspection(inspection_record(plan, forecast_commands(plan, choose_device("auto"), rates)))
+
+    def _base_alone(self, path: str | Path, monitor: Monitor) -> Inspection:
+        base = open_checkpoint(path, self.settings.io)
+        with_architecture(read_model_config(base.directory), self.settings.architecture)
+        monitor.warn(base.warnings)
+        files = {name: [(t.dtype, t.nbytes) for t in file.header.tensors] for name, file in base.files.items()}
+        record: PlanRecord = {
+            "schema": "streamer.plan/1", "base": cast(BaseSource, base.identity()), "warnings": list(base.warnings),
+            "totals": {"tensors": len(base.weight_map), "base_bytes": base.data_bytes},
+        }  # fmt: skip
+        return Inspection(record, files)
+
+
+def inspection_record(plan: Plan, forecasts: Mapping[str, Forecast | UnsupportedError]) -> PlanRecord:
+    """Describe the inputs, and forecast each command; a refused command has null and the reason."""
+    matrices: list[PlannedMatrix] = [
+        {"tensor": t.tensor, "module": t.module.name, "shape": list(t.module.shape), "dtype": plan.weights[t.tensor].label,
+         "rank": t.module.rank, "scale": t.module.scaling, "transposed": t.transposed, "matched": t.match.rule}
+        for t in plan.targets
+    ]  # fmt: skip
+    largest = max(plan.targets, key=lambda t: plan.weights[t.tensor].nbytes)
+    return {
+        "schema": "streamer.plan/1",
+        "base": plan.sources[0],
+        "adapter": plan.sources[1],
+        "totals": {
+            "matrices": len(matrices),
+            "tensors": len(plan.base.weight_map),
+            "base_bytes": plan.base.data_bytes,
+            "adapted_bytes": sum(plan.weights[t.tensor].nbytes for t in plan.targets),
+            "largest_matrix": largest.tensor,
+            "largest_matrix_bytes": plan.weights[largest.tensor].nbytes,
+            "detection_cost": sum(DetectionOptions().cost(t.module.shape) for t in plan.targets),
+        },
+        "warnings": list(plan.warnings),
+        "names": _names_json(plan),
+        "matrices": matrices,
+        "carried": plan.edits.listed(plan.base, plan.adapter.describes_model),
+        "forecast": cast(_Forecasts, {c: asdict(f) if isinstance(f, Forecast) else None for c, f in forecasts.items()}),
+        "refused": {c: str(f) for c, f in forecasts.items() if isinstance(f, UnsupportedError)},
+    }
+
+
+def _names_json(plan: Plan) -> list[NameRule]:
+    """List the rules by which modules were found in the base, each with the number of modules and the first one."""
+    groups: dict[str, NameRule] = {}
+    for t in plan.targets:
+        group = groups.setdefault(
+            t.match.rule,
+            {"rule": t.match.rule, "modules": 0, "module": t.module.name, "tensor": t.tensor, "why": t.match.why},
+        )
+        group["modules"] += 1
+    return list(groups.values())

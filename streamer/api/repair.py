@@ -9,28 +9,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, Unpack, cast
 
-from streamer.api.fitting import FitRequest
-from streamer.api.inputs import Inputs
-from streamer.api.keywords import RepairKeywords, explained, watched
-from streamer.api.options import Judged, MethodChoice, Settings, given_workers, read_path, take
+from streamer.api.fitting import BUILT_IN, FitRequest, general_text
+from streamer.api.options import (
+    Inputs,
+    Judged,
+    MethodChoice,
+    RepairKeywords,
+    Settings,
+    explained,
+    given_workers,
+    read_path,
+    take,
+    watched,
+)
 from streamer.api.records import DryRun
-from streamer.api.texts import BUILT_IN, general_text
 from streamer.api.writing import OutputRequest
 from streamer.errors import OutputExistsError, UsageError
-from streamer.evaluation.evaluation_records import ReliableRecord
+from streamer.evaluation.losses import ReliableRecord
 from streamer.events import Event, Monitor
-from streamer.fitting.options import FitOptions
-from streamer.fitting.prepare import refuse_dense
+from streamer.fitting.prepare import FitOptions, refuse_dense
 from streamer.json_types import Count, State
 from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import Estimate
 from streamer.methods import UNCHANGED, Method, RegMean, Shrink
 from streamer.methods.fits import Coefficients
-from streamer.output.prepare import OutputOptions
-from streamer.output.records import Written
+from streamer.output.job import Written
+from streamer.output.write import OutputOptions
 from streamer.plan.plan import make_plan
-from streamer.storage.output_plan import RECORD_NAME
-from streamer.workers.engine import Workers, kept
+from streamer.storage.transaction import RECORD_NAME
+from streamer.workers import Workers, kept
 
 UNKNOWN: ReliableRecord = {"kept": True, "forgetting": True, "top1_kept": False}
 """Figures assumed reliable in a file of an earlier version, which does not state it."""

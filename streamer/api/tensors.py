@@ -17,17 +17,25 @@ from torch import Tensor
 from streamer import __version__
 from streamer.detection.findings_file import lock_of
 from streamer.errors import FormatError, MismatchError, UsageError
-from streamer.storage.atomic_file import partial_name, remove_partials
-from streamer.storage.buffers import Buffer, BufferRing, Piece, gather
+from streamer.storage.atomic_file import (
+    Buffer,
+    BufferRing,
+    Piece,
+    Shard,
+    ShardPlan,
+    gather,
+    index_bytes,
+    partial_name,
+    plan_shard,
+    remove_partials,
+    write_shard,
+)
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint, shard_names
-from streamer.storage.files import make_directory
+from streamer.storage.files import locked, make_directory
 from streamer.storage.header import TensorInfo, layout, tensor_nbytes
-from streamer.storage.lock import locked
 from streamer.storage.output_checks import check_name, check_output_path, check_replaced
-from streamer.storage.output_plan import OutputPlan, inspect_output, refuse_within_output
-from streamer.storage.shard_writer import Shard, ShardPlan, index_bytes, plan_shard, write_shard
-from streamer.storage.transaction import locked_outputs
-from streamer.weights.dtypes import SPELLINGS, as_bytes, as_tensor, in_memory
+from streamer.storage.transaction import OutputPlan, inspect_output, locked_outputs, refuse_within_output
+from streamer.weights.base import SPELLINGS, as_bytes, as_tensor, in_memory
 
 PIECE_BYTES = 4 << 20
 """Bytes of a tensor that are copied, hashed and written at a time."""

@@ -7,7 +7,7 @@ import time
 
 from streamer.errors import UsageError
 from streamer.events import Event, Monitor
-from streamer.storage.system import available_cores
+from streamer.storage.files import available_cores
 from streamer.units import counted
 
 SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from streamer.detection.detection_memory import is_repeated
+from streamer.detection.matrices import is_repeated
 from streamer.detection.options import DetectionOptions
-from streamer.evaluation.columns import figures
-from streamer.evaluation.view import Names, commands, reasons, verdict
-from streamer.measuring.identity import input_options
+from streamer.evaluation.view import Names, commands, figures, reasons, verdict
+from streamer.measuring.result_file import input_options
 from streamer.methods import share_name, takes_findings
-from streamer.output.record_view import record_lines
-from streamer.plan.name_order import natural
+from streamer.output.output_spec import record_lines
+from streamer.plan.name_matching import natural
 from streamer.report.diff import FATES, fates_counted
 
 __all__ = [

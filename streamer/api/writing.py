@@ -9,21 +9,42 @@ from typing import Any, Unpack, overload
 
 from torch import Tensor
 
-from streamer.adapters.one_or_several import ByName, One, Several
-from streamer.api.inputs import Inputs
-from streamer.api.keywords import IterateKeywords, MergeKeywords, ReduceKeywords, explained, watched
-from streamer.api.options import Adapters, Judged, MethodChoice, Settings, SeveralAdapters, given_workers, take
+from streamer.adapters.finetuned import ByName, One, Several
+from streamer.api.options import (
+    Adapters,
+    Inputs,
+    IterateKeywords,
+    Judged,
+    MergeKeywords,
+    MethodChoice,
+    ReduceKeywords,
+    Settings,
+    SeveralAdapters,
+    explained,
+    given_workers,
+    take,
+    watched,
+)
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
 from streamer.detection.options import Run
 from streamer.events import Monitor
 from streamer.forecast import forecast_output, measure_rates, on_workers, shared_by_merges, together
 from streamer.methods import Method
-from streamer.output.iterate import merged_tensors
+from streamer.output.job import Written
+from streamer.output.model_writer import merged_tensors
 from streamer.output.output_spec import Writer
-from streamer.output.prepare import FindingsOrPath, OutputOptions, load_given, open_jobs, prepare_outputs
-from streamer.output.records import Written
-from streamer.output.write import inspect_jobs, resident_of, run_jobs, shared_memory
-from streamer.workers.engine import Workers
+from streamer.output.write import (
+    FindingsOrPath,
+    OutputOptions,
+    inspect_jobs,
+    load_given,
+    open_jobs,
+    prepare_outputs,
+    resident_of,
+    run_jobs,
+    shared_memory,
+)
+from streamer.workers import Workers
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ from streamer.events import Monitor
 
 if TYPE_CHECKING:
     from streamer.api.detection import Detected
-    from streamer.output.records import Written
-    from streamer.workers.engine import Workers
+    from streamer.output.job import Written
+    from streamer.workers import Workers
 
 Result = tuple[Mapping[str, Any], str]
 """JSON object for `--json`, and text for people."""
 
 
 def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.api.inspection import InspectRequest
     from streamer.api.options import Settings, take
+    from streamer.api.records import InspectRequest
     from streamer.cli.tables import dtype_table, inspect_table
 
     found = InspectRequest(args.base, args.adapter, take(Settings, vars(args))).run(monitor)
@@ -80,7 +80,7 @@ def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api.report import ReportRequest
-    from streamer.cli.report import report_text
+    from streamer.cli.tables import report_text
 
     report = ReportRequest(args.findings, args.evaluation, args.output, args.overwrite).run(monitor)
     return report.record(), report_text(report, args.findings, _screen(args))
@@ -88,15 +88,15 @@ def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _diff(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api.report import diff_files
-    from streamer.cli.diff_table import diff_table
+    from streamer.cli.tables import diff_table
 
     found = diff_files(args.first, args.second, monitor)
     return found.to_dict(), diff_table(found, _screen(args))
 
 
 def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.api.verification import verify_output
-    from streamer.cli.verification import verification_text
+    from streamer.api.report import verify_output
+    from streamer.cli.layout import verification_text
 
     found = verify_output(
         args.output, args.base, args.adapter, sample=args.sample, coefficients=args.coefficients, map=args.map, monitor=monitor,
@@ -107,8 +107,7 @@ def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
 def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api.evaluation import EvaluateRequest
     from streamer.api.views import Names
-    from streamer.cli.evaluation_table import evaluation_table
-    from streamer.cli.tables import stood
+    from streamer.cli.tables import evaluation_table, stood
 
     request = EvaluateRequest.of(args.base, args.adapter, args.output, vars(args))
     workers = _workers(args, monitor)
@@ -133,8 +132,7 @@ def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api.fitting import FitRequest
-    from streamer.cli.fitting_table import fitting_table
-    from streamer.cli.tables import stood
+    from streamer.cli.tables import fitting_table, stood
 
     request = FitRequest.of(args.base, args.adapter, args.output, vars(args))
     workers = _workers(args, monitor)
@@ -149,8 +147,8 @@ def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 
 def _map(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.api.mapping import MapRequest, add_map_files, map_record
-    from streamer.cli.map_table import map_text
+    from streamer.api.fitting import MapRequest, add_map_files, map_record
+    from streamer.cli.tables import map_text
 
     output, first = Path(args.output), args.base[0]
     if len(args.base) > 1:
@@ -176,7 +174,7 @@ def _map(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _repair(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api.repair import RepairRequest
-    from streamer.cli.repair_table import repair_table
+    from streamer.cli.tables import repair_table
 
     request = RepairRequest.of(args.base, args.adapter, args.output, vars(args))
     workers = _workers(args, monitor)
@@ -189,7 +187,7 @@ def _repair(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api.demo import DemoRequest
-    from streamer.cli.demo_table import demo_table
+    from streamer.cli.tables import demo_table
 
     output = Path(args.output) if args.output else None
     result = DemoRequest(args.mitigation_lambda, args.amplify, output).run(monitor)
@@ -227,7 +225,7 @@ def _workers(args: argparse.Namespace, monitor: Monitor) -> Workers | None:
 
 def _forecast(request: Any, args: argparse.Namespace, monitor: Monitor, workers: Workers | None) -> Result:
     """Return a request's forecast, for `--dry-run`."""
-    from streamer.cli.forecast_table import dry_run_text
+    from streamer.cli.tables import dry_run_text
 
     record = request.forecast(monitor, workers)
     return record, dry_run_text(record, args.command, _screen(args))

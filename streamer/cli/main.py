@@ -1,4 +1,11 @@
-"""Run the requested command, and turn errors into one line and an exit code; heavy imports happen only inside commands."""
+"""Treat SIGINT and SIGTERM as requests to stop.
+
+Describe the error that ended a run, as JSON for `--json` and `--json-events`.
+
+Write progress, warnings and errors to stderr as JSON, one object on each line, for programs that watch a run.
+
+Run the requested command, and turn errors into one line and an exit code; heavy imports happen only inside commands.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +16,132 @@ import io
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+import threading
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from streamer.api.choices import shown
 from streamer.api.threads import set_threads, wait_passively
-from streamer.cli.arguments import BadUsage
 from streamer.cli.commands import COMMANDS
-from streamer.cli.errors_json import error_entry, errors_object
-from streamer.cli.json_events import JsonEvents
-from streamer.cli.parser import build_parser, named_as_option
-from streamer.cli.progress import Progress, say
-from streamer.cli.signals import stop_on_signals
-from streamer.cli.summary import summary
+from streamer.cli.layout import Progress, say, summary, write_line
+from streamer.cli.parser import BadUsage, build_parser, named_as_option
 from streamer.errors import StorageError, StreamerError, UsageError, VerificationError, advice, one_line, printable
-from streamer.events import Monitor
+from streamer.events import Event, Monitor
 
 if TYPE_CHECKING:
-    from streamer.api.event_records import ErrorEntry
+    from streamer.api.records import ErrorEntry, ErrorsRecord
+
+
+@contextlib.contextmanager
+def stop_on_signals(monitor: Monitor, tell: Callable[[str], None], close: Callable[[], None]) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into an announced stop at the next safe point, and the second into an immediate exit.
+
+    A thread waits for the signals: Python runs handlers only in the main thread, which may be inside LAPACK for a minute.
+
+    Parameters
+    ----------
+    tell
+        Prints a line on stderr.
+    close
+        Removes the bar.
+    """
+    watched = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+
+    def watch() -> None:
+        first = signal.sigwait(watched)
+        monitor.request_stop(first)
+        tell(f"streamer: signal {int(first)}: stopping at the next safe point; once more to stop at once")
+        second = signal.sigwait(watched)
+        closing = threading.Thread(target=close, daemon=True, name="streamer close")
+        closing.start()
+        closing.join(0.5)  # an unresponsive terminal must not keep the process alive
+        os._exit(128 + second)
+
+    threading.Thread(target=watch, daemon=True, name="streamer signals").start()
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+ERROR_SCHEMA: Final = "streamer.error/1"
+
+
+def error_entry(
+    kind: str, exit_code: int, message: str, path: str | None = None, given: Collection[str] = ()
+) -> ErrorEntry:
+    """Describe one error.
+
+    Parameters
+    ----------
+    kind
+        Name of the exception's class.
+    message
+        The line printed to stderr, without the program's name.
+    path
+        The file or directory at fault; by default the path that the message begins with, if any.
+    given
+        Paths given to the command; a message may begin with one even if it does not exist.
+    """
+    where = _leading_path(message, given) if path is None else path
+    return {"kind": kind, "exit_code": exit_code, "message": message, "path": where}
+
+
+def errors_object(errors: list[ErrorEntry]) -> ErrorsRecord:
+    """Collect errors into the object that `--json` prints."""
+    return {"schema": ERROR_SCHEMA, "errors": errors}
+
+
+def _leading_path(message: str, given: Collection[str]) -> str | None:
+    """Return the path before the first colon; a message begins with the location of the error, which may also be an option."""
+    head, colon, _ = message.partition(": ")
+    return head if colon and (head in given or os.sep in head or os.path.lexists(head)) else None
+
+
+EVENT_SCHEMA = "streamer.event/1"
+
+
+class JsonEvents:
+    """Writes events, and Python's warnings, as complete lines of JSON."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._show = warnings.showwarning
+        warnings.showwarning = lambda message, *_args, **_more: self.say("warning", message=str(message))
+
+    def __call__(self, event: Event) -> None:
+        """Write an event."""
+        if event.stage in ("warning", "note"):
+            self.say(event.stage, message=event.name)
+        else:
+            self.say("progress", **asdict(event))
+
+    def tell(self, text: str) -> None:
+        """Write a message that is not an event of the library."""
+        self.say("note", message=text.removeprefix("streamer: "))
+
+    def error(self, error: ErrorEntry) -> None:
+        """Write the error that ended the run, as described by `cli.errors_json.error_entry`."""
+        self.say("error", **error)
+
+    def finish(self, summary: str) -> None:
+        """Write that the command has finished."""
+        self.say("done", message=summary)
+
+    def close(self) -> None:
+        """Restore Python's own display of warnings."""
+        warnings.showwarning = self._show
+
+    def say(self, event: str, **more: Any) -> None:
+        """Write one line."""
+        seconds = round(time.monotonic() - self._began, 3)
+        write_line(json.dumps({"schema": EVENT_SCHEMA, "event": event, "seconds": seconds, **more}))
 
 
 def run(argv: list[str] | None = None) -> int:

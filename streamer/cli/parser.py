@@ -1,17 +1,410 @@
-"""Define the command line: every command and option, declared once."""
+"""Parse arguments and option values; report an error in one line, with a suggestion.
+
+Declare the options that several commands share: of texts, computing, fits, maps and workers.
+
+Define the help texts: description, first run, examples of each command, exit codes.
+
+Generate shell completion from the parser with shtab, which is imported only when a script is requested.
+
+Define the command line: every command and option, declared once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
+from typing import Any, NoReturn
 
 from streamer import __version__
-from streamer.api.choices import ABOUT, DEFAULT_METHOD, WITHOUT_FILES
-from streamer.cli.arguments import Parser, number, numbers, path, rank, sample, size, top_k
-from streamer.cli.help import DESCRIPTION, EPILOG, EXAMPLES, EXIT_CODES
-from streamer.cli.shared_options import add_computing, add_device, add_fit, add_map, add_texts, add_threads, add_workers
+from streamer.api.choices import ABOUT, DEFAULT_METHOD, REMOVED, WITHOUT_FILES, available_cores
+from streamer.units import parse_size, quoted
+
+
+class BadUsage(SystemExit):
+    """Arguments that the parser does not understand; the exit code is 2.
+
+    Attributes
+    ----------
+    message
+        The error and what to do, in one line.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(2)
+        self.message = message
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser that raises `BadUsage` and accepts no abbreviations, because a new option could break them."""
+
+    def __init__(self, **options: Any) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"allow_abbrev": False, "formatter_class": raw, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `BadUsage`."""
+        message = message.removeprefix("argument ")
+        raise BadUsage(message if "did you mean" in message else f"{message}; see `{self.prog} --help`")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, but first refuse unknown options: argparse would report a missing argument for a misspelt option."""
+        own = args or () if self._subparsers is None else takewhile(lambda arg: arg.startswith("-"), args or ())
+        for arg in takewhile(lambda arg: arg != "--", own):
+            name = arg.partition("=")[0]
+            if name.startswith("--") and " " not in name and name not in self._option_string_actions:
+                if advice := REMOVED.get(name) or REMOVED.get(f"{self.prog.rpartition(' ')[2]} {name}"):
+                    raise BadUsage(f"{name} was removed: {advice}")
+                self.error(f"unknown option {quoted(name)}{_closest(name, self._option_string_actions)}")
+        found, rest = super().parse_known_args(args, namespace)
+        if rest and self._subparsers is None:
+            self.error(f"{'unknown option' if rest[0].startswith('-') else 'unexpected argument'} {quoted(rest[0])}")
+        return found, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            near = _closest(str(value), choices)
+            raise argparse.ArgumentError(action, f"expected one of {', '.join(choices)}, found {quoted(value)}{near}")
+
+
+def _closest(given: str, names: Iterable[str]) -> str:
+    """Suggest the closest name, if one is close."""
+    by_letters = {name.strip("-"): name for name in names}
+    close = difflib.get_close_matches(given.strip("-"), by_letters, n=1)
+    return f"; did you mean {by_letters[close[0]]}?" if close else ""
+
+
+def number(text: str) -> float:
+    """Read a number."""
+    try:
+        return float(text)
+    except ValueError:
+        meant = ""
+        with contextlib.suppress(ValueError):
+            share = float(text.removesuffix("%").replace(",", ".")) / (100 if text.endswith("%") else 1)
+            meant = f"; did you mean {share:g}?"
+        raise argparse.ArgumentTypeError(f"expected a number like 0.75, found {quoted(text)}{meant}") from None
+
+
+def numbers(text: str) -> Sequence[float]:
+    """Read comma-separated numbers."""
+    return tuple(number(part) for part in text.split(","))
+
+
+def integer(text: str) -> int:
+    """Read a whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {quoted(text)}") from None
+
+
+def top_k(text: str, expected: str = "a count like 10 or a share like 0.1") -> int | float:
+    """Read a count (integer) or a share (decimal number)."""
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {expected}, found {quoted(text)}") from None
+
+
+def rank(text: str) -> int | float:
+    """Read a rank or a share of the energy."""
+    return top_k(text, "a rank like 16 or a share like 0.95")
+
+
+def sample(text: str) -> int | str:
+    """Read how many matrices to recompute."""
+    if text == "all":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a count from 1 or 'all', found {quoted(text)}")
+    return int(text)
+
+
+def path(text: str) -> str | None:
+    """Read a path; an empty one, for example from an unset shell variable, gives None."""
+    return text or None
+
+
+def size(text: str) -> int:
+    """Read a size like 4G."""
+    try:
+        return parse_size(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def add_texts(sub: argparse.ArgumentParser, sequences: int = 64, built_in: bool = False) -> None:
+    """Add the two texts, how much of each to read, and the dtype of products; `built_in` if general text has a default."""
+    more = " (default: Python's built-in help texts; your own text works better)" if built_in else ""
+    sub.add_argument("--general", required=not built_in, metavar="TEXT",
+                     help=f"general text, for measuring forgetting: .txt, .jsonl or .npy{more}")  # fmt: skip
+    sub.add_argument("--task", required=True, metavar="TEXT",
+                     help="text from ADAPTER's task but not from its training data")  # fmt: skip
+    sub.add_argument("--sequences", type=integer, default=sequences, metavar="N",
+                     help=f"maximum number of sequences per text (default: {sequences})")  # fmt: skip
+    sub.add_argument("--length", type=integer, default=512, metavar="N",
+                     help="maximum number of tokens per sequence (default: 512)")  # fmt: skip
+    sub.add_argument("--dtype", choices=["float32", "bf16"], default="float32",
+                     help="dtype of products with base weights; bf16 is faster on some processors (default: float32)")  # fmt: skip
+
+
+def add_device(group: argparse._ActionsContainer) -> None:
+    """Add the device option."""
+    group.add_argument("--device", default="auto", metavar="DEV",
+                       help="cpu, cuda or cuda:i (cuda has not been run on a GPU yet); auto: run detection on a GPU if "
+                            "there is one, and models on the CPU (default: auto)")  # fmt: skip
+
+
+def add_computing(sub: argparse.ArgumentParser, default: str = "no limit") -> None:
+    """Add the computing options of a command that runs the model; `default` describes the default memory."""
+    g = sub.add_argument_group("computing")
+    g.add_argument("--max-memory", type=size, metavar="SIZE",
+                   help="memory limit, such as 600M or 4G, not counting memory-mapped files; it decides how many sequences run together "
+                        f"(default: {default})")  # fmt: skip
+    add_device(g)
+    add_threads(g)
+
+
+def add_threads(group: argparse._ActionsContainer, more: str = "") -> None:
+    """Add the number of threads; `more` is appended to its help."""
+    cores = available_cores()
+    default = f"OMP_NUM_THREADS, or one per core available to this process, {cores} here"
+    group.add_argument("--threads", type=integer, metavar="N", help=f"CPU threads (default: {default}{more})")
+
+
+def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
+    """Add the options of a fit, for one share or for `several`."""
+    what = "shares of the learning to keep; each gives one set" if several else "share of the learning to keep"
+    sub.add_argument("--keep", type=numbers if several else number, default=0.9, metavar="SHARE,SHARE" if several else "SHARE",
+                     help=f"{what} (default: 0.9)")  # fmt: skip
+    sub.add_argument("--holdout", type=number, default=0.25, metavar="SHARE",
+                     help="share of each text's sequences to hold out for choosing and measuring (default: 0.25)")  # fmt: skip
+    sub.add_argument(
+        "--seed", type=integer, default=0, metavar="N", help="decides which sequences are held out (default: 0)"
+    )
+
+
+def add_map(sub: argparse.ArgumentParser) -> None:
+    """Add the options of a map."""
+    sub.add_argument("--general", metavar="TEXT", help="general text to run through BASE: .txt, .jsonl or .npy "
+                     "(default: Python's built-in help texts)")  # fmt: skip
+    sub.add_argument("--vectors", type=integer, metavar="N",
+                     help="leading vectors to store for each input (default: 16; for several maps: "
+                          "as many as the largest has)")  # fmt: skip
+    sub.add_argument("--sequences", type=integer, metavar="N", help="maximum number of sequences (default: 32)")
+    sub.add_argument("--length", type=integer, metavar="N", help="maximum number of tokens per sequence (default: 512)")
+    sub.add_argument("--dtype", choices=["float32", "bf16"],
+                     help="dtype of products with base weights; bf16 is faster on some processors (default: float32)")  # fmt: skip
+
+
+def add_workers(sub: argparse.ArgumentParser) -> None:
+    """Add the options for workers on this machine or an engine."""
+    g = sub.add_argument_group("workers (docs/workers.md)")
+    g.add_argument("--workers", type=integer, metavar="N",
+                   help="compute in N processes that share the cores and --max-memory (default: in this process)")  # fmt: skip
+    g.add_argument("--executor", metavar="ENGINE:ADDRESS",
+                   help="compute on the workers of a cluster: dask:HOST:PORT, dask:FILE.json (its scheduler file), ray:auto or "
+                        "ray:HOST:PORT; --threads and --max-memory apply to each task")  # fmt: skip
+
+
+DESCRIPTION = """\
+Make a LoRA adapter forget less of its base model, one matrix at a time. An
+intruder dimension is one of the largest singular directions of a fine-tuned
+matrix that resembles none of the base's.
+"""
+
+EXIT_CODES = """\
+exit codes:
+  0 done
+  1 unexpected error
+  2 usage
+  3 bad or inconsistent input
+  4 output exists or does not match
+  5 locked by another run
+  6 I/O, space, or lost workers; the same command resumes
+  7 numeric or verification failure
+  8 input changed during the run
+  128+N stopped by signal N; the same command resumes
+"""
+
+EPILOG = (
+    """\
+a first run:
+  streamer inspect BASE ADAPTER
+      see which tensor each module changes, and what a run would need
+  streamer repair BASE ADAPTER --task TEXT --general TEXT -o DIR
+      write an adapter that forgets less, as measured on your texts
+  streamer mitigate BASE ADAPTER --method shrink --lambda 0.75 -o DIR
+      without texts: scale the whole adapter
+  streamer merge BASE DIR --lambda 1 -o MODEL
+      write a plain model with that adapter merged in
+  streamer evaluate BASE ADAPTER --general TEXT --task TEXT -o FILE
+      measure what each method and lambda keeps and forgets
+  streamer map BASE --general TEXT -o base.map.safetensors
+      map a base once; with --map, no adapter of that base needs task text
+  streamer detect BASE ADAPTER -o findings.safetensors
+      find the intruders, once
+  streamer demo
+      find and remove planted intruders in a generated model, in seconds
+  streamer verify DIR
+      check every byte of an output, for example after a copy
+
+BASE is a model directory or a .safetensors file, ADAPTER the directory of a
+PEFT adapter; both can be hub names or addresses. detect, mitigate and merge
+accept several adapters and read the base once; other commands accept one.
+Results go to stdout, progress to stderr.
+
+"""
+    + EXIT_CODES
+)
+
+EXAMPLES = {
+    "inspect": """\
+examples:
+  streamer inspect BASE
+  streamer inspect BASE ADAPTER
+  streamer inspect BASE ADAPTER --json | jq .totals
+""",
+    "detect": """\
+examples:
+  streamer detect BASE ADAPTER -o findings.safetensors
+  streamer detect BASE ADAPTER -o all.safetensors --top-k 0.1 --epsilon 0.6
+  streamer detect BASE ADAPTER1 ADAPTER2 -o found
+      writes found/ADAPTER1.safetensors and found/ADAPTER2.safetensors
+  streamer detect BASE ADAPTER -o f.safetensors --max-memory 4G --dry-run
+  streamer detect BASE ADAPTER -o f.safetensors --workers 4
+""",
+    "mitigate": """\
+examples:
+  streamer mitigate BASE ADAPTER -o mild --lambda 0.75
+  streamer mitigate BASE ADAPTER -o half --lambda 0.5 --findings f.safetensors
+  streamer mitigate BASE ADAPTER -o half --lambda 0.4 --overwrite
+      replaces the output with one for a different lambda
+  streamer mitigate BASE ADAPTER -o as-lora --to-lora 32
+  streamer mitigate BASE ADAPTER -o fitted --coefficients c.safetensors
+      apply the factors that `streamer fit` found
+  streamer mitigate BASE ADAPTER -o repaired --map base.map.safetensors
+      apply a map of BASE, made once for all its adapters
+""",
+    "merge": """\
+examples:
+  streamer merge BASE ADAPTER -o merged --lambda 0.5
+  streamer merge BASE ADAPTER -o merged --lambda 0.5 --findings f.safetensors
+  streamer merge BASE ADAPTER1 ADAPTER2 -o models --findings found
+  streamer merge BASE ADAPTER -o plain --dequantize
+      a plain model, if BASE is quantized
+""",
+    "report": """\
+examples:
+  streamer report findings.safetensors
+  streamer report findings.safetensors --json | jq .totals
+  streamer report evaluation.json -o report.html
+  streamer report findings.safetensors evaluation.json -o report.html
+      a page with figures
+  streamer report DIR -o report.html
+      one page for a directory of findings, from several adapters
+  streamer report merged
+      the record (streamer.json) of an output
+""",
+    "diff": """\
+examples:
+  streamer diff findings.safetensors after.safetensors
+      for example, of an adapter and of its mitigated version
+  streamer diff before.safetensors after.safetensors --json | jq .totals
+""",
+    "verify": """\
+examples:
+  streamer verify merged
+      checks sizes and digests against the record
+  streamer verify findings.safetensors
+  streamer verify merged BASE ADAPTER
+      also recomputes 3 matrices
+  streamer verify merged BASE ADAPTER --sample all
+      recomputes every matrix, and compares every other tensor byte by byte
+""",
+    "evaluate": """\
+examples:
+  streamer evaluate BASE ADAPTER --general web.txt --task chats.jsonl -o e.json
+  streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --dry-run
+  streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --keep 0.8
+  streamer evaluate BASE ADAPTER --general g --task t -o e.json --lambda 0.78
+      adds lambda 0.78 to an evaluation of the same texts
+  streamer evaluate BASE ADAPTER --general g --task t -o e --coefficients c
+""",
+    "fit": """\
+examples:
+  streamer fit BASE ADAPTER --general g.txt --task t.jsonl -o c.safetensors
+  streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --keep 0.95,0.9
+      writes two sets into one file
+  streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --dry-run
+""",
+    "map": """\
+examples:
+  streamer map BASE --general web.txt -o base.map.safetensors
+  streamer map BASE -o base.map.safetensors
+      uses text that comes with Python
+  streamer map a.safetensors b.safetensors -o both.safetensors
+      joins two maps of one base
+""",
+    "repair": """\
+examples:
+  streamer repair BASE ADAPTER --task t.jsonl -o repaired
+  streamer repair BASE ADAPTER --task t.jsonl --general g.txt -o repaired
+  streamer repair BASE ADAPTER --task t.npy --general g.npy -o model --merge
+  streamer repair BASE ADAPTER --task t.jsonl -o repaired --to-lora 32
+      also for DoRA, LoHa, LoKr and fine-tuned models
+""",
+    "demo": """\
+examples:
+  streamer demo
+  streamer demo --lambda 0.5 -o demo
+      keeps the model, the adapter and all results in ./demo
+""",
+}
+
+
+def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
+    """Generate a shell's completion script.
+
+    Parameters
+    ----------
+    shell
+        ``bash``, ``zsh`` or ``tcsh``.
+
+    Raises
+    ------
+    ImportError
+        If shtab is not installed.
+    """
+    import shtab
+
+    completes = {
+        "BASE": shtab.FILE,
+        "ADAPTER": shtab.DIRECTORY,
+        "DIR": shtab.DIRECTORY,
+        "FILE": shtab.FILE,
+        "FINDINGS": shtab.FILE,
+        "EVALUATION": shtab.FILE,
+        "PAGE": shtab.FILE,
+    }
+    for action in _actions(parser):
+        if action.metavar in completes:
+            action.complete = completes[action.metavar]  # type: ignore[attr-defined]  # shtab reads this attribute
+    return str(shtab.complete(parser, shell))
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in dict.fromkeys(action.choices.values()):
+                yield from _actions(sub)
+
 
 OPTIONS = {
     "threshold_epsilon": "--epsilon",
@@ -29,7 +422,6 @@ class _PrintCompletion(argparse.Action):
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:  # fmt: skip
-        from streamer.cli.completion import completion_script
 
         try:
             print(completion_script(parser, str(values)))

@@ -1,21 +1,136 @@
-"""Format findings, plans and records as tables for people."""
+"""Format forecasts for people.
+
+Format findings, plans and records as tables for people.
+
+Format the fates of intruders as a table that fits the screen.
+
+Format an evaluation as a table that fits the screen.
+
+Format a fit as a table that fits the screen, and list the next steps.
+
+Describe a map of a base's inputs and the next step.
+
+Format a repair's measurements and what it wrote.
+
+Format the demo's result for people.
+
+Format reports: tables for findings, outputs and several adapters, and the files that were written.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from streamer.api.views import input_options, is_repeated, natural, record_lines, takes_findings
-from streamer.cli.forecast_table import forecast_table
+from streamer.api.views import (
+    FATES,
+    DetectionOptions,
+    Names,
+    commands,
+    fates_counted,
+    figures,
+    input_options,
+    is_repeated,
+    natural,
+    reasons,
+    record_lines,
+    share_name,
+    takes_findings,
+    verdict,
+)
 from streamer.cli.layout import Column, Screen, fit, shorten, table
-from streamer.units import format_size, listed
+from streamer.units import counted, format_duration, format_size, listed
 
 if TYPE_CHECKING:
+    from streamer.api.demo import DemoRecord
+    from streamer.api.repair import RepairRecord
+    from streamer.api.report import Report
     from streamer.detection.findings import Findings
-    from streamer.detection.matrix_finding import MatrixFinding
+    from streamer.detection.findings_file import MatrixFinding
+    from streamer.evaluation.evaluation import Evaluation
+    from streamer.report.diff import Direction, FindingsDiff, IntruderFate
+    from streamer.report.subject import Subject
+
+
+def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Screen) -> str:
+    """Format the forecasts of all commands, one line for each."""
+    rows = []
+    for command, f in forecasts.items():
+        if f is None:
+            rows.append([command, "refused", "", "", ""])
+            continue
+        most = "at most " if command == "detect" else ""
+        memory = format_size(f["peak_memory_bytes"])
+        if f["escalated_memory_bytes"] > f["peak_memory_bytes"]:
+            memory += f" to {format_size(f['escalated_memory_bytes'])}"
+        read, written = _read(f), most + format_size(f["write_bytes"])
+        rows.append([command, memory, read, written, _time(f["seconds"])])
+    cells = list(zip(*rows, strict=True)) if rows else [()] * 5
+    threads = next((f" on {counted(f['threads'], 'thread')}" for f in forecasts.values() if f), "")
+    columns = [
+        Column("forecast", cells[0], "what each command needs; mitigate and merge with findings", left=True),
+        Column("memory", cells[1], "at its peak; the larger number if the dense solver, or float64, must decide", priority=3),
+        Column("read", cells[2], priority=1),
+        Column("written", cells[3], "--dry-run shows the free disk", priority=2),
+        Column("time", cells[4], f"work divided by the rates of a product and a read at this load{threads}, within a factor of 3", 4),
+    ]  # fmt: skip
+    return table(columns, screen)
+
+
+def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
+    """Format one command's forecast in one line."""
+    beside = (
+        f" and at most {format_size(forecast['temporary_bytes'])} temporarily" if forecast["temporary_bytes"] else ""
+    )
+    most = "at most " if command == "detect" else ""
+    return (
+        f"forecast: memory {_memory(forecast)}; "
+        f"reads {_read(forecast)}, writes {most}{format_size(forecast['write_bytes'])}{beside}; "
+        f"{format_size(free)} free; time {_time(forecast['seconds'])}, "
+        f"on {counted(forecast['threads'], 'thread')}, within a factor of 3 if the load stays as it is and the disk keeps up"
+    )
+
+
+def _read(forecast: Mapping[str, Any]) -> str:
+    """Format the bytes to read, with those that cross the network."""
+    far = forecast["network_bytes"]
+    return format_size(forecast["read_bytes"]) + (f" ({format_size(far)} over the network)" if far else "")
+
+
+def _memory(forecast: Mapping[str, Any]) -> str:
+    usual, most = forecast["peak_memory_bytes"], forecast["escalated_memory_bytes"]
+    there = forecast["device_memory_bytes"]
+    return format_size(usual) + (
+        f", {format_size(most)} if the dense solver, or float64, must decide" if most > usual
+        else f", of it {format_size(there)} on the GPU" if there else ""
+    )  # fmt: skip
+
+
+def _time(seconds: float | None) -> str:
+    return "not estimated" if seconds is None else f"about {format_duration(seconds)}"
+
+
+def dry_run_text(record: Mapping[str, Any], command: str, screen: Screen) -> str:
+    """Describe what a run would write and need, for one output or those of several adapters."""
+    found = record.get("adapters")
+    tree = record["forecast"]
+    forecast = "" if tree is None else forecast_text(command, tree, record["free_bytes"])
+    if found is None:
+        return fit(f"{_line(record)}\n{forecast}".rstrip(), screen.width)
+    parts = [f"{name}\n{_line(one)}" for name, one in found.items()]
+    return "\n\n".join([*parts, f"all together\n{fit(forecast, screen.width)}"] if forecast else parts)
+
+
+def _line(one: Mapping[str, Any]) -> str:
+    says = {"new": "would write", "resume": "would resume", "done": "nothing to do: it exists already"}[one["state"]]
+    written = "" if one["bytes"] is None else f", {format_size(one['bytes'])}"
+    files, matrices = counted(one["files"], "file"), counted(one["matrices"], "matrix")
+    return f"dry run: {says} {one['output']}: {files}{written}; {matrices}"
+
 
 MANY, SHOWN = 20, 10
 """A table with more than `MANY` rows shows the `SHOWN` most important ones, unless `--all` is given."""
@@ -276,3 +391,332 @@ def _cut(count: int, of: int, by: str, screen: Screen, what: str = "matrices") -
 
 def _sections(*texts: str) -> str:
     return "\n\n".join(text for text in texts if text)
+
+
+_MEANING = {
+    "kept": "remains: the same direction is an intruder in both",
+    "mixed": "mixed: it lies mostly in the span of the second's intruders, but matches none",
+    "gone": "gone: the second findings have no such intruder",
+    "new": "new: the first findings have no such intruder",
+}
+
+
+def diff_table(diff: FindingsDiff, screen: Screen) -> str:
+    """Format one line for each intruder, or the ten that changed most if there are many, and counts."""
+    every = sorted(diff.intruders, key=lambda one: (natural(one.tensor), one.before is None, _rank(one)))
+    cut = len(every) > MANY and not screen.every
+    changed = [one for one in every if _is_changed(one)]
+    shown = sorted(changed, key=lambda one: -abs(_value(one.after) - _value(one.before)))[:SHOWN] if cut else every
+    columns = [
+        Column("matrix", [one.tensor for one in shown], left=True, names=True, among=[one.tensor for one in every]),
+        Column("fate", ["remains" if one.fate == "kept" else one.fate for one in shown], priority=9, left=True),
+        Column("rank", [_cell(one.before, "rank") for one in shown], "its rank in the first findings; 1 is the largest", priority=5),
+        Column("sigma", [_cell(one.before, "sigma") for one in shown], "its singular value there", priority=6),
+        Column("after", [_cell(one.after, "rank") for one in shown], "its rank in the second", priority=4),
+        Column("sigma after", [_cell(one.after, "sigma") for one in shown], "its singular value there", priority=7),
+        Column("overlap", [f"{one.overlap:.3f}" for one in shown], "with the nearest intruder of the other findings", priority=3),
+        Column("share", [f"{100 * one.share:.0f}%" for one in shown], "its part in the span of the other findings' intruders", priority=2),
+    ]  # fmt: skip
+    parts = [table(columns, screen)] if shown else []
+    if cut:
+        words = f"none of {len(every)} intruders has changed"
+        if changed:
+            which = "that have changed" if len(shown) == len(changed) else "whose singular values changed most"
+            words = f"the {len(shown)} {which}, of {len(every)}"
+        parts.append(fit(f"{words}; --all shows every one", screen.width))
+    counts = [fate for fate in FATES if diff.count(fate)]
+    lines = [
+        f"{counted(diff.first['intruders'], 'intruder')} before, {diff.second['intruders']} after, "
+        f"in {counted(diff.matrices, 'matrix')} of both: " + fates_counted(diff.to_dict()["totals"]),
+        *(_MEANING[fate] for fate in counts),
+    ]
+    for where, names in (("first", diff.only_first), ("second", diff.only_second)):
+        if names:
+            lines.append(f"only in the {where} findings: {counted(len(names), 'matrix')}: {listed(names)}")
+    return "\n\n".join([*parts, "\n".join(fit(line, screen.width) for line in lines)])
+
+
+def _is_changed(one: IntruderFate) -> bool:
+    """Test whether the table shows any difference of an intruder between the two findings."""
+    sides = [[_cell(side, what) for what in ("rank", "sigma")] for side in (one.before, one.after)]
+    return one.fate != "kept" or sides[0] != sides[1]
+
+
+def _rank(one: IntruderFate) -> int:
+    found = one.before or one.after
+    return found.rank if found else 0
+
+
+def _value(direction: Direction | None) -> float:
+    return direction.singular_value if direction else 0.0
+
+
+def _cell(direction: Direction | None, what: str) -> str:
+    if direction is None:
+        return "-"
+    return str(direction.rank + 1) if what == "rank" else f"{direction.singular_value:#.4g}"
+
+
+def evaluation_table(evaluation: Evaluation, names: Names, screen: Screen = NO_LIMIT, written: str = "") -> str:
+    """Format the verdict, every variant's figures, the reasons, and the commands to run next.
+
+    Parameters
+    ----------
+    written
+        Line that says where the evaluation was written, or "".
+    """
+    columns = [
+        Column(c.head, c.cells, c.about, c.priority, left=i == 0, names=False)
+        for i, c in enumerate(figures(evaluation, screen.every))
+    ]
+    suggestion = evaluation.best()
+    lines = [*reasons(evaluation, suggestion), written, *commands(evaluation, suggestion, names)]
+    return "\n\n".join(
+        [
+            fit(verdict(evaluation, suggestion), screen.width),
+            table(columns, screen),
+            "\n".join(fit(line, screen.width) for line in lines if line),
+        ]
+    )
+
+
+def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str, screen: Screen = NO_LIMIT) -> str:
+    """Format the figures of every set beside its equal shrink, and the commands that use the sets.
+
+    Parameters
+    ----------
+    facts
+        Facts of the fit.
+    inputs, output
+        Base, adapter and the file of the fit, as given.
+    """
+    sets: Sequence[Mapping[str, Any]] = facts["sets"]
+    reliable, shrinks = facts.get("reliable", {}), [one["shrink"] for one in sets]
+    held_out = [facts["texts"][text]["held"]["sequences"] for text in ("general", "task")]
+    columns = [
+        Column("keep", [f"{100 * one['keep']:g}%" for one in sets], "share of the learning to keep", priority=9),
+        Column("kept", [_share(one, "kept", reliable) for one in sets],
+               "fall of the task's loss below the base's; 100% is the adapter's", priority=8),
+        Column("top-1 kept", [_share(one, "top1_kept", reliable) for one in sets],
+               "gain in top-1 on the task's text; 100% is the adapter's", priority=5),
+        Column("KL left", [_share(one, "divergence", reliable) for one in sets], "its divergence from the base; 100% is the adapter's", 7),
+        Column("loss left", [_share(one, "forgetting", reliable) for one in sets],
+               "rise of the general loss above the base's; 100% is the adapter's", priority=4),
+        Column("shrink", ["-" if s is None else f"{s['lambda']:.3f}" for s in shrinks],
+               "lambda of the shrink of the whole adapter that keeps the same share", priority=3),
+        Column("its KL left", ["-" if s is None else _percent(s["divergence"]) for s in shrinks], "that shrink's KL left", priority=5),
+        Column("mu", ["-" if one["mu"] is None else f"{one['mu']:.3g}" for one in sets], "weight of the general text", priority=0),
+    ]  # fmt: skip
+    lines = [
+        f"measured on {held_out[0]} general and {held_out[1]} task held-out sequences, on which the set was chosen",
+        *_verdicts(sets),
+        *unreliable(facts),
+        *_commands(facts, shlex.join(inputs), shlex.quote(output)),
+    ]
+    return "\n\n".join([table(columns, screen), "\n".join(fit(line, screen.width) for line in lines)])
+
+
+def unreliable(facts: Mapping[str, Any]) -> list[str]:
+    """State which shares are not shown, and why."""
+    return [
+        f"{column} is not shown: the adapter {what} by {facts[of]:.4f} ± {facts[f'{of}_se']:.4f}, too little to measure on this text; "
+        "more text may help"
+        for column, what, of in (
+            ("kept", "lowers the task's loss", "learning"),
+            ("top-1 kept", "raises top-1 on the task's text", "top1_gain"),
+            ("loss left", "raises the general loss", "forgetting"),
+        )
+        if not facts.get("reliable", {}).get(
+            {"top-1 kept": "top1_kept", "loss left": "forgetting"}.get(column, column), True
+        )
+    ]
+
+
+def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """State whether each set is better than its equal shrink, and which sets probably cost more than they gain."""
+    words = {"better": "diverges less than that shrink from the base", "worse": "diverges more than that shrink from the base",
+             "not told apart": "does not differ significantly from that shrink in divergence"}  # fmt: skip
+    lines = [f"{100 * one['keep']:g}%: {words[one['shrink']['verdict']]}" for one in sets if one["shrink"] is not None]
+    for one in sets:
+        if (trade := one.get("trade")) is not None and not trade["worth_it"]:
+            numbers = [f"{trade[key]:.4f} ± {trade[f'{key}_se']:.4f}" for key in ("regained", "given_up")]
+            lines.append(
+                f"{100 * one['keep']:g}%: probably not worth it: it regains {numbers[0]} nats of KL per token of general text and gives "
+                f"up {numbers[1]} of loss on the task's"
+            )
+    return lines
+
+
+def _commands(facts: Mapping[str, Any], inputs: str, output: str) -> list[str]:
+    """List the commands that use the first set: `mitigate` if the adapter has factors, else `merge`."""
+    sets = facts["sets"]
+    keep = f" --keep {share_name(sets[0]['keep'])}" if len(sets) > 1 else ""
+    more = "".join(f" {word}" for word in input_options(facts))
+    plain = " --dequantize" if facts["quantized"] else ""
+    made = "mitigate" if facts["factored"] else "merge"
+    return [
+        f"next: streamer {made} {inputs} -o OUTPUT --coefficients {output}{keep}{more}{plain if made == 'merge' else ''}",
+        f"then, on text that nothing was trained or fitted on: streamer evaluate {inputs} --general TEXT --task TEXT -o FILE "
+        f"--coefficients {output}{more}",
+    ]
+
+
+def _share(one: Mapping[str, Any], name: str, reliable: Mapping[str, bool]) -> str:
+    value, error = one.get(name), one.get(f"{name}_se")
+    return (
+        "-"
+        if value is None or error is None or not reliable.get(name, True)
+        else f"{_percent(value)} ± {100 * error:.1f}"
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value + 0.0:.1f}%"
+
+
+def map_text(record: Mapping[str, Any], base: str, screen: Screen) -> str:
+    """Describe what was mapped, on which text, and the command that uses it.
+
+    Parameters
+    ----------
+    base
+        The base as given.
+    """
+    texts = listed(f"{text['name']} ({counted(text['tokens'], 'token')})" for text in record["texts"])
+    inputs, matrices = counted(record["inputs"], "input"), counted(record["matrices"], "matrix")
+    file = shlex.quote(record["output"])
+    lines = [
+        f"{counted(record['vectors'], 'leading vector')} of {inputs} of {matrices}, on {texts}",
+        f"next, for any adapter of this base: streamer mitigate {shlex.quote(base)} ADAPTER -o OUTPUT --map {file}",
+        stood(Path(record["output"]), record["state"]),
+    ]
+    return "\n".join(fit(line, screen.width) for line in lines)
+
+
+def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple[str, str], screen: Screen) -> str:
+    """Format the measured models, the choice, and the command that measures the output, unless it is the unchanged adapter.
+
+    Parameters
+    ----------
+    inputs
+        Base and adapter, as given.
+    """
+    rows, reliable = record["rows"], record["reliable"]
+
+    def percents(name: str) -> list[str]:
+        values = [cast(Mapping[str, Any], row)[name] for row in rows]
+        return ["-" if value is None or not reliable.get(name, True) else f"{100 * value:.1f}%" for value in values]
+
+    columns = [
+        Column("model", [row["name"] + (" *" if row["what"] == record["chosen"] else "") for row in rows], "* was written", 9, left=True),
+        Column("kept", percents("kept"), "share of the learning that it keeps", 8),
+        Column("top-1 kept", percents("top1_kept"), "share of the adapter's gain in top-1 on the task's text that it keeps", 4),
+        Column("KL left", percents("divergence"), "its divergence from the base on general text; 100% is the adapter's", 8),
+        Column("loss left", percents("forgetting"), "the rise of the loss on general text; 100% is the adapter's", 5),
+    ]  # fmt: skip
+    more = "".join(f" {word}" for word in input_options(written))
+    adapter = record.get("lora", inputs[1])
+    words = shlex.join([inputs[0], adapter, "--general", "TEXT", "--task", "TEXT", "-o", "FILE"])
+    what = {
+        "repair": f"--coefficients {shlex.quote(record['fit'])}",
+        "shrink": f"--method shrink --lambda {written['lambda']}",
+        "adapter": "",
+    }[record["chosen"]]
+    then = [f"next, on text that nothing was trained or fitted on: streamer evaluate {words} {what}{more}"]
+    told = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "loss left": reliable["forgetting"]}
+    why = dict.fromkeys(told, "the adapter's change is too small to measure on this text; more text may help")
+    if rows[0]["top1_kept"] is None:
+        why["top-1 kept"] = "the fit is of an earlier version, which did not measure it"
+    none = "the findings have no intruder: scaling them changes nothing, and was not measured"
+    converted = f"converted first: {adapter} is {inputs[1]} as a LoRA adapter, and was repaired in its place"
+    page = (
+        f"a page with these figures: streamer report {shlex.join([record['output'], '-o', record['output'] + '.html'])}"
+    )
+    lines = [
+        f"writes {record['why']}",
+        *([none] if record["intruders"] == 0 else []),
+        *(f"{name} is not shown: {why[name]}" for name, fine in told.items() if not fine),
+        *record_lines(written, stood(record["output"], record["state"])),
+        *([converted] if "lora" in record else []),
+        page,
+        *(then if what else []),
+    ]
+    return "\n\n".join([table(columns, screen), "\n".join(fit(line, screen.width) for line in lines)])
+
+
+NEXT = """\
+next: streamer repair BASE ADAPTER --general TEXT --task TEXT -o OUTPUT   makes yours forget less; without text,
+      streamer mitigate BASE ADAPTER --method shrink --lambda 0.75 -o OUTPUT   does"""
+
+
+def demo_table(result: DemoRecord, screen: Screen = NO_LIMIT) -> str:
+    """Format the demo's result for people."""
+
+    def number(x: float | None) -> str:
+        return "-" if x is None else f"{x:.3f}"
+
+    t, strength, top_k = result["totals"], result["lambda"], DetectionOptions().top_k
+    rows = sorted(result["matrices"], key=lambda r: natural(r["tensor"]))
+    counts: dict[Literal["planted", "found", "gone"], str] = {
+        "planted": "intruders planted in this matrix",
+        "found": f"intruders among the {top_k} largest directions, by `streamer detect`",
+        "gone": f"no longer found in the adapter that `streamer mitigate --method project --lambda {strength:g}` wrote",
+    }
+    columns = [
+        Column("matrix", [r["tensor"] for r in rows], left=True, names=True, foot=f"all {t['matrices']} matrices")
+    ]
+    for key, about in counts.items():
+        columns.append(Column(key, [str(r[key]) for r in rows], about, priority=9, foot=str(t[key])))
+    before = [number(r["sigma_before"]) for r in rows]
+    columns.append(Column("sigma", before, "singular value of the largest one; the base's own largest is 1", 3))
+    if t["left"]:
+        after = [number(r["sigma_after"]) for r in rows]
+        columns.append(
+            Column("sigma left", after, "singular value of the largest one found in the new adapter; `-` if none", 5)
+        )
+    told = (
+        f"{t['planted']} planted, {t['found']} found, {t['gone']} gone, {t['left']} left; lambda {strength:g}: that share of the adapter's "
+        "part of an intruder is kept"
+    )
+    return "\n\n".join((table(columns, screen), fit(told, screen.width), fit(NEXT, screen.width, 6)))
+
+
+def report_text(report: Report, where: str, screen: Screen) -> str:
+    """Format a report's subject, with an evaluation if given, and state what was written or what to do next."""
+    one, parts = report.one, [_adapters(report, screen) if report.one is None else _one(report.one, where, screen)]
+    if report.written is not None:
+        files = report.written.files
+        last = f"{stood(report.output, report.written.state)}: {counted(len(files), 'file')}, {format_size(sum(files.values()))}"
+        parts.append(fit(last, screen.width))
+    if one is not None and one.record is None and one.evaluation is None:
+        parts.append(next_step(one.found, where, screen))
+    return "\n\n".join(parts)
+
+
+def _one(subject: Subject, where: str, screen: Screen) -> str:
+    if subject.record is not None:
+        return record_table({**subject.record, "state": "read"}, where, screen)
+    if subject.findings is None:
+        assert subject.evaluation is not None
+        return evaluation_table(subject.evaluation, Names(output=shlex.quote(where)), screen)
+    text = findings_table(subject.findings, screen)
+    if subject.evaluation is None:
+        return text
+    return f"{text}\n\n{evaluation_table(subject.evaluation, Names(findings=shlex.quote(where)), screen)}"
+
+
+def _adapters(report: Report, screen: Screen) -> str:
+    """Format one line for each adapter, with its totals."""
+    found, energies = report.several or {}, report.energies()
+    columns = [
+        Column("adapter", list(found), "name of its findings file", left=True, names=True),
+        Column("matrices", [str(len(f)) for f in found.values()], "matrices that it changes", priority=3),
+        Column("intruders", [str(f.intruders) for f in found.values()], "intruders in all matrices", priority=9),
+        Column("in", [str(sum(bool(m.detection.intruders) for m in f)) for f in found.values()], "matrices with intruders", priority=2),
+        Column("|delta|", [f"{math.sqrt(energy):#.4g}" for energy, _ in energies], "Frobenius norm of the delta", priority=4),
+        Column("energy", [f"{100 * share:.1f}%" for _, share in energies], "the intruders' share of |delta|^2", priority=8),
+        Column("lost", [f"{100 * max((m.detection.dropped_at_zero for m in f), default=0.0):.1f}%" for f in found.values()],
+               "largest share of a matrix's delta lost in projection by `mitigate --lambda 0 --method paper`", priority=5),
+        Column("certified", [str(sum(m.detection.certified for m in f)) for f in found.values()], "matrices with proven decisions", 6),
+    ]  # fmt: skip
+    return table(columns, screen)

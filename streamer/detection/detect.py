@@ -9,20 +9,29 @@ from pathlib import Path
 
 import torch
 
-from streamer.detection.detection_memory import detection_estimates, kept_bytes
 from streamer.detection.findings import Findings, load_findings
-from streamer.detection.findings_file import FindingsHead, remove_leftovers
-from streamer.detection.findings_size import FindingsSize, check_findings_space, findings_bytes
-from streamer.detection.findings_writer import FindingsWriter, inspect_findings_output, interrupted_run, journal_head
-from streamer.detection.matrices import detect_in_turn
-from streamer.detection.matrix_finding import MatrixFinding
+from streamer.detection.findings_file import FindingsHead, MatrixFinding, remove_leftovers
+from streamer.detection.findings_writer import (
+    FindingsSize,
+    FindingsWriter,
+    check_findings_space,
+    findings_bytes,
+    inspect_findings_output,
+    interrupted_run,
+    journal_head,
+)
+from streamer.detection.matrices import (
+    Work,
+    detect_in_turn,
+    detect_on_workers,
+    detection_estimates,
+    inputs_of,
+    kept_bytes,
+)
 from streamer.detection.options import DetectionOptions, Run
-from streamer.detection.work import Work
-from streamer.detection.workers import detect_on_workers, inputs_of
 from streamer.errors import OutputExistsError
 from streamer.events import Event
-from streamer.plan.batch import AdapterBatch, Assignment
-from streamer.plan.memory_estimate import check_budget, resident_bytes
+from streamer.plan.batch import AdapterBatch, Assignment, check_budget, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.storage.files import make_directory
 from streamer.storage.output_checks import touch

@@ -1,41 +1,241 @@
-"""Define the findings: the result of detection for each matrix, with the base, adapter and options that determined it.
+"""Recognise findings for a base other than the adapter's: its directions then look like random vectors.
+
+Let u be a random unit vector of R^m, and u⁰_1 … u⁰_p orthonormal. Each ⟨u, u⁰_i⟩² has the distribution Beta(1/2, (m − 1)/2). By the union
+bound, max_i |⟨u, u⁰_i⟩|, which is near √(2 ln p / m), is at most `random_overlap` with a probability of at least 1 − `ALPHA`.
+After training, most directions of a delta are closer than that to some singular vector of its own base.
+
+Present findings: matrices by name or pattern, a short text, an HTML table, data frames.
+
+Define the findings: the result of detection for each matrix, with the base, adapter and options that determined it.
 
 On disk they are one safetensors file; `findings_file` describes its layout. While detection runs, a journal beside the file holds a record
 for each matrix; a record is itself a safetensors file of the matrix's tensors, and the end of the run combines them.
+
+Identify a matrix of a base and an adapter's module by their values, independently of location and dtype.
+
+The same model may be in files and in memory, its tensors under other names, in shards or on devices, and in a wider dtype than stored.
+Findings for one apply to the other if every matrix has the same fingerprint.
 """
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import hashlib
+import html
+import importlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
-from streamer.detection.findings_file import SCHEMA, FindingsHead, read_findings, save_findings_file
-from streamer.detection.findings_records import FindingsRecord, TotalsRecord
-from streamer.detection.findings_view import (
-    findings_frame,
-    findings_html,
-    findings_text,
-    index_of,
-    indices_of,
-    is_pattern,
-    summary_lines,
-)
-from streamer.detection.matrix_finding import MatrixFinding
-from streamer.detection.options import DetectionOptions
-from streamer.detection.random_overlaps import ANOTHER_BASE, look_random
-from streamer.errors import MismatchError, UnknownNameError
+import torch
+from scipy.special import betaincinv
+from torch import Tensor
+
+from streamer.adapters.modules import LoraModule, MethodModule, values_of
+from streamer.detection.findings_file import SCHEMA, FindingsHead, MatrixFinding, read_findings, save_findings_file
+from streamer.detection.options import DetectionOptions, FindingsRecord, MatrixRecord, TotalsRecord
+from streamer.errors import MismatchError, MissingPackageError, UnknownNameError, UsageError, printable
+from streamer.plan.plan import Plan
 from streamer.plan.sources import AdapterSource, BaseSource
-from streamer.storage.identities import AdapterIdentity, BaseIdentity, difference
+from streamer.plan.targets import Target
+from streamer.storage.files import AdapterIdentity, BaseIdentity, difference
 from streamer.storage.tensor_file import TensorFile
-from streamer.weights.dtypes import as_bytes
+from streamer.units import counted, format_size, listed
+from streamer.weights.base import StoredTensor, Weight, as_bytes
 
 if TYPE_CHECKING:
     import pandas
+
+
+ANOTHER_BASE = (
+    "this looks like another base: in most matrices the leading direction is no closer to it than a random vector; check that the adapter "
+    "was trained on this base (one that was trained at far too high a rate can look the same)"
+)
+
+ALPHA = 0.01
+"""Largest share of random vectors that are closer to the base than `random_overlap`."""
+
+# Share of matrices that satisfy `_is_random`, for adapters that PEFT trained on a Llama of width 128 and 288, and on MiniLM:
+#   their own base, or that trained further      0.00 … 0.25
+#   their own base, at a rate that destroys it   0.54
+#   the base of another seed                     0.88 … 1.00   with three to six intruders per matrix
+#   the base of another seed                     0.36 … 0.57   with two or three: it is not recognised
+# A planted direction is random on any base: adapters with one per matrix score 0, because `_is_random` needs two intruders.
+MOST = 2 / 3
+"""Least share of matrices for findings to look like another base's."""
+
+LEAST_MATRICES = 8
+"""Least number of matrices that can be judged: a few may look random by chance."""
+
+NARROW = 0.7
+"""Matrices whose random overlap is above this share of epsilon show nothing: in few dimensions any intruder looks random."""
+
+
+def random_overlap(shape: tuple[int, int]) -> float:
+    """Bound the largest overlap of a random unit vector with the left singular vectors of an (m, n) matrix; see `ALPHA`.
+
+    >>> round(random_overlap((4096, 4096)), 3), round((2 * math.log(4096) / 4096) ** 0.5, 3)
+    (0.074, 0.064)
+    """
+    m, p = shape[0], min(shape)
+    return math.sqrt(betaincinv(0.5, (m - 1) / 2, 1 - ALPHA / p)) if m > 1 else 1.0
+
+
+def look_random(matrices: Sequence[MatrixFinding], epsilon: float) -> bool | None:
+    """Test whether the leading directions of most matrices are intruders no closer to the base than random vectors; None if too few."""
+    judged = [m for m in matrices if random_overlap(m.shape) <= NARROW * epsilon]
+    return sum(map(_is_random, judged)) >= MOST * len(judged) if len(judged) >= LEAST_MATRICES else None
+
+
+def _is_random(m: MatrixFinding) -> bool:
+    """Test whether the leading direction is one of several intruders and not proven closer to the base than a random vector."""
+    d = m.detection
+    return len(d.intruders) >= 2 and d.intruders[0] == 0 and d.similarity_low[0] <= random_overlap(m.shape)
+
+
+SHOWN = 10
+"""Number of matrices in the HTML table."""
+
+Names = Sequence[tuple[str, str]]
+"""The names of each matrix: the base tensor's and the adapter module's."""
+
+
+def is_pattern(key: str) -> bool:
+    """Test whether a key is a pattern; ``[3]`` alone is an expert's number."""
+    return "*" in key or "?" in key or re.search(r"\[(?!\d+\])", key) is not None
+
+
+def index_of(names: Names, key: str) -> int:
+    """Find one matrix by its tensor's name, its module's name, or an end of either that no other matrix shares.
+
+    Raises
+    ------
+    UnknownNameError
+        If no matrix or several match.
+    """
+    for fits in (
+        [i for i, pair in enumerate(names) if key in pair],
+        [i for i, pair in enumerate(names) if any(name.endswith(f".{key}") for name in pair)],
+    ):
+        if len(fits) == 1:
+            return fits[0]
+        if fits:
+            found = listed(names[i][0] for i in fits)
+            raise UnknownNameError(
+                f"findings: {key!r} fits {len(fits)} matrices: {found}; use a longer name, or '*{key}*' for all"
+            )
+    close = difflib.get_close_matches(key, [name for pair in names for name in pair], 1, 0.5)
+    near = f"did you mean {close[0]!r}?" if close else f"there are {listed((t for t, _ in names), 2)}"
+    raise UnknownNameError(f"findings: no matrix is called {key!r}; {near}")
+
+
+def indices_of(names: Names, pattern: str) -> list[int]:
+    """Find the matrices whose tensor or module matches a pattern, with ``*``, ``?`` and ``[…]`` as in file names.
+
+    Raises
+    ------
+    UnknownNameError
+        If no matrix matches.
+    """
+    literal = re.sub(r"\[(\d+)\]", r"[[]\1]", pattern)  # expert numbers have this form
+    fits = [re.compile(fnmatch.translate(p)).match for p in dict.fromkeys((pattern, literal))]
+    found = [i for i, pair in enumerate(names) if any(fit(name) for fit in fits for name in pair)]
+    if not found:
+        there = listed((t for t, _ in names), 2)
+        raise UnknownNameError(f"findings: no matrix fits {pattern!r}; there are {there}")
+    return found
+
+
+def summary_lines(tree: FindingsRecord) -> list[str]:
+    """Summarise in three lines the result, the options and the inputs."""
+    t, o, matrices = tree["totals"], tree["options"], tree["matrices"]
+    with_any = sum(bool(m["intruders"]) for m in matrices)
+    files = tree["base"].get("files", [])
+    size = format_size(sum(f["bytes"] for f in files))
+    base = f"{listed((f['file'] for f in files), 1)} ({size})" if files else "unknown"
+    trained_on = tree["adapter"].get("base_model_name_or_path")
+    names = " … ".join(dict.fromkeys(m["tensor"] for m in (*matrices[:1], *matrices[-1:])))
+    lines = [
+        f"{counted(t['intruders'], 'intruder')} in {with_any} of {counted(len(matrices), 'matrix')}, {t['certified']} certified; "
+        f"top_k={o['top_k']}, threshold_epsilon={o['threshold_epsilon']}, solver={o['solver']}",
+        f"base {base}" + (f", adapter trained on {trained_on!r}" if trained_on else ""),
+        names or "no matrices",
+    ]
+    return [printable(line) for line in lines]
+
+
+HEAD = ("matrix", "shape", "intruders", "ranks (1 = largest)", "least similarity", "σ₁", "‖Δ‖", "energy", "certified")
+
+
+def _cells(m: MatrixRecord) -> tuple[str, ...]:
+    """Format a matrix as one cell for each entry of `HEAD`."""
+    return (printable(m["tensor"]), "×".join(map(str, m["shape"])), str(len(m["intruders"])),
+            " ".join(str(j + 1) for j in m["intruders"]), f"{min(m['similarity']):.3f}", f"{m['singular_values'][0]:.4g}",
+            f"{m['delta_norm']:.4g}", f"{m['intruder_energy']:.1%}", "yes" if m["certified"] else "no")  # fmt: skip
+
+
+def findings_text(tree: FindingsRecord) -> str:
+    """Format all matrices as a text table of any width, followed by a summary."""
+    rows = [HEAD, *map(_cells, tree["matrices"])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, "", *summary_lines(tree)[:2]])
+
+
+def findings_html(tree: FindingsRecord) -> str:
+    """Format the matrices with the most intruders as a small HTML table for notebooks."""
+    most = sorted(tree["matrices"], key=lambda m: (-len(m["intruders"]), -m["intruder_energy"]))[:SHOWN]
+    rows = [_cells(m) for m in most]
+    left = len(tree["matrices"]) - len(most)
+    more = f"<p>and {counted(left, 'matrix')} more, with no more intruders than these</p>" if left else ""
+    caption = "<br>".join(map(html.escape, summary_lines(tree)[:2]))
+    cells = "".join(f"<th>{html.escape(h)}</th>" for h in HEAD)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><caption>{caption}</caption><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>{more}"
+
+
+def findings_frame(tree: FindingsRecord, by: Literal["matrix", "direction"]) -> pandas.DataFrame:
+    """Make a data frame of the figures, with one row for each matrix or each leading direction."""
+    if by not in ("matrix", "direction"):
+        raise UsageError(f"by: expected 'matrix' or 'direction', found {by!r}")
+    try:
+        library = importlib.import_module("pandas")
+    except ImportError:
+        raise MissingPackageError(
+            "to_pandas: needs pandas, which is not installed; pip install 'intruder-streamer[pandas]'", "pandas"
+        ) from None
+    rows = [row for m in tree["matrices"] for row in ([_matrix_row(m)] if by == "matrix" else _direction_rows(m))]
+    return library.DataFrame(rows)
+
+
+def _matrix_row(m: MatrixRecord) -> dict[str, Any]:
+    own = {key: value for key, value in m.items() if not isinstance(value, list)}
+    return {
+        "tensor": own.pop("tensor"),
+        "module": own.pop("module"),
+        "rows": m["shape"][0],
+        "columns": m["shape"][1],
+        "intruder_count": len(m["intruders"]),
+        "intruders": tuple(m["intruders"]),
+        "least_similarity": min(m["similarity"]),
+        "largest_singular_value": m["singular_values"][0],
+        **own,
+    }
+
+
+def _direction_rows(m: MatrixRecord) -> list[dict[str, Any]]:
+    keys = ("singular_values", "similarity", "similarity_low", "similarity_high")
+    return [
+        {"tensor": m["tensor"], "module": m["module"], "direction": j, "singular_value": value, "similarity": similarity,
+         "similarity_low": low, "similarity_high": high, "intruder": j in m["intruders"], "degenerate": j in m["degenerate"]}
+        for j, (value, similarity, low, high) in enumerate(zip(*(m[key] for key in keys), strict=True))  # type: ignore[literal-required]  # all four are keys of a record
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)
@@ -290,3 +490,111 @@ def load_findings(path: str | Path) -> Findings:
         If it is not a findings file, or is damaged or incomplete.
     """
     return Findings.of(*read_findings(Path(path)))
+
+
+SAMPLED = 32
+"""Number of evenly spaced rows and columns of the base's matrix whose crossings are hashed."""
+
+_NOT_OF_DELTA = {"inference_mode"}
+"""Numbers and flags of an adapter's config that do not affect its delta."""
+
+
+def fingerprint(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor] | None = None,
+                weight: Weight | None = None) -> str | None:  # fmt: skip
+    """Hash (SHA-256, hex) the values that determine the findings for a matrix, all as float64.
+
+    These are its shape, a sample of W0, and the module's scaling and whole tensors. This is not a checksum of W0: a change outside the
+    sample goes unnoticed.
+
+    Parameters
+    ----------
+    tensors, weight
+        The module's tensors and the matrix's weight, if already read.
+
+    Returns
+    -------
+    str or None
+        None for a fine-tuned model used as an adapter, which is compared by its files.
+    """
+    if plan.adapter.describes_model:
+        return None
+    module = target.module
+    digest = hashlib.sha256(json.dumps([list(module.shape), float(module.scaling).hex()]).encode())
+    _update(digest, _sample(weight or plan.weights[target.tensor], target.transposed))
+    for name, values in _module_values(tensors or plan.adapter.tensors, target):
+        digest.update(name.encode())
+        _update(digest, values.double())
+    return digest.hexdigest()
+
+
+def lacking(where: str, missing: int, count: int, first: str) -> MismatchError:
+    """Make the error for findings that lack matrices of an adapter."""
+    return MismatchError(
+        f"{where}: has no findings on {missing} of {count} matrices, {first} first; pass those on all matrices, or run detect again"
+    )
+
+
+def matched_findings(plan: Plan, findings: Findings, where: str) -> Findings:
+    """Change the names and identities in findings to another location of the same model, in files or in memory.
+
+    Matrices are matched by the adapter's modules; equal fingerprints prove that they are the same.
+
+    Raises
+    ------
+    MismatchError
+        If the findings are for another base or adapter, or do not say.
+    """
+    by_module = {m.module: m for m in findings}
+    without = [t.module.name for t in plan.targets if t.module.name not in by_module]
+    if without:
+        raise lacking(where, len(without), len(plan.targets), f"module {without[0]!r}")
+    matrices = []
+    for target in plan.targets:
+        found = by_module[target.module.name]
+        mine = fingerprint(plan, target)
+        if found.fingerprint is None or mine is None:
+            raise MismatchError(
+                f"{where}: does not say by which values {found.tensor!r} was judged (findings on a fine-tuned model do not), so they "
+                "may differ from the values here; run detect again"
+            )
+        if found.fingerprint != mine:
+            raise MismatchError(
+                f"{where}: {found.tensor!r} was judged with other values than {plan.base.path} and {plan.adapter.path} have; run "
+                "detect again on these (a model that was loaded in a narrower dtype than its files has other values)"
+            )
+        matrices.append(replace(found, tensor=target.tensor))
+    return replace(findings, base=plan.base_identity, adapter=plan.adapter_identity, matrices=tuple(matrices))
+
+
+def _update(digest: hashlib._Hash, values: Tensor) -> None:
+    digest.update(values.contiguous().cpu().numpy().data)
+
+
+def _spaced(n: int) -> list[int]:
+    """Choose up to `SAMPLED` of n indices, evenly spaced, including the first and the last."""
+    count = min(n, SAMPLED)
+    return [i * (n - 1) // max(1, count - 1) for i in range(count)]
+
+
+def _sample(weight: Weight, transposed: bool) -> Tensor:
+    """Read the crossings of some rows and columns of the matrix (out, in), in float64."""
+    source, (m, n) = weight.at_hand(), weight.matrix
+    columns = torch.tensor(_spaced(n))
+    rows = torch.stack([source.rows(i, i + 1)[0, columns].double() for i in _spaced(m)])
+    return rows.T if transposed else rows
+
+
+def _module_values(tensors: Mapping[str, StoredTensor], target: Target) -> Iterator[tuple[str, Tensor]]:
+    """Yield a module's tensors by their roles; for a method other than LoRA also the numbers in its config."""
+    module = target.module
+    if isinstance(module, LoraModule):
+        slices = (*module.expert_slices, ())
+        for role, name, index in zip(("A", "B", "magnitude"), module.tensor_names, slices, strict=False):
+            yield role, values_of(tensors[name], index)
+        return
+    assert isinstance(module, MethodModule)
+    for role in sorted(module.tensors):
+        yield role, values_of(module.stored(tensors[module.tensors[role]]))
+    numbers = {k: float(v) for k, v in module.config.values.items() if isinstance(v, int | float)}
+    for key in sorted(numbers.keys() - _NOT_OF_DELTA):
+        yield key, torch.tensor(numbers[key])

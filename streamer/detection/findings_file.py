@@ -1,4 +1,6 @@
-"""Lay out, read and write a findings file, and name its journal and lock.
+"""Define the finding for one matrix: decisions and factors, as JSON values and arrays.
+
+Lay out, read and write a findings file, and name its journal and lock.
 
 Findings are stored as one safetensors file. For the base tensor ``T`` it holds the intruders' triplets ``T/U`` (m, q), ``T/S`` (q,) and
 ``T/Vh`` (q, n); ``T/singular_values``, ``T/similarity``, ``T/similarity_low``, ``T/similarity_high``, ``T/base_singular_values`` (k,)
@@ -11,6 +13,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Final, NamedTuple, cast, get_args, get_origin, get_type_hints
@@ -18,21 +21,15 @@ from typing import Any, Final, NamedTuple, cast, get_args, get_origin, get_type_
 import torch
 from torch import Tensor
 
-from streamer.detection.findings_records import MatrixFigures
 from streamer.detection.intruders import Detection
-from streamer.detection.matrix_finding import ARRAYS, DECISIONS, NUMBERS, MatrixFinding
-from streamer.detection.options import DetectionOptions
-from streamer.detection.stamps import STAMP, detection_record, stamp
+from streamer.detection.options import STAMP, DetectionOptions, MatrixFigures, MatrixRecord, detection_record, stamp
 from streamer.errors import FormatError, InputError, OutputExistsError, UsageError
 from streamer.linalg.operators import all_finite
 from streamer.plan.plan import Plan
 from streamer.plan.sources import NameSource, in_short
-from streamer.storage.atomic_file import partial_name, remove_partials
-from streamer.storage.buffers import Buffer
-from streamer.storage.files import make_directory
+from streamer.storage.atomic_file import Buffer, ShardPlan, partial_name, plan_shard, remove_partials, write_sealed
+from streamer.storage.files import AdapterIdentity, BaseIdentity, check_identities, locked, make_directory
 from streamer.storage.header import DIGEST, NO_DIGEST, TensorInfo
-from streamer.storage.identities import AdapterIdentity, BaseIdentity, check_identities
-from streamer.storage.lock import locked
 from streamer.storage.output_checks import (
     check_name,
     check_output_path,
@@ -42,9 +39,75 @@ from streamer.storage.output_checks import (
     refuse_no_file,
     refuse_symlink,
 )
-from streamer.storage.shard_writer import ShardPlan, plan_shard, write_sealed
 from streamer.storage.tensor_file import TensorFile
-from streamer.weights.dtypes import TORCH_DTYPES, as_bytes, as_tensor
+from streamer.weights.base import TORCH_DTYPES, as_bytes, as_tensor
+
+FACTORS = ("U", "S", "Vh")
+NUMBERS = ("singular_values", "similarity", "similarity_low", "similarity_high", "base_singular_values")
+ARRAYS = (*FACTORS, *NUMBERS, "intruders")
+"""The arrays of a matrix, in file order."""
+
+DECISIONS = tuple(key for key in get_type_hints(MatrixFigures) if key in Detection.__dataclass_fields__)
+"""Figures that belong to the detection; the others belong to the finding."""
+
+
+@dataclass(frozen=True, repr=False)
+class MatrixFinding:
+    """Finding for one matrix.
+
+    Attributes
+    ----------
+    tensor, module
+        Its name in the base and in the adapter.
+    shape
+        (out, in), independent of the order on disk.
+    dtype
+        The base tensor's dtype, spelled as in the safetensors format.
+    rank, scale
+        The adapter's rank and scale for this module.
+    detection
+        Decisions and factors. From a file, the factors are read through a memory map when they are used.
+    seconds
+        Time that detection took; None if read from a file, which stores no times.
+    transposed
+        Whether the base stores (in, out), as embeddings and Conv1D layers do; the output side is still judged.
+    fingerprint
+        Digest of the values behind the decisions (see `fingerprints.fingerprint`); None for a fine-tuned model.
+    """
+
+    tensor: str
+    module: str
+    shape: tuple[int, int]
+    dtype: str
+    rank: int
+    scale: float
+    detection: Detection
+    seconds: float | None = field(default=None, compare=False)
+    transposed: bool = False
+    fingerprint: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<MatrixFinding {self.tensor} {'x'.join(map(str, self.shape))}: {self.detection.summary()}>"
+
+    def figures(self) -> MatrixFigures:
+        """Return everything except the arrays, as JSON values."""
+        own = {"tensor": self.tensor, "module": self.module, "shape": list(self.shape), "dtype": self.dtype,
+               "rank": self.rank, "scale": self.scale, "transposed": self.transposed,
+               "fingerprint": self.fingerprint}  # fmt: skip
+        return cast("MatrixFigures", own | {name: getattr(self.detection, name) for name in DECISIONS})
+
+    def record(self) -> MatrixRecord:
+        """Return everything except the vectors, as JSON values: a matrix in `streamer report --json`."""
+        d = self.detection
+        numbers = {name: list(getattr(d, name)) for name in (*NUMBERS, "intruders", "degenerate")}
+        return cast("MatrixRecord", {**self.figures(), **numbers, "seconds": self.seconds})
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Return the arrays by key, in file order."""
+        d = self.detection
+        numbers = {name: torch.tensor(getattr(d, name), dtype=torch.float64) for name in NUMBERS}
+        return {"U": d.U, "S": d.S, "Vh": d.Vh, **numbers, "intruders": torch.tensor(d.intruders, dtype=torch.int64)}
+
 
 SCHEMA: Final = "streamer.findings/1"
 

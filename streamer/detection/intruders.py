@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamer.detection.cost import chosen_solver
 from streamer.detection.options import DetectionOptions
-from streamer.detection.selection import Selection
-from streamer.detection.solvers import SOLVERS
+from streamer.detection.solvers import SOLVERS, chosen_solver
 from streamer.errors import NumericError
+from streamer.json_types import Selection
 from streamer.linalg.operators import Delta, Matrix, all_finite
 from streamer.linalg.svd import DEGENERATE
 from streamer.linalg.torch_state import full_float32

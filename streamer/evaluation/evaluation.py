@@ -13,21 +13,24 @@ from typing import Any, Final, cast
 import numpy as np
 
 from streamer.errors import FormatError, UnknownNameError
-from streamer.evaluation.evaluation_records import (
-    EvaluationFacts,
-    EvaluationRecord,
-    SuggestionRecord,
-    VariantRecord,
-)
+from streamer.evaluation.losses import EvaluationFacts, EvaluationRecord, SuggestionRecord, VariantLosses, VariantRecord
 from streamer.evaluation.suggestion import Suggestion, Trade
-from streamer.evaluation.variant_losses import VariantLosses
 from streamer.evaluation.view import table_text, verdict
-from streamer.measuring.divergences import from_record, to_record
+from streamer.measuring.result_file import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.measuring.sequences import GENERAL, TASK
-from streamer.measuring.statistics import ANSWERS, MEASURES, MOST_LOSS, QUANTILES, SINCE, SequenceSums, defined, flat
-from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
-from streamer.storage.files import open_regular
-from streamer.storage.strict_json import strict_json
+from streamer.measuring.statistics import (
+    ANSWERS,
+    MEASURES,
+    MOST_LOSS,
+    QUANTILES,
+    SINCE,
+    SequenceSums,
+    defined,
+    flat,
+    from_record,
+    to_record,
+)
+from streamer.storage.files import open_regular, strict_json
 from streamer.units import listed, quoted
 
 SCHEMA: Final = "streamer.evaluation/1"

@@ -1,4 +1,8 @@
-"""Fit right factors to the inputs of modules, and write them to a file.
+"""Run layers on workers, which make the same model from the inputs' addresses; share the memory with them.
+
+Divide the texts whose inputs are collected into groups of sequences, which take turns, and count the multiplications of a fit.
+
+Fit right factors to the inputs of modules, and write them to a file.
 
 One pass collects inputs and solves for a grid of weights, whose results are measured; each share is interpolated between them. Then, at
 each share's weight, the model runs again, and each layer's factors are fitted to the inputs that the preceding layers produce with their
@@ -7,43 +11,266 @@ new factors. A killed run repeats the collecting and correcting passes, which gi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from streamer.detection.matrices import choose_device, inputs_of
+from streamer.detection.options import Run
 from streamer.errors import UnsupportedError
-from streamer.fitting.groups import advance, expected_costs, groups_of
-from streamer.fitting.options import WEIGHTS
-from streamer.fitting.points import Point, factors_of, replaced, scaled, spooled, through
-from streamer.fitting.prepare import PreparedFit
-from streamer.fitting.result import SHRINKS, adapter_facts, doubts, misses, scaling_facts, set_facts
-from streamer.fitting.tasks import layers_on_workers
-from streamer.linalg.feedback import InputPair, WeightDelta, corrected
-from streamer.linalg.regmean import RIDGE, answers
-from streamer.linalg.second_moments import Moments, RowMoments
-from streamer.measuring.passes import measure_variants, needs_one_length
-from streamer.measuring.progress import RunProgress
-from streamer.measuring.result_file import Records, ResultFile, computing, stands
-from streamer.measuring.sequences import GENERAL, TASK
+from streamer.events import Monitor
+from streamer.fitting.prepare import CORRECTIONS, ROWS, WEIGHTS, PreparedFit, columns_of_inputs
+from streamer.fitting.result import (
+    SHRINKS,
+    Point,
+    adapter_facts,
+    doubts,
+    factors_of,
+    misses,
+    replaced,
+    scaled,
+    scaling_facts,
+    set_facts,
+    spooled,
+    through,
+)
+from streamer.linalg.moments import Moments, RowMoments, sketch_size
+from streamer.linalg.regmean import RIDGE, InputPair, WeightDelta, answers, corrected, is_direct
+from streamer.measuring.passes import RunProgress, measure_variants, needs_one_length, pass_cost
+from streamer.measuring.result_file import ADAPTER_ROW, BASE_ROW, Records, ResultFile, computing, stands
+from streamer.measuring.sequences import GENERAL, TASK, TextSequences
 from streamer.measuring.statistics import SequenceSums
-from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW
+from streamer.measuring.task import TRANSFORMERS_BYTES, kept_model, parts
 from streamer.methods import UNCHANGED, RegMean, Shrink
 from streamer.methods.fits import FIT, Coefficients, FactorSet, load_coefficients
-from streamer.plan.memory_estimate import check_budget
+from streamer.plan.batch import AdapterBatch, MemoryEstimate, check_budget
 from streamer.plan.targets import Target
-from streamer.storage.system import limit_freed_memory
+from streamer.storage.files import limit_freed_memory
 from streamer.streaming.corrected import CorrectedModel
+from streamer.streaming.inputs import BaseInputModel, CollectingModel
+from streamer.streaming.model import ModelSize
+from streamer.streaming.run_time import (
+    GENERAL_AS,
+    GENERAL_CORRECTED,
+    TASK_AS,
+    TASK_CORRECTED,
+    Elsewhere,
+    Group,
+    LayerResult,
+    LayerRun,
+)
 from streamer.streaming.spool import Spool, Spooled
-from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED
-from streamer.streaming.values import VariantSet
-from streamer.streaming.variants import ADAPTER, BASE, Variant
+from streamer.streaming.values import ADAPTER, BASE, Variant, VariantSet
 from streamer.units import counted, listed
-from streamer.workers.engine import kept
+from streamer.workers import Packed, Task, kept
+
+_models: dict[Any, CollectingModel] = {}
+
+
+@dataclass(frozen=True)
+class LayerTask(Task[Packed[LayerResult | None]]):
+    """A layer of a model, with an adapter or of the base alone, on some sequences.
+
+    Attributes
+    ----------
+    rounds_products, device
+        See `VariantSet`; the device is given by name.
+    """
+
+    rounds_products: bool
+    device: str
+    layer: str
+    run: Packed[LayerRun]
+
+    @property
+    def name(self) -> str:
+        """Name the layer."""
+        return self.layer
+
+    def do(self, batch: AdapterBatch, monitor: Monitor) -> Packed[LayerResult | None]:
+        """Run the layer on a model that the process keeps for later layers; check that no input changed."""
+        (plan,) = batch.plans
+        kind = CorrectedModel if plan.targets else BaseInputModel
+
+        def make() -> CollectingModel:
+            return kind(plan, rounds_products=self.rounds_products, device=choose_device(self.device))
+
+        with kept_model(_models, (kind, self.rounds_products, self.device), plan, make) as model:
+            result = Packed(model.run_layer(self.run.value))
+            plan.check_unchanged()
+        return result
+
+
+def layers_on_workers(job: VariantSet, run: Run, threads: int) -> Elsewhere | None:
+    """Return a function that runs layers on workers; None if there are no workers."""
+    workers = run.workers
+    if workers is None:
+        return None
+    inputs = inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run)
+    common = inputs, threads, job.rounds_products, str(job.device)
+
+    def elsewhere(runs: Mapping[int, LayerRun]) -> Iterator[tuple[int, LayerResult | None]]:
+        tasks = {number: LayerTask(*common, one.layer, Packed(one)) for number, one in runs.items()}
+        with contextlib.closing(workers.run(tasks, run.monitor, lambda _number: None)) as stream:
+            for number, found in stream:
+                yield number, found.value
+
+    return elsewhere
+
+
+def shared_memory(
+    run: Run, max_memory: int | None, size: ModelSize, tokens: int, need: MemoryEstimate, carried: int = 0
+) -> int | None:
+    """Divide the allowed memory among this process, which solves, and workers that run layers, if any; see `Workers.budget`.
+
+    Parameters
+    ----------
+    tokens
+        Tokens of all texts that run: a layer's inputs exist once more while they are sent to workers.
+    need
+        The largest indivisible step.
+    carried
+        Additional bytes sent with a task.
+    """
+    if run.workers is None:
+        return max_memory
+    carried += 4 * ROWS * size.layer_width
+    own = TRANSFORMERS_BYTES + 4 * tokens * size.hidden + (1 + run.workers.at_once) * carried
+    return run.workers.budget(max_memory, own, [replace(need, nbytes=need.nbytes + 2 * carried)], computes=True)
+
+
+def shared(prepared: PreparedFit) -> PreparedFit:
+    """Divide the allowed memory among this process and its workers, if any; see `Workers.budget`."""
+    carried = 4 * max(len(WEIGHTS), len(prepared.options.keep)) * prepared.right_values
+    size, tokens = prepared.model.size, 2 * prepared.fitted_tokens
+    budget = shared_memory(prepared.run, prepared.max_memory, size, tokens, prepared.least, carried)
+    return replace(prepared, max_memory=budget)
+
+
+RUNS_CORRECTED = 2
+"""Runs of a layer for its correction: up to each of its inputs, and to its end."""
+
+STEPS = 150
+"""Approximate number of conjugate gradient steps to solve by products."""
+
+FLOAT64_COST = 5
+"""Most multiplications in float32 that need the time of one in float64 for moments and their factors."""
+
+CORRECTED = GENERAL_CORRECTED, TASK_CORRECTED
+
+Divided = tuple[TextSequences, int]
+"""Sequences that run together, and their stream: one of `streams`."""
+
+LENGTHS = 32
+"""Most different lengths of a text's sequences while inputs are collected: a group of each length runs in its own thread."""
+
+
+def of_few_lengths(text: TextSequences) -> TextSequences:
+    """Cut the ends of sequences, if necessary, so that they have at most `LENGTHS` lengths: sequences of one length run together.
+
+    It drops the length that costs the fewest tokens, again and again.
+    """
+    counts = Counter(len(ids) for ids in text.ids)
+    while len(counts) > LENGTHS:
+        _, size, below = min((counts[size] * (size - below), size, below) for below, size in pairwise(sorted(counts)))
+        counts[below] += counts.pop(size)
+    kept = sorted(counts)
+    sizes = [kept[bisect_right(kept, len(ids)) - 1] for ids in text.ids]
+    cut = tuple(ids[:n] for ids, n in zip(text.ids, sizes, strict=True))
+    return TextSequences(cut, tuple(c[:n] for c, n in zip(text.counted, sizes, strict=True)), text.name)
+
+
+def divided(prepared: PreparedFit, streams: Mapping[int, str]) -> list[Divided]:
+    """Divide the texts of each stream into groups of one length."""
+    found: list[Divided] = []
+    for stream, name in streams.items():
+        whole = of_few_lengths(prepared.texts[name].fitted)
+        short = parts(whole, range(len(whole.ids)), prepared.rows_of_inputs, prepared.model.size.short, True)
+        found += [(whole.take(rows), stream) for rows in short]
+    return found
+
+
+def group_costs(prepared: PreparedFit, groups: Sequence[Divided]) -> list[int]:
+    """Count the multiplications of groups that take turns, plus each group's part, by its tokens, of solving between layers."""
+    corrects = any(stream in CORRECTED for _, stream in groups)
+    solving = _solving_cost(prepared, 1 if corrects else len(WEIGHTS))
+    tokens = [len(text.ids) * text.longest for text, _ in groups]
+    runs = [_runs(stream) for _, stream in groups]
+    return [
+        pass_cost(prepared.model.size, text, times, times) + solving * own // sum(tokens)
+        for (text, _), times, own in zip(groups, runs, tokens, strict=True)
+    ]
+
+
+def _solving_cost(prepared: PreparedFit, weights: int) -> int:
+    """Count the multiplications to solve for this many weights; float64 costs up to `FLOAT64_COST` beyond the caches."""
+    tokens, count = prepared.fitted_tokens, 0
+    for n, columns in columns_of_inputs(prepared.plan):
+        if is_direct(n, prepared.matrices_bytes):
+            count += min(FLOAT64_COST, max(1, n // 800)) * (tokens * n * n + weights * n**3 // 3)
+        else:
+            count += 2 * tokens * n * (sketch_size(n) + STEPS * columns * weights)
+    return count
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Multiplications of each expected group whose inputs are collected, and of each pass over the held-out sequences.
+
+    Attributes
+    ----------
+    variants
+        Most models that run in such a pass, including the base.
+    """
+
+    groups: list[int]
+    passes: list[int]
+    variants: int
+
+
+def expected_costs(prepared: PreparedFit) -> Costs:
+    """Count the pass that collects inputs, the corrections, and the passes that measure shrinks, the grid, and each share twice."""
+    count = len(prepared.options.keep)
+    measured = [2 + len(SHRINKS) + len(prepared.scaling), 1 + len(WEIGHTS), *[1 + count] * 2]
+    measured += [2] * (CORRECTIONS + 1) * count
+    before = {GENERAL_AS: GENERAL, TASK_AS: TASK}
+    again = {**before, GENERAL_CORRECTED: GENERAL, TASK_CORRECTED: TASK}
+    once, corrected = (group_costs(prepared, divided(prepared, streams)) for streams in (before, again))
+    passes = [
+        pass_cost(prepared.model.size, prepared.texts[one.text].held_out.take(one.sequences), 1 + len(one.variants))
+        for variants in measured
+        for one in prepared.passes(variants)
+    ]
+    return Costs(once + CORRECTIONS * count * corrected, passes, max(measured))
+
+
+def groups_of(prepared: PreparedFit, progress: RunProgress, streams: Mapping[int, str]) -> list[Group]:
+    """Make the groups of the texts of each stream."""
+    groups = divided(prepared, streams)
+    hooks = progress.readings(group_costs(prepared, groups), [_runs(stream) for _, stream in groups])
+    return [Group(*one, hook) for one, hook in zip(groups, hooks, strict=True)]
+
+
+def advance(prepared: PreparedFit, progress: RunProgress, groups: Sequence[Group]) -> None:
+    """Count groups as done."""
+    for cost in group_costs(prepared, [(group.text, group.stream) for group in groups]):
+        progress.advance(cost)
+
+
+def _runs(stream: int) -> int:
+    """Return the number of runs of each layer."""
+    return RUNS_CORRECTED if stream in CORRECTED else 1
+
 
 ROUNDS = 3
 """Most interpolations that are measured for a share, by a secant rule."""

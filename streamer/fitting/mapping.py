@@ -16,36 +16,28 @@ from torch import Tensor
 
 from streamer.detection.options import Run
 from streamer.errors import UnsupportedError, UsageError
-from streamer.evaluation.options import ProductDtype, check_dtype
-from streamer.fitting.fit_memory import INPUT_COPIES, ROWS, collecting_bytes, states_bytes
-from streamer.fitting.groups import of_few_lengths
-from streamer.fitting.tasks import layers_on_workers, shared_memory
+from streamer.evaluation.losses import ProductDtype, check_dtype
+from streamer.fitting.fit import layers_on_workers, of_few_lengths, shared_memory
+from streamer.fitting.prepare import INPUT_COPIES, ROWS, collecting_bytes, states_bytes
 from streamer.json_types import Count, OutputPath, Sha256, TensorName
 from streamer.json_types import State as Done
-from streamer.linalg.second_moments import MORE, ROUNDS, Moments, OneHotMoments, leading_vectors
-from streamer.measuring.identity import model_facts, with_digest
-from streamer.measuring.pass_memory import parts, rows_within
-from streamer.measuring.progress import RunProgress, pass_cost
-from streamer.measuring.result_file import Records, ResultFile, State, computing, stands
-from streamer.measuring.sequences import TextSequences
+from streamer.linalg.moments import MORE, ROUNDS, Moments, OneHotMoments, leading_vectors
+from streamer.measuring.passes import RunProgress, pass_cost
+from streamer.measuring.result_file import Records, ResultFile, State, computing, model_facts, stands, with_digest
+from streamer.measuring.sequences import TextSequences, tokenizer_directory
+from streamer.measuring.task import parts, rows_within
 from streamer.measuring.texts import read_text, sample_digest
-from streamer.measuring.tokenizer import tokenizer_directory
 from streamer.methods.maps import MAP, VECTORS, InputMap, MappedInput, load_map
-from streamer.plan.base_plan import make_base_plan
-from streamer.plan.batch import AdapterBatch
-from streamer.plan.memory_estimate import MemoryEstimate, resident_bytes
-from streamer.plan.plan import Plan
-from streamer.storage.identities import BaseIdentity
-from streamer.storage.system import limit_freed_memory
-from streamer.streaming.base_inputs import BaseInputModel, BaseMatrix
-from streamer.streaming.extra import require_transformers
-from streamer.streaming.model import StreamingModel
-from streamer.streaming.spooled_inputs import ROWS as ROWS_OF_INPUTS
-from streamer.streaming.streams import GENERAL_AS, Group
-from streamer.streaming.values import VariantSet
-from streamer.streaming.variants import BASE, Variant
+from streamer.plan.batch import AdapterBatch, MemoryEstimate, resident_bytes
+from streamer.plan.plan import Plan, make_base_plan
+from streamer.storage.files import BaseIdentity, limit_freed_memory
+from streamer.streaming.inputs import BaseInputModel, BaseMatrix
+from streamer.streaming.model import StreamingModel, require_transformers
+from streamer.streaming.run_time import GENERAL_AS, Group
+from streamer.streaming.spool import ROWS as ROWS_OF_INPUTS
+from streamer.streaming.values import BASE, Variant, VariantSet
 from streamer.units import counted, listed
-from streamer.workers.engine import kept
+from streamer.workers import kept
 
 COPIES = 4
 """Number of float64 matrices of vectors that exist at once while an input's vectors are computed."""

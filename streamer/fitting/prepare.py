@@ -1,37 +1,198 @@
-"""Open and check a fit's inputs, and describe them."""
+"""Define the options of a fit, and divide its texts into a part for fitting and a held-out part.
+
+Estimate the memory of a fit: of collecting inputs, and of solving between layers.
+
+Open and check a fit's inputs, and describe them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from streamer.adapters.modules import MethodModule
 from streamer.detection.findings import Findings
 from streamer.detection.options import Run
-from streamer.errors import UnsupportedError
-from streamer.fitting.fit_memory import ROWS, collecting_bytes, reading_bytes, solving_bytes, states_bytes, widest_input
-from streamer.fitting.options import ALGORITHM, CORRECTIONS, LEAST, WEIGHTS, Division, FitOptions, divide
+from streamer.errors import FormatError, UnsupportedError, UsageError
+from streamer.evaluation.losses import ProductDtype, check_dtype
+from streamer.evaluation.suggestion import check_keep
+from streamer.linalg import moments, regmean
 from streamer.linalg.regmean import DIRECT_BYTES
-from streamer.measuring.identity import model_facts, with_digest, writable
-from streamer.measuring.model import chooses_keys, read_texts, refuse_new_tokens
-from streamer.measuring.pass_memory import Pass, measured_bytes, pass_bytes, plan_passes, rows_within
-from streamer.measuring.sequences import TextSequences
+from streamer.measuring.result_file import model_facts, with_digest, writable
+from streamer.measuring.sequences import GENERAL, TASK, TextSequences
 from streamer.measuring.statistics import telling
-from streamer.measuring.texts import sample_digest
-from streamer.methods import UNCHANGED, Paper
-from streamer.output.prepare import fitting_findings
-from streamer.plan.batch import AdapterBatch
-from streamer.plan.memory_estimate import MemoryEstimate, resident_bytes
+from streamer.measuring.task import TRANSFORMERS_BYTES, Pass, measured_bytes, pass_bytes, plan_passes, rows_within
+from streamer.measuring.texts import chooses_keys, read_texts, refuse_new_tokens, sample_digest
+from streamer.methods import UNCHANGED, Paper, share_name
+from streamer.output.write import fitting_findings
+from streamer.plan.batch import AdapterBatch, MemoryEstimate, resident_bytes
 from streamer.plan.plan import Plan, make_plan
 from streamer.plan.targets import Target
-from streamer.streaming.extra import require_transformers
-from streamer.streaming.model import StreamingModel
-from streamer.streaming.values import VariantSet
-from streamer.streaming.variants import ADAPTER, BASE, Variant
+from streamer.streaming.model import ModelSize, StreamingModel, require_transformers
+from streamer.streaming.spool import ROWS as ROWS_OF_INPUTS
+from streamer.streaming.values import ADAPTER, BASE, BLOCK_BYTES, Variant, VariantSet
 from streamer.units import counted, listed
+
+LEAST = 2
+"""Least number of sequences in each part of a text."""
+
+WEIGHTS = (0.05, 0.2, 0.6, 2.0, 6.0)
+"""Weights μ of the general text that are measured; Δ' is interpolated between neighbours."""
+
+ALGORITHM = 2
+"""Version of the algorithm: another version gives another fit of the same inputs. Version 2 corrects."""
+
+CORRECTIONS = 2
+"""Most corrections of a share's factors, at two weights."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Options of a fit, all of which affect its result: keywords of `api.fit_coefficients`, which explains them."""
+
+    keep: tuple[float, ...] = (0.9,)
+    holdout: float = 0.25
+    sequences: int = 64
+    length: int = 512
+    seed: int = 0
+    dtype: ProductDtype = "float32"
+
+    def __post_init__(self) -> None:
+        if not self.keep:
+            raise UsageError("keep: expected at least one share, found none")
+        for share in self.keep:
+            check_keep(share)
+            if share_name(share) == "1":
+                raise UsageError(f"keep: {share!r} is the unchanged adapter, which needs no fit; give smaller shares")
+        if len({share_name(share) for share in self.keep}) < len(self.keep):
+            raise UsageError(f"keep: expected shares that differ in six digits, found {list(self.keep)}")
+        if isinstance(self.holdout, bool) or not isinstance(self.holdout, Real) or not 0 < self.holdout < 1:
+            raise UsageError(f"holdout: expected a share between 0 and 1, found {self.holdout!r}")
+        for name, least in (("sequences", 2 * LEAST), ("length", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UsageError(f"{name}: expected a whole number from {least}, found {value!r}")
+        check_dtype(self.dtype)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the options as JSON values, with the method's name in files of version 0.2."""
+        return {**asdict(self), "keep": list(self.keep), "grain": "inputs"}
+
+
+@dataclass(frozen=True)
+class Division:
+    """A text in two parts.
+
+    Attributes
+    ----------
+    whole
+        The whole text.
+    fitted, held_out
+        Sequences used for fitting, and held-out sequences.
+    """
+
+    whole: TextSequences
+    fitted: TextSequences
+    held_out: TextSequences
+
+
+def divide(texts: Mapping[str, TextSequences], paths: Mapping[str, Path], options: FitOptions) -> dict[str, Division]:
+    """Divide the sequences of each text by the seed; texts of the same kind with as many sequences are divided in the same way.
+
+    In running text, consecutive sequences are held out, wrapping around at the end: neighbours usually come from one document, and a fit on
+    one half of a document would look better on the other half than on other text. JSON lines are separate documents and are held out one by
+    one. A repeated sequence is used once: both held out and fitted on, it would look better than other text.
+
+    Parameters
+    ----------
+    paths
+        Paths from which the texts were read.
+
+    Raises
+    ------
+    FormatError
+        If a text has too few different sequences.
+    """
+    out = {}
+    for name in (GENERAL, TASK):
+        text = texts[name]
+        first: dict[bytes, int] = {}
+        for row, ids in enumerate(text.ids):
+            first.setdefault(ids.tobytes(), row)
+        rows, count = np.array(list(first.values())), len(first)
+        if count < 2 * LEAST:
+            raise FormatError(
+                f"{paths[name]}: expected {2 * LEAST} different sequences at least, {LEAST} to fit on and {LEAST} to hold out, found "
+                f"{count}; give more"
+            )
+        held_out = min(count - LEAST, max(LEAST, round(options.holdout * count)))
+        rng = np.random.default_rng(options.seed)
+        documents = paths[name].suffix == ".jsonl"
+        order = rows[rng.permutation(count) if documents else np.roll(np.arange(count), rng.integers(count))]
+        out[name] = Division(text, text.take(sorted(order[held_out:])), text.take(sorted(order[:held_out])))
+    return out
+
+
+ROWS = 1024
+"""Most tokens that run together unless a budget asks for fewer: reading the weights then needs less than a tenth of the time."""
+
+ACTIVATIONS = 3
+"""Values of one layer's activations, for each input or output of its matrices."""
+
+STATES_OF_INPUTS = 2
+"""Values of the model's width that stay for each token of both texts while inputs are collected: embeddings, and a layer's outputs."""
+
+INPUT_COPIES = 4
+"""Copies of inputs that are read together, in float32 units: one in float32, one in float64, and one more while they are joined."""
+
+
+def states_bytes(size: ModelSize, resident: int, tokens: int) -> int:
+    """Estimate the memory between two layers while inputs are collected, for this many tokens of both texts."""
+    return resident + TRANSFORMERS_BYTES + STATES_OF_INPUTS * 4 * tokens * size.hidden
+
+
+def collecting_bytes(size: ModelSize, rows: int, length: int) -> int:
+    """Estimate the additional memory of running a layer on this many tokens together, in sequences of this length."""
+    layer = 4 * rows * (ACTIVATIONS * size.layer_width + 2 * size.attention * length) + 3 * size.layer_factors
+    return layer + 2 * min(BLOCK_BYTES, 4 * size.widest * size.hidden) + size.factors
+
+
+def reading_bytes(plan: Plan) -> int:
+    """Estimate the memory of reading inputs and computing with them."""
+    return INPUT_COPIES * 4 * ROWS_OF_INPUTS * widest_input(plan)
+
+
+def widest_input(plan: Plan) -> int:
+    """Return the number of inputs of the widest matrix that multiplies them."""
+    return max((t.module.shape[1] for t in plan.targets if not t.is_embedding), default=0)
+
+
+def solving_bytes(plan: Plan, memory: int) -> int:
+    """Estimate the memory to solve for factors between two layers, if matrices of moments may use `memory` bytes."""
+    most = 0
+    for n, count in columns_of_inputs(plan):
+        by_products = moments.solving_bytes(n, count, len(WEIGHTS))
+        most = max(most, regmean.matrices_bytes(n) if regmean.is_direct(n, memory) else by_products)
+    return most + reading_bytes(plan)
+
+
+def columns_of_inputs(plan: Plan) -> list[tuple[int, int]]:
+    """List the number of inputs that modules share, and the number of columns of their right factors together."""
+    columns: dict[tuple[str, str, int], int] = {}
+    for target in plan.targets:
+        if not target.is_embedding:  # embeddings look rows up
+            # Modules with as many inputs in one parent module may share them.
+            parent, _, name = target.tensor.removesuffix(".weight").rpartition(".")
+            key = parent, name.partition("[")[2], target.module.shape[1]
+            columns[key] = columns.get(key, 0) + target.module.factor_rank
+    return [(n, count) for (*_, n), count in columns.items()]
+
 
 FEW = 5
 """Least number of held-out sequences; with fewer, a warning: by Student's distribution, a difference then needs over three errors."""

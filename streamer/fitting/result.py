@@ -1,26 +1,117 @@
-"""Report a fit's results: figures of each set on the held-out sequences, beside the shrink that keeps the same share."""
+"""Provide right factors of all matrices for a weight, from a spool, from other factors, or from the adapter itself.
+
+Report a fit's results: figures of each set on the held-out sequences, beside the shrink that keeps the same share.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
+import torch
+from torch import Tensor
+
 from streamer.errors import MismatchError
-from streamer.evaluation.evaluation_records import ReliableRecord, TextFacts, TradeRecord
-from streamer.evaluation.options import ProductDtype
-from streamer.evaluation.shrinks import against_shrink
-from streamer.evaluation.suggestion import Trade, ask_swapped
-from streamer.evaluation.variant_losses import reliable
-from streamer.fitting.points import Point
+from streamer.evaluation.losses import ProductDtype, ReliableRecord, TextFacts, TradeRecord, reliable
+from streamer.evaluation.suggestion import Trade, against_shrink, ask_swapped
 from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
-from streamer.measuring.identity import Configs
+from streamer.linalg.operators import LowRank
+from streamer.measuring.result_file import ADAPTER_ROW, BASE_ROW, Configs, EvaluatedVariant
 from streamer.measuring.statistics import SequenceSums, flat, telling
-from streamer.measuring.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods import RegMean, Shrink, share_name
+from streamer.plan.plan import Plan
 from streamer.plan.sources import AdapterSource, BaseSource
-from streamer.streaming.variants import ADAPTER, BASE, Variant
+from streamer.plan.targets import Target
+from streamer.streaming.spool import Spool, Spooled
+from streamer.streaming.values import ADAPTER, BASE, BLOCK_BYTES, Variant
 from streamer.units import listed
+
+
+def factors_of(plan: Plan, target: Target) -> LowRank:
+    """Read the factors of a delta and check that they are finite."""
+    delta = plan.finite_delta(target)
+    assert isinstance(delta, LowRank)
+    return delta
+
+
+def through(plan: Plan, target: Target, Q: Tensor) -> Tensor:
+    """Compute ``Wᵀ Q`` (n, r) of a target's weight W and Q (m, r), in float64."""
+    weight = plan.weights[target.tensor]
+    out = Q.new_zeros(target.module.shape[1], Q.shape[1])
+    for i, j, rows in weight.blocks(max(1, BLOCK_BYTES // (8 * weight.matrix[1]))):
+        values = rows.to(Q.device).double()
+        if target.transposed:
+            out[i:j] = values @ Q
+        else:
+            out.addmm_(values.T, Q[i:j])
+    return out
+
+
+@dataclass(frozen=True)
+class Point:
+    """Right factors for a weight μ: 0 is the unchanged adapter, infinity is no delta; `corrected` marks results of a correcting pass."""
+
+    weight: float
+    factors: Mapping[str, Tensor]
+    corrected: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return the name for the journal and messages; a point without deltas has the name of the shrink to 0."""
+        if self.weight == math.inf:
+            return Shrink(0.0).label
+        return f"{RegMean.name} mu {self.weight!r}{' corrected' if self.corrected else ''}"
+
+    def towards(self, other: Point, t: float) -> Point:
+        """Interpolate Δ' linearly; the weight is interpolated too, by its logarithm if both logarithms are finite."""
+        if t >= 1 and other.weight == math.inf:
+            return other
+        if self.weight > 0 and other.weight < math.inf:
+            weight = math.exp((1 - t) * math.log(self.weight) + t * math.log(other.weight))
+        else:
+            weight = t * other.weight if other.weight < math.inf else self.weight / (1 - t)
+        a, b = self.factors, other.factors
+        return Point(weight, Factors(a, lambda tensor: torch.lerp(a[tensor], b[tensor], t)), other.corrected)
+
+
+@dataclass(frozen=True)
+class Factors(Mapping[str, Tensor]):
+    """Right factors by `Target.tensor`, each read or computed on demand."""
+
+    names: Collection[str]
+    read: Callable[[str], Tensor]
+
+    def __getitem__(self, tensor: str) -> Tensor:
+        return self.read(tensor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the factors themselves: another process lacks the source from which they are read."""
+        return dict, (dict(self),)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def spooled(spool: Spool, places: Mapping[str, Sequence[Spooled]], number: int) -> Factors:
+    """Read the factors with an index from a spool that has several for each matrix."""
+    return Factors(places, lambda tensor: spool.read(places[tensor][number])[0])
+
+
+def replaced(made: Factors, rest: Mapping[str, Tensor]) -> Factors:
+    """Use new factors as they are made, and `rest` for all other matrices."""
+    return Factors(rest, lambda tensor: (made if tensor in made.names else rest)[tensor])
+
+
+def scaled(plan: Plan, by: float) -> Factors:
+    """Scale the factors of the unchanged adapter."""
+    targets = {target.tensor: target for target in plan.targets}
+    return Factors(targets, lambda tensor: factors_of(plan, targets[tensor]).R.to(torch.float32) * by)
+
 
 SHRINKS = (0.85, 0.7, 0.5, 0.25, 0.0)
 """Shrinks measured on the held-out sequences, besides the adapter (λ = 1). 0 is the base, unless the adapter changes more than deltas."""

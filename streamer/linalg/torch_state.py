@@ -1,16 +1,45 @@
-"""Set torch's process-wide state for a computation and restore it: the number of threads, and how float32 matrices are multiplied."""
+"""Allocate large matrices in large pages.
+
+Set torch's process-wide state for a computation and restore it: the number of threads, and how float32 matrices are multiplied.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
+import math
+import mmap
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+LARGE_BYTES = 32 << 20
+"""Size in bytes above which Linux maps new pages for every matrix; the C library reuses memory for smaller ones."""
+
+
+def empty_matrix(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate an uninitialised matrix (m, n), with large ones in 2 MB pages if Linux has any.
+
+    With large pages the system clears and maps fewer of them: an upcast takes a third of the time, and products are 5 % faster
+    (docs/benchmarks.md).
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type == "cpu" and size > LARGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            pages.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(pages, dtype=dtype).view(shape)
+        except OSError:
+            pass  # no large pages, or no memory: in the second case torch raises its own error
+    return torch.empty(shape, dtype=dtype, device=device)
+
 
 MOST_THREADS = 1024
 """Most threads that are accepted: 4,096 took 40 s for nine small matrices on two cores, and 127,673 crashed libgomp."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from streamer.detection.selection import Selection
 from streamer.errors import UsageError
+from streamer.json_types import Selection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -278,7 +278,7 @@ class NullSpace(Method):
 
     def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:
         """Compute Δ'; return the given delta if the map has no inputs for this matrix."""
-        from streamer.linalg.null_space import reduced
+        from streamer.linalg.moments import reduced
 
         found = self.map.find(tensor, delta.shape[1])
         return delta if found is None else reduced(delta.precise(), found.spectrum, self.mitigation_lambda)

@@ -21,10 +21,9 @@ from torch import Tensor
 from streamer.detection.findings_file import COEFFICIENTS
 from streamer.errors import MismatchError, UsageError
 from streamer.json_types import Sha256
-from streamer.linalg.low_rank import LowRank
-from streamer.linalg.operators import Delta
+from streamer.linalg.operators import Delta, LowRank
 from streamer.methods import share_name
-from streamer.storage.identities import check_identities
+from streamer.storage.files import check_identities
 from streamer.units import counted, listed
 from streamer.weights.sealed_file import SealedKind
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from streamer import __version__
 from streamer.errors import MismatchError, UsageError
 from streamer.json_types import Count, Sha256
-from streamer.linalg.null_space import Spectrum, leading
-from streamer.storage.identities import check_identities, difference
+from streamer.linalg.moments import Spectrum, leading
+from streamer.storage.files import check_identities, difference
 from streamer.units import counted, listed
-from streamer.weights.dtypes import as_bytes
+from streamer.weights.base import as_bytes
 from streamer.weights.sealed_file import SealedKind
 
 VECTORS = 16

@@ -10,7 +10,6 @@ matches them. Findings on files can be used for the model in memory, and vice ve
 """
 
 from streamer.peft.detection import detect_intruder_dimensions
-from streamer.peft.merging import merge_and_unload_with_reduced_intruder_dimensions
-from streamer.peft.reduction import reduce_intruder_dimension
+from streamer.peft.writing import merge_and_unload_with_reduced_intruder_dimensions, reduce_intruder_dimension
 
 __all__ = ["detect_intruder_dimensions", "merge_and_unload_with_reduced_intruder_dimensions", "reduce_intruder_dimension"]  # fmt: skip

@@ -1,4 +1,9 @@
-"""Describe model classes: which weights are tied, stored transposed, embeddings or stacks of experts, and their names on disk.
+"""Read the packaged table of architectures: a record for each class, written by ``tools/make_architectures.py``.
+
+The first line of ``architectures.json.gz`` holds what all classes share. Each further line holds one record, which several classes may
+share. A record omits what the records of its inner models already say.
+
+Describe model classes: which weights are tied, stored transposed, embeddings or stacks of experts, and their names on disk.
 
 ``tools/make_architectures.py`` extracts these facts from transformers' classes into ``architectures.json.gz``; reading them needs none of
 transformers' code. Names are run-time names. In a pattern ``*`` replaces a layer's number: ``model.layers.0.mlp`` and
@@ -8,15 +13,73 @@ decoder) by the class that the config names there.
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cache
+from importlib import resources
 from typing import Any, NamedTuple
 
 from streamer.errors import UsageError
-from streamer.plan.architecture_table import record_of, table
-from streamer.weights.model_config import ModelConfig
+from streamer.weights.logical import ModelConfig
+
+
+class Table(NamedTuple):
+    """The table; records are parsed on demand.
+
+    Attributes
+    ----------
+    source
+        Version of transformers from which the table was made.
+    classes
+        Class → line number of its record.
+    types
+        Model type → classes that its config can have.
+    auto
+        Auto class → model type → class that it builds.
+    lines
+        Records as JSON.
+    tie_rules
+        Rule → model types. ``always``: the weights are always tied; ``not_alone``: the config key states more than this tie; ``of_text``:
+        the ``text_config`` can also state the tie; ``default``: tied by default.
+    """
+
+    source: str
+    classes: Mapping[str, int]
+    types: Mapping[str, tuple[str, ...]]
+    auto: Mapping[str, Mapping[str, str]]
+    lines: tuple[str, ...]
+    tie_rules: Mapping[str, frozenset[str]]
+
+
+@cache
+def table() -> Table:
+    """Read the table once."""
+    data = gzip.decompress(resources.files(__package__).joinpath("architectures.json.gz").read_bytes())
+    head, *lines = data.decode().splitlines()
+    facts = json.loads(head)
+    types = {model_type: tuple(names) for model_type, names in facts["types"].items()}
+    rules = {rule: frozenset(of) for rule, of in facts["tie_rules"].items()}
+    return Table(facts["source"], facts["classes"], types, facts["auto"], tuple(lines), rules)
+
+
+@cache
+def record_of(name: str) -> Mapping[str, Any] | None:
+    """Return the record of a class, or None if the table has none."""
+    line = table().classes.get(name)
+    found: dict[str, Any] | None = None if line is None else json.loads(table().lines[line])
+    return found
+
+
+@cache
+def conv1d_names() -> frozenset[str]:
+    """List the last names of modules that some class stores (in, out), such as ``c_proj``: in an unknown class they may be either way."""
+    records = filter(None, map(record_of, table().classes))
+    return frozenset(pattern.rpartition(".")[2] for of in records for pattern in of.get("transposed", ()))
+
 
 TIE_KEY = "tie_word_embeddings"
 

@@ -18,15 +18,13 @@ from itertools import accumulate
 from typing import Any
 
 from streamer.adapters.adapter import DeltaSource
-from streamer.adapters.pipeline_adapter import PipelineAdapter
+from streamer.adapters.reader import PipelineAdapter
 from streamer.errors import MismatchError, UnsupportedError, UsageError
-from streamer.plan.name_matching import EXACT, Match, match_names
+from streamer.plan.name_matching import EXACT, Match, Renames, match_names
 from streamer.plan.targets import Target, TensorSlice
-from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import PIPELINE_NAME, SINGLE_NAME, Checkpoint
 from streamer.weights.base import RowConcat, Weight
-from streamer.weights.logical import WeightView
-from streamer.weights.model_config import ModelConfig, read_model_config
+from streamer.weights.logical import ModelConfig, WeightView, read_model_config
 
 OTHER_NAME = "the module's name in kohya's files, or in another version of transformers"
 

@@ -1,4 +1,7 @@
-"""Plan a run from headers alone: open, match and check its inputs before anything is written."""
+"""Plan a run from headers alone: open, match and check its inputs before anything is written.
+
+Plan a run on a base without an adapter.
+"""
 
 from __future__ import annotations
 
@@ -15,33 +18,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamer.adapters.adapter import DeltaSource
+from streamer.adapters.adapter import DeltaSource, NoAdapter
 from streamer.adapters.adapter_config import NOTHING_STATED, Stated
 from streamer.adapters.finetuned import FinetunedModel, is_model, open_finetuned
 from streamer.adapters.modules import Module
-from streamer.adapters.pipeline_adapter import open_lora
+from streamer.adapters.reader import open_lora
 from streamer.errors import InputChangedError, MismatchError, NumericError, OutputError, UnsupportedError
 from streamer.linalg.operators import Delta, all_finite
 from streamer.plan import tied_embeddings as tied
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of, with_architecture
-from streamer.plan.carried_tensors import TensorEdits, match_carried
-from streamer.plan.experts import expert_weight, match_experts, parameters_of
-from streamer.plan.finetuned_experts import match_stacks, stacks_of, tensor_roles
+from streamer.plan.carried_tensors import TensorEdits, match_carried, merged_architecture
+from streamer.plan.experts import expert_weight, match_experts, match_stacks, parameters_of, stacks_of, tensor_roles
+from streamer.plan.name_matching import Renames, renames_for
 from streamer.plan.pipeline_names import match_modules
 from streamer.plan.rules import check_announced, other_base
 from streamer.plan.side_files import other_files, unread_weights
 from streamer.plan.sources import AdapterSource, BaseSource, adapter_source, base_source
 from streamer.plan.targets import Orientation, Target, TensorSlice, match_targets, misfits
-from streamer.plan.task_heads import merged_architecture
 from streamer.plan.tied_embeddings import find_ties, vocabulary_tensors, without_stale_values
-from streamer.plan.transformers_renames import Renames, renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
-from streamer.storage.files import Stamp, file_stamp, storage_errors
-from streamer.storage.identities import AdapterIdentity, BaseIdentity
+from streamer.storage.files import AdapterIdentity, BaseIdentity, Stamp, file_stamp, storage_errors
 from streamer.storage.tensor_file import IOMode
 from streamer.weights.base import StoredTensor
-from streamer.weights.logical import WeightView, open_weights
-from streamer.weights.model_config import ModelConfig, read_model_config
+from streamer.weights.logical import MODEL_CONFIG, ModelConfig, WeightView, open_weights, read_model_config
 
 
 @dataclass(frozen=True)
@@ -328,3 +327,14 @@ def _check_whole(base: Checkpoint, weights: WeightView, architecture: Architectu
 def _stamp(path: Path) -> Stamp:
     with storage_errors(path, "read"):
         return file_stamp(os.stat(path))
+
+
+def make_base_plan(base_path: str | Path, io: IOMode = "mmap", architecture: str | None = None) -> Plan:
+    """Open a base alone; the plan has no targets. See `streamer.plan.plan.make_plan`."""
+    checkpoint = open_checkpoint(base_path, io)
+    path = checkpoint.path / MODEL_CONFIG
+    stamps = {str(path): file_stamp(path.stat())} if path.exists() else {}
+    config = with_architecture(read_model_config(checkpoint.directory), architecture)
+    nothing, orientation = NoAdapter.at(checkpoint.path), Orientation.of(checkpoint, config)
+    plan = match_plan(checkpoint, open_weights(checkpoint, config), config, orientation, nothing, renames_for(config))
+    return replace(plan, inputs=(checkpoint.path,), extra_stamps=stamps)

@@ -10,12 +10,11 @@ from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.adapter_config import CONFIG_NAME
 from streamer.errors import FormatError
 from streamer.plan.architectures import Architecture
-from streamer.plan.carried_tensors import TensorEdits
+from streamer.plan.carried_tensors import LABEL_TASKS, TensorEdits
+from streamer.plan.name_matching import Renames
 from streamer.plan.sources import DIRECTORIES, HUB_ID, cached_model
-from streamer.plan.task_heads import LABEL_TASKS
-from streamer.plan.transformers_renames import Renames
 from streamer.units import listed
-from streamer.weights.model_config import ModelConfig
+from streamer.weights.logical import ModelConfig
 
 # Words of a name that do not distinguish models: encodings, and common words for copies.
 _SPARE = re.compile(

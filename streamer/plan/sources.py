@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict, cast
 
 from streamer.json_types import Keywords
-from streamer.storage.identities import AdapterIdentity, BaseIdentity
+from streamer.storage.files import AdapterIdentity, BaseIdentity
 from streamer.storage.remote_source import read_manifest
-from streamer.weights.model_config import ModelConfig
+from streamer.weights.logical import ModelConfig
 
 DIGEST_CHARACTERS = 16
 """Hexadecimal characters of an input's digest: enough to distinguish inputs, short enough to read aloud."""

@@ -8,15 +8,12 @@ from dataclasses import dataclass, replace
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.modules import Module
 from streamer.errors import MismatchError
-from streamer.plan.architecture_table import conv1d_names
-from streamer.plan.architectures import Architecture, architecture_for, architectures_for, pattern_of
-from streamer.plan.name_matching import Match
-from streamer.plan.transformers_renames import Renames
+from streamer.plan.architectures import Architecture, architecture_for, architectures_for, conv1d_names, pattern_of
+from streamer.plan.name_matching import Match, Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.units import listed
 from streamer.weights.base import Weight
-from streamer.weights.logical import WeightView
-from streamer.weights.model_config import ModelConfig
+from streamer.weights.logical import ModelConfig, WeightView
 
 
 @dataclass(frozen=True)

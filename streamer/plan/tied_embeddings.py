@@ -22,15 +22,14 @@ from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.adapters.modules import Module, values_of
 from streamer.errors import UnsupportedError
-from streamer.plan.architecture_table import record_of
 from streamer.plan.architectures import TIE_KEY as KEY
-from streamer.plan.architectures import Architecture, architecture_for, pattern_of
+from streamer.plan.architectures import Architecture, architecture_for, pattern_of, record_of
 from streamer.plan.carried_tensors import TensorEdits, VocabularyTensor
-from streamer.plan.transformers_renames import Renames
+from streamer.plan.name_matching import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.units import listed
 from streamer.weights.base import StoredTensor, equal
-from streamer.weights.model_config import ModelConfig
+from streamer.weights.logical import ModelConfig
 
 BY_TIE = "the tie to the embedding"
 """Reason for dropping a tensor, in records."""

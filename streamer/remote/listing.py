@@ -19,7 +19,7 @@ from streamer.errors import FormatError, InputError, MissingInputError, Unsuppor
 from streamer.events import Event, Monitor
 from streamer.plan.side_files import goes_along
 from streamer.storage.checkpoint import INDEX_NAME, MAX_INDEX_BYTES, PIPELINE_NAME, SINGLE_NAME, check_shard_name
-from streamer.storage.files import fsync_directory, storage_errors
+from streamer.storage.files import fsync_directory, storage_errors, sync
 from streamer.storage.remote_source import (
     RANGE_BYTES,
     Manifest,
@@ -32,7 +32,6 @@ from streamer.storage.remote_source import (
     stat_remote,
 )
 from streamer.storage.remote_transports import PLUGINS, RemoteFile, no_ranges
-from streamer.storage.system import sync
 from streamer.units import format_sizes, quoted
 
 PIPELINE_FILES = {PIPELINE_NAME: "a diffusers pipeline", LORA_NAME: "an adapter of a diffusers pipeline"}

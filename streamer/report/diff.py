@@ -14,8 +14,8 @@ from typing import Annotated, Any, Final, Literal, TypedDict, cast
 import torch
 
 from streamer.detection.findings import Findings
-from streamer.detection.findings_records import OptionsRecord
-from streamer.detection.matrix_finding import MatrixFinding
+from streamer.detection.findings_file import MatrixFinding
+from streamer.detection.options import OptionsRecord
 from streamer.errors import MismatchError
 from streamer.json_types import Count, Share
 from streamer.units import counted

@@ -1,4 +1,11 @@
-"""Make a report's page: one HTML file that contains its style, script and data, and loads nothing."""
+"""Describe in sentences what was asked and found, how far it is proven, and what an evaluation suggests.
+
+Make the data embedded in a page, from which its script draws: findings, evaluation or record as compact JSON.
+
+Make a report's page: one HTML file that contains its style, script and data, and loads nothing.
+
+Write a report's page atomically; replace nothing but reports.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +14,296 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
+from itertools import chain
+from operator import getitem
+from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, Literal
 
-from streamer.report.page_data import page_data
-from streamer.report.subject import Collection, Subject
-from streamer.report.words import certificates, headline, sentences, suggestion, title
+import numpy as np
+
+from streamer.detection.findings import Findings
+from streamer.detection.findings_file import lock_of
+from streamer.errors import OutputError, OutputExistsError, UsageError, printable
+from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.view import commands, field_figures, reasons, verdict
+from streamer.methods import METHODS
+from streamer.output.output_spec import record_lines, verify_line
+from streamer.plan.name_matching import natural
+from streamer.report.subject import (
+    NUMBER,
+    Collection,
+    Packed,
+    Subject,
+    delta_energy,
+    lambda_curve,
+    pack,
+    pack_names,
+    pack_ratio,
+    pack_share,
+    scales_intruders,
+    threshold_curve,
+)
+from streamer.storage.atomic_file import partial_name, remove_partials, write_atomic
+from streamer.storage.files import locked, make_directory, storage_errors
+from streamer.storage.output_checks import (
+    check_name,
+    check_output_path,
+    check_space,
+    is_placeholder,
+    refuse_address,
+    refuse_symlink,
+    touch,
+)
+from streamer.storage.transaction import refuse_within_output
+from streamer.units import counted, listed
+
+
+def title(subject: Subject | Collection) -> str:
+    """Return a report's title."""
+    if isinstance(subject, Collection):
+        return f"Intruder dimensions of {counted(len(subject.findings), 'adapter')}"
+    if subject.record is not None:
+        return f"{subject.record['command']}: {_name(subject.record['adapter'])}"
+    if subject.findings is None:
+        assert subject.evaluation is not None
+        return f"Evaluation of {_name(subject.evaluation.facts['adapter'])}"
+    return f"Intruder dimensions of {_name(subject.findings.sources.get('adapter', {}))}"
+
+
+def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]:
+    """State the main result in one line, and list the next commands with their purposes."""
+    measure = [
+        ("Make the adapter forget less, as measured on two of your own texts",
+         "streamer repair BASE ADAPTER --findings FINDINGS --general TEXT --task TEXT -o OUTPUT"),
+        ("Or, without text", "streamer mitigate BASE ADAPTER --method shrink --lambda 0.75 -o OUTPUT"),
+    ]  # fmt: skip
+    if isinstance(subject, Collection):
+        counts = {name: found.intruders for name, found in subject.findings.items()}
+        most = max(counts, key=lambda name: counts[name])
+        leader = f"{printable(most)} has the most intruders, {counts[most]}"
+        found = leader if counts[most] else "no adapter has intruders"
+        adapters = counted(len(counts), "adapter")
+        return f"Of {adapters}, {found}. The effect of mitigation has not been measured yet.", measure[:1]
+    if subject.record is not None:
+        check = verify_line("BASE", "ADAPTER", subject.record)
+        first = (record_lines(subject.record, "")[1], *subject.record.get("measured", ())[:1])[-1]
+        return f"{first[:1].upper()}{first[1:]}.", [("Check the files against the inputs", check)]
+    if subject.evaluation is not None:
+        said = printable(verdict(subject.evaluation, subject.evaluation.best()))
+        return f"{said[:1].upper()}{said[1:]}{'' if said.endswith('?') else '.'}", []
+    findings = subject.findings
+    assert findings is not None
+    _, share = delta_energy(findings)
+    with_any = sum(bool(m.detection.intruders) for m in findings)
+    carrying = f", with {100 * share:.1f}% of the adapter's energy" if findings.intruders else ""
+    return (
+        f"{counted(findings.intruders, 'intruder')} in {with_any} of {counted(len(findings), 'matrix')}{carrying}. "
+        "The effect of mitigation has not been measured yet.", measure,
+    )  # fmt: skip
+
+
+def sentences(subject: Subject) -> list[str]:
+    """Describe what was asked and found, or what an output is."""
+    if subject.record is not None:
+        record, measured = subject.record, subject.record.get("measured", ())
+        made = f"streamer {record['version']} made this from “{_name(record['adapter'])}” and “{_name(record['base'])}”"
+        lines = record_lines(record, made)
+        return [printable(line) for line in measured[1:]] + (lines if measured else [lines[0], *lines[2:]])
+    return [] if subject.findings is None else _of_findings(subject.findings)
+
+
+def certificates(subject: Subject) -> str:
+    """State in one line how many decisions are proven; empty for an evaluation alone."""
+    if subject.record is not None:
+        found = [(m["tensor"], m["certified"]) for m in subject.record["matrices"] if m["certified"] is not None]
+    else:
+        found = [(m.tensor, m.detection.certified) for m in subject.findings or ()]
+    if not found:
+        return ""
+    detections = [m.detection for m in subject.findings or ()]
+    proven, clustered = sum(certified for _, certified in found), sum(bool(d.degenerate) for d in detections)
+    solvers = Counter(d.solver for d in detections)
+    dense = f"; {solvers['dense']} by a full SVD" if solvers["dense"] else ""
+    words = f"in {proven} of {counted(len(found), 'matrix')}, every decision is proven equal to the full SVD's{dense}"
+    rest = [tensor for tensor, certified in found if not certified]
+    if rest:
+        words += f"; not proven: {listed(map(printable, rest))}"
+    if clustered:
+        words += f"; in {clustered}, some singular values are so close that no single direction is defined"
+    return f"Certificates: {words}."
+
+
+def suggestion(evaluation: Evaluation) -> list[str]:
+    """List the reasons for an evaluation's suggestion, and the next commands."""
+    best = evaluation.best()
+    return [printable(line) for line in (*reasons(evaluation, best), *commands(evaluation, best))]
+
+
+def part_of(tensor: str) -> str:
+    """Return the part of a layer that a tensor belongs to: ``model.layers.0.self_attn.q_proj.weight`` → ``q_proj``."""
+    parts = [p for p in re.split(r"[.\[\]]+", NUMBER.sub("", tensor)) if p and p != "weight"]
+    return parts[-1] if parts else tensor
+
+
+def _name(source: Mapping[str, Any]) -> str:
+    return printable(str(source.get("model_id") or source.get("name") or "an adapter"))
+
+
+def _of_findings(findings: Findings) -> list[str]:
+    sources, options = findings.sources, findings.options
+    k = options.top_k
+    matrices = counted(len(findings), "matrix")
+    changed = f"the {matrices}" if len(findings) == 1 else f"each of the {matrices}"
+    judged = f"leading {100 * k:g}% of the singular directions"
+    if isinstance(k, int):
+        judged = counted(k, "leading singular direction").removeprefix("1 ")
+    adapter, base = (f"“{_name(sources[what])}”" if what in sources else f"the {what}" for what in ("adapter", "base"))
+    asked = (
+        f"In {changed} that {adapter} changes in {base}, detection compared the {judged} of base + adapter with all directions of the "
+        f"base. A direction is an intruder if its similarity to every one of them is below {options.threshold_epsilon:g}."
+    )
+    if not findings.intruders:
+        found = "There are no intruders"
+        least = min((min(m.detection.similarity) for m in findings if m.detection.similarity), default=None)
+        found += "." if least is None else f": the least similar direction has a similarity of {least:.2f}."
+        return [asked, found, "Scaling down the whole adapter (a shrink) may still reduce forgetting."]
+    parts = Counter(part_of(m.tensor) for m in findings for _ in m.detection.intruders)
+    most = listed((f"{printable(part)} ({n})" for part, n in parts.most_common(3)), 3)
+    half = next(c for c in lambda_curve(findings) if c["lambda"] == 0.5)
+    dropped = max(m.detection.dropped_at_zero for m in findings)
+    weighs = (
+        f"With method project, λ = 0.5 leaves {100 * half['norm_left']:.1f}% of the delta's norm. With method paper and λ = 0, up to "
+        f"{100 * dropped:.1f}% of a matrix's mitigated delta is lost in projection onto the adapter's rank."
+    )
+    return [asked, f"Intruders by part of a layer: {most}.", weighs]
+
+
+SCHEMA = "streamer.page/1"
+
+MOST_DIRECTIONS = 400_000
+"""Most directions on a page, over all matrices; if there are more, it has the largest of each matrix."""
+
+LEAST_DIRECTIONS = 10
+"""Fewest directions for each matrix."""
+
+LEAST_RATIO = 1e-6
+"""Smallest ratio of a singular value to the largest that is distinguished from zero."""
+
+
+def page_data(subject: Subject | Collection) -> dict[str, Any]:
+    """Make the object. Names are escaped as on a terminal; norms and singular values of findings have only the digits shown."""
+    tree: dict[str, Any] = {"schema": SCHEMA, "findings": None, "evaluation": None, "output": None, "several": None}
+    if isinstance(subject, Collection):
+        held = subject.findings
+        most = MOST_DIRECTIONS // len(held)
+        tree["several"] = [
+            {"name": printable(name), "findings": _findings(found, most)} for name, found in held.items()
+        ]
+        return tree
+    findings, record = subject.findings, subject.record
+    if findings is not None:
+        tree["findings"] = _findings(findings)
+    if subject.evaluation is not None:
+        tree["evaluation"] = _evaluation(subject.evaluation)
+    if record is not None:
+        matrices = sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
+        # None if it does not apply: a shrink or coefficients scale no intruders, and a merge is not truncated to a rank.
+        scaled, cut = scales_intruders(record), record["command"] == "mitigate"
+        tree["output"] = {
+            "names": pack_names([printable(m["tensor"]) for m in matrices]),
+            "intruders": [len(m["intruders"]) for m in matrices] if scaled else None,
+            **{key: [m[key] for m in matrices] for key in ("delta_norm", "delta_norm_after")},
+            "dropped": [m["dropped"] for m in matrices] if cut else None,
+        }
+    return tree
+
+
+def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str, Any]:
+    matrices = sorted(findings, key=lambda m: natural(m.tensor))
+    found = [m.detection for m in matrices]
+    most = max(LEAST_DIRECTIONS, directions // max(1, len(matrices)))
+    shown = [min(most, len(d.singular_values)) for d in found]
+    kinds: dict[str, int] = {}
+    kind = [kinds.setdefault(f"{m.shape[0]}×{m.shape[1]} {m.dtype}", len(kinds)) for m in matrices]
+    deciders: dict[str, int] = {}
+    decider = [
+        deciders.setdefault(f"{d.solver}{', float64' if d.precision == 'float64' and m.dtype != 'F64' else ''}", len(deciders))
+        for m, d in zip(matrices, found, strict=True)
+    ]  # fmt: skip
+
+    def column(values: Iterable[Sequence[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.fromiter(chain.from_iterable(map(getitem, values, map(slice, shown))), np.float64)
+
+    def shares(values: Sequence[float]) -> list[float]:
+        """Divide a matrix's singular values by the largest."""
+        largest = max(values, default=0.0)
+        return [s / largest if largest > 0 else 0.0 for s in values]
+
+    return {
+        "epsilon": findings.options.threshold_epsilon,
+        "names": pack_names([printable(m.tensor) for m in matrices]),
+        "kinds": list(kinds), "kind": pack(kind), "rank": pack([m.rank for m in matrices]),
+        "directions": pack([len(d.singular_values) for d in found]),
+        "shown": pack(shown), "count": pack([len(d.intruders) for d in found]),
+        "intruder": pack(column([[float(j in d.intruders) for j in range(n)] for d, n in zip(found, shown, strict=True)]), 1),
+        "deciders": list(deciders), "decider": pack(decider), "certified": pack([d.certified for d in found], 1),
+        "degenerate": {str(i): list(d.degenerate) for i, d in enumerate(found) if d.degenerate},
+        "low": pack_share(column([d.similarity_low for d in found]), 2),
+        "high": pack_share(column([d.similarity_high for d in found]), 2, up=True),
+        "least": _figures([min(d.similarity, default=1.0) for d in found]),
+        "ratio": pack_ratio(column([shares(d.singular_values) for d in found]), 2, LEAST_RATIO),
+        "least_ratio": LEAST_RATIO, "sigma": [_short(max(d.singular_values, default=0.0)) for d in found],
+        "base_ratio": pack_ratio(column([shares(d.base_singular_values) for d in found]), 2, LEAST_RATIO),
+        "base_sigma": [_short(max(d.base_singular_values)) for d in found],
+        "delta_norm": [_short(d.delta_norm) for d in found], "energy": _figures([d.intruder_energy for d in found]),
+        "dropped": _figures([d.dropped_at_zero for d in found]),
+        "thresholds": [[c["epsilon"], c["intruders"], c["least"], c["most"]] for c in threshold_curve(findings)],
+        "lambdas": [[c["lambda"], c["paper"], c["project"], c["norm_left"]] for c in lambda_curve(findings)],
+    }  # fmt: skip
+
+
+def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    tree, best = evaluation.to_dict(), evaluation.best()
+    variants = evaluation.shown_variants()
+    keys = ("kept", "kept_se", "top1_kept", "top1_kept_se", "forgetting", "forgetting_se", "divergence",
+            "divergence_se")  # fmt: skip
+    of_other = ("loss", "share", "share_se", "kl")
+    return {
+        "keep": evaluation.keep,
+        "methods": list(METHODS),
+        "suggested": best.variant and printable(best.variant.name),
+        "front": [printable(name) for name in tree["front"]],
+        "texts": {side: evaluation.facts["texts"][side]["name"] for side in ("general", "task")},
+        "others": [{"name": printable(one["name"]), "effect": one["effect"]} for one in tree.get("others", [])],
+        "field": [{"head": c.head, "about": c.about, "cells": c.cells} for c in field_figures(evaluation.general)],
+        "accuracies": [printable(name) for name in evaluation.answered],
+        "variants": [
+            {"name": printable(v["name"]), "lambda": v["lambda"],
+             "series": printable(one.method or one.name.partition(" ")[0]),  # its curve: base and adapter are the ends of all
+             "general": v["general"]["loss"], "task": v["task"]["loss"], "kl": v["general"]["kl"],
+             "agreement": v["general"]["agreement"], "top1": v["task"]["top1"],
+             "others": [{key: one[key] for key in of_other} for one in v["others"]],
+             "accuracies": [own["acc"] for own in (v["general"], v["task"], *v["others"]) if "acc" in own],
+             **{key: v[key] for key in keys}}
+            for v, one in zip(variants, evaluation.variants, strict=True)
+        ],
+    }  # fmt: skip
+
+
+def _figures(shares: Sequence[float]) -> Packed:
+    """Pack shares that tables show, in steps of 1e-9; coarser steps would make the page round twice."""
+    return pack(np.rint(np.clip(shares, 0.0, 1.0) * (64**5 - 1)), 5)
+
+
+def _short(value: float) -> float:
+    """Round to the digits that tables show on the page and on a terminal, to avoid rounding twice."""
+    return float(f"{value:.4g}")
+
 
 SCRIPTS = ("draw.js", "findings.js", "page.js")
 
@@ -67,3 +356,93 @@ def embed(tree: dict[str, Any]) -> str:
     """Serialise JSON for a script element, so that it cannot end the element or begin markup."""
     text = json.dumps(tree, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+PAGES = (".html", ".htm")
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    """Result of writing a report.
+
+    Attributes
+    ----------
+    state
+        ``present`` if the page already existed.
+    files
+        Its size in bytes by name.
+    """
+
+    state: Literal["written", "present"]
+    files: Mapping[str, int]
+
+
+def write_files(subject: Subject | Collection, output: str | Path, overwrite: bool = False) -> WrittenReport:
+    """Write a report's page.
+
+    Parameters
+    ----------
+    subject
+        Subject of the report.
+    output
+        A name that ends in .html.
+    overwrite
+        Whether to replace another report there; other files are never replaced.
+
+    Raises
+    ------
+    UsageError
+        If the output's name has another ending.
+    OutputError
+        If something exists there that must not be replaced, or nothing can be written there.
+    """
+    path = Path(output)
+    check_path(path)
+    data = make_page(subject)
+    size = {path.name: len(data)}
+    if _is_present(path, data, overwrite):
+        touch([path])
+        return WrittenReport("present", size)
+    check_space(path, len(data))
+    make_directory(path.parent)
+    with locked(lock_of(path), path):
+        remove_partials(path.parent, {path.name})
+        _is_present(path, data, overwrite)  # another run may have written it meanwhile
+        write_atomic(path, data)
+    return WrittenReport("written", size)
+
+
+def check_path(path: Path) -> None:
+    """Refuse a path at which no report can be written; see `write_files`."""
+    refuse_address(path)
+    refuse_symlink(path)
+    if path.suffix.lower() not in PAGES:
+        raise UsageError(
+            f"{path}: expected a page, whose name ends in .html; figures for a paper were removed: print the page, or save "
+            "pictures of it"
+        )
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory; name a page in it, such as {path / 'report.html'}")
+    check_output_path(path.parent, (), path)
+    check_name(path, partial_name(path.name))
+    refuse_within_output(path)
+
+
+def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:
+    """Test whether a file already has these bytes; refuse a file that must not be replaced."""
+    refuse_symlink(path)
+    if not path.exists() or is_placeholder(path):
+        return False
+    if not path.is_file():
+        raise OutputError(f"{path}: is not a regular file; choose another output")
+    with storage_errors(path, "read"):
+        there = path.read_bytes()
+    if there == data:
+        return True
+    if not there.startswith(SIGN.encode()):
+        raise OutputExistsError(
+            f"{path}: exists and is not a report; only reports are replaced; choose another output", path
+        )
+    if not overwrite:
+        raise OutputExistsError(f"{path}: holds another report; choose another output, or pass --overwrite", path)
+    return False

@@ -1,23 +1,206 @@
-"""Write files that appear complete or not at all: partial file, fsync, rename.
+"""Reuse buffers: a ring leases one for each piece of a tensor, and the last user of the piece releases it.
+
+Write behind, and keep pages of large files out of the system's cache.
+
+Write files that appear complete or not at all: partial file, fsync, rename.
 
 `transaction` handles several files that appear together.
+
+Plan output shards from headers alone, then stream them tensor by tensor.
+
+A planned file is a header and, for each tensor in offset order, pieces of bytes that the writer pulls and releases.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import secrets
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from streamer.errors import InputChangedError, StorageError
-from streamer.storage.buffers import Buffer, Piece
-from streamer.storage.files import fsync_directory, remove_file, storage_errors
-from streamer.storage.page_cache import LAG_BYTES, Appender
-from streamer.storage.system import drop_cached, reserve, sync
+from streamer.errors import InputChangedError, NumericError, StorageError
+from streamer.storage.files import (
+    MAX_CALL_BYTES,
+    drop_cached,
+    fsync_directory,
+    make_directory,
+    remove_file,
+    reserve,
+    storage_errors,
+    sync,
+)
+from streamer.storage.header import DIGEST, Header, TensorInfo, layout, read_header
 from streamer.units import format_sizes
+
+Buffer = bytes | bytearray | memoryview
+
+QUEUE = 3
+"""Most pieces of a file that are being written and hashed. A ring that feeds the file needs one more."""
+
+CHECKED = "STREAMER_CHECK_BUFFERS" in os.environ
+"""Whether tests check the rules: a released buffer is filled with `RELEASED`, and a piece must not change before its release."""
+
+RELEASED = b"\xff"
+"""NaN in every floating-point dtype."""
+
+_GONE = memoryview(b"")
+_GONE.release()
+"""Takes the place of a piece's own view, which cannot be released itself while an array uses it."""
+
+
+class Piece:
+    """Bytes of a tensor, valid until `release`; ``with piece as view`` releases them at the end of the block.
+
+    Parameters
+    ----------
+    data
+        A buffer that nobody changes before the release.
+    size
+        Number of first bytes to use; None for all.
+    free
+        The list to which the buffer returns; None if it is not reused.
+    """
+
+    def __init__(self, data: Buffer, size: int | None = None, free: list[bytearray | None] | None = None) -> None:
+        self.view = memoryview(data).cast("B")[:size] if len(data) else memoryview(b"")
+        """The bytes; after the release every use raises `ValueError`."""
+        self._free = free
+
+    def release(self) -> None:
+        """Release the bytes: their buffer may be leased again."""
+        view, buffer, self.view = self.view, self.view.obj, _GONE
+        if self._free is not None:
+            if CHECKED:
+                view[:] = RELEASED * len(view)
+            self._free.append(buffer)  # type: ignore[arg-type]  # the ring's
+
+    def __enter__(self) -> memoryview:
+        return self.view
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class BufferRing:
+    """Leases up to `count` buffers of `size` bytes, allocated when they are first needed."""
+
+    def __init__(self, size: int, count: int = QUEUE + 1) -> None:
+        self._size, self._free = size, list[bytearray | None]([None] * count)
+
+    def lease(self, size: int | None = None) -> Piece:
+        """Lease a buffer, or the first `size` bytes of one; raise `BufferError` if all are leased."""
+        if not self._free:
+            raise BufferError("all buffers of a ring are leased, and none was released; please report this")
+        return Piece(self._free.pop() or bytearray(self._size), size, self._free)
+
+
+def views(pieces: Iterable[Piece]) -> Iterator[memoryview]:
+    """Yield the bytes of each piece, and release it when the next one is requested."""
+    for piece in pieces:
+        with piece as view:
+            yield view
+
+
+def gather(pieces: Iterable[Piece], nbytes: int) -> memoryview:
+    """Copy pieces into newly allocated memory of `nbytes`, and release each."""
+    out, at = memoryview(bytearray(nbytes)), 0
+    for view in views(pieces):
+        out[at : at + len(view)] = view
+        at += len(view)
+    return out
+
+
+THREADED_BYTES = 1 << 18
+"""Pieces of at least this many bytes are hashed and written by threads; smaller ones are not worth it if no others are pending."""
+
+LAG_BYTES = 64 << 20
+"""Written pages are dropped when the file has grown by this much more: by then they are on disk."""
+
+
+class Appender:
+    """Appends to a file and hashes the data: one thread writes, one hashes, and the caller makes the next piece.
+
+    Unchanged bytes take this path too: the digest needs them in memory anyway, and ``copy_file_range`` was slower
+    (docs/benchmarks.md). Written pages stay in the cache only as long as the disk needs them, so their memory is reused, and
+    the fsync at the end finds little left to do.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.written, self._fd, self._at = path, 0, -1, 0
+        self._hash = hashlib.sha256()
+        self._threads: tuple[ThreadPoolExecutor, ...] = ()
+        self._pending: deque[tuple[Piece, int, tuple[Future[None], ...]]] = deque()
+
+    @property
+    def sha256(self) -> str:
+        """Return the SHA-256 (hex) of the data appended so far."""
+        self.flush()
+        return self._hash.hexdigest()
+
+    def append(self, piece: Piece) -> None:
+        """Append a whole piece, repeating calls that write less; the piece is released when it is written and hashed.
+
+        Up to `QUEUE` large pieces are still pending when this returns.
+
+        Raises
+        ------
+        StorageError
+            If the system refused this piece or an earlier one.
+        """
+        self.written += len(piece.view)
+        if len(piece.view) < THREADED_BYTES:
+            with piece as view:
+                if not self._pending:
+                    with storage_errors(self.path, "write"):
+                        self._write(view)
+                    self._hash.update(view)
+                    return
+                piece = Piece(bytes(view))
+        self._threads = self._threads or tuple(ThreadPoolExecutor(1, "streamer write") for _ in range(2))
+        self.flush(QUEUE - 1)
+        (writer, hasher), view = self._threads, piece.view
+        futures = writer.submit(self._write, view), hasher.submit(self._hash.update, view)
+        self._pending.append((piece, zlib.crc32(view) if CHECKED else 0, futures))
+
+    def flush(self, pieces: int = 0) -> None:
+        """Wait until at most this many pieces are pending, and raise the errors of the others."""
+        while len(self._pending) > pieces:
+            piece, checksum, futures = self._pending.popleft()
+            with storage_errors(self.path, "write"):
+                for future in futures:
+                    future.result()
+            if CHECKED and zlib.crc32(piece.view) != checksum:
+                raise BufferError("a piece of a tensor was changed before its release")
+            piece.release()
+
+    def close(self) -> None:
+        """Close the file: writes that have not begun are dropped, so that none goes to a descriptor that is reused for another file."""
+        for thread in self._threads:
+            thread.shutdown(cancel_futures=True)
+        fd, self._fd = self._fd, -1  # a failed close has still closed the descriptor
+        if fd >= 0:
+            os.close(fd)
+
+    def _write(self, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            done += os.write(self._fd, view[done : done + MAX_CALL_BYTES])
+        begun, self._at = self._at, self._at + len(view)
+        if len(view) >= THREADED_BYTES:
+            # These pages are still dirty, so they stay, but Linux begins to write them.
+            drop_cached(self._fd, begun, len(view))
+            if begun >= LAG_BYTES:
+                drop_cached(self._fd, begun - LAG_BYTES, len(view))
+
 
 PARTIAL = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{16}\.partial$")
 
@@ -149,3 +332,98 @@ def remove_partials(directory: Path, names: set[str]) -> None:
     """Remove the files found by `partials_of`. Call it under the lock."""
     for path in partials_of(directory, names):
         remove_file(path)
+
+
+Shard = Iterable[tuple[TensorInfo, Iterable[Piece]]]
+"""The tensors of a file in file order, with the pieces of each."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Name, header and header bytes of an output file, whose exact size is known before a byte is written."""
+
+    name: str
+    header: Header
+    raw_header: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Return the number of bytes of the whole file."""
+        return self.header.file_bytes
+
+    def sealed(self, source: Callable[[TensorInfo], Iterable[Buffer]]) -> ShardPlan:
+        """Put the SHA-256 (hex) of the whole file into its metadata in place of `NO_DIGEST`, with which it is computed."""
+        digest = hashlib.sha256(self.raw_header)
+        for info in self.header.tensors:
+            for piece in source(info):
+                digest.update(piece)
+        return self.with_metadata(DIGEST, digest.hexdigest())
+
+    def with_metadata(self, key: str, value: str) -> ShardPlan:
+        """Replace a metadata value by one that is not longer; spaces in the header keep the planned size."""
+        if self.header.metadata.get(key) == value:
+            return self
+        prefix = self.header.prefix
+        entries = [(t.name.removeprefix(prefix), t.dtype, t.shape) for t in self.header.tensors]
+        header, raw = layout(entries, {**self.header.metadata, key: value}, len(self.raw_header) - 8)
+        if header.file_bytes != self.nbytes:
+            raise NumericError(f"{self.name}: its header outgrew the plan; please report this")
+        return ShardPlan(self.name, header.prefixed(prefix), raw)
+
+
+def plan_shard(name: str, entries: Iterable[tuple[str, str, Iterable[int]]], metadata: dict[str, str]) -> ShardPlan:
+    """Plan a file from (tensor name, dtype, shape) in file order; the names of a pipeline's tensors begin with their component."""
+    prefix = component_prefix(name)
+    header, raw = layout([(tensor.removeprefix(prefix), dtype, shape) for tensor, dtype, shape in entries], metadata)
+    return ShardPlan(name, header.prefixed(prefix), raw)
+
+
+def component_prefix(name: str) -> str:
+    """Return the prefix of the names of a file's tensors: ``unet/diffusion_pytorch_model.safetensors`` → ``unet.``."""
+    component, slash, _ = name.rpartition("/")
+    return f"{component}." if slash else ""
+
+
+class ShardFile(AtomicFile):
+    """A planned file, written as an `AtomicFile`: its tensors are pulled one by one, in the plan's order."""
+
+    def __init__(self, directory: Path, plan: ShardPlan, renames: bool = True) -> None:
+        make_directory((directory / plan.name).parent)
+        super().__init__(directory / plan.name, plan.nbytes, plan.raw_header, renames)
+        self._plan, self._following = plan, iter(plan.header.tensors)
+
+    def add(self, info: TensorInfo, pieces: Iterable[Piece]) -> None:
+        """Pull the next tensor's pieces, hash and write them, and check their total size."""
+        begun = self.written
+        if next(self._following, None) != info:
+            raise NumericError(f"tensor {info.name!r}: the plan has another one here; please report this")
+        for piece in pieces:
+            self.append(piece)
+        if (found := self.written - begun) != info.nbytes:
+            raise NumericError(f"tensor {info.name!r}: planned {info.nbytes} bytes, got {found}; please report this")
+
+    def complete(self) -> None:
+        """Check and fsync, then read the header back from disk with the strict reader: it must equal the plan's."""
+        super().complete()
+        if read_header(self._fd, str(self.path)).digest != self._plan.header.digest:
+            raise NumericError(f"{self.path}: the header read back differs from what was written; check the disk")
+
+
+def write_shard(directory: Path, plan: ShardPlan, shard: Shard, renames: bool = True) -> ShardFile:
+    """Write a planned file, pulling its tensors in the plan's order, and return it closed."""
+    with ShardFile(directory, plan, renames) as file:
+        for tensor, pieces in shard:
+            file.add(tensor, pieces)
+    return file
+
+
+def write_sealed(directory: Path, plan: ShardPlan, source: Callable[[TensorInfo], Iterable[Buffer]]) -> None:
+    """Write a planned file with a digest of all of it, pulling each tensor's bytes twice."""
+    write_shard(directory, plan.sealed(source), ((info, map(Piece, source(info))) for info in plan.header.tensors))
+
+
+def index_bytes(index: dict[str, Any], total_size: int) -> bytes:
+    """Make the JSON of an output's index from the base's, with the exact ``total_size``."""
+    metadata = index.get("metadata")
+    tree = {**index, "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total_size}}
+    return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode("utf-8")

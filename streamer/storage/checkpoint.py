@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from streamer.errors import FormatError, InputError, MissingInputError, UnsupportedError
-from streamer.storage.files import absent, open_regular, storage_errors
+from streamer.storage.files import BaseIdentity, absent, open_regular, storage_errors, strict_json
 from streamer.storage.header import TensorInfo
-from streamer.storage.identities import BaseIdentity
 from streamer.storage.remote_source import read_manifest
-from streamer.storage.strict_json import strict_json
 from streamer.storage.tensor_file import IOMode, TensorFile
 from streamer.units import format_size, quoted
 

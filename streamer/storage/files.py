@@ -1,17 +1,176 @@
-"""Open files, stamp them and make them durable, and turn system errors into messages that say what to do."""
+"""Wrap system calls that some systems lack, each with a substitute.
+
+Linux has all of them. macOS lacks `posix_fallocate`, `posix_fadvise` and `sched_getaffinity`, and before version 11 also
+`preadv`; its `fsync` leaves bytes in the disk's own cache, which only ``F_FULLFSYNC`` empties.
+
+Open files, stamp them and make them durable, and turn system errors into messages that say what to do.
+
+Parse standard JSON as the safetensors library does.
+
+Lock files, so that only one run at a time writes an output.
+
+Define identities of inputs as JSON types: digests and sizes, independent of paths.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import fcntl
+import functools
+import json
+import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-from streamer.errors import FormatError, MissingInputError, OutputError, StorageError, StreamerError, advice
-from streamer.storage.system import MAX_CALL_BYTES, sync
+from streamer.errors import (
+    FormatError,
+    LockedError,
+    MissingInputError,
+    OutputError,
+    StorageError,
+    StreamerError,
+    advice,
+)
+from streamer.json_types import Count, Sha256
+
+UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY}
+"""Errors by which a file system reports that it does not support a call."""
+
+MAX_CALL_BYTES = 1 << 30
+"""Most bytes read or written by one call: macOS refuses 2 GiB or more."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of `mallopt`, as glibc's ``malloc.h`` numbers them."""
+
+
+def reserve(fd: int, size: int) -> None:
+    """Reserve a file's bytes on disk; without `posix_fallocate` a full disk is found only by the write that does not fit.
+
+    Raises
+    ------
+    OSError
+        If the disk has no space for them.
+    """
+    if size == 0 or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as e:
+        if e.errno not in UNSUPPORTED:
+            raise
+
+
+def sync(fd: int) -> None:
+    """Make a file's bytes, or a directory's entries, durable: by ``F_FULLFSYNC`` if the system has it, else by `fsync`.
+
+    Raises
+    ------
+    OSError
+        If the system refuses; never retry on the same file.
+    """
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+        except OSError as e:
+            if e.errno not in UNSUPPORTED:
+                raise
+    os.fsync(fd)
+
+
+def drop_cached(fd: int, at: int, length: int) -> None:
+    """Drop bytes of a file from the page cache; do nothing if the system does not support it."""
+    advice: int | None = getattr(os, "POSIX_FADV_DONTNEED", None)
+    if hasattr(os, "posix_fadvise") and advice is not None:
+        try:
+            os.posix_fadvise(fd, at, length, advice)
+        except OSError:
+            return
+
+
+def read_at(fd: int, out: memoryview, at: int) -> int:
+    """Read bytes of a file from offset `at` into `out` in one call; return their number, 0 at the end of the file."""
+    out = out[:MAX_CALL_BYTES]
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [out], at)
+    piece = os.pread(fd, len(out), at)
+    out[: len(piece)] = piece
+    return len(piece)
+
+
+def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Count the cores that this process may use, by its affinity mask and its control group's quota, rounded up.
+
+    Parameters
+    ----------
+    cgroups, membership
+        Directories where Linux mounts control groups, and the file that names this process' groups.
+    """
+    masked = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(masked, _quota(cgroups, membership))))
+
+
+def _quota(cgroups: Path, membership: Path) -> float:
+    """Read the number of cores that this process' control groups allow, from innermost to outermost; infinite if none sets a limit."""
+    quota = math.inf
+    try:
+        lines = membership.read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return quota
+    for line in lines:  # such as 0::/user.slice/job (version 2) and 4:cpu,cpuacct:/job (version 1)
+        _, controllers, inner = [*line.split(":", 2), "", ""][:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = cgroups / controllers if controllers else cgroups
+        group = root / inner.lstrip("/")
+        # In a container the path may be the host's; the root of the mount is then the container's own group.
+        for directory in {root, *(p for p in (group, *group.parents) if root in p.parents)}:
+            quota = min(quota, _quota_of(directory, bool(controllers)))
+    return quota
+
+
+def _quota_of(group: Path, first_version: bool) -> float:
+    try:
+        if first_version:
+            most, period = ((group / f"cpu.cfs_{name}_us").read_text("ascii").strip() for name in ("quota", "period"))
+        else:
+            most, period = (group / "cpu.max").read_text("ascii").split()
+        return float(most) / float(period) if most not in ("max", "-1") else math.inf
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
+
+
+def give_freed_memory_back() -> None:
+    """Return freed memory of all threads to the system, if the allocator keeps it and supports this (glibc)."""
+    if (trim := _glibc("malloc_trim")) is not None:
+        trim(0)
+
+
+@functools.cache
+def limit_freed_memory() -> None:
+    """Limit the freed memory that each thread's heap keeps, until the process ends, if the allocator is glibc.
+
+    By default glibc raises both limits as blocks are freed, up to 32 and 64 MB. `give_freed_memory_back` does not reach the end of a heap
+    other than the main thread's, so each thread that waits would keep that much. Low limits cost page faults, up to 40 % more processor
+    time in a fit by inputs, so only a memory budget sets them.
+    """
+    if (setting := _glibc("mallopt")) is not None:
+        setting(M_MMAP_THRESHOLD, 8 << 20)  # larger blocks are mapped one by one
+        setting(M_TRIM_THRESHOLD, 1 << 20)  # a heap's end keeps no more
+
+
+@functools.cache
+def _glibc(name: str) -> Any:
+    """Return a function of glibc; None elsewhere."""
+    return getattr(ctypes.CDLL(None), name, None)
+
 
 Stamp = tuple[int, int, int, int]
 """Device, inode, size and mtime in ns, which must not change while a plan is carried out."""
@@ -111,3 +270,152 @@ def absent(path: Path, what: str) -> MissingInputError:
         return MissingInputError(f"{text}: is an address as a path; pass it as a string", path)
     hint = "" if path.is_absolute() else "; a hub name has the form OWNER/NAME, and no directory OWNER may exist here"
     return MissingInputError(f"{text}: no such directory; check the path of the {what}{hint}", path)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {twice!r} appears twice")
+    return out
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in {float("inf"), float("-inf")}:
+        raise ValueError(f"number {text[:20]} is out of range")
+    return value
+
+
+def _integer(text: str) -> int | float:
+    # As in the library's parser: an integer beyond 64 bits must still fit a double, and −0 is not an integer.
+    if len(text) > 20:
+        _finite(text)
+    return -0.0 if text == "-0" else int(text)
+
+
+def strict_json(raw: bytes, surrogates: bool = False) -> Any:
+    """Parse standard JSON: UTF-8, no duplicate keys, no NaN, nothing beyond a double; every fault is a `ValueError`.
+
+    Parameters
+    ----------
+    surrogates
+        Whether strings may contain lone surrogates, as paths that are not UTF-8 do; Python cannot encode them.
+    """
+    try:
+        value = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
+        if b"\\u" in raw and not surrogates:  # Python's parser accepts them
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+@contextlib.contextmanager
+def locked(path: Path, output: Path | None = None) -> Iterator[None]:
+    """Hold the lock file at `path` and remove it at the end. The lock of a dead process does not hold.
+
+    Parameters
+    ----------
+    path
+        The lock file.
+    output
+        The locked output, for messages; by default the lock's directory.
+
+    Raises
+    ------
+    LockedError
+        If another process holds the lock; raised at once, without waiting.
+    """
+    output = output or path.parent
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as e:
+            if e.errno == errno.ELOOP:
+                raise OutputError(f"{path}: a symlink has the name of the lock; remove it") from None
+            raise storage_error(path, "lock", e) from e
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise LockedError(f"{output}: another run is writing here; wait for it, or choose another output") from None
+        except OSError:
+            pass  # a file system without locks: unique partial names still keep runs apart
+        # The previous holder may have removed the file between our open and our lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
+                break
+        os.close(fd)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        os.close(fd)
+
+
+# fmt: off
+class FileIdentity(TypedDict):
+    """A safetensors file of an input."""
+    file: Annotated[str, "Its name."]
+    bytes: Annotated[Count, "Its size in bytes."]
+    header_sha256: Annotated[Sha256, "Digest of its safetensors header (SHA-256, hexadecimal)."]
+    sample_sha256: Annotated[Sha256, "Digest of a sample of every tensor (SHA-256, hexadecimal)."]
+
+class BaseIdentity(TypedDict):
+    """Identity of a base."""
+    files: Annotated[list[FileIdentity], "Its safetensors files."]
+    architecture: NotRequired[Annotated[str, "Class of the base, if the user named it (--architecture)."]]
+    in_memory: NotRequired[Annotated[bool, "True if the model was in memory; its tensors are listed as one file. Otherwise absent."]]
+
+class DigestedAdapter(TypedDict):
+    """Identity of an adapter, or of a fine-tuned model used as one."""
+    weights_sha256: NotRequired[Annotated[Sha256, "Digest of all tensors of an adapter (SHA-256, hexadecimal)."]]
+    config_sha256: NotRequired[Annotated[Sha256, "Digest of its adapter_config.json (SHA-256, hexadecimal)."]]
+    modules: Annotated[Count, "Modules that it changes."]
+    base_model_name_or_path: NotRequired[Annotated[str | None, "The base's name in its config; in findings it may be a path."]]
+
+class StatedIdentity(TypedDict):
+    """Facts about an adapter that the user states if its files do not; see `streamer.adapters.adapter_config`."""
+    base_is_residual: NotRequired[Annotated[bool, "True if --base-is-residual stated that the base is the adapter's residual."]]
+    lora_b_layout: NotRequired[Annotated[Literal["rank_major", "grouped_by_expert"], "Order of lora_B's columns on "
+        "stacked experts, if the user stated it."]]
+    ignored_keys: NotRequired[Annotated[list[str], "Unknown keys of adapter_config.json that the user ignored (--ignore-key)."]]
+
+class AdapterIdentity(DigestedAdapter, StatedIdentity):
+    """Identity of an adapter, or of a fine-tuned model used as one."""
+    files: NotRequired[Annotated[list[FileIdentity], "Its safetensors files; only for a fine-tuned model."]]
+# fmt: on
+
+
+def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Describe briefly how two identities differ."""
+    keys = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
+    if "files" in keys:
+        a, b = mine.get("files", []), theirs.get("files", [])
+        if [f["file"] for f in a] != [f["file"] for f in b]:
+            return f"files {[f['file'] for f in a][:3]} against {[f['file'] for f in b][:3]}"
+        changed = next(x["file"] for x, y in zip(a, b, strict=True) if x != y)
+        return f"the content of {changed} differs"
+    return f"{', '.join(keys)} differ"
+
+
+def check_identities(*identities: Any) -> None:
+    """Raise ValueError unless all identities, read from a file, have the form that `difference` expects."""
+    for identity in identities:
+        files = identity.get("files", []) if isinstance(identity, dict) else None
+        if not isinstance(files, list) or not all(
+            isinstance(f, dict) and isinstance(f.get("file"), str) for f in files
+        ):
+            raise ValueError("the identity of the base or of the adapter has the wrong form")

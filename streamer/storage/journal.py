@@ -11,9 +11,16 @@ from typing import Any
 
 from streamer.errors import InputChangedError, OutputError, OutputExistsError
 from streamer.storage.atomic_file import remove_partials, write_atomic
-from streamer.storage.files import fsync_directory, read_bytes, remove_file, storage_error, storage_errors
-from streamer.storage.strict_json import strict_json
-from streamer.storage.system import MAX_CALL_BYTES, sync
+from streamer.storage.files import (
+    MAX_CALL_BYTES,
+    fsync_directory,
+    read_bytes,
+    remove_file,
+    storage_error,
+    storage_errors,
+    strict_json,
+    sync,
+)
 
 FRAME_BYTES = 40
 """Number of bytes before a record's payload: its length (8, little-endian) and SHA-256 (32)."""

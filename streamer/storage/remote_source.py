@@ -23,9 +23,8 @@ from typing import Any, ClassVar, TypeVar
 
 from streamer.errors import FormatError, InputChangedError, InputError, StorageError, UnsupportedError
 from streamer.events import Monitor
-from streamer.storage.byte_source import ByteSource
 from streamer.storage.files import storage_errors
-from streamer.storage.header import Header, check_length, parse_header
+from streamer.storage.header import ByteSource, Header, check_length, parse_header
 from streamer.storage.remote_transports import RemoteFile, Transient, request_list, request_range, request_stat
 
 IN_FLIGHT = 8

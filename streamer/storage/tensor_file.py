@@ -12,9 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from streamer.errors import FormatError
-from streamer.storage.buffers import BufferRing, Piece
-from streamer.storage.byte_source import ByteSource, IOMode, LocalSource, opened
-from streamer.storage.header import DIGEST, NO_DIGEST, TensorInfo
+from streamer.storage.atomic_file import BufferRing, Piece
+from streamer.storage.header import DIGEST, NO_DIGEST, ByteSource, IOMode, LocalSource, TensorInfo, opened
 from streamer.storage.remote_source import RemoteSource, remote_file
 
 __all__ = ["SAMPLE_BYTES", "IOMode", "TensorFile", "sampled_bytes"]

@@ -15,15 +15,25 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from streamer.errors import UnsupportedError
-from streamer.linalg.second_moments import RowMoments
+from streamer.linalg.moments import RowMoments
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.streaming.collecting import FactorDeltas
 from streamer.streaming.inputs import Collecting, InputModel
-from streamer.streaming.layer_runs import Arguments, LayerResult, LayerRun, Taken, tensors_of
-from streamer.streaming.spool import Spool
-from streamer.streaming.spooled_inputs import Inputs, Written
-from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED, Group, tokens_of
+from streamer.streaming.run_time import (
+    GENERAL_AS,
+    GENERAL_CORRECTED,
+    TASK_AS,
+    TASK_CORRECTED,
+    Arguments,
+    Group,
+    LayerResult,
+    LayerRun,
+    Taken,
+    tensors_of,
+    tokens_of,
+)
+from streamer.streaming.spool import Inputs, Spool, Written
 
 CORRECTED = GENERAL_CORRECTED, TASK_CORRECTED
 

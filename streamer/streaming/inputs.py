@@ -1,17 +1,22 @@
-"""Collect the inputs of modules, such as those that an adapter changes, in a pass over the base.
+"""Run functions in turns.
+
+Collect the inputs of modules, such as those that an adapter changes, in a pass over the base.
 
 General text runs through the base, task text through base + adapter. Sequences run in groups that take turns: each group runs one layer,
 then the next group does. When all groups have run a layer, its inputs are complete; their second moments are passed on, and the inputs
 are dropped before the next layer begins. The inputs are kept in a temporary file; memory holds the layer's outputs on all tokens. Each
 group reads a layer's weights once.
+
+Collect the inputs of all matrices of a base, under the names by which adapters change them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -20,36 +25,110 @@ import torch
 from torch import nn
 
 from streamer.errors import UnsupportedError
-from streamer.linalg.allocation import CPU
-from streamer.linalg.torch_state import computes_alone, free_product_buffers
+from streamer.linalg.torch_state import CPU, computes_alone, free_product_buffers
 from streamer.methods import UNCHANGED
+from streamer.plan.architectures import architecture_for
+from streamer.plan.name_matching import renames_for
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
-from streamer.storage.system import give_freed_memory_back
-from streamer.streaming.collected import Collected, Complete
-from streamer.streaming.collecting import CollectingReader, FactorDeltas, Setting
-from streamer.streaming.extra import quiet_transformers, refused_errors
+from streamer.plan.tied_embeddings import find_ties
+from streamer.storage.files import give_freed_memory_back
+from streamer.streaming.collecting import Collected, CollectingReader, Complete, FactorDeltas, Setting
 from streamer.streaming.installed import is_rounded
-from streamer.streaming.layer_runs import (
+from streamer.streaming.model import LoadedModel, quiet_transformers, refused_errors
+from streamer.streaming.run_time import (
+    GENERAL_AS,
+    TASK_AS,
     Arguments,
     Elsewhere,
+    Group,
     LayerResult,
     LayerRun,
+    RunTimeTensor,
     Taken,
     containers_of,
     is_portable,
     layer_modules,
     tensors_of,
+    tokens_of,
 )
-from streamer.streaming.lazy import LazyTensor
-from streamer.streaming.model import LoadedModel
-from streamer.streaming.run_time import RunTimeTensor
-from streamer.streaming.spool import Spool
-from streamer.streaming.spooled_inputs import Written
-from streamer.streaming.streams import GENERAL_AS, TASK_AS, Group, tokens_of
-from streamer.streaming.turns import Turns
-from streamer.streaming.values import VariantSet
-from streamer.streaming.variants import ADAPTER, BASE, Variant
+from streamer.streaming.spool import Spool, Written
+from streamer.streaming.values import ADAPTER, BASE, LazyTensor, Variant, VariantSet
+
+
+class Turns:
+    """Functions that run in turns, one at a time, each until it pauses; each has a thread, which keeps its position.
+
+    A round is over when each function has paused once more or ended.
+    """
+
+    def __init__(self, runs: Sequence[Callable[[], None]]) -> None:
+        self._runs = runs
+        self._go = [threading.Semaphore(0) for _ in runs]
+        self._back = threading.Semaphore(0)
+        self._running, self._stopped = 0, False
+        self._error: BaseException | None = None
+        self._ended: set[int] = set()
+
+    def run(self, begin: Callable[[int], None], between: Callable[[], None]) -> None:
+        """Run all functions to their ends.
+
+        Parameters
+        ----------
+        begin
+            Called with a run's number before each of its turns.
+        between
+            Called after each round.
+        """
+        threads = [
+            threading.Thread(target=self._thread, args=(i,), name=f"streamer group {i}", daemon=True)
+            for i in range(len(self._runs))
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            while len(self._ended) < len(threads):
+                for number in range(len(threads)):
+                    if number not in self._ended:
+                        begin(number)
+                        self._running = number
+                        self._go[number].release()
+                        self._back.acquire()
+                        if self._error is not None:
+                            raise self._error
+                between()
+        finally:
+            self._stopped = True
+            for semaphore in self._go:
+                semaphore.release()
+            for thread in threads:
+                if thread.ident is not None:  # the thread was started
+                    thread.join()
+
+    def pause(self) -> None:
+        """End the turn of the calling function."""
+        number = self._running
+        self._back.release()
+        self._go[number].acquire()
+        if self._stopped:
+            raise _Stopped
+
+    def _thread(self, number: int) -> None:
+        self._go[number].acquire()
+        try:
+            if not self._stopped:
+                self._runs[number]()
+        except _Stopped:
+            return
+        except BaseException as e:  # the main thread raises it
+            self._error = e
+        finally:
+            self._ended.add(number)
+            self._back.release()
+
+
+class _Stopped(BaseException):
+    """Ends a function whose turns are over because another failed."""
 
 
 class Collecting(TypedDict, total=False):
@@ -327,3 +406,77 @@ class _TargetReader(CollectingReader[Target]):
     def names(self) -> Iterable[str]:
         """Return the names of the targets."""
         return [target.tensor for target, _ in self.setting.values.targets(self.tensor)]
+
+
+LOOKED_UP = " (looked up)"
+"""Suffix for the name of an embedding's table, because a head may use the same matrix."""
+
+
+@dataclass(frozen=True)
+class BaseMatrix:
+    """A matrix of a base.
+
+    Attributes
+    ----------
+    tensor
+        A unique name: see `LOOKED_UP`.
+    names
+        Names under which adapters change it: its own, the name of the stack that contains it after loading, and names tied to it.
+    """
+
+    tensor: str
+    names: tuple[str, ...]
+
+
+class BaseInputModel(CollectingModel):
+    """Model of a base without an adapter, which passes on the inputs of all its matrices."""
+
+    def __init__(self, plan: Plan, **options: Unpack[Collecting]) -> None:
+        ties = find_ties(plan.base.weight_map, architecture_for(plan.config), renames_for(plan.config))
+        self._ties = {tie.stored: tie.others for tie in ties if tie.stored}
+        super().__init__(plan, strict=False, **options)
+
+    def _reader(self, tensor: RunTimeTensor, *, head: bool, rounded: bool) -> CollectingReader[BaseMatrix]:
+        return _BaseReader(self._collected, self.setting, tensor, self._ties, head=head, rounded=rounded)
+
+    def lacking(self) -> list[str]:
+        """List the matrices whose inputs were not seen: no token reached them, or they take part in no product."""
+        readers = (p.reader for _, module, _ in self.modules for p in module._parameters.values() if p is not None)  # type: ignore[attr-defined]  # lazy
+        names = {name for reader in readers for name in reader.names()}
+        seen = {name.removesuffix(LOOKED_UP) for name in self._collected.complete}
+        return sorted((names - seen) | self.repeated)
+
+
+class _BaseReader(CollectingReader[BaseMatrix]):
+    def __init__(
+        self, collected: Collected[BaseMatrix], setting: Setting, tensor: RunTimeTensor,
+        ties: dict[str, tuple[str, ...]], *, head: bool, rounded: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(collected, setting, tensor, head=head, rounded=rounded)
+        self._ties = ties
+        self._experts = {
+            slice_: f"{tensor.name}[{e}]" for e, source in enumerate(tensor.adapted) for slice_ in source.slices
+            if tensor.stacked
+        }  # fmt: skip
+
+    def matrices(self, slice_: TensorSlice, crossed: bool) -> Iterable[BaseMatrix]:
+        """Return the slice's matrix."""
+        own = _name(slice_)
+        expert = (self._experts[slice_],) if slice_ in self._experts else ()
+        return [BaseMatrix(own, tuple(dict.fromkeys((own, *expert, *self._ties.get(own, ())))))]
+
+    def tables(self) -> Iterable[tuple[BaseMatrix, int]]:
+        """Return the embedding's table."""
+        ((slice_,),) = (source.slices for source in self.tensor.adapted)
+        own = _name(slice_)
+        return [(BaseMatrix(own + LOOKED_UP, (own, *self._ties.get(own, ()))), self.shape[0])]
+
+    def names(self) -> Iterable[str]:
+        """Return the names of the matrices; vectors and a stack's biases have none."""
+        if len(self.shape) - self.tensor.stacked < 2 or self.name.endswith("bias"):
+            return []
+        return [_name(slice_) for source in self.tensor.adapted for slice_ in source.slices]
+
+
+def _name(slice_: TensorSlice) -> str:
+    return slice_.weight if slice_.index is None else f"{slice_.weight}[{slice_.index}]"

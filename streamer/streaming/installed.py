@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from streamer.errors import UnsupportedError
-from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import LowRank
 from streamer.linalg.torch_state import bfloat16_products
 from streamer.plan.targets import Target
-from streamer.streaming.lazy import LazyTensor, Reader
 from streamer.streaming.run_time import RunTimeTensor
-from streamer.streaming.values import Values, same_values
+from streamer.streaming.values import LazyTensor, Reader, Values, same_values
 
 LINEAR_BY_NAME = {"FalconLinear"}
 """Subclasses of Linear with their own `forward` that still computes ``x Wᵀ + b``."""

@@ -1,31 +1,237 @@
-"""Run a model whose weights stay on disk: read each when its module runs, use it for all variants at once, and drop it.
+"""Import transformers and silence it.
+
+Build a model from its ``config.json`` with transformers: parameters on the meta device, buffers with real values.
+
+Run a model whose weights stay on disk: read each when its module runs, use it for all variants at once, and drop it.
 
 A batch repeats the same sequences for each variant: rows are (variant, sequence). The logits are computed a block of the vocabulary at a
 time by the model's own `forward`, starting from the result of the layers below the head.
+
+Check what losses rely on: tokens do not see later ones, logits come only from the head, and padding changes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import logging
 import math
+import os
 import re
+import sys
+import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from streamer.errors import NumericError, UnsupportedError
+from streamer.errors import FormatError, MissingInputError, NumericError, StreamerError, UnsupportedError
+from streamer.methods import UNCHANGED
+from streamer.packages import require_package
+from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
-from streamer.streaming.extra import quiet_transformers, refused_errors, require_transformers
+from streamer.storage.files import storage_error
 from streamer.streaming.installed import RUN_ALL_EXPERTS, InstalledModule, RowBatch
 from streamer.streaming.run_time import RunTimeTensor, match_run_time
-from streamer.streaming.skeleton import build_skeleton, config_values
-from streamer.streaming.values import Values, VariantSet
+from streamer.streaming.values import ADAPTER, BASE, Values, Variant, VariantSet
 from streamer.units import listed
+from streamer.weights.logical import MODEL_CONFIG
+
+LOGGERS = ("transformers", "torchao", "bitsandbytes", "torch.utils._pytree")
+"""Loggers of transformers and of libraries that it imports if they are installed, whether or not a model needs them."""
+
+ERROR_LENGTH = 120
+"""Most characters of another library's message that ours quotes."""
+
+
+def require_transformers() -> Any:
+    """Import transformers; see `require_package`."""
+    return require_package("transformers", (5,), "evaluate and fit need transformers 5", "evaluate")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's message, or its class if the message is empty."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def refused_errors(path: Path, model: nn.Module) -> Iterator[None]:
+    """Turn an error that a model's own code raises inside the context into one line that names the module.
+
+    Parameters
+    ----------
+    path
+        The base, for the message.
+
+    Raises
+    ------
+    UnsupportedError
+        If the error comes from outside this package and is neither a lack of memory nor a failure to read a file.
+    MemoryError
+        If torch runs out of memory; torch reports this as a `RuntimeError`, on the CPU without a class of its own.
+    """
+    try:
+        yield
+    except (StreamerError, OSError, MemoryError):
+        raise
+    except Exception as e:  # the model's own modules may raise anything
+        frames = [frame for frame, _ in traceback.walk_tb(e.__traceback__)]
+        if frames[-1].f_globals.get("__name__", "").startswith("streamer."):  # our own bugs keep their traceback
+            raise
+        if "DefaultCPUAllocator" in str(e) or isinstance(e, torch.cuda.OutOfMemoryError):
+            raise MemoryError(first_line(e)) from e
+        names = {id(module): name for name, module in model.named_modules()}
+        where = next((names[at] for frame in reversed(frames) if (at := id(frame.f_locals.get("self"))) in names), "")
+        raise UnsupportedError(
+            f"{path}: {f'module {where!r} of ' if where else ''}{type(model).__name__} raises {type(e).__name__}: "
+            f"{first_line(e)[:ERROR_LENGTH]}; try a smaller --length, or measure merged models"
+        ) from e
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence warnings, and messages below errors, of transformers and what it imports: a library must not print, or stop at them.
+
+    An import warns of deprecations, which ``-W error`` would turn into exceptions.
+    """
+    with contextlib.ExitStack() as undo, warnings.catch_warnings(action="ignore"):
+        for logger in map(logging.getLogger, LOGGERS):
+            undo.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield
+
+
+def unreadable(path: Path, what: str, e: Exception) -> StreamerError:
+    """Make the error for a file that transformers cannot read: its contents are at fault, or the system refused to read it.
+
+    transformers may raise another error in place of the system's; the tokenizers library states the system's number in its message alone.
+    """
+    cause: BaseException | None = e
+    while cause is not None:
+        number = re.search(r"\(os error (\d+)\)", str(cause))
+        found = OSError(int(number[1]), os.strerror(int(number[1]))) if number else cause
+        if isinstance(found, OSError) and found.errno and not isinstance(found, FileNotFoundError | IsADirectoryError):
+            return storage_error(path, "read", found)
+        cause = cause.__cause__ or cause.__context__
+    return FormatError(f"{path}: {what}: {first_line(e)}")
+
+
+UNREAD = "_name_or_path", "transformers_version", "use_cache"
+"""Config keys that change no logits: a model runs without a cache."""
+
+
+def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
+    """Build the base's model as transformers does, without its weights.
+
+    Returns
+    -------
+    nn.Module
+        The model in evaluation mode. Parameters are on the meta device, in float32; buffers are on the given device and hold what the class
+        computes from the config.
+
+    Raises
+    ------
+    FormatError, StorageError
+        If transformers or the system cannot read the config.
+    InputChangedError
+        If an input changed since the plan was made.
+    UnsupportedError
+        If the class is not one of transformers', or does not predict the next token of a text.
+    """
+    transformers = require_transformers()
+    from transformers.initialization import no_init_weights
+
+    directory = plan.base.directory
+    if plan.config.pipeline:
+        raise UnsupportedError(
+            f"{plan.base.path}: is a diffusers pipeline; evaluate, fit, repair and map need a language model"
+        )
+    plan.check_unchanged()  # a config that vanished since then is not one that never existed
+    if directory is None or not (path := directory / MODEL_CONFIG).exists():
+        raise MissingInputError(
+            f"{plan.base.path}: has no {MODEL_CONFIG}, which names the model's class; give the directory of a language model",
+            MODEL_CONFIG,
+        )
+    name = plan.config.architecture or next(iter(plan.config.architectures), None)
+    with quiet_transformers():
+        try:
+            cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        except Exception as e:  # this imports the class, with every package that transformers finds
+            encoding = "set PYTHONUTF8=1" if isinstance(e, UnicodeError) else "mend the package, or remove it"
+            hint = "run Python without -OO, which removes docstrings" if sys.flags.optimize > 1 else encoding
+            what = f"{name}: {type(e).__name__}: {first_line(e)[:ERROR_LENGTH]}"
+            raise UnsupportedError(f"{plan.base.path}: transformers cannot import {what}; {hint}") from e
+        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+            raise UnsupportedError(
+                f"{path}: names the class {name!r}, which transformers {transformers.__version__} does not have; "
+                "evaluate and fit build the model with transformers' own classes"
+                if name
+                else f"{path}: names no class; name it with --architecture, such as LlamaForCausalLM"
+            )
+        try:
+            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            plan.check_unchanged()
+            raise unreadable(path, "transformers cannot read it", e) from e
+        if config.is_encoder_decoder or not _predicts_next(cls.__name__):
+            raise UnsupportedError(
+                f"{path}: {name} does not predict the next token of a text; evaluate and fit need a causal language model"
+            )
+        config._experts_implementation = "eager"  # loops over experts, so that one is in memory at a time
+        config.use_cache = False
+        try:
+            with _parameters_on_meta(), no_init_weights():
+                model: nn.Module = cls(config)
+        except Exception as e:  # a model class may raise anything for a config that does not suit it
+            why = first_line(e)[:ERROR_LENGTH]
+            raise UnsupportedError(f"{path}: transformers cannot build {name} from it: {why}") from e
+    for module in model.modules():
+        module._buffers |= {name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None}
+    return model.eval()
+
+
+def config_values(model: nn.Module, plan: Plan) -> dict[str, Any]:
+    """Return what a model's class reads of its config as JSON, as transformers writes it, so that another spelling makes no difference."""
+    own = model.config.to_json_string()  # type: ignore[operator, union-attr]  # a model of transformers, typed as a Module
+    quantization = plan.config.quantization  # perhaps of another file
+    tree = {**({"quantization_config": quantization} if quantization else {}), **json.loads(own)}
+    # Readers of records refuse NaN and lone surrogates, which a config may hold.
+    told = json.dumps(tree, ensure_ascii=False).encode(errors="replace")
+    return cast(dict[str, Any], json.loads(told, parse_constant=str, object_pairs_hook=lambda pairs: {
+        key: value for key, value in pairs if key not in UNREAD}))  # fmt: skip
+
+
+def _predicts_next(name: str) -> bool:
+    from transformers.models.auto import modeling_auto as auto
+
+    tables = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return any(name == cls or name in cls for table in tables for cls in table.values())
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Move each parameter to the meta device when a module registers it, before it is filled."""
+
+    def on_meta(module: nn.Module, name: str, parameter: Tensor | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # torch's stub allows no result
+    try:
+        yield
+    finally:
+        handle.remove()
+
 
 LOGIT_BYTES = 32 << 20
 """Bytes of logits of all variants that exist at once."""
@@ -348,3 +554,112 @@ def _factor_values(target: Target) -> int:
 def giving(result: Any) -> Callable[..., Any]:
     """Make a function that returns `result` for any arguments."""
     return lambda *args, **kwargs: result
+
+
+LENGTH = 8
+"""Tokens in each of the two sequences that `check_logits` runs. With two variants, rows and tokens then differ in number."""
+
+TOLERANCE = 1e-3
+"""Largest difference of logits that rounding may make, as a share of the largest logit."""
+
+OnRead = Callable[[RunTimeTensor], None]
+Ids = NDArray[np.int64]
+
+
+def check_logits(job: VariantSet, ids: Ids, on_read: OnRead) -> None:
+    """Check the base's logits on two short sequences that differ in the last token, and compare one vocabulary block with two.
+
+    The adapted model runs along with the base, so a module whose input does not show the variants is refused before any pass.
+
+    Parameters
+    ----------
+    job
+        Supplies the plan and the device.
+    ids
+        Tokens of a text.
+    on_read
+        Called before each parameter is read; may raise to stop.
+
+    Raises
+    ------
+    UnsupportedError
+        If the logits differ before the last token, or a token's logit depends on which vocabulary block contains it.
+    """
+    variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
+    plan = job.plan
+    model = StreamingModel(VariantSet(plan, variants, None, device=job.device))
+    model.batch.on_read = on_read
+    pair = torch.from_numpy(np.resize(ids, (2, LENGTH)))
+    pair[1] = pair[0]
+    pair[1, -1] = (pair[0, -1] + 1) % model.vocabulary
+    cut = max(1, model.vocabulary // 3)
+    blocks = model.logits(pair, [(0, model.vocabulary), (0, cut), (cut, model.vocabulary)])
+    whole = next(blocks)[2][0].clone()
+    try:
+        parts = [z[0].clone() for *_, z in blocks]
+    except UnsupportedError as e:
+        if isinstance(e.__cause__, IndexError):  # the model indexed a token outside the block
+            raise _changed_by_number(plan) from e
+        raise
+    in_blocks = float((whole - torch.cat(parts, -1)).abs().max())
+    largest = TOLERANCE * max(1.0, float(whole.abs().max()))
+    if not in_blocks <= largest:
+        raise _changed_by_number(plan)
+    if float((whole[0, :-1] - whole[1, :-1]).abs().max()) > largest:
+        raise _sees_what_follows(plan)
+
+
+def changed_by_padding(job: VariantSet, ids: Ids, shorter: int, on_read: OnRead) -> bool:
+    """Test whether the base's logits of a sequence's first tokens change if the sequence ends after them.
+
+    They do in models whose attention selects some of the keys, because the number of all keys decides ties. The sequence runs whole and
+    cut, through the base alone.
+
+    Parameters
+    ----------
+    ids
+        A sequence of a text.
+    shorter
+        Length of the cut sequence, in tokens.
+
+    Raises
+    ------
+    UnsupportedError
+        If the logits depend on which tokens follow.
+    """
+    if not _differ(job, ids, ids[:shorter], shorter, on_read):
+        return False
+    other = ids.copy()
+    other[shorter:] = (ids[shorter:] == 0).astype(ids.dtype)
+    if _differ(job, ids, other, shorter, on_read):
+        raise _sees_what_follows(job.plan)
+    return True
+
+
+def _differ(job: VariantSet, one: Ids, other: Ids, tokens: int, on_read: OnRead) -> bool:
+    """Test whether the base's logits of the first tokens of two sequences differ; each sequence runs by itself."""
+    runs = []
+    for ids in (one, other):
+        model = StreamingModel(VariantSet(job.plan, (Variant(BASE, None),), None, device=job.device))
+        model.batch.on_read = on_read
+        blocks = model.vocabulary_blocks(vocabulary_block(len(one) + len(other)))
+        runs.append(model.logits(torch.from_numpy(ids)[None], blocks))
+    off, largest = 0.0, 1.0
+    for (_, _, z), (_, _, z_other) in zip(*runs, strict=True):
+        a, b = z[0, 0, :tokens], z_other[0, 0, :tokens]
+        off, largest = max(off, float((a - b).abs().max())), max(largest, float(a.abs().max()))
+    return off > TOLERANCE * largest
+
+
+def _changed_by_number(plan: Plan) -> UnsupportedError:
+    return UnsupportedError(
+        f"{plan.base.path}: the model changes the logits of some tokens by their number, so it does not compute all logits with its head "
+        "alone; not supported by evaluate and fit"
+    )
+
+
+def _sees_what_follows(plan: Plan) -> UnsupportedError:
+    return UnsupportedError(
+        f"{plan.base.path}: in this model a token sees those that follow it, so its losses do not measure prediction; "
+        "evaluate and fit need a causal language model"
+    )

@@ -25,9 +25,17 @@ import numpy as np
 
 from streamer.errors import MismatchError
 from streamer.plan.architectures import architecture_for
-from streamer.verification.result import NotRecomputed
-from streamer.verification.tensors import ELEMENTS, STACKED, Array, Matrix, TensorFiles, half_spacing, whole
-from streamer.weights.model_config import read_model_config
+from streamer.verification.tensors import (
+    ELEMENTS,
+    STACKED,
+    Array,
+    Matrix,
+    NotRecomputed,
+    TensorFiles,
+    half_spacing,
+    whole,
+)
+from streamer.weights.logical import read_model_config
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 

@@ -1,23 +1,327 @@
-"""Verify an output's files by their digests and, if inputs are given, a sample of its matrices or all of its tensors."""
+"""Compare tensors with the inputs: of an output, matrices recomputed and all others byte by byte; of findings, with a full SVD.
+
+Verify an output's files by their digests and, if inputs are given, a sample of its matrices or all of its tensors.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from streamer import errors
 from streamer.events import Event, Monitor
 from streamer.units import counted
-from streamer.verification.checks import FindingsCheck, Opened, OutputCheck, Task, check_rows
-from streamer.verification.deltas import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, read_fit, read_map
-from streamer.verification.result import RECORD_NAME, NotRecomputed, Outcome, Verification
-from streamer.verification.tensors import TensorFiles
+from streamer.verification import deltas, tensors
+from streamer.verification.deltas import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, Delta, Factors, read_fit, read_map
+from streamer.verification.tensors import (
+    FP8,
+    RECORD_NAME,
+    Array,
+    Matrix,
+    NotRecomputed,
+    Outcome,
+    TensorFiles,
+    Verification,
+    blocks,
+    same_bytes,
+    whole,
+)
+
+_SPELLINGS = re.compile(r"\.modules_to_save(?:\.[^.]+(?=\..))?|(?<=_[AB])\.(?!weight$|bias$)[^.]+|(?<=_delta|vector)\.[^.]+$")  # fmt: skip
+
+SCALING = ("use_dora", "use_rslora", "init_r", "alpha", "lora_alpha", "alpha_pattern", "r", "rank_pattern")
+"""Keys of an adapter's config on which its deltas depend, besides its factors."""
+
+Task = tuple[str, Callable[[], float | None]]
+"""A tensor, and what recomputes or compares it: it notes differences, and raises `NotRecomputed` if it cannot."""
+
+
+class Opened(NamedTuple):
+    """An output and its inputs, opened, and what the output states: its record, or the JSON of findings."""
+
+    outcome: Outcome
+    made: dict[str, Any]
+    base: TensorFiles
+    adapter: AdapterFiles
+    files: TensorFiles
+
+
+def check_rows(opened: Opened, path: Path) -> None:
+    """Check that each module with factors has a row in what `path` states; of tied modules only one has."""
+    # ``experts.down_proj[0]`` is one of the matrices of ``experts``.
+    listed = {re.sub(r"\.[^.]+\[\d+\]$", "", row["module"]) for row in opened.made["matrices"]}
+    for module, roles in opened.adapter.modules.items():
+        shared = opened.adapter.options.get("ensure_weight_tying") or roles.keys() <= {"vera_A", "vera_B"}
+        if deltas.unwrapped(module) not in listed and not shared:
+            opened.outcome.differ(path, f"a row for {module!r}, which the adapter changes", "none")
+
+
+class OutputCheck:
+    """Compare the tensors of a merged model or of a mitigated adapter; the formula is that of a method that needs a file."""
+
+    def __init__(self, opened: Opened, formula: deltas.Formula | None) -> None:
+        self.outcome, self.record, self.base, self.adapter, self.files = opened
+        self._formula, self._rewritten = formula, self.record["to_lora"] is not None
+        self._rows = {row["tensor"]: row for row in self.record["matrices"]}
+        self._stored = {Matrix(self.base, tensor).stored_name for tensor in self._rows}
+        self._edits = defaultdict[str, dict[str, str]](dict)
+        for entry in self.record["carried"]:
+            self._edits[entry["tensor"]][entry["by"]] = entry["change"]
+        plain, stored = tensors.ELEMENTS.keys() - {FP8}, self.base.stored.items()
+        self._coded = {name.rpartition(".")[0] for name, tensor in stored if tensor.dtype not in plain}
+
+    def _differ(self, tensor: str, expected: str, found: str) -> None:
+        stored = self.files.stored.get(Matrix(self.files, tensor).stored_name)
+        self.outcome.differ(self.outcome.output if stored is None else stored.path, expected, found, tensor)
+
+    def check(self, row: dict[str, Any]) -> float:
+        """Recompute the matrix of one row of the record, and return the largest error in units of what is permitted."""
+        tensor, method, lam = row["tensor"], self.record["method"], self.record["lambda"]
+        W0, delta = self.adapter.delta(row, self._source(tensor))
+        mitigated, spread = delta, 0.0
+        if self._formula is not None:
+            mitigated = self._formula(tensor, delta)
+        elif method == "shrink":
+            mitigated = deltas.combined(delta, lam)
+        elif method not in ("paper", "project"):
+            raise NotRecomputed(f"verify has no formula for method {method!r}")
+        elif row["intruders"] and lam != 1:
+            W = whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
+            triplets = deltas.leading_triplets(W, self.record["detection"]["top_k"])
+            mitigated, spread = deltas.by_intruders(method, lam, delta, triplets, row["intruders"])
+        written = f"base_model.model.{row['module']}.weight" if isinstance(self.files, AdapterFiles) else tensor
+        if not isinstance(self.files, AdapterFiles) or written in self.files.stored:
+            return self._compare(tensor, written, W0, mitigated, spread)
+        mine, theirs = (files.names(row["module"], W0.stored_shape) for files in (self.files, self.adapter))
+        same = (same_bytes(self.files, name, self.adapter, theirs.get(role, "")) for role, name in mine.items())
+        options = [[files.options.get(key) or None for key in SCALING] for files in (self.files, self.adapter)]
+        copied = bool(mine) and mine.keys() == theirs.keys() and all(same) and options[0] == options[1]
+        if copied and mitigated is delta and not self._rewritten:
+            return 0.0
+        factors, asked = self.files.factors(row["module"], W0.stored_shape), self.record["to_lora"] or delta.terms
+        return self._compare_factors(tensor, mitigated, spread, asked, factors)
+
+    def _source(self, tensor: str) -> Matrix:
+        """Return a tensor before its delta: the base's, with the edits that the record lists."""
+        matrix, adapter = Matrix(self.base, tensor), self.adapter
+        for by, change in self._edits[tensor].items():
+            if by not in adapter.stored:
+                matrix = replace(matrix, name=by)  # a head that was tied to it
+            elif change.startswith("plus "):
+                matrix = replace(matrix, added=adapter.added_bias(by))
+            elif change.endswith(" rows replaced"):
+                matrix = replace(matrix, replaced=adapter.token_rows(by))
+            else:
+                matrix = replace(matrix, files=adapter, name=by)
+        return replace(matrix, shape=matrix.stored_shape)
+
+    def _compare(self, tensor: str, name: str, W0: Matrix, delta: Delta | None = None, spread: float = 0.0) -> float:
+        """Compare ``W0 + Δ'`` with the written tensor of this name, and return the largest error in units of what is permitted.
+
+        Each value may be off by one rounding, and all together by the norm `spread`.
+        """
+        written = replace(W0, files=self.files, name=name, replaced={}, added=None)
+        if W0.dtype not in tensors.ELEMENTS:
+            raise NotRecomputed(f"it is stored as {W0.dtype or 'several tensors'}, which is not decoded here")
+        keeps = delta is not None and self.outcome.kind == "model" and not self.record["dequantize"]
+        dtype = Matrix(self.base, tensor).dtype if keeps else ""
+        if written.stored_shape != W0.stored_shape or dtype not in ("", written.dtype):
+            self._differ(tensor, f"{dtype} {[*W0.stored_shape]}", f"{written.dtype} {[*written.stored_shape]}")
+            return math.inf
+        # A copy or a cast is exact.
+        terms = delta.terms + 8 if delta is not None else 8 * (W0.added is not None or W0.dtype == FP8)
+        worst, excess = 0.0, 0.0
+        for i, j in blocks(W0.shape):
+            base = W0.rows(i, j)
+            values, bound = (np.zeros((1, 1)),) * 2 if delta is None else delta.rows(i, j)
+            slack = terms * 2.0 ** (-53 if W0.dtype == "F64" else -24) * (np.abs(base) + bound)
+            error = np.abs(written.rows(i, j) - (base + values))
+            rounding = _rounding(written, i, j, np.abs(base + values) + slack) + slack
+            worst = max(worst, float(np.nan_to_num(error / (rounding + spread), nan=np.inf).max(initial=0.0)))
+            excess += float(np.sum(np.maximum(error - rounding, 0) ** 2))
+        worst = max(worst, math.sqrt(excess) / spread if spread else 0.0)
+        if not worst <= 1:
+            expected = "the inputs' values within one rounding" if delta is None else "W0 + Δ' within one rounding"
+            self._differ(tensor, expected, f"{worst:.3g} times that")
+        return worst
+
+    def _compare_factors(self, tensor: str, delta: Delta, spread: float, asked: float, factors: Factors) -> float:
+        """Check that the written ``P = s·B·A`` is a nearest matrix of its rank to Δ', and return the largest error as `_compare` does.
+
+        The rest ``Δ' − P`` is orthogonal to the rows and the columns of P, and no larger than P's least singular value. P has the rank, or
+        the share of the energy of Δ', that is asked for.
+        """
+        P, (half_L, half_R), _ = factors
+        if P.shape != delta.shape or not (np.isfinite(P.L).all() and np.isfinite(P.R).all()):
+            self._differ(tensor, f"finite factors of a matrix of {[*delta.shape]}", f"of {[*P.shape]}")
+            return math.inf
+        rounding = np.hstack([half_L, np.abs(P.L)]) @ np.hstack([np.abs(P.R) + half_R, half_R]).T
+        rest = delta.dense()
+        size = float(np.linalg.norm(rest))
+        rest -= P.dense()
+        (Q, left), (V, right) = np.linalg.qr(P.L), np.linalg.qr(P.R)
+        values = np.linalg.svd(left @ right.T, compute_uv=False)
+        powers = np.random.default_rng(0).standard_normal((P.shape[1], 4))
+        for _ in range(30):  # they estimate the largest singular value of the rest, from below
+            powers = rest.T @ (rest @ np.linalg.qr(powers)[0])
+        permitted = 2.02 * np.linalg.norm(rounding) + spread + 1e-6 * size + 1e-300
+        beyond, kept = math.sqrt(np.linalg.norm(powers, 2)) - values[-1], np.sum(values**2) / (size or 1.0) ** 2
+        share = float(max(np.linalg.norm(rest @ V), np.linalg.norm(Q.T @ rest), beyond) / permitted)
+        if not share <= 1:
+            self._differ(tensor, "the nearest factors to Δ' within one rounding", f"{share:.3g} times that")
+        elif P.terms != asked if isinstance(asked, int) else size and kept < asked - 1e-3:
+            self._differ(tensor, f"factors of rank {asked}, or of that share of the energy", f"{P.terms}, {kept:.4g}")
+        return share
+
+    def others(self) -> Iterator[Task]:
+        """Yield all other tensors of the output and the inputs."""
+        if isinstance(self.files, AdapterFiles):
+            return self._others_of_adapter(self.files)
+        coded = {name for name in self._stored if name in self.base.stored and self.base.stored[name].dtype == FP8}
+        done = self._rows.keys() | {name + end for name in coded for end in ("_scale_inv", "_scale")}
+        names = sorted((self.files.stored.keys() | self.base.stored.keys()) - done)
+        compare = (self._compare_weight, self._compare_stack)  # a stack of which some matrices have no row
+        return ((name, partial(compare[name in self._stored], name)) for name in names)
+
+    def _compare_weight(self, name: str) -> None:
+        """Compare a tensor that no row covers with the base's or the adapter's, or with what the record says that changes in it."""
+        files, edits, source = self.files, self._edits[name], self._source(name)
+        if self.adapter.is_model and name in self.adapter.stored:
+            source = replace(source, files=self.adapter, name=name)
+        decoded = self.record["dequantize"] and name.rpartition(".")[0] in self._coded
+        if name not in files.stored:
+            copies = (same_bytes(self.base, name, self.base, other) for other in files.stored)
+            stale = "dropped" in edits.values() and (any(copies) or not self.base.raw(name).any())
+            if not decoded and not stale:
+                self._differ(name, "the base's tensor", "none")
+        elif not source.replaced and source.added is None and same_bytes(files, name, source.files, source.name):
+            return
+        elif edits or decoded:
+            self._compare(name, name, source)
+        elif self._stored - self.base.stored.keys():
+            raise NotRecomputed("a matrix of the record may be built from it")
+        else:
+            self._differ(name, "the base's bytes" if source.dtype else "a tensor of the inputs", "others")
+
+    def _compare_stack(self, name: str) -> None:
+        """Compare the matrices of a stack that have no row with the base's."""
+        stored = [files.stored.get(name) for files in (self.files, self.base)]
+        if stored[0] is None or stored[1] is None or stored[0][:2] != stored[1][:2]:
+            raise NotRecomputed("it is not a tensor of the base and of the output")
+        count = stored[0].shape[0]
+        mine, theirs = (np.array_split(files.raw(name), count) for files in (self.files, self.base))
+        if not all(f"{name}[{e}]" in self._rows or np.array_equal(mine[e], theirs[e]) for e in range(count)):
+            self._differ(name, "the base's bytes in matrices that have no row", "others")
+
+    def _others_of_adapter(self, files: AdapterFiles) -> Iterator[Task]:
+        """Compare tensors without a row with the adapter's of the same name, or, in an adapter of another rank, of any name."""
+        adapter, rows = self.adapter, self._rows.items()
+        mine, theirs = ({name for roles in of.modules.values() for name in roles.values()} for of in (files, adapter))
+        shapes = ((row["module"], Matrix(self.base, tensor).stored_shape) for tensor, row in rows)
+        own = {name for module, shape in shapes for name in files.names(module, shape).values()}
+        saved = {f"base_model.model.{row['module']}.weight" for _, row in rows}
+        spelled = set(map(_spelling, files.stored))
+        for name in sorted(files.stored.keys() - own - saved):
+            yield name, partial(self._find, name, files, adapter, own if name in mine else ())
+        for name in sorted(adapter.stored):
+            if not self._rewritten and _spelling(name) not in spelled:
+                yield name, partial(self._differ, name, "the adapter's tensor", "none")
+            elif self._rewritten and name not in theirs and not re.search(r"original(_module)?(\.|$)", name):
+                yield name, partial(self._find, name, adapter, files)
+
+    def _find(self, name: str, files: TensorFiles, others: TensorFiles, own: Collection[str] = ()) -> None:
+        """Find a tensor's bytes in the other files; or a fine-tuned model's in the base or the rows, a tied module's factor in `own`."""
+        places = [(others, other) for other in others.stored if self._rewritten or _spelling(other) == _spelling(name)]
+        if files is self.adapter and self.adapter.is_model:
+            places += [(self.base, name), *((files, row) for row in self._rows)]
+        if any(same_bytes(files, name, place, other) for place, other in places):
+            return
+        sides = [files.values(name), files.values(name).T] if own else []
+        if not any(np.array_equal(side, files.values(other)) for other in own for side in sides):
+            if own:
+                raise NotRecomputed("it is a factor of a module that has no row of its name")
+            self._differ(name, "the adapter's bytes" if files is self.files else "a copy of it", "none")
+
+
+def _spelling(name: str) -> str:
+    """Return what a tensor's name has in common with PEFT's other spellings of it."""
+    return _SPELLINGS.sub("", AdapterFiles.plain_name(name))
+
+
+def _rounding(written: Matrix, i: int, j: int, largest: Array) -> Array:
+    """Bound the effect of one rounding to the written dtype on rows of values that are no larger than `largest`."""
+    if written.dtype != FP8:
+        return tensors.half_spacing(largest, written.dtype)
+    scales = written.scales(i, j)
+    codes = largest / scales
+    # The scale is rounded too, so the block's largest value may slightly exceed the largest code.
+    beyond = np.where(codes < tensors.LARGEST_FP8 * (1 + 2.0**-8), np.maximum(codes - tensors.LARGEST_FP8, 0), 0)
+    return np.asarray(np.maximum(tensors.half_spacing(codes, FP8) * (1 + 2.0**-20), beyond) * scales)
+
+
+class FindingsCheck:
+    """Recompute matrices of a findings file."""
+
+    def __init__(self, opened: Opened) -> None:
+        self.outcome, self.tree, self.base, self.adapter, self.files = opened
+
+    def check(self, row: dict[str, Any]) -> float:
+        """Recompute one matrix, and return the largest error in units of its tolerance; the first difference ends it."""
+        largest = 0.0
+        for what, shares in self._shares(row):
+            worst = float(np.nan_to_num(shares, nan=np.inf).max(initial=0.0))
+            largest = max(largest, worst)
+            if worst > 1:
+                off = f"number {int(np.argmax(shares))} off by {worst:.3g} times what is permitted"
+                self.outcome.differ(self.outcome.output, f"{what} as recomputed", off, row["tensor"])
+                break
+        return largest
+
+    def _shares(self, row: dict[str, Any]) -> Iterator[tuple[str, Array]]:
+        """Yield the errors of each kind of numbers in units of their tolerances."""
+        from scipy.linalg import svd
+
+        tensor, options = row["tensor"], self.tree["options"]
+        W0, delta = self.adapter.delta(row, Matrix(self.base, tensor))
+        keys = "U", "S", "Vh", "singular_values", "base_singular_values", "similarity_low", "similarity_high"
+        U, S, Vh, values, base_values, low, high = (self.files.values(f"{tensor}/{key}") for key in keys)
+        ranks = self.files.raw(f"{tensor}/intruders").view("<i8")
+        vectors, of_base, _ = svd(whole(W0.shape, W0.rows), full_matrices=False, overwrite_a=True)
+        W = whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
+        triplets = deltas.leading_triplets(W, options["top_k"])
+        k, first = len(triplets.U.T), float(triplets.S[0]) or 1.0
+        loose = triplets.angle * np.minimum(triplets.gaps(range(k)), first) + deltas.ROUNDINGS * first
+        yield "singular values", np.abs(values - triplets.S[:k]) / loose
+        if len(ranks):
+            residuals = np.hypot(np.linalg.norm(W @ Vh.T - U * S, axis=0), np.linalg.norm(W.T @ U - Vh.T * S, axis=0))
+            yield "residuals of its triplets", residuals / (2 * loose[ranks])
+            skew = np.abs([U.T @ U - np.eye(len(S)), Vh @ Vh.T - np.eye(len(S))]).max((0, 1))
+            yield "orthonormal vectors", skew / 1e-4
+        # Ritz values of the certified solver may be smaller.
+        above = base_values[: len(of_base)] - of_base[: len(base_values)]
+        off = np.abs(above) if row["solver"] == "dense" else np.maximum(above, -base_values[: len(of_base)])
+        yield "singular values of the base", off / (deltas.ROUNDINGS * (float(of_base[0]) or 1.0))
+        similar = np.abs(vectors[:, row["cutoff"] * of_base[0] <= of_base].T @ triplets.U).max(axis=0, initial=0.0)
+        epsilon, exact = options["threshold_epsilon"], (row["precision"], row["solver"]) == ("float64", "dense")
+        errors, defined = triplets.errors(range(k), exact=exact), ~np.isin(range(k), row["degenerate"])
+        room = (deltas.DOUBLE_ROUNDINGS if exact else deltas.ROUNDINGS) + errors
+        outside = np.maximum(low - similar, similar - high) / room
+        yield "similarities within their intervals", np.where(defined, outside, 0.0)
+        # With too little memory for the dense solver an interval may stay open; its direction then does not count as an intruder.
+        limited, intruder = options.get("max_memory") is not None and not row["certified"], np.isin(range(k), ranks)
+        sure = defined & (np.abs(similar - epsilon) > 2 * errors) & (intruder | (not limited))
+        yield "intruders", np.where(sure & ((similar < epsilon) != intruder), np.inf, 0.0)
+
 
 DIGEST = "sha256"
 """Key of the digest that a file states of itself: over all its bytes, with zeros in place of the digest."""

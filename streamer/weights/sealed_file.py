@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from streamer.errors import FormatError, InputError
+from streamer.storage.atomic_file import plan_shard, write_sealed
+from streamer.storage.files import strict_json
 from streamer.storage.header import DIGEST, NO_DIGEST
 from streamer.storage.output_checks import check_replaced
-from streamer.storage.shard_writer import plan_shard, write_sealed
-from streamer.storage.strict_json import strict_json
 from streamer.storage.tensor_file import TensorFile
 from streamer.units import quoted
-from streamer.weights.dtypes import SPELLINGS, TORCH_DTYPES, as_bytes, as_tensor
+from streamer.weights.base import SPELLINGS, TORCH_DTYPES, as_bytes, as_tensor
 
 Parsed = TypeVar("Parsed")
 

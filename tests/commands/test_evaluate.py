@@ -19,8 +19,8 @@ from test_schemas import check
 
 import streamer
 from streamer.errors import Interrupted
-from streamer.evaluation.options import LAMBDAS
-from streamer.evaluation.steps import MOST_PLACED
+from streamer.evaluation.evaluate import MOST_PLACED
+from streamer.evaluation.losses import LAMBDAS
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.storage.journal import Journal
 
@@ -215,7 +215,7 @@ def test_products_of_bfloat16_are_recorded(server: Server, home: Path, tmp_path:
         assert tree["dtype"] == "bf16"
         other = evaluate(server, home, output, "--method", "shrink")
         assert (other.code, output.read_text().count('"dtype": "bf16"')) == (4, 1)
-    slow = "import streamer.evaluation.options as o; o.has_fast_bfloat16 = lambda: False"
+    slow = "import streamer.evaluation.losses as o; o.has_fast_bfloat16 = lambda: False"
     done = evaluate(server, home, output, "--dtype", "bf16", before=slow)
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("streamer: --dtype: bf16 needs a processor that multiplies bfloat16 matrices")
@@ -306,7 +306,7 @@ def test_a_file_of_an_earlier_version_is_not_added_to(server: Server, home: Path
 
 def test_a_journal_with_other_sums_is_started_over(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an earlier version left it: its passes do not say what this one is to write."""
-    monkeypatch.setattr("streamer.measuring.pass_memory.ROWS", 40)
+    monkeypatch.setattr("streamer.measuring.task.ROWS", 40)
 
     def run(output: Path, **options: Any) -> streamer.Evaluation:
         given = {"general": home / "general.npy", "task": home / "task.npy", "other": home / "some.npy"}

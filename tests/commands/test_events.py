@@ -107,7 +107,7 @@ def test_events_of_a_signal(inputs: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_what_python_warns_of_is_an_event() -> None:
     code = (
-        "import warnings; from streamer.cli.json_events import JsonEvents\n"
+        "import warnings; from streamer.cli.main import JsonEvents\n"
         "e = JsonEvents(); warnings.warn('odd', stacklevel=1); e.close(); warnings.warn('even', stacklevel=1)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True)
@@ -128,7 +128,7 @@ def test_a_log_shows_life() -> None:
     """While one matrix takes long and no event comes: the time since the start, the stage, count, share and time left."""
     code = """
 import time
-from streamer.cli.progress import Progress
+from streamer.cli.layout import Progress
 from streamer.events import Event
 progress = Progress("plain", 0, "detect", logged=0.2)
 progress(Event("detect", "a.weight", 0, 100, 0, 4, "poems"))

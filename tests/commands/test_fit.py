@@ -22,14 +22,14 @@ from test_schemas import check
 
 import streamer
 from streamer.errors import FormatError, NumericError, OutputExistsError
-from streamer.evaluation.shrinks import against_shrink
+from streamer.evaluation.suggestion import against_shrink
 from streamer.events import Event
 from streamer.fitting.result import SHRINKS
 from streamer.forecast import START_SECONDS
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_plan
 from streamer.streaming.inputs import InputModel
-from streamer.streaming.streams import GENERAL_AS, TASK_AS, Group
+from streamer.streaming.run_time import GENERAL_AS, TASK_AS, Group
 
 HEADS = [*("keep", "kept", "top-1", "kept", "KL", "left", "loss", "left"), *("shrink", "its", "KL", "left", "mu")]
 
@@ -237,7 +237,6 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_progress_by_turns_is_even(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of sequences run by turns, and each step is about as long as the others."""
-    monkeypatch.setattr("streamer.fitting.fit_memory.ROWS", 54)
     monkeypatch.setattr("streamer.fitting.prepare.ROWS", 54)
     steps: list[Event] = []
     streamer.fit_coefficients(

@@ -278,7 +278,7 @@ def test_the_page_of_an_output(
     driver: Any, found: Findings, tmp_path: Path, write: Any, options: dict[str, Any], maps: list[str], heads: list[str]
 ) -> None:
     """It shows what there is: a merge is not cut to a rank, a shrink scales no intruders."""
-    from streamer.report.files import write_files
+    from streamer.report.page import write_files
     from streamer.report.subject import open_subject
 
     base, adapter = helpers.three_shards(tmp_path)

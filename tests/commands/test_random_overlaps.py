@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from seeds import vary
 
 import streamer
-from streamer.detection.random_overlaps import ALPHA, random_overlap
+from streamer.detection.findings import ALPHA, random_overlap
 
 M, MATRICES, STRONG = 160, 8, 3
 SAYS = "this looks like another base"

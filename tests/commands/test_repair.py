@@ -20,12 +20,11 @@ from seeds import vary
 from test_schemas import check
 
 import streamer
+from streamer.api import fitting as texts_of_python
 from streamer.api import repair
-from streamer.api import texts as texts_of_python
-from streamer.cli.repair_table import repair_table
-from streamer.cli.tables import NO_LIMIT
+from streamer.cli.tables import NO_LIMIT, repair_table
+from streamer.report.page import headline
 from streamer.report.subject import open_subject
-from streamer.report.words import headline
 
 SHARES = "0.9,0.7"
 

@@ -19,11 +19,11 @@ from several import NAMES, WAYS, Several, run
 from test_schemas import faults
 
 import streamer
-from streamer.adapters.one_or_several import named_adapters
+from streamer.adapters.finetuned import named_adapters
 from streamer.detection.findings import Findings
 from streamer.errors import NumericError, StorageError, UsageError
 from streamer.linalg.torch_state import threads
-from streamer.output.model_card import MOST_FACTS
+from streamer.output.output_spec import MOST_FACTS
 from streamer.plan.batch import make_batch
 
 

@@ -17,8 +17,8 @@ from learned import make_learned
 
 import streamer
 from streamer.errors import UsageError
-from streamer.linalg import skinny_products
-from streamer.storage.system import available_cores
+from streamer.linalg import operators
+from streamer.storage.files import available_cores
 
 
 def run(*argv: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -125,7 +125,7 @@ def told(*argv: str, **env: str) -> list[str]:
 @pytest.mark.skipif(shutil.which("lscpu") is None, reason="lscpu is not installed")
 def test_only_intels_processors_have_long_rows() -> None:
     cpu = subprocess.run(["lscpu"], capture_output=True, text=True, check=True, env={"LC_ALL": "C"}).stdout
-    assert skinny_products._long_rows() == (10_000 if "GenuineIntel" in cpu else math.inf)
+    assert operators._long_rows() == (10_000 if "GenuineIntel" in cpu else math.inf)
 
 
 @pytest.mark.long

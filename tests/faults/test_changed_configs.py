@@ -128,7 +128,7 @@ RESUMED = {
 def test_an_interrupted_run_goes_on_with_its_own_config_alone(
     home: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamer.measuring.pass_memory.ROWS", 40)
+    monkeypatch.setattr("streamer.measuring.task.ROWS", 40)
     stage, run, name = RESUMED[command]
     for place in ("out", "fresh"):
         (home / place).mkdir()

@@ -30,7 +30,7 @@ from streamer.errors import (
 )
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import threads
-from streamer.storage.lock import locked
+from streamer.storage.files import locked
 
 KEEP = (0.9, 0.6)
 
@@ -55,9 +55,9 @@ class Kind(NamedTuple):
 KINDS = {
     "evaluate": Kind(streamer.evaluate_variants, {"methods": ("paper", "shrink"), "lambdas": (0.5,), "max_memory": "4G"},
                      ["--method", "paper,shrink", "--lambda", "0.5", "--max-memory", "4G"], (6, 12),
-                     {"streamer.measuring.pass_memory": 40}, {"lambdas": (0.25,)}, "an evaluation", (120, "")),
+                     {"streamer.measuring.task": 40}, {"lambdas": (0.25,)}, "an evaluation", (120, "")),
     "fit": Kind(streamer.fit_coefficients, {"keep": KEEP}, ["--keep", ",".join(map(str, KEEP))], (16, 8),
-                {"streamer.measuring.pass_memory": 80, "streamer.fitting.fit_memory": 54}, {"seed": 1}, "coefficients", (30, "fit")),
+                {"streamer.measuring.task": 80, "streamer.fitting.prepare": 54}, {"seed": 1}, "coefficients", (30, "fit")),
 }  # fmt: skip
 
 

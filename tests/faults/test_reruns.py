@@ -20,7 +20,7 @@ from several import WAYS, Several, run
 
 import streamer
 from streamer.errors import StorageError
-from streamer.storage.lock import locked
+from streamer.storage.files import locked
 
 # Running again --------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from jobs import Bench
 from two_shards import SHARDS, two_shards
 
 import streamer
-from streamer.storage import system
+from streamer.storage import files
 
 
 def test_a_file_that_shrinks_does_not_kill_the_process(tmp_path: Path) -> None:
@@ -177,22 +177,22 @@ def test_reading(monkeypatch: pytest.MonkeyPatch, fd: int, there: bool) -> None:
     if not there:
         monkeypatch.delattr(os, "preadv")
     out = memoryview(bytearray(20))
-    assert system.read_at(fd, out, 90) == 10
+    assert files.read_at(fd, out, 90) == 10
     assert bytes(out) == bytes(range(90, 100)) + bytes(10)
-    assert system.read_at(fd, out, 100) == 0
-    monkeypatch.setattr(system, "MAX_CALL_BYTES", 7)  # a call is asked for no more than every system takes
-    assert system.read_at(fd, out, 0) == 7
+    assert files.read_at(fd, out, 100) == 0
+    monkeypatch.setattr(files, "MAX_CALL_BYTES", 7)  # a call is asked for no more than every system takes
+    assert files.read_at(fd, out, 0) == 7
 
 
 def test_nothing_is_reserved_where_nothing_can_be(monkeypatch: pytest.MonkeyPatch, fd: int) -> None:
     monkeypatch.delattr(os, "posix_fallocate")
-    system.reserve(fd, 1000)
+    files.reserve(fd, 1000)
     assert os.fstat(fd).st_size == 100
 
 
 def test_advice_where_none_is_taken(monkeypatch: pytest.MonkeyPatch, fd: int) -> None:
     monkeypatch.delattr(os, "posix_fadvise")
-    system.drop_cached(fd, 0, 100)
+    files.drop_cached(fd, 0, 100)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_sync_goes_through_the_disks_own_cache(
     monkeypatch.setattr(os, "fsync", lambda _: made.append("fsync"))
     if fault == errno.EIO:
         with pytest.raises(OSError, match="Input/output error"):
-            system.sync(fd)
+            files.sync(fd)
     else:
-        system.sync(fd)
+        files.sync(fd)
     assert made == calls

@@ -35,14 +35,14 @@ from worker_runs import (
 
 import streamer
 from streamer.detection.findings_file import journal_of, lock_of
+from streamer.detection.matrices import DetectTask, inputs_of
 from streamer.detection.options import DetectionOptions, Run
-from streamer.detection.workers import DetectTask, inputs_of
 from streamer.errors import LockedError, MismatchError, WorkerError
 from streamer.events import Event
 from streamer.linalg.torch_state import threads
 from streamer.plan.batch import make_batch
-from streamer.storage.lock import locked
-from streamer.workers.task import perform
+from streamer.storage.files import locked
+from streamer.workers import perform
 
 
 @pytest.fixture(scope="module")

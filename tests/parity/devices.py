@@ -22,25 +22,20 @@ import streamer
 from streamer.api.options import Settings
 from streamer.errors import UsageError
 from streamer.events import Monitor
-from streamer.fitting.fit_memory import collecting_bytes, states_bytes
-from streamer.fitting.points import factors_of, through
-from streamer.linalg.feedback import InputPair, WeightDelta, corrected
-from streamer.linalg.regmean import DIRECT_BYTES, answers
-from streamer.linalg.second_moments import Moments, RowMoments, leading_vectors
+from streamer.fitting.prepare import collecting_bytes, states_bytes
+from streamer.fitting.result import factors_of, through
+from streamer.linalg.moments import Moments, RowMoments, leading_vectors
+from streamer.linalg.regmean import DIRECT_BYTES, InputPair, WeightDelta, answers, corrected
 from streamer.linalg.torch_state import threads
-from streamer.measuring.losses import measure
-from streamer.measuring.pass_memory import TRANSFORMERS_BYTES, pass_bytes
 from streamer.measuring.statistics import MEASURES
-from streamer.plan.base_plan import make_base_plan
-from streamer.plan.plan import Plan, make_plan
+from streamer.measuring.task import TRANSFORMERS_BYTES, measure, pass_bytes
+from streamer.plan.plan import Plan, make_base_plan, make_plan
 from streamer.plan.targets import Target
-from streamer.streaming.base_inputs import BaseInputModel, BaseMatrix
 from streamer.streaming.corrected import STREAMS, CorrectedModel
-from streamer.streaming.logit_checks import check_logits
-from streamer.streaming.model import StreamingModel, vocabulary_block
-from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED, Group
-from streamer.streaming.values import VariantSet
-from streamer.streaming.variants import make_variants
+from streamer.streaming.inputs import BaseInputModel, BaseMatrix
+from streamer.streaming.model import StreamingModel, check_logits, vocabulary_block
+from streamer.streaming.run_time import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED, Group
+from streamer.streaming.values import VariantSet, make_variants
 
 TOLERANCE = 1e-4
 """Of the largest value: products are cut up otherwise, and rounded."""

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, apply_converters, apply_renamings
 
-from streamer.plan.transformers_renames import renames_for, table
-from streamer.weights.model_config import ModelConfig, read_model_config
+from streamer.plan.name_matching import renames_for, table
+from streamer.weights.logical import ModelConfig, read_model_config
 
 
 @pytest.mark.long

@@ -19,15 +19,14 @@ from pairs import make_pair
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
-from streamer.fitting.points import factors_of, through
-from streamer.linalg.feedback import InputPair, WeightDelta, corrected
-from streamer.linalg.regmean import DIRECT_BYTES, RIDGE
-from streamer.linalg.second_moments import RowMoments
+from streamer.fitting.result import factors_of, through
+from streamer.linalg.moments import RowMoments
+from streamer.linalg.regmean import DIRECT_BYTES, RIDGE, InputPair, WeightDelta, corrected
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_plan
 from streamer.plan.targets import Target
 from streamer.streaming.corrected import STREAMS, CorrectedModel
-from streamer.streaming.streams import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED, Group
+from streamer.streaming.run_time import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED, Group
 
 MU = 0.5
 

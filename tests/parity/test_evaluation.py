@@ -38,8 +38,7 @@ from streamer.errors import NumericError, UnsupportedError
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.plan.plan import make_plan
 from streamer.streaming.model import StreamingModel
-from streamer.streaming.values import VariantSet
-from streamer.streaming.variants import BASE, Variant, make_variants
+from streamer.streaming.values import BASE, Variant, VariantSet, make_variants
 
 
 @pytest.mark.long
@@ -203,7 +202,7 @@ def test_it_makes_no_difference_what_runs_together(tmp_path: Path, monkeypatch: 
         )
 
     together = evaluate()
-    monkeypatch.setattr("streamer.measuring.pass_memory.ROWS", 26)
+    monkeypatch.setattr("streamer.measuring.task.ROWS", 26)
     apart = evaluate(max_memory="4G", io="pread")
     for text in ("general", "task"):
         for measure in ("tokens", "loss", "kl", "agree", "right"):

@@ -23,8 +23,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from verified import lines
 
 import streamer
-from streamer.linalg.second_moments import Moments as SecondMoments
-from streamer.linalg.second_moments import OneHotMoments, RowMoments, leading_vectors
+from streamer.linalg.moments import Moments as SecondMoments
+from streamer.linalg.moments import OneHotMoments, RowMoments, leading_vectors
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_plan
 from streamer.plan.targets import Target
@@ -33,7 +33,7 @@ from streamer.streaming.collecting import CollectingReader
 from streamer.streaming.inputs import InputModel
 from streamer.streaming.installed import InstalledModule
 from streamer.streaming.model import StreamingModel
-from streamer.streaming.streams import GENERAL_AS, TASK_AS, Group
+from streamer.streaming.run_time import GENERAL_AS, TASK_AS, Group
 
 
 def formed(moments: SecondMoments) -> torch.Tensor:

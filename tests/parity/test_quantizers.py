@@ -24,7 +24,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from streamer.errors import InputError, UnsupportedError
 from streamer.linalg.operators import RowBlocks
-from streamer.weights.quantization.packing import unpack
+from streamer.weights.quantization.codes import unpack
 
 
 @pytest.mark.long

@@ -18,14 +18,14 @@ from peft_inputs import adapted, of_peft
 from safetensors.torch import load_file
 
 import streamer
+from streamer.linalg.moments import Moments
 from streamer.linalg.regmean import DIRECT_BYTES, RIDGE, answers
-from streamer.linalg.second_moments import Moments
 from streamer.linalg.torch_state import threads
 from streamer.methods.fits import Coefficients, FactorSet
 from streamer.plan.plan import make_plan
 from streamer.plan.targets import Target
 from streamer.streaming.inputs import InputModel
-from streamer.streaming.streams import GENERAL_AS, TASK_AS, Group
+from streamer.streaming.run_time import GENERAL_AS, TASK_AS, Group
 
 MU = 0.6
 TOKENS = 24, 16

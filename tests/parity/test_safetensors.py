@@ -23,9 +23,8 @@ from safetensors.torch import save_file
 from seeds import vary
 
 from streamer.errors import FormatError
-from streamer.storage.buffers import Piece, gather
+from streamer.storage.atomic_file import Piece, Shard, ShardPlan, gather, plan_shard, write_shard
 from streamer.storage.header import DTYPE_BITS, layout, parse_header
-from streamer.storage.shard_writer import Shard, ShardPlan, plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile
 
 Verdict = list[tuple[str, str, tuple[int, ...], int]] | None

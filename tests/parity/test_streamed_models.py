@@ -27,15 +27,13 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import streamer
 from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.evaluation import Evaluation
-from streamer.measuring.losses import measure
-from streamer.measuring.progress import CALL, READING, pass_cost
-from streamer.measuring.variants import EvaluatedVariant
+from streamer.measuring.passes import CALL, READING, pass_cost
+from streamer.measuring.result_file import EvaluatedVariant
+from streamer.measuring.task import measure
 from streamer.methods import UNCHANGED
 from streamer.plan.plan import make_plan
-from streamer.streaming.extra import refused_errors
-from streamer.streaming.model import StreamingModel
-from streamer.streaming.values import VariantSet
-from streamer.streaming.variants import ADAPTER, BASE, Variant, make_variants
+from streamer.streaming.model import StreamingModel, refused_errors
+from streamer.streaming.values import ADAPTER, BASE, Variant, VariantSet, make_variants
 
 
 def make_inputs(name: str, target: str, path: Path, length: int = 12, **values: Any) -> dict[str, Path]:

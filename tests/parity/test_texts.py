@@ -26,10 +26,10 @@ from transformers import AutoTokenizer
 import streamer
 from streamer.errors import FormatError, MissingInputError, StorageError, UnsupportedError, UsageError
 from streamer.evaluation.evaluation import Evaluation
-from streamer.measuring.json_lines import MARK
-from streamer.measuring.tokenizer import load_tokenizer, tokenizer_directory
+from streamer.measuring.sequences import load_tokenizer, tokenizer_directory
+from streamer.measuring.texts import MARK
 from streamer.plan.plan import make_plan
-from streamer.streaming.extra import unreadable
+from streamer.streaming.model import unreadable
 
 
 @pytest.mark.parametrize("start", [True, False])
@@ -556,7 +556,7 @@ def test_accuracies_are_those_of_merged_models(tmp_path: Path, monkeypatch: pyte
         }
     written = {"general": general, "task": task, "other": other}
     texts: dict[str, Any] = {name: lines(tmp_path / f"{name}.jsonl", *own) for name, own in written.items()}
-    monkeypatch.setattr("streamer.measuring.pass_memory.ROWS", 300)
+    monkeypatch.setattr("streamer.measuring.task.ROWS", 300)
     e = streamer.evaluate_variants(base, adapter, tmp_path / "e.json", methods=["shrink"], lambdas=[0.5], keep=1.0,
                                    sequences=100, on_event=lambda event: None, **texts)  # fmt: skip
     tree = json.loads((tmp_path / "e.json").read_text())

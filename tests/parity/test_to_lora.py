@@ -25,9 +25,8 @@ from seeds import vary
 
 import streamer
 from streamer.errors import UnsupportedError, UsageError
-from streamer.linalg.energy import energies, least_rank
-from streamer.linalg.low_rank import LowRank
-from streamer.linalg.operators import Dense
+from streamer.linalg.operators import Dense, LowRank
+from streamer.linalg.svd import energies, least_rank
 from streamer.plan.architectures import architecture_of
 
 LOHA = Kind(

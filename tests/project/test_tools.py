@@ -20,7 +20,7 @@ from tool_calls import call_tool
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import streamer
-from streamer.storage.shard_writer import plan_shard
+from streamer.storage.atomic_file import plan_shard
 
 SMALL = ("--hidden", "192", "--layers", "2")
 

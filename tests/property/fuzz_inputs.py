@@ -14,13 +14,13 @@ from mutate import Mutator, dump, mutate_json, mutate_safetensors, with_header
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from streamer.api.inspection import inspection_record
+from streamer.api.records import inspection_record
 from streamer.api.writing import iter_merged
 from streamer.cli.tables import inspect_table
 from streamer.errors import FormatError, StreamerError
 from streamer.output.merge_plan import plan_merged
 from streamer.plan.plan import make_plan
-from streamer.storage.buffers import gather
+from streamer.storage.atomic_file import gather
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.storage.header import DTYPE_BITS, tensor_nbytes
 from streamer.storage.tensor_file import TensorFile

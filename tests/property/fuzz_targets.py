@@ -17,9 +17,8 @@ from learned import make_learned
 from mutate import journal_bytes, mutate_journal, mutate_json, mutate_safetensors, records_of
 
 import streamer
-from streamer.adapters.one_or_several import One
-from streamer.cli.evaluation_table import evaluation_table
-from streamer.cli.tables import findings_table
+from streamer.adapters.finetuned import One
+from streamer.cli.tables import evaluation_table, findings_table
 from streamer.detection.detect import detect_to_files
 from streamer.detection.findings import load_findings
 from streamer.detection.options import DetectionOptions, Run
@@ -28,10 +27,8 @@ from streamer.events import Event, Monitor
 from streamer.methods import UNCHANGED, Method, Paper
 from streamer.output.job import Job
 from streamer.output.model_writer import ModelWriter
-from streamer.output.prepare import OutputOptions, open_jobs
-from streamer.output.write import run_jobs
-from streamer.plan.batch import AdapterBatch
-from streamer.plan.memory_estimate import resident_bytes
+from streamer.output.write import OutputOptions, open_jobs, run_jobs
+from streamer.plan.batch import AdapterBatch, resident_bytes
 from streamer.plan.plan import Plan, make_plan
 
 OPTIONS = DetectionOptions(3, 0.5)

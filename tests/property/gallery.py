@@ -23,8 +23,7 @@ from seeds import vary
 
 from streamer.detection.intruders import Detection, detect
 from streamer.detection.options import DetectionOptions
-from streamer.linalg.low_rank import LowRank
-from streamer.linalg.operators import Dense
+from streamer.linalg.operators import Dense, LowRank
 
 EPSILONS = (0.1, 0.3, 0.5, 0.8)
 TOLERANCE = 1e-5

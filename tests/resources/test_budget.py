@@ -21,10 +21,9 @@ from seeds import vary
 from torch import Tensor
 
 import streamer
-from streamer.detection.detection_memory import float64_way
+from streamer.detection.matrices import float64_way
 from streamer.detection.options import DetectionOptions
-from streamer.plan.batch import AdapterBatch, make_batch
-from streamer.plan.memory_estimate import resident_bytes
+from streamer.plan.batch import AdapterBatch, make_batch, resident_bytes
 
 M, N, RANK = 4096, 3072, 8
 MODULE = "model.layers.0.mlp.up_proj"

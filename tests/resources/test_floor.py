@@ -40,7 +40,7 @@ READ = """
 import re
 from pathlib import Path
 
-from streamer.plan.memory_estimate import PROCESS_BYTES
+from streamer.plan.batch import PROCESS_BYTES
 import streamer.cli.commands, streamer.api.writing
 
 print(PROCESS_BYTES, re.search(r"RssAnon:\\s*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
@@ -61,7 +61,7 @@ def test_the_floor_is_what_this_build_of_torch_takes_whatever_the_program_holds(
 
 WAITING = """
 import sys, threading
-from streamer.storage.system import give_freed_memory_back, limit_freed_memory
+from streamer.storage.files import give_freed_memory_back, limit_freed_memory
 
 def anonymous():
     give_freed_memory_back()

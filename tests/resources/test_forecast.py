@@ -18,15 +18,14 @@ from helpers import write_adapter, write_sharded
 from seeds import vary
 
 import streamer
-from streamer.detection.detection_memory import detection_estimates
-from streamer.detection.findings_size import findings_bytes
+from streamer.detection.findings_writer import findings_bytes
+from streamer.detection.matrices import detection_estimates
 from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
 from streamer.events import Event, Monitor
 from streamer.forecast import Forecast, Rates, forecast_commands, forecast_detection, measure_rates
-from streamer.output.model_card import MOST_FACTS
-from streamer.plan.batch import AdapterBatch
-from streamer.plan.memory_estimate import resident_bytes
+from streamer.output.output_spec import MOST_FACTS
+from streamer.plan.batch import AdapterBatch, resident_bytes
 from streamer.plan.plan import Plan, make_plan
 
 NAMES = {

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from seeds import vary
 from shapes import Known
 
-from streamer.api.synthetic import DemoModel
+from streamer.api.demo import DemoModel
 from streamer.detection.findings import load_findings
 
 BOUND = 700e6

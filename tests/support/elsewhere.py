@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from streamer.plan.plan import Plan
 from streamer.streaming.corrected import CorrectedModel
-from streamer.streaming.layer_runs import LayerResult, LayerRun
-from streamer.workers.task import Packed
+from streamer.streaming.run_time import LayerResult, LayerRun
+from streamer.workers import Packed
 
 
 class Away:

@@ -10,13 +10,12 @@ from seeds import vary
 
 import streamer
 from streamer.detection.findings import Findings
-from streamer.measuring.losses import measure
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.statistics import SequenceSums
+from streamer.measuring.task import measure
 from streamer.plan.plan import make_plan
 from streamer.streaming.model import StreamingModel
-from streamer.streaming.values import VariantSet
-from streamer.streaming.variants import Variant, make_variants
+from streamer.streaming.values import Variant, VariantSet, make_variants
 
 TOP_K = 4
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from seeds import vary
 
-from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import LowRank
 from streamer.methods.fits import Coefficients, FactorSet
 from streamer.plan.plan import make_plan
 

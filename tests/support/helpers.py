@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from seeds import vary
 
+from streamer.storage.atomic_file import ShardPlan, plan_shard
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import Header
-from streamer.storage.shard_writer import ShardPlan, plan_shard
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 

@@ -10,7 +10,7 @@ from forks import Outcome, Server
 from seeds import vary
 
 import streamer
-from streamer.fitting.options import FitOptions
+from streamer.fitting.prepare import FitOptions
 
 
 def make_learned(home: Path, sequences: int = 24, length: int = 8, **lora: Any) -> Path:

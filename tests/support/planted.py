@@ -4,8 +4,7 @@ import numpy as np
 import torch
 from helpers import planted
 
-from streamer.linalg.low_rank import LowRank
-from streamer.linalg.operators import Dense
+from streamer.linalg.operators import Dense, LowRank
 
 
 def problem(m: int, n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Dense, LowRank]:

@@ -8,8 +8,7 @@ from safetensors.torch import save_file
 from seeds import vary
 
 from streamer.storage.checkpoint import open_checkpoint
-from streamer.weights.logical import WeightView, open_weights
-from streamer.weights.model_config import ModelConfig
+from streamer.weights.logical import ModelConfig, WeightView, open_weights
 
 CPU = torch.device("cpu")
 

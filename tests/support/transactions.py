@@ -12,9 +12,15 @@ import pytest
 from helpers import tree_digest
 
 from streamer.errors import StreamerError
-from streamer.storage.lock import locked
-from streamer.storage.output_plan import JOURNAL_NAME, RECORD_NAME, OutputPlan, inspect_output
-from streamer.storage.transaction import OutputDirectory, open_outputs
+from streamer.storage.files import locked
+from streamer.storage.transaction import (
+    JOURNAL_NAME,
+    RECORD_NAME,
+    OutputDirectory,
+    OutputPlan,
+    inspect_output,
+    open_outputs,
+)
 
 DATA = {
     "sub/config.json": b"{}", "model-1": bytes(range(100)), "model-2": b"\x01" * 50,

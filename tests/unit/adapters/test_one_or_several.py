@@ -8,7 +8,7 @@ from pathlib import Path
 import helpers
 import pytest
 
-from streamer.adapters.one_or_several import One, holds_adapters, named_adapters, one_or_several
+from streamer.adapters.finetuned import One, holds_adapters, named_adapters, one_or_several
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import streamer
 from streamer.adapters.adapter_config import AdapterConfig
 from streamer.adapters.peft_methods import METHODS, MethodInputs
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
-from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import LowRank
 from streamer.plan.plan import make_plan
 
 Q = "layers.0.q"

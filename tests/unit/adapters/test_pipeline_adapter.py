@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import streamer
 from streamer.adapters.adapter_config import Stated
-from streamer.adapters.pipeline_adapter import open_lora
+from streamer.adapters.reader import open_lora
 from streamer.errors import FormatError, InputError, MismatchError, OutputExistsError, StorageError, UnsupportedError
 from streamer.plan.plan import make_plan
 

@@ -16,8 +16,7 @@ from raw_adapter import MODULE, factors, one_module, write_raw
 from safetensors.torch import save_file
 
 from streamer.adapters.adapter_config import AdapterConfig, Stated, stated_options
-from streamer.adapters.pipeline_adapter import open_lora
-from streamer.adapters.reader import open_adapter
+from streamer.adapters.reader import open_adapter, open_lora
 from streamer.adapters.rules import INSTEAD, refusals
 from streamer.errors import FormatError, InputError, MismatchError, StreamerError, UnsupportedError, UsageError
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from raw_adapter import MODULE, factors, write_raw
 
+from streamer.adapters.adapter import classify, normalize
 from streamer.adapters.reader import open_adapter
-from streamer.adapters.tensor_names import classify, normalize
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 
 # Names ----------------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from streamer.api.records import dry_run
-from streamer.cli.forecast_table import dry_run_text
 from streamer.cli.layout import Screen
+from streamer.cli.tables import dry_run_text
 
 
 @pytest.mark.parametrize(("number", "words"), [(1, "1 file; 1 matrix"), (2, "2 files; 2 matrices")])

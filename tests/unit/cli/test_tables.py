@@ -9,10 +9,9 @@ import pytest
 from seeds import vary
 
 import streamer
-from streamer.cli.fitting_table import fitting_table
 from streamer.cli.layout import Column, Screen, fit, screen, shorten, table
-from streamer.cli.tables import _ranks, findings_table
-from streamer.plan.name_order import natural
+from streamer.cli.tables import _ranks, findings_table, fitting_table
+from streamer.plan.name_matching import natural
 
 
 @pytest.mark.parametrize(("solver", "precision", "certified", "decided", "reason"), [
@@ -165,8 +164,7 @@ def test_the_commands_take_the_inputs_as_the_fit_took_them() -> None:
 def test_the_examples_in_the_help_are_understood() -> None:
     import shlex
 
-    from streamer.cli.help import EXAMPLES
-    from streamer.cli.parser import build_parser
+    from streamer.cli.parser import EXAMPLES, build_parser
 
     for command, text in EXAMPLES.items():
         given = [line.split("|")[0] for line in text.splitlines() if line.startswith("  streamer")]
@@ -178,8 +176,7 @@ def test_the_examples_in_the_help_are_understood() -> None:
 def test_the_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     import argparse
 
-    from streamer.cli.help import EXAMPLES
-    from streamer.cli.parser import build_parser
+    from streamer.cli.parser import EXAMPLES, build_parser
 
     monkeypatch.setenv("COLUMNS", "80")
     parser = build_parser()

@@ -10,7 +10,7 @@ import torch
 from streamer.api import threads as api_threads
 from streamer.api.threads import COUNTS, choose_threads
 from streamer.events import Event, Monitor
-from streamer.storage.system import available_cores
+from streamer.storage.files import available_cores
 
 
 def groups(directory: Path, membership: str, files: dict[str, str]) -> tuple[Path, Path]:

@@ -9,8 +9,7 @@ import pandas
 import pytest
 
 import streamer
-from streamer.detection.findings import Findings
-from streamer.detection.findings_view import index_of, indices_of, is_pattern
+from streamer.detection.findings import Findings, index_of, indices_of, is_pattern
 from streamer.errors import MismatchError, MissingPackageError, UnknownNameError, UsageError
 
 Q = "model.layers.1.self_attn.q_proj"

@@ -12,14 +12,12 @@ from safetensors.torch import save_file
 from scipy.sparse.linalg import svds
 from seeds import vary
 
-from streamer.detection import detection_memory as memory
-from streamer.detection.cost import Way
-from streamer.detection.detection_memory import best_way, detection_bytes, float64_way, is_repeated
+from streamer.detection import matrices as memory
 from streamer.detection.intruders import Detection
-from streamer.detection.matrices import detect_matrix
+from streamer.detection.matrices import best_way, detect_matrix, detection_bytes, float64_way, is_repeated
 from streamer.detection.options import DetectionOptions
-from streamer.plan.batch import AdapterBatch, make_batch
-from streamer.plan.memory_estimate import resident_bytes
+from streamer.detection.solvers import Way
+from streamer.plan.batch import AdapterBatch, make_batch, resident_bytes
 from streamer.plan.plan import Plan
 
 SHAPES = [(96, 64), (64, 96), (80, 80)]

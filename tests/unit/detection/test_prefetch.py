@@ -9,20 +9,17 @@ from safetensors.torch import save_file
 from seeds import vary
 
 import streamer
-from streamer.detection.cost import cost
 from streamer.detection.detect import detect_all
-from streamer.detection.device import choose_device
-from streamer.detection.matrices import detect_matrix
-from streamer.detection.matrix_finding import MatrixFinding
+from streamer.detection.findings_file import MatrixFinding
+from streamer.detection.matrices import Prefetcher, choose_device, detect_matrix, read_ahead
 from streamer.detection.options import DetectionOptions, Run
-from streamer.detection.prefetch import Prefetcher, read_ahead
+from streamer.detection.solvers import cost
 from streamer.errors import UsageError
 from streamer.events import Event, Monitor
 from streamer.plan.batch import AdapterBatch
 from streamer.plan.plan import Plan, make_plan
 from streamer.storage.tensor_file import IOMode, TensorFile
-from streamer.weights.base import StoredTensor
-from streamer.weights.plain import Plain
+from streamer.weights.base import Plain, StoredTensor
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 NO_ROOM = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 448.00 MiB.")

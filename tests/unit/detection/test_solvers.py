@@ -8,13 +8,11 @@ from planted import oracle, problem
 from seeds import vary
 
 from streamer.detection import intruders
-from streamer.detection.cost import Way, cheaper, cost, working_bytes
 from streamer.detection.intruders import Detection, detect
 from streamer.detection.options import DetectionOptions
-from streamer.detection.solvers import SOLVERS, SolverResult
+from streamer.detection.solvers import SOLVERS, SolverResult, Way, cheaper, cost, working_bytes
 from streamer.errors import NumericError, UsageError
-from streamer.linalg.low_rank import LowRank
-from streamer.linalg.operators import Dense, RowBlocks
+from streamer.linalg.operators import Dense, LowRank, RowBlocks
 from streamer.methods import make_method
 
 SHAPES = [(150, 200), (200, 150), (160, 160)]

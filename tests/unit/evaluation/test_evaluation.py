@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from evaluations import COLUMNS, CURVES, evaluation, faults
 
-from streamer.cli.evaluation_table import evaluation_table
 from streamer.cli.layout import Screen
+from streamer.cli.tables import evaluation_table
 from streamer.errors import FormatError
-from streamer.evaluation.columns import figures
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.view import Names
+from streamer.evaluation.view import Names, figures
+from streamer.measuring.result_file import EvaluatedVariant
 from streamer.measuring.statistics import SINCE
-from streamer.measuring.variants import EvaluatedVariant
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import pytest
 from evaluations import FACTS
 from seeds import vary
 
+from streamer.evaluation.evaluate import MOST_PLACED, Request, Sums, Wanted, answered, evaluation_steps
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.shrinks import EXCESS, against_shrink
-from streamer.evaluation.steps import MOST_PLACED, Request, Sums, Wanted, answered, evaluation_steps
+from streamer.evaluation.suggestion import EXCESS, against_shrink
 from streamer.measuring.statistics import SequenceSums
 from streamer.methods import Shrink
-from streamer.streaming.variants import ADAPTER, BASE, Variant, make_variants
+from streamer.streaming.values import ADAPTER, BASE, Variant, make_variants
 
 Shares = Callable[[float], float]
 

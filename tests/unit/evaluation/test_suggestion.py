@@ -8,10 +8,9 @@ from evaluations import CURVES, evaluation
 from scipy.stats import binom, norm
 
 from streamer.errors import UsageError
-from streamer.evaluation.shrinks import ShrinkComparison, against_shrink
-from streamer.evaluation.suggestion import WORTH, Trade, front
+from streamer.evaluation.suggestion import WORTH, ShrinkComparison, Trade, against_shrink, front
+from streamer.measuring.result_file import EvaluatedVariant
 from streamer.measuring.statistics import Estimate
-from streamer.measuring.variants import EvaluatedVariant
 
 ADAPTER = EvaluatedVariant("adapter", None, None)
 

@@ -8,10 +8,9 @@ import pytest
 from seeds import vary
 
 from streamer.errors import FormatError, MismatchError, UsageError
-from streamer.fitting.groups import LENGTHS, of_few_lengths
-from streamer.fitting.options import FitOptions, divide
-from streamer.fitting.points import Point
-from streamer.fitting.result import SHRINKS, adapter_facts, misses, set_facts
+from streamer.fitting.fit import LENGTHS, of_few_lengths
+from streamer.fitting.prepare import FitOptions, divide
+from streamer.fitting.result import SHRINKS, Point, adapter_facts, misses, set_facts
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.statistics import SequenceSums
 

@@ -5,8 +5,8 @@ import torch
 from helpers import power_law, spectrum_matrix
 from seeds import vary
 
-from streamer.linalg.golub_kahan import GolubKahan
 from streamer.linalg.operators import Dense
+from streamer.linalg.svd import GolubKahan
 
 SHAPES = [(61, 67), (67, 61), (64, 64), (1, 40), (40, 1), (13, 300), (300, 13)]
 DTYPES = [torch.float32, torch.float64]

@@ -9,13 +9,11 @@ from helpers import power_law, spectrum_matrix
 from measure import kilobytes
 from seeds import vary
 
-from streamer.linalg import operators, skinny_products
-from streamer.linalg.allocation import LARGE_BYTES, empty_matrix
-from streamer.linalg.low_rank import LowRank
-from streamer.linalg.operators import Delta, Dense, RowBlocks, Sum, all_finite
+from streamer.linalg import operators
+from streamer.linalg.operators import Delta, Dense, LowRank, RowBlocks, Sum, all_finite, skinny_product
 from streamer.linalg.overlap_bounds import dense_overlaps
-from streamer.linalg.skinny_products import skinny_product
 from streamer.linalg.svd import dense_triplets, residuals
+from streamer.linalg.torch_state import LARGE_BYTES, empty_matrix
 
 SHAPES = [(17, 29), (29, 17), (23, 23), (1, 13), (13, 1)]
 
@@ -44,9 +42,9 @@ def test_every_operator_multiplies_as_its_dense_form(shape: tuple[int, int]) -> 
 @pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "pieces"])
 def test_a_skinny_product_is_the_product(m: int, layout: str, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With oneDNN and without; lengths that do not divide by the number of pieces, long rows, and layouts that cannot be cut."""
-    if onednn and not skinny_products._has_fast_onednn():
+    if onednn and not operators._has_fast_onednn():
         pytest.skip("oneDNN's products are not used here")
-    monkeypatch.setattr(skinny_products, "_has_fast_onednn", lambda: onednn)
+    monkeypatch.setattr(operators, "_has_fast_onednn", lambda: onednn)
     M = {"rows": random(m, 40).float(), "columns": random(40, m).float().T, "neither": random(m, 80).float()[:, ::2]}[
         layout
     ]
@@ -58,15 +56,15 @@ def test_a_skinny_product_is_the_product(m: int, layout: str, onednn: bool, monk
             assert bool(((skinny_product(A, X).double() - exact).abs() <= rounding).all())
 
 
-@pytest.mark.skipif(not skinny_products._has_fast_onednn(), reason="oneDNN's products are not used here")
+@pytest.mark.skipif(not operators._has_fast_onednn(), reason="oneDNN's products are not used here")
 @pytest.mark.parametrize(("n", "longest", "calls"), [(500, 500, 1), (499, 500, 2), (10007, math.inf, 2)])
 def test_onednn_multiplies_transposes_of_short_rows(
     n: int, longest: float, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer rows are BLAS's on the processors whose BLAS is faster; the matrix itself is oneDNN's in any case."""
-    asked, real = [], skinny_products._onednn_linear
-    monkeypatch.setattr(skinny_products, "_long_rows", lambda: longest)
-    monkeypatch.setattr(skinny_products, "_onednn_linear", lambda *both: asked.append(both) or real(*both))
+    asked, real = [], operators._onednn_linear
+    monkeypatch.setattr(operators, "_long_rows", lambda: longest)
+    monkeypatch.setattr(operators, "_onednn_linear", lambda *both: asked.append(both) or real(*both))
     M = random(40, n).float()
     skinny_product(M, random(n, 10).float())
     skinny_product(M.T, random(40, 10).float())

@@ -7,11 +7,10 @@ import torch
 from helpers import power_law, spectrum_matrix
 from seeds import vary
 
-from streamer.linalg import christoffel
-from streamer.linalg.christoffel import christoffel_bound
-from streamer.linalg.golub_kahan import GolubKahan
+from streamer.linalg import overlap_bounds
 from streamer.linalg.operators import Dense, RowBlocks
-from streamer.linalg.overlap_bounds import OverlapProcess, dense_overlaps, singular_values_exceed
+from streamer.linalg.overlap_bounds import OverlapProcess, christoffel_bound, dense_overlaps, singular_values_exceed
+from streamer.linalg.svd import GolubKahan
 
 SHAPES = [(80, 120), (120, 80), (97, 97), (9, 200), (200, 9)]
 
@@ -307,7 +306,7 @@ def test_the_bound_of_wide_blocks_is_that_of_narrow_ones(width: int, monkeypatch
     w = (ritz.Y.T[:, : len(gk.start_coefficients)] @ gk.start_coefficients)[:, :7]
     sigma = torch.linspace(0, 1, 200, dtype=torch.float64)
     wide = christoffel_bound(sigma, ritz, w, 1e-12)
-    monkeypatch.setattr(christoffel, "NARROW", 1000)
+    monkeypatch.setattr(overlap_bounds, "NARROW", 1000)
     torch.testing.assert_close(wide, christoffel_bound(sigma, ritz, w, 1e-12))
-    monkeypatch.setattr(christoffel, "CHRISTOFFEL_BYTES", 1)
+    monkeypatch.setattr(overlap_bounds, "CHRISTOFFEL_BYTES", 1)
     torch.testing.assert_close(wide, christoffel_bound(sigma, ritz, w, 1e-12))

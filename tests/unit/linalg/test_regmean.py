@@ -10,12 +10,9 @@ from seeds import vary
 
 from streamer.errors import NumericError
 from streamer.linalg import regmean
-from streamer.linalg.feedback import InputPair, WeightDelta, corrected
-from streamer.linalg.low_rank import LowRank
-from streamer.linalg.null_space import Spectrum, leading, reduced
-from streamer.linalg.operators import Delta, Dense
-from streamer.linalg.regmean import DIRECT_BYTES, RIDGE, answers
-from streamer.linalg.second_moments import OneHotMoments, RowMoments
+from streamer.linalg.moments import OneHotMoments, RowMoments, Spectrum, leading, reduced
+from streamer.linalg.operators import Delta, Dense, LowRank
+from streamer.linalg.regmean import DIRECT_BYTES, RIDGE, InputPair, WeightDelta, answers, corrected
 
 WEIGHTS = (0.05, 1.0, 20.0)
 

@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
-from streamer.linalg.low_rank import LowRank
-from streamer.linalg.operators import Dense
+from streamer.linalg.operators import Dense, LowRank
 from streamer.linalg.torch_state import (
     OWN_THREADS,
     bfloat16_products,
@@ -28,9 +27,8 @@ from streamer.linalg.torch_state import (
     has_fast_bfloat16,
     task_threads,
 )
-from streamer.storage.atomic_file import AtomicFile
-from streamer.storage.page_cache import THREADED_BYTES
-from streamer.storage.system import give_freed_memory_back
+from streamer.storage.atomic_file import THREADED_BYTES, AtomicFile
+from streamer.storage.files import give_freed_memory_back
 
 WAITING = 4
 """Threads that wait after a product."""

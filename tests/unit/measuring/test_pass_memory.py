@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from streamer.errors import UsageError
-from streamer.measuring.pass_memory import Pass, measured_bytes, pass_bytes, plan_passes
 from streamer.measuring.passes import checked_tokens, longest_padded
 from streamer.measuring.result_file import JournalRecords, Records, pack, unpack
 from streamer.measuring.sequences import TextSequences
+from streamer.measuring.task import Pass, measured_bytes, pass_bytes, plan_passes
 from streamer.storage.journal import Journal
 from streamer.streaming.model import ModelSize
 

@@ -5,8 +5,7 @@ import pytest
 from evaluations import evaluation
 from seeds import vary
 
-from streamer.measuring.divergences import BINS, LEAST, counted_bins, from_record, quantile, to_record
-from streamer.measuring.statistics import Estimate, ratio
+from streamer.measuring.statistics import BINS, LEAST, Estimate, counted_bins, from_record, quantile, ratio, to_record
 
 
 def test_of_equal_sequences_it_is_the_error_of_a_mean() -> None:

@@ -88,7 +88,7 @@ def test_a_method_refuses_the_options_that_it_lacks() -> None:
 
 
 def test_methods_are_named_in_few_other_files() -> None:
-    """A new method is a file and an entry. These files name keys of JSON that are called like a method, or the shrink that a hint names."""
+    """A new method is a class and an entry. These files name keys of JSON that are called like a method, or the shrink that a hint names."""
     quoted = re.compile(rf"""["'](?:{"|".join(METHODS)})["']""")
     found = {
         str(path.relative_to(PACKAGE))
@@ -96,8 +96,8 @@ def test_methods_are_named_in_few_other_files() -> None:
         if path.relative_to(PACKAGE).parts[0] not in ("methods", "verification") and quoted.search(path.read_text())
     }
     assert found == {
-        "evaluation/evaluation.py", "evaluation/evaluation_records.py", "fitting/result.py", "report/curves.py",
-        "report/page_data.py", "cli/fitting_table.py", "cli/repair_table.py", "cli/tables.py", "api/repair.py",
+        "evaluation/evaluation.py", "evaluation/losses.py", "fitting/result.py", "report/subject.py", "report/page.py", "cli/tables.py",
+        "api/repair.py",
     }  # fmt: skip
 
 

@@ -11,8 +11,7 @@ from planted import problem
 from safetensors.numpy import load_file, save_file
 
 from streamer.errors import FormatError, MismatchError, OutputExistsError, UsageError
-from streamer.linalg.low_rank import LowRank
-from streamer.linalg.operators import Dense
+from streamer.linalg.operators import Dense, LowRank
 from streamer.methods import METHODS, RegMean, make_method
 from streamer.methods.fits import FIT, Coefficients, FactorSet, load_coefficients
 

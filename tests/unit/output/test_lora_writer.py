@@ -11,10 +11,9 @@ from seeds import vary
 
 import streamer
 from streamer.errors import OutputError, StreamerError, UnsupportedError, UsageError
-from streamer.linalg.low_rank import LowRank
-from streamer.linalg.operators import Dense
-from streamer.output import lora_writer
-from streamer.output.lora_writer import truncated
+from streamer.linalg.operators import Dense, LowRank
+from streamer.output import adapter_writer
+from streamer.output.adapter_writer import truncated
 
 Q = "model.layers.0.q_proj"
 
@@ -35,7 +34,7 @@ def job(home: Path, **config: object) -> tuple[Path, Path]:
 @pytest.mark.parametrize("factored", [True, False])
 def test_truncation_is_the_nearest(shape: tuple[int, int], factored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eckart-Young, by LAPACK and, above so many rows and columns, by the Krylov solver."""
-    monkeypatch.setattr(lora_writer, "SMALL", 100)
+    monkeypatch.setattr(adapter_writer, "SMALL", 100)
     p = min(shape)
     sigma = torch.cat([torch.tensor([9.0, 5.0, 4.0, 1.0, 0.5]), torch.full((p - 5,), 1e-3)])
     matrix, expected = (helpers.spectrum_matrix(*shape, s) for s in (sigma, sigma * (torch.arange(p) < 4)))

@@ -12,7 +12,7 @@ from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
 from streamer.linalg.operators import Dense
 from streamer.methods import METHODS, Paper, Project, Shrink
-from streamer.output.back_projection import back_project
+from streamer.output.adapter_writer import back_project
 
 SHAPES = [(96, 64), (64, 96), (80, 80), (61, 67)]
 

@@ -8,8 +8,7 @@ import helpers
 import torch
 
 import streamer
-from streamer.plan.architecture_table import conv1d_names, record_of, table
-from streamer.plan.architectures import architecture_of
+from streamer.plan.architectures import architecture_of, conv1d_names, record_of, table
 from streamer.plan.plan import make_plan
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamer.plan.name_matching import Match
+from streamer.plan.name_matching import Match, Rename, Renames, renames_for
 from streamer.plan.name_matching import match_names as match
-from streamer.plan.transformers_renames import Rename, Renames, renames_for
-from streamer.weights.model_config import ModelConfig
+from streamer.weights.logical import ModelConfig
 
 
 def match_names(

@@ -12,12 +12,10 @@ import streamer
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.reader import open_adapter
 from streamer.errors import MismatchError, UnsupportedError
-from streamer.plan.name_matching import match_names
+from streamer.plan.name_matching import match_names, renames_for
 from streamer.plan.targets import Orientation, Target, match_targets
-from streamer.plan.transformers_renames import renames_for
 from streamer.storage.checkpoint import open_checkpoint
-from streamer.weights.logical import WeightView, open_weights
-from streamer.weights.model_config import ModelConfig
+from streamer.weights.logical import ModelConfig, WeightView, open_weights
 
 
 def targets_of(weights: WeightView, adapter: DeltaSource, config: dict) -> list[Target]:

@@ -16,8 +16,8 @@ from range_server import Handler, serving
 from safetensors.torch import save_file
 
 from streamer.errors import UnsupportedError
-from streamer.remote import hub
-from streamer.remote.hub import HubName
+from streamer.remote import inputs
+from streamer.remote.inputs import HubName
 from streamer.remote.listing import Url, list_address, needed_files
 from streamer.storage.remote_transports import RemoteFile
 
@@ -50,7 +50,7 @@ def test_on_the_hub(root: Path, name: str, words: str, monkeypatch: pytest.Monke
         monkeypatch.setattr(constants, "ENDPOINT", site.address)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         with pytest.raises(UnsupportedError, match=f"owner/{name}: {words} {NEXT}"):
-            hub.list_hub(HubName(f"owner/{name}", COMMIT, "", f"owner/{name}"))
+            inputs.list_hub(HubName(f"owner/{name}", COMMIT, "", f"owner/{name}"))
 
 
 @pytest.mark.parametrize("beside", ["model.safetensors", "model.safetensors.index.json", "adapter_config.json"])

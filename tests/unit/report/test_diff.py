@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from seeds import vary
 
 import streamer
-from streamer.cli.diff_table import diff_table
-from streamer.cli.tables import MANY, NO_LIMIT, SHOWN
+from streamer.cli.tables import MANY, NO_LIMIT, SHOWN, diff_table
 from streamer.detection.findings import Findings
 from streamer.errors import MismatchError
 from streamer.report.diff import FATES, Direction, FindingsDiff, IntruderFate, diff_findings

@@ -16,11 +16,21 @@ from seeds import vary
 import streamer
 from streamer.detection.findings import Findings
 from streamer.errors import LockedError, OutputError, OutputExistsError, UsageError
-from streamer.report.curves import LAMBDAS, lambda_curve, threshold_curve
-from streamer.report.files import write_files
-from streamer.report.packing import DIGITS, LONGEST, Packed, pack, pack_names, pack_ratio, pack_share
-from streamer.report.subject import make_subject
-from streamer.storage.lock import locked
+from streamer.report.page import write_files
+from streamer.report.subject import (
+    DIGITS,
+    LAMBDAS,
+    LONGEST,
+    Packed,
+    lambda_curve,
+    make_subject,
+    pack,
+    pack_names,
+    pack_ratio,
+    pack_share,
+    threshold_curve,
+)
+from streamer.storage.files import locked
 
 
 def test_a_page_is_written_found_again_and_replaced_on_demand(findings: Findings, tmp_path: Path) -> None:

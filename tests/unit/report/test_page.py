@@ -17,14 +17,12 @@ from seeds import vary
 
 import streamer
 from streamer.detection.findings import Findings
+from streamer.detection.findings_file import MatrixFinding
 from streamer.detection.intruders import Detection
-from streamer.detection.matrix_finding import MatrixFinding
 from streamer.errors import FormatError, MismatchError, UsageError
-from streamer.evaluation.columns import field_figures
-from streamer.evaluation.view import verdict
-from streamer.report.page import make_page
+from streamer.evaluation.view import field_figures, verdict
+from streamer.report.page import certificates, headline, make_page, sentences
 from streamer.report.subject import Subject, make_subject, open_subject
-from streamer.report.words import certificates, headline, sentences
 
 EVIL = "</script><img src=x onerror=alert(1)>\x1b]0;&\u2028"
 

@@ -14,13 +14,21 @@ from faults import failing
 from helpers import names
 
 from streamer.errors import StorageError
-from streamer.storage import atomic_file, files, page_cache, system
-from streamer.storage.atomic_file import PARTIAL, AtomicFile, partials_of, remove_partials, write_atomic
-from streamer.storage.buffers import QUEUE, BufferRing
-from streamer.storage.byte_source import LocalSource
+from streamer.storage import atomic_file, files
+from streamer.storage.atomic_file import (
+    LAG_BYTES,
+    PARTIAL,
+    QUEUE,
+    THREADED_BYTES,
+    AtomicFile,
+    BufferRing,
+    partials_of,
+    remove_partials,
+    write_atomic,
+)
 from streamer.storage.files import fsync_directory, make_directory
+from streamer.storage.header import LocalSource
 from streamer.storage.journal import Journal
-from streamer.storage.page_cache import LAG_BYTES, THREADED_BYTES
 
 ADVICE = "run the same command again once the cause is gone"
 
@@ -290,7 +298,7 @@ def test_pieces_of_every_size_arrive_in_order(tmp_path: Path, monkeypatch: pytes
 
 def test_no_write_is_asked_for_more_than_every_system_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, asked = os.write, []
-    monkeypatch.setattr(page_cache, "MAX_CALL_BYTES", THREADED_BYTES)
+    monkeypatch.setattr(atomic_file, "MAX_CALL_BYTES", THREADED_BYTES)
     monkeypatch.setattr(os, "write", lambda fd, data: asked.append(len(data)) or real(fd, data))
     piece = os.urandom(2 * THREADED_BYTES + 5)
     with AtomicFile(tmp_path / "f", len(piece)) as f:
@@ -405,7 +413,7 @@ def test_what_is_read_is_dropped_behind(cold: Path) -> None:
 def test_advice_that_is_refused_is_no_error(cold: Path) -> None:
     fd = os.open(cold, os.O_RDONLY)
     os.close(fd)
-    system.drop_cached(fd, 0, STEP_BYTES)
+    files.drop_cached(fd, 0, STEP_BYTES)
 
 
 def test_a_large_file_is_not_left_in_the_cache(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:

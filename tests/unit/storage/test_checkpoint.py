@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from two_shards import MODES, SHARDS, refusal, two_shards
 
 from streamer import errors
-from streamer.storage.buffers import gather
-from streamer.storage.byte_source import LocalSource
+from streamer.storage.atomic_file import gather
 from streamer.storage.checkpoint import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -26,6 +25,7 @@ from streamer.storage.checkpoint import (
     open_checkpoint,
     read_json_object,
 )
+from streamer.storage.header import LocalSource
 from streamer.storage.tensor_file import IOMode, TensorFile
 
 
@@ -415,6 +415,6 @@ def test_a_read_that_brings_nothing(base: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_map_that_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamer.storage.byte_source.mmap.mmap", failing(errno.ENODEV))
+    monkeypatch.setattr("streamer.storage.header.mmap.mmap", failing(errno.ENODEV))
     with pytest.raises(errors.StorageError, match=r"cannot map 16\.0 kB: No such device; try --io pread"):
         view(open_checkpoint(base), "c")

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamer.errors import FormatError, StorageError
+from streamer.storage.files import strict_json
 from streamer.storage.header import (
     DTYPE_BITS,
     MAX_HEADER_BYTES,
@@ -24,7 +25,6 @@ from streamer.storage.header import (
     read_header,
     tensor_nbytes,
 )
-from streamer.storage.strict_json import strict_json
 
 
 def parsed(whole: bytes) -> Header:

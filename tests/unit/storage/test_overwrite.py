@@ -16,9 +16,16 @@ from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, copi
 import streamer
 from streamer.detection.findings_file import lock_of
 from streamer.errors import FormatError, LockedError, OutputError, OutputExistsError, StreamerError
-from streamer.storage.lock import locked
-from streamer.storage.output_plan import JOURNAL_NAME, LOCK_NAME, RECORD_NAME, STAGE_NAME, inspect_output, missing_bytes
-from streamer.storage.transaction import open_outputs
+from streamer.storage.files import locked
+from streamer.storage.transaction import (
+    JOURNAL_NAME,
+    LOCK_NAME,
+    RECORD_NAME,
+    STAGE_NAME,
+    inspect_output,
+    missing_bytes,
+    open_outputs,
+)
 
 
 @pytest.mark.parametrize("name", [*DATA, "model.safetensors"])
@@ -210,7 +217,7 @@ def test_a_large_file_that_was_edited_stays(tmp_path: Path) -> None:
     """At its size: only its digest tells it from the one that was written, however long that takes."""
     import hashlib
 
-    from streamer.storage.old_output import OldFile, remove_own_files
+    from streamer.storage.transaction import OldFile, remove_own_files
 
     data = bytes(70_000_000)
     files = [OldFile(name, len(data), hashlib.sha256(data).hexdigest()) for name in ("edited", "own")]

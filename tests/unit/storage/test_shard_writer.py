@@ -13,12 +13,21 @@ from safetensors.torch import load_file, save_file
 
 import streamer
 from streamer import errors
-from streamer.storage.buffers import QUEUE, BufferRing, Piece, gather
+from streamer.storage.atomic_file import (
+    QUEUE,
+    THREADED_BYTES,
+    BufferRing,
+    Piece,
+    Shard,
+    ShardPlan,
+    gather,
+    index_bytes,
+    plan_shard,
+    write_shard,
+)
 from streamer.storage.header import TensorInfo
-from streamer.storage.page_cache import THREADED_BYTES
-from streamer.storage.shard_writer import Shard, ShardPlan, index_bytes, plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile
-from streamer.weights.dtypes import as_tensor
+from streamer.weights.base import as_tensor
 
 NAME = "model.safetensors"
 DATA = {"a": bytes(range(24)), "e": b"", "b": b"\x01\x00\xff"}

@@ -15,10 +15,16 @@ from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, inte
 
 from streamer.errors import InputChangedError, LockedError, OutputError, OutputExistsError, StorageError
 from streamer.storage.atomic_file import AtomicFile
-from streamer.storage.lock import locked
+from streamer.storage.files import locked
 from streamer.storage.output_checks import check_output_path, check_space
-from streamer.storage.output_plan import JOURNAL_NAME, LOCK_NAME, RECORD_NAME, finished_record, inspect_output
-from streamer.storage.transaction import open_outputs
+from streamer.storage.transaction import (
+    JOURNAL_NAME,
+    LOCK_NAME,
+    RECORD_NAME,
+    finished_record,
+    inspect_output,
+    open_outputs,
+)
 
 # From nothing to done -----------------------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamer.errors import UnsupportedError
-from streamer.streaming import lazy
-from streamer.streaming.lazy import LazyTensor, Multiplier, Reader
+from streamer.streaming import values
+from streamer.streaming.values import LazyTensor, Multiplier, Reader
 
 
 class Given(Reader):
@@ -52,11 +52,11 @@ def test_shape_dtype_and_device_are_known_without_reading(weight: tuple[Given, L
     assert given.asked == []
 
 
-@pytest.mark.parametrize("block", [lazy.BLOCK_BYTES, 40])
+@pytest.mark.parametrize("block", [values.BLOCK_BYTES, 40])
 def test_products_read_a_few_rows_at_a_time(
     weight: tuple[Given, LazyTensor], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lazy, "BLOCK_BYTES", block)
+    monkeypatch.setattr(values, "BLOCK_BYTES", block)
     given, lazy_weight = weight
     x, bias = torch.randn(2, 3, 5), LazyTensor.of(Given(torch.randn(7)))
     torch.testing.assert_close(functional.linear(x, lazy_weight), functional.linear(x, given.values))

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from streamer.errors import UsageError
-from streamer.evaluation.options import EvaluationOptions
+from streamer.evaluation.losses import EvaluationOptions
 from streamer.methods.fits import Coefficients, FactorSet
-from streamer.streaming.variants import make_variants
+from streamer.streaming.values import make_variants
 
 
 def test_base_and_adapter_come_first() -> None:

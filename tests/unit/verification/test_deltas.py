@@ -5,8 +5,8 @@ import pytest
 import torch
 from seeds import vary
 
-from streamer.linalg.low_rank import LowRank
-from streamer.linalg.null_space import Spectrum, reduced
+from streamer.linalg.moments import Spectrum, reduced
+from streamer.linalg.operators import LowRank
 from streamer.verification import deltas
 
 M, N, K, R = 20, 30, 6, 4

@@ -1,21 +1,99 @@
-"""Types of the JSON of an evaluation (schema ``streamer.evaluation/1``)."""
+"""Define the options that determine an evaluation's result.
+
+Types of the JSON of an evaluation (schema ``streamer.evaluation/1``).
+
+Hold the losses of the base, the adapter and its mitigated variants on general text and on the task's text, and choose the best.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NotRequired, TypedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NotRequired, Self, TypedDict, get_args
 
-from streamer.detection.findings_records import OptionsRecord
-from streamer.detection.selection import Selection
-from streamer.evaluation.options import ProductDtype
-from streamer.evaluation.suggestion import Reason
-from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
-from streamer.measuring.divergences import BinsRecord
-from streamer.measuring.identity import Configs
-from streamer.measuring.statistics import Effect
-from streamer.methods import MethodName
-from streamer.methods.fits import CoefficientsRecord
-from streamer.methods.maps import MapRecord
+import torch
+
+from streamer.detection.options import DetectionOptions, OptionsRecord
+from streamer.errors import UsageError
+from streamer.evaluation.suggestion import Reason, Suggestion, against_shrink, check_keep, front, suggest
+from streamer.json_types import (
+    Amount,
+    Count,
+    KeptShare,
+    Keywords,
+    PairedError,
+    Selection,
+    Sha256,
+    StandardError,
+    State,
+    Version,
+)
+from streamer.linalg.torch_state import has_fast_bfloat16
+from streamer.measuring.result_file import Configs, EvaluatedVariant, input_options
+from streamer.measuring.sequences import GENERAL, TASK
+from streamer.measuring.statistics import BinsRecord, Effect, SequenceSums
+from streamer.methods import METHODS, WITHOUT_FILES, MethodName, takes_findings
+from streamer.methods.fits import Coefficients, CoefficientsRecord
+from streamer.methods.maps import InputMap, MapRecord
+from streamer.plan.plan import Plan
 from streamer.plan.sources import AdapterSource, BaseSource
+from streamer.streaming.values import Variant, VariantSet, make_variants
+
+ProductDtype = Literal["float32", "bf16"]
+"""Dtype to which base weights and activations are rounded before they are multiplied; the product is float32."""
+
+LAMBDAS = (0.75, 0.5)
+"""λ of each method, beside those that keep the share."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Options of an evaluation. `api.evaluate_variants` explains them; for `dtype` see also `bfloat16_products`."""
+
+    methods: tuple[MethodName, ...] = WITHOUT_FILES
+    lambdas: tuple[float, ...] = LAMBDAS
+    select: Selection = "all"
+    sequences: int = 32
+    length: int = 512
+    keep: float = 0.9
+    projected: bool = False
+    dtype: ProductDtype = "float32"
+    coefficients: Coefficients | None = None
+    amplify: bool = False
+    map: InputMap | None = None
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        _ = self.variants
+        for name in ("sequences", "length"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 2:
+                raise UsageError(f"{name}: expected a whole number from 2, found {value!r}")
+        check_dtype(self.dtype)
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """List the variants: ``base``, ``adapter``, each method at each λ, then each set of coefficients."""
+        return make_variants(self.methods, self.lambdas, self.select, self.coefficients, self.amplify, self.map)
+
+    def job(self, plan: Plan, device: torch.device) -> VariantSet:
+        """Describe how to compute all variants; deltas that need findings are available only once findings are set."""
+        return VariantSet(plan, self.variants, None, self.projected, self.dtype == "bf16", device)
+
+    def fitted_record(self) -> list[CoefficientsRecord]:
+        """Describe the sets of coefficients that are evaluated."""
+        return [] if self.coefficients is None else [one.record() for one in self.coefficients.sets]
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse an unknown dtype, or a dtype in which this processor multiplies slowly."""
+    if dtype not in get_args(ProductDtype):
+        raise UsageError(f"dtype: expected one of {', '.join(get_args(ProductDtype))}, found {dtype!r}")
+    if dtype == "bf16" and not has_fast_bfloat16():
+        raise UsageError(
+            "dtype: bf16 needs a processor that multiplies bfloat16 matrices (AMX), and a torch that makes it do so; "
+            "use float32 here"
+        )
 
 
 # fmt: off
@@ -237,3 +315,102 @@ class EvaluationRecord(EvaluationHead, EvaluationFacts):
     suggestion: Annotated[SuggestionRecord, "The variant to use."]
     output: NotRequired[Annotated[str, "Path of the output, as given. Printed only."]]
     state: NotRequired[Annotated[State, "Printed only."]]
+
+
+KEEP = 0.9
+"""Default share of the learning that a suggested variant keeps."""
+
+
+@dataclass(frozen=True, repr=False)
+class VariantLosses:
+    """Hold the losses of an adapted model's variants; `Evaluation` lists its attributes."""
+
+    variants: tuple[EvaluatedVariant, ...]
+    general: SequenceSums
+    task: SequenceSums
+    facts: Mapping[str, Any]
+    keep: float = KEEP
+    others: Mapping[str, SequenceSums] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        variants: Sequence[EvaluatedVariant],
+        sums: Mapping[str, SequenceSums],
+        facts: Mapping[str, Any],
+        keep: float,
+    ) -> Self:
+        """Make an object of this class from the sums on each text, by name."""
+        others = {name: own for name, own in sums.items() if name not in (GENERAL, TASK)}
+        return cls(tuple(variants), sums[GENERAL], sums[TASK], facts, keep, others)
+
+    @property
+    def sums(self) -> dict[str, SequenceSums]:
+        """Return the sums on each text, by name."""
+        return {GENERAL: self.general, TASK: self.task, **self.others}
+
+    @property
+    def answered(self) -> dict[str, SequenceSums]:
+        """Return the sums on each text of questions, by name."""
+        return {name: own for name, own in self.sums.items() if own.acc is not None}
+
+    def best(self, keep: float | None = None) -> Suggestion:
+        """Suggest the variant that forgets least among those that keep this share of the learning; see `Suggestion`.
+
+        Raises
+        ------
+        UsageError
+            If `keep` is not in (0, 1].
+        """
+        return suggest(self.variants, self.general, self.task, self.keep if keep is None else keep)
+
+    def lost(self, method: str, keep: float) -> bool:
+        """Test whether a method's two variants nearest to the share diverge more than the shrinks that keep as much."""
+        rows = [row for row, v in enumerate(self.variants) if v.method == method]
+        near = sorted(rows, key=lambda row: abs(self.task.fraction(row).value - keep))[:2]
+        found = [against_shrink(self.variants, self.general, self.task, row) for row in near]
+        return all(one is not None and one.verdict == "worse" for one in found)
+
+    def reliable(self) -> ReliableRecord:
+        """Return which shares have a large enough denominator; see `ReliableRecord`."""
+        return reliable(self.general, self.task)
+
+    def front(self) -> list[str]:
+        """Name the variants that no other variant equals or beats in both the task's loss and the divergence from the base."""
+        return [self.variants[v].name for v in front(self.variants, self.general, self.task)]
+
+    def command(self, variant: EvaluatedVariant) -> list[str]:
+        """Return the command that makes a variant, with its options; the caller adds inputs, output and files.
+
+        The command is `mitigate` if the variant can be written as an adapter without loss, else `merge`.
+        """
+        facts, lam = self.facts, variant.mitigation_lambda
+        exact = facts["projected"] or (variant.method in METHODS and METHODS[variant.method].keeps_rank)
+        mitigates = variant.method is not None and exact and facts["factored"]
+        words = ["mitigate" if mitigates else "merge"]
+        if variant.keep is not None:
+            words += ["--method", str(variant.method), "--keep", f"{variant.keep!r}"]
+        elif lam is None:
+            words += ["--lambda", "1"]
+        else:
+            words += ["--method", str(variant.method), "--lambda", f"{lam!r}"]
+        if takes_findings(variant.method):
+            words += ["--select", "first"] if facts["scale"] == "first" else []
+            default, used = DetectionOptions(), facts["detection"]
+            words += ["--top-k", f"{used['top_k']}"] if used["top_k"] != default.top_k else []
+            if used["threshold_epsilon"] != default.threshold_epsilon:
+                words += ["--epsilon", f"{used['threshold_epsilon']}"]
+        if lam is not None and not 0 <= lam <= 1:
+            words.append("--amplify")
+        words += input_options(facts)
+        return [*words, "--dequantize"] if facts["quantized"] and not mitigates else words
+
+
+def reliable(general: SequenceSums, task: SequenceSums) -> ReliableRecord:
+    """Return which shares have a denominator that is large relative to its error."""
+    gain = task.top1_gain
+    return {
+        "kept": task.change.divides,
+        "forgetting": general.change.divides,
+        "top1_kept": gain.divides and gain.value > 0,
+    }
