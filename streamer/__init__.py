@@ -29,7 +29,7 @@ The rest is for readers of the code. The folders follow the data, and a module i
     weights/       logical weights   a base's tensors as float matrices, plain or quantized
     adapters/      deltas            a PEFT adapter or a fine-tuned model, module by module
     plan/          matching          the base tensor that each module changes; all refusals
-    workers/       tasks             work in other processes
+    workers        tasks             work in other processes
     detection/     decisions         the leading directions of each matrix, and the findings file
     methods/       mitigated deltas  the methods with their options, and the files of fits and maps
     output/        results           output tensors, files, records

@@ -1,10 +1,10 @@
-"""Assign roles to an adapter's tensors by name. A new kind of tensor is a new entry of `ROLES`; the first match wins.
+"""Define a source of deltas, module by module: a PEFT adapter, or a fine-tuned model used as one (`finetuned`).
+
+Assign roles to an adapter's tensors by name. A new kind of tensor is a new entry of `ROLES`; the first match wins.
 
 ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`` → factor A of ``model.layers.0.self_attn.q_proj``;
 ``base_model.model.score.modules_to_save.default.weight``, also without ``default`` → ``weight`` of ``score``, saved whole;
 ``base_model.model.lm_head.base_layer.weight`` → ``weight`` of ``lm_head``, saved whole, with a delta added to it.
-
-Define a source of deltas, module by module: a PEFT adapter, or a fine-tuned model used as one (`finetuned`).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Compute DoRA's delta: ``W' = m · (W0 + Δ) / ‖W0 + Δ‖``, which scales each row of the (out, in) matrix to its magnitude.
+"""Represent an adapter's modules: their tensors in the adapter's files, and the deltas computed from them.
+
+Three classes share one interface: LoRA's factors, LoRA with DoRA's magnitudes, and the tensors of another PEFT method.
+
+Compute DoRA's delta: ``W' = m · (W0 + Δ) / ‖W0 + Δ‖``, which scales each row of the (out, in) matrix to its magnitude.
 
 PEFT's convention: m has one entry for each row of the (out, in) matrix. For an embedding this is a column of the stored (vocabulary, dim);
 for a convolution it is an output channel, with the norm over all other dimensions. The norm includes the delta, without dropout's scaling.
-
-Represent an adapter's modules: their tensors in the adapter's files, and the deltas computed from them.
-
-Three classes share one interface: LoRA's factors, LoRA with DoRA's magnitudes, and the tensors of another PEFT method.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class LoraModule(Module):
     kernel
         The kernel's dimensions.
     expert
-        Index and number of experts, if a and b hold the factors of all experts (see `target_parameters`).
+        Index and number of experts, if a and b hold the factors of all experts (see `adapter_config`).
     grouped
         Whether the columns of such a b are ordered expert by expert.
     delta_transposed

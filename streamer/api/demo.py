@@ -1,9 +1,9 @@
-"""Generate Llama-shaped models and LoRA adapters with planted intruders, piece by piece, of any size.
+"""Run detection, mitigation and merging on a small generated model with planted intruders.
+
+Generate Llama-shaped models and LoRA adapters with planted intruders, piece by piece, of any size.
 
 The base has a power-law spectrum, like trained weights. In some modules, the adapter adds a random direction that resembles no singular
 vector of the base, and is large enough to be among the first singular directions: an intruder.
-
-Run detection, mitigation and merging on a small generated model with planted intruders.
 """
 
 from __future__ import annotations

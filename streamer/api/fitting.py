@@ -1,6 +1,6 @@
-"""Provide a general text if the user names none: Python's own help on its topics.
+"""Offer the fit of factors as a function of the library.
 
-Offer the fit of factors as a function of the library.
+Provide a general text if the user names none: Python's own help on its topics.
 
 Offer the map of a base's inputs, and the sum of several, as functions of the library.
 """

@@ -1,11 +1,11 @@
-"""Find the inputs of a command, which may be names on the hub or addresses.
+"""Convert options of the library's functions from the form in which they are given; each is validated when it is made.
+
+Find the inputs of a command, which may be names on the hub or addresses.
 
 Define and explain, once, the keywords that several functions of the library share.
 
 Each function lists its own keywords, and the keywords of PEFT's function. It accepts the others as ``**options``, typed by one of the
 classes here; `explained` adds them to its signature and docstring. Nothing here imports torch, because verification does not need it.
-
-Convert options of the library's functions from the form in which they are given; each is validated when it is made.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Treat SIGINT and SIGTERM as requests to stop.
+"""Run the requested command, and turn errors into one line and an exit code; heavy imports happen only inside commands.
+
+Treat SIGINT and SIGTERM as requests to stop.
 
 Describe the error that ended a run, as JSON for `--json` and `--json-events`.
 
 Write progress, warnings and errors to stderr as JSON, one object on each line, for programs that watch a run.
-
-Run the requested command, and turn errors into one line and an exit code; heavy imports happen only inside commands.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class JsonEvents:
         self.say("note", message=text.removeprefix("streamer: "))
 
     def error(self, error: ErrorEntry) -> None:
-        """Write the error that ended the run, as described by `cli.errors_json.error_entry`."""
+        """Write the error that ended the run, as described by `error_entry`."""
         self.say("error", **error)
 
     def finish(self, summary: str) -> None:

@@ -1,12 +1,12 @@
-"""Parse arguments and option values; report an error in one line, with a suggestion.
+"""Define the command line: every command and option, declared once.
+
+Parse arguments and option values; report an error in one line, with a suggestion.
 
 Declare the options that several commands share: of texts, computing, fits, maps and workers.
 
 Define the help texts: description, first run, examples of each command, exit codes.
 
 Generate shell completion from the parser with shtab, which is imported only when a script is requested.
-
-Define the command line: every command and option, declared once.
 """
 
 from __future__ import annotations

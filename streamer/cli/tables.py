@@ -1,6 +1,6 @@
-"""Format forecasts for people.
+"""Format findings, plans and records as tables for people.
 
-Format findings, plans and records as tables for people.
+Format forecasts for people.
 
 Format the fates of intruders as a table that fits the screen.
 

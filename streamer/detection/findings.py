@@ -1,15 +1,15 @@
-"""Recognise findings for a base other than the adapter's: its directions then look like random vectors.
+"""Define the findings: the result of detection for each matrix, with the base, adapter and options that determined it.
+
+On disk they are one safetensors file; `findings_file` describes its layout. While detection runs, a journal beside the file holds a record
+for each matrix; a record is itself a safetensors file of the matrix's tensors, and the end of the run combines them.
+
+Recognise findings for a base other than the adapter's: its directions then look like random vectors.
 
 Let u be a random unit vector of R^m, and u⁰_1 … u⁰_p orthonormal. Each ⟨u, u⁰_i⟩² has the distribution Beta(1/2, (m − 1)/2). By the union
 bound, max_i |⟨u, u⁰_i⟩|, which is near √(2 ln p / m), is at most `random_overlap` with a probability of at least 1 − `ALPHA`.
 After training, most directions of a delta are closer than that to some singular vector of its own base.
 
 Present findings: matrices by name or pattern, a short text, an HTML table, data frames.
-
-Define the findings: the result of detection for each matrix, with the base, adapter and options that determined it.
-
-On disk they are one safetensors file; `findings_file` describes its layout. While detection runs, a journal beside the file holds a record
-for each matrix; a record is itself a safetensors file of the matrix's tensors, and the end of the run combines them.
 
 Identify a matrix of a base and an adapter's module by their values, independently of location and dtype.
 

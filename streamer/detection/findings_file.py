@@ -1,10 +1,10 @@
-"""Define the finding for one matrix: decisions and factors, as JSON values and arrays.
-
-Lay out, read and write a findings file, and name its journal and lock.
+"""Lay out, read and write a findings file, and name its journal and lock.
 
 Findings are stored as one safetensors file. For the base tensor ``T`` it holds the intruders' triplets ``T/U`` (m, q), ``T/S`` (q,) and
 ``T/Vh`` (q, n); ``T/singular_values``, ``T/similarity``, ``T/similarity_low``, ``T/similarity_high``, ``T/base_singular_values`` (k,)
 float64; and ``T/intruders`` (q,) int64. The metadata's ``findings`` is JSON: identities, options, and the figures of each matrix.
+
+Define the finding for one matrix: decisions and factors, as JSON values and arrays.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class MatrixFinding:
     transposed
         Whether the base stores (in, out), as embeddings and Conv1D layers do; the output side is still judged.
     fingerprint
-        Digest of the values behind the decisions (see `fingerprints.fingerprint`); None for a fine-tuned model.
+        Digest of the values behind the decisions (see `findings.fingerprint`); None for a fine-tuned model.
     """
 
     tensor: str

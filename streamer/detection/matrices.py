@@ -1,4 +1,6 @@
-"""Choose the device on which detection computes.
+"""Detect in one matrix at a time in this process, reading the next one while the current one computes.
+
+Choose the device on which detection computes.
 
 Estimate the peak memory of detection for each matrix, and choose the way that fits a budget.
 
@@ -8,8 +10,6 @@ Read weights ahead: a thread reads the next ones from disk while the current one
 
 For a GPU, the stored bytes are copied into pinned memory and then, on a separate stream, to the device while it computes; the device
 converts them to float32 exactly. Quantized values, and weights in several tensors, are decoded on the CPU when they are needed.
-
-Detect in one matrix at a time in this process, reading the next one while the current one computes.
 
 Detect on workers: divide matrices into tasks and pass on findings as they arrive.
 """

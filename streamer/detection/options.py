@@ -1,6 +1,6 @@
-"""Define the JSON types of findings: options, and the figures of each matrix (schema ``streamer.findings/1``).
+"""Define the options of detection, which determine the findings, and the options of a run.
 
-Define the options of detection, which determine the findings, and the options of a run.
+Define the JSON types of findings: options, and the figures of each matrix (schema ``streamer.findings/1``).
 
 Make the stamp in the metadata of every written file: its inputs and how it was made.
 """

@@ -1,4 +1,6 @@
-"""Define the options that determine an evaluation's result.
+"""Define an evaluation's options and JSON types, and hold the losses of its variants.
+
+Define the options that determine an evaluation's result.
 
 Types of the JSON of an evaluation (schema ``streamer.evaluation/1``).
 

@@ -1,15 +1,15 @@
-"""Compare a variant with the shrink of the whole adapter that keeps the same share, and choose a method's λ to measure next.
-
-Between the measured λ, a cubic in λ through the four nearest interpolates what a shrink keeps and forgets. The interpolation is linear in
-the losses, so the same weights apply to every loss and every sequence, and errors stay paired.
-
-Suggest the variant that forgets least among all that keep enough of the learning, and compare it with the equal shrink.
+"""Suggest the variant that forgets least among all that keep enough of the learning, and compare it with the equal shrink.
 
 The learning is the fall of the loss on the task's text from the base to the unchanged adapter. A variant keeps the share
 ``(base − variant) / (base − adapter)`` of it. Forgetting is the divergence from the base, ``KL(base ‖ variant)``, on general text. The
 loss on that text is shown but decides nothing: instruction-tuned and quantized bases often gain on plain text, whatever they forget, and
 on other bases divergence ranks variants as the loss does, but separates more of them. A suggested variant must also be worth it (`Trade`),
 and must not diverge more than the shrink that keeps the same share (`ShrinkComparison`).
+
+Compare a variant with the shrink of the whole adapter that keeps the same share, and choose a method's λ to measure next.
+
+Between the measured λ, a cubic in λ through the four nearest interpolates what a shrink keeps and forgets. The interpolation is linear in
+the losses, so the same weights apply to every loss and every sequence, and errors stay paired.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Make the columns of an evaluation's table.
+"""Format an evaluation for people: the verdict, its table, the reasons, and the commands to run next.
 
-Format an evaluation for people: the verdict, its table, the reasons, and the commands to run next.
+Make the columns of an evaluation's table.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Run layers on workers, which make the same model from the inputs' addresses; share the memory with them.
-
-Divide the texts whose inputs are collected into groups of sequences, which take turns, and count the multiplications of a fit.
-
-Fit right factors to the inputs of modules, and write them to a file.
+"""Fit right factors to the inputs of modules, and write them to a file.
 
 One pass collects inputs and solves for a grid of weights, whose results are measured; each share is interpolated between them. Then, at
 each share's weight, the model runs again, and each layer's factors are fitted to the inputs that the preceding layers produce with their
 new factors. A killed run repeats the collecting and correcting passes, which give the same values; measurements are in the journal.
+
+Run layers on workers, which make the same model from the inputs' addresses; share the memory with them.
+
+Divide the texts whose inputs are collected into groups of sequences, which take turns, and count the multiplications of a fit.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ FLOAT64_COST = 5
 CORRECTED = GENERAL_CORRECTED, TASK_CORRECTED
 
 Divided = tuple[TextSequences, int]
-"""Sequences that run together, and their stream: one of `streams`."""
+"""Sequences that run together, and their stream, such as `GENERAL_AS`."""
 
 LENGTHS = 32
 """Most different lengths of a text's sequences while inputs are collected: a group of each length runs in its own thread."""

@@ -1,8 +1,8 @@
-"""Define the options of a fit, and divide its texts into a part for fitting and a held-out part.
+"""Open and check a fit's inputs, and describe them.
+
+Define the options of a fit, and divide its texts into a part for fitting and a held-out part.
 
 Estimate the memory of a fit: of collecting inputs, and of solving between layers.
-
-Open and check a fit's inputs, and describe them.
 """
 
 from __future__ import annotations

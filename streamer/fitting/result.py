@@ -1,6 +1,6 @@
-"""Provide right factors of all matrices for a weight, from a spool, from other factors, or from the adapter itself.
+"""Report a fit's results: figures of each set on the held-out sequences, beside the shrink that keeps the same share.
 
-Report a fit's results: figures of each set on the held-out sequences, beside the shrink that keeps the same share.
+Provide right factors of all matrices for a weight, from a spool, from other factors, or from the adapter itself.
 """
 
 from __future__ import annotations

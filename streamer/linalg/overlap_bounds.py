@@ -1,4 +1,20 @@
-"""Bound the overlap of any singular vector with given vectors, by the Christoffel function of a block Krylov space.
+"""Compute overlaps of unit vectors u_j with the left singular vectors u⁰_i of a matrix W0: exactly, or by bounds.
+
+**Upper bound.** By the Christoffel function, the Krylov space bounds the overlap with any singular vector. Its process starts from a block
+that contains the u_j (or ``W0ᵀu_j``, see below).
+
+**Tall matrices.** For m > n the u_j have a part outside the range of W0, which the thin SVD does not count. The process then runs on
+the n side from ``x_j = W0ᵀu_j``. Because ⟨u_j, u⁰_i⟩ = ⟨x_j, v⁰_i⟩/σ⁰_i, the bound is divided by σ, and it holds only for singular
+values above a cut-off δ·σ⁰_1. For a base of up to `PROVABLE` columns, a Cholesky factor of ``W0ᵀW0 − (δ·σ⁰_1)²`` proves that no
+singular value is below the cut-off; until then nothing is settled. For wider bases δ is reported.
+
+**Lower bound.** A Ritz vector whose residual is small against its distance to its neighbours is a singular vector up to the angle
+residual/gap (Wedin). This requires that no neighbour is missing, so only the converged *prefix* of the spectrum counts, and within it
+only values whose successor has converged too: in the bulk a Ritz vector can be a mixture. That the prefix misses no singular value
+rests on the random columns of the start block. A missed vector would have to be orthogonal to all of them, which has probability zero;
+the nearer to orthogonal it must be, the less likely it is. This is the only step without a proof.
+
+Bound the overlap of any singular vector with given vectors, by the Christoffel function of a block Krylov space.
 
 Let M be the base or its transpose, oriented so that its right side is the smaller one. The block Golub–Kahan process starts from a block
 that contains the given vectors and yields ``B = X S Yᵀ`` and T = BᵀB. Let v be *any* unit right singular vector of M, with value σ and
@@ -17,22 +33,6 @@ values within τ of σ; only the norm of their ŷ_l is known. Then
 since |σ f + s f'| ≤ (s + σ)·√(f² + f'²). The first root is the block Christoffel function of the space. The bound holds for every singular
 vector with value σ, also in clusters, so its supremum over σ bounds every overlap. The supremum is estimated from samples, with a factor
 `MARGIN` on the largest. Near a converged Ritz value the bound has a peak as narrow as the residual, so that scale is sampled too.
-
-Compute overlaps of unit vectors u_j with the left singular vectors u⁰_i of a matrix W0: exactly, or by bounds.
-
-**Upper bound.** The Krylov space itself bounds the overlap with any singular vector: see `christoffel`. Its process starts from a block
-that contains the u_j (or ``W0ᵀu_j``, see below).
-
-**Tall matrices.** For m > n the u_j have a part outside the range of W0, which the thin SVD does not count. The process then runs on
-the n side from ``x_j = W0ᵀu_j``. Because ⟨u_j, u⁰_i⟩ = ⟨x_j, v⁰_i⟩/σ⁰_i, the bound is divided by σ, and it holds only for singular
-values above a cut-off δ·σ⁰_1. For a base of up to `PROVABLE` columns, a Cholesky factor of ``W0ᵀW0 − (δ·σ⁰_1)²`` proves that no
-singular value is below the cut-off; until then nothing is settled. For wider bases δ is reported.
-
-**Lower bound.** A Ritz vector whose residual is small against its distance to its neighbours is a singular vector up to the angle
-residual/gap (Wedin). This requires that no neighbour is missing, so only the converged *prefix* of the spectrum counts, and within it
-only values whose successor has converged too: in the bulk a Ritz vector can be a mixture. That the prefix misses no singular value
-rests on the random columns of the start block. A missed vector would have to be orthogonal to all of them, which has probability zero;
-the nearer to orthogonal it must be, the less likely it is. This is the only step without a proof.
 """
 
 from __future__ import annotations

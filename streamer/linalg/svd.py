@@ -1,6 +1,6 @@
-"""Run the block Golub–Kahan process: grow one Krylov space of a matrix from products with it.
+"""Compute leading singular triplets by block Krylov or LAPACK's full SVD; recompute their residuals from the operator.
 
-Compute leading singular triplets by block Krylov or LAPACK's full SVD; recompute their residuals from the operator.
+Run the block Golub–Kahan process: grow one Krylov space of a matrix from products with it.
 
 Compute a matrix's energies (squared singular values) and the rank that keeps a share of them.
 """

@@ -1,6 +1,6 @@
-"""Report a run's progress over texts, in multiplications, and act on requests to stop.
+"""Run passes of the model over sequences under variants, record each pass, and join their sums.
 
-Run passes of the model over sequences under variants, record each pass, and join their sums.
+Report a run's progress over texts, in multiplications, and act on requests to stop.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Describe the models that an evaluation measured.
+"""Write a result in one file, with its run's journal beside it, and check whether it exists or was begun.
+
+Describe the models that an evaluation measured.
 
 Describe what determines a run on texts as facts, which its file and its journal hold, and compare them with the facts found there.
-
-Write a result in one file, with its run's journal beside it, and check whether it exists or was begun.
 """
 
 from __future__ import annotations

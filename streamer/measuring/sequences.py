@@ -1,12 +1,12 @@
-"""Load a model's tokenizer, which also reports where each token is in the text.
+"""Hold sequences of tokens, and choose some of many.
+
+Load a model's tokenizer, which also reports where each token is in the text.
 
 Read questions with choices, and score them as lm-evaluation-harness 0.4.13 scores ``multiple_choice``.
 
 A choice's log-likelihood is the sum over its tokens after the question. Question and choice are encoded together, with a space between
 them; white space at the end of the question belongs to the choice. For ``acc`` the answer is the choice with the highest log-likelihood,
 for ``acc_norm`` the choice with the highest log-likelihood per character. The loss of a text of questions is the loss of the right choices.
-
-Hold sequences of tokens, and choose some of many.
 """
 
 from __future__ import annotations

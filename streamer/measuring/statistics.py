@@ -1,9 +1,4 @@
-"""Count the divergences of tokens in a fixed logarithmic histogram, and estimate quantiles from its counts.
-
-From `LEAST` nats on, each bin ends at `STEP` times its beginning, independent of the data, so that counts of passes and processes add up. A
-divergence is represented by the geometric middle of its bin, within 1 %. Below `LEAST`, rounding dominates, and a divergence counts as 0.
-
-Estimate means over tokens, and their standard errors over sequences, from sums over each sequence.
+"""Estimate means over tokens, and their standard errors over sequences, from sums over each sequence.
 
 Tokens of one sequence depend on each other; sequences are assumed independent. Because sequences have different numbers of counted tokens,
 a mean over tokens is a ratio of two sums over S sequences. Its standard error is that of the ratio estimator (Cochran, Sampling Techniques,
@@ -13,6 +8,11 @@ a mean over tokens is a ratio of two sums over S sequences. Its standard error i
 
 All variants run on the same sequences. A difference between two variants is estimated from the differences on each sequence (paired), in
 which most of the variation between sequences cancels.
+
+Count the divergences of tokens in a fixed logarithmic histogram, and estimate quantiles from its counts.
+
+From `LEAST` nats on, each bin ends at `STEP` times its beginning, independent of the data, so that counts of passes and processes add up. A
+divergence is represented by the geometric middle of its bin, within 1 %. Below `LEAST`, rounding dominates, and a divergence counts as 0.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Measure the losses of all variants on a batch of sequences, from logits that arrive one block of the vocabulary at a time.
+"""Run a pass in this process, or as a task of a worker, which builds the same model from the paths of the inputs.
+
+Measure the losses of all variants on a batch of sequences, from logits that arrive one block of the vocabulary at a time.
 
 For the logits z at a token and the next token y, ``loss = log Σ exp z − z_y``. With the base's z⁰ and p⁰ = softmax(z⁰),
 ``KL(p⁰ ‖ p) = Σ p⁰ (z⁰ − z) − (log Σ exp z⁰ − log Σ exp z)``. Sums over the vocabulary are float64 and scaled by the largest logit so far.
 
 Estimate the memory of a pass, and choose how many rows run together. A row is one token of one variant.
-
-Run a pass in this process, or as a task of a worker, which builds the same model from the paths of the inputs.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def measure(model: StreamingModel, text: TextSequences, block: int) -> SequenceS
 
 
 TRANSFORMERS_BYTES = 150 << 20
-"""Anonymous memory for importing transformers and building a model, in addition to `plan.memory_estimate.resident_bytes`."""
+"""Anonymous memory for importing transformers and building a model, in addition to `plan.batch.resident_bytes`."""
 
 ROWS = 4096
 """Rows that run together if no budget requires fewer; reading the weights is then about a hundredth of the time."""
@@ -135,7 +135,7 @@ def pass_bytes(size: ModelSize, resident: int, rows: int, length: int) -> int:
     Parameters
     ----------
     resident
-        Bytes in use between two steps; see `plan.memory_estimate.resident_bytes`.
+        Bytes in use between two steps; see `plan.batch.resident_bytes`.
     rows
         Tokens, counted for each variant.
     length

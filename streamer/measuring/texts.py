@@ -1,10 +1,10 @@
-"""Read sequences of tokens from JSON lines: documents, prompts with completions, conversations, or questions with choices.
-
-Read a user's text as sequences of tokens: running text, JSON lines, or token ids.
+"""Read a user's text as sequences of tokens: running text, JSON lines, or token ids.
 
 If a text has more sequences than requested, they are taken at even distances from its beginning to its end. Thus every run makes the same
 choice, and no part of the text dominates, such as the first chapter or the first source of a sorted collection. Distant sequences also
 depend less on each other; the standard errors assume independence.
+
+Read sequences of tokens from JSON lines: documents, prompts with completions, conversations, or questions with choices.
 
 Read texts for a model, and answer questions about it that measuring needs.
 """

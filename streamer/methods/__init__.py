@@ -255,7 +255,7 @@ class RegMean(Method):
 class NullSpace(Method):
     """``Δ' = Δ (I + ν C)⁻ᵖ`` with second moments C of general inputs; λ is the share of ``E‖Δ x‖²`` that each matrix keeps.
 
-    It reduces the delta's response to the leading directions of a map of the base; see `linalg.null_space`.
+    It reduces the delta's response to the leading directions of a map of the base; see `linalg.moments`.
     """
 
     map: InputMap

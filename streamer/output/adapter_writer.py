@@ -1,6 +1,6 @@
-"""Project a mitigated delta onto an adapter's rank.
+"""Write a mitigated adapter: new factors, PEFT's names, all other values unchanged.
 
-Write a mitigated adapter: new factors, PEFT's names, all other values unchanged.
+Project a mitigated delta onto an adapter's rank.
 
 Write mitigated deltas of any kind as a LoRA adapter of a chosen rank: the nearest of that rank, and its error.
 """

@@ -1,8 +1,8 @@
-"""Define the JSON types of an output's record, ``streamer.json``; its files' stamp is in `stamps`.
+"""Describe one mitigation of an adapter's deltas: the plan, the options, and the findings.
+
+Define the JSON types of an output's record, ``streamer.json``; its files' stamp is in `stamps`.
 
 Measure a mitigation: the metrics of a matrix, as in an output's journal and record, and their totals.
-
-Describe one mitigation of an adapter's deltas: the plan, the options, and the findings.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Make the tensors of a merged model: each kind of recipe yields the bytes a few rows at a time.
-
-A recipe yields bytes in the output's dtype; it computes in the computing dtype and rounds once.
-
-Plan a merged model: for each tensor of each file its dtype, its shape, and how it is made.
+"""Plan a merged model: for each tensor of each file its dtype, its shape, and how it is made.
 
 One plan serves the files written by `merge`, the index, the sizes of a dry run, and the tensors of `iter_merged`.
+
+Make the tensors of a merged model: each kind of recipe yields the bytes a few rows at a time.
+
+A recipe yields bytes in the output's dtype; it computes in the computing dtype and rounds once.
 """
 
 from __future__ import annotations

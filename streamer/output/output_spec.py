@@ -1,10 +1,10 @@
-"""Show a record to people in a few lines instead of its hundreds of values.
+"""Describe an output from headers alone, before anything is written: its files, record, card, and its plan on disk.
+
+Show a record to people in a few lines instead of its hundreds of values.
 
 Write the ``README.md`` of an output: facts about how it was made, followed by the card of its input.
 
 The hub reads the YAML at the card's head. It is edited as text, key by key; a head of unexpected form stays unchanged.
-
-Describe an output from headers alone, before anything is written: its files, record, card, and its plan on disk.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Plan a live model as files are planned: match each of an adapter's modules with the matrix that it changes, or refuse it.
+"""Detect intruders in a live model.
 
-Detect intruders in a live model.
+Plan a live model as files are planned: match each of an adapter's modules with the matrix that it changes, or refuse it.
 
 Describe the mitigation of a live model's deltas in the same form as for files.
 """

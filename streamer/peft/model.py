@@ -1,6 +1,6 @@
-"""Present tensors of a live model as a safetensors file, wherever they are: on a device, or offloaded by accelerate.
+"""Find the parts of a PEFT model in memory: the base's tensors by their names without PEFT, and an adapter's tensors.
 
-Find the parts of a PEFT model in memory: the base's tensors by their names without PEFT, and an adapter's tensors.
+Present tensors of a live model as a safetensors file, wherever they are: on a device, or offloaded by accelerate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Merge a mitigated adapter into a live model, one matrix at a time and in place.
+"""Merge a mitigated adapter into a live model, or add it as a new adapter.
+
+Merge a mitigated adapter into a live model, one matrix at a time and in place.
 
 Mitigate an adapter of a live model by adding a new adapter.
 """

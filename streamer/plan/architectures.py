@@ -1,14 +1,14 @@
-"""Read the packaged table of architectures: a record for each class, written by ``tools/make_architectures.py``.
-
-The first line of ``architectures.json.gz`` holds what all classes share. Each further line holds one record, which several classes may
-share. A record omits what the records of its inner models already say.
-
-Describe model classes: which weights are tied, stored transposed, embeddings or stacks of experts, and their names on disk.
+"""Describe model classes: which weights are tied, stored transposed, embeddings or stacks of experts, and their names on disk.
 
 ``tools/make_architectures.py`` extracts these facts from transformers' classes into ``architectures.json.gz``; reading them needs none of
 transformers' code. Names are run-time names. In a pattern ``*`` replaces a layer's number: ``model.layers.0.mlp`` and
 ``model.layers.79.mlp`` both match ``model.layers.*.mlp``. A model is described by its class, and each model inside it (a vision tower, a
 decoder) by the class that the config names there.
+
+Read the packaged table of architectures: a record for each class, written by ``tools/make_architectures.py``.
+
+The first line of ``architectures.json.gz`` holds what all classes share. Each further line holds one record, which several classes may
+share. A record omits what the records of its inner models already say.
 """
 
 from __future__ import annotations

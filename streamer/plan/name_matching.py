@@ -1,4 +1,14 @@
-"""Sort names of tensors in natural order: numbers by size, and parts of a layer in the order in which data passes them.
+"""Match an adapter's modules to the tensors of a base by exact names, known renames, or one exchange of prefixes.
+
+Adapters use run-time module names; checkpoints use their own. A module is looked up under its own name, then under the name that
+transformers gives a tensor on loading (`Renames`), then, for the adapter as a whole, under one exchange of prefixes
+that fits every module. A module that finds no tensor, or several, has no match, which is an error and never a mere warning.
+
+``model.layers.0.q_proj`` → ``model.layers.0.q_proj.weight`` (exact); ``model.language_model.layers.0.q_proj`` →
+``language_model.model.layers.0.q_proj.weight`` (rename); ``model.layers.0.q_proj`` → ``layers.0.q_proj.weight``, if every module of the
+adapter is found after ``model.`` is removed (prefix).
+
+Sort names of tensors in natural order: numbers by size, and parts of a layer in the order in which data passes them.
 
 Rename tensors as transformers does on loading: name on disk → name in the loaded model.
 
@@ -8,16 +18,6 @@ Rename tensors as transformers does on loading: name on disk → name in the loa
 transformers chooses the renames by the model's class and type. ``tools/make_renames.py`` extracts them as facts from transformers' table
 into ``renames.json``; reading them needs none of transformers' code. They lead only from disk to run time, so names are compared there:
 every tensor's name is carried forward, and no pattern is ever inverted.
-
-Match an adapter's modules to the tensors of a base by exact names, known renames, or one exchange of prefixes.
-
-Adapters use run-time module names; checkpoints use their own. A module is looked up under its own name, then under the name that
-transformers gives a tensor on loading (`transformers_renames`), then, for the adapter as a whole, under one exchange of prefixes
-that fits every module. A module that finds no tensor, or several, has no match, which is an error and never a mere warning.
-
-``model.layers.0.q_proj`` → ``model.layers.0.q_proj.weight`` (exact); ``model.language_model.layers.0.q_proj`` →
-``language_model.model.layers.0.q_proj.weight`` (rename); ``model.layers.0.q_proj`` → ``layers.0.q_proj.weight``, if every module of the
-adapter is found after ``model.`` is removed (prefix).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Read models and adapters from the hub through its own client, with the client's cache, token, offline switch and mirrors.
+"""Turn an input that the user named, a path or an address, into a path.
 
-Turn an input that the user named, a path or an address, into a path.
+Read models and adapters from the hub through its own client, with the client's cache, token, offline switch and mirrors.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Describe in sentences what was asked and found, how far it is proven, and what an evaluation suggests.
+"""Make a report's page: one HTML file that contains its style, script and data, and loads nothing.
+
+Describe in sentences what was asked and found, how far it is proven, and what an evaluation suggests.
 
 Make the data embedded in a page, from which its script draws: findings, evaluation or record as compact JSON.
-
-Make a report's page: one HTML file that contains its style, script and data, and loads nothing.
 
 Write a report's page atomically; replace nothing but reports.
 """

@@ -1,11 +1,11 @@
-"""Compute a report's curves from findings: number of intruders by threshold, and the norm that each λ removes.
+"""Hold the subject of a report: findings, an evaluation, or both, or the record of an output.
+
+Compute a report's curves from findings: number of intruders by threshold, and the norm that each λ removes.
 
 Pack whole numbers and tensor names into short texts for a page's script, so that 36,000 matrices fit into 5 MB.
 
 A number is written with base64's digits, most significant first; all numbers of a column have the same number of digits. Similarities use
 two digits, steps of 1/4095, which is finer than a screen shows.
-
-Hold the subject of a report: findings, an evaluation, or both, or the record of an output.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Reuse buffers: a ring leases one for each piece of a tensor, and the last user of the piece releases it.
-
-Write behind, and keep pages of large files out of the system's cache.
-
-Write files that appear complete or not at all: partial file, fsync, rename.
+"""Write files that appear complete or not at all: partial file, fsync, rename.
 
 `transaction` handles several files that appear together.
+
+Reuse buffers: a ring leases one for each piece of a tensor, and the last user of the piece releases it.
+
+Write behind, and keep pages of large files out of the system's cache.
 
 Plan output shards from headers alone, then stream them tensor by tensor.
 

@@ -1,9 +1,9 @@
-"""Wrap system calls that some systems lack, each with a substitute.
+"""Open files, stamp them and make them durable, and turn system errors into messages that say what to do.
+
+Wrap system calls that some systems lack, each with a substitute.
 
 Linux has all of them. macOS lacks `posix_fallocate`, `posix_fadvise` and `sched_getaffinity`, and before version 11 also
 `preadv`; its `fsync` leaves bytes in the disk's own cache, which only ``F_FULLFSYNC`` empties.
-
-Open files, stamp them and make them durable, and turn system errors into messages that say what to do.
 
 Parse standard JSON as the safetensors library does.
 

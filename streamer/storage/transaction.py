@@ -1,8 +1,4 @@
-"""Find the files of an earlier output by its record or journal, and remove them before another output is written.
-
-Plan an output directory, and determine the state of an existing one, without writing.
-
-Write output directories, each as one resumable transaction.
+"""Write output directories, each as one resumable transaction.
 
 During a run the directory contains ``.streamer.lock`` and ``.streamer.journal``; the file that makes the output
 loadable (the last of the plan's names) comes last. Then the record ``streamer.json`` replaces the journal. It says what was
@@ -11,6 +7,10 @@ renamed: after a kill, a file whose final name matches its entry is finished, an
 
 Where a finished output is replaced, all of this happens in ``.streamer.new`` inside it, up to the record. Once that is journalled, the new
 files are complete, and they are renamed into place (`OutputDirectory._replace`).
+
+Find the files of an earlier output by its record or journal, and remove them before another output is written.
+
+Plan an output directory, and determine the state of an existing one, without writing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Collect the inputs of matrices while a model runs, and pass on their moments when they are complete.
-
-Read a parameter of a model, and pass on the inputs that it multiplies.
+"""Read a parameter of a model, and pass on the inputs that it multiplies.
 
 A product with a matrix is split into a product with the base's weight, which is read a few rows at a time, and one with each delta's
 factors. Any other operation uses the values with deltas added.
+
+Collect the inputs of matrices while a model runs, and pass on their moments when they are complete.
 """
 
 from __future__ import annotations

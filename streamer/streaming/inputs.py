@@ -1,11 +1,11 @@
-"""Run functions in turns.
-
-Collect the inputs of modules, such as those that an adapter changes, in a pass over the base.
+"""Collect the inputs of modules, such as those that an adapter changes, in a pass over the base.
 
 General text runs through the base, task text through base + adapter. Sequences run in groups that take turns: each group runs one layer,
 then the next group does. When all groups have run a layer, its inputs are complete; their second moments are passed on, and the inputs
 are dropped before the next layer begins. The inputs are kept in a temporary file; memory holds the layer's outputs on all tokens. Each
 group reads a layer's weights once.
+
+Run functions in turns.
 
 Collect the inputs of all matrices of a base, under the names by which adapters change them.
 """

@@ -1,11 +1,11 @@
-"""Import transformers and silence it.
-
-Build a model from its ``config.json`` with transformers: parameters on the meta device, buffers with real values.
-
-Run a model whose weights stay on disk: read each when its module runs, use it for all variants at once, and drop it.
+"""Run a model whose weights stay on disk: read each when its module runs, use it for all variants at once, and drop it.
 
 A batch repeats the same sequences for each variant: rows are (variant, sequence). The logits are computed a block of the vocabulary at a
 time by the model's own `forward`, starting from the result of the layers below the head.
+
+Import transformers and silence it.
+
+Build a model from its ``config.json`` with transformers: parameters on the meta device, buffers with real values.
 
 Check what losses rely on: tokens do not see later ones, logits come only from the head, and padding changes nothing.
 """

@@ -249,7 +249,7 @@ class LayerRun:
     layer
         Path in the model.
     stream, sequences, length
-        One of `streams`, number of sequences, and tokens of each.
+        The stream, such as `GENERAL_AS`, number of sequences, and tokens of each.
     waiting
         Names of the matrices whose inputs are collected; None for all.
     rights

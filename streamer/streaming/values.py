@@ -1,8 +1,8 @@
-"""Name the variants of a model to compare: the base, the unchanged adapter, and each method at each λ.
+"""Read the values of a loaded model's tensors under each variant: the base's own, or with the adapter's edits and mitigated deltas.
+
+Name the variants of a model to compare: the base, the unchanged adapter, and each method at each λ.
 
 Stand in for a model's parameter with a tensor that needs no memory and reads its values when an operation needs them.
-
-Read the values of a loaded model's tensors under each variant: the base's own, or with the adapter's edits and mitigated deltas.
 """
 
 from __future__ import annotations

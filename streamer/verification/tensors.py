@@ -1,6 +1,6 @@
-"""Define the result of a verification: the object of `streamer verify --json`, schema ``streamer.verification/1``.
+"""Read tensors of safetensors files with numpy, as float64 rows of (out, in) matrices, and bound the effect of one rounding.
 
-Read tensors of safetensors files with numpy, as float64 rows of (out, in) matrices, and bound the effect of one rounding.
+Define the result of a verification: the object of `streamer verify --json`, schema ``streamer.verification/1``.
 """
 
 from __future__ import annotations

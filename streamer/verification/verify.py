@@ -1,6 +1,6 @@
-"""Compare tensors with the inputs: of an output, matrices recomputed and all others byte by byte; of findings, with a full SVD.
+"""Verify an output's files by their digests and, if inputs are given, a sample of its matrices or all of its tensors.
 
-Verify an output's files by their digests and, if inputs are given, a sample of its matrices or all of its tensors.
+Compare tensors with the inputs: of an output, matrices recomputed and all others byte by byte; of findings, with a full SVD.
 """
 
 from __future__ import annotations

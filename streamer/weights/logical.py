@@ -1,11 +1,11 @@
-"""Read and edit a model's ``config.json``, with each question and each edit in one place.
-
-A vision-language model keeps its language model's config under ``text_config``; a key may be at the top level, there, or in both places.
-
-Find a base's logical weights under the names of a plain checkpoint, in whatever tensors they are stored.
+"""Find a base's logical weights under the names of a plain checkpoint, in whatever tensors they are stored.
 
 For GPTQ, the tensors ``q_proj.qweight``, ``q_proj.qzeros`` and ``q_proj.scales`` form the weight ``q_proj.weight``. A tensor that no
 format of `quantization.registry` claims is a weight by itself.
+
+Read and edit a model's ``config.json``, with each question and each edit in one place.
+
+A vision-language model keeps its language model's config under ``text_config``; a key may be at the top level, there, or in both places.
 
 Write a quantized model as plain weights of one dtype, and remove every sign of quantization from its config and files.
 """

@@ -1,4 +1,6 @@
-"""Unpack integers in 32-bit words and apply scales and zero points by group, as GPTQ, AWQ and compressed-tensors all do.
+"""Apply scales and zero points to stored codes: integers, FP8 and FP4.
+
+Unpack integers in 32-bit words and apply scales and zero points by group, as GPTQ, AWQ and compressed-tensors all do.
 
 Decode quantized values with one scale for each tensor, row (channel), or block of rows and columns: FP8 e4m3, and int8.
 
@@ -14,7 +16,7 @@ compressed-tensors, ``W = q · (scale · weight_scale_2)`` in ModelOpt, as NVIDI
 gpt-oss stores ``<name>_blocks`` (experts, out, in / 32, 16) and ``<name>_scales`` (experts, out, in / 32). The model's own tensor is
 (experts, in, out).
 
-Decode FP8 e4m3 as in `scaled_codes`, and quantize merged values again with new scales.
+Decode FP8 e4m3 by blocks, and quantize merged values again with new scales.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Decode AWQ (gemm): 4-bit integers in 32-bit words, with a scale and a zero point for each group of inputs and each output.
+"""Decode the integers of AWQ, GPTQ, compressed-tensors, HQQ and bitsandbytes.
+
+Decode AWQ (gemm): 4-bit integers in 32-bit words, with a scale and a zero point for each group of inputs and each output.
 
 ``W[out, in] = (q[in, out] − zero[g, out]) · scale[g, out]``, where g is the group of the input; stored transposed, inputs first. Values and
 zero points are packed along the outputs, eight to a word, in the order of `AWQ_ORDER`.
@@ -6,7 +8,7 @@ zero points are packed along the outputs, eight to a word, in the order of `AWQ_
 Decode GPTQ: integers of 2, 3, 4 or 8 bits in 32-bit words, with a scale and a zero point for each group of inputs and each output.
 
 ``W[out, in] = (q[in, out] − zero[g, out]) · scale[g, out]``, where g is the group of the input; stored transposed, inputs first. Values are
-packed along the inputs and zero points along the outputs, as in `packing`. The first version of the format stores zero points less one.
+packed along the inputs and zero points along the outputs, as in `codes`. The first version of the format stores zero points less one.
 GPTQModel subtracts a one from each by a subtraction of whole words: a zero point of 0 borrows from the next, which only the addition of
 the same words undoes. Zero points of 3 bits, some of which lie in two words, wrap around instead.
 
@@ -16,7 +18,7 @@ that matches a module's name from its start applies. They take the format from t
 Decode compressed-tensors' packed integers: 1 to 8 bits in 32-bit words, with a scale for each output and each group of inputs.
 
 ``W[out, in] = (q[out, in] − zero[out, g]) · scale[out, g]``, where g is the group of the input. Values are packed along the inputs and zero
-points along the outputs, as in `packing`; without stored zero points, the zero point is half of the range. `scaled_codes` decodes the
+points along the outputs, as in `codes`; without stored zero points, the zero point is half of the range. `codes` decodes the
 library's int8 and FP8 formats.
 
 Decode HQQ: integers of 1 to 8 bits, with a scale and a zero point for each group of the flattened matrix.

@@ -88,7 +88,7 @@ def test_a_method_refuses_the_options_that_it_lacks() -> None:
 
 
 def test_methods_are_named_in_few_other_files() -> None:
-    """A new method is a class and an entry. These files name keys of JSON that are called like a method, or the shrink that a hint names."""
+    """A new method is a class and an entry. These files name keys of JSON that are called like a method, or the hinted shrink."""
     quoted = re.compile(rf"""["'](?:{"|".join(METHODS)})["']""")
     found = {
         str(path.relative_to(PACKAGE))
