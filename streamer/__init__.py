@@ -57,82 +57,46 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-# Module of each public name. Names are resolved on first use, so that importing streamer does not load torch.
-_HOMES = {
-    "Coefficients": "methods.fits",
-    "Detection": "detection.intruders",
-    "DetectionOptions": "detection.options",
-    "Evaluation": "evaluation.evaluation",
-    "Event": "events",
-    "Findings": "detection.findings",
-    "FindingsDiff": "report.diff",
-    "InputMap": "methods.maps",
-    "MatrixFinding": "detection.findings_file",
-    "Monitor": "events",
-    "StreamerError": "errors",
-    "StreamerWarning": "errors",
-    "VerificationError": "errors",
-    "add_map_files": "api.fitting",
-    "detect_intruder_dimensions": "api.detection",
-    "diff_findings": "report.diff",
-    "evaluate_variants": "api.evaluation",
-    "fit_coefficients": "api.fitting",
-    "iter_merged": "api.writing",
-    "load_coefficients": "methods.fits",
-    "load_evaluation": "evaluation.evaluation",
-    "load_findings": "detection.findings",
-    "load_map": "methods.maps",
-    "map_inputs": "api.fitting",
-    "merge_with_reduced_intruder_dimensions": "api.writing",
-    "read_tensors": "api.tensors",
-    "reduce_intruder_dimension": "api.writing",
-    "repair_adapter": "api.repair",
-    "verify_output": "api.report",
-    "write_report": "api.report",
-    "write_safetensors": "api.tensors",
+# Public names by their modules. A name is resolved on first use, so that importing streamer does not load torch.
+_NAMES = {
+    "api.detection": ("detect_intruder_dimensions",),
+    "api.evaluation": ("evaluate_variants",),
+    "api.fitting": ("fit_coefficients", "map_inputs"),
+    "api.repair": ("repair_adapter",),
+    "api.report": ("write_report",),
+    "api.tensors": ("read_tensors", "write_safetensors"),
+    "api.verification": ("verify_output",),
+    "api.writing": ("iter_merged", "merge_with_reduced_intruder_dimensions", "reduce_intruder_dimension"),
+    "detection.findings": ("Findings", "load_findings"),
+    "detection.findings_file": ("MatrixFinding",),
+    "detection.intruders": ("Detection",),
+    "detection.options": ("DetectionOptions",),
+    "errors": ("StreamerError", "StreamerWarning", "VerificationError"),
+    "evaluation.evaluation": ("Evaluation", "load_evaluation"),
+    "events": ("Event", "Monitor"),
+    "methods.fits": ("Coefficients", "load_coefficients"),
+    "methods.maps": ("InputMap", "load_map"),
+    "report.diff": ("FindingsDiff", "diff_findings"),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "Coefficients",
-    "Detection",
-    "DetectionOptions",
-    "Evaluation",
-    "Event",
-    "Findings",
-    "FindingsDiff",
-    "InputMap",
-    "MatrixFinding",
-    "Monitor",
-    "StreamerError",
-    "StreamerWarning",
-    "VerificationError",
-    "add_map_files",
-    "detect_intruder_dimensions",
-    "diff_findings",
-    "evaluate_variants",
-    "fit_coefficients",
-    "iter_merged",
-    "load_coefficients",
-    "load_evaluation",
-    "load_findings",
-    "load_map",
-    "map_inputs",
-    "merge_with_reduced_intruder_dimensions",
-    "read_tensors",
-    "reduce_intruder_dimension",
-    "repair_adapter",
-    "verify_output",
-    "write_report",
-    "write_safetensors",
-]
+    "Coefficients", "Detection", "DetectionOptions", "Evaluation", "Event", "Findings", "FindingsDiff", "InputMap",
+    "MatrixFinding", "Monitor", "StreamerError", "StreamerWarning", "VerificationError",
+    "detect_intruder_dimensions", "diff_findings", "evaluate_variants", "fit_coefficients", "iter_merged",
+    "load_coefficients", "load_evaluation", "load_findings", "load_map", "map_inputs",
+    "merge_with_reduced_intruder_dimensions", "read_tensors", "reduce_intruder_dimension", "repair_adapter",
+    "verify_output", "write_report", "write_safetensors",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from streamer.api.detection import detect_intruder_dimensions
     from streamer.api.evaluation import evaluate_variants
-    from streamer.api.fitting import add_map_files, fit_coefficients, map_inputs
+    from streamer.api.fitting import fit_coefficients, map_inputs
     from streamer.api.repair import repair_adapter
-    from streamer.api.report import verify_output, write_report
+    from streamer.api.report import write_report
     from streamer.api.tensors import read_tensors, write_safetensors
+    from streamer.api.verification import verify_output
     from streamer.api.writing import iter_merged, merge_with_reduced_intruder_dimensions, reduce_intruder_dimension
     from streamer.detection.findings import Findings, load_findings
     from streamer.detection.findings_file import MatrixFinding

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from streamer.adapters.finetuned import One
 from streamer.api.evaluation import evaluation_options
-from streamer.api.options import Judged, Settings, take, watched
+from streamer.api.keywords import watched
+from streamer.api.options import Judged, Settings, take
 from streamer.detection.detect import detect_in_memory
 from streamer.detection.findings import Findings
 from streamer.errors import StreamerError, UnsupportedError, UsageError
@@ -93,11 +94,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 given[name] = tuple(str(one) if name == "methods" else _number(name, one) for one in listed)
         lam = None if lam is None else _number("lambda", lam)
         several = "methods" in given or method not in (BASE, ADAPTER)
-        given = {
-            **({"methods": (method,)} if several else {}),
-            **({} if lam is None else {"lambdas": (lam,)}),
-            **given,
-        }
+        given = {**({"methods": (method,)} if several else {}), **({} if lam is None else {"lambdas": (lam,)}), **given}
         options_ = evaluation_options(given)
         self._variants = options_.variants if several else options_.variants[:2]
         self._variant = _chosen(self._variants, method, lam, keep)

@@ -33,7 +33,7 @@ from streamer.storage.output_checks import refuse_symlink
 from streamer.storage.tensor_file import IOMode, sampled_bytes
 from streamer.units import listed
 from streamer.weights.base import ENCODINGS, StoredTensor
-from streamer.weights.logical import MODEL_CONFIG, ModelConfig, read_model_config
+from streamer.weights.model_config import MODEL_CONFIG, ModelConfig, read_model_config
 
 METHOD = "FULL"
 

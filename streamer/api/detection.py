@@ -8,18 +8,8 @@ from pathlib import Path
 from typing import Any, Unpack, overload
 
 from streamer.adapters.finetuned import ByName, One, Several, each
-from streamer.api.options import (
-    Adapters,
-    DetectKeywords,
-    Inputs,
-    Judged,
-    Settings,
-    SeveralAdapters,
-    explained,
-    given_workers,
-    take,
-    watched,
-)
+from streamer.api.keywords import DetectKeywords, explained, watched
+from streamer.api.options import Adapters, Inputs, Judged, Settings, SeveralAdapters, given_workers, take
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
 from streamer.detection.detect import detect_in_memory, detect_to_files, inspect_detections
 from streamer.detection.findings import Findings

@@ -8,18 +8,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from streamer.adapters.finetuned import One
-from streamer.api.options import (
-    EvaluateKeywords,
-    Judged,
-    Settings,
-    explained,
-    given_workers,
-    read_coefficients,
-    read_map,
-    read_path,
-    take,
-    watched,
-)
+from streamer.api.keywords import EvaluateKeywords, explained, watched
+from streamer.api.options import Judged, Settings, given_workers, read_coefficients, read_map, read_path, take
 from streamer.api.records import DryRun, dry_run
 from streamer.detection.findings import Findings
 from streamer.errors import UsageError

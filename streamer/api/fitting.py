@@ -9,37 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any, Unpack
 
 from streamer.adapters.finetuned import One
-from streamer.api.options import (
-    FitKeywords,
-    MapKeywords,
-    Settings,
-    explained,
-    given_workers,
-    read_map,
-    read_path,
-    take,
-    watched,
-)
+from streamer.api.keywords import FitKeywords, MapKeywords, explained, watched
+from streamer.api.options import Settings, given_workers, read_path, take
 from streamer.api.records import DryRun, dry_run
 from streamer.detection.findings import Findings
-from streamer.errors import OutputExistsError, UsageError
+from streamer.errors import UsageError
 from streamer.events import Monitor
 from streamer.fitting.fit import checked_file, fit, shared
 from streamer.fitting.mapping import MapOptions, PreparedMap, make_map, map_record, prepare_map
 from streamer.fitting.prepare import FitOptions, PreparedFit, prepare_fit
 from streamer.forecast import forecast_fit, forecast_map, on_workers
 from streamer.methods.fits import Coefficients
-from streamer.methods.maps import MAP, InputMap, add_maps
+from streamer.methods.maps import MAP, InputMap
 from streamer.output.write import load_given
 from streamer.storage.atomic_file import write_atomic
-from streamer.storage.output_checks import is_taken
 from streamer.workers import Workers
 
 BUILT_IN = "python-help.txt"
@@ -187,7 +177,7 @@ def fit_coefficients(
         return request.run(monitor, given_workers(options))
 
 
-__all__ = ["MapRequest", "add_map_files", "map_inputs", "map_record"]
+__all__ = ["MapRequest", "map_inputs", "map_record"]
 
 
 @dataclass(frozen=True)
@@ -214,7 +204,7 @@ class MapRequest:
         read_path("base", base)
         general = keywords.get("general")
         if MAP.is_at(Path(base)):
-            raise UsageError(f"{base}: is a map; name the base to map, or at least two maps to add")
+            raise UsageError(f"{base}: is a map; name the base to map")
         given = {name: value for name, value in keywords.items() if value is not None}
         return cls(
             base,
@@ -293,48 +283,3 @@ def map_inputs(
     request = MapRequest.of(base, output, {**options, "general": general})
     with watched(options) as monitor:
         return request.run(monitor, given_workers(options))
-
-
-def add_map_files(
-    maps: Sequence[InputMap | str | Path], output: str | Path, *, vectors: int | None = None, overwrite: bool = False
-) -> InputMap:
-    """Add maps of one base on several texts, and write the sum.
-
-    Parameters
-    ----------
-    maps
-        At least two maps from `map_inputs`, or the paths of their files.
-    output
-        File to write.
-    vectors
-        Number of vectors to keep for each input; None keeps as many as the largest map.
-    overwrite
-        Whether to replace an existing map.
-
-    Returns
-    -------
-    InputMap
-        The sum, in which each text is weighted by its tokens. Along vectors that only another text's map holds, a text's second moment is
-        taken to be the mean of its remainder.
-
-    Raises
-    ------
-    MismatchError
-        If the maps belong to different bases.
-    StreamerError
-        Its class names the kind of error (see `streamer.errors`).
-    """
-    if len(maps) < 2:
-        raise UsageError(f"maps: expected at least two, found {len(maps)}")
-    if vectors is not None:
-        MapOptions(vectors=vectors)  # refuses an invalid number
-    if models := [one for one in maps if not isinstance(one, InputMap) and read_path("maps", one).is_dir()]:
-        raise UsageError(
-            f"{models[0]}: is a directory, but with several inputs, all must be maps to add; map one model at a time"
-        )
-    path = read_path("output", output)
-    if is_taken(path) and not overwrite:
-        raise OutputExistsError(f"{path}: exists; choose another output, or pass --overwrite", path)
-    added = add_maps([read_map(one) for one in maps], vectors)
-    added.save(path, overwrite=overwrite)
-    return read_map(path)

@@ -27,7 +27,7 @@ from streamer.plan.plan import Plan, make_plan
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.storage.output_checks import free_bytes
-from streamer.weights.logical import read_model_config
+from streamer.weights.model_config import read_model_config
 
 __all__ = [
     "ByName",

@@ -10,18 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, Unpack, cast
 
 from streamer.api.fitting import BUILT_IN, FitRequest, general_text
-from streamer.api.options import (
-    Inputs,
-    Judged,
-    MethodChoice,
-    RepairKeywords,
-    Settings,
-    explained,
-    given_workers,
-    read_path,
-    take,
-    watched,
-)
+from streamer.api.keywords import RepairKeywords, explained, watched
+from streamer.api.options import Inputs, Judged, MethodChoice, Settings, given_workers, read_path, take
 from streamer.api.records import DryRun
 from streamer.api.writing import OutputRequest
 from streamer.errors import OutputExistsError, UsageError

@@ -1,27 +1,20 @@
-"""Offer reports on findings and outputs, and comparisons of findings, as functions of the library.
-
-Offer verification of an output as a function of the library.
-"""
+"""Offer reports on findings and outputs, and comparisons of findings, as functions of the library."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any
 
-from streamer.api.options import WatchKeywords, explained, watched
 from streamer.api.records import several as record_of_several
 from streamer.detection.findings import Findings, load_findings
 from streamer.errors import UsageError
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.events import Monitor
-from streamer.remote.inputs import Remote
 from streamer.report.diff import FindingsDiff, diff_findings
 from streamer.report.page import WrittenReport, write_files
 from streamer.report.subject import Collection, Subject, delta_energy, make_subject, open_subject
-from streamer.verification.tensors import Verification
-from streamer.verification.verify import verify
 
 
 @dataclass(frozen=True)
@@ -126,53 +119,3 @@ def diff_files(first: str | Path, second: str | Path, monitor: Monitor) -> Findi
     found = diff_findings(load_findings(first), load_findings(second))
     monitor.warn(found.notes)
     return found
-
-
-@explained(WatchKeywords)
-def verify_output(
-    output: str | Path,
-    base: str | Path | None = None,
-    adapter: str | Path | None = None,
-    *,
-    sample: int | Literal["all"] = 3,
-    coefficients: str | Path | None = None,
-    map: str | Path | None = None,  # noqa: A002
-    **options: Unpack[WatchKeywords],
-) -> Verification:
-    """Check an output against its record and, if its inputs are given, against a recomputation by independent code.
-
-    Files are compared with the digests in ``streamer.json``, findings with the digest in their own file. If base and adapter are given, a
-    sample of matrices is recomputed in float64 by numpy and scipy; findings are compared with full SVDs. With ``sample="all"``, every
-    tensor is compared.
-
-    Parameters
-    ----------
-    output
-        Directory of a merged model or a mitigated adapter, or a findings file.
-    base, adapter
-        Inputs of the output; give both or neither.
-    sample
-        Number of matrices to recompute, spread over their kinds; the same output always gives the same sample. ``all`` recomputes every
-        matrix and compares all other tensors byte by byte.
-    coefficients
-        File of the fit that made the output (method ``regmean``). By default, the file of the recorded name beside the output.
-    map
-        File of the map that made the output (method ``nullspace``), with the same default.
-
-    Returns
-    -------
-    Verification
-        What was compared, and which matrices could not be recomputed and why.
-
-    Raises
-    ------
-    VerificationError
-        If anything differs, or cannot be recomputed or compared as requested; its `verification` is the same object.
-    StreamerError
-        If the output has no record, or was made from other inputs (see `streamer.errors`).
-    """
-    with watched(options) as monitor:
-        inputs = Remote("cache", monitor=monitor)  # the verifying code reads only local files
-        base, adapter = (None if given is None else inputs.path(given) for given in (base, adapter))
-        given = {"coefficients": coefficients, "map": map}
-        return verify(output, (base, adapter), sample, monitor, given)

@@ -10,21 +10,8 @@ from typing import Any, Unpack, overload
 from torch import Tensor
 
 from streamer.adapters.finetuned import ByName, One, Several
-from streamer.api.options import (
-    Adapters,
-    Inputs,
-    IterateKeywords,
-    Judged,
-    MergeKeywords,
-    MethodChoice,
-    ReduceKeywords,
-    Settings,
-    SeveralAdapters,
-    explained,
-    given_workers,
-    take,
-    watched,
-)
+from streamer.api.keywords import IterateKeywords, MergeKeywords, ReduceKeywords, explained, watched
+from streamer.api.options import Adapters, Inputs, Judged, MethodChoice, Settings, SeveralAdapters, given_workers, take
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
 from streamer.detection.options import Run
 from streamer.events import Monitor

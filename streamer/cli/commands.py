@@ -95,7 +95,7 @@ def _diff(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 
 def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.api.report import verify_output
+    from streamer.api.verification import verify_output
     from streamer.cli.layout import verification_text
 
     found = verify_output(
@@ -147,29 +147,17 @@ def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 
 def _map(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.api.fitting import MapRequest, add_map_files, map_record
+    from streamer.api.fitting import MapRequest, map_record
     from streamer.cli.tables import map_text
 
-    output, first = Path(args.output), args.base[0]
     if len(args.base) > 1:
-        own = ("general", "sequences", "length", "dtype", "max_memory", "architecture", "threads", "workers",
-               "executor")  # fmt: skip
-        found = [name for name in own if getattr(args, name) is not None] + ["dry-run"] * args.dry_run
-        if found:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in found)
-            raise UsageError(
-                f"map: adds the maps that are given, found {names} as well; leave them out, or give one BASE"
-            )
-        made = add_map_files(args.base, output, vectors=args.vectors, overwrite=args.overwrite)
-        monitor.told(output, "written")
-    else:
-        request = MapRequest.of(first, output, vars(args))
-        workers = _workers(args, monitor)
-        if args.dry_run:
-            return _forecast(request, args, monitor, workers)
-        made = request.run(monitor, workers)
-    tree = map_record(made, args.output, monitor.outputs[output])
-    return {**tree}, map_text(tree, shown(first) if len(args.base) == 1 else "BASE", _screen(args))
+        raise UsageError(f"map: expected one BASE, found {len(args.base)}; to map several texts, join them in one file")
+    request = MapRequest.of(args.base[0], args.output, vars(args))
+    workers = _workers(args, monitor)
+    if args.dry_run:
+        return _forecast(request, args, monitor, workers)
+    tree = map_record(request.run(monitor, workers), args.output, monitor.outputs[Path(args.output)])
+    return {**tree}, map_text(tree, shown(args.base[0]), _screen(args))
 
 
 def _repair(args: argparse.Namespace, monitor: Monitor) -> Result:

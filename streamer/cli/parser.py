@@ -193,9 +193,9 @@ def add_map(sub: argparse.ArgumentParser) -> None:
     """Add the options of a map."""
     sub.add_argument("--general", metavar="TEXT", help="general text to run through BASE: .txt, .jsonl or .npy "
                      "(default: Python's built-in help texts)")  # fmt: skip
-    sub.add_argument("--vectors", type=integer, metavar="N",
-                     help="leading vectors to store for each input (default: 16; for several maps: "
-                          "as many as the largest has)")  # fmt: skip
+    sub.add_argument(
+        "--vectors", type=integer, metavar="N", help="leading vectors to store for each input (default: 16)"
+    )
     sub.add_argument("--sequences", type=integer, metavar="N", help="maximum number of sequences (default: 32)")
     sub.add_argument("--length", type=integer, metavar="N", help="maximum number of tokens per sequence (default: 512)")
     sub.add_argument("--dtype", choices=["float32", "bf16"],
@@ -348,8 +348,6 @@ examples:
   streamer map BASE --general web.txt -o base.map.safetensors
   streamer map BASE -o base.map.safetensors
       uses text that comes with Python
-  streamer map a.safetensors b.safetensors -o both.safetensors
-      joins two maps of one base
 """,
     "repair": """\
 examples:
@@ -517,10 +515,7 @@ def build_parser() -> Parser:
         g.add_argument("--dry-run", action="store_true",
                        help="check inputs and options, forecast memory, disk and time, and write nothing")  # fmt: skip
         g.add_argument(
-            "--no-resume",
-            dest="resume",
-            action="store_false",
-            help="start over instead of resuming an interrupted run",
+            "--no-resume", dest="resume", action="store_false", help="start over instead of resuming an interrupted run"
         )
         g.add_argument("--overwrite", action="store_true",
                        help="replace an existing output, or write into a directory with other files. Unrelated files are kept; the run is "
@@ -584,12 +579,7 @@ def build_parser() -> Parser:
     )
     sub.add_argument("evaluation", metavar="EVALUATION", nargs="?",
                      help="evaluation of the same adapter from `streamer evaluate`")  # fmt: skip
-    sub.add_argument(
-        "-o",
-        "--output",
-        metavar="PAGE",
-        help="page to write, a name that ends in .html",
-    )
+    sub.add_argument("-o", "--output", metavar="PAGE", help="page to write, a name that ends in .html")
     sub.add_argument(
         "--overwrite", action="store_true", help="replace an existing report; no other file is ever replaced"
     )
@@ -602,12 +592,7 @@ def build_parser() -> Parser:
     sub.add_argument(
         "output", metavar="OUTPUT", help="directory of one merged model or mitigated adapter, or a findings file"
     )
-    sub.add_argument(
-        "base",
-        metavar="BASE",
-        nargs="?",
-        help="base of OUTPUT: also recompute a sample of matrices",
-    )
+    sub.add_argument("base", metavar="BASE", nargs="?", help="base of OUTPUT: also recompute a sample of matrices")
     sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter; give it together with BASE")
     sub.add_argument("--sample", type=sample, default=3, metavar="N",
                      help="number of matrices to recompute, spread over their kinds (default: 3); all: recompute every matrix and "
@@ -617,8 +602,7 @@ def build_parser() -> Parser:
     sub.add_argument("--map", metavar="FILE",
                      help="map that OUTPUT was made with (default: of the recorded name, beside OUTPUT)")  # fmt: skip
     out = writing(
-        "FILE",
-        "JSON file to write; new variants are added to an evaluation of the same inputs, texts and options",
+        "FILE", "JSON file to write; new variants are added to an evaluation of the same inputs, texts and options"
     )
     about = "measure, on your texts, what each method and lambda keeps and forgets"
     sub = command("evaluate", about, out, computing, reading)
@@ -661,7 +645,7 @@ def build_parser() -> Parser:
     out = writing("FILE", "map file to write (.safetensors)")
     sub = command("map", "record the inputs of a base's modules on general text, for --map", out, of_base)
     sub.add_argument("base", metavar="BASE", nargs="+",
-                     help="model directory, hub name or address; or several maps of one base to combine")  # fmt: skip
+                     help="model directory, hub name or address")  # fmt: skip
     add_map(sub)
     add_computing(sub)
     add_workers(sub)

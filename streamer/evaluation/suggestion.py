@@ -105,11 +105,7 @@ def against_shrink(
 
 
 def placed(
-    variants: Sequence[EvaluatedVariant],
-    task: SequenceSums,
-    keep: float,
-    method: str = Shrink.name,
-    last: bool = False,
+    variants: Sequence[EvaluatedVariant], task: SequenceSums, keep: float, method: str = Shrink.name, last: bool = False
 ) -> tuple[int, float | None]:
     """Choose, among a method's measured λ and the adapter, the one that keeps a share of the learning and little more.
 

@@ -224,29 +224,18 @@ def left_out(evaluation: VariantLosses) -> list[str]:
     if evaluation.facts.get("intruders") == 0:
         epsilon = evaluation.facts["detection"]["threshold_epsilon"]
         lines.append(f"no intruder was found (epsilon {epsilon:g}): paper and project change nothing, and were not run")
-    others = ((f"{name} left or kept", name, sums) for name, sums in evaluation.others.items())
-    for of, on, sums in (
-        ("kept", "the task's text", evaluation.task),
-        ("loss left", "general text", evaluation.general),
-        *others,
-    ):
-        if not (change := sums.change).divides:
-            lines.append(
-                f"{of} is not shown: the adapter changes the loss on {on} by only {cell(change)}, less than "
-                f"{2 * telling(change.sequences):.1f} standard errors; longer texts may help"
-            )
+    changes = {"kept": evaluation.task.change, "loss left": evaluation.general.change}
+    changes |= {f"{name} left or kept": sums.change for name, sums in evaluation.others.items()}
     for name, sums in evaluation.answered.items():
-        if not (change := sums.accuracy("acc", ADAPTER_ROW, BASE_ROW)).divides:
-            lines.append(
-                f"{name} acc left or kept is not shown: the adapter changes the accuracy by only {percent(change)}, and a share needs "
-                f"over {2 * telling(change.sequences):.1f} standard errors; more questions may help"
-            )
-    gain = evaluation.task.top1_gain
-    if math.isfinite(gain.value) and not evaluation.reliable()["top1_kept"]:
-        lines.append(
-            f"top-1 kept is not shown: the adapter raises top-1 on the task's text by {100 * gain.value:.2f} ± {100 * gain.error:.2f} "
-            f"points, and a share needs a gain of over {2 * telling(gain.sequences):.1f} standard errors; longer texts may help"
-        )
+        changes[f"{name} acc left or kept"] = sums.accuracy("acc", ADAPTER_ROW, BASE_ROW)
+    small = {of: change for of, change in changes.items() if not change.divides}
+    if math.isfinite((gain := evaluation.task.top1_gain).value) and not evaluation.reliable()["top1_kept"]:
+        small["top-1 kept"] = gain
+    lines += [
+        f"{of} is not shown: the adapter's own change is only {cell(change)}, and a share needs over "
+        f"{2 * telling(change.sequences):.1f} standard errors; more text may help"
+        for of, change in small.items()
+    ]
     return lines
 
 

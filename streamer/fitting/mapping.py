@@ -66,7 +66,7 @@ class MapFacts(TypedDict):
     inputs: Annotated[Count, "Number of inputs; matrices with the same input share one."]
     matrices: Annotated[Count, "Matrices with these inputs."]
     lacking: NotRequired[Annotated[list[TensorName], "Matrices of the base without inputs in the map: no token of the text reached them, "
-        "they are not a factor of a product, or they run in several layers. Absent for a sum of maps."]]
+        "they are not a factor of a product, or they run in several layers."]]
     sha256: Annotated[Sha256, "Digest of its arrays (SHA-256, hexadecimal)."]
     output: OutputPath
     state: Done

@@ -327,7 +327,7 @@ def stands(path: Path, kind: SealedKind, facts: Mapping[str, Any], load: Callabl
         if kind.is_at(path):
             raise OutputExistsError(f"{e}, or pass --overwrite", path) from e
         raise
-    if theirs.get("plan") != facts["plan"]:  # a sum of maps has none
+    if theirs.get("plan") != facts["plan"]:
         raise of_others(path, kind.what, differences(facts, theirs) if {"plan", "configs"} <= theirs.keys() else ())
     return True
 

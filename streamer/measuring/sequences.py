@@ -135,8 +135,7 @@ def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
     if directory is None or not any((directory / name).is_file() for name in VOCABULARIES):
         where = text if directory is None else directory
         raise MissingInputError(
-            f"{where}: has no tokenizer, which {text.name} needs; put its files there, or give token ids (.npy)",
-            where,
+            f"{where}: has no tokenizer, which {text.name} needs; put its files there, or give token ids (.npy)", where
         )
     transformers = require_transformers()
     with quiet_transformers():

@@ -39,8 +39,7 @@ class BinsRecord(TypedDict):
     """Counts of tokens by their divergence."""
 
     first: Annotated[
-        Count,
-        "Number of the first non-empty bin: bin 0 is below 1e-9 nats, bin i begins at 1e-9 * 1.02**(i - 1).",
+        Count, "Number of the first non-empty bin: bin 0 is below 1e-9 nats, bin i begins at 1e-9 * 1.02**(i - 1)."
     ]
     counts: Annotated[list[int], "Counts of this bin and of each one up to the last non-empty bin."]
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -20,11 +20,9 @@ from typing import Annotated, Any, TypedDict
 import torch
 from torch import Tensor
 
-from streamer import __version__
-from streamer.errors import MismatchError, UsageError
 from streamer.json_types import Count, Sha256
-from streamer.linalg.moments import Spectrum, leading
-from streamer.storage.files import check_identities, difference
+from streamer.linalg.moments import Spectrum
+from streamer.storage.files import check_identities
 from streamer.units import counted, listed
 from streamer.weights.base import as_bytes
 from streamer.weights.sealed_file import SealedKind
@@ -198,65 +196,6 @@ def load_map(path: str | Path) -> InputMap:
         If the file does not hold a map, or if its contents are incomplete or invalid.
     """
     return InputMap(*MAP.read(Path(path), _parsed), Path(path))
-
-
-def add_maps(maps: Sequence[InputMap], vectors: int | None = None) -> InputMap:
-    """Add maps of one base on several texts, weighted by each text's tokens.
-
-    The union of their vectors is truncated to `vectors` again. Along vectors that only another text's map holds, a text's second moment is
-    taken to be the mean of its remainder.
-
-    Parameters
-    ----------
-    vectors
-        Number of vectors to keep; by default as many as the largest map.
-
-    Raises
-    ------
-    MismatchError
-        If the maps belong to different bases, or if matrices share inputs in some of the maps only.
-    UsageError
-        If a text is in two of the maps.
-    """
-    first, most = maps[0], vectors or max(one.facts["vectors"] for one in maps)
-    found: dict[tuple[str, bool], list[MappedInput]] = {}
-    for one in maps:
-        if one.base != first.base:
-            differs = difference(one.base, first.base)
-            raise MismatchError(f"{one.name}: is of another base than {first.name} ({differs}); add maps of one")
-        for inputs in one.inputs:
-            found.setdefault(inputs.key, []).append(inputs)
-            if (other := found[inputs.key][0]).names != inputs.names or other.size != inputs.size:
-                raise MismatchError(f"{one.name}: the inputs of {inputs.names[0]!r} are of other matrices than in "
-                                    f"{first.name}; make both maps with one version")  # fmt: skip
-    texts = [text for one in maps for text in one.facts["texts"]]
-    if len({text["sha256"] for text in texts}) < len(texts):
-        raise UsageError(f"{first.name}: a text is in two of the maps; add maps of different texts")
-    base = {key: first.facts[key] for key in ("base", "configs")}
-    facts = {"version": __version__, **base, "texts": texts, "vectors": most}
-    return InputMap(tuple(_sum(same, most) for same in found.values()), facts)
-
-
-def _sum(same: Sequence[MappedInput], most: int) -> MappedInput:
-    """Add the entries of the same inputs on several texts."""
-    first, tokens = same[0], sum(one.tokens for one in same)
-    shares, spectra = [one.tokens / tokens for one in same], [one.spectrum for one in same]
-    weighted = list(zip(shares, spectra, strict=True))
-    made = replace(first, tokens=tokens, trace=sum(s * one.trace for s, one in zip(shares, same, strict=True)))
-    if first.vectors is None:
-        return replace(made, values=_total(share * spectrum.values for share, spectrum in weighted))
-    bases = [spectrum.vectors for spectrum in spectra if spectrum.vectors is not None]
-    union, _, _ = torch.linalg.svd(torch.cat(bases, 1), full_matrices=False)
-    products = _total(
-        share * (spectrum.rest * union + V @ ((spectrum.values - spectrum.rest)[:, None] * (V.T @ union)))
-        for (share, spectrum), V in zip(weighted, bases, strict=True)
-    )
-    values, vectors = leading(union, products)
-    return replace(made, values=values[:most], vectors=vectors[:, :most].T.to(torch.bfloat16).contiguous())
-
-
-def _total(parts: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(parts)).sum(0)
 
 
 def _parsed(tree: dict[str, Any], arrays: dict[str, Tensor]) -> tuple[tuple[MappedInput, ...], dict[str, Any]]:

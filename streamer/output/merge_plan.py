@@ -30,7 +30,8 @@ from streamer.plan.targets import Target, TensorSlice
 from streamer.storage.atomic_file import BufferRing, Piece, ShardPlan, component_prefix, index_bytes, plan_shard
 from streamer.storage.checkpoint import INDEX_NAME
 from streamer.weights.base import DECODED_BYTES, SPELLINGS, Encoding, Plain, StoredTensor, Weight, as_bytes, encode
-from streamer.weights.logical import MODEL_CONFIG, WeightView, is_activation_scale, plain_metadata, plain_weights
+from streamer.weights.logical import WeightView, is_activation_scale, plain_metadata, plain_weights
+from streamer.weights.model_config import MODEL_CONFIG
 from streamer.weights.quantization.codes import FP8
 from streamer.weights.quantization.integers import GPTQ
 

@@ -23,7 +23,8 @@ from streamer.adapters.adapter_config import Stated
 from streamer.adapters.modules import MethodModule
 from streamer.adapters.reader import sorted_adapter
 from streamer.adapters.rules import refuse_kinds
-from streamer.api.options import Judged, LiveDetectKeywords, Settings, explained, take, watched
+from streamer.api.keywords import LiveDetectKeywords, explained, watched
+from streamer.api.options import Judged, Settings, take
 from streamer.detection.findings import Findings, load_findings, matched_findings
 from streamer.detection.findings_file import FindingsHead
 from streamer.detection.matrices import detect_matrix
@@ -41,7 +42,8 @@ from streamer.plan.plan import Plan, match_plan
 from streamer.plan.targets import Orientation
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.files import AdapterIdentity, BaseIdentity
-from streamer.weights.logical import ModelConfig, WeightView, open_weights, read_model_config
+from streamer.weights.logical import WeightView, open_weights
+from streamer.weights.model_config import ModelConfig, read_model_config
 
 
 class LiveBase(Checkpoint):

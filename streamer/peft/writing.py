@@ -16,7 +16,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from streamer.api.options import Judged, LiveKeywords, MethodChoice, Settings, explained, take, watched
+from streamer.api.keywords import LiveKeywords, explained, watched
+from streamer.api.options import Judged, MethodChoice, Settings, take
 from streamer.detection.findings import Findings
 from streamer.errors import NumericError, UnsupportedError, UsageError
 from streamer.events import Event

@@ -24,7 +24,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from streamer.errors import UsageError
-from streamer.weights.logical import ModelConfig
+from streamer.weights.model_config import ModelConfig
 
 
 class Table(NamedTuple):

@@ -30,7 +30,8 @@ from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
 from streamer.weights.base import StoredTensor, encoding_of, equal
-from streamer.weights.logical import ModelConfig, WeightView
+from streamer.weights.logical import WeightView
+from streamer.weights.model_config import ModelConfig
 
 LABEL_HEAD = re.compile(
     r"(?:^|\.)(?:score|classifier|qa_outputs|logits_proj|sequence_summary\.summary|"

@@ -35,7 +35,8 @@ from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
 from streamer.weights.base import RowConcat, Weight
-from streamer.weights.logical import ModelConfig, WeightView
+from streamer.weights.logical import WeightView
+from streamer.weights.model_config import ModelConfig
 
 # The order in which transformers' modules register their parameters; PEFT wraps them in that order.
 REGISTERED = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "down_proj", "w2")

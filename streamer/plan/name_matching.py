@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from streamer.plan.architectures import Architecture, architectures_for
 from streamer.units import listed
-from streamer.weights.logical import ModelConfig
+from streamer.weights.model_config import ModelConfig
 
 ORDER = [
     ("embed_tokens", "wte", "wpe", "embeddings", "word_embeddings", "position_embeddings", "token_type_embeddings"),

@@ -24,7 +24,8 @@ from streamer.plan.name_matching import EXACT, Match, Renames, match_names
 from streamer.plan.targets import Target, TensorSlice
 from streamer.storage.checkpoint import PIPELINE_NAME, SINGLE_NAME, Checkpoint
 from streamer.weights.base import RowConcat, Weight
-from streamer.weights.logical import ModelConfig, WeightView, read_model_config
+from streamer.weights.logical import WeightView
+from streamer.weights.model_config import ModelConfig, read_model_config
 
 OTHER_NAME = "the module's name in kohya's files, or in another version of transformers"
 

@@ -40,7 +40,8 @@ from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.files import AdapterIdentity, BaseIdentity, Stamp, file_stamp, storage_errors
 from streamer.storage.tensor_file import IOMode
 from streamer.weights.base import StoredTensor
-from streamer.weights.logical import MODEL_CONFIG, ModelConfig, WeightView, open_weights, read_model_config
+from streamer.weights.logical import WeightView, open_weights
+from streamer.weights.model_config import MODEL_CONFIG, ModelConfig, read_model_config
 
 
 @dataclass(frozen=True)

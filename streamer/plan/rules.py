@@ -14,7 +14,7 @@ from streamer.plan.carried_tensors import LABEL_TASKS, TensorEdits
 from streamer.plan.name_matching import Renames
 from streamer.plan.sources import DIRECTORIES, HUB_ID, cached_model
 from streamer.units import listed
-from streamer.weights.logical import ModelConfig
+from streamer.weights.model_config import ModelConfig
 
 # Words of a name that do not distinguish models: encodings, and common words for copies.
 _SPARE = re.compile(

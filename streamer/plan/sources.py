@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypedDict, cast
 from streamer.json_types import Keywords
 from streamer.storage.files import AdapterIdentity, BaseIdentity
 from streamer.storage.remote_source import read_manifest
-from streamer.weights.logical import ModelConfig
+from streamer.weights.model_config import ModelConfig
 
 DIGEST_CHARACTERS = 16
 """Hexadecimal characters of an input's digest: enough to distinguish inputs, short enough to read aloud."""

@@ -13,7 +13,8 @@ from streamer.plan.name_matching import Match, Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.units import listed
 from streamer.weights.base import Weight
-from streamer.weights.logical import ModelConfig, WeightView
+from streamer.weights.logical import WeightView
+from streamer.weights.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from streamer.plan.name_matching import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.units import listed
 from streamer.weights.base import StoredTensor, equal
-from streamer.weights.logical import ModelConfig
+from streamer.weights.model_config import ModelConfig
 
 BY_TIE = "the tie to the embedding"
 """Reason for dropping a tensor, in records."""

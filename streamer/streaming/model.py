@@ -44,7 +44,7 @@ from streamer.streaming.installed import RUN_ALL_EXPERTS, InstalledModule, RowBa
 from streamer.streaming.run_time import RunTimeTensor, match_run_time
 from streamer.streaming.values import ADAPTER, BASE, Values, Variant, VariantSet
 from streamer.units import listed
-from streamer.weights.logical import MODEL_CONFIG
+from streamer.weights.model_config import MODEL_CONFIG
 
 LOGGERS = ("transformers", "torchao", "bitsandbytes", "torch.utils._pytree")
 """Loggers of transformers and of libraries that it imports if they are installed, whether or not a model needs them."""

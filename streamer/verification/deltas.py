@@ -35,7 +35,7 @@ from streamer.verification.tensors import (
     half_spacing,
     whole,
 )
-from streamer.weights.logical import read_model_config
+from streamer.weights.model_config import read_model_config
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 

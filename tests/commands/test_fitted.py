@@ -94,9 +94,7 @@ def test_a_model_in_files_in_memory_and_of_the_fitted_adapter_is_one(
 def test_a_fitted_adapter_is_known_as_mitigated(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, adapter, file = inputs
     streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", coefficients=file, keep=0.9)
-    with pytest.warns(
-        streamer.StreamerWarning, match="mitigated already, by `streamer mitigate` from .*, with method regmean:"
-    ):
+    with pytest.warns(streamer.StreamerWarning, match="mitigated already, by `streamer mitigate` with method regmean:"):
         streamer.reduce_intruder_dimension(base, tmp_path / "a", tmp_path / "b", method="shrink")
 
 

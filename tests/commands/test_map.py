@@ -10,6 +10,7 @@ import pytest
 from command_line import process_mib
 from forks import KILL, Outcome, Server
 from learned import make_learned
+from mapped import random_map
 from stops import stopping_at
 from test_schemas import check
 
@@ -89,32 +90,6 @@ def test_an_evaluation_of_it(server: Server, home: Path, tmp_path: Path) -> None
     assert (done.code, "method 'nullspace' needs a map of the base's inputs" in done.err) == (2, True)
 
 
-def test_two_maps_are_added(server: Server, home: Path, tmp_path: Path) -> None:
-    one, two, both = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "both"))
-    run(server, home, one)
-    run(server, home, two, text="task.npy")
-    tree = check(server.run("map", one, two, "-o", both, "--json"), "streamer.map/1")
-    assert [text["name"] for text in tree["texts"]] == ["general.npy", "task.npy"]
-    assert "lacking" not in tree
-    assert server.run("mitigate", home / "base", home / "adapter", "-o", tmp_path / "out", "--map", both).code == 0
-    done = server.run("map", one, two, "-o", both)
-    assert (done.code, "exists; choose another output, or pass --overwrite" in done.err) == (4, True)
-    assert server.run("map", one, two, "-o", both, "--overwrite", "--vectors", 4).code == 0
-    assert streamer.load_map(both).facts["vectors"] == 4
-    for words in (
-        ["--general", home / "general.npy"], ["--sequences", 32], ["--length", 512], ["--dtype", "float32"], ["--threads", 1],
-        ["--max-memory", "4G"], ["--architecture", "LlamaForCausalLM"], ["--dry-run"],
-    ):  # fmt: skip
-        done = server.run("map", one, two, "-o", tmp_path / "more", *words)
-        assert (done.code, f"found {words[0]} as well; leave them out, or give one BASE" in done.err) == (2, True)
-    for vectors in (-3, 0):
-        done = server.run("map", one, two, "-o", tmp_path / "more", "--vectors", vectors)
-        assert (done.code, f"expected a whole number from 1, found {vectors}" in done.err) == (2, True)
-    done = server.run("map", one, "-o", tmp_path / "more")
-    assert (done.code, "is a map; name the base to map, or at least two maps to add" in done.err) == (2, True)
-    assert not (tmp_path / "more").exists()
-
-
 def test_a_text_that_is_short_for_the_inputs_is_told(home: Path) -> None:
     for sequences, told in (
         (2, "general.npy: has 6 tokens, fewer than the 16 vectors that are kept of each input; give more text"),
@@ -186,6 +161,7 @@ def test_a_base_that_changes_meanwhile_is_told(home: Path, tmp_path: Path) -> No
 def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], int, str]]:
     """Lines of words after `map` that are wrong: exit code, and what is said."""
     np.save(place / "far.npy", np.full((4, 8), 10**6))
+    random_map(home / "base", home / "adapter").save(place / "map.safetensors")
     base, general, out = home / "base", ["--general", home / "general.npy"], ["-o", place / "m.safetensors"]
     yield [base, *general, *out, "--vectors", 0], 2, "expected a whole number from 1"
     yield [base, *general, *out, "--sequences", 1], 2, "--sequences: expected a whole number from 2, found 1"
@@ -193,7 +169,8 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], int, str]]:
     yield [base, "--general", place / "far.npy", *out], 3, "expected token ids from 0 to"
     yield [home / "adapter", *general, *out], 3, "is an adapter, not a base model"
     yield [base, *general, "-o", base / "model.safetensors"], 4, "is not a map, which is all that is replaced"
-    yield [base, base, *out], 2, "is a directory, but with several inputs, all must be maps to add; map one model at a time"  # fmt: skip
+    yield [base, base, *out], 2, "map: expected one BASE, found 2; to map several texts, join them in one file"
+    yield [place / "map.safetensors", *out], 2, "is a map; name the base to map"
     yield [base, *general, *out, "--max-memory", f"{process_mib() + 20}M"], 2, "is not enough for the inputs of"
 
 

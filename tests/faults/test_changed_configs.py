@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from learned import make_learned
 from stops import stopping_at
 from transformers import AutoConfig
 
 import streamer
-from streamer.errors import InputChangedError, Interrupted, MismatchError, OutputExistsError
+from streamer.errors import InputChangedError, Interrupted, OutputExistsError
 from streamer.events import Event, Monitor
 
 NORM = {"rms_norm_eps": 0.01}
@@ -157,20 +156,6 @@ def test_a_result_of_another_model_is_refused(home: Path, run: Callable[..., Non
     edit(home / "base" / "config.json", **ROPE)
     with pytest.raises(OutputExistsError, match=rf"^{output}{beside}: holds .* \(the base's config: rope_parameters\)"):
         run(home, output, monitor=Monitor())
-
-
-def test_maps_of_two_models_are_not_added(home: Path) -> None:
-    np.save(home / "other.npy", np.load(home / "all.npy")[::-1])
-    make_map(home, home / "a.safetensors", monitor=Monitor())
-    make_map(home, home / "b.safetensors", "other", monitor=Monitor())
-    both = home / "sum.safetensors"
-    streamer.add_map_files([home / "a.safetensors", home / "b.safetensors"], both)
-    with pytest.raises(OutputExistsError, match="holds a map of other inputs or options; choose"):
-        make_map(home, both, monitor=Monitor())
-    edit(home / "base" / "config.json", **NORM)
-    make_map(home, home / "b.safetensors", "other", overwrite=True, monitor=Monitor())
-    with pytest.raises(MismatchError, match=r"is of another base than .* \(rms_norm_eps differ\); add maps of one"):
-        streamer.add_map_files([both, home / "b.safetensors"], home / "c.safetensors")
 
 
 def test_a_config_that_changes_while_a_map_is_made_is_told(home: Path) -> None:

@@ -157,7 +157,7 @@ def test_what_macos_lacks_is_called_in_one_place() -> None:
         if isinstance(node, ast.Attribute) and (node.attr in names or node.attr.startswith(PREFIXES))
     }
     called = {"posix_fallocate", "posix_fadvise", "preadv", "sched_getaffinity", "F_FULLFSYNC", "fsync"}
-    assert found == {("storage/system.py", name) for name in called}
+    assert found == {("storage/files.py", name) for name in called}
 
 
 # Each call by itself ----------------------------------------------------------------------------------------------------

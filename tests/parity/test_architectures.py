@@ -21,7 +21,7 @@ from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, apply_converters, apply_renamings
 
 from streamer.plan.name_matching import renames_for, table
-from streamer.weights.logical import ModelConfig, read_model_config
+from streamer.weights.model_config import ModelConfig, read_model_config
 
 
 @pytest.mark.long

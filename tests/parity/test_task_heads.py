@@ -19,7 +19,7 @@ from seeds import vary
 from transformers import AutoConfig
 
 from streamer.plan.carried_tensors import auto_class, implied_head, table
-from streamer.weights.logical import ModelConfig
+from streamer.weights.model_config import ModelConfig
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60,
          "max_position_embeddings": 64}  # fmt: skip

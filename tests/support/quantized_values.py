@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from seeds import vary
 
 from streamer.storage.checkpoint import open_checkpoint
-from streamer.weights.logical import ModelConfig, WeightView, open_weights
+from streamer.weights.logical import WeightView, open_weights
+from streamer.weights.model_config import ModelConfig
 
 CPU = torch.device("cpu")
 

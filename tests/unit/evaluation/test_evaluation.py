@@ -77,12 +77,12 @@ def test_shares_of_next_to_nothing_are_dashes_with_a_reason() -> None:
     assert "-" not in columns["KL left"]
     assert columns["kept"][1] == "100.0% ± 0.0"
     (line,) = [line for line in e.table().splitlines() if " is not shown: " in line]
-    assert line.startswith("loss left is not shown: the adapter changes the loss on general text by only 0.00050 ± ")
-    assert line.endswith(", less than 4.0 standard errors; longer texts may help")
+    assert line.startswith("loss left is not shown: the adapter's own change is only 0.00050 ± ")
+    assert line.endswith(", and a share needs over 4.0 standard errors; more text may help")
     swapped = evaluation(learns=-0.4)
     assert swapped.to_dict()["reliable"] == {"kept": True, "forgetting": True, "top1_kept": False}
     (line,) = [line for line in swapped.table().splitlines() if " is not shown: " in line]
-    assert line.startswith("top-1 kept is not shown: the adapter raises top-1 on the task's text by -")
+    assert line.startswith("top-1 kept is not shown: the adapter's own change is only -")
 
 
 def test_top_1_stands_beside_the_loss() -> None:
@@ -135,7 +135,7 @@ def test_other_texts_are_left_or_kept_by_what_the_adapter_does_to_them() -> None
         "far.npy", "far.npy left", "far.npy KL",
     ]  # fmt: skip
     assert set(columns["far.npy left"]) == {"-"}
-    assert "far.npy left or kept is not shown: the adapter changes the loss on far.npy by only " in e.table()
+    assert "far.npy left or kept is not shown: the adapter's own change is only " in e.table()
     for name in ("code.txt", "near.jsonl"):
         own = e.others[name].loss.sum(axis=1)
         for v, one in enumerate(tree["variants"]):
@@ -176,7 +176,7 @@ def test_without_shares_the_verdict_is_in_nats() -> None:
     found = e.best()
     if found.reason == "forgets least":
         assert " regains 0." in e.table().splitlines()[0]
-    assert "kept is not shown: the adapter changes the loss on the task's text by only -0.0" in e.table()
+    assert "kept is not shown: the adapter's own change is only -0.0" in e.table()
 
 
 @pytest.mark.parametrize(
@@ -328,9 +328,7 @@ def test_accuracies_stand_beside_the_losses() -> None:
     assert set(columns["general acc left"]) == {"-"}
     assert "quiz.jsonl acc kept" in columns
     (line,) = [line for line in e.table().splitlines() if "acc left or kept" in line]
-    assert line.startswith(
-        "general acc left or kept is not shown: the adapter changes the accuracy by only -1.6% ± 1.6, "
-    )
+    assert line.startswith("general acc left or kept is not shown: the adapter's own change is only -0.016 ± 0.016, ")
 
 
 def test_a_share_of_accuracy_is_named_by_what_the_adapter_does_to_it() -> None:

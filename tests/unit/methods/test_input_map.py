@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import helpers
-import numpy as np
 import pytest
 import torch
-from mapped import energy_form, random_map
+from mapped import random_map
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from streamer.errors import FormatError, MismatchError, OutputExistsError, UsageError
-from streamer.methods.maps import MAP, InputMap, add_maps, load_map
+from streamer.errors import FormatError, OutputExistsError
+from streamer.methods.maps import MAP, InputMap, load_map
 
 
 @pytest.fixture(scope="module")
@@ -94,34 +92,3 @@ def test_other_files_are_no_maps(inputs: tuple[Path, Path]) -> None:
         load_map(inputs[1] / "adapter_model.safetensors")
     with pytest.raises(FormatError, match="found a directory"):
         load_map(inputs[0])
-
-
-def test_a_sum_is_that_of_second_moments(inputs: tuple[Path, Path], made: InputMap) -> None:
-    """Of as many vectors as both have together, it is exact within their span, to the rounding of the vectors."""
-    other = random_map(*inputs, seed="b")
-    heavier = dataclasses.replace(
-        other, inputs=tuple(dataclasses.replace(one, tokens=3 * one.tokens) for one in other.inputs)
-    )
-    found = add_maps([made, heavier], 10)
-    assert [text["name"] for text in found.facts["texts"]] == ["random.txt", "randomb.txt"]
-    for a, b, both in zip(made.inputs, heavier.inputs, found.inputs, strict=True):
-        expected = 0.25 * energy_form(a) + 0.75 * energy_form(b)
-        assert both.tokens == a.tokens + b.tokens
-        assert both.trace == pytest.approx(np.trace(expected), rel=1e-12)
-        np.testing.assert_allclose(energy_form(both), expected, atol=2e-2 * np.abs(expected).max())
-        assert both.values[0] == pytest.approx(np.linalg.eigvalsh(expected)[-1], rel=1e-9)
-    assert {len(one.values) for one in add_maps([made, other]).inputs} == {5}
-
-
-def test_sums_are_refused_of_what_differs(inputs: tuple[Path, Path], made: InputMap) -> None:
-    other = random_map(*inputs, seed="b")
-    with pytest.raises(UsageError, match="a text is in two of the maps"):
-        add_maps([made, made])
-    with pytest.raises(MismatchError, match="is of another base than"):
-        add_maps([made, dataclasses.replace(other, facts={**other.facts, "base": {"files": []}})])
-    first, *rest = other.inputs
-    shared = dataclasses.replace(first, names=(first.names[0], "another.weight"))
-    with pytest.raises(MismatchError, match="are of other matrices than in"):
-        add_maps([made, dataclasses.replace(other, inputs=(shared, *rest))])
-    # Of an expert that one text does not reach the other text's inputs are taken.
-    assert len(add_maps([made, dataclasses.replace(other, inputs=tuple(rest))]).inputs) == 9

@@ -14,7 +14,7 @@ from streamer.errors import InputChangedError, OutputError
 from streamer.events import Event
 from streamer.plan.sources import base_source
 from streamer.units import format_size
-from streamer.weights.logical import ModelConfig
+from streamer.weights.model_config import ModelConfig
 
 
 def test_every_file_is_stamped(single: tuple[Path, Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from streamer.plan.name_matching import Match, Rename, Renames, renames_for
 from streamer.plan.name_matching import match_names as match
-from streamer.weights.logical import ModelConfig
+from streamer.weights.model_config import ModelConfig
 
 
 def match_names(

@@ -11,7 +11,7 @@ import streamer
 from streamer.adapters.rules import mitigated_before
 from streamer.cli.main import run
 from streamer.plan.rules import other_base
-from streamer.weights.logical import ModelConfig
+from streamer.weights.model_config import ModelConfig
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from streamer.errors import MismatchError, UnsupportedError
 from streamer.plan.name_matching import match_names, renames_for
 from streamer.plan.targets import Orientation, Target, match_targets
 from streamer.storage.checkpoint import open_checkpoint
-from streamer.weights.logical import ModelConfig, WeightView, open_weights
+from streamer.weights.logical import WeightView, open_weights
+from streamer.weights.model_config import ModelConfig
 
 
 def targets_of(weights: WeightView, adapter: DeltaSource, config: dict) -> list[Target]:

@@ -8,7 +8,8 @@ import torch
 from quantized_values import AWQ_WORDS, BNB, CODES, CPU, FP8_CONFIG, HQQ, base_of, fp8, packed, torchao
 
 from streamer.errors import FormatError, InputError, UnsupportedError
-from streamer.weights.logical import ModelConfig, plain_weights, read_model_config
+from streamer.weights.logical import plain_weights
+from streamer.weights.model_config import ModelConfig, read_model_config
 
 
 def test_a_view_holds_the_names_that_it_looks_up(tmp_path: Path) -> None:
