@@ -101,7 +101,20 @@ class InputError(StreamerError):
     exit_code = 3
 
 
-class MissingInputError(InputError, FileNotFoundError):
+class _OfPath(OSError):
+    """An error of Python's own kind about a path."""
+
+    number: int
+
+    def __init__(self, message: str, path: str | Path) -> None:
+        super().__init__(message)
+        self.errno, self.strerror, self.filename = self.number, os.strerror(self.number), str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.filename)
+
+
+class MissingInputError(_OfPath, InputError, FileNotFoundError):
     """A file or directory of an input does not exist.
 
     Parameters
@@ -112,12 +125,7 @@ class MissingInputError(InputError, FileNotFoundError):
         The missing path. It becomes `filename`; `errno` and `strerror` are set too.
     """
 
-    def __init__(self, message: str, path: str | Path) -> None:
-        super().__init__(message)
-        self.errno, self.strerror, self.filename = errno.ENOENT, os.strerror(errno.ENOENT), str(path)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.args[0], self.filename)
+    number = errno.ENOENT
 
 
 class FormatError(InputError, ValueError):
@@ -138,7 +146,7 @@ class OutputError(StreamerError):
     exit_code = 4
 
 
-class OutputExistsError(OutputError, FileExistsError):
+class OutputExistsError(_OfPath, OutputError, FileExistsError):
     """The output's path holds something that is not replaced.
 
     Parameters
@@ -149,12 +157,7 @@ class OutputExistsError(OutputError, FileExistsError):
         The existing path. It becomes `filename`; `errno` and `strerror` are set too.
     """
 
-    def __init__(self, message: str, path: str | Path) -> None:
-        super().__init__(message)
-        self.errno, self.strerror, self.filename = errno.EEXIST, os.strerror(errno.EEXIST), str(path)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.args[0], self.filename)
+    number = errno.EEXIST
 
 
 class LockedError(StreamerError):

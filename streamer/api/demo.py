@@ -299,11 +299,11 @@ def _run(directory: Path, mitigation: Project, monitor: Monitor) -> DemoRecord:
     )
     found = detect_intruder_dimensions(model.base, model.adapter, findings_path, monitor=monitor)
     findings = load_findings(findings_path)
-    lam, method, amplify = mitigation.mitigation_lambda, mitigation.name, mitigation.amplify
-    reduce_intruder_dimension(model.base, model.adapter, adapter_path, findings=findings, monitor=monitor,
-                              mitigation_lambda=lam, method=method, amplify=amplify)  # fmt: skip
-    merge_with_reduced_intruder_dimensions(model.base, model.adapter, merged_path, findings=findings, monitor=monitor,
-                                           mitigation_lambda=lam, method=method, amplify=amplify)  # fmt: skip
+    lam = mitigation.mitigation_lambda
+    same: Any = {"findings": findings, "monitor": monitor, "mitigation_lambda": lam, "method": mitigation.name,
+                 "amplify": mitigation.amplify}  # fmt: skip
+    reduce_intruder_dimension(model.base, model.adapter, adapter_path, **same)
+    merge_with_reduced_intruder_dimensions(model.base, model.adapter, merged_path, **same)
     open_checkpoint(merged_path)  # a strict reader must accept the result
     left = detect_intruder_dimensions(model.base, adapter_path, monitor=monitor).by_tensor
     rows: list[DemoMatrix] = []

@@ -30,16 +30,8 @@ from streamer.storage.output_checks import free_bytes
 from streamer.weights.model_config import read_model_config
 
 __all__ = [
-    "ByName",
-    "DryRun",
-    "NameRule",
-    "PlanRecord",
-    "PlannedMatrix",
-    "SeveralRecord",
-    "dry_run",
-    "dry_runs",
-    "several",
-]
+    "ByName", "DryRun", "NameRule", "PlanRecord", "PlannedMatrix", "SeveralRecord", "dry_run", "dry_runs", "several",
+]  # fmt: skip
 
 # fmt: off
 CommandForecast = Annotated[ForecastRecord | None, "What the command needs, from the beginning; null if there is nothing to do or the "

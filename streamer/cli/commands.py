@@ -183,19 +183,9 @@ def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 
 COMMANDS = {
-    "inspect": _inspect,
-    "detect": _detect,
-    "mitigate": _write,
-    "merge": _write,
-    "report": _report,
-    "diff": _diff,
-    "verify": _verify,
-    "evaluate": _evaluate,
-    "fit": _fit,
-    "map": _map,
-    "repair": _repair,
-    "demo": _demo,
-}
+    "inspect": _inspect, "detect": _detect, "mitigate": _write, "merge": _write, "report": _report, "diff": _diff, "verify": _verify,
+    "evaluate": _evaluate, "fit": _fit, "map": _map, "repair": _repair, "demo": _demo,
+}  # fmt: skip
 
 
 def _adapters(args: argparse.Namespace) -> str | list[str]:

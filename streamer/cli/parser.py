@@ -247,12 +247,8 @@ a first run:
       measure what each method and lambda keeps and forgets
   streamer map BASE --general TEXT -o base.map.safetensors
       map a base once; with --map, no adapter of that base needs task text
-  streamer detect BASE ADAPTER -o findings.safetensors
-      find the intruders, once
   streamer demo
       find and remove planted intruders in a generated model, in seconds
-  streamer verify DIR
-      check every byte of an output, for example after a copy
 
 BASE is a model directory or a .safetensors file, ADAPTER the directory of a
 PEFT adapter; both can be hub names or addresses. detect, mitigate and merge
@@ -268,23 +264,18 @@ EXAMPLES = {
 examples:
   streamer inspect BASE
   streamer inspect BASE ADAPTER
-  streamer inspect BASE ADAPTER --json | jq .totals
 """,
     "detect": """\
 examples:
   streamer detect BASE ADAPTER -o findings.safetensors
-  streamer detect BASE ADAPTER -o all.safetensors --top-k 0.1 --epsilon 0.6
   streamer detect BASE ADAPTER1 ADAPTER2 -o found
       writes found/ADAPTER1.safetensors and found/ADAPTER2.safetensors
-  streamer detect BASE ADAPTER -o f.safetensors --max-memory 4G --dry-run
   streamer detect BASE ADAPTER -o f.safetensors --workers 4
 """,
     "mitigate": """\
 examples:
   streamer mitigate BASE ADAPTER -o mild --lambda 0.75
   streamer mitigate BASE ADAPTER -o half --lambda 0.5 --findings f.safetensors
-  streamer mitigate BASE ADAPTER -o half --lambda 0.4 --overwrite
-      replaces the output with one for a different lambda
   streamer mitigate BASE ADAPTER -o as-lora --to-lora 32
   streamer mitigate BASE ADAPTER -o fitted --coefficients c.safetensors
       apply the factors that `streamer fit` found
@@ -294,7 +285,6 @@ examples:
     "merge": """\
 examples:
   streamer merge BASE ADAPTER -o merged --lambda 0.5
-  streamer merge BASE ADAPTER -o merged --lambda 0.5 --findings f.safetensors
   streamer merge BASE ADAPTER1 ADAPTER2 -o models --findings found
   streamer merge BASE ADAPTER -o plain --dequantize
       a plain model, if BASE is quantized
@@ -302,7 +292,6 @@ examples:
     "report": """\
 examples:
   streamer report findings.safetensors
-  streamer report findings.safetensors --json | jq .totals
   streamer report evaluation.json -o report.html
   streamer report findings.safetensors evaluation.json -o report.html
       a page with figures
@@ -315,13 +304,11 @@ examples:
 examples:
   streamer diff findings.safetensors after.safetensors
       for example, of an adapter and of its mitigated version
-  streamer diff before.safetensors after.safetensors --json | jq .totals
 """,
     "verify": """\
 examples:
   streamer verify merged
       checks sizes and digests against the record
-  streamer verify findings.safetensors
   streamer verify merged BASE ADAPTER
       also recomputes 3 matrices
   streamer verify merged BASE ADAPTER --sample all
@@ -330,8 +317,6 @@ examples:
     "evaluate": """\
 examples:
   streamer evaluate BASE ADAPTER --general web.txt --task chats.jsonl -o e.json
-  streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --dry-run
-  streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --keep 0.8
   streamer evaluate BASE ADAPTER --general g --task t -o e.json --lambda 0.78
       adds lambda 0.78 to an evaluation of the same texts
   streamer evaluate BASE ADAPTER --general g --task t -o e --coefficients c
@@ -341,7 +326,6 @@ examples:
   streamer fit BASE ADAPTER --general g.txt --task t.jsonl -o c.safetensors
   streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --keep 0.95,0.9
       writes two sets into one file
-  streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --dry-run
 """,
     "map": """\
 examples:
@@ -352,7 +336,6 @@ examples:
     "repair": """\
 examples:
   streamer repair BASE ADAPTER --task t.jsonl -o repaired
-  streamer repair BASE ADAPTER --task t.jsonl --general g.txt -o repaired
   streamer repair BASE ADAPTER --task t.npy --general g.npy -o model --merge
   streamer repair BASE ADAPTER --task t.jsonl -o repaired --to-lora 32
       also for DoRA, LoHa, LoKr and fine-tuned models
@@ -381,15 +364,8 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
     """
     import shtab
 
-    completes = {
-        "BASE": shtab.FILE,
-        "ADAPTER": shtab.DIRECTORY,
-        "DIR": shtab.DIRECTORY,
-        "FILE": shtab.FILE,
-        "FINDINGS": shtab.FILE,
-        "EVALUATION": shtab.FILE,
-        "PAGE": shtab.FILE,
-    }
+    completes = dict.fromkeys(("BASE", "FILE", "FINDINGS", "EVALUATION", "PAGE"), shtab.FILE)
+    completes |= dict.fromkeys(("ADAPTER", "DIR"), shtab.DIRECTORY)
     for action in _actions(parser):
         if action.metavar in completes:
             action.complete = completes[action.metavar]  # type: ignore[attr-defined]  # shtab reads this attribute

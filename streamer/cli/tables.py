@@ -162,14 +162,8 @@ def findings_table(
                "share lost in projection onto rank r by `mitigate --lambda 0 --method paper`", priority=5),
     ]  # fmt: skip
     if len({_decided(m) for m in findings}) > 1:
-        columns.append(
-            Column(
-                "decided",
-                decided,
-                "the solver; float64 if float32 left a direction open; open if nothing settled it",
-                priority=7,
-            )
-        )
+        about = "the solver; float64 if float32 left a direction open; open if nothing settled it"
+        columns.append(Column("decided", decided, about, priority=7))
     o = findings.options
     certified = sum(m.detection.certified for m in findings)
     summary = (
@@ -199,20 +193,8 @@ def stood(where: object, state: str) -> str:
 def next_step(findings: Findings, where: object, screen: Screen, base: str = "BASE", adapter: str = "ADAPTER") -> str:
     """Give the commands that make the adapter forget less: with texts a repair, which also measures what the findings do; else a shrink."""
     options = input_options({"base": findings.base, "adapter": findings.adapter})
-    repair = [
-        "repair",
-        base,
-        adapter,
-        "--general",
-        "TEXT",
-        "--task",
-        "TEXT",
-        "-o",
-        "OUTPUT",
-        "--findings",
-        str(where),
-        *options,
-    ]
+    texts = "--general", "TEXT", "--task", "TEXT", "-o", "OUTPUT"
+    repair = ["repair", base, adapter, *texts, "--findings", str(where), *options]
     shrink = ["mitigate", base, adapter, "--method", "shrink", "--lambda", "0.75", "-o", "OUTPUT", *options]
     if any("/" in file["file"] for file in findings.base.get("files", ())):  # a pipeline, which repair does not run
         return fit(f"next: streamer {shlex.join(shrink)}", screen.width)
@@ -518,17 +500,15 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
 
 def unreliable(facts: Mapping[str, Any]) -> list[str]:
     """State which shares are not shown, and why."""
+    changes = {
+        "kept": ("kept", "learning"),
+        "top1_kept": ("top-1 kept", "top1_gain"),
+        "forgetting": ("loss left", "forgetting"),
+    }
     return [
-        f"{column} is not shown: the adapter {what} by {facts[of]:.4f} ± {facts[f'{of}_se']:.4f}, too little to measure on this text; "
-        "more text may help"
-        for column, what, of in (
-            ("kept", "lowers the task's loss", "learning"),
-            ("top-1 kept", "raises top-1 on the task's text", "top1_gain"),
-            ("loss left", "raises the general loss", "forgetting"),
-        )
-        if not facts.get("reliable", {}).get(
-            {"top-1 kept": "top1_kept", "loss left": "forgetting"}.get(column, column), True
-        )
+        f"{column} is not shown: the adapter's own change is only {facts[of]:.4f} ± {facts[f'{of}_se']:.4f}; more text may help"
+        for name, (column, of) in changes.items()
+        if not facts.get("reliable", {}).get(name, True)
     ]
 
 
@@ -624,9 +604,7 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     }[record["chosen"]]
     then = [f"next, on text that nothing was trained or fitted on: streamer evaluate {words} {what}{more}"]
     told = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "loss left": reliable["forgetting"]}
-    why = dict.fromkeys(told, "the adapter's change is too small to measure on this text; more text may help")
-    if rows[0]["top1_kept"] is None:
-        why["top-1 kept"] = "the fit is of an earlier version, which did not measure it"
+    why = "the adapter's change is too small to measure on this text; more text may help"
     none = "the findings have no intruder: scaling them changes nothing, and was not measured"
     converted = f"converted first: {adapter} is {inputs[1]} as a LoRA adapter, and was repaired in its place"
     page = (
@@ -635,7 +613,7 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     lines = [
         f"writes {record['why']}",
         *([none] if record["intruders"] == 0 else []),
-        *(f"{name} is not shown: {why[name]}" for name, fine in told.items() if not fine),
+        *(f"{name} is not shown: {why}" for name, fine in told.items() if not fine),
         *record_lines(written, stood(record["output"], record["state"])),
         *([converted] if "lora" in record else []),
         page,

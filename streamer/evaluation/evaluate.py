@@ -36,7 +36,6 @@ from streamer.evaluation.suggestion import ask_swapped, placed
 from streamer.events import Event, Monitor
 from streamer.measuring.passes import RunProgress, measure_variants, needs_one_length, pass_cost
 from streamer.measuring.result_file import (
-    BASE_ROW,
     EvaluatedVariant,
     Records,
     ResultFile,
@@ -50,7 +49,7 @@ from streamer.measuring.result_file import (
     writable,
 )
 from streamer.measuring.sequences import GENERAL, TASK, TextSequences
-from streamer.measuring.statistics import SINCE, SequenceSums
+from streamer.measuring.statistics import SequenceSums
 from streamer.measuring.task import TRANSFORMERS_BYTES, Pass, describe, pass_bytes, plan_passes
 from streamer.measuring.texts import chooses_keys, read_texts, refuse_new_tokens, sample_digest
 from streamer.methods import UNCHANGED, RegMean, Shrink
@@ -63,7 +62,6 @@ from streamer.storage.files import locked
 from streamer.storage.output_checks import is_taken
 from streamer.streaming.model import StreamingModel, require_transformers
 from streamer.streaming.values import Variant, VariantSet
-from streamer.units import listed
 from streamer.workers import kept
 
 Asked = TypeVar("Asked")
@@ -353,8 +351,6 @@ def _load(prepared: Prepared, path: Path) -> Evaluation:
     """Load an evaluation; refuse it if its variants cannot be compared with this run's variants."""
     standing = load_evaluation(path)
     differing = differences(prepared.facts, standing.facts)
-    if lacking := [name for name in SINCE if np.isnan(getattr(standing.task, name)[BASE_ROW]).any()]:
-        differing.append(f"no {listed(lacking)}, as of an earlier version")
     if differing:
         raise of_others(path, ONE, differing)
     return standing

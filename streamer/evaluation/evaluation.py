@@ -23,7 +23,6 @@ from streamer.measuring.statistics import (
     MEASURES,
     MOST_LOSS,
     QUANTILES,
-    SINCE,
     SequenceSums,
     defined,
     flat,
@@ -260,13 +259,12 @@ def _variant(tree: Mapping[str, Any]) -> EvaluatedVariant:
 
 
 def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> SequenceSums:
-    """Collect the sums on a text from the variants' figures; files of earlier versions lack some sums."""
-    none = [math.nan] * len(tokens)
-    arrays = {name: np.array([f["sums"].get(name, none) if name in SINCE else f["sums"][name] for f in figures], np.float64)
-              for name in (*MEASURES, *(name for name in ANSWERS if name in figures[0]["sums"]))}  # fmt: skip
+    """Collect the sums on a text from the variants' figures."""
+    names = (*MEASURES, *(name for name in ANSWERS if name in figures[0]["sums"]))
+    arrays = {name: np.array([f["sums"][name] for f in figures], np.float64) for name in names}
     shapes = {array.shape for array in arrays.values()}
     if np.isnan(arrays["loss"]).any():
-        raise ValueError(f"{text}: a variant lacks sequences, as if an earlier version had stopped it")
+        raise ValueError(f"{text}: a variant lacks sequences")
     if shapes != {(len(figures), len(tokens))} or len(figures) < 2 or len(tokens) < 2:
         raise ValueError(f"sums of {text} are {listed(map(str, sorted(shapes)))}")
     counted = all(type(count) in (int, float) and 0 < count <= LARGEST_SUM and count % 1 == 0 for count in tokens)

@@ -123,9 +123,9 @@ class _SumsRecord(TypedDict):
     agree: Annotated[list[float | None], "Counts of tokens whose most likely token is the base's."]
     right: NotRequired[Annotated[list[float | None], "Counts of tokens whose most likely token is the text's own; absent in earlier "
         "versions."]]
-    p_change: NotRequired[Annotated[list[float | None], "Of p(variant) - p(base) of the text's own token; absent in earlier versions."]]
-    p_square: NotRequired[Annotated[list[float | None], "Of the square of this change; absent in earlier versions."]]
-    kl_max: NotRequired[Annotated[list[float | None], "The largest divergence of a token (not a sum); absent in earlier versions."]]
+    p_change: NotRequired[Annotated[list[float | None], "Of p(variant) - p(base) of the text's own token."]]
+    p_square: NotRequired[Annotated[list[float | None], "Of the square of this change."]]
+    kl_max: NotRequired[Annotated[list[float | None], "The largest divergence of a token (not a sum)."]]
     acc: NotRequired[Annotated[list[float | None], "1 for each question whose most likely choice is right, else 0."]]
     acc_norm: NotRequired[Annotated[list[float | None], "1 for each question whose most likely choice per character is right, else 0."]]
 
@@ -150,25 +150,25 @@ class TextFigures(TypedDict):
     perplexity_ratio_se: PairedError | None
     kl: Annotated[float, "Mean divergence KL(base || variant) of the next-token distribution, in nats."]
     kl_se: StandardError
-    kl_median: Annotated[float | None, "Median of the tokens' divergences, within 1 %; 0 if below 1e-9 nats; null in earlier versions "
+    kl_median: Annotated[float | None, "Median of the tokens' divergences, within 1 %; 0 if below 1e-9 nats; null "
         "and for questions."]
     kl_p90: Annotated[float | None, "90 % of the divergences are at most this, within 1 %."]
     kl_p99: Annotated[float | None, "99 % of the divergences are at most this, within 1 %."]
     kl_p999: Annotated[float | None, "99.9 % of the divergences are at most this, within 1 %."]
-    kl_max: Annotated[float | None, "The largest divergence of a token, exactly; null in earlier versions."]
+    kl_max: Annotated[float | None, "The largest divergence of a token, exactly."]
     agreement: Annotated[float, "Share of counted tokens for which the most likely next token is the base's."]
     agreement_se: StandardError
     top1: Annotated[float | None, "Share of counted tokens for which the most likely next token is the text's own; null in earlier "
         "versions."]
     top1_se: StandardError | None
-    p_change: Annotated[float | None, "Mean of p(variant) - p(base), the probabilities of the text's own token; null in earlier versions."]
+    p_change: Annotated[float | None, "Mean of p(variant) - p(base), the probabilities of the text's own token."]
     p_change_se: StandardError | None
-    p_rms: Annotated[float | None, "Root mean square of this change; null in earlier versions."]
+    p_rms: Annotated[float | None, "Root mean square of this change."]
     p_rms_se: StandardError | None
     sequences: Annotated[Count, "Sequences that it ran on."]
     sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, in the text's order, null where it did not run; all "
         "other figures except quantiles follow from them."]
-    kl_bins: NotRequired[Annotated[BinsRecord, "Counts of tokens by their divergence, for its quantiles; absent in earlier versions and "
+    kl_bins: NotRequired[Annotated[BinsRecord, "Counts of tokens by their divergence, for its quantiles; absent "
         "for questions."]]
     acc: NotRequired[Annotated[Accuracy, "Of questions: by the most likely choice."]]
     acc_norm: NotRequired[Annotated[Accuracy, "Of questions: by the most likely choice per character."]]
@@ -198,7 +198,7 @@ class Against(TypedDict):
     general_kl_se: PairedError
     task_loss: Annotated[float, "Difference of the mean losses on the task's text."]
     task_loss_se: PairedError
-    task_top1: Annotated[float | None, "Difference of the top-1 on the task's text; null in earlier versions."]
+    task_top1: Annotated[float | None, "Difference of the top-1 on the task's text."]
     task_top1_se: PairedError | None
 
 VariantRecord = TypedDict("VariantRecord", {
@@ -233,7 +233,7 @@ ShrinkRecord = TypedDict("ShrinkRecord", {
     "loss_se": Annotated[PairedError, "It includes the uncertainty of the share kept and of the interpolation."],
     "kl": Annotated[float, "Difference of the mean divergences on the general text."],
     "kl_se": Annotated[Amount, "Its standard error, computed in the same way."],
-    "top1": Annotated[float | None, "Difference of the top-1 on the task's text; null in earlier versions."],
+    "top1": Annotated[float | None, "Difference of the top-1 on the task's text."],
     "top1_se": Annotated[Amount | None, "Its standard error, computed in the same way."],
     "verdict": Annotated[Literal["better", "worse", "not told apart"], "By the divergence, and more than two standard errors."],
 })
@@ -309,7 +309,7 @@ class EvaluationRecord(EvaluationHead, EvaluationFacts):
     """What `streamer evaluate` writes and prints: losses of base, adapter and variants, on a general text and on the task's."""
     tokens: Annotated[_SequenceTokens, "Counted tokens of each sequence."]
     others: NotRequired[Annotated[list[OtherText], "The other texts, if any."]]
-    keep: NotRequired[Annotated[KeptShare, "Share of the learning that the suggested variant keeps; absent in earlier versions."]]
+    keep: NotRequired[Annotated[KeptShare, "Share of the learning that the suggested variant keeps."]]
     variants: Annotated[list[VariantRecord], Keywords(minItems=2), "The base, the unchanged adapter, each method from its largest lambda "
         "on, then each set of coefficients. The shrinks include the one that keeps the share asked for."]
     reliable: Annotated[ReliableRecord, "Whether the denominators of shares are large enough."]

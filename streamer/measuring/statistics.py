@@ -99,10 +99,7 @@ def from_record(record: BinsRecord | None) -> Floats:
     return np.pad(counts, (first, BINS - first - len(counts)))  # an error if they begin or end outside
 
 
-SINCE = ("right", "p_change", "p_square", "kl_max")
-"""Measures that evaluations of earlier versions may lack."""
-
-MEASURES = ("loss", "kl", "agree", *SINCE)
+MEASURES = ("loss", "kl", "agree", "right", "p_change", "p_square", "kl_max")
 """Arrays with one value for each variant and sequence: sums, and one maximum."""
 
 ARRAYS = (*MEASURES, "kl_bins")
@@ -196,7 +193,7 @@ def _nothing() -> Floats:
 class SequenceSums:
     """Sums over the counted tokens of each sequence of a text, for each variant; the first is the base, the second the unchanged adapter.
 
-    Arrays that are not given, as from evaluations of earlier versions, are NaN.
+    Arrays that are not given are NaN.
 
     Attributes
     ----------
@@ -234,7 +231,7 @@ class SequenceSums:
     acc_norm: Floats | None = None
 
     def __post_init__(self) -> None:
-        for name in (*SINCE, "kl_bins"):
+        for name in ARRAYS[3:]:
             if not getattr(self, name).size:
                 shape = (len(self.loss), BINS) if name == "kl_bins" else self.loss.shape
                 object.__setattr__(self, name, np.full(shape, np.nan))

@@ -126,11 +126,6 @@ class InputMap:
                 digest.update(b"" if array is None else as_bytes(array))
         return digest.hexdigest()
 
-    @property
-    def base(self) -> dict[str, Any]:
-        """Return what identifies the base and its config."""
-        return {**self.facts["base"], **self.facts["configs"]["base"]}
-
     def record(self) -> MapRecord:
         """Identify this map, for the record of an output."""
         return {"vectors": self.facts["vectors"], "sha256": self.digest}

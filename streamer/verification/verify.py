@@ -23,19 +23,7 @@ from streamer.events import Event, Monitor
 from streamer.units import counted
 from streamer.verification import deltas, tensors
 from streamer.verification.deltas import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, Delta, Factors, read_fit, read_map
-from streamer.verification.tensors import (
-    FP8,
-    RECORD_NAME,
-    Array,
-    Matrix,
-    NotRecomputed,
-    Outcome,
-    TensorFiles,
-    Verification,
-    blocks,
-    same_bytes,
-    whole,
-)
+from streamer.verification.tensors import FP8, RECORD_NAME, Matrix, NotRecomputed, Outcome, TensorFiles, Verification
 
 _SPELLINGS = re.compile(r"\.modules_to_save(?:\.[^.]+(?=\..))?|(?<=_[AB])\.(?!weight$|bias$)[^.]+|(?<=_delta|vector)\.[^.]+$")  # fmt: skip
 
@@ -96,14 +84,14 @@ class OutputCheck:
         elif method not in ("paper", "project"):
             raise NotRecomputed(f"verify has no formula for method {method!r}")
         elif row["intruders"] and lam != 1:
-            W = whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
+            W = tensors.whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
             triplets = deltas.leading_triplets(W, self.record["detection"]["top_k"])
             mitigated, spread = deltas.by_intruders(method, lam, delta, triplets, row["intruders"])
         written = f"base_model.model.{row['module']}.weight" if isinstance(self.files, AdapterFiles) else tensor
         if not isinstance(self.files, AdapterFiles) or written in self.files.stored:
             return self._compare(tensor, written, W0, mitigated, spread)
         mine, theirs = (files.names(row["module"], W0.stored_shape) for files in (self.files, self.adapter))
-        same = (same_bytes(self.files, name, self.adapter, theirs.get(role, "")) for role, name in mine.items())
+        same = (tensors.same_bytes(self.files, name, self.adapter, theirs.get(role, "")) for role, name in mine.items())
         options = [[files.options.get(key) or None for key in SCALING] for files in (self.files, self.adapter)]
         copied = bool(mine) and mine.keys() == theirs.keys() and all(same) and options[0] == options[1]
         if copied and mitigated is delta and not self._rewritten:
@@ -141,7 +129,7 @@ class OutputCheck:
         # A copy or a cast is exact.
         terms = delta.terms + 8 if delta is not None else 8 * (W0.added is not None or W0.dtype == FP8)
         worst, excess = 0.0, 0.0
-        for i, j in blocks(W0.shape):
+        for i, j in tensors.blocks(W0.shape):
             base = W0.rows(i, j)
             values, bound = (np.zeros((1, 1)),) * 2 if delta is None else delta.rows(i, j)
             slack = terms * 2.0 ** (-53 if W0.dtype == "F64" else -24) * (np.abs(base) + bound)
@@ -200,11 +188,13 @@ class OutputCheck:
             source = replace(source, files=self.adapter, name=name)
         decoded = self.record["dequantize"] and name.rpartition(".")[0] in self._coded
         if name not in files.stored:
-            copies = (same_bytes(self.base, name, self.base, other) for other in files.stored)
+            copies = (tensors.same_bytes(self.base, name, self.base, other) for other in files.stored)
             stale = "dropped" in edits.values() and (any(copies) or not self.base.raw(name).any())
             if not decoded and not stale:
                 self._differ(name, "the base's tensor", "none")
-        elif not source.replaced and source.added is None and same_bytes(files, name, source.files, source.name):
+        elif (
+            not source.replaced and source.added is None and tensors.same_bytes(files, name, source.files, source.name)
+        ):
             return
         elif edits or decoded:
             self._compare(name, name, source)
@@ -244,7 +234,7 @@ class OutputCheck:
         places = [(others, other) for other in others.stored if self._rewritten or _spelling(other) == _spelling(name)]
         if files is self.adapter and self.adapter.is_model:
             places += [(self.base, name), *((files, row) for row in self._rows)]
-        if any(same_bytes(files, name, place, other) for place, other in places):
+        if any(tensors.same_bytes(files, name, place, other) for place, other in places):
             return
         sides = [files.values(name), files.values(name).T] if own else []
         if not any(np.array_equal(side, files.values(other)) for other in own for side in sides):
@@ -258,7 +248,7 @@ def _spelling(name: str) -> str:
     return _SPELLINGS.sub("", AdapterFiles.plain_name(name))
 
 
-def _rounding(written: Matrix, i: int, j: int, largest: Array) -> Array:
+def _rounding(written: Matrix, i: int, j: int, largest: tensors.Array) -> tensors.Array:
     """Bound the effect of one rounding to the written dtype on rows of values that are no larger than `largest`."""
     if written.dtype != FP8:
         return tensors.half_spacing(largest, written.dtype)
@@ -287,7 +277,7 @@ class FindingsCheck:
                 break
         return largest
 
-    def _shares(self, row: dict[str, Any]) -> Iterator[tuple[str, Array]]:
+    def _shares(self, row: dict[str, Any]) -> Iterator[tuple[str, tensors.Array]]:
         """Yield the errors of each kind of numbers in units of their tolerances."""
         from scipy.linalg import svd
 
@@ -296,8 +286,8 @@ class FindingsCheck:
         keys = "U", "S", "Vh", "singular_values", "base_singular_values", "similarity_low", "similarity_high"
         U, S, Vh, values, base_values, low, high = (self.files.values(f"{tensor}/{key}") for key in keys)
         ranks = self.files.raw(f"{tensor}/intruders").view("<i8")
-        vectors, of_base, _ = svd(whole(W0.shape, W0.rows), full_matrices=False, overwrite_a=True)
-        W = whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
+        vectors, of_base, _ = svd(tensors.whole(W0.shape, W0.rows), full_matrices=False, overwrite_a=True)
+        W = tensors.whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
         triplets = deltas.leading_triplets(W, options["top_k"])
         k, first = len(triplets.U.T), float(triplets.S[0]) or 1.0
         loose = triplets.angle * np.minimum(triplets.gaps(range(k)), first) + deltas.ROUNDINGS * first

@@ -289,21 +289,6 @@ def test_names_are_those_of_files(server: Server, home: Path, tmp_path: Path) ->
     assert "task.npy is the same as the task text: it adds no information" in done.err
 
 
-def test_a_file_of_an_earlier_version_is_not_added_to(server: Server, home: Path, tmp_path: Path) -> None:
-    output = tmp_path / "e.json"
-    assert evaluate(server, home, output, *SHRINKS).code == 0
-    tree = json.loads(output.read_text())
-    for v in tree["variants"]:
-        for text in ("general", "task"):
-            del v[text]["sums"]["right"]
-    output.write_text(json.dumps(tree))
-    done = evaluate(server, home, output, *SHRINKS)
-    assert done.code == 4
-    assert "(no right, as of an earlier version); choose another output, or pass --overwrite" in done.err
-    assert evaluate(server, home, output, *SHRINKS, "--overwrite").code == 0
-    assert streamer.load_evaluation(output)["adapter"]["task"]["top1"] is not None
-
-
 def test_a_journal_with_other_sums_is_started_over(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an earlier version left it: its passes do not say what this one is to write."""
     monkeypatch.setattr("streamer.measuring.task.ROWS", 40)

@@ -434,9 +434,6 @@ def test_intruder_scaling_is_measured_beside_it(server: Server, home: Path, tmp_
     dashes = [row.split()[-3] for row in shown.out.split("\n\n")[0].splitlines()[2:]]
     why = "top-1 kept is not shown: the adapter's change is too small to measure on this text; more text may help"
     assert (set(dashes) == {"-"}) == (why in shown.out) == (not tree["reliable"]["top1_kept"])
-    old: Any = {**tree, "rows": [{**row, "top1_kept": None} for row in tree["rows"]], "reliable": repair.UNKNOWN}
-    text = repair_table(old, record, ("base", "adapter"), NO_LIMIT)
-    assert "top-1 kept is not shown: the fit is of an earlier version, which did not measure it" in text
     other = server.run(*line, "-o", tmp_path / "r", "--findings", none)
     assert (other.code, "holds coefficients of other inputs or options" in other.err) == (4, True)
 

@@ -14,7 +14,6 @@ from streamer.errors import FormatError
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.view import Names, figures
 from streamer.measuring.result_file import EvaluatedVariant
-from streamer.measuring.statistics import SINCE
 
 
 @pytest.mark.parametrize(
@@ -146,24 +145,11 @@ def test_other_texts_are_left_or_kept_by_what_the_adapter_does_to_them() -> None
     assert tree["suggestion"] == evaluation().to_dict()["suggestion"]
 
 
-def test_a_file_of_an_earlier_version_lacks_figures_and_is_read() -> None:
+def test_a_file_that_lacks_sums_is_refused() -> None:
     tree: Any = evaluation().to_dict()
-    del tree["reliable"]
-    for v in tree["variants"]:
-        for text in ("general", "task"):
-            del v[text]["kl_bins"]
-            for name in SINCE:
-                del v[text]["sums"][name]
-    e = Evaluation.from_json(json.dumps(tree))
-    again = e.to_dict()
-    assert faults(again) == []
-    assert {v["top1_kept"] for v in again["variants"]} == {v["task"]["top1"] for v in again["variants"]} == {None}
-    assert [v["kept"] for v in again["variants"]] == [v["kept"] for v in tree["variants"]]
-    late = ("kl_median", "kl_p90", "kl_p99", "kl_p999", "kl_max", "p_change", "p_rms")
-    assert {v["task"][name] for v in again["variants"] for name in late} == {None}
-    columns = {c.head: set(c.cells) for c in figures(e, every=True)}
-    assert columns["top-1 kept"] == columns["KL 99%"] == columns["KL max"] == columns["RMS Δp"] == {"-"}
-    assert json.loads(e.to_json()) == again
+    del tree["variants"][1]["task"]["sums"]["right"]
+    with pytest.raises(FormatError, match=r"expected an evaluation .*right.*; evaluate again"):
+        Evaluation.from_json(json.dumps(tree))
 
 
 def test_without_shares_the_verdict_is_in_nats() -> None:
