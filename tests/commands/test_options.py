@@ -136,7 +136,7 @@ def test_a_man_page(tmp_path: Path) -> None:
     page = tmp_path / "streamer.1"
     subprocess.run([sys.executable, tool, "-o", page], check=True, env=ENV)
     text = page.read_text()
-    for words in ("streamer merge", r"\-\-to\-lora", "exit codes", r"streamer report findings.safetensors \-\-json"):
+    for words in ("streamer merge", r"\-\-to\-lora", "exit codes", "streamer report findings.safetensors"):
         assert words in text, words
     if shutil.which("groff"):
         done = subprocess.run(["groff", "-man", "-Tutf8", "-ww", page], capture_output=True, text=True, check=True)
