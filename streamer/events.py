@@ -20,7 +20,7 @@ class Event:
     Attributes
     ----------
     stage
-        ``probe`` measures this machine, in steps; ``detect`` counts units of cost (see `detection.cost.cost`), ``write`` and ``verify``
+        ``probe`` measures this machine; ``detect`` counts units of cost (see `detection.solvers.cost`), ``write`` and ``verify``
         bytes, ``download`` bytes (files, from the hub), ``recompute`` matrices, ``evaluate`` multiplications for a token, ``fit`` and
         ``map`` multiplications; ``warning`` and ``note`` count nothing.
     name

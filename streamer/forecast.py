@@ -53,7 +53,7 @@ PROBE_SECONDS = 0.3
 """Seconds for which the product repeats, and for which the base's largest tensor is read and hashed."""
 
 SOLVER, VALUE, NORMS, PASS = 30, 30, 30, 1.2
-"""Multiply-adds of the timed product that take as long as a unit of `detection.cost.cost`, a value that is converted or added, a
+"""Multiply-adds of the timed product that take as long as a unit of `detection.solvers.cost`, a value that is converted or added, a
 multiply-add of the norms of a delta, and a multiplication of a pass with its share of attention, norms and softmax."""
 
 START_SECONDS = 0.5

@@ -155,7 +155,7 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
         Configs are downloaded and not trusted.
     """
     for pattern in patterns:
-        if re.search(r"[*+?|}].*\)[*+{]", pattern) or sum(map(pattern.count, "*+")) > MAX_REPEATS:
+        if re.search(r"[*+?|}].*\)[*+{]", pattern) or sum(map(pattern.count, ("*", "+", ",}"))) > MAX_REPEATS:
             raise ValueError(f"pattern {quoted(pattern)} may never finish matching; write it without repeated groups")
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):

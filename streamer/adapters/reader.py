@@ -1,9 +1,7 @@
-"""Read a PEFT adapter's directory: assign every tensor to a module and role, or refuse it by name.
+"""Open an adapter, PEFT's directory or a pipeline's one file with diffusers' or kohya's names; assign every tensor, or refuse it.
 
-Read LoRA adapters of diffusers pipelines: diffusers' own naming, and kohya's.
-
-Both are one safetensors file without a config beside it. diffusers names a module by its component and its path in it, with the factors
-``lora_A`` and ``lora_B``; kohya joins both with underscores and calls the factors ``lora_down`` and ``lora_up``:
+The latter are one safetensors file without a config beside it. diffusers names a module by its component and its path in it, with the
+factors ``lora_A`` and ``lora_B``; kohya joins both with underscores and calls the factors ``lora_down`` and ``lora_up``:
 ``unet.down_blocks.0.attentions.0.proj_in`` is ``lora_unet_down_blocks_0_attentions_0_proj_in``. Which tensor of the base a name means is
 decided in `plan.pipeline_names`.
 

@@ -17,6 +17,14 @@ REMOVED = {
     **dict.fromkeys(("--race", "--no-race"), "every variant runs on all sequences; drop the option"),
     "--part": "use --workers N, or --executor",
     "demo --keep": "use -o DIR",
+    "verify --max-memory": "verify reads a few rows at a time; drop the option",
+    **dict.fromkeys(
+        (
+            f"report --{name}"
+            for name in ("keep", "architecture", "base-is-residual", "ignore-key", "io", "lora-b-layout", "remote")
+        ),
+        "findings and evaluations are read without their inputs; drop the option",
+    ),
     "report --coefficients": "a fit holds factors now, and no coefficients of intruders; `streamer evaluate` measures it",
 }
 """What to do instead of removed options, which keywords have too; if other commands still have an option, its command precedes it."""

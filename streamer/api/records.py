@@ -157,7 +157,7 @@ class EventRecord(TypedDict):
         "the end."]
     seconds: Annotated[Amount, "Wall time in s since the command began."]
     stage: NotRequired[Annotated[Literal["download", "probe", "detect", "write", "verify", "recompute", "evaluate", "fit", "map"],
-        "For progress: download (in bytes; from the hub, in files), probe (measures this machine, in steps), detect (in units of work), "
+        "For progress: download (in bytes; from the hub, in files), probe (measures this machine), detect (in units of work), "
             "write and verify (in bytes), recompute (in matrices), evaluate, fit and map (in multiplications)."]]
     name: NotRequired[Annotated[str, "For progress: the matrix or file that has just begun; empty at the end of a stage."]]
     done: NotRequired[Annotated[Count, "For progress: units that are done."]]

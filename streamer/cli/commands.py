@@ -151,7 +151,7 @@ def _map(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.tables import map_text
 
     if len(args.base) > 1:
-        raise UsageError(f"map: expected one BASE, found {len(args.base)}; to map several texts, join them in one file")
+        raise UsageError(f"BASE: expected one, found {len(args.base)}; to map several texts, join them in one file")
     request = MapRequest.of(args.base[0], args.output, vars(args))
     workers = _workers(args, monitor)
     if args.dry_run:

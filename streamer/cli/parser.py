@@ -245,10 +245,6 @@ a first run:
       write a plain model with that adapter merged in
   streamer evaluate BASE ADAPTER --general TEXT --task TEXT -o FILE
       measure what each method and lambda keeps and forgets
-  streamer map BASE --general TEXT -o base.map.safetensors
-      map a base once; with --map, no adapter of that base needs task text
-  streamer demo
-      find and remove planted intruders in a generated model, in seconds
 
 BASE is a model directory or a .safetensors file, ADAPTER the directory of a
 PEFT adapter; both can be hub names or addresses. detect, mitigate and merge
@@ -270,22 +266,18 @@ examples:
   streamer detect BASE ADAPTER -o findings.safetensors
   streamer detect BASE ADAPTER1 ADAPTER2 -o found
       writes found/ADAPTER1.safetensors and found/ADAPTER2.safetensors
-  streamer detect BASE ADAPTER -o f.safetensors --workers 4
 """,
     "mitigate": """\
 examples:
   streamer mitigate BASE ADAPTER -o mild --lambda 0.75
   streamer mitigate BASE ADAPTER -o half --lambda 0.5 --findings f.safetensors
   streamer mitigate BASE ADAPTER -o as-lora --to-lora 32
-  streamer mitigate BASE ADAPTER -o fitted --coefficients c.safetensors
-      apply the factors that `streamer fit` found
   streamer mitigate BASE ADAPTER -o repaired --map base.map.safetensors
       apply a map of BASE, made once for all its adapters
 """,
     "merge": """\
 examples:
   streamer merge BASE ADAPTER -o merged --lambda 0.5
-  streamer merge BASE ADAPTER1 ADAPTER2 -o models --findings found
   streamer merge BASE ADAPTER -o plain --dequantize
       a plain model, if BASE is quantized
 """,
@@ -293,12 +285,8 @@ examples:
 examples:
   streamer report findings.safetensors
   streamer report evaluation.json -o report.html
-  streamer report findings.safetensors evaluation.json -o report.html
-      a page with figures
   streamer report DIR -o report.html
       one page for a directory of findings, from several adapters
-  streamer report merged
-      the record (streamer.json) of an output
 """,
     "diff": """\
 examples:
@@ -309,42 +297,31 @@ examples:
 examples:
   streamer verify merged
       checks sizes and digests against the record
-  streamer verify merged BASE ADAPTER
-      also recomputes 3 matrices
   streamer verify merged BASE ADAPTER --sample all
       recomputes every matrix, and compares every other tensor byte by byte
 """,
     "evaluate": """\
 examples:
   streamer evaluate BASE ADAPTER --general web.txt --task chats.jsonl -o e.json
-  streamer evaluate BASE ADAPTER --general g --task t -o e.json --lambda 0.78
-      adds lambda 0.78 to an evaluation of the same texts
   streamer evaluate BASE ADAPTER --general g --task t -o e --coefficients c
 """,
     "fit": """\
 examples:
   streamer fit BASE ADAPTER --general g.txt --task t.jsonl -o c.safetensors
-  streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --keep 0.95,0.9
-      writes two sets into one file
 """,
     "map": """\
 examples:
   streamer map BASE --general web.txt -o base.map.safetensors
-  streamer map BASE -o base.map.safetensors
-      uses text that comes with Python
 """,
     "repair": """\
 examples:
   streamer repair BASE ADAPTER --task t.jsonl -o repaired
-  streamer repair BASE ADAPTER --task t.npy --general g.npy -o model --merge
   streamer repair BASE ADAPTER --task t.jsonl -o repaired --to-lora 32
       also for DoRA, LoHa, LoKr and fine-tuned models
 """,
     "demo": """\
 examples:
   streamer demo
-  streamer demo --lambda 0.5 -o demo
-      keeps the model, the adapter and all results in ./demo
 """,
 }
 

@@ -83,15 +83,12 @@ def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Sc
 
 def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
     """Format one command's forecast in one line."""
-    beside = (
-        f" and at most {format_size(forecast['temporary_bytes'])} temporarily" if forecast["temporary_bytes"] else ""
-    )
+    beside = f" and at most {format_size(held)} temporarily" if (held := forecast["temporary_bytes"]) else ""
     most = "at most " if command == "detect" else ""
+    pace = f", on {counted(forecast['threads'], 'thread')}, within a factor of 3 if load and disk stay as they are"
     return (
-        f"forecast: memory {_memory(forecast)}; "
-        f"reads {_read(forecast)}, writes {most}{format_size(forecast['write_bytes'])}{beside}; "
-        f"{format_size(free)} free; time {_time(forecast['seconds'])}, "
-        f"on {counted(forecast['threads'], 'thread')}, within a factor of 3 if the load stays as it is and the disk keeps up"
+        f"forecast: memory {_memory(forecast)}; reads {_read(forecast)}, writes {most}{format_size(forecast['write_bytes'])}{beside}; "
+        f"{format_size(free)} free; time {_time(forecast['seconds'])}{pace if forecast['seconds'] else ''}"
     )
 
 

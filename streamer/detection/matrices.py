@@ -384,7 +384,7 @@ def detect_in_turn(work: Work, device: torch.device, monitor: Monitor, begin: Be
 
 
 TASK_COST = 1_000_000_000
-"""Units of cost (see `detection.cost.cost`; about a second) from which a task gets no more matrices."""
+"""Units of cost (see `detection.solvers.cost`; about a second) from which a task gets no more matrices."""
 
 TASK_MATRICES = 8
 """Most matrices of a task: a killed run loses the matrices of its unfinished tasks."""

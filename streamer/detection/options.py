@@ -154,7 +154,7 @@ class DetectionOptions:
         return min(k, p)
 
     def cost(self, shape: tuple[int, int]) -> int:
-        """Estimate the units of work for detection in a matrix of this shape; see `detection.cost.cost`."""
+        """Estimate the units of work for detection in a matrix of this shape; see `detection.solvers.cost`."""
         return cost(shape, self.directions(shape), self.solver)
 
     def as_dict(self) -> OptionsRecord:

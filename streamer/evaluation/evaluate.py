@@ -1,14 +1,9 @@
-"""Evaluate variants: answer the steps' requests pass by pass, and record each pass in a journal, so that a killed run resumes.
+"""Evaluate variants: check the inputs, choose what to measure next, measure it pass by pass, and resume a killed run.
 
-Decide what an evaluation measures: a generator requests variants, receives their sums, and returns the evaluation.
-
-The generator holds no model and reads no file. The same answers lead to the same requests, so a journal of answers resumes it. It requests
-the user's variants, and then, up to `MOST_PLACED` times for each method with a λ, a variant whose λ keeps the share according to the losses
-so far. A method whose variants nearest to the share diverge more than a shrink that keeps as much is not placed.
-
-Open and check an evaluation's inputs, and describe them as facts.
-
-Check whether an evaluation's file is complete, was begun, or lacks variants.
+A generator chooses: it requests variants, receives their sums, and returns the evaluation. It holds no model and reads no file. The same
+answers lead to the same requests, so a journal of answers resumes it. It requests the user's variants, and then, up to `MOST_PLACED`
+times for each method with a λ, a variant whose λ keeps the share according to the losses so far. A method whose variants nearest to the
+share diverge more than a shrink that keeps as much is not placed.
 """
 
 from __future__ import annotations

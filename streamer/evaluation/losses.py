@@ -1,11 +1,4 @@
-"""Define an evaluation's options and JSON types, and hold the losses of its variants.
-
-Define the options that determine an evaluation's result.
-
-Types of the JSON of an evaluation (schema ``streamer.evaluation/1``).
-
-Hold the losses of the base, the adapter and its mitigated variants on general text and on the task's text, and choose the best.
-"""
+"""Hold an evaluation's options, its JSON types (schema ``streamer.evaluation/1``), and the losses of its variants."""
 
 from __future__ import annotations
 

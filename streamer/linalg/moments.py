@@ -1,6 +1,4 @@
-"""Reduce a delta's response to general inputs by their second moments, and solve systems with such moments.
-
-Reduce a delta's response to general inputs, along the leading eigenvectors of their second moments.
+"""Represent second moments of inputs, reduce deltas by them, and solve systems with them.
 
 Let ``C ≈ V diag(e) Vᵀ + ρ (I − V Vᵀ)`` (n, n), where V (n, k) are the leading eigenvectors and ρ is the mean of the other eigenvalues:
 

@@ -1,4 +1,4 @@
-"""Represent matrices by their products: `Dense`, `RowBlocks`, `low_rank.LowRank`, and the `Sum` of a base and a delta.
+"""Represent matrices by their products: `Dense`, `RowBlocks`, `LowRank`, and the `Sum` of a base and a delta.
 
 An operator of shape (m, n) offers ``matmat(X)`` for ``M @ X`` and ``rmatmat(Y)`` for ``M.T @ Y``. A `Delta` is the change that an adapter
 adds to a weight: `LowRank` if it has factors, else `Dense`. Both have the same methods, so callers need not distinguish them.

@@ -144,7 +144,7 @@ PROVABLE = 2048
 the proof would cost many times the rest, so the result states the cut-off instead."""
 
 DENSE_WINDOWS = {torch.float32: (300.0,), torch.float64: (300.0, 1e4, 3e5, 1e7)}
-"""τ/φ for LAPACK's vectors, where φ is LAPACK's backward error: see `christoffel.WINDOW`. An interval is as narrow as φ/τ allows if no
+"""τ/φ for LAPACK's vectors, where φ is LAPACK's backward error: see `WINDOW`. An interval is as narrow as φ/τ allows if no
 other singular value is within τ. Every window gives a valid interval; in float64, where φ is small, their intersection is used."""
 
 

@@ -3,7 +3,7 @@
 A method is a formula for the mitigated delta Δ' with its own options, which it validates. The notation is as in `detection.intruders`: Δ
 (m, n) is the adapter's delta, and ``U_I Σ_I V_Iᵀ`` are the intruders' singular triplets of ``W0 + Δ``.
 
-The command line, the library, evaluations, reports and figures read the table. Only `verification` has its own formula for each name.
+The command line, the library, evaluations, and reports read the table. Only `verification` has its own formula for each name.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from pathlib import Path
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.adapter_config import CONFIG_NAME
 from streamer.errors import FormatError
-from streamer.plan.architectures import Architecture
-from streamer.plan.carried_tensors import LABEL_TASKS, TensorEdits
+from streamer.plan.architectures import Architecture, architecture_for
+from streamer.plan.carried_tensors import LABEL_TASKS, TensorEdits, auto_class
 from streamer.plan.name_matching import Renames
 from streamer.plan.sources import DIRECTORIES, HUB_ID, cached_model
 from streamer.units import listed
@@ -61,8 +61,8 @@ def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renam
     for entry in stated.strings("modules_to_save"):
         below = [t for t, now in tensors.items() if _is_below(now, entry)]
         lacking = [t for t in below if t not in edits.sources and tensors[t] not in saved]
-        if not below and architecture is not None and stated.get("task_type") in LABEL_TASKS:
-            lacking = _missing_of_head(entry, saved, architecture.tensors)
+        if not below:
+            lacking = _missing_of_head(entry, saved, config, stated.get("task_type"))
         if lacking:
             missing.append(f"{listed(map(repr, lacking), 1)} of {entry!r} in modules_to_save")
     rows = stated.get("trainable_token_indices")
@@ -80,21 +80,41 @@ def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renam
             f"{adapter.file.path}: lacks tensors that {CONFIG_NAME} announces: {listed(missing, separator='; ')}; save the "
             "adapter again with PEFT's save_pretrained"
         )
-    biases = {"all": any(t.endswith(".bias") for t in tensors), "lora_only": bool(biased)}
-    if biases.get(str(stated.get("bias"))) and not any(c.parameter == "bias" for c in adapter.carried):
-        return (
-            f"the adapter's bias is {stated.get('bias')!r}, but its file has no biases: the base's values are kept",
+    count = {"all": sum(t.endswith(".bias") for t in tensors), "lora_only": len(biased)}.get(str(stated.get("bias")), 0)
+    brought, notes = sum(c.parameter == "bias" for c in adapter.carried), _untargeted(adapter, renames)
+    if brought < count:
+        notes.append(
+            f"the adapter's bias is {stated.get('bias')!r}, but its file has {brought} of {count} biases: the base's values are kept"
         )
-    return ()
+    return tuple(notes)
 
 
-def _missing_of_head(entry: str, saved: set[str], tensors: Collection[str]) -> list[str]:
-    """List the missing tensors of a head that the base does not have: PEFT's loader needs every one, once the file has some.
+def _untargeted(adapter: DeltaSource, renames: Renames) -> list[str]:
+    """Note modules with factors that the config does not target."""
+    config = adapter.config
+    named, excluded = {*config.strings("target_modules")}, tuple(f".{m}" for m in config.strings("exclude_modules"))
+    if not named or config.get("target_parameters") or config.get("ensure_weight_tying"):
+        return []
+    now = renames.at_run_time([f"{name}.weight" for name in adapter.modules])
+    found = [
+        name for name in adapter.modules
+        if not any(f".{n}".endswith(f".{target}") for n in (name, now.get(f"{name}.weight", name).removesuffix(".weight"))
+                   for target in named) or f".{name}".endswith(excluded)
+    ]  # fmt: skip
+    return [f"PEFT ignores the factors of {listed(map(repr, found))}, which the adapter's target_modules or exclude_modules leave out; "
+            "streamer applies them: correct the config, or remove the factors"] if found else []  # fmt: skip
+
+
+def _missing_of_head(entry: str, saved: set[str], config: ModelConfig, task: object) -> list[str]:
+    """List the missing tensors of a task's head that the base does not have: PEFT's loader needs every one.
 
     LayoutLMv3's has one layer, or two inside it: so a module counts as present if the file has tensors of a module inside or around it.
     """
+    cls = auto_class(config.model_type, task) if task in LABEL_TASKS else None
+    architecture = None if cls is None else architecture_for(config, cls)
     there = {name.rpartition(".")[0] for name in saved if _is_below(name, entry)}
-    lacking = {n: n.rpartition(".")[0] for n in {*tensors} - saved if there and "*" not in n and _is_below(n, entry)}
+    tensors = set() if architecture is None else {*architecture.tensors} - saved
+    lacking = {n: n.rpartition(".")[0] for n in tensors if "*" not in n and _is_below(n, entry)}
     return sorted(
         n for n, m in lacking.items() if not any(m.startswith(f"{t}.") or t.startswith(f"{m}.") for t in there)
     )

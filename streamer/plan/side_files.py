@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -125,7 +126,7 @@ def _walk(directory: Path | None, apart: Path | None = None) -> Iterator[tuple[s
 
     def walk(at: Path, above: frozenset[Path]) -> Iterator[tuple[str, Path, bool]]:
         for path in sorted(at.iterdir()):
-            name, real = str(path.relative_to(directory)), path.resolve()
+            name, real = str(path.relative_to(directory)), Path(os.path.realpath(path))  # of a loop of links too
             if real == hidden or real in above:  # following a link to a parent directory would never end
                 continue
             if path.is_dir() and not _SKIPPED_DIRECTORIES.match(path.name):

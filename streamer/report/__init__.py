@@ -1,1 +1,1 @@
-"""Make reports for people: findings and measurements as a page or figures, and the fate of intruders between two findings."""
+"""Make reports for people: findings and measurements as a page, and the fate of intruders between two findings."""

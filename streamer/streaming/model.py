@@ -1,13 +1,10 @@
-"""Run a model whose weights stay on disk: read each when its module runs, use it for all variants at once, and drop it.
+"""Run a model whose weights stay on disk: build it from its config, read each when its module runs, and check what losses rely on.
 
 A batch repeats the same sequences for each variant: rows are (variant, sequence). The logits are computed a block of the vocabulary at a
 time by the model's own `forward`, starting from the result of the layers below the head.
 
-Import transformers and silence it.
-
-Build a model from its ``config.json`` with transformers: parameters on the meta device, buffers with real values.
-
-Check what losses rely on: tokens do not see later ones, logits come only from the head, and padding changes nothing.
+Parameters are on the meta device, buffers have real values. Losses rely on this: tokens do not see later ones, logits come only from the
+head, and padding changes nothing.
 """
 
 from __future__ import annotations

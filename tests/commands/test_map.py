@@ -169,7 +169,7 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], int, str]]:
     yield [base, "--general", place / "far.npy", *out], 3, "expected token ids from 0 to"
     yield [home / "adapter", *general, *out], 3, "is an adapter, not a base model"
     yield [base, *general, "-o", base / "model.safetensors"], 4, "is not a map, which is all that is replaced"
-    yield [base, base, *out], 2, "map: expected one BASE, found 2; to map several texts, join them in one file"
+    yield [base, base, *out], 2, "BASE: expected one, found 2; to map several texts, join them in one file"
     yield [place / "map.safetensors", *out], 2, "is a map; name the base to map"
     yield [base, *general, *out, "--max-memory", f"{process_mib() + 20}M"], 2, "is not enough for the inputs of"
 

@@ -72,6 +72,10 @@ REFUSED: dict[str, tuple[str | Kind, Callable[[str], bool], Sequence[str]]] = {
     "part of a saved layer": ("modules_to_save", lambda n: n == f"{LAYER}.1.mlp.up_proj.weight",
                               ["'model.layers.1.mlp.up_proj.weight' of 'layers.1.mlp' in modules_to_save"]),
     "all that was saved": ("modules_to_save", lambda n: "lora" not in n, ["'lm_head.weight' of", "and 2 more of 'layers.1.mlp' in"]),
+    "a new head": ("modules_to_save, new", lambda n: "score" in n, ["'score.weight' of 'score' in modules_to_save"]),
+    "a new head's bias": ("headless, new head", lambda n: "classifier" in n, ["'classifier.bias' and 1 more of 'classifier' in"]),
+    "the last layer of a new head": (Kind(roberta, lora("query", task_type="SEQ_CLS"), load=roberta_classifier),
+                                     lambda n: "classifier.out_proj" in n, ["'classifier.out_proj.bias' and 1 more of 'classifier' in"]),
     "part of a new head": ("headless, new head", lambda n: "classifier.bias" in n, ["'classifier.bias' of 'classifier' in modules_to"]),
     "a layer of a new head": (Kind(roberta, lora("query", task_type="SEQ_CLS"), load=roberta_classifier), lambda n: "classifier.dense" in n,
                               ["'classifier.dense.bias' and 1 more of 'classifier' in modules_to_save"]),
@@ -146,11 +150,29 @@ def test_what_peft_saves_is_whole(case: str, tmp_path: Path, monkeypatch: pytest
 def test_missing_biases_are_warned_of(bias: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT before 0.21 saved none for ``lora_only``."""
     made = make(f"bias={bias}", tmp_path, monkeypatch)
-    without(made.adapter, lambda n: n.endswith(".bias"))
-    plan = make_plan(made.base, made.adapter)
-    (note,) = plan.announced
-    assert note == f"the adapter's bias is '{bias}', but its file has no biases: the base's values are kept"
-    assert note in plan.warnings
+    for gone, left in (
+        (lambda n: n.endswith("layers.1.self_attn.q_proj.base_layer.bias"), -1),
+        (lambda n: n.endswith(".bias"), 0),
+    ):
+        without(made.adapter, gone)
+        plan = make_plan(made.base, made.adapter)
+        (note,) = plan.announced
+        count = {"all": 14, "lora_only": 4}[bias]
+        words = f"the adapter's bias is '{bias}', but its file has {left % count} of {count} biases: the base's values are kept"
+        assert note == words
+        assert note in plan.warnings
+
+
+@pytest.mark.parametrize("edit", [{"target_modules": ["q_proj"]}, {"exclude_modules": ["v_proj"]}])
+def test_factors_that_the_config_does_not_target(
+    edit: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(Kind(llama(), lora("q_proj", "v_proj", layers_to_transform=[0])), tmp_path, monkeypatch)
+    assert make_plan(made.base, made.adapter).announced == ()
+    config = made.adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **edit}))
+    (note,) = make_plan(made.base, made.adapter).announced
+    assert "PEFT ignores the factors of 'model.layers.0.self_attn.v_proj', which" in note
 
 
 # Of a layer for multi-token prediction, which the class does not load.

@@ -79,6 +79,7 @@ def test_scale(tmp_path: Path, config: dict, rank: int, scale: float) -> None:
                 r"(([a-z._0-9])+)+#",
                 r"(a|aa)+b",
                 r"(.*){9}#",
+                r".{0,}" * 10 + "X",
                 r"(?:[\w.]+)+#",
                 ".*.*.*.*.*.*#",
                 r"((a?b?)){30}c",

@@ -34,6 +34,7 @@ def test_weights_of_modules_of_their_own_are_taken_along(job: Job, tmp_path: Pat
     touch(tmp_path / "code" / "model.py")
     (base / "code").symlink_to(tmp_path / "code")
     (base / "loop").symlink_to(base)
+    (base / "itself").symlink_to(base / "itself")
     record = streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1.0)
     out = tmp_path / "out"
     assert torch.equal(load_file(out / "2_Dense" / "model.safetensors")["linear.weight"], torch.ones(2, 2))
