@@ -180,7 +180,7 @@ def test_what_it_refuses(home: Path) -> None:
     given = {"base": home / "base", "adapter": home / "adapter"}
     cases = (
         ("written", {}, "task 'written' generates text (generate_until), but --model streamer only scores log-likelihoods"),
-        ("choices", {"method": "shrink"}, "expected method, lambda and keep of one variant of base, adapter, shrink 0.9, "),
+        ("choices", {"method": "shrink"}, "expected method, lambda and keep of one variant of base, adapter, shrink 0.75, "),
         ("choices", {"max_length": 1}, "expected tokens before the continuation, and 1 to 1 (max_length) in it, found "),
     )  # fmt: skip
     runs, _ = harness(

@@ -60,10 +60,12 @@ def evaluation(
     seed: int = 0,
     others: Mapping[str, float] = {},
     answers: bool = False,
+    exact: bool = True,
 ) -> Evaluation:
     """Make losses of 64 sequences of 200 to 512 tokens: how hard a sequence is, plus shares of what it forgets and learns, plus noise.
 
-    Means over tokens are exact, whatever is drawn: the noise has none, and what is forgotten and learned on average is as given.
+    Means over tokens are exact, whatever is drawn, unless `exact` is false: the noise has none, and what is forgotten and learned on
+    average is as given.
     With answers, the sequences are right choices: as many more are found as the loss falls by, of half of them.
     """
     rng = np.random.default_rng(vary(seed))
@@ -77,7 +79,7 @@ def evaluation(
 
     def drawn(mean: float, spread: float, rows: int = 1) -> np.ndarray:
         found = rng.normal(0, spread, (rows, 64))
-        return found + mean - found @ tokens[:, None] / tokens.sum()
+        return found + mean - exact * found @ tokens[:, None] / tokens.sum()
 
     def sums(share: np.ndarray, change: float) -> SequenceSums:
         hard = rng.normal(4, 0.5, 64)

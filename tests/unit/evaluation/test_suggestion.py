@@ -130,7 +130,10 @@ def test_what_is_uncertain_about_the_share_kept_is_in_the_error() -> None:
     told, values, errors, trials = 0, [], [], 600
     for seed in range(trials):
         e = evaluation(
-            {"project": lambda x: CURVES["shrink"](x * 0.85), "shrink": CURVES["shrink"]}, noise=0.05, seed=seed
+            {"project": lambda x: CURVES["shrink"](x * 0.85), "shrink": CURVES["shrink"]},
+            noise=0.05,
+            seed=seed,
+            exact=False,
         )
         found = against_shrink(e.variants, e.general, e.task, 4)
         assert found is not None
