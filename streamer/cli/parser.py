@@ -258,7 +258,6 @@ Results go to stdout, progress to stderr.
 EXAMPLES = {
     "inspect": """\
 examples:
-  streamer inspect BASE
   streamer inspect BASE ADAPTER
 """,
     "detect": """\
@@ -291,7 +290,6 @@ examples:
     "diff": """\
 examples:
   streamer diff findings.safetensors after.safetensors
-      for example, of an adapter and of its mitigated version
 """,
     "verify": """\
 examples:
@@ -303,7 +301,6 @@ examples:
     "evaluate": """\
 examples:
   streamer evaluate BASE ADAPTER --general web.txt --task chats.jsonl -o e.json
-  streamer evaluate BASE ADAPTER --general g --task t -o e --coefficients c
 """,
     "fit": """\
 examples:

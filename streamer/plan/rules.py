@@ -96,13 +96,16 @@ def _untargeted(adapter: DeltaSource, renames: Renames) -> list[str]:
     if not named or config.get("target_parameters") or config.get("ensure_weight_tying"):
         return []
     now = renames.at_run_time([f"{name}.weight" for name in adapter.modules])
+    paths = {name: {name, now.get(f"{name}.weight", name).removesuffix(".weight")} for name in adapter.modules}
+    stated = config.get("layers_to_transform")
+    layers = {str(layer) for layer in (stated if isinstance(stated, list) else [stated]) if layer is not None}
     found = [
-        name for name in adapter.modules
-        if not any(f".{n}".endswith(f".{target}") for n in (name, now.get(f"{name}.weight", name).removesuffix(".weight"))
-                   for target in named) or f".{name}".endswith(excluded)
+        name for name, names in paths.items()
+        if not any(f".{n}".endswith(f".{target}") for n in names for target in named) or f".{name}".endswith(excluded)
+        or (layers and layers.isdisjoint(name.split(".")) and names.isdisjoint(named))
     ]  # fmt: skip
-    return [f"PEFT ignores the factors of {listed(map(repr, found))}, which the adapter's target_modules or exclude_modules leave out; "
-            "streamer applies them: correct the config, or remove the factors"] if found else []  # fmt: skip
+    return [f"PEFT ignores the factors of {listed(map(repr, found))}, which target_modules, exclude_modules or layers_to_transform leave "
+            "out; streamer applies them: correct the config, or remove the factors"] if found else []  # fmt: skip
 
 
 def _missing_of_head(entry: str, saved: set[str], config: ModelConfig, task: object) -> list[str]:
