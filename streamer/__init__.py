@@ -33,8 +33,8 @@ The rest is for readers of the code. The folders follow the data, and a module i
     detection/     decisions         the leading directions of each matrix, and the findings file
     methods/       mitigated deltas  the methods with their options, and the files of fits and maps
     output/        results           output tensors, files, records
-    streaming/     the model         run from its files: each weight is read when its module runs, for several variants at once
-    measuring/     sums              losses of variants on texts, in passes over the base, and the journal of their sums
+    streaming/     the model         run from its files in one sweep over its layers, for several variants and texts at once
+    measuring/     sums              losses of variants on texts, in sweeps over the base, and the journal of their sums
     verification/  witnesses         an output checked against its record and inputs by independent code
     evaluation/    judgements        what each variant keeps and forgets, and the suggestion
     fitting/       fits              factors fitted to the user's texts; maps of a base

@@ -29,7 +29,7 @@ class Event:
         Units done before this step, and in total.
     items, of
         Items done before this step, and in total: matrices (``detect``, ``recompute``), tensors and other files (``write``), files
-        (``download``, ``verify``), or passes (``evaluate``, ``fit``, ``map``); 0 of 0 if they are not counted.
+        (``download``, ``verify``), or layers (``evaluate``, ``fit``, ``map``); 0 of 0 if they are not counted.
     adapter
         Name of the adapter if there are several, else empty.
     """

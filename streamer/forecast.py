@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -20,18 +20,16 @@ from streamer.detection.matrices import best_way, detection_bytes, float64_way
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import Way, chosen_solver, cost
 from streamer.errors import UnsupportedError
-from streamer.evaluation.evaluate import MOST_PLACED, Prepared
+from streamer.evaluation.evaluate import Prepared
 from streamer.evaluation.evaluation import Evaluation
 from streamer.events import Event, Monitor
-from streamer.fitting.fit import expected_costs
 from streamer.fitting.mapping import HEADER_BYTES, PreparedMap
 from streamer.fitting.prepare import PreparedFit
 from streamer.json_types import Amount, Count, Keywords
 from streamer.linalg.svd import OVERSAMPLING
 from streamer.linalg.torch_state import CPU
-from streamer.measuring.passes import checked_tokens
+from streamer.measuring.riders import TRANSFORMERS_BYTES, Work, sweep_cost
 from streamer.measuring.statistics import MEASURES
-from streamer.measuring.task import TRANSFORMERS_BYTES, measured_bytes
 from streamer.methods import Paper
 from streamer.output.adapter_writer import AdapterWriter
 from streamer.output.job import Job
@@ -52,18 +50,18 @@ SIDE, COLUMNS = 2048, 64
 PROBE_SECONDS = 0.3
 """Seconds for which the product repeats, and for which the base's largest tensor is read and hashed."""
 
-SOLVER, VALUE, NORMS, PASS = 30, 30, 30, 1.2
+SOLVER, VALUE, NORMS, SWEEP = 30, 30, 30, 1.2
 """Multiply-adds of the timed product that take as long as a unit of `detection.solvers.cost`, a value that is converted or added, a
-multiply-add of the norms of a delta, and a multiplication of a pass with its share of attention, norms and softmax."""
+multiply-add of the norms of a delta, and a multiplication of a sweep with its share of attention, norms and softmax."""
 
 START_SECONDS = 0.5
-"""Time before a run's first pass and after its last, in addition to a dry run's: the check of the logits, files."""
+"""Time before a run's first sweep and after its last, in addition to a dry run's: the check of the logits, files."""
 
 VALUE_BYTES, VARIANT_BYTES = 26, 8000
 """Largest JSON size in bytes of a sequence's sum, and of a variant's other figures, most of which count its divergences."""
 
-SET_BYTES, TENSOR_BYTES, PASS_BYTES = 2500, 120, 4300
-"""Largest size in bytes of a fit's figures for a set, of an array's header entry without its name, and of a pass in the journal."""
+SET_BYTES, TENSOR_BYTES = 2500, 120
+"""Largest size in bytes of a fit's figures for a set, and of an array's header entry without its name."""
 
 
 @dataclass(frozen=True)
@@ -222,55 +220,60 @@ def forecast_commands(plan: Plan, device: torch.device, rates: Rates | None) -> 
 
 
 def forecast_evaluation(prepared: Prepared, known: Evaluation | None) -> Forecast:
-    """Forecast what an evaluation needs, without a detection that runs first.
+    """Forecast what an evaluation needs if it does not stop early, without a detection that runs first.
 
     Parameters
     ----------
     known
         Earlier results, which are not measured again.
     """
-    size, passes = prepared.model.size, prepared.expected(known)
-    checked = checked_tokens(map(prepared.group, passes))
-    costs = [*map(prepared.cost, passes), checked * sum(size.products.values())]
-    variants = len(prepared.options.variants) + MOST_PLACED + (0 if known is None else len(known.variants))
+    sweeps = [prepared.work(*sweep) for sweep in prepared.expected(known)]
+    variants = len(prepared.options.variants) + 1 + (0 if known is None else len(known.variants))
     sequences = sum(len(text.ids) for text in prepared.texts.values())
     writes = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (len(MEASURES) * variants + 1) * sequences
     writes += len(json.dumps(prepared.facts, indent=1))
-    peak = measured_bytes(passes, prepared.texts, size, prepared.resident)
-    return _forecast_passes(prepared, peak, len(passes) + 2 * (checked > 0), costs, writes, writes)
+    return _forecast_sweeps(prepared, sweeps, prepared.detection.max_memory, 0, writes, writes)
 
 
 def forecast_fit(prepared: PreparedFit) -> Forecast:
-    """Forecast what a fit needs if it does all the expected work."""
-    size, costs = prepared.model.size, expected_costs(prepared)
-    checked = checked_tokens(prepared.groups)
-    runs = len(costs.groups) + len(costs.passes) + 2 * (checked > 0)
-    products = [*costs.groups, *costs.passes, checked * sum(size.products.values())]
+    """Forecast what a fit needs, with the second sweep that an interpolation may need."""
     sets = len(prepared.options.keep)
     names = sum(2 * (len(target.tensor) + TENSOR_BYTES) for target in prepared.plan.targets)
     writes = 4 * sets * prepared.right_values + names + len(json.dumps(prepared.facts)) + SET_BYTES * sets
-    temporary = len(costs.passes) * PASS_BYTES + prepared.spool_bytes
-    return _forecast_passes(prepared, prepared.peak_bytes(costs.variants), runs, products, writes, temporary)
+    first = prepared.work(prepared.variants)
+    sweeps = [first, replace(prepared.work(1 + sets), fitted=0)]
+    spooled = 4 * len(prepared.options.weights) * prepared.right_values
+    return _forecast_sweeps(prepared, sweeps, prepared.max_memory, prepared.solving_bytes, writes, spooled)
 
 
 def forecast_map(prepared: PreparedMap) -> Forecast:
     """Forecast what a map needs."""
-    size, groups = prepared.model.size, prepared.groups
     writes = sum(2 * n * prepared.options.vectors + HEADER_BYTES for n in prepared.widths)
-    most = writes + 4 * prepared.tokens * (size.layer_width + 2 * size.hidden)
-    return _forecast_passes(prepared, prepared.peak_bytes, len(groups), map(prepared.cost, groups), writes, most)
+    return _forecast_sweeps(prepared, [prepared.work], prepared.max_memory, prepared.solving_bytes, writes, writes)
 
 
-def _forecast_passes(prepared: Prepared | PreparedFit | PreparedMap, peak: int, runs: int, costs: Iterable[int],
+def _forecast_sweeps(prepared: Prepared | PreparedFit | PreparedMap, sweeps: Sequence[Work], max_memory: int | None, solving: int,
                      writes: int, temporary: int) -> Forecast:  # fmt: skip
-    """Forecast runs of the model, whose multiplications are `costs`; a device holds everything except the memory between steps."""
-    job, read = prepared.model.job, prepared.model.size.read * runs
-    plan, there, seconds = job.plan, 0, None
+    """Forecast sweeps, each of which reads the base once; a device holds everything except the memory between steps.
+
+    Parameters
+    ----------
+    solving
+        Bytes that solving needs between layers.
+    """
+    model, resident = prepared.model, prepared.resident + solving
+    job, read, seconds, there = model.job, model.size.read * (1 + len(sweeps)), None, 0  # with the check of the logits
+    plan = job.plan
+    peak = max(
+        (work.nbytes(model.size, resident, work.limits(model.size, resident, max_memory)) for work in sweeps),
+        default=resident,
+    )
     if job.device != CPU:
-        there = peak - TRANSFORMERS_BYTES - resident_bytes(AdapterBatch(plan.base, (plan,)))
+        there = peak - TRANSFORMERS_BYTES - resident
     elif (rates := measure_rates(plan.base, prepared.run.monitor)) is not None:
+        products = sum(sweep_cost(model.size, work.fitted + work.riding) for work in sweeps)
         # The run needs the time that this process has used so far, mostly for imports, as well.
-        seconds = time.process_time() + START_SECONDS + PASS * sum(costs) / rates.products
+        seconds = time.process_time() + START_SECONDS + SWEEP * products / rates.products
     return Forecast(peak, peak, read, network_bytes(plan, read), writes, temporary, seconds, device_memory_bytes=there)
 
 

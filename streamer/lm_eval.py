@@ -34,20 +34,23 @@ from streamer.detection.findings import Findings
 from streamer.errors import StreamerError, UnsupportedError, UsageError
 from streamer.evaluation.evaluate import open_model
 from streamer.evaluation.losses import EvaluationOptions
+from streamer.events import Monitor
 from streamer.linalg.torch_state import full_float32
-from streamer.measuring.passes import padding_changes
+from streamer.measuring.riders import ROWS, Progress, Work, measured, padding_changes, riders
 from streamer.measuring.sequences import TextSequences, load_tokenizer, tokenizer_directory
-from streamer.measuring.task import plan_passes, run_pass
 from streamer.measuring.texts import chooses_keys
 from streamer.output.write import load_given
 from streamer.plan.batch import AdapterBatch, resident_bytes
-from streamer.streaming.model import StreamingModel, require_transformers
+from streamer.streaming.model import require_transformers
 from streamer.streaming.values import ADAPTER, BASE, Variant
 from streamer.units import quoted
 
 KEYWORDS = {f.name for kind in (EvaluationOptions, Settings, Judged) for f in fields(kind)} | {"findings"}
 KEYWORDS -= {"sequences", "length", "resume", "overwrite"}
 """Keywords of `evaluate_variants` that have an effect here."""
+
+BLOCK = 8192
+"""Tokens of all variants that ride in a sweep, whose results are stored before the next."""
 
 REQUESTS = "requests"
 """Name of the requests as a text, in messages."""
@@ -71,7 +74,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         ``base``, ``adapter`` (the default), or a mitigation method, whose strength is ``lambda``, or ``keep`` for a fit.
     cache
         File of results by model, variant and tokens; made if it does not exist. With a cache, the base, the adapter and all variants of
-        ``methods`` and ``lambdas`` (several values joined by ``+``) are measured in the same passes, and later runs find their results.
+        ``methods`` and ``lambdas`` (several values joined by ``+``) are measured in the same sweeps, and later runs find their results.
     max_length
         Most tokens of a sequence, not counting the last; longer sequences lose their first tokens. By default, as in the model's config.
     options
@@ -229,36 +232,35 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return detect_in_memory(AdapterBatch(plan.base, (plan,)), self._detection, self._run)[0]
 
     def _measure(self, asked: Sequence[tuple[np.ndarray, int]], disable_tqdm: bool) -> None:
-        """Run the passes that answer requests, and store the results after each pass."""
+        """Run the sweeps that answer requests, and store the results after each sweep."""
         with _using(self._cache), self._results:
             self._results.execute("delete from results where key is null")  # deletes nothing, but fails if not writable
         other = self._variants[1] if self._variant.name == BASE else self._variant
         variants = self._variants if self._cache is not None else (self._variants[0], other)
         ids, counted = zip(*((ids, np.arange(len(ids)) >= len(ids) - count) for ids, count in asked), strict=True)
-        text = TextSequences(ids, counted, REQUESTS)
-        job, size, plan = self._model.job, self._model.size, self._model.job.plan
-        resident, texts = resident_bytes(AdapterBatch(plan.base, (plan,))), {REQUESTS: text}
-
-        def divided(one_length: bool) -> list[Any]:
-            return plan_passes(texts, len(variants), size, resident, self._detection.max_memory, one_length)
-
-        with full_float32():
-            passes = divided(chooses_keys(self._model, texts))
-            if padding_changes(job, [text.take(one.sequences) for one in passes], lambda _: None):
-                passes = divided(one_length=True)
-            models: dict[tuple[int, ...], StreamingModel] = {}
-            for one in tqdm(passes, desc="Streaming passes", disable=disable_tqdm):
-                own = [variants[v] for v in (0, *one.variants)]
-                if one.variants not in models:
-                    models[one.variants] = StreamingModel(replace(job, variants=tuple(own), findings=self._findings))
-                sums = run_pass(models[one.variants], text.take(one.sequences), REQUESTS, lambda _: None)
-                rows = [
+        text, model, plan = TextSequences(ids, counted, REQUESTS), self._model, self._model.job.plan
+        texts, resident = {REQUESTS: text}, resident_bytes(AdapterBatch(plan.base, (plan,)))
+        progress = Progress(Monitor(), model.size, "evaluate")
+        work = Work(0, max(BLOCK, len(variants) * max(ROWS, text.longest)), text.longest)
+        limits = work.limits(model.size, resident, self._detection.max_memory)
+        model.use(replace(model.job, variants=variants, findings=self._findings))
+        with full_float32(), tqdm(total=len(asked), desc="Scored requests", disable=disable_tqdm) as bar:
+            parts = riders(texts, len(variants), model.size, limits.rows, chooses_keys(model, texts))
+            if padding_changes(model, [part.text for part in parts], lambda: None):
+                parts = riders(texts, len(variants), model.size, limits.rows, one_length=True)
+            while parts:
+                block = [parts.pop(0)]
+                while parts and sum(group.rows for part in (*block, parts[0]) for group in part.groups) <= BLOCK:
+                    block.append(parts.pop(0))
+                sums = measured(model, texts, block, progress, limits)[REQUESTS]
+                found = [
                     (self._key(variant, *asked[i]), sums.loss[v, s], int(sums.right[v, s] == sums.tokens[s]))
-                    for v, variant in enumerate(own)
-                    for s, i in enumerate(one.sequences)
+                    for v, variant in enumerate(variants)
+                    for s, i in enumerate(sorted(i for part in block for i in part.numbers))
                 ]
                 with self._results:
-                    self._results.executemany("insert or replace into results values (?, ?, ?)", rows)
+                    self._results.executemany("insert or replace into results values (?, ?, ?)", found)
+                bar.update(len(found) // len(variants))
 
 
 @contextlib.contextmanager

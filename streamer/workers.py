@@ -25,13 +25,11 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from streamer import __version__
-from streamer.adapters.adapter import NoAdapter
 from streamer.adapters.adapter_config import Stated
 from streamer.errors import InputError, MismatchError, StorageError, StreamerError, WorkerError
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import task_threads
 from streamer.plan.batch import AdapterBatch, MemoryEstimate, check_budget, make_batch
-from streamer.plan.plan import Plan, make_base_plan
 from streamer.storage.files import difference
 from streamer.storage.tensor_file import IOMode
 
@@ -48,7 +46,7 @@ class Inputs:
     Attributes
     ----------
     base, adapters
-        Absolute paths; no adapters for a run on the base alone.
+        Absolute paths.
     io, stated, architecture
         As in `detection.options.Run`.
     identities
@@ -68,7 +66,7 @@ class Inputs:
     @classmethod
     def of(cls, batch: AdapterBatch, io: IOMode, stated: Stated, architecture: str | None) -> Inputs:
         """Describe the inputs of a batch, and how it was opened."""
-        paths = [os.path.abspath(plan.adapter.path) for plan in _adapted(batch)]
+        paths = [os.path.abspath(plan.adapter.path) for plan in batch.plans]
         return cls(os.path.abspath(batch.base.path), tuple(paths), io, stated, architecture, _identities(batch))
 
     def open(self) -> AdapterBatch:
@@ -84,11 +82,7 @@ class Inputs:
                 f"{worker_name()}: has version {__version__}, expected {self.version}, the caller's version; install that"
             )
         try:
-            if self.adapters:
-                batch = make_batch(self.base, self.adapters, self.io, self.stated, self.architecture)
-            else:
-                alone = make_base_plan(self.base, self.io, self.architecture)
-                batch = AdapterBatch(alone.base, (alone,))
+            batch = make_batch(self.base, self.adapters, self.io, self.stated, self.architecture)
         except (InputError, StorageError) as e:
             raise MismatchError(f"{worker_name()}: {e} (the caller can open it)") from e
         paths = (self.base, *self.adapters)
@@ -124,25 +118,7 @@ class Task(ABC, Generic[Found]):
         """Do the task with open inputs."""
 
 
-class Packed(Generic[Found]):
-    """A value pickled to bytes here, not by the executor; reading it makes a copy, even in the same process."""
-
-    def __init__(self, value: Found) -> None:
-        file = io.BytesIO()
-        _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
-        self._data = file.getvalue()
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    @property
-    def value(self) -> Found:
-        """Unpickle a copy."""
-        value: Found = pickle.loads(self._data)  # noqa: S301  # our own bytes
-        return value
-
-
-class Carried(Packed[Found]):
+class Carried(Generic[Found]):
     """A value that many tasks share: pickled once, and unpickled once in each process.
 
     Attributes
@@ -152,17 +128,21 @@ class Carried(Packed[Found]):
     """
 
     def __init__(self, value: Found) -> None:
-        super().__init__(value)
+        file = io.BytesIO()
+        _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+        self._data = file.getvalue()
         self.digest = hashlib.sha256(self._data).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._data)
 
     @property
     def value(self) -> Found:
         """Return the value, unpickled once in this process."""
-        found = _values.get(self.digest)
-        if found is None:
-            found = _values[self.digest] = super().value
+        if self.digest not in _values:
+            _values[self.digest] = pickle.loads(self._data)  # noqa: S301  # our own bytes
             keep_last(_values)
-        value: Found = found
+        value: Found = _values[self.digest]
         return value
 
 
@@ -237,13 +217,8 @@ def _opened(inputs: Inputs) -> Iterator[AdapterBatch]:
 def _identities(batch: AdapterBatch) -> tuple[str, ...]:
     first = batch.plans[0]
     base = {**first.base_identity, "config": first.config.values}
-    identities: Sequence[Any] = [base, *(plan.adapter_identity for plan in _adapted(batch))]
+    identities: Sequence[Any] = [base, *(plan.adapter_identity for plan in batch.plans)]
     return tuple(json.dumps(identity, sort_keys=True) for identity in identities)
-
-
-def _adapted(batch: AdapterBatch) -> list[Plan]:
-    """List the plans that have an adapter: one of a base alone has none."""
-    return [plan for plan in batch.plans if not isinstance(plan.adapter, NoAdapter)]
 
 
 def worker_name() -> str:
@@ -325,9 +300,7 @@ class Workers:
         self._executor = None
         self._opened.close()
 
-    def budget(
-        self, max_memory: int | None, own: int, needs: Iterable[MemoryEstimate], computes: bool = False
-    ) -> int | None:
+    def budget(self, max_memory: int | None, own: int, needs: Iterable[MemoryEstimate]) -> int | None:
         """Divide the allowed memory among this process and the workers on this machine; return the share of each worker.
 
         Results equal those of a single process that is allowed a worker's share, and they state that amount.
@@ -338,8 +311,6 @@ class Workers:
             Bytes that this process needs.
         needs
             A worker's steps.
-        computes
-            Whether this process also needs a share because it runs some of these steps.
 
         Raises
         ------
@@ -348,7 +319,7 @@ class Workers:
         """
         if self.processes is None or max_memory is None:
             return max_memory
-        n = self.processes + computes
+        n = self.processes
         check_budget((replace(e, nbytes=own + n * (-(-e.nbytes >> 20) << 20)) for e in needs), max_memory)
         return (max_memory - own) // n >> 20 << 20
 

@@ -41,7 +41,7 @@ HEAVY = (
     "parity/test_ties.py",
     "parity/test_evaluation.py",
     "parity/test_repaired.py",
-    "parity/test_corrected.py",
+    "parity/test_sweep.py",
     "faults/test_survival.py",
     "faults/test_remote.py",
     "faults/test_evaluation.py",

@@ -14,7 +14,7 @@ The tables have the forgetting left, in percent, where a method keeps a share of
 a monotone cubic, between the points that were measured of the method; the fitted ones have a point for each share asked for, and one
 where nothing is kept or forgotten. An error is the standard error over seeds. "–": the method keeps more at its strongest, or `fit`
 refused the adapter, of which there is a line on stderr. A mean is over the (n) adapters that have a
-figure, if not all do.
+figure, if not all do. The last line has the CPU seconds of fits and maps, on the machine that made them.
 
 The figure shows what text is worth: for one share, fits to more and more tokens, and what they leave as a part of what the
 shrink leaves where it keeps as much.
@@ -26,6 +26,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from scipy.interpolate import PchipInterpolator
 import streamer
 from streamer.errors import MismatchError
 from streamer.evaluation.evaluation import Evaluation
+from streamer.measuring.statistics import MEASURES as SUMS
+from streamer.measuring.statistics import SequenceSums
 
 Point = dict[str, float]
 """What was measured of a variant: see `MEASURES`."""
@@ -123,13 +126,31 @@ def beside(adapter: Path, name: str) -> Path:
 
 
 def fitted(adapter: Path, seed: int, keep: Sequence[float], name: str, args: argparse.Namespace, **options: Any) -> Any:
-    """Fit to an adapter, or read what was fitted before."""
+    """Fit to an adapter, or read what was fitted before; None if the adapter has learned too little to show on the text."""
     home = adapter.parent
     texts = {text: home / f"{text}.txt" for text in ("general", "task")}
     options = {"keep": keep, "sequences": args.sequences, "length": args.length, "seed": seed} | options
-    return streamer.fit_coefficients(
-        home / "base", adapter, beside(adapter, f"{name}.coefficients.safetensors"), **texts, **options
-    )
+    path = beside(adapter, f"{name}.coefficients.safetensors")
+    try:
+        return clocked(path, lambda: streamer.fit_coefficients(home / "base", adapter, path, **texts, **options))
+    except MismatchError as e:
+        print(e, file=sys.stderr)
+        return None
+
+
+def clocked(path: Path, make: Callable[[], Any]) -> Any:
+    """Make a file, or read what was made before; the CPU seconds of making it are noted beside it."""
+    new, began = not path.exists(), time.process_time()
+    made = make()
+    if new:
+        path.with_suffix(".seconds").write_text(repr(time.process_time() - began))
+    return made
+
+
+def noted(path: Path) -> float | None:
+    """Return the CPU seconds of making a file; None if it was not made."""
+    note = path.with_suffix(".seconds")
+    return float(note.read_text()) if note.exists() else None
 
 
 def evaluated(
@@ -139,6 +160,7 @@ def evaluated(
     home = adapter.parent
     texts = {text: home / f"{text}-test.txt" for text in ("general", "task")}
     options = {"sequences": args.sequences, "length": args.length, "other": [home / "other.txt"]}
+    options["keep"] = 1.0  # no shrink is placed, and hardly an evaluation stops early because its suggestion is clear
     path = beside(adapter, f"{name}.evaluation.json")
     return streamer.evaluate_variants(home / "base", of or adapter, path, **texts, **options, **variants)
 
@@ -168,8 +190,8 @@ def curve(adapter: Path, method: str, findings: Any, args: argparse.Namespace) -
 
 def mapped(home: Path, args: argparse.Namespace) -> Any:
     """Map the inputs of a base, or read the map that was made before."""
-    options = {"sequences": args.sequences, "length": args.length}
-    return streamer.map_inputs(home / "base", home / "base.map.safetensors", general=home / "general.txt", **options)
+    options, path = {"sequences": args.sequences, "length": args.length}, home / "base.map.safetensors"
+    return clocked(path, lambda: streamer.map_inputs(home / "base", path, general=home / "general.txt", **options))
 
 
 def interpolated(
@@ -194,11 +216,7 @@ def compared(adapter: Path, name: str, seed: int, args: argparse.Namespace) -> d
     found: dict[str, list[Point]] = {method: [] for method in COLUMNS}
     for method in LAMBDAS:
         found[method] = curve(adapter, method, findings, args)
-    try:
-        fit = fitted(adapter, seed, args.keep, "inputs", args)
-    except MismatchError as e:  # it learned too little
-        print(e, file=sys.stderr)
-    else:
+    if (fit := fitted(adapter, seed, args.keep, "inputs", args)) is not None:
         found["inputs"] = points(evaluated(adapter, "inputs", args, methods=("regmean",), coefficients=fit))
         if not args.no_peers:
             found |= peers(adapter, seed, fit.facts, args)
@@ -206,7 +224,19 @@ def compared(adapter: Path, name: str, seed: int, args: argparse.Namespace) -> d
     as_is = {**dict.fromkeys(MEASURES, 1.0), "same": whole.general.mean(whole.general.agree[1]).value}
     forgotten = {text: sums.loss_difference(1, 0).value for text, sums in
                  (("general", whole.general), *whole.others.items())}  # fmt: skip
-    return {"kind": home.name, "adapter": name, "seed": seed, "points": found, "as_is": as_is, "forgotten": forgotten}
+    seconds = {
+        "inputs": noted(beside(adapter, "inputs.coefficients.safetensors")),
+        "nullspace": noted(home / "base.map.safetensors"),
+    }
+    return {
+        "kind": home.name,
+        "adapter": name,
+        "seed": seed,
+        "points": found,
+        "as_is": as_is,
+        "forgotten": forgotten,
+        "seconds": seconds,
+    }
 
 
 def peers(adapter: Path, seed: int, facts: Any, args: argparse.Namespace) -> dict[str, list[Point]]:
@@ -236,13 +266,19 @@ def peers(adapter: Path, seed: int, facts: Any, args: argparse.Namespace) -> dic
 
 def joined(whole: Evaluation, made: Evaluation) -> Evaluation:
     """Put the adapter of another evaluation on the same texts after the base and the adapter of one."""
-    (name,) = whole.others
-    texts = {text: (getattr(whole, text).take([0, 1]), getattr(made, text).take([1])) for text in ("general", "task")}
-    other = whole.others[name].take([0, 1]).joined(made.others[name].take([1]))
-    sums = {text: one.joined(two) for text, (one, two) in texts.items()}
-    return Evaluation(
-        (*whole.variants[:2], made.variants[1]), sums["general"], sums["task"], whole.facts, others={name: other}
-    )
+
+    def on(text: str) -> SequenceSums:
+        one, two = whole.sums[text].take([0, 1]), made.sums[text].take([1])
+        count = min(len(one.tokens), len(two.tokens))  # an evaluation that stopped early has the first sequences
+        return first(one, count).joined(first(two, count))
+
+    sums = {text: on(text) for text in whole.sums}
+    return Evaluation.of((*whole.variants[:2], made.variants[1]), sums, whole.facts, whole.keep)
+
+
+def first(sums: SequenceSums, count: int) -> SequenceSums:
+    """Take so many sequences, without the distribution over tokens."""
+    return SequenceSums(sums.tokens[:count], *(getattr(sums, name)[:, :count] for name in SUMS))
 
 
 def cells(found: Sequence[dict[str, Any]], keep: float, what: str = "left") -> dict[str, list[float]]:
@@ -328,14 +364,25 @@ def kept_on_test(results: Sequence[dict[str, Any]], keep: Sequence[float]) -> st
     return "\n".join(lines)
 
 
+def costs(results: Sequence[dict[str, Any]]) -> str:
+    """Say what fits and maps cost."""
+    words = []
+    for method in ("inputs", "nullspace"):
+        seconds = [own for one in results if (own := one.get("seconds", {}).get(method)) is not None]
+        if seconds:
+            words.append(f"{COLUMNS[method]} {statistics.mean(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})")
+    return f"CPU seconds: {', '.join(words) or 'not noted'}"
+
+
 def worth_of_text(adapter: Path, args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
     """Measure what fits to more and more text leave at one share, as a part of the shrink's where it keeps as much."""
     findings = streamer.detect_intruder_dimensions(adapter.parent / "base", adapter)
     shrink = curve(adapter, "shrink", findings, args)
     line = []
     for sequences in SEQUENCES:
-        found = fitted(adapter, 0, 0.9, f"sequences-{sequences}", args, sequences=sequences)
         name = f"sequences-{sequences}"
+        if (found := fitted(adapter, 0, 0.9, name, args, sequences=sequences)) is None:
+            continue
         (point,) = points(evaluated(adapter, name, args, methods=("regmean",), coefficients=found))
         if other := interpolated(shrink, point["kept"]):
             line.append((float(sequences * args.length), point["left"] / other))
@@ -376,6 +423,7 @@ def main() -> int:
     print(means(results, args.keep))
     print()
     print(kept_on_test(results, args.keep))
+    print(costs(results))
     if args.figure:
         lines: dict[str, list[tuple[float, float]]] = {}
         for kind in args.kinds:

@@ -7,12 +7,13 @@ import hashlib
 import mmap
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from streamer.storage.files import drop_cached
 
@@ -20,39 +21,64 @@ POLL_SECONDS = 0.01
 
 
 class Watched(NamedTuple):
-    """A process that has ended: wall seconds, peak anonymous memory and peak resident memory, bytes."""
+    """A process that has ended.
+
+    Attributes
+    ----------
+    seconds, cpu
+        Wall seconds, and processor seconds of all threads.
+    anonymous, hwm
+        Peak anonymous memory and peak resident memory, bytes.
+    read, rchar
+        Bytes that the disk delivered, and that calls of `read` returned; see proc_pid_io(5).
+    """
 
     seconds: float
+    cpu: float
     anonymous: int
     hwm: int
+    read: int
+    rchar: int
 
 
-def kilobytes(path: str, key: str) -> int:
-    """The figure after `key` in a /proc file, in bytes; 0 if the process is gone."""
+def figure(path: str, key: str) -> int:
+    """The figure after `key` in a /proc file; 0 if the process is gone."""
     with contextlib.suppress(OSError), open(path) as f:
         for line in f:
             if line.startswith(key):
-                return int(line.split()[1]) * 1024
+                return int(line.split()[1])
     return 0
 
 
-def watched(command: list[str]) -> Watched:
+def kilobytes(path: str, key: str) -> int:
+    """The figure after `key` in a /proc file that gives kilobytes, in bytes; 0 if the process is gone."""
+    return 1024 * figure(path, key)
+
+
+def children_cpu() -> float:
+    """Processor seconds of all processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def watched(command: list[str], stderr: IO[str] | None = None) -> Watched:
     """Run a command and poll its memory to the end.
 
     The system's own counters cost nothing to read; smaps_rollup, which is exact to the page, walks all of them, and a run of 1 GB took
     half as long again beside it.
     """
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    anonymous = hwm = 0
+    began, before = time.perf_counter(), children_cpu()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
+    status, io = f"/proc/{process.pid}/status", f"/proc/{process.pid}/io"
+    anonymous = hwm = read = rchar = 0
     while process.poll() is None:
-        anonymous = max(anonymous, kilobytes(f"/proc/{process.pid}/status", "RssAnon:"))
-        hwm = max(hwm, kilobytes(f"/proc/{process.pid}/status", "VmHWM:"))
+        anonymous, hwm = max(anonymous, kilobytes(status, "RssAnon:")), max(hwm, kilobytes(status, "VmHWM:"))
+        read, rchar = max(read, figure(io, "read_bytes:")), max(rchar, figure(io, "rchar:"))
         time.sleep(POLL_SECONDS)
     seconds = time.perf_counter() - began
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
-    return Watched(seconds, anonymous, hwm)
+    return Watched(seconds, children_cpu() - before, anonymous, hwm, read, rchar)
 
 
 def timed(command: list[str]) -> float:

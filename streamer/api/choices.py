@@ -15,7 +15,11 @@ CLOSED_FORM = "repair and fit now use the closed form (regmean), which keeps mor
 REMOVED = {
     **dict.fromkeys(("--grain", "--objective", "--steps"), CLOSED_FORM),
     **dict.fromkeys(("--race", "--no-race"), "every variant runs on all sequences; drop the option"),
-    "--part": "use --workers N, or --executor",
+    **dict.fromkeys(
+        (f"{command} --{name}" for command in ("evaluate", "fit", "map", "repair") for name in ("workers", "executor")),
+        "one sweep reads the base once and uses all cores of this machine; drop the option",
+    ),
+    "--part": "use --workers N, or --executor, of detect and merge",
     "demo --keep": "use -o DIR",
     "verify --max-memory": "verify reads a few rows at a time; drop the option",
     **dict.fromkeys(

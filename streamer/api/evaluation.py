@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 from streamer.adapters.finetuned import One
 from streamer.api.keywords import EvaluateKeywords, explained, watched
-from streamer.api.options import Judged, Settings, given_workers, read_coefficients, read_map, read_path, take
+from streamer.api.options import Judged, Settings, read_coefficients, read_map, read_path, take
 from streamer.api.records import DryRun, dry_run
 from streamer.detection.findings import Findings
 from streamer.errors import UsageError
@@ -17,10 +17,10 @@ from streamer.evaluation.evaluate import Prepared, evaluate, inspect, measured_b
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.losses import EvaluationOptions
 from streamer.events import Monitor
-from streamer.forecast import forecast_evaluation, on_workers
+from streamer.forecast import forecast_evaluation
+from streamer.methods import Paper, Shrink
 from streamer.output.write import load_given
 from streamer.units import quoted
-from streamer.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ class EvaluateRequest:
         cls, base: str | Path, adapter: str | Path, output: str | Path | None, keywords: Mapping[str, Any]
     ) -> EvaluateRequest:
         """Make a request from keywords of `evaluate_variants`, or from options of the command line."""
+        if keywords.get("methods") is None:  # few by default: intruders are scaled if they are known
+            methods = (Shrink.name,) if keywords.get("findings") is None else (Paper.name, Shrink.name)
+            keywords = {**keywords, "methods": methods}
         options = evaluation_options(keywords)
         texts = {name: read_path(name, keywords[name]) for name in ("general", "task")}
         others = keywords.get("other") or ()
@@ -63,24 +66,22 @@ class EvaluateRequest:
         judged, settings = take(Judged, keywords), take(Settings, keywords)
         return cls(base, adapter, where, texts, keywords.get("findings"), options, judged, settings)
 
-    def run(self, monitor: Monitor, workers: Workers | None = None) -> Evaluation:
+    def run(self, monitor: Monitor) -> Evaluation:
         """Run the evaluation."""
-        return evaluate(self._prepared(monitor, workers), self.output)
+        return evaluate(self._prepared(monitor), self.output)
 
-    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
+    def forecast(self, monitor: Monitor) -> DryRun:
         """Check everything and forecast a run, without writing anything."""
         assert self.output is not None
-        prepared = self._prepared(monitor, workers, peek=True)
+        prepared = self._prepared(monitor, peek=True)
         state = inspect(prepared, self.output)
         known = None if state == "done" else measured_before(prepared, self.output)
-        forecast = None
-        if state != "done":
-            forecast = on_workers(forecast_evaluation(prepared, known), workers, prepared.resident)
+        forecast = None if state == "done" else forecast_evaluation(prepared, known)
         return dry_run("evaluate", self.output, state, len(prepared.plan.targets), 1, None, forecast)
 
-    def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> Prepared:
+    def _prepared(self, monitor: Monitor, peek: bool = False) -> Prepared:
         base, adapter = self.settings.located(monitor, peek).paths(self.base, self.adapter)
-        run = self.settings.make_run(monitor, workers)
+        run = self.settings.make_run(monitor)
         (found,) = load_given(self.findings, One(Path(adapter)))
         detection = self.judged.options(self.settings.memory, found)
         return prepare(base, Path(adapter), self.texts, found, self.options, detection, run)
@@ -105,10 +106,10 @@ def evaluate_variants(
     task: str | Path,
     **options: Unpack[EvaluateKeywords],
 ) -> Evaluation:
-    """Measure the losses of the base, the unchanged adapter, and each method at each λ, on texts, in passes over the base.
+    """Measure the losses of the base, the unchanged adapter, and each method at each λ, on texts, in sweeps over the base's layers.
 
-    No merged model is built: each weight is read when its module runs, and used for all variants at once. This needs transformers with
-    its tokenizers: ``pip install 'intruder-streamer[evaluate]'``.
+    No merged model is built: each weight is read once in a sweep, for all variants. Sweeps over more sequences follow until the suggestion
+    is clear. This needs transformers with its tokenizers: ``pip install 'intruder-streamer[evaluate]'``.
 
     Parameters
     ----------
@@ -117,7 +118,7 @@ def evaluate_variants(
     adapter
         Directory of a PEFT adapter, or of a fully fine-tuned model.
     output
-        JSON file to write. Passes are recorded in a journal beside it, so that a killed run resumes. If the file holds an evaluation of the
+        JSON file to write. Sweeps are recorded in a journal beside it, so that a killed run resumes. If the file holds an evaluation of the
         same inputs, texts and options, only the missing variants are measured and added. None keeps the result in memory.
     general, task
         Two texts that were not used in training: what the model could do before, and what the adapter was trained for. Formats: ``.txt``;
@@ -128,16 +129,16 @@ def evaluate_variants(
     findings
         Findings from `detect_intruder_dimensions`, or the path of their file. None detects first, in memory.
     methods, lambdas
-        Methods to evaluate, each at each λ: ``paper``, ``project``, ``shrink`` (see `merge_with_reduced_intruder_dimensions`).
-        ``fitted`` alone evaluates only the coefficients. With ``shrink``, up to four more shrinks are measured to find the λ that keeps
-        the share `keep`.
+        Methods to evaluate, each at each λ: ``paper``, ``project``, ``shrink`` (see `merge_with_reduced_intruder_dimensions`); by default
+        ``shrink``, and ``paper`` if findings are given. ``regmean`` alone evaluates only the coefficients. With ``shrink``, one more shrink
+        is measured, at the λ that keeps the share `keep`.
     coefficients
         Coefficients from `fit_coefficients`, or the path of their file: each set is one more variant, such as ``regmean 0.9``. A warning
         names texts to which they were fitted.
     map
         Map from `map_inputs`, or the path of its file: ``nullspace`` is then evaluated at each λ too.
     sequences, length
-        Most sequences of each text, and most tokens of each sequence.
+        Most sequences of each text, and most tokens of each sequence; fewer sequences are used once the suggestion is clear.
     keep
         Least share of the learning that the suggested variant keeps.
     projected
@@ -150,9 +151,7 @@ def evaluate_variants(
         model on the CPU, and detection on CUDA if a GPU is available.
     max_memory
         Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
-        sequences and variants run together. None uses what 4,096 tokens, counted over all variants, or one sequence need.
-    executor
-        Workers that run passes, as for `detect_intruder_dimensions`; the result has the same bytes as without workers.
+        sequences run together. None uses what a block of sequences under all variants needs.
 
     Returns
     -------
@@ -165,8 +164,8 @@ def evaluate_variants(
         If transformers is not installed.
     StreamerError
         Its class names the kind of error (see `streamer.errors`): `UnsupportedError` for a model or adapter that cannot be evaluated,
-        `NumericError` if a pass did not use everything that the adapter changes.
+        `NumericError` if a sweep did not use everything that the adapter changes.
     """
     request = EvaluateRequest.of(base, adapter, output, {**options, "general": general, "task": task})
     with watched(options) as monitor:
-        return request.run(monitor, given_workers(options))
+        return request.run(monitor)

@@ -17,20 +17,19 @@ from typing import Any, Unpack
 
 from streamer.adapters.finetuned import One
 from streamer.api.keywords import FitKeywords, MapKeywords, explained, watched
-from streamer.api.options import Settings, given_workers, read_path, take
+from streamer.api.options import Settings, read_path, take
 from streamer.api.records import DryRun, dry_run
 from streamer.detection.findings import Findings
 from streamer.errors import UsageError
 from streamer.events import Monitor
-from streamer.fitting.fit import checked_file, fit, shared
+from streamer.fitting.fit import checked_file, fit
 from streamer.fitting.mapping import MapOptions, PreparedMap, make_map, map_record, prepare_map
 from streamer.fitting.prepare import FitOptions, PreparedFit, prepare_fit
-from streamer.forecast import forecast_fit, forecast_map, on_workers
+from streamer.forecast import forecast_fit, forecast_map
 from streamer.methods.fits import Coefficients
 from streamer.methods.maps import MAP, InputMap
 from streamer.output.write import load_given
 from streamer.storage.atomic_file import write_atomic
-from streamer.workers import Workers
 
 BUILT_IN = "python-help.txt"
 """Name of the text."""
@@ -84,34 +83,33 @@ class FitRequest:
         """Make a request from keywords of `fit_coefficients`, or from options of the command line."""
         keep = keywords.get("keep", FitOptions.keep)
         several = keep if isinstance(keep, Iterable) and not isinstance(keep, str) else [keep]
+        weights = {"weights": tuple(keywords["weights"])} if keywords.get("weights") is not None else {}
         shares = tuple(float(one) if isinstance(one, Real) else one for one in several)
         texts = {name: read_path(name, keywords[name]) for name in ("general", "task")}
         where = None if output is None else read_path("output", output)
         _ = read_path("base", base), read_path("adapter", adapter)
-        settings = take(Settings, keywords)
-        return cls(
-            base, adapter, where, texts, take(FitOptions, keywords, keep=shares), settings, keywords.get("findings")
-        )
+        options, settings = take(FitOptions, keywords, keep=shares, **weights), take(Settings, keywords)
+        return cls(base, adapter, where, texts, options, settings, keywords.get("findings"))
 
-    def run(self, monitor: Monitor, workers: Workers | None = None) -> Coefficients:
+    def run(self, monitor: Monitor) -> Coefficients:
         """Run the fit."""
-        return fit(self._prepared(monitor, workers), self.output)
+        return fit(self._prepared(monitor), self.output)
 
-    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
+    def forecast(self, monitor: Monitor) -> DryRun:
         """Check everything and forecast a run, without writing anything."""
         assert self.output is not None
-        prepared = self._prepared(monitor, workers, peek=True)
+        prepared = self._prepared(monitor, peek=True)
         state = checked_file(prepared, self.output).state()
         if state != "done":
             prepared.warn()
-        forecast = None if state == "done" else on_workers(forecast_fit(prepared), workers, prepared.resident)
+        forecast = None if state == "done" else forecast_fit(prepared)
         return dry_run("fit", self.output, state, len(prepared.plan.targets), 1, None, forecast)
 
-    def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedFit:
+    def _prepared(self, monitor: Monitor, peek: bool = False) -> PreparedFit:
         base, adapter = self.settings.located(monitor, peek).paths(self.base, self.adapter)
-        run, memory = self.settings.make_run(monitor, workers), self.settings.memory
+        run, memory = self.settings.make_run(monitor), self.settings.memory
         (found,) = load_given(self.findings, One(Path(adapter)))
-        return shared(prepare_fit(Path(base), Path(adapter), self.texts, self.options, memory, run, found))
+        return prepare_fit(Path(base), Path(adapter), self.texts, self.options, memory, run, found)
 
 
 @explained(FitKeywords, Settings, FitOptions)
@@ -124,11 +122,11 @@ def fit_coefficients(
     task: str | Path,
     **options: Unpack[FitKeywords],
 ) -> Coefficients:
-    """Fit new right factors of an adapter to texts, in passes over the base.
+    """Fit new right factors of an adapter to texts, in one sweep over the base's layers.
 
-    The fit keeps a share of the learning, by the loss on the task's text, with as little forgetting as possible. With ``Δ = L Rᵀ``, new
-    right factors R' make ``Δ' = L R'ᵀ`` respond to the task's inputs as Δ does, and to general inputs as little as possible. No model is
-    built: each weight is read when its module runs. This needs transformers with its tokenizers:
+    The fit keeps at least a share of the learning, by the loss on the task's text, with as little divergence from the base as possible.
+    With ``Δ = L Rᵀ``, new right factors R' make ``Δ' = L R'ᵀ`` respond to the task's inputs as Δ does, and to general inputs as little as
+    possible. No model is built: each weight is read once. This needs transformers with its tokenizers:
     ``pip install 'intruder-streamer[evaluate]'``.
 
     Parameters
@@ -138,14 +136,15 @@ def fit_coefficients(
     adapter
         Directory of a PEFT adapter with LoRA factors. Completely saved modules, biases and tokens stay unchanged.
     output
-        File of factors to write. Steps are recorded in a journal beside it, so that a killed run resumes. None keeps the result in
-        memory.
+        File of factors to write; a killed run resumes between two layers and gives the same bytes. None keeps the result in memory.
     general, task
         Texts in a format of `evaluate_variants`: what the model could do before, and what the adapter was trained for.
     keep
-        Share of the learning to keep, below 1; several shares give several sets of factors.
+        Least share of the learning to keep, below 1; several shares give several sets of factors.
+    weights
+        Weights μ of the general text against the task's, in rising order: the candidates that are fitted and measured.
     holdout
-        Share of each text's sequences to hold out; they choose the weight between the texts, and give the figures.
+        Share of each text's sequences to hold out; they choose among the candidates, and give the figures.
     sequences, length
         Most sequences of each text, and most tokens of each sequence.
     seed
@@ -154,10 +153,7 @@ def fit_coefficients(
         As for `evaluate_variants`.
     max_memory
         Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
-        sequences run together.
-    executor
-        Workers that run layers and measure, as for `detect_intruder_dimensions`; the result has the same bytes as
-        without workers.
+        sequences run together, and may move their states to a temporary file.
 
     Returns
     -------
@@ -174,7 +170,7 @@ def fit_coefficients(
     """
     request = FitRequest.of(base, adapter, output, {**options, "general": general, "task": task})
     with watched(options) as monitor:
-        return request.run(monitor, given_workers(options))
+        return request.run(monitor)
 
 
 __all__ = ["MapRequest", "map_inputs", "map_record"]
@@ -214,23 +210,23 @@ class MapRequest:
             take(Settings, keywords),
         )
 
-    def run(self, monitor: Monitor, workers: Workers | None = None) -> InputMap:
+    def run(self, monitor: Monitor) -> InputMap:
         """Make the map."""
         with general_text(self.general) as text:
-            return make_map(self._prepared(text, monitor, workers), self.output)
+            return make_map(self._prepared(text, monitor), self.output)
 
-    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
+    def forecast(self, monitor: Monitor) -> DryRun:
         """Check everything and forecast a run, without writing anything."""
         assert self.output is not None
         with general_text(self.general) as text:
-            prepared = self._prepared(text, monitor, workers, peek=True)
+            prepared = self._prepared(text, monitor, peek=True)
             state = prepared.inspect(self.output)
-            forecast = None if state == "done" else on_workers(forecast_map(prepared), workers, prepared.resident)
+            forecast = None if state == "done" else forecast_map(prepared)
         return dry_run("map", self.output, state, 0, 1, None, forecast)
 
-    def _prepared(self, text: Path, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedMap:
+    def _prepared(self, text: Path, monitor: Monitor, peek: bool = False) -> PreparedMap:
         base = self.settings.located(monitor, peek).path(self.base)
-        run = self.settings.make_run(monitor, workers)
+        run = self.settings.make_run(monitor)
         return prepare_map(base, text, self.options, self.settings.memory, run)
 
 
@@ -242,10 +238,10 @@ def map_inputs(
     general: str | Path | None = None,
     **options: Unpack[MapKeywords],
 ) -> InputMap:
-    """Map the inputs of a base's modules on general text, in one pass: the leading eigenvectors of each input's second moments.
+    """Map the inputs of a base's modules on general text, in one sweep: the leading eigenvectors of each input's second moments.
 
     With the map, `reduce_intruder_dimension` and the other functions with the keyword `map` reduce any adapter's response to general inputs
-    on this base. They then need only files: no text of the task, no pass, no detection. Making the map needs transformers with its
+    on this base. They then need only files: no text of the task, no sweep, no detection. Making the map needs transformers with its
     tokenizers: ``pip install 'intruder-streamer[evaluate]'``.
 
     Parameters
@@ -264,9 +260,7 @@ def map_inputs(
         As for `evaluate_variants`.
     max_memory
         Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
-        sequences run together.
-    executor
-        Workers that run layers, as for `detect_intruder_dimensions`; the result has the same bytes as without workers.
+        sequences run together, and may move their states to a temporary file.
 
     Returns
     -------
@@ -282,4 +276,4 @@ def map_inputs(
     """
     request = MapRequest.of(base, output, {**options, "general": general})
     with watched(options) as monitor:
-        return request.run(monitor, given_workers(options))
+        return request.run(monitor)

@@ -195,7 +195,6 @@ class TextKeywords(RunKeywords, total=False):
     dtype: ProductDtype
     max_memory: int | str | None
     device: str
-    executor: Executor | None
 
 
 class EvaluateKeywords(JudgeKeywords, TextKeywords, total=False):
@@ -217,6 +216,7 @@ class FitKeywords(TextKeywords, total=False):
     """Keywords of `streamer.fit_coefficients`."""
 
     keep: float | Sequence[float]
+    weights: Sequence[float]
     holdout: float
     seed: int
 
@@ -317,7 +317,8 @@ def explained(keywords: type, *options: Any) -> Callable[[Function], Function]:
             if "scale" in given and "select" in names and "select" not in given:
                 given["select"] = given.pop("scale")  # its name before 0.2
             for name in given.keys() - set(names):
-                if advice := REMOVED.get(f"--{name.replace('_', '-')}"):
+                option, command = f"--{name.replace('_', '-')}", function.__name__.partition("_")[0]
+                if advice := REMOVED.get(option) or REMOVED.get(f"{command} {option}"):
                     raise TypeError(f"{function.__name__}(): {name} was removed: {advice}")
                 meant = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, names, 1))
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{meant}")

@@ -13,7 +13,7 @@ from streamer.events import Event, Monitor, OnEvent, warn
 from streamer.units import plural
 
 ITEMS = {"detect": "matrix", "recompute": "matrix", "write": "tensor", "download": "file", "verify": "file",
-         "evaluate": "pass", "fit": "pass", "map": "pass"}  # fmt: skip
+         "evaluate": "layer", "fit": "layer", "map": "layer"}  # fmt: skip
 """What `Event.items` counts, by stage."""
 
 IN_BYTES = ("download", "verify", "write")

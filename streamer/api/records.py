@@ -162,7 +162,7 @@ class EventRecord(TypedDict):
     name: NotRequired[Annotated[str, "For progress: the matrix or file that has just begun; empty at the end of a stage."]]
     done: NotRequired[Annotated[Count, "For progress: units that are done."]]
     total: NotRequired[Annotated[Count, "For progress: total number of units."]]
-    items: NotRequired[Annotated[Count, "For progress: matrices (detect, recompute), tensors and files (write), files (verify) or passes "
+    items: NotRequired[Annotated[Count, "For progress: matrices (detect, recompute), tensors and files (write), files (verify) or layers "
         "that are done."]]
     of: NotRequired[Annotated[Count, "For progress: their total number; 0 if unknown."]]
     adapter: NotRequired[Annotated[str, "For progress: name of the adapter if there are several, else empty."]]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, Unpack, cast
 
 from streamer.api.fitting import BUILT_IN, FitRequest, general_text
 from streamer.api.keywords import RepairKeywords, explained, watched
-from streamer.api.options import Inputs, Judged, MethodChoice, Settings, given_workers, read_path, take
+from streamer.api.options import Inputs, Judged, MethodChoice, Settings, read_path, take
 from streamer.api.records import DryRun
 from streamer.api.writing import OutputRequest
 from streamer.errors import OutputExistsError, UsageError
@@ -27,10 +27,6 @@ from streamer.output.job import Written
 from streamer.output.write import OutputOptions
 from streamer.plan.plan import make_plan
 from streamer.storage.transaction import RECORD_NAME
-from streamer.workers import Workers, kept
-
-UNKNOWN: ReliableRecord = {"kept": True, "forgetting": True, "top1_kept": False}
-"""Figures assumed reliable in a file of an earlier version, which does not state it."""
 
 
 # fmt: off
@@ -106,22 +102,20 @@ class RepairRequest:
             )
         return cls(fit, where, None if general is None else read_path("general", general), form)
 
-    def run(self, monitor: Monitor, workers: Workers | None = None) -> Repaired:
+    def run(self, monitor: Monitor) -> Repaired:
         """Convert the adapter if requested, fit, choose, and write."""
         if self.form.to_lora is not None:
             self._refuse_standing()
             self._conversion.run(monitor)
-            return self._converted.run(monitor, workers)
+            return self._converted.run(monitor)
         self._check(monitor)
-        with kept(workers):
-            with self._texts() as fit:
-                found = fit.run(monitor, workers)
-            chosen, why, method = _choice(found)
-            rows = _rows(found)
-            fine, intruders = found.facts.get("reliable", UNKNOWN), found.facts.get("intruders")
-            measured = why, *(_line(row, fine) for row in rows)
-            writers = workers if self.form.merges else None
-            written = cast(Written, self._output(method, measured).run(monitor, writers))  # of one adapter
+        with self._texts() as fit:
+            found = fit.run(monitor)
+        chosen, why, method = _choice(found)
+        rows = _rows(found)
+        fine, intruders = found.facts["reliable"], found.facts.get("intruders")
+        measured = why, *(_line(row, fine) for row in rows)
+        written = cast(Written, self._output(method, measured).run(monitor))  # of one adapter
         record: RepairRecord = {
             "schema": "streamer.repair/1", "chosen": chosen, "why": why, "rows": rows, "reliable": fine,
             "intruders": intruders, "fit": str(self.fit.output), "output": str(self.output), "state": written["state"],
@@ -169,7 +163,7 @@ class RepairRequest:
                 self.output,
             )
 
-    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
+    def forecast(self, monitor: Monitor) -> DryRun:
         """Check everything, and forecast the fit, which needs nearly all the time, and the output, without writing anything.
 
         An adapter that is not yet converted shows only what its conversion needs.
@@ -177,12 +171,12 @@ class RepairRequest:
         if self.form.to_lora is not None:
             first = cast(DryRun, self._conversion.forecast(monitor))
             if first["state"] == "done":
-                return self._converted.forecast(monitor, workers)
+                return self._converted.forecast(monitor)
             monitor.emit(Event("note", f"forecast only of {self._conversion.output}, which the fit needs"))
             return {**first, "command": "repair", "output": str(self.output)}
         self._check(monitor)
         with self._texts() as fit:
-            found = fit.forecast(monitor, workers)
+            found = fit.forecast(monitor)
         if found["state"] == "done" and not (self.output / RECORD_NAME).exists():
             found["state"] = "resume"  # the fit exists, but not its output
         if not self.output.exists() and (forecast := found["forecast"]) is not None:
@@ -216,17 +210,22 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
         ), UNCHANGED  # fmt: skip
     if shrink is None:
         return "adapter", "the adapter as it is: no measured shrink keeps the same share as the repair", UNCHANGED
-    kept, left, of_shrink = (f"{100 * x:.1f} %" for x in (one["kept"], one["divergence"], shrink["divergence"]))
+    shares = one["kept"], one["divergence"], shrink["divergence"], shrink["kept"]
+    kept, left, of_shrink, shrink_kept = (f"{100 * share:.1f} %" for share in shares)
     if shrink["verdict"] == "better":
         method = MethodChoice(coefficients=found).make()
+        what = "that keeps as much" if shrink["kept"] >= one["kept"] else f"that keeps most, {shrink_kept},"
         return "repair", (
             f"{method.label}: it keeps {kept} of what the adapter learned and leaves {left} of its divergence from the base; the shrink "
-            f"that keeps as much leaves {of_shrink}"
+            f"{what} leaves {of_shrink}"
         ), method  # fmt: skip
     lam = round(shrink["lambda"], 4)
+    if lam == 1:
+        why = f"the adapter as it is: the repair leaves {left} of its divergence from the base, which is not less by two standard errors"
+        return "adapter", why, UNCHANGED
     return "shrink", (
-        f"shrink {lam:g}: it keeps {kept} of what the adapter learned and leaves {of_shrink} of its divergence from the base; the repair "
-        f"leaves {left}, which is not less by two standard errors"
+        f"shrink {lam:g}: it keeps {shrink_kept} of what the adapter learned and leaves {of_shrink} of its divergence from the base; the "
+        f"repair leaves {left}, which is not less by two standard errors"
     ), Shrink(lam)  # fmt: skip
 
 
@@ -252,7 +251,7 @@ def _rows(found: Coefficients) -> list[RepairRow]:
     (one,) = facts["sets"]
     measured: list[tuple[str, str, Mapping[str, Any]]] = [("adapter", "adapter", dict.fromkeys(one, 1.0))]
     if (shrink := one["shrink"]) is not None:
-        measured.append(("shrink", f"shrink {shrink['lambda']:.3f}", {**shrink, "kept": one["kept"]}))
+        measured.append(("shrink", f"shrink {shrink['lambda']:.3f}", {"kept": one["kept"], **shrink}))
     if (scaling := facts.get("scaling")) is not None:
         measured.append(("intruders", scaling["name"], scaling))
     measured.append(("repair", f"{RegMean.name} {one['keep']:g}", one))
@@ -309,12 +308,10 @@ def repair_adapter(
     to_lora
         Write the adapter first as a LoRA adapter of this rank, as for `reduce_intruder_dimension`, into ``OUTPUT.lora`` beside the output,
         and repair that one: for DoRA, LoHa, LoKr, a fine-tuned model and all other adapters without LoRA factors.
-    holdout, sequences, length, seed, dtype, device
+    weights, holdout, sequences, length, seed, dtype, device
         Options of the fit, as for `fit_coefficients`.
     max_memory
         Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`.
-    executor
-        Workers for the fit, as for `fit_coefficients`, and for the shards of `merge`.
 
     Returns
     -------
@@ -330,4 +327,4 @@ def repair_adapter(
     """
     request = RepairRequest.of(base, adapter, output, {**options, "task": task})
     with watched(options) as monitor:
-        return request.run(monitor, given_workers(options)).record
+        return request.run(monitor).record

@@ -110,10 +110,9 @@ def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.tables import evaluation_table, stood
 
     request = EvaluateRequest.of(args.base, args.adapter, args.output, vars(args))
-    workers = _workers(args, monitor)
     if args.dry_run:
-        return _forecast(request, args, monitor, workers)
-    found = request.run(monitor, workers)
+        return _forecast(request, args, monitor)
+    found = request.run(monitor)
     output, options = Path(args.output), request.options
     state = monitor.outputs[output]
     files = (
@@ -135,10 +134,9 @@ def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.tables import fitting_table, stood
 
     request = FitRequest.of(args.base, args.adapter, args.output, vars(args))
-    workers = _workers(args, monitor)
     if args.dry_run:
-        return _forecast(request, args, monitor, workers)
-    found = request.run(monitor, workers)
+        return _forecast(request, args, monitor)
+    found = request.run(monitor)
     output = Path(args.output)
     state = monitor.outputs[output]
     text = fitting_table(found.facts, (shown(args.base), shown(args.adapter)), args.output, _screen(args))
@@ -153,10 +151,9 @@ def _map(args: argparse.Namespace, monitor: Monitor) -> Result:
     if len(args.base) > 1:
         raise UsageError(f"BASE: expected one, found {len(args.base)}; to map several texts, join them in one file")
     request = MapRequest.of(args.base[0], args.output, vars(args))
-    workers = _workers(args, monitor)
     if args.dry_run:
-        return _forecast(request, args, monitor, workers)
-    tree = map_record(request.run(monitor, workers), args.output, monitor.outputs[Path(args.output)])
+        return _forecast(request, args, monitor)
+    tree = map_record(request.run(monitor), args.output, monitor.outputs[Path(args.output)])
     return {**tree}, map_text(tree, shown(args.base[0]), _screen(args))
 
 
@@ -165,10 +162,9 @@ def _repair(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.tables import repair_table
 
     request = RepairRequest.of(args.base, args.adapter, args.output, vars(args))
-    workers = _workers(args, monitor)
     if args.dry_run:
-        return _forecast(request, args, monitor, workers)
-    found = request.run(monitor, workers)
+        return _forecast(request, args, monitor)
+    found = request.run(monitor)
     inputs = shown(args.base), shown(args.adapter)
     return found.record, repair_table(found.record, found.written, inputs, _screen(args))
 
@@ -201,11 +197,11 @@ def _workers(args: argparse.Namespace, monitor: Monitor) -> Workers | None:
     return open_workers(args.workers, args.executor, args.threads, monitor)
 
 
-def _forecast(request: Any, args: argparse.Namespace, monitor: Monitor, workers: Workers | None) -> Result:
+def _forecast(request: Any, args: argparse.Namespace, monitor: Monitor, *workers: Workers | None) -> Result:
     """Return a request's forecast, for `--dry-run`."""
     from streamer.cli.tables import dry_run_text
 
-    record = request.forecast(monitor, workers)
+    record = request.forecast(monitor, *workers)
     return record, dry_run_text(record, args.command, _screen(args))
 
 

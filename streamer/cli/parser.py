@@ -138,7 +138,7 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(e)) from None
 
 
-def add_texts(sub: argparse.ArgumentParser, sequences: int = 64, built_in: bool = False) -> None:
+def add_texts(sub: argparse.ArgumentParser, sequences: int = 24, length: int = 64, built_in: bool = False) -> None:
     """Add the two texts, how much of each to read, and the dtype of products; `built_in` if general text has a default."""
     more = " (default: Python's built-in help texts; your own text works better)" if built_in else ""
     sub.add_argument("--general", required=not built_in, metavar="TEXT",
@@ -147,8 +147,8 @@ def add_texts(sub: argparse.ArgumentParser, sequences: int = 64, built_in: bool 
                      help="text from ADAPTER's task but not from its training data")  # fmt: skip
     sub.add_argument("--sequences", type=integer, default=sequences, metavar="N",
                      help=f"maximum number of sequences per text (default: {sequences})")  # fmt: skip
-    sub.add_argument("--length", type=integer, default=512, metavar="N",
-                     help="maximum number of tokens per sequence (default: 512)")  # fmt: skip
+    sub.add_argument("--length", type=integer, default=length, metavar="N",
+                     help=f"maximum number of tokens per sequence (default: {length})")  # fmt: skip
     sub.add_argument("--dtype", choices=["float32", "bf16"], default="float32",
                      help="dtype of products with base weights; bf16 is faster on some processors (default: float32)")  # fmt: skip
 
@@ -179,11 +179,15 @@ def add_threads(group: argparse._ActionsContainer, more: str = "") -> None:
 
 def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
     """Add the options of a fit, for one share or for `several`."""
-    what = "shares of the learning to keep; each gives one set" if several else "share of the learning to keep"
+    what = (
+        "least shares of the learning to keep; each gives one set" if several else "least share of the learning to keep"
+    )
     sub.add_argument("--keep", type=numbers if several else number, default=0.9, metavar="SHARE,SHARE" if several else "SHARE",
                      help=f"{what} (default: 0.9)")  # fmt: skip
-    sub.add_argument("--holdout", type=number, default=0.25, metavar="SHARE",
-                     help="share of each text's sequences to hold out for choosing and measuring (default: 0.25)")  # fmt: skip
+    sub.add_argument("--mu", dest="weights", type=numbers, default=(0.5, 4.0, 32.0), metavar="M,M",
+                     help="weights of the general text to fit and measure, rising (default: 0.5,4,32)")  # fmt: skip
+    sub.add_argument("--holdout", type=number, default=0.33, metavar="SHARE",
+                     help="share of each text's sequences to hold out for choosing and measuring (default: 0.33)")  # fmt: skip
     sub.add_argument(
         "--seed", type=integer, default=0, metavar="N", help="decides which sequences are held out (default: 0)"
     )
@@ -197,7 +201,7 @@ def add_map(sub: argparse.ArgumentParser) -> None:
         "--vectors", type=integer, metavar="N", help="leading vectors to store for each input (default: 16)"
     )
     sub.add_argument("--sequences", type=integer, metavar="N", help="maximum number of sequences (default: 32)")
-    sub.add_argument("--length", type=integer, metavar="N", help="maximum number of tokens per sequence (default: 512)")
+    sub.add_argument("--length", type=integer, metavar="N", help="maximum number of tokens per sequence (default: 128)")
     sub.add_argument("--dtype", choices=["float32", "bf16"],
                      help="dtype of products with base weights; bf16 is faster on some processors (default: float32)")  # fmt: skip
 
@@ -355,7 +359,7 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 OPTIONS = {
-    "threshold_epsilon": "--epsilon",
+    "threshold_epsilon": "--epsilon", "weights": "--mu",
     **{name: f"--{name.replace('_', '-')}" for name in
        ("amplify", "architecture", "coefficients", "device", "dtype", "holdout", "keep", "lambda", "length", "map", "max_memory", "method",
         "other", "seed", "select", "sequences", "solver", "to_lora", "top_k")},
@@ -557,7 +561,7 @@ def build_parser() -> Parser:
     about = "measure, on your texts, what each method and lambda keeps and forgets"
     sub = command("evaluate", about, out, computing, reading)
     inputs(sub)
-    add_texts(sub, sequences=32)
+    add_texts(sub, 32, 128)
     sub.add_argument("--other", action="append", metavar="TEXT",
                      help="another text to measure; it does not affect the suggestion (repeatable)")  # fmt: skip
     sub.add_argument(
@@ -569,9 +573,9 @@ def build_parser() -> Parser:
     sub.add_argument("--lambda", dest="lambdas", type=numbers, default=(0.75, 0.5), metavar="L,L",
                      help="shares to keep, separated by commas (default: 0.75,0.5)")  # fmt: skip
     add_amplify(sub)
-    sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=list(WITHOUT_FILES),
-                     metavar="M,M", help=f"one or several of {', '.join(WITHOUT_FILES)}, separated by commas (default: all); to "
-                                         "evaluate only the sets in --coefficients, give their method, regmean")  # fmt: skip
+    sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), metavar="M,M",
+                     help=f"one or several of {', '.join(WITHOUT_FILES)}, separated by commas (default: shrink, with --findings paper); "
+                          "to evaluate only the sets in --coefficients, give their method, regmean")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
                      help="factors from `streamer fit`: each set is a variant; use texts that they were not fitted to")  # fmt: skip
     sub.add_argument(
@@ -580,25 +584,21 @@ def build_parser() -> Parser:
     sub.add_argument("--select", "--scale", choices=["all", "first"], default="all",
                      help="scale all intruders, or only the first of each matrix (default: all)")  # fmt: skip
     sub.add_argument("--keep", type=number, default=0.9, metavar="SHARE",
-                     help="share of the learning that the suggestion must keep; up to four more measurements of a method find the "
-                          "λ that keeps this share (default: 0.9)")  # fmt: skip
+                     help="share of the learning that the suggestion must keep (default: 0.9)")  # fmt: skip
     sub.add_argument("--projected", action="store_true",
                      help="evaluate deltas projected onto the adapter's rank, as `mitigate` writes them")  # fmt: skip
-    add_workers(sub)
     out = writing("FILE", "file of factors to write (.safetensors)")
     sub = command("fit", "fit new factors to your texts", out, reading)
     inputs(sub)
     add_texts(sub)
     add_fit(sub)
-    add_computing(sub, "enough to process 1,024 tokens at once for inputs and 4,096 for measurements")
-    add_workers(sub)
+    add_computing(sub)
     out = writing("FILE", "map file to write (.safetensors)")
     sub = command("map", "record the inputs of a base's modules on general text, for --map", out, of_base)
     sub.add_argument("base", metavar="BASE", nargs="+",
                      help="model directory, hub name or address")  # fmt: skip
     add_map(sub)
     add_computing(sub)
-    add_workers(sub)
     out = writing("DIR", "directory to write: an adapter, or with --merge a model")
     sub = command("repair", "write an adapter that forgets less, as measured on your texts", out, reading)
     inputs(sub)
@@ -614,7 +614,6 @@ def build_parser() -> Parser:
     sub.add_argument("--no-card", dest="model_card", action="store_false",
                      help="do not describe in the model card (README.md) how the output was made")  # fmt: skip
     add_computing(sub)
-    add_workers(sub)
     sub = command("demo", "detect and remove planted intruders in a small generated model")
     sub.add_argument("--lambda", dest="mitigation_lambda", type=number, default=0.0, metavar="L",
                      help="share of the adapter's part of an intruder to keep, from 0 (remove) to 1 (unchanged) (default: 0)")  # fmt: skip

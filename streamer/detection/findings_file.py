@@ -161,6 +161,11 @@ def journal_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.journal")
 
 
+def states_of(journal: Path) -> Path:
+    """Return the path of the states of a sweep, beside the journal of its run."""
+    return journal.with_suffix(".states")
+
+
 def lock_of(path: Path) -> Path:
     """Return the path of the lock of an unfinished findings file: ``dir/f.safetensors`` → ``dir/.f.safetensors.lock``."""
     return path.with_name(f".{path.name}.lock")
@@ -177,8 +182,10 @@ def remove_leftovers(path: Path) -> None:
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     if any(p.name.startswith((f".{path.name}.", f"..{path.name}.")) for p in beside):
         with locked(lock_of(path), path):
-            remove_partials(path.parent, {path.name, journal_of(path).name})
+            states = states_of(journal_of(path))
+            remove_partials(path.parent, {path.name, journal_of(path).name, states.name})
             journal_of(path).unlink(missing_ok=True)
+            states.unlink(missing_ok=True)
 
 
 def check_findings_path(path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Measure the losses of a model's mitigated variants on a user's texts, in streaming passes over the base."""
+"""Measure the losses of a model's mitigated variants on a user's texts, in sweeps over the base."""

@@ -1,21 +1,19 @@
-"""Evaluate variants: check the inputs, choose what to measure next, measure it pass by pass, and resume a killed run.
+"""Evaluate variants: check the inputs, let variants ride in sweeps over blocks of sequences, and stop when the answer is clear.
 
-A generator chooses: it requests variants, receives their sums, and returns the evaluation. It holds no model and reads no file. The same
-answers lead to the same requests, so a journal of answers resumes it. It requests the user's variants, and then, up to `MOST_PLACED`
-times for each method with a λ, a variant whose λ keeps the share according to the losses so far. A method whose variants nearest to the
-share diverge more than a shrink that keeps as much is not placed.
+A block has a few sequences of each text, spread over it. After each block the suggestion is made; the run stops when it is clear, or when
+the texts end. Then the shrink whose λ keeps the share according to the losses so far rides once over the same sequences. A killed run
+resumes at the sweep that it was in.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -23,14 +21,14 @@ from streamer.adapters.finetuned import One
 from streamer.detection.detect import detect_in_memory
 from streamer.detection.findings import Findings
 from streamer.detection.findings_file import lock_of, remove_leftovers
-from streamer.detection.matrices import detection_estimates, kept_bytes
+from streamer.detection.matrices import detection_estimates
 from streamer.detection.options import DetectionOptions, Run
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.losses import EvaluationOptions
 from streamer.evaluation.suggestion import ask_swapped, placed
 from streamer.events import Event, Monitor
-from streamer.measuring.passes import RunProgress, measure_variants, needs_one_length, pass_cost
 from streamer.measuring.result_file import (
+    ADAPTER_ROW,
     EvaluatedVariant,
     Records,
     ResultFile,
@@ -43,83 +41,71 @@ from streamer.measuring.result_file import (
     with_digest,
     writable,
 )
+from streamer.measuring.riders import ROWS, Progress, Sums, Work, measured, padding_changes, riders, sweep_cost
 from streamer.measuring.sequences import GENERAL, TASK, TextSequences
-from streamer.measuring.statistics import SequenceSums
-from streamer.measuring.task import TRANSFORMERS_BYTES, Pass, describe, pass_bytes, plan_passes
+from streamer.measuring.statistics import ARRAYS, SequenceSums, telling
 from streamer.measuring.texts import chooses_keys, read_texts, refuse_new_tokens, sample_digest
 from streamer.methods import UNCHANGED, RegMean, Shrink
 from streamer.methods.fits import Coefficients
 from streamer.output.write import OutputOptions, check_coefficients, check_map, open_jobs
-from streamer.plan.batch import AdapterBatch, MemoryEstimate, check_budget, resident_bytes
+from streamer.plan.batch import AdapterBatch, check_budget, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.files import locked
 from streamer.storage.output_checks import is_taken
-from streamer.streaming.model import StreamingModel, require_transformers
-from streamer.streaming.values import Variant, VariantSet
-from streamer.workers import kept
+from streamer.streaming.model import require_transformers
+from streamer.streaming.sweep import SweepModel
+from streamer.streaming.values import Variant
 
-Asked = TypeVar("Asked")
-Answer = TypeVar("Answer")
-Result = TypeVar("Result")
+BLOCK = 8
+"""Sequences of each text in a block."""
 
-MOST_PLACED = 4
-"""Most variants of a method measured in order to place one; one or two are usual."""
-
-Sums = Mapping[str, SequenceSums]
-"""Answer to a request: on each text, the sums of the requested variants, including the base."""
-
-Request = tuple[Variant, ...]
-"""Variants to measure on all texts, the base first."""
-
-Steps = Generator[Request, Sums, Evaluation]
+KNOWN = 0.03
+"""Shares are known if their standard errors are at most this."""
 
 
-def answered(steps: Generator[Asked, Answer, Result], answer: Callable[[Asked], Answer]) -> Result:
-    """Answer the requests of steps until they end; return their result."""
-    reply: Any = None
-    while True:
-        try:
-            request = steps.send(reply)
-        except StopIteration as end:
-            found: Result = end.value
-            return found
-        reply = answer(request)
+def spread(text: TextSequences) -> TextSequences:
+    """Order the sequences of a text so that those of the first blocks are spread over it; questions keep their order."""
+    if text.questions is not None:
+        return text
+    steps = max(1, -(-len(text.ids) // BLOCK))
+    return text.take([i for step in range(steps) for i in range(_reversed(step, steps), len(text.ids), steps)])
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What to measure: variants, ``base`` and ``adapter`` first, and the share of the learning that a placed λ should keep."""
-
-    variants: Sequence[Variant]
-    keep: float
-
-    def expected(self, known: Evaluation | None) -> list[int]:
-        """List the number of variants in each expected request, including the base; empty if nothing is missing."""
-        tries = _tries(known, self.keep)
-        request = _request(self, known, tries)
-        if request is None:
-            return []
-        methods = {v.method for v in self.variants if v.mitigation_lambda is not None}
-        return [len(request)] + [2] * sum(self.keep < 1 and not tries[str(name)] for name in methods)
+def _reversed(step: int, steps: int) -> int:
+    """Return the step with this number when steps are taken as far from each other as possible."""
+    bits = (steps - 1).bit_length()
+    order = sorted(range(steps), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2)) if bits else [0]
+    return order[step]
 
 
-def evaluation_steps(wanted: Wanted, known: Evaluation | None, facts: Mapping[str, Any]) -> Steps:
-    """Evaluate variants: yield requests, receive their sums, and return the evaluation.
+def clear(evaluation: Evaluation) -> bool:
+    """Test whether more sequences would hardly change the answer.
 
-    Parameters
-    ----------
-    known
-        Earlier measurements.
-    facts
-        Facts of the returned evaluation.
+    The suggested variant then diverges less, beyond its error, than every other that may keep the share, and keeps it itself; the shares
+    of learning and of divergence are known to `KNOWN`. One block is too few to know its own errors.
     """
-    evaluation, tries = known, _tries(known, wanted.keep)
-    while (request := _request(wanted, evaluation, tries)) is not None:
-        tries.update(str(v.method) for v in request[1:] if v not in wanted.variants)
-        evaluation = _joined(evaluation, request, (yield request), facts, wanted.keep)
-    assert evaluation is not None
-    return replace(evaluation, facts=facts, keep=wanted.keep)
+    general, task, best = evaluation.general, evaluation.task, evaluation.best()
+    sequences = len(task.tokens)
+    if sequences <= BLOCK or best.reason != "forgets least" or best.variant is None:
+        return False
+    chosen, errors = evaluation.variants.index(best.variant), telling(sequences)
+    for v in range(ADAPTER_ROW, len(evaluation.variants)):
+        kept, left = task.fraction(v), general.kl_fraction(v)
+        if max(kept.error, left.error) > KNOWN:
+            return False
+        lacks = kept.value + errors * kept.error < evaluation.keep
+        if v != chosen and not lacks and not general.kl_difference(chosen, v).is_negative:
+            return False
+    kept = task.fraction(chosen)
+    return kept.value - errors * kept.error >= evaluation.keep or best.variant.keep is not None
+
+
+def _place(known: Evaluation, keep: float) -> float | None:
+    """Choose the λ of the shrink to place for a share; None if there is nothing to keep or to win, or a shrink is well placed."""
+    if keep == 1 or known.best(keep).reason in ("not learned", "not forgotten"):
+        return None
+    return placed(known.variants, known.task, keep)
 
 
 def without_scaling(variants: Sequence[Variant], facts: Mapping[str, Any]) -> list[Variant]:
@@ -127,38 +113,8 @@ def without_scaling(variants: Sequence[Variant], facts: Mapping[str, Any]) -> li
     return [variant for variant in variants if not (facts.get("intruders") == 0 and variant.scales_intruders)]
 
 
-def _tries(known: Evaluation | None, keep: float) -> Counter[str]:
-    """Count the λ tried in order to place each method: `MOST_PLACED` if an earlier run placed it for this share, else none."""
-    done = known.variants if known is not None and known.keep == keep else ()
-    return Counter({str(v.method): MOST_PLACED for v in done if v.method is not None})
-
-
-def _request(wanted: Wanted, known: Evaluation | None, tries: Counter[str]) -> Request | None:
-    """Return the next request; None if nothing is missing."""
-    if known is None:
-        return tuple(wanted.variants)
-    base, *variants = without_scaling(wanted.variants, known.facts)
-    if missing := [v for v in variants if EvaluatedVariant.of(v) not in known.variants]:
-        return base, *missing
-    if known.best(wanted.keep).reason in ("not learned", "not forgotten"):
-        return None
-    # The shrink is first: the others are compared with it.
-    placing = {
-        Shrink.name: UNCHANGED,
-        **{str(v.method): v.mitigation for v in variants if v.mitigation_lambda is not None},
-    }
-    for name, method in placing.items():
-        tried = tries[name]
-        if method is None or tried == MOST_PLACED or known.lost(name, wanted.keep):
-            continue
-        lam = placed(known.variants, known.task, wanted.keep, name, last=tried == MOST_PLACED - 1)[1]
-        if lam is not None:
-            return base, Variant.of(replace(method, mitigation_lambda=lam))  # type: ignore[type-var]  # each method is a dataclass
-    return None
-
-
 def _joined(
-    known: Evaluation | None, measured: Request, sums: Sums, facts: Mapping[str, Any], keep: float
+    known: Evaluation | None, measured: Sequence[Variant], sums: Sums, facts: Mapping[str, Any], keep: float
 ) -> Evaluation:
     """Add measured sums to an evaluation, in the order of its table."""
     variants = [*(() if known is None else known.variants), *map(EvaluatedVariant.of, measured[known is not None :])]
@@ -192,31 +148,37 @@ class Prepared:
     run: Run
     findings: Findings | None
     texts: Mapping[str, TextSequences]
-    model: StreamingModel
+    model: SweepModel
     one_length: bool
 
-    def passes(self, variants: int) -> list[Pass]:
-        """Divide the sequences into passes, for this many variants including the base."""
-        size, budget = self.model.size, self.detection.max_memory
-        return plan_passes(self.texts, variants, size, self.resident, budget, self.one_length)
+    def blocks(self) -> list[dict[str, TextSequences]]:
+        """Divide the texts into blocks; questions are all in the first."""
+        count = max((len(text.ids) for text in self.texts.values() if text.questions is None), default=1)
+        found = []
+        for i in range(0, count, BLOCK):
+            found.append({
+                name: text if text.questions is not None else text.take(range(i, min(i + BLOCK, len(text.ids))))
+                for name, text in self.texts.items()
+                if (i == 0 if text.questions is not None else i < len(text.ids))
+            })  # fmt: skip
+        return found
 
-    def group(self, one: Pass) -> TextSequences:
-        """Return the sequences of a pass."""
-        return self.texts[one.text].take(one.sequences)
+    def work(self, block: Mapping[str, TextSequences], variants: int) -> Work:
+        """Count the rows of a sweep over a block."""
+        longest = max(text.longest for text in block.values())
+        return Work(0, variants * sum(len(ids) for text in block.values() for ids in text.ids), longest)
 
-    def cost(self, one: Pass) -> int:
-        """Count the multiplications of a pass."""
-        return pass_cost(self.model.size, self.group(one), 1 + len(one.variants))
-
-    def expected(self, known: Evaluation | None) -> list[Pass]:
-        """List the expected passes of a whole run; empty if nothing is missing.
-
-        Parameters
-        ----------
-        known
-            Earlier measurements.
-        """
-        return [one for count in self.wanted.expected(known) for one in self.passes(count)]
+    def expected(self, known: Evaluation | None) -> list[tuple[dict[str, TextSequences], int]]:
+        """List the sweeps of a run that does not stop early, with their numbers of variants; empty if nothing is missing."""
+        done = () if known is None else known.variants
+        wanted = self.wanted if known is None else without_scaling(self.wanted, known.facts)
+        new = 1 + sum(EvaluatedVariant.of(v) not in done for v in wanted[1:])
+        sweeps = [(block, new) for block in self.blocks()] if new > 1 else []
+        placing = self.options.keep < 1 and Shrink.name in self.options.methods
+        placing &= bool(sweeps) or (
+            known is not None and known.keep != self.options.keep and _place(known, self.options.keep) is not None
+        )
+        return sweeps + [(block, 2) for block in self.blocks() if placing]
 
     @property
     def resident(self) -> int:
@@ -229,9 +191,9 @@ class Prepared:
         return any(variant.scales_intruders for variant in self.options.variants)
 
     @property
-    def wanted(self) -> Wanted:
-        """Return what to measure: the requested variants, without any that equal the unchanged adapter according to given findings."""
-        return Wanted(without_scaling(self.options.variants, self.facts), self.options.keep)
+    def wanted(self) -> list[Variant]:
+        """List the requested variants, without any that equal the unchanged adapter according to given findings."""
+        return without_scaling(self.options.variants, self.facts)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -269,13 +231,12 @@ def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], fin
     plan, read = model.job.plan, read_texts(model, texts, options.sequences, options.length, run.monitor)
     if options.coefficients is not None:
         _warn_of_fitted_texts(options.coefficients, read, texts, run.monitor)
-    detects = given is None and any(variant.scales_intruders for variant in options.variants)
-    detection = _shared(plan, detection, run, model, max(text.longest for text in read.values()), detects)
-    return Prepared(plan, options, detection, run, given, read, model, chooses_keys(model, read))
+    ordered = {name: spread(text) for name, text in read.items()}
+    return Prepared(plan, options, detection, run, given, ordered, model, chooses_keys(model, read))
 
 
 def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, options: EvaluationOptions, detection: DetectionOptions,
-               run: Run) -> tuple[StreamingModel, Findings | None]:  # fmt: skip
+               run: Run) -> tuple[SweepModel, Findings | None]:  # fmt: skip
     """Open and check the model of all variants, and the findings if given; pass warnings to the monitor."""
     require_transformers()
     form = OutputOptions(merges=True)
@@ -288,23 +249,8 @@ def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, 
             check_coefficients(plan, variant.mitigation.coefficients)
     if options.map is not None:
         run.monitor.warn(check_map(plan, options.map))
-    model = StreamingModel(options.job(plan, run.model_device))
+    model = SweepModel(options.job(plan, run.model_device))
     return model, job.findings
-
-
-def _shared(
-    plan: Plan, detection: DetectionOptions, run: Run, model: StreamingModel, longest: int, detects: bool
-) -> DetectionOptions:
-    """Divide the memory budget among this process and its workers, if any; see `Workers.budget`."""
-    if run.workers is None or detection.max_memory is None:
-        return detection
-    resident, carried = resident_bytes(AdapterBatch(plan.base, (plan,))), len(describe(model.job))
-    carried += sum(kept_bytes(plan, target, detection) for target in plan.targets) if detects else 0
-    one = pass_bytes(model.size, resident, 2 * longest, longest) + 2 * carried
-    needs = [MemoryEstimate(f"a sequence of {longest} tokens under two variants", (), one)]
-    needs += detection_estimates(plan, detection, resident) if detects else ()
-    own = resident + TRANSFORMERS_BYTES + (1 + run.workers.at_once) * carried
-    return replace(detection, max_memory=run.workers.budget(detection.max_memory, own, needs))
 
 
 def _warn_of_fitted_texts(
@@ -355,7 +301,8 @@ def inspect(prepared: Prepared, output: Path) -> State:
     """Check, without writing, that an evaluation can be written to a file, and whether it is complete there or was begun."""
     plan, file = prepared.plan, result_file(prepared, output)
     file.check_path()
-    prepared.passes(2)  # raises if the budget does not hold one sequence
+    for sweep in prepared.expected(None):  # raises if the budget is too small
+        prepared.work(*sweep).limits(prepared.model.size, prepared.resident, prepared.detection.max_memory)
     if prepared.needs_findings and prepared.findings is None:
         check_budget(detection_estimates(plan, prepared.detection, prepared.resident), prepared.detection.max_memory)
     return file.state()
@@ -363,8 +310,7 @@ def inspect(prepared: Prepared, output: Path) -> State:
 
 def evaluate(prepared: Prepared, output: Path | None) -> Evaluation:
     """Measure the missing variants; write the evaluation to a file if an output is named."""
-    with kept(prepared.run.workers):
-        found = _evaluated(prepared, output)
+    found = _evaluated(prepared, output)
     if found.best().swapped:
         prepared.run.monitor.warn((ask_swapped(found.task),))
     return found
@@ -414,49 +360,72 @@ class _Run:
     def __init__(self, prepared: Prepared, known: Evaluation | None, records: Records) -> None:
         self.known, self.records, self.monitor = known, records, prepared.run.monitor
         self._findings: Findings | None = None
-        self._divide(prepared)
+        self.prepared, self.progress = prepared, Progress(self.monitor, prepared.model.size, "evaluate")
 
     def result(self) -> Evaluation:
         """Run the evaluation to its end and return it."""
-        facts, wanted = self.prepared.facts, self.prepared.wanted
+        prepared, facts = self.prepared, self.prepared.facts
         with computing(self.records.threads, self.monitor):
-            self._check()
-            self.progress.resume(self.records.taken_up)
-            if (count := self._intruders(self._missing(wanted.variants))) is not None:
+            one_length = prepared.one_length or self._padding_changes()
+            if (count := self._intruders(self._missing(prepared.wanted))) is not None:
                 facts = with_digest({**facts, "intruders": count})
             if self.known is not None:
                 facts = joined_facts(facts, self.known.facts)
-            wanted = replace(wanted, variants=without_scaling(wanted.variants, facts))
-            found = answered(evaluation_steps(wanted, self.known, facts), self._measured)
+            base, *rest = without_scaling(prepared.wanted, facts)
+            found = self.known
+            if missing := self._missing(rest):
+                found = self._measured((base, *missing), facts, one_length)
+            assert found is not None
+            keep = prepared.options.keep
+            again = bool(missing) or (self.known is not None and self.known.keep != keep)
+            if again and (lam := _place(found, keep)) is not None:
+                self.known = replace(found, facts=facts)
+                found = self._measured((base, Variant.of(Shrink(lam))), facts, one_length)
             self.progress.finish()
-        return found
+        return replace(found, facts=facts, keep=keep)
 
-    def _divide(self, prepared: Prepared) -> None:
-        """Set how the work is divided, and start its progress."""
-        self.prepared, self.progress = prepared, RunProgress(self.monitor, prepared.model.size, "evaluate")
-        self.progress.expect([prepared.cost(one) for one in prepared.expected(self.known)])
+    def _padding_changes(self) -> bool:
+        """Check the logits, and test whether padding changes them."""
+        found = self.records.find("one_length")
+        if found is None:
+            held_out = riders(self.prepared.texts, 1, self.prepared.model.size, ROWS, self.prepared.one_length)
+            changed = padding_changes(self.prepared.model, [part.text for part in held_out], self.monitor.checkpoint)
+            found = {"one_length": np.array([float(changed)])}
+            self.records.add("one_length", found)
+        return bool(found["one_length"][0])
 
-    def _check(self) -> None:
-        """Check whether padding changes the logits; if so, divide the work again."""
-        prepared = self.prepared
-        groups = [prepared.group(one) for one in prepared.expected(self.known)]
-        one_length = needs_one_length(prepared.model.job, prepared.one_length, groups, self.records, self.progress)
-        if one_length != prepared.one_length:
-            self._divide(replace(prepared, one_length=one_length))
+    def _measured(self, variants: Sequence[Variant], facts: Mapping[str, Any], one_length: bool) -> Evaluation:
+        """Let variants, the base first, ride through block after block, until the answer is clear.
 
-    def _measured(self, request: Request) -> Sums:
-        """Measure the variants of a request on its part of each text."""
-        prepared, variants = self.prepared, request
-        what = json.dumps([variant.name for variant in variants])
-
-        def job(chosen: tuple[Variant, ...]) -> VariantSet:
-            return replace(prepared.model.job, variants=chosen, findings=self._findings_for(variants))
-
-        passes = prepared.passes(len(request))
-        self.progress.expect([prepared.cost(one) for one in passes])
-        return measure_variants(
-            passes, prepared.texts, variants, job, lambda i: f"{i} {what}", self.records, self.progress, prepared.run
-        )
+        Variants that join earlier ones ride through the same sequences.
+        """
+        prepared, model, sums = self.prepared, self.prepared.model, dict[str, SequenceSums]()
+        lengths = None if self.known is None else {name: len(own.tokens) for name, own in self.known.sums.items()}
+        model.use(replace(model.job, variants=tuple(variants), findings=self._findings_for(variants)))
+        names, blocks = json.dumps([variant.name for variant in variants]), prepared.blocks()
+        sweeps = prepared.expected(self.known) or [(block, len(variants)) for block in blocks]
+        for number, block in enumerate(blocks):
+            if lengths is not None and all(len(own.tokens) >= lengths[name] for name, own in sums.items()) and sums:
+                break
+            key, found = f"{number} {names}", dict[str, SequenceSums]()
+            for name in block:
+                if (known := self.records.find(f"{key} {name}")) is not None:
+                    found[name] = SequenceSums(**known)
+            if found.keys() != block.keys():
+                work = prepared.work(block, len(variants))
+                limits = work.limits(model.size, prepared.resident, prepared.detection.max_memory)
+                held_out = riders(block, len(variants), model.size, limits.rows, one_length)
+                rest = [sweep_cost(model.size, prepared.work(*sweep).riding) for sweep in sweeps[number:]]
+                self.progress.expect(sum(rest), len(rest) * (len(model.layers) + 1))
+                found = measured(model, block, held_out, self.progress, limits, states=self.records.states(key))
+                for name, own in found.items():
+                    arrays = {kind: getattr(own, kind) for kind in ("tokens", *ARRAYS, *own.answers)}
+                    self.records.add(f"{key} {name}", arrays)
+            for name, own in found.items():
+                sums[name] = sums[name].followed(own) if name in sums else own
+            if lengths is None and clear(_joined(None, variants, sums, facts, prepared.options.keep)):
+                break
+        return _joined(self.known, variants, sums, facts, prepared.options.keep)
 
     def _missing(self, variants: Sequence[Variant]) -> list[Variant]:
         """List the variants that were not measured before."""

@@ -10,7 +10,7 @@ import torch
 
 from streamer.detection.options import DetectionOptions, OptionsRecord
 from streamer.errors import UsageError
-from streamer.evaluation.suggestion import Reason, Suggestion, against_shrink, check_keep, front, suggest
+from streamer.evaluation.suggestion import Reason, Suggestion, check_keep, front, suggest
 from streamer.json_types import (
     Amount,
     Count,
@@ -27,7 +27,7 @@ from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.measuring.result_file import Configs, EvaluatedVariant, input_options
 from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import BinsRecord, Effect, SequenceSums
-from streamer.methods import METHODS, WITHOUT_FILES, MethodName, takes_findings
+from streamer.methods import METHODS, MethodName, Shrink, takes_findings
 from streamer.methods.fits import Coefficients, CoefficientsRecord
 from streamer.methods.maps import InputMap, MapRecord
 from streamer.plan.plan import Plan
@@ -45,11 +45,11 @@ LAMBDAS = (0.75, 0.5)
 class EvaluationOptions:
     """Options of an evaluation. `api.evaluate_variants` explains them; for `dtype` see also `bfloat16_products`."""
 
-    methods: tuple[MethodName, ...] = WITHOUT_FILES
+    methods: tuple[MethodName, ...] = (Shrink.name,)
     lambdas: tuple[float, ...] = LAMBDAS
     select: Selection = "all"
     sequences: int = 32
-    length: int = 512
+    length: int = 128
     keep: float = 0.9
     projected: bool = False
     dtype: ProductDtype = "float32"
@@ -159,8 +159,8 @@ class TextFigures(TypedDict):
     p_rms: Annotated[float | None, "Root mean square of this change."]
     p_rms_se: StandardError | None
     sequences: Annotated[Count, "Sequences that it ran on."]
-    sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, in the text's order, null where it did not run; all "
-        "other figures except quantiles follow from them."]
+    sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, in the order in which they ran: spread over the "
+        "text; all other figures except quantiles follow from them."]
     kl_bins: NotRequired[Annotated[BinsRecord, "Counts of tokens by their divergence, for its quantiles; absent "
         "for questions."]]
     acc: NotRequired[Annotated[Accuracy, "Of questions: by the most likely choice."]]
@@ -358,13 +358,6 @@ class VariantLosses:
             If `keep` is not in (0, 1].
         """
         return suggest(self.variants, self.general, self.task, self.keep if keep is None else keep)
-
-    def lost(self, method: str, keep: float) -> bool:
-        """Test whether a method's two variants nearest to the share diverge more than the shrinks that keep as much."""
-        rows = [row for row, v in enumerate(self.variants) if v.method == method]
-        near = sorted(rows, key=lambda row: abs(self.task.fraction(row).value - keep))[:2]
-        found = [against_shrink(self.variants, self.general, self.task, row) for row in near]
-        return all(one is not None and one.verdict == "worse" for one in found)
 
     def reliable(self) -> ReliableRecord:
         """Return which shares have a large enough denominator; see `ReliableRecord`."""

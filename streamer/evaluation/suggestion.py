@@ -6,7 +6,7 @@ loss on that text is shown but decides nothing: instruction-tuned and quantized 
 on other bases divergence ranks variants as the loss does, but separates more of them. A suggested variant must also be worth it (`Trade`),
 and must not diverge more than the shrink that keeps the same share (`ShrinkComparison`).
 
-Compare a variant with the shrink of the whole adapter that keeps the same share, and choose a method's λ to measure next.
+Compare a variant with the shrink of the whole adapter that keeps the same share, and choose the λ of a shrink to measure next.
 
 Between the measured λ, a cubic in λ through the four nearest interpolates what a shrink keeps and forgets. The interpolation is linear in
 the losses, so the same weights apply to every loss and every sequence, and errors stay paired.
@@ -32,9 +32,6 @@ NODES = 4
 
 EXCESS = 0.002
 """A λ is well placed if it keeps the requested share and at most `EXCESS` more, which is a fraction of the share's standard error."""
-
-LAST = 4
-"""If the curve is rough, computed λ fall short of the share. The last λ therefore aims above it by this factor times the shortfall."""
 
 STEPS = 1000
 """A placed λ is a multiple of 1 / STEPS, so that a command can name it."""
@@ -70,7 +67,8 @@ def against_shrink(
 ) -> ShrinkComparison | None:
     """Compare a variant with the shrink that keeps the same share of the learning; see `ShrinkComparison`.
 
-    Return None if the variant is the base, the adapter or a shrink, or if the measured shrinks do not enclose its share.
+    A variant that keeps more than every measured shrink is compared with the one that keeps most. Return None if the variant is the base,
+    the adapter or a shrink, or if the measured shrinks do not enclose its share.
 
     The error of a difference on general text combines three errors as independent: the difference's own error over sequences; the error
     of the variant's loss on the task's text, times the slope of the general loss against the task's loss along the shrinks; and the
@@ -83,6 +81,10 @@ def against_shrink(
         nodes.insert(0, (0.0, BASE_ROW))  # an approximation if the adapter has more than deltas
     losses = task.loss.sum(axis=1)
     above = [losses[row] - losses[variant] for _, row in nodes]
+    if nodes and min(above) > 0:  # it keeps more than every shrink
+        lam, row = min(nodes, key=lambda node: losses[node[1]])
+        differences = (general.loss_difference(variant, row), general.kl_difference(variant, row))
+        return ShrinkComparison(lam, (lam, lam), *differences, task.mean(task.right[variant] - task.right[row]))
     at = next((k for k in range(len(nodes) - 1) if above[k] * above[k + 1] <= 0), None)
     if at is None or len(nodes) < 3:
         return None
@@ -104,42 +106,28 @@ def against_shrink(
     return ShrinkComparison(lam, between, estimate(general.loss_of), estimate(general.kl_of), estimate(task.top1_of))
 
 
-def placed(
-    variants: Sequence[EvaluatedVariant], task: SequenceSums, keep: float, method: str = Shrink.name, last: bool = False
-) -> tuple[int, float | None]:
-    """Choose, among a method's measured λ and the adapter, the one that keeps a share of the learning and little more.
-
-    The measured shares are interpolated to find a λ that keeps slightly more than the share; it is rounded up. Repeated measuring is a
-    secant method: the nodes move closer, and the interpolation improves.
-
-    Parameters
-    ----------
-    last
-        Whether this is the last λ, which aims above the share by `LAST` times the shortfall of the nearest λ below it.
+def placed(variants: Sequence[EvaluatedVariant], task: SequenceSums, keep: float) -> float | None:
+    """Choose the λ of a shrink that keeps a share of the learning and little more, by interpolation between the measured shrinks.
 
     Returns
     -------
-    row, lambda
-        Row of the chosen variant, and a better λ to measure; None if the variant is well placed, if no λ of the method was measured, or if
-        all of them keep more than the share.
+    float or None
+        λ, rounded up; None if a measured shrink is well placed, or none was measured.
     """
-    nodes = [node for node in _by_lambda(variants, method) if 0 <= node[0] <= 1]
+    nodes = [node for node in _by_lambda(variants, Shrink.name) if 0 <= node[0] <= 1]
     if len(nodes) < 2:
-        return ADAPTER_ROW, None
-    if method == Shrink.name and nodes[0][0] > 0:
-        nodes.insert(
-            0, (0.0, BASE_ROW)
-        )  # approximately: an adapter may have more than deltas; what others keep at 0 is unknown
+        return None
+    if nodes[0][0] > 0:
+        nodes.insert(0, (0.0, BASE_ROW))  # approximately: an adapter may have more than deltas
     kept, values = [task.fraction(row).value for _, row in nodes], np.zeros(len(variants))
     values[[row for _, row in nodes]] = kept
     first = next(k for k, share in enumerate(kept) if share >= keep)  # at λ = 1 all is kept
     above = kept[first] - keep
     if first == 0 or above <= EXCESS:
-        return nodes[first][1], None
-    beyond = max(EXCESS / 2, LAST * (keep - kept[first - 1])) if last else EXCESS / 2
+        return None
     between = nodes[first - 1][0], nodes[first][0]
-    lam = rounded_up(_crossing(_nearest(nodes, first - 1), between, values, keep + min(beyond, above / 2)))
-    return nodes[first][1], lam if lam < nodes[first][0] else None
+    lam = rounded_up(_crossing(_nearest(nodes, first - 1), between, values, keep + min(EXCESS / 2, above / 2)))
+    return lam if lam < nodes[first][0] else None
 
 
 def rounded_up(lam: float) -> float:
@@ -284,7 +272,7 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
     compared = against_shrink(variants, general, task, best)
     if compared is not None and compared.verdict == "worse":
         shrinks = [v for v in forgets_less if variants[v].method == Shrink.name]
-        if not shrinks or placed(variants, task, keep)[1] is not None:
+        if not shrinks or placed(variants, task, keep) is not None:
             return Suggestion(None, "a shrink is better", keep, shrink=compared)
         best, compared = min(shrinks, key=lambda v: np.nansum(general.kl[v])), None
     return Suggestion(variants[best], "forgets least", keep, compared)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamer.evaluation.losses import VariantLosses
-from streamer.evaluation.suggestion import WORTH, ShrinkComparison, Suggestion, Trade, placed, rounded_up
+from streamer.evaluation.suggestion import WORTH, ShrinkComparison, Suggestion, Trade, rounded_up
 from streamer.measuring.result_file import ADAPTER_ROW, BASE_ROW, input_options
 from streamer.measuring.statistics import QUANTILES, Estimate, SequenceSums, telling
 from streamer.methods import NullSpace, RegMean, Shrink, takes_findings
@@ -262,15 +262,7 @@ def _reasons(evaluation: VariantLosses, suggestion: Suggestion) -> list[str]:
             f"base, {percent(general.kl_fraction(v))} of the adapter's; it {_trade(Trade.of(general, task, v))}"
         )
         if variant.method == Shrink.name:
-            methods = dict.fromkeys(v.method for v in evaluation.variants if v.mitigation_lambda is not None)
-            near = [
-                f"{name} {lam:g}"
-                for name in map(str, methods)
-                if (lam := placed(evaluation.variants, task, suggestion.keep, name)[1]) is not None
-                and not evaluation.lost(name, suggestion.keep)
-            ]
-            also = f"; not measured, and perhaps better: {', '.join(near)}" if near else ""
-            return [*lines, f"it is a shrink of the whole adapter{also}"]
+            return [*lines, "it is a shrink of the whole adapter"]
         if suggestion.shrink is None:
             lines.append(
                 "it was not compared with a shrink of the whole adapter: that needs --method shrink at two values of lambda"
@@ -285,6 +277,8 @@ def _shrink_line(found: ShrinkComparison) -> str:
         "not told apart": "it cannot be told apart from",
     }
     low, high = found.between
+    if low == high:
+        return f"{words[found.verdict]} shrink {low:g}, which keeps the most: general loss {cell(found.loss)}, KL {cell(found.kl)}"
     return (
         f"{words[found.verdict]} a shrink that keeps the same share (lambda {found.mitigation_lambda:.3f}, interpolated between {low:g} "
         f"and {high:g}): general loss {cell(found.loss)}, KL {cell(found.kl)}"

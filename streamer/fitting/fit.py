@@ -1,288 +1,69 @@
-"""Fit right factors to the inputs of modules, and write them to a file.
+"""Fit right factors to the inputs of modules in one sweep, choose among them by held-out sequences, and write them to a file.
 
-One pass collects inputs and solves for a grid of weights, whose results are measured; each share is interpolated between them. Then, at
-each share's weight, the model runs again, and each layer's factors are fitted to the inputs that the preceding layers produce with their
-new factors. A killed run repeats the collecting and correcting passes, which give the same values; measurements are in the journal.
-
-Run layers on workers, which make the same model from the inputs' addresses; share the memory with them.
-
-Divide the texts whose inputs are collected into groups of sequences, which take turns, and count the multiplications of a fit.
+General text runs through the base, task text through base + adapter, and both run through the model that is being repaired, once for each
+candidate: a weight μ of the general text. At each site every candidate's factors are fitted to the inputs that its own layers before
+produce. Held-out sequences ride along under the base, the adapter, the candidates and shrinks. For each share to keep, the candidate that
+diverges least from the base among those that keep it is chosen; if the next one keeps less, their factors are interpolated, and the result
+rides in a second sweep, beside the shrink that keeps as much.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from streamer.detection.matrices import choose_device, inputs_of
-from streamer.detection.options import Run
-from streamer.errors import UnsupportedError
-from streamer.events import Monitor
-from streamer.fitting.prepare import CORRECTIONS, ROWS, WEIGHTS, PreparedFit, columns_of_inputs
+from streamer.errors import NumericError, UnsupportedError
+from streamer.fitting.prepare import SHRINKS, PreparedFit
 from streamer.fitting.result import (
-    SHRINKS,
     Point,
     adapter_facts,
     doubts,
     factors_of,
     misses,
     replaced,
-    scaled,
     scaling_facts,
     set_facts,
     spooled,
-    through,
+    unchanged,
 )
-from streamer.linalg.moments import Moments, RowMoments, sketch_size
-from streamer.linalg.regmean import RIDGE, InputPair, WeightDelta, answers, corrected, is_direct
-from streamer.measuring.passes import RunProgress, measure_variants, needs_one_length, pass_cost
+from streamer.linalg.operators import LowRank
+from streamer.linalg.regmean import RIDGE, Refit, System, TextInputs, basis, refit, refit_one_hot
 from streamer.measuring.result_file import ADAPTER_ROW, BASE_ROW, Records, ResultFile, computing, stands
-from streamer.measuring.sequences import GENERAL, TASK, TextSequences
+from streamer.measuring.riders import (
+    Part,
+    Progress,
+    measured,
+    of_few_lengths,
+    padding_changes,
+    parts,
+    riders,
+    sweep_cost,
+)
+from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import SequenceSums
-from streamer.measuring.task import TRANSFORMERS_BYTES, kept_model, parts
 from streamer.methods import UNCHANGED, RegMean, Shrink
 from streamer.methods.fits import FIT, Coefficients, FactorSet, load_coefficients
-from streamer.plan.batch import AdapterBatch, MemoryEstimate, check_budget
 from streamer.plan.targets import Target
 from streamer.storage.files import limit_freed_memory
-from streamer.streaming.corrected import CorrectedModel
-from streamer.streaming.inputs import BaseInputModel, CollectingModel
-from streamer.streaming.model import ModelSize
-from streamer.streaming.run_time import (
-    GENERAL_AS,
-    GENERAL_CORRECTED,
-    TASK_AS,
-    TASK_CORRECTED,
-    Elsewhere,
-    Group,
-    LayerResult,
-    LayerRun,
-)
+from streamer.streaming.run_time import WeightSource
 from streamer.streaming.spool import Spool, Spooled
-from streamer.streaming.values import ADAPTER, BASE, Variant, VariantSet
+from streamer.streaming.sweep import Group, Site, SweepModel, same_inputs
+from streamer.streaming.values import ADAPTER, BASE, Variant
 from streamer.units import counted, listed
-from streamer.workers import Packed, Task, kept
 
-_models: dict[Any, CollectingModel] = {}
+GENERAL_STREAM, TASK_STREAM = 0, 1
+"""Streams of the texts through the base, and through base + adapter; those of candidate k are the same numbers + 2 (k + 1)."""
 
-
-@dataclass(frozen=True)
-class LayerTask(Task[Packed[LayerResult | None]]):
-    """A layer of a model, with an adapter or of the base alone, on some sequences.
-
-    Attributes
-    ----------
-    rounds_products, device
-        See `VariantSet`; the device is given by name.
-    """
-
-    rounds_products: bool
-    device: str
-    layer: str
-    run: Packed[LayerRun]
-
-    @property
-    def name(self) -> str:
-        """Name the layer."""
-        return self.layer
-
-    def do(self, batch: AdapterBatch, monitor: Monitor) -> Packed[LayerResult | None]:
-        """Run the layer on a model that the process keeps for later layers; check that no input changed."""
-        (plan,) = batch.plans
-        kind = CorrectedModel if plan.targets else BaseInputModel
-
-        def make() -> CollectingModel:
-            return kind(plan, rounds_products=self.rounds_products, device=choose_device(self.device))
-
-        with kept_model(_models, (kind, self.rounds_products, self.device), plan, make) as model:
-            result = Packed(model.run_layer(self.run.value))
-            plan.check_unchanged()
-        return result
-
-
-def layers_on_workers(job: VariantSet, run: Run, threads: int) -> Elsewhere | None:
-    """Return a function that runs layers on workers; None if there are no workers."""
-    workers = run.workers
-    if workers is None:
-        return None
-    inputs = inputs_of(AdapterBatch(job.plan.base, (job.plan,)), run)
-    common = inputs, threads, job.rounds_products, str(job.device)
-
-    def elsewhere(runs: Mapping[int, LayerRun]) -> Iterator[tuple[int, LayerResult | None]]:
-        tasks = {number: LayerTask(*common, one.layer, Packed(one)) for number, one in runs.items()}
-        with contextlib.closing(workers.run(tasks, run.monitor, lambda _number: None)) as stream:
-            for number, found in stream:
-                yield number, found.value
-
-    return elsewhere
-
-
-def shared_memory(
-    run: Run, max_memory: int | None, size: ModelSize, tokens: int, need: MemoryEstimate, carried: int = 0
-) -> int | None:
-    """Divide the allowed memory among this process, which solves, and workers that run layers, if any; see `Workers.budget`.
-
-    Parameters
-    ----------
-    tokens
-        Tokens of all texts that run: a layer's inputs exist once more while they are sent to workers.
-    need
-        The largest indivisible step.
-    carried
-        Additional bytes sent with a task.
-    """
-    if run.workers is None:
-        return max_memory
-    carried += 4 * ROWS * size.layer_width
-    own = TRANSFORMERS_BYTES + 4 * tokens * size.hidden + (1 + run.workers.at_once) * carried
-    return run.workers.budget(max_memory, own, [replace(need, nbytes=need.nbytes + 2 * carried)], computes=True)
-
-
-def shared(prepared: PreparedFit) -> PreparedFit:
-    """Divide the allowed memory among this process and its workers, if any; see `Workers.budget`."""
-    carried = 4 * max(len(WEIGHTS), len(prepared.options.keep)) * prepared.right_values
-    size, tokens = prepared.model.size, 2 * prepared.fitted_tokens
-    budget = shared_memory(prepared.run, prepared.max_memory, size, tokens, prepared.least, carried)
-    return replace(prepared, max_memory=budget)
-
-
-RUNS_CORRECTED = 2
-"""Runs of a layer for its correction: up to each of its inputs, and to its end."""
-
-STEPS = 150
-"""Approximate number of conjugate gradient steps to solve by products."""
-
-FLOAT64_COST = 5
-"""Most multiplications in float32 that need the time of one in float64 for moments and their factors."""
-
-CORRECTED = GENERAL_CORRECTED, TASK_CORRECTED
-
-Divided = tuple[TextSequences, int]
-"""Sequences that run together, and their stream, such as `GENERAL_AS`."""
-
-LENGTHS = 32
-"""Most different lengths of a text's sequences while inputs are collected: a group of each length runs in its own thread."""
-
-
-def of_few_lengths(text: TextSequences) -> TextSequences:
-    """Cut the ends of sequences, if necessary, so that they have at most `LENGTHS` lengths: sequences of one length run together.
-
-    It drops the length that costs the fewest tokens, again and again.
-    """
-    counts = Counter(len(ids) for ids in text.ids)
-    while len(counts) > LENGTHS:
-        _, size, below = min((counts[size] * (size - below), size, below) for below, size in pairwise(sorted(counts)))
-        counts[below] += counts.pop(size)
-    kept = sorted(counts)
-    sizes = [kept[bisect_right(kept, len(ids)) - 1] for ids in text.ids]
-    cut = tuple(ids[:n] for ids, n in zip(text.ids, sizes, strict=True))
-    return TextSequences(cut, tuple(c[:n] for c, n in zip(text.counted, sizes, strict=True)), text.name)
-
-
-def divided(prepared: PreparedFit, streams: Mapping[int, str]) -> list[Divided]:
-    """Divide the texts of each stream into groups of one length."""
-    found: list[Divided] = []
-    for stream, name in streams.items():
-        whole = of_few_lengths(prepared.texts[name].fitted)
-        short = parts(whole, range(len(whole.ids)), prepared.rows_of_inputs, prepared.model.size.short, True)
-        found += [(whole.take(rows), stream) for rows in short]
-    return found
-
-
-def group_costs(prepared: PreparedFit, groups: Sequence[Divided]) -> list[int]:
-    """Count the multiplications of groups that take turns, plus each group's part, by its tokens, of solving between layers."""
-    corrects = any(stream in CORRECTED for _, stream in groups)
-    solving = _solving_cost(prepared, 1 if corrects else len(WEIGHTS))
-    tokens = [len(text.ids) * text.longest for text, _ in groups]
-    runs = [_runs(stream) for _, stream in groups]
-    return [
-        pass_cost(prepared.model.size, text, times, times) + solving * own // sum(tokens)
-        for (text, _), times, own in zip(groups, runs, tokens, strict=True)
-    ]
-
-
-def _solving_cost(prepared: PreparedFit, weights: int) -> int:
-    """Count the multiplications to solve for this many weights; float64 costs up to `FLOAT64_COST` beyond the caches."""
-    tokens, count = prepared.fitted_tokens, 0
-    for n, columns in columns_of_inputs(prepared.plan):
-        if is_direct(n, prepared.matrices_bytes):
-            count += min(FLOAT64_COST, max(1, n // 800)) * (tokens * n * n + weights * n**3 // 3)
-        else:
-            count += 2 * tokens * n * (sketch_size(n) + STEPS * columns * weights)
-    return count
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Multiplications of each expected group whose inputs are collected, and of each pass over the held-out sequences.
-
-    Attributes
-    ----------
-    variants
-        Most models that run in such a pass, including the base.
-    """
-
-    groups: list[int]
-    passes: list[int]
-    variants: int
-
-
-def expected_costs(prepared: PreparedFit) -> Costs:
-    """Count the pass that collects inputs, the corrections, and the passes that measure shrinks, the grid, and each share twice."""
-    count = len(prepared.options.keep)
-    measured = [2 + len(SHRINKS) + len(prepared.scaling), 1 + len(WEIGHTS), *[1 + count] * 2]
-    measured += [2] * (CORRECTIONS + 1) * count
-    before = {GENERAL_AS: GENERAL, TASK_AS: TASK}
-    again = {**before, GENERAL_CORRECTED: GENERAL, TASK_CORRECTED: TASK}
-    once, corrected = (group_costs(prepared, divided(prepared, streams)) for streams in (before, again))
-    passes = [
-        pass_cost(prepared.model.size, prepared.texts[one.text].held_out.take(one.sequences), 1 + len(one.variants))
-        for variants in measured
-        for one in prepared.passes(variants)
-    ]
-    return Costs(once + CORRECTIONS * count * corrected, passes, max(measured))
-
-
-def groups_of(prepared: PreparedFit, progress: RunProgress, streams: Mapping[int, str]) -> list[Group]:
-    """Make the groups of the texts of each stream."""
-    groups = divided(prepared, streams)
-    hooks = progress.readings(group_costs(prepared, groups), [_runs(stream) for _, stream in groups])
-    return [Group(*one, hook) for one, hook in zip(groups, hooks, strict=True)]
-
-
-def advance(prepared: PreparedFit, progress: RunProgress, groups: Sequence[Group]) -> None:
-    """Count groups as done."""
-    for cost in group_costs(prepared, [(group.text, group.stream) for group in groups]):
-        progress.advance(cost)
-
-
-def _runs(stream: int) -> int:
-    """Return the number of runs of each layer."""
-    return RUNS_CORRECTED if stream in CORRECTED else 1
-
-
-ROUNDS = 3
-"""Most interpolations that are measured for a share, by a secant rule."""
-
-STEP = 1.5
-"""Factor between the weights of two corrections, between which the requested share is interpolated."""
-
-CLOSE = 0.01
-"""A corrected point may replace an uncorrected one if it keeps the requested share to within this."""
-
-EXACT = 0.003
-"""An interpolation is accepted if it keeps the requested share to within this."""
+MARGIN = 0.005
+"""An interpolation aims above the share by this much."""
 
 
 def checked_file(prepared: PreparedFit, output: Path) -> ResultFile:
@@ -290,7 +71,7 @@ def checked_file(prepared: PreparedFit, output: Path) -> ResultFile:
     file = ResultFile(output, FIT.what, "this very fit", "coefficients.safetensors", prepared.plan, prepared.run, prepared.facts,
                       lambda path: stands(path, FIT, prepared.facts, load_coefficients))  # fmt: skip
     file.check_path()
-    check_budget([prepared.least], prepared.max_memory, ", and less with fewer --sequences")
+    _ = prepared.limits
     return file
 
 
@@ -308,7 +89,165 @@ def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
         made = FitRun(prepared, records, output.parent).result()
         prepared.plan.check_unchanged()
         made.save(output, overwrite=True)  # `state` has already approved replacing an existing file
-    return made
+    return replace(made, source=output)
+
+
+def fit_groups(prepared: PreparedFit) -> list[Group]:
+    """Divide the texts to fit on into groups of one length, for each stream."""
+    found, rows, size = [], prepared.limits.rows, prepared.model.size
+    for stream in range(2 + 2 * len(prepared.options.weights)):
+        text = of_few_lengths(prepared.texts[(GENERAL, TASK)[stream % 2]].fitted)
+        # The variants of the sweep are the base, the adapter, and the candidates.
+        variant = stream if stream < 2 else stream // 2 + 1
+        for own in parts(text, range(len(text.ids)), rows, size.short, True):
+            found.append(Group(text.take(own).padded_ids, variant, stream))
+    return found
+
+
+@dataclass
+class Solver:
+    """Fits each site's matrices for every candidate.
+
+    Attributes
+    ----------
+    model
+        The model, whose sweep calls this object at each site.
+    tokens
+        Tokens of the general and of the task's text.
+    places
+        For each matrix, the places of the candidates' right factors in the spool.
+    raised
+        Matrices whose ridge was raised.
+    """
+
+    model: SweepModel
+    weights: Sequence[float]
+    tokens: tuple[int, int]
+    spool: Spool
+    places: dict[str, list[Spooled]] = field(default_factory=dict)
+    raised: list[str] = field(default_factory=list)
+    _seen: tuple[list[Tensor], dict[int, Tensor], list[System]] = field(default_factory=lambda: ([], {}, []))
+
+    def __call__(self, site: Site, inputs: Mapping[Group, Tensor]) -> None:
+        """Fit the factors of all matrices at a site; see `SweepModel.run`."""
+        plan = self.model.job.plan
+        pairs = [(target, factors_of(plan, target)) for target in site.matrices]
+        for target, delta in pairs:
+            if delta.is_zero():
+                self._write(target, [delta.R] * len(self.weights))
+            elif target.tensor in self.places:
+                raise UnsupportedError(
+                    f"{target.tensor!r}: its module runs in several layers, which fit does not support; use `mitigate --method shrink`"
+                )
+        if site.size is not None:
+            streams = self._joined(inputs)
+            task, general = (
+                torch.bincount(streams[stream], minlength=site.size).double() / self.tokens[stream]
+                for stream in (TASK_STREAM, GENERAL_STREAM)
+            )
+            for target, delta in pairs:
+                self._write(target, [refit_one_hot(delta.R, task, general, mu) for mu in self.weights])
+            return
+        streams, systems = self._systems(inputs, site.matrices[0].tensor)
+        # An expert receives other tokens once its router's inputs have changed, or the same in another order: they have no counterparts.
+        expert = not site.order[0] or any(target.module.layer_kind == "expert" for target in site.matrices)
+        whole = not expert and all(len(x) == self.tokens[stream % 2] for stream, x in streams.items())
+        for target, delta in pairs if systems else ():
+            if not delta.is_zero() and (rights := self._refit(target, delta, streams, systems, whole)) is not None:
+                self._write(target, rights)
+
+    def factors(self) -> Mapping[str, Callable[[], Tensor]]:
+        """Return readers of all factors found so far, by matrix and candidate."""
+        found: dict[str, Callable[[], Tensor]] = {f"{name}/{k:03}": partial(self._read, place)
+                 for name, places in self.places.items() for k, place in enumerate(places)}  # fmt: skip
+        return found | {f"{name}/raised": partial(torch.zeros, 1) for name in self.raised}
+
+    def _read(self, place: Spooled) -> Tensor:
+        return self.spool.read(place)[0]
+
+    def restore(self, factors: Mapping[str, Tensor]) -> None:
+        """Take over the factors of an earlier run."""
+        for key, right in sorted(factors.items()):
+            name, _, number = key.rpartition("/")
+            if number == "raised":
+                self.raised.append(name)
+            else:
+                self.places.setdefault(name, []).append(self.spool.write([right]))
+
+    def _write(self, target: Target, rights: Sequence[Tensor]) -> None:
+        self.places[target.tensor] = [self.spool.write([right.to(torch.float32)]) for right in rights]
+
+    def _joined(self, inputs: Mapping[Group, Tensor]) -> dict[int, Tensor]:
+        """Join the inputs of each stream's groups, in their order."""
+        found: dict[int, list[Tensor]] = {}
+        for group, x in inputs.items():
+            found.setdefault(group.stream or 0, []).append(x)
+        return {stream: own[0] if len(own) == 1 else torch.cat(own) for stream, own in found.items()}
+
+    def _systems(self, inputs: Mapping[Group, Tensor], name: str) -> tuple[dict[int, Tensor], list[System]]:
+        """Return the inputs by stream, and each candidate's system; none if a text did not reach the site.
+
+        Matrices that follow each other and share their inputs, such as q, k and v, share the systems.
+        """
+        tensors = list(inputs.values())
+        if same_inputs(self._seen[0], tensors):
+            return self._seen[1:]
+        self._seen = [], {}, []
+        streams = self._joined(inputs)
+        needed = range(2 + 2 * len(self.weights))
+        if not all(stream in streams and bool(streams[stream].any()) for stream in needed):
+            return streams, []
+        if not all(math.isfinite(float(torch.linalg.vector_norm(x))) for x in streams.values()):
+            raise NumericError(f"{self.model.job.plan.base.path}: the inputs of {name!r} are NaN or Inf on the texts")
+        systems = [
+            System(streams[2 * k + 3], streams[2 * k + 2], (self.tokens[1], self.tokens[0]), mu)
+            for k, mu in enumerate(self.weights)
+        ]
+        self._seen = tensors, streams, systems
+        return streams, systems
+
+    def _refit(
+        self, target: Target, of: LowRank, streams: Mapping[int, Tensor], systems: Sequence[System], whole: bool
+    ) -> list[Tensor] | None:
+        (Q, T), R = basis(of.L), of.R
+        device = self.model.job.device
+        P = self._through(target, Q.to(device)) if whole else torch.empty(0)
+        delta = Refit(R, T, (R.double() @ T.T).to(device), P)
+        rights = []
+        for k, (mu, system) in enumerate(zip(self.weights, systems, strict=True)):
+            texts = []
+            for text in (GENERAL_STREAM, TASK_STREAM):
+                now = streams[2 * (k + 1) + text]
+                texts.append(TextInputs(streams[text] if whole else now, now, self.tokens[text]))
+            found = refit(delta, texts[TASK_STREAM], texts[GENERAL_STREAM], mu, system)
+            if found is None:
+                self.raised.append(target.tensor)
+                return None
+            right, ridge = found
+            if ridge > RIDGE and target.tensor not in self.raised:
+                self.raised.append(target.tensor)
+            rights.append(right)
+        return rights
+
+    def _through(self, target: Target, Q: Tensor) -> Tensor:
+        """Compute ``Wᵀ Q`` (n, k) of a target's weight W and Q (m, k), with products in float32."""
+        values, n = self.model.values, target.module.shape[1]
+        out, at, Q32 = Q.new_zeros(n, Q.shape[1]), 0, Q.float()
+        source = WeightSource(target.slices)
+        size = sum(values.weight_of(slice_, ADAPTER_ROW).matrix[0] for slice_ in target.slices)
+        for i, j, rows in values.blocks(source, ADAPTER_ROW, 0, size):
+            if target.transposed:
+                out[i:j] = (rows @ Q32).double()
+            else:
+                out += (rows.T @ Q32[i:j]).double()
+            at = j
+        assert at == size
+        return out
+
+
+def _lost(kept: float) -> float:
+    """Return a figure that rises nearly in proportion to a change of the factors: the loss rises as its square from the adapter on."""
+    return math.sqrt(max(0.0, 1 - kept))
 
 
 class FitRun:
@@ -323,11 +262,9 @@ class FitRun:
     """
 
     def __init__(self, prepared: PreparedFit, records: Records, directory: Path | None) -> None:
-        self.records, self.monitor, self.directory = records, prepared.run.monitor, directory
-        self._divide(prepared)
-        self.raised: list[str] = []
-        self.uncorrected: set[str] = set()
-        self._requests = 0
+        self.prepared, self.records, self.monitor, self.directory = prepared, records, prepared.run.monitor, directory
+        self.model = prepared.model
+        self.model.directory = directory
         self._rows: dict[str, Mapping[str, SequenceSums]] = {}
 
     def result(self) -> Coefficients:
@@ -339,200 +276,118 @@ class FitRun:
         if prepared.max_memory is not None:
             limit_freed_memory()
         spool = Spool(self.directory)
+        self.progress = Progress(self.monitor, self.model.size, "fit")
         try:
-            with kept(prepared.run.workers), computing(self.records.threads, self.monitor):
-                self._check_logits()
-                self.progress.resume(self.records.taken_up)
-                baseline = [Variant.of(Shrink(lam)) for lam in SHRINKS]
-                self._measure_new([Variant(ADAPTER, UNCHANGED), *baseline, *prepared.scaling])
+            with computing(self.records.threads, self.monitor):
+                one_length = prepared.one_length or padding_changes(
+                    self.model, [part.text for part in self._parts(prepared.one_length, 1)], self.monitor.checkpoint
+                )
+                solver, points, unseen = self._swept(spool, one_length)
                 of_adapter = adapter_facts(*self._sums([]), prepared.texts[TASK].whole.name)
                 self.monitor.warn(doubts(of_adapter))
-                job = prepared.model.job
-                model = CorrectedModel(plan, rounds_products=job.rounds_products, directory=self.directory, device=job.device,
-                                       elsewhere=layers_on_workers(job, prepared.run, self.records.threads))  # fmt: skip
-                points, unseen = self._solved(model, spool)
-                found = [
-                    (keep, self._corrected(model, spool, keep, point)) for keep, point in self._interpolated(points)
-                ]
+                chosen = self._chosen(points, one_length)
                 self.progress.finish()
-                names = [*(one.name for one in baseline), *(point.name for _, point in found)]
+                names = [*(Shrink(lam).label for lam in SHRINKS), *(point.name for _, point in chosen)]
                 facts = {
-                    **prepared.facts, "ridge": RIDGE, "raised": self.raised, "unseen": unseen,
-                    "uncorrected": sorted(self.uncorrected), **of_adapter,
+                    **prepared.facts, "ridge": RIDGE, "raised": solver.raised, "unseen": unseen, **of_adapter,
                     **scaling_facts(prepared.scaling, lambda name: self._sums([name])),
-                    "sets": set_facts(*self._sums(names), found),
+                    "sets": set_facts(*self._sums(names), chosen),
                 }  # fmt: skip
-                if self.uncorrected:
-                    count, first = counted(len(self.uncorrected), "matrix"), listed(map(repr, sorted(self.uncorrected)))
-                    self.monitor.warn(
-                        (f"a correction would have made {count} too large, {first}: they keep the first pass' factors",)
-                    )
                 self.monitor.warn(misses(facts))
                 tensors = [target.tensor for target in plan.targets]
                 made = tuple(
                     FactorSet(keep, {tensor: point.factors[tensor].clone() for tensor in tensors})
-                    for keep, point in found
+                    for keep, point in chosen
                 )
         finally:
             spool.close()
         return Coefficients(made, facts)
 
-    def _divide(self, prepared: PreparedFit) -> None:
-        """Divide the work into passes, and start counting."""
-        self.prepared, self.progress = prepared, RunProgress(self.monitor, prepared.model.size, "fit")
-        expected = expected_costs(prepared)
-        self.progress.expect([*expected.groups, *expected.passes])
+    def _parts(self, one_length: bool, variants: int) -> list[Part]:
+        return riders(self.prepared.held_out, variants, self.model.size, self.prepared.limits.rows, one_length)
 
-    def _check_logits(self) -> None:
-        """Check the logits, and divide the work again if they show that only sequences of one length may run together."""
-        own = self.prepared
-        one_length = needs_one_length(own.model.job, own.one_length, own.groups, self.records, self.progress)
-        if one_length != own.one_length:
-            self._divide(replace(own, one_length=one_length))
-
-    def _solved(self, model: CorrectedModel, spool: Spool) -> tuple[list[Point], list[str]]:
-        """Collect the inputs' moments and solve for each weight; also list matrices that some text never reached: their delta stays."""
-        prepared, plan = self.prepared, self.prepared.plan
-        places: dict[str, Sequence[Spooled]] = {}
-
-        def complete(targets: list[Target], moments: Mapping[int, Moments]) -> None:
-            self.monitor.checkpoint()
-            factors = [(delta.L, delta.R) for delta in (factors_of(plan, target) for target in targets)]
-            rights, ridge = answers(
-                factors, moments[TASK_AS], moments[GENERAL_AS], WEIGHTS, targets[0].tensor, prepared.matrices_bytes
+    def _swept(self, spool: Spool, one_length: bool) -> tuple[Solver, list[Point], list[str]]:
+        """Fit all candidates in one sweep, in which they, the adapter and shrinks ride; also list matrices that a text never reached."""
+        prepared, plan, model = self.prepared, self.prepared.plan, self.model
+        weights, as_is = prepared.options.weights, unchanged(plan)
+        fitted = fit_groups(prepared)
+        tokens = [
+            sum(group.rows for group in fitted if group.stream == stream) for stream in (GENERAL_STREAM, TASK_STREAM)
+        ]
+        solver = Solver(model, weights, (tokens[0], tokens[1]), spool)
+        points = [Point(mu, replaced(spooled(spool, solver.places, k), as_is)) for k, mu in enumerate(weights)]
+        variants = [Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *map(self._variant, points)]
+        variants += [*(Variant.of(Shrink(lam)) for lam in SHRINKS), *prepared.scaling]
+        held_out = self._parts(one_length, len(variants))
+        self._measure(variants, held_out, fitted, solver)
+        solver.raised = sorted({*solver.raised})
+        unseen = sorted({target.tensor for target in plan.targets} - solver.places.keys() - {*solver.raised})
+        if whole := sorted(model.whole - solver.places.keys()):
+            raise UnsupportedError(
+                f"{plan.base.path}: the weights of {len(whole)} matrices are not used by a matrix product or look-up (a "
+                f"convolution, for example; first: {whole[0]!r}), so their inputs cannot be collected; use `mitigate --method shrink`"
             )
-            if ridge > RIDGE:
-                self.raised += [target.tensor for target in targets]
-            for target, mine in zip(targets, rights, strict=True):
-                places[target.tensor] = [spool.write([right.to(torch.float32)]) for right in mine]
+        if unseen:
+            self.monitor.warn((f"{counted(len(unseen), 'matrix')} received no tokens from one of the texts, and the delta there is kept: "
+                               f"{listed(map(repr, unseen))}",))  # fmt: skip
+        if solver.raised:
+            self.monitor.warn((f"the texts are short for the inputs of {counted(len(solver.raised), 'matrix')}, "
+                               f"{listed(map(repr, solver.raised))}: the ridge was raised; more text may forget less",))  # fmt: skip
+        return solver, [Point(0.0, as_is), *points], unseen
 
-        groups = groups_of(self.prepared, self.progress, {GENERAL_AS: GENERAL, TASK_AS: TASK})
-        model.collect(groups, complete)
-        advance(self.prepared, self.progress, groups)
-        plan.check_unchanged()
-        if model.unseen:
-            count, first = counted(len(model.unseen), "matrix"), listed(map(repr, model.unseen))
-            self.monitor.warn(
-                (f"{count} received no tokens from one of the texts, and the delta there is kept: {first}",)
-            )
-        if self.raised:
-            self.monitor.warn((f"the texts are short for the inputs of {counted(len(self.raised), 'matrix')}, "
-                               f"{listed(map(repr, self.raised))}: the ridge was raised; more text may forget less",))  # fmt: skip
-        as_is = scaled(plan, 1.0)
-        for tensor in model.unseen:
-            places[tensor] = [spool.write([as_is[tensor]])] * len(WEIGHTS)
-        points = [Point(mu, spooled(spool, places, number)) for number, mu in enumerate(WEIGHTS)]
-        return [Point(0.0, as_is), *points, Point(math.inf, scaled(plan, 0.0))], model.unseen
+    def _chosen(self, points: Sequence[Point], one_length: bool) -> list[tuple[float, Point]]:
+        """Choose for each share the candidate that diverges least among those that keep it, or one between two candidates.
 
-    def _corrected(self, model: CorrectedModel, spool: Spool, keep: float, point: Point) -> Point:
-        """Fit each layer to the preceding ones' outputs, at two weights if needed; return the result if better and close to the share."""
-        if not 0 < point.weight < math.inf or not model.corrects:
-            return point
-        try:
-            made = [self._correct(model, spool, point, point.weight)]
-            if abs((kept := self._kept(made[0])) - keep) > EXACT:
-                made.append(self._correct(model, spool, point, point.weight * (STEP if kept > keep else 1 / STEP)))
-                other = self._kept(made[1])
-                t = min(2.0, max(0.0, (kept - keep) / (kept - other))) if kept != other else 0.5
-                made.append(made[0].towards(made[1], t))
-                self._measure_new([self._variant(made[2])])
-        except UnsupportedError as e:
-            self.monitor.warn((f"{e}: the factors are not corrected",))
-            return point
-        best = min(made, key=lambda one: abs(self._kept(one) - keep))
+        Parameters
+        ----------
+        points
+            The adapter and the candidates, by rising weight.
+        """
+        options: dict[float, list[Point]] = {}
+        new: list[Variant] = [Variant(BASE, None)]
+        for keep in self.prepared.options.keep:
+            own = options[keep] = [point for point in points[1:] if self._kept(point) >= keep]
+            pairs = [(a, b) for a, b in pairwise(points) if self._kept(a) >= keep > self._kept(b)]
+            if pairs:
+                a, b = pairs[-1]
+                above, wanted, below = (_lost(kept) for kept in (self._kept(a), keep + MARGIN, self._kept(b)))
+                own.append(a.towards(b, max(0.0, (wanted - above) / (below - above))))
+                new.append(self._variant(own[-1]))
+        if len(new) > 1:
+            self._measure(new, self._parts(one_length, len(new)))
 
-        def left(one: Point) -> float:
-            return float(self._sums([one.name])[0].kl[ADAPTER_ROW + 1].sum())
+        def divergence(point: Point) -> float:
+            return float(self._sums([point.name])[0].kl[ADAPTER_ROW + 1].sum())
 
-        return best if left(best) < left(point) and abs(self._kept(best) - keep) <= CLOSE else point
-
-    def _correct(self, model: CorrectedModel, spool: Spool, point: Point, weight: float) -> Point:
-        """Run and correct the model at a weight, starting from a point's factors, and measure the result."""
-        plan = self.prepared.plan
-        places: dict[str, Sequence[Spooled]] = {}
-        made = replaced(spooled(spool, places, 0), point.factors)
-
-        def replaced_by(targets: Sequence[Target], moments: Mapping[int, RowMoments]) -> None:
-            self.monitor.checkpoint()
-            pairs = [(t, delta) for t in targets if not (delta := factors_of(plan, t)).is_zero()]
-            if not pairs:
-                return
-            own = [WeightDelta(delta.L, delta.R, partial(through, plan, t)) for t, delta in pairs]
-            task, general = (
-                InputPair(moments[a], moments[b])
-                for a, b in ((TASK_AS, TASK_CORRECTED), (GENERAL_AS, GENERAL_CORRECTED))
-            )
-            rights = corrected(own, task, general, weight, self.prepared.matrices_bytes)
-            if rights is None:
-                self.uncorrected.update(target.tensor for target, _ in pairs)
-                return
-            for (target, _), right in zip(pairs, rights, strict=True):
-                places[target.tensor] = [spool.write([right.to(torch.float32)])]
-
-        groups = groups_of(
-            self.prepared,
-            self.progress,
-            {GENERAL_AS: GENERAL, TASK_AS: TASK, GENERAL_CORRECTED: GENERAL, TASK_CORRECTED: TASK},
-        )
-        model.correct(groups, made, replaced_by)
-        advance(self.prepared, self.progress, groups)
-        plan.check_unchanged()
-        found = Point(weight, made, corrected=True)
-        self._measure_new([self._variant(found)])
-        return found
-
-    def _interpolated(self, points: Sequence[Point]) -> list[tuple[float, Point]]:
-        """Find for each share the point that keeps it, between two measured points, and measure it."""
-        keeps = self.prepared.options.keep
-        self._measure_new([self._variant(point) for point in points[1:-1]])
-        known = {keep: [(self._kept(point), point) for point in points] for keep in keeps}
-        found: dict[float, Point] = {}
-        for _ in range(ROUNDS):
-            asked: dict[float, Point] = {}
-            for keep, own in known.items():
-                at = max(i for i, (kept, _) in enumerate(own[:-1]) if kept >= keep or i == 0)
-                (above, a), (below, b) = own[at], own[at + 1]
-                t = min(1.0, max(0.0, (above - keep) / (above - below))) if above > below else 0.5
-                if keep not in found or abs(self._kept(found[keep]) - keep) > EXACT:
-                    asked[keep] = found[keep] = a.towards(b, t)
-            if not asked:
-                break
-            self._measure_new([self._variant(point) for point in asked.values()])
-            for keep, point in asked.items():
-                kept, own = self._kept(point), known[keep]
-                at = next((i for i, (_, other) in enumerate(own) if other.weight > point.weight), len(own) - 1)
-                own.insert(at, (kept, point))
-        for keep, own in known.items():  # if the curve is rough, the last point is not always the nearest
-            found[keep] = min((abs(kept - keep), i, point) for i, (kept, point) in enumerate(own[1:]))[2]
-        return [(keep, found[keep]) for keep in keeps]
+        chosen = []
+        for keep, own in options.items():
+            enough = [point for point in own if self._kept(point) >= keep] or own
+            chosen.append((keep, min(enough, key=divergence)))
+        return chosen
 
     def _variant(self, point: Point) -> Variant:
         return Variant(point.name, RegMean(coefficients=FactorSet(1.0, point.factors)))
 
     def _kept(self, point: Point) -> float:
         """Return the share of the learning that a point keeps."""
-        if point.weight == 0:
-            return 1.0
-        return self._sums([point.name])[1].fraction(ADAPTER_ROW + 1).value
+        return 1.0 if point.weight == 0 else self._sums([point.name])[1].fraction(ADAPTER_ROW + 1).value
 
-    def _measure_new(self, variants: Sequence[Variant]) -> None:
-        """Measure together those variants that were not measured yet."""
-        new = [Variant(BASE, None), *(v for v in variants if v.name not in self._rows)]
-        if len(new) == 1:
-            return
-        self._requests += 1
-        names = json.dumps([variant.name for variant in new])
-        own = self.prepared
-
-        def job(chosen: tuple[Variant, ...]) -> VariantSet:
-            return replace(own.model.job, variants=chosen, findings=own.findings)
-
-        whole = measure_variants(
-            own.passes(len(new)), own.held_out, new, job, lambda i: f"{self._requests}.{i} {names}", self.records,
-            self.progress, own.run,
-        )  # fmt: skip
-        for row, variant in enumerate(new):
-            self._rows.setdefault(variant.name, {text: of.take([row]) for text, of in whole.items()})
+    def _measure(self, variants: Sequence[Variant], held_out: Sequence[Part], fitted: Sequence[Group] = (),
+                 solver: Solver | None = None) -> None:  # fmt: skip
+        """Run a sweep in which variants, the base first, ride."""
+        own, model = self.prepared, self.model
+        rows = sum(group.rows for group in (*fitted, *(g for part in held_out for g in part.groups)))
+        self.progress.expect(
+            sweep_cost(model.size, rows, len(fitted) + len(held_out) * len(variants)), len(model.layers) + 1
+        )
+        model.use(replace(model.job, variants=tuple(variants), findings=own.findings))
+        # The file stays that of the first sweep, which a run that is killed in the second one needs again.
+        states = None if solver is None else self.records.states(json.dumps([variant.name for variant in variants]))
+        if states is not None and solver is not None:
+            states.factors, states.restore = solver.factors, solver.restore
+        sums = measured(model, own.held_out, held_out, self.progress, own.limits, fitted, solver, states)
+        for row, variant in enumerate(variants):
+            self._rows.setdefault(variant.name, {text: of.take([row]) for text, of in sums.items()})
 
     def _sums(self, names: Sequence[str]) -> tuple[SequenceSums, SequenceSums]:
         """Return the sums on both texts for the base, the unchanged adapter, and measured variants."""

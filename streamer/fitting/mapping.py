@@ -1,10 +1,11 @@
-"""Map a base's inputs: open and check the files, run general text through the base, and keep the leading vectors of each input.
+"""Map a base's inputs: open and check the files, sweep general text through the base, and keep the leading vectors of each input.
 
 A killed run starts over and gives the same bytes: the map is one file, written at the end.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -15,29 +16,23 @@ import torch
 from torch import Tensor
 
 from streamer.detection.options import Run
-from streamer.errors import UnsupportedError, UsageError
+from streamer.errors import NumericError, UnsupportedError, UsageError
 from streamer.evaluation.losses import ProductDtype, check_dtype
-from streamer.fitting.fit import layers_on_workers, of_few_lengths, shared_memory
-from streamer.fitting.prepare import INPUT_COPIES, ROWS, collecting_bytes, states_bytes
 from streamer.json_types import Count, OutputPath, Sha256, TensorName
 from streamer.json_types import State as Done
-from streamer.linalg.moments import MORE, ROUNDS, Moments, OneHotMoments, leading_vectors
-from streamer.measuring.passes import RunProgress, pass_cost
+from streamer.linalg.moments import MORE, ROWS, leading_vectors
 from streamer.measuring.result_file import Records, ResultFile, State, computing, model_facts, stands, with_digest
+from streamer.measuring.riders import Limits, Progress, Work, of_few_lengths, parts, sweep_cost
 from streamer.measuring.sequences import TextSequences, tokenizer_directory
-from streamer.measuring.task import parts, rows_within
 from streamer.measuring.texts import read_text, sample_digest
 from streamer.methods.maps import MAP, VECTORS, InputMap, MappedInput, load_map
-from streamer.plan.batch import AdapterBatch, MemoryEstimate, resident_bytes
+from streamer.plan.batch import AdapterBatch, resident_bytes
 from streamer.plan.plan import Plan, make_base_plan
 from streamer.storage.files import BaseIdentity, limit_freed_memory
-from streamer.streaming.inputs import BaseInputModel, BaseMatrix
-from streamer.streaming.model import StreamingModel, require_transformers
-from streamer.streaming.run_time import GENERAL_AS, Group
-from streamer.streaming.spool import ROWS as ROWS_OF_INPUTS
+from streamer.streaming.model import require_transformers
+from streamer.streaming.sweep import LOOKED_UP, BaseMatrix, BaseWatch, Group, Site, SweepModel, same_inputs
 from streamer.streaming.values import BASE, Variant, VariantSet
 from streamer.units import counted, listed
-from streamer.workers import kept
 
 COPIES = 4
 """Number of float64 matrices of vectors that exist at once while an input's vectors are computed."""
@@ -66,7 +61,7 @@ class MapFacts(TypedDict):
     inputs: Annotated[Count, "Number of inputs; matrices with the same input share one."]
     matrices: Annotated[Count, "Matrices with these inputs."]
     lacking: NotRequired[Annotated[list[TensorName], "Matrices of the base without inputs in the map: no token of the text reached them, "
-        "they are not a factor of a product, or they run in several layers."]]
+        "they are not a factor of a product, or they run more than once."]]
     sha256: Annotated[Sha256, "Digest of its arrays (SHA-256, hexadecimal)."]
     output: OutputPath
     state: Done
@@ -79,7 +74,7 @@ class MapOptions:
 
     vectors: int = VECTORS
     sequences: int = 32
-    length: int = 512
+    length: int = 128
     dtype: ProductDtype = "float32"
 
     def __post_init__(self) -> None:
@@ -110,25 +105,19 @@ class PreparedMap:
     max_memory: int | None
     text: TextSequences
     file: str
-    model: StreamingModel
+    model: SweepModel
 
     @cached_property
-    def groups(self) -> list[TextSequences]:
-        """Divide the sequences into groups that run together."""
+    def groups(self) -> list[Group]:
+        """Divide the sequences into groups of one length that run together."""
         text = of_few_lengths(self.text)
-        most = rows_within(self.max_memory, text.longest, ROWS, self._bytes,
-                           f"the inputs of a sequence of {text.longest} tokens")  # fmt: skip
-        return [text.take(rows) for rows in parts(text, range(len(text.ids)), most, self.model.size.short, True)]
+        divided = parts(text, range(len(text.ids)), self.limits.rows, self.model.size.short, True)
+        return [Group(text.take(numbers).padded_ids, 0, stream=0) for numbers in divided]
 
     @property
     def tokens(self) -> int:
         """Return the number of tokens that run."""
-        return sum(len(ids) for group in self.groups for ids in group.ids)
-
-    def cost(self, group: TextSequences) -> int:
-        """Count the multiplications of a group, plus its part of computing each input's vectors."""
-        each = sum(min(self.options.vectors + MORE, n) * n for n in self.widths)
-        return pass_cost(self.model.size, group, 1) + 2 * (ROUNDS + 1) * each * len(group.ids) * group.longest
+        return sum(group.rows for group in self.groups)
 
     @cached_property
     def widths(self) -> list[int]:
@@ -136,29 +125,25 @@ class PreparedMap:
         own = [t for _, _, own in self.model.modules for t in own.values() if len(t.shape) > 1]
         return [t.shape[-1] for t in own for _ in range(t.shape[0] if t.stacked else 1)]
 
-    @property
-    def peak_bytes(self) -> int:
-        """Estimate the peak memory of the largest step."""
-        return self._bytes(max(sum(map(len, group.ids)) for group in self.groups))
+    @cached_property
+    def limits(self) -> Limits:
+        """Choose how the sweep fits the budget."""
+        return self.work.limits(self.model.size, self.resident + self.solving_bytes, self.max_memory)
 
     @property
     def resident(self) -> int:
         """Estimate the bytes in memory between two steps."""
         return resident_bytes(AdapterBatch(self.plan.base, (self.plan,)))
 
-    def shared(self) -> PreparedMap:
-        """Divide the allowed memory among this process, which also needs a share, and its workers; see `Workers.budget`."""
-        longest = self.text.longest
-        need = MemoryEstimate(f"the inputs of a sequence of {longest} tokens", (), self._bytes(longest))
-        tokens = sum(map(len, self.text.ids))
-        return replace(self, max_memory=shared_memory(self.run, self.max_memory, self.model.size, tokens, need))
+    @property
+    def work(self) -> Work:
+        """Count the rows of the sweep."""
+        return Work(sum(map(len, self.text.ids)), 0, self.text.longest)
 
-    def _bytes(self, rows: int) -> int:
-        size, text = self.model.size, self.text
-        vectors = self.options.vectors + MORE
-        decomposing = size.widest * (INPUT_COPIES * 4 * ROWS_OF_INPUTS + COPIES * 8 * vectors)
-        states = states_bytes(size, self.resident, sum(map(len, text.ids)))
-        return states + max(collecting_bytes(size, rows, text.longest), decomposing)
+    @property
+    def solving_bytes(self) -> int:
+        """Estimate the memory of computing an input's vectors."""
+        return 8 * self.model.size.widest * (ROWS + COPIES * (self.options.vectors + MORE))
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -179,7 +164,7 @@ class PreparedMap:
         """Check, without writing, whether the map can be written to a file, and whether the file exists or was begun."""
         file = self.result_file(output)
         file.check_path()
-        _ = self.groups
+        _ = self.limits
         return file.state()
 
 
@@ -193,59 +178,74 @@ def prepare_map(base: str | Path, text: Path, options: MapOptions, max_memory: i
     job = VariantSet(
         plan, (Variant(BASE, None),), None, rounds_products=options.dtype == "bf16", device=run.model_device
     )
-    model = StreamingModel(job)
+    model = SweepModel(job)
     read = read_text(text, tokenizer_directory(plan), sequences=options.sequences, length=options.length,
                      vocabulary=model.vocabulary, positions=model.positions).right()  # fmt: skip
-    return PreparedMap(plan, options, run, max_memory, read, sample_digest(text), model).shared()
+    return PreparedMap(plan, options, run, max_memory, read, sample_digest(text), model)
 
 
 def make_map(prepared: PreparedMap, output: Path | None) -> InputMap:
     """Make a map in memory, or in a file if an output is given."""
     if output is None:
-        return _made(prepared, Records(), None)
+        return _made(prepared, Records())
     file = prepared.result_file(output)
     if prepared.inspect(output) == "done":
         file.left()
         return load_map(output)
+    prepared.model.directory = output.parent
     with file.written() as records:
-        made = _made(prepared, records, output.parent)
+        made = _made(prepared, records)
         made.save(output, overwrite=True)  # `inspect` has permitted it for any existing file
     return load_map(output)
 
 
-def _made(prepared: PreparedMap, records: Records, directory: Path | None) -> InputMap:
-    monitor, plan = prepared.run.monitor, prepared.plan
-    progress = RunProgress(monitor, prepared.model.size, "map")
-    costs = [prepared.cost(group) for group in prepared.groups]
-    progress.expect(costs)
-    found: list[tuple[Sequence[BaseMatrix], MappedInput]] = []
+def _made(prepared: PreparedMap, records: Records) -> InputMap:
+    monitor, plan, model = prepared.run.monitor, prepared.plan, prepared.model
+    watch, progress, steps = BaseWatch(plan), Progress(monitor, model.size, "map"), len(model.layers) + 1
+    cost = sweep_cost(model.size, prepared.tokens, len(prepared.groups))
+    progress.expect(cost, steps)
+    found, seen = list[tuple[list[BaseMatrix], MappedInput]](), list[Tensor]()
+    done, repeated = set[str](), set[str]()
 
-    def complete(matrices: list[BaseMatrix], moments: Mapping[int, Moments]) -> None:
-        monitor.checkpoint()
-        names = tuple(dict.fromkeys(name for matrix in matrices for name in matrix.names))
-        found.append((matrices, _mapped(names, prepared.tokens, moments[GENERAL_AS], prepared.options.vectors)))
+    def keep(site: Site, inputs: Mapping[Group, Tensor]) -> None:
+        """Keep a site's inputs; matrices that follow each other and share their inputs, such as q, k and v, share an entry."""
+        nonlocal seen
+        own, tensors = [x for x in inputs.values() if len(x)], {matrix.tensor for matrix in site.matrices}
+        if tensors & done:
+            repeated.update(tensors)
+            own = []
+        elif site.size is None and own and same_inputs(seen, own):
+            found[-1][0].extend(site.matrices)
+        elif own and (mapped := _mapped(prepared, site, own)) is not None:
+            found.append(([*site.matrices], mapped))
+        else:
+            own = []
+        seen = own
+        done.update(tensors if own else ())
 
-    with kept(prepared.run.workers), computing(records.threads, monitor):
-        job = prepared.model.job
-        model = BaseInputModel(plan, rounds_products=job.rounds_products, directory=directory, device=job.device,
-                               elsewhere=layers_on_workers(job, prepared.run, records.threads))  # fmt: skip
-        hooks = progress.readings(costs, [1] * len(costs))
-        groups = [Group(group, GENERAL_AS, hook) for group, hook in zip(prepared.groups, hooks, strict=True)]
-        model.collect(groups, complete)
+    with computing(records.threads, monitor):
+        model.limit(prepared.limits.room, prepared.limits.spools)
+        model.run(prepared.groups, monitor.checkpoint, keep, watch, lambda name: progress.layer(name, cost // steps))
+    monitor.checkpoint()
     plan.check_unchanged()
-    for cost in costs:
-        progress.advance(cost)
     progress.finish()
     monitor.warn(_shortness(prepared, max((one.size for _, one in found if one.vectors is not None), default=0)))
-    own = [one for matrices, one in found if not model.repeated & {matrix.tensor for matrix in matrices}]
-    if not own:
+    kept = [([matrix for matrix in matrices if matrix.tensor not in repeated], one) for matrices, one in found]
+    entries = tuple(
+        replace(one, names=tuple(dict.fromkeys(name for matrix in matrices for name in matrix.names)))
+        for matrices, one in kept
+        if matrices
+    )
+    if not entries:
         raise UnsupportedError(
             f"{plan.base.path}: no matrix multiplies inputs that can be collected, so there is nothing to map"
         )
-    if lacking := model.lacking():
+    names = {name for _, _, tensors in model.modules for tensor in tensors.values() for name in watch.names(tensor)}
+    lacking = sorted(names - {matrix.tensor.removesuffix(LOOKED_UP) for matrices, _ in kept for matrix in matrices})
+    if lacking:
         monitor.warn((f"the map lacks the inputs of {counted(len(lacking), 'matrix')}, {listed(map(repr, lacking))}: no token of the text "
                       "reached them, or their inputs cannot be collected; an adapter's deltas there will stay unchanged",))  # fmt: skip
-    return InputMap(tuple(own), {**prepared.facts, "lacking": lacking})
+    return InputMap(entries, {**prepared.facts, "lacking": lacking})
 
 
 def _shortness(prepared: PreparedMap, widest: int) -> list[str]:
@@ -260,13 +260,21 @@ def _shortness(prepared: PreparedMap, widest: int) -> list[str]:
     return []
 
 
-def _mapped(names: tuple[str, ...], tokens: int, moments: Moments, count: int) -> MappedInput:
-    """Keep the leading part of an input's moments."""
-    if isinstance(moments, OneHotMoments):
-        return MappedInput(names, tokens, moments.size, moments.trace, moments.diagonal.cpu(), None)
-    values, vectors = (found.cpu() for found in leading_vectors(moments, count))
-    rounded: Tensor = vectors.T.to(torch.bfloat16).contiguous()
-    return MappedInput(names, tokens, moments.size, moments.trace, values.contiguous(), rounded)
+def _mapped(prepared: PreparedMap, site: Site, inputs: Sequence[Tensor]) -> MappedInput | None:
+    """Keep the leading part of the moments of a site's inputs, without names; None if all inputs are zero."""
+    tokens = prepared.tokens
+    if site.size is not None:
+        counts = torch.bincount(torch.cat([*inputs]), minlength=site.size).cpu()
+        return MappedInput((), tokens, site.size, int(counts.sum()) / tokens, counts.double() / tokens, None)
+    squares = sum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in inputs)
+    if not math.isfinite(squares):
+        name = site.matrices[0].tensor
+        raise NumericError(f"{prepared.plan.base.path}: the inputs of {name!r} are NaN or Inf on the text")
+    if not squares:
+        return None
+    values, vectors = (t.cpu() for t in leading_vectors(inputs, tokens, prepared.options.vectors))
+    rounded = vectors.T.to(torch.bfloat16).contiguous()
+    return MappedInput((), tokens, inputs[0].shape[1], squares / tokens, values.contiguous(), rounded)
 
 
 def map_record(made: InputMap, output: str, state: Any) -> MapFacts:

@@ -2,11 +2,12 @@
 
 Define the options of a fit, and divide its texts into a part for fitting and a held-out part.
 
-Estimate the memory of a fit: of collecting inputs, and of solving between layers.
+Estimate the memory of a fit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,34 +23,32 @@ from streamer.detection.options import Run
 from streamer.errors import FormatError, UnsupportedError, UsageError
 from streamer.evaluation.losses import ProductDtype, check_dtype
 from streamer.evaluation.suggestion import check_keep
-from streamer.linalg import moments, regmean
-from streamer.linalg.regmean import DIRECT_BYTES
 from streamer.measuring.result_file import model_facts, with_digest, writable
+from streamer.measuring.riders import Limits, Work
 from streamer.measuring.sequences import GENERAL, TASK, TextSequences
 from streamer.measuring.statistics import telling
-from streamer.measuring.task import TRANSFORMERS_BYTES, Pass, measured_bytes, pass_bytes, plan_passes, rows_within
 from streamer.measuring.texts import chooses_keys, read_texts, refuse_new_tokens, sample_digest
 from streamer.methods import UNCHANGED, Paper, share_name
 from streamer.output.write import fitting_findings
-from streamer.plan.batch import AdapterBatch, MemoryEstimate, resident_bytes
+from streamer.plan.batch import AdapterBatch, resident_bytes
 from streamer.plan.plan import Plan, make_plan
 from streamer.plan.targets import Target
-from streamer.streaming.model import ModelSize, StreamingModel, require_transformers
-from streamer.streaming.spool import ROWS as ROWS_OF_INPUTS
-from streamer.streaming.values import ADAPTER, BASE, BLOCK_BYTES, Variant, VariantSet
+from streamer.streaming.model import require_transformers
+from streamer.streaming.sweep import SweepModel
+from streamer.streaming.values import ADAPTER, BASE, Variant, VariantSet
 from streamer.units import counted, listed
 
 LEAST = 2
 """Least number of sequences in each part of a text."""
 
-WEIGHTS = (0.05, 0.2, 0.6, 2.0, 6.0)
-"""Weights μ of the general text that are measured; Δ' is interpolated between neighbours."""
+WEIGHTS = (0.5, 4.0, 32.0)
+"""Weights μ of the general text: the candidates. Δ' is interpolated between neighbours."""
 
-ALGORITHM = 2
-"""Version of the algorithm: another version gives another fit of the same inputs. Version 2 corrects."""
+SHRINKS = (0.8, 0.5)
+"""Shrinks that ride for comparison; the base and the adapter are those at 0 and 1."""
 
-CORRECTIONS = 2
-"""Most corrections of a share's factors, at two weights."""
+ALGORITHM = 3
+"""Version of the algorithm: another version gives another fit of the same inputs. Version 3 fits in one sweep."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,10 @@ class FitOptions:
     """Options of a fit, all of which affect its result: keywords of `api.fit_coefficients`, which explains them."""
 
     keep: tuple[float, ...] = (0.9,)
-    holdout: float = 0.25
-    sequences: int = 64
-    length: int = 512
+    weights: tuple[float, ...] = WEIGHTS
+    holdout: float = 0.33
+    sequences: int = 24
+    length: int = 64
     seed: int = 0
     dtype: ProductDtype = "float32"
 
@@ -70,6 +70,12 @@ class FitOptions:
             check_keep(share)
             if share_name(share) == "1":
                 raise UsageError(f"keep: {share!r} is the unchanged adapter, which needs no fit; give smaller shares")
+        if (
+            not all(0 < mu < math.inf for mu in self.weights)
+            or sorted({*self.weights}) != [*self.weights]
+            or not self.weights
+        ):
+            raise UsageError(f"weights: expected rising numbers above 0, found {list(self.weights)}")
         if len({share_name(share) for share in self.keep}) < len(self.keep):
             raise UsageError(f"keep: expected shares that differ in six digits, found {list(self.keep)}")
         if isinstance(self.holdout, bool) or not isinstance(self.holdout, Real) or not 0 < self.holdout < 1:
@@ -81,8 +87,8 @@ class FitOptions:
         check_dtype(self.dtype)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the options as JSON values, with the method's name in files of version 0.2."""
-        return {**asdict(self), "keep": list(self.keep), "grain": "inputs"}
+        """Return the options as JSON values."""
+        return {**asdict(self), "keep": list(self.keep), "weights": list(self.weights)}
 
 
 @dataclass(frozen=True)
@@ -139,65 +145,15 @@ def divide(texts: Mapping[str, TextSequences], paths: Mapping[str, Path], option
     return out
 
 
-ROWS = 1024
-"""Most tokens that run together unless a budget asks for fewer: reading the weights then needs less than a tenth of the time."""
-
-ACTIVATIONS = 3
-"""Values of one layer's activations, for each input or output of its matrices."""
-
-STATES_OF_INPUTS = 2
-"""Values of the model's width that stay for each token of both texts while inputs are collected: embeddings, and a layer's outputs."""
-
-INPUT_COPIES = 4
-"""Copies of inputs that are read together, in float32 units: one in float32, one in float64, and one more while they are joined."""
-
-
-def states_bytes(size: ModelSize, resident: int, tokens: int) -> int:
-    """Estimate the memory between two layers while inputs are collected, for this many tokens of both texts."""
-    return resident + TRANSFORMERS_BYTES + STATES_OF_INPUTS * 4 * tokens * size.hidden
-
-
-def collecting_bytes(size: ModelSize, rows: int, length: int) -> int:
-    """Estimate the additional memory of running a layer on this many tokens together, in sequences of this length."""
-    layer = 4 * rows * (ACTIVATIONS * size.layer_width + 2 * size.attention * length) + 3 * size.layer_factors
-    return layer + 2 * min(BLOCK_BYTES, 4 * size.widest * size.hidden) + size.factors
-
-
-def reading_bytes(plan: Plan) -> int:
-    """Estimate the memory of reading inputs and computing with them."""
-    return INPUT_COPIES * 4 * ROWS_OF_INPUTS * widest_input(plan)
-
-
 def widest_input(plan: Plan) -> int:
     """Return the number of inputs of the widest matrix that multiplies them."""
     return max((t.module.shape[1] for t in plan.targets if not t.is_embedding), default=0)
 
 
-def solving_bytes(plan: Plan, memory: int) -> int:
-    """Estimate the memory to solve for factors between two layers, if matrices of moments may use `memory` bytes."""
-    most = 0
-    for n, count in columns_of_inputs(plan):
-        by_products = moments.solving_bytes(n, count, len(WEIGHTS))
-        most = max(most, regmean.matrices_bytes(n) if regmean.is_direct(n, memory) else by_products)
-    return most + reading_bytes(plan)
-
-
-def columns_of_inputs(plan: Plan) -> list[tuple[int, int]]:
-    """List the number of inputs that modules share, and the number of columns of their right factors together."""
-    columns: dict[tuple[str, str, int], int] = {}
-    for target in plan.targets:
-        if not target.is_embedding:  # embeddings look rows up
-            # Modules with as many inputs in one parent module may share them.
-            parent, _, name = target.tensor.removesuffix(".weight").rpartition(".")
-            key = parent, name.partition("[")[2], target.module.shape[1]
-            columns[key] = columns.get(key, 0) + target.module.factor_rank
-    return [(n, count) for (*_, n), count in columns.items()]
-
-
 FEW = 5
 """Least number of held-out sequences; with fewer, a warning: by Student's distribution, a difference then needs over three errors."""
 
-OF_OPTIONS = ("grain", "holdout", "seed", "dtype")
+OF_OPTIONS = ("weights", "holdout", "seed", "dtype")
 """Options that a fit's facts include."""
 
 
@@ -227,7 +183,7 @@ class PreparedFit:
     max_memory: int | None
     texts: Mapping[str, Division]
     files: Mapping[str, str]
-    model: StreamingModel
+    model: SweepModel
     one_length: bool
     findings: Findings | None = None
 
@@ -236,78 +192,38 @@ class PreparedFit:
         """List the variant that scales intruders, if it is requested and there are intruders."""
         return [Variant.of(Paper())] if self.findings is not None and self.findings.intruders else []
 
-    @cached_property
-    def rows_of_inputs(self) -> int:
-        """Return the number of tokens that run together while inputs are collected."""
-        longest, matrices = max(text.longest for text in self._fitted), self.matrices_bytes
-        return rows_within(
-            self.max_memory, longest, ROWS, lambda rows: self._inputs_bytes(rows, matrices),
-            f"the inputs of a sequence of {longest} tokens",
-        )  # fmt: skip
-
-    @cached_property
-    def matrices_bytes(self) -> int:
-        """Return the bytes that the budget leaves for matrices of moments while factors are computed."""
-        if self.max_memory is None:
-            return DIRECT_BYTES
-        return max(0, min(DIRECT_BYTES, self.max_memory - self._between_layers - reading_bytes(self.plan)))
-
-    @property
-    def fitted_tokens(self) -> int:
-        """Return the number of tokens of both texts that are used for fitting."""
-        return sum(len(ids) for text in self._fitted for ids in text.ids)
-
-    @property
-    def _fitted(self) -> list[TextSequences]:
-        return [text.fitted for text in self.texts.values()]
-
-    @property
-    def _between_layers(self) -> int:
-        # Including the corrected model's tokens, and, while its layer runs again, the layer's inputs that the other streams have left.
-        return states_bytes(self.model.size, self.resident, 5 * self.fitted_tokens // 2)
-
-    def _inputs_bytes(self, rows: int, matrices: int) -> int:
-        """Estimate the memory to collect inputs, this many tokens at a time, and to solve, if matrices may use this much."""
-        longest = max(text.longest for text in self._fitted)
-        return self._between_layers + max(
-            collecting_bytes(self.model.size, rows, longest), solving_bytes(self.plan, matrices)
-        )
-
-    def passes(self, variants: int) -> list[Pass]:
-        """Divide the held-out sequences into passes with this many variants, including the base."""
-        return plan_passes(self.held_out, variants, self.model.size, self.resident, self.max_memory, self.one_length)
-
-    @property
-    def groups(self) -> list[TextSequences]:
-        """List the sequences that run together in each pass with two variants; groups whose inputs are collected are not padded."""
-        return [self.held_out[one.text].take(one.sequences) for one in self.passes(2)]
-
     @property
     def held_out(self) -> dict[str, TextSequences]:
         """Return the held-out sequences of each text."""
         return {name: text.held_out for name, text in self.texts.items()}
 
-    @property
-    def least(self) -> MemoryEstimate:
-        """Estimate the memory of the largest indivisible step, which alone decides whether a budget is refused."""
-        held_out, longest = (max(text.longest for text in own) for own in (self.held_out.values(), self._fitted))
-        measured = pass_bytes(self.model.size, self.resident, 2 * held_out, held_out)
-        steps = [
-            MemoryEstimate(f"a sequence of {held_out} tokens under two variants", (), measured),
-            MemoryEstimate(f"the inputs of a sequence of {longest} tokens", (), self._inputs_bytes(longest, 0)),
-        ]
-        return max(steps, key=lambda step: step.nbytes)
-
-    def peak_bytes(self, variants: int) -> int:
-        """Estimate the memory of the largest step, with this many variants in a pass over held-out sequences."""
-        measured = measured_bytes(self.passes(variants), self.held_out, self.model.size, self.resident)
-        return max(measured, self._inputs_bytes(self.rows_of_inputs, self.matrices_bytes))
+    def work(self, variants: int) -> Work:
+        """Count the rows of the sweep that fits, with so many variants riding."""
+        fitted = sum(len(ids) for text in self.texts.values() for ids in text.fitted.ids)
+        riding = sum(len(ids) for text in self.held_out.values() for ids in text.ids)
+        longest = max(text.whole.longest for text in self.texts.values())
+        return Work((1 + len(self.options.weights)) * fitted, variants * riding, longest)
 
     @property
-    def spool_bytes(self) -> int:
-        """Estimate the bytes of temporary files: a layer's inputs, and factors."""
-        answers = (len(WEIGHTS) + CORRECTIONS * len(self.options.keep)) * self.right_values
-        return 4 * (answers + 2 * self.fitted_tokens * self.model.size.changed_inputs)  # uncorrected and corrected
+    def variants(self) -> int:
+        """Return the number of variants that ride while the candidates are fitted."""
+        return 2 + len(self.options.weights) + len(SHRINKS) + len(self.scaling)
+
+    @cached_property
+    def solving_bytes(self) -> int:
+        """Estimate the memory of solving: inputs joined by stream, each candidate's rows of both texts, and Gram matrices in float64."""
+        tokens, n = sum(text.fitted.tokens for text in self.texts.values()), widest_input(self.plan)
+        joined = 4 * (1 + len(self.options.weights)) * tokens * n
+        return (
+            joined
+            + len(self.options.weights) * (4 * tokens * n + 8 * min(tokens, n) ** 2)
+            + 3 * 8 * min(tokens, n) ** 2
+        )
+
+    @cached_property
+    def limits(self) -> Limits:
+        """Choose how the sweep fits the budget."""
+        return self.work(self.variants).limits(self.model.size, self.resident + self.solving_bytes, self.max_memory)
 
     @property
     def right_values(self) -> int:
@@ -405,7 +321,7 @@ def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path],
         findings = fitting_findings(plan, findings, findings.options)
     refuse_dense(plan, [t for t in plan.targets if not t.module.low_rank])
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
-    model = StreamingModel(
+    model = SweepModel(
         VariantSet(plan, variants, None, rounds_products=options.dtype == "bf16", device=run.model_device)
     )
     whole = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)

@@ -5,7 +5,6 @@ Provide right factors of all matrices for a weight, from a spool, from other fac
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
@@ -16,6 +15,7 @@ from torch import Tensor
 from streamer.errors import MismatchError
 from streamer.evaluation.losses import ProductDtype, ReliableRecord, TextFacts, TradeRecord, reliable
 from streamer.evaluation.suggestion import Trade, against_shrink, ask_swapped
+from streamer.fitting.prepare import SHRINKS
 from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
 from streamer.linalg.operators import LowRank
 from streamer.measuring.result_file import ADAPTER_ROW, BASE_ROW, Configs, EvaluatedVariant
@@ -25,7 +25,7 @@ from streamer.plan.plan import Plan
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.plan.targets import Target
 from streamer.streaming.spool import Spool, Spooled
-from streamer.streaming.values import ADAPTER, BASE, BLOCK_BYTES, Variant
+from streamer.streaming.values import ADAPTER, BASE, Variant
 from streamer.units import listed
 
 
@@ -36,44 +36,23 @@ def factors_of(plan: Plan, target: Target) -> LowRank:
     return delta
 
 
-def through(plan: Plan, target: Target, Q: Tensor) -> Tensor:
-    """Compute ``Wᵀ Q`` (n, r) of a target's weight W and Q (m, r), in float64."""
-    weight = plan.weights[target.tensor]
-    out = Q.new_zeros(target.module.shape[1], Q.shape[1])
-    for i, j, rows in weight.blocks(max(1, BLOCK_BYTES // (8 * weight.matrix[1]))):
-        values = rows.to(Q.device).double()
-        if target.transposed:
-            out[i:j] = values @ Q
-        else:
-            out.addmm_(values.T, Q[i:j])
-    return out
-
-
 @dataclass(frozen=True)
 class Point:
-    """Right factors for a weight μ: 0 is the unchanged adapter, infinity is no delta; `corrected` marks results of a correcting pass."""
+    """Right factors for a weight μ; 0 is the unchanged adapter."""
 
     weight: float
     factors: Mapping[str, Tensor]
-    corrected: bool = False
 
     @property
     def name(self) -> str:
-        """Return the name for the journal and messages; a point without deltas has the name of the shrink to 0."""
-        if self.weight == math.inf:
-            return Shrink(0.0).label
-        return f"{RegMean.name} mu {self.weight!r}{' corrected' if self.corrected else ''}"
+        """Return the name of its variant."""
+        return f"{RegMean.name} mu {self.weight!r}"
 
     def towards(self, other: Point, t: float) -> Point:
-        """Interpolate Δ' linearly; the weight is interpolated too, by its logarithm if both logarithms are finite."""
-        if t >= 1 and other.weight == math.inf:
-            return other
-        if self.weight > 0 and other.weight < math.inf:
-            weight = math.exp((1 - t) * math.log(self.weight) + t * math.log(other.weight))
-        else:
-            weight = t * other.weight if other.weight < math.inf else self.weight / (1 - t)
+        """Interpolate Δ' linearly, and the weight by its logarithm unless one is 0."""
+        weight = t * other.weight if self.weight == 0 else self.weight ** (1 - t) * other.weight**t
         a, b = self.factors, other.factors
-        return Point(weight, Factors(a, lambda tensor: torch.lerp(a[tensor], b[tensor], t)), other.corrected)
+        return Point(weight, Factors(a, lambda tensor: torch.lerp(a[tensor], b[tensor], t)))
 
 
 @dataclass(frozen=True)
@@ -107,21 +86,17 @@ def replaced(made: Factors, rest: Mapping[str, Tensor]) -> Factors:
     return Factors(rest, lambda tensor: (made if tensor in made.names else rest)[tensor])
 
 
-def scaled(plan: Plan, by: float) -> Factors:
-    """Scale the factors of the unchanged adapter."""
+def unchanged(plan: Plan) -> Factors:
+    """Read the factors of the unchanged adapter."""
     targets = {target.tensor: target for target in plan.targets}
-    return Factors(targets, lambda tensor: factors_of(plan, targets[tensor]).R.to(torch.float32) * by)
+    return Factors(targets, lambda tensor: factors_of(plan, targets[tensor]).R.to(torch.float32))
 
-
-SHRINKS = (0.85, 0.7, 0.5, 0.25, 0.0)
-"""Shrinks measured on the held-out sequences, besides the adapter (λ = 1). 0 is the base, unless the adapter changes more than deltas."""
 
 NEAR_SHRINK = 0.9
 """A fit that leaves at least this share of a shrink's forgetting has gained little: texts of one kind give a shrink."""
 
-MISSED, EXCEEDED = 0.01, 0.03
-"""A set misses its share if it keeps less by more than the first number; it exceeds the share, and so forgets more than necessary, if it
-keeps more by more than the second."""
+MISSED = 0.01
+"""A set misses its share if it keeps less by more than this."""
 
 
 # fmt: off
@@ -141,6 +116,8 @@ class _FittedTexts(TypedDict):
 
 FittedShrink = TypedDict("FittedShrink", {
     "lambda": Annotated[float, "Lambda of that shrink."],
+    "kept": NotRequired[Annotated[float, "Share of the learning that it keeps: the set's, or less if no shrink keeps as much; absent in "
+        "earlier versions."]],
     "forgetting": Annotated[float, "Share of the rise of the general loss that it leaves."],
     "divergence": Annotated[float, "Share of the forgetting that it leaves: divergence on the general text, relative to the adapter's."],
     "top1_kept": NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 that it keeps; absent in earlier versions."]],
@@ -172,9 +149,7 @@ class SetRecord(_Shares):
     """The factors for a share."""
     keep: Annotated[KeptShare, "Share of the learning to keep."]
     missed: NotRequired[Annotated[bool, "Whether it keeps less than requested, by more than 0.01; absent in earlier versions."]]
-    exceeded: NotRequired[Annotated[bool, "Whether it keeps more than requested, by more than 0.03; absent in earlier versions."]]
-    mu: Annotated[Amount | None, "Weight of the general text against the task's; null if the set has no deltas."]
-    corrected: Annotated[bool, "Whether layers were fitted to the output of the repaired layers before them."]
+    mu: Annotated[Amount, "Weight of the general text against the task's."]
     trade: NotRequired[Annotated[TradeRecord, "What it gives up and regains; absent in earlier versions."]]
     shrink: Annotated[FittedShrink | None, "The shrink of the whole adapter that keeps the same share, interpolated; null if no "
         "measured shrinks enclose the share."]
@@ -188,7 +163,7 @@ class FitFacts(TypedDict):
     factored: Annotated[bool, "Whether all deltas are products of LoRA factors, so that mitigate can write them."]
     quantized: Annotated[bool, "Whether a merge must write a quantized base as a plain one (--dequantize)."]
     configs: Configs
-    grain: Annotated[Literal["inputs"], "What is fitted: right factors, to inputs."]
+    weights: Annotated[list[float], "Weights mu of the candidates."]
     holdout: Annotated[float, "Share of each text's sequences that were held out."]
     seed: Annotated[Count, "Decides which sequences these are."]
     dtype: Annotated[ProductDtype, "Dtype to which base weights and activations are rounded for their products; everything else is "
@@ -201,7 +176,6 @@ class FitFacts(TypedDict):
     ridge: Annotated[float, "Share of the mean diagonal that is added to the task's second moments."]
     raised: Annotated[list[str], "Matrices for which the ridge was raised, because the texts are short for them."]
     unseen: Annotated[list[str], "Matrices that no token reached; they keep their delta."]
-    uncorrected: Annotated[list[str], "Matrices that a correction would have made too large; they keep the first pass' factors."]
 
 class AdapterFacts(TypedDict):
     """What the unchanged adapter has learned and forgotten, on the held-out sequences."""
@@ -284,9 +258,11 @@ def _set(keep: float, point: Point, variants: Sequence[EvaluatedVariant], genera
     compared, shrink = against_shrink(variants, general, task, v), None
     if compared is not None:
         loss, kl = general.change, general.mean(general.kl[ADAPTER_ROW])
-        gain, top1 = task.top1_gain.value, task.top1_fraction(v).value
+        gain, top1, (low, high) = task.top1_gain.value, task.top1_fraction(v).value, compared.between
+        most = next((row for row, one in enumerate(variants) if one.mitigation_lambda == low), ADAPTER_ROW)
         shrink = cast(FittedShrink, {
             "lambda": compared.mitigation_lambda,
+            "kept": task.fraction(v if low < high else most).value,
             "forgetting": general.fraction(v).value - compared.loss.value / loss.value,
             "divergence": general.kl_fraction(v).value - compared.kl.value / kl.value,
             "top1_kept": top1 - compared.top1.value / gain if gain else None,
@@ -297,9 +273,7 @@ def _set(keep: float, point: Point, variants: Sequence[EvaluatedVariant], genera
     return cast(SetRecord, {
         "keep": keep,
         "missed": task.fraction(v).value < keep - MISSED,
-        "exceeded": task.fraction(v).value > keep + EXCEEDED,
-        "mu": point.weight if math.isfinite(point.weight) else None,
-        "corrected": point.corrected,
+        "mu": point.weight,
         "trade": Trade.of(general, task, v).record(variants[v].name),
         **_shares(general, task, v),
         "shrink": shrink,
@@ -340,21 +314,14 @@ def doubts(facts: AdapterFacts | Mapping[str, Any]) -> list[str]:
 
 
 def misses(facts: Mapping[str, Any]) -> list[str]:
-    """Warn of sets that keep less than requested, or much more, or forget nearly as much as a shrink; earlier files lack these facts."""
-    reliable = facts.get("reliable", {})
-    if not reliable.get("kept", True):
+    """Warn of sets that keep less than requested, or diverge nearly as much as the shrink that keeps as much."""
+    if not facts["reliable"]["kept"]:
         return []
     missed = [
-        f"{100 * one['keep']:g}% was to be kept, and {100 * one['kept']:.1f}% is, on the held-out sequences; "
-        + (
-            "ask for a larger share, or give more text"
-            if one.get("missed")
-            else "what the adapter saves besides deltas keeps this much by itself"
-            if one["mu"] is None
-            else "to forget less, ask for a smaller share; more text can bring the share closer to what you asked for"
-        )
+        f"{100 * one['keep']:g}% was to be kept, and {100 * one['kept']:.1f}% is, on the held-out sequences; ask for a larger share, or "
+        "give more text"
         for one in facts["sets"]
-        if one.get("missed") or one.get("exceeded")
+        if one["missed"]
     ]
     near = [f"{100 * one['keep']:g}%" for one in facts["sets"] if facts["forgotten"] and _is_near_shrink(one)]
     if not near:
@@ -365,6 +332,6 @@ def misses(facts: Mapping[str, Any]) -> list[str]:
 
 def _is_near_shrink(one: Mapping[str, Any]) -> bool:
     """Test whether a set diverges nearly as much from the base as the shrink that keeps the same share."""
-    if one["shrink"] is None or one["mu"] is None:
+    if one["shrink"] is None:
         return False
     return bool(one["divergence"] >= NEAR_SHRINK * one["shrink"]["divergence"])

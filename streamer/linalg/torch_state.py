@@ -6,14 +6,11 @@ Allocate large matrices in large pages.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import math
 import mmap
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,25 +156,3 @@ def task_threads(count: int) -> Iterator[None]:
     with _THREADS.hold(count, lambda: threads(count)):
         torch.set_num_threads(count)  # the other part of the setting belongs to the thread
         yield
-
-
-OWN_THREADS = ("MainThread", "streamer ", "tqdm_monitor")
-"""First words of the names of threads that do not multiply while a group of sequences has paused; streamer names all its threads so."""
-
-
-def computes_alone() -> bool:
-    """Test that the process has no thread of a host program, which may compute at any moment."""
-    return all(thread.name.startswith(OWN_THREADS) for thread in threading.enumerate())
-
-
-def free_product_buffers() -> None:
-    """Free what MKL keeps in each thread for its next product, a dozen MB or more, if torch computes with MKL; nothing may be computing."""
-    if (free := _mkl_free_buffers()) is not None:
-        free()
-
-
-@functools.cache
-def _mkl_free_buffers() -> Any:
-    """Find MKL's function; None in a torch without it."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    return getattr(ctypes.CDLL(str(library)), "mkl_serv_free_buffers", None) if library.exists() else None

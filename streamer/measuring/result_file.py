@@ -23,7 +23,7 @@ from streamer import __version__
 from streamer.adapters.adapter_config import stated_options
 from streamer.adapters.rules import NEUTRAL
 from streamer.detection.detect import naming_inputs
-from streamer.detection.findings_file import journal_of, lock_of, remove_leftovers
+from streamer.detection.findings_file import journal_of, lock_of, remove_leftovers, states_of
 from streamer.detection.options import Run
 from streamer.errors import FormatError, InputError, NumericError, OutputError, OutputExistsError
 from streamer.events import Event, Monitor
@@ -45,6 +45,7 @@ from streamer.storage.output_checks import (
 )
 from streamer.storage.transaction import refuse_within_output
 from streamer.streaming.model import LoadedModel, require_transformers
+from streamer.streaming.sweep import States
 from streamer.streaming.values import Variant
 from streamer.units import counted, listed
 from streamer.weights.sealed_file import SealedKind
@@ -189,7 +190,7 @@ def with_digest(facts: Facts, **others: Any) -> dict[str, Any]:
 State = Literal["new", "resume", "done"]
 
 Arrays = Mapping[str, Floats]
-"""Sums of a pass, by name."""
+"""Sums of a sweep, by name."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ class ResultFile:
     @property
     def head(self) -> dict[str, Any]:
         """Make the journal's first record: the run, the names of its sums, and the threads and torch that determine their bits."""
-        bits = f"{self.bits} torch {torch.__version__} {' '.join(ARRAYS)}".strip()
+        bits = f"{self.bits} {self.run.model_device} torch {torch.__version__} {' '.join(ARRAYS)}".strip()
         return {"plan": self.facts["plan"], "facts": self.facts, "version": __version__, "stamps": self.plan.detection_stamps(),
                 "bits": bits, "threads": torch.get_num_threads()}  # fmt: skip
 
@@ -287,13 +288,16 @@ class ResultFile:
             if not resumed:
                 found = self.head
                 journal.begin(found)
-            remove_partials(self.path.parent, {self.path.name})
+                states_of(journal.path).unlink(missing_ok=True)
+            remove_partials(self.path.parent, {self.path.name, states_of(journal.path).name})
             try:
                 yield JournalRecords(journal, thread_count(found.get("threads")))
             except (InputError, NumericError):  # the same run would fail again, so there is nothing to resume
                 journal.remove()
+                states_of(journal.path).unlink(missing_ok=True)
                 raise
             journal.remove()
+            states_of(journal.path).unlink(missing_ok=True)
         self.run.monitor.told(self.path, "resumed" if resumed else "written")
 
     def left(self) -> None:
@@ -360,13 +364,9 @@ class Records:
 
     Attributes
     ----------
-    taken_up
-        Number of passes that an interrupted run recorded; their keys begin with a digit.
     threads
         Number of torch threads with which the run began.
     """
-
-    taken_up = 0
 
     def __init__(self) -> None:
         self.threads = torch.get_num_threads()
@@ -376,7 +376,11 @@ class Records:
         return None
 
     def add(self, name: str, arrays: Arrays) -> None:
-        """Record the results of a pass."""
+        """Record the results of a sweep."""
+
+    def states(self, sweep: str) -> States | None:
+        """Return the file from which a killed sweep resumes; None without a journal."""
+        return None
 
 
 class JournalRecords(Records):
@@ -385,7 +389,6 @@ class JournalRecords(Records):
     def __init__(self, journal: Journal, threads: int) -> None:
         self._journal, self.threads = journal, threads
         self._at = {unpack(journal[i])[0]: i for i in range(1, len(journal))}
-        self.taken_up = sum(name[0].isdigit() for name in self._at)
 
     def find(self, name: str) -> Arrays | None:
         """Find the arrays recorded under a key."""
@@ -393,9 +396,13 @@ class JournalRecords(Records):
         return None if at is None else unpack(self._journal[at])[1]
 
     def add(self, name: str, arrays: Arrays) -> None:
-        """Record the results of a pass durably."""
+        """Record the results of a sweep durably."""
         self._at[name] = len(self._journal)
         self._journal.append(pack(name, arrays))
+
+    def states(self, sweep: str) -> States:
+        """Return the file from which this run's sweep resumes."""
+        return States(states_of(self._journal.path), f"{hashlib.sha256(self._journal[0]).hexdigest()} {sweep}")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from streamer.errors import FormatError, MissingInputError, UnsupportedError
 from streamer.measuring.statistics import MEASURES, SequenceSums
@@ -357,6 +359,11 @@ class TextSequences:
             ids[row, : len(own)] = own
             counted[row, : len(own) - 1] = counts[1:]
         return ids, counted
+
+    @property
+    def padded_ids(self) -> Tensor:
+        """Return all sequences in one batch, (sequences, length); see `padded`."""
+        return torch.from_numpy(self.padded(self.longest)[0])
 
     @property
     def tokens(self) -> int:

@@ -11,7 +11,7 @@ which most of the variation between sequences cancels.
 
 Count the divergences of tokens in a fixed logarithmic histogram, and estimate quantiles from its counts.
 
-From `LEAST` nats on, each bin ends at `STEP` times its beginning, independent of the data, so that counts of passes and processes add up. A
+From `LEAST` nats on, each bin ends at `STEP` times its beginning, independent of the data, so that counts of parts add up. A
 divergence is represented by the geometric middle of its bin, within 1 %. Below `LEAST`, rounding dominates, and a divergence counts as 0.
 """
 
@@ -247,6 +247,12 @@ class SequenceSums:
             self.tokens,
             *(np.concatenate([getattr(one, name) for one in (self, *others)]) for name in (*ARRAYS, *self.answers)),
         )
+
+    def followed(self, other: SequenceSums) -> SequenceSums:
+        """Append the sequences of other sums of the same variants."""
+        names = (*MEASURES, *self.answers)
+        arrays = {name: np.concatenate([getattr(self, name), getattr(other, name)], 1) for name in names}
+        return SequenceSums(np.concatenate([self.tokens, other.tokens]), **arrays, kl_bins=self.kl_bins + other.kl_bins)
 
     def take(self, variants: Sequence[int]) -> SequenceSums:
         """Take some of the variants, by number."""

@@ -37,7 +37,7 @@ from streamer.measuring.sequences import (
 )
 from streamer.plan.plan import Plan
 from streamer.storage.files import open_regular, read_bytes, storage_errors, strict_json
-from streamer.streaming.model import StreamingModel
+from streamer.streaming.model import LoadedModel
 from streamer.units import counted as count_of
 from streamer.units import listed, quoted
 
@@ -450,14 +450,14 @@ def refuse_new_tokens(plan: Plan) -> None:
         )
 
 
-def chooses_keys(model: StreamingModel, texts: Mapping[str, TextSequences]) -> bool:
+def chooses_keys(model: LoadedModel, texts: Mapping[str, TextSequences]) -> bool:
     """Test whether, according to the model's config, attention selects only some of the keys in a sequence of these texts."""
     keys = model.size.keys
     return keys is not None and any(text.longest > keys for text in texts.values())
 
 
 def read_texts(
-    model: StreamingModel, texts: Mapping[str, Path], sequences: int, length: int, monitor: Monitor, least: int = 2
+    model: LoadedModel, texts: Mapping[str, Path], sequences: int, length: int, monitor: Monitor, least: int = 2
 ) -> dict[str, TextSequences]:
     """Read texts with a model's tokenizer, and warn if two are the same; see `read_text`."""
     directory = tokenizer_directory(model.job.plan)

@@ -19,29 +19,28 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from streamer.errors import FormatError, MissingInputError, NumericError, StreamerError, UnsupportedError
-from streamer.methods import UNCHANGED
 from streamer.packages import require_package
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.storage.files import storage_error
-from streamer.streaming.installed import RUN_ALL_EXPERTS, InstalledModule, RowBatch
 from streamer.streaming.run_time import RunTimeTensor, match_run_time
-from streamer.streaming.values import ADAPTER, BASE, Values, Variant, VariantSet
+from streamer.streaming.values import Values, VariantSet
 from streamer.units import listed
 from streamer.weights.model_config import MODEL_CONFIG
+
+RUN_ALL_EXPERTS = {"Llama4TextExperts"}
+"""Modules in which every token passes every expert, with weight 0 for experts that the router did not choose."""
 
 LOGGERS = ("transformers", "torchao", "bitsandbytes", "torch.utils._pytree")
 """Loggers of transformers and of libraries that it imports if they are installed, whether or not a model needs them."""
@@ -245,7 +244,7 @@ FACTOR_BYTES = 24
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes that determine the memory and time of a pass.
+    """Sizes that determine the memory and time of a sweep.
 
     Attributes
     ----------
@@ -266,12 +265,6 @@ class ModelSize:
         Longest sequence, with padding, that longrope embeddings treat as short; None for other embeddings.
     keys
         Number of tokens that attention selects in a longer sequence; None if it attends to all that it sees.
-    layer_width
-        Inputs and outputs of all matrices of one layer for one token; for experts, of as many as a token passes.
-    layer_factors
-        Bytes of the factors of all deltas in one layer, in float32.
-    changed_inputs
-        Inputs, for one token, of all matrices of one layer that the adapter changes; shared inputs are counted for each matrix.
     """
 
     widest: int
@@ -284,18 +277,10 @@ class ModelSize:
     read: int
     short: int | None = None
     keys: int | None = None
-    layer_width: int = 0
-    layer_factors: int = 0
-    changed_inputs: int = 0
 
 
 class LoadedModel:
     """Model of a base as transformers builds it, with the source of each of its tensors.
-
-    Parameters
-    ----------
-    together
-        Number of variants that run at once.
 
     Attributes
     ----------
@@ -311,9 +296,8 @@ class LoadedModel:
         See `ModelSize`.
     """
 
-    def __init__(self, job: VariantSet, together: int) -> None:
+    def __init__(self, job: VariantSet) -> None:
         self.job, self.values = job, Values(job)
-        self.batch = RowBatch(together)
         self._model = build_skeleton(job.plan, job.device)
         prefix = getattr(self._model, "base_model_prefix", "")
         self._head = self._model.get_output_embeddings()  # type: ignore[operator]  # a model of transformers, typed as a Module
@@ -355,10 +339,6 @@ class LoadedModel:
         """Return what determines the logits besides weights; see `config_values`."""
         return config_values(self._model, self.job.plan)
 
-    def inside(self, layer: str) -> list[RunTimeTensor]:
-        """List the parameters of a layer, by its path."""
-        return [t for path, _, own in self.modules if f"{path}.".startswith(f"{layer}.") for t in own.values()]
-
     def _size(self, config: Any, inner: Sequence[RunTimeTensor], tensors: Collection[RunTimeTensor]) -> ModelSize:
         chosen = getattr(config, "num_experts_per_tok", None) or 1
         run_all = {t.name for _, m, own in self.modules for t in own.values() if type(m).__name__ in RUN_ALL_EXPERTS}
@@ -382,24 +362,7 @@ class LoadedModel:
             read=sum(self.values.plan.weights[weight].nbytes for weight in {w for t in tensors for w in t.weights}),
             short=_short_length(config),
             keys=next((keys for name in CHOSEN_KEYS if (keys := getattr(config, name, None))), None),
-            layer_width=self._in_one_layer(lambda t: (sum(t.shape[-2:]) if t.stacked else sum(t.shape)) * used(t)),
-            layer_factors=self._in_one_layer(
-                lambda t: sum(4 * _factor_values(target) for target, _ in self.values.targets(t))
-            ),
-            changed_inputs=self._in_one_layer(
-                lambda t: used(t) * max((target.module.shape[1] for target, _ in self.values.targets(t)), default=0)
-            ),
         )
-
-    def _in_one_layer(self, size: Callable[[RunTimeTensor], int]) -> int:
-        """Sum the sizes of matrices by layer and return the largest sum."""
-        layers: dict[str, int] = {}
-        for path, module, own in self.modules:
-            layer = re.match(r".*?\.\d+(?=\.)", path)
-            if layer and not isinstance(module, nn.Embedding):
-                found = sum(size(tensor) for tensor in own.values() if len(tensor.shape) in (2, 3))
-                layers[layer[0]] = layers.get(layer[0], 0) + found
-        return max(layers.values(), default=0)
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the buffers that a checkpoint stores."""
@@ -415,104 +378,15 @@ class LoadedModel:
         if stored is not None and not buffer.is_floating_point():  # DeepSeek-V4's experts of each token, for example
             buffer.copy_(stored.tensors["weight"].whole())
         else:
-            buffer.copy_(self.values.whole(tensor, 0, with_delta=False))
-
-    @contextlib.contextmanager
-    def _captured(self) -> Iterator[dict[nn.Module, Any]]:
-        """Collect the results of the models below the head inside the context; on exit, restore every replaced `forward`."""
-        results: dict[nn.Module, Any] = {}
-        handles = [
-            module.register_forward_hook(lambda module, args, out: results.update({module: out}))
-            for module in self._inner
-        ]
-        try:
-            yield results
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module in results:
-                module.__dict__.pop("forward", None)
-            self.batch.vocabulary = None
-
-    def _run(self, ids: Tensor, block: tuple[int, int]) -> Tensor:
-        """Compute the logits of one block of the vocabulary: (rows, length, block)."""
-        self.batch.vocabulary = i, j = block
-        with quiet_transformers(), refused_errors(self.job.plan.base.path, self._model):
-            out: Tensor = self._model(input_ids=ids, use_cache=False).logits
-        if out.shape != (*ids.shape, j - i):
-            raise UnsupportedError(
-                f"{self.job.plan.base.path}: {type(self._model).__name__} gives logits {list(out.shape)} for {j - i} tokens of "
-                "the vocabulary: it does not compute all logits with its head alone; not supported by evaluate and fit"
-            )
-        return out
-
-    def _outermost(self, results: Mapping[nn.Module, Any]) -> nn.Module:
-        """Find the outermost model below the head that ran; if it returns its result again, nothing inside it runs."""
-        found: nn.Module | None = next((module for module in self._inner if module in results), None)
-        if found is None:
-            raise UnsupportedError(
-                f"{self.job.plan.base.path}: {type(self._model).__name__} does not compute its logits with a model of its own and its "
-                "head alone; not supported by evaluate and fit"
-            )
-        return found
-
-    def vocabulary_blocks(self, block: int) -> list[tuple[int, int]]:
-        """Divide the vocabulary into blocks of this many tokens; the last may be smaller."""
-        return [(i, min(self.vocabulary, i + block)) for i in range(0, self.vocabulary, block)]
+            buffer.copy_(self.values.whole(tensor, 0))
 
     def check_all_used(self) -> None:
-        """Raise `NumericError` if a pass did not use everything that the adapter changes."""
+        """Raise `NumericError` if a sweep did not use everything that the adapter changes."""
         if unused := self.values.unused():
             raise NumericError(
-                f"{self.job.plan.adapter.path}: {len(unused)} of the tensors that it changes were not used in a pass over the text, "
+                f"{self.job.plan.adapter.path}: {len(unused)} of the tensors that it changes were not used in a sweep over the text, "
                 f"{listed(map(repr, unused))}; the losses would be those of another model"
             )
-
-
-class StreamingModel(LoadedModel):
-    """Model of a base that runs all variants of an adapted model at once."""
-
-    def __init__(self, job: VariantSet) -> None:
-        super().__init__(job, len(job.variants))
-        for path, module, own in self.modules:
-            InstalledModule(path, module, own, self.values, self.batch, head=module is self._head)
-
-    def logits(self, ids: Tensor, blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, Tensor]]:
-        """Compute the logits of some sequences under all variants, one block of the vocabulary at a time.
-
-        Parameters
-        ----------
-        ids
-            Tokens (sequences, length).
-        blocks
-            Ranges of the vocabulary to compute together; see `vocabulary_blocks`.
-
-        Yields
-        ------
-        i, j, logits
-            Logits (variants, sequences, length, j − i) of tokens i to j.
-
-        Raises
-        ------
-        UnsupportedError
-            If the model does not compute all logits with its head alone, token by token.
-        """
-        batch = self.batch
-        batch.sequences, batch.length = ids.shape
-        ids = ids.to(self.job.device).repeat(batch.variants, 1)
-        with self._captured() as results:
-            for number, (i, j) in enumerate(blocks):
-                with torch.inference_mode():
-                    out = self._run(ids, (i, j))
-                if number == 0:
-                    outer = self._outermost(results)
-                    outer.forward = giving(results[outer])
-                yield i, j, out.view(batch.variants, batch.sequences, batch.length, -1)
-
-
-def vocabulary_block(rows: int) -> int:
-    """Return the number of vocabulary tokens to compute together, for this many rows."""
-    return max(64, LOGIT_BYTES // (4 * rows))
 
 
 def _attention_values(config: Any) -> int:
@@ -546,117 +420,3 @@ def _short_length(config: Any) -> int | None:
 def _factor_values(target: Target) -> int:
     """Return the number of values in a delta's factors; 0 for a dense delta."""
     return (target.module.factor_rank if target.module.low_rank else 0) * sum(target.module.shape)
-
-
-def giving(result: Any) -> Callable[..., Any]:
-    """Make a function that returns `result` for any arguments."""
-    return lambda *args, **kwargs: result
-
-
-LENGTH = 8
-"""Tokens in each of the two sequences that `check_logits` runs. With two variants, rows and tokens then differ in number."""
-
-TOLERANCE = 1e-3
-"""Largest difference of logits that rounding may make, as a share of the largest logit."""
-
-OnRead = Callable[[RunTimeTensor], None]
-Ids = NDArray[np.int64]
-
-
-def check_logits(job: VariantSet, ids: Ids, on_read: OnRead) -> None:
-    """Check the base's logits on two short sequences that differ in the last token, and compare one vocabulary block with two.
-
-    The adapted model runs along with the base, so a module whose input does not show the variants is refused before any pass.
-
-    Parameters
-    ----------
-    job
-        Supplies the plan and the device.
-    ids
-        Tokens of a text.
-    on_read
-        Called before each parameter is read; may raise to stop.
-
-    Raises
-    ------
-    UnsupportedError
-        If the logits differ before the last token, or a token's logit depends on which vocabulary block contains it.
-    """
-    variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
-    plan = job.plan
-    model = StreamingModel(VariantSet(plan, variants, None, device=job.device))
-    model.batch.on_read = on_read
-    pair = torch.from_numpy(np.resize(ids, (2, LENGTH)))
-    pair[1] = pair[0]
-    pair[1, -1] = (pair[0, -1] + 1) % model.vocabulary
-    cut = max(1, model.vocabulary // 3)
-    blocks = model.logits(pair, [(0, model.vocabulary), (0, cut), (cut, model.vocabulary)])
-    whole = next(blocks)[2][0].clone()
-    try:
-        parts = [z[0].clone() for *_, z in blocks]
-    except UnsupportedError as e:
-        if isinstance(e.__cause__, IndexError):  # the model indexed a token outside the block
-            raise _changed_by_number(plan) from e
-        raise
-    in_blocks = float((whole - torch.cat(parts, -1)).abs().max())
-    largest = TOLERANCE * max(1.0, float(whole.abs().max()))
-    if not in_blocks <= largest:
-        raise _changed_by_number(plan)
-    if float((whole[0, :-1] - whole[1, :-1]).abs().max()) > largest:
-        raise _sees_what_follows(plan)
-
-
-def changed_by_padding(job: VariantSet, ids: Ids, shorter: int, on_read: OnRead) -> bool:
-    """Test whether the base's logits of a sequence's first tokens change if the sequence ends after them.
-
-    They do in models whose attention selects some of the keys, because the number of all keys decides ties. The sequence runs whole and
-    cut, through the base alone.
-
-    Parameters
-    ----------
-    ids
-        A sequence of a text.
-    shorter
-        Length of the cut sequence, in tokens.
-
-    Raises
-    ------
-    UnsupportedError
-        If the logits depend on which tokens follow.
-    """
-    if not _differ(job, ids, ids[:shorter], shorter, on_read):
-        return False
-    other = ids.copy()
-    other[shorter:] = (ids[shorter:] == 0).astype(ids.dtype)
-    if _differ(job, ids, other, shorter, on_read):
-        raise _sees_what_follows(job.plan)
-    return True
-
-
-def _differ(job: VariantSet, one: Ids, other: Ids, tokens: int, on_read: OnRead) -> bool:
-    """Test whether the base's logits of the first tokens of two sequences differ; each sequence runs by itself."""
-    runs = []
-    for ids in (one, other):
-        model = StreamingModel(VariantSet(job.plan, (Variant(BASE, None),), None, device=job.device))
-        model.batch.on_read = on_read
-        blocks = model.vocabulary_blocks(vocabulary_block(len(one) + len(other)))
-        runs.append(model.logits(torch.from_numpy(ids)[None], blocks))
-    off, largest = 0.0, 1.0
-    for (_, _, z), (_, _, z_other) in zip(*runs, strict=True):
-        a, b = z[0, 0, :tokens], z_other[0, 0, :tokens]
-        off, largest = max(off, float((a - b).abs().max())), max(largest, float(a.abs().max()))
-    return off > TOLERANCE * largest
-
-
-def _changed_by_number(plan: Plan) -> UnsupportedError:
-    return UnsupportedError(
-        f"{plan.base.path}: the model changes the logits of some tokens by their number, so it does not compute all logits with its head "
-        "alone; not supported by evaluate and fit"
-    )
-
-
-def _sees_what_follows(plan: Plan) -> UnsupportedError:
-    return UnsupportedError(
-        f"{plan.base.path}: in this model a token sees those that follow it, so its losses do not measure prediction; "
-        "evaluate and fit need a causal language model"
-    )

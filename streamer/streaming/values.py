@@ -7,11 +7,11 @@ Stand in for a model's parameter with a tensor that needs no memory and reads it
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ from streamer.plan.targets import Target, TensorSlice
 from streamer.streaming.run_time import RunTimeTensor, WeightSource
 from streamer.weights.base import Plain, Weight
 from streamer.weights.logical import WeightView
+
+Shared = TypeVar("Shared", Tensor, Delta)
 
 BASE, ADAPTER = "base", "adapter"
 """Names of the first two variants: the model without the adapter, and with the unchanged adapter."""
@@ -131,20 +133,10 @@ class Reader(ABC):
     name: str
     shape: tuple[int, ...]
     device: torch.device
-    has_rows = False
-    """Whether `rows` reads only those rows."""
 
     @abstractmethod
     def read(self) -> Tensor:
-        """Read all values."""
-
-    def rows(self, i: int, j: int) -> Tensor:
-        """Read rows i to j of a matrix."""
-        return self.read()[i:j]
-
-    def row_range(self) -> tuple[int, int]:
-        """Return the range of rows in use: all, or a block of the vocabulary."""
-        return 0, self.shape[0]
+        """Read all values, or those of the rows in use."""
 
     def matrix(self, index: int) -> Tensor | None:
         """Read one matrix of a stack, or return a stand-in; None if the parameter is not a stack."""
@@ -154,19 +146,15 @@ class Reader(ABC):
         """Read one row for each id, (*ids, columns); None if the parameter is not read row by row."""
         return None
 
-
-class Multiplier(Reader):
-    """Reads the values of one parameter, and multiplies with it itself."""
-
     @abstractmethod
     def product(self, x: Tensor, transposed: bool) -> Tensor:
         """Compute ``x Wᵀ``, or ``x W`` if `transposed`."""
 
 
-class _Transpose(Multiplier):
+class _Transpose(Reader):
     """Reads the transpose of a matrix."""
 
-    def __init__(self, of: Multiplier) -> None:
+    def __init__(self, of: Reader) -> None:
         self.of, self.name, self.shape, self.device = of, of.name, of.shape[::-1], of.device
 
     def read(self) -> Tensor:
@@ -205,9 +193,11 @@ class LazyTensor(Tensor):
             _refuse_writing(func, args, kwargs)
             if func in _METADATA:
                 return func(*args, **kwargs)
-            special = _SPECIAL.get(func)
-            if special is not None and (result := special(*args, **kwargs)) is not None:
-                return result
+        # Outside the guard, which holds for the whole thread: a sweep may run other groups before a product returns.
+        special = _SPECIAL.get(func)
+        if special is not None and (result := special(*args, **kwargs)) is not None:
+            return result
+        with torch._C.DisableTorchFunctionSubclass():
             return func(*tree_map(_values, tuple(args)), **tree_map(_values, dict(kwargs)))
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's takes more arguments
@@ -244,26 +234,12 @@ _METADATA = {
 }  # fmt: skip
 
 
-def _linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
-    """Compute ``x Wᵀ + b``, a few rows of W at a time."""
+def _linear(x: Any, weight: Any, bias: Any = None) -> Tensor | None:
+    """Compute ``x Wᵀ + b``."""
     if not isinstance(weight, LazyTensor) or isinstance(x, LazyTensor):
         return None
-    reader = weight.reader
-    if isinstance(reader, Multiplier):
-        product = reader.product(x, False)
-        return product if bias is None else product + _values(bias)
-    if not reader.has_rows:
-        return None
-    first, last = reader.row_range()
-    step = max(1, BLOCK_BYTES // (4 * max(1, reader.shape[1])))
-    bias = None if bias is None else _values(bias)
-    if last - first <= step:
-        return functional.linear(x, reader.rows(first, last), bias)
-    out = x.new_empty((*x.shape[:-1], last - first))
-    for i in range(first, last, step):
-        j = min(last, i + step)
-        out[..., i - first : j - first] = x @ reader.rows(i, j).T
-    return out if bias is None else out.add_(bias)
+    product = weight.reader.product(x, False)
+    return product if bias is None else product + _values(bias)
 
 
 def _embedding(ids: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -289,13 +265,13 @@ def _item(weight: Any, index: Any) -> Tensor | None:
 
 
 def _matmul(x: Any, weight: Any) -> Tensor | None:
-    """Compute ``x W`` if a `Multiplier` reads the weight."""
-    multiplier = isinstance(weight, LazyTensor) and weight.ndim == 2 and isinstance(weight.reader, Multiplier)
-    return weight.reader.product(x, True) if multiplier and not isinstance(x, LazyTensor) else None
+    """Compute ``x W``."""
+    lazy = isinstance(weight, LazyTensor) and weight.ndim == 2 and not isinstance(x, LazyTensor)
+    return weight.reader.product(x, True) if lazy else None
 
 
 def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
-    """Compute ``b + x W`` if a `Multiplier` reads the weight."""
+    """Compute ``b + x W``."""
     product = _matmul(x, weight) if beta == alpha == 1 else None
     return None if product is None else product + _values(bias)
 
@@ -315,10 +291,10 @@ def _bmm(input: Any, mat2: Any) -> Tensor | None:  # noqa: A002  # torch's names
 
 
 def _transpose(weight: Any, *dimensions: int) -> Tensor | None:
-    """Return a stand-in for the transpose of a matrix that a `Multiplier` reads."""
-    multiplier = isinstance(weight, LazyTensor) and weight.ndim == 2 and isinstance(weight.reader, Multiplier)
+    """Return a stand-in for the transpose of a matrix."""
     exchanged = not dimensions or {d % 2 for d in dimensions} == {0, 1}
-    return LazyTensor.of(_Transpose(weight.reader)) if multiplier and exchanged else None
+    lazy = isinstance(weight, LazyTensor) and weight.ndim == 2
+    return LazyTensor.of(_Transpose(weight.reader)) if lazy and exchanged else None
 
 
 _SPECIAL: Mapping[Any, Callable[..., Tensor | None]] = {
@@ -358,6 +334,33 @@ class VariantSet:
             raise UsageError(f"bf16 products run only on the CPU; with --device {self.device}, use --dtype float32")
 
 
+ROOM = 1 << 30
+"""Bytes of float32 values of one layer that stay in memory for the next group of sequences: those of an 8B model's layer."""
+
+
+class Kept:
+    """Values that groups of sequences share while they run one layer, as many as there is room for."""
+
+    def __init__(self, room: int = ROOM) -> None:
+        self.room, self._nbytes, self._values = room, 0, dict[Any, Any]()
+
+    def get(self, key: Any, read: Callable[[], Shared]) -> Shared:
+        """Return the values of a key; read them if they are not here."""
+        if key in self._values:
+            kept: Shared = self._values[key]
+            return kept
+        values = read()
+        nbytes = values.nbytes if isinstance(values, Tensor) else sum(t.nbytes for _, t in values.named_tensors())
+        if self._nbytes + nbytes <= self.room:
+            self._values[key], self._nbytes = values, self._nbytes + nbytes
+        return values
+
+    def clear(self) -> None:
+        """Drop all values: another layer begins."""
+        self._values.clear()
+        self._nbytes = 0
+
+
 class Values:
     """Float32 values of the tensors that form a loaded model, by the variant's number.
 
@@ -374,7 +377,7 @@ class Values:
         self.base: WeightView = replace(job.plan.weights, replacements={}, derived={})
         self.applied: set[str] = set()
         self.read: set[str] = set()
-        self._last: tuple[str, Delta] | None = None
+        self.kept = Kept()
 
     def adapted(self, variant: int) -> bool:
         """Test whether a variant uses the adapter; only the base does not."""
@@ -393,9 +396,7 @@ class Values:
 
     def edited(self, tensor: RunTimeTensor) -> bool:
         """Test whether the adapter changes a tensor other than by deltas; such changes affect all variants but the base."""
-        edits = self.plan.edits
-        names = {*edits.sources, *edits.shifts, *edits.rows}
-        return bool(names & tensor.weights) or tensor.base != tensor.adapted
+        return bool(self._edited & tensor.weights) or tensor.base != tensor.adapted
 
     def targets(self, tensor: RunTimeTensor) -> list[tuple[Target, TensorSlice]]:
         """List the targets in a tensor, each with its slice."""
@@ -409,48 +410,42 @@ class Values:
         (target, slice_), low_rank = pairs[0], pairs[0][0].module.low_rank
         return target if low_rank and slice_.index is None and slice_.rows is None and len(tensor.shape) == 2 else None
 
-    def deltas(self, target: Target) -> Iterator[LowRank | None]:
-        """Yield the factors of each variant's Δ' in float32, oriented as the weight is stored: (rows, columns); None for the base."""
-        self.applied.update(slice_.weight for slice_ in target.slices)
-        for variant in range(len(self.job.variants)):
-            if not self.adapted(variant):
-                yield None
-                continue
-            delta = self._delta(target, variant)
-            assert isinstance(delta, LowRank)
-            yield (delta.T if target.transposed else delta).to(torch.float32, self.device)
+    def change(self, target: Target, part: TensorSlice, variant: int) -> Delta:
+        """Compute the change Δ' that a variant's adapter makes to a slice of a weight, in float32 and oriented as the weight is stored."""
+        self.applied.add(part.weight)
+        delta = self.kept.get(
+            (target.tensor, variant), lambda: self._delta(target, variant).to(torch.float32, self.device)
+        )
+        delta = delta if part.rows is None else delta.row_slice(*part.rows)
+        return delta.T if target.transposed else delta
+
+    def changes(self, slice_: TensorSlice, variant: int) -> list[tuple[TensorSlice, Delta]]:
+        """List a variant's changes to a weight, or to one matrix of it, in the order of targets."""
+        pairs = self.plan.by_weight.get(slice_.weight, ()) if self.adapted(variant) else ()
+        return [(part, self.change(t, part, variant)) for t, part in pairs if slice_.index in (None, part.index)]
 
     def _delta(self, target: Target, variant: int) -> Delta:
-        """Compute Δ' (out, in) of one variant; Δ is kept for the next variants."""
-        if self._last is None or self._last[0] != target.tensor:
-            self._last = target.tensor, self.plan.finite_delta(target)
+        """Compute Δ' (out, in) of one variant."""
         method, findings = self.job.variants[variant].mitigation, self.job.findings
         assert method is not None
         needed = findings if method.needs_detection else None
         found = None if needed is None else needed.by_tensor[target.tensor].detection
-        after = method.mitigated(self._last[1], found, target.tensor)
+        delta = self.kept.get(target.tensor, lambda: self.plan.finite_delta(target))
+        after = method.mitigated(delta, found, target.tensor)
         factors = target.module.factors
         if self.job.projected and factors is not None and isinstance(after, LowRank) and factors.scaling:
             B, A, _ = back_project(after, factors.rank, factors.scaling)
             return LowRank(B * factors.scaling, A.T)
         return after
 
-    def whole(self, tensor: RunTimeTensor, variant: int, with_delta: bool) -> Tensor:
-        """Read a tensor, or all matrices of a stack.
+    def whole(self, tensor: RunTimeTensor, variant: int) -> Tensor:
+        """Read a tensor, or all matrices of a stack, with deltas."""
+        matrices = [self.matrix(source, variant) for source in self.sources(tensor, variant)]
+        return torch.stack(matrices) if tensor.stacked else matrices[0]
 
-        Parameters
-        ----------
-        with_delta
-            Whether to add deltas.
-        """
-        sources = self.sources(tensor, variant)
-        if not tensor.stacked:
-            return self.matrix(sources[0], variant, with_delta)
-        return torch.stack([self.matrix(source, variant, with_delta) for source in sources])
-
-    def matrix(self, source: WeightSource, variant: int, with_delta: bool) -> Tensor:
-        """Read the tensor or the single matrix of a source."""
-        pieces = [self._piece(piece, variant, with_delta) for piece in source.slices]
+    def matrix(self, source: WeightSource, variant: int) -> Tensor:
+        """Read the tensor or the single matrix of a source, with deltas."""
+        pieces = [self._piece(piece, variant) for piece in source.slices]
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return values.T if source.transposed else values
 
@@ -474,27 +469,21 @@ class Values:
             step = max(1, BLOCK_BYTES // (4 * max(1, n)))
             for i in range(max(0, -at), min(m, last - first - at), step):
                 j = min(i + step, m, last - first - at)
-                values = _float32(weight.rows(i, j), self.device)
-                if slice_.index is None:
-                    self._edit(slice_.weight, variant, values, i)
-                yield at + i, at + j, values
+
+                def read(weight: Weight = weight, slice_: TensorSlice = slice_, i: int = i, j: int = j) -> Tensor:
+                    values = _float32(weight.rows(i, j), self.device)
+                    if slice_.index is None:
+                        self._edit(slice_.weight, variant, values, i)
+                    return values
+
+                adapted = self.adapted(variant) and slice_.weight in self._edited
+                yield at + i, at + j, self.kept.get((slice_, i, j, adapted), read)
             at += m
-
-    def piece(self, slice_: TensorSlice, variant: int) -> Tensor:
-        """Read a weight, or one matrix of it, without deltas."""
-        values = self.weight_of(slice_, variant).whole(self.device).to(torch.float32)
-        if slice_.index is None:
-            self._edit(slice_.weight, variant, values, 0)
-        return values
-
-    def rows(self, tensor: RunTimeTensor, variant: int, i: int, j: int) -> Tensor:
-        """Read rows i to j of a plain matrix or vector, without deltas; see `row_access`."""
-        return self._rows(tensor, variant, i, j, self.device)
 
     def looked_up(self, tensor: RunTimeTensor, variant: int, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read the looked-up rows of a plain matrix, without deltas; returns their numbers, the rows, and each id's place among them."""
         unique, at = torch.unique(ids.to(CPU), return_inverse=True)  # files are read by these numbers
-        rows = torch.cat([self._rows(tensor, variant, i, i + 1, CPU) for i in unique.tolist()])  # to copy at once
+        rows = torch.cat([self._rows(tensor, variant, i) for i in unique.tolist()])  # to copy at once
         return unique.to(self.device), rows.to(self.device), at.to(self.device)
 
     def row_access(self, tensor: RunTimeTensor) -> bool:
@@ -504,22 +493,15 @@ class Values:
             len(s.slices) == 1 and s.slices[0].index is None and not s.transposed for s in sources
         )
 
-    def _piece(self, slice_: TensorSlice, variant: int, with_delta: bool) -> Tensor:
-        values = self.piece(slice_, variant)
-        for target, part in self.plan.by_weight.get(slice_.weight, ()) if with_delta and self.adapted(variant) else ():
-            if slice_.index in (None, part.index):
-                into = values if part.index is None or slice_.index is not None else values[part.index]
-                self._add(target, part, variant, into)
+    def _piece(self, slice_: TensorSlice, variant: int) -> Tensor:
+        values = self.weight_of(slice_, variant).whole(self.device).to(torch.float32)
+        if slice_.index is None:
+            self._edit(slice_.weight, variant, values, 0)
+        for part, change in self.changes(slice_, variant):
+            into = values if part.index is None or slice_.index is not None else values[part.index]
+            matrix = into.view(len(into), -1)
+            change.add_rows(matrix, 0, len(matrix))
         return values
-
-    def _add(self, target: Target, part: TensorSlice, variant: int, values: Tensor) -> None:
-        """Add a target's delta, or some of its rows, to the values that it changes."""
-        delta = self._delta(target, variant)
-        delta = delta if part.rows is None else delta.row_slice(*part.rows)
-        change = (delta.T if target.transposed else delta).to(torch.float32, self.device)
-        matrix = values.view(len(values), -1)
-        change.add_rows(matrix, 0, len(matrix))
-        self.applied.add(part.weight)
 
     def _edit(self, name: str, variant: int, values: Tensor, start: int) -> None:
         """Apply the adapter's edits to rows of a weight starting at `start`: biases are added, rows are replaced."""
@@ -538,38 +520,23 @@ class Values:
                 if start <= row < start + len(values):
                     values[row - start] = tokens.rows(at, at + 1)[0].to(values)
 
-    def _rows(self, tensor: RunTimeTensor, variant: int, i: int, j: int, device: torch.device) -> Tensor:
+    def _rows(self, tensor: RunTimeTensor, variant: int, i: int) -> Tensor:
         ((slice_,),) = (source.slices for source in self.sources(tensor, variant))
-        values = _float32(self.weight(slice_.weight, variant).at_hand().rows(i, j), device)
+        values = _float32(self.weight(slice_.weight, variant).at_hand().rows(i, i + 1), CPU)
         self._edit(slice_.weight, variant, values, i)
-        return values.reshape(j - i, *tensor.shape[1:])
+        return values.reshape(1, *tensor.shape[1:])
 
     def unused(self) -> list[str]:
-        """List the weights whose change by the adapter no pass has used so far."""
+        """List the weights whose change by the adapter no sweep has used so far."""
+        return sorted({*self.plan.by_weight} - self.applied | self._edited - self.read)
+
+    @cached_property
+    def _edited(self) -> set[str]:
+        """Return the names of the weights that the adapter changes other than by deltas."""
         edits = self.plan.edits
-        edited = {*edits.sources, *edits.shifts, *edits.rows}
-        return sorted({*self.plan.by_weight} - self.applied | edited - self.read)
+        return {*edits.sources, *edits.shifts, *edits.rows}
 
 
 def _float32(stored: Tensor, device: torch.device) -> Tensor:
     """Copy values to a device in their stored dtype, which moves the fewest bytes, and convert them to float32 there."""
     return stored.to(device).to(torch.float32, copy=True)
-
-
-def same_values(values: Values, tensors: Sequence[RunTimeTensor], additive: bool) -> list[range]:
-    """Group consecutive variants under which tensors have the same values.
-
-    Parameters
-    ----------
-    additive
-        Whether deltas are added to the products instead of the tensors.
-    """
-    count = len(values.job.variants)
-    if count == 1:
-        return [range(1)]
-    if not additive and any(values.targets(tensor) for tensor in tensors):
-        return [range(v, v + 1) for v in range(count)]
-    if not any(values.edited(tensor) for tensor in tensors):
-        return [range(count)]
-    starts = [v for v in range(count) if v == 0 or values.adapted(v) != values.adapted(v - 1)]
-    return [range(i, j) for i, j in itertools.pairwise([*starts, count])]

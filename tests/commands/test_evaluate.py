@@ -19,7 +19,7 @@ from test_schemas import check
 
 import streamer
 from streamer.errors import Interrupted
-from streamer.evaluation.evaluate import MOST_PLACED
+from streamer.evaluation.evaluate import BLOCK
 from streamer.evaluation.losses import LAMBDAS
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.storage.journal import Journal
@@ -47,8 +47,8 @@ def test_a_process_of_its_own_says_nothing_of_libraries_that_transformers_import
 
 @pytest.mark.long
 def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path) -> None:
-    asked = ["--findings", home / "f.safetensors", "--lambda", "0.75,0.5", "--keep", "0.5"]
-    done = evaluate(server, home, tmp_path / "e.json", *asked, task=home / "mild.npy")
+    asked = ["--findings", home / "f.safetensors", "--lambda", "0.75,0.5", "--keep", "0.8"]
+    done = evaluate(server, home, tmp_path / "e.json", *asked)
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
     assert lines[0].startswith("use ")
@@ -56,17 +56,17 @@ def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path
     names = [
         "base",
         "adapter",
-        *(f"{method} {lam}" for method in ("paper", "project", "shrink") for lam in (0.75, 0.5)),
+        *(f"{method} {lam}" for method in ("paper", "shrink") for lam in (0.75, 0.5)),
     ]
     shown = [line[:14].partition("†")[0].strip(" *") for line in lines[4:]]
     assert [name for name in shown if name in names] == names
-    assert "of the variants that keep 50% of what was learned, " in done.out
+    assert "of the variants that keep 80% of what was learned, " in done.out
     assert f"\nwrote {tmp_path / 'e.json'}\n" in done.out
     assert lines[-1].startswith(
-        f"next: streamer repair {home / 'base'} {home / 'adapter'} --general TEXT --task TEXT --keep 0.5 -o OUTPUT"
+        f"next: streamer repair {home / 'base'} {home / 'adapter'} --general TEXT --task TEXT --keep 0.8 -o OUTPUT"
     )
     assert " suggested, " in done.last
-    again = evaluate(server, home, tmp_path / "e.json", *asked, task=home / "mild.npy")
+    again = evaluate(server, home, tmp_path / "e.json", *asked)
     assert (again.code, again.out) == (
         0,
         done.out.replace(f"wrote {tmp_path / 'e.json'}", f"{tmp_path / 'e.json'} exists already"),
@@ -82,12 +82,14 @@ def test_a_lambda_joins_a_file_that_stands(server: Server, home: Path, tmp_path:
         "streamer.dry-run/1",
     )
     assert tree["state"] == "new"
-    assert 0 < tree["forecast"]["read_bytes"] == 2 * (tree["forecast"]["read_bytes"] // 2)
+    assert tree["forecast"]["read_bytes"] > 0
     events = evaluate(server, home, output, "--method", "shrink", "--lambda", "0.62", "--json-events").err.splitlines()
     last = [e for e in map(json.loads, events) if e["event"] == "progress" and e["stage"] == "evaluate"][-1]
-    assert last["items"] in (2, 4, 6), "both texts, in each round"
+    assert last["items"] == last["of"] > 0
     tree = json.loads(output.read_text())
-    assert [v for v in tree["variants"] if v["name"] != "shrink 0.62"] == first["variants"]
+    stood = [v["name"] for v in first["variants"]]
+    assert [v for v in tree["variants"] if v["name"] in stood] == first["variants"]
+    assert len(tree["variants"]) - len(stood) in (1, 2), "perhaps one is placed"
     lambdas = [v["lambda"] for v in tree["variants"][2:]]
     assert 0.62 in lambdas
     assert lambdas == sorted(lambdas, reverse=True)
@@ -96,15 +98,15 @@ def test_a_lambda_joins_a_file_that_stands(server: Server, home: Path, tmp_path:
         evaluate(server, home, output, "--findings", home / "f.safetensors", "--lambda", "0.62", "--json"),
         "streamer.evaluation/1",
     )
-    assert [v["name"] for v in tree["variants"][2:4]] == ["paper 0.62", "project 0.62"]
+    assert [v["name"] for v in tree["variants"][2:4]] == ["paper 0.62", first["variants"][2]["name"]]
     assert tree["detection"]["top_k"] == 4
     stands = output.read_bytes()
     fewer, more = (f"{count} sequences of 8 tokens, not 24 sequences of 8 tokens" for count in (4, 32))
     for options, texts, differs in (
         (["--findings", home / "f.safetensors", "--scale", "first"], {}, "--select"),
-        (["--projected"], {}, "--projected, --top-k"),
+        (["--projected"], {}, "--projected"),
         (["--method", "shrink"], {"task": home / "all.npy"}, f"task text: {more}"),
-        (["--sequences", "4"], {}, f"general text: {fewer}, task text: {fewer}, --top-k"),
+        (["--sequences", "4"], {}, f"general text: {fewer}, task text: {fewer}"),
     ):
         done = evaluate(server, home, output, *options, **texts)
         assert (done.code, output.read_bytes()) == (4, stands)
@@ -134,16 +136,16 @@ def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Pat
 
 def test_the_suggested_command_makes_what_was_measured(server: Server, home: Path, tmp_path: Path) -> None:
     output = tmp_path / "e.json"
-    asked = ["--findings", home / "f.safetensors", "--keep", "0.5", "--method", "project,shrink"]
-    done = evaluate(server, home, output, *asked, "--json", task=home / "mild.npy")
+    asked = ["--findings", home / "f.safetensors", "--keep", "0.7", "--method", "project,shrink"]
+    done = evaluate(server, home, output, *asked, "--json")
     tree = check(done, "streamer.evaluation/1")
     assert tree["state"] == "written"
     assert {**json.loads(output.read_text()), "output": str(output), "state": "written"} == tree
     found = tree["suggestion"]
-    enough = [v for v in tree["variants"] if v["name"] != "base" and v["kept"] >= 0.5]
-    assert min(v["kept"] for v in enough if v["method"] == "shrink") < 0.51, "one is placed"
+    enough = [v for v in tree["variants"] if v["name"] != "base" and v["kept"] >= 0.7]
+    assert len([v for v in tree["variants"] if v["method"] == "shrink"]) == 3, "one is placed"
     assert found["name"] == min(enough, key=lambda v: v["general"]["kl"])["name"]
-    text = evaluate(server, home, output, *asked, task=home / "mild.npy").out
+    text = evaluate(server, home, output, *asked).out
     (line,) = [line.partition(": ")[2] for line in text.splitlines() if "streamer mitigate " in line]
     words = line.replace("OUTPUT", str(tmp_path / "made")).split()[1:]
     assert server.run(*words).code == 0
@@ -172,13 +174,8 @@ def test_events(server: Server, home: Path, tmp_path: Path) -> None:
     assert [e["done"] for e in progress] == sorted(e["done"] for e in progress)
     assert progress[-1]["done"] == progress[-1]["total"] > 0
     lambdas = [v["lambda"] for v in json.loads((tmp_path / "e.json").read_text())["variants"][2:]]
-    placed = len(lambdas) - len(LAMBDAS)
-    assert 1 <= placed <= MOST_PLACED
-    assert (progress[0]["name"], progress[0]["items"], progress[-1]["items"]) == (
-        "model.layers.0.self_attn.q_proj.weight",
-        0,
-        2 * placed + 2,
-    )
+    assert len(lambdas) in (len(LAMBDAS), len(LAMBDAS) + 1)
+    assert [e["name"] for e in progress[:3]] == ["embeddings", "model.layers.0", "model.layers.1"]
 
 
 def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_path: Path) -> None:
@@ -195,7 +192,7 @@ def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_pat
         ([], {"task": tmp_path / "absent.npy"}, 3, f"{tmp_path}/absent.npy: no such file"),
         (["--coefficients", other_coefficients(home, tmp_path)], {}, 3, "of another adapter (config_sha256, weights_sha256 differ)"),
         (["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"),
-        (["--max-memory", budget], {}, 2, f"--max-memory: {budget} is not enough for a sequence of 8 tokens under two variants"),
+        (["--max-memory", budget], {}, 2, f"--max-memory: {budget} is not enough for a sweep of 512 tokens; it needs "),
         (["--findings", home / "f.safetensors", "--top-k", "3"], {}, 3, "made with top_k=4, asked for 3"),
     ]  # fmt: skip
     for options, texts, code, message in cases:
@@ -228,6 +225,27 @@ def test_without_transformers_a_line_says_what_to_install(server: Server, home: 
     assert done.err == (
         "streamer: evaluate and fit need transformers 5, which is not installed; pip install 'intruder-streamer[evaluate]'\n"
     )
+
+
+def test_it_stops_when_the_answer_is_clear(server: Server, tmp_path: Path) -> None:
+    """A variant that joins later runs on the same sequences, and what stands stays as it is."""
+    home, output = make_learned(tmp_path, 64, 56), tmp_path / "e.json"
+    given = ["--sequences", 64, "--keep", 0.6]
+    first = check(evaluate(server, home, output, *given, "--lambda", 0.75, "--json"), "streamer.evaluation/1")
+    assert first["suggestion"]["name"] == "shrink 0.75"
+    count = len(first["tokens"]["task"])
+    assert BLOCK <= count < 64
+    assert count % BLOCK == 0
+    assert first["texts"]["task"]["sequences"] == 64
+    both = check(evaluate(server, home, output, *given, "--lambda", "0.75,0.5", "--json"), "streamer.evaluation/1")
+    assert both["tokens"] == first["tokens"]
+    stood = [v["name"] for v in first["variants"]]
+    assert [v for v in both["variants"] if v["name"] in stood] == first["variants"]
+    whole = streamer.evaluate_variants(home / "base", home / "adapter", general=home / "general.npy", task=home / "task.npy",
+                                       sequences=64, lambdas=[0.75, 0.5], keep=0.999)  # fmt: skip
+    assert len(whole.task.tokens) == 64, "no answer is clear"
+    own = next(v for v in both["variants"] if v["name"] == "shrink 0.5")
+    assert own["task"]["sums"]["loss"] == pytest.approx(whole["shrink 0.5"]["task"]["sums"]["loss"][:count])
 
 
 SHRINKS = ["--method", "shrink", "--lambda", "0.75,0.5"]
@@ -289,31 +307,29 @@ def test_names_are_those_of_files(server: Server, home: Path, tmp_path: Path) ->
     assert "task.npy is the same as the task text: it adds no information" in done.err
 
 
-def test_a_journal_with_other_sums_is_started_over(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an earlier version left it: its passes do not say what this one is to write."""
-    monkeypatch.setattr("streamer.measuring.task.ROWS", 40)
+def test_a_journal_with_other_sums_is_started_over(home: Path, tmp_path: Path) -> None:
+    """As an earlier version left it: its sweeps do not say what this one is to write."""
 
     def run(output: Path, **options: Any) -> streamer.Evaluation:
-        given = {"general": home / "general.npy", "task": home / "task.npy", "other": home / "some.npy"}
-        chosen = {"methods": ["shrink"], "lambdas": [0.5], "max_memory": "4G", "sequences": 6}
-        return streamer.evaluate_variants(home / "base", home / "adapter", output, **given, **chosen, **options)
+        return streamer.evaluate_variants(home / "base", home / "adapter", output, general=home / "general.npy", task=home / "task.npy",
+                                          lambdas=[0.5], **options)  # fmt: skip
 
     output, events = tmp_path / "e.json", []
     with pytest.raises(Interrupted):
-        run(output, monitor=stopping_at(60, "evaluate"))
+        run(output, monitor=stopping_at(4, "evaluate"))
     (path,) = tmp_path.glob(".*.journal")
     journal = Journal(path)
-    head, count = json.loads(journal[0]), len(journal)
-    assert count > 2
-    rest = [journal[i] for i in range(1, count)]
+    head, rest = json.loads(journal[0]), [journal[i] for i in range(1, len(journal))]
+    assert len(rest) > 1
     journal.remove()
     journal = Journal(path)
     for record in [json.dumps({**head, "bits": head["bits"].removesuffix(" kl_bins")}).encode(), *rest]:
         journal.append(record)
     journal.close()
     made = run(output, on_event=events.append)
-    assert not [e for e in events if e.stage == "note" and "resum" in e.name]
-    assert made.to_json() == run(tmp_path / "again.json", on_event=events.append).to_json()
+    again: list[Any] = []
+    assert made.to_json() == run(tmp_path / "again.json", on_event=again.append).to_json()
+    assert [e.items for e in events if e.stage == "evaluate"] == [e.items for e in again if e.stage == "evaluate"]
 
 
 def test_without_intruders_nothing_that_scales_them_runs(server: Server, home: Path, tmp_path: Path) -> None:
@@ -323,7 +339,7 @@ def test_without_intruders_nothing_that_scales_them_runs(server: Server, home: P
     found.save(tmp_path / "none.safetensors")
     for name, options in (
         ("given", ["--findings", tmp_path / "none.safetensors"]),
-        ("made", ["--top-k", 4, "--epsilon", 1e-6]),
+        ("made", ["--top-k", 4, "--epsilon", 1e-6, "--method", "paper,shrink"]),
     ):
         output = tmp_path / f"{name}.json"
         done = evaluate(server, home, output, *options, "--lambda", "0.75,0.5")

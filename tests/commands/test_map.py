@@ -128,7 +128,7 @@ def test_stopped_anywhere_it_leaves_nothing_that_stands_in_the_way(home: Path, t
     options = {"general": home / "general.npy"}
     whole = streamer.map_inputs(home / "base", tmp_path / "w.safetensors", on_event=events.append, **options)
     steps = sum(event.stage == "map" for event in events)
-    assert steps > 5
+    assert steps == 4  # the embeddings, two layers, the end
     progress = [event for event in events if event.stage == "map"]
     assert progress[-1].done == progress[-1].total > 0
     for number in (1, steps // 2, steps - 1):
@@ -150,7 +150,7 @@ def test_a_base_that_changes_meanwhile_is_told(home: Path, tmp_path: Path) -> No
     def change(event: Event) -> None:
         nonlocal seen
         seen += event.stage == "map"
-        if seen == 4:
+        if seen == 2:
             (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
 
     with pytest.raises(InputChangedError):
@@ -171,7 +171,7 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], int, str]]:
     yield [base, *general, "-o", base / "model.safetensors"], 4, "is not a map, which is all that is replaced"
     yield [base, base, *out], 2, "BASE: expected one, found 2; to map several texts, join them in one file"
     yield [place / "map.safetensors", *out], 2, "is a map; name the base to map"
-    yield [base, *general, *out, "--max-memory", f"{process_mib() + 20}M"], 2, "is not enough for the inputs of"
+    yield [base, *general, *out, "--max-memory", f"{process_mib() + 20}M"], 2, "is not enough for a sweep of 192 tokens"
 
 
 def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_path: Path) -> None:

@@ -4,13 +4,20 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from arguments import subparsers
 from command_line import ENV
 from commands import WRITING, refuse
 from forks import server
 from paths import TOOLS
+
+import streamer
+from streamer.evaluation.losses import EvaluationOptions
+from streamer.fitting.prepare import FitOptions
 
 # Options --------------------------------------------------------------------------------------------------------------
 
@@ -60,10 +67,15 @@ def test_usage(argv: list[str], words: str) -> None:
     assert len(line) <= 300
 
 
+ONE_SWEEP = "one sweep reads the base once and uses all cores of this machine; drop the option"
+
+
 @pytest.mark.parametrize(("argv", "words"), [
     (["evaluate", "b", "a", "--no-race"], "--no-race was removed: every variant runs on all sequences; drop the option"),
-    (["detect", "b", "a", "-o", "x", "--part", "1/2"], "--part was removed: use --workers N, or --executor"),
+    (["detect", "b", "a", "-o", "x", "--part", "1/2"], "--part was removed: use --workers N, or --executor, of detect and merge"),
     (["demo", "--keep=d"], "--keep was removed: use -o DIR"),
+    *(([command, "b", "a", f"{option}=2"], f"{option} was removed: {ONE_SWEEP}") for command in ("evaluate", "fit", "map", "repair")
+      for option in ("--workers", "--executor")),
 ])  # fmt: skip
 def test_a_removed_option_names_what_to_use(argv: list[str], words: str) -> None:
     done = server().run(*argv)
@@ -89,6 +101,24 @@ def test_help_says_what_exit_codes_mean(command: str) -> None:
 
 
 # The parser -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "function", [streamer.evaluate_variants, streamer.fit_coefficients, streamer.map_inputs, streamer.repair_adapter]
+)
+def test_a_removed_keyword_names_what_to_use(function: Callable[..., object]) -> None:
+    with pytest.raises(TypeError, match=rf"^{function.__name__}\(\): executor was removed: {ONE_SWEEP}$"):
+        function("b", "a", "o", executor=None)
+
+
+@pytest.mark.parametrize(
+    ("command", "options"), [("evaluate", EvaluationOptions), ("fit", FitOptions), ("repair", FitOptions)]
+)
+def test_defaults_are_those_of_the_library(command: str, options: type) -> None:
+    parsed = vars(subparsers()[command].parse_args(["b", "a", "-o", "x", "--general", "g", "--task", "t"]))
+    for field in fields(options):
+        value = field.default[0] if command != "evaluate" and field.name == "keep" else field.default
+        assert field.name == "methods" or parsed.get(field.name, value) == value, field.name
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

@@ -234,7 +234,7 @@ def test_a_call_outside_of_a_notebook_draws_no_bar_unasked(job: tuple[Path, Path
 def test_warnings_of_a_call_stand_between_its_bars() -> None:
     """The bar of a stage goes when another begins within it."""
     shown = terminal.show(100, "--version", code=WARNED)
-    assert [line for line in shown.during if line.startswith("evaluate 0/8 passes   0%|")]
+    assert [line for line in shown.during if line.startswith("evaluate 0/8 layers   0%|")]
     assert not [line for line in shown.last if line.startswith("evaluate")]
     assert re.fullmatch(r"<string>:\d+: StreamerWarning: odd", shown.last[0])
     assert re.match(r"detect 4/4 matrices 100%\|█", shown.last[-2])

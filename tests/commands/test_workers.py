@@ -62,20 +62,6 @@ def test_threads_give_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("command", "count"), [("evaluate", 1), ("evaluate", 3), ("map", 3), ("fit", 3), ("repair", 3)])  # fmt: skip
-def test_passes_on_threads_give_the_same_bytes(command: str, count: int, tmp_path: Path) -> None:
-    """Whatever the number of workers, and the order in which passes end."""
-    bench, out, events = BENCHES[command](tmp_path), tmp_path / "out", list[Event]()
-    out.mkdir()
-    with ThreadPoolExecutor(count) as pool, threads(1):
-        bench.here(out / bench.name, executor=pool, on_event=events.append)
-    assert contents(out) == bench.files
-    steps = [e for e in events if e.stage == ("fit" if command == "repair" else command)]
-    assert [e.done for e in steps] == sorted(e.done for e in steps)
-    assert (steps[-1].done, steps[-1].items) == (steps[-1].total, steps[-1].of)
-
-
-@pytest.mark.long
 def test_a_merge_on_threads_has_the_same_bytes(tmp_path: Path) -> None:
     bench = merge_bench(tmp_path, 4, (150, 170))
     out = tmp_path / "out"
@@ -84,25 +70,6 @@ def test_a_merge_on_threads_has_the_same_bytes(tmp_path: Path) -> None:
         bench.here(out / bench.name, executor=pool)
     assert contents(out) == bench.files
     assert not [path for path in out.rglob(".*") if path.is_file()]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("command", "what"),
-    [("evaluate", "a sequence of 24 tokens under two variants"), ("fit", "the inputs of a sequence of 24 tokens"),
-     ("repair", "the inputs of a sequence of 24 tokens"), ("map", "the inputs of a sequence of 24 tokens")],
-)  # fmt: skip
-def test_workers_on_passes_share_the_memory(command: str, what: str, tmp_path: Path) -> None:
-    """Less than will do is refused, with what does."""
-    bench = BENCHES[command](tmp_path)
-    out = tmp_path / "out" / bench.name
-    with bench.start(out, "--workers", 2, "--max-memory", "500M") as few:
-        _, stderr = few.communicate(timeout=300)
-    assert few.returncode == 2
-    assert f"streamer: --max-memory: 500M is not enough for {what}; it needs" in stderr
-    with bench.start(out, "--workers", 2, "--max-memory", stderr.split()[-1], "--dry-run", "-q") as enough:
-        enough.communicate(timeout=300)
-    assert enough.returncode == 0
 
 
 def test_processes_give_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +11,26 @@ import torch
 import transformers
 from architectures import LINEAR, TEXT, config
 from causal_models import CAUSAL, make_adapter
-from evaluated import sequences, token_ids
+from evaluated import nothing, sequences, token_ids
 from pairs import make_pair
 from pretended import DEVICE, TRAFFIC, MixedDevices
 from seeds import vary
+from swept import make_sweep
 
 import streamer
 from streamer.api.options import Settings
+from streamer.detection.options import Run
 from streamer.errors import UsageError
 from streamer.events import Monitor
-from streamer.fitting.prepare import collecting_bytes, states_bytes
-from streamer.fitting.result import factors_of, through
-from streamer.linalg.moments import Moments, RowMoments, leading_vectors
-from streamer.linalg.regmean import DIRECT_BYTES, InputPair, WeightDelta, answers, corrected
-from streamer.linalg.torch_state import threads
+from streamer.fitting.mapping import MapOptions, make_map, prepare_map
+from streamer.linalg.moments import leading_vectors
+from streamer.linalg.regmean import Refit, System, TextInputs, basis, refit
+from streamer.linalg.torch_state import CPU, threads
+from streamer.measuring import riders
+from streamer.measuring.riders import TRANSFORMERS_BYTES, Limits, Work, part_sums
 from streamer.measuring.statistics import MEASURES
-from streamer.measuring.task import TRANSFORMERS_BYTES, measure, pass_bytes
-from streamer.plan.plan import Plan, make_base_plan, make_plan
-from streamer.plan.targets import Target
-from streamer.streaming.corrected import STREAMS, CorrectedModel
-from streamer.streaming.inputs import BaseInputModel, BaseMatrix
-from streamer.streaming.model import StreamingModel, check_logits, vocabulary_block
-from streamer.streaming.run_time import GENERAL_AS, GENERAL_CORRECTED, TASK_AS, TASK_CORRECTED, Group
+from streamer.plan.plan import Plan, make_plan
+from streamer.streaming.sweep import SweepModel, check_logits
 from streamer.streaming.values import VariantSet, make_variants
 
 TOLERANCE = 1e-4
@@ -45,53 +41,33 @@ VARIANTS = make_variants(("shrink",), (0.5,), "all")
 Arrays = dict[str, np.ndarray]
 
 
-def evaluated(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
-    """Losses of all that `evaluate` measures without findings, in blocks of the vocabulary, once the logits are checked."""
-    job = VariantSet(plan, VARIANTS, None, device=device)
-    check_logits(job, ids[0].numpy(), lambda tensor: None)
-    sums = measure(StreamingModel(job), sequences(ids), 25)
+def measured(model: SweepModel, ids: torch.Tensor, block: int) -> Arrays:
+    """Sums of all variants, in blocks of the vocabulary."""
+    (part,) = riders.riders({"text": sequences(ids)}, len(VARIANTS), model.size, ids.numel(), False)
+    model.run(part.groups, nothing)
+    (sums,) = part_sums(model, [part], block, nothing)
     return {name: getattr(sums, name) for name in MEASURES}
 
 
+def evaluated(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
+    """Losses of all that `evaluate` measures without findings, once the logits are checked."""
+    model = SweepModel(VariantSet(plan, VARIANTS, None, device=device))
+    check_logits(model, ids[0].numpy(), nothing)
+    return measured(model, ids, 25)
+
+
 def fitted(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
-    """Right factors, by inputs, as the adapter's; and those that are corrected."""
-    rights: dict[str, torch.Tensor] = {}
-    factors = {t.tensor: factors_of(plan, t) for t in plan.targets}
-
-    def solve(targets: Sequence[Target], moments: Mapping[int, Moments]) -> None:
-        own = [(factors[t.tensor].L, factors[t.tensor].R) for t in targets]
-        found, _ = answers(own, moments[TASK_AS], moments[GENERAL_AS], [0.5], targets[0].tensor)
-        rights.update({t.tensor: right[0].float() for t, right in zip(targets, found, strict=True)})
-
-    def replace(targets: Sequence[Target], moments: Mapping[int, RowMoments]) -> None:
-        own = [WeightDelta(factors[t.tensor].L, factors[t.tensor].R, partial(through, plan, t)) for t in targets]
-        pairs = [InputPair(moments[a], moments[b]) for a, b in ((TASK_AS, TASK_CORRECTED), (GENERAL_AS, GENERAL_CORRECTED))]  # fmt: skip
-        found = corrected(own, *pairs, 0.5, DIRECT_BYTES)
-        assert found is not None
-        rights.update({t.tensor: right.float() for t, right in zip(targets, found, strict=True)})
-
-    model = CorrectedModel(plan, device=device)
-    texts = {stream: sequences(ids[: 1 + stream % 2]) for stream in STREAMS}
-    groups = [Group(texts[stream], stream, lambda tensor: None) for stream in STREAMS]
-    model.collect(groups[:2], solve)
-    rights.update({name: factors[name].R.float() for name in model.unseen})
-    first = {f"{name} first": right.numpy() for name, right in rights.items()}
-    model.correct(groups, rights, replace)
-    return first | {name: right.numpy() for name, right in rights.items()}
+    """Right factors of all candidates."""
+    sweep = make_sweep(plan.base.path, plan.adapter.path, ids, ids.flip(1), device=device)
+    sweep.run()
+    return {f"{name} {k}": R.cpu().numpy() for name, own in sweep.rights.items() for k, R in enumerate(own)}
 
 
 def mapped(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
-    """Leading vectors of the inputs of all matrices of the base."""
-    found: Arrays = {}
-
-    def keep(matrices: Sequence[BaseMatrix], moments: Mapping[int, Moments]) -> None:
-        own = moments[GENERAL_AS]
-        values = leading_vectors(own, 4)[0] if isinstance(own, RowMoments) else own.diagonal
-        found[matrices[0].tensor] = values.cpu().numpy()
-
-    model = BaseInputModel(make_base_plan(plan.base.path, "mmap", None), device=device)
-    model.collect([Group(sequences(ids), GENERAL_AS, lambda tensor: None)], keep)
-    return found
+    """Eigenvalues of the base's inputs, or frequencies."""
+    np.save(text := plan.adapter.path.parent / "g.npy", ids.numpy())
+    prepared = prepare_map(plan.base.path, text, MapOptions(vectors=4), None, Run(CPU, model_device=device))
+    return {f"{one.key}": one.values.numpy() for one in make_map(prepared, None).inputs}
 
 
 COMMANDS = {"evaluate": evaluated, "fit": fitted, "map": mapped}
@@ -127,23 +103,25 @@ def test_the_device_tells_what_is_mixed() -> None:
             mixed()
 
 
-def test_wide_inputs_are_solved_for_by_products_there() -> None:
+@pytest.mark.parametrize("tokens", [50, 450], ids=["fewer tokens than inputs", "more"])
+def test_wide_inputs_are_solved_for_there(tokens: int) -> None:
     torch.manual_seed(vary(0))
-    x, L, R = torch.randn(900, 600) * torch.arange(1, 601) ** -0.5, torch.randn(8, 2), torch.randn(600, 2)
-    found = []
-    for device in (torch.device("cpu"), DEVICE):
-        own = [part.to(device) for part in (x[:500], x[500:])]
-        task, general = (RowMoments(600, len(t), float((t**2).sum()) / len(t), partial(iter, [t]), device) for t in own)
-        (right,), _ = answers([(L, R)], task, general, [0.5], "", 0)
-        pairs = InputPair(task, task), InputPair(general, general)
-        after = corrected([WeightDelta(L, R, lambda Q: x.to(Q.device).double().T[:, :8] @ Q)], *pairs, 0.5, 0)
-        assert after is not None
-        found.append([right[0], after[0], leading_vectors(general, 4)[0].cpu()])
+    x, L, R = torch.randn(4, tokens, 600) * torch.arange(1, 601) ** -0.5, torch.randn(8, 2), torch.randn(600, 2)
+    (Q, T), W, found = basis(L), torch.randn(8, 600).double(), list[tuple[torch.Tensor, torch.Tensor]]()
+    for device in (CPU, DEVICE):
+        task, general, *now = x.to(device)
+        delta = Refit(R, T, (R.double() @ T.T).to(device), (W.T @ Q).to(device))
+        system, texts = System(now[0], now[1], (tokens, tokens), 0.5), zip((task, general), now, strict=True)
+        refitted = refit(delta, *(TextInputs(*pair, tokens) for pair in texts), 0.5, system)
+        assert refitted is not None
+        found.append((refitted[0].cpu(), leading_vectors([general], tokens, 4)[0].cpu()))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE * float(other.abs().max()))
 
 
-def test_weights_cross_once_a_pass_and_memory_there_is_as_forecast(tmp_path: Path) -> None:
+def test_weights_cross_once_a_sweep_and_memory_there_is_as_forecast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """But for what the device's allocator rounds up, and kernels take for themselves."""
     sizes = TEXT | {
         "hidden_size": 128,
@@ -160,24 +138,16 @@ def test_weights_cross_once_a_pass_and_memory_there_is_as_forecast(tmp_path: Pat
         UsageError, match=r"^bf16 products run only on the CPU; with --device pretended:0, use --dtype float32$"
     ):
         VariantSet(plan, VARIANTS, None, rounds_products=True, device=DEVICE)
-    text = sequences(token_ids(1000, 4, 64))
-    rows, length, size = 256, 64, StreamingModel(VariantSet(plan, VARIANTS, None)).size
-
-    def evaluate() -> None:
-        measure(StreamingModel(VariantSet(plan, VARIANTS, None, device=DEVICE)), text, vocabulary_block(3 * rows))
-
-    def collect() -> None:
-        groups = [Group(text, stream, lambda tensor: None) for stream in (GENERAL_AS, TASK_AS)]
-        CorrectedModel(plan, device=DEVICE).collect(groups, lambda targets, moments: None)
-
-    taken: dict[Any, int] = {evaluate: pass_bytes(size, 0, 3 * rows, length),
-             collect: states_bytes(size, 0, 2 * rows) + collecting_bytes(size, rows, length)}  # fmt: skip
-    for run, forecast in taken.items():
-        with threads(), TRAFFIC.counted() as traffic:
-            run()
-        assert 0.1 < traffic.peak / (forecast - TRANSFORMERS_BYTES) <= 1, run.__name__
-        if run is evaluate:  # an embedding's rows that are not looked up stay
-            assert 0.8 < traffic.to_device / size.read < 1.1
+    ids, rows = token_ids(1000, 4, 64), 3 * 256
+    monkeypatch.setattr(riders, "LOGIT_BYTES", 4 * rows * 64)
+    model = SweepModel(VariantSet(plan, VARIANTS, None, device=DEVICE))
+    model.limit(1 << 20, False)
+    forecast = Work(0, rows, 64).nbytes(model.size, 0, Limits(256, 1 << 20, False)) - TRANSFORMERS_BYTES
+    with threads(), TRAFFIC.counted() as traffic:
+        measured(model, ids, 64)
+    assert 0.1 < traffic.peak / forecast <= 1
+    # The head's are read again for each block; of an embedding only rows that are looked up.
+    assert 0.8 < traffic.to_device / model.size.read < 1.1
 
 
 @pytest.mark.parametrize(

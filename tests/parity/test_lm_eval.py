@@ -18,6 +18,7 @@ from seeds import vary
 from tokenized_texts import WORDS, lines, save
 
 import streamer
+from streamer.measuring import riders
 
 pytestmark = [
     pytest.mark.long,
@@ -136,6 +137,32 @@ def test_a_cache_has_no_answers_of_another_config(tmp_path: Path) -> None:
     assert answers()[0][0] != pytest.approx(before[0][0], abs=1e-2)
 
 
+def test_a_killed_run_keeps_the_answers_of_the_sweeps_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamer import lm_eval
+
+    _, base, adapter = make_pair("llama", tmp_path, CAUSAL["llama"][2])
+    save(base, "words")
+    requests, sweeps, measured = [(None, [3, 4], [5, *range(6, 6 + n)]) for n in range(4)], [0], lm_eval.measured
+
+    def answers(**cache: str) -> list[tuple[float, bool]]:
+        return lm_eval.StreamerLM(str(base), str(adapter), **cache)._loglikelihood_tokens(requests, True)
+
+    def killed(*args: Any) -> Any:
+        sweeps[0] += 1
+        if sweeps[0] == 3:
+            raise KeyboardInterrupt
+        return measured(*args)
+
+    whole, kept = answers(), {"cache": str(tmp_path / "cache.sqlite")}
+    monkeypatch.setattr(lm_eval, "BLOCK", 1)
+    monkeypatch.setattr(riders, "ROWS", 1)
+    monkeypatch.setattr(lm_eval, "measured", killed)
+    with pytest.raises(KeyboardInterrupt):
+        answers(**kept)
+    assert [loss for loss, _ in answers(**kept)] == pytest.approx([loss for loss, _ in whole], abs=1e-5)
+    assert sweeps == [5]  # three, and two that were left
+
+
 def test_it_says_what_hf_says_of_merged_models(home: Path) -> None:
     """Accuracies are equal, log-likelihoods to 1e-4; the variants of one set are measured once, by the run that comes first."""
     merged = {"base": home / "base"}
@@ -153,7 +180,7 @@ def test_it_says_what_hf_says_of_merged_models(home: Path) -> None:
     hf = [{"model": "hf", "model_args": {"pretrained": path, "dtype": "float32"}} for path in merged.values()]
     alone = {"model": "streamer", "model_args": {**given, "method": "shrink", "lambda": 0.5, "max_memory": "2G"}}
     runs, errors = harness(home, *({**run, "tasks": list(TASKS)} for run in [*ours, *hf, alone]))
-    assert ["Streaming passes" in err for err in errors] == [True, *[False] * 7, True]
+    assert ["Scored requests" in err for err in errors] == [True, *[False] * 7, True]
     assert runs[3]["results"]["choices"] == runs.pop()["results"]["choices"]
     for found, expected in zip(runs[:4], runs[4:], strict=True):
         for name, (_, _, metrics) in TASKS.items():

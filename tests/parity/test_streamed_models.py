@@ -1,4 +1,4 @@
-"""Streamed models: errors of their own code, attention that chooses keys, the probe of their pace, llama.cpp's figures."""
+"""Streamed models: errors of their own code, attention that chooses keys, the cost of a sweep, llama.cpp's figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import transformers
 import zoo
 from architectures import config
 from causal_models import CAUSAL, make_adapter, make_base
-from evaluated import answer, assert_sums, loaded, merged_variants, precisions, sequences, streamed, token_ids
+from evaluated import answer, assert_sums, loaded, merged_variants, nothing, precisions, sequences, streamed, token_ids
 from evaluations import FACTS
 from numpy.typing import NDArray
 from pairs import make_pair, merge
@@ -27,12 +27,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import streamer
 from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.evaluation import Evaluation
-from streamer.measuring.passes import CALL, READING, pass_cost
 from streamer.measuring.result_file import EvaluatedVariant
-from streamer.measuring.task import measure
+from streamer.measuring.riders import CALL, part_sums, riders, sweep_cost
 from streamer.methods import UNCHANGED
 from streamer.plan.plan import make_plan
-from streamer.streaming.model import StreamingModel, refused_errors
+from streamer.streaming.model import refused_errors
+from streamer.streaming.sweep import SweepModel
 from streamer.streaming.values import ADAPTER, BASE, Variant, VariantSet, make_variants
 
 
@@ -111,12 +111,10 @@ POSITIONS = {
 def test_positions_are_those_that_the_model_takes(name: str, tmp_path: Path) -> None:
     target, positions = POSITIONS[name]
     given = make_inputs(name, target, tmp_path, length=positions or 12)
-    model = StreamingModel(VariantSet(make_plan(given["base"], given["adapter"]), (Variant(BASE, None),), None))
+    model = SweepModel(VariantSet(make_plan(given["base"], given["adapter"]), (Variant(BASE, None),), None))
     assert model.positions == positions
     if positions is None:
-        with pytest.raises(
-            UnsupportedError, match=r"'transformer.layer.0.ff.layer_1' runs on .* variants cannot be told apart"
-        ):
+        with pytest.raises(UnsupportedError, match="a token sees those that follow it"):
             streamer.evaluate_variants(**given, methods=["shrink"], lambdas=(0.5,))
         return
     streamer.evaluate_variants(**given, methods=["shrink"], lambdas=(0.5,))
@@ -260,16 +258,15 @@ def test_a_fit_divides_its_sequences_by_length_if_the_check_of_logits_finds_that
     assert found.facts["sets"] == stated.facts["sets"]
 
 
-def test_a_pass_costs_what_torch_counts(tmp_path: Path) -> None:
+def test_a_sweep_costs_what_torch_counts(tmp_path: Path) -> None:
     _, base, adapter = make_pair("llama", tmp_path, CAUSAL["llama"][2])
-    model = StreamingModel(
-        VariantSet(make_plan(base, adapter), (Variant(BASE, None), Variant(ADAPTER, UNCHANGED)), None)
-    )
-    text = sequences(token_ids(64)[:1])
+    variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
+    model = SweepModel(VariantSet(make_plan(base, adapter), variants, None))
+    held_out = riders({"text": sequences(token_ids(64)[:1])}, len(variants), model.size, 12, False)
     with FlopCounterMode(display=False) as counter:
-        measure(model, text, model.vocabulary)
-    size = model.size
-    cost = pass_cost(size, text, 2) - READING * sum(size.products.values()) - CALL * len(size.products)
+        model.run(held_out[0].groups, nothing)
+        part_sums(model, held_out, model.vocabulary, nothing)
+    cost = sweep_cost(model.size, 24, 2) - 2 * CALL * len(model.size.products)
     assert 1 <= counter.get_total_flops() / 2 / cost < 1.1, "attention and the deltas come on top"
 
 

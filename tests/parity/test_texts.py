@@ -538,7 +538,7 @@ def picks(model: Any, tokenizer: Any, line: dict[str, Any]) -> tuple[int, int, l
 
 
 def test_accuracies_are_those_of_merged_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For every variant, in passes that part the choices of questions; errors are paired by question."""
+    """For every variant, in groups that part the choices of questions; errors are paired by question."""
     cls, base, adapter = make_pair("llama", tmp_path, CAUSAL["llama"][2])
     tokenizer = save(base, "words")
     merge(base, adapter, tmp_path / "a", 1, method="shrink")
@@ -556,7 +556,7 @@ def test_accuracies_are_those_of_merged_models(tmp_path: Path, monkeypatch: pyte
         }
     written = {"general": general, "task": task, "other": other}
     texts: dict[str, Any] = {name: lines(tmp_path / f"{name}.jsonl", *own) for name, own in written.items()}
-    monkeypatch.setattr("streamer.measuring.task.ROWS", 300)
+    monkeypatch.setattr("streamer.measuring.riders.ROWS", 300)
     e = streamer.evaluate_variants(base, adapter, tmp_path / "e.json", methods=["shrink"], lambdas=[0.5], keep=1.0,
                                    sequences=100, on_event=lambda event: None, **texts)  # fmt: skip
     tree = json.loads((tmp_path / "e.json").read_text())
@@ -583,3 +583,24 @@ def test_accuracies_are_those_of_merged_models(tmp_path: Path, monkeypatch: pyte
     assert Evaluation.from_json(e.to_json()).to_json() == e.to_json()
     head = e.table().splitlines()[2]
     assert all(word in head for word in ("general acc", "general acc left", "task acc kept", "other.jsonl acc"))
+
+
+def test_questions_beside_running_text(tmp_path: Path) -> None:
+    """They run whole with the first block, and blocks of the text follow; what joins later runs on as much."""
+    _, base, adapter = make_pair("llama", tmp_path, CAUSAL["llama"][2])
+    save(base, "words")
+    (tmp_path / "t.txt").write_text(prose(3000))
+    given = {
+        "general": lines(tmp_path / "q.jsonl", *questions(20, 1)), "task": tmp_path / "t.txt", "sequences": 24, "length": 16, "keep": 1.0,
+        "on_event": lambda event: None,
+    }  # fmt: skip
+    for texts in (given, {**given, "general": given["task"], "task": given["general"]}):
+        out = tmp_path / f"{texts['task'].suffix}.json"
+        first = streamer.evaluate_variants(base, adapter, out, lambdas=[0.5], **texts)
+        assert {len(first.general.tokens), len(first.task.tokens)} == {20, 24}
+        both = streamer.evaluate_variants(base, adapter, out, lambdas=[0.5, 0.25], **texts)
+        assert {len(both.general.tokens), len(both.task.tokens)} == {20, 24}
+        assert both["shrink 0.5"] == first["shrink 0.5"]
+        alone = streamer.evaluate_variants(base, adapter, lambdas=[0.25], **texts)
+        for text in ("general", "task"):
+            assert both["shrink 0.25"][text]["loss"] == pytest.approx(alone["shrink 0.25"][text]["loss"], rel=1e-5)

@@ -1,26 +1,31 @@
 """Benchmarks: every figure is there and adds up, peers find the same, and mistakes are explained."""
 
+import argparse
 import json
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-import bench_evaluate
-import bench_fit
+import bench_sweep
 import compare_fits
-import profile_evaluate
-import profile_fit as p
+import numpy as np
 import pytest
+import repair_pretrained
 import torch
+import train_small
 from bench_model import forecasts
 from command_line import ENV
+from evaluations import evaluation
 from helpers import tree_digest
 from measure import cold, resident, warm
 from paths import TOOLS
+from seeds import vary
 from shapes import KNOWN
 from tool_calls import call_tool
 
+from streamer.evaluation.evaluation import Evaluation
 from streamer.linalg.torch_state import threads
 
 SMALL = ("--hidden", "192", "--layers", "2")
@@ -87,10 +92,9 @@ def test_the_page_cache_is_filled_and_seen(tmp_path: Path) -> None:
     ("bench_detect", "--shapes 12", "ROWSxCOLUMNS"),
     ("bench_detect", "--solvers magic", "expected certified, blocks, dense, peft"),
     ("bench_detect", "--repeats 0", "at least 1"),
-    ("bench_evaluate", "base", "come together"),
-    ("bench_evaluate", "base adapter --double", "leave BASE out"),
-    ("bench_evaluate", "--sequences 1", "at least 2"),
-    ("bench_fit", "--sequences 1", "at least 2"),
+    ("bench_sweep", "--commands fit", "repair, evaluate, map"),
+    ("bench_sweep", "--layers 2,1", "rising"),
+    ("bench_sweep", "--sequences 1", "at least 4"),
 ])  # fmt: skip
 def test_a_wrong_option_is_explained(tool: str, args: str, words: str) -> None:
     done = call_tool(tool, *args.split())
@@ -153,65 +157,33 @@ def test_small_matrices_give_every_figure() -> None:
 
 
 @pytest.mark.long
-def test_a_tiny_evaluation_gives_every_figure(tmp_path: Path) -> None:
-    done = call_tool("bench_evaluate", "--hidden", 64, "--layers", 1, "--dtype", "fp32", "--work", tmp_path, "--method", "shrink",
-                     "--lambda", 0.5, "--length", 16, "--threads", 1, "--peer", 1, "--json")  # fmt: skip
+def test_a_tiny_sweep_gives_every_figure(tmp_path: Path) -> None:
+    done = call_tool("bench_sweep", "--hidden", 64, "--layers", 2, "--dtype", "fp32", "--work", tmp_path, "--sequences", 8,
+                     "--length", 16, "--threads", 1, "--max-memory", "1500M", "--commands", "repair,evaluate", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     tree = json.loads(done.stdout)
-    assert tree["variants"] == 3
-    profile, stages = tree["profile"], tree["profile"]["stages"]
-    p = profile_evaluate
-    assert set(stages) == {p.PRODUCTS, p.READING, p.DELTAS, p.FACTORS, p.ATTENTION, p.REST, p.SOFTMAX, p.START,
-                           p.HEAD + p.PRODUCTS, p.HEAD + p.READING}  # fmt: skip
-    assert all(t["wall"] > 0 and t["cpu"] >= 0 for t in stages.values())
-    # Nothing counted twice or missed.
-    assert sum(t["wall"] for t in stages.values()) == pytest.approx(profile["seconds"], rel=0.02)
-    assert (profile["passes"], profile["rows"], profile["most_rows"]) == (2, 3 * 2 * 2 * 16, 3 * 2 * 16)
-    passes = sum(t["wall"] for name, t in stages.items() if name != p.START)
-    assert tree["seconds_per_row"]["wall"] == pytest.approx(passes / profile["rows"])
-    assert 50e6 < profile["anonymous"] < profile["hwm"] < 2e9  # torch alone is over 50 MB
-    assert profile["forecast"]["peak_memory_bytes"] > profile["anonymous"]
-    assert tree["projected"]["llama-3-70b"]["wall"] > tree["projected"]["llama-3-8b"]["wall"] > profile["seconds"]
-    (row,) = tree["peer"]["rounds"]
-    assert row["evaluate/load"] == pytest.approx(row["evaluate"] / row["load"])
-    assert row["evaluate/(merge + load)"] == pytest.approx(row["evaluate"] / (row["merge"] + row["load"]))
-    assert tree["peer"]["apart"]["loss"] < 1e-5  # or the two would not do the same work
-    assert tree["peer"]["apart"]["kl"] < 1e-5
-    assert "projected" in bench_evaluate.table(tree)
+    runs = {run["command"]: run for run in tree["runs"]}
+    # Half of 8 sequences of each text is fitted, under two models and three pairs; the others ride under seven, and then under two.
+    assert (runs["repair"]["rows"], runs["repair"]["sweeps"]) == (16 * 2 * (4 * 4 + 4 * 7 + 4 * 2), 2)
+    # The base, the adapter and two shrinks, and the base beside the shrink that keeps the share.
+    assert (runs["evaluate"]["rows"], runs["evaluate"]["sweeps"]) == (16 * 2 * 8 * (4 + 2), 2)
+    for run in runs.values():
+        assert 0 < run["start"] < 1.5 * run["cpu"]
+        assert 50e6 < run["anonymous"] < run["forecast"] <= 1500 << 20  # torch alone is over 50 MB
+        assert run["rchar"] > run["base"] > 0 <= run["read"]
+    assert tree["projected"] == {}  # of one number of layers
+    assert "sweeps" in bench_sweep.table(tree)
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
 
 
-def test_the_projection_of_a_model_to_itself_is_what_was_measured() -> None:
-    p, seconds = profile_evaluate, {"wall": 1.0, "cpu": 1.0}
-    stages = (p.PRODUCTS, p.READING, p.HEAD + p.PRODUCTS, p.SOFTMAX, p.START)
-    profile = {"rows": 2 * 64 * 512 * 8, "passes": 128, "stages": dict.fromkeys(stages, seconds)}
+def test_the_projection_of_a_model_to_itself_is_what_it_would_take() -> None:
     small, large = KNOWN["llama-3-8b"], KNOWN["llama-3-70b"]
-    projected = bench_evaluate.project(profile, small, 8)
-    assert projected["llama-3-8b"] == {**profile, "wall": 5.0, "cpu": 5.0}
+    runs = [{"layers": n, "rows": n * 10, "start": 3.0, "cpu": 3.0 + n * (5.0 + n * 2.0)} for n in (1, 2)]
+    found = bench_sweep.projected(runs, small, None)
+    assert (found["start"], found["layer"], found["head"]) == (3, 2, 5)
+    assert found["models"]["llama-3-8b"] == 3 + 5 + 32 * 2
     layers = sum(m * n for m, n in large.modules.values()) / sum(m * n for m, n in small.modules.values())
-    # Products and reading grow with the layers, the head with its width, the softmax and the start not.
-    assert projected["llama-3-70b"]["wall"] == pytest.approx(2 * layers + 2 + 1 + 1)
-
-
-@pytest.mark.long
-def test_a_fit_is_measured(tmp_path: Path) -> None:
-    command = [sys.executable, TOOLS / "bench_fit.py", "--hidden", "256", "--layers", "2", "--vocab", "512", "--work", tmp_path,
-               "--length", "32", "--tokens", "512", "--max-memory", "1000", "--threads", "1", "--json"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, check=False)
-    assert done.returncode == 0, done.stderr
-    tree = json.loads(done.stdout)
-    found, measured = tree["model"]["inputs"], tree["model"]["measure"]
-    assert 50e6 < found["anonymous"] < found["estimate"] < 1000 << 20  # torch alone is over 50 MB
-    stages = p.COLLECTING, p.SOLVING, p.CORRECTING, p.CORRECTED
-    spent = sum(found["stages"][stage]["cpu"] for stage in stages)
-    assert 0 < spent < found["cpu"]
-    # Nothing counted twice or missed.
-    assert set(found["stages"]) == {*stages, p.REST}
-    assert sum(t["wall"] for t in found["stages"].values()) == pytest.approx(found["wall"])
-    assert tree["projected_inputs"]["cpu"] == pytest.approx(spent)
-    assert measured["cpu"] > 0
-    assert "solving" in bench_fit.table(tree)
-    assert list(tmp_path.iterdir()) == []  # nothing is left behind
+    assert found["models"]["llama-3-70b"] == pytest.approx(3 + 5 * 2 + 32 * 2 * layers)
 
 
 @pytest.mark.long
@@ -246,6 +218,22 @@ def test_what_is_left_is_read_off_measured_points() -> None:
     assert compare_fits.interpolated([], 0.9) is None
     # What keeps more though it is stronger is left out, and all after it.
     assert compare_fits.interpolated(points((0.9, 0.6), (0.95, 0.2), (0.7, 0.1)), 0.8) is None
+
+
+def test_evaluations_of_different_lengths_are_joined_on_what_both_have() -> None:
+    long = evaluation(others={"third": 0.1})
+    short = Evaluation.of(
+        long.variants,
+        {text: compare_fits.first(own, 40) for text, own in evaluation(seed=1, others={"third": 0.2}).sums.items()},
+        long.facts,
+        1,
+    )
+    for whole, other in ((long, short), (short, long)):
+        found = compare_fits.joined(whole, other)
+        assert [variant.name for variant in found.variants] == ["base", "adapter", "adapter"]
+        for text, own in found.sums.items():
+            assert (own.loss[:2] == whole.sums[text].loss[:2, :40]).all()
+            assert (own.kl[2] == other.sums[text].kl[1, :40]).all()
 
 
 def test_the_tables_have_means_and_errors() -> None:
@@ -316,3 +304,61 @@ def test_all_is_trained_fitted_measured_and_drawn(tmp_path: Path) -> None:
     assert ET.parse(tmp_path / "tokens.svg").getroot().get("width")
     again = call_tool("compare_fits", tmp_path / "made", *arguments)
     assert again.stdout == done.stdout
+
+
+def test_the_shrink_that_keeps_as_much_is_the_strongest() -> None:
+    """Of a gain that overshoots, as it does where training went too far, and a divergence that is quadratic."""
+    points = {f: {"loss": (f * (2.2 - 1.2 * f), 0.0), "hits": (f, 0.0), "general": (f**2, 0.0), "third": (f**2 / 2, 0.0)}
+              for f in (1.0, 0.85, 0.7, 0.5, 0.35)}  # fmt: skip
+    found = repair_pretrained.as_much(points, 0.9)
+    assert found["factor"] * (2.2 - 1.2 * found["factor"]) == pytest.approx(0.9, abs=0.01)
+    assert found["general"] == pytest.approx(found["factor"] ** 2, abs=0.01)
+    assert found["third"] == pytest.approx(found["general"] / 2)
+    assert repair_pretrained.as_much(points, 1.2) is None
+
+
+def test_the_error_of_a_ratio_is_that_of_the_jackknife() -> None:
+    draws = np.random.default_rng(vary(0))
+    whole = draws.normal(10, 1, 200)
+    part = 0.4 * whole + draws.normal(0, 1, 200)
+    share, error = repair_pretrained.ratio(part, whole)
+    assert share == part.sum() / whole.sum()
+    left_out = np.array([np.delete(part, i).sum() / np.delete(whole, i).sum() for i in range(200)])
+    assert error == pytest.approx((199 / 200 * ((left_out - left_out.mean()) ** 2).sum()) ** 0.5, rel=0.01)
+
+
+def test_a_package_that_is_not_installed_is_named() -> None:
+    with pytest.raises(SystemExit, match="no-such-package is not installed"):
+        repair_pretrained.package("no_such_package")
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+def test_a_repair_of_a_given_base_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tmp_path / "made"
+    train_small.make_base(tmp_path, argparse.Namespace(**compare_fits.TINY, kind="llama"))
+    (made / "texts").mkdir(parents=True)
+    shutil.move(tmp_path / "base", made)
+    for name in ("general", "task"):
+        for part in ("", "-test"):
+            shutil.copy(
+                tmp_path / f"{name}{part}.txt", made / "texts" / f"{name}{part}.txt".replace("task", "language")
+            )
+    shutil.copy(tmp_path / "task.txt", made / "texts" / "language-train.txt")  # enough to learn from
+    for name, value in {"PART_TOKENS": 4000, "STEPS": 120, "SEQUENCES": 12, "LENGTH": 64}.items():
+        monkeypatch.setattr(repair_pretrained, name, value)
+    monkeypatch.setitem(repair_pretrained.ADAPTERS["language"], "rate", 5e-3)  # it forgets
+    small = "--sequences 64 --length 64"
+    options = (made, "--adapters", "language", "--repair-options", small, "--json", tmp_path / "json")
+    done = call_tool("repair_pretrained", *options)
+    assert done.returncode == 0, done.stderr
+    tree = json.loads((tmp_path / "json").read_text())
+    found = tree["adapters"]["language"]
+    assert found["means"]["base"]["loss"] > found["means"]["adapter"]["loss"] > 0
+    assert found["means"]["base"]["general"] == 0 < found["means"]["adapter"]["general"]
+    assert found["rows"]["adapter"]["loss"] == found["rows"]["adapter"]["third"] == [1, 0]
+    assert 0 < found["rows"]["shrink 0.35"]["general"][0] < found["rows"]["shrink 0.7"]["general"][0] < 1
+    assert 0 < found["rows"]["repair"]["general"][0] < 1
+    assert found["repair"]["cpu_seconds"] > 1  # torch is imported
+    assert found["repair"]["peak_memory_bytes"] > 50e6
+    assert call_tool("repair_pretrained", *options).stdout == done.stdout  # with what is there

@@ -164,7 +164,7 @@ SEQUENCES = 24
 
 def _learned(home: Path) -> dict[str, object]:
     """A base, an adapter and two texts; the keywords of the texts."""
-    make_learned(home, SEQUENCES)
+    make_learned(home, SEQUENCES, 16)
     return {
         "general": home / "general.npy",
         "task": home / "task.npy",

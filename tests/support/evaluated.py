@@ -10,11 +10,11 @@ from seeds import vary
 
 import streamer
 from streamer.detection.findings import Findings
+from streamer.measuring.riders import part_sums, riders
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.statistics import SequenceSums
-from streamer.measuring.task import measure
 from streamer.plan.plan import make_plan
-from streamer.streaming.model import StreamingModel
+from streamer.streaming.sweep import SweepModel
 from streamer.streaming.values import Variant, VariantSet, make_variants
 
 TOP_K = 4
@@ -22,6 +22,10 @@ TOP_K = 4
 
 def token_ids(vocabulary: int, sequences: int = 3, length: int = 12) -> torch.Tensor:
     return torch.randint(3, vocabulary, (sequences, length), generator=torch.Generator().manual_seed(vary(3)))
+
+
+def nothing() -> None:
+    """Stand for a checkpoint at which no run stops."""
 
 
 def sequences(ids: torch.Tensor) -> TextSequences:
@@ -111,8 +115,10 @@ def streamed(
     projected: bool = False,
     rounds_products: bool = False,
 ) -> SequenceSums:
-    model = StreamingModel(VariantSet(make_plan(base, adapter), variants, found, projected, rounds_products))
-    sums = measure(model, sequences(ids), block=25)
+    model = SweepModel(VariantSet(make_plan(base, adapter), variants, found, projected, rounds_products))
+    (part,) = riders({"text": sequences(ids)}, len(variants), model.size, ids.numel(), False)
+    model.run(part.groups, nothing)
+    (sums,) = part_sums(model, [part], 25, nothing)
     model.check_all_used()
     return sums
 

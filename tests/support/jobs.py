@@ -251,7 +251,7 @@ class Bench:
             home = self._home / "learned"
             if not home.exists():
                 home.mkdir()
-                make_learned(home)
+                make_learned(home, 24, 16)
             files = {name: str(home / name) for name in ("base", "adapter", "general.npy", "task.npy")}
             words = [files.get(word, word) for word in MODELS[command].split()]
             return command, *words, "--sequences", "24", "-qq"  # texts this short cause warnings

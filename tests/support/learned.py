@@ -1,33 +1,48 @@
 """A base, an adapter, and texts of which the adapted model finds one likelier than the base does, and one less likely."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from architectures import ATTENTION
 from causal_models import make_adapter, make_base
 from forks import Outcome, Server
+from peft import PeftModel
 from seeds import vary
+from transformers import AutoModelForCausalLM
 
-import streamer
 from streamer.fitting.prepare import FitOptions
 
 
-def make_learned(home: Path, sequences: int = 24, length: int = 8, **lora: Any) -> Path:
-    """Write ``base``, ``adapter``, ``general.npy`` and ``task.npy``: as if one text had been forgotten and the other learned.
+def sampled(model: Any, sequences: int, length: int, first: int, count: int) -> np.ndarray:
+    """Draw sequences of so many of the tokens as a model predicts them."""
+    ids = torch.randint(first, first + count, (sequences, 1))
+    with torch.no_grad():
+        for _ in range(length - 1):
+            p = model(input_ids=ids).logits[:, -1, first : first + count].softmax(-1)
+            ids = torch.cat([ids, first + torch.multinomial(p, 1)], 1)
+    return ids.numpy()
 
-    Of ``mild.npy`` a little was learned, so that what a shrink gives up of it is less than the divergence that it regains.
-    """
-    make_adapter(make_base("llama", home / "base"), home / "base", home / "adapter", ATTENTION, **lora)
-    texts = np.random.default_rng(vary(0)).integers(3, 64, (200, length))
-    np.save(home / "all.npy", texts)
-    found = streamer.evaluate_variants(home / "base", home / "adapter", general=home / "all.npy", task=home / "all.npy",
-                                       methods=["shrink"], lambdas=[0.5], sequences=200, length=length,
-                                       on_event=lambda event: None)  # fmt: skip
-    gain = found.task.loss[0] - found.task.loss[1]
-    np.save(home / "task.npy", texts[np.argsort(-gain)[:sequences]])
-    np.save(home / "mild.npy", texts[np.argsort(-gain)[3 * sequences // 2 : 5 * sequences // 2]])
-    np.save(home / "general.npy", texts[np.argsort(gain)[:sequences]])
+
+def write_texts(home: Path, base: Path, adapter: Path, sequences: int, length: int) -> None:
+    """Write ``general.npy`` as the base predicts it, ``task.npy`` of other tokens as the adapted model does, and ``all.npy`` at random."""
+    torch.manual_seed(vary(0))
+    with warnings.catch_warnings(action="ignore"):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    np.save(home / "task.npy", sampled(model, sequences, length, 34, 30))
+    with model.disable_adapter():
+        np.save(home / "general.npy", sampled(model, sequences, length, 3, 30))
+    np.save(home / "all.npy", np.random.default_rng(vary(0)).integers(3, 64, (200, length)))
+
+
+def make_learned(home: Path, sequences: int = 24, length: int = 8, **lora: Any) -> Path:
+    """Write ``base``, ``adapter`` and texts, of which the adapter forgets one and learns the other."""
+    make_adapter(
+        make_base("llama", home / "base"), home / "base", home / "adapter", ATTENTION, **{"lora_alpha": 4, **lora}
+    )
+    write_texts(home, home / "base", home / "adapter", sequences, length)
     return home
 
 
@@ -40,9 +55,9 @@ def evaluate(server: Server, home: Path, output: object, *options: object, befor
 
 
 def held_apart(home: Path, place: Path) -> dict[str, Path]:
-    """Write the sequences that a fit holds apart."""
+    """Write the sequences that a fit of all of them holds apart."""
     for name in ("general", "task"):
         ids = np.load(home / f"{name}.npy")
-        shift = np.random.default_rng(FitOptions.seed).integers(len(ids))
-        np.save(place / f"{name}.npy", ids[sorted(np.roll(np.arange(len(ids)), shift)[: len(ids) // 4])])
+        shift, count = np.random.default_rng(FitOptions.seed).integers(len(ids)), round(FitOptions.holdout * len(ids))
+        np.save(place / f"{name}.npy", ids[sorted(np.roll(np.arange(len(ids)), shift)[:count])])
     return {name: place / f"{name}.npy" for name in ("general", "task")}

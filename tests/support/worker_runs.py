@@ -9,14 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 from command_line import ENV
 from helpers import intruding_factors, power_law, write_adapter, write_sharded
-from seeds import vary
 
 import streamer
 from streamer.detection.findings_file import journal_of
@@ -40,7 +37,7 @@ class WorkerBench:
     """
 
     base: Path
-    adapter: Path | None
+    adapter: Path
     files: Mapping[str, bytes]
     command: str
     options: tuple[object, ...]
@@ -48,7 +45,7 @@ class WorkerBench:
     here: Callable[..., object]
 
     @classmethod
-    def of(cls, directory: Path, base: Path, adapter: Path | None, options: tuple[object, ...], here: Callable[..., object],
+    def of(cls, directory: Path, base: Path, adapter: Path, options: tuple[object, ...], here: Callable[..., object],
            command: str = "detect", name: str = "f.safetensors") -> WorkerBench:  # fmt: skip
         """Run it once."""
         alone = directory / "alone"
@@ -70,8 +67,7 @@ class WorkerBench:
     @contextlib.contextmanager
     def start(self, out: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
         """Start the command in a process group of its own, which is gone afterwards."""
-        inputs = [self.base] if self.adapter is None else [self.base, self.adapter]
-        line = [self.command, *inputs, "-o", out, *self.options, "--threads", 1, *options]
+        line = [self.command, self.base, self.adapter, "-o", out, *self.options, "--threads", 1, *options]
         process = subprocess.Popen(
             [sys.executable, "-m", "streamer", *map(str, line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, env=ENV, start_new_session=True,
@@ -102,58 +98,6 @@ def worker_bench(directory: Path, matrices: int = 10, shape: tuple[int, int] = (
     return WorkerBench.of(directory, base, adapter, ("--solver", "certified"), here)
 
 
-def evaluation_bench(directory: Path, sequences: int = 150, length: int = 24) -> WorkerBench:
-    """Make the inputs of an evaluation of many passes."""
-    from architectures import ATTENTION
-    from causal_models import make_adapter, make_base
-
-    base = directory / "base"
-    adapter = make_adapter(make_base("llama", base), base, directory / "adapter", ATTENTION)
-    texts = {name: directory / f"{name}.npy" for name in ("general", "task")}
-    for path in texts.values():
-        np.save(path, np.random.default_rng(vary(path.stem)).integers(3, 64, (sequences, length)))
-
-    def here(path: Path, **more: object) -> None:
-        streamer.evaluate_variants(base, adapter, path, **texts, sequences=sequences, **more)
-
-    options = (*(part for name, path in texts.items() for part in (f"--{name}", path)), "--sequences", sequences)
-    return WorkerBench.of(directory, base, adapter, options, here, "evaluate", "e.json")
-
-
-def fit_bench(
-    directory: Path, command: str = "fit", name: str = "fit.safetensors", sequences: int = 120
-) -> WorkerBench:
-    """Make the inputs of a fit, or of a repair."""
-    from learned import make_learned
-
-    texts = {text: directory / f"{text}.npy" for text in ("general", "task")}
-    make_learned(directory, sequences, 24)
-    call = streamer.fit_coefficients if command == "fit" else streamer.repair_adapter
-
-    def here(path: Path, **more: object) -> None:
-        given = {"sequences": sequences, "on_event": lambda event: None}  # of texts so short there are warnings
-        call(directory / "base", directory / "adapter", path, **texts, **{**given, **more})
-
-    options = (*(part for text, path in texts.items() for part in (f"--{text}", path)), "--sequences", sequences)
-    return WorkerBench.of(directory, directory / "base", directory / "adapter", options, here, command, name)
-
-
-def map_bench(directory: Path, sequences: int = 120, length: int = 24) -> WorkerBench:
-    """Make the inputs of a map of several groups of sequences."""
-    from causal_models import make_base
-
-    base, text = directory / "base", directory / "general.npy"
-    make_base("llama", base)
-    np.save(text, np.random.default_rng(vary("map")).integers(3, 64, (sequences, length)))
-
-    def here(path: Path, **more: object) -> None:
-        streamer.map_inputs(base, path, general=text, sequences=sequences, **more)
-
-    return WorkerBench.of(
-        directory, base, None, ("--general", text, "--sequences", sequences), here, "map", "base.map.safetensors"
-    )
-
-
 def merge_bench(directory: Path, shards: int = 10, shape: tuple[int, int] = (600, 700)) -> WorkerBench:
     """Make the inputs of a merge of many shards, that detects first."""
     factors = {f"a.{i}": intruding_factors(*shape, 4, seed=i) for i in range(shards)}
@@ -166,10 +110,7 @@ def merge_bench(directory: Path, shards: int = 10, shape: tuple[int, int] = (600
     return WorkerBench.of(directory, base, adapter, (), here, "merge", "model")
 
 
-BENCHES: dict[str, Callable[[Path], WorkerBench]] = {
-    "detect": worker_bench, "evaluate": evaluation_bench, "merge": merge_bench,
-    "map": map_bench, "fit": fit_bench, "repair": partial(fit_bench, command="repair", name="repaired"),
-}  # fmt: skip
+BENCHES: dict[str, Callable[[Path], WorkerBench]] = {"detect": worker_bench, "merge": merge_bench}
 """Commands that are divided among workers."""
 
 
@@ -237,20 +178,12 @@ def wait_until(what: Callable[[], object], seconds: float = 300) -> None:
 
 
 def has_begun(out: Path) -> bool:
-    """Say whether a matrix, a pass or a shard is in the journal."""
+    """Say whether a matrix or a shard is in the journal."""
     if any(out.glob("*.safetensors")):  # in the directory of a model
         return True
-    least = 0 if out.name.endswith(".map.safetensors") else 5_000  # a map's has no more than what run it is of
-    for path in journals(out):
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_size > least:
-                return True
+    with contextlib.suppress(FileNotFoundError):
+        return journal_of(out).stat().st_size > 5_000
     return False
-
-
-def journals(out: Path) -> list[Path]:
-    """Name the journals that a command may have: of its output, and of the fit beside it."""
-    return [journal_of(out), journal_of(out.with_name(f"{out.name}.fit.safetensors"))]
 
 
 def workers_in(group: int) -> list[int]:

@@ -269,7 +269,7 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
         "no suggestion yet: a shrink that was not measured is better than the measured variants",
         "next: streamer evaluate BASE ADAPTER --general GENERAL --task TASK -o EVALUATION --method shrink --lambda 0.77",
     ),
-    ({"noise": 0.0}, 0.85, "use shrink 0.75: it keeps ", "; not measured, and perhaps better: shrink 0.614"),
+    ({"noise": 0.0}, 0.85, "use shrink 0.75: it keeps ", "\nit is a shrink of the whole adapter\n"),
 ])  # fmt: skip
 def test_every_suggestion_in_words(options: dict[str, Any], keep: float, verdict: str, words: str) -> None:
     first, *rest = evaluation(**options).table(keep).splitlines()

@@ -174,10 +174,26 @@ def test_a_lambda_of_almost_zero_counts_as_zero(lam: float) -> None:
 def test_no_comparison_where_there_is_none() -> None:
     e = evaluation({"project": CURVES["project"]})
     assert against_shrink(e.variants, e.general, e.task, 3) is None
-    e = evaluation({"project": lambda x: (x, 2.0), "shrink": CURVES["shrink"]})
-    assert against_shrink(e.variants, e.general, e.task, 3) is None
+    e = evaluation()
     assert against_shrink(e.variants, e.general, e.task, 1) is None
-    assert against_shrink(e.variants, e.general, e.task, 8) is None
+    assert against_shrink(e.variants, e.general, e.task, len(e.variants) - 1) is None
+
+
+def test_what_keeps_more_than_every_shrink_is_compared_with_the_one_that_keeps_most() -> None:
+    e = evaluation({"project": lambda x: (x, 2.0), "shrink": lambda x: (x**2, 1.2 if x == 0.75 else x)})
+    found = against_shrink(e.variants, e.general, e.task, 4)
+    assert found is not None
+    assert (found.mitigation_lambda, found.between) == (0.75, (0.75, 0.75))
+    row = e.variants.index(EvaluatedVariant("shrink 0.75", "shrink", 0.75))
+    assert (found.loss, found.kl) == (e.general.loss_difference(4, row), e.general.kl_difference(4, row))
+    assert found.verdict == "better"
+    line = "\nit is better than shrink 0.75, which keeps the most: general loss -0."
+    assert (
+        line
+        in evaluation(
+            {**CURVES, "project": lambda x: (x**9, 2.0), "shrink": lambda x: (x, 1.2 if x == 0.75 else x)}
+        ).table()
+    )
 
 
 @pytest.mark.parametrize("left_out", [0.9, 0.75, 0.5, 0.25])

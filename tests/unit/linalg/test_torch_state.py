@@ -1,37 +1,24 @@
 """Products stay in float32 where the process has asked for less, and what it asked for comes back."""
 
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from threading import Barrier, Event, Thread
-from threading import enumerate as threads
+from threading import Event
 
 import pytest
 import torch
 from helpers import intruding_factors, power_law
-from measure import kilobytes
 from seeds import vary
-from tqdm import tqdm
 
 from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
 from streamer.linalg.operators import Dense, LowRank
 from streamer.linalg.torch_state import (
-    OWN_THREADS,
     bfloat16_products,
-    computes_alone,
-    free_product_buffers,
     full_float32,
     has_fast_bfloat16,
     task_threads,
 )
-from streamer.storage.atomic_file import THREADED_BYTES, AtomicFile
-from streamer.storage.files import give_freed_memory_back
-
-WAITING = 4
-"""Threads that wait after a product."""
 
 
 @pytest.fixture
@@ -130,51 +117,3 @@ def test_tasks_of_another_number_of_threads_wait() -> None:
     assert [count for count, _ in order] in ([2, 2, 2, 2, 3, 3], [2, 2, 3, 3, 2, 2])
     assert all(count == seen for count, seen in order)
     assert torch.get_num_threads() == before
-
-
-def test_only_a_thread_of_a_host_program_may_compute_at_any_moment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, end = set(threads()), Event()
-    monkeypatch.setattr(tqdm, "monitor_interval", 10)
-    with tqdm(total=1), AtomicFile(tmp_path / "f", THREADED_BYTES) as file:
-        file.write(bytes(THREADED_BYTES))
-        own = {thread.name for thread in threads() if thread not in before or thread.name == "tqdm_monitor"}
-    assert own == {"streamer write_0", "tqdm_monitor"}
-    assert all(name.startswith(OWN_THREADS) for name in own)
-    host = Thread(target=end.wait)
-    host.start()
-    assert not computes_alone()
-    end.set()
-    host.join()
-
-
-@pytest.mark.skipif(
-    not torch.backends.mkl.is_available() or sys.platform != "linux", reason="MKL's buffers, in Linux's counters"
-)
-def test_what_mkl_keeps_in_a_thread_that_waits_is_freed() -> None:
-    # Other threads of the process may take memory meanwhile.
-    assert max(_freed() for _ in range(3)) > WAITING << 20  # MKL keeps about 3 MB for each thread of torch
-
-
-def _freed() -> int:
-    a, b, multiplied, end = torch.randn(512, 1024), torch.randn(1024, 4096), Barrier(WAITING + 1), Event()
-
-    def multiply() -> None:
-        _ = a @ b
-        multiplied.wait()
-        end.wait()
-
-    def anonymous() -> int:
-        give_freed_memory_back()
-        return kilobytes("/proc/self/status", "RssAnon:")
-
-    with ThreadPoolExecutor(WAITING) as pool:
-        for _ in range(WAITING):
-            pool.submit(multiply)
-        multiplied.wait()
-        held = anonymous()
-        free_product_buffers()
-        left = anonymous()
-        end.set()
-    return held - left

@@ -1,18 +1,14 @@
-"""Tensors in a file without a name; a layer that is run again from it, and writes into its own arguments, is refused."""
+"""Tensors in a file without a name."""
 
 import errno
 import os
-from collections import UserDict
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from streamer.errors import StorageError, UnsupportedError
-from streamer.streaming.corrected import STREAMS, _LayerByLayer
+from streamer.errors import StorageError
 from streamer.streaming.spool import Spool
 
 
@@ -62,15 +58,6 @@ def test_what_is_written_after_a_rewind_lies_where_the_first_did(tmp_path: Path)
     assert not spool.read(before)[0].any()
 
 
-def test_a_cleared_spool_has_no_blocks(tmp_path: Path) -> None:
-    spool = Spool(tmp_path)
-    place = spool.write([torch.randn(1000)])
-    assert torch.equal(*(spool.read(place, again=again)[0] for again in (True, False)))
-    spool.clear()
-    assert os.fstat(spool._fd).st_size == 0
-    assert spool.write([torch.ones(3)]).start == 0
-
-
 def test_a_full_disk_is_told_from_other_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spool = Spool(tmp_path)
 
@@ -82,47 +69,3 @@ def test_a_full_disk_is_told_from_other_faults(tmp_path: Path, monkeypatch: pyte
         spool.write([torch.ones(2)])
     with pytest.raises(StorageError, match="cannot make a temporary file"):
         Spool(tmp_path / "missing")
-
-
-def run(changes: str | None) -> Any:
-    """Run a layer with arguments of all kinds, of which it changes one."""
-    given: dict[str, Any] = {name: torch.ones(2) for name in ("x", "mask", "cos", "key")}
-
-    def forward(x: Any, positions: Any, mask: Any, shared: Any) -> Any:
-        if changes is not None:
-            given[changes].add_(1)
-        return x + positions[0]
-
-    layer = _LayerByLayer([[]], {}, Spool(), lambda targets, moments: None, lambda: None, None)
-    positions, shared = (given["cos"], (torch.zeros(2), None)), UserDict({"0": (given["key"], None)})
-    return layer.run_layer("", forward, given["x"], positions, mask={"full": given["mask"]}, shared=shared)
-
-
-@pytest.mark.parametrize("changes", ["x", "mask", "cos", "key"])
-def test_a_layer_that_writes_into_its_inputs_is_refused(changes: str) -> None:
-    with pytest.raises(UnsupportedError, match="layer 0 writes into its own inputs"):
-        run(changes)
-
-
-def test_one_that_does_not_runs() -> None:
-    assert run(None).tolist() == [2.0, 2.0]
-
-
-class Paused(Exception):
-    """Ends a group's turn."""
-
-
-def test_a_layer_in_which_some_sequences_stop_elsewhere_is_refused() -> None:
-    """One sequence of the last stream does not reach the matrix: its moments would be of too few tokens."""
-
-    def pause() -> None:
-        raise Paused
-
-    target: Any = SimpleNamespace(tensor="w")
-    layer = _LayerByLayer([[[target]]], dict.fromkeys(STREAMS, 4), Spool(), lambda targets, moments: None, pause, None)
-    for group, stream in enumerate(STREAMS):
-        layer.group, layer.stream = group, stream
-        with pytest.raises(Paused):
-            layer.run_layer("", lambda x: layer.take(target, x), torch.ones(3 if stream == STREAMS[-1] else 4, 2))
-    with pytest.raises(UnsupportedError, match="layer 0 runs its matrices in a different order"):
-        layer.between()
