@@ -117,10 +117,10 @@ class Group:
         if self.out is None:
             self._first = [weakref.ref(leaf) for leaf in args if isinstance(leaf, Tensor)]
             return True
-        known = {leaf.untyped_storage().data_ptr() for leaf in tree_flatten(self.out)[0] if isinstance(leaf, Tensor)}
+        known = {leaf.untyped_storage()._cdata for leaf in tree_flatten(self.out)[0] if isinstance(leaf, Tensor)}
         first = [tensor for ref in self._first if (tensor := ref()) is not None]
         return all(
-            leaf.untyped_storage().data_ptr() in known or any(leaf is tensor for tensor in first)
+            leaf.untyped_storage()._cdata in known or any(leaf is tensor for tensor in first)
             for leaf in args
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape[:2] == self.ids.shape
         )
