@@ -57,7 +57,7 @@ def test_the_table_and_what_comes_next(server: Server, home: Path, tmp_path: Pat
     lines = done.out.splitlines()
     assert lines[0].split() == HEADS
     assert [line.split()[0] for line in lines[2:4]] == ["90%", "60%"]
-    assert "measured on 12 general and 12 task held-out sequences, on which" in done.out
+    assert "measured on 8 general and 8 task held-out sequences, on which" in done.out
     assert lines[-1] == f"wrote {output}"
     assert "2 sets of new factors" in done.last
     again = run(server, home, output, "--keep", "0.9,0.6")
