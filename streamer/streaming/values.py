@@ -334,8 +334,8 @@ class VariantSet:
             raise UsageError(f"bf16 products run only on the CPU; with --device {self.device}, use --dtype float32")
 
 
-ROOM = 1 << 30
-"""Bytes of float32 values of one layer that stay in memory for the next group of sequences: those of an 8B model's layer."""
+ROOM = 384 << 20
+"""Bytes of float32 values of one layer that stay in memory for the next group of sequences; the others are converted again for each."""
 
 
 class Kept:
