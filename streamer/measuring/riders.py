@@ -277,10 +277,8 @@ class Work:
             Bytes in use between two steps; see `plan.batch.resident_bytes`.
         """
         rows, room, spools = limits
-        held = (
-            STOPPED * self.fitted + STATES * (rows if spools else self.riding) + self.riding
-        )  # and the riders' results
-        states = 4 * held * size.hidden
+        between, results = STATES * (rows if spools else self.riding), self.riding
+        states = 4 * (STOPPED * self.fitted + between + results) * size.hidden
         inputs = 4 * self.fitted * size.widest
         activations = 4 * rows * (WIDTHS * (size.widest + size.hidden) + size.attention * self.length)
         logits = LOGIT_COPIES * LOGIT_BYTES + 40 * self.riding

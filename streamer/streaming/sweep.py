@@ -51,14 +51,6 @@ LINEAR_BY_NAME = {"FalconLinear"}
 """Subclasses of Linear with their own `forward` that still computes ``x Wᵀ + b``."""
 
 
-class Matrix(Protocol):
-    """Matrix whose inputs are watched: an adapter's target, or a matrix of the base."""
-
-    @property
-    def tensor(self) -> str:
-        """Return a unique name."""
-
-
 PLAIN = type(None), bool, int, float, str
 """Types of a layer's arguments, besides tensors and containers of them, that change nothing outside it."""
 
@@ -120,9 +112,8 @@ class Group:
         known = {leaf.untyped_storage()._cdata for leaf in tree_flatten(self.out)[0] if isinstance(leaf, Tensor)}
         first = [tensor for ref in self._first if (tensor := ref()) is not None]
         return all(
-            leaf.untyped_storage()._cdata in known or any(leaf is tensor for tensor in first)
-            for leaf in args
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape[:2] == self.ids.shape
+            state.untyped_storage()._cdata in known or any(state is tensor for tensor in first)
+            for state in self._states(args)
         )
 
     @contextlib.contextmanager
@@ -138,13 +129,15 @@ class Group:
 
     def enter(self, args: Any) -> None:
         """Note the states of tokens with which the group enters a layer, as bytes of their whole storage."""
-        states = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor) and t.is_floating_point()]
-        storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage()
-            for t in states
-            if t.shape[:2] == self.ids.shape and t.untyped_storage().resizable()
-        }
-        self._state = [torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in storages.values()]
+        storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in self._states(tree_flatten(args)[0])}
+        self._state = [
+            torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in storages.values() if s.resizable()
+        ]
+
+    def _states(self, leaves: Sequence[Any]) -> list[Tensor]:
+        """List the states of the group's tokens among a layer's arguments."""
+        tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        return [tensor for tensor in tensors if tensor.shape[:2] == self.ids.shape]
 
 
 SECONDS = 60.0
