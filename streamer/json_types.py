@@ -1,7 +1,8 @@
 """Define the types that keys of printed and written records share, with their JSON Schema and their meaning.
 
 A record is a `TypedDict`, or a dataclass that `dataclasses.asdict` prints. In `Annotated`, a text is the key's description, `Keywords` are
-keywords of JSON Schema, and a dataclass describes a ``dict[str, Any]`` made from it. From these, ``tools/make_schemas.py`` generates
+keywords of JSON Schema, and a dataclass describes a ``dict[str, Any]`` made from it. A key ``x`` of a `Mean` or a `Difference` has a key
+``x_se`` beside it, its standard error (`statistics.flat`). From these, ``tools/make_schemas.py`` generates
 ``streamer/schemas`` and the tables in ``docs/formats.md``.
 
 Name which of a matrix's intruders are scaled.
@@ -21,14 +22,21 @@ class Keywords:
         self.keywords = keywords
 
 
+class Estimated:
+    """Describe the key ``x_se`` beside a key ``x``."""
+
+    def __init__(self, error: str) -> None:
+        self.error = error
+
+
 # fmt: off
 Count = Annotated[int, Keywords(minimum=0)]
 Amount = Annotated[float, Keywords(minimum=0)]
 Share = Annotated[float, Keywords(minimum=0, maximum=1)]
 KeptShare = Annotated[float, Keywords(exclusiveMinimum=0, maximum=1)]
 Sha256 = Annotated[str, Keywords(pattern="^[0-9a-f]{64}$")]
-StandardError = Annotated[Amount, "Its standard error over sequences."]
-PairedError = Annotated[Amount, "Its standard error, paired by sequence."]
+Mean = Annotated[float, Estimated("Its standard error over sequences.")]
+Difference = Annotated[float, Estimated("Its standard error, paired by sequence.")]
 TensorName = Annotated[str, "Name of the tensor in the base; a following [N] means matrix N of a stack of experts."]
 ModuleName = Annotated[str, "Name of the module in the adapter."]
 Version = Annotated[str, "Version of streamer that made it."]

@@ -23,7 +23,7 @@ from streamer.evaluation.losses import EvaluationRecord
 from streamer.fitting.mapping import MapFacts
 from streamer.fitting.result import FitRecord
 from streamer.forecast import Forecast
-from streamer.json_types import Keywords
+from streamer.json_types import Amount, Estimated, Keywords
 from streamer.output.job import Written
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.report.diff import DiffRecord
@@ -86,6 +86,19 @@ def urn(record: type) -> str:
     return "urn:intruder-streamer:" + schema_name(record).removeprefix("streamer.").replace("/", ":")
 
 
+def with_errors(hints: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield keys and types, each `Mean` or `Difference` followed by its standard error."""
+    for key, hint in hints.items():
+        yield key, hint
+        inner, optional = (get_args(hint)[0], True) if get_origin(hint) is NotRequired else (hint, False)
+        one, *metadata = get_args(inner) if get_origin(inner) is Annotated else (inner,)
+        null = type(None) in get_args(one)
+        metadata += [more for part in get_args(one) for more in getattr(part, "__metadata__", ())] if null else []
+        for error in (more.error for more in metadata if isinstance(more, Estimated)):
+            described = Annotated[Amount, error] | None if null else Annotated[Amount, error]
+            yield f"{key}_se", NotRequired[described] if optional else described
+
+
 class Maker:
     """Make the schema of a record: objects that occur more than once are under ``$defs``."""
 
@@ -107,6 +120,8 @@ class Maker:
         """Describe an object by its keys."""
         hints = get_type_hints(record, include_extras=True)
         always = getattr(record, "__required_keys__", hints)
+        hints = dict(with_errors(hints))
+        always = {*always, *(key for key in hints if key.removesuffix("_se") in always)}
         required = [key for key, hint in hints.items() if key in always and get_origin(hint) is not NotRequired]
         keys = sorted(hints, key=lambda key: key != "schema")  # which is the first, whatever a record inherits
         text = " ".join((record.__doc__ or "").split("\n\n")[0].split())

@@ -11,18 +11,7 @@ import torch
 from streamer.detection.options import DetectionOptions, OptionsRecord
 from streamer.errors import UsageError
 from streamer.evaluation.suggestion import Reason, Suggestion, check_keep, front, suggest
-from streamer.json_types import (
-    Amount,
-    Count,
-    KeptShare,
-    Keywords,
-    PairedError,
-    Selection,
-    Sha256,
-    StandardError,
-    State,
-    Version,
-)
+from streamer.json_types import Count, Difference, KeptShare, Keywords, Mean, Selection, Sha256, State, Version
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.measuring.result_file import Configs, EvaluatedVariant, input_options
 from streamer.measuring.sequences import GENERAL, TASK
@@ -124,40 +113,29 @@ class _SumsRecord(TypedDict):
 
 class Accuracy(TypedDict):
     """Share of questions that a variant answers right."""
-    value: Annotated[float, "The share."]
-    value_se: StandardError
-    against_adapter: Annotated[float, "Difference from the adapter."]
-    against_adapter_se: PairedError
-    against_base: Annotated[float, "Difference from the base."]
-    against_base_se: PairedError
-    share: Annotated[float | None, "(variant - base) / (adapter - base): kept of the gain, or left of the fall; null if adapter and base "
+    value: Annotated[Mean, "The share."]
+    against_adapter: Annotated[Difference, "Difference from the adapter."]
+    against_base: Annotated[Difference, "Difference from the base."]
+    share: Annotated[Mean | None, "(variant - base) / (adapter - base): kept of the gain, or left of the fall; null if adapter and base "
         "differ by four standard errors or less."]
-    share_se: StandardError | None
 
 class TextFigures(TypedDict):
     """Figures of a variant on one text."""
-    loss: Annotated[float, "Mean negative log likelihood over the tokens that count, in nats."]
-    loss_se: StandardError
+    loss: Annotated[Mean, "Mean negative log likelihood over the tokens that count, in nats."]
     perplexity: Annotated[float | None, "exp(loss); null if it exceeds the range of a double."]
-    perplexity_ratio: Annotated[float | None, "Perplexity as a multiple of the base's; null if its error exceeds the range of a double."]
-    perplexity_ratio_se: PairedError | None
-    kl: Annotated[float, "Mean divergence KL(base || variant) of the next-token distribution, in nats."]
-    kl_se: StandardError
+    perplexity_ratio: Annotated[Difference | None, "Perplexity as a multiple of the base's; null if its error exceeds that range."]
+    kl: Annotated[Mean, "Mean divergence KL(base || variant) of the next-token distribution, in nats."]
     kl_median: Annotated[float | None, "Median of the tokens' divergences, within 1 %; 0 if below 1e-9 nats; null "
         "and for questions."]
     kl_p90: Annotated[float | None, "90 % of the divergences are at most this, within 1 %."]
     kl_p99: Annotated[float | None, "99 % of the divergences are at most this, within 1 %."]
     kl_p999: Annotated[float | None, "99.9 % of the divergences are at most this, within 1 %."]
     kl_max: Annotated[float | None, "The largest divergence of a token, exactly."]
-    agreement: Annotated[float, "Share of counted tokens for which the most likely next token is the base's."]
-    agreement_se: StandardError
-    top1: Annotated[float | None, "Share of counted tokens for which the most likely next token is the text's own; null in earlier "
+    agreement: Annotated[Mean, "Share of counted tokens for which the most likely next token is the base's."]
+    top1: Annotated[Mean | None, "Share of counted tokens for which the most likely next token is the text's own; null in earlier "
         "versions."]
-    top1_se: StandardError | None
-    p_change: Annotated[float | None, "Mean of p(variant) - p(base), the probabilities of the text's own token."]
-    p_change_se: StandardError | None
-    p_rms: Annotated[float | None, "Root mean square of this change."]
-    p_rms_se: StandardError | None
+    p_change: Annotated[Mean | None, "Mean of p(variant) - p(base), the probabilities of the text's own token."]
+    p_rms: Annotated[Mean | None, "Root mean square of this change."]
     sequences: Annotated[Count, "Sequences that it ran on."]
     sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, in the order in which they ran: spread over the "
         "text; all other figures except quantiles follow from them."]
@@ -169,30 +147,24 @@ class TextFigures(TypedDict):
 class OtherFigures(TextFigures):
     """Figures of a variant on another text."""
     name: Annotated[str, "Name of the text's file."]
-    share: Annotated[float | None, "(variant - base) / (adapter - base) of the losses: the share of the forgetting that is left if the "
+    share: Annotated[Mean | None, "(variant - base) / (adapter - base) of the losses: the share of the forgetting that is left if the "
         "adapter forgets this text, the share of the gain that is kept if it improves on it; null if undefined."]
-    share_se: StandardError | None
 
 class OtherText(TypedDict):
     """Effect of the unchanged adapter on another text."""
     name: Annotated[str, "Name of its file."]
     effect: Annotated[Effect, "Whether the adapter's loss is above the base's or below it, by two standard errors."]
-    change: Annotated[float, "The adapter's mean loss minus the base's, in nats per token."]
-    change_se: PairedError
+    change: Annotated[Difference, "The adapter's mean loss minus the base's, in nats per token."]
     reliable: Annotated[bool, "Whether the change is over four standard errors, so that shares of it are meaningful; tables show no "
         "others."]
     tokens: Annotated[list[float], "Counted tokens of each sequence."]
 
 class Against(TypedDict):
     """Differences to another variant."""
-    general_loss: Annotated[float, "Difference of the mean losses on the general text."]
-    general_loss_se: PairedError
-    general_kl: Annotated[float, "Difference of the mean divergences on the general text."]
-    general_kl_se: PairedError
-    task_loss: Annotated[float, "Difference of the mean losses on the task's text."]
-    task_loss_se: PairedError
-    task_top1: Annotated[float | None, "Difference of the top-1 on the task's text."]
-    task_top1_se: PairedError | None
+    general_loss: Annotated[Difference, "Difference of the mean losses on the general text."]
+    general_kl: Annotated[Difference, "Difference of the mean divergences on the general text."]
+    task_loss: Annotated[Difference, "Difference of the mean losses on the task's text."]
+    task_top1: Annotated[Difference | None, "Difference of the top-1 on the task's text."]
 
 VariantRecord = TypedDict("VariantRecord", {
     "name": Annotated[str, "`base`, `adapter`, or method and lambda, such as `paper 0.5`; for a fit, the share to keep, such as `regmean "
@@ -204,16 +176,12 @@ VariantRecord = TypedDict("VariantRecord", {
     "general": Annotated[TextFigures, "On the general text."],
     "task": Annotated[TextFigures, "On the task's text."],
     "others": NotRequired[Annotated[list[OtherFigures], "On the other texts, in the order of `texts.others`."]],
-    "kept": Annotated[float | None, "Share of the learning: (base - variant) / (base - adapter) of the task's losses; null if undefined."],
-    "kept_se": StandardError | None,
-    "top1_kept": Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined."],
-    "top1_kept_se": StandardError | None,
-    "forgetting": Annotated[float | None, "Share of the rise of the general loss: (variant - base) / (adapter - base); null if "
+    "kept": Annotated[Mean | None, "Share of the learning: (base - variant) / (base - adapter) of the task's losses; null if undefined."],
+    "top1_kept": Annotated[Mean | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined."],
+    "forgetting": Annotated[Mean | None, "Share of the rise of the general loss: (variant - base) / (adapter - base); null if "
         "undefined."],
-    "forgetting_se": StandardError | None,
-    "divergence": Annotated[float | None, "Share of the forgetting: mean divergence on the general text as a share of the adapter's; "
+    "divergence": Annotated[Mean | None, "Share of the forgetting: mean divergence on the general text as a share of the adapter's; "
         "null if that is 0."],
-    "divergence_se": StandardError | None,
     "against_adapter": Annotated[Against, "Differences from the unchanged adapter."],
     "against_base": Annotated[Against, "Differences from the base; PEFT's method comparison calls `general_loss` forgetting."],
 })
@@ -222,12 +190,10 @@ VariantRecord.__doc__ = "A variant that was evaluated."
 ShrinkRecord = TypedDict("ShrinkRecord", {
     "lambda": Annotated[float, "Lambda of that shrink."],
     "between": Annotated[list[float], "The neighbouring lambdas that were evaluated; 1 is the unchanged adapter."],
-    "loss": Annotated[float, "Difference of the mean losses on the general text; below 0, the variant forgets less."],
-    "loss_se": Annotated[PairedError, "It includes the uncertainty of the share kept and of the interpolation."],
-    "kl": Annotated[float, "Difference of the mean divergences on the general text."],
-    "kl_se": Annotated[Amount, "Its standard error, computed in the same way."],
-    "top1": Annotated[float | None, "Difference of the top-1 on the task's text."],
-    "top1_se": Annotated[Amount | None, "Its standard error, computed in the same way."],
+    "loss": Annotated[Difference, "Difference of the mean losses on the general text; below 0, the variant forgets less. This error and "
+        "the next ones include the uncertainty of the share kept and of the interpolation."],
+    "kl": Annotated[Difference, "Difference of the mean divergences on the general text."],
+    "top1": Annotated[Difference | None, "Difference of the top-1 on the task's text."],
     "verdict": Annotated[Literal["better", "worse", "not told apart"], "By the divergence, and more than two standard errors."],
 })
 ShrinkRecord.__doc__ = "A shrink of the whole adapter."
@@ -235,10 +201,8 @@ ShrinkRecord.__doc__ = "A shrink of the whole adapter."
 class TradeRecord(TypedDict):
     """What a variant gives up and regains, compared with the unchanged adapter."""
     name: Annotated[str, "Its name."]
-    regained: Annotated[float, "Mean divergence of the adapter on the general text minus the variant's, in nats per token."]
-    regained_se: PairedError
-    given_up: Annotated[float, "Mean loss of the variant on the task's text minus the adapter's, in nats per token."]
-    given_up_se: PairedError
+    regained: Annotated[Difference, "Mean divergence of the adapter on the general text minus the variant's, in nats per token."]
+    given_up: Annotated[Difference, "Mean loss of the variant on the task's text minus the adapter's, in nats per token."]
     worth: Annotated[float, "A variant is worth it if it regains more than this factor times what it gives up, by two standard errors."]
     worth_it: Annotated[bool, "Whether it is worth it."]
 

@@ -16,7 +16,7 @@ from streamer.errors import MismatchError
 from streamer.evaluation.losses import ProductDtype, ReliableRecord, TextFacts, TradeRecord, reliable
 from streamer.evaluation.suggestion import Trade, against_shrink, ask_swapped
 from streamer.fitting.prepare import SHRINKS
-from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
+from streamer.json_types import Amount, Count, Difference, KeptShare, Keywords, Mean, Sha256, State, Version
 from streamer.linalg.operators import LowRank
 from streamer.measuring.result_file import ADAPTER_ROW, BASE_ROW, Configs, EvaluatedVariant
 from streamer.measuring.statistics import SequenceSums, flat, telling
@@ -121,25 +121,19 @@ FittedShrink = TypedDict("FittedShrink", {
     "forgetting": Annotated[float, "Share of the rise of the general loss that it leaves."],
     "divergence": Annotated[float, "Share of the forgetting that it leaves: divergence on the general text, relative to the adapter's."],
     "top1_kept": NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 that it keeps; absent in earlier versions."]],
-    "loss": Annotated[float, "Mean loss of the fitted model on the general text minus the shrink's; below 0, the fitted model forgets "
-        "less."],
-    "loss_se": Annotated[PairedError, "It includes the uncertainty of the share kept and of the interpolation."],
-    "kl": Annotated[float, "Mean divergence of the fitted model on the general text minus the shrink's."],
-    "kl_se": Annotated[Amount, "Its standard error, computed in the same way."],
+    "loss": Annotated[Difference, "Mean loss of the fitted model on the general text minus the shrink's; below 0, the fitted model forgets "
+        "less. Both errors include the uncertainty of the share kept and of the interpolation."],
+    "kl": Annotated[Difference, "Mean divergence of the fitted model on the general text minus the shrink's."],
     "verdict": Annotated[Literal["better", "worse", "not told apart"], "By the divergence, and more than two standard errors."],
 })
 FittedShrink.__doc__ = "A shrink of the whole adapter."
 
 class _Shares(TypedDict):
-    kept: Annotated[float | None, "Share of the learning: (base - fitted) / (base - adapter) of the task's losses; null if undefined."]
-    kept_se: StandardError | None
-    top1_kept: NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; absent in earlier versions."]]
-    top1_kept_se: NotRequired[StandardError | None]
-    forgetting: Annotated[float | None, "Share of the rise of the general loss: (fitted - base) / (adapter - base); null if undefined."]
-    forgetting_se: StandardError | None
-    divergence: Annotated[float | None, "Share of the forgetting: mean divergence on the general text as a share of the adapter's; null "
+    kept: Annotated[Mean | None, "Share of the learning: (base - fitted) / (base - adapter) of the task's losses; null if undefined."]
+    top1_kept: NotRequired[Annotated[Mean | None, "Share of the adapter's gain in top-1 on the task's text; absent in earlier versions."]]
+    forgetting: Annotated[Mean | None, "Share of the rise of the general loss: (fitted - base) / (adapter - base); null if undefined."]
+    divergence: Annotated[Mean | None, "Share of the forgetting: mean divergence on the general text as a share of the adapter's; null "
         "if that is 0."]
-    divergence_se: StandardError | None
 
 class ScalingRecord(_Shares):
     """A method that scales intruders, measured beside what was fitted."""
@@ -181,15 +175,11 @@ class AdapterFacts(TypedDict):
     """What the unchanged adapter has learned and forgotten, on the held-out sequences."""
     forgotten: Annotated[bool, "Whether the adapter's divergence from the base on the general text is significantly above 0, on the "
         "held-out sequences."]
-    learning: Annotated[float, "Loss of the base on the task's text minus the adapter's, in nats per token."]
-    learning_se: PairedError
-    top1_gain: NotRequired[Annotated[float, "Share of the task's tokens that are its most likely token, minus the base's; absent in "
+    learning: Annotated[Difference, "Loss of the base on the task's text minus the adapter's, in nats per token."]
+    top1_gain: NotRequired[Annotated[Difference, "Share of the task's tokens that are its most likely token, minus the base's; absent in "
         "earlier versions."]]
-    top1_gain_se: NotRequired[PairedError]
-    forgetting: Annotated[float, "Loss of the adapter on the general text minus the base's, in nats per token."]
-    forgetting_se: PairedError
-    divergence: Annotated[float, "Mean divergence KL(base ‖ adapter) on the general text, in nats per token."]
-    divergence_se: StandardError
+    forgetting: Annotated[Difference, "Loss of the adapter on the general text minus the base's, in nats per token."]
+    divergence: Annotated[Mean, "Mean divergence KL(base ‖ adapter) on the general text, in nats per token."]
     reliable: NotRequired[Annotated[ReliableRecord, "Whether the denominators of shares are large enough; absent in earlier versions."]]
 
 class FitRecord(FitFacts, AdapterFacts):
@@ -303,7 +293,7 @@ def scaling_facts(
     return {"scaling": cast(ScalingRecord, records[0])} if records else {}
 
 
-def doubts(facts: AdapterFacts | Mapping[str, Any]) -> list[str]:
+def doubts(facts: Mapping[str, Any]) -> list[str]:
     """Warn if there is no evidence that the adapter forgets."""
     if facts["forgotten"]:
         return []
