@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 
-from streamer.detection.findings_writer import FindingsSize, findings_bytes
+from streamer.detection.detect import FindingsSize, findings_bytes
 from streamer.detection.matrices import best_way, detection_bytes, float64_way
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import Way, chosen_solver, cost

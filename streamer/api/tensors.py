@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from streamer import __version__
-from streamer.detection.findings_file import lock_of
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.storage.atomic_file import (
     Buffer,
@@ -33,6 +32,7 @@ from streamer.storage.atomic_file import (
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint, shard_names
 from streamer.storage.files import locked, make_directory
 from streamer.storage.header import TensorInfo, layout, tensor_nbytes
+from streamer.storage.journal import lock_of
 from streamer.storage.output_checks import check_name, check_output_path, check_replaced
 from streamer.storage.transaction import OutputPlan, inspect_output, locked_outputs, refuse_within_output
 from streamer.weights.base import SPELLINGS, as_bytes, as_tensor, in_memory

@@ -1,25 +1,35 @@
-"""Detect in all matrices of adapters on one base, into memory or into files."""
+"""Detect in all matrices of adapters on one base, into memory or into files.
+
+A findings file is written through a journal with a record for each matrix, so that a killed run resumes. The largest size of findings is
+estimated, and the free space checked, before the first matrix is read.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from streamer import __version__
+from streamer.detection import solvers
 from streamer.detection.findings import Findings, load_findings
-from streamer.detection.findings_file import FindingsHead, MatrixFinding, remove_leftovers
-from streamer.detection.findings_writer import (
-    FindingsSize,
-    FindingsWriter,
-    check_findings_space,
-    findings_bytes,
-    inspect_findings_output,
-    interrupted_run,
-    journal_head,
+from streamer.detection.findings_file import (
+    ARRAYS,
+    FILE_NAME,
+    FindingsHead,
+    MatrixFinding,
+    check_figures,
+    is_findings_file,
+    matrix_entries,
+    plan_findings_file,
 )
+from streamer.detection.intruders import Detection
 from streamer.detection.matrices import (
     Work,
     detect_in_turn,
@@ -28,14 +38,151 @@ from streamer.detection.matrices import (
     inputs_of,
     kept_bytes,
 )
-from streamer.detection.options import DetectionOptions, Run
-from streamer.errors import OutputExistsError
+from streamer.detection.options import DetectionOptions, MatrixFigures, Run
+from streamer.errors import FormatError, OutputError, OutputExistsError, UsageError
 from streamer.events import Event
+from streamer.linalg.torch_state import thread_count
 from streamer.plan.batch import AdapterBatch, Assignment, check_budget, resident_bytes
 from streamer.plan.plan import Plan
-from streamer.storage.files import make_directory
-from streamer.storage.output_checks import touch
+from streamer.plan.targets import Target
+from streamer.storage.atomic_file import Buffer, Piece, ShardFile, partials_of
+from streamer.storage.header import Header, TensorInfo, layout, parse_header
+from streamer.storage.journal import Journal, ResumableFile, journal_of, left
+from streamer.storage.output_checks import allocated_bytes, check_file_path, check_space, is_taken, not_own
 from streamer.units import counted
+from streamer.weights.base import as_bytes
+
+OFFSETS_BYTES = 16 * 14
+"""Upper bound of the additional bytes for a matrix's tensor offsets in a large file, compared with a record."""
+
+
+class FindingsWriter:
+    """Records of matrices in the journal of a findings file, and the file made of them.
+
+    Attributes
+    ----------
+    threads
+        Number of torch's threads for the matrices: the number with which the run began, even if it is resumed elsewhere, because
+        the last bits of findings depend on it.
+    """
+
+    def __init__(self, path: Path, journal: Journal, resumed: bool) -> None:
+        self.path, self.resumed, self._journal = path, resumed, journal
+        self._records = {self._figures(i)["tensor"]: i for i in range(1, len(journal))}
+        self.threads = thread_count(json.loads(journal[0]).get("threads"))
+
+    def _figures(self, i: int) -> MatrixFigures:
+        header = _record_header(self._journal[i])
+        with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
+            figures: MatrixFigures = json.loads(header.metadata["matrix"])
+            check_figures(figures)
+            if header.by_name.keys() == {f"{figures['tensor']}/{key}" for key in ARRAYS}:
+                return figures
+        raise self._journal.foreign(i)
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self._records
+
+    def add(self, finding: MatrixFinding) -> None:
+        """Append one matrix durably to the journal."""
+        arrays = finding.arrays()
+        _, raw = _layout(finding, arrays)
+        self._journal.append(raw + b"".join(as_bytes(t) for t in arrays.values()))
+        self._records[finding.tensor] = len(self._journal) - 1
+
+    def write(self, head: FindingsHead, plan: Plan) -> None:
+        """Write the file, once all matrices of a plan are recorded; it gets its name only if the inputs have not changed."""
+        matrices: list[MatrixFigures] = []
+        entries, home = [], {}
+        for i in (self._records[target.tensor] for target in plan.targets):
+            matrices.append(self._figures(i))
+            for info in _record_header(self._journal[i]).tensors:
+                entries.append((info.name, info.dtype, info.shape))
+                home[info.name] = i
+        shard = plan_findings_file(self.path.name, head, matrices, entries)
+
+        def source(info: TensorInfo) -> Iterator[Buffer]:
+            raw = self._journal[home[info.name]]
+            header = _record_header(raw)
+            own = header.by_name[info.name]
+            yield raw[header.data_start + own.start : header.data_start + own.end]
+
+        with ShardFile(self.path.parent, shard.sealed(source)) as file:
+            for info in shard.header.tensors:
+                file.add(info, map(Piece, source(info)))
+            file.complete()
+            plan.check_unchanged()
+
+
+def _layout(finding: MatrixFinding, arrays: Mapping[str, Tensor]) -> tuple[Header, bytes]:
+    """Lay out a matrix's record: its header, and the header's bytes."""
+    return layout(matrix_entries(finding.tensor, arrays), {"matrix": json.dumps(finding.figures())})
+
+
+def most_bytes(head: FindingsHead, widest: Iterable[MatrixFinding]) -> tuple[int, int]:
+    """Compute the largest sizes of a findings file and its journal, in bytes.
+
+    Parameters
+    ----------
+    head
+        Inputs and options of the findings.
+    widest
+        The largest possible finding for each matrix; tensors without values (``meta``) suffice.
+    """
+    known = [head.base, head.adapter, dict(head.sources), head.options.as_dict()]
+    file = journal = 4096 + 2 * len(json.dumps(known))
+    for finding in widest:
+        record = _layout(finding, finding.arrays())[0].file_bytes
+        file += record + OFFSETS_BYTES
+        journal += record + 40
+    return file, journal
+
+
+def _record_header(raw: bytes) -> Header:
+    """Read the header of a record, which is a safetensors file for one matrix."""
+    n = 8 + int.from_bytes(raw[:8], "little")
+    return parse_header(raw[:n], len(raw), "journal")
+
+
+FindingsSize = tuple[int, int]
+"""Bytes of a findings file and of the journal beside it."""
+
+
+def check_findings_space(paths: Sequence[Path], sizes: Sequence[FindingsSize]) -> None:
+    """Refuse findings that might not fit on the disk together with their journals.
+
+    Raises
+    ------
+    StorageError
+        If they might not fit.
+    """
+    needed = 0
+    for path, size in zip(paths, sizes, strict=True):
+        # Files of an interrupted run: usable ones are reused, and the others are removed first.
+        names = {path.name, journal_of(path).name}
+        there = [journal_of(path), *(partials_of(path.parent, names) if path.parent.is_dir() else ())]
+        needed += sum(size) - sum(map(allocated_bytes, there))
+    check_space(paths[0].parent if len(paths) > 1 else paths[0], needed, at_most=True)
+
+
+def findings_bytes(plan: Plan, options: DetectionOptions) -> FindingsSize:
+    """Compute the largest size of findings, with every direction an intruder. Needs about 1 s for 10,000 matrices."""
+    return most_bytes(FindingsHead.of(plan, options), (_widest(plan, target, options) for target in plan.targets))
+
+
+def _widest(plan: Plan, target: Target, options: DetectionOptions) -> MatrixFinding:
+    """Make a finding of the largest possible size: every direction an intruder, every figure as long as possible."""
+    module, weight = target.module, plan.weights[target.tensor]
+    (m, n), k = module.shape, options.directions(module.shape)
+    longest, every = -sys.float_info.max, tuple(range(k))
+    U, S, Vh = (torch.empty(shape, dtype=weight.compute, device="meta") for shape in ((m, k), (k,), (k, n)))
+    found = Detection(singular_values=(longest,) * k, similarity=(longest,) * k, similarity_low=(longest,) * k,
+                      similarity_high=(longest,) * k, base_singular_values=(longest,) * k, intruders=every, U=U, S=S,
+                      Vh=Vh, certified=False, degenerate=every, solver=max(solvers.SOLVERS, key=len), escalated=False,
+                      steps=10**9, products=10**9, cutoff=longest,
+                      delta_norm=longest, intruder_energy=longest, dropped_at_zero=longest, precision="float64")  # fmt: skip
+    return MatrixFinding(target.tensor, module.name, module.shape, weight.label, module.rank, module.scaling, found,
+                         transposed=False, fingerprint="f" * 64)  # fmt: skip
 
 
 def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, resident: int,
@@ -107,13 +254,8 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
     todo = [place for place in places if place.finished is None]
     _check_space(places, sizes or _sizes(places))
     for one in places:
-        if one.finished is None:
-            make_directory(one.path.parent)
-            continue
-        remove_leftovers(one.path)  # of a run that was killed just after naming the file
-        monitor.told(one.path, "present")
-        if fault := touch([one.path]):
-            monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
+        if one.finished is not None:
+            left(one.path, monitor)
     seconds: dict[tuple[Path, str], float | None] = {}
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(one.writer(run)) for one in todo]
@@ -153,7 +295,8 @@ def inspect_detections(
     places = _places(batch, paths, options, run.overwrite, resident_bytes(batch))
     sizes = _sizes(places)
     _check_space(places, sizes)
-    return [(one.state(run), size) for one, size in zip(places, sizes, strict=True)]
+    states = ["done" if one.finished is not None else "resume" if one.file(run).is_begun() else "new" for one in places]
+    return [*zip(states, sizes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -169,15 +312,19 @@ class _Place:
     def tensors(self) -> list[str]:
         return [target.tensor for target in self.plan.targets]
 
-    def writer(self, run: Run) -> FindingsWriter:
-        return FindingsWriter(self.path, self.head, self.tensors, self.plan.detection_stamps(), resume=run.resume,
-                              overwrite=run.overwrite, before_rename=self.plan.check_unchanged)  # fmt: skip
+    def file(self, run: Run) -> ResumableFile:
+        # The last bits depend on the number of threads; without any matrix, a resumed run chooses it.
+        start = {"plan": self.head.digest(self.tensors), "version": __version__, "stamps": self.plan.detection_stamps(),
+                 "threads": torch.get_num_threads()}  # fmt: skip
+        return ResumableFile(self.path, start, run.resume, run.overwrite, records=1)
 
-    def state(self, run: Run) -> str:
-        if self.finished is not None:
-            return "done"
-        start = journal_head(self.head, self.tensors, self.plan.detection_stamps())
-        return "resume" if run.resume and interrupted_run(self.path, start, run.overwrite) else "new"
+    @contextlib.contextmanager
+    def writer(self, run: Run) -> Iterator[FindingsWriter]:
+        """Lock the file, resume or begin its run, and write it if the block does not raise."""
+        with self.file(run).begun() as (journal, resumed):
+            writer = FindingsWriter(self.path, journal, resumed)
+            yield writer
+            writer.write(self.head, self.plan)
 
 
 def _sizes(places: Sequence[_Place]) -> list[FindingsSize]:
@@ -212,8 +359,7 @@ def _places(
     for plan, path in zip(batch.plans, paths, strict=True):
         head = FindingsHead.of(plan, options)
         with naming_inputs(plan, [path], overwrite):
-            digest = head.digest(target.tensor for target in plan.targets)
-            found = inspect_findings_output(path, digest, overwrite, plan.inputs)
+            found = _finished(plan, path, head, overwrite)
         if found is None:
             plan.refuse_overwriting([path])
         places.append(_Place(plan, path, head, found))
@@ -223,3 +369,36 @@ def _places(
 def _check_budgets(batch: AdapterBatch, options: DetectionOptions, resident: int) -> None:
     needs = (need for plan in batch.plans for need in detection_estimates(plan, options, resident))
     check_budget(needs, options.max_memory)
+
+
+def _finished(plan: Plan, path: Path, head: FindingsHead, overwrite: bool) -> Findings | None:
+    """Find the finished findings of exactly this plan, without writing; return None if they do not exist yet or are to be replaced.
+
+    Raises
+    ------
+    OutputError
+        If another file exists at the path, or it cannot be written.
+    """
+    check_file_path(path, FILE_NAME, journal_of(path).name)
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{path}: expected a name that ends in .safetensors, such as {path}.safetensors")
+    for source in plan.inputs:
+        if source.resolve() in (path.resolve(), *path.resolve().parents):
+            raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
+    if not is_taken(path):
+        return None
+    if not is_findings_file(path):
+        raise not_own(path, "findings")
+    if overwrite:
+        return None
+    try:
+        findings = load_findings(path)
+    except FormatError as e:
+        raise OutputExistsError(
+            f"{path}: holds findings that cannot be read; choose another output, or pass --overwrite", path
+        ) from e
+    if findings.made_from() != head.digest(target.tensor for target in plan.targets):
+        raise OutputExistsError(
+            f"{path}: holds findings of other inputs or options; choose another output, or pass --overwrite", path
+        )
+    return findings

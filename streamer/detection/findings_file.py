@@ -1,4 +1,4 @@
-"""Lay out, read and write a findings file, and name its journal and lock.
+"""Lay out, read and write a findings file.
 
 Findings are stored as one safetensors file. For the base tensor ``T`` it holds the intruders' triplets ``T/U`` (m, q), ``T/S`` (q,) and
 ``T/Vh`` (q, n); ``T/singular_values``, ``T/similarity``, ``T/similarity_low``, ``T/similarity_high``, ``T/base_singular_values`` (k,)
@@ -23,22 +23,15 @@ from torch import Tensor
 
 from streamer.detection.intruders import Detection
 from streamer.detection.options import STAMP, DetectionOptions, MatrixFigures, MatrixRecord, detection_record, stamp
-from streamer.errors import FormatError, InputError, OutputExistsError, UsageError
+from streamer.errors import FormatError, InputError, OutputExistsError
 from streamer.linalg.operators import all_finite
 from streamer.plan.plan import Plan
 from streamer.plan.sources import NameSource, in_short
-from streamer.storage.atomic_file import Buffer, ShardPlan, partial_name, plan_shard, remove_partials, write_sealed
-from streamer.storage.files import AdapterIdentity, BaseIdentity, check_identities, locked, make_directory
+from streamer.storage.atomic_file import Buffer, ShardPlan, plan_shard, remove_partials, write_sealed
+from streamer.storage.files import AdapterIdentity, BaseIdentity, check_identities, locked
 from streamer.storage.header import DIGEST, NO_DIGEST, TensorInfo
-from streamer.storage.output_checks import (
-    check_name,
-    check_output_path,
-    check_space,
-    exists,
-    not_own,
-    refuse_no_file,
-    refuse_symlink,
-)
+from streamer.storage.journal import journal_of, lock_of
+from streamer.storage.output_checks import check_file_path, check_replaced, check_space
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.base import TORCH_DTYPES, as_bytes, as_tensor
 
@@ -111,6 +104,9 @@ class MatrixFinding:
 
 SCHEMA: Final = "streamer.findings/1"
 
+FILE_NAME = "findings.safetensors"
+"""Example of a findings file's name."""
+
 COEFFICIENTS = "streamer.coefficients"
 """Metadata key of coefficients files, used to recognise one that was passed instead of findings."""
 
@@ -156,52 +152,6 @@ class FindingsHead(NamedTuple):
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
-def journal_of(path: Path) -> Path:
-    """Return the path of the journal of an unfinished findings file: ``dir/f.safetensors`` → ``dir/.f.safetensors.journal``."""
-    return path.with_name(f".{path.name}.journal")
-
-
-def states_of(journal: Path) -> Path:
-    """Return the path of the states of a sweep, beside the journal of its run."""
-    return journal.with_suffix(".states")
-
-
-def lock_of(path: Path) -> Path:
-    """Return the path of the lock of an unfinished findings file: ``dir/f.safetensors`` → ``dir/.f.safetensors.lock``."""
-    return path.with_name(f".{path.name}.lock")
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove the journal, lock and partial files that a killed run left beside a findings file.
-
-    Raises
-    ------
-    LockedError
-        If a run is active there.
-    """
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    if any(p.name.startswith((f".{path.name}.", f"..{path.name}.")) for p in beside):
-        with locked(lock_of(path), path):
-            states = states_of(journal_of(path))
-            remove_partials(path.parent, {path.name, journal_of(path).name, states.name})
-            journal_of(path).unlink(missing_ok=True)
-            states.unlink(missing_ok=True)
-
-
-def check_findings_path(path: Path) -> None:
-    """Refuse a path that cannot be a findings file: a URL, a directory, a symlink, inside a hub cache. Its parent may be missing."""
-    refuse_no_file(path)
-    check_name(path, partial_name(journal_of(path).name))
-    refuse_symlink(path)
-    check_output_path(path.parent.resolve(), (), path)
-
-
-def check_findings_name(path: Path) -> None:
-    """Refuse a name that other programs would not recognise as a safetensors file."""
-    if path.suffix != ".safetensors" and not path.is_dir():
-        raise UsageError(f"{path}: expected a name that ends in .safetensors, such as {path}.safetensors")
-
-
 def matrix_entries(tensor: str, arrays: Mapping[str, Tensor]) -> list[Entry]:
     """List the entries of one matrix: ``q.weight`` → ``q.weight/U``, ``q.weight/S`` and so on."""
     return [(f"{tensor}/{key}", DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in arrays.items()]
@@ -228,12 +178,6 @@ def is_findings_file(path: Path) -> bool:
         return False
 
 
-def refuse_foreign(path: Path) -> None:
-    """Refuse to replace a file other than findings: it may be weights."""
-    if not is_findings_file(path):
-        raise not_own(path, "findings")
-
-
 def save_findings_file(path: Path, head: FindingsHead, matrices: Sequence[MatrixFinding], overwrite: bool) -> None:
     """Write a findings file atomically; create missing directories.
 
@@ -249,11 +193,7 @@ def save_findings_file(path: Path, head: FindingsHead, matrices: Sequence[Matrix
     OutputError, StorageError, LockedError
         If the file cannot be written.
     """
-    check_findings_path(path)
-    if path.exists() and path.stat().st_size > 0:
-        if not overwrite:
-            raise exists(path)
-        refuse_foreign(path)
+    check_file_path(path, FILE_NAME, journal_of(path).name)
     if journal_of(path).exists() and not overwrite:
         raise OutputExistsError(
             f"{path}: an interrupted run has its journal there; finish that run, choose another output, or pass overwrite=True",
@@ -268,7 +208,7 @@ def save_findings_file(path: Path, head: FindingsHead, matrices: Sequence[Matrix
         yield as_bytes(by_tensor[tensor].arrays()[key])
 
     check_space(path, shard.nbytes)
-    make_directory(path.parent)
+    check_replaced(path, overwrite, is_findings_file, "findings")
     with locked(lock_of(path), path):
         remove_partials(path.parent, {path.name, journal_of(path).name})
         write_sealed(path.parent, shard, source)

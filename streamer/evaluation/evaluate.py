@@ -20,7 +20,6 @@ import numpy as np
 from streamer.adapters.finetuned import One
 from streamer.detection.detect import detect_in_memory
 from streamer.detection.findings import Findings
-from streamer.detection.findings_file import lock_of, remove_leftovers
 from streamer.detection.matrices import detection_estimates
 from streamer.detection.options import DetectionOptions, Run
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
@@ -52,6 +51,7 @@ from streamer.plan.batch import AdapterBatch, check_budget, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.files import locked
+from streamer.storage.journal import lock_of, remove_leftovers
 from streamer.storage.output_checks import is_taken
 from streamer.streaming.model import require_transformers
 from streamer.streaming.sweep import SweepModel

@@ -23,26 +23,15 @@ from streamer import __version__
 from streamer.adapters.adapter_config import stated_options
 from streamer.adapters.rules import NEUTRAL
 from streamer.detection.detect import naming_inputs
-from streamer.detection.findings_file import journal_of, lock_of, remove_leftovers, states_of
 from streamer.detection.options import Run
-from streamer.errors import FormatError, InputError, NumericError, OutputError, OutputExistsError
+from streamer.errors import FormatError, InputError, NumericError, OutputExistsError
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import full_float32, thread_count, threads
 from streamer.measuring.statistics import ARRAYS, Floats
 from streamer.methods import METHODS, MethodName
 from streamer.plan.plan import Plan
-from streamer.storage.atomic_file import remove_partials
-from streamer.storage.files import locked, make_directory
-from streamer.storage.journal import Journal, may_resume
-from streamer.storage.output_checks import (
-    check_name,
-    check_output_path,
-    is_placeholder,
-    not_own,
-    refuse_address,
-    refuse_symlink,
-    touch,
-)
+from streamer.storage.journal import Journal, ResumableFile, journal_of, left, states_of
+from streamer.storage.output_checks import check_file_path, is_placeholder, not_own
 from streamer.storage.transaction import refuse_within_output
 from streamer.streaming.model import LoadedModel, require_transformers
 from streamer.streaming.sweep import States
@@ -233,13 +222,18 @@ class ResultFile:
 
     def check_path(self) -> None:
         """Refuse a path at which no file can be written."""
-        refuse_address(self.path)
-        refuse_symlink(self.path)
-        if self.path.is_dir():
-            raise OutputError(f"{self.path}: is a directory; name a file in it, such as {self.path / self.example}")
-        check_output_path(self.path.parent, (), self.path)
+        check_file_path(self.path, self.example, journal_of(self.path).name)
         refuse_within_output(self.path)
-        check_name(self.path, journal_of(self.path).name + ".0123456789abcdef.partial")
+
+    @property
+    def resumable(self) -> ResumableFile:
+        """Describe the file and its journal."""
+        return ResumableFile(self.path, self.head, self.run.resume, self.run.overwrite, differing=self._differing)
+
+    def _differing(self, found: Mapping[str, Any]) -> str:
+        """Describe the differences from the run with this head."""
+        same = found.get("version") == __version__ and "facts" in found
+        return in_words(differences(self.facts, found["facts"])) if same else ""
 
     def state(self) -> State:
         """Check, without writing, whether the result exists, was begun, or is still to be made.
@@ -256,7 +250,7 @@ class ResultFile:
                 if self._stands():
                     return "done"
         self.plan.refuse_overwriting([self.path])
-        return "resume" if self._may_resume(next(Journal.peek(journal_of(self.path)), {})) else "new"
+        return "resume" if self.resumable.is_begun() else "new"
 
     def _stands(self) -> bool:
         try:
@@ -268,46 +262,20 @@ class ResultFile:
         except InputError:
             raise not_own(self.path, self.one) from None
 
-    def _may_resume(self, found: Mapping[str, Any]) -> bool:
-        ours = {"plan", "stamps"} <= found.keys() and self.run.resume
-        same = found.get("version") == __version__ and "facts" in found
-        differing = in_words(differences(self.facts, found["facts"])) if same else ""
-        return ours and may_resume(self.path, found, self.head, overwrite=self.run.overwrite,
-                                   journal=journal_of(self.path), differing=differing)  # fmt: skip
-
     @contextlib.contextmanager
     def written(self) -> Iterator[JournalRecords]:
         """Lock the file, open the journal and yield its records; the caller writes the file, and then the journal is removed.
 
         If the caller raises, the journal stays, unless the inputs are at fault.
         """
-        make_directory(self.path.parent)
-        with locked(lock_of(self.path), self.path), contextlib.closing(Journal(journal_of(self.path))) as journal:
-            found = json.loads(journal[0]) if len(journal) else {}
-            resumed = self._may_resume(found)
-            if not resumed:
-                found = self.head
-                journal.begin(found)
-                states_of(journal.path).unlink(missing_ok=True)
-            remove_partials(self.path.parent, {self.path.name, states_of(journal.path).name})
-            try:
-                yield JournalRecords(journal, thread_count(found.get("threads")))
-            except (InputError, NumericError):  # the same run would fail again, so there is nothing to resume
-                journal.remove()
-                states_of(journal.path).unlink(missing_ok=True)
-                raise
-            journal.remove()
-            states_of(journal.path).unlink(missing_ok=True)
+        with self.resumable.begun((InputError, NumericError)) as (journal, resumed):
+            yield JournalRecords(journal, thread_count(json.loads(journal[0]).get("threads")))
         self.run.monitor.told(self.path, "resumed" if resumed else "written")
 
     def left(self) -> None:
-        """Keep a file that is complete, but set its time to now; say so, and remove what a killed run left beside it."""
-        monitor = self.run.monitor
-        remove_leftovers(self.path)  # from a run that was killed just after it renamed the file
-        monitor.emit(Event("note", f"{self.path} holds {self.same} already; nothing to do"))
-        if fault := touch([self.path]):
-            monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
-        monitor.told(self.path, "present")
+        """Keep a file that is complete, and say so; see `left`."""
+        self.run.monitor.emit(Event("note", f"{self.path} holds {self.same} already; nothing to do"))
+        left(self.path, self.run.monitor)
 
 
 def of_others(path: Path, one: str, differing: Sequence[str] = ()) -> OutputExistsError:

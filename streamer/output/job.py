@@ -17,8 +17,8 @@ from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
 import torch
 
 from streamer.adapters.rules import mitigated_before
+from streamer.detection.detect import FindingsSize, findings_bytes
 from streamer.detection.findings import Findings
-from streamer.detection.findings_writer import FindingsSize, findings_bytes
 from streamer.detection.intruders import Detection
 from streamer.detection.options import STAMP, DetectionOptions, DetectionRecord, Ranks, detection_record, stamp
 from streamer.errors import NumericError, OutputError

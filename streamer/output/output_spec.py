@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 from streamer import __version__
 from streamer.adapters.adapter_config import CONFIG_NAME, stated_options
-from streamer.detection.findings_file import journal_of
 from streamer.errors import printable
 from streamer.methods import METHODS, Shrink, takes_findings
 from streamer.output.job import SCHEMA, Job, MitigatedMatrix, Record, totals
@@ -34,6 +33,7 @@ from streamer.plan.tokenizer import own_tokenizer
 from streamer.storage.atomic_file import Piece, ShardPlan
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
+from streamer.storage.journal import journal_of
 from streamer.storage.transaction import RECORD_NAME, OutputPlan
 from streamer.units import counted, format_size
 

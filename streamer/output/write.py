@@ -18,7 +18,6 @@ from typing import Any, cast
 from streamer.adapters.finetuned import One, Several
 from streamer.detection.detect import detect_to_files, naming_inputs
 from streamer.detection.findings import Findings, lacking, load_findings, matched_findings
-from streamer.detection.findings_file import remove_leftovers
 from streamer.detection.matrices import detection_estimates, inputs_of
 from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import FormatError, MismatchError, UsageError
@@ -36,6 +35,7 @@ from streamer.plan.plan import Plan
 from streamer.storage.atomic_file import Piece, ShardFile, remove_partials, write_shard
 from streamer.storage.files import difference, locked
 from streamer.storage.header import TensorInfo
+from streamer.storage.journal import remove_leftovers
 from streamer.storage.output_checks import check_space, touch
 from streamer.storage.tensor_file import TensorFile
 from streamer.storage.transaction import (

@@ -27,7 +27,6 @@ from typing import Any, Literal
 import numpy as np
 
 from streamer.detection.findings import Findings
-from streamer.detection.findings_file import lock_of
 from streamer.errors import OutputError, OutputExistsError, UsageError, printable
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.view import commands, field_figures, reasons, verdict
@@ -48,11 +47,11 @@ from streamer.report.subject import (
     scales_intruders,
     threshold_curve,
 )
-from streamer.storage.atomic_file import partial_name, remove_partials, write_atomic
+from streamer.storage.atomic_file import remove_partials, write_atomic
 from streamer.storage.files import locked, make_directory, storage_errors
+from streamer.storage.journal import lock_of
 from streamer.storage.output_checks import (
-    check_name,
-    check_output_path,
+    check_file_path,
     check_space,
     is_placeholder,
     refuse_address,
@@ -414,17 +413,13 @@ def write_files(subject: Subject | Collection, output: str | Path, overwrite: bo
 
 def check_path(path: Path) -> None:
     """Refuse a path at which no report can be written; see `write_files`."""
-    refuse_address(path)
-    refuse_symlink(path)
     if path.suffix.lower() not in PAGES:
+        refuse_address(path)
         raise UsageError(
             f"{path}: expected a page, whose name ends in .html; figures for a paper were removed: print the page, or save "
             "pictures of it"
         )
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory; name a page in it, such as {path / 'report.html'}")
-    check_output_path(path.parent, (), path)
-    check_name(path, partial_name(path.name))
+    check_file_path(path, "report.html", path.name, "page")
     refuse_within_output(path)
 
 

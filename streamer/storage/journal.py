@@ -1,19 +1,27 @@
-"""Keep append-only journals of finished work, from which the next run resumes, and decide whether it may."""
+"""Keep append-only journals of finished work, from which the next run resumes, and decide whether it may.
+
+Write a file at the end of a run that resumes, beside its lock and journal.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamer.errors import InputChangedError, OutputError, OutputExistsError
+from streamer.events import Event, Monitor
 from streamer.storage.atomic_file import remove_partials, write_atomic
 from streamer.storage.files import (
     MAX_CALL_BYTES,
     fsync_directory,
+    locked,
+    make_directory,
     read_bytes,
     remove_file,
     storage_error,
@@ -21,6 +29,7 @@ from streamer.storage.files import (
     strict_json,
     sync,
 )
+from streamer.storage.output_checks import touch
 
 FRAME_BYTES = 40
 """Number of bytes before a record's payload: its length (8, little-endian) and SHA-256 (32)."""
@@ -180,3 +189,99 @@ def may_resume(path: Path, found: Mapping[str, Any], head: Mapping[str, Any], *,
             f"{path}: an input was modified since this run was interrupted; --no-resume starts it over"
         )
     return True
+
+
+def journal_of(path: Path) -> Path:
+    """Return the path of the journal of an unfinished file: ``dir/f.safetensors`` → ``dir/.f.safetensors.journal``."""
+    return path.with_name(f".{path.name}.journal")
+
+
+def lock_of(path: Path) -> Path:
+    """Return the path of the lock of an unfinished file: ``dir/f.safetensors`` → ``dir/.f.safetensors.lock``."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def states_of(journal: Path) -> Path:
+    """Return the path of the states of a sweep, beside the journal of its run."""
+    return journal.with_suffix(".states")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the journal, lock, states and partial files that a killed run left beside a file.
+
+    Raises
+    ------
+    LockedError
+        If a run is active there.
+    """
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    if any(p.name.startswith((f".{path.name}.", f"..{path.name}.")) for p in beside):
+        with locked(lock_of(path), path):
+            states = states_of(journal_of(path))
+            remove_partials(path.parent, {path.name, journal_of(path).name, states.name})
+            journal_of(path).unlink(missing_ok=True)
+            states.unlink(missing_ok=True)
+
+
+def left(path: Path, monitor: Monitor) -> None:
+    """Keep a file that is complete, but set its time to now, and remove what a run that was killed just after renaming it left."""
+    remove_leftovers(path)
+    if fault := touch([path]):
+        monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
+    monitor.told(path, "present")
+
+
+@dataclass(frozen=True)
+class ResumableFile:
+    """A file that a run writes at its end, and the journal beside it from which a killed run resumes.
+
+    Attributes
+    ----------
+    path
+        The file.
+    head
+        The run's identity, as `may_resume` compares it: the journal's first record.
+    resume, overwrite
+        Whether the user allows an interrupted run to be resumed, and another run's journal to be replaced.
+    records
+        Least number of records after the head that make a journal worth resuming.
+    differing
+        Describes the differences from another run, given its head, for messages.
+    """
+
+    path: Path
+    head: Mapping[str, Any]
+    resume: bool
+    overwrite: bool
+    records: int = 0
+    differing: Callable[[Mapping[str, Any]], str] = lambda _: ""
+
+    def is_begun(self) -> bool:
+        """Test, without writing, whether an interrupted run can be resumed; raise what `may_resume` raises."""
+        found = next(Journal.peek(journal_of(self.path)), {})
+        return self.resume and {"plan", "stamps"} <= found.keys() and may_resume(
+            self.path, found, self.head, overwrite=self.overwrite, journal=journal_of(self.path), differing=self.differing(found)
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def begun(self, hopeless: tuple[type[Exception], ...] = ()) -> Iterator[tuple[Journal, bool]]:
+        """Lock the file and yield its journal, and whether that is resumed; the block writes the file, and then the journal is removed.
+
+        If the block raises, the journal stays, unless the same run would fail again: at one of the `hopeless` errors.
+        """
+        make_directory(self.path.parent)
+        with locked(lock_of(self.path), self.path), contextlib.closing(Journal(journal_of(self.path))) as journal:
+            states = states_of(journal.path)
+            resumed = self.is_begun() and len(journal) > self.records
+            if not resumed:
+                journal.begin(self.head)
+                states.unlink(missing_ok=True)
+            remove_partials(self.path.parent, {self.path.name, states.name})
+            try:
+                yield journal, resumed
+            except hopeless:
+                journal.remove()
+                states.unlink(missing_ok=True)
+                raise
+            journal.remove()
+            states.unlink(missing_ok=True)

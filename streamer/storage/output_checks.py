@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from streamer.errors import OutputError, OutputExistsError, StorageError, UsageError
+from streamer.storage.atomic_file import partial_name
 from streamer.storage.files import make_directory
 from streamer.units import format_sizes
 
@@ -59,7 +60,8 @@ def check_replaced(path: Path, overwrite: bool, is_own: Callable[[Path], bool], 
     what
         Name of that kind of file, for messages.
     """
-    refuse_no_file(path)
+    refuse_address(path)
+    refuse_directory(path)
     refuse_symlink(path)
     if path.exists() and path.stat().st_size > 0:
         if not overwrite:
@@ -69,11 +71,29 @@ def check_replaced(path: Path, overwrite: bool, is_own: Callable[[Path], bool], 
     make_directory(path.parent)
 
 
-def refuse_no_file(path: Path) -> None:
-    """Refuse a URL or a directory instead of a file to write."""
-    refuse_address(path)
+def refuse_directory(path: Path, example: str = "", what: str = "file") -> None:
+    """Refuse a directory instead of a file to write; `example` is a possible name."""
     if path.is_dir():
-        raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
+        raise OutputError(
+            f"{path}: is a directory; name a {what} in it{f', such as {path / example}' if example else ''}"
+        )
+
+
+def check_file_path(path: Path, example: str, longest: str, what: str = "file") -> None:
+    """Refuse a path at which no file can be written: an address, a directory, a symlink, inside a hub cache.
+
+    Parameters
+    ----------
+    example, what
+        A possible name, and the kind of file, for messages.
+    longest
+        The longest name beside it, whose partial file must have a possible name, too.
+    """
+    refuse_address(path)
+    refuse_symlink(path)
+    refuse_directory(path, example, what)
+    check_output_path(path.parent.resolve(), (), path)
+    check_name(path, partial_name(longest))
 
 
 def exists(path: Path) -> OutputExistsError:

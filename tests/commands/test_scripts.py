@@ -319,7 +319,7 @@ def test_the_record_is_what_report_prints(job: tuple[Path, Path], tmp_path: Path
 
 
 OTHER = (
-    "import streamer.output.output_spec as j, streamer.detection.findings_writer as w; "
+    "import streamer.output.output_spec as j, streamer.detection.detect as w; "
     "j.__version__ = w.__version__ = '0.10.0-rc1'"
 )
 """Run as another version, whose name has another length."""

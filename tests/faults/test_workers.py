@@ -33,7 +33,6 @@ from worker_runs import (
 )
 
 import streamer
-from streamer.detection.findings_file import journal_of, lock_of
 from streamer.detection.matrices import DetectTask, inputs_of
 from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import LockedError, MismatchError, WorkerError
@@ -41,6 +40,7 @@ from streamer.events import Event
 from streamer.linalg.torch_state import threads
 from streamer.plan.batch import make_batch
 from streamer.storage.files import locked
+from streamer.storage.journal import journal_of, lock_of
 from streamer.workers import perform
 
 

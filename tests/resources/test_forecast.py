@@ -18,7 +18,7 @@ from helpers import write_adapter, write_sharded
 from seeds import vary
 
 import streamer
-from streamer.detection.findings_writer import findings_bytes
+from streamer.detection.detect import findings_bytes
 from streamer.detection.matrices import detection_estimates
 from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
@@ -114,17 +114,17 @@ def test_findings_are_no_larger_and_not_much_smaller(job: Job, options: tuple[st
 
 def test_the_journal_is_no_larger(job: Job, tmp_path: Path) -> None:
     """What stands beside the findings just before it goes."""
-    from streamer.detection.findings_writer import FindingsWriter
+    from streamer.detection.detect import FindingsWriter
 
     seen: list[int] = []
-    begun = FindingsWriter._write
+    begun = FindingsWriter.write
 
-    def watched(self: FindingsWriter) -> None:
-        begun(self)
+    def watched(self: FindingsWriter, *made_from: object) -> None:
+        begun(self, *made_from)
         seen.append(self._journal.path.stat().st_size)
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(FindingsWriter, "_write", watched)
+        m.setattr(FindingsWriter, "write", watched)
         streamer.detect_intruder_dimensions(*job, tmp_path / "f.safetensors", threshold_epsilon=1.0)
     options = DetectionOptions(threshold_epsilon=1.0)
     assert 0 < seen[0] <= forecast_of(make_plan(*job), options).temporary_bytes

@@ -21,7 +21,7 @@ from several import NAMES, WAYS, Several, run
 
 import streamer
 from streamer.cli.main import run as streamer_command
-from streamer.detection.findings_writer import findings_bytes
+from streamer.detection.detect import findings_bytes
 from streamer.detection.options import DetectionOptions
 from streamer.errors import StorageError
 from streamer.plan.batch import make_batch

@@ -16,8 +16,8 @@ from command_line import ENV
 from helpers import intruding_factors, power_law, write_adapter, write_sharded
 
 import streamer
-from streamer.detection.findings_file import journal_of
 from streamer.linalg.torch_state import threads
+from streamer.storage.journal import journal_of
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import streamer
 from streamer import errors
 from streamer.detection.findings import Findings, fingerprint, load_findings, matched_findings
-from streamer.detection.findings_file import journal_of, lock_of
 from streamer.plan.plan import Plan, make_plan
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.storage.files import locked
+from streamer.storage.journal import journal_of, lock_of
 
 
 def test_round_trip(made: tuple[Path, Path, Path, Findings]) -> None:

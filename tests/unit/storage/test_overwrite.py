@@ -14,9 +14,9 @@ from helpers import tree_digest
 from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, copied_at, interrupt, refusal, run
 
 import streamer
-from streamer.detection.findings_file import lock_of
 from streamer.errors import FormatError, LockedError, OutputError, OutputExistsError, StreamerError
 from streamer.storage.files import locked
+from streamer.storage.journal import lock_of
 from streamer.storage.transaction import (
     JOURNAL_NAME,
     LOCK_NAME,
