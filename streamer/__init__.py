@@ -74,8 +74,7 @@ _NAMES = {
     "errors": ("StreamerError", "StreamerWarning", "VerificationError"),
     "evaluation.evaluation": ("Evaluation", "load_evaluation"),
     "events": ("Event", "Monitor"),
-    "methods.fits": ("Coefficients", "load_coefficients"),
-    "methods.maps": ("InputMap", "load_map"),
+    "methods.files": ("Coefficients", "InputMap", "load_coefficients", "load_map"),
     "report.diff": ("FindingsDiff", "diff_findings"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
@@ -105,8 +104,7 @@ if TYPE_CHECKING:
     from streamer.errors import StreamerError, StreamerWarning, VerificationError
     from streamer.evaluation.evaluation import Evaluation, load_evaluation
     from streamer.events import Event, Monitor
-    from streamer.methods.fits import Coefficients, load_coefficients
-    from streamer.methods.maps import InputMap, load_map
+    from streamer.methods.files import Coefficients, InputMap, load_coefficients, load_map
     from streamer.report.diff import FindingsDiff, diff_findings
 
 

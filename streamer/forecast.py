@@ -36,8 +36,7 @@ from streamer.output.job import Job
 from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer
 from streamer.output.write import resident_of
-from streamer.plan.batch import AdapterBatch, resident_bytes
-from streamer.plan.plan import Plan
+from streamer.plan.plan import AdapterBatch, Plan, resident_bytes
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import views
 from streamer.storage.checkpoint import Checkpoint

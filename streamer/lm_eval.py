@@ -40,7 +40,7 @@ from streamer.measuring.riders import ROWS, Progress, Work, measured, padding_ch
 from streamer.measuring.sequences import TextSequences, load_tokenizer, tokenizer_directory
 from streamer.measuring.texts import chooses_keys
 from streamer.output.write import load_given
-from streamer.plan.batch import AdapterBatch, resident_bytes
+from streamer.plan.plan import AdapterBatch, resident_bytes
 from streamer.streaming.model import require_transformers
 from streamer.streaming.values import ADAPTER, BASE, Variant
 from streamer.units import quoted

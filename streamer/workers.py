@@ -29,7 +29,7 @@ from streamer.adapters.adapter_config import Stated
 from streamer.errors import InputError, MismatchError, StorageError, StreamerError, WorkerError
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import task_threads
-from streamer.plan.batch import AdapterBatch, MemoryEstimate, check_budget, make_batch
+from streamer.plan.plan import AdapterBatch, MemoryEstimate, check_budget, make_batch
 from streamer.storage.files import difference
 from streamer.storage.tensor_file import IOMode
 

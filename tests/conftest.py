@@ -13,7 +13,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the oracles of numpy: as f
 os.environ.pop("COLUMNS", None)  # tables would fit a width of the test runner's
 os.environ["STREAMER_CHECK_BUFFERS"] = "1"  # read by streamer.storage.atomic_file: who uses a released buffer fails
 
-import streamer.plan.batch  # noqa: F401 - before what else the tests need: it measures the process that imports it
+import streamer.plan.plan  # noqa: F401 - before what else the tests need: it measures the process that imports it
 
 # isort: split
 import helpers

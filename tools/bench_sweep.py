@@ -44,7 +44,7 @@ from shapes import KNOWN, Known, Mixture
 from torch import Tensor
 
 from streamer.evaluation.losses import LAMBDAS
-from streamer.methods.fits import load_coefficients
+from streamer.methods.files import load_coefficients
 
 COMMANDS = "repair", "evaluate", "map"
 DEFAULTS = {"repair": (16, 64), "evaluate": (32, 128), "map": (32, 128)}

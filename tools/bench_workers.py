@@ -33,7 +33,7 @@ import streamer
 from streamer.api.executors import RayExecutor, processes
 from streamer.detection.matrices import DetectTask, choose_device, inputs_of
 from streamer.detection.options import DetectionOptions, Run
-from streamer.plan.batch import make_batch
+from streamer.plan.plan import make_batch
 from streamer.workers import perform
 
 ROUNDS = 50

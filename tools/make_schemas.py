@@ -27,7 +27,7 @@ from streamer.json_types import Amount, Estimated, Keywords
 from streamer.output.job import Written
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.report.diff import DiffRecord
-from streamer.report.subject import ReportRecord
+from streamer.report.page import ReportRecord
 from streamer.verification.tensors import Verification
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from streamer.linalg.operators import LowRank
-from streamer.methods.fits import Coefficients, FactorSet
+from streamer.methods.files import Coefficients, FactorSet
 from streamer.plan.plan import make_plan
 from streamer.plan.targets import Target
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from streamer.adapters.peft_methods import METHODS
+from streamer.adapters.modules import METHODS
 from streamer.adapters.rules import FORMATS as OTHER_FORMATS
 from streamer.adapters.rules import RESIDUAL, RULES
 from streamer.weights.quantization.registry import FORMATS

@@ -23,8 +23,7 @@ from typing import TypeVar
 
 from streamer.adapters.adapter import Carried, DeltaSource
 from streamer.adapters.adapter_config import CONFIG_NAME, LORA_NAME, WEIGHTS_NAME, AdapterConfig
-from streamer.adapters.modules import MethodModule, Module
-from streamer.adapters.peft_methods import METHODS
+from streamer.adapters.modules import METHODS, MethodModule, Module
 from streamer.errors import InputError, OutputExistsError, UsageError
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, checkpoint_identity, open_checkpoint
 from streamer.storage.files import AdapterIdentity

@@ -30,8 +30,7 @@ from streamer.adapters.adapter_config import (
     read_adapter_config,
     targeted_parameters,
 )
-from streamer.adapters.modules import DoraModule, LoraModule, MethodModule, Module
-from streamer.adapters.peft_methods import METHODS, PeftMethod
+from streamer.adapters.modules import METHODS, DoraModule, LoraModule, MethodModule, Module, PeftMethod
 from streamer.adapters.rules import INSTEAD, refuse_kinds, refuse_other_formats
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.storage.checkpoint import read_json_object

@@ -17,7 +17,7 @@ from streamer.detection.matrices import shared
 from streamer.detection.options import DetectionOptions, Run
 from streamer.events import Monitor, OutputState
 from streamer.forecast import forecast_detection, measure_rates, on_workers, shared_by_detections, together
-from streamer.plan.batch import AdapterBatch, make_batch, resident_bytes
+from streamer.plan.plan import AdapterBatch, make_batch, resident_bytes
 from streamer.workers import Workers
 
 

@@ -26,8 +26,7 @@ from streamer.fitting.fit import checked_file, fit
 from streamer.fitting.mapping import MapOptions, PreparedMap, make_map, map_record, prepare_map
 from streamer.fitting.prepare import FitOptions, PreparedFit, prepare_fit
 from streamer.forecast import forecast_fit, forecast_map
-from streamer.methods.fits import Coefficients
-from streamer.methods.maps import MAP, InputMap
+from streamer.methods.files import MAP, Coefficients, InputMap
 from streamer.output.write import load_given
 from streamer.storage.atomic_file import write_atomic
 

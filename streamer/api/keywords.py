@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from streamer.evaluation.losses import ProductDtype
     from streamer.json_types import Selection
     from streamer.methods import MethodName
-    from streamer.methods.fits import Coefficients
-    from streamer.methods.maps import InputMap
+    from streamer.methods.files import Coefficients, InputMap
     from streamer.output.write import FindingsOrPath
     from streamer.remote.inputs import RemoteMode
     from streamer.storage.tensor_file import IOMode

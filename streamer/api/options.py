@@ -19,8 +19,7 @@ from streamer.events import Monitor
 from streamer.json_types import Selection
 from streamer.linalg.torch_state import CPU
 from streamer.methods import Method, MethodName, make_method
-from streamer.methods.fits import Coefficients, load_coefficients
-from streamer.methods.maps import InputMap, load_map
+from streamer.methods.files import Coefficients, InputMap, load_coefficients, load_map
 from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 from streamer.workers import Workers

@@ -22,7 +22,7 @@ from streamer.json_types import Count, State
 from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import Estimate
 from streamer.methods import UNCHANGED, Method, RegMean, Shrink
-from streamer.methods.fits import Coefficients
+from streamer.methods.files import Coefficients
 from streamer.output.job import Written
 from streamer.output.write import OutputOptions
 from streamer.plan.plan import make_plan

@@ -13,8 +13,15 @@ from streamer.errors import UsageError
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.events import Monitor
 from streamer.report.diff import FindingsDiff, diff_findings
-from streamer.report.page import WrittenReport, write_files
-from streamer.report.subject import Collection, Subject, delta_energy, make_subject, open_subject
+from streamer.report.page import (
+    Collection,
+    Subject,
+    WrittenReport,
+    delta_energy,
+    make_subject,
+    open_subject,
+    write_files,
+)
 
 
 @dataclass(frozen=True)

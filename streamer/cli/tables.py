@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from streamer.detection.findings_file import MatrixFinding
     from streamer.evaluation.evaluation import Evaluation
     from streamer.report.diff import Direction, FindingsDiff, IntruderFate
-    from streamer.report.subject import Subject
+    from streamer.report.page import Subject
 
 
 def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Screen) -> str:

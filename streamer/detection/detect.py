@@ -42,8 +42,7 @@ from streamer.detection.options import DetectionOptions, MatrixFigures, Run
 from streamer.errors import FormatError, OutputError, OutputExistsError, UsageError
 from streamer.events import Event
 from streamer.linalg.torch_state import thread_count
-from streamer.plan.batch import AdapterBatch, Assignment, check_budget, resident_bytes
-from streamer.plan.plan import Plan
+from streamer.plan.plan import AdapterBatch, Assignment, Plan, check_budget, resident_bytes
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import Buffer, Piece, ShardFile, partials_of
 from streamer.storage.header import Header, TensorInfo, layout, parse_header

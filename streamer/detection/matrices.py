@@ -37,8 +37,7 @@ from streamer.errors import NumericError, UsageError
 from streamer.events import Event, Monitor
 from streamer.linalg.operators import Dense, Matrix, RowBlocks, all_finite
 from streamer.linalg.torch_state import threads
-from streamer.plan.batch import AdapterBatch, Assignment, MemoryEstimate, SharedGroup, factor_bytes, resident_bytes
-from streamer.plan.plan import Plan
+from streamer.plan.plan import AdapterBatch, Assignment, MemoryEstimate, Plan, SharedGroup, factor_bytes, resident_bytes
 from streamer.plan.targets import Target
 from streamer.weights.base import StoredTensor, Weight
 from streamer.workers import Inputs, Task, Workers

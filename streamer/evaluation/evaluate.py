@@ -45,10 +45,9 @@ from streamer.measuring.sequences import GENERAL, TASK, TextSequences
 from streamer.measuring.statistics import ARRAYS, SequenceSums, telling
 from streamer.measuring.texts import chooses_keys, read_texts, refuse_new_tokens, sample_digest
 from streamer.methods import UNCHANGED, RegMean, Shrink
-from streamer.methods.fits import Coefficients
+from streamer.methods.files import Coefficients
 from streamer.output.write import OutputOptions, check_coefficients, check_map, open_jobs
-from streamer.plan.batch import AdapterBatch, check_budget, resident_bytes
-from streamer.plan.plan import Plan
+from streamer.plan.plan import AdapterBatch, Plan, check_budget, resident_bytes
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.files import locked
 from streamer.storage.journal import lock_of, remove_leftovers

@@ -17,8 +17,7 @@ from streamer.measuring.result_file import Configs, EvaluatedVariant, input_opti
 from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import BinsRecord, Effect, SequenceSums
 from streamer.methods import METHODS, MethodName, Shrink, takes_findings
-from streamer.methods.fits import Coefficients, CoefficientsRecord
-from streamer.methods.maps import InputMap, MapRecord
+from streamer.methods.files import Coefficients, CoefficientsRecord, InputMap, MapRecord
 from streamer.plan.plan import Plan
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.streaming.values import Variant, VariantSet, make_variants

@@ -50,7 +50,7 @@ from streamer.measuring.riders import (
 from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import SequenceSums
 from streamer.methods import UNCHANGED, RegMean, Shrink
-from streamer.methods.fits import FIT, Coefficients, FactorSet, load_coefficients
+from streamer.methods.files import FIT, Coefficients, FactorSet, load_coefficients
 from streamer.plan.targets import Target
 from streamer.storage.files import limit_freed_memory
 from streamer.streaming.run_time import WeightSource

@@ -25,9 +25,8 @@ from streamer.measuring.result_file import Records, ResultFile, State, computing
 from streamer.measuring.riders import Limits, Progress, Work, of_few_lengths, parts, sweep_cost
 from streamer.measuring.sequences import TextSequences, tokenizer_directory
 from streamer.measuring.texts import read_text, sample_digest
-from streamer.methods.maps import MAP, VECTORS, InputMap, MappedInput, load_map
-from streamer.plan.batch import AdapterBatch, resident_bytes
-from streamer.plan.plan import Plan, make_base_plan
+from streamer.methods.files import MAP, VECTORS, InputMap, MappedInput, load_map
+from streamer.plan.plan import AdapterBatch, Plan, make_base_plan, resident_bytes
 from streamer.storage.files import BaseIdentity, limit_freed_memory
 from streamer.streaming.model import require_transformers
 from streamer.streaming.sweep import LOOKED_UP, BaseMatrix, BaseWatch, Group, Site, SweepModel, same_inputs

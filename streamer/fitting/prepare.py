@@ -30,8 +30,7 @@ from streamer.measuring.statistics import telling
 from streamer.measuring.texts import chooses_keys, read_texts, refuse_new_tokens, sample_digest
 from streamer.methods import UNCHANGED, Paper, share_name
 from streamer.output.write import fitting_findings
-from streamer.plan.batch import AdapterBatch, resident_bytes
-from streamer.plan.plan import Plan, make_plan
+from streamer.plan.plan import AdapterBatch, Plan, make_plan, resident_bytes
 from streamer.plan.targets import Target
 from streamer.streaming.model import require_transformers
 from streamer.streaming.sweep import SweepModel

@@ -29,6 +29,7 @@ from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import full_float32, thread_count, threads
 from streamer.measuring.statistics import ARRAYS, Floats
 from streamer.methods import METHODS, MethodName
+from streamer.methods.files import SealedKind
 from streamer.plan.plan import Plan
 from streamer.storage.journal import Journal, ResumableFile, journal_of, left, states_of
 from streamer.storage.output_checks import check_file_path, is_placeholder, not_own
@@ -37,7 +38,6 @@ from streamer.streaming.model import LoadedModel, require_transformers
 from streamer.streaming.sweep import States
 from streamer.streaming.values import Variant
 from streamer.units import counted, listed
-from streamer.weights.sealed_file import SealedKind
 
 BASE_ROW, ADAPTER_ROW = 0, 1
 """Row numbers of the first two variants."""

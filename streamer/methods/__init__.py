@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
     from streamer.detection.intruders import Detection
     from streamer.linalg.operators import Delta
-    from streamer.methods.fits import FactorSet
-    from streamer.methods.maps import InputMap
+    from streamer.methods.files import FactorSet, InputMap
 
 MethodName = Literal["paper", "project", "shrink", "regmean", "nullspace"]
 """Names of the methods, for type checkers; `METHODS` maps them to classes."""

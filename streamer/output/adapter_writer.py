@@ -31,9 +31,8 @@ from streamer.output.job import Job, MitigatedMatrix, matrix_metrics
 from streamer.output.merge_plan import AddDelta
 from streamer.output.output_spec import Writer, adapter_spec
 from streamer.plan.architectures import Architecture, architecture_for
-from streamer.plan.batch import AdapterBatch, MemoryEstimate, check_budget, resident_bytes
 from streamer.plan.name_matching import Renames, renames_for
-from streamer.plan.plan import Plan
+from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, resident_bytes
 from streamer.plan.targets import Target
 from streamer.plan.tied_embeddings import find_ties
 from streamer.storage.atomic_file import Piece, plan_shard

@@ -25,11 +25,9 @@ from streamer.errors import NumericError, OutputError
 from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, Selection, Sha256, State, TensorName
 from streamer.linalg.operators import Delta, all_finite
 from streamer.methods import Method, MethodName
-from streamer.methods.fits import CoefficientsRecord
-from streamer.methods.maps import MapRecord
-from streamer.plan.batch import factor_bytes
+from streamer.methods.files import CoefficientsRecord, MapRecord
 from streamer.plan.carried_tensors import CarriedRecord
-from streamer.plan.plan import Plan
+from streamer.plan.plan import Plan, factor_bytes
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.plan.targets import Target
 

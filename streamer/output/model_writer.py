@@ -22,7 +22,7 @@ from streamer.linalg.torch_state import threads
 from streamer.output.job import Job, MitigatedMatrix, matrix_metrics
 from streamer.output.merge_plan import MergedModel, Recipe, Requantize, Rows, RowSlice, Stack, plan_merged, rows_bytes
 from streamer.output.output_spec import OutputSpec, Writer
-from streamer.plan.batch import AdapterBatch, MemoryEstimate, check_budget, resident_bytes
+from streamer.plan.plan import AdapterBatch, MemoryEstimate, check_budget, resident_bytes
 from streamer.plan.side_files import other_files, skipped_files, stale_weights, with_modules
 from streamer.plan.targets import Target
 from streamer.plan.tokenizer import with_tokenizer

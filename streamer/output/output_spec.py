@@ -25,7 +25,7 @@ from streamer.adapters.adapter_config import CONFIG_NAME, stated_options
 from streamer.errors import printable
 from streamer.methods import METHODS, Shrink, takes_findings
 from streamer.output.job import SCHEMA, Job, MitigatedMatrix, Record, totals
-from streamer.plan.batch import MemoryEstimate
+from streamer.plan.plan import MemoryEstimate
 from streamer.plan.side_files import is_module, other_files, read_beside, skipped_files
 from streamer.plan.sources import NameSource
 from streamer.plan.targets import Target

@@ -24,14 +24,12 @@ from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.events import Event, Monitor, OutputState
 from streamer.linalg.torch_state import threads
 from streamer.methods import Method, NullSpace, RegMean
-from streamer.methods.fits import FactorSet
-from streamer.methods.maps import InputMap
+from streamer.methods.files import FactorSet, InputMap
 from streamer.output.adapter_writer import AdapterWriter, LoraWriter, refusal
 from streamer.output.job import Job, MitigatedMatrix, Record, Written, journalled, truncation_warnings
 from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import CARD_NAME, OWN_FINDINGS, OutputSpec, Writer, WrittenView
-from streamer.plan.batch import AdapterBatch, check_budget, make_batch, resident_bytes
-from streamer.plan.plan import Plan
+from streamer.plan.plan import AdapterBatch, Plan, check_budget, make_batch, resident_bytes
 from streamer.storage.atomic_file import Piece, ShardFile, remove_partials, write_shard
 from streamer.storage.files import difference, locked
 from streamer.storage.header import TensorInfo

@@ -36,9 +36,8 @@ from streamer.output.job import Job
 from streamer.output.write import check_counts, lacking_inputs, refuse_other_base
 from streamer.peft.model import LiveFile, LiveModel, LiveTensor, entries, layer_of, open_model
 from streamer.plan.architectures import architecture_for
-from streamer.plan.batch import AdapterBatch, resident_bytes
 from streamer.plan.name_matching import Match, Renames, renames_for
-from streamer.plan.plan import Plan, match_plan
+from streamer.plan.plan import AdapterBatch, Plan, match_plan, resident_bytes
 from streamer.plan.targets import Orientation
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.files import AdapterIdentity, BaseIdentity

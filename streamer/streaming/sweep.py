@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from streamer.errors import InputError, NumericError, UnsupportedError
 from streamer.linalg.operators import LowRank
 from streamer.linalg.torch_state import bfloat16_products
+from streamer.methods.files import SealedKind
 from streamer.packages import require_package
 from streamer.plan.architectures import architecture_for
 from streamer.plan.name_matching import renames_for
@@ -45,7 +46,6 @@ from streamer.streaming.model import LoadedModel, quiet_transformers, refused_er
 from streamer.streaming.run_time import RunTimeTensor, WeightSource, layer_modules
 from streamer.streaming.spool import Spool, Spooled
 from streamer.streaming.values import LazyTensor, Reader, VariantSet
-from streamer.weights.sealed_file import SealedKind
 
 LINEAR_BY_NAME = {"FalconLinear"}
 """Subclasses of Linear with their own `forward` that still computes ``x Wᵀ + b``."""

@@ -24,8 +24,7 @@ from streamer.json_types import Selection
 from streamer.linalg.operators import Delta, LowRank
 from streamer.linalg.torch_state import CPU
 from streamer.methods import METHODS, UNCHANGED, Method, MethodName, NullSpace, Paper, RegMean, make_method, options_of
-from streamer.methods.fits import Coefficients
-from streamer.methods.maps import InputMap
+from streamer.methods.files import Coefficients, InputMap
 from streamer.output.adapter_writer import back_project
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice

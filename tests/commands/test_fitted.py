@@ -17,7 +17,7 @@ from verified import edit_tensor
 
 import streamer
 from streamer.errors import UsageError
-from streamer.methods.fits import FIT
+from streamer.methods.files import FIT
 
 
 @pytest.fixture(scope="module")

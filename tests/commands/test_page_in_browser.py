@@ -278,8 +278,7 @@ def test_the_page_of_an_output(
     driver: Any, found: Findings, tmp_path: Path, write: Any, options: dict[str, Any], maps: list[str], heads: list[str]
 ) -> None:
     """It shows what there is: a merge is not cut to a rank, a shrink scales no intruders."""
-    from streamer.report.page import write_files
-    from streamer.report.subject import open_subject
+    from streamer.report.page import open_subject, write_files
 
     base, adapter = helpers.three_shards(tmp_path)
     write(base, adapter, tmp_path / "out", **options or {"findings": found})

@@ -23,8 +23,7 @@ import streamer
 from streamer.api import fitting as texts_of_python
 from streamer.api import repair
 from streamer.cli.tables import NO_LIMIT, repair_table
-from streamer.report.page import headline
-from streamer.report.subject import open_subject
+from streamer.report.page import headline, open_subject
 
 SHARES = "0.9,0.7"
 

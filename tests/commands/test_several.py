@@ -24,7 +24,7 @@ from streamer.detection.findings import Findings
 from streamer.errors import NumericError, StorageError, UsageError
 from streamer.linalg.torch_state import threads
 from streamer.output.output_spec import MOST_FACTS
-from streamer.plan.batch import make_batch
+from streamer.plan.plan import make_batch
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import LockedError, MismatchError, WorkerError
 from streamer.events import Event
 from streamer.linalg.torch_state import threads
-from streamer.plan.batch import make_batch
+from streamer.plan.plan import make_batch
 from streamer.storage.files import locked
 from streamer.storage.journal import journal_of, lock_of
 from streamer.workers import perform

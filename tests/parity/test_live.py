@@ -26,7 +26,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 import streamer
 import streamer.peft as live
 from streamer.errors import MismatchError, StorageError, StreamerWarning, UnsupportedError, UsageError
-from streamer.methods.fits import Coefficients
+from streamer.methods.files import Coefficients
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +390,7 @@ def test_those_of_another_adapter_leave_the_model_as_it_was(
     (one,) = coefficients.sets
     name, model = list(one.matrices)[-1], loaded(made)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    monkeypatch.delattr("streamer.methods.fits.FactorSet.mitigated")
+    monkeypatch.delattr("streamer.methods.files.FactorSet.mitigated")
     narrow = {**one.matrices, name: one.matrices[name][:, :1]}
     fewer = {key: one.matrices[key] for key in one.matrices if key != name}
     for matrices, words in ((narrow, "do not fit 1 of the adapter's matrices"), (fewer, "fit them to this adapter")):

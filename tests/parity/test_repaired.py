@@ -25,7 +25,7 @@ from swept import delta_of, fitted
 
 import streamer
 from streamer.fitting.result import unchanged
-from streamer.methods.fits import Coefficients, FactorSet
+from streamer.methods.files import Coefficients, FactorSet
 
 
 def check(name: str, targets: list[str] | str, options: dict[str, Any], tmp_path: Path) -> None:

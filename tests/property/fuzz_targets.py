@@ -28,8 +28,7 @@ from streamer.methods import UNCHANGED, Method, Paper
 from streamer.output.job import Job
 from streamer.output.model_writer import ModelWriter
 from streamer.output.write import OutputOptions, open_jobs, run_jobs
-from streamer.plan.batch import AdapterBatch, resident_bytes
-from streamer.plan.plan import Plan, make_plan
+from streamer.plan.plan import AdapterBatch, Plan, make_plan, resident_bytes
 
 OPTIONS = DetectionOptions(3, 0.5)
 

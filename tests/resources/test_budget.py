@@ -23,7 +23,7 @@ from torch import Tensor
 import streamer
 from streamer.detection.matrices import float64_way
 from streamer.detection.options import DetectionOptions
-from streamer.plan.batch import AdapterBatch, make_batch, resident_bytes
+from streamer.plan.plan import AdapterBatch, make_batch, resident_bytes
 
 M, N, RANK = 4096, 3072, 8
 MODULE = "model.layers.0.mlp.up_proj"

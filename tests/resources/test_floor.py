@@ -40,7 +40,7 @@ READ = """
 import re
 from pathlib import Path
 
-from streamer.plan.batch import PROCESS_BYTES
+from streamer.plan.plan import PROCESS_BYTES
 import streamer.cli.commands, streamer.api.writing
 
 print(PROCESS_BYTES, re.search(r"RssAnon:\\s*([0-9]+) kB", Path("/proc/self/status").read_text())[1])

@@ -25,8 +25,7 @@ from streamer.errors import UnsupportedError
 from streamer.events import Event, Monitor
 from streamer.forecast import Forecast, Rates, forecast_commands, forecast_detection, measure_rates
 from streamer.output.output_spec import MOST_FACTS
-from streamer.plan.batch import AdapterBatch, resident_bytes
-from streamer.plan.plan import Plan, make_plan
+from streamer.plan.plan import AdapterBatch, Plan, make_plan, resident_bytes
 
 NAMES = {
     "peak_memory_bytes", "escalated_memory_bytes", "read_bytes", "network_bytes", "write_bytes", "temporary_bytes", "seconds",

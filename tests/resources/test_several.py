@@ -24,7 +24,7 @@ from streamer.cli.main import run as streamer_command
 from streamer.detection.detect import findings_bytes
 from streamer.detection.options import DetectionOptions
 from streamer.errors import StorageError
-from streamer.plan.batch import make_batch
+from streamer.plan.plan import make_batch
 from streamer.units import format_size
 
 

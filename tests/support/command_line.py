@@ -17,6 +17,6 @@ def run_cli(*args: object, timeout: float = 600, **kwargs) -> subprocess.Complet
 
 def process_mib() -> int:
     """Memory that every command takes, in MiB; none accepts a smaller budget."""
-    from streamer.plan.batch import PROCESS_BYTES
+    from streamer.plan.plan import PROCESS_BYTES
 
     return PROCESS_BYTES >> 20

@@ -6,7 +6,7 @@ import torch
 from seeds import vary
 
 from streamer.linalg.operators import LowRank
-from streamer.methods.fits import Coefficients, FactorSet
+from streamer.methods.files import Coefficients, FactorSet
 from streamer.plan.plan import make_plan
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from seeds import vary
 
-from streamer.methods.maps import InputMap, MappedInput
+from streamer.methods.files import InputMap, MappedInput
 from streamer.plan.plan import make_plan
 
 

@@ -16,7 +16,7 @@ from streamer.fitting.fit import Solver
 from streamer.fitting.result import Point, factors_of, replaced, spooled, unchanged
 from streamer.linalg.torch_state import CPU
 from streamer.methods import UNCHANGED, RegMean, Shrink
-from streamer.methods.fits import FactorSet
+from streamer.methods.files import FactorSet
 from streamer.plan.plan import Plan, make_plan
 from streamer.plan.targets import Target
 from streamer.streaming.spool import Spool

@@ -12,7 +12,7 @@ import pytest
 import streamer
 from streamer.errors import UsageError
 from streamer.events import Event, Monitor
-from streamer.plan.batch import PROCESS_BYTES
+from streamer.plan.plan import PROCESS_BYTES
 
 PROCESS_MIB = PROCESS_BYTES >> 20
 

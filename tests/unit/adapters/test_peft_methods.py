@@ -14,7 +14,7 @@ from scipy.linalg import block_diag
 
 import streamer
 from streamer.adapters.adapter_config import AdapterConfig
-from streamer.adapters.peft_methods import METHODS, MethodInputs
+from streamer.adapters.modules import METHODS, MethodInputs
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.linalg.operators import LowRank
 from streamer.plan.plan import make_plan

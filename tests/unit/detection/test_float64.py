@@ -17,8 +17,7 @@ from streamer.detection.intruders import Detection
 from streamer.detection.matrices import best_way, detect_matrix, detection_bytes, float64_way, is_repeated
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import Way
-from streamer.plan.batch import AdapterBatch, make_batch, resident_bytes
-from streamer.plan.plan import Plan
+from streamer.plan.plan import AdapterBatch, Plan, make_batch, resident_bytes
 
 SHAPES = [(96, 64), (64, 96), (80, 80)]
 CPU = torch.device("cpu")

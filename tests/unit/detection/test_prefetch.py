@@ -16,8 +16,7 @@ from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.solvers import cost
 from streamer.errors import UsageError
 from streamer.events import Event, Monitor
-from streamer.plan.batch import AdapterBatch
-from streamer.plan.plan import Plan, make_plan
+from streamer.plan.plan import AdapterBatch, Plan, make_plan
 from streamer.storage.tensor_file import IOMode, TensorFile
 from streamer.weights.base import Plain, StoredTensor
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from streamer.errors import FormatError, OutputExistsError
-from streamer.methods.maps import MAP, InputMap, load_map
+from streamer.methods.files import MAP, InputMap, load_map
 
 
 @pytest.fixture(scope="module")

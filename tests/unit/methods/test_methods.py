@@ -21,8 +21,7 @@ from streamer.methods import (
     options_of,
     takes_findings,
 )
-from streamer.methods.fits import FactorSet
-from streamer.methods.maps import InputMap
+from streamer.methods.files import FactorSet, InputMap
 from streamer.verification.verify import NEEDS
 
 PACKAGE = Path(streamer.__file__).parent
@@ -96,7 +95,7 @@ def test_methods_are_named_in_few_other_files() -> None:
         if path.relative_to(PACKAGE).parts[0] not in ("methods", "verification") and quoted.search(path.read_text())
     }
     assert found == {
-        "evaluation/evaluation.py", "evaluation/losses.py", "fitting/result.py", "report/subject.py", "report/page.py", "cli/tables.py",
+        "evaluation/evaluation.py", "evaluation/losses.py", "fitting/result.py", "report/page.py", "cli/tables.py",
         "api/repair.py",
     }  # fmt: skip
 

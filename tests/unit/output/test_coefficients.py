@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from streamer.errors import FormatError, MismatchError, OutputExistsError, UsageError
 from streamer.linalg.operators import Dense, LowRank
 from streamer.methods import METHODS, RegMean, make_method
-from streamer.methods.fits import FIT, Coefficients, FactorSet, load_coefficients
+from streamer.methods.files import FIT, Coefficients, FactorSet, load_coefficients
 
 FACTS = {"base": {"files": []}, "adapter": {"modules": 2}, "grain": "inputs"}
 

@@ -16,8 +16,7 @@ from seeds import vary
 import streamer
 from streamer.detection.findings import Findings
 from streamer.errors import LockedError, OutputError, OutputExistsError, UsageError
-from streamer.report.page import write_files
-from streamer.report.subject import (
+from streamer.report.page import (
     DIGITS,
     LAMBDAS,
     LONGEST,
@@ -29,6 +28,7 @@ from streamer.report.subject import (
     pack_ratio,
     pack_share,
     threshold_curve,
+    write_files,
 )
 from streamer.storage.files import locked
 

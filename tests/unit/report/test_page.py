@@ -21,8 +21,7 @@ from streamer.detection.findings_file import MatrixFinding
 from streamer.detection.intruders import Detection
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.evaluation.view import field_figures, verdict
-from streamer.report.page import certificates, headline, make_page, sentences
-from streamer.report.subject import Subject, make_subject, open_subject
+from streamer.report.page import Subject, certificates, headline, make_page, make_subject, open_subject, sentences
 
 EVIL = "</script><img src=x onerror=alert(1)>\x1b]0;&\u2028"
 

@@ -6,7 +6,7 @@ import pytest
 
 from streamer.errors import UsageError
 from streamer.evaluation.losses import EvaluationOptions
-from streamer.methods.fits import Coefficients, FactorSet
+from streamer.methods.files import Coefficients, FactorSet
 from streamer.streaming.values import make_variants
 
 

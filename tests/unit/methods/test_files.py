@@ -14,8 +14,7 @@ from mapped import random_map
 from seeds import vary
 
 from streamer.errors import FormatError
-from streamer.methods.fits import Coefficients, FactorSet, load_coefficients
-from streamer.methods.maps import load_map
+from streamer.methods.files import Coefficients, FactorSet, load_coefficients, load_map
 
 FACTS = {"base": {"files": []}, "adapter": {"modules": 2}, "sets": [{"keep": 0.9, "shrink": {"lambda": 0.67}}]}
 

@@ -1,0 +1,504 @@
+"""Hold the files of fits and maps: safetensors files of arrays and one JSON object, with a digest of the whole file.
+
+A fit holds new right factors of an adapter's deltas, fitted to the inputs of its modules. ``Δ = L Rᵀ`` with L (m, r) and R (n, r) becomes
+``Δ' = L R'ᵀ``: in a LoRA adapter, ``lora_A`` changes and ``lora_B`` stays. For each `Target.tensor` ``T`` and K sets, the file holds
+``T.right_factor`` (K, n, r), float32. The metadata's ``streamer.coefficients`` is JSON: the schema, the shares that the sets keep, and the
+facts.
+
+A map holds the inputs of a base's modules on general text: the leading eigenvectors of each input's second moments. Modules with the same
+inputs, such as q, k and v, share an entry. For one-hot inputs (of an embedding), the frequency of each is held. For each input, named after
+its first matrix ``T``, the file holds ``T.vectors`` (k, n), bfloat16, and ``T.eigenvalues`` (k,), float64, or, for one-hot inputs,
+``T.frequencies`` (n,), float64. The metadata's ``streamer.map`` is JSON: the schema, the names, tokens and traces of all inputs, and the
+facts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, TypedDict, TypeVar
+
+import torch
+from torch import Tensor
+
+from streamer.detection.findings_file import COEFFICIENTS
+from streamer.errors import FormatError, InputError, MismatchError, UsageError
+from streamer.json_types import Count, Sha256
+from streamer.linalg.moments import Spectrum
+from streamer.linalg.operators import Delta, LowRank
+from streamer.methods import share_name
+from streamer.storage.atomic_file import plan_shard, write_sealed
+from streamer.storage.files import check_identities, strict_json
+from streamer.storage.header import DIGEST, NO_DIGEST
+from streamer.storage.output_checks import check_replaced
+from streamer.storage.tensor_file import TensorFile
+from streamer.units import counted, listed, quoted
+from streamer.weights.base import SPELLINGS, TORCH_DTYPES, as_bytes, as_tensor
+
+Parsed = TypeVar("Parsed")
+
+
+@dataclass(frozen=True)
+class SealedKind:
+    """A kind of file.
+
+    Attributes
+    ----------
+    key
+        Metadata key of the JSON object.
+    schema
+        Value of its key ``schema``; its number rises with the format.
+    what, again
+        Words for messages: what such a file holds, and how to make it.
+    """
+
+    key: str
+    schema: str
+    what: str
+    again: str
+
+    def is_at(self, path: Path) -> bool:
+        """Test whether a file's header says that it is of this kind, in any version."""
+        try:
+            return self.key in TensorFile(path).header.metadata
+        except (InputError, OSError):
+            return False
+
+    def save(self, path: Path, tree: Mapping[str, Any], arrays: Mapping[str, Tensor], overwrite: bool) -> None:
+        """Write a file atomically: it appears complete or not at all; make missing directories.
+
+        Parameters
+        ----------
+        overwrite
+            Whether to replace a file of this kind. Other files are never replaced, except empty ones.
+
+        Raises
+        ------
+        OutputError
+            If the path holds something that is not replaced, or cannot be a file.
+        StorageError
+            If the system refuses to write.
+        """
+        check_replaced(path, overwrite, self.is_at, self.what)
+        text = json.dumps({**tree, "schema": self.schema}, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        entries = [(name, SPELLINGS[array.dtype], array.shape) for name, array in arrays.items()]
+        shard = plan_shard(path.name, entries, {"format": "pt", self.key: text, DIGEST: NO_DIGEST})
+        write_sealed(path.parent, shard, lambda info: [as_bytes(arrays[info.name])])
+
+    def read(self, path: Path, parse: Callable[[dict[str, Any], dict[str, Tensor]], Parsed]) -> Parsed:
+        """Read a file and parse its JSON object and its arrays.
+
+        Parameters
+        ----------
+        parse
+            Makes the result; a `KeyError`, `TypeError` or `ValueError` from it means that the file does not follow the schema.
+
+        Raises
+        ------
+        FormatError
+            If the file is of another kind or version, is damaged, or does not follow the schema.
+        """
+        if path.is_dir():
+            raise FormatError(f"{path}: expected {self.what}, found a directory; name the file in it")
+        file = TensorFile(path)
+        metadata = file.header.metadata
+        if self.key not in metadata:
+            other = "findings" if "findings" in metadata else "another safetensors file"
+            raise FormatError(f"{path}: expected {self.what} ({self.schema}), found {other}; {self.again}")
+        try:
+            tree = strict_json(metadata[self.key].encode())
+            if tree["schema"] != self.schema:
+                raise FormatError(
+                    f"{path}: is of another version: expected {self.schema}, found {quoted(tree['schema'])}; {self.again}"
+                )
+            file.check_digest(self.again)
+            arrays = {t.name: as_tensor(file.view(t), TORCH_DTYPES[t.dtype], t.shape) for t in file.header.tensors}
+            return parse(tree, arrays)
+        except FormatError:
+            raise
+        except (KeyError, TypeError, ValueError) as e:
+            says = f"lacks {e}" if isinstance(e, KeyError) else str(e)
+            raise FormatError(f"{path}: is not as {self.schema} has it ({says}); {self.again}") from e
+
+
+FIT = SealedKind(COEFFICIENTS, "streamer.coefficients/3", "coefficients", "make coefficients with `streamer fit`")
+
+FACTOR = ".right_factor"
+"""Suffix of the arrays' names."""
+
+
+class CoefficientsRecord(TypedDict):
+    """The set of a fit that a method uses."""
+
+    keep: Annotated[float, "Share of the learning that the set was fitted to keep."]
+    sha256: Annotated[Sha256, "Digest of the values of all matrices (SHA-256, hexadecimal)."]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FactorSet:
+    """New right factors of all matrices for one share of the learning.
+
+    Attributes
+    ----------
+    keep
+        Share of the learning that the factors were fitted to keep.
+    matrices
+        R' (n, r) of each matrix, float32, by `Target.tensor`.
+    facts
+        Inputs and options of the fit; see `Coefficients`, whose `select` sets them.
+    name
+        Name for messages.
+    """
+
+    keep: float
+    matrices: Mapping[str, Tensor]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "coefficients"
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash all values (SHA-256, hex), which determine the mitigated delta to the last bit."""
+        digest = hashlib.sha256()
+        for tensor in sorted(self.matrices):
+            digest.update(f"{tensor}\n".encode())
+            digest.update(self.matrices[tensor].contiguous().numpy().astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def check(self) -> None:
+        """Refuse factors that are not matrices of finite numbers."""
+        for tensor, factor in self.matrices.items():
+            if factor.ndim != 2 or not bool(factor.isfinite().all()):
+                raise UsageError(
+                    f"{self.name}: the factor of {tensor!r} is not a matrix of finite numbers; use the factors of a fit"
+                )
+
+    def mitigated(self, delta: Delta, tensor: str) -> Delta:
+        """Compute ``Δ' = L R'ᵀ``."""
+        factor = self.matrices[tensor]
+        if not isinstance(delta, LowRank) or factor.shape != delta.R.shape:
+            raise MismatchError(
+                f"{self.name}: the factor of {tensor!r} does not have this adapter's shape; fit it to this adapter"
+            )
+        return LowRank(delta.L.double(), factor.double())
+
+    def record(self) -> CoefficientsRecord:
+        """Identify this set, for the record of an output."""
+        return {"keep": self.keep, "sha256": self.digest}
+
+    def __repr__(self) -> str:
+        return f"<FactorSet: keep {share_name(self.keep)}, factors of {counted(len(self.matrices), 'matrix')}>"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Coefficients:
+    """Sets of factors, one for each share of the learning to keep, and the facts of their fit.
+
+    Attributes
+    ----------
+    sets
+        At least one set. Sets have different shares and the same matrices.
+    facts
+        JSON values: the identities of ``base`` and ``adapter``, which tie the coefficients to these inputs; options, digests of texts,
+        figures. No paths.
+    source
+        File from which they were read, for messages.
+    """
+
+    sets: tuple[FactorSet, ...]
+    facts: Mapping[str, Any]
+    source: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name for messages: the file, or "coefficients"."""
+        return "coefficients" if self.source is None else str(self.source)
+
+    def __repr__(self) -> str:
+        source = f" from {self.source}" if self.source else ""
+        return "\n ".join([f"<Coefficients: {counted(len(self.sets), 'set')}{source}", *map(repr, self.sets)]) + ">"
+
+    @property
+    def keeps(self) -> list[float]:
+        """List the shares to keep, in the order of the sets."""
+        return [one.keep for one in self.sets]
+
+    def select(self, keep: float | None = None) -> FactorSet:
+        """Select the set for a share, or the only set. Shares are compared as `share_name` writes them.
+
+        Raises
+        ------
+        UsageError
+            If no set has that share, or if there are several sets and no share is given.
+        """
+        shares = listed(map(share_name, self.keeps))
+        found = [one for one in self.sets if keep is None or share_name(one.keep) == share_name(keep)]
+        if len(found) > 1:
+            raise UsageError(
+                f"keep: expected one of {shares}, the {len(found)} sets of coefficients in {self.name}; choose one"
+            )
+        if not found:
+            raise UsageError(f"{self.name}: holds no coefficients that keep {keep:g}; the shares in it are {shares}")
+        return replace(found[0], facts=self.facts, name=self.name)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the coefficients to a safetensors file; make missing directories.
+
+        Parameters
+        ----------
+        path
+            Path of the file, which appears complete or not at all.
+        overwrite
+            Whether to replace a file of coefficients. Other files are never replaced, except empty ones.
+
+        Raises
+        ------
+        OutputExistsError
+            If the path holds something that is not replaced; it is a `FileExistsError`.
+        OutputError, StorageError
+            If the file cannot be written there.
+        """
+        for one in self.sets:
+            one.check()
+        arrays = {
+            tensor + FACTOR: torch.stack([one.matrices[tensor] for one in self.sets]).float()
+            for tensor in self.sets[0].matrices
+        }
+        FIT.save(Path(path), {**self.facts, "keeps": self.keeps}, arrays, overwrite)
+
+
+def load_coefficients(path: str | Path) -> Coefficients:
+    """Read the result of a fit from its file.
+
+    Raises
+    ------
+    FormatError
+        If the file does not hold factors, is damaged or of an earlier version, or if an array is not finite.
+    """
+    return Coefficients(*FIT.read(Path(path), _factor_sets), Path(path))
+
+
+def _factor_sets(tree: dict[str, Any], arrays: dict[str, Tensor]) -> tuple[tuple[FactorSet, ...], dict[str, Any]]:
+    keeps = tree["keeps"]
+    shares = isinstance(keeps, list) and all(type(keep) in (int, float) and 0 < keep <= 1 for keep in keeps)
+    if not (shares and keeps and len(set(map(share_name, keeps))) == len(keeps)):
+        raise ValueError("keeps are not different shares in (0, 1]")
+    for name, array in arrays.items():
+        if not name.endswith(FACTOR) or array.dtype != torch.float32 or array.ndim != 3 or len(array) != len(keeps):
+            raise ValueError(f"{name!r} does not hold {len(keeps)} factors in float32")
+        if not bool(array.isfinite().all()):
+            raise ValueError(f"{name!r} has a value that is NaN or Inf")
+    if not arrays:
+        raise ValueError("it has no factors")
+    check_identities(*(tree[key] for key in ("base", "adapter") if isinstance(tree.get(key), dict)))
+    own = {name.removesuffix(FACTOR): array.clone() for name, array in arrays.items()}
+    sets = (FactorSet(float(keep), {tensor: f[k] for tensor, f in own.items()}) for k, keep in enumerate(keeps))
+    return tuple(sets), {key: value for key, value in tree.items() if key not in ("schema", "keeps")}
+
+
+VECTORS = 16
+"""Default number of vectors kept for each input."""
+
+MAP = SealedKind("streamer.map", "streamer.map/2", "a map", "make a map with `streamer map`")
+
+SKEW = 0.05
+"""Largest product of two different vectors, and largest difference of a squared length from 1; rounding to bfloat16 causes less than a
+tenth of this."""
+
+
+@dataclass(frozen=True, eq=False)
+class MappedInput:
+    """Inputs x (n,) of one or more matrices of the base.
+
+    Attributes
+    ----------
+    names
+        Names of these matrices, as in `Target.tensor`; the entry is named after the first.
+    tokens
+        Number of tokens over which C is a mean: all tokens of the text, even if only some of them reach an expert.
+    size
+        n.
+    trace
+        Trace of ``C = Σ x xᵀ / tokens``.
+    values
+        Leading eigenvalues of C (k,), descending; for one-hot inputs the frequencies (n,). Float64.
+    vectors
+        Eigenvectors (k, n), bfloat16; None for one-hot inputs.
+    """
+
+    names: tuple[str, ...]
+    tokens: int
+    size: int
+    trace: float
+    values: Tensor
+    vectors: Tensor | None
+
+    @property
+    def key(self) -> tuple[str, bool]:
+        """Return a unique key; a tied matrix has two entries, one as the embedding and one as the head."""
+        return self.names[0], self.vectors is None
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """Return what is known of C, with the rounded vectors made orthonormal again."""
+        if self.vectors is None:
+            return Spectrum(self.values)
+        others = self.size - len(self.values)
+        rest = max(0.0, self.trace - float(self.values.sum())) / others if others else 0.0
+        return Spectrum(self.values, rest, torch.linalg.qr(self.vectors.double().T)[0])
+
+
+class MapRecord(TypedDict):
+    """The map of a base's inputs that was used."""
+
+    vectors: Annotated[Count, "Largest number of leading vectors that it keeps for an input."]
+    sha256: Annotated[Sha256, "Digest of its arrays (SHA-256, hexadecimal)."]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class InputMap:
+    """A map of a base's inputs.
+
+    Attributes
+    ----------
+    inputs
+        Entries, in any order.
+    facts
+        JSON values: ``base``, its identity, and ``configs``, its config; ``texts``, from which the map was made; ``vectors``, the most kept
+        for an input. No paths.
+    source
+        File from which it was read, for messages.
+    """
+
+    inputs: tuple[MappedInput, ...]
+    facts: Mapping[str, Any]
+    source: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name for messages: the file, or "map"."""
+        return "map" if self.source is None else str(self.source)
+
+    def __repr__(self) -> str:
+        matrices = counted(sum(len(one.names) for one in self.inputs), "matrix")
+        inputs = counted(len(self.inputs), "input")
+        texts = listed(text["name"] for text in self.facts["texts"])
+        return f"<InputMap: {counted(self.facts['vectors'], 'vector')} of {inputs} of {matrices}, on {texts}>"
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash (SHA-256, hex) all arrays, their names, and the figures beside them."""
+        digest = hashlib.sha256()
+        for one in sorted(self.inputs, key=lambda one: one.key):
+            digest.update(f"{one.names} {one.tokens} {one.size} {one.trace!r}\n".encode())
+            for array in (one.values, one.vectors):
+                digest.update(b"" if array is None else as_bytes(array))
+        return digest.hexdigest()
+
+    def record(self) -> MapRecord:
+        """Identify this map, for the record of an output."""
+        return {"vectors": self.facts["vectors"], "sha256": self.digest}
+
+    def find(self, tensor: str, size: int) -> MappedInput | None:
+        """Find the inputs of a matrix; None if there are none, or if two entries match.
+
+        Parameters
+        ----------
+        tensor
+            Name of the matrix's tensor in the base, as in findings.
+        size
+            Length of an input: the number of columns of the matrix's delta.
+        """
+        found = [one for one in self._by_name.get(tensor, ()) if one.size == size]
+        return found[0] if len(found) == 1 else None
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[MappedInput]]:
+        out: dict[str, list[MappedInput]] = {}
+        for one in self.inputs:
+            for name in one.names:
+                out.setdefault(name, []).append(one)
+        return out
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the map to a safetensors file; make missing directories.
+
+        Parameters
+        ----------
+        path
+            Path of the file, which appears complete or not at all.
+        overwrite
+            Whether to replace a map. Other files are never replaced, except empty ones.
+
+        Raises
+        ------
+        OutputExistsError
+            If the path holds something that is not replaced; it is a `FileExistsError`.
+        OutputError, StorageError
+            If the file cannot be written there.
+        """
+        arrays: dict[str, Tensor] = {}
+        for one in self.inputs:
+            name = one.names[0]
+            if one.vectors is None:
+                arrays[f"{name}.frequencies"] = one.values
+            else:
+                arrays |= {f"{name}.vectors": one.vectors, f"{name}.eigenvalues": one.values}
+        inputs = [
+            {"names": list(one.names), "tokens": one.tokens, "trace": one.trace, "one_hot": one.vectors is None}
+            for one in self.inputs
+        ]
+        MAP.save(Path(path), {**self.facts, "inputs": inputs}, arrays, overwrite)
+
+
+def load_map(path: str | Path) -> InputMap:
+    """Read a map from a file.
+
+    Raises
+    ------
+    FormatError
+        If the file does not hold a map, or if its contents are incomplete or invalid.
+    """
+    return InputMap(*MAP.read(Path(path), _inputs), Path(path))
+
+
+def _inputs(tree: dict[str, Any], arrays: dict[str, Tensor]) -> tuple[tuple[MappedInput, ...], dict[str, Any]]:
+    """Parse what a file holds as inputs and facts; raise `ValueError` if they are not whole."""
+    inputs = tuple(_input(one, arrays) for one in tree["inputs"])
+    if arrays or not inputs:
+        raise ValueError("its arrays do not match its inputs")
+    facts = {key: value for key, value in tree.items() if key not in ("schema", "inputs")}
+    texts, vectors = facts["texts"], facts["vectors"]
+    check_identities(facts["base"])
+    if not isinstance(facts["configs"]["base"], dict):
+        raise ValueError("the base's config is of another type")
+    if not (isinstance(texts, list) and type(vectors) is int and vectors >= 1):
+        raise ValueError("texts or vectors are of another type")
+    if not all(isinstance(text[key], str) for text in texts for key in ("name", "sha256")):
+        raise ValueError("a text has no name or no digest")
+    return inputs, facts
+
+
+def _input(tree: dict[str, Any], arrays: dict[str, Tensor]) -> MappedInput:
+    names, trace, tokens = tuple(tree["names"]), tree["trace"], tree["tokens"]
+    if not (names and all(isinstance(name, str) for name in names)):
+        raise ValueError("the names of an input are not strings")
+    first = names[0]
+    if not (math.isfinite(trace) and trace >= 0 and type(tokens) is int and tokens > 0):
+        raise ValueError(f"{first!r} has an invalid trace or number of tokens")
+    values = arrays.pop(f"{first}.{'frequencies' if tree['one_hot'] else 'eigenvalues'}")
+    if values.dtype != torch.float64 or values.ndim != 1 or not bool((values.isfinite() & (values >= 0)).all()):
+        raise ValueError(f"{first!r} has invalid eigenvalues")
+    if tree["one_hot"]:
+        return MappedInput(names, tokens, len(values), float(trace), values, None)
+    vectors = arrays.pop(f"{first}.vectors")
+    if vectors.dtype != torch.bfloat16 or vectors.ndim != 2 or not 0 < len(values) == len(vectors) <= vectors.shape[1]:
+        raise ValueError(f"{first!r} has vectors of another dtype or shape")
+    gram = vectors.float() @ vectors.float().T
+    if not bool(((gram - torch.eye(len(vectors))).abs() <= SKEW).all()):
+        raise ValueError(f"the vectors of {first!r} are not orthonormal")
+    return MappedInput(names, tokens, vectors.shape[1], float(trace), values, vectors)
