@@ -73,8 +73,7 @@ class PlanRecord(TypedDict):
     warnings: Annotated[list[str], "What may make the result differ from what was trained, one line each."]
     names: NotRequired[Annotated[list[NameRule], "The rules that found modules in the base."]]
     matrices: NotRequired[Annotated[list[PlannedMatrix], "One entry per matrix, in the base's file order."]]
-    carried: NotRequired[Annotated[list[CarriedRecord], "Tensors of the adapter that are not factors; for a fine-tuned model, those that "
-        "differ from the base."]]
+    carried: NotRequired[Annotated[list[CarriedRecord], "Tensors of the adapter other than factors; of a model, those that differ."]]
     forecast: NotRequired[Annotated[_Forecasts, "For each command, with its defaults; for mitigate and merge, from findings."]]
     refused: NotRequired[Annotated[dict[str, str], "For each command without a forecast: why it is refused, in one line."]]
 
@@ -83,8 +82,7 @@ class DryRun(TypedDict):
     schema: Literal["streamer.dry-run/1"]
     command: Annotated[str, Keywords(enum=["detect", "mitigate", "merge", "evaluate", "fit", "map", "repair"]), "The command."]
     output: OutputPath
-    state: Annotated[str, Keywords(enum=["new", "resume", "done"]), "What a run would do: write the output, finish an interrupted run, or "
-        "nothing."]
+    state: Annotated[str, Keywords(enum=["new", "resume", "done"]), "What a run would do: write it, finish an interrupted run, or nothing."]
     matrices: Annotated[Count, "Matrices that the adapter changes; 0 for map, which takes no adapter."]
     files: Annotated[Count, "Files that the output has, or will have, without the record."]
     bytes: Annotated[Count | None, "Their bytes; null if unknown in advance."]
@@ -94,11 +92,9 @@ class DryRun(TypedDict):
 class SeveralRecord(TypedDict):
     """What detect, mitigate and merge print for several adapters, and report for a directory of findings: one object for each."""
     schema: Literal["streamer.several/1"]
-    adapters: Annotated[dict[str, FindingsRecord | Written | DryRun], "By name of the adapter's directory: findings/1, output/2 "
-        "or dry-run/1."]
+    adapters: Annotated[dict[str, FindingsRecord | Written | DryRun], "By name of the adapter's directory."]
     output: NotRequired[Annotated[str, "Path of the page of `report`, as given. Only with -o."]]
-    state: NotRequired[Annotated[Literal["written", "present"], "Whether `report` wrote the page, or found the same bytes there. Only with "
-        "-o."]]
+    state: NotRequired[Annotated[Literal["written", "present"], "Whether `report` wrote the page, or found it there. Only with -o."]]
     files: NotRequired[Annotated[list[ReportFile], "The files of `report`. Only with -o."]]
     free_bytes: NotRequired[Annotated[Count, "For a dry run: free bytes on the output's disk."]]
     forecast: NotRequired[Annotated[ForecastRecord | None, "For a dry run: what all runs together need; null if there is nothing to do."]]
@@ -153,8 +149,7 @@ class ErrorsRecord(TypedDict):
 class EventRecord(TypedDict):
     """A line that --json-events writes to stderr while a command runs; the last is `done` or `error`."""
     schema: Literal["streamer.event/1"]
-    event: Annotated[Literal["progress", "warning", "note", "error", "done"], "progress: a step; warning, note: a message; error, done: "
-        "the end."]
+    event: Annotated[Literal["progress", "warning", "note", "error", "done"], "A step; a message (warning, note); or the end."]
     seconds: Annotated[Amount, "Wall time in s since the command began."]
     stage: NotRequired[Annotated[Literal["download", "probe", "detect", "write", "verify", "recompute", "evaluate", "fit", "map"],
         "For progress: download (in bytes; from the hub, in files), probe (measures this machine), detect (in units of work), "
@@ -162,8 +157,7 @@ class EventRecord(TypedDict):
     name: NotRequired[Annotated[str, "For progress: the matrix or file that has just begun; empty at the end of a stage."]]
     done: NotRequired[Annotated[Count, "For progress: units that are done."]]
     total: NotRequired[Annotated[Count, "For progress: total number of units."]]
-    items: NotRequired[Annotated[Count, "For progress: matrices (detect, recompute), tensors and files (write), files (verify) or layers "
-        "that are done."]]
+    items: NotRequired[Annotated[Count, "For progress: matrices (detect, recompute), tensors and files (write), files or layers done."]]
     of: NotRequired[Annotated[Count, "For progress: their total number; 0 if unknown."]]
     adapter: NotRequired[Annotated[str, "For progress: name of the adapter if there are several, else empty."]]
     kind: NotRequired[Annotated[str, "For an error: name of its class in streamer.errors, or of Python's own class."]]

@@ -37,10 +37,8 @@ Ranks = Annotated[list[Count], "0-based ranks of singular directions of base + d
 
 class DecidingOptions(TypedDict):
     """Options that decide which directions are intruders."""
-    top_k: Annotated[float, Keywords(exclusiveMinimum=0), "Leading directions that are judged: an integer is a number of them, any other "
-        "number a share of the short side."]
-    threshold_epsilon: Annotated[float, Keywords(exclusiveMinimum=0, maximum=1), "A direction whose similarity to the base is below this "
-        "is an intruder."]
+    top_k: Annotated[float, Keywords(exclusiveMinimum=0), "Leading directions to judge: their number, or a share of the short side."]
+    threshold_epsilon: Annotated[float, Keywords(exclusiveMinimum=0, maximum=1), "Intruders are less similar to the base than this."]
     solver: Annotated[str, Keywords(enum=["auto", "certified", "dense"]), "The solver that was requested."]
 
 class OptionsRecord(DecidingOptions):
@@ -58,10 +56,8 @@ class MatrixHead(TypedDict):
 
 class MatrixFigures(MatrixHead):
     """Figures of a matrix without its arrays; see `MatrixFinding` and `Detection`. Ranks count from 0."""
-    transposed: Annotated[bool, "Whether it is stored as (inputs, outputs), like embeddings and Conv1D layers. Decisions still use the "
-        "output side, whose vectors are the right singular vectors of the stored matrix."]
-    fingerprint: Annotated[str | None, "Digest of the values behind the decisions: a sample of the base's, and the adapter's (SHA-256, "
-        "hexadecimal). Null for a fine-tuned model."]
+    transposed: Annotated[bool, "Whether it is stored as (inputs, outputs), like embeddings. Decisions still use the output side."]
+    fingerprint: Annotated[str | None, "SHA-256 of a sample of the base's values and the adapter's; null for a fine-tuned model."]
     certified: Annotated[bool, "Every direction's interval lies on one side of epsilon, and none is degenerate."]
     degenerate: Annotated[Ranks, "directions in so tight a cluster that no single vector is defined."]
     solver: Annotated[str, Keywords(enum=["certified", "dense"]), "The solver that decided."]
@@ -73,8 +69,7 @@ class MatrixFigures(MatrixHead):
     cutoff: Annotated[Amount, "The certificate does not cover base singular values below this share of the largest; 0: it covers all."]
     delta_norm: Annotated[Amount, "Frobenius norm of the delta."]
     intruder_energy: Annotated[Share, "The intruders' share of the delta's squared norm."]
-    dropped_at_zero: Annotated[Amount, "Share of the mitigated delta's norm that projection onto the adapter's rank would lose at lambda 0 "
-        "with --method paper."]
+    dropped_at_zero: Annotated[Amount, "Share of the mitigated delta's norm lost in projection with --method paper and lambda 0."]
 
 class MatrixRecord(MatrixFigures):
     """Result for one matrix."""

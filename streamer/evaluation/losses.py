@@ -80,6 +80,9 @@ def check_dtype(dtype: str) -> None:
 
 
 # fmt: off
+Lambda = Annotated[float | None, "Share to keep: of an intruder, of the delta (shrink), or of its energy on general inputs (nullspace); "
+    "null for base, adapter and regmean."]
+
 class TextFacts(TypedDict):
     """A text."""
     name: Annotated[str, "Name of the file; never a path."]
@@ -102,8 +105,7 @@ class _SumsRecord(TypedDict):
     loss: Annotated[list[float | None], "Of the negative log likelihood, in nats."]
     kl: Annotated[list[float | None], "Of the divergence from the base, in nats."]
     agree: Annotated[list[float | None], "Counts of tokens whose most likely token is the base's."]
-    right: NotRequired[Annotated[list[float | None], "Counts of tokens whose most likely token is the text's own; absent in earlier "
-        "versions."]]
+    right: NotRequired[Annotated[list[float | None], "Counts of tokens that are its most likely token; absent in earlier versions."]]
     p_change: NotRequired[Annotated[list[float | None], "Of p(variant) - p(base) of the text's own token."]]
     p_square: NotRequired[Annotated[list[float | None], "Of the square of this change."]]
     kl_max: NotRequired[Annotated[list[float | None], "The largest divergence of a token (not a sum)."]]
@@ -124,22 +126,18 @@ class TextFigures(TypedDict):
     perplexity: Annotated[float | None, "exp(loss); null if it exceeds the range of a double."]
     perplexity_ratio: Annotated[Difference | None, "Perplexity as a multiple of the base's; null if its error exceeds that range."]
     kl: Annotated[Mean, "Mean divergence KL(base || variant) of the next-token distribution, in nats."]
-    kl_median: Annotated[float | None, "Median of the tokens' divergences, within 1 %; 0 if below 1e-9 nats; null "
-        "and for questions."]
+    kl_median: Annotated[float | None, "Median of the tokens' divergences, within 1 %; 0 below 1e-9 nats; null for questions."]
     kl_p90: Annotated[float | None, "90 % of the divergences are at most this, within 1 %."]
     kl_p99: Annotated[float | None, "99 % of the divergences are at most this, within 1 %."]
     kl_p999: Annotated[float | None, "99.9 % of the divergences are at most this, within 1 %."]
     kl_max: Annotated[float | None, "The largest divergence of a token, exactly."]
     agreement: Annotated[Mean, "Share of counted tokens for which the most likely next token is the base's."]
-    top1: Annotated[Mean | None, "Share of counted tokens for which the most likely next token is the text's own; null in earlier "
-        "versions."]
+    top1: Annotated[Mean | None, "Share of counted tokens that are the variant's most likely token; null in earlier versions."]
     p_change: Annotated[Mean | None, "Mean of p(variant) - p(base), the probabilities of the text's own token."]
     p_rms: Annotated[Mean | None, "Root mean square of this change."]
     sequences: Annotated[Count, "Sequences that it ran on."]
-    sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, in the order in which they ran: spread over the "
-        "text; all other figures except quantiles follow from them."]
-    kl_bins: NotRequired[Annotated[BinsRecord, "Counts of tokens by their divergence, for its quantiles; absent "
-        "for questions."]]
+    sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, from which all figures but quantiles follow."]
+    kl_bins: NotRequired[Annotated[BinsRecord, "Counts of tokens by divergence; absent for questions."]]
     acc: NotRequired[Annotated[Accuracy, "Of questions: by the most likely choice."]]
     acc_norm: NotRequired[Annotated[Accuracy, "Of questions: by the most likely choice per character."]]
 
@@ -154,8 +152,7 @@ class OtherText(TypedDict):
     name: Annotated[str, "Name of its file."]
     effect: Annotated[Effect, "Whether the adapter's loss is above the base's or below it, by two standard errors."]
     change: Annotated[Difference, "The adapter's mean loss minus the base's, in nats per token."]
-    reliable: Annotated[bool, "Whether the change is over four standard errors, so that shares of it are meaningful; tables show no "
-        "others."]
+    reliable: Annotated[bool, "Whether the change is over four standard errors, so that shares of it are meaningful."]
     tokens: Annotated[list[float], "Counted tokens of each sequence."]
 
 class Against(TypedDict):
@@ -166,21 +163,17 @@ class Against(TypedDict):
     task_top1: Annotated[Difference | None, "Difference of the top-1 on the task's text."]
 
 VariantRecord = TypedDict("VariantRecord", {
-    "name": Annotated[str, "`base`, `adapter`, or method and lambda, such as `paper 0.5`; for a fit, the share to keep, such as `regmean "
-        "0.9`."],
+    "name": Annotated[str, "`base`, `adapter`, or method and lambda, such as `paper 0.5`; for a fit, method and share."],
     "method": Annotated[MethodName | None, "The method; null for base and adapter."],
-    "lambda": Annotated[float | None, "Share to keep: of an intruder, of the delta (shrink), or of its energy on general inputs "
-        "(nullspace); null for base, adapter and regmean."],
+    "lambda": Lambda,
     "keep": NotRequired[Annotated[float, "With method regmean: share of the learning that the set was fitted to keep."]],
     "general": Annotated[TextFigures, "On the general text."],
     "task": Annotated[TextFigures, "On the task's text."],
     "others": NotRequired[Annotated[list[OtherFigures], "On the other texts, in the order of `texts.others`."]],
     "kept": Annotated[Mean | None, "Share of the learning: (base - variant) / (base - adapter) of the task's losses; null if undefined."],
     "top1_kept": Annotated[Mean | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined."],
-    "forgetting": Annotated[Mean | None, "Share of the rise of the general loss: (variant - base) / (adapter - base); null if "
-        "undefined."],
-    "divergence": Annotated[Mean | None, "Share of the forgetting: mean divergence on the general text as a share of the adapter's; "
-        "null if that is 0."],
+    "forgetting": Annotated[Mean | None, "Share of the rise of the general loss: (variant - base) / (adapter - base); null if undefined."],
+    "divergence": Annotated[Mean | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0."],
     "against_adapter": Annotated[Against, "Differences from the unchanged adapter."],
     "against_base": Annotated[Against, "Differences from the base; PEFT's method comparison calls `general_loss` forgetting."],
 })
@@ -214,8 +207,7 @@ class ReliableRecord(TypedDict):
 SuggestionRecord = TypedDict("SuggestionRecord", {
     "name": Annotated[str | None, "Its name; null if nothing can be suggested."],
     "method": Annotated[MethodName | None, "The method; null for base and adapter."],
-    "lambda": Annotated[float | None, "Share to keep: of an intruder, of the delta (shrink), or of its energy on general inputs "
-        "(nullspace); null for base, adapter and regmean."],
+    "lambda": Lambda,
     "reason": Annotated[Reason, "not learned: the adapter's loss on the task's text is not below the base's by two standard errors (more "
         "with few sequences, by Student's quantile), and nothing is suggested; not forgotten: its divergence from the base on the general "
         "text is not above 0 by two, and the unchanged adapter is suggested; none better: no variant that keeps enough forgets less; not "
@@ -223,14 +215,12 @@ SuggestionRecord = TypedDict("SuggestionRecord", {
         "gives up; forgets least: the best of the others; a shrink is better: a "
         "shrink that was not measured beats that variant, and nothing is suggested until it is measured."],
     "keep": Annotated[KeptShare, "Share of the learning to keep."],
-    "swapped": Annotated[bool, "Whether the adapter's loss on the task's text is above the base's by two standard errors (swapped "
-        "texts?)."],
+    "swapped": Annotated[bool, "Whether the texts may be swapped: the adapter's task loss is above the base's by two standard errors."],
     "command": Annotated[list[str] | None, "Command and options that make it; add base, adapter, output and findings."],
     "shrink": Annotated[ShrinkRecord | None, "The variant that forgets least, compared with the shrink of the whole adapter that keeps the "
         "same share, interpolated; null if the variant is a shrink or the adapter, or if the evaluated shrinks do not enclose the "
         "share."],
-    "trade": Annotated[TradeRecord | None, "What the suggested variant, or the variant that is not worth it, gives up and regains; "
-        "otherwise null."],
+    "trade": Annotated[TradeRecord | None, "What the suggested variant, or the one not worth it, gives up and regains."],
 })
 SuggestionRecord.__doc__ = "The variant to use."
 
@@ -252,10 +242,8 @@ class EvaluationFacts(TypedDict):
     scale: Annotated[Selection, "Which intruders are scaled: all, or the highest-ranked one of each matrix."]
     findings: NotRequired[Annotated[Sha256, "Digest of the decisions in the findings, if findings were given (SHA-256, hexadecimal)."]]
     intruders: NotRequired[Annotated[Count, "Intruders that were found, if variants should scale them; if 0, these variants are not run."]]
-    projected: Annotated[bool, "Whether deltas were projected onto the adapter's rank, as mitigate writes them, or complete, as merge adds "
-        "them."]
-    dtype: Annotated[ProductDtype, "Dtype to which base weights and activations are rounded for their products; everything else is "
-        "float32."]
+    projected: Annotated[bool, "Whether deltas were projected onto the adapter's rank, as mitigate does, or complete, as in a merge."]
+    dtype: Annotated[ProductDtype, "Dtype to which weights and activations are rounded for products; the rest is float32."]
     texts: Annotated[_Texts, "The texts."]
     coefficients: NotRequired[Annotated[list[CoefficientsRecord], "The sets of coefficients that were evaluated, if any."]]
     map: NotRequired[Annotated[MapRecord, "The map of the base's inputs, if one was given."]]

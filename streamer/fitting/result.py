@@ -116,8 +116,7 @@ class _FittedTexts(TypedDict):
 
 FittedShrink = TypedDict("FittedShrink", {
     "lambda": Annotated[float, "Lambda of that shrink."],
-    "kept": NotRequired[Annotated[float, "Share of the learning that it keeps: the set's, or less if no shrink keeps as much; absent in "
-        "earlier versions."]],
+    "kept": NotRequired[Annotated[float, "Share of the learning that it keeps: the set's, or the most that a shrink keeps."]],
     "forgetting": Annotated[float, "Share of the rise of the general loss that it leaves."],
     "divergence": Annotated[float, "Share of the forgetting that it leaves: divergence on the general text, relative to the adapter's."],
     "top1_kept": NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 that it keeps; absent in earlier versions."]],
@@ -132,8 +131,7 @@ class _Shares(TypedDict):
     kept: Annotated[Mean | None, "Share of the learning: (base - fitted) / (base - adapter) of the task's losses; null if undefined."]
     top1_kept: NotRequired[Annotated[Mean | None, "Share of the adapter's gain in top-1 on the task's text; absent in earlier versions."]]
     forgetting: Annotated[Mean | None, "Share of the rise of the general loss: (fitted - base) / (adapter - base); null if undefined."]
-    divergence: Annotated[Mean | None, "Share of the forgetting: mean divergence on the general text as a share of the adapter's; null "
-        "if that is 0."]
+    divergence: Annotated[Mean | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0."]
 
 class ScalingRecord(_Shares):
     """A method that scales intruders, measured beside what was fitted."""
@@ -145,8 +143,7 @@ class SetRecord(_Shares):
     missed: NotRequired[Annotated[bool, "Whether it keeps less than requested, by more than 0.01; absent in earlier versions."]]
     mu: Annotated[Amount, "Weight of the general text against the task's."]
     trade: NotRequired[Annotated[TradeRecord, "What it gives up and regains; absent in earlier versions."]]
-    shrink: Annotated[FittedShrink | None, "The shrink of the whole adapter that keeps the same share, interpolated; null if no "
-        "measured shrinks enclose the share."]
+    shrink: Annotated[FittedShrink | None, "The shrink that keeps the same share, interpolated; null if none encloses it."]
 
 class FitFacts(TypedDict):
     """Inputs and options of a fit."""
@@ -160,8 +157,7 @@ class FitFacts(TypedDict):
     weights: Annotated[list[float], "Weights mu of the candidates."]
     holdout: Annotated[float, "Share of each text's sequences that were held out."]
     seed: Annotated[Count, "Decides which sequences these are."]
-    dtype: Annotated[ProductDtype, "Dtype to which base weights and activations are rounded for their products; everything else is "
-        "float32."]
+    dtype: Annotated[ProductDtype, "Dtype to which weights and activations are rounded for products; the rest is float32."]
     texts: Annotated[_FittedTexts, "The two texts."]
     unchanged: Annotated[list[str], "Tensors that the adapter changes by other means than deltas; they stay unchanged."]
     findings: NotRequired[Annotated[Sha256, "Digest of the decisions in the findings, if findings were given (SHA-256, hexadecimal)."]]
@@ -173,11 +169,9 @@ class FitFacts(TypedDict):
 
 class AdapterFacts(TypedDict):
     """What the unchanged adapter has learned and forgotten, on the held-out sequences."""
-    forgotten: Annotated[bool, "Whether the adapter's divergence from the base on the general text is significantly above 0, on the "
-        "held-out sequences."]
+    forgotten: Annotated[bool, "Whether the adapter's divergence on the general text is significantly above 0."]
     learning: Annotated[Difference, "Loss of the base on the task's text minus the adapter's, in nats per token."]
-    top1_gain: NotRequired[Annotated[Difference, "Share of the task's tokens that are its most likely token, minus the base's; absent in "
-        "earlier versions."]]
+    top1_gain: NotRequired[Annotated[Difference, "Share of the task's tokens that are its most likely token, minus the base's."]]
     forgetting: Annotated[Difference, "Loss of the adapter on the general text minus the base's, in nats per token."]
     divergence: Annotated[Mean, "Mean divergence KL(base ‖ adapter) on the general text, in nats per token."]
     reliable: NotRequired[Annotated[ReliableRecord, "Whether the denominators of shares are large enough; absent in earlier versions."]]

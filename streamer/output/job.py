@@ -81,11 +81,9 @@ Record = TypedDict("Record", {
     "scale": Annotated[Selection, "Which intruders are scaled: all, or the highest-ranked one of each matrix."],
     "lambda": Annotated[float | None, "Share of an intruder to keep: 1 changes nothing, 0 removes it (project keeps the base's part); with "
         "method nullspace, share of the delta's energy on general inputs. Null with method regmean."],
-    "coefficients": NotRequired[Annotated[CoefficientsRecord | None, "The factors of a fit that were applied; null with methods other "
-        "than regmean."]],
+    "coefficients": NotRequired[Annotated[CoefficientsRecord | None, "The fit's factors; null except with method regmean."]],
     "map": NotRequired[Annotated[MapRecord, "The map of the base's inputs; only with method nullspace."]],
-    "file": NotRequired[Annotated[str, "Name of the file of the coefficients or map, without its directory; only if the method needs one. "
-        "For an object in memory, the word coefficients or map."]],
+    "file": NotRequired[Annotated[str, "Name of the file of coefficients or map, if there is one; of an object in memory, that word."]],
     "to_lora": Annotated[float | None, Keywords(exclusiveMinimum=0), "Rank or share of the energy given with --to-lora, or null."],
     "dequantize": Annotated[bool, "Whether a quantized base is written as a plain one."],
     "totals": Annotated[Totals, "Totals over all matrices."],
@@ -94,8 +92,7 @@ Record = TypedDict("Record", {
     "advice": Annotated[list[str], "What would be better, one line each."],
     "measured": NotRequired[Annotated[list[str], "What `streamer repair` measured, one line each."]],
     "left_out": Annotated[list[str], "Files beside the input that were not copied: weights in other formats, training state."],
-    "carried": Annotated[list[CarriedRecord], "Tensors of the adapter that are not factors; for a fine-tuned model, those that differ from "
-        "the base."],
+    "carried": Annotated[list[CarriedRecord], "Tensors of the adapter other than factors; of a fine-tuned model, those that differ."],
     "tokenizer": NotRequired[Annotated[Literal["adapter", "base"] | None, "Whose tokenizer a merged directory has; null if none."]],
     "matrices": Annotated[list[MitigatedMatrix], "One entry per matrix, in the order of writing."],
 })

@@ -74,8 +74,7 @@ class DiffRecord(TypedDict):
     notes: Annotated[list[str], "Limits of the comparison: different options, decisions that are not certified."]
     only_first: Annotated[list[str], "Matrices that only the first findings have."]
     only_second: Annotated[list[str], "Matrices that only the second findings have."]
-    intruders: Annotated[list[dict[str, Any]], IntruderFate, "Each intruder, by matrix, new ones last; ranks in `before` and `after` are "
-        "0-based."]
+    intruders: Annotated[list[dict[str, Any]], IntruderFate, "Each intruder, by matrix, new ones last; ranks are 0-based."]
 # fmt: on
 
 

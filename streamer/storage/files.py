@@ -389,8 +389,7 @@ class DigestedAdapter(TypedDict):
 class StatedIdentity(TypedDict):
     """Facts about an adapter that the user states if its files do not; see `streamer.adapters.adapter_config`."""
     base_is_residual: NotRequired[Annotated[bool, "True if --base-is-residual stated that the base is the adapter's residual."]]
-    lora_b_layout: NotRequired[Annotated[Literal["rank_major", "grouped_by_expert"], "Order of lora_B's columns on "
-        "stacked experts, if the user stated it."]]
+    lora_b_layout: NotRequired[Annotated[Literal["rank_major", "grouped_by_expert"], "Stated order of lora_B's columns."]]
     ignored_keys: NotRequired[Annotated[list[str], "Unknown keys of adapter_config.json that the user ignored (--ignore-key)."]]
 
 class AdapterIdentity(DigestedAdapter, StatedIdentity):
