@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -318,8 +318,7 @@ def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | 
     shared
         Bytes that several of them count, except the first time.
     """
-    forecasts = [(f.peak_memory_bytes, f.escalated_memory_bytes, f.read_bytes, f.network_bytes, f.write_bytes, f.temporary_bytes, f.seconds)
-                 for f in planned if f is not None]  # fmt: skip
+    forecasts = [astuple(forecast)[:7] for forecast in planned if forecast is not None]
     if not forecasts:
         return None
     peak, escalated, read, network, write, temporary, seconds = zip(*forecasts, strict=True)

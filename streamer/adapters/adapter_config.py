@@ -292,11 +292,6 @@ def stored_layout(config: AdapterConfig) -> str | None:
     return next(iter(_layouts(config)[1]), None)
 
 
-def without_layout(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without the keys that state the order of lora_B's columns."""
-    return {key: value for key, value in config.items() if key not in (LAYOUT_KEY, LAYOUT_DETAILS)}
-
-
 def is_grouped(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -> bool:
     """Test whether the columns of an adapter's lora_B are grouped by expert.
 

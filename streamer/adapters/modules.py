@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -283,12 +283,6 @@ def dora_delta(W0: Tensor, delta: LowRank, magnitude: Tensor) -> Tensor:
     return out
 
 
-def dora_bytes(shape: tuple[int, int], itemsize: int) -> int:
-    """Estimate the peak memory of `dora_delta` in bytes: W0, the delta, and up to four blocks of rows in float64."""
-    m, n = shape
-    return 2 * itemsize * m * n + 4 * min(8 * m * n, max(BLOCK_BYTES, 8 * n))
-
-
 Shape = tuple[int, ...]
 
 
@@ -297,82 +291,8 @@ def values_of(stored: StoredTensor, index: tuple[slice, ...] = ()) -> Tensor:
     return stored.whole()[index].to(encoding_of(stored.info, str(stored.file.path)).compute, copy=True)
 
 
-class Module(Protocol):
-    """One adapted module of a model.
-
-    Attributes
-    ----------
-    name
-        Its path in the model, without wrappers.
-    rank, scaling
-        From the config and the factors; a method without rank has 0, one without scaling has 1.
-    shape
-        (out, in) of Δ as a matrix: (dim, vocabulary) for an embedding, (out, in·k) for a convolution with k kernel elements.
-    """
-
-    name: str
-    rank: int
-    scaling: float
-    shape: tuple[int, int]
-
-    @property
-    def layer_kind(self) -> str:
-        """Return ``linear``, ``conv1d`` (a linear layer stored (in, out)), ``embedding``, ``convolution`` or ``expert``."""
-
-    @property
-    def low_rank(self) -> bool:
-        """Return whether Δ is given as factors."""
-
-    @property
-    def factors(self) -> LoraModule | None:
-        """Return the module itself if Δ is just the product of LoRA's factors, so that a mitigated delta can be written as factors."""
-        return None
-
-    @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """Return the names of its tensors in the adapter's files."""
-
-    @property
-    def factor_rank(self) -> int:
-        """Return the number of columns of Δ's factors."""
-
-    @property
-    def expected(self) -> str:
-        """Describe the weight that it fits, for messages."""
-
-    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None, *, double: bool = False) -> Delta:
-        """Compute Δ (m, n), with ``W' = W0 + Δ``.
-
-        Parameters
-        ----------
-        tensors
-            The adapter's tensors, by name.
-        W0
-            The weight as (out, in); may be None if Δ is of low rank.
-        double
-            Whether to compute in float64, including the scaling of the factors; W0 is then float64.
-        """
-
-    def peak_bytes(self, itemsize: int) -> int:
-        """Return the peak memory for computing a delta that is not of low rank (W0, Δ and intermediates); else 0."""
-        return 0
-
-    def copied_bytes(self, itemsize: int) -> int:
-        """Return the memory of the module's tensors in the computing dtype, if they are kept beside Δ."""
-        return 0
-
-    def placed(self, stored: Shape, transposed: bool) -> Module | None:
-        """Fit the module to a weight of this shape, stored (in, out) if `transposed`, else (out, in).
-
-        Returns
-        -------
-        Module or None
-            The module with the weight's shape as (out, in); None if it does not fit.
-        """
-
-
 @dataclass(frozen=True)
-class LoraModule(Module):
+class LoraModule:
     """LoRA: ``Δ = scaling · B @ A``; the scaling is ``alpha/√r`` for rsLoRA, else ``alpha/r``.
 
     Attributes
@@ -405,7 +325,7 @@ class LoraModule(Module):
 
     @property
     def factors(self) -> LoraModule | None:
-        """Return the module itself, unless Δ depends on more than the factors."""
+        """Return the module itself if Δ is just the product of its factors, so that a mitigated delta can be written as factors."""
         return self if self.low_rank else None
 
     @property
@@ -457,11 +377,29 @@ class LoraModule(Module):
         return self.product(A.double(), B.double()) if double else self.product(A, B)
 
     def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None, *, double: bool = False) -> Delta:
-        """Return ``scaling · B @ A`` as factors."""
+        """Compute Δ (m, n), with ``W' = W0 + Δ``: here ``scaling · B @ A`` as factors.
+
+        Parameters
+        ----------
+        tensors
+            The adapter's tensors, by name.
+        W0
+            The weight as (out, in); may be None if Δ is of low rank.
+        double
+            Whether to compute in float64, including the scaling of the factors; W0 is then float64.
+        """
         return self.low_rank_delta(tensors, double)
 
+    def peak_bytes(self, itemsize: int) -> int:
+        """Return the peak memory for computing a delta that is not of low rank (W0, Δ and intermediates); else 0."""
+        return 0
+
+    def copied_bytes(self, itemsize: int) -> int:
+        """Return the memory of the module's tensors in the computing dtype, if they are kept beside Δ; else 0."""
+        return 0
+
     def placed(self, stored: Shape, transposed: bool) -> Module | None:
-        """Fit the module to a weight of this shape as stored."""
+        """Fit the module to a weight of this shape, stored (in, out) if `transposed`, else (out, in); return None if it does not fit."""
         wanted = self.shape[::-1] if self.layer_kind == "linear" and transposed else self.weight
         return self if stored == wanted else None
 
@@ -492,12 +430,13 @@ class DoraModule(LoraModule):
         return Dense(dora_delta(W0, self.low_rank_delta(tensors, double), magnitude))
 
     def peak_bytes(self, itemsize: int) -> int:
-        """Return the peak memory of `dora_delta`."""
-        return dora_bytes(self.shape, itemsize)
+        """Return the peak memory of `dora_delta`: W0, the delta, and up to four blocks of rows in float64."""
+        m, n = self.shape
+        return 2 * itemsize * m * n + 4 * min(8 * m * n, max(BLOCK_BYTES, 8 * n))
 
 
 @dataclass(frozen=True)
-class MethodModule(Module):
+class MethodModule:
     """Module of a method other than LoRA (see `METHODS`).
 
     Attributes
@@ -523,6 +462,8 @@ class MethodModule(Module):
     scaling: float = 1.0
     shape: tuple[int, int] = (0, 0)
     expert: int | None = None
+
+    factors: ClassVar[None] = None
 
     @property
     def low_rank(self) -> bool:
@@ -583,3 +524,12 @@ class MethodModule(Module):
         except (KeyError, IndexError, ValueError):  # a tensor is missing or has the wrong number of dimensions
             fits = False
         return replace(self, shape=shape) if fits else None
+
+
+Module = LoraModule | MethodModule
+"""One adapted module of a model.
+
+It has its path in the model, `name`, without wrappers; `rank` and `scaling`, from the config and the factors (a method without rank has 0,
+one without scaling 1); the `shape` (out, in) of Δ as a matrix, (dim, vocabulary) for an embedding, (out, in·k) for a convolution with k
+kernel elements; and a `layer_kind`: ``linear``, ``conv1d`` (a linear layer stored (in, out)), ``embedding``, ``convolution`` or ``expert``.
+"""

@@ -223,18 +223,14 @@ def _steps_to(epsilon: float, before: tuple[int, float], now: tuple[int, float])
     return max(1, math.ceil(min((epsilon**-2 - reach1**-2) / grown if grown > 0 else 2, n1 / 2)))
 
 
-def _sizes(W0: Matrix) -> list[float]:
-    """List the magnitudes of extreme values piece by piece, without copying the matrix as abs() would."""
-    return [abs(end) for piece in W0.pieces() for end in torch.stack(torch.aminmax(piece)).tolist()]
-
-
 def _powers(W0: Matrix, delta: Delta) -> tuple[float, float]:
     """Choose powers of two that scale the entries of the sum, and of the base alone, so that squares neither overflow nor vanish.
 
     Usually they are 1. A base far smaller than the delta needs its own power, because its singular vectors are judged alone. For a zero
     base the second is 0.
     """
-    largest = max(_sizes(W0))
+    # abs() would copy the matrix.
+    largest = max(abs(end) for piece in W0.pieces() for end in torch.stack(torch.aminmax(piece)).tolist())
     total = largest + delta.largest_estimate()
     return _power(total, W0.like.dtype) or 1.0, _power(largest, W0.like.dtype)
 

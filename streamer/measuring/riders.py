@@ -29,7 +29,7 @@ from streamer.streaming.sweep import Group, Solve, States, SweepModel, TargetWat
 from streamer.streaming.values import BLOCK_BYTES, ROOM
 
 TRANSFORMERS_BYTES = 150 << 20
-"""Anonymous memory for importing transformers and building a model, in addition to `plan.batch.resident_bytes`."""
+"""Anonymous memory for importing transformers and building a model, in addition to `plan.plan.resident_bytes`."""
 
 ROWS = 1024
 """Most tokens that run together unless a budget asks for fewer: reading the weights then needs less than a tenth of the time."""
@@ -274,7 +274,7 @@ class Work:
         Parameters
         ----------
         resident
-            Bytes in use between two steps; see `plan.batch.resident_bytes`.
+            Bytes in use between two steps; see `plan.plan.resident_bytes`.
         """
         rows, room, spools = limits
         between, results = STATES * (rows if spools else self.riding), self.riding

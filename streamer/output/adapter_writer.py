@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from streamer.adapters.adapter import PREFIX, saved_names
-from streamer.adapters.adapter_config import WEIGHTS_NAME, without_layout
+from streamer.adapters.adapter_config import LAYOUT_DETAILS, LAYOUT_KEY, WEIGHTS_NAME
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.adapters.modules import MethodModule
 from streamer.adapters.rules import is_residual
@@ -167,8 +167,9 @@ class AdapterWriter(Writer):
         metadata = {key: text for key, text in header.metadata.items() if key not in HASHES}
         shard = plan_shard(plan.adapter.file.path.name, entries, {**metadata, **job.stamp("mitigate")})
         config = next((config.read_bytes() for config in plan.adapter.config_paths), None)
-        plain = {**without_layout(values), "peft_type": kind}
-        if config is not None and plain != values:  # factors are written in PEFT's order, and PEFT needs the type
+        # Factors are written in PEFT's order of columns, and PEFT needs the type.
+        plain = {k: v for k, v in values.items() if k not in (LAYOUT_KEY, LAYOUT_DETAILS)} | {"peft_type": kind}
+        if config is not None and plain != values:
             config = json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
         self.spec = adapter_spec(job, path, shard, config, plan.adapter.directory)
         self._factors = MitigatedFactors(job)

@@ -387,10 +387,11 @@ def _merged(plan: Plan, weight: Weight, role: str | None = None, stands: StoredT
     stands
         If it is not, the tensor whose dtype is written.
     """
-    recipes = [
-        _piece(weight, target, slice_, role, None if stands is None else _tuned(plan, target, stands))
-        for target, slice_ in plan.by_weight[weight.name]
-    ]
+    recipes = []
+    for target, slice_ in plan.by_weight[weight.name]:
+        tuned = None if stands is None else plan.adapter.stored_sum(target.module)
+        same = tuned is not None and stands is not None and tuned.info.dtype == stands.info.dtype
+        recipes.append(_piece(weight, target, slice_, role, tuned if same else None))
     return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stack(tuple(recipes))
 
 
@@ -467,12 +468,6 @@ def _unmerged(plan: Plan, weight: Weight) -> Recipe:
         return Cast(weight)
     tokens, indices = plan.edits.rows[weight.name]
     return ReplaceRows(weight, Plain.of(tokens), indices)
-
-
-def _tuned(plan: Plan, target: Target, stands: StoredTensor) -> StoredTensor | None:
-    """Return the fine-tuned model's own matrix, if one is used as the adapter and has the dtype that is written."""
-    tuned = plan.adapter.stored_sum(target.module)
-    return tuned if tuned is not None and tuned.info.dtype == stands.info.dtype else None
 
 
 def _head(plan: Plan, names: list[str]) -> Head:

@@ -29,7 +29,7 @@ from streamer.plan.plan import MemoryEstimate
 from streamer.plan.side_files import is_module, other_files, read_beside, skipped_files
 from streamer.plan.sources import NameSource
 from streamer.plan.targets import Target
-from streamer.plan.tokenizer import own_tokenizer
+from streamer.plan.tokenizer import TOKENIZER_CONFIG
 from streamer.storage.atomic_file import Piece, ShardPlan
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
@@ -476,10 +476,10 @@ def adapter_spec(job: Job, path: Path, shard: ShardPlan, config: bytes | None, s
     """Describe an adapter of one tensor file and a config, if it has one, with the other files of the adapter in `source`, if given."""
     copies = [(name, p) for name, p in other_files(source) if name != CONFIG_NAME]
     own = (shard.name, RECORD_NAME)
+    tokenizer: Literal["adapter"] | None = "adapter" if TOKENIZER_CONFIG in dict(copies) else None
     skipped = [] if source is None else [name for name in skipped_files(source) if name not in own]
     base_bytes = sum(job.plan.weights[t.tensor].nbytes for t in job.plan.targets if not t.module.low_rank)
     return OutputSpec(
         job, path, "mitigate", {shard.name: shard}, {} if config is None else {CONFIG_NAME: config}, copies, skipped,
-        ("adapter_model.bin", SINGLE_NAME, INDEX_NAME), base_bytes, tokenizer=own_tokenizer(copies), warnings=job.warnings,
-        to_lora=to_lora,
+        ("adapter_model.bin", SINGLE_NAME, INDEX_NAME), base_bytes, tokenizer=tokenizer, warnings=job.warnings, to_lora=to_lora,
     ).with_card()  # fmt: skip

@@ -218,7 +218,9 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
         if resumed := [run for run in runs if run.out.resumed]:
             done, of = sum(run.items for run in resumed), sum(run.item_count for run in resumed)
             monitor.resuming(done, of, "tensor")
-        _detect([run for run in runs if run.lacks_findings], whole, resident_of(writers))
+        # Deltas remain to be mitigated, but their findings are missing.
+        lacking = [run for run in runs if run.job.detects and any(map(run.is_missing, run.spec.shards))]
+        _detect(lacking, whole, resident_of(writers))
         with threads(), kept(whole.workers):
             for number, run in enumerate(runs):
                 run.write_small({**dict(run.spec.copies), **run.spec.texts})
@@ -274,11 +276,6 @@ class _Run:
         for name in self._sizes:
             if self.is_missing(name) and self.out.finished(name) is not None:
                 self._finish(name)
-
-    @property
-    def lacks_findings(self) -> bool:
-        """Test whether deltas remain to be mitigated but their findings are missing."""
-        return self.job.detects and not self.spec.shards.keys() <= self._finished
 
     def _emit(self, name: str) -> None:
         done, total = sum(run.done for run in self._runs), sum(run.nbytes for run in self._runs)

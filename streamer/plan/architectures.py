@@ -67,6 +67,13 @@ def table() -> Table:
 
 
 @cache
+def packaged(name: str) -> dict[str, Any]:
+    """Read another packaged table once, which is JSON."""
+    data: dict[str, Any] = json.loads(resources.files(__package__).joinpath(name).read_bytes())
+    return data
+
+
+@cache
 def record_of(name: str) -> Mapping[str, Any] | None:
     """Return the record of a class, or None if the table has none."""
     line = table().classes.get(name)

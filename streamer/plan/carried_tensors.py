@@ -13,18 +13,15 @@ model follows from the base's type and the adapter's task, by transformers' own 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
-from importlib import resources
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 from streamer.adapters.adapter import Carried, DeltaSource
 from streamer.errors import MismatchError, UnsupportedError
-from streamer.plan.architectures import Architecture, architecture_for
+from streamer.plan.architectures import Architecture, architecture_for, packaged
 from streamer.plan.name_matching import Renames, prefix_exchange
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
@@ -70,24 +67,19 @@ class Head:
     advice: tuple[str, ...] = ()
 
 
-@cache
-def table() -> dict[str, Any]:
-    """Read the table.
-
-    ``names``: names by model type; ``tasks``: for each of PEFT's task types the patterns of class names, and each pattern's model types;
-    ``ties``: for each task the model types whose head is only the tied embedding, tied by ``default`` or if the config ``stated`` it.
-    """
-    data: dict[str, Any] = json.loads(resources.files(__package__).joinpath("auto_classes.json").read_bytes())
-    return data
+AUTO_CLASSES = "auto_classes.json"
+"""The packaged table. ``names``: names by model type; ``tasks``: for each of PEFT's task types the patterns of class names, and each
+pattern's model types; ``ties``: for each task the model types whose head is only the tied embedding, tied by ``default`` or if the config
+``stated`` it."""
 
 
 def auto_class(model_type: object, task: object) -> str | None:
     """Return the class that transformers uses to load a model of this type for one of PEFT's tasks; None if there is none."""
     if not isinstance(model_type, str) or not isinstance(task, str):
         return None
-    for name, types in table()["tasks"].get(task, {}).items():
+    for name, types in packaged(AUTO_CLASSES)["tasks"].get(task, {}).items():
         if model_type in types:
-            return str(name).replace("*", table()["names"].get(model_type, ""))
+            return str(name).replace("*", packaged(AUTO_CLASSES)["names"].get(model_type, ""))
     return None
 
 
@@ -185,7 +177,7 @@ def _has_head(task: str, config: ModelConfig, names: Collection[str]) -> bool:
         return True
     # The head's outermost module holds everything between model and vocabulary: ``lm_head.decoder`` → ``lm_head.``.
     modules = tuple(f"{name.partition('.')[0]}." for name in (head, *architecture.disk_patterns(f"{head}.weight")))
-    ties, model_type = table()["ties"][task], config.model_type
+    ties, model_type = packaged(AUTO_CLASSES)["ties"][task], config.model_type
     # If the config states nothing, the class's default applies.
     default, possible = model_type in ties["default"], any(model_type in types for types in ties.values())
     tied = default if config.tied is None else config.tied and possible

@@ -67,11 +67,6 @@ class Stack:
     run_time: str
 
 
-def parameters_of(adapter: DeltaSource) -> list[str]:
-    """List the names under which wrapped parameters are looked up in a base."""
-    return [w.matched_as(p) for w in adapter.wrapped for p in w.parameters]
-
-
 def expert_weight(target: Target, weights: WeightView) -> Weight:
     """Make an expert's matrix from the slices that hold its rows."""
     pieces = [weights[p.weight] if p.index is None else weights[p.weight].slice(p.index) for p in target.pieces]

@@ -22,16 +22,14 @@ every tensor's name is carried forward, and no pattern is ever inverted.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
-from importlib import resources
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from streamer.plan.architectures import Architecture, architectures_for
+from streamer.plan.architectures import Architecture, architectures_for, packaged
 from streamer.units import listed
 from streamer.weights.model_config import ModelConfig
 
@@ -194,16 +192,13 @@ class Renames:
         ]
 
 
-@cache
-def table() -> dict[str, Any]:
-    """Read the table: ``rules`` and ``same`` by class or model type, and ``classes`` by model type."""
-    data: dict[str, Any] = json.loads(resources.files(__package__).joinpath("renames.json").read_bytes())
-    return data
+RENAMES = "renames.json"
+"""The packaged table: ``rules`` and ``same`` by class or model type, and ``classes`` by model type."""
 
 
 def _steps(key: str) -> list[dict[str, Any]] | None:
-    rules = table()["rules"]
-    found: list[dict[str, Any]] | None = rules.get(table()["same"].get(key, key))
+    table = packaged(RENAMES)
+    found: list[dict[str, Any]] | None = table["rules"].get(table["same"].get(key, key))
     return found
 
 

@@ -35,7 +35,7 @@ from streamer.linalg.operators import Delta, all_finite
 from streamer.plan import tied_embeddings as tied
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of, with_architecture
 from streamer.plan.carried_tensors import TensorEdits, match_carried, merged_architecture
-from streamer.plan.experts import expert_weight, match_experts, match_stacks, parameters_of, stacks_of, tensor_roles
+from streamer.plan.experts import expert_weight, match_experts, match_stacks, stacks_of, tensor_roles
 from streamer.plan.name_matching import Renames, renames_for
 from streamer.plan.pipeline_names import match_modules
 from streamer.plan.rules import check_announced, other_base
@@ -224,18 +224,14 @@ def make_plans(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode
     for path, adapter in zip(given, opened, strict=True):
         source = adapter or open_finetuned(path, checkpoint, tensor_roles(path, checkpoint, config, orientation), io)
         plan = match_plan(checkpoint, weights, config, orientation, source, renames)
-        stamps = {str(p): _stamp(p) for p in _side_files(checkpoint, source)}
+        # The small files that outputs copy or that are read whole.
+        small = [*source.config_paths, *(path for _, path in other_files(source.directory))]
+        if checkpoint.directory is not None:
+            small += [path for _, path in other_files(checkpoint.directory, source.path)]
+        stamps = {str(path): _stamp(path) for path in small}
         unread = unread_weights(adapter.directory, adapter.file.path.name) if adapter else ()
         plans.append(replace(plan, extra_stamps=stamps, inputs=inputs, announced=(*plan.announced, *unread)))
     return tuple(plans)
-
-
-def _side_files(checkpoint: Checkpoint, opened: DeltaSource) -> list[Path]:
-    """List the small files that outputs copy or that are read whole."""
-    extra = [*opened.config_paths, *(path for _, path in other_files(opened.directory))]
-    if checkpoint.directory is not None:
-        extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
-    return extra
 
 
 def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig, orientation: Orientation,
@@ -266,7 +262,7 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
         for name in tie.others
         if name not in checkpoint.weight_map
     }
-    parameters = [*parameters_of(opened), *stacks_of(opened)]
+    parameters = [*(w.matched_as(p) for w in opened.wrapped for p in w.parameters), *stacks_of(opened)]
     found_names = match_modules(checkpoint, config, opened, weights.replaced(aliases), renames, parameters)
     names = found_names.names
     if architecture is None and not config.pipeline:
@@ -356,10 +352,8 @@ class Assignment(NamedTuple):
     target: Target
 
 
-class SharedGroup(tuple[Assignment, ...]):
-    """Assignments, at least one, whose matrices are the same bytes of the base and are read once for all."""
-
-    __slots__ = ()
+SharedGroup = tuple[Assignment, ...]
+"""Assignments, at least one, whose matrices are the same bytes of the base and are read once for all."""
 
 
 @dataclass(frozen=True)
@@ -376,17 +370,6 @@ class AdapterBatch:
 
     base: Checkpoint
     plans: tuple[Plan, ...]
-
-    @property
-    def adapter_tensor_count(self) -> int:
-        """Count the tensors of all adapters."""
-        return sum(len(plan.adapter.tensors) for plan in self.plans)
-
-    @property
-    def remote_count(self) -> int:
-        """Count the models whose tensors are read from a URL by ranges."""
-        models = [tuple(self.base.files.values()), *(plan.adapter.files for plan in self.plans)]
-        return sum(any(file.remote for file in files) for files in models)
 
     @property
     def matrix_count(self) -> int:
@@ -412,7 +395,7 @@ class AdapterBatch:
                 tensors = plan.weights[target.tensor].tensors.values()
                 where = tuple((str(stored.file.path), stored.info.start, stored.info.end) for stored in tensors)
                 found.setdefault((order(target), target.tensor, where), []).append(assignment)
-        return [SharedGroup(found[key]) for key in sorted(found, key=lambda key: key[0])]
+        return [tuple(found[key]) for key in sorted(found, key=lambda key: key[0])]
 
 
 def make_batch(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
@@ -486,8 +469,10 @@ def resident_bytes(batch: AdapterBatch, output_tensors: int = 0) -> int:
     output_tensors
         Number of tensors to write, over all merged models.
     """
-    tables = TENSOR_BYTES * (len(batch.base.weight_map) + batch.adapter_tensor_count) + ADAPTER_BYTES * len(batch.plans)
-    ahead = AHEAD_BYTES * batch.remote_count
+    tensors = len(batch.base.weight_map) + sum(len(plan.adapter.tensors) for plan in batch.plans)
+    models = [tuple(batch.base.files.values()), *(plan.adapter.files for plan in batch.plans)]
+    ahead = AHEAD_BYTES * sum(any(file.remote for file in files) for files in models)
+    tables = TENSOR_BYTES * tensors + ADAPTER_BYTES * len(batch.plans)
     return PROCESS_BYTES + ahead + tables + OUTPUT_BYTES * output_tensors + MATRIX_BYTES * batch.matrix_count
 
 

@@ -91,11 +91,6 @@ def with_tokenizer(
     return sorted([*rest, *own, *processor]), "adapter", [], []
 
 
-def own_tokenizer(copies: Copies) -> Literal["adapter"] | None:
-    """Return "adapter" if an adapter's files include a tokenizer."""
-    return "adapter" if TOKENIZER_CONFIG in dict(copies) else None
-
-
 def _is_tokenizer(name: str) -> bool:
     return name in TOKENIZER or Path(name).parts[0] == TEMPLATES
 

@@ -65,7 +65,7 @@ def check_replaced(path: Path, overwrite: bool, is_own: Callable[[Path], bool], 
     refuse_symlink(path)
     if path.exists() and path.stat().st_size > 0:
         if not overwrite:
-            raise exists(path)
+            raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
         if not is_own(path):
             raise not_own(path, what)
     make_directory(path.parent)
@@ -94,11 +94,6 @@ def check_file_path(path: Path, example: str, longest: str, what: str = "file") 
     refuse_directory(path, example, what)
     check_output_path(path.parent.resolve(), (), path)
     check_name(path, partial_name(longest))
-
-
-def exists(path: Path) -> OutputExistsError:
-    """Make the error for an output that exists."""
-    return OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
 
 
 def not_own(path: Path, what: str) -> OutputExistsError:

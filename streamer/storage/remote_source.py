@@ -106,12 +106,6 @@ def read_manifest(directory: Path) -> Manifest | None:
         return None
 
 
-def remote_file(path: Path) -> RemoteFile | None:
-    """Return the remote file that is read by ranges instead of a path; None if the file is on disk."""
-    manifest = read_manifest(path.parent)
-    return None if manifest is None else manifest.files.get(path.name)
-
-
 def heed(monitor: Monitor) -> None:
     """Make waits for servers in this context end if this monitor receives a request to stop."""
     _monitor.set(monitor)

@@ -14,7 +14,7 @@ from pathlib import Path
 from streamer.errors import FormatError
 from streamer.storage.atomic_file import BufferRing, Piece
 from streamer.storage.header import DIGEST, NO_DIGEST, ByteSource, IOMode, LocalSource, TensorInfo, opened
-from streamer.storage.remote_source import RemoteSource, remote_file
+from streamer.storage.remote_source import RemoteSource, read_manifest
 
 __all__ = ["SAMPLE_BYTES", "IOMode", "TensorFile", "sampled_bytes"]
 
@@ -54,7 +54,8 @@ class TensorFile:
 
     def __init__(self, path: Path, io: IOMode = "mmap", prefix: str = "") -> None:
         self.path = path
-        far = remote_file(path)
+        manifest = read_manifest(path.parent)
+        far = None if manifest is None else manifest.files.get(path.name)
         source, header = opened(LocalSource(path, io) if far is None else RemoteSource(far))
         self.header = header.prefixed(prefix)
         self._source, self.io, self.stamp, self.remote = source, source.io, source.stamp, source.remote

@@ -43,7 +43,7 @@ class StoredWeight:
 class WeightView(Mapping[str, Weight]):
     """Logical weights by name: the base's in file order, then those added to them.
 
-    Views made by `replaced`, `extended` or `dequantized` share the base's table, so several adapters on one base need only one.
+    Views made of others share the base's table, so several adapters on one base need only one.
     Looking up a weight raises `UnsupportedError` if its tensors have a dtype that cannot be computed with.
 
     Attributes
@@ -79,10 +79,6 @@ class WeightView(Mapping[str, Weight]):
     def extended(self, derived: Mapping[str, Callable[[WeightView], Weight]]) -> WeightView:
         """Add weights that are computed from others."""
         return replace(self, derived={**self.derived, **derived})
-
-    def dequantized(self, encoding: Encoding) -> WeightView:
-        """Make quantized weights be written in a plain encoding."""
-        return replace(self, encoding=encoding)
 
     def __getitem__(self, name: str) -> Weight:
         if name in self.derived:
@@ -201,18 +197,14 @@ def plain_weights(weights: WeightView, config: ModelConfig) -> WeightView:
                 f"{weights.checkpoint.path}: tensor {name!r}: dtype {info.dtype} with no scale or table that could decode it; "
                 "use the 16-bit model"
             )
-    return weights.dequantized(ENCODINGS[plain_dtype(config)])
+    # The config states a dtype as ``torch.float16`` or ``float16``.
+    stated = (_DTYPES.get(str(value).removeprefix("torch.")) for value in config.stated("dtype", "torch_dtype"))
+    return replace(weights, encoding=ENCODINGS[next(filter(None, stated), "BF16")])
 
 
 def plain_metadata(metadata: Mapping[str, str], weights: WeightView) -> dict[str, str]:
     """Remove what torchao states of each tensor from a file's metadata."""
     return {key: text for key, text in metadata.items() if key != "tensor_names" and key not in weights}
-
-
-def plain_dtype(config: ModelConfig) -> str:
-    """Read the model's dtype from its config in safetensors' spelling, ``torch.float16`` → ``F16``; default BF16."""
-    stated = (str(value).removeprefix("torch.") for value in config.stated("dtype", "torch_dtype"))
-    return next((_DTYPES[name] for name in stated if name in _DTYPES), "BF16")
 
 
 def is_activation_scale(name: str, weights: WeightView) -> bool:

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, apply_converters, apply_renamings
 
-from streamer.plan.name_matching import renames_for, table
+from streamer.plan.architectures import packaged
+from streamer.plan.name_matching import RENAMES, renames_for
 from streamer.weights.model_config import ModelConfig, read_model_config
 
 
@@ -96,19 +97,19 @@ def test_an_adapter_trained_on_another_head(name: str, auto: str, tmp_path: Path
 
 
 THEIRS = _build_checkpoint_conversion_mapping()
-SAME_VERSION = f"transformers {transformers.__version__} " in table()["source"]
+SAME_VERSION = f"transformers {transformers.__version__} " in packaged(RENAMES)["source"]
 
 
 @pytest.mark.long
 def test_the_table_is_the_installed_version_s() -> None:
     if not SAME_VERSION:
-        pytest.skip(f"the table is of {table()['source']}; tools/make_renames.py renews it")
+        pytest.skip(f"the table is of {packaged(RENAMES)['source']}; tools/make_renames.py renews it")
     done = subprocess.run([sys.executable, ROOT / "tools" / "make_renames.py", "--check"], check=False)
     assert done.returncode == 0
 
 
 def test_every_class_and_type_is_known() -> None:
-    ours = table()["rules"].keys() | table()["same"].keys()
+    ours = packaged(RENAMES)["rules"].keys() | packaged(RENAMES)["same"].keys()
     assert ours == THEIRS.keys() or not SAME_VERSION
 
 
@@ -121,7 +122,7 @@ def theirs(name: str, transforms: list[Any]) -> tuple[str, bool]:
 RENUMBERED = {"dory", "inkling2_text", "inkling2_loop_text"}  # they count layers anew, which no pattern does
 
 
-@pytest.mark.parametrize("key", sorted(table()["rules"].keys() & THEIRS.keys() - RENUMBERED))
+@pytest.mark.parametrize("key", sorted(packaged(RENAMES)["rules"].keys() & THEIRS.keys() - RENUMBERED))
 def test_renames_agree_with_transformers(key: str) -> None:
     names = {
         "model.layers.0.self_attn.q_proj.weight", "model.language_model.layers.3.mlp.down_proj.weight", "lm_head.weight",

@@ -18,7 +18,8 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from seeds import vary
 from transformers import AutoConfig
 
-from streamer.plan.carried_tensors import auto_class, implied_head, table
+from streamer.plan.architectures import packaged
+from streamer.plan.carried_tensors import AUTO_CLASSES, auto_class, implied_head
 from streamer.weights.model_config import ModelConfig
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60,
@@ -264,12 +265,12 @@ def test_names_of_labels_that_stay_are_said() -> None:
 
 
 def test_every_task_of_peft_is_known() -> None:
-    assert {task.value for task in TaskType} == table()["tasks"].keys() == AUTO.keys()
+    assert {task.value for task in TaskType} == packaged(AUTO_CLASSES)["tasks"].keys() == AUTO.keys()
 
 
 @pytest.mark.long
 def test_the_classes_are_the_installed_version_s() -> None:
-    if f"transformers {transformers.__version__} " not in table()["source"]:
-        pytest.skip(f"the table is of {table()['source']}; tools/make_auto_classes.py renews it")
+    if f"transformers {transformers.__version__} " not in packaged(AUTO_CLASSES)["source"]:
+        pytest.skip(f"the table is of {packaged(AUTO_CLASSES)['source']}; tools/make_auto_classes.py renews it")
     tool = TOOLS / "make_auto_classes.py"
     assert subprocess.run([sys.executable, tool, "--check"], check=False).returncode == 0
