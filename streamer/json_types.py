@@ -10,7 +10,10 @@ Name which of a matrix's intruders are scaled.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypedDict
+from collections.abc import Callable, Mapping
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, Union, get_args, get_origin
 
 from streamer.events import OutputState
 
@@ -39,10 +42,24 @@ Mean = Annotated[float, Estimated("Its standard error over sequences.")]
 Difference = Annotated[float, Estimated("Its standard error, paired by sequence.")]
 TensorName = Annotated[str, "Name of the tensor in the base; a following [N] means matrix N of a stack of experts."]
 ModuleName = Annotated[str, "Name of the module in the adapter."]
+Shape = Annotated[tuple[int, int], Keywords(minItems=2, maxItems=2),
+    "Rows (outputs) and columns (inputs) of the matrix, whatever its order on disk."]
+Encoding = Annotated[str, "Encoding in the base: a dtype of the safetensors format, or an encoding of quantized weights."]
+Rank = Annotated[Count, "Rank of the adapter's factors for this module; 0 if it has none."]
+Scale = Annotated[float, "Factor of B A, from the adapter's alpha and rank."]
 Version = Annotated[str, "Version of streamer that made it."]
 OutputPath = Annotated[str, "Path of the output, as given; with several adapters, the given directory and the adapter's name in it."]
 State = Annotated[OutputState, "What this run did: wrote the output, finished an interrupted run, or found it finished and set its files' "
     "times to now."]
+
+class MatrixHead(TypedDict):
+    """A matrix that the adapter changes."""
+    tensor: TensorName
+    module: ModuleName
+    shape: Shape
+    dtype: Encoding
+    rank: Rank
+    scale: Scale
 
 class ReportFile(TypedDict):
     """A file of a report."""
@@ -52,3 +69,34 @@ class ReportFile(TypedDict):
 
 Selection = Literal["all", "first"]
 """The intruders of a matrix that are scaled: all, or the highest-ranked one."""
+
+
+def check(tree: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Check the keys of an object from JSON against their types in a record, in which a list may be a tuple.
+
+    Raises
+    ------
+    KeyError, TypeError
+        If one is missing, or has another type or a number below its minimum.
+    """
+    for key, hint in record.items():
+        if (key in tree or get_origin(hint) is not NotRequired) and not _test(hint)(tree[key]):
+            raise TypeError(f"{key} is {type(tree[key]).__name__}")
+
+
+@cache
+def _test(hint: Any) -> Callable[[Any], bool]:
+    """Make the test whether a value from JSON is of a type."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Annotated, NotRequired):
+        inner, keywords = _test(args[0]), [more.keywords for more in args[1:] if isinstance(more, Keywords)]
+        least = [one["minimum"] for one in keywords if "minimum" in one]
+        return lambda value: inner(value) and not any(value < minimum for minimum in least)
+    if origin in (Union, UnionType):
+        tests = [*map(_test, args)]
+        return lambda value: any(test(value) for test in tests)
+    if origin in (list, tuple):
+        each = _test(args[0])
+        return lambda value: type(value) is list and all(map(each, value))
+    kinds = (int, float) if hint is float else (hint,)
+    return lambda value: type(value) in kinds

@@ -12,13 +12,17 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import is_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
 
 from streamer.api.demo import DemoRecord
 from streamer.api.records import DryRun, ErrorsRecord, EventRecord, PlanRecord, SeveralRecord
 from streamer.api.repair import RepairRecord
-from streamer.detection.options import FindingsRecord
+from streamer.detection.findings import FindingsRecord
 from streamer.evaluation.losses import EvaluationRecord
 from streamer.fitting.mapping import MapFacts
 from streamer.fitting.result import FitRecord
@@ -86,6 +90,15 @@ def urn(record: type) -> str:
     return "urn:intruder-streamer:" + schema_name(record).removeprefix("streamer.").replace("/", ":")
 
 
+def keys_of(record: type) -> dict[str, Any]:
+    """Return the types of a record's keys; a dataclass may hold another, whose keys are its own, and tensors, which are no keys."""
+    hints = get_type_hints(record, include_extras=True)
+    if not is_dataclass(record):
+        return hints
+    keys = ((keys_of(hint) if is_dataclass(hint) else {key: hint}) for key, hint in hints.items() if hint is not Tensor)
+    return dict(chain.from_iterable(own.items() for own in keys))
+
+
 def with_errors(hints: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield keys and types, each `Mean` or `Difference` followed by its standard error."""
     for key, hint in hints.items():
@@ -118,7 +131,7 @@ class Maker:
 
     def fields(self, record: type) -> Schema:
         """Describe an object by its keys."""
-        hints = get_type_hints(record, include_extras=True)
+        hints = keys_of(record)
         always = getattr(record, "__required_keys__", hints)
         hints = dict(with_errors(hints))
         always = {*always, *(key for key in hints if key.removesuffix("_se") in always)}
@@ -152,7 +165,7 @@ class Maker:
             return self.union([self.value(one, made_from) for one in args])
         if origin is Literal:
             return {"const": args[0]} if len(args) == 1 else {"enum": list(args)}
-        if origin is list:
+        if origin in (list, tuple):
             return {"type": "array", "items": self.value(args[0], made_from)}
         if origin is dict and made_from is None:
             return {"type": "object", "additionalProperties": self.value(args[1])}

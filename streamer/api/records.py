@@ -14,12 +14,13 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 from streamer.adapters.finetuned import ByName, One, Several
 from streamer.api.options import Settings
+from streamer.detection.findings import FindingsRecord
 from streamer.detection.matrices import choose_device
-from streamer.detection.options import DetectionOptions, FindingsRecord, MatrixHead
+from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
 from streamer.events import Monitor
 from streamer.forecast import Forecast, ForecastRecord, forecast_commands, measure_rates
-from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, ReportFile, TensorName
+from streamer.json_types import Amount, Count, Keywords, MatrixHead, ModuleName, OutputPath, ReportFile, TensorName
 from streamer.output.job import Written
 from streamer.plan.architectures import with_architecture
 from streamer.plan.carried_tensors import CarriedRecord
@@ -152,8 +153,7 @@ class EventRecord(TypedDict):
     event: Annotated[Literal["progress", "warning", "note", "error", "done"], "A step; a message (warning, note); or the end."]
     seconds: Annotated[Amount, "Wall time in s since the command began."]
     stage: NotRequired[Annotated[Literal["download", "probe", "detect", "write", "verify", "recompute", "evaluate", "fit", "map"],
-        "For progress: download (in bytes; from the hub, in files), probe (measures this machine), detect (in units of work), "
-            "write and verify (in bytes), recompute (in matrices), evaluate, fit and map (in multiplications)."]]
+        "For progress, in bytes: download (hub: files), write, verify; in work: detect; in matrices: recompute; in products: others."]]
     name: NotRequired[Annotated[str, "For progress: the matrix or file that has just begun; empty at the end of a stage."]]
     done: NotRequired[Annotated[Count, "For progress: units that are done."]]
     total: NotRequired[Annotated[Count, "For progress: total number of units."]]
@@ -216,7 +216,7 @@ class InspectRequest:
 def inspection_record(plan: Plan, forecasts: Mapping[str, Forecast | UnsupportedError]) -> PlanRecord:
     """Describe the inputs, and forecast each command; a refused command has null and the reason."""
     matrices: list[PlannedMatrix] = [
-        {"tensor": t.tensor, "module": t.module.name, "shape": list(t.module.shape), "dtype": plan.weights[t.tensor].label,
+        {"tensor": t.tensor, "module": t.module.name, "shape": t.module.shape, "dtype": plan.weights[t.tensor].label,
          "rank": t.module.rank, "scale": t.module.scaling, "transposed": t.transposed, "matched": t.match.rule}
         for t in plan.targets
     ]  # fmt: skip

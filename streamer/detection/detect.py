@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ from streamer.detection import solvers
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_file import (
     ARRAYS,
+    FIGURES,
     FILE_NAME,
     FindingsHead,
     MatrixFinding,
-    check_figures,
     is_findings_file,
     matrix_entries,
     plan_findings_file,
@@ -38,13 +39,14 @@ from streamer.detection.matrices import (
     inputs_of,
     kept_bytes,
 )
-from streamer.detection.options import DetectionOptions, MatrixFigures, Run
+from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import FormatError, OutputError, OutputExistsError, UsageError
 from streamer.events import Event
+from streamer.json_types import check
 from streamer.linalg.torch_state import thread_count
 from streamer.plan.plan import AdapterBatch, Assignment, Plan, check_budget, resident_bytes
 from streamer.plan.targets import Target
-from streamer.storage.atomic_file import Buffer, Piece, ShardFile, partials_of
+from streamer.storage.atomic_file import Buffer, partials_of, write_sealed
 from streamer.storage.header import Header, TensorInfo, layout, parse_header
 from streamer.storage.journal import Journal, ResumableFile, journal_of, left
 from streamer.storage.output_checks import allocated_bytes, check_file_path, check_space, is_taken, not_own
@@ -70,11 +72,11 @@ class FindingsWriter:
         self._records = {self._figures(i)["tensor"]: i for i in range(1, len(journal))}
         self.threads = thread_count(json.loads(journal[0]).get("threads"))
 
-    def _figures(self, i: int) -> MatrixFigures:
+    def _figures(self, i: int) -> dict[str, Any]:
         header = _record_header(self._journal[i])
         with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
-            figures: MatrixFigures = json.loads(header.metadata["matrix"])
-            check_figures(figures)
+            figures: dict[str, Any] = json.loads(header.metadata["matrix"])
+            check(figures, FIGURES)
             if header.by_name.keys() == {f"{figures['tensor']}/{key}" for key in ARRAYS}:
                 return figures
         raise self._journal.foreign(i)
@@ -91,7 +93,7 @@ class FindingsWriter:
 
     def write(self, head: FindingsHead, plan: Plan) -> None:
         """Write the file, once all matrices of a plan are recorded; it gets its name only if the inputs have not changed."""
-        matrices: list[MatrixFigures] = []
+        matrices: list[dict[str, Any]] = []
         entries, home = [], {}
         for i in (self._records[target.tensor] for target in plan.targets):
             matrices.append(self._figures(i))
@@ -106,35 +108,12 @@ class FindingsWriter:
             own = header.by_name[info.name]
             yield raw[header.data_start + own.start : header.data_start + own.end]
 
-        with ShardFile(self.path.parent, shard.sealed(source)) as file:
-            for info in shard.header.tensors:
-                file.add(info, map(Piece, source(info)))
-            file.complete()
-            plan.check_unchanged()
+        write_sealed(self.path.parent, shard, source, plan.check_unchanged)
 
 
 def _layout(finding: MatrixFinding, arrays: Mapping[str, Tensor]) -> tuple[Header, bytes]:
     """Lay out a matrix's record: its header, and the header's bytes."""
     return layout(matrix_entries(finding.tensor, arrays), {"matrix": json.dumps(finding.figures())})
-
-
-def most_bytes(head: FindingsHead, widest: Iterable[MatrixFinding]) -> tuple[int, int]:
-    """Compute the largest sizes of a findings file and its journal, in bytes.
-
-    Parameters
-    ----------
-    head
-        Inputs and options of the findings.
-    widest
-        The largest possible finding for each matrix; tensors without values (``meta``) suffice.
-    """
-    known = [head.base, head.adapter, dict(head.sources), head.options.as_dict()]
-    file = journal = 4096 + 2 * len(json.dumps(known))
-    for finding in widest:
-        record = _layout(finding, finding.arrays())[0].file_bytes
-        file += record + OFFSETS_BYTES
-        journal += record + 40
-    return file, journal
 
 
 def _record_header(raw: bytes) -> Header:
@@ -147,26 +126,16 @@ FindingsSize = tuple[int, int]
 """Bytes of a findings file and of the journal beside it."""
 
 
-def check_findings_space(paths: Sequence[Path], sizes: Sequence[FindingsSize]) -> None:
-    """Refuse findings that might not fit on the disk together with their journals.
-
-    Raises
-    ------
-    StorageError
-        If they might not fit.
-    """
-    needed = 0
-    for path, size in zip(paths, sizes, strict=True):
-        # Files of an interrupted run: usable ones are reused, and the others are removed first.
-        names = {path.name, journal_of(path).name}
-        there = [journal_of(path), *(partials_of(path.parent, names) if path.parent.is_dir() else ())]
-        needed += sum(size) - sum(map(allocated_bytes, there))
-    check_space(paths[0].parent if len(paths) > 1 else paths[0], needed, at_most=True)
-
-
 def findings_bytes(plan: Plan, options: DetectionOptions) -> FindingsSize:
     """Compute the largest size of findings, with every direction an intruder. Needs about 1 s for 10,000 matrices."""
-    return most_bytes(FindingsHead.of(plan, options), (_widest(plan, target, options) for target in plan.targets))
+    head = FindingsHead.of(plan, options)
+    known = [head.base, head.adapter, dict(head.sources), options.as_dict()]
+    file = journal = 4096 + 2 * len(json.dumps(known))
+    for finding in (_widest(plan, target, options) for target in plan.targets):
+        record = _layout(finding, finding.arrays())[0].file_bytes
+        file += record + OFFSETS_BYTES
+        journal += record + 40
+    return file, journal
 
 
 def _widest(plan: Plan, target: Target, options: DetectionOptions) -> MatrixFinding:
@@ -180,8 +149,9 @@ def _widest(plan: Plan, target: Target, options: DetectionOptions) -> MatrixFind
                       Vh=Vh, certified=False, degenerate=every, solver=max(solvers.SOLVERS, key=len), escalated=False,
                       steps=10**9, products=10**9, cutoff=longest,
                       delta_norm=longest, intruder_energy=longest, dropped_at_zero=longest, precision="float64")  # fmt: skip
-    return MatrixFinding(target.tensor, module.name, module.shape, weight.label, module.rank, module.scaling, found,
-                         transposed=False, fingerprint="f" * 64)  # fmt: skip
+    return MatrixFinding(
+        target.tensor, module.name, module.shape, weight.label, module.rank, module.scaling, False, "f" * 64, found
+    )
 
 
 def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, resident: int,
@@ -332,10 +302,16 @@ def _sizes(places: Sequence[_Place]) -> list[FindingsSize]:
 
 
 def _check_space(places: Sequence[_Place], sizes: Sequence[FindingsSize]) -> None:
-    """Check the free space on the disk."""
-    todo = [(one.path, size) for one, size in zip(places, sizes, strict=True) if one.finished is None]
+    """Refuse findings that might not fit on the disk together with their journals."""
+    todo, needed = [(one.path, size) for one, size in zip(places, sizes, strict=True) if one.finished is None], 0
+    for path, size in todo:
+        # Files of an interrupted run: usable ones are reused, and the others are removed first.
+        names = {path.name, journal_of(path).name}
+        there = [journal_of(path), *(partials_of(path.parent, names) if path.parent.is_dir() else ())]
+        needed += sum(size) - sum(map(allocated_bytes, there))
     if todo:
-        check_findings_space(*zip(*todo, strict=True))
+        path, _ = todo[0]
+        check_space(path.parent if len(todo) > 1 else path, needed, at_most=True)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict, cast, overload
 
 import torch
 from scipy.special import betaincinv
@@ -39,8 +39,9 @@ from torch import Tensor
 
 from streamer.adapters.modules import LoraModule, MethodModule, values_of
 from streamer.detection.findings_file import SCHEMA, FindingsHead, MatrixFinding, read_findings, save_findings_file
-from streamer.detection.options import DetectionOptions, FindingsRecord, MatrixRecord, TotalsRecord
+from streamer.detection.options import DetectionOptions, OptionsRecord
 from streamer.errors import MismatchError, MissingPackageError, UnknownNameError, UsageError, printable
+from streamer.json_types import Amount, Count, OutputPath, State
 from streamer.plan.plan import Plan
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.plan.targets import Target
@@ -173,48 +174,14 @@ def summary_lines(tree: FindingsRecord) -> list[str]:
 HEAD = ("matrix", "shape", "intruders", "ranks (1 = largest)", "least similarity", "σ₁", "‖Δ‖", "energy", "certified")
 
 
-def _cells(m: MatrixRecord) -> tuple[str, ...]:
+def _cells(m: Mapping[str, Any]) -> tuple[str, ...]:
     """Format a matrix as one cell for each entry of `HEAD`."""
     return (printable(m["tensor"]), "×".join(map(str, m["shape"])), str(len(m["intruders"])),
             " ".join(str(j + 1) for j in m["intruders"]), f"{min(m['similarity']):.3f}", f"{m['singular_values'][0]:.4g}",
             f"{m['delta_norm']:.4g}", f"{m['intruder_energy']:.1%}", "yes" if m["certified"] else "no")  # fmt: skip
 
 
-def findings_text(tree: FindingsRecord) -> str:
-    """Format all matrices as a text table of any width, followed by a summary."""
-    rows = [HEAD, *map(_cells, tree["matrices"])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, "", *summary_lines(tree)[:2]])
-
-
-def findings_html(tree: FindingsRecord) -> str:
-    """Format the matrices with the most intruders as a small HTML table for notebooks."""
-    most = sorted(tree["matrices"], key=lambda m: (-len(m["intruders"]), -m["intruder_energy"]))[:SHOWN]
-    rows = [_cells(m) for m in most]
-    left = len(tree["matrices"]) - len(most)
-    more = f"<p>and {counted(left, 'matrix')} more, with no more intruders than these</p>" if left else ""
-    caption = "<br>".join(map(html.escape, summary_lines(tree)[:2]))
-    cells = "".join(f"<th>{html.escape(h)}</th>" for h in HEAD)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><caption>{caption}</caption><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>{more}"
-
-
-def findings_frame(tree: FindingsRecord, by: Literal["matrix", "direction"]) -> pandas.DataFrame:
-    """Make a data frame of the figures, with one row for each matrix or each leading direction."""
-    if by not in ("matrix", "direction"):
-        raise UsageError(f"by: expected 'matrix' or 'direction', found {by!r}")
-    try:
-        library = importlib.import_module("pandas")
-    except ImportError:
-        raise MissingPackageError(
-            "to_pandas: needs pandas, which is not installed; pip install 'intruder-streamer[pandas]'", "pandas"
-        ) from None
-    rows = [row for m in tree["matrices"] for row in ([_matrix_row(m)] if by == "matrix" else _direction_rows(m))]
-    return library.DataFrame(rows)
-
-
-def _matrix_row(m: MatrixRecord) -> dict[str, Any]:
+def _matrix_row(m: Mapping[str, Any]) -> dict[str, Any]:
     own = {key: value for key, value in m.items() if not isinstance(value, list)}
     return {
         "tensor": own.pop("tensor"),
@@ -229,13 +196,37 @@ def _matrix_row(m: MatrixRecord) -> dict[str, Any]:
     }
 
 
-def _direction_rows(m: MatrixRecord) -> list[dict[str, Any]]:
+def _direction_rows(m: Mapping[str, Any]) -> list[dict[str, Any]]:
     keys = ("singular_values", "similarity", "similarity_low", "similarity_high")
     return [
         {"tensor": m["tensor"], "module": m["module"], "direction": j, "singular_value": value, "similarity": similarity,
          "similarity_low": low, "similarity_high": high, "intruder": j in m["intruders"], "degenerate": j in m["degenerate"]}
-        for j, (value, similarity, low, high) in enumerate(zip(*(m[key] for key in keys), strict=True))  # type: ignore[literal-required]  # all four are keys of a record
+        for j, (value, similarity, low, high) in enumerate(zip(*(m[key] for key in keys), strict=True))
     ]  # fmt: skip
+
+
+# fmt: off
+class TotalsRecord(TypedDict):
+    """Totals over all matrices."""
+    matrices: Annotated[Count, "Number of matrices."]
+    intruders: Annotated[Count, "Intruders in all matrices."]
+    certified: Annotated[Count, "Matrices with certified decisions only."]
+    escalated: Annotated[Count, "Matrices that the certified solver could not decide, so the dense solver did."]
+    degenerate: Annotated[Count, "Matrices with directions in so tight a cluster that no single vector is defined."]
+    looks_like_another_base: Annotated[bool | None, "Whether the adapter was probably trained on another base: in most matrices the "
+        "leading direction is one of several intruders, no closer to the base than a random vector. Null with fewer than 8 large matrices."]
+    seconds: Annotated[Amount | None, "Wall time in s of detection, for the matrices that this run computed; null if there are none."]
+
+class FindingsRecord(TypedDict):
+    """The intruder dimensions of an adapter, as printed by `streamer detect --json` and `streamer report --json`."""
+    schema: Literal["streamer.findings/1"]
+    base: Annotated[BaseSource, "The base model: its name, and what identifies it, wherever it is stored."]
+    adapter: Annotated[AdapterSource, "The adapter, or the fine-tuned model used as one, described in the same way."]
+    options: Annotated[OptionsRecord, "Options that determined the findings."]
+    totals: Annotated[TotalsRecord, "Totals over all matrices."]
+    matrices: Annotated[list[dict[str, Any]], MatrixFinding, "One entry per matrix, in the base's file order."]
+    output: NotRequired[Annotated[OutputPath, "Only for detect."]]
+    state: NotRequired[Annotated[State, "Only for detect."]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -432,13 +423,25 @@ class Findings:
 
     def table(self) -> str:
         """Format a text table with a line for each matrix, and the totals."""
-        return findings_text(self.record())
+        rows = [HEAD, *(_cells(m.record()) for m in self.matrices)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, "", *summary_lines(self.record())[:2]])
 
     def __repr__(self) -> str:
         return "<Findings: " + "\n ".join(summary_lines(self.record())) + ">"
 
     def _repr_html_(self) -> str:
-        return findings_html(self.record())
+        """Format the matrices with the most intruders as a small table for notebooks."""
+        tree = self.record()
+        most = sorted(tree["matrices"], key=lambda m: (-len(m["intruders"]), -m["intruder_energy"]))[:SHOWN]
+        left = len(self) - len(most)
+        more = f"<p>and {counted(left, 'matrix')} more, with no more intruders than these</p>" if left else ""
+        caption = "<br>".join(map(html.escape, summary_lines(tree)[:2]))
+        head, *body = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+                       for tag, cells in (("th", HEAD), *(("td", _cells(m)) for m in most)))  # fmt: skip
+        rows = "".join(f"<tr>{cells}</tr>" for cells in body)
+        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{more}"
 
     def to_pandas(self, by: Literal["matrix", "direction"] = "matrix") -> pandas.DataFrame:
         """Return the figures as a data frame; install pandas with ``pip install 'intruder-streamer[pandas]'``.
@@ -454,7 +457,16 @@ class Findings:
         MissingPackageError
             If pandas is not installed; this is an `ImportError`.
         """
-        return findings_frame(self.record(), by)
+        if by not in ("matrix", "direction"):
+            raise UsageError(f"by: expected 'matrix' or 'direction', found {by!r}")
+        try:
+            library = importlib.import_module("pandas")
+        except ImportError:
+            raise MissingPackageError(
+                "to_pandas: needs pandas, which is not installed; pip install 'intruder-streamer[pandas]'", "pandas"
+            ) from None
+        records = (m.record() for m in self.matrices)
+        return library.DataFrame([r for m in records for r in ([_matrix_row(m)] if by == "matrix" else _direction_rows(m))])
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write a findings file, with the same bytes as `detect_intruder_dimensions`; create missing directories.

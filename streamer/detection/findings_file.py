@@ -13,17 +13,17 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Final, NamedTuple, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, NamedTuple, cast, get_type_hints
 
 import torch
 from torch import Tensor
 
 from streamer.detection.intruders import Detection
-from streamer.detection.options import STAMP, DetectionOptions, MatrixFigures, MatrixRecord, detection_record, stamp
+from streamer.detection.options import STAMP, DetectionOptions, detection_record, stamp
 from streamer.errors import FormatError, InputError, OutputExistsError
+from streamer.json_types import Amount, Encoding, ModuleName, Rank, Scale, Shape, TensorName, check
 from streamer.linalg.operators import all_finite
 from streamer.plan.plan import Plan
 from streamer.plan.sources import NameSource, in_short
@@ -39,9 +39,6 @@ FACTORS = ("U", "S", "Vh")
 NUMBERS = ("singular_values", "similarity", "similarity_low", "similarity_high", "base_singular_values")
 ARRAYS = (*FACTORS, *NUMBERS, "intruders")
 """The arrays of a matrix, in file order."""
-
-DECISIONS = tuple(key for key in get_type_hints(MatrixFigures) if key in Detection.__dataclass_fields__)
-"""Figures that belong to the detection; the others belong to the finding."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,32 +65,32 @@ class MatrixFinding:
         Digest of the values behind the decisions (see `findings.fingerprint`); None for a fine-tuned model.
     """
 
-    tensor: str
-    module: str
-    shape: tuple[int, int]
-    dtype: str
-    rank: int
-    scale: float
+    # fmt: off
+    tensor: TensorName
+    module: ModuleName
+    shape: Shape
+    dtype: Encoding
+    rank: Rank
+    scale: Scale
+    transposed: Annotated[bool, "Whether it is stored as (inputs, outputs), like embeddings. Decisions still use the output side."]
+    fingerprint: Annotated[str | None, "SHA-256 of a sample of the base's values and the adapter's; null for a fine-tuned model."]
     detection: Detection
-    seconds: float | None = field(default=None, compare=False)
-    transposed: bool = False
-    fingerprint: str | None = None
+    seconds: Annotated[Amount | None, "Wall time in s of detection; null if the findings come from a file."] = \
+        field(default=None, compare=False)
+    # fmt: on
 
     def __repr__(self) -> str:
         return f"<MatrixFinding {self.tensor} {'x'.join(map(str, self.shape))}: {self.detection.summary()}>"
 
-    def figures(self) -> MatrixFigures:
-        """Return everything except the arrays, as JSON values."""
-        own = {"tensor": self.tensor, "module": self.module, "shape": list(self.shape), "dtype": self.dtype,
-               "rank": self.rank, "scale": self.scale, "transposed": self.transposed,
-               "fingerprint": self.fingerprint}  # fmt: skip
-        return cast("MatrixFigures", own | {name: getattr(self.detection, name) for name in DECISIONS})
+    def figures(self) -> dict[str, Any]:
+        """Return everything except arrays and seconds, as JSON values."""
+        return {key: value for key, value in self.record().items() if key in FIGURES}
 
-    def record(self) -> MatrixRecord:
+    def record(self) -> dict[str, Any]:
         """Return everything except the vectors, as JSON values: a matrix in `streamer report --json`."""
-        d = self.detection
-        numbers = {name: list(getattr(d, name)) for name in (*NUMBERS, "intruders", "degenerate")}
-        return cast("MatrixRecord", {**self.figures(), **numbers, "seconds": self.seconds})
+        own, decisions = ({f.name: getattr(part, f.name) for f in fields(part)} for part in (self, self.detection))
+        tree = {**own, **decisions, "seconds": own.pop("seconds")}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in tree.items() if k not in (*FACTORS, "detection")}
 
     def arrays(self) -> dict[str, Tensor]:
         """Return the arrays by key, in file order."""
@@ -115,14 +112,15 @@ DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 Entry = tuple[str, str, tuple[int, ...]]
 """A tensor's name, dtype and shape."""
 
-_KINDS: dict[str, set[type]] = {
-    key: {int, float}
-    if kind is float
-    else set(get_args(kind))
-    if isinstance(kind, UnionType)
-    else {get_origin(kind) or kind}
-    for key, kind in get_type_hints(MatrixFigures).items()
+OF_DETECTION = Detection.__dataclass_fields__.keys()
+
+FIGURES = {
+    key: hint
+    for part in (MatrixFinding, Detection)
+    for key, hint in get_type_hints(part, include_extras=True).items()
+    if key not in (*ARRAYS, "detection", "seconds")
 }
+"""The figures of a matrix in the metadata, with their types."""
 
 
 class FindingsHead(NamedTuple):
@@ -158,7 +156,7 @@ def matrix_entries(tensor: str, arrays: Mapping[str, Tensor]) -> list[Entry]:
 
 
 def plan_findings_file(
-    name: str, head: FindingsHead, matrices: Sequence[MatrixFigures], entries: Iterable[Entry]
+    name: str, head: FindingsHead, matrices: Sequence[Mapping[str, Any]], entries: Iterable[Entry]
 ) -> ShardPlan:
     """Lay out a findings file. Equal findings give equal bytes, written directly or through a journal."""
     tree = {"base": head.base, "adapter": head.adapter, "options": head.options.as_dict(), "matrices": matrices}
@@ -248,17 +246,6 @@ def read_findings(path: Path) -> tuple[FindingsHead, tuple[MatrixFinding, ...], 
     return FindingsHead(tree["base"], tree["adapter"], options, _sources(file)), matrices, file
 
 
-def check_figures(figures: Any) -> None:
-    """Check that a matrix has all figures with the right types; raise `KeyError` or `TypeError` if not."""
-    for key, kinds in _KINDS.items():
-        value = figures[key]
-        fits = type(value) in kinds
-        if kinds == {list}:
-            fits = fits and all(type(i) is int and i >= 0 for i in value)
-        if not fits:
-            raise TypeError(f"{key} is {type(value).__name__}")
-
-
 def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> MatrixFinding:
     """Read the finding with these figures from an open, mapped findings file.
 
@@ -267,7 +254,7 @@ def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> 
     KeyError, TypeError, ValueError
         If figures or arrays do not follow the schema.
     """
-    check_figures(figures)
+    check(figures, FIGURES)
     arrays: dict[str, Tensor] = {}
     for key in ARRAYS:
         info = file.header.by_name[f"{figures['tensor']}/{key}"]
@@ -287,11 +274,12 @@ def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> 
         among = k > 0 and all(type(j) is int and 0 <= j < k for j in ranks)
         if not among or any(a >= b for a, b in itertools.pairwise(ranks)):
             raise ValueError(f"{figures['tensor']}: {what} must be ascending ranks below {k}")
-    chosen: dict[str, Any] = {key: figures[key] for key in DECISIONS} | {"degenerate": tuple(figures["degenerate"])}
-    detection = Detection(U=arrays["U"], S=arrays["S"], Vh=arrays["Vh"], **numbers, **chosen)
-    return MatrixFinding(figures["tensor"], figures["module"], (m, n), figures["dtype"],
-                         figures["rank"], figures["scale"], detection, transposed=figures["transposed"],
-                         fingerprint=figures["fingerprint"])  # fmt: skip
+    own = {**figures, "shape": (m, n), "degenerate": tuple(figures["degenerate"])}
+    decided = (
+        {key: own[key] for key in FIGURES if key in OF_DETECTION} | numbers | {key: arrays[key] for key in FACTORS}
+    )
+    found = {key: own[key] for key in FIGURES if key not in OF_DETECTION}
+    return MatrixFinding(**found, detection=Detection(**decided))
 
 
 def _sources(file: TensorFile) -> dict[str, dict[str, str]]:

@@ -10,16 +10,16 @@ from __future__ import annotations
 import itertools
 import zlib
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from streamer.detection.options import DetectionOptions
+from streamer.detection.options import RANKS, DetectionOptions, PerDirection
 from streamer.detection.solvers import SOLVERS, chosen_solver
 from streamer.errors import NumericError
-from streamer.json_types import Selection
+from streamer.json_types import Amount, Count, Keywords, Selection, Share
 from streamer.linalg.operators import Delta, Matrix, all_finite
 from streamer.linalg.svd import DEGENERATE
 from streamer.linalg.torch_state import full_float32
@@ -63,26 +63,28 @@ class Detection:
         Relative norm that projection onto the adapter's rank would lose at λ = 0 with ``--method paper``; 0 for a dense delta.
     """
 
-    singular_values: tuple[float, ...]
-    similarity: tuple[float, ...]
-    similarity_low: tuple[float, ...]
-    similarity_high: tuple[float, ...]
-    intruders: tuple[int, ...]
+    # fmt: off
+    certified: Annotated[bool, "Every direction's interval lies on one side of epsilon, and none is degenerate."]
+    degenerate: Annotated[tuple[Count, ...], RANKS, "directions in so tight a cluster that no single vector is defined."]
+    solver: Annotated[str, Keywords(enum=["certified", "dense"]), "The solver that decided."]
+    escalated: Annotated[bool, "Whether the certified solver was tried first and the dense one decided."]
+    precision: Annotated[str, Keywords(enum=["float32", "float64"]), "Precision; float64 for another base: float32 left a direction open."]
+    steps: Annotated[Count, "Block steps that the certificate needed."]
+    products: Annotated[Count, "Products with the base that the certificate needed."]
+    cutoff: Annotated[Amount, "The certificate does not cover base singular values below this share of the largest; 0: it covers all."]
+    delta_norm: Annotated[Amount, "Frobenius norm of the delta."]
+    intruder_energy: Annotated[Share, "The intruders' share of the delta's squared norm."]
+    dropped_at_zero: Annotated[Amount, "Share of the mitigated delta's norm lost in projection with --method paper and lambda 0."]
+    singular_values: Annotated[PerDirection, "singular values of base + delta."]
+    similarity: Annotated[PerDirection, "similarity to the nearest left singular vector of the base, as used for the decision."]
+    similarity_low: Annotated[PerDirection, "lower end of an interval around the similarity."]
+    similarity_high: Annotated[PerDirection, "upper end of the interval."]
+    base_singular_values: Annotated[PerDirection, "the largest singular values of the base, or Ritz values, which are at most as large."]
+    intruders: Annotated[tuple[Count, ...], RANKS, "the intruders."]
     U: Tensor
     S: Tensor
     Vh: Tensor
-    certified: bool
-    degenerate: tuple[int, ...]
-    solver: str
-    escalated: bool
-    steps: int
-    products: int
-    cutoff: float
-    delta_norm: float
-    intruder_energy: float
-    dropped_at_zero: float
-    precision: str
-    base_singular_values: tuple[float, ...]
+    # fmt: on
 
     def summary(self) -> str:
         """Summarise the decision in one line. Ranks count from 0."""

@@ -23,7 +23,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -94,12 +94,9 @@ def detection_bytes(
     if options.solver == "dense":
         ways = {Way.DENSE: ways[Way.DENSE]}
     fixed, making = resident + factor_bytes(plan, target, itemsize), module.peak_bytes(itemsize)
-    return {way: fixed + max(size, making) + _read_bytes(weight, way) for way, size in ways.items()}
-
-
-def _read_bytes(weight: Weight, way: Way) -> int:
-    """Return the memory of the stored bytes of a tensor and the next one."""
-    return 2 * weight.load_bytes if way is not Way.BLOCKS or weight.quantized or weight.remote else 0
+    read = 2 * weight.load_bytes  # the stored bytes of a tensor and the next one
+    mapped = {Way.BLOCKS} if not (weight.quantized or weight.remote) else set[Way]()
+    return {way: fixed + max(size, making) + (0 if way in mapped else read) for way, size in ways.items()}
 
 
 def kept_bytes(plan: Plan, target: Target, options: DetectionOptions) -> int:
@@ -319,8 +316,8 @@ class _Step:
             found = replace(self, device=torch.device("cpu"))._detection()
         module, weight = self.target.module, self.prefetched.weight
         printed = fingerprint(self.plan, self.target, self.tensors, weight)
-        return MatrixFinding(self.target.tensor, module.name, module.shape, weight.label, module.rank, module.scaling, found,
-                             time.perf_counter() - began, self.target.transposed, printed)  # fmt: skip
+        return MatrixFinding(self.target.tensor, module.name, module.shape, weight.label, module.rank, module.scaling,
+                             self.target.transposed, printed, found, time.perf_counter() - began)  # fmt: skip
 
     def _detection(self) -> Detection:
         """Detect on this device, and again in float64 if only rounding leaves a direction open and memory allows it."""
@@ -389,11 +386,8 @@ TASK_MATRICES = 8
 """Most matrices of a task: a killed run loses the matrices of its unfinished tasks."""
 
 
-class MatrixName(NamedTuple):
-    """An `Assignment` with its tensor's name instead of the target, for pickling."""
-
-    plan: int
-    tensor: str
+MatrixName = tuple[int, str]
+"""An `Assignment` with its tensor's name instead of the target, for pickling."""
 
 
 @dataclass(frozen=True)
@@ -416,12 +410,12 @@ class DetectTask(Task[list[tuple[int, MatrixFinding]]]):
     @property
     def name(self) -> str:
         """Name the first matrix."""
-        return self.groups[0][0].tensor
+        return self.groups[0][0][1]
 
     def do(self, batch: AdapterBatch, monitor: Monitor) -> list[tuple[int, MatrixFinding]]:
         """Detect in the task's matrices."""
         plans, targets = batch.plans, _targets(batch)
-        groups = [SharedGroup(Assignment(i, targets[i][tensor]) for i, tensor in one) for one in self.groups]
+        groups = [tuple(Assignment(i, targets[i][tensor]) for i, tensor in one) for one in self.groups]
         work = Work(batch, groups, self.options, [self.threads] * len(plans), self.resident)
         with contextlib.closing(detect_in_turn(work, choose_device(self.device), monitor, lambda _: None)) as stream:
             found = [(one.plan, finding) for one, finding in stream]
@@ -473,7 +467,7 @@ def _tasks(work: Work, inputs: Inputs, device: str, at_once: int) -> list[Detect
         for group in work.groups:
             mine = [one for one in group if work.threads[one.plan] == count]
             if mine:
-                groups.append(tuple(MatrixName(i, target.tensor) for i, target in mine))
+                groups.append(tuple((i, target.tensor) for i, target in mine))
                 done += work.cost(mine)
             if groups and (done >= enough or len(groups) == TASK_MATRICES or group is work.groups[-1]):
                 tasks.append(DetectTask(inputs, count, tuple(groups), work.options, device, work.resident))

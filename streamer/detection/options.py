@@ -1,6 +1,6 @@
 """Define the options of detection, which determine the findings, and the options of a run.
 
-Define the JSON types of findings: options, and the figures of each matrix (schema ``streamer.findings/1``).
+Define types that the JSON of findings and of outputs share.
 
 Make the stamp in the metadata of every written file: its inputs and how it was made.
 """
@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import torch
 
@@ -20,9 +20,9 @@ from streamer.adapters.adapter_config import NOTHING_STATED, Stated
 from streamer.detection.solvers import SOLVERS, cost
 from streamer.errors import UsageError
 from streamer.events import Monitor
-from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, Share, State, TensorName
+from streamer.json_types import Count, Keywords
 from streamer.linalg.torch_state import CPU
-from streamer.plan.sources import AdapterSource, BaseSource, NameSource, in_short
+from streamer.plan.sources import NameSource, in_short
 from streamer.storage.tensor_file import IOMode
 
 if TYPE_CHECKING:
@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 
 
 # fmt: off
-Shape = Annotated[list[int], Keywords(minItems=2, maxItems=2),
-    "Rows (outputs) and columns (inputs) of the matrix, whatever its order on disk."]
-PerDirection = Annotated[list[float], "For each judged direction, by falling singular value:"]
-Ranks = Annotated[list[Count], "0-based ranks of singular directions of base + delta, 0 for the largest (tables count from 1):"]
+PerDirection = Annotated[tuple[float, ...], "For each judged direction, by falling singular value:"]
+RANKS = "0-based ranks of singular directions of base + delta, 0 for the largest (tables count from 1):"
 
 class DecidingOptions(TypedDict):
     """Options that decide which directions are intruders."""
@@ -44,65 +42,7 @@ class DecidingOptions(TypedDict):
 class OptionsRecord(DecidingOptions):
     """Options that decided the findings; see `DetectionOptions`."""
     max_memory: Annotated[Count | None, "Limit on anonymous memory in bytes, or null."]
-
-class MatrixHead(TypedDict):
-    """A matrix that the adapter changes."""
-    tensor: TensorName
-    module: ModuleName
-    shape: Shape
-    dtype: Annotated[str, "Encoding in the base: a dtype of the safetensors format, or an encoding of quantized weights."]
-    rank: Annotated[Count, "Rank of the adapter's factors for this module; 0 if it has none."]
-    scale: Annotated[float, "Factor of B A, from the adapter's alpha and rank."]
-
-class MatrixFigures(MatrixHead):
-    """Figures of a matrix without its arrays; see `MatrixFinding` and `Detection`. Ranks count from 0."""
-    transposed: Annotated[bool, "Whether it is stored as (inputs, outputs), like embeddings. Decisions still use the output side."]
-    fingerprint: Annotated[str | None, "SHA-256 of a sample of the base's values and the adapter's; null for a fine-tuned model."]
-    certified: Annotated[bool, "Every direction's interval lies on one side of epsilon, and none is degenerate."]
-    degenerate: Annotated[Ranks, "directions in so tight a cluster that no single vector is defined."]
-    solver: Annotated[str, Keywords(enum=["certified", "dense"]), "The solver that decided."]
-    escalated: Annotated[bool, "Whether the certified solver was tried first and the dense one decided."]
-    precision: Annotated[str, Keywords(enum=["float32", "float64"]), "Precision of the decisions. float64 for a base in another dtype "
-        "means that rounding in float32 left a direction open, and the matrix was computed again."]
-    steps: Annotated[Count, "Block steps that the certificate needed."]
-    products: Annotated[Count, "Products with the base that the certificate needed."]
-    cutoff: Annotated[Amount, "The certificate does not cover base singular values below this share of the largest; 0: it covers all."]
-    delta_norm: Annotated[Amount, "Frobenius norm of the delta."]
-    intruder_energy: Annotated[Share, "The intruders' share of the delta's squared norm."]
-    dropped_at_zero: Annotated[Amount, "Share of the mitigated delta's norm lost in projection with --method paper and lambda 0."]
-
-class MatrixRecord(MatrixFigures):
-    """Result for one matrix."""
-    singular_values: Annotated[PerDirection, "singular values of base + delta."]
-    similarity: Annotated[PerDirection, "similarity to the nearest left singular vector of the base, as used for the decision."]
-    similarity_low: Annotated[PerDirection, "lower end of an interval around the similarity."]
-    similarity_high: Annotated[PerDirection, "upper end of the interval."]
-    base_singular_values: Annotated[PerDirection, "the largest singular values of the base, or Ritz values, which are at most as large."]
-    intruders: Annotated[Ranks, "the intruders."]
-    seconds: Annotated[Amount | None, "Wall time in s of detection; null if the findings come from a file."]
-
-class TotalsRecord(TypedDict):
-    """Totals over all matrices."""
-    matrices: Annotated[Count, "Number of matrices."]
-    intruders: Annotated[Count, "Intruders in all matrices."]
-    certified: Annotated[Count, "Matrices with certified decisions only."]
-    escalated: Annotated[Count, "Matrices that the certified solver could not decide, so the dense solver did."]
-    degenerate: Annotated[Count, "Matrices with directions in so tight a cluster that no single vector is defined."]
-    looks_like_another_base: Annotated[bool | None, "Whether in most matrices the leading direction is an intruder, one of several, and no "
-        "closer to the base than a random vector. Then the adapter was probably trained on another base. Null if undecidable: at least 8 "
-        "matrices are needed, large enough that a random vector is clearly below threshold_epsilon."]
-    seconds: Annotated[Amount | None, "Wall time in s of detection, for the matrices that this run computed; null if there are none."]
-
-class FindingsRecord(TypedDict):
-    """The intruder dimensions of an adapter, as printed by `streamer detect --json` and `streamer report --json`."""
-    schema: Literal["streamer.findings/1"]
-    base: Annotated[BaseSource, "The base model: its name, and what identifies it, wherever it is stored."]
-    adapter: Annotated[AdapterSource, "The adapter, or the fine-tuned model used as one, described in the same way."]
-    options: Annotated[OptionsRecord, "Options that determined the findings."]
-    totals: Annotated[TotalsRecord, "Totals over all matrices."]
-    matrices: Annotated[list[MatrixRecord], "One entry per matrix, in the base's file order."]
-    output: NotRequired[Annotated[OutputPath, "Only for detect."]]
-    state: NotRequired[Annotated[State, "Only for detect."]]
+# fmt: on
 
 
 @dataclass(frozen=True)

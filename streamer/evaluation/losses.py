@@ -117,8 +117,7 @@ class Accuracy(TypedDict):
     value: Annotated[Mean, "The share."]
     against_adapter: Annotated[Difference, "Difference from the adapter."]
     against_base: Annotated[Difference, "Difference from the base."]
-    share: Annotated[Mean | None, "(variant - base) / (adapter - base): kept of the gain, or left of the fall; null if adapter and base "
-        "differ by four standard errors or less."]
+    share: Annotated[Mean | None, "(variant - base) / (adapter - base); null if these two differ by four standard errors or less."]
 
 class TextFigures(TypedDict):
     """Figures of a variant on one text."""
@@ -144,8 +143,7 @@ class TextFigures(TypedDict):
 class OtherFigures(TextFigures):
     """Figures of a variant on another text."""
     name: Annotated[str, "Name of the text's file."]
-    share: Annotated[Mean | None, "(variant - base) / (adapter - base) of the losses: the share of the forgetting that is left if the "
-        "adapter forgets this text, the share of the gain that is kept if it improves on it; null if undefined."]
+    share: Annotated[Mean | None, "(variant - base) / (adapter - base) of the losses: left of a rise, kept of a fall; null if undefined."]
 
 class OtherText(TypedDict):
     """Effect of the unchanged adapter on another text."""
@@ -208,18 +206,15 @@ SuggestionRecord = TypedDict("SuggestionRecord", {
     "name": Annotated[str | None, "Its name; null if nothing can be suggested."],
     "method": Annotated[MethodName | None, "The method; null for base and adapter."],
     "lambda": Lambda,
-    "reason": Annotated[Reason, "not learned: the adapter's loss on the task's text is not below the base's by two standard errors (more "
-        "with few sequences, by Student's quantile), and nothing is suggested; not forgotten: its divergence from the base on the general "
-        "text is not above 0 by two, and the unchanged adapter is suggested; none better: no variant that keeps enough forgets less; not "
-        "worth it: some forget less, but none regains enough for what it "
-        "gives up; forgets least: the best of the others; a shrink is better: a "
-        "shrink that was not measured beats that variant, and nothing is suggested until it is measured."],
+    "reason": Annotated[Reason, "not learned: the adapter's task loss is not below the base's by two standard errors (more with few "
+        "sequences, by Student's quantile), and nothing is suggested; not forgotten: its divergence is not above 0 by two, and the "
+        "unchanged adapter is suggested; none better: no variant that keeps enough forgets less; not worth it: none of these regains "
+        "enough for what it gives up; forgets least: the best of the others; a shrink is better: one that was not measured beats it."],
     "keep": Annotated[KeptShare, "Share of the learning to keep."],
     "swapped": Annotated[bool, "Whether the texts may be swapped: the adapter's task loss is above the base's by two standard errors."],
     "command": Annotated[list[str] | None, "Command and options that make it; add base, adapter, output and findings."],
-    "shrink": Annotated[ShrinkRecord | None, "The variant that forgets least, compared with the shrink of the whole adapter that keeps the "
-        "same share, interpolated; null if the variant is a shrink or the adapter, or if the evaluated shrinks do not enclose the "
-        "share."],
+    "shrink": Annotated[ShrinkRecord | None, "The variant that forgets least, compared with the interpolated shrink that keeps the same "
+        "share; null if the variant is a shrink or the adapter, or if no evaluated shrinks enclose the share."],
     "trade": Annotated[TradeRecord | None, "What the suggested variant, or the one not worth it, gives up and regains."],
 })
 SuggestionRecord.__doc__ = "The variant to use."

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, get_type_hints
 
 import torch
 
@@ -20,9 +20,20 @@ from streamer.adapters.rules import mitigated_before
 from streamer.detection.detect import FindingsSize, findings_bytes
 from streamer.detection.findings import Findings
 from streamer.detection.intruders import Detection
-from streamer.detection.options import STAMP, DetectionOptions, DetectionRecord, Ranks, detection_record, stamp
+from streamer.detection.options import RANKS, STAMP, DetectionOptions, DetectionRecord, detection_record, stamp
 from streamer.errors import NumericError, OutputError
-from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, Selection, Sha256, State, TensorName
+from streamer.json_types import (
+    Amount,
+    Count,
+    Keywords,
+    ModuleName,
+    OutputPath,
+    Selection,
+    Sha256,
+    State,
+    TensorName,
+    check,
+)
 from streamer.linalg.operators import Delta, all_finite
 from streamer.methods import Method, MethodName
 from streamer.methods.files import CoefficientsRecord, MapRecord
@@ -40,13 +51,12 @@ class MitigatedMatrix(TypedDict):
     tensor: TensorName
     module: ModuleName
     transposed: Annotated[bool, "Whether the base stores it as (inputs, outputs); decisions still use the output side."]
-    intruders: Annotated[Ranks, "the intruders that were scaled."]
+    intruders: Annotated[list[Count], RANKS, "the intruders that were scaled."]
     certified: Annotated[bool | None, "Whether its decisions are certified; null if none were needed."]
     delta_norm: Annotated[Amount, "Frobenius norm of the matrix's delta."]
     delta_norm_after: Annotated[Amount, "The same for what was written."]
     dropped: Annotated[Amount, "Share of the mitigated delta's Frobenius norm lost in projection onto the written rank; 0 for a merge."]
-    values: NotRequired[Annotated[Count, "For a merge: number of values of the matrix, if one tensor of the base's dtype holds the sum; "
-        "absent if it is stored quantized, in parts, or copied from a fine-tuned model."]]
+    values: NotRequired[Annotated[Count, "For a merge: number of values of the matrix, if one tensor of the base's dtype holds the sum."]]
     rounded_away: NotRequired[Annotated[Count, "How many of them rounding to the dtype left as in the base although the delta is not 0."]]
 
 class Totals(TypedDict):
@@ -108,6 +118,8 @@ class Written(Record):
 # fmt: on
 
 
+MATRIX_KEYS = get_type_hints(MitigatedMatrix, include_extras=True)
+
 MOST_LOST = 0.01
 """Largest share of a mitigated delta's Frobenius norm that may be lost without a warning."""
 
@@ -136,22 +148,15 @@ def matrix_metrics(
 def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
     """Return and check the journalled metrics of a finished file's matrices."""
     metrics: list[MitigatedMatrix] = entry.get("matrices", [])
-    numbers = ("delta_norm", "delta_norm_after", "dropped")
     try:
-        good = all(
-            isinstance(m["intruders"], list)
-            and type(m["transposed"]) is bool
-            and m["certified"] in (True, False, None)
-            and all(type(m.get(key, 0)) is int for key in ("values", "rounded_away"))
-            and all(type(m[key]) is float and 0 <= m[key] < 1e100 for key in numbers)  # type: ignore[literal-required]  # keys of a record
-            for m in metrics
-        )
+        for m in metrics:
+            check(m, MATRIX_KEYS)
+            if not max(m["delta_norm"], m["delta_norm_after"], m["dropped"]) < 1e100:
+                raise TypeError("its square may overflow")
     except (KeyError, TypeError):
-        good = False
-    if not good:
         raise OutputError(
             f"{path}: the journal's figures of {entry['file']} are not of this version; --no-resume starts over"
-        )
+        ) from None
     return metrics
 
 

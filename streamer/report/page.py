@@ -34,9 +34,8 @@ from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from streamer.detection.findings import Findings, load_findings
+from streamer.detection.findings import Findings, FindingsRecord, load_findings
 from streamer.detection.findings_file import SCHEMA as FINDINGS_SCHEMA
-from streamer.detection.options import FindingsRecord
 from streamer.errors import FormatError, MismatchError, OutputError, OutputExistsError, UsageError, printable
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.losses import EvaluationRecord
@@ -344,11 +343,6 @@ def make_subject(
     return Subject(findings, evaluation)
 
 
-def scales_intruders(record: Mapping[str, Any]) -> bool:
-    """Test whether an output was made by scaling intruders; a shrink scales whole deltas, coefficients scale each direction."""
-    return takes_findings(record["method"])
-
-
 def title(subject: Subject | Collection) -> str:
     """Return a report's title."""
     if isinstance(subject, Collection):
@@ -505,7 +499,7 @@ def page_data(subject: Subject | Collection) -> dict[str, Any]:
     if record is not None:
         matrices = sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
         # None if it does not apply: a shrink or coefficients scale no intruders, and a merge is not truncated to a rank.
-        scaled, cut = scales_intruders(record), record["command"] == "mitigate"
+        scaled, cut = takes_findings(record["method"]), record["command"] == "mitigate"
         tree["output"] = {
             "names": pack_names([printable(m["tensor"]) for m in matrices]),
             "intruders": [len(m["intruders"]) for m in matrices] if scaled else None,

@@ -409,17 +409,22 @@ class ShardFile(AtomicFile):
             raise NumericError(f"{self.path}: the header read back differs from what was written; check the disk")
 
 
-def write_shard(directory: Path, plan: ShardPlan, shard: Shard, renames: bool = True) -> ShardFile:
-    """Write a planned file, pulling its tensors in the plan's order, and return it closed."""
+def write_shard(directory: Path, plan: ShardPlan, shard: Shard, renames: bool = True,
+                before_rename: Callable[[], None] = lambda: None) -> ShardFile:  # fmt: skip
+    """Write a planned file, pulling its tensors in the plan's order, and return it closed; `before_rename` may raise to prevent that."""
     with ShardFile(directory, plan, renames) as file:
         for tensor, pieces in shard:
             file.add(tensor, pieces)
+        file.complete()
+        before_rename()
     return file
 
 
-def write_sealed(directory: Path, plan: ShardPlan, source: Callable[[TensorInfo], Iterable[Buffer]]) -> None:
+def write_sealed(directory: Path, plan: ShardPlan, source: Callable[[TensorInfo], Iterable[Buffer]],
+                 before_rename: Callable[[], None] = lambda: None) -> None:  # fmt: skip
     """Write a planned file with a digest of all of it, pulling each tensor's bytes twice."""
-    write_shard(directory, plan.sealed(source), ((info, map(Piece, source(info))) for info in plan.header.tensors))
+    shard = ((info, map(Piece, source(info))) for info in plan.header.tensors)
+    write_shard(directory, plan.sealed(source), shard, before_rename=before_rename)
 
 
 def index_bytes(index: dict[str, Any], total_size: int) -> bytes:

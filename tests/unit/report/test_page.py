@@ -226,10 +226,10 @@ def test_36000_matrices_take_less_than_5_megabytes() -> None:
         layer, expert, j = i // 384, i // 3 % 128, i % 3000
         tensor = f"model.layers.{layer}.mlp.experts.{expert}.{('gate', 'up', 'down')[i % 3]}_proj"
         low, high = similarity[j] * width[j], similarity[j]
-        found = Detection(tuple(sigma[j].tolist()), tuple(high.tolist()), tuple(low.tolist()), tuple(high.tolist()),
-                          tuple(np.flatnonzero(high < 0.5).tolist()), U, S, Vh, True, (), "certified", False, 8, 20, 1e-5,
-                          float(sigma[j, 0]), float(low[0]), float(low[1]), "float32", tuple(sigma[j - 1].tolist()))  # fmt: skip
-        return MatrixFinding(f"{tensor}.weight", tensor, (2048, 768), "BF16", 16, 2.0, found)
+        found = Detection(True, (), "certified", False, "float32", 8, 20, 1e-5, float(sigma[j, 0]), float(low[0]), float(low[1]),
+                          tuple(sigma[j].tolist()), tuple(high.tolist()), tuple(low.tolist()), tuple(high.tolist()),
+                          tuple(sigma[j - 1].tolist()), tuple(np.flatnonzero(high < 0.5).tolist()), U, S, Vh)  # fmt: skip
+        return MatrixFinding(f"{tensor}.weight", tensor, (2048, 768), "BF16", 16, 2.0, False, None, found)
 
     def size(chosen: range) -> int:
         found = Findings({"files": []}, {"modules": 1}, streamer.DetectionOptions(), tuple(map(finding, chosen)))
