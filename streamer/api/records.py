@@ -7,6 +7,7 @@ Inspect inputs: what they contain, which tensor each module changes, and what ea
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -220,6 +221,11 @@ def inspection_record(plan: Plan, forecasts: Mapping[str, Forecast | Unsupported
          "rank": t.module.rank, "scale": t.module.scaling, "transposed": t.transposed, "matched": t.match.rule}
         for t in plan.targets
     ]  # fmt: skip
+    counts, first = Counter(t.match.rule for t in plan.targets), {t.match.rule: t for t in reversed(plan.targets)}
+    names: list[NameRule] = [
+        {"rule": rule, "modules": counts[rule], "module": t.module.name, "tensor": t.tensor, "why": t.match.why}
+        for rule, t in ((rule, first[rule]) for rule in counts)
+    ]
     largest = max(plan.targets, key=lambda t: plan.weights[t.tensor].nbytes)
     return {
         "schema": "streamer.plan/1",
@@ -235,21 +241,9 @@ def inspection_record(plan: Plan, forecasts: Mapping[str, Forecast | Unsupported
             "detection_cost": sum(DetectionOptions().cost(t.module.shape) for t in plan.targets),
         },
         "warnings": list(plan.warnings),
-        "names": _names_json(plan),
+        "names": names,
         "matrices": matrices,
         "carried": plan.edits.listed(plan.base, plan.adapter.describes_model),
         "forecast": cast(_Forecasts, {c: asdict(f) if isinstance(f, Forecast) else None for c, f in forecasts.items()}),
         "refused": {c: str(f) for c, f in forecasts.items() if isinstance(f, UnsupportedError)},
     }
-
-
-def _names_json(plan: Plan) -> list[NameRule]:
-    """List the rules by which modules were found in the base, each with the number of modules and the first one."""
-    groups: dict[str, NameRule] = {}
-    for t in plan.targets:
-        group = groups.setdefault(
-            t.match.rule,
-            {"rule": t.match.rule, "modules": 0, "module": t.module.name, "tensor": t.tensor, "why": t.match.why},
-        )
-        group["modules"] += 1
-    return list(groups.values())

@@ -49,7 +49,7 @@ from streamer.plan.targets import Target
 from streamer.storage.atomic_file import Buffer, partials_of, write_sealed
 from streamer.storage.header import Header, TensorInfo, layout, parse_header
 from streamer.storage.journal import Journal, ResumableFile, journal_of, left
-from streamer.storage.output_checks import allocated_bytes, check_file_path, check_space, is_taken, not_own
+from streamer.storage.output_checks import allocated_bytes, check_file_path, check_space, holds, is_taken, not_own
 from streamer.units import counted
 from streamer.weights.base import as_bytes
 
@@ -369,11 +369,7 @@ def _finished(plan: Plan, path: Path, head: FindingsHead, overwrite: bool) -> Fi
     try:
         findings = load_findings(path)
     except FormatError as e:
-        raise OutputExistsError(
-            f"{path}: holds findings that cannot be read; choose another output, or pass --overwrite", path
-        ) from e
+        raise holds(path, "findings that cannot be read") from e
     if findings.made_from() != head.digest(target.tensor for target in plan.targets):
-        raise OutputExistsError(
-            f"{path}: holds findings of other inputs or options; choose another output, or pass --overwrite", path
-        )
+        raise holds(path, "findings of other inputs or options")
     return findings

@@ -32,7 +32,7 @@ from streamer.methods import METHODS, MethodName
 from streamer.methods.files import SealedKind
 from streamer.plan.plan import Plan
 from streamer.storage.journal import Journal, ResumableFile, journal_of, left, states_of
-from streamer.storage.output_checks import check_file_path, is_placeholder, not_own
+from streamer.storage.output_checks import check_file_path, holds, is_placeholder, not_own
 from streamer.storage.transaction import refuse_within_output
 from streamer.streaming.model import LoadedModel, require_transformers
 from streamer.streaming.sweep import States
@@ -280,10 +280,7 @@ class ResultFile:
 
 def of_others(path: Path, one: str, differing: Sequence[str] = ()) -> OutputExistsError:
     """Make the error for a file that holds a result of other inputs or options, with the differences."""
-    return OutputExistsError(
-        f"{path}: holds {one} of other inputs or options{in_words(differing)}; choose another output, or pass --overwrite",
-        path,
-    )
+    return holds(path, f"{one} of other inputs or options{in_words(differing)}")
 
 
 def in_words(differing: Sequence[str]) -> str:

@@ -36,7 +36,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from streamer.detection.findings import Findings, FindingsRecord, load_findings
 from streamer.detection.findings_file import SCHEMA as FINDINGS_SCHEMA
-from streamer.errors import FormatError, MismatchError, OutputError, OutputExistsError, UsageError, printable
+from streamer.errors import FormatError, MismatchError, OutputError, UsageError, printable
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.losses import EvaluationRecord
 from streamer.evaluation.view import commands, field_figures, reasons, verdict
@@ -49,14 +49,7 @@ from streamer.plan.name_matching import natural
 from streamer.storage.atomic_file import remove_partials, write_atomic
 from streamer.storage.files import locked, make_directory, storage_errors
 from streamer.storage.journal import lock_of
-from streamer.storage.output_checks import (
-    check_file_path,
-    check_space,
-    is_placeholder,
-    refuse_address,
-    refuse_symlink,
-    touch,
-)
+from streamer.storage.output_checks import check_file_path, check_space, holds, is_taken, not_own, refuse_symlink, touch
 from streamer.storage.tensor_file import TensorFile
 from streamer.storage.transaction import refuse_within_output
 from streamer.units import counted, listed
@@ -700,20 +693,19 @@ def write_files(subject: Subject | Collection, output: str | Path, overwrite: bo
 
 def check_path(path: Path) -> None:
     """Refuse a path at which no report can be written; see `write_files`."""
+    check_file_path(path, "report.html", path.name, "page")
     if path.suffix.lower() not in PAGES:
-        refuse_address(path)
         raise UsageError(
             f"{path}: expected a page, whose name ends in .html; figures for a paper were removed: print the page, or save "
             "pictures of it"
         )
-    check_file_path(path, "report.html", path.name, "page")
     refuse_within_output(path)
 
 
 def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:
     """Test whether a file already has these bytes; refuse a file that must not be replaced."""
     refuse_symlink(path)
-    if not path.exists() or is_placeholder(path):
+    if not is_taken(path):
         return False
     if not path.is_file():
         raise OutputError(f"{path}: is not a regular file; choose another output")
@@ -722,9 +714,7 @@ def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:
     if there == data:
         return True
     if not there.startswith(SIGN.encode()):
-        raise OutputExistsError(
-            f"{path}: exists and is not a report; only reports are replaced; choose another output", path
-        )
+        raise not_own(path, "a report")
     if not overwrite:
-        raise OutputExistsError(f"{path}: holds another report; choose another output, or pass --overwrite", path)
+        raise holds(path, "another report")
     return False

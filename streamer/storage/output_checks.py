@@ -103,6 +103,11 @@ def not_own(path: Path, what: str) -> OutputExistsError:
     )
 
 
+def holds(path: Path, what: str) -> OutputExistsError:
+    """Make the error for an output that holds something else, which the user may allow to be replaced."""
+    return OutputExistsError(f"{path}: holds {what}; choose another output, or pass --overwrite", path)
+
+
 def touch(paths: Sequence[Path]) -> str:
     """Set the times of files to now, so that `make` considers them newer than their inputs; contents do not change.
 

@@ -56,7 +56,7 @@ def test_what_is_no_report_is_never_replaced(findings: Findings, tmp_path: Path,
     path = tmp_path / "r.html"
     path.write_bytes(content)
     for overwrite in (False, True):
-        with pytest.raises(OutputExistsError, match="exists and is not a report; only reports are replaced"):
+        with pytest.raises(OutputExistsError, match="exists and is not a report, which is all that is replaced"):
             write_files(make_subject(findings), path, overwrite)
     assert path.read_bytes() == content
     path.write_bytes(b"")  # made beforehand, as mktemp does
