@@ -79,12 +79,17 @@ class Evaluation(VariantLosses):
     def to_dict(self, keep: float | None = None) -> EvaluationRecord:
         """Make the JSON object (schema ``streamer.evaluation/1``); `from_json` rebuilds the evaluation from its sums per sequence."""
         best = self.best(keep)
+        others = [
+            {"name": name, "effect": own.effect, **flat("change", own.change), "reliable": own.change.divides,
+             "tokens": own.tokens.tolist()}
+            for name, own in self.others.items()
+        ]  # fmt: skip
         return cast(EvaluationRecord, {
             "schema": SCHEMA,
             "verdict": verdict(self, best),
             **{key: self.facts[key] for key in FACTS if key in self.facts},
             "tokens": {"general": self.general.tokens.tolist(), "task": self.task.tokens.tolist()},
-            **self._others_dict(),
+            **({"others": others} if others else {}),
             "keep": self.keep,
             "variants": [self._variant_dict(v) for v in range(len(self.variants))],
             "reliable": self.reliable(),
@@ -158,14 +163,6 @@ class Evaluation(VariantLosses):
             "against_adapter": self._against(v, ADAPTER_ROW),
             "against_base": self._against(v, BASE_ROW),
         })  # fmt: skip
-
-    def _others_dict(self) -> dict[str, Any]:
-        found = [
-            {"name": name, "effect": own.effect, **flat("change", own.change), "reliable": own.change.divides,
-             "tokens": own.tokens.tolist()}
-            for name, own in self.others.items()
-        ]  # fmt: skip
-        return {"others": found} if found else {}
 
     def _against(self, v: int, other: int) -> dict[str, float | None]:
         return {

@@ -57,23 +57,6 @@ class OldFile:
     sha256: str
 
 
-def journal_entry(journal: Journal, i: int) -> dict[str, Any]:
-    """Read a journal's entry for a file: its name, size and digest.
-
-    Raises
-    ------
-    OutputError
-        If another version wrote it.
-    """
-    try:
-        entry = strict_json(journal[i])
-    except ValueError:
-        entry = None
-    if not isinstance(entry, dict) or not as_files([entry]):
-        raise journal.foreign(i)
-    return entry
-
-
 def own_files(record: Path, journal: Path) -> list[OldFile]:
     """List the files of earlier outputs, finished or not, in the order of writing, from their record and journal.
 
@@ -82,14 +65,6 @@ def own_files(record: Path, journal: Path) -> list[OldFile]:
     head, *finished = [*Journal.peek(journal)] or [{}]
     listed = ((_record(record) or {}).get("files"), head.get(OLD), finished)
     return list(dict.fromkeys(file for entries in listed for file in as_files(entries)))
-
-
-def own_names(directory: Path, record: Path, journal: Path) -> list[str]:
-    """List the names in this directory for which earlier runs wrote or planned files, and so may have left partial files."""
-    planned = next(Journal.peek(journal), {}).get(NAMES)
-    names = [file.file for file in own_files(record, journal)]
-    names += [name for name in planned if isinstance(name, str)] if isinstance(planned, list) else []
-    return [name for name in dict.fromkeys(names) if _is_within(directory, name)]
 
 
 def as_files(entries: Any) -> list[OldFile]:
@@ -299,7 +274,10 @@ def size_of(path: Path) -> int:
 
 def own_partials(plan: OutputPlan) -> set[Path]:
     """Find the partial files that killed runs, of this plan or an earlier one, left in the output's directories."""
-    old = own_names(plan.path, plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)
+    planned = next(Journal.peek(plan.path / JOURNAL_NAME), {}).get(NAMES)
+    old = [file.file for file in own_files(plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)]
+    old += [name for name in planned if isinstance(name, str)] if isinstance(planned, list) else []
+    old = [name for name in old if _is_within(plan.path, name)]
     names = (RECORD_NAME, *plan.conflicting_names, *(name for name, _ in plan.files), *old)
     paths = [place / name for place in (plan.path, plan.path / STAGE_NAME) for name in names]
     directories = {path.parent for path in paths if path.parent.is_dir()}
@@ -403,7 +381,12 @@ class OutputDirectory:
         self.path, self.resumed, self._plan, self._journal = path, resumed, plan, journal
         self._entries: dict[str, dict[str, Any]] = {}
         for i in range(1, len(journal)):
-            entry = journal_entry(journal, i)
+            try:
+                entry = strict_json(journal[i])
+            except ValueError:
+                entry = None
+            if not isinstance(entry, dict) or not as_files([entry]):
+                raise journal.foreign(i)
             self._entries[entry["file"]] = entry
 
     def finished(self, name: str) -> dict[str, Any] | None:
