@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from streamer.errors import MismatchError
-from streamer.evaluation.losses import ProductDtype, ReliableRecord, TextFacts, TradeRecord, reliable
+from streamer.evaluation.losses import ModelFacts, ProductDtype, ReliableRecord, TextFacts, TradeRecord, reliable
 from streamer.evaluation.suggestion import Trade, against_shrink, ask_swapped
 from streamer.fitting.prepare import SHRINKS
-from streamer.json_types import Amount, Count, Difference, KeptShare, Keywords, Mean, Sha256, State, Version
+from streamer.json_types import Amount, Count, Difference, KeptShare, Keywords, Mean, Sha256, State
 from streamer.linalg.operators import LowRank
 from streamer.measuring.result_file import ADAPTER_ROW, BASE_ROW, Configs, EvaluatedVariant
 from streamer.measuring.statistics import SequenceSums, flat, telling
 from streamer.methods import RegMean, Shrink, share_name
 from streamer.plan.plan import Plan
-from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.plan.targets import Target
 from streamer.streaming.spool import Spool, Spooled
 from streamer.streaming.values import ADAPTER, BASE, Variant
@@ -145,14 +144,8 @@ class SetRecord(_Shares):
     trade: NotRequired[Annotated[TradeRecord, "What it gives up and regains; absent in earlier versions."]]
     shrink: Annotated[FittedShrink | None, "The shrink that keeps the same share, interpolated; null if none encloses it."]
 
-class FitFacts(TypedDict):
+class FitFacts(ModelFacts):
     """Inputs and options of a fit."""
-    version: Version
-    transformers: Annotated[str, "Version of transformers."]
-    base: Annotated[BaseSource, "What identifies the base model, wherever it is stored."]
-    adapter: Annotated[AdapterSource, "What identifies the adapter, or the fine-tuned model in its place."]
-    factored: Annotated[bool, "Whether all deltas are products of LoRA factors, so that mitigate can write them."]
-    quantized: Annotated[bool, "Whether a merge must write a quantized base as a plain one (--dequantize)."]
     configs: Configs
     weights: Annotated[list[float], "Weights mu of the candidates."]
     holdout: Annotated[float, "Share of each text's sequences that were held out."]
