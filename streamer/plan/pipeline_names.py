@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -21,7 +21,7 @@ from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.reader import PipelineAdapter
 from streamer.errors import MismatchError, UnsupportedError, UsageError
 from streamer.plan.name_matching import EXACT, Match, Renames, match_names
-from streamer.plan.targets import Target, TensorSlice
+from streamer.plan.targets import TensorSlice
 from streamer.storage.checkpoint import PIPELINE_NAME, SINGLE_NAME, Checkpoint
 from streamer.weights.base import RowConcat, Weight
 from streamer.weights.logical import WeightView
@@ -99,10 +99,6 @@ class ModuleNames:
     def extended(self, weights: WeightView) -> WeightView:
         """Add the fused matrices."""
         return weights.extended({name: partial(_fused, name, slices) for name, slices in self.fused.items()})
-
-    def pieced(self, targets: Iterable[Target]) -> list[Target]:
-        """Give fused matrices their slices."""
-        return [replace(target, pieces=self.fused.get(target.tensor, ())) for target in targets]
 
 
 def _fused(name: str, slices: Iterable[TensorSlice], weights: WeightView) -> Weight:

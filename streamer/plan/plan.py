@@ -298,8 +298,9 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
     if edits.vocabularies and not opened.describes_model:
         edits = without_stale_values(checkpoint, architecture, vocabulary, edits)
     weights = found_names.extended(weights.replaced({**aliases, **edits.sources}))
+    matched_targets = match_targets(weights, opened, orientation, own, renames)
     targets = [
-        *found_names.pieced(match_targets(weights, opened, orientation, own, renames)),
+        *(replace(target, pieces=found_names.fused.get(target.tensor, ())) for target in matched_targets),
         *match_experts(weights, opened, config, orientation.architectures, names, renames),
         *match_stacks(weights, opened, names),
     ]

@@ -10,7 +10,6 @@ Define the source of a safetensors file's bytes: an interface, and files on disk
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import mmap
@@ -445,12 +444,3 @@ class LocalSource(ByteSource):
         have = os.fstat(self._fd).st_size
         if have < wanted:
             raise InputChangedError(f"{self.path}: shrank to {format_size(have)} during the run; get the file again")
-
-
-def opened(source: ByteSource) -> tuple[ByteSource, Header]:
-    """Read the header of a source; close the source if that fails."""
-    with contextlib.ExitStack() as undo:
-        undo.callback(source.close)
-        header = source.header()
-        undo.pop_all()
-    return source, header

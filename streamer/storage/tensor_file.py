@@ -13,7 +13,7 @@ from pathlib import Path
 
 from streamer.errors import FormatError
 from streamer.storage.atomic_file import BufferRing, Piece
-from streamer.storage.header import DIGEST, NO_DIGEST, ByteSource, IOMode, LocalSource, TensorInfo, opened
+from streamer.storage.header import DIGEST, NO_DIGEST, ByteSource, IOMode, LocalSource, TensorInfo
 from streamer.storage.remote_source import RemoteSource, read_manifest
 
 __all__ = ["SAMPLE_BYTES", "IOMode", "TensorFile", "sampled_bytes"]
@@ -56,8 +56,11 @@ class TensorFile:
         self.path = path
         manifest = read_manifest(path.parent)
         far = None if manifest is None else manifest.files.get(path.name)
-        source, header = opened(LocalSource(path, io) if far is None else RemoteSource(far))
-        self.header = header.prefixed(prefix)
+        source = LocalSource(path, io) if far is None else RemoteSource(far)
+        with contextlib.ExitStack() as undo:
+            undo.callback(source.close)
+            self.header = source.header().prefixed(prefix)
+            undo.pop_all()
         self._source, self.io, self.stamp, self.remote = source, source.io, source.stamp, source.remote
 
     def close(self) -> None:

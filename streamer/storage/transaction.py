@@ -37,6 +37,7 @@ from streamer.storage.output_checks import (
     check_name,
     check_output_path,
     check_space,
+    holds,
     is_placeholder,
     is_taken,
 )
@@ -297,7 +298,7 @@ def _recorded_state(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal[
     record = read_json_object(path / RECORD_NAME)
     if record.get("plan") == plan.digest:
         return _check_stands(plan, record)
-    raise _another(path)
+    raise holds(path, "another output")
 
 
 def _refuse_foreign(plan: OutputPlan, own: Sequence[OldFile], overwrite: bool) -> None:
@@ -330,10 +331,6 @@ def _refuse_foreign(plan: OutputPlan, own: Sequence[OldFile], overwrite: bool) -
         )
 
 
-def _another(path: Path) -> OutputExistsError:
-    return OutputExistsError(f"{path}: holds another output; choose another directory, or pass --overwrite", path)
-
-
 def _refuse_edited(plan: OutputPlan, own: Sequence[OldFile]) -> None:
     """Refuse to replace or remove a file that users may edit, such as a model card, if someone did."""
     for path, name in ((plan.path / name, name) for name, _ in plan.files if name in plan.editable):
@@ -357,7 +354,7 @@ def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "
         if found == wanted or (found > 0 and name in plan.editable):
             continue
         if wanted is None:
-            raise _another(plan.path)
+            raise holds(plan.path, "another output")
         if found > 0:
             expected, is_now = format_sizes(wanted, found)
             raise OutputExistsError(
