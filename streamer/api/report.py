@@ -13,15 +13,7 @@ from streamer.errors import UsageError
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.events import Monitor
 from streamer.report.diff import FindingsDiff, diff_findings
-from streamer.report.page import (
-    Collection,
-    Subject,
-    WrittenReport,
-    delta_energy,
-    make_subject,
-    open_subject,
-    write_files,
-)
+from streamer.report.page import Collection, Subject, WrittenPage, delta_energy, make_subject, open_subject, write_files
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,7 @@ class Report:
     one: Subject | None
     several: Mapping[str, Findings] | None
     output: str | Path | None = None
-    written: WrittenReport | None = None
+    written: WrittenPage | None = None
 
     def energies(self) -> list[tuple[float, float]]:
         """Compute the energy of each of several adapters' deltas, and the intruders' share of it."""

@@ -31,14 +31,7 @@ from streamer.detection.findings_file import (
     plan_findings_file,
 )
 from streamer.detection.intruders import Detection
-from streamer.detection.matrices import (
-    Work,
-    detect_in_turn,
-    detect_on_workers,
-    detection_estimates,
-    inputs_of,
-    kept_bytes,
-)
+from streamer.detection.matrices import Work, detect_in, detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import FormatError, OutputError, OutputExistsError, UsageError
 from streamer.events import Event
@@ -181,11 +174,7 @@ def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, residen
         monitor.checkpoint()
         monitor.emit(Event("detect", one.target.tensor, done, total, items, of, names[one.plan]))
 
-    if run.workers is None:
-        stream = detect_in_turn(work, run.device, monitor, begin)
-    else:
-        stream = detect_on_workers(work, run.workers, inputs_of(batch, run), run.device, monitor, begin)
-    with contextlib.closing(stream):
+    with contextlib.closing(detect_in(work, run, begin)) as stream:
         for one, finding in stream:
             yield one.plan, finding
             done, items = done + work.cost([one]), items + 1

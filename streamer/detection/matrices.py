@@ -379,6 +379,13 @@ def detect_in_turn(work: Work, device: torch.device, monitor: Monitor, begin: Be
                 yield one, finding
 
 
+def detect_in(work: Work, run: Run, begin: Begin) -> Found:
+    """Detect in all matrices, in this process or on the run's workers."""
+    if run.workers is None:
+        return detect_in_turn(work, run.device, run.monitor, begin)
+    return detect_on_workers(work, run.workers, inputs_of(work.batch, run), run.device, run.monitor, begin)
+
+
 TASK_COST = 1_000_000_000
 """Units of cost (see `detection.solvers.cost`; about a second) from which a task gets no more matrices."""
 

@@ -641,7 +641,7 @@ PAGES = (".html", ".htm")
 
 
 @dataclass(frozen=True)
-class WrittenReport:
+class WrittenPage:
     """Result of writing a report.
 
     Attributes
@@ -656,7 +656,7 @@ class WrittenReport:
     files: Mapping[str, int]
 
 
-def write_files(subject: Subject | Collection, output: str | Path, overwrite: bool = False) -> WrittenReport:
+def write_files(subject: Subject | Collection, output: str | Path, overwrite: bool = False) -> WrittenPage:
     """Write a report's page.
 
     Parameters
@@ -681,14 +681,14 @@ def write_files(subject: Subject | Collection, output: str | Path, overwrite: bo
     size = {path.name: len(data)}
     if _is_present(path, data, overwrite):
         touch([path])
-        return WrittenReport("present", size)
+        return WrittenPage("present", size)
     check_space(path, len(data))
     make_directory(path.parent)
     with locked(lock_of(path), path):
         remove_partials(path.parent, {path.name})
         _is_present(path, data, overwrite)  # another run may have written it meanwhile
         write_atomic(path, data)
-    return WrittenReport("written", size)
+    return WrittenPage("written", size)
 
 
 def check_path(path: Path) -> None:
