@@ -32,6 +32,7 @@ The rest is for readers of the code. The folders follow the data, and a module i
     workers        tasks             work in other processes
     detection/     decisions         the leading directions of each matrix, and the findings file
     methods/       mitigated deltas  the methods with their options, and the files of fits and maps
+    options        options           every option, declared once
     output/        results           output tensors, files, records
     streaming/     the model         run from its files in one sweep over its layers, for several variants and texts at once
     measuring/     sums              losses of variants on texts, in sweeps over the base, and the journal of their sums
@@ -59,14 +60,13 @@ __version__ = "0.2.0"
 
 # Public names by their modules. A name is resolved on first use, so that importing streamer does not load torch.
 _NAMES = {
-    "api.detection": ("detect_intruder_dimensions",),
-    "api.evaluation": ("evaluate_variants",),
-    "api.fitting": ("fit_coefficients", "map_inputs"),
-    "api.repair": ("repair_adapter",),
+    "api.intruders": (
+        "detect_intruder_dimensions", "iter_merged", "merge_with_reduced_intruder_dimensions", "reduce_intruder_dimension",
+    ),
+    "api.texts": ("evaluate_variants", "fit_coefficients", "map_inputs", "repair_adapter"),
     "api.report": ("write_report",),
     "api.tensors": ("read_tensors", "write_safetensors"),
     "api.verification": ("verify_output",),
-    "api.writing": ("iter_merged", "merge_with_reduced_intruder_dimensions", "reduce_intruder_dimension"),
     "detection.findings": ("Findings", "load_findings"),
     "detection.findings_file": ("MatrixFinding",),
     "detection.intruders": ("Detection",),
@@ -76,7 +76,7 @@ _NAMES = {
     "events": ("Event", "Monitor"),
     "methods.files": ("Coefficients", "InputMap", "load_coefficients", "load_map"),
     "report.diff": ("FindingsDiff", "diff_findings"),
-}
+}  # fmt: skip
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
@@ -89,14 +89,16 @@ __all__ = [
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from streamer.api.detection import detect_intruder_dimensions
-    from streamer.api.evaluation import evaluate_variants
-    from streamer.api.fitting import fit_coefficients, map_inputs
-    from streamer.api.repair import repair_adapter
+    from streamer.api.intruders import (
+        detect_intruder_dimensions,
+        iter_merged,
+        merge_with_reduced_intruder_dimensions,
+        reduce_intruder_dimension,
+    )
     from streamer.api.report import write_report
     from streamer.api.tensors import read_tensors, write_safetensors
+    from streamer.api.texts import evaluate_variants, fit_coefficients, map_inputs, repair_adapter
     from streamer.api.verification import verify_output
-    from streamer.api.writing import iter_merged, merge_with_reduced_intruder_dimensions, reduce_intruder_dimension
     from streamer.detection.findings import Findings, load_findings
     from streamer.detection.findings_file import MatrixFinding
     from streamer.detection.intruders import Detection

@@ -25,28 +25,24 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from tqdm import tqdm
 
-from streamer.adapters.finetuned import One
-from streamer.api.evaluation import evaluation_options
-from streamer.api.keywords import watched
-from streamer.api.options import Judged, Settings, take
+from streamer.api.requests import detection_options, watched
+from streamer.api.texts import VariantsRequest
 from streamer.detection.detect import detect_in_memory
 from streamer.detection.findings import Findings
 from streamer.errors import StreamerError, UnsupportedError, UsageError
 from streamer.evaluation.evaluate import open_model
-from streamer.evaluation.losses import EvaluationOptions
 from streamer.events import Monitor
 from streamer.linalg.torch_state import full_float32
 from streamer.measuring.riders import ROWS, Progress, Work, measured, padding_changes, riders
 from streamer.measuring.sequences import TextSequences, load_tokenizer, tokenizer_directory
 from streamer.measuring.texts import chooses_keys
-from streamer.output.write import load_given
+from streamer.options import VariantOptions
 from streamer.plan.plan import AdapterBatch, resident_bytes
 from streamer.streaming.model import require_transformers
 from streamer.streaming.values import ADAPTER, BASE, Variant
 from streamer.units import quoted
 
-KEYWORDS = {f.name for kind in (EvaluationOptions, Settings, Judged) for f in fields(kind)} | {"findings"}
-KEYWORDS -= {"sequences", "length", "resume", "overwrite"}
+KEYWORDS = {f.name for f in fields(VariantOptions)} - {"base", "adapter", "on_event", "monitor", "progress"}
 """Keywords of `evaluate_variants` that have an effect here."""
 
 BLOCK = 8192
@@ -98,17 +94,15 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         lam = None if lam is None else _number("lambda", lam)
         several = "methods" in given or method not in (BASE, ADAPTER)
         given = {**({"methods": (method,)} if several else {}), **({} if lam is None else {"lambdas": (lam,)}), **given}
-        options_ = evaluation_options(given)
-        self._variants = options_.variants if several else options_.variants[:2]
+        request = VariantsRequest(base=base, adapter=adapter, **given)
+        variants = request.options.variants
+        self._variants = variants if several else variants[:2]
         self._variant = _chosen(self._variants, method, lam, keep)
-        self._settings = take(Settings, given)
-        with watched({}) as monitor:
-            base_path, adapter_path = self._settings.located(monitor).paths(base, adapter)
-            self._run = self._settings.make_run(monitor)
-            (found,) = load_given(given.get("findings"), One(Path(adapter_path)))
-            self._detection = take(Judged, given).options(self._settings.memory, found)
+        with watched(request) as monitor:
+            base_path, adapter_path, found, self._run = request.opened(adapter, request.findings, monitor)
+            self._detection = detection_options(request, request.memory, found)
             self._model, self._given = open_model(
-                base_path, Path(adapter_path), found, options_, self._detection, self._run
+                base_path, adapter_path, found, request.options, self._detection, self._run
             )
         plan = self._model.job.plan
         directory = tokenizer_directory(plan)

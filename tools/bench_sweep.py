@@ -43,8 +43,8 @@ from safetensors.torch import load_file, save_file
 from shapes import KNOWN, Known, Mixture
 from torch import Tensor
 
-from streamer.evaluation.losses import LAMBDAS
 from streamer.methods.files import load_coefficients
+from streamer.options import EvaluateOptions
 
 COMMANDS = "repair", "evaluate", "map"
 DEFAULTS = {"repair": (16, 64), "evaluate": (32, 128), "map": (32, 128)}
@@ -108,7 +108,9 @@ def rows_of(name: str, out: Path, sweeps: int, sequences: int, length: int) -> i
     if name == "evaluate":
         tree = json.loads(out.read_text())
         variants = len(tree["variants"])
-        placed = variants > 2 + len(LAMBDAS)  # the shrink that keeps the share has sweeps of its own, with the base
+        placed = variants > 2 + len(
+            EvaluateOptions.lambdas
+        )  # the shrink that keeps the share has sweeps of its own, with the base
         return length * (variants + placed) * sum(map(len, tree["tokens"].values()))
     facts = load_coefficients(out.with_name(f"{out.name}.fit.safetensors")).facts
     fitted, held = (sum(text[part]["sequences"] for text in facts["texts"].values()) for part in ("fitted", "held"))

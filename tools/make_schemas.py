@@ -21,7 +21,7 @@ from torch import Tensor
 
 from streamer.api.demo import DemoRecord
 from streamer.api.records import DryRun, ErrorsRecord, EventRecord, PlanRecord, SeveralRecord
-from streamer.api.repair import RepairRecord
+from streamer.api.texts import RepairRecord
 from streamer.detection.findings import FindingsRecord
 from streamer.evaluation.losses import EvaluationRecord
 from streamer.fitting.mapping import MapFacts

@@ -21,14 +21,19 @@ from torch import Tensor
 
 from streamer.adapters.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
 from streamer.adapters.adapter_config import WEIGHTS_NAME
-from streamer.api.detection import detect_intruder_dimensions
-from streamer.api.writing import merge_with_reduced_intruder_dimensions, reduce_intruder_dimension
+from streamer.api.intruders import (
+    detect_intruder_dimensions,
+    merge_with_reduced_intruder_dimensions,
+    reduce_intruder_dimension,
+)
+from streamer.api.tensors import write_safetensors
 from streamer.detection.findings import load_findings
 from streamer.errors import OutputExistsError
 from streamer.events import Monitor
 from streamer.json_types import Amount, Count, TensorName
 from streamer.linalg.operators import LowRank
 from streamer.methods import Project
+from streamer.options import DemoOptions
 from streamer.storage.atomic_file import Piece, index_bytes, plan_shard, write_atomic, write_shard
 from streamer.storage.checkpoint import INDEX_NAME, open_checkpoint, shard_names
 from streamer.storage.header import TensorInfo, tensor_nbytes
@@ -163,7 +168,8 @@ def write_base(
     shapes = model.tensors
     weight_map: dict[str, str] = {}
     for file, names in zip(shard_names(len(shards)), shards, strict=True):
-        _write(directory / file, [(name, dtype, shapes[name]) for name in names], source)
+        plan = plan_shard(file, [(name, dtype, shapes[name]) for name in names], {"format": "pt"})
+        write_shard(directory, plan, ((info, source(info)) for info in plan.header.tensors))
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         write_atomic(directory / INDEX_NAME, index_bytes({"weight_map": weight_map}, model.nbytes(dtype)))
@@ -190,30 +196,16 @@ def write_adapter(
         Returns a module's A and B.
     """
     directory.mkdir(parents=True)
-    entries = [
-        (f"base_model.model.{module}.lora_{which}.weight", "F32", shape)
-        for module, pair in shapes.items()
-        for which, shape in zip("AB", pair, strict=True)
-    ]
-    made: dict[str, Tensor] = {}
-
-    def source(info: TensorInfo) -> Iterator[Piece]:
-        if info.name not in made:
-            module = info.name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            A, B = factors(module)
-            made[info.name], made[info.name.replace("lora_A", "lora_B")] = A, B
-        yield Piece(as_bytes(made.pop(info.name)))
-
-    _write(directory / WEIGHTS_NAME, entries, source)
+    sizes = {(module, which): size for module, pair in shapes.items() for which, size in zip("AB", pair, strict=True)}
+    names = {key: f"base_model.model.{key[0]}.lora_{key[1]}.weight" for key in sizes}
+    tensors = (
+        (names[module, which], tensor) for module in shapes for which, tensor in zip("AB", factors(module), strict=True)
+    )
+    entries = [(names[key], "F32", size) for key, size in sizes.items()]
+    write_safetensors(directory / WEIGHTS_NAME, entries, tensors, metadata={"format": "pt"})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none", "fan_in_fan_out": False, **targets,
               "task_type": "CAUSAL_LM", "base_model_name_or_path": "generated", "peft_version": "0.21.2"}  # fmt: skip
     write_atomic(directory / ADAPTER_CONFIG, json.dumps(config, indent=2).encode())
-
-
-def _write(path: Path, entries: Sequence[tuple[str, str, tuple[int, ...]]],
-           source: Callable[[TensorInfo], Iterable[Piece]]) -> None:  # fmt: skip
-    plan = plan_shard(path.name, entries, {"format": "pt"})
-    write_shard(path.parent, plan, ((info, source(info)) for info in plan.header.tensors))
 
 
 def make_demo(directory: Path, seed: int = 0) -> DemoModel:
@@ -267,19 +259,8 @@ DemoRecord.__doc__ = "What `streamer demo --json` prints."
 # fmt: on
 
 
-@dataclass(frozen=True)
-class DemoRequest:
-    """A requested demo.
-
-    Attributes
-    ----------
-    output
-        Directory to write, which must not exist; None uses a temporary directory.
-    """
-
-    mitigation_lambda: float
-    amplify: bool
-    output: Path | None
+class DemoRequest(DemoOptions):
+    """A requested demo; without an output, in a temporary directory."""
 
     def run(self, monitor: Monitor) -> DemoRecord:
         """Detect, mitigate, merge, and detect again in the mitigated adapter."""
@@ -287,9 +268,10 @@ class DemoRequest:
         if self.output is None:
             with tempfile.TemporaryDirectory(prefix="streamer-demo-") as directory:
                 return {**_run(Path(directory), method, monitor), "directory": None}
-        if os.path.lexists(self.output):
-            raise OutputExistsError(f"{self.output}: exists; name a directory that does not", self.output)
-        return _run(self.output, method, monitor)
+        output = Path(self.output)
+        if os.path.lexists(output):
+            raise OutputExistsError(f"{output}: exists; name a directory that does not", output)
+        return _run(output, method, monitor)
 
 
 def _run(directory: Path, mitigation: Project, monitor: Monitor) -> DemoRecord:

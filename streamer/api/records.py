@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 from streamer.adapters.finetuned import ByName, One, Several
-from streamer.api.options import Settings
+from streamer.api.requests import Request
 from streamer.detection.findings import FindingsRecord
 from streamer.detection.matrices import choose_device
 from streamer.detection.options import DetectionOptions
@@ -22,6 +22,7 @@ from streamer.errors import UnsupportedError
 from streamer.events import Monitor
 from streamer.forecast import Forecast, ForecastRecord, forecast_commands, measure_rates
 from streamer.json_types import Amount, Count, Keywords, MatrixHead, ModuleName, OutputPath, ReportFile, TensorName
+from streamer.options import InspectOptions
 from streamer.output.job import Written
 from streamer.plan.architectures import with_architecture
 from streamer.plan.carried_tensors import CarriedRecord
@@ -183,28 +184,23 @@ class Inspection:
     files: Mapping[str, list[tuple[str, int]]] | None = None
 
 
-@dataclass(frozen=True)
-class InspectRequest:
+class InspectRequest(Request, InspectOptions):
     """A requested inspection of a base, or of a base and an adapter."""
-
-    base: str | Path
-    adapter: str | Path | None
-    settings: Settings
 
     def run(self, monitor: Monitor) -> Inspection:
         """Open the inputs and forecast the commands."""
-        settings, located = self.settings, self.settings.located(monitor, peek=True)
+        located = self.located(monitor, peek=True)
         base = located.path(self.base)
         if self.adapter is None:
             return self._base_alone(base, monitor)
-        plan = make_plan(base, located.path(self.adapter), settings.io, settings.stated, settings.architecture)
+        plan = make_plan(base, located.path(self.adapter), self.io, self.stated, self.architecture)
         monitor.warn(plan.warnings)
         rates = measure_rates(plan.base, monitor)
         return Inspection(inspection_record(plan, forecast_commands(plan, choose_device("auto"), rates)))
 
     def _base_alone(self, path: str | Path, monitor: Monitor) -> Inspection:
-        base = open_checkpoint(path, self.settings.io)
-        with_architecture(read_model_config(base.directory), self.settings.architecture)
+        base = open_checkpoint(path, self.io)
+        with_architecture(read_model_config(base.directory), self.architecture)
         monitor.warn(base.warnings)
         files = {name: [(t.dtype, t.nbytes) for t in file.header.tensors] for name, file in base.files.items()}
         record: PlanRecord = {

@@ -12,6 +12,7 @@ from streamer.detection.findings import Findings, load_findings
 from streamer.errors import UsageError
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.events import Monitor
+from streamer.options import DiffOptions, ReportOptions
 from streamer.report.diff import FindingsDiff, diff_findings
 from streamer.report.page import Collection, Subject, WrittenPage, delta_energy, make_subject, open_subject, write_files
 
@@ -52,14 +53,8 @@ class Report:
         return {**self.one.record} if self.one.record is not None else {**self.one.found.record()}
 
 
-@dataclass(frozen=True)
-class ReportRequest:
+class ReportRequest(ReportOptions):
     """A requested report; see `write_report`. Without an output, nothing is written."""
-
-    findings: Findings | Evaluation | str | Path
-    evaluation: Evaluation | str | Path | None = None
-    output: str | Path | None = None
-    overwrite: bool = False
 
     def run(self, monitor: Monitor) -> Report:
         """Open the subject, and write the page."""
@@ -110,11 +105,14 @@ def write_report(
     StreamerError
         If the inputs do not belong together, or the output path holds something else (see `streamer.errors`).
     """
-    ReportRequest(findings, evaluation, output, overwrite).run(Monitor())
+    ReportRequest(findings=findings, evaluation=evaluation, output=output, overwrite=overwrite).run(Monitor())
 
 
-def diff_files(first: str | Path, second: str | Path, monitor: Monitor) -> FindingsDiff:
-    """Compare the findings in two files; see `diff_findings`."""
-    found = diff_findings(load_findings(first), load_findings(second))
-    monitor.warn(found.notes)
-    return found
+class DiffRequest(DiffOptions):
+    """A requested comparison; see `diff_findings`."""
+
+    def run(self, monitor: Monitor) -> FindingsDiff:
+        """Compare the findings in the two files."""
+        found = diff_findings(load_findings(self.first), load_findings(self.second))
+        monitor.warn(found.notes)
+        return found

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import TYPE_CHECKING, Unpack
 
-from streamer.api.keywords import WatchKeywords, explained, watched
+from streamer.api.functions import explained
+from streamer.api.progress import monitoring
+from streamer.events import Monitor
+from streamer.options import VerifyOptions
 from streamer.remote.inputs import Remote
 from streamer.verification.tensors import Verification
 from streamer.verification.verify import verify
 
+if TYPE_CHECKING:
+    from streamer.api.keywords import VerifyKeywords
 
-@explained(WatchKeywords)
+
+class VerifyRequest(VerifyOptions):
+    """A requested verification."""
+
+    def run(self, monitor: Monitor) -> Verification:
+        """Run the verification."""
+        remote = Remote("cache", monitor=monitor)  # the verifying code reads only local files
+        base, adapter = (None if path is None else remote.path(path) for path in (self.base, self.adapter))
+        return verify(
+            self.output, (base, adapter), self.sample, monitor, {"coefficients": self.coefficients, "map": self.map}
+        )
+
+
+@explained(VerifyOptions)
 def verify_output(
     output: str | Path,
     base: str | Path | None = None,
     adapter: str | Path | None = None,
-    *,
-    sample: int | Literal["all"] = 3,
-    coefficients: str | Path | None = None,
-    map: str | Path | None = None,  # noqa: A002
-    **options: Unpack[WatchKeywords],
+    **options: Unpack[VerifyKeywords],
 ) -> Verification:
     """Check an output against its record and, if its inputs are given, against a recomputation by independent code.
 
@@ -54,8 +68,6 @@ def verify_output(
     StreamerError
         If the output has no record, or was made from other inputs (see `streamer.errors`).
     """
-    with watched(options) as monitor:
-        inputs = Remote("cache", monitor=monitor)  # the verifying code reads only local files
-        base, adapter = (None if given is None else inputs.path(given) for given in (base, adapter))
-        given = {"coefficients": coefficients, "map": map}
-        return verify(output, (base, adapter), sample, monitor, given)
+    request = VerifyRequest(output=output, base=base, adapter=adapter, **options)
+    with monitoring(request.on_event, request.monitor, request.progress) as monitor:
+        return request.run(monitor)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from streamer.adapters.finetuned import ByName
+from streamer.api.records import several
 from streamer.detection.matrices import is_repeated
 from streamer.detection.options import DetectionOptions
 from streamer.evaluation.view import Names, commands, figures, reasons, verdict
+from streamer.fitting.mapping import map_record
 from streamer.measuring.result_file import input_options
 from streamer.methods import share_name, takes_findings
 from streamer.output.output_spec import record_lines
@@ -12,6 +15,6 @@ from streamer.plan.name_matching import natural
 from streamer.report.diff import FATES, fates_counted
 
 __all__ = [
-    "FATES", "DetectionOptions", "Names", "commands", "fates_counted", "figures", "input_options", "is_repeated", "natural", "reasons",
-    "record_lines", "share_name", "takes_findings", "verdict",
+    "FATES", "ByName", "DetectionOptions", "Names", "commands", "fates_counted", "figures", "input_options", "is_repeated", "map_record",
+    "natural", "reasons", "record_lines", "several", "share_name", "takes_findings", "verdict",
 ]  # fmt: skip

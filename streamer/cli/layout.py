@@ -21,12 +21,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from streamer.api.progress import Bars, columns, counts, layout
 from streamer.errors import printable
 from streamer.events import Event
 from streamer.units import counted, format_duration, format_size
+
+if TYPE_CHECKING:
+    from streamer.api.records import ErrorEntry
+
+Result = tuple[Mapping[str, Any], str]
+"""JSON object for `--json`, and text for people."""
 
 NAME_COLUMNS = 24
 """Width to which names are shortened before other columns are hidden; names get shorter only when all those columns are hidden."""
@@ -231,6 +237,13 @@ def write_line(line: str) -> None:
     STDERR.write(f"{line}\n")
 
 
+def silence(stream: TextIO) -> None:
+    """Let a stream's remaining buffer go nowhere when the process ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 class _Stderr:
     """Wrapper of stderr that ignores write errors."""
 
@@ -243,9 +256,7 @@ class _Stderr:
         except OSError:
             # Unwritten text stays in Python's buffer; writing it again at exit would change the exit code.
             with contextlib.suppress(OSError, ValueError):
-                silent = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(silent, sys.stderr.fileno())
-                os.close(silent)
+                silence(sys.stderr)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
@@ -290,6 +301,10 @@ class Progress:
                 if self._bars is None:
                     self._bars = self._begin()
                 self._bars(event)
+
+    def error(self, error: ErrorEntry) -> None:
+        """Print an error that ended the run."""
+        say(f"streamer: {error['message']}")
 
     def tell(self, text: str) -> None:
         """Print a line that is not an event, on a clean line."""

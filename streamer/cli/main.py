@@ -21,20 +21,20 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from streamer.api.choices import shown
+from streamer.api.addresses import shown
 from streamer.api.threads import set_threads, wait_passively
-from streamer.cli.commands import COMMANDS
-from streamer.cli.layout import Progress, say, summary, write_line
+from streamer.cli.commands import run_command
+from streamer.cli.layout import Progress, say, silence, summary, write_line
 from streamer.cli.parser import BadUsage, build_parser, named_as_option
 from streamer.errors import StorageError, StreamerError, UsageError, VerificationError, advice, one_line, printable
 from streamer.events import Event, Monitor
 
 if TYPE_CHECKING:
-    from streamer.api.records import ErrorEntry, ErrorsRecord
+    from streamer.api.records import ErrorEntry
 
 
 @contextlib.contextmanager
@@ -89,19 +89,17 @@ def error_entry(
     given
         Paths given to the command; a message may begin with one even if it does not exist.
     """
-    where = _leading_path(message, given) if path is None else path
-    return {"kind": kind, "exit_code": exit_code, "message": message, "path": where}
+    head, colon, _ = message.partition(
+        ": "
+    )  # a message begins with the location of the error, which may also be an option
+    if path is None and colon and (head in given or os.sep in head or os.path.lexists(head)):
+        path = head
+    return {"kind": kind, "exit_code": exit_code, "message": message, "path": path}
 
 
-def errors_object(errors: list[ErrorEntry]) -> ErrorsRecord:
-    """Collect errors into the object that `--json` prints."""
-    return {"schema": ERROR_SCHEMA, "errors": errors}
-
-
-def _leading_path(message: str, given: Collection[str]) -> str | None:
-    """Return the path before the first colon; a message begins with the location of the error, which may also be an option."""
-    head, colon, _ = message.partition(": ")
-    return head if colon and (head in given or os.sep in head or os.path.lexists(head)) else None
+def _errors(error: ErrorEntry) -> dict[str, Any]:
+    """Make the object that `--json` prints for an error."""
+    return {"schema": ERROR_SCHEMA, "errors": [error]}
 
 
 EVENT_SCHEMA = "streamer.event/1"
@@ -155,30 +153,32 @@ def run(argv: list[str] | None = None) -> int:
     try:
         if any(arg == "" or re.fullmatch("--?[a-z-]+=", arg) for arg in given):
             raise BadUsage("an argument is empty; is a variable of the shell unset? Pass '.' for the current directory")
-        args = build_parser().parse_args(given)
-    except BadUsage as e:
-        _refuse(e.message, given)
+        args = build_parser(*given[:1]).parse_args(given)
+    except BadUsage as e:  # report in the format that the readable arguments ask for
+        progress = JsonEvents() if "--json-events" in given else Progress("none")
+        error = error_entry("UsageError", UsageError.exit_code, one_line(e.message))
+        _tell([error], _errors(error), "--json" in given, progress)
+        progress.close()
         raise
-    progress = JsonEvents() if args.json_events else _progress(args)
+    dry = " --dry-run" if getattr(args, "dry_run", False) else ""
+    progress = JsonEvents() if args.json_events else Progress(args.progress, args.quiet, f"{args.command}{dry}")
     try:
         _run(args, progress)
     except VerificationError as e:
-        _tell_differences(e, args, progress)
+        found = e.verification["differences"] or [{"message": str(e), "file": args.output}]
+        errors = [error_entry("VerificationError", e.exit_code, one_line(one["message"]), one["file"]) for one in found]
+        _tell(errors, e.verification, args.json, progress)
         return e.exit_code
     except Exception as e:  # with --json, an error of any kind is printed as JSON too
-        error = _described(e, _paths(args))
-        _tell(error or error_entry(type(e).__name__, 1, str(e)), args.json, progress, error is not None)
-        if error is None:  # our own bug: print its traceback
+        described = _described(e, _paths(args))
+        error = described or error_entry(type(e).__name__, 1, str(e))
+        _tell([error] if described or args.json_events else [], _errors(error), args.json, progress)
+        if described is None:  # our own bug: print its traceback
             raise
         return error["exit_code"]
     finally:
         progress.close()
     return 0
-
-
-def _progress(args: argparse.Namespace) -> Progress:
-    dry = " --dry-run" if getattr(args, "dry_run", False) else ""
-    return Progress(args.progress, args.quiet, f"{args.command}{dry}")
 
 
 def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
@@ -199,7 +199,7 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
                 set_threads(getattr(args, "threads", None), monitor, getattr(args, "executor", None) is not None)
             else:  # hashing needs no torch, and numpy's idle threads spin: one thread is faster if other processes run
                 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-            tree, text = COMMANDS[args.command](args, monitor)
+            tree, text = run_command(args, monitor)
         finally:
             progress.close()
     if prints:
@@ -237,35 +237,15 @@ def _described(e: Exception, given: Sequence[str]) -> ErrorEntry | None:
     return None
 
 
-def _tell(error: ErrorEntry, as_json: bool, progress: Progress | JsonEvents, foreseen: bool) -> None:
-    """Report an error in one line on stderr, and with `--json` also on stdout; an unexpected error prints a traceback instead."""
+def _tell(
+    errors: Sequence[ErrorEntry], tree: Mapping[str, Any], as_json: bool, progress: Progress | JsonEvents
+) -> None:
+    """Report errors, each in one line on stderr, and with `--json` print an object on stdout."""
     if as_json and sys.stdout is not None:
         with contextlib.suppress(StorageError):  # stdout is what failed
-            _print(json.dumps(errors_object([error]), indent=1))
-    if isinstance(progress, JsonEvents):
+            _print(json.dumps(tree, indent=1))
+    for error in errors:
         progress.error(error)
-    elif foreseen:
-        say(f"streamer: {error['message']}")
-
-
-def _tell_differences(e: VerificationError, args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
-    """Report each difference in one line on stderr, and with `--json` print the same object as for a success."""
-    if args.json and sys.stdout is not None:
-        with contextlib.suppress(StorageError):
-            _print(json.dumps(e.verification, indent=1))
-    for difference in e.verification["differences"] or [{"message": str(e), "file": args.output}]:
-        message = one_line(difference["message"])
-        if isinstance(progress, JsonEvents):
-            progress.error(error_entry("VerificationError", e.exit_code, message, difference["file"]))
-        else:
-            say(f"streamer: {message}")
-
-
-def _refuse(message: str, argv: Sequence[str]) -> None:
-    """Report wrong arguments in the format that the readable arguments ask for."""
-    progress = JsonEvents() if "--json-events" in argv else Progress("none")
-    _tell(error_entry("UsageError", UsageError.exit_code, one_line(message)), "--json" in argv, progress, True)
-    progress.close()
 
 
 def _open_missing_streams() -> None:
@@ -290,9 +270,7 @@ def _print(text: str = "") -> None:
     try:
         print(text, end="\n" if text else "", flush=True)
     except OSError as e:
-        silent = os.open(os.devnull, os.O_WRONLY)  # receives Python's remaining buffer when the process ends
-        os.dup2(silent, sys.stdout.fileno())
-        os.close(silent)
+        silence(sys.stdout)
         if not isinstance(e, BrokenPipeError):
             message = (
                 f"stdout: {e.strerror or e}; the result could not be printed, the files that were written are complete"

@@ -26,29 +26,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from streamer.api.views import (
-    FATES,
-    DetectionOptions,
-    Names,
-    commands,
-    fates_counted,
-    figures,
-    input_options,
-    is_repeated,
-    natural,
-    reasons,
-    record_lines,
-    share_name,
-    takes_findings,
-    verdict,
-)
+from streamer.api import views
 from streamer.cli.layout import Column, Screen, fit, shorten, table
 from streamer.units import counted, format_duration, format_size, listed
 
 if TYPE_CHECKING:
     from streamer.api.demo import DemoRecord
-    from streamer.api.repair import RepairRecord
     from streamer.api.report import Report
+    from streamer.api.texts import RepairRecord
     from streamer.detection.findings import Findings
     from streamer.detection.findings_file import MatrixFinding
     from streamer.evaluation.evaluation import Evaluation
@@ -139,7 +124,7 @@ def findings_table(
     findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None, state: str = "written"
 ) -> str:
     """Format findings: one line for each matrix, or the ten with the most intruder energy; totals; and the file written."""
-    every = sorted(findings, key=lambda m: natural(m.tensor))
+    every = sorted(findings, key=lambda m: views.natural(m.tensor))
     chosen, cut = _most(every, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
     found = [m.detection for m in chosen]
     decided = [_decided(m) for m in chosen]
@@ -189,7 +174,7 @@ def stood(where: object, state: str) -> str:
 
 def next_step(findings: Findings, where: object, screen: Screen, base: str = "BASE", adapter: str = "ADAPTER") -> str:
     """Give the commands that make the adapter forget less: with texts a repair, which also measures what the findings do; else a shrink."""
-    options = input_options({"base": findings.base, "adapter": findings.adapter})
+    options = views.input_options({"base": findings.base, "adapter": findings.adapter})
     texts = "--general", "TEXT", "--task", "TEXT", "-o", "OUTPUT"
     repair = ["repair", base, adapter, *texts, "--findings", str(where), *options]
     shrink = ["mitigate", base, adapter, "--method", "shrink", "--lambda", "0.75", "-o", "OUTPUT", *options]
@@ -202,7 +187,7 @@ def next_step(findings: Findings, where: object, screen: Screen, base: str = "BA
 def _wants_memory(m: MatrixFinding) -> bool:
     """Test whether lack of memory kept an open matrix from the dense solver or from a second run in float64."""
     d = m.detection
-    return not d.certified and (d.solver == "certified" or (d.precision == "float32" and is_repeated(m.shape)))
+    return not d.certified and (d.solver == "certified" or (d.precision == "float32" and views.is_repeated(m.shape)))
 
 
 def _decided(m: MatrixFinding) -> str:
@@ -225,16 +210,16 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMIT) -> str:
     """Format a record: totals and matrices, or the ten matrices that changed most if there are many."""
-    matrices = sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
+    matrices = sorted(record["matrices"], key=lambda m: views.natural(m["tensor"]))
     chosen, cut = _most(matrices, _removed, screen)
     columns = [Column("matrix", [m["tensor"] for m in chosen], left=True, names=True), *_norms(chosen, priority=1)]
-    if takes_findings(record["method"]):
+    if views.takes_findings(record["method"]):
         scaled = [str(len(m["intruders"])) for m in chosen]
         columns.insert(1, Column("scaled", scaled, "intruders that were scaled", priority=2))
     if record["command"] == "mitigate":
         about = "lost in projection: share of the mitigated delta that the adapter's rank cannot hold"
         columns.append(Column("lost", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, priority=4))
-    lines = record_lines(record, stood(where, record["state"]))
+    lines = views.record_lines(record, stood(where, record["state"]))
     return _sections(table(columns, screen) if chosen else "", _cut(cut, len(matrices), "largest change", screen),
                      "\n".join(fit(line, screen.width) for line in lines))  # fmt: skip
 
@@ -248,7 +233,7 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
         columns.append(
             _summed("mitigated", [x["changed"] for x in t], "matrices whose delta differs from the adapter's", 3)
         )
-        if any(takes_findings(tree["method"]) for tree in trees.values()):
+        if any(views.takes_findings(tree["method"]) for tree in trees.values()):
             columns.append(_summed("scaled", [x["intruders"] for x in t], "intruders that were scaled", 5))
         columns += [
             *_norms(t, priority=2),
@@ -282,7 +267,7 @@ def _removed(matrix: Mapping[str, Any]) -> tuple[float, float]:
 def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     """Format a plan: one line for each matrix, or if there are many, for each group whose names differ only in numbers."""
     t = tree["totals"]
-    matrices = sorted(tree["matrices"], key=lambda m: natural(m["tensor"]))
+    matrices = sorted(tree["matrices"], key=lambda m: views.natural(m["tensor"]))
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     grouped = len(matrices) > MANY and not screen.every
     for m in matrices:
@@ -313,7 +298,7 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
                               "the order of its sides in the base's file", priority=2))  # fmt: skip
     carried = ""
     if tree["carried"]:
-        kept = sorted(tree["carried"], key=lambda c: natural(c["tensor"]))
+        kept = sorted(tree["carried"], key=lambda c: views.natural(c["tensor"]))
         some = kept if screen.every or len(kept) <= MANY else kept[:SHOWN]
         carried = table([
             Column("carried along", [c["tensor"] for c in some], "tensors that are not factors", left=True, names=True),
@@ -382,7 +367,7 @@ _MEANING = {
 
 def diff_table(diff: FindingsDiff, screen: Screen) -> str:
     """Format one line for each intruder, or the ten that changed most if there are many, and counts."""
-    every = sorted(diff.intruders, key=lambda one: (natural(one.tensor), one.before is None, _rank(one)))
+    every = sorted(diff.intruders, key=lambda one: (views.natural(one.tensor), one.before is None, _rank(one)))
     cut = len(every) > MANY and not screen.every
     changed = [one for one in every if _is_changed(one)]
     shown = sorted(changed, key=lambda one: -abs(_value(one.after) - _value(one.before)))[:SHOWN] if cut else every
@@ -403,10 +388,10 @@ def diff_table(diff: FindingsDiff, screen: Screen) -> str:
             which = "that have changed" if len(shown) == len(changed) else "whose singular values changed most"
             words = f"the {len(shown)} {which}, of {len(every)}"
         parts.append(fit(f"{words}; --all shows every one", screen.width))
-    counts = [fate for fate in FATES if diff.count(fate)]
+    counts = [fate for fate in views.FATES if diff.count(fate)]
     lines = [
         f"{counted(diff.first['intruders'], 'intruder')} before, {diff.second['intruders']} after, "
-        f"in {counted(diff.matrices, 'matrix')} of both: " + fates_counted(diff.to_dict()["totals"]),
+        f"in {counted(diff.matrices, 'matrix')} of both: " + views.fates_counted(diff.to_dict()["totals"]),
         *(_MEANING[fate] for fate in counts),
     ]
     for where, names in (("first", diff.only_first), ("second", diff.only_second)):
@@ -436,7 +421,7 @@ def _cell(direction: Direction | None, what: str) -> str:
     return str(direction.rank + 1) if what == "rank" else f"{direction.singular_value:#.4g}"
 
 
-def evaluation_table(evaluation: Evaluation, names: Names, screen: Screen = NO_LIMIT, written: str = "") -> str:
+def evaluation_table(evaluation: Evaluation, names: views.Names, screen: Screen = NO_LIMIT, written: str = "") -> str:
     """Format the verdict, every variant's figures, the reasons, and the commands to run next.
 
     Parameters
@@ -446,13 +431,13 @@ def evaluation_table(evaluation: Evaluation, names: Names, screen: Screen = NO_L
     """
     columns = [
         Column(c.head, c.cells, c.about, c.priority, left=i == 0, names=False)
-        for i, c in enumerate(figures(evaluation, screen.every))
+        for i, c in enumerate(views.figures(evaluation, screen.every))
     ]
     suggestion = evaluation.best()
-    lines = [*reasons(evaluation, suggestion), written, *commands(evaluation, suggestion, names)]
+    lines = [*views.reasons(evaluation, suggestion), written, *views.commands(evaluation, suggestion, names)]
     return "\n\n".join(
         [
-            fit(verdict(evaluation, suggestion), screen.width),
+            fit(views.verdict(evaluation, suggestion), screen.width),
             table(columns, screen),
             "\n".join(fit(line, screen.width) for line in lines if line),
         ]
@@ -527,8 +512,8 @@ def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:
 def _commands(facts: Mapping[str, Any], inputs: str, output: str) -> list[str]:
     """List the commands that use the first set: `mitigate` if the adapter has factors, else `merge`."""
     sets = facts["sets"]
-    keep = f" --keep {share_name(sets[0]['keep'])}" if len(sets) > 1 else ""
-    more = "".join(f" {word}" for word in input_options(facts))
+    keep = f" --keep {views.share_name(sets[0]['keep'])}" if len(sets) > 1 else ""
+    more = "".join(f" {word}" for word in views.input_options(facts))
     plain = " --dequantize" if facts["quantized"] else ""
     made = "mitigate" if facts["factored"] else "merge"
     return [
@@ -591,7 +576,7 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
         Column("KL left", percents("divergence"), "its divergence from the base on general text; 100% is the adapter's", 8),
         Column("loss left", percents("forgetting"), "the rise of the loss on general text; 100% is the adapter's", 5),
     ]  # fmt: skip
-    more = "".join(f" {word}" for word in input_options(written))
+    more = "".join(f" {word}" for word in views.input_options(written))
     adapter = record.get("lora", inputs[1])
     words = shlex.join([inputs[0], adapter, "--general", "TEXT", "--task", "TEXT", "-o", "FILE"])
     what = {
@@ -611,7 +596,7 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
         f"writes {record['why']}",
         *([none] if record["intruders"] == 0 else []),
         *(f"{name} is not shown: {why}" for name, fine in told.items() if not fine),
-        *record_lines(written, stood(record["output"], record["state"])),
+        *views.record_lines(written, stood(record["output"], record["state"])),
         *([converted] if "lora" in record else []),
         page,
         *(then if what else []),
@@ -630,8 +615,8 @@ def demo_table(result: DemoRecord, screen: Screen = NO_LIMIT) -> str:
     def number(x: float | None) -> str:
         return "-" if x is None else f"{x:.3f}"
 
-    t, strength, top_k = result["totals"], result["lambda"], DetectionOptions().top_k
-    rows = sorted(result["matrices"], key=lambda r: natural(r["tensor"]))
+    t, strength, top_k = result["totals"], result["lambda"], views.DetectionOptions().top_k
+    rows = sorted(result["matrices"], key=lambda r: views.natural(r["tensor"]))
     counts: dict[Literal["planted", "found", "gone"], str] = {
         "planted": "intruders planted in this matrix",
         "found": f"intruders among the {top_k} largest directions, by `streamer detect`",
@@ -673,11 +658,11 @@ def _one(subject: Subject, where: str, screen: Screen) -> str:
         return record_table({**subject.record, "state": "read"}, where, screen)
     if subject.findings is None:
         assert subject.evaluation is not None
-        return evaluation_table(subject.evaluation, Names(output=shlex.quote(where)), screen)
+        return evaluation_table(subject.evaluation, views.Names(output=shlex.quote(where)), screen)
     text = findings_table(subject.findings, screen)
     if subject.evaluation is None:
         return text
-    return f"{text}\n\n{evaluation_table(subject.evaluation, Names(findings=shlex.quote(where)), screen)}"
+    return f"{text}\n\n{evaluation_table(subject.evaluation, views.Names(findings=shlex.quote(where)), screen)}"
 
 
 def _adapters(report: Report, screen: Screen) -> str:

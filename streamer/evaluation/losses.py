@@ -18,6 +18,7 @@ from streamer.measuring.sequences import GENERAL, TASK
 from streamer.measuring.statistics import BinsRecord, Effect, SequenceSums
 from streamer.methods import METHODS, MethodName, Shrink, takes_findings
 from streamer.methods.files import Coefficients, CoefficientsRecord, InputMap, MapRecord
+from streamer.options import EvaluateOptions
 from streamer.plan.plan import Plan
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.streaming.values import Variant, VariantSet, make_variants
@@ -25,22 +26,19 @@ from streamer.streaming.values import Variant, VariantSet, make_variants
 ProductDtype = Literal["float32", "bf16"]
 """Dtype to which base weights and activations are rounded before they are multiplied; the product is float32."""
 
-LAMBDAS = (0.75, 0.5)
-"""λ of each method, beside those that keep the share."""
-
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Options of an evaluation. `api.evaluate_variants` explains them; for `dtype` see also `bfloat16_products`."""
+    """Options of an evaluation; see `options.EvaluateOptions`, and for `dtype` also `bfloat16_products`."""
 
     methods: tuple[MethodName, ...] = (Shrink.name,)
-    lambdas: tuple[float, ...] = LAMBDAS
-    select: Selection = "all"
-    sequences: int = 32
-    length: int = 128
-    keep: float = 0.9
-    projected: bool = False
-    dtype: ProductDtype = "float32"
+    lambdas: tuple[float, ...] = tuple(EvaluateOptions.lambdas)
+    select: Selection = EvaluateOptions.select
+    sequences: int = EvaluateOptions.sequences
+    length: int = EvaluateOptions.length
+    keep: float = EvaluateOptions.keep
+    projected: bool = EvaluateOptions.projected
+    dtype: ProductDtype = EvaluateOptions.dtype
     coefficients: Coefficients | None = None
     amplify: bool = False
     map: InputMap | None = None

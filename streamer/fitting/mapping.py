@@ -25,7 +25,8 @@ from streamer.measuring.result_file import Records, ResultFile, State, computing
 from streamer.measuring.riders import Limits, Progress, Work, of_few_lengths, parts, sweep_cost
 from streamer.measuring.sequences import TextSequences, tokenizer_directory
 from streamer.measuring.texts import read_text, sample_digest
-from streamer.methods.files import MAP, VECTORS, InputMap, MappedInput, load_map
+from streamer.methods.files import MAP, InputMap, MappedInput, load_map
+from streamer.options import MappingOptions
 from streamer.plan.plan import AdapterBatch, Plan, make_base_plan, resident_bytes
 from streamer.storage.files import BaseIdentity, limit_freed_memory
 from streamer.streaming.model import require_transformers
@@ -69,12 +70,12 @@ class MapFacts(TypedDict):
 
 @dataclass(frozen=True)
 class MapOptions:
-    """Options of a map, all of which affect it: keywords of `api.map_inputs`, which explains them."""
+    """Options of a map, all of which affect it; see `options.MappingOptions`."""
 
-    vectors: int = VECTORS
-    sequences: int = 32
-    length: int = 128
-    dtype: ProductDtype = "float32"
+    vectors: int = MappingOptions.vectors
+    sequences: int = MappingOptions.sequences
+    length: int = MappingOptions.length
+    dtype: ProductDtype = MappingOptions.dtype
 
     def __post_init__(self) -> None:
         for name, least in (("vectors", 1), ("sequences", 2), ("length", 2)):

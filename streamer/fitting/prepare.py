@@ -29,6 +29,7 @@ from streamer.measuring.sequences import GENERAL, TASK, TextSequences
 from streamer.measuring.statistics import telling
 from streamer.measuring.texts import chooses_keys, read_texts, refuse_new_tokens, sample_digest
 from streamer.methods import UNCHANGED, Paper, share_name
+from streamer.options import FittingOptions, RepairOptions
 from streamer.output.write import fitting_findings
 from streamer.plan.plan import AdapterBatch, Plan, make_plan, resident_bytes
 from streamer.plan.targets import Target
@@ -40,9 +41,6 @@ from streamer.units import counted, listed
 LEAST = 2
 """Least number of sequences in each part of a text."""
 
-WEIGHTS = (0.5, 4.0, 32.0)
-"""Weights μ of the general text: the candidates. Δ' is interpolated between neighbours."""
-
 SHRINKS = (0.8, 0.5)
 """Shrinks that ride for comparison; the base and the adapter are those at 0 and 1."""
 
@@ -52,15 +50,15 @@ ALGORITHM = 3
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Options of a fit, all of which affect its result: keywords of `api.fit_coefficients`, which explains them."""
+    """Options of a fit, all of which affect its result; see `options.FittingOptions`."""
 
-    keep: tuple[float, ...] = (0.9,)
-    weights: tuple[float, ...] = WEIGHTS
-    holdout: float = 0.33
-    sequences: int = 24
-    length: int = 64
-    seed: int = 0
-    dtype: ProductDtype = "float32"
+    keep: tuple[float, ...] = (RepairOptions.keep,)
+    weights: tuple[float, ...] = tuple(FittingOptions.weights)
+    holdout: float = FittingOptions.holdout
+    sequences: int = FittingOptions.sequences
+    length: int = FittingOptions.length
+    seed: int = FittingOptions.seed
+    dtype: ProductDtype = FittingOptions.dtype
 
     def __post_init__(self) -> None:
         if not self.keep:

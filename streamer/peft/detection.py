@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import nn
@@ -23,15 +23,16 @@ from streamer.adapters.adapter_config import Stated
 from streamer.adapters.modules import MethodModule
 from streamer.adapters.reader import sorted_adapter
 from streamer.adapters.rules import refuse_kinds
-from streamer.api.keywords import LiveDetectKeywords, explained, watched
-from streamer.api.options import Judged, Settings, take
+from streamer.api.functions import explained
+from streamer.api.requests import detection_options, watched
 from streamer.detection.findings import Findings, load_findings, matched_findings
 from streamer.detection.findings_file import FindingsHead
-from streamer.detection.matrices import detect_matrix
+from streamer.detection.matrices import choose_device, detect_matrix
 from streamer.detection.options import DetectionOptions
 from streamer.errors import InputError, UnsupportedError
 from streamer.events import Event, Monitor
 from streamer.methods import Method, NullSpace, RegMean
+from streamer.options import LiveMitigation, LiveOptions
 from streamer.output.job import Job
 from streamer.output.write import check_counts, lacking_inputs, refuse_other_base
 from streamer.peft.model import LiveFile, LiveModel, LiveTensor, entries, layer_of, open_model
@@ -43,6 +44,9 @@ from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.files import AdapterIdentity, BaseIdentity
 from streamer.weights.logical import WeightView, open_weights
 from streamer.weights.model_config import ModelConfig, read_model_config
+
+if TYPE_CHECKING:
+    from streamer.api.keywords import LiveDetectKeywords
 
 
 class LiveBase(Checkpoint):
@@ -223,7 +227,7 @@ def _directory(stated: object) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-@explained(LiveDetectKeywords, Settings, Judged)
+@explained(LiveOptions)
 def detect_intruder_dimensions(peft_model: nn.Module, adapter_name: str = "default", top_k: int | float | None = None,
                                threshold_epsilon: float | None = None,
                                **options: Unpack[LiveDetectKeywords]) -> Findings:  # fmt: skip
@@ -231,6 +235,8 @@ def detect_intruder_dimensions(peft_model: nn.Module, adapter_name: str = "defau
 
     Parameters
     ----------
+    peft_model
+        A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
     adapter_name
         The adapter, active or not; others are ignored.
 
@@ -247,12 +253,12 @@ def detect_intruder_dimensions(peft_model: nn.Module, adapter_name: str = "defau
     StreamerError
         Of the class for the kind of error (see `streamer.errors`).
     """
-    judged, settings = take(Judged, options, top_k=top_k, threshold_epsilon=threshold_epsilon), take(Settings, options)
-    with watched(options) as monitor:
-        live = plan_live(peft_model, adapter_name, settings.ignore_keys)
+    given = LiveOptions(top_k=top_k, threshold_epsilon=threshold_epsilon, **options)
+    detection = detection_options(given)
+    with watched(given) as monitor:
+        live = plan_live(peft_model, adapter_name, given.ignore_keys)
         monitor.warn(live.plan.warnings)
-        device = settings.make_run(monitor).device
-        return named_as_files(live, detect_live(live, judged.options(), device, monitor))
+        return named_as_files(live, detect_live(live, detection, choose_device(given.device), monitor))
 
 
 def detect_live(live: LivePlan, options: DetectionOptions, device: torch.device, monitor: Monitor) -> Findings:
@@ -277,10 +283,7 @@ def named_as_files(live: LivePlan, findings: Findings) -> Findings:
     return replace(findings, matrices=tuple(replace(m, tensor=live.name_in_files(m.tensor)) for m in findings))
 
 
-def live_job(
-    live: LivePlan, method: Method, judged: Judged, findings: Findings | str | Path | None,
-    device: torch.device, monitor: Monitor,
-) -> tuple[Job, Findings | None]:  # fmt: skip
+def live_job(live: LivePlan, method: Method, given: LiveMitigation, monitor: Monitor) -> tuple[Job, Findings | None]:
     """Run detection, or use the given findings, if the method needs them; give findings, factors and maps the names in memory.
 
     Raises
@@ -295,7 +298,8 @@ def live_job(
     Job, Findings or None
         The findings use the names in memory; None if the method needs none.
     """
-    plan = live.plan
+    plan, findings = live.plan, given.findings
+    detection, device = detection_options(given), choose_device(given.device)
     monitor.warn(plan.warnings)
     found, named = None, isinstance(method, RegMean | NullSpace)
     names = {live.name_in_files(target.tensor): target.tensor for target in plan.targets if named}
@@ -316,10 +320,10 @@ def live_job(
         monitor.warn(lacking_inputs(plan, inputs))
         method = replace(method, map=inputs)
     if method.needs_detection and findings is None:
-        found = detect_live(live, judged.options(), device, monitor)
+        found = detect_live(live, detection, device, monitor)
     elif method.needs_detection and findings is not None:
         loaded = findings if isinstance(findings, Findings) else load_findings(findings)
         found = matched_findings(plan, loaded, loaded.name)
         live.release()
-        found.check_matches(plan.base_identity, plan.adapter_identity, judged.options(None, loaded))
-    return Job(plan, method, judged.options(), device, found), found
+        found.check_matches(plan.base_identity, plan.adapter_identity, detection_options(given, None, loaded))
+    return Job(plan, method, detection, device, found), found

@@ -11,19 +11,20 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from streamer.api.keywords import LiveKeywords, explained, watched
-from streamer.api.options import Judged, MethodChoice, Settings, take
+from streamer.api.functions import explained
+from streamer.api.requests import chosen_method, watched
 from streamer.detection.findings import Findings
 from streamer.errors import NumericError, UnsupportedError, UsageError
 from streamer.events import Event
 from streamer.linalg.operators import all_finite
 from streamer.linalg.torch_state import threads
 from streamer.methods import Project
+from streamer.options import LiveMitigation
 from streamer.output.adapter_writer import MitigatedFactors, refuse_dense
 from streamer.output.job import Job, MitigatedMatrix, truncation_warnings
 from streamer.output.merge_plan import AddBias, Cast, CopyBytes, OutputTensor, plan_merged
@@ -32,8 +33,11 @@ from streamer.peft.model import LiveModel, LiveTensor, layer_of, quiet_peft, req
 from streamer.storage.atomic_file import gather
 from streamer.weights.base import TORCH_DTYPES, as_tensor
 
+if TYPE_CHECKING:
+    from streamer.api.keywords import LiveKeywords
 
-@explained(LiveKeywords, Settings, MethodChoice)
+
+@explained(LiveMitigation)
 def merge_and_unload_with_reduced_intruder_dimensions(peft_model: nn.Module, adapter_name: str = "default",
                                                       top_k: int | float | None = None,
                                                       threshold_epsilon: float | None = None,
@@ -48,6 +52,8 @@ def merge_and_unload_with_reduced_intruder_dimensions(peft_model: nn.Module, ada
 
     Parameters
     ----------
+    peft_model
+        A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
     adapter_name
         An adapter of any kind that ``streamer merge`` supports.
     findings
@@ -67,13 +73,14 @@ def merge_and_unload_with_reduced_intruder_dimensions(peft_model: nn.Module, ada
     StreamerError
         Of the class for the kind of error (see `streamer.errors`).
     """
-    method = take(MethodChoice, options, mitigation_lambda=mitigation_lambda).make()
-    judged, settings = take(Judged, options, top_k=top_k, threshold_epsilon=threshold_epsilon), take(Settings, options)
-    with watched(options) as monitor:
-        device = settings.make_run(monitor).device
-        live = plan_live(peft_model, adapter_name, settings.ignore_keys)
+    given = LiveMitigation(
+        top_k=top_k, threshold_epsilon=threshold_epsilon, mitigation_lambda=mitigation_lambda, **options
+    )
+    method = chosen_method(given)
+    with watched(given) as monitor:
+        live = plan_live(peft_model, adapter_name, given.ignore_keys)
         outputs = _checked(live, list(_changed(live)))
-        job, _ = live_job(live, method, judged, options.get("findings"), device, monitor)
+        job, _ = live_job(live, method, given, monitor)
         # Compute everything once before the first change, so that wrong coefficients or an overflow are refused here.
         for output in outputs:
             monitor.checkpoint()
@@ -193,7 +200,7 @@ def unloaded(live: LiveModel) -> nn.Module:
 LoggingSink = Callable[[str], Any]
 
 
-@explained(LiveKeywords, Settings, MethodChoice)
+@explained(LiveMitigation)
 def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "default",
                               new_adapter_name: str = "intruder_reduced", top_k: int | float | None = None,
                               threshold_epsilon: float | None = None, mitigation_lambda: float | None = None,
@@ -207,6 +214,8 @@ def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "de
 
     Parameters
     ----------
+    peft_model
+        A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
     old_adapter_name
         A LoRA adapter, active or not.
     new_adapter_name
@@ -230,17 +239,18 @@ def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "de
     StreamerError
         Of the class for the kind of error (see `streamer.errors`).
     """
-    method = take(MethodChoice, options, mitigation_lambda=mitigation_lambda).make()
-    judged, settings = take(Judged, options, top_k=top_k, threshold_epsilon=threshold_epsilon), take(Settings, options)
+    given = LiveMitigation(
+        top_k=top_k, threshold_epsilon=threshold_epsilon, mitigation_lambda=mitigation_lambda, **options
+    )
+    method = chosen_method(given)
     try:  # PEFT keeps an adapter's tensors in modules of its name
         nn.ModuleDict().add_module(new_adapter_name, None)
     except (KeyError, TypeError):
         raise UsageError(
             f"new_adapter_name: expected a name without dots that is not an attribute of a torch module, found {new_adapter_name!r}"
         ) from None
-    with watched(options) as monitor:
-        device = settings.make_run(monitor).device
-        live = plan_live(peft_model, old_adapter_name, settings.ignore_keys)
+    with watched(given) as monitor:
+        live = plan_live(peft_model, old_adapter_name, given.ignore_keys)
         if new_adapter_name in live.live.configs:
             raise UsageError(
                 f"adapter {new_adapter_name!r}: the model has one of this name; choose another, or call delete_adapter"
@@ -248,7 +258,7 @@ def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "de
         merge = "merge_and_unload_with_reduced_intruder_dimensions"
         files = "for files `streamer mitigate --to-lora RANK` writes it as a LoRA adapter"
         refuse_dense(live.plan, f"{merge} merges it into the base, and {files}")
-        job, found = live_job(live, method, judged, options.get("findings"), device, monitor)
+        job, found = live_job(live, method, given, monitor)
         factors, new = MitigatedFactors(job), dict[str, Tensor]()
         metrics: list[MitigatedMatrix] = []
         for name, targets in factors.targets.items():

@@ -20,8 +20,8 @@ from test_schemas import check
 import streamer
 from streamer.errors import Interrupted
 from streamer.evaluation.evaluate import BLOCK
-from streamer.evaluation.losses import LAMBDAS
 from streamer.linalg.torch_state import has_fast_bfloat16
+from streamer.options import EvaluateOptions
 from streamer.storage.journal import Journal
 
 
@@ -174,7 +174,7 @@ def test_events(server: Server, home: Path, tmp_path: Path) -> None:
     assert [e["done"] for e in progress] == sorted(e["done"] for e in progress)
     assert progress[-1]["done"] == progress[-1]["total"] > 0
     lambdas = [v["lambda"] for v in json.loads((tmp_path / "e.json").read_text())["variants"][2:]]
-    assert len(lambdas) in (len(LAMBDAS), len(LAMBDAS) + 1)
+    assert len(lambdas) in (len(EvaluateOptions.lambdas), len(EvaluateOptions.lambdas) + 1)
     assert [e["name"] for e in progress[:3]] == ["embeddings", "model.layers.0", "model.layers.1"]
 
 

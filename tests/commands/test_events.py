@@ -47,9 +47,7 @@ def test_wrong_arguments_are_an_object_too(argv: list[str]) -> None:
 
 
 def test_a_fault_of_ours_is_an_object_and_a_traceback(inputs: tuple[Path, Path]) -> None:
-    before = (
-        "import streamer.cli.main as m\ndef broken(*_): raise RuntimeError('impossible')\nm.COMMANDS['verify'] = broken"
-    )
+    before = "import streamer.cli.main as m\ndef broken(*_): raise RuntimeError('impossible')\nm.run_command = broken"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; {before}\nsys.argv = ['streamer', 'verify', 'x', '--json']\nm.main()"],
         capture_output=True, text=True, env=ENV, check=False,

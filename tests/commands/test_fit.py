@@ -18,7 +18,7 @@ import streamer
 from streamer.errors import FormatError, OutputExistsError
 from streamer.evaluation.suggestion import against_shrink
 from streamer.events import Event
-from streamer.fitting.prepare import SHRINKS, WEIGHTS
+from streamer.fitting.prepare import SHRINKS, FitOptions
 from streamer.fitting.result import MISSED, factors_of
 from streamer.forecast import START_SECONDS
 from streamer.plan.plan import make_plan
@@ -77,7 +77,7 @@ def test_the_table_and_what_comes_next(server: Server, home: Path, tmp_path: Pat
 def test_the_object(server: Server, home: Path, tmp_path: Path) -> None:
     output = tmp_path / "c.safetensors"
     tree = check(run(server, home, output, "--json"), "streamer.fit/1")
-    assert (tree["state"], tree["weights"], len(tree["sets"])) == ("written", list(WEIGHTS), 1)
+    assert (tree["state"], tree["weights"], len(tree["sets"])) == ("written", list(FitOptions.weights), 1)
     assert (tree["forgotten"], tree["factored"], tree["quantized"]) == (True, True, False)
     found = streamer.load_coefficients(output)
     assert {"schema": tree["schema"], **found.facts, "output": str(output), "state": "written"} == tree

@@ -18,7 +18,7 @@ from seeds import vary
 from swept import make_sweep
 
 import streamer
-from streamer.api.options import Settings
+from streamer.api.requests import Request
 from streamer.detection.options import Run
 from streamer.errors import UsageError
 from streamer.events import Monitor
@@ -163,5 +163,5 @@ def test_a_device_that_is_not_there_is_refused(function: Any, tmp_path: Path) ->
 
 def test_auto_runs_models_on_the_cpu_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    run = Settings().make_run(Monitor())
+    run = Request(base="base").make_run(Monitor())
     assert (run.device.type, run.model_device.type) == ("cuda", "cpu")

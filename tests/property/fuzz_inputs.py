@@ -14,8 +14,8 @@ from mutate import Mutator, dump, mutate_json, mutate_safetensors, with_header
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from streamer.api.intruders import iter_merged
 from streamer.api.records import inspection_record
-from streamer.api.writing import iter_merged
 from streamer.cli.tables import inspect_table
 from streamer.errors import FormatError, StreamerError
 from streamer.output.merge_plan import plan_merged

@@ -117,7 +117,7 @@ def test_all_findings_must_fit_on_the_disk(
 READ = """
 import sys, torch
 torch.set_num_threads(1)
-import streamer.cli.main, streamer.api.detection, streamer.api.writing, streamer.cli.tables
+import streamer.cli.main, streamer.api.intruders, streamer.cli.tables
 def rchar(): return int(open("/proc/self/io").read().split()[1])
 before = rchar()
 assert streamer.cli.main.run(sys.argv[1:]) == 0

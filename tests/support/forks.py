@@ -24,7 +24,7 @@ SERVER = """
 import errno, gc, importlib, json, os, resource, signal, sys, time
 import torch
 torch.set_num_threads(1)
-import streamer.cli.main, streamer.api.detection, streamer.api.writing, streamer.api.report, streamer.cli.tables
+import streamer.cli.main, streamer.api.intruders, streamer.api.report, streamer.cli.tables
 from streamer.cli.main import run
 
 home, calls = sys.argv[1], sys.argv[2].split(",")
@@ -183,7 +183,7 @@ def server(*modules: str) -> Server:
 
 
 MODEL_MODULES = (
-    "streamer.api.evaluation", "streamer.api.fitting", "scipy.special", "transformers.models.llama.modeling_llama",
+    "streamer.api.texts", "scipy.special", "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 """Modules that only commands with a model import."""
 

@@ -96,7 +96,7 @@ def test_methods_are_named_in_few_other_files() -> None:
     }
     assert found == {
         "evaluation/evaluation.py", "evaluation/losses.py", "fitting/result.py", "report/page.py", "cli/tables.py",
-        "api/repair.py",
+        "api/texts.py",
     }  # fmt: skip
 
 

@@ -1,0 +1,11 @@
+"""Offer what messages show of inputs, without the imports that read them: these would double the time of ``--help``."""
+
+from __future__ import annotations
+
+
+def shown(given: str) -> str:
+    """Return an input in printable form: an address without its password or signature."""
+    from streamer.remote.inputs import parse_address
+
+    address = parse_address(given)
+    return given if address is None else address.shown

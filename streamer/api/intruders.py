@@ -1,0 +1,362 @@
+"""Offer detection, mitigation and merging as functions of the library: into files, or tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Unpack, overload
+
+from torch import Tensor
+
+from streamer.adapters.finetuned import ByName, One, Several, each
+from streamer.api.functions import explained
+from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
+from streamer.api.requests import Request, chosen_method, detection_options, found_inputs, take, watched
+from streamer.detection.detect import detect_in_memory, detect_to_files, inspect_detections
+from streamer.detection.findings import Findings
+from streamer.detection.matrices import shared
+from streamer.detection.options import DetectionOptions, Run
+from streamer.events import Monitor, OutputState
+from streamer.forecast import (
+    forecast_detection,
+    forecast_output,
+    measure_rates,
+    on_workers,
+    shared_by_detections,
+    shared_by_merges,
+    together,
+)
+from streamer.methods import Method
+from streamer.options import DetectOptions, IterateOptions, MergeOptions, MitigateOptions
+from streamer.output.job import Written
+from streamer.output.model_writer import merged_tensors
+from streamer.output.output_spec import Writer
+from streamer.output.write import (
+    OutputOptions,
+    inspect_jobs,
+    load_given,
+    open_jobs,
+    prepare_outputs,
+    resident_of,
+    run_jobs,
+    shared_memory,
+)
+from streamer.plan.plan import AdapterBatch, make_batch, resident_bytes
+from streamer.workers import Workers
+
+if TYPE_CHECKING:
+    from streamer.api.keywords import DetectKeywords, IterateKeywords, MergeKeywords, ReduceKeywords
+    from streamer.options import Adapters, SeveralAdapters
+
+
+@dataclass(frozen=True)
+class Detected:
+    """Findings, with their file and what the run did with it; both None if the findings are only in memory."""
+
+    findings: Findings
+    path: Path | None
+    state: OutputState | None
+
+
+class DetectRequest(Request, DetectOptions):
+    """A requested detection."""
+
+    detects: ClassVar[bool] = True
+
+    def run(self, monitor: Monitor, workers: Workers | None = None) -> Detected | ByName[Detected]:
+        """Run the detection."""
+        adapters, batch, paths, options, run = self._opened(monitor, workers)
+        if not paths:
+            return adapters.collected([Detected(found, None, None) for found in detect_in_memory(batch, options, run)])
+        found = detect_to_files(batch, paths, options, run, resident_bytes(batch))
+        return adapters.collected([Detected(f, p, monitor.outputs[p]) for f, p in zip(found, paths, strict=True)])
+
+    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun | SeveralRecord:
+        """Check everything and forecast a run, without writing anything."""
+        adapters, batch, paths, options, run = self._opened(monitor, workers, peek=True)
+        assert self.file is not None
+        states, resident = inspect_detections(batch, paths, options, run), resident_bytes(batch)
+        rates = None if all(state == "done" for state, _ in states) else measure_rates(batch.base, monitor)
+        forecasts, found, todo = [], [], []
+        for plan, path, (state, size) in zip(batch.plans, paths, states, strict=True):
+            forecast = None
+            if state != "done":
+                todo.append(plan)
+                forecast = forecast_detection(plan, options, run.device, resident, size, rates)
+                forecast = on_workers(forecast, workers, resident)
+            forecasts.append(forecast)
+            found.append(dry_run("detect", path, state, len(plan.targets), 1, None, forecast))
+        in_common = shared_by_detections(AdapterBatch(batch.base, tuple(todo)))
+        return dry_runs(adapters, self.file, found, together(forecasts, in_common))
+
+    def _opened(
+        self, monitor: Monitor, workers: Workers | None, peek: bool = False
+    ) -> tuple[One | Several, AdapterBatch, Sequence[Path], DetectionOptions, Run]:
+        base, adapters = found_inputs(self.located(monitor, peek), self.base, self.adapter)
+        run, options = self.make_run(monitor, workers), detection_options(self, self.memory)
+        batch = make_batch(base, adapters.paths, run.io, run.stated, run.architecture)
+        monitor.warn(batch.warnings)
+        if workers is not None:
+            options = shared(workers, batch, options, resident_bytes(batch))
+        return adapters, batch, [] if self.file is None else adapters.findings_files(self.file), options, run
+
+
+@overload
+def detect_intruder_dimensions(
+    base: str | Path, adapter: str | Path, output: str | Path | None = None, **options: Unpack[DetectKeywords]
+) -> Findings: ...
+@overload
+def detect_intruder_dimensions(
+    base: str | Path, adapter: SeveralAdapters, output: str | Path | None = None, **options: Unpack[DetectKeywords]
+) -> dict[str, Findings]: ...
+@explained(DetectOptions)
+def detect_intruder_dimensions(
+    base: str | Path, adapter: Adapters, output: str | Path | None = None, **options: Unpack[DetectKeywords]
+) -> Findings | dict[str, Findings]:
+    """Find the intruder dimensions of ``W0 + s·B·A`` in every matrix that the adapter changes.
+
+    Several adapters share one pass over the base.
+
+    Parameters
+    ----------
+    output
+        Findings file to write; a journal beside it lets a killed run resume. None keeps the findings in memory. For several adapters, a
+        directory in which ``NAME.safetensors`` is written for the adapter in ``…/NAME``.
+    executor
+        Workers that run detection: any `concurrent.futures.Executor`, of threads, processes, or an engine such as
+        ``dask.distributed.Client.get_executor()``; None runs it in this process. Workers need the inputs at the same paths. Each task uses
+        torch's current number of threads and has the budget `max_memory`; with that number, findings have the same bytes as without
+        workers. If a worker dies and the executor replaces it, its tasks run once more; a `ProcessPoolExecutor` does not replace workers,
+        so the run ends with `WorkerError`.
+
+    Returns
+    -------
+    Findings
+        One entry for each matrix, as input for `reduce_intruder_dimension` and `merge_with_reduced_intruder_dimensions`. For several
+        adapters, a dict of findings by adapter name.
+
+    Raises
+    ------
+    StreamerError
+        Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
+        `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced.
+    """
+    request = DetectRequest(base=base, adapter=adapter, output=output, **options)
+    workers = None if request.executor is None else Workers.of(request.executor)
+    with watched(request) as monitor:
+        return each(request.run(monitor, workers), lambda one: one.findings)
+
+
+class OutputRequest(Request, MitigateOptions, MergeOptions):
+    """A requested mitigation or merge.
+
+    Attributes
+    ----------
+    command
+        Whether to write an adapter or a model.
+    measured
+        Lines for the model card; see `output.write.OutputOptions`.
+    """
+
+    output: str | Path
+    command: Literal["mitigate", "merge"]
+    measured: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.chosen
+
+    @cached_property
+    def chosen(self) -> Method:
+        """Make the method."""
+        return chosen_method(self)
+
+    @property
+    def form(self) -> OutputOptions:
+        """Return the options of the output's form."""
+        return take(OutputOptions, vars(self), merges=self.command == "merge")
+
+    @property
+    def detects(self) -> bool:
+        """Test whether detection runs first."""
+        return self.chosen.needs_detection and self.findings is None
+
+    def open(self, monitor: Monitor) -> None:
+        """Open the inputs and plan the outputs; this refuses outputs that cannot be written."""
+        self._opened(monitor, peek=True)
+
+    def run(self, monitor: Monitor, workers: Workers | None = None) -> Written | ByName[Written]:
+        """Write the output of each adapter and return its record."""
+        adapters, writers, run = self._opened(monitor, workers)
+        return adapters.collected(run_jobs(writers, run))
+
+    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun | SeveralRecord:
+        """Check everything and forecast a run, without writing anything."""
+        adapters, writers, run = self._opened(monitor, workers, peek=True)
+        states, resident = inspect_jobs(writers, run), resident_of(writers)
+        rates = measure_rates(writers[0].spec.job.plan.base, monitor) if set(states) != {"done"} else None
+        forecasts, found, todo = [], [], []
+        for writer, state in zip(writers, states, strict=True):
+            forecast, out = None, writer.spec.output
+            if state != "done":
+                todo.append(writer)
+                forecast = on_workers(forecast_output(writer, resident, rates), workers, resident)
+            forecasts.append(forecast)
+            matrices = len(writer.spec.job.plan.targets)
+            found.append(dry_run(self.command, out.path, state, matrices, len(out.files), out.total_bytes, forecast))
+        return dry_runs(adapters, Path(self.output), found, together(forecasts, shared_by_merges(todo)))
+
+    def _opened(
+        self, monitor: Monitor, workers: Workers | None = None, peek: bool = False
+    ) -> tuple[One | Several, list[Writer], Run]:
+        base, adapters = found_inputs(self.located(monitor, peek), self.base, self.adapter)
+        run, given = self.make_run(monitor, workers), load_given(self.findings, adapters)
+        detection, form = detection_options(self, self.memory, given[0]), self.form
+        output = Path(self.output)
+        writers = prepare_outputs(base, adapters, output, given, self.chosen, detection, form, run)
+        if workers is not None and workers.processes is not None and detection.max_memory is not None:
+            limited = replace(detection, max_memory=shared_memory(writers, workers))
+            writers = prepare_outputs(base, adapters, output, given, self.chosen, limited, form, run)
+        return adapters, writers, run
+
+
+@overload
+def reduce_intruder_dimension(
+    base: str | Path, adapter: str | Path, output: str | Path, **options: Unpack[ReduceKeywords]
+) -> Written: ...
+@overload
+def reduce_intruder_dimension(
+    base: str | Path, adapter: SeveralAdapters, output: str | Path, **options: Unpack[ReduceKeywords]
+) -> dict[str, Written]: ...
+@explained(MitigateOptions)
+def reduce_intruder_dimension(
+    base: str | Path, adapter: Adapters, output: str | Path, **options: Unpack[ReduceKeywords]
+) -> Written | dict[str, Written]:
+    """Write a new LoRA adapter whose delta has its intruders scaled by `mitigation_lambda`.
+
+    The mitigated delta is projected onto ``lora_A`` and ``lora_B`` at the adapter's own rank. The record states for each matrix the share
+    of the norm that is lost in projection (``dropped``); a loss over 1 % is a warning. Tensors of matrices without intruders are copied bit
+    for bit.
+
+    Parameters
+    ----------
+    output
+        Directory to write: a PEFT adapter. For several adapters, a directory in which each adapter is written under its name.
+    findings
+        Findings from `detect_intruder_dimensions`, or the path of their file; for several adapters a dict by name, or the directory
+        that detection wrote. They must belong to the same base and adapter; no weight needs an SVD then.
+        None detects first, into a findings file in the output.
+    to_lora
+        Write a LoRA adapter of this rank, for an adapter of any kind; the record states the relative norm that the rank leaves out. A
+        float in (0, 1] is a share of each mitigated delta's energy, its squared singular values: each module gets the smallest rank that
+        keeps this share, as in PEFT's ``convert_to_lora``. Methods that need findings then require `findings`. None writes the adapter's
+        own kind, which must be LoRA without DoRA.
+
+    Returns
+    -------
+    Written
+        The record, as in ``streamer.json``, with `output` (the path) and `state` (``written``, ``resumed`` or ``present``): a dict that
+        prints as a few lines. For several adapters, a dict of records by name.
+
+    Raises
+    ------
+    StreamerError
+        Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
+        `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced.
+    """
+    request = OutputRequest(command="mitigate", base=base, adapter=adapter, output=output, **options)
+    with watched(request) as monitor:
+        return request.run(monitor)
+
+
+@overload
+def merge_with_reduced_intruder_dimensions(
+    base: str | Path, adapter: str | Path, output: str | Path, **options: Unpack[MergeKeywords]
+) -> Written: ...
+@overload
+def merge_with_reduced_intruder_dimensions(
+    base: str | Path, adapter: SeveralAdapters, output: str | Path, **options: Unpack[MergeKeywords]
+) -> dict[str, Written]: ...
+@explained(MergeOptions)
+def merge_with_reduced_intruder_dimensions(
+    base: str | Path, adapter: Adapters, output: str | Path, **options: Unpack[MergeKeywords]
+) -> Written | dict[str, Written]:
+    """Write the base with the mitigated delta merged in: ``W0 + Δ'``, summed in float32 and rounded once to the base's dtype.
+
+    Shard names, tensor order, dtypes, metadata and all other files are the base's; unchanged tensors keep their bytes. The delta is not
+    truncated. FP8 weights are quantized again with new scales: each value is rounded to 4 significant bits. Other quantized weights need
+    `dequantize`. Several adapters share one pass over the base.
+
+    Parameters
+    ----------
+    output
+        Directory to write: a model. For several adapters, a directory in which each model is written under its adapter's name.
+    findings
+        Findings from `detect_intruder_dimensions`, or the path of their file; for several adapters a dict by name, or the directory
+        that detection wrote. They must belong to the same base and adapter; no weight needs an SVD then.
+        None detects first, into a findings file in the output.
+    dequantize
+        Write all quantized weights as plain tensors of the config's dtype, and remove the quantization from ``config.json``.
+    executor
+        Workers that write shards, as for `detect_intruder_dimensions`; they need the output at the same path. The bytes are the same.
+
+    Returns
+    -------
+    Written
+        The record, as in ``streamer.json``, with `output` and `state`: a dict that prints as a few lines. For several adapters, a dict of
+        records by name.
+
+    Raises
+    ------
+    StreamerError
+        Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
+        `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced.
+    """
+    request = OutputRequest(command="merge", base=base, adapter=adapter, output=output, **options)
+    workers = None if request.executor is None else Workers.of(request.executor)
+    with watched(request) as monitor:
+        return request.run(monitor, workers)
+
+
+@explained(IterateOptions)
+def iter_merged(
+    base: str | Path, adapter: str | Path, **options: Unpack[IterateKeywords]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``(name, tensor)`` of the merged model in file order, one tensor in memory at a time, without writing files.
+
+    The call itself opens and checks the inputs, before the first step.
+
+    Parameters
+    ----------
+    adapter
+        Directory of a PEFT adapter, or of a fully fine-tuned model.
+    findings
+        Findings from `detect_intruder_dimensions`, or the path of their file. They must belong to the same base and adapter; no weight
+        needs an SVD then. None detects each matrix before its tensor is yielded.
+    dequantize
+        Yield all quantized weights as plain tensors of the config's dtype.
+
+    Yields
+    ------
+    name, tensor
+        Tensors in the dtype that `merge_with_reduced_intruder_dimensions` would write. If torch lacks a dtype, the tensor is its bytes, as
+        flat uint8.
+
+    Raises
+    ------
+    StreamerError
+        Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
+        `FileNotFoundError` for missing inputs.
+    """
+    request = OutputRequest(command="merge", base=base, adapter=adapter, output="", **options)
+    with watched(request) as monitor:  # the progress bar closes with the last tensor
+        run = request.make_run(monitor)
+    remote = request.located(monitor)
+    base, only = remote.path(base), One(Path(remote.path(adapter)))
+    given = load_given(request.findings, only)
+    detection, form = detection_options(request, request.memory, given[0]), request.form
+    (job,) = open_jobs(base, only, given, request.chosen, detection, form, run)
+    monitor.warn(job.plan.warnings)
+    return merged_tensors(job, monitor)

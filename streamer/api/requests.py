@@ -1,0 +1,162 @@
+"""Make what a run needs from its options, in the form in which they are given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args
+
+from streamer.adapters.adapter_config import Stated
+from streamer.adapters.finetuned import One, Several, one_or_several
+from streamer.api.progress import monitoring
+from streamer.detection.findings import Findings
+from streamer.detection.matrices import choose_device
+from streamer.detection.options import DetectionOptions, Run
+from streamer.errors import UsageError
+from streamer.events import Monitor
+from streamer.linalg.torch_state import CPU
+from streamer.methods import Method, make_method
+from streamer.methods.files import Coefficients, InputMap, load_coefficients, load_map
+from streamer.options import Adapters, Computing, Judged, MethodOptions, OfBase, Watched, Writing
+from streamer.output.write import FindingsOrPath, load_given
+from streamer.remote.inputs import Remote
+from streamer.storage.tensor_file import IOMode
+from streamer.units import parse_size
+from streamer.workers import Workers
+
+
+class Request(Writing, Computing, OfBase):
+    """Options of a run on files; a subclass runs it or forecasts it. Without an output, results stay in memory."""
+
+    output: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.io not in get_args(IOMode):
+            raise UsageError(f"io: expected one of {', '.join(get_args(IOMode))}, found {self.io!r}")
+        if self.architecture is not None and not isinstance(self.architecture, str):
+            raise UsageError(f"architecture: expected the name of a class, found {self.architecture!r}")
+        _ = read_path("base", self.base), self.file, self.memory, self.stated, self.located(Monitor())
+        if isinstance(self, Judged):
+            detection_options(self)
+
+    @property
+    def file(self) -> Path | None:
+        """Return the path of the output; None if there is none."""
+        return None if self.output is None else read_path("output", self.output)
+
+    @property
+    def memory(self) -> int | None:
+        """Return the memory budget in bytes; None if there is none."""
+        budget = self.max_memory
+        if isinstance(budget, str):
+            try:
+                return parse_size(budget)
+            except ValueError as e:
+                raise UsageError(f"max_memory: {e}") from None
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int)):
+            raise UsageError(f"max_memory: expected a whole number of bytes, found {budget!r}")
+        return budget
+
+    @property
+    def stated(self) -> Stated:
+        """Return what the user states about the adapters."""
+        return take(Stated, vars(self))
+
+    def located(self, monitor: Monitor, peek: bool = False) -> Remote:
+        """Return the finder of inputs, which may be addresses; `peek` says that only headers will be read."""
+        return Remote(self.remote, peek, monitor)
+
+    def opened(
+        self, adapter: str | Path, findings: FindingsOrPath, monitor: Monitor, peek: bool = False
+    ) -> tuple[Path, Path, Findings | None, Run]:
+        """Find base and adapter, load the findings, and resolve the run, for one adapter."""
+        base, adapter = map(Path, self.located(monitor, peek).paths(self.base, adapter))
+        (found,) = load_given(findings, One(adapter))
+        return base, adapter, found, self.make_run(monitor)
+
+    def make_run(self, monitor: Monitor, workers: Workers | None = None) -> Run:
+        """Resolve the devices, and join them with the monitor and the workers.
+
+        ``auto`` runs models on the CPU, because no GPU has been tried for them.
+        """
+        device = choose_device(self.device)
+        models = CPU if self.device == "auto" else device
+        resolved = {"device": device, "model_device": models, "stated": self.stated}
+        return take(Run, vars(self), **resolved, monitor=monitor, workers=workers)
+
+
+Made = TypeVar("Made")
+
+
+def take(kind: type[Made], options: Mapping[str, Any], **changes: Any) -> Made:
+    """Make a dataclass from the options that are its fields, and from the changes."""
+    names = {f.name for f in fields(cast(Any, kind))}
+    return kind(**{**{name: value for name, value in options.items() if name in names}, **changes})
+
+
+def watched(options: Watched) -> AbstractContextManager[Monitor]:
+    """Make the monitor of a call in Python."""
+    return monitoring(options.on_event, options.monitor, options.progress)
+
+
+def found_inputs(remote: Remote, base: str | Path, adapter: Adapters) -> tuple[str | Path, One | Several]:
+    """Find base and adapters, and determine whether one adapter or several are given."""
+    base = remote.path(base)
+    if isinstance(adapter, str | Path):
+        return base, one_or_several(remote.path(adapter))
+    return base, one_or_several(remote.paths(*adapter))
+
+
+def detection_options(
+    judged: Judged, max_memory: int | None = None, findings: Findings | None = None
+) -> DetectionOptions:
+    """Make the options of detection; missing ones come from the findings, or are the defaults. The memory always is this run's."""
+    default = DetectionOptions() if findings is None else findings.options
+    given = {f.name: getattr(judged, f.name) for f in fields(Judged)}
+    return replace(default, max_memory=max_memory, **{k: v for k, v in given.items() if v is not None})
+
+
+def chosen_method(options: MethodOptions) -> Method:
+    """Make the method, and read its coefficients or its map.
+
+    Raises
+    ------
+    UsageError
+        If coefficients are combined with a λ or another method, if a share to keep is given without coefficients, or if λ is refused.
+    """
+    if options.coefficients is None and options.keep is not None:
+        raise UsageError(
+            f"keep: chooses among coefficients, found {options.keep!r} but no coefficients; give them, or omit keep"
+        )
+    given = {f.name: value for f in fields(MethodOptions) if (value := getattr(options, f.name)) != f.default}
+    if options.coefficients is not None:
+        given["coefficients"] = read_coefficients(options.coefficients).select(given.pop("keep", None))
+    if options.map is not None:
+        given["map"] = read_map(options.map)
+    return make_method(given.pop("method", None), **given)
+
+
+def read_coefficients(coefficients: Coefficients | str | Path) -> Coefficients:
+    """Return coefficients, read from their file if a path is given."""
+    return coefficients if isinstance(coefficients, Coefficients) else load_coefficients(coefficients)
+
+
+def read_map(given: InputMap | str | Path) -> InputMap:
+    """Return a map of a base's inputs, read from its file if a path is given."""
+    return given if isinstance(given, InputMap) else load_map(given)
+
+
+def read_path(name: str, value: object) -> Path:
+    """Convert the value of the keyword of this name to a path.
+
+    Raises
+    ------
+    UsageError
+        If it is not a path.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise UsageError(f"{name}: expected a path, found {value!r}")
+    return Path(value)

@@ -1,0 +1,689 @@
+"""Offer the commands that run text as functions of the library: evaluations, fits, maps, and the repair of an adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict, Unpack, cast
+
+from streamer.api.functions import explained
+from streamer.api.intruders import OutputRequest
+from streamer.api.records import DryRun, dry_run
+from streamer.api.requests import Request, detection_options, read_coefficients, read_map, read_path, take, watched
+from streamer.detection.findings import Findings
+from streamer.errors import OutputExistsError, UsageError
+from streamer.evaluation.evaluate import Prepared, evaluate, inspect, measured_before, prepare
+from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.losses import EvaluationOptions, ReliableRecord
+from streamer.events import Event, Monitor
+from streamer.fitting.fit import checked_file, fit
+from streamer.fitting.mapping import MapOptions, PreparedMap, make_map, prepare_map
+from streamer.fitting.prepare import FitOptions, PreparedFit, prepare_fit, refuse_dense
+from streamer.forecast import forecast_evaluation, forecast_fit, forecast_map
+from streamer.json_types import Count, State
+from streamer.measuring.sequences import GENERAL, TASK
+from streamer.measuring.statistics import Estimate
+from streamer.methods import Paper, RegMean, Shrink
+from streamer.methods.files import MAP, Coefficients, InputMap
+from streamer.options import EvaluateOptions, FittingOptions, MappingOptions, RepairOptions, VariantOptions
+from streamer.output.job import Written
+from streamer.plan.plan import make_plan
+from streamer.storage.atomic_file import write_atomic
+from streamer.storage.transaction import RECORD_NAME
+from streamer.units import quoted
+
+if TYPE_CHECKING:
+    from streamer.api.keywords import EvaluateKeywords, FitKeywords, MapKeywords, RepairKeywords
+
+
+class VariantsRequest(Request, VariantOptions):
+    """Variants that are requested to be measured."""
+
+    @cached_property
+    def options(self) -> EvaluationOptions:
+        """Make the options of the variants, and read the files that they name."""
+        methods = self.methods
+        if methods is None:  # few by default: intruders are scaled if they are known
+            methods = (Shrink.name,) if self.findings is None else (Paper.name, Shrink.name)
+        fitted = None if self.coefficients is None else read_coefficients(self.coefficients)
+        mapped = None if self.map is None else read_map(self.map)
+        several = {"methods": tuple(methods), "lambdas": tuple(self.lambdas)}
+        return take(EvaluationOptions, vars(self), coefficients=fitted, map=mapped, **several)
+
+
+class EvaluateRequest(VariantsRequest, EvaluateOptions):
+    """A requested evaluation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.options, self.texts
+
+    @cached_property
+    def texts(self) -> dict[str, Path]:
+        """Return the paths of the ``general`` and the ``task`` text, and of others by file name."""
+        texts = {"general": read_path("general", self.general), "task": read_path("task", self.task)}
+        for one in [self.other] if isinstance(self.other, str | Path) else self.other:
+            path = read_path("other", one)
+            if path.name in texts:
+                raise UsageError(
+                    f"other: expected files of different names, found two named {quoted(path.name)}; rename one"
+                )
+            texts[path.name] = path
+        return texts
+
+    def run(self, monitor: Monitor) -> Evaluation:
+        """Run the evaluation."""
+        return evaluate(self._prepared(monitor), self.file)
+
+    def forecast(self, monitor: Monitor) -> DryRun:
+        """Check everything and forecast a run, without writing anything."""
+        assert self.file is not None
+        prepared = self._prepared(monitor, peek=True)
+        state = inspect(prepared, self.file)
+        known = None if state == "done" else measured_before(prepared, self.file)
+        forecast = None if state == "done" else forecast_evaluation(prepared, known)
+        return dry_run("evaluate", self.file, state, len(prepared.plan.targets), 1, None, forecast)
+
+    def _prepared(self, monitor: Monitor, peek: bool = False) -> Prepared:
+        base, adapter, found, run = self.opened(self.adapter, self.findings, monitor, peek)
+        detection = detection_options(self, self.memory, found)
+        return prepare(base, adapter, self.texts, found, self.options, detection, run)
+
+
+@explained(EvaluateOptions)
+def evaluate_variants(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path | None = None,
+    *,
+    general: str | Path,
+    task: str | Path,
+    **options: Unpack[EvaluateKeywords],
+) -> Evaluation:
+    """Measure the losses of the base, the unchanged adapter, and each method at each λ, on texts, in sweeps over the base's layers.
+
+    No merged model is built: each weight is read once in a sweep, for all variants. Sweeps over more sequences follow until the suggestion
+    is clear. This needs transformers with its tokenizers: ``pip install 'intruder-streamer[evaluate]'``.
+
+    Parameters
+    ----------
+    base
+        Directory of the base model: its ``config.json``, its weights and, unless all texts are token ids, its tokenizer.
+    adapter
+        Directory of a PEFT adapter, or of a fully fine-tuned model.
+    output
+        JSON file to write. Sweeps are recorded in a journal beside it, so that a killed run resumes. If the file holds an evaluation of the
+        same inputs, texts and options, only the missing variants are measured and added. None keeps the result in memory.
+    general, task
+        Two texts that were not used in training: what the model could do before, and what the adapter was trained for. Formats: ``.txt``;
+        ``.jsonl``, each line an object with ``text``, with ``prompt`` and ``completion``, with ``messages`` (the assistant's answers
+        count), or with ``question``, ``choices`` and ``answer`` (accuracies are measured as well); ``.npy`` with token ids.
+    other
+        One or more other texts with different file names. They show what each variant does to text that no fit or suggestion uses.
+    findings
+        Findings from `detect_intruder_dimensions`, or the path of their file. None detects first, in memory.
+    methods, lambdas
+        Methods to evaluate, each at each λ: ``paper``, ``project``, ``shrink`` (see `merge_with_reduced_intruder_dimensions`); by default
+        ``shrink``, and ``paper`` if findings are given. ``regmean`` alone evaluates only the coefficients. With ``shrink``, one more shrink
+        is measured, at the λ that keeps the share `keep`.
+    coefficients
+        Coefficients from `fit_coefficients`, or the path of their file: each set is one more variant, such as ``regmean 0.9``. A warning
+        names texts to which they were fitted.
+    map
+        Map from `map_inputs`, or the path of its file: ``nullspace`` is then evaluated at each λ too.
+    sequences, length
+        Most sequences of each text, and most tokens of each sequence; fewer sequences are used once the suggestion is clear.
+    keep
+        Least share of the learning that the suggested variant keeps.
+    projected
+        Evaluate deltas projected onto the adapter's rank, as `reduce_intruder_dimension` writes them, instead of complete deltas.
+    dtype
+        ``bf16`` rounds base weights and activations to bfloat16 before they are multiplied, on processors with fast bfloat16 (AMX); means
+        change by up to 1e-3. Deltas, norms, the softmax and all sums stay float32.
+    device
+        ``cpu``, ``cuda`` or ``cuda:i`` for the model, and for detection if it runs first; no GPU has been tried yet. ``auto`` runs the
+        model on the CPU, and detection on CUDA if a GPU is available.
+    max_memory
+        Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
+        sequences run together. None uses what a block of sequences under all variants needs.
+
+    Returns
+    -------
+    Evaluation
+        Measures with their errors, by variant; `Evaluation.best` chooses one.
+
+    Raises
+    ------
+    MissingPackageError
+        If transformers is not installed.
+    StreamerError
+        Its class names the kind of error (see `streamer.errors`): `UnsupportedError` for a model or adapter that cannot be evaluated,
+        `NumericError` if a sweep did not use everything that the adapter changes.
+    """
+    request = EvaluateRequest(base=base, adapter=adapter, output=output, general=general, task=task, **options)
+    with watched(request) as monitor:
+        return request.run(monitor)
+
+
+BUILT_IN = "python-help.txt"
+"""Name of the text."""
+
+
+@contextlib.contextmanager
+def general_text(given: str | Path | None) -> Iterator[Path]:
+    """Yield the path of the user's text, or of a temporary file with Python's help."""
+    if given is not None:
+        yield Path(given)
+        return
+    with tempfile.TemporaryDirectory(prefix="streamer-") as directory:
+        path = Path(directory) / BUILT_IN
+        write_atomic(path, built_in_text().encode())
+        yield path
+
+
+def built_in_text() -> str:
+    """Return Python's help on its topics: half a megabyte of English prose about programming."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+class FitRequest(Request, FittingOptions):
+    """A requested fit.
+
+    Attributes
+    ----------
+    findings
+        Findings whose intruders are scaled for comparison; None measures no comparison.
+    """
+
+    findings: Findings | str | Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = read_path("adapter", self.adapter), self.texts, self.options
+
+    @property
+    def texts(self) -> dict[str, Path]:
+        """Return the paths of the ``general`` and the ``task`` text."""
+        return {"general": read_path("general", self.general), "task": read_path("task", self.task)}
+
+    @cached_property
+    def options(self) -> FitOptions:
+        """Make the options of the fit."""
+        shares = self.keep if isinstance(self.keep, Iterable) and not isinstance(self.keep, str) else [self.keep]
+        keep = tuple(float(share) if isinstance(share, Real) else share for share in shares)
+        return take(FitOptions, vars(self), keep=keep, weights=tuple(self.weights))
+
+    def run(self, monitor: Monitor) -> Coefficients:
+        """Run the fit."""
+        return fit(self._prepared(monitor), self.file)
+
+    def forecast(self, monitor: Monitor) -> DryRun:
+        """Check everything and forecast a run, without writing anything."""
+        assert self.file is not None
+        prepared = self._prepared(monitor, peek=True)
+        state = checked_file(prepared, self.file).state()
+        if state != "done":
+            prepared.warn()
+        forecast = None if state == "done" else forecast_fit(prepared)
+        return dry_run("fit", self.file, state, len(prepared.plan.targets), 1, None, forecast)
+
+    def _prepared(self, monitor: Monitor, peek: bool = False) -> PreparedFit:
+        base, adapter, found, run = self.opened(self.adapter, self.findings, monitor, peek)
+        return prepare_fit(base, adapter, self.texts, self.options, self.memory, run, found)
+
+
+@explained(FittingOptions)
+def fit_coefficients(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path | None = None,
+    *,
+    general: str | Path,
+    task: str | Path,
+    **options: Unpack[FitKeywords],
+) -> Coefficients:
+    """Fit new right factors of an adapter to texts, in one sweep over the base's layers.
+
+    The fit keeps at least a share of the learning, by the loss on the task's text, with as little divergence from the base as possible.
+    With ``Δ = L Rᵀ``, new right factors R' make ``Δ' = L R'ᵀ`` respond to the task's inputs as Δ does, and to general inputs as little as
+    possible. No model is built: each weight is read once. This needs transformers with its tokenizers:
+    ``pip install 'intruder-streamer[evaluate]'``.
+
+    Parameters
+    ----------
+    base
+        Directory of the base model: its ``config.json``, its weights and, unless all texts are token ids, its tokenizer.
+    adapter
+        Directory of a PEFT adapter with LoRA factors. Completely saved modules, biases and tokens stay unchanged.
+    output
+        File of factors to write; a killed run resumes between two layers and gives the same bytes. None keeps the result in memory.
+    general, task
+        Texts in a format of `evaluate_variants`: what the model could do before, and what the adapter was trained for.
+    keep
+        Least share of the learning to keep, below 1; several shares give several sets of factors.
+    weights
+        Weights μ of the general text against the task's, in rising order: the candidates that are fitted and measured.
+    holdout
+        Share of each text's sequences to hold out; they choose among the candidates, and give the figures.
+    sequences, length
+        Most sequences of each text, and most tokens of each sequence.
+    seed
+        Seed for choosing the held-out sequences.
+    dtype, device
+        As for `evaluate_variants`.
+    max_memory
+        Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
+        sequences run together, and may move their states to a temporary file.
+
+    Returns
+    -------
+    Coefficients
+        A set for each share; `facts` contains the figures measured on the held-out sequences.
+
+    Raises
+    ------
+    MissingPackageError
+        If transformers is not installed.
+    StreamerError
+        Its class names the kind of error (see `streamer.errors`): `UnsupportedError` for a model or adapter that cannot be fitted,
+        `FormatError` for a text too short to hold sequences out, `NumericError` for a loss of NaN.
+    """
+    request = FitRequest(base=base, adapter=adapter, output=output, general=general, task=task, **options)
+    with watched(request) as monitor:
+        return request.run(monitor)
+
+
+class MapRequest(Request, MappingOptions):
+    """A requested map; without a general text, of Python's help on its topics."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.base, list):
+            raise UsageError(f"base: expected one, found {len(self.base)}; to map several texts, join them in one file")
+        super().__post_init__()
+        if MAP.is_at(Path(self.base)):
+            raise UsageError(f"{self.base}: is a map; name the base to map")
+        _ = self.options, self.general is None or read_path("general", self.general)
+
+    @cached_property
+    def options(self) -> MapOptions:
+        """Make the options of the map."""
+        return take(MapOptions, vars(self))
+
+    def run(self, monitor: Monitor) -> InputMap:
+        """Make the map."""
+        with general_text(self.general) as text:
+            return make_map(self._prepared(text, monitor), self.file)
+
+    def forecast(self, monitor: Monitor) -> DryRun:
+        """Check everything and forecast a run, without writing anything."""
+        assert self.file is not None
+        with general_text(self.general) as text:
+            prepared = self._prepared(text, monitor, peek=True)
+            state = prepared.inspect(self.file)
+            forecast = None if state == "done" else forecast_map(prepared)
+        return dry_run("map", self.file, state, 0, 1, None, forecast)
+
+    def _prepared(self, text: Path, monitor: Monitor, peek: bool = False) -> PreparedMap:
+        base = self.located(monitor, peek).path(self.base)
+        return prepare_map(base, text, self.options, self.memory, self.make_run(monitor))
+
+
+@explained(MappingOptions)
+def map_inputs(
+    base: str | Path,
+    output: str | Path | None = None,
+    *,
+    general: str | Path | None = None,
+    **options: Unpack[MapKeywords],
+) -> InputMap:
+    """Map the inputs of a base's modules on general text, in one sweep: the leading eigenvectors of each input's second moments.
+
+    With the map, `reduce_intruder_dimension` and the other functions with the keyword `map` reduce any adapter's response to general inputs
+    on this base. They then need only files: no text of the task, no sweep, no detection. Making the map needs transformers with its
+    tokenizers: ``pip install 'intruder-streamer[evaluate]'``.
+
+    Parameters
+    ----------
+    base
+        Directory of the base model: its ``config.json``, its weights and, unless the text is token ids, its tokenizer.
+    output
+        Safetensors file to write; a killed run starts over. None keeps the map in memory.
+    general
+        Text that shows what the model can do, in a format of `evaluate_variants`. None uses Python's help on its topics.
+    vectors
+        Number of vectors to keep for each input.
+    sequences, length
+        Most sequences of the text, and most tokens of each sequence.
+    dtype, device
+        As for `evaluate_variants`.
+    max_memory
+        Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
+        sequences run together, and may move their states to a temporary file.
+
+    Returns
+    -------
+    InputMap
+        Map for all matrices of the base that multiply inputs, and for its embeddings.
+
+    Raises
+    ------
+    MissingPackageError
+        If transformers is not installed.
+    StreamerError
+        Its class names the kind of error (see `streamer.errors`).
+    """
+    request = MapRequest(base=base, output=output, general=general, **options)
+    with watched(request) as monitor:
+        return request.run(monitor)
+
+
+UNCHANGED = {"method": Shrink.name, "mitigation_lambda": 1.0}
+HALF = {"method": Shrink.name, "mitigation_lambda": 0.5}
+"""Options that leave the adapter unchanged, or scale it by half."""
+
+
+# fmt: off
+class RepairRow(TypedDict):
+    """A model, as measured on the held-out sequences; the shrink is interpolated between measured ones."""
+    what: Annotated[Literal["adapter", "shrink", "intruders", "repair"], "The unchanged adapter, the shrink that keeps the same share, the "
+        "method that scales intruders (if the findings have any), or the repair."]
+    name: Annotated[str, "Its method, with lambda or share."]
+    kept: Annotated[float, "Share of the learning that it keeps."]
+    top1_kept: Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined, or not measured."]
+    forgetting: Annotated[float, "Share of the rise of the general loss that it leaves."]
+    divergence: Annotated[float, "Share of the forgetting that it leaves: its divergence from the base on general text as a share of the "
+        "adapter's."]
+
+class RepairRecord(TypedDict):
+    """What `repair_adapter` returns and `streamer repair --json` prints: the measurements, the choice, and the files."""
+    schema: Literal["streamer.repair/1"]
+    chosen: Annotated[Literal["repair", "shrink", "adapter"], "What was written."]
+    why: Annotated[str, "The reason, in one line."]
+    rows: Annotated[list[RepairRow], "What was measured: the adapter, the equal shrink if there is one, intruder scaling, the repair."]
+    reliable: Annotated[ReliableRecord, "Whether the denominators of shares are large enough."]
+    intruders: Annotated[Count | None, "Intruders in the given findings; null without findings."]
+    fit: Annotated[str, "The file of the fit, beside the output."]
+    lora: NotRequired[Annotated[str, "With --to-lora: the adapter as a LoRA adapter, beside the output, which was repaired in its place."]]
+    output: Annotated[str, "Path of the output, as given."]
+    state: State
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """The record of a repair, with the choice, and the record of the output."""
+
+    record: RepairRecord
+    written: Written
+
+
+class RepairRequest(Request, RepairOptions):
+    """A requested repair; with `to_lora` the adapter is converted first.
+
+    Attributes
+    ----------
+    lora
+        Path of the converted adapter, if this is its repair.
+    """
+
+    output: str | Path
+    lora: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(keep := self.fit.options.keep) > 1:
+            raise UsageError(f"keep: expected one share, found {len(keep)}; repair writes one output")
+        if self.dequantize and not self.merge:
+            raise UsageError(
+                "dequantize: applies only to a model, which `merge=True` writes, found dequantize alone; pass both, or neither"
+            )
+
+    @property
+    def directory(self) -> Path:
+        """Return the path of the output."""
+        return Path(self.output)
+
+    @cached_property
+    def fit(self) -> FitRequest:
+        """Return the request of the fit, whose file is beside the output."""
+        file = self.directory.with_name(f"{self.directory.name}.fit.safetensors")
+        return take(FitRequest, vars(self), output=file, general=BUILT_IN if self.general is None else self.general)
+
+    def run(self, monitor: Monitor) -> Repaired:
+        """Convert the adapter if requested, fit, choose, and write."""
+        if self.to_lora is not None:
+            self._refuse_standing()
+            self._conversion.run(monitor)
+            return self._converted.run(monitor)
+        self._check(monitor)
+        with self._texts() as fit:
+            found = fit.run(monitor)
+        chosen, why, mitigation = _choice(found)
+        rows = _rows(found)
+        fine, intruders = found.facts["reliable"], found.facts.get("intruders")
+        measured = why, *(_line(row, fine) for row in rows)
+        written = cast(Written, self._output(measured=measured, **mitigation).run(monitor))  # of one adapter
+        record: RepairRecord = {
+            "schema": "streamer.repair/1", "chosen": chosen, "why": why, "rows": rows, "reliable": fine,
+            "intruders": intruders, "fit": str(self.fit.output), "output": str(self.output), "state": written["state"],
+        }  # fmt: skip
+        if self.lora is not None:
+            record["lora"] = self.lora
+        return Repaired(record, written)
+
+    def _output(self, **changes: Any) -> OutputRequest:
+        """Return a request that writes the adapter mitigated as the changes say."""
+        unset = {
+            "findings": None,
+            "keep": None,
+            "to_lora": None,
+            "device": "cpu",
+            "command": "merge" if self.merge else "mitigate",
+        }
+        return take(OutputRequest, vars(self), **{**unset, **changes})
+
+    @property
+    def _conversion(self) -> OutputRequest:
+        """Return the request that writes the adapter as a LoRA adapter beside the output."""
+        form = {"output": self.directory.with_name(f"{self.directory.name}.lora"), "to_lora": self.to_lora}
+        return self._output(**UNCHANGED, **form, command="mitigate", dequantize=False, model_card=True)
+
+    @property
+    def _converted(self) -> RepairRequest:
+        """Return the repair of the adapter that the conversion writes."""
+        lora = self._conversion.output
+        return replace(self, adapter=lora, to_lora=None, lora=str(lora))
+
+    def _check(self, monitor: Monitor) -> None:
+        """Refuse, before the fit, an adapter that cannot be fitted, and an output that could not be written after it."""
+        base, adapter = self.located(monitor, True).paths(self.base, self.adapter)
+        plan = make_plan(base, adapter, self.io, self.stated, self.architecture)
+        refuse_dense(plan, [t for t in plan.targets if not (t.module.low_rank if self.merge else t.module.factors)])
+        self._output(**HALF).open(monitor)
+        self._refuse_standing()
+
+    def _refuse_standing(self) -> None:
+        """Refuse an output that no repair made."""
+        fitted, output = self.fit.file, self.directory
+        stands = output.exists() and not (output.is_dir() and not any(output.iterdir()))
+        if stands and not self.overwrite and not (fitted is not None and fitted.exists()):
+            raise OutputExistsError(
+                f"{output}: exists, and {fitted}, its fit, does not; choose another output, or pass --overwrite", output
+            )
+
+    def forecast(self, monitor: Monitor) -> DryRun:
+        """Check everything, and forecast the fit, which needs nearly all the time, and the output, without writing anything.
+
+        An adapter that is not yet converted shows only what its conversion needs.
+        """
+        if self.to_lora is not None:
+            first = cast(DryRun, self._conversion.forecast(monitor))
+            if first["state"] == "done":
+                return self._converted.forecast(monitor)
+            monitor.emit(Event("note", f"forecast only of {self._conversion.output}, which the fit needs"))
+            return {**first, "command": "repair", "output": str(self.output)}
+        self._check(monitor)
+        with self._texts() as fit:
+            found = fit.forecast(monitor)
+        if found["state"] == "done" and not (self.directory / RECORD_NAME).exists():
+            found["state"] = "resume"  # the fit exists, but not its output
+        if not self.directory.exists() and (forecast := found["forecast"]) is not None:
+            made = cast(DryRun, self._output(**HALF).forecast(monitor))  # every possible output has the same size
+            found["files"] += made["files"]
+            forecast["write_bytes"] += made["bytes"] or 0
+        return {**found, "command": "repair", "output": str(self.output)}
+
+    @contextlib.contextmanager
+    def _texts(self) -> Iterator[FitRequest]:
+        """Yield the fit with its general text: the user's, or Python's help."""
+        with general_text(self.general) as path:
+            yield replace(self.fit, general=path)
+
+
+def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"], str, dict[str, Any]]:
+    """Choose by the measurements: the repair if it is better than the shrink that keeps the same share, else that shrink or the adapter.
+
+    Returns
+    -------
+    chosen, why, mitigation
+        What to write, the reason, and the options of `OutputRequest` that write it.
+    """
+    (one,) = found.facts["sets"]
+    shrink = one["shrink"]
+    if not found.facts["forgotten"]:
+        return "adapter", "the adapter as it is: there is no evidence that it diverges from the base", UNCHANGED
+    held_out = [found.facts["texts"][text]["held"]["sequences"] for text in (GENERAL, TASK)]
+    if not _is_worth_it(one, min(held_out)):
+        trade = one["trade"]
+        return "adapter", (
+            f"the adapter as it is: {trade['name']} regains {trade['regained']:.4f} ± {trade['regained_se']:.4f} nats of KL per token of "
+            f"general text and gives up {trade['given_up']:.4f} ± {trade['given_up_se']:.4f} of loss on the task's; a written variant "
+            f"regains over {trade['worth']:g} of what it gives up, by two standard errors"
+        ), UNCHANGED  # fmt: skip
+    if shrink is None:
+        return "adapter", "the adapter as it is: no measured shrink keeps the same share as the repair", UNCHANGED
+    shares = one["kept"], one["divergence"], shrink["divergence"], shrink["kept"]
+    kept, left, of_shrink, shrink_kept = (f"{100 * share:.1f} %" for share in shares)
+    if shrink["verdict"] == "better":
+        what = "that keeps as much" if shrink["kept"] >= one["kept"] else f"that keeps most, {shrink_kept},"
+        return "repair", (
+            f"{RegMean(found.select(None)).label}: it keeps {kept} of what the adapter learned and leaves {left} of its divergence from "
+            f"the base; the shrink {what} leaves {of_shrink}"
+        ), {"coefficients": found}  # fmt: skip
+    lam = round(shrink["lambda"], 4)
+    if lam == 1:
+        why = f"the adapter as it is: the repair leaves {left} of its divergence from the base, which is not less by two standard errors"
+        return "adapter", why, UNCHANGED
+    return "shrink", (
+        f"shrink {lam:g}: it keeps {shrink_kept} of what the adapter learned and leaves {of_shrink} of its divergence from the base; the "
+        f"repair leaves {left}, which is not less by two standard errors"
+    ), {"method": Shrink.name, "mitigation_lambda": lam}  # fmt: skip
+
+
+def _is_worth_it(one: Mapping[str, Any], sequences: int) -> bool:
+    """Test whether a set, or the shrink that keeps the same share, regains enough for what it gives up; see `Trade`.
+
+    Parameters
+    ----------
+    sequences
+        The smaller of the two texts' numbers of held-out sequences.
+    """
+    trade, shrink = one.get("trade"), one["shrink"]
+    if trade is None or trade["worth_it"] or shrink is None:  # files of earlier versions have no trade
+        return trade is None or bool(trade["worth_it"])
+    # The shrink gives up as much, and regains more by the difference of the divergences.
+    more = trade["regained"] + shrink["kl"] - trade["worth"] * trade["given_up"]
+    error = math.hypot(trade["regained_se"], shrink["kl_se"], trade["worth"] * trade["given_up_se"])
+    return Estimate(more, error, sequences).is_positive
+
+
+def _rows(found: Coefficients) -> list[RepairRow]:
+    facts, shares = found.facts, ("kept", "top1_kept", "forgetting", "divergence")
+    (one,) = facts["sets"]
+    measured: list[tuple[str, str, Mapping[str, Any]]] = [("adapter", "adapter", dict.fromkeys(one, 1.0))]
+    if (shrink := one["shrink"]) is not None:
+        measured.append(("shrink", f"shrink {shrink['lambda']:.3f}", {"kept": one["kept"], **shrink}))
+    if (scaling := facts.get("scaling")) is not None:
+        measured.append(("intruders", scaling["name"], scaling))
+    measured.append(("repair", f"{RegMean.name} {one['keep']:g}", one))
+    return [
+        cast(RepairRow, {"what": what, "name": name, **{key: own.get(key) for key in shares}})
+        for what, name, own in measured
+    ]
+
+
+def _line(row: RepairRow, reliable: Mapping[str, bool]) -> str:
+    def share(key: Literal["kept", "top1_kept", "forgetting", "divergence"], words: str) -> str:
+        value = row[key]
+        return words.format(f"{100 * value:.1f} %") if value is not None and reliable.get(key, True) else ""
+
+    interpolated = " (interpolated)" if row["what"] == "shrink" else ""
+    kept = share("kept", "keeps {} of what was learned") + share("top1_kept", " ({} of the gain in top-1)")
+    left = share("divergence", "leaves {} of the divergence from the base") + share(
+        "forgetting", " and {} of the rise of the loss"
+    )
+    return f"{row['name']}{interpolated}: {', '.join(filter(None, (kept, left)))}"
+
+
+@explained(RepairOptions)
+def repair_adapter(
+    base: str | Path, adapter: str | Path, output: str | Path, *, task: str | Path, **options: Unpack[RepairKeywords]
+) -> RepairRecord:
+    """Write an adapter that forgets less: fit it to texts, measure it, and write it if it is better than a shrink.
+
+    Forgetting is the divergence from the base on held-out sequences of general text. If the repair does not diverge less than the shrink of
+    the whole adapter that keeps the same share, by two standard errors, that shrink is written. The unchanged adapter is written if it does
+    not forget, if the gain is not worth the loss, or if no measured shrink keeps the same share. The fit is written to
+    ``OUTPUT.fit.safetensors`` beside the output. This needs transformers: ``pip install 'intruder-streamer[evaluate]'``.
+
+    Parameters
+    ----------
+    base
+        Directory of the base model: its ``config.json``, its weights and, unless all texts are token ids, its tokenizer.
+    adapter
+        Directory of a PEFT adapter, or of a fully fine-tuned model; without LoRA factors it needs `to_lora`.
+    output
+        Directory to write: a PEFT adapter, or a model with `merge`.
+    task
+        Text of the kind that the adapter was trained for, but not used in training, in a format of `evaluate_variants`.
+    general
+        Text that shows what the model could do before. None uses Python's help on its topics; your own text is better.
+    findings
+        Findings from `detect_intruder_dimensions`, or the path of their file: ``paper`` at its default λ is then measured for comparison.
+    keep
+        Share of the learning to keep, below 1.
+    merge
+        Write the model with the repaired adapter merged in, instead of an adapter.
+    dequantize
+        With `merge`: write all quantized weights as plain tensors of the config's dtype.
+    to_lora
+        Write the adapter first as a LoRA adapter of this rank, as for `reduce_intruder_dimension`, into ``OUTPUT.lora`` beside the output,
+        and repair that one: for DoRA, LoHa, LoKr, a fine-tuned model and all other adapters without LoRA factors.
+    weights, holdout, sequences, length, seed, dtype, device
+        Options of the fit, as for `fit_coefficients`.
+    max_memory
+        Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`.
+
+    Returns
+    -------
+    RepairRecord
+        What was measured and written, as ``streamer repair --json`` prints it.
+
+    Raises
+    ------
+    MissingPackageError
+        If transformers is not installed.
+    StreamerError
+        Its class names the kind of error (see `streamer.errors`).
+    """
+    request = RepairRequest(base=base, adapter=adapter, output=output, task=task, **options)
+    with watched(request) as monitor:
+        return request.run(monitor).record

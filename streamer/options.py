@@ -1,0 +1,489 @@
+"""Declare every option once: a field of a dataclass, with its help, its default and its form on the command line.
+
+The parser, completion and the man page are made from these classes (`cli.parser`); so are the keywords of the library's functions with
+their docstrings (`api.functions`) and their types (``tools/make_keywords.py`` writes ``keywords.pyi``). A class that declares an option
+again changes it for its command. Nothing here imports torch: ``--help`` must answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
+
+from streamer.methods import DEFAULT, METHODS, WITHOUT_FILES, NullSpace
+from streamer.storage.files import available_cores
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+    from typing import Literal
+
+    from streamer.adapters.adapter_config import LoraBLayout
+    from streamer.detection.findings import Findings
+    from streamer.evaluation.evaluation import Evaluation
+    from streamer.evaluation.losses import ProductDtype
+    from streamer.events import Monitor, OnEvent
+    from streamer.json_types import Selection
+    from streamer.methods import MethodName
+    from streamer.methods.files import Coefficients, InputMap
+    from streamer.output.write import FindingsOrPath
+    from streamer.remote.inputs import RemoteMode
+    from streamer.storage.tensor_file import IOMode
+
+SeveralAdapters = Sequence[Path] | list[str] | list[str | Path] | tuple[str | Path, ...]
+"""Adapters on one base; a directory of adapters means all adapters in it."""
+
+Adapters = str | Path | SeveralAdapters
+"""One adapter, or several."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field says about its option.
+
+    Attributes
+    ----------
+    text
+        Help, without the default.
+    detail
+        Further sentences for the docstring of Python's functions.
+    flags
+        Names on the command line; by default the field's.
+    where
+        Whether it is an option or a positional argument of the command line, or only a keyword in Python.
+    metavar, nargs, choices
+        As for argparse; "append" for an option that may be repeated.
+    shown
+        The default, if its value does not say it.
+    expects
+        What a value is, for the message about another one.
+    """
+
+    text: str
+    detail: str = ""
+    flags: tuple[str, ...] = ()
+    where: Literal["option", "argument", "keyword"] = "option"
+    metavar: str | None = None
+    nargs: str | None = None
+    choices: Sequence[str] | None = None
+    shown: str = ""
+    expects: str = ""
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """Return the names of the field's option on the command line, if it is one."""
+        return (self.flags or (f"--{name.replace('_', '-')}",)) if self.where == "option" else ()
+
+    def help(self, default: Any) -> str:
+        """Return the help with the default."""
+        if isinstance(default, tuple | list):
+            default = ",".join(f"{value:g}" for value in default)
+        silent = self.nargs == "count" or any(default is value for value in (MISSING, None, True, False))
+        shown = self.shown or ("" if silent else str(default))
+        return f"{self.text} (default: {shown})".replace("CORES", str(available_cores())) if shown else self.text
+
+
+def option(text: str, default: Any = None, *flags: str, **form: Any) -> Any:
+    """Declare an option of the command line that is also a keyword in Python."""
+    return field(default=default, metadata={"option": Option(text, flags=flags, **form)})
+
+
+def argument(text: str, default: Any = MISSING, **form: Any) -> Any:
+    """Declare a positional argument of the command line."""
+    return option(text, default, where="argument", **form)
+
+
+def written(text: str, metavar: str) -> Any:
+    """Declare the output of a command."""
+    return option(text, MISSING, "-o", "--output", metavar=metavar)
+
+
+def keyword(text: str) -> Any:
+    """Declare a keyword that only Python has."""
+    return option(text, where="keyword")
+
+
+@dataclass_transform(eq_default=False, kw_only_default=True, frozen_default=True)
+class Options:
+    """Base of classes of options, each of which becomes a dataclass whose fields are given by name.
+
+    Attributes
+    ----------
+    group
+        Heading in help of the options that the class is the first to declare.
+    """
+
+    group: ClassVar[str]
+
+    def __init_subclass__(cls, group: str = "") -> None:
+        cls.group = group
+        dataclass(init=False, repr=False, eq=False)(
+            cls
+        )  # to compile methods of 40 classes would double the time of `--help`
+
+    def __init__(self, **given: Any) -> None:
+        defaults = {one.name: one.default for one in fields(self)}  # type: ignore[arg-type]  # each subclass is a dataclass
+        values = {**defaults, **given}
+        if wrong := [name for name in values if values[name] is MISSING or name not in defaults]:
+            raise TypeError(f"{type(self).__name__}: lacks these options, or does not know them: {', '.join(wrong)}")
+        vars(self).update(values)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+
+
+def declared(kind: type) -> Iterator[tuple[Any, Option, str]]:
+    """List the options of a class: each field, what it declares, and the group of the class that first declared it."""
+    groups: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        for name in vars(base).get("__annotations__", {}):
+            groups.setdefault(name, getattr(base, "group", ""))
+    for one in fields(kind):
+        if "option" in one.metadata:
+            yield one, one.metadata["option"], groups[one.name]
+
+
+REMOVED_FROM = {
+    ("--grain", "--objective", "--steps"):
+        "repair and fit now use the closed form (regmean), which keeps more and forgets less; drop the option",
+    ("--race", "--no-race"): "every variant runs on all sequences; drop the option",
+    tuple(f"{command} --{name}" for command in ("evaluate", "fit", "map", "repair") for name in ("workers", "executor")):
+        "one sweep reads the base once and uses all cores of this machine; drop the option",
+    ("--part",): "use --workers N, or --executor, of detect and merge",
+    ("demo --keep",): "use -o DIR",
+    ("verify --max-memory",): "verify reads a few rows at a time; drop the option",
+    tuple(f"report --{n}" for n in ("keep", "architecture", "base-is-residual", "ignore-key", "io", "lora-b-layout", "remote")):
+        "findings and evaluations are read without their inputs; drop the option",
+    ("report --coefficients",): "a fit holds factors now, and no coefficients of intruders; `streamer evaluate` measures it",
+}  # fmt: skip
+REMOVED = {name: advice for names, advice in REMOVED_FROM.items() for name in names}
+"""What to do instead of removed options, which keywords have too; if other commands still have an option, its command precedes it."""
+
+ONE_ADAPTER = "directory, hub name or address of a PEFT adapter; only one"
+ADAPTERS = (
+    "directory, hub name or address of a PEFT adapter; several, or a directory of them, share one pass over the base"
+)
+FINDINGS = "findings from `streamer detect`"
+RANK_OR_SHARE = "a share such as 0.95 uses the smallest rank that keeps this share of each delta's energy"
+SEVERAL = "for several adapters, a directory that gets one"
+BUILT_IN = "Python's built-in help texts"
+BESIDE = "of the recorded name, beside OUTPUT"
+CARD = "do not describe in the model card (README.md) how the output was made"
+
+
+# fmt: off
+class Watched(Options):
+    """How a call in Python is watched."""
+
+    on_event: OnEvent | None = keyword("function to call with an `Event` at each step and for each warning; without it and `monitor`, "
+        "warnings are `StreamerWarning`")
+    monitor: Monitor | None = keyword("a `Monitor` instead of `on_event`, for callers that also need to stop a run at its next safe point")
+    progress: bool | None = keyword("True draws tqdm bars; None draws them only in a notebook, and only without `on_event` and `monitor`")
+
+
+class Printing(Options, group="printing"):
+    """What a command prints."""
+
+    json: bool = option("print one JSON object to stdout, even on failure; see docs/formats.md", False)
+    json_events: bool = option("print one JSON object per line to stderr instead of progress, warnings and errors", False)
+    quiet: int = option("print only warnings and errors; twice (-qq): only errors", 0, "-q", "--quiet", nargs="count")
+    progress: str = option("how to show progress: a bar, or a line every 30 s (plain); auto: bar on a terminal, else plain", "auto",
+        choices=["auto", "bar", "plain", "none"])
+    all: bool = option("show every row and column of tables, not only the most important ones", False)
+    legend: bool = option("omit the lines that explain the columns of tables", True, "--no-legend")
+
+
+class OfBase(Watched, group="input"):
+    """How a base is read."""
+
+    base: str | Path = argument("directory of model or pipeline, file, hub name or address")
+    io: IOMode = option("how to read tensors; use pread on network file systems", "mmap", choices=["mmap", "pread"])
+    remote: RemoteMode | None = option("how to read an input at an address. cache: download what is needed before starting; stream: read "
+        "byte ranges and store nothing (if not given: cache for the hub, else stream)", choices=["cache", "stream"])
+    architecture: str | None = option("class of BASE in transformers, such as GPT2LMHeadModel; needed only if a message asks for it",
+        metavar="NAME")
+
+
+class Ignoring(Options, group="input"):
+    """Keys of an adapter's config that have no effect."""
+
+    ignore_keys: Sequence[str] = option("ignore the unknown key KEY of the adapter's config (repeatable)", (), "--ignore-key",
+        metavar="KEY", nargs="append")
+
+
+class OfAdapter(Ignoring, OfBase, group="input"):
+    """How a base and an adapter are read, and facts that they do not contain."""
+
+    base_is_residual: bool = option("BASE is the residual of PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ, on which ADAPTER was trained", False)
+    lora_b_layout: LoraBLayout | None = option("order of lora_B's columns for stacked experts, if ADAPTER does not state it: rank_major "
+        "(PEFT), or grouped_by_expert (Unsloth until September 2026)", choices=["rank_major", "grouped_by_expert"])
+
+
+class OnDevice(Options, group="computing"):
+    """Where a run computes."""
+
+    device: str = option("where to compute: cpu, cuda or cuda:i (cuda has not been run on a GPU yet); auto: run detection on a "
+        "GPU if there is one, and models on the CPU", "auto", metavar="DEV")
+
+
+class Computing(OnDevice, group="computing"):
+    """Where a run computes, and with how much memory."""
+
+    max_memory: int | str | None = option("memory limit, such as 600M or 4G, not counting memory-mapped files and the GPU driver. With a "
+        "low limit, fewer sequences run together, large matrices take longer, and directions that need a full SVD are left undecided; what "
+        "does not fit is refused", metavar="SIZE", shown="no limit", detail="It is in bytes, or a size like 4G in powers of 1024, and "
+        "counts the anonymous memory of Python, torch and streamer; 200M (350M with torch for GPUs) are needed before any matrix.")
+
+
+class Threads(Options, group="computing"):
+    """Threads of a command; in Python, torch's own."""
+
+    threads: int | None = option("CPU threads", metavar="N", shown="OMP_NUM_THREADS, or one per core available to this process, "
+        "CORES here; on a busy machine, detection uses fewer threads if a measurement shows that this is faster")
+
+
+class Judged(Options, group="detection"):
+    """What counts as an intruder; None means the value in the findings, or the default."""
+
+    top_k: int | float | None = option("leading directions to examine in each matrix, as a count or as a share such as 0.1", metavar="K",
+        shown="as in the findings, else 10", expects="a count like 10 or a share like 0.1", detail="A count is an int from 1, a share of "
+        "min(rows, columns) a float in (0, 1].")
+    threshold_epsilon: float | None = option("a direction is an intruder if its similarity to the base is below E", None, "--epsilon",
+        metavar="E", shown="as in the findings, else 0.5", detail="E is in (0, 1]; the similarity is the largest |cosine| to a left "
+        "singular vector of the base.")
+    solver: str | None = option("Krylov with bounds (certified), LAPACK's full SVD (dense), or the cheaper one (auto)", choices=["auto",
+        "certified", "dense"], shown="as in the findings, else auto")
+
+
+class Writing(Options, group="output"):
+    """What happens to an output that exists, whole or in part."""
+
+    output: str | Path | None = written("", "PATH")
+    resume: bool = option("start over instead of resuming an interrupted run", True, "--no-resume")
+    overwrite: bool = option("replace an existing output, or write into a directory with other files. Unrelated files are kept; the run is "
+        "refused if one of them has a name that the output needs or a loader would read", False)
+
+
+class DryRuns(Options, group="output"):
+    """A command that can be tried."""
+
+    dry_run: bool = option("check inputs and options, forecast memory, disk and time, and write nothing", False)
+
+
+class WorkerOptions(Options, group="workers (docs/workers.md)"):
+    """Workers of a command; Python's functions take an executor."""
+
+    workers: int | None = option("compute in N processes that share the cores and --max-memory", metavar="N", shown="in this process")
+    executor: str | None = option("compute on the workers of a cluster: dask:HOST:PORT, dask:FILE.json (its scheduler file), ray:auto or "
+        "ray:HOST:PORT; --threads and --max-memory apply to each task", metavar="ENGINE:ADDRESS")
+
+
+class DetectOptions(Writing, Judged, Computing, OfAdapter):
+    """Options of `detect_intruder_dimensions`."""
+
+    adapter: Adapters = argument(ADAPTERS, nargs="+")
+    output: str | Path | None = written(f"findings file to write (.safetensors); {SEVERAL} NAME.safetensors per adapter", "FILE")
+    executor: Executor | None = keyword("")
+
+
+class Amplifying(Options, group="mitigation"):
+    """Whether λ is a share."""
+
+    amplify: bool = option("allow a lambda outside [0, 1]: above 1 enlarges an intruder, below 0 changes its sign", False)
+
+
+class Scaling(Amplifying, group="mitigation"):
+    """What methods need."""
+
+    coefficients: Coefficients | str | Path | None = option("factors from `streamer fit`, for method regmean, which uses neither detection "
+        "nor --lambda", metavar="FILE")
+    map: InputMap | str | Path | None = option("map of BASE from `streamer map`, for method nullspace, which uses no detection",
+        metavar="FILE")
+    select: Selection = option("scale all intruders among the top k, or only the highest-ranked one of each matrix", "all", "--select",
+        "--scale", choices=["all", "first"])
+
+
+class MethodOptions(Scaling, group="mitigation"):
+    """A mitigation method."""
+
+    mitigation_lambda: float | None = option("share of each intruder (project: of the adapter's part; shrink: of the adapter) to keep, "
+        f"from 0 (remove) to 1 (keep) (default: {DEFAULT.mitigation_lambda:g}); with --map, share of each delta's energy on general inputs",
+        None, "--lambda", metavar="L", shown=f"{NullSpace.mitigation_lambda:g}")
+    method: MethodName | None = option("; ".join(f"{name}: {method.about}" for name, method in METHODS.items()) + "; with --coefficients "
+        "or --map, the file sets the method", metavar="NAME", choices=[*METHODS], shown=DEFAULT.name, detail="The mitigated delta "
+        "is Δ + (λ − 1) U Σ Vᵀ (paper), (I − (1 − λ) U Uᵀ) Δ (project), λ Δ (shrink) or L R'ᵀ with new right factors (regmean).")
+    keep: float | None = option("if --coefficients has several sets: use the one for this share of the learning", metavar="SHARE")
+
+
+class Mitigation(MethodOptions, Judged, Computing, OfAdapter, group="mitigation"):
+    """A mitigation method, and the findings that it may need."""
+
+    findings: FindingsOrPath = option(f"{FINDINGS} (a directory for several adapters); without it, detection runs first", metavar="FILE")
+
+
+class Dequantizing(Options):
+    """A model in plain tensors."""
+
+    dequantize: bool = option("if the base is quantized, write a plain model, in the dtype of its config", False)
+
+
+class WritingOptions(Writing, Mitigation, group="output"):
+    """What mitigate and merge share."""
+
+    adapter: Adapters = argument(ADAPTERS, nargs="+")
+    model_card: bool = option(CARD, True, "--no-card")
+
+
+class MitigateOptions(WritingOptions):
+    """Options of `reduce_intruder_dimension`."""
+
+    output: str | Path = written(f"adapter directory to write; {SEVERAL} subdirectory NAME per adapter", "DIR")
+    to_lora: int | float | None = option(f"write a LoRA adapter of this rank from any kind of adapter; {RANK_OR_SHARE}", metavar="RANK",
+        expects="a rank like 16 or a share like 0.95")
+
+
+class MergeOptions(Dequantizing, WritingOptions):
+    """Options of `merge_with_reduced_intruder_dimensions`."""
+
+    output: str | Path = written(f"model directory to write; {SEVERAL} subdirectory NAME per adapter", "DIR")
+    executor: Executor | None = keyword("workers that write shards")
+
+
+class IterateOptions(Dequantizing, Mitigation):
+    """Options of `iter_merged`."""
+
+
+class Products(Computing):
+    """How a sweep multiplies."""
+
+    dtype: ProductDtype = option("dtype of products with base weights; bf16 is faster on some processors", "float32",
+        choices=["float32", "bf16"])
+
+
+class Reading(Products):
+    """How much of texts a sweep reads."""
+
+    sequences: int = option("maximum number of sequences per text", 32, metavar="N")
+    length: int = option("maximum number of tokens per sequence", 128, metavar="N")
+
+
+class Texts(Reading):
+    """Two texts."""
+
+    general: str | Path | None = option("general text, for measuring forgetting: .txt, .jsonl or .npy", MISSING, metavar="TEXT")
+    task: str | Path = option("text from ADAPTER's task but not from its training data", MISSING, metavar="TEXT")
+
+
+class VariantOptions(Scaling, Judged, Products, OfAdapter):
+    """Variants of a model that are measured."""
+
+    adapter: str | Path = argument(ONE_ADAPTER)
+    findings: Findings | str | Path | None = option(f"{FINDINGS}; without it, detection runs first and keeps its findings in memory",
+        metavar="FILE")
+    lambdas: Sequence[float] = option("shares to keep, separated by commas", (0.75, 0.5), "--lambda", metavar="L,L")
+    methods: Sequence[MethodName] | None = option(f"one or several of {', '.join(WITHOUT_FILES)}, separated by commas (default: shrink, "
+        "with --findings paper); to evaluate only the sets in --coefficients, give their method, regmean", None, "--method", metavar="M,M")
+    keep: float = option("share of the learning that the suggestion must keep", 0.9, metavar="SHARE")
+    projected: bool = option("evaluate deltas projected onto the adapter's rank, as `mitigate` writes them", False)
+
+
+class EvaluateOptions(Writing, Texts, VariantOptions):
+    """Options of `evaluate_variants`."""
+
+    output: str | Path | None = written("JSON file to write; new variants are added to an evaluation of the same inputs, texts and options",
+        "FILE")
+    other: str | Path | Sequence[str | Path] = option("another text to measure; it does not affect the suggestion (repeatable)", (),
+        metavar="TEXT", nargs="append")
+
+
+class FittingOptions(Writing, Texts, OfAdapter):
+    """Options of `fit_coefficients`."""
+
+    adapter: str | Path = argument(ONE_ADAPTER)
+    output: str | Path | None = written("file of factors to write (.safetensors)", "FILE")
+    keep: float | Sequence[float] = option("least shares of the learning to keep; each gives one set", 0.9, metavar="SHARE,SHARE")
+    weights: Sequence[float] = option("weights of the general text to fit and measure, rising", (0.5, 4.0, 32.0), "--mu", metavar="M,M")
+    sequences: int = option("maximum number of sequences per text", 24, metavar="N")
+    length: int = option("maximum number of tokens per sequence", 64, metavar="N")
+    holdout: float = option("share of each text's sequences to hold out for choosing and measuring", 0.33, metavar="SHARE")
+    seed: int = option("decides which sequences are held out", 0, metavar="N")
+
+
+class MappingOptions(Writing, Reading, OfBase):
+    """Options of `map_inputs`."""
+
+    output: str | Path | None = written("map file to write (.safetensors)", "FILE")
+    base: str | Path = argument("model directory, hub name or address", nargs="+")
+    general: str | Path | None = option("general text to run through BASE: .txt, .jsonl or .npy", metavar="TEXT", shown=BUILT_IN)
+    vectors: int = option("leading vectors to store for each input", 16, metavar="N")
+
+
+class RepairOptions(FittingOptions):
+    """Options of `repair_adapter`."""
+
+    output: str | Path = written("directory to write: an adapter, or with --merge a model", "DIR")
+    general: str | Path | None = option("general text, for measuring forgetting: .txt, .jsonl or .npy", metavar="TEXT",
+        shown=f"{BUILT_IN}; your own text works better")
+    keep: float = option("least share of the learning to keep", 0.9, metavar="SHARE")
+    findings: Findings | str | Path | None = option(f"{FINDINGS}: also measure the effect of scaling these intruders", metavar="FILE")
+    to_lora: int | float | None = option("first write ADAPTER, of any kind, as a LoRA adapter of this rank, beside DIR; " + RANK_OR_SHARE,
+        metavar="RANK", expects="a rank like 16 or a share like 0.95")
+    merge: bool = option("write a model with the repaired adapter merged in", False)
+    dequantize: bool = option("with --merge: if the base is quantized, write a plain model", False)
+    model_card: bool = option(CARD, True, "--no-card")
+
+
+class InspectOptions(OfAdapter):
+    """Options of `streamer inspect`."""
+
+    adapter: str | Path | None = argument(ONE_ADAPTER, None, nargs="?")
+
+
+class ReportOptions(Options):
+    """Options of `write_report`."""
+
+    findings: Findings | Evaluation | str | Path = argument("findings file from `streamer detect`, a directory of such files, or an "
+        "output's directory")
+    evaluation: Evaluation | str | Path | None = argument("evaluation of the same adapter from `streamer evaluate`", None, nargs="?")
+    output: str | Path | None = option("page to write, a name that ends in .html", None, "-o", "--output", metavar="PAGE")
+    overwrite: bool = option("replace an existing report; no other file is ever replaced", False)
+
+
+class DiffOptions(Options):
+    """Options of `streamer diff`."""
+
+    first: str | Path = argument("earlier findings: those of the adapter, or of an earlier checkpoint", metavar="FINDINGS")
+    second: str | Path = argument("later findings: those of the mitigated adapter, or of a later checkpoint", metavar="FINDINGS")
+
+
+class VerifyOptions(Watched):
+    """Options of `verify_output`."""
+
+    output: str | Path = argument("directory of one merged model or mitigated adapter, or a findings file")
+    base: str | Path | None = argument("base of OUTPUT: also recompute a sample of matrices", None, nargs="?")
+    adapter: str | Path | None = argument("the adapter; give it together with BASE", None, nargs="?")
+    sample: int | Literal["all"] = option("number of matrices to recompute, spread over their kinds; all: recompute every matrix and "
+        "compare every other tensor byte by byte", 3, metavar="N")
+    coefficients: str | Path | None = option("file of the fit that OUTPUT was made with", metavar="FILE", shown=BESIDE)
+    map: str | Path | None = option("map that OUTPUT was made with", metavar="FILE", shown=BESIDE)
+
+
+class DemoOptions(Amplifying):
+    """Options of `streamer demo`."""
+
+    mitigation_lambda: float = option("share of the adapter's part of an intruder to keep, from 0 (remove) to 1 (unchanged)", 0.0,
+        "--lambda", metavar="L")
+    output: str | Path | None = option("keep all files in DIR, which must not exist", None, "-o", "--output", metavar="DIR",
+        shown="keep nothing")
+
+
+class LiveOptions(Judged, OnDevice, Ignoring, Watched):
+    """Options of functions on a model in memory."""
+
+
+class LiveMitigation(MethodOptions, LiveOptions):
+    """Options of functions that mitigate a model in memory."""
+
+    findings: Findings | str | Path | None = keyword("")
+# fmt: on
