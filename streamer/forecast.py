@@ -219,7 +219,7 @@ def forecast_commands(plan: Plan, device: torch.device, rates: Rates | None) -> 
 
 
 def forecast_evaluation(prepared: Prepared, known: Evaluation | None) -> Forecast:
-    """Forecast what an evaluation needs if it does not stop early, without a detection that runs first.
+    """Forecast what an evaluation needs if it does not stop early.
 
     Parameters
     ----------
@@ -231,7 +231,7 @@ def forecast_evaluation(prepared: Prepared, known: Evaluation | None) -> Forecas
     sequences = sum(len(text.ids) for text in prepared.texts.values())
     writes = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (len(MEASURES) * variants + 1) * sequences
     writes += len(json.dumps(prepared.facts, indent=1))
-    return _forecast_sweeps(prepared, sweeps, prepared.detection.max_memory, 0, writes, writes)
+    return _forecast_sweeps(prepared, sweeps, 0, writes, writes)
 
 
 def forecast_fit(prepared: PreparedFit) -> Forecast:
@@ -242,17 +242,17 @@ def forecast_fit(prepared: PreparedFit) -> Forecast:
     first = prepared.work(prepared.variants)
     sweeps = [first, replace(prepared.work(1 + sets), fitted=0)]
     spooled = 4 * len(prepared.options.weights) * prepared.right_values
-    return _forecast_sweeps(prepared, sweeps, prepared.max_memory, prepared.solving_bytes, writes, spooled)
+    return _forecast_sweeps(prepared, sweeps, prepared.solving_bytes, writes, spooled)
 
 
 def forecast_map(prepared: PreparedMap) -> Forecast:
     """Forecast what a map needs."""
     writes = sum(2 * n * prepared.options.vectors + HEADER_BYTES for n in prepared.widths)
-    return _forecast_sweeps(prepared, [prepared.work], prepared.max_memory, prepared.solving_bytes, writes, writes)
+    return _forecast_sweeps(prepared, [prepared.work], prepared.solving_bytes, writes, writes)
 
 
-def _forecast_sweeps(prepared: Prepared | PreparedFit | PreparedMap, sweeps: Sequence[Work], max_memory: int | None, solving: int,
-                     writes: int, temporary: int) -> Forecast:  # fmt: skip
+def _forecast_sweeps(prepared: Prepared | PreparedFit | PreparedMap, sweeps: Sequence[Work], solving: int, writes: int,
+                     temporary: int) -> Forecast:  # fmt: skip
     """Forecast sweeps, each of which reads the base once; a device holds everything except the memory between steps.
 
     Parameters
@@ -264,7 +264,7 @@ def _forecast_sweeps(prepared: Prepared | PreparedFit | PreparedMap, sweeps: Seq
     job, read, seconds, there = model.job, model.size.read * (1 + len(sweeps)), None, 0  # with the check of the logits
     plan = job.plan
     peak = max(
-        (work.nbytes(model.size, resident, work.limits(model.size, resident, max_memory)) for work in sweeps),
+        (work.nbytes(model.size, resident, work.limits(model.size, resident, prepared.max_memory)) for work in sweeps),
         default=resident,
     )
     if job.device != CPU:

@@ -25,10 +25,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from tqdm import tqdm
 
-from streamer.api.requests import detection_options, watched
+from streamer.api.requests import watched
 from streamer.api.texts import VariantsRequest
-from streamer.detection.detect import detect_in_memory
-from streamer.detection.findings import Findings
 from streamer.errors import StreamerError, UnsupportedError, UsageError
 from streamer.evaluation.evaluate import open_model
 from streamer.events import Monitor
@@ -100,10 +98,8 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self._variant = _chosen(self._variants, method, lam, keep)
         with watched(request) as monitor:
             base_path, adapter_path, found, self._run = request.opened(adapter, request.findings, monitor)
-            self._detection = detection_options(request, request.memory, found)
-            self._model, self._given = open_model(
-                base_path, adapter_path, found, request.options, self._detection, self._run
-            )
+            self._model, self._findings = open_model(base_path, adapter_path, found, request.options, self._run)
+        self._max_memory = request.memory
         plan = self._model.job.plan
         directory = tokenizer_directory(plan)
         self.tokenizer = load_tokenizer(Path(REQUESTS), directory).loaded
@@ -205,25 +201,15 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     @cached_property
     def _keys(self) -> dict[str, bytes]:
         """Hash everything that determines each variant's results, including the inputs' identities and stamps."""
-        job, given = self._model.job, self._given
+        job = self._model.job
         about = {"transformers": require_transformers().__version__, "config": self._model.config,
                  "stamps": job.plan.detection_stamps(), "projected": job.projected, "bf16": job.rounds_products}  # fmt: skip
-        intruders = self._detection.as_dict() if given is None else given.decisions_digest()
+        intruders = None if self._findings is None else self._findings.decisions_digest()
         return {
             v.name: bytes.fromhex(job.plan.digest(**about, method=v.mitigation and v.mitigation.as_dict(),
                                                   intruders=intruders if v.scales_intruders else None))
             for v in self._variants
         }  # fmt: skip
-
-    @cached_property
-    def _findings(self) -> Findings | None:
-        """Return the findings, detected now if a variant needs them and none were given."""
-        if self._given is not None:
-            return self._given
-        if not any(v.scales_intruders for v in self._variants):
-            return None
-        plan = self._model.job.plan
-        return detect_in_memory(AdapterBatch(plan.base, (plan,)), self._detection, self._run)[0]
 
     def _measure(self, asked: Sequence[tuple[np.ndarray, int]], disable_tqdm: bool) -> None:
         """Run the sweeps that answer requests, and store the results after each sweep."""
@@ -236,7 +222,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         texts, resident = {REQUESTS: text}, resident_bytes(AdapterBatch(plan.base, (plan,)))
         progress = Progress(Monitor(), model.size, "evaluate")
         work = Work(0, max(BLOCK, len(variants) * max(ROWS, text.longest)), text.longest)
-        limits = work.limits(model.size, resident, self._detection.max_memory)
+        limits = work.limits(model.size, resident, self._max_memory)
         model.use(replace(model.job, variants=variants, findings=self._findings))
         with full_float32(), tqdm(total=len(asked), desc="Scored requests", disable=disable_tqdm) as bar:
             parts = riders(texts, len(variants), model.size, limits.rows, chooses_keys(model, texts))

@@ -150,6 +150,7 @@ REMOVED_FROM = {
     ("--race", "--no-race"): "every variant runs on all sequences; drop the option",
     tuple(f"{command} --{name}" for command in ("evaluate", "fit", "map", "repair") for name in ("workers", "executor")):
         "one sweep reads the base once and uses all cores of this machine; drop the option",
+    ("evaluate --top-k", "evaluate --epsilon", "evaluate --solver"): "run `streamer detect` with it, and pass its file as --findings",
     ("--part",): "use --workers N, or --executor, of detect and merge",
     ("demo --keep",): "use -o DIR",
     ("verify --max-memory",): "verify reads a few rows at a time; drop the option",
@@ -375,12 +376,11 @@ class Texts(Reading):
     task: str | Path = option("text from ADAPTER's task but not from its training data", MISSING, metavar="TEXT")
 
 
-class VariantOptions(Scaling, Judged, Products, OfAdapter):
+class VariantOptions(Scaling, Products, OfAdapter):
     """Variants of a model that are measured."""
 
     adapter: str | Path = argument(ONE_ADAPTER)
-    findings: Findings | str | Path | None = option(f"{FINDINGS}; without it, detection runs first and keeps its findings in memory",
-        metavar="FILE")
+    findings: Findings | str | Path | None = option(f"{FINDINGS}; paper and project need them", metavar="FILE")
     lambdas: Sequence[float] = option("shares to keep, separated by commas", (0.75, 0.5), "--lambda", metavar="L,L")
     methods: Sequence[MethodName] | None = option(f"one or several of {', '.join(WITHOUT_FILES)}, separated by commas (default: shrink, "
         "with --findings paper); to evaluate only the sets in --coefficients, give their method, regmean", None, "--method", metavar="M,M")

@@ -131,9 +131,6 @@ class EvaluateKeywords(TypedDict, total=False):
     device: str
     max_memory: int | str | None
     dtype: ProductDtype
-    top_k: int | float | None
-    threshold_epsilon: float | None
-    solver: str | None
     amplify: bool
     coefficients: Coefficients | str | Path | None
     map: InputMap | str | Path | None

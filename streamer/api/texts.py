@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDic
 from streamer.api.functions import explained
 from streamer.api.intruders import OutputRequest
 from streamer.api.records import DryRun, dry_run
-from streamer.api.requests import Request, detection_options, read_coefficients, read_map, read_path, take, watched
+from streamer.api.requests import Request, read_coefficients, read_map, read_path, take, watched
 from streamer.detection.findings import Findings
 from streamer.errors import OutputExistsError, UsageError
 from streamer.evaluation.evaluate import Prepared, evaluate, inspect, measured_before, prepare
@@ -92,8 +92,7 @@ class EvaluateRequest(VariantsRequest, EvaluateOptions):
 
     def _prepared(self, monitor: Monitor, peek: bool = False) -> Prepared:
         base, adapter, found, run = self.opened(self.adapter, self.findings, monitor, peek)
-        detection = detection_options(self, self.memory, found)
-        return prepare(base, adapter, self.texts, found, self.options, detection, run)
+        return prepare(base, adapter, self.texts, found, self.options, self.memory, run)
 
 
 @explained(EvaluateOptions)
@@ -127,7 +126,7 @@ def evaluate_variants(
     other
         One or more other texts with different file names. They show what each variant does to text that no fit or suggestion uses.
     findings
-        Findings from `detect_intruder_dimensions`, or the path of their file. None detects first, in memory.
+        Findings from `detect_intruder_dimensions`, or the path of their file; ``paper`` and ``project`` need them.
     methods, lambdas
         Methods to evaluate, each at each λ: ``paper``, ``project``, ``shrink`` (see `merge_with_reduced_intruder_dimensions`); by default
         ``shrink``, and ``paper`` if findings are given. ``regmean`` alone evaluates only the coefficients. With ``shrink``, one more shrink
@@ -147,8 +146,7 @@ def evaluate_variants(
         ``bf16`` rounds base weights and activations to bfloat16 before they are multiplied, on processors with fast bfloat16 (AMX); means
         change by up to 1e-3. Deltas, norms, the softmax and all sums stay float32.
     device
-        ``cpu``, ``cuda`` or ``cuda:i`` for the model, and for detection if it runs first; no GPU has been tried yet. ``auto`` runs the
-        model on the CPU, and detection on CUDA if a GPU is available.
+        ``cpu``, ``cuda`` or ``cuda:i`` for the model; no GPU has been tried yet. ``auto`` is the CPU.
     max_memory
         Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
         sequences run together. None uses what a block of sequences under all variants needs.

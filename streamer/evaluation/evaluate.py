@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 
 from streamer.adapters.finetuned import One
-from streamer.detection.detect import detect_in_memory
 from streamer.detection.findings import Findings
-from streamer.detection.matrices import detection_estimates
 from streamer.detection.options import DetectionOptions, Run
+from streamer.errors import UsageError
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.losses import EvaluationOptions
 from streamer.evaluation.suggestion import ask_swapped, placed
@@ -47,7 +46,7 @@ from streamer.measuring.texts import chooses_keys, read_texts, refuse_new_tokens
 from streamer.methods import UNCHANGED, RegMean, Shrink
 from streamer.methods.files import Coefficients
 from streamer.output.write import OutputOptions, check_coefficients, check_map, open_jobs
-from streamer.plan.plan import AdapterBatch, Plan, check_budget, resident_bytes
+from streamer.plan.plan import AdapterBatch, Plan, resident_bytes
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.files import locked
 from streamer.storage.journal import lock_of, remove_leftovers
@@ -131,19 +130,21 @@ class Prepared:
 
     Attributes
     ----------
+    max_memory
+        Budget in bytes; None for no budget.
     findings
-        Findings that were given; None if none were.
+        Findings whose intruders are scaled; None if none were given.
     texts
         ``general``, ``task``, and others by file name.
     model
-        Model of all variants; deltas that need findings are available only once findings are set.
+        Model of all variants.
     one_length
         Whether only sequences of equal length run together, because padding would change the model's logits.
     """
 
     plan: Plan
     options: EvaluationOptions
-    detection: DetectionOptions
+    max_memory: int | None
     run: Run
     findings: Findings | None
     texts: Mapping[str, TextSequences]
@@ -197,19 +198,19 @@ class Prepared:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """Return the inputs and options as JSON: `EvaluationFacts`."""
-        o, detection = self.options, self.detection if self.findings is None else self.findings.options
+        o, findings = self.options, self.findings if self.needs_findings else None
         tree = {
             **model_facts(self.model, base=self.plan.sources[0], adapter=self.plan.sources[1]),
             **writable(self.plan),
-            "detection": detection.as_dict() if self.needs_findings else None,
+            "detection": None if findings is None else findings.options.as_dict(),
             "scale": o.select,
             "projected": o.projected,
             "texts": {GENERAL: self.texts[GENERAL].facts(), TASK: self.texts[TASK].facts()},
         }  # fmt: skip
         if others := [text.facts() for name, text in self.texts.items() if name not in (GENERAL, TASK)]:
             tree["texts"]["others"] = others
-        if self.findings is not None and self.needs_findings:
-            tree |= {"findings": self.findings.decisions_digest(), "intruders": self.findings.intruders}
+        if findings is not None:
+            tree |= {"findings": findings.decisions_digest(), "intruders": findings.intruders}
         if o.coefficients is not None:
             tree["coefficients"] = o.fitted_record()
         if o.map is not None:
@@ -218,7 +219,7 @@ class Prepared:
 
 
 def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], findings: Findings | None, options: EvaluationOptions,
-            detection: DetectionOptions, run: Run) -> Prepared:  # fmt: skip
+            max_memory: int | None, run: Run) -> Prepared:  # fmt: skip
     """Open and check an evaluation's inputs, and pass their warnings to the monitor.
 
     Parameters
@@ -226,20 +227,30 @@ def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], fin
     texts
         Paths of the ``general`` and the ``task`` text, and of others by file name.
     """
-    model, given = open_model(base_path, adapter, findings, options, detection, run)
+    model, given = open_model(base_path, adapter, findings, options, run)
     plan, read = model.job.plan, read_texts(model, texts, options.sequences, options.length, run.monitor)
     if options.coefficients is not None:
         _warn_of_fitted_texts(options.coefficients, read, texts, run.monitor)
     ordered = {name: spread(text) for name, text in read.items()}
-    return Prepared(plan, options, detection, run, given, ordered, model, chooses_keys(model, read))
+    return Prepared(plan, options, max_memory, run, given, ordered, model, chooses_keys(model, read))
 
 
-def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, options: EvaluationOptions, detection: DetectionOptions,
+def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, options: EvaluationOptions,
                run: Run) -> tuple[SweepModel, Findings | None]:  # fmt: skip
-    """Open and check the model of all variants, and the findings if given; pass warnings to the monitor."""
+    """Open and check the model of all variants, and the findings if given; pass warnings to the monitor.
+
+    Raises
+    ------
+    UsageError
+        If a variant scales intruders, and no findings are given.
+    """
     require_transformers()
-    form = OutputOptions(merges=True)
-    (job,) = open_jobs(base_path, One(adapter), [findings], UNCHANGED, detection, form, run)
+    if findings is None and (scaling := [v.name for v in options.variants if v.scales_intruders]):
+        raise UsageError(
+            f"methods: {scaling[0]} scales intruders, which findings name; run `streamer detect` first, and pass its file as --findings"
+        )
+    detection = DetectionOptions() if findings is None else findings.options
+    (job,) = open_jobs(base_path, One(adapter), [findings], UNCHANGED, detection, OutputOptions(merges=True), run)
     plan = job.plan
     run.monitor.warn((*plan.warnings, *job.warnings))
     refuse_new_tokens(plan)
@@ -248,7 +259,7 @@ def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, 
             check_coefficients(plan, variant.mitigation.coefficients)
     if options.map is not None:
         run.monitor.warn(check_map(plan, options.map))
-    model = SweepModel(options.job(plan, run.model_device))
+    model = SweepModel(replace(options.job(plan, run.model_device), findings=job.findings))
     return model, job.findings
 
 
@@ -275,9 +286,8 @@ def result_file(prepared: Prepared, output: Path) -> ResultFile:
     # The journal does not contain what earlier runs measured, so it must belong to this version of their file.
     earlier = hashlib.sha256(output.read_bytes()).hexdigest() if is_taken(output) and output.is_file() else ""
     bits = f"{'' if prepared.findings is None else prepared.findings.digest()} {earlier}".strip()
-    o, memory = prepared.options, prepared.detection.max_memory
-    variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in o.variants]
-    facts = with_digest(prepared.facts, variants=variants, max_memory=memory)
+    variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in prepared.options.variants]
+    facts = with_digest(prepared.facts, variants=variants, max_memory=prepared.max_memory)
     return ResultFile(output, ONE, "this very evaluation", "evaluation.json", prepared.plan, prepared.run, facts,
                       lambda path: not prepared.expected(_load(prepared, path)), bits)  # fmt: skip
 
@@ -298,12 +308,10 @@ def _load(prepared: Prepared, path: Path) -> Evaluation:
 
 def inspect(prepared: Prepared, output: Path) -> State:
     """Check, without writing, that an evaluation can be written to a file, and whether it is complete there or was begun."""
-    plan, file = prepared.plan, result_file(prepared, output)
+    file = result_file(prepared, output)
     file.check_path()
     for sweep in prepared.expected(None):  # raises if the budget is too small
-        prepared.work(*sweep).limits(prepared.model.size, prepared.resident, prepared.detection.max_memory)
-    if prepared.needs_findings and prepared.findings is None:
-        check_budget(detection_estimates(plan, prepared.detection, prepared.resident), prepared.detection.max_memory)
+        prepared.work(*sweep).limits(prepared.model.size, prepared.resident, prepared.max_memory)
     return file.state()
 
 
@@ -358,7 +366,6 @@ class _Run:
 
     def __init__(self, prepared: Prepared, known: Evaluation | None, records: Records) -> None:
         self.known, self.records, self.monitor = known, records, prepared.run.monitor
-        self._findings: Findings | None = None
         self.prepared, self.progress = prepared, Progress(self.monitor, prepared.model.size, "evaluate")
 
     def result(self) -> Evaluation:
@@ -366,8 +373,6 @@ class _Run:
         prepared, facts = self.prepared, self.prepared.facts
         with computing(self.records.threads, self.monitor):
             one_length = prepared.one_length or self._padding_changes()
-            if (count := self._intruders(self._missing(prepared.wanted))) is not None:
-                facts = with_digest({**facts, "intruders": count})
             if self.known is not None:
                 facts = joined_facts(facts, self.known.facts)
             base, *rest = without_scaling(prepared.wanted, facts)
@@ -400,7 +405,7 @@ class _Run:
         """
         prepared, model, sums = self.prepared, self.prepared.model, dict[str, SequenceSums]()
         lengths = None if self.known is None else {name: len(own.tokens) for name, own in self.known.sums.items()}
-        model.use(replace(model.job, variants=tuple(variants), findings=self._findings_for(variants)))
+        model.use(replace(model.job, variants=tuple(variants), findings=prepared.findings))
         names, blocks = json.dumps([variant.name for variant in variants]), prepared.blocks()
         sweeps = prepared.expected(self.known) or [(block, len(variants)) for block in blocks]
         for number, block in enumerate(blocks):
@@ -412,7 +417,7 @@ class _Run:
                     found[name] = SequenceSums(**known)
             if found.keys() != block.keys():
                 work = prepared.work(block, len(variants))
-                limits = work.limits(model.size, prepared.resident, prepared.detection.max_memory)
+                limits = work.limits(model.size, prepared.resident, prepared.max_memory)
                 held_out = riders(block, len(variants), model.size, limits.rows, one_length)
                 rest = [sweep_cost(model.size, prepared.work(*sweep).riding) for sweep in sweeps[number:]]
                 self.progress.expect(sum(rest), len(rest) * (len(model.layers) + 1))
@@ -430,27 +435,3 @@ class _Run:
         """List the variants that were not measured before."""
         done = () if self.known is None else self.known.variants
         return [v for v in variants if EvaluatedVariant.of(v) not in done]
-
-    def _intruders(self, variants: Sequence[Variant]) -> int | None:
-        """Count the intruders that these variants scale; None if no variant scales intruders."""
-        if not any(variant.scales_intruders for variant in variants):
-            return None
-        known = self.records.find("intruders")
-        if known is None:
-            findings = self._findings_for(variants)
-            assert findings is not None
-            known = {"count": np.array([float(findings.intruders)])}
-            self.records.add("intruders", known)
-        return int(known["count"][0])
-
-    def _findings_for(self, variants: Sequence[Variant]) -> Findings | None:
-        """Return the findings that these variants need, detected now if none were given; None if none are needed."""
-        prepared = self.prepared
-        if not any(variant.scales_intruders for variant in variants):
-            return None
-        if prepared.findings is not None:
-            return prepared.findings
-        if self._findings is None:
-            batch = AdapterBatch(prepared.plan.base, (prepared.plan,))
-            (self._findings,) = detect_in_memory(batch, prepared.detection, prepared.run)
-        return self._findings

@@ -193,7 +193,8 @@ def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_pat
         (["--coefficients", other_coefficients(home, tmp_path)], {}, 3, "of another adapter (config_sha256, weights_sha256 differ)"),
         (["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"),
         (["--max-memory", budget], {}, 2, f"--max-memory: {budget} is not enough for a sweep of 512 tokens; it needs "),
-        (["--findings", home / "f.safetensors", "--top-k", "3"], {}, 3, "made with top_k=4, asked for 3"),
+        (["--method", "paper"], {}, 2, "paper 0.75 scales intruders, which findings name; run `streamer detect` first"),
+        (["--top-k", "3"], {}, 2, "--top-k was removed: run `streamer detect` with it, and pass its file as --findings"),
     ]  # fmt: skip
     for options, texts, code, message in cases:
         done = evaluate(server, home, tmp_path / "e.json", *options, **texts)
@@ -333,28 +334,19 @@ def test_a_journal_with_other_sums_is_started_over(home: Path, tmp_path: Path) -
 
 
 def test_without_intruders_nothing_that_scales_them_runs(server: Server, home: Path, tmp_path: Path) -> None:
-    """Whether the findings are given or made: a line says so, the file has no such variant, and another run has nothing to do."""
+    """A line says so, the file has no such variant, and another run has nothing to do."""
     found = streamer.detect_intruder_dimensions(home / "base", home / "adapter", top_k=4, threshold_epsilon=1e-6)
     assert found.intruders == 0
     found.save(tmp_path / "none.safetensors")
-    for name, options in (
-        ("given", ["--findings", tmp_path / "none.safetensors"]),
-        ("made", ["--top-k", 4, "--epsilon", 1e-6, "--method", "paper,shrink"]),
-    ):
-        output = tmp_path / f"{name}.json"
-        done = evaluate(server, home, output, *options, "--lambda", "0.75,0.5")
-        assert (done.code, done.err) == (0, ""), name
-        assert "no intruder was found (epsilon 1e-06): paper and project change nothing, and were not run" in done.out
-        tree = json.loads(output.read_text())
-        assert {v["method"] for v in tree["variants"]} == {None, "shrink"}
-        assert (tree["intruders"], tree["detection"]["threshold_epsilon"]) == (0, 1e-6)
-        again = evaluate(server, home, output, *options, "--lambda", "0.75,0.5", "--json-events")
-        assert "exists already" in again.out
-        assert not [e for e in map(json.loads, again.err.splitlines()) if e.get("stage") == "evaluate"]
-        alone = check(
-            evaluate(server, home, tmp_path / f"p{name}.json", *options, "--method", "paper", "--json"),
-            "streamer.evaluation/1",
-        )
-        assert [v["name"] for v in alone["variants"]] == ["base", "adapter"]
-    given, made = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("given", "made"))
-    assert given["variants"] == made["variants"]
+    output, options = tmp_path / "e.json", ["--findings", tmp_path / "none.safetensors", "--lambda", "0.75,0.5"]
+    done = evaluate(server, home, output, *options)
+    assert (done.code, done.err) == (0, "")
+    assert "no intruder was found (epsilon 1e-06): paper and project change nothing, and were not run" in done.out
+    tree = json.loads(output.read_text())
+    assert {v["method"] for v in tree["variants"]} == {None, "shrink"}
+    assert (tree["intruders"], tree["detection"]["threshold_epsilon"]) == (0, 1e-6)
+    again = evaluate(server, home, output, *options, "--json-events")
+    assert "exists already" in again.out
+    assert not [e for e in map(json.loads, again.err.splitlines()) if e.get("stage") == "evaluate"]
+    done = evaluate(server, home, tmp_path / "p.json", *options, "--method", "paper", "--json")
+    assert [v["name"] for v in check(done, "streamer.evaluation/1")["variants"]] == ["base", "adapter"]

@@ -52,8 +52,8 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "evaluate": Kind(streamer.evaluate_variants, {"methods": ("paper", "shrink"), "lambdas": (0.5,)},
-                     ["--method", "paper,shrink", "--lambda", "0.5"], (24, 12), {"lambdas": (0.25,)}, "an evaluation", (4, "evaluate")),
+    "evaluate": Kind(streamer.evaluate_variants, {"methods": ("shrink",), "lambdas": (0.5,)},
+                     ["--method", "shrink", "--lambda", "0.5"], (24, 12), {"lambdas": (0.25,)}, "an evaluation", (4, "evaluate")),
     "fit": Kind(streamer.fit_coefficients, {"keep": KEEP}, ["--keep", ",".join(map(str, KEEP))], (24, 16), {"seed": 1}, "coefficients",
                 (2, "fit")),
 }  # fmt: skip
@@ -243,10 +243,8 @@ def test_a_finished_one_stays(job: Job, tmp_path: Path) -> None:
         match=r"holds an evaluation of other inputs or options \(general text: 3 sequences of 12 tokens, not 24",
     ):
         job.run(output, sequences=3)
-    with pytest.raises(
-        OutputExistsError, match=r"\(--projected, --top-k\); choose another output, or pass --overwrite"
-    ):
-        job.run(output, projected=True, top_k=2)
+    with pytest.raises(OutputExistsError, match=r"\(--projected\); choose another output, or pass --overwrite"):
+        job.run(output, projected=True)
     assert output.read_bytes() == job.whole
     job.run(output, lambdas=(0.25,), overwrite=True)
     assert 0.5 not in {v["lambda"] for v in json.loads(output.read_bytes())["variants"]}
@@ -286,11 +284,11 @@ def test_variants_join_a_file_that_stands(job: Job, tmp_path: Path) -> None:
     old, new = variants_of(job.whole), variants_of(added.read_bytes())
     assert {name: new[name] for name in old} == old
     joined = new.keys() - old.keys()
-    assert joined >= {"paper 0.25", "shrink 0.25"}
+    assert joined >= {"shrink 0.25"}
     assert len(joined) <= 3, "one is placed"
     assert [e.name for e in events if e.stage == "note"] == [f"{added}: adds to the {len(old)} variants in it"]
     together = job.run(tmp_path / "together.json", lambdas=(0.5, 0.25))
-    for name in ("paper 0.25", "shrink 0.25"):
+    for name in ("shrink 0.25",):
         for text in ("general", "task"):
             np.testing.assert_allclose(new[name][text]["loss"], together[name][text]["sums"]["loss"], rtol=1e-6)
     for number in (len(events) // 3, len(events) * 2 // 3):

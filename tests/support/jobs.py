@@ -215,7 +215,7 @@ OTHERS: dict[str, tuple[Callable[[Path], tuple[Path, Path]], str]] = {
 
 
 MODELS = {
-    "evaluate": "base adapter --general general.npy --task task.npy --method paper,shrink --lambda 0.5",
+    "evaluate": "base adapter --general general.npy --task task.npy --method shrink --lambda 0.5",
     "fit": "base adapter --general general.npy --task task.npy",
     "map": "base --general general.npy",
     "repair": "base adapter --general general.npy --task task.npy",
