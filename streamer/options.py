@@ -402,8 +402,8 @@ class FittingOptions(Writing, Texts, OfAdapter):
 
     adapter: str | Path = argument(ONE_ADAPTER)
     output: str | Path | None = written("file of factors to write (.safetensors)", "FILE")
-    keep: float | Sequence[float] = option("least shares of the learning to keep; each gives one set", 0.9, metavar="SHARE,SHARE")
-    weights: Sequence[float] = option("weights of the general text to fit and measure, rising", (0.5, 4.0, 32.0), "--mu", metavar="M,M")
+    keep: float | Sequence[float] = option("least shares of the learning to keep; each gives one set", 0.95, metavar="SHARE,SHARE")
+    weights: Sequence[float] = option("weights of the general text to fit and measure, rising", (0.5, 8.0), "--mu", metavar="M,M")
     sequences: int = option("maximum number of sequences per text", 24, metavar="N")
     length: int = option("maximum number of tokens per sequence", 64, metavar="N")
     holdout: float = option("share of each text's sequences to hold out for choosing and measuring", 0.33, metavar="SHARE")

@@ -35,7 +35,7 @@ from streamer.fitting.result import (
     unchanged,
 )
 from streamer.linalg.operators import LowRank
-from streamer.linalg.regmean import RIDGE, Refit, System, TextInputs, basis, refit, refit_one_hot
+from streamer.linalg.regmean import GENERAL_RIDGE, RIDGE, Refit, System, TextInputs, basis, refit, refit_one_hot
 from streamer.measuring.result_file import ADAPTER_ROW, BASE_ROW, Records, ResultFile, computing, stands
 from streamer.measuring.riders import (
     Part,
@@ -116,8 +116,6 @@ class Solver:
         Tokens of the general and of the task's text.
     places
         For each matrix, the places of the candidates' right factors in the spool.
-    raised
-        Matrices whose ridge was raised.
     """
 
     model: SweepModel
@@ -125,7 +123,6 @@ class Solver:
     tokens: tuple[int, int]
     spool: Spool
     places: dict[str, list[Spooled]] = field(default_factory=dict)
-    raised: list[str] = field(default_factory=list)
     _seen: tuple[list[Tensor], dict[int, Tensor], list[System]] = field(default_factory=lambda: ([], {}, []))
 
     def __call__(self, site: Site, inputs: Mapping[Group, Tensor]) -> None:
@@ -158,9 +155,11 @@ class Solver:
 
     def factors(self) -> Mapping[str, Callable[[], Tensor]]:
         """Return readers of all factors found so far, by matrix and candidate."""
-        found: dict[str, Callable[[], Tensor]] = {f"{name}/{k:03}": partial(self._read, place)
-                 for name, places in self.places.items() for k, place in enumerate(places)}  # fmt: skip
-        return found | {f"{name}/raised": partial(torch.zeros, 1) for name in self.raised}
+        return {
+            f"{name}/{k:03}": partial(self._read, place)
+            for name, places in self.places.items()
+            for k, place in enumerate(places)
+        }
 
     def _read(self, place: Spooled) -> Tensor:
         return self.spool.read(place)[0]
@@ -168,11 +167,7 @@ class Solver:
     def restore(self, factors: Mapping[str, Tensor]) -> None:
         """Take over the factors of an earlier run."""
         for key, right in sorted(factors.items()):
-            name, _, number = key.rpartition("/")
-            if number == "raised":
-                self.raised.append(name)
-            else:
-                self.places.setdefault(name, []).append(self.spool.write([right]))
+            self.places.setdefault(key.rpartition("/")[0], []).append(self.spool.write([right]))
 
     def _write(self, target: Target, rights: Sequence[Tensor]) -> None:
         self.places[target.tensor] = [self.spool.write([right.to(torch.float32)]) for right in rights]
@@ -219,13 +214,9 @@ class Solver:
             for text in (GENERAL_STREAM, TASK_STREAM):
                 now = streams[2 * (k + 1) + text]
                 texts.append(TextInputs(streams[text] if whole else now, now, self.tokens[text]))
-            found = refit(delta, texts[TASK_STREAM], texts[GENERAL_STREAM], mu, system)
-            if found is None:
-                self.raised.append(target.tensor)
+            right = refit(delta, texts[TASK_STREAM], texts[GENERAL_STREAM], mu, system)
+            if right is None:
                 return None
-            right, ridge = found
-            if ridge > RIDGE and target.tensor not in self.raised:
-                self.raised.append(target.tensor)
             rights.append(right)
         return rights
 
@@ -266,6 +257,7 @@ class FitRun:
         self.model = prepared.model
         self.model.directory = directory
         self._rows: dict[str, Mapping[str, SequenceSums]] = {}
+        self._base: list[Group] = []
 
     def result(self) -> Coefficients:
         """Run to the end and return the result."""
@@ -282,14 +274,14 @@ class FitRun:
                 one_length = prepared.one_length or padding_changes(
                     self.model, [part.text for part in self._parts(prepared.one_length, 1)], self.monitor.checkpoint
                 )
-                solver, points, unseen = self._swept(spool, one_length)
+                points, unseen = self._swept(spool, one_length)
                 of_adapter = adapter_facts(*self._sums([]), prepared.texts[TASK].whole.name)
                 self.monitor.warn(doubts(of_adapter))
                 chosen = self._chosen(points, one_length)
                 self.progress.finish()
                 names = [*(Shrink(lam).label for lam in SHRINKS), *(point.name for _, point in chosen)]
                 facts = {
-                    **prepared.facts, "ridge": RIDGE, "raised": solver.raised, "unseen": unseen, **of_adapter,
+                    **prepared.facts, "ridge": RIDGE, "general_ridge": GENERAL_RIDGE, "unseen": unseen, **of_adapter,
                     **scaling_facts(prepared.scaling, lambda name: self._sums([name])),
                     "sets": set_facts(*self._sums(names), chosen),
                 }  # fmt: skip
@@ -306,7 +298,7 @@ class FitRun:
     def _parts(self, one_length: bool, variants: int) -> list[Part]:
         return riders(self.prepared.held_out, variants, self.model.size, self.prepared.limits.rows, one_length)
 
-    def _swept(self, spool: Spool, one_length: bool) -> tuple[Solver, list[Point], list[str]]:
+    def _swept(self, spool: Spool, one_length: bool) -> tuple[list[Point], list[str]]:
         """Fit all candidates in one sweep, in which they, the adapter and shrinks ride; also list matrices that a text never reached."""
         prepared, plan, model = self.prepared, self.prepared.plan, self.model
         weights, as_is = prepared.options.weights, unchanged(plan)
@@ -320,8 +312,8 @@ class FitRun:
         variants += [*(Variant.of(Shrink(lam)) for lam in SHRINKS), *prepared.scaling]
         held_out = self._parts(one_length, len(variants))
         self._measure(variants, held_out, fitted, solver)
-        solver.raised = sorted({*solver.raised})
-        unseen = sorted({target.tensor for target in plan.targets} - solver.places.keys() - {*solver.raised})
+        self._base = [part.groups[0] for part in held_out]  # a second sweep needs only the logits of their results
+        unseen = sorted({target.tensor for target in plan.targets} - solver.places.keys())
         if whole := sorted(model.whole - solver.places.keys()):
             raise UnsupportedError(
                 f"{plan.base.path}: the weights of {len(whole)} matrices are not used by a matrix product or look-up (a "
@@ -330,10 +322,7 @@ class FitRun:
         if unseen:
             self.monitor.warn((f"{counted(len(unseen), 'matrix')} received no tokens from one of the texts, and the delta there is kept: "
                                f"{listed(map(repr, unseen))}",))  # fmt: skip
-        if solver.raised:
-            self.monitor.warn((f"the texts are short for the inputs of {counted(len(solver.raised), 'matrix')}, "
-                               f"{listed(map(repr, solver.raised))}: the ridge was raised; more text may forget less",))  # fmt: skip
-        return solver, [Point(0.0, as_is), *points], unseen
+        return [Point(0.0, as_is), *points], unseen
 
     def _chosen(self, points: Sequence[Point], one_length: bool) -> list[tuple[float, Point]]:
         """Choose for each share the candidate that diverges least among those that keep it, or one between two candidates.
@@ -354,7 +343,8 @@ class FitRun:
                 own.append(a.towards(b, max(0.0, (wanted - above) / (below - above))))
                 new.append(self._variant(own[-1]))
         if len(new) > 1:
-            self._measure(new, self._parts(one_length, len(new)))
+            parts = zip(self._parts(one_length, len(new)), self._base, strict=True)
+            self._measure(new, [replace(part, groups=(base, *part.groups[1:])) for part, base in parts])
 
         def divergence(point: Point) -> float:
             return float(self._sums([point.name])[0].kl[ADAPTER_ROW + 1].sum())
@@ -376,10 +366,9 @@ class FitRun:
                  solver: Solver | None = None) -> None:  # fmt: skip
         """Run a sweep in which variants, the base first, ride."""
         own, model = self.prepared, self.model
-        rows = sum(group.rows for group in (*fitted, *(g for part in held_out for g in part.groups)))
-        self.progress.expect(
-            sweep_cost(model.size, rows, len(fitted) + len(held_out) * len(variants)), len(model.layers) + 1
-        )
+        groups = [*fitted, *(group for part in held_out for group in part.groups if not group.results)]
+        cost = sweep_cost(model.size, sum(group.rows for group in groups), len(groups))
+        self.progress.expect(cost, len(model.layers) + 1)
         model.use(replace(model.job, variants=tuple(variants), findings=own.findings))
         # The file stays that of the first sweep, which a run that is killed in the second one needs again.
         states = None if solver is None else self.records.states(json.dumps([variant.name for variant in variants]))

@@ -157,7 +157,7 @@ class FitFacts(ModelFacts):
     intruders: NotRequired[Annotated[Count, "Intruders in the findings; if 0, scaling them changes nothing and is not measured."]]
     plan: Annotated[Sha256, "Digest of everything that decides the factors (SHA-256, hexadecimal)."]
     ridge: Annotated[float, "Share of the mean diagonal that is added to the task's second moments."]
-    raised: Annotated[list[str], "Matrices for which the ridge was raised, because the texts are short for them."]
+    general_ridge: NotRequired[Annotated[float, "The same of general text's; absent in earlier versions."]]
     unseen: Annotated[list[str], "Matrices that no token reached; they keep their delta."]
 
 class AdapterFacts(TypedDict):

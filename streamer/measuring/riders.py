@@ -134,6 +134,8 @@ def measured(model: SweepModel, texts: Mapping[str, TextSequences], held_out: Se
 
     Parameters
     ----------
+    held_out
+        The riders; groups with results have run, and only their logits are computed.
     fitted, solve, states
         Groups that fit the adapter's targets, and the file from which a killed sweep resumes; see `SweepModel.run`.
 
@@ -144,7 +146,7 @@ def measured(model: SweepModel, texts: Mapping[str, TextSequences], held_out: Se
     InputChangedError
         If an input changed.
     """
-    groups = [*fitted, *(group for part in held_out for group in part.groups)]
+    groups = [*fitted, *(group for part in held_out for group in part.groups if not group.results)]
     plan, checkpoint = model.job.plan, progress.monitor.checkpoint
     each = sweep_cost(progress.size, sum(group.rows for group in groups), len(groups)) // (len(model.layers) + 1)
     if states is not None:

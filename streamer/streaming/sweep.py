@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from streamer.errors import InputError, NumericError, UnsupportedError
-from streamer.linalg.operators import LowRank
+from streamer.linalg.operators import LowRank, linear
 from streamer.linalg.torch_state import bfloat16_products
 from streamer.methods.files import SealedKind
 from streamer.packages import require_package
@@ -733,15 +733,16 @@ class _Reader(Reader):
     ) -> Tensor:
         """Compute ``X Mᵀ`` (t, m) for X (t, n), or if `transposed` ``X M`` (t, n) for X (t, m), without deltas."""
         m, out = rows[1] - rows[0], None
+        product = torch.nn.functional.linear if self.rounded else linear
         with bfloat16_products() if self.rounded else contextlib.nullcontext():
             for i, j, values in self.values.blocks(source, self.variant, *rows):
                 if transposed:
                     out = X[:, i:j] @ values if out is None else out.addmm_(X[:, i:j], values)
                 elif j - i == m:
-                    out = X @ values.T
+                    out = product(X, values)
                 else:
                     out = X.new_empty((len(X), m)) if out is None else out
-                    out[:, i:j] = X @ values.T
+                    out[:, i:j] = product(X, values)
         return X.new_zeros((len(X), columns if transposed else m)) if out is None else out
 
 

@@ -33,7 +33,7 @@ import streamer
 from streamer.errors import Interrupted, NumericError, UnsupportedError
 from streamer.fitting.fit import Solver
 from streamer.fitting.result import factors_of
-from streamer.linalg.regmean import RIDGE
+from streamer.linalg.regmean import GENERAL_RIDGE, RIDGE
 from streamer.measuring.riders import Part, part_sums
 from streamer.measuring.statistics import SequenceSums
 from streamer.plan.targets import Target
@@ -82,9 +82,11 @@ def solution(layer: Any, factors: tuple[Tensor, Tensor], mu: float, x: Any, y: A
     A, B = (t.numpy() for t in factors)
     B = layer.scaling["default"] * B
     P = np.linalg.solve(B.T @ B, B.T) @ weight_of(layer)
-    rho = RIDGE * np.trace(y.T @ y) / len(y) / y.shape[1]
+    rho, gamma = (share * np.sum(now**2) / len(now) / now.shape[1] for share, now in ((RIDGE, y), (GENERAL_RIDGE, v)))
     wanted = ((x - y) @ P.T + x @ A.T).T @ y / len(y) + mu * ((u - v) @ P.T).T @ v / len(v) + rho * A
-    return np.linalg.solve(y.T @ y / len(y) + mu * v.T @ v / len(v) + rho * np.eye(y.shape[1]), wanted.T).T
+    return np.linalg.solve(
+        y.T @ y / len(y) + mu * v.T @ v / len(v) + (rho + mu * gamma) * np.eye(y.shape[1]), wanted.T
+    ).T
 
 
 def relative(found: Any, wanted: Any) -> float:
@@ -221,9 +223,11 @@ def test_experts_are_fitted_to_the_tokens_that_each_candidate_sends_them(
         every.append((experts_inputs(model, general), experts_inputs(model, task)))
         for tensor in targets_of.keys() & rights.keys():
             v, y = (text[tensor].numpy() for text in every[-1])
-            C, R, n = y.T @ y / tokens[1], as_is[tensor].double().numpy(), y.shape[1]
-            kept = C + RIDGE * np.trace(C) / n * np.eye(n)
-            wanted = np.linalg.solve(kept + mu * v.T @ v / tokens[0], kept @ R)
+            C, G, R, n = y.T @ y / tokens[1], v.T @ v / tokens[0], as_is[tensor].double().numpy(), y.shape[1]
+            kept, lost = (
+                own + share * np.trace(own) / n * np.eye(n) for own, share in ((C, RIDGE), (G, GENERAL_RIDGE))
+            )
+            wanted = np.linalg.solve(kept + mu * lost, kept @ R)
             assert relative(rights[tensor], wanted) <= 1e-4, (tensor, mu)
     reached = {tensor for tensor in targets_of if all(tensor in text for pair in every for text in pair)}
     assert targets_of.keys() & sweep.rights.keys() == reached

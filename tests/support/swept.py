@@ -87,7 +87,6 @@ def fitted(base: Path, adapter: Path, general: Tensor, task: Tensor, weights: Se
     """Fit an adapter's factors in one sweep."""
     sweep = make_sweep(base, adapter, general, task, weights)
     sweep.run()
-    assert sweep.solver.raised == []
     return sweep
 
 

@@ -7,8 +7,17 @@ import pytest
 import torch
 from seeds import vary
 
-from streamer.linalg import regmean
-from streamer.linalg.regmean import RIDGE, TOLERANCE, Refit, System, TextInputs, basis, refit, refit_one_hot
+from streamer.linalg.regmean import (
+    GENERAL_RIDGE,
+    RIDGE,
+    TOLERANCE,
+    Refit,
+    System,
+    TextInputs,
+    basis,
+    refit,
+    refit_one_hot,
+)
 
 N, M = 48, 32
 """Inputs and outputs of a module."""
@@ -33,10 +42,8 @@ def texts(rng: np.random.Generator, tokens: int, massive: float = 1.0) -> dict[s
     return {**found, **moved}
 
 
-def refitted(
-    W: np.ndarray, L: np.ndarray, R: np.ndarray, given: dict[str, np.ndarray], mu: float
-) -> tuple[np.ndarray, float]:
-    """R' and ε."""
+def refitted(W: np.ndarray, L: np.ndarray, R: np.ndarray, given: dict[str, np.ndarray], mu: float) -> np.ndarray:
+    """R'."""
     x = {name: torch.from_numpy(own) for name, own in given.items()}
     tokens = len(x["task"]), len(x["general"])
     Q, T = basis(torch.from_numpy(L))
@@ -47,18 +54,18 @@ def refitted(
     )
     found = refit(of, task, general, mu, system)
     assert found is not None
-    return found[0].numpy(), found[1]
+    right: np.ndarray = found.numpy()
+    return right
 
 
-def expected(
-    W: np.ndarray, L: np.ndarray, R: np.ndarray, given: dict[str, np.ndarray], mu: float, ridge: float = RIDGE
-) -> np.ndarray:
+def expected(W: np.ndarray, L: np.ndarray, R: np.ndarray, given: dict[str, np.ndarray], mu: float) -> np.ndarray:
     """Δ' (m, n) by least squares as they are written down, of all rows of the norms."""
     x, y, u, v = (given[name].astype(float) for name in ("task", "task now", "general", "general now"))
-    delta, s = L @ R.T, ridge * np.sum(y**2) / len(y) / N
+    delta, s, g = L @ R.T, RIDGE * np.sum(y**2) / len(y) / N, GENERAL_RIDGE * np.sum(v**2) / len(v) / N
     Q = np.linalg.svd(L, full_matrices=False)[0][:, : np.linalg.matrix_rank(L, rtol=1e-3)]
-    rows = [y / len(y) ** 0.5, v * (mu / len(v)) ** 0.5, s**0.5 * np.eye(N)]
-    wanted = [(x @ (W + delta).T - y @ W.T) / len(y) ** 0.5, (u - v) @ W.T * (mu / len(v)) ** 0.5, s**0.5 * delta.T]
+    rows = [y / len(y) ** 0.5, v * (mu / len(v)) ** 0.5, s**0.5 * np.eye(N), (mu * g) ** 0.5 * np.eye(N)]
+    wanted = [(x @ (W + delta).T - y @ W.T) / len(y) ** 0.5, (u - v) @ W.T * (mu / len(v)) ** 0.5, s**0.5 * delta.T,
+              np.zeros((N, len(W)))]  # fmt: skip
     D = np.linalg.lstsq(np.concatenate(rows), np.concatenate(wanted) @ Q, rcond=None)[0]
     return Q @ D.T
 
@@ -77,8 +84,7 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
 def test_it_is_the_formula(tokens: int, mu: float) -> None:
     rng = np.random.default_rng(vary(0))
     (W, L, R), given = drawn(rng), texts(rng, tokens)
-    right, ridge = refitted(W, L, R, given, mu)
-    assert ridge == RIDGE
+    right = refitted(W, L, R, given, mu)
     assert relative(L @ right.T, expected(W, L, R, given, mu)) <= 1e-5
     same = {**given, "task now": given["task"], "general now": given["general"]}
     assert relative(expected(W, L, R, given, mu), expected(W, L, R, same, mu)) > 0.01, "the correction matters"
@@ -94,9 +100,11 @@ def test_one_direction_is_much_larger(tokens: int, kind: str, massive: float) ->
     for mu in WEIGHTS:
         system = System(torch.from_numpy(task), torch.from_numpy(general), (tokens, tokens), mu)
         assert system.few == (tokens == FEW)
-        rows, s = system.rows.double().numpy(), RIDGE * system.mean
+        rows = system.rows.double().numpy()
+        traces = (np.sum(own.astype(float) ** 2) / tokens / N for own in (task, general))
+        s = sum(share * trace for share, trace in zip((RIDGE, mu * GENERAL_RIDGE), traces, strict=True))
         B = torch.from_numpy(rng.standard_normal((N, 3))) * torch.tensor([1.0, 1e-9, 1e6])
-        found = system.solve(B, s)
+        found = system.solve(B)
         assert found is not None
         wanted = np.linalg.solve(rows.T @ rows + s * np.eye(N), B.numpy())
         assert (np.linalg.norm(found.numpy() - wanted, axis=0) <= 2 * TOLERANCE * np.linalg.norm(wanted, axis=0)).all()
@@ -104,25 +112,25 @@ def test_one_direction_is_much_larger(tokens: int, kind: str, massive: float) ->
 
 def test_what_cannot_be_solved_is_none() -> None:
     nan, one = torch.full((4, 6), torch.nan), torch.eye(6)
-    assert System(nan, one, (4, 6), 1.0).solve(torch.ones(6, 1, dtype=torch.float64), 1.0) is None
-    assert System(one, nan, (6, 4), 1.0).solve(torch.ones(6, 1, dtype=torch.float64), 1.0) is None
+    assert System(nan, one, (4, 6), 1.0).solve(torch.ones(6, 1, dtype=torch.float64)) is None
+    assert System(one, nan, (6, 4), 1.0).solve(torch.ones(6, 1, dtype=torch.float64)) is None
 
 
 def test_a_left_factor_of_fewer_directions_than_columns_gives_the_delta_of_those_that_it_has() -> None:
     rng = np.random.default_rng(vary(3))
     (W, L, R), given = drawn(rng), texts(rng, MANY)
-    of = L @ refitted(W, L, R, given, 1.0)[0].T
+    of = L @ refitted(W, L, R, given, 1.0).T
     wide = np.concatenate([L, L[:, :1], np.zeros((M, 1)), 1e-9 * rng.standard_normal((M, 1))], 1)
     more = np.concatenate([R, np.zeros((N, 2)), rng.standard_normal((N, 1))], 1)
-    found = refitted(W, wide, more, given, 1.0)[0]
+    found = refitted(W, wide, more, given, 1.0)
     assert relative(wide @ found.T, of) <= 1e-5
     assert np.linalg.norm(found) < 100 * np.linalg.norm(more), "no factor grows along what L lacks"
     single = np.outer(L[:, 0], np.ones(2)), R[:, :2]  # twice the same column
-    assert relative(single[0] @ refitted(W, *single, given, 1.0)[0].T, expected(W, *single, given, 1.0)) <= 1e-5
+    assert relative(single[0] @ refitted(W, *single, given, 1.0).T, expected(W, *single, given, 1.0)) <= 1e-5
 
 
 def test_without_counterparts_it_is_the_regression_mean_of_the_delta_and_zero() -> None:
-    """As for experts: Δ' = Δ (C_t + s I)(C_t + s I + μ C_g)⁻¹, of whose tokens an expert received some."""
+    """As for experts: Δ' = Δ (C_t + s I)(C_t + s I + μ (C_g + g I))⁻¹, of whose tokens an expert received some."""
     rng = np.random.default_rng(vary(4))
     _, L, R = drawn(rng)
     y, v, tokens = inputs(rng, 60), inputs(rng, 30), (100, 80)
@@ -132,38 +140,20 @@ def test_without_counterparts_it_is_the_regression_mean_of_the_delta_and_zero() 
     found = refit(of, task, general, 2.0, System(task.now, general.now, tokens, 2.0))
     assert found is not None
     C, G = (x.T.astype(float) @ x / n for x, n in zip((y, v), tokens, strict=True))
-    kept = C + RIDGE * np.trace(C) / N * np.eye(N)
-    assert relative(found[0].numpy(), np.linalg.solve(kept + 2.0 * G, kept @ R)) <= 1e-5
+    kept, lost = (own + share * np.trace(own) / N * np.eye(N) for own, share in ((C, RIDGE), (G, GENERAL_RIDGE)))
+    assert relative(found.numpy(), np.linalg.solve(kept + 2.0 * lost, kept @ R)) <= 1e-5
 
 
 def test_one_text_for_both_is_a_shrink() -> None:
     rng = np.random.default_rng(vary(5))
     (W, L, R), x = drawn(rng), inputs(rng, MANY)
-    right, ridge = refitted(W, L, R, dict.fromkeys(("task", "general", "task now", "general now"), x), 1.0)
+    right = refitted(W, L, R, dict.fromkeys(("task", "general", "task now", "general now"), x), 1.0)
     cosine = np.sum(right * R) / np.linalg.norm(right) / np.linalg.norm(R)
     assert cosine > 0.99
-    # Along an eigenvector it is scaled by (c + s) / (2 c + s), where s is the ridge: by half, and by more where c is small.
+    # Along an eigenvector it is scaled by (c + s) / (2 c + s + g): by half, and by more where c is small.
     C = x.T.astype(float) @ x / len(x)
-    least, s = np.linalg.eigvalsh(C)[0], ridge * np.trace(C) / N
-    assert 0.5 < np.linalg.norm(right) / np.linalg.norm(R) < (least + s) / (2 * least + s)
-
-
-def test_a_delta_that_would_grow_has_its_ridge_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs of the task all along a direction of general text, which Δ' leaves by growing elsewhere."""
-    monkeypatch.setattr(regmean, "GROWTH", 1.1)
-    rng = np.random.default_rng(vary(6))
-    u, v = np.linalg.qr(rng.standard_normal((N, 2)))[0].T
-    task, general = (10 * x[None].astype(np.float32) for x in (u + 0.02 * v, u))
-    W, L, R = rng.standard_normal((M, N)), rng.standard_normal((M, 1)), u[:, None].copy()
-    given = {"task": task, "task now": task, "general": general, "general now": general}
-    right, ridge = refitted(W, L, R, given, 50.0)
-    assert np.linalg.norm(right) <= 1.1 * (1 + 1e-6)
-    assert np.linalg.norm(expected(W, L, R, given, 50.0)) > 1.1 * np.linalg.norm(L @ R.T)
-    assert ridge > RIDGE
-    assert relative(L @ right.T, expected(W, L, R, given, 50.0, ridge)) <= 1e-5
-    monkeypatch.setattr(regmean, "GROWTH", 0.0)
-    with pytest.raises(AssertionError):
-        refitted(W, L, R, given, 50.0)  # None: no ridge suffices
+    least, s, g = np.linalg.eigvalsh(C)[0], *(share * np.trace(C) / N for share in (RIDGE, GENERAL_RIDGE))
+    assert 0.5 < np.linalg.norm(right) / np.linalg.norm(R) < (least + s) / (2 * least + s + g)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
