@@ -262,15 +262,17 @@ def _forecast_sweeps(prepared: Prepared | PreparedFit | PreparedMap, sweeps: Seq
     """
     model, resident = prepared.model, prepared.resident + solving
     job, read, seconds, there = model.job, model.size.read * (1 + len(sweeps)), None, 0  # with the check of the logits
-    plan = job.plan
-    peak = max(
+    plan, workers = job.plan, prepared.run.workers
+    away = max((work.away(model.size, prepared.resident, workers) for work in sweeps), default=0)
+    peak = away + max(
         (work.nbytes(model.size, resident, work.limits(model.size, resident, prepared.max_memory)) for work in sweeps),
         default=resident,
     )
     if job.device != CPU:
         there = peak - TRANSFORMERS_BYTES - resident
     elif (rates := measure_rates(plan.base, prepared.run.monitor)) is not None:
-        products = sum(sweep_cost(model.size, work.fitted + work.riding) for work in sweeps)
+        count = workers.processes or 1 if workers is not None else 1
+        products = sum(sweep_cost(model.size, work.fitted + work.riding // count) for work in sweeps)
         # The run needs the time that this process has used so far, mostly for imports, as well.
         seconds = time.process_time() + START_SECONDS + SWEEP * products / rates.products
     return Forecast(peak, peak, read, network_bytes(plan, read), writes, temporary, seconds, device_memory_bytes=there)

@@ -220,7 +220,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         ids, counted = zip(*((ids, np.arange(len(ids)) >= len(ids) - count) for ids, count in asked), strict=True)
         text, model, plan = TextSequences(ids, counted, REQUESTS), self._model, self._model.job.plan
         texts, resident = {REQUESTS: text}, resident_bytes(AdapterBatch(plan.base, (plan,)))
-        progress = Progress(Monitor(), model.size, "evaluate")
+        progress = Progress(replace(self._run, monitor=Monitor()), model.size, "evaluate")
         work = Work(0, max(BLOCK, len(variants) * max(ROWS, text.longest)), text.longest)
         limits = work.limits(model.size, resident, self._max_memory)
         model.use(replace(model.job, variants=variants, findings=self._findings))

@@ -148,8 +148,7 @@ REMOVED_FROM = {
     ("--grain", "--objective", "--steps"):
         "repair and fit now use the closed form (regmean), which keeps more and forgets less; drop the option",
     ("--race", "--no-race"): "every variant runs on all sequences; drop the option",
-    tuple(f"{command} --{name}" for command in ("evaluate", "fit", "map", "repair") for name in ("workers", "executor")):
-        "one sweep reads the base once and uses all cores of this machine; drop the option",
+    ("map --workers", "map --executor"): "a map is made in this process, on all cores; drop the option",
     ("evaluate --top-k", "evaluate --epsilon", "evaluate --solver"): "run `streamer detect` with it, and pass its file as --findings",
     ("--part",): "use --workers N, or --executor, of detect and merge",
     ("demo --keep",): "use -o DIR",
@@ -393,6 +392,7 @@ class EvaluateOptions(Writing, Texts, VariantOptions):
 
     output: str | Path | None = written("JSON file to write; new variants are added to an evaluation of the same inputs, texts and options",
         "FILE")
+    executor: Executor | None = keyword("workers that run the variants through the layers, as for `detect_intruder_dimensions`")
     other: str | Path | Sequence[str | Path] = option("another text to measure; it does not affect the suggestion (repeatable)", (),
         metavar="TEXT", nargs="append")
 
@@ -402,6 +402,7 @@ class FittingOptions(Writing, Texts, OfAdapter):
 
     adapter: str | Path = argument(ONE_ADAPTER)
     output: str | Path | None = written("file of factors to write (.safetensors)", "FILE")
+    executor: Executor | None = keyword("workers that run the held-out sequences, as for `detect_intruder_dimensions`; this process fits")
     keep: float | Sequence[float] = option("least shares of the learning to keep; each gives one set", 0.95, metavar="SHARE,SHARE")
     weights: Sequence[float] = option("weights of the general text to fit and measure, rising", (0.5, 8.0), "--mu", metavar="M,M")
     sequences: int = option("maximum number of sequences per text", 24, metavar="N")
@@ -425,7 +426,7 @@ class RepairOptions(FittingOptions):
     output: str | Path = written("directory to write: an adapter, or with --merge a model", "DIR")
     general: str | Path | None = option("general text, for measuring forgetting: .txt, .jsonl or .npy", metavar="TEXT",
         shown=f"{BUILT_IN}; your own text works better")
-    keep: float = option("least share of the learning to keep", 0.9, metavar="SHARE")
+    keep: float = option("least share of the learning to keep", 0.95, metavar="SHARE")
     findings: Findings | str | Path | None = option(f"{FINDINGS}: also measure the effect of scaling these intruders", metavar="FILE")
     to_lora: int | float | None = option("first write ADAPTER, of any kind, as a LoRA adapter of this rank, beside DIR; " + RANK_OR_SHARE,
         metavar="RANK", expects="a rank like 16 or a share like 0.95")

@@ -128,13 +128,8 @@ class Carried(Generic[Found]):
     """
 
     def __init__(self, value: Found) -> None:
-        file = io.BytesIO()
-        _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
-        self._data = file.getvalue()
+        self._data = packed(value)
         self.digest = hashlib.sha256(self._data).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._data)
 
     @property
     def value(self) -> Found:
@@ -154,6 +149,13 @@ class _Pickler(pickle.Pickler):
         if isinstance(obj, Tensor) and obj.untyped_storage().nbytes() > obj.nbytes:
             return pickle.loads, (pickle.dumps(obj.detach().clone()),)
         return NotImplemented
+
+
+def packed(value: object) -> bytes:
+    """Pickle a value; torch would pass its tensors to other processes in shared memory, which ends with the process."""
+    file = io.BytesIO()
+    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    return file.getvalue()
 
 
 _values: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from streamer.adapters.finetuned import ByName, One, Several, each
 from streamer.api.functions import explained
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
-from streamer.api.requests import Request, chosen_method, detection_options, found_inputs, take, watched
+from streamer.api.requests import Request, chosen_method, detection_options, found_inputs, given_workers, take, watched
 from streamer.detection.detect import detect_in_memory, detect_to_files, inspect_detections
 from streamer.detection.findings import Findings
 from streamer.detection.matrices import shared
@@ -144,7 +144,7 @@ def detect_intruder_dimensions(
         `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced.
     """
     request = DetectRequest(base=base, adapter=adapter, output=output, **options)
-    workers = None if request.executor is None else Workers.of(request.executor)
+    workers = given_workers(request.executor)
     with watched(request) as monitor:
         return each(request.run(monitor, workers), lambda one: one.findings)
 
@@ -315,7 +315,7 @@ def merge_with_reduced_intruder_dimensions(
         `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced.
     """
     request = OutputRequest(command="merge", base=base, adapter=adapter, output=output, **options)
-    workers = None if request.executor is None else Workers.of(request.executor)
+    workers = given_workers(request.executor)
     with watched(request) as monitor:
         return request.run(monitor, workers)
 

@@ -144,6 +144,7 @@ class EvaluateKeywords(TypedDict, total=False):
     length: int
     resume: bool
     overwrite: bool
+    executor: Executor | None
     other: str | Path | Sequence[str | Path]
 
 class FitKeywords(TypedDict, total=False):
@@ -163,6 +164,7 @@ class FitKeywords(TypedDict, total=False):
     length: int
     resume: bool
     overwrite: bool
+    executor: Executor | None
     keep: float | Sequence[float]
     weights: Sequence[float]
     holdout: float
@@ -202,6 +204,7 @@ class RepairKeywords(TypedDict, total=False):
     general: str | Path | None
     resume: bool
     overwrite: bool
+    executor: Executor | None
     keep: float
     weights: Sequence[float]
     holdout: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -70,12 +71,17 @@ class Request(Writing, Computing, OfBase):
         return Remote(self.remote, peek, monitor)
 
     def opened(
-        self, adapter: str | Path, findings: FindingsOrPath, monitor: Monitor, peek: bool = False
+        self,
+        adapter: str | Path,
+        findings: FindingsOrPath,
+        monitor: Monitor,
+        workers: Workers | None = None,
+        peek: bool = False,
     ) -> tuple[Path, Path, Findings | None, Run]:
         """Find base and adapter, load the findings, and resolve the run, for one adapter."""
         base, adapter = map(Path, self.located(monitor, peek).paths(self.base, adapter))
         (found,) = load_given(findings, One(adapter))
-        return base, adapter, found, self.make_run(monitor)
+        return base, adapter, found, self.make_run(monitor, workers)
 
     def make_run(self, monitor: Monitor, workers: Workers | None = None) -> Run:
         """Resolve the devices, and join them with the monitor and the workers.
@@ -95,6 +101,11 @@ def take(kind: type[Made], options: Mapping[str, Any], **changes: Any) -> Made:
     """Make a dataclass from the options that are its fields, and from the changes."""
     names = {f.name for f in fields(cast(Any, kind))}
     return kind(**{**{name: value for name, value in options.items() if name in names}, **changes})
+
+
+def given_workers(executor: Executor | None) -> Workers | None:
+    """Use the caller's executor, if there is one."""
+    return None if executor is None else Workers.of(executor)
 
 
 def watched(options: Watched) -> AbstractContextManager[Monitor]:

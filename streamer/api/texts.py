@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDic
 from streamer.api.functions import explained
 from streamer.api.intruders import OutputRequest
 from streamer.api.records import DryRun, dry_run
-from streamer.api.requests import Request, read_coefficients, read_map, read_path, take, watched
+from streamer.api.requests import Request, given_workers, read_coefficients, read_map, read_path, take, watched
 from streamer.detection.findings import Findings
 from streamer.errors import OutputExistsError, UsageError
 from streamer.evaluation.evaluate import Prepared, evaluate, inspect, measured_before, prepare
@@ -37,6 +37,7 @@ from streamer.plan.plan import make_plan
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.transaction import RECORD_NAME
 from streamer.units import quoted
+from streamer.workers import Workers
 
 if TYPE_CHECKING:
     from streamer.api.keywords import EvaluateKeywords, FitKeywords, MapKeywords, RepairKeywords
@@ -77,21 +78,21 @@ class EvaluateRequest(VariantsRequest, EvaluateOptions):
             texts[path.name] = path
         return texts
 
-    def run(self, monitor: Monitor) -> Evaluation:
+    def run(self, monitor: Monitor, workers: Workers | None = None) -> Evaluation:
         """Run the evaluation."""
-        return evaluate(self._prepared(monitor), self.file)
+        return evaluate(self._prepared(monitor, workers), self.file)
 
-    def forecast(self, monitor: Monitor) -> DryRun:
+    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
         """Check everything and forecast a run, without writing anything."""
         assert self.file is not None
-        prepared = self._prepared(monitor, peek=True)
+        prepared = self._prepared(monitor, workers, peek=True)
         state = inspect(prepared, self.file)
         known = None if state == "done" else measured_before(prepared, self.file)
         forecast = None if state == "done" else forecast_evaluation(prepared, known)
         return dry_run("evaluate", self.file, state, len(prepared.plan.targets), 1, None, forecast)
 
-    def _prepared(self, monitor: Monitor, peek: bool = False) -> Prepared:
-        base, adapter, found, run = self.opened(self.adapter, self.findings, monitor, peek)
+    def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> Prepared:
+        base, adapter, found, run = self.opened(self.adapter, self.findings, monitor, workers, peek)
         return prepare(base, adapter, self.texts, found, self.options, self.memory, run)
 
 
@@ -150,6 +151,8 @@ def evaluate_variants(
     max_memory
         Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
         sequences run together. None uses what a block of sequences under all variants needs.
+    executor
+        Workers that run the variants through the layers, as for `detect_intruder_dimensions`.
 
     Returns
     -------
@@ -166,7 +169,7 @@ def evaluate_variants(
     """
     request = EvaluateRequest(base=base, adapter=adapter, output=output, general=general, task=task, **options)
     with watched(request) as monitor:
-        return request.run(monitor)
+        return request.run(monitor, given_workers(request.executor))
 
 
 BUILT_IN = "python-help.txt"
@@ -219,22 +222,22 @@ class FitRequest(Request, FittingOptions):
         keep = tuple(float(share) if isinstance(share, Real) else share for share in shares)
         return take(FitOptions, vars(self), keep=keep, weights=tuple(self.weights))
 
-    def run(self, monitor: Monitor) -> Coefficients:
+    def run(self, monitor: Monitor, workers: Workers | None = None) -> Coefficients:
         """Run the fit."""
-        return fit(self._prepared(monitor), self.file)
+        return fit(self._prepared(monitor, workers), self.file)
 
-    def forecast(self, monitor: Monitor) -> DryRun:
+    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
         """Check everything and forecast a run, without writing anything."""
         assert self.file is not None
-        prepared = self._prepared(monitor, peek=True)
+        prepared = self._prepared(monitor, workers, peek=True)
         state = checked_file(prepared, self.file).state()
         if state != "done":
             prepared.warn()
         forecast = None if state == "done" else forecast_fit(prepared)
         return dry_run("fit", self.file, state, len(prepared.plan.targets), 1, None, forecast)
 
-    def _prepared(self, monitor: Monitor, peek: bool = False) -> PreparedFit:
-        base, adapter, found, run = self.opened(self.adapter, self.findings, monitor, peek)
+    def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedFit:
+        base, adapter, found, run = self.opened(self.adapter, self.findings, monitor, workers, peek)
         return prepare_fit(base, adapter, self.texts, self.options, self.memory, run, found)
 
 
@@ -280,6 +283,8 @@ def fit_coefficients(
     max_memory
         Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
         sequences run together, and may move their states to a temporary file.
+    executor
+        Workers that run the held-out sequences, as for `detect_intruder_dimensions`; this process fits.
 
     Returns
     -------
@@ -296,7 +301,7 @@ def fit_coefficients(
     """
     request = FitRequest(base=base, adapter=adapter, output=output, general=general, task=task, **options)
     with watched(request) as monitor:
-        return request.run(monitor)
+        return request.run(monitor, given_workers(request.executor))
 
 
 class MapRequest(Request, MappingOptions):
@@ -455,15 +460,15 @@ class RepairRequest(Request, RepairOptions):
         file = self.directory.with_name(f"{self.directory.name}.fit.safetensors")
         return take(FitRequest, vars(self), output=file, general=BUILT_IN if self.general is None else self.general)
 
-    def run(self, monitor: Monitor) -> Repaired:
+    def run(self, monitor: Monitor, workers: Workers | None = None) -> Repaired:
         """Convert the adapter if requested, fit, choose, and write."""
         if self.to_lora is not None:
             self._refuse_standing()
             self._conversion.run(monitor)
-            return self._converted.run(monitor)
+            return self._converted.run(monitor, workers)
         self._check(monitor)
         with self._texts() as fit:
-            found = fit.run(monitor)
+            found = fit.run(monitor, workers)
         chosen, why, mitigation = _choice(found)
         rows = _rows(found)
         fine, intruders = found.facts["reliable"], found.facts.get("intruders")
@@ -517,7 +522,7 @@ class RepairRequest(Request, RepairOptions):
                 f"{output}: exists, and {fitted}, its fit, does not; choose another output, or pass --overwrite", output
             )
 
-    def forecast(self, monitor: Monitor) -> DryRun:
+    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
         """Check everything, and forecast the fit, which needs nearly all the time, and the output, without writing anything.
 
         An adapter that is not yet converted shows only what its conversion needs.
@@ -525,12 +530,12 @@ class RepairRequest(Request, RepairOptions):
         if self.to_lora is not None:
             first = cast(DryRun, self._conversion.forecast(monitor))
             if first["state"] == "done":
-                return self._converted.forecast(monitor)
+                return self._converted.forecast(monitor, workers)
             monitor.emit(Event("note", f"forecast only of {self._conversion.output}, which the fit needs"))
             return {**first, "command": "repair", "output": str(self.output)}
         self._check(monitor)
         with self._texts() as fit:
-            found = fit.forecast(monitor)
+            found = fit.forecast(monitor, workers)
         if found["state"] == "done" and not (self.directory / RECORD_NAME).exists():
             found["state"] = "resume"  # the fit exists, but not its output
         if not self.directory.exists() and (forecast := found["forecast"]) is not None:
@@ -665,7 +670,7 @@ def repair_adapter(
     to_lora
         Write the adapter first as a LoRA adapter of this rank, as for `reduce_intruder_dimension`, into ``OUTPUT.lora`` beside the output,
         and repair that one: for DoRA, LoHa, LoKr, a fine-tuned model and all other adapters without LoRA factors.
-    weights, holdout, sequences, length, seed, dtype, device
+    weights, holdout, sequences, length, seed, dtype, device, executor
         Options of the fit, as for `fit_coefficients`.
     max_memory
         Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`.
@@ -684,4 +689,4 @@ def repair_adapter(
     """
     request = RepairRequest(base=base, adapter=adapter, output=output, task=task, **options)
     with watched(request) as monitor:
-        return request.run(monitor).record
+        return request.run(monitor, given_workers(request.executor)).record

@@ -237,19 +237,20 @@ def named_as_option(message: str) -> str:
 
 
 RUNS = (options.DryRuns, options.Threads)
+DIVIDED = (*RUNS, options.WorkerOptions)
 
 COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "inspect": ("show which tensor each module of an adapter changes, and forecast the cost", (options.InspectOptions,)),
-    "detect": ("find the intruder dimensions and write them to a file", (options.DetectOptions, *RUNS, options.WorkerOptions)),
+    "detect": ("find the intruder dimensions and write them to a file", (options.DetectOptions, *DIVIDED)),
     "mitigate": ("write a mitigated adapter", (options.MitigateOptions, *RUNS)),
-    "merge": ("write the base with the mitigated adapter merged in", (options.MergeOptions, *RUNS, options.WorkerOptions)),
+    "merge": ("write the base with the mitigated adapter merged in", (options.MergeOptions, *DIVIDED)),
     "report": ("show findings or an output as a table, JSON or a page", (options.ReportOptions,)),
     "diff": ("compare two findings on one base: what became of each intruder", (options.DiffOptions,)),
     "verify": ("check an output against its record and its inputs, with independent code", (options.VerifyOptions,)),
-    "evaluate": ("measure, on your texts, what each method and lambda keeps and forgets", (options.EvaluateOptions, *RUNS)),
-    "fit": ("fit new factors to your texts", (options.FittingOptions, *RUNS)),
+    "evaluate": ("measure, on your texts, what each method and lambda keeps and forgets", (options.EvaluateOptions, *DIVIDED)),
+    "fit": ("fit new factors to your texts", (options.FittingOptions, *DIVIDED)),
     "map": ("record the inputs of a base's modules on general text, for --map", (options.MappingOptions, *RUNS)),
-    "repair": ("write an adapter that forgets less, as measured on your texts", (options.RepairOptions, *RUNS)),
+    "repair": ("write an adapter that forgets less, as measured on your texts", (options.RepairOptions, *DIVIDED)),
     "demo": ("detect and remove planted intruders in a small generated model", (options.DemoOptions,)),
 }  # fmt: skip
 """What each command does, and the classes of its options; `Printing` is every command's."""

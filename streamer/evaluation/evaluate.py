@@ -166,7 +166,7 @@ class Prepared:
     def work(self, block: Mapping[str, TextSequences], variants: int) -> Work:
         """Count the rows of a sweep over a block."""
         longest = max(text.longest for text in block.values())
-        return Work(0, variants * sum(len(ids) for text in block.values() for ids in text.ids), longest)
+        return Work(0, variants * sum(len(ids) for text in block.values() for ids in text.ids), longest, variants)
 
     def expected(self, known: Evaluation | None) -> list[tuple[dict[str, TextSequences], int]]:
         """List the sweeps of a run that does not stop early, with their numbers of variants; empty if nothing is missing."""
@@ -232,7 +232,9 @@ def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], fin
     if options.coefficients is not None:
         _warn_of_fitted_texts(options.coefficients, read, texts, run.monitor)
     ordered = {name: spread(text) for name, text in read.items()}
-    return Prepared(plan, options, max_memory, run, given, ordered, model, chooses_keys(model, read))
+    made = Prepared(plan, options, max_memory, run, given, ordered, model, chooses_keys(model, read))
+    work = max((made.work(*sweep) for sweep in made.expected(None)), key=lambda work: work.riding)
+    return replace(made, max_memory=work.beside(model.size, made.resident, 0, run.workers, max_memory))
 
 
 def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, options: EvaluationOptions,
@@ -366,12 +368,12 @@ class _Run:
 
     def __init__(self, prepared: Prepared, known: Evaluation | None, records: Records) -> None:
         self.known, self.records, self.monitor = known, records, prepared.run.monitor
-        self.prepared, self.progress = prepared, Progress(self.monitor, prepared.model.size, "evaluate")
+        self.prepared, self.progress = prepared, Progress(prepared.run, prepared.model.size, "evaluate")
 
     def result(self) -> Evaluation:
         """Run the evaluation to its end and return it."""
         prepared, facts = self.prepared, self.prepared.facts
-        with computing(self.records.threads, self.monitor):
+        with computing(self.records.threads, prepared.run):
             one_length = prepared.one_length or self._padding_changes()
             if self.known is not None:
                 facts = joined_facts(facts, self.known.facts)

@@ -268,9 +268,9 @@ class FitRun:
         if prepared.max_memory is not None:
             limit_freed_memory()
         spool = Spool(self.directory)
-        self.progress = Progress(self.monitor, self.model.size, "fit")
+        self.progress = Progress(prepared.run, self.model.size, "fit")
         try:
-            with computing(self.records.threads, self.monitor):
+            with computing(self.records.threads, prepared.run):
                 one_length = prepared.one_length or padding_changes(
                     self.model, [part.text for part in self._parts(prepared.one_length, 1)], self.monitor.checkpoint
                 )

@@ -201,7 +201,7 @@ def make_map(prepared: PreparedMap, output: Path | None) -> InputMap:
 
 def _made(prepared: PreparedMap, records: Records) -> InputMap:
     monitor, plan, model = prepared.run.monitor, prepared.plan, prepared.model
-    watch, progress, steps = BaseWatch(plan), Progress(monitor, model.size, "map"), len(model.layers) + 1
+    watch, progress, steps = BaseWatch(plan), Progress(prepared.run, model.size, "map"), len(model.layers) + 1
     cost = sweep_cost(model.size, prepared.tokens, len(prepared.groups))
     progress.expect(cost, steps)
     found, seen = list[tuple[list[BaseMatrix], MappedInput]](), list[Tensor]()
@@ -223,7 +223,7 @@ def _made(prepared: PreparedMap, records: Records) -> InputMap:
         seen = own
         done.update(tensors if own else ())
 
-    with computing(records.threads, monitor):
+    with computing(records.threads, prepared.run):
         model.limit(prepared.limits.room, prepared.limits.spools)
         model.run(prepared.groups, monitor.checkpoint, keep, watch, lambda name: progress.layer(name, cost // steps))
     monitor.checkpoint()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
@@ -199,7 +199,7 @@ class PreparedFit:
         fitted = sum(len(ids) for text in self.texts.values() for ids in text.fitted.ids)
         riding = sum(len(ids) for text in self.held_out.values() for ids in text.ids)
         longest = max(text.whole.longest for text in self.texts.values())
-        return Work((1 + len(self.options.weights)) * fitted, variants * riding, longest)
+        return Work((1 + len(self.options.weights)) * fitted, variants * riding, longest, variants)
 
     @property
     def variants(self) -> int:
@@ -334,4 +334,5 @@ def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path],
                 "fit keeps these changes",
             )
         )
-    return prepared
+    work, solving = prepared.work(prepared.variants), prepared.solving_bytes
+    return replace(prepared, max_memory=work.beside(model.size, prepared.resident, solving, run.workers, max_memory))

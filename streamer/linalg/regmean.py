@@ -178,8 +178,8 @@ def refit(delta: Refit, task: TextInputs, general: TextInputs, weight: float, sy
     found = system.solve(wanted)
     if found is None:
         return None
-    change = (found - delta.D).to(delta.T.device)
-    return delta.R.double() + change @ torch.linalg.pinv(delta.T).T
+    change: Tensor = (found - delta.D).to(delta.T.device) @ torch.linalg.pinv(delta.T).T
+    return delta.R.double() + change
 
 
 def refit_one_hot(R: Tensor, task: Tensor, general: Tensor, weight: float) -> Tensor:

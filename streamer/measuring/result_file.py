@@ -25,7 +25,7 @@ from streamer.adapters.rules import NEUTRAL
 from streamer.detection.detect import naming_inputs
 from streamer.detection.options import Run
 from streamer.errors import FormatError, InputError, NumericError, OutputExistsError
-from streamer.events import Event, Monitor
+from streamer.events import Event
 from streamer.linalg.torch_state import full_float32, thread_count, threads
 from streamer.measuring.statistics import ARRAYS, Floats
 from streamer.methods import METHODS, MethodName
@@ -38,6 +38,7 @@ from streamer.streaming.model import LoadedModel, require_transformers
 from streamer.streaming.sweep import States
 from streamer.streaming.values import Variant
 from streamer.units import counted, listed
+from streamer.workers import kept
 
 BASE_ROW, ADAPTER_ROW = 0, 1
 """Row numbers of the first two variants."""
@@ -371,9 +372,11 @@ class JournalRecords(Records):
 
 
 @contextlib.contextmanager
-def computing(count: int, monitor: Monitor) -> Iterator[None]:
+def computing(count: int, run: Run) -> Iterator[None]:
     """Compute in full float32, with the number of threads with which the run began; emit a note if torch now has another number."""
     if count != torch.get_num_threads():
-        monitor.emit(Event("note", f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over"))
-    with threads(count), full_float32():
+        run.monitor.emit(
+            Event("note", f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over")
+        )
+    with threads(count), full_float32(), kept(run.workers):
         yield

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -20,13 +21,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from streamer.detection.options import Run
 from streamer.errors import NumericError, UsageError
-from streamer.events import Event, Monitor
+from streamer.events import Event
 from streamer.measuring.sequences import TextSequences
 from streamer.measuring.statistics import MEASURES, SequenceSums, counted_bins
 from streamer.streaming.model import LOGIT_BYTES, ModelSize
 from streamer.streaming.sweep import Group, Solve, States, SweepModel, TargetWatch, changed_by_padding, check_logits
 from streamer.streaming.values import BLOCK_BYTES, ROOM
+from streamer.workers import Workers
 
 TRANSFORMERS_BYTES = 150 << 20
 """Anonymous memory for importing transformers and building a model, in addition to `plan.plan.resident_bytes`."""
@@ -100,8 +103,8 @@ class Progress:
         Stage of the events: ``evaluate``, ``fit`` or ``map``.
     """
 
-    def __init__(self, monitor: Monitor, size: ModelSize, stage: Literal["evaluate", "fit", "map"]) -> None:
-        self.monitor, self.size, self._stage = monitor, size, stage
+    def __init__(self, run: Run, size: ModelSize, stage: Literal["evaluate", "fit", "map"]) -> None:
+        self.run, self.monitor, self.size, self._stage = run, run.monitor, size, stage
         self._done = self._total = self._items = self._of = 0
 
     def expect(self, cost: int, layers: int) -> None:
@@ -153,9 +156,15 @@ def measured(model: SweepModel, texts: Mapping[str, TextSequences], held_out: Se
         states.resumed = lambda layers: progress.monitor.resuming(layers, len(model.layers), "layer")
     model.limit(limits.room, limits.spools)
     watch = TargetWatch(plan) if fitted else None
-    model.run(groups, checkpoint, solve, watch, lambda name: progress.layer(name, each), states)
+    away = model.run(groups, checkpoint, solve, watch, lambda name: progress.layer(name, each), states, progress.run)
     rows = max((sum(group.rows for group in part.groups) for part in held_out), default=1)
-    sums = part_sums(model, held_out, max(64, LOGIT_BYTES // (4 * rows)), checkpoint)
+    block = max(64, LOGIT_BYTES // (4 * rows))
+    if away:
+        ends = [partial(_ended, part.text, block) for part in held_out]
+        arrived = dict(model.elsewhere(progress.run, [part.groups for part in held_out], len(model.layers), ends))
+        sums = [arrived[number] for number in range(len(held_out))]
+    else:
+        sums = part_sums(model, held_out, block, checkpoint)
     model.check_all_used()
     plan.check_unchanged()
     found = {}
@@ -177,13 +186,16 @@ def measured(model: SweepModel, texts: Mapping[str, TextSequences], held_out: Se
     return found
 
 
+def _ended(text: TextSequences, block: int, model: SweepModel, groups: Sequence[Group]) -> SequenceSums:
+    """Compute the sums of a part's riders on a worker."""
+    return part_sums(model, [Part("", (), text, tuple(groups))], block, lambda: None)[0]
+
+
 def part_sums(
     model: SweepModel, held_out: Sequence[Part], block: int, checkpoint: Callable[[], None]
 ) -> list[SequenceSums]:
     """Compute the sums of each part's riders, which have run, from the logits of so many tokens of the vocabulary at a time."""
-    sums, device = [], model.job.device
-    for part in held_out:
-        sums.append(_Accumulator(len(part.groups), part.text, device))
+    sums = [_Accumulator(len(part.groups), part.text, model.job.device) for part in held_out]
     for i, _, number, z in model.logits([part.groups for part in held_out], block, checkpoint):
         sums[number].add(z.float(), i)
     return [one.sums() for one in sums]
@@ -264,11 +276,14 @@ class Work:
         Rows of groups of a fit, and of riders.
     length
         Tokens of the longest sequence.
+    variants
+        Variants that ride.
     """
 
     fitted: int
     riding: int
     length: int
+    variants: int = 1
 
     def nbytes(self, size: ModelSize, resident: int, limits: Limits) -> int:
         """Estimate the peak memory of a sweep.
@@ -287,6 +302,31 @@ class Work:
         weights = 2 * min(BLOCK_BYTES, 4 * max(size.widest, size.vocabulary) * size.hidden)
         computed = states + max(inputs + activations, logits)
         return resident + TRANSFORMERS_BYTES + computed + weights + size.dense + size.factors + room
+
+    def away(self, size: ModelSize, resident: int, workers: Workers | None) -> int:
+        """Estimate the memory of workers on this machine, which run one part at a time, and of states on their way."""
+        if workers is None or workers.processes is None:
+            return 0
+        rows = max(self.length, ROWS)
+        part = replace(self, fitted=0, riding=min(self.riding, self.variants * rows))
+        each = part.nbytes(size, resident, Limits(rows, ROOM, False))
+        return workers.processes * each + 8 * workers.at_once * rows * size.hidden
+
+    def beside(
+        self, size: ModelSize, resident: int, solving: int, workers: Workers | None, max_memory: int | None
+    ) -> int | None:
+        """Return the memory that workers on this machine leave to this process.
+
+        Raises
+        ------
+        UsageError
+            If that is too small for one sequence; the message names the smallest budget.
+        """
+        away = self.away(size, resident, workers)
+        if max_memory is None or not away:
+            return max_memory
+        self.limits(size, resident + solving + away, max_memory)
+        return max_memory - away
 
     def limits(self, size: ModelSize, resident: int, max_memory: int | None) -> Limits:
         """Choose how a sweep fits a budget; states go to a spool if it is too small for them.

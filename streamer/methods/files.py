@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -185,6 +185,10 @@ class FactorSet:
                 f"{self.name}: the factor of {tensor!r} does not have this adapter's shape; fit it to this adapter"
             )
         return LowRank(delta.L.double(), factor.double())
+
+    def only(self, tensors: Collection[str]) -> FactorSet:
+        """Return the factors of these matrices alone."""
+        return replace(self, matrices={tensor: self.matrices[tensor] for tensor in tensors})
 
     def record(self) -> CoefficientsRecord:
         """Identify this set, for the record of an output."""
@@ -398,6 +402,10 @@ class InputMap:
             for array in (one.values, one.vectors):
                 digest.update(b"" if array is None else as_bytes(array))
         return digest.hexdigest()
+
+    def only(self, tensors: Collection[str]) -> InputMap:
+        """Return the inputs of these matrices alone."""
+        return replace(self, inputs=tuple(one for one in self.inputs if not {*tensors}.isdisjoint(one.names)))
 
     def record(self) -> MapRecord:
         """Identify this map, for the record of an output."""

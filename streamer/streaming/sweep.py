@@ -17,6 +17,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import itertools
+import pickle
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,14 +33,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from streamer.detection.matrices import inputs_of
+from streamer.detection.options import Run
 from streamer.errors import InputError, NumericError, UnsupportedError
+from streamer.events import Monitor
 from streamer.linalg.operators import LowRank, linear
-from streamer.linalg.torch_state import bfloat16_products
+from streamer.linalg.torch_state import bfloat16_products, full_float32
 from streamer.methods.files import SealedKind
 from streamer.packages import require_package
 from streamer.plan.architectures import architecture_for
 from streamer.plan.name_matching import renames_for
-from streamer.plan.plan import Plan
+from streamer.plan.plan import AdapterBatch, Plan
 from streamer.plan.targets import Target, TensorSlice
 from streamer.plan.tied_embeddings import find_ties
 from streamer.storage.files import give_freed_memory_back
@@ -46,6 +51,7 @@ from streamer.streaming.model import LoadedModel, quiet_transformers, refused_er
 from streamer.streaming.run_time import RunTimeTensor, WeightSource, layer_modules
 from streamer.streaming.spool import Spool, Spooled
 from streamer.streaming.values import LazyTensor, Reader, VariantSet
+from streamer.workers import Carried, Found, Key, Task, keep_last, packed
 
 LINEAR_BY_NAME = {"FalconLinear"}
 """Subclasses of Linear with their own `forward` that still computes ``x Wᵀ + b``."""
@@ -83,7 +89,17 @@ class Group:
     skips: int = 0
     _state: list[Tensor] = field(default_factory=list)
     _place: Spooled | None = None
-    _first: list[weakref.ref[Tensor]] = field(default_factory=list)
+    _first: list[weakref.ref[Tensor]] | None = None
+
+    @property
+    def leaves(self) -> tuple[Any, ...]:
+        """Return the parts of `out`."""
+        return self.out if type(self.out) is tuple else (self.out,)
+
+    @property
+    def is_plain(self) -> bool:
+        """Test whether `out` consists of tensors, which a file or another process can hold."""
+        return all(isinstance(leaf, Tensor) or leaf is None for leaf in self.leaves)
 
     @property
     def rows(self) -> int:
@@ -106,7 +122,7 @@ class Group:
 
     def follows(self, args: Sequence[Any]) -> bool:
         """Test whether states with which the group enters a layer are the last layer's result, or were there at the first layer."""
-        if self.out is None:
+        if self._first is None:
             self._first = [weakref.ref(leaf) for leaf in args if isinstance(leaf, Tensor)]
             return True
         known = {leaf.untyped_storage()._cdata for leaf in tree_flatten(self.out)[0] if isinstance(leaf, Tensor)}
@@ -146,16 +162,16 @@ SECONDS = 60.0
 STATES = SealedKind("streamer.states", "streamer.states/1", "states of a sweep", "start again")
 
 
-class _Read(Mapping[str, Tensor]):
-    """Tensors by name, each read when it is asked for."""
+class _Read(Mapping[Key, Found]):
+    """Values by key, each read or made when it is asked for."""
 
-    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
+    def __init__(self, readers: Mapping[Key, Callable[[], Found]]) -> None:
         self._readers = readers
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._readers[name]()
+    def __getitem__(self, key: Key) -> Found:
+        return self._readers[key]()
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Key]:
         return iter(self._readers)
 
     def __len__(self) -> int:
@@ -189,8 +205,7 @@ class States:
 
     def save(self, model: SweepModel, groups: Sequence[Group], layer: int) -> None:
         """Save the states with which groups enter a layer, if it is time to, and if results of layers are all that they depend on."""
-        outs = [group.out if type(group.out) is tuple else (group.out,) for group in groups]
-        plain = all(isinstance(leaf, Tensor) or leaf is None for out in outs for leaf in out)
+        plain = all(group.is_plain for group in groups)
         if time.monotonic() - self._saved < SECONDS or not (plain and model.resumable):
             return
         values = model.values
@@ -202,8 +217,9 @@ class States:
                 return leaf.cpu().clone()
 
         arrays = dict(self.factors())
-        for number, (group, out) in enumerate(zip(groups, outs, strict=True)):
-            arrays |= {f"{number}.{i}": partial(read, group, leaf) for i, leaf in enumerate(out) if leaf is not None}
+        for number, group in enumerate(groups):
+            leaves = enumerate(group.leaves)
+            arrays |= {f"{number}.{i}": partial(read, group, leaf) for i, leaf in leaves if leaf is not None}
         STATES.save(self.path, tree, _Read(arrays), overwrite=True)
         self._saved = time.monotonic()
 
@@ -427,8 +443,8 @@ class SweepModel(LoadedModel):
             self.block, self._checkpoint = None, _nothing
 
     def run(self, groups: Sequence[Group], checkpoint: Callable[[], None], solve: Solve | None = None, watch: Watch | None = None,
-            after: Callable[[str], None] = _nothing, states: States | None = None) -> None:  # fmt: skip
-        """Run groups through all layers.
+            after: Callable[[str], bool | None] = _nothing, states: States | None = None, away: Run | None = None) -> bool:  # fmt: skip
+        """Run groups through all layers; return whether workers ran the riders.
 
         Parameters
         ----------
@@ -439,18 +455,19 @@ class SweepModel(LoadedModel):
         watch
             Says which matrices make sites.
         after
-            Called with a layer's path each time that all groups have run it.
+            Called with a layer's path each time that all groups have run it; True ends the run there.
         states
             File from which a killed run resumes.
+        away
+            Run whose workers, if it has any, run the riders; see `elsewhere`.
         """
         greenlet = require_package("greenlet", (3,), "evaluate, repair, fit and map need greenlet", "evaluate")
         main, runs, stops = greenlet.getcurrent(), dict[Group, Any](), dict[Group, Site | None]()
-        fitted, done = (
-            [group for group in groups if group.stream is not None],
-            0 if states is None else states.load(self, groups),
-        )
+        done = begun = 0 if states is None else states.load(self, groups)
         layers = iter(["embeddings", *self.layers][done:])
+        fitted = [group for group in groups if group.stream is not None]
         riders = [group for group in groups if group.stream is None]
+        away = away if riders and away is not None and away.workers is not None else None
 
         def advance(group: Group) -> None:
             self.group, self.block = group, (0, 1)
@@ -466,7 +483,7 @@ class SweepModel(LoadedModel):
         with self._running(checkpoint), contextlib.ExitStack() as stopped:
             stopped.callback(self._end, runs)  # within the context, whose grad mode the groups leave as they found it
             self._switch, self._watch = main.switch, watch
-            while not all(run.dead for run in runs.values()):
+            while (away and done <= len(self.layers)) or not all(runs[g].dead for g in (fitted if away else groups)):
                 moving = [group for group in fitted if not runs[group].dead]
                 while moving:
                     for group in moving:
@@ -482,15 +499,60 @@ class SweepModel(LoadedModel):
                         if solve is not None:
                             solve(first, inputs)
                         moving = list(inputs)
-                for group in riders:
-                    if not runs[group].dead:
-                        advance(group)
-                after(next(layers, "logits"))
+                if away and done > begun and not (self.resumable and self._ride(away, riders, done - 1)):
+                    text = "its layers cannot be entered one by one, so this process runs them without workers"
+                    away.monitor.warn((f"{self.job.plan.base.path}: {text}",))
+                    away = None
+                for group in () if away else riders:  # from the entry of the last layer that workers could run
+                    for _ in range(1 if runs[group] else 1 + max(0, done - group.skips)):
+                        if not runs[group].dead:
+                            advance(group)
+                if after(next(layers, "logits")):
+                    break
                 if states is not None and 0 < done < len(self.layers):
                     states.save(self, groups, done)
+                if done:
+                    self.values.kept.clear()
                 done += 1
-                self.values.kept.clear()
                 give_freed_memory_back()
+        return away is not None
+
+    def _ride(self, run: Run, riders: Sequence[Group], layer: int) -> bool:
+        """Let workers run a layer of riders; return whether the next one can be entered with its results."""
+        for number, out in self.elsewhere(run, [[group] for group in riders], layer):
+            if out is None:
+                return False
+            group = riders[number]
+            group.out, group.skips = pickle.loads(out), layer + 1  # noqa: S301  # our own bytes
+            if self.spool is not None:
+                group.enter(group.out)
+                group.put_away(self.spool)
+        return True
+
+    def elsewhere(self, run: Run, riders: Sequence[Sequence[Group]], layer: int,
+                  ends: Sequence[End | None] | None = None) -> Iterator[tuple[int, Any]]:  # fmt: skip
+        """Let workers run riders that enter a layer; yield the number of each `RideTask` and what it returns, as it arrives."""
+        assert run.workers is not None
+        within = [{*module.modules()} for module in layer_modules(self._model).values()]
+        others = set[nn.Module]().union(*within) - set[nn.Module]().union(*within[layer : layer + 1])
+        used = (t for _, module, own in self.modules if module not in others for t in own.values())
+        job = Carried(self.job.only({target.tensor for t in used for target, _ in self.values.targets(t)}))
+        inputs = inputs_of(AdapterBatch(self.job.plan.base, (self.job.plan,)), run)
+
+        def sent(group: Group) -> bytes:
+            with group.at_hand(self.spool):
+                return packed((group.ids, group.variant, group.out))
+
+        def task(own: Sequence[Group], end: End | None) -> RideTask:
+            return RideTask(inputs, torch.get_num_threads(), job, layer, tuple(map(sent, own)), end)
+
+        pairs = zip(riders, ends or [None] * len(riders), strict=True)
+        tasks = _Read({number: partial(task, *pair) for number, pair in enumerate(pairs)})
+        with contextlib.closing(run.workers.run(tasks, run.monitor, _nothing)) as results:
+            for number, (found, applied, read) in results:
+                self.values.applied |= applied
+                self.values.read |= read
+                yield number, found
 
     def _end(self, runs: Mapping[Group, Any]) -> None:
         """Unwind groups that were stopped on the way."""
@@ -509,10 +571,11 @@ class SweepModel(LoadedModel):
         return self.group.out
 
     def _enter(self, args: Any) -> None:
+        leaves = tree_flatten(args)[0]
+        follows = self.group.follows(leaves)
         if self.group.skips:
             return
-        leaves = tree_flatten(args)[0]
-        self.resumable &= all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves) and self.group.follows(leaves)
+        self.resumable &= follows and all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves)
         if self.spool is not None:
             self.group.enter(args)
         self._switch(None)
@@ -582,6 +645,64 @@ class SweepModel(LoadedModel):
                 "head alone; not supported by evaluate and fit"
             )
         return found
+
+
+End = Callable[[SweepModel, Sequence[Group]], Any]
+"""Computes something from riders that have run all layers; it is pickled."""
+
+_computing = threading.Lock()
+"""Lock that lets a process run one task at a time, because torch's settings for matrix products apply to all threads."""
+
+_models: dict[Any, tuple[SweepModel | None, Any]] = {}
+
+
+@dataclass(frozen=True)
+class RideTask(Task[tuple[Any, set[str], set[str]]]):
+    """A layer of riders, or what is computed from their results; it returns also what `Values` notes of their weights.
+
+    Attributes
+    ----------
+    job
+        The variants; see `VariantSet.only`.
+    layer
+        The layer's number: riders skip the layers before.
+    riders
+        Tokens, variant and state of each group, pickled.
+    end
+        What to compute; None returns the states, pickled, or None if the next layer cannot be entered with them alone.
+    """
+
+    job: Carried[dict[str, Any]]
+    layer: int
+    riders: tuple[bytes, ...]
+    end: End | None
+
+    @property
+    def name(self) -> str:
+        """Name the layer."""
+        return f"layer {self.layer}" if self.end is None else "logits"
+
+    def do(self, batch: AdapterBatch, monitor: Monitor) -> tuple[Any, set[str], set[str]]:
+        """Run the riders, on a model that the process keeps for later tasks."""
+        with _computing, full_float32():
+            job, at = VariantSet(batch.plans[0], **self.job.value), (self.job.digest, self.layer)
+            kind = self.inputs, job.rounds_products, job.device
+            model, before = _models.pop(kind, (None, None))
+            if model is None or model.job.plan is not job.plan:
+                model = SweepModel(job)
+            if at != before:
+                model.use(job)
+            _models[kind] = model, at
+            keep_last(_models)
+            model.values.applied, model.values.read = set(), set()
+            groups = [Group(ids, v, out=out, skips=self.layer) for ids, v, out in map(pickle.loads, self.riders)]
+            steps = iter((False, True))
+            model.run(groups, monitor.checkpoint, after=(lambda _: next(steps)) if self.end is None else _nothing)
+            if self.end is not None:
+                found = self.end(model, groups)
+            else:
+                found = packed(groups[0].out) if model.resumable and groups[0].is_plain else None
+            return found, model.values.applied, model.values.read
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -8,8 +8,8 @@ Stand in for a model's parameter with a tensor that needs no memory and reads it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -332,6 +332,14 @@ class VariantSet:
         if self.rounds_products and self.device != CPU:
             raise UsageError(f"bf16 products run only on the CPU; with --device {self.device}, use --dtype float32")
 
+    def only(self, tensors: Collection[str]) -> dict[str, Any]:
+        """Return all but the plan, with what files hold of these matrices alone; it can be pickled."""
+        variants = [replace(one, mitigation=one.mitigation and one.mitigation.only(tensors)) for one in self.variants]
+        found = self.findings
+        found = found and replace(found, matrices=tuple(m for m in found.matrices if m.tensor in tensors))
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "plan"}
+        return {**rest, "variants": tuple(variants), "findings": found}
+
 
 ROOM = 384 << 20
 """Bytes of float32 values of one layer that stay in memory for the next group of sequences; the others are converted again for each."""
@@ -482,7 +490,13 @@ class Values:
     def looked_up(self, tensor: RunTimeTensor, variant: int, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read the looked-up rows of a plain matrix, without deltas; returns their numbers, the rows, and each id's place among them."""
         unique, at = torch.unique(ids.to(CPU), return_inverse=True)  # files are read by these numbers
-        rows = torch.cat([self._rows(tensor, variant, i) for i in unique.tolist()])  # to copy at once
+        ((slice_,),) = (source.slices for source in self.sources(tensor, variant))
+        weight, wanted = self.weight(slice_.weight, variant).at_hand(), unique.tolist()
+        some = isinstance(weight, Plain) and not weight.load_bytes  # mapped: only pages of these rows are read
+        rows = weight.rows(0, weight.matrix[0])[unique] if some else torch.cat([weight.rows(i, i + 1) for i in wanted])
+        rows = _float32(rows, CPU).reshape(-1, *tensor.shape[1:])
+        for number, i in enumerate(wanted if slice_.weight in self._edited else ()):
+            self._edit(slice_.weight, variant, rows[number : number + 1], i)
         return unique.to(self.device), rows.to(self.device), at.to(self.device)
 
     def row_access(self, tensor: RunTimeTensor) -> bool:
@@ -518,12 +532,6 @@ class Values:
             for at, row in enumerate(indices):
                 if start <= row < start + len(values):
                     values[row - start] = tokens.rows(at, at + 1)[0].to(values)
-
-    def _rows(self, tensor: RunTimeTensor, variant: int, i: int) -> Tensor:
-        ((slice_,),) = (source.slices for source in self.sources(tensor, variant))
-        values = _float32(self.weight(slice_.weight, variant).at_hand().rows(i, i + 1), CPU)
-        self._edit(slice_.weight, variant, values, i)
-        return values.reshape(1, *tensor.shape[1:])
 
     def unused(self) -> list[str]:
         """List the weights whose change by the adapter no sweep has used so far."""

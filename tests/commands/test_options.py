@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -67,15 +66,14 @@ def test_usage(argv: list[str], words: str) -> None:
     assert len(line) <= 300
 
 
-ONE_SWEEP = "one sweep reads the base once and uses all cores of this machine; drop the option"
+MAP = "a map is made in this process, on all cores; drop the option"
 
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["evaluate", "b", "a", "--no-race"], "--no-race was removed: every variant runs on all sequences; drop the option"),
     (["detect", "b", "a", "-o", "x", "--part", "1/2"], "--part was removed: use --workers N, or --executor, of detect and merge"),
     (["demo", "--keep=d"], "--keep was removed: use -o DIR"),
-    *(([command, "b", "a", f"{option}=2"], f"{option} was removed: {ONE_SWEEP}") for command in ("evaluate", "fit", "map", "repair")
-      for option in ("--workers", "--executor")),
+    *((["map", "b", f"{option}=2"], f"{option} was removed: {MAP}") for option in ("--workers", "--executor")),
 ])  # fmt: skip
 def test_a_removed_option_names_what_to_use(argv: list[str], words: str) -> None:
     done = server().run(*argv)
@@ -103,12 +101,9 @@ def test_help_says_what_exit_codes_mean(command: str) -> None:
 # The parser -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "function", [streamer.evaluate_variants, streamer.fit_coefficients, streamer.map_inputs, streamer.repair_adapter]
-)
-def test_a_removed_keyword_names_what_to_use(function: Callable[..., object]) -> None:
-    with pytest.raises(TypeError, match=rf"^{function.__name__}\(\): executor was removed: {ONE_SWEEP}$"):
-        function("b", "a", "o", executor=None)
+def test_a_removed_keyword_names_what_to_use() -> None:
+    with pytest.raises(TypeError, match=rf"^map_inputs\(\): executor was removed: {MAP}$"):
+        streamer.map_inputs("b", "o", executor=None)  # type: ignore[call-arg]  # removed
 
 
 @pytest.mark.parametrize(

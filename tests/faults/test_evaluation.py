@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from stops import stopping_at
 
 import streamer
+from streamer.detection.findings_file import journal_of, states_of
 from streamer.errors import (
     InputChangedError,
     Interrupted,
@@ -204,6 +206,19 @@ def test_an_input_that_changes_on_the_way(job: Job, tmp_path: Path) -> None:
     with pytest.raises(InputChangedError, match=f"{weights.name}: changed since the run began"):
         job.run(tmp_path / "out", on_event=on_event)
     assert not (tmp_path / "out").exists()
+
+
+def test_on_workers_it_resumes_between_two_layers(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamer.streaming.sweep.SECONDS", 0)
+    output, events = tmp_path / "out", list[Event]()
+    with ThreadPoolExecutor(2) as pool:
+        with pytest.raises(Interrupted):
+            job.run(output, executor=pool, monitor=stopping_at(2, job.command))
+        assert states_of(journal_of(output)).exists()
+        job.run(output, executor=pool, on_event=events.append)
+    assert output.read_bytes() == job.whole
+    assert "resuming: 1 of 2 layers are done" in [event.name for event in events]
+    assert list(tmp_path.iterdir()) == [output]
 
 
 # Evaluations ------------------------------------------------------------------------------------------------------------
