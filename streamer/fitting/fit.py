@@ -312,7 +312,9 @@ class FitRun:
         variants += [*(Variant.of(Shrink(lam)) for lam in SHRINKS), *prepared.scaling]
         held_out = self._parts(one_length, len(variants))
         self._measure(variants, held_out, fitted, solver)
-        self._base = [part.groups[0] for part in held_out]  # a second sweep needs only the logits of their results
+        self._base = [
+            part.groups[0] for part in held_out
+        ]  # a second sweep needs only the logits of its results, unless workers have them
         unseen = sorted({target.tensor for target in plan.targets} - solver.places.keys())
         if whole := sorted(model.whole - solver.places.keys()):
             raise UnsupportedError(
@@ -344,7 +346,8 @@ class FitRun:
                 new.append(self._variant(own[-1]))
         if len(new) > 1:
             parts = zip(self._parts(one_length, len(new)), self._base, strict=True)
-            self._measure(new, [replace(part, groups=(base, *part.groups[1:])) for part, base in parts])
+            reused = [replace(part, groups=(base, *part.groups[1:])) if base.results else part for part, base in parts]
+            self._measure(new, reused)
 
         def divergence(point: Point) -> float:
             return float(self._sums([point.name])[0].kl[ADAPTER_ROW + 1].sum())

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -239,11 +241,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_learned(tmp_path_factory.mktemp("inputs"), 48, 32)
 
 
-def fit(home: Path, weights: tuple[float, ...], *keep: float) -> tuple[streamer.Coefficients, int, list[str]]:
+def fit(
+    home: Path, weights: tuple[float, ...], *keep: float, **more: Any
+) -> tuple[streamer.Coefficients, int, list[str]]:
     """Fit in memory; return the result, the number of sweeps, and what was said."""
     events: list[Event] = []
     made = streamer.fit_coefficients(home / "base", home / "adapter", general=home / "general.npy", task=home / "task.npy", keep=keep,
-                                     weights=weights, sequences=48, length=32, on_event=events.append)  # fmt: skip
+                                     weights=weights, sequences=48, length=32, on_event=events.append, **more)  # fmt: skip
     steps = [e for e in events if e.stage == "fit"]
     assert [e.done for e in steps] == sorted(e.done for e in steps)
     assert (steps[-1].done, steps[-1].items) == (steps[-1].total, steps[-1].of)
@@ -281,6 +285,9 @@ def test_between_two_candidates_factors_are_interpolated(large: Path) -> None:
         for name, R in found.matrices.items():
             torch.testing.assert_close(R, torch.lerp(ends[0][name], ends[1][name], float(t)))
     assert made.facts["sets"][0]["divergence"] > made.facts["sets"][1]["divergence"]
+    with ThreadPoolExecutor(1) as executor:
+        elsewhere, *_ = fit(large, (0.1, 64.0), 0.9, 0.7, executor=executor)
+    assert elsewhere.facts == made.facts
 
 
 def test_if_no_candidate_keeps_the_share_the_adapter_is_an_end(large: Path) -> None:
