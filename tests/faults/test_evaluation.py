@@ -20,7 +20,6 @@ from safetensors.numpy import load_file, save_file
 from stops import stopping_at
 
 import streamer
-from streamer.detection.findings_file import journal_of, states_of
 from streamer.errors import (
     InputChangedError,
     Interrupted,
@@ -33,6 +32,7 @@ from streamer.errors import (
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import threads
 from streamer.storage.files import locked
+from streamer.storage.journal import journal_of, states_of
 
 KEEP = (0.9, 0.6)
 

@@ -27,6 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import streamer
 from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.evaluation import Evaluation
+from streamer.linalg import operators
 from streamer.measuring.result_file import EvaluatedVariant
 from streamer.measuring.riders import CALL, part_sums, riders, sweep_cost
 from streamer.methods import UNCHANGED
@@ -258,7 +259,8 @@ def test_a_fit_divides_its_sequences_by_length_if_the_check_of_logits_finds_that
     assert found.facts["sets"] == stated.facts["sets"]
 
 
-def test_a_sweep_costs_what_torch_counts(tmp_path: Path) -> None:
+def test_a_sweep_costs_what_torch_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "_has_fast_onednn", lambda: False)  # whose products torch does not count
     _, base, adapter = make_pair("llama", tmp_path, CAUSAL["llama"][2])
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     model = SweepModel(VariantSet(make_plan(base, adapter), variants, None))
