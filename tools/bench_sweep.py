@@ -47,7 +47,7 @@ from streamer.methods.files import load_coefficients
 from streamer.options import EvaluateOptions
 
 COMMANDS = "repair", "evaluate", "map"
-DEFAULTS = {"repair": (16, 64), "evaluate": (32, 128), "map": (32, 128)}
+DEFAULTS = {"repair": (24, 64), "evaluate": (32, 128), "map": (32, 128)}
 """Sequences and tokens of each."""
 
 PROJECTED = "llama-3-8b", "llama-3-70b"
@@ -115,7 +115,7 @@ def rows_of(name: str, out: Path, sweeps: int, sequences: int, length: int) -> i
     facts = load_coefficients(out.with_name(f"{out.name}.fit.safetensors")).facts
     fitted, held = (sum(text[part]["sequences"] for text in facts["texts"].values()) for part in ("fitted", "held"))
     candidates = len(facts["weights"])
-    return length * ((1 + candidates) * fitted + (candidates + 4 + 2 * (sweeps > 1)) * held)
+    return length * ((1 + candidates) * fitted + (candidates + 4 + (sweeps > 1)) * held)
 
 
 def measure_command(name: str, args: argparse.Namespace, work: Path, layers: int) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Count how often an evaluation that stops early suggests what all of its sequences suggest.
 
-    streamer evaluate BASE ADAPTER --general G --task T --sequences 128 --clear 0 -o all.json      every sequence
+    python tools/resample_evaluation.py --run evaluate BASE ADAPTER --general G --task T --sequences 128 -o all.json
     python tools/resample_evaluation.py all.json …
 
-Each file's sequences are put in random orders. For each order, the evaluation reads block after block until its answer is clear, as
-`streamer evaluate` does, and its suggestion is compared with the suggestion of all sequences. A line for each file: the number of equal
-suggestions, the mean share of the sequences read, and other suggestions, which show what an early stop costs: the divergence that they
-leave minus what the suggestion of all leaves, as a share of the adapter's.
+The first line is `streamer evaluate` without its early stop. The second puts each file's sequences in random orders. For each order, the
+evaluation reads block after block until its answer is clear, as `streamer evaluate` does, and its suggestion is compared with the
+suggestion of all sequences. A line for each file: the number of equal suggestions, the mean share of the sequences read, and other
+suggestions, which show what an early stop costs: the divergence that they leave minus what the suggestion of all leaves, in percent of
+the adapter's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from streamer.cli.main import run as run_streamer
+from streamer.evaluation import evaluate
 from streamer.evaluation.evaluate import BLOCK, clear
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.measuring.result_file import ADAPTER_ROW
@@ -49,10 +52,17 @@ def stopped(whole: Evaluation, rng: np.random.Generator) -> tuple[Evaluation, fl
 def main() -> int:
     """Read evaluations, resample, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="evaluations of `streamer evaluate -o`")
+    parser.add_argument("files", type=Path, nargs="*", help="evaluations of `streamer evaluate -o`")
+    parser.add_argument(
+        "--run", nargs=argparse.REMAINDER, default=[], help="a command of `streamer` to run to the end of its texts"
+    )
     parser.add_argument("--times", type=int, default=20, help="orders of each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.run:
+        evaluate.KNOWN = 0.0
+        sys.argv[1:] = args.run
+        return run_streamer()
     rng = np.random.default_rng(args.seed)
     for path in args.files:
         whole = load_evaluation(path)
