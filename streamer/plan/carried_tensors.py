@@ -9,6 +9,8 @@ Update a model's config for the head that an adapter saves: the class and the nu
 An adapter for classification saves a head that its base does not have, or has for another number of labels. The class of the merged
 model follows from the base's type and the adapter's task, by transformers' own table (``auto_classes.json``, see
 ``tools/make_auto_classes.py``); the number of labels is the head's number of rows.
+
+Refuse adapters, and warn of them, whose files lack what their configs announce.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 from streamer.adapters.adapter import Carried, DeltaSource
-from streamer.errors import MismatchError, UnsupportedError
+from streamer.adapters.adapter_config import CONFIG_NAME
+from streamer.errors import FormatError, MismatchError, UnsupportedError
 from streamer.plan.architectures import Architecture, architecture_for, packaged
 from streamer.plan.name_matching import Renames, prefix_exchange
 from streamer.storage.checkpoint import Checkpoint
@@ -405,3 +408,113 @@ def _vocabularies(known: Mapping[str, StoredTensor], sources: Mapping[str, Store
                     "was saved without one of the embeddings; save it again with save_embedding_layers=True and target both or neither"
                 )
     return found
+
+
+def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renames, config: ModelConfig,
+                    architecture: Architecture | None, edits: TensorEdits, biased: Collection[str]) -> tuple[str, ...]:  # fmt: skip
+    """Compare what an adapter's config announces with what its file holds: PEFT fills the gaps with values that nobody trained.
+
+    Parameters
+    ----------
+    names
+        All names of the base's tensors, including names of tied tensors, in the order of messages.
+    edits
+        Edits that the adapter's other tensors make.
+    biased
+        The adapter's modules whose layers have a bias in the base.
+
+    Returns
+    -------
+    tuple of str
+        A note if the file lacks the biases that ``bias`` announces: PEFT before 0.21 saved none for ``lora_only``.
+
+    Raises
+    ------
+    FormatError
+        If the file lacks tensors that only the adapter can supply; the message names all of them.
+    """
+    stated, missing = adapter.config, []
+    saved = {c.name for c in adapter.carried if c.role == "saved"}
+    # A file may hold more than the model loads, such as a mask that earlier versions called ``attn.bias``.
+    tensors = {
+        tensor: now
+        for tensor, now in renames.at_run_time(names).items()
+        if ((architecture is not None and architecture.has_tensor(now)) or f"{tensor.removesuffix('bias')}weight" in names
+            or tensor.endswith(".weight")) and not _is_behind(now, config)
+    }  # fmt: skip
+    # PEFT adds the names of common heads for a task, and the model has only one of them: an entry alone announces nothing.
+    for entry in stated.strings("modules_to_save"):
+        below = [t for t, now in tensors.items() if _is_below(now, entry)]
+        lacking = [t for t in below if t not in edits.sources and tensors[t] not in saved]
+        if not below:
+            lacking = _missing_of_head(entry, saved, config, stated.get("task_type"))
+        if lacking:
+            missing.append(f"{listed(map(repr, lacking), 1)} of {entry!r} in modules_to_save")
+    rows = stated.get("trainable_token_indices")
+    found = {c.module: list(c.indices) for c in adapter.carried if c.role == "tokens"}
+    for module, indices in rows.items() if isinstance(rows, dict) else [("the embedding", rows)]:
+        # PEFT saves only one of several tied modules with the same rows.
+        if indices and not any(f".{m}".endswith(f".{module}") or found[m] == indices for m in found):
+            missing.append(f"the rows of {module!r} in trainable_token_indices")
+    shifted = {c.module for c in adapter.carried if c.role == "lora_bias"}
+    # Some programs write biases only for layers that have one; PEFT takes missing ones as zero.
+    if stated.get("lora_bias") and (lacking := [f"{name}.lora_B.bias" for name in biased if name not in shifted]):
+        missing.append(f"{listed(map(repr, lacking), 1)} of lora_bias")
+    if missing:
+        raise FormatError(
+            f"{adapter.file.path}: lacks tensors that {CONFIG_NAME} announces: {listed(missing, separator='; ')}; save the "
+            "adapter again with PEFT's save_pretrained"
+        )
+    count = {"all": sum(t.endswith(".bias") for t in tensors), "lora_only": len(biased)}.get(str(stated.get("bias")), 0)
+    brought, notes = sum(c.parameter == "bias" for c in adapter.carried), _untargeted(adapter, renames)
+    if brought < count:
+        notes.append(
+            f"the adapter's bias is {stated.get('bias')!r}, but its file has {brought} of {count} biases: the base's values are kept"
+        )
+    return tuple(notes)
+
+
+def _untargeted(adapter: DeltaSource, renames: Renames) -> list[str]:
+    """Note modules with factors that the config does not target."""
+    config = adapter.config
+    named, excluded = {*config.strings("target_modules")}, tuple(f".{m}" for m in config.strings("exclude_modules"))
+    if not named or config.get("target_parameters") or config.get("ensure_weight_tying"):
+        return []
+    now = renames.at_run_time([f"{name}.weight" for name in adapter.modules])
+    paths = {name: {name, now.get(f"{name}.weight", name).removesuffix(".weight")} for name in adapter.modules}
+    stated = config.get("layers_to_transform")
+    layers = {str(layer) for layer in (stated if isinstance(stated, list) else [stated]) if layer is not None}
+    found = [
+        name for name, names in paths.items()
+        if not any(f".{n}".endswith(f".{target}") for n in names for target in named) or f".{name}".endswith(excluded)
+        or (layers and layers.isdisjoint(name.split(".")) and names.isdisjoint(named))
+    ]  # fmt: skip
+    return [f"PEFT ignores the factors of {listed(map(repr, found))}, which target_modules, exclude_modules or layers_to_transform leave "
+            "out; streamer applies them: correct the config, or remove the factors"] if found else []  # fmt: skip
+
+
+def _missing_of_head(entry: str, saved: set[str], config: ModelConfig, task: object) -> list[str]:
+    """List the missing tensors of a task's head that the base does not have: PEFT's loader needs every one.
+
+    LayoutLMv3's has one layer, or two inside it: so a module counts as present if the file has tensors of a module inside or around it.
+    """
+    cls = auto_class(config.model_type, task) if task in LABEL_TASKS else None
+    architecture = None if cls is None else architecture_for(config, cls)
+    there = {name.rpartition(".")[0] for name in saved if _is_below(name, entry)}
+    tensors = set() if architecture is None else {*architecture.tensors} - saved
+    lacking = {n: n.rpartition(".")[0] for n in tensors if "*" not in n and _is_below(n, entry)}
+    return sorted(
+        n for n, m in lacking.items() if not any(m.startswith(f"{t}.") or t.startswith(f"{m}.") for t in there)
+    )
+
+
+def _is_behind(name: str, config: ModelConfig) -> bool:
+    """Test whether a tensor belongs to a layer after the last that the config counts (multi-token prediction): no class loads it."""
+    layers, found = config.values.get("num_hidden_layers"), re.match(r"(?:model\.)?layers\.(\d+)\.", name)
+    return found is not None and type(layers) is int and int(found[1]) >= layers
+
+
+def _is_below(tensor: str, entry: str) -> bool:
+    """Test whether a tensor is in a module that an entry of modules_to_save names by the end of its path, as PEFT matches it."""
+    steps = tensor.split(".")[:-1]
+    return any(".".join(steps[:i]).endswith(entry) for i in range(1, len(steps) + 1))

@@ -34,13 +34,12 @@ from streamer.errors import InputChangedError, MismatchError, NumericError, Outp
 from streamer.linalg.operators import Delta, all_finite
 from streamer.plan import tied_embeddings as tied
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of, with_architecture
-from streamer.plan.carried_tensors import TensorEdits, match_carried, merged_architecture
+from streamer.plan.carried_tensors import TensorEdits, check_announced, match_carried, merged_architecture
 from streamer.plan.experts import expert_weight, match_experts, match_stacks, stacks_of, tensor_roles
 from streamer.plan.name_matching import Renames, renames_for
 from streamer.plan.pipeline_names import match_modules
-from streamer.plan.rules import check_announced, other_base
 from streamer.plan.side_files import other_files, unread_weights
-from streamer.plan.sources import AdapterSource, BaseSource, adapter_source, base_source
+from streamer.plan.sources import AdapterSource, BaseSource, adapter_source, base_source, other_base
 from streamer.plan.targets import Orientation, Target, TensorSlice, match_targets, misfits
 from streamer.plan.tied_embeddings import find_ties, vocabulary_tensors, without_stale_values
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint

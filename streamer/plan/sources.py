@@ -1,6 +1,8 @@
 """Name the inputs of an output.
 
 Names are directory names, hub ids if known, and digests, but never paths, so the same inputs give the same bytes on any machine.
+
+Note if an adapter's config names another base than the one in use.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, cast
 
@@ -28,6 +30,15 @@ DIRECTORIES = {"base", "checkpoint", "checkpoints", "ckpt", "ckpts", "data", "ex
                "models", "my_models", "out", "output", "outputs", "pretrain", "pretrained", "results", "runs", "save", "saves", "tmp",
                "weights"}  # fmt: skip
 """Names of directories that commonly contain models, as opposed to owners on the hub."""
+
+
+# Words of a name that do not distinguish models: encodings, and common words for copies.
+_SPARE = re.compile(
+    r"(?<![a-z0-9])(?:gptq|awq|mxfp4|nvfp4|bnb|bitsandbytes|nf4|fp4|fp8|f8|gguf|q[2-8]_\w+|hqq|aqlm|eetq|exl[23]|quip|higgs|autoround|"
+    r"[348]-?bit|int[48]|w[48]a(?:8|16)|unsloth|quantized|dequantized|merged|hf|fp16|bf16|fp32)(?![a-z0-9])"
+)
+_VARIANTS = {"base", "chat", "instruct", "it", "thinking", "reasoning"}
+_WORD = re.compile(r"\d+(?:x\d+)?(?:\.\d+)*[bm](?![a-z0-9])|\d+(?:\.\d+)*|[a-z]+")
 
 
 # fmt: off
@@ -115,3 +126,50 @@ def cached_model(path: Path) -> tuple[str, str] | None:
         if parts[at].startswith("models--") and parts[at + 1] == "snapshots":
             return parts[at].removeprefix("models--").replace("--", "/"), parts[at + 2]
     return None
+
+
+def other_base(stated: object, path: Path, config: ModelConfig) -> list[str]:
+    """Note if the adapter's config clearly names another model than the base in use, at a path.
+
+    People choose names freely, so few names prove anything: only a hub id, or a name that states a size. Case, owners, encodings and words
+    such as "merged" do not count, and neither do additional words in one of the names, unless they name a variant such as "instruct".
+    """
+    cached = cached_model(path)
+    names = [cached[0]] if cached else [path.resolve().name, config.values.get("_name_or_path")]
+    trained_on, *others = (_plain(name) for name in (stated, *names))
+    others = [name for name in others if _words(name) and name.lower() not in DIRECTORIES]
+    telling = [name for name in others if "/" in name or _sizes(_words(name))]
+    told = "/" in trained_on or _sizes(_words(trained_on))
+    if not told or not telling or any(_may_be_same(_words(trained_on), _words(name)) for name in others):
+        return []
+    return [
+        f"the adapter's config names {trained_on!r} as its base, but the base given here is {telling[0]!r}; check that the adapter was "
+        "trained on this model"
+    ]
+
+
+def _plain(stated: object) -> str:
+    """Return a hub id unchanged or taken from a path into the hub's cache; for any other path return the last part."""
+    text = stated.replace("\\", "/").rstrip("/") if isinstance(stated, str) else ""
+    cached = re.search(r"models--([^/]+)/snapshots/", text)
+    text = cached[1].replace("--", "/") if cached else text.partition("@")[0]
+    is_id = HUB_ID.fullmatch(text) and text.partition("/")[0].lower() not in DIRECTORIES
+    return text if is_id else text.rpartition("/")[2]
+
+
+def _words(name: str) -> set[str]:
+    """Split a name into the words, numbers and sizes that distinguish its model: ``Llama3-8B`` has the same as ``Llama-3-8B``."""
+    return set(_WORD.findall(_SPARE.sub("", name.rpartition("/")[2].lower())))
+
+
+def _sizes(words: Iterable[str]) -> set[str]:
+    """List the numbers of parameters, such as 8b, 0.5b or 8x7b."""
+    return {word for word in words if word[0].isdigit() and word[-1].isalpha()}
+
+
+def _may_be_same(a: set[str], b: set[str]) -> bool:
+    """Test whether one name has the other's words, with equal variants and equal sizes if both state one."""
+    if a & _VARIANTS != b & _VARIANTS or (_sizes(a) and _sizes(b) and _sizes(a) != _sizes(b)):
+        return False
+    a, b = a - _sizes(a), b - _sizes(b)
+    return a <= b or b <= a

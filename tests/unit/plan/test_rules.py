@@ -10,7 +10,7 @@ import pytest
 import streamer
 from streamer.adapters.rules import mitigated_before
 from streamer.cli.main import run
-from streamer.plan.rules import other_base
+from streamer.plan.sources import other_base
 from streamer.weights.model_config import ModelConfig
 
 
