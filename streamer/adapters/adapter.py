@@ -221,6 +221,11 @@ class DeltaSource(ABC):
         """Return every tensor by name."""
         return {info.name: StoredTensor(file, info) for file in self.files for info in file.header.tensors}
 
+    @property
+    def parameters(self) -> list[str]:
+        """List the names by which to search a base for the parameters that have deltas of their own."""
+        return [wrapped.matched_as(parameter) for wrapped in self.wrapped for parameter in wrapped.parameters]
+
     @cached_property
     def config_paths(self) -> tuple[Path, ...]:
         """List the file from which the config was read; empty if a model had no config when it was opened."""

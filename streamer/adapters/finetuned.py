@@ -95,6 +95,11 @@ class FinetunedModel(DeltaSource):
         )
 
     @property
+    def parameters(self) -> list[str]:
+        """List the names by which to search a base for the stacks of experts."""
+        return [stack.tensor.removesuffix(".weight") for stack in self.stacks]
+
+    @property
     def identity_bytes(self) -> int:
         """Return the number of bytes of headers and samples."""
         return sampled_bytes(self.files)

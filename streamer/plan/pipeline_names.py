@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from streamer.adapters.adapter import DeltaSource
@@ -98,11 +98,11 @@ class ModuleNames:
 
     def extended(self, weights: WeightView) -> WeightView:
         """Add the fused matrices."""
-        return weights.extended({name: partial(_fused, name, slices) for name, slices in self.fused.items()})
 
+        def joined(name: str, whole: WeightView) -> Weight:
+            return RowConcat.of(name, [whole[piece.weight] for piece in self.fused[name]])
 
-def _fused(name: str, slices: Iterable[TensorSlice], weights: WeightView) -> Weight:
-    return RowConcat.of(name, [weights[piece.weight] for piece in slices])
+        return weights.extended({name: partial(joined, name) for name in self.fused})
 
 
 def match_modules(base: Checkpoint, config: ModelConfig, adapter: DeltaSource, weights: WeightView, renames: Renames,
@@ -151,10 +151,9 @@ def _match_pipeline(base: Checkpoint, adapter: DeltaSource, weights: WeightView)
     for module in adapter.modules:
         found: list[tuple[str, ...]] = [(stems[name],) for name in _spellings(module) if name in stems]
         found += known[module]
-        names[module] = _match(base, module, found)
+        names[module] = _match(module, found)
         if len(found) == 1 and len(found[0]) > 1:
-            ends = [*accumulate(weights[tensor].shape[0] for tensor in found[0])]
-            rows = zip([0, *ends], ends, strict=False)
+            rows = pairwise(accumulate((weights[tensor].shape[0] for tensor in found[0]), initial=0))
             fused[names[module].tensor] = tuple(TensorSlice(t, None, r) for t, r in zip(found[0], rows, strict=True))
     changed = {
         part.weight for m in names.values() if m.tensor for part in fused.get(m.tensor, (TensorSlice(m.tensor),))
@@ -176,22 +175,16 @@ def _spellings(module: str) -> Iterator[str]:
         yield f"{component}.{rest.removeprefix(TEXT) if rest.startswith(TEXT) else TEXT + rest}"
 
 
-def _match(base: Checkpoint, module: str, found: list[tuple[str, ...]]) -> Match:
-    if len(found) == 1:
-        first, *others = found[0]
-        if f"{module}.weight" == first:
-            return Match(first, "exact", EXACT)
-        name = (
-            first
-            if not others
-            else "+".join(
-                [first.removesuffix(".weight"), *(t.rpartition(".weight")[0].rpartition(".")[2] for t in others)]
-            )
-        )
-        return Match(name, "pipeline", OTHER_NAME)
-    if found:
+def _match(module: str, found: list[tuple[str, ...]]) -> Match:
+    if not found:
+        return Match("", "", f"has no tensor of a known name in the base ({', '.join(PREFIXES)})")
+    if len(found) > 1:
         return Match("", "", f"is ambiguous: it could be {found[0][0]!r} or {found[1][0]!r}")
-    return Match("", "", f"has no tensor of a known name in the base ({', '.join(PREFIXES)})")
+    first, *others = found[0]
+    if f"{module}.weight" == first:
+        return Match(first, "exact", EXACT)
+    more = [tensor.removesuffix(".weight").rpartition(".")[2] for tensor in others]
+    return Match("+".join([first.removesuffix(".weight"), *more]) if more else first, "pipeline", OTHER_NAME)
 
 
 def _class_of(base: Checkpoint, component: str) -> Any:
@@ -233,7 +226,7 @@ def _sdxl(layers: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield layer, OUTSIDE[layer]
         elif match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", layer):
             kind, number, rest = match.groups()
-            yield layer, f"middle_block.{2 * int(number) if kind == 'resnets' else 1}.{_inner(rest)}"
+            yield layer, f"middle_block.{2 * int(number) if kind == 'resnets' else 1}.{RESNET.get(rest, rest)}"
         elif match := re.fullmatch(
             r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", layer
         ):
@@ -247,11 +240,7 @@ def _sdxl(layers: Iterable[str]) -> Iterator[tuple[str, str]]:
                 yield layer, f"output_blocks.{start + count - 1}.{1 + attends}.conv"
             else:
                 blocks = "input_blocks" if side == "down" else "output_blocks"
-                yield layer, f"{blocks}.{start + int(number)}.{int(kind == 'attentions')}.{_inner(rest)}"
-
-
-def _inner(layer: str) -> str:
-    return RESNET.get(layer, layer)
+                yield layer, f"{blocks}.{start + int(number)}.{int(kind == 'attentions')}.{RESNET.get(rest, rest)}"
 
 
 def _flux(layers: Mapping[str, None]) -> Iterator[tuple[str, tuple[str, ...]]]:

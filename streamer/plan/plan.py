@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,12 +35,11 @@ from streamer.linalg.operators import Delta, all_finite
 from streamer.plan import tied_embeddings as tied
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of, with_architecture
 from streamer.plan.carried_tensors import TensorEdits, check_announced, match_carried, merged_architecture
-from streamer.plan.experts import expert_weight, match_experts, match_stacks, stacks_of, tensor_roles
 from streamer.plan.name_matching import Renames, renames_for
 from streamer.plan.pipeline_names import match_modules
 from streamer.plan.side_files import other_files, unread_weights
 from streamer.plan.sources import AdapterSource, BaseSource, adapter_source, base_source, other_base
-from streamer.plan.targets import Orientation, Target, TensorSlice, match_targets, misfits
+from streamer.plan.targets import Orientation, Target, TensorSlice, match_experts, match_targets, misfits, tensor_roles
 from streamer.plan.tied_embeddings import find_ties, vocabulary_tensors, without_stale_values
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.files import AdapterIdentity, BaseIdentity, Stamp, file_stamp, storage_errors
@@ -261,7 +260,7 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
         for name in tie.others
         if name not in checkpoint.weight_map
     }
-    parameters = [*(w.matched_as(p) for w in opened.wrapped for p in w.parameters), *stacks_of(opened)]
+    parameters = opened.parameters
     found_names = match_modules(checkpoint, config, opened, weights.replaced(aliases), renames, parameters)
     names = found_names.names
     if architecture is None and not config.pipeline:
@@ -301,10 +300,9 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
     targets = [
         *(replace(target, pieces=found_names.fused.get(target.tensor, ())) for target in matched_targets),
         *match_experts(weights, opened, config, orientation.architectures, names, renames),
-        *match_stacks(weights, opened, names),
     ]
     targets.sort(key=file_order(weights))
-    weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
+    weights = weights.extended({t.tensor: t.weight for t in targets if t.pieces})
     return Plan(checkpoint, weights, opened, tuple(targets), edits, mirrors, config, architecture, announced)
 
 
