@@ -152,9 +152,9 @@ def _detection_work(
     (m, n), module = shape, _ = target.module.shape, target.module
     k, ways = options.directions(shape), detection_bytes(plan, target, options, resident)
     way = best_way(plan, target, options, resident)
-    solver = "dense" if k + OVERSAMPLING >= min(shape) else chosen_solver(shape, k, options.solver, way.allows_dense)
-    memory = ways[Way.WHOLE] if way.allows_dense and solver == "certified" else ways[way]
-    again = float64_way(plan, target, options, resident, "dense" if way.allows_dense else "certified")
+    solver = "dense" if k + OVERSAMPLING >= min(shape) else chosen_solver(shape, k, options.solver, way is Way.DENSE)
+    memory = ways[Way.WHOLE] if way is Way.DENSE and solver == "certified" else ways[way]
+    again = float64_way(plan, target, options, resident, "dense" if way is Way.DENSE else "certified")
     escalated = max(ways[way], again[1] if again else 0)
     products = SOLVER * cost(shape, k, solver) + VALUE * m * n
     products += _norm_cost(shape, module.factor_rank) if module.low_rank else 0
@@ -280,7 +280,9 @@ def _forecast_sweeps(prepared: Prepared | PreparedFit | PreparedMap, sweeps: Seq
 
 def _identified_bytes(plan: Plan) -> int:
     """Count the bytes read to identify the inputs: headers, samples of models, and the whole adapter."""
-    return sampled_bytes(plan.base.files.values()) + plan.adapter.identity_bytes
+    source = plan.adapter
+    read = sampled_bytes(source.files) if source.describes_model else sum(f.header.file_bytes for f in source.files)
+    return sampled_bytes(plan.base.files.values()) + read
 
 
 def _adapter_bytes(plan: Plan) -> int:

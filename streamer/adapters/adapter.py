@@ -236,18 +236,13 @@ class DeltaSource(ABC):
         """Return notes on parts of the source that detection does not judge, one line each."""
         return ()
 
-    @property
-    @abstractmethod
-    def identity_bytes(self) -> int:
-        """Return the number of bytes that `identity` reads."""
-
     @abstractmethod
     def identity(self) -> AdapterIdentity:
         """Compute digests of weights and config, which identify the source independently of its location."""
 
-    @abstractmethod
     def trains(self, module: str) -> bool:
         """Test whether a carried tensor of this module was trained; otherwise it is a copy of the base's tensor."""
+        return self.describes_model
 
     def stored_sum(self, module: Module) -> StoredTensor | None:
         """Return ``W0 + Δ`` of a module if a file stores it; a PEFT adapter stores only deltas."""
@@ -257,8 +252,7 @@ class DeltaSource(ABC):
 class NoAdapter(DeltaSource):
     """Source without deltas, for runs on a base alone."""
 
-    describes_model: ClassVar[bool] = False
-    identity_bytes: ClassVar[int] = 0
+    describes_model = False
 
     @classmethod
     def at(cls, base: Path) -> NoAdapter:
@@ -269,20 +263,11 @@ class NoAdapter(DeltaSource):
         """Return an identity without modules: nothing is changed."""
         return {"modules": 0}
 
-    def trains(self, module: str) -> bool:
-        """Return False: nothing was trained."""
-        return False
-
 
 class PeftAdapter(DeltaSource):
     """A PEFT adapter on disk."""
 
     describes_model = False
-
-    @property
-    def identity_bytes(self) -> int:
-        """Return the size of the weights file in bytes."""
-        return self.file.header.file_bytes
 
     @property
     def configs(self) -> tuple[AdapterConfig, ...]:

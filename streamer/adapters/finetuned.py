@@ -29,7 +29,7 @@ from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, che
 from streamer.storage.files import AdapterIdentity
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_checks import refuse_symlink
-from streamer.storage.tensor_file import IOMode, sampled_bytes
+from streamer.storage.tensor_file import IOMode
 from streamer.units import listed
 from streamer.weights.base import ENCODINGS, StoredTensor
 from streamer.weights.model_config import MODEL_CONFIG, ModelConfig, read_model_config
@@ -89,36 +89,24 @@ class FinetunedModel(DeltaSource):
         """Return this model without tensors that are copies of others."""
         modules = {name: m for name, m in self.modules.items() if f"{name}.weight" not in copies}
         carried = tuple(c for c in self.carried if c.source not in copies)
-        carried_matrices = tuple(name for name in self.carried_matrices if name not in copies)
-        return replace(
-            self, modules=modules, carried=carried, carried_matrices=carried_matrices, copies=frozenset(copies)
-        )
+        matrices = tuple(name for name in self.carried_matrices if name not in copies)
+        return replace(self, modules=modules, carried=carried, carried_matrices=matrices, copies=frozenset(copies))
 
     @property
     def parameters(self) -> list[str]:
         """List the names by which to search a base for the stacks of experts."""
         return [stack.tensor.removesuffix(".weight") for stack in self.stacks]
 
-    @property
-    def identity_bytes(self) -> int:
-        """Return the number of bytes of headers and samples."""
-        return sampled_bytes(self.files)
-
     def identity(self) -> AdapterIdentity:
         """Digest headers and samples, as for a base."""
         files = checkpoint_identity({file.path.name: file for file in self.files})["files"]
         return {"files": files, "modules": len(self.modules)}
 
-    def trains(self, module: str) -> bool:
-        """Return True: the whole model was trained."""
-        return True
-
     @property
     def notes(self) -> tuple[str, ...]:
         """Name the matrices that are carried along without being judged."""
-        if not self.carried_matrices:
-            return ()
-        return (f"matrices carried along without findings: {listed(map(repr, self.carried_matrices))}",)
+        line = f"matrices carried along without findings: {listed(map(repr, self.carried_matrices))}"
+        return (line,) if self.carried_matrices else ()
 
     def stored_sum(self, module: Module) -> StoredTensor | None:
         """Return the model's own weight."""

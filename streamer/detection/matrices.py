@@ -133,7 +133,7 @@ def float64_way(
         return None
     ways = detection_bytes(plan, target, options, resident, DOUBLE_BYTES)
     allowed = options.max_memory
-    fitting = (pair for pair in ways.items() if pair[0].allows_dense == (solver == "dense"))
+    fitting = (pair for pair in ways.items() if (pair[0] is Way.DENSE) == (solver == "dense"))
     return next((pair for pair in fitting if allowed is None or pair[1] <= allowed), None)
 
 
@@ -348,7 +348,7 @@ class _Step:
         delta = self.plan.delta(self.target, W0, double=weight.compute == torch.float64, tensors=self.tensors)
         oriented = base.T if self.target.transposed else base
         try:
-            return decide(oriented, delta, self.options, self.target.module.rank, self.target.tensor, way.allows_dense)
+            return decide(oriented, delta, self.options, self.target.module.rank, self.target.tensor, way is Way.DENSE)
         except NumericError as e:
             # Only one of several adapters is at fault, unless the base is.
             where = self.plan.adapter.file.path if all(map(all_finite, base.pieces())) else weight.where

@@ -40,11 +40,6 @@ class Way(Enum):
     BLOCKS = "blocks"
     """Only the certified solver, by products with the stored matrix, a few rows at a time."""
 
-    @property
-    def allows_dense(self) -> bool:
-        """Return whether the dense solver is allowed."""
-        return self is Way.DENSE
-
 
 def triplets_columns(k: int) -> int:
     """Return the number of columns at which the basis for the triplets restarts."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -51,8 +51,8 @@ class Table(NamedTuple):
     classes: Mapping[str, int]
     types: Mapping[str, tuple[str, ...]]
     auto: Mapping[str, Mapping[str, str]]
-    lines: tuple[str, ...]
-    tie_rules: Mapping[str, frozenset[str]]
+    lines: Sequence[str]
+    tie_rules: Mapping[str, Collection[str]]
 
 
 @cache
@@ -62,8 +62,7 @@ def table() -> Table:
     head, *lines = data.decode().splitlines()
     facts = json.loads(head)
     types = {model_type: tuple(names) for model_type, names in facts["types"].items()}
-    rules = {rule: frozenset(of) for rule, of in facts["tie_rules"].items()}
-    return Table(facts["source"], facts["classes"], types, facts["auto"], tuple(lines), rules)
+    return Table(facts["source"], facts["classes"], types, facts["auto"], lines, facts["tie_rules"])
 
 
 @cache
@@ -77,8 +76,7 @@ def packaged(name: str) -> dict[str, Any]:
 def record_of(name: str) -> Mapping[str, Any] | None:
     """Return the record of a class, or None if the table has none."""
     line = table().classes.get(name)
-    found: dict[str, Any] | None = None if line is None else json.loads(table().lines[line])
-    return found
+    return None if line is None else dict(json.loads(table().lines[line]))
 
 
 @cache
@@ -361,26 +359,30 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
         name=name,
         model_type=record["type"],
         base_prefix=record.get("prefix", ""),
-        tensors=_gathered(record, "tensors", {path: a.tensors for path, a in inner.items()}),
         vocabulary={f"{path}.{n}": keys for path, a in inner.items() for n, keys in a.vocabulary.items()}
         | {n: (*place, *keys) for n, keys in record.get("vocabulary", {}).items()},
         labels=frozenset(record.get("labels", ())),
         ties=tuple(ties.values()),
         input_embedding=_embedding(record.get("input"), "input_embedding", inner),
         output_embedding=_embedding(record.get("output"), "output_embedding", inner),
-        embeddings=_gathered(record, "embeddings", {path: a.embeddings for path, a in inner.items()}),
-        conv1d=_gathered(record, "transposed", {path: a.conv1d for path, a in inner.items()}),
         expert_stacks={f"{path}.{n}": o for path, a in inner.items() for n, o in a.expert_stacks.items()}
         | record.get("stacks", {}),
-        matrices=_gathered(record, "matrices", {path: a.matrices for path, a in inner.items()}),
-        saved_buffers=_gathered(record, "buffers", {path: a.saved_buffers for path, a in inner.items()}),
         disk_names={run_time: names for run_time, names in disk_names.items() if names != (run_time,)},
         may_be_missing=tuple(
             dict.fromkeys([*record.get("may_miss", ()), *(n for a in inner.values() for n in a.may_be_missing)])
         ),
-        unsaved=_gathered(record, "unsaved", {path: a.unsaved for path, a in inner.items()}),
         parts=tuple(parts),
+        **{
+            name: frozenset(record.get(key, ()))
+            | {f"{path}.{n}" for path, a in inner.items() for n in getattr(a, name)}
+            for name, key in GATHERED.items()
+        },
     )
+
+
+GATHERED = {"tensors": "tensors", "embeddings": "embeddings", "conv1d": "transposed", "matrices": "matrices",
+            "saved_buffers": "buffers", "unsaved": "unsaved"}  # fmt: skip
+"""Sets of names that a class has in addition to its inner models': attributes of `Architecture`, and keys of the records."""
 
 
 def _part_class(slot: Mapping[str, Any], config: Any) -> str | None:
@@ -418,7 +420,3 @@ def _embedding(path: str | None, kind: str, inner: Mapping[str, Architecture]) -
         return path
     module = getattr(inner[path[1:]], kind)
     return None if module is None else f"{path[1:]}.{module}"
-
-
-def _gathered(record: Mapping[str, Any], key: str, inner: Mapping[str, Iterable[str]]) -> frozenset[str]:
-    return frozenset(record.get(key, ())) | {f"{path}.{name}" for path, names in inner.items() for name in names}

@@ -431,11 +431,6 @@ class MemoryEstimate:
     shape: tuple[int, ...]
     nbytes: int
 
-    @property
-    def what(self) -> str:
-        """Describe the step."""
-        return f"tensor {self.tensor!r} ({'x'.join(map(str, self.shape))})" if self.shape else self.tensor
-
 
 def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None, cure: str = "") -> None:
     """Refuse a budget that is too small for some step.
@@ -454,8 +449,9 @@ def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None, cure: 
         return
     most = max(needs, key=lambda need: need.nbytes)
     if most.nbytes > max_memory:
+        step = f"tensor {most.tensor!r} ({'x'.join(map(str, most.shape))})" if most.shape else most.tensor
         raise UsageError(
-            f"max_memory: {max_memory >> 20}M is not enough for {most.what}; it needs {-(-most.nbytes >> 20)}M{cure}"
+            f"max_memory: {max_memory >> 20}M is not enough for {step}; it needs {-(-most.nbytes >> 20)}M{cure}"
         )
 
 

@@ -119,33 +119,25 @@ def find_ties(names: Collection[str], architecture: Architecture | None, renames
     """
     if architecture is None:
         return ()
-    on_disk = NamesOnDisk(names, architecture, renames)
-    return tuple(t for group in _groups(architecture) if (t := _located(*group, on_disk)) is not None)
-
-
-def _groups(architecture: Architecture) -> list[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]]:
-    """List the run-time names of each parameter with several, and the keys of their ties: no keys if one of the ties has none."""
+    # The run-time names of each parameter with several, and the keys of each of its ties.
     groups: list[tuple[list[str], list[tuple[tuple[str, ...], ...]]]] = []
-    for tie in architecture.ties:
-        if not tie.tied:
-            continue
+    for tie in (tie for tie in architecture.ties if tie.tied):
         same = [g for g in groups if tie.name in g[0] or tie.source in g[0]]
-        names = dict.fromkeys([tie.source, *(n for g in same for n in g[0]), tie.name])
-        groups = [g for g in groups if g not in same] + [(list(names), [*(k for g in same for k in g[1]), tie.keys])]
-    return [
-        (tuple(names), tuple(dict.fromkeys(k for keys in stated for k in keys)) if all(stated) else ())
-        for names, stated in groups
-    ]
-
-
-def _located(run_time: tuple[str, ...], keys: tuple[tuple[str, ...], ...], on_disk: NamesOnDisk) -> TiedNames | None:
-    if any("*" in name for name in run_time):
-        return TiedNames(dict.fromkeys(run_time), "", keys)
-    found = {name: on_disk.find(name) for name in run_time}
-    source = next((name for name in run_time if found[name]), None)
-    if source is None or not (stored := found[source]):
-        return None
-    return TiedNames({n: found[n] or on_disk.of_new(n, source, stored) for n in run_time}, stored, keys)
+        together = dict.fromkeys([tie.source, *(n for g in same for n in g[0]), tie.name])
+        groups = [g for g in groups if g not in same] + [([*together], [*(k for g in same for k in g[1]), tie.keys])]
+    on_disk, ties = NamesOnDisk(names, architecture, renames), []
+    for run_time, stated in groups:
+        # A tie without keys holds whatever the config says, and so do all of its parameter.
+        keys = tuple(dict.fromkeys(key for own in stated for key in own)) if all(stated) else ()
+        if any("*" in name for name in run_time):
+            ties.append(TiedNames(dict.fromkeys(run_time), "", keys))
+            continue
+        found = {name: stored for name in run_time if (stored := on_disk.find(name))}
+        if found:
+            source, stored = next(iter(found.items()))
+            at = {name: found.get(name) or on_disk.of_new(name, source, stored) for name in run_time}
+            ties.append(TiedNames(at, stored, keys))
+    return tuple(ties)
 
 
 @dataclass(frozen=True)
@@ -179,18 +171,14 @@ class TieEditor:
         UnsupportedError
             If names separate but no config can untie them.
         """
-        ties = [self._without_apart(tie) for tie in ties if tie.stored]
-        return replace(self, edits=self._with_tokens_once(ties))._edited(ties)
-
-    def _with_tokens_once(self, ties: Iterable[TiedNames]) -> TensorEdits:
-        """Omit other names' trained tokens that equal the embedding's: PEFT saves them again for a tied head."""
-        rows = dict(self.edits.rows)
+        ties, rows = [self._without_apart(tie) for tie in ties if tie.stored], dict(self.edits.rows)
         for tie in ties:
+            # PEFT saves the embedding's trained tokens again for a tied head.
             if (first := rows.get(self._input(tie) or "")) is not None and self._shares_tokens(tie):
                 for name in {*tie.names} & rows.keys() - {self._input(tie)}:
                     if rows[name][1] == first[1] and equal(rows[name][0], first[0]):
                         del rows[name]
-        return replace(self.edits, rows=rows)
+        return replace(self, edits=replace(self.edits, rows=rows))._edited(ties)
 
     def _edited(self, ties: Sequence[TiedNames]) -> TensorEdits:
         parted = [tie for tie in ties if self._parts(tie)]
@@ -213,7 +201,7 @@ class TieEditor:
                     f"{self.adapter.path} changes them separately; train an adapter that leaves them unchanged ({option})"
                 )
             elif self._changed(tie):
-                edits = _together(tie, edits, self.base, self.deltas)
+                edits = self._together(tie, edits)
         return edits
 
     def _changed(self, tie: TiedNames) -> set[str]:
@@ -278,18 +266,17 @@ class TieEditor:
             )
         return replace(edits, sources=sources)
 
-
-def _together(tie: TiedNames, edits: TensorEdits, base: Checkpoint, deltas: frozenset[str]) -> TensorEdits:
-    """Write only the stored name, with the edits that change all names."""
-    sources, rows, shifts = dict(edits.sources), dict(edits.rows), dict(edits.shifts)
-    for name in tie.others:
-        if name in sources:
-            sources.setdefault(tie.stored, sources.pop(name))
-        if name in rows:
-            rows.setdefault(tie.stored, rows.pop(name))
-        shifts.pop(name, None)
-    gone = {name: BY_TIE for name in tie.others if name in base.weight_map}
-    return replace(edits, sources=sources, rows=rows, shifts=shifts, dropped={**edits.dropped, **gone})
+    def _together(self, tie: TiedNames, edits: TensorEdits) -> TensorEdits:
+        """Write only the stored name, with the edits that change all names."""
+        sources, rows, shifts = dict(edits.sources), dict(edits.rows), dict(edits.shifts)
+        for name in tie.others:
+            if name in sources:
+                sources.setdefault(tie.stored, sources.pop(name))
+            if name in rows:
+                rows.setdefault(tie.stored, rows.pop(name))
+            shifts.pop(name, None)
+        gone = {name: BY_TIE for name in tie.others if name in self.base.weight_map}
+        return replace(edits, sources=sources, rows=rows, shifts=shifts, dropped={**edits.dropped, **gone})
 
 
 def without_copies(
