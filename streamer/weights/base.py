@@ -101,10 +101,8 @@ def as_tensor(view: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> T
 
 def as_bytes(t: Tensor) -> memoryview:
     """View a CPU tensor as bytes, without a copy if it is contiguous; the view keeps the tensor alive."""
-    raw: np.ndarray[tuple[int], np.dtype[np.uint8]] = (
-        t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8).numpy()
-    )
-    return raw.data
+    view: memoryview = t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8).numpy().data
+    return view
 
 
 def encode(values: Tensor, encoding: Encoding, source: Tensor, name: str, out: Tensor | None = None) -> Tensor:

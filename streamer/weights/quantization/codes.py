@@ -151,10 +151,7 @@ class Scaled(QuantizedWeight):
                 f"{where}: blocks of {' and of '.join(f'{bm}x{bn}' for bm, bn in blocks)} fit shape {list(weight.shape)} and scale "
                 f"{list(quant_scale.shape)}; state one as weight_block_size in the quantization_config"
             )
-        if not blocks:
-            raise FormatError(
-                f"{where}: shape {list(weight.shape)} and scale {list(quant_scale.shape)} do not fit; get index and shards of one version"
-            )
+        check_fit(bool(blocks), tensors, where)
         mx = quant_scale.dtype in EXPONENTS or config.get("format") == "mxfp8-quantized"
         sizes = [w.get("group_size") for w in stated_weights(config)] or [32]
         fits = (weight.dtype, quant_scale.dtype, blocks) == ("F8_E4M3", "U8", [(1, 32)]) and 32 in sizes
@@ -210,9 +207,7 @@ def _stated_blocks(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     sizes = [size.split("x") if isinstance(size, str) else size for size in stated]
     sizes += [["128", "128"]] * (config.get("quant_algo") == "FP8_PB_WO")
     pairs = [[*map(str, size)] for size in sizes if isinstance(size, list) and len(size) == 2]
-    return [
-        (int(m), int(n)) for m, n in pairs if re.fullmatch("[1-9][0-9]{0,8}", m) and re.fullmatch("[1-9][0-9]{0,8}", n)
-    ]
+    return [(int(m), int(n)) for m, n in pairs if all(re.fullmatch("[1-9][0-9]{0,8}", size) for size in (m, n))]
 
 
 def _blocks(shape: tuple[int, ...], grid: tuple[int, ...], stated: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -309,11 +304,8 @@ class MXFP4(QuantizedWeight):
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
         blocks, scales = tensors["weight"].info, tensors["scales"].info
-        if len(scales.shape) != 3 or blocks.shape != (*scales.shape, GROUP // 2) or scales.dtype != "U8":
-            raise FormatError(
-                f"{tensors['weight'].file.path}: tensor {blocks.name!r}: shape {list(blocks.shape)} and scales {list(scales.shape)} of "
-                f"{scales.dtype} do not fit; get index and shards of one version"
-            )
+        fits = len(scales.shape) == 3 and blocks.shape == (*scales.shape, GROUP // 2) and scales.dtype == "U8"
+        check_fit(fits, tensors, f"{tensors['weight'].file.path}: tensor {blocks.name!r}")
         experts, out, groups, _ = blocks.shape
         return cls(name, (experts, groups * GROUP, out), dict(tensors), "MXFP4", torch.float32, None)
 

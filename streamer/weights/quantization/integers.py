@@ -43,7 +43,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -138,8 +138,7 @@ class GPTQ(QuantizedWeight):
         weight, scales, zeros = (tensors[role].info.shape for role in ("weight", "scales", "zeros"))
         config = {**config, **_rule(config, name.removesuffix(".weight"), where)}
         bits = config.get("bits")
-        if len(weight) != 2 or len(scales) != 2 or len(zeros) != 2:
-            raise FormatError(f"{where}: expected matrices of codes, scales and zero points; get the file again")
+        codes.check_fit(len(weight) == len(scales) == len(zeros) == 2, tensors, where)
         if "groups" in tensors and weight[0]:  # its length is the number of inputs, which gives the bits
             bits = weight[0] * 32 // max(1, math.prod(tensors["groups"].info.shape))
         if bits not in (2, 3, 4, 8):
@@ -258,11 +257,9 @@ class PackedIntegers(QuantizedWeight):
         n, scales = self.shape[1], self.tensors["scales"].rows(i, j).to(torch.float32)
         values = codes.unpack(self.tensors["weight"].rows(i, j).T, self.bits, 0, n).T
         count = scales.shape[1]
-        group = torch.arange(n) // -(-n // count)
-        if "groups" in self.tensors and not bool(
-            (self.tensors["groups"].whole() < 0).any()
-        ):  # −1 marks an unused g_idx
-            group = codes.group_indices(self.tensors["groups"], count)
+        group, stated = torch.arange(n) // -(-n // count), self.tensors.get("groups")
+        if stated is not None and not bool((stated.whole() < 0).any()):  # −1 marks an unused g_idx
+            group = codes.group_indices(stated, count)
         stored = self.tensors.get("zeros")
         zeros = codes.unpack(stored.whole(), self.bits, i, j)[:, group] if stored else 1 << (self.bits - 1)
         return values.sub(zeros).to(torch.float32).mul_(scales[:, group])
@@ -307,10 +304,8 @@ class HQQ(QuantizedWeight):
         parts = {role: tensors[role] for role in ("weight", "scale", "zero", "shape")}
         packed, scale, zero, stated = (stored.info for stored in parts.values())
         fits = (stated.dtype, stated.shape) == ("I64", (2,)) and scale.dtype in SCALE_DTYPES
-        fits &= (
-            (scale.dtype, scale.shape) == (zero.dtype, zero.shape) and len(scale.shape) == 2 and min(scale.shape) == 1
-        )
-        check_fit(fits, parts, where)
+        fits &= (scale.dtype, scale.shape) == (zero.dtype, zero.shape)
+        check_fit(fits and len(scale.shape) == 2 and min(scale.shape) == 1, parts, where)
         (m, n), groups = tensors["shape"].whole().tolist(), max(scale.shape)
         check_fit(m > 0 and n > 0 and m * n % groups == 0, parts, where)
         table = (groups, m * n // groups) if scale.shape[1] == 1 else (m * n // groups, groups)
@@ -332,7 +327,9 @@ class HQQ(QuantizedWeight):
         self._check_settings()
         n, (rows, columns) = self.shape[1], self.table
         first, last = i * n // columns, -(-j * n // columns)
-        zero, scale = (self._by_group(role, first, last) for role in ("zero", "scale"))
+        # A column for groups in rows, else one row.
+        parts = (self.tensors[role] for role in ("zero", "scale"))
+        zero, scale = (part.whole() if part.info.shape[0] == 1 else part.rows(first, last) for part in parts)
         at, packed = torch.arange(first, last), -(-rows // self.count)
         words = self.tensors["weight"].whole()[at % packed]
         shift = (self.count - 1 - at // packed).mul_(self.bits).to(words.dtype)
@@ -352,11 +349,6 @@ class HQQ(QuantizedWeight):
                         f"{self.where}: tensor {stored.info.name!r}: expected {expected!r} by the shapes of its HQQ layer, "
                         f"found {found!r}; get the file again"
                     )
-
-    def _by_group(self, role: str, first: int, last: int) -> Tensor:
-        """Read what scales or shifts rows of the table: a column for groups in rows, else one row."""
-        stored = self.tensors[role]
-        return stored.whole() if stored.info.shape[0] == 1 else stored.rows(first, last)
 
 
 def _holds(packed: TensorInfo, table: tuple[int, int], dtype: str, bits: int, count: int) -> bool:
@@ -390,23 +382,20 @@ class FourBit(QuantizedWeight):
         if not (isinstance(shape, list) and len(shape) == 2 and all(map(_is_count, shape))):
             raise UnsupportedError(f"{where}: bitsandbytes weights of shape {shape!r} are not supported")
         nested = "nested_absmax" in tensors
-        blocksize, inner = _count(state, "blocksize", where), _count(state, "nested_blocksize", where) if nested else 1
+        blocksize, inner = state.get("blocksize"), state.get("nested_blocksize") if nested else 1
         offset = state.get("nested_offset", 0.0)
-        if isinstance(offset, bool) or not isinstance(offset, int | float):
-            raise FormatError(f"{where}: its quant_state has offset {offset!r}; get the file again")
+        if not (_is_count(blocksize) and _is_count(inner) and type(offset) in (int, float)):
+            found = f"blocksize {blocksize!r}, nested_blocksize {inner!r} and offset {offset!r}"
+            raise FormatError(f"{where}: its quant_state has {found}; get the file again")
         count = math.prod(shape)
         blocks = -(-count // blocksize)
         wanted = {"weight": -(-count // 2), "absmax": blocks * (1 if nested else 4), "map": 64}
         if nested:
             wanted |= {"nested_absmax": -(-blocks // inner) * 4, "nested_map": 1024}
+        check_fit(wanted.keys() <= tensors.keys(), tensors, where)
         for role, size in wanted.items():
-            if role not in tensors:
-                raise FormatError(f"{where}: its nested_quant_map is missing; get the file again")
             info, dtype = tensors[role].info, "U8" if nested and role == "absmax" else "F32"
-            if info.nbytes != size or (role != "weight" and info.dtype != dtype):
-                raise FormatError(
-                    f"{where}: expected {size} bytes in {info.name!r}, found {info.nbytes} of {info.dtype}; get the file again"
-                )
+            check_fit(info.nbytes == size and (role == "weight" or info.dtype == dtype), tensors, where)
         kind = str(state.get("quant_type")).upper()
         return cls(name, tuple(shape), dict(tensors), kind, torch.float32, None, blocksize, inner, float(offset))
 
@@ -448,11 +437,8 @@ class EightBit(QuantizedWeight):
         """Check that the tensors fit together, and make the weight that they store."""
         weight, quant_scale = tensors["weight"].info, tensors["SCB"].info
         where = f"{tensors['weight'].file.path}: tensor {name!r}"
-        if len(weight.shape) != 2 or quant_scale.dtype != "F32" or math.prod(quant_scale.shape) != weight.shape[0]:
-            raise FormatError(
-                f"{where}: expected a matrix and one F32 scale for each row, found {list(weight.shape)} and {quant_scale.dtype} "
-                f"{list(quant_scale.shape)}; get the file again"
-            )
+        fits = len(weight.shape) == 2 and quant_scale.dtype == "F32" and math.prod(quant_scale.shape) == weight.shape[0]
+        check_fit(fits, tensors, where)
         if "format" in tensors and bool(tensors["format"].bytes().any()):
             raise UnsupportedError(
                 f"{where}: its weight_format is not 0 (rows); save the model again with bitsandbytes 0.45 or later"
@@ -465,15 +451,8 @@ class EightBit(QuantizedWeight):
         return self.tensors["weight"].rows(i, j).to(torch.float32).mul_(quant_scale[:, None]).mul_(7.874015718698502e-3)
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 < value < 2**62
-
-
-def _count(state: Mapping[str, Any], key: str, where: str) -> int:
-    value = state.get(key)
-    if not isinstance(value, int) or not _is_count(value):
-        raise FormatError(f"{where}: its quant_state has {key} {value!r}; get the file again")
-    return value
 
 
 def _state(stored: StoredTensor, where: str) -> dict[str, Any]:

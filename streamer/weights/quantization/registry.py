@@ -88,10 +88,8 @@ def _blocks(
     codes, scale = (tensors[role].info for role in ("weight", "quant_scale"))
     check_fit(len(codes.shape) == 2 == len(scale.shape) and 0 not in scale.shape, tensors, where)
     block = [m // k for m, k in zip(codes.shape, scale.shape, strict=True)]
-    fits = [k * b for k, b in zip(scale.shape, block, strict=True)] == [*codes.shape] and data.get(
-        "block_size"
-    ) == block
-    check_fit(fits and scale.dtype in SCALE_DTYPES, tensors, where)
+    fits = [k * b for k, b in zip(scale.shape, block, strict=True)] == [*codes.shape]
+    check_fit(fits and data.get("block_size") == block and scale.dtype in SCALE_DTYPES, tensors, where)
     pair = {role: tensors[role] for role in ("weight", "quant_scale")}
     return replace(cls.of(name, pair, {"weight_block_size": block}), tensors=dict(tensors))
 
@@ -136,19 +134,14 @@ class PackedInt4(QuantizedWeight):
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], data: dict[str, Any], where: str) -> Self:
         """Check that the tensors fit together and to the metadata, and make the weight that they store."""
         packed = tensors["weight"].info
-        check_fit(
-            {"quant_scale", "zeros"} <= tensors.keys() and packed.dtype == "I8" and len(packed.shape) == 2,
-            tensors,
-            where,
-        )
+        fits = {"quant_scale", "zeros"} <= tensors.keys() and packed.dtype == "I8" and len(packed.shape) == 2
+        check_fit(fits, tensors, where)
         (m, half), scale = packed.shape, tensors["quant_scale"].info
         check_fit(len(scale.shape) == 2 and scale.shape[1] == m and scale.shape[0] > 0 and half > 0, tensors, where)
         size = 2 * half // scale.shape[0]
-        fits = (
-            data.get("shape") == [m, 2 * half] and data.get("block_size") == [1, size] and scale.dtype in SCALE_DTYPES
-        )
+        fits = data.get("shape") == [m, 2 * half] and data.get("block_size") == [1, size]
         fits &= (tensors["zeros"].info.dtype, tensors["zeros"].info.shape) == (scale.dtype, scale.shape)
-        check_fit(fits and size * scale.shape[0] == 2 * half, tensors, where)
+        check_fit(fits and scale.dtype in SCALE_DTYPES and size * scale.shape[0] == 2 * half, tensors, where)
         return cls(name, (m, 2 * half), dict(tensors), "INT4 (torchao)", torch.float32, None)
 
     def decode(self, i: int, j: int) -> Tensor:
