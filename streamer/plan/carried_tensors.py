@@ -162,12 +162,11 @@ def implied_head(config: ModelConfig, task: object, saved: Mapping[str, tuple[in
 
 def _fits_task(task: str, old: str, model_type: object, saved: Mapping[str, tuple[int, ...]]) -> bool:
     """Test whether the task's class may replace the stated class: only a bare model or a classifier may be replaced."""
-    if task in LABEL_TASKS:
+    if task in LABEL_TASKS or not old:
         return True
     if task == "FEATURE_EXTRACTION":
-        return not old or bool(saved)
-    others = {auto_class(model_type, other) for other in (*LABEL_TASKS, "FEATURE_EXTRACTION")}
-    return not old or old in others
+        return bool(saved)
+    return old in {auto_class(model_type, other) for other in (*LABEL_TASKS, "FEATURE_EXTRACTION")}
 
 
 def _has_head(task: str, config: ModelConfig, names: Collection[str]) -> bool:
@@ -265,12 +264,9 @@ class TensorEdits:
                  if not (of_model and name in base.weight_map and equal(part, StoredTensor(*base.locate(name))))]  # fmt: skip
         lines += [(name, f"plus {scaling:g} times", part) for name, (part, scaling) in self.shifts.items()]
         lines += [(name, f"{len(indices)} rows replaced", part) for name, (part, indices) in self.rows.items()]
-        listed: list[CarriedRecord] = [
-            {"tensor": name, "change": change, "by": part.info.name} for name, change, part in lines
-        ]
-        return listed + [
-            {"tensor": name, "change": "dropped", "by": reason} for name, reason in sorted(self.dropped.items())
-        ]
+        changes = [(name, change, part.info.name) for name, change, part in lines]
+        changes += [(name, "dropped", reason) for name, reason in sorted(self.dropped.items())]
+        return [{"tensor": name, "change": change, "by": by} for name, change, by in changes]
 
     def config(self, config: ModelConfig) -> ModelConfig:
         """Return the model's config with every value corrected that the edits make wrong."""
@@ -342,12 +338,11 @@ def match_carried(base: Checkpoint, adapter: DeltaSource, matched: Mapping[str, 
                 problems.append(problem)
         elif name in known:
             theirs = sources.get(name) or known[name]
-            problem = _misfit(c, mine.info, theirs.info, name in vocabulary, bool(vocabulary))
+            if problem := _misfit(c, mine.info, theirs.info, name in vocabulary, bool(vocabulary)):
+                problems.append(problem)
             if c.role != "saved" or mine.info.dtype != theirs.info.dtype:
                 for part in (mine, theirs):
                     encoding_of(part.info, str(part.file.path))
-            if problem:
-                problems.append(problem)
         if c.role == "saved":
             sources[name] = mine
             # A head's bias is saved along with a vocabulary that has grown, whether or not it was trained.

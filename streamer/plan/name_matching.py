@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from streamer.plan.architectures import Architecture, architectures_for, packaged
+from streamer.plan.architectures import architectures_for, packaged
 from streamer.units import listed
 from streamer.weights.model_config import ModelConfig
 
@@ -92,8 +92,7 @@ class Conversion:
     def load(self, tensor: str, name: str) -> Loaded | None:
         """Return the loaded name of a tensor, or None if it is not a source of this conversion."""
         for at, source in enumerate(self.sources):
-            found = _replace(name, source, self.to[0] if self.to else "", self.scope)
-            if found is not None:
+            if found := _replace(name, source, self.to[0] if self.to else "", self.scope):
                 numbers = re.findall(r"(?<=\.)\d+(?=\.)", found[1])
                 return Loaded(tensor, found[0], self, at, int(numbers[-1]) if numbers else None)
         return None
@@ -136,11 +135,9 @@ class Rename:
         """Return name → new name for the names that it changes."""
         out = {}
         for name in names:
-            for pattern, to in self.pairs:
-                found = _replace(name, pattern, to, self.scope)
-                if found is not None:
-                    out[name] = found[0]
-                    break
+            found = (_replace(name, pattern, to, self.scope) for pattern, to in self.pairs)
+            if first := next(filter(None, found), None):
+                out[name] = first[0]
         if len(self.pairs) > 1 and not any(self.pairs[0][0].search(name) for name in out):
             return {}  # the checkpoint is already converted
         return out
@@ -148,17 +145,13 @@ class Rename:
 
 def _replace(name: str, pattern: re.Pattern[str], to: str, scope: re.Pattern[str] | None) -> tuple[str, str] | None:
     """Rename by one pattern: return the new name and the part that matched; None if nothing matches."""
-    head = ""
-    if scope is not None:
-        at = scope.match(name)
-        if at is None:
-            return None
-        head, name = name[: at.end()], name[at.end() :]
-    match = pattern.search(name)
+    scoped = None if scope is None else scope.match(name)
+    start = scoped.end() if scoped else 0
+    match = pattern.search(name[start:]) if scoped or scope is None else None
     if match is None:
         return None
     replacement = to.replace(r"\1", match[1]) if r"\1" in to else to
-    return head + name.replace(match[0], replacement, 1), match[0]
+    return name[:start] + name[start:].replace(match[0], replacement, 1), match[0]
 
 
 @dataclass(frozen=True)
@@ -184,8 +177,7 @@ class Renames:
         now = {name: name for name in names}
         for rename in self.renames:
             changed = rename.apply(set(now.values()))
-            if changed:
-                now = {name: changed.get(at, at) for name, at in now.items()}
+            now = {name: changed.get(at, at) for name, at in now.items()} if changed else now
         return [
             next((found for c in self.conversions if (found := c.load(name, at))), Loaded(name, at))
             for name, at in now.items()
@@ -211,7 +203,10 @@ def renames_for(config: ModelConfig) -> Renames:
     """
     if config.pipeline:
         return Renames("", (), ())
-    architecture = _architecture(config)
+    # If the base's class is not known, the class of its type with the most inner models decides.
+    unnamed = replace(config, values={**config.values, "architectures": None})
+    known = architectures_for(config) or architectures_for(unnamed)
+    architecture = max(known, key=lambda a: len(a.parts), default=None)
     models: list[tuple[str, ...]]
     if architecture is None:
         named = next(iter(config.architectures), None)
@@ -229,8 +224,7 @@ def renames_for(config: ModelConfig) -> Renames:
         for key in keys:
             if any(around == "" or path.startswith(f"{around}.") for around in seen[key]):
                 break
-            steps = _steps(key)
-            if steps is not None:
+            if (steps := _steps(key)) is not None:
                 found.append((_scope(path, prefix), steps))
                 seen[keys[0]].append(path)
                 seen[key].append(path)
@@ -250,12 +244,6 @@ def renames_for(config: ModelConfig) -> Renames:
                 pairs = step["group"] if "group" in step else [(step["rename"], step["to"])]
                 renames.append(Rename(tuple((re.compile(p), to) for p, to in pairs), where))
     return Renames(whose, tuple(renames), tuple(conversions))
-
-
-def _architecture(config: ModelConfig) -> Architecture | None:
-    """Return the facts about the base's class; if that is not known, about the class of its type with the most inner models."""
-    unnamed = replace(config, values={**config.values, "architectures": None})
-    return max(architectures_for(config) or architectures_for(unnamed), key=lambda a: len(a.parts), default=None)
 
 
 def _scope(path: str, prefix: str) -> str | None:
@@ -396,9 +384,8 @@ class _Names:
         for rule in {rule for m in (modules[0], modules[-1]) for rule in _prefix_rules([m], self.disk)}:
             fit = [m for m in modules if _fits(m, *rule, self.disk)]
             if len(fit) > max(len(best), len(modules) // 2):
-                best = {
-                    m: Match(self.disk[_exchange(m, *rule)], "prefix", "as most of the adapter's modules") for m in fit
-                }
+                why = "as most of the adapter's modules"
+                best = {m: Match(self.disk[_exchange(m, *rule)], "prefix", why) for m in fit}
         return best
 
 

@@ -155,9 +155,8 @@ def _match_pipeline(base: Checkpoint, adapter: DeltaSource, weights: WeightView)
         if len(found) == 1 and len(found[0]) > 1:
             rows = pairwise(accumulate((weights[tensor].shape[0] for tensor in found[0]), initial=0))
             fused[names[module].tensor] = tuple(TensorSlice(t, None, r) for t, r in zip(found[0], rows, strict=True))
-    changed = {
-        part.weight for m in names.values() if m.tensor for part in fused.get(m.tensor, (TensorSlice(m.tensor),))
-    }
+    matched = [m.tensor for m in names.values() if m.tensor]
+    changed = {part.weight for tensor in matched for part in fused.get(tensor, (TensorSlice(tensor),))}
     coded = {tensor.partition(".")[0] for tensor in changed & weights.quantized_names}
     for component in sorted({tensor.partition(".")[0] for tensor in changed}):
         if component in coded or read_model_config(base.path / component).quantization:
@@ -214,9 +213,8 @@ def _kohya_names(base: Checkpoint, stems: Iterable[str]) -> Iterator[tuple[str, 
 def _sdxl(layers: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yield the layers of SDXL's UNet, each with its name in the original code, which counts the blocks' layers through."""
     layers = list(layers)
-    resnets = {
-        m[0] for layer in layers if (m := re.match(r"(down|up)_blocks\.\d+\.(?:resnets|downsamplers)\.\d+", layer))
-    }
+    numbered = re.compile(r"(down|up)_blocks\.\d+\.(?:resnets|downsamplers)\.\d+")
+    resnets = {m[0] for m in map(numbered.match, layers) if m}
     starts: dict[tuple[str, int], int] = {}
     for side, first in (("down", 1), ("up", 0)):
         counts = [sum(name.startswith(f"{side}_blocks.{block}.") for name in resnets) for block in range(len(resnets))]

@@ -86,14 +86,11 @@ def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None
     # JSON cannot hold bytes that are not UTF-8.
     source: dict[str, Any] = {"name": os.fsencode(path.resolve().name).decode(errors="backslashreplace")}
     if cached is not None:
-        model_id = cached[0]
-        source["name"] = model_id.rpartition("/")[2]
+        source = {"name": cached[0].rpartition("/")[2], "model_id": cached[0], "revision": cached[1]}
     elif (manifest := read_manifest(path if path.is_dir() else path.parent)) is not None:
         source["address"] = manifest.address
     if model_id is not None:
-        source["model_id"] = model_id
-    if cached is not None:
-        source["revision"] = cached[1]
+        source.setdefault("model_id", model_id)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return {**source, "digest": digest[:DIGEST_CHARACTERS], **identity}
 

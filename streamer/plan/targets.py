@@ -144,23 +144,16 @@ class Orientation:
         biased = {} if architecture_for(config) else _by_bias(base)
         if known and (architecture_for(config) or _stored_as(known, base, biased)):
             return cls(known)
-        linear = frozenset(
-            _stack_of(name) for name, transposed in biased.items() if not transposed and _may_be_conv1d(name)
-        )
-        return cls((), any(biased.values()), linear)
+        linear = (name for name, transposed in biased.items() if not transposed and _may_be_conv1d(name))
+        return cls((), any(biased.values()), frozenset(map(_stack_of, linear)))
 
     def seen(self, adapter: DeltaSource, weights: WeightView, names: Mapping[str, Match]) -> Orientation:
         """Learn from an adapter's layers on an unknown base: layers that fit only (out, in) are Linear."""
         if self.architectures or adapter.describes_model:
             return self
-        fitting = {
-            match.tensor
-            for name, match in names.items()
-            if match.tensor
-            and _may_be_conv1d(match.tensor)
-            and _ways_that_fit(adapter.modules[name], weights[match.tensor]) == {False}
-        }
-        return replace(self, linear=self.linear | {_stack_of(tensor) for tensor in fitting})
+        found = [(name, m.tensor) for name, m in names.items() if m.tensor and _may_be_conv1d(m.tensor)]
+        fitting = [t for name, t in found if _ways_that_fit(adapter.modules[name], weights[t]) == {False}]
+        return replace(self, linear=self.linear | set(map(_stack_of, fitting)))
 
     def ways(self, tensor: str, *names: str, fan_in_fan_out: bool = False) -> set[bool]:
         """List the ways in which a weight of this name may be stored: False is (out, in), True (in, out).
