@@ -83,8 +83,7 @@ def _saved_name(plain: str, names: set[str]) -> str:
         short = f"{match['module']}.{match['parameter']}"
         # PEFT's copies of biases below a saved module keep their names: the module's own tensors are beside them.
         return PREFIX + (plain if {short, plain.replace(".modules_to_save.", ".")} & names else short)
-    own = match.groupdict().get("adapter")
-    if own is None or own == "weight":  # lora_magnitude_vector.weight, which PEFT reads too
+    if match.groupdict().get("adapter") in (None, "weight"):  # lora_magnitude_vector.weight, which PEFT reads too
         return PREFIX + plain
     return PREFIX + plain[: match.start("adapter") - 1] + plain[match.end("adapter") :]
 

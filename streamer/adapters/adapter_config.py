@@ -32,6 +32,8 @@ MAX_REPEATS = 4
 LoraBLayout = Literal["rank_major", "grouped_by_expert"]
 """Order of lora_B's columns for stacked experts: rank by rank, as PEFT stores them, or expert by expert, as Unsloth did."""
 
+_LAYOUTS = get_args(LoraBLayout)
+
 
 @dataclass(frozen=True)
 class Stated:
@@ -48,9 +50,8 @@ class Stated:
     ignore_keys: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        layouts = get_args(LoraBLayout)
-        if self.lora_b_layout not in (None, *layouts):
-            raise UsageError(f"lora_b_layout: expected {' or '.join(layouts)}, found {self.lora_b_layout!r}")
+        if self.lora_b_layout not in (None, *_LAYOUTS):
+            raise UsageError(f"lora_b_layout: expected {' or '.join(_LAYOUTS)}, found {self.lora_b_layout!r}")
         keys = self.ignore_keys
         if isinstance(keys, str) or not (isinstance(keys, Collection) and all(isinstance(key, str) for key in keys)):
             raise UsageError(f"ignore_keys: expected a list of keys, found {keys!r}")
@@ -193,8 +194,6 @@ def read_adapter_config(path: Path, stated: Stated) -> AdapterConfig:
     return AdapterConfig(read_json_object(path / CONFIG_NAME), path / CONFIG_NAME, stated)
 
 
-_LAYOUTS = get_args(LoraBLayout)
-
 LAYOUT_KEY, LAYOUT_DETAILS = "lora_B_layout", "unsloth_fused_expert_lora"
 
 INNER = ".base_layer"
@@ -255,17 +254,12 @@ def find_wrapped(
         if not parameters or (parameters == {"weight"} and is_matrix(f"{name}.weight", factors["A"])):
             continue
         if len(parameters) != len(layers):
-            wrong.append(
-                f"module {name!r}: target_parameters names {len(parameters)} of its parameters ({listed(sorted(parameters))}), "
-                f"but there are factors for {len(layers)}"
-            )
+            named = f"{len(parameters)} of its parameters ({listed(sorted(parameters))})"
+            wrong.append(f"module {name!r}: target_parameters names {named}, but there are factors for {len(layers)}")
         found.append(Wrapped(name, tuple(sorted(parameters)), tuple((f["A"], f["B"]) for f in reversed(layers))))
     known = {name for w in found for name in w.layers}
-    wrong += [
-        f"module {name!r}: target_parameters names none of its parameters"
-        for name in pairs
-        if name.endswith(INNER) and name not in known
-    ]
+    strays = [name for name in pairs if name.endswith(INNER) and name not in known]
+    wrong += [f"module {name!r}: target_parameters names none of its parameters" for name in strays]
     return found, wrong
 
 
@@ -325,11 +319,10 @@ def _layouts(config: AdapterConfig) -> tuple[set[str], set[str]]:
     details = config.get(LAYOUT_DETAILS)
     details = details if isinstance(details, dict) else {}
     parameters = details.get("parameters")
-    each = [one for one in parameters.values() if isinstance(one, dict)] if isinstance(parameters, dict) else []
-    rows = [one.get("lora_A_layout") for one in (details, *each)]
-    columns = [config.get(LAYOUT_KEY), *(one.get(LAYOUT_KEY) for one in (details, *each))]
-    return {_said(r) for r in rows if r is not None}, {_said(c) for c in columns if c is not None}
+    each = [details, *(parameters.values() if isinstance(parameters, dict) else ())]
+    rows, columns = ([one.get(key) for one in each if isinstance(one, dict)] for key in ("lora_A_layout", LAYOUT_KEY))
 
+    def said(layouts: Iterable[object]) -> set[str]:
+        return {str(v) if v in _LAYOUTS else quoted(v, 30) for v in layouts if v is not None}
 
-def _said(layout: object) -> str:
-    return layout if isinstance(layout, str) and layout in _LAYOUTS else quoted(layout, 30)
+    return said(rows), said([config.get(LAYOUT_KEY), *columns])

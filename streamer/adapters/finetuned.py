@@ -158,10 +158,8 @@ def open_finetuned(path: Path, base: Checkpoint, role_of: Callable[[TensorInfo],
                 matrix = info.dtype in ENCODINGS and sum(n > 1 for n in info.shape) > 1
                 if matrix and not resized and not parameter.endswith("bias"):
                     carried_matrices.append(info.name)
-    files = tuple(tuned.files.values())
-    return FinetunedModel(
-        path, config, files, modules, tuple(carried), (), model_config, tuple(stacks), tuple(carried_matrices)
-    )
+    files, matrices = tuple(tuned.files.values()), tuple(carried_matrices)
+    return FinetunedModel(path, config, files, modules, tuple(carried), (), model_config, tuple(stacks), matrices)
 
 
 def _stack(info: TensorInfo, transposed: bool, config: AdapterConfig) -> ExpertStack:
@@ -285,9 +283,8 @@ def named_adapters(adapters: Sequence[str | Path]) -> dict[str, Path]:
             if name in found and os.path.realpath(path) == os.path.realpath(found[name]):
                 raise UsageError(f"{path}: is given twice; name it once")
             if name in found:
-                raise UsageError(
-                    f"{path}: has the same name as {found[name]}, so their outputs would collide; rename one, or run it separately"
-                )
+                collide = f"has the same name as {found[name]}, so their outputs would collide"
+                raise UsageError(f"{path}: {collide}; rename one, or run it separately")
             found[name] = path
     if not found:
         raise UsageError("adapters: expected at least one, found none")

@@ -87,14 +87,11 @@ def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftA
 
     wrapped, wrong = ([], []) if method else find_wrapped(found, config, is_matrix)
     if wrong:
-        raise FormatError(
-            f"{file.path}: {listed(wrong, separator='; ')}; config and weights belong to different adapters"
-        )
+        what = listed(wrong, separator="; ")
+        raise FormatError(f"{file.path}: {what}; config and weights belong to different adapters")
     inner = {name for w in wrapped for name in w.layers}
     modules: dict[str, Module] = {}
-    for name, tensors in found.items():
-        if name in inner:
-            continue
+    for name, tensors in ((name, tensors) for name, tensors in found.items() if name not in inner):
         infos = {role: file.header.by_name[tensor] for role, tensor in tensors.items()}
         for info in infos.values():
             encoding_of(info, str(file.path))
@@ -108,10 +105,8 @@ def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftA
         refuse_other_formats(file.path)
         what = "lora_A and lora_B" if method is None else method.title
         raise InputError(f"{file.path}: expected {what} tensors, found none; is this the adapter?")
-    carried = _without_copies(
-        file, [carried_tensor(role, match, source, modules, file.path, config) for role, match, source in rest]
-    )
-    carried = _with_indices(file, carried, config)
+    others = [carried_tensor(role, match, source, modules, file.path, config) for role, match, source in rest]
+    carried = _with_indices(file, _without_copies(file, others), config)
     return PeftAdapter(path, config, (file,), modules, carried, tuple(wrapped))
 
 
@@ -125,9 +120,8 @@ def _without_copies(file: TensorFile, carried: Iterable[Carried]) -> tuple[Carri
     for c in carried:
         other = kept.get((c.role, c.name), c)
         if other is not c and not equal(*(StoredTensor(file, file.header.by_name[one.source]) for one in (other, c))):
-            raise FormatError(
-                f"{file.path}: tensors {other.source!r} and {c.source!r} both change {c.name!r}; save one adapter at a time"
-            )
+            both = f"tensors {other.source!r} and {c.source!r} both change {c.name!r}"
+            raise FormatError(f"{file.path}: {both}; save one adapter at a time")
         kept[c.role, c.name] = min(other, c, key=lambda one: len(one.source))
     return tuple(kept.values())
 
@@ -176,9 +170,8 @@ def _sort(
             factor = "magnitude" if role == "magnitude" else match["factor"]
         factors = found.setdefault(match["module"], {})
         if factor in factors:
-            raise FormatError(
-                f"{file.path}: tensors {factors[factor]!r} and {info.name!r} are the same factor of one module; save one adapter at a time"
-            )
+            both = f"tensors {factors[factor]!r} and {info.name!r} are the same factor of one module"
+            raise FormatError(f"{file.path}: {both}; save one adapter at a time")
         factors[factor] = info.name
     if refused:
         refuse_other_formats(file.path)
@@ -197,9 +190,8 @@ def lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, confi
     a, b, magnitude = factors["A"], factors["B"], factors.get("magnitude")
     roles, dimensions = {classify(normalize(info.name))[0] for info in (a, b)}, len(a.shape)
     layer_kind = "embedding" if roles == {"embedding"} else "convolution" if dimensions > 2 else "linear"
-    alike = (
-        len(roles) == 1 and len(b.shape) == dimensions and 2 <= dimensions <= (2 if layer_kind == "embedding" else 5)
-    )
+    most = 2 if layer_kind == "embedding" else 5
+    alike = len(roles) == 1 and len(b.shape) == dimensions and 2 <= dimensions <= most
     if not alike or b.shape[1] != a.shape[0] or math.prod(b.shape[2:]) != 1 or 0 in (*a.shape, *b.shape):
         raise FormatError(
             f"{where}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} do not multiply to the delta of a layer "
@@ -274,8 +266,7 @@ class PipelineAdapter(PeftAdapter):
 def open_lora(path: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_STATED) -> PeftAdapter:
     """Open an adapter: of a pipeline by its tensor names, else PEFT's directory; see `open_adapter`."""
     path = Path(path)
-    file = _weights_file(path)
-    if file is not None:
+    if (file := _weights_file(path)) is not None:
         try:
             opened = TensorFile(file, io)
         except InputError:
@@ -319,10 +310,8 @@ def _modules(file: TensorFile, naming: Naming, stated: Stated) -> dict[str, Modu
         )
     for name, tensors in found.items():
         if missing := {"A", "B"} - tensors.keys():
-            have = listed(repr(t) for t in tensors.values())
-            raise FormatError(
-                f"{file.path}: module {name!r} has {have} but no factor {missing.pop()}; save the adapter again"
-            )
+            have = f"{listed(map(repr, tensors.values()))} but no factor {missing.pop()}"
+            raise FormatError(f"{file.path}: module {name!r} has {have}; save the adapter again")
     configs = _configs(file, naming, found, stated)
     modules: dict[str, Module] = {}
     for name, tensors in found.items():
@@ -350,11 +339,10 @@ def _configs(
     """
     in_metadata = _metadata(file, stated)
     alphas = {name: tensors["alpha"] for name, tensors in found.items() if "alpha" in tensors}
-    if in_metadata is not None and (alphas or naming.title == "kohya's"):
-        raise MismatchError(
-            f"{file.path}: has both alphas and a LoRA config in its metadata, so its scaling is ambiguous; save it again"
-        )
     if in_metadata is not None:
+        if alphas or naming.title == "kohya's":
+            both = "has both alphas and a LoRA config in its metadata, so its scaling is ambiguous"
+            raise MismatchError(f"{file.path}: {both}; save it again")
         if lacking := [name for name in found if name.partition(".")[0] not in in_metadata]:
             raise FormatError(f"{file.path}: the metadata has no LoRA config of {lacking[0]!r}; save the adapter again")
         return {name: in_metadata[name.partition(".")[0]] for name in found}
@@ -394,9 +382,8 @@ def _metadata(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | No
             component, _, name = key.partition(".")
             values.setdefault(component, {})[name] = value
     except (ValueError, AttributeError) as e:
-        raise FormatError(
-            f"{file.path}: {METADATA_KEY} of its metadata: expected a JSON object: {e}; save it again"
-        ) from None
+        what = f"{METADATA_KEY} of its metadata: expected a JSON object: {e}"
+        raise FormatError(f"{file.path}: {what}; save it again") from None
     configs = {component: AdapterConfig(own, file.path, stated) for component, own in values.items()}
     for config in configs.values():
         refuse_kinds(config)

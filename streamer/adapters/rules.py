@@ -5,6 +5,7 @@ Any other key of ``adapter_config.json`` may change what the tensors mean, so it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -151,9 +152,8 @@ def refusals(config: AdapterConfig) -> list[str]:
         return [f"{kind} adapter: its change of the weights is not known here; {INSTEAD}"]
     rules = [r for r in RULES if not (r.kind == RESIDUAL and config.stated.base_is_residual)] if kind == "LORA" else []
     reasons = [f"{rule.kind}: {rule.reason}" for rule in rules if rule.applies(config.get(rule.key))]
-    for rule in METHOD_RULES.get(kind, ()):
-        if rule.key in config.values and rule.applies(value := config.get(rule.key)):
-            reasons.append(f"{rule.kind}: {rule.key}={quoted(value, 30)}: {rule.reason}")
+    wrong = [(r, v) for r in METHOD_RULES.get(kind, ()) if r.key in config.values and r.applies(v := config.get(r.key))]
+    reasons += [f"{rule.kind}: {rule.key}={quoted(value, 30)}: {rule.reason}" for rule, value in wrong]
     if reasons := [*dict.fromkeys(reasons)]:
         reasons[-1] += f"; {INSTEAD}"
     reasons += layout_refusals(config) if kind == "LORA" else []
@@ -191,10 +191,10 @@ def mitigated_before(metadata: Mapping[str, str]) -> list[str]:
     """Note if `mitigate` made the adapter, by the metadata of its file: any λ other than 1 would scale its intruders twice."""
     try:
         made = json.loads(metadata.get("streamer", ""))
-        command, share, method = made["command"], made["lambda"], made["method"]
+        mitigated, method = made["command"] == "mitigate" and made["lambda"] != 1, made["method"]
     except (KeyError, TypeError, ValueError, RecursionError):
         return []  # written by another program
-    if command != "mitigate" or share == 1:
+    if not mitigated:
         return []
     how, then = (
         f"by `streamer mitigate` with method {method}",
@@ -212,12 +212,10 @@ def refuse_other_formats(path: Path) -> None:
         If a file is in another format. Files that are not safetensors are skipped.
     """
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        try:
+        names: list[str] = []
+        with contextlib.suppress(InputError):
             names = [info.name for info in TensorFile(file).header.tensors]
-        except InputError:
-            continue
         for title, (pattern, instead) in FORMATS.items():
             if any(re.search(pattern, name) for name in names):
-                raise UnsupportedError(
-                    f"{file}: refused: a LoRA in the format of {title}, not supported here; {instead}"
-                )
+                what = f"a LoRA in the format of {title}, not supported here; {instead}"
+                raise UnsupportedError(f"{file}: refused: {what}")
