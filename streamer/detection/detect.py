@@ -142,9 +142,8 @@ def _widest(plan: Plan, target: Target, options: DetectionOptions) -> MatrixFind
                       Vh=Vh, certified=False, degenerate=every, solver=max(solvers.SOLVERS, key=len), escalated=False,
                       steps=10**9, products=10**9, cutoff=longest,
                       delta_norm=longest, intruder_energy=longest, dropped_at_zero=longest, precision="float64")  # fmt: skip
-    return MatrixFinding(
-        target.tensor, module.name, module.shape, weight.label, module.rank, module.scaling, False, "f" * 64, found
-    )
+    return MatrixFinding(target.tensor, module.name, module.shape, weight.label, module.rank, module.scaling,
+                         False, "f" * 64, found)  # fmt: skip
 
 
 def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, resident: int,
@@ -187,10 +186,8 @@ def detect_in_memory(batch: AdapterBatch, options: DetectionOptions, run: Run) -
     found: list[dict[str, MatrixFinding]] = [{} for _ in batch.plans]
     for i, finding in detect_all(batch, options, run, resident_bytes(batch) + kept):
         found[i][finding.tensor] = finding
-    made = [
-        Findings.of(FindingsHead.of(p, options), (mine[t.tensor] for t in p.targets))
-        for p, mine in zip(batch.plans, found, strict=True)
-    ]
+    ordered = [(p, [mine[t.tensor] for t in p.targets]) for p, mine in zip(batch.plans, found, strict=True)]
+    made = [Findings.of(FindingsHead.of(plan, options), matrices) for plan, matrices in ordered]
     run.monitor.warn(warning for findings in made for warning in findings.warnings)
     return made
 
@@ -217,9 +214,9 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
     seconds: dict[tuple[Path, str], float | None] = {}
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(one.writer(run)) for one in todo]
-        begun = [(w, t) for w, one in zip(writers, todo, strict=True) if w.resumed for t in one.tensors]
+        begun = [(w, t) for w, one in zip(writers, todo, strict=True) if w.resumed for t in one.plan.targets]
         if begun:
-            monitor.resuming(sum(tensor in writer for writer, tensor in begun), len(begun), "matrix")
+            monitor.resuming(sum(target.tensor in writer for writer, target in begun), len(begun), "matrix")
         if todo:
             now = torch.get_num_threads()
             for count in sorted({writer.threads for writer in writers} - {now}):
@@ -266,13 +263,10 @@ class _Place:
     head: FindingsHead
     finished: Findings | None
 
-    @property
-    def tensors(self) -> list[str]:
-        return [target.tensor for target in self.plan.targets]
-
     def file(self, run: Run) -> ResumableFile:
         # The last bits depend on the number of threads; without any matrix, a resumed run chooses it.
-        start = {"plan": self.head.digest(self.tensors), "version": __version__, "stamps": self.plan.detection_stamps(),
+        plan = self.head.digest(target.tensor for target in self.plan.targets)
+        start = {"plan": plan, "version": __version__, "stamps": self.plan.detection_stamps(),
                  "threads": torch.get_num_threads()}  # fmt: skip
         return ResumableFile(self.path, start, run.resume, run.overwrite, records=1)
 

@@ -128,9 +128,8 @@ def index_of(names: Names, key: str) -> int:
             return fits[0]
         if fits:
             found = listed(names[i][0] for i in fits)
-            raise UnknownNameError(
-                f"findings: {key!r} fits {len(fits)} matrices: {found}; use a longer name, or '*{key}*' for all"
-            )
+            what = f"{key!r} fits {len(fits)} matrices: {found}"
+            raise UnknownNameError(f"findings: {what}; use a longer name, or '*{key}*' for all")
     close = difflib.get_close_matches(key, [name for pair in names for name in pair], 1, 0.5)
     near = f"did you mean {close[0]!r}?" if close else f"there are {listed((t for t, _ in names), 2)}"
     raise UnknownNameError(f"findings: no matrix is called {key!r}; {near}")
@@ -182,18 +181,11 @@ def _cells(m: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _matrix_row(m: Mapping[str, Any]) -> dict[str, Any]:
-    own = {key: value for key, value in m.items() if not isinstance(value, list)}
-    return {
-        "tensor": own.pop("tensor"),
-        "module": own.pop("module"),
-        "rows": m["shape"][0],
-        "columns": m["shape"][1],
-        "intruder_count": len(m["intruders"]),
-        "intruders": tuple(m["intruders"]),
-        "least_similarity": min(m["similarity"]),
-        "largest_singular_value": m["singular_values"][0],
-        **own,
-    }
+    names = {key: m[key] for key in ("tensor", "module")}
+    found = {"rows": m["shape"][0], "columns": m["shape"][1], "intruder_count": len(m["intruders"]),
+             "intruders": tuple(m["intruders"]), "least_similarity": min(m["similarity"]),
+             "largest_singular_value": m["singular_values"][0]}  # fmt: skip
+    return names | found | {key: value for key, value in m.items() if not isinstance(value, list)}
 
 
 def _direction_rows(m: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -334,20 +326,16 @@ class Findings:
         MismatchError
             Names the one that differs, and how.
         """
-        pairs: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...]
-        pairs = ("base", {**self.base}, {**base}), ("adapter", {**self.adapter}, {**adapter})
-        for what, mine, theirs in pairs:
+        for what, mine, theirs in ("base", {**self.base}, {**base}), ("adapter", {**self.adapter}, {**adapter}):
             if mine != theirs:
-                raise MismatchError(
-                    f"{self.name}: made with another {what} ({difference(mine, theirs)}); run detect again on this one"
-                )
+                other = f"made with another {what} ({difference(mine, theirs)})"
+                raise MismatchError(f"{self.name}: {other}; run detect again on this one")
         for name, value in (asdict(options) if options else {}).items():
             mine_value = getattr(self.options, name)
             # The solver and its memory do not matter to users of findings, unless they requested a solver.
             if value != mine_value and not ((name == "solver" and value == "auto") or name == "max_memory"):
-                raise MismatchError(
-                    f"{self.name}: made with {name}={mine_value!r}, asked for {value!r}; pass the same, or run detect again"
-                )
+                other = f"made with {name}={mine_value!r}, asked for {value!r}"
+                raise MismatchError(f"{self.name}: {other}; pass the same, or run detect again")
 
     def find(self, name: str) -> MatrixFinding:
         """Find one matrix by name.
@@ -462,9 +450,8 @@ class Findings:
         try:
             library = importlib.import_module("pandas")
         except ImportError:
-            raise MissingPackageError(
-                "to_pandas: needs pandas, which is not installed; pip install 'intruder-streamer[pandas]'", "pandas"
-            ) from None
+            what = "to_pandas: needs pandas, which is not installed; pip install 'intruder-streamer[pandas]'"
+            raise MissingPackageError(what, "pandas") from None
         records = (m.record() for m in self.matrices)
         return library.DataFrame([r for m in records for r in ([_matrix_row(m)] if by == "matrix" else _direction_rows(m))])
 
@@ -557,8 +544,7 @@ def matched_findings(plan: Plan, findings: Findings, where: str) -> Findings:
         If the findings are for another base or adapter, or do not say.
     """
     by_module = {m.module: m for m in findings}
-    without = [t.module.name for t in plan.targets if t.module.name not in by_module]
-    if without:
+    if without := [t.module.name for t in plan.targets if t.module.name not in by_module]:
         raise lacking(where, len(without), len(plan.targets), f"module {without[0]!r}")
     matrices = []
     for target in plan.targets:

@@ -140,13 +140,8 @@ class FindingsHead(NamedTuple):
 
     def digest(self, tensors: Iterable[str]) -> str:
         """Hash (SHA-256, hex) everything that determines the bytes of findings for these tensors, in file order."""
-        plan = {
-            "schema": SCHEMA,
-            "base": self.base,
-            "adapter": self.adapter,
-            "options": self.options.as_dict(),
-            "tensors": list(tensors),
-        }
+        inputs = {"base": self.base, "adapter": self.adapter, "options": self.options.as_dict()}
+        plan = {"schema": SCHEMA, **inputs, "tensors": list(tensors)}
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
@@ -226,12 +221,10 @@ def read_findings(path: Path) -> tuple[FindingsHead, tuple[MatrixFinding, ...], 
     file = TensorFile(path)
     text = file.header.metadata.get("findings")
     if file.header.metadata.get("schema") != SCHEMA or text is None:
-        found = "another safetensors file; make them with `streamer detect`"
+        found = "another safetensors file; make them"
         if COEFFICIENTS in file.header.metadata:
-            found = (
-                "coefficients; pass them with --coefficients (coefficients=), and make findings with `streamer detect`"
-            )
-        raise FormatError(f"{path}: expected findings ({SCHEMA}), found {found}")
+            found = "coefficients; pass them with --coefficients (coefficients=), and make findings"
+        raise FormatError(f"{path}: expected findings ({SCHEMA}), found {found} with `streamer detect`")
     try:
         tree = json.loads(text)
         options = DetectionOptions(**tree["options"])
@@ -239,9 +232,8 @@ def read_findings(path: Path) -> tuple[FindingsHead, tuple[MatrixFinding, ...], 
         matrices = tuple(read_matrix(figures, file, data) for figures in tree["matrices"])
         check_identities(tree["base"], tree["adapter"])
     except (KeyError, TypeError, ValueError, RecursionError) as e:
-        raise FormatError(
-            f"{path}: findings are not as {SCHEMA} has them ({type(e).__name__}: {e}); run detect again"
-        ) from e
+        what = f"findings are not as {SCHEMA} has them ({type(e).__name__}: {e})"
+        raise FormatError(f"{path}: {what}; run detect again") from e
     file.check_digest("run detect again")
     return FindingsHead(tree["base"], tree["adapter"], options, _sources(file)), matrices, file
 
@@ -274,12 +266,10 @@ def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> 
         among = k > 0 and all(type(j) is int and 0 <= j < k for j in ranks)
         if not among or any(a >= b for a, b in itertools.pairwise(ranks)):
             raise ValueError(f"{figures['tensor']}: {what} must be ascending ranks below {k}")
-    own = {**figures, "shape": (m, n), "degenerate": tuple(figures["degenerate"])}
-    decided = (
-        {key: own[key] for key in FIGURES if key in OF_DETECTION} | numbers | {key: arrays[key] for key in FACTORS}
-    )
-    found = {key: own[key] for key in FIGURES if key not in OF_DETECTION}
-    return MatrixFinding(**found, detection=Detection(**decided))
+    own = {key: figures[key] for key in FIGURES} | {"shape": (m, n), "degenerate": tuple(figures["degenerate"])}
+    decided = {key: own.pop(key) for key in FIGURES if key in OF_DETECTION}
+    decided |= numbers | {key: arrays[key] for key in FACTORS}
+    return MatrixFinding(**own, detection=Detection(**decided))
 
 
 def _sources(file: TensorFile) -> dict[str, dict[str, str]]:

@@ -127,9 +127,8 @@ def float64_way(
         The first of the solver's ways that fits the allowed memory. None if none fits, if the weight is already computed in float64,
         or for full SVDs of matrices beyond `is_repeated`.
     """
-    if plan.weights[target.tensor].compute.itemsize == DOUBLE_BYTES:
-        return None
-    if solver == "dense" and not is_repeated(target.module.shape):
+    is_double = plan.weights[target.tensor].compute.itemsize == DOUBLE_BYTES
+    if is_double or (solver == "dense" and not is_repeated(target.module.shape)):
         return None
     ways = detection_bytes(plan, target, options, resident, DOUBLE_BYTES)
     allowed = options.max_memory
@@ -273,17 +272,10 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
     NumericError
         If an input is not finite or the solver fails; the message names file and tensor.
     """
-    prefetched = prefetched or PrefetchedWeight(plan.weights[target.tensor])
-    tensors = _tensors(plan, target)
+    prefetched, tensors = prefetched or PrefetchedWeight(plan.weights[target.tensor]), plan.adapter.tensors
+    if not plan.adapter.describes_model:  # a fine-tuned model's matrix has no fingerprint and is too large to keep
+        tensors = {name: tensors[name].load() for name in target.module.tensor_names}
     return _Step(plan, target, tensors, options, device, resident, prefetched, monitor).finding()
-
-
-def _tensors(plan: Plan, target: Target) -> Mapping[str, StoredTensor]:
-    """Read a module's tensors; a fine-tuned model's matrix has no fingerprint and is too large to keep."""
-    tensors = plan.adapter.tensors
-    if plan.adapter.describes_model:
-        return tensors
-    return {name: tensors[name].load() for name in target.module.tensor_names}
 
 
 @dataclass(frozen=True)

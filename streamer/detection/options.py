@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from numbers import Real
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 
 import torch
 
@@ -70,8 +70,7 @@ class DetectionOptions:
 
     def __post_init__(self) -> None:
         k = self.top_k
-        good = not isinstance(k, bool) and ((isinstance(k, int) and k >= 1) or (isinstance(k, float) and 0 < k <= 1))
-        if not good:
+        if isinstance(k, bool) or not ((isinstance(k, int) and k >= 1) or (isinstance(k, float) and 0 < k <= 1)):
             raise UsageError(f"top_k: expected a count from 1, or a share in (0, 1] with a decimal point, found {k!r}")
         epsilon = self.threshold_epsilon
         if isinstance(epsilon, bool) or not isinstance(epsilon, Real) or not 0 < epsilon <= 1:
@@ -94,8 +93,7 @@ class DetectionOptions:
 
     def as_dict(self) -> OptionsRecord:
         """Return the options as JSON values."""
-        return {"top_k": self.top_k, "threshold_epsilon": self.threshold_epsilon, "solver": self.solver,
-                "max_memory": self.max_memory}  # fmt: skip
+        return cast(OptionsRecord, asdict(self))
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,8 @@ class DetectionRecord(DecidingOptions):
 
 def detection_record(options: DetectionOptions, certified: int, matrices: int) -> DetectionRecord:
     """Record how an output's intruders were found."""
-    return {"top_k": options.top_k, "threshold_epsilon": options.threshold_epsilon, "solver": options.solver,
-            "certified": certified, "matrices": matrices}  # fmt: skip
+    decided = DecidingOptions(top_k=options.top_k, threshold_epsilon=options.threshold_epsilon, solver=options.solver)
+    return {**decided, "certified": certified, "matrices": matrices}
 
 
 def stamp(command: str, base: NameSource, adapter: NameSource, detection: DetectionRecord | None = None,

@@ -92,9 +92,9 @@ def cheaper(shape: tuple[int, int], k: int) -> str:
 
 def chosen_solver(shape: tuple[int, int], k: int, solver: str, allow_dense: bool) -> str:
     """Choose the solver that runs first: the requested one, or the cheaper one; without `allow_dense` that is the certified one."""
-    if solver == "auto":
-        solver = cheaper(shape, k) if allow_dense else "certified"
-    return solver
+    if solver != "auto":
+        return solver
+    return cheaper(shape, k) if allow_dense else "certified"
 
 
 def cost(shape: tuple[int, int], k: int, solver: str = "auto") -> int:
