@@ -357,9 +357,7 @@ class LoraModule:
     def weight(self) -> Shape:
         """Return the shape of the weight in the model; for a linear layer, as stored (out, in)."""
         m, n = self.shape
-        if self.layer_kind == "embedding":
-            return n, m
-        return (m, n // math.prod(self.kernel), *self.kernel)
+        return (n, m) if self.layer_kind == "embedding" else (m, n // math.prod(self.kernel), *self.kernel)
 
     @property
     def expected(self) -> str:

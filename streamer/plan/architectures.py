@@ -299,7 +299,7 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
     if architecture_for(config, name) is None:
         known, of_type = table().classes, classes_of(config.model_type)
         near = get_close_matches(name, of_type or known, 3, 0.4)
-        whose = f"of model_type {config.model_type!r}" if of_type else f"of {source()}"
+        whose = f"of model_type {config.model_type!r}" if of_type else f"of {table().source}"
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise UsageError(f"architecture: expected a class {whose}, found {name!r}{hint}")
     return replace(config, architecture=name)
@@ -308,11 +308,6 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
 def classes_of(model_type: str | None) -> tuple[str, ...]:
     """Return the classes that a config of this type can have; empty if the table has none."""
     return table().types.get(model_type, ()) if model_type else ()
-
-
-def source() -> str:
-    """Name the source of the table."""
-    return table().source
 
 
 def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) -> Architecture | None:

@@ -25,10 +25,10 @@ from transformers.pytorch_utils import Conv1D
 
 import streamer
 from streamer.errors import UnsupportedError
-from streamer.plan.architectures import TIE_KEY, Architecture, architecture_of, classes_of, pattern_of, source
+from streamer.plan.architectures import TIE_KEY, Architecture, architecture_of, classes_of, pattern_of, table
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_architectures.py"
-SAME_VERSION = f"transformers {transformers.__version__} " in source()
+SAME_VERSION = f"transformers {transformers.__version__} " in table().source
 
 # Small sizes under every name that configs have for them.
 SIZES = {
@@ -275,7 +275,7 @@ def test_config_beside_the_model_states_the_tie_where_the_table_says() -> None:
 @pytest.mark.slow
 def test_the_table_is_the_installed_version_s() -> None:
     if not SAME_VERSION:
-        pytest.skip(f"the table is of {source()}; tools/make_architectures.py renews it")
+        pytest.skip(f"the table is of {table().source}; tools/make_architectures.py renews it")
     assert subprocess.run([sys.executable, TOOL, "--check"], env=ENV, check=False).returncode == 0
 
 
