@@ -32,7 +32,7 @@ from streamer.output.job import Written
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.report.diff import DiffRecord
 from streamer.report.page import ReportRecord
-from streamer.verification.tensors import Verification
+from streamer.verification.verify import Verification
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS, FORMATS = ROOT / "streamer" / "schemas", ROOT / "docs" / "formats.md"

@@ -124,9 +124,9 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
 
     atomic_file.os = SimpleNamespace(**vars(os) | {"write": clocks.wrap(os.write, "write")})
     atomic_file.hashlib = SimpleNamespace(**vars(hashlib) | {"sha256": Sha256})
-    atomic_file.sync = clocks.wrap(files.sync, "fsync")
-    atomic_file.reserve = clocks.wrap(files.reserve, "reserve")
-    tensor_file.read_at = clocks.wrap(files.read_at, "read")
+    files.sync = clocks.wrap(files.sync, "fsync")
+    files.reserve = clocks.wrap(files.reserve, "reserve")
+    files.read_at = clocks.wrap(files.read_at, "read")
     atomic_file.AtomicFile.append = clocks.wrap(
         atomic_file.AtomicFile.append, "wait for the write"
     )  # of the piece before

@@ -28,8 +28,8 @@ from streamer.errors import InputError, OutputExistsError, UsageError
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, checkpoint_identity, open_checkpoint
 from streamer.storage.files import AdapterIdentity
 from streamer.storage.header import TensorInfo
-from streamer.storage.output_checks import refuse_symlink
 from streamer.storage.tensor_file import IOMode
+from streamer.storage.transaction import refuse_symlink
 from streamer.units import listed
 from streamer.weights.base import ENCODINGS, StoredTensor
 from streamer.weights.model_config import MODEL_CONFIG, ModelConfig, read_model_config

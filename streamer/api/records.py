@@ -29,7 +29,7 @@ from streamer.plan.carried_tensors import CarriedRecord
 from streamer.plan.plan import Plan, make_plan
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.storage.checkpoint import open_checkpoint
-from streamer.storage.output_checks import free_bytes
+from streamer.storage.transaction import free_bytes
 from streamer.weights.model_config import read_model_config
 
 __all__ = [

@@ -33,8 +33,15 @@ from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, ope
 from streamer.storage.files import locked, make_directory
 from streamer.storage.header import TensorInfo, layout, tensor_nbytes
 from streamer.storage.journal import lock_of
-from streamer.storage.output_checks import check_name, check_output_path, check_replaced
-from streamer.storage.transaction import OutputPlan, inspect_output, locked_outputs, refuse_within_output
+from streamer.storage.transaction import (
+    OutputPlan,
+    check_name,
+    check_output_path,
+    check_replaced,
+    inspect_output,
+    locked_outputs,
+    refuse_within_output,
+)
 from streamer.weights.base import SPELLINGS, as_bytes, as_tensor, in_memory
 
 PIECE_BYTES = 4 << 20

@@ -10,8 +10,7 @@ from streamer.api.progress import monitoring
 from streamer.events import Monitor
 from streamer.options import VerifyOptions
 from streamer.remote.inputs import Remote
-from streamer.verification.tensors import Verification
-from streamer.verification.verify import verify
+from streamer.verification.verify import Verification, verify
 
 if TYPE_CHECKING:
     from streamer.api.keywords import VerifyKeywords

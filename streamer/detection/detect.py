@@ -42,7 +42,7 @@ from streamer.plan.targets import Target
 from streamer.storage.atomic_file import Buffer, partials_of, write_sealed
 from streamer.storage.header import Header, TensorInfo, layout, parse_header
 from streamer.storage.journal import Journal, ResumableFile, journal_of, left
-from streamer.storage.output_checks import allocated_bytes, check_file_path, check_space, holds, is_taken, not_own
+from streamer.storage.transaction import allocated_bytes, check_file_path, check_space, holds, is_taken, not_own
 from streamer.units import counted
 from streamer.weights.base import as_bytes
 

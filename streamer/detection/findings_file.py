@@ -31,8 +31,8 @@ from streamer.storage.atomic_file import Buffer, ShardPlan, plan_shard, remove_p
 from streamer.storage.files import AdapterIdentity, BaseIdentity, check_identities, locked
 from streamer.storage.header import DIGEST, NO_DIGEST, TensorInfo
 from streamer.storage.journal import journal_of, lock_of
-from streamer.storage.output_checks import check_file_path, check_replaced, check_space
 from streamer.storage.tensor_file import TensorFile
+from streamer.storage.transaction import check_file_path, check_replaced, check_space
 from streamer.weights.base import TORCH_DTYPES, as_bytes, as_tensor
 
 FACTORS = ("U", "S", "Vh")

@@ -32,8 +32,7 @@ from streamer.methods import METHODS, MethodName
 from streamer.methods.files import SealedKind
 from streamer.plan.plan import Plan
 from streamer.storage.journal import Journal, ResumableFile, journal_of, left, states_of
-from streamer.storage.output_checks import check_file_path, holds, is_placeholder, not_own
-from streamer.storage.transaction import refuse_within_output
+from streamer.storage.transaction import check_file_path, holds, is_placeholder, not_own, refuse_within_output
 from streamer.streaming.model import LoadedModel, require_transformers
 from streamer.streaming.sweep import States
 from streamer.streaming.values import Variant

@@ -11,8 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, get_type_hints
+from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
 
 import torch
 
@@ -21,19 +20,8 @@ from streamer.detection.detect import FindingsSize, findings_bytes
 from streamer.detection.findings import Findings
 from streamer.detection.intruders import Detection
 from streamer.detection.options import RANKS, STAMP, DetectionOptions, DetectionRecord, detection_record, stamp
-from streamer.errors import NumericError, OutputError
-from streamer.json_types import (
-    Amount,
-    Count,
-    Keywords,
-    ModuleName,
-    OutputPath,
-    Selection,
-    Sha256,
-    State,
-    TensorName,
-    check,
-)
+from streamer.errors import NumericError
+from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, Selection, Sha256, State, TensorName
 from streamer.linalg.operators import Delta, all_finite
 from streamer.methods import Method, MethodName
 from streamer.methods.files import CoefficientsRecord, MapRecord
@@ -118,8 +106,6 @@ class Written(Record):
 # fmt: on
 
 
-MATRIX_KEYS = get_type_hints(MitigatedMatrix, include_extras=True)
-
 MOST_LOST = 0.01
 """Largest share of a mitigated delta's Frobenius norm that may be lost without a warning."""
 
@@ -143,21 +129,6 @@ def matrix_metrics(
     return {"tensor": target.tensor, "module": target.module.name, "transposed": target.transposed, "intruders": list(scaled),
             "certified": None if found is None else found.certified, "delta_norm": before,
             "delta_norm_after": before if after is delta else after.norm(), "dropped": truncation_error}  # fmt: skip
-
-
-def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
-    """Return and check the journalled metrics of a finished file's matrices."""
-    metrics: list[MitigatedMatrix] = entry.get("matrices", [])
-    try:
-        for m in metrics:
-            check(m, MATRIX_KEYS)
-            if not max(m["delta_norm"], m["delta_norm_after"], m["dropped"]) < 1e100:
-                raise TypeError("its square may overflow")
-    except (KeyError, TypeError):
-        raise OutputError(
-            f"{path}: the journal's figures of {entry['file']} are not of this version; --no-resume starts over"
-        ) from None
-    return metrics
 
 
 def totals(matrices: list[MitigatedMatrix], nbytes: int) -> Totals:

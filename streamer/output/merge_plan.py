@@ -310,12 +310,11 @@ class MergedModel:
 
     def shards(self, metadata: Mapping[str, str] | None = None) -> dict[str, ShardPlan]:
         """Lay out the files with exact headers; their metadata is the base's plus the given metadata."""
-        return {
-            name: plan_shard(
-                name, [(o.name, o.dtype, o.shape) for o in outputs], {**self.metadata[name], **(metadata or {})}
-            )
-            for name, outputs in self.files.items()
-        }
+        shards = {}
+        for name, outputs in self.files.items():
+            entries = ((output.name, output.dtype, output.shape) for output in outputs)
+            shards[name] = plan_shard(name, entries, {**self.metadata[name], **(metadata or {})})
+        return shards
 
     def finals(self, shards: Mapping[str, ShardPlan]) -> dict[str, bytes]:
         """Make the index of the output's tensors."""

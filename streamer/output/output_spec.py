@@ -125,10 +125,6 @@ class Card:
     ----------
     original
         The input's card as bytes; empty if there is none.
-    base, adapter
-        The inputs.
-    command
-        ``merge`` or ``mitigate``.
     pipeline
         The hub's name of the merged model's task, if it differs from the base's.
     tuned
@@ -138,9 +134,6 @@ class Card:
     """
 
     original: bytes
-    base: NameSource
-    adapter: NameSource
-    command: str
     pipeline: str = ""
     tuned: bool = False
     diffusers: bool = False
@@ -151,18 +144,17 @@ class Card:
         match = _HEAD.match(original)
         head, body = (match[1].replace("\r\n", "\n"), original[match.end() :]) if match else (None, original)
         blocks = {} if head is None else _blocks(head)
-        merged = self.command == "merge"
+        merged, sources = record["command"] == "merge", (record["base"], record["adapter"])
         own = _merged_head if merged else _adapter_head
-        front = head if blocks is None else own(self, blocks)
-        facts = _facts(record)
+        front = head if blocks is None else own(self, sources, blocks)
         if merged and body.strip():
-            what, source = ("fine-tuned", self.adapter) if self.tuned else ("base", self.base)
+            what, source = ("fine-tuned", sources[1]) if self.tuned else ("base", sources[0])
             body = (
                 f"# Card of the {what} model\n\nThe rest is the unchanged card of {_name(source)}.\n\n{body.lstrip()}"
             )
-        base, adapter = _safe(self.base["name"]), _safe(self.adapter["name"])
+        base, adapter = (_safe(source["name"]) for source in sources)
         title = f"{base} with {adapter} merged in" if merged else f"{adapter}, mitigated"
-        parts = [f"---\n{front}---", f"# {title}", facts, body.lstrip("\r\n")]
+        parts = [f"---\n{front}---", f"# {title}", _facts(record), body.lstrip("\r\n")]
         text = "\n\n".join(part.rstrip("\n") for part in parts if part.strip()) + "\n"
         return text.encode("utf-8", "surrogateescape")
 
@@ -184,9 +176,9 @@ def _blocks(head: str) -> dict[str, str] | None:
     return None if any(_ALIAS.search(blocks.get(key, "")) for key in (*KEPT, "tags", "base_model")) else blocks
 
 
-def _merged_head(card: Card, blocks: dict[str, str]) -> str:
+def _merged_head(card: Card, sources: tuple[NameSource, NameSource], blocks: dict[str, str]) -> str:
     """Make the head of a merged model's card: our entries, and those of the base's that hold for it."""
-    ids = [s["model_id"] for s in (card.base, card.adapter) if "model_id" in s]
+    ids = [source["model_id"] for source in sources if "model_id" in source]
     kept = {key: blocks[key] for key in KEPT if key in blocks}
     # If its class differs from the base's, the model does not belong to the base's library (such as sentence-transformers).
     if card.pipeline or "library_name" not in kept:
@@ -194,16 +186,16 @@ def _merged_head(card: Card, blocks: dict[str, str]) -> str:
     if card.pipeline:
         kept["pipeline_tag"] = f"pipeline_tag: {card.pipeline}\n"
     own = ""
-    if "model_id" in card.base:
+    if "model_id" in sources[0]:
         # In the hub's terms, a model from several is a merge, and a model trained from a base is a finetune.
         own = _list("base_model", ids) + f"base_model_relation: {'merge' if len(ids) > 1 else 'finetune'}\n"
     of_adapter = () if card.tuned else ("lora",) if card.diffusers else ("peft", "lora")
     return own + _list("tags", [TAG, "merged", *of_adapter]) + "".join(kept.values())
 
 
-def _adapter_head(card: Card, blocks: dict[str, str]) -> str:
+def _adapter_head(card: Card, sources: tuple[NameSource, NameSource], blocks: dict[str, str]) -> str:
     """Make the head of an adapter's card: its own head, with its base and our tag."""
-    base = card.base.get("model_id")
+    base = sources[0].get("model_id")
     # PEFT writes the path of a local base here, which the hub refuses.
     blocks = {key: text for key, text in blocks.items() if key != "base_model" or not _PATH.search(text)}
     if "base_model" not in blocks and base is not None:
@@ -394,8 +386,7 @@ class OutputSpec:
         job = self.job
         if not job.card:
             return self
-        kinds = job.plan.adapter.describes_model, job.plan.config.pipeline
-        card = Card(self._original_card(), *job.plan.sources, self.command, pipeline, *kinds)
+        card = Card(self._original_card(), pipeline, job.plan.adapter.describes_model, job.plan.config.pipeline)
         return replace(self, card=card, copies=[c for c in self.copies if c[0] != CARD_NAME])
 
     @cached_property
@@ -426,9 +417,8 @@ class OutputSpec:
         read = read_beside(self.path, {name for name, _ in files})
         beside = tuple(name for name in read if name not in self.conflicting_names)
         temporary = []
-        if (
-            self.job.detects
-        ):  # its own findings stay to the end; their journal is removed before any large file is written
+        if self.job.detects:
+            # Its own findings stay to the end; their journal is removed before any large file is written.
             size, journal = self.job.findings_size
             more = max(0, journal - sum(size for _, size in files))
             temporary = [(OWN_FINDINGS, size), (journal_of(Path(OWN_FINDINGS)).name, more)]

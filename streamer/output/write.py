@@ -13,34 +13,35 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from streamer.adapters.finetuned import One, Several
 from streamer.detection.detect import detect_to_files, naming_inputs
 from streamer.detection.findings import Findings, lacking, load_findings, matched_findings
 from streamer.detection.matrices import detection_estimates, inputs_of
 from streamer.detection.options import DetectionOptions, Run
-from streamer.errors import FormatError, MismatchError, UsageError
+from streamer.errors import FormatError, MismatchError, OutputError, UsageError
 from streamer.events import Event, Monitor, OutputState
+from streamer.json_types import check
 from streamer.linalg.torch_state import threads
 from streamer.methods import Method, NullSpace, RegMean
 from streamer.methods.files import FactorSet, InputMap
 from streamer.output.adapter_writer import AdapterWriter, LoraWriter, refusal
-from streamer.output.job import Job, MitigatedMatrix, Record, Written, journalled, truncation_warnings
+from streamer.output.job import Job, MitigatedMatrix, Record, Written, truncation_warnings
 from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import CARD_NAME, OWN_FINDINGS, OutputSpec, Writer, WrittenView
 from streamer.plan.plan import AdapterBatch, Plan, check_budget, make_batch, resident_bytes
 from streamer.storage.atomic_file import Piece, ShardFile, remove_partials, write_shard
-from streamer.storage.files import difference, locked
+from streamer.storage.checkpoint import read_json_object
+from streamer.storage.files import difference, locked, touch
 from streamer.storage.header import TensorInfo
 from streamer.storage.journal import remove_leftovers
-from streamer.storage.output_checks import check_space, touch
 from streamer.storage.tensor_file import TensorFile
 from streamer.storage.transaction import (
     LOCK_NAME,
     RECORD_NAME,
     OutputDirectory,
-    finished_record,
+    check_space,
     inspect_output,
     missing_bytes,
     open_outputs,
@@ -98,14 +99,8 @@ def in_step(shards: list[MadeShard], starts: dict[str, int]) -> Iterator[tuple[i
     return ((start, number, *next(tensors[number])) for start, _, number in sorted(order))
 
 
-@dataclass(frozen=True)
-class PartialShard:
-    """A complete, durable shard under the name of a partial file, and the metrics of its matrices."""
-
-    partial: str
-    nbytes: int
-    sha256: str
-    matrices: list[MitigatedMatrix]
+PartialShard = tuple[str, int, str, list[MitigatedMatrix]]
+"""A complete, durable shard: the name of its partial file, its bytes, its SHA-256 (hex), and the metrics of its matrices."""
 
 
 _writers: dict[tuple[str, int], ModelWriter] = {}
@@ -146,7 +141,7 @@ class ShardTask(Task[PartialShard]):
         with threads():
             file = write_shard(Path(self.path), shard.plan, shard, renames=False)
         plan.check_unchanged()
-        return PartialShard(file.partial.name, file.written, file.sha256, shard.metrics)
+        return file.partial.name, file.written, file.sha256, shard.metrics
 
 
 def batch_of(writers: Sequence[Writer]) -> AdapterBatch:
@@ -219,8 +214,8 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
             done, of = sum(run.items for run in resumed), sum(run.item_count for run in resumed)
             monitor.resuming(done, of, "tensor")
         # Deltas remain to be mitigated, but their findings are missing.
-        lacking = [run for run in runs if run.job.detects and any(map(run.is_missing, run.spec.shards))]
-        _detect(lacking, whole, resident_of(writers))
+        if lacking := [run for run in runs if run.job.detects and any(map(run.is_missing, run.spec.shards))]:
+            _detect(lacking, whole, resident_of(writers))
         with threads(), kept(whole.workers):
             for number, run in enumerate(runs):
                 run.write_small({**dict(run.spec.copies), **run.spec.texts})
@@ -232,7 +227,7 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
                 run.finish()
     said: dict[str, OutputState] = {"new": "written", "resume": "resumed", "done": "present"}
     written = [
-        cast(Written, WrittenView(finished_record(spec.output), output=str(spec.path), state=said[state]))
+        cast(Written, WrittenView(read_json_object(spec.path / RECORD_NAME), output=str(spec.path), state=said[state]))
         for spec, state in zip(specs, states, strict=True)
     ]
     for spec, record in zip(specs, written, strict=True):
@@ -245,6 +240,24 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
             ) from e
         monitor.warn(f"{line}{whose}" for line in warnings)
     return written
+
+
+MATRIX_KEYS = get_type_hints(MitigatedMatrix, include_extras=True)
+
+
+def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
+    """Return and check the journalled metrics of a finished file's matrices."""
+    metrics: list[MitigatedMatrix] = entry.get("matrices", [])
+    try:
+        for m in metrics:
+            check(m, MATRIX_KEYS)
+            if not max(m["delta_norm"], m["delta_norm_after"], m["dropped"]) < 1e100:
+                raise TypeError("its square may overflow")
+    except (KeyError, TypeError):
+        raise OutputError(
+            f"{path}: the journal's figures of {entry['file']} are not of this version; --no-resume starts over"
+        ) from None
+    return metrics
 
 
 class _Run:
@@ -265,11 +278,8 @@ class _Run:
         self._finished: set[str] = set()
         self._sizes, shards = dict(self.spec.output.files), self.spec.shards
         self._items = {name: len(shards[name].header.tensors) if name in shards else 1 for name in self._sizes}
-        self.nbytes, self.item_count, self._last = (
-            sum(self._sizes.values()),
-            sum(self._items.values()),
-            [*self._sizes][-1],
-        )
+        self.nbytes, self.item_count = sum(self._sizes.values()), sum(self._items.values())
+        self._last = [*self._sizes][-1]
 
     def look(self) -> None:
         """Find the files that an interrupted run has finished."""
@@ -324,9 +334,9 @@ class _Run:
         described: Carried[Mapping[str, Any]] = Carried({k: value for k, value in options.items() if k != "plan"})
         tasks = {name: ShardTask(inputs, 1, described, number, path, name) for name in names}
         with contextlib.closing(workers.run(tasks, self.monitor, self._emit)) as results:
-            for name, one in results:
+            for name, (partial, nbytes, sha256, matrices) in results:
                 self.job.plan.check_unchanged()
-                self.out.take(name, one.partial, one.nbytes, one.sha256, matrices=one.matrices)
+                self.out.take(name, partial, nbytes, sha256, matrices=matrices)
                 self._finish(name)
         for shard in (self.out.path / name for name in names):
             remove_partials(shard.parent, {shard.name})  # of workers that died
@@ -409,9 +419,7 @@ def _write_in_step(runs: Sequence[_Run], name: str, files: Mapping[str, TensorFi
 
 
 def _detect(runs: Sequence[_Run], whole: Run, resident: int) -> None:
-    """Detect into the output directories if findings are needed but not given; resumable like everything else."""
-    if not runs:
-        return
+    """Detect into the output directories, because findings are needed but not given; resumable like everything else."""
     for run in runs:
         if not run.out.resumed:
             discard_own_findings(run.out.path)

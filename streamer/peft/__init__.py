@@ -4,12 +4,15 @@ Names and parameters are those of PEFT's own function, so changing one import li
 
     from streamer.peft import reduce_intruder_dimension  # instead of from peft.tuners.lora.intruders
 
-The engine that reads files also handles the live model: `tensors` presents its tensors as a file, `model` finds them by name, and `plan`
-matches them. Findings on files can be used for the model in memory, and vice versa. Needs PEFT:
+The engine that reads files also handles the live model: `model` finds its tensors by name and presents them as a file, and `live` matches
+them with the adapter's. Findings on files can be used for the model in memory, and vice versa. Needs PEFT:
 ``pip install 'intruder-streamer[peft]'``.
 """
 
-from streamer.peft.detection import detect_intruder_dimensions
-from streamer.peft.writing import merge_and_unload_with_reduced_intruder_dimensions, reduce_intruder_dimension
+from streamer.peft.live import (
+    detect_intruder_dimensions,
+    merge_and_unload_with_reduced_intruder_dimensions,
+    reduce_intruder_dimension,
+)
 
 __all__ = ["detect_intruder_dimensions", "merge_and_unload_with_reduced_intruder_dimensions", "reduce_intruder_dimension"]  # fmt: skip

@@ -199,15 +199,15 @@ class LiveFile(TensorFile):
         whole = self.view(info)
         return (Piece(whole[i : i + size]) for i in range(0, info.nbytes, size))
 
-    def sample(self, size: int = SAMPLE_BYTES) -> str:
-        """Compute the SHA-256 (hex) of names, dtypes, shapes, and the middle `size` bytes of every tensor that is not on disk."""
+    def sample(self) -> str:
+        """Compute the SHA-256 (hex) of names, dtypes, shapes, and the middle `SAMPLE_BYTES` of every tensor that is not on disk."""
         digest = hashlib.sha256(self.header.digest.encode())
         for info in self.header.tensors:
             live = self.tensors[info.name]
             if live.on_disk or info.nbytes == 0:
                 continue
             flat = live.values().reshape(-1)
-            count = max(1, min(size // flat.element_size(), len(flat)))
+            count = max(1, min(SAMPLE_BYTES // flat.element_size(), len(flat)))
             middle = (len(flat) - count) // 2
             digest.update(as_bytes(flat[middle : middle + count].cpu()))
         return digest.hexdigest()

@@ -21,16 +21,7 @@ from streamer.adapters.adapter_config import CONFIG_NAME
 from streamer.errors import InputChangedError, InputError, MissingInputError, StorageError, StreamerError, UsageError
 from streamer.events import Event, Monitor
 from streamer.packages import require_package
-from streamer.remote.listing import (
-    Listing,
-    Url,
-    check_small,
-    list_address,
-    make_private,
-    needed_files,
-    replace_link,
-    shards_of,
-)
+from streamer.remote.listing import Listing, Url, check_small, list_address, needed_files, replace_link, shards_of
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, read_json_object
 from streamer.storage.remote_source import at_once, cache_directory, heed, stat_remote
 from streamer.storage.remote_transports import PLUGINS, RemoteFile, without_secrets
@@ -311,10 +302,7 @@ class Remote:
             return path
         # The directory of a commit under its readable name, which names the outputs of several adapters.
         key = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-        link = (
-            cache_directory() / "links" / key / (address.inside.rpartition("/")[2] or address.repo.rpartition("/")[2])
-        )
-        make_private(link.parent)
+        link = cache_directory() / "links" / key / (address.inside or address.repo).rpartition("/")[2]
         replace_link(link, path)
         return link
 
@@ -325,11 +313,10 @@ class Remote:
     def _directory(self, listing: Listing) -> Path:
         """Return the directory that holds the files, or stands for them."""
         streams = self.mode == "stream" or (self.mode is None and listing.streams)
-        if not listing.is_adapter and (streams or self.peek):
+        is_adapter = CONFIG_NAME in listing.small and not {INDEX_NAME, SINGLE_NAME} & listing.files.keys()
+        if not is_adapter and (streams or self.peek):  # an adapter is small enough to be always downloaded
             listing = listing.located()
-            to_download = (
-                0 if streams else sum(f.size for name, f in listing.weights.items() if not listing.is_cached(name))
-            )
+            to_download = sum(f.size for name, f in listing.weights.items() if not (streams or listing.is_cached(name)))
             if streams or to_download:
                 return listing.shadow(to_download, self.monitor)
         return listing.download(listing.files, self.monitor)

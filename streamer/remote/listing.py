@@ -78,11 +78,6 @@ class Listing:
     """Whether it is read by ranges unless the user says otherwise."""
 
     @property
-    def is_adapter(self) -> bool:
-        """Return whether this is an adapter, which is small enough to be always downloaded."""
-        return CONFIG_NAME in self.small and not {INDEX_NAME, SINGLE_NAME} & self.files.keys()
-
-    @property
     def files(self) -> dict[str, RemoteFile]:
         """Return all files."""
         return {**self.small, **self.weights}
@@ -145,7 +140,6 @@ class Listing:
             make_private(directory)
             there = self.download(self.small, monitor) if self.small else directory
             for name in self.small:
-                make_private((directory / name).parent)
                 replace_link(directory / name, there / name)
             for name, file in self.weights.items():
                 with storage_errors(directory / name, "write"):
@@ -224,7 +218,9 @@ def needed_files(shown: str, files: Files, shards: Collection[str]) -> tuple[Fil
     if {INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME}.isdisjoint(files):
         for kind in (kind for name, kind in PIPELINE_FILES.items() if name in files):
             raise UnsupportedError(f"{shown}: {kind} is not read remotely; download it and name its directory")
-    small = {name: files[name] for name in sorted(files) if name == INDEX_NAME or _goes_along(name)}
+    # Names stay below the directory.
+    below = [name for name in sorted(files) if not ({"", ".", ".."} & {*name.split("/")} or {"\\", "\0"} & {*name})]
+    small = {name: files[name] for name in below if name == INDEX_NAME or goes_along(name)}
     for name, file in small.items():
         check_small(f"{shown}/{name}", file.size)
     weights = {name: files[name] for name in (SINGLE_NAME, WEIGHTS_NAME, *shards) if name in files}
@@ -248,11 +244,6 @@ def check_small(shown: str, size: int) -> None:
     if size > MAX_INDEX_BYTES:
         most, found = format_sizes(MAX_INDEX_BYTES, size)
         raise InputError(f"{shown}: expected at most {most} for such a file, found {found}; check the address")
-
-
-def _goes_along(name: str) -> bool:
-    """Test whether an output would copy a file that a server lists, and its name stays below the directory."""
-    return goes_along(name) and not {"", ".", ".."} & {*name.split("/")} and not {"\\", "\0"} & {*name}
 
 
 def _bucket(url: Url) -> tuple[Files, list[str]]:
@@ -363,6 +354,7 @@ def make_private(path: Path) -> None:
 
 def replace_link(link: Path, to: Path) -> None:
     """Let a link in the cache lead to a path."""
+    make_private(link.parent)
     with storage_errors(link, "write"):
         new = link.with_name(f".streamer.{link.name}.{token_hex(8)}")
         new.symlink_to(to)

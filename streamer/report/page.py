@@ -47,14 +47,20 @@ from streamer.output.job import Written
 from streamer.output.output_spec import record_lines, verify_line
 from streamer.plan.name_matching import natural
 from streamer.storage.atomic_file import remove_partials, write_atomic
-from streamer.storage.files import locked, make_directory, storage_errors
+from streamer.storage.files import locked, make_directory, storage_errors, touch
 from streamer.storage.journal import lock_of
-from streamer.storage.output_checks import check_file_path, check_space, holds, is_taken, not_own, refuse_symlink, touch
 from streamer.storage.tensor_file import TensorFile
-from streamer.storage.transaction import refuse_within_output
+from streamer.storage.transaction import (
+    check_file_path,
+    check_space,
+    holds,
+    is_taken,
+    not_own,
+    refuse_symlink,
+    refuse_within_output,
+)
 from streamer.units import counted, listed
-from streamer.verification.tensors import RECORD_NAME
-from streamer.verification.verify import read_statement
+from streamer.verification.verify import RECORD_NAME, read_statement
 
 LAMBDAS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.0)
 """Values of λ for which a report shows the norm removed."""
@@ -96,14 +102,13 @@ def delta_energy(findings: Findings) -> tuple[float, float]:
 
 def threshold_curve(findings: Findings) -> list[ThresholdRecord]:
     """Count the directions below each threshold, in rising order; the findings' own threshold is included."""
-    names = ("similarity", "similarity_low", "similarity_high")
-    columns: list[NDArray[np.float64]] = [
-        np.sort(np.fromiter(chain.from_iterable(getattr(m.detection, name) for m in findings), np.float64))
-        for name in names
-    ]
+    columns = []
+    for name in ("similarity", "similarity_low", "similarity_high"):
+        values = chain.from_iterable(getattr(m.detection, name) for m in findings)
+        columns.append(np.sort(np.fromiter(values, np.float64)))
     out: list[ThresholdRecord] = []
     for epsilon in sorted({*THRESHOLDS, findings.options.threshold_epsilon}):
-        taken, most, least = (int(np.searchsorted(values, epsilon)) for values in columns)
+        taken, most, least = (int(np.searchsorted(column, epsilon)) for column in columns)
         out.append({"epsilon": epsilon, "intruders": taken, "least": least, "most": most})
     return out
 
@@ -180,15 +185,22 @@ def pack_names(names: Sequence[str]) -> dict[str, Any]:
     >>> pack_names(["layers.0.q.weight", "layers.1.q.weight"])
     {'forms': ['layers.*.q.weight'], 'form': {'digits': 1, 'codes': 'AA'}, 'numbers': [0, 1]}
     """
-    forms: dict[str, int] = {}
-    form: list[int] = []
+    stems: list[str] = []
     numbers: list[int] = []
     for name in names:
         found = NUMBER.findall(name)
         plain = "*" not in name and name[:1] != "=" and all(len(n) <= LONGEST and str(int(n)) == n for n in found)
-        form.append(forms.setdefault(NUMBER.sub("*", name) if plain else f"={name}", len(forms)))
+        stems.append(NUMBER.sub("*", name) if plain else f"={name}")
         numbers += map(int, found) if plain else ()
-    return {"forms": list(forms), "form": pack(form), "numbers": numbers}
+    forms, form = _numbered(stems)
+    return {"forms": forms, "form": form, "numbers": numbers}
+
+
+def _numbered(texts: Iterable[str]) -> tuple[list[str], Packed]:
+    """List the different texts, and write for each text its place in that list."""
+    places: dict[str, int] = {}
+    column = [places.setdefault(text, len(places)) for text in texts]
+    return [*places], pack(column)
 
 
 SCHEMA: Final = "streamer.report/1"
@@ -268,17 +280,20 @@ def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subj
         If an evaluation is given with an output, a directory of findings, or another evaluation.
     """
     path = Path(path)
+
+    def refuse_evaluation(why: str) -> None:
+        if evaluation is not None:
+            raise UsageError(f"{path}: {why}")
+
     with path.open("rb") if path.is_file() else io.BytesIO() as file:
         is_evaluation = b'"streamer.evaluation/' in file.read(200)
     if is_evaluation:
-        if evaluation is not None:
-            raise UsageError(
-                f"{path}: is an evaluation, as is the second argument; give its findings first, or one evaluation alone"
-            )
+        refuse_evaluation(
+            "is an evaluation, as is the second argument; give its findings first, or one evaluation alone"
+        )
         return Subject(None, load_evaluation(path))
     if path.is_dir() and (path / RECORD_NAME).exists():
-        if evaluation is not None:
-            raise UsageError(f"{path}: is an output, and an evaluation is shown with findings; name the findings file")
+        refuse_evaluation("is an output, and an evaluation is shown with findings; name the findings file")
         record = read_statement(path)
         if isinstance(record, str):
             raise FormatError(
@@ -287,11 +302,8 @@ def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subj
         return Subject(None, record=record)
     files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
     if found := [file for file in files if TensorFile(file).header.metadata.get("schema") == FINDINGS_SCHEMA]:
-        if evaluation is not None:
-            raise UsageError(
-                f"{path}: holds findings on {counted(len(found), 'adapter')}, but an evaluation covers one; name its findings, such as "
-                f"{found[0]}"
-            )
+        holding = f"holds findings on {counted(len(found), 'adapter')}"
+        refuse_evaluation(f"{holding}, but an evaluation covers one; name its findings, such as {found[0]}")
         return Collection({one.stem: make_subject(load_findings(one), where=one).found for one in found})
     findings = load_findings(path)
     return make_subject(findings, None if evaluation is None else load_evaluation(evaluation), path)
@@ -411,12 +423,6 @@ def certificates(subject: Subject) -> str:
     return f"Certificates: {words}."
 
 
-def suggestion(evaluation: Evaluation) -> list[str]:
-    """List the reasons for an evaluation's suggestion, and the next commands."""
-    best = evaluation.best()
-    return [printable(line) for line in (*reasons(evaluation, best), *commands(evaluation, best))]
-
-
 def part_of(tensor: str) -> str:
     """Return the part of a layer that a tensor belongs to: ``model.layers.0.self_attn.q_proj.weight`` → ``q_proj``."""
     parts = [p for p in re.split(r"[.\[\]]+", NUMBER.sub("", tensor)) if p and p != "weight"]
@@ -456,8 +462,6 @@ def _of_findings(findings: Findings) -> list[str]:
     return [asked, f"Intruders by part of a layer: {most}.", weighs]
 
 
-PAGE_SCHEMA = "streamer.page/1"
-
 MOST_DIRECTIONS = 400_000
 """Most directions on a page, over all matrices; if there are more, it has the largest of each matrix."""
 
@@ -470,13 +474,8 @@ LEAST_RATIO = 1e-6
 
 def page_data(subject: Subject | Collection) -> dict[str, Any]:
     """Make the object. Names are escaped as on a terminal; norms and singular values of findings have only the digits shown."""
-    tree: dict[str, Any] = {
-        "schema": PAGE_SCHEMA,
-        "findings": None,
-        "evaluation": None,
-        "output": None,
-        "several": None,
-    }
+    parts = dict.fromkeys(("findings", "evaluation", "output", "several"))
+    tree: dict[str, Any] = {"schema": "streamer.page/1", **parts}
     if isinstance(subject, Collection):
         held = subject.findings
         most = MOST_DIRECTIONS // len(held)
@@ -507,13 +506,9 @@ def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str
     found = [m.detection for m in matrices]
     most = max(LEAST_DIRECTIONS, directions // max(1, len(matrices)))
     shown = [min(most, len(d.singular_values)) for d in found]
-    kinds: dict[str, int] = {}
-    kind = [kinds.setdefault(f"{m.shape[0]}×{m.shape[1]} {m.dtype}", len(kinds)) for m in matrices]
-    deciders: dict[str, int] = {}
-    decider = [
-        deciders.setdefault(f"{d.solver}{', float64' if d.precision == 'float64' and m.dtype != 'F64' else ''}", len(deciders))
-        for m, d in zip(matrices, found, strict=True)
-    ]  # fmt: skip
+    kinds, kind = _numbered(f"{m.shape[0]}×{m.shape[1]} {m.dtype}" for m in matrices)
+    doubled = [d.precision == "float64" and m.dtype != "F64" for m, d in zip(matrices, found, strict=True)]
+    deciders, decider = _numbered(f"{d.solver}{', float64' * more}" for d, more in zip(found, doubled, strict=True))
 
     def column(values: Iterable[Sequence[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:
         return np.fromiter(chain.from_iterable(map(getitem, values, map(slice, shown))), np.float64)
@@ -526,11 +521,11 @@ def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str
     return {
         "epsilon": findings.options.threshold_epsilon,
         "names": pack_names([printable(m.tensor) for m in matrices]),
-        "kinds": list(kinds), "kind": pack(kind), "rank": pack([m.rank for m in matrices]),
+        "kinds": kinds, "kind": kind, "rank": pack([m.rank for m in matrices]),
         "directions": pack([len(d.singular_values) for d in found]),
         "shown": pack(shown), "count": pack([len(d.intruders) for d in found]),
         "intruder": pack(column([[float(j in d.intruders) for j in range(n)] for d, n in zip(found, shown, strict=True)]), 1),
-        "deciders": list(deciders), "decider": pack(decider), "certified": pack([d.certified for d in found], 1),
+        "deciders": deciders, "decider": decider, "certified": pack([d.certified for d in found], 1),
         "degenerate": {str(i): list(d.degenerate) for i, d in enumerate(found) if d.degenerate},
         "low": pack_share(column([d.similarity_low for d in found]), 2),
         "high": pack_share(column([d.similarity_high for d in found]), 2, up=True),
@@ -606,7 +601,7 @@ def make_page(subject: Subject | Collection) -> bytes:
         if subject.findings is not None:
             lines += [f"<p>{html.escape(line)}</p>" for line in subject.findings.warnings]
         if subject.evaluation is not None:
-            lines.append(_list(suggestion(subject.evaluation)))
+            lines.append(_suggestion(subject.evaluation))
         lines += [f"<p>{html.escape(sentence)}</p>" for sentence in sentences(subject)]
         if proven := certificates(subject):
             lines.append(f'<p class="certificates">{html.escape(proven)}</p>')
@@ -617,8 +612,10 @@ def make_page(subject: Subject | Collection) -> bytes:
     return (SIGN + page).encode("utf-8")
 
 
-def _list(lines: Sequence[str]) -> str:
-    """Format an evaluation's suggestion: reasons as a list, commands as code."""
+def _suggestion(evaluation: Evaluation) -> str:
+    """Format an evaluation's suggestion: its reasons as a list, the next commands as code."""
+    best = evaluation.best()
+    lines = map(printable, (*reasons(evaluation, best), *commands(evaluation, best)))
     found = [(line, re.match(r"([a-z ]+): (streamer .+)", line)) for line in lines]
     items = "".join(f"<li>{html.escape(line)}</li>\n" for line, command in found if command is None)
     return "\n".join([f'<ul id="suggestion">\n{items}</ul>', *(_command((c[1], c[2])) for _, c in found if c)])

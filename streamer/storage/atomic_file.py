@@ -28,16 +28,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from streamer.errors import InputChangedError, NumericError, StorageError
-from streamer.storage.files import (
-    MAX_CALL_BYTES,
-    drop_cached,
-    fsync_directory,
-    make_directory,
-    remove_file,
-    reserve,
-    storage_errors,
-    sync,
-)
+from streamer.storage import files
 from streamer.storage.header import DIGEST, Header, TensorInfo, layout, read_header
 from streamer.units import format_sizes
 
@@ -126,16 +117,41 @@ LAG_BYTES = 64 << 20
 """Written pages are dropped when the file has grown by this much more: by then they are on disk."""
 
 
-class Appender:
-    """Appends to a file and hashes the data: one thread writes, one hashes, and the caller makes the next piece.
+PARTIAL = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{16}\.partial$")
 
-    Unchanged bytes take this path too: the digest needs them in memory anyway, and ``copy_file_range`` was slower
-    (docs/benchmarks.md). Written pages stay in the cache only as long as the disk needs them, so their memory is reused, and
-    the fsync at the end finds little left to do.
+
+class AtomicFile:
+    """A file to write that gets its final name only when it is complete, durable and checked.
+
+    ``with AtomicFile(path, size) as f: f.write(...)`` writes ``.<name>.<unique>.partial`` beside the target. Leaving the
+    block without an exception calls `complete`, renames the file and fsyncs the directory; an exception removes the
+    partial file. It never follows a symlink, and it replaces an existing file at `path` in one step.
+
+    One thread writes, one hashes, and the caller makes the next piece. Unchanged bytes take this path too: the digest needs them in memory
+    anyway, and ``copy_file_range`` was slower (docs/benchmarks.md). Written pages stay in the cache only as long as the disk needs them, so
+    their memory is reused, and the fsync at the end finds little left to do.
+
+    Parameters
+    ----------
+    path
+        The final name. Its directory must exist.
+    size
+        Exact number of bytes to be written; reserved at once, so that a full disk is found before the work is done.
+    head
+        The first bytes, written on entry.
+    renames
+        False leaves the complete file under its name `partial`, for `rename_partial`.
+
+    Raises
+    ------
+    StorageError
+        If the system refuses to write. Never retry a failed fsync on the same file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.written, self._fd, self._at = path, 0, -1, 0
+    def __init__(self, path: Path, size: int, head: bytes = b"", renames: bool = True) -> None:
+        self.path, self.size, self.written, self._fd, self._at = path, size, 0, -1, 0
+        self._head, self._renames, self._is_complete = head, renames, False
+        self.partial = path.with_name(partial_name(path.name))
         self._hash = hashlib.sha256()
         self._threads: tuple[ThreadPoolExecutor, ...] = ()
         self._pending: deque[tuple[Piece, int, tuple[Future[None], ...]]] = deque()
@@ -160,7 +176,7 @@ class Appender:
         if len(piece.view) < THREADED_BYTES:
             with piece as view:
                 if not self._pending:
-                    with storage_errors(self.path, "write"):
+                    with files.storage_errors(self.path, "write"):
                         self._write(view)
                     self._hash.update(view)
                     return
@@ -175,7 +191,7 @@ class Appender:
         """Wait until at most this many pieces are pending, and raise the errors of the others."""
         while len(self._pending) > pieces:
             piece, checksum, futures = self._pending.popleft()
-            with storage_errors(self.path, "write"):
+            with files.storage_errors(self.path, "write"):
                 for future in futures:
                     future.result()
             if CHECKED and zlib.crc32(piece.view) != checksum:
@@ -193,56 +209,22 @@ class Appender:
     def _write(self, view: memoryview) -> None:
         done = 0
         while done < len(view):
-            done += os.write(self._fd, view[done : done + MAX_CALL_BYTES])
+            done += os.write(self._fd, view[done : done + files.MAX_CALL_BYTES])
         begun, self._at = self._at, self._at + len(view)
         if len(view) >= THREADED_BYTES:
             # These pages are still dirty, so they stay, but Linux begins to write them.
-            drop_cached(self._fd, begun, len(view))
+            files.drop_cached(self._fd, begun, len(view))
             if begun >= LAG_BYTES:
-                drop_cached(self._fd, begun - LAG_BYTES, len(view))
-
-
-PARTIAL = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{16}\.partial$")
-
-
-class AtomicFile(Appender):
-    """A file to write that gets its final name only when it is complete, durable and checked.
-
-    ``with AtomicFile(path, size) as f: f.write(...)`` writes ``.<name>.<unique>.partial`` beside the target. Leaving the
-    block without an exception calls `complete`, renames the file and fsyncs the directory; an exception removes the
-    partial file. It never follows a symlink, and it replaces an existing file at `path` in one step.
-
-    Parameters
-    ----------
-    path
-        The final name. Its directory must exist.
-    size
-        Exact number of bytes to be written; reserved at once, so that a full disk is found before the work is done.
-    head
-        The first bytes, written on entry.
-    renames
-        False leaves the complete file under its name `partial`, for `rename_partial`.
-
-    Raises
-    ------
-    StorageError
-        If the system refuses to write. Never retry a failed fsync on the same file.
-    """
-
-    def __init__(self, path: Path, size: int, head: bytes = b"", renames: bool = True) -> None:
-        super().__init__(path)
-        self.size = size
-        self._head, self._renames, self._is_complete = head, renames, False
-        self.partial = path.with_name(partial_name(path.name))
+                files.drop_cached(self._fd, begun - LAG_BYTES, len(view))
 
     def __enter__(self) -> Self:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with storage_errors(self.path, "create"):  # an existing file is not ours to discard
+        with files.storage_errors(self.path, "create"):  # an existing file is not ours to discard
             self._fd = os.open(self.partial, flags, 0o666)  # the umask determines the mode
         with contextlib.ExitStack() as undo:
             undo.callback(self._discard)
-            with storage_errors(self.path, "create"):
-                reserve(self._fd, self.size)
+            with files.storage_errors(self.path, "create"):
+                files.reserve(self._fd, self.size)
             self.write(self._head)
             undo.pop_all()
         return self
@@ -253,7 +235,7 @@ class AtomicFile(Appender):
 
     def copy(self, source: Path) -> None:
         """Append another file, which forms the rest of this one."""
-        with storage_errors(source, "copy"):
+        with files.storage_errors(source, "copy"):
             try:
                 file = source.open("rb")
             except FileNotFoundError as e:
@@ -274,10 +256,10 @@ class AtomicFile(Appender):
         self.flush()
         if self.written != self.size:
             raise StorageError(f"{self.path}: expected {self.size} bytes, wrote {self.written}; please report this")
-        with storage_errors(self.path, "finish"):
-            sync(self._fd)
+        with files.storage_errors(self.path, "finish"):
+            files.sync(self._fd)
             if self.written > LAG_BYTES:
-                drop_cached(self._fd, 0, self.written)
+                files.drop_cached(self._fd, 0, self.written)
         self._is_complete = True
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -286,11 +268,11 @@ class AtomicFile(Appender):
             if kind is None:
                 if not self._is_complete:
                     self.complete()
-                with storage_errors(self.path, "finish"):
+                with files.storage_errors(self.path, "finish"):
                     self.close()
                     if self._renames:
                         os.rename(self.partial, self.path)
-                    fsync_directory(self.path.parent)
+                    files.fsync_directory(self.path.parent)
                 undo.pop_all()
 
     def _discard(self) -> None:
@@ -302,9 +284,9 @@ class AtomicFile(Appender):
 
 def rename_partial(partial: Path, path: Path) -> None:
     """Give a complete partial file its final name, durably."""
-    with storage_errors(path, "finish"):
+    with files.storage_errors(path, "finish"):
         os.rename(partial, path)
-        fsync_directory(path.parent)
+        files.fsync_directory(path.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -331,7 +313,7 @@ def partials_of(directory: Path, names: set[str]) -> list[Path]:
 def remove_partials(directory: Path, names: set[str]) -> None:
     """Remove the files found by `partials_of`. Call it under the lock."""
     for path in partials_of(directory, names):
-        remove_file(path)
+        files.remove_file(path)
 
 
 Shard = Iterable[tuple[TensorInfo, Iterable[Piece]]]
@@ -388,7 +370,7 @@ class ShardFile(AtomicFile):
     """A planned file, written as an `AtomicFile`: its tensors are pulled one by one, in the plan's order."""
 
     def __init__(self, directory: Path, plan: ShardPlan, renames: bool = True) -> None:
-        make_directory((directory / plan.name).parent)
+        files.make_directory((directory / plan.name).parent)
         super().__init__(directory / plan.name, plan.nbytes, plan.raw_header, renames)
         self._plan, self._following = plan, iter(plan.header.tensors)
 

@@ -265,14 +265,14 @@ def _sharded(path: Path, index_path: Path, io: IOMode, prefix: str = "") -> Chec
             f"{index_path}: {len(unlisted)} tensors are in the shards but not in the index, "
             f"{unlisted[0]!r} first; get index and shards of one version"
         )
-    checkpoint = Checkpoint(path, files, dict(weight_map), index)
+    data_bytes = sum(file.header.data_bytes for file in files.values())
     metadata = index.get("metadata")
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if stated != checkpoint.data_bytes:
+    warnings: tuple[str, ...] = ()
+    if stated != data_bytes:
         said = "is absent" if stated is None else f"says {stated}"
-        warning = f"{index_path}: total_size {said}, the shards hold {checkpoint.data_bytes} bytes; the output's will be right"
-        return Checkpoint(path, files, dict(weight_map), index, (warning,))
-    return checkpoint
+        warnings = (f"{index_path}: total_size {said}, the shards hold {data_bytes} bytes; the output's will be right",)
+    return Checkpoint(path, files, weight_map, index, warnings)
 
 
 def _nothing_here(path: Path) -> InputError:

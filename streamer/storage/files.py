@@ -25,19 +25,11 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-from streamer.errors import (
-    FormatError,
-    LockedError,
-    MissingInputError,
-    OutputError,
-    StorageError,
-    StreamerError,
-    advice,
-)
+from streamer import errors
 from streamer.json_types import Count, Sha256
 
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY}
@@ -192,15 +184,15 @@ def open_regular(path: Path, what: str) -> tuple[int, os.stat_result]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise MissingInputError(f"{path}: no such file; check the path, or finish the download", path) from None
+        raise errors.MissingInputError(f"{path}: no such file; check the path, or finish the download", path) from None
     except OSError as e:
         if e.errno == errno.ELOOP:
-            raise FormatError(f"{path}: expected {what}, found a link that leads to itself") from None
+            raise errors.FormatError(f"{path}: expected {what}, found a link that leads to itself") from None
         raise storage_error(path, "open", e) from e
     st = os.fstat(fd)
     if not stat.S_ISREG(st.st_mode):
         os.close(fd)
-        raise FormatError(f"{path}: expected {what}, found something that is not a regular file")
+        raise errors.FormatError(f"{path}: expected {what}, found something that is not a regular file")
     return fd, st
 
 
@@ -228,6 +220,22 @@ def remove_file(path: Path) -> None:
         fsync_directory(path.parent)
 
 
+def touch(paths: Sequence[Path]) -> str:
+    """Set the times of files to now, so that `make` considers them newer than their inputs; contents do not change.
+
+    Returns
+    -------
+    str
+        Why the first failure happened; empty if there was none. A finished output on a read-only disk is not an error.
+    """
+    for path in paths:
+        try:
+            os.utime(path)
+        except OSError as e:
+            return f"{path}: {e.strerror or e}"
+    return ""
+
+
 def fsync_directory(path: Path) -> None:
     """Make the directory's entries durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -237,10 +245,10 @@ def fsync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def storage_error(path: Path, action: str, e: OSError) -> StorageError | OutputError:
+def storage_error(path: Path, action: str, e: OSError) -> errors.StorageError | errors.OutputError:
     """Convert an `OSError` into an error that says where it happened, what failed, and what to do."""
-    kind = OutputError if e.errno == errno.ENAMETOOLONG else StorageError
-    return kind(f"{path}: cannot {action}: {e.strerror or e}; {advice(e)}")
+    kind = errors.OutputError if e.errno == errno.ENAMETOOLONG else errors.StorageError
+    return kind(f"{path}: cannot {action}: {e.strerror or e}; {errors.advice(e)}")
 
 
 @contextlib.contextmanager
@@ -248,7 +256,7 @@ def storage_errors(path: Path, action: str) -> Iterator[None]:
     """Convert an `OSError` in the block into a `storage_error`."""
     try:
         yield
-    except StreamerError:
+    except errors.StreamerError:
         raise
     except OSError as e:
         raise storage_error(path, action, e) from e
@@ -257,7 +265,7 @@ def storage_errors(path: Path, action: str) -> Iterator[None]:
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/+.*")
 
 
-def absent(path: Path, what: str) -> MissingInputError:
+def absent(path: Path, what: str) -> errors.MissingInputError:
     """Make the error for a missing input directory; `what` names the expected input.
 
     Parameters
@@ -267,9 +275,9 @@ def absent(path: Path, what: str) -> MissingInputError:
     """
     text = os.fspath(path)
     if _ADDRESS.fullmatch(text):
-        return MissingInputError(f"{text}: is an address as a path; pass it as a string", path)
+        return errors.MissingInputError(f"{text}: is an address as a path; pass it as a string", path)
     hint = "" if path.is_absolute() else "; a hub name has the form OWNER/NAME, and no directory OWNER may exist here"
-    return MissingInputError(f"{text}: no such directory; check the path of the {what}{hint}", path)
+    return errors.MissingInputError(f"{text}: no such directory; check the path of the {what}{hint}", path)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -343,13 +351,15 @@ def locked(path: Path, output: Path | None = None) -> Iterator[None]:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as e:
             if e.errno == errno.ELOOP:
-                raise OutputError(f"{path}: a symlink has the name of the lock; remove it") from None
+                raise errors.OutputError(f"{path}: a symlink has the name of the lock; remove it") from None
             raise storage_error(path, "lock", e) from e
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise LockedError(f"{output}: another run is writing here; wait for it, or choose another output") from None
+            raise errors.LockedError(
+                f"{output}: another run is writing here; wait for it, or choose another output"
+            ) from None
         except OSError:
             pass  # a file system without locks: unique partial names still keep runs apart
         # The previous holder may have removed the file between our open and our lock.

@@ -5,7 +5,7 @@ A file is an 8-byte little-endian length N, N bytes of JSON, then the data. The 
 Sorted by offset, tensors tile the data exactly. A header is validated completely before any part of it is used. The
 validator accepts what the safetensors library accepts, except duplicate keys, of which the library silently uses the last.
 
-Define the source of a safetensors file's bytes: an interface, and files on disk.
+Read the bytes of safetensors files on disk.
 """
 
 from __future__ import annotations
@@ -14,24 +14,14 @@ import hashlib
 import json
 import mmap
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from streamer.errors import FormatError, InputChangedError, StorageError
-from streamer.storage.files import (
-    Stamp,
-    drop_cached,
-    file_stamp,
-    open_regular,
-    read_at,
-    read_bytes,
-    storage_errors,
-    strict_json,
-)
+from streamer.storage import files
 from streamer.units import format_size, format_sizes
 
 MAX_HEADER_BYTES = 100_000_000
@@ -205,7 +195,7 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
         If the header violates the format; the message names the tensor and the fault.
     """
     try:
-        tree = strict_json(raw[8:])
+        tree = files.strict_json(raw[8:])
         if not isinstance(tree, dict):
             raise ValueError("the header is not a JSON object")
         metadata = tree.pop("__metadata__", None)
@@ -243,14 +233,14 @@ def check_length(n: int, file_bytes: int, where: str, head: Callable[[], bytes])
 
 def read_header(fd: int, where: str) -> Header:
     """Read and validate the header of an open file (see `parse_header`)."""
-    with storage_errors(Path(where), "read"):
+    with files.storage_errors(Path(where), "read"):
         file_bytes = os.fstat(fd).st_size
-        raw = read_bytes(fd, 8, 0)
+        raw = files.read_bytes(fd, 8, 0)
         if len(raw) < 8:
             raise FormatError(f"{where}: expected a safetensors file, found {format_size(file_bytes)}; get it again")
         n = int.from_bytes(raw, "little")
         check_length(n, file_bytes, where, lambda: os.pread(fd, 256, 0))
-        raw += read_bytes(fd, n, 8)
+        raw += files.read_bytes(fd, n, 8)
         if len(raw) < 8 + n:
             raise FormatError(f"{where}: the file ended inside its header; get it again")
     return parse_header(raw, file_bytes, where)
@@ -310,8 +300,8 @@ def layout(
 IOMode = Literal["mmap", "pread"]
 
 
-class ByteSource(ABC):
-    """Bytes of one version of a safetensors file.
+class LocalSource:
+    """A file on a disk, opened once: reads see the planned file even if its name is replaced. `RemoteSource` has the same methods.
 
     Attributes
     ----------
@@ -321,60 +311,22 @@ class ByteSource(ABC):
         Identity that must not change while a plan is carried out.
     """
 
-    remote: ClassVar[bool] = False
+    remote = False
     """Whether each read crosses a network: bytes that are read twice should then be kept."""
-
-    io: IOMode
-    stamp: Stamp
-
-    @abstractmethod
-    def header(self) -> Header:
-        """Read and validate the header."""
-
-    @abstractmethod
-    def view(self, at: int, length: int) -> memoryview:
-        """Return the bytes ``[at, at + length)`` of the file, as a map or a copy."""
-
-    @abstractmethod
-    def read_pieces(self, pieces: Iterable[tuple[memoryview, int]]) -> None:
-        """Read small pieces throughout the file, each into its buffer from its offset."""
-
-    @abstractmethod
-    def read_into(self, out: memoryview, at: int) -> None:
-        """Read bytes from offset `at` until `out` is full."""
-
-    def prefetch(self, start: int, stop: int, end: int) -> None:  # noqa: B027  # for a disk the kernel does this
-        """Start reading ``[start, stop)``, which the caller will request next, and what follows, but nothing from `end` on."""
-
-    def release(self, start: int, stop: int) -> None:  # noqa: B027  # bytes from a server are in no cache
-        """Drop ``[start, stop)`` from the system's cache after reading it."""
-
-    @abstractmethod
-    def check_unchanged(self) -> None:
-        """Raise `InputChangedError` unless the file is still the one that was opened."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Release system resources; existing views stay valid."""
-
-
-class LocalSource(ByteSource):
-    """A file on a disk, opened once: reads see the planned file even if its name is replaced."""
 
     _fd = -1
 
     def __init__(self, path: Path, io: IOMode) -> None:
-        self.path = path
-        self.io = io
-        self._fd, st = open_regular(path, "a safetensors file")
-        self.stamp = file_stamp(st)
+        self.path, self.io = path, io
+        self._fd, st = files.open_regular(path, "a safetensors file")
+        self.stamp = files.file_stamp(st)
 
     def header(self) -> Header:
         """Read and validate the header."""
         return read_header(self._fd, str(self.path))
 
     def close(self) -> None:
-        """Close the descriptor."""
+        """Close the descriptor; existing views stay valid."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -382,7 +334,7 @@ class LocalSource(ByteSource):
     def check_unchanged(self) -> None:
         """Raise `InputChangedError` unless the path still names the same, unmodified file."""
         try:
-            now = file_stamp(os.stat(self.path))
+            now = files.file_stamp(os.stat(self.path))
         except OSError as e:
             raise InputChangedError.vanished(self.path) from e
         if now != self.stamp:
@@ -401,9 +353,6 @@ class LocalSource(ByteSource):
             out = memoryview(bytearray(length))
             self.read_into(out, at)
             return out
-        return self._map(at, length)
-
-    def _map(self, at: int, length: int) -> memoryview:
         if length == 0:
             return memoryview(b"")
         self._check_size(at + length)
@@ -420,25 +369,28 @@ class LocalSource(ByteSource):
         return memoryview(window)[page:]
 
     def read_pieces(self, pieces: Iterable[tuple[memoryview, int]]) -> None:
-        """Read the pieces one after the other."""
+        """Read small pieces throughout the file one after the other, each into its buffer from its offset."""
         for out, at in pieces:
             self.read_into(out, at)
 
     def read_into(self, out: memoryview, at: int) -> None:
-        """Read bytes, repeating calls that return fewer."""
+        """Read bytes from offset `at` until `out` is full, repeating calls that return fewer."""
         done = 0
         while done < len(out):
-            with storage_errors(self.path, "read"):
-                n = read_at(self._fd, out[done:], at + done)
+            with files.storage_errors(self.path, "read"):
+                n = files.read_at(self._fd, out[done:], at + done)
             if n == 0:
                 self._check_size(at + len(out))
                 raise StorageError(f"{self.path}: the file ended early at byte {at + done}")
             done += n
 
+    def prefetch(self, start: int, stop: int, end: int) -> None:
+        """Do nothing: for a disk the kernel reads ahead."""
+
     def release(self, start: int, stop: int) -> None:
         """Drop pages from the system's cache, including the page at `start`, whose beginning belongs to the previous piece."""
         start -= start % mmap.PAGESIZE
-        drop_cached(self._fd, start, stop - start)
+        files.drop_cached(self._fd, start, stop - start)
 
     def _check_size(self, wanted: int) -> None:
         have = os.fstat(self._fd).st_size

@@ -16,20 +16,8 @@ from typing import Any
 
 from streamer.errors import InputChangedError, OutputError, OutputExistsError
 from streamer.events import Event, Monitor
+from streamer.storage import files
 from streamer.storage.atomic_file import remove_partials, write_atomic
-from streamer.storage.files import (
-    MAX_CALL_BYTES,
-    fsync_directory,
-    locked,
-    make_directory,
-    read_bytes,
-    remove_file,
-    storage_error,
-    storage_errors,
-    strict_json,
-    sync,
-)
-from streamer.storage.output_checks import touch
 
 FRAME_BYTES = 40
 """Number of bytes before a record's payload: its length (8, little-endian) and SHA-256 (32)."""
@@ -44,7 +32,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with storage_errors(path, "open the journal"):
+        with files.storage_errors(path, "open the journal"):
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             self._spans = [(start, len(payload)) for start, payload in _records(self._fd)]
             self._end = sum(self._spans[-1]) if self._spans else 0
@@ -65,21 +53,21 @@ class Journal:
         try:
             with path.open("rb") as f:
                 for _, payload in _records(f.fileno()):
-                    tree = strict_json(payload, surrogates=True)
+                    tree = files.strict_json(payload, surrogates=True)
                     if not isinstance(tree, dict):
                         return
                     yield tree
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return
         except OSError as e:
-            raise storage_error(path, "read", e) from e
+            raise files.storage_error(path, "read", e) from e
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, i: int) -> bytes:
         start, length = self._spans[i]
-        return read_bytes(self._fd, length, start)
+        return files.read_bytes(self._fd, length, start)
 
     def begin(self, head: Mapping[str, Any]) -> None:
         """Start a new run's journal. The old records stay on disk until the head replaces them in one step.
@@ -94,24 +82,21 @@ class Journal:
     def append(self, payload: bytes) -> None:
         """Add a record durably."""
         frame = len(payload).to_bytes(8, "little") + hashlib.sha256(payload).digest() + payload
-        with storage_errors(self.path, "append to the journal"):
+        with files.storage_errors(self.path, "append to the journal"):
             if self._stale:
-                self._replace(frame)
+                write_atomic(self.path, frame)
+                self.close()
+                self._fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                self._stale = False
             else:
                 done = 0
                 while done < len(frame):
-                    done += os.pwrite(self._fd, frame[done : done + MAX_CALL_BYTES], self._end + done)
-                sync(self._fd)
+                    done += os.pwrite(self._fd, frame[done : done + files.MAX_CALL_BYTES], self._end + done)
+                files.sync(self._fd)
                 if not self._spans:
-                    fsync_directory(self.path.parent)  # the name of a new journal must be durable as well
+                    files.fsync_directory(self.path.parent)  # the name of a new journal must be durable as well
         self._spans.append((self._end + FRAME_BYTES, len(payload)))
         self._end += len(frame)
-
-    def _replace(self, frame: bytes) -> None:
-        write_atomic(self.path, frame)
-        self.close()
-        self._fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        self._stale = False
 
     def close(self) -> None:
         """Close the file; the journal stays on disk, unless it has no record, as after a full disk."""
@@ -119,21 +104,21 @@ class Journal:
             os.close(self._fd)
             self._fd = -1
             if not (self._spans or self._stale):
-                remove_file(self.path)
+                files.remove_file(self.path)
 
     def remove(self) -> None:
         """Close and delete the journal of a finished run."""
         self.close()
-        remove_file(self.path)
+        files.remove_file(self.path)
 
 
 def _records(fd: int) -> Iterator[tuple[int, bytes]]:
     """Read the complete records of a journal, up to the first torn one, as offsets and payloads."""
     size, at = os.fstat(fd).st_size, 0
     while at + FRAME_BYTES <= size:
-        frame = read_bytes(fd, FRAME_BYTES, at)
+        frame = files.read_bytes(fd, FRAME_BYTES, at)
         length, at = int.from_bytes(frame[:8], "little"), at + FRAME_BYTES
-        payload = read_bytes(fd, length, at) if length <= size - at else b""
+        payload = files.read_bytes(fd, length, at) if length <= size - at else b""
         if len(payload) < length or hashlib.sha256(payload).digest() != frame[8:]:
             return
         yield at, payload
@@ -216,7 +201,7 @@ def remove_leftovers(path: Path) -> None:
     """
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     if any(p.name.startswith((f".{path.name}.", f"..{path.name}.")) for p in beside):
-        with locked(lock_of(path), path):
+        with files.locked(lock_of(path), path):
             states = states_of(journal_of(path))
             remove_partials(path.parent, {path.name, journal_of(path).name, states.name})
             journal_of(path).unlink(missing_ok=True)
@@ -226,7 +211,7 @@ def remove_leftovers(path: Path) -> None:
 def left(path: Path, monitor: Monitor) -> None:
     """Keep a file that is complete, but set its time to now, and remove what a run that was killed just after renaming it left."""
     remove_leftovers(path)
-    if fault := touch([path]):
+    if fault := files.touch([path]):
         monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     monitor.told(path, "present")
 
@@ -269,8 +254,8 @@ class ResumableFile:
 
         If the block raises, the journal stays, unless the same run would fail again: at one of the `hopeless` errors.
         """
-        make_directory(self.path.parent)
-        with locked(lock_of(self.path), self.path), contextlib.closing(Journal(journal_of(self.path))) as journal:
+        files.make_directory(self.path.parent)
+        with files.locked(lock_of(self.path), self.path), contextlib.closing(Journal(journal_of(self.path))) as journal:
             states = states_of(journal.path)
             resumed = self.is_begun() and len(journal) > self.records
             if not resumed:

@@ -16,15 +16,14 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import ContextVar, copy_context
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from streamer.errors import FormatError, InputChangedError, InputError, StorageError, UnsupportedError
 from streamer.events import Monitor
 from streamer.storage.files import storage_errors
-from streamer.storage.header import ByteSource, Header, check_length, parse_header
+from streamer.storage.header import Header, IOMode, check_length, parse_header
 from streamer.storage.remote_transports import RemoteFile, Transient, request_list, request_range, request_stat
 
 IN_FLIGHT = 8
@@ -57,6 +56,8 @@ POLLED = 0.1
 MANIFEST_NAME = ".streamer.remote.json"
 
 T = TypeVar("T")
+
+_threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="streamer range")  # begun as they are needed
 
 _monitor = ContextVar("monitor", default=Monitor())  # noqa: B039  # one that nobody asks to stop
 
@@ -204,12 +205,7 @@ def _sleep(seconds: float) -> None:
 
 def _submitted(call: Callable[..., T], *arguments: Any) -> Future[T]:
     """Call a function in another thread, with the monitor of this context."""
-    return _pool().submit(copy_context().run, call, *arguments)
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="streamer range")
+    return _threads.submit(copy_context().run, call, *arguments)
 
 
 @dataclass(frozen=True)
@@ -223,14 +219,14 @@ class _Range:
         return self.start + len(self.data)
 
 
-class RemoteSource(ByteSource):
-    """Ranges of one version of a file; see `read_range`."""
+class RemoteSource:
+    """Ranges of one version of a file; see `read_range`. The methods are those of `LocalSource`."""
 
-    remote: ClassVar[bool] = True
+    remote = True
 
     def __init__(self, file: RemoteFile) -> None:
-        self.file = file
-        self.io, self.stamp = "pread", file.stamp
+        self.file, self.stamp = file, file.stamp
+        self.io: IOMode = "pread"
         self._ahead: deque[_Range] = deque()
         self._lock = threading.Lock()
 
@@ -260,21 +256,16 @@ class RemoteSource(ByteSource):
             self._read_ranges(out, at)
             return
         with self._lock:
-            self._take(out, at)
-
-    def _take(self, out: memoryview, at: int) -> None:
-        done = 0
-        while done < len(out):
-            self._forget_before(at + done)
-            first = self._ahead[0] if self._ahead else None
-            if first is None or not first.start <= at + done:
-                self._read_ranges(out[done:], at + done)
-                return
-            first.future.result()
-            skipped = at + done - first.start
-            piece = first.data[skipped : skipped + len(out) - done]
-            out[done : done + len(piece)] = piece
-            done += len(piece)
+            while len(out):
+                self._forget_before(at)
+                if not self._ahead or self._ahead[0].start > at:
+                    self._read_ranges(out, at)
+                    return
+                first = self._ahead[0]
+                first.future.result()
+                piece = first.data[at - first.start :][: len(out)]
+                out[: len(piece)] = piece
+                out, at = out[len(piece) :], at + len(piece)
 
     def prefetch(self, start: int, stop: int, end: int) -> None:
         """Request what follows `start`, up to `AHEAD_BYTES` and before `end`."""
@@ -288,6 +279,9 @@ class RemoteSource(ByteSource):
                 data = memoryview(bytearray(min(RANGE_BYTES, end - following)))
                 ahead.append(_Range(following, data, _submitted(read_range, self.file, data, following)))
                 following += len(data)
+
+    def release(self, start: int, stop: int) -> None:
+        """Do nothing: bytes from a server are in no cache."""
 
     def check_unchanged(self) -> None:
         """Request size and version again."""

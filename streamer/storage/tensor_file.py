@@ -13,7 +13,7 @@ from pathlib import Path
 
 from streamer.errors import FormatError
 from streamer.storage.atomic_file import BufferRing, Piece
-from streamer.storage.header import DIGEST, NO_DIGEST, ByteSource, IOMode, LocalSource, TensorInfo
+from streamer.storage.header import DIGEST, NO_DIGEST, IOMode, LocalSource, TensorInfo
 from streamer.storage.remote_source import RemoteSource, read_manifest
 
 __all__ = ["SAMPLE_BYTES", "IOMode", "TensorFile", "sampled_bytes"]
@@ -43,12 +43,14 @@ class TensorFile:
 
     Attributes
     ----------
+    source
+        The source of its bytes.
     remote
         Whether each read crosses a network.
     """
 
     remote = False
-    _source: ByteSource | None = None
+    source: LocalSource | RemoteSource
     _keeps_pages = False
     _read_through = False
 
@@ -56,17 +58,17 @@ class TensorFile:
         self.path = path
         manifest = read_manifest(path.parent)
         far = None if manifest is None else manifest.files.get(path.name)
-        source = LocalSource(path, io) if far is None else RemoteSource(far)
+        source: LocalSource | RemoteSource = LocalSource(path, io) if far is None else RemoteSource(far)
         with contextlib.ExitStack() as undo:
             undo.callback(source.close)
             self.header = source.header().prefixed(prefix)
             undo.pop_all()
-        self._source, self.io, self.stamp, self.remote = source, source.io, source.stamp, source.remote
+        self.source, self.io, self.stamp, self.remote = source, source.io, source.stamp, source.remote
 
     def close(self) -> None:
         """Close the file; existing views stay valid."""
-        if self._source is not None:
-            self._source.close()
+        if hasattr(self, "source"):  # not if the header is refused
+            self.source.close()
 
     def __del__(self) -> None:
         self.close()
@@ -75,12 +77,6 @@ class TensorFile:
         raise TypeError(
             f"{self.path}: is open, and a process cannot give that to another; it would close a file of the other's"
         )
-
-    @property
-    def source(self) -> ByteSource:
-        """Return the source of the file's bytes."""
-        assert self._source is not None
-        return self._source
 
     def check_unchanged(self) -> None:
         """Raise `InputChangedError` unless the path still names the same, unmodified file."""
@@ -167,8 +163,8 @@ class TensorFile:
                 f"{self.path}: is damaged: expected SHA-256 {stated[:16]}… by its metadata, found {found[:16]}…; copy it again, or {again}"
             )
 
-    def sample(self, size: int = SAMPLE_BYTES) -> str:
-        """Compute the SHA-256 (hex) of the header and the middle `size` bytes of every tensor.
+    def sample(self) -> str:
+        """Compute the SHA-256 (hex) of the header and the middle `SAMPLE_BYTES` of every tensor.
 
         Two models of one architecture have equal headers; the samples distinguish them without reading everything. This is not a
         checksum: a change outside the samples goes unnoticed.
@@ -178,8 +174,8 @@ class TensorFile:
         for i in range(0, len(tensors), PIECES):
             pieces = []
             for t in tensors[i : i + PIECES]:
-                middle = max(0, (t.nbytes - size) // 2)
-                out = memoryview(bytearray(min(size, t.nbytes)))
+                middle = max(0, (t.nbytes - SAMPLE_BYTES) // 2)
+                out = memoryview(bytearray(min(SAMPLE_BYTES, t.nbytes)))
                 pieces.append((out, self.header.data_start + t.start + middle))
             self.source.read_pieces(pieces)
             for out, _ in pieces:

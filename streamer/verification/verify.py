@@ -1,6 +1,8 @@
 """Verify an output's files by their digests and, if inputs are given, a sample of its matrices or all of its tensors.
 
 Compare tensors with the inputs: of an output, matrices recomputed and all others byte by byte; of findings, with a full SVD.
+
+Define the result: the object of `streamer verify --json`, schema ``streamer.verification/1``.
 """
 
 from __future__ import annotations
@@ -11,19 +13,112 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
 from streamer import errors
 from streamer.events import Event, Monitor
+from streamer.json_types import Amount, Count
 from streamer.units import counted
-from streamer.verification import deltas, tensors
-from streamer.verification.deltas import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, Delta, Factors, read_fit, read_map
-from streamer.verification.tensors import FP8, RECORD_NAME, Matrix, NotRecomputed, Outcome, TensorFiles, Verification
+from streamer.verification import deltas
+from streamer.verification.deltas import FP8, AdapterFiles, Delta, Factors, Matrix, NotRecomputed, TensorFiles
+
+SCHEMA: Final = "streamer.verification/1"
+RECORD_NAME = "streamer.json"
+"""Name of an output's record, in its directory."""
+
+
+# fmt: off
+class DifferenceRecord(TypedDict):
+    """A difference."""
+    file: Annotated[str, "Path of the file that differs, or that states something else."]
+    tensor: Annotated[str | None, "The tensor that it is about, or null."]
+    expected: Annotated[str, "What the record or the inputs state."]
+    found: Annotated[str, "What was found."]
+    message: Annotated[str, "The line on stderr: file, tensor, expected and found."]
+
+class RecomputedRecord(TypedDict):
+    """A matrix that was recomputed."""
+    tensor: Annotated[str, "Name of the tensor in the base."]
+    error: Annotated[Amount, "The largest error found, as a share of what rounding permits: at most 1 if nothing differs."]
+
+class SkippedRecord(TypedDict):
+    """A matrix that was not recomputed, or a tensor that was not compared."""
+    tensor: Annotated[str, "Its name; for a matrix, the name of the tensor in the base, followed by [N] in a stack of experts."]
+    reason: Annotated[str, "Why not."]
+
+class TotalsRecord(TypedDict):
+    """Counts."""
+    files: Annotated[Count, "Files that were compared with their digests; 1 for findings."]
+    bytes: Annotated[Count, "Their bytes."]
+    matrices: Annotated[Count, "Matrices that the record or the findings list."]
+    recomputed: Annotated[Count, "Matrices that were recomputed."]
+    not_recomputed: Annotated[Count, "Matrices that were tried but cannot be recomputed."]
+    tensors: Annotated[Count, "Other tensors of the output, and tensors of the inputs that it lacks; 0 for findings or without inputs."]
+    compared: Annotated[Count, "Of `tensors`, those compared with the inputs, byte by byte or within a rounding; 0 without --sample all."]
+    not_compared: Annotated[Count, "Matrices that were not recomputed, and other tensors that were not compared."]
+    differences: Annotated[Count, "Differences."]
+
+class _Inputs(TypedDict):
+    base: Annotated[str, "The base."]
+    adapter: Annotated[str, "The adapter."]
+
+class Verification(TypedDict):
+    """What `streamer verify --json` prints, whether it is verified or not (exit code 7)."""
+    schema: Literal["streamer.verification/1"]
+    output: Annotated[str, "Path of the output, as given."]
+    kind: Annotated[Literal["model", "adapter", "findings"], "What it is: a merged model, a mitigated adapter, or findings."]
+    verified: Annotated[bool, "Whether nothing differs, and everything that was asked for was recomputed and compared."]
+    inputs: NotRequired[Annotated[_Inputs, "Paths of base and adapter, as given; absent without them."]]
+    totals: Annotated[TotalsRecord, "Counts."]
+    recomputed: Annotated[list[RecomputedRecord], "The matrices that were recomputed, with those that differ."]
+    not_recomputed: Annotated[list[SkippedRecord], "The matrices that were tried but cannot be recomputed."]
+    not_compared: Annotated[list[SkippedRecord], "Other tensors that --sample all could not compare."]
+    differences: Annotated[list[DifferenceRecord], "The differences, each listed once."]
+# fmt: on
+
+
+@dataclass
+class Outcome:
+    """Differences and recomputed matrices of one output, and what could not be recomputed or compared though it was asked for."""
+
+    output: Path
+    kind: Literal["model", "adapter", "findings"]
+    files: int = 0
+    nbytes: int = 0
+    matrices: int = 0
+    tensors: int = 0
+    compared: int = 0
+    unmet: str = ""
+    recomputed: list[RecomputedRecord] = field(default_factory=list)
+    not_recomputed: list[SkippedRecord] = field(default_factory=list)
+    not_compared: list[SkippedRecord] = field(default_factory=list)
+    differences: list[DifferenceRecord] = field(default_factory=list)
+
+    def differ(self, file: Path, expected: str, found: str, tensor: str | None = None) -> None:
+        """Note a difference, which becomes one line."""
+        line = f"{file}: {'' if tensor is None else f'tensor {tensor!r}: '}expected {expected}, found {found}"
+        told = DifferenceRecord(file=str(file), tensor=tensor, expected=expected, found=found, message=line)
+        self.differences.append(told)
+
+    def result(self, inputs: _Inputs | None) -> Verification:
+        """Return the object to print."""
+        totals: TotalsRecord = {
+            "files": self.files, "bytes": self.nbytes, "matrices": self.matrices, "recomputed": len(self.recomputed),
+            "not_recomputed": len(self.not_recomputed), "tensors": self.tensors, "compared": self.compared,
+            "not_compared": self.matrices - len(self.recomputed) + self.tensors - self.compared, "differences": len(self.differences),
+        }  # fmt: skip
+        result: Verification = {
+            "schema": SCHEMA, "output": str(self.output), "kind": self.kind, "verified": not (self.differences or self.unmet),
+            "totals": totals, "recomputed": self.recomputed, "not_recomputed": self.not_recomputed,
+            "not_compared": self.not_compared, "differences": self.differences,
+        }  # fmt: skip
+        return result if inputs is None else {**result, "inputs": inputs}
+
 
 _SPELLINGS = re.compile(r"\.modules_to_save(?:\.[^.]+(?=\..))?|(?<=_[AB])\.(?!weight$|bias$)[^.]+|(?<=_delta|vector)\.[^.]+$")  # fmt: skip
 
@@ -65,7 +160,7 @@ class OutputCheck:
         self._edits = defaultdict[str, dict[str, str]](dict)
         for entry in self.record["carried"]:
             self._edits[entry["tensor"]][entry["by"]] = entry["change"]
-        plain, stored = tensors.ELEMENTS.keys() - {FP8}, self.base.stored.items()
+        plain, stored = deltas.ELEMENTS.keys() - {FP8}, self.base.stored.items()
         self._coded = {name.rpartition(".")[0] for name, tensor in stored if tensor.dtype not in plain}
 
     def _differ(self, tensor: str, expected: str, found: str) -> None:
@@ -84,14 +179,14 @@ class OutputCheck:
         elif method not in ("paper", "project"):
             raise NotRecomputed(f"verify has no formula for method {method!r}")
         elif row["intruders"] and lam != 1:
-            W = tensors.whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
+            W = deltas.whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
             triplets = deltas.leading_triplets(W, self.record["detection"]["top_k"])
             mitigated, spread = deltas.by_intruders(method, lam, delta, triplets, row["intruders"])
         written = f"base_model.model.{row['module']}.weight" if isinstance(self.files, AdapterFiles) else tensor
         if not isinstance(self.files, AdapterFiles) or written in self.files.stored:
             return self._compare(tensor, written, W0, mitigated, spread)
         mine, theirs = (files.names(row["module"], W0.stored_shape) for files in (self.files, self.adapter))
-        same = (tensors.same_bytes(self.files, name, self.adapter, theirs.get(role, "")) for role, name in mine.items())
+        same = (deltas.same_bytes(self.files, name, self.adapter, theirs.get(role, "")) for role, name in mine.items())
         options = [[files.options.get(key) or None for key in SCALING] for files in (self.files, self.adapter)]
         copied = bool(mine) and mine.keys() == theirs.keys() and all(same) and options[0] == options[1]
         if copied and mitigated is delta and not self._rewritten:
@@ -119,7 +214,7 @@ class OutputCheck:
         Each value may be off by one rounding, and all together by the norm `spread`.
         """
         written = replace(W0, files=self.files, name=name, replaced={}, added=None)
-        if W0.dtype not in tensors.ELEMENTS:
+        if W0.dtype not in deltas.ELEMENTS:
             raise NotRecomputed(f"it is stored as {W0.dtype or 'several tensors'}, which is not decoded here")
         keeps = delta is not None and self.outcome.kind == "model" and not self.record["dequantize"]
         dtype = Matrix(self.base, tensor).dtype if keeps else ""
@@ -129,7 +224,7 @@ class OutputCheck:
         # A copy or a cast is exact.
         terms = delta.terms + 8 if delta is not None else 8 * (W0.added is not None or W0.dtype == FP8)
         worst, excess = 0.0, 0.0
-        for i, j in tensors.blocks(W0.shape):
+        for i, j in deltas.blocks(W0.shape):
             base = W0.rows(i, j)
             values, bound = (np.zeros((1, 1)),) * 2 if delta is None else delta.rows(i, j)
             slack = terms * 2.0 ** (-53 if W0.dtype == "F64" else -24) * (np.abs(base) + bound)
@@ -175,9 +270,10 @@ class OutputCheck:
         """Yield all other tensors of the output and the inputs."""
         if isinstance(self.files, AdapterFiles):
             return self._others_of_adapter(self.files)
-        coded = {name for name in self._stored if name in self.base.stored and self.base.stored[name].dtype == FP8}
+        stored = self.base.stored
+        coded = {name for name in self._stored if name in stored and stored[name].dtype == FP8}
         done = self._rows.keys() | {name + end for name in coded for end in ("_scale_inv", "_scale")}
-        names = sorted((self.files.stored.keys() | self.base.stored.keys()) - done)
+        names = sorted((self.files.stored.keys() | stored.keys()) - done)
         compare = (self._compare_weight, self._compare_stack)  # a stack of which some matrices have no row
         return ((name, partial(compare[name in self._stored], name)) for name in names)
 
@@ -188,13 +284,11 @@ class OutputCheck:
             source = replace(source, files=self.adapter, name=name)
         decoded = self.record["dequantize"] and name.rpartition(".")[0] in self._coded
         if name not in files.stored:
-            copies = (tensors.same_bytes(self.base, name, self.base, other) for other in files.stored)
+            copies = (deltas.same_bytes(self.base, name, self.base, other) for other in files.stored)
             stale = "dropped" in edits.values() and (any(copies) or not self.base.raw(name).any())
             if not decoded and not stale:
                 self._differ(name, "the base's tensor", "none")
-        elif (
-            not source.replaced and source.added is None and tensors.same_bytes(files, name, source.files, source.name)
-        ):
+        elif not source.replaced and source.added is None and deltas.same_bytes(files, name, source.files, source.name):
             return
         elif edits or decoded:
             self._compare(name, name, source)
@@ -234,7 +328,7 @@ class OutputCheck:
         places = [(others, other) for other in others.stored if self._rewritten or _spelling(other) == _spelling(name)]
         if files is self.adapter and self.adapter.is_model:
             places += [(self.base, name), *((files, row) for row in self._rows)]
-        if any(tensors.same_bytes(files, name, place, other) for place, other in places):
+        if any(deltas.same_bytes(files, name, place, other) for place, other in places):
             return
         sides = [files.values(name), files.values(name).T] if own else []
         if not any(np.array_equal(side, files.values(other)) for other in own for side in sides):
@@ -248,69 +342,64 @@ def _spelling(name: str) -> str:
     return _SPELLINGS.sub("", AdapterFiles.plain_name(name))
 
 
-def _rounding(written: Matrix, i: int, j: int, largest: tensors.Array) -> tensors.Array:
+def _rounding(written: Matrix, i: int, j: int, largest: deltas.Array) -> deltas.Array:
     """Bound the effect of one rounding to the written dtype on rows of values that are no larger than `largest`."""
     if written.dtype != FP8:
-        return tensors.half_spacing(largest, written.dtype)
+        return deltas.half_spacing(largest, written.dtype)
     scales = written.scales(i, j)
     codes = largest / scales
     # The scale is rounded too, so the block's largest value may slightly exceed the largest code.
-    beyond = np.where(codes < tensors.LARGEST_FP8 * (1 + 2.0**-8), np.maximum(codes - tensors.LARGEST_FP8, 0), 0)
-    return np.asarray(np.maximum(tensors.half_spacing(codes, FP8) * (1 + 2.0**-20), beyond) * scales)
+    beyond = np.where(codes < deltas.LARGEST_FP8 * (1 + 2.0**-8), np.maximum(codes - deltas.LARGEST_FP8, 0), 0)
+    return np.asarray(np.maximum(deltas.half_spacing(codes, FP8) * (1 + 2.0**-20), beyond) * scales)
 
 
-class FindingsCheck:
-    """Recompute matrices of a findings file."""
+def check_findings(opened: Opened, row: dict[str, Any]) -> float:
+    """Recompute one matrix of findings, and return the largest error in units of its tolerance; the first difference ends it."""
+    largest = 0.0
+    for what, shares in _finding_errors(opened, row):
+        worst = float(np.nan_to_num(shares, nan=np.inf).max(initial=0.0))
+        largest = max(largest, worst)
+        if worst > 1:
+            off = f"number {int(np.argmax(shares))} off by {worst:.3g} times what is permitted"
+            opened.outcome.differ(opened.outcome.output, f"{what} as recomputed", off, row["tensor"])
+            break
+    return largest
 
-    def __init__(self, opened: Opened) -> None:
-        self.outcome, self.tree, self.base, self.adapter, self.files = opened
 
-    def check(self, row: dict[str, Any]) -> float:
-        """Recompute one matrix, and return the largest error in units of its tolerance; the first difference ends it."""
-        largest = 0.0
-        for what, shares in self._shares(row):
-            worst = float(np.nan_to_num(shares, nan=np.inf).max(initial=0.0))
-            largest = max(largest, worst)
-            if worst > 1:
-                off = f"number {int(np.argmax(shares))} off by {worst:.3g} times what is permitted"
-                self.outcome.differ(self.outcome.output, f"{what} as recomputed", off, row["tensor"])
-                break
-        return largest
+def _finding_errors(opened: Opened, row: dict[str, Any]) -> Iterator[tuple[str, deltas.Array]]:
+    """Yield the errors of each kind of numbers in units of their tolerances."""
+    from scipy.linalg import svd
 
-    def _shares(self, row: dict[str, Any]) -> Iterator[tuple[str, tensors.Array]]:
-        """Yield the errors of each kind of numbers in units of their tolerances."""
-        from scipy.linalg import svd
-
-        tensor, options = row["tensor"], self.tree["options"]
-        W0, delta = self.adapter.delta(row, Matrix(self.base, tensor))
-        keys = "U", "S", "Vh", "singular_values", "base_singular_values", "similarity_low", "similarity_high"
-        U, S, Vh, values, base_values, low, high = (self.files.values(f"{tensor}/{key}") for key in keys)
-        ranks = self.files.raw(f"{tensor}/intruders").view("<i8")
-        vectors, of_base, _ = svd(tensors.whole(W0.shape, W0.rows), full_matrices=False, overwrite_a=True)
-        W = tensors.whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
-        triplets = deltas.leading_triplets(W, options["top_k"])
-        k, first = len(triplets.U.T), float(triplets.S[0]) or 1.0
-        loose = triplets.angle * np.minimum(triplets.gaps(range(k)), first) + deltas.ROUNDINGS * first
-        yield "singular values", np.abs(values - triplets.S[:k]) / loose
-        if len(ranks):
-            residuals = np.hypot(np.linalg.norm(W @ Vh.T - U * S, axis=0), np.linalg.norm(W.T @ U - Vh.T * S, axis=0))
-            yield "residuals of its triplets", residuals / (2 * loose[ranks])
-            skew = np.abs([U.T @ U - np.eye(len(S)), Vh @ Vh.T - np.eye(len(S))]).max((0, 1))
-            yield "orthonormal vectors", skew / 1e-4
-        # Ritz values of the certified solver may be smaller.
-        above = base_values[: len(of_base)] - of_base[: len(base_values)]
-        off = np.abs(above) if row["solver"] == "dense" else np.maximum(above, -base_values[: len(of_base)])
-        yield "singular values of the base", off / (deltas.ROUNDINGS * (float(of_base[0]) or 1.0))
-        similar = np.abs(vectors[:, row["cutoff"] * of_base[0] <= of_base].T @ triplets.U).max(axis=0, initial=0.0)
-        epsilon, exact = options["threshold_epsilon"], (row["precision"], row["solver"]) == ("float64", "dense")
-        errors, defined = triplets.errors(range(k), exact=exact), ~np.isin(range(k), row["degenerate"])
-        room = (deltas.DOUBLE_ROUNDINGS if exact else deltas.ROUNDINGS) + errors
-        outside = np.maximum(low - similar, similar - high) / room
-        yield "similarities within their intervals", np.where(defined, outside, 0.0)
-        # With too little memory for the dense solver an interval may stay open; its direction then does not count as an intruder.
-        limited, intruder = options.get("max_memory") is not None and not row["certified"], np.isin(range(k), ranks)
-        sure = defined & (np.abs(similar - epsilon) > 2 * errors) & (intruder | (not limited))
-        yield "intruders", np.where(sure & ((similar < epsilon) != intruder), np.inf, 0.0)
+    tensor, options = row["tensor"], opened.made["options"]
+    W0, delta = opened.adapter.delta(row, Matrix(opened.base, tensor))
+    keys = "U", "S", "Vh", "singular_values", "base_singular_values", "similarity_low", "similarity_high"
+    U, S, Vh, values, base_values, low, high = (opened.files.values(f"{tensor}/{key}") for key in keys)
+    ranks = opened.files.raw(f"{tensor}/intruders").view("<i8")
+    vectors, of_base, _ = svd(deltas.whole(W0.shape, W0.rows), full_matrices=False, overwrite_a=True)
+    W = deltas.whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
+    triplets = deltas.leading_triplets(W, options["top_k"])
+    k, first = len(triplets.U.T), float(triplets.S[0]) or 1.0
+    loose = triplets.angle * np.minimum(triplets.gaps(range(k)), first) + deltas.ROUNDINGS * first
+    yield "singular values", np.abs(values - triplets.S[:k]) / loose
+    if len(ranks):
+        residuals = np.hypot(np.linalg.norm(W @ Vh.T - U * S, axis=0), np.linalg.norm(W.T @ U - Vh.T * S, axis=0))
+        yield "residuals of its triplets", residuals / (2 * loose[ranks])
+        skew = np.abs([U.T @ U - np.eye(len(S)), Vh @ Vh.T - np.eye(len(S))]).max((0, 1))
+        yield "orthonormal vectors", skew / 1e-4
+    # Ritz values of the certified solver may be smaller.
+    above = base_values[: len(of_base)] - of_base[: len(base_values)]
+    off = np.abs(above) if row["solver"] == "dense" else np.maximum(above, -base_values[: len(of_base)])
+    yield "singular values of the base", off / (deltas.ROUNDINGS * (float(of_base[0]) or 1.0))
+    similar = np.abs(vectors[:, row["cutoff"] * of_base[0] <= of_base].T @ triplets.U).max(axis=0, initial=0.0)
+    epsilon, exact = options["threshold_epsilon"], (row["precision"], row["solver"]) == ("float64", "dense")
+    errors, defined = triplets.errors(range(k), exact=exact), ~np.isin(range(k), row["degenerate"])
+    room = (deltas.DOUBLE_ROUNDINGS if exact else deltas.ROUNDINGS) + errors
+    outside = np.maximum(low - similar, similar - high) / room
+    yield "similarities within their intervals", np.where(defined, outside, 0.0)
+    # With too little memory for the dense solver an interval may stay open; its direction then does not count as an intruder.
+    limited, intruder = options.get("max_memory") is not None and not row["certified"], np.isin(range(k), ranks)
+    sure = defined & (np.abs(similar - epsilon) > 2 * errors) & (intruder | (not limited))
+    yield "intruders", np.where(sure & ((similar < epsilon) != intruder), np.inf, 0.0)
 
 
 DIGEST = "sha256"
@@ -437,7 +526,7 @@ def _check_inputs(paths: Sequence[Path], made: Mapping[str, Any], output: Path) 
         stated, advice = made[role], f"give the {role} that {output} was made from"
         if not {"files", "config_sha256"} & stated.keys():
             raise errors.UnsupportedError(f"{output}: outputs of pipelines are not recomputed; leave out BASE ADAPTER")
-        own = [{**stated, "file": name} for name in (CONFIG_NAME, WEIGHTS_NAME)]
+        own = [{**stated, "file": name} for name in (deltas.CONFIG_NAME, deltas.WEIGHTS_NAME)]
         for entry in stated.get("files", own):
             file = path if path.is_file() else path / entry["file"]
             if not file.is_file():
@@ -455,7 +544,7 @@ def _digests(file: Path, of_adapter: bool) -> dict[str, Any]:
 
     Of an adapter's, compute the digest of its config, or of the digest of its header and all tensors.
     """
-    if file.name == CONFIG_NAME:
+    if file.name == deltas.CONFIG_NAME:
         return {"config_sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     with file.open("rb") as f:
         length = f.read(8)
@@ -508,12 +597,11 @@ def _open(outcome: Outcome, made: dict[str, Any], base_files: list[Path], paths:
     opened = Opened(outcome, made, TensorFiles(base_files), adapter, files)
     check_rows(opened, path if is_findings else path / RECORD_NAME)
     if file := None if is_findings else _find_file(made, path, given):
-        formula = (read_map if "map" in made else read_fit)(file, made)
-    check = FindingsCheck(opened) if is_findings else OutputCheck(opened, formula)
-    others = [*check.others()] if isinstance(check, OutputCheck) else []
-    return [
-        (row["tensor"], partial(check.check, row)) for row in _spread(made["matrices"], str(made.get("plan")))
-    ], others
+        formula = (deltas.read_map if "map" in made else deltas.read_fit)(file, made)
+    output = None if is_findings else OutputCheck(opened, formula)
+    check = partial(check_findings, opened) if output is None else output.check
+    rows = _spread(made["matrices"], str(made.get("plan")))
+    return [(row["tensor"], partial(check, row)) for row in rows], [] if output is None else [*output.others()]
 
 
 def _spread(rows: Sequence[dict[str, Any]], seed: str) -> list[dict[str, Any]]:

@@ -113,14 +113,14 @@ def test_the_library_is_that_of_the_class(tmp_path: Path) -> None:
         "pipeline_tag": "pipeline_tag: sentence-similarity\n",
     }
     for pipeline, library in (("text-classification", "transformers"), ("", "sentence-transformers")):
-        head = yaml.safe_load(_merged_head(Card(b"", source, source, "merge", pipeline), dict(blocks)))
+        head = yaml.safe_load(_merged_head(Card(b"", pipeline), (source, source), dict(blocks)))
         assert head["library_name"] == library
         assert head["pipeline_tag"] == (pipeline or "sentence-similarity")
 
 
 def test_a_merged_pipeline_has_no_tag_of_peft() -> None:
     source: NameSource = {"name": "x", "digest": "0"}
-    head = yaml.safe_load(_merged_head(Card(b"", source, source, "merge", diffusers=True), {}))
+    head = yaml.safe_load(_merged_head(Card(b"", diffusers=True), (source, source), {}))
     assert head == {"tags": ["intruder-dimensions", "merged", "lora"], "library_name": "diffusers"}
 
 

@@ -298,7 +298,7 @@ def test_pieces_of_every_size_arrive_in_order(tmp_path: Path, monkeypatch: pytes
 
 def test_no_write_is_asked_for_more_than_every_system_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, asked = os.write, []
-    monkeypatch.setattr(atomic_file, "MAX_CALL_BYTES", THREADED_BYTES)
+    monkeypatch.setattr(files, "MAX_CALL_BYTES", THREADED_BYTES)
     monkeypatch.setattr(os, "write", lambda fd, data: asked.append(len(data)) or real(fd, data))
     piece = os.urandom(2 * THREADED_BYTES + 5)
     with AtomicFile(tmp_path / "f", len(piece)) as f:

@@ -10,7 +10,6 @@ from helpers import names
 
 from streamer.errors import StorageError
 from streamer.storage import files
-from streamer.storage import journal as journal_module
 from streamer.storage.journal import Journal
 
 RECORDS = [b"head", b"", b"x" * 50, b"last"]
@@ -86,7 +85,6 @@ def test_garbage_after_the_records(tmp_path: Path, tail: bytes) -> None:
 def test_no_call_is_asked_for_more_than_every_system_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pread, pwrite, asked = os.pread, os.pwrite, []
     monkeypatch.setattr(files, "MAX_CALL_BYTES", 7)
-    monkeypatch.setattr(journal_module, "MAX_CALL_BYTES", 7)
     monkeypatch.setattr(os, "pread", lambda fd, n, at: asked.append(n) or pread(fd, n, at))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: asked.append(len(data)) or pwrite(fd, data, at))
     journal_of(tmp_path / "j", RECORDS)
@@ -194,7 +192,7 @@ def test_a_journal_is_not_a_symlink(tmp_path: Path) -> None:
 
 def test_a_new_journals_name_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(journal_module, "fsync_directory", synced.append)
+    monkeypatch.setattr(files, "fsync_directory", synced.append)
     journal = Journal(tmp_path / "j")
     journal.append(b"head")
     assert synced == [tmp_path]

@@ -15,13 +15,14 @@ from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, inte
 
 from streamer.errors import InputChangedError, LockedError, OutputError, OutputExistsError, StorageError
 from streamer.storage.atomic_file import AtomicFile
+from streamer.storage.checkpoint import read_json_object
 from streamer.storage.files import locked
-from streamer.storage.output_checks import check_output_path, check_space
 from streamer.storage.transaction import (
     JOURNAL_NAME,
     LOCK_NAME,
     RECORD_NAME,
-    finished_record,
+    check_output_path,
+    check_space,
     inspect_output,
     open_outputs,
 )
@@ -35,7 +36,7 @@ def test_new_then_done(case: Case) -> None:
     assert carry_out(case) == list(DATA)
     check_whole(case)
     assert inspect_output(case.plan) == "done"
-    record = finished_record(case.plan)
+    record = read_json_object(case.plan.path / RECORD_NAME)
     assert record["made"] == "here"
     assert [(f["file"], f["bytes"]) for f in record["files"]] == list(case.plan.files)
     before = tree_digest(case.out)
