@@ -1,6 +1,6 @@
 """Score requests of lm-evaluation-harness on variants of an adapter without loading the base: a model type for the harness.
 
-    python -m streamer.lm_eval --model streamer --model_args base=BASE,adapter=ADAPTER,method=paper,lambda=0.75 --tasks arc_easy
+    python -m streamer.lm_eval --model streamer --model_args base=BASE,adapter=ADAPTER,method=shrink,lambda=0.75 --tasks arc_easy
 
 runs the harness's own command line with the model type registered. In Python, import this module before `lm_eval.simple_evaluate`.
 """

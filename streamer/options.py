@@ -149,7 +149,8 @@ REMOVED_FROM = {
         "repair and fit now use the closed form (regmean), which keeps more and forgets less; drop the option",
     ("--race", "--no-race"): "every variant runs on all sequences; drop the option",
     ("map --workers", "map --executor"): "a map is made in this process, on all cores; drop the option",
-    ("evaluate --top-k", "evaluate --epsilon", "evaluate --solver"): "run `streamer detect` with it, and pass its file as --findings",
+    tuple(f"evaluate --{name}" for name in ("top-k", "epsilon", "threshold-epsilon", "solver")):
+        "run `streamer detect` with it, and pass its file as --findings",
     ("--part",): "use --workers N, or --executor, of detect and merge",
     ("demo --keep",): "use -o DIR",
     ("verify --max-memory",): "verify reads a few rows at a time; drop the option",
@@ -169,6 +170,11 @@ RANK_OR_SHARE = "a share such as 0.95 uses the smallest rank that keeps this sha
 SEVERAL = "for several adapters, a directory that gets one"
 BUILT_IN = "Python's built-in help texts"
 BESIDE = "of the recorded name, beside OUTPUT"
+MEMORY = "memory limit, such as 600M or 4G, not counting memory-mapped files and the GPU driver"
+COUNTED = (
+    "It is in bytes, or a size like 4G in powers of 1024, and counts the anonymous memory of Python, torch and streamer; 200M (350M with "
+    "torch for GPUs) are needed before any matrix."
+)
 CARD = "do not describe in the model card (README.md) how the output was made"
 
 
@@ -230,10 +236,8 @@ class OnDevice(Options, group="computing"):
 class Computing(OnDevice, group="computing"):
     """Where a run computes, and with how much memory."""
 
-    max_memory: int | str | None = option("memory limit, such as 600M or 4G, not counting memory-mapped files and the GPU driver. With a "
-        "low limit, fewer sequences run together, large matrices take longer, and directions that need a full SVD are left undecided; what "
-        "does not fit is refused", metavar="SIZE", shown="no limit", detail="It is in bytes, or a size like 4G in powers of 1024, and "
-        "counts the anonymous memory of Python, torch and streamer; 200M (350M with torch for GPUs) are needed before any matrix.")
+    max_memory: int | str | None = option(f"{MEMORY}. With a low limit, large matrices take longer, and directions that need a full SVD "
+        "are left undecided; what does not fit is refused", metavar="SIZE", shown="no limit", detail=COUNTED)
 
 
 class Threads(Options, group="computing"):
@@ -355,8 +359,12 @@ class IterateOptions(Dequantizing, Mitigation):
 
 
 class Products(Computing):
-    """How a sweep multiplies."""
+    """Where and how a sweep multiplies."""
 
+    device: str = option("where to run the model: cpu, cuda or cuda:i (cuda has not been run on a GPU yet); auto: the CPU", "auto",
+        metavar="DEV")
+    max_memory: int | str | None = option(f"{MEMORY}. With a low limit, fewer sequences run together, and their states go to a temporary "
+        "file; what does not fit is refused", metavar="SIZE", shown="no limit", detail=COUNTED)
     dtype: ProductDtype = option("dtype of products with base weights; bf16 is faster on some processors", "float32",
         choices=["float32", "bf16"])
 

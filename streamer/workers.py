@@ -326,7 +326,7 @@ class Workers:
         return (max_memory - own) // n >> 20 << 20
 
     def run(
-        self, tasks: Mapping[Key, Task[Found]], monitor: Monitor, begin: Callable[[Key], None]
+        self, tasks: Mapping[Key, Task[Found]], monitor: Monitor, begin: Callable[[Key], None], at_once: int = AT_ONCE
     ) -> Generator[tuple[Key, Found], None, None]:
         """Give out tasks in order; yield each task's key and result as results arrive.
 
@@ -336,6 +336,8 @@ class Workers:
         ----------
         begin
             Called before each wait with the key of the task that was given out first.
+        at_once
+            Most tasks given out at a time, if that is fewer than the workers' own number.
 
         Raises
         ------
@@ -356,7 +358,7 @@ class Workers:
                     if self._executor is None:
                         self._executor = self._opened.enter_context(self._open())
                     executor = self._executor
-                    while waiting and not broken and len(given) < self.at_once:
+                    while waiting and not broken and len(given) < min(at_once, self.at_once):
                         key = waiting.popleft()
                         future = _submitted(executor, tasks[key])
                         given[future] = key

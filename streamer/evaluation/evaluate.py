@@ -248,9 +248,7 @@ def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, 
     """
     require_transformers()
     if findings is None and (scaling := [v.name for v in options.variants if v.scales_intruders]):
-        raise UsageError(
-            f"methods: {scaling[0]} scales intruders, which findings name; run `streamer detect` first, and pass its file as --findings"
-        )
+        raise UsageError(f"findings: {scaling[0]} needs them, found none; run `streamer detect`, and pass its file")
     detection = DetectionOptions() if findings is None else findings.options
     (job,) = open_jobs(base_path, One(adapter), [findings], UNCHANGED, detection, OutputOptions(merges=True), run)
     plan = job.plan

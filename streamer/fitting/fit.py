@@ -322,8 +322,8 @@ class FitRun:
                 f"convolution, for example; first: {whole[0]!r}), so their inputs cannot be collected; use `mitigate --method shrink`"
             )
         if unseen:
-            self.monitor.warn((f"{counted(len(unseen), 'matrix')} received no tokens from one of the texts, and the delta there is kept: "
-                               f"{listed(map(repr, unseen))}",))  # fmt: skip
+            self.monitor.warn((f"{counted(len(unseen), 'matrix')} received no tokens from one of the texts, or lack a solution: "
+                               f"kept as they are, {listed(map(repr, unseen))}",))  # fmt: skip
         return [Point(0.0, as_is), *points], unseen
 
     def _chosen(self, points: Sequence[Point], one_length: bool) -> list[tuple[float, Point]]:

@@ -158,7 +158,7 @@ class FitFacts(ModelFacts):
     plan: Annotated[Sha256, "Digest of everything that decides the factors (SHA-256, hexadecimal)."]
     ridge: Annotated[float, "Share of the mean diagonal that is added to the task's second moments."]
     general_ridge: NotRequired[Annotated[float, "The same of general text's; absent in earlier versions."]]
-    unseen: Annotated[list[str], "Matrices that no token reached; they keep their delta."]
+    unseen: Annotated[list[str], "Matrices that no token reached, or whose system was not solved; they keep their delta."]
 
 class AdapterFacts(TypedDict):
     """What the unchanged adapter has learned and forgotten, on the held-out sequences."""

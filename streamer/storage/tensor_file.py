@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -71,7 +72,8 @@ class TensorFile:
             self.source.close()
 
     def __del__(self) -> None:
-        self.close()
+        if not sys.is_finalizing():  # modules are gone then, and files are closed
+            self.close()
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError(

@@ -503,7 +503,9 @@ class SweepModel(LoadedModel):
                     text = "its layers cannot be entered one by one, so this process runs them without workers"
                     away.monitor.warn((f"{self.job.plan.base.path}: {text}",))
                     away = None
-                for group in () if away else riders:  # from the entry of the last layer that workers could run
+                    for group in riders:  # they begin again: what else a layer needs is not known
+                        group.skips, group.out = 0, None
+                for group in () if away else riders:
                     for _ in range(1 if runs[group] else 1 + max(0, done - group.skips)):
                         if not runs[group].dead:
                             advance(group)
@@ -544,11 +546,13 @@ class SweepModel(LoadedModel):
                 return packed((group.ids, group.variant, group.out))
 
         def task(own: Sequence[Group], end: End | None) -> RideTask:
-            return RideTask(inputs, torch.get_num_threads(), job, layer, tuple(map(sent, own)), end)
+            return RideTask(
+                inputs, torch.get_num_threads(), job, layer, tuple(map(sent, own)), end, self.values.kept.room
+            )
 
         pairs = zip(riders, ends or [None] * len(riders), strict=True)
         tasks = _Read({number: partial(task, *pair) for number, pair in enumerate(pairs)})
-        with contextlib.closing(run.workers.run(tasks, run.monitor, _nothing)) as results:
+        with contextlib.closing(run.workers.run(tasks, run.monitor, _nothing, AT_ONCE)) as results:
             for number, (found, applied, read) in results:
                 self.values.applied |= applied
                 self.values.read |= read
@@ -650,6 +654,9 @@ class SweepModel(LoadedModel):
 End = Callable[[SweepModel, Sequence[Group]], Any]
 """Computes something from riders that have run all layers; it is pickled."""
 
+AT_ONCE = 32
+"""Most tasks of a layer on their way: the states of each take 16 MB for 8B."""
+
 _computing = threading.Lock()
 """Lock that lets a process run one task at a time, because torch's settings for matrix products apply to all threads."""
 
@@ -670,12 +677,15 @@ class RideTask(Task[tuple[Any, set[str], set[str]]]):
         Tokens, variant and state of each group, pickled.
     end
         What to compute; None returns the states, pickled, or None if the next layer cannot be entered with them alone.
+    room
+        Bytes for values of a layer that groups share.
     """
 
     job: Carried[dict[str, Any]]
     layer: int
     riders: tuple[bytes, ...]
     end: End | None
+    room: int
 
     @property
     def name(self) -> str:
@@ -692,6 +702,7 @@ class RideTask(Task[tuple[Any, set[str], set[str]]]):
                 model = SweepModel(job)
             if at != before:
                 model.use(job)
+            model.limit(self.room, False)
             _models[kind] = model, at
             keep_last(_models)
             model.values.applied, model.values.read = set(), set()
