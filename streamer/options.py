@@ -411,7 +411,7 @@ class FittingOptions(Writing, Texts, OfAdapter):
     adapter: str | Path = argument(ONE_ADAPTER)
     output: str | Path | None = written("file of factors to write (.safetensors)", "FILE")
     executor: Executor | None = keyword("workers that run the held-out sequences, as for `detect_intruder_dimensions`; this process fits")
-    keep: float | Sequence[float] = option("least shares of the learning to keep; each gives one set", 0.95, metavar="SHARE,SHARE")
+    keep: float | Sequence[float] = option("least shares of the learning to keep; each gives one set", 0.9, metavar="SHARE,SHARE")
     weights: Sequence[float] = option("weights of the general text to fit and measure, rising", (0.5, 8.0), "--mu", metavar="M,M")
     sequences: int = option("maximum number of sequences per text", 24, metavar="N")
     length: int = option("maximum number of tokens per sequence", 64, metavar="N")
@@ -434,7 +434,7 @@ class RepairOptions(FittingOptions):
     output: str | Path = written("directory to write: an adapter, or with --merge a model", "DIR")
     general: str | Path | None = option("general text, for measuring forgetting: .txt, .jsonl or .npy", metavar="TEXT",
         shown=f"{BUILT_IN}; your own text works better")
-    keep: float = option("least share of the learning to keep", 0.95, metavar="SHARE")
+    keep: float = option("least share of the learning to keep", 0.9, metavar="SHARE")
     findings: Findings | str | Path | None = option(f"{FINDINGS}: also measure the effect of scaling these intruders", metavar="FILE")
     to_lora: int | float | None = option("first write ADAPTER, of any kind, as a LoRA adapter of this rank, beside DIR; " + RANK_OR_SHARE,
         metavar="RANK", expects="a rank like 16 or a share like 0.95")
