@@ -163,8 +163,8 @@ def test_a_tiny_sweep_gives_every_figure(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     tree = json.loads(done.stdout)
     runs = {run["command"]: run for run in tree["runs"]}
-    # Of 8 sequences of each text, 5 are fitted, under two models and three pairs; the others ride under seven, and then under two.
-    assert (runs["repair"]["rows"], runs["repair"]["sweeps"]) == (16 * 2 * (5 * 4 + 3 * 7 + 3 * 2), 2)
+    # Of 8 sequences of each text, 5 are fitted, under two models and two pairs; the others ride under six, and then under one.
+    assert (runs["repair"]["rows"], runs["repair"]["sweeps"]) == (16 * 2 * (5 * 3 + 3 * 6 + 3), 2)
     # The base, the adapter and two shrinks, and the base beside the shrink that keeps the share.
     assert (runs["evaluate"]["rows"], runs["evaluate"]["sweeps"]) == (16 * 2 * 8 * (4 + 2), 2)
     for run in runs.values():
