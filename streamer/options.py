@@ -117,15 +117,14 @@ class Options:
 
     def __init_subclass__(cls, group: str = "") -> None:
         cls.group = group
-        dataclass(init=False, repr=False, eq=False)(
-            cls
-        )  # to compile methods of 40 classes would double the time of `--help`
+        # To compile the other methods of 40 classes would double the time of `--help`.
+        dataclass(init=False, repr=False, eq=False)(cls)
 
     def __init__(self, **given: Any) -> None:
         defaults = {one.name: one.default for one in fields(self)}  # type: ignore[arg-type]  # each subclass is a dataclass
         values = {**defaults, **given}
         if wrong := [name for name in values if values[name] is MISSING or name not in defaults]:
-            raise TypeError(f"{type(self).__name__}: lacks these options, or does not know them: {', '.join(wrong)}")
+            raise TypeError(f"{type(self).__name__}: missing or unknown: {', '.join(wrong)}")
         vars(self).update(values)
         self.__post_init__()
 
@@ -251,13 +250,13 @@ class Judged(Options, group="detection"):
     """What counts as an intruder; None means the value in the findings, or the default."""
 
     top_k: int | float | None = option("leading directions to examine in each matrix, as a count or as a share such as 0.1", metavar="K",
-        shown="as in the findings, else 10", expects="a count like 10 or a share like 0.1", detail="A count is an int from 1, a share of "
-        "min(rows, columns) a float in (0, 1].")
+        shown="10, or as in the findings given", expects="a count like 10 or a share like 0.1", detail="A count is an int from 1, a share "
+        "of min(rows, columns) a float in (0, 1].")
     threshold_epsilon: float | None = option("a direction is an intruder if its similarity to the base is below E", None, "--epsilon",
-        metavar="E", shown="as in the findings, else 0.5", detail="E is in (0, 1]; the similarity is the largest |cosine| to a left "
+        metavar="E", shown="0.5, or as in the findings given", detail="E is in (0, 1]; the similarity is the largest |cosine| to a left "
         "singular vector of the base.")
     solver: str | None = option("Krylov with bounds (certified), LAPACK's full SVD (dense), or the cheaper one (auto)", choices=["auto",
-        "certified", "dense"], shown="as in the findings, else auto")
+        "certified", "dense"], shown="auto, or as in the findings given")
 
 
 class Writing(Options, group="output"):

@@ -108,9 +108,8 @@ def rows_of(name: str, out: Path, sweeps: int, sequences: int, length: int) -> i
     if name == "evaluate":
         tree = json.loads(out.read_text())
         variants = len(tree["variants"])
-        placed = variants > 2 + len(
-            EvaluateOptions.lambdas
-        )  # the shrink that keeps the share has sweeps of its own, with the base
+        # The shrink that keeps the share has sweeps of its own, with the base.
+        placed = variants > 2 + len(EvaluateOptions.lambdas)
         return length * (variants + placed) * sum(map(len, tree["tokens"].values()))
     facts = load_coefficients(out.with_name(f"{out.name}.fit.safetensors")).facts
     fitted, held = (sum(text[part]["sequences"] for text in facts["texts"].values()) for part in ("fitted", "held"))

@@ -99,9 +99,8 @@ def _begin_worker(parent: Connection) -> None:
 def dask(address: str) -> Iterator[Executor]:
     """Connect to Dask's scheduler, given its address or a scheduler file."""
     library = require_package("distributed", (0,), "--executor dask: needs distributed", "dask")
-    logging.getLogger("distributed.client").setLevel(
-        logging.CRITICAL
-    )  # streamer's own line about a lost scheduler is enough
+    # Streamer's own line about a lost scheduler is enough.
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     where = {"scheduler_file": address} if address.endswith(".json") else {"address": address}
     try:
         client = library.Client(**where, timeout=WAITED, set_as_default=False)

@@ -146,13 +146,6 @@ def evaluate_variants(
     dtype
         ``bf16`` rounds base weights and activations to bfloat16 before they are multiplied, on processors with fast bfloat16 (AMX); means
         change by up to 1e-3. Deltas, norms, the softmax and all sums stay float32.
-    device
-        ``cpu``, ``cuda`` or ``cuda:i`` for the model; no GPU has been tried yet. ``auto`` is the CPU.
-    max_memory
-        Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
-        sequences run together. None uses what a block of sequences under all variants needs.
-    executor
-        Workers that run the variants through the layers, as for `detect_intruder_dimensions`.
 
     Returns
     -------
@@ -280,11 +273,6 @@ def fit_coefficients(
         Seed for choosing the held-out sequences.
     dtype, device
         As for `evaluate_variants`.
-    max_memory
-        Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
-        sequences run together, and may move their states to a temporary file.
-    executor
-        Workers that run the held-out sequences, as for `detect_intruder_dimensions`; this process fits.
 
     Returns
     -------
@@ -367,9 +355,6 @@ def map_inputs(
         Most sequences of the text, and most tokens of each sequence.
     dtype, device
         As for `evaluate_variants`.
-    max_memory
-        Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`; it limits how many
-        sequences run together, and may move their states to a temporary file.
 
     Returns
     -------
@@ -672,8 +657,6 @@ def repair_adapter(
         and repair that one: for DoRA, LoHa, LoKr, a fine-tuned model and all other adapters without LoRA factors.
     weights, holdout, sequences, length, seed, dtype, device, executor
         Options of the fit, as for `fit_coefficients`.
-    max_memory
-        Budget of anonymous memory, in bytes or as a size like ``"4G"``, counted as in `detect_intruder_dimensions`.
 
     Returns
     -------

@@ -89,9 +89,8 @@ def error_entry(
     given
         Paths given to the command; a message may begin with one even if it does not exist.
     """
-    head, colon, _ = message.partition(
-        ": "
-    )  # a message begins with the location of the error, which may also be an option
+    # A message begins with the location of the error, which may also be an option.
+    head, colon, _ = message.partition(": ")
     if path is None and colon and (head in given or os.sep in head or os.path.lexists(head)):
         path = head
     return {"kind": kind, "exit_code": exit_code, "message": message, "path": path}

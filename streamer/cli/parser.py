@@ -1,4 +1,4 @@
-"""Make the parser from the declared options (`api.options`), and the help of each command.
+"""Make the parser from the declared options (`streamer.options`), and the help of each command.
 
 Read the values of options; report an error in one line, with a suggestion.
 

@@ -24,9 +24,7 @@ def dry_run_result(record: Any, args: argparse.Namespace) -> Result:
 
 def result(found: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
     """Return what the command's request returned."""
-    page = (
-        args.command == "report" and args.output is not None
-    )  # it explains its figures, so tables beside it have no legend
+    page = args.command == "report" and args.output is not None  # explains its figures: the table needs no legend
     on = screen(args.all, args.legend and not page)
     output = getattr(args, "output", None) or ""
     state = monitor.outputs.get(Path(output), "")

@@ -312,9 +312,8 @@ class FitRun:
         variants += [*(Variant.of(Shrink(lam)) for lam in SHRINKS), *prepared.scaling]
         held_out = self._parts(one_length, len(variants))
         self._measure(variants, held_out, fitted, solver)
-        self._base = [
-            part.groups[0] for part in held_out
-        ]  # a second sweep needs only the logits of its results, unless workers have them
+        # A second sweep needs only the logits of the base's results, unless workers have these.
+        self._base = [part.groups[0] for part in held_out]
         unseen = sorted({target.tensor for target in plan.targets} - solver.places.keys())
         if whole := sorted(model.whole - solver.places.keys()):
             raise UnsupportedError(
@@ -322,8 +321,8 @@ class FitRun:
                 f"convolution, for example; first: {whole[0]!r}), so their inputs cannot be collected; use `mitigate --method shrink`"
             )
         if unseen:
-            self.monitor.warn((f"{counted(len(unseen), 'matrix')} received no tokens from one of the texts, or lack a solution: "
-                               f"kept as they are, {listed(map(repr, unseen))}",))  # fmt: skip
+            self.monitor.warn((f"{counted(len(unseen), 'matrix')} received no tokens from one of the texts, or lack a solution; "
+                               f"their deltas stay: {listed(map(repr, unseen))}",))  # fmt: skip
         return [Point(0.0, as_is), *points], unseen
 
     def _chosen(self, points: Sequence[Point], one_length: bool) -> list[tuple[float, Point]]:

@@ -304,9 +304,6 @@ def _factor_sets(tree: dict[str, Any], arrays: dict[str, Tensor]) -> tuple[tuple
     return tuple(sets), {key: value for key, value in tree.items() if key not in ("schema", "keeps")}
 
 
-VECTORS = 16
-"""Default number of vectors kept for each input."""
-
 MAP = SealedKind("streamer.map", "streamer.map/2", "a map", "make a map with `streamer map`")
 
 SKEW = 0.05

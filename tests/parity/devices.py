@@ -114,7 +114,7 @@ def test_wide_inputs_are_solved_for_there(tokens: int) -> None:
         system, texts = System(now[0], now[1], (tokens, tokens), 0.5), zip((task, general), now, strict=True)
         refitted = refit(delta, *(TextInputs(*pair, tokens) for pair in texts), 0.5, system)
         assert refitted is not None
-        found.append((refitted[0].cpu(), leading_vectors([general], tokens, 4)[0].cpu()))
+        found.append((refitted.cpu(), leading_vectors([general], tokens, 4)[0].cpu()))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE * float(other.abs().max()))
 
