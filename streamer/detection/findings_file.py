@@ -89,7 +89,8 @@ class MatrixFinding:
     def record(self) -> dict[str, Any]:
         """Return everything except the vectors, as JSON values: a matrix in `streamer report --json`."""
         own, decisions = ({f.name: getattr(part, f.name) for f in fields(part)} for part in (self, self.detection))
-        tree = {**own, **decisions, "seconds": own.pop("seconds")}
+        seconds = own.pop("seconds")
+        tree = {**own, **decisions, "seconds": seconds}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in tree.items() if k not in (*FACTORS, "detection")}
 
     def arrays(self) -> dict[str, Tensor]:
@@ -187,6 +188,7 @@ def save_findings_file(path: Path, head: FindingsHead, matrices: Sequence[Matrix
         If the file cannot be written.
     """
     check_file_path(path, FILE_NAME, journal_of(path).name)
+    check_replaced(path, overwrite, is_findings_file, "findings")
     if journal_of(path).exists() and not overwrite:
         raise OutputExistsError(
             f"{path}: an interrupted run has its journal there; finish that run, choose another output, or pass overwrite=True",
@@ -201,7 +203,6 @@ def save_findings_file(path: Path, head: FindingsHead, matrices: Sequence[Matrix
         yield as_bytes(by_tensor[tensor].arrays()[key])
 
     check_space(path, shard.nbytes)
-    check_replaced(path, overwrite, is_findings_file, "findings")
     with locked(lock_of(path), path):
         remove_partials(path.parent, {path.name, journal_of(path).name})
         write_sealed(path.parent, shard, source)

@@ -68,7 +68,7 @@ class Detection:
     degenerate: Annotated[tuple[Count, ...], RANKS, "directions in so tight a cluster that no single vector is defined."]
     solver: Annotated[str, Keywords(enum=["certified", "dense"]), "The solver that decided."]
     escalated: Annotated[bool, "Whether the certified solver was tried first and the dense one decided."]
-    precision: Annotated[str, Keywords(enum=["float32", "float64"]), "Precision; float64 for another base: float32 left a direction open."]
+    precision: Annotated[str, Keywords(enum=["float32", "float64"]), "float64 for a base of another dtype: float32 left a direction open."]
     steps: Annotated[Count, "Block steps that the certificate needed."]
     products: Annotated[Count, "Products with the base that the certificate needed."]
     cutoff: Annotated[Amount, "The certificate does not cover base singular values below this share of the largest; 0: it covers all."]

@@ -35,7 +35,7 @@ RANKS = "0-based ranks of singular directions of base + delta, 0 for the largest
 
 class DecidingOptions(TypedDict):
     """Options that decide which directions are intruders."""
-    top_k: Annotated[float, Keywords(exclusiveMinimum=0), "Leading directions to judge: their number, or a share of the short side."]
+    top_k: Annotated[float, Keywords(exclusiveMinimum=0), "Leading directions to judge: a number (integer), or a share of the short side."]
     threshold_epsilon: Annotated[float, Keywords(exclusiveMinimum=0, maximum=1), "Intruders are less similar to the base than this."]
     solver: Annotated[str, Keywords(enum=["auto", "certified", "dense"]), "The solver that was requested."]
 

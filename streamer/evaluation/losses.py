@@ -103,7 +103,7 @@ class _SumsRecord(TypedDict):
     loss: Annotated[list[float | None], "Of the negative log likelihood, in nats."]
     kl: Annotated[list[float | None], "Of the divergence from the base, in nats."]
     agree: Annotated[list[float | None], "Counts of tokens whose most likely token is the base's."]
-    right: NotRequired[Annotated[list[float | None], "Counts of tokens that are its most likely token; absent in earlier versions."]]
+    right: NotRequired[Annotated[list[float | None], "Counts of tokens that the variant finds most likely; absent in earlier versions."]]
     p_change: NotRequired[Annotated[list[float | None], "Of p(variant) - p(base) of the text's own token."]]
     p_square: NotRequired[Annotated[list[float | None], "Of the square of this change."]]
     kl_max: NotRequired[Annotated[list[float | None], "The largest divergence of a token (not a sum)."]]
@@ -121,7 +121,7 @@ class TextFigures(TypedDict):
     """Figures of a variant on one text."""
     loss: Annotated[Mean, "Mean negative log likelihood over the tokens that count, in nats."]
     perplexity: Annotated[float | None, "exp(loss); null if it exceeds the range of a double."]
-    perplexity_ratio: Annotated[Difference | None, "Perplexity as a multiple of the base's; null if its error exceeds that range."]
+    perplexity_ratio: Annotated[Difference | None, "Perplexity as a multiple of the base's; null if its error exceeds a double's range."]
     kl: Annotated[Mean, "Mean divergence KL(base || variant) of the next-token distribution, in nats."]
     kl_median: Annotated[float | None, "Median of the tokens' divergences, within 1 %; 0 below 1e-9 nats; null for questions."]
     kl_p90: Annotated[float | None, "90 % of the divergences are at most this, within 1 %."]
@@ -141,7 +141,7 @@ class TextFigures(TypedDict):
 class OtherFigures(TextFigures):
     """Figures of a variant on another text."""
     name: Annotated[str, "Name of the text's file."]
-    share: Annotated[Mean | None, "(variant - base) / (adapter - base) of the losses: left of a rise, kept of a fall; null if undefined."]
+    share: Annotated[Mean | None, "(variant - base) / (adapter - base) of the losses; null if undefined."]
 
 class OtherText(TypedDict):
     """Effect of the unchanged adapter on another text."""

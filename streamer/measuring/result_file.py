@@ -32,7 +32,14 @@ from streamer.methods import METHODS, MethodName
 from streamer.methods.files import SealedKind
 from streamer.plan.plan import Plan
 from streamer.storage.journal import Journal, ResumableFile, journal_of, left, states_of
-from streamer.storage.transaction import check_file_path, holds, is_placeholder, not_own, refuse_within_output
+from streamer.storage.transaction import (
+    check_file_path,
+    holds,
+    is_placeholder,
+    not_own,
+    refuse_symlink,
+    refuse_within_output,
+)
 from streamer.streaming.model import LoadedModel, require_transformers
 from streamer.streaming.sweep import States
 from streamer.streaming.values import Variant
@@ -222,6 +229,8 @@ class ResultFile:
 
     def check_path(self) -> None:
         """Refuse a path at which no file can be written."""
+        refuse_symlink(self.path)
+        refuse_symlink(self.path.parent)
         check_file_path(self.path, self.example, journal_of(self.path).name)
         refuse_within_output(self.path)
 
@@ -274,8 +283,7 @@ class ResultFile:
 
     def left(self) -> None:
         """Keep a file that is complete, and say so; see `left`."""
-        self.run.monitor.emit(Event("note", f"{self.path} holds {self.same} already; nothing to do"))
-        left(self.path, self.run.monitor)
+        left(self.path, self.run.monitor, f"{self.path} holds {self.same} already; nothing to do")
 
 
 def of_others(path: Path, one: str, differing: Sequence[str] = ()) -> OutputExistsError:
@@ -374,8 +382,7 @@ class JournalRecords(Records):
 def computing(count: int, run: Run) -> Iterator[None]:
     """Compute in full float32, with the number of threads with which the run began; emit a note if torch now has another number."""
     if count != torch.get_num_threads():
-        run.monitor.emit(
-            Event("note", f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over")
-        )
+        words = f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over"
+        run.monitor.emit(Event("note", words))
     with threads(count), full_float32(), kept(run.workers):
         yield

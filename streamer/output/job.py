@@ -44,7 +44,7 @@ class MitigatedMatrix(TypedDict):
     delta_norm: Annotated[Amount, "Frobenius norm of the matrix's delta."]
     delta_norm_after: Annotated[Amount, "The same for what was written."]
     dropped: Annotated[Amount, "Share of the mitigated delta's Frobenius norm lost in projection onto the written rank; 0 for a merge."]
-    values: NotRequired[Annotated[Count, "For a merge: number of values of the matrix, if one tensor of the base's dtype holds the sum."]]
+    values: NotRequired[Annotated[Count, "For a merge: values of the matrix, if one tensor of the base's dtype holds it, not a copy."]]
     rounded_away: NotRequired[Annotated[Count, "How many of them rounding to the dtype left as in the base although the delta is not 0."]]
 
 class Totals(TypedDict):
@@ -81,7 +81,7 @@ Record = TypedDict("Record", {
         "method nullspace, share of the delta's energy on general inputs. Null with method regmean."],
     "coefficients": NotRequired[Annotated[CoefficientsRecord | None, "The fit's factors; null except with method regmean."]],
     "map": NotRequired[Annotated[MapRecord, "The map of the base's inputs; only with method nullspace."]],
-    "file": NotRequired[Annotated[str, "Name of the file of coefficients or map, if there is one; of an object in memory, that word."]],
+    "file": NotRequired[Annotated[str, "Name of the file of coefficients or map, if there is one; else `coefficients` or `map`."]],
     "to_lora": Annotated[float | None, Keywords(exclusiveMinimum=0), "Rank or share of the energy given with --to-lora, or null."],
     "dequantize": Annotated[bool, "Whether a quantized base is written as a plain one."],
     "totals": Annotated[Totals, "Totals over all matrices."],

@@ -214,8 +214,8 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
             done, of = sum(run.items for run in resumed), sum(run.item_count for run in resumed)
             monitor.resuming(done, of, "tensor")
         # Deltas remain to be mitigated, but their findings are missing.
-        if lacking := [run for run in runs if run.job.detects and any(map(run.is_missing, run.spec.shards))]:
-            _detect(lacking, whole, resident_of(writers))
+        if unjudged := [run for run in runs if run.job.detects and any(map(run.is_missing, run.spec.shards))]:
+            _detect(unjudged, whole, resident_of(writers))
         with threads(), kept(whole.workers):
             for number, run in enumerate(runs):
                 run.write_small({**dict(run.spec.copies), **run.spec.texts})
@@ -251,8 +251,10 @@ def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
     try:
         for m in metrics:
             check(m, MATRIX_KEYS)
-            if not max(m["delta_norm"], m["delta_norm_after"], m["dropped"]) < 1e100:
-                raise TypeError("its square may overflow")
+            if not all(
+                m[key] < 1e100 for key in ("delta_norm", "delta_norm_after", "dropped")
+            ):  # a square may overflow
+                raise TypeError
     except (KeyError, TypeError):
         raise OutputError(
             f"{path}: the journal's figures of {entry['file']} are not of this version; --no-resume starts over"
@@ -545,9 +547,9 @@ def load_given(findings: FindingsOrPath, adapters: One | Several) -> list[Findin
             )
         return [findings if isinstance(findings, Findings) else load_findings(findings)]
     if isinstance(findings, Mapping):
-        lacking = [name for name in adapters.by_name if name not in findings]
-        if lacking:
-            raise UsageError(f"findings: has none for adapter {lacking[0]!r}; run detect on it")
+        without = [name for name in adapters.by_name if name not in findings]
+        if without:
+            raise UsageError(f"findings: has none for adapter {without[0]!r}; run detect on it")
         return [findings[name] for name in adapters.by_name]
     if isinstance(findings, Findings) or not Path(findings).is_dir():
         where = "findings" if isinstance(findings, Findings) else findings

@@ -56,6 +56,7 @@ from streamer.storage.transaction import (
     holds,
     is_taken,
     not_own,
+    refuse_address,
     refuse_symlink,
     refuse_within_output,
 )
@@ -690,12 +691,15 @@ def write_files(subject: Subject | Collection, output: str | Path, overwrite: bo
 
 def check_path(path: Path) -> None:
     """Refuse a path at which no report can be written; see `write_files`."""
-    check_file_path(path, "report.html", path.name, "page")
+    refuse_address(path)
+    refuse_symlink(path)
     if path.suffix.lower() not in PAGES:
         raise UsageError(
             f"{path}: expected a page, whose name ends in .html; figures for a paper were removed: print the page, or save "
             "pictures of it"
         )
+    refuse_symlink(path.parent)
+    check_file_path(path, "report.html", path.name, "page")
     refuse_within_output(path)
 
 

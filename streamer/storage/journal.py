@@ -208,9 +208,11 @@ def remove_leftovers(path: Path) -> None:
             states.unlink(missing_ok=True)
 
 
-def left(path: Path, monitor: Monitor) -> None:
+def left(path: Path, monitor: Monitor, note: str = "") -> None:
     """Keep a file that is complete, but set its time to now, and remove what a run that was killed just after renaming it left."""
     remove_leftovers(path)
+    if note:
+        monitor.emit(Event("note", note))
     if fault := files.touch([path]):
         monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     monitor.told(path, "present")

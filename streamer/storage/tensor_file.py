@@ -68,7 +68,7 @@ class TensorFile:
 
     def close(self) -> None:
         """Close the file; existing views stay valid."""
-        if hasattr(self, "source"):  # not if the header is refused
+        if hasattr(self, "source"):  # not if opening failed
             self.source.close()
 
     def __del__(self) -> None:

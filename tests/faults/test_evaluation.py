@@ -54,8 +54,8 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "evaluate": Kind(streamer.evaluate_variants, {"methods": ("shrink",), "lambdas": (0.5,)},
-                     ["--method", "shrink", "--lambda", "0.5"], (24, 12), {"lambdas": (0.25,)}, "an evaluation", (4, "evaluate")),
+    "evaluate": Kind(streamer.evaluate_variants, {"methods": ("paper", "shrink"), "lambdas": (0.5,)},
+                     ["--method", "paper,shrink", "--lambda", "0.5"], (24, 12), {"lambdas": (0.25,)}, "an evaluation", (4, "evaluate")),
     "fit": Kind(streamer.fit_coefficients, {"keep": KEEP}, ["--keep", ",".join(map(str, KEEP))], (24, 16), {"seed": 1}, "coefficients",
                 (2, "fit")),
 }  # fmt: skip
@@ -75,12 +75,14 @@ class Job(NamedTuple):
     def run(self, output: Path | None, **options: Any) -> Any:
         home, (sequences, length) = self.home, self.kind.text
         given = {"general": home / "general.npy", "task": home / "task.npy", "sequences": sequences, "length": length}
+        given |= {"findings": home / "f.safetensors"} if self.command == "evaluate" else {}
         return self.kind.run(home / "base", home / "adapter", output, **{**given, **self.kind.keywords, **options})
 
     def line(self, output: Path) -> list[object]:
         home, (sequences, length) = self.home, self.kind.text
         return [self.command, home / "base", home / "adapter", "--general", home / "general.npy", "--task", home / "task.npy", "-o", output,
-                "--sequences", sequences, "--length", length, *self.kind.options]  # fmt: skip
+                "--sequences", sequences, "--length", length, *self.kind.options,
+                *(("--findings", home / "f.safetensors") if self.command == "evaluate" else ())]  # fmt: skip
 
     def stop(self, output: Path) -> None:
         """Run it to the middle."""
@@ -91,6 +93,7 @@ class Job(NamedTuple):
 @pytest.fixture(scope="module", params=KINDS)
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     home = make_learned(tmp_path_factory.mktemp(request.param), *KINDS[request.param].text)
+    streamer.detect_intruder_dimensions(home / "base", home / "adapter", home / "f.safetensors", on_event=str)
     Job(request.param, home, b"").run(home / "whole", on_event=str)
     return Job(request.param, home, (home / "whole").read_bytes())
 
@@ -250,6 +253,7 @@ def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path)
 def test_a_finished_one_stays(job: Job, tmp_path: Path) -> None:
     output = tmp_path / "e.json"
     output.write_bytes(job.whole)
+    others = streamer.detect_intruder_dimensions(job.home / "base", job.home / "adapter", top_k=2, on_event=str)
     monitor = Monitor()
     assert job.run(output, monitor=monitor).to_dict() == json.loads(job.whole)
     assert monitor.outputs[output] == "present"
@@ -258,8 +262,10 @@ def test_a_finished_one_stays(job: Job, tmp_path: Path) -> None:
         match=r"holds an evaluation of other inputs or options \(general text: 3 sequences of 12 tokens, not 24",
     ):
         job.run(output, sequences=3)
-    with pytest.raises(OutputExistsError, match=r"\(--projected\); choose another output, or pass --overwrite"):
-        job.run(output, projected=True)
+    with pytest.raises(
+        OutputExistsError, match=r"\(--projected, --top-k, findings\); choose another output, or pass --overwrite"
+    ):
+        job.run(output, projected=True, findings=others)
     assert output.read_bytes() == job.whole
     job.run(output, lambdas=(0.25,), overwrite=True)
     assert 0.5 not in {v["lambda"] for v in json.loads(output.read_bytes())["variants"]}
@@ -299,11 +305,11 @@ def test_variants_join_a_file_that_stands(job: Job, tmp_path: Path) -> None:
     old, new = variants_of(job.whole), variants_of(added.read_bytes())
     assert {name: new[name] for name in old} == old
     joined = new.keys() - old.keys()
-    assert joined >= {"shrink 0.25"}
+    assert joined >= {"paper 0.25", "shrink 0.25"}
     assert len(joined) <= 3, "one is placed"
     assert [e.name for e in events if e.stage == "note"] == [f"{added}: adds to the {len(old)} variants in it"]
     together = job.run(tmp_path / "together.json", lambdas=(0.5, 0.25))
-    for name in ("shrink 0.25",):
+    for name in ("paper 0.25", "shrink 0.25"):
         for text in ("general", "task"):
             np.testing.assert_allclose(new[name][text]["loss"], together[name][text]["sums"]["loss"], rtol=1e-6)
     for number in (len(events) // 3, len(events) * 2 // 3):

@@ -77,8 +77,9 @@ class WorkerBench:
     def start(self, out: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
         """Start the command in a process group of its own, which is gone afterwards."""
         line = [self.command, self.base, self.adapter, "-o", out, *self.options, "--threads", 1, *options]
+        how = ("-c", SAVING) if self.command in ("evaluate", "repair") else ("-m", "streamer")
         process = subprocess.Popen(
-            [sys.executable, "-c", SAVING, *map(str, line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, *how, *map(str, line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, env=ENV, start_new_session=True,
         )  # fmt: skip
         with process:
