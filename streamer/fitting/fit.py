@@ -123,7 +123,7 @@ class Solver:
     tokens: tuple[int, int]
     spool: Spool
     places: dict[str, list[Spooled]] = field(default_factory=dict)
-    _seen: tuple[list[Tensor], dict[int, Tensor], list[System]] = field(default_factory=lambda: ([], {}, []))
+    _seen: tuple[list[Tensor], dict[int, list[Tensor]], list[System]] = field(default_factory=lambda: ([], {}, []))
 
     def __call__(self, site: Site, inputs: Mapping[Group, Tensor]) -> None:
         """Fit the factors of all matrices at a site; see `SweepModel.run`."""
@@ -137,9 +137,9 @@ class Solver:
                     f"{target.tensor!r}: its module runs in several layers, which fit does not support; use `mitigate --method shrink`"
                 )
         if site.size is not None:
-            streams = self._joined(inputs)
+            streams = self._by_stream(inputs)
             task, general = (
-                torch.bincount(streams[stream], minlength=site.size).double() / self.tokens[stream]
+                torch.bincount(torch.cat(streams[stream]), minlength=site.size).double() / self.tokens[stream]
                 for stream in (TASK_STREAM, GENERAL_STREAM)
             )
             for target, delta in pairs:
@@ -148,7 +148,7 @@ class Solver:
         streams, systems = self._systems(inputs, site.matrices[0].tensor)
         # An expert receives other tokens once its router's inputs have changed, or the same in another order: they have no counterparts.
         expert = not site.order[0] or any(target.module.layer_kind == "expert" for target in site.matrices)
-        whole = not expert and all(len(x) == self.tokens[stream % 2] for stream, x in streams.items())
+        whole = not expert and all(sum(map(len, x)) == self.tokens[stream % 2] for stream, x in streams.items())
         for target, delta in pairs if systems else ():
             if not delta.is_zero() and (rights := self._refit(target, delta, streams, systems, whole)) is not None:
                 self._write(target, rights)
@@ -172,14 +172,15 @@ class Solver:
     def _write(self, target: Target, rights: Sequence[Tensor]) -> None:
         self.places[target.tensor] = [self.spool.write([right.to(torch.float32)]) for right in rights]
 
-    def _joined(self, inputs: Mapping[Group, Tensor]) -> dict[int, Tensor]:
-        """Join the inputs of each stream's groups, in their order."""
+    def _by_stream(self, inputs: Mapping[Group, Tensor]) -> dict[int, list[Tensor]]:
+        """Collect the inputs of each stream's groups, in their order."""
         found: dict[int, list[Tensor]] = {}
         for group, x in inputs.items():
-            found.setdefault(group.stream or 0, []).append(x)
-        return {stream: own[0] if len(own) == 1 else torch.cat(own) for stream, own in found.items()}
+            if len(x):  # an expert may receive none
+                found.setdefault(group.stream or 0, []).append(x)
+        return found
 
-    def _systems(self, inputs: Mapping[Group, Tensor], name: str) -> tuple[dict[int, Tensor], list[System]]:
+    def _systems(self, inputs: Mapping[Group, Tensor], name: str) -> tuple[dict[int, list[Tensor]], list[System]]:
         """Return the inputs by stream, and each candidate's system; none if a text did not reach the site.
 
         Matrices that follow each other and share their inputs, such as q, k and v, share the systems.
@@ -188,11 +189,11 @@ class Solver:
         if same_inputs(self._seen[0], tensors):
             return self._seen[1:]
         self._seen = [], {}, []
-        streams = self._joined(inputs)
+        streams = self._by_stream(inputs)
         needed = range(2 + 2 * len(self.weights))
-        if not all(stream in streams and bool(streams[stream].any()) for stream in needed):
+        if not all(any(bool(x.any()) for x in streams.get(stream, ())) for stream in needed):
             return streams, []
-        if not all(math.isfinite(float(torch.linalg.vector_norm(x))) for x in streams.values()):
+        if not all(math.isfinite(float(torch.linalg.vector_norm(x))) for own in streams.values() for x in own):
             raise NumericError(f"{self.model.job.plan.base.path}: the inputs of {name!r} are NaN or Inf on the texts")
         systems = [
             System(streams[2 * k + 3], streams[2 * k + 2], (self.tokens[1], self.tokens[0]), mu)
@@ -202,7 +203,7 @@ class Solver:
         return streams, systems
 
     def _refit(
-        self, target: Target, of: LowRank, streams: Mapping[int, Tensor], systems: Sequence[System], whole: bool
+        self, target: Target, of: LowRank, streams: Mapping[int, list[Tensor]], systems: Sequence[System], whole: bool
     ) -> list[Tensor] | None:
         (Q, T), R = basis(of.L), of.R
         device = self.model.job.device

@@ -44,7 +44,7 @@ LEAST = 2
 SHRINKS = (0.8, 0.5)
 """Shrinks that ride for comparison; the base and the adapter are those at 0 and 1."""
 
-ALGORITHM = 4
+ALGORITHM = 5
 """Version of the algorithm: another version gives another fit of the same inputs. Version 4 has a ridge for general text."""
 
 
@@ -208,14 +208,9 @@ class PreparedFit:
 
     @cached_property
     def solving_bytes(self) -> int:
-        """Estimate the memory of solving: inputs joined by stream, each candidate's rows of both texts, and Gram matrices in float64."""
-        tokens, n = sum(text.fitted.tokens for text in self.texts.values()), widest_input(self.plan)
-        joined = 4 * (1 + len(self.options.weights)) * tokens * n
-        return (
-            joined
-            + len(self.options.weights) * (4 * tokens * n + 8 * min(tokens, n) ** 2)
-            + 3 * 8 * min(tokens, n) ** 2
-        )
+        """Estimate the memory of solving: Gram matrices in float64."""
+        tokens = sum(text.fitted.tokens for text in self.texts.values())
+        return (len(self.options.weights) + 3) * 8 * min(tokens, widest_input(self.plan)) ** 2
 
     @cached_property
     def limits(self) -> Limits:
@@ -234,23 +229,17 @@ class PreparedFit:
 
     def warn(self) -> None:
         """Warn of a text that is short for the widest matrix, or has too few held-out sequences to show anything."""
-        for name, text in self.texts.items():
-            count = len(text.held_out.ids)
-            if count < FEW:
-                self.run.monitor.warn(
-                    (
-                        f"the {name} text has {count} held-out sequences, so only differences of over {telling(count):.1f} standard errors "
-                        "are evidence; give more text, or raise --sequences or --holdout",
-                    )
-                )
-        count, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
+        lines, counts = [], {name: len(text.held_out.ids) for name, text in self.texts.items()}
+        for name in (name for name, count in counts.items() if count < FEW):
+            lines.append(f"the {name} text has {counts[name]} held-out sequences, so only differences of over {telling(counts[name]):.1f} "
+                         "standard errors are evidence; give more text, or raise --sequences or --holdout")  # fmt: skip
         if len({text.whole.digest() for text in self.texts.values()}) == 1:
-            self.run.monitor.warn(("both texts are the same, so the fit is a shrink, Δ / (1 + mu)",))
+            lines.append("both texts are the same, so the fit is a shrink, Δ / (1 + mu)")
+        count, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
         if count < (widest := widest_input(self.plan)):
-            self.run.monitor.warn(
-                (f"the {name} text has {count} tokens to fit on, fewer than the {widest} inputs of the widest matrix: the ridge "
-                 "decides what it does not show; with more text, the result may forget less",)
-            )  # fmt: skip
+            lines.append(f"the {name} text has {count} tokens to fit on, fewer than the {widest} inputs of the widest matrix: the ridge "
+                         "decides what it does not show; with more text, the result may forget less")  # fmt: skip
+        self.run.monitor.warn(lines)
 
     @cached_property
     def unchanged(self) -> list[str]:

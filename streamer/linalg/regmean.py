@@ -17,8 +17,9 @@ quantization do (compare Frantar and Alistarh, Optimal Brain Compression, NeurIP
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -46,52 +47,59 @@ ROWS = 512
 
 
 class System:
-    """``C'_t + μ C'_g`` of a module's inputs, as the rows ``[X'_t / √N_t; √(μ / N_g) X'_g]``.
+    """``C'_t + μ C'_g`` of a module's inputs, as the rows ``[X'_t / √N_t; √(μ / N_g) X'_g]``, which are never joined: they are large.
 
     With fewer rows than inputs, the Gram matrix of the rows serves to solve, by Woodbury's identity; with more, the matrix itself.
 
     Parameters
     ----------
     task, general
-        Inputs (t, n) in the model that is being repaired.
+        Inputs (t, n) in the model that is being repaired, in parts.
     tokens
         N_t and N_g: tokens of both texts, of which an expert receives only some.
 
     Attributes
     ----------
+    parts
+        At most `ROWS` inputs each, with the scale of the rows.
     s, shift
         s, and s + μ g.
     """
 
-    def __init__(self, task: Tensor, general: Tensor, tokens: tuple[int, int], weight: float) -> None:
-        scales = tokens[0] ** -0.5, (weight / tokens[1]) ** 0.5
-        self.rows = torch.cat([task * scales[0], general * scales[1]])
-        traces = [
-            float(torch.linalg.vector_norm(own, dtype=torch.float64)) ** 2
-            for own in self.rows.tensor_split([len(task)])
-        ]
-        self.s = RIDGE * traces[0] / task.shape[1]
-        self.shift = self.s + GENERAL_RIDGE * traces[1] / task.shape[1]
-        self.few = len(self.rows) < task.shape[1]
+    def __init__(
+        self, task: Sequence[Tensor], general: Sequence[Tensor], tokens: tuple[int, int], weight: float
+    ) -> None:
+        n, traces = task[0].shape[1], list[float]()
+        self.parts: list[tuple[Tensor, float]] = []
+        for own, scale in ((task, tokens[0] ** -0.5), (general, (weight / tokens[1]) ** 0.5)):
+            self.parts += [(rows, scale) for x in own for rows in torch.split(x, ROWS)]
+            norms = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in own)
+            traces.append(sum((scale * norm) ** 2 for norm in norms))
+        self.s = RIDGE * traces[0] / n
+        self.shift = self.s + GENERAL_RIDGE * traces[1] / n
+        self.few = sum(len(x) for x, _ in self.parts) < n
+        self._grams: dict[torch.dtype, Tensor] = {}
 
-    @cached_property
-    def _gram(self) -> Tensor:
-        return (linear(self.rows, self.rows) if self.few else self.rows.T @ self.rows).double()
-
-    @cached_property
-    def _exact_gram(self) -> Tensor:
-        size = len(self.rows) if self.few else self.rows.shape[1]
-        out = torch.zeros(size, size, dtype=torch.float64, device=self.rows.device)
-        for block in torch.split(self.rows, ROWS, 1 if self.few else 0):
-            exact = block.double()
-            out.addmm_(*((exact, exact.T) if self.few else (exact.T, exact)))
-        return out
+    def _gram(self, dtype: torch.dtype) -> Tensor:
+        """Return the lower triangle of the Gram matrix of the rows, or of the columns if there are more rows, with products in a dtype."""
+        if dtype not in self._grams:
+            n, ends = self.parts[0][0].shape[1], [*accumulate(len(x) for x, _ in self.parts)]
+            size = ends[-1] if self.few else n
+            out = self._grams[dtype] = torch.zeros(size, size, dtype=torch.float64, device=self.parts[0][0].device)
+            for a, (x, scale) in enumerate(self.parts):
+                left = x.to(dtype)
+                if not self.few:
+                    out.add_(left.T @ left, alpha=scale**2)
+                for b, (y, other) in enumerate(self.parts[: a + 1] if self.few else ()):
+                    block = linear(left, y.to(dtype)).double() * (scale * other)
+                    out[ends[a] - len(x) : ends[a], ends[b] - len(y) : ends[b]] = block
+        return self._grams[dtype]
 
     def solve(self, B: Tensor) -> Tensor | None:
         """Solve ``(C'_t + s I + μ (C'_g + g I)) X = B`` for B (n, k) in float64; None if the residual stays too large."""
         s = self.shift
-        for gram, dtype in (("_gram", torch.float32), ("_exact_gram", torch.float64)):
-            matrix: Tensor = getattr(self, gram).clone()
+        for dtype in (torch.float32, torch.float64):
+            matrix = self._gram(dtype).clone()
             matrix.diagonal().add_(s)
             factor, failed = torch.linalg.cholesky_ex(matrix)
             if failed:
@@ -108,15 +116,17 @@ class System:
     def _inverse(self, factor: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.few:
             return torch.cholesky_solve(B, factor)
-        rows = self.rows.to(dtype)
-        inner = torch.cholesky_solve((rows @ B.to(dtype)).double(), factor)
-        return (B - (rows.T @ inner.to(dtype)).double()) / self.shift
+        right = torch.cat([(x.to(dtype) @ B.to(dtype)).double() * scale for x, scale in self.parts])
+        rest, inner = B.clone(), torch.cholesky_solve(right, factor)
+        for (x, scale), part in zip(self.parts, torch.split(inner, [len(x) for x, _ in self.parts]), strict=True):
+            rest -= (x.to(dtype).T @ (part * scale).to(dtype)).double()
+        return rest / self.shift
 
     def _products(self, X: Tensor) -> Tensor:
         out = torch.zeros_like(X)
-        for block in torch.split(self.rows, ROWS):
-            exact = block.double()
-            out.addmm_(exact.T, exact @ X)
+        for x, scale in self.parts:
+            rows = x.double()
+            out.addmm_(rows.T, rows @ X, alpha=scale**2)
         return out
 
 
@@ -150,7 +160,7 @@ def basis(L: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class TextInputs:
-    """A module's inputs on a text: in the model to imitate and in the model that is being repaired, with rows in the same order.
+    """A module's inputs on a text: in the model to imitate and in the one that is being repaired, the same rows in the same parts.
 
     Attributes
     ----------
@@ -158,24 +168,23 @@ class TextInputs:
         Tokens of the text.
     """
 
-    before: Tensor
-    now: Tensor
+    before: Sequence[Tensor]
+    now: Sequence[Tensor]
     tokens: int
 
-    def cross(self, P: Tensor, D: Tensor | None = None) -> Tensor:
-        """Compute ``E[x' ((x − x')ᵀP + xᵀD)]`` (n, k)."""
-        target = 0 if D is None else self.before @ D.float()
-        if self.before is not self.now:
-            target = target + (self.before - self.now) @ P.float()
-        return (self.now.T @ target).double() / self.tokens
+    def cross(self, P: Tensor, D: Tensor | None = None) -> Tensor | float:
+        """Compute ``E[x' ((x − x')ᵀP + xᵀD)]`` (n, k); 0 if x is x' and D is None."""
+        found: Tensor | float = 0.0
+        for x, y in zip(self.before, self.now, strict=True):
+            terms = ([] if D is None else [x @ D.float()]) + ([] if x is y else [(x - y) @ P.float()])
+            if terms:
+                found = found + (y.T @ sum(terms)).double() / self.tokens
+        return found
 
 
 def refit(delta: Refit, task: TextInputs, general: TextInputs, weight: float, system: System) -> Tensor | None:
     """Compute R' (n, r) in float64; None if the system cannot be solved."""
-    wanted = task.cross(delta.P, delta.D) + system.s * delta.D
-    if general.before is not general.now:
-        wanted += weight * general.cross(delta.P)
-    found = system.solve(wanted)
+    found = system.solve(task.cross(delta.P, delta.D) + system.s * delta.D + weight * general.cross(delta.P))
     if found is None:
         return None
     change: Tensor = (found - delta.D).to(delta.T.device) @ torch.linalg.pinv(delta.T).T

@@ -45,7 +45,7 @@ WIDTHS = 5
 
 STATES, STOPPED = 3, 5
 """Values of the model's width that each row keeps between two layers (its state, the state before, and a share of embeddings), and while
-its group has stopped at a site: what attention and the residual hold as well."""
+its group has stopped at a site: what attention and the residual hold as well. At a site wider than the model, attention has ended."""
 
 CALL = 5_000_000
 """Multiplications that take as long as the fixed cost of a module's call, about half a millisecond."""
@@ -295,8 +295,8 @@ class Work:
         """
         rows, room, spools = limits
         between, results = STATES * (rows if spools else self.riding), self.riding
-        states = 4 * (STOPPED * self.fitted + between + results) * size.hidden
-        inputs = 4 * self.fitted * size.widest
+        states = 4 * (between + results) * size.hidden
+        inputs = 4 * self.fitted * max((STOPPED + 1) * size.hidden, (STATES + 1) * size.hidden + size.widest)
         activations = 4 * rows * (WIDTHS * (size.widest + size.hidden) + size.attention * self.length)
         logits = LOGIT_COPIES * LOGIT_BYTES + 40 * self.riding
         weights = 2 * min(BLOCK_BYTES, 4 * max(size.widest, size.vocabulary) * size.hidden)

@@ -111,8 +111,8 @@ def test_wide_inputs_are_solved_for_there(tokens: int) -> None:
     for device in (CPU, DEVICE):
         task, general, *now = x.to(device)
         delta = Refit(R, T, (R.double() @ T.T).to(device), (W.T @ Q).to(device))
-        system, texts = System(now[0], now[1], (tokens, tokens), 0.5), zip((task, general), now, strict=True)
-        refitted = refit(delta, *(TextInputs(*pair, tokens) for pair in texts), 0.5, system)
+        system, texts = System([now[0]], [now[1]], (tokens, tokens), 0.5), zip((task, general), now, strict=True)
+        refitted = refit(delta, *(TextInputs(*([x] for x in pair), tokens) for pair in texts), 0.5, system)
         assert refitted is not None
         found.append((refitted.cpu(), leading_vectors([general], tokens, 4)[0].cpu()))
     for one, other in zip(*found, strict=True):

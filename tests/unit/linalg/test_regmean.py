@@ -44,8 +44,8 @@ def texts(rng: np.random.Generator, tokens: int, massive: float = 1.0) -> dict[s
 
 def refitted(W: np.ndarray, L: np.ndarray, R: np.ndarray, given: dict[str, np.ndarray], mu: float) -> np.ndarray:
     """R'."""
-    x = {name: torch.from_numpy(own) for name, own in given.items()}
-    tokens = len(x["task"]), len(x["general"])
+    x = {name: torch.from_numpy(own).tensor_split([len(own) // 3]) for name, own in given.items()}
+    tokens = len(given["task"]), len(given["general"])
     Q, T = basis(torch.from_numpy(L))
     of = Refit(torch.from_numpy(R), T, torch.from_numpy(R) @ T.T, torch.from_numpy(W).T @ Q)
     system = System(x["task now"], x["general now"], tokens, mu)
@@ -98,9 +98,9 @@ def test_one_direction_is_much_larger(tokens: int, kind: str, massive: float) ->
     rng = np.random.default_rng(vary(1))
     task, general = inputs(rng, tokens, massive if kind == "both" else 1.0), inputs(rng, tokens, massive)
     for mu in WEIGHTS:
-        system = System(torch.from_numpy(task), torch.from_numpy(general), (tokens, tokens), mu)
+        system = System([torch.from_numpy(task)], torch.from_numpy(general).tensor_split([5]), (tokens, tokens), mu)
         assert system.few == (tokens == FEW)
-        rows = system.rows.double().numpy()
+        rows = np.concatenate([task.astype(float), general * mu**0.5]) / tokens**0.5
         traces = (np.sum(own.astype(float) ** 2) / tokens / N for own in (task, general))
         s = sum(share * trace for share, trace in zip((RIDGE, mu * GENERAL_RIDGE), traces, strict=True))
         B = torch.from_numpy(rng.standard_normal((N, 3))) * torch.tensor([1.0, 1e-9, 1e6])
@@ -112,8 +112,8 @@ def test_one_direction_is_much_larger(tokens: int, kind: str, massive: float) ->
 
 def test_what_cannot_be_solved_is_none() -> None:
     nan, one = torch.full((4, 6), torch.nan), torch.eye(6)
-    assert System(nan, one, (4, 6), 1.0).solve(torch.ones(6, 1, dtype=torch.float64)) is None
-    assert System(one, nan, (6, 4), 1.0).solve(torch.ones(6, 1, dtype=torch.float64)) is None
+    assert System([nan], [one], (4, 6), 1.0).solve(torch.ones(6, 1, dtype=torch.float64)) is None
+    assert System([one], [nan], (6, 4), 1.0).solve(torch.ones(6, 1, dtype=torch.float64)) is None
 
 
 def test_a_left_factor_of_fewer_directions_than_columns_gives_the_delta_of_those_that_it_has() -> None:
@@ -135,7 +135,7 @@ def test_without_counterparts_it_is_the_regression_mean_of_the_delta_and_zero() 
     _, L, R = drawn(rng)
     y, v, tokens = inputs(rng, 60), inputs(rng, 30), (100, 80)
     _, T = basis(torch.from_numpy(L))
-    task, general = (TextInputs(x, x, n) for x, n in zip(map(torch.from_numpy, (y, v)), tokens, strict=True))
+    task, general = (TextInputs([x], [x], n) for x, n in zip(map(torch.from_numpy, (y, v)), tokens, strict=True))
     of = Refit(torch.from_numpy(R), T, torch.from_numpy(R) @ T.T, torch.empty(0))
     found = refit(of, task, general, 2.0, System(task.now, general.now, tokens, 2.0))
     assert found is not None
