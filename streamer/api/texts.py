@@ -144,8 +144,8 @@ def evaluate_variants(
     projected
         Evaluate deltas projected onto the adapter's rank, as `reduce_intruder_dimension` writes them, instead of complete deltas.
     dtype
-        ``bf16`` rounds base weights and activations to bfloat16 before they are multiplied, on processors with fast bfloat16 (AMX); means
-        change by up to 1e-3. Deltas, norms, the softmax and all sums stay float32.
+        ``bf16`` rounds base weights, their inputs and outputs to bfloat16, on processors with instructions for it; means change by up to
+        1e-3. Deltas, norms and the softmax stay float32.
 
     Returns
     -------

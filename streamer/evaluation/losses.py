@@ -29,7 +29,7 @@ ProductDtype = Literal["float32", "bf16"]
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Options of an evaluation; see `options.EvaluateOptions`, and for `dtype` also `bfloat16_products`."""
+    """Options of an evaluation; see `options.EvaluateOptions`, and for `dtype` also `has_fast_bfloat16`."""
 
     methods: tuple[MethodName, ...] = (Shrink.name,)
     lambdas: tuple[float, ...] = tuple(EvaluateOptions.lambdas)
@@ -72,8 +72,7 @@ def check_dtype(dtype: str) -> None:
         raise UsageError(f"dtype: expected one of {', '.join(get_args(ProductDtype))}, found {dtype!r}")
     if dtype == "bf16" and not has_fast_bfloat16():
         raise UsageError(
-            "dtype: bf16 needs a processor that multiplies bfloat16 matrices (AMX), and a torch that makes it do so; "
-            "use float32 here"
+            "dtype: bf16 needs a processor that multiplies bfloat16 matrices (AVX512-BF16 or AMX); use float32 here"
         )
 
 

@@ -38,7 +38,7 @@ from streamer.detection.options import Run
 from streamer.errors import InputError, NumericError, UnsupportedError
 from streamer.events import Monitor
 from streamer.linalg.operators import LowRank, linear
-from streamer.linalg.torch_state import bfloat16_products, full_float32
+from streamer.linalg.torch_state import full_float32
 from streamer.methods.files import SealedKind
 from streamer.packages import require_package
 from streamer.plan.architectures import architecture_for
@@ -864,17 +864,17 @@ class _Reader(Reader):
         self, X: Tensor, source: WeightSource, transposed: bool, rows: tuple[int, int], columns: int
     ) -> Tensor:
         """Compute ``X Mᵀ`` (t, m) for X (t, n), or if `transposed` ``X M`` (t, n) for X (t, m), without deltas."""
-        m, out = rows[1] - rows[0], None
-        product = torch.nn.functional.linear if self.rounded else linear
-        with bfloat16_products() if self.rounded else contextlib.nullcontext():
-            for i, j, values in self.values.blocks(source, self.variant, *rows):
-                if transposed:
-                    out = X[:, i:j] @ values if out is None else out.addmm_(X[:, i:j], values)
-                elif j - i == m:
-                    out = product(X, values)
-                else:
-                    out = X.new_empty((len(X), m)) if out is None else out
-                    out[:, i:j] = product(X, values)
+        m, out, dtype = rows[1] - rows[0], None, torch.bfloat16 if self.rounded else torch.float32
+        x = X.to(dtype)
+        for i, j, values in self.values.blocks(source, self.variant, *rows, dtype):
+            if transposed:
+                part = x[:, i:j] @ values
+                out = part.float() if out is None else out.add_(part)
+            elif j - i == m:
+                out = linear(x, values).float()
+            else:
+                out = X.new_empty((len(X), m)) if out is None else out
+                out[:, i:j] = linear(x, values)
         return X.new_zeros((len(X), columns if transposed else m)) if out is None else out
 
 

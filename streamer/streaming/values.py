@@ -461,13 +461,16 @@ class Values:
         weight = self.weight(slice_.weight, variant)
         return weight if slice_.index is None else weight.slice(slice_.index)
 
-    def blocks(self, source: WeightSource, variant: int, first: int, last: int) -> Iterator[tuple[int, int, Tensor]]:
+    def blocks(self, source: WeightSource, variant: int, first: int, last: int,
+               dtype: torch.dtype = torch.float32) -> Iterator[tuple[int, int, Tensor]]:  # fmt: skip
         """Read rows of a source's matrix as stored, a few at a time, without deltas; yields (from, to, values).
 
         Parameters
         ----------
         first, last
             Range of rows to read; the yielded positions count from `first`.
+        dtype
+            Dtype to which the values are rounded.
         """
         at = -first
         for slice_ in source.slices:
@@ -478,13 +481,14 @@ class Values:
                 j = min(i + step, m, last - first - at)
 
                 def read(weight: Weight = weight, slice_: TensorSlice = slice_, i: int = i, j: int = j) -> Tensor:
-                    values = _float32(weight.rows(i, j), self.device)
+                    # They cross to the device as stored, in the fewest bytes.
+                    values = weight.rows(i, j).to(self.device).to(dtype, copy=True)
                     if slice_.index is None:
                         self._edit(slice_.weight, variant, values, i)
                     return values
 
                 adapted = self.adapted(variant) and slice_.weight in self._edited
-                yield at + i, at + j, self.kept.get((slice_, i, j, adapted), read)
+                yield at + i, at + j, self.kept.get((slice_, i, j, adapted, dtype), read)
             at += m
 
     def looked_up(self, tensor: RunTimeTensor, variant: int, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -494,7 +498,7 @@ class Values:
         weight, wanted = self.weight(slice_.weight, variant).at_hand(), unique.tolist()
         some = isinstance(weight, Plain) and not weight.load_bytes  # mapped: only pages of these rows are read
         rows = weight.rows(0, weight.matrix[0])[unique] if some else torch.cat([weight.rows(i, i + 1) for i in wanted])
-        rows = _float32(rows, CPU).reshape(-1, *tensor.shape[1:])
+        rows = rows.to(torch.float32, copy=True).reshape(-1, *tensor.shape[1:])
         for number, i in enumerate(wanted if slice_.weight in self._edited else ()):
             self._edit(slice_.weight, variant, rows[number : number + 1], i)
         return unique.to(self.device), rows.to(self.device), at.to(self.device)
@@ -542,8 +546,3 @@ class Values:
         """Return the names of the weights that the adapter changes other than by deltas."""
         edits = self.plan.edits
         return {*edits.sources, *edits.shifts, *edits.rows}
-
-
-def _float32(stored: Tensor, device: torch.device) -> Tensor:
-    """Copy values to a device in their stored dtype, which moves the fewest bytes, and convert them to float32 there."""
-    return stored.to(device).to(torch.float32, copy=True)
