@@ -1,7 +1,7 @@
 """Measure time, memory and reading of the commands that run text, and project them to whole models.
 
     python tools/bench_sweep.py --like llama-3-8b --layers 1,2 --threads 1                       real shapes, some minutes
-    python tools/bench_sweep.py --like llama-3-8b --layers 2,4 --commands repair --max-memory 1500M
+    python tools/bench_sweep.py --like llama-3-8b --layers 2,4 --commands repair --options "--max-memory 1500M"
     python tools/bench_sweep.py --hidden 64 --layers 1,2 --sequences 8 --length 16 --json        tiny: does it work?
 
 For each number of layers, a model is generated and `streamer repair`, `evaluate` and `map` run on it, each in a process of its own, with
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -91,13 +92,12 @@ def arguments(name: str, args: argparse.Namespace, work: Path, out: Path) -> lis
     """Return the command line of a command."""
     inputs = [work / "base", *([work / "adapter", "--task", work / "task.npy"] if name != "map" else [])]
     given = {
-        "--max-memory": args.max_memory,
         "--sequences": args.sequences,
         "--length": args.length,
         "--threads": args.threads,
     }
     more = [word for option, value in given.items() if value is not None for word in (option, value)]
-    line = [name, *inputs, "--general", work / "general.npy", "-o", out, *more]
+    line = [name, *inputs, "--general", work / "general.npy", "-o", out, *more, *args.options]
     return [sys.executable, "-m", "streamer", *map(str, line)]
 
 
@@ -229,7 +229,9 @@ def main() -> None:
     parser.add_argument(
         "--commands", default=",".join(COMMANDS), metavar="C,C", help=f"(default: {','.join(COMMANDS)})"
     )
-    parser.add_argument("--max-memory", metavar="SIZE", help="of the commands (default: no limit)")
+    parser.add_argument(
+        "--options", type=shlex.split, default=[], help="more options of the commands, quoted (default: none)"
+    )
     parser.add_argument("--sequences", type=int, metavar="N", help="of each text (default: the command's)")
     parser.add_argument("--length", type=int, metavar="N", help="tokens of a sequence (default: the command's)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of torch (default: %(default)s)")
