@@ -81,8 +81,8 @@ def test_both_listings_of_the_package_name_every_folder_in_its_order() -> None:
 def test_the_messages_in_troubleshooting_are_the_programs() -> None:
     source = "\n".join(path.read_text() for path in (ROOT / "streamer").rglob("*.py"))
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # a message over several lines is one
-    rows = re.findall(r"^\| (.*?) \| ", PAGES["troubleshooting.md"], re.MULTILINE)
-    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
+    rows = re.findall(r"^(?:\|(.*?) \| |- (?=`)(.*?): )", PAGES["troubleshooting.md"], re.MULTILINE)
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", "".join(row))]
     assert len(quoted) > 30
     assert [text for text in quoted if text not in source] == []
 
