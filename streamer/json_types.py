@@ -2,8 +2,8 @@
 
 A record is a `TypedDict`, or a dataclass that `dataclasses.asdict` prints. In `Annotated`, a text is the key's description, `Keywords` are
 keywords of JSON Schema, and a dataclass describes a ``dict[str, Any]`` made from it. A key ``x`` of a `Mean` or a `Difference` has a key
-``x_se`` beside it, its standard error (`statistics.flat`). From these, ``tools/make_schemas.py`` generates
-``streamer/schemas`` and the tables in ``docs/formats.md``, and `check` compares an object that was read with a record.
+``x_se`` beside it, its standard error (`statistics.flat`). From these, ``tools/make_schemas.py`` makes ``streamer/schemas``, and `check`
+compares an object that was read with a record.
 
 Name which of a matrix's intruders are scaled.
 """

@@ -1,4 +1,4 @@
-"""Write the JSON Schemas in ``streamer/schemas`` and the tables of ``docs/formats.md`` from the types of the records.
+"""Write the JSON Schemas in ``streamer/schemas`` from the types of the records.
 
 ``--check`` compares them with what is there instead. `streamer.json_types` says what the types' annotations mean.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import types
 from collections import Counter
@@ -35,7 +34,7 @@ from streamer.report.page import ReportRecord
 from streamer.verification.verify import Verification
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMAS, FORMATS = ROOT / "streamer" / "schemas", ROOT / "docs" / "formats.md"
+SCHEMAS = ROOT / "streamer" / "schemas"
 
 Schema = dict[str, Any]
 
@@ -70,14 +69,12 @@ RECORDS: dict[type, tuple[str, Schema]] = {
 }  # fmt: skip
 """What is printed or written: its title, and what no type says, which is that some keys need others."""
 
-APART = {BaseSource: "Inputs", AdapterSource: "Inputs", Forecast: "Forecasts"}
-"""Objects whose keys have a section of their own in the docs."""
+APART = {BaseSource, AdapterSource, Forecast}
+"""Objects that have a definition of their own even if they occur once."""
 
 PLAIN = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
 
 NAMED = "The name of this schema; names of keys are added under it, never changed."
-
-MARK = "<!-- made by tools/make_schemas.py -->"
 
 
 def schema_name(record: type) -> str:
@@ -214,64 +211,10 @@ def has_keys(tree: Schema) -> bool:
     return "properties" in tree or any(isinstance(one, dict) and has_keys(one) for one in tree.values())
 
 
-def kind(tree: Schema) -> str:
-    """Name the type of a key in the docs."""
-    if "anyOf" in tree:
-        return " \\| ".join(map(kind, tree["anyOf"]))
-    if "const" in tree or "enum" in tree:
-        return " \\| ".join("null" if one is None else f"`{one}`" for one in tree.get("enum", [tree.get("const")]))
-    if "$ref" in tree:
-        return "object"
-    if tree["type"] == "array":
-        one, *null = kind(tree["items"]).split(" ", 1)
-        return f"list of {one}s" + "".join(f" {rest}" for rest in null)
-    return " \\| ".join([tree["type"]] if isinstance(tree["type"], str) else tree["type"]).replace("array", "list")
-
-
-def rows(tree: Schema, defs: Schema, prefix: str = "", seen: dict[str, str] | None = None) -> Iterator[str]:
-    """Write the lines of a table on an object's keys, with those of the objects in it, each once."""
-    seen = {} if seen is None else seen
-    for key, value in tree["properties"].items():
-        if key == "schema":
-            continue
-        name, inner = f"{prefix}{key}", value.get("items", value)
-        inner = inner.get("anyOf", [inner])[0]
-        path, ref = f"{name}[]" if "items" in value else name, inner.get("$ref", "").removeprefix("#/$defs/")
-        again = f" Keys as in `{seen[ref]}`." if ref in seen else ""
-        yield f"| `{name}` | {kind(value)} | {value['description']}{again} |\n"
-        inner = defs.get(ref, inner)
-        if "properties" in inner and not again and ref not in {record.__name__ for record in APART}:
-            seen |= {ref: path} if ref else {}
-            yield from rows(inner, defs, f"{path}.", seen)
-
-
-def table(text: str, section: str, tree: Schema, defs: Schema) -> str:
-    """Put a table in the place of the one in a section of the docs, behind its mark."""
-    head = rf"(^### `?{re.escape(section)}`?\n(?:(?!^#).*\n)*?{MARK}\n)(?:\|.*\n)*"
-    lines = ["| key | type | meaning |\n", "|---|---|---|\n", *rows(tree, defs)]
-    found, count = re.subn(head, lambda match: match[1] + "".join(lines), text, flags=re.MULTILINE)
-    if count != 1:
-        sys.exit(f"{FORMATS}: expected one section {section!r} with the line {MARK}, found {count}")
-    return found
-
-
 def made() -> dict[Path, str]:
-    """Make all schemas, and the docs with their tables."""
-    files, text = {}, FORMATS.read_text()
-    apart: dict[str, Schema] = {}
-    for record in RECORDS:
-        tree = Maker(record).schema()
-        name, defs = schema_name(record), tree.get("$defs", {})
-        files[SCHEMAS / f"{name.removeprefix('streamer.').replace('/', '-')}.json"] = printed(tree) + "\n"
-        text = table(text, name, tree, defs)
-        for one, section in APART.items():
-            if one.__name__ in defs:
-                apart.setdefault(section, {"properties": {}, "$defs": {}})
-                apart[section]["properties"] |= defs[one.__name__]["properties"]
-                apart[section]["$defs"] |= defs
-    for section, tree in apart.items():
-        text = table(text, section, tree, tree["$defs"])
-    return {**files, FORMATS: text}
+    """Make all schemas."""
+    names = {record: schema_name(record).removeprefix("streamer.").replace("/", "-") for record in RECORDS}
+    return {SCHEMAS / f"{name}.json": printed(Maker(record).schema()) + "\n" for record, name in names.items()}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -156,7 +156,7 @@ def test_a_resumed_run(inputs: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", make_schemas.made())
-def test_schemas_and_tables_are_those_of_the_types(path: Path) -> None:
+def test_schemas_are_those_of_the_types(path: Path) -> None:
     assert path.read_text() == make_schemas.made()[path], "run `python tools/make_schemas.py`"
 
 
@@ -171,6 +171,18 @@ def test_the_docs_have_the_exit_codes() -> None:
     for error in classes(errors.StreamerError):
         if error is not errors.Interrupted and "exit_code" in vars(error):
             assert re.search(rf"^\| {vars(error)['exit_code']} \|.*`{error.__name__}`", FORMATS, re.MULTILINE), error
+
+
+def test_the_page_names_every_schema() -> None:
+    names = {path.name for path in (files("streamer") / "schemas").iterdir()}
+    assert set(re.findall(r"schemas/([\w-]+\.json)\)", FORMATS)) == names
+
+
+def test_the_example_reads_findings(inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server().run("detect", *inputs, "-o", tmp_path / "findings.safetensors").code == 0
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", FORMATS, re.DOTALL)
+    exec(compile(code, "formats.md", "exec"), {})
 
 
 def test_the_schemas_are_in_the_package() -> None:
