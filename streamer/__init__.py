@@ -67,8 +67,7 @@ _NAMES = {
     "api.report": ("write_report",),
     "api.tensors": ("read_tensors", "write_safetensors"),
     "api.verification": ("verify_output",),
-    "detection.findings": ("Findings", "load_findings"),
-    "detection.findings_file": ("MatrixFinding",),
+    "detection.findings": ("Findings", "MatrixFinding", "load_findings"),
     "detection.intruders": ("Detection",),
     "detection.options": ("DetectionOptions",),
     "errors": ("StreamerError", "StreamerWarning", "VerificationError"),
@@ -99,8 +98,7 @@ if TYPE_CHECKING:
     from streamer.api.tensors import read_tensors, write_safetensors
     from streamer.api.texts import evaluate_variants, fit_coefficients, map_inputs, repair_adapter
     from streamer.api.verification import verify_output
-    from streamer.detection.findings import Findings, load_findings
-    from streamer.detection.findings_file import MatrixFinding
+    from streamer.detection.findings import Findings, MatrixFinding, load_findings
     from streamer.detection.intruders import Detection
     from streamer.detection.options import DetectionOptions
     from streamer.errors import StreamerError, StreamerWarning, VerificationError

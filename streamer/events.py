@@ -12,6 +12,10 @@ from typing import Literal
 from streamer.errors import Interrupted, StreamerWarning, one_line
 from streamer.units import plural
 
+Stage = Literal[
+    "download", "probe", "detect", "write", "verify", "recompute", "evaluate", "fit", "map", "warning", "note"
+]
+
 
 @dataclass(frozen=True)
 class Event:
@@ -34,9 +38,7 @@ class Event:
         Name of the adapter if there are several, else empty.
     """
 
-    stage: Literal[
-        "download", "probe", "detect", "write", "verify", "recompute", "evaluate", "fit", "map", "warning", "note"
-    ]
+    stage: Stage
     name: str
     done: int = 0
     total: int = 0
@@ -119,3 +121,36 @@ class Monitor:
         """Raise `Interrupted` if a stop was requested; runs call this at safe points."""
         if self._signum is not None:
             raise Interrupted(self._signum)
+
+
+class Progress:
+    """Units and items that a stage of a run has done, reported at each step.
+
+    Attributes
+    ----------
+    total, of
+        Units and items in total.
+    done, items
+        Units and items done.
+    """
+
+    def __init__(self, monitor: Monitor, stage: Stage, total: int, of: int) -> None:
+        self.total, self.of, self.done, self.items = total, of, 0, 0
+        self._monitor, self._stage = monitor, stage
+
+    def begin(self, name: str, adapter: str = "") -> None:
+        """Report that a step begins, unless a stop was requested."""
+        self._monitor.checkpoint()
+        self._report(name, adapter)
+
+    def add(self, units: int, items: int = 1) -> None:
+        """Count what a step has done."""
+        self.done, self.items = self.done + units, self.items + items
+
+    def end(self) -> None:
+        """Report the end of the stage."""
+        self.done, self.items = self.total, self.of
+        self._report("")
+
+    def _report(self, name: str, adapter: str = "") -> None:
+        self._monitor.emit(Event(self._stage, name, self.done, self.total, self.items, self.of, adapter))

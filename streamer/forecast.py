@@ -15,8 +15,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 
-from streamer.detection.detect import FindingsSize, findings_bytes
-from streamer.detection.matrices import best_way, detection_bytes, float64_way
+from streamer.detection.detect import FindingsSize, best_way, detection_bytes, findings_bytes, float64_way
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import Way, chosen_solver, cost
 from streamer.errors import UnsupportedError
@@ -32,9 +31,8 @@ from streamer.measuring.riders import TRANSFORMERS_BYTES, Work, sweep_cost
 from streamer.measuring.statistics import MEASURES
 from streamer.methods import Paper
 from streamer.output.adapter_writer import AdapterWriter
-from streamer.output.job import Job
+from streamer.output.job import Job, Writer
 from streamer.output.model_writer import ModelWriter
-from streamer.output.output_spec import Writer
 from streamer.output.write import resident_of
 from streamer.plan.plan import AdapterBatch, Plan, resident_bytes
 from streamer.plan.targets import Target
@@ -178,16 +176,16 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None, detects:
     detects
         Whether it detects first; by default as in the job. False forecasts as if findings existed.
     """
-    job, output = writer.spec.job, writer.spec.output
+    job, output = writer.job, writer.output
     plan = job.plan
     detects = job.detects if detects is None else detects
     memory = escalated = max(estimate.nbytes for estimate in writer.estimates(resident))
-    network = writer.spec.base_bytes
-    read = network + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in writer.spec.copies)
+    network = writer.base_bytes
+    read = network + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in writer.copies)
     read += sum(f.nbytes for m in job.findings or () for f in (m.detection.U, m.detection.S, m.detection.Vh))
     seconds, works = None, [(t.module.shape, t.module.factor_rank + job.intruders(t)) for t in plan.targets]
     if rates is not None and all(target.module.low_rank for target in plan.targets):
-        added = sum(m * n * (VALUE + rank) for (m, n), rank in works) if writer.spec.command == "merge" else 0
+        added = sum(m * n * (VALUE + rank) for (m, n), rank in works) if writer.command == "merge" else 0
         products = sum(_norm_cost(*work) for work in works) + added
         seconds = products / rates.products + (read + output.total_bytes) / rates.nbytes
     if detects:
@@ -337,7 +335,7 @@ def shared_by_detections(batch: AdapterBatch) -> int:
 
 def shared_by_merges(writers: Sequence[Writer]) -> int:
     """Count the bytes of the base's files, for every output except the first, plus the bytes that detection shares."""
-    jobs = [writer.spec.job for writer in writers]
+    jobs = [writer.job for writer in writers]
     if not jobs:
         return 0
     base = sum(file.header.file_bytes for job in jobs[1:] for file in job.plan.base.files.values())

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -33,7 +33,11 @@ from streamer.plan.plan import AdapterBatch, MemoryEstimate, check_budget, make_
 from streamer.storage.files import difference
 from streamer.storage.tensor_file import IOMode
 
+if TYPE_CHECKING:
+    from streamer.detection.options import Run
+
 Found = TypeVar("Found")
+Made = TypeVar("Made")
 
 KEPT = 2
 """Number of inputs, and of values shared by tasks, that a process keeps: the last ones used."""
@@ -64,10 +68,11 @@ class Inputs:
     version: str = __version__
 
     @classmethod
-    def of(cls, batch: AdapterBatch, io: IOMode, stated: Stated, architecture: str | None) -> Inputs:
-        """Describe the inputs of a batch, and how it was opened."""
-        paths = [os.path.abspath(plan.adapter.path) for plan in batch.plans]
-        return cls(os.path.abspath(batch.base.path), tuple(paths), io, stated, architecture, _identities(batch))
+    def of(cls, batch: AdapterBatch, run: Run) -> Inputs:
+        """Describe the inputs of a batch, and how a run opened it."""
+        paths = (os.path.abspath(plan.adapter.path) for plan in batch.plans)
+        opened = run.io, run.stated, run.architecture
+        return cls(os.path.abspath(batch.base.path), tuple(paths), *opened, _identities(batch))
 
     def open(self) -> AdapterBatch:
         """Open the inputs.
@@ -96,26 +101,41 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Task(ABC, Generic[Found]):
+class Task(Generic[Found]):
     """The work for a worker, with everything that determines its result; it is pickled.
 
     Attributes
     ----------
     threads
         Number of torch's threads.
+    name
+        The task's subject, for messages.
+    step
+        Does the task with open inputs: a function of a module, or a partial one.
     """
 
     inputs: Inputs
     threads: int
+    name: str
+    step: Callable[[AdapterBatch, Monitor], Found]
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Name the task's subject, for messages."""
 
-    @abstractmethod
-    def do(self, batch: AdapterBatch, monitor: Monitor) -> Found:
-        """Do the task with open inputs."""
+_held: dict[str, dict[Any, Any]] = {}
+_holding = threading.RLock()
+
+
+def held(kind: str, key: Any, make: Callable[[], Made], fits: Callable[[Made], bool] = lambda _: True) -> Made:
+    """Return what this process has made for a key if it still fits, or make it; the last ones used of a kind are kept."""
+    with _holding:
+        own = _held.setdefault(kind, {})
+        value = own.pop(key, None)
+        if value is None or not fits(value):
+            value = make()
+        own[key] = value
+        for old in list(own)[:-KEPT]:
+            del own[old]
+    made: Made = value
+    return made
 
 
 class Carried(Generic[Found]):
@@ -134,11 +154,7 @@ class Carried(Generic[Found]):
     @property
     def value(self) -> Found:
         """Return the value, unpickled once in this process."""
-        if self.digest not in _values:
-            _values[self.digest] = pickle.loads(self._data)  # noqa: S301  # our own bytes
-            keep_last(_values)
-        value: Found = _values[self.digest]
-        return value
+        return held("value", self.digest, lambda: pickle.loads(self._data))  # noqa: S301  # our own bytes
 
 
 class _Pickler(pickle.Pickler):
@@ -156,15 +172,6 @@ def packed(value: object) -> bytes:
     file = io.BytesIO()
     _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
     return file.getvalue()
-
-
-_values: dict[str, Any] = {}
-
-
-def keep_last(held: dict[Any, Any]) -> None:
-    """Drop all entries that a process keeps except the last ones added."""
-    for old in list(held)[:-KEPT]:
-        held.pop(old, None)
 
 
 @dataclass(frozen=True)
@@ -188,32 +195,25 @@ def perform(task: Task[Any]) -> TaskResult:
             warnings.append(event.name)
 
     try:
-        with task_threads(task.threads), _opened(task.inputs) as batch:
-            value = task.do(batch, Monitor(note))
+        with task_threads(task.threads):
+            value = task.step(held("inputs", task.inputs, task.inputs.open, _unchanged), Monitor(note))
     except Exception as e:  # the caller raises it; an exception that left this function would look like a dead worker
-        return TaskResult(error=_portable(e))
+        try:
+            pickle.loads(pickle.dumps(e))  # noqa: S301  # our own bytes
+        except Exception:  # pickling may raise anything
+            e = RuntimeError(f"{type(e).__name__}: {e}")
+        return TaskResult(error=e)
     return TaskResult(value, tuple(warnings))
 
 
-_batches: dict[Inputs, AdapterBatch] = {}
-_opening = threading.Lock()
-
-
-@contextlib.contextmanager
-def _opened(inputs: Inputs) -> Iterator[AdapterBatch]:
-    """Open inputs, or reuse those that this process has open unless their files have changed."""
-    with _opening:
-        batch = _batches.pop(inputs, None)
-        try:
-            for plan in () if batch is None else batch.plans:
-                plan.check_unchanged()
-        except StreamerError:
-            batch = None
-        if batch is None:
-            batch = inputs.open()
-        _batches[inputs] = batch
-        keep_last(_batches)
-    yield batch
+def _unchanged(batch: AdapterBatch) -> bool:
+    """Test whether the files of open inputs are the same as when they were opened."""
+    try:
+        for plan in batch.plans:
+            plan.check_unchanged()
+    except StreamerError:
+        return False
+    return True
 
 
 def _identities(batch: AdapterBatch) -> tuple[str, ...]:
@@ -226,15 +226,6 @@ def _identities(batch: AdapterBatch) -> tuple[str, ...]:
 def worker_name() -> str:
     """Name this worker, for messages."""
     return f"worker {socket.gethostname()}, process {os.getpid()}"
-
-
-def _portable(e: Exception) -> Exception:
-    """Return the error, or its text if it cannot be sent to another process."""
-    try:
-        pickle.loads(pickle.dumps(e))  # noqa: S301  # our own bytes
-    except Exception:  # pickling may raise anything
-        return RuntimeError(f"{type(e).__name__}: {e}")
-    return e
 
 
 Key = TypeVar("Key")

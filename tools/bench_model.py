@@ -49,7 +49,7 @@ def instrumented(base: str, adapter: str, work: str, device: str, threads: str, 
     import torch
 
     import streamer
-    from streamer.detection import matrices as pipeline
+    from streamer.detection import detect as pipeline
     from streamer.detection.solvers import cost
 
     torch.set_num_threads(int(threads))

@@ -31,10 +31,10 @@ from measure import machine
 
 import streamer
 from streamer.api.executors import RayExecutor, processes
-from streamer.detection.matrices import DetectTask, choose_device, inputs_of
-from streamer.detection.options import DetectionOptions, Run
+from streamer.detection.detect import choose_device
+from streamer.detection.options import Run
 from streamer.plan.plan import make_batch
-from streamer.workers import perform
+from streamer.workers import Inputs, Task, perform
 
 ROUNDS = 50
 
@@ -67,23 +67,27 @@ def ray(count: int) -> Iterator[Executor]:
 ENGINES = {"processes": processes, "dask": dask, "ray": ray}
 
 
-def empty_task(base: Path, adapter: Path) -> DetectTask:
+def nothing(*_: object) -> None:
+    """Do nothing."""
+
+
+def empty_task(base: Path, adapter: Path) -> Task[None]:
     """A task without a matrix: a worker opens the inputs, once, and answers."""
     run = Run(choose_device("cpu"))
-    return DetectTask(inputs_of(make_batch(base, [adapter]), run), 1, (), DetectionOptions(), "cpu", 0)
+    return Task(Inputs.of(make_batch(base, [adapter]), run), 1, "nothing", nothing)
 
 
-def start(executor: Executor, count: int, task: DetectTask) -> float:
+def start(executor: Executor, count: int, task: Task[None]) -> float:
     """Seconds until some rounds of tasks, several for each worker, are done: all have started by then."""
     began = time.perf_counter()
     for _ in range(3):  # those of the first may all go to the worker that starts first
-        for future in [executor.submit(perform, replace(task, resident=i)) for i in range(4 * count)]:
+        for future in [executor.submit(perform, replace(task, name=str(i))) for i in range(4 * count)]:
             if (error := future.result().error) is not None:
                 raise error
     return time.perf_counter() - began
 
 
-def round_trip(executor: Executor, task: DetectTask) -> float:
+def round_trip(executor: Executor, task: Task[None]) -> float:
     """Median seconds of a task without a matrix."""
     seconds = []
     for _ in range(ROUNDS):

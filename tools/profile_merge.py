@@ -78,11 +78,10 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
         from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
         from streamer.adapters.finetuned import One
+        from streamer.detection.detect import choose_device
         from streamer.detection.findings import load_findings
-        from streamer.detection.matrices import choose_device
         from streamer.detection.options import Run
         from streamer.methods import Paper
-        from streamer.output import model_writer
         from streamer.output import write as outputs
         from streamer.output.job import Job
         from streamer.output.write import OutputOptions, prepare_outputs
@@ -130,7 +129,7 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     atomic_file.AtomicFile.append = clocks.wrap(
         atomic_file.AtomicFile.append, "wait for the write"
     )  # of the piece before
-    model_writer.matrix_metrics = clocks.wrap(unwatched(model_writer.matrix_metrics), "factors and figures")
+    Job.metrics = clocks.wrap(unwatched(Job.metrics), "factors and figures")
     Job.mitigated = clocks.wrap(unwatched(Job.mitigated), "factors and figures")
     # The map; its pages come with the upcast.
     tensor_file.TensorFile.view = clocks.wrap(tensor_file.TensorFile.view, "read and upcast")

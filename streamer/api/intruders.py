@@ -14,9 +14,8 @@ from streamer.adapters.finetuned import ByName, One, Several, each
 from streamer.api.functions import explained
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
 from streamer.api.requests import Request, chosen_method, detection_options, found_inputs, given_workers, take, watched
-from streamer.detection.detect import detect_in_memory, detect_to_files, inspect_detections
+from streamer.detection.detect import detect_in_memory, detect_to_files, inspect_detections, shared
 from streamer.detection.findings import Findings
-from streamer.detection.matrices import shared
 from streamer.detection.options import DetectionOptions, Run
 from streamer.events import Monitor, OutputState
 from streamer.forecast import (
@@ -30,9 +29,8 @@ from streamer.forecast import (
 )
 from streamer.methods import Method
 from streamer.options import DetectOptions, IterateOptions, MergeOptions, MitigateOptions
-from streamer.output.job import Written
+from streamer.output.job import Writer, Written
 from streamer.output.model_writer import merged_tensors
-from streamer.output.output_spec import Writer
 from streamer.output.write import (
     OutputOptions,
     inspect_jobs,
@@ -196,15 +194,15 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
         """Check everything and forecast a run, without writing anything."""
         adapters, writers, run = self._opened(monitor, workers, peek=True)
         states, resident = inspect_jobs(writers, run), resident_of(writers)
-        rates = measure_rates(writers[0].spec.job.plan.base, monitor) if set(states) != {"done"} else None
+        rates = measure_rates(writers[0].job.plan.base, monitor) if set(states) != {"done"} else None
         forecasts, found, todo = [], [], []
         for writer, state in zip(writers, states, strict=True):
-            forecast, out = None, writer.spec.output
+            forecast, out = None, writer.output
             if state != "done":
                 todo.append(writer)
                 forecast = on_workers(forecast_output(writer, resident, rates), workers, resident)
             forecasts.append(forecast)
-            matrices = len(writer.spec.job.plan.targets)
+            matrices = len(writer.job.plan.targets)
             found.append(dry_run(self.command, out.path, state, matrices, len(out.files), out.total_bytes, forecast))
         return dry_runs(adapters, Path(self.output), found, together(forecasts, shared_by_merges(todo)))
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 from streamer.adapters.finetuned import ByName, One, Several
 from streamer.api.requests import Request
+from streamer.detection.detect import choose_device
 from streamer.detection.findings import FindingsRecord
-from streamer.detection.matrices import choose_device
 from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
 from streamer.events import Monitor

@@ -13,8 +13,8 @@ from typing import Any, TypeVar, cast, get_args
 from streamer.adapters.adapter_config import Stated
 from streamer.adapters.finetuned import One, Several, one_or_several
 from streamer.api.progress import monitoring
+from streamer.detection.detect import choose_device
 from streamer.detection.findings import Findings
-from streamer.detection.matrices import choose_device
 from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import UsageError
 from streamer.events import Monitor

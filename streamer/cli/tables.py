@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from streamer.api.demo import DemoRecord
     from streamer.api.report import Report
     from streamer.api.texts import RepairRecord
-    from streamer.detection.findings import Findings
-    from streamer.detection.findings_file import MatrixFinding
+    from streamer.detection.findings import Findings, MatrixFinding
     from streamer.evaluation.evaluation import Evaluation
     from streamer.report.diff import Direction, FindingsDiff, IntruderFate
     from streamer.report.page import Subject

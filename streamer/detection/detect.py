@@ -1,4 +1,12 @@
-"""Detect in all matrices of adapters on one base, into memory or into files.
+"""Detect in the matrices of adapters on one base, one at a time: here or on workers, into memory or into files.
+
+Choose the device on which detection computes.
+
+Estimate the peak memory of detection for each matrix, and choose the way that fits a budget.
+
+Read weights ahead: a thread reads the next ones from disk while the current one is in use. For a GPU, the stored bytes are copied into
+pinned memory and then, on a separate stream, to the device while it computes; the device converts them to float32 exactly. Quantized
+values, and weights in several tensors, are decoded on the CPU when they are needed.
 
 A findings file is written through a journal with a record for each matrix, so that a killed run resumes. The largest size of findings is
 estimated, and the free space checked, before the first matrix is read.
@@ -8,46 +16,391 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from streamer import __version__
-from streamer.detection import solvers
-from streamer.detection.findings import Findings, load_findings
-from streamer.detection.findings_file import (
-    ARRAYS,
-    FIGURES,
-    FILE_NAME,
-    FindingsHead,
-    MatrixFinding,
-    is_findings_file,
-    matrix_entries,
-    plan_findings_file,
-)
-from streamer.detection.intruders import Detection
-from streamer.detection.matrices import Work, detect_in, detection_estimates, kept_bytes
+from streamer.detection import findings as files
+from streamer.detection.findings import FILE_NAME, Findings, MatrixFinding, entries, fingerprint, load_findings
+from streamer.detection.intruders import Detection, decide
 from streamer.detection.options import DetectionOptions, Run
-from streamer.errors import FormatError, OutputError, OutputExistsError, UsageError
-from streamer.events import Event
+from streamer.detection.solvers import Way, working_bytes
+from streamer.errors import FormatError, NumericError, OutputError, OutputExistsError, UsageError
+from streamer.events import Event, Monitor, Progress
 from streamer.json_types import check
-from streamer.linalg.torch_state import thread_count
-from streamer.plan.plan import AdapterBatch, Assignment, Plan, check_budget, resident_bytes
+from streamer.linalg.operators import Dense, Matrix, RowBlocks, all_finite
+from streamer.linalg.torch_state import thread_count, threads
+from streamer.plan.plan import (
+    AdapterBatch,
+    Assignment,
+    MemoryEstimate,
+    Plan,
+    SharedGroup,
+    check_budget,
+    factor_bytes,
+    resident_bytes,
+)
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import Buffer, partials_of, write_sealed
 from streamer.storage.header import Header, TensorInfo, layout, parse_header
 from streamer.storage.journal import Journal, ResumableFile, journal_of, left
 from streamer.storage.transaction import allocated_bytes, check_file_path, check_space, holds, is_taken, not_own
 from streamer.units import counted
-from streamer.weights.base import as_bytes
+from streamer.weights.base import Weight, as_bytes
+from streamer.workers import Inputs, Task, Workers
 
-OFFSETS_BYTES = 16 * 14
-"""Upper bound of the additional bytes for a matrix's tensor offsets in a large file, compared with a record."""
+
+def choose_device(name: str) -> torch.device:
+    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:i`` to an available device.
+
+    Raises
+    ------
+    UsageError
+        If the device is not available.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device: expected auto, cpu, cuda or cuda:i, found {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device: expected auto, cpu, cuda or cuda:i, found {name!r}")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"device: {name} is not available; use cpu")
+    return device
+
+
+DOUBLE_BYTES = 8
+"""Bytes of a value in float64."""
+
+MIXED_BYTES = 32 << 20
+"""Memory that the allocator keeps between arrays of two dtypes: up to 18 MB over 160 matrices repeated in float64."""
+
+REPEATED_CUBE = 4096**3
+"""Largest m·n·min(m, n) for which full SVDs are repeated in float64; docs/benchmarks.md has the time."""
+
+
+def detection_bytes(
+    plan: Plan, target: Target, options: DetectionOptions, resident: int, itemsize: int | None = None
+) -> dict[Way, int]:
+    """Estimate the peak memory of detection in one matrix, for each way that the options allow; see `working_bytes`.
+
+    Parameters
+    ----------
+    resident
+        Bytes in memory between two steps; see `resident_bytes`.
+    itemsize
+        Bytes per value if the matrix is repeated in another dtype; by default it is computed once, in the weight's computing dtype.
+    """
+    weight, module = plan.weights[target.tensor], target.module
+    resident += MIXED_BYTES if itemsize else 0
+    itemsize = itemsize or weight.compute.itemsize
+    rank = module.factor_rank if module.low_rank else None
+    ways = working_bytes(module.shape, options.directions(module.shape), rank, itemsize)
+    if options.solver == "dense":
+        ways = {Way.DENSE: ways[Way.DENSE]}
+    fixed, making = resident + factor_bytes(plan, target, itemsize), module.peak_bytes(itemsize)
+    read = 2 * weight.load_bytes  # the stored bytes of a tensor and the next one
+    mapped = {Way.BLOCKS} if not (weight.quantized or weight.remote) else set[Way]()
+    return {way: fixed + max(size, making) + (0 if way in mapped else read) for way, size in ways.items()}
+
+
+def kept_bytes(plan: Plan, target: Target, options: DetectionOptions) -> int:
+    """Estimate the memory of a matrix's findings that are not written: the vectors, with every direction an intruder.
+
+    An additional eighth covers gaps that the allocator keeps between them from earlier steps (5 % were measured).
+    """
+    m, n = target.module.shape
+    return options.directions((m, n)) * (m + n) * plan.weights[target.tensor].compute.itemsize * 9 // 8
+
+
+def best_way(plan: Plan, target: Target, options: DetectionOptions, resident: int) -> Way:
+    """Choose the first way that fits the allowed memory."""
+    if options.max_memory is None:
+        return Way.DENSE
+    ways = detection_bytes(plan, target, options, resident)
+    return next(way for way, size in ways.items() if size <= options.max_memory)
+
+
+def float64_way(
+    plan: Plan, target: Target, options: DetectionOptions, resident: int, solver: str
+) -> tuple[Way, int] | None:
+    """Choose the way to repeat a matrix in float64, and its peak memory.
+
+    Returns
+    -------
+    tuple or None
+        The first of the solver's ways that fits the allowed memory. None if none fits, if the weight is already computed in float64,
+        or for full SVDs of matrices beyond `is_repeated`.
+    """
+    is_double = plan.weights[target.tensor].compute.itemsize == DOUBLE_BYTES
+    if is_double or (solver == "dense" and not is_repeated(target.module.shape)):
+        return None
+    ways = detection_bytes(plan, target, options, resident, DOUBLE_BYTES)
+    allowed = options.max_memory
+    fitting = (pair for pair in ways.items() if (pair[0] is Way.DENSE) == (solver == "dense"))
+    return next((pair for pair in fitting if allowed is None or pair[1] <= allowed), None)
+
+
+def is_repeated(shape: tuple[int, int]) -> bool:
+    """Test whether a matrix is small enough to repeat its full SVDs in float64."""
+    m, n = shape
+    return m * n * min(m, n) <= REPEATED_CUBE
+
+
+def detection_estimates(plans: Iterable[Plan], options: DetectionOptions, resident: int) -> Iterator[MemoryEstimate]:
+    """Estimate the least memory that detection needs for each matrix."""
+    for plan in plans:
+        for t in plan.targets:
+            least = min(detection_bytes(plan, t, options, resident).values())
+            yield MemoryEstimate(t.tensor, t.module.shape, least)
+
+
+T = TypeVar("T")
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class PrefetchedWeight:
+    """A weight that has been read.
+
+    Attributes
+    ----------
+    weight
+        The weight, with its bytes in memory.
+    values
+        Its stored values on a GPU; None if not copied yet.
+    arrived
+        Event that marks the end of the copy.
+    """
+
+    weight: Weight
+    values: Tensor | None = None
+    arrived: torch.cuda.Event | None = None
+
+    def whole(self, device: torch.device) -> Tensor:
+        """Return all values in the computing dtype, as `Weight.whole` does; do not write to them.
+
+        Raises
+        ------
+        torch.cuda.OutOfMemoryError
+            If the GPU has too little memory.
+        """
+        if self.values is None or self.arrived is None or self.values.device.type != device.type:
+            return self.weight.whole(device)
+        stream = torch.cuda.current_stream(self.values.device)
+        stream.wait_event(self.arrived)
+        self.values.record_stream(stream)  # the memory is not reused before this stream is done with it
+        return self.values.to(self.weight.compute)
+
+
+class Prefetcher:
+    """Reader of weights; a GPU receives copies while it computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # in torch's stubs
+
+    def stage(self, weight: Weight) -> PrefetchedWeight:
+        """Read a weight and start its copy, in the calling thread."""
+        weight = weight.load()
+        values = weight.stored() if self._stream is not None else None
+        if values is None or self._stream is None:
+            return PrefetchedWeight(weight)
+        try:
+            with torch.cuda.stream(self._stream):
+                there = values.pin_memory().to(self._device, non_blocking=True)
+            return PrefetchedWeight(weight, there, self._stream.record_event())
+        except RuntimeError:
+            # There is no memory on the device, or no pinned memory. There may be when the weight is needed; if not, that step fails.
+            return PrefetchedWeight(weight)
+
+
+def read_ahead(items: Sequence[T], load: Callable[[T], V], depth: int = 1) -> Generator[tuple[T, V], None, None]:
+    """Yield each item with its result of `load`; a thread loads the next `depth` items while the current one is in use."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="streamer prefetch")
+    try:
+        context = copy_context()  # with the monitor that waits for servers heed
+        coming = deque(pool.submit(context.run, load, item) for item in items[:depth])
+        for i, item in enumerate(items):
+            value = coming.popleft().result()
+            coming.extend(pool.submit(context.run, load, following) for following in items[i + depth : i + depth + 1])
+            yield item, value
+            del value  # before the next one arrives: keep at most `depth` beside the current one
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, resident: int,
+                  prefetched: PrefetchedWeight | None = None, monitor: Monitor | None = None) -> MatrixFinding:  # fmt: skip
+    """Detect in one matrix; if the device lacks memory for it, compute on the CPU and warn through the monitor.
+
+    Parameters
+    ----------
+    resident
+        Bytes in memory between two steps, which the budget includes; see `resident_bytes`.
+    prefetched
+        The matrix's weight, if already read.
+
+    Raises
+    ------
+    NumericError
+        If an input is not finite or the solver fails; the message names file and tensor.
+    """
+    began, module, tensors = time.perf_counter(), target.module, plan.adapter.tensors
+    read = prefetched or PrefetchedWeight(plan.weights[target.tensor])
+    if not plan.adapter.describes_model:  # a fine-tuned model's matrix has no fingerprint and is too large to keep
+        tensors = {name: tensors[name].load() for name in module.tensor_names}
+
+    def decisions(
+        device: torch.device, read: PrefetchedWeight, way: Way, options: DetectionOptions
+    ) -> tuple[Detection, bool]:
+        """Decide in the weight's computing dtype; the base is whole, or decoded a few rows at a time in each product."""
+        weight, W0 = read.weight, None if way is Way.BLOCKS else read.whole(device).reshape(read.weight.matrix)
+        like = torch.empty(0, dtype=weight.compute, device=device)
+        base: Matrix = RowBlocks(weight.matrix, weight.at_hand().rows, like) if W0 is None else Dense(W0)
+        delta = plan.delta(target, W0, double=weight.compute == torch.float64, tensors=tensors)
+        oriented = base.T if target.transposed else base
+        try:
+            return decide(oriented, delta, options, module.rank, target.tensor, way is Way.DENSE)
+        except NumericError as e:
+            # Only one of several adapters is at fault, unless the base is.
+            where = plan.adapter.file.path if all(map(all_finite, base.pieces())) else weight.where
+            raise NumericError(f"{where}: tensor {target.tensor!r} with module {module.name!r}: {e}") from e
+
+    def detected(device: torch.device) -> Detection:
+        """Detect on a device, and again in float64 if only rounding leaves a direction open and memory allows it."""
+        found, rounded = decisions(device, read, best_way(plan, target, options, resident), options)
+        again = float64_way(plan, target, options, resident, found.solver) if rounded else None
+        if again is None:
+            return found
+        double = replace(read, weight=replace(read.weight, compute=torch.float64))
+        precise, _ = decisions(device, double, again[0], replace(options, solver=found.solver))
+        vectors = {key: getattr(precise, key).to(read.weight.compute) for key in ("U", "S", "Vh")}
+        return replace(precise, **vectors, escalated=found.escalated, steps=found.steps + precise.steps,
+                       products=found.products + precise.products)  # fmt: skip
+
+    found: Detection | None = None
+    try:
+        found = detected(device)
+    except RuntimeError as e:  # cuBLAS and cuSOLVER have no class of their own for this
+        if device.type == "cpu" or not (isinstance(e, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(e)):
+            raise
+    if found is None:  # outside the handler, which keeps the device's memory in use
+        if monitor is not None:
+            text = f"{target.tensor}: {device} has not enough memory for it; it is computed on the CPU"
+            monitor.emit(Event("warning", text))
+        found = detected(torch.device("cpu"))
+    printed = fingerprint(plan, target, tensors, read.weight)
+    return MatrixFinding(target.tensor, module.name, module.shape, read.weight.label, module.rank, module.scaling,
+                         target.transposed, printed, found, time.perf_counter() - began)  # fmt: skip
+
+
+Found = Generator[tuple[int, MatrixFinding], None, None]
+"""Findings as they are made, each with its plan's number; closing the generator stops the work."""
+
+Begin = Callable[[int, Target], None]
+"""Called before each matrix, or each task, with the number of the plan."""
+
+
+def detect_in_turn(batch: AdapterBatch, groups: Sequence[SharedGroup], options: DetectionOptions, device: torch.device,
+                   resident: int, counts: Sequence[int], monitor: Monitor, begin: Begin) -> Found:  # fmt: skip
+    """Detect in one matrix at a time, in this process.
+
+    Parameters
+    ----------
+    groups
+        The matrices; there may be fewer than in the batch.
+    resident
+        Bytes in memory between two steps; see `resident_bytes`.
+    counts
+        Number of torch's threads for each plan, on which the last bits of findings depend.
+    """
+    plans, stager = batch.plans, Prefetcher(device)
+
+    def load(group: SharedGroup) -> PrefetchedWeight | None:
+        i, target = group[0]
+        weight = plans[i].weights[target.tensor]
+        whole = weight.remote or any(best_way(plans[i], t, options, resident) is not Way.BLOCKS for i, t in group)
+        return stager.stage(weight) if whole else None
+
+    # A large matrix after a small one is not read in time. Mapped weights may be read two ahead; other memory must not grow.
+    mapped = device.type == "cpu" and not any(plans[i].weights[t.tensor].load_bytes for g in groups for i, t in g)
+    with contextlib.closing(read_ahead(groups, load, 2 if mapped else 1)) as stream:
+        for group, prefetched in stream:
+            for i, target in group:
+                begin(i, target)
+                with threads(counts[i]):
+                    finding = detect_matrix(plans[i], target, options, device, resident, prefetched, monitor)
+                yield i, finding
+
+
+TASK_COST = 1_000_000_000
+"""Units of cost (see `detection.solvers.cost`; about a second) from which a task gets no more matrices."""
+
+TASK_MATRICES = 8
+"""Most matrices of a task: a killed run loses the matrices of its unfinished tasks."""
+
+
+def detect_groups(batch: AdapterBatch, monitor: Monitor, groups: Sequence[Sequence[tuple[int, int]]],
+                  options: DetectionOptions, device: str, resident: int, count: int) -> list[tuple[int, MatrixFinding]]:  # fmt: skip
+    """Detect in the matrices of a task, which are given by the numbers of their plans and of their targets there."""
+    own = [tuple(Assignment(i, batch.plans[i].targets[t]) for i, t in group) for group in groups]
+    counts = [count] * len(batch.plans)
+    found = [*detect_in_turn(batch, own, options, choose_device(device), resident, counts, monitor, lambda *_: None)]
+    for i in sorted({i for i, _ in found}):
+        batch.plans[i].check_unchanged()
+    return found
+
+
+def detect_on_workers(batch: AdapterBatch, groups: Sequence[SharedGroup], options: DetectionOptions, run: Run, resident: int,
+                      counts: Sequence[int], begin: Begin) -> Found:  # fmt: skip
+    """Detect as `detect_in_turn` does, but on workers: a task is matrices in the base's file order with one number of threads."""
+    assert run.workers is not None
+    inputs, tasks, firsts = (
+        Inputs.of(batch, run),
+        dict[int, Task[list[tuple[int, MatrixFinding]]]](),
+        list[Assignment](),
+    )
+    places = [{target.tensor: number for number, target in enumerate(plan.targets)} for plan in batch.plans]
+    costs = [sum(options.cost(target.module.shape) for _, target in group) for group in groups]
+    enough = min(TASK_COST, sum(costs) // (4 * run.workers.at_once))
+    for count in sorted(set(counts)):
+        own, done = list[SharedGroup](), 0
+        for group in groups:
+            if mine := tuple(one for one in group if counts[one.plan] == count):
+                own.append(mine)
+                done += sum(options.cost(target.module.shape) for _, target in mine)
+            if own and (done >= enough or len(own) == TASK_MATRICES or group is groups[-1]):
+                names = tuple(tuple((i, places[i][target.tensor]) for i, target in group) for group in own)
+                step = partial(
+                    detect_groups, groups=names, options=options, device=str(run.device), resident=resident, count=count
+                )
+                tasks[len(tasks)] = Task(inputs, count, own[0][0].target.tensor, step)
+                firsts.append(own[0][0])
+                own, done = [], 0
+    with contextlib.closing(run.workers.run(tasks, run.monitor, lambda number: begin(*firsts[number]))) as results:
+        for _, found in results:
+            yield from found
+
+
+def shared(workers: Workers, batch: AdapterBatch, options: DetectionOptions, resident: int) -> DetectionOptions:
+    """Divide the allowed memory among this process and its workers; see `Workers.budget`."""
+    results = [kept_bytes(plan, target, options) for plan in batch.plans for target in plan.targets]
+    own = resident_bytes(batch) + workers.at_once * TASK_MATRICES * max(results, default=0)
+    needs = detection_estimates(batch.plans, options, resident)
+    return replace(options, max_memory=workers.budget(options.max_memory, own, needs))
 
 
 class FindingsWriter:
@@ -69,8 +422,8 @@ class FindingsWriter:
         header = _record_header(self._journal[i])
         with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
             figures: dict[str, Any] = json.loads(header.metadata["matrix"])
-            check(figures, FIGURES)
-            if header.by_name.keys() == {f"{figures['tensor']}/{key}" for key in ARRAYS}:
+            check(figures, files.FIGURES)
+            if header.by_name.keys() == {f"{figures['tensor']}/{key}" for key in files.ARRAYS}:
                 return figures
         raise self._journal.foreign(i)
 
@@ -80,20 +433,17 @@ class FindingsWriter:
     def add(self, finding: MatrixFinding) -> None:
         """Append one matrix durably to the journal."""
         arrays = finding.arrays()
-        _, raw = _layout(finding, arrays)
+        _, raw = layout(entries(arrays), {"matrix": json.dumps(finding.figures())})
         self._journal.append(raw + b"".join(as_bytes(t) for t in arrays.values()))
         self._records[finding.tensor] = len(self._journal) - 1
 
-    def write(self, head: FindingsHead, plan: Plan) -> None:
+    def write(self, head: Findings, plan: Plan) -> None:
         """Write the file, once all matrices of a plan are recorded; it gets its name only if the inputs have not changed."""
-        matrices: list[dict[str, Any]] = []
-        entries, home = [], {}
-        for i in (self._records[target.tensor] for target in plan.targets):
-            matrices.append(self._figures(i))
-            for info in _record_header(self._journal[i]).tensors:
-                entries.append((info.name, info.dtype, info.shape))
-                home[info.name] = i
-        shard = plan_findings_file(self.path.name, head, matrices, entries)
+        records = [self._records[target.tensor] for target in plan.targets]
+        home = {info: i for i in records for info in _record_header(self._journal[i]).tensors}
+        arrays = [(info.name, info.dtype, info.shape) for info in home]
+        shard = head.file_plan(self.path.name, [*map(self._figures, records)], arrays)
+        home = {info.name: i for info, i in home.items()}
 
         def source(info: TensorInfo) -> Iterator[Buffer]:
             raw = self._journal[home[info.name]]
@@ -102,11 +452,6 @@ class FindingsWriter:
             yield raw[header.data_start + own.start : header.data_start + own.end]
 
         write_sealed(self.path.parent, shard, source, plan.check_unchanged)
-
-
-def _layout(finding: MatrixFinding, arrays: Mapping[str, Tensor]) -> tuple[Header, bytes]:
-    """Lay out a matrix's record: its header, and the header's bytes."""
-    return layout(matrix_entries(finding.tensor, arrays), {"matrix": json.dumps(finding.figures())})
 
 
 def _record_header(raw: bytes) -> Header:
@@ -118,37 +463,25 @@ def _record_header(raw: bytes) -> Header:
 FindingsSize = tuple[int, int]
 """Bytes of a findings file and of the journal beside it."""
 
+FIGURES_BYTES = 2000
+"""Upper bound of the bytes of a matrix's figures and of its arrays' entries in a header, without names."""
+
 
 def findings_bytes(plan: Plan, options: DetectionOptions) -> FindingsSize:
-    """Compute the largest size of findings, with every direction an intruder. Needs about 1 s for 10,000 matrices."""
-    head = FindingsHead.of(plan, options)
-    known = [head.base, head.adapter, dict(head.sources), options.as_dict()]
-    file = journal = 4096 + 2 * len(json.dumps(known))
-    for finding in (_widest(plan, target, options) for target in plan.targets):
-        record = _layout(finding, finding.arrays())[0].file_bytes
-        file += record + OFFSETS_BYTES
-        journal += record + 40
-    return file, journal
-
-
-def _widest(plan: Plan, target: Target, options: DetectionOptions) -> MatrixFinding:
-    """Make a finding of the largest possible size: every direction an intruder, every figure as long as possible."""
-    module, weight = target.module, plan.weights[target.tensor]
-    (m, n), k = module.shape, options.directions(module.shape)
-    longest, every = -sys.float_info.max, tuple(range(k))
-    U, S, Vh = (torch.empty(shape, dtype=weight.compute, device="meta") for shape in ((m, k), (k,), (k, n)))
-    found = Detection(singular_values=(longest,) * k, similarity=(longest,) * k, similarity_low=(longest,) * k,
-                      similarity_high=(longest,) * k, base_singular_values=(longest,) * k, intruders=every, U=U, S=S,
-                      Vh=Vh, certified=False, degenerate=every, solver=max(solvers.SOLVERS, key=len), escalated=False,
-                      steps=10**9, products=10**9, cutoff=longest,
-                      delta_norm=longest, intruder_energy=longest, dropped_at_zero=longest, precision="float64")  # fmt: skip
-    return MatrixFinding(target.tensor, module.name, module.shape, weight.label, module.rank, module.scaling,
-                         False, "f" * 64, found)  # fmt: skip
+    """Compute an upper bound of the size of findings, with every direction an intruder and degenerate."""
+    head = Findings.of(plan, options)
+    nbytes = 4096 + 2 * len(json.dumps([head.base, head.adapter, head.sources, options.as_dict()]))
+    for target in plan.targets:
+        (m, n), k = target.module.shape, options.directions(target.module.shape)
+        names = (1 + len(files.ARRAYS)) * len(json.dumps(target.tensor)) + len(json.dumps(target.module.name))
+        values = (m + n + 1) * plan.weights[target.tensor].compute.itemsize + 8 * (len(files.ARRAYS) - 3) + 12
+        nbytes += FIGURES_BYTES + 2 * names + k * values
+    return nbytes, nbytes
 
 
 def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, resident: int,
-               writers: Sequence[FindingsWriter] = ()) -> Iterator[tuple[int, MatrixFinding]]:  # fmt: skip
-    """Detect in every target of a batch, in the base's file order, and yield each finding with its plan's number.
+               writers: Sequence[FindingsWriter] = ()) -> Found:  # fmt: skip
+    """Detect in every target of a batch, in the base's file order, in this process or on the run's workers.
 
     A matrix that several plans change is read once for all of them.
 
@@ -159,35 +492,35 @@ def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, residen
     writers
         Writers of each plan's findings: matrices that they already have are skipped, and they set the number of torch's threads.
     """
-    plans, monitor = batch.plans, run.monitor
-    threads = [writer.threads for writer in writers] or [torch.get_num_threads()] * len(plans)
-    _check_budgets(batch, options, resident)
+    plans = batch.plans
+    counts = [writer.threads for writer in writers] or [torch.get_num_threads()] * len(plans)
+    check_budget(detection_estimates(plans, options, resident), options.max_memory)
     groups = batch.matrices(lambda one: not writers or one.target.tensor not in writers[one.plan])
-    work = Work(batch, groups, options, threads, resident)
-    todo = [one for group in groups for one in group]
-    total, of = work.cost(Assignment(i, t) for i, plan in enumerate(plans) for t in plan.targets), batch.matrix_count
-    done, items = total - work.cost(todo), of - len(todo)
+    total = sum(options.cost(t.module.shape) for plan in plans for t in plan.targets)
+    todo = [options.cost(one.target.module.shape) for group in groups for one in group]
+    progress = Progress(run.monitor, "detect", total, batch.matrix_count)
+    progress.add(total - sum(todo), batch.matrix_count - len(todo))
     names = [plan.adapter.path.absolute().name if len(plans) > 1 else "" for plan in plans]
 
-    def begin(one: Assignment) -> None:
-        monitor.checkpoint()
-        monitor.emit(Event("detect", one.target.tensor, done, total, items, of, names[one.plan]))
+    def begin(i: int, target: Target) -> None:
+        progress.begin(target.tensor, names[i])
 
-    with contextlib.closing(detect_in(work, run, begin)) as stream:
-        for one, finding in stream:
-            yield one.plan, finding
-            done, items = done + work.cost([one]), items + 1
-    monitor.emit(Event("detect", "", total, total, of, of))
+    if run.workers is not None:
+        stream = detect_on_workers(batch, groups, options, run, resident, counts, begin)
+    else:
+        stream = detect_in_turn(batch, groups, options, run.device, resident, counts, run.monitor, begin)
+    with contextlib.closing(stream):
+        for i, finding in stream:
+            yield i, finding
+            progress.add(options.cost(finding.shape))
+    progress.end()
 
 
 def detect_in_memory(batch: AdapterBatch, options: DetectionOptions, run: Run) -> list[Findings]:
     """Detect and keep each plan's findings in memory, which the budget includes."""
     kept = sum(kept_bytes(plan, t, options) for plan in batch.plans for t in plan.targets)
-    found: list[dict[str, MatrixFinding]] = [{} for _ in batch.plans]
-    for i, finding in detect_all(batch, options, run, resident_bytes(batch) + kept):
-        found[i][finding.tensor] = finding
-    ordered = [(p, [mine[t.tensor] for t in p.targets]) for p, mine in zip(batch.plans, found, strict=True)]
-    made = [Findings.of(FindingsHead.of(plan, options), matrices) for plan, matrices in ordered]
+    found = {(i, m.tensor): m for i, m in detect_all(batch, options, run, resident_bytes(batch) + kept)}
+    made = [Findings.of(p, options, [found[i, t.tensor] for t in p.targets]) for i, p in enumerate(batch.plans)]
     run.monitor.warn(warning for findings in made for warning in findings.warnings)
     return made
 
@@ -205,16 +538,15 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
     sizes
         `findings_bytes` of each plan, if the caller has computed them.
     """
-    monitor, places = run.monitor, _places(batch, paths, options, run.overwrite, resident)
+    monitor, places = run.monitor, _places(batch, paths, options, run, resident, sizes)
     todo = [place for place in places if place.finished is None]
-    _check_space(places, sizes or _sizes(places))
-    for one in places:
-        if one.finished is not None:
-            left(one.path, monitor)
+    for place in places:
+        if place.finished is not None:
+            left(place.path, monitor)
     seconds: dict[tuple[Path, str], float | None] = {}
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(one.writer(run)) for one in todo]
-        begun = [(w, t) for w, one in zip(writers, todo, strict=True) if w.resumed for t in one.plan.targets]
+        writers = [stack.enter_context(place.writer()) for place in todo]
+        begun = [(w, t) for w, place in zip(writers, todo, strict=True) if w.resumed for t in place.plan.targets]
         if begun:
             monitor.resuming(sum(target.tensor in writer for writer, target in begun), len(begun), "matrix")
         if todo:
@@ -222,20 +554,17 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
             for count in sorted({writer.threads for writer in writers} - {now}):
                 text = f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over with {now}"
                 monitor.emit(Event("note", text))
-            pending = AdapterBatch(batch.base, tuple(one.plan for one in todo))
+            pending = AdapterBatch(batch.base, tuple(place.plan for place in todo))
             for i, finding in detect_all(pending, options, run, resident, writers):
                 writers[i].add(finding)
                 seconds[writers[i].path, finding.tensor] = finding.seconds
         monitor.checkpoint()
     for writer in writers:
         monitor.told(writer.path, "resumed" if writer.resumed else "written")
-
-    def timed(path: Path) -> Findings:
-        findings = load_findings(path)
-        matrices = tuple(replace(m, seconds=seconds.get((path, m.tensor))) for m in findings)
-        return replace(findings, matrices=matrices)
-
-    made = [timed(one.path) if one.finished is None else one.finished for one in places]
+    made = [load_findings(place.path) if place.finished is None else place.finished for place in places]
+    for n, findings in enumerate(made):
+        timed = tuple(replace(m, seconds=seconds.get((paths[n], m.tensor))) for m in findings)
+        made[n] = replace(findings, matrices=timed)
     monitor.warn(warning for findings in made for warning in findings.warnings)
     return made
 
@@ -247,54 +576,31 @@ def inspect_detections(
 
     Finished findings have the size (0, 0).
     """
-    places = _places(batch, paths, options, run.overwrite, resident_bytes(batch))
-    sizes = _sizes(places)
-    _check_space(places, sizes)
-    states = ["done" if one.finished is not None else "resume" if one.file(run).is_begun() else "new" for one in places]
-    return [*zip(states, sizes, strict=True)]
+    places = _places(batch, paths, options, run, resident_bytes(batch))
+    states = [
+        "done" if place.finished is not None else "resume" if place.file.is_begun() else "new" for place in places
+    ]
+    return [(state, place.size) for state, place in zip(states, places, strict=True)]
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A findings file to write, or an existing one if `finished`."""
+    """A findings file to write, or an existing one if `finished`; `head` states what it is made from."""
 
     plan: Plan
     path: Path
-    head: FindingsHead
+    head: Findings
     finished: Findings | None
-
-    def file(self, run: Run) -> ResumableFile:
-        # The last bits depend on the number of threads; without any matrix, a resumed run chooses it.
-        plan = self.head.digest(target.tensor for target in self.plan.targets)
-        start = {"plan": plan, "version": __version__, "stamps": self.plan.detection_stamps(),
-                 "threads": torch.get_num_threads()}  # fmt: skip
-        return ResumableFile(self.path, start, run.resume, run.overwrite, records=1)
+    size: FindingsSize
+    file: ResumableFile
 
     @contextlib.contextmanager
-    def writer(self, run: Run) -> Iterator[FindingsWriter]:
+    def writer(self) -> Iterator[FindingsWriter]:
         """Lock the file, resume or begin its run, and write it if the block does not raise."""
-        with self.file(run).begun() as (journal, resumed):
+        with self.file.begun() as (journal, resumed):
             writer = FindingsWriter(self.path, journal, resumed)
             yield writer
             writer.write(self.head, self.plan)
-
-
-def _sizes(places: Sequence[_Place]) -> list[FindingsSize]:
-    """Compute `findings_bytes` of each plan, (0, 0) for finished findings."""
-    return [findings_bytes(one.plan, one.head.options) if one.finished is None else (0, 0) for one in places]
-
-
-def _check_space(places: Sequence[_Place], sizes: Sequence[FindingsSize]) -> None:
-    """Refuse findings that might not fit on the disk together with their journals."""
-    todo, needed = [(one.path, size) for one, size in zip(places, sizes, strict=True) if one.finished is None], 0
-    for path, size in todo:
-        # Files of an interrupted run: usable ones are reused, and the others are removed first.
-        names = {path.name, journal_of(path).name}
-        there = [journal_of(path), *(partials_of(path.parent, names) if path.parent.is_dir() else ())]
-        needed += sum(size) - sum(map(allocated_bytes, there))
-    if todo:
-        path, _ = todo[0]
-        check_space(path.parent if len(todo) > 1 else path, needed, at_most=True)
 
 
 @contextlib.contextmanager
@@ -308,28 +614,40 @@ def naming_inputs(plan: Plan, paths: Sequence[Path], overwrite: bool) -> Iterato
         raise
 
 
-def _places(
-    batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, overwrite: bool, resident: int
-) -> list[_Place]:
-    """Check before detection where findings go and which are finished."""
-    _check_budgets(batch, options, resident)
-    places = []
-    for plan, path in zip(batch.plans, paths, strict=True):
-        head = FindingsHead.of(plan, options)
-        with naming_inputs(plan, [path], overwrite):
-            found = _finished(plan, path, head, overwrite)
+def _places(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run, resident: int,
+            sizes: Sequence[FindingsSize] = ()) -> list[_Place]:  # fmt: skip
+    """Check before detection where findings go, which are finished, and whether the others fit on the disk with their journals."""
+    check_budget(detection_estimates(batch.plans, options, resident), options.max_memory)
+    places, needed = list[_Place](), 0
+    for i, (plan, path) in enumerate(zip(batch.plans, paths, strict=True)):
+        head = Findings.of(plan, options)
+        made_from = head.made_from(target.tensor for target in plan.targets)
+        with naming_inputs(plan, [path], run.overwrite):
+            found = _finished(plan, path, made_from, run.overwrite)
         if found is None:
             plan.refuse_overwriting([path])
-        places.append(_Place(plan, path, head, found))
+        # The last bits depend on the number of threads; without any matrix, a resumed run chooses it.
+        start = {
+            "plan": made_from,
+            "version": __version__,
+            "stamps": plan.detection_stamps(),
+            "threads": torch.get_num_threads(),
+        }
+        size = (0, 0) if found is not None else sizes[i] if sizes else findings_bytes(plan, options)
+        file = ResumableFile(path, start, run.resume, run.overwrite, records=1)
+        places.append(_Place(plan, path, head, found, size, file))
+    todo = [place for place in places if place.finished is None]
+    for place in todo:
+        # Files of an interrupted run: usable ones are reused, and the others are removed first.
+        path, journal = place.path, journal_of(place.path)
+        partials = partials_of(path.parent, {path.name, journal.name}) if path.parent.is_dir() else ()
+        needed += sum(place.size) - sum(map(allocated_bytes, (journal, *partials)))
+    if todo:
+        check_space(todo[0].path.parent if len(todo) > 1 else todo[0].path, needed, at_most=True)
     return places
 
 
-def _check_budgets(batch: AdapterBatch, options: DetectionOptions, resident: int) -> None:
-    needs = (need for plan in batch.plans for need in detection_estimates(plan, options, resident))
-    check_budget(needs, options.max_memory)
-
-
-def _finished(plan: Plan, path: Path, head: FindingsHead, overwrite: bool) -> Findings | None:
+def _finished(plan: Plan, path: Path, made_from: str, overwrite: bool) -> Findings | None:
     """Find the finished findings of exactly this plan, without writing; return None if they do not exist yet or are to be replaced.
 
     Raises
@@ -345,7 +663,7 @@ def _finished(plan: Plan, path: Path, head: FindingsHead, overwrite: bool) -> Fi
             raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
     if not is_taken(path):
         return None
-    if not is_findings_file(path):
+    if not files.is_findings_file(path):
         raise not_own(path, "findings")
     if overwrite:
         return None
@@ -353,6 +671,6 @@ def _finished(plan: Plan, path: Path, head: FindingsHead, overwrite: bool) -> Fi
         findings = load_findings(path)
     except FormatError as e:
         raise holds(path, "findings that cannot be read") from e
-    if findings.made_from() != head.digest(target.tensor for target in plan.targets):
+    if findings.made_from() != made_from:
         raise holds(path, "findings of other inputs or options")
     return findings

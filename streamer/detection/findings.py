@@ -1,7 +1,10 @@
 """Define the findings: the result of detection for each matrix, with the base, adapter and options that determined it.
 
-On disk they are one safetensors file; `findings_file` describes its layout. While detection runs, a journal beside the file holds a record
-for each matrix; a record is itself a safetensors file of the matrix's tensors, and the end of the run combines them.
+On disk they are one safetensors file. For the base tensor ``T`` it holds the intruders' triplets ``T/U`` (m, q), ``T/S`` (q,) and
+``T/Vh`` (q, n); ``T/singular_values``, ``T/similarity``, ``T/similarity_low``, ``T/similarity_high``, ``T/base_singular_values`` (k,)
+float64; and ``T/intruders`` (q,) int64. The metadata's ``findings`` is JSON: identities, options, and the figures of each matrix. While
+detection runs, a journal beside the file holds a record for each matrix; a record is itself a safetensors file of the matrix's tensors,
+and the end of the run combines them.
 
 Recognise findings for a base other than the adapter's: its directions then look like random vectors.
 
@@ -24,34 +27,146 @@ import fnmatch
 import hashlib
 import html
 import importlib
+import itertools
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict, cast, overload
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NotRequired, TypedDict, cast, get_type_hints, overload
 
 import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
+from streamer import errors
 from streamer.adapters.modules import LoraModule, MethodModule, values_of
-from streamer.detection.findings_file import SCHEMA, FindingsHead, MatrixFinding, read_findings, save_findings_file
-from streamer.detection.options import DetectionOptions, OptionsRecord
-from streamer.errors import MismatchError, MissingPackageError, UnknownNameError, UsageError, printable
-from streamer.json_types import Amount, Count, OutputPath, State
+from streamer.detection.intruders import Detection
+from streamer.detection.options import STAMP, DetectionOptions, OptionsRecord, detection_record, stamp
+from streamer.errors import printable
+from streamer.json_types import (
+    Amount,
+    Count,
+    Encoding,
+    ModuleName,
+    OutputPath,
+    Rank,
+    Scale,
+    Shape,
+    State,
+    TensorName,
+    check,
+)
+from streamer.linalg.operators import all_finite
 from streamer.plan.plan import Plan
-from streamer.plan.sources import AdapterSource, BaseSource
+from streamer.plan.sources import AdapterSource, BaseSource, NameSource, in_short
 from streamer.plan.targets import Target
-from streamer.storage.files import AdapterIdentity, BaseIdentity, difference
+from streamer.storage.atomic_file import ShardPlan, plan_shard, remove_partials, write_sealed
+from streamer.storage.files import AdapterIdentity, BaseIdentity, check_identities, difference, locked
+from streamer.storage.header import DIGEST, NO_DIGEST
+from streamer.storage.journal import journal_of, lock_of
 from streamer.storage.tensor_file import TensorFile
+from streamer.storage.transaction import check_file_path, check_replaced, check_space
 from streamer.units import counted, format_size, listed
-from streamer.weights.base import StoredTensor, Weight, as_bytes
+from streamer.weights.base import TORCH_DTYPES, StoredTensor, Weight, as_bytes, as_tensor
 
 if TYPE_CHECKING:
     import pandas
+
+
+FACTORS = ("U", "S", "Vh")
+NUMBERS = ("singular_values", "similarity", "similarity_low", "similarity_high", "base_singular_values")
+ARRAYS = (*FACTORS, *NUMBERS, "intruders")
+"""The arrays of a matrix, in file order."""
+
+
+@dataclass(frozen=True, repr=False)
+class MatrixFinding:
+    """Finding for one matrix.
+
+    Attributes
+    ----------
+    tensor, module
+        Its name in the base and in the adapter.
+    shape
+        (out, in), independent of the order on disk.
+    dtype
+        The base tensor's dtype, spelled as in the safetensors format.
+    rank, scale
+        The adapter's rank and scale for this module.
+    detection
+        Decisions and factors. From a file, the factors are read through a memory map when they are used.
+    seconds
+        Time that detection took; None if read from a file, which stores no times.
+    transposed
+        Whether the base stores (in, out), as embeddings and Conv1D layers do; the output side is still judged.
+    fingerprint
+        Digest of the values behind the decisions (see `findings.fingerprint`); None for a fine-tuned model.
+    """
+
+    # fmt: off
+    tensor: TensorName
+    module: ModuleName
+    shape: Shape
+    dtype: Encoding
+    rank: Rank
+    scale: Scale
+    transposed: Annotated[bool, "Whether it is stored as (inputs, outputs), like embeddings. Decisions still use the output side."]
+    fingerprint: Annotated[str | None, "SHA-256 of a sample of the base's values and the adapter's; null for a fine-tuned model."]
+    detection: Detection
+    seconds: Annotated[Amount | None, "Wall time in s of detection; null if the findings come from a file."] = \
+        field(default=None, compare=False)
+    # fmt: on
+
+    def __repr__(self) -> str:
+        return f"<MatrixFinding {self.tensor} {'x'.join(map(str, self.shape))}: {self.detection.summary()}>"
+
+    def figures(self) -> dict[str, Any]:
+        """Return everything except arrays and seconds, as JSON values."""
+        return {key: value for key, value in self.record().items() if key in FIGURES}
+
+    def record(self) -> dict[str, Any]:
+        """Return everything except the vectors, as JSON values: a matrix in `streamer report --json`."""
+        own, decisions = ({f.name: getattr(part, f.name) for f in fields(part)} for part in (self, self.detection))
+        seconds = own.pop("seconds")
+        tree = {**own, **decisions, "seconds": seconds}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in tree.items() if k not in (*FACTORS, "detection")}
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Return the arrays by their names in a file, in its order: ``q.weight/U``, ``q.weight/S`` and so on."""
+        d, dtypes = self.detection, {"intruders": torch.int64} | dict.fromkeys(NUMBERS, torch.float64)
+        values = {key: getattr(d, key) for key in ARRAYS}
+        made = {key: torch.tensor(v, dtype=dtypes[key]) if key in dtypes else v for key, v in values.items()}
+        return {f"{self.tensor}/{key}": t for key, t in made.items()}
+
+
+SCHEMA: Final = "streamer.findings/1"
+
+FILE_NAME = "findings.safetensors"
+"""Example of a findings file's name."""
+
+COEFFICIENTS = "streamer.coefficients"
+"""Metadata key of coefficients files, used to recognise one that was passed instead of findings."""
+
+DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+
+FIGURES = {
+    key: hint
+    for part in (MatrixFinding, Detection)
+    for key, hint in get_type_hints(part, include_extras=True).items()
+    if key not in (*ARRAYS, "detection", "seconds")
+}
+"""The figures of a matrix in the metadata, with their types."""
+
+Entry = tuple[str, str, tuple[int, ...]]
+"""A tensor's name, dtype and shape."""
+
+
+def entries(arrays: Mapping[str, Tensor]) -> list[Entry]:
+    """List the entries of arrays."""
+    return [(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in arrays.items()]
 
 
 ANOTHER_BASE = (
@@ -129,10 +244,10 @@ def index_of(names: Names, key: str) -> int:
         if fits:
             found = listed(names[i][0] for i in fits)
             what = f"{key!r} fits {len(fits)} matrices: {found}"
-            raise UnknownNameError(f"findings: {what}; use a longer name, or '*{key}*' for all")
+            raise errors.UnknownNameError(f"findings: {what}; use a longer name, or '*{key}*' for all")
     close = difflib.get_close_matches(key, [name for pair in names for name in pair], 1, 0.5)
     near = f"did you mean {close[0]!r}?" if close else f"there are {listed((t for t, _ in names), 2)}"
-    raise UnknownNameError(f"findings: no matrix is called {key!r}; {near}")
+    raise errors.UnknownNameError(f"findings: no matrix is called {key!r}; {near}")
 
 
 def indices_of(names: Names, pattern: str) -> list[int]:
@@ -148,7 +263,7 @@ def indices_of(names: Names, pattern: str) -> list[int]:
     found = [i for i, pair in enumerate(names) if any(fit(name) for fit in fits for name in pair)]
     if not found:
         there = listed((t for t, _ in names), 2)
-        raise UnknownNameError(f"findings: no matrix fits {pattern!r}; there are {there}")
+        raise errors.UnknownNameError(f"findings: no matrix fits {pattern!r}; there are {there}")
     return found
 
 
@@ -252,14 +367,10 @@ class Findings:
         return {**self.__dict__, "_file": None}
 
     @classmethod
-    def of(cls, head: FindingsHead, matrices: Iterable[MatrixFinding], file: TensorFile | None = None) -> Findings:
-        """Make findings from their parts; `file` is the file from which they were read."""
-        return cls(head.base, head.adapter, head.options, tuple(matrices), file, head.sources)
-
-    @property
-    def head(self) -> FindingsHead:
-        """Return everything except the matrices."""
-        return FindingsHead(self.base, self.adapter, self.options, self.sources)
+    def of(cls, plan: Plan, options: DetectionOptions, matrices: Iterable[MatrixFinding] = ()) -> Findings:
+        """Make findings on a plan; without matrices they are only what a file states beside them."""
+        sources = {what: in_short(source) for what, source in zip(("base", "adapter"), plan.sources, strict=True)}
+        return cls(plan.base_identity, plan.adapter_identity, options, tuple(matrices), sources=sources)
 
     @cached_property
     def by_tensor(self) -> dict[str, MatrixFinding]:
@@ -307,9 +418,22 @@ class Findings:
         decisions = [list(m.detection.intruders) for m in self.matrices]
         return hashlib.sha256(json.dumps([self.made_from(), decisions]).encode()).hexdigest()
 
-    def made_from(self) -> str:
-        """Hash (SHA-256, hex) everything that determines the findings' bytes."""
-        return self.head.digest(m.tensor for m in self.matrices)
+    def made_from(self, tensors: Iterable[str] | None = None) -> str:
+        """Hash (SHA-256, hex) everything that determines the findings' bytes, or those of findings for other tensors, in file order."""
+        names = [m.tensor for m in self.matrices] if tensors is None else list(tensors)
+        inputs = {"base": self.base, "adapter": self.adapter, "options": self.options.as_dict()}
+        plan = {"schema": SCHEMA, **inputs, "tensors": names}
+        return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+    def file_plan(self, name: str, matrices: Sequence[Mapping[str, Any]], arrays: Sequence[Entry]) -> ShardPlan:
+        """Lay out a file from the figures and arrays of each matrix, which gives the same bytes directly or through a journal."""
+        tree = {"base": self.base, "adapter": self.adapter, "options": self.options.as_dict(), "matrices": matrices}
+        metadata = {"schema": SCHEMA, "findings": json.dumps(tree), DIGEST: NO_DIGEST}
+        if self.sources:
+            detection = detection_record(self.options, sum(m["certified"] is True for m in matrices), len(matrices))
+            base, adapter = (cast(NameSource, self.sources[what]) for what in ("base", "adapter"))
+            metadata[STAMP] = stamp("detect", base, adapter, detection)
+        return plan_shard(name, arrays, metadata)
 
     def check_matches(self, base: BaseIdentity, adapter: AdapterIdentity, options: DetectionOptions | None) -> None:
         """Refuse findings that were made with another base, adapter or options.
@@ -329,13 +453,13 @@ class Findings:
         for what, mine, theirs in ("base", {**self.base}, {**base}), ("adapter", {**self.adapter}, {**adapter}):
             if mine != theirs:
                 other = f"made with another {what} ({difference(mine, theirs)})"
-                raise MismatchError(f"{self.name}: {other}; run detect again on this one")
+                raise errors.MismatchError(f"{self.name}: {other}; run detect again on this one")
         for name, value in (asdict(options) if options else {}).items():
             mine_value = getattr(self.options, name)
             # The solver and its memory do not matter to users of findings, unless they requested a solver.
             if value != mine_value and not ((name == "solver" and value == "auto") or name == "max_memory"):
                 other = f"made with {name}={mine_value!r}, asked for {value!r}"
-                raise MismatchError(f"{self.name}: {other}; pass the same, or run detect again")
+                raise errors.MismatchError(f"{self.name}: {other}; pass the same, or run detect again")
 
     def find(self, name: str) -> MatrixFinding:
         """Find one matrix by name.
@@ -386,7 +510,7 @@ class Findings:
             return any(key is m for m in self.matrices)
         try:
             self.find(key)
-        except UnknownNameError:
+        except errors.UnknownNameError:
             return False
         return True
 
@@ -446,12 +570,12 @@ class Findings:
             If pandas is not installed; this is an `ImportError`.
         """
         if by not in ("matrix", "direction"):
-            raise UsageError(f"by: expected 'matrix' or 'direction', found {by!r}")
+            raise errors.UsageError(f"by: expected 'matrix' or 'direction', found {by!r}")
         try:
             library = importlib.import_module("pandas")
         except ImportError:
             what = "to_pandas: needs pandas, which is not installed; pip install 'intruder-streamer[pandas]'"
-            raise MissingPackageError(what, "pandas") from None
+            raise errors.MissingPackageError(what, "pandas") from None
         records = (m.record() for m in self.matrices)
         return library.DataFrame([r for m in records for r in ([_matrix_row(m)] if by == "matrix" else _direction_rows(m))])
 
@@ -472,7 +596,21 @@ class Findings:
         OutputError, StorageError, LockedError
             If the file cannot be written.
         """
-        save_findings_file(Path(path), self.head, self.matrices, overwrite)
+        path = Path(path)
+        journal, arrays = journal_of(path), {name: t for m in self for name, t in m.arrays().items()}
+        check_file_path(path, FILE_NAME, journal.name)
+        check_replaced(path, overwrite, is_findings_file, "findings")
+        if journal.exists() and not overwrite:
+            raise errors.OutputExistsError(
+                f"{path}: an interrupted run has its journal there; finish that run, choose another output, or pass overwrite=True",
+                journal,
+            )
+        shard = self.file_plan(path.name, [m.figures() for m in self], entries(arrays))
+        check_space(path, shard.nbytes)
+        with locked(lock_of(path), path):
+            remove_partials(path.parent, {path.name, journal.name})
+            write_sealed(path.parent, shard, lambda info: [as_bytes(arrays[info.name])])
+            journal.unlink(missing_ok=True)
 
 
 def load_findings(path: str | Path) -> Findings:
@@ -488,7 +626,78 @@ def load_findings(path: str | Path) -> Findings:
     FormatError
         If it is not a findings file, or is damaged or incomplete.
     """
-    return Findings.of(*read_findings(Path(path)))
+    path = Path(path)
+    if path.is_dir():
+        raise errors.FormatError(f"{path}: expected a findings file, found a directory; name the findings file in it")
+    file = TensorFile(path)
+    text = file.header.metadata.get("findings")
+    if file.header.metadata.get("schema") != SCHEMA or text is None:
+        found = "another safetensors file; make them"
+        if COEFFICIENTS in file.header.metadata:
+            found = "coefficients; pass them with --coefficients (coefficients=), and make findings"
+        raise errors.FormatError(f"{path}: expected findings ({SCHEMA}), found {found} with `streamer detect`")
+    try:
+        tree = json.loads(text)
+        options = DetectionOptions(**tree["options"])
+        data = file.data()  # one map for all: one for each matrix would exhaust the descriptors
+        matrices = tuple(_read_matrix(figures, file, data) for figures in tree["matrices"])
+        check_identities(tree["base"], tree["adapter"])
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        what = f"findings are not as {SCHEMA} has them ({type(e).__name__}: {e})"
+        raise errors.FormatError(f"{path}: {what}; run detect again") from e
+    file.check_digest("run detect again")
+    return Findings(tree["base"], tree["adapter"], options, matrices, file, _sources(file))
+
+
+def _read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> MatrixFinding:
+    """Read the finding with these figures from an open, mapped findings file.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        If figures or arrays do not follow the schema.
+    """
+    check(figures, FIGURES)
+    arrays: dict[str, Tensor] = {}
+    for key in ARRAYS:
+        info = file.header.by_name[f"{figures['tensor']}/{key}"]
+        if info.dtype not in DTYPE_NAMES.values():
+            raise ValueError(f"tensor {info.name!r} is {info.dtype}")
+        arrays[key] = as_tensor(data[info.start : info.end], TORCH_DTYPES[info.dtype], info.shape)
+    m, n = figures["shape"]
+    q, k = len(arrays["intruders"]), len(arrays["singular_values"])
+    expected = {"U": (m, q), "S": (q,), "Vh": (q, n)} | dict.fromkeys(NUMBERS, (k,))
+    for key, shape in expected.items():
+        if tuple(arrays[key].shape) != shape:
+            raise ValueError(f"{figures['tensor']}/{key}: expected shape {shape}, found {tuple(arrays[key].shape)}")
+    if not all_finite(arrays["S"]):
+        raise ValueError(f"{figures['tensor']}/S holds NaN or Inf")
+    numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in (*NUMBERS, "intruders")}
+    for what, ranks in (("intruders", numbers["intruders"]), ("degenerate", figures["degenerate"])):
+        among = k > 0 and all(type(j) is int and 0 <= j < k for j in ranks)
+        if not among or any(a >= b for a, b in itertools.pairwise(ranks)):
+            raise ValueError(f"{figures['tensor']}: {what} must be ascending ranks below {k}")
+    own = {key: figures[key] for key in FIGURES} | {"shape": (m, n), "degenerate": tuple(figures["degenerate"])}
+    decided = {key: own.pop(key) for key in FIGURES if key in Detection.__dataclass_fields__}
+    decided |= numbers | {key: arrays[key] for key in FACTORS}
+    return MatrixFinding(**own, detection=Detection(**decided))
+
+
+def _sources(file: TensorFile) -> dict[str, dict[str, str]]:
+    """Read the names of the inputs from a findings file's stamp; return {} if it has none."""
+    try:
+        tree = json.loads(file.header.metadata[STAMP])
+        return {what: {k: v for k, v in tree[what].items() if isinstance(v, str)} for what in ("base", "adapter")}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return {}
+
+
+def is_findings_file(path: Path) -> bool:
+    """Test whether a file's header declares findings of this schema."""
+    try:
+        return TensorFile(path).header.metadata.get("schema") == SCHEMA
+    except errors.InputError:
+        return False
 
 
 SAMPLED = 32
@@ -517,18 +726,31 @@ def fingerprint(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor] 
     """
     if plan.adapter.describes_model:
         return None
-    module = target.module
+    module, weight, tensors = target.module, weight or plan.weights[target.tensor], tensors or plan.adapter.tensors
     digest = hashlib.sha256(json.dumps([list(module.shape), float(module.scaling).hex()]).encode())
-    _update(digest, _sample(weight or plan.weights[target.tensor], target.transposed))
-    for name, values in _module_values(tensors or plan.adapter.tensors, target):
-        digest.update(name.encode())
-        _update(digest, values.double())
+    rows, columns = ([i * (n - 1) // max(1, min(n, SAMPLED) - 1) for i in range(min(n, SAMPLED))] for n in weight.matrix)
+    source = weight.at_hand()
+    sample = torch.stack([source.rows(i, i + 1)[0, columns].double() for i in rows])
+    values: Iterable[tuple[str, Tensor]]
+    if isinstance(module, LoraModule):
+        slices = (*module.expert_slices, ())
+        parts = zip(("A", "B", "magnitude"), module.tensor_names, slices, strict=False)
+        values = ((role, values_of(tensors[name], index)) for role, name, index in parts)
+    else:  # the numbers in the config of a method other than LoRA count, too
+        assert isinstance(module, MethodModule)
+        stated = sorted((k, float(v)) for k, v in module.config.values.items() if isinstance(v, int | float))
+        numbers = ((key, torch.tensor(value)) for key, value in stated if key not in _NOT_OF_DELTA)
+        own = ((role, values_of(module.stored(tensors[name]))) for role, name in sorted(module.tensors.items()))
+        values = itertools.chain(own, numbers)
+    for role, part in itertools.chain([("", sample.T if target.transposed else sample)], values):
+        digest.update(role.encode())
+        digest.update(part.double().contiguous().cpu().numpy().data)
     return digest.hexdigest()
 
 
-def lacking(where: str, missing: int, count: int, first: str) -> MismatchError:
+def lacking(where: str, missing: int, count: int, first: str) -> errors.MismatchError:
     """Make the error for findings that lack matrices of an adapter."""
-    return MismatchError(
+    return errors.MismatchError(
         f"{where}: has no findings on {missing} of {count} matrices, {first} first; pass those on all matrices, or run detect again"
     )
 
@@ -551,48 +773,14 @@ def matched_findings(plan: Plan, findings: Findings, where: str) -> Findings:
         found = by_module[target.module.name]
         mine = fingerprint(plan, target)
         if found.fingerprint is None or mine is None:
-            raise MismatchError(
+            raise errors.MismatchError(
                 f"{where}: does not say by which values {found.tensor!r} was judged (findings on a fine-tuned model do not), so they "
                 "may differ from the values here; run detect again"
             )
         if found.fingerprint != mine:
-            raise MismatchError(
+            raise errors.MismatchError(
                 f"{where}: {found.tensor!r} was judged with other values than {plan.base.path} and {plan.adapter.path} have; run "
                 "detect again on these (a model that was loaded in a narrower dtype than its files has other values)"
             )
         matrices.append(replace(found, tensor=target.tensor))
     return replace(findings, base=plan.base_identity, adapter=plan.adapter_identity, matrices=tuple(matrices))
-
-
-def _update(digest: hashlib._Hash, values: Tensor) -> None:
-    digest.update(values.contiguous().cpu().numpy().data)
-
-
-def _spaced(n: int) -> list[int]:
-    """Choose up to `SAMPLED` of n indices, evenly spaced, including the first and the last."""
-    count = min(n, SAMPLED)
-    return [i * (n - 1) // max(1, count - 1) for i in range(count)]
-
-
-def _sample(weight: Weight, transposed: bool) -> Tensor:
-    """Read the crossings of some rows and columns of the matrix (out, in), in float64."""
-    source, (m, n) = weight.at_hand(), weight.matrix
-    columns = torch.tensor(_spaced(n))
-    rows = torch.stack([source.rows(i, i + 1)[0, columns].double() for i in _spaced(m)])
-    return rows.T if transposed else rows
-
-
-def _module_values(tensors: Mapping[str, StoredTensor], target: Target) -> Iterator[tuple[str, Tensor]]:
-    """Yield a module's tensors by their roles; for a method other than LoRA also the numbers in its config."""
-    module = target.module
-    if isinstance(module, LoraModule):
-        slices = (*module.expert_slices, ())
-        for role, name, index in zip(("A", "B", "magnitude"), module.tensor_names, slices, strict=False):
-            yield role, values_of(tensors[name], index)
-        return
-    assert isinstance(module, MethodModule)
-    for role in sorted(module.tensors):
-        yield role, values_of(module.stored(tensors[module.tensors[role]]))
-    numbers = {k: float(v) for k, v in module.config.values.items() if isinstance(v, int | float)}
-    for key in sorted(numbers.keys() - _NOT_OF_DELTA):
-        yield key, torch.tensor(numbers[key])

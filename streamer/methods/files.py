@@ -26,7 +26,7 @@ from typing import Annotated, Any, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from streamer.detection.findings_file import COEFFICIENTS
+from streamer.detection.findings import COEFFICIENTS
 from streamer.errors import FormatError, InputError, MismatchError, UsageError
 from streamer.json_types import Count, Sha256
 from streamer.linalg.moments import Spectrum

@@ -14,29 +14,32 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from streamer.adapters.adapter import PREFIX, saved_names
-from streamer.adapters.adapter_config import LAYOUT_DETAILS, LAYOUT_KEY, WEIGHTS_NAME
+from streamer.adapters.adapter_config import CONFIG_NAME, LAYOUT_DETAILS, LAYOUT_KEY, WEIGHTS_NAME
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.adapters.modules import MethodModule
 from streamer.adapters.rules import is_residual
 from streamer.errors import UnsupportedError, UsageError
 from streamer.linalg.operators import Delta, Dense, LowRank
 from streamer.linalg.svd import energies, energies_bytes, krylov_triplets, least_rank
-from streamer.output.job import Job, MitigatedMatrix, matrix_metrics
-from streamer.output.merge_plan import AddDelta
-from streamer.output.output_spec import Writer, adapter_spec
+from streamer.output.job import Job, MitigatedMatrix, Writer
+from streamer.output.model_writer import AddDelta
 from streamer.plan.architectures import Architecture, architecture_for
 from streamer.plan.name_matching import Renames, renames_for
 from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, resident_bytes
+from streamer.plan.side_files import other_files, skipped_files
 from streamer.plan.targets import Target
 from streamer.plan.tied_embeddings import find_ties
-from streamer.storage.atomic_file import Piece, plan_shard
+from streamer.plan.tokenizer import TOKENIZER_CONFIG
+from streamer.storage.atomic_file import Piece, ShardPlan, plan_shard
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
+from streamer.storage.transaction import RECORD_NAME
 from streamer.units import listed
 from streamer.weights.base import ENCODINGS, StoredTensor, as_bytes, encode, equal
 
@@ -90,8 +93,8 @@ class MitigatedFactors:
         mirror = self.job.plan.mirrors.get(target.module.name)
         return [*target.module.tensor_names, *(mirror.tensor_names if mirror else ())]
 
-    def tensors(self, targets: list[Target], metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
-        """Make the tensors with the factors of these targets, one module or all experts of a layer; an empty tensor means no change.
+    def tensors(self, targets: Sequence[Target], metrics: list[MitigatedMatrix]) -> dict[str, Tensor | None]:
+        """Make the tensors with the factors of these targets, one module or all experts of a layer; None if one does not change.
 
         Parameters
         ----------
@@ -100,39 +103,34 @@ class MitigatedFactors:
         """
         new = [(target.module.factors, self._factors(target, metrics)) for target in targets]
         module, factors = new[0]
-        if module is None or module.expert is None:
-            return factors
-        if not (module.grouped or any(t.numel() for _, f in new for t in f.values())):
-            return factors
+        if module is None or module.expert is None or not (module.grouped or any(factors for _, factors in new)):
+            return dict.fromkeys(name for target in targets for name in self.names(target)) | factors
         a, b = (self.job.plan.adapter.tensors[name].whole() for name in module.tensor_names)
         whole = {module.a: a.clone(), module.b: module.regrouped(b).clone()}
         for expert, factors in new:
             assert expert is not None
             for name, rows in zip(expert.tensor_names, replace(expert, grouped=False).expert_slices, strict=True):
-                if factors[name].numel():
+                if name in factors:
                     whole[name][rows] = factors[name]
-        return whole
+        return {**whole}
 
     def _factors(self, target: Target, metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
-        job, module = self.job, target.module.factors
-        delta, after, found = job.mitigated(target)
+        job, module, names = self.job, target.module.factors, self.names(target)
+        delta, after = job.mitigated(target)
         if after is delta:
-            metrics.append(matrix_metrics(target, delta, after, found, job.method))
-            return {name: torch.empty(0) for name in self.names(target)}
+            metrics.append(job.metrics(target, delta, after))
+            return {}
         assert isinstance(after, LowRank)
         assert module is not None
         B, A, error = back_project(after, module.rank, module.scaling)
-        if module.delta_transposed:
-            A, B = B.T, A.T
-        lefts = (0, 3) if module.delta_transposed else (1, 2)  # indices of the names that hold the left factor of Δ
-        out = {}
-        for number, (name, factor) in enumerate(zip(self.names(target), (A, B, B.T, A.T), strict=False)):
-            stored = job.plan.adapter.file.header.by_name[name]
-            kept = job.method.keeps_left and number in lefts
-            out[name] = torch.empty(0) if kept else encode(factor, ENCODINGS[stored.dtype], factor, name)
-        a, b = (out[name] if out[name].numel() else factor for name, factor in ((module.a, A), (module.b, B)))
-        written = module.product(a.double(), b.double())
-        metrics.append(matrix_metrics(target, delta, written, found, job.method, error))
+        A, B = (B.T, A.T) if module.delta_transposed else (A, B)
+        values, kept = dict(zip(names, (A, B, B.T, A.T), strict=False)), list[str]()
+        if job.method.keeps_left:  # the factor of Δ that is B, or the transpose of A, and its copies
+            kept = names[::3] if module.delta_transposed else names[1:3]
+        dtypes = {name: ENCODINGS[job.plan.adapter.file.header.by_name[name].dtype] for name in names}
+        out = {name: encode(t, dtypes[name], t, name) for name, t in values.items() if name not in kept}
+        written = module.product(out.get(module.a, A).double(), out.get(module.b, B).double())
+        metrics.append(job.metrics(target, delta, written, error))
         return out
 
 
@@ -145,7 +143,25 @@ def refuse_dense(plan: Plan, remedy: str) -> None:
         )
 
 
-class AdapterWriter(Writer):
+class OneFileWriter(Writer):
+    """Writer of an adapter of one tensor file and a config, if it has one, with the other files of the adapter in `source`, if given."""
+
+    def __init__(self, job: Job, path: Path, shard: ShardPlan, config: bytes | None, source: Path | None,
+                 to_lora: int | float | None = None, written: Sequence[Target] | None = None) -> None:  # fmt: skip
+        copies = [(name, p) for name, p in other_files(source) if name != CONFIG_NAME]
+        own = (shard.name, RECORD_NAME)
+        tokenizer: Literal["adapter"] | None = "adapter" if TOKENIZER_CONFIG in dict(copies) else None
+        skipped = [] if source is None else [name for name in skipped_files(source) if name not in own]
+        base_bytes = sum(job.plan.weights[t.tensor].nbytes for t in job.plan.targets if not t.module.low_rank)
+        super().__init__(
+            job, path, "mitigate", {shard.name: shard}, {} if config is None else {CONFIG_NAME: config}, copies, skipped,
+            ("adapter_model.bin", SINGLE_NAME, INDEX_NAME), base_bytes, tokenizer=tokenizer, warnings=job.warnings, to_lora=to_lora,
+            written=written,
+        )  # fmt: skip
+        self._ready: dict[str, Tensor | None] = {}
+
+
+class AdapterWriter(OneFileWriter):
     """Writer of the original adapter's tensors, order, dtypes and config, with new factors of mitigated modules, under PEFT's names."""
 
     def __init__(self, job: Job, path: Path) -> None:
@@ -171,13 +187,12 @@ class AdapterWriter(Writer):
         plain = {k: v for k, v in values.items() if k not in (LAYOUT_KEY, LAYOUT_DETAILS)} | {"peft_type": kind}
         if config is not None and plain != values:
             config = json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
-        self.spec = adapter_spec(job, path, shard, config, plan.adapter.directory)
+        super().__init__(job, path, shard, config, plan.adapter.directory)
         self._factors = MitigatedFactors(job)
-        self._ready: dict[str, Tensor] = {}
 
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
         """Estimate the peak memory for each matrix; for experts, whose factors share a tensor, including all factors, old and new."""
-        job, plan = self.spec.job, self.spec.job.plan
+        job, plan = self.job, self.job.plan
         for target in plan.targets:
             size = job.mitigation_bytes(target, projected=True)
             if target.module.factors is not None and target.module.factors.expert is not None:
@@ -187,13 +202,11 @@ class AdapterWriter(Writer):
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
         """Yield the bytes of a tensor; tensors that are not factors, or do not change, keep the file's bytes."""
         file, info = job.plan.adapter.file, self._read[info.name]
-        targets = self._factors.targets.get(info.name)
-        if targets is None:
-            return file.chunks(info)
-        if info.name not in self._ready:
+        targets = self._factors.targets.get(info.name, ())
+        if targets and info.name not in self._ready:
             self._ready |= MitigatedFactors(job).tensors(targets, metrics)
-        new = self._ready.pop(info.name)
-        return file.chunks(info) if new.numel() == 0 else [Piece(as_bytes(new))]
+        new = self._ready.pop(info.name, None)
+        return file.chunks(info) if new is None else [Piece(as_bytes(new))]
 
 
 OF_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
@@ -285,7 +298,7 @@ SMALL = 1024
 """Largest number of rows or columns for which a dense delta is truncated by LAPACK's SVD; above, the Krylov solver is used."""
 
 
-class LoraWriter(Writer):
+class LoraWriter(OneFileWriter):
     """Writer of the mitigated deltas as a LoRA adapter of scale 1, in float32; carried tensors keep their bytes.
 
     Parameters
@@ -293,8 +306,6 @@ class LoraWriter(Writer):
     rank
         The rank of all modules; or, as a float in (0, 1], the share of each delta's energy that its rank must keep.
     """
-
-    written: list[Target]
 
     def __init__(self, job: Job, path: Path, rank: int | float) -> None:
         plan = job.plan
@@ -305,17 +316,16 @@ class LoraWriter(Writer):
             )
         if reason := refusal(job):
             raise UnsupportedError(f"{plan.adapter.path}: {reason}; --to-lora cannot write it: use `streamer merge`")
-        self._plan = plan
-        self._layout = _layout(plan)
-        self.written = [target for target in plan.targets if target.module.name in self._layout.names]
-        in_factors = [target for target in self.written if target.module.name not in self._layout.whole]
+        self._plan, self._layout = plan, _layout(plan)
+        written = [target for target in plan.targets if target.module.name in self._layout.names]
+        in_factors = [target for target in written if target.module.name not in self._layout.whole]
         self._least = rank if isinstance(rank, int) else 1
         self._ranks = (
             {t.module.name: rank for t in in_factors} if isinstance(rank, int) else _least_ranks(job, in_factors, rank)
         )
         self._targets: dict[str, Target] = {}
         entries: list[tuple[str, str, tuple[int, ...]]] = []
-        for target in self.written:
+        for target in written:
             if target.module.name in self._layout.whole:
                 info = plan.base.info(target.tensor)
                 made = [(f"{PREFIX}{self._layout.names[target.module.name]}.weight", info.dtype, info.shape)]
@@ -324,27 +334,24 @@ class LoraWriter(Writer):
             entries += made
             self._targets |= dict.fromkeys((name for name, *_ in made), target)
         entries += [(name, stored.info.dtype, stored.info.shape) for name, stored in self._layout.carried.items()]
-        shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate", self.written))
-        config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate", written))
+        config = json.dumps(self._config(written), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         # A model's other files do not belong to an adapter.
         source = None if plan.adapter.describes_model else plan.adapter.directory
-        spec = adapter_spec(job, path, shard, config.encode(), source, rank)
+        super().__init__(job, path, shard, config.encode(), source, rank, written)
         if heads := self._layout.heads:  # factors of tied modules are stored twice
             tied = listed([repr(m) for name in heads for m in (self._layout.names[name], *heads[name])])
-            note = (
+            self.notes.append(
                 f"{tied} are tied, and each has the delta: PEFT's model answers correctly, but its merge_and_unload adds the delta of each "
                 "to their one weight; use the adapter unmerged, or `streamer merge`"
             )
-            spec = replace(spec, notes=[*spec.notes, note])
-        self.spec = spec
-        self._ready: dict[str, Tensor] = {}
 
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
         """Estimate the peak memory for each matrix."""
         plan = self._plan
         for target in self.written:
             whole = target.module.name in self._layout.whole
-            size = self.spec.job.mitigation_bytes(target, projected=not whole)
+            size = self.job.mitigation_bytes(target, projected=not whole)
             if not (target.module.low_rank or whole):
                 size += truncation_bytes(
                     target.module.shape, self._ranks[target.module.name], plan.weights[target.tensor].compute.itemsize
@@ -357,21 +364,23 @@ class LoraWriter(Writer):
             return stored.file.chunks(stored.info)
         target = self._targets[info.name]
         if target.module.name in self._layout.whole:
-            delta, after, found = job.mitigated(target)
-            metrics.append(matrix_metrics(target, delta, after, found, job.method))
+            delta, after = job.mitigated(target)
+            metrics.append(job.metrics(target, delta, after))
             return AddDelta(self._plan.weights[target.tensor], target).pieces(lambda _: (delta, after))
         if info.name not in self._ready:
             self._ready |= self._factors(job, target, metrics)
-        return [Piece(as_bytes(self._ready.pop(info.name)))]
+        made = self._ready.pop(info.name)
+        assert made is not None
+        return [Piece(as_bytes(made))]
 
     def _factors(self, job: Job, target: Target, metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
-        delta, after, found = job.mitigated(target)
+        delta, after = job.mitigated(target)
         nearest = truncated(after, self._ranks[target.module.name], target.tensor)
         B, A = nearest.L.float(), nearest.R.T.float()
         written = LowRank(B.double(), A.double().T)
         norm = after.norm()
         error = after.distance(written) / norm if norm else 0.0  # of the written factors, including rounding
-        metrics.append(matrix_metrics(target, delta, written, found, job.method, error))
+        metrics.append(job.metrics(target, delta, written, error))
         factors = {"A": A, "B": B, "Aᵀ": A.T, "Bᵀ": B.T}
         return {name: factors[f].reshape(shape).contiguous() for name, (shape, f) in self._tensors(target).items()}
 
@@ -393,7 +402,7 @@ class LoraWriter(Writer):
             )
         return tensors
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self, written: Sequence[Target]) -> dict[str, Any]:
         """Make a plain LoRA config: the modules and the carried tensors, and nothing about the original adapter's training."""
         names, heads, adapter = self._layout.names, self._layout.heads, self._plan.adapter
         # A head's bias that is only saved along with a vocabulary that has grown is not trained.
@@ -403,7 +412,7 @@ class LoraWriter(Writer):
         others = {path: r for path, r in ranks.items() if r != largest}
         bias = "all" if trained and any(name.endswith(".bias") for name in self._layout.carried) else "none"
         return {**self._layout.config, "peft_type": "LORA",
-                "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in self.written), "r": largest, "lora_alpha": largest,
+                "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in written), "r": largest, "lora_alpha": largest,
                 **({"rank_pattern": others, "alpha_pattern": others} if others else {}), "target_modules": [*ranks],
                 "bias": bias, "init_lora_weights": True, "inference_mode": True}  # fmt: skip
 

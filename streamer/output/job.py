@@ -1,34 +1,53 @@
-"""Describe one mitigation of an adapter's deltas: the plan, the options, and the findings.
+"""Describe one mitigation of an adapter's deltas: the plan, the options, and the findings; and an output before anything is written.
 
-Define the JSON types of an output's record, ``streamer.json``; its files' stamp is in `stamps`.
+Define the JSON types of an output's record, ``streamer.json``. Measure a mitigation: the metrics of a matrix, and their totals.
 
-Measure a mitigation: the metrics of a matrix, as in an output's journal and record, and their totals.
+Show a record to people in a few lines instead of its hundreds of values.
+
+Write the ``README.md`` of an output: facts about how it was made, followed by the card of its input. The hub reads the YAML at the card's
+head. It is edited as text, key by key; a head of unexpected form stays unchanged.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
 
 import torch
 
+from streamer import __version__
+from streamer.adapters.adapter_config import stated_options
 from streamer.adapters.rules import mitigated_before
-from streamer.detection.detect import FindingsSize, findings_bytes
+from streamer.detection.detect import FindingsSize, detection_estimates, findings_bytes
 from streamer.detection.findings import Findings
 from streamer.detection.intruders import Detection
 from streamer.detection.options import RANKS, STAMP, DetectionOptions, DetectionRecord, detection_record, stamp
-from streamer.errors import NumericError
+from streamer.errors import NumericError, printable
+from streamer.events import Monitor
 from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, Selection, Sha256, State, TensorName
 from streamer.linalg.operators import Delta, all_finite
-from streamer.methods import Method, MethodName
+from streamer.methods import METHODS, Method, MethodName, Shrink, takes_findings
 from streamer.methods.files import CoefficientsRecord, MapRecord
 from streamer.plan.carried_tensors import CarriedRecord
-from streamer.plan.plan import Plan, factor_bytes
-from streamer.plan.sources import AdapterSource, BaseSource
+from streamer.plan.plan import MemoryEstimate, Plan, factor_bytes
+from streamer.plan.side_files import is_module, read_beside
+from streamer.plan.sources import AdapterSource, BaseSource, NameSource
 from streamer.plan.targets import Target
+from streamer.storage.atomic_file import Piece, ShardPlan
+from streamer.storage.header import TensorInfo
+from streamer.storage.journal import journal_of
+from streamer.storage.transaction import OutputPlan
+from streamer.units import counted, format_size
 
 SCHEMA: Final = "streamer.output/2"
 
@@ -108,27 +127,6 @@ class Written(Record):
 
 MOST_LOST = 0.01
 """Largest share of a mitigated delta's Frobenius norm that may be lost without a warning."""
-
-
-def matrix_metrics(
-    target: Target, delta: Delta, after: Delta, found: Detection | None, method: Method, truncation_error: float = 0.0
-) -> MitigatedMatrix:
-    """Measure the mitigation of one matrix, as JSON values.
-
-    Parameters
-    ----------
-    after
-        Δ' as written.
-    method
-        The method of the mitigation.
-    truncation_error
-        ``‖Δ' − written‖_F / ‖Δ'‖_F``.
-    """
-    before = delta.norm()
-    scaled = () if found is None else found.intruders if method.select == "all" else found.intruders[:1]
-    return {"tensor": target.tensor, "module": target.module.name, "transposed": target.transposed, "intruders": list(scaled),
-            "certified": None if found is None else found.certified, "delta_norm": before,
-            "delta_norm_after": before if after is delta else after.norm(), "dropped": truncation_error}  # fmt: skip
 
 
 def totals(matrices: list[MitigatedMatrix], nbytes: int) -> Totals:
@@ -237,13 +235,21 @@ class Job:
             size = max(module.peak_bytes(itemsize), 3 * itemsize * m * n)
         return size + factor_bytes(self.plan, target, itemsize)
 
-    def mitigated(self, target: Target) -> tuple[Delta, Delta, Detection | None]:
-        """Return Δ, Δ' and the findings of one matrix: Δ twice if nothing changes, None if no findings are needed."""
+    def mitigated(self, target: Target) -> tuple[Delta, Delta]:
+        """Return Δ and Δ' of one matrix: Δ twice if nothing changes."""
         delta = self.plan.finite_delta(target)
         found = self._found(target) if self.method.needs_detection else None
         if found is not None and not (all_finite(found.U) and all_finite(found.Vh)):
             raise NumericError(f"findings: those on {target.tensor!r} hold NaN or Inf; run detect again")
-        return delta, self.method.mitigated(delta, found, target.tensor), found
+        return delta, self.method.mitigated(delta, found, target.tensor)
+
+    def metrics(self, target: Target, delta: Delta, written: Delta, dropped: float = 0.0) -> MitigatedMatrix:
+        """Measure the mitigation of one matrix, of which the share `dropped` of the norm of Δ' was not written."""
+        found, norm = self._found(target) if self.method.needs_detection else None, delta.norm()
+        scaled = () if found is None else found.intruders if self.method.select == "all" else found.intruders[:1]
+        return {"tensor": target.tensor, "module": target.module.name, "transposed": target.transposed, "intruders": list(scaled),
+                "certified": None if found is None else found.certified, "delta_norm": norm,
+                "delta_norm_after": norm if written is delta else written.norm(), "dropped": dropped}  # fmt: skip
 
     def _found(self, target: Target) -> Detection:
         if self.detect is not None:
@@ -279,3 +285,442 @@ class Job:
         needed = self.method.needs_detection
         certified = sum(self.findings is None or self._found(t).certified for t in targets) if needed else 0
         return {STAMP: stamp(command, *self.plan.sources, self.detection_record(certified), self.method.as_json())}
+
+
+class WrittenView(dict[str, Any]):
+    """A `Written` for Python's shells: the record itself, shown as `record_lines`."""
+
+    def __repr__(self) -> str:
+        title = f"{self['output']} ({self['command']}, {self['state']})"
+        return "<Written: " + "\n ".join(record_lines(self, title)) + ">"
+
+
+def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
+    """Summarise what was written and how, what became of the delta's norm, and what was lost or left out, one line each.
+
+    Parameters
+    ----------
+    title
+        Start of the first line: the output's location.
+    """
+    head = f"{title}: {counted(len(record['files']), 'file')}, {format_size(record['totals']['bytes'])}"
+    return [printable(head), *mitigation_lines(record)]
+
+
+def mitigation_lines(record: Mapping[str, Any]) -> list[str]:
+    """Give the lines of `record_lines` that need no files."""
+    t, method, lam, fitted = record["totals"], record["method"], record["lambda"], record.get("coefficients")
+    mitigated, norms = f"{t['changed']} of {t['matrices']} matrices mitigated", f"|delta| {t['delta_norm']:.4g}"
+    if fitted is not None:
+        each = METHODS[method].changes if method in METHODS else "as it was fitted"
+        how = f"method {method}, to keep {100 * fitted['keep']:g}% of the learning: {mitigated}, {each}"
+    elif lam == 1:
+        how = "lambda 1: the unchanged adapter, nothing mitigated"
+    elif not takes_findings(method):
+        how = f"method {method}, lambda {lam:g}: {mitigated}, each {METHODS[method].changes if method in METHODS else 'as a whole'}"
+    else:
+        how = f"method {method}, select {record['scale']}, lambda {lam:g}: {mitigated}, {counted(t['intruders'], 'intruder')} scaled"
+    if lam != 1:
+        norms += f" -> {t['delta_norm_after']:.4g}"
+    if lam != 1 and method != Shrink.name and t["equal_norm_shrink"] <= 1:  # a shrink cannot make a delta larger
+        norms += f"; baseline of equal norm: --method shrink --lambda {t['equal_norm_shrink']:.4f}"
+    asked = record["to_lora"]
+    kept = f"; written at the smallest ranks that keep {100 * (asked or 0):g} % of the energy"
+    rank = kept if isinstance(asked, float) else f"; written at rank {asked}" if asked else ""
+    lines = [how + rank, norms]
+    if record["left_out"]:
+        names = ", ".join(record["left_out"][:4]) + (", …" if len(record["left_out"]) > 4 else "")
+        lines.append(f"not copied: {names} (weights or training state that would be stale)")
+    if carried := record["carried"]:
+        lines.append(
+            f"carried along: {counted(len(carried), 'tensor')} beside the factors, {carried[0]['tensor']} first"
+        )
+    if record["command"] == "merge" and record["tokenizer"] == "adapter":
+        lines.append("the tokenizer and its chat template are the adapter's own")
+    share = 100 * t.get("rounded_away", 0) / (t.get("values") or 1)  # earlier versions did not count them
+    if share >= 0.05:  # not 0.0%
+        lines.append(
+            f"rounding left {share:.1f}% of the values in these matrices unchanged: the result is not exactly base + delta"
+        )
+    if record["command"] == "mitigate":
+        most = f"lost in projection: at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
+        worst = max(record["matrices"], key=lambda m: m["dropped"], default={"dropped": 0.0})
+        lines.append(f"{most}, in {worst['tensor']}" if worst["dropped"] >= 5e-5 else most)  # not 0.00%
+    return [printable(line) for line in lines]
+
+
+CARD_NAME = "README.md"
+
+MOST_FACTS = 32 << 10
+"""Bytes allowed for what a card adds to its input's: a few kilobytes, and a line for each warning."""
+
+TAG = "intruder-dimensions"
+
+KEPT = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
+"""Keys of a base's head that also hold for a model merged from it. Results, data sets and widgets belong to the base."""
+
+_HEAD = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+_KEY = re.compile(r"([A-Za-z_][\w-]*)[ \t]*:(?=\s)")
+_ALIAS = re.compile(r"(?:^|[\s\[,])[&*]\w")
+_PATH = re.compile(r"^base_model[ \t]*:\s+[\"']?(?:[/.~]|[A-Za-z]:)")
+_PLAIN = re.compile(r"[A-Za-z][\w./-]*")
+
+
+@dataclass(frozen=True)
+class Card:
+    """The facts of a card that are known before the record.
+
+    Attributes
+    ----------
+    original
+        The input's card as bytes; empty if there is none.
+    pipeline
+        The hub's name of the merged model's task, if it differs from the base's.
+    tuned
+        Whether a fine-tuned model is used as the adapter; `original` is then that model's card.
+    diffusers
+        Whether the base is a diffusers pipeline.
+    """
+
+    original: bytes
+    pipeline: str = ""
+    tuned: bool = False
+    diffusers: bool = False
+
+    def text(self, record: Record) -> bytes:
+        """Write the card of an output with this record."""
+        original = self.original.decode("utf-8", "surrogateescape")
+        match = _HEAD.match(original)
+        head, body = (match[1].replace("\r\n", "\n"), original[match.end() :]) if match else (None, original)
+        blocks = {} if head is None else _blocks(head)
+        merged, sources = record["command"] == "merge", (record["base"], record["adapter"])
+        own = _merged_head if merged else _adapter_head
+        front = head if blocks is None else own(self, sources, blocks)
+        if merged and body.strip():
+            what, source = ("fine-tuned", sources[1]) if self.tuned else ("base", sources[0])
+            body = (
+                f"# Card of the {what} model\n\nThe rest is the unchanged card of {_name(source)}.\n\n{body.lstrip()}"
+            )
+        base, adapter = (_safe(source["name"]) for source in sources)
+        title = f"{base} with {adapter} merged in" if merged else f"{adapter}, mitigated"
+        parts = [f"---\n{front}---", f"# {title}", _facts(record), body.lstrip("\r\n")]
+        text = "\n\n".join(part.rstrip("\n") for part in parts if part.strip()) + "\n"
+        return text.encode("utf-8", "surrogateescape")
+
+
+def _blocks(head: str) -> dict[str, str] | None:
+    """Split a head into its keys, each with its lines; comments belong to the key above. Return None if it is not a plain mapping."""
+    blocks: dict[str, str] = {}
+    key = ""
+    for line in head.splitlines():
+        if match := _KEY.match(line + "\n"):
+            key = match[1]
+            if key in blocks:
+                return None
+            blocks[key] = ""
+        elif line.strip() and not line.startswith("#") and not (key and (line.startswith((" ", "- ")) or line == "-")):
+            return None
+        blocks[key] = blocks.get(key, "") + line + "\n"
+    # An alias refers to another key, which may not be kept.
+    return None if any(_ALIAS.search(blocks.get(key, "")) for key in (*KEPT, "tags", "base_model")) else blocks
+
+
+def _merged_head(card: Card, sources: tuple[NameSource, NameSource], blocks: dict[str, str]) -> str:
+    """Make the head of a merged model's card: our entries, and those of the base's that hold for it."""
+    ids = [source["model_id"] for source in sources if "model_id" in source]
+    kept = {key: blocks[key] for key in KEPT if key in blocks}
+    # If its class differs from the base's, the model does not belong to the base's library (such as sentence-transformers).
+    if card.pipeline or "library_name" not in kept:
+        kept["library_name"] = f"library_name: {'diffusers' if card.diffusers else 'transformers'}\n"
+    if card.pipeline:
+        kept["pipeline_tag"] = f"pipeline_tag: {card.pipeline}\n"
+    own = ""
+    if "model_id" in sources[0]:
+        # In the hub's terms, a model from several is a merge, and a model trained from a base is a finetune.
+        own = _list("base_model", ids) + f"base_model_relation: {'merge' if len(ids) > 1 else 'finetune'}\n"
+    of_adapter = () if card.tuned else ("lora",) if card.diffusers else ("peft", "lora")
+    return own + _list("tags", [TAG, "merged", *of_adapter]) + "".join(kept.values())
+
+
+def _adapter_head(card: Card, sources: tuple[NameSource, NameSource], blocks: dict[str, str]) -> str:
+    """Make the head of an adapter's card: its own head, with its base and our tag."""
+    base = sources[0].get("model_id")
+    # PEFT writes the path of a local base here, which the hub refuses.
+    blocks = {key: text for key, text in blocks.items() if key != "base_model" or not _PATH.search(text)}
+    if "base_model" not in blocks and base is not None:
+        blocks["base_model"] = f"base_model: {_scalar(base)}\n"
+    if "tags" in blocks:
+        blocks["tags"] = re.sub(r"(?m)^ *- base_model:adapter:[/.~].*\n", "", blocks["tags"])
+    if "library_name" not in blocks:
+        blocks["library_name"] = f"library_name: {'diffusers' if card.diffusers else 'peft'}\n"
+    blocks["tags"] = _with_tag(blocks["tags"]) if "tags" in blocks else _list("tags", [TAG, "lora"])
+    return "".join(blocks.values())
+
+
+def _with_tag(block: str) -> str:
+    """Add our tag to a block of tags; a block of unknown form stays unchanged."""
+    items = re.fullmatch(r"tags *: *(?:\[([^\[\]#\"']*)\] *)?\n((?: *- .*\n)*)\s*", block)
+    if items is None:
+        return block
+    tags = [*(items[1] or "").split(","), *(line.strip()[2:] for line in items[2].splitlines()), TAG]
+    return "tags:\n" + "".join(f"- {tag}\n" for tag in dict.fromkeys(tag.strip() for tag in tags) if tag)
+
+
+def _list(key: str, values: Sequence[str]) -> str:
+    return f"{key}:\n" + "".join(f"- {_scalar(value)}\n" for value in values)
+
+
+def _scalar(text: str) -> str:
+    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+
+
+def _safe(text: str) -> str:
+    """Escape a name for use in a line of Markdown."""
+    return re.sub(r"[^\w .+@/-]", "_", text)
+
+
+def _name(source: NameSource) -> str:
+    """Return the name of a source for a card."""
+    if "model_id" in source:
+        return f"[{source['model_id']}](https://huggingface.co/{source['model_id']})"
+    return _safe(source["name"])
+
+
+def _facts(record: Record) -> str:
+    """Describe how an output was made, as a table, lists, and commands."""
+    base, adapter, detection, fitted = record["base"], record["adapter"], record["detection"], record["coefficients"]
+    rows = [(what, f"{_name(s)}, digest `{s['digest']}`") for what, s in (("base", base), ("adapter", adapter))]
+    if (named := adapter.get("base_model_name_or_path")) not in (None, base["name"], base.get("model_id")):
+        rows.append(("trained on", f"the adapter's config names `{named}` as its base"))
+    if used := fitted or record.get("map"):
+        rows.append(("coefficients" if fitted else "map", f"digest `{used['sha256'][:16]}`"))
+    if detection is not None:
+        scaled = sum(bool(m["intruders"]) for m in record["matrices"])
+        rows.append(("intruders", f"scaled in {scaled} of {detection['matrices']} matrices"))
+        rows.append(("certified", f"the decisions on {detection['certified']} of {detection['matrices']} matrices"))
+    rows.append(("made with", f"intruder-streamer {record['version']}"))
+    table = "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows)
+    lists = {
+        "Result": mitigation_lines(record),
+        "Measured on held-out sequences, on which the weight between the texts was chosen": record.get("measured", ()),
+        "Warnings and advice": [*record["warnings"], *record["advice"]],
+    }
+    listed = (
+        f"{what}:\n\n" + "".join(f"- {printable(line)}\n" for line in lists[what]) for what in lists if lists[what]
+    )
+    check = verify_line(base["name"], adapter["name"], record)
+    command = f"```sh\n{printable(command_line(record))}\n{printable(check)}\n```\n"
+    return "\n".join((METHODS[record["method"]].card, table, *listed, command))
+
+
+def _number(x: float) -> str:
+    return repr(float(x)).removesuffix(".0")
+
+
+def verify_line(base: str, adapter: str, record: Mapping[str, Any]) -> str:
+    """Write the command that recomputes an output."""
+    return shlex.join(["streamer", "verify", "OUTPUT", base, adapter, "--sample", "all", *_file_option(record)])
+
+
+def _file_option(record: Mapping[str, Any]) -> list[str]:
+    return ["--map" if "map" in record else "--coefficients", record["file"]] if "file" in record else []
+
+
+def command_line(record: Record) -> str:
+    """Write the command that makes an output, with the names of its inputs instead of paths."""
+    words = ["streamer", record["command"], record["base"]["name"], record["adapter"]["name"], "-o", "OUTPUT"]
+    lam, fitted = record["lambda"], record["coefficients"]
+    if fitted is not None:
+        words += ["--method", record["method"], *_file_option(record), "--keep", _number(fitted["keep"])]
+    else:
+        assert lam is not None
+        words += ["--lambda", _number(lam), "--method", record["method"]]
+        words += _file_option(record) or ["--select", record["scale"]]
+    if (detection := record["detection"]) is not None:
+        words += ["--top-k", str(detection["top_k"]), "--epsilon", _number(detection["threshold_epsilon"])]
+        words += ["--solver", detection["solver"]]
+    if record["to_lora"] is not None:
+        words += ["--to-lora", str(record["to_lora"])]
+    if lam is not None and not 0 <= lam <= 1:
+        words.append("--amplify")
+    if record["dequantize"]:
+        words.append("--dequantize")
+    return shlex.join(words + stated_options(record["adapter"]))
+
+
+OWN_FINDINGS = ".streamer.findings.safetensors"
+"""Findings that a job makes for itself, in its output directory."""
+
+
+@dataclass(eq=False)
+class Writer(ABC):
+    """Writer of an output of one kind.
+
+    Attributes
+    ----------
+    path
+        Its directory.
+    command
+        ``merge`` or ``mitigate``.
+    shards
+        Its safetensors files by name, in the order of writing.
+    finals
+        Small files that are written last, by name; if there are none, the last shard makes the output loadable.
+    copies
+        Names and paths of the files to copy; the files in `skipped_files` are not copied.
+    conflicting_names
+        See `OutputPlan`.
+    base_bytes
+        Number of bytes of the base's tensors that are read.
+    texts
+        Small files with new contents that are written before the shards, by name.
+    tokenizer
+        Source of its tokenizer, if it has one.
+    warnings, notes, advice
+        Lines that are printed and recorded; they contain no paths, so that outputs are reproducible.
+    to_lora
+        Rank of a LoRA adapter made from deltas of any kind, or the share of their energy that it keeps.
+    model_tensors
+        Number of tensors of a merged model, which need memory in its plan.
+    pipeline
+        See `Card`.
+    written
+        The matrices in the output, if not all.
+    card
+        Card that is written with the last facts; None if there is none, or if an input's card is copied.
+    """
+
+    job: Job
+    path: Path
+    command: str
+    shards: Mapping[str, ShardPlan]
+    finals: Mapping[str, bytes]
+    copies: list[tuple[str, Path]]
+    skipped_files: list[str]
+    conflicting_names: tuple[str, ...]
+    base_bytes: int
+    texts: Mapping[str, bytes] = field(default_factory=dict)
+    tokenizer: Literal["adapter", "base"] | None = None
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+    to_lora: int | float | None = None
+    model_tensors: int = 0
+    pipeline: str = ""
+    written: Sequence[Target] | None = None
+    card: Card | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        plan = self.job.plan
+        if self.job.card:
+            original = self._original_card()
+            self.card = Card(original, self.pipeline, plan.adapter.describes_model, plan.config.pipeline)
+            self.copies = [c for c in self.copies if c[0] != CARD_NAME]
+
+    def record(self, matrices: list[MitigatedMatrix], nbytes: int = 0) -> Record:
+        """Return the output's record, without its files, which have `nbytes` bytes."""
+        job = self.job
+        base, adapter = job.plan.sources
+        options, certified = job.method.as_json(), sum(m["certified"] is True for m in matrices)
+        found: Record = {"schema": SCHEMA, "command": self.command, "version": __version__, "base": base, "adapter": adapter,
+                "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
+                "lambda": options["lambda"], "coefficients": options.get("coefficients"), "to_lora": self.to_lora,
+                "dequantize": job.dequantize, "totals": totals(matrices, nbytes),
+                "warnings": [*job.plan.notes, *self.warnings], "notes": self.notes, "advice": self.advice, "left_out": self.skipped_files,
+                "carried": job.plan.edits.listed(job.plan.base, job.plan.adapter.describes_model), "tokenizer": self.tokenizer,
+                "matrices": matrices}  # fmt: skip
+        if "map" in options:
+            found["map"] = options["map"]
+        if self._file:
+            found["file"] = self._file
+        if job.measured:
+            found["measured"] = list(job.measured)
+        return found
+
+    @property
+    def _file(self) -> str:
+        """Return the name of the file of the coefficients or the map, which does not determine the output; empty if there is none."""
+        used = self.job.method.file
+        return "" if used is None else Path(used.name).name
+
+    def items_of(self, name: str) -> int:
+        """Count what progress counts of a file: a shard's tensors, or the file."""
+        return len(self.shards[name].header.tensors) if name in self.shards else 1
+
+    @property
+    def item_count(self) -> int:
+        """Count the items of all files."""
+        return sum(self.items_of(name) for name, _ in self.output.files)
+
+    @cached_property
+    def output(self) -> OutputPlan:
+        """Plan the files in the order of writing, with the commit point last, and the digest that identifies this output."""
+        plan = self.job.plan
+        copies = [(name, p.stat().st_size) for name, p in self.copies]
+        texts = [(name, len(data)) for name, data in self.texts.items()]
+        shards = [(name, shard.nbytes) for name, shard in self.shards.items()]
+        finals = [(name, len(data)) for name, data in self.finals.items()]
+        *files, commit = *copies, *texts, *shards, *finals
+        card = [] if self.card is None else [(CARD_NAME, len(self.card.original) + MOST_FACTS)]
+        files = [*files, *card, commit]
+        # The version of streamer and the names of the inputs do not count.
+        data = [(name, shard.header.data_bytes) for name, shard in self.shards.items()]
+        named = "\n".join(t.name for shard in self.shards.values() for t in shard.header.tensors)
+        # What sentence-transformers trained beside the adapter cannot be told apart by size alone.
+        modules = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.copies if is_module(name)}
+        converted = {} if self.to_lora is None else {"to_lora": self.to_lora}
+        digest = plan.digest(
+            command=self.command, files=[*copies, *texts, *finals], data=data,
+            named=hashlib.sha256(named.encode()).hexdigest(), modules=modules,
+            original_card=hashlib.sha256(self._original_card()).hexdigest(), **self.job.decisions(), **converted,
+        )  # fmt: skip
+        # A run resumed under other names of its inputs, through links, would otherwise write both names.
+        stamps = {**plan.stamps(), " and ".join([*(source["name"] for source in plan.sources), self._file]): ()}
+        instead = {CARD_NAME: "pass --no-card"} if self.card is not None and not self.card.original else {}
+        read = read_beside(self.path, {name for name, _ in files})
+        beside = tuple(name for name in read if name not in self.conflicting_names)
+        temporary = []
+        if self.job.detects:
+            # Its own findings stay to the end; their journal is removed before any large file is written.
+            size, journal = self.job.findings_size
+            more = max(0, journal - sum(size for _, size in files))
+            temporary = [(OWN_FINDINGS, size), (journal_of(Path(OWN_FINDINGS)).name, more)]
+        return OutputPlan(self.path, tuple(files), digest, stamps, plan.inputs, self.conflicting_names, tuple(temporary),
+                          frozenset({CARD_NAME}), instead, self.job.bits, __version__, beside)  # fmt: skip
+
+    def _original_card(self) -> bytes:
+        """Return the input's card that the output's is made from, or that is copied; empty if there is none."""
+        if self.card is not None:
+            return self.card.original
+        return b"".join(path.read_bytes() for name, path in self.copies if name == CARD_NAME)
+
+    @abstractmethod
+    def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
+        """Estimate the peak memory for each matrix, including `resident` bytes already in use."""
+
+    def needs(self, resident: int) -> Iterator[MemoryEstimate]:
+        """Estimate the same for all steps of the job, which may detect first."""
+        job = self.job
+        detecting = detection_estimates([job.plan], job.detection, resident) if job.detects else ()
+        return itertools.chain(detecting, self.estimates(resident))
+
+    def shard(self, name: str, job: Job) -> ShardPlan:
+        """Plan a file of the output with complete metadata, which needs the findings."""
+        ((key, value),) = job.stamp(self.command, self.written).items()
+        return self.shards[name].with_metadata(key, value)
+
+    def pieces(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix], monitor: Monitor) -> Iterator[Piece]:
+        """Yield the bytes of a tensor in pieces, unless a stop is requested; see `tensor_bytes`."""
+        for piece in self.tensor_bytes(info, job, metrics):
+            monitor.checkpoint()
+            yield piece
+
+    @abstractmethod
+    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
+        """Yield the bytes of a tensor in pieces, and append the metrics of each matrix that is mitigated for it.
+
+        Parameters
+        ----------
+        job
+            The writer's job, with its findings available.
+        """

@@ -1,37 +1,519 @@
 """Write a merged model: the base's shard names, tensor order, dtypes and metadata, its index and other files.
 
-Iterate over the tensors of a merged model, one at a time in memory.
+One plan serves the files written by `merge`, the index, the sizes of a dry run, and the tensors of `iter_merged`: for each tensor of each
+file its dtype, its shape, and its recipe. A recipe yields bytes in the output's dtype, a few rows at a time; it computes in the computing
+dtype and rounds once.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from streamer.detection.detect import detect_matrix, detection_estimates
 from streamer.detection.intruders import Detection
-from streamer.detection.matrices import detect_matrix, detection_estimates
-from streamer.events import Event, Monitor
-from streamer.linalg.operators import Delta
+from streamer.errors import NumericError, UnsupportedError
+from streamer.events import Monitor, Progress
+from streamer.linalg.operators import Delta, all_finite
 from streamer.linalg.torch_state import threads
-from streamer.output.job import Job, MitigatedMatrix, matrix_metrics
-from streamer.output.merge_plan import MergedModel, Recipe, Requantize, Rows, RowSlice, Stack, plan_merged, rows_bytes
-from streamer.output.output_spec import OutputSpec, Writer
-from streamer.plan.plan import AdapterBatch, MemoryEstimate, check_budget, resident_bytes
+from streamer.output.job import Job, MitigatedMatrix, Writer
+from streamer.plan.architectures import architectures_for, pattern_of
+from streamer.plan.carried_tensors import Head, implied_head
+from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, resident_bytes
 from streamer.plan.side_files import other_files, skipped_files, stale_weights, with_modules
-from streamer.plan.targets import Target
+from streamer.plan.targets import Target, TensorSlice
 from streamer.plan.tokenizer import with_tokenizer
-from streamer.storage.atomic_file import Piece, gather
+from streamer.storage.atomic_file import BufferRing, Piece, ShardPlan, component_prefix, gather, index_bytes, plan_shard
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, component_files
 from streamer.storage.header import TensorInfo
 from streamer.storage.transaction import RECORD_NAME
-from streamer.weights.base import as_tensor, in_memory
-from streamer.weights.logical import STALE
+from streamer.weights.base import (
+    DECODED_BYTES,
+    SPELLINGS,
+    Encoding,
+    Plain,
+    StoredTensor,
+    Weight,
+    as_bytes,
+    as_tensor,
+    encode,
+    in_memory,
+)
+from streamer.weights.logical import STALE, WeightView, is_activation_scale, plain_metadata, plain_weights
+from streamer.weights.model_config import MODEL_CONFIG
+from streamer.weights.quantization.codes import FP8
+from streamer.weights.quantization.integers import GPTQ
+
+BLOCK_BYTES = 4 << 20
+"""Rows of this many float32 bytes are merged at a time, so that memory does not depend on the matrix; measured in docs/benchmarks.md."""
+
+DECODED = 8
+"""Most copies of rows in float32 while a few rows are decoded, including the result: quantized values and scales expand to int32."""
+
+Mitigated = Callable[[Target], tuple[Delta, Delta]]
+"""Returns Δ and Δ' of one matrix; Δ' is Δ itself if nothing changes."""
+
+Kept = Callable[[Target, int, int], None]
+"""Receives, for a matrix, the number of its merged values, and the number of those that rounding left with the base's bytes."""
+
+
+class Recipe(ABC):
+    """Way to make one tensor of a merged model."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+        """Yield its bytes in order, in pieces that the caller releases.
+
+        Parameters
+        ----------
+        kept
+            Called at the end of each matrix that is added whole and whose Δ' is not zero; None counts nothing.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class CopyBytes(Recipe):
+    """Copies the stored bytes of a tensor of any dtype."""
+
+    stored: StoredTensor
+
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+        """Yield the file's own bytes."""
+        return self.stored.file.chunks(self.stored.info)
+
+
+@dataclass(frozen=True)
+class Rows(Recipe):
+    """Makes a weight's tensor by rows, without a delta."""
+
+    weight: Weight
+
+
+class Cast(Rows):
+    """Rounds a weight's values once to the written dtype: the adapter's own values, or decoded ones. They must be finite."""
+
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+        """Yield the rows in the written dtype."""
+        for _, _, raw, values, out, piece in _rows(self.weight):
+            self.cast(raw, values, out)
+            yield piece
+
+    def cast(self, raw: Tensor, values: Tensor, out: Tensor) -> None:
+        """Round rows, given as stored and in the computing dtype."""
+        if not all_finite(raw):
+            raise NumericError(
+                f"{self.weight.where}: the values for {self.weight.name!r} hold NaN or Inf; check the file"
+            )
+        encode(values, _encoding(self.weight), raw, self.weight.name, out)
+
+
+@dataclass(frozen=True)
+class AddDelta(Recipe):
+    """Makes ``W0 + Δ'``; a zero delta leaves W0's bytes, because adding it would turn −0 into +0.
+
+    `tuned` is the stored ``W0 + Δ``, whose bytes are the result if Δ' is Δ.
+    """
+
+    weight: Weight
+    target: Target
+    tuned: StoredTensor | None = None
+
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+        """Yield the rows of the sum."""
+        delta, after = mitigated(self.target)
+        if after is delta and self.tuned is not None:
+            yield from self.tuned.file.chunks(self.tuned.info)
+            return
+        change = (after.T if self.target.transposed else after).to(self.weight.compute)
+        nothing = change.is_zero()
+        encoding, count = _encoding(self.weight), 0
+        for i, j, raw, values, out, piece in _rows(self.weight):
+            if nothing and raw.dtype == encoding.dtype:
+                out.copy_(raw)
+            else:
+                change.add_rows(values, i, j)
+                encode(values, encoding, raw, self.weight.name, out)
+                if kept is not None and raw.dtype == out.dtype:
+                    count += _equal_count(raw, out)
+            yield piece
+        if kept is not None and not nothing and self.tuned is None and not self.weight.quantized:
+            kept(self.target, math.prod(self.weight.shape), count)
+
+
+@dataclass(frozen=True)
+class Requantize(Recipe):
+    """Makes one of the tensors that store ``W0 + Δ'`` quantized, with new scales; a zero delta leaves W0's bytes."""
+
+    weight: FP8
+    target: Target
+    role: str
+
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+        """Yield the quantized values or their scales. Each pass computes the sum again, so that it is never in memory whole."""
+        (_, delta), weight = mitigated(self.target), self.weight.at_hand()
+        change = (delta.T if self.target.transposed else delta).to(weight.compute)
+        stored = weight.tensors[self.role]
+        if change.is_zero():
+            yield from stored.file.chunks(stored.info)
+            return
+
+        def merged(i: int, j: int) -> Tensor:
+            values = weight.decode(i, j)
+            change.add_rows(values, i, j)
+            return values
+
+        for values in weight.requantized(self.role, merged, weight.new_scales(merged)):
+            yield Piece(as_bytes(values))
+
+
+@dataclass(frozen=True)
+class RowSlice(Recipe):
+    """Makes a tensor that holds some rows of a matrix, by a recipe with these rows of the delta."""
+
+    recipe: AddDelta | Requantize
+    rows: tuple[int, int]
+
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+        """Yield the recipe's pieces; for part of a matrix, values that rounding leaves unchanged are not counted."""
+
+        def sliced(target: Target) -> tuple[Delta, Delta]:
+            delta, after = mitigated(target)
+            return delta.row_slice(*self.rows), after.row_slice(*self.rows)
+
+        return self.recipe.pieces(sliced)
+
+
+@dataclass(frozen=True)
+class Stack(Recipe):
+    """Makes a tensor that holds several matrices one after the other, all made in the same way."""
+
+    recipes: tuple[Recipe, ...]
+
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+        """Yield the pieces of each recipe, one after the other."""
+        return itertools.chain.from_iterable(recipe.pieces(mitigated, kept) for recipe in self.recipes)
+
+
+@dataclass(frozen=True)
+class AddBias(Rows):
+    """Adds `scaling` times a tensor of the same shape to a weight: LoRA's bias to a layer's bias."""
+
+    shift: Weight
+    scaling: float
+
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+        """Yield the rows of the sum."""
+        for i, j, raw, values, out, piece in _rows(self.weight):
+            values.add_(self.shift.rows(i, j).to(values.dtype), alpha=self.scaling)
+            encode(values, _encoding(self.weight), raw, self.weight.name, out)
+            yield piece
+
+
+@dataclass(frozen=True)
+class ReplaceRows(Cast):
+    """Replaces some rows of a weight: an embedding gets trained tokens. All other rows keep their bytes, or are decoded."""
+
+    tokens: Weight
+    indices: tuple[int, ...]
+
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+        """Yield the rows, with the trained ones rounded once."""
+        trained = {row: at for at, row in enumerate(self.indices)}
+        for i, j, raw, values, out, piece in _rows(self.weight):
+            if self.weight.quantized:
+                self.cast(raw, values, out)
+            else:
+                out.copy_(raw)
+            for row in (r for r in self.indices if i <= r < j):
+                at = trained[row]
+                new = self.tokens.rows(at, at + 1).to(values.dtype)
+                out[row - i] = encode(new, _encoding(self.weight), torch.zeros_like(new), self.tokens.name)[0]
+            yield piece
+
+
+def rows_bytes(weight: Weight) -> int:
+    """Estimate the memory to make a weight a few rows at a time: rows read or decoded, added, and rounded into alternating buffers."""
+    m, n = weight.matrix
+    row = max(1, n * weight.compute.itemsize)
+    block = max(row, min(m * row, max(BLOCK_BYTES, DECODED_BYTES)))
+    return (3 + (DECODED if weight.quantized else 1)) * block + weight.load_bytes
+
+
+def _equal_count(a: Tensor, b: Tensor) -> int:
+    """Count the values with equal bytes; numpy compares integers faster than torch compares floats."""
+    kind = f"i{a.itemsize}"
+    return int(np.count_nonzero(np.frombuffer(as_bytes(a), kind) == np.frombuffer(as_bytes(b), kind)))
+
+
+def _encoding(weight: Weight) -> Encoding:
+    assert weight.encoding is not None, f"{weight.name} is not written back"
+    return weight.encoding
+
+
+def _rows(weight: Weight) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor, Piece]]:
+    """Iterate over a weight a few rows at a time.
+
+    Yields
+    ------
+    First row, end row, stored values, values in the computing dtype for the computation, values in the written dtype for the result, and
+    the result's bytes. All memory is reused, the bytes once they are released: the system zeroes new memory first, which costs as much
+    as a sum.
+    """
+    encoding = _encoding(weight)
+    m, n = weight.matrix
+    rows = max(1, BLOCK_BYTES // max(1, n * weight.compute.itemsize))
+    values = torch.empty((min(rows, m), n), dtype=weight.compute)
+    ring = BufferRing(min(rows, m) * n * encoding.dtype.itemsize)
+    for i, j, raw in weight.blocks(rows):
+        piece = ring.lease((j - i) * n * encoding.dtype.itemsize)
+        out = torch.from_numpy(np.frombuffer(piece.view, np.uint8)).view(encoding.dtype).view(j - i, n)
+        yield i, j, raw, values[: j - i].copy_(raw), out, piece
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of the merged model, with its dtype spelled as in the format, and its recipe."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """Tensors and files that a merge writes.
+
+    Attributes
+    ----------
+    files
+        Output tensors by file name, in file order: the base's files and order, with new tensors at the end of the last file.
+    metadata
+        Metadata of each file.
+    texts
+        Small files with new contents: configs that the merge would make wrong.
+    index
+        The base's index, or None for a single file.
+    head
+        Consequences of a head that the adapter saves.
+    """
+
+    files: Mapping[str, tuple[OutputTensor, ...]]
+    metadata: Mapping[str, Mapping[str, str]]
+    texts: Mapping[str, bytes]
+    index: Mapping[str, Any] | None
+    head: Head
+
+    @property
+    def tensor_count(self) -> int:
+        """Return the number of output tensors in all files."""
+        return sum(map(len, self.files.values()))
+
+    def changed_components(self) -> MergedModel:
+        """Leave out the components of a pipeline in which nothing changes: their files are copied."""
+        names = {n for n in self.files if any(not isinstance(o.recipe, CopyBytes) for o in self.files[n])}
+        changed = {"", *map(component_prefix, names)}
+        return replace(self, files={n: made for n, made in self.files.items() if component_prefix(n) in changed})
+
+    def shards(self, metadata: Mapping[str, str] | None = None) -> dict[str, ShardPlan]:
+        """Lay out the files with exact headers; their metadata is the base's plus the given metadata."""
+        shards = {}
+        for name, outputs in self.files.items():
+            entries = ((output.name, output.dtype, output.shape) for output in outputs)
+            shards[name] = plan_shard(name, entries, {**self.metadata[name], **(metadata or {})})
+        return shards
+
+    def finals(self, shards: Mapping[str, ShardPlan]) -> dict[str, bytes]:
+        """Make the index of the output's tensors."""
+        if self.index is None:
+            return {}
+        stated: Mapping[str, str] = self.index["weight_map"]
+        where = {o.name: name for name, outputs in self.files.items() for o in outputs}
+        # Keep the base's order; new names come last.
+        weight_map = {t: where[t] for t in stated if t in where} | where
+        total = sum(shard.header.data_bytes for shard in shards.values())
+        return {INDEX_NAME: index_bytes({**self.index, "weight_map": weight_map}, total)}
+
+
+def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
+    """Plan each tensor of the merged model from headers alone.
+
+    Parameters
+    ----------
+    dequantize
+        Write quantized weights plain, in the dtype of the model's config, and omit tensors that only quantized values need.
+
+    Raises
+    ------
+    UnsupportedError
+        If merged values would have to be written in an encoding that streamer cannot write.
+    """
+    _refuse_quantized(plan, dequantize)
+    weights = plain_weights(plan.weights, plan.config) if dequantize else plan.weights
+    files: dict[str, list[OutputTensor]] = {}
+    for name, file in plan.base.files.items():
+        made = (_of_file(plan, weights, t.name, StoredTensor(file, t), dequantize) for t in file.header.tensors)
+        files[name] = [output for output in made if output is not None]
+    new = (name for name in plan.edits.sources if name not in plan.base.weight_map)
+    files[next(reversed(files))] += [_output(plan, weights, name, None) for name in new]
+    head = _head(plan, [o.name for outputs in files.values() for o in outputs])
+    metadata: dict[str, Mapping[str, str]] = {name: file.header.metadata for name, file in plan.base.files.items()}
+    if dequantize:
+        metadata = {name: plain_metadata(values, weights) for name, values in metadata.items()}
+    written = {name: tuple(outputs) for name, outputs in files.items() if outputs}
+    return MergedModel(written, metadata, _texts(plan, head, dequantize), plan.base.index, head)
+
+
+def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, dequantize: bool) -> OutputTensor | None:
+    """Plan the output of a base's tensor; None if it is omitted."""
+    if name in plan.edits.dropped or (dequantize and is_activation_scale(name, weights)):
+        return None
+    if name not in weights.owners:
+        return _output(plan, weights, name, stored)
+    logical, role = weights.owners[name]
+    if dequantize:
+        if role != "weight":
+            return None
+        weight = weights[logical]
+        assert weight.encoding is not None
+        recipe = _merged(plan, weight) if logical in plan.by_weight else _unmerged(plan, weight)
+        return OutputTensor(logical, SPELLINGS[weight.encoding.dtype], weight.shape, recipe)
+    if logical not in plan.by_weight or role not in ("weight", "quant_scale"):
+        return OutputTensor(name, stored.info.dtype, stored.info.shape, CopyBytes(stored))
+    return OutputTensor(name, stored.info.dtype, stored.info.shape, _merged(plan, weights[logical], role))
+
+
+def _merged(plan: Plan, weight: Weight, role: str | None = None, stands: StoredTensor | None = None) -> Recipe:
+    """Make the recipe of a weight that the adapter changes.
+
+    Parameters
+    ----------
+    role
+        If the weight is quantized, the role of the tensor to make.
+    stands
+        If it is not, the tensor whose dtype is written.
+    """
+    recipes = []
+    for target, slice_ in plan.by_weight[weight.name]:
+        tuned = None if stands is None else plan.adapter.stored_sum(target.module)
+        same = tuned is not None and stands is not None and tuned.info.dtype == stands.info.dtype
+        recipes.append(_piece(weight, target, slice_, role, tuned if same else None))
+    return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stack(tuple(recipes))
+
+
+def _piece(weight: Weight, target: Target, slice_: TensorSlice, role: str | None, tuned: StoredTensor | None) -> Recipe:
+    if slice_.index is not None:
+        weight = weight.slice(slice_.index)
+    if role is None:
+        recipe: AddDelta | Requantize = AddDelta(weight, target, tuned)
+    else:
+        assert isinstance(weight, FP8)
+        recipe = Requantize(weight, target, role)
+    return recipe if slice_.rows is None else RowSlice(recipe, slice_.rows)
+
+
+def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
+    """Refuse changes that do not fit quantized weights; one line for all."""
+    quantized = plan.weights.quantized_names
+    replaced = [name for name in plan.edits.sources if name in quantized]
+    if replaced:
+        raise UnsupportedError(
+            f"{plan.adapter.file.path}: saves {replaced[0]!r} (modules_to_save), which stands quantized in {plan.base.path}; merge into "
+            "the 16-bit base"
+        )
+    refused = [name for name in plan.by_weight if name in quantized and not plan.weights.requantizes(name)]
+    refused += [name for name in plan.edits.rows if name in quantized]
+    if dequantize and quantized and any(a.conv1d for a in architectures_for(plan.config)):
+        raise UnsupportedError(
+            f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in) and a plain one as (in, out), which "
+            "is not supported; merge into the 16-bit base"
+        )
+    embeddings = {(a.input_embedding or "").rpartition(".")[2] for a in architectures_for(plan.config)}
+    outer = [plan.weights[name] for name in sorted(quantized) if dequantize and "*" not in pattern_of(name)]
+    if turned := [
+        w.name
+        for w in outer
+        if isinstance(w, GPTQ) and (w.name.split(".")[-2] in embeddings or w.shape[1] == plan.config.vocab_size)
+    ]:
+        raise UnsupportedError(
+            f"{plan.base.path}: {turned[0]!r} is an embedding in GPTQ, whose values are stored transposed, which is not supported; merge "
+            "into the 16-bit base"
+        )
+    if refused and not dequantize:
+        raise UnsupportedError(
+            f"{plan.base.path}: {len(refused)} of the weights to merge into are quantized, {refused[0]!r} first "
+            f"({plan.weights[refused[0]].label}), and merged weights do not fit their codes; --dequantize writes a plain model, "
+            "or merge into the 16-bit base"
+        )
+
+
+def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | None) -> OutputTensor:
+    """Plan a tensor of the merged model; `stored` is the base's own tensor, if it has one."""
+    edits = plan.edits
+    source = edits.sources.get(name, stored)
+    assert source is not None
+    stands = stored or source
+    recipe: Recipe
+    if name in plan.by_weight:
+        recipe = _merged(plan, weights[name], stands=stands)
+    elif name in edits.shifts:
+        shift, scaling = edits.shifts[name]
+        recipe = AddBias(weights[name], Plain.of(shift), scaling)
+    elif name in edits.rows or source.info.dtype != stands.info.dtype:
+        recipe = _unmerged(plan, weights[name])
+    else:
+        return OutputTensor(name, source.info.dtype, source.info.shape, CopyBytes(source))
+    encoding = weights[name].encoding
+    assert encoding is not None
+    return OutputTensor(name, SPELLINGS[encoding.dtype], source.info.shape, recipe)
+
+
+def _unmerged(plan: Plan, weight: Weight) -> Recipe:
+    """Make the recipe of a weight without a delta, with trained tokens if the adapter has some for it."""
+    if weight.name not in plan.edits.rows:
+        return Cast(weight)
+    tokens, indices = plan.edits.rows[weight.name]
+    return ReplaceRows(weight, Plain.of(tokens), indices)
+
+
+def _head(plan: Plan, names: list[str]) -> Head:
+    """Derive the head from the adapter's task and saved head; a fine-tuned model's own config describes its head."""
+    if plan.adapter.describes_model:
+        return Head(plan.config)
+    trained = {name: stored.info.shape for name, stored in plan.edits.sources.items() if name in plan.edits.trained}
+    head = implied_head(plan.config, plan.adapter.config.get("task_type"), trained, names)
+    implied = {} if plan.config.values else plan.edits.config(plan.config).values
+    if implied:
+        says = ", ".join(f"{key}={value}" for key, value in implied.items())
+        advice = f"the base has no config.json: load the merged model with a config that says {says}"
+        head = replace(head, advice=(*head.advice, advice))
+    return head
+
+
+def _texts(plan: Plan, head: Head, dequantize: bool) -> dict[str, bytes]:
+    """Write the model's config if the merge changes what it must state."""
+    # A fine-tuned model's own config describes it; without a base config, a config of a few keys could not be loaded.
+    if plan.adapter.describes_model or not plan.config.values:
+        return {}
+    config = plan.edits.config(head.config)
+    if dequantize:
+        config = config.unquantized()
+    if config == plan.config:
+        return {}
+    return {MODEL_CONFIG: (json.dumps(config.values, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 class ModelWriter(Writer):
@@ -66,15 +548,15 @@ class ModelWriter(Writer):
         ours = {*finals, *shards, *(name for name, _ in copies)}
         conflicting = tuple(name for name in conflicting_names if name not in ours)
         base_bytes = sum(base.files[name].header.data_bytes for name in shards) if components else base.data_bytes
-        self.spec = OutputSpec(
+        super().__init__(
             job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base_bytes, model.texts, tokenizer,
             warnings=[*job.warnings, *lacks, *lost], notes=[*model.head.notes, *says], advice=list(model.head.advice),
-            model_tensors=model.tensor_count,
-        ).with_card(model.head.pipeline)  # fmt: skip
+            model_tensors=model.tensor_count, pipeline=model.head.pipeline,
+        )  # fmt: skip
 
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
         """Estimate the peak memory for each matrix, and for each other tensor that is computed."""
-        return merge_estimates(self.spec.job, self._model, resident)
+        return merge_estimates(self.job, self._model, resident)
 
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
         """Yield the bytes of a tensor by its recipe; the first tensor that uses a matrix's delta adds its metrics.
@@ -85,9 +567,9 @@ class ModelWriter(Writer):
         repeats = _repeats(recipe)
 
         def mitigated(target: Target) -> tuple[Delta, Delta]:
-            delta, after, found = job.mitigated(target)
+            delta, after = job.mitigated(target)
             if not repeats:
-                metrics.append(matrix_metrics(target, delta, after, found, job.method))
+                metrics.append(job.metrics(target, delta, after))
             return delta, after
 
         def kept(target: Target, values: int, count: int) -> None:
@@ -120,7 +602,7 @@ def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     model = plan_merged(job.plan, job.dequantize)
     most = max(info.nbytes for shard in model.shards().values() for info in shard.header.tensors)
     resident = resident_bytes(AdapterBatch(job.plan.base, (job.plan,)), model.tensor_count)
-    detecting = detection_estimates(job.plan, job.detection, resident + most) if job.detects else ()
+    detecting = detection_estimates([job.plan], job.detection, resident + most) if job.detects else ()
     check_budget(itertools.chain(detecting, merge_estimates(job, model, resident + most)), job.detection.max_memory)
     if job.detects:
         job = replace(job, detect=_one_at_a_time(job, resident, monitor))
@@ -145,15 +627,13 @@ def _one_at_a_time(job: Job, resident: int, monitor: Monitor) -> Callable[[Targe
 
 def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     shards = model.shards()
-    done, total = 0, sum(shard.header.data_bytes for shard in shards.values())
-    items, of = 0, model.tensor_count
+    progress = Progress(monitor, "write", sum(s.header.data_bytes for s in shards.values()), model.tensor_count)
     for shard in shards.values():
         for info, output in zip(shard.header.tensors, model.files[shard.name], strict=True):
-            monitor.checkpoint()
-            monitor.emit(Event("write", info.name, done, total, items, of))
+            progress.begin(info.name)
             job.plan.check_unchanged()
             with threads():
-                data = gather(output.recipe.pieces(lambda target: job.mitigated(target)[:2]), info.nbytes)
+                data = gather(output.recipe.pieces(job.mitigated), info.nbytes)
             yield info.name, as_tensor(data, *in_memory(info))
-            done, items = done + info.nbytes, items + 1
-    monitor.emit(Event("write", "", total, total, of, of))
+            progress.add(info.nbytes)
+    progress.end()

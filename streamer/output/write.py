@@ -1,7 +1,7 @@
 """Write outputs, one or several in step: each is a resumable transaction, and each tensor of the base is read once.
 
-An output's tensors are in the base's file order. Several outputs are zipped by position (`in_step`), so that all of them pull a tensor
-before any pulls the next, and all but the first find it in the system's cache.
+An output's tensors are in the base's file order. Several outputs are written in step, so that all of them pull a tensor before any pulls
+the next, and all but the first find it in the system's cache.
 
 Open and check all inputs of outputs, and plan the outputs; nothing is written.
 """
@@ -9,34 +9,41 @@ Open and check all inputs of outputs, and plan the outputs; nothing is written.
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from streamer.adapters.finetuned import One, Several
 from streamer.detection.detect import detect_to_files, naming_inputs
 from streamer.detection.findings import Findings, lacking, load_findings, matched_findings
-from streamer.detection.matrices import detection_estimates, inputs_of
 from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import FormatError, MismatchError, OutputError, UsageError
-from streamer.events import Event, Monitor, OutputState
+from streamer.events import Event, Monitor, OutputState, Progress
 from streamer.json_types import check
 from streamer.linalg.torch_state import threads
 from streamer.methods import Method, NullSpace, RegMean
 from streamer.methods.files import FactorSet, InputMap
 from streamer.output.adapter_writer import AdapterWriter, LoraWriter, refusal
-from streamer.output.job import Job, MitigatedMatrix, Record, Written, truncation_warnings
+from streamer.output.job import (
+    CARD_NAME,
+    OWN_FINDINGS,
+    Job,
+    MitigatedMatrix,
+    Record,
+    Writer,
+    Written,
+    WrittenView,
+    truncation_warnings,
+)
 from streamer.output.model_writer import ModelWriter
-from streamer.output.output_spec import CARD_NAME, OWN_FINDINGS, OutputSpec, Writer, WrittenView
 from streamer.plan.plan import AdapterBatch, Plan, check_budget, make_batch, resident_bytes
-from streamer.storage.atomic_file import Piece, ShardFile, remove_partials, write_shard
+from streamer.storage.atomic_file import ShardFile, ShardPlan, remove_partials
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.files import difference, locked, touch
 from streamer.storage.header import TensorInfo
 from streamer.storage.journal import remove_leftovers
-from streamer.storage.tensor_file import TensorFile
 from streamer.storage.transaction import (
     LOCK_NAME,
     RECORD_NAME,
@@ -47,136 +54,68 @@ from streamer.storage.transaction import (
     open_outputs,
 )
 from streamer.units import counted, listed
-from streamer.workers import Carried, Inputs, Task, Workers, keep_last, kept
-
-
-class MadeShard:
-    """Tensors of an output's file, in file order; the pieces of each are made as they are pulled.
-
-    Attributes
-    ----------
-    plan
-        The file's plan, with complete metadata.
-    metrics
-        Metrics of each matrix mitigated so far.
-    """
-
-    def __init__(self, writer: Writer, job: Job, name: str, monitor: Monitor) -> None:
-        ((key, value),) = job.stamp(writer.spec.command, writer.written).items()
-        self.plan = writer.spec.shards[name].with_metadata(key, value)
-        self.metrics: list[MitigatedMatrix] = []
-        self._writer, self._job, self._monitor = writer, job, monitor
-
-    def __iter__(self) -> Iterator[tuple[TensorInfo, Iterator[Piece]]]:
-        return ((info, self._pieces(info)) for info in self.plan.header.tensors)
-
-    def _pieces(self, info: TensorInfo) -> Iterator[Piece]:
-        for piece in self._writer.tensor_bytes(info, self._job, self.metrics):
-            self._monitor.checkpoint()
-            yield piece
-
-
-def in_step(shards: list[MadeShard], starts: dict[str, int]) -> Iterator[tuple[int, int, TensorInfo, Iterator[Piece]]]:
-    """Zip shards by position, so that all pull a tensor before any pulls the next.
-
-    Parameters
-    ----------
-    starts
-        Positions in a file of the base: each tensor's first byte.
-
-    Returns
-    -------
-    For each tensor
-        The position, the index of the shard, the tensor, and its pieces.
-    """
-    order: list[tuple[int, int, int]] = []
-    for number, shard in enumerate(shards):
-        start = 0
-        for nth, info in enumerate(shard.plan.header.tensors):
-            start = starts.get(info.name, start)  # a new tensor, or one under another name, follows the previous one
-            order.append((start, nth, number))
-    tensors = [*map(iter, shards)]
-    return ((start, number, *next(tensors[number])) for start, _, number in sorted(order))
-
+from streamer.workers import Carried, Inputs, Task, Workers, held, kept
 
 PartialShard = tuple[str, int, str, list[MitigatedMatrix]]
 """A complete, durable shard: the name of its partial file, its bytes, its SHA-256 (hex), and the metrics of its matrices."""
 
 
-_writers: dict[tuple[str, int], ModelWriter] = {}
+def write_part(batch: AdapterBatch, monitor: Monitor, described: Carried[Mapping[str, Any]], number: int, path: str,
+               name: str) -> PartialShard:  # fmt: skip
+    """Write a shard of a merged model in a worker.
 
-
-@dataclass(frozen=True)
-class ShardTask(Task[PartialShard]):
-    """A shard of a merged model.
-
-    Attributes
+    Parameters
     ----------
     described
-        The output's `Job` without the plan.
-    number
-        The plan's index.
-    path, shard
+        The output's `Job` without the plan, whose index is `number`.
+    path, name
         The output's directory and the file's name.
     """
-
-    described: Carried[Mapping[str, Any]]
-    number: int
-    path: str
-    shard: str
-
-    @property
-    def name(self) -> str:
-        """Return the file's name."""
-        return self.shard
-
-    def do(self, batch: AdapterBatch, monitor: Monitor) -> PartialShard:
-        """Write the shard."""
-        key, plan = (self.described.digest, self.number), batch.plans[self.number]
-        writer = _writers.get(key)
-        if writer is None or writer.spec.job.plan is not plan:
-            writer = _writers[key] = ModelWriter(Job(plan=plan, **self.described.value), Path(self.path))
-            keep_last(_writers)
-        shard = MadeShard(writer, writer.spec.job, self.shard, monitor)
-        with threads():
-            file = write_shard(Path(self.path), shard.plan, shard, renames=False)
-        plan.check_unchanged()
-        return file.partial.name, file.written, file.sha256, shard.metrics
+    plan, metrics = batch.plans[number], list[MitigatedMatrix]()
+    writer = held(
+        "writer",
+        (described.digest, number, path),
+        lambda: ModelWriter(Job(plan=plan, **described.value), Path(path)),
+        lambda writer: writer.job.plan is plan,
+    )
+    shard = writer.shard(name, writer.job)
+    with threads(), ShardFile(Path(path), shard, renames=False) as file:
+        for info in shard.header.tensors:
+            file.add(info, writer.pieces(info, writer.job, metrics, monitor))
+    plan.check_unchanged()
+    return file.partial.name, file.written, file.sha256, metrics
 
 
 def batch_of(writers: Sequence[Writer]) -> AdapterBatch:
     """Return the plans of outputs made from one base."""
-    return AdapterBatch(writers[0].spec.job.plan.base, tuple(writer.spec.job.plan for writer in writers))
+    return AdapterBatch(writers[0].job.plan.base, tuple(writer.job.plan for writer in writers))
 
 
 def resident_of(writers: Sequence[Writer]) -> int:
     """Estimate the memory between any two steps of outputs that are written together."""
-    return resident_bytes(batch_of(writers), sum(writer.spec.model_tensors for writer in writers))
+    return resident_bytes(batch_of(writers), sum(writer.model_tensors for writer in writers))
 
 
 def shared_memory(writers: Sequence[Writer], workers: Workers) -> int | None:
     """Divide the allowed memory among this process and its workers; see `Workers.budget`."""
-    resident, jobs = resident_of(writers), [writer.spec.job for writer in writers]
-    needs = [need for writer in writers for need in writer.estimates(resident)]
-    needs += [need for job in jobs if job.detects for need in detection_estimates(job.plan, job.detection, resident)]
-    return workers.budget(jobs[0].detection.max_memory, resident, needs)
+    resident = resident_of(writers)
+    needs = (need for writer in writers for need in writer.needs(resident))
+    return workers.budget(writers[0].job.detection.max_memory, resident, needs)
 
 
 def inspect_jobs(writers: Sequence[Writer], whole: Run) -> Sequence[str]:
     """Check before writing: return ``new``, ``resume`` or ``done`` for each (see `inspect_output`); refuse outputs that do not fit."""
     states, resident = [], resident_of(writers)
     for writer in writers:
-        spec, job = writer.spec, writer.spec.job
-        paths = [spec.path / name for name, _ in spec.output.files]
-        with naming_inputs(job.plan, paths, whole.overwrite):
-            state = inspect_output(spec.output, whole.overwrite, whole.resume)
+        plan, paths = writer.job.plan, [writer.path / name for name, _ in writer.output.files]
+        with naming_inputs(plan, paths, whole.overwrite):
+            state = inspect_output(writer.output, whole.overwrite, whole.resume)
         if state != "done":
-            job.plan.refuse_overwriting(paths)
-            detecting = detection_estimates(job.plan, job.detection, resident) if job.detects else ()
-            check_budget(itertools.chain(detecting, writer.estimates(resident)), job.detection.max_memory)
+            plan.refuse_overwriting(paths)
+            check_budget(writer.needs(resident), writer.job.detection.max_memory)
         states.append(state)
     if len(writers) > 1:
-        outputs = [writer.spec.output for writer in writers]
+        outputs = [writer.output for writer in writers]
         missing = sum(missing_bytes(out, state) for out, state in zip(outputs, states, strict=True) if state != "done")
         check_space(outputs[0].path.parent, missing, at_most=any(output.temporary for output in outputs))
     return states
@@ -189,57 +128,64 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
     ``streamer.json``. A finished output of the same plan stays unchanged, but its files' times are updated.
     """
     monitor, states = whole.monitor, inspect_jobs(writers, whole)
-    specs = [writer.spec for writer in writers]
-    for line in dict.fromkeys(line for spec in specs for line in spec.warnings):
+    for line in dict.fromkeys(line for writer in writers for line in writer.warnings):
         monitor.emit(Event("warning", line))
-    for spec in (spec for spec, state in zip(specs, states, strict=True) if state == "done"):
-        monitor.emit(Event("note", f"{spec.path} holds this very output already; nothing to do"))
-        lock = spec.path / LOCK_NAME
-        if lock.exists():  # of a run that was killed at its end
-            with locked(lock):
+    for path, output in ((w.path, w.output) for w, state in zip(writers, states, strict=True) if state == "done"):
+        monitor.emit(Event("note", f"{path} holds this very output already; nothing to do"))
+        if (path / LOCK_NAME).exists():  # of a run that was killed at its end
+            with locked(path / LOCK_NAME):
                 pass
         # For `make`: the files, then the commit point, the record and the directory.
-        if fault := touch([*(spec.path / name for name, _ in spec.output.files), spec.path / RECORD_NAME, spec.path]):
+        if fault := touch([*(path / name for name, _ in output.files), path / RECORD_NAME, path]):
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
-    with open_outputs([writer.spec.output for writer in todo], whole.overwrite, whole.resume) as outs:
-        runs: list[_Run] = []
-        runs += [_Run(writer, out, monitor, runs) for writer, out in zip(todo, outs, strict=True)]
-        inputs = inputs_of(batch_of(todo), whole) if todo and whole.workers is not None else None
-        for line in dict.fromkeys(line for run in runs for line in (*run.spec.notes, *run.spec.advice)):
+    with open_outputs([writer.output for writer in todo], whole.overwrite, whole.resume) as outs:
+        total, of = sum(w.output.total_bytes for w in todo), sum(w.item_count for w in todo)
+        progress = Progress(monitor, "write", total, of)
+        names = [w.job.plan.adapter.path.absolute().name if len(todo) > 1 else "" for w in todo]
+        runs = [_Run(*parts, progress, monitor) for parts in zip(todo, outs, names, strict=True)]
+        for line in dict.fromkeys(line for run in runs for line in (*run.writer.notes, *run.writer.advice)):
             monitor.emit(Event("note", line))
         for run in runs:
             run.look()
         if resumed := [run for run in runs if run.out.resumed]:
-            done, of = sum(run.items for run in resumed), sum(run.item_count for run in resumed)
-            monitor.resuming(done, of, "tensor")
+            monitor.resuming(progress.items, sum(run.writer.item_count for run in resumed), "tensor")
         # Deltas remain to be mitigated, but their findings are missing.
-        if unjudged := [run for run in runs if run.job.detects and any(map(run.is_missing, run.spec.shards))]:
-            _detect(unjudged, whole, resident_of(writers))
+        if unjudged := [run for run in runs if run.job.detects and any(map(run.is_missing, run.writer.shards))]:
+            # Into the output directories: resumable like everything else.
+            for run in unjudged:
+                if not run.out.resumed:
+                    discard_own_findings(run.out.path)
+            sizes, paths = (
+                [run.job.findings_size for run in unjudged],
+                [run.out.path / OWN_FINDINGS for run in unjudged],
+            )
+            batch, own = batch_of([run.writer for run in unjudged]), replace(whole, overwrite=False, resume=True)
+            found = detect_to_files(batch, paths, unjudged[0].job.detection, own, resident_of(writers), sizes)
+            for run, findings in zip(unjudged, found, strict=True):
+                run.job = replace(run.job, findings=findings)
         with threads(), kept(whole.workers):
             for number, run in enumerate(runs):
-                run.write_small({**dict(run.spec.copies), **run.spec.texts})
-                if whole.workers is not None and inputs is not None:
-                    run.write_elsewhere(whole.workers, inputs, number)
-            if runs:
-                _write_shards(runs)
+                run.write_small({**dict(run.writer.copies), **run.writer.texts})
+                if whole.workers is not None:
+                    run.write_elsewhere(whole.workers, Inputs.of(batch_of(todo), whole), number)
+            _write_shards(runs)
             for run in runs:
                 run.finish()
     said: dict[str, OutputState] = {"new": "written", "resume": "resumed", "done": "present"}
-    written = [
-        cast(Written, WrittenView(read_json_object(spec.path / RECORD_NAME), output=str(spec.path), state=said[state]))
-        for spec, state in zip(specs, states, strict=True)
-    ]
-    for spec, record in zip(specs, written, strict=True):
-        whose = f" (adapter {spec.path.name!r})" if len(specs) > 1 else ""
+    records = list[Written]()
+    for writer, state in zip(writers, states, strict=True):
+        record = WrittenView(read_json_object(writer.path / RECORD_NAME), output=str(writer.path), state=said[state])
+        whose = f" (adapter {writer.path.name!r})" if len(writers) > 1 else ""
         try:
-            warnings = _warnings(spec, record["matrices"])
+            warnings = _warnings(writer, record["matrices"])
         except (KeyError, TypeError) as e:  # an older output whose record was changed
             raise FormatError(
-                f"{spec.path / RECORD_NAME}: its matrices are not as it was written; pass --overwrite to make it again"
+                f"{writer.path / RECORD_NAME}: its matrices are not as it was written; pass --overwrite to make it again"
             ) from e
         monitor.warn(f"{line}{whose}" for line in warnings)
-    return written
+        records.append(cast(Written, record))
+    return records
 
 
 MATRIX_KEYS = get_type_hints(MitigatedMatrix, include_extras=True)
@@ -263,25 +209,21 @@ def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
 
 
 class _Run:
-    """One output that is being written.
+    """One output that is being written; `adapter` names it in events, and `progress` counts all outputs of the run.
 
-    Parameters
+    Attributes
     ----------
-    runs
-        All outputs in step, including this one: events count what all have written.
+    job
+        The writer's job, with the findings once they are made.
     """
 
-    def __init__(self, writer: Writer, out: OutputDirectory, monitor: Monitor, runs: Sequence[_Run]) -> None:
-        self.writer, self.spec, self.out, self.monitor, self._runs = writer, writer.spec, out, monitor, runs
-        self.job = writer.spec.job
-        """The spec's job, with the findings once they are made."""
-        self.done = self.items = 0
-        """Bytes written, including the current file; number of shards' tensors and other files written."""
-        self._finished: set[str] = set()
-        self._sizes, shards = dict(self.spec.output.files), self.spec.shards
-        self._items = {name: len(shards[name].header.tensors) if name in shards else 1 for name in self._sizes}
-        self.nbytes, self.item_count = sum(self._sizes.values()), sum(self._items.values())
-        self._last = [*self._sizes][-1]
+    def __init__(
+        self, writer: Writer, out: OutputDirectory, adapter: str, progress: Progress, monitor: Monitor
+    ) -> None:
+        self.writer, self.job, self.out, self.monitor = writer, writer.job, out, monitor
+        self._progress, self._adapter, self._finished = progress, adapter, set[str]()
+        self._sizes = dict(self.writer.output.files)
+        self._last = self.writer.output.files[-1][0]
 
     def look(self) -> None:
         """Find the files that an interrupted run has finished."""
@@ -289,30 +231,25 @@ class _Run:
             if self.is_missing(name) and self.out.finished(name) is not None:
                 self._finish(name)
 
-    def _emit(self, name: str) -> None:
-        done, total = sum(run.done for run in self._runs), sum(run.nbytes for run in self._runs)
-        items, of = sum(run.items for run in self._runs), sum(run.item_count for run in self._runs)
-        adapter = self.job.plan.adapter.path.absolute().name if len(self._runs) > 1 else ""
-        self.monitor.emit(Event("write", name, done, total, items, of, adapter))
-
     def is_missing(self, name: str) -> bool:
         """Test whether a file must be written, unless asked to stop."""
         self.monitor.checkpoint()
         return name not in self._finished
 
+    def _begin(self, name: str) -> None:
+        self._progress.begin(name, self._adapter)
+
     def _finish(self, name: str) -> None:
         self._finished.add(name)
-        self.items += self._items[name]
-        self.done += self._sizes[name]
+        self._progress.add(self._sizes[name], self.writer.items_of(name))
 
     def write_small(self, files: Mapping[str, Path | bytes]) -> None:
         """Write files other than shards, as copies or with the given contents."""
-        for name, data in files.items():
-            if self.is_missing(name):
-                self._emit(name)
-                if name == self._last:
-                    self._write_card(self._matrices())
-                self._write(name, data)
+        for name in filter(self.is_missing, files):
+            self._begin(name)
+            if name == self._last:
+                self._write_card(self._matrices())
+            self._write(name, files[name])
 
     def _write(self, name: str, data: Path | bytes) -> None:
         with self.out.file(name, len(data) if isinstance(data, bytes) else self._sizes[name]) as file:
@@ -329,118 +266,108 @@ class _Run:
         number
             Index of the plan in the batch that `inputs` describe.
         """
-        names = [name for name in self.spec.shards if name not in self._finished and name != self._last]
+        names = [name for name in self.writer.shards if name not in self._finished and name != self._last]
         if not names:
             return
-        path, options = str(self.out.path.absolute()), {f.name: getattr(self.job, f.name) for f in fields(Job)}
-        described: Carried[Mapping[str, Any]] = Carried({k: value for k, value in options.items() if k != "plan"})
-        tasks = {name: ShardTask(inputs, 1, described, number, path, name) for name in names}
-        with contextlib.closing(workers.run(tasks, self.monitor, self._emit)) as results:
-            for name, (partial, nbytes, sha256, matrices) in results:
+        described = Carried({f.name: getattr(self.job, f.name) for f in fields(Job) if f.name != "plan"})
+        step = partial(write_part, described=described, number=number, path=str(self.out.path.absolute()))
+        tasks = {name: Task(inputs, 1, name, partial(step, name=name)) for name in names}
+        with contextlib.closing(workers.run(tasks, self.monitor, self._begin)) as results:
+            for name, (partial_name, nbytes, sha256, matrices) in results:
                 self.job.plan.check_unchanged()
-                self.out.take(name, partial, nbytes, sha256, matrices=matrices)
+                self.out.take(name, partial_name, nbytes, sha256, matrices=matrices)
                 self._finish(name)
         for shard in (self.out.path / name for name in names):
             remove_partials(shard.parent, {shard.name})  # of workers that died
 
     @contextlib.contextmanager
-    def shard(self, name: str) -> Iterator[tuple[MadeShard, ShardFile]]:
-        """Open a shard and its file; at the end of the block the file is completed, journalled and renamed."""
-        shard, self._start = MadeShard(self.writer, self.job, name, self.monitor), self.done
-        with ShardFile(self.out.path, shard.plan) as file:
-            yield shard, file
+    def shard(self, name: str) -> Iterator[tuple[ShardPlan, ShardFile, Callable[[TensorInfo], None]]]:
+        """Open a shard's file, with what adds its next tensor; at the end it is completed, journalled and renamed."""
+        shard, metrics = self.writer.shard(name, self.job), list[MitigatedMatrix]()
+
+        def add(info: TensorInfo) -> None:
+            self._begin(info.name)
+            file.add(info, self.writer.pieces(info, self.job, metrics, self.monitor))
+            self._progress.add(info.nbytes)
+
+        with ShardFile(self.out.path, shard) as file:
+            yield shard, file, add
             file.complete()
             self.job.plan.check_unchanged()
-            self.done = self._start + self._sizes[name]
+            self._progress.add(shard.nbytes - shard.header.data_bytes, 0)
             if name == self._last:
-                self._write_card(self._matrices(shard.metrics))
-            self.out.announce(name, file.written, file.sha256, matrices=shard.metrics)
+                self._write_card(self._matrices(metrics))
+            self.out.announce(name, file.written, file.sha256, matrices=metrics)
         self._finished.add(name)
-
-    def begin_tensor(self, tensor: TensorInfo) -> None:
-        """Report that a shard's tensor comes next."""
-        self.done = self._start + tensor.start
-        self._emit(tensor.name)
-        self.items += 1
 
     def finish(self) -> None:
         """Write the last files, with the commit point at the end, and the record."""
-        self.write_small(self.spec.finals)
+        self.write_small(self.writer.finals)
         matrices = self._matrices()
         self._write_card(matrices)
-        self._emit("")
+        self._begin("")
         discard_own_findings(self.out.path)
-        record = self._record(matrices, sum(self.out.entry(name)["bytes"] for name, _ in self.spec.output.files))
+        record = self._record(matrices, sum(self.out.entry(name)["bytes"] for name, _ in self.writer.output.files))
         self.out.commit(cast(dict[str, Any], record))
 
     def _matrices(self, last: list[MitigatedMatrix] | None = None) -> list[MitigatedMatrix]:
         """Collect the metrics of all matrices in finished files and in the current one."""
-        done = [name for name in self.spec.shards if last is None or name != self._last]
+        done = [name for name in self.writer.shards if last is None or name != self._last]
         return [m for name in done for m in journalled(self.out.entry(name), self.out.path)] + (last or [])
 
     def _record(self, matrices: list[MitigatedMatrix], nbytes: int = 0) -> Record:
-        record = self.spec.record(matrices, nbytes)
-        record["warnings"] += _warnings(self.spec, matrices)
+        record = self.writer.record(matrices, nbytes)
+        record["warnings"] += _warnings(self.writer, matrices)
         return record
 
     def _write_card(self, matrices: list[MitigatedMatrix]) -> None:
         """Write the card just before the commit point; a card that an interrupted run has written is the same and stays."""
-        card = self.spec.card
+        card = self.writer.card
         if card is not None and CARD_NAME not in self._finished:
             self._write(CARD_NAME, card.text(self._record(matrices)))
 
 
 def _write_shards(runs: Sequence[_Run]) -> None:
-    """Write all shards; those made from one file of the base are written in step. The cache keeps pages that some still need."""
-    files = runs[0].job.plan.base.files
+    """Write all shards; those made from one file of the base are written in step, and its cache keeps pages that some still need.
+
+    All outputs pull a tensor before any pulls the next; a new tensor, or one under another name, follows the previous one.
+    """
+    files, several = runs[0].job.plan.base.files if runs else {}, len(runs) > 1
     with contextlib.ExitStack() as stack:
         for base in files.values():
-            stack.enter_context(base.read_through(by_several=len(runs) > 1))
-        for name in dict.fromkeys([*files, *(name for run in runs for name in run.spec.shards)]):
-            if group := [run for run in runs if name in run.spec.shards and run.is_missing(name)]:
-                # Shards that are not made from one file of the base start with its first file.
-                _write_in_step(group, name, files, len(runs) > 1)
+            stack.enter_context(base.read_through(by_several=several))
+        for name in dict.fromkeys([*files, *(name for run in runs for name in run.writer.shards)]):
+            group = [run for run in runs if name in run.writer.shards and run.is_missing(name)]
+            # Shards that are not made from one file of the base start with its first file.
+            base, order = files.get(name, next(iter(files.values()))), list[tuple[int, int, int, TensorInfo]]()
+            starts = {info.name: info.start for info in base.header.tensors} if name in files else {}
+            with contextlib.ExitStack() as opened:
+                # The context entered last is left first, and the first run must finish first.
+                shards = [opened.enter_context(run.shard(name)) for run in reversed(group)][::-1]
+                for number, (shard, *_) in enumerate(shards):
+                    start = 0
+                    for nth, info in enumerate(shard.header.tensors):
+                        start = starts.get(info.name, start)
+                        order.append((start, nth, number, info))
+                for start, _, number, info in sorted(order, key=lambda step: step[:3]):
+                    _, file, add = shards[number]
+                    if several:
+                        base.release_pages(start)
+                    add(info)
+                    if several:
+                        file.flush()  # so that it holds no pieces while the others continue
+                if several and group:
+                    base.release_pages(base.header.data_bytes)
 
 
-def _write_in_step(runs: Sequence[_Run], name: str, files: Mapping[str, TensorFile], keeps_pages: bool) -> None:
-    base_file = files.get(name, next(iter(files.values())))
-    with contextlib.ExitStack() as stack:
-        # The context entered last is left first, and the first run must finish first.
-        opened = [stack.enter_context(run.shard(name)) for run in reversed(runs)][::-1]
-        starts = {info.name: info.start for info in base_file.header.tensors} if name in files else {}
-        for start, number, tensor, pieces in in_step([shard for shard, _ in opened], starts):
-            if keeps_pages:
-                base_file.release_pages(start)
-            runs[number].begin_tensor(tensor)
-            file = opened[number][1]
-            file.add(tensor, pieces)
-            if keeps_pages:
-                file.flush()  # so that it holds no pieces while the others continue
-        if keeps_pages:
-            base_file.release_pages(base_file.header.data_bytes)
-
-
-def _detect(runs: Sequence[_Run], whole: Run, resident: int) -> None:
-    """Detect into the output directories, because findings are needed but not given; resumable like everything else."""
-    for run in runs:
-        if not run.out.resumed:
-            discard_own_findings(run.out.path)
-    jobs, batch = [run.job for run in runs], batch_of([run.writer for run in runs])
-    paths = [run.out.path / OWN_FINDINGS for run in runs]
-    own = replace(whole, overwrite=False, resume=True)
-    found = detect_to_files(batch, paths, jobs[0].detection, own, resident, [job.findings_size for job in jobs])
-    for run, findings in zip(runs, found, strict=True):
-        run.job = replace(run.job, findings=findings)
-
-
-def _warnings(spec: OutputSpec, matrices: Sequence[MitigatedMatrix]) -> list[str]:
+def _warnings(writer: Writer, matrices: Sequence[MitigatedMatrix]) -> list[str]:
     """Warn about losses of an output on disk.
 
     The paper's method adds a direction for each intruder that it scales, so a delta of rank r with q intruders needs a rank of r + q.
     The method ``project`` stays within the adapter's own columns.
     """
-    job = spec.job
-    if isinstance(spec.to_lora, float):  # the requested share of the energy states what may be lost
+    job = writer.job
+    if isinstance(writer.to_lora, float):  # the requested share of the energy states what may be lost
         return []
 
     def remedy() -> str:
@@ -449,7 +376,7 @@ def _warnings(spec: OutputSpec, matrices: Sequence[MitigatedMatrix]) -> list[str
         paper = not job.method.keeps_rank
         q = {m["tensor"]: len(m["intruders"]) if paper else 0 for m in matrices}
         rank = max(t.module.rank + q.get(t.tensor, 0) for t in job.plan.targets)
-        ways = ["`--method project`"] if paper and spec.to_lora is None else []
+        ways = ["`--method project`"] if paper and writer.to_lora is None else []
         if not refusal(job):
             ways.append(f"`--to-lora {rank}`")
         return f"{', '.join(ways)} or `streamer merge` loses nothing".removeprefix(" or ")

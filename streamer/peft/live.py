@@ -26,19 +26,18 @@ from streamer.adapters.reader import sorted_adapter
 from streamer.adapters.rules import refuse_kinds
 from streamer.api.functions import explained
 from streamer.api.requests import chosen_method, detection_options, watched
+from streamer.detection.detect import choose_device, detect_matrix
 from streamer.detection.findings import Findings, load_findings, matched_findings
-from streamer.detection.findings_file import FindingsHead
-from streamer.detection.matrices import choose_device, detect_matrix
 from streamer.detection.options import DetectionOptions
 from streamer.errors import InputError, NumericError, UnsupportedError, UsageError
-from streamer.events import Event, Monitor
+from streamer.events import Event, Monitor, Progress
 from streamer.linalg.operators import all_finite
 from streamer.linalg.torch_state import threads
 from streamer.methods import Method, NullSpace, Project, RegMean
 from streamer.options import LiveMitigation, LiveOptions
 from streamer.output.adapter_writer import MitigatedFactors, refuse_dense
 from streamer.output.job import Job, MitigatedMatrix, truncation_warnings
-from streamer.output.merge_plan import AddBias, Cast, CopyBytes, OutputTensor, plan_merged
+from streamer.output.model_writer import AddBias, Cast, CopyBytes, OutputTensor, plan_merged
 from streamer.output.write import check_counts, lacking_inputs, refuse_other_base
 from streamer.peft.model import LiveFile, LiveModel, LiveTensor, entries, layer_of, open_model, quiet_peft, require_peft
 from streamer.plan.architectures import architecture_for
@@ -270,16 +269,16 @@ def detect_intruder_dimensions(peft_model: nn.Module, adapter_name: str = "defau
 def detect_live(live: LivePlan, options: DetectionOptions, device: torch.device, monitor: Monitor) -> Findings:
     """Detect in one matrix after another; the findings use the names in memory."""
     plan = live.plan
-    total, done, matrices = sum(options.cost(target.module.shape) for target in plan.targets), 0, []
+    total, matrices = sum(options.cost(target.module.shape) for target in plan.targets), []
+    progress = Progress(monitor, "detect", total, len(plan.targets))
     resident = resident_bytes(AdapterBatch(plan.base, (plan,)))
-    for items, target in enumerate(plan.targets):
-        monitor.checkpoint()
-        monitor.emit(Event("detect", live.name_in_files(target.tensor), done, total, items, len(plan.targets)))
+    for target in plan.targets:
+        progress.begin(live.name_in_files(target.tensor))
         matrices.append(detect_matrix(plan, target, options, device, resident, monitor=monitor))
         live.release()
-        done += options.cost(target.module.shape)
-    monitor.emit(Event("detect", "", total, total, len(plan.targets), len(plan.targets)))
-    findings = Findings.of(FindingsHead.of(plan, options), matrices)
+        progress.add(options.cost(target.module.shape))
+    progress.end()
+    findings = Findings.of(plan, options, matrices)
     monitor.warn(findings.warnings)
     return findings
 
@@ -465,7 +464,7 @@ def _nbytes(output: OutputTensor) -> int:
 def _values(job: Job, output: OutputTensor) -> Tensor:
     """Compute a tensor's values in its own dtype."""
     with threads():
-        data = gather(output.recipe.pieces(lambda target: job.mitigated(target)[:2]), _nbytes(output))
+        data = gather(output.recipe.pieces(job.mitigated), _nbytes(output))
     return as_tensor(data, TORCH_DTYPES[output.dtype], output.shape)
 
 
@@ -557,7 +556,7 @@ def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "de
         files = "for files `streamer mitigate --to-lora RANK` writes it as a LoRA adapter"
         refuse_dense(live.plan, f"{merge} merges it into the base, and {files}")
         job, found = live_job(live, method, given, monitor)
-        factors, new = MitigatedFactors(job), dict[str, Tensor]()
+        factors, new = MitigatedFactors(job), dict[str, Tensor | None]()
         metrics: list[MitigatedMatrix] = []
         for name, targets in factors.targets.items():
             if name not in new:
@@ -565,7 +564,7 @@ def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "de
         way = f'method="{Project.name}" or ' if not method.keeps_rank else ""
         remedy = f"{way}{merge} loses nothing"
         monitor.warn(truncation_warnings(metrics, lambda: remedy))
-        _add(live.live, new_adapter_name, {name: values for name, values in new.items() if values.numel()})
+        _add(live.live, new_adapter_name, {name: values for name, values in new.items() if values is not None})
         if logging_sink is not None:
             _log(live, found, new_adapter_name, logging_sink)
         return None if found is None else named_as_files(live, found)

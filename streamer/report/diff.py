@@ -13,8 +13,7 @@ from typing import Annotated, Any, Final, Literal, TypedDict, cast
 
 import torch
 
-from streamer.detection.findings import Findings
-from streamer.detection.findings_file import MatrixFinding
+from streamer.detection.findings import Findings, MatrixFinding
 from streamer.detection.options import OptionsRecord
 from streamer.errors import MismatchError
 from streamer.json_types import Count, Share

@@ -34,8 +34,8 @@ from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streamer.detection.findings import SCHEMA as FINDINGS_SCHEMA
 from streamer.detection.findings import Findings, FindingsRecord, load_findings
-from streamer.detection.findings_file import SCHEMA as FINDINGS_SCHEMA
 from streamer.errors import FormatError, MismatchError, OutputError, UsageError, printable
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.losses import EvaluationRecord
@@ -43,8 +43,7 @@ from streamer.evaluation.view import commands, field_figures, reasons, verdict
 from streamer.json_types import Count, ReportFile
 from streamer.measuring.result_file import same_input
 from streamer.methods import METHODS, takes_findings
-from streamer.output.job import Written
-from streamer.output.output_spec import record_lines, verify_line
+from streamer.output.job import Written, record_lines, verify_line
 from streamer.plan.name_matching import natural
 from streamer.storage.atomic_file import remove_partials, write_atomic
 from streamer.storage.files import locked, make_directory, storage_errors, touch

@@ -33,7 +33,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from streamer.detection.matrices import inputs_of
 from streamer.detection.options import Run
 from streamer.errors import InputError, NumericError, UnsupportedError
 from streamer.events import Monitor
@@ -51,7 +50,7 @@ from streamer.streaming.model import LoadedModel, quiet_transformers, refused_er
 from streamer.streaming.run_time import RunTimeTensor, WeightSource, layer_modules
 from streamer.streaming.spool import Spool, Spooled
 from streamer.streaming.values import LazyTensor, Reader, VariantSet
-from streamer.workers import Carried, Found, Key, Task, keep_last, packed
+from streamer.workers import Carried, Found, Inputs, Key, Task, held, packed
 
 LINEAR_BY_NAME = {"FalconLinear"}
 """Subclasses of Linear with their own `forward` that still computes ``x Wᵀ + b``."""
@@ -381,6 +380,8 @@ class SweepModel(LoadedModel):
         Whether layers receive tensors and plain values alone, so that a later run can enter any of them.
     whole
         Names of watched matrices that a group of a fit used in another way than a product or a look-up.
+    at
+        In a worker: the digest of the variants and the layer of the last task.
     """
 
     def __init__(self, job: VariantSet) -> None:
@@ -391,6 +392,7 @@ class SweepModel(LoadedModel):
         self.directory: Path | None = None
         self.whole: set[str] = set()
         self.resumable = True
+        self.at: tuple[str, int] | None = None
         self._watch: Watch | None = None
         self._checkpoint: Callable[[], None] = _nothing
         self._switch: Callable[[Site | None], None] = _nothing
@@ -533,22 +535,22 @@ class SweepModel(LoadedModel):
 
     def elsewhere(self, run: Run, riders: Sequence[Sequence[Group]], layer: int,
                   ends: Sequence[End | None] | None = None) -> Iterator[tuple[int, Any]]:  # fmt: skip
-        """Let workers run riders that enter a layer; yield the number of each `RideTask` and what it returns, as it arrives."""
+        """Let workers run riders that enter a layer; yield the number of each task and what it returns, as it arrives."""
         assert run.workers is not None
         within = [{*module.modules()} for module in layer_modules(self._model).values()]
         others = set[nn.Module]().union(*within) - set[nn.Module]().union(*within[layer : layer + 1])
         used = (t for _, module, own in self.modules if module not in others for t in own.values())
         job = Carried(self.job.only({target.tensor for t in used for target, _ in self.values.targets(t)}))
-        inputs = inputs_of(AdapterBatch(self.job.plan.base, (self.job.plan,)), run)
+        inputs = Inputs.of(AdapterBatch(self.job.plan.base, (self.job.plan,)), run)
 
         def sent(group: Group) -> bytes:
             with group.at_hand(self.spool):
                 return packed((group.ids, group.variant, group.out))
 
-        def task(own: Sequence[Group], end: End | None) -> RideTask:
-            return RideTask(
-                inputs, torch.get_num_threads(), job, layer, tuple(map(sent, own)), end, self.values.kept.room
-            )
+        def task(own: Sequence[Group], end: End | None) -> Task[Ridden]:
+            name, room = f"layer {layer}" if end is None else "logits", self.values.kept.room
+            step = partial(ride, job=job, layer=layer, riders=tuple(map(sent, own)), end=end, room=room)
+            return Task(inputs, torch.get_num_threads(), name, step)
 
         pairs = zip(riders, ends or [None] * len(riders), strict=True)
         tasks = _Read({number: partial(task, *pair) for number, pair in enumerate(pairs)})
@@ -660,14 +662,15 @@ AT_ONCE = 32
 _computing = threading.Lock()
 """Lock that lets a process run one task at a time, because torch's settings for matrix products apply to all threads."""
 
-_models: dict[Any, tuple[SweepModel | None, Any]] = {}
+Ridden = tuple[Any, set[str], set[str]]
+"""What `ride` computes, and what `Values` notes of the weights."""
 
 
-@dataclass(frozen=True)
-class RideTask(Task[tuple[Any, set[str], set[str]]]):
-    """A layer of riders, or what is computed from their results; it returns also what `Values` notes of their weights.
+def ride(batch: AdapterBatch, monitor: Monitor, job: Carried[dict[str, Any]], layer: int, riders: Sequence[bytes], end: End | None,
+         room: int) -> Ridden:  # fmt: skip
+    """Run a layer of riders, or compute from their results, on a model that the process keeps for later tasks.
 
-    Attributes
+    Parameters
     ----------
     job
         The variants; see `VariantSet.only`.
@@ -680,40 +683,23 @@ class RideTask(Task[tuple[Any, set[str], set[str]]]):
     room
         Bytes for values of a layer that groups share.
     """
-
-    job: Carried[dict[str, Any]]
-    layer: int
-    riders: tuple[bytes, ...]
-    end: End | None
-    room: int
-
-    @property
-    def name(self) -> str:
-        """Name the layer."""
-        return f"layer {self.layer}" if self.end is None else "logits"
-
-    def do(self, batch: AdapterBatch, monitor: Monitor) -> tuple[Any, set[str], set[str]]:
-        """Run the riders, on a model that the process keeps for later tasks."""
-        with _computing, full_float32():
-            job, at = VariantSet(batch.plans[0], **self.job.value), (self.job.digest, self.layer)
-            kind = self.inputs, job.rounds_products, job.device
-            model, before = _models.pop(kind, (None, None))
-            if model is None or model.job.plan is not job.plan:
-                model = SweepModel(job)
-            if at != before:
-                model.use(job)
-            model.limit(self.room, False)
-            _models[kind] = model, at
-            keep_last(_models)
-            model.values.applied, model.values.read = set(), set()
-            groups = [Group(ids, v, out=out, skips=self.layer) for ids, v, out in map(pickle.loads, self.riders)]
-            steps = iter((False, True))
-            model.run(groups, monitor.checkpoint, after=(lambda _: next(steps)) if self.end is None else _nothing)
-            if self.end is not None:
-                found = self.end(model, groups)
-            else:
-                found = packed(groups[0].out) if model.resumable and groups[0].is_plain else None
-            return found, model.values.applied, model.values.read
+    with _computing, full_float32():
+        plan, at = batch.plans[0], (job.digest, layer)
+        variants = VariantSet(plan, **job.value)
+        kind = plan.base.path, plan.adapter.path, variants.rounds_products, variants.device
+        model = held("model", kind, lambda: SweepModel(variants), lambda model: model.job.plan is plan)
+        if at != model.at:
+            model.use(variants)
+            model.at = at
+        model.limit(room, False)
+        model.values.applied, model.values.read = set(), set()
+        groups = [Group(ids, v, out=out, skips=layer) for ids, v, out in map(pickle.loads, riders)]
+        steps = iter((False, True))
+        model.run(groups, monitor.checkpoint, after=(lambda _: next(steps)) if end is None else _nothing)
+        found = None if end is None else end(model, groups)
+        if end is None and model.resumable and groups[0].is_plain:
+            found = packed(groups[0].out)
+        return found, model.values.applied, model.values.read
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -318,10 +318,7 @@ def test_the_record_is_what_report_prints(job: tuple[Path, Path], tmp_path: Path
     assert json.loads(done.out) == load_findings(path).record()
 
 
-OTHER = (
-    "import streamer.output.output_spec as j, streamer.detection.detect as w; "
-    "j.__version__ = w.__version__ = '0.10.0-rc1'"
-)
+OTHER = "import streamer.output.job as j, streamer.detection.detect as w; j.__version__ = w.__version__ = '0.10.0-rc1'"
 """Run as another version, whose name has another length."""
 
 

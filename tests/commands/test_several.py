@@ -24,7 +24,7 @@ from streamer.adapters.finetuned import named_adapters
 from streamer.detection.findings import Findings
 from streamer.errors import NumericError, StorageError, UsageError
 from streamer.linalg.torch_state import threads
-from streamer.output.output_spec import MOST_FACTS
+from streamer.output.job import MOST_FACTS
 from streamer.plan.plan import make_batch
 
 

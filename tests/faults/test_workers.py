@@ -33,15 +33,14 @@ from worker_runs import (
 )
 
 import streamer
-from streamer.detection.matrices import DetectTask, inputs_of
-from streamer.detection.options import DetectionOptions, Run
+from streamer.detection.options import Run
 from streamer.errors import LockedError, MismatchError, WorkerError
 from streamer.events import Event
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_batch
 from streamer.storage.files import locked
 from streamer.storage.journal import journal_of, lock_of
-from streamer.workers import perform
+from streamer.workers import Inputs, Task, perform
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +177,8 @@ def test_a_worker_with_other_inputs_is_refused(bench: WorkerBench, what: str, tm
 
 
 def test_a_worker_of_another_version_is_refused(bench: WorkerBench) -> None:
-    inputs = inputs_of(make_batch(bench.base, [bench.adapter]), Run(torch.device("cpu")))
-    task = DetectTask(replace(inputs, version="0.0"), 1, (), DetectionOptions(), "cpu", 0)
+    inputs = Inputs.of(make_batch(bench.base, [bench.adapter]), Run(torch.device("cpu")))
+    task = Task(replace(inputs, version="0.0"), 1, "nothing", print)
     assert re.fullmatch(
         r"worker .*: has version \S+, expected 0\.0, the caller.s version; .*", str(perform(task).error)
     )

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import streamer
 from streamer.errors import UnsupportedError
-from streamer.output.output_spec import MOST_FACTS
+from streamer.output.job import MOST_FACTS
 
 
 @pytest.fixture(scope="module", params=list(MAKERS))

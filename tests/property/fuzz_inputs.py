@@ -18,7 +18,7 @@ from streamer.api.intruders import iter_merged
 from streamer.api.records import inspection_record
 from streamer.cli.tables import inspect_table
 from streamer.errors import FormatError, StreamerError
-from streamer.output.merge_plan import plan_merged
+from streamer.output.model_writer import plan_merged
 from streamer.plan.plan import make_plan
 from streamer.storage.atomic_file import gather
 from streamer.storage.checkpoint import open_checkpoint

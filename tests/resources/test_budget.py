@@ -21,7 +21,7 @@ from seeds import vary
 from torch import Tensor
 
 import streamer
-from streamer.detection.matrices import float64_way
+from streamer.detection.detect import float64_way
 from streamer.detection.options import DetectionOptions
 from streamer.plan.plan import AdapterBatch, make_batch, resident_bytes
 

@@ -18,13 +18,12 @@ from helpers import write_adapter, write_sharded
 from seeds import vary
 
 import streamer
-from streamer.detection.detect import findings_bytes
-from streamer.detection.matrices import detection_estimates
+from streamer.detection.detect import detection_estimates, findings_bytes
 from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
 from streamer.events import Event, Monitor
 from streamer.forecast import Forecast, Rates, forecast_commands, forecast_detection, measure_rates
-from streamer.output.output_spec import MOST_FACTS
+from streamer.output.job import MOST_FACTS
 from streamer.plan.plan import AdapterBatch, Plan, make_plan, resident_bytes
 
 NAMES = {
@@ -149,7 +148,7 @@ def test_no_more_memory_than_forecast(command: str, options: tuple[str, ...], tm
 
 def test_a_budget_is_the_most_that_is_forecast(tmp_path: Path) -> None:
     plan = make_plan(*model(tmp_path, 1, 4096, 2048))
-    budget = max(need.nbytes for need in detection_estimates(plan, DetectionOptions(), resident(plan)))
+    budget = max(need.nbytes for need in detection_estimates([plan], DetectionOptions(), resident(plan)))
     free, tight = (forecast_of(plan, DetectionOptions(max_memory=b)) for b in (None, budget))
     assert tight.peak_memory_bytes == tight.escalated_memory_bytes == budget
     assert budget < free.peak_memory_bytes <= free.escalated_memory_bytes

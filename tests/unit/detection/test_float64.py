@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from scipy.sparse.linalg import svds
 from seeds import vary
 
-from streamer.detection import matrices as memory
+from streamer.detection import detect as memory
+from streamer.detection.detect import best_way, detect_matrix, detection_bytes, float64_way, is_repeated
 from streamer.detection.intruders import Detection
-from streamer.detection.matrices import best_way, detect_matrix, detection_bytes, float64_way, is_repeated
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import Way
 from streamer.plan.plan import AdapterBatch, Plan, make_batch, resident_bytes

@@ -9,9 +9,8 @@ from safetensors.torch import save_file
 from seeds import vary
 
 import streamer
-from streamer.detection.detect import detect_all
-from streamer.detection.findings_file import MatrixFinding
-from streamer.detection.matrices import Prefetcher, choose_device, detect_matrix, read_ahead
+from streamer.detection.detect import Prefetcher, choose_device, detect_all, detect_matrix, read_ahead
+from streamer.detection.findings import MatrixFinding
 from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.solvers import cost
 from streamer.errors import UsageError

@@ -16,8 +16,7 @@ from evaluations import of_findings
 from seeds import vary
 
 import streamer
-from streamer.detection.findings import Findings
-from streamer.detection.findings_file import MatrixFinding
+from streamer.detection.findings import Findings, MatrixFinding
 from streamer.detection.intruders import Detection
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.evaluation.view import field_figures, verdict

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from range_server import Handler, RangeServer, serving
 
-from streamer.detection.matrices import read_ahead
+from streamer.detection.detect import read_ahead
 from streamer.errors import InputChangedError, Interrupted, StorageError, StreamerError, UnsupportedError
 from streamer.events import Monitor
 from streamer.storage.remote_source import RANGE_BYTES, RemoteSource, heed, list_remote, read_range, stat_remote
