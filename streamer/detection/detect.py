@@ -40,16 +40,7 @@ from streamer.events import Event, Monitor, Progress
 from streamer.json_types import check
 from streamer.linalg.operators import Dense, Matrix, RowBlocks, all_finite
 from streamer.linalg.torch_state import thread_count, threads
-from streamer.plan.plan import (
-    AdapterBatch,
-    Assignment,
-    MemoryEstimate,
-    Plan,
-    SharedGroup,
-    check_budget,
-    factor_bytes,
-    resident_bytes,
-)
+from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, factor_bytes, resident_bytes
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import Buffer, partials_of, write_sealed
 from streamer.storage.header import Header, TensorInfo, layout, parse_header
@@ -307,6 +298,9 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
                          target.transposed, printed, found, time.perf_counter() - began)  # fmt: skip
 
 
+Groups = Sequence[Sequence[tuple[int, Target]]]
+"""Matrices that are the same bytes of the base, each with its plan's number; see `AdapterBatch.matrices`."""
+
 Found = Generator[tuple[int, MatrixFinding], None, None]
 """Findings as they are made, each with its plan's number; closing the generator stops the work."""
 
@@ -314,7 +308,7 @@ Begin = Callable[[int, Target], None]
 """Called before each matrix, or each task, with the number of the plan."""
 
 
-def detect_in_turn(batch: AdapterBatch, groups: Sequence[SharedGroup], options: DetectionOptions, device: torch.device,
+def detect_in_turn(batch: AdapterBatch, groups: Groups, options: DetectionOptions, device: torch.device,
                    resident: int, counts: Sequence[int], monitor: Monitor, begin: Begin) -> Found:  # fmt: skip
     """Detect in one matrix at a time, in this process.
 
@@ -329,7 +323,7 @@ def detect_in_turn(batch: AdapterBatch, groups: Sequence[SharedGroup], options: 
     """
     plans, stager = batch.plans, Prefetcher(device)
 
-    def load(group: SharedGroup) -> PrefetchedWeight | None:
+    def load(group: Sequence[tuple[int, Target]]) -> PrefetchedWeight | None:
         i, target = group[0]
         weight = plans[i].weights[target.tensor]
         whole = weight.remote or any(best_way(plans[i], t, options, resident) is not Way.BLOCKS for i, t in group)
@@ -346,6 +340,11 @@ def detect_in_turn(batch: AdapterBatch, groups: Sequence[SharedGroup], options: 
                 yield i, finding
 
 
+def total_cost(matrices: Iterable[tuple[int, Target]], options: DetectionOptions) -> int:
+    """Estimate the units of work for some matrices."""
+    return sum(options.cost(target.module.shape) for _, target in matrices)
+
+
 TASK_COST = 1_000_000_000
 """Units of cost (see `detection.solvers.cost`; about a second) from which a task gets no more matrices."""
 
@@ -356,7 +355,7 @@ TASK_MATRICES = 8
 def detect_groups(batch: AdapterBatch, monitor: Monitor, groups: Sequence[Sequence[tuple[int, int]]],
                   options: DetectionOptions, device: str, resident: int, count: int) -> list[tuple[int, MatrixFinding]]:  # fmt: skip
     """Detect in the matrices of a task, which are given by the numbers of their plans and of their targets there."""
-    own = [tuple(Assignment(i, batch.plans[i].targets[t]) for i, t in group) for group in groups]
+    own = [[(i, batch.plans[i].targets[t]) for i, t in group] for group in groups]
     counts = [count] * len(batch.plans)
     found = [*detect_in_turn(batch, own, options, choose_device(device), resident, counts, monitor, lambda *_: None)]
     for i in sorted({i for i, _ in found}):
@@ -364,31 +363,35 @@ def detect_groups(batch: AdapterBatch, monitor: Monitor, groups: Sequence[Sequen
     return found
 
 
-def detect_on_workers(batch: AdapterBatch, groups: Sequence[SharedGroup], options: DetectionOptions, run: Run, resident: int,
+def detect_on_workers(batch: AdapterBatch, groups: Groups, options: DetectionOptions, run: Run, resident: int,
                       counts: Sequence[int], begin: Begin) -> Found:  # fmt: skip
     """Detect as `detect_in_turn` does, but on workers: a task is matrices in the base's file order with one number of threads."""
     assert run.workers is not None
     inputs, tasks, firsts = (
         Inputs.of(batch, run),
         dict[int, Task[list[tuple[int, MatrixFinding]]]](),
-        list[Assignment](),
+        dict[int, tuple[int, Target]](),
     )
     places = [{target.tensor: number for number, target in enumerate(plan.targets)} for plan in batch.plans]
-    costs = [sum(options.cost(target.module.shape) for _, target in group) for group in groups]
-    enough = min(TASK_COST, sum(costs) // (4 * run.workers.at_once))
+    enough = min(TASK_COST, sum(total_cost(group, options) for group in groups) // (4 * run.workers.at_once))
     for count in sorted(set(counts)):
-        own, done = list[SharedGroup](), 0
+        own, done = list[list[tuple[int, Target]]](), 0
         for group in groups:
-            if mine := tuple(one for one in group if counts[one.plan] == count):
+            if mine := [(i, target) for i, target in group if counts[i] == count]:
                 own.append(mine)
-                done += sum(options.cost(target.module.shape) for _, target in mine)
+                done += total_cost(mine, options)
             if own and (done >= enough or len(own) == TASK_MATRICES or group is groups[-1]):
-                names = tuple(tuple((i, places[i][target.tensor]) for i, target in group) for group in own)
+                number, numbers = len(tasks), [[(i, places[i][target.tensor]) for i, target in mine] for mine in own]
                 step = partial(
-                    detect_groups, groups=names, options=options, device=str(run.device), resident=resident, count=count
+                    detect_groups,
+                    groups=numbers,
+                    options=options,
+                    device=str(run.device),
+                    resident=resident,
+                    count=count,
                 )
-                tasks[len(tasks)] = Task(inputs, count, own[0][0].target.tensor, step)
-                firsts.append(own[0][0])
+                firsts[number] = own[0][0]
+                tasks[number] = Task(inputs, count, own[0][0][1].tensor, step)
                 own, done = [], 0
     with contextlib.closing(run.workers.run(tasks, run.monitor, lambda number: begin(*firsts[number]))) as results:
         for _, found in results:
@@ -496,10 +499,11 @@ def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, residen
     counts = [writer.threads for writer in writers] or [torch.get_num_threads()] * len(plans)
     check_budget(detection_estimates(plans, options, resident), options.max_memory)
     groups = batch.matrices(lambda one: not writers or one.target.tensor not in writers[one.plan])
-    total = sum(options.cost(t.module.shape) for plan in plans for t in plan.targets)
-    todo = [options.cost(one.target.module.shape) for group in groups for one in group]
+    total = sum(total_cost(enumerate(plan.targets), options) for plan in plans)
     progress = Progress(run.monitor, "detect", total, batch.matrix_count)
-    progress.add(total - sum(todo), batch.matrix_count - len(todo))
+    progress.add(
+        total - sum(total_cost(group, options) for group in groups), batch.matrix_count - sum(map(len, groups))
+    )
     names = [plan.adapter.path.absolute().name if len(plans) > 1 else "" for plan in plans]
 
     def begin(i: int, target: Target) -> None:

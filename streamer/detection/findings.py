@@ -41,24 +41,12 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from streamer import errors
+from streamer import errors, json_types
 from streamer.adapters.modules import LoraModule, MethodModule, values_of
 from streamer.detection.intruders import Detection
 from streamer.detection.options import STAMP, DetectionOptions, OptionsRecord, detection_record, stamp
 from streamer.errors import printable
-from streamer.json_types import (
-    Amount,
-    Count,
-    Encoding,
-    ModuleName,
-    OutputPath,
-    Rank,
-    Scale,
-    Shape,
-    State,
-    TensorName,
-    check,
-)
+from streamer.json_types import Amount, Count, Encoding, ModuleName, OutputPath, Rank, Scale, Shape, State, TensorName
 from streamer.linalg.operators import all_finite
 from streamer.plan.plan import Plan
 from streamer.plan.sources import AdapterSource, BaseSource, NameSource, in_short
@@ -657,7 +645,7 @@ def _read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) ->
     KeyError, TypeError, ValueError
         If figures or arrays do not follow the schema.
     """
-    check(figures, FIGURES)
+    json_types.check(figures, FIGURES)
     arrays: dict[str, Tensor] = {}
     for key in ARRAYS:
         info = file.header.by_name[f"{figures['tensor']}/{key}"]

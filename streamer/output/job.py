@@ -125,10 +125,6 @@ class Written(Record):
 # fmt: on
 
 
-MOST_LOST = 0.01
-"""Largest share of a mitigated delta's Frobenius norm that may be lost without a warning."""
-
-
 def totals(matrices: list[MitigatedMatrix], nbytes: int) -> Totals:
     """Sum the metrics of all matrices of an output of `nbytes` bytes."""
     before = math.sqrt(sum(m["delta_norm"] ** 2 for m in matrices))
@@ -138,24 +134,6 @@ def totals(matrices: list[MitigatedMatrix], nbytes: int) -> Totals:
             "delta_norm": before, "delta_norm_after": after, "equal_norm_shrink": after / before if before > 0 else 1.0,
             "dropped_max": max((m["dropped"] for m in matrices), default=0.0), "values": sum(m.get("values", 0) for m in matrices),
             "rounded_away": sum(m.get("rounded_away", 0) for m in matrices), "bytes": nbytes}  # fmt: skip
-
-
-def truncation_warnings(matrices: Sequence[MitigatedMatrix], remedy: Callable[[], str]) -> list[str]:
-    """Report how many matrices lose more than `MOST_LOST`, and which loses most; return an empty list if none does.
-
-    Parameters
-    ----------
-    remedy
-        Describes what to do instead.
-    """
-    lost = [m for m in matrices if m["dropped"] > MOST_LOST]
-    if not lost:
-        return []
-    worst = max(lost, key=lambda m: m["dropped"])
-    return [
-        f"lost in projection: more than {100 * MOST_LOST:g} % of the delta in {len(lost)} of "
-        f"{len(matrices)} matrices, most in {worst['tensor']!r} ({100 * worst['dropped']:.2f} %); {remedy()}"
-    ]
 
 
 THIN = 48

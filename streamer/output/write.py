@@ -26,33 +26,15 @@ from streamer.linalg.torch_state import threads
 from streamer.methods import Method, NullSpace, RegMean
 from streamer.methods.files import FactorSet, InputMap
 from streamer.output.adapter_writer import AdapterWriter, LoraWriter, refusal
-from streamer.output.job import (
-    CARD_NAME,
-    OWN_FINDINGS,
-    Job,
-    MitigatedMatrix,
-    Record,
-    Writer,
-    Written,
-    WrittenView,
-    truncation_warnings,
-)
+from streamer.output.job import CARD_NAME, OWN_FINDINGS, Job, MitigatedMatrix, Record, Writer, Written, WrittenView
 from streamer.output.model_writer import ModelWriter
 from streamer.plan.plan import AdapterBatch, Plan, check_budget, make_batch, resident_bytes
+from streamer.storage import transaction
 from streamer.storage.atomic_file import ShardFile, ShardPlan, remove_partials
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.files import difference, locked, touch
 from streamer.storage.header import TensorInfo
 from streamer.storage.journal import remove_leftovers
-from streamer.storage.transaction import (
-    LOCK_NAME,
-    RECORD_NAME,
-    OutputDirectory,
-    check_space,
-    inspect_output,
-    missing_bytes,
-    open_outputs,
-)
 from streamer.units import counted, listed
 from streamer.workers import Carried, Inputs, Task, Workers, held, kept
 
@@ -109,15 +91,17 @@ def inspect_jobs(writers: Sequence[Writer], whole: Run) -> Sequence[str]:
     for writer in writers:
         plan, paths = writer.job.plan, [writer.path / name for name, _ in writer.output.files]
         with naming_inputs(plan, paths, whole.overwrite):
-            state = inspect_output(writer.output, whole.overwrite, whole.resume)
+            state = transaction.inspect_output(writer.output, whole.overwrite, whole.resume)
         if state != "done":
             plan.refuse_overwriting(paths)
             check_budget(writer.needs(resident), writer.job.detection.max_memory)
         states.append(state)
     if len(writers) > 1:
         outputs = [writer.output for writer in writers]
-        missing = sum(missing_bytes(out, state) for out, state in zip(outputs, states, strict=True) if state != "done")
-        check_space(outputs[0].path.parent, missing, at_most=any(output.temporary for output in outputs))
+        missing = sum(
+            transaction.missing_bytes(out, state) for out, state in zip(outputs, states, strict=True) if state != "done"
+        )
+        transaction.check_space(outputs[0].path.parent, missing, at_most=any(output.temporary for output in outputs))
     return states
 
 
@@ -132,14 +116,14 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
         monitor.emit(Event("warning", line))
     for path, output in ((w.path, w.output) for w, state in zip(writers, states, strict=True) if state == "done"):
         monitor.emit(Event("note", f"{path} holds this very output already; nothing to do"))
-        if (path / LOCK_NAME).exists():  # of a run that was killed at its end
-            with locked(path / LOCK_NAME):
+        if (path / transaction.LOCK_NAME).exists():  # of a run that was killed at its end
+            with locked(path / transaction.LOCK_NAME):
                 pass
         # For `make`: the files, then the commit point, the record and the directory.
-        if fault := touch([*(path / name for name, _ in output.files), path / RECORD_NAME, path]):
+        if fault := touch([*(path / name for name, _ in output.files), path / transaction.RECORD_NAME, path]):
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
-    with open_outputs([writer.output for writer in todo], whole.overwrite, whole.resume) as outs:
+    with transaction.open_outputs([writer.output for writer in todo], whole.overwrite, whole.resume) as outs:
         total, of = sum(w.output.total_bytes for w in todo), sum(w.item_count for w in todo)
         progress = Progress(monitor, "write", total, of)
         names = [w.job.plan.adapter.path.absolute().name if len(todo) > 1 else "" for w in todo]
@@ -175,13 +159,15 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
     said: dict[str, OutputState] = {"new": "written", "resume": "resumed", "done": "present"}
     records = list[Written]()
     for writer, state in zip(writers, states, strict=True):
-        record = WrittenView(read_json_object(writer.path / RECORD_NAME), output=str(writer.path), state=said[state])
+        record = WrittenView(
+            read_json_object(writer.path / transaction.RECORD_NAME), output=str(writer.path), state=said[state]
+        )
         whose = f" (adapter {writer.path.name!r})" if len(writers) > 1 else ""
         try:
             warnings = _warnings(writer, record["matrices"])
         except (KeyError, TypeError) as e:  # an older output whose record was changed
             raise FormatError(
-                f"{writer.path / RECORD_NAME}: its matrices are not as it was written; pass --overwrite to make it again"
+                f"{writer.path / transaction.RECORD_NAME}: its matrices are not as it was written; pass --overwrite to make it again"
             ) from e
         monitor.warn(f"{line}{whose}" for line in warnings)
         records.append(cast(Written, record))
@@ -218,7 +204,7 @@ class _Run:
     """
 
     def __init__(
-        self, writer: Writer, out: OutputDirectory, adapter: str, progress: Progress, monitor: Monitor
+        self, writer: Writer, out: transaction.OutputDirectory, adapter: str, progress: Progress, monitor: Monitor
     ) -> None:
         self.writer, self.job, self.out, self.monitor = writer, writer.job, out, monitor
         self._progress, self._adapter, self._finished = progress, adapter, set[str]()
@@ -358,6 +344,28 @@ def _write_shards(runs: Sequence[_Run]) -> None:
                         file.flush()  # so that it holds no pieces while the others continue
                 if several and group:
                     base.release_pages(base.header.data_bytes)
+
+
+MOST_LOST = 0.01
+"""Largest share of a mitigated delta's Frobenius norm that may be lost without a warning."""
+
+
+def truncation_warnings(matrices: Sequence[MitigatedMatrix], remedy: Callable[[], str]) -> list[str]:
+    """Report how many matrices lose more than `MOST_LOST`, and which loses most; return an empty list if none does.
+
+    Parameters
+    ----------
+    remedy
+        Describes what to do instead.
+    """
+    lost = [m for m in matrices if m["dropped"] > MOST_LOST]
+    if not lost:
+        return []
+    worst = max(lost, key=lambda m: m["dropped"])
+    return [
+        f"lost in projection: more than {100 * MOST_LOST:g} % of the delta in {len(lost)} of "
+        f"{len(matrices)} matrices, most in {worst['tensor']!r} ({100 * worst['dropped']:.2f} %); {remedy()}"
+    ]
 
 
 def _warnings(writer: Writer, matrices: Sequence[MitigatedMatrix]) -> list[str]:

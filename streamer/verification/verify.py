@@ -13,15 +13,15 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, Final, Literal, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 
 from streamer import errors
-from streamer.events import Event, Monitor
+from streamer.events import Monitor, Progress
 from streamer.json_types import Amount, Count
 from streamer.units import counted
 from streamer.verification import deltas
@@ -82,42 +82,30 @@ class Verification(TypedDict):
 # fmt: on
 
 
-@dataclass
 class Outcome:
-    """Differences and recomputed matrices of one output, and what could not be recomputed or compared though it was asked for."""
+    """What is found of one output.
 
-    output: Path
-    kind: Literal["model", "adapter", "findings"]
-    files: int = 0
-    nbytes: int = 0
-    matrices: int = 0
-    tensors: int = 0
-    compared: int = 0
-    unmet: str = ""
-    recomputed: list[RecomputedRecord] = field(default_factory=list)
-    not_recomputed: list[SkippedRecord] = field(default_factory=list)
-    not_compared: list[SkippedRecord] = field(default_factory=list)
-    differences: list[DifferenceRecord] = field(default_factory=list)
+    Attributes
+    ----------
+    result
+        The object to print.
+    unmet
+        What could not be recomputed or compared though it was asked for; empty for nothing.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.unmet = output, ""
+        totals = cast(TotalsRecord, dict.fromkeys(TotalsRecord.__annotations__, 0))
+        self.result: Verification = {
+            "schema": SCHEMA, "output": str(output), "kind": "findings", "verified": False, "totals": totals, "recomputed": [],
+            "not_recomputed": [], "not_compared": [], "differences": [],
+        }  # fmt: skip
 
     def differ(self, file: Path, expected: str, found: str, tensor: str | None = None) -> None:
         """Note a difference, which becomes one line."""
         line = f"{file}: {'' if tensor is None else f'tensor {tensor!r}: '}expected {expected}, found {found}"
         told = DifferenceRecord(file=str(file), tensor=tensor, expected=expected, found=found, message=line)
-        self.differences.append(told)
-
-    def result(self, inputs: _Inputs | None) -> Verification:
-        """Return the object to print."""
-        totals: TotalsRecord = {
-            "files": self.files, "bytes": self.nbytes, "matrices": self.matrices, "recomputed": len(self.recomputed),
-            "not_recomputed": len(self.not_recomputed), "tensors": self.tensors, "compared": self.compared,
-            "not_compared": self.matrices - len(self.recomputed) + self.tensors - self.compared, "differences": len(self.differences),
-        }  # fmt: skip
-        result: Verification = {
-            "schema": SCHEMA, "output": str(self.output), "kind": self.kind, "verified": not (self.differences or self.unmet),
-            "totals": totals, "recomputed": self.recomputed, "not_recomputed": self.not_recomputed,
-            "not_compared": self.not_compared, "differences": self.differences,
-        }  # fmt: skip
-        return result if inputs is None else {**result, "inputs": inputs}
+        self.result["differences"].append(told)
 
 
 _SPELLINGS = re.compile(r"\.modules_to_save(?:\.[^.]+(?=\..))?|(?<=_[AB])\.(?!weight$|bias$)[^.]+|(?<=_delta|vector)\.[^.]+$")  # fmt: skip
@@ -137,16 +125,6 @@ class Opened(NamedTuple):
     base: TensorFiles
     adapter: AdapterFiles
     files: TensorFiles
-
-
-def check_rows(opened: Opened, path: Path) -> None:
-    """Check that each module with factors has a row in what `path` states; of tied modules only one has."""
-    # ``experts.down_proj[0]`` is one of the matrices of ``experts``.
-    listed = {re.sub(r"\.[^.]+\[\d+\]$", "", row["module"]) for row in opened.made["matrices"]}
-    for module, roles in opened.adapter.modules.items():
-        shared = opened.adapter.options.get("ensure_weight_tying") or roles.keys() <= {"vera_A", "vera_B"}
-        if deltas.unwrapped(module) not in listed and not shared:
-            opened.outcome.differ(path, f"a row for {module!r}, which the adapter changes", "none")
 
 
 class OutputCheck:
@@ -216,7 +194,7 @@ class OutputCheck:
         written = replace(W0, files=self.files, name=name, replaced={}, added=None)
         if W0.dtype not in deltas.ELEMENTS:
             raise NotRecomputed(f"it is stored as {W0.dtype or 'several tensors'}, which is not decoded here")
-        keeps = delta is not None and self.outcome.kind == "model" and not self.record["dequantize"]
+        keeps = delta is not None and self.outcome.result["kind"] == "model" and not self.record["dequantize"]
         dtype = Matrix(self.base, tensor).dtype if keeps else ""
         if written.stored_shape != W0.stored_shape or dtype not in ("", written.dtype):
             self._differ(tensor, f"{dtype} {[*W0.stored_shape]}", f"{written.dtype} {[*written.stored_shape]}")
@@ -432,19 +410,26 @@ def verify(output: str | Path, inputs: Inputs, sample: Sample, monitor: Monitor,
         raise errors.UsageError(f"sample: expected a count from 1 or 'all', found {sample!r}")
     if not paths and sample == "all":
         raise errors.UsageError("sample: 'all' recomputes matrices from BASE and ADAPTER; give both, or leave it out")
-    made, outcome = read_statement(path), Outcome(path, "findings", 1, path.stat().st_size)
+    made, outcome = read_statement(path), Outcome(path)
+    result, totals, differences = outcome.result, outcome.result["totals"], outcome.result["differences"]
+    totals["files"], totals["bytes"] = 1, path.stat().st_size
     if isinstance(made, str):
         outcome.differ(path / RECORD_NAME if path.is_dir() else path, "a file with the SHA-256 that it states", made)
     else:
-        outcome.matrices, base_files = len(made["matrices"]), _check_inputs(paths, made, path)
+        totals["matrices"], base_files = len(made["matrices"]), _check_inputs(paths, made, path)
         if path.is_dir():
-            outcome.kind = "model" if made["command"] == "merge" else "adapter"
+            result["kind"] = "model" if made["command"] == "merge" else "adapter"
             _check_files(made, outcome, monitor)
-        if paths and not outcome.differences:
+        if paths and not differences:
             _run(outcome, _open(outcome, made, base_files, paths, given), sample, monitor)
-    result = outcome.result({"base": str(inputs[0]), "adapter": str(inputs[1])} if paths else None)
-    if outcome.differences:
-        first, *more = (difference["message"] for difference in outcome.differences)
+    for key in ("recomputed", "not_recomputed", "differences"):
+        totals[key] = len(result[key])
+    totals["not_compared"] = totals["matrices"] - totals["recomputed"] + totals["tensors"] - totals["compared"]
+    result["verified"] = not (differences or outcome.unmet)
+    if paths:
+        result["inputs"] = {"base": str(inputs[0]), "adapter": str(inputs[1])}
+    if differences:
+        first, *more = (difference["message"] for difference in differences)
         raise errors.VerificationError(f"{first}, and {len(more)} more" if more else first, result)
     if outcome.unmet:
         raise errors.VerificationError(f"{path}: not verified: {outcome.unmet}", result)
@@ -494,21 +479,27 @@ def _check_files(record: Mapping[str, Any], outcome: Outcome, monitor: Monitor) 
     for path in sorted(path for pattern in LOADED for path in outcome.output.glob(pattern) if path not in listed):
         outcome.differ(path, f"no such file by {RECORD_NAME}", "one")
     listed.pop(outcome.output / CARD_NAME, None)
-    total, outcome.files, outcome.nbytes = sum(entry["bytes"] for entry in listed.values()), len(listed), 0
-    for number, (path, entry) in enumerate(listed.items()):
+    totals, progress = (
+        outcome.result["totals"],
+        Progress(monitor, "verify", sum(e["bytes"] for e in listed.values()), len(listed)),
+    )
+    totals["files"], totals["bytes"] = len(listed), 0
+    for path, entry in listed.items():
         size, digest = path.stat().st_size if path.is_file() else -1, hashlib.sha256()
         if size != entry["bytes"]:
             outcome.differ(path, f"{entry['bytes']} bytes by {RECORD_NAME}", "no file" if size < 0 else f"{size}")
+            progress.add(0)
             continue
         with path.open("rb") as file:
             while piece := file.read(PIECE_BYTES):
-                monitor.checkpoint()
-                monitor.emit(Event("verify", path.name, outcome.nbytes, total, number, len(listed)))
+                progress.begin(path.name)
                 digest.update(piece)
-                outcome.nbytes += len(piece)
+                progress.add(len(piece), 0)
+                totals["bytes"] += len(piece)
+        progress.add(0)
         if digest.hexdigest() != entry["sha256"]:
             outcome.differ(path, f"SHA-256 {entry['sha256']} by {RECORD_NAME}", digest.hexdigest())
-    monitor.emit(Event("verify", "", total, total, len(listed), len(listed)))
+    progress.end()
 
 
 def _check_inputs(paths: Sequence[Path], made: Mapping[str, Any], output: Path) -> list[Path]:
@@ -588,14 +579,20 @@ Tasks = tuple[list[Task], list[Task]]
 
 def _open(outcome: Outcome, made: dict[str, Any], base_files: list[Path], paths: Sequence[Path], given: Given) -> Tasks:
     """Open the inputs and the output."""
-    path, is_findings, formula = outcome.output, outcome.kind == "findings", None
+    path, is_findings, formula = outcome.output, outcome.result["kind"] == "findings", None
     adapter = AdapterFiles(paths[1], paths[0], made["base"].get("architecture"))
     # Subdirectories contain other modules' files, which are copied.
     names = [entry["file"] for entry in made.get("files", ())]
     own = [path / name for name in names if re.fullmatch(r"[^/]+\.safetensors", name)]
-    files = AdapterFiles(path) if outcome.kind == "adapter" else TensorFiles(own or [path])
+    files = AdapterFiles(path) if outcome.result["kind"] == "adapter" else TensorFiles(own or [path])
     opened = Opened(outcome, made, TensorFiles(base_files), adapter, files)
-    check_rows(opened, path if is_findings else path / RECORD_NAME)
+    # ``experts.down_proj[0]`` is one of the matrices of ``experts``. Of tied modules only one has a row.
+    listed = {re.sub(r"\.[^.]+\[\d+\]$", "", row["module"]) for row in made["matrices"]}
+    for module, roles in adapter.modules.items():
+        shared = adapter.options.get("ensure_weight_tying") or roles.keys() <= {"vera_A", "vera_B"}
+        if deltas.unwrapped(module) not in listed and not shared:
+            row_of = f"a row for {module!r}, which the adapter changes"
+            outcome.differ(path if is_findings else path / RECORD_NAME, row_of, "none")
     if file := None if is_findings else _find_file(made, path, given):
         formula = (deltas.read_map if "map" in made else deltas.read_fit)(file, made)
     output = None if is_findings else OutputCheck(opened, formula)
@@ -619,26 +616,25 @@ def _spread(rows: Sequence[dict[str, Any]], seed: str) -> list[dict[str, Any]]:
 
 def _run(outcome: Outcome, tasks_of: Tasks, sample: Sample, monitor: Monitor) -> None:
     """Recompute matrices until the requested number is done; compare all other tensors if all matrices are requested."""
-    matrices, others = tasks_of
+    (matrices, others), result = tasks_of, outcome.result
     count = len(matrices) if sample == "all" else min(sample, len(matrices))
     total = count + (len(others) if sample == "all" else 0)
-    outcome.tensors, done = len(others), 0
-    for tasks, end, skipped in ((matrices, count, outcome.not_recomputed), (others, total, outcome.not_compared)):
+    progress, result["totals"]["tensors"] = Progress(monitor, "recompute", total, total), len(others)
+    for tasks, end, skipped in ((matrices, count, result["not_recomputed"]), (others, total, result["not_compared"])):
         for name, task in tasks:
-            if done == end:
+            if progress.done == end:
                 break
-            monitor.checkpoint()
-            monitor.emit(Event("recompute", name, done, total, done, total))
+            progress.begin(name)
             try:
                 error = task()
             except NotRecomputed as e:
                 skipped.append({"tensor": name, "reason": str(e)})
                 continue
-            done += 1
-            outcome.compared += error is None
-            outcome.recomputed += [] if error is None else [{"tensor": name, "error": min(error, 1e300)}]
-        if done < end:
-            what = counted(end - done, "matrix" if tasks is matrices else "other tensor")
+            progress.add(1)
+            result["totals"]["compared"] += error is None
+            result["recomputed"] += [] if error is None else [{"tensor": name, "error": min(error, 1e300)}]
+        if left := end - progress.done:
+            what = counted(left, "matrix" if tasks is matrices else "other tensor")
             outcome.unmet = outcome.unmet or f"{what} cannot be recomputed: {skipped[-1]['reason']}"
-            done = end
-    monitor.emit(Event("recompute", "", total, total, total, total))
+            progress.add(left, left)
+    progress.end()
