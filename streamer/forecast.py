@@ -140,9 +140,8 @@ def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.devi
     return Forecast(max(memory), max(escalated), _identified_bytes(plan) + read, network, *size, seconds)
 
 
-def _detection_work(
-    plan: Plan, target: Target, options: DetectionOptions, resident: int
-) -> tuple[int, int, int | None]:
+def _detection_work(plan: Plan, target: Target, options: DetectionOptions,
+                    resident: int) -> tuple[int, int, int | None]:  # fmt: skip
     """Estimate the memory of detection in one matrix, the same if it escalates, and its multiply-adds.
 
     These are unknown for a quantized matrix that each product decodes again.
@@ -262,10 +261,8 @@ def _forecast_sweeps(prepared: Prepared | PreparedFit | PreparedMap, sweeps: Seq
     job, read, seconds, there = model.job, model.size.read * (1 + len(sweeps)), None, 0  # with the check of the logits
     plan, workers = job.plan, prepared.run.workers
     away = max((work.away(model.size, prepared.resident, workers) for work in sweeps), default=0)
-    peak = away + max(
-        (work.nbytes(model.size, resident, work.limits(model.size, resident, prepared.max_memory)) for work in sweeps),
-        default=resident,
-    )
+    limits = ((work, work.limits(model.size, resident, prepared.max_memory)) for work in sweeps)
+    peak = away + max((work.nbytes(model.size, resident, limit) for work, limit in limits), default=resident)
     if job.device != CPU:
         there = peak - TRANSFORMERS_BYTES - resident
     elif (rates := measure_rates(plan.base, prepared.run.monitor)) is not None:
@@ -305,9 +302,8 @@ def on_workers(forecast: Forecast, workers: Workers | None, resident: int) -> Fo
         return forecast
     count, seconds = workers.processes, forecast.seconds
     peak, escalated = (resident + count * n for n in (forecast.peak_memory_bytes, forecast.escalated_memory_bytes))
-    return replace(
-        forecast, peak_memory_bytes=peak, escalated_memory_bytes=escalated, seconds=seconds and seconds / count
-    )
+    seconds = seconds and seconds / count
+    return replace(forecast, peak_memory_bytes=peak, escalated_memory_bytes=escalated, seconds=seconds)
 
 
 def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | None:

@@ -83,9 +83,8 @@ class Inputs:
             If they cannot be opened here, or differ from the expected inputs, or the version of streamer differs.
         """
         if self.version != __version__:
-            raise MismatchError(
-                f"{worker_name()}: has version {__version__}, expected {self.version}, the caller's version; install that"
-            )
+            wanted = f"expected {self.version}, the caller's version; install that"
+            raise MismatchError(f"{worker_name()}: has version {__version__}, {wanted}")
         try:
             batch = make_batch(self.base, self.adapters, self.io, self.stated, self.architecture)
         except (InputError, StorageError) as e:

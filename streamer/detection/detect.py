@@ -59,17 +59,14 @@ def choose_device(name: str) -> torch.device:
     UsageError
         If the device is not available.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device: expected auto, cpu, cuda or cuda:i, found {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device: expected auto, cpu, cuda or cuda:i, found {name!r}")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(f"device: {name} is not available; use cpu")
-    return device
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    with contextlib.suppress(RuntimeError):
+        device = torch.device(found if name == "auto" else name)
+        if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()):
+            return device
+        if device.type == "cuda":
+            raise UsageError(f"device: {name} is not available; use cpu")
+    raise UsageError(f"device: expected auto, cpu, cuda or cuda:i, found {name!r}")
 
 
 DOUBLE_BYTES = 8
@@ -82,9 +79,8 @@ REPEATED_CUBE = 4096**3
 """Largest m·n·min(m, n) for which full SVDs are repeated in float64; docs/benchmarks.md has the time."""
 
 
-def detection_bytes(
-    plan: Plan, target: Target, options: DetectionOptions, resident: int, itemsize: int | None = None
-) -> dict[Way, int]:
+def detection_bytes(plan: Plan, target: Target, options: DetectionOptions, resident: int,
+                    itemsize: int | None = None) -> dict[Way, int]:  # fmt: skip
     """Estimate the peak memory of detection in one matrix, for each way that the options allow; see `working_bytes`.
 
     Parameters
@@ -124,9 +120,8 @@ def best_way(plan: Plan, target: Target, options: DetectionOptions, resident: in
     return next(way for way, size in ways.items() if size <= options.max_memory)
 
 
-def float64_way(
-    plan: Plan, target: Target, options: DetectionOptions, resident: int, solver: str
-) -> tuple[Way, int] | None:
+def float64_way(plan: Plan, target: Target, options: DetectionOptions, resident: int,
+                solver: str) -> tuple[Way, int] | None:  # fmt: skip
     """Choose the way to repeat a matrix in float64, and its peak memory.
 
     Returns
@@ -207,15 +202,12 @@ class Prefetcher:
         """Read a weight and start its copy, in the calling thread."""
         weight = weight.load()
         values = weight.stored() if self._stream is not None else None
-        if values is None or self._stream is None:
-            return PrefetchedWeight(weight)
-        try:
-            with torch.cuda.stream(self._stream):
+        if values is not None and self._stream is not None:
+            # Without memory on the device, or pinned memory, it is copied when it is needed; if there is none then, that step fails.
+            with contextlib.suppress(RuntimeError), torch.cuda.stream(self._stream):
                 there = values.pin_memory().to(self._device, non_blocking=True)
-            return PrefetchedWeight(weight, there, self._stream.record_event())
-        except RuntimeError:
-            # There is no memory on the device, or no pinned memory. There may be when the weight is needed; if not, that step fails.
-            return PrefetchedWeight(weight)
+                return PrefetchedWeight(weight, there, self._stream.record_event())
+        return PrefetchedWeight(weight)
 
 
 def read_ahead(items: Sequence[T], load: Callable[[T], V], depth: int = 1) -> Generator[tuple[T, V], None, None]:
@@ -254,9 +246,8 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
     if not plan.adapter.describes_model:  # a fine-tuned model's matrix has no fingerprint and is too large to keep
         tensors = {name: tensors[name].load() for name in module.tensor_names}
 
-    def decisions(
-        device: torch.device, read: PrefetchedWeight, way: Way, options: DetectionOptions
-    ) -> tuple[Detection, bool]:
+    def decisions(device: torch.device, read: PrefetchedWeight, way: Way,
+                  options: DetectionOptions) -> tuple[Detection, bool]:  # fmt: skip
         """Decide in the weight's computing dtype; the base is whole, or decoded a few rows at a time in each product."""
         weight, W0 = read.weight, None if way is Way.BLOCKS else read.whole(device).reshape(read.weight.matrix)
         like = torch.empty(0, dtype=weight.compute, device=device)
@@ -367,11 +358,8 @@ def detect_on_workers(batch: AdapterBatch, groups: Groups, options: DetectionOpt
                       counts: Sequence[int], begin: Begin) -> Found:  # fmt: skip
     """Detect as `detect_in_turn` does, but on workers: a task is matrices in the base's file order with one number of threads."""
     assert run.workers is not None
-    inputs, tasks, firsts = (
-        Inputs.of(batch, run),
-        dict[int, Task[list[tuple[int, MatrixFinding]]]](),
-        dict[int, tuple[int, Target]](),
-    )
+    inputs, device = Inputs.of(batch, run), str(run.device)
+    tasks, firsts = dict[int, Task[list[tuple[int, MatrixFinding]]]](), dict[int, tuple[int, Target]]()
     places = [{target.tensor: number for number, target in enumerate(plan.targets)} for plan in batch.plans]
     enough = min(TASK_COST, sum(total_cost(group, options) for group in groups) // (4 * run.workers.at_once))
     for count in sorted(set(counts)):
@@ -382,14 +370,8 @@ def detect_on_workers(batch: AdapterBatch, groups: Groups, options: DetectionOpt
                 done += total_cost(mine, options)
             if own and (done >= enough or len(own) == TASK_MATRICES or group is groups[-1]):
                 number, numbers = len(tasks), [[(i, places[i][target.tensor]) for i, target in mine] for mine in own]
-                step = partial(
-                    detect_groups,
-                    groups=numbers,
-                    options=options,
-                    device=str(run.device),
-                    resident=resident,
-                    count=count,
-                )
+                how = {"options": options, "device": device, "resident": resident, "count": count}
+                step = partial(detect_groups, groups=numbers, **how)
                 firsts[number] = own[0][0]
                 tasks[number] = Task(inputs, count, own[0][0][1].tensor, step)
                 own, done = [], 0
@@ -418,16 +400,21 @@ class FindingsWriter:
 
     def __init__(self, path: Path, journal: Journal, resumed: bool) -> None:
         self.path, self.resumed, self._journal = path, resumed, journal
-        self._records = {self._figures(i)["tensor"]: i for i in range(1, len(journal))}
+        self._records: dict[str, tuple[int, Header, dict[str, Any]]] = {}
+        for i in range(1, len(journal)):
+            self._keep(i)
         self.threads = thread_count(json.loads(journal[0]).get("threads"))
 
-    def _figures(self, i: int) -> dict[str, Any]:
-        header = _record_header(self._journal[i])
+    def _keep(self, i: int) -> None:
+        """Read the header and the figures of a record, which is a safetensors file for one matrix."""
+        raw = self._journal[i]
+        header = parse_header(raw[: 8 + int.from_bytes(raw[:8], "little")], len(raw), "journal")
         with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
             figures: dict[str, Any] = json.loads(header.metadata["matrix"])
             check(figures, files.FIGURES)
             if header.by_name.keys() == {f"{figures['tensor']}/{key}" for key in files.ARRAYS}:
-                return figures
+                self._records[figures["tensor"]] = i, header, figures
+                return
         raise self._journal.foreign(i)
 
     def __contains__(self, tensor: str) -> bool:
@@ -438,29 +425,20 @@ class FindingsWriter:
         arrays = finding.arrays()
         _, raw = layout(entries(arrays), {"matrix": json.dumps(finding.figures())})
         self._journal.append(raw + b"".join(as_bytes(t) for t in arrays.values()))
-        self._records[finding.tensor] = len(self._journal) - 1
+        self._keep(len(self._journal) - 1)
 
     def write(self, head: Findings, plan: Plan) -> None:
         """Write the file, once all matrices of a plan are recorded; it gets its name only if the inputs have not changed."""
         records = [self._records[target.tensor] for target in plan.targets]
-        home = {info: i for i in records for info in _record_header(self._journal[i]).tensors}
-        arrays = [(info.name, info.dtype, info.shape) for info in home]
-        shard = head.file_plan(self.path.name, [*map(self._figures, records)], arrays)
-        home = {info.name: i for info, i in home.items()}
+        homes = {info.name: (i, header, info) for i, header, _ in records for info in header.tensors}
+        arrays = [(info.name, info.dtype, info.shape) for *_, info in homes.values()]
 
         def source(info: TensorInfo) -> Iterator[Buffer]:
-            raw = self._journal[home[info.name]]
-            header = _record_header(raw)
-            own = header.by_name[info.name]
-            yield raw[header.data_start + own.start : header.data_start + own.end]
+            i, header, own = homes[info.name]
+            yield self._journal[i][header.data_start + own.start : header.data_start + own.end]
 
+        shard = head.file_plan(self.path.name, [figures for *_, figures in records], arrays)
         write_sealed(self.path.parent, shard, source, plan.check_unchanged)
-
-
-def _record_header(raw: bytes) -> Header:
-    """Read the header of a record, which is a safetensors file for one matrix."""
-    n = 8 + int.from_bytes(raw[:8], "little")
-    return parse_header(raw[:n], len(raw), "journal")
 
 
 FindingsSize = tuple[int, int]
@@ -501,9 +479,8 @@ def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, residen
     groups = batch.matrices(lambda one: not writers or one.target.tensor not in writers[one.plan])
     total = sum(total_cost(enumerate(plan.targets), options) for plan in plans)
     progress = Progress(run.monitor, "detect", total, batch.matrix_count)
-    progress.add(
-        total - sum(total_cost(group, options) for group in groups), batch.matrix_count - sum(map(len, groups))
-    )
+    todo = [one for group in groups for one in group]
+    progress.add(total - total_cost(todo, options), batch.matrix_count - len(todo))
     names = [plan.adapter.path.absolute().name if len(plans) > 1 else "" for plan in plans]
 
     def begin(i: int, target: Target) -> None:
@@ -573,18 +550,15 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
     return made
 
 
-def inspect_detections(
-    batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run
-) -> list[tuple[str, FindingsSize]]:
+def inspect_detections(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions,
+                       run: Run) -> list[tuple[str, FindingsSize]]:  # fmt: skip
     """Check without writing what `detect_to_files` would do: for each plan ``new``, ``resume`` or ``done``, and `findings_bytes`.
 
     Finished findings have the size (0, 0).
     """
     places = _places(batch, paths, options, run, resident_bytes(batch))
-    states = [
-        "done" if place.finished is not None else "resume" if place.file.is_begun() else "new" for place in places
-    ]
-    return [(state, place.size) for state, place in zip(states, places, strict=True)]
+    begun = {place.path: "resume" if place.file.is_begun() else "new" for place in places if place.finished is None}
+    return [(begun.get(place.path, "done"), place.size) for place in places]
 
 
 @dataclass(frozen=True)
@@ -631,12 +605,8 @@ def _places(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOption
         if found is None:
             plan.refuse_overwriting([path])
         # The last bits depend on the number of threads; without any matrix, a resumed run chooses it.
-        start = {
-            "plan": made_from,
-            "version": __version__,
-            "stamps": plan.detection_stamps(),
-            "threads": torch.get_num_threads(),
-        }
+        start = {"plan": made_from, "version": __version__, "stamps": plan.detection_stamps(),
+                 "threads": torch.get_num_threads()}  # fmt: skip
         size = (0, 0) if found is not None else sizes[i] if sizes else findings_bytes(plan, options)
         file = ResumableFile(path, start, run.resume, run.overwrite, records=1)
         places.append(_Place(plan, path, head, found, size, file))

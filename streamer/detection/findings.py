@@ -140,12 +140,8 @@ COEFFICIENTS = "streamer.coefficients"
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 
-FIGURES = {
-    key: hint
-    for part in (MatrixFinding, Detection)
-    for key, hint in get_type_hints(part, include_extras=True).items()
-    if key not in (*ARRAYS, "detection", "seconds")
-}
+FIGURES = get_type_hints(MatrixFinding, include_extras=True) | get_type_hints(Detection, include_extras=True)
+FIGURES = {key: hint for key, hint in FIGURES.items() if key not in (*ARRAYS, "detection", "seconds")}
 """The figures of a matrix in the metadata, with their types."""
 
 Entry = tuple[str, str, tuple[int, ...]]
@@ -223,10 +219,8 @@ def index_of(names: Names, key: str) -> int:
     UnknownNameError
         If no matrix or several match.
     """
-    for fits in (
-        [i for i, pair in enumerate(names) if key in pair],
-        [i for i, pair in enumerate(names) if any(name.endswith(f".{key}") for name in pair)],
-    ):
+    ends = [i for i, pair in enumerate(names) if any(name.endswith(f".{key}") for name in pair)]
+    for fits in ([i for i, pair in enumerate(names) if key in pair], ends):
         if len(fits) == 1:
             return fits[0]
         if fits:
@@ -589,10 +583,8 @@ class Findings:
         check_file_path(path, FILE_NAME, journal.name)
         check_replaced(path, overwrite, is_findings_file, "findings")
         if journal.exists() and not overwrite:
-            raise errors.OutputExistsError(
-                f"{path}: an interrupted run has its journal there; finish that run, choose another output, or pass overwrite=True",
-                journal,
-            )
+            do = "finish that run, choose another output, or pass overwrite=True"
+            raise errors.OutputExistsError(f"{path}: an interrupted run has its journal there; {do}", journal)
         shard = self.file_plan(path.name, [m.figures() for m in self], entries(arrays))
         check_space(path, shard.nbytes)
         with locked(lock_of(path), path):
@@ -738,9 +730,8 @@ def fingerprint(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor] 
 
 def lacking(where: str, missing: int, count: int, first: str) -> errors.MismatchError:
     """Make the error for findings that lack matrices of an adapter."""
-    return errors.MismatchError(
-        f"{where}: has no findings on {missing} of {count} matrices, {first} first; pass those on all matrices, or run detect again"
-    )
+    what = f"has no findings on {missing} of {count} matrices, {first} first"
+    return errors.MismatchError(f"{where}: {what}; pass those on all matrices, or run detect again")
 
 
 def matched_findings(plan: Plan, findings: Findings, where: str) -> Findings:

@@ -253,9 +253,8 @@ class LoraLayout:
     whole: frozenset[str] = frozenset()
 
 
-def _tied_modules(
-    tuned: FinetunedModel, architecture: Architecture | None, renames: Renames
-) -> dict[str, tuple[str, list[str]]]:
+def _tied_modules(tuned: FinetunedModel, architecture: Architecture | None,
+                  renames: Renames) -> dict[str, tuple[str, list[str]]]:  # fmt: skip
     """Map each module whose weight others share, by its name on disk → its run-time name and the others'."""
     found = {}
     for tie in find_ties(tuned.tensors, architecture, renames):
@@ -320,9 +319,9 @@ class LoraWriter(OneFileWriter):
         written = [target for target in plan.targets if target.module.name in self._layout.names]
         in_factors = [target for target in written if target.module.name not in self._layout.whole]
         self._least = rank if isinstance(rank, int) else 1
-        self._ranks = (
-            {t.module.name: rank for t in in_factors} if isinstance(rank, int) else _least_ranks(job, in_factors, rank)
-        )
+        self._ranks = {t.module.name: self._least for t in in_factors}
+        if isinstance(rank, float):
+            self._ranks = _least_ranks(job, in_factors, rank)
         self._targets: dict[str, Target] = {}
         entries: list[tuple[str, str, tuple[int, ...]]] = []
         for target in written:
@@ -353,9 +352,8 @@ class LoraWriter(OneFileWriter):
             whole = target.module.name in self._layout.whole
             size = self.job.mitigation_bytes(target, projected=not whole)
             if not (target.module.low_rank or whole):
-                size += truncation_bytes(
-                    target.module.shape, self._ranks[target.module.name], plan.weights[target.tensor].compute.itemsize
-                )
+                rank, itemsize = self._ranks[target.module.name], plan.weights[target.tensor].compute.itemsize
+                size += truncation_bytes(target.module.shape, rank, itemsize)
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
@@ -397,9 +395,8 @@ class LoraWriter(OneFileWriter):
         tensors = _embedding(stem, shape, rank, factors)
         for tied, is_embedding in self._layout.heads.get(name, {}).items():
             head = f"{PREFIX}{tied}"
-            tensors |= (
-                _embedding(head, shape, rank, factors) if is_embedding else _linear(head, shape[::-1], rank, (), others)
-            )
+            of_head = _embedding(head, shape, rank, factors)
+            tensors |= of_head if is_embedding else _linear(head, shape[::-1], rank, (), others)
         return tensors
 
     def _config(self, written: Sequence[Target]) -> dict[str, Any]:
@@ -502,9 +499,8 @@ def _layout(plan: Plan) -> LoraLayout:
     now = renames.at_run_time(tuned.tensors)
     tensors, sources, kind = tuned.tensors, plan.edits.sources, tuned.model_config.model_type
     bases = {s.info.name: StoredTensor(*base.locate(n)) for n, s in sources.items() if n in base.weight_map}
-    changed = {
-        c.source: c for c in tuned.carried if c.source not in bases or not equal(tensors[c.source], bases[c.source])
-    }
+    same = {c.source for c in tuned.carried if c.source in bases and equal(tensors[c.source], bases[c.source])}
+    changed = {c.source: c for c in tuned.carried if c.source not in same}
     tied = _tied_modules(tuned, architecture, renames)
     owners = {other: module for module, (_, others) in tied.items() if module in matched for other in others}
     biases = {s: now[s].rpartition(".")[0] for s, c in changed.items() if c.parameter == "bias" and s in now}

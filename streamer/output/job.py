@@ -310,16 +310,14 @@ def mitigation_lines(record: Mapping[str, Any]) -> list[str]:
         names = ", ".join(record["left_out"][:4]) + (", …" if len(record["left_out"]) > 4 else "")
         lines.append(f"not copied: {names} (weights or training state that would be stale)")
     if carried := record["carried"]:
-        lines.append(
-            f"carried along: {counted(len(carried), 'tensor')} beside the factors, {carried[0]['tensor']} first"
-        )
+        count = counted(len(carried), "tensor")
+        lines.append(f"carried along: {count} beside the factors, {carried[0]['tensor']} first")
     if record["command"] == "merge" and record["tokenizer"] == "adapter":
         lines.append("the tokenizer and its chat template are the adapter's own")
     share = 100 * t.get("rounded_away", 0) / (t.get("values") or 1)  # earlier versions did not count them
     if share >= 0.05:  # not 0.0%
-        lines.append(
-            f"rounding left {share:.1f}% of the values in these matrices unchanged: the result is not exactly base + delta"
-        )
+        unchanged = f"rounding left {share:.1f}% of the values in these matrices unchanged"
+        lines.append(f"{unchanged}: the result is not exactly base + delta")
     if record["command"] == "mitigate":
         most = f"lost in projection: at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
         worst = max(record["matrices"], key=lambda m: m["dropped"], default={"dropped": 0.0})
@@ -376,9 +374,8 @@ class Card:
         front = head if blocks is None else own(self, sources, blocks)
         if merged and body.strip():
             what, source = ("fine-tuned", sources[1]) if self.tuned else ("base", sources[0])
-            body = (
-                f"# Card of the {what} model\n\nThe rest is the unchanged card of {_name(source)}.\n\n{body.lstrip()}"
-            )
+            title = f"# Card of the {what} model\n\nThe rest is the unchanged card of {_name(source)}."
+            body = f"{title}\n\n{body.lstrip()}"
         base, adapter = (_safe(source["name"]) for source in sources)
         title = f"{base} with {adapter} merged in" if merged else f"{adapter}, mitigated"
         parts = [f"---\n{front}---", f"# {title}", _facts(record), body.lstrip("\r\n")]
@@ -483,9 +480,8 @@ def _facts(record: Record) -> str:
         "Measured on held-out sequences, on which the weight between the texts was chosen": record.get("measured", ()),
         "Warnings and advice": [*record["warnings"], *record["advice"]],
     }
-    listed = (
-        f"{what}:\n\n" + "".join(f"- {printable(line)}\n" for line in lists[what]) for what in lists if lists[what]
-    )
+    points = {what: "".join(f"- {printable(line)}\n" for line in lines) for what, lines in lists.items()}
+    listed = (f"{what}:\n\n{lines}" for what, lines in points.items() if lines)
     check = verify_line(base["name"], adapter["name"], record)
     command = f"```sh\n{printable(command_line(record))}\n{printable(check)}\n```\n"
     return "\n".join((METHODS[record["method"]].card, table, *listed, command))

@@ -443,11 +443,8 @@ def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
         )
     embeddings = {(a.input_embedding or "").rpartition(".")[2] for a in architectures_for(plan.config)}
     outer = [plan.weights[name] for name in sorted(quantized) if dequantize and "*" not in pattern_of(name)]
-    if turned := [
-        w.name
-        for w in outer
-        if isinstance(w, GPTQ) and (w.name.split(".")[-2] in embeddings or w.shape[1] == plan.config.vocab_size)
-    ]:
+    sizes: set[object] = {*embeddings, plan.config.vocab_size}
+    if turned := [w.name for w in outer if isinstance(w, GPTQ) and {w.name.split(".")[-2], w.shape[1]} & sizes]:
         raise UnsupportedError(
             f"{plan.base.path}: {turned[0]!r} is an embedding in GPTQ, whose values are stored transposed, which is not supported; merge "
             "into the 16-bit base"
@@ -527,9 +524,8 @@ class ModelWriter(Writer):
         finals = model.finals(shards)
         apart = {CONFIG_NAME, WEIGHTS_NAME, *model.texts, *shards}
         # An adapter inside the base's directory is not part of the merged model; a fine-tuned model used as the adapter describes it.
-        source, adapter = (
-            (plan.adapter.path, None) if plan.adapter.describes_model else (base.directory, plan.adapter.path)
-        )
+        model_paths, base_paths = (plan.adapter.path, None), (base.directory, plan.adapter.path)
+        source, adapter = model_paths if plan.adapter.describes_model else base_paths
         copies = [] if source is None else [c for c in other_files(source, adapter) if c[0] not in apart]
         stale = [name for name, _ in copies if job.dequantize and name in STALE]
         components = dict.fromkeys(name.partition("/")[0] for name in shards) if plan.config.pipeline else {}

@@ -97,11 +97,10 @@ def inspect_jobs(writers: Sequence[Writer], whole: Run) -> Sequence[str]:
             check_budget(writer.needs(resident), writer.job.detection.max_memory)
         states.append(state)
     if len(writers) > 1:
-        outputs = [writer.output for writer in writers]
-        missing = sum(
-            transaction.missing_bytes(out, state) for out, state in zip(outputs, states, strict=True) if state != "done"
-        )
-        transaction.check_space(outputs[0].path.parent, missing, at_most=any(output.temporary for output in outputs))
+        todo = [(w.output, state) for w, state in zip(writers, states, strict=True) if state != "done"]
+        missing = sum(transaction.missing_bytes(*one) for one in todo)
+        at_most = any(writer.output.temporary for writer in writers)
+        transaction.check_space(writers[0].path.parent, missing, at_most=at_most)
     return states
 
 
@@ -140,10 +139,7 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
             for run in unjudged:
                 if not run.out.resumed:
                     discard_own_findings(run.out.path)
-            sizes, paths = (
-                [run.job.findings_size for run in unjudged],
-                [run.out.path / OWN_FINDINGS for run in unjudged],
-            )
+            sizes, paths = zip(*((run.job.findings_size, run.out.path / OWN_FINDINGS) for run in unjudged), strict=True)
             batch, own = batch_of([run.writer for run in unjudged]), replace(whole, overwrite=False, resume=True)
             found = detect_to_files(batch, paths, unjudged[0].job.detection, own, resident_of(writers), sizes)
             for run, findings in zip(unjudged, found, strict=True):
@@ -159,16 +155,14 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
     said: dict[str, OutputState] = {"new": "written", "resume": "resumed", "done": "present"}
     records = list[Written]()
     for writer, state in zip(writers, states, strict=True):
-        record = WrittenView(
-            read_json_object(writer.path / transaction.RECORD_NAME), output=str(writer.path), state=said[state]
-        )
+        path = writer.path / transaction.RECORD_NAME
+        record = WrittenView(read_json_object(path), output=str(writer.path), state=said[state])
         whose = f" (adapter {writer.path.name!r})" if len(writers) > 1 else ""
         try:
             warnings = _warnings(writer, record["matrices"])
         except (KeyError, TypeError) as e:  # an older output whose record was changed
-            raise FormatError(
-                f"{writer.path / transaction.RECORD_NAME}: its matrices are not as it was written; pass --overwrite to make it again"
-            ) from e
+            fault = "its matrices are not as it was written; pass --overwrite to make it again"
+            raise FormatError(f"{path}: {fault}") from e
         monitor.warn(f"{line}{whose}" for line in warnings)
         records.append(cast(Written, record))
     return records
@@ -183,14 +177,11 @@ def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
     try:
         for m in metrics:
             check(m, MATRIX_KEYS)
-            if not all(
-                m[key] < 1e100 for key in ("delta_norm", "delta_norm_after", "dropped")
-            ):  # a square may overflow
+            if max(m["delta_norm"], m["delta_norm_after"], m["dropped"]) >= 1e100:  # a square may overflow
                 raise TypeError
     except (KeyError, TypeError):
-        raise OutputError(
-            f"{path}: the journal's figures of {entry['file']} are not of this version; --no-resume starts over"
-        ) from None
+        what = f"the journal's figures of {entry['file']} are not of this version"
+        raise OutputError(f"{path}: {what}; --no-resume starts over") from None
     return metrics
 
 
@@ -203,9 +194,8 @@ class _Run:
         The writer's job, with the findings once they are made.
     """
 
-    def __init__(
-        self, writer: Writer, out: transaction.OutputDirectory, adapter: str, progress: Progress, monitor: Monitor
-    ) -> None:
+    def __init__(self, writer: Writer, out: transaction.OutputDirectory, adapter: str, progress: Progress,
+                 monitor: Monitor) -> None:  # fmt: skip
         self.writer, self.job, self.out, self.monitor = writer, writer.job, out, monitor
         self._progress, self._adapter, self._finished = progress, adapter, set[str]()
         self._sizes = dict(self.writer.output.files)
@@ -459,10 +449,8 @@ def open_jobs(base_path: str | Path, adapters: One | Several, findings: Sequence
             check_coefficients(plan, method.coefficients)
         if isinstance(method, NullSpace):
             run.monitor.warn(check_map(plan, method.map))
-    return [
-        Job(plan, method, detection, run.device, found, form.dequantize, form.model_card, form.measured)
-        for plan, found in zip(batch.plans, fitting, strict=True)
-    ]
+    written = form.dequantize, form.model_card, form.measured
+    return [Job(p, method, detection, run.device, f, *written) for p, f in zip(batch.plans, fitting, strict=True)]
 
 
 def load_given(findings: FindingsOrPath, adapters: One | Several) -> list[Findings | None]:

@@ -544,9 +544,8 @@ def leading_triplets(W: Array, top_k: float) -> Triplets:
     return Triplets(U[:, :k], S, V[:, :k], ANGLES[bool(slow)])
 
 
-def by_intruders(
-    method: str, lam: float, delta: Delta, triplets: Triplets, intruders: Sequence[int]
-) -> tuple[Delta, float]:
+def by_intruders(method: str, lam: float, delta: Delta, triplets: Triplets,
+                 intruders: Sequence[int]) -> tuple[Delta, float]:  # fmt: skip
     """Compute Δ' for the methods ``paper`` and ``project``, and the norm by which it may differ since vectors in findings may.
 
     Raises

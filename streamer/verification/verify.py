@@ -479,10 +479,8 @@ def _check_files(record: Mapping[str, Any], outcome: Outcome, monitor: Monitor) 
     for path in sorted(path for pattern in LOADED for path in outcome.output.glob(pattern) if path not in listed):
         outcome.differ(path, f"no such file by {RECORD_NAME}", "one")
     listed.pop(outcome.output / CARD_NAME, None)
-    totals, progress = (
-        outcome.result["totals"],
-        Progress(monitor, "verify", sum(e["bytes"] for e in listed.values()), len(listed)),
-    )
+    total, totals = sum(entry["bytes"] for entry in listed.values()), outcome.result["totals"]
+    progress = Progress(monitor, "verify", total, len(listed))
     totals["files"], totals["bytes"] = len(listed), 0
     for path, entry in listed.items():
         size, digest = path.stat().st_size if path.is_file() else -1, hashlib.sha256()
