@@ -273,20 +273,14 @@ class WrittenView(dict[str, Any]):
         return "<Written: " + "\n ".join(record_lines(self, title)) + ">"
 
 
-def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
+def record_lines(record: Mapping[str, Any], title: str | None = None) -> list[str]:
     """Summarise what was written and how, what became of the delta's norm, and what was lost or left out, one line each.
 
     Parameters
     ----------
     title
-        Start of the first line: the output's location.
+        Start of a first line about the files: the output's location.
     """
-    head = f"{title}: {counted(len(record['files']), 'file')}, {format_size(record['totals']['bytes'])}"
-    return [printable(head), *mitigation_lines(record)]
-
-
-def mitigation_lines(record: Mapping[str, Any]) -> list[str]:
-    """Give the lines of `record_lines` that need no files."""
     t, method, lam, fitted = record["totals"], record["method"], record["lambda"], record.get("coefficients")
     mitigated, norms = f"{t['changed']} of {t['matrices']} matrices mitigated", f"|delta| {t['delta_norm']:.4g}"
     if fitted is not None:
@@ -306,6 +300,9 @@ def mitigation_lines(record: Mapping[str, Any]) -> list[str]:
     kept = f"; written at the smallest ranks that keep {100 * (asked or 0):g} % of the energy"
     rank = kept if isinstance(asked, float) else f"; written at rank {asked}" if asked else ""
     lines = [how + rank, norms]
+    if title is not None:
+        files = counted(len(record["files"]), "file")
+        lines = [f"{title}: {files}, {format_size(t['bytes'])}", *lines]
     if record["left_out"]:
         names = ", ".join(record["left_out"][:4]) + (", …" if len(record["left_out"]) > 4 else "")
         lines.append(f"not copied: {names} (weights or training state that would be stale)")
@@ -476,7 +473,7 @@ def _facts(record: Record) -> str:
     rows.append(("made with", f"intruder-streamer {record['version']}"))
     table = "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows)
     lists = {
-        "Result": mitigation_lines(record),
+        "Result": record_lines(record),
         "Measured on held-out sequences, on which the weight between the texts was chosen": record.get("measured", ()),
         "Warnings and advice": [*record["warnings"], *record["advice"]],
     }

@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from streamer.plan.architectures import architectures_for, pattern_of
 from streamer.plan.carried_tensors import Head, implied_head
 from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, resident_bytes
 from streamer.plan.side_files import other_files, skipped_files, stale_weights, with_modules
-from streamer.plan.targets import Target, TensorSlice
+from streamer.plan.targets import Target
 from streamer.plan.tokenizer import with_tokenizer
 from streamer.storage.atomic_file import BufferRing, Piece, ShardPlan, component_prefix, gather, index_bytes, plan_shard
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, component_files
@@ -147,7 +148,9 @@ class AddDelta(Recipe):
                 change.add_rows(values, i, j)
                 encode(values, encoding, raw, self.weight.name, out)
                 if kept is not None and raw.dtype == out.dtype:
-                    count += _equal_count(raw, out)
+                    bits = f"i{out.itemsize}"  # numpy compares integers faster than torch compares floats
+                    same = np.frombuffer(as_bytes(raw), bits) == np.frombuffer(as_bytes(out), bits)
+                    count += int(np.count_nonzero(same))
             yield piece
         if kept is not None and not nothing and self.tuned is None and not self.weight.quantized:
             kept(self.target, math.prod(self.weight.shape), count)
@@ -252,12 +255,6 @@ def rows_bytes(weight: Weight) -> int:
     return (3 + (DECODED if weight.quantized else 1)) * block + weight.load_bytes
 
 
-def _equal_count(a: Tensor, b: Tensor) -> int:
-    """Count the values with equal bytes; numpy compares integers faster than torch compares floats."""
-    kind = f"i{a.itemsize}"
-    return int(np.count_nonzero(np.frombuffer(as_bytes(a), kind) == np.frombuffer(as_bytes(b), kind)))
-
-
 def _encoding(weight: Weight) -> Encoding:
     assert weight.encoding is not None, f"{weight.name} is not written back"
     return weight.encoding
@@ -322,12 +319,6 @@ class MergedModel:
         """Return the number of output tensors in all files."""
         return sum(map(len, self.files.values()))
 
-    def changed_components(self) -> MergedModel:
-        """Leave out the components of a pipeline in which nothing changes: their files are copied."""
-        names = {n for n in self.files if any(not isinstance(o.recipe, CopyBytes) for o in self.files[n])}
-        changed = {"", *map(component_prefix, names)}
-        return replace(self, files={n: made for n, made in self.files.items() if component_prefix(n) in changed})
-
     def shards(self, metadata: Mapping[str, str] | None = None) -> dict[str, ShardPlan]:
         """Lay out the files with exact headers; their metadata is the base's plus the given metadata."""
         shards = {}
@@ -335,17 +326,6 @@ class MergedModel:
             entries = ((output.name, output.dtype, output.shape) for output in outputs)
             shards[name] = plan_shard(name, entries, {**self.metadata[name], **(metadata or {})})
         return shards
-
-    def finals(self, shards: Mapping[str, ShardPlan]) -> dict[str, bytes]:
-        """Make the index of the output's tensors."""
-        if self.index is None:
-            return {}
-        stated: Mapping[str, str] = self.index["weight_map"]
-        where = {o.name: name for name, outputs in self.files.items() for o in outputs}
-        # Keep the base's order; new names come last.
-        weight_map = {t: where[t] for t in stated if t in where} | where
-        total = sum(shard.header.data_bytes for shard in shards.values())
-        return {INDEX_NAME: index_bytes({**self.index, "weight_map": weight_map}, total)}
 
 
 def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
@@ -406,23 +386,17 @@ def _merged(plan: Plan, weight: Weight, role: str | None = None, stands: StoredT
     stands
         If it is not, the tensor whose dtype is written.
     """
-    recipes = []
+    recipes = list[Recipe]()
     for target, slice_ in plan.by_weight[weight.name]:
+        own = weight if slice_.index is None else weight.slice(slice_.index)
         tuned = None if stands is None else plan.adapter.stored_sum(target.module)
         same = tuned is not None and stands is not None and tuned.info.dtype == stands.info.dtype
-        recipes.append(_piece(weight, target, slice_, role, tuned if same else None))
+        recipe: AddDelta | Requantize = AddDelta(own, target, tuned if same else None)
+        if role is not None:
+            assert isinstance(own, FP8)
+            recipe = Requantize(own, target, role)
+        recipes.append(recipe if slice_.rows is None else RowSlice(recipe, slice_.rows))
     return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stack(tuple(recipes))
-
-
-def _piece(weight: Weight, target: Target, slice_: TensorSlice, role: str | None, tuned: StoredTensor | None) -> Recipe:
-    if slice_.index is not None:
-        weight = weight.slice(slice_.index)
-    if role is None:
-        recipe: AddDelta | Requantize = AddDelta(weight, target, tuned)
-    else:
-        assert isinstance(weight, FP8)
-        recipe = Requantize(weight, target, role)
-    return recipe if slice_.rows is None else RowSlice(recipe, slice_.rows)
 
 
 def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
@@ -517,11 +491,21 @@ class ModelWriter(Writer):
     """Writer of the base with the mitigated deltas merged in."""
 
     def __init__(self, job: Job, path: Path) -> None:
-        self._model = model = plan_merged(job.plan, job.dequantize).changed_components()
-        self._outputs = {output.name: output for outputs in model.files.values() for output in outputs}
+        model = plan_merged(job.plan, job.dequantize)
+        # The files of a pipeline's components in which nothing changes are copied.
+        names = [n for n, made in model.files.items() if any(not isinstance(o.recipe, CopyBytes) for o in made)]
+        changed = {"", *map(component_prefix, names)}
+        files = {n: made for n, made in model.files.items() if component_prefix(n) in changed}
+        self._model = model = replace(model, files=files)
+        self._outputs = {output.name: output for outputs in files.values() for output in outputs}
         plan, base = job.plan, job.plan.base
         shards = model.shards(job.stamp("merge"))
-        finals = model.finals(shards)
+        finals = {}
+        if model.index is not None:
+            stated, where = model.index["weight_map"], {o.name: name for name, made in files.items() for o in made}
+            # Keep the base's order; new names come last.
+            index = {**model.index, "weight_map": {t: where[t] for t in stated if t in where} | where}
+            finals[INDEX_NAME] = index_bytes(index, sum(shard.header.data_bytes for shard in shards.values()))
         apart = {CONFIG_NAME, WEIGHTS_NAME, *model.texts, *shards}
         # An adapter inside the base's directory is not part of the merged model; a fine-tuned model used as the adapter describes it.
         model_paths, base_paths = (plan.adapter.path, None), (base.directory, plan.adapter.path)
@@ -601,24 +585,16 @@ def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     detecting = detection_estimates([job.plan], job.detection, resident + most) if job.detects else ()
     check_budget(itertools.chain(detecting, merge_estimates(job, model, resident + most)), job.detection.max_memory)
     if job.detects:
-        job = replace(job, detect=_one_at_a_time(job, resident, monitor))
+        own, targets = torch.get_num_threads(), {target.tensor: target for target in job.plan.targets}
+
+        @lru_cache(maxsize=1)  # quantized values and their scales follow each other
+        def detected(tensor: str) -> Detection:
+            with threads(own):  # the last bits depend on them; merging rows in between uses one
+                args = job.plan, targets[tensor], job.detection, job.device, resident
+                return detect_matrix(*args, monitor=monitor).detection
+
+        return _tensors(replace(job, detect=lambda target: detected(target.tensor)), model, monitor)
     return _tensors(job, model, monitor)
-
-
-def _one_at_a_time(job: Job, resident: int, monitor: Monitor) -> Callable[[Target], Detection]:
-    """Make a function that detects in one matrix, unless it is the last one again: quantized values and their scales follow each other."""
-    own = torch.get_num_threads()  # the last bits depend on them; merging rows in between uses one
-    last: dict[str, Detection] = {}
-
-    def detect(target: Target) -> Detection:
-        if target.tensor not in last:
-            with threads(own):
-                found = detect_matrix(job.plan, target, job.detection, job.device, resident, monitor=monitor)
-            last.clear()
-            last[target.tensor] = found.detection
-        return last[target.tensor]
-
-    return detect
 
 
 def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
