@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 
-from streamer.detection.detect import FindingsSize, best_way, detection_bytes, findings_bytes, float64_way
+from streamer.detection.detect import best_way, detection_bytes, findings_bytes, float64_way
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import Way, chosen_solver, cost
 from streamer.errors import UnsupportedError
@@ -117,7 +117,7 @@ def measure_rates(base: Checkpoint, monitor: Monitor) -> Rates | None:
     return Rates(SIDE * SIDE * COLUMNS * count / product_seconds, max(1, nbytes) / (time.perf_counter() - began))
 
 
-def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device, resident: int, size: FindingsSize,
+def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device, resident: int, nbytes: int,
                        rates: Rates | None) -> Forecast:  # fmt: skip
     """Forecast what `detect` needs.
 
@@ -125,7 +125,7 @@ def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.devi
     ----------
     resident
         Bytes in memory between two steps; see `resident_bytes`.
-    size
+    nbytes
         See `findings_bytes`.
     rates
         None gives no time, as does a device other than the CPU, whose rate is unknown.
@@ -137,7 +137,7 @@ def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.devi
     if rates is not None and device == CPU and None not in products:
         seconds = sum(products) / rates.products + read / rates.nbytes
     network = network_bytes(plan, base)
-    return Forecast(max(memory), max(escalated), _identified_bytes(plan) + read, network, *size, seconds)
+    return Forecast(max(memory), max(escalated), _identified_bytes(plan) + read, network, nbytes, nbytes, seconds)
 
 
 def _detection_work(plan: Plan, target: Target, options: DetectionOptions,

@@ -44,7 +44,7 @@ from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget,
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import Buffer, partials_of, write_sealed
 from streamer.storage.header import Header, TensorInfo, layout, parse_header
-from streamer.storage.journal import Journal, ResumableFile, journal_of, left
+from streamer.storage.journal import ResumableFile, journal_of, left
 from streamer.storage.transaction import allocated_bytes, check_file_path, check_space, holds, is_taken, not_own
 from streamer.units import counted
 from streamer.weights.base import Weight, as_bytes
@@ -343,11 +343,11 @@ TASK_MATRICES = 8
 """Most matrices of a task: a killed run loses the matrices of its unfinished tasks."""
 
 
-def detect_groups(batch: AdapterBatch, monitor: Monitor, groups: Sequence[Sequence[tuple[int, int]]],
+def detect_groups(batch: AdapterBatch, monitor: Monitor, groups: Sequence[Sequence[tuple[int, str]]],
                   options: DetectionOptions, device: str, resident: int, count: int) -> list[tuple[int, MatrixFinding]]:  # fmt: skip
-    """Detect in the matrices of a task, which are given by the numbers of their plans and of their targets there."""
-    own = [[(i, batch.plans[i].targets[t]) for i, t in group] for group in groups]
-    counts = [count] * len(batch.plans)
+    """Detect in the matrices of a task, each given by its plan's number and its tensor's name."""
+    targets = [{target.tensor: target for target in plan.targets} for plan in batch.plans]
+    own, counts = [[(i, targets[i][name]) for i, name in group] for group in groups], [count] * len(batch.plans)
     found = [*detect_in_turn(batch, own, options, choose_device(device), resident, counts, monitor, lambda *_: None)]
     for i in sorted({i for i, _ in found}):
         batch.plans[i].check_unchanged()
@@ -358,9 +358,8 @@ def detect_on_workers(batch: AdapterBatch, groups: Groups, options: DetectionOpt
                       counts: Sequence[int], begin: Begin) -> Found:  # fmt: skip
     """Detect as `detect_in_turn` does, but on workers: a task is matrices in the base's file order with one number of threads."""
     assert run.workers is not None
-    inputs, device = Inputs.of(batch, run), str(run.device)
-    tasks, firsts = dict[int, Task[list[tuple[int, MatrixFinding]]]](), dict[int, tuple[int, Target]]()
-    places = [{target.tensor: number for number, target in enumerate(plan.targets)} for plan in batch.plans]
+    inputs, how = Inputs.of(batch, run), {"options": options, "device": str(run.device), "resident": resident}
+    tasks, firsts = dict[int, Task[list[tuple[int, MatrixFinding]]]](), list[tuple[int, Target]]()
     enough = min(TASK_COST, sum(total_cost(group, options) for group in groups) // (4 * run.workers.at_once))
     for count in sorted(set(counts)):
         own, done = list[list[tuple[int, Target]]](), 0
@@ -369,11 +368,10 @@ def detect_on_workers(batch: AdapterBatch, groups: Groups, options: DetectionOpt
                 own.append(mine)
                 done += total_cost(mine, options)
             if own and (done >= enough or len(own) == TASK_MATRICES or group is groups[-1]):
-                number, numbers = len(tasks), [[(i, places[i][target.tensor]) for i, target in mine] for mine in own]
-                how = {"options": options, "device": device, "resident": resident, "count": count}
-                step = partial(detect_groups, groups=numbers, **how)
-                firsts[number] = own[0][0]
-                tasks[number] = Task(inputs, count, own[0][0][1].tensor, step)
+                names = [[(i, target.tensor) for i, target in mine] for mine in own]
+                step = partial(detect_groups, groups=names, count=count, **how)
+                tasks[len(tasks)] = Task(inputs, count, names[0][0][1], step)
+                firsts.append(own[0][0])
                 own, done = [], 0
     with contextlib.closing(run.workers.run(tasks, run.monitor, lambda number: begin(*firsts[number]))) as results:
         for _, found in results:
@@ -388,22 +386,47 @@ def shared(workers: Workers, batch: AdapterBatch, options: DetectionOptions, res
     return replace(options, max_memory=workers.budget(options.max_memory, own, needs))
 
 
+@dataclass
 class FindingsWriter:
-    """Records of matrices in the journal of a findings file, and the file made of them.
+    """Findings of one plan on the way to a file: records of matrices in a journal, and the file made of them.
 
     Attributes
     ----------
+    head
+        What the findings are made from.
+    finished
+        The file's findings if it exists already.
+    nbytes
+        `findings_bytes`; 0 if the file exists already.
+    file
+        The file, with its journal and lock.
+    resumed
+        Whether the run goes on from a journal.
     threads
         Number of torch's threads for the matrices: the number with which the run began, even if it is resumed elsewhere, because
         the last bits of findings depend on it.
     """
 
-    def __init__(self, path: Path, journal: Journal, resumed: bool) -> None:
-        self.path, self.resumed, self._journal = path, resumed, journal
-        self._records: dict[str, tuple[int, Header, dict[str, Any]]] = {}
-        for i in range(1, len(journal)):
-            self._keep(i)
-        self.threads = thread_count(json.loads(journal[0]).get("threads"))
+    plan: Plan
+    path: Path
+    head: Findings
+    finished: Findings | None
+    nbytes: int
+    file: ResumableFile
+    resumed: bool = False
+    threads: int = 0
+
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """Lock the file, resume or begin its run, and write it if the block does not raise."""
+        with self.file.begun() as (self._journal, self.resumed):
+            self._records: dict[str, tuple[int, Header, dict[str, Any]]] = {}
+            self._seconds: dict[str, float | None] = {}
+            for i in range(1, len(self._journal)):
+                self._keep(i)
+            self.threads = thread_count(json.loads(self._journal[0]).get("threads"))
+            yield
+            self.write()
 
     def _keep(self, i: int) -> None:
         """Read the header and the figures of a record, which is a safetensors file for one matrix."""
@@ -420,16 +443,20 @@ class FindingsWriter:
     def __contains__(self, tensor: str) -> bool:
         return tensor in self._records
 
+    def __len__(self) -> int:
+        return len(self._records)
+
     def add(self, finding: MatrixFinding) -> None:
         """Append one matrix durably to the journal."""
         arrays = finding.arrays()
         _, raw = layout(entries(arrays), {"matrix": json.dumps(finding.figures())})
         self._journal.append(raw + b"".join(as_bytes(t) for t in arrays.values()))
         self._keep(len(self._journal) - 1)
+        self._seconds[finding.tensor] = finding.seconds
 
-    def write(self, head: Findings, plan: Plan) -> None:
+    def write(self) -> None:
         """Write the file, once all matrices of a plan are recorded; it gets its name only if the inputs have not changed."""
-        records = [self._records[target.tensor] for target in plan.targets]
+        records = [self._records[target.tensor] for target in self.plan.targets]
         homes = {info.name: (i, header, info) for i, header, _ in records for info in header.tensors}
         arrays = [(info.name, info.dtype, info.shape) for *_, info in homes.values()]
 
@@ -437,19 +464,23 @@ class FindingsWriter:
             i, header, own = homes[info.name]
             yield self._journal[i][header.data_start + own.start : header.data_start + own.end]
 
-        shard = head.file_plan(self.path.name, [figures for *_, figures in records], arrays)
-        write_sealed(self.path.parent, shard, source, plan.check_unchanged)
+        shard = self.head.file_plan(self.path.name, [figures for *_, figures in records], arrays)
+        write_sealed(self.path.parent, shard, source, self.plan.check_unchanged)
 
+    def findings(self) -> Findings:
+        """Read the findings; seconds are this run's."""
+        if self.finished is not None:
+            return self.finished
+        found = load_findings(self.path)
+        return replace(found, matrices=tuple(replace(m, seconds=self._seconds.get(m.tensor)) for m in found))
 
-FindingsSize = tuple[int, int]
-"""Bytes of a findings file and of the journal beside it."""
 
 FIGURES_BYTES = 2000
 """Upper bound of the bytes of a matrix's figures and of its arrays' entries in a header, without names."""
 
 
-def findings_bytes(plan: Plan, options: DetectionOptions) -> FindingsSize:
-    """Compute an upper bound of the size of findings, with every direction an intruder and degenerate."""
+def findings_bytes(plan: Plan, options: DetectionOptions) -> int:
+    """Bound the size of a findings file, and of the journal beside it, with every direction an intruder and degenerate."""
     head = Findings.of(plan, options)
     nbytes = 4096 + 2 * len(json.dumps([head.base, head.adapter, head.sources, options.as_dict()]))
     for target in plan.targets:
@@ -457,7 +488,7 @@ def findings_bytes(plan: Plan, options: DetectionOptions) -> FindingsSize:
         names = (1 + len(files.ARRAYS)) * len(json.dumps(target.tensor)) + len(json.dumps(target.module.name))
         values = (m + n + 1) * plan.weights[target.tensor].compute.itemsize + 8 * (len(files.ARRAYS) - 3) + 12
         nbytes += FIGURES_BYTES + 2 * names + k * values
-    return nbytes, nbytes
+    return nbytes
 
 
 def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, resident: int,
@@ -507,7 +538,7 @@ def detect_in_memory(batch: AdapterBatch, options: DetectionOptions, run: Run) -
 
 
 def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run, resident: int,
-                    sizes: Sequence[FindingsSize] = ()) -> list[Findings]:  # fmt: skip
+                    sizes: Sequence[int] = ()) -> list[Findings]:  # fmt: skip
     """Detect, journal each matrix, and write each plan's findings file; seconds are this run's.
 
     Finished findings of exactly these plans stay unchanged, but their modification times are updated. Missing directories are created.
@@ -519,66 +550,40 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
     sizes
         `findings_bytes` of each plan, if the caller has computed them.
     """
-    monitor, places = run.monitor, _places(batch, paths, options, run, resident, sizes)
-    todo = [place for place in places if place.finished is None]
-    for place in places:
-        if place.finished is not None:
-            left(place.path, monitor)
-    seconds: dict[tuple[Path, str], float | None] = {}
+    monitor, writers = run.monitor, plan_findings(batch, paths, options, run, resident, sizes)
+    todo = [writer for writer in writers if writer.finished is None]
+    for writer in writers:
+        if writer.finished is not None:
+            left(writer.path, monitor)
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(place.writer()) for place in todo]
-        begun = [(w, t) for w, place in zip(writers, todo, strict=True) if w.resumed for t in place.plan.targets]
-        if begun:
-            monitor.resuming(sum(target.tensor in writer for writer, target in begun), len(begun), "matrix")
+        for writer in todo:
+            stack.enter_context(writer.begun())
+        if resumed := [writer for writer in todo if writer.resumed]:
+            monitor.resuming(sum(map(len, resumed)), sum(len(writer.plan.targets) for writer in resumed), "matrix")
         if todo:
             now = torch.get_num_threads()
-            for count in sorted({writer.threads for writer in writers} - {now}):
+            for count in sorted({writer.threads for writer in todo} - {now}):
                 text = f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over with {now}"
                 monitor.emit(Event("note", text))
-            pending = AdapterBatch(batch.base, tuple(place.plan for place in todo))
-            for i, finding in detect_all(pending, options, run, resident, writers):
-                writers[i].add(finding)
-                seconds[writers[i].path, finding.tensor] = finding.seconds
+            pending = AdapterBatch(batch.base, tuple(writer.plan for writer in todo))
+            for i, finding in detect_all(pending, options, run, resident, todo):
+                todo[i].add(finding)
         monitor.checkpoint()
-    for writer in writers:
+    for writer in todo:
         monitor.told(writer.path, "resumed" if writer.resumed else "written")
-    made = [load_findings(place.path) if place.finished is None else place.finished for place in places]
-    for n, findings in enumerate(made):
-        timed = tuple(replace(m, seconds=seconds.get((paths[n], m.tensor))) for m in findings)
-        made[n] = replace(findings, matrices=timed)
+    made = [writer.findings() for writer in writers]
     monitor.warn(warning for findings in made for warning in findings.warnings)
     return made
 
 
 def inspect_detections(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions,
-                       run: Run) -> list[tuple[str, FindingsSize]]:  # fmt: skip
-    """Check without writing what `detect_to_files` would do: for each plan ``new``, ``resume`` or ``done``, and `findings_bytes`.
-
-    Finished findings have the size (0, 0).
-    """
-    places = _places(batch, paths, options, run, resident_bytes(batch))
-    begun = {place.path: "resume" if place.file.is_begun() else "new" for place in places if place.finished is None}
-    return [(begun.get(place.path, "done"), place.size) for place in places]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A findings file to write, or an existing one if `finished`; `head` states what it is made from."""
-
-    plan: Plan
-    path: Path
-    head: Findings
-    finished: Findings | None
-    size: FindingsSize
-    file: ResumableFile
-
-    @contextlib.contextmanager
-    def writer(self) -> Iterator[FindingsWriter]:
-        """Lock the file, resume or begin its run, and write it if the block does not raise."""
-        with self.file.begun() as (journal, resumed):
-            writer = FindingsWriter(self.path, journal, resumed)
-            yield writer
-            writer.write(self.head, self.plan)
+                       run: Run) -> list[tuple[str, int]]:  # fmt: skip
+    """Check without writing what `detect_to_files` would do: for each plan ``new``, ``resume`` or ``done``, and `findings_bytes`."""
+    writers = plan_findings(batch, paths, options, run, resident_bytes(batch))
+    begun = {
+        writer.path: "resume" if writer.file.is_begun() else "new" for writer in writers if writer.finished is None
+    }
+    return [(begun.get(writer.path, "done"), writer.nbytes) for writer in writers]
 
 
 @contextlib.contextmanager
@@ -592,33 +597,33 @@ def naming_inputs(plan: Plan, paths: Sequence[Path], overwrite: bool) -> Iterato
         raise
 
 
-def _places(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run, resident: int,
-            sizes: Sequence[FindingsSize] = ()) -> list[_Place]:  # fmt: skip
+def plan_findings(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run, resident: int,
+                  sizes: Sequence[int] = ()) -> list[FindingsWriter]:  # fmt: skip
     """Check before detection where findings go, which are finished, and whether the others fit on the disk with their journals."""
     check_budget(detection_estimates(batch.plans, options, resident), options.max_memory)
-    places, needed = list[_Place](), 0
+    writers, needed = list[FindingsWriter](), 0
     for i, (plan, path) in enumerate(zip(batch.plans, paths, strict=True)):
         head = Findings.of(plan, options)
         made_from = head.made_from(target.tensor for target in plan.targets)
         with naming_inputs(plan, [path], run.overwrite):
             found = _finished(plan, path, made_from, run.overwrite)
-        if found is None:
-            plan.refuse_overwriting([path])
         # The last bits depend on the number of threads; without any matrix, a resumed run chooses it.
         start = {"plan": made_from, "version": __version__, "stamps": plan.detection_stamps(),
                  "threads": torch.get_num_threads()}  # fmt: skip
-        size = (0, 0) if found is not None else sizes[i] if sizes else findings_bytes(plan, options)
         file = ResumableFile(path, start, run.resume, run.overwrite, records=1)
-        places.append(_Place(plan, path, head, found, size, file))
-    todo = [place for place in places if place.finished is None]
-    for place in todo:
+        writers.append(FindingsWriter(plan, path, head, found, 0, file))
+        if found is None:
+            plan.refuse_overwriting([path])
+            writers[i].nbytes = sizes[i] if sizes else findings_bytes(plan, options)
+    todo = [writer for writer in writers if writer.finished is None]
+    for writer in todo:
         # Files of an interrupted run: usable ones are reused, and the others are removed first.
-        path, journal = place.path, journal_of(place.path)
+        path, journal = writer.path, journal_of(writer.path)
         partials = partials_of(path.parent, {path.name, journal.name}) if path.parent.is_dir() else ()
-        needed += sum(place.size) - sum(map(allocated_bytes, (journal, *partials)))
+        needed += 2 * writer.nbytes - sum(map(allocated_bytes, (journal, *partials)))
     if todo:
         check_space(todo[0].path.parent if len(todo) > 1 else todo[0].path, needed, at_most=True)
-    return places
+    return writers
 
 
 def _finished(plan: Plan, path: Path, made_from: str, overwrite: bool) -> Findings | None:

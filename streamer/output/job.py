@@ -28,7 +28,7 @@ import torch
 from streamer import __version__
 from streamer.adapters.adapter_config import stated_options
 from streamer.adapters.rules import mitigated_before
-from streamer.detection.detect import FindingsSize, detection_estimates, findings_bytes
+from streamer.detection.detect import detection_estimates, findings_bytes
 from streamer.detection.findings import Findings
 from streamer.detection.intruders import Detection
 from streamer.detection.options import RANKS, STAMP, DetectionOptions, DetectionRecord, detection_record, stamp
@@ -174,7 +174,7 @@ class Job:
     detect: Callable[[Target], Detection] | None = None
 
     @cached_property
-    def findings_size(self) -> FindingsSize:
+    def findings_size(self) -> int:
         """Compute the size of the findings that the job makes; see `findings_bytes`."""
         return findings_bytes(self.plan, self.detection)
 
@@ -653,8 +653,8 @@ class Writer(ABC):
         temporary = []
         if self.job.detects:
             # Its own findings stay to the end; their journal is removed before any large file is written.
-            size, journal = self.job.findings_size
-            more = max(0, journal - sum(size for _, size in files))
+            size = self.job.findings_size
+            more = max(0, size - sum(size for _, size in files))
             temporary = [(OWN_FINDINGS, size), (journal_of(Path(OWN_FINDINGS)).name, more)]
         return OutputPlan(self.path, tuple(files), digest, stamps, plan.inputs, self.conflicting_names, tuple(temporary),
                           frozenset({CARD_NAME}), instead, self.job.bits, __version__, beside)  # fmt: skip

@@ -117,8 +117,8 @@ def test_the_journal_is_no_larger(job: Job, tmp_path: Path) -> None:
     seen: list[int] = []
     begun = FindingsWriter.write
 
-    def watched(self: FindingsWriter, *made_from: object) -> None:
-        begun(self, *made_from)
+    def watched(self: FindingsWriter) -> None:
+        begun(self)
         seen.append(self._journal.path.stat().st_size)
 
     with pytest.MonkeyPatch.context() as m:
@@ -241,7 +241,7 @@ def test_a_time_is_within_a_factor_of_five(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as m:
         m.setattr(time, "perf_counter", time.process_time)
         rates = measure_rates(plan.base, Monitor())
-    forecast = forecast_detection(plan, DetectionOptions(), CPU, 0, (0, 0), rates)
+    forecast = forecast_detection(plan, DetectionOptions(), CPU, 0, 0, rates)
     began = time.process_time()
     streamer.detect_intruder_dimensions(base, adapter)
     assert forecast.seconds is not None
