@@ -93,9 +93,8 @@ class Inputs:
         for path, theirs, mine in zip(paths, self.identities, _identities(batch), strict=True):
             if theirs != mine:
                 differs = difference(json.loads(mine), json.loads(theirs))
-                raise MismatchError(
-                    f"{worker_name()}: {path} differs from the caller's input ({differs}); give all workers the same files"
-                )
+                what = f"{path} differs from the caller's input ({differs})"
+                raise MismatchError(f"{worker_name()}: {what}; give all workers the same files")
         return batch
 
 

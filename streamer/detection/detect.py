@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from streamer import __version__
-from streamer.detection import findings as files
+from streamer.detection import findings as findings_file
 from streamer.detection.findings import FILE_NAME, Findings, MatrixFinding, entries, fingerprint, load_findings
 from streamer.detection.intruders import Detection, decide
 from streamer.detection.options import DetectionOptions, Run
@@ -434,8 +434,8 @@ class FindingsWriter:
         header = parse_header(raw[: 8 + int.from_bytes(raw[:8], "little")], len(raw), "journal")
         with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
             figures: dict[str, Any] = json.loads(header.metadata["matrix"])
-            check(figures, files.FIGURES)
-            if header.by_name.keys() == {f"{figures['tensor']}/{key}" for key in files.ARRAYS}:
+            check(figures, findings_file.FIGURES)
+            if header.by_name.keys() == {f"{figures['tensor']}/{key}" for key in findings_file.ARRAYS}:
                 self._records[figures["tensor"]] = i, header, figures
                 return
         raise self._journal.foreign(i)
@@ -485,8 +485,8 @@ def findings_bytes(plan: Plan, options: DetectionOptions) -> int:
     nbytes = 4096 + 2 * len(json.dumps([head.base, head.adapter, head.sources, options.as_dict()]))
     for target in plan.targets:
         (m, n), k = target.module.shape, options.directions(target.module.shape)
-        names = (1 + len(files.ARRAYS)) * len(json.dumps(target.tensor)) + len(json.dumps(target.module.name))
-        values = (m + n + 1) * plan.weights[target.tensor].compute.itemsize + 8 * (len(files.ARRAYS) - 3) + 12
+        names = (1 + len(findings_file.ARRAYS)) * len(json.dumps(target.tensor)) + len(json.dumps(target.module.name))
+        values = (m + n + 1) * plan.weights[target.tensor].compute.itemsize + 8 * (len(findings_file.ARRAYS) - 3) + 12
         nbytes += FIGURES_BYTES + 2 * names + k * values
     return nbytes
 
@@ -642,7 +642,7 @@ def _finished(plan: Plan, path: Path, made_from: str, overwrite: bool) -> Findin
             raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
     if not is_taken(path):
         return None
-    if not files.is_findings_file(path):
+    if not findings_file.is_findings_file(path):
         raise not_own(path, "findings")
     if overwrite:
         return None

@@ -161,12 +161,12 @@ ANOTHER_BASE = (
 ALPHA = 0.01
 """Largest share of random vectors that are closer to the base than `random_overlap`."""
 
-# Share of matrices that satisfy `_is_random`, for adapters that PEFT trained on a Llama of width 128 and 288, and on MiniLM:
+# Share of matrices that look random, for adapters that PEFT trained on a Llama of width 128 and 288, and on MiniLM:
 #   their own base, or that trained further      0.00 … 0.25
 #   their own base, at a rate that destroys it   0.54
 #   the base of another seed                     0.88 … 1.00   with three to six intruders per matrix
 #   the base of another seed                     0.36 … 0.57   with two or three: it is not recognised
-# A planted direction is random on any base: adapters with one per matrix score 0, because `_is_random` needs two intruders.
+# A planted direction is random on any base: adapters with one per matrix score 0, because a matrix needs two intruders.
 MOST = 2 / 3
 """Least share of matrices for findings to look like another base's."""
 
@@ -189,14 +189,11 @@ def random_overlap(shape: tuple[int, int]) -> float:
 
 def look_random(matrices: Sequence[MatrixFinding], epsilon: float) -> bool | None:
     """Test whether the leading directions of most matrices are intruders no closer to the base than random vectors; None if too few."""
-    judged = [m for m in matrices if random_overlap(m.shape) <= NARROW * epsilon]
-    return sum(map(_is_random, judged)) >= MOST * len(judged) if len(judged) >= LEAST_MATRICES else None
-
-
-def _is_random(m: MatrixFinding) -> bool:
-    """Test whether the leading direction is one of several intruders and not proven closer to the base than a random vector."""
-    d = m.detection
-    return len(d.intruders) >= 2 and d.intruders[0] == 0 and d.similarity_low[0] <= random_overlap(m.shape)
+    overlaps = [(m.detection, random_overlap(m.shape)) for m in matrices]
+    judged = [(d, overlap) for d, overlap in overlaps if overlap <= NARROW * epsilon]
+    # One of several intruders, and not proven closer to the base than a random vector.
+    random = [d for d, most in judged if len(d.intruders) >= 2 and d.intruders[0] == 0 and d.similarity_low[0] <= most]
+    return len(random) >= MOST * len(judged) if len(judged) >= LEAST_MATRICES else None
 
 
 SHOWN = 10

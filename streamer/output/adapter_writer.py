@@ -137,10 +137,8 @@ class MitigatedFactors:
 def refuse_dense(plan: Plan, remedy: str) -> None:
     """Refuse deltas without factors: DoRA's, and those of PEFT's methods other than LoRA."""
     if dense := [t.module.name for t in plan.targets if t.module.factors is None]:
-        raise UnsupportedError(
-            f"{plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
-            f"adapter; {remedy}"
-        )
+        what = f"the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of adapter"
+        raise UnsupportedError(f"{plan.adapter.path}: {what}; {remedy}")
 
 
 class OneFileWriter(Writer):
@@ -167,10 +165,8 @@ class AdapterWriter(OneFileWriter):
     def __init__(self, job: Job, path: Path) -> None:
         plan = job.plan
         if plan.adapter.describes_model:
-            raise UnsupportedError(
-                f"{plan.adapter.path}: is a model, and no adapter that could be written back; `streamer merge` writes the mitigated model, "
-                "and --to-lora RANK its difference to the base as a LoRA adapter"
-            )
+            do = "`streamer merge` writes the mitigated model, and --to-lora RANK its difference to the base as a LoRA adapter"
+            raise UnsupportedError(f"{plan.adapter.path}: is a model, and no adapter that could be written back; {do}")
         if job.method.mitigation_lambda != 1:
             lora = "" if plan.config.pipeline else ", and --to-lora RANK as a LoRA adapter"
             refuse_dense(plan, f"`streamer merge` writes it into the base{lora}")
@@ -310,9 +306,8 @@ class LoraWriter(OneFileWriter):
         plan = job.plan
         good = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
         if not (good or (isinstance(rank, float) and 0 < rank <= 1)):
-            raise UsageError(
-                f"to_lora: expected a rank from 1, or a share in (0, 1] with a decimal point, found {rank!r}"
-            )
+            wanted = "a rank from 1, or a share in (0, 1] with a decimal point"
+            raise UsageError(f"to_lora: expected {wanted}, found {rank!r}")
         if reason := refusal(job):
             raise UnsupportedError(f"{plan.adapter.path}: {reason}; --to-lora cannot write it: use `streamer merge`")
         self._plan, self._layout = plan, _layout(plan)
@@ -423,10 +418,8 @@ def _least_ranks(job: Job, targets: Sequence[Target], share: float) -> dict[str,
         If the mitigated deltas need findings that do not exist yet: the tensors' shapes must be known before anything is written.
     """
     if job.detects:
-        raise UsageError(
-            "to_lora: a share of the energy needs the findings before anything is written; run `streamer detect`, and pass them with "
-            "--findings, or pass a rank"
-        )
+        what = "a share of the energy needs the findings before anything is written"
+        raise UsageError(f"to_lora: {what}; run `streamer detect`, and pass them with --findings, or pass a rank")
     resident = resident_bytes(AdapterBatch(job.plan.base, (job.plan,)))
     sizes = (job.mitigation_bytes(t) + (0 if t.module.low_rank else energies_bytes(t.module.shape)) for t in targets)
     estimates = (MemoryEstimate(t.tensor, t.module.shape, resident + n) for t, n in zip(targets, sizes, strict=True))
@@ -521,10 +514,8 @@ def _layout(plan: Plan) -> LoraLayout:
             continue
         placed = c.module and c.module not in matched and c.source in now
         if not placed or any(f"{i}.".startswith(f"{c.module}.") for i in inner):
-            raise UnsupportedError(
-                f"{tuned.path}: {c.source!r} has changed, which is no weight or bias of a layer, and so has no place in a LoRA adapter; "
-                "use `streamer merge`"
-            )
+            why = "which is no weight or bias of a layer, and so has no place in a LoRA adapter; use `streamer merge`"
+            raise UnsupportedError(f"{tuned.path}: {c.source!r} has changed, {why}")
         saved.add(now[c.source].rpartition(".")[0])
     carried = {}
     for c in tuned.carried:

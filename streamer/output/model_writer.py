@@ -401,34 +401,31 @@ def _merged(plan: Plan, weight: Weight, role: str | None = None, stands: StoredT
 
 def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
     """Refuse changes that do not fit quantized weights; one line for all."""
-    quantized = plan.weights.quantized_names
+    quantized, base, instead = plan.weights.quantized_names, plan.base.path, "merge into the 16-bit base"
     replaced = [name for name in plan.edits.sources if name in quantized]
     if replaced:
-        raise UnsupportedError(
-            f"{plan.adapter.file.path}: saves {replaced[0]!r} (modules_to_save), which stands quantized in {plan.base.path}; merge into "
-            "the 16-bit base"
-        )
+        saves = f"{plan.adapter.file.path}: saves {replaced[0]!r} (modules_to_save)"
+        raise UnsupportedError(f"{saves}, which stands quantized in {base}; {instead}")
     refused = [name for name in plan.by_weight if name in quantized and not plan.weights.requantizes(name)]
     refused += [name for name in plan.edits.rows if name in quantized]
-    if dequantize and quantized and any(a.conv1d for a in architectures_for(plan.config)):
-        raise UnsupportedError(
-            f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in) and a plain one as (in, out), which "
-            "is not supported; merge into the 16-bit base"
+    architectures = architectures_for(plan.config)
+    if dequantize and quantized and any(a.conv1d for a in architectures):
+        stores = (
+            f"{base}: a quantized {plan.config.model_type} stores its layers as (out, in) and a plain one as (in, out)"
         )
-    embeddings = {(a.input_embedding or "").rpartition(".")[2] for a in architectures_for(plan.config)}
+        raise UnsupportedError(f"{stores}, which is not supported; {instead}")
     outer = [plan.weights[name] for name in sorted(quantized) if dequantize and "*" not in pattern_of(name)]
-    sizes: set[object] = {*embeddings, plan.config.vocab_size}
+    sizes: set[object] = {
+        plan.config.vocab_size,
+        *((a.input_embedding or "").rpartition(".")[2] for a in architectures),
+    }
     if turned := [w.name for w in outer if isinstance(w, GPTQ) and {w.name.split(".")[-2], w.shape[1]} & sizes]:
-        raise UnsupportedError(
-            f"{plan.base.path}: {turned[0]!r} is an embedding in GPTQ, whose values are stored transposed, which is not supported; merge "
-            "into the 16-bit base"
-        )
+        stored = f"{base}: {turned[0]!r} is an embedding in GPTQ, whose values are stored transposed"
+        raise UnsupportedError(f"{stored}, which is not supported; {instead}")
     if refused and not dequantize:
-        raise UnsupportedError(
-            f"{plan.base.path}: {len(refused)} of the weights to merge into are quantized, {refused[0]!r} first "
-            f"({plan.weights[refused[0]].label}), and merged weights do not fit their codes; --dequantize writes a plain model, "
-            "or merge into the 16-bit base"
-        )
+        what = f"{len(refused)} of the weights to merge into are quantized, {refused[0]!r} first ({plan.weights[refused[0]].label})"
+        do = f"and merged weights do not fit their codes; --dequantize writes a plain model, or {instead}"
+        raise UnsupportedError(f"{base}: {what}, {do}")
 
 
 def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | None) -> OutputTensor:

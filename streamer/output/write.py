@@ -436,10 +436,8 @@ def open_jobs(base_path: str | Path, adapters: One | Several, findings: Sequence
         Findings for each adapter, see `load_given`; None if the job detects.
     """
     if isinstance(method, RegMean) and isinstance(adapters, Several) and len(adapters.paths) > 1:
-        raise UsageError(
-            f"{method.coefficients.name}: coefficients belong to one adapter, found {len(adapters.paths)}: "
-            f"{listed(adapters.by_name)}; take them one at a time, each with its own"
-        )
+        found = f"found {len(adapters.paths)}: {listed(adapters.by_name)}; take them one at a time, each with its own"
+        raise UsageError(f"{method.coefficients.name}: coefficients belong to one adapter, {found}")
     batch = make_batch(base_path, adapters.paths, run.io, run.stated, run.architecture)
     fitting = []
     for plan, found in zip(batch.plans, findings, strict=True):
@@ -465,9 +463,8 @@ def load_given(findings: FindingsOrPath, adapters: One | Several) -> list[Findin
         return [None for _ in adapters.paths]
     if isinstance(adapters, One):
         if isinstance(findings, Mapping):
-            raise UsageError(
-                f"findings: expected findings on one adapter, found a dict of {len(findings)}; give one of them"
-            )
+            found = f"a dict of {len(findings)}"
+            raise UsageError(f"findings: expected findings on one adapter, found {found}; give one of them")
         return [findings if isinstance(findings, Findings) else load_findings(findings)]
     if isinstance(findings, Mapping):
         without = [name for name in adapters.by_name if name not in findings]
@@ -494,13 +491,11 @@ def check_coefficients(plan: Plan, coefficients: FactorSet) -> None:
     name, facts = coefficients.name, coefficients.facts
     for what, here in (("base", {**plan.base_identity}), ("adapter", {**plan.adapter_identity})):
         if not isinstance(facts.get(what), dict):
-            raise MismatchError(
-                f"{name}: coefficients do not say which {what} they were fitted to; fit them to this one"
-            )
+            why = f"do not say which {what} they were fitted to; fit them to this one"
+            raise MismatchError(f"{name}: coefficients {why}")
         if facts[what] != here:
-            raise MismatchError(
-                f"{name}: coefficients of another {what} ({difference(facts[what], here)}); fit them to this one with `streamer fit`"
-            )
+            other = f"of another {what} ({difference(facts[what], here)})"
+            raise MismatchError(f"{name}: coefficients {other}; fit them to this one with `streamer fit`")
     check_counts(plan, coefficients)
 
 
@@ -516,10 +511,10 @@ def check_counts(plan: Plan, coefficients: FactorSet) -> None:
     shapes = {tensor: tuple(factor.shape) for tensor, factor in coefficients.matrices.items()}
     wrong = [tensor for tensor in {**ranks, **shapes} if tensor not in ranks or ranks[tensor] != shapes.get(tensor, ())]
     if wrong:
-        raise MismatchError(
-            f"{coefficients.name}: coefficients do not fit {len(wrong)} of the adapter's matrices, {wrong[0]!r} first; fit them to this "
-            "adapter with `streamer fit`"
+        which = (
+            f"{len(wrong)} of the adapter's matrices, {wrong[0]!r} first; fit them to this adapter with `streamer fit`"
         )
+        raise MismatchError(f"{coefficients.name}: coefficients do not fit {which}")
 
 
 def check_map(plan: Plan, inputs: InputMap) -> list[str]:
@@ -537,9 +532,8 @@ def check_map(plan: Plan, inputs: InputMap) -> list[str]:
 def refuse_other_base(inputs: InputMap, theirs: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Refuse a map of another base, by both identities."""
     if theirs != here:
-        raise MismatchError(
-            f"{inputs.name}: is a map of another base ({difference(theirs, here)}); make one of this base with `streamer map`"
-        )
+        what = f"is a map of another base ({difference(theirs, here)})"
+        raise MismatchError(f"{inputs.name}: {what}; make one of this base with `streamer map`")
 
 
 def lacking_inputs(plan: Plan, inputs: InputMap) -> list[str]:

@@ -91,9 +91,8 @@ class TensorFiles:
                 with safe_open(path, "numpy") as file:
                     self.metadata = dict(file.metadata() or {})
             except (OSError, SafetensorError) as e:
-                raise FormatError(
-                    f"{path}: expected a safetensors file, found one that the library refuses: {e}"
-                ) from e
+                found = f"found one that the library refuses: {e}"
+                raise FormatError(f"{path}: expected a safetensors file, {found}") from e
             self._maps[path] = data = np.memmap(path, np.uint8, "r")
             end = 8 + int.from_bytes(data[:8].tobytes(), "little")
             for name, tensor in json.loads(data[8:end].tobytes()).items():
