@@ -475,7 +475,7 @@ class FindingsWriter:
         return replace(found, matrices=tuple(replace(m, seconds=self._seconds.get(m.tensor)) for m in found))
 
 
-FIGURES_BYTES = 2000
+FIGURES_BYTES = 1800
 """Upper bound of the bytes of a matrix's figures and of its arrays' entries in a header, without names."""
 
 

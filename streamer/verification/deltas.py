@@ -88,17 +88,18 @@ class TensorFiles:
         self._maps: dict[Path, NDArray[np.uint8]] = {}
         for path in paths:
             try:
-                with safe_open(path, "numpy") as file:
-                    self.metadata = dict(file.metadata() or {})
+                with safe_open(path, "numpy"):
+                    pass
             except (OSError, SafetensorError) as e:
                 found = f"found one that the library refuses: {e}"
                 raise FormatError(f"{path}: expected a safetensors file, {found}") from e
             self._maps[path] = data = np.memmap(path, np.uint8, "r")
             end = 8 + int.from_bytes(data[:8].tobytes(), "little")
-            for name, tensor in json.loads(data[8:end].tobytes()).items():
-                if name != "__metadata__":
-                    start, stop = (end + at for at in tensor["data_offsets"])
-                    self.stored[name] = Stored(tensor["dtype"], tuple(tensor["shape"]), path, start, stop)
+            header = json.loads(data[8:end].tobytes())
+            self.metadata = header.pop("__metadata__", {})
+            for name, tensor in header.items():
+                start, stop = (end + at for at in tensor["data_offsets"])
+                self.stored[name] = Stored(tensor["dtype"], tuple(tensor["shape"]), path, start, stop)
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """Return the bytes of a tensor."""

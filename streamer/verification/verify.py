@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, NotRequired, TypedDict, cast
+from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -117,35 +117,34 @@ Task = tuple[str, Callable[[], float | None]]
 """A tensor, and what recomputes or compares it: it notes differences, and raises `NotRecomputed` if it cannot."""
 
 
-class Opened(NamedTuple):
-    """An output and its inputs, opened, and what the output states: its record, or the JSON of findings."""
+class Check:
+    """Compare the tensors of a merged model, of a mitigated adapter, or of findings.
 
-    outcome: Outcome
-    made: dict[str, Any]
-    base: TensorFiles
-    adapter: AdapterFiles
-    files: TensorFiles
+    Attributes
+    ----------
+    made
+        What the output states: its record, or the JSON of findings.
+    formula
+        The formula of a method that needs a file.
+    """
 
-
-class OutputCheck:
-    """Compare the tensors of a merged model or of a mitigated adapter; the formula is that of a method that needs a file."""
-
-    def __init__(self, opened: Opened, formula: deltas.Formula | None) -> None:
-        self.outcome, self.record, self.base, self.adapter, self.files = opened
-        self._formula, self._rewritten = formula, self.record["to_lora"] is not None
-        self._rows = {row["tensor"]: row for row in self.record["matrices"]}
-        self._stored = {Matrix(self.base, tensor).stored_name for tensor in self._rows}
+    def __init__(self, outcome: Outcome, made: dict[str, Any], base: TensorFiles, adapter: AdapterFiles, files: TensorFiles,
+                 formula: deltas.Formula | None) -> None:  # fmt: skip
+        self.outcome, self.record, self.base, self.adapter, self.files = outcome, made, base, adapter, files
+        self._formula, self._rewritten = formula, made.get("to_lora") is not None
+        self._rows = {row["tensor"]: row for row in made["matrices"]}
+        self._stored = {Matrix(base, tensor).stored_name for tensor in self._rows}
         self._edits = defaultdict[str, dict[str, str]](dict)
-        for entry in self.record["carried"]:
+        for entry in made.get("carried", ()):
             self._edits[entry["tensor"]][entry["by"]] = entry["change"]
-        plain, stored = deltas.ELEMENTS.keys() - {FP8}, self.base.stored.items()
-        self._coded = {name.rpartition(".")[0] for name, tensor in stored if tensor.dtype not in plain}
+        plain = deltas.ELEMENTS.keys() - {FP8}
+        self._coded = {name.rpartition(".")[0] for name, tensor in base.stored.items() if tensor.dtype not in plain}
 
     def _differ(self, tensor: str, expected: str, found: str) -> None:
         stored = self.files.stored.get(Matrix(self.files, tensor).stored_name)
         self.outcome.differ(self.outcome.output if stored is None else stored.path, expected, found, tensor)
 
-    def check(self, row: dict[str, Any]) -> float:
+    def matrix(self, row: dict[str, Any]) -> float:
         """Recompute the matrix of one row of the record, and return the largest error in units of what is permitted."""
         tensor, method, lam = row["tensor"], self.record["method"], self.record["lambda"]
         W0, delta = self.adapter.delta(row, self._source(tensor))
@@ -314,6 +313,53 @@ class OutputCheck:
                 raise NotRecomputed("it is a factor of a module that has no row of its name")
             self._differ(name, "the adapter's bytes" if files is self.files else "a copy of it", "none")
 
+    def finding(self, row: dict[str, Any]) -> float:
+        """Recompute one matrix of findings, and return the largest error in units of its tolerance; the first difference ends it."""
+        largest = 0.0
+        for what, shares in self._finding_errors(row):
+            worst = float(np.nan_to_num(shares, nan=np.inf).max(initial=0.0))
+            largest = max(largest, worst)
+            if worst > 1:
+                off = f"number {int(np.argmax(shares))} off by {worst:.3g} times what is permitted"
+                self.outcome.differ(self.outcome.output, f"{what} as recomputed", off, row["tensor"])
+                break
+        return largest
+
+    def _finding_errors(self, row: dict[str, Any]) -> Iterator[tuple[str, deltas.Array]]:
+        """Yield the errors of each kind of numbers in units of their tolerances."""
+        from scipy.linalg import svd
+
+        tensor, options = row["tensor"], self.record["options"]
+        W0, delta = self.adapter.delta(row, Matrix(self.base, tensor))
+        keys = "U", "S", "Vh", "singular_values", "base_singular_values", "similarity_low", "similarity_high"
+        U, S, Vh, values, base_values, low, high = (self.files.values(f"{tensor}/{key}") for key in keys)
+        ranks = self.files.raw(f"{tensor}/intruders").view("<i8")
+        vectors, of_base, _ = svd(deltas.whole(W0.shape, W0.rows), full_matrices=False, overwrite_a=True)
+        W = deltas.whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
+        triplets = deltas.leading_triplets(W, options["top_k"])
+        k, first = len(triplets.U.T), float(triplets.S[0]) or 1.0
+        loose = triplets.angle * np.minimum(triplets.gaps(range(k)), first) + deltas.ROUNDINGS * first
+        yield "singular values", np.abs(values - triplets.S[:k]) / loose
+        if len(ranks):
+            residuals = np.hypot(np.linalg.norm(W @ Vh.T - U * S, axis=0), np.linalg.norm(W.T @ U - Vh.T * S, axis=0))
+            yield "residuals of its triplets", residuals / (2 * loose[ranks])
+            skew = np.abs([U.T @ U - np.eye(len(S)), Vh @ Vh.T - np.eye(len(S))]).max((0, 1))
+            yield "orthonormal vectors", skew / 1e-4
+        # Ritz values of the certified solver may be smaller.
+        above = base_values[: len(of_base)] - of_base[: len(base_values)]
+        off = np.abs(above) if row["solver"] == "dense" else np.maximum(above, -base_values[: len(of_base)])
+        yield "singular values of the base", off / (deltas.ROUNDINGS * (float(of_base[0]) or 1.0))
+        similar = np.abs(vectors[:, row["cutoff"] * of_base[0] <= of_base].T @ triplets.U).max(axis=0, initial=0.0)
+        epsilon, exact = options["threshold_epsilon"], (row["precision"], row["solver"]) == ("float64", "dense")
+        errors, defined = triplets.errors(range(k), exact=exact), ~np.isin(range(k), row["degenerate"])
+        room = (deltas.DOUBLE_ROUNDINGS if exact else deltas.ROUNDINGS) + errors
+        outside = np.maximum(low - similar, similar - high) / room
+        yield "similarities within their intervals", np.where(defined, outside, 0.0)
+        # With too little memory for the dense solver an interval may stay open; its direction then does not count as an intruder.
+        limited, intruder = options.get("max_memory") is not None and not row["certified"], np.isin(range(k), ranks)
+        sure = defined & (np.abs(similar - epsilon) > 2 * errors) & (intruder | (not limited))
+        yield "intruders", np.where(sure & ((similar < epsilon) != intruder), np.inf, 0.0)
+
 
 def _spelling(name: str) -> str:
     """Return what a tensor's name has in common with PEFT's other spellings of it."""
@@ -329,55 +375,6 @@ def _rounding(written: Matrix, i: int, j: int, largest: deltas.Array) -> deltas.
     # The scale is rounded too, so the block's largest value may slightly exceed the largest code.
     beyond = np.where(codes < deltas.LARGEST_FP8 * (1 + 2.0**-8), np.maximum(codes - deltas.LARGEST_FP8, 0), 0)
     return np.asarray(np.maximum(deltas.half_spacing(codes, FP8) * (1 + 2.0**-20), beyond) * scales)
-
-
-def check_findings(opened: Opened, row: dict[str, Any]) -> float:
-    """Recompute one matrix of findings, and return the largest error in units of its tolerance; the first difference ends it."""
-    largest = 0.0
-    for what, shares in _finding_errors(opened, row):
-        worst = float(np.nan_to_num(shares, nan=np.inf).max(initial=0.0))
-        largest = max(largest, worst)
-        if worst > 1:
-            off = f"number {int(np.argmax(shares))} off by {worst:.3g} times what is permitted"
-            opened.outcome.differ(opened.outcome.output, f"{what} as recomputed", off, row["tensor"])
-            break
-    return largest
-
-
-def _finding_errors(opened: Opened, row: dict[str, Any]) -> Iterator[tuple[str, deltas.Array]]:
-    """Yield the errors of each kind of numbers in units of their tolerances."""
-    from scipy.linalg import svd
-
-    tensor, options = row["tensor"], opened.made["options"]
-    W0, delta = opened.adapter.delta(row, Matrix(opened.base, tensor))
-    keys = "U", "S", "Vh", "singular_values", "base_singular_values", "similarity_low", "similarity_high"
-    U, S, Vh, values, base_values, low, high = (opened.files.values(f"{tensor}/{key}") for key in keys)
-    ranks = opened.files.raw(f"{tensor}/intruders").view("<i8")
-    vectors, of_base, _ = svd(deltas.whole(W0.shape, W0.rows), full_matrices=False, overwrite_a=True)
-    W = deltas.whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
-    triplets = deltas.leading_triplets(W, options["top_k"])
-    k, first = len(triplets.U.T), float(triplets.S[0]) or 1.0
-    loose = triplets.angle * np.minimum(triplets.gaps(range(k)), first) + deltas.ROUNDINGS * first
-    yield "singular values", np.abs(values - triplets.S[:k]) / loose
-    if len(ranks):
-        residuals = np.hypot(np.linalg.norm(W @ Vh.T - U * S, axis=0), np.linalg.norm(W.T @ U - Vh.T * S, axis=0))
-        yield "residuals of its triplets", residuals / (2 * loose[ranks])
-        skew = np.abs([U.T @ U - np.eye(len(S)), Vh @ Vh.T - np.eye(len(S))]).max((0, 1))
-        yield "orthonormal vectors", skew / 1e-4
-    # Ritz values of the certified solver may be smaller.
-    above = base_values[: len(of_base)] - of_base[: len(base_values)]
-    off = np.abs(above) if row["solver"] == "dense" else np.maximum(above, -base_values[: len(of_base)])
-    yield "singular values of the base", off / (deltas.ROUNDINGS * (float(of_base[0]) or 1.0))
-    similar = np.abs(vectors[:, row["cutoff"] * of_base[0] <= of_base].T @ triplets.U).max(axis=0, initial=0.0)
-    epsilon, exact = options["threshold_epsilon"], (row["precision"], row["solver"]) == ("float64", "dense")
-    errors, defined = triplets.errors(range(k), exact=exact), ~np.isin(range(k), row["degenerate"])
-    room = (deltas.DOUBLE_ROUNDINGS if exact else deltas.ROUNDINGS) + errors
-    outside = np.maximum(low - similar, similar - high) / room
-    yield "similarities within their intervals", np.where(defined, outside, 0.0)
-    # With too little memory for the dense solver an interval may stay open; its direction then does not count as an intruder.
-    limited, intruder = options.get("max_memory") is not None and not row["certified"], np.isin(range(k), ranks)
-    sure = defined & (np.abs(similar - epsilon) > 2 * errors) & (intruder | (not limited))
-    yield "intruders", np.where(sure & ((similar < epsilon) != intruder), np.inf, 0.0)
 
 
 DIGEST = "sha256"
@@ -583,7 +580,6 @@ def _open(outcome: Outcome, made: dict[str, Any], base_files: list[Path], paths:
     names = [entry["file"] for entry in made.get("files", ())]
     own = [path / name for name in names if re.fullmatch(r"[^/]+\.safetensors", name)]
     files = AdapterFiles(path) if outcome.result["kind"] == "adapter" else TensorFiles(own or [path])
-    opened = Opened(outcome, made, TensorFiles(base_files), adapter, files)
     # ``experts.down_proj[0]`` is one of the matrices of ``experts``. Of tied modules only one has a row.
     listed = {re.sub(r"\.[^.]+\[\d+\]$", "", row["module"]) for row in made["matrices"]}
     for module, roles in adapter.modules.items():
@@ -593,10 +589,10 @@ def _open(outcome: Outcome, made: dict[str, Any], base_files: list[Path], paths:
             outcome.differ(path if is_findings else path / RECORD_NAME, row_of, "none")
     if file := None if is_findings else _find_file(made, path, given):
         formula = (deltas.read_map if "map" in made else deltas.read_fit)(file, made)
-    output = None if is_findings else OutputCheck(opened, formula)
-    check = partial(check_findings, opened) if output is None else output.check
+    check = Check(outcome, made, TensorFiles(base_files), adapter, files, formula)
+    recompute = check.finding if is_findings else check.matrix
     rows = _spread(made["matrices"], str(made.get("plan")))
-    return [(row["tensor"], partial(check, row)) for row in rows], [] if output is None else [*output.others()]
+    return [(row["tensor"], partial(recompute, row)) for row in rows], [] if is_findings else [*check.others()]
 
 
 def _spread(rows: Sequence[dict[str, Any]], seed: str) -> list[dict[str, Any]]:
