@@ -117,7 +117,7 @@ def measure_rates(base: Checkpoint, monitor: Monitor) -> Rates | None:
     return Rates(SIDE * SIDE * COLUMNS * count / product_seconds, max(1, nbytes) / (time.perf_counter() - began))
 
 
-def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device, resident: int, nbytes: int,
+def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device, resident: int,
                        rates: Rates | None) -> Forecast:  # fmt: skip
     """Forecast what `detect` needs.
 
@@ -125,13 +125,11 @@ def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.devi
     ----------
     resident
         Bytes in memory between two steps; see `resident_bytes`.
-    nbytes
-        See `findings_bytes`.
     rates
         None gives no time, as does a device other than the CPU, whose rate is unknown.
     """
     memory, escalated, products = zip(*(_detection_work(plan, t, options, resident) for t in plan.targets), strict=True)
-    base = _base_bytes(plan)
+    base, nbytes = _base_bytes(plan), findings_bytes(plan, options)
     read = _adapter_bytes(plan) + base
     seconds = None
     if rates is not None and device == CPU and None not in products:
@@ -188,7 +186,7 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None, detects:
         products = sum(_norm_cost(*work) for work in works) + added
         seconds = products / rates.products + (read + output.total_bytes) / rates.nbytes
     if detects:
-        first = forecast_detection(plan, job.detection, job.device, resident, job.findings_size, rates)
+        first = forecast_detection(plan, job.detection, job.device, resident, rates)
         memory, escalated = max(memory, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
         read += _adapter_bytes(plan) + _base_bytes(plan)
         network += _base_bytes(plan)
@@ -204,8 +202,8 @@ def forecast_commands(plan: Plan, device: torch.device, rates: Rates | None) -> 
     detection = DetectionOptions()
     job = Job(plan, Paper(), detection, device)
     resident = resident_bytes(AdapterBatch(plan.base, (plan,)))
-    size, commands = findings_bytes(plan, detection), dict[str, Forecast | UnsupportedError]()
-    commands["detect"] = forecast_detection(plan, detection, device, resident, size, rates)
+    commands = dict[str, Forecast | UnsupportedError]()
+    commands["detect"] = forecast_detection(plan, detection, device, resident, rates)
     for command, kind in (("mitigate", AdapterWriter), ("merge", ModelWriter)):
         try:
             writer: Writer = kind(job, Path("output"))

@@ -14,7 +14,7 @@ from streamer.adapters.finetuned import ByName, One, Several, each
 from streamer.api.functions import explained
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
 from streamer.api.requests import Request, chosen_method, detection_options, found_inputs, given_workers, take, watched
-from streamer.detection.detect import detect_in_memory, detect_to_files, inspect_detections, shared
+from streamer.detection.detect import detect_in_memory, detect_to_files, plan_findings, shared
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.events import Monitor, OutputState
@@ -75,14 +75,15 @@ class DetectRequest(Request, DetectOptions):
         """Check everything and forecast a run, without writing anything."""
         adapters, batch, paths, options, run = self._opened(monitor, workers, peek=True)
         assert self.file is not None
-        states, resident = inspect_detections(batch, paths, options, run), resident_bytes(batch)
-        rates = None if all(state == "done" for state, _ in states) else measure_rates(batch.base, monitor)
+        resident = resident_bytes(batch)
+        states = [writer.state for writer in plan_findings(batch, paths, options, run, resident)]
+        rates = None if {*states} == {"done"} else measure_rates(batch.base, monitor)
         forecasts, found, todo = [], [], []
-        for plan, path, (state, size) in zip(batch.plans, paths, states, strict=True):
+        for plan, path, state in zip(batch.plans, paths, states, strict=True):
             forecast = None
             if state != "done":
                 todo.append(plan)
-                forecast = forecast_detection(plan, options, run.device, resident, size, rates)
+                forecast = forecast_detection(plan, options, run.device, resident, rates)
                 forecast = on_workers(forecast, workers, resident)
             forecasts.append(forecast)
             found.append(dry_run("detect", path, state, len(plan.targets), 1, None, forecast))

@@ -396,8 +396,6 @@ class FindingsWriter:
         What the findings are made from.
     finished
         The file's findings if it exists already.
-    nbytes
-        `findings_bytes`; 0 if the file exists already.
     file
         The file, with its journal and lock.
     resumed
@@ -411,10 +409,14 @@ class FindingsWriter:
     path: Path
     head: Findings
     finished: Findings | None
-    nbytes: int
     file: ResumableFile
     resumed: bool = False
     threads: int = 0
+
+    @property
+    def state(self) -> str:
+        """Say what a run will do: ``new``, ``resume`` or ``done``."""
+        return "done" if self.finished is not None else "resume" if self.file.is_begun() else "new"
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
@@ -537,8 +539,8 @@ def detect_in_memory(batch: AdapterBatch, options: DetectionOptions, run: Run) -
     return made
 
 
-def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run, resident: int,
-                    sizes: Sequence[int] = ()) -> list[Findings]:  # fmt: skip
+def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run,
+                    resident: int) -> list[Findings]:  # fmt: skip
     """Detect, journal each matrix, and write each plan's findings file; seconds are this run's.
 
     Finished findings of exactly these plans stay unchanged, but their modification times are updated. Missing directories are created.
@@ -547,10 +549,8 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
     ----------
     resident
         Bytes in memory between two steps; see `resident_bytes`.
-    sizes
-        `findings_bytes` of each plan, if the caller has computed them.
     """
-    monitor, writers = run.monitor, plan_findings(batch, paths, options, run, resident, sizes)
+    monitor, writers = run.monitor, plan_findings(batch, paths, options, run, resident)
     todo = [writer for writer in writers if writer.finished is None]
     for writer in writers:
         if writer.finished is not None:
@@ -576,16 +576,6 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
     return made
 
 
-def inspect_detections(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions,
-                       run: Run) -> list[tuple[str, int]]:  # fmt: skip
-    """Check without writing what `detect_to_files` would do: for each plan ``new``, ``resume`` or ``done``, and `findings_bytes`."""
-    writers = plan_findings(batch, paths, options, run, resident_bytes(batch))
-    begun = {
-        writer.path: "resume" if writer.file.is_begun() else "new" for writer in writers if writer.finished is None
-    }
-    return [(begun.get(writer.path, "done"), writer.nbytes) for writer in writers]
-
-
 @contextlib.contextmanager
 def naming_inputs(plan: Plan, paths: Sequence[Path], overwrite: bool) -> Iterator[None]:
     """If an output would replace an input, raise an error that names the input, instead of one about an unknown file."""
@@ -597,12 +587,12 @@ def naming_inputs(plan: Plan, paths: Sequence[Path], overwrite: bool) -> Iterato
         raise
 
 
-def plan_findings(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run, resident: int,
-                  sizes: Sequence[int] = ()) -> list[FindingsWriter]:  # fmt: skip
+def plan_findings(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run,
+                  resident: int) -> list[FindingsWriter]:  # fmt: skip
     """Check before detection where findings go, which are finished, and whether the others fit on the disk with their journals."""
     check_budget(detection_estimates(batch.plans, options, resident), options.max_memory)
     writers, needed = list[FindingsWriter](), 0
-    for i, (plan, path) in enumerate(zip(batch.plans, paths, strict=True)):
+    for plan, path in zip(batch.plans, paths, strict=True):
         head = Findings.of(plan, options)
         made_from = head.made_from(target.tensor for target in plan.targets)
         with naming_inputs(plan, [path], run.overwrite):
@@ -611,18 +601,15 @@ def plan_findings(batch: AdapterBatch, paths: Sequence[Path], options: Detection
         start = {"plan": made_from, "version": __version__, "stamps": plan.detection_stamps(),
                  "threads": torch.get_num_threads()}  # fmt: skip
         file = ResumableFile(path, start, run.resume, run.overwrite, records=1)
-        writers.append(FindingsWriter(plan, path, head, found, 0, file))
+        writers.append(FindingsWriter(plan, path, head, found, file))
         if found is None:
             plan.refuse_overwriting([path])
-            writers[i].nbytes = sizes[i] if sizes else findings_bytes(plan, options)
-    todo = [writer for writer in writers if writer.finished is None]
-    for writer in todo:
-        # Files of an interrupted run: usable ones are reused, and the others are removed first.
-        path, journal = writer.path, journal_of(writer.path)
-        partials = partials_of(path.parent, {path.name, journal.name}) if path.parent.is_dir() else ()
-        needed += 2 * writer.nbytes - sum(map(allocated_bytes, (journal, *partials)))
-    if todo:
-        check_space(todo[0].path.parent if len(todo) > 1 else todo[0].path, needed, at_most=True)
+            # Files of an interrupted run: usable ones are reused, and the others are removed first.
+            journal = journal_of(path)
+            partials = partials_of(path.parent, {path.name, journal.name}) if path.parent.is_dir() else ()
+            needed += 2 * findings_bytes(plan, options) - sum(map(allocated_bytes, (journal, *partials)))
+    if todo := [writer.path for writer in writers if writer.finished is None]:
+        check_space(todo[0].parent if len(todo) > 1 else todo[0], needed, at_most=True)
     return writers
 
 

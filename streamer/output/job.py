@@ -173,11 +173,6 @@ class Job:
     measured: tuple[str, ...] = ()
     detect: Callable[[Target], Detection] | None = None
 
-    @cached_property
-    def findings_size(self) -> int:
-        """Compute the size of the findings that the job makes; see `findings_bytes`."""
-        return findings_bytes(self.plan, self.detection)
-
     @property
     def detects(self) -> bool:
         """Test whether the job makes its own findings."""
@@ -653,7 +648,7 @@ class Writer(ABC):
         temporary = []
         if self.job.detects:
             # Its own findings stay to the end; their journal is removed before any large file is written.
-            size = self.job.findings_size
+            size = findings_bytes(plan, self.job.detection)
             more = max(0, size - sum(size for _, size in files))
             temporary = [(OWN_FINDINGS, size), (journal_of(Path(OWN_FINDINGS)).name, more)]
         return OutputPlan(self.path, tuple(files), digest, stamps, plan.inputs, self.conflicting_names, tuple(temporary),

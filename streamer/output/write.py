@@ -139,9 +139,9 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
             for run in unjudged:
                 if not run.out.resumed:
                     discard_own_findings(run.out.path)
-            sizes, paths = zip(*((run.job.findings_size, run.out.path / OWN_FINDINGS) for run in unjudged), strict=True)
-            batch, own = batch_of([run.writer for run in unjudged]), replace(whole, overwrite=False, resume=True)
-            found = detect_to_files(batch, paths, unjudged[0].job.detection, own, resident_of(writers), sizes)
+            batch, paths = batch_of([run.writer for run in unjudged]), [run.out.path / OWN_FINDINGS for run in unjudged]
+            own, detection = replace(whole, overwrite=False, resume=True), unjudged[0].job.detection
+            found = detect_to_files(batch, paths, detection, own, resident_of(writers))
             for run, findings in zip(unjudged, found, strict=True):
                 run.job = replace(run.job, findings=findings)
         with threads(), kept(whole.workers):

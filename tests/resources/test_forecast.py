@@ -18,7 +18,7 @@ from helpers import write_adapter, write_sharded
 from seeds import vary
 
 import streamer
-from streamer.detection.detect import detection_estimates, findings_bytes
+from streamer.detection.detect import detection_estimates
 from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
 from streamer.events import Event, Monitor
@@ -40,7 +40,7 @@ def resident(plan: Plan) -> int:
 
 
 def forecast_of(plan: Plan, options: DetectionOptions, device: torch.device = CPU) -> Forecast:
-    return forecast_detection(plan, options, device, resident(plan), findings_bytes(plan, options), RATES)
+    return forecast_detection(plan, options, device, resident(plan), RATES)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_a_time_is_within_a_factor_of_five(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as m:
         m.setattr(time, "perf_counter", time.process_time)
         rates = measure_rates(plan.base, Monitor())
-    forecast = forecast_detection(plan, DetectionOptions(), CPU, 0, 0, rates)
+    forecast = forecast_detection(plan, DetectionOptions(), CPU, 0, rates)
     began = time.process_time()
     streamer.detect_intruder_dimensions(base, adapter)
     assert forecast.seconds is not None
