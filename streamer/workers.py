@@ -132,8 +132,8 @@ def held(kind: str, key: Any, make: Callable[[], Made], fits: Callable[[Made], b
         own[key] = value
         for old in list(own)[:-KEPT]:
             del own[old]
-    made: Made = value
-    return made
+        made: Made = value
+        return made
 
 
 class Carried(Generic[Found]):
@@ -152,7 +152,8 @@ class Carried(Generic[Found]):
     @property
     def value(self) -> Found:
         """Return the value, unpickled once in this process."""
-        return held("value", self.digest, lambda: pickle.loads(self._data))  # noqa: S301  # our own bytes
+        value: Found = held("value", self.digest, lambda: pickle.loads(self._data))  # noqa: S301  # our own bytes
+        return value
 
 
 class _Pickler(pickle.Pickler):
@@ -206,12 +207,11 @@ def perform(task: Task[Any]) -> TaskResult:
 
 def _unchanged(batch: AdapterBatch) -> bool:
     """Test whether the files of open inputs are the same as when they were opened."""
-    try:
+    with contextlib.suppress(StreamerError):
         for plan in batch.plans:
             plan.check_unchanged()
-    except StreamerError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _identities(batch: AdapterBatch) -> tuple[str, ...]:

@@ -22,11 +22,11 @@ Findings for one apply to the other if every matrix has the same fingerprint.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import hashlib
 import html
-import importlib
 import itertools
 import json
 import math
@@ -48,6 +48,7 @@ from streamer.detection.options import STAMP, DetectionOptions, OptionsRecord, d
 from streamer.errors import printable
 from streamer.json_types import Amount, Count, Encoding, ModuleName, OutputPath, Rank, Scale, Shape, State, TensorName
 from streamer.linalg.operators import all_finite
+from streamer.packages import require_package
 from streamer.plan.plan import Plan
 from streamer.plan.sources import AdapterSource, BaseSource, NameSource, in_short
 from streamer.plan.targets import Target
@@ -487,11 +488,10 @@ class Findings:
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, str):
             return any(key is m for m in self.matrices)
-        try:
+        with contextlib.suppress(errors.UnknownNameError):
             self.find(key)
-        except errors.UnknownNameError:
-            return False
-        return True
+            return True
+        return False
 
     def __iter__(self) -> Iterator[MatrixFinding]:
         return iter(self.matrices)
@@ -550,11 +550,7 @@ class Findings:
         """
         if by not in ("matrix", "direction"):
             raise errors.UsageError(f"by: expected 'matrix' or 'direction', found {by!r}")
-        try:
-            library = importlib.import_module("pandas")
-        except ImportError:
-            what = "to_pandas: needs pandas, which is not installed; pip install 'intruder-streamer[pandas]'"
-            raise errors.MissingPackageError(what, "pandas") from None
+        library = require_package("pandas", (0,), "to_pandas: needs pandas", "pandas")
         records = (m.record() for m in self.matrices)
         return library.DataFrame([r for m in records for r in ([_matrix_row(m)] if by == "matrix" else _direction_rows(m))])
 
@@ -662,19 +658,17 @@ def _read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) ->
 
 def _sources(file: TensorFile) -> dict[str, dict[str, str]]:
     """Read the names of the inputs from a findings file's stamp; return {} if it has none."""
-    try:
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, RecursionError):
         tree = json.loads(file.header.metadata[STAMP])
         return {what: {k: v for k, v in tree[what].items() if isinstance(v, str)} for what in ("base", "adapter")}
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        return {}
+    return {}
 
 
 def is_findings_file(path: Path) -> bool:
     """Test whether a file's header declares findings of this schema."""
-    try:
+    with contextlib.suppress(errors.InputError):
         return TensorFile(path).header.metadata.get("schema") == SCHEMA
-    except errors.InputError:
-        return False
+    return False
 
 
 SAMPLED = 32

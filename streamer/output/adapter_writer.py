@@ -335,15 +335,13 @@ class LoraWriter(OneFileWriter):
         super().__init__(job, path, shard, config.encode(), source, rank, written)
         if heads := self._layout.heads:  # factors of tied modules are stored twice
             tied = listed([repr(m) for name in heads for m in (self._layout.names[name], *heads[name])])
-            self.notes.append(
-                f"{tied} are tied, and each has the delta: PEFT's model answers correctly, but its merge_and_unload adds the delta of each "
-                "to their one weight; use the adapter unmerged, or `streamer merge`"
-            )
+            but = "but its merge_and_unload adds the delta of each to their one weight; use the adapter unmerged, or `streamer merge`"
+            self.notes.append(f"{tied} are tied, and each has the delta: PEFT's model answers correctly, {but}")
 
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
         """Estimate the peak memory for each matrix."""
         plan = self._plan
-        for target in self.written:
+        for target in self.written or ():
             whole = target.module.name in self._layout.whole
             size = self.job.mitigation_bytes(target, projected=not whole)
             if not (target.module.low_rank or whole):

@@ -42,7 +42,7 @@ PartialShard = tuple[str, int, str, list[MitigatedMatrix]]
 """A complete, durable shard: the name of its partial file, its bytes, its SHA-256 (hex), and the metrics of its matrices."""
 
 
-def write_part(batch: AdapterBatch, monitor: Monitor, described: Carried[Mapping[str, Any]], number: int, path: str,
+def write_part(batch: AdapterBatch, monitor: Monitor, described: Carried[dict[str, Any]], number: int, path: str,
                name: str) -> PartialShard:  # fmt: skip
     """Write a shard of a merged model in a worker.
 
@@ -436,8 +436,8 @@ def open_jobs(base_path: str | Path, adapters: One | Several, findings: Sequence
         Findings for each adapter, see `load_given`; None if the job detects.
     """
     if isinstance(method, RegMean) and isinstance(adapters, Several) and len(adapters.paths) > 1:
-        found = f"found {len(adapters.paths)}: {listed(adapters.by_name)}; take them one at a time, each with its own"
-        raise UsageError(f"{method.coefficients.name}: coefficients belong to one adapter, {found}")
+        several = f"found {len(adapters.paths)}: {listed(adapters.by_name)}; take them one at a time, each with its own"
+        raise UsageError(f"{method.coefficients.name}: coefficients belong to one adapter, {several}")
     batch = make_batch(base_path, adapters.paths, run.io, run.stated, run.architecture)
     fitting = []
     for plan, found in zip(batch.plans, findings, strict=True):
