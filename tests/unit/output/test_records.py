@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,21 @@ def test_iter_merged_tells_of_each_tensor(job: Job) -> None:
     assert [e.name for e in events if e.stage == "write"] == [*sizes, ""]
     assert [e.done for e in events if e.stage == "write"] == [0, *itertools.accumulate(sizes.values())]
     assert {e.total for e in events} == {sum(sizes.values())}
+
+
+def test_progress_of_several_outputs_counts_each_tensor_once_it_is_written(job: Job, tmp_path: Path) -> None:
+    base, adapter = job
+    for name in ("one", "two"):
+        shutil.copytree(adapter, tmp_path / "adapters" / name)
+    events: list[Event] = []
+    merge = streamer.merge_with_reduced_intruder_dimensions
+    merge(base, tmp_path / "adapters", tmp_path / "out", method="shrink", on_event=events.append)
+    sizes = {n: t.nbytes for f in (tmp_path / "out" / "one").glob("*.safetensors") for n, t in load_file(f).items()}
+    steps = [event for event in events if event.name in sizes]
+    pairs = [(a, b) for a, b in itertools.pairwise(steps) if a.name == b.name]
+    assert [(a.adapter, b.adapter) for a, b in pairs] == [("one", "two")] * len(sizes)
+    assert [b.done - a.done for a, b in pairs] == [sizes[a.name] for a, _ in pairs]
+    assert (events[-1].done, events[-1].items) == (events[-1].total, events[-1].of)
 
 
 def test_iter_merged_stops_when_the_adapter_changes(job: Job) -> None:
