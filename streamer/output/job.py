@@ -609,14 +609,11 @@ class Writer(ABC):
         used = self.job.method.file
         return "" if used is None else Path(used.name).name
 
-    def items_of(self, name: str) -> int:
-        """Count what progress counts of a file: a shard's tensors, or the file."""
-        return len(self.shards[name].header.tensors) if name in self.shards else 1
-
-    @property
-    def item_count(self) -> int:
-        """Count the items of all files."""
-        return sum(self.items_of(name) for name, _ in self.output.files)
+    @cached_property
+    def items(self) -> dict[str, int]:
+        """Count for each file what progress counts: a shard's tensors, or the file."""
+        tensors = {name: len(shard.header.tensors) for name, shard in self.shards.items()}
+        return {name: tensors.get(name, 1) for name, _ in self.output.files}
 
     @cached_property
     def output(self) -> OutputPlan:

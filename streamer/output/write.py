@@ -123,8 +123,8 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
     with transaction.open_outputs([writer.output for writer in todo], whole.overwrite, whole.resume) as outs:
-        total, of = sum(w.output.total_bytes for w in todo), sum(w.item_count for w in todo)
-        progress = Progress(monitor, "write", total, of)
+        of = sum(sum(w.items.values()) for w in todo)
+        progress = Progress(monitor, "write", sum(w.output.total_bytes for w in todo), of)
         names = [w.job.plan.adapter.path.absolute().name if len(todo) > 1 else "" for w in todo]
         runs = [_Run(*parts, progress, monitor) for parts in zip(todo, outs, names, strict=True)]
         for line in dict.fromkeys(line for run in runs for line in (*run.writer.notes, *run.writer.advice)):
@@ -132,7 +132,7 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
         for run in runs:
             run.look()
         if resumed := [run for run in runs if run.out.resumed]:
-            monitor.resuming(progress.items, sum(run.writer.item_count for run in resumed), "tensor")
+            monitor.resuming(progress.items, sum(sum(run.writer.items.values()) for run in resumed), "tensor")
         # Deltas remain to be mitigated, but their findings are missing.
         if unjudged := [run for run in runs if run.job.detects and any(map(run.is_missing, run.writer.shards))]:
             # Into the output directories: resumable like everything else.
@@ -199,7 +199,7 @@ class _Run:
         self.writer, self.job, self.out, self.monitor = writer, writer.job, out, monitor
         self._progress, self._adapter, self._finished = progress, adapter, set[str]()
         self._sizes = dict(self.writer.output.files)
-        self._last = self.writer.output.files[-1][0]
+        self._last = [*self._sizes][-1]
 
     def look(self) -> None:
         """Find the files that an interrupted run has finished."""
@@ -217,7 +217,7 @@ class _Run:
 
     def _finish(self, name: str) -> None:
         self._finished.add(name)
-        self._progress.add(self._sizes[name], self.writer.items_of(name))
+        self._progress.add(self._sizes[name], self.writer.items[name])
 
     def write_small(self, files: Mapping[str, Path | bytes]) -> None:
         """Write files other than shards, as copies or with the given contents."""
