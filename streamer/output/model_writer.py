@@ -102,22 +102,25 @@ class Rows(Recipe):
 
     weight: Weight
 
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+        """Yield the rows."""
+        for i, j, raw, values, out, piece in _rows(self.weight):
+            self.fill(i, j, raw, values, out)
+            yield piece
+
+    @abstractmethod
+    def fill(self, i: int, j: int, raw: Tensor, values: Tensor, out: Tensor) -> None:
+        """Make rows i to j, given as stored and in the computing dtype, in the written dtype."""
+
 
 class Cast(Rows):
     """Rounds a weight's values once to the written dtype: the adapter's own values, or decoded ones. They must be finite."""
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
-        """Yield the rows in the written dtype."""
-        for _, _, raw, values, out, piece in _rows(self.weight):
-            self.cast(raw, values, out)
-            yield piece
-
-    def cast(self, raw: Tensor, values: Tensor, out: Tensor) -> None:
-        """Round rows, given as stored and in the computing dtype."""
+    def fill(self, i: int, j: int, raw: Tensor, values: Tensor, out: Tensor) -> None:
+        """Round rows."""
         if not all_finite(raw):
-            raise NumericError(
-                f"{self.weight.where}: the values for {self.weight.name!r} hold NaN or Inf; check the file"
-            )
+            what = f"the values for {self.weight.name!r} hold NaN or Inf"
+            raise NumericError(f"{self.weight.where}: {what}; check the file")
         encode(values, _encoding(self.weight), raw, self.weight.name, out)
 
 
@@ -217,12 +220,10 @@ class AddBias(Rows):
     shift: Weight
     scaling: float
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
-        """Yield the rows of the sum."""
-        for i, j, raw, values, out, piece in _rows(self.weight):
-            values.add_(self.shift.rows(i, j).to(values.dtype), alpha=self.scaling)
-            encode(values, _encoding(self.weight), raw, self.weight.name, out)
-            yield piece
+    def fill(self, i: int, j: int, raw: Tensor, values: Tensor, out: Tensor) -> None:
+        """Add rows."""
+        values.add_(self.shift.rows(i, j).to(values.dtype), alpha=self.scaling)
+        encode(values, _encoding(self.weight), raw, self.weight.name, out)
 
 
 @dataclass(frozen=True)
@@ -232,19 +233,16 @@ class ReplaceRows(Cast):
     tokens: Weight
     indices: tuple[int, ...]
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
-        """Yield the rows, with the trained ones rounded once."""
-        trained = {row: at for at, row in enumerate(self.indices)}
-        for i, j, raw, values, out, piece in _rows(self.weight):
-            if self.weight.quantized:
-                self.cast(raw, values, out)
-            else:
-                out.copy_(raw)
-            for row in (r for r in self.indices if i <= r < j):
-                at = trained[row]
+    def fill(self, i: int, j: int, raw: Tensor, values: Tensor, out: Tensor) -> None:
+        """Make rows, with the trained ones rounded once."""
+        if self.weight.quantized:
+            super().fill(i, j, raw, values, out)
+        else:
+            out.copy_(raw)
+        for at, row in enumerate(self.indices):
+            if i <= row < j:
                 new = self.tokens.rows(at, at + 1).to(values.dtype)
                 out[row - i] = encode(new, _encoding(self.weight), torch.zeros_like(new), self.tokens.name)[0]
-            yield piece
 
 
 def rows_bytes(weight: Weight) -> int:
