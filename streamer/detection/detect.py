@@ -359,7 +359,7 @@ def detect_on_workers(batch: AdapterBatch, groups: Groups, options: DetectionOpt
     """Detect as `detect_in_turn` does, but on workers: a task is matrices in the base's file order with one number of threads."""
     assert run.workers is not None
     inputs = Inputs.of(batch, run)
-    detect = partial(detect_groups, options=options, device=str(run.device), resident=resident)
+    task = partial(detect_groups, options=options, device=str(run.device), resident=resident)
     tasks, firsts = dict[int, Task[list[tuple[int, MatrixFinding]]]](), list[tuple[int, Target]]()
     enough = min(TASK_COST, sum(total_cost(group, options) for group in groups) // (4 * run.workers.at_once))
     for count in sorted(set(counts)):
@@ -370,7 +370,7 @@ def detect_on_workers(batch: AdapterBatch, groups: Groups, options: DetectionOpt
                 done += total_cost(mine, options)
             if own and (done >= enough or len(own) == TASK_MATRICES or group is groups[-1]):
                 names = [[(i, target.tensor) for i, target in mine] for mine in own]
-                tasks[len(tasks)] = Task(inputs, count, names[0][0][1], partial(detect, groups=names, count=count))
+                tasks[len(tasks)] = Task(inputs, count, names[0][0][1], partial(task, groups=names, count=count))
                 firsts.append(own[0][0])
                 own, done = [], 0
     with contextlib.closing(run.workers.run(tasks, run.monitor, lambda number: begin(*firsts[number]))) as results:

@@ -686,8 +686,7 @@ def ride(batch: AdapterBatch, monitor: Monitor, job: Carried[dict[str, Any]], la
     with _computing, full_float32():
         plan, at = batch.plans[0], (job.digest, layer)
         variants = VariantSet(plan, **job.value)
-        kind = plan.base.path, plan.adapter.path, variants.rounds_products, variants.device
-        model = held("model", kind, lambda: SweepModel(variants), lambda model: model.job.plan is plan)
+        model = held("model", (id(plan), variants.rounds_products, variants.device), lambda: SweepModel(variants))
         if at != model.at:
             model.use(variants)
             model.at = at
