@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -300,8 +299,6 @@ class MergedModel:
         Metadata of each file.
     texts
         Small files with new contents: configs that the merge would make wrong.
-    index
-        The base's index, or None for a single file.
     head
         Consequences of a head that the adapter saves.
     """
@@ -309,7 +306,6 @@ class MergedModel:
     files: Mapping[str, tuple[OutputTensor, ...]]
     metadata: Mapping[str, Mapping[str, str]]
     texts: Mapping[str, bytes]
-    index: Mapping[str, Any] | None
     head: Head
 
     @property
@@ -352,7 +348,7 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
     if dequantize:
         metadata = {name: plain_metadata(values, weights) for name, values in metadata.items()}
     written = {name: tuple(outputs) for name, outputs in files.items() if outputs}
-    return MergedModel(written, metadata, _texts(plan, head, dequantize), plan.base.index, head)
+    return MergedModel(written, metadata, _texts(plan, head, dequantize), head)
 
 
 def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, dequantize: bool) -> OutputTensor | None:
@@ -496,10 +492,10 @@ class ModelWriter(Writer):
         plan, base = job.plan, job.plan.base
         shards = model.shards(job.stamp("merge"))
         finals = {}
-        if model.index is not None:
-            stated, where = model.index["weight_map"], {o.name: name for name, made in files.items() for o in made}
+        if base.index is not None:
+            stated, where = base.index["weight_map"], {o.name: name for name, made in files.items() for o in made}
             # Keep the base's order; new names come last.
-            index = {**model.index, "weight_map": {t: where[t] for t in stated if t in where} | where}
+            index = {**base.index, "weight_map": {t: where[t] for t in stated if t in where} | where}
             finals[INDEX_NAME] = index_bytes(index, sum(shard.header.data_bytes for shard in shards.values()))
         apart = {CONFIG_NAME, WEIGHTS_NAME, *model.texts, *shards}
         # An adapter inside the base's directory is not part of the merged model; a fine-tuned model used as the adapter describes it.
