@@ -314,9 +314,8 @@ class Workers:
         check_budget((replace(e, nbytes=own + n * (-(-e.nbytes >> 20) << 20)) for e in needs), max_memory)
         return (max_memory - own) // n >> 20 << 20
 
-    def run(
-        self, tasks: Mapping[Key, Task[Found]], monitor: Monitor, begin: Callable[[Key], None], at_once: int = AT_ONCE
-    ) -> Generator[tuple[Key, Found], None, None]:
+    def run(self, tasks: Mapping[Key, Task[Found]], monitor: Monitor, begin: Callable[[Key], None],
+            at_once: int = AT_ONCE) -> Generator[tuple[Key, Found], None, None]:  # fmt: skip
         """Give out tasks in order; yield each task's key and result as results arrive.
 
         A task whose worker died is run again, once.

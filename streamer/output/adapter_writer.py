@@ -591,9 +591,8 @@ def refusal(job: Job) -> str:
     built = _built_on_loading(job.plan)
     for target in job.plan.targets:
         if (name := target.module.name) in built and not _is_unchanged(job.plan, target):
-            return (
-                f"changes {name!r}, which loading turns into {built[name]!r}: PEFT has no LoRA for it under this name"
-            )
+            what = f"changes {name!r}, which loading turns into {built[name]!r}"
+            return f"{what}: PEFT has no LoRA for it under this name"
         one_channel = isinstance(target.module, MethodModule) and target.module.shape[1] == math.prod(target.kernel) > 1
         if one_channel and not adapter.describes_model:
             return f"changes {name!r}, a convolution with one channel per group; PEFT's LoRA needs their number, which no file states"

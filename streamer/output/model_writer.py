@@ -38,18 +38,8 @@ from streamer.storage.atomic_file import BufferRing, Piece, ShardPlan, component
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, component_files
 from streamer.storage.header import TensorInfo
 from streamer.storage.transaction import RECORD_NAME
-from streamer.weights.base import (
-    DECODED_BYTES,
-    SPELLINGS,
-    Encoding,
-    Plain,
-    StoredTensor,
-    Weight,
-    as_bytes,
-    as_tensor,
-    encode,
-    in_memory,
-)
+from streamer.weights import base as encodings
+from streamer.weights.base import Plain, StoredTensor, Weight, as_bytes, as_tensor, encode
 from streamer.weights.logical import STALE, WeightView, is_activation_scale, plain_metadata, plain_weights
 from streamer.weights.model_config import MODEL_CONFIG
 from streamer.weights.quantization.codes import FP8
@@ -248,11 +238,11 @@ def rows_bytes(weight: Weight) -> int:
     """Estimate the memory to make a weight a few rows at a time: rows read or decoded, added, and rounded into alternating buffers."""
     m, n = weight.matrix
     row = max(1, n * weight.compute.itemsize)
-    block = max(row, min(m * row, max(BLOCK_BYTES, DECODED_BYTES)))
+    block = max(row, min(m * row, max(BLOCK_BYTES, encodings.DECODED_BYTES)))
     return (3 + (DECODED if weight.quantized else 1)) * block + weight.load_bytes
 
 
-def _encoding(weight: Weight) -> Encoding:
+def _encoding(weight: Weight) -> encodings.Encoding:
     assert weight.encoding is not None, f"{weight.name} is not written back"
     return weight.encoding
 
@@ -362,9 +352,8 @@ def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, d
         if role != "weight":
             return None
         weight = weights[logical]
-        assert weight.encoding is not None
         recipe = _merged(plan, weight) if logical in plan.by_weight else _unmerged(plan, weight)
-        return OutputTensor(logical, SPELLINGS[weight.encoding.dtype], weight.shape, recipe)
+        return OutputTensor(logical, encodings.SPELLINGS[_encoding(weight).dtype], weight.shape, recipe)
     if logical not in plan.by_weight or role not in ("weight", "quant_scale"):
         return OutputTensor(name, stored.info.dtype, stored.info.shape, CopyBytes(stored))
     return OutputTensor(name, stored.info.dtype, stored.info.shape, _merged(plan, weights[logical], role))
@@ -404,18 +393,14 @@ def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
     refused += [name for name in plan.edits.rows if name in quantized]
     architectures = architectures_for(plan.config)
     if dequantize and quantized and any(a.conv1d for a in architectures):
-        stores = (
-            f"{base}: a quantized {plan.config.model_type} stores its layers as (out, in) and a plain one as (in, out)"
-        )
-        raise UnsupportedError(f"{stores}, which is not supported; {instead}")
+        what = f"a quantized {plan.config.model_type} stores its layers as (out, in) and a plain one as (in, out)"
+        raise UnsupportedError(f"{base}: {what}, which is not supported; {instead}")
     outer = [plan.weights[name] for name in sorted(quantized) if dequantize and "*" not in pattern_of(name)]
-    sizes: set[object] = {
-        plan.config.vocab_size,
-        *((a.input_embedding or "").rpartition(".")[2] for a in architectures),
-    }
+    embeddings = {(a.input_embedding or "").rpartition(".")[2] for a in architectures}
+    sizes: set[object] = {*embeddings, plan.config.vocab_size}
     if turned := [w.name for w in outer if isinstance(w, GPTQ) and {w.name.split(".")[-2], w.shape[1]} & sizes]:
-        stored = f"{base}: {turned[0]!r} is an embedding in GPTQ, whose values are stored transposed"
-        raise UnsupportedError(f"{stored}, which is not supported; {instead}")
+        what = f"{turned[0]!r} is an embedding in GPTQ, whose values are stored transposed"
+        raise UnsupportedError(f"{base}: {what}, which is not supported; {instead}")
     if refused and not dequantize:
         what = f"{len(refused)} of the weights to merge into are quantized, {refused[0]!r} first ({plan.weights[refused[0]].label})"
         do = f"and merged weights do not fit their codes; --dequantize writes a plain model, or {instead}"
@@ -438,9 +423,7 @@ def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | N
         recipe = _unmerged(plan, weights[name])
     else:
         return OutputTensor(name, source.info.dtype, source.info.shape, CopyBytes(source))
-    encoding = weights[name].encoding
-    assert encoding is not None
-    return OutputTensor(name, SPELLINGS[encoding.dtype], source.info.shape, recipe)
+    return OutputTensor(name, encodings.SPELLINGS[_encoding(weights[name]).dtype], source.info.shape, recipe)
 
 
 def _unmerged(plan: Plan, weight: Weight) -> Recipe:
@@ -597,6 +580,6 @@ def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[s
             job.plan.check_unchanged()
             with threads():
                 data = gather(output.recipe.pieces(job.mitigated), info.nbytes)
-            yield info.name, as_tensor(data, *in_memory(info))
+            yield info.name, as_tensor(data, *encodings.in_memory(info))
             progress.add(info.nbytes)
     progress.end()

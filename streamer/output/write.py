@@ -507,10 +507,9 @@ def check_counts(plan: Plan, coefficients: FactorSet) -> None:
     shapes = {tensor: tuple(factor.shape) for tensor, factor in coefficients.matrices.items()}
     wrong = [tensor for tensor in {**ranks, **shapes} if tensor not in ranks or ranks[tensor] != shapes.get(tensor, ())]
     if wrong:
-        which = (
-            f"{len(wrong)} of the adapter's matrices, {wrong[0]!r} first; fit them to this adapter with `streamer fit`"
-        )
-        raise MismatchError(f"{coefficients.name}: coefficients do not fit {which}")
+        which = f"{len(wrong)} of the adapter's matrices, {wrong[0]!r} first"
+        do = "fit them to this adapter with `streamer fit`"
+        raise MismatchError(f"{coefficients.name}: coefficients do not fit {which}; {do}")
 
 
 def check_map(plan: Plan, inputs: InputMap) -> list[str]:
