@@ -577,10 +577,10 @@ class Writer(ABC):
     card: Card | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        plan = self.job.plan
+        plan, cards = self.job.plan, (path for name, path in self.copies if name == CARD_NAME)
+        self._original_card = b"".join(path.read_bytes() for path in cards)
         if self.job.card:
-            original = self._original_card()
-            self.card = Card(original, self.pipeline, plan.adapter.describes_model, plan.config.pipeline)
+            self.card = Card(self._original_card, self.pipeline, plan.adapter.describes_model, plan.config.pipeline)
             self.copies = [c for c in self.copies if c[0] != CARD_NAME]
 
     def record(self, matrices: list[MitigatedMatrix], nbytes: int = 0) -> Record:
@@ -635,7 +635,7 @@ class Writer(ABC):
         digest = plan.digest(
             command=self.command, files=[*copies, *texts, *finals], data=data,
             named=hashlib.sha256(named.encode()).hexdigest(), modules=modules,
-            original_card=hashlib.sha256(self._original_card()).hexdigest(), **self.job.decisions(), **converted,
+            original_card=hashlib.sha256(self._original_card).hexdigest(), **self.job.decisions(), **converted,
         )  # fmt: skip
         # A run resumed under other names of its inputs, through links, would otherwise write both names.
         stamps = {**plan.stamps(), " and ".join([*(source["name"] for source in plan.sources), self._file]): ()}
@@ -650,12 +650,6 @@ class Writer(ABC):
             temporary = [(OWN_FINDINGS, size), (journal_of(Path(OWN_FINDINGS)).name, more)]
         return OutputPlan(self.path, tuple(files), digest, stamps, plan.inputs, self.conflicting_names, tuple(temporary),
                           frozenset({CARD_NAME}), instead, self.job.bits, __version__, beside)  # fmt: skip
-
-    def _original_card(self) -> bytes:
-        """Return the input's card that the output's is made from, or that is copied; empty if there is none."""
-        if self.card is not None:
-            return self.card.original
-        return b"".join(path.read_bytes() for name, path in self.copies if name == CARD_NAME)
 
     @abstractmethod
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
