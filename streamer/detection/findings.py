@@ -406,7 +406,17 @@ class Findings:
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
     def file_plan(self, name: str, matrices: Sequence[Mapping[str, Any]], arrays: Sequence[Entry]) -> ShardPlan:
-        """Lay out a file from the figures and arrays of each matrix, which gives the same bytes directly or through a journal."""
+        """Lay out a file, which gets the same bytes whether it is written directly or through a journal.
+
+        Parameters
+        ----------
+        name
+            The file's name.
+        matrices
+            The figures of each matrix.
+        arrays
+            The entries of all arrays.
+        """
         tree = {"base": self.base, "adapter": self.adapter, "options": self.options.as_dict(), "matrices": matrices}
         metadata = {"schema": SCHEMA, "findings": json.dumps(tree), DIGEST: NO_DIGEST}
         if self.sources:

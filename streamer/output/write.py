@@ -432,8 +432,9 @@ def open_jobs(base_path: str | Path, adapters: One | Several, findings: Sequence
         Findings for each adapter, see `load_given`; None if the job detects.
     """
     if isinstance(method, RegMean) and isinstance(adapters, Several) and len(adapters.paths) > 1:
-        several = f"found {len(adapters.paths)}: {listed(adapters.by_name)}; take them one at a time, each with its own"
-        raise UsageError(f"{method.coefficients.name}: coefficients belong to one adapter, {several}")
+        name, several = method.coefficients.name, f"{len(adapters.paths)}: {listed(adapters.by_name)}"
+        do = "take them one at a time, each with its own"
+        raise UsageError(f"{name}: coefficients belong to one adapter, found {several}; {do}")
     batch = make_batch(base_path, adapters.paths, run.io, run.stated, run.architecture)
     fitting = []
     for plan, found in zip(batch.plans, findings, strict=True):
@@ -490,8 +491,8 @@ def check_coefficients(plan: Plan, coefficients: FactorSet) -> None:
             why = f"do not say which {what} they were fitted to; fit them to this one"
             raise MismatchError(f"{name}: coefficients {why}")
         if facts[what] != here:
-            other = f"of another {what} ({difference(facts[what], here)})"
-            raise MismatchError(f"{name}: coefficients {other}; fit them to this one with `streamer fit`")
+            other, do = difference(facts[what], here), "fit them to this one with `streamer fit`"
+            raise MismatchError(f"{name}: coefficients of another {what} ({other}); {do}")
     check_counts(plan, coefficients)
 
 
