@@ -12,9 +12,9 @@ from architectures import ATTENTION
 from causal_models import make_adapter, make_base
 from command_line import process_mib, run_cli
 from evaluations import COLUMNS
+from faults import stopping_at
 from forks import Server
 from learned import evaluate, make_learned
-from stops import stopping_at
 from test_schemas import check
 
 import streamer

@@ -13,8 +13,6 @@ from command_line import ENV
 from forks import server
 from test_schemas import check, faults
 
-from streamer.events import Event, Monitor
-
 # JSON of failures, and events ---------------------------------------------------------------------------------------
 
 
@@ -112,14 +110,6 @@ def test_what_python_warns_of_is_an_event() -> None:
     first, *rest = done.stderr.splitlines()
     assert json.loads(first)["message"] == "odd"
     assert "UserWarning: even" in rest[0]
-
-
-def test_a_run_gives_each_warning_once() -> None:
-    events: list[Event] = []
-    monitor = Monitor(events.append)
-    for warnings_of_a_plan in (("odd", "even"), ("odd",)):
-        monitor.warn(warnings_of_a_plan)
-    assert [event.name for event in events] == ["odd", "even"]
 
 
 def test_a_log_shows_life() -> None:

@@ -89,14 +89,6 @@ def test_the_object(server: Server, home: Path, tmp_path: Path) -> None:
 FIGURES = ("kept", "kept_se", "forgetting", "forgetting_se", "divergence", "divergence_se")
 
 
-def test_the_figures_are_those_of_an_evaluation(server: Server, home: Path, tmp_path: Path) -> None:
-    output = tmp_path / "c.safetensors"
-    (one,) = check(run(server, home, output, "--json"), "streamer.fit/1")["sets"]
-    found = streamer.evaluate_variants(home / "base", home / "adapter", **held_apart(home, tmp_path), methods=["regmean"],
-                                       keep=1.0, coefficients=output, on_event=lambda event: None)["regmean 0.9"]  # fmt: skip
-    assert {figure: found[figure] for figure in FIGURES} == pytest.approx({f: one[f] for f in FIGURES}, rel=1e-3)
-
-
 def test_an_adapter_that_saves_a_module_is_not_the_base_without_its_deltas(tmp_path: Path) -> None:
     events: list[Event] = []
     home = make_learned(tmp_path, 24, 32, modules_to_save=["norm"])

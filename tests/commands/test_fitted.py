@@ -1,7 +1,6 @@
 """Outputs by the factors of a fit: what stands in them, what is there already, and what is refused before anything is written."""
 
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import helpers
 import pytest
 import torch
 from commands import refuse
-from forks import KILL, server
+from forks import server
 from safetensors.torch import load_file
 from test_schemas import check
 from verified import edit_tensor
@@ -56,25 +55,6 @@ def test_an_output_says_how_it_was_made(inputs: tuple[Path, Path, Path], tmp_pat
     assert again["coefficients"]["keep"] == 0.95
     text = server().run(*line[:-1], "0.95").out
     assert "method regmean, to keep 95% of the learning: 9 of 9 matrices mitigated" in text
-
-
-@pytest.mark.parametrize("command", ["mitigate", "merge"])
-def test_a_killed_run_goes_on_with_the_same_coefficients_alone(
-    inputs: tuple[Path, Path, Path], tmp_path: Path, command: str
-) -> None:
-    base, adapter, file = inputs
-    line = (command, base, adapter, "--coefficients", file, "--keep")
-    calls = server().run(*line, "0.9", "-o", tmp_path / "whole").calls
-    out = tmp_path / "out"
-    killed = server().run(*line, "0.9", "-o", out, at=len(calls) * 2 // 3, code=KILL)
-    assert killed.code == -signal.SIGKILL
-    left = helpers.tree_digest(out)
-    other = server().run(*line, "0.95", "-o", out)
-    assert other.code == 4
-    assert "an interrupted run with other inputs or options" in other.err
-    assert helpers.tree_digest(out) == left
-    assert server().run(*line, "0.9", "-o", out).code == 0
-    assert helpers.tree_digest(out) == helpers.tree_digest(tmp_path / "whole")
 
 
 def test_a_model_in_files_in_memory_and_of_the_fitted_adapter_is_one(

@@ -14,21 +14,6 @@ from forks import server
 from helpers import tree_digest
 from safetensors.torch import load_file, save_file
 
-from streamer.units import format_sizes
-
-
-def test_a_module_that_the_base_lacks(job: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = job
-
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [n for n in tensors if "layers.2.mlp.up_proj" in n]:
-            tensors[name.replace("layers.2", "layers.3")] = tensors.pop(name)
-
-    edit_adapter(adapter, change)
-    refuse_everywhere(base, adapter, tmp_path, 3, str(adapter), "1 of 9 modules do not fit", str(base),
-                      "'model.layers.3.mlp.up_proj' has no tensor in the base",
-                      "is this the base that the adapter was trained on?")  # fmt: skip
-
 
 def test_every_problem_is_told_at_once(job: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = job
@@ -47,29 +32,6 @@ def test_every_problem_is_told_at_once(job: tuple[Path, Path], tmp_path: Path) -
                       "; and 20 more; is this")  # fmt: skip
 
 
-@pytest.mark.parametrize("cut", [1, 100, "half", "header"])
-def test_a_truncated_shard(job: tuple[Path, Path], tmp_path: Path, cut: int | str) -> None:
-    base, adapter = job
-    shard = base / "model-00002-of-00003.safetensors"
-    size = shard.stat().st_size
-    kept = {"half": size // 2, "header": 30}.get(str(cut), size - int(cut) if isinstance(cut, int) else 0)
-    os.truncate(shard, kept)
-    refuse_everywhere(base, adapter, tmp_path, 3, str(shard), "truncated", "get it again", format_sizes(size, kept)[1])
-
-
-def test_a_truncated_adapter(job: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = job
-    file = adapter / "adapter_model.safetensors"
-    os.truncate(file, file.stat().st_size - 1)
-    refuse_everywhere(base, adapter, tmp_path, 3, str(file), "the file is truncated; get it again")
-
-
-def test_a_pickled_adapter(job: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = job
-    os.rename(adapter / "adapter_model.safetensors", adapter / "adapter_model.bin")
-    refuse_everywhere(base, adapter, tmp_path, 3, "adapter_model.bin, a pickle", "save_pretrained")
-
-
 def test_inputs_that_are_not_there_or_exchanged(job: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = job
     refuse_everywhere(
@@ -82,30 +44,6 @@ def test_inputs_that_are_not_there_or_exchanged(job: tuple[Path, Path], tmp_path
     refuse_everywhere(adapter, adapter, tmp_path, 3, "is an adapter, not a base model; the order is BASE ADAPTER")
     (adapter / "adapter_model.safetensors").unlink()
     refuse_everywhere(base, adapter, tmp_path, 3, "expected adapter_model.safetensors, found none; finish the download")
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"r": 4, "r": 4}', "\ufeff{}", '{"r": NaN}', "[" * 100_000])
-def test_a_config_that_is_no_json(job: tuple[Path, Path], tmp_path: Path, text: str) -> None:
-    base, adapter = job
-    (adapter / "adapter_config.json").write_text(text)
-    refuse_everywhere(base, adapter, tmp_path, 3, f"{adapter / 'adapter_config.json'}: ")
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
-def test_a_quantized_base(tmp_path: Path, dtype: torch.dtype) -> None:
-    base, adapter = helpers.three_shards(tmp_path)
-    shard = base / "model-00002-of-00003.safetensors"
-    tensors = load_file(shard)
-    name = "model.layers.1.mlp.up_proj.weight"
-    tensors[name] = (
-        torch.zeros(tensors[name].numel() // 2, 1, dtype=torch.uint8)
-        if dtype == torch.uint8
-        else tensors[name].to(dtype)
-    )
-    save_file(tensors, shard)
-    code = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}[dtype]
-    refuse_everywhere(base, adapter, tmp_path, 3, f"{shard}: tensor {name!r}: dtype {code} is not one of BF16, F16, F32, F64",
-                      "no tensor says how to decode it; use the 16-bit model")  # fmt: skip
 
 
 @pytest.mark.long

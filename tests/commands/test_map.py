@@ -1,22 +1,20 @@
 """`streamer map` from outside: its lines, its JSON, its forecast, what uses its file, and a line for each thing that is wrong."""
 
 import json
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import process_mib
-from forks import KILL, Outcome, Server
+from fitted import random_map
+from forks import Outcome, Server
 from learned import make_learned
-from mapped import random_map
-from stops import stopping_at
 from test_schemas import check
 
 import streamer
-from streamer.errors import InputChangedError, Interrupted
-from streamer.events import Event, Monitor
+from streamer.errors import InputChangedError
+from streamer.events import Event
 
 
 @pytest.fixture(scope="module")
@@ -109,36 +107,6 @@ def test_the_help_offers_nothing_of_adapters(server: Server) -> None:
         for option in ("--base-is-residual", "--lora-b-layout", "--ignore-key"):
             assert (option in offered) == (command == "fit")
         assert "--architecture" in offered
-
-
-def test_killed_anywhere_it_is_made_again_to_the_same_bytes(server: Server, home: Path, tmp_path: Path) -> None:
-    whole = tmp_path / "whole.safetensors"
-    calls = len(run(server, home, whole).calls)
-    for number, at in enumerate((calls // 3, calls // 2, 2 * calls // 3, calls - 2)):
-        output = tmp_path / f"{number}" / "m.safetensors"
-        line = ("map", home / "base", "--general", home / "general.npy", "-o", output)
-        assert server.run(*line, at=at, code=KILL).code == -signal.SIGKILL
-        assert run(server, home, output).code == 0
-        assert output.read_bytes() == whole.read_bytes()
-        assert [path.name for path in output.parent.iterdir()] == [output.name]
-
-
-def test_stopped_anywhere_it_leaves_nothing_that_stands_in_the_way(home: Path, tmp_path: Path) -> None:
-    events: list[Event] = []
-    options = {"general": home / "general.npy"}
-    whole = streamer.map_inputs(home / "base", tmp_path / "w.safetensors", on_event=events.append, **options)
-    steps = sum(event.stage == "map" for event in events)
-    assert steps == 4  # the embeddings, two layers, the end
-    progress = [event for event in events if event.stage == "map"]
-    assert progress[-1].done == progress[-1].total > 0
-    for number in (1, steps // 2, steps - 1):
-        with pytest.raises(Interrupted):
-            streamer.map_inputs(
-                home / "base", tmp_path / "m.safetensors", monitor=stopping_at(number, "map"), **options
-            )
-        assert not (tmp_path / "m.safetensors").exists()
-    again = streamer.map_inputs(home / "base", tmp_path / "m.safetensors", monitor=Monitor(), **options)
-    assert again.digest == whole.digest == streamer.map_inputs(home / "base", **options).digest
 
 
 def test_a_base_that_changes_meanwhile_is_told(home: Path, tmp_path: Path) -> None:

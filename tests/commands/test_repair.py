@@ -3,7 +3,6 @@
 import html
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from causal_models import make_adapter
 from forks import Server
 from learned import held_apart, make_learned
 from safetensors.torch import load_file
-from seeds import vary
 from test_schemas import check
 
 import streamer
@@ -156,24 +154,25 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
         assert (done.code, "is not needed for an output of method 'shrink'" in done.err) == (2, True)
 
 
+def choose(
+    fitted: Path, shrink: dict[str, Any], *, forgotten: bool = True, texts: dict[str, Any] | None = None, **trade: Any
+) -> tuple[str, str, dict[str, Any]]:
+    """Choose by the figures of the first set, some of them changed."""
+    found = streamer.load_coefficients(fitted)
+    first: Any = found.facts["sets"][0]
+    one = {**first, "trade": {**first["trade"], **trade}, "shrink": {**first["shrink"], "lambda": 0.5, **shrink}}
+    facts: Any = {**found.facts, "forgotten": forgotten, "sets": [one], **({"texts": texts} if texts else {})}
+    return api_texts._choice(streamer.Coefficients(found.sets[:1], facts))
+
+
 @pytest.mark.parametrize(("verdict", "forgotten", "chosen", "method"), [
     ("better", True, "repair", "regmean"), ("not told apart", True, "shrink", "shrink"), ("worse", True, "shrink", "shrink"),
     ("better", False, "adapter", "shrink"), ("the adapter", True, "adapter", "shrink"),
 ])  # fmt: skip
 def test_the_choice(fitted: Path, verdict: str, forgotten: bool, chosen: str, method: str) -> None:
     """The adapter is the shrink by 1, with which a repair that keeps more is compared."""
-    found = streamer.load_coefficients(fitted)
-    one: Any = {
-        **found.facts["sets"][0],
-        "trade": {**found.facts["sets"][0]["trade"], "worth_it": True},
-        "shrink": {
-            **found.facts["sets"][0]["shrink"],
-            "verdict": verdict,
-            "lambda": 1.0 if verdict == "the adapter" else 0.5,
-        },
-    }
-    facts = {**found.facts, "forgotten": forgotten, "sets": [one]}
-    what, why, made = api_texts._choice(streamer.Coefficients(found.sets[:1], facts))
+    whole = {"lambda": 1.0} if verdict == "the adapter" else {}
+    what, why, made = choose(fitted, {"verdict": verdict, **whole}, forgotten=forgotten, worth_it=True)
     assert (what, made.get("method", "regmean")) == (chosen, method)
     assert (made.get("mitigation_lambda") == 1) == (chosen == "adapter")
     assert why
@@ -206,43 +205,6 @@ def test_what_is_refused_in_a_line(server: Server, home: Path, fitted: Path) -> 
 def adapted(home: Path, path: Path, **options: Any) -> Path:
     """Another kind of adapter on the base."""
     return make_adapter(transformers.LlamaForCausalLM, home / "base", path, **options)
-
-
-@pytest.mark.parametrize(("kind", "options"), [
-    ("embeddings alone", {"targets": ["embed_tokens"]}),
-    ("saved modules", {"targets": ["q_proj", "down_proj"], "lora_alpha": 64, "modules_to_save": ["lm_head"]}),
-    ("rsLoRA, ranks", {"targets": ["q_proj", "v_proj"], "use_rslora": True, "rank_pattern": {"v_proj": 1}}),
-    ("head and embedding", {"targets": ["lm_head", "embed_tokens", "down_proj"], "lora_alpha": 4}),
-])  # fmt: skip
-def test_kinds_of_adapters(server: Server, home: Path, tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
-    """The fit runs, PEFT loads what is written, and independent code recomputes it."""
-    adapter = adapted(home, tmp_path / "adapter", **options)
-    ids = torch.from_numpy(np.random.default_rng(vary(5)).integers(3, 64, (1500, 8)))
-    model = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(home / "base"), adapter)
-
-    def losses() -> torch.Tensor:
-        with torch.no_grad():
-            logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
-        return (
-            torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none").view(len(ids), -1).mean(1)
-        )
-
-    after = losses()
-    with warnings.catch_warnings(), model.disable_adapter():
-        gain = losses() - after
-    order = gain.argsort()
-    np.save(tmp_path / "general.npy", ids[order[:32]].numpy())
-    np.save(tmp_path / "task.npy", ids[order[-32:]].numpy())
-    fit = tmp_path / "f.safetensors"
-    line = [
-        "--general", tmp_path / "general.npy", "--task", tmp_path / "task.npy", "-o", fit, "-q",
-    ]  # fmt: skip
-    assert (done := server.run("fit", home / "base", adapter, *line)).code == 0, (kind, done.err)
-    out = tmp_path / "out"
-    assert server.run("mitigate", home / "base", adapter, "-o", out, "--coefficients", fit, "-q").code == 0
-    done = server.run("verify", out, home / "base", adapter, "--sample", "all", "--coefficients", fit)
-    assert (done.code, "not compared: nothing" in done.out) == (0, True)
-    peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(home / "base"), out)
 
 
 def test_what_cannot_be_written_is_refused_before_the_fit(server: Server, home: Path, tmp_path: Path) -> None:
@@ -325,21 +287,10 @@ def figures(row: Any) -> list[float]:
 
 def test_a_trade_that_is_not_worth_it_is_not_made(fitted: Path) -> None:
     """What the set gives up of the task is many times what it regains; or what the shrink gives up, which regains a little more."""
-    found = streamer.load_coefficients(fitted)
-    first: Any = found.facts["sets"][0]
-    trade = {
-        **first["trade"], "regained": 0.0007, "regained_se": 0.0001, "given_up": 0.017, "given_up_se": 0.002, "worth_it": False,
-    }  # fmt: skip
+    trade = {"regained": 0.0007, "regained_se": 0.0001, "given_up": 0.017, "given_up_se": 0.002, "worth_it": False}
     for kl, chosen in ((-0.01, "adapter"), (0.002, "adapter"), (0.5, "shrink")):
-        shrink = {
-            **first["shrink"],
-            "verdict": "worse" if kl > 0 else "better",
-            "kl": kl,
-            "kl_se": 0.001,
-            "lambda": 0.5,
-        }
-        facts = {**found.facts, "forgotten": True, "sets": [{**first, "trade": trade, "shrink": shrink}]}
-        what, why, made = api_texts._choice(streamer.Coefficients(found.sets[:1], facts))
+        shrink = {"verdict": "worse" if kl > 0 else "better", "kl": kl, "kl_se": 0.001}
+        what, why, made = choose(fitted, shrink, **trade)
         assert what == chosen
         assert (made.get("mitigation_lambda") == 1) == (chosen == "adapter")
         if chosen == "adapter":
@@ -351,25 +302,11 @@ def test_a_trade_that_is_not_worth_it_is_not_made(fitted: Path) -> None:
 
 def test_few_sequences_take_more_errors_to_tell(fitted: Path) -> None:
     """The shrink regains three errors more than it must: enough of many sequences, not of four, of which it takes 3.2."""
-    found = streamer.load_coefficients(fitted)
-    first: Any = found.facts["sets"][0]
-    trade = {
-        **first["trade"],
-        "regained": 0.0,
-        "regained_se": 0.0,
-        "given_up": 0.0,
-        "given_up_se": 0.0,
-        "worth_it": False,
-    }
-    one = {
-        **first,
-        "trade": trade,
-        "shrink": {**first["shrink"], "verdict": "worse", "kl": 0.03, "kl_se": 0.01, "lambda": 0.5},
-    }
+    nothing = dict.fromkeys(("regained", "regained_se", "given_up", "given_up_se"), 0.0)
     for sequences, chosen in ((64, "shrink"), (4, "adapter")):
-        texts = {name: {"held": {"sequences": count}} for name, count in (("general", 64), ("task", sequences))}
-        facts = {**found.facts, "forgotten": True, "sets": [one], "texts": texts}
-        assert api_texts._choice(streamer.Coefficients(found.sets[:1], facts))[0] == chosen
+        held = {name: {"held": {"sequences": count}} for name, count in (("general", 64), ("task", sequences))}
+        shrink = {"verdict": "worse", "kl": 0.03, "kl_se": 0.01}
+        assert choose(fitted, shrink, texts=held, **nothing, worth_it=False)[0] == chosen
 
 
 def test_the_command_that_follows_measures_what_was_written(home: Path, tmp_path: Path) -> None:

@@ -144,12 +144,6 @@ def test_the_library_refuses_what_the_command_refuses(
             call()
 
 
-def test_amplify_insists(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    lam: dict[str, Any] = {"method": "shrink", "mitigation_lambda": 2, "amplify": True}
-    totals = streamer.reduce_intruder_dimension(*inputs, tmp_path / "out", **lam)["totals"]
-    assert totals["delta_norm_after"] == pytest.approx(2 * totals["delta_norm"], rel=1e-6)
-
-
 @pytest.mark.parametrize(("output", "words"), [
     ("-", "-: expected a path, found the sign for stdout"),
     ("s3://bucket/name.safetensors", "is an address, and outputs are written to disks"),

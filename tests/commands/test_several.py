@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import re
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from arguments import subparsers
 from forks import server
 from helpers import intruding_factors, power_law, tree_digest, write_adapter, write_sharded
 from safetensors.torch import load_file, save_file
@@ -219,17 +217,6 @@ def test_inspect_takes_one(several: Several) -> None:
     line = run("inspect", several.base, several.adapters, code=3)
     assert f"{several.adapters}: expected adapter_config.json" in line
     assert "name one of the adapters in it: 'dora', 'lora', 'saved'" in line
-
-
-def test_the_help_says_which_commands_take_several() -> None:
-    helps = {command: " ".join(run(command, "--help").split()) for command in subparsers()}
-    assert [c for c, text in helps.items() if "several, or a directory of them" in text] == [
-        "detect",
-        "mitigate",
-        "merge",
-    ]
-    one = [c for c, text in helps.items() if re.search(r"; only one|\bone merged model", text)]
-    assert one == ["inspect", "verify", "evaluate", "fit", "repair"]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import stopping_at
 from learned import make_learned
-from stops import stopping_at
 from transformers import AutoConfig
 
 import streamer

@@ -66,41 +66,6 @@ def test_started_over_after_a_kill(bench: Bench, command: str, tmp_path: Path) -
     case.check_finishes(tmp_path / "again", "--no-resume")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_start_over_killed_at_its_first_calls(bench: Bench, command: str, tmp_path: Path) -> None:
-    case = bench.case(command)
-    for n in (1, 3, 4, 6):  # about where the old journal goes and the new one begins
-        out = tmp_path / str(n)
-        assert case.run(out, at=len(case.calls) // 2, code=KILL).code == -signal.SIGKILL
-        assert case.run(out, "--no-resume", at=n, code=KILL).code == -signal.SIGKILL
-        case.check_whole_files(out)
-        case.check_finishes(out, "--no-resume")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("command", COMMANDS)
-def test_overwriting_killed_at_its_first_calls(bench: Bench, command: str, tmp_path: Path) -> None:
-    """The old output is no longer taken for a finished one, or it is still whole; the same command makes the new one."""
-    case = bench.case(command)
-    old = {"detect": ("--epsilon", "0.4"), "merge": ("--lambda", "0.25"), "mitigate": ("--lambda", "0.25")}[
-        case.argv[0]
-    ]
-    assert case.run(tmp_path / "old", *old).code == 0
-    before = tree_digest(tmp_path / "old")
-    assert before != case.whole
-    shutil.copytree(tmp_path / "old", tmp_path / "whole")
-    calls = case.run(tmp_path / "whole", "--overwrite").calls
-    for n in (*range(1, 9), len(calls) - 2, len(calls) - 1, len(calls)):
-        out = tmp_path / str(n)
-        shutil.copytree(tmp_path / "old", out)
-        assert case.run(out, "--overwrite", at=n, code=KILL).code == -signal.SIGKILL
-        now = tree_digest(out)
-        if case.committed(out) and "streamer.json" in now and case.argv[0] != "detect":
-            assert now.items() >= before.items() or now["streamer.json"] == case.whole["streamer.json"]
-        case.check_finishes(out, "--overwrite")
-
-
 def test_unneeded_findings_of_a_killed_run_go(bench: Bench, tmp_path: Path) -> None:
     """A merge killed while it detects, then replaced by one that needs no detection: nothing of the first is left."""
     case = bench.case("merge")
@@ -230,27 +195,6 @@ def test_no_room_for_findings_is_known_before_anything_is_written(bench: Bench, 
 
 
 # Signals ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("command", COMMANDS)
-def test_stopped_at_a_safe_point(bench: Bench, command: str, signum: signal.Signals, tmp_path: Path) -> None:
-    case = bench.case(command)
-    ask = f"os.kill(os.getpid(), {int(signum)}); time.sleep(0.1)"
-    last = 12 if command == "detect" else len(case.calls) // 2  # when all is detected, there is no point in stopping
-    for n in (2, last // 2, last):
-        out = tmp_path / str(n)
-        stopped = case.run(out, at=n, code=ask)
-        assert stopped.code == 128 + signum
-        first, second = stopped.err.splitlines()
-        assert f"signal {int(signum)}: stopping at the next safe point" in first
-        assert second == f"streamer: stopped by signal {int(signum)}; the same command resumes"
-        assert partials(out) == []
-        assert [p for p in out.rglob(".*") if p.name.endswith("journal")]
-        assert not [p for p in out.rglob(".*") if p.name.endswith("lock")]
-        case.check_whole_files(out)
-        case.check_finishes(out)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from faults import stopping_at
 from forks import KILL, TORN, Server
 from learned import make_learned
 from safetensors.numpy import load_file, save_file
-from stops import stopping_at
 
 import streamer
 from streamer.errors import (
@@ -127,12 +127,6 @@ def kill_everywhere(job: Job, server: Server, home: Path, old: bytes | None, *op
         assert server.run(*job.line(output), *options).code == 0
         assert output.read_bytes() == whole
         assert [p.name for p in home.iterdir() if str(at) in p.name] == [output.name]
-
-
-@pytest.mark.long
-def test_killed_while_it_writes(job: Job, server: Server, tmp_path: Path) -> None:
-    kill_everywhere(job, server, tmp_path, None)
-    assert (tmp_path / "a").read_bytes() == job.whole
 
 
 @evaluations

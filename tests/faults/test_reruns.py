@@ -162,53 +162,6 @@ def test_files_from_before_a_killed_overwrite_go_as_well(
     assert tree_digest(out) == tree_digest(tmp_path / "fresh")
 
 
-@pytest.fixture(scope="module")
-def shrunk(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and an adapter."""
-    home = tmp_path_factory.mktemp("shrunk")
-    for command in ("merge", "mitigate"):
-        ok(command, *inputs, "-o", home / command, "--method", "shrink")
-    return home
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("back", range(0, 36, 3))
-def test_killed_while_it_replaces_the_old_output(
-    inputs: tuple[Path, Path], shrunk: Path, tmp_path: Path, back: int
-) -> None:
-    """A model by an adapter: until nothing but renames is left, the model is whole."""
-    out = shutil.copytree(shrunk / "merge", tmp_path / "out")
-    line = ("mitigate", *inputs, "-o", out, "--overwrite", "--method", "shrink")
-    calls = server().run(*line[:-4], shutil.copytree(out, tmp_path / "copy"), *line[-3:]).calls
-    assert server().run(*line, at=len(calls) - back, code=KILL).code == -signal.SIGKILL
-    found, model = tree_digest(out), tree_digest(shrunk / "merge")
-    whole = found.items() >= model.items()
-    assert whole or "model.safetensors.index.json" not in found
-    assert whole or "write" not in calls[len(calls) - back - 1 :]
-    ok(*line)
-    assert tree_digest(out) == tree_digest(shrunk / "mitigate")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("command", ["mitigate", "merge"])
-def test_killed_anywhere_the_card_and_the_stamp_are_the_same_bytes(
-    single: tuple[Path, Path], command: str, tmp_path: Path
-) -> None:
-    """Of a base of one file the card is written while the file, the commit point, has all its bytes and not yet its name."""
-    line = (command, *single, "--top-k", 2)
-    whole = server().run(*line, "-o", tmp_path / "whole")
-    expected = tree_digest(tmp_path / "whole")
-    assert "README.md" in expected
-    for n in range(3, len(whole.calls), 2):
-        out = tmp_path / str(n)
-        assert server().run(*line, "-o", out, at=n, code=KILL).code == -signal.SIGKILL
-        if command == "merge" and (out / "model.safetensors").exists():
-            assert (out / "README.md").exists()
-        done = server().run(*line, "-o", out)
-        assert done.code == 0, done.err
-        assert tree_digest(out) == expected, n
-
-
 def test_a_full_disk_leaves_no_journal(job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "some" / "f.safetensors"
     monkeypatch.setattr(os, "pwrite", failing(errno.ENOSPC))
@@ -255,20 +208,6 @@ def test_a_killed_save_leaves_the_old_file(job: tuple[Path, Path], tmp_path: Pat
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Several:
     return Several(tmp_path_factory.mktemp("several"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("way", WAYS)
-def test_a_run_killed_anywhere_is_finished_by_the_same_command(several: Several, way: str, tmp_path: Path) -> None:
-    expected = tree_digest(several.alone(way))
-    calls = len(server().run(*several.line(way, tmp_path / "whole")).calls)
-    for n in range(3, calls, calls // 7):
-        out = tmp_path / str(n)
-        assert server().run(*several.line(way, out), at=n, code=KILL).code == -signal.SIGKILL
-        standing = {k: v for k, v in tree_digest(out).items() if not Path(k).name.startswith(".")}
-        assert standing.items() <= expected.items()
-        run(*several.line(way, out))
-        assert tree_digest(out) == expected
 
 
 def test_shards_that_one_output_has_already_are_kept(several: Several, tmp_path: Path) -> None:

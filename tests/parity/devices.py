@@ -11,11 +11,10 @@ import torch
 import transformers
 from architectures import LINEAR, TEXT, config
 from causal_models import CAUSAL, make_adapter
-from evaluated import nothing, sequences, token_ids
+from evaluated import make_sweep, nothing, sequences, token_ids
 from pairs import make_pair
 from pretended import DEVICE, TRAFFIC, MixedDevices
 from seeds import vary
-from swept import make_sweep
 
 import streamer
 from streamer.api.requests import Request

@@ -1,13 +1,9 @@
 """Kinds of adapters against PEFT: each is made, trained for a few steps, saved and merged by PEFT, and compared route by route.
 
-Run as a program it prints the table: `python tests/parity/kinds_cases.py [KIND …]`. `test_kinds.py` holds the same figures to bounds.
-
 The oracle of a merge is PEFT's own `merge_and_unload` in float64, on the values of the stored base: the exact sum, which is rounded once
-to the base's dtype. Columns: the largest difference to it relative to the tensor's largest value; the same to PEFT's merge in the base's
-own dtype, which in bf16 rounds the delta and then the sum; the share of values that differ from the exact sum rounded once; the logits of
-the merged directory as transformers loads it against those of PEFT's model with its adapter; the singular values of `detect` against
-float64 SVDs of the effective matrices, whose decisions must agree; merges at λ = 0.5 by each method against its formula in float64;
-and our merge at λ = 0.5 against PEFT's merge of our mitigated adapter, and of its conversion to LoRA.
+to the base's dtype. PEFT's merge in the base's own dtype rounds the delta and then the sum. `detect` is compared with float64 SVDs of the
+effective matrices, and so are merges at λ = 0.5 by each method; our merge at λ = 0.5 with PEFT's merge of our mitigated adapter, and of
+its conversion to LoRA.
 """
 
 from __future__ import annotations
@@ -15,19 +11,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-
 import peft
 import torch
-from kinds import DTYPES, KINDS, VOCAB, Kind, gpt2
+from kinds import KINDS, VOCAB, Kind, gpt2
 from safetensors.torch import load_file, save_file
 from seeds import vary
 from torch import Tensor, nn
@@ -141,9 +133,6 @@ def inputs(model: nn.Module) -> tuple[Tensor, ...]:
     return (torch.randn(inner.example, dtype=next(inner.parameters()).dtype),)  # type: ignore[attr-defined]
 
 
-# Figures --------------------------------------------------------------------------------------------------------------
-
-
 def stored(directory: Path) -> dict[str, Tensor]:
     return load_file(directory / "model.safetensors")
 
@@ -164,57 +153,30 @@ def by_disk(state: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[st
     return {n: t for n, t in out.items() if t is not None and t.is_floating_point()}
 
 
-@dataclass
-class Figures:
-    """Largest relative differences of one kind and dtype; None where the route refuses the kind."""
-
-    merge: float = 0.0
-    merge_in_dtype: float = 0.0
-    off_by_one: float = 0.0
-    outputs: float | None = None
-    sigma: float = 0.0
-    decisions: int = 0
-    half: float = 0.0
-    mitigate: float | None = None
-    to_lora: float | None = None
-
-
-def compare_merge(made: Made, out: Path, figures: Figures) -> None:
+def compare_merge(made: Made, out: Path) -> None:
     """`merge --lambda 1` against PEFT's merge in float64, rounded once, and in the base's own dtype."""
     streamer.merge_with_reduced_intruder_dimensions(
         made.base, made.adapter, out, mitigation_lambda=1.0, **made.kind.options
     )
     ours = stored(out)
     exact, theirs = by_disk(made.merged(), ours), by_disk(made.merged(dtype=made.dtype), ours)
-    base = stored(made.base)
+    base, eps = stored(made.base), torch.finfo(made.dtype).eps
     assert ours.keys() >= base.keys()
     for name in base.keys() - exact.keys():  # of a part of the model that PEFT did not load
         assert torch.equal(ours[name].view(torch.uint8), base[name].view(torch.uint8)), name
     for name, expected in exact.items():
         assert not (name in base and ours[name].dtype != base[name].dtype), name
-        figures.merge = max(figures.merge, relative(ours[name], expected))
-        figures.merge_in_dtype = max(figures.merge_in_dtype, relative(ours[name], theirs[name]))
-        rounded = expected.to(ours[name].dtype)
-        figures.off_by_one = max(figures.off_by_one, float((ours[name] != rounded).float().mean()))
-        eps, tiny = torch.finfo(ours[name].dtype).eps, torch.finfo(torch.float32).eps
-        bound = eps / 2 * 1.01 * expected.abs() + 16 * tiny * expected.abs().max()
+        # Value by value it is held to half a unit, and float32 sums.
+        assert relative(ours[name], expected) <= (eps if made.dtype == torch.bfloat16 else 4 * eps), name
+        assert relative(ours[name], theirs[name]) <= 4 * eps, name
+        if made.dtype == torch.bfloat16:  # float32 sums that fall on the other side of a tie
+            assert float((ours[name] != expected.to(ours[name].dtype)).float().mean()) < 2e-3, name
+        unit, tiny = torch.finfo(ours[name].dtype).eps, torch.finfo(torch.float32).eps
+        bound = unit / 2 * 1.01 * expected.abs() + 16 * tiny * expected.abs().max()
         assert bool(((ours[name].double() - expected).abs() <= bound).all()), name
-    compare_outputs(made, out, figures)
 
 
-def compare_outputs(made: Made, out: Path, figures: Figures) -> None:
-    """The merged directory, loaded by transformers, computes what PEFT's model with its adapter computes."""
-    wrapped = made.peft(made.adapter, torch.float32)
-    if not isinstance(wrapped.base_model.model, PreTrainedModel) or made.dtype != torch.float32:
-        return
-    load = made.kind.load or (lambda path, dtype: type(wrapped.base_model.model).from_pretrained(path, dtype=dtype))
-    loaded = load(out, torch.float32).eval()
-    tokens = torch.randint(1, VOCAB, (3, 9))
-    with torch.no_grad():
-        figures.outputs = relative(values(loaded(tokens)), values(wrapped(tokens)))
-
-
-def compare_detection(made: Made, figures: Figures) -> streamer.Findings:
+def compare_detection(made: Made) -> streamer.Findings:
     """`detect` against dense float64 SVDs of the base's matrices and of PEFT's merged ones."""
     findings = streamer.detect_intruder_dimensions(made.base, made.adapter, **made.kind.options)
     base = {**by_disk(made.load(torch.float64).state_dict(), {m.tensor: torch.empty(0) for m in findings})}
@@ -227,9 +189,8 @@ def compare_detection(made: Made, figures: Figures) -> streamer.Findings:
         U0 = torch.linalg.svd(W0, full_matrices=False).U
         U, S, _ = torch.linalg.svd(W, full_matrices=False)
         k = len(m.detection.singular_values)
-        figures.sigma = max(
-            figures.sigma, relative(torch.tensor(m.detection.singular_values, dtype=torch.float64), S[:k])
-        )
+        sigma = torch.tensor(m.detection.singular_values, dtype=torch.float64)
+        assert relative(sigma, S[:k]) < 2e-6, m.tensor
         similarity = (U0.T @ U[:, :k]).abs().amax(0)
         for j, s in enumerate(similarity.tolist()):
             assert m.detection.similarity_low[j] - 1e-3 <= s <= m.detection.similarity_high[j] + 1e-3, (m.tensor, j, s)
@@ -238,11 +199,10 @@ def compare_detection(made: Made, figures: Figures) -> streamer.Findings:
             assert settled or made.kind.residual or abs(s - 0.5) <= 0.02, (m.tensor, j, s)
             if settled and abs(s - 0.5) > 1e-3:
                 assert (j in m.detection.intruders) == (s < 0.5), (m.tensor, j, s)
-        figures.decisions += len(m.detection.intruders)
     return findings
 
 
-def compare_methods(made: Made, findings: streamer.Findings, figures: Figures) -> None:
+def compare_methods(made: Made, findings: streamer.Findings) -> None:
     """Merges at λ = 0.5 by each method against its formula in float64, on PEFT's matrices."""
     by_tensor = {m.tensor: m for m in findings}
     base = by_disk(made.load(torch.float64).state_dict(), {m.tensor: torch.empty(0) for m in findings})
@@ -263,7 +223,8 @@ def compare_methods(made: Made, findings: streamer.Findings, figures: Figures) -
                 "project": W - 0.5 * U @ (U.T @ (W - W0)),
                 "shrink": W0 + 0.5 * (W - W0),
             }[method]
-            figures.half = max(figures.half, relative(found, expected))
+            # singular vectors in float32, and their gaps
+            assert relative(found, expected) <= max(torch.finfo(made.dtype).eps, 2e-5), (method, name)
 
 
 def transposed(made: Made, tensor: str) -> bool:
@@ -280,7 +241,7 @@ def unstamped(path: Path) -> tuple[dict, bytes]:
     return header, raw[start:]
 
 
-def compare_mitigation(made: Made, findings: streamer.Findings, directory: Path, figures: Figures) -> None:
+def compare_mitigation(made: Made, findings: streamer.Findings, directory: Path) -> None:
     """λ = 1 keeps every byte; at λ = 0.5 PEFT's merge of the mitigated adapter is our merge (``project``, which truncates nothing)."""
     streamer.reduce_intruder_dimension(
         made.base, made.adapter, directory / "same", mitigation_lambda=1.0, **made.kind.options
@@ -293,46 +254,32 @@ def compare_mitigation(made: Made, findings: streamer.Findings, directory: Path,
     streamer.reduce_intruder_dimension(made.base, made.adapter, directory / "half", **options)
     streamer.merge_with_reduced_intruder_dimensions(made.base, made.adapter, directory / "merged-half", **options)
     ours = stored(directory / "merged-half")
-    figures.mitigate = max(relative(ours[n], t) for n, t in by_disk(made.merged(directory / "half"), ours).items())
+    for name, tensor in by_disk(made.merged(directory / "half"), ours).items():  # the factors were rounded as well
+        assert relative(ours[name], tensor) <= 4 * torch.finfo(made.dtype).eps, name
     for name, tensor in streamer.iter_merged(made.base, made.adapter, **options):
         assert torch.equal(tensor, ours[name]), name
 
 
-def compare_conversion(made: Made, findings: streamer.Findings, directory: Path, figures: Figures) -> None:
+def compare_conversion(made: Made, findings: streamer.Findings, directory: Path) -> None:
     """The mitigated delta as a LoRA adapter, of a rank that leaves nothing out: PEFT's merge of it is our merge (``paper``, λ = 0.5)."""
     options = {"findings": findings, "mitigation_lambda": 0.5, **made.kind.options}
     record = streamer.reduce_intruder_dimension(made.base, made.adapter, directory / "lora", to_lora=48, **options)
     assert record["totals"]["dropped_max"] < 1e-5
     ours = dict(streamer.iter_merged(made.base, made.adapter, **options))
     theirs = by_disk(made.merged(directory / "lora"), ours)
-    figures.to_lora = max(relative(ours[n], t) for n, t in theirs.items())
+    for name, tensor in theirs.items():
+        assert relative(ours[name], tensor) <= max(4 * torch.finfo(made.dtype).eps, 2e-5), name
 
 
-def measure(name: str, dtype: torch.dtype, directory: Path) -> Figures:
+def compare(name: str, dtype: torch.dtype, directory: Path) -> None:
     """Make a kind and compare every route."""
     made = make(name, dtype, directory)
-    figures = Figures()
     with quiet():
-        compare_merge(made, directory / "merged", figures)
-        findings = compare_detection(made, figures)
-        compare_methods(made, findings, figures)
+        compare_merge(made, directory / "merged")
+        findings = compare_detection(made)
+        assert findings.intruders > 0 or not (made.kind.mitigate or "DoRA" in name)
+        compare_methods(made, findings)
         if made.kind.mitigate:
-            compare_mitigation(made, findings, directory, figures)
+            compare_mitigation(made, findings, directory)
         if made.kind.plain:
-            compare_conversion(made, findings, directory, figures)
-    return figures
-
-
-def main(chosen: list[str]) -> None:
-    head = ["merge", "to PEFT's", "rounded", "logits", "detect", "intruders", "methods", "mitigate", "to LoRA"]
-    print(f"{'kind':26} base  " + " ".join(f"{h:>9}" for h in head))
-    for name in chosen or KINDS:
-        for label, dtype in DTYPES.items():
-            with tempfile.TemporaryDirectory() as directory:
-                f = measure(name, dtype, Path(directory))
-            shown = ["-" if c is None else str(c) if isinstance(c, int) else f"{c:.1e}" for c in vars(f).values()]
-            print(f"{name:26} {label:5} " + " ".join(f"{c:>9}" for c in shown), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+            compare_conversion(made, findings, directory)

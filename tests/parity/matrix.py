@@ -68,8 +68,7 @@ def run_class(name: str, number: int, task: str, full: bool, seed: int) -> list[
 
 def run_case(case: Any, task: str, seed: int, home: str | None = None) -> dict[str, Any]:
     import zoo
-    from matrix_cases import tags
-    from matrix_oracle import Result, judge
+    from matrix_cases import Result, judge, tags
 
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:

@@ -207,7 +207,7 @@ def test_tensors_that_the_class_does_not_load_are_not_announced(
     saved = ["embed_tokens", "lm_head", "head", "input_layernorm", "layers.2.input_layernorm", "layers.2.embed_tokens"]
     made = with_dropped_layer(saved, tmp_path, monkeypatch)
     assert make_plan(made.base, made.adapter).announced == ()
-    kinds_cases.compare_merge(made, tmp_path / "merged", kinds_cases.Figures())
+    kinds_cases.compare_merge(made, tmp_path / "merged")
     without(made.adapter, lambda n: "embed_tokens" in n)
     refuse_everywhere(made.base, made.adapter, tmp_path, 3,
                       "'model.embed_tokens.weight' of 'embed_tokens' in modules_to_save; save")  # fmt: skip

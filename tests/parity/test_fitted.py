@@ -11,8 +11,8 @@ import numpy as np
 import peft
 import pytest
 import torch
+from fitted import answer, energy_form, random_map
 from kinds import llama_config
-from mapped import answer, energy_form, random_map
 from safetensors.torch import load_file
 from seeds import vary
 from transformers import AutoModelForCausalLM, LlamaForCausalLM

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import kinds_cases
 import pytest
-import torch
-from kinds import APART
+from kinds import APART, DTYPES
 from verified import lines
 
 # In bf16 by default what differs there: whose rounding it is, and what else is rounded than a sum.
@@ -25,7 +24,7 @@ CASES = [
         marks=[] if kind in (IN_BF16 if dtype == "bf16" else kinds_cases.KINDS.keys() - SLOW) else [pytest.mark.slow],
     )
     for kind in kinds_cases.KINDS
-    for dtype in kinds_cases.DTYPES
+    for dtype in DTYPES
     if (kind, dtype) not in APART
 ]
 
@@ -33,21 +32,7 @@ CASES = [
 @pytest.mark.long
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_a_kind(kind: str, dtype: str, tmp_path: Path) -> None:
-    figures = kinds_cases.measure(kind, kinds_cases.DTYPES[dtype], tmp_path)
-    eps = torch.finfo(kinds_cases.DTYPES[dtype]).eps
-    # Value by value it is held to half a unit, and float32 sums.
-    assert figures.merge <= (eps if dtype == "bf16" else 4 * eps)
-    assert figures.merge_in_dtype <= 4 * eps
-    assert figures.sigma < 2e-6
-    if kinds_cases.KINDS[kind].mitigate or "DoRA" in kind:
-        assert figures.decisions > 0
-    assert figures.half <= max(eps, 2e-5)  # singular vectors in float32, and their gaps
-    if dtype == "bf16":
-        assert figures.off_by_one < 2e-3  # float32 sums that fall on the other side of a tie
-    if figures.mitigate is not None:
-        assert figures.mitigate <= 4 * eps  # the factors were rounded as well
-    if figures.to_lora is not None:
-        assert figures.to_lora <= max(4 * eps, 2e-5)
+    kinds_cases.compare(kind, DTYPES[dtype], tmp_path)
     for name in ("merged", "merged-half", "same", "half", "lora"):
         if (tmp_path / name).exists():
             found = lines(tmp_path / name, tmp_path / "base", tmp_path / "adapter", sample="all")

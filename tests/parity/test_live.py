@@ -12,11 +12,10 @@ import kinds_cases
 import peft
 import pytest
 import torch
-from fitted import random_coefficients
+from fitted import random_coefficients, random_map
 from kinds import llama_config
 from kinds_cases import Made, quiet, relative
 from live import adapter_state, assert_equal, assert_same_findings, load_state, loaded, of_peft
-from mapped import random_map
 from pairs import mitigate
 from peft.tuners.lora import intruders as theirs
 from seeds import vary

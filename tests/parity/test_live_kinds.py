@@ -7,7 +7,7 @@ from pathlib import Path
 import kinds_cases
 import pytest
 import torch
-from kinds import APART
+from kinds import APART, DTYPES
 from kinds_cases import quiet, relative
 from live import adapter_state, assert_equal, assert_same_findings, load_state, loaded, of_peft
 from pairs import mitigate
@@ -32,7 +32,7 @@ CASES = [
         id=f"{kind}-{dtype}",
     )
     for kind in kinds_cases.KINDS
-    for dtype in kinds_cases.DTYPES
+    for dtype in DTYPES
     if (kind, dtype) not in APART
 ]
 
@@ -52,7 +52,7 @@ UNMERGEABLE = {"OFT, conv2d"}
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_a_kind(name: str, dtype: str, tmp_path: Path) -> None:
-    made = kinds_cases.make(name, kinds_cases.DTYPES[dtype], tmp_path)
+    made = kinds_cases.make(name, DTYPES[dtype], tmp_path)
     options = made.kind.options
     model = loaded(made)
     with quiet():

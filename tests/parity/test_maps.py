@@ -12,7 +12,7 @@ import quantized
 import torch
 import zoo
 from causal_models import ADAPTERS, CAUSAL, make_base
-from mapped import energy_form
+from fitted import energy_form
 from pairs import make_pair
 from quantized_cases import decoded_base
 from seeds import vary

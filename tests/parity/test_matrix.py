@@ -13,10 +13,26 @@ from typing import Any
 import matrix
 import pytest
 import zoo
-from matrix_cases import KINDS, LAYOUTS, PARTS, TAGS, Case, case_of, cases_of, every_case_of, tags
-from matrix_decisions import adapted, decisions
-from matrix_inputs import Made, made_by, make
-from matrix_oracle import RIGHT, compare, judge, merged_state
+from matrix_cases import (
+    KINDS,
+    LAYOUTS,
+    PARTS,
+    RIGHT,
+    TAGS,
+    Case,
+    Made,
+    adapted,
+    case_of,
+    cases_of,
+    compare,
+    decisions,
+    every_case_of,
+    judge,
+    made_by,
+    make,
+    merged_state,
+    tags,
+)
 from safetensors.torch import load_file, save_file
 
 import streamer

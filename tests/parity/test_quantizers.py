@@ -14,7 +14,6 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
-from four_bits import four_bits
 from quantized import FLOATS, as_modelopt, awq_words, floats_config, small_floats, stream
 from quantized_layers import TORCHAO, flattened, hqq_layer, torchao_weight
 from quantized_values import CPU, FP8_CONFIG, assert_decodes, base_of, fp8, scales
@@ -415,3 +414,14 @@ def test_products_with_rows_as_they_are_stored(tmp_path: Path) -> None:
     blocks = RowBlocks(weight.matrix, weight.at_hand().rows, torch.empty(0))
     assert torch.equal(blocks.dense(), weight.whole(CPU))
     assert torch.equal(blocks.T.dense(), weight.whole(CPU).T)
+
+
+def four_bits(shape, kind: str, nested: bool, blocksize: int, dtype: torch.dtype, storage: torch.dtype):
+    """Codes, state, and the tensors that stand on disk."""
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(vary(0))).to(dtype)
+    codes, state = bnb.quantize_4bit(
+        W, quant_type=kind, compress_statistics=nested, blocksize=blocksize, quant_storage=storage
+    )
+    tensors = {"w.weight": codes, **{f"w.weight.{k}": v for k, v in state.as_dict(packed=True).items()}}
+    assert ("w.weight.nested_absmax" in tensors) == nested
+    return codes, state, tensors

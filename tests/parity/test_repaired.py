@@ -15,13 +15,12 @@ import pytest
 import torch
 from architectures import LINEAR
 from causal_models import ADAPTERS, CAUSAL
-from evaluated import token_ids
+from evaluated import delta_of, fitted, token_ids
 from pairs import make_pair
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding as EmbeddingLayer
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
-from swept import delta_of, fitted
 
 import streamer
 from streamer.fitting.result import unchanged

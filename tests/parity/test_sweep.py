@@ -20,12 +20,11 @@ import pytest
 import torch
 from architectures import LINEAR
 from causal_models import ADAPTERS, CAUSAL, make_adapter, make_base
-from evaluated import loaded, nothing, sequences, token_ids
+from evaluated import WEIGHTS, Sweep, fitted, halves, loaded, make_sweep, merged, nothing, sequences, token_ids
 from pairs import make_pair
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
-from swept import WEIGHTS, Sweep, fitted, halves, make_sweep, merged
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers.models.llama.modeling_llama import LlamaMLP

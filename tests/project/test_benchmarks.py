@@ -15,17 +15,11 @@ import pytest
 import repair_pretrained
 import torch
 import train_small
-from bench_model import forecasts
 from command_line import ENV
-from evaluations import evaluation
-from helpers import tree_digest
-from measure import cold, resident, warm
 from paths import TOOLS
 from seeds import vary
-from shapes import KNOWN
 from tool_calls import call_tool
 
-from streamer.evaluation.evaluation import Evaluation
 from streamer.linalg.torch_state import threads
 
 SMALL = ("--hidden", "192", "--layers", "2")
@@ -55,34 +49,6 @@ def test_a_tiny_model_gives_every_figure(tmp_path: Path) -> None:
     assert 50e6 < tree["anonymous"] < 2e9
     assert [row["done"] >= (i + 1) / 10 for i, row in enumerate(tree["forecasts"])] == [True] * 9
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
-
-
-@pytest.mark.long
-def test_a_given_model_is_measured_and_left_alone(tmp_path: Path) -> None:
-    assert call_tool("make_checkpoint", tmp_path, *SMALL).returncode == 0
-    before = tree_digest(tmp_path)
-    done = run(tmp_path / "base", tmp_path / "adapter", "--project", 80, "--warm")
-    assert done.returncode == 0, done.stderr
-    for word in ("projected to 80 layers", "promised", "was hidden", "peak anonymous memory", "672x192"):
-        assert word in done.stdout
-    assert "planted" not in done.stdout  # of this model it knows nothing
-    assert tree_digest(tmp_path) == before
-
-
-def test_the_forecast_is_compared_with_what_it_came_to() -> None:
-    """Ten units, the first half of which takes 1 s each and the second 3 s: halfway through, 10 s are promised of 20."""
-    events = [[float(i if i <= 5 else 5 + 3 * (i - 5)), "", i, 10] for i in range(11)]
-    rows = forecasts(events)
-    assert [row["error"] for row in rows[:5]] == [-0.5] * 5
-    assert rows[-1]["promised"] == pytest.approx(17 / 0.9)
-
-
-def test_the_page_cache_is_filled_and_seen(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(bytes(3 << 20))
-    warm(tmp_path)
-    assert resident([path]) == 1
-    assert 0 <= cold(tmp_path) <= 1  # the system may keep them
 
 
 @pytest.mark.parametrize(("tool", "args", "words"), [
@@ -127,19 +93,6 @@ def test_every_solver_finds_what_was_planted_in_one_table() -> None:
             assert min(row["steps"], row["products"]) > 0, row
 
 
-def test_the_top_k_stage_is_compared_with_its_residuals() -> None:
-    rows = {row["solver"]: row for row in measured("--shapes", "200x160", "--topk-peers")["topk"]}
-    assert {"krylov", "torch.svd_lowrank"} <= set(rows)
-    assert rows["krylov"]["residual"] < 1e-4
-
-
-def test_the_table_for_people() -> None:
-    done = call_tool("bench_detect", *TINY, "--shapes", "120x100", "--spectrum", "flat", "--solvers", "certified")
-    assert done.returncode == 0, done.stderr
-    assert "120x100" in done.stdout
-    assert "certified" in done.stdout
-
-
 @pytest.mark.long
 def test_small_matrices_give_every_figure() -> None:
     with threads(torch.get_num_threads()):
@@ -176,16 +129,6 @@ def test_a_tiny_sweep_gives_every_figure(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
 
 
-def test_the_projection_of_a_model_to_itself_is_what_it_would_take() -> None:
-    small, large = KNOWN["llama-3-8b"], KNOWN["llama-3-70b"]
-    runs = [{"layers": n, "rows": n * 10, "start": 3.0, "cpu": 3.0 + n * (5.0 + n * 2.0)} for n in (1, 2)]
-    found = bench_sweep.projected(runs, small, None)
-    assert (found["start"], found["layer"], found["head"]) == (3, 2, 5)
-    assert found["models"]["llama-3-8b"] == 3 + 5 + 32 * 2
-    layers = sum(m * n for m, n in large.modules.values()) / sum(m * n for m, n in small.modules.values())
-    assert found["models"]["llama-3-70b"] == pytest.approx(3 + 5 * 2 + 32 * 2 * layers)
-
-
 @pytest.mark.long
 def test_a_tiny_model_on_workers_gives_every_figure() -> None:
     options = ["--hidden", "192", "--engines", "processes", "--workers", "1", "--json"]
@@ -197,66 +140,6 @@ def test_a_tiny_model_on_workers_gives_every_figure() -> None:
     assert set(alone) == {"engine", "workers", "seconds"}
     assert worker["equal"] is True
     assert 0 < worker["task_seconds"] < worker["start_seconds"]
-
-
-def points(*pairs: tuple[float, float]) -> list[dict[str, float]]:
-    """Points that keep and leave so much, and leave half as much of the third text's forgetting."""
-    return [{"kept": kept, "left": left, "other": left / 2, "kl": left, "same": 0.5} for kept, left in pairs]
-
-
-AS_IS = {"kept": 1.0, "left": 1.0, "other": 1.0, "kl": 1.0, "same": 0.25}
-
-
-def test_what_is_left_is_read_off_measured_points() -> None:
-    measured = points((0.9, 0.6), (0.8, 0.4), (0.5, 0.1))
-    assert compare_fits.interpolated(measured, 0.8) == pytest.approx(0.4)
-    assert 0.4 < compare_fits.interpolated(measured, 0.85) < 0.6
-    assert 0.6 < compare_fits.interpolated(measured, 0.95) < 1.0
-    assert compare_fits.interpolated(measured, 0.8, "other", AS_IS) == pytest.approx(0.2)
-    assert 0.25 < compare_fits.interpolated(measured, 0.95, "same", AS_IS) < 0.5
-    assert compare_fits.interpolated(measured, 0.4) is None
-    assert compare_fits.interpolated([], 0.9) is None
-    # What keeps more though it is stronger is left out, and all after it.
-    assert compare_fits.interpolated(points((0.9, 0.6), (0.95, 0.2), (0.7, 0.1)), 0.8) is None
-
-
-def test_evaluations_of_different_lengths_are_joined_on_what_both_have() -> None:
-    long = evaluation(others={"third": 0.1})
-    short = Evaluation.of(
-        long.variants,
-        {text: compare_fits.first(own, 40) for text, own in evaluation(seed=1, others={"third": 0.2}).sums.items()},
-        long.facts,
-        1,
-    )
-    for whole, other in ((long, short), (short, long)):
-        found = compare_fits.joined(whole, other)
-        assert [variant.name for variant in found.variants] == ["base", "adapter", "adapter"]
-        for text, own in found.sums.items():
-            assert (own.loss[:2] == whole.sums[text].loss[:2, :40]).all()
-            assert (own.kl[2] == other.sums[text].kl[1, :40]).all()
-
-
-def test_the_tables_have_means_and_errors() -> None:
-    def one(adapter: str, seed: int, left: float) -> dict:
-        found = {method: points((0.9, left), (0.5, 0.1)) for method in compare_fits.COLUMNS}
-        found["shrink"] = points((0.9, 2 * left), (0.5, 0.2))
-        found["paper"] = points((0.95, 0.9))
-        if adapter == "usual":
-            found["ties"] = []
-        return {"kind": "llama", "adapter": adapter, "seed": seed, "points": found, "as_is": AS_IS}
-
-    results = [one("high", 0, 0.2), one("high", 1, 0.3), one("usual", 0, 0.25)]
-    lines = compare_fits.table(results, (0.9,)).splitlines()
-    assert lines[2].startswith("| llama | high | 90% | 25 ± 5 | 25 ± 5 | 50 ± 10 |")
-    assert lines[3].endswith("| – |")
-    rows = {line.split(" | ")[0]: line.split(" | ") for line in compare_fits.means(results, (0.9,)).splitlines()}
-    assert rows["| repair"][1:] == ["25", "12", "25", "50", "0.50 |"]
-    assert rows["| TIES"][1:] == ["25 (1)", "12 (1)", "25 (1)", "50 (1)", "0.50 (1) |"]
-    assert rows["| paper"][1:] == ["–"] * 4 + ["– |"]
-    words = compare_fits.kept_on_test(results, (0.9,))
-    assert words.startswith(
-        "asked to keep 90%, on the test text repair keeps, in percent: 90.0 (90 to 90; 3 of 3 within 2"
-    )
 
 
 def test_peers_are_what_their_papers_say(tmp_path: Path) -> None:
@@ -306,17 +189,6 @@ def test_all_is_trained_fitted_measured_and_drawn(tmp_path: Path) -> None:
     assert again.stdout == done.stdout
 
 
-def test_the_shrink_that_keeps_as_much_is_the_strongest() -> None:
-    """Of a gain that overshoots, as it does where training went too far, and a divergence that is quadratic."""
-    points = {f: {"loss": (f * (2.2 - 1.2 * f), 0.0), "hits": (f, 0.0), "general": (f**2, 0.0), "third": (f**2 / 2, 0.0)}
-              for f in (1.0, 0.85, 0.7, 0.5, 0.35)}  # fmt: skip
-    found = repair_pretrained.as_much(points, 0.9)
-    assert found["factor"] * (2.2 - 1.2 * found["factor"]) == pytest.approx(0.9, abs=0.01)
-    assert found["general"] == pytest.approx(found["factor"] ** 2, abs=0.01)
-    assert found["third"] == pytest.approx(found["general"] / 2)
-    assert repair_pretrained.as_much(points, 1.2) is None
-
-
 def test_the_error_of_a_ratio_is_that_of_the_jackknife() -> None:
     draws = np.random.default_rng(vary(0))
     whole = draws.normal(10, 1, 200)
@@ -325,11 +197,6 @@ def test_the_error_of_a_ratio_is_that_of_the_jackknife() -> None:
     assert share == part.sum() / whole.sum()
     left_out = np.array([np.delete(part, i).sum() / np.delete(whole, i).sum() for i in range(200)])
     assert error == pytest.approx((199 / 200 * ((left_out - left_out.mean()) ** 2).sum()) ** 0.5, rel=0.01)
-
-
-def test_a_package_that_is_not_installed_is_named() -> None:
-    with pytest.raises(SystemExit, match="no-such-package is not installed"):
-        repair_pretrained.package("no_such_package")
 
 
 @pytest.mark.long

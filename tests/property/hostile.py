@@ -161,6 +161,8 @@ CASES: tuple[Case, ...] = (
     Case("config: empty", text(CONFIG, ""), 3, "bad JSON"),
     Case("config: cut off", text(CONFIG, '{"peft_type": "LORA", "r": '), 3, "bad JSON"),
     Case("config: a list", text(CONFIG, "[]"), 3, "expected a JSON object, found list"),
+    Case("config: a key twice", text(CONFIG, '{"r": 4, "r": 4}'), 3, CONFIG),
+    Case("config: a byte-order mark", text(CONFIG, "\ufeff{}"), 3, CONFIG),
     Case("config: no UTF-8", text(CONFIG, b'{"r": "\xff\xfe"}'), 3, CONFIG),
     Case("config: nested 100,000 deep", text(CONFIG, '{"r": ' + "[" * 100_000), 3, "bad JSON"),
     Case("config: a FIFO", replaced(CONFIG, os.mkfifo), 3, CONFIG),
@@ -179,6 +181,7 @@ CASES: tuple[Case, ...] = (
     Case("config: an unknown variant", config(use_quantum=True), 3, "unknown key 'use_quantum'"),
     Case("config: an unknown method", config(peft_type="TELEPATHY"), 3, "TELEPATHY"),
     # The adapter's weights.
+    Case("weights: a pickle", lambda base, adapter: (adapter / WEIGHTS).rename(adapter / "adapter_model.bin"), 3, "a pickle"),
     Case("weights: empty", cut(WEIGHTS, 0), 3, WEIGHTS),
     Case("weights: seven bytes", cut(WEIGHTS, 7), 3, WEIGHTS),
     Case("weights: the header cut", cut(WEIGHTS, 40), 3, "truncated"),

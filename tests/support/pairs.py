@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from causal_models import make_adapter, make_base
-from matrix_decisions import judged
+from matrix_cases import judged
 from torch import Tensor
 
 import streamer

@@ -39,8 +39,6 @@ SIZES = {
     "decoder_start_token_id": 0, "mask_token_id": 3, "num_filters": 2,
 }  # fmt: skip
 
-DROPOUT = ("drop", "layerdrop")
-
 # What a config needs beyond small sizes, by its class.
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_expand": 2}
 ROTARY = {"rope_type": "default", "rope_theta": 1e4}

@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from raw_adapter import MODULE, factors, write_raw
 
-from streamer.adapters.adapter import classify, normalize
 from streamer.adapters.reader import open_adapter
-from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
+from streamer.errors import FormatError, MismatchError, UnsupportedError
 
 # Names ----------------------------------------------------------------------------------------------------------------
 
@@ -31,6 +28,7 @@ from streamer.errors import FormatError, InputError, MismatchError, UnsupportedE
         "_fsdp_wrapped_module.base_model.model.{}.lora_{}.weight",
         "module._orig_mod.base_model.model.{}.lora_{}.default.weight",
         "_fsdp_wrapped_module._orig_mod.base_model.model.{}.lora_{}.weight",
+        "base_model.model.model.layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn.q_proj.lora_{1}.weight",
     ],
 )
 def test_name_variants(tmp_path: Path, template: str) -> None:
@@ -41,25 +39,6 @@ def test_name_variants(tmp_path: Path, template: str) -> None:
     assert (module.a, module.b) == (template.format(MODULE, "A"), template.format(MODULE, "B"))
     delta = module.delta(adapter.tensors, None)
     torch.testing.assert_close(delta.L @ delta.R.T, 2.0 * B @ A)
-
-
-def test_wrappers_inside_a_path() -> None:
-    for wrapper in ("_orig_mod", "_fsdp_wrapped_module"):
-        name = f"base_model.model.model.layers.0.{wrapper}.self_attn.{wrapper}.q_proj.lora_A.weight"
-        assert normalize(name) == f"{MODULE}.lora_A.weight"
-    nested = (
-        "base_model.model.model.layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn.q_proj.lora_A.weight"
-    )
-    assert normalize(nested) == f"{MODULE}.lora_A.weight"
-    # These only look like wrappers.
-    assert normalize("model.my_orig_mod.x.lora_A.weight") == "model.my_orig_mod.x.lora_A.weight"
-    assert normalize("model.module.x.lora_A.weight") == "model.module.x.lora_A.weight"
-
-
-@given(st.text(max_size=40))
-def test_every_name_has_a_role(name: str) -> None:
-    role, match = classify(normalize(name))
-    assert role in ("other", "original") or match["module"]
 
 
 @pytest.mark.parametrize("name", ["base_model.model.{}.hada_w1_a", "base_model.model.{}.lora_E", "prompt_embeddings"])
@@ -145,34 +124,6 @@ def test_factors_of_no_form(tmp_path: Path, tensors: dict[str, tuple[int, ...]])
     path = write_raw(tmp_path, {f"x.{n}": torch.ones(s) for n, s in tensors.items()})
     B, A = (list(tensors[name]) for name in reversed(tensors))
     with pytest.raises(FormatError, match=re.escape(f"module 'x': lora_B {B} and lora_A {A} do not multiply to")):
-        open_adapter(path)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "words"),
-    [
-        ({"x.lora_A.weight": (4, 5)}, "module 'x' has lora_A but not its partner; save the adapter again"),
-        ({"x.lora_B.weight": (4, 5)}, "module 'x' has lora_B but not its partner"),
-        (
-            {"x.lora_A.weight": (4, 5), "x.lora_B.weight": (6, 4), "x.lora_A.second.weight": (4, 5)},
-            "are the same factor of one module; save one adapter at a time",
-        ),
-        ({}, "expected lora_A and lora_B tensors, found none; is this the adapter?"),
-    ],
-)
-def test_factors_that_do_not_pair_up(tmp_path: Path, tensors: dict[str, tuple[int, ...]], words: str) -> None:
-    path = write_raw(tmp_path, {name: torch.ones(shape) for name, shape in tensors.items()})
-    with pytest.raises(InputError) as e:
-        open_adapter(path)
-    assert str(e.value).startswith(f"{path / 'adapter_model.safetensors'}: ")
-    assert words in str(e.value)
-
-
-def test_factors_that_are_no_numbers(tmp_path: Path) -> None:
-    path = write_raw(
-        tmp_path, {"x.lora_A.weight": torch.ones(4, 5, dtype=torch.int8), "x.lora_B.weight": torch.ones(6, 4)}
-    )
-    with pytest.raises(UnsupportedError, match=r"tensor 'x.lora_A.weight': dtype I8 is not one of"):
         open_adapter(path)
 
 

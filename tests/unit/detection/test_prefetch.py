@@ -5,19 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from seeds import vary
 
 import streamer
-from streamer.detection.detect import Prefetcher, choose_device, detect_all, detect_matrix, read_ahead
+from streamer.detection.detect import detect_all, detect_matrix, read_ahead
 from streamer.detection.findings import MatrixFinding
 from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.solvers import cost
-from streamer.errors import UsageError
 from streamer.events import Event, Monitor
 from streamer.plan.plan import AdapterBatch, Plan, make_plan
-from streamer.storage.tensor_file import IOMode, TensorFile
-from streamer.weights.base import Plain, StoredTensor
+from streamer.weights.base import Plain
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 NO_ROOM = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 448.00 MiB.")
@@ -30,23 +26,6 @@ def plan(job: tuple[Path, Path]) -> Plan:
 
 def decisions(found: MatrixFinding) -> tuple[object, ...]:
     return found.tensor, found.detection.intruders, found.detection.certified
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("io", ["mmap", "pread"])
-def test_what_arrives_is_what_stands_on_disk(tmp_path: Path, io: IOMode, device: str, dtype: torch.dtype) -> None:
-    values = torch.randn(37, 53, generator=torch.Generator().manual_seed(vary(0)), dtype=torch.float64).to(dtype)
-    save_file({"w": values}, tmp_path / "f.safetensors")
-    file = TensorFile(tmp_path / "f.safetensors", io)
-    staged = Prefetcher(torch.device(device)).stage(Plain.of(StoredTensor(file, file.header.by_name["w"])))
-    whole = staged.whole(torch.device(device))
-    assert whole.device.type == device
-    assert whole.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert torch.equal(whole.cpu().double(), values.double())
-    assert torch.equal(
-        staged.whole(torch.device("cpu")), whole.cpu()
-    )  # for one that the device turns out to have no room for
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -137,12 +116,6 @@ def test_without_room_on_the_cpu_there_is_nowhere_to_go(plan: Plan, monkeypatch:
 
 
 Job = tuple[Path, Path]
-
-
-@pytest.mark.parametrize("name", ["meta", "mps", "gpu", "cuda:99"])
-def test_a_device_that_is_not_there(name: str) -> None:
-    with pytest.raises(UsageError, match="device: "):
-        choose_device(name)
 
 
 def test_progress_counts_the_solvers_cost(job: Job) -> None:

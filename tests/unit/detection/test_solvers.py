@@ -231,26 +231,6 @@ def test_the_cost_follows_the_solver_that_runs() -> None:
     assert cost((8192, 8192), 40) > 2.5 * cost((8192, 8192), 10)
 
 
-SMALL = [(96, 64), (64, 96), (80, 80), (61, 67)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", SMALL)
-@pytest.mark.parametrize("epsilon", [0.1, 0.3, 0.5, 0.8])
-def test_decisions_equal_the_dense_formula(shape: tuple[int, int], dtype: torch.dtype, epsilon: float) -> None:
-    for seed in range(3):
-        base, delta = problem(*shape, dtype, seed)
-        found = detect(base, delta, DetectionOptions(threshold_epsilon=epsilon))
-        _, S, _, similarity = oracle(base, delta)
-        np.testing.assert_allclose(found.singular_values, S, rtol=1e-5)
-        assert all(
-            low - 1e-4 <= s <= high + 1e-4
-            for low, s, high in zip(found.similarity_low, similarity, found.similarity_high, strict=True)
-        )
-        clear = np.flatnonzero(np.abs(similarity - epsilon) > 1e-4)
-        assert [j for j in found.intruders if j in clear] == [j for j in clear if similarity[j] < epsilon]
-
-
 def test_the_planted_intruder_is_found_with_its_energy() -> None:
     base, delta = problem(80, 80)
     found = detect(base, delta, DetectionOptions())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from mapped import answer
+from fitted import answer
 from seeds import vary
 
 from streamer.linalg.moments import Spectrum, leading_vectors, reduced

@@ -11,7 +11,6 @@ from seeds import vary
 
 from streamer.linalg import operators
 from streamer.linalg.operators import Delta, Dense, LowRank, RowBlocks, Sum, all_finite, skinny_product
-from streamer.linalg.overlap_bounds import dense_overlaps
 from streamer.linalg.svd import dense_triplets, residuals
 from streamer.linalg.torch_state import LARGE_BYTES, empty_matrix
 
@@ -99,19 +98,6 @@ def test_row_blocks_read_a_few_rows_at_a_time(dtype: torch.dtype, monkeypatch: p
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rank", [1, 3, 20])
-def test_low_rank_norm_and_svd_equal_numpys(shape: tuple[int, int], rank: int) -> None:
-    m, n = shape
-    low = LowRank(random(m, rank), random(n, rank, seed=1))
-    M = low.dense().numpy()
-    U, S, Vh = low.svd()
-    np.testing.assert_allclose(low.norm(), np.linalg.norm(M), rtol=1e-12)
-    np.testing.assert_allclose((U * S) @ Vh, M, atol=1e-12 * np.linalg.norm(M))
-    expected = np.linalg.svd(M, compute_uv=False)[: len(S)]
-    np.testing.assert_allclose(S, np.pad(expected, (0, len(S) - len(expected))), atol=1e-12 * expected[0])
-
-
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", ["factors", "dense", "dense, scaled", "transposes"])
 def test_both_forms_of_a_delta_do_the_same(shape: tuple[int, int], form: str) -> None:
     """Each method of a delta against its formula on the dense matrix."""
@@ -149,29 +135,6 @@ def test_norm_survives_cancellation() -> None:
     tiny = LowRank(random(40, 1, seed=2) * 1e-12, random(30, 1, seed=3))
     difference = A + tiny + A.scaled(-1)
     assert difference.norm() == pytest.approx(tiny.norm(), rel=1e-2)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("keep", [1, 2, 5, 40])
-def test_truncation_is_eckart_youngs(shape: tuple[int, int], keep: int) -> None:
-    m, n = shape
-    low = LowRank(random(m, 5), random(n, 5, seed=1))
-    cut, dropped = low.truncated(keep)
-    M = low.dense().numpy()
-    U, S, Vh = np.linalg.svd(M, full_matrices=False)
-    best = (U[:, :keep] * S[:keep]) @ Vh[:keep]
-    assert cut.rank == keep
-    np.testing.assert_allclose(cut.dense(), best, atol=1e-10)
-    assert dropped == pytest.approx(np.linalg.norm(M - best) / np.linalg.norm(M), abs=1e-12)
-    np.testing.assert_allclose(
-        torch.linalg.vector_norm(cut.L, dim=0), torch.linalg.vector_norm(cut.R, dim=0), atol=1e-10
-    )
-
-
-def test_truncating_zero_is_zero() -> None:
-    cut, dropped = LowRank(torch.zeros(6, 3), torch.zeros(5, 3)).truncated(2)
-    assert dropped == 0
-    assert not cut.dense().any()
 
 
 CPU = torch.device("cpu")
@@ -242,19 +205,6 @@ def test_angle_error_is_large_in_a_cluster_only() -> None:
     assert float(error[2]) > 0.1
     assert float(error[3]) > 0.1
     assert float(error[[0, 1, 4]].max()) < 1e-5
-
-
-@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (50, 50)])
-def test_dense_overlaps_equal_numpys(shape: tuple[int, int]) -> None:
-    W0 = power_law(*shape)
-    U = torch.linalg.qr(random(shape[0], 6)).Q
-    U0 = np.linalg.svd(W0.numpy(), full_matrices=False)[0]
-    bounds, similarity = dense_overlaps(Dense(W0), U, torch.Generator().manual_seed(vary(0)))
-    expected = np.abs(U0.T @ U.numpy()).max(0)
-    np.testing.assert_allclose(similarity, expected, atol=1e-9)
-    assert (bounds.low.numpy() <= expected).all()
-    assert (bounds.high.numpy() >= expected).all()
-    assert float((bounds.high - bounds.low).max()) < 0.02
 
 
 def test_all_finite() -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from streamer.errors import UsageError
-from streamer.measuring.result_file import JournalRecords, Records, pack, unpack
-from streamer.measuring.riders import LENGTHS, ROWS, Limits, Work, longest_padded, of_few_lengths, parts, riders
+from streamer.measuring.result_file import JournalRecords
+from streamer.measuring.riders import ROWS, Limits, Work, longest_padded, parts, riders
 from streamer.measuring.sequences import TextSequences
 from streamer.storage.journal import Journal
 from streamer.streaming.model import ModelSize
@@ -63,18 +63,6 @@ def test_the_longest_padded_sequence_shows_what_padding_does() -> None:
     assert longest_padded(groups[:2]) is None
 
 
-def test_a_fit_cuts_sequences_to_a_few_lengths() -> None:
-    lengths = [*range(100, 130), *[128] * 20, 7]
-    cut = of_few_lengths(text(*lengths))
-    sizes = [len(ids) for ids in cut.ids]
-    assert len({*sizes}) == LENGTHS
-    assert all(size <= n for size, n in zip(sizes, lengths, strict=True))
-    assert sizes[-1] == 7, "no sequence is lost"
-    assert sum(lengths) - sum(sizes) < 0.05 * sum(lengths)
-    same = text(5, 9, 9)
-    assert [len(ids) for ids in of_few_lengths(same).ids] == [5, 9, 9]
-
-
 def test_a_budget_limits_a_sweep() -> None:
     """First what groups share goes, then states to a spool, then the number of tokens that run together."""
     work = Work(fitted=2048, riding=40960, length=512)
@@ -104,12 +92,6 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return list(a) == list(b) and all(a[n].shape == b[n].shape and a[n].tobytes() == b[n].tobytes() for n in a)
 
 
-def test_arrays_are_read_as_the_same_bits() -> None:
-    name, found = unpack(pack("0.0 a", ARRAYS))
-    assert name == "0.0 a"
-    assert same(found, ARRAYS)
-
-
 def opened(path: Path) -> tuple[Journal, JournalRecords]:
     journal = Journal(path)
     if not len(journal):
@@ -135,9 +117,3 @@ def test_a_journal_keeps_them(tmp_path: Path) -> None:
     assert again is not None
     assert same(dict(again), ARRAYS)
     journal.close()
-
-
-def test_in_memory_there_is_nothing_to_find() -> None:
-    records = Records()
-    records.add("0.0 a", ARRAYS)
-    assert records.find("0.0 a") is None

@@ -2,14 +2,13 @@
 
 import builtins
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from seeds import vary
 
-from streamer.errors import FormatError, MissingInputError, MissingPackageError, UsageError
+from streamer.errors import FormatError, MissingInputError, UsageError
 from streamer.measuring import texts
 from streamer.measuring.sequences import TextSequences, evenly
 from streamer.measuring.texts import read_text
@@ -141,14 +140,6 @@ def test_a_directory_without_a_tokenizer(name: str, tmp_path: Path) -> None:
         read_text(tmp_path / name, tmp_path)
     with pytest.raises(MissingInputError, match="has no tokenizer"):
         read_text(tmp_path / name, None)
-
-
-def test_a_missing_package_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    (tmp_path / "text.txt").write_text("words")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(MissingPackageError):
-        read_text(tmp_path / "text.txt", tmp_path)
 
 
 def test_token_ids_need_no_transformers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from mapped import random_map
+from fitted import random_map
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers import tampered
 from planted import problem
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from streamer.errors import FormatError, MismatchError, OutputExistsError, UsageError
+from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.linalg.operators import Dense, LowRank
 from streamer.methods import METHODS, RegMean, make_method
 from streamer.methods.files import FIT, Coefficients, FactorSet, load_coefficients
@@ -94,19 +94,6 @@ def test_the_file_holds_them_to_the_bit(tmp_path: Path) -> None:
         read.select()
 
 
-def test_saving_replaces_coefficients_alone_and_if_asked(tmp_path: Path) -> None:
-    path = tmp_path / "c.safetensors"
-    made(0.9).save(path)
-    with pytest.raises(OutputExistsError, match=r"exists; choose another output, or pass overwrite=True$"):
-        made(0.8).save(path)
-    made(0.8).save(path, overwrite=True)
-    assert load_coefficients(path).keeps == [0.8]
-    other = tmp_path / "weights.safetensors"
-    save_file({"x": np.zeros(3)}, other)
-    with pytest.raises(OutputExistsError, match=r"is not coefficients, which is all that is replaced"):
-        made(0.8).save(other, overwrite=True)
-
-
 def spoiled(path: Path, arrays: dict[str, Any], **changes: Any) -> None:
     """Write coefficients with other arrays or facts, under a digest that fits them."""
 
@@ -143,15 +130,3 @@ def test_a_file_that_is_not_whole_is_refused(
     spoiled(path, arrays, **changes)
     with pytest.raises(FormatError, match=message):
         load_coefficients(path)
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    save_file({"x": np.zeros(3)}, path)
-    with pytest.raises(FormatError, match=r"expected coefficients \(streamer.coefficients/3\), found another"):
-        load_coefficients(path)
-    save_file({"x": np.zeros(3)}, path, {"findings": "{}"})
-    with pytest.raises(FormatError, match=r"found findings; make coefficients with `streamer fit`"):
-        load_coefficients(path)
-    with pytest.raises(FormatError, match=r"found a directory; name the file in it"):
-        load_coefficients(tmp_path)

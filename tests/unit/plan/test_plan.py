@@ -6,7 +6,6 @@ import json
 import os
 from pathlib import Path
 
-import helpers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -105,7 +104,3 @@ def test_a_config_that_appears_during_a_run_was_not_read(job: Job, tmp_path: Pat
     stamps = plan.detection_stamps()
     touch(tuned / "config.json", "{}")
     assert plan.detection_stamps() == stamps
-
-
-def test_helpers_make_what_they_say(job: Job) -> None:
-    assert helpers.tree_digest(job[0]).keys() >= {"config.json", "model.safetensors.index.json"}

@@ -132,14 +132,6 @@ def test_a_copy_on_disk_becomes_the_tensor_that_is_written(tmp_path: Path) -> No
     assert config["tie_word_embeddings"] is False
 
 
-def test_a_change_elsewhere_leaves_the_tie(tmp_path: Path) -> None:
-    b = base(tmp_path, {"tie_word_embeddings": True})
-    merged, config = merge(tmp_path, b, adapter(tmp_path, "model.layers.0.q_proj"))
-    assert HEAD not in merged
-    assert config["tie_word_embeddings"] is True
-    assert (tmp_path / "out" / "config.json").read_bytes() == (b / "config.json").read_bytes()
-
-
 def test_tokens_of_both_leave_the_tie_and_a_stale_copy_goes(tmp_path: Path) -> None:
     b = base(tmp_path, {"tie_word_embeddings": True})
     embedding = load_file(b / "model-00001-of-00001.safetensors")[EMBED]
@@ -152,17 +144,6 @@ def test_tokens_of_both_leave_the_tie_and_a_stale_copy_goes(tmp_path: Path) -> N
     assert torch.equal(merged[EMBED][[5, 1]], rows)
     assert config["tie_word_embeddings"] is True
     assert "dropped" in [c["change"] for c in make_plan(b, a).edits.listed(make_plan(b, a).base, False)]
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_two_saved_embeddings_stay_one_if_they_are(tmp_path: Path, same: bool) -> None:
-    b = base(tmp_path, {"tie_word_embeddings": True, "vocab_size": 64})
-    E, H = torch.randn(70, 32), torch.randn(70, 32)
-    a = adapter(tmp_path, "model.layers.0.q_proj", {EMBED: E, HEAD: E.clone() if same else H})
-    merged, config = merge(tmp_path, b, a)
-    assert (HEAD in merged) is not same
-    assert torch.equal(merged[EMBED], E)
-    assert (config["tie_word_embeddings"], config["vocab_size"]) == (same, 70)
 
 
 REFUSED = {

@@ -102,43 +102,6 @@ def test_the_verdict_comes_first_and_commands_are_code(findings: Findings) -> No
     assert "has not been measured yet" in headline(make_subject(findings))[0]
 
 
-def test_numbers_are_rounded_once(findings: Findings) -> None:
-    """52.245 to five digits and then to four is 52.24, or 52.25 by chance: the page holds what the terminal shows."""
-    norms = [52.24501, 52.2549, 0.0123449, 123.449, 1.99995, *(m.detection.delta_norm for m in findings)][
-        : len(findings)
-    ]
-    matrices = tuple(
-        dataclasses.replace(m, detection=dataclasses.replace(m.detection, delta_norm=norm, intruder_energy=norm % 1))
-        for m, norm in zip(sorted(findings, key=lambda m: m.tensor), norms, strict=True)
-    )
-    tree = embedded(make_page(make_subject(dataclasses.replace(findings, matrices=matrices))))["findings"]
-    shown = {f"{m.detection.delta_norm:.4g}": f"{100 * m.detection.intruder_energy:.1f}" for m in matrices}
-    assert {f"{norm:.4g}" for norm in tree["delta_norm"]} == {*shown}
-    assert tree["delta_norm"] == [float(f"{norm:.4g}") for norm in tree["delta_norm"]]
-    assert tree["energy"]["digits"] == 5
-    evaluation = of_findings(findings)
-    tree = embedded(make_page(make_subject(findings, evaluation)))["evaluation"]
-    variants = tree["variants"]
-    assert tree["accuracies"] == ["general", "task"]
-    assert variants[2]["accuracies"] == [evaluation["paper 0.9"][text]["acc"] for text in ("general", "task")]
-    assert [v["kept"] for v in variants] == [v["kept"] for v in evaluation.to_dict()["variants"]]
-
-
-def test_one_page_of_several_adapters(findings: Findings, tmp_path: Path) -> None:
-    findings.save(tmp_path / "one.safetensors")
-    dataclasses.replace(findings, matrices=findings.matrices[:3]).save(tmp_path / "two.safetensors")
-    (tmp_path / ".one.safetensors.partial").write_bytes(b"of an interrupted run")
-    several = open_subject(tmp_path)
-    page = make_page(several)
-    tree = embedded(page)["several"]
-    assert [one["name"] for one in tree] == ["one", "two"]
-    assert headline(several)[0].startswith(f"Of 2 adapters, one has the most intruders, {findings.intruders}.")
-    assert tree[0]["findings"] == embedded(make_page(make_subject(findings)))["findings"]
-    (tmp_path / "three.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(FormatError, match="three"):
-        open_subject(tmp_path)
-
-
 def test_an_evaluation_is_shown_with_its_suggestion(findings: Findings) -> None:
     page = make_page(make_subject(findings, of_findings(findings)))
     tree = embedded(page)["evaluation"]

@@ -180,13 +180,6 @@ def test_a_system_that_refuses(
     assert path.read_bytes() == b"new"
 
 
-@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
-def test_a_file_system_that_cannot_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr(os, "posix_fallocate", failing(number))
-    write_atomic(tmp_path / "f", b"new")
-    assert (tmp_path / "f").read_bytes() == b"new"
-
-
 def test_a_failed_fsync_is_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel forgets a failed write-back: a second fsync would succeed and prove nothing."""
     calls: list[int] = []
@@ -408,12 +401,6 @@ def test_what_is_read_is_dropped_behind(cold: Path) -> None:
         source.release(at, at + len(part))
     source.close()
     assert np.mean(cached(cold)) <= MOST_LEFT
-
-
-def test_advice_that_is_refused_is_no_error(cold: Path) -> None:
-    fd = os.open(cold, os.O_RDONLY)
-    os.close(fd)
-    files.drop_cached(fd, 0, STEP_BYTES)
 
 
 def test_a_large_file_is_not_left_in_the_cache(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,12 +229,6 @@ def test_index_and_shards_disagree(base: Path, change: dict[str, str], words: st
     assert refusal(errors.FormatError, base) == f"{base / INDEX_NAME}: {words}"
 
 
-def test_tensors_that_the_index_does_not_list(base: Path) -> None:
-    edit_index(base, lambda index: index["weight_map"].pop("b"))
-    words = "1 tensors are in the shards but not in the index, 'b' first; get index and shards of one version"
-    assert refusal(errors.FormatError, base) == f"{base / INDEX_NAME}: {words}"
-
-
 @pytest.mark.parametrize(("text", "words"), [
     ("", "bad JSON: Expecting value"),
     ("[]", "expected a JSON object, found list"),
@@ -278,16 +272,6 @@ def test_a_sparse_tail(base: Path) -> None:
     assert bytes(view(open_checkpoint(base), "c")[-4:]) == bytes(4)
     os.truncate(base / SHARDS[1], size - 1)
     assert "the file is truncated; get it again" in refusal(errors.FormatError, base)
-
-
-def test_shards_that_are_no_files(base: Path) -> None:
-    (base / SHARDS[1]).unlink()
-    os.mkfifo(base / SHARDS[1])
-    words = "expected a safetensors file, found something that is not a regular file"
-    assert words in refusal(errors.FormatError, base)
-    (base / SHARDS[1]).unlink()
-    (base / SHARDS[1]).mkdir()
-    assert words in refusal(errors.FormatError, base)
 
 
 def test_a_shard_that_cannot_be_opened(base: Path) -> None:
