@@ -37,8 +37,7 @@ from streamer.output.write import resident_of
 from streamer.plan.plan import AdapterBatch, Plan, resident_bytes
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import views
-from streamer.storage.checkpoint import Checkpoint
-from streamer.storage.tensor_file import sampled_bytes
+from streamer.storage.checkpoint import Checkpoint, sampled_bytes
 from streamer.workers import Workers
 
 SIDE, COLUMNS = 2048, 64

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from streamer.methods.files import Coefficients, InputMap
     from streamer.output.write import FindingsOrPath
     from streamer.remote.inputs import RemoteMode
-    from streamer.storage.tensor_file import IOMode
+    from streamer.storage.checkpoint import IOMode
 
 SeveralAdapters = Sequence[Path] | list[str] | list[str | Path] | tuple[str | Path, ...]
 """Adapters on one base; a directory of adapters means all adapters in it."""

@@ -30,8 +30,8 @@ from streamer.errors import InputError, MismatchError, StorageError, StreamerErr
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import task_threads
 from streamer.plan.plan import AdapterBatch, MemoryEstimate, check_budget, make_batch
+from streamer.storage.checkpoint import IOMode
 from streamer.storage.files import difference
-from streamer.storage.tensor_file import IOMode
 
 if TYPE_CHECKING:
     from streamer.detection.options import Run

@@ -28,7 +28,7 @@ from streamer.fitting.result import FitRecord
 from streamer.forecast import Forecast
 from streamer.json_types import Amount, Estimated, Keywords
 from streamer.output.job import Written
-from streamer.plan.sources import AdapterSource, BaseSource
+from streamer.plan.side_files import AdapterSource, BaseSource
 from streamer.report.diff import DiffRecord
 from streamer.report.page import ReportRecord
 from streamer.verification.verify import Verification

@@ -85,7 +85,7 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
         from streamer.output import write as outputs
         from streamer.output.job import Job
         from streamer.output.write import OutputOptions, prepare_outputs
-        from streamer.storage import atomic_file, files, tensor_file
+        from streamer.storage import atomic_file, checkpoint, files
 
     stages = {"addmm_": "addmm", "aminmax": "finite check", "isfinite": "finite check"}
 
@@ -132,7 +132,7 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     Job.metrics = clocks.wrap(unwatched(Job.metrics), "factors and figures")
     Job.mitigated = clocks.wrap(unwatched(Job.mitigated), "factors and figures")
     # The map; its pages come with the upcast.
-    tensor_file.TensorFile.view = clocks.wrap(tensor_file.TensorFile.view, "read and upcast")
+    checkpoint.TensorFile.view = clocks.wrap(checkpoint.TensorFile.view, "read and upcast")
     with clock.stage("plan and identity"):
         found = load_findings(findings)
         mitigation, run = Paper(float(mitigation_lambda)), Run(choose_device("cpu"))

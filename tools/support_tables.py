@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from streamer.adapters.adapter_config import OTHER_LIBRARIES, RESIDUAL, RULES
 from streamer.adapters.modules import METHODS
-from streamer.adapters.rules import FORMATS as OTHER_FORMATS
-from streamer.adapters.rules import RESIDUAL, RULES
-from streamer.weights.quantization.registry import FORMATS
+from streamer.weights.logical import FORMATS
 
 
 class Support(NamedTuple):
@@ -42,7 +41,6 @@ def support_table() -> str:
     refused = ", ".join(dict.fromkeys(rule.kind for rule in RULES if rule.kind != RESIDUAL))
     methods = ", ".join(method.title for method in METHODS.values())
     flag = "with `--base-is-residual`"
-    others = ", ".join(title for title in OTHER_FORMATS if not title.startswith("kohya"))
     rows = [
         Support("kind of adapter", "`detect`", "`mitigate`", "`merge`"),
         Support(*["---"] * 4),
@@ -51,7 +49,7 @@ def support_table() -> str:
         Support(methods, "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
         EXPERTS,
         Support(
-            f"refused, with the reason: {refused}; other methods; LoRA files of {others}; adapters saved as pickles",
+            f"refused, with the reason: {refused}; other methods; LoRA files of {OTHER_LIBRARIES}; adapters saved as pickles",
             "no",
             "no",
             "no",

@@ -5,28 +5,49 @@ Assign roles to an adapter's tensors by name. A new kind of tensor is a new entr
 ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`` → factor A of ``model.layers.0.self_attn.q_proj``;
 ``base_model.model.score.modules_to_save.default.weight``, also without ``default`` → ``weight`` of ``score``, saved whole;
 ``base_model.model.lm_head.base_layer.weight`` → ``weight`` of ``lm_head``, saved whole, with a delta added to it.
+
+Open an adapter, PEFT's directory or a pipeline's one file with diffusers' or kohya's names; assign every tensor, or refuse it.
+
+The latter are one safetensors file without a config beside it. diffusers names a module by its component and its path in it, with the
+factors ``lora_A`` and ``lora_B``; kohya joins both with underscores and calls the factors ``lora_down`` and ``lora_up``:
+``unet.down_blocks.0.attentions.0.proj_in`` is ``lora_unet_down_blocks_0_attentions_0_proj_in``. Which tensor of the base a name means is
+decided in `plan.name_matching`.
+
+A module's scaling is ``alpha/rank`` by its ``.alpha`` tensor, 1 if the file has none, or follows the LoRA config that diffusers writes into
+the file's metadata.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from streamer.adapters.adapter_config import CONFIG_NAME, AdapterConfig, Wrapped, stored_layout
-from streamer.adapters.modules import Module
-from streamer.adapters.rules import is_residual, unknown_keys, version_notes
-from streamer.errors import FormatError, MismatchError
+from streamer.adapters import adapter_config as rules
+from streamer.adapters.adapter_config import (
+    CONFIG_NAME,
+    LORA_NAME,
+    NOTHING_STATED,
+    WEIGHTS_NAME,
+    AdapterConfig,
+    Stated,
+    Wrapped,
+)
+from streamer.adapters.modules import METHODS, LoraModule, MethodModule, Module, PeftMethod
+from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.storage.atomic_file import views
-from streamer.storage.files import AdapterIdentity, StatedIdentity
-from streamer.storage.tensor_file import TensorFile
+from streamer.storage.checkpoint import IOMode, TensorFile, read_json_object
+from streamer.storage.files import AdapterIdentity, StatedIdentity, absent, strict_json
+from streamer.storage.header import TensorInfo
 from streamer.units import listed
-from streamer.weights.base import StoredTensor
+from streamer.weights.base import ENCODINGS, StoredTensor, encoding_of, equal
 
 FACTORS = ("factor", "embedding", "magnitude")
 """Roles of tensors that form a LoRA module."""
@@ -228,7 +249,8 @@ class DeltaSource(ABC):
     @cached_property
     def config_paths(self) -> tuple[Path, ...]:
         """List the file from which the config was read; empty if a model had no config when it was opened."""
-        return (self.config.path,) if self.config.path.exists() else ()
+        is_weights = any(file.path == self.config.path for file in self.files)
+        return (self.config.path,) if self.config.path.exists() and not is_weights else ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -293,10 +315,10 @@ class PeftAdapter(DeltaSource):
 
     def _stated(self) -> StatedIdentity:
         """Return what the user stated about this adapter, if its files cannot be read without it."""
-        stated: StatedIdentity = {"base_is_residual": True} if any(map(is_residual, self.configs)) else {}
-        if self.wrapped and (layout := self.config.stated.lora_b_layout) and stored_layout(self.config) is None:
+        stated: StatedIdentity = {"base_is_residual": True} if any(map(rules.is_residual, self.configs)) else {}
+        if self.wrapped and (layout := self.config.stated.lora_b_layout) and rules.stored_layout(self.config) is None:
             stated["lora_b_layout"] = layout
-        unknown = dict.fromkeys(key for config in self.configs for key in unknown_keys(config))
+        unknown = dict.fromkeys(key for config in self.configs for key in rules.unknown_keys(config))
         if ignored := [key for key in unknown if key in self.config.stated.ignore_keys]:
             stated["ignored_keys"] = ignored
         return stated
@@ -307,10 +329,342 @@ class PeftAdapter(DeltaSource):
         ignored = self._stated().get("ignored_keys", [])
         are, them = ("is", "it") if len(ignored) == 1 else ("are", "them")
         line = f"{listed(map(repr, ignored))} of {self.config.path.name} {are} ignored: the result relies on {them} not changing the delta"
-        return (*((line,) if ignored else ()), *version_notes(self.config))
+        return (*((line,) if ignored else ()), *rules.version_notes(self.config))
 
     def trains(self, module: str) -> bool:
         """Apply PEFT's rule: a module is trained if its path, or a parent's path, ends in an entry of ``modules_to_save``."""
-        parts = module.split(".")
-        paths = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-        return any(path.endswith(entry) for path in paths for entry in self.config.strings("modules_to_save"))
+        return any(is_below(module, entry) for entry in self.config.strings("modules_to_save"))
+
+
+def is_below(module: str, entry: str) -> bool:
+    """Test whether an entry of ``modules_to_save`` names a module or a parent of it, by the end of its path."""
+    return any(path.endswith(entry) for path in accumulate(module.split("."), "{}.{}".format))
+
+
+def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_STATED) -> PeftAdapter:
+    """Open an adapter, of a pipeline by its tensor names, else PEFT's directory, and account for every tensor in it.
+
+    Parameters
+    ----------
+    stated
+        Facts about the adapter that the user states.
+
+    Raises
+    ------
+    UnsupportedError
+        If the adapter or any tensor in it is of an unsupported kind; the message names all reasons.
+    FormatError, InputError
+        If files are missing or broken, or tensors and config disagree.
+    """
+    path = Path(path)
+    if (file := _weights_file(path)) is not None:
+        try:
+            opened = TensorFile(file, io)
+        except InputError:
+            if path.is_file():
+                raise
+        else:
+            names = [info.name for info in opened.header.tensors]
+            for whose, (_, recognised) in NAMINGS.items():
+                if any(re.search(recognised, name) for name in names):
+                    modules = _modules(opened, whose, stated)
+                    return PipelineAdapter(path, AdapterConfig({}, file, stated), (opened,), modules)
+            opened.close()
+    if path.exists() and not ((path / CONFIG_NAME).exists() and (path / WEIGHTS_NAME).exists()):
+        rules.refuse_other_formats(path)
+    if path.is_file():
+        expected = f"the directory with {CONFIG_NAME}, or a pipeline's LoRA with names such as unet.… or lora_unet_…"
+        raise InputError(f"{path}: expected {expected}; found another file")
+    if not path.is_dir():
+        raise absent(path, "adapter")
+    config = rules.read_adapter_config(path, stated)
+    rules.refuse_kinds(config)
+    return sorted_adapter(path, config, TensorFile(path / WEIGHTS_NAME, io))
+
+
+def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftAdapter:
+    """Account for every tensor of an adapter; raises the same errors as `open_adapter`.
+
+    Parameters
+    ----------
+    file
+        The adapter's tensors, under the names that PEFT saves.
+    """
+    method = METHODS.get(str(config.peft_type))
+    found, rest = _sort(file, method)
+
+    def is_matrix(parameter: str, a: str) -> bool:
+        return file.header.by_name[a].shape[:1] == (config.number("rank_pattern", "r", parameter),)
+
+    wrapped, wrong = ([], []) if method else rules.find_wrapped(found, config, is_matrix)
+    if wrong:
+        what = listed(wrong, separator="; ")
+        raise FormatError(f"{file.path}: {what}; config and weights belong to different adapters")
+    inner = {name for w in wrapped for name in w.layers}
+    modules: dict[str, Module] = {}
+    for name, tensors in ((name, tensors) for name, tensors in found.items() if name not in inner):
+        infos = {role: file.header.by_name[tensor] for role, tensor in tensors.items()}
+        for info in infos.values():
+            encoding_of(info, str(file.path))
+        if method is None:
+            modules[name] = lora_module(name, infos, file.path, config)
+        else:
+            rank, scaling = config.method_scaling(name) if method.scaled else (0, 1.0)
+            shapes = {role: info.shape for role, info in infos.items()}
+            modules[name] = MethodModule(name, method, config, dict(tensors), shapes, rank, scaling)
+    if not modules and not wrapped:
+        rules.refuse_other_formats(file.path)
+        what = "lora_A and lora_B" if method is None else method.title
+        raise InputError(f"{file.path}: expected {what} tensors, found none; is this the adapter?")
+    stored = {info.name: StoredTensor(file, info) for info in file.header.tensors}
+    kept: dict[tuple[str, str], Carried] = {}
+    for role, match, source in rest:
+        c = carried_tensor(role, match, source, modules, file.path, config)
+        other = kept.get((c.role, c.name), c)
+        # Copies that PEFT writes beside a saved module: tensors ending in ``bias``, and those below a resized embedding. PEFT looks for
+        # ``score.bias``, not ``score.modules_to_save.bias``.
+        if other is not c and not equal(stored[other.source], stored[c.source]):
+            both = f"tensors {other.source!r} and {c.source!r} both change {c.name!r}"
+            raise FormatError(f"{file.path}: {both}; save one adapter at a time")
+        kept[c.role, c.name] = min(other, c, key=lambda one: len(one.source))
+    # PEFT saves the trained tokens of a tied head, too, but states the rows of one of the two.
+    stating = [c for c in kept.values() if c.role == "tokens" and c.indices]
+    for key, c in kept.items():
+        if c.role == "tokens" and not c.indices:
+            twin = next((one for one in stating if equal(stored[one.source], stored[c.source])), None)
+            if twin is None:
+                raise no_indices(config, c.module, None)
+            kept[key] = replace(c, indices=twin.indices)
+    return PeftAdapter(path, config, (file,), modules, tuple(kept.values()), tuple(wrapped))
+
+
+def _sort(
+    file: TensorFile, method: PeftMethod | None
+) -> tuple[dict[str, dict[str, str]], list[tuple[str, re.Match[str], str]]]:
+    """Sort every tensor by role: module → role → tensor, and (role, match, tensor) for carried tensors."""
+    found: dict[str, dict[str, str]] = {}
+    shared: dict[str, str] = {}
+    rest: list[tuple[str, re.Match[str], str]] = []
+    refused: list[str] = []
+    own = method and re.compile(rf"^(?P<module>.+)\.(?P<factor>{method.roles})(?:\.[^.]+)?(?:\.weight)?$")
+    names = {normalize(name) for name in file.header.by_name}
+    for info in file.header.tensors:
+        name = normalize(info.name)
+        # Until version 0.17, PEFT wrote copies of biases below a saved module, without the adapter's name.
+        name = plain if (plain := name.replace(".modules_to_save.", ".")) in names else name
+        match = own and own.match(name)
+        if method is not None and (last := name.rpartition(".")[2]) in method.shared:
+            shared[last] = info.name
+            continue
+        if match:
+            factor = match["factor"]
+        else:
+            role, match = classify(name)
+            if role == "other" or (method is not None and role in FACTORS):
+                refused.append(info.name)
+                continue
+            if role not in FACTORS:
+                rest.append((role, match, info.name))
+                continue
+            factor = "magnitude" if role == "magnitude" else match["factor"]
+        factors = found.setdefault(match["module"], {})
+        if factor in factors:
+            both = f"tensors {factors[factor]!r} and {info.name!r} are the same factor of one module"
+            raise FormatError(f"{file.path}: {both}; save one adapter at a time")
+        factors[factor] = info.name
+    if refused:
+        rules.refuse_other_formats(file.path)
+        what = f"{listed(map(repr, refused), 1)} of another method or of unknown meaning"
+        raise UnsupportedError(f"{file.path}: refused: {what}; {rules.INSTEAD}")
+    if method is None:
+        _check_pairs(file, found)
+    return {name: {**factors, **shared} for name, factors in found.items()}, rest
+
+
+def _check_pairs(file: TensorFile, found: Mapping[str, Mapping[str, str]]) -> None:
+    for name, tensors in found.items():
+        if missing := {"A", "B"} - tensors.keys():
+            have = f"{listed(map(repr, tensors.values()))} but no factor {min(missing)}"
+            raise FormatError(f"{file.path}: module {name!r} has {have}; save the adapter again")
+
+
+def lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, config: AdapterConfig) -> LoraModule:
+    """Make a module from the tensors of its factors, by role; `where` is the weights file, for messages."""
+    a, b, magnitude = factors["A"], factors["B"], factors.get("magnitude")
+    roles, dimensions = {classify(normalize(info.name))[0] for info in (a, b)}, len(a.shape)
+    layer_kind = "embedding" if roles == {"embedding"} else "convolution" if dimensions > 2 else "linear"
+    most = 2 if layer_kind == "embedding" else 5
+    alike = len(roles) == 1 and len(b.shape) == dimensions and 2 <= dimensions <= most
+    alike &= b.shape[1:2] == a.shape[:1] and math.prod(b.shape[2:]) == 1 and 0 not in (*a.shape, *b.shape)
+    if not alike or (magnitude is not None and math.prod(magnitude.shape) != b.shape[0]):
+        shapes = f"lora_B {list(b.shape)} and lora_A {list(a.shape)}"
+        shapes += f" with magnitudes {list(magnitude.shape)}" if magnitude else ""
+        what = "do not multiply to the delta of a layer (of one group, if it is a convolution)"
+        raise FormatError(f"{where}: module {name!r}: {shapes} {what}; save the adapter again, or use it unmerged")
+    rank = a.shape[0]
+    # PEFT looks up a parameter's rank and alpha by the parameter's name.
+    named = rules.targeted_parameters(config, name)
+    scaling = config.lora_scaling(f"{name}.weight" if "weight" in named else name, rank)
+    shape = (b.shape[0], math.prod(a.shape[1:]))
+    if (magnitude is not None) != bool(config.get("use_dora")):
+        found = "has magnitudes" if magnitude else "has none"
+        raise MismatchError(
+            f"{config.path}: module {name!r}: use_dora is {config.get('use_dora')!r}, but the module {found}; use the config that was "
+            f"saved with these weights, or, if the config is wrong, set use_dora to {str(magnitude is not None).lower()}"
+        )
+    lengths = magnitude.name if magnitude else ""
+    return LoraModule(name, a.name, b.name, rank, scaling, shape, layer_kind, a.shape[2:], magnitude=lengths)
+
+
+METADATA_KEY = "lora_adapter_metadata"
+TRAINERS_KEY = "lora_config"
+"""Metadata in which finetrainers states a LoRA config; diffusers does not read it."""
+
+FACTOR = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "lora_magnitude_vector": "magnitude"}
+
+
+_TEXT_DORA = re.compile(r"^text_encoder.*\.lora_magnitude_vector\b")
+_COMPONENT = r"(?:unet|transformer|text_encoder|text_encoder_2)"
+
+NAMINGS = {
+    "diffusers'": (rf"^(?P<module>{_COMPONENT}\..+)\.(?:(?P<factor>lora_[AB](?=\.)|lora_magnitude_vector)(?:\.weight)?|alpha)$",
+                   rf"^{_COMPONENT}\..*\.lora_[AB]\.weight$"),
+    "kohya's": (r"^(?P<module>lora_(?:unet|te|te1|te2)_\w+)\.(?:(?P<factor>lora_down|lora_up)\.weight|alpha)$",
+                r"^lora_[a-z0-9]+_\w+\.(?:lora_down|lora_up|lora_mid)\.weight$"),
+}  # fmt: skip
+"""Whose names a pipeline's adapter has → patterns of the tensors that it may hold, and of those by which it is recognised."""
+
+
+class PipelineAdapter(PeftAdapter):
+    """A LoRA adapter of a diffusers pipeline: one file, whose header or alphas take the place of the config."""
+
+    def identity(self) -> AdapterIdentity:
+        """Digest the whole file."""
+        identity: AdapterIdentity = {"weights_sha256": self.weights_sha256(), "modules": len(self.modules)}
+        return {**self._stated(), **identity}
+
+    @property
+    def configs(self) -> tuple[AdapterConfig, ...]:
+        """Return the configs of the components in the metadata."""
+        return tuple((_metadata(self.file, self.config.stated) or {}).values())
+
+
+def _weights_file(path: Path) -> Path | None:
+    """Find the only file that may hold a pipeline's adapter: diffusers' name, or the only safetensors file, unless PEFT's files exist."""
+    if path.is_file():
+        return path if path.suffix == ".safetensors" else None
+    if not path.is_dir() or (path / CONFIG_NAME).exists() or (path / WEIGHTS_NAME).exists():
+        return None
+    if (path / LORA_NAME).exists():
+        return path / LORA_NAME
+    found = list(path.glob("*.safetensors"))
+    return found[0] if len(found) == 1 else None
+
+
+def _modules(file: TensorFile, whose: str, stated: Stated) -> dict[str, Module]:
+    """Assign every tensor to a module, and refuse the others by name."""
+    found: dict[str, dict[str, str]] = {}
+    others = []
+    for info in file.header.tensors:
+        match = re.match(NAMINGS[whose][0], info.name)
+        if match and not _TEXT_DORA.match(info.name):
+            found.setdefault(match["module"], {})[FACTOR.get(match["factor"], "alpha")] = info.name
+        else:
+            others.append(info.name)
+    if others:
+        raise UnsupportedError(
+            f"{file.path}: refused: {listed(map(repr, others), 1)} not supported in {whose} form, only the factors of LoRA on unet, "
+            "transformer, text_encoder and text_encoder_2 (DoRA: in diffusers' form, of the first two)"
+        )
+    _check_pairs(file, found)
+    configs = _configs(file, whose, found, stated)
+    modules: dict[str, Module] = {}
+    for name, tensors in found.items():
+        factors = {role: file.header.by_name[tensor] for role, tensor in tensors.items() if role != "alpha"}
+        for info in factors.values():
+            encoding_of(info, str(file.path))
+        unscaled = {"lora_alpha": factors["A"].shape[0] if factors["A"].shape else 1}
+        config = configs[name] or AdapterConfig(unscaled, file.path)
+        if not file.header.metadata.get(METADATA_KEY):
+            config = replace(config, values={**config.values, "use_dora": "magnitude" in factors})
+        bare = name if whose == "kohya's" else name.partition(".")[2]
+        modules[name] = replace(lora_module(bare, factors, file.path, config), name=name)
+    return modules
+
+
+def _configs(
+    file: TensorFile, whose: str, found: Mapping[str, Mapping[str, str]], stated: Stated
+) -> dict[str, AdapterConfig | None]:
+    """Find the config of each module; None where nothing states a scaling, which is then 1.
+
+    Raises
+    ------
+    FormatError, MismatchError, UnsupportedError
+        If alphas and metadata contradict each other, or only some modules have an alpha.
+    """
+    in_metadata = _metadata(file, stated)
+    alphas = {name: tensors["alpha"] for name, tensors in found.items() if "alpha" in tensors}
+    if in_metadata is not None:
+        if alphas or whose == "kohya's":
+            both = "has both alphas and a LoRA config in its metadata, so its scaling is ambiguous"
+            raise MismatchError(f"{file.path}: {both}; save it again")
+        if lacking := [name for name in found if name.partition(".")[0] not in in_metadata]:
+            raise FormatError(f"{file.path}: the metadata has no LoRA config of {lacking[0]!r}; save the adapter again")
+        return {name: in_metadata[name.partition(".")[0]] for name in found}
+    beside = file.path.with_name(CONFIG_NAME)
+    own = file.path.name == WEIGHTS_NAME or not file.path.with_name(WEIGHTS_NAME).exists()
+    if not alphas and own and beside.is_file():
+        stated_there = read_json_object(beside)
+        patterns = any(stated_there.get(key) for key in ("alpha_pattern", "rank_pattern", "use_rslora"))
+        if stated_there.get("lora_alpha") != stated_there.get("r") or patterns:
+            raise UnsupportedError(
+                f"{file.path}: states no scaling, and diffusers ignores {beside.name} beside it and uses 1; multiply lora_B by that and "
+                f"move {beside.name} away, or write a LoRA config into the file's metadata"
+            )
+    if alphas and len(alphas) < len(found):
+        raise FormatError(
+            f"{file.path}: {len(alphas)} of its {len(found)} modules have an alpha, and {next(n for n in found if n not in alphas)!r} has "
+            "none: programs assume different values for it; write an alpha for every module"
+        )
+    configs: dict[str, AdapterConfig | None] = dict.fromkeys(found)
+    for name, tensor in alphas.items():
+        alpha = StoredTensor(file, file.header.by_name[tensor])
+        dtype, shape = alpha.info.dtype, alpha.info.shape
+        if shape not in ((), (1,)) or not (dtype in ENCODINGS or dtype.startswith("I")):
+            raise FormatError(f"{file.path}: {tensor!r}: expected one number, found {dtype} of shape {list(shape)}")
+        configs[name] = AdapterConfig({"lora_alpha": float(alpha.whole().item())}, file.path)
+    return configs
+
+
+def _metadata(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | None:
+    """Read the LoRA config of each component from the metadata, as diffusers (``unet.r`` and so on) or finetrainers writes it."""
+    raw = file.header.metadata.get(METADATA_KEY)
+    if not raw:
+        return _of_trainer(file, stated)
+    values: dict[str, dict[str, Any]] = {}
+    try:
+        for key, value in strict_json(raw.encode()).items():
+            component, _, name = key.partition(".")
+            values.setdefault(component, {})[name] = value
+    except (ValueError, AttributeError) as e:
+        what = f"{METADATA_KEY} of its metadata: expected a JSON object: {e}"
+        raise FormatError(f"{file.path}: {what}; save it again") from None
+    configs = {component: AdapterConfig(own, file.path, stated) for component, own in values.items()}
+    for config in configs.values():
+        rules.refuse_kinds(config)
+    return configs
+
+
+def _of_trainer(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | None:
+    """Read the one LoRA config that finetrainers states for all components; None if the key holds anything else, or the file has alphas."""
+    names = [info.name for info in file.header.tensors]
+    try:
+        tree = strict_json(file.header.metadata.get(TRAINERS_KEY, "").encode())
+    except ValueError:
+        return None
+    alphas = any(name.endswith(".alpha") or name.startswith("lora_") for name in names)
+    if alphas or not isinstance(tree, dict) or not {"r", "lora_alpha"} <= tree.keys():
+        return None
+    config = AdapterConfig(tree, file.path, stated)
+    rules.refuse_kinds(config)
+    return {name.partition(".")[0]: config for name in names}

@@ -6,20 +6,26 @@ PEFT wraps the module once for each parameter; the parameter registered first is
 name, with ``base_layer`` appended once or more for inner wrappers; which parameter each belongs to is not stored. lora_A is (E·r, in),
 and its row e·r + k is expert e's k-th. lora_B is (out, r·E), and its column k·E + e is expert e's k-th. Until September 2026 Unsloth
 stored that column at e·r + k. Shapes and norms are the same, so only the config or the user can say which.
+
+Refuse adapters, and warn of them, by their own files. A new kind is an entry of `RULES`; a new key without effect, of `KNOWN_KEYS`.
+
+Any other key of ``adapter_config.json`` may change what the tensors mean, so it is refused unless it is empty or the user insists.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UnsupportedError, UsageError
-from streamer.storage.checkpoint import read_json_object
+from streamer.errors import FormatError, MismatchError, MissingInputError, UnsupportedError, UsageError
+from streamer.storage.checkpoint import TensorFile, read_json_object
+from streamer.storage.files import lacks
 from streamer.units import listed, quoted
 
 CONFIG_NAME = "adapter_config.json"
@@ -118,9 +124,9 @@ class AdapterConfig:
         """
         stated = self.number("rank_pattern", "r", module, default=rank)
         if stated != rank:
+            ranks = f"expected rank {stated:g} by the config, found {rank} rows in lora_A"
             raise MismatchError(
-                f"{self.path}: module {module!r}: expected rank {stated:g} by the config, found {rank} rows in lora_A; "
-                "config and weights belong to different adapters"
+                f"{self.path}: module {module!r}: {ranks}; config and weights belong to different adapters"
             )
         alpha = self.number("alpha_pattern", "lora_alpha", module)
         return self._finite(alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank, module)
@@ -174,23 +180,10 @@ def read_adapter_config(path: Path, stated: Stated) -> AdapterConfig:
     InputError
         If the directory holds no adapter, or its weights are not safetensors.
     """
-    if not (path / CONFIG_NAME).exists():
-        if (path / "config.json").exists():
-            raise InputError(
-                f"{path}: has no {CONFIG_NAME} but a config.json, so it looks like a model; the order is BASE ADAPTER"
-            )
-        inside = listed(sorted(repr(p.parent.name) for p in path.glob(f"*/{CONFIG_NAME}")))
-        what = f"name one of the adapters in it: {inside}" if inside else "is this a PEFT adapter?"
-        raise MissingInputError(f"{path}: expected {CONFIG_NAME}, found none; {what}", path / CONFIG_NAME)
-    if not (path / WEIGHTS_NAME).exists():
-        if (path / "adapter_model.bin").exists():
-            raise UnsupportedError(
-                f"{path}: has adapter_model.bin, a pickle, which can run code when read; if you trust it, load it with PEFT "
-                f"and save it again with save_pretrained, which writes {WEIGHTS_NAME}"
-            )
-        found = listed(sorted(p.name for p in path.glob("*.safetensors"))) or "none"
-        what = f"{path}: expected {WEIGHTS_NAME}, found {found}; finish the download, or save the adapter again as one file"
-        raise MissingInputError(what, path / WEIGHTS_NAME)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (path / name).exists():
+            pickles = "save one with a pickle again as safetensors"
+            raise lacks(path, name, f"name an adapter in PEFT's form, in the order BASE ADAPTER; {pickles}")
     return AdapterConfig(read_json_object(path / CONFIG_NAME), path / CONFIG_NAME, stated)
 
 
@@ -271,7 +264,7 @@ def targeted_parameters(config: AdapterConfig, module: str) -> set[str]:
 
 def layout_refusals(config: AdapterConfig) -> list[str]:
     """Return the reason to refuse the config's order of lora_B's columns, if any."""
-    rows, columns = _layouts(config)
+    rows, columns = _layouts(config, "lora_A_layout"), _layouts(config, LAYOUT_KEY)
     stated = config.stated.lora_b_layout
     if rows - {"grouped_by_expert"}:
         return [f"lora_A_layout is {listed(sorted(rows))}, expected grouped_by_expert"]
@@ -283,7 +276,7 @@ def layout_refusals(config: AdapterConfig) -> list[str]:
 
 def stored_layout(config: AdapterConfig) -> str | None:
     """Return the order of lora_B's columns that a config states, or None."""
-    return next(iter(_layouts(config)[1]), None)
+    return next(iter(_layouts(config, LAYOUT_KEY)), None)
 
 
 def is_grouped(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -> bool:
@@ -307,22 +300,204 @@ def is_grouped(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -
         text = card.read_text("utf-8", "replace") if card.is_file() else ""
         if "unsloth" in f"{json.dumps([config.values, dict(metadata)])}{text}".lower():
             raise UnsupportedError(
-                f"{config.path}: refused: LoRA on stacked experts, and config, metadata or README.md names Unsloth, which stored lora_B "
-                "grouped by expert until September 2026; pass --lora-b-layout grouped_by_expert if it wrote this one before then, else "
-                "--lora-b-layout rank_major"
+                f"{config.path}: refused: LoRA on stacked experts, and config, metadata or README.md names Unsloth, which grouped lora_B "
+                "by expert until September 2026; pass --lora-b-layout grouped_by_expert if older, else --lora-b-layout rank_major"
             )
     return layout == "grouped_by_expert"
 
 
-def _layouts(config: AdapterConfig) -> tuple[set[str], set[str]]:
-    """Collect every order that a config states for the rows of lora_A and for the columns of lora_B."""
-    details = config.get(LAYOUT_DETAILS)
-    details = details if isinstance(details, dict) else {}
-    parameters = details.get("parameters")
-    each = [details, *(parameters.values() if isinstance(parameters, dict) else ())]
-    rows, columns = ([one.get(key) for one in each if isinstance(one, dict)] for key in ("lora_A_layout", LAYOUT_KEY))
+def _layouts(config: AdapterConfig, key: str) -> set[str]:
+    """Collect every order that a config states under a key, at any depth: for each of the experts' parameters, or for all."""
+    stated = re.findall(rf'"{key}": ("[^"]*"|[^,}}\]]*)', json.dumps(config.values))
+    return {value.strip('"')[:30] for value in stated if value != "null"}
 
-    def said(layouts: Iterable[object]) -> set[str]:
-        return {str(v) if v in _LAYOUTS else quoted(v, 30) for v in layouts if v is not None}
 
-    return said(rows), said([config.get(LAYOUT_KEY), *columns])
+INSTEAD = "merge it with PEFT if it can, else use it unmerged"
+
+RESIDUAL = "residual-base initialisation"
+
+_ON_RESIDUAL = (
+    "its delta is relative to a residual of the base; save the adapter again with path_initial_model_for_weight_conversion, or give the "
+    "residual as the base and pass --base-is-residual"
+)
+_RESIDUAL_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "default", "true", "false")
+_TURNED = "PEFT does not merge this method into a layer that stores (in, out)"
+_NOT_KNOWN = "its change of the weights is not known here"
+
+
+class Rule(NamedTuple):
+    """Refusal by a key of a LoRA's config: the kind of adapter that it shows, the reason, and the test of its value."""
+
+    key: str
+    kind: str
+    reason: str
+    applies: Callable[[Any], bool] = bool
+
+
+def _no_number(value: object) -> bool:
+    return isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30
+
+
+KINDS = {
+    "alora_invocation_tokens": "aLoRA", "invocation_string": "aLoRA", "enable_lora": "MergedLinear", "arrow_config": "Arrow",
+    "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA", "velora_config": "VeLoRA",
+    "layer_replication": "layer replication", "megatron_config": "Megatron LoRA",
+}  # fmt: skip
+"""Kinds of LoRA by the keys that show them, which no merged weight can express, or whose tensors mean something else."""
+
+RULES = (
+    Rule("init_lora_weights", RESIDUAL, _ON_RESIDUAL, lambda v: isinstance(v, str) and v.lower().startswith(_RESIDUAL_INITS)),
+    Rule("loftq_config", RESIDUAL, _ON_RESIDUAL),
+    Rule("init_lora_weights", "unknown initialisation", "it may have changed the base",
+         lambda v: isinstance(v, str) and v.lower() not in _PLAIN_INITS and not v.lower().startswith(_RESIDUAL_INITS)),
+    *(Rule(key, kind, _NOT_KNOWN) for key, kind in KINDS.items()),
+)  # fmt: skip
+
+_NUMBER = "expected a number"
+MOST_TERMS = 1000
+"""Most terms of a Neumann series; PEFT's default is 5. A config may ask for any number, and each term costs a product for each matrix."""
+
+METHOD_RULES = {
+    "ADALORA": (Rule("lora_alpha", "AdaLoRA", _NUMBER, _no_number), Rule("init_r", "AdaLoRA", _NUMBER, _no_number)),
+    "VERA": (Rule("save_projection", "VeRA", "its projections are not in the file, and only the library that trained it can generate them "
+                  "again", lambda v: not v),),
+    "OFT": (Rule("eps", "OFT", _NUMBER, _no_number), Rule("fan_in_fan_out", "OFT", _TURNED),
+            Rule("num_cayley_neumann_terms", "OFT", f"expected 1 to {MOST_TERMS}", lambda v: _no_number(v) or not 1 <= v <= MOST_TERMS)),
+    "BOFT": (Rule("fan_in_fan_out", "BOFT", _TURNED),
+             Rule("boft_n_butterfly_factor", "BOFT", "only 1 can be checked against PEFT on a CPU", lambda v: v != 1)),
+}  # fmt: skip
+"""The same for the keys that configs of other methods state."""
+
+NEUTRAL = {
+    # The name of the base, its revision on the hub, and the class that PEFT wrapped.
+    "base_model_name_or_path", "revision", "auto_mapping",
+    # Whether the adapter stays frozen when it is loaded.
+    "inference_mode",
+    # Written by trainers: Unsloth's mark that it corrected the base's tokenizer; ms-swift's dtype and learning rates.
+    "unsloth_fixed", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",
+}  # fmt: skip
+"""Keys that say nothing of the delta."""
+
+_EVERY_METHOD = NEUTRAL | {
+    # Read: the method; the orientation of square experts, by version; the class of a merged model, by task; modules saved whole; ranks and
+    # scalings; which biases are saved; whether the base stores (in, out).
+    "peft_type", "peft_version", "task_type", "modules_to_save", "r", "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out",
+    # Where the adapter is attached: the tensor names say the same.
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+}  # fmt: skip
+
+# The scaling is read; the tensor shapes show use_effective_conv2d; the other keys concern training and initial values.
+_LYCORIS = _EVERY_METHOD | {"alpha", "rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"}
+
+KNOWN_KEYS = {
+    # Read: the scaling; initialisations; whether the adapter has magnitudes, or biases beside lora_B; the rows of trained tokens;
+    # parameters with factors of their own; whether a tied head gets the embedding's delta; the order of lora_B's columns for stacked
+    # experts. The rest: training; options of an initialisation, of megatron_config and of use_qalora; where PEFT keeps the factors at run
+    # time, and whether PEFT before 0.3 kept the model merged at run time.
+    "LORA": _EVERY_METHOD | {rule.key for rule in RULES} | {
+        "lora_alpha", "use_rslora", "use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "ensure_weight_tying",
+        LAYOUT_KEY, LAYOUT_DETAILS,
+        "lora_dropout", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config",
+        "merge_weights"},
+    "LOHA": _LYCORIS,
+    # The shapes show how w1 and w2 are decomposed.
+    "LOKR": _LYCORIS | {"decompose_both", "decompose_factor", "rank_dropout_scale"},
+    # AdaLoRA's config has all of LoRA's keys but reads only some; keys that PEFT refuses or ignores for AdaLoRA are omitted here. Of its
+    # own keys only init_r is read, for the scaling; the others are used only in training.
+    "ADALORA": _EVERY_METHOD | {
+        "lora_alpha", "lora_dropout", "trainable_token_indices", "runtime_config", "megatron_core", "qalora_group_size",
+        "init_lora_weights", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"},
+    # Read: that the file holds the projections; their seed is then not needed.
+    "VERA": _EVERY_METHOD | {"save_projection", "projection_prng_key", "vera_dropout", "d_initial", "init_weights"},
+    # Read: constrained rotations with their bound, and the series with its number of terms. The shapes show the blocks.
+    "OFT": _EVERY_METHOD | {
+        "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms", "oft_block_size", "block_share", "module_dropout", "init_weights"},
+    # Read: the number of factors; only 1 is supported. The shapes show the blocks.
+    "BOFT": _EVERY_METHOD | {"boft_n_butterfly_factor", "boft_block_size", "boft_block_num", "boft_dropout", "init_weights"},
+}  # fmt: skip
+"""Known keys by PEFT's name of the method."""
+
+OTHER_LIBRARIES = "LyCORIS (LoHa, LoKr), MLX, ComfyUI or old versions of diffusers"
+
+_OTHERS = re.compile(
+    r"^lora_\w+\.(?:hada|lokr)_w|\.lora_[ab]$|^(?:lora_|diffusion_model\.|(?:unet|transformer(?!\.h\.)|text_encoder\w*)\.).*"
+    r"(?:lora_[AB]|down|up)\.weight$"
+)
+"""Names of tensors in LoRA files of these libraries, of kohya and of diffusers; GPT-2's layers are named ``transformer.h``."""
+
+
+def refuse_kinds(config: AdapterConfig) -> None:
+    """Raise `UnsupportedError` with all reasons if the config shows an unsupported kind of adapter."""
+    if reasons := refusals(config):
+        raise UnsupportedError(f"{config.path}: refused: {listed(reasons, separator='; ')}")
+
+
+def refusals(config: AdapterConfig) -> list[str]:
+    """Return the reasons to refuse an adapter with this config, one phrase each; empty if it is supported."""
+    kind = config.peft_type
+    if not isinstance(kind, str) or kind not in KNOWN_KEYS:
+        return [f"{kind} adapter: {_NOT_KNOWN}; {INSTEAD}"]
+    rules = [r for r in RULES if not (r.kind == RESIDUAL and config.stated.base_is_residual)] if kind == "LORA" else []
+    reasons = [f"{rule.kind}: {rule.reason}" for rule in rules if rule.applies(config.get(rule.key))]
+    wrong = [(r, v) for r in METHOD_RULES.get(kind, ()) if r.key in config.values and r.applies(v := config.get(r.key))]
+    reasons += [f"{rule.kind}: {rule.key}={quoted(value, 30)}: {rule.reason}" for rule, value in wrong]
+    if reasons := [*dict.fromkeys(reasons)]:
+        reasons[-1] += f"; {INSTEAD}"
+    reasons += layout_refusals(config) if kind == "LORA" else []
+    # PEFT would drop these keys and read the adapter without them.
+    if unknown := [key for key in unknown_keys(config) if key not in config.stated.ignore_keys]:
+        what = listed(f"{quoted(key, 30)} ({quoted(config.values[key], 30)})" for key in unknown)
+        keys = "keys" if len(unknown) > 1 else "key"
+        reasons.append(f"unknown {keys} {what}, which may change the delta; pass --ignore-key KEY if KEY does not")
+    return reasons
+
+
+def unknown_keys(config: AdapterConfig) -> list[str]:
+    """List the nonempty keys of a config that are not known, whether or not the user ignores them."""
+    known = KNOWN_KEYS.get(config.peft_type, set())
+    return [k for k, v in config.values.items() if k not in known and v is not False and v not in (None, "", [], {})]
+
+
+def is_residual(config: AdapterConfig) -> bool:
+    """Test whether an adapter with this config is relative to a residual of its base."""
+    return any(rule.kind == RESIDUAL and rule.applies(config.get(rule.key)) for rule in RULES)
+
+
+def version_notes(config: AdapterConfig) -> Iterator[str]:
+    """Warn of what PEFT computed otherwise before 0.18, from which on configs state the version that trained them."""
+    says = "the config states no peft_version; if PEFT {} trained the adapter, this result differs: {} meant something else"
+    patterns = f"{config.get('rank_pattern')} {config.get('alpha_pattern')}"
+    series = config.get("use_cayley_neumann") and config.get("num_cayley_neumann_terms") not in (1, 2)
+    if not config.get("peft_version") and config.peft_type == "LORA" and re.search(r"[|^]", patterns):
+        yield says.format("up to 0.14", "'|' and '^' in rank_pattern and alpha_pattern")
+    if not config.get("peft_version") and config.peft_type == "OFT" and series:
+        yield says.format("before 0.18", "num_cayley_neumann_terms")
+
+
+def mitigated_before(metadata: Mapping[str, str]) -> list[str]:
+    """Note if `mitigate` made the adapter, by the metadata of its file: any λ other than 1 would scale its intruders twice."""
+    try:
+        made = json.loads(metadata.get("streamer", ""))
+        mitigated, method = made["command"] == "mitigate" and made["lambda"] != 1, made["method"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return []  # written by another program
+    if not mitigated:
+        return []
+    how = f"by `streamer mitigate` with method {method}"
+    return [f"the adapter is mitigated already, {how}: lambda 1 leaves it unchanged, any other is applied in addition"]
+
+
+def refuse_other_formats(path: Path) -> None:
+    """Refuse LoRA files of other libraries; `path` is a safetensors file, or a directory with some.
+
+    Raises
+    ------
+    UnsupportedError
+        If a file is in another format. Files that are not safetensors are skipped.
+    """
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with contextlib.suppress(MissingInputError, FormatError):
+            if any(_OTHERS.search(info.name) for info in TensorFile(file).header.tensors):
+                instead = f"if of {OTHER_LIBRARIES}, convert it; if kohya's or diffusers', name the one file, with a pipeline as the base"
+                raise UnsupportedError(f"{file}: refused: another library's LoRA; {instead}")

@@ -25,36 +25,16 @@ from streamer.adapters.adapter import Carried, DeltaSource
 from streamer.adapters.adapter_config import CONFIG_NAME, LORA_NAME, WEIGHTS_NAME, AdapterConfig
 from streamer.adapters.modules import METHODS, MethodModule, Module
 from streamer.errors import InputError, OutputExistsError, UsageError
-from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, checkpoint_identity, open_checkpoint
+from streamer.storage import checkpoint
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from streamer.storage.files import AdapterIdentity
-from streamer.storage.header import TensorInfo
-from streamer.storage.tensor_file import IOMode
+from streamer.storage.header import IOMode, TensorInfo
 from streamer.storage.transaction import refuse_symlink
 from streamer.units import listed
 from streamer.weights.base import ENCODINGS, StoredTensor
 from streamer.weights.model_config import MODEL_CONFIG, ModelConfig, read_model_config
 
 METHOD = "FULL"
-
-
-@dataclass(frozen=True)
-class ExpertStack:
-    """Tensor that holds one matrix for each expert.
-
-    Attributes
-    ----------
-    tensor
-        Name of the tensor.
-    stored
-        Its shape: (experts, out, in), or (experts, in, out) if `transposed`.
-    experts
-        One module for each expert.
-    """
-
-    tensor: str
-    stored: tuple[int, ...]
-    transposed: bool
-    experts: tuple[MethodModule, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +46,7 @@ class FinetunedModel(DeltaSource):
     model_config
         Values of its ``config.json``.
     stacks
-        Its stacks of experts.
+        Its stacks of experts, each as the module of one expert under the stack's name.
     carried_matrices
         Tensors of two or more dimensions, with the base's shape, that are carried along.
     copies
@@ -74,7 +54,7 @@ class FinetunedModel(DeltaSource):
     """
 
     model_config: ModelConfig = field(default_factory=ModelConfig)
-    stacks: tuple[ExpertStack, ...] = ()
+    stacks: tuple[MethodModule, ...] = ()
     carried_matrices: tuple[str, ...] = ()
     copies: frozenset[str] = frozenset()
 
@@ -95,11 +75,11 @@ class FinetunedModel(DeltaSource):
     @property
     def parameters(self) -> list[str]:
         """List the names by which to search a base for the stacks of experts."""
-        return [stack.tensor.removesuffix(".weight") for stack in self.stacks]
+        return [stack.name.removesuffix(".weight") for stack in self.stacks]
 
     def identity(self) -> AdapterIdentity:
         """Digest headers and samples, as for a base."""
-        files = checkpoint_identity({file.path.name: file for file in self.files})["files"]
+        files = checkpoint.checkpoint_identity({file.path.name: file for file in self.files})["files"]
         return {"files": files, "modules": len(self.modules)}
 
     @property
@@ -136,13 +116,13 @@ def open_finetuned(path: Path, base: Checkpoint, role_of: Callable[[TensorInfo],
         If the model is the base itself.
     """
     model_config = read_model_config(path)
-    tuned = open_checkpoint(path, io)
+    tuned = checkpoint.open_checkpoint(path, io)
     if {f.stamp for f in tuned.files.values()} == {f.stamp for f in base.files.values()}:
         raise InputError(f"{path}: is the base itself; name the adapter, or the model that was trained from the base")
     config = AdapterConfig({**model_config.values, "peft_type": METHOD}, path / MODEL_CONFIG)
     modules: dict[str, Module] = {}
     carried: list[Carried] = []
-    stacks: list[ExpertStack] = []
+    stacks: list[MethodModule] = []
     carried_matrices: list[str] = []
     for file in tuned.files.values():
         for info in file.header.tensors:
@@ -150,7 +130,10 @@ def open_finetuned(path: Path, base: Checkpoint, role_of: Callable[[TensorInfo],
             resized = info.name in base.weight_map and base.info(info.name).shape != info.shape
             role = role_of(info) if info.dtype in ENCODINGS and not resized else ""
             if role in ("out,in", "in,out"):
-                stacks.append(_stack(info, role == "in,out", config))
+                kind, stored = "weight" if role == "out,in" else "conv1d", info.shape[1:]
+                m, n = stored if role == "out,in" else stored[::-1]
+                named, shapes = {kind: info.name}, {kind: stored}
+                stacks.append(MethodModule(info.name, METHODS[METHOD], config, named, shapes, shape=(m, n)))
             elif role:
                 modules[module] = MethodModule(module, METHODS[METHOD], config, {role: info.name}, {role: info.shape})
             else:
@@ -160,15 +143,6 @@ def open_finetuned(path: Path, base: Checkpoint, role_of: Callable[[TensorInfo],
                     carried_matrices.append(info.name)
     files, matrices = tuple(tuned.files.values()), tuple(carried_matrices)
     return FinetunedModel(path, config, files, modules, tuple(carried), (), model_config, tuple(stacks), matrices)
-
-
-def _stack(info: TensorInfo, transposed: bool, config: AdapterConfig) -> ExpertStack:
-    experts, *stored = info.shape
-    m, n = reversed(stored) if transposed else stored
-    role = "conv1d" if transposed else "weight"
-    whole = MethodModule(info.name, METHODS[METHOD], config, {role: info.name}, {role: tuple(stored)}, shape=(m, n))
-    modules = (replace(whole, name=f"{info.name}[{e}]", expert=e) for e in range(experts))
-    return ExpertStack(info.name, info.shape, transposed, tuple(modules))
 
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin", LORA_NAME)

@@ -1,6 +1,6 @@
 """Represent an adapter's modules: their tensors in the adapter's files, and the deltas computed from them.
 
-Three classes share one interface: LoRA's factors, LoRA with DoRA's magnitudes, and the tensors of another PEFT method.
+Two classes share one interface: LoRA's factors, which may have DoRA's magnitudes, and the tensors of another PEFT method.
 
 Compute DoRA's delta: ``W' = m · (W0 + Δ) / ‖W0 + Δ‖``, which scales each row of the (out, in) matrix to its magnitude.
 
@@ -295,6 +295,8 @@ def values_of(stored: StoredTensor, index: tuple[slice, ...] = ()) -> Tensor:
 class LoraModule:
     """LoRA: ``Δ = scaling · B @ A``; the scaling is ``alpha/√r`` for rsLoRA, else ``alpha/r``.
 
+    DoRA: ``W' = magnitude · (W0 + scaling · B @ A)`` with rows first normalised to length 1 (see `dora_delta`); Δ is not of low rank.
+
     Attributes
     ----------
     a, b
@@ -307,6 +309,8 @@ class LoraModule:
         Whether the columns of such a b are ordered expert by expert.
     delta_transposed
         Whether Δ is the transpose, ``scaling · (B @ A)ᵀ``.
+    magnitude
+        Name of DoRA's magnitudes (m,); empty for LoRA.
     """
 
     name: str
@@ -320,18 +324,22 @@ class LoraModule:
     expert: tuple[int, int] | None = None
     grouped: bool = False
     delta_transposed: bool = False
+    magnitude: str = ""
 
-    low_rank = True
+    @property
+    def low_rank(self) -> bool:
+        """Return whether Δ is just the product of the factors."""
+        return not self.magnitude
 
     @property
     def factors(self) -> LoraModule | None:
-        """Return the module itself if Δ is just the product of its factors, so that a mitigated delta can be written as factors."""
+        """Return the module itself if a mitigated delta can be written as factors."""
         return self if self.low_rank else None
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
-        """Return the names of lora_A and lora_B."""
-        return self.a, self.b
+        """Return the names of lora_A, of lora_B and, for DoRA, of the magnitudes."""
+        return (self.a, self.b, self.magnitude) if self.magnitude else (self.a, self.b)
 
     @property
     def factor_rank(self) -> int:
@@ -375,7 +383,7 @@ class LoraModule:
         return self.product(A.double(), B.double()) if double else self.product(A, B)
 
     def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None, *, double: bool = False) -> Delta:
-        """Compute Δ (m, n), with ``W' = W0 + Δ``: here ``scaling · B @ A`` as factors.
+        """Compute Δ (m, n), with ``W' = W0 + Δ``: ``scaling · B @ A`` as factors, or DoRA's in W0's dtype.
 
         Parameters
         ----------
@@ -386,11 +394,16 @@ class LoraModule:
         double
             Whether to compute in float64, including the scaling of the factors; W0 is then float64.
         """
-        return self.low_rank_delta(tensors, double)
+        product = self.low_rank_delta(tensors, double)
+        if self.low_rank:
+            return product
+        assert W0 is not None
+        return Dense(dora_delta(W0, product, values_of(tensors[self.magnitude]).flatten()))
 
     def peak_bytes(self, itemsize: int) -> int:
-        """Return the peak memory for computing a delta that is not of low rank (W0, Δ and intermediates); else 0."""
-        return 0
+        """Return the peak memory of `dora_delta`: W0, the delta, and up to four blocks of rows in float64; 0 for LoRA."""
+        m, n = self.shape
+        return 0 if self.low_rank else 2 * itemsize * m * n + 4 * min(8 * m * n, max(BLOCK_BYTES, 8 * n))
 
     def copied_bytes(self, itemsize: int) -> int:
         """Return the memory of the module's tensors in the computing dtype, if they are kept beside Δ; else 0."""
@@ -400,37 +413,6 @@ class LoraModule:
         """Fit the module to a weight of this shape, stored (in, out) if `transposed`, else (out, in); return None if it does not fit."""
         wanted = self.shape[::-1] if self.layer_kind == "linear" and transposed else self.weight
         return self if stored == wanted else None
-
-
-@dataclass(frozen=True)
-class DoraModule(LoraModule):
-    """DoRA: ``W' = magnitude · (W0 + scaling · B @ A)`` with rows first normalised to length 1 (see `dora`); Δ is not of low rank.
-
-    Attributes
-    ----------
-    magnitude
-        Name of the magnitudes (m,).
-    """
-
-    magnitude: str = ""
-
-    low_rank = False
-
-    @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """Return the names of lora_A, lora_B and the magnitudes."""
-        return self.a, self.b, self.magnitude
-
-    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None, *, double: bool = False) -> Delta:
-        """Compute ``W' − W0`` in W0's dtype."""
-        assert W0 is not None
-        magnitude = values_of(tensors[self.magnitude]).flatten()
-        return Dense(dora_delta(W0, self.low_rank_delta(tensors, double), magnitude))
-
-    def peak_bytes(self, itemsize: int) -> int:
-        """Return the peak memory of `dora_delta`: W0, the delta, and up to four blocks of rows in float64."""
-        m, n = self.shape
-        return 2 * itemsize * m * n + 4 * min(8 * m * n, max(BLOCK_BYTES, 8 * n))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from streamer.methods import MethodName
 from streamer.methods.files import Coefficients, InputMap
 from streamer.output.write import FindingsOrPath
 from streamer.remote.inputs import RemoteMode
-from streamer.storage.tensor_file import IOMode
+from streamer.storage.checkpoint import IOMode
 
 class DetectKeywords(TypedDict, total=False):
     on_event: OnEvent | None

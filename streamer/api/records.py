@@ -27,7 +27,7 @@ from streamer.output.job import Written
 from streamer.plan.architectures import with_architecture
 from streamer.plan.carried_tensors import CarriedRecord
 from streamer.plan.plan import Plan, make_plan
-from streamer.plan.sources import AdapterSource, BaseSource
+from streamer.plan.side_files import AdapterSource, BaseSource
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.storage.transaction import free_bytes
 from streamer.weights.model_config import read_model_config

@@ -24,7 +24,7 @@ from streamer.methods.files import Coefficients, InputMap, load_coefficients, lo
 from streamer.options import Adapters, Computing, Judged, MethodOptions, OfBase, Watched, Writing
 from streamer.output.write import FindingsOrPath, load_given
 from streamer.remote.inputs import Remote
-from streamer.storage.tensor_file import IOMode
+from streamer.storage.checkpoint import IOMode
 from streamer.units import parse_size
 from streamer.workers import Workers
 

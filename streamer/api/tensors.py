@@ -32,13 +32,13 @@ from streamer.storage.atomic_file import (
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint, shard_names
 from streamer.storage.files import locked, make_directory
 from streamer.storage.header import TensorInfo, layout, tensor_nbytes
-from streamer.storage.journal import lock_of
 from streamer.storage.transaction import (
     OutputPlan,
     check_name,
     check_output_path,
     check_replaced,
     inspect_output,
+    lock_of,
     locked_outputs,
     refuse_within_output,
 )

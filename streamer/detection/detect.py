@@ -44,8 +44,17 @@ from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget,
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import Buffer, partials_of, write_sealed
 from streamer.storage.header import Header, TensorInfo, layout, parse_header
-from streamer.storage.journal import ResumableFile, journal_of, left
-from streamer.storage.transaction import allocated_bytes, check_file_path, check_space, holds, is_taken, not_own
+from streamer.storage.transaction import (
+    ResumableFile,
+    allocated_bytes,
+    check_file_path,
+    check_space,
+    holds,
+    is_taken,
+    journal_of,
+    left,
+    not_own,
+)
 from streamer.units import counted
 from streamer.weights.base import Weight, as_bytes
 from streamer.workers import Inputs, Task, Workers

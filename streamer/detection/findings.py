@@ -50,14 +50,13 @@ from streamer.json_types import Amount, Count, Encoding, ModuleName, OutputPath,
 from streamer.linalg.operators import all_finite
 from streamer.packages import require_package
 from streamer.plan.plan import Plan
-from streamer.plan.sources import AdapterSource, BaseSource, NameSource, in_short
+from streamer.plan.side_files import AdapterSource, BaseSource, NameSource, in_short
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import ShardPlan, plan_shard, remove_partials, write_sealed
+from streamer.storage.checkpoint import TensorFile
 from streamer.storage.files import AdapterIdentity, BaseIdentity, check_identities, difference, locked
 from streamer.storage.header import DIGEST, NO_DIGEST
-from streamer.storage.journal import journal_of, lock_of
-from streamer.storage.tensor_file import TensorFile
-from streamer.storage.transaction import check_file_path, check_replaced, check_space
+from streamer.storage.transaction import check_file_path, check_replaced, check_space, journal_of, lock_of
 from streamer.units import counted, format_size, listed
 from streamer.weights.base import TORCH_DTYPES, StoredTensor, Weight, as_bytes, as_tensor
 

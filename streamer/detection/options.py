@@ -22,8 +22,8 @@ from streamer.errors import UsageError
 from streamer.events import Monitor
 from streamer.json_types import Count, Keywords
 from streamer.linalg.torch_state import CPU
-from streamer.plan.sources import NameSource, in_short
-from streamer.storage.tensor_file import IOMode
+from streamer.plan.side_files import NameSource, in_short
+from streamer.storage.checkpoint import IOMode
 
 if TYPE_CHECKING:
     from streamer.workers import Workers

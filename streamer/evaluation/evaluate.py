@@ -49,8 +49,7 @@ from streamer.output.write import OutputOptions, check_coefficients, check_map, 
 from streamer.plan.plan import AdapterBatch, Plan, resident_bytes
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.files import locked
-from streamer.storage.journal import lock_of, remove_leftovers
-from streamer.storage.transaction import is_taken
+from streamer.storage.transaction import is_taken, lock_of, remove_leftovers
 from streamer.streaming.model import require_transformers
 from streamer.streaming.sweep import SweepModel
 from streamer.streaming.values import Variant

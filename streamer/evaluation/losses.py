@@ -20,7 +20,7 @@ from streamer.methods import METHODS, MethodName, Shrink, takes_findings
 from streamer.methods.files import Coefficients, CoefficientsRecord, InputMap, MapRecord
 from streamer.options import EvaluateOptions
 from streamer.plan.plan import Plan
-from streamer.plan.sources import AdapterSource, BaseSource
+from streamer.plan.side_files import AdapterSource, BaseSource
 from streamer.streaming.values import Variant, VariantSet, make_variants
 
 ProductDtype = Literal["float32", "bf16"]

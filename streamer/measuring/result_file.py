@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from streamer import __version__
-from streamer.adapters.adapter_config import stated_options
-from streamer.adapters.rules import NEUTRAL
+from streamer.adapters.adapter_config import NEUTRAL, stated_options
 from streamer.detection.detect import naming_inputs
 from streamer.detection.options import Run
 from streamer.errors import FormatError, InputError, NumericError, OutputExistsError
@@ -31,14 +30,18 @@ from streamer.measuring.statistics import ARRAYS, Floats
 from streamer.methods import METHODS, MethodName
 from streamer.methods.files import SealedKind
 from streamer.plan.plan import Plan
-from streamer.storage.journal import Journal, ResumableFile, journal_of, left, states_of
 from streamer.storage.transaction import (
+    Journal,
+    ResumableFile,
     check_file_path,
     holds,
     is_placeholder,
+    journal_of,
+    left,
     not_own,
     refuse_symlink,
     refuse_within_output,
+    states_of,
 )
 from streamer.streaming.model import LoadedModel, require_transformers
 from streamer.streaming.sweep import States

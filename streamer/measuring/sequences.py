@@ -28,7 +28,7 @@ from torch import Tensor
 from streamer.errors import FormatError, MissingInputError, UnsupportedError
 from streamer.measuring.statistics import MEASURES, SequenceSums
 from streamer.plan.plan import Plan
-from streamer.plan.tokenizer import VOCABULARIES, with_tokenizer
+from streamer.plan.side_files import VOCABULARIES, with_tokenizer
 from streamer.streaming.model import quiet_transformers, require_transformers, unreadable
 from streamer.units import quoted
 
@@ -114,7 +114,11 @@ def tokenizer_directory(plan: Plan) -> Path | None:
     own = plan.adapter.path
     if plan.adapter.describes_model:
         return own if any((own / name).is_file() for name in VOCABULARIES) else plan.base.directory
-    return own if with_tokenizer(plan, [])[1] == "adapter" else plan.base.directory
+    return (
+        own
+        if with_tokenizer([], plan.adapter, plan.base.directory, plan.config, plan.edits.vocabulary)[1] == "adapter"
+        else plan.base.directory
+    )
 
 
 def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:

@@ -33,9 +33,9 @@ from streamer.linalg.moments import Spectrum
 from streamer.linalg.operators import Delta, LowRank
 from streamer.methods import share_name
 from streamer.storage.atomic_file import plan_shard, write_sealed
+from streamer.storage.checkpoint import TensorFile
 from streamer.storage.files import check_identities, strict_json
 from streamer.storage.header import DIGEST, NO_DIGEST
-from streamer.storage.tensor_file import TensorFile
 from streamer.storage.transaction import check_replaced
 from streamer.units import counted, listed, quoted
 from streamer.weights.base import SPELLINGS, TORCH_DTYPES, as_bytes, as_tensor

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from streamer.adapters.adapter import PREFIX, saved_names
-from streamer.adapters.adapter_config import CONFIG_NAME, LAYOUT_DETAILS, LAYOUT_KEY, WEIGHTS_NAME
+from streamer.adapters.adapter_config import CONFIG_NAME, LAYOUT_DETAILS, LAYOUT_KEY, WEIGHTS_NAME, is_residual
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.adapters.modules import MethodModule
-from streamer.adapters.rules import is_residual
 from streamer.errors import UnsupportedError, UsageError
 from streamer.linalg.operators import Delta, Dense, LowRank
 from streamer.linalg.svd import energies, energies_bytes, krylov_triplets, least_rank
@@ -32,10 +31,9 @@ from streamer.output.model_writer import AddDelta
 from streamer.plan.architectures import Architecture, architecture_for
 from streamer.plan.name_matching import Renames, renames_for
 from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, resident_bytes
-from streamer.plan.side_files import other_files, skipped_files
+from streamer.plan.side_files import TOKENIZER_CONFIG, other_files, skipped_files
 from streamer.plan.targets import Target
 from streamer.plan.tied_embeddings import find_ties
-from streamer.plan.tokenizer import TOKENIZER_CONFIG
 from streamer.storage.atomic_file import Piece, ShardPlan, plan_shard
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo

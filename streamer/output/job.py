@@ -26,8 +26,7 @@ from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
 import torch
 
 from streamer import __version__
-from streamer.adapters.adapter_config import stated_options
-from streamer.adapters.rules import mitigated_before
+from streamer.adapters.adapter_config import mitigated_before, stated_options
 from streamer.detection.detect import detection_estimates, findings_bytes
 from streamer.detection.findings import Findings
 from streamer.detection.intruders import Detection
@@ -40,13 +39,11 @@ from streamer.methods import METHODS, Method, MethodName, Shrink, takes_findings
 from streamer.methods.files import CoefficientsRecord, MapRecord
 from streamer.plan.carried_tensors import CarriedRecord
 from streamer.plan.plan import MemoryEstimate, Plan, factor_bytes
-from streamer.plan.side_files import is_module, read_beside
-from streamer.plan.sources import AdapterSource, BaseSource, NameSource
+from streamer.plan.side_files import AdapterSource, BaseSource, NameSource, is_module, read_beside
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import Piece, ShardPlan
 from streamer.storage.header import TensorInfo
-from streamer.storage.journal import journal_of
-from streamer.storage.transaction import OutputPlan
+from streamer.storage.transaction import OutputPlan, journal_of
 from streamer.units import counted, format_size
 
 SCHEMA: Final = "streamer.output/2"

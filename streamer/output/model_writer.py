@@ -31,19 +31,17 @@ from streamer.output.job import Job, MitigatedMatrix, Writer
 from streamer.plan.architectures import architectures_for, pattern_of
 from streamer.plan.carried_tensors import Head, implied_head
 from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, resident_bytes
-from streamer.plan.side_files import other_files, skipped_files, stale_weights, with_modules
+from streamer.plan.side_files import other_files, skipped_files, stale_weights, with_modules, with_tokenizer
 from streamer.plan.targets import Target
-from streamer.plan.tokenizer import with_tokenizer
 from streamer.storage.atomic_file import BufferRing, Piece, ShardPlan, component_prefix, gather, index_bytes, plan_shard
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, component_files
 from streamer.storage.header import TensorInfo
 from streamer.storage.transaction import RECORD_NAME
 from streamer.weights import base as encodings
 from streamer.weights.base import Plain, StoredTensor, Weight, as_bytes, as_tensor, encode
+from streamer.weights.codes import FP8, GPTQ
 from streamer.weights.logical import STALE, WeightView, is_activation_scale, plain_metadata, plain_weights
 from streamer.weights.model_config import MODEL_CONFIG
-from streamer.weights.quantization.codes import FP8
-from streamer.weights.quantization.integers import GPTQ
 
 BLOCK_BYTES = 4 << 20
 """Rows of this many float32 bytes are merged at a time, so that memory does not depend on the matrix; measured in docs/benchmarks.md."""
@@ -490,7 +488,9 @@ class ModelWriter(Writer):
         stale += stale_weights((name for name, _ in copies), components)
         copies = [c for c in copies if c[0] not in stale]
         copies, lacks = with_modules(copies, plan.adapter.path)
-        copies, tokenizer, lost, says = with_tokenizer(plan, copies)
+        copies, tokenizer, lost, says = with_tokenizer(
+            copies, plan.adapter, plan.base.directory, plan.config, plan.edits.vocabulary
+        )
         written = {*base.files, INDEX_NAME, RECORD_NAME, *apart}
         skipped = [] if source is None else [name for name in skipped_files(source, adapter) if name not in written]
         # A loader would apply an adapter beside the model again.

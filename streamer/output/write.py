@@ -34,7 +34,7 @@ from streamer.storage.atomic_file import ShardFile, ShardPlan, remove_partials
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.files import difference, locked, touch
 from streamer.storage.header import TensorInfo
-from streamer.storage.journal import remove_leftovers
+from streamer.storage.transaction import remove_leftovers
 from streamer.units import counted, listed
 from streamer.workers import Carried, Inputs, Task, Workers, held, kept
 

@@ -19,11 +19,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from streamer.adapters.adapter import DeltaSource, PeftAdapter, normalize
-from streamer.adapters.adapter_config import Stated
+from streamer.adapters.adapter import DeltaSource, PeftAdapter, normalize, sorted_adapter
+from streamer.adapters.adapter_config import Stated, refuse_kinds
 from streamer.adapters.modules import MethodModule
-from streamer.adapters.reader import sorted_adapter
-from streamer.adapters.rules import refuse_kinds
 from streamer.api.functions import explained
 from streamer.api.requests import chosen_method, detection_options, watched
 from streamer.detection.detect import choose_device, detect_matrix

@@ -22,8 +22,8 @@ from streamer.errors import UnsupportedError, UsageError
 from streamer.packages import require_package
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import Piece
+from streamer.storage.checkpoint import SAMPLE_BYTES, TensorFile
 from streamer.storage.header import Header, TensorInfo
-from streamer.storage.tensor_file import SAMPLE_BYTES, TensorFile
 from streamer.units import listed
 from streamer.weights.base import SPELLINGS, as_bytes
 

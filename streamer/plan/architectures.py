@@ -16,7 +16,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -27,42 +27,21 @@ from streamer.errors import UsageError
 from streamer.weights.model_config import ModelConfig
 
 
-class Table(NamedTuple):
-    """The table; records are parsed on demand.
-
-    Attributes
-    ----------
-    source
-        Version of transformers from which the table was made.
-    classes
-        Class → line number of its record.
-    types
-        Model type → classes that its config can have.
-    auto
-        Auto class → model type → class that it builds.
-    lines
-        Records as JSON.
-    tie_rules
-        Rule → model types. ``always``: the weights are always tied; ``not_alone``: the config key states more than this tie; ``of_text``:
-        the ``text_config`` can also state the tie; ``default``: tied by default.
-    """
-
-    source: str
-    classes: Mapping[str, int]
-    types: Mapping[str, tuple[str, ...]]
-    auto: Mapping[str, Mapping[str, str]]
-    lines: Sequence[str]
-    tie_rules: Mapping[str, Collection[str]]
-
-
 @cache
-def table() -> Table:
-    """Read the table once."""
+def table() -> dict[str, Any]:
+    """Read the table once; records are parsed on demand.
+
+    Returns
+    -------
+    dict
+        ``source``: version of transformers from which the table was made. ``classes``: class → line number of its record. ``types``: model
+        type → classes that its config can have. ``auto``: auto class → model type → class that it builds. ``lines``: records as JSON.
+        ``tie_rules``: rule → model types. ``always``: the weights are always tied; ``not_alone``: the config key states more than this tie;
+        ``of_text``: the ``text_config`` can also state the tie; ``default``: tied by default.
+    """
     data = gzip.decompress(resources.files(__package__).joinpath("architectures.json.gz").read_bytes())
     head, *lines = data.decode().splitlines()
-    facts = json.loads(head)
-    types = {model_type: tuple(names) for model_type, names in facts["types"].items()}
-    return Table(facts["source"], facts["classes"], types, facts["auto"], lines, facts["tie_rules"])
+    return {**json.loads(head), "lines": lines}
 
 
 @cache
@@ -75,14 +54,14 @@ def packaged(name: str) -> dict[str, Any]:
 @cache
 def record_of(name: str) -> Mapping[str, Any] | None:
     """Return the record of a class, or None if the table has none."""
-    line = table().classes.get(name)
-    return None if line is None else dict(json.loads(table().lines[line]))
+    line = table()["classes"].get(name)
+    return None if line is None else dict(json.loads(table()["lines"][line]))
 
 
 @cache
 def conv1d_names() -> frozenset[str]:
     """List the last names of modules that some class stores (in, out), such as ``c_proj``: in an unknown class they may be either way."""
-    records = filter(None, map(record_of, table().classes))
+    records = filter(None, map(record_of, table()["classes"]))
     return frozenset(pattern.rpartition(".")[2] for of in records for pattern in of.get("transposed", ()))
 
 
@@ -239,13 +218,10 @@ def pattern_of(name: str) -> str:
     return ".".join("*" if step.isdigit() else step for step in name.split("."))
 
 
-def architecture_of(config: Mapping[str, Any], name: str | None = None) -> Architecture | None:
-    """Return the facts about the model with this ``config.json``.
+def architecture_for(config: ModelConfig, name: str | None = None) -> Architecture | None:
+    """Return the facts about the named class, else the class that the user names, else the first that the config names.
 
-    Parameters
-    ----------
-    name
-        Its class, if not the first of the config's ``architectures``.
+    A named class is accepted for an unknown model type, too.
 
     Returns
     -------
@@ -253,24 +229,12 @@ def architecture_of(config: Mapping[str, Any], name: str | None = None) -> Archi
         None if the facts are not known: the table lacks the class, has it for another ``model_type`` or lacks the class of an inner
         model; or the config names no class and its type has several.
     """
-    stated, model_type = config.get("architectures"), config.get("model_type")
-    of_type = table().types.get(model_type, ()) if isinstance(model_type, str) else ()
-    if name is None:
-        names = stated if isinstance(stated, list) and stated else of_type if len(of_type) == 1 else ()
-        name = next(iter(names), None)
-    if not isinstance(name, str) or (model_type is not None and name not in of_type):
+    of_type, named = classes_of(config.model_type), name or config.architecture
+    unknown = named is not None and not of_type
+    cls = named or next(iter(config.architectures or (of_type if len(of_type) == 1 else ())), None)
+    if not isinstance(cls, str) or not (unknown or config.model_type is None or cls in of_type):
         return None
-    return _architecture(name, config, ())
-
-
-def architecture_for(config: ModelConfig, name: str | None = None) -> Architecture | None:
-    """Return the facts about the named class, else the class that the user or the config names; None if the table does not have them.
-
-    A named class is accepted for an unknown model type, too.
-    """
-    name = name or config.architecture
-    unknown = name is not None and not classes_of(config.model_type)
-    return architecture_of({k: v for k, v in config.values.items() if not unknown or k != "model_type"}, name)
+    return _architecture(cls, {k: v for k, v in config.values.items() if not unknown or k != "model_type"}, ())
 
 
 def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
@@ -297,9 +261,9 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
     if name is None:
         return config
     if architecture_for(config, name) is None:
-        known, of_type = table().classes, classes_of(config.model_type)
+        known, of_type = table()["classes"], classes_of(config.model_type)
         near = get_close_matches(name, of_type or known, 3, 0.4)
-        whose = f"of model_type {config.model_type!r}" if of_type else f"of {table().source}"
+        whose = f"of model_type {config.model_type!r}" if of_type else f"of {table()['source']}"
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise UsageError(f"architecture: expected a class {whose}, found {name!r}{hint}")
     return replace(config, architecture=name)
@@ -307,7 +271,7 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
 
 def classes_of(model_type: str | None) -> tuple[str, ...]:
     """Return the classes that a config of this type can have; empty if the table has none."""
-    return table().types.get(model_type, ()) if model_type else ()
+    return tuple(table()["types"].get(model_type, ()))
 
 
 def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) -> Architecture | None:
@@ -339,7 +303,7 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
     for pattern, tied_to, *stated in record.get("ties", ()):
         keys = tuple((*place, *key, TIE_KEY) for key, _ in stated)
         tied = not stated or any(_flag(config, key, bool(d)) for key, (_, d) in zip(keys, stated, strict=True))
-        rules = table().tie_rules
+        rules = table()["tie_rules"]
         if record["type"] in rules["of_text"]:
             text = _at(config, (*place, "text_config"))
             text_type = text.get("model_type") if isinstance(text, Mapping) else None
@@ -350,28 +314,28 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
         elif record["type"] in rules["not_alone"]:
             keys = ()
         ties[pattern, tied_to] = Tie(pattern, tied_to, keys, tied)
+
+    def nested(facts: str) -> dict[str, Any]:
+        return {f"{path}.{n}": fact for path, a in inner.items() for n, fact in getattr(a, facts).items()}
+
+    def named(facts: str) -> set[str]:
+        return {f"{path}.{n}" for path, a in inner.items() for n in getattr(a, facts)}
+
+    may_miss = [*record.get("may_miss", ()), *(n for a in inner.values() for n in a.may_be_missing)]
     return Architecture(
         name=name,
         model_type=record["type"],
         base_prefix=record.get("prefix", ""),
-        vocabulary={f"{path}.{n}": keys for path, a in inner.items() for n, keys in a.vocabulary.items()}
-        | {n: (*place, *keys) for n, keys in record.get("vocabulary", {}).items()},
+        vocabulary=nested("vocabulary") | {n: (*place, *keys) for n, keys in record.get("vocabulary", {}).items()},
         labels=frozenset(record.get("labels", ())),
         ties=tuple(ties.values()),
         input_embedding=_embedding(record.get("input"), "input_embedding", inner),
         output_embedding=_embedding(record.get("output"), "output_embedding", inner),
-        expert_stacks={f"{path}.{n}": o for path, a in inner.items() for n, o in a.expert_stacks.items()}
-        | record.get("stacks", {}),
+        expert_stacks=nested("expert_stacks") | record.get("stacks", {}),
         disk_names={run_time: names for run_time, names in disk_names.items() if names != (run_time,)},
-        may_be_missing=tuple(
-            dict.fromkeys([*record.get("may_miss", ()), *(n for a in inner.values() for n in a.may_be_missing)])
-        ),
+        may_be_missing=tuple(dict.fromkeys(may_miss)),
         parts=tuple(parts),
-        **{
-            name: frozenset(record.get(key, ()))
-            | {f"{path}.{n}" for path, a in inner.items() for n in getattr(a, name)}
-            for name, key in GATHERED.items()
-        },
+        **{facts: frozenset(named(facts)).union(record.get(key, ())) for facts, key in GATHERED.items()},
     )
 
 
@@ -387,7 +351,8 @@ def _part_class(slot: Mapping[str, Any], config: Any) -> str | None:
     record = record_of(name)
     if model_type is None or "auto" not in slot or record is None or record["type"] == model_type:
         return name
-    return table().auto[slot["auto"]].get(model_type)
+    found: str | None = table()["auto"][slot["auto"]].get(model_type)
+    return found
 
 
 def _at(config: Any, keys: Iterable[str]) -> Any:

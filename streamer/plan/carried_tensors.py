@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, TypedDict
 
-from streamer.adapters.adapter import Carried, DeltaSource
+from streamer.adapters.adapter import Carried, DeltaSource, is_below
 from streamer.adapters.adapter_config import CONFIG_NAME
 from streamer.errors import FormatError, MismatchError, UnsupportedError
 from streamer.plan.architectures import Architecture, architecture_for, packaged
@@ -128,10 +128,8 @@ def implied_head(config: ModelConfig, task: object, saved: Mapping[str, tuple[in
     if labels is not None and not config.values:
         advice.append(f"the base has no config.json: load the model with a config of num_labels={labels}")
     elif task in LABEL_TASKS and not any(map(LABEL_HEAD.search, names)):
-        advice.append(
-            f"the adapter is for {task}, but neither it nor the base has a known head: load the model with the class and the num_labels of "
-            "its training"
-        )
+        load = "load the model with the class and the num_labels of its training"
+        advice.append(f"the adapter is for {task}, but neither it nor the base has a known head: {load}")
     if not config.values:
         return Head(config, advice=tuple(advice))
     if labels is not None and _set_labels(out, labels):
@@ -328,8 +326,7 @@ def match_carried(base: Checkpoint, adapter: DeltaSource, matched: Mapping[str, 
             continue
         if not found and (name := next((n for n in (c.name, *exchanged) if n in built), "")):
             raise UnsupportedError(
-                f"{adapter.file.path}: {c.source!r} replaces {name!r}, which transformers builds on loading from {built[name]!r} and "
-                f"similar tensors in {base.path}; merging such a replacement is not supported"
+                f"{adapter.file.path}: {c.source!r} replaces {name!r}, built on loading from {built[name]!r} and others; not supported"
             )
         name = found[0] if found else exchanged[0] if len({*exchanged}) == 1 else c.name
         mine = adapter.tensors[c.source]
@@ -439,7 +436,7 @@ def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renam
     }  # fmt: skip
     # PEFT adds the names of common heads for a task, and the model has only one of them: an entry alone announces nothing.
     for entry in stated.strings("modules_to_save"):
-        below = [t for t, now in tensors.items() if _is_below(now, entry)]
+        below = [t for t, now in tensors.items() if is_below(now.rpartition(".")[0], entry)]
         lacking = [t for t in below if t not in edits.sources and tensors[t] not in saved]
         if not below:
             lacking = _missing_of_head(entry, saved, config, stated.get("task_type"))
@@ -457,8 +454,7 @@ def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renam
         missing.append(f"{listed(map(repr, lacking), 1)} of lora_bias")
     if missing:
         raise FormatError(
-            f"{adapter.file.path}: lacks tensors that {CONFIG_NAME} announces: {listed(missing, separator='; ')}; save the "
-            "adapter again with PEFT's save_pretrained"
+            f"{adapter.file.path}: lacks tensors that {CONFIG_NAME} announces: {listed(missing, separator='; ')}; save it again"
         )
     count = {"all": sum(t.endswith(".bias") for t in tensors), "lora_only": len(biased)}.get(str(stated.get("bias")), 0)
     brought, notes = sum(c.parameter == "bias" for c in adapter.carried), _untargeted(adapter, renames)
@@ -495,9 +491,9 @@ def _missing_of_head(entry: str, saved: set[str], config: ModelConfig, task: obj
     """
     cls = auto_class(config.model_type, task) if task in LABEL_TASKS else None
     architecture = None if cls is None else architecture_for(config, cls)
-    there = {name.rpartition(".")[0] for name in saved if _is_below(name, entry)}
+    there = {name.rpartition(".")[0] for name in saved if is_below(name.rpartition(".")[0], entry)}
     tensors = set() if architecture is None else {*architecture.tensors} - saved
-    lacking = {n: n.rpartition(".")[0] for n in tensors if "*" not in n and _is_below(n, entry)}
+    lacking = {n: n.rpartition(".")[0] for n in tensors if "*" not in n and is_below(n.rpartition(".")[0], entry)}
     return sorted(
         n for n, m in lacking.items() if not any(m.startswith(f"{t}.") or t.startswith(f"{m}.") for t in there)
     )
@@ -507,9 +503,3 @@ def _is_behind(name: str, config: ModelConfig) -> bool:
     """Test whether a tensor belongs to a layer after the last that the config counts (multi-token prediction): no class loads it."""
     layers, found = config.values.get("num_hidden_layers"), re.match(r"(?:model\.)?layers\.(\d+)\.", name)
     return found is not None and type(layers) is int and int(found[1]) >= layers
-
-
-def _is_below(tensor: str, entry: str) -> bool:
-    """Test whether a tensor is in a module that an entry of modules_to_save names by the end of its path, as PEFT matches it."""
-    steps = tensor.split(".")[:-1]
-    return any(".".join(steps[:i]).endswith(entry) for i in range(1, len(steps) + 1))

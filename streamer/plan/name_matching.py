@@ -18,20 +18,34 @@ Rename tensors as transformers does on loading: name on disk → name in the loa
 transformers chooses the renames by the model's class and type. ``tools/make_renames.py`` extracts them as facts from transformers' table
 into ``renames.json``; reading them needs none of transformers' code. They lead only from disk to run time, so names are compared there:
 every tensor's name is carried forward, and no pattern is ever inverted.
+
+Match the modules of a pipeline's adapter to tensors of its components: by their own names, or by kohya's names of other code bases.
+
+diffusers' names are the components' own. kohya joins a name's parts with underscores, so its names are made from the base's and looked up:
+``unet.down_blocks.0.attentions.0.proj_in`` → ``lora_unet_down_blocks_0_attentions_0_proj_in``. For SDXL and Flux, kohya trains the original
+code, whose names `_sdxl` and `_flux` make: ``unet.down_blocks.1.attentions.0.proj_in`` is ``input_blocks.4.1.proj_in`` there, and three
+layers of an attention are one, ``double_blocks.0.img_attn.qkv``. Such a fused matrix has its rows in several tensors of the base.
+A name that these do not make, or that two tensors have, is refused.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+from streamer.adapters.adapter import DeltaSource, PipelineAdapter
+from streamer.errors import MismatchError, UnsupportedError, UsageError
 from streamer.plan.architectures import architectures_for, packaged
+from streamer.storage.checkpoint import PIPELINE_NAME, SINGLE_NAME, Checkpoint
 from streamer.units import listed
-from streamer.weights.model_config import ModelConfig
+from streamer.weights.base import RowConcat, Weight
+from streamer.weights.logical import WeightView
+from streamer.weights.model_config import ModelConfig, read_model_config
 
 ORDER = [
     ("embed_tokens", "wte", "wpe", "embeddings", "word_embeddings", "position_embeddings", "token_type_embeddings"),
@@ -188,12 +202,6 @@ RENAMES = "renames.json"
 """The packaged table: ``rules`` and ``same`` by class or model type, and ``classes`` by model type."""
 
 
-def _steps(key: str) -> list[dict[str, Any]] | None:
-    table = packaged(RENAMES)
-    found: list[dict[str, Any]] | None = table["rules"].get(table["same"].get(key, key))
-    return found
-
-
 def renames_for(config: ModelConfig) -> Renames:
     """Collect the renames of a model: its own, its inner models', and those common to all models.
 
@@ -217,22 +225,23 @@ def renames_for(config: ModelConfig) -> Renames:
         types = config.model_type or "", architecture.model_type
         models = [("", architecture.name, *types), *(p[:3] for p in architecture.parts)]
         prefix = architecture.base_prefix
+    rules, same = packaged(RENAMES)["rules"], packaged(RENAMES)["same"]
     seen: defaultdict[str, list[str]] = defaultdict(list)
-    found: list[tuple[str | None, list[dict[str, Any]]]] = []
+    found: list[tuple[str | None, Sequence[dict[str, Any]]]] = []
     whose = ""
     for path, *keys in models:
         for key in keys:
             if any(around == "" or path.startswith(f"{around}.") for around in seen[key]):
                 break
-            if (steps := _steps(key)) is not None:
+            if (steps := rules.get(same.get(key, key))) is not None:
                 found.append((_scope(path, prefix), steps))
                 seen[keys[0]].append(path)
                 seen[key].append(path)
                 whose = whose or key
                 break
     if architecture is None and not found:
-        found.append((None, list(COMMON)))
-    found.append((None, _steps("legacy") or []))
+        found.append((None, COMMON))
+    found.append((None, rules.get("legacy", ())))
     renames, conversions = [], []
     for within, steps in found:
         where = None if within is None else re.compile(within)
@@ -301,14 +310,13 @@ def match_names(
     exchanged = [] if ambiguous else names.by_prefix(modules)
     if len(exchanged) == 1:
         return exchanged[0]
-    others = {} if ambiguous or exchanged else names.by_prefix_of_most(modules)
     for name, match in found.items():
         if match.tensor or match.why:
             continue
         why = f"has no tensor in the base (looked for {name + '.weight'!r} and for one exchange of prefixes)"
         if exchanged:
             why = f"is ambiguous: it could be {listed(sorted(repr(way[name].tensor) for way in exchanged))}"
-        found[name] = others.get(name) or Match("", "", why)
+        found[name] = Match("", "", why)
     return found
 
 
@@ -378,16 +386,6 @@ class _Names:
                     ways.setdefault(tuple(m.tensor for m in found.values()), found)
         return list(ways.values())
 
-    def by_prefix_of_most(self, modules: Sequence[str]) -> dict[str, Match]:
-        """Match the modules that fit the exchange of prefixes that fits most of them, so that only the others are reported as problems."""
-        best: dict[str, Match] = {}
-        for rule in {rule for m in (modules[0], modules[-1]) for rule in _prefix_rules([m], self.disk)}:
-            fit = [m for m in modules if _fits(m, *rule, self.disk)]
-            if len(fit) > max(len(best), len(modules) // 2):
-                why = "as most of the adapter's modules"
-                best = {m: Match(self.disk[_exchange(m, *rule)], "prefix", why) for m in fit}
-        return best
-
 
 def prefix_exchange(module: str, stem: str) -> tuple[str, str]:
     """Return the differing prefixes of a module and its tensor: (strip, add).
@@ -425,3 +423,226 @@ def _fits(name: str, strip: str, add: str, stems: Mapping[str, str]) -> bool:
     if not name.startswith(strip) or _exchange(name, strip, add) not in stems:
         return False
     return not (strip and add) or any(part.isdigit() for part in name[len(strip) :].split("."))
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """A part of a base's weight that holds a matrix, or some of its rows.
+
+    Expert 3 of a stack is ``("model.layers.0.mlp.experts.down_proj", 3)``. The upper half of expert 3 of a ``gate_up_proj`` that the base
+    stores in two tensors is ``("model.layers.0.mlp.experts.3.gate_proj.weight", None, (0, 4096))``.
+
+    Attributes
+    ----------
+    weight
+        A weight's name.
+    index
+        Index of the matrix, if the weight is a stack.
+    rows
+        First and last-plus-one row of the matrix that this weight holds, if other weights hold the rest; None for all rows.
+    """
+
+    weight: str
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+OTHER_NAME = "the module's name in kohya's files, or in another version of transformers"
+
+TEXT = "text_model."
+"""Prefix of the layers of CLIP's text encoder, which transformers 5 leaves out in one of its classes."""
+
+PREFIXES = {"unet": ("lora_unet_",), "transformer": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"),
+            "text_encoder_2": ("lora_te2_",)}  # fmt: skip
+"""Prefixes of kohya's names of each component."""
+
+RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+
+OUTSIDE = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+"""Layers of SDXL's UNet outside of its blocks, by diffusers' names → by the original's."""
+
+FLUX_CLASS = "FluxTransformer2DModel"
+
+_ATTENTION = ("to_q", "to_k", "to_v")
+_CONTEXT = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+FLUX = {
+    "transformer_blocks": {
+        "double_blocks.{}.img_attn.qkv": tuple(f"attn.{name}" for name in _ATTENTION),
+        "double_blocks.{}.txt_attn.qkv": tuple(f"attn.{name}" for name in _CONTEXT),
+        "double_blocks.{}.img_attn.proj": ("attn.to_out.0",), "double_blocks.{}.txt_attn.proj": ("attn.to_add_out",),
+        "double_blocks.{}.img_mlp.0": ("ff.net.0.proj",), "double_blocks.{}.img_mlp.2": ("ff.net.2",),
+        "double_blocks.{}.txt_mlp.0": ("ff_context.net.0.proj",), "double_blocks.{}.txt_mlp.2": ("ff_context.net.2",),
+        "double_blocks.{}.img_mod.lin": ("norm1.linear",), "double_blocks.{}.txt_mod.lin": ("norm1_context.linear",),
+    },
+    "single_transformer_blocks": {
+        "single_blocks.{}.linear1": (*(f"attn.{name}" for name in _ATTENTION), "proj_mlp"),
+        "single_blocks.{}.linear2": ("proj_out",), "single_blocks.{}.modulation.lin": ("norm.linear",),
+    },
+}  # fmt: skip
+"""Layers of Flux's blocks by the original's names → the layers by diffusers' names that hold their rows, in order."""
+
+
+Fused = dict[str, tuple[TensorSlice, ...]]
+"""Slices that hold the rows of each fused matrix of a pipeline, by its made-up name."""
+
+
+def with_fused(weights: WeightView, fused: Fused) -> WeightView:
+    """Add fused matrices to a pipeline's weights."""
+
+    def joined(name: str, whole: WeightView) -> Weight:
+        return RowConcat.of(name, [whole[piece.weight] for piece in fused[name]])
+
+    return weights.extended({name: partial(joined, name) for name in fused})
+
+
+def match_modules(base: Checkpoint, config: ModelConfig, adapter: DeltaSource, weights: WeightView, renames: Renames,
+                  parameters: Iterable[str]) -> tuple[dict[str, Match], Fused]:  # fmt: skip
+    """Match every module of an adapter to a base's weight; see `match_names`. A module without a weight has an empty match.
+
+    In a pipeline, the tensor of a fused matrix has a made-up name.
+
+    Raises
+    ------
+    UsageError
+        If the user names a pipeline's class.
+    MismatchError
+        If only one of the two is a pipeline's.
+    UnsupportedError
+        If a component of a pipeline that the adapter changes is quantized.
+    """
+    if config.pipeline and config.architecture is not None:
+        raise UsageError(
+            "architecture: the base is a pipeline, whose components say their classes; leave the option out"
+        )
+    of_pipeline = isinstance(adapter, PipelineAdapter)
+    if of_pipeline != config.pipeline:
+        expected = f"{PIPELINE_NAME} and no {SINGLE_NAME} or its index in {base.path}" if of_pipeline else (
+            f"names of a diffusers pipeline (unet.….lora_A.weight, lora_unet_….lora_down.weight), as {base.path} is one; evaluate, fit, "
+            "repair and map need a language model")  # fmt: skip
+        raise MismatchError(
+            f"{adapter.path}: is {'' if of_pipeline else 'not '}an adapter of a diffusers pipeline; expected {expected}"
+        )
+    if not of_pipeline:
+        return match_names(adapter.modules, weights, renames, parameters), {}
+    return _match_pipeline(base, adapter, weights)
+
+
+def _match_pipeline(base: Checkpoint, adapter: DeltaSource, weights: WeightView) -> tuple[dict[str, Match], Fused]:
+    alphas = [name for name in adapter.tensors if name.endswith(".alpha") and not name.startswith("lora_")]
+    if alphas and _class_of(base, "transformer") != FLUX_CLASS:
+        raise UnsupportedError(
+            f"{adapter.path}: refused: {alphas[0]!r}: diffusers loads alphas beside lora_A for Flux only; scale lora_B itself instead"
+        )
+    stems = {name.removesuffix(".weight"): name for name in weights if name.endswith(".weight")}
+    known: defaultdict[str, list[tuple[str, ...]]] = defaultdict(list)
+    for name, modules in _kohya_names(base, stems):
+        known[name].append(tuple(stems[module] for module in modules))
+    names: dict[str, Match] = {}
+    fused: Fused = {}
+    for module in adapter.modules:
+        found: list[tuple[str, ...]] = [(stems[name],) for name in _spellings(module) if name in stems]
+        found += known[module]
+        names[module] = _match(module, found)
+        if len(found) == 1 and len(found[0]) > 1:
+            rows = pairwise(accumulate((weights[tensor].shape[0] for tensor in found[0]), initial=0))
+            fused[names[module].tensor] = tuple(TensorSlice(t, None, r) for t, r in zip(found[0], rows, strict=True))
+    matched = [m.tensor for m in names.values() if m.tensor]
+    changed = {part.weight for tensor in matched for part in fused.get(tensor, (TensorSlice(tensor),))}
+    coded = {tensor.partition(".")[0] for tensor in changed & weights.quantized_names}
+    for component in sorted({tensor.partition(".")[0] for tensor in changed}):
+        if component in coded or read_model_config(base.path / component).quantization:
+            raise UnsupportedError(
+                f"{base.path / component}: is quantized, which is not supported in pipelines; use the 16-bit component"
+            )
+    return names, fused
+
+
+def _spellings(module: str) -> Iterator[str]:
+    """List the names that the base may have for a module by diffusers' name."""
+    yield module
+    component, _, rest = module.partition(".")
+    if component.startswith("text_encoder"):
+        yield f"{component}.{rest.removeprefix(TEXT) if rest.startswith(TEXT) else TEXT + rest}"
+
+
+def _match(module: str, found: list[tuple[str, ...]]) -> Match:
+    if not found:
+        return Match("", "", f"has no tensor of a known name in the base ({', '.join(PREFIXES)})")
+    if len(found) > 1:
+        return Match("", "", f"is ambiguous: it could be {found[0][0]!r} or {found[1][0]!r}")
+    first, *others = found[0]
+    if f"{module}.weight" == first:
+        return Match(first, "exact", EXACT)
+    more = [tensor.removesuffix(".weight").rpartition(".")[2] for tensor in others]
+    return Match("+".join([first.removesuffix(".weight"), *more]) if more else first, "pipeline", OTHER_NAME)
+
+
+def _class_of(base: Checkpoint, component: str) -> Any:
+    return read_model_config(base.path / component).values.get("_class_name")
+
+
+def _kohya_names(base: Checkpoint, stems: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield each name of kohya's, and the modules of the base that hold its rows."""
+    layers: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for stem in stems:
+        component, _, rest = stem.partition(".")
+        layers[component][rest] = None
+    for component, own in layers.items():
+        known: dict[str, tuple[str, ...]] = {layer: (layer,) for layer in own}
+        kind = _class_of(base, component)
+        if component == "unet" and kind == "UNet2DConditionModel" and "add_embedding.linear_1" in own:
+            known |= {name: (layer,) for layer, name in _sdxl(own)}
+        elif component == "transformer" and kind == FLUX_CLASS:
+            known = dict(_flux(own))
+        elif component in ("text_encoder", "text_encoder_2") and not any(layer.startswith(TEXT) for layer in own):
+            known = {TEXT + layer: (layer,) for layer in own}
+        for name, rows in known.items():
+            for prefix in PREFIXES[component]:
+                yield prefix + name.replace(".", "_"), tuple(f"{component}.{layer}" for layer in rows)
+
+
+def _sdxl(layers: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield the layers of SDXL's UNet, each with its name in the original code, which counts the blocks' layers through."""
+    layers = list(layers)
+    numbered = re.compile(r"(down|up)_blocks\.\d+\.(?:resnets|downsamplers)\.\d+")
+    resnets = {m[0] for m in map(numbered.match, layers) if m}
+    starts: dict[tuple[str, int], int] = {}
+    for side, first in (("down", 1), ("up", 0)):
+        counts = [sum(name.startswith(f"{side}_blocks.{block}.") for name in resnets) for block in range(len(resnets))]
+        starts |= {(side, block): first + sum(counts[:block]) for block in range(len(resnets))}
+    for layer in layers:
+        if layer in OUTSIDE:
+            yield layer, OUTSIDE[layer]
+        elif match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", layer):
+            kind, number, rest = match.groups()
+            yield layer, f"middle_block.{2 * int(number) if kind == 'resnets' else 1}.{RESNET.get(rest, rest)}"
+        elif match := re.fullmatch(
+            r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", layer
+        ):
+            side, block, kind, number, rest = match.groups()
+            start = starts[side, int(block)]
+            count = sum(name.startswith(f"{side}_blocks.{block}.resnets.") for name in resnets)
+            if kind == "downsamplers":
+                yield layer, f"input_blocks.{start + count}.0.op"
+            elif kind == "upsamplers":
+                attends = any(name.startswith(f"up_blocks.{block}.attentions.") for name in layers)
+                yield layer, f"output_blocks.{start + count - 1}.{1 + attends}.conv"
+            else:
+                blocks = "input_blocks" if side == "down" else "output_blocks"
+                yield layer, f"{blocks}.{start + int(number)}.{int(kind == 'attentions')}.{RESNET.get(rest, rest)}"
+
+
+def _flux(layers: Mapping[str, None]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the original's name of each layer of Flux's blocks, with the layers that hold its rows."""
+    for blocks, table in FLUX.items():
+        numbers = dict.fromkeys(m[1] for layer in layers if (m := re.match(rf"{blocks}\.(\d+)\.", layer)))
+        for number in numbers:
+            for name, rows in table.items():
+                inside = tuple(f"{blocks}.{number}.{layer}" for layer in rows)
+                if all(layer in layers for layer in inside):
+                    yield name.format(number), inside

@@ -25,26 +25,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from streamer.adapters.adapter import DeltaSource, NoAdapter
+from streamer.adapters.adapter import DeltaSource, NoAdapter, open_adapter
 from streamer.adapters.adapter_config import NOTHING_STATED, Stated
 from streamer.adapters.finetuned import FinetunedModel, is_model, open_finetuned
 from streamer.adapters.modules import Module
-from streamer.adapters.reader import open_lora
 from streamer.errors import InputChangedError, MismatchError, NumericError, OutputError, UnsupportedError, UsageError
 from streamer.linalg.operators import Delta, all_finite
+from streamer.plan import side_files
 from streamer.plan import tied_embeddings as tied
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of, with_architecture
 from streamer.plan.carried_tensors import TensorEdits, check_announced, match_carried, merged_architecture
-from streamer.plan.name_matching import Renames, renames_for
-from streamer.plan.pipeline_names import match_modules
-from streamer.plan.side_files import other_files, unread_weights
-from streamer.plan.sources import AdapterSource, BaseSource, adapter_source, base_source, other_base
-from streamer.plan.targets import Orientation, Target, TensorSlice, match_experts, match_targets, misfits, tensor_roles
-from streamer.plan.tied_embeddings import find_ties, vocabulary_tensors, without_stale_values
-from streamer.storage.checkpoint import Checkpoint, open_checkpoint
+from streamer.plan.name_matching import Renames, TensorSlice, match_modules, renames_for, with_fused
+from streamer.plan.targets import Orientation, Target, match_experts, match_targets, refuse_misfits, tensor_roles
+from streamer.storage.checkpoint import Checkpoint, IOMode, open_checkpoint
 from streamer.storage.files import AdapterIdentity, BaseIdentity, Stamp, file_stamp, storage_errors
 from streamer.storage.remote_source import AHEAD_BYTES
-from streamer.storage.tensor_file import IOMode
 from streamer.weights.base import StoredTensor
 from streamer.weights.logical import WeightView, open_weights
 from streamer.weights.model_config import MODEL_CONFIG, ModelConfig, read_model_config
@@ -91,7 +86,7 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return notes on the inputs, printed as warnings and stored in the record; they contain no paths, so outputs are reproducible."""
-        stated = other_base(self.adapter.config.base_model, self.base.path, self.config)
+        stated = side_files.other_base(self.adapter.config.base_model, self.base.path, self.config)
         return *stated, *self.announced, *self.adapter.notes
 
     @property
@@ -151,11 +146,11 @@ class Plan:
         return self.adapter.identity()
 
     @cached_property
-    def sources(self) -> tuple[BaseSource, AdapterSource]:
+    def sources(self) -> tuple[side_files.BaseSource, side_files.AdapterSource]:
         """Return names and identities of base and adapter as an output states them, without paths."""
         base, adapter = self.base, self.adapter
-        of_base = base_source(base.path, self.config, adapter.config.base_model, self.base_identity)
-        return of_base, adapter_source(adapter.path, self.adapter_identity)
+        of_base = side_files.base_source(base.path, self.config, adapter.config.base_model, self.base_identity)
+        return of_base, side_files.adapter_source(adapter.path, self.adapter_identity)
 
     def stamps(self) -> dict[str, Sequence[int]]:
         """Return the stamps of every input file by path."""
@@ -191,13 +186,13 @@ class Plan:
 
 def make_plan(base_path: str | Path, adapter: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
               architecture: str | None = None) -> Plan:  # fmt: skip
-    """Open and match a base and an adapter; see `make_plans`."""
-    return make_plans(base_path, [adapter], io, stated, architecture)[0]
+    """Open and match a base and an adapter; see `make_batch`."""
+    return make_batch(base_path, [adapter], io, stated, architecture).plans[0]
 
 
-def make_plans(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
-               architecture: str | None = None) -> tuple[Plan, ...]:  # fmt: skip
-    """Open a base once and match each adapter with it.
+def make_batch(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
+               architecture: str | None = None) -> AdapterBatch:  # fmt: skip
+    """Open a base once and match each adapter, at least one, with it.
 
     Parameters
     ----------
@@ -213,7 +208,7 @@ def make_plans(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode
     """
     given = [Path(adapter) for adapter in adapters]
     # Errors of adapters are reported before errors of the base.
-    opened = [None if is_model(path) else open_lora(path, io, stated) for path in given]
+    opened = [None if is_model(path) else open_adapter(path, io, stated) for path in given]
     checkpoint = open_checkpoint(base_path, io)
     config = with_architecture(read_model_config(checkpoint.directory), architecture)
     weights, inputs = open_weights(checkpoint, config), (checkpoint.path, *given)
@@ -223,13 +218,13 @@ def make_plans(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode
         source = adapter or open_finetuned(path, checkpoint, tensor_roles(path, checkpoint, config, orientation), io)
         plan = match_plan(checkpoint, weights, config, orientation, source, renames)
         # The small files that outputs copy or that are read whole.
-        small = [*source.config_paths, *(path for _, path in other_files(source.directory))]
+        small = [*source.config_paths, *(path for _, path in side_files.other_files(source.directory))]
         if checkpoint.directory is not None:
-            small += [path for _, path in other_files(checkpoint.directory, source.path)]
+            small += [path for _, path in side_files.other_files(checkpoint.directory, source.path)]
         stamps = {str(path): _stamp(path) for path in small}
-        unread = unread_weights(adapter.directory, adapter.file.path.name) if adapter else ()
+        unread = side_files.unread_weights(adapter.directory, adapter.file.path.name) if adapter else ()
         plans.append(replace(plan, extra_stamps=stamps, inputs=inputs, announced=(*plan.announced, *unread)))
-    return tuple(plans)
+    return AdapterBatch(checkpoint, tuple(plans))
 
 
 def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig, orientation: Orientation,
@@ -253,7 +248,7 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
         tuned_class = architecture_for(stated, config.architecture)
         opened, dropped = tied.without_copies(checkpoint, opened, tuned_class, renames)
     # For a fine-tuned model, the output takes the model's own config, which states the ties.
-    ties = () if opened.describes_model else find_ties(checkpoint.weight_map, architecture, renames)
+    ties = () if opened.describes_model else tied.find_ties(checkpoint.weight_map, architecture, renames)
     aliases = {
         name: StoredTensor(*checkpoint.locate(tie.stored))
         for tie in ties
@@ -261,8 +256,7 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
         if name not in checkpoint.weight_map
     }
     parameters = opened.parameters
-    found_names = match_modules(checkpoint, config, opened, weights.replaced(aliases), renames, parameters)
-    names = found_names.names
+    names, fused = match_modules(checkpoint, config, opened, weights.replaced(aliases), renames, parameters)
     if architecture is None and not config.pipeline:
         ask = "; if it is tied to one there, name the model's class with --architecture"
         names = {n: m if m.tensor or "*" in pattern_of(n) else m._replace(why=m.why + ask) for n, m in names.items()}
@@ -271,9 +265,10 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
     other = {m.name for m in mirrors.values()}
     own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
     # Before carried tensors are matched, whose names are matched in the same way.
-    if opened.carried and (unmatched := [f"{name!r} {match.why}" for name, match in own.items() if not match.tensor]):
-        raise MismatchError(misfits(unmatched, len(own), opened, weights))
-    vocabulary = vocabulary_tensors(checkpoint, config, architecture, ties, renames)
+    if opened.carried:
+        unmatched = [f"{name!r} {match.why}" for name, match in own.items() if not match.tensor]
+        refuse_misfits(unmatched, len(own), opened, weights)
+    vocabulary = tied.vocabulary_tensors(checkpoint, config, architecture, ties, renames)
     # If an adapter changes only stacks of experts, only these show the prefix of its names in the base.
     placed = matched | {p: names[p].tensor for p in parameters if names[p].rule.startswith("prefix")}
     edits = match_carried(checkpoint, opened, placed, renames, weights, aliases, vocabulary)
@@ -285,7 +280,15 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
     if opened.describes_model:
         edits = replace(edits, dropped=dropped)
         found = {*(match.tensor for match in names.values()), *edits.sources, *dropped}
-        _check_whole(checkpoint, weights, architecture, opened, found)
+        if weights.quantized_names:
+            advice = "a fine-tuned model must be compared with the 16-bit base from which it was trained"
+            raise UnsupportedError(f"{checkpoint.path}: is quantized; {advice}")
+        spare = () if architecture is None else architecture.may_be_missing  # loading does not need these
+        missing = [n for n in checkpoint.weight_map if n not in found and not any(re.search(s, n) for s in spare)]
+        if missing:
+            lacks = f"lacks {len(missing)} of the base's {len(checkpoint.weight_map)} tensors, {missing[0]!r} first"
+            advice = f"check that it was trained from {checkpoint.path} and that both have the same class, with or without a head"
+            raise MismatchError(f"{opened.path}: {lacks}; {advice}")
     elif architecture is None:
         tied.refuse_unknown_ties(checkpoint, config, opened, edits, matched)
     else:
@@ -294,13 +297,11 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
         editor = tied.TieEditor(checkpoint, opened, config, architecture, edits, deltas, once)
         edits = editor.edited(ties)
     if edits.vocabularies and not opened.describes_model:
-        edits = without_stale_values(checkpoint, architecture, vocabulary, edits)
-    weights = found_names.extended(weights.replaced({**aliases, **edits.sources}))
-    matched_targets = match_targets(weights, opened, orientation, own, renames)
-    targets = [
-        *(replace(target, pieces=found_names.fused.get(target.tensor, ())) for target in matched_targets),
-        *match_experts(weights, opened, config, orientation.architectures, names, renames),
-    ]
+        edits = tied.without_stale_values(checkpoint, architecture, vocabulary, edits)
+    weights = with_fused(weights.replaced({**aliases, **edits.sources}), fused)
+    targets = match_targets(weights, opened, orientation, own, renames)
+    targets = [replace(target, pieces=fused.get(target.tensor, ())) for target in targets]
+    targets += match_experts(weights, opened, config, orientation.architectures, names, renames)
     targets.sort(key=file_order(weights))
     weights = weights.extended({t.tensor: t.weight for t in targets if t.pieces})
     return Plan(checkpoint, weights, opened, tuple(targets), edits, mirrors, config, architecture, announced)
@@ -309,22 +310,6 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
 def file_order(weights: WeightView) -> Callable[[Target], tuple[int, int]]:
     """Return the key that sorts targets by the base's file order: the weight's position, and the matrix's index in it."""
     return lambda target: (weights.file_index(target.slices[0].weight), target.slices[0].index or 0)
-
-
-def _check_whole(base: Checkpoint, weights: WeightView, architecture: Architecture | None, tuned: DeltaSource,
-                 found: set[str]) -> None:  # fmt: skip
-    """Refuse a fine-tuned model that lacks tensors of the base, except tensors that loading does not need."""
-    if weights.quantized_names:
-        raise UnsupportedError(
-            f"{base.path}: is quantized; a fine-tuned model must be compared with the 16-bit base from which it was trained"
-        )
-    spare = () if architecture is None else architecture.may_be_missing
-    missing = [name for name in base.weight_map if name not in found and not any(re.search(s, name) for s in spare)]
-    if missing:
-        raise MismatchError(
-            f"{tuned.path}: lacks {len(missing)} of the base's {len(base.weight_map)} tensors, {missing[0]!r} first; check that it was "
-            f"trained from {base.path} and that both have the same class, with or without a head"
-        )
 
 
 def _stamp(path: Path) -> Stamp:
@@ -396,13 +381,6 @@ class AdapterBatch:
         return [tuple(found[key]) for key in sorted(found, key=lambda key: key[0])]
 
 
-def make_batch(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
-               architecture: str | None = None) -> AdapterBatch:  # fmt: skip
-    """Open a base once and match each adapter, at least one, with it; see `make_plans`."""
-    plans = make_plans(base_path, adapters, io, stated, architecture)
-    return AdapterBatch(plans[0].base, plans)
-
-
 PROCESS_BYTES = (350 if torch.version.cuda or torch.version.hip else 200) << 20
 """Anonymous memory of a process that has only imported torch and read an adapter.
 
@@ -432,13 +410,8 @@ class MemoryEstimate:
     nbytes: int
 
 
-def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None, cure: str = "") -> None:
+def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> None:
     """Refuse a budget that is too small for some step.
-
-    Parameters
-    ----------
-    cure
-        End of the message, which says what needs less.
 
     Raises
     ------
@@ -450,9 +423,8 @@ def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None, cure: 
     most = max(needs, key=lambda need: need.nbytes)
     if most.nbytes > max_memory:
         step = f"tensor {most.tensor!r} ({'x'.join(map(str, most.shape))})" if most.shape else most.tensor
-        raise UsageError(
-            f"max_memory: {max_memory >> 20}M is not enough for {step}; it needs {-(-most.nbytes >> 20)}M{cure}"
-        )
+        enough = f"{-(-most.nbytes >> 20)}M"
+        raise UsageError(f"max_memory: {max_memory >> 20}M is not enough for {step}; it needs {enough}")
 
 
 def resident_bytes(batch: AdapterBatch, output_tensors: int = 0) -> int:

@@ -30,43 +30,16 @@ from streamer.adapters.adapter_config import Wrapped, is_grouped
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.adapters.modules import LoraModule, Module
 from streamer.errors import MismatchError, UnsupportedError
-from streamer.plan.architectures import (
-    EMBEDDING,
-    Architecture,
-    architecture_for,
-    architectures_for,
-    conv1d_names,
-    pattern_of,
-)
-from streamer.plan.name_matching import CONCATENATE, MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, Match, Renames, renames_for
+from streamer.plan import architectures as tables
+from streamer.plan import name_matching as naming
+from streamer.plan.architectures import Architecture, architecture_for, pattern_of
+from streamer.plan.name_matching import Loaded, Match, Renames, TensorSlice
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
 from streamer.weights.base import RowConcat, Weight
 from streamer.weights.logical import WeightView
 from streamer.weights.model_config import ModelConfig
-
-
-@dataclass(frozen=True)
-class TensorSlice:
-    """A part of a base's weight that holds a matrix, or some of its rows.
-
-    Expert 3 of a stack is ``("model.layers.0.mlp.experts.down_proj", 3)``. The upper half of expert 3 of a ``gate_up_proj`` that the base
-    stores in two tensors is ``("model.layers.0.mlp.experts.3.gate_proj.weight", None, (0, 4096))``.
-
-    Attributes
-    ----------
-    weight
-        A weight's name.
-    index
-        Index of the matrix, if the weight is a stack.
-    rows
-        First and last-plus-one row of the matrix that this weight holds, if other weights hold the rest; None for all rows.
-    """
-
-    weight: str
-    index: int | None = None
-    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +113,7 @@ class Orientation:
     @classmethod
     def of(cls, base: Checkpoint, config: ModelConfig) -> Orientation:
         """Decide by the table of architectures, or by the shapes of a base that it does not know."""
-        known = architectures_for(config)
+        known = tables.architectures_for(config)
         biased = {} if architecture_for(config) else _by_bias(base)
         if known and (architecture_for(config) or _stored_as(known, base, biased)):
             return cls(known)
@@ -173,7 +146,7 @@ class Orientation:
 
 
 def _may_be_conv1d(name: str) -> bool:
-    return name.removesuffix(".weight").rpartition(".")[2] in conv1d_names()
+    return name.removesuffix(".weight").rpartition(".")[2] in tables.conv1d_names()
 
 
 def _stack_of(name: str) -> str:
@@ -254,17 +227,17 @@ def match_targets(
         else:
             ((placed, transposed),) = fitting
             targets[found] = Target(found, placed, transposed, match, shape)
-    if problems:
-        raise MismatchError(misfits(problems, len(names), adapter, weights))
+    refuse_misfits(problems, len(names), adapter, weights)
     return [targets[name] for name in weights if name in targets]
 
 
-def misfits(problems: Sequence[str], of: int, adapter: DeltaSource, weights: WeightView) -> str:
-    """Describe in one line which modules do not fit the base: two of them, or one if names are long."""
-    return (
-        f"{adapter.path}: {len(problems)} of {of} modules do not fit {weights.checkpoint.path}: {listed(problems, 2, '; ', 200)}; "
-        "is this the base that the adapter was trained on?"
-    )
+def refuse_misfits(problems: Sequence[str], of: int, adapter: DeltaSource, weights: WeightView) -> None:
+    """Raise `MismatchError` if modules do not fit the base; it describes two of the problems, or one if names are long."""
+    if problems:
+        which = (
+            f"{len(problems)} of {of} modules do not fit {weights.checkpoint.path}: {listed(problems, 2, '; ', 200)}"
+        )
+        raise MismatchError(f"{adapter.path}: {which}; is this the base that the adapter was trained on?")
 
 
 # The order in which transformers' modules register their parameters; PEFT wraps them in that order.
@@ -347,14 +320,20 @@ def match_experts(weights: WeightView, adapter: DeltaSource, config: ModelConfig
             (f"{wrapped.module}.{parameter}", names[wrapped.matched_as(parameter)], stacks[parameter], factors)
             for parameter, factors in zip(order, wrapped.factors, strict=True)
         ]
-    if problems:
-        raise MismatchError(misfits(problems, sum(len(w.parameters) for w in adapter.wrapped), adapter, weights))
-    transposed = _transposed([(stack, *_sides(factors, adapter)) for _, _, stack, factors in pairs], adapter)
-    return [
-        target
-        for (name, match, stack, factors), delta_transposed in zip(pairs, transposed, strict=True)
-        for target in _targets(name, match, stack, factors, delta_transposed, adapter)
-    ]
+    refuse_misfits(problems, sum(len(w.parameters) for w in adapter.wrapped), adapter, weights)
+    targets = []
+    orientations = _transposed([(stack, _sides(factors, adapter)) for _, _, stack, factors in pairs], adapter)
+    for (name, match, stack, (a, b)), delta_transposed in zip(pairs, orientations, strict=True):
+        experts = len(stack.experts)
+        rank = adapter.file.header.by_name[a].shape[0] // experts
+        scaling = adapter.config.lora_scaling(name, rank)
+        # With one expert, or rank 1, both orders are the same.
+        grouped = min(experts, rank) > 1 and is_grouped(adapter.config, adapter.path, adapter.file.header.metadata)
+        whole = LoraModule(name, a, b, rank, scaling, stack.shape, "expert", (), None, grouped, delta_transposed)
+        for e, slices in enumerate(stack.experts):
+            module = replace(whole, name=f"{name}[{e}]", expert=(e, experts))
+            targets.append(Target(f"{stack.name}[{e}]", module, stack.transposed, match, pieces=slices))
+    return targets
 
 
 def _stack(
@@ -381,22 +360,19 @@ def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: Mod
     """Make the stack that loading builds from each expert's tensors, or from stacks concatenated by rows."""
     by = loaded[0].by
     assert by is not None
-    numbered = MERGE in by.by
+    numbered = naming.MERGE in by.by
     sources: list[dict[int, str]] = [{} for _ in by.sources]
     for part in loaded:
         sources[part.source][(part.number if numbered else 0) or 0] = part.tensor
     experts = len(sources[0])
     shapes = {tuple(weights[s[e]].shape for s in sources) for e in range(experts) if all(e in s for s in sources)}
     wrong = f"is built on loading from {loaded[0].tensor!r} and similar tensors, which do not fit together or lack an expert"
-    if (
-        any(sorted(s) != list(range(experts)) for s in sources)
-        or sum(map(len, sources)) != len(loaded)
-        or len(shapes) != 1
-    ):
+    complete = all(sorted(s) == list(range(experts)) for s in sources) and sum(map(len, sources)) == len(loaded)
+    if not complete or len(shapes) != 1:
         return wrong
     (one,) = shapes
     kinds = {(*s[:-2], s[-1]) for s in one}  # everything except their heights
-    if len(kinds) != 1 or len(one[0]) != (2 if numbered else 3) or (CONCATENATE in by.by and in_out):
+    if len(kinds) != 1 or len(one[0]) != (2 if numbered else 3) or (naming.CONCATENATE in by.by and in_out):
         return wrong
     heights, width = [s[-2] for s in one], one[0][-1]
     ends = list(itertools.accumulate(heights, initial=0))
@@ -407,19 +383,23 @@ def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: Mod
         return tuple(TensorSlice(s[tensor], index, r) for s, r in zip(sources, rows, strict=True))
 
     m, n = ends[-1], width
-    transposed = in_out != (TRANSPOSE in by.by)
-    if TRANSPOSE_IF in by.by:  # if the shape is not the model's, whose input and output are hidden_size wide
+    transposed = in_out != (naming.TRANSPOSE in by.by)
+    if naming.TRANSPOSE_IF in by.by:  # if the shape is not the model's, whose input and output are hidden_size wide
         known = n if not name.endswith("down_proj") else m
         transposed = known != config.hidden_size
         if config.hidden_size not in (m, n):
             return f"is stored as {[m, n]}, but neither dimension is the model's hidden_size {config.hidden_size}"
     if transposed:
         m, n = n, m
-    run_time = "out,in" if by.by in ((MERGE,), (MERGE, CONCATENATE), (CONCATENATE,)) else ""
+    run_time = "out,in" if by.by in ((naming.MERGE,), (naming.MERGE, naming.CONCATENATE), (naming.CONCATENATE,)) else ""
     return Stack(name, tuple(map(slices, range(experts if numbered else one[0][0]))), (m, n), transposed, run_time)
 
 
-def _sides(factors: tuple[str, str], adapter: DeltaSource) -> tuple[tuple[int, ...], tuple[int, ...]]:
+Sides = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shapes of lora_A and lora_B."""
+
+
+def _sides(factors: tuple[str, str], adapter: DeltaSource) -> Sides:
     a, b = (adapter.file.header.by_name[name].shape for name in factors)
     return a, b
 
@@ -449,16 +429,15 @@ def _fit(stack: Stack, a: Sequence[int], b: Sequence[int]) -> bool:
     return {(b[0], a[1]), (a[1], b[0])} >= {stack.shape}
 
 
-def _transposed(stacks: Sequence[tuple[Stack, Sequence[int], Sequence[int]]], adapter: DeltaSource) -> list[bool]:
+def _transposed(stacks: Sequence[tuple[Stack, Sides]], adapter: DeltaSource) -> list[bool]:
     """Return for each stack whether ``(B·A)ᵀ`` is (out, in): by its shape; if square, like the others; else by PEFT's version."""
-    by_shape = [None if s.shape[0] == s.shape[1] else (a[1] == s.shape[0]) for s, a, _ in stacks]
-    seen = {t for t in by_shape if t is not None}
-    alike = seen.pop() if len(seen) == 1 else None
-    out = []
-    for (stack, *_), shown in zip(stacks, by_shape, strict=True):
-        transposed = alike if shown is None else shown
-        out.append(_by_version(stack, adapter) if transposed is None else transposed)
-    return out
+    by_shape = [{a[1] == s.shape[0]} if s.shape[0] != s.shape[1] else set[bool]() for s, (a, _) in stacks]
+    alike = set[bool]().union(*by_shape)
+    shown = [
+        seen or (alike if len(alike) == 1 else {_by_version(s, adapter)})
+        for seen, (s, _) in zip(by_shape, stacks, strict=True)
+    ]
+    return [transposed for (transposed,) in shown]
 
 
 def _by_version(stack: Stack, adapter: DeltaSource) -> bool:
@@ -476,28 +455,8 @@ def _by_version(stack: Stack, adapter: DeltaSource) -> bool:
         return False
     raise UnsupportedError(
         f"{adapter.config.path}: refused: the experts of {stack.name!r} are square ({stack.shape[0]}x{stack.shape[1]}), and "
-        f"peft_version {stated!r} does not determine the orientation of their factors, which depends on the version of transformers used "
-        "for training; train their gate_up_proj as well, whose shape shows it, or merge with PEFT in the versions used for training"
+        f"peft_version {stated!r} does not determine the orientation of their factors; train gate_up_proj as well, or merge with PEFT"
     )
-
-
-def _targets(
-    name: str, match: Match, stack: Stack, factors: tuple[str, str], delta_transposed: bool, adapter: DeltaSource
-) -> list[Target]:
-    a, b = factors
-    experts = len(stack.experts)
-    rank = adapter.file.header.by_name[a].shape[0] // experts
-    scaling = adapter.config.lora_scaling(name, rank)
-    # With one expert, or rank 1, both orders are the same.
-    grouped = min(experts, rank) > 1 and is_grouped(adapter.config, adapter.path, adapter.file.header.metadata)
-    whole = LoraModule(
-        name, a, b, rank, scaling, stack.shape, "expert", grouped=grouped, delta_transposed=delta_transposed
-    )
-    targets = []
-    for e, slices in enumerate(stack.experts):
-        module = replace(whole, name=f"{name}[{e}]", expert=(e, experts))
-        targets.append(Target(f"{stack.name}[{e}]", module, stack.transposed, match, pieces=slices))
-    return targets
 
 
 def tensor_roles(
@@ -519,7 +478,7 @@ def tensor_roles(
     UnsupportedError
         Raised by the returned function if a tensor may be a stack of experts with unknown orientation.
     """
-    classes, renames = orientation.architectures, renames_for(config)
+    classes, renames = orientation.architectures, naming.renames_for(config)
     # For a class of another library, the classes of its type say nothing about stacks.
     unknown = not classes or (bool(config.architectures) and architecture_for(config) is None)
 
@@ -534,16 +493,16 @@ def tensor_roles(
             return "weight" if loaded.by or loaded.name.endswith(".weight") else ""
         run_time = loaded.name.removesuffix(".weight")
         telling = [a for a in classes if a.has_module(run_time)] or classes
-        if any(a.is_embedding(run_time) for a in telling) if telling else EMBEDDING.search(module):
+        if any(a.is_embedding(run_time) for a in telling) if telling else tables.EMBEDDING.search(module):
             return "embedding"
         return "conv1d" if orientation.ways(info.name, run_time) == {True} else "weight"
 
     def stack_layout(info: TensorInfo, loaded: Loaded) -> str:
         by = () if loaded.by is None else loaded.by.by
         stated = {a.stack_orientation(loaded.name) for a in classes} - {""}
-        if len(stated) == 1 and by in ((), (CONCATENATE,), (TRANSPOSE,)):
+        if len(stated) == 1 and by in ((), (naming.CONCATENATE,), (naming.TRANSPOSE,)):
             (run_time,) = stated
-            return ",".join(reversed(run_time.split(","))) if by == (TRANSPOSE,) else run_time
+            return ",".join(reversed(run_time.split(","))) if by == (naming.TRANSPOSE,) else run_time
         # A tensor with a vector for each position, such as a token that starts every sequence, has a dimension of 1; so has the kernel
         # of a convolution with one channel. Other convolutions have a bias of one number for each output, experts one for each expert.
         bias = info.name.removesuffix("weight") + "bias" if info.name.endswith(".weight") else ""
@@ -551,9 +510,8 @@ def tensor_roles(
         undecided = (unknown or by) and min(info.shape) > 1 and not convolution
         if stated or undecided:
             raise UnsupportedError(
-                f"{path}: {info.name!r} {list(info.shape)} may be a stack of experts, and how their matrices are oriented is not known for "
-                f"{listed(map(str, config.architectures)) or 'a model whose config.json names no class'}; name the base's class with "
-                "--architecture NAME"
+                f"{path}: {info.name!r} {list(info.shape)} may be a stack of experts, whose orientation is not known for "
+                f"{listed(map(str, config.architectures)) or 'no class'}; name the base's class with --architecture NAME"
             )
         return ""
 
@@ -576,16 +534,15 @@ def _match_stacks(weights: WeightView, tuned: FinetunedModel, names: Mapping[str
     problems: list[str] = []
     targets: list[Target] = []
     for stack in tuned.stacks:
-        match = names[stack.tensor.removesuffix(".weight")]
+        match, stored = names[stack.name.removesuffix(".weight")], tuned.tensors[stack.name].info.shape
         if match.tensor not in weights:
-            problems.append(f"{stack.tensor!r} {match.why}")
-        elif (shape := weights[match.tensor].shape) != stack.stored:
-            problems.append(f"{stack.tensor!r}: expected shape {list(stack.stored)} in the base, found {list(shape)}")
+            problems.append(f"{stack.name!r} {match.why}")
+        elif (shape := weights[match.tensor].shape) != stored:
+            problems.append(f"{stack.name!r}: expected shape {list(stored)} in the base, found {list(shape)}")
         else:
-            targets += [
-                Target(f"{match.tensor}[{e}]", module, stack.transposed, match, pieces=(TensorSlice(match.tensor, e),))
-                for e, module in enumerate(stack.experts)
-            ]
-    if problems:
-        raise MismatchError(misfits(problems, len(tuned.stacks), tuned, weights))
+            for e in range(stored[0]):
+                name, slices = f"{match.tensor}[{e}]", (TensorSlice(match.tensor, e),)
+                module = replace(stack, name=f"{stack.name}[{e}]", expert=e)
+                targets.append(Target(name, module, stack.layer_kind == "conv1d", match, pieces=slices))
+    refuse_misfits(problems, len(tuned.stacks), tuned, weights)
     return targets

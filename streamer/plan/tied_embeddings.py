@@ -185,8 +185,7 @@ class TieEditor:
         untied = tuple(dict.fromkeys(key for tie in parted for key in tie.keys))
         if untied and not self.config.values:
             raise UnsupportedError(
-                f"{self.base.path}: has no config.json, which would have to say that {listed(map(repr, parted[0].names))} are no "
-                "longer one tensor; give the model's directory, with its config.json"
+                f"{self.base.path}: has no config.json to say that {listed(map(repr, parted[0].names))} are no longer one tensor; add one"
             )
         left = architecture_for(self.config.untied(untied), self.architecture.name) if parted else None
         still = {name for tie in (left.ties if left else ()) if tie.tied for name in (tie.name, tie.source)}
@@ -196,13 +195,15 @@ class TieEditor:
                 edits = self._apart(tie, edits)
             elif tie in parted:
                 option = "trainable_token_indices" if self.edits.rows.keys() & {*tie.names} else "exclude_modules"
-                raise UnsupportedError(
-                    f"{self.base.path}: {self.architecture.name} ties {listed(map(repr, tie.names))} whatever its config says, but "
-                    f"{self.adapter.path} changes them separately; train an adapter that leaves them unchanged ({option})"
-                )
+                why = f"changes {listed(map(repr, tie.names))} separately, which {self.architecture.name} ties whatever its config says"
+                raise self._refused(why, option)
             elif self._changed(tie):
                 edits = self._together(tie, edits)
         return edits
+
+    def _refused(self, why: str, option: str = "exclude_modules") -> UnsupportedError:
+        advice = f"train an adapter that leaves them unchanged ({option})"
+        return UnsupportedError(f"{self.base.path}: {self.adapter.path} {why}; {advice}")
 
     def _changed(self, tie: TiedNames) -> set[str]:
         edits = self.edits
@@ -232,15 +233,11 @@ class TieEditor:
             return False
         if self._input(tie) in rows and self._shares_tokens(tie) and (changed - rows or len(rows) > 1):
             others = listed(map(repr, sorted({*tie.names} - {self._input(tie)})))
-            raise UnsupportedError(
-                f"{self.adapter.path}: trains tokens of {self._input(tie)!r}, which is tied to {others}, and also changes one of them "
-                f"otherwise; untie them first (save the model with {KEY}=false) and train again"
-            )
+            which = f"{self._input(tie)!r}, which is tied to {others}, and also changes one of them otherwise"
+            raise self._refused(f"trains tokens of {which}", f"or untie them first, by {KEY}=false")
         if missing := [now for now, name in tie.on_disk.items() if name is None]:
-            raise UnsupportedError(
-                f"{self.base.path}: {self.adapter.path} changes {tie.stored!r} and {missing[0]!r}, which is tied to it, separately, but "
-                "the name under which loaders would find the latter is not known; train one that leaves them as they are (exclude_modules)"
-            )
+            which = f"{tie.stored!r} and {missing[0]!r}, which is tied to it, separately"
+            raise self._refused(f"changes {which}, but the name under which loaders would find the latter is not known")
         return True
 
     def _input(self, tie: TiedNames) -> str | None:
@@ -260,10 +257,8 @@ class TieEditor:
                 sources.setdefault(name, start)
         shapes = {name: (sources[name].info if name in sources else base.info).shape for name in tie.names}
         if other := next((name for name in tie.others if shapes[name] != shapes[tie.stored]), None):
-            raise UnsupportedError(
-                f"{self.adapter.path}: gives {tie.stored!r} {shapes[tie.stored][0]} rows, but {other!r}, which is tied to it, "
-                f"has {shapes[other][0]}; save the adapter again with save_embedding_layers=True"
-            )
+            which = f"{tie.stored!r} {shapes[tie.stored][0]} rows, but {other!r}, which is tied to it, has {shapes[other][0]}"
+            raise self._refused(f"gives {which}", "or save it again with save_embedding_layers=True")
         return replace(edits, sources=sources)
 
     def _together(self, tie: TiedNames, edits: TensorEdits) -> TensorEdits:
@@ -351,8 +346,7 @@ def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[s
         if more or not _repeats(head, embedding, adapter):
             raise UnsupportedError(
                 f"{adapter.path}: says ensure_weight_tying, but the factors of {embedding.name!r} and {head.name!r} are not those of one "
-                "delta (PEFT trains them separately if the base is in 16 bits, and in version 0.18); to use them as trained, set "
-                "ensure_weight_tying to false in its config, and name both in target_modules"
+                "delta; to use them as trained, set ensure_weight_tying to false in its config, and name both in target_modules"
             )
         if embedding.low_rank:
             found[embedding.name] = head
@@ -376,8 +370,7 @@ def refuse_numbered_ties(ties: Iterable[TiedNames], base: Path, adapter: DeltaSo
         tied = [now for tie in ties if not tie.stored for now in tie.on_disk]
         if any(pattern == now or now.endswith(f".{pattern}") or pattern.endswith(f".{now}") for now in tied):
             raise UnsupportedError(
-                f"{base}: ties {name!r}, which {adapter.path} changes, to others layer by layer, which is not supported; train an adapter "
-                "that leaves it unchanged (exclude_modules)"
+                f"{base}: ties {name!r}, which {adapter.path} changes, to others layer by layer; train one that leaves it (exclude_modules)"
             )
 
 
@@ -409,8 +402,7 @@ def refuse_unknown_ties(
         if (inner or apart or (new and not alike)) and not copied:
             continue
         raise UnsupportedError(
-            f"{base.path}: whether {name!r}, which {adapter.path} changes, is tied to another tensor depends on the model's class: "
-            f"{_unknown(config)}"
+            f"{base.path}: whether {name!r} is tied to another tensor depends on the model's class: {_unknown(config)}"
         )
 
 

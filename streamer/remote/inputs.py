@@ -1,30 +1,344 @@
-"""Turn an input that the user named, a path or an address, into a path.
+"""List the needed files at an address, download them, and make directories of the cache that stand for it.
+
+Turn an input that the user named, a path or an address, into a path.
 
 Read models and adapters from the hub through its own client, with the client's cache, token, offline switch and mirrors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import json
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, ClassVar, Literal, Self, get_args
+from urllib.parse import unquote
 
-from streamer.adapters.adapter_config import CONFIG_NAME
-from streamer.errors import InputChangedError, InputError, MissingInputError, StorageError, StreamerError, UsageError
+from streamer import errors
+from streamer.adapters.adapter_config import CONFIG_NAME, LORA_NAME, WEIGHTS_NAME
 from streamer.events import Event, Monitor
 from streamer.packages import require_package
-from streamer.remote.listing import Listing, Url, check_small, list_address, needed_files, replace_link, shards_of
-from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, read_json_object
-from streamer.storage.remote_source import at_once, cache_directory, heed, stat_remote
-from streamer.storage.remote_transports import PLUGINS, RemoteFile, without_secrets
+from streamer.plan.side_files import PROCESSOR, TOKENIZER, goes_along
+from streamer.storage import checkpoint
+from streamer.storage import remote_source as ranges
+from streamer.storage.atomic_file import PARTIAL, AtomicFile
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
+from streamer.storage.files import storage_errors
+from streamer.storage.remote_source import Manifest, RemoteFile, RemoteSource
+from streamer.units import format_sizes, quoted
+
+PIPELINE_FILES = {checkpoint.PIPELINE_NAME: "a diffusers pipeline", LORA_NAME: "an adapter of a diffusers pipeline"}
+
+KNOWN_NAMES = (
+    "config.json", "hf_quant_config.json", "generation_config.json", *sorted(TOKENIZER | PROCESSOR), "README.md", "LICENSE", "LICENSE.txt",
+    "USE_POLICY.md", *PIPELINE_FILES,
+)  # fmt: skip
+"""Files that a model, adapter or pipeline may have, by the names that libraries give them; an https server does not list files."""
+
+Files = dict[str, RemoteFile]
+
+DEAD_SECONDS = 3600
+"""Seconds without a new byte after which a download counts as killed; a running download waits at most minutes."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Needed files at an address.
+
+    Attributes
+    ----------
+    address
+        The address as given, without secrets.
+    place
+        Relative path of its local directory.
+    small
+        Files that are always downloaded, by relative name.
+    weights
+        Files that hold tensors, by relative name.
+    file
+        The single file that was named; empty for a directory.
+    """
+
+    address: str
+    place: Path
+    small: Mapping[str, RemoteFile]
+    weights: Mapping[str, RemoteFile]
+    file: str
+
+    streams: ClassVar[bool] = True
+    """Whether it is read by ranges unless the user says otherwise."""
+
+    @property
+    def files(self) -> dict[str, RemoteFile]:
+        """Return all files."""
+        return {**self.small, **self.weights}
+
+    def directory(self, kind: str) -> Path:
+        """Return the directory for exactly these versions of the files; other versions have another directory."""
+        files = sorted((name, file.shown, file.size, file.version) for name, file in self.files.items())
+        key = hashlib.sha256(json.dumps([self.address, files]).encode()).hexdigest()[:16]
+        return ranges.cache_directory() / kind / key / self.place
+
+    def located(self) -> Self:
+        """Return the listing with the sizes and versions of its weights."""
+        return self
+
+    def is_cached(self, name: str) -> bool:
+        """Test whether a file has been downloaded."""
+        path = self.directory("files") / name
+        return path.is_file() and path.stat().st_size == self.files[name].size
+
+    def download(self, names: Collection[str], monitor: Monitor) -> Path:
+        """Download files unless they exist, and return their directory; each gets its name when it is complete."""
+        directory, missing = self.directory("files"), [name for name in names if not self.is_cached(name)]
+        total, done = sum(self.files[name].size for name in missing), 0
+        for i, name in enumerate(missing):
+            file, path = self.files[name], directory / name
+            source = RemoteSource(file)
+            make_private(path.parent)
+            for partial in (p for p in path.parent.iterdir() if PARTIAL.match(p.name)):
+                with contextlib.suppress(OSError):  # of killed runs; running ones keep changing theirs
+                    if time.time() - partial.stat().st_mtime > DEAD_SECONDS:
+                        partial.unlink()
+            with AtomicFile(path, file.size) as out:
+                for at in range(0, file.size, ranges.RANGE_BYTES):
+                    monitor.checkpoint()
+                    monitor.emit(Event("download", name, done + at, total, i, len(missing)))
+                    length = min(ranges.RANGE_BYTES, file.size - at)
+                    source.prefetch(at, at + length, file.size)  # a small file as a whole, which needs no ranges
+                    out.write(source.view(at, length))
+                source.check_unchanged()  # redirect targets and bucket responses carry no version of their own
+                out.flush()
+                if path.suffix == ".json":
+                    _parsed(out.partial.read_bytes(), file)
+            done += file.size
+        if missing:
+            monitor.emit(Event("download", "", total, total, len(missing), len(missing)))
+        Manifest(self.address, {}).write(directory)
+        return directory
+
+    def shadow(self, to_download: int, monitor: Monitor) -> Path:
+        """Make the directory of a model whose tensors are read by ranges; for `to_download`, see `Manifest`."""
+        directory = self.directory("forecasts" if to_download else "ranges")
+        if ranges.read_manifest(directory) is None or not all((directory / name).exists() for name in self.files):
+            make_private(directory)
+            there = self.download(self.small, monitor) if self.small else directory
+            for name in self.small:
+                replace_link(directory / name, there / name)
+            for name, file in self.weights.items():
+                with storage_errors(directory / name, "write"):
+                    (directory / name).write_bytes(f"in place of {file.shown}, which is read by ranges\n".encode())
+        Manifest(self.address, self.weights, to_download).write(directory)  # URLs may have new signatures
+        return directory
+
+
+@dataclass(frozen=True)
+class Url:
+    """Directory or file at an address.
+
+    Attributes
+    ----------
+    text
+        The address; it may contain a password, or a signature in its query.
+    shown
+        The address without them.
+    """
+
+    text: str
+    shown: str
+
+    @property
+    def name(self) -> str:
+        """Return the last part of its path, or ``model`` if that is not a plain name; it becomes a local directory's name."""
+        last = unquote(self.shown.rstrip("/").rpartition("/")[2])
+        return last if re.fullmatch(r"\w[\w.+=@ -]{0,199}", last) else "model"
+
+    def below(self, name: str) -> tuple[str, str]:
+        """Return the address of a file in this directory, and the same address for display."""
+        path = re.split(r"[?#]", self.text)[0]
+        return f"{path.rstrip('/')}/{name}{self.text.removeprefix(path)}", f"{self.shown.rstrip('/')}/{name}"
+
+
+def list_address(url: Url) -> Listing:
+    """List the needed files of a model or an adapter at an address, or the one file there.
+
+    Raises
+    ------
+    MissingInputError
+        If there is neither a model nor an adapter.
+    InputError, StorageError
+        If access is denied, or no server answers.
+    """
+    file, small = "", Files()
+    if url.name.endswith(".safetensors"):
+        if (stat := ranges.stat_remote(url.text, url.shown)) is None:
+            raise errors.MissingInputError(f"{url.shown}: no such file; check the address", url.shown)
+        file = checkpoint.check_shard_name(url.name, url.shown)
+        weights = {file: stat}
+    else:
+        if url.text.partition("://")[0] in ranges.PLUGINS:
+            files = ranges.list_remote(url.text, url.shown)
+            shards = _shards(files)
+        else:
+            files, shards = _web(url)
+        small, weights = needed_files(url.shown, files, shards)
+    for one in weights.values():
+        if not one.ranges:
+            raise ranges.no_ranges(one.shown)
+    return Listing(url.shown, Path(url.name), small, weights, file)
+
+
+def needed_files(shown: str, files: Files, shards: Collection[str]) -> tuple[Files, Files]:
+    """Choose among the files of a model or adapter: the small files to copy, and the files with its tensors.
+
+    Parameters
+    ----------
+    shown
+        The directory, for messages.
+    shards
+        Names in its index, if it has one.
+
+    Raises
+    ------
+    MissingInputError, InputError, UnsupportedError
+        If there is no model, a file beside the weights is too large, or this is a diffusers pipeline or its adapter.
+    """
+    if {INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME}.isdisjoint(files):
+        for kind in (kind for name, kind in PIPELINE_FILES.items() if name in files):
+            raise errors.UnsupportedError(f"{shown}: {kind} is not read remotely; download it and name its directory")
+    # Names stay below the directory.
+    below = [name for name in sorted(files) if not ({"", ".", ".."} & {*name.split("/")} or {"\\", "\0"} & {*name})]
+    small = {name: files[name] for name in below if name == INDEX_NAME or goes_along(name)}
+    for name, file in small.items():
+        check_small(f"{shown}/{name}", file.size)
+    weights = {name: files[name] for name in (SINGLE_NAME, WEIGHTS_NAME, *shards) if name in files}
+    if not weights and CONFIG_NAME not in small:
+        raise errors.MissingInputError(
+            f"{shown}: expected a model or an adapter, found neither {SINGLE_NAME}, {INDEX_NAME} nor {WEIGHTS_NAME}; check the address",
+            shown,
+        )
+    return small, weights
+
+
+def shards_of(index: Mapping[str, Any], where: str) -> list[str]:
+    """List the shards named in an index from an address, after checking that each is a plain name."""
+    weight_map = index.get("weight_map")
+    values = weight_map.values() if isinstance(weight_map, dict) else ()
+    return [checkpoint.check_shard_name(name, where) for name in dict.fromkeys(map(str, values))]
+
+
+def check_small(shown: str, size: int) -> None:
+    """Refuse a file too large for one without weights, because it would always be downloaded."""
+    if size > checkpoint.MAX_INDEX_BYTES:
+        most, found = format_sizes(checkpoint.MAX_INDEX_BYTES, size)
+        raise errors.InputError(f"{shown}: expected at most {most} for such a file, found {found}; check the address")
+
+
+def _web(url: Url) -> tuple[Files, list[str]]:
+    """Request each file by name, because there is no list; return those that exist, and the shards in the index."""
+    reports_absent = False
+
+    def ask(names: list[str], weights: Collection[str] = (), least: int = 0) -> None:
+        """Add the files that exist.
+
+        A bucket that may not be listed refuses missing files as well as forbidden ones. So a refused file counts as missing only if the
+        server has reported no file as absent, and at least `least` of the `weights` were found.
+        """
+        nonlocal reports_absent
+        answers = dict(zip(names, ranges.at_once(_stat_or_refusal, [url.below(name) for name in names]), strict=True))
+        found.update({name: answer for name, answer in answers.items() if isinstance(answer, RemoteFile)})
+        refusals = [answer for answer in answers.values() if isinstance(answer, errors.InputError)]
+        reports_absent = reports_absent or None in answers.values()
+        if refusals and (reports_absent or len(found.keys() & weights) < least):
+            raise refusals[0]
+
+    found: Files = {}
+    names = [INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME, *KNOWN_NAMES]
+    ask(names, [INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME], 1)
+    if len(found) == len(names):
+        cure = "so missing files cannot be detected; download them and name the directory"
+        raise errors.UnsupportedError(f"{url.shown}: the server answers every name, {cure}")
+    shards = _shards(found)
+    ask(shards, shards, len(shards))
+    if "config.json" in found:
+        ask(_code(_json(found["config.json"])))
+    return found, shards
+
+
+def _stat_or_refusal(url: str, shown: str) -> RemoteFile | errors.InputError | None:
+    try:
+        return ranges.stat_remote(url, shown)
+    except errors.UnsupportedError:
+        raise
+    except errors.InputError as e:
+        return e
+
+
+def _code(config: dict[str, Any]) -> list[str]:
+    """List the files of a model's own code to which its config refers."""
+    auto_map = config.get("auto_map")
+    values = auto_map.values() if isinstance(auto_map, dict) else ()
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    modules = dict.fromkeys(name.partition(".")[0] for name in names if isinstance(name, str) and "--" not in name)
+    return [f"{module}.py" for module in modules if module.isidentifier()]
+
+
+def _shards(files: Files) -> list[str]:
+    return shards_of(_json(files[INDEX_NAME]), files[INDEX_NAME].shown) if INDEX_NAME in files else []
+
+
+def _json(file: RemoteFile) -> dict[str, Any]:
+    """Read a JSON object from an address, which messages name."""
+    check_small(file.shown, file.size)
+    raw = bytearray(file.size)
+    ranges.read_range(file, memoryview(raw), 0)
+    tree = _parsed(raw, file)
+    if not isinstance(tree, dict):
+        raise errors.FormatError(
+            f"{file.shown}: expected a JSON object, found {type(tree).__name__}; check the address"
+        )
+    return tree
+
+
+def _parsed(raw: bytes | bytearray, file: RemoteFile) -> Any:
+    """Parse JSON as transformers writes it, allowing Infinity and NaN.
+
+    Raises
+    ------
+    FormatError
+        If it is not JSON, such as an error page of a server; the message names the address.
+    """
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as e:
+        raise errors.FormatError(
+            f"{file.shown}: expected JSON, found something else ({quoted(str(e))}); check the address"
+        ) from None
+
+
+def make_private(path: Path) -> None:
+    """Create a directory of the cache, readable only by its owner."""
+    with storage_errors(path, "create"):
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def replace_link(link: Path, to: Path) -> None:
+    """Let a link in the cache lead to a path."""
+    make_private(link.parent)
+    with storage_errors(link, "write"):
+        new = link.with_name(f".streamer.{link.name}.{token_hex(8)}")
+        new.symlink_to(to)
+        new.replace(link)
 
 
 @dataclass(frozen=True)
@@ -57,11 +371,11 @@ class HubName:
         return self.inside.rpartition("/")[0] if self.file else self.inside
 
 
-class Unreachable(StorageError):
+class Unreachable(errors.StorageError):
     """Raised if the hub does not answer."""
 
 
-class Offline(MissingInputError):
+class Offline(errors.MissingInputError):
     """Raised if the hub's own switch forbids contacting it."""
 
 
@@ -77,10 +391,10 @@ class HubListing(Listing):
     def located(self) -> Self:
         """Request the sizes and versions of the weights."""
         weights = dict[str, RemoteFile]()
-        stats = at_once(stat_remote, [(file.url, file.shown, True) for file in self.weights.values()])
+        stats = ranges.at_once(ranges.stat_remote, [(file.url, file.shown, True) for file in self.weights.values()])
         for (name, file), stat in zip(self.weights.items(), stats, strict=True):
             if stat is None:
-                raise MissingInputError(f"{file.shown}: no such file; check its name", file.shown)
+                raise errors.MissingInputError(f"{file.shown}: no such file; check its name", file.shown)
             weights[name] = stat
         return replace(self, weights=weights)
 
@@ -100,7 +414,9 @@ class HubListing(Listing):
                 path = Path(hub.hf_hub_download(self.name.repo, _path(self.name, name), revision=revision))
             path = path.parents[name.count("/")]
             if not path.match(f"snapshots/{self.commit}/{self.name.folder}"):
-                raise InputChangedError(f"{self.address}: has a new commit since a moment; run the same command again")
+                raise errors.InputChangedError(
+                    f"{self.address}: has a new commit since a moment; run the same command again"
+                )
         monitor.emit(Event("download", "", len(names), len(names), len(names), len(names)))
         return path
 
@@ -116,7 +432,9 @@ def list_hub(name: HubName) -> HubListing:
     with _client(name) as hub:
         info = hub.HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
     if not re.fullmatch("[0-9a-f]{7,64}", commit := str(info.sha)):
-        raise InputError(f"{name.shown}: the hub states no commit, which would identify its version; check HF_ENDPOINT")
+        raise errors.InputError(
+            f"{name.shown}: the hub states no commit, which would identify its version; check HF_ENDPOINT"
+        )
     start, files, shards = _path(name, ""), dict[str, RemoteFile](), list[str]()
     for sibling in info.siblings or ():
         if (path := str(sibling.rfilename)).startswith(start):
@@ -124,12 +442,12 @@ def list_hub(name: HubName) -> HubListing:
             # A mirror may not state sizes.
             files[path.removeprefix(start)] = RemoteFile(url, shown, sibling.size or 0, "", token=True)
     if name.file and name.file not in files:
-        raise MissingInputError(f"{name.shown}: has no such file; check its name", name.shown)
+        raise errors.MissingInputError(f"{name.shown}: has no such file; check its name", name.shown)
     if not name.file and INDEX_NAME in files:
         check_small(f"{name.shown}/{INDEX_NAME}", files[INDEX_NAME].size)
         with _client(name) as hub:
             index = Path(hub.hf_hub_download(name.repo, start + INDEX_NAME, revision=commit))
-        shards = shards_of(read_json_object(index), f"{name.shown}/{INDEX_NAME}")
+        shards = shards_of(checkpoint.read_json_object(index), f"{name.shown}/{INDEX_NAME}")
     small, weights = ({}, {name.file: files[name.file]}) if name.file else needed_files(name.shown, files, shards)
     place = Path(f"models--{name.repo.replace('/', '--')}", "snapshots", commit, name.folder)
     return HubListing(name.shown, place, small, weights, name.file, name, commit)
@@ -173,34 +491,30 @@ def _client(name: HubName) -> Iterator[Any]:
             utils.enable_progress_bars()
 
 
-def _error(name: HubName, e: Exception) -> StreamerError:
+def _error(name: HubName, e: Exception) -> errors.StreamerError:
     """Make the error for one of the hub's client: by its class, or by the response's status."""
-    errors, shown = import_module("huggingface_hub.errors"), name.shown
+    theirs, shown = import_module("huggingface_hub.errors"), name.shown
     full = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS
     if isinstance(e, OSError) and e.errno in full:
-        return StorageError(f"{shown}: cannot download: {e.strerror}; make room, or name another HF_HOME")
-    if isinstance(e, errors.GatedRepoError):
-        advice = "ask for access on its page, then log in with `hf auth login` or set HF_TOKEN"
-        return InputError(f"{shown}: is gated on the hub; {advice}")
-    if isinstance(e, errors.OfflineModeIsEnabled):
+        return errors.StorageError(f"{shown}: cannot download: {e.strerror}; make room, or name another HF_HOME")
+    if isinstance(e, theirs.OfflineModeIsEnabled):
         why = "no such path, nor is it in the hub's cache, and HF_HUB_OFFLINE is set; check the path, or unset it"
         return Offline(f"{shown}: {why}", shown)
-    absent = {
-        errors.RepositoryNotFoundError: f"no such path, and the hub has no model {name.repo}, or it is private; check the name, or log in "
-        "with `hf auth login`",
-        errors.RevisionNotFoundError: f"the hub has no revision {name.revision!r} of it; check its name",
-        errors.HFValidationError: "no such path, and not a valid hub name; check it",
-    }
-    if why := next((text for kind, text in absent.items() if isinstance(e, kind)), ""):
-        return MissingInputError(f"{shown}: {why}", shown)
+    absent = theirs.RepositoryNotFoundError, theirs.RevisionNotFoundError, theirs.HFValidationError
+    gated = isinstance(e, theirs.GatedRepoError)
+    if isinstance(e, absent) and not gated:
+        version = f" of revision {name.revision!r}" if name.revision else ""
+        advice = "or it is private; check the name, or log in with `hf auth login`"
+        what = f"no such path, and the hub has no model {name.repo}{version}, {advice}"
+        return errors.MissingInputError(f"{shown}: {what}", shown)
     responses = (getattr(error, "response", None) for error in (e, e.__cause__))
     status = next((response.status_code for response in responses if response is not None), None)
-    if status in (401, 403):
-        advice = "log in with `hf auth login`, or set HF_TOKEN"
-        return InputError(f"{shown}: the hub refuses it (status {status}); {advice}")
+    if gated or status in (401, 403):
+        advice = "ask for access on its page if it is gated, then log in with `hf auth login`, or set HF_TOKEN"
+        return errors.InputError(f"{shown}: the hub refuses it (status {status}); {advice}")
     if status is not None:
-        return StorageError(f"{shown}: the hub answers with status {status}; run the same command again later")
-    said = f"{type(e).__name__}: {without_secrets(str(e))[:80]}".removesuffix(": ")
+        return errors.StorageError(f"{shown}: the hub answers with status {status}; run the same command again later")
+    said = f"{type(e).__name__}: {ranges.without_secrets(str(e))[:80]}".removesuffix(": ")
     return Unreachable(f"{shown}: no such path, and the hub cannot be reached ({said}); check the path or the network")
 
 
@@ -234,13 +548,15 @@ def parse_address(text: str) -> HubName | Url | None:
         scheme, rest = found["scheme"], text[found.end() :]
         if scheme == "hf":
             if (named := _HUB_NAME.fullmatch(rest.removeprefix("models/"))) is None:
-                raise UsageError(f"{text}: expected hf://OWNER/NAME, hf://OWNER/NAME@REVISION or a directory inside")
+                raise errors.UsageError(
+                    f"{text}: expected hf://OWNER/NAME, hf://OWNER/NAME@REVISION or a directory inside"
+                )
         else:
             shown = re.sub(r"(?<=://)[^/?#]*@|[?#][\s\S]*", "", text)
-            if scheme in ("http", "https", *PLUGINS):
+            if scheme in ("http", "https", *ranges.PLUGINS):
                 return Url(text, shown)
             known = "an address that begins with one of hf://, https://, s3://, gs://, az://"
-            raise UsageError(f"{shown}: expected a path, a name on the hub, or {known}")
+            raise errors.UsageError(f"{shown}: expected a path, a name on the hub, or {known}")
     elif named is None:
         named = _HUB_NAME.fullmatch(text)
         if named is None or Path(Path(text).parts[0]).exists():
@@ -270,7 +586,7 @@ class Remote:
 
     def __post_init__(self) -> None:
         if self.mode not in (None, *get_args(RemoteMode)):
-            raise UsageError(f"remote: expected one of {', '.join(get_args(RemoteMode))}, found {self.mode!r}")
+            raise errors.UsageError(f"remote: expected one of {', '.join(get_args(RemoteMode))}, found {self.mode!r}")
 
     def path(self, given: str | Path) -> str | Path:
         """Return the local path of an input: the path itself, or the directory that stands in for an address.
@@ -285,7 +601,7 @@ class Remote:
         address = parse_address(given) if isinstance(given, str) else None
         if address is None:
             return given
-        heed(self.monitor)
+        ranges.heed(self.monitor)
         if isinstance(address, Url):
             listing = list_address(address)
             return self._directory(listing) / listing.file
@@ -302,7 +618,7 @@ class Remote:
             return path
         # The directory of a commit under its readable name, which names the outputs of several adapters.
         key = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-        link = cache_directory() / "links" / key / (address.inside or address.repo).rpartition("/")[2]
+        link = ranges.cache_directory() / "links" / key / (address.inside or address.repo).rpartition("/")[2]
         replace_link(link, path)
         return link
 

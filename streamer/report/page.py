@@ -46,14 +46,14 @@ from streamer.methods import METHODS, takes_findings
 from streamer.output.job import Written, record_lines, verify_line
 from streamer.plan.name_matching import natural
 from streamer.storage.atomic_file import remove_partials, write_atomic
+from streamer.storage.checkpoint import TensorFile
 from streamer.storage.files import locked, make_directory, storage_errors, touch
-from streamer.storage.journal import lock_of
-from streamer.storage.tensor_file import TensorFile
 from streamer.storage.transaction import (
     check_file_path,
     check_space,
     holds,
     is_taken,
+    lock_of,
     not_own,
     refuse_address,
     refuse_symlink,

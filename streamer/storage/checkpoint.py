@@ -1,21 +1,203 @@
-"""Open a base model on disk: one safetensors file, shards with an index, or a diffusers pipeline with such files in each component."""
+"""Open safetensors files, and views of their tensors that are released after use.
+
+A file is opened read-only, once, and stays open, so that reads see the planned file even if its name is replaced. A tensor
+is read through a window that maps only its own bytes, or into a buffer; dropping the view releases it.
+
+Open a base model on disk: one safetensors file, shards with an index, or a diffusers pipeline with such files in each component.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from streamer.errors import FormatError, InputError, MissingInputError, UnsupportedError
-from streamer.storage.files import BaseIdentity, absent, open_regular, storage_errors, strict_json
-from streamer.storage.header import TensorInfo
-from streamer.storage.remote_source import read_manifest
-from streamer.storage.tensor_file import IOMode, TensorFile
-from streamer.units import format_size, quoted
+from streamer.errors import FormatError, InputError
+from streamer.storage.atomic_file import BufferRing, Piece
+from streamer.storage.files import BaseIdentity, absent, lacks, open_regular, storage_errors, strict_json
+from streamer.storage.header import DIGEST, NO_DIGEST, IOMode, LocalSource, TensorInfo
+from streamer.storage.remote_source import RemoteSource, read_manifest
+from streamer.units import format_size, listed, quoted
+
+__all__ = ["SAMPLE_BYTES", "IOMode", "TensorFile", "sampled_bytes"]
+
+SAMPLE_BYTES = 4096
+"""Number of bytes of each tensor that identify a model."""
+
+HASHED_BYTES = 1 << 20
+"""Number of bytes read at a time to hash a file."""
+
+PIECES = 256
+"""Number of samples read at a time: from a remote file, many are requested together."""
+
+
+class TensorFile:
+    """An open safetensors file with a validated header, which gives views of its tensors.
+
+    Parameters
+    ----------
+    path
+        The file; symlinks are followed (hub caches consist of them). If a manifest beside it names it, it is read from its URL.
+    io
+        ``mmap`` maps each tensor while it is used; ``pread`` copies it, for network file systems, where a map is slow
+        and a page that vanishes is fatal.
+    prefix
+        Added to the names of all tensors.
+
+    Attributes
+    ----------
+    source
+        The source of its bytes.
+    remote
+        Whether each read crosses a network.
+    """
+
+    remote = False
+    source: LocalSource | RemoteSource
+    _keeps_pages = False
+    _read_through = False
+
+    def __init__(self, path: Path, io: IOMode = "mmap", prefix: str = "") -> None:
+        self.path = path
+        manifest = read_manifest(path.parent)
+        far = None if manifest is None else manifest.files.get(path.name)
+        source: LocalSource | RemoteSource = LocalSource(path, io) if far is None else RemoteSource(far)
+        with contextlib.ExitStack() as undo:
+            undo.callback(source.close)
+            self.header = source.header().prefixed(prefix)
+            undo.pop_all()
+        self.source, self.io, self.stamp, self.remote = source, source.io, source.stamp, source.remote
+
+    def close(self) -> None:
+        """Close the file; existing views stay valid."""
+        if hasattr(self, "source"):  # not if opening failed
+            self.source.close()
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():  # modules are gone then, and files are closed
+            self.close()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError(
+            f"{self.path}: is open, and a process cannot give that to another; it would close a file of the other's"
+        )
+
+    def check_unchanged(self) -> None:
+        """Raise `InputChangedError` unless the path still names the same, unmodified file."""
+        self.source.check_unchanged()
+
+    def view(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> memoryview:
+        """Map or read the bytes ``[start, stop)`` of a tensor, relative to its first; by default all of them.
+
+        Raises
+        ------
+        InputChangedError
+            If the file has become shorter than its header says.
+        """
+        stop = info.nbytes if stop is None else stop
+        return self.source.view(self.header.data_start + info.start + start, stop - start)
+
+    def data(self) -> memoryview:
+        """Return the bytes of all tensors at once, for many small tensors that stay in use; each is a slice of the result."""
+        return self.source.view(self.header.data_start, self.header.data_bytes)
+
+    def chunks(self, info: TensorInfo, size: int = 4 << 20) -> Iterator[Piece]:
+        """Yield a tensor's bytes in pieces that the caller releases, while the disk reads ahead."""
+        source, first = self.source, self.header.data_start + info.start
+        end = self.header.file_bytes if self._read_through else first + info.nbytes
+        ring = BufferRing(min(size, info.nbytes))
+        for start in range(0, info.nbytes, size):
+            at, stop = first + start, first + min(start + size, info.nbytes)
+            piece = ring.lease(stop - at)
+            source.prefetch(at, stop, end)
+            source.read_into(piece.view, at)
+            if not self._keeps_pages:
+                source.release(at, stop)
+            yield piece
+
+    @contextlib.contextmanager
+    def read_through(self, by_several: bool) -> Iterator[None]:
+        """Tell `chunks` that all tensors are read, in file order.
+
+        Parameters
+        ----------
+        by_several
+            Whether several readers take turns with each tensor: its pages then stay in the page cache until `release_pages`. For one
+            reader, `chunks` reads ahead beyond the tensor.
+        """
+        self._read_through, self._keeps_pages = not by_several, by_several
+        try:
+            yield
+        finally:
+            self._read_through = self._keeps_pages = False
+
+    def release_pages(self, stop: int) -> None:
+        """Drop pages before `stop`, relative to the first tensor, from the page cache: all readers are done with them."""
+        self.source.release(0, self.header.data_start + stop)
+
+    def check_digest(self, again: str) -> None:
+        """Compare the whole file with the digest in its metadata, at about 1 s per gigabyte; see `ShardPlan.sealed`.
+
+        Parameters
+        ----------
+        again
+            How to make the file again, for messages.
+
+        Raises
+        ------
+        FormatError
+            If they differ, or the file has no digest, as in versions before 0.2: such a file cannot be checked for damage.
+        """
+        stated = self.header.metadata.get(DIGEST)
+        if stated is None:
+            raise FormatError(
+                f"{self.path}: expected a SHA-256 of the file in its metadata, found none, as in files of versions before 0.2; {again}"
+            )
+        source, at, end = self.source, self.header.data_start, self.header.file_bytes
+        header = bytes(source.view(0, at))
+        digest = hashlib.sha256(header.replace(stated.encode(), NO_DIGEST.encode(), 1))
+        buffer = memoryview(bytearray(HASHED_BYTES))
+        while at < end:
+            piece = buffer[: end - at]
+            source.read_into(piece, at)
+            digest.update(piece)
+            at += len(piece)
+        if (found := digest.hexdigest()) != stated:
+            raise FormatError(
+                f"{self.path}: is damaged: expected SHA-256 {stated[:16]}… by its metadata, found {found[:16]}…; copy it again, or {again}"
+            )
+
+    def sample(self) -> str:
+        """Compute the SHA-256 (hex) of the header and the middle `SAMPLE_BYTES` of every tensor.
+
+        Two models of one architecture have equal headers; the samples distinguish them without reading everything. This is not a
+        checksum: a change outside the samples goes unnoticed.
+        """
+        digest = hashlib.sha256(self.header.digest.encode())
+        tensors = self.header.tensors
+        for i in range(0, len(tensors), PIECES):
+            pieces = []
+            for t in tensors[i : i + PIECES]:
+                middle = max(0, (t.nbytes - SAMPLE_BYTES) // 2)
+                out = memoryview(bytearray(min(SAMPLE_BYTES, t.nbytes)))
+                pieces.append((out, self.header.data_start + t.start + middle))
+            self.source.read_pieces(pieces)
+            for out, _ in pieces:
+                digest.update(out)
+        return digest.hexdigest()
+
+
+def sampled_bytes(files: Iterable[TensorFile]) -> int:
+    """Count the bytes that are read to identify files by headers and samples."""
+    return sum(f.header.data_start + sum(min(SAMPLE_BYTES, t.nbytes) for t in f.header.tensors) for f in files)
+
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -24,12 +206,8 @@ MAX_INDEX_BYTES = 200_000_000
 PIPELINE_NAME = "model_index.json"
 """File that makes a directory a diffusers pipeline, unless a model lies beside it."""
 
-COMPONENTS = {
-    "unet": "diffusion_pytorch_model",
-    "transformer": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-}
+COMPONENTS = {"unet": "diffusion_pytorch_model", "transformer": "diffusion_pytorch_model", "text_encoder": "model",
+              "text_encoder_2": "model"}  # fmt: skip
 """Components of a pipeline that adapters change, with the name of their files without its endings."""
 
 _PLAIN = re.compile(r"(?![A-Za-z]:)[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.safetensors")
@@ -129,8 +307,8 @@ def checkpoint_identity(files: Mapping[str, TensorFile]) -> BaseIdentity:
     }
 
 
-def read_json_object(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]:
-    """Read a JSON object from a file with the strict parser.
+def read_json_object(path: Path, parse: Callable[[bytes], Any] = strict_json) -> dict[str, Any]:
+    """Read a JSON object from a file, by default with the strict parser.
 
     Raises
     ------
@@ -139,16 +317,21 @@ def read_json_object(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]
     """
     fd, _ = open_regular(path, "a JSON file")
     with storage_errors(path, "read"), open(fd, "rb") as f:
-        raw = f.read(limit + 1)
-    if len(raw) > limit:
-        raise FormatError(f"{path}: over {format_size(limit)} of JSON; this is not such a file")
+        raw = f.read(MAX_INDEX_BYTES + 1)
+    if len(raw) > MAX_INDEX_BYTES:
+        raise FormatError(f"{path}: over {format_size(MAX_INDEX_BYTES)} of JSON; this is not such a file")
     try:
-        tree = strict_json(raw)
-    except ValueError as e:
+        tree = parse(raw)
+    except (ValueError, RecursionError) as e:
         raise FormatError(f"{path}: bad JSON: {e}; get the file again") from None
     if not isinstance(tree, dict):
         raise FormatError(f"{path}: expected a JSON object, found {type(tree).__name__}")
     return tree
+
+
+def _single(path: Path, file: TensorFile) -> Checkpoint:
+    weight_map = {t.name: file.path.name for t in file.header.tensors}
+    return Checkpoint(path, {file.path.name: file}, weight_map, None)
 
 
 def check_shard_name(name: object, where: str | Path) -> str:
@@ -185,18 +368,13 @@ def open_checkpoint(path: str | Path, io: IOMode = "mmap") -> Checkpoint:
         return _single(path, TensorFile(path, io))
     if not path.is_dir():
         raise absent(path, "base model")
-    index_path, single_path = path / INDEX_NAME, path / SINGLE_NAME
-    if index_path.exists() and single_path.exists():
-        raise InputError(
-            f"{path}: holds both {SINGLE_NAME} and {INDEX_NAME}; name the file you mean, or remove one of them"
-        )
-    if single_path.exists():
-        return _single(path, TensorFile(single_path, io))
-    if index_path.exists():
-        return _sharded(path, index_path, io)
+    if (model := _model(path, path / SINGLE_NAME, path / INDEX_NAME, io)) is not None:
+        return model
     if is_pipeline(path):
         return _pipeline(path, io)
-    raise _nothing_here(path)
+    raise lacks(
+        path, SINGLE_NAME, "name a directory with that or an index, or the file itself, in the order BASE ADAPTER"
+    )
 
 
 def is_pipeline(path: Path) -> bool:
@@ -217,31 +395,27 @@ def _pipeline(path: Path, io: IOMode) -> Checkpoint:
     warnings: tuple[str, ...] = ()
     for component in COMPONENTS:
         single, index = (path / name for name in component_files(component))
-        if single.exists() and index.exists():
-            raise InputError(f"{path / component}: holds both {single.name} and {index.name}; remove one of them")
-        if single.exists():
-            part = _single(path / component, TensorFile(single, io, f"{component}."))
-        elif index.exists():
-            part = _sharded(path / component, index, io, f"{component}.")
-        else:
+        if (part := _model(path / component, single, index, io, f"{component}.")) is None:
             continue
         files |= {f"{component}/{name}": file for name, file in part.files.items()}
         weight_map |= {tensor: f"{component}/{name}" for tensor, name in part.weight_map.items()}
         warnings += part.warnings
     if not files:
         raise InputError(
-            f"{path}: is a diffusers pipeline without safetensors in any of {', '.join(COMPONENTS)} (a variant such as fp16 counts only "
-            "under the plain name); save it again with save_pretrained"
+            f"{path}: is a diffusers pipeline without safetensors under plain names in any of {', '.join(COMPONENTS)}; save it again"
         )
     return Checkpoint(path, files, weight_map, None, warnings)
 
 
-def _single(path: Path, file: TensorFile) -> Checkpoint:
-    weight_map = {t.name: file.path.name for t in file.header.tensors}
-    return Checkpoint(path, {file.path.name: file}, weight_map, None)
-
-
-def _sharded(path: Path, index_path: Path, io: IOMode, prefix: str = "") -> Checkpoint:
+def _model(path: Path, single: Path, index_path: Path, io: IOMode, prefix: str = "") -> Checkpoint | None:
+    """Open a model by its single file or its index; None if there is neither."""
+    if single.exists():
+        if index_path.exists():
+            advice = "name the file you mean, or remove one of them"
+            raise InputError(f"{path}: holds both {single.name} and {index_path.name}; {advice}")
+        return _single(path, TensorFile(single, io, prefix))
+    if not index_path.exists():
+        return None
     index = read_json_object(index_path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -249,22 +423,15 @@ def _sharded(path: Path, index_path: Path, io: IOMode, prefix: str = "") -> Chec
     weight_map = {prefix + tensor: name for tensor, name in weight_map.items()}
     names = dict.fromkeys(check_shard_name(name, index_path) for name in weight_map.values())
     files = {name: TensorFile(path / name, io, prefix) for name in names}
-    owner: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
     for name, file in files.items():
         for t in file.header.tensors:
-            if t.name in owner:
-                raise FormatError(f"{file.path}: tensor {t.name!r} is in {owner[t.name]} as well; get the shards again")
-            owner[t.name] = name
-    for tensor, name in weight_map.items():
-        if owner.get(tensor) != name:
-            found = f"it is in {owner[tensor]}" if tensor in owner else "no shard has it"
-            raise FormatError(f"{index_path}: tensor {tensor!r}: expected in {name}, but {found}; get the shards again")
-    unlisted = [t for t in owner if t not in weight_map]
-    if unlisted:
-        raise FormatError(
-            f"{index_path}: {len(unlisted)} tensors are in the shards but not in the index, "
-            f"{unlisted[0]!r} first; get index and shards of one version"
-        )
+            found.setdefault(t.name, []).append(name)
+    for tensor in {**weight_map, **found}:
+        if found.get(tensor) != [weight_map.get(tensor)]:
+            there, expected = listed(found.get(tensor, ["no shard"])), weight_map.get(tensor, "no shard")
+            what = f"tensor {tensor!r}: expected in {expected}, found in {there}; get index and shards of one version"
+            raise FormatError(f"{index_path}: {what}")
     data_bytes = sum(file.header.data_bytes for file in files.values())
     metadata = index.get("metadata")
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
@@ -273,21 +440,3 @@ def _sharded(path: Path, index_path: Path, io: IOMode, prefix: str = "") -> Chec
         said = "is absent" if stated is None else f"says {stated}"
         warnings = (f"{index_path}: total_size {said}, the shards hold {data_bytes} bytes; the output's will be right",)
     return Checkpoint(path, files, weight_map, index, warnings)
-
-
-def _nothing_here(path: Path) -> InputError:
-    if (path / "snapshots").is_dir():
-        return InputError(f"{path}: is a hub cache entry, not a model; name a directory inside {path / 'snapshots'}")
-    if any(path.glob("*.bin")) or any(path.glob("*.pth")):
-        return UnsupportedError(f"{path}: holds weights as pickles only; convert them to safetensors first")
-    if (path / "adapter_model.safetensors").exists():
-        return InputError(f"{path}: is an adapter, not a base model; the order is BASE ADAPTER")
-    others = sorted(p.name for p in path.glob("*.safetensors"))
-    if others:
-        return InputError(
-            f"{path}: has no {SINGLE_NAME} and no {INDEX_NAME}, but {others[0]}; name the file itself if it is the model"
-        )
-    return MissingInputError(
-        f"{path}: expected {SINGLE_NAME} or {INDEX_NAME}, found neither; check the path of the base model",
-        path / SINGLE_NAME,
-    )

@@ -22,7 +22,6 @@ import functools
 import json
 import math
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from streamer import errors
 from streamer.json_types import Count, Sha256
+from streamer.units import listed
 
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY}
 """Errors by which a file system reports that it does not support a call."""
@@ -50,10 +50,16 @@ def reserve(fd: int, size: int) -> None:
     OSError
         If the disk has no space for them.
     """
-    if size == 0 or not hasattr(os, "posix_fallocate"):
-        return
+    if size and hasattr(os, "posix_fallocate"):
+        with _unless_unsupported():
+            os.posix_fallocate(fd, 0, size)
+
+
+@contextlib.contextmanager
+def _unless_unsupported() -> Iterator[None]:
+    """Ignore that a file system does not support a call."""
     try:
-        os.posix_fallocate(fd, 0, size)
+        yield
     except OSError as e:
         if e.errno not in UNSUPPORTED:
             raise
@@ -68,23 +74,16 @@ def sync(fd: int) -> None:
         If the system refuses; never retry on the same file.
     """
     if hasattr(fcntl, "F_FULLFSYNC"):
-        try:
+        with _unless_unsupported():
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
             return
-        except OSError as e:
-            if e.errno not in UNSUPPORTED:
-                raise
     os.fsync(fd)
 
 
 def drop_cached(fd: int, at: int, length: int) -> None:
     """Drop bytes of a file from the page cache; do nothing if the system does not support it."""
-    advice: int | None = getattr(os, "POSIX_FADV_DONTNEED", None)
-    if hasattr(os, "posix_fadvise") and advice is not None:
-        try:
-            os.posix_fadvise(fd, at, length, advice)
-        except OSError:
-            return
+    with contextlib.suppress(OSError, AttributeError):
+        os.posix_fadvise(fd, at, length, getattr(os, "POSIX_FADV_DONTNEED", 0))
 
 
 def read_at(fd: int, out: memoryview, at: int) -> int:
@@ -130,10 +129,8 @@ def _quota(cgroups: Path, membership: Path) -> float:
 
 def _quota_of(group: Path, first_version: bool) -> float:
     try:
-        if first_version:
-            most, period = ((group / f"cpu.cfs_{name}_us").read_text("ascii").strip() for name in ("quota", "period"))
-        else:
-            most, period = (group / "cpu.max").read_text("ascii").split()
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if first_version else ("cpu.max",)
+        most, period = " ".join((group / name).read_text("ascii") for name in names).split()
         return float(most) / float(period) if most not in ("max", "-1") else math.inf
     except (OSError, ValueError, ZeroDivisionError):
         return math.inf
@@ -228,11 +225,11 @@ def touch(paths: Sequence[Path]) -> str:
     str
         Why the first failure happened; empty if there was none. A finished output on a read-only disk is not an error.
     """
-    for path in paths:
-        try:
+    try:
+        for path in paths:
             os.utime(path)
-        except OSError as e:
-            return f"{path}: {e.strerror or e}"
+    except OSError as e:
+        return f"{e.filename}: {e.strerror or e}"
     return ""
 
 
@@ -262,22 +259,16 @@ def storage_errors(path: Path, action: str) -> Iterator[None]:
         raise storage_error(path, action, e) from e
 
 
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/+.*")
-
-
 def absent(path: Path, what: str) -> errors.MissingInputError:
-    """Make the error for a missing input directory; `what` names the expected input.
+    """Make the error for a missing input directory; `what` names the expected input."""
+    hint = "a hub name has the form OWNER/NAME, and an address is a string, not a Path"
+    return errors.MissingInputError(f"{path}: no such directory; check the path of the {what}; {hint}", path)
 
-    Parameters
-    ----------
-    path
-        The path as the user gave it. A URL in a `Path` has only one slash left.
-    """
-    text = os.fspath(path)
-    if _ADDRESS.fullmatch(text):
-        return errors.MissingInputError(f"{text}: is an address as a path; pass it as a string", path)
-    hint = "" if path.is_absolute() else "; a hub name has the form OWNER/NAME, and no directory OWNER may exist here"
-    return errors.MissingInputError(f"{text}: no such directory; check the path of the {what}{hint}", path)
+
+def lacks(path: Path, name: str, advice: str) -> errors.MissingInputError:
+    """Make the error for an input directory without a file; the message says what the directory holds instead."""
+    found = listed(sorted(p.name for p in path.iterdir()), 6, room=120) or "nothing"
+    return errors.MissingInputError(f"{path}: expected {name}, found {found}; {advice}", path / name)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -288,14 +279,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
-
-
 def _finite(text: str) -> float:
-    value = float(text)
-    if value in {float("inf"), float("-inf")}:
-        raise ValueError(f"number {text[:20]} is out of range")
+    """Parse a number; also called for the constants Infinity and NaN, which are not JSON."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
     return value
 
 
@@ -318,7 +305,7 @@ def strict_json(raw: bytes, surrogates: bool = False) -> Any:
         value = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_unique,
-            parse_constant=_no_constant,
+            parse_constant=_finite,
             parse_float=_finite,
             parse_int=_integer,
         )

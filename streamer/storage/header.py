@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from streamer.errors import FormatError, InputChangedError, StorageError
 from streamer.storage import files
-from streamer.units import format_size, format_sizes
+from streamer.units import format_size, format_sizes, quoted
 
 MAX_HEADER_BYTES = 100_000_000
 """Largest N, which is the safetensors library's own limit."""
@@ -159,12 +159,10 @@ def _tensor_info(name: str, entry: object) -> TensorInfo:
     dtype, shape, offsets = (entry[key] for key in _FIELDS)
     if isinstance(dtype, dict) and list(dtype.values()) == [None]:
         dtype = next(iter(dtype))  # the library also accepts {"F32": null} for "F32"
-    if not isinstance(dtype, str):
-        raise ValueError(f"tensor {name!r}: dtype is not a string")
-    if not isinstance(shape, list) or not all(_is_index(n) for n in shape):
-        raise ValueError(f"tensor {name!r}: shape is not a list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_index(n) for n in offsets):
-        raise ValueError(f"tensor {name!r}: data_offsets is not a pair of offsets")
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not (isinstance(dtype, str) and lists and all(map(_is_index, [*shape, *offsets]))):
+        found = quoted([dtype, shape, offsets])
+        raise ValueError(f"tensor {name!r}: expected a dtype, a list of sizes and a pair of offsets, found {found}")
     try:
         nbytes = tensor_nbytes(dtype, shape)
     except ValueError as e:
@@ -219,46 +217,26 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
     return header
 
 
-def check_length(n: int, file_bytes: int, where: str, head: Callable[[], bytes]) -> None:
-    """Raise `FormatError` if a header of N bytes is too long for the format or the file; `head` returns the file's first bytes."""
+def read_header_by(read: Callable[[int, int], bytes], file_bytes: int, where: str) -> Header:
+    """Read and validate a file's header (see `parse_header`); `read` takes an offset and a length, and gives less at the end."""
+    raw = read(0, 8)
+    if len(raw) < 8:
+        raise FormatError(f"{where}: expected a safetensors file, found {format_size(file_bytes)}; get it again")
+    n = int.from_bytes(raw, "little")
     if n > MAX_HEADER_BYTES or 8 + n > file_bytes:
-        if other := _guess_content(head()):
-            raise FormatError(f"{where}: expected a safetensors file, found {other}")
-        stated, found = format_sizes(n, file_bytes)
-        raise FormatError(
-            f"{where}: not a safetensors file, or truncated: its length field says {stated} of header, "
-            f"the file has {found}; get it again"
-        )
-
-
-def read_header(fd: int, where: str) -> Header:
-    """Read and validate the header of an open file (see `parse_header`)."""
-    with files.storage_errors(Path(where), "read"):
-        file_bytes = os.fstat(fd).st_size
-        raw = files.read_bytes(fd, 8, 0)
-        if len(raw) < 8:
-            raise FormatError(f"{where}: expected a safetensors file, found {format_size(file_bytes)}; get it again")
-        n = int.from_bytes(raw, "little")
-        check_length(n, file_bytes, where, lambda: os.pread(fd, 256, 0))
-        raw += files.read_bytes(fd, n, 8)
-        if len(raw) < 8 + n:
-            raise FormatError(f"{where}: the file ended inside its header; get it again")
+        (stated, found), begins = format_sizes(n, file_bytes), read(0, 24)
+        what = f"begins with {begins!r}, and its length field says {stated} of header"
+        raise FormatError(f"{where}: not a safetensors file, or truncated: {what}, the file has {found}; get it again")
+    raw += read(8, n)
+    if len(raw) < 8 + n:
+        raise FormatError(f"{where}: the file ended inside its header; get it again")
     return parse_header(raw, file_bytes, where)
 
 
-def _guess_content(head: bytes) -> str:
-    """Guess from a file's first bytes what was given or downloaded instead of a safetensors file, and say what to do."""
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer: run `git lfs pull`"
-    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
-        return "a pickle: convert it to safetensors"
-    if not head[:8].isascii() or b"\0" in head[:8]:  # the length of a header; the header itself may look like text
-        return ""
-    if head.lstrip()[:1] == b"<":
-        return "a web page; get it again"
-    if head.lstrip()[:1] in (b"{", b"["):
-        return "JSON; check the path"
-    return ""
+def read_header(fd: int, where: str) -> Header:
+    """Read and validate the header of an open file."""
+    with files.storage_errors(Path(where), "read"):
+        return read_header_by(lambda at, length: files.read_bytes(fd, length, at), os.fstat(fd).st_size, where)
 
 
 def layout(

@@ -1,4 +1,9 @@
-"""Read remote files by ranges, several at a time: retry transient failures, and report others in one line.
+"""Ask servers for files at URLs, once: by HTTP through urllib3, in buckets through fsspec and its plugins.
+
+fsspec's own HTTP decodes, follows redirects, reads a whole file into memory if the server ignores the range, and returns the bytes without
+status and headers, so that nothing could be checked. `read_range` retries, and compares versions.
+
+Read remote files by ranges, several at a time: retry transient failures, and report others in one line.
 
 A manifest names the remote files for which a directory stands. It counts only inside this user's cache: a directory from elsewhere could
 contain one that names any URL.
@@ -6,25 +11,382 @@ contain one that names any URL.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
+import re
+import ssl
 import threading
 import time
+import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote, urljoin
 
-from streamer.errors import FormatError, InputChangedError, InputError, StorageError, UnsupportedError
+from streamer import __version__
+from streamer.errors import InputChangedError, InputError, MissingPackageError, StorageError, UnsupportedError
 from streamer.events import Monitor
-from streamer.storage.files import storage_errors
-from streamer.storage.header import Header, IOMode, check_length, parse_header
-from streamer.storage.remote_transports import RemoteFile, Transient, request_list, request_range, request_stat
+from streamer.packages import require_package
+from streamer.storage.files import Stamp, storage_errors
+from streamer.storage.header import Header, IOMode, read_header_by
+from streamer.units import format_size
+
+PLUGINS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
+"""The plugin of fsspec for each scheme of buckets."""
+
+VERSIONS = ("ETag", "etag", "generation", "LastModified", "last_modified", "updated", "mtime")
+"""Keys by which file systems state a file's version, in order of preference."""
+
+CONNECTIONS = 16
+"""Number of connections kept to one server."""
+
+REDIRECTS = 8
+PIECE_BYTES = 1 << 20
+
+DRAINED_BYTES = 1 << 10
+"""Most bytes of an unwanted answer that are read: less work than another connection."""
+
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+ABSENT = {404, 410}
+REFUSED = {401, 403, 407}
+CONNECT_SECONDS = 10.0
+
+_targets: dict[str, str] = {}
+"""Where URLs redirect, as the hub's do; a target is used until it refuses."""
+
+_ranged: set[str] = set()
+"""Servers that have answered with ranges."""
+
+
+class Transient(Exception):
+    """A transient failure.
+
+    Attributes
+    ----------
+    done
+        Bytes received before it.
+    wait
+        Seconds that the server asks to wait; None if it does not.
+    """
+
+    def __init__(self, reason: str, done: int = 0, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.done, self.wait = done, wait
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One version of a file at a URL.
+
+    Attributes
+    ----------
+    url
+        URL for reading; it may contain a signature and is never shown.
+    shown
+        The URL without secrets, for messages.
+    size
+        Size in bytes.
+    version
+        Its ETag, generation or modification time, depending on the server.
+    token
+        Whether requests include the hub's token.
+    ranges
+        Whether its server supports ranges.
+    """
+
+    url: str
+    shown: str
+    size: int
+    version: str
+    token: bool = False
+    ranges: bool = True
+
+    @property
+    def stamp(self) -> Stamp:
+        """Return a stamp in the form of a local file's, made from URL and version."""
+        digest = hashlib.sha256(f"{self.shown}\n{self.version}".encode()).digest()
+        return 0, 0, self.size, int.from_bytes(digest[:7], "little")
+
+    def check(self, version: str, size: int | None) -> None:
+        """Raise `InputChangedError` if this is not the version stated now; an empty one and a size of None are not compared."""
+        if version not in ("", self.version) or size not in (None, self.size):
+            raise InputChangedError.changed(self.shown)
+
+
+def request_stat(url: str, shown: str, token: bool = False) -> RemoteFile | None:
+    """Request a file's size and version; None if there is no such file, or a web page instead.
+
+    Raises
+    ------
+    Transient, InputError, StorageError
+        If the answer is not available now, access is refused, or the server states no version.
+    """
+    if not _by_http(url):
+        try:
+            with _bucket(url, shown) as (fs, path):
+                fs.invalidate_cache()
+                info = fs.info(path)
+        except (FileNotFoundError, IsADirectoryError):
+            return None
+        return None if info.get("type") == "directory" else _stated(url, shown, info)
+    # The first byte: URLs that are signed for reading allow this but not HEAD.
+    with _answer(url, url, "bytes=0-0", shown, token) as (response, status, version):
+        if status in ABSENT:
+            return None
+        if status in REFUSED:
+            raise _refused(shown, status, token)
+        return _stated(url, shown, {"size": _total(response), "ETag": version}, token, status != 200)
+
+
+def request_range(file: RemoteFile, out: memoryview, at: int) -> None:
+    """Read from offset `at` into `out`.
+
+    Raises
+    ------
+    Transient, InputError, StorageError, InputChangedError
+        If not all bytes came, reading failed permanently, access is refused, or the file has changed.
+    """
+    if not _by_http(file.url):
+        try:
+            with _bucket(file.url, file.shown) as (fs, path):
+                data = fs.cat_file(path, start=at, end=at + len(out))
+        except (FileNotFoundError, IsADirectoryError) as e:
+            raise InputChangedError.vanished(file.shown) from e
+        if len(data) != len(out):
+            raise Transient(f"the server gives {format_size(len(data))} of {format_size(len(out))}")
+        out[:] = data
+        return
+    url, part = _targets.get(file.url, file.url), f"bytes={at}-{at + len(out) - 1}"
+    with _answer(url, file.url, part, file.shown, file.token) as (response, status, version):
+        if status in ABSENT | REFUSED and url != file.url:  # the redirect's target has expired
+            _targets.pop(file.url, None)
+            raise Transient(f"status {status}", wait=0)
+        if status in REFUSED:
+            raise _refused(file.shown, status, file.token)
+        if status in ABSENT | {416}:
+            raise InputChangedError(f"{file.shown}: vanished or shrank during the run; put it back and start again")
+        file.check(version if url == file.url else "", _total(response))  # a target states the version in another form
+        server = _origin(url)
+        if status == 206:
+            _ranged.add(server)
+            if not response.headers.get("Content-Range", "").startswith(f"bytes {at}-"):
+                raise Transient("the server answers with another range")
+        elif at != 0 or len(out) != file.size:
+            if server not in _ranged:
+                raise no_ranges(file.shown)
+            raise Transient("the server gives the whole file in place of a range")
+        done = 0
+        try:
+            while done < len(out) and (piece := response.read(min(PIECE_BYTES, len(out) - done), decode_content=False)):
+                out[done : done + len(piece)] = piece
+                done += len(piece)
+        except (_urllib3().exceptions.HTTPError, OSError) as e:
+            raise Transient(_reason(e), done) from e
+        if done < len(out):
+            raise Transient(f"the answer ended after {format_size(done)} of {format_size(len(out))}", done)
+
+
+def request_list(url: str, shown: str) -> dict[str, RemoteFile]:
+    """List the files below a URL of a bucket, by their relative names.
+
+    Raises
+    ------
+    Transient, InputError, StorageError
+        If the list is not available now, access is refused, or the server states no versions.
+    """
+    try:
+        with _bucket(url, shown) as (fs, path):
+            fs.invalidate_cache()
+            found = fs.find(path, detail=True)
+    except (FileNotFoundError, IsADirectoryError):
+        return {}
+    scheme, start = url.partition("://")[0], path.rstrip("/") + "/"
+    inside = {full: f"{scheme}://{full}" for full in found if full.startswith(start)}
+    return {full.removeprefix(start): _stated(at, at, found[full]) for full, at in inside.items()}
+
+
+def no_ranges(shown: str) -> UnsupportedError:
+    """Make the error for a server that supports no ranges."""
+    return UnsupportedError(
+        f"{shown}: expected a part of the file, its server gives whole files only; download it and name the directory"
+    )
+
+
+def without_secrets(text: str) -> str:
+    """Remove queries, users and passwords from URLs in a text."""
+    return re.sub(r"(://)[^/\s@]*@", r"\1", re.sub(r"\?[^\s'\")]*", "", text))
+
+
+def _by_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _refused(shown: str, status: int, token: bool) -> InputError:
+    login = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
+    advice = login if token else "check its user, password or signature, which may have expired"
+    return InputError(f"{shown}: the server refuses to give it (status {status}); {advice}")
+
+
+def _urllib3() -> Any:
+    return require_package("urllib3", (2,), "reading from addresses needs urllib3 2", "remote")
+
+
+@contextmanager
+def _answer(url: str, first: str, part: str, shown: str, token: bool) -> Iterator[tuple[Any, int, str]]:
+    """Request a range and follow redirects; yield the last answer, its status (404 for a page), and the version stated first.
+
+    Raises
+    ------
+    Transient, StorageError, UnsupportedError
+        If the status is not one that a file or its absence has, or the answer is compressed.
+    """
+    urllib3, version, location = _urllib3(), "", ""
+    timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=_silence_allowed())
+    for _ in range(REDIRECTS):
+        headers = {"Range": part, "Accept-Encoding": "identity", "User-Agent": f"streamer/{__version__}"}
+        try:
+            url = urljoin(url, location)
+            if _origin(url) == _origin(first):  # redirects rarely repeat the user
+                headers |= _authorization(first, token)
+            bare = urllib3.util.parse_url(url)._replace(auth=None)
+            bypassed = urllib.request.proxy_bypass((bare.host or "").strip("[]"))
+            proxy = "" if bypassed else urllib.request.getproxies().get(bare.scheme, "")
+            response = _pool(proxy).request(
+                "GET", bare.url, headers=headers, preload_content=False, redirect=False, retries=False, timeout=timeout
+            )
+        except urllib3.exceptions.SSLError as e:
+            raise StorageError(f"{shown}: its server's certificate does not hold: {_reason(e)}") from e
+        except ValueError as e:  # urllib3's own among them
+            raise StorageError(f"{shown}: is no address that can be asked; check it") from e
+        except urllib3.exceptions.HTTPError as e:
+            raise Transient(_reason(e)) from e
+        version = version or response.headers.get("X-Linked-Etag", "")
+        if not (location := response.get_redirect_location()):
+            break
+        _finish(response)
+    else:
+        raise StorageError(f"{shown}: leads on and on from one address to another; check it")
+    try:
+        status = response.status
+        if response.headers.get("Content-Type", "").lower().startswith("text/html") and status in (200, 206):
+            status = 404  # a page instead of a file: many servers send one for a missing file
+        if status in TRANSIENT:
+            asked = None
+            with suppress(urllib3.exceptions.InvalidHeader):
+                asked = urllib3.Retry().get_retry_after(response)
+            raise Transient(f"status {status}", wait=asked)
+        if status not in {200, 206, 416} | ABSENT | REFUSED:
+            raise StorageError(f"{shown}: cannot read: the server answers with status {status}; check the address")
+        if status in (200, 206):
+            encoding = response.headers.get("Content-Encoding", "").strip().lower()
+            if encoding not in ("", "identity"):  # although the request excluded it; its bytes are not the file's
+                sent = f"the server sent this file compressed ({encoding[:40]}), expected it uncompressed"
+                raise UnsupportedError(f"{shown}: {sent}; download it and name the directory")
+            if url != first:
+                _targets[first] = url
+        yield response, status, version or response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+    finally:
+        _finish(response)
+
+
+@cache
+def _pool(proxy: str) -> Any:
+    urllib3, context = _urllib3(), ssl.create_default_context()
+    options = {"maxsize": CONNECTIONS, "num_pools": CONNECTIONS, "ssl_context": context}
+    return urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+
+
+def _authorization(url: str, token: bool) -> dict[str, str]:
+    if token:
+        given = import_module("huggingface_hub").get_token()
+        return {"Authorization": f"Bearer {given}"} if given else {}
+    util = _urllib3().util
+    if (user := util.parse_url(url).auth) is None:
+        return {}
+    return dict(util.make_headers(basic_auth=unquote(user if ":" in user else f"{user}:")))
+
+
+def _origin(url: str) -> str:
+    """Return scheme, host and port, to which an authorization applies."""
+    parts = _urllib3().util.parse_url(url)
+    return f"{parts.scheme}://{parts.host}:{parts.port or {'http': 80, 'https': 443}.get(parts.scheme)}"
+
+
+def _total(response: Any) -> int | None:
+    """Read the size of the whole file from the answer to a range request; None if not stated."""
+    if found := re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", response.headers.get("Content-Range", "")):
+        return int(found[1])
+    length = response.headers.get("Content-Length", "")
+    return int(length) if response.status == 200 and length.isdecimal() else None
+
+
+def _silence_allowed() -> float:
+    """Return the seconds without a byte after which a server counts as stalled."""
+    try:
+        return max(0.1, float(os.environ.get("STREAMER_REMOTE_TIMEOUT", "20")))
+    except ValueError:
+        return 20.0
+
+
+def _reason(e: Exception) -> str:
+    """Describe a connection error briefly."""
+    kinds = {"ReadTimeoutError": f"no byte came for {_silence_allowed():g} s", "ConnectTimeoutError": "nothing answers",
+             "NewConnectionError": "nothing answers", "NameResolutionError": "its name leads to no server",
+             "IncompleteRead": "the answer ended early"}  # fmt: skip
+    while type(e).__name__ not in kinds and (inner := [arg for arg in e.args if isinstance(arg, Exception)]):
+        e = inner[0]
+    name = type(e).__name__
+    return kinds.get(name) or without_secrets(getattr(e, "strerror", None) or str(e) or name)
+
+
+def _finish(response: Any) -> None:
+    """Return a connection for reuse, which needs its answer read to the end; close it if much is left."""
+    if response.length_remaining is not None and response.length_remaining <= DRAINED_BYTES:
+        response.drain_conn()
+        response.release_conn()
+    else:
+        response.close()
+
+
+@contextmanager
+def _bucket(url: str, shown: str) -> Iterator[tuple[Any, str]]:
+    """Open the file system of a URL; convert exceptions of its plugin, except for an absent file's, to ours."""
+    fsspec = require_package("fsspec", (2023,), "reading from buckets needs fsspec 2023", "remote")
+    try:
+        yield fsspec.core.url_to_fs(url)
+    except (FileNotFoundError, IsADirectoryError):
+        raise
+    except ImportError:
+        plugin = PLUGINS[url.partition("://")[0]]
+        lacks = f"such an address needs {plugin}, which is not installed; pip install 'intruder-streamer[remote]'"
+        raise MissingPackageError(f"{shown}: {lacks}", plugin) from None
+    except Exception as e:  # each plugin has its own exceptions
+        name, text = type(e).__name__, without_secrets(str(e))
+        if isinstance(e, PermissionError) or "Credential" in name or "AuthenticationRequired" in name:
+            raise InputError(f"{shown}: may not be read ({name}); set credentials as for its own client") from e
+        if isinstance(e, NotImplementedError | TypeError | AttributeError):
+            raise StorageError(f"{shown}: cannot read: {name}: {text}; update the plugin of fsspec") from e
+        raise Transient(f"{name}: {text[:120]}" if text else name) from e
+
+
+def _stated(url: str, shown: str, info: dict[str, Any], token: bool = False, ranges: bool = True) -> RemoteFile:
+    """Return the file that a server describes."""
+    version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
+    if info.get("size") is None or not version:
+        lacks = "its server does not state size and version (ETag or time of change), so a change could not be seen"
+        raise StorageError(f"{shown}: {lacks}; download it and name the directory")
+    return RemoteFile(url, shown, int(info["size"]), version, token, ranges)
+
 
 IN_FLIGHT = 8
 """Most requests at a time, over all files."""
@@ -208,15 +570,11 @@ def _submitted(call: Callable[..., T], *arguments: Any) -> Future[T]:
     return _threads.submit(copy_context().run, call, *arguments)
 
 
-@dataclass(frozen=True)
-class _Range:
+class _Range(NamedTuple):
     start: int
+    stop: int
     data: memoryview
     future: Future[None]
-
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.data)
 
 
 class RemoteSource:
@@ -232,13 +590,8 @@ class RemoteSource:
 
     def header(self) -> Header:
         """Read the header by two small ranges and validate it."""
-        file = self.file
-        if file.size < 8:
-            raise FormatError(f"{file.shown}: expected a safetensors file, found {file.size} bytes; check the address")
-        first = bytes(self.view(0, 8))
-        n = int.from_bytes(first, "little")
-        check_length(n, file.size, file.shown, lambda: bytes(self.view(0, min(256, file.size))))
-        return parse_header(first + self.view(8, n), file.size, file.shown)
+        size = self.file.size
+        return read_header_by(lambda at, n: bytes(self.view(at, min(n, size - at))), size, self.file.shown)
 
     def view(self, at: int, length: int) -> memoryview:
         """Read bytes into a new buffer."""
@@ -277,8 +630,8 @@ class RemoteSource:
             following = ahead[-1].stop if ahead else start
             while following < min(end, max(stop, start + AHEAD_BYTES)):
                 data = memoryview(bytearray(min(RANGE_BYTES, end - following)))
-                ahead.append(_Range(following, data, _submitted(read_range, self.file, data, following)))
-                following += len(data)
+                reading = _submitted(read_range, self.file, data, following)
+                ahead.append(_Range(following, following := following + len(data), data, reading))
 
     def release(self, start: int, stop: int) -> None:
         """Do nothing: bytes from a server are in no cache."""

@@ -1,4 +1,8 @@
-"""Write output directories, each as one resumable transaction.
+"""Keep append-only journals of finished work, from which the next run resumes, and decide whether it may.
+
+Write a file at the end of a run that resumes, beside its lock and journal.
+
+Write output directories, each as one resumable transaction.
 
 During a run the directory contains ``.streamer.lock`` and ``.streamer.journal``; the file that makes the output
 loadable (the last of the plan's names) comes last. Then the record ``streamer.json`` replaces the journal. It says what was
@@ -30,12 +34,263 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from streamer.errors import OutputError, OutputExistsError, StorageError, UsageError
-from streamer.storage.atomic_file import AtomicFile, partial_name, partials_of, rename_partial
-from streamer.storage.checkpoint import read_json_object
-from streamer.storage.files import locked, make_directory, remove_file, strict_json
-from streamer.storage.journal import Journal, may_resume
+from streamer.errors import InputChangedError, OutputError, OutputExistsError, StorageError, UsageError
+from streamer.events import Event, Monitor
+from streamer.storage import atomic_file, files
+from streamer.storage.atomic_file import AtomicFile
 from streamer.units import format_sizes, listed
+
+FRAME_BYTES = 40
+"""Number of bytes before a record's payload: its length (8, little-endian) and SHA-256 (32)."""
+
+
+class Journal:
+    """An append-only file of records that survives a kill: a torn last record is dropped on opening.
+
+    A record is its length (8 bytes, little-endian), the SHA-256 of its payload (32 bytes), and the payload. Each append
+    is durable before it returns. The first record is the head: it identifies the journal's run. Open a journal under a lock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with files.storage_errors(path, "open the journal"):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            self._spans = [(start, len(payload)) for start, payload in _records(self._fd)]
+            self._end = sum(self._spans[-1]) if self._spans else 0
+            os.ftruncate(self._fd, self._end)
+        self._stale = False
+        atomic_file.remove_partials(path.parent, {path.name})
+
+    def foreign(self, record: int) -> OutputError:
+        """Make the error for a record that another version wrote."""
+        return OutputError(f"{self.path}: its record {record} is of another version; --no-resume starts over")
+
+    @staticmethod
+    def peek(path: Path) -> Iterator[dict[str, Any]]:
+        """Read a journal's records without changing it: JSON objects, up to the first torn or different record.
+
+        If there is no journal, or not one of ours, yield nothing.
+        """
+        try:
+            with path.open("rb") as f:
+                for _, payload in _records(f.fileno()):
+                    tree = files.strict_json(payload, surrogates=True)
+                    if not isinstance(tree, dict):
+                        return
+                    yield tree
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return
+        except OSError as e:
+            raise files.storage_error(path, "read", e) from e
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, i: int) -> bytes:
+        start, length = self._spans[i]
+        return files.read_bytes(self._fd, length, start)
+
+    def begin(self, head: Mapping[str, Any]) -> None:
+        """Start a new run's journal. The old records stay on disk until the head replaces them in one step.
+
+        A kill at any point leaves the old records or the new head, never a journal that belongs to no run.
+        """
+        self._stale = self._stale or bool(self._spans)
+        self._spans.clear()
+        self._end = 0
+        self.append(json.dumps(head).encode())
+        states_of(self.path).unlink(missing_ok=True)
+
+    def append(self, payload: bytes) -> None:
+        """Add a record durably."""
+        frame = len(payload).to_bytes(8, "little") + hashlib.sha256(payload).digest() + payload
+        with files.storage_errors(self.path, "append to the journal"):
+            if self._stale:
+                atomic_file.write_atomic(self.path, frame)
+                self.close()
+                self._fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                self._stale = False
+            else:
+                done = 0
+                while done < len(frame):
+                    done += os.pwrite(self._fd, frame[done : done + files.MAX_CALL_BYTES], self._end + done)
+                files.sync(self._fd)
+                if not self._spans:
+                    files.fsync_directory(self.path.parent)  # the name of a new journal must be durable as well
+        self._spans.append((self._end + FRAME_BYTES, len(payload)))
+        self._end += len(frame)
+
+    def close(self) -> None:
+        """Close the file; the journal stays on disk, unless it has no record, as after a full disk."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            if not (self._spans or self._stale):
+                files.remove_file(self.path)
+
+    def remove(self) -> None:
+        """Close and delete the journal of a finished run, and the states of its sweep."""
+        self.close()
+        files.remove_file(self.path)
+        states_of(self.path).unlink(missing_ok=True)
+
+
+def _records(fd: int) -> Iterator[tuple[int, bytes]]:
+    """Read the complete records of a journal, up to the first torn one, as offsets and payloads."""
+    size, at = os.fstat(fd).st_size, 0
+    while at + FRAME_BYTES <= size:
+        frame = files.read_bytes(fd, FRAME_BYTES, at)
+        length, at = int.from_bytes(frame[:8], "little"), at + FRAME_BYTES
+        payload = files.read_bytes(fd, length, at) if length <= size - at else b""
+        if len(payload) < length or hashlib.sha256(payload).digest() != frame[8:]:
+            return
+        yield at, payload
+        at += length
+
+
+def may_resume(path: Path, found: Mapping[str, Any], head: Mapping[str, Any], *, resume: bool = True,
+               overwrite: bool = False, journal: Path | None = None, differing: str = "") -> bool:  # fmt: skip
+    """Decide whether to resume an interrupted run (True) or to start over (False).
+
+    Parameters
+    ----------
+    path
+        The output, for messages.
+    found, head
+        Heads of the existing journal and of the new run. ``plan`` is the digest of everything that determines the output, ``version``
+        is the tool's, ``stamps`` are the inputs'; ``bits``, if present, distinguishes inputs that differ only in rounding, so that no
+        output mixes the two.
+    resume, overwrite
+        Whether the user allows a run to be resumed, and another run to be replaced.
+    journal
+        Path of the journal if the output is a single file, for messages.
+    differing
+        The differences, for messages.
+
+    Raises
+    ------
+    OutputExistsError
+        If the run has another plan and must not be overwritten.
+    OutputError
+        If another version began it: two versions must not make one output.
+    InputChangedError
+        If its inputs have changed since.
+    """
+    if found.get("plan") != head["plan"]:
+        if overwrite:
+            return False
+        run = f"an interrupted run with other inputs or options{differing}"
+        said = f"{run} has its journal there" if journal else f"holds {run}"
+        raise OutputExistsError(
+            f"{path}: {said}; finish that one, choose another output, or pass --overwrite", journal or path
+        )
+    began, version = found.get("version", ""), head["version"]
+    if not resume or found.get("bits", "") != head.get("bits", "") or (overwrite and began != version):
+        return False
+    if began != version:
+        raise OutputError(
+            f"{f'{journal}: is of' if journal else f'{path}: holds'} a run that version {began or 'before 0.2'} began, and this is "
+            f"{version}; finish it with that version, or pass --no-resume to start it over"
+        )
+    if found.get("stamps") != json.loads(json.dumps(head["stamps"])):
+        raise InputChangedError(
+            f"{path}: an input was modified since this run was interrupted; --no-resume starts it over"
+        )
+    return True
+
+
+def journal_of(path: Path) -> Path:
+    """Return the path of the journal of an unfinished file: ``dir/f.safetensors`` → ``dir/.f.safetensors.journal``."""
+    return path.with_name(f".{path.name}.journal")
+
+
+def lock_of(path: Path) -> Path:
+    """Return the path of the lock of an unfinished file: ``dir/f.safetensors`` → ``dir/.f.safetensors.lock``."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def states_of(journal: Path) -> Path:
+    """Return the path of the states of a sweep, beside the journal of its run."""
+    return journal.with_suffix(".states")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the journal, lock, states and partial files that a killed run left beside a file.
+
+    Raises
+    ------
+    LockedError
+        If a run is active there.
+    """
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    if any(p.name.startswith((f".{path.name}.", f"..{path.name}.")) for p in beside):
+        with files.locked(lock_of(path), path):
+            states = states_of(journal_of(path))
+            atomic_file.remove_partials(path.parent, {path.name, journal_of(path).name, states.name})
+            journal_of(path).unlink(missing_ok=True)
+            states.unlink(missing_ok=True)
+
+
+def left(path: Path, monitor: Monitor, note: str = "") -> None:
+    """Keep a file that is complete, but set its time to now, and remove what a run that was killed just after renaming it left."""
+    remove_leftovers(path)
+    if note:
+        monitor.emit(Event("note", note))
+    if fault := files.touch([path]):
+        monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
+    monitor.told(path, "present")
+
+
+@dataclass(frozen=True)
+class ResumableFile:
+    """A file that a run writes at its end, and the journal beside it from which a killed run resumes.
+
+    Attributes
+    ----------
+    path
+        The file.
+    head
+        The run's identity, as `may_resume` compares it: the journal's first record.
+    resume, overwrite
+        Whether the user allows an interrupted run to be resumed, and another run's journal to be replaced.
+    records
+        Least number of records after the head that make a journal worth resuming.
+    differing
+        Describes the differences from another run, given its head, for messages.
+    """
+
+    path: Path
+    head: Mapping[str, Any]
+    resume: bool
+    overwrite: bool
+    records: int = 0
+    differing: Callable[[Mapping[str, Any]], str] = lambda _: ""
+
+    def is_begun(self) -> bool:
+        """Test, without writing, whether an interrupted run can be resumed; raise what `may_resume` raises."""
+        found = next(Journal.peek(journal_of(self.path)), {})
+        return self.resume and {"plan", "stamps"} <= found.keys() and may_resume(
+            self.path, found, self.head, overwrite=self.overwrite, journal=journal_of(self.path), differing=self.differing(found)
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def begun(self, hopeless: tuple[type[Exception], ...] = ()) -> Iterator[tuple[Journal, bool]]:
+        """Lock the file and yield its journal, and whether that is resumed; the block writes the file, and then the journal is removed.
+
+        If the block raises, the journal stays, unless the same run would fail again: at one of the `hopeless` errors.
+        """
+        files.make_directory(self.path.parent)
+        with files.locked(lock_of(self.path), self.path), contextlib.closing(Journal(journal_of(self.path))) as journal:
+            resumed = self.is_begun() and len(journal) > self.records
+            if not resumed:
+                journal.begin(self.head)
+            atomic_file.remove_partials(self.path.parent, {self.path.name, states_of(journal.path).name})
+            try:
+                yield journal, resumed
+            except hopeless:
+                journal.remove()
+                raise
+            journal.remove()
 
 
 def refuse_symlink(path: Path) -> None:
@@ -59,11 +314,14 @@ def refuse_address(path: Path) -> None:
 
 def is_placeholder(path: Path) -> bool:
     """Test whether an empty regular file is here, as ``mktemp`` and workflow systems create one for a future output."""
-    try:
-        found = path.stat(follow_symlinks=False)
-    except OSError:
-        return False
-    return stat.S_ISREG(found.st_mode) and found.st_size == 0
+    found = _stat(path)
+    return found is not None and stat.S_ISREG(found.st_mode) and found.st_size == 0
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    with contextlib.suppress(OSError):
+        return path.stat(follow_symlinks=False)
+    return None
 
 
 def is_taken(path: Path) -> bool:
@@ -83,23 +341,22 @@ def check_replaced(path: Path, overwrite: bool, is_own: Callable[[Path], bool], 
     what
         Name of that kind of file, for messages.
     """
-    refuse_address(path)
-    refuse_directory(path)
-    refuse_symlink(path)
+    _refuse_as_file(path)
     if path.exists() and path.stat().st_size > 0:
         if not overwrite:
             raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
         if not is_own(path):
             raise not_own(path, what)
-    make_directory(path.parent)
+    files.make_directory(path.parent)
 
 
-def refuse_directory(path: Path, example: str = "", what: str = "file") -> None:
-    """Refuse a directory instead of a file to write; `example` is a possible name."""
+def _refuse_as_file(path: Path, example: str = "", what: str = "file") -> None:
+    """Refuse an address, a symlink or a directory instead of a file to write; `example` is a possible name."""
+    refuse_address(path)
+    refuse_symlink(path)
     if path.is_dir():
-        raise OutputError(
-            f"{path}: is a directory; name a {what} in it{f', such as {path / example}' if example else ''}"
-        )
+        such = f", such as {path / example}" if example else ""
+        raise OutputError(f"{path}: is a directory; name a {what} in it{such}")
 
 
 def check_file_path(path: Path, example: str, longest: str, what: str = "file") -> None:
@@ -112,11 +369,9 @@ def check_file_path(path: Path, example: str, longest: str, what: str = "file") 
     longest
         The longest name beside it, whose partial file must have a possible name, too.
     """
-    refuse_address(path)
-    refuse_symlink(path)
-    refuse_directory(path, example, what)
+    _refuse_as_file(path, example, what)
     check_output_path(path.parent.resolve(), (), path)
-    check_name(path, partial_name(longest))
+    check_name(path, atomic_file.partial_name(longest))
 
 
 def not_own(path: Path, what: str) -> OutputExistsError:
@@ -175,10 +430,8 @@ def check_name(path: Path, longest: str) -> None:
     """Refuse an output if a file, even a temporary one, would get a name longer than the file system allows."""
     most, found = os.pathconf(_existing(path.parent), "PC_NAME_MAX"), len(os.fsencode(longest))
     if 0 < most < found:
-        raise OutputError(
-            f"{path}: its name is too long: with what a partial file adds it has {found} bytes, the file system takes {most}; "
-            "choose a shorter name"
-        )
+        sizes = f"with what a partial file adds it has {found} bytes, the file system takes {most}"
+        raise OutputError(f"{path}: its name is too long: {sizes}; choose a shorter name")
 
 
 def free_bytes(path: Path) -> int:
@@ -199,10 +452,7 @@ def check_space(path: Path, needed: int, at_most: bool = False) -> None:
 
 def allocated_bytes(path: Path) -> int:
     """Return the bytes on disk that removing a file would free; 0 if there is none."""
-    try:
-        return path.stat(follow_symlinks=False).st_blocks * 512
-    except OSError:
-        return 0
+    return 0 if (found := _stat(path)) is None else found.st_blocks * 512
 
 
 def _same(a: Path, b: Path) -> bool:
@@ -249,7 +499,7 @@ def as_files(entries: Any) -> list[OldFile]:
     return files
 
 
-def remove_own_files(directory: Path, files: Sequence[OldFile], keep: Collection[str]) -> None:
+def remove_own_files(directory: Path, old: Sequence[OldFile], keep: Collection[str]) -> None:
     """Remove the unchanged files of an earlier output, starting with the last, which makes it loadable.
 
     Parameters
@@ -262,11 +512,11 @@ def remove_own_files(directory: Path, files: Sequence[OldFile], keep: Collection
     StorageError
         If the system refuses.
     """
-    for file in reversed(files):
+    for file in reversed(old):
         path = directory / file.file
         if file.file in keep or not stands(directory, file):
             continue
-        remove_file(path)
+        files.remove_file(path)
         for parent in path.relative_to(directory).parents[:-1]:
             with contextlib.suppress(OSError):  # it contains other files
                 (directory / parent).rmdir()
@@ -300,16 +550,11 @@ def _is_within(directory: Path, name: str) -> bool:
     return not (plain.is_absolute() or ".." in plain.parts or "\0" in name or any(map(os.path.islink, paths)))
 
 
-def is_record(path: Path) -> bool:
-    """Test whether a file is the record of an output."""
-    return _record(path) is not None
-
-
 def _record(path: Path) -> dict[str, Any] | None:
     try:
         if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_RECORD_BYTES:
             return None
-        tree = strict_json(path.read_bytes())
+        tree = files.strict_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return tree if isinstance(tree, dict) and str(tree.get("schema")).startswith("streamer.output/") else None
@@ -326,10 +571,9 @@ def refuse_within_output(path: Path) -> None:
     """Refuse a new file or directory inside a complete output, whose record lists everything that belongs there."""
     real = Path(os.path.realpath(path))
     for parent in (real, *real.parents):
-        if is_record(parent / RECORD_NAME):
+        if _record(parent / RECORD_NAME) is not None:
             raise OutputError(
-                f"{path}: lies inside the output {parent}, which is complete: its {RECORD_NAME} lists what belongs there; choose a path "
-                "outside it"
+                f"{path}: lies inside the output {parent}, which is complete: its {RECORD_NAME} lists its files; choose another path"
             )
 
 
@@ -410,7 +654,7 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
     path, names = plan.path, [name for name, _ in plan.files]
     check_output_path(path, plan.inputs)
     for name in names:
-        check_name(path / name, partial_name((path / name).name))
+        check_name(path / name, atomic_file.partial_name((path / name).name))
     if is_taken(path) and not path.is_dir():
         raise OutputExistsError(f"{path}: exists and is not a directory; choose another output", path)
     for name in (*names, RECORD_NAME, JOURNAL_NAME, LOCK_NAME, *(f"{STAGE_NAME}/{name}" for name in names)):
@@ -440,10 +684,7 @@ def missing_bytes(plan: OutputPlan, state: str) -> int:
 
 def size_of(path: Path) -> int:
     """Return the size of the file at a path; -1 if there is none."""
-    try:
-        return path.stat(follow_symlinks=False).st_size
-    except OSError:
-        return -1
+    return -1 if (found := _stat(path)) is None else found.st_size
 
 
 def own_partials(plan: OutputPlan) -> set[Path]:
@@ -455,20 +696,24 @@ def own_partials(plan: OutputPlan) -> set[Path]:
     names = (RECORD_NAME, *plan.conflicting_names, *(name for name, _ in plan.files), *old)
     paths = [place / name for place in (plan.path, plan.path / STAGE_NAME) for name in names]
     directories = {path.parent for path in paths if path.parent.is_dir()}
-    return {partial for directory in directories for partial in partials_of(directory, {path.name for path in paths})}
+    return {
+        partial
+        for directory in directories
+        for partial in atomic_file.partials_of(directory, {path.name for path in paths})
+    }
 
 
 def _recorded_state(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:
     """Determine the state from journal and record."""
     path = plan.path
-    if is_taken(path / RECORD_NAME) and not is_record(path / RECORD_NAME):
+    record = _record(path / RECORD_NAME)
+    if is_taken(path / RECORD_NAME) and record is None:
         raise _foreign(path / RECORD_NAME)
     head = next(Journal.peek(path / JOURNAL_NAME), None)
     if head is not None:
         return "resume" if may_resume(path, head, plan.head, resume=resume, overwrite=overwrite) else "new"
-    if overwrite or not is_taken(path / RECORD_NAME):
+    if overwrite or record is None:
         return "new"
-    record = read_json_object(path / RECORD_NAME)
     if record.get("plan") == plan.digest:
         return _check_stands(plan, record)
     raise holds(path, "another output")
@@ -491,11 +736,8 @@ def _refuse_foreign(plan: OutputPlan, own: Sequence[OldFile], overwrite: bool) -
             read = "exists, and a loader would read it as a part of the output"
             raise _foreign(path / name, what=read) if name in plan.beside_names else _foreign(path / name)
         if not any(stands(path, file) for file in own if file.file == name):
-            raise OutputExistsError(
-                f"{path / name}: was changed since it was written, and a loader would read it as a part of this output; "
-                "choose another output, or move it away",
-                path / name,
-            )
+            what = "was changed since it was written, and a loader would read it as a part of this output"
+            raise _foreign(path / name, what=what)
     is_ours = any((path / name).exists() for name in (RECORD_NAME, JOURNAL_NAME))
     if not (overwrite or is_ours) and (others := sorted(p.name for p in path.glob("[!.]*") if is_taken(p))):
         raise OutputExistsError(
@@ -540,7 +782,7 @@ class OutputDirectory:
         self._entries: dict[str, dict[str, Any]] = {}
         for i in range(1, len(journal)):
             try:
-                entry = strict_json(journal[i])
+                entry = files.strict_json(journal[i])
             except ValueError:
                 entry = None
             if not isinstance(entry, dict) or not as_files([entry]):
@@ -568,7 +810,7 @@ class OutputDirectory:
     @contextlib.contextmanager
     def file(self, name: str, size: int) -> Iterator[AtomicFile]:
         """Open a file to write; at the end of the block it is completed, journalled and renamed."""
-        make_directory((self.path / name).parent)
+        files.make_directory((self.path / name).parent)
         with AtomicFile(self.path / name, size) as f:
             yield f
             f.complete()
@@ -581,7 +823,7 @@ class OutputDirectory:
         if found != nbytes or nbytes != dict(self._plan.files)[name]:
             raise StorageError(f"{made}: expected {nbytes} bytes, found {found}; run the same command again")
         self.announce(name, nbytes, sha256, **detail)
-        rename_partial(made, self.path / name)
+        atomic_file.rename_partial(made, self.path / name)
 
     def commit(self, record: dict[str, Any]) -> None:
         """Write the record with its own digest and remove the journal, once all files exist.
@@ -608,12 +850,12 @@ class OutputDirectory:
         old = as_files(json.loads(self._journal[0])[OLD])
         differing = {file.file for file in {*old} ^ {*as_files([*self._entries.values()])}}
         if len(differing - self._plan.editable - {RECORD_NAME}) > 1 and names[-2] in left:
-            remove_file(path / names[-2])
+            files.remove_file(path / names[-2])
         remove_own_files(path, old, names)
-        remove_file(path / RECORD_NAME)
+        files.remove_file(path / RECORD_NAME)
         for name in left:
-            make_directory((path / name).parent)
-            rename_partial(self.path / name, path / name)
+            files.make_directory((path / name).parent)
+            atomic_file.rename_partial(self.path / name, path / name)
         shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -651,14 +893,14 @@ def locked_outputs(
         for plan in plans:
             check_output_path(plan.path, plan.inputs)
             if is_placeholder(plan.path):
-                remove_file(plan.path)
-            make_directory(plan.path)
-            stack.enter_context(locked(plan.path / LOCK_NAME))
+                files.remove_file(plan.path)
+            files.make_directory(plan.path)
+            stack.enter_context(files.locked(plan.path / LOCK_NAME))
             states.append(inspect_output(plan, overwrite, resume))
             if states[-1] == "done":
                 raise OutputError(f"{plan.path}: another run has just finished this; run the command again to see it")
         for path in (path for plan in plans for path in own_partials(plan)):
-            remove_file(path)
+            files.remove_file(path)
         yield [_begun(plan, state) for plan, state in zip(plans, states, strict=True)]
 
 
@@ -672,16 +914,16 @@ def _begun(plan: OutputPlan, state: str) -> Iterator[OutputDirectory]:
     stays = is_taken(plan.path / RECORD_NAME) or stage.exists()
     if state == "new" and not stays:
         # An interrupted run may have been killed at its end: from here on, nobody mistakes the directory for a finished output.
-        remove_file(plan.path / names[-1])
+        files.remove_file(plan.path / names[-1])
     journal = Journal(plan.path / JOURNAL_NAME)
     try:
         if state == "new":
             # Before anything else is removed: a kill from here on leaves a run that can be resumed and knows what is still to be removed.
             journal.begin({**plan.head, NAMES: names, OLD: [asdict(file) for file in old]})
         for path in filter(is_placeholder, (plan.path / name for name in plan.conflicting_names)):
-            remove_file(path)
+            files.remove_file(path)
         if stays:
-            make_directory(stage)
+            files.make_directory(stage)
         else:
             remove_own_files(plan.path, old, names)
         yield OutputDirectory(plan, stage if stays else plan.path, journal, state == "resume")

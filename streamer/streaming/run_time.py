@@ -16,9 +16,8 @@ from torch import nn
 
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.plan.architectures import architecture_for, architectures_for
-from streamer.plan.name_matching import MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, renames_for
+from streamer.plan.name_matching import MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, TensorSlice, renames_for
 from streamer.plan.plan import Plan
-from streamer.plan.targets import TensorSlice
 from streamer.plan.tied_embeddings import TiedNames, find_ties
 from streamer.units import listed
 

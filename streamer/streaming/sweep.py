@@ -41,9 +41,9 @@ from streamer.linalg.torch_state import full_float32
 from streamer.methods.files import SealedKind
 from streamer.packages import require_package
 from streamer.plan.architectures import architecture_for
-from streamer.plan.name_matching import renames_for
+from streamer.plan.name_matching import TensorSlice, renames_for
 from streamer.plan.plan import AdapterBatch, Plan
-from streamer.plan.targets import Target, TensorSlice
+from streamer.plan.targets import Target
 from streamer.plan.tied_embeddings import find_ties
 from streamer.storage.files import give_freed_memory_back
 from streamer.streaming.model import LoadedModel, quiet_transformers, refused_errors

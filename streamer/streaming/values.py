@@ -26,8 +26,9 @@ from streamer.linalg.torch_state import CPU
 from streamer.methods import METHODS, UNCHANGED, Method, MethodName, NullSpace, Paper, RegMean, make_method, options_of
 from streamer.methods.files import Coefficients, InputMap
 from streamer.output.adapter_writer import back_project
+from streamer.plan.name_matching import TensorSlice
 from streamer.plan.plan import Plan
-from streamer.plan.targets import Target, TensorSlice
+from streamer.plan.targets import Target
 from streamer.streaming.run_time import RunTimeTensor, WeightSource
 from streamer.weights.base import Plain, Weight
 from streamer.weights.logical import WeightView

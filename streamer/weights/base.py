@@ -27,8 +27,8 @@ from streamer.errors import NumericError, UnsupportedError
 from streamer.linalg.operators import all_finite
 from streamer.linalg.torch_state import empty_matrix
 from streamer.storage.atomic_file import views
+from streamer.storage.checkpoint import TensorFile
 from streamer.storage.header import TensorInfo
-from streamer.storage.tensor_file import TensorFile
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ def encoding_of(info: TensorInfo, where: str) -> Encoding:
     """
     if info.dtype not in ENCODINGS:
         raise UnsupportedError(
-            f"{where}: tensor {info.name!r}: dtype {info.dtype} is not one of {', '.join(ENCODINGS)}, "
-            "and no tensor says how to decode it; use the 16-bit model"
+            f"{where}: tensor {info.name!r}: dtype {info.dtype} is not one of {', '.join(ENCODINGS)}; use the 16-bit model"
         )
     return ENCODINGS[info.dtype]
 

@@ -12,9 +12,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from streamer.errors import FormatError
-from streamer.storage.checkpoint import PIPELINE_NAME, is_pipeline
-from streamer.storage.files import open_regular, storage_errors
+from streamer.storage.checkpoint import PIPELINE_NAME, is_pipeline, read_json_object
 
 MODEL_CONFIG = "config.json"
 
@@ -159,12 +157,4 @@ def read_model_config(directory: Path | None) -> ModelConfig:
 
 def _read(path: Path) -> dict[str, Any]:
     """Read a JSON object as transformers writes it, allowing Infinity and NaN; {} if there is none."""
-    if not path.exists():
-        return {}
-    fd, _ = open_regular(path, "a model's config")
-    try:
-        with storage_errors(path, "read"), open(fd, "rb") as f:
-            tree = json.loads(f.read())
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"{path}: bad JSON: {e}; get the file again") from None
-    return tree if isinstance(tree, dict) else {}
+    return read_json_object(path, json.loads) if path.exists() else {}

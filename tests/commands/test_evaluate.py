@@ -22,7 +22,7 @@ from streamer.errors import Interrupted
 from streamer.evaluation.evaluate import BLOCK
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.options import EvaluateOptions
-from streamer.storage.journal import Journal
+from streamer.storage.transaction import Journal
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ def test_a_directory_in_a_repository(served: Path, tmp_path: Path) -> None:
     ("name", "code", "words"),
     [
         ("owner/none", 3, "no such path, and the hub has no model owner/none, or it is private"),
-        ("owner/base@v9", 3, "the hub has no revision 'v9' of it"),
+        ("owner/base@v9", 3, "the hub has no model owner/base of revision 'v9'"),
         (
             "owner/base/nothing",
             3,

@@ -38,12 +38,16 @@ def test_inputs_that_are_not_there_or_exchanged(job: tuple[Path, Path], tmp_path
         base, tmp_path / "no", tmp_path, 3, f"{tmp_path / 'no'}: no such directory", "path of the adapter"
     )
     refuse_everywhere(tmp_path / "no", adapter, tmp_path, 3, f"{tmp_path / 'no'}: no such directory", "base model")
-    refuse_everywhere(
-        adapter, base, tmp_path, 3, str(adapter), "is an adapter, not a base model; the order is BASE ADAPTER"
+    words = (
+        "expected model.safetensors, found adapter_config.json, adapter_model.safetensors;",
+        "in the order BASE ADAPTER",
     )
-    refuse_everywhere(adapter, adapter, tmp_path, 3, "is an adapter, not a base model; the order is BASE ADAPTER")
+    refuse_everywhere(adapter, base, tmp_path, 3, str(adapter), *words)
+    refuse_everywhere(adapter, adapter, tmp_path, 3, *words)
     (adapter / "adapter_model.safetensors").unlink()
-    refuse_everywhere(base, adapter, tmp_path, 3, "expected adapter_model.safetensors, found none; finish the download")
+    refuse_everywhere(
+        base, adapter, tmp_path, 3, "expected adapter_model.safetensors, found adapter_config.json; name an adapter"
+    )
 
 
 @pytest.mark.long

@@ -135,7 +135,11 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], int, str]]:
     yield [base, *general, *out, "--sequences", 1], 2, "--sequences: expected a whole number from 2, found 1"
     yield [base, "--general", place / "absent.npy", *out], 3, "absent.npy: no such file"
     yield [base, "--general", place / "far.npy", *out], 3, "expected token ids from 0 to"
-    yield [home / "adapter", *general, *out], 3, "is an adapter, not a base model"
+    yield (
+        [home / "adapter", *general, *out],
+        3,
+        "expected model.safetensors, found README.md, adapter_config.json, adapter_model.safetensors; name",
+    )
     yield [base, *general, "-o", base / "model.safetensors"], 4, "is not a map, which is all that is replaced"
     yield [base, base, *out], 2, "BASE: expected one, found 2; to map several texts, join them in one file"
     yield [place / "map.safetensors", *out], 2, "is a map; name the base to map"

@@ -147,8 +147,7 @@ def test_a_server_that_has_every_name_is_refused(served: Path, tmp_path: Path) -
     with serving(served, page=("application/json", b'{"error": "no such file"}')) as site:
         done = run("detect", f"{site.address}/base", served / "adapter", tmp_path / "out")
     assert (done.code, done.err.count("\n")) == (3, 1), done
-    assert f"{site.address}/base: the server answers every name, even no-such-file-" in done.err
-    assert len(site.requests) == 1
+    assert f"{site.address}/base: the server answers every name, so missing files cannot be detected" in done.err
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from streamer.errors import (
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import threads
 from streamer.storage.files import locked
-from streamer.storage.journal import journal_of, states_of
+from streamer.storage.transaction import journal_of, states_of
 
 KEEP = (0.9, 0.6)
 

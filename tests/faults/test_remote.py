@@ -19,7 +19,7 @@ from range_server import FAULTS, Handler, serving
 from remote_jobs import argv, contents, run, run_all
 from survival_servers import COMMANDS, KINDS, NOT_THERE, Service, killed_at_random, services
 
-from streamer.storage.tensor_file import TensorFile
+from streamer.storage.checkpoint import TensorFile
 
 SLICE = 40
 """One request of so many is disturbed."""

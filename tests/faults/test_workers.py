@@ -39,7 +39,7 @@ from streamer.events import Event
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_batch
 from streamer.storage.files import locked
-from streamer.storage.journal import journal_of, lock_of
+from streamer.storage.transaction import journal_of, lock_of
 from streamer.workers import Inputs, Task, perform
 
 

@@ -24,8 +24,8 @@ from seeds import vary
 
 from streamer.errors import FormatError
 from streamer.storage.atomic_file import Piece, Shard, ShardPlan, gather, plan_shard, write_shard
+from streamer.storage.checkpoint import TensorFile
 from streamer.storage.header import DTYPE_BITS, layout, parse_header
-from streamer.storage.tensor_file import TensorFile
 
 Verdict = list[tuple[str, str, tuple[int, ...], int]] | None
 """Name, dtype, shape and bytes of each tensor, sorted; None where the file is refused."""

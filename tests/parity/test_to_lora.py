@@ -27,7 +27,8 @@ import streamer
 from streamer.errors import UnsupportedError, UsageError
 from streamer.linalg.operators import Dense, LowRank
 from streamer.linalg.svd import energies, least_rank
-from streamer.plan.architectures import architecture_of
+from streamer.plan.architectures import architecture_for
+from streamer.weights.model_config import ModelConfig
 
 LOHA = Kind(
     llama(),
@@ -232,7 +233,7 @@ def test_peft_s_model_answers_as_the_fine_tuned_one(name: str, tmp_path: Path) -
 
     record = json.loads((tmp_path / "lora" / "streamer.json").read_text())
     assert all(matrix["dropped"] < 1e-5 for matrix in record["matrices"])
-    architecture = architecture_of(json.loads((base / "config.json").read_text()))
+    architecture = architecture_for(ModelConfig(json.loads((base / "config.json").read_text())))
     assert architecture is not None
     tied = any(t.tied and t.name.endswith(".weight") for t in architecture.ties)
     assert tied == any("merge_and_unload adds the delta" in line for line in record["notes"])

@@ -17,7 +17,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import streamer
-from streamer.plan.tokenizer import TOKENIZER, token_count
+from streamer.plan.side_files import TOKENIZER, token_count
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs"]
 

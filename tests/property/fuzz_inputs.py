@@ -21,9 +21,8 @@ from streamer.errors import FormatError, StreamerError
 from streamer.output.model_writer import plan_merged
 from streamer.plan.plan import make_plan
 from streamer.storage.atomic_file import gather
-from streamer.storage.checkpoint import open_checkpoint
+from streamer.storage.checkpoint import TensorFile, open_checkpoint
 from streamer.storage.header import DTYPE_BITS, tensor_nbytes
-from streamer.storage.tensor_file import TensorFile
 
 CPU = torch.device("cpu")
 

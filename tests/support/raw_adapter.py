@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from seeds import vary
 
+from streamer.adapters.adapter import open_adapter
 from streamer.adapters.modules import LoraModule
-from streamer.adapters.reader import open_adapter
 
 MODULE = "model.layers.0.self_attn.q_proj"
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from helpers import write_sharded
 
-from streamer.storage.checkpoint import open_checkpoint
-from streamer.storage.tensor_file import IOMode
+from streamer.storage.checkpoint import IOMode, open_checkpoint
 
 MODES: tuple[IOMode, ...] = ("mmap", "pread")
 

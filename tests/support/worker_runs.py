@@ -17,7 +17,7 @@ from helpers import intruding_factors, power_law, write_adapter, write_sharded
 
 import streamer
 from streamer.linalg.torch_state import threads
-from streamer.storage.journal import journal_of, states_of
+from streamer.storage.transaction import journal_of, states_of
 
 SAVING = """
 import sys

@@ -11,7 +11,7 @@ import torch
 from raw_adapter import MODULE, factors, write_raw
 from safetensors.torch import load_file, save_file
 
-from streamer.adapters.reader import open_adapter
+from streamer.adapters.adapter import open_adapter
 from streamer.errors import InputError
 
 # Identity -------------------------------------------------------------------------------------------------------------
@@ -20,7 +20,7 @@ from streamer.errors import InputError
 def test_a_folder_of_adapters(tmp_path: Path) -> None:
     for name in ("b", "a"):
         helpers.write_adapter(tmp_path / name, {MODULE: factors()}, r=4)
-    with pytest.raises(InputError, match=r"found none; name one of the adapters in it: 'a', 'b'$"):
+    with pytest.raises(InputError, match=r"expected adapter_config\.json, found a, b; name an adapter"):
         open_adapter(tmp_path)
 
 

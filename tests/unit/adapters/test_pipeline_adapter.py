@@ -15,8 +15,8 @@ from pipelines import CONV, FC1, KOHYA, LORA, SHAPES, TO_Q, factors, lora, scali
 from safetensors.torch import load_file, save_file
 
 import streamer
+from streamer.adapters.adapter import open_adapter
 from streamer.adapters.adapter_config import Stated
-from streamer.adapters.reader import open_lora
 from streamer.errors import FormatError, InputError, MismatchError, OutputExistsError, StorageError, UnsupportedError
 from streamer.plan.plan import make_plan
 
@@ -61,7 +61,7 @@ def test_a_mitigated_adapter_has_the_form_of_the_original(tmp_path: Path, form: 
         assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in tensors.items()}
         assert all(torch.equal(after[name], tensors[name]) for name in after if lam == 1 or name.endswith("alpha"))
         assert not (out / "adapter_config.json").exists()
-        found = open_lora(out).file.header.metadata
+        found = open_adapter(out).file.header.metadata
         assert found.items() >= metadata.items()
         assert "sshs_model_hash" not in found, "of the original factors"
         for module in SHAPES:
@@ -79,8 +79,8 @@ def test_keys_of_the_metadata_may_be_ignored(tmp_path: Path) -> None:
     config = json.loads(metadata["lora_adapter_metadata"]) | {"unet.from_the_future": 1}
     save_file(tensors, tmp_path / LORA, {"lora_adapter_metadata": json.dumps(config)})
     with pytest.raises(UnsupportedError, match="unknown key 'from_the_future'"):
-        open_lora(tmp_path / LORA)
-    adapter = open_lora(tmp_path / LORA, stated=Stated(ignore_keys=["from_the_future"]))
+        open_adapter(tmp_path / LORA)
+    adapter = open_adapter(tmp_path / LORA, stated=Stated(ignore_keys=["from_the_future"]))
     assert adapter.identity()["ignored_keys"] == ["from_the_future"]
     assert "'from_the_future' of pytorch_lora_weights.safetensors is ignored" in adapter.notes[0]
 
@@ -118,7 +118,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, case: str) -> 
         (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
     for path in (tmp_path, tmp_path / LORA)["beside" in form :]:
         with pytest.raises(error, match=words):
-            open_lora(path)
+            open_adapter(path)
 
 
 def test_kohya_names_of_a_transformer_are_its_own(tmp_path: Path) -> None:
@@ -235,4 +235,4 @@ def test_a_quantized_matrix_of_a_component_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_the_disk_cannot_read_is_not_refused_as_another_format(tmp_path: Path, name: str) -> None:
     (tmp_path / name).symlink_to("/proc/self/mem")
     with pytest.raises(StorageError, match=f"{name}: cannot read: Input/output error; run the same command again"):
-        open_lora(tmp_path)
+        open_adapter(tmp_path)

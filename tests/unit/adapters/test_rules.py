@@ -13,10 +13,9 @@ import torch
 from raw_adapter import MODULE, factors, one_module, write_raw
 from safetensors.torch import save_file
 
-from streamer.adapters.adapter_config import AdapterConfig, Stated, stated_options
-from streamer.adapters.reader import open_adapter, open_lora
-from streamer.adapters.rules import INSTEAD, refusals
-from streamer.errors import FormatError, MismatchError, StreamerError, UnsupportedError, UsageError
+from streamer.adapters.adapter import open_adapter
+from streamer.adapters.adapter_config import INSTEAD, AdapterConfig, Stated, refusals, stated_options
+from streamer.errors import FormatError, InputError, MismatchError, StreamerError, UnsupportedError, UsageError
 
 # Scales ---------------------------------------------------------------------------------------------------------------
 
@@ -67,7 +66,7 @@ def test_scale(tmp_path: Path, config: dict, rank: int, scale: float) -> None:
         ({"alpha": True}, FormatError, "expected a number, found True"),
         ({"alpha_pattern": {"q_proj": None}}, FormatError, "expected a number, found None"),
         ({"alpha_pattern": ["q_proj"]}, FormatError, "alpha_pattern: expected an object, found list"),
-        ({"alpha": 10**400}, FormatError, "is out of range"),
+        ({"alpha": 10**400}, FormatError, "is not a finite number"),
         ({"rank_pattern": {"a{99999999999}": 4}}, FormatError, "is not a regular expression"),
         ({"rank_pattern": {"(" * 5000: 4}}, FormatError, "is not a regular expression"),
         ({"rank_pattern": {"(": 4}}, FormatError, "pattern '(' is not a regular expression"),
@@ -115,8 +114,9 @@ def test_alpha_must_be_stated(tmp_path: Path) -> None:
         ({"init_lora_weights": "tomorrow"}, "unknown initialisation"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "residual-base"),
         ({"megatron_config": {"x": 1}}, "Megatron"),
-        ({"invocation_string": "<|start_of_role|>"}, "aLoRA: acts on some tokens only"),
-        ({"enable_lora": [True, False, True]}, "MergedLinear: its delta is for some parts of a fused layer"),
+        ({"invocation_string": "<|start_of_role|>"}, "aLoRA: its change of the weights is not known here"),
+        ({"enable_lora": [True, False, True]}, "MergedLinear: its change of the weights"),
+        ({"peft_type": "HRA"}, "HRA adapter"),
         ({"peft_type": ["LORA"]}, "adapter: its change of the weights is not known here"),
         ({"peft_type": "BOFT", "boft_n_butterfly_factor": 2}, "BOFT: boft_n_butterfly_factor=2: only 1"),
         ({"peft_type": "OFT", "fan_in_fan_out": True}, "OFT: fan_in_fan_out=True"),
@@ -130,7 +130,7 @@ def test_alpha_must_be_stated(tmp_path: Path) -> None:
             {"tomorrow_config": {"x": 1}, "lora_scaling": 0},
             "unknown keys 'tomorrow_config' ({'x': 1}), 'lora_scaling' (0)",
         ),
-        ({"lora_B_layout": "mixed"}, "lora_B_layout is 'mixed'"),
+        ({"lora_B_layout": "mixed"}, "lora_B_layout is mixed"),
     ],
 )
 def test_refused_by_config(config: dict, kind: str) -> None:
@@ -186,42 +186,40 @@ def test_what_cannot_be_ignored(tmp_path: Path) -> None:
 # Other libraries' files -----------------------------------------------------------------------------------------------
 
 OTHER = {
-    "LoHa": ("lora_unet_down_blocks_0_attn.hada_w1_a", "last.safetensors", "of LyCORIS (LoHa, LoKr), not supported here"),
-    "diffusers of old": ("unet.mid_block.attn.to_q_lora.down.weight", "pytorch_lora_weights.safetensors", "of ComfyUI or old"),
-    "ComfyUI": ("diffusion_model.blocks.0.attn.to_q.lora_down.weight", "flux.safetensors", "of ComfyUI or old"),
-    "MLX": ("model.layers.0.self_attn.q_proj.lora_a", "adapters.safetensors", "the format of MLX"),
-}  # fmt: skip
+    "LoHa": ("lora_unet_down_blocks_0_attn.hada_w1_a", "last.safetensors"),
+    "diffusers of old": ("unet.mid_block.attn.to_q_lora.down.weight", "pytorch_lora_weights.safetensors"),
+    "ComfyUI": ("diffusion_model.blocks.0.attn.to_q.lora_down.weight", "flux.safetensors"),
+    "MLX": ("model.layers.0.self_attn.q_proj.lora_a", "adapters.safetensors"),
+}
 
 
 @pytest.mark.parametrize("case", OTHER)
-def test_a_lora_of_another_library_is_refused_by_its_name(tmp_path: Path, case: str) -> None:
-    tensor, file, words = OTHER[case]
+def test_a_lora_of_another_library_is_refused(tmp_path: Path, case: str) -> None:
+    tensor, file = OTHER[case]
     save_file({tensor: torch.zeros(4, 5)}, tmp_path / file)
     if case == "MLX":
         (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora", "num_layers": 2}')
     for path in (tmp_path, tmp_path / file):
-        with pytest.raises(UnsupportedError, match="a LoRA in the format of") as e:
+        with pytest.raises(UnsupportedError, match=r"another library.s LoRA; if of LyCORIS .* convert it"):
             open_adapter(path)
-        assert words in str(e.value)
     (tmp_path / file).rename(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
-    with pytest.raises(UnsupportedError, match="a LoRA in the format of"):
+    with pytest.raises(UnsupportedError, match="another library's LoRA"):
         open_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "words"),
+    "tensors",
     [
-        (
-            ["lora_unet_conv_in.alpha", "lora_unet_conv_in.lora_down.weight"],
-            "kohya or diffusers, not supported here; name the one file",
-        ),
-        (["unet.conv_in.lora_A.weight"], "kohya or diffusers, not supported here; name the one file"),
-        (["lora_unet_conv_in.alpha", "lora_unet_conv_in.lokr_w1"], "LyCORIS (LoHa, LoKr), not supported here"),
+        ["lora_unet_conv_in.alpha", "lora_unet_conv_in.lora_down.weight"],
+        ["unet.conv_in.lora_A.weight"],
+        ["lora_unet_conv_in.alpha", "lora_unet_conv_in.lokr_w1"],
     ],
 )
-def test_two_files_of_a_pipelines_adapters(tmp_path: Path, tensors: list[str], words: str) -> None:
+def test_two_files_of_a_pipelines_adapters(tmp_path: Path, tensors: list[str]) -> None:
     for name in ("a", "b"):
         save_file({tensor: torch.zeros(4, 5) for tensor in tensors}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(UnsupportedError, match=re.escape(f"a.safetensors: refused: a LoRA in the format of {words}")):
-        open_lora(tmp_path)
+    with pytest.raises(
+        UnsupportedError, match=r"a\.safetensors: refused: another library's LoRA; .* name the one file"
+    ):
+        open_adapter(tmp_path)

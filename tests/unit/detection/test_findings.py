@@ -19,7 +19,7 @@ from streamer.detection.findings import Findings, fingerprint, load_findings, ma
 from streamer.plan.plan import Plan, make_plan
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.storage.files import locked
-from streamer.storage.journal import journal_of, lock_of
+from streamer.storage.transaction import journal_of, lock_of
 
 
 def test_round_trip(made: tuple[Path, Path, Path, Findings]) -> None:

@@ -9,7 +9,7 @@ from streamer.errors import UsageError
 from streamer.measuring.result_file import JournalRecords
 from streamer.measuring.riders import ROWS, Limits, Work, longest_padded, parts, riders
 from streamer.measuring.sequences import TextSequences
-from streamer.storage.journal import Journal
+from streamer.storage.transaction import Journal
 from streamer.streaming.model import ModelSize
 from streamer.streaming.values import ROOM
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import streamer
 from streamer.output.job import Card, _merged_head, _with_tag
-from streamer.plan.sources import NameSource
+from streamer.plan.side_files import NameSource
 
 BASE = """---
 language:

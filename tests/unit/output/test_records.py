@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import streamer
 from streamer.errors import InputChangedError, OutputError
 from streamer.events import Event
-from streamer.plan.sources import base_source
+from streamer.plan.side_files import base_source
 from streamer.units import format_size
 from streamer.weights.model_config import ModelConfig
 

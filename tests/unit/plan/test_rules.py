@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import streamer
-from streamer.adapters.rules import mitigated_before
+from streamer.adapters.adapter_config import mitigated_before
 from streamer.cli.main import run
-from streamer.plan.sources import other_base
+from streamer.plan.side_files import other_base
 from streamer.weights.model_config import ModelConfig
 
 

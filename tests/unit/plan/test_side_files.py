@@ -8,7 +8,7 @@ import helpers
 import pytest
 
 from streamer.plan.plan import make_plan
-from streamer.plan.tokenizer import token_count
+from streamer.plan.side_files import token_count
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[", '{"model": {"vocab": {"a": 0', '{"model": {"vocab": {"a": "b"}}}'])

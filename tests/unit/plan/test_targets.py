@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import streamer
-from streamer.adapters.adapter import DeltaSource
-from streamer.adapters.reader import open_adapter
-from streamer.errors import MismatchError
+from streamer.adapters.adapter import DeltaSource, open_adapter
+from streamer.errors import MismatchError, UnsupportedError
 from streamer.plan.name_matching import match_names, renames_for
 from streamer.plan.targets import Orientation, Target, match_targets
 from streamer.storage.checkpoint import open_checkpoint

@@ -102,7 +102,8 @@ T5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
 def test_a_tie_that_no_config_undoes(tmp_path: Path, config: dict) -> None:
     b = base(tmp_path, T5 | config, embed="shared.weight")
     with pytest.raises(
-        UnsupportedError, match=r"T5ForConditionalGeneration ties 'shared.weight', .* whatever its config says"
+        UnsupportedError,
+        match=r"changes 'shared.weight', .* which T5ForConditionalGeneration ties whatever its config says",
     ):
         make_plan(b, adapter(tmp_path))
 
@@ -155,7 +156,7 @@ REFUSED = {
     "an unknown class": (
         UNKNOWN, "encoder.word_embeddings.weight", "model.layers.0.q_proj",
         {"encoder.word_embeddings.weight": torch.ones(64, 32)}, {},
-        "whether 'encoder.word_embeddings.weight', which",
+        "whether 'encoder.word_embeddings.weight' is tied",
     ),
     "an unknown class, tied": (
         {**UNKNOWN, "tie_word_embeddings": True, "vocab_size": 64}, EMBED, "model.layers.0.q_proj", {EMBED: torch.ones(64, 32)}, {},

@@ -13,10 +13,8 @@ from range_server import Handler, RangeServer, serving
 from streamer.api.addresses import shown
 from streamer.errors import InputChangedError
 from streamer.events import Monitor
-from streamer.remote.inputs import Remote
-from streamer.remote.listing import DEAD_SECONDS, Listing, Url
-from streamer.storage.remote_source import RANGE_BYTES, cache_directory, stat_remote
-from streamer.storage.remote_transports import RemoteFile
+from streamer.remote.inputs import DEAD_SECONDS, Listing, Remote, Url
+from streamer.storage.remote_source import RANGE_BYTES, RemoteFile, cache_directory, stat_remote
 
 SIZE = 3 * RANGE_BYTES
 
@@ -82,7 +80,7 @@ def test_what_a_killed_download_left_is_removed(tmp_path: Path) -> None:
         listing = listed(served(state))
         there = listing.directory("files")
         there.mkdir(parents=True)
-        dead, living = there / ".streamer.a.0.partial", there / ".streamer.a.1.partial"
+        dead, living = there / f".a.{0:016}.partial", there / f".a.{1:016}.partial"
         for path in (dead, living):
             path.write_bytes(b"x")
         os.utime(dead, (0, time.time() - DEAD_SECONDS - 60))

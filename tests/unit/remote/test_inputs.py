@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from streamer.errors import UsageError
-from streamer.remote.inputs import HubName, parse_address
-from streamer.remote.listing import Url
+from streamer.remote.inputs import HubName, Url, parse_address
 
 
 @pytest.mark.parametrize(

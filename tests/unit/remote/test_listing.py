@@ -17,9 +17,8 @@ from safetensors.torch import save_file
 
 from streamer.errors import UnsupportedError
 from streamer.remote import inputs
-from streamer.remote.inputs import HubName
-from streamer.remote.listing import Url, list_address, needed_files
-from streamer.storage.remote_transports import RemoteFile
+from streamer.remote.inputs import HubName, Url, list_address, needed_files
+from streamer.storage.remote_source import RemoteFile
 
 
 @pytest.fixture

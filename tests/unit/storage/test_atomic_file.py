@@ -28,7 +28,7 @@ from streamer.storage.atomic_file import (
 )
 from streamer.storage.files import fsync_directory, make_directory
 from streamer.storage.header import LocalSource
-from streamer.storage.journal import Journal
+from streamer.storage.transaction import Journal
 
 ADVICE = "run the same command again once the cause is gone"
 

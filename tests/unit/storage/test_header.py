@@ -84,24 +84,19 @@ def test_a_length_over_the_limit_is_not_read(tmp_path: Path) -> None:
         os.close(fd)
 
 
-@pytest.mark.parametrize(("content", "hint"), [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer: run `git lfs pull`"),
-    (b"<!DOCTYPE html><html><body>401</body></html>", "a web page"),
-    (b"\n  <?xml version='1.0'?><Error/>", "a web page"),
-    (b'{\n "schema": "streamer.evaluation/1"}', "JSON; check the path"),
-    (b"PK\x03\x04" + bytes(60), "a pickle: convert it to safetensors"),
-    (b"\x80\x02}q\x00(X\x01\x00\x00\x00a" + bytes(60), "a pickle: convert it to safetensors"),
-])  # fmt: skip
-def test_what_stands_where_a_shard_should_be(tmp_path: Path, content: bytes, hint: str) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        b"<!DOCTYPE html><html><body>401</body></html>",
+        b'{\n "schema": "streamer.evaluation/1"}',
+        b"PK\x03\x04" + bytes(60),
+    ],
+)
+def test_what_stands_where_a_shard_should_be_is_shown(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(FormatError) as caught:
         read(tmp_path / "model.safetensors", content)
-    assert f": expected a safetensors file, found {hint}" in str(caught.value)
-
-
-def test_a_length_that_looks_like_text_is_a_length(tmp_path: Path) -> None:
-    with pytest.raises(FormatError) as caught:
-        read(tmp_path / "model.safetensors", (31_520).to_bytes(8, "little") + b'{"a":' + bytes(60))  # b" {" and zeros
-    assert "JSON" not in str(caught.value)
+    assert f": not a safetensors file, or truncated: begins with {content[:24]!r}, " in str(caught.value)
 
 
 def test_short_reads_are_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

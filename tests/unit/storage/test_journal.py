@@ -10,7 +10,7 @@ from helpers import names
 
 from streamer.errors import StorageError
 from streamer.storage import files
-from streamer.storage.journal import Journal
+from streamer.storage.transaction import Journal
 
 RECORDS = [b"head", b"", b"x" * 50, b"last"]
 HEAD = b'{"a": 1}'

@@ -16,13 +16,13 @@ from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, copi
 import streamer
 from streamer.errors import FormatError, LockedError, OutputError, OutputExistsError, StreamerError
 from streamer.storage.files import locked
-from streamer.storage.journal import lock_of
 from streamer.storage.transaction import (
     JOURNAL_NAME,
     LOCK_NAME,
     RECORD_NAME,
     STAGE_NAME,
     inspect_output,
+    lock_of,
     missing_bytes,
     open_outputs,
 )

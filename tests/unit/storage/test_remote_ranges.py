@@ -13,8 +13,15 @@ from range_server import Handler, RangeServer, serving
 from streamer.detection.detect import read_ahead
 from streamer.errors import InputChangedError, Interrupted, StorageError, StreamerError, UnsupportedError
 from streamer.events import Monitor
-from streamer.storage.remote_source import RANGE_BYTES, RemoteSource, heed, list_remote, read_range, stat_remote
-from streamer.storage.remote_transports import RemoteFile
+from streamer.storage.remote_source import (
+    RANGE_BYTES,
+    RemoteFile,
+    RemoteSource,
+    heed,
+    list_remote,
+    read_range,
+    stat_remote,
+)
 
 DATA = bytes(range(256)) * 16384
 

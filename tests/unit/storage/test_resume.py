@@ -14,8 +14,7 @@ from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, copi
 
 import streamer
 from streamer.errors import InputChangedError, OutputExistsError
-from streamer.storage.journal import Journal
-from streamer.storage.transaction import JOURNAL_NAME, LOCK_NAME, RECORD_NAME, inspect_output
+from streamer.storage.transaction import JOURNAL_NAME, LOCK_NAME, RECORD_NAME, Journal, inspect_output
 
 
 @pytest.mark.parametrize("until", list(DATA)[1:])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from quantized_values import FP8_CONFIG, assert_decodes, base_of, fp8, scales
 
-from streamer.weights.quantization.codes import exponents
+from streamer.weights.codes import exponents
 
 
 def test_exponents_are_what_torch_has() -> None:

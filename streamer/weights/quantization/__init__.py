@@ -1,1 +1,0 @@
-"""Decode quantized formats: one module for each family, found through `registry`."""
