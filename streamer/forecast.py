@@ -6,7 +6,6 @@ The rates are those of one product and one read; no part of the job runs. Work i
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, replace
@@ -19,16 +18,11 @@ from streamer.detection.detect import best_way, detection_bytes, findings_bytes,
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import Way, chosen_solver, cost
 from streamer.errors import UnsupportedError
-from streamer.evaluation.evaluate import Prepared
-from streamer.evaluation.evaluation import Evaluation
 from streamer.events import Event, Monitor
-from streamer.fitting.mapping import HEADER_BYTES, PreparedMap
-from streamer.fitting.prepare import PreparedFit
 from streamer.json_types import Amount, Count, Keywords
 from streamer.linalg.svd import OVERSAMPLING
 from streamer.linalg.torch_state import CPU
-from streamer.measuring.riders import TRANSFORMERS_BYTES, Work, sweep_cost
-from streamer.measuring.statistics import MEASURES
+from streamer.measuring.runs import TRANSFORMERS_BYTES, Prepared, sweep_cost
 from streamer.methods import Paper
 from streamer.output.adapter_writer import AdapterWriter
 from streamer.output.job import Job, Writer
@@ -52,12 +46,6 @@ multiply-add of the norms of a delta, and a multiplication of a sweep with its s
 
 START_SECONDS = 0.5
 """Time before a run's first sweep and after its last, in addition to a dry run's: the check of the logits, files."""
-
-VALUE_BYTES, VARIANT_BYTES = 26, 8000
-"""Largest JSON size in bytes of a sequence's sum, and of a variant's other figures, most of which count its divergences."""
-
-SET_BYTES, TENSOR_BYTES = 2500, 120
-"""Largest size in bytes of a fit's figures for a set, and of an array's header entry without its name."""
 
 
 @dataclass(frozen=True)
@@ -212,54 +200,16 @@ def forecast_commands(plan: Plan, device: torch.device, rates: Rates | None) -> 
     return commands
 
 
-def forecast_evaluation(prepared: Prepared, known: Evaluation | None) -> Forecast:
-    """Forecast what an evaluation needs if it does not stop early.
-
-    Parameters
-    ----------
-    known
-        Earlier results, which are not measured again.
-    """
-    sweeps = [prepared.work(*sweep) for sweep in prepared.expected(known)]
-    variants = len(prepared.options.variants) + 1 + (0 if known is None else len(known.variants))
-    sequences = sum(len(text.ids) for text in prepared.texts.values())
-    writes = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (len(MEASURES) * variants + 1) * sequences
-    writes += len(json.dumps(prepared.facts, indent=1))
-    return _forecast_sweeps(prepared, sweeps, 0, writes, writes)
-
-
-def forecast_fit(prepared: PreparedFit) -> Forecast:
-    """Forecast what a fit needs, with the second sweep that an interpolation may need."""
-    sets = len(prepared.options.keep)
-    names = sum(2 * (len(target.tensor) + TENSOR_BYTES) for target in prepared.plan.targets)
-    writes = 4 * sets * prepared.right_values + names + len(json.dumps(prepared.facts)) + SET_BYTES * sets
-    first = prepared.work(prepared.variants)
-    sweeps = [first, replace(prepared.work(1 + sets), fitted=0)]
-    spooled = 4 * len(prepared.options.weights) * prepared.right_values
-    return _forecast_sweeps(prepared, sweeps, prepared.solving_bytes, writes, spooled)
-
-
-def forecast_map(prepared: PreparedMap) -> Forecast:
-    """Forecast what a map needs."""
-    writes = sum(2 * n * prepared.options.vectors + HEADER_BYTES for n in prepared.widths)
-    return _forecast_sweeps(prepared, [prepared.work], prepared.solving_bytes, writes, writes)
-
-
-def _forecast_sweeps(prepared: Prepared | PreparedFit | PreparedMap, sweeps: Sequence[Work], solving: int, writes: int,
-                     temporary: int) -> Forecast:  # fmt: skip
-    """Forecast sweeps, each of which reads the base once; a device holds everything except the memory between steps.
-
-    Parameters
-    ----------
-    solving
-        Bytes that solving needs between layers.
-    """
-    model, resident = prepared.model, prepared.resident + solving
+def forecast_texts(prepared: Prepared[Any], output: Path) -> Forecast:
+    """Forecast a run on texts, each of whose sweeps reads the base once; a device holds everything except the memory between steps."""
+    known = prepared.known(output)
+    sweeps, (writes, temporary) = prepared.sweeps(known), prepared.written_bytes(known)
+    model, resident = prepared.model, prepared.resident + prepared.solving_bytes
     job, read, seconds, there = model.job, model.size.read * (1 + len(sweeps)), None, 0  # with the check of the logits
     plan, workers = job.plan, prepared.run.workers
     away = max((work.away(model.size, prepared.resident, workers) for work in sweeps), default=0)
-    limits = ((work, work.limits(model.size, resident, prepared.max_memory)) for work in sweeps)
-    peak = away + max((work.nbytes(model.size, resident, limit) for work, limit in limits), default=resident)
+    needs = (work.nbytes(model.size, resident, prepared.limits_of(work)) for work in sweeps)
+    peak = away + max(needs, default=resident)
     if job.device != CPU:
         there = peak - TRANSFORMERS_BYTES - resident
     elif (rates := measure_rates(plan.base, prepared.run.monitor)) is not None:

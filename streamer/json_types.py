@@ -1,9 +1,9 @@
 """Define the types that keys of printed and written records share, with their JSON Schema and their meaning.
 
 A record is a `TypedDict`, or a dataclass that `dataclasses.asdict` prints. In `Annotated`, a text is the key's description, `Keywords` are
-keywords of JSON Schema, and a dataclass describes a ``dict[str, Any]`` made from it. A key ``x`` of a `Mean` or a `Difference` has a key
-``x_se`` beside it, its standard error (`statistics.flat`). From these, ``tools/make_schemas.py`` makes ``streamer/schemas``, and `check`
-compares an object that was read with a record.
+keywords of JSON Schema, a function computes the key's value (`statistics.record`), and a dataclass describes a ``dict[str, Any]`` made from
+it. A key ``x`` of a `Mean` or a `Difference` has a key ``x_se`` beside it, its standard error (`statistics.flat`). From these,
+``tools/make_schemas.py`` makes ``streamer/schemas``, and `check` compares an object that was read with a record.
 
 Name which of a matrix's intruders are scaled.
 """
@@ -98,5 +98,5 @@ def _test(hint: Any) -> Callable[[Any], bool]:
     if origin in (list, tuple):
         each = _test(args[0])
         return lambda value: type(value) is list and all(map(each, value))
-    kinds = (int, float) if hint is float else (hint,)
+    kinds = (int, float) if hint is float else (origin or hint,)
     return lambda value: type(value) in kinds

@@ -31,9 +31,8 @@ from streamer.errors import StreamerError, UnsupportedError, UsageError
 from streamer.evaluation.evaluate import open_model
 from streamer.events import Monitor
 from streamer.linalg.torch_state import full_float32
-from streamer.measuring.riders import ROWS, Progress, Work, measured, padding_changes, riders
-from streamer.measuring.sequences import TextSequences, load_tokenizer, tokenizer_directory
-from streamer.measuring.texts import chooses_keys
+from streamer.measuring.runs import ROWS, Progress, Work, measured, padding_changes, riders
+from streamer.measuring.texts import TextSequences, chooses_keys, load_tokenizer, tokenizer_directory
 from streamer.options import VariantOptions
 from streamer.plan.plan import AdapterBatch, resident_bytes
 from streamer.streaming.model import require_transformers

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
     from streamer.adapters.adapter_config import LoraBLayout
     from streamer.detection.findings import Findings
-    from streamer.evaluation.evaluation import Evaluation
-    from streamer.evaluation.losses import ProductDtype
+    from streamer.evaluation.evaluation import Evaluation, ProductDtype
     from streamer.events import Monitor, OnEvent
     from streamer.json_types import Selection
     from streamer.methods import MethodName

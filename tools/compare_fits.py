@@ -170,11 +170,11 @@ def points(made: Evaluation) -> list[Point]:
     (other,) = made.others.values()
     return [
         {
-            "kept": made.task.fraction(v).value,
-            "left": made.general.fraction(v).value,
-            "other": other.fraction(v).value,
-            "kl": made.general.kl_fraction(v).value,
-            "same": made.general.mean(made.general.agree[v]).value,
+            "kept": made.task.share("loss", v).value,
+            "left": made.general.share("loss", v).value,
+            "other": other.share("loss", v).value,
+            "kl": made.general.share("kl", v).value,
+            "same": made.general.mean("agree", v).value,
         }
         for v in range(2, len(made.variants))
     ]
@@ -221,8 +221,8 @@ def compared(adapter: Path, name: str, seed: int, args: argparse.Namespace) -> d
         if not args.no_peers:
             found |= peers(adapter, seed, fit.facts, args)
     whole = evaluated(adapter, "shrink", args, methods=("shrink",), lambdas=LAMBDAS["shrink"], findings=findings)
-    as_is = {**dict.fromkeys(MEASURES, 1.0), "same": whole.general.mean(whole.general.agree[1]).value}
-    forgotten = {text: sums.loss_difference(1, 0).value for text, sums in
+    as_is = {**dict.fromkeys(MEASURES, 1.0), "same": whole.general.mean("agree", 1).value}
+    forgotten = {text: sums.mean("loss", 1, 0).value for text, sums in
                  (("general", whole.general), *whole.others.items())}  # fmt: skip
     seconds = {
         "inputs": noted(beside(adapter, "inputs.coefficients.safetensors")),

@@ -22,9 +22,9 @@ from streamer.api.demo import DemoRecord
 from streamer.api.records import DryRun, ErrorsRecord, EventRecord, PlanRecord, SeveralRecord
 from streamer.api.texts import RepairRecord
 from streamer.detection.findings import FindingsRecord
-from streamer.evaluation.losses import EvaluationRecord
+from streamer.evaluation.evaluation import EvaluationRecord
+from streamer.fitting.fit import FitRecord
 from streamer.fitting.mapping import MapFacts
-from streamer.fitting.result import FitRecord
 from streamer.forecast import Forecast
 from streamer.json_types import Amount, Estimated, Keywords
 from streamer.output.job import Written

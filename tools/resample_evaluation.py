@@ -25,7 +25,7 @@ from streamer.cli.main import run as run_streamer
 from streamer.evaluation import evaluate
 from streamer.evaluation.evaluate import BLOCK, clear
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
-from streamer.measuring.result_file import ADAPTER_ROW
+from streamer.measuring.runs import ADAPTER_ROW
 from streamer.measuring.statistics import MEASURES, SequenceSums
 
 

@@ -7,8 +7,7 @@ from typing import Literal, TypedDict
 
 from streamer.adapters.adapter_config import LoraBLayout
 from streamer.detection.findings import Findings
-from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.losses import ProductDtype
+from streamer.evaluation.evaluation import Evaluation, ProductDtype
 from streamer.events import Monitor, OnEvent
 from streamer.json_types import Selection
 from streamer.methods import MethodName

@@ -18,17 +18,16 @@ from streamer.api.records import DryRun, dry_run
 from streamer.api.requests import Request, given_workers, read_coefficients, read_map, read_path, take, watched
 from streamer.detection.findings import Findings
 from streamer.errors import OutputExistsError, UsageError
-from streamer.evaluation.evaluate import Prepared, evaluate, inspect, measured_before, prepare
-from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.losses import EvaluationOptions, ReliableRecord
+from streamer.evaluation.evaluate import PreparedEvaluation, prepare
+from streamer.evaluation.evaluation import Evaluation, EvaluationOptions, ReliableRecord
 from streamer.events import Event, Monitor
-from streamer.fitting.fit import checked_file, fit
-from streamer.fitting.mapping import MapOptions, PreparedMap, make_map, prepare_map
-from streamer.fitting.prepare import FitOptions, PreparedFit, prepare_fit, refuse_dense
-from streamer.forecast import forecast_evaluation, forecast_fit, forecast_map
+from streamer.fitting.fit import FitOptions, PreparedFit, prepare_fit, refuse_dense
+from streamer.fitting.mapping import MapOptions, PreparedMap, prepare_map
+from streamer.forecast import forecast_texts
 from streamer.json_types import Count, State
-from streamer.measuring.sequences import GENERAL, TASK
+from streamer.measuring.runs import Prepared
 from streamer.measuring.statistics import Estimate
+from streamer.measuring.texts import GENERAL, TASK
 from streamer.methods import Paper, RegMean, Shrink
 from streamer.methods.files import MAP, Coefficients, InputMap
 from streamer.options import EvaluateOptions, FittingOptions, MappingOptions, RepairOptions, VariantOptions
@@ -58,6 +57,16 @@ class VariantsRequest(Request, VariantOptions):
         return take(EvaluationOptions, vars(self), coefficients=fitted, map=mapped, **several)
 
 
+def _forecast(command: str, prepared: Prepared[Any], output: Path | None) -> DryRun:
+    """Check that a run can write its output, and forecast it unless it is complete."""
+    assert output is not None
+    state, forecast = prepared.inspect(output), None
+    if state != "done":
+        prepared.warn()
+        forecast = forecast_texts(prepared, output)
+    return dry_run(command, output, state, len(prepared.plan.targets), 1, None, forecast)
+
+
 class EvaluateRequest(VariantsRequest, EvaluateOptions):
     """A requested evaluation."""
 
@@ -80,18 +89,13 @@ class EvaluateRequest(VariantsRequest, EvaluateOptions):
 
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Evaluation:
         """Run the evaluation."""
-        return evaluate(self._prepared(monitor, workers), self.file)
+        return self._prepared(monitor, workers).result(self.file)
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
         """Check everything and forecast a run, without writing anything."""
-        assert self.file is not None
-        prepared = self._prepared(monitor, workers, peek=True)
-        state = inspect(prepared, self.file)
-        known = None if state == "done" else measured_before(prepared, self.file)
-        forecast = None if state == "done" else forecast_evaluation(prepared, known)
-        return dry_run("evaluate", self.file, state, len(prepared.plan.targets), 1, None, forecast)
+        return _forecast("evaluate", self._prepared(monitor, workers, peek=True), self.file)
 
-    def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> Prepared:
+    def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedEvaluation:
         base, adapter, found, run = self.opened(self.adapter, self.findings, monitor, workers, peek)
         return prepare(base, adapter, self.texts, found, self.options, self.memory, run)
 
@@ -217,17 +221,11 @@ class FitRequest(Request, FittingOptions):
 
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Coefficients:
         """Run the fit."""
-        return fit(self._prepared(monitor, workers), self.file)
+        return self._prepared(monitor, workers).result(self.file)
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
         """Check everything and forecast a run, without writing anything."""
-        assert self.file is not None
-        prepared = self._prepared(monitor, workers, peek=True)
-        state = checked_file(prepared, self.file).state()
-        if state != "done":
-            prepared.warn()
-        forecast = None if state == "done" else forecast_fit(prepared)
-        return dry_run("fit", self.file, state, len(prepared.plan.targets), 1, None, forecast)
+        return _forecast("fit", self._prepared(monitor, workers, peek=True), self.file)
 
     def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedFit:
         base, adapter, found, run = self.opened(self.adapter, self.findings, monitor, workers, peek)
@@ -310,21 +308,16 @@ class MapRequest(Request, MappingOptions):
 
     def run(self, monitor: Monitor) -> InputMap:
         """Make the map."""
-        with general_text(self.general) as text:
-            return make_map(self._prepared(text, monitor), self.file)
+        return self._prepared(monitor).result(self.file)
 
     def forecast(self, monitor: Monitor) -> DryRun:
         """Check everything and forecast a run, without writing anything."""
-        assert self.file is not None
-        with general_text(self.general) as text:
-            prepared = self._prepared(text, monitor, peek=True)
-            state = prepared.inspect(self.file)
-            forecast = None if state == "done" else forecast_map(prepared)
-        return dry_run("map", self.file, state, 0, 1, None, forecast)
+        return _forecast("map", self._prepared(monitor, peek=True), self.file)
 
-    def _prepared(self, text: Path, monitor: Monitor, peek: bool = False) -> PreparedMap:
+    def _prepared(self, monitor: Monitor, peek: bool = False) -> PreparedMap:
         base = self.located(monitor, peek).path(self.base)
-        return prepare_map(base, text, self.options, self.memory, self.make_run(monitor))
+        with general_text(self.general) as text:
+            return prepare_map(base, text, self.options, self.memory, self.make_run(monitor))
 
 
 @explained(MappingOptions)

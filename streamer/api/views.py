@@ -6,9 +6,9 @@ from streamer.adapters.finetuned import ByName
 from streamer.api.records import several
 from streamer.detection.detect import is_repeated
 from streamer.detection.options import DetectionOptions
-from streamer.evaluation.view import Names, commands, figures, reasons, verdict
+from streamer.evaluation.evaluation import Names, commands, figures, reasons, verdict
 from streamer.fitting.mapping import map_record
-from streamer.measuring.result_file import input_options
+from streamer.measuring.runs import input_options
 from streamer.methods import share_name, takes_findings
 from streamer.output.job import record_lines
 from streamer.plan.name_matching import natural

@@ -21,38 +21,47 @@ from streamer.adapters.finetuned import One
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import UsageError
-from streamer.evaluation.evaluation import Evaluation, load_evaluation
-from streamer.evaluation.losses import EvaluationOptions
-from streamer.evaluation.suggestion import ask_swapped, placed
-from streamer.events import Event, Monitor
-from streamer.measuring.result_file import (
+from streamer.evaluation.evaluation import Evaluation, EvaluationOptions, ask_swapped, load_evaluation, placed
+from streamer.events import Event
+from streamer.measuring.runs import (
     ADAPTER_ROW,
+    ROWS,
     EvaluatedVariant,
+    Prepared,
+    Progress,
     Records,
-    ResultFile,
-    State,
+    Work,
     computing,
     differences,
     joined_facts,
+    measured,
     model_facts,
     of_others,
+    padding_changes,
+    riders,
+    sweep_cost,
     with_digest,
     writable,
 )
-from streamer.measuring.riders import ROWS, Progress, Sums, Work, measured, padding_changes, riders, sweep_cost
-from streamer.measuring.sequences import GENERAL, TASK, TextSequences
-from streamer.measuring.statistics import ARRAYS, SequenceSums, telling
-from streamer.measuring.texts import chooses_keys, read_texts, refuse_new_tokens, sample_digest
+from streamer.measuring.statistics import ARRAYS, MEASURES, SequenceSums, telling
+from streamer.measuring.texts import (
+    GENERAL,
+    TASK,
+    Texts,
+    TextSequences,
+    chooses_keys,
+    read_texts,
+    refuse_new_tokens,
+    sample_digest,
+)
 from streamer.methods import UNCHANGED, RegMean, Shrink
-from streamer.methods.files import Coefficients
 from streamer.output.write import OutputOptions, check_coefficients, check_map, open_jobs
-from streamer.plan.plan import AdapterBatch, Plan, resident_bytes
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.files import locked
 from streamer.storage.transaction import is_taken, lock_of, remove_leftovers
 from streamer.streaming.model import require_transformers
 from streamer.streaming.sweep import SweepModel
-from streamer.streaming.values import Variant
+from streamer.streaming.values import Variant, VariantSet
 
 BLOCK = 8
 """Sequences of each text in a block."""
@@ -66,14 +75,9 @@ def spread(text: TextSequences) -> TextSequences:
     if text.questions is not None:
         return text
     steps = max(1, -(-len(text.ids) // BLOCK))
-    return text.take([i for step in range(steps) for i in range(_reversed(step, steps), len(text.ids), steps)])
-
-
-def _reversed(step: int, steps: int) -> int:
-    """Return the step with this number when steps are taken as far from each other as possible."""
-    bits = (steps - 1).bit_length()
-    order = sorted(range(steps), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2)) if bits else [0]
-    return order[step]
+    bits = (steps - 1).bit_length()  # in the order of their reversed bits, steps are as far from each other as possible
+    order = sorted(range(steps), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))
+    return text.take([i for step in order for i in range(step, len(text.ids), steps)])
 
 
 def clear(evaluation: Evaluation) -> bool:
@@ -88,13 +92,13 @@ def clear(evaluation: Evaluation) -> bool:
         return False
     chosen, errors = evaluation.variants.index(best.variant), telling(sequences)
     for v in range(ADAPTER_ROW, len(evaluation.variants)):
-        kept, left = task.fraction(v), general.kl_fraction(v)
+        kept, left = task.share("loss", v), general.share("kl", v)
         if max(kept.error, left.error) > KNOWN:
             return False
         lacks = kept.value + errors * kept.error < evaluation.keep
-        if v != chosen and not lacks and not general.kl_difference(chosen, v).is_negative:
+        if v != chosen and not lacks and not general.mean("kl", chosen, v).is_negative:
             return False
-    kept = task.fraction(chosen)
+    kept = task.share("loss", chosen)
     return kept.value - errors * kept.error >= evaluation.keep or best.variant.keep is not None
 
 
@@ -102,7 +106,7 @@ def _place(known: Evaluation, keep: float) -> float | None:
     """Choose the λ of the shrink to place for a share; None if there is nothing to keep or to win, or a shrink is well placed."""
     if keep == 1 or known.best(keep).reason in ("not learned", "not forgotten"):
         return None
-    return placed(known.variants, known.task, keep)
+    return placed(known, keep)
 
 
 def without_scaling(variants: Sequence[Variant], facts: Mapping[str, Any]) -> list[Variant]:
@@ -110,59 +114,45 @@ def without_scaling(variants: Sequence[Variant], facts: Mapping[str, Any]) -> li
     return [variant for variant in variants if not (facts.get("intruders") == 0 and variant.scales_intruders)]
 
 
-def _joined(
-    known: Evaluation | None, measured: Sequence[Variant], sums: Sums, facts: Mapping[str, Any], keep: float
-) -> Evaluation:
-    """Add measured sums to an evaluation, in the order of its table."""
-    variants = [*(() if known is None else known.variants), *map(EvaluatedVariant.of, measured[known is not None :])]
-    order = sorted(range(len(variants)), key=lambda v: variants[v].order)
-    added = range(known is not None, len(measured))
-    own = {text: new if known is None else known.sums[text].joined(new.take(added)) for text, new in sums.items()}
-    return Evaluation.of(
-        [variants[v] for v in order], {text: one.take(order) for text, one in own.items()}, facts, keep
-    )
+VALUE_BYTES, VARIANT_BYTES = 26, 8000
+"""Largest JSON size in bytes of a sequence's sum, and of a variant's other figures, most of which count its divergences."""
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
-    """An evaluation whose inputs are open and checked; nothing has been written.
+class PreparedEvaluation(Prepared[Evaluation]):
+    """An evaluation whose inputs are open and checked.
 
     Attributes
     ----------
-    max_memory
-        Budget in bytes; None for no budget.
     findings
         Findings whose intruders are scaled; None if none were given.
     texts
         ``general``, ``task``, and others by file name.
-    model
-        Model of all variants.
     one_length
         Whether only sequences of equal length run together, because padding would change the model's logits.
     """
 
-    plan: Plan
     options: EvaluationOptions
-    max_memory: int | None
-    run: Run
     findings: Findings | None
-    texts: Mapping[str, TextSequences]
-    model: SweepModel
+    texts: Texts
     one_length: bool
+
+    one = "an evaluation"
+    read = staticmethod(load_evaluation)
+    same = "this very evaluation"
+    example = "evaluation.json"
 
     def blocks(self) -> list[dict[str, TextSequences]]:
         """Divide the texts into blocks; questions are all in the first."""
-        count = max((len(text.ids) for text in self.texts.values() if text.questions is None), default=1)
-        found = []
-        for i in range(0, count, BLOCK):
-            found.append({
-                name: text if text.questions is not None else text.take(range(i, min(i + BLOCK, len(text.ids))))
-                for name, text in self.texts.items()
-                if (i == 0 if text.questions is not None else i < len(text.ids))
-            })  # fmt: skip
-        return found
+        lengths = {name: len(text.ids) if text.questions is None else 1 for name, text in self.texts.items()}
 
-    def work(self, block: Mapping[str, TextSequences], variants: int) -> Work:
+        def part(text: TextSequences, i: int) -> TextSequences:
+            return text if text.questions is not None else text.take(range(i, min(i + BLOCK, len(text.ids))))
+
+        starts = range(0, max(lengths.values()), BLOCK)
+        return [{name: part(text, i) for name, text in self.texts.items() if i < lengths[name]} for i in starts]
+
+    def work(self, block: Texts, variants: int) -> Work:
         """Count the rows of a sweep over a block."""
         longest = max(text.longest for text in block.values())
         return Work(0, variants * sum(len(ids) for text in block.values() for ids in text.ids), longest, variants)
@@ -173,21 +163,10 @@ class Prepared:
         wanted = self.wanted if known is None else without_scaling(self.wanted, known.facts)
         new = 1 + sum(EvaluatedVariant.of(v) not in done for v in wanted[1:])
         sweeps = [(block, new) for block in self.blocks()] if new > 1 else []
-        placing = self.options.keep < 1 and Shrink.name in self.options.methods
-        placing &= bool(sweeps) or (
-            known is not None and known.keep != self.options.keep and _place(known, self.options.keep) is not None
-        )
+        keep = self.options.keep
+        again = known is not None and known.keep != keep and _place(known, keep) is not None
+        placing = keep < 1 and Shrink.name in self.options.methods and (bool(sweeps) or again)
         return sweeps + [(block, 2) for block in self.blocks() if placing]
-
-    @property
-    def resident(self) -> int:
-        """Estimate the bytes that stay in memory between two steps."""
-        return resident_bytes(AdapterBatch(self.plan.base, (self.plan,)))
-
-    @property
-    def needs_findings(self) -> bool:
-        """Test whether a variant depends on findings."""
-        return any(variant.scales_intruders for variant in self.options.variants)
 
     @property
     def wanted(self) -> list[Variant]:
@@ -197,7 +176,8 @@ class Prepared:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """Return the inputs and options as JSON: `EvaluationFacts`."""
-        o, findings = self.options, self.findings if self.needs_findings else None
+        o = self.options
+        findings = self.findings if any(variant.scales_intruders for variant in o.variants) else None
         tree = {
             **model_facts(self.model, base=self.plan.sources[0], adapter=self.plan.sources[1]),
             **writable(self.plan),
@@ -211,14 +191,157 @@ class Prepared:
         if findings is not None:
             tree |= {"findings": findings.decisions_digest(), "intruders": findings.intruders}
         if o.coefficients is not None:
-            tree["coefficients"] = o.fitted_record()
+            tree["coefficients"] = [one.record() for one in o.coefficients.sets]
         if o.map is not None:
             tree["map"] = o.map.record()
         return with_digest(tree)
 
+    def run_facts(self, path: Path) -> tuple[dict[str, Any], str]:
+        """Return the facts with the variants' methods and the budget, and digests of findings and of an earlier evaluation.
+
+        The journal does not contain what earlier runs measured, so it must belong to this version of their file.
+        """
+        earlier = hashlib.sha256(path.read_bytes()).hexdigest() if is_taken(path) and path.is_file() else ""
+        variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in self.options.variants]
+        facts = with_digest(self.facts, variants=variants, max_memory=self.max_memory)
+        return facts, f"{'' if self.findings is None else self.findings.digest()} {earlier}".strip()
+
+    def check_budget(self) -> None:
+        """Refuse a budget that is too small for any sweep."""
+        for work in self.sweeps():
+            self.limits_of(work)
+
+    def is_whole(self, path: Path) -> bool:
+        """Test whether an evaluation lacks nothing."""
+        return not self.expected(self._load(path))
+
+    def known(self, path: Path | None) -> Evaluation | None:
+        """Load the evaluation to which this run adds variants; None if the file is new or will be replaced."""
+        return None if path is None or self.run.overwrite or not is_taken(path) else self._load(path)
+
+    def _load(self, path: Path) -> Evaluation:
+        """Load an evaluation; refuse it if its variants cannot be compared with this run's variants."""
+        found = load_evaluation(path)
+        if differing := differences(self.facts, found.facts):
+            raise of_others(path, self.one, differing)
+        return found
+
+    def sweeps(self, known: Evaluation | None = None) -> list[Work]:
+        """List the sweeps for what an earlier run has not measured."""
+        return [self.work(*sweep) for sweep in self.expected(known)]
+
+    def written_bytes(self, known: Evaluation | None) -> tuple[int, int]:
+        """Estimate the bytes of the whole file, and of the journal."""
+        variants = len(self.options.variants) + 1 + (0 if known is None else len(known.variants))
+        sequences = sum(len(text.ids) for text in self.texts.values())
+        writes = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (len(MEASURES) * variants + 1) * sequences
+        writes += len(json.dumps(self.facts, indent=1))
+        return writes, writes
+
+    def result(self, output: Path | None) -> Evaluation:
+        """Measure the missing variants; write the evaluation to a file if an output is named."""
+        found = super().result(output)
+        if found.best().swapped:
+            self.run.monitor.warn((ask_swapped(found.task),))
+        return found
+
+    def save(self, made: Evaluation, path: Path) -> None:
+        """Write the evaluation."""
+        write_atomic(path, made.to_json().encode())
+
+    def standing(self, path: Path) -> Evaluation:
+        """Load a complete evaluation; write its suggestion anew if the requested share differs."""
+        monitor, evaluation = self.run.monitor, replace(load_evaluation(path), keep=self.options.keep)
+        text = evaluation.to_json().encode()
+        if text == path.read_bytes():
+            super().standing(path)
+            return evaluation
+        remove_leftovers(path)  # from a run that was killed just after it renamed the file
+        with locked(lock_of(path), path):
+            write_atomic(path, text)
+        monitor.emit(Event("note", f"{path} already contains these measures; only the suggestion is updated"))
+        monitor.told(path, "written")
+        return evaluation
+
+    def computed(self, records: Records, output: Path | None) -> Evaluation:
+        """Measure the missing variants, and then the shrink whose λ keeps the share according to the losses so far."""
+        known, facts, keep = self.known(output), self.facts, self.options.keep
+        if known is not None:
+            self.run.monitor.emit(Event("note", f"{output}: adds to the {len(known.variants)} variants in it"))
+            facts = joined_facts(facts, known.facts)
+        progress = Progress(self.run, self.model.size, "evaluate")
+        with computing(records.threads, self.run):
+            one_length = self.one_length or self._padding_changes(records)
+            base, *rest = without_scaling(self.wanted, facts)
+            done = () if known is None else known.variants
+            missing, found = [v for v in rest if EvaluatedVariant.of(v) not in done], known
+
+            def measured(known: Evaluation | None, variants: Sequence[Variant]) -> Evaluation:
+                return self._measured(known, variants, facts, one_length, records, progress)
+
+            if missing:
+                found = measured(known, (base, *missing))
+            assert found is not None
+            again = bool(missing) or (known is not None and known.keep != keep)
+            if again and (lam := _place(found, keep)) is not None:
+                found = measured(replace(found, facts=facts), (base, Variant.of(Shrink(lam))))
+            progress.finish()
+        return replace(found, facts=facts, keep=keep)
+
+    def _padding_changes(self, records: Records) -> bool:
+        """Check the logits, and test whether padding changes them."""
+        found = records.find("one_length")
+        if found is None:
+            held_out = riders(self.texts, 1, self.model.size, ROWS, self.one_length)
+            changed = padding_changes(self.model, [part.text for part in held_out], self.run.monitor.checkpoint)
+            found = {"one_length": np.array([float(changed)])}
+            records.add("one_length", found)
+        return bool(found["one_length"][0])
+
+    def _measured(self, known: Evaluation | None, variants: Sequence[Variant], facts: Mapping[str, Any], one_length: bool,
+                  records: Records, progress: Progress) -> Evaluation:  # fmt: skip
+        """Let variants, the base first, ride through block after block, until the answer is clear; join them to those known.
+
+        Variants that join earlier ones ride through the same sequences.
+        """
+        model, keep, sums = self.model, self.options.keep, dict[str, SequenceSums]()
+        lengths = None if known is None else {name: len(own.tokens) for name, own in known.sums.items()}
+        model.use(replace(model.job, variants=tuple(variants), findings=self.findings))
+        names, blocks = json.dumps([variant.name for variant in variants]), self.blocks()
+        sweeps = self.expected(known) or [(block, len(variants)) for block in blocks]
+
+        def joined(known: Evaluation | None) -> Evaluation:
+            of, own = [*map(EvaluatedVariant.of, variants)], sums
+            if known is not None:
+                of, added = [*known.variants, *of[1:]], range(1, len(of))
+                own = {text: known.sums[text].joined(new.take(added)) for text, new in sums.items()}
+            order = sorted(range(len(of)), key=lambda v: of[v].order)
+            ordered = {text: one.take(order) for text, one in own.items()}
+            return Evaluation.of([of[v] for v in order], ordered, facts, keep)
+
+        for number, block in enumerate(blocks):
+            if sums and lengths is not None and all(len(own.tokens) >= lengths[name] for name, own in sums.items()):
+                break
+            key = f"{number} {names}"
+            recorded = {name: arrays for name in block if (arrays := records.find(f"{key} {name}")) is not None}
+            found = {name: SequenceSums(**arrays) for name, arrays in recorded.items()}
+            if found.keys() != block.keys():
+                limits = self.limits_of(self.work(block, len(variants)))
+                held_out = riders(block, len(variants), model.size, limits.rows, one_length)
+                rest = [sweep_cost(model.size, self.work(*sweep).riding) for sweep in sweeps[number:]]
+                progress.expect(sum(rest), len(rest) * (len(model.layers) + 1))
+                found = measured(model, block, held_out, progress, limits, states=records.states(key))
+                for name, own in found.items():
+                    arrays = {kind: getattr(own, kind) for kind in ("tokens", *ARRAYS, *own.answers)}
+                    records.add(f"{key} {name}", arrays)
+            sums |= {name: sums[name].followed(own) if name in sums else own for name, own in found.items()}
+            if lengths is None and clear(joined(None)):
+                break
+        return joined(known)
+
 
 def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], findings: Findings | None, options: EvaluationOptions,
-            max_memory: int | None, run: Run) -> Prepared:  # fmt: skip
+            max_memory: int | None, run: Run) -> PreparedEvaluation:  # fmt: skip
     """Open and check an evaluation's inputs, and pass their warnings to the monitor.
 
     Parameters
@@ -228,12 +351,18 @@ def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], fin
     """
     model, given = open_model(base_path, adapter, findings, options, run)
     plan, read = model.job.plan, read_texts(model, texts, options.sequences, options.length, run.monitor)
-    if options.coefficients is not None:
-        _warn_of_fitted_texts(options.coefficients, read, texts, run.monitor)
+    stated = {} if options.coefficients is None else options.coefficients.facts.get("texts")
+    facts = [text for text in stated.values() if isinstance(text, dict)] if isinstance(stated, dict) else []
+    sequences, files = {text.get("sha256") for text in facts}, {text.get("sample_sha256") for text in facts}
+    for name, text in read.items() if facts else ():
+        if text.digest() in sequences or sample_digest(texts[name]) in files:
+            run.monitor.warn(
+                (f"the {name} text, {text.name}, was used to fit the coefficients: on it, the fitted variants look better than they are; "
+                 "evaluate on other text",)
+            )  # fmt: skip
     ordered = {name: spread(text) for name, text in read.items()}
-    made = Prepared(plan, options, max_memory, run, given, ordered, model, chooses_keys(model, read))
-    work = max((made.work(*sweep) for sweep in made.expected(None)), key=lambda work: work.riding)
-    return replace(made, max_memory=work.beside(model.size, made.resident, 0, run.workers, max_memory))
+    one_length = chooses_keys(model, read)
+    return PreparedEvaluation(plan, run, max_memory, model, options, given, ordered, one_length).beside_workers()
 
 
 def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, options: EvaluationOptions,
@@ -258,179 +387,5 @@ def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, 
             check_coefficients(plan, variant.mitigation.coefficients)
     if options.map is not None:
         run.monitor.warn(check_map(plan, options.map))
-    model = SweepModel(replace(options.job(plan, run.model_device), findings=job.findings))
-    return model, job.findings
-
-
-def _warn_of_fitted_texts(
-    coefficients: Coefficients, texts: Mapping[str, TextSequences], paths: Mapping[str, Path], monitor: Monitor
-) -> None:
-    """Warn if coefficients were fitted to one of the texts, recognised by a digest of its file or of its sequences."""
-    stated = coefficients.facts.get("texts")
-    facts = [text for text in stated.values() if isinstance(text, dict)] if isinstance(stated, dict) else []
-    sequences, files = {text.get("sha256") for text in facts}, {text.get("sample_sha256") for text in facts}
-    for name, text in texts.items():
-        if text.digest() in sequences or sample_digest(paths[name]) in files:
-            monitor.warn(
-                (f"the {name} text, {text.name}, was used to fit the coefficients: on it, the fitted variants look better than they are; "
-                 "evaluate on other text",)
-            )  # fmt: skip
-
-
-ONE = "an evaluation"
-
-
-def result_file(prepared: Prepared, output: Path) -> ResultFile:
-    """Describe the file of an evaluation."""
-    # The journal does not contain what earlier runs measured, so it must belong to this version of their file.
-    earlier = hashlib.sha256(output.read_bytes()).hexdigest() if is_taken(output) and output.is_file() else ""
-    bits = f"{'' if prepared.findings is None else prepared.findings.digest()} {earlier}".strip()
-    variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in prepared.options.variants]
-    facts = with_digest(prepared.facts, variants=variants, max_memory=prepared.max_memory)
-    return ResultFile(output, ONE, "this very evaluation", "evaluation.json", prepared.plan, prepared.run, facts,
-                      lambda path: not prepared.expected(_load(prepared, path)), bits)  # fmt: skip
-
-
-def measured_before(prepared: Prepared, output: Path) -> Evaluation | None:
-    """Load the evaluation to which this run adds variants; None if the file is new or will be replaced."""
-    return _load(prepared, output) if is_taken(output) and not prepared.run.overwrite else None
-
-
-def _load(prepared: Prepared, path: Path) -> Evaluation:
-    """Load an evaluation; refuse it if its variants cannot be compared with this run's variants."""
-    standing = load_evaluation(path)
-    differing = differences(prepared.facts, standing.facts)
-    if differing:
-        raise of_others(path, ONE, differing)
-    return standing
-
-
-def inspect(prepared: Prepared, output: Path) -> State:
-    """Check, without writing, that an evaluation can be written to a file, and whether it is complete there or was begun."""
-    file = result_file(prepared, output)
-    file.check_path()
-    for sweep in prepared.expected(None):  # raises if the budget is too small
-        prepared.work(*sweep).limits(prepared.model.size, prepared.resident, prepared.max_memory)
-    return file.state()
-
-
-def evaluate(prepared: Prepared, output: Path | None) -> Evaluation:
-    """Measure the missing variants; write the evaluation to a file if an output is named."""
-    found = _evaluated(prepared, output)
-    if found.best().swapped:
-        prepared.run.monitor.warn((ask_swapped(found.task),))
-    return found
-
-
-def _evaluated(prepared: Prepared, output: Path | None) -> Evaluation:
-    if output is None:
-        return _Run(prepared, None, Records()).result()
-    if inspect(prepared, output) == "done":
-        return _standing(prepared, output)
-    with result_file(prepared, output).written() as records:
-        known = measured_before(prepared, output)
-        if known is not None:
-            prepared.run.monitor.emit(Event("note", f"{output}: adds to the {len(known.variants)} variants in it"))
-        found = _Run(prepared, known, records).result()
-        prepared.plan.check_unchanged()
-        write_atomic(output, found.to_json().encode())
-    return found
-
-
-def _standing(prepared: Prepared, output: Path) -> Evaluation:
-    """Load a complete evaluation; write its suggestion anew if the requested share differs."""
-    monitor, evaluation = prepared.run.monitor, replace(load_evaluation(output), keep=prepared.options.keep)
-    text = evaluation.to_json().encode()
-    if text == output.read_bytes():
-        result_file(prepared, output).left()
-        return evaluation
-    remove_leftovers(output)  # from a run that was killed just after it renamed the file
-    with locked(lock_of(output), output):
-        write_atomic(output, text)
-    monitor.emit(Event("note", f"{output} already contains these measures; only the suggestion is updated"))
-    monitor.told(output, "written")
-    return evaluation
-
-
-class _Run:
-    """A running evaluation.
-
-    Parameters
-    ----------
-    known
-        Earlier measurements.
-    records
-        Records of an interrupted run, to which this run adds its own.
-    """
-
-    def __init__(self, prepared: Prepared, known: Evaluation | None, records: Records) -> None:
-        self.known, self.records, self.monitor = known, records, prepared.run.monitor
-        self.prepared, self.progress = prepared, Progress(prepared.run, prepared.model.size, "evaluate")
-
-    def result(self) -> Evaluation:
-        """Run the evaluation to its end and return it."""
-        prepared, facts = self.prepared, self.prepared.facts
-        with computing(self.records.threads, prepared.run):
-            one_length = prepared.one_length or self._padding_changes()
-            if self.known is not None:
-                facts = joined_facts(facts, self.known.facts)
-            base, *rest = without_scaling(prepared.wanted, facts)
-            found = self.known
-            if missing := self._missing(rest):
-                found = self._measured((base, *missing), facts, one_length)
-            assert found is not None
-            keep = prepared.options.keep
-            again = bool(missing) or (self.known is not None and self.known.keep != keep)
-            if again and (lam := _place(found, keep)) is not None:
-                self.known = replace(found, facts=facts)
-                found = self._measured((base, Variant.of(Shrink(lam))), facts, one_length)
-            self.progress.finish()
-        return replace(found, facts=facts, keep=keep)
-
-    def _padding_changes(self) -> bool:
-        """Check the logits, and test whether padding changes them."""
-        found = self.records.find("one_length")
-        if found is None:
-            held_out = riders(self.prepared.texts, 1, self.prepared.model.size, ROWS, self.prepared.one_length)
-            changed = padding_changes(self.prepared.model, [part.text for part in held_out], self.monitor.checkpoint)
-            found = {"one_length": np.array([float(changed)])}
-            self.records.add("one_length", found)
-        return bool(found["one_length"][0])
-
-    def _measured(self, variants: Sequence[Variant], facts: Mapping[str, Any], one_length: bool) -> Evaluation:
-        """Let variants, the base first, ride through block after block, until the answer is clear.
-
-        Variants that join earlier ones ride through the same sequences.
-        """
-        prepared, model, sums = self.prepared, self.prepared.model, dict[str, SequenceSums]()
-        lengths = None if self.known is None else {name: len(own.tokens) for name, own in self.known.sums.items()}
-        model.use(replace(model.job, variants=tuple(variants), findings=prepared.findings))
-        names, blocks = json.dumps([variant.name for variant in variants]), prepared.blocks()
-        sweeps = prepared.expected(self.known) or [(block, len(variants)) for block in blocks]
-        for number, block in enumerate(blocks):
-            if lengths is not None and all(len(own.tokens) >= lengths[name] for name, own in sums.items()) and sums:
-                break
-            key, found = f"{number} {names}", dict[str, SequenceSums]()
-            for name in block:
-                if (known := self.records.find(f"{key} {name}")) is not None:
-                    found[name] = SequenceSums(**known)
-            if found.keys() != block.keys():
-                work = prepared.work(block, len(variants))
-                limits = work.limits(model.size, prepared.resident, prepared.max_memory)
-                held_out = riders(block, len(variants), model.size, limits.rows, one_length)
-                rest = [sweep_cost(model.size, prepared.work(*sweep).riding) for sweep in sweeps[number:]]
-                self.progress.expect(sum(rest), len(rest) * (len(model.layers) + 1))
-                found = measured(model, block, held_out, self.progress, limits, states=self.records.states(key))
-                for name, own in found.items():
-                    arrays = {kind: getattr(own, kind) for kind in ("tokens", *ARRAYS, *own.answers)}
-                    self.records.add(f"{key} {name}", arrays)
-            for name, own in found.items():
-                sums[name] = sums[name].followed(own) if name in sums else own
-            if lengths is None and clear(_joined(None, variants, sums, facts, prepared.options.keep)):
-                break
-        return _joined(self.known, variants, sums, facts, prepared.options.keep)
-
-    def _missing(self, variants: Sequence[Variant]) -> list[Variant]:
-        """List the variants that were not measured before."""
-        done = () if self.known is None else self.known.variants
-        return [v for v in variants if EvaluatedVariant.of(v) not in done]
+    rounds, device = options.dtype == "bf16", run.model_device
+    return SweepModel(VariantSet(plan, options.variants, job.findings, options.projected, rounds, device)), job.findings

@@ -1,107 +1,618 @@
-"""Fit right factors to the inputs of modules in one sweep, choose among them by held-out sequences, and write them to a file.
+"""Report a fit's results: figures of each set on the held-out sequences, beside the shrink that keeps the same share.
 
-General text runs through the base, task text through base + adapter, and both run through the model that is being repaired, once for each
-candidate: a weight μ of the general text. At each site every candidate's factors are fitted to the inputs that its own layers before
-produce. Held-out sequences ride along under the base, the adapter, the candidates and shrinks. For each share to keep, the candidate that
-diverges least from the base among those that keep it is chosen; if the next one keeps less, their factors are interpolated, and the result
-rides in a second sweep, beside the shrink that keeps as much.
+Provide right factors of all matrices for a weight, from a spool, from other factors, or from the adapter itself.
+
+Fit right factors to the inputs of modules in one sweep, choose among them by held-out sequences, and write them to a file.
+
+Each text is divided into a part for fitting and a held-out part. General text runs through the base, task text through base + adapter, and
+both run through the model that is being repaired, once for each candidate: a weight μ of the general text. At each site every candidate's
+factors are fitted to the inputs that its own layers before produce. Held-out sequences ride along under the base, the adapter, the
+candidates and shrinks. For each share to keep, the candidate that diverges least from the base among those that keep it is chosen; if the
+next one keeps less, their factors are interpolated, and the result rides in a second sweep, beside the shrink that keeps as much.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
+from math import nan
+from numbers import Real
 from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from streamer.errors import NumericError, UnsupportedError
-from streamer.fitting.prepare import SHRINKS, PreparedFit
-from streamer.fitting.result import (
-    Point,
-    adapter_facts,
-    doubts,
-    factors_of,
-    misses,
-    replaced,
-    scaling_facts,
-    set_facts,
-    spooled,
-    unchanged,
+from streamer.adapters.modules import MethodModule
+from streamer.detection.findings import Findings
+from streamer.detection.options import Run
+from streamer.errors import FormatError, MismatchError, NumericError, UnsupportedError, UsageError
+from streamer.evaluation.evaluation import (
+    Evaluation,
+    ModelFacts,
+    ProductDtype,
+    ReliableRecord,
+    TextFacts,
+    Trade,
+    TradeRecord,
+    against_shrink,
+    ask_swapped,
+    check_keep,
+    check_options,
 )
+from streamer.json_types import Amount, Count, Difference, KeptShare, Keywords, Mean, Sha256, State
+from streamer.linalg.moments import GENERAL_RIDGE, RIDGE, Refit, System, TextInputs, basis, refit, refit_one_hot
 from streamer.linalg.operators import LowRank
-from streamer.linalg.regmean import GENERAL_RIDGE, RIDGE, Refit, System, TextInputs, basis, refit, refit_one_hot
-from streamer.measuring.result_file import ADAPTER_ROW, BASE_ROW, Records, ResultFile, computing, stands
-from streamer.measuring.riders import (
+from streamer.measuring.runs import (
+    ADAPTER_ROW,
+    BASE_ROW,
+    Configs,
+    EvaluatedVariant,
+    Limits,
     Part,
+    Prepared,
     Progress,
+    Records,
+    Work,
+    computing,
     measured,
+    model_facts,
     of_few_lengths,
     padding_changes,
     parts,
     riders,
     sweep_cost,
+    with_digest,
+    writable,
 )
-from streamer.measuring.sequences import GENERAL, TASK
-from streamer.measuring.statistics import SequenceSums
-from streamer.methods import UNCHANGED, RegMean, Shrink
+from streamer.measuring.statistics import SequenceSums, record, telling
+from streamer.measuring.texts import (
+    GENERAL,
+    TASK,
+    Texts,
+    TextSequences,
+    chooses_keys,
+    read_texts,
+    refuse_new_tokens,
+    sample_digest,
+)
+from streamer.methods import UNCHANGED, Paper, RegMean, Shrink, share_name
 from streamer.methods.files import FIT, Coefficients, FactorSet, load_coefficients
+from streamer.options import FittingOptions, RepairOptions
+from streamer.output.write import fitting_findings
+from streamer.plan.plan import Plan, make_plan
 from streamer.plan.targets import Target
 from streamer.storage.files import limit_freed_memory
-from streamer.streaming.run_time import WeightSource
-from streamer.streaming.spool import Spool, Spooled
-from streamer.streaming.sweep import Group, Site, SweepModel, same_inputs
-from streamer.streaming.values import ADAPTER, BASE, Variant
+from streamer.streaming.model import require_transformers
+from streamer.streaming.sweep import Group, OnDemand, Site, Spool, Spooled, SweepModel, same_inputs
+from streamer.streaming.values import ADAPTER, BASE, Variant, VariantSet, WeightSource
 from streamer.units import counted, listed
+
+SHRINKS = (0.8, 0.5)
+"""Shrinks that ride for comparison; the base and the adapter are those at 0 and 1."""
+
+
+def factors_of(plan: Plan, target: Target) -> LowRank:
+    """Read the factors of a delta and check that they are finite."""
+    delta = plan.finite_delta(target)
+    assert isinstance(delta, LowRank)
+    return delta
+
+
+@dataclass(frozen=True)
+class Point:
+    """Right factors for a weight μ; 0 is the unchanged adapter."""
+
+    weight: float
+    factors: Mapping[str, Tensor]
+
+    @property
+    def name(self) -> str:
+        """Return the name of its variant."""
+        return f"{RegMean.name} mu {self.weight!r}"
+
+    def towards(self, other: Point, t: float) -> Point:
+        """Interpolate Δ' linearly, and the weight by its logarithm unless one is 0."""
+        weight = t * other.weight if self.weight == 0 else self.weight ** (1 - t) * other.weight**t
+        a, b = self.factors, other.factors
+        return Point(weight, Factors(a, lambda tensor: torch.lerp(a[tensor], b[tensor], t)))
+
+
+Factors = OnDemand[str, Tensor]
+"""Right factors by `Target.tensor`."""
+
+
+def spooled(spool: Spool, places: Mapping[str, Sequence[Spooled]], number: int) -> Factors:
+    """Read the factors with an index from a spool that has several for each matrix."""
+    return Factors(places, lambda tensor: spool.read(places[tensor][number])[0])
+
+
+def replaced(made: Factors, rest: Mapping[str, Tensor]) -> Factors:
+    """Use new factors as they are made, and `rest` for all other matrices."""
+    return Factors(rest, lambda tensor: (made if tensor in made.names else rest)[tensor])
+
+
+def unchanged(plan: Plan) -> Factors:
+    """Read the factors of the unchanged adapter."""
+    targets = {target.tensor: target for target in plan.targets}
+    return Factors(targets, lambda tensor: factors_of(plan, targets[tensor]).R.to(torch.float32))
+
+
+NEAR_SHRINK = 0.9
+"""A fit that leaves at least this share of a shrink's forgetting has gained little: texts of one kind give a shrink."""
+
+MISSED = 0.01
+"""A set misses its share if it keeps less by more than this."""
+
+
+# fmt: off
+class _TextPart(TypedDict):
+    sequences: Annotated[Count, "Its sequences."]
+    tokens: Annotated[Count, "Their tokens whose losses count."]
+
+class FittedText(TextFacts):
+    """A text, and its two parts."""
+    sample_sha256: Annotated[Sha256, "SHA-256 (hexadecimal) of the file's size and a sample of its bytes, whichever part was used."]
+    fitted: Annotated[_TextPart, "The part on which factors are fitted."]
+    held: Annotated[_TextPart, "The held-out part, on which mu is chosen and figures are measured."]
+
+class _FittedTexts(TypedDict):
+    general: Annotated[FittedText, "What the base can do and should not forget."]
+    task: Annotated[FittedText, "What the adapter was trained for."]
+
+FittedShrink = TypedDict("FittedShrink", {
+    "lambda": Annotated[float, "Lambda of that shrink.", lambda c, *_: c.mitigation_lambda],
+    "kept": NotRequired[Annotated[float, "Share of the learning that it keeps: the set's, or the most that a shrink keeps.",
+        lambda _, e, v, most: e.task.share("loss", most).value]],
+    "forgetting": Annotated[float, "Share of the rise of the general loss that it leaves.",
+        lambda c, e, v, _: e.general.share("loss", v).value - c.loss.value / e.general.change.value],
+    "divergence": Annotated[float, "Share of the forgetting that it leaves: divergence on the general text, relative to the adapter's.",
+        lambda c, e, v, _: e.general.share("kl", v).value - c.kl.value / e.general.mean("kl", ADAPTER_ROW).value],
+    "top1_kept": NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 that it keeps; absent in earlier versions.",
+        lambda c, e, v, _: e.task.share("right", v).value - c.top1.value / gain if (gain := e.task.mean("right", 1, 0).value) else nan]],
+    "loss": Annotated[Difference, "Mean loss of the fitted model on the general text minus the shrink's; below 0, the fitted model forgets "
+        "less. Both errors include the uncertainty of the share kept and of the interpolation."],
+    "kl": Annotated[Difference, "Mean divergence of the fitted model on the general text minus the shrink's."],
+    "verdict": Annotated[Literal["better", "worse", "not told apart"], "By the divergence, and more than two standard errors."],
+})
+FittedShrink.__doc__ = "A shrink of the whole adapter."
+
+class _Shares(TypedDict):
+    kept: Annotated[Mean | None, "Share of the learning: (base - fitted) / (base - adapter) of the task's losses; null if undefined.",
+        lambda e, v: e.task.share("loss", v)]
+    top1_kept: NotRequired[Annotated[Mean | None, "Share of the adapter's gain in top-1 on the task's text; absent in earlier versions.",
+        lambda e, v: e.task.share("right", v)]]
+    forgetting: Annotated[Mean | None, "Share of the rise of the general loss: (fitted - base) / (adapter - base); null if undefined.",
+        lambda e, v: e.general.share("loss", v)]
+    divergence: Annotated[Mean | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0.",
+        lambda e, v: e.general.share("kl", v)]
+
+class ScalingRecord(_Shares):
+    """A method that scales intruders, measured beside what was fitted."""
+    name: Annotated[str, "Method and lambda."]
+
+class SetRecord(_Shares):
+    """The factors for a share."""
+    keep: Annotated[KeptShare, "Share of the learning to keep."]
+    missed: NotRequired[Annotated[bool, "Whether it keeps less than requested, by more than 0.01; absent in earlier versions."]]
+    mu: Annotated[Amount, "Weight of the general text against the task's."]
+    trade: NotRequired[Annotated[TradeRecord, "What it gives up and regains; absent in earlier versions."]]
+    shrink: Annotated[FittedShrink | None, "The shrink that keeps the same share, interpolated; null if none encloses it."]
+
+class FitFacts(ModelFacts):
+    """Inputs and options of a fit."""
+    configs: Configs
+    weights: Annotated[list[float], "Weights mu of the candidates."]
+    holdout: Annotated[float, "Share of each text's sequences that were held out."]
+    seed: Annotated[Count, "Decides which sequences these are."]
+    dtype: Annotated[ProductDtype, "Dtype to which weights and activations are rounded for products; the rest is float32."]
+    texts: Annotated[_FittedTexts, "The two texts."]
+    unchanged: Annotated[list[str], "Tensors that the adapter changes by other means than deltas; they stay unchanged."]
+    findings: NotRequired[Annotated[Sha256, "Digest of the decisions in the findings, if findings were given (SHA-256, hexadecimal)."]]
+    intruders: NotRequired[Annotated[Count, "Intruders in the findings; if 0, scaling them changes nothing and is not measured."]]
+    plan: Annotated[Sha256, "Digest of everything that decides the factors (SHA-256, hexadecimal)."]
+    ridge: Annotated[float, "Share of the mean diagonal that is added to the task's second moments."]
+    general_ridge: NotRequired[Annotated[float, "The same of general text's; absent in earlier versions."]]
+    unseen: Annotated[list[str], "Matrices that no token reached, or whose system was not solved; they keep their delta."]
+
+class AdapterFacts(TypedDict):
+    """What the unchanged adapter has learned and forgotten, on the held-out sequences."""
+    forgotten: Annotated[bool, "Whether the adapter's divergence on the general text is significantly above 0.",
+        lambda e: e.general.mean("kl", ADAPTER_ROW).is_positive]
+    learning: Annotated[Difference, "Loss of the base on the task's text minus the adapter's, in nats per token.",
+        lambda e: e.task.mean("loss", BASE_ROW, ADAPTER_ROW)]
+    top1_gain: NotRequired[Annotated[Difference, "Share of the task's tokens that are its most likely token, minus the base's.",
+        lambda e: e.task.mean("right", ADAPTER_ROW, BASE_ROW)]]
+    forgetting: Annotated[Difference, "Loss of the adapter on the general text minus the base's, in nats per token.",
+        lambda e: e.general.change]
+    divergence: Annotated[Mean, "Mean divergence KL(base ‖ adapter) on the general text, in nats per token.",
+        lambda e: e.general.mean("kl", ADAPTER_ROW)]
+    reliable: NotRequired[Annotated[ReliableRecord, "Whether the denominators of shares are large enough; absent in earlier versions.",
+        lambda e: record(ReliableRecord, e)]]
+
+class FitRecord(FitFacts, AdapterFacts):
+    """What `streamer fit --json` prints: what factors were fitted to, and their figures on other text."""
+    schema: Literal["streamer.fit/1"]
+    scaling: NotRequired[Annotated[ScalingRecord, "The method paper at its default lambda, if findings with intruders were given."]]
+    sets: Annotated[list[SetRecord], Keywords(minItems=1), "The sets, one for each share, measured on the held-out sequences."]
+    output: Annotated[str, "Path of the output, as given."]
+    state: State
+# fmt: on
+
+
+def adapter_facts(sums: Evaluation, name: str) -> dict[str, Any]:
+    """Make the `AdapterFacts`.
+
+    Parameters
+    ----------
+    name
+        Name of the task's text, for messages.
+
+    Raises
+    ------
+    MismatchError
+        If there is no evidence that the adapter learned anything, so that there is no learning to keep.
+    """
+    learning = sums.task.mean("loss", BASE_ROW, ADAPTER_ROW)
+    if learning.is_negative:
+        raise MismatchError(f"{name}: {ask_swapped(sums.task)}")
+    if not learning.is_positive:
+        raise MismatchError(
+            f"{name}: there is no evidence that the adapter learned this text, so there is nothing to keep: its loss less the base's is "
+            f"{-learning.value:.4f} ± {learning.error:.4f} on {learning.sequences} held-out sequences, where only "
+            f"{telling(learning.sequences):.1f} standard errors are evidence; give more text, raise --sequences, or give text of its task"
+        )
+    return record(AdapterFacts, sums)
+
+
+def set_facts(sums: Evaluation, found: Sequence[tuple[float, Point]]) -> list[SetRecord]:
+    """Make the records of all sets.
+
+    Parameters
+    ----------
+    sums
+        Sums for the base, the unchanged adapter, each of `SHRINKS`, and each set.
+    found
+        Each share with its factors.
+    """
+    variants = [EvaluatedVariant(BASE, None, None), EvaluatedVariant(ADAPTER, None, None)]
+    variants += [EvaluatedVariant(Shrink(lam).label, Shrink.name, lam) for lam in SHRINKS]
+    variants += [EvaluatedVariant(f"{RegMean.name} {share_name(keep)}", RegMean.name, None) for keep, _ in found]
+    made, sums = [], replace(sums, variants=tuple(variants))
+    for v, (keep, point) in enumerate(found, 2 + len(SHRINKS)):
+        compared, shrink = against_shrink(sums, v), None
+        if compared is not None:
+            low, high = compared.between
+            most = next((row for row, one in enumerate(variants) if one.mitigation_lambda == low), ADAPTER_ROW)
+            shrink = record(FittedShrink, compared, sums, v, v if low < high else most)
+        made.append({
+            "keep": keep,
+            "missed": sums.task.share("loss", v).value < keep - MISSED,
+            "mu": point.weight,
+            "trade": record(TradeRecord, Trade.of(sums, v), variants[v].name),
+            **record(_Shares, sums, v),
+            "shrink": shrink,
+        })  # fmt: skip
+    return cast(list[SetRecord], made)
+
+
+def doubts(facts: Mapping[str, Any]) -> list[str]:
+    """Warn if there is no evidence that the adapter forgets."""
+    if facts["forgotten"]:
+        return []
+    return [
+        f"there is no evidence that the adapter forgets, so it can be used as it is (more text may show more): its divergence from the "
+        f"base on general text is {facts['divergence']:.4f} ± {facts['divergence_se']:.4f} on the held-out sequences"
+    ]
+
+
+def misses(facts: Mapping[str, Any]) -> list[str]:
+    """Warn of sets that keep less than requested, or diverge nearly as much as the shrink that keeps as much."""
+    if not facts["reliable"]["kept"]:
+        return []
+    lines, near = [], []
+    for one in facts["sets"]:
+        share, shrink = f"{100 * one['keep']:g}%", one["shrink"]
+        if one["missed"]:
+            kept = f"{share} was to be kept, and {100 * one['kept']:.1f}% is, on the held-out sequences"
+            lines.append(f"{kept}; ask for a larger share, or give more text")
+        if facts["forgotten"] and shrink and one["divergence"] >= NEAR_SHRINK * shrink["divergence"]:
+            near.append(share)
+    if near:
+        what = f"{listed(near)}: the result is close to the shrink that keeps the same share, and diverges nearly as much from the base"
+        lines.append(f"{what}; the texts may be too similar: give general text of another kind than the task's")
+    return lines
+
+
+LEAST = 2
+"""Least number of sequences in each part of a text."""
+
+ALGORITHM = 5
+"""Version of the algorithm: another version gives another fit of the same inputs. Version 4 has a ridge for general text."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Options of a fit, all of which affect its result; see `options.FittingOptions`."""
+
+    keep: tuple[float, ...] = (RepairOptions.keep,)
+    weights: tuple[float, ...] = tuple(FittingOptions.weights)
+    holdout: float = FittingOptions.holdout
+    sequences: int = FittingOptions.sequences
+    length: int = FittingOptions.length
+    seed: int = FittingOptions.seed
+    dtype: ProductDtype = FittingOptions.dtype
+
+    def __post_init__(self) -> None:
+        if not self.keep:
+            raise UsageError("keep: expected at least one share, found none")
+        for share in self.keep:
+            check_keep(share)
+            if share_name(share) == "1":
+                raise UsageError(f"keep: {share!r} is the unchanged adapter, which needs no fit; give smaller shares")
+        rise = sorted({*self.weights}) == [*self.weights] != []
+        if not (rise and all(0 < mu < math.inf for mu in self.weights)):
+            raise UsageError(f"weights: expected rising numbers above 0, found {list(self.weights)}")
+        if len({share_name(share) for share in self.keep}) < len(self.keep):
+            raise UsageError(f"keep: expected shares that differ in six digits, found {list(self.keep)}")
+        if isinstance(self.holdout, bool) or not isinstance(self.holdout, Real) or not 0 < self.holdout < 1:
+            raise UsageError(f"holdout: expected a share between 0 and 1, found {self.holdout!r}")
+        check_options(self, sequences=2 * LEAST, length=2, seed=0)
+
+
+@dataclass(frozen=True)
+class Division:
+    """A text in two parts.
+
+    Attributes
+    ----------
+    whole
+        The whole text.
+    fitted, held_out
+        Sequences used for fitting, and held-out sequences.
+    """
+
+    whole: TextSequences
+    fitted: TextSequences
+    held_out: TextSequences
+
+
+def divide(texts: Texts, paths: Mapping[str, Path], options: FitOptions) -> dict[str, Division]:
+    """Divide the sequences of each text by the seed; texts of the same kind with as many sequences are divided in the same way.
+
+    In running text, consecutive sequences are held out, wrapping around at the end: neighbours usually come from one document, and a fit on
+    one half of a document would look better on the other half than on other text. JSON lines are separate documents and are held out one by
+    one. A repeated sequence is used once: both held out and fitted on, it would look better than other text.
+
+    Parameters
+    ----------
+    paths
+        Paths from which the texts were read.
+
+    Raises
+    ------
+    FormatError
+        If a text has too few different sequences.
+    """
+    out = {}
+    for name in (GENERAL, TASK):
+        text = texts[name]
+        first = {ids.tobytes(): row for row, ids in reversed([*enumerate(text.ids)])}
+        rows, count = np.array(sorted(first.values())), len(first)
+        if count < 2 * LEAST:
+            raise FormatError(
+                f"{paths[name]}: expected {2 * LEAST} different sequences at least, {LEAST} to fit on and {LEAST} to hold out, found "
+                f"{count}; give more"
+            )
+        held_out = min(count - LEAST, max(LEAST, round(options.holdout * count)))
+        rng = np.random.default_rng(options.seed)
+        documents = paths[name].suffix == ".jsonl"
+        order = rows[rng.permutation(count) if documents else np.roll(np.arange(count), rng.integers(count))]
+        out[name] = Division(text, text.take(sorted(order[held_out:])), text.take(sorted(order[:held_out])))
+    return out
+
+
+FEW = 5
+"""Least number of held-out sequences; with fewer, a warning: by Student's distribution, a difference then needs over three errors."""
+
+SET_BYTES, TENSOR_BYTES = 2500, 120
+"""Largest size in bytes of a fit's figures for a set, and of an array's header entry without its name."""
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedFit(Prepared[Coefficients]):
+    """A fit whose inputs are open and checked.
+
+    Attributes
+    ----------
+    texts
+        ``general`` and ``task``, each in two parts.
+    files
+        Digests of the texts' files; see `sample_digest`.
+    one_length
+        See `evaluation.evaluate.PreparedEvaluation`.
+    findings
+        Findings whose scaled intruders are measured for comparison; None if not requested.
+    """
+
+    options: FitOptions
+    texts: Mapping[str, Division]
+    files: Mapping[str, str]
+    one_length: bool
+    findings: Findings | None = None
+
+    kind, one = FIT, FIT.what
+    read = staticmethod(load_coefficients)
+    same = "this very fit"
+    example = "coefficients.safetensors"
+
+    @property
+    def scaling(self) -> list[Variant]:
+        """List the variant that scales intruders, if it is requested and there are intruders."""
+        return [Variant.of(Paper())] if self.findings is not None and self.findings.intruders else []
+
+    @property
+    def held_out(self) -> dict[str, TextSequences]:
+        """Return the held-out sequences of each text."""
+        return {name: text.held_out for name, text in self.texts.items()}
+
+    def work(self, variants: int) -> Work:
+        """Count the rows of the sweep that fits, with so many variants riding."""
+        fitted = sum(len(ids) for text in self.texts.values() for ids in text.fitted.ids)
+        riding = sum(len(ids) for text in self.held_out.values() for ids in text.ids)
+        longest = max(text.whole.longest for text in self.texts.values())
+        return Work((1 + len(self.options.weights)) * fitted, variants * riding, longest, variants)
+
+    @property
+    def variants(self) -> int:
+        """Return the number of variants that ride while the candidates are fitted."""
+        return 2 + len(self.options.weights) + len(SHRINKS) + len(self.scaling)
+
+    @cached_property
+    def solving_bytes(self) -> int:
+        """Estimate the memory of solving: Gram matrices in float64."""
+        tokens = sum(text.fitted.tokens for text in self.texts.values())
+        return (len(self.options.weights) + 3) * 8 * min(tokens, self.widest) ** 2
+
+    @cached_property
+    def limits(self) -> Limits:
+        """Choose how the sweep fits the budget."""
+        return self.limits_of(self.work(self.variants))
+
+    @cached_property
+    def widest(self) -> int:
+        """Return the number of inputs of the widest matrix that multiplies them."""
+        return max((t.module.shape[1] for t in self.plan.targets if not t.is_embedding), default=0)
+
+    def warn(self) -> None:
+        """Warn of a text that is short for the widest matrix, or has too few held-out sequences to show anything."""
+        warnings = [
+            f"the {name} text has {count} held-out sequences, so only differences of over {telling(count):.1f} standard errors are "
+            "evidence; give more text, or raise --sequences or --holdout"
+            for name, text in self.texts.items()
+            if (count := len(text.held_out.ids)) < FEW
+        ]
+        if len({text.whole.digest() for text in self.texts.values()}) == 1:
+            warnings.append("both texts are the same, so the fit is a shrink, Δ / (1 + mu)")
+        tokens, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
+        if tokens < self.widest:
+            warnings.append(
+                f"the {name} text has {tokens} tokens to fit on, fewer than the {self.widest} inputs of the widest matrix: the ridge "
+                "decides what it does not show; with more text, the result may forget less"
+            )
+        self.run.monitor.warn(warnings)
+
+    @cached_property
+    def unchanged(self) -> list[str]:
+        """List the changes that the adapter makes by other means than deltas, which the fit leaves unchanged."""
+        edits = self.plan.edits
+        return sorted({*edits.trained, *edits.shifts, *edits.rows})
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Describe the fit's inputs and options as JSON; equal `plan` digests mean equal fits."""
+        o = self.options
+        tree = {
+            **model_facts(self.model, base={**self.plan.base_identity}, adapter={**self.plan.adapter_identity}),
+            **writable(self.plan),
+            "weights": list(o.weights),
+            "holdout": o.holdout,
+            "seed": o.seed,
+            "texts": {name: {
+                **text.whole.facts(),
+                "sample_sha256": self.files[name],
+                "fitted": {"sequences": len(text.fitted.ids), "tokens": text.fitted.tokens},
+                "held": {"sequences": len(text.held_out.ids), "tokens": text.held_out.tokens},
+            } for name, text in self.texts.items()},
+            "unchanged": self.unchanged,
+        }  # fmt: skip
+        if self.findings is not None:
+            tree |= {"findings": self.findings.decisions_digest(), "intruders": self.findings.intruders}
+        return with_digest(tree, algorithm=ALGORITHM, options=asdict(o), max_memory=self.max_memory)
+
+    def sweeps(self, known: Coefficients | None = None) -> list[Work]:
+        """List the sweep that fits, and the second one that an interpolation may need."""
+        return [self.work(self.variants), replace(self.work(1 + len(self.options.keep)), fitted=0)]
+
+    def written_bytes(self, known: Coefficients | None) -> tuple[int, int]:
+        """Estimate the bytes of the file and of the spool."""
+        sets = len(self.options.keep)
+        values = 4 * sum(t.module.factor_rank * t.module.shape[1] for t in self.plan.targets)
+        names = sum(2 * (len(target.tensor) + TENSOR_BYTES) for target in self.plan.targets)
+        writes = sets * values + names + len(json.dumps(self.facts)) + SET_BYTES * sets
+        return writes, len(self.options.weights) * values
+
+    def standing(self, path: Path) -> Coefficients:
+        """Keep a complete fit, and repeat its warnings."""
+        found = super().standing(path)
+        self.run.monitor.warn([*doubts(found.facts), *misses(found.facts)])
+        return found
+
+    def computed(self, records: Records, output: Path | None) -> Coefficients:
+        """Fit factors for all shares."""
+        made = FitRun(self, records, None if output is None else output.parent).result()
+        return replace(made, source=output)
+
+
+def refuse_dense(plan: Plan, dense: Sequence[Target]) -> None:
+    """Refuse an adapter some of whose deltas have no factors.
+
+    Raises
+    ------
+    UnsupportedError
+        If there are any.
+    """
+    if dense:
+        module = dense[0].module
+        kind = module.method.title if isinstance(module, MethodModule) else "DoRA"
+        raise UnsupportedError(
+            f"{plan.adapter.path}: is {kind}, and repair and fit need LoRA factors; pass --to-lora RANK to repair, or use `merge` with "
+            "--method shrink or --map"
+        )
+
+
+def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], options: FitOptions, max_memory: int | None,
+                run: Run, findings: Findings | None = None) -> PreparedFit:  # fmt: skip
+    """Open and check all inputs of a fit, and pass on their warnings.
+
+    Parameters
+    ----------
+    texts
+        Paths of the ``general`` and the ``task`` text.
+    """
+    require_transformers()
+    plan = make_plan(base_path, adapter, run.io, run.stated, run.architecture)
+    run.monitor.warn(plan.warnings)
+    refuse_new_tokens(plan)
+    if findings is not None:
+        findings = fitting_findings(plan, findings, findings.options)
+    refuse_dense(plan, [t for t in plan.targets if not t.module.low_rank])
+    variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
+    model = SweepModel(VariantSet(plan, variants, None, False, options.dtype == "bf16", run.model_device))
+    whole = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
+    read = {name: text.right() for name, text in whole.items()}
+    files = {name: sample_digest(path) for name, path in texts.items()}
+    divided, one_length = divide(read, texts, options), chooses_keys(model, read)
+    prepared = PreparedFit(plan, run, max_memory, model, options, divided, files, one_length, findings)
+    if prepared.unchanged:
+        names = prepared.unchanged
+        what = (
+            f"{counted(len(names), 'tensor')} by other means than deltas, {listed(names)}; the fit keeps these changes"
+        )
+        run.monitor.warn((f"{plan.adapter.path.name} also changes {what}",))
+    return prepared.beside_workers()
+
 
 GENERAL_STREAM, TASK_STREAM = 0, 1
 """Streams of the texts through the base, and through base + adapter; those of candidate k are the same numbers + 2 (k + 1)."""
 
 MARGIN = 0.005
 """An interpolation aims above the share by this much."""
-
-
-def checked_file(prepared: PreparedFit, output: Path) -> ResultFile:
-    """Check, without writing, whether a fit can be written to a file, and describe the file."""
-    file = ResultFile(output, FIT.what, "this very fit", "coefficients.safetensors", prepared.plan, prepared.run, prepared.facts,
-                      lambda path: stands(path, FIT, prepared.facts, load_coefficients))  # fmt: skip
-    file.check_path()
-    _ = prepared.limits
-    return file
-
-
-def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
-    """Fit factors for all shares; write them to a file if an output is given."""
-    if output is None:
-        return FitRun(prepared, Records(), None).result()
-    file = checked_file(prepared, output)
-    if file.state() == "done":
-        file.left()
-        standing = load_coefficients(output)
-        prepared.run.monitor.warn([*doubts(standing.facts), *misses(standing.facts)])
-        return standing
-    with file.written() as records:
-        made = FitRun(prepared, records, output.parent).result()
-        prepared.plan.check_unchanged()
-        made.save(output, overwrite=True)  # `state` has already approved replacing an existing file
-    return replace(made, source=output)
-
-
-def fit_groups(prepared: PreparedFit) -> list[Group]:
-    """Divide the texts to fit on into groups of one length, for each stream."""
-    found, rows, size = [], prepared.limits.rows, prepared.model.size
-    for stream in range(2 + 2 * len(prepared.options.weights)):
-        text = of_few_lengths(prepared.texts[(GENERAL, TASK)[stream % 2]].fitted)
-        # The variants of the sweep are the base, the adapter, and the candidates.
-        variant = stream if stream < 2 else stream // 2 + 1
-        for own in parts(text, range(len(text.ids)), rows, size.short, True):
-            found.append(Group(text.take(own).padded_ids, variant, stream))
-    return found
 
 
 @dataclass
@@ -153,16 +664,10 @@ class Solver:
             if not delta.is_zero() and (rights := self._refit(target, delta, streams, systems, whole)) is not None:
                 self._write(target, rights)
 
-    def factors(self) -> Mapping[str, Callable[[], Tensor]]:
-        """Return readers of all factors found so far, by matrix and candidate."""
-        return {
-            f"{name}/{k:03}": partial(self._read, place)
-            for name, places in self.places.items()
-            for k, place in enumerate(places)
-        }
-
-    def _read(self, place: Spooled) -> Tensor:
-        return self.spool.read(place)[0]
+    def factors(self) -> Mapping[str, Tensor]:
+        """Return all factors found so far, by matrix and candidate."""
+        places = {f"{name}/{k:03}": place for name, own in self.places.items() for k, place in enumerate(own)}
+        return OnDemand(places, lambda key: self.spool.read(places[key])[0])
 
     def restore(self, factors: Mapping[str, Tensor]) -> None:
         """Take over the factors of an earlier run."""
@@ -223,17 +728,14 @@ class Solver:
 
     def _through(self, target: Target, Q: Tensor) -> Tensor:
         """Compute ``Wᵀ Q`` (n, k) of a target's weight W and Q (m, k), with products in float32."""
-        values, n = self.model.values, target.module.shape[1]
-        out, at, Q32 = Q.new_zeros(n, Q.shape[1]), 0, Q.float()
-        source = WeightSource(target.slices)
+        values, source = self.model.values, WeightSource(target.slices)
+        out, Q32 = Q.new_zeros(target.module.shape[1], Q.shape[1]), Q.float()
         size = sum(values.weight_of(slice_, ADAPTER_ROW).matrix[0] for slice_ in target.slices)
         for i, j, rows in values.blocks(source, ADAPTER_ROW, 0, size):
             if target.transposed:
                 out[i:j] = (rows @ Q32).double()
             else:
                 out += (rows.T @ Q32[i:j]).double()
-            at = j
-        assert at == size
         return out
 
 
@@ -272,29 +774,28 @@ class FitRun:
         self.progress = Progress(prepared.run, self.model.size, "fit")
         try:
             with computing(self.records.threads, prepared.run):
-                one_length = prepared.one_length or padding_changes(
-                    self.model, [part.text for part in self._parts(prepared.one_length, 1)], self.monitor.checkpoint
-                )
+                texts = [part.text for part in self._parts(prepared.one_length, 1)]
+                one_length = prepared.one_length or padding_changes(self.model, texts, self.monitor.checkpoint)
                 points, unseen = self._swept(spool, one_length)
-                of_adapter = adapter_facts(*self._sums([]), prepared.texts[TASK].whole.name)
+                of_adapter = adapter_facts(self._sums([]), prepared.texts[TASK].whole.name)
                 self.monitor.warn(doubts(of_adapter))
                 chosen = self._chosen(points, one_length)
                 self.progress.finish()
                 names = [*(Shrink(lam).label for lam in SHRINKS), *(point.name for _, point in chosen)]
+                scaling = {}
+                for one in prepared.scaling:
+                    shares = record(_Shares, self._sums([one.name]), ADAPTER_ROW + 1)
+                    scaling["scaling"] = {"name": one.name, **shares}
                 facts = {
                     **prepared.facts, "ridge": RIDGE, "general_ridge": GENERAL_RIDGE, "unseen": unseen, **of_adapter,
-                    **scaling_facts(prepared.scaling, lambda name: self._sums([name])),
-                    "sets": set_facts(*self._sums(names), chosen),
+                    **scaling, "sets": set_facts(self._sums(names), chosen),
                 }  # fmt: skip
                 self.monitor.warn(misses(facts))
                 tensors = [target.tensor for target in plan.targets]
-                made = tuple(
-                    FactorSet(keep, {tensor: point.factors[tensor].clone() for tensor in tensors})
-                    for keep, point in chosen
-                )
+                factors = [(keep, {t: point.factors[t].clone() for t in tensors}) for keep, point in chosen]
         finally:
             spool.close()
-        return Coefficients(made, facts)
+        return Coefficients(tuple(FactorSet(*one) for one in factors), facts)
 
     def _parts(self, one_length: bool, variants: int) -> list[Part]:
         return riders(self.prepared.held_out, variants, self.model.size, self.prepared.limits.rows, one_length)
@@ -303,11 +804,15 @@ class FitRun:
         """Fit all candidates in one sweep, in which they, the adapter and shrinks ride; also list matrices that a text never reached."""
         prepared, plan, model = self.prepared, self.prepared.plan, self.model
         weights, as_is = prepared.options.weights, unchanged(plan)
-        fitted = fit_groups(prepared)
-        tokens = [
-            sum(group.rows for group in fitted if group.stream == stream) for stream in (GENERAL_STREAM, TASK_STREAM)
-        ]
-        solver = Solver(model, weights, (tokens[0], tokens[1]), spool)
+        fitted = list[Group]()
+        for stream in range(2 + 2 * len(weights)):  # each text in groups of one length
+            text = of_few_lengths(prepared.texts[(GENERAL, TASK)[stream % 2]].fitted)
+            # The variants of the sweep are the base, the adapter, and the candidates.
+            variant = stream if stream < 2 else stream // 2 + 1
+            divided = parts(text, prepared.limits.rows, model.size.short, True)
+            fitted += [Group(text.take(own).padded_ids, variant, stream) for own in divided]
+        general, task = (sum(g.rows for g in fitted if g.stream == stream) for stream in (GENERAL_STREAM, TASK_STREAM))
+        solver = Solver(model, weights, (general, task), spool)
         points = [Point(mu, replaced(spooled(spool, solver.places, k), as_is)) for k, mu in enumerate(weights)]
         variants = [Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *map(self._variant, points)]
         variants += [*(Variant.of(Shrink(lam)) for lam in SHRINKS), *prepared.scaling]
@@ -350,7 +855,7 @@ class FitRun:
             self._measure(new, reused)
 
         def divergence(point: Point) -> float:
-            return float(self._sums([point.name])[0].kl[ADAPTER_ROW + 1].sum())
+            return float(self._sums([point.name]).general.kl[ADAPTER_ROW + 1].sum())
 
         chosen = []
         for keep, own in options.items():
@@ -363,7 +868,7 @@ class FitRun:
 
     def _kept(self, point: Point) -> float:
         """Return the share of the learning that a point keeps."""
-        return 1.0 if point.weight == 0 else self._sums([point.name])[1].fraction(ADAPTER_ROW + 1).value
+        return 1.0 if point.weight == 0 else self._sums([point.name]).task.share("loss", ADAPTER_ROW + 1).value
 
     def _measure(self, variants: Sequence[Variant], held_out: Sequence[Part], fitted: Sequence[Group] = (),
                  solver: Solver | None = None) -> None:  # fmt: skip
@@ -381,9 +886,9 @@ class FitRun:
         for row, variant in enumerate(variants):
             self._rows.setdefault(variant.name, {text: of.take([row]) for text, of in sums.items()})
 
-    def _sums(self, names: Sequence[str]) -> tuple[SequenceSums, SequenceSums]:
+    def _sums(self, names: Sequence[str]) -> Evaluation:
         """Return the sums on both texts for the base, the unchanged adapter, and measured variants."""
         assert (BASE_ROW, ADAPTER_ROW) == (0, 1)
         rows = [self._rows[name] for name in (BASE, ADAPTER, *names)]
         general, task = (rows[0][text].joined(*(row[text] for row in rows[1:])) for text in (GENERAL, TASK))
-        return general, task
+        return Evaluation((), general, task, {})

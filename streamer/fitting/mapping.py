@@ -16,18 +16,27 @@ import torch
 from torch import Tensor
 
 from streamer.detection.options import Run
-from streamer.errors import NumericError, UnsupportedError, UsageError
-from streamer.evaluation.losses import ProductDtype, check_dtype
-from streamer.json_types import Count, OutputPath, Sha256, TensorName
-from streamer.json_types import State as Done
+from streamer.errors import NumericError, UnsupportedError
+from streamer.evaluation.evaluation import ProductDtype, check_options
+from streamer.json_types import Count, OutputPath, Sha256, State, TensorName
 from streamer.linalg.moments import MORE, ROWS, leading_vectors
-from streamer.measuring.result_file import Records, ResultFile, State, computing, model_facts, stands, with_digest
-from streamer.measuring.riders import Limits, Progress, Work, of_few_lengths, parts, sweep_cost
-from streamer.measuring.sequences import TextSequences, tokenizer_directory
-from streamer.measuring.texts import read_text, sample_digest
+from streamer.measuring.runs import (
+    Limits,
+    Prepared,
+    Progress,
+    Records,
+    Work,
+    computing,
+    model_facts,
+    of_few_lengths,
+    parts,
+    sweep_cost,
+    with_digest,
+)
+from streamer.measuring.texts import TextSequences, read_text, sample_digest, tokenizer_directory
 from streamer.methods.files import MAP, InputMap, MappedInput, load_map
 from streamer.options import MappingOptions
-from streamer.plan.plan import AdapterBatch, Plan, make_base_plan, resident_bytes
+from streamer.plan.plan import make_base_plan
 from streamer.storage.files import BaseIdentity, limit_freed_memory
 from streamer.streaming.model import require_transformers
 from streamer.streaming.sweep import LOOKED_UP, BaseMatrix, BaseWatch, Group, Site, SweepModel, same_inputs
@@ -64,7 +73,7 @@ class MapFacts(TypedDict):
         "they are not a factor of a product, or they run more than once."]]
     sha256: Annotated[Sha256, "Digest of its arrays (SHA-256, hexadecimal)."]
     output: OutputPath
-    state: Done
+    state: State
 # fmt: on
 
 
@@ -78,40 +87,33 @@ class MapOptions:
     dtype: ProductDtype = MappingOptions.dtype
 
     def __post_init__(self) -> None:
-        for name, least in (("vectors", 1), ("sequences", 2), ("length", 2)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise UsageError(f"{name}: expected a whole number from {least}, found {value!r}")
-        check_dtype(self.dtype)
+        check_options(self, vectors=1, sequences=2, length=2)
 
 
 @dataclass(frozen=True, eq=False)
-class PreparedMap:
-    """A map whose base and text are open and checked; nothing is written.
+class PreparedMap(Prepared[InputMap]):
+    """A map whose base and text are open and checked.
 
     Attributes
     ----------
-    max_memory
-        Budget in bytes; None for no budget.
     file
         Digest of the text's file; see `sample_digest`.
-    model
-        Model that supplies sizes.
     """
 
-    plan: Plan
     options: MapOptions
-    run: Run
-    max_memory: int | None
     text: TextSequences
     file: str
-    model: SweepModel
+
+    kind, one = MAP, MAP.what
+    read = staticmethod(load_map)
+    same = "this very map"
+    example = "base.map.safetensors"
 
     @cached_property
     def groups(self) -> list[Group]:
         """Divide the sequences into groups of one length that run together."""
         text = of_few_lengths(self.text)
-        divided = parts(text, range(len(text.ids)), self.limits.rows, self.model.size.short, True)
+        divided = parts(text, self.limits.rows, self.model.size.short, True)
         return [Group(text.take(numbers).padded_ids, 0, stream=0) for numbers in divided]
 
     @property
@@ -120,25 +122,9 @@ class PreparedMap:
         return sum(group.rows for group in self.groups)
 
     @cached_property
-    def widths(self) -> list[int]:
-        """List the number of inputs of each matrix, even if several share them, taken from the last stored dimension."""
-        own = [t for _, _, own in self.model.modules for t in own.values() if len(t.shape) > 1]
-        return [t.shape[-1] for t in own for _ in range(t.shape[0] if t.stacked else 1)]
-
-    @cached_property
     def limits(self) -> Limits:
         """Choose how the sweep fits the budget."""
-        return self.work.limits(self.model.size, self.resident + self.solving_bytes, self.max_memory)
-
-    @property
-    def resident(self) -> int:
-        """Estimate the bytes in memory between two steps."""
-        return resident_bytes(AdapterBatch(self.plan.base, (self.plan,)))
-
-    @property
-    def work(self) -> Work:
-        """Count the rows of the sweep."""
-        return Work(sum(map(len, self.text.ids)), 0, self.text.longest)
+        return self.limits_of(*self.sweeps())
 
     @property
     def solving_bytes(self) -> int:
@@ -155,17 +141,77 @@ class PreparedMap:
         }
         return with_digest(tree, options=asdict(self.options), max_memory=self.max_memory)
 
-    def result_file(self, output: Path) -> ResultFile:
-        """Describe the map's output file."""
-        return ResultFile(output, MAP.what, "this very map", "base.map.safetensors", self.plan, self.run, self.facts,
-                          lambda path: stands(path, MAP, self.facts, load_map))  # fmt: skip
+    def sweeps(self, known: InputMap | None = None) -> list[Work]:
+        """List the one sweep."""
+        return [Work(sum(map(len, self.text.ids)), 0, self.text.longest)]
 
-    def inspect(self, output: Path) -> State:
-        """Check, without writing, whether the map can be written to a file, and whether the file exists or was begun."""
-        file = self.result_file(output)
-        file.check_path()
-        _ = self.limits
-        return file.state()
+    def written_bytes(self, known: InputMap | None) -> tuple[int, int]:
+        """Estimate the bytes of the file, as if no matrices shared inputs, and of the temporary one."""
+        own = [t for _, _, own in self.model.modules for t in own.values() if len(t.shape) > 1]
+        entries = ((t.shape[0] if t.stacked else 1, 2 * t.shape[-1] * self.options.vectors + HEADER_BYTES) for t in own)
+        writes = sum(count * nbytes for count, nbytes in entries)
+        return writes, writes
+
+    def result(self, output: Path | None) -> InputMap:
+        """Make the map in memory, or in a file if an output is given."""
+        made = super().result(output)
+        return made if output is None or made.source is not None else load_map(output)
+
+    def computed(self, records: Records, output: Path | None) -> InputMap:
+        """Sweep the text through the base, and keep the leading vectors of each input."""
+        monitor, plan, model = self.run.monitor, self.plan, self.model
+        model.directory = None if output is None else output.parent
+        watch, progress, steps = BaseWatch(plan), Progress(self.run, model.size, "map"), len(model.layers) + 1
+        cost = sweep_cost(model.size, self.tokens, len(self.groups))
+        progress.expect(cost, steps)
+        found, seen = list[tuple[list[BaseMatrix], MappedInput]](), list[Tensor]()
+        done, repeated = set[str](), set[str]()
+
+        def keep(site: Site, inputs: Mapping[Group, Tensor]) -> None:
+            """Keep a site's inputs; matrices that follow each other and share their inputs, such as q, k and v, share an entry."""
+            nonlocal seen
+            own, tensors = [x for x in inputs.values() if len(x)], {matrix.tensor for matrix in site.matrices}
+            if tensors & done:
+                repeated.update(tensors)
+                own = []
+            elif site.size is None and own and same_inputs(seen, own):
+                found[-1][0].extend(site.matrices)
+            elif own and (mapped := _mapped(self, site, own)) is not None:
+                found.append(([*site.matrices], mapped))
+            else:
+                own = []
+            seen = own
+            done.update(tensors if own else ())
+
+        with computing(records.threads, self.run):
+            model.limit(self.limits.room, self.limits.spools)
+            model.run(self.groups, monitor.checkpoint, keep, watch, lambda name: progress.layer(name, cost // steps))
+        monitor.checkpoint()
+        plan.check_unchanged()
+        progress.finish()
+        tokens, vectors = self.tokens, self.options.vectors
+        widest = max((one.size for _, one in found if one.vectors is not None), default=0)
+        if tokens < min(vectors, widest):
+            what = f"{counted(tokens, 'token')}, fewer than the {vectors} vectors that are kept of each input; give more text"
+            monitor.warn((f"{self.text.name}: has {what}",))
+        elif tokens < widest:
+            what = f"{tokens} tokens, fewer than the {widest} inputs of the widest matrix: of what it does not show, the map keeps the mean"
+            monitor.warn((f"{self.text.name}: has {what}; with more text, adapters may forget less",))
+        kept = [([matrix for matrix in matrices if matrix.tensor not in repeated], one) for matrices, one in found]
+        named = [({name: None for matrix in matrices for name in matrix.names}, one) for matrices, one in kept]
+        entries = tuple(replace(one, names=tuple(names)) for names, one in named if names)
+        if not entries:
+            raise UnsupportedError(
+                f"{plan.base.path}: no matrix multiplies inputs that can be collected, so there is nothing to map"
+            )
+        names = {name for _, _, tensors in model.modules for tensor in tensors.values() for name in watch.names(tensor)}
+        lacking = sorted(names - {matrix.tensor.removesuffix(LOOKED_UP) for matrices, _ in kept for matrix in matrices})
+        if lacking:
+            monitor.warn((
+                f"the map lacks the inputs of {counted(len(lacking), 'matrix')}, {listed(map(repr, lacking))}: no token of the text "
+                "reached them, or their inputs cannot be collected; an adapter's deltas there will stay unchanged",
+            ))  # fmt: skip
+        return InputMap(entries, {**self.facts, "lacking": lacking})
 
 
 def prepare_map(base: str | Path, text: Path, options: MapOptions, max_memory: int | None, run: Run) -> PreparedMap:
@@ -175,89 +221,11 @@ def prepare_map(base: str | Path, text: Path, options: MapOptions, max_memory: i
     run.monitor.warn(plan.base.warnings)
     if max_memory is not None:
         limit_freed_memory()
-    job = VariantSet(
-        plan, (Variant(BASE, None),), None, rounds_products=options.dtype == "bf16", device=run.model_device
-    )
-    model = SweepModel(job)
+    rounds, device = options.dtype == "bf16", run.model_device
+    model = SweepModel(VariantSet(plan, (Variant(BASE, None),), None, False, rounds, device))
     read = read_text(text, tokenizer_directory(plan), sequences=options.sequences, length=options.length,
                      vocabulary=model.vocabulary, positions=model.positions).right()  # fmt: skip
-    return PreparedMap(plan, options, run, max_memory, read, sample_digest(text), model)
-
-
-def make_map(prepared: PreparedMap, output: Path | None) -> InputMap:
-    """Make a map in memory, or in a file if an output is given."""
-    if output is None:
-        return _made(prepared, Records())
-    file = prepared.result_file(output)
-    if prepared.inspect(output) == "done":
-        file.left()
-        return load_map(output)
-    prepared.model.directory = output.parent
-    with file.written() as records:
-        made = _made(prepared, records)
-        made.save(output, overwrite=True)  # `inspect` has permitted it for any existing file
-    return load_map(output)
-
-
-def _made(prepared: PreparedMap, records: Records) -> InputMap:
-    monitor, plan, model = prepared.run.monitor, prepared.plan, prepared.model
-    watch, progress, steps = BaseWatch(plan), Progress(prepared.run, model.size, "map"), len(model.layers) + 1
-    cost = sweep_cost(model.size, prepared.tokens, len(prepared.groups))
-    progress.expect(cost, steps)
-    found, seen = list[tuple[list[BaseMatrix], MappedInput]](), list[Tensor]()
-    done, repeated = set[str](), set[str]()
-
-    def keep(site: Site, inputs: Mapping[Group, Tensor]) -> None:
-        """Keep a site's inputs; matrices that follow each other and share their inputs, such as q, k and v, share an entry."""
-        nonlocal seen
-        own, tensors = [x for x in inputs.values() if len(x)], {matrix.tensor for matrix in site.matrices}
-        if tensors & done:
-            repeated.update(tensors)
-            own = []
-        elif site.size is None and own and same_inputs(seen, own):
-            found[-1][0].extend(site.matrices)
-        elif own and (mapped := _mapped(prepared, site, own)) is not None:
-            found.append(([*site.matrices], mapped))
-        else:
-            own = []
-        seen = own
-        done.update(tensors if own else ())
-
-    with computing(records.threads, prepared.run):
-        model.limit(prepared.limits.room, prepared.limits.spools)
-        model.run(prepared.groups, monitor.checkpoint, keep, watch, lambda name: progress.layer(name, cost // steps))
-    monitor.checkpoint()
-    plan.check_unchanged()
-    progress.finish()
-    monitor.warn(_shortness(prepared, max((one.size for _, one in found if one.vectors is not None), default=0)))
-    kept = [([matrix for matrix in matrices if matrix.tensor not in repeated], one) for matrices, one in found]
-    entries = tuple(
-        replace(one, names=tuple(dict.fromkeys(name for matrix in matrices for name in matrix.names)))
-        for matrices, one in kept
-        if matrices
-    )
-    if not entries:
-        raise UnsupportedError(
-            f"{plan.base.path}: no matrix multiplies inputs that can be collected, so there is nothing to map"
-        )
-    names = {name for _, _, tensors in model.modules for tensor in tensors.values() for name in watch.names(tensor)}
-    lacking = sorted(names - {matrix.tensor.removesuffix(LOOKED_UP) for matrices, _ in kept for matrix in matrices})
-    if lacking:
-        monitor.warn((f"the map lacks the inputs of {counted(len(lacking), 'matrix')}, {listed(map(repr, lacking))}: no token of the text "
-                      "reached them, or their inputs cannot be collected; an adapter's deltas there will stay unchanged",))  # fmt: skip
-    return InputMap(entries, {**prepared.facts, "lacking": lacking})
-
-
-def _shortness(prepared: PreparedMap, widest: int) -> list[str]:
-    """Warn of a text that is short for the inputs of the widest matrix, or for the kept vectors."""
-    tokens, vectors = prepared.tokens, prepared.options.vectors
-    if tokens < min(vectors, widest):
-        return [f"{prepared.text.name}: has {counted(tokens, 'token')}, fewer than the {vectors} vectors that are kept of each input; give "
-                "more text"]  # fmt: skip
-    if tokens < widest:
-        return [f"{prepared.text.name}: has {tokens} tokens, fewer than the {widest} inputs of the widest matrix: of what it does not "
-                "show, the map keeps the mean; with more text, adapters may forget less"]  # fmt: skip
-    return []
+    return PreparedMap(plan, run, max_memory, model, options, read, sample_digest(text))
 
 
 def _mapped(prepared: PreparedMap, site: Site, inputs: Sequence[Tensor]) -> MappedInput | None:

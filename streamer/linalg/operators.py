@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -236,27 +235,6 @@ def _onednn_linear(A: Tensor, B: Tensor) -> Tensor:
     """Compute ``A @ B.T`` with oneDNN; B is row-major or the transpose of a row-major matrix."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(A, B, None, "none", [], "")
     return product
-
-
-class Operator(Protocol):
-    """Real matrix, accessed through its products."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Return (m, n)."""
-
-    def matmat(self, X: Tensor) -> Tensor:
-        """Compute ``M @ X``, (n, c) to (m, c)."""
-
-    def rmatmat(self, Y: Tensor) -> Tensor:
-        """Compute ``M.T @ Y``, (m, c) to (n, c)."""
-
-    def dense(self) -> Tensor:
-        """Form the matrix, (m, n)."""
-
-    @property
-    def T(self) -> Operator:
-        """Transpose; memory is shared."""
 
 
 @dataclass(frozen=True)
@@ -499,6 +477,10 @@ class Sum:
         out = self.base.dense().clone()
         self.delta.add_rows(out, 0, len(out))
         return out
+
+
+Operator = LowRank | Dense | RowBlocks | Sum
+"""Real matrix, accessed through its products."""
 
 
 def all_finite(t: Tensor) -> bool:

@@ -100,23 +100,15 @@ def has_fast_bfloat16() -> bool:
 
 @contextlib.contextmanager
 def _ieee_products() -> Iterator[None]:
-    if hasattr(torch.backends, "fp32_precision"):  # torch 2.9; reading the older setting fails after both were used
-        backends = [getattr(torch.backends, name).matmul for name in ("cuda", "mkldnn")]
-        before = [backend.fp32_precision for backend in backends]
-        try:
-            for backend in backends:
+    with contextlib.ExitStack() as restored:
+        if hasattr(torch.backends, "fp32_precision"):  # torch 2.9; reading the older setting fails after both were used
+            for backend in (getattr(torch.backends, name).matmul for name in ("cuda", "mkldnn")):
+                restored.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
                 backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, own in zip(backends, before, strict=True):
-                backend.fp32_precision = own
-    else:
-        found = torch.get_float32_matmul_precision()
-        try:
+        else:
+            restored.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
-            torch.set_float32_matmul_precision(found)
+        yield
 
 
 def thread_count(recorded: object) -> int:

@@ -18,9 +18,11 @@ divergence is represented by the geometric middle of its bin, within 1 %. Below 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from types import FunctionType
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,15 +75,10 @@ def quantile(bins: Floats, largest: float, share: float) -> float:
     place = share * (tokens - 1)
     low = int(place)
     ranks = [low, min(low + 1, tokens - 1)]
-    values = [
-        largest if rank == tokens - 1 else min(largest, _middle(int(np.searchsorted(ends, rank, "right"))))
-        for rank in ranks
-    ]
-    return values[0] + (place - low) * (values[1] - values[0])
-
-
-def _middle(number: int) -> float:
-    return float(LEAST * STEP ** (number - 0.5)) if number else 0.0
+    bins_of = [int(number) for number in np.searchsorted(ends, ranks, "right")]
+    middles = [float(LEAST * STEP ** (number - 0.5)) if number else 0.0 for number in bins_of]
+    a, b = (largest if rank == tokens - 1 else min(largest, x) for rank, x in zip(ranks, middles, strict=True))
+    return a + (place - low) * (b - a)
 
 
 def to_record(bins: Floats) -> BinsRecord:
@@ -243,79 +240,65 @@ class SequenceSums:
 
     def joined(self, *others: SequenceSums) -> SequenceSums:
         """Append the variants of other sums on the same sequences."""
-        return SequenceSums(
-            self.tokens,
-            *(np.concatenate([getattr(one, name) for one in (self, *others)]) for name in (*ARRAYS, *self.answers)),
-        )
+        names = (*ARRAYS, *self.answers)
+        arrays = {name: np.concatenate([getattr(one, name) for one in (self, *others)]) for name in names}
+        return replace(self, **arrays)
 
     def followed(self, other: SequenceSums) -> SequenceSums:
         """Append the sequences of other sums of the same variants."""
-        names = (*MEASURES, *self.answers)
-        arrays = {name: np.concatenate([getattr(self, name), getattr(other, name)], 1) for name in names}
-        return SequenceSums(np.concatenate([self.tokens, other.tokens]), **arrays, kl_bins=self.kl_bins + other.kl_bins)
+        names = ("tokens", *MEASURES, *self.answers)
+        arrays = {name: np.concatenate([getattr(self, name), getattr(other, name)], -1) for name in names}
+        return SequenceSums(**arrays, kl_bins=self.kl_bins + other.kl_bins)
 
     def take(self, variants: Sequence[int]) -> SequenceSums:
         """Take some of the variants, by number."""
-        return SequenceSums(self.tokens, *(getattr(self, name)[list(variants)] for name in (*ARRAYS, *self.answers)))
+        return replace(self, **{name: getattr(self, name)[list(variants)] for name in (*ARRAYS, *self.answers)})
 
-    def mean(self, sums: Floats) -> Estimate:
-        """Estimate the mean over tokens of sums over each sequence: (S,)."""
-        return ratio(sums, self.tokens)
+    def of(self, name: str, weights: Sequence[float] | Floats) -> Estimate:
+        """Estimate a linear combination of the variants' means over tokens of one of `MEASURES`, or over questions of one of `ANSWERS`.
 
-    def loss_of(self, weights: Sequence[float] | Floats) -> Estimate:
-        """Estimate a linear combination of the variants' mean losses, such as a difference: weights (V,)."""
-        return self.mean(_weighted(weights, self.loss))
+        Variants with a zero weight do not count, not even if they are NaN.
+        """
+        own = np.asarray(weights, float)
+        total: Floats = own[own != 0] @ getattr(self, name)[own != 0]
+        return ratio(total, np.ones(len(self.tokens)) if name in ANSWERS else self.tokens)
 
-    def kl_of(self, weights: Sequence[float] | Floats) -> Estimate:
-        """Estimate a linear combination of the variants' mean divergences: weights (V,)."""
-        return self.mean(_weighted(weights, self.kl))
-
-    def top1_of(self, weights: Sequence[float] | Floats) -> Estimate:
-        """Estimate a linear combination of the variants' top-1: weights (V,)."""
-        return self.mean(_weighted(weights, self.right))
-
-    def loss_difference(self, variant: int, other: int) -> Estimate:
-        """Estimate a variant's mean loss minus another's."""
-        return self.mean(self.loss[variant] - self.loss[other])
-
-    def kl_difference(self, variant: int, other: int) -> Estimate:
-        """Estimate a variant's mean divergence minus another's."""
-        return self.mean(self.kl[variant] - self.kl[other])
+    def mean(self, name: str, variant: int, other: int | None = None) -> Estimate:
+        """Estimate a variant's mean, see `of`, or how much it exceeds another variant's."""
+        own: Floats = getattr(self, name)
+        sums = own[variant] if other is None else own[variant] - own[other]
+        return ratio(sums, np.ones(len(sums)) if name in ANSWERS else self.tokens)
 
     @property
     def change(self) -> Estimate:
         """Estimate the unchanged adapter's mean loss minus the base's, the denominator of shares."""
-        return self.loss_difference(1, 0)
+        return self.mean("loss", 1, 0)
 
     @property
     def effect(self) -> Effect:
         """Return the effect of the unchanged adapter on this text."""
-        change = self.change
-        return "forgets" if change.is_positive else "improves" if change.is_negative else "not told"
+        return "forgets" if self.change.is_positive else "improves" if self.change.is_negative else "not told"
 
-    def fraction(self, variant: int) -> Estimate:
-        """Estimate ``(variant − base) / (adapter − base)`` of the mean losses: 0 is the base, 1 the unchanged adapter."""
-        base, adapter = self.loss[0], self.loss[1]
-        return ratio(self.loss[variant] - base, adapter - base)
+    def share(self, name: str, variant: int) -> Estimate:
+        """Estimate ``(variant − base) / (adapter − base)`` of the means: 0 is the base, 1 the unchanged adapter.
 
-    @property
-    def top1_gain(self) -> Estimate:
-        """Estimate the unchanged adapter's gain in top-1: its share of tokens ranked as most likely, minus the base's."""
-        return self.mean(self.right[1] - self.right[0])
-
-    def top1_fraction(self, variant: int) -> Estimate:
-        """Estimate the share of the adapter's gain in top-1 that a variant keeps."""
-        return ratio(self.right[variant] - self.right[0], self.right[1] - self.right[0])
+        The base's divergence is 0. A share of accuracies is NaN if its denominator is too small.
+        """
+        if name in ANSWERS and not self.mean(name, 1, 0).divides:
+            return Estimate(math.nan, math.inf, len(self.tokens))
+        own: Floats = getattr(self, name)
+        base = 0.0 if name == "kl" else own[0]
+        return ratio(own[variant] - base, own[1] - base)
 
     def perplexity_ratio(self, variant: int) -> Estimate:
         """Estimate a variant's perplexity as a multiple of the base's."""
-        rise = self.loss_difference(variant, 0)
+        rise = self.mean("loss", variant, 0)
         value = math.exp(rise.value) if rise.value < MOST_LOSS else math.inf
         return Estimate(value, value * rise.error, rise.sequences)
 
     def p_rms(self, variant: int) -> Estimate:
         """Estimate the root mean square change in the probability of the text's own token."""
-        mean = self.mean(self.p_square[variant])
+        mean = self.mean("p_square", variant)
         root = math.sqrt(mean.value)
         return Estimate(root, mean.error / (2 * root) if root else mean.error, mean.sequences)
 
@@ -327,33 +310,38 @@ class SequenceSums:
         """Return the largest divergence of a token."""
         return float(self.kl_max[variant].max())
 
-    def accuracy(self, name: str, variant: int, other: int | None = None) -> Estimate:
-        """Estimate the share of questions that a variant answers right, or its difference from another's; `name` is one of `ANSWERS`."""
-        right: Floats = getattr(self, name)
-        return ratio(right[variant] if other is None else right[variant] - right[other], np.ones(len(self.tokens)))
-
-    def accuracy_fraction(self, name: str, variant: int) -> Estimate:
-        """Estimate ``(variant − base) / (adapter − base)`` of the accuracies; NaN if the denominator is too small."""
-        right: Floats = getattr(self, name)
-        if not self.accuracy(name, 1, 0).divides:
-            return Estimate(math.nan, math.inf, len(self.tokens))
-        return ratio(right[variant] - right[0], right[1] - right[0])
-
-    def kl_fraction(self, variant: int) -> Estimate:
-        """Estimate a variant's divergence as a share of the unchanged adapter's."""
-        return ratio(self.kl[variant], self.kl[1])
-
-
-def _weighted(weights: Sequence[float] | Floats, sums: Floats) -> Floats:
-    """Add up the variants with nonzero weights, so that the NaN of others do not count."""
-    own = np.asarray(weights, float)
-    total: Floats = own[own != 0] @ sums[own != 0]
-    return total
-
 
 def flat(name: str, estimate: Estimate) -> dict[str, float | None]:
     """Return an estimate as two JSON keys, with null if undefined, such as a share of a zero difference."""
     return {name: defined(estimate.value), f"{name}_se": defined(estimate.error)}
+
+
+def record(kind: Any, *of: Any) -> dict[str, Any]:
+    """Make the JSON of a record: the function in a key's annotation computes its value from `of`; else it is an attribute of the first.
+
+    A key that need not be there is left out if its value is None.
+    """
+    tree: dict[str, Any] = {}
+    for key, (formula, optional) in keys_of(kind).items():
+        value = getattr(of[0], key) if formula is None else formula(*of)
+        if isinstance(value, Estimate):
+            tree |= flat(key, value)
+        elif isinstance(value, float):
+            tree[key] = defined(value)
+        elif value is not None or not optional:
+            tree[key] = list(value) if isinstance(value, tuple) else value
+    return tree
+
+
+@cache
+def keys_of(kind: Any) -> dict[str, tuple[Callable[..., Any] | None, bool]]:
+    """List the keys of a record, each with its function, if it has one, and whether it may be absent."""
+    found: dict[str, tuple[Callable[..., Any] | None, bool]] = {}
+    for key, hint in get_type_hints(kind, include_extras=True).items():
+        optional = get_origin(hint) is NotRequired
+        metadata = getattr(get_args(hint)[0] if optional else hint, "__metadata__", ())
+        found[key] = next((one for one in metadata if isinstance(one, FunctionType)), None), optional
+    return found
 
 
 def defined(value: float) -> float | None:

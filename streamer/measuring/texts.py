@@ -1,4 +1,14 @@
-"""Read a user's text as sequences of tokens: running text, JSON lines, or token ids.
+"""Hold sequences of tokens, and choose some of many.
+
+Load a model's tokenizer, which also reports where each token is in the text.
+
+Read questions with choices, and score them as lm-evaluation-harness 0.4.13 scores ``multiple_choice``.
+
+A choice's log-likelihood is the sum over its tokens after the question. Question and choice are encoded together, with a space between
+them; white space at the end of the question belongs to the choice. For ``acc`` the answer is the choice with the highest log-likelihood,
+for ``acc_norm`` the choice with the highest log-likelihood per character. The loss of a text of questions is the loss of the right choices.
+
+Read a user's text as sequences of tokens: running text, JSON lines, or token ids.
 
 If a text has more sequences than requested, they are taken at even distances from its beginning to its end. Thus every run makes the same
 choice, and no part of the text dominates, such as the first chapter or the first source of a sorted collection. Distant sequences also
@@ -15,40 +25,375 @@ import codecs
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from streamer.errors import FormatError, UnsupportedError, UsageError
+from streamer.errors import FormatError, MissingInputError, UnsupportedError, UsageError
 from streamer.events import Monitor
-from streamer.measuring.sequences import (
-    GENERAL,
-    TASK,
-    Question,
-    TextSequences,
-    Tokenizer,
-    evenly,
-    load_tokenizer,
-    read_question,
-    tokenizer_directory,
-)
+from streamer.measuring.statistics import MEASURES, SequenceSums
 from streamer.plan.plan import Plan
+from streamer.plan.side_files import VOCABULARIES, with_tokenizer
 from streamer.storage.files import open_regular, read_bytes, storage_errors, strict_json
-from streamer.streaming.model import LoadedModel
+from streamer.streaming.model import LoadedModel, quiet_transformers, require_transformers, unreadable
 from streamer.units import counted as count_of
 from streamer.units import listed, quoted
+
+
+def unexpected(where: object, wanted: str, found: object) -> FormatError:
+    """Make the error for contents other than wanted; what was found may say what to do."""
+    return FormatError(f"{where}: expected {wanted}, found {found}")
+
+
+TEMPLATE_TIME = datetime(2024, 7, 26, 12)
+"""Time given to chat templates that write the current time, so that a text has the same tokens every day. Llama 3's templates write this
+date if they cannot ask for the current one."""
+
+NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+"""Call by which a chat template asks transformers for the current time; the groups are the quote and the format."""
+
+
+ENCODING = {
+    "add_special_tokens": False, "return_offsets_mapping": True, "return_attention_mask": False, "return_token_type_ids": False
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer of transformers.
+
+    Attributes
+    ----------
+    directory
+        Directory from which it was read.
+    start
+        Tokens that it puts before a text, such as ``<s>``, or ``[gMASK]`` and ``<sop>``; often none.
+    loaded
+        The tokenizer object of transformers.
+    """
+
+    directory: Path
+    start: tuple[int, ...]
+    loaded: Any
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Split a text into tokens without adding any; special tokens in the text are recognised.
+
+        Returns
+        -------
+        ids, offsets
+            Each token's id, and the range of characters (begin, end) that it represents.
+        """
+        found = self.loaded(text, verbose=False, **ENCODING)
+        return found["input_ids"], found["offset_mapping"]
+
+    def started(self, text: str) -> list[int]:
+        """Split a text into tokens, and put the tokenizer's start tokens before them unless the text contains them."""
+        ids, _ = self.encode(text)
+        return ids if tuple(ids[: len(self.start)]) == self.start else [*self.start, *ids]
+
+    def render(self, messages: Sequence[Any], with_prompt: bool) -> str:
+        """Write messages by the chat template, at the time `TEMPLATE_TIME`; a faulty template or message may raise any exception."""
+
+        def now(call: re.Match[str]) -> str:
+            return f"{call[1]}{TEMPLATE_TIME.strftime(call[2])}{call[1]}"
+
+        text: str = self.loaded.apply_chat_template(
+            list(messages),
+            chat_template=NOW.sub(now, self.loaded.get_chat_template()),
+            tokenize=False,
+            add_generation_prompt=with_prompt,
+        )
+        return text
+
+
+def tokenizer_directory(plan: Plan) -> Path | None:
+    """Choose the directory of the tokenizer and chat template: the adapter's if a merge would use them, else the base's."""
+    own = plan.adapter.path
+    if plan.adapter.describes_model:
+        return own if any((own / name).is_file() for name in VOCABULARIES) else plan.base.directory
+    chosen = with_tokenizer([], plan.adapter, plan.base.directory, plan.config, plan.edits.vocabulary)[1]
+    return own if chosen == "adapter" else plan.base.directory
+
+
+def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
+    """Load the tokenizer in a directory, without running code from there.
+
+    Parameters
+    ----------
+    text
+        File that needs the tokenizer, named in messages.
+
+    Raises
+    ------
+    MissingInputError, FormatError, StorageError
+        If there is no tokenizer, or transformers or the system cannot read it.
+    UnsupportedError
+        If it does not report the positions of tokens in the text.
+    MissingPackageError
+        If transformers is not installed.
+    """
+    if directory is None or not any((directory / name).is_file() for name in VOCABULARIES):
+        where = text if directory is None else directory
+        raise MissingInputError(
+            f"{where}: has no tokenizer, which {text.name} needs; put its files there, or give token ids (.npy)", where
+        )
+    transformers = require_transformers()
+    with quiet_transformers():
+        try:
+            loaded = transformers.AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+            text_a = loaded("a", return_special_tokens_mask=True)
+        except Exception as e:  # the tokenizers library raises Exception itself
+            raise unreadable(directory, "transformers cannot read its tokenizer", e) from e
+    if not loaded.is_fast:
+        raise UnsupportedError(
+            f"{directory}: its tokenizer ({type(loaded).__name__}) does not report positions in the text; give token ids (.npy)"
+        )
+    start = takewhile(lambda token: token[1], zip(text_a.input_ids, text_a.special_tokens_mask, strict=True))
+    return Tokenizer(directory, tuple(i for i, _ in start), loaded)
+
+
+TokenSequence = tuple[NDArray[np.int64], NDArray[np.bool_]]
+"""Token ids (t,), and which of them count (t,)."""
+
+CONTEXTS = ("question", "prompt")
+"""Keys for the text before the choices; a line has one of them."""
+
+DELIMITER = " "
+"""Text between a question and a choice."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question: for each choice its token ids and which of them count, the number of the right choice, and each choice's characters."""
+
+    choices: tuple[TokenSequence, ...]
+    right: int
+    characters: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions whose choices are the sequences of a text, in order.
+
+    Attributes
+    ----------
+    first
+        Sequence number of each question's first choice, followed by the number of sequences: (Q + 1,).
+    right
+        Sequence number of each question's right choice: (Q,).
+    characters
+        Characters of each choice: (S,).
+    """
+
+    first: NDArray[np.int64]
+    right: NDArray[np.int64]
+    characters: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, questions: Sequence[Question]) -> Questions:
+        """Join questions in order."""
+        first = np.cumsum([0, *(len(q.choices) for q in questions)])
+        right = first[:-1] + [q.right for q in questions]
+        return cls(first, right, np.concatenate([q.characters for q in questions]))
+
+    def scored(self, sums: SequenceSums) -> SequenceSums:
+        """Make the sums of each question from the sums of each choice: the right choice's sums, and whether the answers are right."""
+        own = SequenceSums(sums.tokens[self.right], *(getattr(sums, name)[:, self.right] for name in MEASURES))
+        marks = []
+        for losses in (sums.loss, sums.loss / self.characters):
+            chosen = np.array([own.argmin(1) for own in np.split(losses, self.first[1:-1], 1)]).T + self.first[:-1]
+            marks.append(np.where(np.isfinite(own.loss), chosen == self.right, np.nan))
+        return replace(own, acc=marks[0], acc_norm=marks[1])
+
+
+def read_question(where: str, tree: dict[str, Any], tokenizer: Tokenizer, length: int) -> Question:
+    """Read the question in a line with ``choices``.
+
+    Raises
+    ------
+    FormatError
+        Unless the line has one question, at least two different choices, and an answer that names one of them; or if a question with its
+        choice is longer than `length`, or if there are no tokens before or in the choice.
+    """
+    keys = [key for key in CONTEXTS if key in tree]
+    if len(keys) != 1:
+        raise unexpected(where, "'choices' beside 'question' or 'prompt'", quoted(list(tree)))
+    context, choices = tree[keys[0]], tree["choices"]
+    if not isinstance(context, str):
+        raise unexpected(where, f"{keys[0]!r} to be a string", quoted(context))
+    strings = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
+    if not strings or len(set(choices)) < max(2, len(choices)):
+        raise unexpected(where, "'choices' to be a list of two different strings or more", quoted(choices))
+    if "answer" not in tree:
+        raise FormatError(
+            f"{where}: 'answer' is missing: the number of the right choice, from 0, its text, or its letter"
+        )
+    right = _right(where, choices, tree["answer"])
+    encoded = tuple(_encoded(where, context, DELIMITER + c, tokenizer) for c in choices)
+    sizes = [len(ids) for ids, _ in encoded]
+    if (longest := max(sizes)) > length:
+        raise FormatError(
+            f"{where}: the question with the choice {quoted(choices[sizes.index(longest)])} has {longest} tokens; give --length {longest}"
+        )
+    return Question(encoded, right, tuple(map(len, choices)))
+
+
+def _right(where: str, choices: list[str], answer: Any) -> int:
+    """Find the number of the right choice, which the answer gives as a number from 0, as a text, or as a letter from A."""
+    found = {answer} if type(answer) is int and 0 <= answer < len(choices) else set()
+    if isinstance(answer, str):
+        letters = [chr(ord("A") + i) for i in range(min(26, len(choices)))]
+        found = {own.index(answer) for own in (choices, letters) if answer in own}
+    if len(found) == 1:
+        return found.pop()
+    what = "two choices by letter and by text" if found else quoted(answer)
+    if isinstance(answer, str) and answer.strip().isdecimal():
+        what += "; write a number without quotes, counted from 0"
+    raise unexpected(where, "'answer' to be the number of a choice, from 0, its text, or its letter", what)
+
+
+def _encoded(where: str, context: str, continuation: str, tokenizer: Tokenizer) -> TokenSequence:
+    """Encode a question with a choice, whose tokens count."""
+    stripped = context.rstrip()
+    if context:
+        before, ids = (tokenizer.started(text) for text in (stripped, context + continuation))
+    else:
+        ids = tokenizer.encode(continuation)[0]
+        # What nothing precedes is predicted from the begin-of-text token, or else the end-of-text token.
+        begin, end = tokenizer.loaded.bos_token_id, tokenizer.loaded.eos_token_id
+        before = [token for token in (begin, end) if token is not None][:1]
+        ids = ids if ids[:1] == before else [*before, *ids]
+    if not before or len(ids) <= len(before):
+        raise unexpected(where, f"tokens {'in' if before else 'before'} the choice {quoted(continuation[1:])}", "none")
+    return np.array(ids, np.int64), np.arange(len(ids)) >= len(before)
+
+
+GENERAL, TASK = "general", "task"
+"""Names of the two texts: what the base can do, and what the adapter was trained for."""
+
+
+@dataclass(frozen=True)
+class TextSequences:
+    """Sequences of tokens, and which tokens' losses count.
+
+    Attributes
+    ----------
+    ids
+        Token ids of each sequence: (t,), t ≥ 2.
+    counted
+        For each sequence (t,): whether the loss of predicting this token from the tokens before it counts. The first token has nothing
+        before it and never counts; at least one token counts.
+    name
+        Name of the file from which they were read.
+    questions
+        Questions whose choices are these sequences; None for other texts.
+    """
+
+    ids: tuple[NDArray[np.int64], ...]
+    counted: tuple[NDArray[np.bool_], ...]
+    name: str = ""
+    questions: Questions | None = None
+
+    @classmethod
+    def of(cls, ids: Iterable[NDArray[np.int64]]) -> TextSequences:
+        """Make sequences in which every token except the first counts."""
+        taken = tuple(ids)
+        return cls(taken, tuple(np.arange(len(own)) > 0 for own in taken))
+
+    def right(self) -> TextSequences:
+        """Return the right choices if these are questions, else this text unchanged."""
+        return self if self.questions is None else self.take(self.questions.right)
+
+    def scored(self, sums: SequenceSums) -> SequenceSums:
+        """Turn sums of each choice into sums of each question (see `Questions.scored`); return the sums of other texts unchanged."""
+        return sums if self.questions is None else self.questions.scored(sums)
+
+    def take(self, rows: Iterable[int]) -> TextSequences:
+        """Take some of the sequences, by number, without their questions."""
+        chosen = tuple(rows)
+        return TextSequences(tuple(self.ids[i] for i in chosen), tuple(self.counted[i] for i in chosen), self.name)
+
+    def padded(self, length: int) -> TokenSequence:
+        """Put all sequences into one batch, with zeros at their ends, where no counted token attends to them.
+
+        Returns
+        -------
+        ids, counted
+            (sequences, length): tokens, and whether the loss of predicting the next token counts.
+        """
+        ids = np.zeros((len(self.ids), length), np.int64)
+        counted = np.zeros((len(self.ids), length), np.bool_)
+        for row, (own, counts) in enumerate(zip(self.ids, self.counted, strict=True)):
+            ids[row, : len(own)] = own
+            counted[row, : len(own) - 1] = counts[1:]
+        return ids, counted
+
+    @property
+    def padded_ids(self) -> Tensor:
+        """Return all sequences in one batch, (sequences, length); see `padded`."""
+        return torch.from_numpy(self.padded(self.longest)[0])
+
+    @property
+    def tokens(self) -> int:
+        """Count the tokens whose losses count."""
+        return sum(int(c.sum()) for c in self.right().counted)
+
+    @property
+    def longest(self) -> int:
+        """Count the tokens of the longest sequence."""
+        return max(len(ids) for ids in self.ids)
+
+    def facts(self) -> dict[str, Any]:
+        """Describe the sequences as JSON: `TextFacts`."""
+        return {
+            "name": self.name,
+            "sequences": len(self.right().ids),
+            **({} if self.questions is None else {"choices": len(self.ids)}),
+            "tokens": self.tokens,
+            "length": self.longest,
+            "sha256": self.digest(),
+        }
+
+    def digest(self) -> str:
+        """Hash (SHA-256, hex) all sequences: the ids, and which of them count."""
+        digest = hashlib.sha256()
+        for ids, counted in zip(self.ids, self.counted, strict=True):
+            digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes() + counted.tobytes())
+        for array in () if (q := self.questions) is None else (q.first, q.right, q.characters):
+            digest.update(array.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+Texts = Mapping[str, TextSequences]
+"""Texts by name."""
+
+
+def evenly(count: int, wanted: int) -> list[int]:
+    """Choose at most `wanted` of `count` things at even distances, including the first.
+
+    >>> evenly(10, 4), evenly(3, 4)
+    ([0, 2, 5, 7], [0, 1, 2])
+    """
+    return [i * count // wanted for i in range(wanted)] if count > wanted else list(range(count))
+
 
 KEYS = ({"text"}, {"prompt", "completion"}, {"messages"}, {"choices"}, {"choices", "prompt"})
 """Keys that make a line a document, a prompt with a completion, a conversation, or a question; a line has the keys of one kind."""
 
 PROMPT_KEYS = ("tools", "documents", "chat_template_kwargs")
 """Keys beside ``messages`` that would make the chat template write a different prompt."""
-
-TokenSequence = tuple[NDArray[np.int64], NDArray[np.bool_]]
-"""Token ids (t,), and which of them count (t,)."""
 
 Spans = list[tuple[int, int]]
 """Ranges of characters: begin, end."""
@@ -69,25 +414,19 @@ def read_json_lines(
     """
     fd, _ = open_regular(path, "JSON lines")
     with os.fdopen(fd, "rb") as file:
-        count = sum(1 for line in file if line.strip())
+        wanted = {*evenly(sum(1 for line in file if line.strip()), sequences)}
         file.seek(0)
-        wanted = iter(evenly(count, sequences))
-        found, following = 0, next(wanted, None)
-        for number, line in enumerate(file, 1):
-            if following is None:
-                return
-            if line.strip():
-                if found == following:
-                    yield _read_line(f"{path}: line {number}", line, tokenizer, length)
-                    following = next(wanted, None)
-                found += 1
+        filled = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        for i, (number, line) in enumerate(filled):
+            if i in wanted:
+                yield _read_line(f"{path}: line {number}", line, tokenizer, length)
 
 
 def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> TokenSequence | Question:
     try:
         tree = strict_json(raw.removeprefix(codecs.BOM_UTF8))  # of a file's first line
     except ValueError as e:
-        raise FormatError(f"{where}: expected a JSON object, found other text: {e}") from e
+        raise unexpected(where, "a JSON object", f"other text: {e}") from e
     if not isinstance(tree, dict) or (kind := set(tree) & set().union(*KEYS)) not in KEYS:
         found = f"the keys {listed(map(quoted, tree))}" if isinstance(tree, dict) else f"a {type(tree).__name__}"
         raise FormatError(
@@ -107,7 +446,7 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
     else:
         for key in sorted(kind, reverse=True):
             if not isinstance(tree[key], str):
-                raise FormatError(f"{where}: expected {key!r} to be a string, found {quoted(tree[key])}")
+                raise unexpected(where, f"{key!r} to be a string", quoted(tree[key]))
         text = tree["text"] if "text" in kind else tree["prompt"] + tree["completion"]
         spans = [(len(tree["prompt"]) if "prompt" in kind else 0, len(text))]
     ids, offsets = tokenizer.encode(text)
@@ -119,9 +458,7 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
     if not any(marks[1:]):
         whole = len(start) + len(offsets)
         hint = f"; it has {whole} tokens: raise --length" if whole > length else ""
-        raise FormatError(
-            f"{where}: expected tokens to predict, found none that counts among its first {len(ids)}{hint}"
-        )
+        raise unexpected(where, "tokens to predict", f"none that counts among its first {len(ids)}{hint}")
     return np.array(ids, np.int64), np.array(marks, bool)
 
 
@@ -138,11 +475,10 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
     An answer is the text after the template's generation prompt; without such a prompt, the text from its content on. It includes the
     template's end mark, but not the line feeds after it.
     """
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
-    ):
+    objects = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
+    if not (objects and all(isinstance(m.get("role"), str) for m in messages)):
         raise FormatError(f"{where}: expected 'messages' to be a list of objects with 'role' and 'content'")
-    if not tokenizer.has_chat_template:
+    if not tokenizer.loaded.chat_template:
         raise FormatError(
             f"{where}: has 'messages', and the tokenizer in {tokenizer.directory} no chat template; give 'prompt' and 'completion'"
         )
@@ -175,18 +511,23 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
 
 def _check_written(where: str, messages: list[Any], whole: str, rendered: Callable[[list[Any]], str]) -> None:
     """Refuse messages of which the template writes something else, or nothing: the model would be measured on another text."""
+
+    def is_text(part: Any) -> bool:
+        return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+    def written(i: int, other: dict[str, Any]) -> str:
+        return rendered([*messages[:i], other, *messages[i + 1 :]])
+
     for i, message in enumerate(messages):
         content = message.get("content")
         parts = content if isinstance(content, list) else []
-        if other := next((part for part in parts if not _is_text(part)), None):
-            raise FormatError(
-                f"{where}: expected only parts of type 'text' in 'content', found {quoted(other)}; give 'prompt' and 'completion'"
+        if other := next((part for part in parts if not is_text(part)), None):
+            raise unexpected(
+                where, "only parts of type 'text' in 'content'", f"{quoted(other)}; give 'prompt' and 'completion'"
             )
         for at, part in enumerate(parts):
             marked = {**part, "text": MARK}
-            text = rendered(
-                [*messages[:i], {**message, "content": [*parts[:at], marked, *parts[at + 1 :]]}, *messages[i + 1 :]]
-            )
+            text = written(i, {**message, "content": [*parts[:at], marked, *parts[at + 1 :]]})
             # A tool's result may be written as JSON, as Llama 3.1's template does.
             as_data = message["role"] != "tool" and any(data in text for data in (str(marked), json.dumps(marked)))
             if MARK not in text or as_data:
@@ -196,15 +537,11 @@ def _check_written(where: str, messages: list[Any], whole: str, rendered: Callab
         for call in (key for key in CALLS if message.get(key)):
             without = {key: value for key, value in message.items() if key != call}
             try:
-                ignored = rendered([*messages[:i], without, *messages[i + 1 :]]) == whole
+                ignored = written(i, without) == whole
             except FormatError:
                 ignored = False  # a message without content needs its calls
             if ignored:
                 raise FormatError(f"{where}: the chat template ignores {call!r}; give 'prompt' and 'completion'")
-
-
-def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
 
 
 def _header(tokenizer: Tokenizer, before: list[Any], content: Any, plain: str) -> str | None:
@@ -285,7 +622,7 @@ def read_text(
         raise UsageError(
             f"{path}: expected the name of a text to end in {', '.join(SUFFIXES)}, found {quoted(path.suffix)}"
         )
-    taken: Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]] | Question]
+    taken: Sequence[TokenSequence | Question]
     with storage_errors(path, "read"):
         if path.suffix == ".npy":
             taken = [(ids, np.ones(len(ids), bool)) for ids in _read_ids(path, sequences, length, least)]
@@ -299,13 +636,12 @@ def read_text(
     questions = [one for one in taken if isinstance(one, Question)]
     plain = [one for one in taken if not isinstance(one, Question)]
     if questions and plain:
-        raise FormatError(
-            f"{path}: expected 'choices' on every line or on none, found them on {len(questions)} of {len(taken)}"
-        )
+        raise unexpected(path, "'choices' on every line or on none", f"them on {len(questions)} of {len(taken)}")
     for _, counted in plain:
         counted[0] = False
-    text = TextSequences(tuple(ids for ids, _ in plain), tuple(counted for _, counted in plain), path.name)
-    text = TextSequences.of_questions(questions, path.name) if questions else text
+    pairs = [choice for question in questions for choice in question.choices] or plain
+    ids, marks = tuple(ids for ids, _ in pairs), tuple(counted for _, counted in pairs)
+    text = TextSequences(ids, marks, path.name, Questions.of(questions) if questions else None)
     _check(path, text, vocabulary, positions)
     return text
 
@@ -326,9 +662,7 @@ def sample_digest(path: str | Path) -> str:
 def _check(path: Path, text: TextSequences, vocabulary: int | None, positions: int | None) -> None:
     """Refuse a text with too few sequences to estimate errors, or with sequences that the model cannot process."""
     if (count := len(text.right().ids)) < 2:
-        raise FormatError(
-            f"{path}: expected at least 2 sequences, whose difference gives the error, found {count}; give more text"
-        )
+        raise unexpected(path, "at least 2 sequences, whose difference gives the error", f"{count}; give more text")
     if positions is not None and text.longest > positions:
         raise UsageError(
             f"{path}: a sequence has {text.longest} tokens, and the model {positions} positions; give --length {positions}"
@@ -351,18 +685,16 @@ def _read_ids(path: Path, sequences: int, length: int, least: int) -> Iterator[N
     except (ValueError, EOFError) as e:
         raise FormatError(f"{path}: expected an array as numpy.save writes it: {e}") from e
     if not isinstance(array, np.ndarray):
-        raise FormatError(f"{path}: expected an array as numpy.save writes it, found several (numpy.savez)")
+        raise unexpected(path, "an array as numpy.save writes it", "several (numpy.savez)")
     if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
-        raise FormatError(
-            f"{path}: expected token ids, integers in 1 dimension (a stream) or 2 (sequences), found {array.dtype} in {array.ndim}"
+        raise unexpected(
+            path, "token ids, integers in 1 dimension (a stream) or 2 (sequences)", f"{array.dtype} in {array.ndim}"
         )
     if array.ndim == 1:
         _check_stream(path, len(array), length, least)
-        for i in evenly(len(array) // length, sequences):
-            yield np.array(array[i * length : (i + 1) * length], np.int64)
-        return
-    if array.shape[1] < 2:
-        raise FormatError(f"{path}: expected sequences of at least 2 tokens, found {array.shape[1]}")
+        array = array[: len(array) // length * length].reshape(-1, length)
+    elif array.shape[1] < 2:
+        raise unexpected(path, "sequences of at least 2 tokens", array.shape[1])
     for i in evenly(len(array), sequences):
         yield np.array(array[i, :length], np.int64)
 
@@ -371,9 +703,7 @@ def _check_stream(path: Path, tokens: int, length: int, least: int) -> None:
     """Refuse a stream with too few tokens for the fewest sequences; name a length that would do."""
     if tokens < least * length:
         hint = f"give more text, or --length {tokens // least}" if tokens >= 2 * least else "give more text"
-        raise FormatError(
-            f"{path}: expected {least} sequences of {length} tokens at least, found {count_of(tokens, 'token')}; {hint}"
-        )
+        raise unexpected(path, f"{least} sequences of {length} tokens at least", f"{count_of(tokens, 'token')}; {hint}")
 
 
 def _cut_text(path: Path, tokenizer: Tokenizer, sequences: int, length: int, least: int) -> Iterator[NDArray[np.int64]]:
@@ -384,7 +714,7 @@ def _cut_text(path: Path, tokenizer: Tokenizer, sequences: int, length: int, lea
         )
     fd, status = open_regular(path, "text")
     wanted, end, found = length - len(tokenizer.start), 0, 0
-    try:
+    with open(fd, "rb"):
         for i in range(sequences):
             even = i * status.st_size // sequences
             at = _next_word(fd, even) if even > end else end
@@ -395,8 +725,6 @@ def _cut_text(path: Path, tokenizer: Tokenizer, sequences: int, length: int, lea
                 return
             yield np.array([*tokenizer.start, *ids], np.int64)
             end, found = at + size, found + 1
-    finally:
-        os.close(fd)
 
 
 def _next_word(fd: int, at: int) -> int:
@@ -438,7 +766,7 @@ def _decode(path: Path, raw: bytes, at: int, whole: bool) -> str:
     except UnicodeDecodeError as e:
         if not whole and e.start > len(raw) - 4 and e.reason == "unexpected end of data":
             return raw[: e.start].decode()
-        raise FormatError(f"{path}: expected text in UTF-8, found another byte at {at + e.start}; convert it") from e
+        raise unexpected(path, "text in UTF-8", f"another byte at {at + e.start}; convert it") from e
 
 
 def refuse_new_tokens(plan: Plan) -> None:
@@ -450,7 +778,7 @@ def refuse_new_tokens(plan: Plan) -> None:
         )
 
 
-def chooses_keys(model: LoadedModel, texts: Mapping[str, TextSequences]) -> bool:
+def chooses_keys(model: LoadedModel, texts: Texts) -> bool:
     """Test whether, according to the model's config, attention selects only some of the keys in a sequence of these texts."""
     keys = model.size.keys
     return keys is not None and any(text.longest > keys for text in texts.values())
@@ -466,12 +794,13 @@ def read_texts(
                         vocabulary=model.vocabulary, positions=model.positions)
         for name, path in texts.items()
     }  # fmt: skip
-    if read[GENERAL].digest() == read[TASK].digest():
-        monitor.warn(
-            ("the general and the task's text are the same: kept and forgetting are then one figure; give two texts",)
-        )
-    for name, text in read.items():
-        same = [one for one in (GENERAL, TASK) if name not in (GENERAL, TASK) and read[one].digest() == text.digest()]
-        if same:
-            monitor.warn((f"{name} is the same as the {same[0]} text: it adds no information",))
+    digests = {name: text.digest() for name, text in read.items()}
+    general, task = digests.pop(GENERAL), digests.pop(TASK)
+    if general == task:
+        what = "the general and the task's text are the same"
+        monitor.warn((f"{what}: kept and forgetting are then one figure; give two texts",))
+    for name, digest in digests.items():
+        if digest in (general, task):
+            same = GENERAL if digest == general else TASK
+            monitor.warn((f"{name} is the same as the {same} text: it adds no information",))
     return read

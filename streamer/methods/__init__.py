@@ -230,7 +230,7 @@ class Project(_Scaling):
 class RegMean(Method):
     """``Δ' = Δ C̃_t (C̃_t + μ C_g)⁻¹``, corrected layer by layer; a fit holds the new right factors, and the left factors stay.
 
-    It keeps the delta's response to the task's inputs, and removes its response to general inputs; see `linalg.regmean`.
+    It keeps the delta's response to the task's inputs, and removes its response to general inputs; see `linalg.moments`.
     """
 
     coefficients: FactorSet

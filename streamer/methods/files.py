@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from streamer.detection.findings import COEFFICIENTS
 from streamer.errors import FormatError, InputError, MismatchError, UsageError
-from streamer.json_types import Count, Sha256
+from streamer.json_types import Amount, Count, Keywords, Sha256, check
 from streamer.linalg.moments import Spectrum
 from streamer.linalg.operators import Delta, LowRank
 from streamer.methods import share_name
@@ -268,10 +268,8 @@ class Coefficients:
         """
         for one in self.sets:
             one.check()
-        arrays = {
-            tensor + FACTOR: torch.stack([one.matrices[tensor] for one in self.sets]).float()
-            for tensor in self.sets[0].matrices
-        }
+        stacked = {name: torch.stack([one.matrices[name] for one in self.sets]) for name in self.sets[0].matrices}
+        arrays = {name + FACTOR: factors.float() for name, factors in stacked.items()}
         FIT.save(Path(path), {**self.facts, "keeps": self.keeps}, arrays, overwrite)
 
 
@@ -423,10 +421,10 @@ class InputMap:
 
     @cached_property
     def _by_name(self) -> dict[str, list[MappedInput]]:
-        out: dict[str, list[MappedInput]] = {}
+        out = defaultdict[str, list[MappedInput]](list)
         for one in self.inputs:
             for name in one.names:
-                out.setdefault(name, []).append(one)
+                out[name].append(one)
         return out
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -448,11 +446,9 @@ class InputMap:
         """
         arrays: dict[str, Tensor] = {}
         for one in self.inputs:
-            name = one.names[0]
-            if one.vectors is None:
-                arrays[f"{name}.frequencies"] = one.values
-            else:
-                arrays |= {f"{name}.vectors": one.vectors, f"{name}.eigenvalues": one.values}
+            name, kind = one.names[0], "frequencies" if one.vectors is None else "eigenvalues"
+            vectors = {} if one.vectors is None else {f"{name}.vectors": one.vectors}
+            arrays |= {**vectors, f"{name}.{kind}": one.values}
         inputs = [
             {"names": list(one.names), "tokens": one.tokens, "trace": one.trace, "one_hot": one.vectors is None}
             for one in self.inputs
@@ -477,24 +473,18 @@ def _inputs(tree: dict[str, Any], arrays: dict[str, Tensor]) -> tuple[tuple[Mapp
     if arrays or not inputs:
         raise ValueError("its arrays do not match its inputs")
     facts = {key: value for key, value in tree.items() if key not in ("schema", "inputs")}
-    texts, vectors = facts["texts"], facts["vectors"]
+    check(facts, {"texts": list[dict[str, Any]], "vectors": Annotated[int, Keywords(minimum=1)]})
+    check(facts["configs"], {"base": dict[str, Any]})
+    for text in facts["texts"]:
+        check(text, {"name": str, "sha256": str})
     check_identities(facts["base"])
-    if not isinstance(facts["configs"]["base"], dict):
-        raise ValueError("the base's config is of another type")
-    if not (isinstance(texts, list) and type(vectors) is int and vectors >= 1):
-        raise ValueError("texts or vectors are of another type")
-    if not all(isinstance(text[key], str) for text in texts for key in ("name", "sha256")):
-        raise ValueError("a text has no name or no digest")
     return inputs, facts
 
 
 def _input(tree: dict[str, Any], arrays: dict[str, Tensor]) -> MappedInput:
+    check(tree, {"names": list[str], "tokens": Annotated[int, Keywords(minimum=1)], "trace": Amount, "one_hot": bool})
     names, trace, tokens = tuple(tree["names"]), tree["trace"], tree["tokens"]
-    if not (names and all(isinstance(name, str) for name in names)):
-        raise ValueError("the names of an input are not strings")
-    first = names[0]
-    if not (math.isfinite(trace) and trace >= 0 and type(tokens) is int and tokens > 0):
-        raise ValueError(f"{first!r} has an invalid trace or number of tokens")
+    first, *_ = names
     values = arrays.pop(f"{first}.{'frequencies' if tree['one_hot'] else 'eigenvalues'}")
     if values.dtype != torch.float64 or values.ndim != 1 or not bool((values.isfinite() & (values >= 0)).all()):
         raise ValueError(f"{first!r} has invalid eigenvalues")

@@ -37,11 +37,17 @@ from numpy.typing import ArrayLike, NDArray
 from streamer.detection.findings import SCHEMA as FINDINGS_SCHEMA
 from streamer.detection.findings import Findings, FindingsRecord, load_findings
 from streamer.errors import FormatError, MismatchError, OutputError, UsageError, printable
-from streamer.evaluation.evaluation import Evaluation, load_evaluation
-from streamer.evaluation.losses import EvaluationRecord
-from streamer.evaluation.view import commands, field_figures, reasons, verdict
+from streamer.evaluation.evaluation import (
+    Evaluation,
+    EvaluationRecord,
+    commands,
+    field_figures,
+    load_evaluation,
+    reasons,
+    verdict,
+)
 from streamer.json_types import Count, ReportFile
-from streamer.measuring.result_file import same_input
+from streamer.measuring.runs import same_input
 from streamer.methods import METHODS, takes_findings
 from streamer.output.job import Written, record_lines, verify_line
 from streamer.plan.name_matching import natural

@@ -32,10 +32,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from streamer.errors import FormatError, MissingInputError, NumericError, StreamerError, UnsupportedError
 from streamer.packages import require_package
 from streamer.plan.plan import Plan
-from streamer.plan.targets import Target
 from streamer.storage.files import storage_error
-from streamer.streaming.run_time import RunTimeTensor, match_run_time
-from streamer.streaming.values import Values, VariantSet
+from streamer.streaming.values import RunTimeTensor, Values, VariantSet, match_run_time
 from streamer.units import listed
 from streamer.weights.model_config import MODEL_CONFIG
 
@@ -195,17 +193,6 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
     return model.eval()
 
 
-def config_values(model: nn.Module, plan: Plan) -> dict[str, Any]:
-    """Return what a model's class reads of its config as JSON, as transformers writes it, so that another spelling makes no difference."""
-    own = model.config.to_json_string()  # type: ignore[operator, union-attr]  # a model of transformers, typed as a Module
-    quantization = plan.config.quantization  # perhaps of another file
-    tree = {**({"quantization_config": quantization} if quantization else {}), **json.loads(own)}
-    # Readers of records refuse NaN and lone surrogates, which a config may hold.
-    told = json.dumps(tree, ensure_ascii=False).encode(errors="replace")
-    return cast(dict[str, Any], json.loads(told, parse_constant=str, object_pairs_hook=lambda pairs: {
-        key: value for key, value in pairs if key not in UNREAD}))  # fmt: skip
-
-
 def _predicts_next(name: str) -> bool:
     from transformers.models.auto import modeling_auto as auto
 
@@ -308,10 +295,8 @@ class LoadedModel:
             raise UnsupportedError(
                 f"{job.plan.base.path}: {name} has no linear head behind a model of its own; evaluate and fit do not support it"
             )
-        state = {
-            n: tuple(t.shape)
-            for n, t in itertools.chain(self._model.named_parameters(remove_duplicate=False), self._buffers())
-        }
+        named = itertools.chain(self._model.named_parameters(remove_duplicate=False), self._buffers())
+        state = {n: tuple(t.shape) for n, t in named}
         tensors = match_run_time(job.plan, state, {n for n, _ in self._buffers()}, prefix)
         for n, buffer in self._buffers():
             if n in tensors:
@@ -327,7 +312,10 @@ class LoadedModel:
         self.vocabulary = self._head.out_features
         config = self._model.config.get_text_config()  # type: ignore[operator, union-attr]  # as above
         tables = [m for path, m in self._model.named_modules() if isinstance(m, nn.Embedding) and "position" in path]
-        self.positions = _position_count(tables, getattr(config, "max_position_embeddings", None))
+        # XLNet states -1 for any number; a position table with a padding row, like RoBERTa's, starts after that row.
+        stated = getattr(config, "max_position_embeddings", None)
+        padded = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
+        self.positions = stated - padded if isinstance(stated, int) and stated > 0 else None
         # Rotary embeddings without a table have frequencies; those of dynamic NTK and LongRoPE depend on the length.
         rotary = any(name.endswith("inv_freq") for name, _ in self._model.named_buffers())
         kind = str(getattr(config, "rope_parameters", None))
@@ -336,8 +324,14 @@ class LoadedModel:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Return what determines the logits besides weights; see `config_values`."""
-        return config_values(self._model, self.job.plan)
+        """Return what the class reads of the config, as transformers writes it, so that another spelling makes no difference."""
+        own = self._model.config.to_json_string()  # type: ignore[operator, union-attr]  # as above
+        quantization = self.job.plan.config.quantization  # perhaps of another file
+        tree = {**({"quantization_config": quantization} if quantization else {}), **json.loads(own)}
+        # Readers of records refuse NaN and lone surrogates, which a config may hold.
+        told = json.dumps(tree, ensure_ascii=False).encode(errors="replace")
+        return cast(dict[str, Any], json.loads(told, parse_constant=str, object_pairs_hook=lambda pairs: {
+            key: value for key, value in pairs if key not in UNREAD}))  # fmt: skip
 
     def _size(self, config: Any, inner: Sequence[RunTimeTensor], tensors: Collection[RunTimeTensor]) -> ModelSize:
         chosen = getattr(config, "num_experts_per_tok", None) or 1
@@ -348,16 +342,15 @@ class LoadedModel:
             return 1 if not t.stacked else t.shape[0] if t.name in run_all else min(chosen, t.shape[0])
 
         layers = [t for t in inner if t.shape != self._head.weight.shape]
-        whole = [t for t in tensors if self.values.targets(t) and self.values.low_rank_target(t) is None]
-        whole += [t for t in inner if t.stacked]
-        targets = [target for pairs in self.values.plan.by_weight.values() for target, _ in pairs]
+        whole = [*filter(self.values.dense, tensors), *(t for t in inner if t.stacked)]
+        targets = [t for pairs in self.values.plan.by_weight.values() for t, _ in pairs if t.module.low_rank]
         return ModelSize(
             widest=max((max(t.shape[-2:]) * (used(t) if t.name in run_all else 1) for t in layers), default=0),
             hidden=int(getattr(config, "hidden_size", 0)),
             vocabulary=self.vocabulary,
             attention=_attention_values(config),
             dense=16 * max((math.prod(t.shape[t.stacked :]) for t in whole), default=0),
-            factors=FACTOR_BYTES * max(map(_factor_values, targets), default=0),
+            factors=FACTOR_BYTES * max((t.module.factor_rank * sum(t.module.shape) for t in targets), default=0),
             products={t.name: math.prod(t.shape[t.stacked :]) * used(t) for t in inner},
             read=sum(self.values.plan.weights[weight].nbytes for weight in {w for t in tensors for w in t.weights}),
             short=_short_length(config),
@@ -370,7 +363,7 @@ class LoadedModel:
         return ((n, b) for n, b in self._model.named_buffers(remove_duplicate=False) if n in stored)
 
     def _fill(self, name: str, buffer: Tensor, tensor: RunTimeTensor) -> None:
-        if self.values.edited(tensor) or self.values.targets(tensor):
+        if self.values.edited(tensor) or tensor.targets(self.job.plan):
             raise UnsupportedError(
                 f"{self.job.plan.adapter.path}: changes {name!r}, a buffer; evaluate and fit do not support that"
             )
@@ -382,7 +375,8 @@ class LoadedModel:
 
     def check_all_used(self) -> None:
         """Raise `NumericError` if a sweep did not use everything that the adapter changes."""
-        if unused := self.values.unused():
+        values = self.values
+        if unused := sorted({*values.plan.by_weight} - values.applied | values.edits - values.read):
             raise NumericError(
                 f"{self.job.plan.adapter.path}: {len(unused)} of the tensors that it changes were not used in a sweep over the text, "
                 f"{listed(map(repr, unused))}; the losses would be those of another model"
@@ -398,25 +392,12 @@ def _attention_values(config: Any) -> int:
     return MASK_VALUES if windowed else 0
 
 
-def _position_count(tables: Sequence[nn.Embedding], stated: object) -> int | None:
-    """Return the most tokens of a sequence; a position table with a padding row, like RoBERTa's, starts after that row."""
-    if not isinstance(stated, int) or stated < 1:  # XLNet states -1 for any number
-        return None
-    return stated - max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
-
-
 def _short_length(config: Any) -> int | None:
     """Return the length up to which longrope uses its short factors; None for other rotary embeddings."""
     rope = getattr(config, "rope_parameters", None) or {}
     # Some models have separate parameters for each kind of layer.
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
     stated = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
-    length = next(
-        (n for n in stated if n), getattr(config, "original_max_position_embeddings", None) if stated else None
-    )
+    default = getattr(config, "original_max_position_embeddings", None) if stated else None
+    length = next((n for n in stated if n), default)
     return None if length is None else int(length)
-
-
-def _factor_values(target: Target) -> int:
-    """Return the number of values in a delta's factors; 0 for a dense delta."""
-    return (target.module.factor_rank if target.module.low_rank else 0) * sum(target.module.shape)

@@ -17,15 +17,17 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import itertools
+import os
 import pickle
+import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from streamer.detection.options import Run
-from streamer.errors import InputError, NumericError, UnsupportedError
+from streamer.errors import InputError, NumericError, StorageError, UnsupportedError
 from streamer.events import Monitor
 from streamer.linalg.operators import LowRank, linear
 from streamer.linalg.torch_state import full_float32
@@ -45,19 +47,98 @@ from streamer.plan.name_matching import TensorSlice, renames_for
 from streamer.plan.plan import AdapterBatch, Plan
 from streamer.plan.targets import Target
 from streamer.plan.tied_embeddings import find_ties
-from streamer.storage.files import give_freed_memory_back
+from streamer.storage.files import MAX_CALL_BYTES, drop_cached, give_freed_memory_back, read_at, storage_errors
 from streamer.streaming.model import LoadedModel, quiet_transformers, refused_errors
-from streamer.streaming.run_time import RunTimeTensor, WeightSource, layer_modules
-from streamer.streaming.spool import Spool, Spooled
-from streamer.streaming.values import LazyTensor, Reader, VariantSet
-from streamer.workers import Carried, Found, Inputs, Key, Task, held, packed
+from streamer.streaming.values import LazyTensor, Reader, RunTimeTensor, VariantSet, WeightSource, layer_modules
+from streamer.workers import Carried, Inputs, Task, held, packed
 
-LINEAR_BY_NAME = {"FalconLinear"}
-"""Subclasses of Linear with their own `forward` that still computes ``x Wᵀ + b``."""
+LINEAR_BY_NAME = {"FalconLinear", "Conv1D"}
+"""Classes with a `forward` of their own that computes exactly ``x Wᵀ + b``, or ``x W + b``."""
 
+
+Checkpoint = Callable[[], None]
+"""Function that is called before each parameter is read; it may raise to stop."""
 
 PLAIN = type(None), bool, int, float, str
 """Types of a layer's arguments, besides tensors and containers of them, that change nothing outside it."""
+
+
+@dataclass(frozen=True)
+class Spooled:
+    """Position of consecutive tensors in a spool.
+
+    Attributes
+    ----------
+    start, nbytes
+        Offset and length in bytes.
+    tensors
+        Shape, dtype and device of each tensor.
+    """
+
+    start: int
+    nbytes: int
+    tensors: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+
+
+class Spool:
+    """File that disappears with the process, and the tensors written to it.
+
+    Parameters
+    ----------
+    directory
+        Directory whose disk holds the file; by default the system's directory for temporary files.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = Path(tempfile.gettempdir()) if directory is None else directory
+        with storage_errors(self.directory, "make a temporary file"):
+            # Where the file system allows it, the file never has a name that a kill or a power cut could leave behind.
+            file = tempfile.TemporaryFile(buffering=0, prefix=".streamer-", dir=self.directory)  # noqa: SIM115  # `close` does
+        self._fd = file.fileno()
+        self.close = weakref.finalize(self, file.close)
+        """Frees the file's blocks."""
+        self.end = 0
+
+    def write(self, tensors: Sequence[Tensor], over: Spooled | None = None) -> Spooled:
+        """Append tensors, or write them `over` earlier ones of the same size.
+
+        Raises
+        ------
+        StorageError
+            If the disk has no room for them.
+        """
+        start = self.end if over is None or over.nbytes != sum(t.nbytes for t in tensors) else over.start
+        at = start
+        for tensor in tensors:
+            data = _bytes(tensor.detach().cpu().contiguous())
+            while data:
+                with storage_errors(self.directory, "write a temporary file"):
+                    done = os.pwrite(self._fd, data[:MAX_CALL_BYTES], at)
+                at, data = at + done, data[done:]
+        self.end = max(self.end, at)
+        return Spooled(start, at - start, tuple((t.shape, t.dtype, t.device) for t in tensors))
+
+    def read(self, place: Spooled) -> list[Tensor]:
+        """Read tensors into new memory on their devices."""
+        at, out = place.start, []
+        for shape, dtype, device in place.tensors:
+            tensor = torch.empty(shape, dtype=dtype)
+            data = _bytes(tensor)
+            while data:
+                with storage_errors(self.directory, "read a temporary file"):
+                    done = read_at(self._fd, data, at)
+                if not done:
+                    raise StorageError(
+                        f"{self.directory}: a temporary file is shorter than what was written to it; run the same command again"
+                    )
+                at, data = at + done, data[done:]
+            out.append(tensor.to(device))
+        drop_cached(self._fd, place.start, place.nbytes)
+        return out
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
 
 
 @dataclass(eq=False)
@@ -126,10 +207,8 @@ class Group:
             return True
         known = {leaf.untyped_storage()._cdata for leaf in tree_flatten(self.out)[0] if isinstance(leaf, Tensor)}
         first = [tensor for ref in self._first if (tensor := ref()) is not None]
-        return all(
-            state.untyped_storage()._cdata in known or any(state is tensor for tensor in first)
-            for state in self._states(args)
-        )
+        others = [state for state in self._states(args) if state.untyped_storage()._cdata not in known]
+        return all(any(state is tensor for tensor in first) for state in others)
 
     @contextlib.contextmanager
     def at_hand(self, spool: Spool | None) -> Iterator[None]:
@@ -145,9 +224,8 @@ class Group:
     def enter(self, args: Any) -> None:
         """Note the states of tokens with which the group enters a layer, as bytes of their whole storage."""
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in self._states(tree_flatten(args)[0])}
-        self._state = [
-            torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in storages.values() if s.resizable()
-        ]
+        resizable = [s for s in storages.values() if s.resizable()]
+        self._state = [torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in resizable]
 
     def _states(self, leaves: Sequence[Any]) -> list[Tensor]:
         """List the states of the group's tokens among a layer's arguments."""
@@ -161,20 +239,29 @@ SECONDS = 60.0
 STATES = SealedKind("streamer.states", "streamer.states/1", "states of a sweep", "start again")
 
 
-class _Read(Mapping[Key, Found]):
-    """Values by key, each read or made when it is asked for."""
+Name = TypeVar("Name")
+Value = TypeVar("Value")
 
-    def __init__(self, readers: Mapping[Key, Callable[[], Found]]) -> None:
-        self._readers = readers
 
-    def __getitem__(self, key: Key) -> Found:
-        return self._readers[key]()
+@dataclass(frozen=True)
+class OnDemand(Mapping[Name, Value]):
+    """Values by name, each read or made when it is asked for."""
 
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._readers)
+    names: Collection[Name]
+    read: Callable[[Name], Value]
+
+    def __getitem__(self, name: Name) -> Value:
+        return self.read(name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the values themselves: another process lacks the source from which they are read."""
+        return dict, (dict(self),)
+
+    def __iter__(self) -> Iterator[Name]:
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self._readers)
+        return len(self.names)
 
 
 @dataclass
@@ -197,7 +284,7 @@ class States:
 
     path: Path
     sweep: str
-    factors: Callable[[], Mapping[str, Callable[[], Tensor]]] = dict
+    factors: Callable[[], Mapping[str, Tensor]] = dict
     restore: Callable[[Mapping[str, Tensor]], None] = lambda factors: None
     resumed: Callable[[int], None] = lambda layers: None
     _saved: float = field(default_factory=time.monotonic)
@@ -215,11 +302,11 @@ class States:
             with group.at_hand(model.spool):
                 return leaf.cpu().clone()
 
-        arrays = dict(self.factors())
+        factors, leaves = self.factors(), dict[str, tuple[Group, Tensor]]()
         for number, group in enumerate(groups):
-            leaves = enumerate(group.leaves)
-            arrays |= {f"{number}.{i}": partial(read, group, leaf) for i, leaf in leaves if leaf is not None}
-        STATES.save(self.path, tree, _Read(arrays), overwrite=True)
+            leaves |= {f"{number}.{i}": (group, leaf) for i, leaf in enumerate(group.leaves) if leaf is not None}
+        arrays = OnDemand([*factors, *leaves], lambda name: read(*leaves[name]) if name in leaves else factors[name])
+        STATES.save(self.path, tree, arrays, overwrite=True)
         self._saved = time.monotonic()
 
     def load(self, model: SweepModel, groups: Sequence[Group]) -> int:
@@ -275,40 +362,27 @@ Solve = Callable[[Site, Mapping[Group, Tensor]], None]
 """Receives a site and the inputs of the groups that reached it, in the groups' order."""
 
 
-class Watch(Protocol):
-    """Says which matrices of a parameter are watched."""
-
-    def matrices(self, tensor: RunTimeTensor, slice_: TensorSlice, crossed: bool) -> Sequence[Any]:
-        """List the matrices in a slice whose inputs are multiplied with its columns, or with its rows if `crossed`."""
-
-    def tables(self, tensor: RunTimeTensor) -> Sequence[tuple[Any, int]]:
-        """List the matrices that are looked up by one-hot inputs, each with the number of possible inputs."""
-
-    def names(self, tensor: RunTimeTensor) -> Iterable[str]:
-        """Name all matrices of a parameter."""
-
-
 class TargetWatch:
-    """Watches the targets of an adapter."""
+    """Watches the targets of an adapter: says which matrices of a parameter make sites."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
-    def _pairs(self, tensor: RunTimeTensor) -> list[tuple[Target, TensorSlice]]:
-        return [pair for weight in sorted(tensor.weights) for pair in self._plan.by_weight.get(weight, ())]
-
     def matrices(self, tensor: RunTimeTensor, slice_: TensorSlice, crossed: bool) -> Sequence[Target]:
-        """List the targets. A tied head has the other side: it multiplies with the transpose of an embedding's delta."""
+        """List the targets in a slice whose inputs are multiplied with its columns, or with its rows if `crossed`.
+
+        A tied head has the other side: it multiplies with the transpose of an embedding's delta.
+        """
         pairs = self._plan.by_weight.get(slice_.weight, ())
         return [t for t, part in pairs if slice_.index in (None, part.index) and t.transposed == crossed]
 
     def tables(self, tensor: RunTimeTensor) -> Sequence[tuple[Target, int]]:
-        """List the targets that are embeddings."""
-        return [(t, t.module.shape[1]) for t, part in self._pairs(tensor) if t.transposed and part.rows is None]
+        """List the targets that are looked up by one-hot inputs, each with the number of possible inputs."""
+        return [(t, t.module.shape[1]) for t, part in tensor.targets(self._plan) if t.transposed and part.rows is None]
 
     def names(self, tensor: RunTimeTensor) -> Iterable[str]:
         """Return the names of the targets."""
-        return [target.tensor for target, _ in self._pairs(tensor)]
+        return [target.tensor for target, _ in tensor.targets(self._plan)]
 
 
 LOOKED_UP = " (looked up)"
@@ -357,6 +431,9 @@ class BaseWatch:
         return [_name(slice_) for source in tensor.adapted for slice_ in source.slices]
 
 
+Watch = TargetWatch | BaseWatch
+
+
 def _name(slice_: TensorSlice) -> str:
     return slice_.weight if slice_.index is None else f"{slice_.weight}[{slice_.index}]"
 
@@ -382,6 +459,8 @@ class SweepModel(LoadedModel):
         Names of watched matrices that a group of a fit used in another way than a product or a look-up.
     at
         In a worker: the digest of the variants and the layer of the last task.
+    pause
+        Pauses the group that runs: at a layer, or, given a site, until its matrices are fitted.
     """
 
     def __init__(self, job: VariantSet) -> None:
@@ -394,8 +473,8 @@ class SweepModel(LoadedModel):
         self.resumable = True
         self.at: tuple[str, int] | None = None
         self._watch: Watch | None = None
-        self._checkpoint: Callable[[], None] = _nothing
-        self._switch: Callable[[Site | None], None] = _nothing
+        self._checkpoint: Checkpoint = _nothing
+        self.pause: Callable[[Site | None], None] = _nothing
         positions = itertools.count()
         for _, module, own in self.modules:
             for name, tensor in own.items():
@@ -409,9 +488,9 @@ class SweepModel(LoadedModel):
             layer.register_forward_hook(lambda module, args, out: setattr(self.group, "out", out))
             layer.forward = partial(self._layer, layer.forward)
         for module in self._inner:
-            module.register_forward_hook(lambda module, args, out: self._end_below_head(module, out))
+            module.register_forward_hook(self._end_below_head)
 
-    def _end_below_head(self, module: nn.Module, out: Any) -> None:
+    def _end_below_head(self, module: nn.Module, _: Any, out: Any) -> None:
         if self.group.stream is None:
             self.group.results[module] = out
 
@@ -429,13 +508,14 @@ class SweepModel(LoadedModel):
 
         A weight that the adapter replaces or changes by a dense delta is not rounded: rounding would erase its difference from the base.
         """
-        if not self.job.rounds_products or not is_linear(module):
+        kind = type(module)
+        linear = kind.forward is nn.Linear.forward or kind.__name__ in LINEAR_BY_NAME
+        if not (self.job.rounds_products and linear):
             return False
-        dense = bool(self.values.targets(weight)) and self.values.low_rank_target(weight) is None
-        return not dense and not self.values.edited(weight)
+        return not self.values.dense(weight) and not self.values.edited(weight)
 
     @contextlib.contextmanager
-    def _running(self, checkpoint: Callable[[], None]) -> Iterator[None]:
+    def _running(self, checkpoint: Checkpoint) -> Iterator[None]:
         """Compute without gradients, in silence, and turn errors of the model's own code into ours."""
         self._checkpoint = checkpoint
         try:
@@ -444,7 +524,7 @@ class SweepModel(LoadedModel):
         finally:
             self.block, self._checkpoint = None, _nothing
 
-    def run(self, groups: Sequence[Group], checkpoint: Callable[[], None], solve: Solve | None = None, watch: Watch | None = None,
+    def run(self, groups: Sequence[Group], checkpoint: Checkpoint, solve: Solve | None = None, watch: Watch | None = None,
             after: Callable[[str], bool | None] = _nothing, states: States | None = None, away: Run | None = None) -> bool:  # fmt: skip
         """Run groups through all layers; return whether workers ran the riders.
 
@@ -484,7 +564,7 @@ class SweepModel(LoadedModel):
             runs[group].gr_context = contextvars.copy_context()
         with self._running(checkpoint), contextlib.ExitStack() as stopped:
             stopped.callback(self._end, runs)  # within the context, whose grad mode the groups leave as they found it
-            self._switch, self._watch = main.switch, watch
+            self.pause, self._watch = main.switch, watch
             while (away and done <= len(self.layers)) or not all(runs[g].dead for g in (fitted if away else groups)):
                 moving = [group for group in fitted if not runs[group].dead]
                 while moving:
@@ -495,9 +575,7 @@ class SweepModel(LoadedModel):
                     give_freed_memory_back()
                     if sites:
                         first = min(sites, key=lambda site: site.order)
-                        inputs = {
-                            group: site.x for group in fitted if (site := stops[group]) and site.order == first.order
-                        }
+                        inputs = {g: site.x for g in fitted if (site := stops[g]) and site.order == first.order}
                         if solve is not None:
                             solve(first, inputs)
                         moving = list(inputs)
@@ -540,7 +618,7 @@ class SweepModel(LoadedModel):
         within = [{*module.modules()} for module in layer_modules(self._model).values()]
         others = set[nn.Module]().union(*within) - set[nn.Module]().union(*within[layer : layer + 1])
         used = (t for _, module, own in self.modules if module not in others for t in own.values())
-        job = Carried(self.job.only({target.tensor for t in used for target, _ in self.values.targets(t)}))
+        job = Carried(self.job.only({target.tensor for t in used for target, _ in t.targets(self.job.plan)}))
         inputs = Inputs.of(AdapterBatch(self.job.plan.base, (self.job.plan,)), run)
 
         def sent(group: Group) -> bytes:
@@ -552,8 +630,8 @@ class SweepModel(LoadedModel):
             step = partial(ride, job=job, layer=layer, riders=tuple(map(sent, own)), end=end, room=room)
             return Task(inputs, torch.get_num_threads(), name, step)
 
-        pairs = zip(riders, ends or [None] * len(riders), strict=True)
-        tasks = _Read({number: partial(task, *pair) for number, pair in enumerate(pairs)})
+        pairs = [*zip(riders, ends or [None] * len(riders), strict=True)]
+        tasks = OnDemand(range(len(pairs)), lambda number: task(*pairs[number]))
         with contextlib.closing(run.workers.run(tasks, run.monitor, _nothing, AT_ONCE)) as results:
             for number, (found, applied, read) in results:
                 self.values.applied |= applied
@@ -562,7 +640,7 @@ class SweepModel(LoadedModel):
 
     def _end(self, runs: Mapping[Group, Any]) -> None:
         """Unwind groups that were stopped on the way."""
-        self._switch, self._watch = _nothing, None
+        self.pause, self._watch = _nothing, None
         for run in runs.values():
             if run and not run.dead:
                 run.throw()
@@ -584,17 +662,13 @@ class SweepModel(LoadedModel):
         self.resumable &= follows and all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves)
         if self.spool is not None:
             self.group.enter(args)
-        self._switch(None)
-
-    def stop(self, site: Site) -> None:
-        """Pause the group that runs until a site's matrices are fitted."""
-        self._switch(site)
+        self.pause(None)
 
     def _forward(self) -> None:
         self._model(input_ids=self.group.ids.to(self.job.device), use_cache=False)
 
     def logits(self, parts: Sequence[Sequence[Group]], block: int | Iterable[tuple[int, int]],
-               checkpoint: Callable[[], None]) -> Iterator[tuple[int, int, int, Tensor]]:  # fmt: skip
+               checkpoint: Checkpoint) -> Iterator[tuple[int, int, int, Tensor]]:  # fmt: skip
         """Compute the logits of riders that have run, one block of the vocabulary at a time.
 
         Parameters
@@ -627,7 +701,13 @@ class SweepModel(LoadedModel):
     def _logits(self, group: Group) -> Tensor:
         """Compute a group's logits of the current block: (sequences, length, block)."""
         self.group = group
-        outer = self._outermost(group.results)
+        outer = next((module for module in self._inner if module in group.results), None)
+        if outer is None:
+            raise UnsupportedError(
+                f"{self.job.plan.base.path}: {type(self._model).__name__} does not compute its logits with a model of its own and its "
+                "head alone; not supported by evaluate and fit"
+            )
+        # If the outermost model below the head returns its result again, nothing inside it runs.
         result, (i, j) = group.results[outer], self.block or (0, self.vocabulary)
         ids = group.ids.to(self.job.device)
         outer.forward = lambda *args, **kwargs: result
@@ -641,16 +721,6 @@ class SweepModel(LoadedModel):
                 "the vocabulary: it does not compute all logits with its head alone; not supported by evaluate and fit"
             )
         return out
-
-    def _outermost(self, results: Mapping[nn.Module, Any]) -> nn.Module:
-        """Find the outermost model below the head that ran; if it returns its result again, nothing inside it runs."""
-        found: nn.Module | None = next((module for module in self._inner if module in results), None)
-        if found is None:
-            raise UnsupportedError(
-                f"{self.job.plan.base.path}: {type(self._model).__name__} does not compute its logits with a model of its own and its "
-                "head alone; not supported by evaluate and fit"
-            )
-        return found
 
 
 End = Callable[[SweepModel, Sequence[Group]], Any]
@@ -701,12 +771,6 @@ def ride(batch: AdapterBatch, monitor: Monitor, job: Carried[dict[str, Any]], la
         return found, model.values.applied, model.values.read
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Test whether a module computes exactly ``x Wᵀ + b``, or ``x W + b`` as Conv1D does."""
-    kind = type(module)
-    return kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D" or kind.__name__ in LINEAR_BY_NAME
-
-
 class _Reader(Reader):
     """Reads one parameter under the variant of the group that runs.
 
@@ -754,9 +818,8 @@ class _Reader(Reader):
             self.model.whole.update(self.watch.names(self.tensor))
         i, j = self._rows()
         if self.values.row_access(self.tensor) and not self.values.changes(self.sources[0].slices[0], self.variant):
-            return torch.cat([rows for *_, rows in self.values.blocks(self.sources[0], self.variant, i, j)]).view(
-                j - i, *self.shape[1:]
-            )
+            rows = [rows for *_, rows in self.values.blocks(self.sources[0], self.variant, i, j)]
+            return torch.cat(rows).view(j - i, *self.shape[1:])
         return self.values.whole(self.tensor, self.variant)[i:j]
 
     def matrix(self, index: int) -> Tensor | None:
@@ -779,7 +842,7 @@ class _Reader(Reader):
             if ids.shape[:2] != (count, length) and (ids.shape[:1] == (1,) or length in ids.shape):
                 # One look-up serves all sequences: of positions, (1, length), or of pairs of them, (length, length).
                 all_ids = ids.expand(count, *ids.shape)
-            self.model.stop(Site((True, 0, self.position), (matrix,), all_ids.flatten(), size))
+            self.model.pause(Site((True, 0, self.position), (matrix,), all_ids.flatten(), size))
         changes = [change for _, change in self.values.changes(self.sources[0].slices[0], variant)]
         if not all(isinstance(change, LowRank) for change in changes):
             return self.values.whole(self.tensor, variant)[ids]
@@ -808,9 +871,8 @@ class _Reader(Reader):
         self.model._checkpoint()
         changes = [values.changes(slice_, self.variant) for slice_ in source.slices]
         if not all(isinstance(change, LowRank) for own in changes for _, change in own):
-            W = values.kept.get((self.name, index, self.variant), lambda: values.matrix(source, self.variant))[
-                slice(*rows)
-            ]
+            whole = values.kept.get((self.name, index, self.variant), lambda: values.matrix(source, self.variant))
+            W = whole[slice(*rows)]
             return (X @ (W if transposed else W.T)).view(*x.shape[:-1], -1)
         shapes = [values.weight_of(slice_, self.variant).matrix for slice_ in source.slices]
         starts = [*itertools.accumulate((m for m, _ in shapes), initial=0)]
@@ -837,12 +899,12 @@ class _Reader(Reader):
         slices = [(slice_, watch.matrices(self.tensor, slice_, crossed)) for slice_ in adapted.slices]
         if not crossed:
             if matrices := tuple(matrix for _, own in slices for matrix in own):
-                self.model.stop(Site(order, matrices, X))
+                self.model.pause(Site(order, matrices, X))
             return
         for slice_, own in slices:
             size = self.values.weight_of(slice_, self.variant).matrix[0]
             if own:
-                self.model.stop(Site(order, tuple(own), X[:, at : at + size]))
+                self.model.pause(Site(order, tuple(own), X[:, at : at + size]))
             at += size
 
     def _base_product(
@@ -891,7 +953,7 @@ TOLERANCE = 1e-3
 Ids = NDArray[np.int64]
 
 
-def check_logits(model: SweepModel, ids: Ids, checkpoint: Callable[[], None]) -> None:
+def check_logits(model: SweepModel, ids: Ids, checkpoint: Checkpoint) -> None:
     """Check the base's logits on two short sequences that differ in the last token, and compare one vocabulary block with two.
 
     Parameters
@@ -931,7 +993,7 @@ def check_logits(model: SweepModel, ids: Ids, checkpoint: Callable[[], None]) ->
         raise _sees_what_follows(plan)
 
 
-def changed_by_padding(model: SweepModel, ids: Ids, shorter: int, block: int, checkpoint: Callable[[], None]) -> bool:
+def changed_by_padding(model: SweepModel, ids: Ids, shorter: int, block: int, checkpoint: Checkpoint) -> bool:
     """Test whether the base's logits of a sequence's first tokens change if the sequence ends after them.
 
     They do in models whose attention selects some of the keys, because the number of all keys decides ties. The sequence runs whole and

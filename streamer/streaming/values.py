@@ -1,4 +1,8 @@
-"""Read the values of a loaded model's tensors under each variant: the base's own, or with the adapter's edits and mitigated deltas.
+"""Find the weights on disk that form each parameter and buffer of a loaded model.
+
+``model.layers.0.mlp.up_proj.weight`` of a vision-language model → ``language_model.model.layers.0.mlp.up_proj.weight`` on disk;
+``model.layers.0.mlp.experts.gate_up_proj`` (8, 2·I, H) → for each expert, ``….experts.3.w1.weight`` above ``….experts.3.w3.weight``.
+Read the values of a loaded model's tensors under each variant: the base's own, or with the adapter's edits and mitigated deltas.
 
 Name the variants of a model to compare: the base, the unchanged adapter, and each method at each λ.
 
@@ -8,30 +12,218 @@ Stand in for a model's parameter with a tensor that needs no memory and reads it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from streamer.detection.findings import Findings
-from streamer.errors import UnsupportedError, UsageError
+from streamer.errors import MismatchError, UnsupportedError, UsageError
 from streamer.json_types import Selection
 from streamer.linalg.operators import Delta, LowRank
 from streamer.linalg.torch_state import CPU
 from streamer.methods import METHODS, UNCHANGED, Method, MethodName, NullSpace, Paper, RegMean, make_method, options_of
 from streamer.methods.files import Coefficients, InputMap
 from streamer.output.adapter_writer import back_project
-from streamer.plan.name_matching import TensorSlice
+from streamer.plan.architectures import architecture_for, architectures_for
+from streamer.plan.name_matching import MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, TensorSlice, renames_for
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
-from streamer.streaming.run_time import RunTimeTensor, WeightSource
+from streamer.plan.tied_embeddings import TiedNames, find_ties
+from streamer.units import listed
 from streamer.weights.base import Plain, Weight
 from streamer.weights.logical import WeightView
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Weights on disk, concatenated by rows, that form a tensor of the loaded model or one matrix of a stack.
+
+    Attributes
+    ----------
+    slices
+        The weights' names, with the matrix's index if a weight is a stack.
+    transposed
+        Whether the loaded tensor is the transpose.
+    """
+
+    slices: tuple[TensorSlice, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class RunTimeTensor:
+    """Parameter or buffer of the loaded model.
+
+    Attributes
+    ----------
+    name, shape
+        Name and shape in the loaded model.
+    base, adapted
+        Sources in the base and in the adapted model, which may undo a tie: one for the whole tensor, or one for each expert.
+    stacked
+        Whether there is one source for each expert.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    base: tuple[WeightSource, ...]
+    adapted: tuple[WeightSource, ...]
+    stacked: bool = False
+
+    @property
+    def weights(self) -> set[str]:
+        """Return the names of the adapted model's weights that form it."""
+        return {piece.weight for source in self.adapted for piece in source.slices}
+
+    def targets(self, plan: Plan) -> list[tuple[Target, TensorSlice]]:
+        """List the targets in it, each with its slice."""
+        return [pair for weight in sorted(self.weights) for pair in plan.by_weight.get(weight, ())]
+
+
+def match_run_time(
+    plan: Plan, shapes: Mapping[str, tuple[int, ...]], optional: Iterable[str], prefix: str
+) -> dict[str, RunTimeTensor]:
+    """Match each tensor of a loaded model to the base's weights, and check that they include everything that the adapter changes.
+
+    Parameters
+    ----------
+    shapes
+        Name → shape of every parameter and persistent buffer.
+    optional
+        Buffers that a checkpoint may lack because the class computes them.
+    prefix
+        The class's ``base_model_prefix``, with which a checkpoint's names may begin.
+
+    Raises
+    ------
+    MismatchError
+        If a parameter has no weights, or weights of another shape.
+    UnsupportedError
+        If loading builds weights in an unknown way, or the adapter changes a weight that the loaded model does not have.
+    """
+    if plan.weights.quantized_names and any(a.conv1d for a in architectures_for(plan.config)):
+        raise UnsupportedError(
+            f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in), and the loaded model as (in, out), "
+            "which is not supported by evaluate and fit; use the 16-bit base"
+        )
+    names, optional = _Names(plan, prefix), set(optional)
+    found = {name: tensor for name, shape in shapes.items() if (tensor := names.find(name, shape)) is not None}
+    if missing := [name for name in shapes if name not in found and name not in optional]:
+        raise MismatchError(
+            f"{plan.base.path}: lacks {len(missing)} of {len(shapes)} tensors of its class, {listed(map(repr, missing))}; is it of another "
+            "class than its config.json says?"
+        )
+    used = {weight for tensor in found.values() for weight in tensor.weights}
+    if lost := sorted(names.edited - used):
+        raise UnsupportedError(
+            f"{plan.adapter.path}: changes {len(lost)} tensors that the class of {plan.base.path} does not use to compute a text's losses, "
+            f"{listed(map(repr, lost))}; evaluate and fit cannot measure them"
+        )
+    return found
+
+
+class _Names:
+    """Index of weights on disk by the run-time names that loading gives them."""
+
+    def __init__(self, plan: Plan, prefix: str) -> None:
+        self.plan, self.prefix = plan, f"{prefix}." if prefix else ""
+        renames, edits = renames_for(plan.config), plan.edits
+        self.at: dict[str, list[Loaded]] = defaultdict(list)
+        on_disk = [*plan.weights.stored, *(n for n in edits.sources if n not in plan.weights.stored)]
+        for loaded in renames.loaded(on_disk):
+            self.at[loaded.name].append(loaded)
+        for name in on_disk:  # transformers skips a rename if the model has no tensor of the new name
+            self.at.setdefault(name, [Loaded(name, name)])
+        self.ties: dict[str, TiedNames] = {}
+        architecture = architecture_for(plan.config)
+        for tie in find_ties(plan.base.weight_map, architecture, renames):
+            self.ties |= {name: tie for name in tie.on_disk if tie.stored}
+        self.edited = {*edits.sources, *edits.rows, *edits.shifts, *plan.by_weight}
+
+    def find(self, name: str, shape: tuple[int, ...]) -> RunTimeTensor | None:
+        """Find the sources of one tensor; None if it has none."""
+        spellings = dict.fromkeys((name, name.removeprefix(self.prefix), self.prefix + name))
+        loaded = next((self.at[spelling] for spelling in spellings if spelling in self.at), [])
+        tie = next((self.ties[spelling] for spelling in spellings if spelling in self.ties), None)
+        if loaded and loaded[0].by is not None:
+            sources = self._built(name, loaded, shape)
+            return RunTimeTensor(name, shape, sources, sources, stacked=True)
+        mine = loaded[0].tensor if loaded else None
+        if mine is None and tie is not None:
+            mine = next((tie.on_disk[s] for s in spellings if s in tie.on_disk), None) or tie.stored
+        if mine is None or (tie is None and mine not in self.plan.weights.stored):
+            return None
+        stands, tied_to = mine in self.plan.weights.stored, mine if tie is None else tie.stored
+        own = mine in self.edited or (stands and mine not in self.plan.edits.dropped)
+        base, adapted = self._direct(mine if stands else tied_to, shape), self._direct(mine if own else tied_to, shape)
+        stacked = len(shape) == 3 and adapted[0].slices[0].index is not None
+        return RunTimeTensor(name, shape, base, adapted, stacked)
+
+    def _direct(self, weight: str, shape: tuple[int, ...]) -> tuple[WeightSource, ...]:
+        """Use a weight unchanged; a stack gives one source for each matrix."""
+        weights, sources = self.plan.weights, self.plan.edits.sources
+        stored = weights.shape(weight) if weight in weights else sources[weight].info.shape
+        if stored != shape:
+            raise MismatchError(
+                f"{self.plan.base.path}: {weight!r} has shape {list(stored)}, and its class expects {list(shape)}; is it of another class, "
+                "or another vocabulary, than its config.json says?"
+            )
+        if len(shape) == 3 and not weight.endswith(".weight"):  # a name in .weight is a convolution's
+            return tuple(WeightSource((TensorSlice(weight, e),)) for e in range(shape[0]))
+        return (WeightSource((TensorSlice(weight),)),)
+
+    def _built(self, name: str, loaded: Sequence[Loaded], shape: tuple[int, ...]) -> tuple[WeightSource, ...]:
+        """Collect the pieces of a tensor that loading builds, from each expert's tensors or from stacks."""
+        by = loaded[0].by
+        assert by is not None
+        if not by.stacks or len(shape) != 3:
+            raise UnsupportedError(
+                f"{self.plan.base.path}: {name!r} is built on loading by {' and '.join(by.by)} from {loaded[0].tensor!r}, "
+                "which is not supported by evaluate and fit; save the base again with the transformers that is installed"
+            )
+        numbered = MERGE in by.by
+        sources: list[dict[int, str]] = [{} for _ in by.sources]
+        for part in loaded:
+            sources[part.source][(part.number if numbered else 0) or 0] = part.tensor
+        experts = range(shape[0])
+        if any(sorted(s) != (list(experts) if numbered else [0]) for s in sources):
+            raise MismatchError(
+                f"{self.plan.base.path}: {name!r} is built on loading from {loaded[0].tensor!r} and similar tensors, which are not one for "
+                f"each of {shape[0]} experts"
+            )
+        shapes = [self.plan.weights[s[0]].shape[0 if numbered else 1 :] for s in sources]
+        if any(len(shape) != 2 for shape in shapes) or len({shape[1] for shape in shapes}) != 1:
+            raise MismatchError(f"{self.plan.base.path}: {sources[0][0]!r} and its like do not fit together: {shapes}")
+        rows, width = sum(shape[0] for shape in shapes), shapes[0][1]
+        transposed = by.by == (TRANSPOSE,) or (by.by == (TRANSPOSE_IF,) and (rows, width) != shape[1:])
+        if ((width, rows) if transposed else (rows, width)) != shape[1:]:
+            raise MismatchError(
+                f"{self.plan.base.path}: {name!r} is built on loading of matrices {[rows, width]}, and its class expects {list(shape[1:])}"
+            )
+
+        def pieces(e: int) -> tuple[TensorSlice, ...]:
+            return tuple(TensorSlice(s[e]) if numbered else TensorSlice(s[0], e) for s in sources)
+
+        return tuple(WeightSource(pieces(e), transposed) for e in experts)
+
+
+def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """List by path the layers of a transformers model that its authors declare safe to run again; nested layers are left out."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = module
+    return found
+
 
 Shared = TypeVar("Shared", Tensor, Delta)
 
@@ -109,14 +301,15 @@ def make_variants(
     Paper(select=select)  # refuses a bad selection, whatever the methods
     if mapped is not None and NullSpace.name not in methods:
         methods = (*methods, NullSpace.name)
-    files = {"map": mapped, "coefficients": None if coefficients is None else coefficients.sets[0]}
+    files = {"map": mapped, "coefficients": coefficients and coefficients.sets[0]}
     given = {"select": select, "amplify": amplify, **{name: file for name, file in files.items() if file is not None}}
     made: list[Method] = []
     for name in methods:
         own = options_of(METHODS[name]) if name in METHODS else []
         options = {option: value for option, value in given.items() if option in own}
-        made += [make_method(name, mitigation_lambda=lam, **options) for lam in lambdas if "mitigation_lambda" in own]
-        if "mitigation_lambda" not in own:  # refuses an unknown name, and missing coefficients
+        if "mitigation_lambda" in own:
+            made += [make_method(name, mitigation_lambda=lam, **options) for lam in lambdas]
+        else:  # refuses an unknown name, and missing coefficients
             make_method(name, **options)
     if coefficients is not None:
         made += [RegMean(coefficients.select(keep)) for keep in coefficients.keeps]
@@ -207,10 +400,9 @@ class LazyTensor(Tensor):
 def _refuse_writing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Refuse an operation that changes a parameter: it would change only a temporary copy."""
     name = getattr(func, "__name__", "")
-    inplace = name in ("__setitem__", "__set__") or (
-        name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
-    )
-    inplace = inplace or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+    inplace = name in ("__setitem__", "__set__")
+    inplace |= name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
+    inplace |= name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
     if (inplace and args and isinstance(args[0], LazyTensor)) or isinstance(kwargs.get("out"), LazyTensor):
         target = args[0] if inplace else kwargs["out"]
         raise UnsupportedError(
@@ -280,14 +472,8 @@ def _bmm(input: Any, mat2: Any) -> Tensor | None:  # noqa: A002  # torch's names
     """Compute ``x_e W_e`` for each matrix of a stack, one at a time."""
     if isinstance(input, LazyTensor) or not isinstance(mat2, LazyTensor) or len(input) != mat2.shape[0]:
         return None
-    products = []
-    for e, own in enumerate(input):
-        matrix = mat2.reader.matrix(e)
-        if matrix is None:
-            return None
-        product = _matmul(own, matrix)
-        products.append(own @ matrix if product is None else product)
-    return torch.stack(products)
+    matrices = [matrix for e in range(len(input)) if (matrix := mat2.reader.matrix(e)) is not None]
+    return torch.stack([own @ matrix for own, matrix in zip(input, matrices, strict=True)]) if matrices else None
 
 
 def _transpose(weight: Any, *dimensions: int) -> Tensor | None:
@@ -404,26 +590,21 @@ class Values:
 
     def edited(self, tensor: RunTimeTensor) -> bool:
         """Test whether the adapter changes a tensor other than by deltas; such changes affect all variants but the base."""
-        return bool(self._edited & tensor.weights) or tensor.base != tensor.adapted
+        return bool(self.edits & tensor.weights) or tensor.base != tensor.adapted
 
-    def targets(self, tensor: RunTimeTensor) -> list[tuple[Target, TensorSlice]]:
-        """List the targets in a tensor, each with its slice."""
-        return [pair for weight in sorted(tensor.weights) for pair in self.plan.by_weight.get(weight, ())]
-
-    def low_rank_target(self, tensor: RunTimeTensor) -> Target | None:
-        """Return the target that covers the whole tensor, if its delta is given as factors."""
-        pairs = self.targets(tensor)
-        if len(pairs) != 1 or tensor.stacked or tensor.adapted[0].transposed or len(tensor.adapted[0].slices) > 1:
-            return None
-        (target, slice_), low_rank = pairs[0], pairs[0][0].module.low_rank
-        return target if low_rank and slice_.index is None and slice_.rows is None and len(tensor.shape) == 2 else None
+    def dense(self, tensor: RunTimeTensor) -> bool:
+        """Test whether the adapter changes a tensor by deltas, and not by one whose factors cover the whole tensor."""
+        pairs, source = tensor.targets(self.plan), tensor.adapted[0]
+        if len(pairs) != 1 or tensor.stacked or source.transposed or len(source.slices) > 1 or len(tensor.shape) != 2:
+            return bool(pairs)
+        ((target, slice_),) = pairs
+        return not target.module.low_rank or slice_.index is not None or slice_.rows is not None
 
     def change(self, target: Target, part: TensorSlice, variant: int) -> Delta:
         """Compute the change Δ' that a variant's adapter makes to a slice of a weight, in float32 and oriented as the weight is stored."""
         self.applied.add(part.weight)
-        delta = self.kept.get(
-            (target.tensor, variant), lambda: self._delta(target, variant).to(torch.float32, self.device)
-        )
+        key = target.tensor, variant
+        delta = self.kept.get(key, lambda: self._delta(target, variant).to(torch.float32, self.device))
         delta = delta if part.rows is None else delta.row_slice(*part.rows)
         return delta.T if target.transposed else delta
 
@@ -488,7 +669,7 @@ class Values:
                         self._edit(slice_.weight, variant, values, i)
                     return values
 
-                adapted = self.adapted(variant) and slice_.weight in self._edited
+                adapted = self.adapted(variant) and slice_.weight in self.edits
                 yield at + i, at + j, self.kept.get((slice_, i, j, adapted, dtype), read)
             at += m
 
@@ -500,16 +681,15 @@ class Values:
         some = isinstance(weight, Plain) and not weight.load_bytes  # mapped: only pages of these rows are read
         rows = weight.rows(0, weight.matrix[0])[unique] if some else torch.cat([weight.rows(i, i + 1) for i in wanted])
         rows = rows.to(torch.float32, copy=True).reshape(-1, *tensor.shape[1:])
-        for number, i in enumerate(wanted if slice_.weight in self._edited else ()):
+        for number, i in enumerate(wanted if slice_.weight in self.edits else ()):
             self._edit(slice_.weight, variant, rows[number : number + 1], i)
         return unique.to(self.device), rows.to(self.device), at.to(self.device)
 
     def row_access(self, tensor: RunTimeTensor) -> bool:
         """Test whether a few rows can be read by themselves: the tensor is a vector or matrix that one weight stores unchanged."""
         sources = (*tensor.base, *tensor.adapted)
-        return len(tensor.shape) <= 2 and all(
-            len(s.slices) == 1 and s.slices[0].index is None and not s.transposed for s in sources
-        )
+        whole = (len(s.slices) == 1 and s.slices[0].index is None and not s.transposed for s in sources)
+        return len(tensor.shape) <= 2 and all(whole)
 
     def _piece(self, slice_: TensorSlice, variant: int) -> Tensor:
         values = self.weight_of(slice_, variant).whole(self.device).to(torch.float32)
@@ -528,9 +708,8 @@ class Values:
             return
         if name in edits.shifts:
             shift, scaling = edits.shifts[name]
-            values.add_(
-                Plain.of(shift).rows(start, start + len(values)).to(values).reshape(values.shape), alpha=scaling
-            )
+            rows = Plain.of(shift).rows(start, start + len(values)).to(values)
+            values.add_(rows.reshape(values.shape), alpha=scaling)
         if name in edits.rows:
             stored, indices = edits.rows[name]
             tokens = Plain.of(stored)
@@ -538,12 +717,8 @@ class Values:
                 if start <= row < start + len(values):
                     values[row - start] = tokens.rows(at, at + 1)[0].to(values)
 
-    def unused(self) -> list[str]:
-        """List the weights whose change by the adapter no sweep has used so far."""
-        return sorted({*self.plan.by_weight} - self.applied | self._edited - self.read)
-
     @cached_property
-    def _edited(self) -> set[str]:
+    def edits(self) -> set[str]:
         """Return the names of the weights that the adapter changes other than by deltas."""
         edits = self.plan.edits
         return {*edits.sources, *edits.shifts, *edits.rows}

@@ -213,7 +213,7 @@ def test_products_of_bfloat16_are_recorded(server: Server, home: Path, tmp_path:
         assert tree["dtype"] == "bf16"
         other = evaluate(server, home, output, "--method", "shrink")
         assert (other.code, output.read_text().count('"dtype": "bf16"')) == (4, 1)
-    slow = "import streamer.evaluation.losses as o; o.has_fast_bfloat16 = lambda: False"
+    slow = "import streamer.evaluation.evaluation as o; o.has_fast_bfloat16 = lambda: False"
     done = evaluate(server, home, output, "--dtype", "bf16", before=slow)
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("streamer: --dtype: bf16 needs a processor that multiplies bfloat16 matrices")

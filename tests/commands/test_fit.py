@@ -18,10 +18,9 @@ from test_schemas import check
 
 import streamer
 from streamer.errors import FormatError, OutputExistsError
-from streamer.evaluation.suggestion import against_shrink
+from streamer.evaluation.evaluation import against_shrink
 from streamer.events import Event
-from streamer.fitting.prepare import SHRINKS, FitOptions
-from streamer.fitting.result import MISSED, factors_of
+from streamer.fitting.fit import MISSED, SHRINKS, FitOptions, factors_of
 from streamer.forecast import START_SECONDS
 from streamer.plan.plan import make_plan
 
@@ -107,8 +106,8 @@ def test_an_adapter_that_saves_a_module_is_not_the_base_without_its_deltas(tmp_p
         {figure: one[figure] for figure in FIGURES}, rel=1e-3
     )
     # A fit interpolates between `SHRINKS` and the adapter alone.
-    variants = [replace(v, mitigation_lambda=None) if v.mitigation_lambda == 0 else v for v in found.variants]
-    compared = against_shrink(variants, found.general, found.task, len(variants) - 1)
+    variants = tuple(replace(v, mitigation_lambda=None) if v.mitigation_lambda == 0 else v for v in found.variants)
+    compared = against_shrink(replace(found, variants=variants), len(variants) - 1)
     assert (compared is None) == (one["shrink"] is None)
     if compared is not None:
         assert one["shrink"]["lambda"] == pytest.approx(compared.mitigation_lambda, rel=1e-3)
@@ -302,7 +301,7 @@ def test_a_file_of_another_algorithm_or_a_damaged_one_is_not_this_fit(
                                          sequences=24, on_event=lambda event: None, **options)  # fmt: skip
 
     with monkeypatch.context() as other:
-        other.setattr("streamer.fitting.prepare.ALGORITHM", 1)
+        other.setattr("streamer.fitting.fit.ALGORITHM", 1)
         assert again().facts == again().facts
     with pytest.raises(OutputExistsError, match="holds coefficients of other inputs or options"):
         again()

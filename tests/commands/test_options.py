@@ -15,8 +15,8 @@ from forks import server
 from paths import TOOLS
 
 import streamer
-from streamer.evaluation.losses import EvaluationOptions
-from streamer.fitting.prepare import FitOptions
+from streamer.evaluation.evaluation import EvaluationOptions
+from streamer.fitting.fit import FitOptions
 
 # Options --------------------------------------------------------------------------------------------------------------
 

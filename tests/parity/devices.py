@@ -21,12 +21,11 @@ from streamer.api.requests import Request
 from streamer.detection.options import Run
 from streamer.errors import UsageError
 from streamer.events import Monitor
-from streamer.fitting.mapping import MapOptions, make_map, prepare_map
-from streamer.linalg.moments import leading_vectors
-from streamer.linalg.regmean import Refit, System, TextInputs, basis, refit
+from streamer.fitting.mapping import MapOptions, prepare_map
+from streamer.linalg.moments import Refit, System, TextInputs, basis, leading_vectors, refit
 from streamer.linalg.torch_state import CPU, threads
-from streamer.measuring import riders
-from streamer.measuring.riders import TRANSFORMERS_BYTES, Limits, Work, part_sums
+from streamer.measuring import runs
+from streamer.measuring.runs import TRANSFORMERS_BYTES, Limits, Work, part_sums
 from streamer.measuring.statistics import MEASURES
 from streamer.plan.plan import Plan, make_plan
 from streamer.streaming.sweep import SweepModel, check_logits
@@ -42,7 +41,7 @@ Arrays = dict[str, np.ndarray]
 
 def measured(model: SweepModel, ids: torch.Tensor, block: int) -> Arrays:
     """Sums of all variants, in blocks of the vocabulary."""
-    (part,) = riders.riders({"text": sequences(ids)}, len(VARIANTS), model.size, ids.numel(), False)
+    (part,) = runs.riders({"text": sequences(ids)}, len(VARIANTS), model.size, ids.numel(), False)
     model.run(part.groups, nothing)
     (sums,) = part_sums(model, [part], block, nothing)
     return {name: getattr(sums, name) for name in MEASURES}
@@ -66,7 +65,7 @@ def mapped(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
     """Eigenvalues of the base's inputs, or frequencies."""
     np.save(text := plan.adapter.path.parent / "g.npy", ids.numpy())
     prepared = prepare_map(plan.base.path, text, MapOptions(vectors=4), None, Run(CPU, model_device=device))
-    return {f"{one.key}": one.values.numpy() for one in make_map(prepared, None).inputs}
+    return {f"{one.key}": one.values.numpy() for one in prepared.result(None).inputs}
 
 
 COMMANDS = {"evaluate": evaluated, "fit": fitted, "map": mapped}
@@ -138,7 +137,7 @@ def test_weights_cross_once_a_sweep_and_memory_there_is_as_forecast(
     ):
         VariantSet(plan, VARIANTS, None, rounds_products=True, device=DEVICE)
     ids, rows = token_ids(1000, 4, 64), 3 * 256
-    monkeypatch.setattr(riders, "LOGIT_BYTES", 4 * rows * 64)
+    monkeypatch.setattr(runs, "LOGIT_BYTES", 4 * rows * 64)
     model = SweepModel(VariantSet(plan, VARIANTS, None, device=DEVICE))
     model.limit(1 << 20, False)
     forecast = Work(0, rows, 64).nbytes(model.size, 0, Limits(256, 1 << 20, False)) - TRANSFORMERS_BYTES

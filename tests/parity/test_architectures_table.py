@@ -21,7 +21,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import streamer
-from streamer.errors import UnsupportedError
 from streamer.plan.architectures import TIE_KEY, Architecture, architecture_for, classes_of, pattern_of, table
 from streamer.weights.model_config import ModelConfig
 

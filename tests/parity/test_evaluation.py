@@ -204,7 +204,7 @@ def test_it_makes_no_difference_what_runs_together(tmp_path: Path, monkeypatch: 
         )
 
     together = evaluate()
-    monkeypatch.setattr("streamer.measuring.riders.ROWS", 26)
+    monkeypatch.setattr("streamer.measuring.runs.ROWS", 26)
     apart = evaluate(max_memory="4G", io="pread")
     for text in ("general", "task"):
         for measure in ("tokens", "loss", "kl", "agree", "right"):

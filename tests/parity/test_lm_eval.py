@@ -18,7 +18,7 @@ from seeds import vary
 from tokenized_texts import WORDS, lines, save
 
 import streamer
-from streamer.measuring import riders
+from streamer.measuring import runs
 
 pytestmark = [
     pytest.mark.long,
@@ -155,7 +155,7 @@ def test_a_killed_run_keeps_the_answers_of_the_sweeps_before(tmp_path: Path, mon
 
     whole, kept = answers(), {"cache": str(tmp_path / "cache.sqlite")}
     monkeypatch.setattr(lm_eval, "BLOCK", 1)
-    monkeypatch.setattr(riders, "ROWS", 1)
+    monkeypatch.setattr(runs, "ROWS", 1)
     monkeypatch.setattr(lm_eval, "measured", killed)
     with pytest.raises(KeyboardInterrupt):
         answers(**kept)

@@ -28,8 +28,7 @@ import streamer
 from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.evaluation import Evaluation
 from streamer.linalg import operators
-from streamer.measuring.result_file import EvaluatedVariant
-from streamer.measuring.riders import CALL, part_sums, riders, sweep_cost
+from streamer.measuring.runs import CALL, EvaluatedVariant, part_sums, riders, sweep_cost
 from streamer.methods import UNCHANGED
 from streamer.plan.plan import make_plan
 from streamer.streaming.model import refused_errors

@@ -34,11 +34,10 @@ import streamer
 from streamer.detection.options import Run
 from streamer.errors import Interrupted, NumericError, UnsupportedError
 from streamer.events import Event, Monitor
-from streamer.fitting.fit import Solver
-from streamer.fitting.result import factors_of
-from streamer.linalg.regmean import GENERAL_RIDGE, RIDGE
+from streamer.fitting.fit import Solver, factors_of
+from streamer.linalg.moments import GENERAL_RIDGE, RIDGE
 from streamer.linalg.torch_state import CPU
-from streamer.measuring.riders import Part, _ended, part_sums
+from streamer.measuring.runs import Part, _ended, part_sums
 from streamer.measuring.statistics import SequenceSums
 from streamer.plan.targets import Target
 from streamer.streaming.sweep import Group, States, TargetWatch

@@ -26,8 +26,7 @@ from transformers import AutoTokenizer
 import streamer
 from streamer.errors import FormatError, MissingInputError, StorageError, UnsupportedError, UsageError
 from streamer.evaluation.evaluation import Evaluation
-from streamer.measuring.sequences import load_tokenizer, tokenizer_directory
-from streamer.measuring.texts import MARK
+from streamer.measuring.texts import MARK, load_tokenizer, tokenizer_directory
 from streamer.plan.plan import make_plan
 from streamer.streaming.model import unreadable
 
@@ -556,7 +555,7 @@ def test_accuracies_are_those_of_merged_models(tmp_path: Path, monkeypatch: pyte
         }
     written = {"general": general, "task": task, "other": other}
     texts: dict[str, Any] = {name: lines(tmp_path / f"{name}.jsonl", *own) for name, own in written.items()}
-    monkeypatch.setattr("streamer.measuring.riders.ROWS", 300)
+    monkeypatch.setattr("streamer.measuring.runs.ROWS", 300)
     e = streamer.evaluate_variants(base, adapter, tmp_path / "e.json", methods=["shrink"], lambdas=[0.5], keep=1.0,
                                    sequences=100, on_event=lambda event: None, **texts)  # fmt: skip
     tree = json.loads((tmp_path / "e.json").read_text())

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "streamer"
 EXTRAS = {
     "parser.py": {"shtab"},
     "lm_eval.py": {"lm_eval"},
-    **{name: {"transformers"} for name in ("model.py", "run_time.py")},
+    **{name: {"transformers"} for name in ("model.py", "values.py")},
 }
 """Modules that import an optional dependency, inside a function, and say what to install where it is missing (but lm_eval.py)."""
 

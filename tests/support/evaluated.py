@@ -15,18 +15,16 @@ from torch import Tensor
 
 import streamer
 from streamer.detection.findings import Findings
-from streamer.fitting.fit import Solver
-from streamer.fitting.result import Point, factors_of, replaced, spooled, unchanged
+from streamer.fitting.fit import Point, Solver, factors_of, replaced, spooled, unchanged
 from streamer.linalg.torch_state import CPU
-from streamer.measuring.riders import part_sums, riders
-from streamer.measuring.sequences import TextSequences
+from streamer.measuring.runs import part_sums, riders
 from streamer.measuring.statistics import SequenceSums
+from streamer.measuring.texts import TextSequences
 from streamer.methods import UNCHANGED, RegMean, Shrink
 from streamer.methods.files import FactorSet
 from streamer.plan.plan import Plan, make_plan
 from streamer.plan.targets import Target
-from streamer.streaming.spool import Spool
-from streamer.streaming.sweep import Group, SweepModel, TargetWatch
+from streamer.streaming.sweep import Group, Spool, SweepModel, TargetWatch
 from streamer.streaming.values import ADAPTER, BASE, Variant, VariantSet, make_variants
 
 TOP_K = 4

@@ -12,7 +12,7 @@ from seeds import vary
 
 from streamer.detection.findings import Findings
 from streamer.evaluation.evaluation import Evaluation
-from streamer.measuring.result_file import EvaluatedVariant
+from streamer.measuring.runs import EvaluatedVariant
 from streamer.measuring.statistics import SequenceSums, counted_bins
 
 SCHEMA = json.loads((files("streamer") / "schemas" / "evaluation-1.json").read_text())

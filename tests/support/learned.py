@@ -13,7 +13,7 @@ from peft import PeftModel
 from seeds import vary
 from transformers import AutoModelForCausalLM
 
-from streamer.fitting.prepare import FitOptions
+from streamer.fitting.fit import FitOptions
 
 
 def sampled(model: Any, sequences: int, length: int, first: int, count: int) -> np.ndarray:

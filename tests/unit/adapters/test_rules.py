@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from streamer.adapters.adapter import open_adapter
 from streamer.adapters.adapter_config import INSTEAD, AdapterConfig, Stated, refusals, stated_options
-from streamer.errors import FormatError, InputError, MismatchError, StreamerError, UnsupportedError, UsageError
+from streamer.errors import FormatError, MismatchError, StreamerError, UnsupportedError, UsageError
 
 # Scales ---------------------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from raw_adapter import MODULE, factors, write_raw
 
-from streamer.adapters.adapter import classify, normalize, open_adapter
-from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
+from streamer.adapters.adapter import open_adapter
+from streamer.errors import FormatError, MismatchError, UnsupportedError
 
 # Names ----------------------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ import pytest
 from evaluations import CURVES, LAMBDAS, evaluation
 
 from streamer.evaluation.evaluate import BLOCK, clear, spread
-from streamer.evaluation.suggestion import EXCESS, STEPS, placed
-from streamer.measuring.sequences import TextSequences
+from streamer.evaluation.evaluation import EXCESS, STEPS, placed
+from streamer.measuring.texts import TextSequences
 from streamer.methods import Shrink
 from streamer.streaming.values import Variant, make_variants
 
@@ -30,7 +30,7 @@ def test_a_shrink_is_placed_that_keeps_the_share(curve: str, keep: float) -> Non
     """A cubic through shrinks a quarter apart is off by up to 0.02, of a quartic and where it leaves the adapter."""
     share = SMOOTH[curve]
     e = evaluation({"shrink": lambda x: (x**2, share(x))}, noise=0.0)
-    lam = placed(e.variants, e.task, keep)
+    lam = placed(e, keep)
     if lam is None:
         assert any(0 <= share(x) - keep <= EXCESS for x in (*LAMBDAS, 1.0))
         return
@@ -46,7 +46,7 @@ def test_a_shrink_is_placed_that_keeps_the_share(curve: str, keep: float) -> Non
 ])  # fmt: skip
 def test_where_nothing_is_to_be_placed(curves: dict[str, Shares]) -> None:
     e = evaluation(curves, noise=0.0)  # type: ignore[arg-type]
-    assert placed(e.variants, e.task, 0.9) is None
+    assert placed(e, 0.9) is None
 
 
 @pytest.mark.parametrize(("options", "is_clear"), [

@@ -11,9 +11,8 @@ from evaluations import COLUMNS, CURVES, evaluation, faults
 from streamer.cli.layout import Screen
 from streamer.cli.tables import evaluation_table
 from streamer.errors import FormatError
-from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.view import Names, figures
-from streamer.measuring.result_file import EvaluatedVariant
+from streamer.evaluation.evaluation import Evaluation, Names, figures
+from streamer.measuring.runs import EvaluatedVariant
 
 
 @pytest.mark.parametrize(

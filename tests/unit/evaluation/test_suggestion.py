@@ -8,8 +8,8 @@ from evaluations import CURVES, evaluation
 from scipy.stats import binom, norm
 
 from streamer.errors import UsageError
-from streamer.evaluation.suggestion import WORTH, ShrinkComparison, Trade, against_shrink, front
-from streamer.measuring.result_file import EvaluatedVariant
+from streamer.evaluation.evaluation import WORTH, ShrinkComparison, Trade, against_shrink
+from streamer.measuring.runs import EvaluatedVariant
 from streamer.measuring.statistics import Estimate
 
 ADAPTER = EvaluatedVariant("adapter", None, None)
@@ -20,7 +20,7 @@ def test_the_one_that_forgets_least_of_those_that_keep_enough() -> None:
     for keep in (0.95, 0.9, 0.7, 0.4, 0.05):
         found = e.best(keep)
         assert found.variant is not None
-        keeping = [v for v in range(1, len(e.variants)) if e.task.fraction(v).value >= keep]
+        keeping = [v for v in range(1, len(e.variants)) if e.task.share("loss", v).value >= keep]
         assert found.variant == e.variants[min(keeping, key=lambda v: e.general.kl[v].sum())]
         assert (found.reason, found.keep) == ("forgets least", keep)
     assert e.best(0.9).variant == EvaluatedVariant("shrink 0.75", "shrink", 0.75)
@@ -57,19 +57,19 @@ def test_a_trade_that_gives_up_many_times_what_it_regains_is_not_suggested() -> 
 def test_of_what_keeps_enough_the_worth_decides_before_the_divergence() -> None:
     """The mildest shrink is worth it, and the one of least divergence is not."""
     e = evaluation({"shrink": lambda x: (0.1 + 0.8 * x, 0.99 if x > 0.8 else 0.4 + 0.5 * x)}, learns=3.0)
-    assert e.task.fraction(-1).value == pytest.approx(0.4, abs=0.01)
+    assert e.task.share("loss", -1).value == pytest.approx(0.4, abs=0.01)
     found = e.best(0.3)
     assert (found.reason, found.variant) == ("forgets least", EvaluatedVariant("shrink 0.9", "shrink", 0.9))
-    trade = Trade.of(e.general, e.task, 2)
-    assert trade.is_worth_it
-    assert not Trade.of(e.general, e.task, len(e.variants) - 1).is_worth_it
+    trade = Trade.of(e, 2)
+    assert trade.worth_it
+    assert not Trade.of(e, len(e.variants) - 1).worth_it
 
 
 def test_what_is_worth_it_by_less_than_its_error_is_not() -> None:
     few = Estimate(0.1, 0.04, 64), Estimate(0.05, 0.02, 64)
-    assert not Trade(*few).is_worth_it
-    assert Trade(Estimate(0.1, 0.02, 64), few[1]).is_worth_it
-    assert not Trade(Estimate(0.1, 0.02, 3), few[1]).is_worth_it
+    assert not Trade(*few).worth_it
+    assert Trade(Estimate(0.1, 0.02, 64), few[1]).worth_it
+    assert not Trade(Estimate(0.1, 0.02, 3), few[1]).worth_it
 
 
 @pytest.mark.parametrize("keep", [0, -0.5, 1.01, 90, float("nan")])
@@ -80,12 +80,12 @@ def test_a_share_that_makes_no_sense(keep: float) -> None:
 
 def test_the_front_has_what_no_other_excels() -> None:
     e = evaluation()
-    found = front(e.variants, e.general, e.task)
+    names = [v.name for v in e.variants]
+    found = [names.index(name) for name in e.front()]
     task, kl = e.task.loss.sum(axis=1), e.general.kl.sum(axis=1)
     numbers = range(len(e.variants))
     excelled = {v for v in numbers if any(task[w] <= task[v] and kl[w] <= kl[v] and w != v for w in numbers)}
     assert set(found) == set(numbers) - excelled
-    assert e.front() == [e.variants[v].name for v in found]
     assert found == sorted(found, key=lambda v: task[v])
 
 
@@ -107,15 +107,15 @@ def test_the_shrink_that_keeps_as_much_is_found_between_those_that_were_tried() 
     """Its λ and losses are known: what a shrink by x keeps, and what it forgets, are polynomials."""
     e = evaluation(noise=0.0)
     for v, variant in enumerate(e.variants):
-        if variant.method not in ("paper", "project") or not 0.02 < e.task.fraction(v).value < 0.98:
+        if variant.method not in ("paper", "project") or not 0.02 < e.task.share("loss", v).value < 0.98:
             continue
-        found = against_shrink(e.variants, e.general, e.task, v)
+        found = against_shrink(e, v)
         assert found is not None
         forgets, keeps = CURVES[variant.method](variant.mitigation_lambda)
         x = 1 - np.sqrt(1 - keeps)
         assert found.mitigation_lambda == pytest.approx(x, abs=1e-9)
         assert found.between[0] <= x <= found.between[1]
-        rise = e.general.loss_difference(1, 0).value
+        rise = e.general.mean("loss", 1, 0).value
         assert found.loss.value == pytest.approx((forgets - x**2) * rise, abs=1e-9)
         assert found.verdict == ("better" if forgets < x**2 else "worse")
 
@@ -135,7 +135,7 @@ def test_what_is_uncertain_about_the_share_kept_is_in_the_error() -> None:
             seed=seed,
             exact=False,
         )
-        found = against_shrink(e.variants, e.general, e.task, 4)
+        found = against_shrink(e, 4)
         assert found is not None
         told += found.verdict != "not told apart"
         values.append(found.loss.value)
@@ -164,28 +164,26 @@ def test_the_verdict_is_by_the_divergence(loss: float, kl: float, verdict: str) 
 def test_a_lambda_of_almost_zero_counts_as_zero(lam: float) -> None:
     """A cubic through the losses at both would be steep, or NaN."""
     e = evaluation({"project": CURVES["project"], "shrink": CURVES["shrink"]})
-    near = [replace(v, mitigation_lambda=lam) if v.name == "shrink 0" else v for v in e.variants]
+    near = tuple(replace(v, mitigation_lambda=lam) if v.name == "shrink 0" else v for v in e.variants)
     for variant in range(2, 7):
-        assert against_shrink(near, e.general, e.task, variant) == against_shrink(
-            e.variants, e.general, e.task, variant
-        )
+        assert against_shrink(replace(e, variants=near), variant) == against_shrink(e, variant)
 
 
 def test_no_comparison_where_there_is_none() -> None:
     e = evaluation({"project": CURVES["project"]})
-    assert against_shrink(e.variants, e.general, e.task, 3) is None
+    assert against_shrink(e, 3) is None
     e = evaluation()
-    assert against_shrink(e.variants, e.general, e.task, 1) is None
-    assert against_shrink(e.variants, e.general, e.task, len(e.variants) - 1) is None
+    assert against_shrink(e, 1) is None
+    assert against_shrink(e, len(e.variants) - 1) is None
 
 
 def test_what_keeps_more_than_every_shrink_is_compared_with_the_one_that_keeps_most() -> None:
     e = evaluation({"project": lambda x: (x, 2.0), "shrink": lambda x: (x**2, 1.2 if x == 0.75 else x)})
-    found = against_shrink(e.variants, e.general, e.task, 4)
+    found = against_shrink(e, 4)
     assert found is not None
     assert (found.mitigation_lambda, found.between) == (0.75, (0.75, 0.75))
     row = e.variants.index(EvaluatedVariant("shrink 0.75", "shrink", 0.75))
-    assert (found.loss, found.kl) == (e.general.loss_difference(4, row), e.general.kl_difference(4, row))
+    assert (found.loss, found.kl) == (e.general.mean("loss", 4, row), e.general.mean("kl", 4, row))
     assert found.verdict == "better"
     line = "\nit is better than shrink 0.75, which keeps the most: general loss -0."
     assert (
@@ -207,9 +205,9 @@ def test_a_shrink_that_is_left_out_is_found_again_within_the_error(left_out: flo
         e = evaluation({"shrink": lambda x: (x**2.5, kept(x))}, noise=noise, seed=seed)
         variants = tuple(replace(v, method="project") if v.mitigation_lambda == left_out else v for v in e.variants)
         row = next(i for i, v in enumerate(variants) if v.method == "project")
-        found = against_shrink(variants, e.general, e.task, row)
+        found = against_shrink(replace(e, variants=variants), row)
         assert (found is None) == (
-            e.task.fraction(row).value > 1
+            e.task.share("loss", row).value > 1
         )  # more than the whole adapter keeps: noise, and no shrink encloses it
         return found
 

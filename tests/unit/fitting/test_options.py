@@ -9,11 +9,11 @@ import torch
 from seeds import vary
 
 from streamer.errors import FormatError, MismatchError, UsageError
-from streamer.fitting.prepare import SHRINKS, FitOptions, divide
-from streamer.fitting.result import Point, adapter_facts, misses, set_facts
-from streamer.measuring.riders import LENGTHS, of_few_lengths
-from streamer.measuring.sequences import TextSequences
+from streamer.evaluation.evaluation import Evaluation
+from streamer.fitting.fit import SHRINKS, FitOptions, Point, adapter_facts, divide, misses, set_facts
+from streamer.measuring.runs import LENGTHS, of_few_lengths
 from streamer.measuring.statistics import SequenceSums
+from streamer.measuring.texts import TextSequences
 
 PATHS = {"general": Path("g.npy"), "task": Path("t.npy")}
 
@@ -144,13 +144,13 @@ def test_a_refusal_says_how_many_errors_the_sequences_take() -> None:
     """Of two sequences a fall of four errors does not tell: without the number the message would contradict itself."""
     few = sums([0.3, 0.5])
     with pytest.raises(MismatchError, match="no evidence that the adapter learned this text") as refused:
-        adapter_facts(few, few, "task.txt")
+        adapter_facts(Evaluation((), few, few, {}), "task.txt")
     line = str(refused.value)
     assert (
         "-0.4000 ± 0.1000 on 2 held-out sequences, where only 12.7 standard errors are evidence; give more text" in line
     )
     many = sums([0.3, 0.5] * 4)
-    assert adapter_facts(many, many, "task.txt")["learning"] == pytest.approx(0.4)
+    assert adapter_facts(Evaluation((), many, many, {}), "task.txt")["learning"] == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(("left", "missed"), [(0.1, False), (0.105, False), (0.15, True), (-0.2, False)])
@@ -158,7 +158,7 @@ def test_a_set_says_if_it_keeps_less_than_the_floor(left: float, missed: bool) -
     falls = [0.0, 1.0, *(1 - lam for lam in SHRINKS), 1 - left]
     loss = np.stack([np.linspace(40, 60, 6) - 10 * fall for fall in falls])
     own = SequenceSums(np.full(6, 10.0), loss, np.abs(loss - loss[:1]), *[np.zeros_like(loss)] * 2)
-    (one,) = set_facts(own, own, [(0.9, Point(1.0, {}))])
+    (one,) = set_facts(Evaluation((), own, own, {}), [(0.9, Point(1.0, {}))])
     assert one["missed"] is missed
     assert one["shrink"] is not None
     assert one["shrink"]["kept"] == pytest.approx(min(1, 1 - left))

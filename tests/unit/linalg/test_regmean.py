@@ -7,7 +7,7 @@ import pytest
 import torch
 from seeds import vary
 
-from streamer.linalg.regmean import (
+from streamer.linalg.moments import (
     GENERAL_RIDGE,
     RIDGE,
     TOLERANCE,

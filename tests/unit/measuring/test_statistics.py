@@ -41,8 +41,8 @@ def test_the_errors_are_those_of_bootstrapping_sequences() -> None:
         draws["share"].append((fall[5] - fall[0]) / (fall[1] - fall[0]))
         draws["kl"].append(kl[5] / kl[1])
     found = {
-        "mean": general.mean(general.loss[5]), "difference": general.loss_difference(5, 1),
-        "share": task.fraction(5), "kl": general.kl_fraction(5),
+        "mean": general.mean("loss", 5), "difference": general.mean("loss", 5, 1),
+        "share": task.share("loss", 5), "kl": general.share("kl", 5),
     }  # fmt: skip
     for name, estimate in found.items():
         assert estimate.value == pytest.approx(np.mean(draws[name]), abs=estimate.error / 5), name
@@ -51,8 +51,8 @@ def test_the_errors_are_those_of_bootstrapping_sequences() -> None:
 
 def test_pairs_tell_what_means_do_not() -> None:
     general = evaluation().general
-    paired = general.loss_difference(5, 4)
-    alone = np.hypot(*(general.mean(general.loss[v]).error for v in (4, 5)))
+    paired = general.mean("loss", 5, 4)
+    alone = np.hypot(*(general.mean("loss", v).error for v in (4, 5)))
     assert paired.is_negative
     assert paired.error < alone / 20
 
@@ -61,8 +61,8 @@ def test_a_combination_of_variants_is_that_of_its_sums() -> None:
     general = evaluation().general
     weights = np.zeros(len(general.loss))
     weights[[3, 1]] = 1, -1
-    assert general.loss_of(weights) == general.loss_difference(3, 1)
-    assert general.kl_of(weights) == general.kl_difference(3, 1)
+    assert general.of("loss", weights) == general.mean("loss", 3, 1)
+    assert general.of("kl", weights) == general.mean("kl", 3, 1)
 
 
 def test_a_share_of_no_difference_is_none() -> None:

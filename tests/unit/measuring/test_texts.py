@@ -10,8 +10,7 @@ from seeds import vary
 
 from streamer.errors import FormatError, MissingInputError, UsageError
 from streamer.measuring import texts
-from streamer.measuring.sequences import TextSequences, evenly
-from streamer.measuring.texts import read_text
+from streamer.measuring.texts import TextSequences, evenly, read_text
 
 
 def save(path: Path, array: np.ndarray) -> Path:

@@ -10,7 +10,7 @@ import torch
 
 import streamer
 from streamer.adapters.adapter import DeltaSource, open_adapter
-from streamer.errors import MismatchError, UnsupportedError
+from streamer.errors import MismatchError
 from streamer.plan.name_matching import match_names, renames_for
 from streamer.plan.targets import Orientation, Target, match_targets
 from streamer.storage.checkpoint import open_checkpoint

@@ -19,7 +19,7 @@ import streamer
 from streamer.detection.findings import Findings, MatrixFinding
 from streamer.detection.intruders import Detection
 from streamer.errors import FormatError, MismatchError, UsageError
-from streamer.evaluation.view import field_figures, verdict
+from streamer.evaluation.evaluation import field_figures, verdict
 from streamer.report.page import Subject, certificates, headline, make_page, make_subject, open_subject, sentences
 
 EVIL = "</script><img src=x onerror=alert(1)>\x1b]0;&\u2028"

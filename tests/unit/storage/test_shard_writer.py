@@ -24,7 +24,6 @@ from streamer.storage.atomic_file import (
     plan_shard,
     write_shard,
 )
-from streamer.storage.checkpoint import TensorFile
 from streamer.storage.header import TensorInfo
 from streamer.weights.base import as_tensor
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from streamer.errors import UsageError
-from streamer.evaluation.losses import EvaluationOptions
+from streamer.evaluation.evaluation import EvaluationOptions
 from streamer.methods.files import Coefficients, FactorSet
 from streamer.streaming.values import make_variants
 
@@ -40,7 +40,7 @@ def test_each_set_of_coefficients_is_a_variant() -> None:
         -0.5,
     ]
     options = EvaluationOptions(coefficients=coefficients)
-    assert [tree["keep"] for tree in options.fitted_record()] == [0.95, 0.9]
+    assert [one.record()["keep"] for one in options.coefficients.sets] == [0.95, 0.9]
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

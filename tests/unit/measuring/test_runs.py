@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from streamer.errors import UsageError
-from streamer.measuring.result_file import JournalRecords
-from streamer.measuring.riders import ROWS, Limits, Work, longest_padded, parts, riders
-from streamer.measuring.sequences import TextSequences
+from streamer.measuring.runs import ROWS, Limits, Records, Work, longest_padded, parts, riders
+from streamer.measuring.texts import TextSequences
 from streamer.storage.transaction import Journal
 from streamer.streaming.model import ModelSize
 from streamer.streaming.values import ROOM
@@ -25,7 +24,7 @@ def divided(
     lengths: tuple[int, ...], tokens: int, short: int | None = None, one_length: bool = False
 ) -> list[tuple[int, ...]]:
     """Parts of a text; every sequence is in one of them."""
-    found = [*parts(text(*lengths), range(len(lengths)), tokens, short, one_length)]
+    found = [*parts(text(*lengths), tokens, short, one_length)]
     assert sorted(i for part in found for i in part) == [*range(len(lengths))]
     return found
 
@@ -92,11 +91,11 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return list(a) == list(b) and all(a[n].shape == b[n].shape and a[n].tobytes() == b[n].tobytes() for n in a)
 
 
-def opened(path: Path) -> tuple[Journal, JournalRecords]:
+def opened(path: Path) -> tuple[Journal, Records]:
     journal = Journal(path)
     if not len(journal):
-        journal.append(b"{}")
-    return journal, JournalRecords(journal, 3)
+        journal.append(b'{"threads": 3}')
+    return journal, Records(journal)
 
 
 def test_a_journal_keeps_them(tmp_path: Path) -> None:

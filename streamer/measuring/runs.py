@@ -1,0 +1,804 @@
+"""Run texts through models in sweeps: what evaluations, fits and maps share, from the inputs to one file and a journal beside it.
+
+Measure variants on held-out sequences: riders of a sweep, whose logits arrive one block of the vocabulary at a time. For the logits z at a
+token and the next token y, ``loss = log Σ exp z − z_y``. With the base's z⁰ and p⁰ = softmax(z⁰),
+``KL(p⁰ ‖ p) = Σ p⁰ (z⁰ − z) − (log Σ exp z⁰ − log Σ exp z)``. Sums over the vocabulary are float64 and scaled by the largest logit so far.
+
+Divide sequences into groups that run together, count the multiplications of a sweep, and estimate its memory. A row is one token of one
+variant.
+
+Describe what determines a run as facts, which its file and its journal hold, and compare them with the facts found there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import zlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from streamer import __version__
+from streamer.adapters.adapter_config import NEUTRAL, stated_options
+from streamer.detection.detect import naming_inputs
+from streamer.detection.options import Run
+from streamer.errors import FormatError, InputError, NumericError, OutputExistsError, UsageError
+from streamer.events import Event
+from streamer.linalg.torch_state import full_float32, thread_count, threads
+from streamer.measuring.statistics import ARRAYS, MEASURES, Floats, SequenceSums, counted_bins
+from streamer.measuring.texts import Texts, TextSequences
+from streamer.methods import METHODS, MethodName
+from streamer.methods.files import SealedKind
+from streamer.plan.plan import AdapterBatch, Plan, resident_bytes
+from streamer.storage.transaction import (
+    Journal,
+    ResumableFile,
+    check_file_path,
+    holds,
+    is_placeholder,
+    journal_of,
+    left,
+    not_own,
+    refuse_symlink,
+    refuse_within_output,
+    states_of,
+)
+from streamer.streaming.model import LOGIT_BYTES, LoadedModel, ModelSize, require_transformers
+from streamer.streaming.sweep import (
+    Checkpoint,
+    Group,
+    Solve,
+    States,
+    SweepModel,
+    TargetWatch,
+    changed_by_padding,
+    check_logits,
+)
+from streamer.streaming.values import BLOCK_BYTES, ROOM, Variant
+from streamer.units import counted, listed
+from streamer.workers import Workers, kept
+
+TRANSFORMERS_BYTES = 150 << 20
+"""Anonymous memory for importing transformers and building a model, in addition to `plan.plan.resident_bytes`."""
+
+ROWS = 1024
+"""Most tokens that run together unless a budget asks for fewer: reading the weights then needs less than a tenth of the time."""
+
+LOGIT_COPIES = 5
+"""Memory for logits and everything computed from them, as a multiple of the logits that exist at one time."""
+
+WIDTHS = 5
+"""Number of activations of the widest layer's width that exist at one time for each row of a group, and of the model's width."""
+
+STATES, STOPPED = 3, 5
+"""Values of the model's width that each row keeps between two layers (its state, the state before, and a share of embeddings), and while
+its group has stopped at a site: what attention and the residual hold as well. At a site wider than the model, attention has ended."""
+
+CALL = 5_000_000
+"""Multiplications that take as long as the fixed cost of a module's call, about half a millisecond."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sequences that run together, with their numbers in the text of this name, and their groups, one for each variant."""
+
+    name: str
+    numbers: tuple[int, ...]
+    text: TextSequences
+    groups: tuple[Group, ...]
+
+
+def parts(text: TextSequences, tokens: int, short: int | None, one_length: bool) -> Iterator[tuple[int, ...]]:
+    """Divide sequences, the longest first, into parts with at most this many padded tokens, and at least one sequence each.
+
+    Short sequences are not padded to a length at which the model's rotary embeddings change. With `one_length`, nothing is padded. The
+    last bits of a sum depend on what runs together; the division depends only on the texts and the budget.
+    """
+    group: list[int] = []
+    for i in sorted(range(len(text.ids)), key=lambda i: -len(text.ids[i])):
+        own, longest = len(text.ids[i]), len(text.ids[group[0]]) if group else 0
+        full = (len(group) + 1) * longest > tokens
+        apart = own != longest if one_length else short is not None and own <= short < longest
+        if group and (full or apart):
+            yield tuple(group)
+            group = []
+        group.append(i)
+    if group:
+        yield tuple(group)
+
+
+def riders(texts: Texts, variants: int, size: ModelSize, rows: int, one_length: bool) -> list[Part]:
+    """Make the groups that measure texts under each of so many variants."""
+    found = []
+    for name, text in texts.items():
+        for numbers in parts(text, rows, size.short, one_length):
+            own = text.take(numbers)
+            found.append(Part(name, numbers, own, tuple(Group(own.padded_ids, v) for v in range(variants))))
+    return found
+
+
+class Progress:
+    """Progress of a run of sweeps, in multiplications.
+
+    Parameters
+    ----------
+    stage
+        Stage of the events: ``evaluate``, ``fit`` or ``map``.
+    """
+
+    def __init__(self, run: Run, size: ModelSize, stage: Literal["evaluate", "fit", "map"]) -> None:
+        self.run, self.monitor, self.size, self._stage = run, run.monitor, size, stage
+        self._done = self._total = self._items = self._of = 0
+
+    def expect(self, cost: int, layers: int) -> None:
+        """Set the cost of the sweeps still to come, and their layers."""
+        self._total, self._of = self._done + cost, self._items + layers
+
+    def layer(self, name: str, cost: int) -> None:
+        """Count a layer of all groups as done; it cost this many multiplications."""
+        self._done, self._items = self._done + cost, self._items + 1
+        self._total, self._of = max(self._total, self._done + 1), max(self._of, self._items)
+        self.monitor.emit(Event(self._stage, name, self._done, self._total, self._items, self._of))
+
+    def finish(self) -> None:
+        """Report that everything is done."""
+        self.monitor.emit(Event(self._stage, "", self._done, self._done, self._items, self._items))
+
+
+def sweep_cost(size: ModelSize, rows: int, groups: int = 1) -> int:
+    """Count the multiplications of a sweep of so many rows in so many groups, each of which calls every module."""
+    return sum(size.products.values()) * rows + groups * CALL * len(size.products)
+
+
+Sums = dict[str, SequenceSums]
+"""On each text, the sums of variants."""
+
+
+def measured(model: SweepModel, texts: Texts, held_out: Sequence[Part], progress: Progress, limits: Limits,
+             fitted: Sequence[Group] = (), solve: Solve | None = None, states: States | None = None) -> Sums:  # fmt: skip
+    """Run a sweep, and return the sums of its riders on each text, in the order of variants and sequences; questions are scored.
+
+    Parameters
+    ----------
+    held_out
+        The riders; groups with results have run, and only their logits are computed.
+    fitted, solve, states
+        Groups that fit the adapter's targets, and the file from which a killed sweep resumes; see `SweepModel.run`.
+
+    Raises
+    ------
+    NumericError
+        If a sum is not finite, or if the sweep did not use everything that the adapter changes.
+    InputChangedError
+        If an input changed.
+    """
+    groups = [*fitted, *(group for part in held_out for group in part.groups if not group.results)]
+    plan, checkpoint = model.job.plan, progress.monitor.checkpoint
+    each = sweep_cost(progress.size, sum(group.rows for group in groups), len(groups)) // (len(model.layers) + 1)
+    if states is not None:
+        states.resumed = lambda layers: progress.monitor.resuming(layers, len(model.layers), "layer")
+    model.limit(limits.room, limits.spools)
+    watch = TargetWatch(plan) if fitted else None
+    away = model.run(groups, checkpoint, solve, watch, lambda name: progress.layer(name, each), states, progress.run)
+    rows = max((sum(group.rows for group in part.groups) for part in held_out), default=1)
+    block = max(64, LOGIT_BYTES // (4 * rows))
+    if away:
+        ends = [partial(_ended, part.text, block) for part in held_out]
+        arrived = dict(model.elsewhere(progress.run, [part.groups for part in held_out], len(model.layers), ends))
+        sums = [arrived[number] for number in range(len(held_out))]
+    else:
+        sums = part_sums(model, held_out, block, checkpoint)
+    model.check_all_used()
+    plan.check_unchanged()
+    found = {}
+    for name, text in texts.items():
+        own = [(part, one) for part, one in zip(held_out, sums, strict=True) if part.name == name]
+        order = np.argsort([i for part, _ in own for i in part.numbers])
+        joined = {kind: np.concatenate([getattr(one, kind) for _, one in own], -1) for kind in ("tokens", *MEASURES)}
+        arrays = {kind: array[..., order] for kind, array in joined.items()}
+        for kind in MEASURES:
+            if not np.isfinite(arrays[kind]).all():
+                v = int(np.argwhere(~np.isfinite(arrays[kind]))[0][0])
+                raise NumericError(
+                    f"{plan.base.path}: variant {model.job.variants[v].name!r} has a {kind} of NaN or Inf on the {name} text; check the "
+                    "adapter's scale"
+                )
+        found[name] = text.scored(SequenceSums(**arrays, kl_bins=np.sum([one.kl_bins for _, one in own], 0)))
+    return found
+
+
+def _ended(text: TextSequences, block: int, model: SweepModel, groups: Sequence[Group]) -> SequenceSums:
+    """Compute the sums of a part's riders on a worker."""
+    return part_sums(model, [Part("", (), text, tuple(groups))], block, lambda: None)[0]
+
+
+def part_sums(model: SweepModel, held_out: Sequence[Part], block: int, checkpoint: Checkpoint) -> list[SequenceSums]:
+    """Compute the sums of each part's riders, which have run, from the logits of so many tokens of the vocabulary at a time."""
+    sums = [_Accumulator(len(part.groups), part.text, model.job.device) for part in held_out]
+    for i, _, number, z in model.logits([part.groups for part in held_out], block, checkpoint):
+        sums[number].add(z.float(), i)
+    return [one.sums() for one in sums]
+
+
+class _Accumulator:
+    """Sums over the vocabulary for each token; shapes are (variants, sequences, length), with the base as the first variant."""
+
+    def __init__(self, variants: int, text: TextSequences, device: torch.device) -> None:
+        ids, self.counted = map(torch.from_numpy, text.padded(text.longest))
+        shape = (variants, *ids.shape)
+        self.labels = torch.roll(ids, -1, 1).to(device)
+        self.largest = torch.full(shape, -torch.inf, device=device)
+        self.top = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.total = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(shape, dtype=torch.float64, device=device)
+        """``Σ exp(z⁰ − largest⁰) (z⁰ − z)``."""
+        self.label = torch.zeros(shape, device=device)
+
+    def add(self, z: Tensor, i: int) -> None:
+        """Add the logits (…, j − i) of vocabulary entries i to j."""
+        most, at = z.max(-1)
+        self.top = torch.where(most > self.largest, at + i, self.top)
+        largest = torch.maximum(most, self.largest)
+        factor = torch.exp(self.largest.double() - largest.double())
+        self.largest = largest
+        self.total *= factor
+        self.cross *= factor[:1]
+        base = torch.exp(z[0] - largest[0, ..., None])
+        for v in range(len(z)):
+            weights = base if v == 0 else torch.exp(z[v] - largest[v, ..., None])
+            self.total[v] += weights.sum(-1)
+            self.cross[v] += (base * (z[0] - z[v])).sum(-1)
+        here = ((self.labels >= i) & (self.labels < i + z.shape[-1])).expand(len(z), -1, -1)
+        at = (self.labels - i).clamp(0, z.shape[-1] - 1).expand(len(z), -1, -1)
+        self.label = torch.where(here, z.gather(-1, at[..., None])[..., 0], self.label)
+
+    def sums(self) -> SequenceSums:
+        """Return the loss, the KL, whether the likeliest token is the base's or the text's own, and the change of p, by sequence."""
+        log_sum = self.largest.double() + self.total.log()
+        kl = self.cross / self.total[:1] - (log_sum[:1] - log_sum)
+        loss = log_sum - self.label.double()
+        change = torch.exp(-loss) - torch.exp(-loss[:1])
+        agree, right = (self.top == self.top[:1]).double(), (self.top == self.labels).double()
+        results = {"loss": loss, "kl": kl, "agree": agree, "right": right, "p_change": change, "p_square": change**2}
+        found = {name: (t.cpu() * self.counted).sum(-1).numpy() for name, t in results.items()}
+        by_token, counted = kl.cpu().numpy(), self.counted.numpy()
+        most = np.where(counted, by_token, 0.0).max(-1)
+        tokens = self.counted.sum(-1).double().numpy()
+        return SequenceSums(tokens, **found, kl_max=most, kl_bins=counted_bins(by_token, counted))
+
+
+class Limits(NamedTuple):
+    """How a sweep fits a budget.
+
+    Attributes
+    ----------
+    rows
+        Most tokens that run together.
+    room
+        Bytes for values of one layer that groups share.
+    spools
+        Whether states lie in a spool while other groups run.
+    """
+
+    rows: int
+    room: int
+    spools: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """Rows of a sweep, which decide its memory.
+
+    Attributes
+    ----------
+    fitted, riding
+        Rows of groups of a fit, and of riders.
+    length
+        Tokens of the longest sequence.
+    variants
+        Variants that ride.
+    """
+
+    fitted: int
+    riding: int
+    length: int
+    variants: int = 1
+
+    def nbytes(self, size: ModelSize, resident: int, limits: Limits) -> int:
+        """Estimate the peak memory of a sweep.
+
+        Parameters
+        ----------
+        resident
+            Bytes in use between two steps; see `plan.plan.resident_bytes`.
+        """
+        rows, room, spools = limits
+        between, results = STATES * (rows if spools else self.riding), self.riding
+        states = 4 * (between + results) * size.hidden
+        inputs = 4 * self.fitted * max((STOPPED + 1) * size.hidden, (STATES + 1) * size.hidden + size.widest)
+        activations = 4 * rows * (WIDTHS * (size.widest + size.hidden) + size.attention * self.length)
+        logits = LOGIT_COPIES * LOGIT_BYTES + 40 * self.riding
+        weights = 2 * min(BLOCK_BYTES, 4 * max(size.widest, size.vocabulary) * size.hidden)
+        computed = states + max(inputs + activations, logits)
+        return resident + TRANSFORMERS_BYTES + computed + weights + size.dense + size.factors + room
+
+    def away(self, size: ModelSize, resident: int, workers: Workers | None) -> int:
+        """Estimate the memory of workers on this machine, which run one part at a time, and of states on their way."""
+        if workers is None or workers.processes is None:
+            return 0
+        rows = max(self.length, ROWS)
+        part = replace(self, fitted=0, riding=min(self.riding, self.variants * rows))
+        each = part.nbytes(size, resident, Limits(rows, ROOM, False))
+        return workers.processes * each + 8 * workers.at_once * rows * size.hidden
+
+    def limits(self, size: ModelSize, resident: int, max_memory: int | None) -> Limits:
+        """Choose how a sweep fits a budget; states go to a spool if it is too small for them.
+
+        Raises
+        ------
+        UsageError
+            If the budget is too small for one sequence; the message names the smallest budget.
+        """
+        if max_memory is None:
+            return Limits(max(self.length, ROWS), ROOM, False)
+        longest = max(self.length, ROWS)
+        for least in (Limits(longest, 0, False), Limits(longest, 0, True), Limits(self.length, 0, True)):
+            if (free := max_memory - self.nbytes(size, resident, least)) >= 0:
+                return least._replace(room=min(ROOM, free))
+        raise UsageError(
+            f"max_memory: {max_memory >> 20}M is not enough for a sweep of {self.fitted + self.riding} tokens; it needs "
+            f"{-((free - max_memory) >> 20)}M, and less with a smaller --length or fewer --sequences"
+        )
+
+
+def longest_padded(groups: Iterable[TextSequences]) -> tuple[NDArray[np.int64], int] | None:
+    """Find the longest sequence to which others are padded, and the length of the next longest in its group; None if none is padded.
+
+    Parameters
+    ----------
+    groups
+        Groups of sequences that run together.
+    """
+    found = None
+    for text in groups:
+        lengths = sorted({len(ids) for ids in text.ids})
+        if len(lengths) > 1 and (found is None or lengths[-1] > len(found[0])):
+            found = max(text.ids, key=len), lengths[-2]
+    return found
+
+
+def padding_changes(model: SweepModel, groups: Sequence[TextSequences], checkpoint: Checkpoint) -> bool:
+    """Check the logits of a model, and test whether padding changes them for sequences that will run together.
+
+    Raises
+    ------
+    UnsupportedError
+        If losses would be meaningless; see `check_logits`.
+    """
+    model.limit(0, False)  # one group shares nothing with others
+    check_logits(model, groups[0].ids[0], checkpoint)
+    padded = longest_padded(groups)
+    block = max(64, LOGIT_BYTES // (4 * (1 if padded is None else len(padded[0]))))
+    return padded is not None and changed_by_padding(model, *padded, block, checkpoint)
+
+
+LENGTHS = 8
+"""Most different lengths of a text's sequences in a fit, which are not padded: a group has sequences of one length."""
+
+
+def of_few_lengths(text: TextSequences) -> TextSequences:
+    """Cut the ends of sequences, if necessary, so that they have at most `LENGTHS` lengths.
+
+    It drops the length that costs the fewest tokens, again and again.
+    """
+    counts = Counter(len(ids) for ids in text.ids)
+    while len(counts) > LENGTHS:
+        ordered = sorted(counts)
+        _, size, below = min((counts[b] * (b - a), b, a) for a, b in pairwise(ordered))
+        counts[below] += counts.pop(size)
+    kept = np.array(sorted(counts))
+    sizes = [int(kept[kept <= len(ids)].max()) for ids in text.ids]
+    cut = tuple(ids[:n] for ids, n in zip(text.ids, sizes, strict=True))
+    return TextSequences(cut, tuple(c[:n] for c, n in zip(text.counted, sizes, strict=True)), text.name)
+
+
+BASE_ROW, ADAPTER_ROW = 0, 1
+"""Row numbers of the first two variants."""
+
+ORDER = (None, *METHODS)
+
+
+@dataclass(frozen=True)
+class EvaluatedVariant:
+    """A model that was evaluated; `VariantRecord` explains the attributes."""
+
+    name: str
+    method: MethodName | None
+    mitigation_lambda: float | None
+    keep: float | None = None
+
+    @classmethod
+    def of(cls, variant: Variant) -> EvaluatedVariant:
+        """Describe a variant that was run."""
+        return cls(variant.name, variant.method, variant.mitigation_lambda, variant.keep)
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Return the sort key for tables: the base and the adapter come first, then each method from its mildest variant on."""
+        method = ORDER.index(self.method) if self.method in ORDER else len(ORDER)
+        return method, -(self.mitigation_lambda or self.keep or 0.0)
+
+
+Facts = Mapping[str, Any]
+
+Configs = Annotated[dict[str, Any], "Configs: of the base, as transformers writes what its class reads; of the adapter, what determines "
+    "its deltas."]  # fmt: skip
+
+IDENTIFYING = ("architecture", "files", "weights_sha256", "base_is_residual", "lora_b_layout", "ignored_keys")
+"""Keys that identify a base or an adapter, in findings and in evaluations, besides its config."""
+
+OPTIONS = ("projected", "dtype", "holdout", "seed", "vectors")
+"""Facts that options of the same names decide."""
+
+DETECTION = ("detection", "scale", "findings", "intruders")
+"""Keys that matter only to variants that scale intruders; without such variants `detection` is null."""
+
+
+def same_input(one: Facts, other: Facts) -> bool:
+    """Test whether two descriptions identify the same base, or the same adapter, wherever it is stored."""
+    return all(one.get(key) == other.get(key) for key in (*IDENTIFYING, "config_sha256"))
+
+
+def model_facts(model: LoadedModel, **inputs: Facts) -> dict[str, Any]:
+    """Describe what determines a model's losses, except texts and variants; `inputs` are the identities of ``base`` and ``adapter``."""
+    stated = model.job.plan.adapter.config.values.items()
+    of_adapter = {key: value for key, value in stated if key not in NEUTRAL and value not in (None, [], {})}
+    return {
+        "version": __version__,
+        "transformers": require_transformers().__version__,
+        **inputs,
+        "configs": {what: model.config if what == "base" else of_adapter for what in inputs},
+        "dtype": "bf16" if model.job.rounds_products else "float32",
+    }
+
+
+def writable(plan: Plan) -> dict[str, bool]:
+    """Describe how `mitigate` and `merge` can write an adapter's variants."""
+    names = plan.weights.quantized_names
+    return {
+        "factored": not plan.adapter.describes_model and all(target.module.factors for target in plan.targets),
+        "quantized": any(name in names and not plan.weights.requantizes(name) for name in plan.by_weight),
+    }
+
+
+def input_options(facts: Mapping[str, Any]) -> list[str]:
+    """List the command-line options that make a command read the inputs as these facts do: as a residual, and with which model class."""
+    words = stated_options(facts["adapter"])
+    return words + (["--architecture", facts["base"]["architecture"]] if "architecture" in facts["base"] else [])
+
+
+def differences(mine: Facts, theirs: Facts) -> list[str]:
+    """Name the differences between the facts of two runs of one command; variants of such evaluations are not comparable."""
+    found = []
+    for what, config in mine["configs"].items():
+        stated = theirs.get("configs", {}).get(what, {})
+        if any(mine[what].get(key) != theirs[what].get(key) for key in IDENTIFYING):
+            found.append(what)
+        elif "configs" not in theirs:
+            found.append(f"no config of the {what}, as of an earlier version")
+        elif keys := [key for key in {**config, **stated} if config.get(key) != stated.get(key)]:
+            found.append(f"the {what}'s config: {listed(keys)}")
+    here, there = _texts(mine), _texts(theirs)
+    for name in dict.fromkeys([*here, *there]):
+        if name not in here or name not in there:
+            found.append(f"{name} {'is asked for' if name in here else 'is not asked for'}")
+        elif here[name]["sha256"] != there[name]["sha256"]:
+            pair = here[name], there[name]
+            own, other = (f"{one['sequences']} sequences of {one['length']} tokens" for one in pair)
+            found.append(name + (f": {own}, not {other}" if own != other else ""))
+    found += [f"--{option}" for option in OPTIONS if mine.get(option) != theirs.get(option)]
+    found += ["version of transformers"] if mine["transformers"] != theirs["transformers"] else []
+    if mine.get("detection") is not None and theirs.get("detection") is not None:
+        options = {"--top-k": "top_k", "--epsilon": "threshold_epsilon", "--solver": "solver"}
+        found += [name for name, key in options.items() if mine["detection"][key] != theirs["detection"][key]]
+        found += ["--select"] if mine["scale"] != theirs["scale"] else []
+        found += ["findings"] if len({facts["findings"] for facts in (mine, theirs) if "findings" in facts}) > 1 else []
+    digests = {one["keep"]: one["sha256"] for one in theirs.get("coefficients", ())}
+    others = [one for one in mine.get("coefficients", ()) if digests.get(one["keep"], one["sha256"]) != one["sha256"]]
+    maps = len({facts["map"]["sha256"] for facts in (mine, theirs) if "map" in facts}) > 1
+    return found + (["coefficients"] if others else []) + (["map"] if maps else [])
+
+
+def _texts(facts: Facts) -> dict[str, Any]:
+    """Return the texts' facts by the names used in messages."""
+    texts: Any = facts["texts"]
+    if isinstance(texts, list):
+        return {f"text {one['name']}": one for one in texts}
+    two = {f"{name} text": texts[name] for name in texts if name != "others"}
+    return two | {f"other text {one['name']}": one for one in texts.get("others", ())}
+
+
+def joined_facts(mine: Facts, theirs: Facts) -> dict[str, Any]:
+    """Join the facts of a run with the facts of the evaluation that it adds to; only detection, coefficients and map may differ."""
+    tree = {**theirs, "version": mine["version"]}
+    if theirs["detection"] is None:
+        tree |= {key: mine[key] for key in DETECTION if key in mine}
+    sets = {one["keep"]: one for one in [*theirs.get("coefficients", ()), *mine.get("coefficients", ())]}
+    if sets:
+        tree["coefficients"] = list(sets.values())
+    if "map" in mine:
+        tree["map"] = mine["map"]
+    return with_digest(tree)
+
+
+def with_digest(facts: Facts, **others: Any) -> dict[str, Any]:
+    """Add the digest of all facts except streamer's version, and of other things that decide a result."""
+    tree = {key: value for key, value in facts.items() if key not in ("version", "plan")}
+    told = json.dumps(tree | others, sort_keys=True)
+    return {**facts, "plan": hashlib.sha256(told.encode()).hexdigest()}
+
+
+State = Literal["new", "resume", "done"]
+
+Arrays = Mapping[str, Floats]
+"""Sums of a sweep, by name."""
+
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared(ABC, Generic[Made]):
+    """A run on texts whose inputs are open and checked; nothing is written until it writes its result at its end, in one file.
+
+    Attributes
+    ----------
+    max_memory
+        Budget in bytes; None for no budget.
+    model
+        Model that runs, and supplies sizes.
+    kind
+        Kind of the file, if it is a sealed one.
+    one, same, example
+        Words for messages: such a file, such as ``a map``; this result, such as ``this very map``; and a possible name of its file.
+    """
+
+    plan: Plan
+    run: Run
+    max_memory: int | None
+    model: SweepModel
+
+    kind: ClassVar[SealedKind]
+    one: ClassVar[str]
+    same: ClassVar[str]
+    example: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Return inputs and options as JSON, with a digest of everything that determines the result; see `with_digest`."""
+
+    @abstractmethod
+    def computed(self, records: Records, output: Path | None) -> Made:
+        """Run to the end and return the result; `records` holds those of an interrupted run, and receives this run's."""
+
+    @abstractmethod
+    def sweeps(self, known: Made | None = None) -> list[Work]:
+        """List the sweeps of a run that does not stop early, to which earlier results are known."""
+
+    @abstractmethod
+    def written_bytes(self, known: Made | None) -> tuple[int, int]:
+        """Estimate the bytes of the file, and of temporary files."""
+
+    @staticmethod
+    @abstractmethod
+    def read(path: Path) -> Any:
+        """Read a result from its file."""
+
+    def known(self, path: Path | None) -> Made | None:
+        """Return the earlier results in the file, to which this run adds."""
+        return None
+
+    def save(self, made: Made, path: Path) -> None:
+        """Write a result to its file; `inspect` has permitted it for any existing file."""
+        made.save(path, overwrite=True)  # type: ignore[attr-defined]  # a fit, or a map
+
+    def is_whole(self, path: Path) -> bool:
+        """Test whether the file at a path is the complete result; raise `OutputExistsError` if it belongs to others, see `of_others`."""
+        try:
+            theirs = self.read(path).facts
+        except FormatError as e:
+            if self.kind.is_at(path):
+                raise OutputExistsError(f"{e}, or pass --overwrite", path) from e
+            raise
+        if theirs.get("plan") != self.facts["plan"]:
+            known = {"plan", "configs"} <= theirs.keys()
+            raise of_others(path, self.one, differences(self.facts, theirs) if known else ())
+        return True
+
+    def warn(self) -> None:
+        """Warn of texts that give a poor result."""
+
+    def run_facts(self, path: Path) -> tuple[dict[str, Any], str]:
+        """Return the facts that the journal holds, and text that distinguishes inputs which differ only in rounding."""
+        return self.facts, ""
+
+    @property
+    def solving_bytes(self) -> int:
+        """Estimate the memory of what a sweep does between layers."""
+        return 0
+
+    @property
+    def resident(self) -> int:
+        """Estimate the bytes that stay in memory between two steps."""
+        return resident_bytes(AdapterBatch(self.plan.base, (self.plan,)))
+
+    def check_budget(self) -> None:
+        """Refuse a budget that is too small for the first sweep."""
+        self.limits_of(self.sweeps()[0])
+
+    def limits_of(self, work: Work) -> Limits:
+        """Choose how a sweep fits the budget."""
+        return work.limits(self.model.size, self.resident + self.solving_bytes, self.max_memory)
+
+    def beside_workers(self) -> Self:
+        """Return the run with the memory that workers on this machine leave to this process in its largest sweep.
+
+        Raises
+        ------
+        UsageError
+            If that is too small for one sequence; the message names the smallest budget.
+        """
+        work, budget = max(self.sweeps(), key=lambda work: (work.fitted, work.riding)), self.max_memory
+        away = work.away(self.model.size, self.resident, self.run.workers)
+        if budget is None or not away:
+            return self
+        work.limits(self.model.size, self.resident + self.solving_bytes + away, budget)
+        return replace(self, max_memory=budget - away)
+
+    def inspect(self, path: Path) -> State:
+        """Check, without writing, that the result can be written, and whether it exists, was begun, or is still to be made.
+
+        Raises
+        ------
+        OutputExistsError
+            If the path holds something else, or a result or an interrupted run of other inputs or options, which `overwrite` replaces.
+        OutputError, InputChangedError
+            If no file can be written there, or the path is an input, or if another version or other inputs began the run.
+        UsageError
+            If the budget is too small.
+        """
+        refuse_symlink(path)
+        refuse_symlink(path.parent)
+        check_file_path(path, self.example, journal_of(path).name)
+        refuse_within_output(path)
+        self.check_budget()
+        if path.exists() and not is_placeholder(path):
+            with naming_inputs(self.plan, [path], self.run.overwrite):
+                try:
+                    if self.is_whole(path) and not self.run.overwrite:
+                        return "done"
+                except OutputExistsError:
+                    if not self.run.overwrite:
+                        raise
+                except InputError:
+                    raise not_own(path, self.one) from None
+        self.plan.refuse_overwriting([path])
+        return "resume" if self._resumable(path).is_begun() else "new"
+
+    def result(self, output: Path | None) -> Made:
+        """Return the result, from its file if that holds it already; write it if an output is given.
+
+        The file is locked while a journal beside it receives records; if the run fails, the journal stays, unless the inputs are at fault.
+        """
+        if output is None:
+            return self.computed(Records(), None)
+        if self.inspect(output) == "done":
+            return self.standing(output)
+        with self._resumable(output).begun((InputError, NumericError)) as (journal, resumed):
+            made = self.computed(Records(journal), output)
+            self.plan.check_unchanged()
+            self.save(made, output)
+        self.run.monitor.told(output, "resumed" if resumed else "written")
+        return made
+
+    def standing(self, path: Path) -> Made:
+        """Keep a file that is complete, say so, and return what it holds; see `left`."""
+        left(path, self.run.monitor, f"{path} holds {self.same} already; nothing to do")
+        made: Made = self.read(path)
+        return made
+
+    def _resumable(self, path: Path) -> ResumableFile:
+        """Describe the file and its journal, whose head has the run, the names of its sums, and the threads and torch behind their bits."""
+        facts, bits = self.run_facts(path)
+        bits = f"{bits} {self.run.model_device} torch {torch.__version__} {' '.join(ARRAYS)}".strip()
+        head = {"plan": facts["plan"], "facts": facts, "version": __version__, "stamps": self.plan.detection_stamps(),
+                "bits": bits, "threads": torch.get_num_threads()}  # fmt: skip
+
+        def differing(found: Mapping[str, Any]) -> str:
+            same = found.get("version") == __version__ and "facts" in found
+            return in_words(differences(facts, found["facts"])) if same else ""
+
+        return ResumableFile(path, head, self.run.resume, self.run.overwrite, differing=differing)
+
+
+def of_others(path: Path, one: str, differing: Sequence[str] = ()) -> OutputExistsError:
+    """Make the error for a file that holds a result of other inputs or options, with the differences."""
+    return holds(path, f"{one} of other inputs or options{in_words(differing)}")
+
+
+def in_words(differing: Sequence[str]) -> str:
+    """Put differences into parentheses."""
+    return f" ({listed(differing)})" if differing else ""
+
+
+def pack(name: str, arrays: Arrays) -> bytes:
+    """Pack arrays as a line of JSON with their shapes, followed by their compressed bytes, so that unpacking restores the same bits."""
+    head = {"key": name, "shapes": {array: list(values.shape) for array, values in arrays.items()}}
+    raw = b"".join(values.astype("<f8").tobytes() for values in arrays.values())
+    return json.dumps(head).encode() + b"\n" + zlib.compress(raw, 1)
+
+
+def unpack(payload: bytes) -> tuple[str, dict[str, Floats]]:
+    """Unpack the name and arrays from what `pack` returned."""
+    line, _, raw = payload.partition(b"\n")
+    head, values, at = json.loads(line), np.frombuffer(zlib.decompress(raw), "<f8").astype(np.float64), 0
+    arrays = {}
+    for name, shape in head["shapes"].items():
+        size = int(np.prod(shape, dtype=int))
+        arrays[name] = values[at : at + size].reshape(shape)
+        at += size
+    return head["key"], arrays
+
+
+class Records:
+    """Records of a run in its journal, if it has one: each is read only when it is asked for.
+
+    Attributes
+    ----------
+    threads
+        Number of torch threads with which the run began.
+    """
+
+    def __init__(self, journal: Journal | None = None) -> None:
+        self._journal, numbers = journal, range(1, 0 if journal is None else len(journal))
+        self._at = {} if journal is None else {unpack(journal[i])[0]: i for i in numbers}
+        self.threads = thread_count(None if journal is None else json.loads(journal[0]).get("threads"))
+
+    def find(self, name: str) -> Arrays | None:
+        """Find the arrays recorded under a key."""
+        return unpack(self._journal[self._at[name]])[1] if self._journal and name in self._at else None
+
+    def add(self, name: str, arrays: Arrays) -> None:
+        """Record the results of a sweep durably."""
+        if self._journal is not None:
+            self._at[name] = len(self._journal)
+            self._journal.append(pack(name, arrays))
+
+    def states(self, sweep: str) -> States | None:
+        """Return the file from which a killed sweep resumes; None without a journal."""
+        if self._journal is None:
+            return None
+        return States(states_of(self._journal.path), f"{hashlib.sha256(self._journal[0]).hexdigest()} {sweep}")
+
+
+@contextlib.contextmanager
+def computing(count: int, run: Run) -> Iterator[None]:
+    """Compute in full float32, with the number of threads with which the run began; emit a note if torch now has another number."""
+    if count != torch.get_num_threads():
+        words = f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over"
+        run.monitor.emit(Event("note", words))
+    with threads(count), full_float32(), kept(run.workers):
+        yield
