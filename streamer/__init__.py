@@ -23,7 +23,7 @@ for its parameters.
 
 The rest is for readers of the code. The folders follow the data, and a module imports only from folders above its own in this list::
 
-    errors, events, json_types, units, packages
+    errors, events, json_types, tables, units, packages
     storage/       bytes             safetensors in, crash-safe files out
     linalg/        mathematics       operators, Krylov processes, certified bounds
     weights/       logical weights   a base's tensors as float matrices, plain or quantized
@@ -43,7 +43,7 @@ The rest is for readers of the code. The folders follow the data, and a module i
     remote/        addresses         hub names, buckets and https addresses become directories
     forecast       forecasts         memory, bytes and time of a command, before it runs
     api/           the library       one request and one function for each command
-    peft/          in memory         the same for a loaded PEFT model
+    peft           in memory         the same for a loaded PEFT model
     cli/           commands          arguments, progress, tables
 
 >>> import streamer

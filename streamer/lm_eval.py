@@ -25,7 +25,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from tqdm import tqdm
 
-from streamer.api.requests import watched
+from streamer.api.calls import watched
 from streamer.api.texts import VariantsRequest
 from streamer.errors import StreamerError, UnsupportedError, UsageError
 from streamer.evaluation.evaluate import open_model

@@ -1,19 +1,25 @@
 """Declare every option once: a field of a dataclass, with its help, its default and its form on the command line.
 
 The parser, completion and the man page are made from these classes (`cli.parser`); so are the keywords of the library's functions with
-their docstrings (`api.functions`) and their types (``tools/make_keywords.py`` writes ``keywords.pyi``). A class that declares an option
+their docstrings (`api.calls`) and their types (``tools/make_keywords.py`` writes ``keywords.pyi``). A class that declares an option
 again changes it for its command. Nothing here imports torch: ``--help`` must answer at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, dataclass_transform
 
+from streamer.errors import UsageError
+from streamer.events import Monitor, OnEvent
 from streamer.methods import DEFAULT, METHODS, WITHOUT_FILES, NullSpace
 from streamer.storage.files import available_cores
+from streamer.units import quoted
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -22,7 +28,6 @@ if TYPE_CHECKING:
     from streamer.adapters.adapter_config import LoraBLayout
     from streamer.detection.findings import Findings
     from streamer.evaluation.evaluation import Evaluation, ProductDtype
-    from streamer.events import Monitor, OnEvent
     from streamer.json_types import Selection
     from streamer.methods import MethodName
     from streamer.methods.files import Coefficients, InputMap
@@ -35,6 +40,38 @@ SeveralAdapters = Sequence[Path] | list[str] | list[str | Path] | tuple[str | Pa
 
 Adapters = str | Path | SeveralAdapters
 """One adapter, or several."""
+
+
+class Bound(NamedTuple):
+    """What a value must be: in words, for the message about another one, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def whole(least: int, most: float = math.inf, words: str = "a whole number from {}") -> Bound:
+    """Bound whole numbers."""
+    return Bound(words.format(least), lambda n: type(n) is int and least <= n <= most)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str)
+
+
+def _lies(number: object, above: float, to: float) -> bool:
+    return isinstance(number, Real) and not isinstance(number, bool) and above < float(number) <= to
+
+
+SHARE = Bound("a share in (0, 1]", lambda x: _lies(x, 0, 1))
+PART = Bound("a share between 0 and 1", lambda x: _lies(x, 0, 1) and x < 1)
+RANK = Bound("a rank from 1, or a share in (0, 1] with a decimal point",
+             lambda x: whole(1).holds(x) or (isinstance(x, float) and _lies(x, 0, 1)))  # fmt: skip
+RISING = Bound("rising numbers above 0", lambda xs: _is_list(xs) and len(xs) > 0
+               and all(_lies(x, 0, math.inf) and x < math.inf for x in xs) and sorted({*xs}) == [*xs])  # fmt: skip
+
+ONE_BASE = Bound("one; to map several texts, join them in one file", lambda path: isinstance(path, str | os.PathLike))
+BYTES = Bound("a whole number of bytes", lambda size: isinstance(size, str) or type(size) is int)
+KEYS = Bound("a list of keys", lambda keys: _is_list(keys) and all(isinstance(key, str) for key in keys))
 
 
 @dataclass(frozen=True)
@@ -56,7 +93,11 @@ class Option:
     shown
         The default, if its value does not say it.
     expects
-        What a value is, for the message about another one.
+        What a value is, for the message about a text that is none.
+    bound
+        What values it takes, on the command line and in Python; of several values, each.
+    rare
+        Whether only `--help-all` explains it.
     """
 
     text: str
@@ -68,6 +109,8 @@ class Option:
     choices: Sequence[str] | None = None
     shown: str = ""
     expects: str = ""
+    bound: Bound | None = None
+    rare: bool = False
 
     def names(self, name: str) -> tuple[str, ...]:
         """Return the names of the field's option on the command line, if it is one."""
@@ -97,9 +140,9 @@ def written(text: str, metavar: str) -> Any:
     return option(text, MISSING, "-o", "--output", metavar=metavar)
 
 
-def keyword(text: str) -> Any:
+def keyword(text: str, bound: Bound | None = None) -> Any:
     """Declare a keyword that only Python has."""
-    return option(text, where="keyword")
+    return option(text, where="keyword", bound=bound)
 
 
 @dataclass_transform(eq_default=False, kw_only_default=True, frozen_default=True)
@@ -120,15 +163,37 @@ class Options:
         dataclass(init=False, repr=False, eq=False)(cls)
 
     def __init__(self, **given: Any) -> None:
-        defaults = {one.name: one.default for one in fields(self)}  # type: ignore[arg-type]  # each subclass is a dataclass
-        values = {**defaults, **given}
-        if wrong := [name for name in values if values[name] is MISSING or name not in defaults]:
+        declared = {one.name: one for one in fields(self)}  # type: ignore[arg-type]  # each subclass is a dataclass
+        values = {**{name: one.default for name, one in declared.items()}, **given}
+        if wrong := [name for name in values if values[name] is MISSING or name not in declared]:
             raise TypeError(f"{type(self).__name__}: missing or unknown: {', '.join(wrong)}")
+        for name, value in given.items():
+            _check(declared[name], value)
         vars(self).update(values)
         self.__post_init__()
 
     def __post_init__(self) -> None:
         """Check the values."""
+
+
+def _check(one: Any, value: Any) -> None:
+    """Refuse a value that its field's bound, choices or type exclude."""
+    kind, form = str(one.type), one.metadata.get("option", Option(""))
+    bound: Bound | None = form.bound
+    if value is None and kind.endswith("| None") and one.default is not MISSING:
+        return
+    many = kind.startswith(("float |", "Adapters")) and _is_list(value)
+    if bound is None and form.choices is not None and not kind.startswith("Sequence"):
+        bound = Bound(f"one of {', '.join(form.choices)}", tuple(form.choices).__contains__)
+    elif bound is None and kind.startswith("Sequence["):
+        like = f", such as {[*one.default]}" if one.default else ""
+        bound = Bound(f"a list{like}", lambda values: isinstance(values, Iterable) and not isinstance(values, str))
+    elif bound is None and kind.removesuffix(" | None") in ("str | Path", "Adapters"):
+        bound = Bound("a path", lambda path: isinstance(path, str | os.PathLike))
+    for each in value if many else (value,):
+        if bound is not None and not bound.holds(each):
+            found = [*each] if isinstance(each, tuple) else each
+            raise UsageError(f"{one.name}: expected {bound.words}, found {quoted(found)}")
 
 
 def declared(kind: type) -> Iterator[tuple[Any, Option, str]]:
@@ -161,13 +226,14 @@ REMOVED = {name: advice for names, advice in REMOVED_FROM.items() for name in na
 
 ONE_ADAPTER = "directory, hub name or address of a PEFT adapter; only one"
 ADAPTERS = (
-    "directory, hub name or address of a PEFT adapter; several, or a directory of them, share one pass over the base"
+    "directory, hub name or address of a PEFT adapter. Several, or a directory of them, share one pass over the base"
 )
 FINDINGS = "findings from `streamer detect`"
-RANK_OR_SHARE = "a share such as 0.95 uses the smallest rank that keeps this share of each delta's energy"
+RANK_OR_SHARE = "A share such as 0.95 uses the smallest rank that keeps this share of each delta's energy"
 SEVERAL = "for several adapters, a directory that gets one"
 BUILT_IN = "Python's built-in help texts"
 BESIDE = "of the recorded name, beside OUTPUT"
+MOST_THREADS = 1024
 MEMORY = "memory limit, such as 600M or 4G, not counting memory-mapped files and the GPU driver"
 COUNTED = (
     "It is in bytes, or a size like 4G in powers of 1024, and counts the anonymous memory of Python, torch and streamer; 200M (350M with "
@@ -181,68 +247,71 @@ class Watched(Options):
     """How a call in Python is watched."""
 
     on_event: OnEvent | None = keyword("function to call with an `Event` at each step and for each warning; without it and `monitor`, "
-        "warnings are `StreamerWarning`")
-    monitor: Monitor | None = keyword("a `Monitor` instead of `on_event`, for callers that also need to stop a run at its next safe point")
+        "warnings are `StreamerWarning`", Bound("a function that takes an event", callable))
+    monitor: Monitor | None = keyword("a `Monitor` instead of `on_event`, for callers that also need to stop a run at its next safe point",
+        Bound("a Monitor", lambda given: isinstance(given, Monitor)))
     progress: bool | None = keyword("True draws tqdm bars; None draws them only in a notebook, and only without `on_event` and `monitor`")
 
 
 class Printing(Options, group="printing"):
     """What a command prints."""
 
-    json: bool = option("print one JSON object to stdout, even on failure; see docs/formats.md", False)
-    json_events: bool = option("print one JSON object per line to stderr instead of progress, warnings and errors", False)
-    quiet: int = option("print only warnings and errors; twice (-qq): only errors", 0, "-q", "--quiet", nargs="count")
+    json: bool = option("print one JSON object to stdout, even on failure. See docs/formats.md", False)
+    json_events: bool = option("print one JSON object per line to stderr instead of progress, warnings and errors", False, rare=True)
+    quiet: int = option("print only warnings and errors; -qq: only errors", 0, "-q", "--quiet", nargs="count")
     progress: str = option("how to show progress: a bar, or a line every 30 s (plain); auto: bar on a terminal, else plain", "auto",
-        choices=["auto", "bar", "plain", "none"])
-    all: bool = option("show every row and column of tables, not only the most important ones", False)
-    legend: bool = option("omit the lines that explain the columns of tables", True, "--no-legend")
+        choices=["auto", "bar", "plain", "none"], rare=True)
+    all: bool = option("show every row and column of tables, not only the most important ones", False, rare=True)
+    legend: bool = option("omit the lines that explain the columns of tables", True, "--no-legend", rare=True)
 
 
 class OfBase(Watched, group="input"):
     """How a base is read."""
 
     base: str | Path = argument("directory of model or pipeline, file, hub name or address")
-    io: IOMode = option("how to read tensors; use pread on network file systems", "mmap", choices=["mmap", "pread"])
+    io: IOMode = option("how to read tensors; use pread on network file systems", "mmap", choices=["mmap", "pread"], rare=True)
     remote: RemoteMode | None = option("how to read an input at an address. cache: download what is needed before starting; stream: read "
-        "byte ranges and store nothing (if not given: cache for the hub, else stream)", choices=["cache", "stream"])
+        "byte ranges and store nothing (if not given: cache for the hub, else stream)", choices=["cache", "stream"], rare=True)
     architecture: str | None = option("class of BASE in transformers, such as GPT2LMHeadModel; needed only if a message asks for it",
-        metavar="NAME")
+        metavar="NAME", bound=Bound("the name of a class", lambda name: isinstance(name, str)), rare=True)
 
 
 class Ignoring(Options, group="input"):
     """Keys of an adapter's config that have no effect."""
 
     ignore_keys: Sequence[str] = option("ignore the unknown key KEY of the adapter's config (repeatable)", (), "--ignore-key",
-        metavar="KEY", nargs="append")
+        metavar="KEY", nargs="append", bound=KEYS, rare=True)
 
 
 class OfAdapter(Ignoring, OfBase, group="input"):
     """How a base and an adapter are read, and facts that they do not contain."""
 
-    base_is_residual: bool = option("BASE is the residual of PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ, on which ADAPTER was trained", False)
+    base_is_residual: bool = option("BASE is the residual of PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ, on which ADAPTER was trained", False,
+        rare=True)
     lora_b_layout: LoraBLayout | None = option("order of lora_B's columns for stacked experts, if ADAPTER does not state it: rank_major "
-        "(PEFT), or grouped_by_expert (Unsloth until September 2026)", choices=["rank_major", "grouped_by_expert"])
+        "(PEFT), or grouped_by_expert (Unsloth until September 2026)", choices=["rank_major", "grouped_by_expert"], rare=True)
 
 
 class OnDevice(Options, group="computing"):
     """Where a run computes."""
 
     device: str = option("where to compute: cpu, cuda or cuda:i (cuda has not been run on a GPU yet); auto: run detection on a "
-        "GPU if there is one, and models on the CPU", "auto", metavar="DEV")
+        "GPU if there is one, and models on the CPU", "auto", metavar="DEV", rare=True)
 
 
 class Computing(OnDevice, group="computing"):
     """Where a run computes, and with how much memory."""
 
     max_memory: int | str | None = option(f"{MEMORY}. With a low limit, large matrices take longer, and directions that need a full SVD "
-        "are left undecided; what does not fit is refused", metavar="SIZE", shown="no limit", detail=COUNTED)
+        "are left undecided; what does not fit is refused", metavar="SIZE", shown="no limit", detail=COUNTED, bound=BYTES)
 
 
 class Threads(Options, group="computing"):
     """Threads of a command; in Python, torch's own."""
 
     threads: int | None = option("CPU threads", metavar="N", shown="OMP_NUM_THREADS, or one per core available to this process, "
-        "CORES here; on a busy machine, detection uses fewer threads if a measurement shows that this is faster")
+        "CORES here; on a busy machine, detection uses fewer threads if a measurement shows that this is faster",
+        bound=whole(1, MOST_THREADS, f"a number from {{}} to {MOST_THREADS}"), rare=True)
 
 
 class Judged(Options, group="detection"):
@@ -250,19 +319,19 @@ class Judged(Options, group="detection"):
 
     top_k: int | float | None = option("leading directions to examine in each matrix, as a count or as a share such as 0.1", metavar="K",
         shown="10, or as in the findings given", expects="a count like 10 or a share like 0.1", detail="A count is an int from 1, a share "
-        "of min(rows, columns) a float in (0, 1].")
+        "of min(rows, columns) a float in (0, 1].", rare=True)
     threshold_epsilon: float | None = option("a direction is an intruder if its similarity to the base is below E", None, "--epsilon",
         metavar="E", shown="0.5, or as in the findings given", detail="E is in (0, 1]; the similarity is the largest |cosine| to a left "
-        "singular vector of the base.")
+        "singular vector of the base.", rare=True)
     solver: str | None = option("Krylov with bounds (certified), LAPACK's full SVD (dense), or the cheaper one (auto)", choices=["auto",
-        "certified", "dense"], shown="auto, or as in the findings given")
+        "certified", "dense"], shown="auto, or as in the findings given", rare=True)
 
 
 class Writing(Options, group="output"):
     """What happens to an output that exists, whole or in part."""
 
     output: str | Path | None = written("", "PATH")
-    resume: bool = option("start over instead of resuming an interrupted run", True, "--no-resume")
+    resume: bool = option("start over instead of resuming an interrupted run", True, "--no-resume", rare=True)
     overwrite: bool = option("replace an existing output, or write into a directory with other files. Unrelated files are kept; the run is "
         "refused if one of them has a name that the output needs or a loader would read", False)
 
@@ -276,9 +345,10 @@ class DryRuns(Options, group="output"):
 class WorkerOptions(Options, group="workers (docs/workers.md)"):
     """Workers of a command; Python's functions take an executor."""
 
-    workers: int | None = option("compute in N processes that share the cores and --max-memory", metavar="N", shown="in this process")
+    workers: int | None = option("compute in N processes that share the cores and --max-memory", metavar="N", shown="in this process",
+        bound=whole(1, words="a number from {}"), rare=True)
     executor: str | None = option("compute on the workers of a cluster: dask:HOST:PORT, dask:FILE.json (its scheduler file), ray:auto or "
-        "ray:HOST:PORT; --threads and --max-memory apply to each task", metavar="ENGINE:ADDRESS")
+        "ray:HOST:PORT; --threads and --max-memory apply to each task", metavar="ENGINE:ADDRESS", rare=True)
 
 
 class DetectOptions(Writing, Judged, Computing, OfAdapter):
@@ -292,30 +362,31 @@ class DetectOptions(Writing, Judged, Computing, OfAdapter):
 class Amplifying(Options, group="mitigation"):
     """Whether λ is a share."""
 
-    amplify: bool = option("allow a lambda outside [0, 1]: above 1 enlarges an intruder, below 0 changes its sign", False)
+    amplify: bool = option("allow a lambda outside [0, 1]: above 1 enlarges an intruder, below 0 changes its sign", False, rare=True)
 
 
 class Scaling(Amplifying, group="mitigation"):
     """What methods need."""
 
     coefficients: Coefficients | str | Path | None = option("factors from `streamer fit`, for method regmean, which uses neither detection "
-        "nor --lambda", metavar="FILE")
+        "nor --lambda", metavar="FILE", rare=True)
     map: InputMap | str | Path | None = option("map of BASE from `streamer map`, for method nullspace, which uses no detection",
         metavar="FILE")
     select: Selection = option("scale all intruders among the top k, or only the highest-ranked one of each matrix", "all", "--select",
-        "--scale", choices=["all", "first"])
+        "--scale", choices=["all", "first"], rare=True)
 
 
 class MethodOptions(Scaling, group="mitigation"):
     """A mitigation method."""
 
     mitigation_lambda: float | None = option("share of each intruder (project: of the adapter's part; shrink: of the adapter) to keep, "
-        f"from 0 (remove) to 1 (keep) (default: {DEFAULT.mitigation_lambda:g}); with --map, share of each delta's energy on general inputs",
-        None, "--lambda", metavar="L", shown=f"{NullSpace.mitigation_lambda:g}")
-    method: MethodName | None = option("; ".join(f"{name}: {method.about}" for name, method in METHODS.items()) + "; with --coefficients "
+        "from 0 (remove) to 1 (keep). With --map: share of each delta's energy on general inputs", None, "--lambda", metavar="L",
+        shown=f"{DEFAULT.mitigation_lambda:g}, with a map {NullSpace.mitigation_lambda:g}")
+    method: MethodName | None = option("; ".join(f"{name}: {method.about}" for name, method in METHODS.items()) + ". With --coefficients "
         "or --map, the file sets the method", metavar="NAME", choices=[*METHODS], shown=DEFAULT.name, detail="The mitigated delta "
         "is Δ + (λ − 1) U Σ Vᵀ (paper), (I − (1 − λ) U Uᵀ) Δ (project), λ Δ (shrink) or L R'ᵀ with new right factors (regmean).")
-    keep: float | None = option("if --coefficients has several sets: use the one for this share of the learning", metavar="SHARE")
+    keep: float | None = option("if --coefficients has several sets: use the one for this share of the learning", metavar="SHARE",
+        rare=True)
 
 
 class Mitigation(MethodOptions, Judged, Computing, OfAdapter, group="mitigation"):
@@ -334,15 +405,15 @@ class WritingOptions(Writing, Mitigation, group="output"):
     """What mitigate and merge share."""
 
     adapter: Adapters = argument(ADAPTERS, nargs="+")
-    model_card: bool = option(CARD, True, "--no-card")
+    model_card: bool = option(CARD, True, "--no-card", rare=True)
 
 
 class MitigateOptions(WritingOptions):
     """Options of `reduce_intruder_dimension`."""
 
     output: str | Path = written(f"adapter directory to write; {SEVERAL} subdirectory NAME per adapter", "DIR")
-    to_lora: int | float | None = option(f"write a LoRA adapter of this rank from any kind of adapter; {RANK_OR_SHARE}", metavar="RANK",
-        expects="a rank like 16 or a share like 0.95")
+    to_lora: int | float | None = option(f"write a LoRA adapter of this rank from any kind of adapter. {RANK_OR_SHARE}", metavar="RANK",
+        bound=RANK, expects="a rank like 16 or a share like 0.95")
 
 
 class MergeOptions(Dequantizing, WritingOptions):
@@ -360,18 +431,18 @@ class Products(Computing):
     """Where and how a sweep multiplies."""
 
     device: str = option("where to run the model: cpu, cuda or cuda:i (cuda has not been run on a GPU yet); auto: the CPU", "auto",
-        metavar="DEV")
+        metavar="DEV", rare=True)
     max_memory: int | str | None = option(f"{MEMORY}. With a low limit, fewer sequences run together, and their states go to a temporary "
-        "file; what does not fit is refused", metavar="SIZE", shown="no limit", detail=COUNTED)
+        "file; what does not fit is refused", metavar="SIZE", shown="no limit", detail=COUNTED, bound=BYTES, rare=True)
     dtype: ProductDtype = option("dtype of products with base weights; bf16 is faster on some processors", "float32",
-        choices=["float32", "bf16"])
+        choices=["float32", "bf16"], rare=True)
 
 
 class Reading(Products):
     """How much of texts a sweep reads."""
 
-    sequences: int = option("maximum number of sequences per text", 32, metavar="N")
-    length: int = option("maximum number of tokens per sequence", 128, metavar="N")
+    sequences: int = option("maximum number of sequences per text", 32, metavar="N", bound=whole(2))
+    length: int = option("maximum number of tokens per sequence", 128, metavar="N", bound=whole(2))
 
 
 class Texts(Reading):
@@ -389,8 +460,8 @@ class VariantOptions(Scaling, Products, OfAdapter):
     lambdas: Sequence[float] = option("shares to keep, separated by commas", (0.75, 0.5), "--lambda", metavar="L,L")
     methods: Sequence[MethodName] | None = option(f"one or several of {', '.join(WITHOUT_FILES)}, separated by commas (default: shrink, "
         "with --findings paper); to evaluate only the sets in --coefficients, give their method, regmean", None, "--method", metavar="M,M")
-    keep: float = option("share of the learning that the suggestion must keep", 0.9, metavar="SHARE")
-    projected: bool = option("evaluate deltas projected onto the adapter's rank, as `mitigate` writes them", False)
+    keep: float = option("share of the learning that the suggestion must keep", 0.9, metavar="SHARE", bound=SHARE, rare=True)
+    projected: bool = option("evaluate deltas projected onto the adapter's rank, as `mitigate` writes them", False, rare=True)
 
 
 class EvaluateOptions(Writing, Texts, VariantOptions):
@@ -409,12 +480,15 @@ class FittingOptions(Writing, Texts, OfAdapter):
     adapter: str | Path = argument(ONE_ADAPTER)
     output: str | Path | None = written("file of factors to write (.safetensors)", "FILE")
     executor: Executor | None = keyword("workers that run the held-out sequences, as for `detect_intruder_dimensions`; this process fits")
-    keep: float | Sequence[float] = option("least shares of the learning to keep; each gives one set", 0.9, metavar="SHARE,SHARE")
-    weights: Sequence[float] = option("weights of the general text to fit and measure, rising", (0.5, 8.0), "--mu", metavar="M,M")
-    sequences: int = option("maximum number of sequences per text", 24, metavar="N")
-    length: int = option("maximum number of tokens per sequence", 64, metavar="N")
-    holdout: float = option("share of each text's sequences to hold out for choosing and measuring", 0.33, metavar="SHARE")
-    seed: int = option("decides which sequences are held out", 0, metavar="N")
+    keep: float | Sequence[float] = option("least shares of the learning to keep; each gives one set", 0.9, metavar="SHARE,SHARE",
+        bound=SHARE)
+    weights: Sequence[float] = option("weights of the general text to fit and measure, rising", (0.5, 8.0), "--mu", metavar="M,M",
+        bound=RISING, rare=True)
+    sequences: int = option("maximum number of sequences per text", 24, metavar="N", bound=whole(4))
+    length: int = option("maximum number of tokens per sequence", 64, metavar="N", bound=whole(2))
+    holdout: float = option("share of each text's sequences to hold out for choosing and measuring", 0.33, metavar="SHARE", bound=PART,
+        rare=True)
+    seed: int = option("decides which sequences are held out", 0, metavar="N", bound=whole(0), rare=True)
 
 
 class MappingOptions(Writing, Reading, OfBase):
@@ -423,7 +497,7 @@ class MappingOptions(Writing, Reading, OfBase):
     output: str | Path | None = written("map file to write (.safetensors)", "FILE")
     base: str | Path = argument("model directory, hub name or address", nargs="+")
     general: str | Path | None = option("general text to run through BASE: .txt, .jsonl or .npy", metavar="TEXT", shown=BUILT_IN)
-    vectors: int = option("leading vectors to store for each input", 16, metavar="N")
+    vectors: int = option("leading vectors to store for each input", 16, metavar="N", bound=whole(1), rare=True)
 
 
 class RepairOptions(FittingOptions):
@@ -432,13 +506,14 @@ class RepairOptions(FittingOptions):
     output: str | Path = written("directory to write: an adapter, or with --merge a model", "DIR")
     general: str | Path | None = option("general text, for measuring forgetting: .txt, .jsonl or .npy", metavar="TEXT",
         shown=f"{BUILT_IN}; your own text works better")
-    keep: float = option("least share of the learning to keep", 0.9, metavar="SHARE")
-    findings: Findings | str | Path | None = option(f"{FINDINGS}: also measure the effect of scaling these intruders", metavar="FILE")
-    to_lora: int | float | None = option("first write ADAPTER, of any kind, as a LoRA adapter of this rank, beside DIR; " + RANK_OR_SHARE,
-        metavar="RANK", expects="a rank like 16 or a share like 0.95")
+    keep: float = option("least share of the learning to keep", 0.9, metavar="SHARE", bound=SHARE)
+    findings: Findings | str | Path | None = option(f"{FINDINGS}: also measure the effect of scaling these intruders", metavar="FILE",
+        rare=True)
+    to_lora: int | float | None = option("first write ADAPTER, of any kind, as a LoRA adapter of this rank, beside DIR. " + RANK_OR_SHARE,
+        metavar="RANK", bound=RANK, expects="a rank like 16 or a share like 0.95")
     merge: bool = option("write a model with the repaired adapter merged in", False)
-    dequantize: bool = option("with --merge: if the base is quantized, write a plain model", False)
-    model_card: bool = option(CARD, True, "--no-card")
+    dequantize: bool = option("with --merge: if the base is quantized, write a plain model", False, rare=True)
+    model_card: bool = option(CARD, True, "--no-card", rare=True)
 
 
 class InspectOptions(OfAdapter):
@@ -471,7 +546,8 @@ class VerifyOptions(Watched):
     base: str | Path | None = argument("base of OUTPUT: also recompute a sample of matrices", None, nargs="?")
     adapter: str | Path | None = argument("the adapter; give it together with BASE", None, nargs="?")
     sample: int | Literal["all"] = option("number of matrices to recompute, spread over their kinds; all: recompute every matrix and "
-        "compare every other tensor byte by byte", 3, metavar="N")
+        "compare every other tensor byte by byte", 3, metavar="N",
+        bound=Bound("a count from 1 or 'all'", lambda n: n == "all" or whole(1).holds(n)))
     coefficients: str | Path | None = option("file of the fit that OUTPUT was made with", metavar="FILE", shown=BESIDE)
     map: str | Path | None = option("map that OUTPUT was made with", metavar="FILE", shown=BESIDE)
 

@@ -18,17 +18,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from shapes import KNOWN, Known, Mixture
+from shapes import KNOWN, Known, Llama, Mixture, lora_shapes
 from torch import Tensor
 
-from streamer.api.demo import PLANTED, DemoModel, lora_shapes, planted_factors, power_law, write_adapter, write_base
+from streamer.adapters.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
+from streamer.adapters.adapter_config import WEIGHTS_NAME
+from streamer.api.demo import PLANTED, DemoModel, planted_factors, power_law
+from streamer.api.tensors import write_safetensors
 from streamer.linalg.torch_state import threads
-from streamer.storage.header import tensor_nbytes
+from streamer.storage.atomic_file import Piece, index_bytes, plan_shard, write_atomic, write_shard
+from streamer.storage.checkpoint import INDEX_NAME, shard_names
+from streamer.storage.header import TensorInfo, tensor_nbytes
+from streamer.weights.base import ENCODINGS, as_bytes
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 SCALE = 2.0
@@ -37,6 +43,67 @@ SIZES = ("intermediate", "heads", "kv_heads", "vocab")
 TOP = 64
 BLOCK = 1 << 22
 """Values that are made at a time."""
+
+
+def write_base(
+    directory: Path, model: Llama, dtype: str, shards: Sequence[Sequence[str]], rows: Callable[[str], Iterable[Tensor]]
+) -> None:
+    """Write a base model: one file, or shards with their index, and the config, with one piece in memory at a time.
+
+    Parameters
+    ----------
+    shards
+        Names of the tensors in each file.
+    rows
+        Returns a tensor's values in consecutive pieces of whole rows, which are rounded to `dtype`.
+    """
+    directory.mkdir(parents=True)
+
+    def source(info: TensorInfo) -> Iterator[Piece]:
+        for piece in rows(info.name):
+            yield Piece(as_bytes(piece.to(ENCODINGS[dtype].dtype)))
+
+    shapes = model.tensors
+    weight_map: dict[str, str] = {}
+    for file, names in zip(shard_names(len(shards)), shards, strict=True):
+        plan = plan_shard(file, [(name, dtype, shapes[name]) for name in names], {"format": "pt"})
+        write_shard(directory, plan, ((info, source(info)) for info in plan.header.tensors))
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        write_atomic(directory / INDEX_NAME, index_bytes({"weight_map": weight_map}, model.nbytes(dtype)))
+    write_atomic(directory / "config.json", json.dumps(model.config(dtype), indent=2).encode())
+
+
+def write_adapter(
+    directory: Path,
+    targets: Mapping[str, list[str]],
+    shapes: Mapping[str, tuple[tuple[int, int], tuple[int, int]]],
+    rank: int,
+    alpha: float,
+    factors: Callable[[str], tuple[Tensor, Tensor]],
+) -> None:
+    """Write a LoRA adapter as PEFT does.
+
+    Parameters
+    ----------
+    targets
+        Entries of the config that name its targets.
+    shapes
+        Shapes of ``lora_A`` and ``lora_B`` by module.
+    factors
+        Returns a module's A and B.
+    """
+    directory.mkdir(parents=True)
+    sizes = {(module, which): size for module, pair in shapes.items() for which, size in zip("AB", pair, strict=True)}
+    names = {key: f"base_model.model.{key[0]}.lora_{key[1]}.weight" for key in sizes}
+    tensors = (
+        (names[module, which], tensor) for module in shapes for which, tensor in zip("AB", factors(module), strict=True)
+    )
+    entries = [(names[key], "F32", size) for key, size in sizes.items()]
+    write_safetensors(directory / WEIGHTS_NAME, entries, tensors, metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none", "fan_in_fan_out": False, **targets,
+              "task_type": "CAUSAL_LM", "base_model_name_or_path": "generated", "peft_version": "0.21.2"}  # fmt: skip
+    write_atomic(directory / ADAPTER_CONFIG, json.dumps(config, indent=2).encode())
 
 
 class Noise:

@@ -49,6 +49,7 @@ def keywords() -> str:
         "from collections.abc import Sequence",
         "from pathlib import Path",
         *inspect.cleandoc(imports[1]).splitlines(),
+        "from streamer.events import Monitor, OnEvent",
     ]
     lines = [line.replace("import Literal", "import Literal, TypedDict") for line in lines]
     for name, (kind, function) in functions().items():

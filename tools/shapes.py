@@ -1,6 +1,6 @@
 """Models of the hub by their sizes: the tensors in the order of their modules, the config, and what PEFT would wrap.
 
-`Llama` itself stands with the demo. A mixture has its experts one tensor each on disk, as the hub has them, and one parameter
+A mixture has its experts one tensor each on disk, as the hub has them, and one parameter
 for all of a layer when it is loaded; PEFT wraps that one.
 """
 
@@ -9,7 +9,74 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamer.api.demo import Llama
+from streamer.storage.header import tensor_nbytes
+from streamer.weights.base import ENCODINGS
+
+
+@dataclass(frozen=True)
+class Llama:
+    """Sizes of a Llama-shaped model, which determine its tensors and its config.
+
+    Attributes
+    ----------
+    hidden, intermediate, layers, vocab, heads, kv_heads
+        As in the config; hidden is a multiple of heads, and heads of kv_heads.
+    tied
+        Whether the embedding is also the output layer; if not, there is an ``lm_head``.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    tied: bool = False
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """List the linear layers of one block: name to (out, in)."""
+        h, inner, kv = self.hidden, self.intermediate, self.hidden // self.heads * self.kv_heads
+        return {
+            "self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, h),
+            "mlp.gate_proj": (inner, h), "mlp.up_proj": (inner, h), "mlp.down_proj": (h, inner),
+        }  # fmt: skip
+
+    @property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """List the linear layers of all blocks: path in the model to (out, in)."""
+        return {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in self.linears.items()}
+
+    @property
+    def targets(self) -> dict[str, list[str]]:
+        """Make the entries of an adapter's config that name its targets: every linear layer."""
+        return {"target_modules": sorted({name.rpartition(".")[2] for name in self.linears})}
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """List the tensors in file order: name to shape."""
+        out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
+        for i in range(self.layers):
+            out |= {f"model.layers.{i}.{name}.weight": shape for name, shape in self.linears.items()}
+            out |= {f"model.layers.{i}.{at}_layernorm.weight": (self.hidden,) for at in ("input", "post_attention")}
+        out["model.norm.weight"] = (self.hidden,)
+        return out if self.tied else out | {"lm_head.weight": (self.vocab, self.hidden)}
+
+    def nbytes(self, dtype: str) -> int:
+        """Count the bytes of all tensors in this dtype."""
+        return sum(tensor_nbytes(dtype, shape) for shape in self.tensors.values())
+
+    def config(self, dtype: str) -> dict[str, Any]:
+        """Make the model's ``config.json``."""
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden,
+                "intermediate_size": self.intermediate, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+                "num_key_value_heads": self.kv_heads, "vocab_size": self.vocab, "tie_word_embeddings": self.tied,
+                "torch_dtype": str(ENCODINGS[dtype].dtype).removeprefix("torch.")}  # fmt: skip
+
+
+def lora_shapes(model: Llama, rank: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+    """List the shapes of A and B for a LoRA adapter on every linear layer."""
+    return {module: ((rank, n), (m, rank)) for module, (m, n) in model.modules.items()}
 
 
 @dataclass(frozen=True)

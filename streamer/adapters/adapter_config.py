@@ -18,12 +18,12 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from streamer.errors import FormatError, MismatchError, MissingInputError, UnsupportedError, UsageError
+from streamer.errors import FormatError, MismatchError, MissingInputError, UnsupportedError
 from streamer.storage.checkpoint import TensorFile, read_json_object
 from streamer.storage.files import lacks
 from streamer.units import listed, quoted
@@ -45,10 +45,7 @@ _LAYOUTS = get_args(LoraBLayout)
 class Stated:
     """Facts about a run's adapters; `api.detect_intruder_dimensions` explains them as keywords.
 
-    Raises
-    ------
-    UsageError
-        If a value has the wrong type.
+    `options.OfAdapter` bounds them.
     """
 
     base_is_residual: bool = False
@@ -56,12 +53,7 @@ class Stated:
     ignore_keys: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.lora_b_layout not in (None, *_LAYOUTS):
-            raise UsageError(f"lora_b_layout: expected {' or '.join(_LAYOUTS)}, found {self.lora_b_layout!r}")
-        keys = self.ignore_keys
-        if isinstance(keys, str) or not (isinstance(keys, Collection) and all(isinstance(key, str) for key in keys)):
-            raise UsageError(f"ignore_keys: expected a list of keys, found {keys!r}")
-        object.__setattr__(self, "ignore_keys", tuple(keys))
+        object.__setattr__(self, "ignore_keys", tuple(self.ignore_keys))
 
 
 NOTHING_STATED = Stated()

@@ -1,6 +1,4 @@
-"""Run detection, mitigation and merging on a small generated model with planted intruders.
-
-Generate Llama-shaped models and LoRA adapters with planted intruders, piece by piece, of any size.
+"""Run detection, mitigation and merging on a small generated model, shaped like a Llama, with planted intruders.
 
 The base has a power-law spectrum, like trained weights. In some modules, the adapter adds a random direction that resembles no singular
 vector of the base, and is large enough to be among the first singular directions: an intruder.
@@ -11,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
@@ -28,20 +26,38 @@ from streamer.api.intruders import (
 )
 from streamer.api.tensors import write_safetensors
 from streamer.detection.findings import load_findings
+from streamer.detection.options import DetectionOptions
 from streamer.errors import OutputExistsError
 from streamer.events import Monitor
 from streamer.json_types import Amount, Count, TensorName
 from streamer.linalg.operators import LowRank
 from streamer.methods import Project
 from streamer.options import DemoOptions
-from streamer.storage.atomic_file import Piece, index_bytes, plan_shard, write_atomic, write_shard
+from streamer.plan.name_matching import natural
+from streamer.storage.atomic_file import index_bytes, write_atomic
 from streamer.storage.checkpoint import INDEX_NAME, open_checkpoint, shard_names
-from streamer.storage.header import TensorInfo, tensor_nbytes
-from streamer.weights.base import ENCODINGS, as_bytes
+from streamer.tables import Column
 
 HIDDEN, LAYERS, VOCAB, RANK, ALPHA = 192, 4, 512, 4, 8
 PLANTED = {"self_attn.q_proj": 1, "self_attn.o_proj": 2, "mlp.down_proj": 1}
 """Intruders planted in each layer, by module; other modules get none."""
+
+LINEARS = {
+    **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
+    "mlp.gate_proj": (2 * HIDDEN, HIDDEN), "mlp.up_proj": (2 * HIDDEN, HIDDEN), "mlp.down_proj": (HIDDEN, 2 * HIDDEN),
+}  # fmt: skip
+"""Shapes of a layer's linear modules."""
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN,
+    "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": VOCAB, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+LORA = {
+    "peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none", "fan_in_fan_out": False,
+    "target_modules": sorted(name.partition(".")[2] for name in LINEARS), "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "generated", "peft_version": "0.21.2",
+}  # fmt: skip
 
 SIGMA = (1.4, 0.8)
 """Singular values of the intruders, well apart from the base's 1, 0.616, 0.463, …; close values would mix their directions."""
@@ -54,72 +70,6 @@ class DemoModel:
     base: Path
     adapter: Path
     planted: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Llama:
-    """Sizes of a Llama-shaped model, which determine its tensors and its config.
-
-    Attributes
-    ----------
-    hidden, intermediate, layers, vocab, heads, kv_heads
-        As in the config; hidden is a multiple of heads, and heads of kv_heads.
-    tied
-        Whether the embedding is also the output layer; if not, there is an ``lm_head``.
-    """
-
-    hidden: int
-    intermediate: int
-    layers: int
-    vocab: int
-    heads: int
-    kv_heads: int
-    tied: bool = False
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """List the linear layers of one block: name to (out, in)."""
-        h, inner, kv = self.hidden, self.intermediate, self.hidden // self.heads * self.kv_heads
-        return {
-            "self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, h),
-            "mlp.gate_proj": (inner, h), "mlp.up_proj": (inner, h), "mlp.down_proj": (h, inner),
-        }  # fmt: skip
-
-    @property
-    def modules(self) -> dict[str, tuple[int, int]]:
-        """List the linear layers of all blocks: path in the model to (out, in)."""
-        return {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in self.linears.items()}
-
-    @property
-    def targets(self) -> dict[str, list[str]]:
-        """Make the entries of an adapter's config that name its targets: every linear layer."""
-        return {"target_modules": sorted({name.rpartition(".")[2] for name in self.linears})}
-
-    @property
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """List the tensors in file order: name to shape."""
-        out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
-        for i in range(self.layers):
-            out |= {f"model.layers.{i}.{name}.weight": shape for name, shape in self.linears.items()}
-            out |= {f"model.layers.{i}.{at}_layernorm.weight": (self.hidden,) for at in ("input", "post_attention")}
-        out["model.norm.weight"] = (self.hidden,)
-        return out if self.tied else out | {"lm_head.weight": (self.vocab, self.hidden)}
-
-    def nbytes(self, dtype: str) -> int:
-        """Count the bytes of all tensors in this dtype."""
-        return sum(tensor_nbytes(dtype, shape) for shape in self.tensors.values())
-
-    def config(self, dtype: str) -> dict[str, Any]:
-        """Make the model's ``config.json``."""
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden,
-                "intermediate_size": self.intermediate, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
-                "num_key_value_heads": self.kv_heads, "vocab_size": self.vocab, "tie_word_embeddings": self.tied,
-                "torch_dtype": str(ENCODINGS[dtype].dtype).removeprefix("torch.")}  # fmt: skip
-
-
-def lora_shapes(model: Llama, rank: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
-    """List the shapes of A and B for a LoRA adapter on every linear layer."""
-    return {module: ((rank, n), (m, rank)) for module, (m, n) in model.modules.items()}
 
 
 def power_law(
@@ -147,87 +97,37 @@ def planted_factors(
     return A, B
 
 
-def write_base(
-    directory: Path, model: Llama, dtype: str, shards: Sequence[Sequence[str]], rows: Callable[[str], Iterable[Tensor]]
-) -> None:
-    """Write a base model: one file, or shards with their index, and the config, with one piece in memory at a time.
-
-    Parameters
-    ----------
-    shards
-        Names of the tensors in each file.
-    rows
-        Returns a tensor's values in consecutive pieces of whole rows, which are rounded to `dtype`.
-    """
-    directory.mkdir(parents=True)
-
-    def source(info: TensorInfo) -> Iterator[Piece]:
-        for piece in rows(info.name):
-            yield Piece(as_bytes(piece.to(ENCODINGS[dtype].dtype)))
-
-    shapes = model.tensors
-    weight_map: dict[str, str] = {}
-    for file, names in zip(shard_names(len(shards)), shards, strict=True):
-        plan = plan_shard(file, [(name, dtype, shapes[name]) for name in names], {"format": "pt"})
-        write_shard(directory, plan, ((info, source(info)) for info in plan.header.tensors))
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        write_atomic(directory / INDEX_NAME, index_bytes({"weight_map": weight_map}, model.nbytes(dtype)))
-    write_atomic(directory / "config.json", json.dumps(model.config(dtype), indent=2).encode())
-
-
-def write_adapter(
-    directory: Path,
-    targets: Mapping[str, list[str]],
-    shapes: Mapping[str, tuple[tuple[int, int], tuple[int, int]]],
-    rank: int,
-    alpha: float,
-    factors: Callable[[str], tuple[Tensor, Tensor]],
-) -> None:
-    """Write a LoRA adapter as PEFT does.
-
-    Parameters
-    ----------
-    targets
-        Entries of the config that name its targets.
-    shapes
-        Shapes of ``lora_A`` and ``lora_B`` by module.
-    factors
-        Returns a module's A and B.
-    """
-    directory.mkdir(parents=True)
-    sizes = {(module, which): size for module, pair in shapes.items() for which, size in zip("AB", pair, strict=True)}
-    names = {key: f"base_model.model.{key[0]}.lora_{key[1]}.weight" for key in sizes}
-    tensors = (
-        (names[module, which], tensor) for module in shapes for which, tensor in zip("AB", factors(module), strict=True)
-    )
-    entries = [(names[key], "F32", size) for key, size in sizes.items()]
-    write_safetensors(directory / WEIGHTS_NAME, entries, tensors, metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none", "fan_in_fan_out": False, **targets,
-              "task_type": "CAUSAL_LM", "base_model_name_or_path": "generated", "peft_version": "0.21.2"}  # fmt: skip
-    write_atomic(directory / ADAPTER_CONFIG, json.dumps(config, indent=2).encode())
-
-
 def make_demo(directory: Path, seed: int = 0) -> DemoModel:
     """Write a Llama-shaped base in two shards and a LoRA adapter for all its linear layers."""
-    g = torch.Generator().manual_seed(seed)
-    model = Llama(HIDDEN, 2 * HIDDEN, LAYERS, VOCAB, heads=4, kv_heads=4, tied=True)
+    g, base, adapter = torch.Generator().manual_seed(seed), directory / "base", directory / "adapter"
     weights = {"model.embed_tokens.weight": 0.02 * torch.randn(VOCAB, HIDDEN, generator=g)}
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    factors: dict[str, Tensor] = {}
     planted: dict[str, int] = {}
-    for module, shape in model.modules.items():
-        count = PLANTED.get(".".join(module.split(".")[3:]), 0)
-        weights[f"{module}.weight"] = power_law(shape, g).dense()
-        factors[module] = planted_factors(shape, RANK, ALPHA / RANK, count, g)
-        if count:
-            planted[f"{module}.weight"] = count
-    names = list(model.tensors)
-    half = next(i for i, name in enumerate(names) if name.startswith(f"model.layers.{LAYERS // 2}."))
-    base, adapter = directory / "base", directory / "adapter"
-    write_base(base, model, "BF16", [names[:half], names[half:]],
-               lambda name: [weights[name] if name in weights else torch.ones(model.tensors[name])])  # fmt: skip
-    write_adapter(adapter, model.targets, lora_shapes(model, RANK), RANK, ALPHA, factors.__getitem__)
+    for i in range(LAYERS):
+        for name, shape in LINEARS.items():
+            module, count = f"model.layers.{i}.{name}", PLANTED.get(name, 0)
+            weights[f"{module}.weight"] = power_law(shape, g).dense()
+            A, B = planted_factors(shape, RANK, ALPHA / RANK, count, g)
+            factors |= {f"base_model.model.{module}.lora_A.weight": A, f"base_model.model.{module}.lora_B.weight": B}
+            planted |= {f"{module}.weight": count} if count else {}
+        weights |= {f"model.layers.{i}.{at}_layernorm.weight": torch.ones(HIDDEN) for at in ("input", "post_attention")}
+    weights["model.norm.weight"] = torch.ones(HIDDEN)
+    names, weight_map = list(weights), dict[str, str]()
+    half = names.index(f"model.layers.{LAYERS // 2}.self_attn.q_proj.weight")
+    for file, part in zip(shard_names(2), (names[:half], names[half:]), strict=True):
+        _write(base / file, {name: weights[name].bfloat16() for name in part})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(2 * weight.numel() for weight in weights.values())
+    write_atomic(base / INDEX_NAME, index_bytes({"weight_map": weight_map}, total))
+    write_atomic(base / "config.json", json.dumps(CONFIG, indent=2).encode())
+    _write(adapter / WEIGHTS_NAME, factors)
+    write_atomic(adapter / ADAPTER_CONFIG, json.dumps(LORA, indent=2).encode())
     return DemoModel(base, adapter, planted)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    entries = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    write_safetensors(path, entries, tensors.items(), metadata={"format": "pt"})
 
 
 # fmt: off
@@ -257,6 +157,34 @@ DemoRecord = TypedDict("DemoRecord", {
 })
 DemoRecord.__doc__ = "What `streamer demo --json` prints."
 # fmt: on
+
+
+def demo_columns(result: DemoRecord) -> list[Column]:
+    """Make the columns of a table of the demo's matrices."""
+
+    def number(x: float | None) -> str:
+        return "-" if x is None else f"{x:.3f}"
+
+    t, strength, top_k = result["totals"], result["lambda"], DetectionOptions().top_k
+    rows = sorted(result["matrices"], key=lambda r: natural(r["tensor"]))
+    counts: dict[Literal["planted", "found", "gone"], str] = {
+        "planted": "intruders planted in this matrix",
+        "found": f"intruders among the {top_k} largest directions, by `streamer detect`",
+        "gone": f"no longer found in the adapter that `streamer mitigate --method project --lambda {strength:g}` wrote",
+    }
+    columns = [
+        Column("matrix", [r["tensor"] for r in rows], left=True, names=True, foot=f"all {t['matrices']} matrices")
+    ]
+    for key, about in counts.items():
+        columns.append(Column(key, [str(r[key]) for r in rows], about, priority=9, foot=str(t[key])))
+    before = [number(r["sigma_before"]) for r in rows]
+    columns.append(Column("sigma", before, "singular value of the largest one; the base's own largest is 1", 3))
+    if t["left"]:
+        after = [number(r["sigma_after"]) for r in rows]
+        columns.append(
+            Column("sigma left", after, "singular value of the largest one found in the new adapter; `-` if none", 5)
+        )
+    return columns
 
 
 class DemoRequest(DemoOptions):

@@ -50,8 +50,6 @@ def open_workers(count: int | None, executor: str | None, threads: int | None, m
         return Workers(partial(ENGINES[engine], address))
     if count is None:
         return None
-    if count < 1:
-        raise UsageError(f"--workers: expected a number from 1, found {count}")
     each = max(1, available_cores() // count)
     _give_threads(threads, each, f"{counted(count, 'worker')} with", monitor)
     return Workers(partial(processes, count), 2 * count, count)

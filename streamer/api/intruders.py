@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Unpack, overload
 from torch import Tensor
 
 from streamer.adapters.finetuned import ByName, One, Several, each
-from streamer.api.functions import explained
+from streamer.api.calls import call, explained, watched
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
-from streamer.api.requests import Request, chosen_method, detection_options, found_inputs, given_workers, take, watched
+from streamer.api.requests import Request, chosen_method, detection_options, found_inputs, take
 from streamer.detection.detect import detect_in_memory, detect_to_files, plan_findings, shared
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
@@ -28,7 +28,7 @@ from streamer.forecast import (
     together,
 )
 from streamer.methods import Method
-from streamer.options import DetectOptions, IterateOptions, MergeOptions, MitigateOptions
+from streamer.options import Adapters, DetectOptions, IterateOptions, MergeOptions, MitigateOptions, SeveralAdapters
 from streamer.output.job import Writer, Written
 from streamer.output.model_writer import merged_tensors
 from streamer.output.write import (
@@ -46,7 +46,6 @@ from streamer.workers import Workers
 
 if TYPE_CHECKING:
     from streamer.api.keywords import DetectKeywords, IterateKeywords, MergeKeywords, ReduceKeywords
-    from streamer.options import Adapters, SeveralAdapters
 
 
 @dataclass(frozen=True)
@@ -142,10 +141,7 @@ def detect_intruder_dimensions(
         Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
         `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced.
     """
-    request = DetectRequest(base=base, adapter=adapter, output=output, **options)
-    workers = given_workers(request.executor)
-    with watched(request) as monitor:
-        return each(request.run(monitor, workers), lambda one: one.findings)
+    return each(call(DetectRequest(base=base, adapter=adapter, output=output, **options)), lambda one: one.findings)
 
 
 class OutputRequest(Request, MitigateOptions, MergeOptions):
@@ -265,9 +261,7 @@ def reduce_intruder_dimension(
         Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
         `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced.
     """
-    request = OutputRequest(command="mitigate", base=base, adapter=adapter, output=output, **options)
-    with watched(request) as monitor:
-        return request.run(monitor)
+    return call(OutputRequest(command="mitigate", base=base, adapter=adapter, output=output, **options))
 
 
 @overload
@@ -313,10 +307,7 @@ def merge_with_reduced_intruder_dimensions(
         Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
         `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced.
     """
-    request = OutputRequest(command="merge", base=base, adapter=adapter, output=output, **options)
-    workers = given_workers(request.executor)
-    with watched(request) as monitor:
-        return request.run(monitor, workers)
+    return call(OutputRequest(command="merge", base=base, adapter=adapter, output=output, **options))
 
 
 @explained(IterateOptions)

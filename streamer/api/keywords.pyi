@@ -8,13 +8,13 @@ from typing import Literal, TypedDict
 from streamer.adapters.adapter_config import LoraBLayout
 from streamer.detection.findings import Findings
 from streamer.evaluation.evaluation import Evaluation, ProductDtype
-from streamer.events import Monitor, OnEvent
 from streamer.json_types import Selection
 from streamer.methods import MethodName
 from streamer.methods.files import Coefficients, InputMap
 from streamer.output.write import FindingsOrPath
 from streamer.remote.inputs import RemoteMode
 from streamer.storage.checkpoint import IOMode
+from streamer.events import Monitor, OnEvent
 
 class DetectKeywords(TypedDict, total=False):
     on_event: OnEvent | None

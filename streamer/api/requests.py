@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from concurrent.futures import Executor
-from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast
 
 from streamer.adapters.adapter_config import Stated
 from streamer.adapters.finetuned import One, Several, one_or_several
-from streamer.api.progress import monitoring
 from streamer.detection.detect import choose_device
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
@@ -21,10 +17,9 @@ from streamer.events import Monitor
 from streamer.linalg.torch_state import CPU
 from streamer.methods import Method, make_method
 from streamer.methods.files import Coefficients, InputMap, load_coefficients, load_map
-from streamer.options import Adapters, Computing, Judged, MethodOptions, OfBase, Watched, Writing
+from streamer.options import Adapters, Computing, Judged, MethodOptions, OfBase, Writing
 from streamer.output.write import FindingsOrPath, load_given
 from streamer.remote.inputs import Remote
-from streamer.storage.checkpoint import IOMode
 from streamer.units import parse_size
 from streamer.workers import Workers
 
@@ -35,18 +30,14 @@ class Request(Writing, Computing, OfBase):
     output: str | Path | None = None
 
     def __post_init__(self) -> None:
-        if self.io not in get_args(IOMode):
-            raise UsageError(f"io: expected one of {', '.join(get_args(IOMode))}, found {self.io!r}")
-        if self.architecture is not None and not isinstance(self.architecture, str):
-            raise UsageError(f"architecture: expected the name of a class, found {self.architecture!r}")
-        _ = read_path("base", self.base), self.file, self.memory, self.stated, self.located(Monitor())
+        _ = self.memory
         if isinstance(self, Judged):
             detection_options(self)
 
     @property
     def file(self) -> Path | None:
         """Return the path of the output; None if there is none."""
-        return None if self.output is None else read_path("output", self.output)
+        return None if self.output is None else Path(self.output)
 
     @property
     def memory(self) -> int | None:
@@ -57,8 +48,6 @@ class Request(Writing, Computing, OfBase):
                 return parse_size(budget)
             except ValueError as e:
                 raise UsageError(f"max_memory: {e}") from None
-        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int)):
-            raise UsageError(f"max_memory: expected a whole number of bytes, found {budget!r}")
         return budget
 
     @property
@@ -101,16 +90,6 @@ def take(kind: type[Made], options: Mapping[str, Any], **changes: Any) -> Made:
     """Make a dataclass from the options that are its fields, and from the changes."""
     names = {f.name for f in fields(cast(Any, kind))}
     return kind(**{**{name: value for name, value in options.items() if name in names}, **changes})
-
-
-def given_workers(executor: Executor | None) -> Workers | None:
-    """Use the caller's executor, if there is one."""
-    return None if executor is None else Workers.of(executor)
-
-
-def watched(options: Watched) -> AbstractContextManager[Monitor]:
-    """Make the monitor of a call in Python."""
-    return monitoring(options.on_event, options.monitor, options.progress)
 
 
 def found_inputs(remote: Remote, base: str | Path, adapter: Adapters) -> tuple[str | Path, One | Several]:
@@ -158,16 +137,3 @@ def read_coefficients(coefficients: Coefficients | str | Path) -> Coefficients:
 def read_map(given: InputMap | str | Path) -> InputMap:
     """Return a map of a base's inputs, read from its file if a path is given."""
     return given if isinstance(given, InputMap) else load_map(given)
-
-
-def read_path(name: str, value: object) -> Path:
-    """Convert the value of the keyword of this name to a path.
-
-    Raises
-    ------
-    UsageError
-        If it is not a path.
-    """
-    if not isinstance(value, str | os.PathLike):
-        raise UsageError(f"{name}: expected a path, found {value!r}")
-    return Path(value)

@@ -12,10 +12,10 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict, Unpack, cast
 
-from streamer.api.functions import explained
+from streamer.api.calls import call, explained
 from streamer.api.intruders import OutputRequest
 from streamer.api.records import DryRun, dry_run
-from streamer.api.requests import Request, given_workers, read_coefficients, read_map, read_path, take, watched
+from streamer.api.requests import Request, read_coefficients, read_map, take
 from streamer.detection.findings import Findings
 from streamer.errors import OutputExistsError, UsageError
 from streamer.evaluation.evaluate import PreparedEvaluation, prepare
@@ -30,11 +30,20 @@ from streamer.measuring.statistics import Estimate
 from streamer.measuring.texts import GENERAL, TASK
 from streamer.methods import Paper, RegMean, Shrink
 from streamer.methods.files import MAP, Coefficients, InputMap
-from streamer.options import EvaluateOptions, FittingOptions, MappingOptions, RepairOptions, VariantOptions
+from streamer.options import (
+    ONE_BASE,
+    EvaluateOptions,
+    FittingOptions,
+    MappingOptions,
+    RepairOptions,
+    VariantOptions,
+    argument,
+)
 from streamer.output.job import Written
 from streamer.plan.plan import make_plan
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.transaction import RECORD_NAME
+from streamer.tables import Column
 from streamer.units import quoted
 from streamer.workers import Workers
 
@@ -77,9 +86,9 @@ class EvaluateRequest(VariantsRequest, EvaluateOptions):
     @cached_property
     def texts(self) -> dict[str, Path]:
         """Return the paths of the ``general`` and the ``task`` text, and of others by file name."""
-        texts = {"general": read_path("general", self.general), "task": read_path("task", self.task)}
+        texts = {"general": Path(self.general or ""), "task": Path(self.task)}
         for one in [self.other] if isinstance(self.other, str | Path) else self.other:
-            path = read_path("other", one)
+            path = Path(one)
             if path.name in texts:
                 raise UsageError(
                     f"other: expected files of different names, found two named {quoted(path.name)}; rename one"
@@ -101,15 +110,8 @@ class EvaluateRequest(VariantsRequest, EvaluateOptions):
 
 
 @explained(EvaluateOptions)
-def evaluate_variants(
-    base: str | Path,
-    adapter: str | Path,
-    output: str | Path | None = None,
-    *,
-    general: str | Path,
-    task: str | Path,
-    **options: Unpack[EvaluateKeywords],
-) -> Evaluation:
+def evaluate_variants(base: str | Path, adapter: str | Path, output: str | Path | None = None, *, general: str | Path, task: str | Path,
+                      **options: Unpack[EvaluateKeywords]) -> Evaluation:  # fmt: skip
     """Measure the losses of the base, the unchanged adapter, and each method at each λ, on texts, in sweeps over the base's layers.
 
     No merged model is built: each weight is read once in a sweep, for all variants. Sweeps over more sequences follow until the suggestion
@@ -164,9 +166,7 @@ def evaluate_variants(
         Its class names the kind of error (see `streamer.errors`): `UnsupportedError` for a model or adapter that cannot be evaluated,
         `NumericError` if a sweep did not use everything that the adapter changes.
     """
-    request = EvaluateRequest(base=base, adapter=adapter, output=output, general=general, task=task, **options)
-    with watched(request) as monitor:
-        return request.run(monitor, given_workers(request.executor))
+    return call(EvaluateRequest(base=base, adapter=adapter, output=output, general=general, task=task, **options))
 
 
 BUILT_IN = "python-help.txt"
@@ -205,12 +205,12 @@ class FitRequest(Request, FittingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = read_path("adapter", self.adapter), self.texts, self.options
+        _ = self.options
 
     @property
     def texts(self) -> dict[str, Path]:
         """Return the paths of the ``general`` and the ``task`` text."""
-        return {"general": read_path("general", self.general), "task": read_path("task", self.task)}
+        return {"general": Path(self.general or ""), "task": Path(self.task)}
 
     @cached_property
     def options(self) -> FitOptions:
@@ -233,15 +233,8 @@ class FitRequest(Request, FittingOptions):
 
 
 @explained(FittingOptions)
-def fit_coefficients(
-    base: str | Path,
-    adapter: str | Path,
-    output: str | Path | None = None,
-    *,
-    general: str | Path,
-    task: str | Path,
-    **options: Unpack[FitKeywords],
-) -> Coefficients:
+def fit_coefficients(base: str | Path, adapter: str | Path, output: str | Path | None = None, *, general: str | Path, task: str | Path,
+                     **options: Unpack[FitKeywords]) -> Coefficients:  # fmt: skip
     """Fit new right factors of an adapter to texts, in one sweep over the base's layers.
 
     The fit keeps at least a share of the learning, by the loss on the task's text, with as little divergence from the base as possible.
@@ -285,21 +278,19 @@ def fit_coefficients(
         Its class names the kind of error (see `streamer.errors`): `UnsupportedError` for a model or adapter that cannot be fitted,
         `FormatError` for a text too short to hold sequences out, `NumericError` for a loss of NaN.
     """
-    request = FitRequest(base=base, adapter=adapter, output=output, general=general, task=task, **options)
-    with watched(request) as monitor:
-        return request.run(monitor, given_workers(request.executor))
+    return call(FitRequest(base=base, adapter=adapter, output=output, general=general, task=task, **options))
 
 
 class MapRequest(Request, MappingOptions):
     """A requested map; without a general text, of Python's help on its topics."""
 
+    base: str | Path = argument("", bound=ONE_BASE)  # several texts would look like several bases
+
     def __post_init__(self) -> None:
-        if isinstance(self.base, list):
-            raise UsageError(f"base: expected one, found {len(self.base)}; to map several texts, join them in one file")
         super().__post_init__()
         if MAP.is_at(Path(self.base)):
             raise UsageError(f"{self.base}: is a map; name the base to map")
-        _ = self.options, self.general is None or read_path("general", self.general)
+        _ = self.options
 
     @cached_property
     def options(self) -> MapOptions:
@@ -321,13 +312,8 @@ class MapRequest(Request, MappingOptions):
 
 
 @explained(MappingOptions)
-def map_inputs(
-    base: str | Path,
-    output: str | Path | None = None,
-    *,
-    general: str | Path | None = None,
-    **options: Unpack[MapKeywords],
-) -> InputMap:
+def map_inputs(base: str | Path, output: str | Path | None = None, *, general: str | Path | None = None,
+               **options: Unpack[MapKeywords]) -> InputMap:  # fmt: skip
     """Map the inputs of a base's modules on general text, in one sweep: the leading eigenvectors of each input's second moments.
 
     With the map, `reduce_intruder_dimension` and the other functions with the keyword `map` reduce any adapter's response to general inputs
@@ -361,9 +347,7 @@ def map_inputs(
     StreamerError
         Its class names the kind of error (see `streamer.errors`).
     """
-    request = MapRequest(base=base, output=output, general=general, **options)
-    with watched(request) as monitor:
-        return request.run(monitor)
+    return call(MapRequest(base=base, output=output, general=general, **options))
 
 
 UNCHANGED = {"method": Shrink.name, "mitigation_lambda": 1.0}
@@ -398,6 +382,23 @@ class RepairRecord(TypedDict):
 # fmt: on
 
 
+def repair_columns(record: RepairRecord) -> list[Column]:
+    """Make the columns of a table of the measured models."""
+    rows, reliable = record["rows"], record["reliable"]
+
+    def percents(name: str) -> list[str]:
+        values = [cast(Mapping[str, Any], row)[name] for row in rows]
+        return ["-" if value is None or not reliable.get(name, True) else f"{100 * value:.1f}%" for value in values]
+
+    return [
+        Column("model", [row["name"] + (" *" if row["what"] == record["chosen"] else "") for row in rows], "* was written", 9, left=True),
+        Column("kept", percents("kept"), "share of the learning that it keeps", 8),
+        Column("top-1 kept", percents("top1_kept"), "share of the adapter's gain in top-1 on the task's text that it keeps", 4),
+        Column("KL left", percents("divergence"), "its divergence from the base on general text; 100% is the adapter's", 8),
+        Column("loss left", percents("forgetting"), "the rise of the loss on general text; 100% is the adapter's", 5),
+    ]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Repaired:
     """The record of a repair, with the choice, and the record of the output."""
@@ -420,8 +421,7 @@ class RepairRequest(Request, RepairOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(keep := self.fit.options.keep) > 1:
-            raise UsageError(f"keep: expected one share, found {len(keep)}; repair writes one output")
+        _ = self.fit
         if self.dequantize and not self.merge:
             raise UsageError(
                 "dequantize: applies only to a model, which `merge=True` writes, found dequantize alone; pass both, or neither"
@@ -663,6 +663,4 @@ def repair_adapter(
     StreamerError
         Its class names the kind of error (see `streamer.errors`).
     """
-    request = RepairRequest(base=base, adapter=adapter, output=output, task=task, **options)
-    with watched(request) as monitor:
-        return request.run(monitor, given_workers(request.executor)).record
+    return call(RepairRequest(base=base, adapter=adapter, output=output, task=task, **options)).record

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 
-from streamer.errors import UsageError
 from streamer.events import Event, Monitor
 from streamer.storage.files import available_cores
 from streamer.units import counted
@@ -46,10 +45,6 @@ def set_threads(count: int | None, monitor: Monitor, elsewhere: bool) -> None:
     """
     if count is None and is_count_chosen():
         return
-    from streamer.linalg.torch_state import MOST_THREADS
-
-    if count is not None and not 0 < count <= MOST_THREADS:
-        raise UsageError(f"--threads: expected a number from 1 to {MOST_THREADS}, found {count}")
     import torch
 
     cores = available_cores()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from streamer.api.functions import explained
-from streamer.api.progress import monitoring
+from streamer.api.calls import call, explained
 from streamer.events import Monitor
 from streamer.options import VerifyOptions
 from streamer.remote.inputs import Remote
@@ -67,6 +66,4 @@ def verify_output(
     StreamerError
         If the output has no record, or was made from other inputs (see `streamer.errors`).
     """
-    request = VerifyRequest(output=output, base=base, adapter=adapter, **options)
-    with monitoring(request.on_event, request.monitor, request.progress) as monitor:
-        return request.run(monitor)
+    return call(VerifyRequest(output=output, base=base, adapter=adapter, **options))

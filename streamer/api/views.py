@@ -5,7 +5,6 @@ from __future__ import annotations
 from streamer.adapters.finetuned import ByName
 from streamer.api.records import several
 from streamer.detection.detect import is_repeated
-from streamer.detection.options import DetectionOptions
 from streamer.evaluation.evaluation import Names, commands, figures, reasons, verdict
 from streamer.fitting.mapping import map_record
 from streamer.measuring.runs import input_options
@@ -15,6 +14,6 @@ from streamer.plan.name_matching import natural
 from streamer.report.diff import FATES, fates_counted
 
 __all__ = [
-    "FATES", "ByName", "DetectionOptions", "Names", "commands", "fates_counted", "figures", "input_options", "is_repeated", "map_record",
+    "FATES", "ByName", "Names", "commands", "fates_counted", "figures", "input_options", "is_repeated", "map_record",
     "natural", "reasons", "record_lines", "several", "share_name", "takes_findings", "verdict",
 ]  # fmt: skip

@@ -22,19 +22,62 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from streamer.api.addresses import shown
-from streamer.api.threads import set_threads, wait_passively
-from streamer.cli.commands import run_command
-from streamer.cli.layout import Progress, say, silence, summary, write_line
+from streamer.api import shown
+from streamer.api.threads import choose_threads, set_threads, wait_passively
 from streamer.cli.parser import BadUsage, build_parser, named_as_option
+from streamer.cli.terminal import Progress, Result, say, silence, summary, verification_text, write_line
 from streamer.errors import StorageError, StreamerError, UsageError, VerificationError, advice, one_line, printable
 from streamer.events import Event, Monitor
+from streamer.options import Threads, WorkerOptions
 
 if TYPE_CHECKING:
     from streamer.api.records import ErrorEntry
+
+
+REQUESTS = {
+    "inspect": "records.InspectRequest", "detect": "intruders.DetectRequest", "mitigate": "intruders.OutputRequest",
+    "merge": "intruders.OutputRequest", "report": "report.ReportRequest", "diff": "report.DiffRequest",
+    "verify": "verification.VerifyRequest", "evaluate": "texts.EvaluateRequest", "fit": "texts.FitRequest",
+    "map": "texts.MapRequest", "repair": "texts.RepairRequest", "demo": "demo.DemoRequest",
+}  # fmt: skip
+"""Classes of requests in `api`; their modules are imported when the command runs."""
+
+
+def run_command(args: argparse.Namespace, monitor: Monitor) -> Result:
+    """Run the command, or forecast it with `--dry-run`."""
+    module, kind = REQUESTS[args.command].split(".")
+    request = requested(getattr(import_module(f"streamer.api.{module}"), kind), args)
+    workers = None
+    if "workers" in args:
+        from streamer.api.executors import open_workers
+
+        workers = open_workers(args.workers, args.executor, args.threads, monitor)
+    if workers is None and getattr(request, "detects", False):
+        choose_threads(args.threads, monitor)
+    on = () if workers is None else (workers,)
+    dry = getattr(args, "dry_run", False)
+    found = request.forecast(monitor, *on) if dry else request.run(monitor, *on)
+    if args.command == "verify":  # needs no torch, which tables import
+        return {**found}, verification_text(found)
+    from streamer.cli.tables import result
+
+    return result(found, args, monitor)
+
+
+def requested(kind: Any, args: argparse.Namespace) -> Any:
+    """Make a request, or other options, from the command line; a base or adapter alone in its list is given without the list."""
+    given = {}
+    for field in fields(kind):
+        option = field.metadata.get("option")
+        if field.name in args and not (option and option.where == "keyword"):
+            value = getattr(args, field.name)
+            alone = field.name in ("base", "adapter") and isinstance(value, list) and len(value) == 1
+            given[field.name] = value[0] if alone else value
+    return kind(**given)
 
 
 @contextlib.contextmanager
@@ -194,6 +237,7 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
         )
     with stop_on_signals(monitor, progress.tell, progress.close):
         try:
+            _ = requested(Threads, args), requested(WorkerOptions, args)  # checks them
             if args.command != "verify":
                 set_threads(getattr(args, "threads", None), monitor, getattr(args, "executor", None) is not None)
             else:  # hashing needs no torch, and numpy's idle threads spin: one thread is faster if other processes run

@@ -40,7 +40,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(**{"allow_abbrev": False, "formatter_class": raw, **options})
+        super().__init__(**{"allow_abbrev": False, "add_help": False, "formatter_class": raw, **options})
+        self.add_argument("-h", "--help", action=_Help, help="show what most people need")
+        self.add_argument("--help-all", action=_Help, help="show all options, and the exit codes")
 
     def error(self, message: str) -> NoReturn:
         """Raise `BadUsage`."""
@@ -66,6 +68,24 @@ class Parser(argparse.ArgumentParser):
             choices = [str(choice) for choice in action.choices]
             near = _closest(str(value), choices)
             raise argparse.ArgumentError(action, f"expected one of {', '.join(choices)}, found {quoted(value)}{near}")
+
+
+class _Help(argparse._HelpAction):
+    """Print the help: with `--help-all` all of it, else one list of what most people need, the first sentence of each."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if option_string != "--help-all":
+            actions = [action for group in parser._action_groups for action in group._group_actions]
+            shown = [action for action in actions if action.option_strings and not getattr(action, "rare", False)]
+            for group in parser._action_groups:
+                group._group_actions = [action for action in group._group_actions if not action.option_strings]
+            parser._optionals._group_actions = shown
+            for action in actions:
+                action.help = re.sub(r"(?<=[\w)`])\. .*?(?= \(default|$)", "", action.help or "")
+            parser._actions = [action for action in actions if not action.option_strings or action.required]
+            parser.usage = f"{parser.format_usage().removeprefix('usage: ').rstrip()} [...]"
+            parser.epilog = (parser.epilog or "").removesuffix(EXIT_CODES).rstrip()
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _closest(given: str, names: Iterable[str]) -> str:
@@ -97,13 +117,6 @@ def share_meant(text: str) -> str:
     return ""
 
 
-def sample(text: str) -> int | str:
-    """Read how many matrices to recompute."""
-    if text != "all" and (not text.isdecimal() or int(text) < 1):
-        raise ValueError
-    return text if text == "all" else int(text)
-
-
 number = reader(float, "a number like 0.75", share_meant)
 
 READERS = {
@@ -113,7 +126,7 @@ READERS = {
     "float | Sequence[float]": lambda text: tuple(map(number, text.split(","))),
     "Sequence[MethodName]": lambda text: text.split(","),
     "int | str": reader(parse_size, "a size like 600M or 4G"),
-    "int | Literal['all']": reader(sample, "a count from 1 or 'all'"),
+    "int | Literal['all']": reader(lambda text: text if text == "all" else int(text), "a count from 1 or 'all'"),
 }
 """How the text of an option becomes a value of its field's type; others stay texts."""
 
@@ -125,21 +138,13 @@ matrix that resembles none of the base's.
 """
 
 EXIT_CODES = """\
-exit codes:
-  0 done
-  1 unexpected error
-  2 usage
-  3 bad or inconsistent input
-  4 output exists or does not match
-  5 locked by another run
-  6 I/O, space, or lost workers; the same command resumes
-  7 numeric or verification failure
-  8 input changed during the run
-  128+N stopped by signal N; the same command resumes
+exit codes: 0 done, 1 unexpected error, 2 usage, 3 bad or inconsistent input,
+4 output exists or does not match, 5 locked by another run, 6 I/O, space, or
+lost workers, 7 numeric or verification failure, 8 input changed during the run,
+128+N stopped by signal N; after 6 and 128+N, the same command resumes
 """
 
-EPILOG = (
-    """\
+FIRST_RUN = """\
 a first run:
   streamer inspect BASE ADAPTER
       see which tensor each module changes, and what a run would need
@@ -156,10 +161,9 @@ BASE is a model directory or a .safetensors file, ADAPTER the directory of a
 PEFT adapter; both can be hub names or addresses. detect, mitigate and merge
 accept several adapters and read the base once; other commands accept one.
 Results go to stdout, progress to stderr.
-
 """
-    + EXIT_CODES
-)
+
+EPILOG = f"{FIRST_RUN}\n{EXIT_CODES}"
 
 EXAMPLES = {
     "inspect": "  streamer inspect BASE ADAPTER\n",
@@ -263,8 +267,10 @@ def build_parser(first: str = "") -> Parser:
     """Build the parser from the declared options; if the first argument is a command, without those of the others, to save time."""
     parser = Parser(prog="streamer", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"streamer {__version__}")
-    parser.add_argument("--print-completion", action=_PrintCompletion, choices=["bash", "zsh", "tcsh"], metavar="SHELL",
-                        help="print a completion script for bash, zsh or tcsh and exit; needs the extra [completion]")  # fmt: skip
+    completion: Any = parser.add_argument(
+        "--print-completion", action=_PrintCompletion, choices=["bash", "zsh", "tcsh"], metavar="SHELL",
+        help="print a completion script for bash, zsh or tcsh and exit; needs the extra [completion]")  # fmt: skip
+    completion.rare = True
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (about, kinds) in COMMANDS.items():
         sub = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.",
@@ -297,4 +303,4 @@ def _add(group: Any, field: Any, option: Option) -> None:
         form["default"] = [*field.default]
     if kind == "bool" or option.nargs == "count":
         del form["metavar"]
-    group.add_argument(*option.names(field.name), dest=field.name, **form)
+    group.add_argument(*option.names(field.name), dest=field.name, **form).rare = option.rare

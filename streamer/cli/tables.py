@@ -1,43 +1,30 @@
-"""Format findings, plans and records as tables for people.
-
-Format forecasts for people.
-
-Format the fates of intruders as a table that fits the screen.
-
-Format an evaluation as a table that fits the screen.
-
-Format a fit as a table that fits the screen, and list the next steps.
-
-Describe a map of a base's inputs and the next step.
-
-Format a repair's measurements and what it wrote.
-
-Format the demo's result for people.
-
-Format reports: tables for findings, outputs and several adapters, and the files that were written.
-"""
+"""Return what a command found as a JSON object, and for people as tables that fit the screen and the next steps."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
-from streamer.api import views
-from streamer.cli.layout import Column, Screen, fit, shorten, table
+from streamer.api import shown, views
+from streamer.cli.terminal import Result, screen
+from streamer.events import Monitor
+from streamer.options import EvaluateOptions
+from streamer.tables import NO_LIMIT, Column, Screen, fit, shorten, table
 from streamer.units import counted, format_duration, format_size, listed
 
 if TYPE_CHECKING:
     from streamer.api.demo import DemoRecord
     from streamer.api.report import Report
     from streamer.api.texts import RepairRecord
-    from streamer.detection.findings import Findings, MatrixFinding
+    from streamer.detection.findings import Findings
     from streamer.evaluation.evaluation import Evaluation
-    from streamer.report.diff import Direction, FindingsDiff, IntruderFate
-    from streamer.report.page import Subject
+    from streamer.report.diff import FindingsDiff, IntruderFate
 
 
 def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Screen) -> str:
@@ -67,11 +54,14 @@ def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Sc
 
 def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
     """Format one command's forecast in one line."""
+    usual, most, there = (forecast[f"{what}_memory_bytes"] for what in ("peak", "escalated", "device"))
+    memory = f", {format_size(most)} if the dense solver, or float64, must decide" if most > usual else ""
+    memory = memory or (f", of it {format_size(there)} on the GPU" if there else "")
     beside = f" and at most {format_size(held)} temporarily" if (held := forecast["temporary_bytes"]) else ""
-    most = "at most " if command == "detect" else ""
     pace = f", on {counted(forecast['threads'], 'thread')}, within a factor of 3 if load and disk stay as they are"
     return (
-        f"forecast: memory {_memory(forecast)}; reads {_read(forecast)}, writes {most}{format_size(forecast['write_bytes'])}{beside}; "
+        f"forecast: memory {format_size(usual)}{memory}; reads {_read(forecast)}, writes {'at most ' if command == 'detect' else ''}"
+        f"{format_size(forecast['write_bytes'])}{beside}; "
         f"{format_size(free)} free; time {_time(forecast['seconds'])}{pace if forecast['seconds'] else ''}"
     )
 
@@ -80,15 +70,6 @@ def _read(forecast: Mapping[str, Any]) -> str:
     """Format the bytes to read, with those that cross the network."""
     far = forecast["network_bytes"]
     return format_size(forecast["read_bytes"]) + (f" ({format_size(far)} over the network)" if far else "")
-
-
-def _memory(forecast: Mapping[str, Any]) -> str:
-    usual, most = forecast["peak_memory_bytes"], forecast["escalated_memory_bytes"]
-    there = forecast["device_memory_bytes"]
-    return format_size(usual) + (
-        f", {format_size(most)} if the dense solver, or float64, must decide" if most > usual
-        else f", of it {format_size(there)} on the GPU" if there else ""
-    )  # fmt: skip
 
 
 def _time(seconds: float | None) -> str:
@@ -116,8 +97,6 @@ def _line(one: Mapping[str, Any]) -> str:
 MANY, SHOWN = 20, 10
 """A table with more than `MANY` rows shows the `SHOWN` most important ones, unless `--all` is given."""
 
-NO_LIMIT = Screen()
-
 
 def findings_table(
     findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None, state: str = "written"
@@ -125,26 +104,6 @@ def findings_table(
     """Format findings: one line for each matrix, or the ten with the most intruder energy; totals; and the file written."""
     every = sorted(findings, key=lambda m: views.natural(m.tensor))
     chosen, cut = _most(every, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
-    found = [m.detection for m in chosen]
-    decided = [_decided(m) for m in chosen]
-    columns = [
-        Column("matrix", [m.tensor for m in chosen], left=True, names=True, among=[m.tensor for m in every]),
-        Column("shape", ["x".join(map(str, m.shape)) for m in chosen], "rows x columns", priority=1),
-        Column("r", [str(m.rank or "-") for m in chosen], "rank of the adapter's factors", priority=2),
-        Column("intruders", [str(len(d.intruders)) for d in found], "leading directions that resemble none of the base's",
-               priority=9),
-        Column("ranks", [_ranks(d.intruders) for d in found], "ranks of the intruders in base + adapter; 1 is the largest", priority=6),
-        Column("similarity", [f"{min(d.similarity):.3f}" for d in found],
-               f"lowest of a direction to the base, from 0 to 1; below {findings.options.threshold_epsilon:g} is an intruder", priority=4),
-        Column("sigma", [f"{d.singular_values[0]:#.4g}" for d in found], "largest singular value of base + adapter", priority=0),
-        Column("|delta|", [f"{d.delta_norm:#.4g}" for d in found], "Frobenius norm of the delta", priority=3),
-        Column("energy", [f"{100 * d.intruder_energy:.1f}%" for d in found], "the intruders' share of |delta|^2", priority=8),
-        Column("lost", [f"{100 * d.dropped_at_zero:.1f}%" for d in found],
-               "share lost in projection onto rank r by `mitigate --lambda 0 --method paper`", priority=5),
-    ]  # fmt: skip
-    if len({_decided(m) for m in findings}) > 1:
-        about = "the solver; float64 if float32 left a direction open; open if nothing settled it"
-        columns.append(Column("decided", decided, about, priority=7))
     o = findings.options
     certified = sum(m.detection.certified for m in findings)
     summary = (
@@ -157,13 +116,13 @@ def findings_table(
         open_ones[:3] = shorten(open_ones[:3], (screen.width or 10**6) - 4)
         summary += f"\nnot certified: {listed(open_ones)}"
         summary += "; an open direction does not count as an intruder; another --epsilon may settle it"
-        if short := sum(_wants_memory(m) for m in findings):
+        undecided = [m for m in findings if not m.detection.certified]
+        if short := sum(m.detection.solver == "certified" or (m.detection.precision == "float32" and views.is_repeated(m.shape))
+                        for m in undecided):  # fmt: skip
             summary += f"\n{short} of these for lack of memory: with a larger --max-memory, a full SVD or float64 may settle them"
     if written is not None:
         summary += f"\n{stood(written, state)}: {format_size(written.stat().st_size)}"
-    return _sections(
-        table(columns, screen), _cut(cut, len(findings), "most energy", screen), fit(summary, screen.width)
-    )
+    return screen.join(table(findings.columns(chosen), screen), [_cut(cut, len(findings), "most energy")], [summary])
 
 
 def stood(where: object, state: str) -> str:
@@ -179,38 +138,15 @@ def next_step(findings: Findings, where: object, screen: Screen, base: str = "BA
     shrink = ["mitigate", base, adapter, "--method", "shrink", "--lambda", "0.75", "-o", "OUTPUT", *options]
     if any("/" in file["file"] for file in findings.base.get("files", ())):  # a pipeline, which repair does not run
         return fit(f"next: streamer {shlex.join(shrink)}", screen.width)
-    lines = f"next: streamer {shlex.join(repair)}", f"or, without text: streamer {shlex.join(shrink)}"
-    return "\n".join(fit(line, screen.width) for line in lines)
-
-
-def _wants_memory(m: MatrixFinding) -> bool:
-    """Test whether lack of memory kept an open matrix from the dense solver or from a second run in float64."""
-    d = m.detection
-    return not d.certified and (d.solver == "certified" or (d.precision == "float32" and views.is_repeated(m.shape)))
-
-
-def _decided(m: MatrixFinding) -> str:
-    d = m.detection
-    again = ["float64"] if d.precision == "float64" and m.dtype != "F64" else []
-    return ", ".join([d.solver, *again, *([] if d.certified else ["open"])])
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    """Format 0-based ranks as 1-based; runs of more than two are abbreviated."""
-    runs: list[list[int]] = []
-    for j in ranks:
-        if runs and j == runs[-1][1] + 1:
-            runs[-1][1] = j
-        else:
-            runs.append([j, j])
-    parts = [f"{a + 1}" if a == b else f"{a + 1} {b + 1}" if b == a + 1 else f"{a + 1}-{b + 1}" for a, b in runs]
-    return " ".join(parts) or "-"
+    return screen.join([f"next: streamer {shlex.join(repair)}", f"or, without text: streamer {shlex.join(shrink)}"])
 
 
 def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMIT) -> str:
     """Format a record: totals and matrices, or the ten matrices that changed most if there are many."""
     matrices = sorted(record["matrices"], key=lambda m: views.natural(m["tensor"]))
-    chosen, cut = _most(matrices, _removed, screen)
+    chosen, cut = _most(
+        matrices, lambda m: (abs(m["delta_norm"] ** 2 - m["delta_norm_after"] ** 2), m["delta_norm"]), screen
+    )
     columns = [Column("matrix", [m["tensor"] for m in chosen], left=True, names=True), *_norms(chosen, priority=1)]
     if views.takes_findings(record["method"]):
         scaled = [str(len(m["intruders"])) for m in chosen]
@@ -219,8 +155,7 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
         about = "lost in projection: share of the mitigated delta that the adapter's rank cannot hold"
         columns.append(Column("lost", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, priority=4))
     lines = views.record_lines(record, stood(where, record["state"]))
-    return _sections(table(columns, screen) if chosen else "", _cut(cut, len(matrices), "largest change", screen),
-                     "\n".join(fit(line, screen.width) for line in lines))  # fmt: skip
+    return screen.join(table(columns, screen) if chosen else "", [_cut(cut, len(matrices), "largest change")], lines)
 
 
 def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_LIMIT) -> str:
@@ -245,7 +180,7 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
             _summed("intruders", [x["intruders"] for x in t], "leading directions that resemble none of the base's", 5),
             _summed("certified", [x["certified"] for x in t], "matrices in which every decision is proven", 4),
         ]
-    return _sections(table(columns, screen), fit("--all shows each adapter's matrices", screen.width))
+    return screen.join(table(columns, screen), ["--all shows each adapter's matrices"])
 
 
 def _summed(head: str, numbers: Sequence[int], about: str, priority: int) -> Column:
@@ -257,10 +192,6 @@ def _norms(rows: Sequence[Mapping[str, Any]], priority: int) -> list[Column]:
     before, after = ([f"{row[key]:#.4g}" for row in rows] for key in ("delta_norm", "delta_norm_after"))
     return [Column("|delta|", before, "Frobenius norm of the delta", priority),
             Column("after", after, "Frobenius norm of the written delta", priority + 2)]  # fmt: skip
-
-
-def _removed(matrix: Mapping[str, Any]) -> tuple[float, float]:
-    return abs(matrix["delta_norm"] ** 2 - matrix["delta_norm_after"] ** 2), matrix["delta_norm"]
 
 
 def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
@@ -304,7 +235,7 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
             Column("change", [c["change"] for c in some], priority=2, left=True),
             Column("by", [c["by"] for c in some], "the adapter's tensor", priority=1, left=True, names=True),
         ], screen)  # fmt: skip
-        carried = _sections(carried, _cut(len(kept) - len(some), len(kept), "", screen))
+        carried = screen.join(carried, [_cut(len(kept) - len(some), len(kept))])
     lines = [
         f"{t['matrices']} matrices of {t['tensors']} tensors; base {format_size(t['base_bytes'])}, "
         f"adapted {format_size(t['adapted_bytes'])}; "
@@ -313,9 +244,10 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     ]
     more = f"{sum(len(same) for _, same in rest)} matrices of {len(rest)} more kinds are not shown" if rest else ""
     note = f"{more}; --all shows each matrix".removeprefix("; ") if grouped else ""
-    refused = "\n".join(fit(f"{command} is refused: {why}", screen.width) for command, why in tree["refused"].items())
-    return _sections(table(columns, screen), fit(note, screen.width), carried,
-                     "\n".join(fit(line, screen.width) for line in lines), forecast_table(tree["forecast"], screen), refused)  # fmt: skip
+    refused = [f"{command} is refused: {why}" for command, why in tree["refused"].items()]
+    return screen.join(
+        table(columns, screen), [note], carried, lines, forecast_table(tree["forecast"], screen), refused
+    )
 
 
 def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]], screen: Screen = NO_LIMIT) -> str:
@@ -334,7 +266,7 @@ def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]], scr
         Column("dtypes", cells[3], priority=1, left=True),
     ]  # fmt: skip
     total = f"{len(rows)} files, {sum(int(row[1]) for row in rows)} tensors"
-    return _sections(table(columns, screen), _cut(len(rows) - len(some), len(rows), "", screen, "files"), total)
+    return screen.join(table(columns, screen), [_cut(len(rows) - len(some), len(rows))], total)
 
 
 def _most(items: Sequence[Any], weight: Any, screen: Screen) -> tuple[list[Any], int]:
@@ -344,16 +276,10 @@ def _most(items: Sequence[Any], weight: Any, screen: Screen) -> tuple[list[Any],
     return sorted(items, key=weight, reverse=True)[:SHOWN], len(items) - SHOWN
 
 
-def _cut(count: int, of: int, by: str, screen: Screen, what: str = "matrices") -> str:
+def _cut(count: int, of: int, by: str = "") -> str:
     """State how many rows a table leaves out."""
-    if not count:
-        return ""
-    which = f"with the {by}, of {of} {what}" if by else f"first ones of {of}"
-    return fit(f"the {of - count} {which}; --all shows every one", screen.width)
-
-
-def _sections(*texts: str) -> str:
-    return "\n\n".join(text for text in texts if text)
+    which = f"with the {by}, of {of} matrices" if by else f"first ones of {of}"
+    return f"the {of - count} {which}; --all shows every one" if count else ""
 
 
 _MEANING = {
@@ -366,58 +292,31 @@ _MEANING = {
 
 def diff_table(diff: FindingsDiff, screen: Screen) -> str:
     """Format one line for each intruder, or the ten that changed most if there are many, and counts."""
-    every = sorted(diff.intruders, key=lambda one: (views.natural(one.tensor), one.before is None, _rank(one)))
+
+    def place(one: IntruderFate) -> tuple[Any, ...]:
+        return views.natural(one.tensor), one.before is None, next(d.rank for d in (one.before, one.after) if d)
+
+    every = sorted(diff.intruders, key=place)
     cut = len(every) > MANY and not screen.every
-    changed = [one for one in every if _is_changed(one)]
-    shown = sorted(changed, key=lambda one: -abs(_value(one.after) - _value(one.before)))[:SHOWN] if cut else every
-    columns = [
-        Column("matrix", [one.tensor for one in shown], left=True, names=True, among=[one.tensor for one in every]),
-        Column("fate", ["remains" if one.fate == "kept" else one.fate for one in shown], priority=9, left=True),
-        Column("rank", [_cell(one.before, "rank") for one in shown], "its rank in the first findings; 1 is the largest", priority=5),
-        Column("sigma", [_cell(one.before, "sigma") for one in shown], "its singular value there", priority=6),
-        Column("after", [_cell(one.after, "rank") for one in shown], "its rank in the second", priority=4),
-        Column("sigma after", [_cell(one.after, "sigma") for one in shown], "its singular value there", priority=7),
-        Column("overlap", [f"{one.overlap:.3f}" for one in shown], "with the nearest intruder of the other findings", priority=3),
-        Column("share", [f"{100 * one.share:.0f}%" for one in shown], "its part in the span of the other findings' intruders", priority=2),
-    ]  # fmt: skip
-    parts = [table(columns, screen)] if shown else []
-    if cut:
-        words = f"none of {len(every)} intruders has changed"
-        if changed:
-            which = "that have changed" if len(shown) == len(changed) else "whose singular values changed most"
-            words = f"the {len(shown)} {which}, of {len(every)}"
-        parts.append(fit(f"{words}; --all shows every one", screen.width))
-    counts = [fate for fate in views.FATES if diff.count(fate)]
+    changed = [one for one in every if one.fate != "kept" or one.sides[:2] != one.sides[2:]]
+
+    def moved(one: IntruderFate) -> float:
+        before, after = (d.singular_value if d else 0.0 for d in (one.before, one.after))
+        return abs(after - before)
+
+    shown = sorted(changed, key=moved, reverse=True)[:SHOWN] if cut else every
+    which = "that have changed" if len(shown) == len(changed) else "whose singular values changed most"
+    words = f"the {len(shown)} {which}, of {len(every)}" if changed else f"none of {len(every)} intruders has changed"
     lines = [
         f"{counted(diff.first['intruders'], 'intruder')} before, {diff.second['intruders']} after, "
         f"in {counted(diff.matrices, 'matrix')} of both: " + views.fates_counted(diff.to_dict()["totals"]),
-        *(_MEANING[fate] for fate in counts),
+        *(_MEANING[fate] for fate in views.FATES if diff.count(fate)),
     ]
     for where, names in (("first", diff.only_first), ("second", diff.only_second)):
         if names:
             lines.append(f"only in the {where} findings: {counted(len(names), 'matrix')}: {listed(names)}")
-    return "\n\n".join([*parts, "\n".join(fit(line, screen.width) for line in lines)])
-
-
-def _is_changed(one: IntruderFate) -> bool:
-    """Test whether the table shows any difference of an intruder between the two findings."""
-    sides = [[_cell(side, what) for what in ("rank", "sigma")] for side in (one.before, one.after)]
-    return one.fate != "kept" or sides[0] != sides[1]
-
-
-def _rank(one: IntruderFate) -> int:
-    found = one.before or one.after
-    return found.rank if found else 0
-
-
-def _value(direction: Direction | None) -> float:
-    return direction.singular_value if direction else 0.0
-
-
-def _cell(direction: Direction | None, what: str) -> str:
-    if direction is None:
-        return "-"
-    return str(direction.rank + 1) if what == "rank" else f"{direction.singular_value:#.4g}"
+    note = [f"{words}; --all shows every one" if cut else ""]
+    return screen.join(table(diff.columns(shown), screen) if shown else "", note, lines)
 
 
 def evaluation_table(evaluation: Evaluation, names: views.Names, screen: Screen = NO_LIMIT, written: str = "") -> str:
@@ -428,19 +327,10 @@ def evaluation_table(evaluation: Evaluation, names: views.Names, screen: Screen 
     written
         Line that says where the evaluation was written, or "".
     """
-    columns = [
-        Column(c.head, c.cells, c.about, c.priority, left=i == 0, names=False)
-        for i, c in enumerate(views.figures(evaluation, screen.every))
-    ]
     suggestion = evaluation.best()
     lines = [*views.reasons(evaluation, suggestion), written, *views.commands(evaluation, suggestion, names)]
-    return "\n\n".join(
-        [
-            fit(views.verdict(evaluation, suggestion), screen.width),
-            table(columns, screen),
-            "\n".join(fit(line, screen.width) for line in lines if line),
-        ]
-    )
+    figures = table(views.figures(evaluation, screen.every), screen)
+    return screen.join([views.verdict(evaluation, suggestion)], figures, lines)
 
 
 def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str, screen: Screen = NO_LIMIT) -> str:
@@ -471,33 +361,11 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
         Column("mu", ["-" if one["mu"] is None else f"{one['mu']:.3g}" for one in sets], "weight of the general text", priority=0),
     ]  # fmt: skip
     lines = [
-        f"measured on {held_out[0]} general and {held_out[1]} task held-out sequences, on which the set was chosen",
-        *_verdicts(sets),
-        *unreliable(facts),
-        *_commands(facts, shlex.join(inputs), shlex.quote(output)),
+        f"measured on {held_out[0]} general and {held_out[1]} task held-out sequences, on which the set was chosen"
     ]
-    return "\n\n".join([table(columns, screen), "\n".join(fit(line, screen.width) for line in lines)])
-
-
-def unreliable(facts: Mapping[str, Any]) -> list[str]:
-    """State which shares are not shown, and why."""
-    changes = {
-        "kept": ("kept", "learning"),
-        "top1_kept": ("top-1 kept", "top1_gain"),
-        "forgetting": ("loss left", "forgetting"),
-    }
-    return [
-        f"{column} is not shown: the adapter's own change is only {facts[of]:.4f} ± {facts[f'{of}_se']:.4f}; more text may help"
-        for name, (column, of) in changes.items()
-        if not facts.get("reliable", {}).get(name, True)
-    ]
-
-
-def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:
-    """State whether each set is better than its equal shrink, and which sets probably cost more than they gain."""
     words = {"better": "diverges less than that shrink from the base", "worse": "diverges more than that shrink from the base",
              "not told apart": "does not differ significantly from that shrink in divergence"}  # fmt: skip
-    lines = [f"{100 * one['keep']:g}%: {words[one['shrink']['verdict']]}" for one in sets if one["shrink"] is not None]
+    lines += [f"{100 * one['keep']:g}%: {words[one['shrink']['verdict']]}" for one in sets if one["shrink"] is not None]
     for one in sets:
         if (trade := one.get("trade")) is not None and not trade["worth_it"]:
             numbers = [f"{trade[key]:.4f} ± {trade[f'{key}_se']:.4f}" for key in ("regained", "given_up")]
@@ -505,30 +373,32 @@ def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"{100 * one['keep']:g}%: probably not worth it: it regains {numbers[0]} nats of KL per token of general text and gives "
                 f"up {numbers[1]} of loss on the task's"
             )
-    return lines
-
-
-def _commands(facts: Mapping[str, Any], inputs: str, output: str) -> list[str]:
-    """List the commands that use the first set: `mitigate` if the adapter has factors, else `merge`."""
-    sets = facts["sets"]
+    changes = (
+        ("kept", "kept", "learning"),
+        ("top1_kept", "top-1 kept", "top1_gain"),
+        ("forgetting", "loss left", "forgetting"),
+    )
+    lines += [
+        f"{column} is not shown: the adapter's own change is only {facts[of]:.4f} ± {facts[f'{of}_se']:.4f}; more text may help"
+        for name, column, of in changes
+        if not reliable.get(name, True)
+    ]
+    given, file, made = shlex.join(inputs), shlex.quote(output), "mitigate" if facts["factored"] else "merge"
     keep = f" --keep {views.share_name(sets[0]['keep'])}" if len(sets) > 1 else ""
     more = "".join(f" {word}" for word in views.input_options(facts))
-    plain = " --dequantize" if facts["quantized"] else ""
-    made = "mitigate" if facts["factored"] else "merge"
-    return [
-        f"next: streamer {made} {inputs} -o OUTPUT --coefficients {output}{keep}{more}{plain if made == 'merge' else ''}",
-        f"then, on text that nothing was trained or fitted on: streamer evaluate {inputs} --general TEXT --task TEXT -o FILE "
-        f"--coefficients {output}{more}",
+    plain = " --dequantize" if facts["quantized"] and made == "merge" else ""
+    lines += [
+        f"next: streamer {made} {given} -o OUTPUT --coefficients {file}{keep}{more}{plain}",
+        f"then, on text that nothing was trained or fitted on: streamer evaluate {given} --general TEXT --task TEXT -o FILE "
+        f"--coefficients {file}{more}",
     ]
+    return screen.join(table(columns, screen), lines)
 
 
 def _share(one: Mapping[str, Any], name: str, reliable: Mapping[str, bool]) -> str:
     value, error = one.get(name), one.get(f"{name}_se")
-    return (
-        "-"
-        if value is None or error is None or not reliable.get(name, True)
-        else f"{_percent(value)} ± {100 * error:.1f}"
-    )
+    known = None not in (value, error) and reliable.get(name, True)
+    return f"{_percent(value or 0)} ± {100 * (error or 0):.1f}" if known else "-"
 
 
 def _percent(value: float) -> str:
@@ -551,7 +421,7 @@ def map_text(record: Mapping[str, Any], base: str, screen: Screen) -> str:
         f"next, for any adapter of this base: streamer mitigate {shlex.quote(base)} ADAPTER -o OUTPUT --map {file}",
         stood(Path(record["output"]), record["state"]),
     ]
-    return "\n".join(fit(line, screen.width) for line in lines)
+    return screen.join(lines)
 
 
 def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple[str, str], screen: Screen) -> str:
@@ -562,28 +432,19 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     inputs
         Base and adapter, as given.
     """
-    rows, reliable = record["rows"], record["reliable"]
+    from streamer.api.texts import repair_columns
 
-    def percents(name: str) -> list[str]:
-        values = [cast(Mapping[str, Any], row)[name] for row in rows]
-        return ["-" if value is None or not reliable.get(name, True) else f"{100 * value:.1f}%" for value in values]
-
-    columns = [
-        Column("model", [row["name"] + (" *" if row["what"] == record["chosen"] else "") for row in rows], "* was written", 9, left=True),
-        Column("kept", percents("kept"), "share of the learning that it keeps", 8),
-        Column("top-1 kept", percents("top1_kept"), "share of the adapter's gain in top-1 on the task's text that it keeps", 4),
-        Column("KL left", percents("divergence"), "its divergence from the base on general text; 100% is the adapter's", 8),
-        Column("loss left", percents("forgetting"), "the rise of the loss on general text; 100% is the adapter's", 5),
-    ]  # fmt: skip
     more = "".join(f" {word}" for word in views.input_options(written))
     adapter = record.get("lora", inputs[1])
     words = shlex.join([inputs[0], adapter, "--general", "TEXT", "--task", "TEXT", "-o", "FILE"])
     what = {
         "repair": f"--coefficients {shlex.quote(record['fit'])}",
         "shrink": f"--method shrink --lambda {written['lambda']}",
-        "adapter": "",
-    }[record["chosen"]]
-    then = [f"next, on text that nothing was trained or fitted on: streamer evaluate {words} {what}{more}"]
+    }
+    then = [
+        f"next, on text that nothing was trained or fitted on: streamer evaluate {words} {what.get(record['chosen'])}{more}"
+    ]
+    reliable = record["reliable"]
     told = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "loss left": reliable["forgetting"]}
     why = "the adapter's change is too small to measure on this text; more text may help"
     none = "the findings have no intruder: scaling them changes nothing, and was not measured"
@@ -598,9 +459,9 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
         *views.record_lines(written, stood(record["output"], record["state"])),
         *([converted] if "lora" in record else []),
         page,
-        *(then if what else []),
+        *(then if record["chosen"] in what else []),
     ]
-    return "\n\n".join([table(columns, screen), "\n".join(fit(line, screen.width) for line in lines)])
+    return screen.join(table(repair_columns(record), screen), lines)
 
 
 NEXT = """\
@@ -610,72 +471,123 @@ next: streamer repair BASE ADAPTER --general TEXT --task TEXT -o OUTPUT   makes 
 
 def demo_table(result: DemoRecord, screen: Screen = NO_LIMIT) -> str:
     """Format the demo's result for people."""
+    from streamer.api.demo import demo_columns
 
-    def number(x: float | None) -> str:
-        return "-" if x is None else f"{x:.3f}"
-
-    t, strength, top_k = result["totals"], result["lambda"], views.DetectionOptions().top_k
-    rows = sorted(result["matrices"], key=lambda r: views.natural(r["tensor"]))
-    counts: dict[Literal["planted", "found", "gone"], str] = {
-        "planted": "intruders planted in this matrix",
-        "found": f"intruders among the {top_k} largest directions, by `streamer detect`",
-        "gone": f"no longer found in the adapter that `streamer mitigate --method project --lambda {strength:g}` wrote",
-    }
-    columns = [
-        Column("matrix", [r["tensor"] for r in rows], left=True, names=True, foot=f"all {t['matrices']} matrices")
-    ]
-    for key, about in counts.items():
-        columns.append(Column(key, [str(r[key]) for r in rows], about, priority=9, foot=str(t[key])))
-    before = [number(r["sigma_before"]) for r in rows]
-    columns.append(Column("sigma", before, "singular value of the largest one; the base's own largest is 1", 3))
-    if t["left"]:
-        after = [number(r["sigma_after"]) for r in rows]
-        columns.append(
-            Column("sigma left", after, "singular value of the largest one found in the new adapter; `-` if none", 5)
-        )
+    t, strength = result["totals"], result["lambda"]
     told = (
         f"{t['planted']} planted, {t['found']} found, {t['gone']} gone, {t['left']} left; lambda {strength:g}: that share of the adapter's "
         "part of an intruder is kept"
     )
-    return "\n\n".join((table(columns, screen), fit(told, screen.width), fit(NEXT, screen.width, 6)))
+    return screen.join(table(demo_columns(result), screen), [told], fit(NEXT, screen.width, 6))
 
 
 def report_text(report: Report, where: str, screen: Screen) -> str:
     """Format a report's subject, with an evaluation if given, and state what was written or what to do next."""
-    one, parts = report.one, [_adapters(report, screen) if report.one is None else _one(report.one, where, screen)]
+    subject, parts = report.subject, list[str]()
+    if (found := subject.several) is not None:
+        energies = report.energies()
+        columns = [
+            Column("adapter", list(found), "name of its findings file", left=True, names=True),
+            Column("matrices", [str(len(f)) for f in found.values()], "matrices that it changes", priority=3),
+            Column("intruders", [str(f.intruders) for f in found.values()], "intruders in all matrices", priority=9),
+            Column("in", [str(sum(bool(m.detection.intruders) for m in f)) for f in found.values()], "matrices with intruders", priority=2),
+            Column("|delta|", [f"{math.sqrt(energy):#.4g}" for energy, _ in energies], "Frobenius norm of the delta", priority=4),
+            Column("energy", [f"{100 * share:.1f}%" for _, share in energies], "the intruders' share of |delta|^2", priority=8),
+            Column("lost", [f"{100 * max((m.detection.dropped_at_zero for m in f), default=0.0):.1f}%" for f in found.values()],
+                   "largest share of a matrix's delta lost in projection by `mitigate --lambda 0 --method paper`", priority=5),
+            Column("certified", [str(sum(m.detection.certified for m in f)) for f in found.values()], "matrices with proven decisions", 6),
+        ]  # fmt: skip
+        parts.append(table(columns, screen))
+    if subject.record is not None:
+        parts.append(record_table({**subject.record, "state": "read"}, where, screen))
+    if subject.findings is not None:
+        parts.append(findings_table(subject.findings, screen))
+    if subject.evaluation is not None:
+        file = shlex.quote(where)
+        names = views.Names(output=file) if subject.findings is None else views.Names(findings=file)
+        parts.append(evaluation_table(subject.evaluation, names, screen))
     if report.written is not None:
         files = report.written.files
         last = f"{stood(report.output, report.written.state)}: {counted(len(files), 'file')}, {format_size(sum(files.values()))}"
         parts.append(fit(last, screen.width))
-    if one is not None and one.record is None and one.evaluation is None:
-        parts.append(next_step(one.found, where, screen))
+    if subject.findings is not None and subject.evaluation is None:
+        parts.append(next_step(subject.findings, where, screen))
     return "\n\n".join(parts)
 
 
-def _one(subject: Subject, where: str, screen: Screen) -> str:
-    if subject.record is not None:
-        return record_table({**subject.record, "state": "read"}, where, screen)
-    if subject.findings is None:
-        assert subject.evaluation is not None
-        return evaluation_table(subject.evaluation, views.Names(output=shlex.quote(where)), screen)
-    text = findings_table(subject.findings, screen)
-    if subject.evaluation is None:
-        return text
-    return f"{text}\n\n{evaluation_table(subject.evaluation, views.Names(findings=shlex.quote(where)), screen)}"
+def result(found: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
+    """Return what the command's request returned."""
+    page = args.command == "report" and args.output is not None  # explains its figures: the table needs no legend
+    on = screen(args.all, args.legend and not page)
+    if getattr(args, "dry_run", False):
+        return found, dry_run_text(found, args.command, on)
+    output = getattr(args, "output", None) or ""
+    state = monitor.outputs.get(Path(output), "")
+    match args.command:
+        case "inspect":
+            files = found.files
+            text = inspect_table(found.record, on) if files is None else dtype_table(files.items(), on)
+            return found.record, text
+        case "detect":
+            return _detected(found, args, on)
+        case "mitigate" | "merge":
+            return _each(found, lambda one, on: ({**one}, record_table(one, one["output"], on)), output, on)
+        case "report":
+            return found.record(), report_text(found, args.findings, on)
+        case "diff":
+            return found.to_dict(), diff_table(found, on)
+        case "evaluate":
+            tree = {**found.to_dict(), "output": output, "state": state}
+            return tree, evaluation_table(found, _names(args), on, stood(output, state))
+        case "fit":
+            text = fitting_table(found.facts, (shown(args.base), shown(args.adapter)), output, on)
+            tree = {"schema": "streamer.fit/1", **found.facts, "output": output, "state": state}
+            return tree, f"{text}\n{stood(output, state)}"
+        case "map":
+            tree = {**views.map_record(found, output, monitor.outputs[Path(output)])}
+            return tree, map_text(tree, shown(args.base[0]), on)
+        case "repair":
+            inputs = shown(args.base), shown(args.adapter)
+            return found.record, repair_table(found.record, found.written, inputs, on)
+        case _:
+            return found, demo_table(found, on)
 
 
-def _adapters(report: Report, screen: Screen) -> str:
-    """Format one line for each adapter, with its totals."""
-    found, energies = report.several or {}, report.energies()
-    columns = [
-        Column("adapter", list(found), "name of its findings file", left=True, names=True),
-        Column("matrices", [str(len(f)) for f in found.values()], "matrices that it changes", priority=3),
-        Column("intruders", [str(f.intruders) for f in found.values()], "intruders in all matrices", priority=9),
-        Column("in", [str(sum(bool(m.detection.intruders) for m in f)) for f in found.values()], "matrices with intruders", priority=2),
-        Column("|delta|", [f"{math.sqrt(energy):#.4g}" for energy, _ in energies], "Frobenius norm of the delta", priority=4),
-        Column("energy", [f"{100 * share:.1f}%" for _, share in energies], "the intruders' share of |delta|^2", priority=8),
-        Column("lost", [f"{100 * max((m.detection.dropped_at_zero for m in f), default=0.0):.1f}%" for f in found.values()],
-               "largest share of a matrix's delta lost in projection by `mitigate --lambda 0 --method paper`", priority=5),
-        Column("certified", [str(sum(m.detection.certified for m in f)) for f in found.values()], "matrices with proven decisions", 6),
-    ]  # fmt: skip
-    return table(columns, screen)
+def _detected(found: Any, args: argparse.Namespace, on: Screen) -> Result:
+    def result(one: Any, on: Screen) -> Result:
+        record = {**one.findings.record(), "output": str(one.path), "state": one.state}
+        return record, findings_table(one.findings, on, one.path, one.state)
+
+    tree, text = _each(found, result, args.output, on)
+    name, last = list(found.items())[-1] if isinstance(found, dict) else (None, found)
+    base, given = shown(args.base), shown(args.adapter[0]) if name is None else "ADAPTER"
+    return tree, f"{text}\n\n{next_step(last.findings, last.path, on, base, given)}"
+
+
+def _names(args: argparse.Namespace) -> views.Names:
+    """Return the words of the commands to run after an evaluation."""
+    files = (args.general, args.task, args.output, args.findings, args.coefficients, args.map)
+    default = {field.name: field.default for field in fields(EvaluateOptions)}
+    read = {name: getattr(args, name) for name in ("sequences", "length")}
+    return replace(
+        views.Names(
+            shlex.join(map(shown, (args.base, args.adapter))), *(shlex.quote(file) if file else "" for file in files)
+        ),
+        reading="".join(f" --{name} {most}" for name, most in read.items() if most != default[name]),
+        others="".join(f" --other {shlex.quote(file)}" for file in args.other),
+    )
+
+
+def _each(found: Any, result: Callable[[Any, Screen], Result], output: str, on: Screen) -> Result:
+    """Combine results for several adapters by name, in full with `--all`; return a single adapter's result unchanged."""
+    if not isinstance(found, views.ByName):
+        return result(found, on)
+    later = replace(on, legend=False)  # one legend is enough
+    parts = {name: result(one, later if i else on) for i, (name, one) in enumerate(found.items())}
+    trees = {name: tree for name, (tree, _) in parts.items()}
+    if on.every:
+        text = "\n\n".join(f"{name}\n{text}" for name, (_, text) in parts.items())
+    else:
+        present = all(tree["state"] == "present" for tree in trees.values())
+        text = f"{adapters_table(trees, on)}\n\n{stood(output, 'present' if present else 'written')}"
+    return views.several(trees), text

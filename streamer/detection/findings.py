@@ -26,7 +26,6 @@ import contextlib
 import difflib
 import fnmatch
 import hashlib
-import html
 import itertools
 import json
 import math
@@ -57,6 +56,7 @@ from streamer.storage.checkpoint import TensorFile
 from streamer.storage.files import AdapterIdentity, BaseIdentity, check_identities, difference, locked
 from streamer.storage.header import DIGEST, NO_DIGEST
 from streamer.storage.transaction import check_file_path, check_replaced, check_space, journal_of, lock_of
+from streamer.tables import Column, Screen, html_table, table
 from streamer.units import counted, format_size, listed
 from streamer.weights.base import TORCH_DTYPES, StoredTensor, Weight, as_bytes, as_tensor
 
@@ -264,14 +264,22 @@ def summary_lines(tree: FindingsRecord) -> list[str]:
     return [printable(line) for line in lines]
 
 
-HEAD = ("matrix", "shape", "intruders", "ranks (1 = largest)", "least similarity", "σ₁", "‖Δ‖", "energy", "certified")
+def _decided(m: MatrixFinding) -> str:
+    d = m.detection
+    again = ["float64"] if d.precision == "float64" and m.dtype != "F64" else []
+    return ", ".join([d.solver, *again, *([] if d.certified else ["open"])])
 
 
-def _cells(m: Mapping[str, Any]) -> tuple[str, ...]:
-    """Format a matrix as one cell for each entry of `HEAD`."""
-    return (printable(m["tensor"]), "×".join(map(str, m["shape"])), str(len(m["intruders"])),
-            " ".join(str(j + 1) for j in m["intruders"]), f"{min(m['similarity']):.3f}", f"{m['singular_values'][0]:.4g}",
-            f"{m['delta_norm']:.4g}", f"{m['intruder_energy']:.1%}", "yes" if m["certified"] else "no")  # fmt: skip
+def _ranks(ranks: Sequence[int]) -> str:
+    """Format 0-based ranks as 1-based; runs of more than two are abbreviated."""
+    runs: list[list[int]] = []
+    for j in ranks:
+        if runs and j == runs[-1][1] + 1:
+            runs[-1][1] = j
+        else:
+            runs.append([j, j])
+    parts = [f"{a + 1}" if a == b else f"{a + 1} {b + 1}" if b == a + 1 else f"{a + 1}-{b + 1}" for a, b in runs]
+    return " ".join(parts) or "-"
 
 
 def _matrix_row(m: Mapping[str, Any]) -> dict[str, Any]:
@@ -521,27 +529,41 @@ class Findings:
         return {"schema": SCHEMA, "base": cast(BaseSource, base | self.base), "adapter": cast(AdapterSource, adapter | self.adapter),
                 "options": self.options.as_dict(), "totals": self.totals, "matrices": [m.record() for m in self.matrices]}  # fmt: skip
 
+    def columns(self, chosen: Sequence[MatrixFinding]) -> list[Column]:
+        """Make the columns of a table of some matrices."""
+        found, epsilon = [m.detection for m in chosen], self.options.threshold_epsilon
+        columns = [
+            Column("matrix", [m.tensor for m in chosen], left=True, names=True, among=[m.tensor for m in self]),
+            Column("shape", ["x".join(map(str, m.shape)) for m in chosen], "rows x columns", 1),
+            Column("r", [str(m.rank or "-") for m in chosen], "rank of the adapter's factors", 2),
+            Column("intruders", [str(len(d.intruders)) for d in found], "leading directions that resemble none of the base's", 9),
+            Column("ranks", [_ranks(d.intruders) for d in found], "ranks of the intruders in base + adapter; 1 is the largest", 6),
+            Column("similarity", [f"{min(d.similarity):.3f}" for d in found],
+                   f"lowest of a direction to the base, from 0 to 1; below {epsilon:g} is an intruder", 4),
+            Column("sigma", [f"{d.singular_values[0]:#.4g}" for d in found], "largest singular value of base + adapter", 0),
+            Column("|delta|", [f"{d.delta_norm:#.4g}" for d in found], "Frobenius norm of the delta", 3),
+            Column("energy", [f"{100 * d.intruder_energy:.1f}%" for d in found], "the intruders' share of |delta|^2", 8),
+            Column("lost", [f"{100 * d.dropped_at_zero:.1f}%" for d in found],
+                   "share lost in projection onto rank r by `mitigate --lambda 0 --method paper`", 5),
+        ]  # fmt: skip
+        if len({_decided(m) for m in self}) > 1:
+            about = "the solver; float64 if float32 left a direction open; open if nothing settled it"
+            columns.append(Column("decided", [_decided(m) for m in chosen], about, 7))
+        return columns
+
     def table(self) -> str:
         """Format a text table with a line for each matrix, and the totals."""
-        rows = [HEAD, *(_cells(m.record()) for m in self.matrices)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, "", *summary_lines(self.record())[:2]])
+        return "\n".join([table(self.columns(self.matrices), Screen(legend=False)), "", *summary_lines(self.record())[:2]])
 
     def __repr__(self) -> str:
         return "<Findings: " + "\n ".join(summary_lines(self.record())) + ">"
 
     def _repr_html_(self) -> str:
         """Format the matrices with the most intruders as a small table for notebooks."""
-        tree = self.record()
-        most = sorted(tree["matrices"], key=lambda m: (-len(m["intruders"]), -m["intruder_energy"]))[:SHOWN]
+        most = sorted(self, key=lambda m: (-len(m.detection.intruders), -m.detection.intruder_energy))[:SHOWN]
         left = len(self) - len(most)
         more = f"<p>and {counted(left, 'matrix')} more, with no more intruders than these</p>" if left else ""
-        caption = "<br>".join(map(html.escape, summary_lines(tree)[:2]))
-        head, *body = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-                       for tag, cells in (("th", HEAD), *(("td", _cells(m)) for m in most)))  # fmt: skip
-        rows = "".join(f"<tr>{cells}</tr>" for cells in body)
-        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{more}"
+        return html_table(self.columns(most), "\n".join(summary_lines(self.record())[:2])) + more
 
     def to_pandas(self, by: Literal["matrix", "direction"] = "matrix") -> pandas.DataFrame:
         """Return the figures as a data frame; install pandas with ``pip install 'intruder-streamer[pandas]'``.

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NotRequired, Self, TypedDict, cast, get_args
+from typing import Annotated, Any, Final, Literal, NotRequired, Self, TypedDict, cast
 
 import numpy as np
 
@@ -59,6 +59,7 @@ from streamer.options import EvaluateOptions
 from streamer.plan.side_files import AdapterSource, BaseSource
 from streamer.storage.files import open_regular, strict_json
 from streamer.streaming.values import Variant, make_variants
+from streamer.tables import Column, table
 from streamer.units import listed, quoted
 
 NODES = 4
@@ -282,9 +283,8 @@ class EvaluationOptions:
     map: InputMap | None = None
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
         _ = self.variants
-        check_options(self, sequences=2, length=2)
+        check_dtype(self.dtype)
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -292,15 +292,8 @@ class EvaluationOptions:
         return make_variants(self.methods, self.lambdas, self.select, self.coefficients, self.amplify, self.map)
 
 
-def check_options(options: Any, **least: int) -> None:
-    """Refuse options below their least whole numbers, and a dtype that is unknown or in which this processor multiplies slowly."""
-    for name, minimum in least.items():
-        value = getattr(options, name)
-        if type(value) is not int or value < minimum:
-            raise UsageError(f"{name}: expected a whole number from {minimum}, found {value!r}")
-    dtype = options.dtype
-    if dtype not in get_args(ProductDtype):
-        raise UsageError(f"dtype: expected one of {', '.join(get_args(ProductDtype))}, found {dtype!r}")
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype in which this processor multiplies slowly."""
     if dtype == "bf16" and not has_fast_bfloat16():
         raise UsageError(
             "dtype: bf16 needs a processor that multiplies bfloat16 matrices (AVX512-BF16 or AMX); use float32 here"
@@ -644,14 +637,9 @@ class Evaluation:
 
     def table(self, keep: float | None = None) -> str:
         """Format the verdict, the table, its legend, the reasons and the commands as text of unlimited width."""
-        suggestion, columns = self.best(keep), figures(self)
-        widths = [max(map(len, (c.head, *c.cells))) for c in columns]
-        rows = [[c.head for c in columns], ["-" * width for width in widths], *zip(*(c.cells for c in columns), strict=True)]
-        lines = ["  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-        indent = max(len(c.head) for c in columns) + 2
-        legend = [f"{c.head:<{indent}}{c.about}" for c in columns]
+        suggestion = self.best(keep)
         words = *reasons(self, suggestion), *commands(self, suggestion)
-        return "\n".join([verdict(self, suggestion), "", *lines, "", *legend, "", *words])
+        return "\n".join([verdict(self, suggestion), "", table(figures(self)), "", *words])
 
     def __repr__(self) -> str:
         return f"<Evaluation: {len(self.variants)} variants, {len(self.general.tokens)} general and {len(self.task.tokens)} task sequences>"
@@ -722,17 +710,7 @@ class Evaluation:
         return record(TradeRecord, Trade.of(self, self.variants.index(variant)), variant.name)
 
 
-@dataclass(frozen=True)
-class Figures:
-    """A column of figures: its title, a cell for each variant, its meaning, and its priority if the terminal is narrow."""
-
-    head: str
-    cells: Sequence[str]
-    about: str
-    priority: int
-
-
-def figures(evaluation: Evaluation, every: bool = False) -> list[Figures]:
+def figures(evaluation: Evaluation, every: bool = False) -> list[Column]:
     """Make the columns of an evaluation's table, names first; a star marks variants on the front.
 
     Parameters
@@ -742,21 +720,21 @@ def figures(evaluation: Evaluation, every: bool = False) -> list[Figures]:
     """
     general, task, best = evaluation.general, evaluation.task, set(evaluation.front())
     return [
-        Figures("variant", [v.name + " *" * (v.name in best) for v in evaluation.variants],
-                "* no other variant has both a lower task loss and a lower divergence", 9),
-        Figures("general", _losses(general), "mean loss in nats on general text", 4),
-        Figures("vs adapter", _means(general, "loss", ADAPTER_ROW),
+        Column("variant", [v.name + " *" * (v.name in best) for v in evaluation.variants],
+                "* no other variant has both a lower task loss and a lower divergence", 9, left=True),
+        Column("general", _losses(general), "mean loss in nats on general text", 4),
+        Column("vs adapter", _means(general, "loss", ADAPTER_ROW),
                 "this loss minus the adapter's, ± the standard error, paired by sequence", 5),
-        Figures("loss left", _shares(general), "where the general loss lies between the base's (0%) and the adapter's (100%)", 2),
-        Figures("KL", _means(general, "kl"), "divergence from the base on general text, in nats", 6),
-        Figures("KL left", _shares(general, "kl", True), "this divergence as a share of the adapter's: the forgetting that is left", 8),
-        Figures("same top", _parts(general, "agree"),
+        Column("loss left", _shares(general), "where the general loss lies between the base's (0%) and the adapter's (100%)", 2),
+        Column("KL", _means(general, "kl"), "divergence from the base on general text, in nats", 6),
+        Column("KL left", _shares(general, "kl", True), "this divergence as a share of the adapter's: the forgetting that is left", 8),
+        Column("same top", _parts(general, "agree"),
                 "tokens of general text for which the variant and the base have the same most likely token", 2),
         *_accuracies("general", general, left=True),
-        Figures("task", _losses(task), "mean loss in nats on the task's text", 3),
-        Figures("kept", _shares(task), "where the task loss lies between the base's (0%) and the adapter's (100%)", 8),
-        Figures("top-1", _parts(task, "right"), "tokens of the task's text that are the variant's most likely token", 1),
-        Figures("top-1 kept", _shares(task, "right", evaluation.reliable()["top1_kept"]),
+        Column("task", _losses(task), "mean loss in nats on the task's text", 3),
+        Column("kept", _shares(task), "where the task loss lies between the base's (0%) and the adapter's (100%)", 8),
+        Column("top-1", _parts(task, "right"), "tokens of the task's text that are the variant's most likely token", 1),
+        Column("top-1 kept", _shares(task, "right", evaluation.reliable()["top1_kept"]),
                 "where top-1 lies between the base's (0%) and the adapter's (100%)", 5),
         *_accuracies("task", task, left=False),
         *(column for name, sums in evaluation.others.items() for column in _other(name, sums)),
@@ -764,7 +742,7 @@ def figures(evaluation: Evaluation, every: bool = False) -> list[Figures]:
     ]  # fmt: skip
 
 
-def field_figures(general: SequenceSums) -> list[Figures]:
+def field_figures(general: SequenceSums) -> list[Column]:
     """Make the columns that llama-perplexity and PEFT's method comparison report, on general text."""
     variants = range(len(general.loss))
 
@@ -775,31 +753,31 @@ def field_figures(general: SequenceSums) -> list[Figures]:
         return cells([Estimate(100 * one.value, 100 * one.error, one.sequences) for one in estimates])
 
     return [
-        Figures("CE rise", _means(general, "loss", BASE_ROW),
+        Column("CE rise", _means(general, "loss", BASE_ROW),
                 "mean loss on general text minus the base's, which PEFT's method comparison calls forgetting", 0),
-        Figures("PPL ratio", cells([*map(general.perplexity_ratio, variants)]), "perplexity on general text divided by the base's", 0),
-        *(Figures(f"KL {100 * share:g}%", four(general.kl_quantile(v, share) for v in variants),
+        Column("PPL ratio", cells([*map(general.perplexity_ratio, variants)]), "perplexity on general text divided by the base's", 0),
+        *(Column(f"KL {100 * share:g}%", four(general.kl_quantile(v, share) for v in variants),
                   f"KL that {100 * share:g}% of general text's tokens do not exceed, within 1%", 0) for share in QUANTILES.values()),
-        Figures("KL max", four(map(general.kl_largest, variants)), "the largest KL of a token of general text", 0),
-        Figures("mean Δp", percents(general.mean("p_change", v) for v in variants),
+        Column("KL max", four(map(general.kl_largest, variants)), "the largest KL of a token of general text", 0),
+        Column("mean Δp", percents(general.mean("p_change", v) for v in variants),
                 "mean change in the probability of general text's tokens, in %", 0),
-        Figures("RMS Δp", percents(map(general.p_rms, variants)), "root mean square of this change, in %", 0),
+        Column("RMS Δp", percents(map(general.p_rms, variants)), "root mean square of this change, in %", 0),
     ]  # fmt: skip
 
 
-def _other(name: str, sums: SequenceSums) -> list[Figures]:
+def _other(name: str, sums: SequenceSums) -> list[Column]:
     """Make the columns of another text."""
     left = sums.effect != "improves"
     return [
-        Figures(name, _losses(sums), "mean loss in nats on this text", 2),
-        Figures(f"{name} {'left' if left else 'kept'}", _shares(sums),
+        Column(name, _losses(sums), "mean loss in nats on this text", 2),
+        Column(f"{name} {'left' if left else 'kept'}", _shares(sums),
                 "where the loss on this text lies between the base's (0%) and the adapter's (100%)", 4),
-        Figures(f"{name} KL", _means(sums, "kl"), "divergence from the base on this text, in nats", 1),
+        Column(f"{name} KL", _means(sums, "kl"), "divergence from the base on this text, in nats", 1),
         *_accuracies(name, sums, left),
     ]  # fmt: skip
 
 
-def _accuracies(name: str, sums: SequenceSums, left: bool) -> list[Figures]:
+def _accuracies(name: str, sums: SequenceSums, left: bool) -> list[Column]:
     """Make the columns of a text of questions; none for other texts."""
     if sums.acc is None:
         return []
@@ -810,12 +788,12 @@ def _accuracies(name: str, sums: SequenceSums, left: bool) -> list[Figures]:
         return [percent(sums.mean(answers, v, *other)) for v in range(len(sums.loss))]
 
     return [
-        Figures(f"{name} acc", shares("acc"), "questions whose right choice is the most likely", 6),
-        Figures(f"{name} acc vs adapter", shares("acc", ADAPTER_ROW),
+        Column(f"{name} acc", shares("acc"), "questions whose right choice is the most likely", 6),
+        Column(f"{name} acc vs adapter", shares("acc", ADAPTER_ROW),
                 "this share minus the adapter's, ± the standard error, paired by question", 4),
-        Figures(f"{name} acc {'left' if left else 'kept'}", _shares(sums, "acc", True),
+        Column(f"{name} acc {'left' if left else 'kept'}", _shares(sums, "acc", True),
                 "where this share lies between the base's (0%) and the adapter's (100%)", 5),
-        Figures(f"{name} acc_norm", shares("acc_norm"), "the same, by the log-likelihood per character of a choice", 1),
+        Column(f"{name} acc_norm", shares("acc_norm"), "the same, by the log-likelihood per character of a choice", 1),
     ]  # fmt: skip
 
 

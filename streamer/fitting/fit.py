@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from math import nan
-from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
@@ -42,8 +41,7 @@ from streamer.evaluation.evaluation import (
     TradeRecord,
     against_shrink,
     ask_swapped,
-    check_keep,
-    check_options,
+    check_dtype,
 )
 from streamer.json_types import Amount, Count, Difference, KeptShare, Keywords, Mean, Sha256, State
 from streamer.linalg.moments import GENERAL_RIDGE, RIDGE, Refit, System, TextInputs, basis, refit, refit_one_hot
@@ -352,17 +350,11 @@ class FitOptions:
         if not self.keep:
             raise UsageError("keep: expected at least one share, found none")
         for share in self.keep:
-            check_keep(share)
             if share_name(share) == "1":
                 raise UsageError(f"keep: {share!r} is the unchanged adapter, which needs no fit; give smaller shares")
-        rise = sorted({*self.weights}) == [*self.weights] != []
-        if not (rise and all(0 < mu < math.inf for mu in self.weights)):
-            raise UsageError(f"weights: expected rising numbers above 0, found {list(self.weights)}")
         if len({share_name(share) for share in self.keep}) < len(self.keep):
             raise UsageError(f"keep: expected shares that differ in six digits, found {list(self.keep)}")
-        if isinstance(self.holdout, bool) or not isinstance(self.holdout, Real) or not 0 < self.holdout < 1:
-            raise UsageError(f"holdout: expected a share between 0 and 1, found {self.holdout!r}")
-        check_options(self, sequences=2 * LEAST, length=2, seed=0)
+        check_dtype(self.dtype)
 
 
 @dataclass(frozen=True)

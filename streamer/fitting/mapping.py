@@ -17,7 +17,7 @@ from torch import Tensor
 
 from streamer.detection.options import Run
 from streamer.errors import NumericError, UnsupportedError
-from streamer.evaluation.evaluation import ProductDtype, check_options
+from streamer.evaluation.evaluation import ProductDtype, check_dtype
 from streamer.json_types import Count, OutputPath, Sha256, State, TensorName
 from streamer.linalg.moments import MORE, ROWS, leading_vectors
 from streamer.measuring.runs import (
@@ -79,7 +79,7 @@ class MapFacts(TypedDict):
 
 @dataclass(frozen=True)
 class MapOptions:
-    """Options of a map, all of which affect it; see `options.MappingOptions`."""
+    """Options of a map, all of which affect it; `options.MappingOptions` explains and bounds them."""
 
     vectors: int = MappingOptions.vectors
     sequences: int = MappingOptions.sequences
@@ -87,7 +87,7 @@ class MapOptions:
     dtype: ProductDtype = MappingOptions.dtype
 
     def __post_init__(self) -> None:
-        check_options(self, vectors=1, sequences=2, length=2)
+        check_dtype(self.dtype)
 
 
 @dataclass(frozen=True, eq=False)

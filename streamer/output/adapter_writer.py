@@ -302,10 +302,6 @@ class LoraWriter(OneFileWriter):
 
     def __init__(self, job: Job, path: Path, rank: int | float) -> None:
         plan = job.plan
-        good = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-        if not (good or (isinstance(rank, float) and 0 < rank <= 1)):
-            wanted = "a rank from 1, or a share in (0, 1] with a decimal point"
-            raise UsageError(f"to_lora: expected {wanted}, found {rank!r}")
         if reason := refusal(job):
             raise UnsupportedError(f"{plan.adapter.path}: {reason}; --to-lora cannot write it: use `streamer merge`")
         self._plan, self._layout = plan, _layout(plan)

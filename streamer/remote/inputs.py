@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 from urllib.parse import unquote
 
 from streamer import errors
@@ -583,10 +583,6 @@ class Remote:
     mode: RemoteMode | None = None
     peek: bool = False
     monitor: Monitor = field(default_factory=Monitor)
-
-    def __post_init__(self) -> None:
-        if self.mode not in (None, *get_args(RemoteMode)):
-            raise errors.UsageError(f"remote: expected one of {', '.join(get_args(RemoteMode))}, found {self.mode!r}")
 
     def path(self, given: str | Path) -> str | Path:
         """Return the local path of an input: the path itself, or the directory that stands in for an address.

@@ -7,7 +7,7 @@ Both findings contain the intruders' left singular vectors, ``U`` (m, q) and ``U
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Final, Literal, TypedDict, cast
 
@@ -17,6 +17,7 @@ from streamer.detection.findings import Findings, MatrixFinding
 from streamer.detection.options import OptionsRecord
 from streamer.errors import MismatchError
 from streamer.json_types import Count, Share
+from streamer.tables import Column
 from streamer.units import counted
 
 SCHEMA: Final = "streamer.diff/1"
@@ -50,6 +51,12 @@ class IntruderFate:
     after: Annotated[Direction | None, "The intruder in the second findings; null if none matches."]
     overlap: Annotated[Share, "Absolute inner product with the nearest intruder of the other findings in this matrix, or 0."]
     share: Annotated[Share, "Its squared part in the span of the other findings' intruders of this matrix."]
+
+    @property
+    def sides(self) -> list[str]:
+        """Format its rank and singular value in the first and in the second findings."""
+        found = ((str(d.rank + 1), f"{d.singular_value:#.4g}") if d else ("-", "-") for d in (self.before, self.after))
+        return [text for side in found for text in side]
 
 class DiffSide(TypedDict):
     """One of the two findings."""
@@ -107,6 +114,20 @@ class FindingsDiff:
     def count(self, fate: Fate) -> int:
         """Return the number of intruders with this fate."""
         return Counter(one.fate for one in self.intruders)[fate]
+
+    def columns(self, shown: Sequence[IntruderFate]) -> list[Column]:
+        """Make the columns of a table of some intruders."""
+        sides = [one.sides for one in shown]
+        return [
+            Column("matrix", [one.tensor for one in shown], left=True, names=True, among=[one.tensor for one in self.intruders]),
+            Column("fate", ["remains" if one.fate == "kept" else one.fate for one in shown], priority=9, left=True),
+            Column("rank", [side[0] for side in sides], "its rank in the first findings; 1 is the largest", priority=5),
+            Column("sigma", [side[1] for side in sides], "its singular value there", priority=6),
+            Column("after", [side[2] for side in sides], "its rank in the second", priority=4),
+            Column("sigma after", [side[3] for side in sides], "its singular value there", priority=7),
+            Column("overlap", [f"{one.overlap:.3f}" for one in shown], "with the nearest intruder of the other findings", priority=3),
+            Column("share", [f"{100 * one.share:.0f}%" for one in shown], "its part in the span of the other findings' intruders", 2),
+        ]  # fmt: skip
 
     def to_dict(self) -> DiffRecord:
         """Return the JSON object (schema ``streamer.diff/1``)."""

@@ -14,7 +14,6 @@ function section(title, note) {
 
 const text = (value) => document.createTextNode(value);
 const error = (value, se) => (value === null ? "–" : `${percent(value)} ± ${(100 * (se ?? 0)).toFixed(1)}`);
-const last = (value) => (value === null ? -Infinity : value);
 
 // Evaluation ---------------------------------------------------------------------------------------------------------
 
@@ -81,7 +80,7 @@ function drawTradeoff(parent, tree, key, label, caption) {
 }
 
 function showEvaluation(tree) {
-  const part = section("What each variant keeps and forgets", `Measured on ${tree.texts.general} (general) and ${tree.texts.task} (task)${tree.others.map((one) => `, and on ${one.name}`).join("")}; bars are standard errors. `
+  const part = section("What each variant keeps and forgets", `Measured on ${tree.texts.general} (general) and ${tree.texts.task} (task)${tree.others.map((name) => `, and on ${name}`).join("")}; bars are standard errors. `
     + "By definition, the base is at 0% and the adapter at 100% on both axes. The dashed line is the share to keep; the ring marks the suggestion.");
   const pair = html("div", { class: "pair" });
   for (const [key, label, caption] of [
@@ -91,42 +90,15 @@ function showEvaluation(tree) {
     if (tree.variants.some((v) => v.kept !== null && v[key] !== null)) drawTradeoff(pair, tree, key, label, caption);
   }
   part.append(pair.children.length ? pair : html("p", {}, "Base and adapter have nearly the same loss on the task's text, so no shares can be drawn."));
-  const numeric = (head, about, key, format) => ({ head, about, cell: (v) => text(format(v)), key: (v) => last(v[key]) });
-  const names = { head: "variant", about: "* no variant is better in both task loss and divergence", up: true, cell: (v) => text(v.name + (tree.front.includes(v.name) ? " *" : "")), key: (v) => tree.variants.indexOf(v) };
-  sortedTable(part, [
-    names,
-    numeric("general", "mean loss in nats on general text", "general", (v) => v.general.toFixed(4)),
-    numeric("loss left", "where the general loss lies between the base's (0%) and the adapter's (100%)", "forgetting", (v) => error(v.forgetting, v.forgetting_se)),
-    numeric("KL", "divergence from the base on general text, in nats", "kl", (v) => v.kl.toFixed(4)),
-    numeric("KL left", "this divergence as a share of the adapter's", "divergence", (v) => error(v.divergence, v.divergence_se)),
-    numeric("same top", "share of general text's tokens for which the variant and the base have the same most likely token", "agreement", (v) => percent(v.agreement)),
-    numeric("task", "mean loss in nats on the task's text", "task", (v) => v.task.toFixed(4)),
-    numeric("kept", "where the task loss lies between the base's (0%) and the adapter's (100%)", "kept", (v) => error(v.kept, v.kept_se)),
-    numeric("top-1", "share of the task's tokens that are the variant's most likely token", "top1", (v) => (v.top1 === null ? "–" : percent(v.top1))),
-    numeric("top-1 kept", "where top-1 lies between the base's (0%) and the adapter's (100%)", "top1_kept", (v) => error(v.top1_kept, v.top1_kept_se)),
-    ...tree.others.flatMap((one, i) => {
-      const column = (head, about, key, format) => ({ head, about, cell: (v) => text(format(v.others[i])), key: (v) => last(v.others[i][key]) });
-      const kept = one.effect === "improves";
-      return [
-        column(one.name, "mean loss in nats on this text", "loss", (v) => v.loss.toFixed(4)),
-        column(`${one.name} ${kept ? "kept" : "left"}`, "where the loss on this text lies between the base's (0%) and the adapter's (100%)", "share",
-               (v) => error(v.share, v.share_se)),
-        column(`${one.name} KL`, "divergence from the base on this text, in nats", "kl", (v) => v.kl.toFixed(4)),
-      ];
-    }),
-    ...tree.accuracies.flatMap((name, i) => {
-      const column = (head, about, key) => ({ head, about, cell: (v) => text(error(v.accuracies[i][key], v.accuracies[i][`${key}_se`])), key: (v) => last(v.accuracies[i][key]) });
-      return [
-        column(`${name} acc`, "share of questions whose right choice is the most likely", "value"),
-        column(`${name} acc share`, "share of the adapter's change in acc that is left or kept", "share"),
-      ];
-    }),
-  ], tree.variants, { id: "variants", marked: (v) => v.name === tree.suggested });
+  const columns = (some) => some.map(({ head, about, cells }) => {
+    const place = (v) => tree.variants.indexOf(v), number = (v) => Number.parseFloat(cells[place(v)]);
+    const key = (v) => (Number.isNaN(number(v)) ? -Infinity : number(v));
+    return head === "variant" ? { head, about, up: true, cell: (v) => text(cells[place(v)]), key: place } : { head, about, cell: (v) => text(cells[place(v)]), key };
+  });
+  const marked = (v) => v.name === tree.suggested;
+  sortedTable(part, columns(tree.columns), tree.variants, { id: "variants", marked });
   part.append(html("p", { class: "note" }, `The figures that llama-perplexity and PEFT's method comparison report, on ${tree.texts.general}:`));
-  sortedTable(part, [names, ...tree.field.map(({ head, about, cells }) => {
-    const cell = (v) => cells[tree.variants.indexOf(v)], number = (v) => Number.parseFloat(cell(v));
-    return { head, about, cell: (v) => text(cell(v)), key: (v) => (Number.isNaN(number(v)) ? -Infinity : number(v)) };
-  })], tree.variants, { id: "field", marked: (v) => v.name === tree.suggested });
+  sortedTable(part, columns([tree.columns[0], ...tree.field]), tree.variants, { id: "field", marked });
 }
 
 // Findings -----------------------------------------------------------------------------------------------------------

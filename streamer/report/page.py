@@ -42,6 +42,7 @@ from streamer.evaluation.evaluation import (
     EvaluationRecord,
     commands,
     field_figures,
+    figures,
     load_evaluation,
     reasons,
     verdict,
@@ -61,7 +62,6 @@ from streamer.storage.transaction import (
     is_taken,
     lock_of,
     not_own,
-    refuse_address,
     refuse_symlink,
     refuse_within_output,
 )
@@ -239,11 +239,14 @@ class Subject:
         Evaluation of the same base and adapter, if given.
     record
         The record of an output, ``streamer.json``; None for a report on findings.
+    several
+        Findings on several adapters, by file name, as `detect` writes them into a directory; there is nothing else then.
     """
 
     findings: Findings | None
     evaluation: Evaluation | None = None
     record: Mapping[str, Any] | None = None
+    several: Mapping[str, Findings] | None = None
 
     @property
     def found(self) -> Findings:
@@ -261,14 +264,7 @@ class Subject:
                 "lambdas": [] if findings is None else lambda_curve(findings)}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Collection:
-    """Findings on several adapters, by file name, as `detect` writes them into a directory."""
-
-    findings: Mapping[str, Findings]
-
-
-def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subject | Collection:
+def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subject:
     """Read the subject of a report.
 
     Parameters
@@ -310,7 +306,7 @@ def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subj
     if found := [file for file in files if TensorFile(file).header.metadata.get("schema") == FINDINGS_SCHEMA]:
         holding = f"holds findings on {counted(len(found), 'adapter')}"
         refuse_evaluation(f"{holding}, but an evaluation covers one; name its findings, such as {found[0]}")
-        return Collection({one.stem: make_subject(load_findings(one), where=one).found for one in found})
+        return Subject(None, several={one.stem: make_subject(load_findings(one), where=one).found for one in found})
     findings = load_findings(path)
     return make_subject(findings, None if evaluation is None else load_evaluation(evaluation), path)
 
@@ -354,10 +350,10 @@ def make_subject(
     return Subject(findings, evaluation)
 
 
-def title(subject: Subject | Collection) -> str:
+def title(subject: Subject) -> str:
     """Return a report's title."""
-    if isinstance(subject, Collection):
-        return f"Intruder dimensions of {counted(len(subject.findings), 'adapter')}"
+    if subject.several is not None:
+        return f"Intruder dimensions of {counted(len(subject.several), 'adapter')}"
     if subject.record is not None:
         return f"{subject.record['command']}: {_name(subject.record['adapter'])}"
     if subject.findings is None:
@@ -366,15 +362,15 @@ def title(subject: Subject | Collection) -> str:
     return f"Intruder dimensions of {_name(subject.findings.sources.get('adapter', {}))}"
 
 
-def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]:
+def headline(subject: Subject) -> tuple[str, list[tuple[str, str]]]:
     """State the main result in one line, and list the next commands with their purposes."""
     measure = [
         ("Make the adapter forget less, as measured on two of your own texts",
          "streamer repair BASE ADAPTER --findings FINDINGS --general TEXT --task TEXT -o OUTPUT"),
         ("Or, without text", "streamer mitigate BASE ADAPTER --method shrink --lambda 0.75 -o OUTPUT"),
     ]  # fmt: skip
-    if isinstance(subject, Collection):
-        counts = {name: found.intruders for name, found in subject.findings.items()}
+    if subject.several is not None:
+        counts = {name: found.intruders for name, found in subject.several.items()}
         most = max(counts, key=lambda name: counts[name])
         leader = f"{printable(most)} has the most intruders, {counts[most]}"
         found = leader if counts[most] else "no adapter has intruders"
@@ -405,7 +401,34 @@ def sentences(subject: Subject) -> list[str]:
         made = f"streamer {record['version']} made this from “{_name(record['adapter'])}” and “{_name(record['base'])}”"
         lines = record_lines(record, made)
         return [printable(line) for line in measured[1:]] + (lines if measured else [lines[0], *lines[2:]])
-    return [] if subject.findings is None else _of_findings(subject.findings)
+    if (findings := subject.findings) is None:
+        return []
+    sources, options = findings.sources, findings.options
+    k = options.top_k
+    matrices = counted(len(findings), "matrix")
+    changed = f"the {matrices}" if len(findings) == 1 else f"each of the {matrices}"
+    judged = f"leading {100 * k:g}% of the singular directions"
+    if isinstance(k, int):
+        judged = counted(k, "leading singular direction").removeprefix("1 ")
+    adapter, base = (f"“{_name(sources[what])}”" if what in sources else f"the {what}" for what in ("adapter", "base"))
+    asked = (
+        f"In {changed} that {adapter} changes in {base}, detection compared the {judged} of base + adapter with all directions of the "
+        f"base. A direction is an intruder if its similarity to every one of them is below {options.threshold_epsilon:g}."
+    )
+    if not findings.intruders:
+        found = "There are no intruders"
+        least = min((min(m.detection.similarity) for m in findings if m.detection.similarity), default=None)
+        found += "." if least is None else f": the least similar direction has a similarity of {least:.2f}."
+        return [asked, found, "Scaling down the whole adapter (a shrink) may still reduce forgetting."]
+    parts = Counter(part_of(m.tensor) for m in findings for _ in m.detection.intruders)
+    most = listed((f"{printable(part)} ({n})" for part, n in parts.most_common(3)), 3)
+    half = next(c for c in lambda_curve(findings) if c["lambda"] == 0.5)
+    dropped = max(m.detection.dropped_at_zero for m in findings)
+    weighs = (
+        f"With method project, λ = 0.5 leaves {100 * half['norm_left']:.1f}% of the delta's norm. With method paper and λ = 0, up to "
+        f"{100 * dropped:.1f}% of a matrix's mitigated delta is lost in projection onto the adapter's rank."
+    )
+    return [asked, f"Intruders by part of a layer: {most}.", weighs]
 
 
 def certificates(subject: Subject) -> str:
@@ -439,35 +462,6 @@ def _name(source: Mapping[str, Any]) -> str:
     return printable(str(source.get("model_id") or source.get("name") or "an adapter"))
 
 
-def _of_findings(findings: Findings) -> list[str]:
-    sources, options = findings.sources, findings.options
-    k = options.top_k
-    matrices = counted(len(findings), "matrix")
-    changed = f"the {matrices}" if len(findings) == 1 else f"each of the {matrices}"
-    judged = f"leading {100 * k:g}% of the singular directions"
-    if isinstance(k, int):
-        judged = counted(k, "leading singular direction").removeprefix("1 ")
-    adapter, base = (f"“{_name(sources[what])}”" if what in sources else f"the {what}" for what in ("adapter", "base"))
-    asked = (
-        f"In {changed} that {adapter} changes in {base}, detection compared the {judged} of base + adapter with all directions of the "
-        f"base. A direction is an intruder if its similarity to every one of them is below {options.threshold_epsilon:g}."
-    )
-    if not findings.intruders:
-        found = "There are no intruders"
-        least = min((min(m.detection.similarity) for m in findings if m.detection.similarity), default=None)
-        found += "." if least is None else f": the least similar direction has a similarity of {least:.2f}."
-        return [asked, found, "Scaling down the whole adapter (a shrink) may still reduce forgetting."]
-    parts = Counter(part_of(m.tensor) for m in findings for _ in m.detection.intruders)
-    most = listed((f"{printable(part)} ({n})" for part, n in parts.most_common(3)), 3)
-    half = next(c for c in lambda_curve(findings) if c["lambda"] == 0.5)
-    dropped = max(m.detection.dropped_at_zero for m in findings)
-    weighs = (
-        f"With method project, λ = 0.5 leaves {100 * half['norm_left']:.1f}% of the delta's norm. With method paper and λ = 0, up to "
-        f"{100 * dropped:.1f}% of a matrix's mitigated delta is lost in projection onto the adapter's rank."
-    )
-    return [asked, f"Intruders by part of a layer: {most}.", weighs]
-
-
 MOST_DIRECTIONS = 400_000
 """Most directions on a page, over all matrices; if there are more, it has the largest of each matrix."""
 
@@ -478,15 +472,14 @@ LEAST_RATIO = 1e-6
 """Smallest ratio of a singular value to the largest that is distinguished from zero."""
 
 
-def page_data(subject: Subject | Collection) -> dict[str, Any]:
+def page_data(subject: Subject) -> dict[str, Any]:
     """Make the object. Names are escaped as on a terminal; norms and singular values of findings have only the digits shown."""
     parts = dict.fromkeys(("findings", "evaluation", "output", "several"))
     tree: dict[str, Any] = {"schema": "streamer.page/1", **parts}
-    if isinstance(subject, Collection):
-        held = subject.findings
-        most = MOST_DIRECTIONS // len(held)
+    if subject.several is not None:
+        most = MOST_DIRECTIONS // len(subject.several)
         tree["several"] = [
-            {"name": printable(name), "findings": _findings(found, most)} for name, found in held.items()
+            {"name": printable(name), "findings": _findings(f, most)} for name, f in subject.several.items()
         ]
         return tree
     findings, record = subject.findings, subject.record
@@ -549,28 +542,22 @@ def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     tree, best = evaluation.to_dict(), evaluation.best()
-    variants = evaluation.shown_variants()
-    keys = ("kept", "kept_se", "top1_kept", "top1_kept_se", "forgetting", "forgetting_se", "divergence",
-            "divergence_se")  # fmt: skip
-    of_other = ("loss", "share", "share_se", "kl")
+    drawn = ("kept", "kept_se", "forgetting", "forgetting_se", "divergence", "divergence_se")
+    columns = figures(evaluation), field_figures(evaluation.general)
     return {
         "keep": evaluation.keep,
         "methods": list(METHODS),
         "suggested": best.variant and printable(best.variant.name),
         "front": [printable(name) for name in tree["front"]],
         "texts": {side: evaluation.facts["texts"][side]["name"] for side in ("general", "task")},
-        "others": [{"name": printable(one["name"]), "effect": one["effect"]} for one in tree.get("others", [])],
-        "field": [{"head": c.head, "about": c.about, "cells": c.cells} for c in field_figures(evaluation.general)],
-        "accuracies": [printable(name) for name in evaluation.answered],
+        "others": [printable(one["name"]) for one in tree.get("others", [])],
+        **{key: [{"head": printable(c.head), "about": c.about, "cells": [printable(cell) for cell in c.cells]} for c in part]
+           for key, part in zip(("columns", "field"), columns, strict=True)},
         "variants": [
             {"name": printable(v["name"]), "lambda": v["lambda"],
              "series": printable(one.method or one.name.partition(" ")[0]),  # its curve: base and adapter are the ends of all
-             "general": v["general"]["loss"], "task": v["task"]["loss"], "kl": v["general"]["kl"],
-             "agreement": v["general"]["agreement"], "top1": v["task"]["top1"],
-             "others": [{key: one[key] for key in of_other} for one in v["others"]],
-             "accuracies": [own["acc"] for own in (v["general"], v["task"], *v["others"]) if "acc" in own],
-             **{key: v[key] for key in keys}}
-            for v, one in zip(variants, evaluation.variants, strict=True)
+             **{key: v[key] for key in drawn}}
+            for v, one in zip(evaluation.shown_variants(), evaluation.variants, strict=True)
         ],
     }  # fmt: skip
 
@@ -591,7 +578,7 @@ SIGN = '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta name="g
 """Beginning of every page, which identifies it."""
 
 
-def make_page(subject: Subject | Collection) -> bytes:
+def make_page(subject: Subject) -> bytes:
     """Make a report's page. It contains no times or paths, so the same inputs give the same bytes.
 
     All text from the inputs is escaped, or set as text by the script; a policy in the page prevents any other script from running.
@@ -603,16 +590,18 @@ def make_page(subject: Subject | Collection) -> bytes:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     said, next_ = headline(subject)
     lines = [f'<p class="verdict">{html.escape(said)}</p>', *map(_command, next_)]
-    if isinstance(subject, Subject):
-        if subject.findings is not None:
-            lines += [f"<p>{html.escape(line)}</p>" for line in subject.findings.warnings]
-        if subject.evaluation is not None:
-            lines.append(_suggestion(subject.evaluation))
-        lines += [f"<p>{html.escape(sentence)}</p>" for sentence in sentences(subject)]
-        if proven := certificates(subject):
-            lines.append(f'<p class="certificates">{html.escape(proven)}</p>')
+    if subject.findings is not None:
+        lines += [f"<p>{html.escape(line)}</p>" for line in subject.findings.warnings]
+    if subject.evaluation is not None:
+        lines.append(_suggestion(subject.evaluation))
+    lines += [f"<p>{html.escape(sentence)}</p>" for sentence in sentences(subject)]
+    if proven := certificates(subject):
+        lines.append(f'<p class="certificates">{html.escape(proven)}</p>')
+    # In a script element, JSON must not end the element or begin markup.
+    data = json.dumps(page_data(subject), separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    data = data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     page = Template(template).substitute(
-        digest=digest, title=html.escape(title(subject)), style=style, text="\n".join(lines), data=embed(page_data(subject)),
+        digest=digest, title=html.escape(title(subject)), style=style, text="\n".join(lines), data=data,
         script=script.removeprefix("\n"),
     )  # fmt: skip
     return (SIGN + page).encode("utf-8")
@@ -634,12 +623,6 @@ def _command(command: tuple[str, str]) -> str:
     return f'<p class="note">{label[:1].upper()}{label[1:]}:</p>\n<pre class="command"><code>{code}</code></pre>'
 
 
-def embed(tree: dict[str, Any]) -> str:
-    """Serialise JSON for a script element, so that it cannot end the element or begin markup."""
-    text = json.dumps(tree, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
 PAGES = (".html", ".htm")
 
 
@@ -659,7 +642,7 @@ class WrittenPage:
     files: Mapping[str, int]
 
 
-def write_files(subject: Subject | Collection, output: str | Path, overwrite: bool = False) -> WrittenPage:
+def write_files(subject: Subject, output: str | Path, overwrite: bool = False) -> WrittenPage:
     """Write a report's page.
 
     Parameters
@@ -679,7 +662,14 @@ def write_files(subject: Subject | Collection, output: str | Path, overwrite: bo
         If something exists there that must not be replaced, or nothing can be written there.
     """
     path = Path(output)
-    check_path(path)
+    check_file_path(path, "report.html", path.name, "page")
+    refuse_symlink(path.parent)
+    refuse_within_output(path)
+    if path.suffix.lower() not in PAGES:
+        raise UsageError(
+            f"{path}: expected a page, whose name ends in .html; figures for a paper were removed: print the page, or save "
+            "pictures of it"
+        )
     data = make_page(subject)
     size = {path.name: len(data)}
     if _is_present(path, data, overwrite):
@@ -692,20 +682,6 @@ def write_files(subject: Subject | Collection, output: str | Path, overwrite: bo
         _is_present(path, data, overwrite)  # another run may have written it meanwhile
         write_atomic(path, data)
     return WrittenPage("written", size)
-
-
-def check_path(path: Path) -> None:
-    """Refuse a path at which no report can be written; see `write_files`."""
-    refuse_address(path)
-    refuse_symlink(path)
-    if path.suffix.lower() not in PAGES:
-        raise UsageError(
-            f"{path}: expected a page, whose name ends in .html; figures for a paper were removed: print the page, or save "
-            "pictures of it"
-        )
-    refuse_symlink(path.parent)
-    check_file_path(path, "report.html", path.name, "page")
-    refuse_within_output(path)
 
 
 def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:

@@ -279,7 +279,7 @@ def test_another_text_is_measured_as_the_general_one_would_be(server: Server, ho
     assert found.intruders
     page = server.run("report", tmp_path / "f.safetensors", output, "-o", tmp_path / "r.html")
     assert page.code == 0
-    assert '"others":[{"name":"near.npy","effect":"improves"}' in (tmp_path / "r.html").read_text()
+    assert '"others":["near.npy","some.npy"]' in (tmp_path / "r.html").read_text()
 
 
 def test_variants_are_added_on_the_same_texts_alone(server: Server, home: Path, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_log_shows_life() -> None:
     """While one matrix takes long and no event comes: the time since the start, the stage, count, share and time left."""
     code = """
 import time
-from streamer.cli.layout import Progress
+from streamer.cli.terminal import Progress
 from streamer.events import Event
 progress = Progress("plain", 0, "detect", logged=0.2)
 progress(Event("detect", "a.weight", 0, 100, 0, 4, "poems"))

@@ -103,7 +103,7 @@ def test_a_text_that_is_short_for_the_inputs_is_told(home: Path) -> None:
 
 def test_the_help_offers_nothing_of_adapters(server: Server) -> None:
     for command in ("map", "fit"):
-        offered = server.run(command, "--help").out
+        offered = server.run(command, "--help-all").out
         for option in ("--base-is-residual", "--lora-b-layout", "--ignore-key"):
             assert (option in offered) == (command == "fit")
         assert "--architecture" in offered
@@ -141,7 +141,7 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], int, str]]:
         "expected model.safetensors, found README.md, adapter_config.json, adapter_model.safetensors; name",
     )
     yield [base, *general, "-o", base / "model.safetensors"], 4, "is not a map, which is all that is replaced"
-    yield [base, base, *out], 2, "BASE: expected one, found 2; to map several texts, join them in one file"
+    yield [base, base, *out], 2, "BASE: expected one; to map several texts, join them in one file, found ["
     yield [place / "map.safetensors", *out], 2, "is a map; name the base to map"
     yield [base, *general, *out, "--max-memory", f"{process_mib() + 20}M"], 2, "is not enough for a sweep of 192 tokens"
 

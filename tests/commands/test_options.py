@@ -15,6 +15,7 @@ from forks import server
 from paths import TOOLS
 
 import streamer
+from streamer.cli.parser import COMMANDS
 from streamer.evaluation.evaluation import EvaluationOptions
 from streamer.fitting.fit import FitOptions
 
@@ -88,14 +89,23 @@ def test_usage_quotes_what_it_was_given_in_one_line() -> None:
     assert "\x1b" not in line
 
 
-@pytest.mark.parametrize("command", ["inspect", "detect", "mitigate", "merge", "report", "demo"])
-def test_help_says_what_exit_codes_mean(command: str) -> None:
-    done = server().run(command, "--help")
-    assert (done.code, done.told) == (0, "")
-    for words in ("2 usage", "5 locked by another run", "8 input changed during the run", "128+N stopped by signal N",
-                  "--json", "--quiet"):  # fmt: skip
-        assert words in done.out
-    assert command in server().run("--help").out
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_short_and_says_where_all_of_it_is(command: str) -> None:
+    before = "os.environ['COLUMNS'] = '80'"
+    short, full = (server().run(*command.split(), option, before=before) for option in ("--help", "--help-all"))
+    for done in (short, full):
+        assert (done.code, done.told) == (0, "")
+        assert not [line for line in done.out.splitlines() if len(line) > 80]
+        for words in ("--help-all", *(["--json", "--quiet"] if command else COMMANDS)):
+            assert words in done.out
+    assert len(short.out.splitlines()) <= 45
+    for words in ("2 usage", "5 locked by another run", "8 input changed during the run", "128+N stopped by signal N"):
+        assert words in full.out
+        assert words not in short.out
+    options = (
+        {option for action in subparsers()[command]._actions for option in action.option_strings} if command else set()
+    )
+    assert all(option in full.out for option in options)
 
 
 # The parser -----------------------------------------------------------------------------------------------------------

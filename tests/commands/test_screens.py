@@ -195,8 +195,9 @@ print("after")
 
 WARNED = """
 from streamer.events import Event
-from streamer.api.progress import monitoring
-with monitoring(None, None, True) as monitor:
+from streamer.api.calls import watched
+from streamer.options import Watched
+with watched(Watched(progress=True)) as monitor:
     monitor.emit(Event("evaluate", "a.weight", 0, 80, 0, 8))
     monitor.emit(Event("detect", "a.weight", 0, 4, 0, 4))
     monitor.emit(Event("warning", "odd"))

@@ -187,9 +187,9 @@ def test_refusals(job: Job, tmp_path: Path) -> None:
             (
                 (job.home / "model", job.base, job.adapter, "--sample", count),
                 2,
-                f"--sample: expected a count from 1 or 'all', found '{count}'",
+                f"--sample: expected a count from 1 or 'all', found {found}",
             )
-            for count in ("0", "-1", "1.5", "some")
+            for count, found in (("0", "0"), ("-1", "-1"), ("1.5", "'1.5'"), ("some", "'some'"))
         ),
         ((job.home / "model", other, job.adapter), 3, f"{other / 'model-00001-of-00003.safetensors'}: expected "),
         ((job.home / "model", job.base, job.home / "adapter"), 3, f"{job.home / 'adapter' / 'adapter_model.safetensors'}: expected "),

@@ -212,7 +212,7 @@ def test_two_signals_stop_at_once(bench: Bench, signum: signal.Signals, tmp_path
 
 STOPPED = """
 import os, signal, time
-from streamer.cli.layout import Progress
+from streamer.cli.terminal import Progress
 show = Progress.__call__
 def stop(self, event):
     show(self, event)

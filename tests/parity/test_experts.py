@@ -657,5 +657,5 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     for key, tensor in outputs[adapter].items():
         torch.testing.assert_close(outputs[unsloth][key], tensor, rtol=1e-5, atol=1e-6, msg=key)
     assert "--lora-b-layout grouped_by_expert" in (tmp_path / "merged-grouped/README.md").read_text()
-    with pytest.raises(UsageError, match="lora_b_layout: expected rank_major or grouped_by_expert, found 'peft'"):
+    with pytest.raises(UsageError, match="lora_b_layout: expected one of rank_major, grouped_by_expert, found 'peft'"):
         streamer.iter_merged(base, unsloth, lora_b_layout="peft")  # type: ignore[arg-type]

@@ -237,7 +237,7 @@ def test_a_disk_error_in_the_model_s_files_is_not_that_they_do_not_exist(
         raise StorageError(f"{path}: Input/output error")
 
     model = loaded(made)
-    monkeypatch.setattr("streamer.peft.live.open_checkpoint", fails)
+    monkeypatch.setattr("streamer.peft.open_checkpoint", fails)
     with pytest.raises(StorageError, match="Input/output error"):
         live.detect_intruder_dimensions(model)
 

@@ -24,8 +24,8 @@ EXTRAS = {
 
 
 def _extras(path: Path) -> set[str]:
-    """Optional packages that a module may import; those in streamer/peft need PEFT, and what comes with it."""
-    return {"peft", "huggingface_hub"} if path.parent.name == "peft" else EXTRAS.get(path.name, set())
+    """Optional packages that a module may import; streamer/peft.py needs PEFT, and what comes with it."""
+    return {"peft", "huggingface_hub"} if path.name == "peft.py" else EXTRAS.get(path.name, set())
 
 
 HEAVY = "'torch', 'numpy', 'scipy', 'safetensors', 'tqdm', 'pandas', 'matplotlib'"

@@ -25,7 +25,7 @@ import re
 from pathlib import Path
 
 from streamer.plan.plan import PROCESS_BYTES
-import streamer.cli.commands, streamer.api.intruders
+import streamer.cli.main, streamer.api.intruders
 
 print(PROCESS_BYTES, re.search(r"RssAnon:\\s*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
 """

@@ -1,10 +1,11 @@
 """The library's functions: warnings and sizes."""
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import helpers
 import pytest
@@ -128,3 +129,9 @@ def test_scale_is_the_old_name_of_select(job: tuple[Path, Path]) -> None:
             streamer.iter_merged(*job, **options)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
         streamer.iter_merged(*job, scale="all", select="all")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", [name for name in streamer.__all__ if inspect.isfunction(getattr(streamer, name))])
+def test_the_types_of_keywords_can_be_asked_for(name: str) -> None:
+    function = getattr(streamer, name)
+    assert get_type_hints(function).keys() == {*inspect.signature(function).parameters, "return"}

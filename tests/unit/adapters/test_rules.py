@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from streamer.adapters.adapter import open_adapter
 from streamer.adapters.adapter_config import INSTEAD, AdapterConfig, Stated, refusals, stated_options
 from streamer.errors import FormatError, MismatchError, StreamerError, UnsupportedError, UsageError
+from streamer.options import Ignoring
 
 # Scales ---------------------------------------------------------------------------------------------------------------
 
@@ -180,7 +181,7 @@ def test_what_cannot_be_ignored(tmp_path: Path) -> None:
     assert refusals(config)[0].startswith("KaSA: ")
     for keys in ("lora_scaling", 5, [5]):
         with pytest.raises(UsageError, match=f"^ignore_keys: expected a list of keys, found {re.escape(repr(keys))}$"):
-            Stated(ignore_keys=keys)  # type: ignore[arg-type]
+            Ignoring(ignore_keys=keys)  # type: ignore[arg-type]
 
 
 # Other libraries' files -----------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ import pytest
 from seeds import vary
 
 import streamer
-from streamer.cli.layout import Column, Screen, fit, screen, shorten, table
-from streamer.cli.tables import _ranks, findings_table, fitting_table
+from streamer.cli.tables import findings_table, fitting_table
+from streamer.cli.terminal import screen
+from streamer.detection.findings import _ranks
 from streamer.plan.name_matching import natural
+from streamer.tables import Column, Screen, fit, shorten, table
 
 
 @pytest.mark.parametrize(("solver", "precision", "certified", "decided", "reason"), [

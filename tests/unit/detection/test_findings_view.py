@@ -43,13 +43,14 @@ def test_a_matrix_and_a_detection_are_one_line(findings: Findings) -> None:
 def test_the_table_and_the_totals(findings: Findings) -> None:
     tree = findings.record()
     assert findings.totals == tree["totals"]
-    head, *rows = findings.table().splitlines()
-    assert head.split()[:4] == ["matrix", "shape", "intruders", "ranks"]
+    head, _, *rows = findings.table().splitlines()
+    assert head.split()[:5] == ["matrix", "shape", "r", "intruders", "ranks"]
     assert len(rows) == len(findings) + 3
     for row, m in zip(rows, tree["matrices"], strict=False):
-        assert row.split()[:3] == [
+        assert row.split()[:4] == [
             m["tensor"],
-            "×".join(map(str, m["shape"])).replace("x", "×"),
+            "x".join(map(str, m["shape"])),
+            str(m["rank"]),
             str(len(m["intruders"])),
         ]
     assert rows[-2].startswith(f"{findings.intruders} intruders in ")
@@ -89,12 +90,13 @@ def test_the_html_table(findings: Findings) -> None:
     parser = Table()
     parser.feed(findings._repr_html_())
     assert parser.open == []
-    assert parser.rows[0][:4] == ["matrix", "shape", "intruders", "ranks (1 = largest)"]
+    assert parser.rows[0][:5] == ["matrix", "shape", "r", "intruders", "ranks"]
     assert len(parser.rows) == 1 + len(findings)
     assert {row[0] for row in parser.rows[1:]} == {m.tensor for m in findings}
     row = next(row for row in parser.rows if row[0] == f"{Q}.weight")
     (rank,) = findings[Q].detection.intruders
-    assert row[1:4] == ["48×48", "1", str(rank + 1)]
+    assert row[1:5:2] == ["48x48", "1"]
+    assert row[4] == str(rank + 1)
 
 
 def test_names_are_escaped_in_html(tmp_path: Path) -> None:
@@ -244,7 +246,7 @@ def test_names_do_not_break_lines(tmp_path: Path) -> None:
     base = helpers.write_sharded(tmp_path / "base", [{f"{name}.weight": helpers.power_law(16, 12).float()}])
     adapter = helpers.write_adapter(tmp_path / "adapter", {name: helpers.intruding_factors(16, 12, 2)}, r=2)
     found = streamer.detect_intruder_dimensions(base, adapter, top_k=3)
-    assert len(found.table().splitlines()) == 1 + len(found) + 3
+    assert len(found.table().splitlines()) == 2 + len(found) + 3
     for text in (found.table(), repr(found), found._repr_html_()):
         assert all(line.isprintable() for line in text.split("\n"))
         assert r"layers.0.\u2028x\u202ey\x1b[31m.weight" in text

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from evaluations import COLUMNS, CURVES, evaluation, faults
 
-from streamer.cli.layout import Screen
 from streamer.cli.tables import evaluation_table
 from streamer.errors import FormatError
 from streamer.evaluation.evaluation import Evaluation, Names, figures
 from streamer.measuring.runs import EvaluatedVariant
+from streamer.tables import Screen
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from seeds import vary
 
+from streamer.api.texts import FitRequest
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.evaluation.evaluation import Evaluation
 from streamer.fitting.fit import SHRINKS, FitOptions, Point, adapter_facts, divide, misses, set_facts
@@ -31,7 +32,8 @@ def texts(general: int, task: int) -> dict[str, TextSequences]:
     ({"keep": (float("nan"),)}, "keep: expected a share"),
     ({"keep": (0.9, 0.9)}, "keep: expected shares that differ in six digits"),
     ({"keep": (0.9, 0.9000001)}, "keep: expected shares that differ in six digits"),
-    ({"keep": (0.9, 1)}, "keep: 1 is the unchanged adapter, which needs no fit; give smaller shares"),
+    ({"keep": (0.9, 1)}, "keep: 1.0 is the unchanged adapter, which needs no fit; give smaller shares"),
+    ({"weights": 3}, "weights: expected rising numbers above 0, found 3"),
     ({"weights": ()}, r"weights: expected rising numbers above 0, found \[\]"),
     ({"weights": (6.0, 1.0)}, r"weights: expected rising numbers above 0, found \[6.0, 1.0\]"),
     ({"weights": (0.0,)}, "weights: expected rising numbers above 0"),
@@ -49,7 +51,7 @@ def texts(general: int, task: int) -> dict[str, TextSequences]:
 ])  # fmt: skip
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        FitOptions(**options)
+        _ = FitRequest(base="b", adapter="a", general="g", task="t", **options).options
 
 
 @pytest.mark.parametrize(

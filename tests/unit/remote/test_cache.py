@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from range_server import Handler, RangeServer, serving
 
-from streamer.api.addresses import shown
+from streamer.api import shown
 from streamer.errors import InputChangedError
 from streamer.events import Monitor
 from streamer.remote.inputs import DEAD_SECONDS, Listing, Remote, Url

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from streamer.api.texts import EvaluateRequest
 from streamer.errors import UsageError
 from streamer.evaluation.evaluation import EvaluationOptions
 from streamer.methods.files import Coefficients, FactorSet
@@ -44,6 +45,8 @@ def test_each_set_of_coefficients_is_a_variant() -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
+    ({"methods": "shrink"}, "methods: expected a list, found 'shrink'"),
+    ({"lambdas": 0.5}, r"lambdas: expected a list, such as \[0.75, 0.5\], found 0.5"),
     ({"methods": ()}, "method: expected at least one"),
     ({"methods": ("paper", "paper")}, "method: expected different values"),
     ({"methods": ("average",)}, "method: expected one of paper, project, shrink, regmean, nullspace, found 'average'"),
@@ -63,7 +66,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "message"), BAD)
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        EvaluationOptions(**options)
+        EvaluateRequest(base="b", adapter="a", general="g", task="t", **options)
 
 
 def test_names_and_scale_are_checked_beside_coefficients() -> None:

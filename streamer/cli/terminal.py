@@ -1,12 +1,6 @@
-"""Lay out tables that fit a width: shorten names consistently, and hide columns before a line would wrap.
+"""Write to people's terminals and logs: progress, warnings and notes on stderr, a last line in numbers, the result of a verification.
 
-If the width is unlimited, as in a pipe or a file, nothing is shortened or hidden, so scripts find what they look for.
-
-Show progress on stderr: a bar on a terminal or periodic lines in a log, warnings and notes between them, and a last line.
-
-Format the result of a verification for people.
-
-Make a command's last line: what it did, in numbers.
+Progress is a bar on a terminal, and periodic lines in a log. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -14,18 +8,17 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from streamer.api.progress import Bars, columns, counts, layout
+from streamer.api.calls import Bars, columns, counts, layout
 from streamer.errors import printable
 from streamer.events import Event
+from streamer.tables import Screen, fit
 from streamer.units import counted, format_duration, format_size
 
 if TYPE_CHECKING:
@@ -33,28 +26,6 @@ if TYPE_CHECKING:
 
 Result = tuple[Mapping[str, Any], str]
 """JSON object for `--json`, and text for people."""
-
-NAME_COLUMNS = 24
-"""Width to which names are shortened before other columns are hidden; names get shorter only when all those columns are hidden."""
-
-
-@dataclass(frozen=True)
-class Screen:
-    """Screen, pipe or file that shows a result.
-
-    Attributes
-    ----------
-    width
-        Width in characters; None for unlimited lines.
-    every
-        Whether tables show all rows.
-    legend
-        Whether tables have a legend below them.
-    """
-
-    width: int | None = None
-    every: bool = False
-    legend: bool = True
 
 
 def screen(every: bool = False, legend: bool = True) -> Screen:
@@ -67,152 +38,6 @@ def screen(every: bool = False, legend: bool = True) -> Screen:
     except (OSError, ValueError, AttributeError):
         return Screen(None, every, legend)
     return Screen(max(20, width) if width else None, every, legend)
-
-
-@dataclass(frozen=True)
-class Column:
-    """Column of a table.
-
-    Attributes
-    ----------
-    head
-        Title.
-    cells
-        One cell for each row.
-    about
-        Explanation for the legend; empty if the title is clear.
-    priority
-        If there is no room, columns with smaller numbers are hidden first. The first column always stays.
-    left
-        Whether to align cells to the left.
-    names
-        Whether cells are names of tensors, which can be shortened.
-    foot
-        Cell below the last row, for totals.
-    among
-        For a column of names that shows only some rows: all names, so that shortened names stay unique among them.
-    """
-
-    head: str
-    cells: Sequence[str]
-    about: str = ""
-    priority: int = 0
-    left: bool = False
-    names: bool = False
-    foot: str = ""
-    among: Sequence[str] = ()
-
-    @property
-    def width(self) -> int:
-        """Return the width that it needs."""
-        return max(map(len, (self.head, *self.cells, self.foot)))
-
-    @property
-    def least(self) -> int:
-        """Return the smallest width before other columns are hidden."""
-        return min(self.width, max(NAME_COLUMNS, len(self.head), len(self.foot))) if self.names else self.width
-
-
-def table(columns: Sequence[Column], screen: Screen) -> str:
-    """Place columns side by side, two spaces apart, followed by a legend of the visible columns."""
-    width = screen.width
-    shown = [replace(c, cells=[printable(text) for text in c.cells]) for c in columns]
-    left_out: list[str] = []
-    if width is not None:
-        while len(shown) > 1 and sum(c.least + 2 for c in shown) - 2 > width:
-            least = min(shown[1:], key=lambda c: c.priority)
-            shown.remove(least)
-            left_out.append(least.head)
-        names = [c for c in shown if c.names]
-        spare = width - sum(c.least + 2 for c in shown) + 2
-        for c in names:
-            room = max(8, c.least + spare)
-            spare = max(0, spare - (min(c.width, room) - c.least))
-            shown[shown.index(c)] = replace(c, head=c.head[:room], cells=shorten(c.cells, room, c.among))
-    lines = []
-    rows = [[c.head for c in shown], ["-" * c.width for c in shown], *zip(*(c.cells for c in shown), strict=True)]
-    if any(c.foot for c in shown):
-        rows.append([c.foot for c in shown])
-    for row in rows:
-        cells = (f"{text:<{c.width}}" if c.left else f"{text:>{c.width}}" for c, text in zip(shown, row, strict=True))
-        lines.append("  ".join(cells).rstrip())
-    legend = [(c.head, c.about) for c in shown if c.about and screen.legend]
-    if legend:
-        indent = max(len(head) for head, _ in legend) + 2
-        lines += ["", *(fit(f"{head:<{indent}}{about}", width, indent) for head, about in legend)]
-    if left_out:
-        lines += ["", fit(f"hidden columns: {', '.join(left_out)}", width)]
-    return "\n".join(lines)
-
-
-def fit(text: str, width: int | None, indent: int = 2) -> str:
-    """Wrap a line at the width, indenting further lines; longer words, such as paths, stay whole."""
-    if width is None:
-        return text
-    indent = indent if indent < width // 2 else 2
-    lines = [
-        textwrap.fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False,
-                      drop_whitespace=True, replace_whitespace=False)
-        if len(line) > width else line
-        for line in text.split("\n")
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def shorten(names: Sequence[str], width: int, among: Sequence[str] = ()) -> list[str]:
-    """Shorten tensor names consistently to fit a width, keeping them distinct; layer number and projection are kept longest.
-
-    Parameters
-    ----------
-    among
-        All names from which the shortened ones must stay distinct, including themselves; by default only themselves.
-    """
-    if max(map(len, names), default=0) <= width:
-        return list(names)
-    ways, every = _ways(names), {*names, *among}
-    for way in ways:
-        short = [way(name) for name in names]
-        if max(map(len, short)) <= width and len(set(map(way, every))) == len(every):
-            return short
-    return [_middle(ways[-1](name), width) for name in names]
-
-
-def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:
-    """List the ways to shorten names, mildest first."""
-    tail = ".weight" if all(name.endswith(".weight") for name in names) else ""
-
-    def bare(name: str) -> str:
-        return name.removesuffix(tail)
-
-    split = [bare(name).split(".") for name in names]
-    alike = 0
-    while all(
-        len(parts) > alike + 1 and not parts[alike].isdigit() and parts[alike] == split[0][alike] for parts in split
-    ):
-        alike += 1
-
-    def without_start(name: str, count: int) -> str:
-        return "…" + ".".join(bare(name).split(".")[count:])
-
-    def numbers_and_end(name: str, count: int) -> str:
-        parts = bare(name).split(".")[count:]
-        kept = [p for p in parts[:-1] if p.isdigit()]
-        return f"…{'.'.join(kept)}…{parts[-1]}" if kept else f"…{parts[-1]}"
-
-    def letters(name: str, count: int) -> str:
-        parts = bare(name).split(".")[alike:]
-        return ("…" if alike else "") + ".".join([*(p if p.isdigit() else p[:count] for p in parts[:-1]), parts[-1]])
-
-    starts = [partial(without_start, count=n) for n in range(1, alike + 1)]
-    return [bare, *starts, partial(numbers_and_end, count=alike), *(partial(letters, count=n) for n in (8, 4, 3, 1))]
-
-
-def _middle(name: str, width: int) -> str:
-    """Keep the start and the end of a name, with more of the end."""
-    if len(name) <= width:
-        return name
-    start = (width - 1) // 3
-    return f"{name[:start]}…{name[len(name) - (width - 1 - start) :]}"
 
 
 Mode = Literal["auto", "bar", "plain", "none"]
@@ -406,48 +231,45 @@ def _held(tree: Mapping[str, Any]) -> str:
         totals = {key: sum(part.get("totals", {}).get(key, 0) for part in parts) for key in keys}
         one = {**parts[0], "totals": totals, "files": [f for part in parts for f in _files(part)]}
         return f"{counted(len(parts), 'adapter')}, {_held(one)}"
-    totals = tree.get("totals", {})
-    if schema == "streamer.findings":
-        return f"{counted(totals['matrices'], 'matrix')}, {counted(totals['intruders'], 'intruder')}, {totals['certified']} certified"
-    if schema == "streamer.output":
-        from streamer.api.views import takes_findings
+    t = tree.get("totals", {})
+    files = f"{counted(len(_files(tree)), 'file')}" if "files" in tree else ""
+    match schema:
+        case "streamer.findings":
+            return (
+                f"{counted(t['matrices'], 'matrix')}, {counted(t['intruders'], 'intruder')}, {t['certified']} certified"
+            )
+        case "streamer.output":
+            from streamer.api.views import takes_findings
 
-        scaled = f"{counted(totals['intruders'], 'intruder')} scaled, " if takes_findings(tree["method"]) else ""
-        merged = f"{counted(totals['matrices'], 'matrix')} merged, " if tree["command"] == "merge" else ""
-        return (
-            f"{merged}{totals['changed']} of {counted(totals['matrices'], 'matrix')} mitigated, {scaled}"
-            f"{counted(len(tree['files']), 'file')}, {format_size(totals['bytes'])}"
-        )
-    if schema == "streamer.verification":
-        compared = (
-            f", {counted(totals['recomputed'], 'matrix')} recomputed, {left_out(tree)}" if "inputs" in tree else ""
-        )
-        return f"{counted(totals['files'], 'file')}, {format_size(totals['bytes'])}, nothing differs{compared}"
-    if schema == "streamer.evaluation":
-        chosen = tree["suggestion"]
-        return f"{counted(len(tree['variants']), 'variant')}" + (
-            f", {chosen['name']} suggested" if chosen["name"] else ""
-        )
-    if schema == "streamer.report":
-        files = f", {counted(len(tree['files']), 'file')}" if "files" in tree else ""
-        return f"{_held(tree['findings'] or tree['record'] or tree['evaluation'])}{files}"
-    if schema == "streamer.diff":
-        from streamer.api.views import fates_counted
+            scaled = f"{counted(t['intruders'], 'intruder')} scaled, " if takes_findings(tree["method"]) else ""
+            merged = f"{counted(t['matrices'], 'matrix')} merged, " if tree["command"] == "merge" else ""
+            changed = f"{t['changed']} of {counted(t['matrices'], 'matrix')} mitigated"
+            return f"{merged}{changed}, {scaled}{files}, {format_size(t['bytes'])}"
+        case "streamer.verification":
+            compared = (
+                f", {counted(t['recomputed'], 'matrix')} recomputed, {left_out(tree)}" if "inputs" in tree else ""
+            )
+            return f"{counted(t['files'], 'file')}, {format_size(t['bytes'])}, nothing differs{compared}"
+        case "streamer.evaluation":
+            chosen = tree["suggestion"]["name"]
+            return f"{counted(len(tree['variants']), 'variant')}{f', {chosen} suggested' if chosen else ''}"
+        case "streamer.report":
+            return f"{_held(tree['findings'] or tree['record'] or tree['evaluation'])}{files and f', {files}'}"
+        case "streamer.diff":
+            from streamer.api.views import fates_counted
 
-        return fates_counted(totals)
-    if schema == "streamer.fit":
-        return f"{counted(len(tree['sets']), 'set')} of new factors"
-    if schema == "streamer.map":
-        return f"{counted(tree['inputs'], 'input')} of {counted(tree['matrices'], 'matrix')}"
-    if schema == "streamer.repair":
-        return f"{'converted to LoRA, ' if 'lora' in tree else ''}chose the {tree['chosen']}"
-    if schema == "streamer.demo":
-        return f"{totals['planted']} intruders planted, {totals['found']} found, {totals['gone']} gone"
-    if schema == "streamer.dry-run":
-        return "nothing written"
-    if schema == "streamer.plan":
-        return counted(totals["matrices"], "matrix") if "matrices" in totals else counted(totals["tensors"], "tensor")
-    return ""
+            return fates_counted(t)
+        case "streamer.fit":
+            return f"{counted(len(tree['sets']), 'set')} of new factors"
+        case "streamer.map":
+            return f"{counted(tree['inputs'], 'input')} of {counted(tree['matrices'], 'matrix')}"
+        case "streamer.repair":
+            return f"{'converted to LoRA, ' if 'lora' in tree else ''}chose the {tree['chosen']}"
+        case "streamer.demo":
+            return f"{t['planted']} intruders planted, {t['found']} found, {t['gone']} gone"
+        case "streamer.plan":
+            return counted(t["matrices"], "matrix") if "matrices" in t else counted(t["tensors"], "tensor")
+    return "nothing written" if schema == "streamer.dry-run" else ""
 
 
 def _files(part: Mapping[str, Any]) -> list[Any]:

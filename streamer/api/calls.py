@@ -1,16 +1,38 @@
-"""Draw a run's events as tqdm bars, on the command line and for calls in Python; tqdm is imported when the first bar is needed."""
+"""Call the library's functions: their keywords, and the events of their runs as tqdm bars, which the command line draws too.
+
+The keywords come into the signature, the docstring and the check when a function is called. tqdm is imported when the first bar is needed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
+import functools
+import inspect
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
-from typing import Any
+from importlib import import_module
+from typing import Any, Protocol, TypeVar, cast
 
 from streamer.errors import UsageError, printable
-from streamer.events import Event, Monitor, OnEvent, warn
+from streamer.events import Event, Monitor, warn
+from streamer.options import REMOVED, Watched, declared
 from streamer.units import plural
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Result_co = TypeVar("Result_co", covariant=True)
+
+TYPES = {
+    "Sequence": "collections.abc", "Executor": "concurrent.futures", "Path": "pathlib", "Literal": "typing",
+    "LoraBLayout": "streamer.adapters.adapter_config", "FindingsOrPath": "streamer.output.write", "IOMode": "streamer.storage.checkpoint",
+    "Findings": "streamer.detection.findings", "ProductDtype": "streamer.evaluation.evaluation", "RemoteMode": "streamer.remote.inputs",
+    "Monitor": "streamer.events", "OnEvent": "streamer.events", "Selection": "streamer.json_types", "MethodName": "streamer.methods",
+    "Coefficients": "streamer.methods.files", "InputMap": "streamer.methods.files",
+}  # fmt: skip
+"""Modules of the types of options; a function's own are imported when it is declared."""
 
 ITEMS = {"detect": "matrix", "recompute": "matrix", "write": "tensor", "download": "file", "verify": "file",
          "evaluate": "layer", "fit": "layer", "map": "layer"}  # fmt: skip
@@ -130,7 +152,7 @@ def in_notebook() -> bool:
 
 
 @contextlib.contextmanager
-def monitoring(on_event: OnEvent | None, monitor: Monitor | None, progress: bool | None) -> Iterator[Monitor]:
+def watched(options: Watched) -> Iterator[Monitor]:
     """Make the monitor of a call in Python, and draw bars during the call if requested.
 
     Without a listener, warnings go through the `warnings` module.
@@ -138,17 +160,14 @@ def monitoring(on_event: OnEvent | None, monitor: Monitor | None, progress: bool
     Raises
     ------
     UsageError
-        If a keyword has the wrong type, or if bars are requested together with a monitor.
+        If bars are requested together with a monitor.
     """
-    if on_event is not None and not callable(on_event):
-        raise UsageError(f"on_event: expected a function that takes an event, found {on_event!r}")
-    if monitor is not None and not isinstance(monitor, Monitor):
-        raise UsageError(f"monitor: expected a Monitor, found {monitor!r}")
+    monitor, progress = options.monitor, options.progress
     if progress and monitor is not None:
         raise UsageError("progress: the monitor receives the events; give it an on_event, or omit one of the two")
     if progress is None:
-        progress = on_event is None and monitor is None and in_notebook()
-    listener = on_event or warn
+        progress = options.on_event is None and monitor is None and in_notebook()
+    listener = options.on_event or warn
     if not progress:
         yield monitor or Monitor(listener)
         return
@@ -167,3 +186,84 @@ def monitoring(on_event: OnEvent | None, monitor: Monitor | None, progress: bool
 
     with contextlib.closing(bars):
         yield Monitor(show)
+
+
+class Requested(Protocol[Result_co]):
+    """A request that can run; it is made of options, which say how it is watched."""
+
+    def run(self, monitor: Monitor) -> Result_co:
+        """Run it."""
+
+
+def call(request: Requested[Result_co]) -> Result_co:
+    """Run a request as `watched` says, on the caller's executor, if there is one."""
+    options: Any = request
+    run = request.run
+    if getattr(options, "executor", None) is not None:
+        from streamer.workers import Workers
+
+        run = functools.partial(options.run, workers=Workers.of(options.executor))
+    with watched(options) as monitor:
+        return run(monitor)
+
+
+def _evaluated(annotation: str) -> Any:
+    """Evaluate the type of an option."""
+    names = TYPES.keys() & {*re.findall(r"\w+", annotation)}
+    return eval(annotation, {name: getattr(import_module(TYPES[name]), name) for name in names})  # noqa: S307  # from `options`
+
+
+def explained(kind: type) -> Callable[[Function], Function]:
+    """Add the options that a function accepts as ``**options`` to its signature and docstring; make it refuse others.
+
+    A parameter that the function's docstring leaves out is explained as the option is.
+
+    Parameters
+    ----------
+    kind
+        Class of the options.
+    """
+    options = {field.name: (field, option) for field, option, _ in declared(kind)}
+    keywords = {flag: f"`{name}`" for name, (_, option) in options.items() for flag in option.names(name)}
+
+    def text(name: str) -> str:
+        field, option = options[name]
+        words = f"{'False: ' if field.default is True else ''}{option.help(field.default)}. {option.detail}".strip()
+        words = re.sub(r"--[a-z-]+", lambda flag: keywords.get(flag[0], flag[0]), words)
+        return f"{name}\n" + textwrap.fill(
+            words[0].upper() + words[1:], 136, initial_indent=" " * 4, subsequent_indent=" " * 4
+        )
+
+    def complete(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            for name, (field, _) in options.items()
+            if name not in signature.parameters
+        ]
+        names = [p.name for p in (*own, *more)]
+
+        @functools.wraps(function)
+        def checked(*args: Any, **given: Any) -> Any:
+            if "scale" in given and "select" in names and "select" not in given:
+                given["select"] = given.pop("scale")  # its name before 0.2
+            for name in given.keys() - set(names):
+                flag, command = f"--{name.replace('_', '-')}", function.__name__.partition("_")[0]
+                if advice := REMOVED.get(flag) or REMOVED.get(f"{command} {flag}"):
+                    raise TypeError(f"{function.__name__}(): {name} was removed: {advice}")
+                meant = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, names, 1))
+                raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{meant}")
+            return function(*args, **given)
+
+        typed = {name: kind for name, kind in function.__annotations__.items() if name != "options"}
+        checked.__annotations__ = {**typed, **{p.name: _evaluated(p.annotation) for p in more}}
+        if function.__doc__:  # -OO has none
+            head, *tail = re.split(r"\n(?=(?:Returns|Yields)\n)", inspect.cleandoc(function.__doc__))
+            said = {name for line in head.splitlines() for name in line.split(", ")}
+            rest = [text(name) for name in names if name not in said]
+            checked.__doc__ = "\n".join([head.rstrip(), *rest, "", *tail])
+        checked.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]  # where inspect.signature looks for it
+        return cast(Function, checked)
+
+    return complete

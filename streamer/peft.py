@@ -1,0 +1,957 @@
+"""Find and scale down intruder dimensions in a PEFT model in memory, one weight matrix at a time.
+
+Names and parameters are those of PEFT's own function, so changing one import line is enough::
+
+    from streamer.peft import reduce_intruder_dimension  # instead of from peft.tuners.lora.intruders
+
+The engine that reads files also handles the live model. Its tensors, on a device or offloaded by accelerate, are presented as safetensors
+files: the base's by their names without PEFT, and an adapter's. Each of the adapter's modules is matched with the matrix that it changes,
+or refused. Findings on files can be used for the model in memory, and vice versa. Needs PEFT: ``pip install 'intruder-streamer[peft]'``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack, cast
+
+import torch
+from torch import Tensor, nn
+
+from streamer.adapters.adapter import DeltaSource, PeftAdapter, normalize, sorted_adapter
+from streamer.adapters.adapter_config import AdapterConfig, Stated, refuse_kinds
+from streamer.adapters.modules import MethodModule
+from streamer.api.calls import explained, watched
+from streamer.api.requests import chosen_method, detection_options
+from streamer.detection.detect import choose_device, detect_in_memory
+from streamer.detection.findings import Findings, load_findings, matched_findings
+from streamer.detection.options import DetectionOptions, Run
+from streamer.errors import InputError, NumericError, UnsupportedError, UsageError
+from streamer.events import Event, Monitor
+from streamer.linalg.operators import all_finite
+from streamer.linalg.torch_state import threads
+from streamer.methods import Method, NullSpace, Project, RegMean
+from streamer.options import LiveMitigation, LiveOptions
+from streamer.output.adapter_writer import MitigatedFactors, refuse_dense
+from streamer.output.job import Job, MitigatedMatrix
+from streamer.output.model_writer import AddBias, Cast, CopyBytes, OutputTensor, plan_merged
+from streamer.output.write import check_counts, lacking_inputs, refuse_other_base, truncation_warnings
+from streamer.packages import require_package
+from streamer.plan.architectures import architecture_for
+from streamer.plan.name_matching import Match, Renames, renames_for
+from streamer.plan.plan import AdapterBatch, Plan, match_plan
+from streamer.plan.targets import Orientation, Target
+from streamer.storage.atomic_file import Piece, gather
+from streamer.storage.checkpoint import SAMPLE_BYTES, Checkpoint, TensorFile, open_checkpoint
+from streamer.storage.files import AdapterIdentity, BaseIdentity
+from streamer.storage.header import Header, TensorInfo
+from streamer.units import listed
+from streamer.weights.base import SPELLINGS, TORCH_DTYPES, as_bytes, as_tensor
+from streamer.weights.logical import WeightView, open_weights
+from streamer.weights.model_config import ModelConfig, read_model_config
+
+if TYPE_CHECKING:
+    from streamer.api.keywords import LiveDetectKeywords, LiveKeywords
+
+
+__all__ = ["detect_intruder_dimensions", "merge_and_unload_with_reduced_intruder_dimensions", "reduce_intruder_dimension"]  # fmt: skip
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+@dataclass(frozen=True, eq=False)
+class LiveTensor:
+    """Parameter or buffer of a module.
+
+    Attributes
+    ----------
+    module, key
+        The module, and the tensor's name in it.
+    tensor
+        The parameter itself; it is on the meta device if accelerate keeps its values elsewhere.
+    """
+
+    module: nn.Module
+    key: str
+    tensor: Tensor
+
+    @property
+    def offloaded(self) -> bool:
+        """Return whether accelerate keeps its values elsewhere between uses."""
+        return self.tensor.device.type == "meta"
+
+    @property
+    def on_disk(self) -> bool:
+        """Return whether its values are offloaded to disk."""
+        return self.offloaded and self._in_cpu_memory() is None
+
+    @property
+    def storage(self) -> tuple[str, int]:
+        """Return a key for its values, which tied tensors share, offloaded or not."""
+        kept = self._in_cpu_memory() if self.offloaded else None
+        return ("parameter", id(self.tensor)) if kept is None or kept.numel() == 0 else ("memory", kept.data_ptr())
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device on which it is used."""
+        return torch.device(_hook(self).execution_device) if self.offloaded else self.tensor.device
+
+    def values(self) -> Tensor:
+        """Return its values; those of a tensor offloaded to disk are read each time."""
+        if not self.offloaded:
+            return self.tensor.detach()
+        found: Tensor = _hook(self).weights_map[self.key]
+        return found.detach()
+
+    def write(self, values: Tensor) -> None:
+        """Replace its values, which must not be on disk, by others of the same shape."""
+        stored = self._in_cpu_memory() if self.offloaded else self.tensor.detach()
+        assert stored is not None
+        with torch.no_grad():
+            stored.copy_(values)
+
+    def stay(self) -> None:
+        """Make accelerate leave the module's values in place; a hook that PEFT copied from a base's module would load the base's."""
+        for hook in _hooks(self.module):
+            if getattr(hook, "weights_map", None) is not None:
+                hook.offload = False
+
+    def untie(self, values: Tensor) -> None:
+        """Give its module separate values instead of those it shares with another module; the values must not be on disk."""
+        if self.offloaded:
+            data, name = self._map()
+            data[name] = values
+        else:
+            made = values.to(self.device, self.tensor.dtype)
+            self.module.register_parameter(self.key, nn.Parameter(made, self.tensor.requires_grad))
+
+    def _in_cpu_memory(self) -> Tensor | None:
+        """Return the tensor that accelerate keeps in CPU memory; None if it is on disk."""
+        data, name = self._map()
+        found = data.get(name) if isinstance(data, Mapping) else None
+        return found if isinstance(found, Tensor) else None
+
+    def _map(self) -> tuple[Any, str]:
+        """Return the map in which accelerate keeps offloaded values, and the tensor's name in it."""
+        data: Any = _hook(self).weights_map
+        name = getattr(data, "prefix", "") + self.key
+        data = getattr(data, "dataset", data)  # unwrap a view that has only names with a prefix
+        return getattr(data, "state_dict", data), name  # unwrap a loader with some values in memory and others on disk
+
+
+def _hook(live: LiveTensor) -> Any:
+    """Find accelerate's hook that keeps the values of an offloaded tensor.
+
+    Raises
+    ------
+    UnsupportedError
+        If there is none.
+    """
+    for one in _hooks(live.module):
+        if getattr(one, "weights_map", None) is not None:
+            return one
+    raise UnsupportedError(
+        f"{live.key!r} of {type(live.module).__name__}: has no values (it is on the meta device, and no hook of accelerate keeps them); "
+        "load the model with its weights"
+    )
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    """List accelerate's hooks on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return tuple(getattr(hook, "hooks", (hook,)))
+
+
+class LiveFile(TensorFile):
+    """Tensors of a live model by name, as a read-only file; its bytes are the model's own if they can be viewed.
+
+    Parameters
+    ----------
+    title
+        Used in messages in place of a path.
+    tensors
+        Tensors in file order.
+
+    Raises
+    ------
+    UnsupportedError
+        If a tensor has a class or dtype that no file can store.
+    """
+
+    def __init__(self, title: str, tensors: Mapping[str, LiveTensor]) -> None:
+        self.path, self.io = Path(title), "mmap"
+        self.stamp = (0, 0, 0, 0)
+        self.tensors = dict(tensors)
+        self._last: tuple[str, Tensor] | None = None
+        infos, at = [], 0
+        for name, live in self.tensors.items():
+            tensor = live.tensor
+            dtype = SPELLINGS.get(tensor.dtype)
+            # Its dtype and shape describe it fully; bitsandbytes' layers describe the rest.
+            plain = type(tensor) in _PLAIN or type(tensor).__module__.startswith("bitsandbytes")
+            if dtype is None or not plain:
+                raise UnsupportedError(
+                    f"{title}: {name!r} is a {type(tensor).__name__} of {tensor.dtype}, which is not supported; load the model in a "
+                    "plain dtype"
+                )
+            end = at + tensor.numel() * tensor.element_size()
+            infos.append(TensorInfo(name, dtype, tuple(tensor.shape), at, end))
+            at = end
+        listed = json.dumps([(info.name, info.dtype, info.shape) for info in infos])
+        self.header = Header(tuple(infos), {}, 0, hashlib.sha256(listed.encode()).hexdigest())
+
+    def check_unchanged(self) -> None:
+        """Do nothing: the owner of the model may change it."""
+
+    def view(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> memoryview:
+        """View the bytes ``[start, stop)`` of a tensor or of a slice of one, read-only."""
+        stop = info.nbytes if stop is None else stop
+        offset = info.start - self.header.by_name[info.name].start
+        return as_bytes(self._contiguous(info.name))[offset + start : offset + stop]
+
+    def chunks(self, info: TensorInfo, size: int = 4 << 20) -> Iterator[Piece]:
+        """Yield a tensor's bytes in pieces."""
+        whole = self.view(info)
+        return (Piece(whole[i : i + size]) for i in range(0, info.nbytes, size))
+
+    def sample(self) -> str:
+        """Compute the SHA-256 (hex) of names, dtypes, shapes, and the middle `SAMPLE_BYTES` of every tensor that is not on disk."""
+        digest = hashlib.sha256(self.header.digest.encode())
+        for info in self.header.tensors:
+            live = self.tensors[info.name]
+            if live.on_disk or info.nbytes == 0:
+                continue
+            flat = live.values().reshape(-1)
+            count = max(1, min(SAMPLE_BYTES // flat.element_size(), len(flat)))
+            middle = (len(flat) - count) // 2
+            digest.update(as_bytes(flat[middle : middle + count].cpu()))
+        return digest.hexdigest()
+
+    def _contiguous(self, name: str) -> Tensor:
+        """Return a tensor's values in CPU memory; if they must be copied, the last copy is kept."""
+        live = self.tensors[name]
+        if live.tensor.device.type == "cpu" and live.tensor.is_contiguous():
+            return live.values()
+        last = self._last
+        if last is None or last[0] != name:
+            last = self._last = None  # free the last copy before making the next
+            last = self._last = (
+                name,
+                live.values().cpu().contiguous(),
+            )  # another thread may read the next tensor meanwhile
+        return last[1]
+
+
+def require_peft() -> Any:
+    """Import PEFT; see `require_package`."""
+    return require_package("peft", (0, 21), "streamer.peft needs PEFT 0.21", "peft")
+
+
+@dataclass(frozen=True, eq=False)
+class LiveModel:
+    """Model into which PEFT put adapters.
+
+    Attributes
+    ----------
+    model
+        A `PeftModel`, or a plain model with injected adapters, without the wrapper of `torch.compile`.
+    base
+        The model with the layers; `model` itself if adapters were injected.
+    adapter_name
+        The adapter to use.
+    """
+
+    model: nn.Module
+    base: nn.Module
+    adapter_name: str
+
+    @property
+    def adapter_title(self) -> str:
+        """Return the adapter's name for messages."""
+        return f"adapter {self.adapter_name!r} in memory"
+
+    @property
+    def configs(self) -> dict[str, Any]:
+        """Return PEFT's configs by adapter name."""
+        return cast(dict[str, Any], self.model.peft_config)
+
+    def adapter_tensors(self, adapter_name: str | None = None) -> dict[str, LiveTensor]:
+        """Return an adapter's tensors by the names under which PEFT saves them.
+
+        A tensor that PEFT creates for saving belongs to no module.
+        """
+        every = dict(entries(self.model, "", base_only=False))
+        by_id = {id(live.tensor): live for live in every.values()}
+        adapter_name = adapter_name or self.adapter_name
+        try:
+            with quiet_peft():
+                state = {name: live.tensor for name, live in every.items()}
+                saved = require_peft().get_peft_model_state_dict(self.model, state, adapter_name, save_embedding_layers=False)  # fmt: skip
+        except KeyError as e:
+            raise UnsupportedError(
+                f"adapter {adapter_name!r}: PEFT cannot save it, because it looks for {e}, which belongs to another adapter; load it in a "
+                "model of its own"
+            ) from e
+        return {name: by_id.get(id(t)) or LiveTensor(self.model, name, t) for name, t in saved.items()}
+
+    def adapter_config(self) -> AdapterConfig:
+        """Return the adapter's config as PEFT would save it, with the version of the running PEFT."""
+        tree = self.configs[self.adapter_name].to_dict()
+        text = json.dumps({**tree, "peft_version": require_peft().__version__}, default=lambda value: sorted(value)
+                          if isinstance(value, set | frozenset) else getattr(value, "value", str(value)))  # fmt: skip
+        return AdapterConfig(json.loads(text), Path(self.adapter_title))
+
+    def layers(self) -> Iterator[tuple[str, Any]]:
+        """Yield PEFT's layers that have this adapter, with their paths in `model`."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for name, module in self.model.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                kinds = (getattr(module, attribute, ()) for attribute in module.adapter_layer_names)
+                if any(self.adapter_name in kind for kind in kinds if not isinstance(kind, Tensor)):
+                    yield name, module
+
+    def activate(self, adapter_name: str) -> None:
+        """Make an adapter active and trainable."""
+        from peft import PeftModel, functional
+
+        if isinstance(self.model, PeftModel):
+            self.model.set_adapter(adapter_name)
+        else:
+            functional.set_adapter(self.model, adapter_name)
+
+
+def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
+    """Find the model and the adapter.
+
+    Raises
+    ------
+    UsageError
+        If the model has no adapter of that name.
+    UnsupportedError
+        If it mixes kinds of adapters, or deltas are merged into its weights.
+    """
+    peft = require_peft()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model: Any = _uncompiled(peft_model)
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(model, nn.Module) or not isinstance(configs, dict) or not configs:
+        raise UsageError(
+            f"peft_model: expected a model with PEFT adapters, found {type(model).__name__}; load one with PeftModel.from_pretrained, or "
+            "pass the PEFT model inside it"
+        )
+    if isinstance(model, peft.PeftModel) and isinstance(_uncompiled(model.get_base_model()), peft.PeftModel):
+        raise UnsupportedError("peft_model: a PeftModel around a PeftModel is not supported; merge the inner one, or pass it")  # fmt: skip
+    if isinstance(model, peft.PeftMixedModel):
+        raise UnsupportedError("peft_model: a PeftMixedModel, whose adapters are of several kinds, is not supported")
+    if adapter_name not in configs:
+        raise UsageError(f"adapter {adapter_name!r}: the model has none of this name; it has {listed(map(repr, configs))}")  # fmt: skip
+    base = _uncompiled(model.get_base_model() if isinstance(model, peft.PeftModel) else model)
+    merged = next((n for n, m in base.named_modules() if isinstance(m, BaseTunerLayer) and m.merged), None)
+    if merged is not None:
+        raise UnsupportedError(
+            f"{merged}: an adapter is merged into its weight, so the base's values are not available; call unmerge_adapter() first"
+        )
+    states = ((name, getattr(parameter, "quant_state", None)) for name, parameter in base.named_parameters())
+    packed = next((name for name, state in states if getattr(state, "packing_format_for_cpu", False)), None)
+    if packed is not None:
+        raise UnsupportedError(
+            f"{packed}: bitsandbytes repacked it for this CPU when the model ran, which is not supported; load the model again, and call "
+            "streamer before you run the model"
+        )
+    return LiveModel(model, base, adapter_name)
+
+
+def _uncompiled(model: Any) -> Any:
+    """Return the model without the wrapper of `torch.compile`."""
+    while isinstance(model, nn.Module) and "_orig_mod" in model._modules:  # PeftModel passes attributes on to its base
+        model = model._modules["_orig_mod"]
+    return model
+
+
+def entries(module: nn.Module, prefix: str, base_only: bool) -> Iterator[tuple[str, LiveTensor]]:
+    """Yield the tensors in each module's state dict, which for quantized layers include what decodes them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if base_only and isinstance(module, AuxiliaryTrainingWrapper | BaseTunerLayer):
+        wrapped = "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
+        yield from entries(module.get_submodule(wrapped), prefix, base_only)
+        return
+    own: dict[str, Any] = {}
+    module._save_to_state_dict(own, "", keep_vars=True)
+    for key, tensor in own.items():
+        if isinstance(tensor, Tensor):
+            yield prefix + key, LiveTensor(module, key, tensor)
+    for name, child in module.named_children():
+        below = prefix if base_only and name == "_orig_mod" else f"{prefix}{name}."
+        yield from entries(child, below, base_only)
+
+
+def layer_of(target: Target, layers: Container[str]) -> str:
+    """Return the path of PEFT's layer with the tensors of a target's module; "" if there is none."""
+    path = target.module.tensor_names[0]
+    while path and path not in layers:
+        path = path.rpartition(".")[0]
+    return path
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence PEFT's advice, and preserve torch's CPU generator: new factors are overwritten anyway."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        yield
+
+
+class LiveBase(Checkpoint):
+    """Base in memory, with the interface of its files."""
+
+    def identity(self) -> BaseIdentity:
+        """Return names, dtypes, shapes and samples of its tensors, and the fact that it is in memory."""
+        return {"in_memory": True, **self._identity}
+
+
+class LiveAdapter(PeftAdapter):
+    """Adapter in memory, with the interface of its directory."""
+
+    def identity(self) -> AdapterIdentity:
+        """Digest all tensors and the config."""
+        digest = hashlib.sha256(self.file.header.digest.encode())
+        for info in self.file.header.tensors:
+            digest.update(self.file.view(info))
+        config = json.dumps(dict(self.config.values), sort_keys=True)
+        return {"weights_sha256": digest.hexdigest(), "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
+                "modules": len(self.modules), "base_model_name_or_path": self.config.base_model}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LiveOrientation(Orientation):
+    """Orientation of a base whose layers are available.
+
+    Attributes
+    ----------
+    conv1d
+        Names of the weights of its Conv1D layers.
+    """
+
+    conv1d: frozenset[str] = frozenset()
+
+    def seen(self, adapter: DeltaSource, weights: WeightView, names: Mapping[str, Match]) -> Orientation:
+        """Return itself; there is nothing more to learn."""
+        return self
+
+    def ways(self, tensor: str, *names: str, fan_in_fan_out: bool = False) -> set[bool]:
+        """Return whether the weight belongs to a Conv1D."""
+        return {tensor in self.conv1d}
+
+
+@dataclass(frozen=True, eq=False)
+class LivePlan:
+    """Plan of a live model, and its tensors.
+
+    Attributes
+    ----------
+    live
+        The model.
+    plan
+        The matrix that each module changes, by the names in memory.
+    tensors
+        The base's tensors; tied ones under each name.
+    """
+
+    live: LiveModel
+    plan: Plan
+    tensors: Mapping[str, LiveTensor]
+
+    @cached_property
+    def files(self) -> Checkpoint | None:
+        """Open the files from which the model was loaded; None if these are not available, or not in safetensors."""
+        directory = _directory(getattr(self.live.base, "name_or_path", None))
+        try:
+            return None if directory is None else open_checkpoint(directory)
+        except InputError:
+            return None
+
+    @cached_property
+    def names_in_files(self) -> dict[str, str]:
+        """Map tensor names in memory to names in the files from which the model was loaded, if these are available."""
+        if self.files is None:
+            return {}
+        renames = renames_for(read_model_config(self.files.path))
+        by_run_time = {now: name for name, now in renames.at_run_time(self.files.weight_map).items()}
+        prefix = f"{getattr(self.live.base, 'base_model_prefix', '')}."
+        ways = {name: (name, name.removeprefix(prefix), prefix + name) for name in self.tensors}
+        known = {name: [by_run_time[way] for way in ways[name] if way in by_run_time] for name in ways}
+        found = {name: matches[0] for name, matches in known.items() if matches}
+        return found if len({*found.values()}) == len(found) else {}
+
+    def name_in_files(self, tensor: str) -> str:
+        """Return a matrix's name in the files (for an expert, by its stack), or its own name if they are not available."""
+        stem, bracket, index = tensor.partition("[")
+        return self.names_in_files.get(stem, stem) + bracket + index
+
+
+def plan_live(peft_model: nn.Module, adapter_name: str, ignore_keys: Sequence[str]) -> LivePlan:
+    """Match an adapter of a live model with the model's matrices.
+
+    The delta is added to the base in memory, so an adapter relative to a residual, such as PiSSA's, finds the right base.
+
+    Raises
+    ------
+    UsageError, UnsupportedError, MismatchError
+        For the same reasons as for files, or because of the model's state.
+    """
+    live = open_model(peft_model, adapter_name)
+    # PEFT's layers use PEFT's column order, no matter what trained the adapter.
+    config = replace(live.adapter_config(), stated=Stated(True, "rank_major", ignore_keys))
+    refuse_kinds(config)
+    adapter_file = LiveFile(live.adapter_title, live.adapter_tensors())
+    found = sorted_adapter(Path(live.adapter_title), config, adapter_file)
+    adapter = LiveAdapter(found.path, found.config, found.files, found.modules, found.carried, found.wrapped)
+    tensors = dict(entries(live.base, "", base_only=True))
+    first = {tensor.storage: name for name, tensor in reversed(tensors.items())}
+    # Tied ones once, as in files.
+    own = {name: tensor for name, tensor in tensors.items() if first[tensor.storage] == name}
+    title = f"{type(live.base).__name__} in memory"
+    base = LiveBase(Path(title), {title: LiveFile(title, own)}, dict.fromkeys(own, title), None)
+    model = _config(live.base, tied=len(own) < len(tensors))
+    classes = {name: type(t.module).__mro__ for name, t in own.items() if t.key == "weight"}
+    conv1d = frozenset(name for name, kinds in classes.items() if any(kind.__name__ == "Conv1D" for kind in kinds))
+    orientation = LiveOrientation(Orientation.of(base, model).architectures, conv1d=conv1d)
+    plan = match_plan(base, open_weights(base, model), model, orientation, adapter, Renames("", (), ()))
+    # Layers may have been scaled after loading, so that the config's scaling is wrong.
+    layers = {name: layer for name, layer in live.layers() if isinstance(getattr(layer, "scaling", None), dict)}
+    for target in plan.targets:
+        if isinstance(target.module, MethodModule) and not target.module.method.scaled:
+            continue
+        path = layer_of(target, layers)
+        scaling = layers[path].scaling.get(live.adapter_name) if path else None
+        if scaling is not None and abs(scaling - target.module.scaling) > 1e-6 * abs(scaling):
+            where = normalize(f"{path}.")[:-1].replace(".base_layer", "")
+            raise UnsupportedError(
+                f"{where}: is scaled by {scaling:g}, but the config of adapter {live.adapter_name!r} says "
+                f"{target.module.scaling:g}; reset the scale (unscale_layer), or change the config's lora_alpha to match"
+            )
+    return LivePlan(live, plan, tensors)
+
+
+def _config(base_model: nn.Module, tied: bool) -> ModelConfig:
+    """Return the model's config, with the model's class or a known class from which it is derived.
+
+    For an unknown class, state that nothing is tied unless a parameter has two names.
+    """
+    config: Any = getattr(base_model, "config", None)
+    values = json.loads(config.to_json_string(use_diff=False)) if hasattr(config, "to_json_string") else {}
+    named = (ModelConfig({**values, "architectures": [cls.__name__]}) for cls in type(base_model).__mro__)
+    known = next((config for config in named if architecture_for(config) is not None), None)
+    if known is not None:
+        return known
+    apart = {} if tied else {"tie_word_embeddings": False}
+    return ModelConfig({**values, "architectures": [type(base_model).__name__], **apart})
+
+
+def _directory(stated: object) -> Path | None:
+    """Find the directory from which a model was loaded, by its path or by its id in the hub's cache."""
+    path = Path(stated) if isinstance(stated, str) and stated else None
+    if path is None or path.is_dir():
+        return path
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(str(stated), "config.json")
+    except (ImportError, ValueError):  # not a hub id
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+@explained(LiveOptions)
+def detect_intruder_dimensions(peft_model: nn.Module, adapter_name: str = "default", top_k: int | float | None = None,
+                               threshold_epsilon: float | None = None,
+                               **options: Unpack[LiveDetectKeywords]) -> Findings:  # fmt: skip
+    """Find the intruder dimensions of every matrix that an adapter of a live model changes; the model stays unchanged.
+
+    Parameters
+    ----------
+    peft_model
+        A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
+    adapter_name
+        The adapter, active or not; others are ignored.
+
+    Returns
+    -------
+    Findings
+        As from files. `Findings.save` writes them. Mitigate and merge on files accept them if base and adapter are the same; `diff`, and
+        reports with coefficients or an evaluation, do not.
+
+    Raises
+    ------
+    MissingPackageError
+        If PEFT is not installed.
+    StreamerError
+        Of the class for the kind of error (see `streamer.errors`).
+    """
+    given = LiveOptions(top_k=top_k, threshold_epsilon=threshold_epsilon, **options)
+    detection = detection_options(given)
+    with watched(given) as monitor:
+        live = plan_live(peft_model, adapter_name, given.ignore_keys)
+        monitor.warn(live.plan.warnings)
+        return named_as_files(live, detect_live(live, detection, choose_device(given.device), monitor))
+
+
+def detect_live(live: LivePlan, options: DetectionOptions, device: torch.device, monitor: Monitor) -> Findings:
+    """Detect in one matrix after another; the findings use the names in memory."""
+    (found,) = detect_in_memory(AdapterBatch(live.plan.base, (live.plan,)), options, Run(device, monitor=monitor))
+    return found
+
+
+def named_as_files(live: LivePlan, findings: Findings) -> Findings:
+    """Rename findings on a live model to the names in the base's files."""
+    return replace(findings, matrices=tuple(replace(m, tensor=live.name_in_files(m.tensor)) for m in findings))
+
+
+def live_job(live: LivePlan, method: Method, given: LiveMitigation, monitor: Monitor) -> tuple[Job, Findings | None]:
+    """Run detection, or use the given findings, if the method needs them; give findings, factors and maps the names in memory.
+
+    Raises
+    ------
+    UnsupportedError
+        If a map is given, but it is unknown from which files the base was loaded.
+    MismatchError
+        If findings, factors or a map belong to another base or adapter, or findings were made with different options.
+
+    Returns
+    -------
+    Job, Findings or None
+        The findings use the names in memory; None if the method needs none.
+    """
+    plan, findings = live.plan, given.findings
+    detection, device = detection_options(given), choose_device(given.device)
+    monitor.warn(plan.warnings)
+    found, named = None, isinstance(method, RegMean | NullSpace)
+    names = {live.name_in_files(target.tensor): target.tensor for target in plan.targets if named}
+    if isinstance(method, RegMean):
+        matrices = {names.get(name, name): R for name, R in method.coefficients.matrices.items()}
+        method = replace(method, coefficients=replace(method.coefficients, matrices=matrices))
+        check_counts(plan, method.coefficients)
+    if isinstance(method, NullSpace):
+        inputs = method.map
+        if live.files is None:
+            raise UnsupportedError(
+                f"{inputs.name}: is a map of a base's files, but the model's files are unknown; load the model from their directory"
+            )
+        theirs = {key: value for key, value in inputs.facts["base"].items() if key != "architecture"}
+        refuse_other_base(inputs, theirs, {**live.files.identity()})
+        mine = (replace(one, names=tuple(names[n] for n in one.names if n in names)) for one in inputs.inputs)
+        inputs = replace(inputs, inputs=tuple(one for one in mine if one.names))
+        monitor.warn(lacking_inputs(plan, inputs))
+        method = replace(method, map=inputs)
+    if method.needs_detection and findings is None:
+        found = detect_live(live, detection, device, monitor)
+    elif method.needs_detection and findings is not None:
+        loaded = findings if isinstance(findings, Findings) else load_findings(findings)
+        found = matched_findings(plan, loaded, loaded.name)
+        found.check_matches(plan.base_identity, plan.adapter_identity, detection_options(given, None, loaded))
+    return Job(plan, method, detection, device, found), found
+
+
+@explained(LiveMitigation)
+def merge_and_unload_with_reduced_intruder_dimensions(peft_model: nn.Module, adapter_name: str = "default",
+                                                      top_k: int | float | None = None,
+                                                      threshold_epsilon: float | None = None,
+                                                      mitigation_lambda: float | None = None,
+                                                      **options: Unpack[LiveKeywords]) -> nn.Module:  # fmt: skip
+    """Merge an adapter with its intruders scaled by `mitigation_lambda` into the base, and return the base without PEFT.
+
+    Weights are changed in place, one matrix after another, in the base's dtypes and on its devices; each is rounded once from a float32
+    sum. Everything is detected and checked before the first weight changes. If the run is stopped after that, the model is partly merged
+    and must be loaded again. Other adapters are dropped, and `peft_model` must not be used any more. If an embedding and a head share one
+    tensor and the adapter changes only one of them, they are separated, and the base's config states it.
+
+    Parameters
+    ----------
+    peft_model
+        A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
+    adapter_name
+        An adapter of any kind that ``streamer merge`` supports.
+    findings
+        From `detect_intruder_dimensions` of this module or on the files, or the path of their file; no weight is then decomposed.
+
+    Returns
+    -------
+    torch.nn.Module
+        The base model; for a `PeftModel`, the result of ``get_base_model()``.
+
+    Raises
+    ------
+    MissingPackageError
+        If PEFT is not installed.
+    UnsupportedError
+        If weights are quantized or offloaded to disk.
+    StreamerError
+        Of the class for the kind of error (see `streamer.errors`).
+    """
+    given = LiveMitigation(top_k=top_k, threshold_epsilon=threshold_epsilon, mitigation_lambda=mitigation_lambda, **options)  # fmt: skip
+    method = chosen_method(given)
+    with watched(given) as monitor:
+        live = plan_live(peft_model, adapter_name, given.ignore_keys)
+        outputs = _changed(live)
+        job, _ = live_job(live, method, given, monitor)
+        # Compute everything once before the first change, so that wrong coefficients or an overflow are refused here.
+        for output in outputs:
+            monitor.checkpoint()
+            _values(job, output)
+        # Activate before any weight changes, because it may fail: a model loaded in inference mode allows no gradients.
+        with quiet_peft():
+            live.live.activate(adapter_name)
+        total, done = sum(_nbytes(output) for output in outputs), 0
+        for items, output in enumerate(outputs):
+            monitor.emit(Event("write", output.name, done, total, items, len(outputs)))
+            values, tensor = _values(job, output), live.tensors[output.name]
+            if output.name in live.plan.base.weight_map:
+                tensor.write(values)
+            else:  # the parameter still belongs to another module
+                tensor.untie(values)
+            done += _nbytes(output)
+        monitor.emit(Event("write", "", total, total, len(outputs), len(outputs)))
+        for *path, key in live.plan.edits.untied:  # head and embedding are separate now
+            setattr(functools.reduce(getattr, path, live.live.base.config), key, False)
+        with quiet_peft():
+            return unloaded(live.live)
+
+
+def _changed(live: LivePlan) -> list[OutputTensor]:
+    """List the tensors of the base that the merge changes, starting with those that get a parameter of their own.
+
+    Modules that the adapter saves are already in the model; they replace the base's when PEFT is removed. Refuse, before anything changes,
+    tensors that cannot be written and adapters with values that are not finite.
+    """
+    plan, outputs = live.plan, list[OutputTensor]()
+    for output in (output for outputs in plan_merged(plan).files.values() for output in outputs):
+        source, stays = plan.edits.sources.get(output.name), output.name in plan.base.weight_map
+        saved = source is not None and source.file is plan.adapter.file
+        if (isinstance(output.recipe, CopyBytes) and (stays or saved)) or (saved and isinstance(output.recipe, Cast)):
+            continue
+        tensor = live.tensors.get(output.name)
+        if saved and not isinstance(output.recipe, AddBias):
+            raise UnsupportedError(
+                f"{plan.adapter.path}: saves {output.name!r} and also changes it, which is not supported in memory; merge its files "
+                "with `streamer merge`"
+            )
+        if tensor is None or tensor.on_disk:
+            why = "is offloaded to the disk, which is not written to" if tensor else "is not a parameter of the model"
+            raise UnsupportedError(
+                f"{plan.base.path}: {output.name!r} {why}; load the model without disk in its device_map, or merge its files with "
+                "`streamer merge`"
+            )
+        outputs.append(output)
+    ties = {
+        name
+        for tie in (plan.architecture.ties if plan.architecture else ())
+        if tie.tied
+        for name in (tie.name, tie.source)
+    }
+    ties |= {output.name for output in outputs}
+    shared = {_place(tensor): name for name, tensor in live.tensors.items() if name not in ties}
+    for output in outputs:
+        if output.name in plan.base.weight_map and (other := shared.get(_place(live.tensors[output.name]))):
+            raise UnsupportedError(
+                f"{plan.base.path}: {output.name!r} and {other!r} are one parameter, but the adapter changes only the former; give "
+                "each module a parameter of its own"
+            )
+    for name, stored in plan.adapter.tensors.items():
+        values = stored.whole()
+        if values.is_floating_point() and not all_finite(values):
+            raise NumericError(f"{plan.adapter.path}: {name!r} holds NaN or Inf; check the adapter")
+    return sorted(outputs, key=lambda output: output.name in plan.base.weight_map)
+
+
+def _place(tensor: LiveTensor) -> tuple[str, int]:
+    """Return a key for a tensor's values, which parameters with the same memory share."""
+    values = tensor.tensor
+    return tensor.storage if tensor.offloaded or values.numel() == 0 else (str(values.device), values.data_ptr())
+
+
+def _nbytes(output: OutputTensor) -> int:
+    return torch.Size(output.shape).numel() * TORCH_DTYPES[output.dtype].itemsize
+
+
+def _values(job: Job, output: OutputTensor) -> Tensor:
+    """Compute a tensor's values in its own dtype."""
+    with threads():
+        data = gather(output.recipe.pieces(job.mitigated), _nbytes(output))
+    return as_tensor(data, TORCH_DTYPES[output.dtype], output.shape)
+
+
+def unloaded(live: LiveModel) -> nn.Module:
+    """Remove PEFT's layers from the base in place, keep what the active adapter saves, and return the base."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    base: Any = live.base
+    names = [n for n, module in base.named_modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    for name in names:
+        if any(name.startswith(f"{above}.") for above in names):
+            continue
+        wrapper: Any = base.get_submodule(name)
+        if hasattr(wrapper, "unload_and_optionally_merge_module"):
+            inner = wrapper.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+        else:
+            inner = wrapper.get_base_layer()
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, inner)
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    if getattr(base, "_hf_peft_config_loaded", False):
+        base._hf_peft_config_loaded = False
+    return live.base
+
+
+@explained(LiveMitigation)
+def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "default",
+                              new_adapter_name: str = "intruder_reduced", top_k: int | float | None = None,
+                              threshold_epsilon: float | None = None, mitigation_lambda: float | None = None,
+                              logging_sink: Callable[[str], Any] | None = None,
+                              **options: Unpack[LiveKeywords]) -> Findings | None:  # fmt: skip
+    """Add an adapter whose delta has its intruders scaled by `mitigation_lambda`, and make it active.
+
+    The mitigated delta is projected onto ``lora_A`` and ``lora_B`` at the adapter's rank, with a warning if more than 1 % of a matrix's
+    delta is lost in projection. The new adapter also gets the old one's saved modules, biases and tokens. The old adapter stays unchanged.
+    If anything is refused or fails, the model stays unchanged.
+
+    Parameters
+    ----------
+    peft_model
+        A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
+    old_adapter_name
+        A LoRA adapter, active or not.
+    new_adapter_name
+        Name of the new adapter, not used in the model so far.
+    logging_sink
+        Called with one line for each of PEFT's layers, as PEFT's function prints them; None prints nothing.
+    findings
+        From `detect_intruder_dimensions` of this module or on the files, or the path of their file; no weight is then decomposed.
+
+    Returns
+    -------
+    Findings or None
+        The findings used; None if no detection was needed (``shrink``, coefficients or factors of a fit, λ = 1).
+
+    Raises
+    ------
+    MissingPackageError
+        If PEFT is not installed.
+    UnsupportedError
+        If an adapter of this kind, such as DoRA, cannot represent the mitigated delta.
+    StreamerError
+        Of the class for the kind of error (see `streamer.errors`).
+    """
+    given = LiveMitigation(top_k=top_k, threshold_epsilon=threshold_epsilon, mitigation_lambda=mitigation_lambda, **options)  # fmt: skip
+    method = chosen_method(given)
+    try:  # PEFT keeps an adapter's tensors in modules of its name
+        nn.ModuleDict().add_module(new_adapter_name, None)
+    except (KeyError, TypeError):
+        what = "a name without dots that is not an attribute of a torch module"
+        raise UsageError(f"new_adapter_name: expected {what}, found {new_adapter_name!r}") from None
+    with watched(given) as monitor:
+        live = plan_live(peft_model, old_adapter_name, given.ignore_keys)
+        if new_adapter_name in live.live.configs:
+            raise UsageError(f"adapter {new_adapter_name!r}: the model has one of this name; choose another, or delete it")  # fmt: skip
+        merge = "merge_and_unload_with_reduced_intruder_dimensions"
+        files = "for files `streamer mitigate --to-lora RANK` writes it as a LoRA adapter"
+        refuse_dense(live.plan, f"{merge} merges it into the base, and {files}")
+        job, found = live_job(live, method, given, monitor)
+        factors, new = MitigatedFactors(job), dict[str, Tensor | None]()
+        metrics: list[MitigatedMatrix] = []
+        for name, targets in factors.targets.items():
+            if name not in new:
+                new |= factors.tensors(targets, metrics)
+        way = f'method="{Project.name}" or ' if not method.keeps_rank else ""
+        remedy = f"{way}{merge} loses nothing"
+        monitor.warn(truncation_warnings(metrics, lambda: remedy))
+        _add(live.live, new_adapter_name, {name: values for name, values in new.items() if values is not None})
+        if logging_sink is not None:
+            by_tensor, counts = {} if found is None else found.by_tensor, Counter[str]()
+            layers = dict(live.live.layers())
+            for target in live.plan.targets:
+                finding = by_tensor.get(target.tensor)
+                counts[layer_of(target, layers)] += len(finding.detection.intruders) if finding else 0
+            for path in layers:  # the lines of PEFT's function
+                if path in counts:
+                    logging_sink(f"{path}: Intruders: {counts[path]}" if counts[path] else f"{path}: No intruders")
+            logging_sink(f"Enabling new adapter {new_adapter_name}")
+        return None if found is None else named_as_files(live, found)
+
+
+def _add(live: LiveModel, name: str, new: Mapping[str, Tensor]) -> None:
+    """Add an adapter like the old one, with new values for some of its tensors, and make it active; if that fails, remove it.
+
+    Parameters
+    ----------
+    new
+        New values by the names under which PEFT saves tensors.
+
+    Raises
+    ------
+    UnsupportedError
+        If PEFT refuses a second adapter of this kind.
+    """
+    from peft import functional, mapping
+
+    model: Any = live.model
+    peft, old, stated = require_peft(), live.adapter_tensors(), live.configs[live.adapter_name]
+    wrapped, config = isinstance(model, peft.PeftModel), copy.deepcopy(stated)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # other initialisations read the base, and some change it
+    try:
+        with quiet_peft():
+            if wrapped:
+                model.add_adapter(name, config, autocast_adapter_dtype=False)
+            else:
+                peft.inject_adapter_in_model(config, model, name)
+    except ValueError as e:
+        live.configs.pop(name, None)  # only a PeftModel removes it itself
+        raise UnsupportedError(
+            f"adapter {live.adapter_name!r}: PEFT adds no second one beside it ({next(iter(str(e).splitlines()), '')}); "
+            "merge_and_unload_with_reduced_intruder_dimensions needs none"
+        ) from e
+    try:
+        for key in ("init_lora_weights", "modules_to_save"):
+            if hasattr(stated, key):
+                setattr(live.configs[name], key, copy.deepcopy(getattr(stated, key)))
+        made = live.adapter_tensors(name)
+        if other := sorted(made.keys() ^ old.keys()):
+            raise UnsupportedError(
+                f"adapter {live.adapter_name!r}: PEFT gives a second adapter with its config other tensors, {other[0]!r} first (as with "
+                "ensure_weight_tying); merge_and_unload_with_reduced_intruder_dimensions and files do not need a second adapter"
+            )
+        for saved, tensor in made.items():
+            source, values = old[saved], new.get(saved)
+            values = source.values() if values is None else values
+            values = values.to(source.device, source.tensor.dtype, copy=True).reshape(source.tensor.shape)
+            if tensor.offloaded:  # PEFT made it on the meta device: register a real parameter, which no hook moves
+                tensor.stay()
+                tensor.module.register_parameter(tensor.key, nn.Parameter(values, tensor.tensor.requires_grad))
+            else:
+                tensor.tensor.data = values
+        for module in model.modules():
+            if isinstance(module, nn.ModuleDict) and name in module and live.adapter_name in module:
+                module[name].train(module[live.adapter_name].training)
+        live.activate(name)
+    except BaseException:  # also on Ctrl-C, the model keeps no half-made adapter
+        if wrapped:
+            model.delete_adapter(name)
+        else:
+            kind = live.configs.pop(name).peft_type
+            functional.delete_adapter(model, name, mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind])
+        raise
