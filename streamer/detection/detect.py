@@ -68,9 +68,10 @@ def choose_device(name: str) -> torch.device:
     UsageError
         If the device is not available.
     """
-    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.suppress(RuntimeError):
-        device = torch.device(found if name == "auto" else name)
+        device = torch.device(name)
         if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()):
             return device
         if device.type == "cuda":

@@ -84,7 +84,7 @@ WIDTHS = 5
 
 STATES, STOPPED = 3, 5
 """Values of the model's width that each row keeps between two layers (its state, the state before, and a share of embeddings), and while
-its group has stopped at a site: what attention and the residual hold as well. At a site wider than the model, attention has ended."""
+its group has stopped at a site: what attention and the residual hold as well."""
 
 CALL = 5_000_000
 """Multiplications that take as long as the fixed cost of a module's call, about half a millisecond."""
@@ -327,7 +327,7 @@ class Work:
         rows, room, spools = limits
         between, results = STATES * (rows if spools else self.riding), self.riding
         states = 4 * (between + results) * size.hidden
-        inputs = 4 * self.fitted * max((STOPPED + 1) * size.hidden, (STATES + 1) * size.hidden + size.widest)
+        inputs = 4 * self.fitted * (STOPPED * size.hidden + size.widest)
         activations = 4 * rows * (WIDTHS * (size.widest + size.hidden) + size.attention * self.length)
         logits = LOGIT_COPIES * LOGIT_BYTES + 40 * self.riding
         weights = 2 * min(BLOCK_BYTES, 4 * max(size.widest, size.vocabulary) * size.hidden)
@@ -354,7 +354,8 @@ class Work:
         if max_memory is None:
             return Limits(max(self.length, ROWS), ROOM, False)
         longest = max(self.length, ROWS)
-        for least in (Limits(longest, 0, False), Limits(longest, 0, True), Limits(self.length, 0, True)):
+        fewer = [rows for rows in (longest >> k for k in range(longest.bit_length())) if rows > self.length]
+        for least in (Limits(longest, 0, False), *(Limits(rows, 0, True) for rows in [*fewer, self.length])):
             if (free := max_memory - self.nbytes(size, resident, least)) >= 0:
                 return least._replace(room=min(ROOM, free))
         raise UsageError(

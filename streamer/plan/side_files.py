@@ -19,9 +19,8 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, cast
 
-from streamer.adapters.adapter import DeltaSource
 from streamer.json_types import Keywords
 from streamer.storage.atomic_file import PARTIAL
 from streamer.storage.checkpoint import component_files
@@ -29,6 +28,9 @@ from streamer.storage.files import AdapterIdentity, BaseIdentity
 from streamer.storage.remote_source import read_manifest
 from streamer.units import listed
 from streamer.weights.model_config import ModelConfig
+
+if TYPE_CHECKING:  # it loads torch, and verify reads lists of files without it
+    from streamer.adapters.adapter import DeltaSource
 
 # Weights in other formats would remain the old ones beside the new weights; training state belongs to the old adapter.
 _STALE = re.compile(

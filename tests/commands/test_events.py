@@ -23,7 +23,7 @@ def test_a_failure_is_an_object_too(inputs: tuple[Path, Path], tmp_path: Path) -
         (("merge", *inputs, "-o", tmp_path / "o", "--lambda", "7"), 2, "UsageError", None),
         (("merge", *inputs, "-o", tmp_path / "o", "--threads", "0"), 2, "UsageError", None),
         (("detect", *inputs, "-o", "f.st"), 2, "UsageError", "f.st"),
-        (("inspect", inputs[1], inputs[0]), 3, "InputError", str(inputs[1])),
+        (("inspect", inputs[1], inputs[0]), 3, "MissingInputError", str(inputs[1] / "model.safetensors")),
         (("mitigate", *inputs, "-o", tmp_path / "o", "--max-memory", "201M"), 2, "UsageError", None),
         (("detect", *inputs, "-o", "s3://b/o.safetensors"), 2, "UsageError", "s3:/b/o.safetensors"),
         (("demo", "--lambda", "3"), 2, "UsageError", None),
