@@ -10,9 +10,9 @@ from pathlib import Path
 
 import bench_sweep
 import compare_fits
+import measure_forgetting
 import numpy as np
 import pytest
-import repair_pretrained
 import torch
 import train_small
 from command_line import ENV
@@ -193,7 +193,7 @@ def test_the_error_of_a_ratio_is_that_of_the_jackknife() -> None:
     draws = np.random.default_rng(vary(0))
     whole = draws.normal(10, 1, 200)
     part = 0.4 * whole + draws.normal(0, 1, 200)
-    share, error = repair_pretrained.ratio(part, whole)
+    share, error = measure_forgetting.ratio(part, whole)
     assert share == part.sum() / whole.sum()
     left_out = np.array([np.delete(part, i).sum() / np.delete(whole, i).sum() for i in range(200)])
     assert error == pytest.approx((199 / 200 * ((left_out - left_out.mean()) ** 2).sum()) ** 0.5, rel=0.01)
@@ -201,7 +201,9 @@ def test_the_error_of_a_ratio_is_that_of_the_jackknife() -> None:
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
-def test_a_repair_of_a_given_base_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_methods_make_of_an_adapter_of_a_given_base_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = tmp_path / "made"
     train_small.make_base(tmp_path, argparse.Namespace(**compare_fits.TINY, kind="llama"))
     (made / "texts").mkdir(parents=True)
@@ -212,20 +214,41 @@ def test_a_repair_of_a_given_base_is_measured(tmp_path: Path, monkeypatch: pytes
                 tmp_path / f"{name}{part}.txt", made / "texts" / f"{name}{part}.txt".replace("task", "language")
             )
     shutil.copy(tmp_path / "task.txt", made / "texts" / "language-train.txt")  # enough to learn from
+    (made / "texts" / "chat-test.json").write_text(
+        json.dumps([{"ids": [*range(i, i + 30)], "begin": 9} for i in range(4)])
+    )
     for name, value in {"PART_TOKENS": 4000, "STEPS": 120, "SEQUENCES": 12, "LENGTH": 64}.items():
-        monkeypatch.setattr(repair_pretrained, name, value)
-    monkeypatch.setitem(repair_pretrained.ADAPTERS["language"], "rate", 5e-3)  # it forgets
+        monkeypatch.setattr(measure_forgetting, name, value)
+    monkeypatch.setitem(measure_forgetting.ADAPTERS["language"], "rate", 5e-3)  # it forgets
     small = "--sequences 64 --length 64"
-    options = (made, "--adapters", "language", "--repair-options", small, "--json", tmp_path / "json")
-    done = call_tool("repair_pretrained", *options)
+    options = (
+        made,
+        "--adapters",
+        "language",
+        "--seeds",
+        "0",
+        "--no-harness",
+        "--repair-options",
+        small,
+        "--json",
+        tmp_path / "json",
+    )
+    done = call_tool("measure_forgetting", *options)
     assert done.returncode == 0, done.stderr
     tree = json.loads((tmp_path / "json").read_text())
-    found = tree["adapters"]["language"]
+    found = tree["adapters"]["language-0"]
     assert found["means"]["base"]["loss"] > found["means"]["adapter"]["loss"] > 0
-    assert found["means"]["base"]["general"] == 0 < found["means"]["adapter"]["general"]
-    assert found["rows"]["adapter"]["loss"] == found["rows"]["adapter"]["third"] == [1, 0]
-    assert 0 < found["rows"]["shrink 0.35"]["general"][0] < found["rows"]["shrink 0.7"]["general"][0] < 1
-    assert 0 < found["rows"]["repair"]["general"][0] < 1
-    assert found["repair"]["cpu_seconds"] > 1  # torch is imported
-    assert found["repair"]["peak_memory_bytes"] > 50e6
-    assert call_tool("repair_pretrained", *options).stdout == done.stdout  # with what is there
+    assert all(
+        found["means"]["base"][text] == 0 < found["means"]["adapter"][text] for text in measure_forgetting.OTHERS
+    )
+    rows = found["rows"]
+    assert rows["adapter"]["loss"] == rows["adapter"]["third"] == [1, 0]
+    assert 0 < rows["shrink 0.35"]["general"][0] < rows["shrink 0.7"]["general"][0] < 1
+    assert 0 < rows["repair"]["general"][0] < rows["map"]["general"][0] < 1
+    assert (
+        rows["intruders 0"]["general"][0] > 0 < rows["intruders 0.5"]["general"][0] != rows["intruders 0"]["general"][0]
+    )
+    assert found["costs"]["repair"]["cpu_seconds"] > 1  # torch is imported
+    assert found["costs"]["repair"]["peak_memory_bytes"] > 50e6
+    assert "mean of 1" in done.stdout
+    assert call_tool("measure_forgetting", *options).stdout == done.stdout  # with what is there
