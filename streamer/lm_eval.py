@@ -202,7 +202,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         """Hash everything that determines each variant's results, including the inputs' identities and stamps."""
         job = self._model.job
         about = {"transformers": require_transformers().__version__, "config": self._model.config,
-                 "stamps": job.plan.detection_stamps(), "projected": job.projected, "bf16": job.rounds_products}  # fmt: skip
+                 "stamps": job.plan.detection_stamps(), "projected": job.projected, "bf16": 2 * job.rounds_products}  # fmt: skip
         intruders = None if self._findings is None else self._findings.decisions_digest()
         return {
             v.name: bytes.fromhex(job.plan.digest(**about, method=v.mitigation and v.mitigation.as_dict(),

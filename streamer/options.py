@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast, dataclass_transform
 
 from streamer.errors import UsageError
 from streamer.events import Monitor, OnEvent
@@ -58,8 +58,8 @@ def _is_list(value: object) -> bool:
     return isinstance(value, Collection) and not isinstance(value, str)
 
 
-def _lies(number: object, above: float, to: float) -> bool:
-    return isinstance(number, Real) and not isinstance(number, bool) and above < float(number) <= to
+def _lies(number: Any, above: float, to: float) -> bool:
+    return isinstance(number, Real) and not isinstance(number, bool) and bool(above < cast(Any, number) <= to)
 
 
 SHARE = Bound("a share in (0, 1]", lambda x: _lies(x, 0, 1))
@@ -69,6 +69,8 @@ RANK = Bound("a rank from 1, or a share in (0, 1] with a decimal point",
 RISING = Bound("rising numbers above 0", lambda xs: _is_list(xs) and len(xs) > 0
                and all(_lies(x, 0, math.inf) and x < math.inf for x in xs) and sorted({*xs}) == [*xs])  # fmt: skip
 
+PATH = Bound("a path", lambda path: isinstance(path, str | os.PathLike))
+PATHS = Bound("a path, or a list of paths", lambda paths: all(map(PATH.holds, paths if _is_list(paths) else [paths])))
 ONE_BASE = Bound("one; to map several texts, join them in one file", lambda path: isinstance(path, str | os.PathLike))
 BYTES = Bound("a whole number of bytes", lambda size: isinstance(size, str) or type(size) is int)
 KEYS = Bound("a list of keys", lambda keys: _is_list(keys) and all(isinstance(key, str) for key in keys))
@@ -189,7 +191,7 @@ def _check(one: Any, value: Any) -> None:
         like = f", such as {[*one.default]}" if one.default else ""
         bound = Bound(f"a list{like}", lambda values: isinstance(values, Iterable) and not isinstance(values, str))
     elif bound is None and kind.removesuffix(" | None") in ("str | Path", "Adapters"):
-        bound = Bound("a path", lambda path: isinstance(path, str | os.PathLike))
+        bound = PATH
     for each in value if many else (value,):
         if bound is not None and not bound.holds(each):
             found = [*each] if isinstance(each, tuple) else each
@@ -386,7 +388,7 @@ class MethodOptions(Scaling, group="mitigation"):
         "or --map, the file sets the method", metavar="NAME", choices=[*METHODS], shown=DEFAULT.name, detail="The mitigated delta "
         "is Δ + (λ − 1) U Σ Vᵀ (paper), (I − (1 − λ) U Uᵀ) Δ (project), λ Δ (shrink) or L R'ᵀ with new right factors (regmean).")
     keep: float | None = option("if --coefficients has several sets: use the one for this share of the learning", metavar="SHARE",
-        rare=True)
+        bound=SHARE, rare=True)
 
 
 class Mitigation(MethodOptions, Judged, Computing, OfAdapter, group="mitigation"):
@@ -471,7 +473,7 @@ class EvaluateOptions(Writing, Texts, VariantOptions):
         "FILE")
     executor: Executor | None = keyword("workers that run the variants through the layers, as for `detect_intruder_dimensions`")
     other: str | Path | Sequence[str | Path] = option("another text to measure; it does not affect the suggestion (repeatable)", (),
-        metavar="TEXT", nargs="append")
+        metavar="TEXT", nargs="append", bound=PATHS)
 
 
 class FittingOptions(Writing, Texts, OfAdapter):

@@ -118,14 +118,13 @@ class Task(Generic[Found]):
     step: Callable[[AdapterBatch, Monitor], Found]
 
 
-_held: dict[str, dict[Any, Any]] = {}
-_holding = threading.RLock()
+_held: dict[str, tuple[threading.RLock, dict[Any, Any]]] = {}
 
 
 def held(kind: str, key: Any, make: Callable[[], Made], fits: Callable[[Made], bool] = lambda _: True) -> Made:
     """Return what this process has made for a key if it still fits, or make it; the last ones used of a kind are kept."""
-    with _holding:
-        own = _held.setdefault(kind, {})
+    lock, own = _held.setdefault(kind, (threading.RLock(), {}))
+    with lock:
         value = own.pop(key, None)
         if value is None or not fits(value):
             value = make()

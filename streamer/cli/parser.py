@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `BadUsage`."""
         message = message.removeprefix("argument ")
-        raise BadUsage(message if "did you mean" in message else f"{message}; see `{self.prog} --help`")
+        raise BadUsage(message if "did you mean" in message else f"{message}; see `{self.prog} --help-all`")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, but first refuse unknown options: argparse would report a missing argument for a misspelt option."""

@@ -432,15 +432,13 @@ class FindingsWriter:
     def begun(self) -> Iterator[None]:
         """Lock the file, resume or begin its run, and write it if the block does not raise."""
         with self.file.begun() as (self._journal, self.resumed):
-            self._records: dict[str, tuple[int, Header, dict[str, Any]]] = {}
+            self._records = {self._read(i)[1]["tensor"]: i for i in range(1, len(self._journal))}
             self._seconds: dict[str, float | None] = {}
-            for i in range(1, len(self._journal)):
-                self._keep(i)
             self.threads = thread_count(json.loads(self._journal[0]).get("threads"))
             yield
             self.write()
 
-    def _keep(self, i: int) -> None:
+    def _read(self, i: int) -> tuple[Header, dict[str, Any]]:
         """Read the header and the figures of a record, which is a safetensors file for one matrix."""
         raw = self._journal[i]
         header = parse_header(raw[: 8 + int.from_bytes(raw[:8], "little")], len(raw), "journal")
@@ -448,8 +446,7 @@ class FindingsWriter:
             figures: dict[str, Any] = json.loads(header.metadata["matrix"])
             check(figures, findings_file.FIGURES)
             if header.by_name.keys() == {f"{figures['tensor']}/{key}" for key in findings_file.ARRAYS}:
-                self._records[figures["tensor"]] = i, header, figures
-                return
+                return header, figures
         raise self._journal.foreign(i)
 
     def __contains__(self, tensor: str) -> bool:
@@ -463,12 +460,12 @@ class FindingsWriter:
         arrays = finding.arrays()
         _, raw = layout(entries(arrays), {"matrix": json.dumps(finding.figures())})
         self._journal.append(raw + b"".join(as_bytes(t) for t in arrays.values()))
-        self._keep(len(self._journal) - 1)
+        self._records[finding.tensor] = len(self._journal) - 1
         self._seconds[finding.tensor] = finding.seconds
 
     def write(self) -> None:
         """Write the file, once all matrices of a plan are recorded; it gets its name only if the inputs have not changed."""
-        records = [self._records[target.tensor] for target in self.plan.targets]
+        records = [(i, *self._read(i)) for i in (self._records[target.tensor] for target in self.plan.targets)]
         homes = {info.name: (i, header, info) for i, header, _ in records for info in header.tensors}
         arrays = [(info.name, info.dtype, info.shape) for *_, info in homes.values()]
 

@@ -263,7 +263,7 @@ def check_keep(keep: float) -> None:
 
 
 ProductDtype = Literal["float32", "bf16"]
-"""Dtype to which base weights and activations are rounded before they are multiplied; the product is float32."""
+"""Dtype to which base weights, and the inputs and results of their products, are rounded."""
 
 
 @dataclass(frozen=True)
@@ -491,7 +491,7 @@ class EvaluationFacts(ModelFacts):
     findings: NotRequired[Annotated[Sha256, "Digest of the decisions in the findings, if findings were given (SHA-256, hexadecimal)."]]
     intruders: NotRequired[Annotated[Count, "Intruders that were found, if variants should scale them; if 0, these variants are not run."]]
     projected: Annotated[bool, "Whether deltas were projected onto the adapter's rank, as mitigate does, or complete, as in a merge."]
-    dtype: Annotated[ProductDtype, "Dtype to which weights and activations are rounded for products; the rest is float32."]
+    dtype: Annotated[ProductDtype, "Dtype to which base weights, and inputs and results of their products, are rounded; else float32."]
     texts: Annotated[_Texts, "The texts."]
     coefficients: NotRequired[Annotated[list[CoefficientsRecord], "The sets of coefficients that were evaluated, if any."]]
     map: NotRequired[Annotated[MapRecord, "The map of the base's inputs, if one was given."]]
@@ -927,7 +927,7 @@ def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
         other = most if low == high else equal
         lines.append(f"{VERDICT_ON_SHRINK[shrink.verdict]} {other}: general loss {cell(shrink.loss)}, KL {cell(shrink.kl)}")
     if evaluation.facts["dtype"] != "float32":
-        lines.append(f"base weights and activations were rounded to {evaluation.facts['dtype']} for their products")
+        lines.append(f"base weights, and the inputs and results of their products, were rounded to {evaluation.facts['dtype']}")
     if evaluation.facts.get("intruders") == 0:
         epsilon = evaluation.facts["detection"]["threshold_epsilon"]
         lines.append(f"no intruder was found (epsilon {epsilon:g}): paper and project change nothing, and were not run")

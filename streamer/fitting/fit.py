@@ -208,7 +208,7 @@ class FitFacts(ModelFacts):
     weights: Annotated[list[float], "Weights mu of the candidates."]
     holdout: Annotated[float, "Share of each text's sequences that were held out."]
     seed: Annotated[Count, "Decides which sequences these are."]
-    dtype: Annotated[ProductDtype, "Dtype to which weights and activations are rounded for products; the rest is float32."]
+    dtype: Annotated[ProductDtype, "Dtype to which base weights, and inputs and results of their products, are rounded; else float32."]
     texts: Annotated[_FittedTexts, "The two texts."]
     unchanged: Annotated[list[str], "Tensors that the adapter changes by other means than deltas; they stay unchanged."]
     findings: NotRequired[Annotated[Sha256, "Digest of the decisions in the findings, if findings were given (SHA-256, hexadecimal)."]]

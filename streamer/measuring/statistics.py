@@ -209,7 +209,7 @@ class SequenceSums:
     kl_max
         The largest divergence of a token: (V, S).
     kl_bins
-        Counts of tokens by divergence over all sequences, see `divergences`: (V, BINS). NaN for questions.
+        Counts of tokens by divergence over all sequences, see `counted_bins`: (V, BINS). NaN for questions.
     acc, acc_norm
         For a text of questions, 1 if the answer is right, else 0: (V, S); the other sums are then of the right choices. None for other
         texts.

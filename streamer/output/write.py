@@ -54,8 +54,8 @@ def write_part(batch: AdapterBatch, monitor: Monitor, described: Carried[dict[st
         The output's directory and the file's name.
     """
     plan, metrics = batch.plans[number], list[MitigatedMatrix]()
-    key = id(plan), described.digest, path  # a writer keeps its plan, whose id is not given again
-    writer = held("writer", key, lambda: ModelWriter(Job(plan=plan, **described.value), Path(path)))
+    key, make = (described.digest, path), lambda: ModelWriter(Job(plan=plan, **described.value), Path(path))
+    writer = held("writer", key, make, lambda writer: writer.job.plan is plan)
     shard = writer.shard(name, writer.job)
     with threads(), ShardFile(Path(path), shard, renames=False) as file:
         for info in shard.header.tensors:

@@ -232,7 +232,7 @@ def architecture_for(config: ModelConfig, name: str | None = None) -> Architectu
     of_type, named = classes_of(config.model_type), name or config.architecture
     unknown = named is not None and not of_type
     cls = named or next(iter(config.architectures or (of_type if len(of_type) == 1 else ())), None)
-    if not isinstance(cls, str) or not (unknown or config.model_type is None or cls in of_type):
+    if not isinstance(cls, str) or not (unknown or config.values.get("model_type") is None or cls in of_type):
         return None
     return _architecture(cls, {k: v for k, v in config.values.items() if not unknown or k != "model_type"}, ())
 
@@ -271,7 +271,7 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
 
 def classes_of(model_type: str | None) -> tuple[str, ...]:
     """Return the classes that a config of this type can have; empty if the table has none."""
-    return tuple(table()["types"].get(model_type, ()))
+    return tuple(table()["types"].get(model_type, ())) if model_type else ()  # the table has classes of no type
 
 
 def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) -> Architecture | None:

@@ -263,9 +263,13 @@ def _web(url: Url) -> tuple[Files, list[str]]:
             raise refusals[0]
 
     found: Files = {}
-    names = [INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME, *KNOWN_NAMES]
-    ask(names, [INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME], 1)
-    if len(found) == len(names):
+    invented = f"no-such-file-{token_hex(8)}.json"
+    ask(
+        [INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME, *KNOWN_NAMES, invented],
+        [INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME],
+        1,
+    )
+    if invented in found:
         cure = "so missing files cannot be detected; download them and name the directory"
         raise errors.UnsupportedError(f"{url.shown}: the server answers every name, {cure}")
     shards = _shards(found)

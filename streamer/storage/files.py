@@ -267,7 +267,8 @@ def absent(path: Path, what: str) -> errors.MissingInputError:
 
 def lacks(path: Path, name: str, advice: str) -> errors.MissingInputError:
     """Make the error for an input directory without a file; the message says what the directory holds instead."""
-    found = listed(sorted(p.name for p in path.iterdir()), 6, room=120) or "nothing"
+    with storage_errors(path, "read"):
+        found = listed(sorted(p.name for p in path.iterdir()), 6, room=120) or "nothing"
     return errors.MissingInputError(f"{path}: expected {name}, found {found}; {advice}", path / name)
 
 

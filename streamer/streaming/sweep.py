@@ -756,7 +756,8 @@ def ride(batch: AdapterBatch, monitor: Monitor, job: Carried[dict[str, Any]], la
     with _computing, full_float32():
         plan, at = batch.plans[0], (job.digest, layer)
         variants = VariantSet(plan, **job.value)
-        model = held("model", (id(plan), variants.rounds_products, variants.device), lambda: SweepModel(variants))
+        key = str(plan.base.path), str(plan.adapter.path), variants.rounds_products, variants.device
+        model = held("model", key, lambda: SweepModel(variants), lambda model: model.job.plan is plan)
         if at != model.at:
             model.use(variants)
             model.at = at
@@ -784,7 +785,7 @@ class _Reader(Reader):
     head
         Whether the parameter belongs to the module that computes the logits, one block of the vocabulary at a time.
     rounded
-        Whether products with the base's weight use factors rounded to bfloat16.
+        Whether the base's weight, and the inputs and results of its products, are rounded to bfloat16.
     """
 
     def __init__(self, model: SweepModel, tensor: RunTimeTensor, position: int, *, head: bool, rounded: bool) -> None:

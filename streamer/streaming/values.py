@@ -503,7 +503,7 @@ class VariantSet:
     projected
         Whether deltas are projected onto the adapter's rank, as `mitigate` writes them, instead of kept complete, as `merge` does.
     rounds_products
-        Whether products of the base's weights with activations use factors rounded to bfloat16.
+        Whether the base's weights, and the inputs and results of their products, are rounded to bfloat16.
     device
         Device on which the model runs; everything read from files is copied to it here.
     """

@@ -96,7 +96,7 @@ class TensorFiles:
             self._maps[path] = data = np.memmap(path, np.uint8, "r")
             end = 8 + int.from_bytes(data[:8].tobytes(), "little")
             header = json.loads(data[8:end].tobytes())
-            self.metadata = header.pop("__metadata__", {})
+            self.metadata = header.pop("__metadata__", None) or {}
             for name, tensor in header.items():
                 start, stop = (end + at for at in tensor["data_offsets"])
                 self.stored[name] = Stored(tensor["dtype"], tuple(tensor["shape"]), path, start, stop)

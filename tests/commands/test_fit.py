@@ -223,7 +223,7 @@ def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_pat
     done = server.run("fit", home / "base", home / "adapter", "--general", home / "general.npy", "-o", tmp_path / "c")
     assert (done.code, done.err.splitlines()[-1]) == (
         2,
-        "streamer: the following arguments are required: --task; see `streamer fit --help`",
+        "streamer: the following arguments are required: --task; see `streamer fit --help-all`",
     )
 
 

@@ -49,13 +49,13 @@ def test_options_that_make_no_sense(job: tuple[Path, Path], tmp_path: Path, opti
     (["merge", "b", "-o", "x"], "the following arguments are required: ADAPTER"),
     (
         ["detect", "b", "a", "-o", "x", "--top-k", "some"],
-        "--top-k: expected a count like 10 or a share like 0.1, found 'some'; see `streamer detect --help`",
+        "--top-k: expected a count like 10 or a share like 0.1, found 'some'; see `streamer detect --help-all`",
     ),
     (["merge", "b", "a", "-o", "x", "--lambda", "much"], "--lambda: expected a number like 0.75, found 'much'; see `streamer merge"),
     (["merge", "b", "a", "-o", "x", "--method", "paperr"], "regmean, nullspace, found 'paperr'; did you mean paper?"),
-    (["detect", "b", "a", "-o", "x", "--lambda", "1"], "unknown option '--lambda'; see `streamer detect --help`"),
-    (["demo", "more"], "streamer: unexpected argument 'more'; see `streamer demo --help`"),
-    (["merge", "b", "a", "-m", "paper", "-o", "x"], "streamer: unknown option '-m'; see `streamer merge --help`"),
+    (["detect", "b", "a", "-o", "x", "--lambda", "1"], "unknown option '--lambda'; see `streamer detect --help-all`"),
+    (["demo", "more"], "streamer: unexpected argument 'more'; see `streamer demo --help-all`"),
+    (["merge", "b", "a", "-m", "paper", "-o", "x"], "streamer: unknown option '-m'; see `streamer merge --help-all`"),
     (["detect", "b", "a", "-o", "x", "--threads", "two"], "--threads: expected a whole number, found 'two'; see"),
 ])  # fmt: skip
 def test_usage(argv: list[str], words: str) -> None:
@@ -63,7 +63,7 @@ def test_usage(argv: list[str], words: str) -> None:
     assert (done.code, done.out, done.calls) == (2, "", [])
     (line,) = done.err.splitlines()
     assert words in line
-    assert re.fullmatch(r"streamer: .*(; see `streamer( \w+)? --help`|; did you mean \S+\?)", line)
+    assert re.fullmatch(r"streamer: .*(; see `streamer( \w+)? --help-all`|; did you mean \S+\?)", line)
     assert len(line) <= 300
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from struct import pack
 from typing import Any
 
 import helpers
@@ -176,11 +177,13 @@ def test_refusals(job: Job, tmp_path: Path) -> None:
     other, _ = helpers.three_shards(tmp_path / "other", hidden=64)
     weights = tmp_path / "weights.safetensors"
     save_file({"a": torch.zeros(2)}, weights)
+    (bare := tmp_path / "bare.safetensors").write_bytes(pack("<Q", 21) + b'{"__metadata__":null}')
     (tmp_path / "empty").mkdir()
     cases: list[tuple[tuple[object, ...], int, str]] = [
         ((tmp_path / "no",), 3, f"{tmp_path / 'no'}: expected the streamer.json of a finished output, found none; check the path"),
         ((tmp_path / "empty",), 3, f"{tmp_path / 'empty'}: expected the streamer.json of a finished output, found none"),
         ((weights,), 3, f"{weights}: expected an output's directory or findings, found another file; name"),
+        ((bare,), 3, f"{bare}: expected an output's directory or findings, found another file; name"),
         ((job.base / "config.json",), 3, f"{job.base / 'config.json'}: expected an output's directory or findings"),
         ((job.home / "model", job.base), 2, "verify: expected BASE and ADAPTER, found one of them"),
         *(

@@ -134,7 +134,8 @@ class Handler(BaseHTTPRequestHandler):
         name = name.removeprefix(LED)
         path = state.root / name
         if not path.is_file():
-            return self.plain(404) if state.page is None else self.give_page(*state.page)
+            page = state.page if state.page is None or name.endswith(".json") or "json" not in state.page[0] else None
+            return self.plain(404) if page is None else self.give_page(*page)
         fault = (state.peek_fault if asked == PEEK else state.fault)(name, before)
         if fault in ("401", "403", "500"):
             return self.plain(int(fault))

@@ -68,6 +68,11 @@ def test_a_type_of_several_classes_that_agree(tmp_path: Path) -> None:
             else:
                 with pytest.raises(MismatchError, match="--architecture NAME"):
                     targets_of(weights, open_adapter(adapter), {"model_type": model_type})
+        if kind == "none":
+            with pytest.raises(
+                MismatchError, match="as a Conv1D"
+            ):  # transformers has classes of no type, which are not meant
+                targets_of(weights, open_adapter(adapter), {"model_type": ""})
 
 
 def test_a_transposed_base_gives_transposed_findings_and_merges(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def test_each_set_of_coefficients_is_a_variant() -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"methods": "shrink"}, "methods: expected a list, found 'shrink'"),
+    ({"keep": 10**400}, r"keep: expected a share in \(0, 1\], found 1000"),
+    ({"other": [3]}, r"other: expected a path, or a list of paths, found \[3\]"),
     ({"lambdas": 0.5}, r"lambdas: expected a list, such as \[0.75, 0.5\], found 0.5"),
     ({"methods": ()}, "method: expected at least one"),
     ({"methods": ("paper", "paper")}, "method: expected different values"),
