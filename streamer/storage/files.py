@@ -82,8 +82,10 @@ def sync(fd: int) -> None:
 
 def drop_cached(fd: int, at: int, length: int) -> None:
     """Drop bytes of a file from the page cache; do nothing if the system does not support it."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.posix_fadvise(fd, at, length, getattr(os, "POSIX_FADV_DONTNEED", 0))
+    advice: int | None = getattr(os, "POSIX_FADV_DONTNEED", None)
+    if hasattr(os, "posix_fadvise") and advice is not None:
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, at, length, advice)
 
 
 def read_at(fd: int, out: memoryview, at: int) -> int:
