@@ -1,7 +1,7 @@
 """Measure time, memory and reading of the commands that run text, and project them to whole models.
 
     python tools/bench_sweep.py --like llama-3-8b --layers 1,2 --threads 1                       real shapes, some minutes
-    python tools/bench_sweep.py --like llama-3-8b --layers 2,4 --commands repair --options "--max-memory 1500M"
+    python tools/bench_sweep.py --like llama-3-8b --layers 2,4 --commands repair --options "--max-memory 1600M"
     python tools/bench_sweep.py --hidden 64 --layers 1,2 --sequences 8 --length 16 --json        tiny: does it work?
 
 For each number of layers, a model is generated and `streamer repair`, `evaluate` and `map` run on it, each in a process of its own, with

@@ -112,7 +112,7 @@ def test_small_matrices_give_every_figure() -> None:
 @pytest.mark.long
 def test_a_tiny_sweep_gives_every_figure(tmp_path: Path) -> None:
     done = call_tool("bench_sweep", "--hidden", 64, "--layers", 2, "--dtype", "fp32", "--work", tmp_path, "--sequences", 8,
-                     "--length", 16, "--threads", 1, "--max-memory", "1500M", "--commands", "repair,evaluate", "--json")  # fmt: skip
+                     "--length", 16, "--threads", 1, "--options=--max-memory 1500M", "--commands", "repair,evaluate", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     tree = json.loads(done.stdout)
     runs = {run["command"]: run for run in tree["runs"]}
