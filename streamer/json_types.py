@@ -4,8 +4,6 @@ A record is a `TypedDict`, or a dataclass that `dataclasses.asdict` prints. In `
 keywords of JSON Schema, a function computes the key's value (`statistics.record`), and a dataclass describes a ``dict[str, Any]`` made from
 it. A key ``x`` of a `Mean` or a `Difference` has a key ``x_se`` beside it, its standard error (`statistics.flat`). From these,
 ``tools/make_schemas.py`` makes ``streamer/schemas``, and `check` compares an object that was read with a record.
-
-Name which of a matrix's intruders are scaled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Run a task as a worker does: from the inputs' addresses, in a process that may be on another machine.
-
-Give tasks to an executor and collect their results; only the caller writes.
-"""
+"""Run tasks on an executor's workers: each opens the inputs by address, perhaps on another machine; only the caller writes."""
 
 from __future__ import annotations
 

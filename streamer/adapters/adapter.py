@@ -1,6 +1,6 @@
-"""Define a source of deltas, module by module: a PEFT adapter, or a fine-tuned model used as one (`finetuned`).
+"""Open an adapter, PEFT's directory or a pipeline's one file, and assign every tensor a role, or refuse it.
 
-Assign roles to an adapter's tensors by name. A new kind of tensor is a new entry of `ROLES`; the first match wins.
+A new kind of tensor is a new entry of `ROLES`; the first match wins.
 
 ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`` → factor A of ``model.layers.0.self_attn.q_proj``;
 ``base_model.model.score.modules_to_save.default.weight``, also without ``default`` → ``weight`` of ``score``, saved whole;

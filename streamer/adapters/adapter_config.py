@@ -1,4 +1,4 @@
-"""Read a PEFT adapter's ``adapter_config.json`` and apply PEFT's rules for a module's rank and scaling.
+"""Read ``adapter_config.json`` by PEFT's rules for ranks, scalings and wrapped parameters, and refuse adapters of an unsupported kind.
 
 Find LoRA on parameters of a module, as PEFT's ``target_parameters`` writes it, typically for the experts of a mixture.
 

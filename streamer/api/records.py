@@ -1,9 +1,4 @@
-"""Define the JSON that commands print and no other folder defines: plans, dry runs, and results for several adapters.
-
-Define the JSON of errors and events (``streamer.error/1``, ``streamer.event/1``), in a separate file so that ``--help`` stays fast.
-
-Inspect inputs: what they contain, which tensor each module changes, and what each command would need.
-"""
+"""Inspect inputs, and define the JSON that no other folder defines: plans, dry runs, several adapters, errors and events."""
 
 from __future__ import annotations
 

@@ -1,11 +1,4 @@
-"""Run the requested command, and turn errors into one line and an exit code; heavy imports happen only inside commands.
-
-Treat SIGINT and SIGTERM as requests to stop.
-
-Describe the error that ended a run, as JSON for `--json` and `--json-events`.
-
-Write progress, warnings and errors to stderr as JSON, one object on each line, for programs that watch a run.
-"""
+"""Run the requested command: stop at signals, and report events and errors as lines or JSON; heavy imports happen only inside commands."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Make the parser from the declared options (`streamer.options`), and the help of each command.
-
-Read the values of options; report an error in one line, with a suggestion.
-
-Generate shell completion from the parser with shtab, which is imported only when a script is requested.
-"""
+"""Make the parser, its help and shell completion from the declared options (`streamer.options`), and word its errors."""
 
 from __future__ import annotations
 

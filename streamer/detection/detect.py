@@ -1,8 +1,4 @@
-"""Detect in the matrices of adapters on one base, one at a time: here or on workers, into memory or into files.
-
-Choose the device on which detection computes.
-
-Estimate the peak memory of detection for each matrix, and choose the way that fits a budget.
+"""Detect in the matrices of adapters on one base, one at a time: here or on workers, into memory or into files, within a budget of memory.
 
 Read weights ahead: a thread reads the next ones from disk while the current one is in use. For a GPU, the stored bytes are copied into
 pinned memory and then, on a separate stream, to the device while it computes; the device converts them to float32 exactly. Quantized

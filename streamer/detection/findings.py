@@ -1,4 +1,4 @@
-"""Define the findings: the result of detection for each matrix, with the base, adapter and options that determined it.
+"""Define the findings, the result of detection for each matrix, with what determined it; store, show and match them.
 
 On disk they are one safetensors file. For the base tensor ``T`` it holds the intruders' triplets ``T/U`` (m, q), ``T/S`` (q,) and
 ``T/Vh`` (q, n); ``T/singular_values``, ``T/similarity``, ``T/similarity_low``, ``T/similarity_high``, ``T/base_singular_values`` (k,)
@@ -11,10 +11,6 @@ Recognise findings for a base other than the adapter's: its directions then look
 Let u be a random unit vector of R^m, and u⁰_1 … u⁰_p orthonormal. Each ⟨u, u⁰_i⟩² has the distribution Beta(1/2, (m − 1)/2). By the union
 bound, max_i |⟨u, u⁰_i⟩|, which is near √(2 ln p / m), is at most `random_overlap` with a probability of at least 1 − `ALPHA`.
 After training, most directions of a delta are closer than that to some singular vector of its own base.
-
-Present findings: matrices by name or pattern, a short text, an HTML table, data frames.
-
-Identify a matrix of a base and an adapter's module by their values, independently of location and dtype.
 
 The same model may be in files and in memory, its tensors under other names, in shards or on devices, and in a wider dtype than stored.
 Findings for one apply to the other if every matrix has the same fingerprint.

@@ -1,9 +1,4 @@
-"""Define the options of detection, which determine the findings, and the options of a run.
-
-Define types that the JSON of findings and of outputs share.
-
-Make the stamp in the metadata of every written file: its inputs and how it was made.
-"""
+"""Define the options of detection and of a run, and the JSON types and the stamp that state them."""
 
 from __future__ import annotations
 

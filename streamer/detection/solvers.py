@@ -1,9 +1,7 @@
-"""Define the solvers: from base and delta to the leading triplets of their sum, and an interval for each similarity.
+"""Define the solvers: from base and delta to the leading triplets of their sum, and an interval for each similarity; estimate their cost.
 
 A new solver is a new entry in `SOLVERS`. ``certified`` uses only products, no decompositions; matrices that it cannot settle within a cost
 limit go to ``dense``, and the result says so. ``auto`` chooses the cheaper one (`cheaper`).
-
-Estimate the solvers' cost: which one is cheaper, a matrix's time, and the memory that each way of computing it needs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Report a fit's results: figures of each set on the held-out sequences, beside the shrink that keeps the same share.
-
-Provide right factors of all matrices for a weight, from a spool, from other factors, or from the adapter itself.
-
-Fit right factors to the inputs of modules in one sweep, choose among them by held-out sequences, and write them to a file.
+"""Fit right factors to the inputs of modules in one sweep, choose among them by held-out sequences, and write them to a file.
 
 Each text is divided into a part for fitting and a held-out part. General text runs through the base, task text through base + adapter, and
 both run through the model that is being repaired, once for each candidate: a weight μ of the general text. At each site every candidate's

@@ -1,4 +1,4 @@
-"""Reduce deltas by second moments of inputs, and find the leading eigenvectors of these moments.
+"""Change deltas by second moments of inputs: reduce them on general inputs, or refit them to two texts.
 
 Let ``C ≈ V diag(e) Vᵀ + ρ (I − V Vᵀ)`` (n, n), where V (n, k) are the leading eigenvectors and ρ is the mean of the other eigenvalues:
 

@@ -2,10 +2,6 @@
 
 An operator of shape (m, n) offers ``matmat(X)`` for ``M @ X`` and ``rmatmat(Y)`` for ``M.T @ Y``. A `Delta` is the change that an adapter
 adds to a weight: `LowRank` if it has factors, else `Dense`. Both have the same methods, so callers need not distinguish them.
-
-Represent low-rank matrices by their factors, ``L @ R.T``.
-
-Multiply a large matrix by a block of few columns, with the kernels that benchmarks show to be fast.
 """
 
 from __future__ import annotations

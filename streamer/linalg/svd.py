@@ -1,9 +1,4 @@
-"""Compute leading singular triplets by block Krylov or LAPACK's full SVD; recompute their residuals from the operator.
-
-Run the block Golub–Kahan process: grow one Krylov space of a matrix from products with it.
-
-Compute a matrix's energies (squared singular values) and the rank that keeps a share of them.
-"""
+"""Compute singular values and vectors: leading triplets by block Krylov or LAPACK, their residuals, and energies."""
 
 from __future__ import annotations
 

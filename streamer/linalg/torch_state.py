@@ -1,7 +1,4 @@
-"""Set torch's process-wide state for a computation and restore it: the number of threads, and how float32 matrices are multiplied.
-
-Allocate large matrices in large pages.
-"""
+"""Set torch's process-wide state for a computation and restore it; allocate large matrices in large pages."""
 
 from __future__ import annotations
 

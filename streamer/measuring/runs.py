@@ -1,13 +1,8 @@
 """Run texts through models in sweeps: what evaluations, fits and maps share, from the inputs to one file and a journal beside it.
 
-Measure variants on held-out sequences: riders of a sweep, whose logits arrive one block of the vocabulary at a time. For the logits z at a
-token and the next token y, ``loss = log Σ exp z − z_y``. With the base's z⁰ and p⁰ = softmax(z⁰),
+For the logits z at a token and the next token y, ``loss = log Σ exp z − z_y``. With the base's z⁰ and p⁰ = softmax(z⁰),
 ``KL(p⁰ ‖ p) = Σ p⁰ (z⁰ − z) − (log Σ exp z⁰ − log Σ exp z)``. Sums over the vocabulary are float64 and scaled by the largest logit so far.
-
-Divide sequences into groups that run together, count the multiplications of a sweep, and estimate its memory. A row is one token of one
-variant.
-
-Describe what determines a run as facts, which its file and its journal hold, and compare them with the facts found there.
+A row is one token of one variant.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Estimate means over tokens, and their standard errors over sequences, from sums over each sequence.
+"""Estimate figures of variants from sums over each sequence: means with standard errors, and quantiles of divergences.
 
 Tokens of one sequence depend on each other; sequences are assumed independent. Because sequences have different numbers of counted tokens,
 a mean over tokens is a ratio of two sums over S sequences. Its standard error is that of the ratio estimator (Cochran, Sampling Techniques,

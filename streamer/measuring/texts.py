@@ -1,6 +1,4 @@
-"""Hold sequences of tokens, and choose some of many.
-
-Load a model's tokenizer, which also reports where each token is in the text.
+"""Read texts as sequences of tokens, from running text, JSON lines or token ids, and score questions with choices.
 
 Read questions with choices, and score them as lm-evaluation-harness 0.4.13 scores ``multiple_choice``.
 
@@ -8,15 +6,9 @@ A choice's log-likelihood is the sum over its tokens after the question. Questio
 them; white space at the end of the question belongs to the choice. For ``acc`` the answer is the choice with the highest log-likelihood,
 for ``acc_norm`` the choice with the highest log-likelihood per character. The loss of a text of questions is the loss of the right choices.
 
-Read a user's text as sequences of tokens: running text, JSON lines, or token ids.
-
 If a text has more sequences than requested, they are taken at even distances from its beginning to its end. Thus every run makes the same
 choice, and no part of the text dominates, such as the first chapter or the first source of a sorted collection. Distant sequences also
 depend less on each other; the standard errors assume independence.
-
-Read sequences of tokens from JSON lines: documents, prompts with completions, conversations, or questions with choices.
-
-Read texts for a model, and answer questions about it that measuring needs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Write a mitigated adapter: new factors, PEFT's names, all other values unchanged.
-
-Project a mitigated delta onto an adapter's rank.
-
-Write mitigated deltas of any kind as a LoRA adapter of a chosen rank: the nearest of that rank, and its error.
-"""
+"""Write mitigated deltas as an adapter: the original with new factors, or a LoRA adapter of a chosen rank."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Describe one mitigation of an adapter's deltas: the plan, the options, and the findings; and an output before anything is written.
-
-Define the JSON types of an output's record, ``streamer.json``. Measure a mitigation: the metrics of a matrix, and their totals.
-
-Show a record to people in a few lines instead of its hundreds of values.
+"""Describe one mitigation and its output: the job, its figures, the record ``streamer.json``, its summary, and the model card.
 
 Write the ``README.md`` of an output: facts about how it was made, followed by the card of its input. The hub reads the YAML at the card's
 head. It is edited as text, key by key; a head of unexpected form stays unchanged.

@@ -1,9 +1,7 @@
-"""Write outputs, one or several in step: each is a resumable transaction, and each tensor of the base is read once.
+"""Plan and write outputs, one or several in step: each is a resumable transaction, and each tensor of the base is read once.
 
 An output's tensors are in the base's file order. Several outputs are written in step, so that all of them pull a tensor before any pulls
 the next, and all but the first find it in the system's cache.
-
-Open and check all inputs of outputs, and plan the outputs; nothing is written.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@ transformers' code. Names are run-time names. In a pattern ``*`` replaces a laye
 ``model.layers.79.mlp`` both match ``model.layers.*.mlp``. A model is described by its class, and each model inside it (a vision tower, a
 decoder) by the class that the config names there.
 
-Read the packaged table of architectures: a record for each class, written by ``tools/make_architectures.py``.
-
 The first line of ``architectures.json.gz`` holds what all classes share. Each further line holds one record, which several classes may
 share. A record omits what the records of its inner models already say.
 """

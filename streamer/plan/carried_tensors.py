@@ -1,16 +1,12 @@
-"""Match an adapter's carried tensors, the ones that are not factors, to the model's tensors that they edit.
+"""Match an adapter's carried tensors, those that are not factors, to the tensors that they edit; refuse adapters that lack some.
 
 Weights and biases replace the base's or are new; LoRA biases are added; trained tokens replace rows. Names are matched in the same way as
 the factors' names (`targets`): if the module ``model.layers.0.mlp.up_proj`` was found as ``layers.0.mlp.up_proj.weight``, the saved
 ``model.norm.weight`` is ``norm.weight``. So `plan` knows every tensor of the merged model before anything is written.
 
-Update a model's config for the head that an adapter saves: the class and the number of labels.
-
 An adapter for classification saves a head that its base does not have, or has for another number of labels. The class of the merged
 model follows from the base's type and the adapter's task, by transformers' own table (``auto_classes.json``, see
 ``tools/make_auto_classes.py``); the number of labels is the head's number of rows.
-
-Refuse adapters, and warn of them, whose files lack what their configs announce.
 """
 
 from __future__ import annotations

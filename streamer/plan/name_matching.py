@@ -1,4 +1,4 @@
-"""Match an adapter's modules to the tensors of a base by exact names, known renames, or one exchange of prefixes.
+"""Match an adapter's modules to a base's tensors by name: exact names, transformers' renames, one exchange of prefixes, or kohya's names.
 
 Adapters use run-time module names; checkpoints use their own. A module is looked up under its own name, then under the name that
 transformers gives a tensor on loading (`Renames`), then, for the adapter as a whole, under one exchange of prefixes
@@ -7,8 +7,6 @@ that fits every module. A module that finds no tensor, or several, has no match,
 ``model.layers.0.q_proj`` → ``model.layers.0.q_proj.weight`` (exact); ``model.language_model.layers.0.q_proj`` →
 ``language_model.model.layers.0.q_proj.weight`` (rename); ``model.layers.0.q_proj`` → ``layers.0.q_proj.weight``, if every module of the
 adapter is found after ``model.`` is removed (prefix).
-
-Sort names of tensors in natural order: numbers by size, and parts of a layer in the order in which data passes them.
 
 Rename tensors as transformers does on loading: name on disk → name in the loaded model.
 

@@ -1,10 +1,4 @@
-"""Plan a run from headers alone: open, match and check its inputs before anything is written.
-
-Plan a run on a base without an adapter.
-
-Group plans on one base that are executed together.
-
-Estimate a run's memory from headers alone: the part that remains between two steps, and a module's tensors.
+"""Plan runs from headers alone: open, match and check a base and its adapters before anything is written, and estimate the memory needed.
 
 The estimate is an upper bound of anonymous memory: the interpreter and torch, the tables of all tensors, and the largest step, as one step
 runs at a time. Mapped files do not count: the system drops their pages when it needs memory.

@@ -1,11 +1,6 @@
-"""List side files: the files of a model's or adapter's directory that an output copies, and the files that it leaves out.
+"""Decide on everything beside the weights: which files an output copies, whose tokenizer it takes, and how it names its inputs.
 
-Name the inputs of an output by directory names, hub ids if known, and digests, never by paths: the same inputs give the same bytes on any
-machine.
-
-Note if an adapter's config names another base than the one in use.
-
-Choose a merged model's tokenizer: the adapter's if a complete one is beside its weights, else the base's; never a mixture.
+Inputs are named by directory names, hub ids if known, and digests, never by paths: the same inputs give the same bytes on any machine.
 
 Trainers save their tokenizer beside the adapter: it may have more tokens, another padding token or another chat template.
 """

@@ -1,6 +1,4 @@
-"""Match each adapter module to the base tensor that it changes, and refuse modules that do not fit theirs.
-
-Match LoRA on a stacked parameter of experts, split into one matrix for each expert, to the base's tensors.
+"""Match each module, expert and stack of a fine-tuned model to the matrix of the base that it changes, and refuse what does not fit.
 
 A loaded model has the experts of a layer in one parameter (E, out, in), or (E, in, out) in some models. A base stores that tensor, or one
 tensor for each expert, or even two (gate and up), which transformers combines on loading. Here each expert is a matrix (out, in) of its
@@ -9,8 +7,6 @@ own, however it is stored: it is detected, mitigated and merged like any other.
 LoRA on ``model.layers.0.mlp.experts.gate_up_proj`` (8, 2·I, H) of a base with ``model.layers.0.mlp.experts.0.gate_proj.weight`` (I, H),
 ``….0.up_proj.weight`` (I, H) and so on → targets ``model.layers.0.mlp.experts.gate_up_proj[0]`` … ``[7]``, each (2·I, H): the first I rows
 are in the expert's ``gate_proj``, the others in its ``up_proj``.
-
-Classify the layers of a fine-tuned model, and match its stacks of experts to the base's, one matrix for each expert.
 
 ``model.layers.0.mlp.experts.down_proj`` (8, m, n) of both models → targets ``model.layers.0.mlp.experts.down_proj[0]`` … ``[7]``, each the
 difference of two matrices. The table of `architectures` says which tensors are stacks and how they are oriented.

@@ -1,8 +1,7 @@
-"""List the needed files at an address, download them, and make directories of the cache that stand for it.
+"""Turn an input that the user named, a path, a hub name or an address, into a local path.
 
-Turn an input that the user named, a path or an address, into a path.
-
-Read models and adapters from the hub through its own client, with the client's cache, token, offline switch and mirrors.
+Its files are listed; then they are downloaded, or a directory of the cache stands for them. The hub is read through its own client, with
+its cache, token, offline switch and mirrors.
 """
 
 from __future__ import annotations

@@ -1,12 +1,6 @@
-"""Write files that appear complete or not at all: partial file, fsync, rename.
+"""Write a file that appears complete or not at all, from pieces of bytes in reused buffers.
 
 `transaction` handles several files that appear together.
-
-Reuse buffers: a ring leases one for each piece of a tensor, and the last user of the piece releases it.
-
-Write behind, and keep pages of large files out of the system's cache.
-
-Plan output shards from headers alone, then stream them tensor by tensor.
 
 A planned file is a header and, for each tensor in offset order, pieces of bytes that the writer pulls and releases.
 """

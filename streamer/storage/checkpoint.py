@@ -1,9 +1,7 @@
-"""Open safetensors files, and views of their tensors that are released after use.
+"""Open models on disk: safetensors files, and the checkpoints that they form (one file, shards with an index, or a diffusers pipeline).
 
 A file is opened read-only, once, and stays open, so that reads see the planned file even if its name is replaced. A tensor
 is read through a window that maps only its own bytes, or into a buffer; dropping the view releases it.
-
-Open a base model on disk: one safetensors file, shards with an index, or a diffusers pipeline with such files in each component.
 """
 
 from __future__ import annotations

@@ -1,15 +1,7 @@
-"""Open files, stamp them and make them durable, and turn system errors into messages that say what to do.
-
-Wrap system calls that some systems lack, each with a substitute.
+"""Wrap the system's calls on files, with substitutes where a system lacks one; lock files, identify them, and parse their JSON.
 
 Linux has all of them. macOS lacks `posix_fallocate`, `posix_fadvise` and `sched_getaffinity`, and before version 11 also
 `preadv`; its `fsync` leaves bytes in the disk's own cache, which only ``F_FULLFSYNC`` empties.
-
-Parse standard JSON as the safetensors library does.
-
-Lock files, so that only one run at a time writes an output.
-
-Define identities of inputs as JSON types: digests and sizes, independent of paths.
 """
 
 from __future__ import annotations

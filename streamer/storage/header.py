@@ -1,11 +1,9 @@
-"""Validate safetensors headers, with the same validator for reading and writing.
+"""Validate safetensors headers, with the same validator for reading and writing, and read the bytes of local files.
 
 A file is an 8-byte little-endian length N, N bytes of JSON, then the data. The JSON maps each tensor's name to
 ``{"dtype", "shape", "data_offsets"}``, with offsets relative to the data, and ``__metadata__`` to a map of strings.
 Sorted by offset, tensors tile the data exactly. A header is validated completely before any part of it is used. The
 validator accepts what the safetensors library accepts, except duplicate keys, of which the library silently uses the last.
-
-Read the bytes of safetensors files on disk.
 """
 
 from __future__ import annotations

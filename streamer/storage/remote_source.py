@@ -1,9 +1,7 @@
-"""Ask servers for files at URLs, once: by HTTP through urllib3, in buckets through fsspec and its plugins.
+"""Read files at URLs by ranges, by HTTP or from buckets: several at a time, with retries, and always of one version.
 
 fsspec's own HTTP decodes, follows redirects, reads a whole file into memory if the server ignores the range, and returns the bytes without
 status and headers, so that nothing could be checked. `read_range` retries, and compares versions.
-
-Read remote files by ranges, several at a time: retry transient failures, and report others in one line.
 
 A manifest names the remote files for which a directory stands. It counts only inside this user's cache: a directory from elsewhere could
 contain one that names any URL.

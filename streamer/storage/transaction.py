@@ -1,8 +1,4 @@
-"""Keep append-only journals of finished work, from which the next run resumes, and decide whether it may.
-
-Write a file at the end of a run that resumes, beside its lock and journal.
-
-Write output directories, each as one resumable transaction.
+"""Write files and output directories as resumable transactions: check the path, journal what is finished, resume or start over.
 
 During a run the directory contains ``.streamer.lock`` and ``.streamer.journal``; the file that makes the output
 loadable (the last of the plan's names) comes last. Then the record ``streamer.json`` replaces the journal. It says what was
@@ -11,12 +7,6 @@ renamed: after a kill, a file whose final name matches its entry is finished, an
 
 Where a finished output is replaced, all of this happens in ``.streamer.new`` inside it, up to the record. Once that is journalled, the new
 files are complete, and they are renamed into place (`OutputDirectory._replace`).
-
-Find the files of an earlier output by its record or journal, and remove them before another output is written.
-
-Plan an output directory, and determine the state of an existing one, without writing.
-
-Check an output's path, its name and the free space on its disk, without writing.
 """
 
 from __future__ import annotations

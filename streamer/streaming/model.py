@@ -1,10 +1,6 @@
-"""Run a model whose weights stay on disk: build it from its config, read each when its module runs, and check what losses rely on.
+"""Build a base's model from its config without its weights, find the weights of each tensor, and size a sweep.
 
-A batch repeats the same sequences for each variant: rows are (variant, sequence). The logits are computed a block of the vocabulary at a
-time by the model's own `forward`, starting from the result of the layers below the head.
-
-Parameters are on the meta device, buffers have real values. Losses rely on this: tokens do not see later ones, logits come only from the
-head, and padding changes nothing.
+Parameters are on the meta device; buffers have real values.
 """
 
 from __future__ import annotations

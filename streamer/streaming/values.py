@@ -1,12 +1,7 @@
-"""Find the weights on disk that form each parameter and buffer of a loaded model.
+"""Give a loaded model its weights from disk: which weights form each tensor, and its values under each variant, read when they are needed.
 
 ``model.layers.0.mlp.up_proj.weight`` of a vision-language model → ``language_model.model.layers.0.mlp.up_proj.weight`` on disk;
 ``model.layers.0.mlp.experts.gate_up_proj`` (8, 2·I, H) → for each expert, ``….experts.3.w1.weight`` above ``….experts.3.w3.weight``.
-Read the values of a loaded model's tensors under each variant: the base's own, or with the adapter's edits and mitigated deltas.
-
-Name the variants of a model to compare: the base, the unchanged adapter, and each method at each λ.
-
-Stand in for a model's parameter with a tensor that needs no memory and reads its values when an operation needs them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Verify an output's files by their digests and, if inputs are given, a sample of its matrices or all of its tensors.
-
-Compare tensors with the inputs: of an output, matrices recomputed and all others byte by byte; of findings, with a full SVD.
-
-Define the result: the object of `streamer verify --json`, schema ``streamer.verification/1``.
-"""
+"""Verify an output by its digests and, if inputs are given, by recomputing a sample of its matrices or comparing all of its tensors."""
 
 from __future__ import annotations
 

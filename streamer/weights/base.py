@@ -1,14 +1,10 @@
-"""Read one logical weight of a base, whole or a few rows at a time.
+"""Read one logical weight of a base, whole or a few rows at a time, and convert between bytes and torch tensors of plain dtypes.
 
 A logical weight is what the model computes with. A plain checkpoint stores it as one tensor. A quantized one stores several tensors
 (quantized values, scales, tables) under their own names; an expert's gate and up projections may be stacked from two tensors. The rest of
 the package asks for logical names and shapes and gets floating-point values.
 
-Convert between bytes and torch tensors of plain dtypes, and round computed values.
-
 A dtype without an entry in `ENCODINGS` is copied as bytes or refused by name, so raw quantized values never reach a computation.
-
-Read plain floating-point weights, each stored as one tensor.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Decode stored codes, which are integers, FP8 or FP4, with their scales and zero points.
-
-Unpack integers in 32-bit words and apply scales and zero points by group, as GPTQ, AWQ and compressed-tensors all do.
+"""Decode quantized weights: one class for each way to store them, with its formula.
 
 Decode quantized values with one scale for each tensor, row (channel), or block of rows and columns: FP8 e4m3, and int8.
 
@@ -15,8 +13,6 @@ compressed-tensors, ``W = q · (scale · weight_scale_2)`` in ModelOpt, as NVIDI
 
 gpt-oss stores ``<name>_blocks`` (experts, out, in / 32, 16) and ``<name>_scales`` (experts, out, in / 32). The model's own tensor is
 (experts, in, out).
-
-Decode FP8 e4m3 by blocks, and quantize merged values again with new scales.
 
 Decode AWQ (gemm): 4-bit integers in 32-bit words, with a scale and a zero point for each group of inputs and each output.
 

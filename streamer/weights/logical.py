@@ -1,4 +1,4 @@
-"""Register the formats of quantized weights: which tensors on disk form one weight, by name and dtype, and which class decodes them.
+"""Find a base's logical weights under the names of a plain checkpoint, whatever tensors store them: `FORMATS` says which form one weight.
 
 The model's ``quantization_config`` must name a method of some format. Looking up a tensor of quantized values that no format claims is
 refused by name, so raw quantized values never reach a computation.
@@ -11,12 +11,8 @@ name, the library's class of tensor, its block and the tensors that it consists 
 FP8 and integers in bytes: ``W = (q − zero) · scale`` in float32, by blocks as in `codes`. Packed int4 (plain layout): two values
 from −8 to 7 in a byte, the first in the low bits; ``W = q · scale + zero``, with scales and zero points as (groups of inputs, outputs).
 
-Find a base's logical weights under the names of a plain checkpoint, in whatever tensors they are stored.
-
 For GPTQ, the tensors ``q_proj.qweight``, ``q_proj.qzeros`` and ``q_proj.scales`` form the weight ``q_proj.weight``. A tensor that no
 format of `FORMATS` claims is a weight by itself.
-
-Write a quantized model as plain weights of one dtype, and remove every sign of quantization from its config and files.
 """
 
 from __future__ import annotations
