@@ -51,6 +51,9 @@ def test_every_option_of_streamer_in_the_docs_exists(page: str) -> None:
         option for line in lines for option in re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", line) if "bench" not in line
     }
     assert used <= known
+    for command, rest in re.findall(rf"streamer ({commands})\b([^`\n|]*)", PAGES[page]):
+        own = {option for action in subparsers()[command]._actions for option in action.option_strings}
+        assert {*re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", rest)} <= own, f"{command}{rest}"
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))

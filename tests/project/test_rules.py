@@ -57,15 +57,12 @@ def test_only_the_command_line_prints_or_exits() -> None:
 
 
 def test_core_dependencies_are_the_five() -> None:
-    import tomllib
-
-    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
-    names = {d.split(">")[0] for d in project["dependencies"]}
+    names = {d.split(">")[0] for d in PROJECT["dependencies"]}
     assert names == {"safetensors", "numpy", "scipy", "torch", "tqdm"}
     allowed = names | {"streamer"} | set(sys.stdlib_module_names)
     for path in PACKAGE.rglob("*.py"):
         tree, optional = ast.parse(path.read_text()), _extras(path)
-        # Of what is optional the types are named; it is loaded where it is used (findings_view).
+        # Of what is optional the types are named; it is loaded where it is used.
         tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
         for node in ast.walk(tree):
             roots = []

@@ -16,8 +16,6 @@ from jsonschema import Draft202012Validator
 from paths import ROOT
 from referencing import Registry, Resource
 
-import streamer
-
 SCHEMAS: dict[str, dict[str, Any]] = {
     tree["properties"]["schema"]["const"]: tree
     for tree in (json.loads(path.read_text()) for path in (files("streamer") / "schemas").iterdir())
@@ -155,9 +153,12 @@ def test_a_resumed_run(inputs: tuple[Path, Path], tmp_path: Path) -> None:
 # docs/formats.md --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", make_schemas.made())
+MADE = make_schemas.made()
+
+
+@pytest.mark.parametrize("path", MADE)
 def test_schemas_are_those_of_the_types(path: Path) -> None:
-    assert path.read_text() == make_schemas.made()[path], "run `python tools/make_schemas.py`"
+    assert path.read_text() == MADE[path], "run `python tools/make_schemas.py`"
 
 
 def test_the_docs_have_the_exit_codes() -> None:
@@ -186,5 +187,4 @@ def test_the_example_reads_findings(inputs: tuple[Path, Path], tmp_path: Path, m
 
 
 def test_the_schemas_are_in_the_package() -> None:
-    assert streamer.__file__ is not None
-    assert len(SCHEMAS) == len(list((Path(streamer.__file__).parent / "schemas").glob("*.json"))) == 15
+    assert {path.name for path in (files("streamer") / "schemas").iterdir()} == {path.name for path in MADE}

@@ -1,4 +1,4 @@
-"""Every random number of the tests depends on the seed of the run, and a failure prints it."""
+"""Every random number of the tests depends on the seed of the run."""
 
 import ast
 import re
