@@ -394,7 +394,8 @@ class MethodOptions(Scaling, group="mitigation"):
 class Mitigation(MethodOptions, Judged, Computing, OfAdapter, group="mitigation"):
     """A mitigation method, and the findings that it may need."""
 
-    findings: FindingsOrPath = option(f"{FINDINGS} (a directory for several adapters); without it, detection runs first", metavar="FILE")
+    findings: FindingsOrPath = option(f"{FINDINGS} (a directory for several adapters); without it, detection runs first if the "
+        "method needs it", metavar="FILE")
 
 
 class Dequantizing(Options):
@@ -429,7 +430,7 @@ class IterateOptions(Dequantizing, Mitigation):
     """Options of `iter_merged`."""
 
 
-class Products(Computing):
+class Products(Computing, group="computing"):
     """Where and how a sweep multiplies."""
 
     device: str = option("where to run the model: cpu, cuda or cuda:i (cuda has not been run on a GPU yet); auto: the CPU", "auto",
@@ -461,7 +462,8 @@ class VariantOptions(Scaling, Products, OfAdapter):
     findings: Findings | str | Path | None = option(f"{FINDINGS}; paper and project need them", metavar="FILE")
     lambdas: Sequence[float] = option("shares to keep, separated by commas", (0.75, 0.5), "--lambda", metavar="L,L")
     methods: Sequence[MethodName] | None = option(f"one or several of {', '.join(WITHOUT_FILES)}, separated by commas (default: shrink, "
-        "with --findings paper); to evaluate only the sets in --coefficients, give their method, regmean", None, "--method", metavar="M,M")
+        "and with --findings paper too); to evaluate only the sets in --coefficients, give their method, regmean", None, "--method",
+        metavar="M,M")
     keep: float = option("share of the learning that the suggestion must keep", 0.9, metavar="SHARE", bound=SHARE, rare=True)
     projected: bool = option("evaluate deltas projected onto the adapter's rank, as `mitigate` writes them", False, rare=True)
 
@@ -527,8 +529,8 @@ class InspectOptions(OfAdapter):
 class ReportOptions(Options):
     """Options of `write_report`."""
 
-    findings: Findings | Evaluation | str | Path = argument("findings file from `streamer detect`, a directory of such files, or an "
-        "output's directory")
+    findings: Findings | Evaluation | str | Path = argument("findings file from `streamer detect`, a directory of such files, an "
+        "evaluation, or an output's directory")
     evaluation: Evaluation | str | Path | None = argument("evaluation of the same adapter from `streamer evaluate`", None, nargs="?")
     output: str | Path | None = option("page to write, a name that ends in .html", None, "-o", "--output", metavar="PAGE")
     overwrite: bool = option("replace an existing report; no other file is ever replaced", False)

@@ -1,6 +1,7 @@
 """Call the library's functions: their keywords, and the events of their runs as tqdm bars, which the command line draws too.
 
-The keywords come into the signature, the docstring and the check when a function is called. tqdm is imported when the first bar is needed.
+A function's signature and docstring are completed when it is declared; its keywords are checked when it is called.
+tqdm is imported when the first bar is needed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TYPES = {
     "Monitor": "streamer.events", "OnEvent": "streamer.events", "Selection": "streamer.json_types", "MethodName": "streamer.methods",
     "Coefficients": "streamer.methods.files", "InputMap": "streamer.methods.files",
 }  # fmt: skip
-"""Modules of the types of options; a function's own are imported when it is declared."""
+"""Module of each type that an option's annotation names; a function imports those of its own options when it is declared."""
 
 ITEMS = {"detect": "matrix", "recompute": "matrix", "write": "tensor", "download": "file", "verify": "file",
          "evaluate": "layer", "fit": "layer", "map": "layer"}  # fmt: skip

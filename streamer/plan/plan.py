@@ -312,7 +312,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def make_base_plan(base_path: str | Path, io: IOMode = "mmap", architecture: str | None = None) -> Plan:
-    """Open a base alone; the plan has no targets. See `streamer.plan.plan.make_plan`."""
+    """Open a base alone; the plan has no targets. See `make_plan`."""
     checkpoint = open_checkpoint(base_path, io)
     path = checkpoint.path / MODEL_CONFIG
     stamps = {str(path): file_stamp(path.stat())} if path.exists() else {}

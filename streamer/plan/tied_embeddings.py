@@ -185,7 +185,7 @@ class TieEditor:
         untied = tuple(dict.fromkeys(key for tie in parted for key in tie.keys))
         if untied and not self.config.values:
             raise UnsupportedError(
-                f"{self.base.path}: has no config.json to say that {listed(map(repr, parted[0].names))} are no longer one tensor; add one"
+                f"{self.base.path}: has no config.json to say that {listed(map(repr, parted[0].names))} are no longer one tensor; add it"
             )
         left = architecture_for(self.config.untied(untied), self.architecture.name) if parted else None
         still = {name for tie in (left.ties if left else ()) if tie.tied for name in (tie.name, tie.source)}
@@ -370,7 +370,7 @@ def refuse_numbered_ties(ties: Iterable[TiedNames], base: Path, adapter: DeltaSo
         tied = [now for tie in ties if not tie.stored for now in tie.on_disk]
         if any(pattern == now or now.endswith(f".{pattern}") or pattern.endswith(f".{now}") for now in tied):
             raise UnsupportedError(
-                f"{base}: ties {name!r}, which {adapter.path} changes, to others layer by layer; train one that leaves it (exclude_modules)"
+                f"{base}: ties {name!r}, which {adapter.path} changes, to others layer by layer; train without it (exclude_modules)"
             )
 
 

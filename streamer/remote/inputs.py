@@ -418,7 +418,7 @@ class HubListing(Listing):
             path = path.parents[name.count("/")]
             if not path.match(f"snapshots/{self.commit}/{self.name.folder}"):
                 raise errors.InputChangedError(
-                    f"{self.address}: has a new commit since a moment; run the same command again"
+                    f"{self.address}: got a new commit a moment ago; run the same command again"
                 )
         monitor.emit(Event("download", "", len(names), len(names), len(names), len(names)))
         return path
