@@ -131,7 +131,8 @@ def _detection_work(plan: Plan, target: Target, options: DetectionOptions,
 
     These are unknown for a quantized matrix that each product decodes again.
     """
-    (m, n), module = shape, _ = target.module.shape, target.module
+    module, shape = target.module, target.module.shape
+    m, n = shape
     k, ways = options.directions(shape), detection_bytes(plan, target, options, resident)
     way = best_way(plan, target, options, resident)
     solver = "dense" if k + OVERSAMPLING >= min(shape) else chosen_solver(shape, k, options.solver, way is Way.DENSE)
@@ -213,7 +214,7 @@ def forecast_texts(prepared: Prepared[Any], output: Path) -> Forecast:
     if job.device != CPU:
         there = peak - TRANSFORMERS_BYTES - resident
     elif (rates := measure_rates(plan.base, prepared.run.monitor)) is not None:
-        count = workers.processes or 1 if workers is not None else 1
+        count = 1 if workers is None else workers.processes or 1
         products = sum(sweep_cost(model.size, work.fitted + work.riding // count) for work in sweeps)
         # The run needs the time that this process has used so far, mostly for imports, as well.
         seconds = time.process_time() + START_SECONDS + SWEEP * products / rates.products

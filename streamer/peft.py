@@ -53,7 +53,7 @@ from streamer.plan.targets import Orientation, Target
 from streamer.storage.atomic_file import Piece, gather
 from streamer.storage.checkpoint import SAMPLE_BYTES, Checkpoint, TensorFile, open_checkpoint
 from streamer.storage.files import AdapterIdentity, BaseIdentity
-from streamer.storage.header import Header, TensorInfo
+from streamer.storage.header import Header, TensorInfo, tensor_nbytes
 from streamer.units import listed
 from streamer.weights.base import SPELLINGS, TORCH_DTYPES, as_bytes, as_tensor
 from streamer.weights.logical import WeightView, open_weights
@@ -244,10 +244,8 @@ class LiveFile(TensorFile):
         last = self._last
         if last is None or last[0] != name:
             last = self._last = None  # free the last copy before making the next
-            last = self._last = (
-                name,
-                live.values().cpu().contiguous(),
-            )  # another thread may read the next tensor meanwhile
+            # The local stays: another thread may read the next tensor meanwhile.
+            last = self._last = name, live.values().cpu().contiguous()
         return last[1]
 
 
@@ -714,7 +712,7 @@ def merge_and_unload_with_reduced_intruder_dimensions(peft_model: nn.Module, ada
         # Activate before any weight changes, because it may fail: a model loaded in inference mode allows no gradients.
         with quiet_peft():
             live.live.activate(adapter_name)
-        total, done = sum(_nbytes(output) for output in outputs), 0
+        total, done = sum(tensor_nbytes(output.dtype, output.shape) for output in outputs), 0
         for items, output in enumerate(outputs):
             monitor.emit(Event("write", output.name, done, total, items, len(outputs)))
             values, tensor = _values(job, output), live.tensors[output.name]
@@ -722,7 +720,7 @@ def merge_and_unload_with_reduced_intruder_dimensions(peft_model: nn.Module, ada
                 tensor.write(values)
             else:  # the parameter still belongs to another module
                 tensor.untie(values)
-            done += _nbytes(output)
+            done += tensor_nbytes(output.dtype, output.shape)
         monitor.emit(Event("write", "", total, total, len(outputs), len(outputs)))
         for *path, key in live.plan.edits.untied:  # head and embedding are separate now
             setattr(functools.reduce(getattr, path, live.live.base.config), key, False)
@@ -782,14 +780,10 @@ def _place(tensor: LiveTensor) -> tuple[str, int]:
     return tensor.storage if tensor.offloaded or values.numel() == 0 else (str(values.device), values.data_ptr())
 
 
-def _nbytes(output: OutputTensor) -> int:
-    return torch.Size(output.shape).numel() * TORCH_DTYPES[output.dtype].itemsize
-
-
 def _values(job: Job, output: OutputTensor) -> Tensor:
     """Compute a tensor's values in its own dtype."""
     with threads():
-        data = gather(output.recipe.pieces(job.mitigated), _nbytes(output))
+        data = gather(output.recipe.pieces(job.mitigated), tensor_nbytes(output.dtype, output.shape))
     return as_tensor(data, TORCH_DTYPES[output.dtype], output.shape)
 
 

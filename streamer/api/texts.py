@@ -19,7 +19,7 @@ from streamer.api.requests import Request, read_coefficients, read_map, take
 from streamer.detection.findings import Findings
 from streamer.errors import OutputExistsError, UsageError
 from streamer.evaluation.evaluate import PreparedEvaluation, prepare
-from streamer.evaluation.evaluation import Evaluation, EvaluationOptions, ReliableRecord
+from streamer.evaluation.evaluation import Evaluation, EvaluationOptions, ReliableRecord, traded
 from streamer.events import Event, Monitor
 from streamer.fitting.fit import FitOptions, PreparedFit, prepare_fit, refuse_dense
 from streamer.fitting.mapping import MapOptions, PreparedMap, prepare_map
@@ -545,9 +545,8 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
     if not _is_worth_it(one, min(held_out)):
         trade = one["trade"]
         return "adapter", (
-            f"the adapter as it is: {trade['name']} regains {trade['regained']:.4f} ± {trade['regained_se']:.4f} nats of KL per token of "
-            f"general text and gives up {trade['given_up']:.4f} ± {trade['given_up_se']:.4f} of loss on the task's; a written variant "
-            f"regains over {trade['worth']:g} of what it gives up, by two standard errors"
+            f"the adapter as it is: {trade['name']} {traded(trade)}; a written variant regains over {trade['worth']:g} of what it gives "
+            "up, by two standard errors"
         ), UNCHANGED  # fmt: skip
     if shrink is None:
         return "adapter", "the adapter as it is: no measured shrink keeps the same share as the repair", UNCHANGED

@@ -368,11 +368,7 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
     lines += [f"{100 * one['keep']:g}%: {words[one['shrink']['verdict']]}" for one in sets if one["shrink"] is not None]
     for one in sets:
         if (trade := one.get("trade")) is not None and not trade["worth_it"]:
-            numbers = [f"{trade[key]:.4f} ± {trade[f'{key}_se']:.4f}" for key in ("regained", "given_up")]
-            lines.append(
-                f"{100 * one['keep']:g}%: probably not worth it: it regains {numbers[0]} nats of KL per token of general text and gives "
-                f"up {numbers[1]} of loss on the task's"
-            )
+            lines.append(f"{100 * one['keep']:g}%: probably not worth it: it {views.traded(trade)}")
     changes = (
         ("kept", "kept", "learning"),
         ("top1_kept", "top-1 kept", "top1_gain"),
@@ -544,7 +540,7 @@ def result(found: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
             tree = {"schema": "streamer.fit/1", **found.facts, "output": output, "state": state}
             return tree, f"{text}\n{stood(output, state)}"
         case "map":
-            tree = {**views.map_record(found, output, monitor.outputs[Path(output)])}
+            tree = {**views.map_record(found, output, state)}
             return tree, map_text(tree, shown(args.base[0]), on)
         case "repair":
             inputs = shown(args.base), shown(args.adapter)

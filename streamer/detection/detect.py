@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from streamer import __version__
-from streamer.detection import findings as findings_file
+from streamer.detection import findings as findings_module
 from streamer.detection.findings import FILE_NAME, Findings, MatrixFinding, entries, fingerprint, load_findings
 from streamer.detection.intruders import Detection, decide
 from streamer.detection.options import DetectionOptions, Run
@@ -220,7 +220,7 @@ def read_ahead(items: Sequence[T], load: Callable[[T], V], depth: int = 1) -> Ge
     """Yield each item with its result of `load`; a thread loads the next `depth` items while the current one is in use."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="streamer prefetch")
     try:
-        context = copy_context()  # with the monitor that waits for servers heed
+        context = copy_context()  # carries the monitor that `heed` set, which waits for servers obey
         coming = deque(pool.submit(context.run, load, item) for item in items[:depth])
         for i, item in enumerate(items):
             value = coming.popleft().result()
@@ -440,8 +440,8 @@ class FindingsWriter:
         header = parse_header(raw[: 8 + int.from_bytes(raw[:8], "little")], len(raw), "journal")
         with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
             figures: dict[str, Any] = json.loads(header.metadata["matrix"])
-            check(figures, findings_file.FIGURES)
-            if header.by_name.keys() == {f"{figures['tensor']}/{key}" for key in findings_file.ARRAYS}:
+            check(figures, findings_module.FIGURES)
+            if header.by_name.keys() == {f"{figures['tensor']}/{key}" for key in findings_module.ARRAYS}:
                 return header, figures
         raise self._journal.foreign(i)
 
@@ -467,7 +467,7 @@ class FindingsWriter:
 
         def source(info: TensorInfo) -> Iterator[Buffer]:
             i, header, own = homes[info.name]
-            yield self._journal[i][header.data_start + own.start : header.data_start + own.end]
+            yield self._journal.part(i, header.data_start + own.start, header.data_start + own.end)
 
         shard = self.head.file_plan(self.path.name, [figures for *_, figures in records], arrays)
         write_sealed(self.path.parent, shard, source, self.plan.check_unchanged)
@@ -490,8 +490,8 @@ def findings_bytes(plan: Plan, options: DetectionOptions) -> int:
     nbytes = 4096 + 2 * len(json.dumps([head.base, head.adapter, head.sources, options.as_dict()]))
     for target in plan.targets:
         (m, n), k = target.module.shape, options.directions(target.module.shape)
-        names = (1 + len(findings_file.ARRAYS)) * len(json.dumps(target.tensor)) + len(json.dumps(target.module.name))
-        values = (m + n + 1) * plan.weights[target.tensor].compute.itemsize + 8 * (len(findings_file.ARRAYS) - 3) + 12
+        names = (1 + len(findings_module.ARRAYS)) * len(json.dumps(target.tensor)) + len(json.dumps(target.module.name))
+        values = (m + n + 1) * plan.weights[target.tensor].compute.itemsize + 8 * (len(findings_module.ARRAYS) - 3) + 12
         nbytes += FIGURES_BYTES + 2 * names + k * values
     return nbytes
 
@@ -632,7 +632,7 @@ def _finished(plan: Plan, path: Path, made_from: str, overwrite: bool) -> Findin
             raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
     if not is_taken(path):
         return None
-    if not findings_file.is_findings_file(path):
+    if not findings_module.is_findings_file(path):
         raise not_own(path, "findings")
     if overwrite:
         return None

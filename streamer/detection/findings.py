@@ -87,7 +87,7 @@ class MatrixFinding:
     transposed
         Whether the base stores (in, out), as embeddings and Conv1D layers do; the output side is still judged.
     fingerprint
-        Digest of the values behind the decisions (see `findings.fingerprint`); None for a fine-tuned model.
+        Digest of the values behind the decisions (see `fingerprint`); None for a fine-tuned model.
     """
 
     # fmt: off

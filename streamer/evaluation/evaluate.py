@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -254,8 +254,7 @@ class PreparedEvaluation(Prepared[Evaluation]):
         monitor, evaluation = self.run.monitor, replace(load_evaluation(path), keep=self.options.keep)
         text = evaluation.to_json().encode()
         if text == path.read_bytes():
-            super().standing(path)
-            return evaluation
+            return super().standing(path)
         remove_leftovers(path)  # from a run that was killed just after it renamed the file
         with locked(lock_of(path), path):
             write_atomic(path, text)
@@ -276,15 +275,13 @@ class PreparedEvaluation(Prepared[Evaluation]):
             done = () if known is None else known.variants
             missing, found = [v for v in rest if EvaluatedVariant.of(v) not in done], known
 
-            def measured(known: Evaluation | None, variants: Sequence[Variant]) -> Evaluation:
-                return self._measured(known, variants, facts, one_length, records, progress)
-
+            measure = partial(self._measured, facts=facts, one_length=one_length, records=records, progress=progress)
             if missing:
-                found = measured(known, (base, *missing))
+                found = measure(known, (base, *missing))
             assert found is not None
             again = bool(missing) or (known is not None and known.keep != keep)
             if again and (lam := _place(found, keep)) is not None:
-                found = measured(replace(found, facts=facts), (base, Variant.of(Shrink(lam))))
+                found = measure(replace(found, facts=facts), (base, Variant.of(Shrink(lam))))
             progress.finish()
         return replace(found, facts=facts, keep=keep)
 

@@ -511,10 +511,6 @@ class EvaluationRecord(EvaluationHead, EvaluationFacts):
     state: NotRequired[Annotated[State, "Printed only."]]
 
 
-KEEP = 0.9
-"""Default share of the learning that a suggested variant keeps."""
-
-
 @dataclass(frozen=True, repr=False)
 class Evaluation:
     """Losses of an adapted model's variants, shown as a table and written as JSON.
@@ -537,7 +533,7 @@ class Evaluation:
     general: SequenceSums
     task: SequenceSums
     facts: Mapping[str, Any]
-    keep: float = KEEP
+    keep: float = EvaluateOptions.keep
     others: Mapping[str, SequenceSums] = field(default_factory=dict)
 
     @classmethod
@@ -656,7 +652,7 @@ class Evaluation:
             **({"others": others} if others else {}),
             "keep": self.keep,
             "variants": [record(VariantRecord, self, v) for v in range(len(self.variants))],
-            "reliable": record(ReliableRecord, self),
+            "reliable": self.reliable(),
             "front": self.front(),
             "suggestion": record(SuggestionRecord, best, self),
         })  # fmt: skip
@@ -887,8 +883,17 @@ def verdict(evaluation: Evaluation, suggestion: Suggestion) -> str:
     return f"use {variant.name}: it keeps {kept} of what the adapter learned and leaves {left} of its divergence from the base"
 
 
+def traded(found: Mapping[str, Any]) -> str:
+    """Say what a `TradeRecord` regains and gives up."""
+    return _traded(*(f"{found[key]:.4f} ± {found[f'{key}_se']:.4f}" for key in ("regained", "given_up")))
+
+
 def _trade(trade: Trade) -> str:
-    return f"regains {cell(trade.regained)} nats of KL per token of general text and gives up {cell(trade.given_up)} of loss on the task's"
+    return _traded(cell(trade.regained), cell(trade.given_up))
+
+
+def _traded(regained: str, given_up: str) -> str:
+    return f"regains {regained} nats of KL per token of general text and gives up {given_up} of loss on the task's"
 
 
 VERDICT_ON_SHRINK = {
@@ -907,7 +912,7 @@ def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
     if declined is not None:
         trade = Trade.of(evaluation, evaluation.variants.index(declined))
         rule = f"a suggested variant regains over {WORTH:g} of what it gives up, by two standard errors"
-        lines.append(f"{declined.name}, which diverges least, {_trade(trade)}; {rule}")
+        lines.append(f"{declined.name}, which diverges least, {_traded(cell(trade.regained), cell(trade.given_up))}; {rule}")
     if suggestion.reason == "forgets least" and variant is not None:
         v = evaluation.variants.index(variant)
         lines.append(

@@ -33,7 +33,6 @@ from streamer.evaluation.evaluation import (
     ProductDtype,
     ReliableRecord,
     TextFacts,
-    Trade,
     TradeRecord,
     against_shrink,
     ask_swapped,
@@ -227,7 +226,7 @@ class AdapterFacts(TypedDict):
     divergence: Annotated[Mean, "Mean divergence KL(base ‖ adapter) on the general text, in nats per token.",
         lambda e: e.general.mean("kl", ADAPTER_ROW)]
     reliable: NotRequired[Annotated[ReliableRecord, "Whether the denominators of shares are large enough; absent in earlier versions.",
-        lambda e: record(ReliableRecord, e)]]
+        lambda e: e.reliable()]]
 
 class FitRecord(FitFacts, AdapterFacts):
     """What `streamer fit --json` prints: what factors were fitted to, and their figures on other text."""
@@ -288,7 +287,7 @@ def set_facts(sums: Evaluation, found: Sequence[tuple[float, Point]]) -> list[Se
             "keep": keep,
             "missed": sums.task.share("loss", v).value < keep - MISSED,
             "mu": point.weight,
-            "trade": record(TradeRecord, Trade.of(sums, v), variants[v].name),
+            "trade": sums.trade(variants[v]),
             **record(_Shares, sums, v),
             "shrink": shrink,
         })  # fmt: skip

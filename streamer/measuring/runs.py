@@ -608,9 +608,9 @@ class Prepared(ABC, Generic[Made]):
         """Return the earlier results in the file, to which this run adds."""
         return None
 
-    def save(self, made: Made, path: Path) -> None:
+    def save(self, made: Any, path: Path) -> None:
         """Write a result to its file; `inspect` has permitted it for any existing file."""
-        made.save(path, overwrite=True)  # type: ignore[attr-defined]  # a fit, or a map
+        made.save(path, overwrite=True)  # a fit, or a map
 
     def is_whole(self, path: Path) -> bool:
         """Test whether the file at a path is the complete result; raise `OutputExistsError` if it belongs to others, see `of_others`."""

@@ -30,7 +30,7 @@ from streamer.plan.plan import AdapterBatch, Plan, check_budget, make_batch, res
 from streamer.storage import transaction
 from streamer.storage.atomic_file import ShardFile, ShardPlan, remove_partials
 from streamer.storage.checkpoint import read_json_object
-from streamer.storage.files import difference, locked, touch
+from streamer.storage.files import difference, locked
 from streamer.storage.header import TensorInfo
 from streamer.storage.transaction import remove_leftovers
 from streamer.units import counted, listed
@@ -113,8 +113,7 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
             with locked(path / transaction.LOCK_NAME):
                 pass
         # For `make`: the files, then the commit point, the record and the directory.
-        if fault := touch([*(path / name for name, _ in output.files), path / transaction.RECORD_NAME, path]):
-            monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
+        transaction.touch([*(path / name for name, _ in output.files), path / transaction.RECORD_NAME, path], monitor)
     todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
     with transaction.open_outputs([writer.output for writer in todo], whole.overwrite, whole.resume) as outs:
         of = sum(sum(w.items.values()) for w in todo)
@@ -138,11 +137,12 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
             found = detect_to_files(batch, paths, detection, own, resident_of(writers))
             for run, findings in zip(unjudged, found, strict=True):
                 run.job = replace(run.job, findings=findings)
+        inputs = Inputs.of(batch_of(todo), whole) if todo and whole.workers is not None else None
         with threads(), kept(whole.workers):
             for number, run in enumerate(runs):
                 run.write_small({**dict(run.writer.copies), **run.writer.texts})
-                if whole.workers is not None:
-                    run.write_elsewhere(whole.workers, Inputs.of(batch_of(todo), whole), number)
+                if whole.workers is not None and inputs is not None:
+                    run.write_elsewhere(whole.workers, inputs, number)
             _write_shards(runs)
             for run in runs:
                 run.finish()

@@ -541,16 +541,16 @@ def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    tree, best = evaluation.to_dict(), evaluation.best()
+    best = evaluation.best()
     drawn = ("kept", "kept_se", "forgetting", "forgetting_se", "divergence", "divergence_se")
     columns = figures(evaluation), field_figures(evaluation.general)
     return {
         "keep": evaluation.keep,
         "methods": list(METHODS),
         "suggested": best.variant and printable(best.variant.name),
-        "front": [printable(name) for name in tree["front"]],
+        "front": [*map(printable, evaluation.front())],
         "texts": {side: evaluation.facts["texts"][side]["name"] for side in ("general", "task")},
-        "others": [printable(one["name"]) for one in tree.get("others", [])],
+        "others": [*map(printable, evaluation.others)],
         **{key: [{"head": printable(c.head), "about": c.about, "cells": [printable(cell) for cell in c.cells]} for c in part]
            for key, part in zip(("columns", "field"), columns, strict=True)},
         "variants": [

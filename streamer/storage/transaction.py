@@ -80,6 +80,11 @@ class Journal:
         start, length = self._spans[i]
         return files.read_bytes(self._fd, length, start)
 
+    def part(self, i: int, start: int, stop: int) -> bytes:
+        """Read the bytes ``[start, stop)`` of a record."""
+        at, length = self._spans[i]
+        return files.read_bytes(self._fd, min(stop, length) - start, at + start)
+
     def begin(self, head: Mapping[str, Any]) -> None:
         """Start a new run's journal. The old records stay on disk until the head replaces them in one step.
 
@@ -226,9 +231,14 @@ def left(path: Path, monitor: Monitor, note: str = "") -> None:
     remove_leftovers(path)
     if note:
         monitor.emit(Event("note", note))
-    if fault := files.touch([path]):
-        monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
+    touch([path], monitor)
     monitor.told(path, "present")
+
+
+def touch(paths: Sequence[Path], monitor: Monitor) -> None:
+    """Set the times of finished files to now, for `make`; warn if the system refuses."""
+    if fault := files.touch(paths):
+        monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
 
 
 @dataclass(frozen=True)
@@ -823,8 +833,9 @@ class OutputDirectory:
         files = [{k: self._entries[name][k] for k in ("file", "bytes", "sha256")} for name, _ in self._plan.files]
         record = {**record, "plan": record.get("plan", self._plan.digest), "files": files, "sha256": "0" * 64}
         record["sha256"] = hashlib.sha256(_record_bytes(record)).hexdigest()
-        with self.file(RECORD_NAME, len(_record_bytes(record))) as file:
-            file.write(_record_bytes(record))
+        data = _record_bytes(record)
+        with self.file(RECORD_NAME, len(data)) as file:
+            file.write(data)
         if self.path != self._plan.path:
             self._replace()
         self._journal.remove()

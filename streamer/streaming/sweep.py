@@ -845,11 +845,12 @@ class _Reader(Reader):
                 all_ids = ids.expand(count, *ids.shape)
             self.model.pause(Site((True, 0, self.position), (matrix,), all_ids.flatten(), size))
         changes = [change for _, change in self.values.changes(self.sources[0].slices[0], variant)]
-        if not all(isinstance(change, LowRank) for change in changes):
+        products = [change for change in changes if isinstance(change, LowRank)]
+        if len(products) < len(changes):
             return self.values.whole(self.tensor, variant)[ids]
         unique, rows, at = self.values.looked_up(self.tensor, variant, ids)
-        for change in changes:
-            rows += change.L[unique] @ change.R.T  # type: ignore[union-attr]  # checked above
+        for change in products:
+            rows += change.L[unique] @ change.R.T
         return rows[at]
 
     def product(self, x: Tensor, transposed: bool) -> Tensor:

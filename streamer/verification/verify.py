@@ -115,7 +115,7 @@ Task = tuple[str, Callable[[], float | None]]
 class Check:
     """Compare the tensors of a merged model, of a mitigated adapter, or of findings.
 
-    Attributes
+    Parameters
     ----------
     made
         What the output states: its record, or the JSON of findings.

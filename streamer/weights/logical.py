@@ -32,7 +32,7 @@ from streamer.weights import codes
 from streamer.weights.base import ENCODINGS, Encoding, Plain, QuantizedWeight, StoredTensor, Weight
 from streamer.weights.model_config import ModelConfig
 
-OPTIONAL = {"zeros": ("._weight_zero_point",)} | {
+_TORCHAO_OPTIONAL = {"zeros": ("._weight_zero_point",)} | {
     part: (f"._weight_{part}",)
     for part in ("scale_and_zero", "per_tensor_scale", "act_pre_scale", "act_quant_scale", "act_quant_zero_point")
 }
@@ -56,11 +56,11 @@ def torchao_weight(name: str, tensors: Mapping[str, StoredTensor], config: Mappi
     """
     kind, data, parts = _stated(name, tensors)
     unknown = [part for part in parts if part not in _PARTS]
-    if kind not in _CLASSES or unknown:
+    if kind not in _TORCHAO_CLASSES or unknown:
         found = f"{kind} with {unknown[0]}" if unknown else kind
         raise codes.unsupported(tensors, f"torchao's {found}")
     codes.check_fit({_PARTS[part] for part in parts} == tensors.keys(), tensors)
-    return _CLASSES[kind](name, tensors, data)
+    return _TORCHAO_CLASSES[kind](name, tensors, data)
 
 
 def _stated(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, dict[str, Any], list[str]]:
@@ -147,7 +147,7 @@ class PackedInt4(QuantizedWeight):
         return values.view(j - i, scale.shape[1], -1).mul_(scale).add_(zero).flatten(1)
 
 
-_CLASSES = {
+_TORCHAO_CLASSES = {
     "Float8Tensor": _fp8,
     "Int8Tensor": _integers,
     "IntxUnpackedToInt8Tensor": _integers,
@@ -183,7 +183,7 @@ class QuantizationFormat:
     values: tuple[str, tuple[str, ...], str]
     companion_suffixes: Mapping[str, tuple[str, ...]]
     make: Callable[[str, Mapping[str, StoredTensor], Mapping[str, Any]], QuantizedWeight]
-    optional: Mapping[str, tuple[str, ...]] | None = None
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     requantizes: bool = False
 
     def claim(self, tensor: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, dict[str, str]] | None:
@@ -202,7 +202,7 @@ class QuantizationFormat:
             return None
         stem = tensor.removesuffix(ending)
         roles = {"weight": tensor}
-        for role, endings in {**self.companion_suffixes, **(self.optional or {})}.items():
+        for role, endings in {**self.companion_suffixes, **self.optional}.items():
             found = next((stem + e for e in endings if stem + e in tensors), None)
             if found is not None:
                 roles[role] = found
@@ -245,10 +245,10 @@ FORMATS: tuple[QuantizationFormat, ...] = (
           {"scales": (".weight_scale",), "factor": (".weight_scale_2",)}, codes.PackedFP4.of, {"extra": (".pre_quant_scale",)}),
     QuantizationFormat("torchao FP8 e4m3: scale of a block, a row or the tensor", "`_weight_qdata`, `_weight_scale`",
           frozenset({"torchao"}), ("._weight_qdata", ("F8_E4M3",), ".weight"),
-          {"quant_scale": ("._weight_scale",)}, torchao_weight, OPTIONAL, requantizes=True),
+          {"quant_scale": ("._weight_scale",)}, torchao_weight, _TORCHAO_OPTIONAL, requantizes=True),
     QuantizationFormat("torchao int8 and fewer bits in bytes, int4 (plain)", "`_weight_qdata`, `_weight_scale`, `_weight_zero_point`",
           frozenset({"torchao"}), ("._weight_qdata", (), ".weight"),
-          {}, torchao_weight, {"quant_scale": ("._weight_scale",), **OPTIONAL}),
+          {}, torchao_weight, {"quant_scale": ("._weight_scale",), **_TORCHAO_OPTIONAL}),
     QuantizationFormat("HQQ, 1 to 8 bits, both axes", "`W_q`, `scale`, `zero`, `shape` and settings",
           frozenset({None, "hqq"}), (".W_q", (), ".weight"),
           {}, codes.HQQ.of, {role: (f".{role}",) for role in ("scale", "zero", "shape", *codes.SETTINGS, *codes.UNSUPPORTED)}),
@@ -256,7 +256,7 @@ FORMATS: tuple[QuantizationFormat, ...] = (
           frozenset({None, "mxfp4"}), ("_blocks", ("U8",), ""),
           {"scales": ("_scales",)}, codes.MXFP4.of),
 )  # fmt: skip
-"""Formats of quantized weights. To add one, add an entry here and its class in `codes`."""
+"""Formats of quantized weights. To add one, add an entry here and its class in `codes` (torchao's are above)."""
 
 
 def supported_method(quantization: Mapping[str, Any], where: str) -> str | None:
