@@ -47,7 +47,7 @@ def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Sc
         Column("memory", cells[1], "at its peak; the larger number if the dense solver, or float64, must decide", priority=3),
         Column("read", cells[2], priority=1),
         Column("written", cells[3], "--dry-run shows the free disk", priority=2),
-        Column("time", cells[4], f"work divided by the rates of a product and a read at this load{threads}, within a factor of 3; add a second to start", 4),
+        Column("time", cells[4], f"work by this load's rates{threads}, within a factor of 3; add a second to start", 4),
     ]  # fmt: skip
     return table(columns, screen)
 
