@@ -446,12 +446,12 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
         start = ()  # the text contains them
     # A token with characters of both sides, such as a space that ends the prompt and the next word, belongs to the answer.
     marks = [any(end > first and begin < last for first, last in spans) for begin, end in offsets]
-    ids, marks = [*start, *ids][:length], [*(False for _ in start), *marks][:length]
-    if not any(marks[1:]):
-        whole = len(start) + len(offsets)
-        hint = f"; it has {whole} tokens: raise --length" if whole > length else ""
-        raise unexpected(where, "tokens to predict", f"none that counts among its first {len(ids)}{hint}")
-    return np.array(ids, np.int64), np.array(marks, bool)
+    ids, marks = [*start, *ids], [*(False for _ in start), *marks]
+    if (first := next((i for i, counts in enumerate(marks) if counts and i), 0)) >= length:  # the prompt loses its beginning
+        del ids[len(start) : first - length // 2], marks[len(start) : first - length // 2]
+    if not any(marks[1:length]):
+        raise unexpected(where, "tokens to predict", f"none that counts among its first {min(len(ids), length)}")
+    return np.array(ids[:length], np.int64), np.array(marks[:length], bool)
 
 
 CALLS = ("tool_calls", "function_call")
@@ -575,7 +575,8 @@ def read_text(
         Running text in UTF-8. A sequence begins at a word and has `length` tokens, including the tokens that the tokenizer puts before a
         text, which do not count. Sequences do not overlap; the rest at the end is dropped.
     ``.jsonl``
-        One JSON object per line, which becomes one sequence, truncated to `length` tokens. With ``text``, all tokens count; with
+        One JSON object per line, which becomes one sequence, truncated to `length` tokens; a longer prompt loses its beginning, so that
+        half of the tokens are its end. With ``text``, all tokens count; with
         ``prompt`` and ``completion``, the completion's tokens; with ``messages``, the tokens of the assistant's answers. With ``question``
         (or ``prompt``), ``choices`` and ``answer``, each choice becomes a sequence that is never truncated; see `read_question`. Other
         keys are ignored.
