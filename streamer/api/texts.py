@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
@@ -41,7 +39,6 @@ from streamer.options import (
 )
 from streamer.output.job import Written
 from streamer.plan.plan import make_plan
-from streamer.storage.atomic_file import write_atomic
 from streamer.storage.transaction import RECORD_NAME
 from streamer.tables import Column
 from streamer.units import quoted
@@ -169,27 +166,8 @@ def evaluate_variants(base: str | Path, adapter: str | Path, output: str | Path 
     return call(EvaluateRequest(base=base, adapter=adapter, output=output, general=general, task=task, **options))
 
 
-BUILT_IN = "python-help.txt"
-"""Name of the text."""
-
-
-@contextlib.contextmanager
-def general_text(given: str | Path | None) -> Iterator[Path]:
-    """Yield the path of the user's text, or of a temporary file with Python's help."""
-    if given is not None:
-        yield Path(given)
-        return
-    with tempfile.TemporaryDirectory(prefix="streamer-") as directory:
-        path = Path(directory) / BUILT_IN
-        write_atomic(path, built_in_text().encode())
-        yield path
-
-
-def built_in_text() -> str:
-    """Return Python's help on its topics: half a megabyte of English prose about programming."""
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics[name] for name in sorted(topics))
+BUILT_IN = Path(__file__).parents[1] / "measuring" / "built-in.jsonl"
+"""General text for want of a given one: prose, chat and code in a hundred documents; ``built-in.md`` states their sources."""
 
 
 class FitRequest(Request, FittingOptions):
@@ -282,7 +260,7 @@ def fit_coefficients(base: str | Path, adapter: str | Path, output: str | Path |
 
 
 class MapRequest(Request, MappingOptions):
-    """A requested map; without a general text, of Python's help on its topics."""
+    """A requested map; without a general text, of the built-in one."""
 
     base: str | Path = argument("", bound=ONE_BASE)  # several texts would look like several bases
 
@@ -307,8 +285,8 @@ class MapRequest(Request, MappingOptions):
 
     def _prepared(self, monitor: Monitor, peek: bool = False) -> PreparedMap:
         base = self.located(monitor, peek).path(self.base)
-        with general_text(self.general) as text:
-            return prepare_map(base, text, self.options, self.memory, self.make_run(monitor))
+        text = BUILT_IN if self.general is None else Path(self.general)
+        return prepare_map(base, text, self.options, self.memory, self.make_run(monitor))
 
 
 @explained(MappingOptions)
@@ -327,7 +305,8 @@ def map_inputs(base: str | Path, output: str | Path | None = None, *, general: s
     output
         Safetensors file to write; a killed run starts over. None keeps the map in memory.
     general
-        Text that shows what the model can do, in a format of `evaluate_variants`. None uses Python's help on its topics.
+        Text that shows what the model can do, in a format of `evaluate_variants`. None uses the built-in text:
+        prose, chat and code.
     vectors
         Number of vectors to keep for each input.
     sequences, length
@@ -445,8 +424,7 @@ class RepairRequest(Request, RepairOptions):
             self._conversion.run(monitor)
             return self._converted.run(monitor, workers)
         self._check(monitor)
-        with self._texts() as fit:
-            found = fit.run(monitor, workers)
+        found = self.fit.run(monitor, workers)
         chosen, why, mitigation = _choice(found)
         rows = _rows(found)
         fine, intruders = found.facts["reliable"], found.facts.get("intruders")
@@ -512,8 +490,7 @@ class RepairRequest(Request, RepairOptions):
             monitor.emit(Event("note", f"forecast only of {self._conversion.output}, which the fit needs"))
             return {**first, "command": "repair", "output": str(self.output)}
         self._check(monitor)
-        with self._texts() as fit:
-            found = fit.forecast(monitor, workers)
+        found = self.fit.forecast(monitor, workers)
         if found["state"] == "done" and not (self.directory / RECORD_NAME).exists():
             found["state"] = "resume"  # the fit exists, but not its output
         if not self.directory.exists() and (forecast := found["forecast"]) is not None:
@@ -521,12 +498,6 @@ class RepairRequest(Request, RepairOptions):
             found["files"] += made["files"]
             forecast["write_bytes"] += made["bytes"] or 0
         return {**found, "command": "repair", "output": str(self.output)}
-
-    @contextlib.contextmanager
-    def _texts(self) -> Iterator[FitRequest]:
-        """Yield the fit with its general text: the user's, or Python's help."""
-        with general_text(self.general) as path:
-            yield replace(self.fit, general=path)
 
 
 def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"], str, dict[str, Any]]:
@@ -635,7 +606,8 @@ def repair_adapter(
     task
         Text of the kind that the adapter was trained for, but not used in training, in a format of `evaluate_variants`.
     general
-        Text that shows what the model could do before. None uses Python's help on its topics; your own text is better.
+        Text that shows what the model could do before. None uses the built-in text (prose, chat, code); your own is
+        better.
     findings
         Findings from `detect_intruder_dimensions`, or the path of their file: ``paper`` at its default λ is then measured for comparison.
     keep

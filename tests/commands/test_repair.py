@@ -1,5 +1,6 @@
 """`streamer repair` and what uses its fit, from outside: what they write, choose, measure, say and refuse."""
 
+import hashlib
 import html
 import json
 import shutil
@@ -13,13 +14,16 @@ import torch
 import transformers
 from causal_models import make_adapter
 from forks import Server
-from learned import held_apart, make_learned
+from learned import held_apart, make_learned, write_texts
 from safetensors.torch import load_file
 from test_schemas import check
+from tokenized_texts import save
 
 import streamer
 from streamer.api import texts as api_texts
+from streamer.api.texts import BUILT_IN
 from streamer.cli.tables import NO_LIMIT, repair_table
+from streamer.measuring.texts import read_text
 from streamer.report.page import headline, open_subject
 
 SHARES = "0.9,0.7"
@@ -190,12 +194,6 @@ def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_text_that_every_python_has() -> None:
-    text = api_texts.built_in_text()
-    assert len(text) > 300_000
-    assert text == api_texts.built_in_text()
-
-
 def test_what_is_refused_in_a_line(server: Server, home: Path, fitted: Path) -> None:
     done = server.run("report", "f.safetensors", home / "base", home / "adapter", "--coefficients", fitted)
     words = "--coefficients was removed: a fit holds factors now, and no coefficients of intruders; `streamer evaluate` measures it"
@@ -274,10 +272,31 @@ def test_adapters_of_other_methods_are_refused_by_name(server: Server, home: Pat
     )
 
 
-def test_without_a_general_text_pythons_help_serves(home: Path, tmp_path: Path) -> None:
-    """Of a base without a tokenizer it is refused by name."""
-    with pytest.raises(streamer.StreamerError, match="tokenizer"):
-        streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "r", task=home / "task.npy")
+def test_without_a_general_text_the_built_in_one_serves(home: Path, tmp_path: Path) -> None:
+    """Each of its documents is another, and longer than the sequences of a map; a map and a fit record it by name and digest."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=600, **shape)
+    model = transformers.LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(5)  # so that next tokens are far from equally likely
+    model.save_pretrained(tmp_path / "base")
+    save(tmp_path / "base", start=False)
+    text = read_text(BUILT_IN, tmp_path / "base", sequences=1000, length=128)
+    assert {len(ids) for ids in text.ids} == {128}
+    assert len({ids.tobytes() for ids in text.ids}) == len(text.ids) > 100
+    data = BUILT_IN.read_bytes()
+    told = BUILT_IN.name, hashlib.sha256(len(data).to_bytes(8, "little") + data).hexdigest()
+    (used,) = streamer.map_inputs(tmp_path / "base", on_event=lambda event: None).facts["texts"]
+    assert (used["name"], used["sample_sha256"], used["sequences"]) == (*told, 32)
+    adapter = adapted(tmp_path, tmp_path / "adapter", lora_alpha=4)
+    write_texts(tmp_path, tmp_path / "base", adapter, 24, 32)
+    made = streamer.repair_adapter(
+        tmp_path / "base", adapter, tmp_path / "r", task=tmp_path / "task.npy", on_event=lambda event: None
+    )
+    used = streamer.load_coefficients(made["fit"]).facts["texts"]["general"]
+    assert (used["name"], used["sample_sha256"]) == told
+    with pytest.raises(streamer.StreamerError, match=r"has no tokenizer, which built-in.jsonl needs"):
+        streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "n", task=home / "task.npy")
 
 
 def figures(row: Any) -> list[float]:
